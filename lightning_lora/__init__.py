@@ -1,0 +1,58 @@
+"""LoRA for any LightningModule, in one line: ``Trainer(callbacks=[LoRACallback(r=8)])``."""
+
+from lightning_lora.callback import LoRACallback
+from lightning_lora.checkpoint import (
+    adapter_state_dict,
+    load_adapter,
+    load_adapter_state_dict,
+    load_from_checkpoint,
+    save_adapter,
+)
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import (
+    AdapterFileError,
+    AdapterMismatchError,
+    AdapterStateError,
+    BaseMismatchError,
+    BestCheckpointWarning,
+    ConfigError,
+    DeadAdapterWarning,
+    LoRAError,
+    LoRAWarning,
+    OptimizerError,
+    StrategyError,
+    TargetError,
+)
+from lightning_lora.inject import inject_adapters, remove_adapters
+from lightning_lora.merge import disable_adapters, merge_adapters, unmerge_adapters
+from lightning_lora.summary import summarize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterFileError",
+    "AdapterMismatchError",
+    "AdapterStateError",
+    "BaseMismatchError",
+    "BestCheckpointWarning",
+    "ConfigError",
+    "DeadAdapterWarning",
+    "LoRACallback",
+    "LoRAConfig",
+    "LoRAError",
+    "LoRAWarning",
+    "OptimizerError",
+    "StrategyError",
+    "TargetError",
+    "adapter_state_dict",
+    "disable_adapters",
+    "inject_adapters",
+    "load_adapter",
+    "load_adapter_state_dict",
+    "load_from_checkpoint",
+    "merge_adapters",
+    "remove_adapters",
+    "save_adapter",
+    "summarize",
+    "unmerge_adapters",
+]

@@ -1,0 +1,281 @@
+"""The plugin: one callback that leads any LightningModule through a LoRA fine-tune."""
+
+import warnings
+
+from io import BytesIO
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from rich.console import Console
+from torch.optim import Optimizer
+
+from lightning_lora.adapted import (
+    adapted_layers,
+    find_record,
+    fold,
+    keep_originals,
+    keep_record,
+    record_of,
+    unfold,
+)
+from lightning_lora.checkpoint import adapter_state_dict, load_checkpoint_state
+from lightning_lora.config import Bias, Init, LoRAConfig
+from lightning_lora.errors import BestCheckpointWarning, ConfigError, DeadAdapterWarning, TargetError
+from lightning_lora.inject import inject_adapters
+from lightning_lora.optim import train_adapters
+from lightning_lora.strategy import Duties, watch
+from lightning_lora.summary import summarize
+
+Merge = Literal["last", "best", False]
+
+
+class LoRACallback(Callback):
+    """Fine-tune any LightningModule by low-rank adapters.
+
+    The base is frozen and adapted when a stage is set up, the optimizers train the adapters alone, every file the
+    Trainer writes holds the adapters alone, and at the end of ``fit`` the updates are merged: the module is a plain
+    model again.
+
+    Args:
+        r: Rank of the update, from 1 to the smaller side of every adapted weight.
+        alpha: The update is scaled by ``alpha / r``. ``None`` means ``alpha = r``, a scaling of one.
+        dropout: Probability of dropping an input of ``lora_A`` in training, in [0, 1).
+        target_modules: ``"all-linear"`` (every linear layer but a language model's output head), ``"all"`` (every
+            supported layer), a regular expression that must match a whole dotted name, or a list of names or of their
+            last parts.
+        exclude_modules: Modules to leave alone, with everything below them: an expression or a list, as above.
+        modules_to_save: Names of modules to train whole, such as a new head. They win over ``target_modules``.
+        rank_pattern: Rank by layer: names, last parts or expressions to an ``r`` other than the default.
+        alpha_pattern: Likewise for ``alpha``.
+        bias: Which biases train too: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
+        init: How ``lora_A`` starts: ``"kaiming"`` (uniform) or ``"gaussian"``.
+        use_rslora: Scale by ``alpha / sqrt(r)`` instead.
+        use_dora: Reserved: weight-decomposed adaptation is not available yet.
+        loraplus_lr_ratio: Reserved: a learning rate of its own for ``lora_B`` is not available yet.
+        merge: What becomes of the adapters at the end of ``fit``: ``"last"`` merges them as they are, ``"best"`` merges
+            those of ModelCheckpoint's best file, ``False`` leaves them on the model.
+
+    Raises:
+        ConfigError: an argument is outside what it may be.
+
+    Source:
+        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> model = BoringModel()  # its layer is nn.Linear(32, 2)
+        >>> trainer = Trainer(
+        ...     callbacks=[LoRACallback(r=2)], max_steps=1, logger=False, enable_checkpointing=False,
+        ...     enable_model_summary=False, enable_progress_bar=False, accelerator="cpu",
+        ... )
+        >>> trainer.fit(model)
+        >>> model.layer
+        Linear(in_features=32, out_features=2, bias=True)
+    """
+
+    def __init__(
+        self,
+        r: int = 8,
+        *,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        target_modules: str | list[str] = "all-linear",
+        exclude_modules: str | list[str] | None = None,
+        modules_to_save: list[str] | None = None,
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
+        bias: Bias = "none",
+        init: Init = "kaiming",
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        loraplus_lr_ratio: float | None = None,
+        merge: Merge = "last",
+    ) -> None:
+        if merge is not False and merge not in ("last", "best"):
+            raise ConfigError(f"merge={merge!r} is unknown. Expected 'last', 'best' or False.")
+        if loraplus_lr_ratio is not None:
+            raise ConfigError(
+                f"loraplus_lr_ratio={loraplus_lr_ratio!r} is not available in this version. Leave it None, and give "
+                "lora_B a parameter group of its own in configure_optimizers if you need one."
+            )
+        self.config = LoRAConfig(
+            r=r,
+            alpha=alpha,
+            dropout=dropout,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            modules_to_save=modules_to_save,
+            rank_pattern=rank_pattern,
+            alpha_pattern=alpha_pattern,
+            bias=bias,
+            init=init,
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+        )
+        self.merge: Merge = merge
+        self._base_is_open = False
+        self._was_plain = False
+        self._stepped: list[Optimizer] = []
+
+    # Set up: adapt what is there, and again when the model's own hooks have run
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Adapt the module, from its exact base if an earlier fit merged it; layers to come are adapted by the strategy."""
+        self._check_alone(trainer)
+        watch(trainer.strategy, Duties(self._adapt, train_adapters))
+        _receive_memory(trainer, pl_module)
+        self._was_plain = unfold(pl_module)
+        self._base_is_open = find_record(pl_module) is None
+        if stage == "fit":
+            self._check_merge(trainer)
+        try:
+            inject_adapters(pl_module, self.config)
+        except TargetError:  # setup or configure_model may yet make the layers; the strategy asks again, for good
+            return
+
+    def _adapt(self, pl_module: LightningModule) -> None:
+        """Adapt what the module's own hooks have made; what they loaded until now is the base."""
+        inject_adapters(pl_module, self.config)
+        if self._base_is_open:
+            record = record_of(pl_module)
+            record.originals = {}
+            keep_originals(pl_module, record)
+            self._base_is_open = False
+
+    def _check_alone(self, trainer: Trainer) -> None:
+        others = [callback for callback in trainer.callbacks if isinstance(callback, LoRACallback)]
+        if len(others) > 1:
+            raise ConfigError(
+                f"The Trainer has {len(others)} LoRACallbacks; expected one. Join their target_modules in a single "
+                "callback, with rank_pattern and alpha_pattern for what differs."
+            )
+
+    def _check_merge(self, trainer: Trainer) -> None:
+        if self.merge == "best" and trainer.checkpoint_callback is None and not trainer.fast_dev_run:
+            raise ConfigError(
+                "merge='best' needs a ModelCheckpoint to say which adapters are best, and the Trainer has none. Add "
+                "ModelCheckpoint(monitor=...), or set merge='last'."
+            )
+        if self.merge is False and self._base_is_open and _returns_state_only(trainer):
+            raise ConfigError(
+                "merge=False would lose the adapters: this strategy trains in processes that send only the weights of "
+                "a model's own layers back. Set merge='last', or use strategy='ddp', or call inject_adapters on the "
+                "model before fit."
+            )
+
+    # Fit
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show what trains, and refuse a merge that could not come back from this strategy's processes."""
+        self._stepped = []
+        if self.merge and _returns_state_only(trainer):
+            _check_untied(pl_module)
+        if trainer.is_global_zero and _wants_summary(trainer):
+            Console().print(summarize(pl_module).table(trained_only=True))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Name, once for each optimizer, the adapters in it that no gradient has reached."""
+        if any(optimizer is seen for seen in self._stepped):
+            return
+        self._stepped.append(optimizer)
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        dead = [
+            name
+            for name, layer in adapted_layers(pl_module).items()
+            if any(id(p) in held and p.grad is None for p in layer.adapter_parameters().values())
+        ]
+        if dead:
+            shown = ", ".join(map(repr, dead[:5])) + (f" and {len(dead) - 5} more" if len(dead) > 5 else "")
+            warnings.warn(
+                f"The adapters of {shown} received no gradient before the first optimizer step, so they do not train: "
+                "the loss does not depend on these layers, or something reads their weights without calling them. "
+                "Take them out with exclude_modules, or look at why they are not used.",
+                DeadAdapterWarning,
+                stacklevel=2,
+            )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Merge, and make the module plain again; it remembers its base and its adapters."""
+        if not self.merge or trainer.fast_dev_run:
+            return
+        which = self._load_best(trainer, pl_module) if self.merge == "best" else "last"
+        layers = len(adapted_layers(pl_module))
+        fold(pl_module)
+        _send_memory(trainer, pl_module)
+        rank_zero_info(
+            f"LoRACallback merged the {which} adapters of {layers} layers: {type(pl_module).__name__} is a plain model again."
+        )
+
+    def _load_best(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if not path:
+            warnings.warn(
+                "merge='best' found no best checkpoint: ModelCheckpoint wrote none. The last adapters are merged.",
+                BestCheckpointWarning,
+                stacklevel=2,
+            )
+            return "last"
+        load_checkpoint_state(pl_module, trainer.strategy.load_checkpoint(path))
+        return f"best ({path})"
+
+    # Afterwards
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Merge again, after validate, test or predict, what an earlier fit had merged."""
+        if self._was_plain and stage != "fit" and find_record(pl_module) is not None:
+            fold(pl_module)
+        self._was_plain = False
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """In the main process after fit under a spawning strategy, which had no set-up here: save adapters alone."""
+        if _receive_memory(trainer, pl_module):
+            watch(trainer.strategy, Duties(self._adapt, train_adapters))
+            checkpoint["state_dict"] = adapter_state_dict(pl_module)
+
+
+# What a fit leaves behind in another process. Strategies that spawn or fork send back the module's state dict, the best
+# path, and the Trainer's state: the memory of the base travels with that last, as bytes.
+
+_MEMORY = "_lora_memory"
+
+
+def _returns_state_only(trainer: Trainer) -> bool:
+    return getattr(trainer.strategy, "_start_method", "popen") != "popen"
+
+
+def _send_memory(trainer: Trainer, pl_module: LightningModule) -> None:
+    if _returns_state_only(trainer) and trainer.is_global_zero:
+        memory = BytesIO()
+        torch.save(find_record(pl_module), memory)
+        vars(trainer.state)[_MEMORY] = memory.getvalue()
+
+
+def _receive_memory(trainer: Trainer, pl_module: LightningModule) -> bool:
+    memory: bytes | None = vars(trainer.state).pop(_MEMORY, None)
+    if memory is None or find_record(pl_module) is not None:
+        return False
+    keep_record(pl_module, torch.load(BytesIO(memory), weights_only=False))  # bytes of our own process, not a file
+    return True
+
+
+def _check_untied(pl_module: LightningModule) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in pl_module.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for layer in adapted_layers(pl_module).values():
+        if len(owners[id(layer.weight)]) > 1:
+            raise ConfigError(
+                f"{' and '.join(map(repr, owners[id(layer.weight)]))} are one tied weight, of which a merge changes one "
+                "use. This strategy's processes send back a state that cannot hold both. Use strategy='ddp', or take "
+                "the layer out with exclude_modules."
+            )
+
+
+def _wants_summary(trainer: Trainer) -> bool:
+    """Whether the Trainer shows model summaries: of either package's name for Lightning."""
+    return any("ModelSummary" in base.__name__ for callback in trainer.callbacks for base in type(callback).__mro__)
+
+

@@ -1,0 +1,99 @@
+"""Tell one base model from another: the names, shapes and contents of everything that training does not change."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_lora.adapted import adapted_layers, adapter_parameters, record_of, trained_base_parameters
+from lightning_lora.errors import AdapterFileError, BaseMismatchError
+from lightning_lora.functional import digest
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Return what identifies the base of an adapted model, in plain types; it costs one pass over the weights.
+
+    Args:
+        model: A model with adapters, merged or not; the base is what lies under them.
+
+    Returns:
+        ``layout``, a hash of the names and shapes; ``dtypes``; and ``digests``, one number for each tensor in order.
+        Tensors on the meta device have no contents: their digest is 0.
+
+    Raises:
+        AdapterStateError: ``model`` has no adapters.
+    """
+    tensors = base_tensors(model)
+    layout = "\n".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+    known: dict[int, int] = {}
+    for tensor in tensors.values():
+        if id(tensor) not in known:  # tied weights are hashed once
+            known[id(tensor)] = 0 if tensor.is_meta else digest(tensor)
+    return {
+        "layout": hashlib.sha256(layout.encode()).hexdigest(),
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
+        "digests": [known[id(tensor)] for tensor in tensors.values()],
+    }
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that make the base, by name: frozen parameters as they were, and buffers as they began."""
+    record = record_of(model)
+    trained = trained_base_parameters(model, record.config)
+    not_base = {id(p) for p in (*trained.values(), *adapter_parameters(model).values())}
+    below = {id(layer.weight): layer.lora_base for layer in adapted_layers(model).values() if layer.lora_base is not None}
+    below |= {id(model.get_submodule(name).weight): a.base for name, a in record.folded.items() if a.base is not None}
+    frozen = {
+        name: below.get(id(p), p) for name, p in model.named_parameters(remove_duplicate=False) if id(p) not in not_base
+    }
+    buffers = {name: value for name, value in record.originals.items() if name not in trained}
+    return {**frozen, **buffers}
+
+
+def check_base(model: nn.Module, stored: object) -> None:
+    """Refuse adapters that were trained on another base.
+
+    Args:
+        model: The adapted model that is to receive them.
+        stored: The forms of their base, as :func:`fingerprint` gives them: as loaded, and as a Trainer converted it.
+
+    Raises:
+        BaseMismatchError: the base of ``model`` is none of them.
+        AdapterFileError: ``stored`` is no such list.
+    """
+    if not _is_fingerprints(stored):
+        raise AdapterFileError("The file's base fingerprint cannot be read. It is damaged, or not of this package.")
+    here = fingerprint(model)
+    if here in stored:
+        return
+    title = type(model).__name__
+    theirs = next((form for form in stored if form["dtypes"] == here["dtypes"]), stored[0])
+    if theirs["layout"] != here["layout"]:
+        raise BaseMismatchError(
+            f"These adapters were trained on another architecture: their base has {len(theirs['digests'])} frozen "
+            f"tensors, {title} has {len(here['digests'])}, and names or shapes differ. Build the model as it was built "
+            "for training, with the same modules_to_save and bias."
+        )
+    if theirs["dtypes"] != here["dtypes"]:
+        raise BaseMismatchError(
+            f"These adapters were trained on a base in {theirs['dtypes']}, but {title} is in {here['dtypes']}. "
+            "Convert the model before loading, for example model.to(torch.float32)."
+        )
+    names = list(base_tensors(model))
+    other = [name for name, a, b in zip(names, theirs["digests"], here["digests"], strict=True) if a != b]
+    raise BaseMismatchError(
+        f"These adapters were trained on another base: {len(other)} of {len(names)} frozen tensors of {title} differ, "
+        f"such as {', '.join(map(repr, other[:3]))}. Load the pretrained weights that they were trained on; if these "
+        "are new layers with random weights, train them whole with modules_to_save. A model whose adapters were "
+        "merged is another base too."
+    )
+
+
+def _is_fingerprints(stored: object) -> bool:
+    return (
+        isinstance(stored, Sequence)
+        and len(stored) > 0
+        and all(isinstance(form, Mapping) and {"layout", "dtypes", "digests"} <= set(form) for form in stored)
+        and all(isinstance(form["digests"], Sequence) for form in stored)
+    )

@@ -1,0 +1,132 @@
+"""The mathematics of LoRA, on tensors alone."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def low_rank_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
+    r"""Return what a linear adapter adds to its layer's output: :math:`s \, B A \, \mathrm{dropout}(x)`.
+
+    The scaling is applied between the two products, where the tensor is smallest.
+
+    Args:
+        x: The layer's input.
+        lora_A: The factor that reads the input.
+        lora_B: The factor that writes the output.
+        scaling: The factor :math:`s`, alpha over r.
+        dropout: Probability of zeroing each element of ``x``.
+
+    Shape:
+        ``x``: (\*, in), ``lora_A``: (r, in), ``lora_B``: (out, r). Returns (\*, out), in the dtype of ``x``.
+
+    Source:
+        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1, equation 3.
+
+    Example:
+        >>> x, a, b = torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0], [0.0], [2.0]])
+        >>> low_rank_update(x, a, b, scaling=0.5)
+        tensor([1.5000, 0.0000, 3.0000])
+    """
+    hidden = F.linear(F.dropout(x, dropout) if dropout else x, lora_A.to(x.dtype))
+    return F.linear(hidden * scaling, lora_B.to(hidden.dtype))
+
+
+def low_rank_lookup(
+    index: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    padding_idx: int | None = None,
+    scale_grad_by_freq: bool = False,
+) -> Tensor:
+    r"""Return what an embedding's adapter adds to its output: the columns ``index`` of :math:`s \, B A`.
+
+    Args:
+        index: The tokens to look up.
+        lora_A: One column for each row of the embedding.
+        lora_B: The factor that writes the output.
+        scaling: The factor :math:`s`, alpha over r.
+        padding_idx: A token whose column receives no gradient.
+        scale_grad_by_freq: Divide a column's gradient by how often its token occurs.
+
+    Shape:
+        ``index``: (\*), ``lora_A``: (r, num_embeddings), ``lora_B``: (embedding_dim, r).
+        Returns (\*, embedding_dim), in the dtype of the factors.
+
+    Source:
+        Hu et al. 2021, section 4.1, with a one-hot input.
+    """
+    columns = F.embedding(index, lora_A.T, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+    return F.linear(columns * scaling, lora_B)
+
+
+def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    r"""Return the update :math:`\Delta W = s \, B A`, in float32 or wider so that it is rounded only once, later.
+
+    Shape:
+        ``lora_A``: (r, in), ``lora_B``: (out, r). Returns (out, in).
+
+    Source:
+        Hu et al. 2021, section 4.1.
+
+    Example:
+        >>> delta_weight(torch.ones(1, 2), torch.ones(3, 1), scaling=2.0).tolist()
+        [[2.0, 2.0], [2.0, 2.0], [2.0, 2.0]]
+    """
+    wide = torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)
+    return (lora_B.to(wide) @ lora_A.to(wide)).mul_(scaling)
+
+
+def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:
+    r"""Return :math:`W + \Delta W`, computed in the wider of the two dtypes and rounded once to that of ``weight``.
+
+    Shape:
+        ``weight`` and ``delta`` have the same shape, which is the result's.
+    """
+    return (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(weight.dtype)
+
+
+def init_factors(reading: Tensor, writing: Tensor, init: str) -> None:
+    """Start a pair of factors in place: the one at random, the other at zero, so that their product is zero.
+
+    Args:
+        reading: The factor to start at random: ``"kaiming"`` as nn.Linear starts its weight, ``"gaussian"`` with a
+            standard deviation of one over r.
+        writing: The factor to start at zero.
+        init: Which of the two.
+
+    Source:
+        Hu et al. 2021, section 4.1 ("gaussian"); the authors' own code ("kaiming").
+    """
+    with torch.no_grad():
+        if init == "gaussian":
+            torch.nn.init.normal_(reading, std=1 / min(reading.shape))
+        else:
+            torch.nn.init.kaiming_uniform_(reading, a=math.sqrt(5))
+        writing.zero_()
+
+
+_CHUNK = 1 << 18  # elements whose products stay in a cache
+
+
+def digest(tensor: Tensor) -> int:
+    """Return 63 bits that tell two tensors' contents apart, bit for bit, and cost about one pass over them.
+
+    The bytes are read as integers and summed, each times an odd multiplier that belongs to its place: a change of any
+    one element always changes the sum, and other changes escape with a probability of about ``2**-63``. It guards
+    against mistakes, not against someone who forges weights.
+
+    Example:
+        >>> digest(torch.zeros(3)) == digest(torch.zeros(3)), digest(torch.ones(3)) == digest(torch.zeros(3))
+        (True, False)
+    """
+    bits = tensor.detach().contiguous().reshape(-1)
+    integers = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64))
+    multiplier = torch.arange(min(integers.numel(), _CHUNK), device=tensor.device) * 0x2545F4914F6CDD1D | 1
+    total = integers.numel()
+    for place, chunk in enumerate(integers.split(_CHUNK)):
+        total += int((chunk * multiplier[: chunk.numel()]).sum()) * (2 * place + 1)
+    return total % (1 << 63)

@@ -1,0 +1,129 @@
+"""Adapt a model in place, and take its adapters away again."""
+
+from torch import nn
+
+from lightning_lora.adapted import (
+    Record,
+    absorb_inner_records,
+    adapted_layers,
+    attach_adapters,
+    detach_adapters,
+    find_record,
+    freeze,
+    keep_originals,
+    keep_record,
+    record_of,
+    restore_originals,
+    unfreeze,
+)
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import AdapterMismatchError, ConfigError
+from lightning_lora.layers import LoRALayer, adapter_for, new_adapter
+from lightning_lora.targets import Selection, select
+
+
+def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
+    r"""Adapt ``model`` in place and freeze its base: only adapters (and what ``config`` adds) train from now on.
+
+    The layers stay the same objects under the same keys; each gains ``lora_A`` and ``lora_B`` and computes
+    :math:`W + s B A`. Call it again after layers were added: it adapts those, and leaves the others as they are.
+
+    Args:
+        model: Any module. Load its pretrained weights first, or any time before training.
+        config: What to adapt, and how.
+
+    Returns:
+        The names of all adapted layers.
+
+    Raises:
+        TargetError: a pattern matches nothing, or a layer that cannot be adapted.
+        ConfigError: a layer is smaller than its rank.
+        AdapterMismatchError: ``model`` is adapted already, in another way.
+
+    After an error the model is as it was.
+
+    Source:
+        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+        >>> inject_adapters(model, LoRAConfig(r=2))
+        ('0', '2')
+        >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        ['0.lora_A', '0.lora_B', '2.lora_A', '2.lora_B']
+        >>> model[0]
+        LoRALinear(in_features=16, out_features=16, bias=True, r=2, scaling=1)
+    """
+    if not isinstance(model, nn.Module) or not isinstance(config, LoRAConfig):
+        raise ConfigError(
+            f"inject_adapters got ({type(model).__name__}, {type(config).__name__}). Expected (nn.Module, LoRAConfig)."
+        )
+    selection = select(model, config)
+    _check_same(model, config, selection)
+    adapters = {
+        name: new_adapter(
+            kind, layer, r=config.rank(name), scaling=config.scaling(name), dropout=config.dropout, init=config.init
+        )
+        for name, layer in selection.layers.items()
+        if not isinstance(layer, LoRALayer) and (kind := adapter_for(layer))
+    }
+    record = find_record(model)
+    if record is None or record.folded:  # a merged model is a plain model, and so a new base
+        record = Record(config)
+        keep_record(model, record)
+    absorb_inner_records(model, record)
+    attach_adapters(model, adapters)
+    freeze(model, record)
+    keep_originals(model, record)
+    return tuple(selection.layers)
+
+
+def remove_adapters(model: nn.Module) -> None:
+    """Take the adapters away: ``model`` has its classes and keys again, and trains what it trained before.
+
+    Unless they are merged, it also has the base's own values again, everywhere. Merged updates stay in the weights,
+    with the biases and whole modules that were trained beside them.
+
+    Args:
+        model: The model that :func:`inject_adapters` was called on.
+
+    Raises:
+        AdapterStateError: ``model`` has no adapters.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> names = inject_adapters(model, LoRAConfig(r=2))
+        >>> remove_adapters(model)
+        >>> model
+        Sequential(
+          (0): Linear(in_features=4, out_features=4, bias=True)
+        )
+    """
+    record = record_of(model)
+    if not record.folded:
+        if not any(layer.lora_base is not None for layer in adapted_layers(model).values()):
+            restore_originals(model)
+        unfreeze(model, record)
+        detach_adapters(model)
+    keep_record(model, None)
+
+
+def _check_same(model: nn.Module, config: LoRAConfig, selection: Selection) -> None:
+    """Refuse layers that are adapted already, but not as ``config`` would adapt them."""
+    for name, layer in adapted_layers(model).items():
+        if name not in selection.layers:
+            raise AdapterMismatchError(
+                f"Layer {name!r} of {type(model).__name__} is adapted already, but this configuration does not target "
+                "it. Call remove_adapters(model) first, or target it too."
+            )
+        found = {"r": layer.lora_A.shape[0], "alpha / r": layer.lora_scaling, "dropout": layer.lora_dropout}
+        asked = {"r": config.rank(name), "alpha / r": config.scaling(name), "dropout": config.dropout}
+        if found != asked:
+            raise AdapterMismatchError(
+                f"Layer {name!r} of {type(model).__name__} is adapted already, with {_shown(found)}; this configuration "
+                f"asks for {_shown(asked)}. Use the same configuration, or call remove_adapters(model) first."
+            )
+
+
+def _shown(numbers: dict[str, float]) -> str:
+    return ", ".join(f"{name}={value:g}" for name, value in numbers.items())

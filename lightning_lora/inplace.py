@@ -1,0 +1,60 @@
+"""Change what an object does and leave it the same object: its class becomes a subclass of its own class."""
+
+import copyreg
+import functools
+from typing import Any
+
+
+class InPlace:
+    """A mixin that is laid over the class of a living object, and taken off again.
+
+    The object keeps its identity, its attributes and its place in every ``isinstance`` test; ``super()`` in the mixin
+    reaches the class that was there; copying and pickling work, although the combined class has no name to import.
+
+    Example:
+        >>> class Loud(InPlace):
+        ...     def speak(self):
+        ...         return super().speak().upper()
+        >>> class Cat:
+        ...     def speak(self):
+        ...         return "meow"
+        >>> cat = Cat()
+        >>> overlay(cat, Loud)
+        >>> cat.speak(), isinstance(cat, Cat)
+        ('MEOW', True)
+        >>> uncover(cat)
+        >>> type(cat) is Cat
+        True
+    """
+
+    overlaid: tuple[type, type]
+    """The mixin, and the class that was there before."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy by naming the mixin and the class below it."""
+        reduced = super().__reduce_ex__(max(protocol, 2))
+        if not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return reduced
+        return (_blank, self.overlaid, *reduced[2:])
+
+
+@functools.cache
+def combined(mixin: type, base: type) -> type:
+    """Return the class in which ``mixin`` lies over ``base``; one class for a pair, however often it is asked for."""
+    namespace = {"overlaid": (mixin, base), "__module__": mixin.__module__, "__doc__": mixin.__doc__}
+    return type(f"LoRA{base.__name__}", (mixin, base), namespace)
+
+
+def overlay(instance: object, mixin: type) -> None:
+    """Lay ``mixin`` over the class of ``instance``."""
+    instance.__class__ = combined(mixin, type(instance))
+
+
+def uncover(instance: InPlace) -> None:
+    """Give ``instance`` back the class that it had before :func:`overlay`."""
+    instance.__class__ = instance.overlaid[1]  # type: ignore[assignment]
+
+
+def _blank(mixin: type, base: type) -> object:
+    cls = combined(mixin, base)
+    return cls.__new__(cls)

@@ -1,0 +1,236 @@
+"""What every adapted layer is: its own class, two factors beside its weight, and four verbs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_lora.errors import AdapterStateError
+from lightning_lora.functional import delta_weight, init_factors, merged_weight
+from lightning_lora.inplace import InPlace, overlay, uncover
+
+
+@dataclass
+class Adapter:
+    """An adapter off its layer: what :meth:`LoRALayer.detach` returns and :func:`attach` takes.
+
+    Args:
+        kind: The class that computes with it, such as ``LoRALinear``.
+        lora_A: The factor that reads the input, (r, in).
+        lora_B: The factor that writes the output, (out, r).
+        scaling: The factor of ``B @ A``.
+        dropout: Probability of dropping an input of A in training.
+        init: How the factors start, for a later ``reset_parameters``.
+        base: The layer's own weight while the one it shows has ``B @ A`` merged in, else None.
+    """
+
+    kind: type["LoRALayer"]
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    scaling: float
+    dropout: float = 0.0
+    init: str = "kaiming"
+    base: nn.Parameter | None = None
+
+
+class LoRALayer(InPlace, nn.Module):
+    """The mixin laid over an adapted layer. The layer keeps its keys and gains ``lora_A`` and ``lora_B``.
+
+    A subclass names what it adapts (:attr:`layer_type`), the sides of its weight (:meth:`features`), and how the
+    adapted layer computes (:meth:`lora_forward`); where its weight is not laid out (out, in), also :meth:`as_weight`.
+    """
+
+    layer_type: ClassVar[type[nn.Module] | str]
+    """The class it adapts, or that class's full name where this package does not import it."""
+
+    weight: nn.Parameter
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_scaling: float
+    lora_dropout: float
+    lora_init: str
+    lora_enabled: bool
+    _computes_itself: ClassVar[bool]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Note, for a class laid over a layer's, whether that layer computes in a ``forward`` of its own."""
+        super().__init_subclass__(**kwargs)
+        if "overlaid" in cls.__dict__:
+            base = cls.overlaid[1]
+            known = next(ancestor for ancestor in base.__mro__ if cls.adapts(ancestor))
+            cls._computes_itself = base.forward is not known.forward  # type: ignore[attr-defined]  # both are modules
+
+    # What a subclass says
+
+    @classmethod
+    def adapts(cls, layer_class: type) -> bool:
+        """Whether ``layer_class`` is the very class that this adapter is for."""
+        return cls.layer_type in (layer_class, f"{layer_class.__module__}.{layer_class.__qualname__}")
+
+    @staticmethod
+    def features(layer: Any) -> tuple[int, int]:
+        """Return how many features ``layer`` reads and how many it writes: the sides of its update."""
+        raise NotImplementedError
+
+    @staticmethod
+    def refusal(layer: Any) -> str | None:  # noqa: ARG004  # a subclass looks at the layer
+        """Return why this one layer cannot be adapted although its type can, or None."""
+        return None
+
+    @staticmethod
+    def as_weight(delta: Tensor) -> Tensor:
+        """Lay out an update (out, in) as the layer's weight is laid out."""
+        return delta
+
+    @staticmethod
+    def start(lora_A: Tensor, lora_B: Tensor, init: str) -> None:
+        """Start both factors in place, so that their product is zero."""
+        init_factors(lora_A, lora_B, init)
+
+    def lora_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the adapted layer, where the layer itself computes as :attr:`layer_type` does."""
+        raise NotImplementedError
+
+    # What every adapted layer does
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the layer with its update.
+
+        A layer that computes in its own way (one that pads, scales or normalises) is run as it is, on the weight
+        ``W + ΔW``: the only rule by which it computes the same with its update merged.
+        """
+        if not self.lora_enabled or self.lora_base is not None:
+            return super().forward(*args, **kwargs)
+        if not self._computes_itself:
+            return self.lora_forward(*args, **kwargs)
+        with self._showing(self.weight + self._dropped_delta().to(self.weight.dtype)):
+            return super().forward(*args, **kwargs)
+
+    def delta_weight(self) -> Tensor:
+        """Return the update in the layout of ``weight``, in float32 or wider."""
+        return self.as_weight(delta_weight(self.lora_A, self.lora_B, self.lora_scaling))
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that the adapter added, by their names in the layer."""
+        return {"lora_A": self.lora_A, "lora_B": self.lora_B}
+
+    @property
+    def lora_base(self) -> nn.Parameter | None:
+        """The layer's own weight while the one it shows has the update merged in, else None."""
+        base: nn.Parameter | None = self.__dict__["_lora_base"]
+        return base
+
+    def keep_base(self, base: nn.Parameter | None) -> None:
+        """Set :attr:`lora_base`, round nn.Module's setter, which would register it and give it a key."""
+        self.__dict__["_lora_base"] = base
+
+    def merge(self) -> None:
+        """Show ``W + ΔW`` as the weight: a new parameter, so that another use of a tied ``W`` stays as it is."""
+        if self.lora_base is None:
+            base = self.weight
+            with torch.no_grad():
+                merged = merged_weight(base, self.delta_weight())
+            self.weight = nn.Parameter(merged, requires_grad=base.requires_grad)
+            self.keep_base(base)
+
+    def unmerge(self) -> None:
+        """Show the layer's own weight again: the very parameter that was there."""
+        base = self.lora_base
+        if base is not None:
+            base.data = base.data.to(self.weight)  # the model may have moved since
+            base.requires_grad_(self.weight.requires_grad)
+            self.weight = base
+            self.keep_base(None)
+
+    def keep_called(self) -> None:
+        """Carry a hook that does nothing, for callers that go round layers without hooks."""
+        if "_lora_hook" not in self.__dict__:
+            self.__dict__["_lora_hook"] = self.register_forward_pre_hook(_do_nothing)
+
+    def detach(self) -> Adapter:
+        """Take the adapter off: the layer has its class and its keys again, and the weight that it shows."""
+        state = self.__dict__
+        if "_lora_hook" in state:
+            state.pop("_lora_hook").remove()
+        adapter = Adapter(
+            kind=self.overlaid[0],
+            lora_A=self.lora_A,
+            lora_B=self.lora_B,
+            scaling=state.pop("lora_scaling"),
+            dropout=state.pop("lora_dropout"),
+            init=state.pop("lora_init"),
+            base=state.pop("_lora_base"),
+        )
+        del self.lora_A, self.lora_B, state["lora_enabled"]
+        uncover(self)
+        return adapter
+
+    def extra_repr(self) -> str:
+        """Describe the layer as before, and its adapter."""
+        return f"{super().extra_repr()}, r={self.lora_A.shape[0]}, scaling={self.lora_scaling:g}".removeprefix(", ")
+
+    def reset_parameters(self) -> None:
+        """Start the layer's own parameters and the adapter anew, as is done after ``to_empty``."""
+        if hasattr(self.overlaid[1], "reset_parameters"):
+            super().reset_parameters()  # type: ignore[misc]  # as just asked
+        self.start(self.lora_A, self.lora_B, self.lora_init)
+
+    def _dropped_delta(self) -> Tensor:
+        """The update; in training with dropout of whole features that A reads, the input itself being out of reach."""
+        if not self.lora_dropout or not self.training:
+            return self.delta_weight()
+        kept = F.dropout(torch.ones_like(self.lora_A[:1]), self.lora_dropout)
+        return self.as_weight(delta_weight(self.lora_A * kept, self.lora_B, self.lora_scaling))
+
+    @contextmanager
+    def _showing(self, weight: Tensor) -> Iterator[None]:
+        """Let ``self.weight`` be another tensor for a while: instance attributes come before parameters."""
+        self.__dict__["weight"] = weight
+        try:
+            yield
+        finally:
+            del self.__dict__["weight"]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Load as nn.Module does, and take a checkpoint of the base, which knows no adapter, as complete."""
+        if self.lora_base is not None and f"{prefix}weight" in state_dict:
+            raise AdapterStateError(
+                f"Layer {prefix[:-1]!r} shows a merged weight, which loading would overwrite. Call "
+                "unmerge_adapters(model) before loading, or remove_adapters(model) to keep the merged weights for good."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        own = {prefix + name for name in self.adapter_parameters()}
+        if own.isdisjoint(state_dict):
+            missing: list[str] = args[2]
+            missing[:] = [key for key in missing if key not in own]
+
+
+def _do_nothing(layer: nn.Module, args: Any) -> None:
+    """The hook of :meth:`LoRALayer.keep_called`."""
+
+
+def new_adapter(
+    kind: type[LoRALayer], layer: nn.Module, *, r: int, scaling: float, dropout: float = 0.0, init: str = "kaiming"
+) -> Adapter:
+    """Make an adapter for ``layer``, in its weight's dtype and on its device, that changes nothing yet."""
+    weight = layer.get_parameter("weight")
+    reads, writes = kind.features(layer)
+    lora_A, lora_B = (
+        nn.Parameter(torch.empty(shape, dtype=weight.dtype, device=weight.device)) for shape in ((r, reads), (writes, r))
+    )
+    kind.start(lora_A, lora_B, init)
+    return Adapter(kind, lora_A, lora_B, scaling, dropout, init)
+
+
+def attach(layer: nn.Module, adapter: Adapter) -> None:
+    """Put ``adapter`` on ``layer``, which stays the same object and computes ``W + ΔW`` from now on."""
+    overlay(layer, adapter.kind)
+    assert isinstance(layer, LoRALayer)
+    layer.lora_A, layer.lora_B = adapter.lora_A, adapter.lora_B
+    layer.lora_scaling, layer.lora_dropout, layer.lora_init = adapter.scaling, adapter.dropout, adapter.init
+    layer.lora_enabled = True
+    layer.keep_base(adapter.base)

@@ -1,0 +1,97 @@
+"""Fold the updates into the weights and take them out again, exactly; or run the base model for a while."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from lightning_lora.adapted import adapted_layers, fold, persistent_buffers, record_of, unfold
+
+
+def merge_adapters(model: nn.Module) -> None:
+    r"""Fold :math:`\Delta W` into the weights: the model computes the same, at the cost of the base model.
+
+    The sum is computed in float32 or wider and rounded once. A weight that is tied to another use (an embedding and an
+    output head) changes only where it is adapted. The adapters stay, idle, for :func:`unmerge_adapters`;
+    ``remove_adapters`` makes the merge final. Merging twice is merging once.
+
+    Args:
+        model: The model that ``inject_adapters`` was called on.
+
+    Raises:
+        AdapterStateError: ``model`` has no adapters.
+
+    Source:
+        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1, "No Additional Inference
+        Latency".
+    """
+    if record_of(model).folded:
+        return
+    for layer in adapted_layers(model).values():
+        layer.merge()
+
+
+def unmerge_adapters(model: nn.Module) -> None:
+    """Take the updates out of the weights again: every bit of the base is as it was, and the adapters are live.
+
+    It also brings back the adapters that a finished ``Trainer.fit`` merged.
+
+    Args:
+        model: A model that :func:`merge_adapters`, or a Trainer with a ``LoRACallback``, was run on.
+
+    Raises:
+        AdapterStateError: ``model`` has no adapters.
+    """
+    record_of(model)
+    unfold(model)
+    for layer in adapted_layers(model).values():
+        layer.unmerge()
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Run the base model inside a ``with`` block: no updates, and the base's own values of all that was trained.
+
+    Args:
+        model: The model that ``inject_adapters`` was called on, adapted or merged.
+
+    Raises:
+        AdapterStateError: ``model`` has no adapters.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lora import LoRAConfig, inject_adapters
+        >>> model, x = nn.Sequential(nn.Linear(4, 4)), torch.ones(4)
+        >>> base = model(x)
+        >>> names = inject_adapters(model, LoRAConfig(r=2))
+        >>> _ = nn.init.ones_(model[0].lora_B)
+        >>> with disable_adapters(model):
+        ...     torch.equal(model(x), base)
+        True
+        >>> torch.equal(model(x), base)
+        False
+    """
+    record = record_of(model)
+    was_folded = unfold(model)
+    layers = adapted_layers(model).values()
+    merged = [layer for layer in layers if layer.lora_base is not None]
+    enabled = [layer for layer in layers if layer.lora_enabled]
+    present = {**dict(model.named_parameters()), **persistent_buffers(model)}
+    trained = {name: present[name].data for name in record.originals} if enabled else {}
+    for layer in merged:
+        layer.unmerge()
+    for layer in enabled:
+        layer.lora_enabled = False
+    for name in trained:
+        present[name].data = record.originals[name].to(present[name])
+    try:
+        yield
+    finally:
+        for name, value in trained.items():
+            present[name].data = value
+        for layer in enabled:
+            layer.lora_enabled = True
+        for layer in merged:
+            layer.merge()
+        if was_folded:
+            fold(model)

@@ -1,0 +1,153 @@
+"""The moments of a run that belong to the Trainer's strategy: methods set on the instance that is there.
+
+A callback has no hook between a model's ``configure_model`` and the loading of its checkpoint, none between the
+optimizers' making and their first use, and its checkpoint hooks are skipped when only weights are saved. The strategy
+is called at each of these moments, whatever the Trainer does.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+
+from lightning_lora.adapted import find_record, freeze, record_of, unfreeze
+from lightning_lora.checkpoint import (
+    KEY,
+    adapter_only,
+    adapter_state_dict,
+    as_base,
+    check_readable,
+    load_checkpoint_state,
+)
+from lightning_lora.errors import AdapterFileError, StrategyError
+from lightning_lora.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies import Strategy
+
+
+@dataclass
+class Duties:
+    """What the strategy is to call, and when.
+
+    Args:
+        inject: On the module, before a checkpoint is loaded and before the module is wrapped.
+        train_adapters: On the module and its optimizers, when they have been made.
+    """
+
+    inject: Callable[[nn.Module], None]
+    train_adapters: Callable[[nn.Module, Any], None]
+
+
+def watch(strategy: "Strategy", duties: Duties) -> None:
+    """Let ``strategy`` keep ``duties``, for its whole life: after fit and after an exception files are adapter-only too.
+
+    Raises:
+        StrategyError: the strategy shards or restores the model in a way that these guarantees do not cover yet.
+    """
+    if strategy.restore_checkpoint_after_setup:
+        raise StrategyError(
+            f"{type(strategy).__name__} shards the model, which LoRACallback does not support yet. Use a single device "
+            "or one of the 'ddp' strategies."
+        )
+    Watch(strategy, duties).install()
+
+
+class Watch:
+    """Stand before methods of a Trainer's strategy. A module without adapters passes through untouched.
+
+    The methods are set on the instance and call those of its class, so that installing twice is installing once, and
+    a strategy that is pickled to another process takes its watch along.
+    """
+
+    METHODS = (
+        "load_checkpoint",
+        "load_model_state_dict",
+        "setup",
+        "setup_optimizers",
+        "lightning_module_state_dict",
+        "save_checkpoint",
+    )
+
+    def __init__(self, strategy: "Strategy", duties: Duties) -> None:
+        self.strategy = strategy
+        self.duties = duties
+
+    def install(self) -> None:
+        """Set the methods on the strategy."""
+        for name in self.METHODS:
+            setattr(self.strategy, name, getattr(self, name))
+
+    @property
+    def module(self) -> nn.Module:
+        """The LightningModule of the run."""
+        module = self.strategy.lightning_module
+        assert module is not None
+        return module
+
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Adapt layers that ``setup`` and ``configure_model`` made, then read, and take a full file as the base."""
+        self.duties.inject(self.module)
+        try:
+            checkpoint: dict[str, Any] = self._own.load_checkpoint(self.strategy, checkpoint_path, *args, **kwargs)
+        except OSError:
+            raise
+        except Exception as error:
+            raise AdapterFileError(
+                f"{checkpoint_path} cannot be read: it is truncated, damaged, or no checkpoint ({error}). Pass a file "
+                "that a Trainer wrote."
+            ) from error
+        check_readable(checkpoint, checkpoint_path)
+        if KEY in checkpoint:
+            return checkpoint
+        rank_zero_info(f"{checkpoint_path} holds a full model and no adapters: it is loaded as the base of the fine-tune.")
+        return as_base(checkpoint)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:  # noqa: ARG002
+        """Load what training changed; base keys may be missing, adapter keys may not, whatever ``strict`` says."""
+        load_checkpoint_state(self.module, checkpoint)
+
+    def setup(self, trainer: "Trainer") -> None:
+        """Adapt before the module is converted, moved and wrapped; note the base in both forms for its fingerprint."""
+        self.duties.inject(self.module)
+        training = trainer.state.fn == "fit"
+        if training:
+            self._note_base(fresh=True)
+        self._own.setup(self.strategy, trainer)
+        if training:
+            self._note_base(fresh=False)
+
+    def setup_optimizers(self, trainer: "Trainer") -> None:
+        """Let the user's code see the base as trainable, as it expects, then give the optimizers what trains."""
+        record = record_of(self.module)
+        unfreeze(self.module, record)
+        try:
+            self._own.setup_optimizers(self.strategy, trainer)
+        finally:
+            freeze(self.module, record)
+        self.duties.train_adapters(self.module, self.strategy.optimizers)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return what training changed; the base is never gathered, with ``save_weights_only`` neither."""
+        if find_record(self.module) is None:
+            return self._own.lightning_module_state_dict(self.strategy)
+        return adapter_state_dict(self.module)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Drop base weights that a callback put back, and say what the rest is."""
+        if find_record(self.module) is not None:
+            checkpoint = adapter_only(self.module, checkpoint)
+        self._own.save_checkpoint(self.strategy, checkpoint, filepath, storage_options)
+
+    @property
+    def _own(self) -> "type[Strategy]":
+        return type(self.strategy)
+
+    def _note_base(self, *, fresh: bool) -> None:
+        """Keep the fingerprint of the base as it is now, beside the one before the precision converted it."""
+        record, now = record_of(self.module), fingerprint(self.module)
+        if now not in record.fingerprints:
+            record.fingerprints = [now] if fresh else [*record.fingerprints, now]

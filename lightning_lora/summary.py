@@ -1,0 +1,174 @@
+"""Say what of a model trains, what it costs, and what full fine-tuning would cost instead."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from torch import Tensor, nn
+
+from lightning_lora.adapted import find_record, record_of
+from lightning_lora.checkpoint import adapter_state_dict
+from lightning_lora.layers import LoRALayer
+
+_ADAM_MOMENTS = 2
+"""Tensors that Adam and its kin keep for each trained parameter."""
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers that differ only in a number of their names.
+
+    Args:
+        name: Their name, with a ``*`` for the number.
+        layers: How many they are.
+        kind: Their class.
+        r: The rank of their adapters, or None.
+        trained: Parameters that train, in all of them.
+        frozen: Parameters that do not.
+    """
+
+    name: str
+    layers: int
+    kind: str
+    r: int | None
+    trained: int
+    frozen: int
+
+
+@dataclass(frozen=True)
+class LoRASummary:
+    """What :func:`summarize` returns; it prints as a table.
+
+    Args:
+        title: The model's class.
+        groups: Every layer that has parameters of its own, in groups.
+        trained: Parameters that train.
+        frozen: Parameters that do not.
+        optimizer_bytes: State that Adam keeps for the trained parameters.
+        full_optimizer_bytes: State that it would keep for all parameters of the base.
+        checkpoint_bytes: Weights in a checkpoint.
+        full_checkpoint_bytes: Weights in a checkpoint of full fine-tuning.
+    """
+
+    title: str
+    groups: tuple[LayerGroup, ...]
+    trained: int
+    frozen: int
+    optimizer_bytes: int
+    full_optimizer_bytes: int
+    checkpoint_bytes: int
+    full_checkpoint_bytes: int
+
+    @property
+    def share(self) -> float:
+        """Trained parameters over all of them."""
+        return self.trained / max(self.trained + self.frozen, 1)
+
+    def table(self, *, trained_only: bool = False) -> Group:
+        """Return the summary as a rich table, and two lines of costs below it.
+
+        Args:
+            trained_only: Put the groups in which nothing trains into one row.
+        """
+        table = Table(title=f"LoRA: {self.title} trains {self.share:.2%} of its parameters", min_width=60)
+        table.add_column("Layers", overflow="fold")
+        table.add_column("Type")
+        for heading in ("r", "Trained", "Frozen"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        shown = [group for group in self.groups if group.trained or not trained_only]
+        rest = [group for group in self.groups if group not in shown]
+        for group in shown:
+            times = f" (×{group.layers})" if group.layers > 1 else ""
+            r = "–" if group.r is None else str(group.r)
+            table.add_row(group.name + times, group.kind, r, f"{group.trained:,}", f"{group.frozen:,}")
+        if rest:
+            layers = sum(group.layers for group in rest)
+            table.add_row(f"{layers} other layers", "", "–", "0", f"{sum(group.frozen for group in rest):,}")
+        table.add_section()
+        table.add_row("Total", "", "", f"{self.trained:,}", f"{self.frozen:,}", style="bold")
+        costs = Table.grid(padding=(0, 2))
+        for what, ours, full in (
+            ("Optimizer state (Adam)", self.optimizer_bytes, self.full_optimizer_bytes),
+            ("Weights in a checkpoint", self.checkpoint_bytes, self.full_checkpoint_bytes),
+        ):
+            costs.add_row(what, _size(ours), f"full fine-tuning: {_size(full)}")
+        return Group(table, costs)
+
+    def __rich__(self) -> Group:
+        """Print as the whole table under rich."""
+        return self.table()
+
+    def __str__(self) -> str:
+        """Print as the whole table."""
+        console = Console(width=100, no_color=True)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def summarize(model: nn.Module) -> LoRASummary:
+    """Count what trains in ``model``, layer by layer, and what it costs beside full fine-tuning.
+
+    Args:
+        model: Any module; with adapters, or without, to see its layers' names.
+
+    Returns:
+        The counts; ``print`` shows them as a table.
+
+    Example:
+        >>> from lightning_lora import LoRAConfig, inject_adapters
+        >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+        >>> names = inject_adapters(model, LoRAConfig(r=2))
+        >>> summary = summarize(model)
+        >>> summary.trained, summary.frozen, summary.groups[0].name
+        (128, 544, '*')
+    """
+    grouped: dict[tuple[str, str, int | None], list[tuple[int, int]]] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+        seen.update(id(p) for p in own)
+        if own:
+            trained = sum(p.numel() for p in own if p.requires_grad)
+            r = module.lora_A.shape[0] if isinstance(module, LoRALayer) else None
+            kind = module.overlaid[1].__name__ if isinstance(module, LoRALayer) else type(module).__name__
+            key = (re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or "(root)", kind, r)
+            grouped.setdefault(key, []).append((trained, sum(p.numel() for p in own) - trained))
+    groups = tuple(
+        LayerGroup(*key[:1], len(rows), *key[1:], sum(t for t, _ in rows), sum(f for _, f in rows))
+        for key, rows in grouped.items()
+    )
+    return _with_costs(model, groups)
+
+
+def _with_costs(model: nn.Module, groups: tuple[LayerGroup, ...]) -> LoRASummary:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    added = {id(p) for m in model.modules() if isinstance(m, LoRALayer) for p in m.adapter_parameters().values()}
+    base = [p for p in model.parameters() if id(p) not in added]
+    state = adapter_state_dict(model) if find_record(model) and record_of(model) else model.state_dict()
+    buffers = [buffer for buffer in model.buffers()]
+    return LoRASummary(
+        title=type(model).__name__,
+        groups=groups,
+        trained=sum(p.numel() for p in trained),
+        frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        optimizer_bytes=_ADAM_MOMENTS * _bytes(trained),
+        full_optimizer_bytes=_ADAM_MOMENTS * _bytes(base),
+        checkpoint_bytes=_bytes(state.values()),
+        full_checkpoint_bytes=_bytes(base) + _bytes(buffers),
+    )
+
+
+def _bytes(values: Any) -> int:
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+
+def _size(number: float) -> str:
+    """A number of bytes as people read it, in powers of 1,000 as files are measured."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"

@@ -1,0 +1,207 @@
+"""Choose which layers of a model to adapt and which modules to train whole. Nothing here changes a model."""
+
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from lightning_lora.config import LoRAConfig, matches, matches_pattern
+from lightning_lora.errors import ConfigError, TargetError
+from lightning_lora.layers import ADAPTERS, LINEAR_LIKE, LoRALayer, adapter_for
+
+AUTOMATIC = ("all-linear", "all")
+"""The words that ``target_modules`` knows besides expressions and lists."""
+
+_SEE_ALL = "print(summarize(model)) shows every layer"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a configuration means on one model.
+
+    Args:
+        layers: The layers to adapt, by name, in the model's order; a shared layer once, under its first name.
+        saved: The modules to train whole, by name.
+    """
+
+    layers: dict[str, nn.Module]
+    saved: dict[str, nn.Module]
+
+
+def select(model: nn.Module, config: LoRAConfig) -> Selection:
+    """Return what ``config`` means on ``model``.
+
+    Raises:
+        TargetError: an entry of a pattern matches nothing, or a layer that cannot be adapted, or no layer is left.
+        ConfigError: a layer is smaller than the rank it would get.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+        >>> list(select(model, LoRAConfig(target_modules=["2"])).layers)
+        ['2']
+        >>> select(model, LoRAConfig(target_modules=["linear"]))
+        Traceback (most recent call last):
+            ...
+        lightning_lora.errors.TargetError: target_modules ['linear'] match no module of Sequential. Correct \
+target_modules; print(summarize(model)) shows every layer.
+    """
+    names = _Names(model)
+    saved = {name: names.modules[name] for name in names.find("modules_to_save", config.modules_to_save)}
+    left_out = {*saved, *names.find("exclude_modules", config.exclude_modules)}
+    layers, seen = {}, set()
+    for name, layer in _targets(names, config).items():
+        if layer not in seen and not any(name == outer or name.startswith(outer + ".") for outer in left_out):
+            layers[name] = layer
+            seen.add(layer)
+    _check_supported(names, config, layers)
+    _check_patterns(names, config, layers)
+    _check_ranks(config, layers)
+    return Selection(layers, saved)
+
+
+def saved_modules(model: nn.Module, config: LoRAConfig) -> Iterator[nn.Module]:
+    """Yield the modules of ``model`` that ``modules_to_save`` names."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(matches(entry, name) for entry in config.modules_to_save or ()):
+            yield module
+
+
+class _Names:
+    """A model's modules by name, a shared one under each of its names, and what to say when a name is not there."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.title = type(model).__name__
+        self.modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+
+    def find(self, argument: str, pattern: object) -> list[str]:
+        """Return every name that a pattern means: an expression for whole names, or a list.
+
+        Raises:
+            TargetError: the expression, or any entry of the list, matches no module.
+        """
+        if pattern is None:
+            return []
+        if isinstance(pattern, str):
+            found = [name for name in self.modules if re.fullmatch(pattern, name)]
+            self.require(argument, {} if found else {pattern: self.modules})
+            return found
+        assert isinstance(pattern, tuple)
+        found_by = {entry: [name for name in self.modules if matches(entry, name)] for entry in pattern}
+        self.require(argument, {entry: self.modules for entry, names in found_by.items() if not names})
+        return [name for name in self.modules if any(name in names for names in found_by.values())]
+
+    def require(self, argument: str, missing: dict[str, dict[str, nn.Module]]) -> None:
+        """Raise, if anything is ``missing``: entries, each with the modules it might have meant."""
+        if not missing:
+            return
+        nearest: dict[str, None] = {}
+        for entry, modules in missing.items():
+            parts = {part: name for name in modules for part in (name.rpartition(".")[2], name)}
+            nearest.update((parts[part], None) for part in difflib.get_close_matches(entry, parts, n=3, cutoff=0.5))
+        near = f" Nearest names: {', '.join(map(repr, list(nearest)[:5]))}." if nearest else ""
+        raise TargetError(
+            f"{argument} {list(missing)} match no module of {self.title}.{near} Correct {argument}; {_SEE_ALL}."
+        )
+
+
+def _targets(names: _Names, config: LoRAConfig) -> dict[str, nn.Module]:
+    """The modules that ``target_modules`` means, supported or not, before any is taken out."""
+    targets = config.target_modules
+    if targets not in AUTOMATIC:
+        found = {name: names.modules[name] for name in names.find("target_modules", targets)}
+        if isinstance(targets, str):  # an expression may run over containers and norms: it means the layers among them
+            return {name: layer for name, layer in found.items() if adapter_for(layer)} or found
+        return found
+    inside_attention = {id(child) for outer in names.modules.values() if _is_attention(outer) for child in outer.modules()}
+    heads = _output_heads(names) if targets == "all-linear" else set()
+    kinds = LINEAR_LIKE if targets == "all-linear" else tuple(ADAPTERS.values())
+    return {
+        name: layer
+        for name, layer in names.modules.items()
+        if adapter_for(layer) in kinds and id(layer) not in heads and id(layer) not in inside_attention
+    }
+
+
+def _is_attention(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.MultiheadAttention)
+
+
+def _output_heads(names: _Names) -> set[int]:
+    """The layers that turn a language model's features into words: those transformers names, and those tied."""
+    embeddings = {id(module.weight) for module in names.modules.values() if isinstance(module, nn.Embedding)}
+    tied = {
+        id(module) for module in names.modules.values() if isinstance(module, nn.Linear) and id(module.weight) in embeddings
+    }
+    asked = (getattr(module, "get_output_embeddings", None) for module in names.modules.values())
+    return tied | {id(head()) for head in asked if callable(head)}
+
+
+def _check_supported(names: _Names, config: LoRAConfig, layers: dict[str, nn.Module]) -> None:
+    shown = list(config.target_modules) if isinstance(config.target_modules, tuple) else config.target_modules
+    if not layers:
+        raise TargetError(
+            f"target_modules {shown!r} leave no layer of {names.title} to adapt. Expected at least one "
+            f"{_supported_types()} layer that exclude_modules and modules_to_save do not take out. "
+            f"Correct target_modules; {_SEE_ALL}."
+        )
+    refused = {name: why for name, layer in layers.items() if (why := _why_not(names, name, layer))}
+    if refused:
+        reasons = "; ".join(f"{name!r}: {why}" for name, why in list(refused.items())[:5])
+        more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
+        raise TargetError(
+            f"target_modules {shown!r} match layers of {names.title} that cannot be adapted ({reasons}{more}). "
+            f"Supported are {_supported_types()} and their subclasses. Name other layers, or leave these out: "
+            f"exclude_modules={list(refused)[:5]}."
+        )
+
+
+def _why_not(names: _Names, name: str, layer: nn.Module) -> str | None:
+    """Why ``layer`` cannot be adapted, if so."""
+    kind = adapter_for(layer)
+    if isinstance(layer, LoRALayer):
+        return None
+    if kind is None:
+        return f"a {type(layer).__name__} is not supported"
+    if _is_attention(names.modules.get(name.rpartition(".")[0])):
+        return "its nn.MultiheadAttention reads the weight and never calls the layer"
+    if "forward" in vars(layer):
+        return "its forward is replaced on the instance, which would bypass the adapter"
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed (weight_norm, spectral_norm, parametrize or prune), so no update can be merged"
+    if isinstance(weight, UninitializedParameter):
+        return "it is lazy and has no shape before its first forward"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}, not floating point"
+    if "lora_A" in dir(layer):
+        return "it has a lora_A of another library"
+    return kind.refusal(layer)
+
+
+def _supported_types() -> str:
+    return ", ".join(str(kind.layer_type).rpartition(".")[2].removesuffix("'>") for kind in ADAPTERS.values())
+
+
+def _check_patterns(names: _Names, config: LoRAConfig, layers: dict[str, nn.Module]) -> None:
+    for argument, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        unused = [key for key in pattern or {} if not any(matches_pattern(key, name) for name in layers)]
+        names.require(argument, dict.fromkeys(unused, layers))
+
+
+def _check_ranks(config: LoRAConfig, layers: dict[str, nn.Module]) -> None:
+    small = {}
+    for name, layer in layers.items():
+        kind = adapter_for(layer)
+        assert kind is not None
+        if config.rank(name) > min(kind.features(layer)):
+            small[name] = (config.rank(name), min(kind.features(layer)))
+    if small:
+        shown = ", ".join(f"{name!r} (r={r}, at most {limit})" for name, (r, limit) in list(small.items())[:5])
+        raise ConfigError(
+            f"The rank is larger than {len(small)} layer(s) allow: {shown}. Lower r; or train such a layer whole with "
+            f"modules_to_save={list(small)[:5]}, as suits a new head; or give it its own r in rank_pattern; or leave it "
+            "as it is with exclude_modules."
+        )
