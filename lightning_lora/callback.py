@@ -131,6 +131,8 @@ class LoRACallback(Callback):
         self._base_is_open = find_record(pl_module) is None
         if stage == "fit":
             self._check_merge(trainer)
+            for layer in adapted_layers(pl_module).values():
+                layer.unmerge()  # merged by hand: its adapters could not train
         try:
             inject_adapters(pl_module, self.config)
         except TargetError:  # setup or configure_model may yet make the layers; the strategy asks again, for good

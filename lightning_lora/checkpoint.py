@@ -96,23 +96,22 @@ def describe(model: nn.Module, state: Mapping[str, Any], base: list[dict[str, An
         state: What of it is stored.
         base: The forms of its base, if known; else they are computed.
     """
-    return {
-        "format": FORMAT,
-        "config": record_of(model).config.to_dict(),
-        "base": base or [fingerprint(model)],
-        "checksum": _checksum(state),
-    }
+    about = {"format": FORMAT, "config": record_of(model).config.to_dict(), "base": base or [fingerprint(model)]}
+    return {**about, "checksum": _checksum(state, about)}
 
 
 def _same(value: Any, original: Tensor) -> bool:
     return isinstance(value, Tensor) and value.dtype == original.dtype and torch.equal(value.to(original.device), original)
 
 
-def _checksum(state: Mapping[str, Any]) -> int:
-    """One number for the names and contents of all tensors."""
-    total = 0
-    for name in sorted(name for name, value in state.items() if isinstance(value, Tensor) and not value.is_meta):
-        total = (total * 1_000_003 + digest(torch.tensor(list(name.encode()))) + digest(state[name])) % (1 << 63)
+def _checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:
+    """One number for the names and contents of all tensors, and for what is said about them."""
+    said = {name: value for name, value in about.items() if name != "checksum"}
+    names = sorted(name for name, value in state.items() if isinstance(value, Tensor) and not value.is_meta)
+    text = json.dumps([said, names], sort_keys=True).encode()
+    total = digest(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    for name in names:
+        total = (total * 1_000_003 + digest(state[name])) % (1 << 63)
     return total
 
 
@@ -133,7 +132,8 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         AdapterStateError: ``model`` has no adapters.
     """
     record = record_of(model)
-    _check_state(model, state)
+    _check_names(model, state)
+    _check_tensors(model, state)
     with _adapters_live(model):
         buffers = set(persistent_buffers(model)) & set(record.originals)
         restore_originals(model, buffers - set(state))
@@ -155,25 +155,35 @@ def _adapters_live(model: nn.Module) -> Iterator[None]:
             merge_adapters(model)
 
 
-def _check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
-    record = record_of(model)
-    required = {**adapter_parameters(model), **trained_base_parameters(model, record.config)}
-    optional = {**without_base(model, model.state_dict()), **persistent_buffers(model)}
-    title = type(model).__name__
+def _required(model: nn.Module) -> dict[str, Tensor]:
+    """What a stored state of ``model`` must hold."""
+    return {**adapter_parameters(model), **trained_base_parameters(model, record_of(model).config)}
+
+
+def _optional(model: nn.Module) -> dict[str, Any]:
+    """What it may hold besides: buffers, and what a module adds to its state dict by itself."""
+    return {**without_base(model, model.state_dict()), **persistent_buffers(model)}
+
+
+def _check_names(model: nn.Module, state: Mapping[str, Any]) -> None:
+    required, optional = _required(model), _optional(model)
     missing = [name for name in required if name not in state]
     unexpected = [name for name in state if name not in required and name not in optional]
     if missing or unexpected:
         near = {name: difflib.get_close_matches(name, missing or required, n=1) for name in unexpected[:3]}
         hint = "".join(f" {name!r} is close to {match[0]!r}." for name, match in near.items() if match)
+        found = " and ".join(filter(None, (_listed("missing", missing), _listed("unexpected", unexpected))))
         raise AdapterMismatchError(
-            f"These adapters do not fit {title}: {_listed('missing', missing)}{' and ' if missing and unexpected else ''}"
-            f"{_listed('unexpected', unexpected)}.{hint} Adapt the model with the targets, modules_to_save and bias that "
-            "they were trained with."
+            f"These adapters do not fit {type(model).__name__}: {found}.{hint} Adapt the model with the targets, "
+            "modules_to_save and bias that they were trained with."
         )
+
+
+def _check_tensors(model: nn.Module, state: Mapping[str, Any]) -> None:
+    known = {**_optional(model), **_required(model)}
     for name, value in state.items():
-        expected = required.get(name, optional.get(name))
-        if isinstance(expected, Tensor):
-            _check_tensor(name, value, expected)
+        if isinstance(known[name], Tensor):
+            _check_tensor(name, value, known[name])
 
 
 def _check_tensor(name: str, value: object, expected: Tensor) -> None:
@@ -192,24 +202,27 @@ def _listed(what: str, names: list[str]) -> str:
     return f"{what} {', '.join(map(repr, names[:5]))}{more}" if names else ""
 
 
-def check_description(model: nn.Module, description: object) -> None:
-    """Refuse adapters whose description does not fit an adapted model.
+def check_fits(model: nn.Module, state: Mapping[str, Any], description: Mapping[str, Any]) -> None:
+    """Refuse stored adapters that do not fit an adapted model, whether in shape or in meaning.
 
     Raises:
         AdapterFileError: the description cannot be read.
-        AdapterMismatchError: the same factors would give another update here.
+        AdapterMismatchError: a tensor does not fit, or the same factors would give another update here.
         BaseMismatchError: they were trained on another base.
     """
     config = _stored_config(description)
     for name, layer in adapted_layers(model).items():
-        theirs, ours = config.scaling(name), layer.lora_scaling
-        if config.rank(name) == layer.lora_A.shape[0] and theirs != ours:
+        theirs = (config.rank(name), config.scaling(name))
+        ours = (layer.lora_A.shape[0], layer.lora_scaling)
+        if theirs != ours:
             raise AdapterMismatchError(
-                f"These adapters were trained with a scaling of {theirs:g} in {name!r}, but here it is {ours:g}. Use the "
-                f"alpha they were trained with: r={config.rank(name)}, alpha={config.alpha}, "
-                f"use_rslora={config.use_rslora}."
+                f"These adapters were trained with r={theirs[0]} and a scaling of {theirs[1]:g} in {name!r}; here it has "
+                f"r={ours[0]} and {ours[1]:g}. Adapt the model as they were trained: r={config.r}, alpha={config.alpha}, "
+                f"use_rslora={config.use_rslora}, rank_pattern={config.rank_pattern}, alpha_pattern={config.alpha_pattern}."
             )
-    check_base(model, description["base"])  # type: ignore[index]  # a mapping: _stored_config read it
+    _check_names(model, state)
+    check_base(model, description["base"])
+    _check_tensors(model, state)
 
 
 def _stored_config(description: object) -> LoRAConfig:
@@ -262,7 +275,7 @@ def load_checkpoint_state(model: nn.Module, checkpoint: Mapping[str, Any]) -> No
     """
     state = checkpoint["state_dict"]
     if KEY in checkpoint:
-        check_description(model, checkpoint[KEY])
+        check_fits(model, state, checkpoint[KEY])
         load_adapter_state_dict(model, state)
         return
     record, adapters = record_of(model), adapter_parameters(model)
@@ -346,7 +359,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
     injected = find_record(model) is None
     try:
         inject_adapters(model, config) if injected else None
-        check_description(model, description)
+        check_fits(model, state, description)
         load_adapter_state_dict(model, state)
     except BaseException:
         if injected and find_record(model):
@@ -393,7 +406,7 @@ def read_adapter_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def _check_checksum(state: Mapping[str, Any], description: Mapping[str, Any], path: object) -> None:
-    if _checksum(state) != description["checksum"]:
+    if _checksum(state, description) != description["checksum"]:
         raise AdapterFileError(f"The adapters in {path} are not as they were written: the file is damaged or was changed.")
 
 

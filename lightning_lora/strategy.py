@@ -93,7 +93,7 @@ class Watch:
         self.duties.inject(self.module)
         try:
             checkpoint: dict[str, Any] = self._own.load_checkpoint(self.strategy, checkpoint_path, *args, **kwargs)
-        except OSError:
+        except (FileNotFoundError, PermissionError):
             raise
         except Exception as error:
             raise AdapterFileError(

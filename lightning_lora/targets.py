@@ -73,6 +73,7 @@ class _Names:
     """A model's modules by name, a shared one under each of its names, and what to say when a name is not there."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.title = type(model).__name__
         self.modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
 
@@ -135,7 +136,7 @@ def _output_heads(names: _Names) -> set[int]:
     tied = {
         id(module) for module in names.modules.values() if isinstance(module, nn.Linear) and id(module.weight) in embeddings
     }
-    asked = (getattr(module, "get_output_embeddings", None) for module in names.modules.values())
+    asked = (getattr(module, "get_output_embeddings", None) for module in names.model.modules())
     return tied | {id(head()) for head in asked if callable(head)}
 
 

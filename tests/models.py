@@ -1,0 +1,109 @@
+"""Tiny models, data and Trainers that the tests share."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+WORDS, WIDTH, CLASSES = 20, 8, 4
+
+
+class TinyLM(nn.Module):
+    """An embedding, two named projections, a norm, and a head tied to the embedding."""
+
+    def __init__(self, *, tied: bool = True) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(WORDS, WIDTH)
+        self.q_proj = nn.Linear(WIDTH, WIDTH)
+        self.v_proj = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.lm_head = nn.Linear(WIDTH, WORDS, bias=False)
+        if tied:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.embed(index)
+        return self.lm_head(self.norm(torch.tanh(self.q_proj(x)) + self.v_proj(x)))
+
+
+class LitTiny(L.LightningModule):
+    """A classifier over TinyLM-like layers; built the same each time, so that it is always the same base."""
+
+    def __init__(self, width: int = WIDTH, lr: float = 0.05) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.embed = nn.Embedding(WORDS, width)
+            self.q_proj = nn.Linear(width, width)
+            self.v_proj = nn.Linear(width, width, bias=False)
+            self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.embed(index)
+        return self.head(torch.tanh(self.q_proj(x)) + self.v_proj(x))
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch), sync_dist=True)
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("test_loss", self.loss(batch), sync_dist=True)
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self(batch[0])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=self.hparams["lr"])
+
+
+def data(samples: int = 16, batch_size: int = 4) -> DataLoader[Any]:
+    """Random tokens with labels that depend on them, always the same."""
+    index = torch.randint(0, WORDS, (samples,), generator=torch.Generator().manual_seed(2))
+    return DataLoader(TensorDataset(index, index % CLASSES), batch_size=batch_size)
+
+
+def trainer(folder: Path | str, callbacks: Iterable[L.Callback] = (), **kwargs: Any) -> L.Trainer:
+    """A quiet Trainer on the CPU."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 2,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": str(folder),
+    }
+    return L.Trainer(callbacks=list(callbacks), **(defaults | kwargs))
+
+
+def randomise(model: nn.Module, seed: int = 3, scale: float = 0.1) -> None:
+    """Give every adapter of ``model`` an update that does something."""
+    from lightning_lora.adapted import adapter_parameters
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in adapter_parameters(model).values():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64).mul_(scale))
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of a model's state dict."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two states have the same names and bits."""
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+Builder = Callable[[], nn.Module]

@@ -1,0 +1,304 @@
+"""Adapters in files: what is in them, what they fit, and that nothing is written before everything is checked."""
+
+import copy
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lightning_lora import (
+    AdapterFileError,
+    AdapterMismatchError,
+    AdapterStateError,
+    BaseMismatchError,
+    LoRAConfig,
+    LoRAError,
+    adapter_state_dict,
+    inject_adapters,
+    load_adapter,
+    load_adapter_state_dict,
+    merge_adapters,
+    remove_adapters,
+    save_adapter,
+    unmerge_adapters,
+)
+from tests.models import LitTiny, TinyLM, randomise, same, state
+
+CONFIG = LoRAConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj"], modules_to_save=["head"], bias="lora_only")
+X = torch.arange(20)
+
+
+def trained() -> LitTiny:
+    """A model with every kind of thing that training changes."""
+    model = LitTiny()
+    inject_adapters(model, CONFIG)
+    randomise(model)
+    with torch.no_grad():
+        model.head.weight.add_(1)
+        model.q_proj.bias.add_(1)
+    return model
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    save_adapter(trained(), tmp_path / "adapter.safetensors")
+    return tmp_path / "adapter.safetensors"
+
+
+def test_file_restores_the_trained_model_on_a_plain_base(file: Path) -> None:
+    model = LitTiny()
+    load_adapter(model, file)
+    assert same(state(model), state(trained()))
+    load_adapter(model, file)
+    assert torch.equal(model(X), trained()(X))
+
+
+def test_state_holds_what_training_changed_and_nothing_else() -> None:
+    assert set(adapter_state_dict(trained())) == {
+        "q_proj.lora_A", "q_proj.lora_B", "v_proj.lora_A", "v_proj.lora_B", "q_proj.bias", "head.weight", "head.bias",
+    }  # fmt: skip
+
+
+def test_file_is_adapter_sized_and_plain(file: Path) -> None:
+    values = sum(value.nbytes for value in adapter_state_dict(trained()).values())
+    with safe_open(file, "pt") as opened:
+        about = json.loads(opened.metadata()["lightning_lora"])
+    assert file.stat().st_size < values + 4096
+    assert about["format"] == 1 and LoRAConfig.from_dict(about["config"]) == CONFIG
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_state_is_the_same_merged_and_unmerged(file: Path) -> None:
+    model = trained()
+    before = adapter_state_dict(model)
+    merge_adapters(model)
+    assert same(adapter_state_dict(model), before)
+    save_adapter(model, file)
+    again = LitTiny()
+    load_adapter(again, file)
+    assert same(state(again), state(trained()))
+
+
+def test_loading_into_a_merged_model_replaces_its_update(file: Path) -> None:
+    model = LitTiny()
+    inject_adapters(model, CONFIG)
+    randomise(model, seed=5)
+    merge_adapters(model)
+    load_adapter(model, file)
+    torch.testing.assert_close(model(X), trained()(X))
+    unmerge_adapters(model)
+    assert same(state(model), state(trained()))
+
+
+def test_buffers_that_changed_are_stored_and_others_are_restored(tmp_path: Path) -> None:
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+
+    model = build()
+    inject_adapters(model, LoRAConfig(r=1))
+    fresh = adapter_state_dict(model)
+    assert set(fresh) == {"0.lora_A", "0.lora_B"}
+    fresh = {name: value.clone() for name, value in fresh.items()}
+    model[1](torch.randn(5, 3))
+    assert set(adapter_state_dict(model)) - set(fresh) == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    save_adapter(model, tmp_path / "a.safetensors")
+    again = build()
+    load_adapter(again, tmp_path / "a.safetensors")
+    assert same(state(again), state(model))
+    load_adapter_state_dict(again, fresh)
+    assert torch.equal(again[1].running_mean, torch.zeros(3)) and set(adapter_state_dict(again)) == set(fresh)
+
+
+def test_tied_head_trained_whole_is_stored_once_per_name_and_restored(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = TinyLM()
+    model = copy.deepcopy(base)
+    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    save_adapter(model, tmp_path / "a.safetensors")
+    load_adapter(base, tmp_path / "a.safetensors")
+    assert base.lm_head.weight is base.embed.weight and torch.equal(base(X), model(X))
+
+
+def test_merging_a_tied_head_leaves_the_embedding_alone() -> None:
+    torch.manual_seed(0)
+    model = TinyLM()
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["lm_head"]))
+    randomise(model)
+    adapted, embedding = model(X), model.embed.weight.detach().clone()
+    merge_adapters(model)
+    torch.testing.assert_close(model(X), adapted)
+    assert torch.equal(model.embed.weight, embedding)
+    unmerge_adapters(model)
+    assert model.lm_head.weight is model.embed.weight
+
+
+def test_adapters_need_their_own_base(file: Path) -> None:
+    for change in (0, -1):
+        model = LitTiny()
+        with torch.no_grad():
+            model.q_proj.weight.view(-1)[change] += 1e-6  # one element, hardly
+        with refused(model, BaseMismatchError, "q_proj.weight"):
+            load_adapter(model, file)
+    with refused(model := LitTiny(width=6), BaseMismatchError, "another architecture"):
+        load_adapter(model, file)
+    with refused(model := LitTiny().double(), BaseMismatchError, "float32.*float64"):
+        load_adapter(model, file)
+
+
+def test_a_merged_model_is_another_base(file: Path) -> None:
+    model = LitTiny()
+    load_adapter(model, file)
+    merge_adapters(model)
+    remove_adapters(model)
+    with refused(model, BaseMismatchError, "merged"):
+        load_adapter(model, file)
+
+
+class refused:
+    """Expect an error, and the model exactly as it was."""
+
+    def __init__(self, model: nn.Module, error: type[Exception], match: str) -> None:
+        self.model, self.raises = model, pytest.raises(error, match=match)
+
+    def __enter__(self) -> None:
+        self.before = state(self.model), [(type(m), m.training) for m in self.model.modules()], self._flags()
+        self.raises.__enter__()
+
+    def __exit__(self, *exc: Any) -> bool:
+        assert self.raises.__exit__(*exc)
+        after = state(self.model), [(type(m), m.training) for m in self.model.modules()], self._flags()
+        assert same(after[0], self.before[0]) and after[1:] == self.before[1:]
+        return True
+
+    def _flags(self) -> list[bool]:
+        return [p.requires_grad for p in self.model.parameters()]
+
+
+STATE_CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "missing": (lambda s: s.pop("q_proj.lora_A"), "missing 'q_proj.lora_A'"),
+    "missing whole module": (lambda s: s.pop("head.bias"), "missing 'head.bias'"),
+    "unexpected": (lambda s: s.update({"k_proj.lora_A": torch.zeros(1)}), "unexpected 'k_proj.lora_A'"),
+    "base weight": (lambda s: s.update({"embed.weight": torch.zeros(20, 8)}), "unexpected 'embed.weight'"),
+    "renamed": (lambda s: s.update({"q_proj.lora_a": s.pop("q_proj.lora_A")}), "close to 'q_proj.lora_A'"),
+    "shape": (lambda s: s.update({"q_proj.lora_A": torch.zeros(3, 8)}), r"\(3, 8\).*\(2, 8\)"),
+    "transposed": (lambda s: s.update({"v_proj.lora_B": torch.zeros(2, 8)}), r"\(2, 8\).*\(8, 2\)"),
+    "kind": (lambda s: s.update({"q_proj.lora_A": torch.zeros(2, 8, dtype=torch.int64)}), "int64"),
+    "no tensor": (lambda s: s.update({"q_proj.lora_A": "A"}), "str"),  # type: ignore[dict-item]
+}
+
+
+@pytest.mark.parametrize(("change", "message"), STATE_CHANGES.values(), ids=STATE_CHANGES)
+def test_state_that_does_not_fit_is_refused_and_nothing_is_written(change: Any, message: str) -> None:
+    bad = dict(adapter_state_dict(trained()))
+    change(bad)
+    model = LitTiny()
+    inject_adapters(model, CONFIG)
+    with refused(model, AdapterMismatchError, message):
+        load_adapter_state_dict(model, bad)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], Any]) -> None:
+    """Write a file again with another description or other tensors."""
+    with safe_open(path, "pt") as opened:
+        about = json.loads(opened.metadata()["lightning_lora"])
+    tensors = load_file(path)
+    change(about, tensors)
+    save_file(tensors, path, {"lightning_lora": json.dumps(about)})
+
+
+TAMPERED: dict[str, Callable[[Path], Any]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-20]),
+    "cut in the header": lambda path: path.write_bytes(path.read_bytes()[:40]),
+    "bit flipped": lambda path: path.write_bytes(path.read_bytes()[:-5] + bytes([path.read_bytes()[-5] ^ 1]) + path.read_bytes()[-4:]),
+    "text": lambda path: path.write_text("hello"),
+    "foreign safetensors": lambda path: save_file({"a": torch.zeros(1)}, path),
+    "foreign torch file": lambda path: torch.save({"a": torch.zeros(1)}, path),
+    "foreign object": lambda path: torch.save([1, 2], path),
+    "full checkpoint": lambda path: torch.save({"state_dict": LitTiny().state_dict()}, path),
+    "description of another kind": lambda path: save_file(load_file(path), path, {"lightning_lora": "[]"}),
+    "description not JSON": lambda path: save_file(load_file(path), path, {"lightning_lora": "{"}),
+    "newer format": lambda path: rewrite(path, lambda about, _: about.update(format=2)),
+    "unknown option": lambda path: rewrite(path, lambda about, _: about["config"].update(rank=2)),
+    "impossible option": lambda path: rewrite(path, lambda about, _: about["config"].update(r=0)),
+    "renamed tensors": lambda path: rewrite(path, lambda _, t: t.update({"q_proj.lora_A": t["v_proj.lora_A"], "v_proj.lora_A": t["q_proj.lora_A"]})),
+    "another alpha": lambda path: rewrite(path, lambda about, _: about["config"].update(alpha=8)),
+    "no fingerprint": lambda path: rewrite(path, lambda about, _: about.update(base=[])),
+    "broken fingerprint": lambda path: rewrite(path, lambda about, _: about.update(base=[1])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tamper", TAMPERED.values(), ids=TAMPERED)
+def test_tampered_file_is_refused_and_the_model_is_as_it_was(file: Path, tamper: Callable[[Path], Any]) -> None:
+    tamper(file)
+    plain, adapted = LitTiny(), trained()
+    with refused(plain, AdapterFileError, "."):
+        load_adapter(plain, file)
+    with refused(adapted, AdapterFileError, "."):
+        load_adapter(adapted, file)
+
+
+@pytest.mark.parametrize("option", [{"alpha": 8.0}, {"use_rslora": True}, {"r": 4}, {"alpha_pattern": {"q_proj": 9.0}}], ids=str)
+def test_adapters_of_another_function_are_refused_with_the_arguments_to_use(file: Path, option: dict[str, Any]) -> None:
+    model = LitTiny()
+    inject_adapters(model, LoRAConfig(**(CONFIG.to_dict() | option)))
+    with refused(model, AdapterMismatchError, "r=2, alpha=4, use_rslora=False"):
+        load_adapter(model, file)
+
+
+def test_pickle_that_would_run_code_does_not_run(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "ran",))
+
+    path = tmp_path / "bomb.ckpt"
+    torch.save({"state_dict": {}, "lightning_lora": Bomb()}, path)
+    with pytest.raises(AdapterFileError):
+        load_adapter(LitTiny(), path)
+    path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(AdapterFileError):
+        load_adapter(LitTiny(), path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_missing_file_and_folder_say_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load_adapter(LitTiny(), tmp_path / "none.safetensors")
+    with pytest.raises(AdapterFileError, match="folder"):
+        load_adapter(LitTiny(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "verb", [adapter_state_dict, merge_adapters, unmerge_adapters, remove_adapters, lambda m: load_adapter_state_dict(m, {})]
+)
+def test_verbs_on_a_plain_model_say_what_to_do(verb: Callable[[nn.Module], Any]) -> None:
+    with pytest.raises(AdapterStateError, match="inject_adapters"):
+        verb(LitTiny())
+    outer = nn.Sequential(trained())
+    with pytest.raises(LoRAError, match="'0': pass that module"):
+        verb(outer)
+
+
+def test_gpt3_adapter_file_is_the_papers_35_mb(tmp_path: Path) -> None:
+    """Hu et al. 2021, section 4.2: r=4 on W_q and W_v of 96 layers, in fp16: 37.8 million bytes, 36 MiB."""
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.ModuleDict({"q": nn.Linear(12288, 12288, False), "v": nn.Linear(12288, 12288, False)}) for _ in range(96))).half()  # fmt: skip
+    inject_adapters(model, LoRAConfig(r=4, target_modules=["q", "v"]))
+    with pytest.raises(AdapterStateError, match="meta"):
+        save_adapter(model, tmp_path / "gpt3.safetensors")
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            for name, factor in layer.adapter_parameters().items():
+                setattr(layer, name, nn.Parameter(torch.zeros_like(factor, device="cpu")))
+    save_adapter(model, tmp_path / "gpt3.safetensors")
+    assert (tmp_path / "gpt3.safetensors").stat().st_size == pytest.approx(37.8e6, rel=0.002)

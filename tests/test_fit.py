@@ -1,0 +1,754 @@
+"""One line in a Trainer: what trains, what is written, what is merged, and that no later stage is wrong."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.tuner import Tuner
+from torch import Tensor, nn
+
+from lightning_lora import (
+    AdapterFileError,
+    AdapterMismatchError,
+    BaseMismatchError,
+    BestCheckpointWarning,
+    ConfigError,
+    DeadAdapterWarning,
+    LoRACallback,
+    LoRAConfig,
+    LoRAWarning,
+    OptimizerError,
+    StrategyError,
+    TargetError,
+    adapter_state_dict,
+    inject_adapters,
+    load_adapter,
+    load_from_checkpoint,
+    merge_adapters,
+    remove_adapters,
+    save_adapter,
+    unmerge_adapters,
+)
+from lightning_lora.layers import LoRALayer
+from tests.models import CLASSES, WIDTH, WORDS, LitTiny, data, same, state, trainer
+
+ADAPTERS = ["q_proj.lora_A", "q_proj.lora_B", "v_proj.lora_A", "v_proj.lora_B"]
+TRAINED = [*ADAPTERS, "head.weight", "head.bias"]
+X = torch.arange(WORDS)
+
+
+def lora(**kwargs: Any) -> LoRACallback:
+    return LoRACallback(**({"r": 2, "modules_to_save": ["head"]} | kwargs))
+
+
+def best(folder: Path, **kwargs: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, **({"monitor": "val_loss", "filename": "best-{epoch}"} | kwargs))
+
+
+def is_plain(model: nn.Module) -> bool:
+    return not any(isinstance(module, LoRALayer) for module in model.modules())
+
+
+def tensors(path: Any) -> list[str]:
+    return list(torch.load(path, weights_only=True)["state_dict"])
+
+
+class At(L.Callback):
+    """Do something at the start of a given training batch."""
+
+    def __init__(self, batch: int, action: Callable[[L.Trainer, L.LightningModule], Any]) -> None:
+        self.batch, self.action = batch, action
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step == self.batch:
+            self.action(trainer, pl_module)
+
+
+class Stop(RuntimeError):
+    pass
+
+
+def stop(*_: Any) -> None:
+    raise Stop
+
+
+# What trains
+
+
+def test_only_adapters_and_modules_to_save_change(tmp_path: Path) -> None:
+    model = LitTiny()
+    before = state(model)
+    trainer(tmp_path, [lora(merge=False)]).fit(model, data(), data())
+    after = state(model)
+    assert [name for name in before if not torch.equal(after[name], before[name])] == ["head.weight", "head.bias"]
+    assert all(after[name].abs().sum() > 0 for name in ADAPTERS)
+
+
+def test_training_is_that_of_adapters_trained_by_hand(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    by_hand = LitTiny()
+    inject_adapters(by_hand, LoRAConfig(r=2, modules_to_save=["head"]))
+    optimizer = torch.optim.AdamW([p for p in by_hand.parameters() if p.requires_grad], lr=0.05)
+    for batch in [*data(), *data()]:
+        optimizer.zero_grad()
+        by_hand.loss(batch).backward()
+        optimizer.step()
+    torch.manual_seed(5)
+    model = LitTiny()
+    trainer(tmp_path, [lora(merge=False)]).fit(model, data())
+    torch.testing.assert_close(state(model), state(by_hand))
+
+
+def test_after_fit_the_module_is_plain_and_computes_as_adapted(tmp_path: Path) -> None:
+    adapted, merged = LitTiny(), LitTiny()
+    keys, flags = list(merged.state_dict()), [p.requires_grad for p in merged.parameters()]
+    for model, merge in ((adapted, False), (merged, "last")):
+        torch.manual_seed(5)
+        trainer(tmp_path, [lora(merge=merge)]).fit(model, data())
+    assert is_plain(merged) and type(merged.q_proj) is nn.Linear
+    assert list(merged.state_dict()) == keys and [p.requires_grad for p in merged.parameters()] == flags
+    torch.testing.assert_close(merged(X), adapted(X))
+    assert not torch.equal(merged(X), LitTiny()(X))
+
+
+class BornInSetup(LitTiny):
+    """A module whose projections are made in ``setup``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.q_proj, self.v_proj
+
+    def make(self) -> None:
+        if not hasattr(self, "q_proj"):
+            other = LitTiny()
+            self.q_proj, self.v_proj = other.q_proj, other.v_proj
+
+    def setup(self, stage: str) -> None:
+        self.make()
+
+
+class BornInConfigureModel(BornInSetup):
+    """A module whose projections are made in ``configure_model``."""
+
+    def setup(self, stage: str) -> None:
+        pass
+
+    def configure_model(self) -> None:
+        self.make()
+
+
+class LoadsInSetup(LitTiny):
+    """A module that loads its pretrained weights in ``setup``, strictly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for p in self.parameters():
+            p.data.zero_()
+
+    def setup(self, stage: str) -> None:
+        self.load_state_dict(LitTiny().state_dict())
+
+
+@pytest.mark.parametrize("cls", [BornInSetup, BornInConfigureModel, LoadsInSetup])
+def test_layers_and_weights_that_come_late(tmp_path: Path, cls: type[LitTiny]) -> None:
+    expected, model = LitTiny(), cls()
+    for each in (expected, model):
+        torch.manual_seed(5)
+        t = trainer(tmp_path, [lora(), best(tmp_path / cls.__name__ / str(each is model), monitor=None)])
+        t.fit(each, data(), data())
+    assert is_plain(model)
+    torch.testing.assert_close(model(X), expected(X))
+    assert sorted(tensors(t.checkpoint_callback.best_model_path)) == sorted(TRAINED)  # type: ignore[union-attr]
+    new = cls()
+    trainer(tmp_path, [lora()]).test(new, data(), ckpt_path=t.checkpoint_callback.best_model_path, verbose=False)  # type: ignore[union-attr]
+    torch.testing.assert_close(new(X), expected(X))
+
+
+class NoLinear(LitTiny):
+    """A module with nothing to adapt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = self.v_proj = self.head = nn.Identity()  # type: ignore[assignment]
+
+
+def test_nothing_to_adapt_is_an_error_and_never_a_full_fine_tune(tmp_path: Path) -> None:
+    model = NoLinear()
+    before = state(model)
+    with pytest.raises(TargetError, match="NoLinear"):
+        trainer(tmp_path, [LoRACallback(r=1)]).fit(model, data())
+    assert same(state(model), before)
+    with pytest.raises(TargetError, match="'q_proj'"):
+        trainer(tmp_path, [LoRACallback(r=1, target_modules=["q_porj"])]).fit(LitTiny(), data())
+
+
+# What is written
+
+
+def test_every_file_is_adapter_only_and_loads_safely(tmp_path: Path) -> None:
+    saves = At(2, lambda t, m: t.save_checkpoint(tmp_path / "during.ckpt"))
+    light = At(3, lambda t, m: t.save_checkpoint(tmp_path / "light.ckpt", weights_only=True))
+    fail = At(7, stop)
+    t = trainer(
+        tmp_path,
+        [
+            lora(),
+            saves,
+            light,
+            fail,
+            best(tmp_path / "top", save_top_k=2, save_last=True),
+            ModelCheckpoint(tmp_path / "weights", save_weights_only=True, every_n_train_steps=2),
+            OnExceptionCheckpoint(tmp_path, "failed"),
+        ],
+    )
+    with pytest.raises(Stop):
+        t.fit(LitTiny(), data(), data())
+    files = sorted(tmp_path.rglob("*.ckpt"))
+    assert {file.name for file in files} >= {"during.ckpt", "light.ckpt", "failed.ckpt", "last.ckpt", "best-epoch=0.ckpt"}
+    assert any(file.parent.name == "weights" for file in files)
+    for file in files:
+        checkpoint = torch.load(file, weights_only=True)
+        assert sorted(checkpoint["state_dict"]) == sorted(TRAINED), file
+        assert checkpoint["lightning_lora"]["format"] == 1
+        for optimizer in checkpoint.get("optimizer_states", []):
+            assert len(optimizer["param_groups"][0]["params"]) == len(TRAINED)
+
+
+def test_files_after_fit_are_adapter_only_and_resume(tmp_path: Path) -> None:
+    model = LitTiny()
+    t = trainer(tmp_path, [lora()])
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "after.ckpt")
+    t.save_checkpoint(tmp_path / "light.ckpt", weights_only=True)
+    assert sorted(tensors(tmp_path / "after.ckpt")) == sorted(tensors(tmp_path / "light.ckpt")) == sorted(TRAINED)
+    assert is_plain(model)
+    new = LitTiny()
+    trainer(tmp_path, [lora()], max_epochs=2).fit(new, data(), ckpt_path=tmp_path / "after.ckpt")
+    torch.testing.assert_close(new(X), model(X))
+
+
+class Big(LitTiny):
+    """A module whose adapters are a small part of it."""
+
+    def __init__(self) -> None:
+        super().__init__(width=512)
+
+
+def test_a_checkpoint_is_adapters_and_their_optimizer_state_and_little_more(tmp_path: Path) -> None:
+    model = Big()
+    t = trainer(tmp_path, [LoRACallback(r=8, target_modules=["q_proj", "v_proj"])], max_epochs=1)
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "after.ckpt")
+    adapters = sum(value.nbytes for value in adapter_state_dict(model).values())
+    assert adapters == 4 * 2 * 8 * 2 * 512  # fp32, two layers, r, in + out
+    assert (tmp_path / "after.ckpt").stat().st_size < 3 * adapters + 16_000
+    assert sum(p.nbytes for p in model.parameters()) > 20 * adapters
+
+
+# What is merged, and what later stages see
+
+
+def test_best_and_last_give_their_own_numbers_after_fit(tmp_path: Path) -> None:
+    model, checkpoint = LitTiny(lr=0.5), best(tmp_path, save_last=True, save_top_k=-1, mode="max")  # the worst: surely not the last
+    t = trainer(tmp_path, [lora(), checkpoint], max_epochs=4)
+    t.fit(model, data(), data())
+    last = t.callback_metrics["val_loss"].item()
+    worst = checkpoint.best_model_score.item()  # type: ignore[union-attr]
+    assert worst > last
+    assert t.validate(model, data(), verbose=False)[0]["val_loss"] == pytest.approx(last)
+    assert t.test(model, data(), ckpt_path="best", verbose=False)[0]["test_loss"] == pytest.approx(worst)
+    assert is_plain(model)
+    assert t.test(model, data(), verbose=False)[0]["test_loss"] == pytest.approx(worst)  # as plain Lightning: loaded stays
+    assert t.test(model, data(), ckpt_path="last", verbose=False)[0]["test_loss"] == pytest.approx(last)
+    assert t.validate(dataloaders=data(), verbose=False)[0]["val_loss"] == pytest.approx(worst)  # no model means best
+    predicted = t.predict(model, data(), ckpt_path=checkpoint.last_model_path)
+    torch.testing.assert_close(torch.cat(predicted), model(torch.cat([x for x, _ in data()])))  # type: ignore[arg-type]
+
+
+def test_new_trainer_and_new_callback_meet_a_merged_model(tmp_path: Path) -> None:
+    model, checkpoint = LitTiny(), best(tmp_path)
+    t = trainer(tmp_path, [lora(), checkpoint])
+    t.fit(model, data(), data())
+    score = pytest.approx(checkpoint.best_model_score.item())  # type: ignore[union-attr]
+    path = checkpoint.best_model_path
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), LitTiny()):
+        assert trainer(tmp_path, [lora()]).test(each, data(), ckpt_path=path, verbose=False)[0]["test_loss"] == score
+    load_adapter(model, path)
+    assert trainer(tmp_path).test(model, data(), verbose=False)[0]["test_loss"] == score
+
+
+def test_second_fit_goes_on_from_the_first(tmp_path: Path) -> None:
+    once, twice = LitTiny(), LitTiny()
+    for model, epochs in ((once, [4]), (twice, [2, 2])):
+        torch.manual_seed(5)
+        model.configure_optimizers = lambda model=model: torch.optim.SGD(model.parameters(), 0.1)  # type: ignore[method-assign]
+        t = trainer(tmp_path, [lora()], max_epochs=0)
+        for number in epochs:
+            t.fit_loop.max_epochs += number  # type: ignore[operator]
+            t.fit(model, data())
+    torch.testing.assert_close(twice(X), once(X), atol=1e-6, rtol=1e-6)
+    unmerge_adapters(twice)
+    assert torch.equal(twice.q_proj.weight, LitTiny().q_proj.weight)
+
+
+@pytest.mark.parametrize("merge", ["last", "best"])
+def test_merge_says_which_adapters_the_module_ends_with(tmp_path: Path, merge: Any) -> None:
+    model, checkpoint = LitTiny(lr=0.5), best(tmp_path, mode="max")
+    t = trainer(tmp_path, [lora(merge=merge), checkpoint], max_epochs=4)
+    t.fit(model, data(), data())
+    expected = t.callback_metrics["val_loss"] if merge == "last" else checkpoint.best_model_score
+    loss = trainer(tmp_path).validate(model, data(), verbose=False)[0]["val_loss"]
+    assert loss == pytest.approx(expected.item())  # type: ignore[union-attr]
+
+
+def test_merge_best_without_a_best_file_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="ModelCheckpoint"):
+        trainer(tmp_path, [lora(merge="best")], enable_checkpointing=False).fit(LitTiny(), data())
+    model = LitTiny()
+    with pytest.warns(BestCheckpointWarning):
+        trainer(tmp_path, [lora(merge="best"), best(tmp_path, save_top_k=0)]).fit(model, data(), data())
+    assert is_plain(model)
+
+
+def test_no_merge_in_a_fast_dev_run_after_an_exception_or_if_not_wanted(tmp_path: Path) -> None:
+    for callbacks, options in (([lora()], {"fast_dev_run": 2}), ([lora(merge=False)], {}), ([lora(), At(2, stop)], {})):
+        model = LitTiny()
+        try:
+            trainer(tmp_path, callbacks, **options).fit(model, data(), data())
+        except Stop:
+            pass
+        assert isinstance(model.q_proj, LoRALayer)
+        assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
+
+
+def test_training_goes_on_after_an_exception(tmp_path: Path) -> None:
+    model = LitTiny()
+    t = trainer(tmp_path, [lora(), At(2, stop)])
+    with pytest.raises(Stop):
+        t.fit(model, data())
+    t.save_checkpoint(tmp_path / "failed.ckpt")
+    assert sorted(tensors(tmp_path / "failed.ckpt")) == sorted(TRAINED)
+    trainer(tmp_path, [lora()]).fit(model, data())
+    assert is_plain(model)
+
+
+def test_learning_rate_finder_leaves_no_trace(tmp_path: Path) -> None:
+    found, plain = LitTiny(), LitTiny()
+    for model in (found, plain):
+        torch.manual_seed(5)
+        t = trainer(tmp_path, [lora()])
+        if model is found:
+            Tuner(t).lr_find(model, data(), num_training=5, update_attr=False)
+            assert isinstance(model.q_proj, LoRALayer) and not model.q_proj.lora_B.any()
+        t.fit(model, data())
+    torch.testing.assert_close(found(X), plain(X))
+    assert is_plain(found)
+
+
+def test_stages_before_fit_change_nothing(tmp_path: Path) -> None:
+    model, t = LitTiny(), trainer(tmp_path, [lora()])
+    base = trainer(tmp_path).validate(LitTiny(), data(), verbose=False)
+    for _ in range(2):
+        assert t.validate(model, data(), verbose=False) == base
+    t.predict(model, data())
+    t.fit(model, data())
+    assert is_plain(model)
+
+
+def test_weights_replaced_after_a_merge_are_a_new_base(tmp_path: Path) -> None:
+    model, checkpoint = LitTiny(), best(tmp_path)
+    t = trainer(tmp_path, [lora(), checkpoint])
+    t.fit(model, data(), data())
+    model.load_state_dict(LitTiny().state_dict())
+    with pytest.warns(LoRAWarning, match="new base"):
+        tested = t.test(model, data(), ckpt_path="best", verbose=False)
+    assert tested[0]["test_loss"] == pytest.approx(checkpoint.best_model_score.item())  # type: ignore[union-attr]
+
+
+def test_remove_adapters_forgets_a_finished_fit(tmp_path: Path) -> None:
+    model = LitTiny()
+    trainer(tmp_path, [lora()]).fit(model, data())
+    output = model(X)
+    remove_adapters(model)
+    assert not [name for name in vars(model) if "lora" in name] and torch.equal(model(X), output)
+
+
+# Resuming and loading
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": "all", "alpha": 8}, {"modules_to_save": None, "target_modules": "all"}], ids=str)
+def test_resumed_run_ends_with_the_same_bits(tmp_path: Path, options: dict[str, Any]) -> None:
+    through, resumed = LitTiny(), LitTiny()
+    every = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    torch.manual_seed(5)
+    t = trainer(tmp_path, [lora(merge=False, **options), every], max_epochs=4)
+    t.fit(through, data())
+    t = trainer(tmp_path, [lora(merge=False, **options)], max_epochs=4)
+    t.fit(resumed, data(), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert same(state(resumed), state(through)) and t.global_step == 16
+
+
+def test_full_checkpoint_is_taken_as_the_base(tmp_path: Path) -> None:
+    plain = LitTiny()
+    t = trainer(tmp_path, max_epochs=3)
+    t.fit(plain, data())
+    t.save_checkpoint(tmp_path / "full.ckpt")
+    model = LitTiny()
+    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
+    t.fit(model, data(), ckpt_path=tmp_path / "full.ckpt")
+    assert t.global_step == 4
+    assert torch.equal(model.q_proj.weight, plain.q_proj.weight) and not torch.equal(model.head.weight, plain.head.weight)
+    t.save_checkpoint(tmp_path / "lora.ckpt")
+    load_adapter(plain, tmp_path / "lora.ckpt")
+    assert torch.equal(plain(X), model(X))
+
+
+def test_full_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    t = trainer(tmp_path, max_epochs=1)
+    t.fit(LitTiny(width=6), data())
+    t.save_checkpoint(tmp_path / "full.ckpt")
+    with pytest.raises(BaseMismatchError, match=r"another shape 'embed.weight'"):
+        trainer(tmp_path, [lora()]).fit(LitTiny(), data(), ckpt_path=tmp_path / "full.ckpt")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    t = trainer(tmp_path, [lora()], max_epochs=1)
+    t.fit(LitTiny(), data())
+    t.save_checkpoint(tmp_path / "lora.ckpt")
+    return tmp_path / "lora.ckpt"
+
+
+def test_resuming_on_another_base_rank_or_alpha_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    other = LitTiny()
+    with torch.no_grad():
+        other.v_proj.weight[0, 0] += 1e-6
+    for model, callback, error in (
+        (other, lora(), BaseMismatchError),
+        (LitTiny(), lora(r=4), AdapterMismatchError),
+        (LitTiny(), lora(alpha=9), AdapterMismatchError),
+        (LitTiny(), lora(target_modules=["q_proj"]), AdapterMismatchError),
+        (LitTiny(), lora(bias="all"), AdapterMismatchError),
+    ):
+        before = LitTiny().state_dict() if model is not other else state(other)
+        for stage in ("fit", "test"):
+            with pytest.raises(error):
+                getattr(trainer(tmp_path, [callback]), stage)(model, data(), ckpt_path=checkpoint)
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+        assert not any(p.any() for name, p in model.named_parameters() if name.endswith("lora_B"))
+
+
+def test_damaged_checkpoint_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    content = checkpoint.read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(content[: len(content) // 2])
+    changed = torch.load(checkpoint, weights_only=True)
+    changed["state_dict"]["q_proj.lora_A"][0, 0] += 1
+    torch.save(changed, tmp_path / "changed.ckpt")
+    torch.save([1], tmp_path / "foreign.ckpt")
+    for name in ("cut", "changed", "foreign"):
+        with pytest.raises(AdapterFileError):
+            trainer(tmp_path, [lora()]).fit(LitTiny(), data(), ckpt_path=tmp_path / f"{name}.ckpt")
+    with pytest.raises(FileNotFoundError):
+        trainer(tmp_path, [lora()]).fit(LitTiny(), data(), ckpt_path=tmp_path / "none.ckpt")
+
+
+def test_load_from_checkpoint_needs_no_trainer(tmp_path: Path) -> None:
+    model = LitTiny(lr=0.01)
+    t = trainer(tmp_path, [lora(merge=False)])
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "lora.ckpt")
+    adapted = load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt")
+    assert torch.equal(adapted(X), model(X)) and adapted.hparams["lr"] == 0.01
+    merged = load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt", merge=True, lr=0.2)
+    assert is_plain(merged) and merged.hparams["lr"] == 0.2
+    torch.testing.assert_close(merged(X), model(X))
+    with pytest.raises(BaseMismatchError):
+        load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt", width=6)
+
+
+def test_adapter_file_and_checkpoint_hold_the_same(tmp_path: Path, checkpoint: Path) -> None:
+    model = LitTiny()
+    load_adapter(model, checkpoint)
+    save_adapter(model, tmp_path / "lora.safetensors")
+    t = trainer(tmp_path, [lora(merge=False)])
+    again = LitTiny()
+    load_adapter(again, tmp_path / "lora.safetensors")
+    t.validate(again, data(), verbose=False)
+    assert same(state(again), state(model))
+
+
+def test_half_precision_base_keeps_its_identity(tmp_path: Path) -> None:
+    model, checkpoint = LitTiny(), best(tmp_path)
+    t = trainer(tmp_path, [lora(), checkpoint], precision="bf16-true")
+    t.fit(model, data(), data())
+    score = pytest.approx(checkpoint.best_model_score.item())  # type: ignore[union-attr]
+    assert model.q_proj.weight.dtype is torch.bfloat16
+    assert t.test(model, data(), ckpt_path="best", verbose=False)[0]["test_loss"] == score
+    new = trainer(tmp_path, [lora()], precision="bf16-true")
+    assert new.test(LitTiny(), data(), ckpt_path=checkpoint.best_model_path, verbose=False)[0]["test_loss"] == score
+    resumed = LitTiny()
+    trainer(tmp_path, [lora()], precision="bf16-true").fit(resumed, data(), ckpt_path=checkpoint.best_model_path)
+    load_adapter(LitTiny(), checkpoint.best_model_path)
+
+
+# Mistakes, and what people see
+
+
+def test_two_callbacks_are_one_too_many(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="2 LoRACallbacks"):
+        trainer(tmp_path, [lora(), lora()]).fit(LitTiny(), data())
+
+
+def test_model_adapted_by_hand_is_taken_over_or_refused(tmp_path: Path) -> None:
+    model = LitTiny()
+    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"]))
+    with pytest.raises(AdapterMismatchError, match="adapted already"):
+        trainer(tmp_path, [lora(r=4)]).fit(model, data())
+    trainer(tmp_path, [lora()]).fit(model, data())
+    assert is_plain(model)
+
+
+def test_model_merged_by_hand_is_unmerged_to_train(tmp_path: Path) -> None:
+    model = LitTiny()
+    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"]))
+    merge_adapters(model)
+    trainer(tmp_path, [lora(merge=False)]).fit(model, data())
+    assert model.q_proj.lora_base is None and model.q_proj.lora_B.any()  # type: ignore[union-attr]
+
+
+class HalfUsed(LitTiny):
+    """A module that never calls its v_proj."""
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.q_proj(self.embed(index))))
+
+
+def test_dead_adapter_is_named(tmp_path: Path) -> None:
+    with pytest.warns(DeadAdapterWarning, match="'v_proj'"):
+        trainer(tmp_path, [lora()], max_epochs=1).fit(HalfUsed(), data())
+
+
+def test_module_can_be_copied_and_pickled_in_the_middle_of_fit(tmp_path: Path) -> None:
+    copies: list[nn.Module] = []
+    take = At(2, lambda t, m: copies.extend([copy.deepcopy(m), pickle.loads(pickle.dumps(m))]))
+    trainer(tmp_path, [lora(), take]).fit(LitTiny(), data())
+    assert len(copies) == 2 and all(isinstance(each.q_proj, LoRALayer) for each in copies)
+
+
+def test_table_at_the_start_and_line_at_the_end(tmp_path: Path, capsys: Any, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    trainer(tmp_path, [lora()], enable_model_summary=True).fit(LitTiny(), data())
+    shown = capsys.readouterr().out
+    assert "q_proj" in shown and "LoRA: LitTiny trains" in shown and "full fine-tuning" in shown
+    assert "merged the last adapters of 2 layers" in caplog.text
+    trainer(tmp_path, [lora()]).fit(LitTiny(), data())
+    assert "LoRA" not in capsys.readouterr().out
+
+
+def test_sharding_strategy_is_refused(tmp_path: Path) -> None:
+    t = trainer(tmp_path, [lora()])
+    type(t.strategy).restore_checkpoint_after_setup = property(lambda _: True)  # type: ignore[assignment]
+    try:
+        with pytest.raises(StrategyError, match="SingleDeviceStrategy shards"):
+            t.fit(LitTiny(), data())
+    finally:
+        del type(t.strategy).restore_checkpoint_after_setup
+
+
+def test_the_other_lightning_package_works_alike(tmp_path: Path) -> None:
+    import pytorch_lightning as pl
+    from pytorch_lightning.callbacks import ModelCheckpoint as OtherCheckpoint
+
+    class Other(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            inner = LitTiny()
+            self.embed, self.q_proj, self.v_proj, self.head = inner.embed, inner.q_proj, inner.v_proj, inner.head
+
+        forward, loss, training_step = LitTiny.forward, LitTiny.loss, LitTiny.training_step  # type: ignore[assignment]
+        validation_step, test_step = LitTiny.validation_step, LitTiny.test_step  # type: ignore[assignment]
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=0.05)
+
+    checkpoint = OtherCheckpoint(tmp_path, monitor="val_loss")
+    t = pl.Trainer(
+        callbacks=[lora(merge="best"), checkpoint], accelerator="cpu", max_epochs=2, logger=False,  # type: ignore[list-item]
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    model = Other()
+    t.fit(model, data(), data())
+    assert is_plain(model) and sorted(tensors(checkpoint.best_model_path)) == sorted(TRAINED)
+    tested = t.test(model, data(), ckpt_path="best", verbose=False)[0]["test_loss"]
+    assert tested == pytest.approx(checkpoint.best_model_score.item())  # type: ignore[union-attr]
+
+
+# Optimizers
+
+
+def optimizer_of(t: L.Trainer, number: int = 0) -> list[list[nn.Parameter]]:
+    return [group["params"] for group in t.optimizers[number].param_groups]
+
+
+def names_in(model: nn.Module, group: list[nn.Parameter]) -> list[str]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [names[id(p)] for p in group]
+
+
+def fit_with(tmp_path: Path, configure: Callable[[LitTiny], Any], **options: Any) -> tuple[L.Trainer, LitTiny]:
+    model = LitTiny()
+    made = configure(model)
+    model.configure_optimizers = (lambda: made()) if callable(made) else (lambda: made)  # type: ignore[method-assign]
+    t = trainer(tmp_path, [lora(merge=False, **options)], max_epochs=1)
+    t.fit(model, data(), data())
+    return t, model
+
+
+def adam(params: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=0.05, **kwargs)
+
+
+ONE_GROUP: dict[str, Callable[[LitTiny], Any]] = {
+    "over self.parameters()": lambda m: lambda: adam(m.parameters()),
+    "over a filter": lambda m: lambda: adam(filter(lambda p: p.requires_grad, m.parameters())),
+    "by name": lambda m: lambda: adam(m.named_parameters()),
+    "made early": lambda m: adam(m.parameters()),
+    "made early by name": lambda m: adam(m.named_parameters()),
+    "only of the head": lambda m: lambda: adam(m.head.parameters()),
+    "in a dict": lambda m: lambda: {"optimizer": adam(m.parameters())},
+    "fused": lambda m: lambda: adam(m.parameters(), fused=True),
+    "foreach": lambda m: lambda: adam(m.parameters(), foreach=True),
+    "lbfgs": lambda m: lambda: torch.optim.LBFGS(m.parameters(), lr=0.1, max_iter=2),
+    "lbfgs made early": lambda m: torch.optim.LBFGS(m.parameters(), lr=0.1, max_iter=2),
+    "sgd": lambda m: lambda: torch.optim.SGD(m.parameters(), 0.1, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("configure", ONE_GROUP.values(), ids=ONE_GROUP)
+def test_optimizer_holds_exactly_what_trains(tmp_path: Path, configure: Any) -> None:
+    t, model = fit_with(tmp_path, configure)
+    (group,) = optimizer_of(t)
+    assert sorted(names_in(model, group)) == sorted(TRAINED)
+    assert all(p.any() for name, p in model.named_parameters() if name.endswith("lora_B"))
+    held = t.optimizers[0].param_groups[0]
+    assert "param_names" not in held or held["param_names"] == names_in(model, group)
+
+
+def test_adapters_take_the_group_of_their_weight_and_schedulers_keep_theirs(tmp_path: Path) -> None:
+    def configure(m: LitTiny) -> Any:
+        def make() -> Any:
+            mine = {id(m.v_proj.weight), id(m.head.weight)}
+            groups = [
+                {"params": [p for p in m.parameters() if id(p) not in mine], "lr": 0.01},
+                {"params": [m.v_proj.weight], "lr": 0.02},
+                {"params": [m.head.weight], "lr": 0.03},
+            ]
+            optimizer = torch.optim.AdamW(groups)
+            return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda _: 1.0, lambda _: 0.5, lambda _: 0.1])]
+
+        return make
+
+    t, model = fit_with(tmp_path, configure)
+    assert [names_in(model, group) for group in optimizer_of(t)] == [
+        ["q_proj.lora_A", "q_proj.lora_B", "head.bias"],
+        ["v_proj.lora_A", "v_proj.lora_B"],
+        ["head.weight"],
+    ]
+    assert [group["lr"] for group in t.optimizers[0].param_groups] == pytest.approx([0.01, 0.01, 0.003])
+
+
+def test_groups_chosen_by_names_follow_the_weight_too(tmp_path: Path) -> None:
+    def configure(m: LitTiny) -> Any:
+        def make() -> Any:
+            decayed = [p for name, p in m.named_parameters() if name.endswith("weight")]
+            others = [p for name, p in m.named_parameters() if not name.endswith("weight")]
+            return torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}])
+
+        return make
+
+    t, model = fit_with(tmp_path, configure)
+    assert [names_in(model, group) for group in optimizer_of(t)] == [[*ADAPTERS, "head.weight"], ["head.bias"]]
+
+
+class TwoOptimizers(LitTiny):
+    """Manual optimization by two optimizers, each with a scheduler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        for optimizer, scheduler in zip(self.optimizers(), self.lr_schedulers(), strict=True):  # type: ignore[arg-type]
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+            scheduler.step()
+
+    def configure_optimizers(self) -> Any:
+        first = adam([*self.embed.parameters(), *self.q_proj.parameters()])
+        second = adam([*self.v_proj.parameters(), *self.head.parameters()])
+        return [first, second], [torch.optim.lr_scheduler.StepLR(each, 1) for each in (first, second)]
+
+
+def test_several_optimizers_under_manual_optimization(tmp_path: Path) -> None:
+    model, t = TwoOptimizers(), trainer(tmp_path, [lora(merge=False)], max_epochs=1)
+    t.fit(model, data())
+    assert names_in(model, optimizer_of(t)[0]) == ADAPTERS[:2]
+    assert names_in(model, optimizer_of(t, 1)[0]) == [*ADAPTERS[2:], "head.weight", "head.bias"]
+    assert model.q_proj.lora_B.any() and model.v_proj.lora_B.any()
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_an_optimizer_handed_out_twice_trains_in_both_fits(tmp_path: Path, early: bool) -> None:
+    model = LitTiny()
+    made = adam(model.parameters())
+    model.configure_optimizers = lambda: made if early else adam(model.parameters())  # type: ignore[method-assign]
+    t = trainer(tmp_path, [lora()], max_epochs=1)
+    outputs = [model(X)]
+    for epochs in (1, 2):
+        t.fit_loop.max_epochs = epochs
+        t.fit(model, data())
+        outputs.append(model(X))
+        assert sorted(id(p) for p in optimizer_of(t)[0]) == sorted(
+            id(p) for p in [*model._lora.folded["q_proj"].__dict__.values(), *model._lora.folded["v_proj"].__dict__.values(), *model.head.parameters()]
+            if isinstance(p, nn.Parameter) and p.shape != (WIDTH, WIDTH)
+        )  # fmt: skip
+    assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])
+    remove_adapters(model)
+    before = model(X)
+    t = trainer(tmp_path, [lora(r=3)], max_epochs=1)
+    t.fit(model, data())
+    assert not torch.equal(model(X), before)
+
+
+def test_pre_frozen_backbone_is_adapted_all_the_same(tmp_path: Path) -> None:
+    def configure(m: LitTiny) -> Any:
+        m.q_proj.requires_grad_(False)
+        m.v_proj.requires_grad_(False)
+        return lambda: adam(p for p in m.parameters() if p.requires_grad)
+
+    t, model = fit_with(tmp_path, configure)
+    assert sorted(names_in(model, optimizer_of(t)[0])) == sorted(TRAINED)
+
+
+def test_adapters_in_no_optimizer_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(OptimizerError, match=r"'q_proj.lora_A'.*2 parameter groups"):
+        fit_with(tmp_path, lambda m: lambda: adam([{"params": m.head.weight}, {"params": m.head.bias}]))
+    with pytest.warns(UserWarning), pytest.raises(OptimizerError, match="'q_proj.lora_A'"):
+        fit_with(tmp_path, lambda m: lambda: None)
+
+
+def test_gradient_clipping_and_accumulation_see_only_adapters(tmp_path: Path) -> None:
+    model = LitTiny()
+    t = trainer(tmp_path, [lora()], gradient_clip_val=0.1, accumulate_grad_batches=2)
+    t.fit(model, data())
+    assert t.global_step == 4 and is_plain(model)
+
+
+assert CLASSES < 8 <= WIDTH

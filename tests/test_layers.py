@@ -1,0 +1,417 @@
+"""Every adapted layer computes W + ΔW: fresh, trained, merged, copied, pickled, in a subclass's own forward."""
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_lora import (
+    LoRAConfig,
+    TargetError,
+    adapter_state_dict,
+    disable_adapters,
+    inject_adapters,
+    merge_adapters,
+    remove_adapters,
+    unmerge_adapters,
+)
+from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for
+from tests.models import randomise, same, state
+
+
+class Scaled(nn.Linear):
+    """A linear layer that scales its weight and its output in its own forward."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return nn.functional.linear(input, self.weight * 2, self.bias) * 3
+
+
+class Normalised(nn.Linear):
+    """A linear layer whose output is not linear in its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return nn.functional.linear(input, self.weight / self.weight.norm(dim=1, keepdim=True), self.bias)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An embedding that scales its rows, as Gemma's does."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return super().forward(input) * 4
+
+
+class PlainSubclass(nn.Linear):
+    """A subclass that computes as nn.Linear does."""
+
+
+FLOATS = torch.linspace(-1, 1, 30, dtype=torch.float64).reshape(2, 3, 5)
+INDEX = torch.tensor([[0, 3, 1], [4, 4, 2]])
+LAYERS: dict[str, tuple[Any, Tensor]] = {
+    "linear": (lambda: nn.Linear(5, 4), FLOATS),
+    "linear without bias": (lambda: nn.Linear(5, 4, bias=False), FLOATS),
+    "subclass": (lambda: PlainSubclass(5, 4), FLOATS),
+    "conv1d": (lambda: Conv1D(4, 5), FLOATS),
+    "embedding": (lambda: nn.Embedding(5, 4), INDEX),
+    "padded embedding": (lambda: nn.Embedding(5, 4, padding_idx=4), INDEX),
+    "scaled": (lambda: Scaled(5, 4), FLOATS),
+    "normalised": (lambda: Normalised(5, 4), FLOATS),
+    "scaled embedding": (lambda: ScaledEmbedding(5, 4), INDEX),
+}
+CONFIG = LoRAConfig(r=2, alpha=3, target_modules="all")
+
+
+@pytest.fixture(params=LAYERS, ids=str)
+def case(request: pytest.FixtureRequest) -> tuple[nn.Sequential, Tensor]:
+    build, x = LAYERS[request.param]
+    torch.manual_seed(0)
+    return nn.Sequential(build()).double(), x
+
+
+def plain_with(weight: Tensor, model: nn.Module) -> nn.Module:
+    """The same layer without adapters, with another weight: the reference."""
+    reference = copy.deepcopy(model)
+    remove_adapters(reference)
+    with torch.no_grad():
+        reference[0].weight.copy_(weight)  # type: ignore[index]
+    return reference
+
+
+def reference_delta(layer: Any) -> Tensor:
+    """s B A of the paper, in the layout of the layer's weight."""
+    delta = layer.lora_scaling * layer.lora_B @ layer.lora_A
+    return delta if isinstance(layer, nn.Linear) else delta.T
+
+
+def test_fresh_adapter_changes_nothing(case: tuple[nn.Sequential, Tensor]) -> None:
+    model, x = case
+    before, layer, cls, weight = model(x), model[0], type(model[0]), model[0].weight
+    keys = list(model.state_dict())
+    inject_adapters(model, CONFIG)
+    assert torch.equal(model(x), before)
+    assert model[0] is layer and isinstance(layer, cls) and layer.weight is weight
+    assert [key for key in model.state_dict() if "lora_" not in key] == keys
+
+
+def test_adapted_layer_computes_the_papers_equation(case: tuple[nn.Sequential, Tensor]) -> None:
+    model, x = case
+    inject_adapters(model, CONFIG)
+    randomise(model)
+    expected = plain_with(model[0].weight + reference_delta(model[0]), model)(x)
+    torch.testing.assert_close(model(x), expected)
+    assert model[0].lora_scaling == 1.5
+
+
+def test_gradients_are_those_of_the_merged_weight(case: tuple[nn.Sequential, Tensor]) -> None:
+    model, x = case
+    inject_adapters(model, CONFIG)
+    randomise(model)
+    layer = model[0]
+    if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
+        layer.lora_A.data[:, layer.padding_idx] = 0  # where it starts, and stays: the token's column has no gradient
+    model(x).square().sum().backward()
+    a, b = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B))
+    delta = layer.lora_scaling * b @ a
+    weight = layer.weight + (delta if isinstance(layer, nn.Linear) else delta.T)
+    reference = copy.deepcopy(model)
+    remove_adapters(reference)
+    torch.func.functional_call(reference, {"0.weight": weight}, x).square().sum().backward()
+    torch.testing.assert_close(layer.lora_A.grad, a.grad)
+    torch.testing.assert_close(layer.lora_B.grad, b.grad)
+    assert layer.weight.grad is None
+
+
+def test_merged_computes_as_adapted_and_unmerging_is_exact(case: tuple[nn.Sequential, Tensor]) -> None:
+    model, x = case
+    inject_adapters(model, CONFIG)
+    randomise(model)
+    before, adapted, weight = state(model), model(x), model[0].weight
+    merge_adapters(model)
+    merge_adapters(model)
+    torch.testing.assert_close(model(x), adapted)
+    assert not torch.equal(model[0].weight, weight)
+    unmerge_adapters(model)
+    assert same(state(model), before) and model[0].weight is weight
+    assert torch.equal(model(x), adapted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_merge_is_rounded_once_and_unmerge_exact_in_every_dtype(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(6, 5)).to(dtype)
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    before = state(model)
+    wide = {k: v.double() for k, v in before.items()}
+    merge_adapters(model)
+    exact = wide["0.weight"] + wide["0.lora_B"] @ wide["0.lora_A"]
+    ulp = torch.finfo(dtype).eps * exact.abs().clamp_min(torch.finfo(dtype).tiny)
+    assert ((model[0].weight.double() - exact).abs() <= 0.51 * ulp + 1e-6 * ulp / torch.finfo(dtype).eps).all()
+    unmerge_adapters(model)
+    assert same(state(model), before)
+
+
+def test_remove_gives_back_the_very_class_and_values(case: tuple[nn.Sequential, Tensor]) -> None:
+    model, x = case
+    cls, before, output = type(model[0]), state(model), model(x)
+    model[0].weight.requires_grad_(False)
+    flags = [p.requires_grad for p in model.parameters()]
+    inject_adapters(model, CONFIG)
+    randomise(model)
+    remove_adapters(model)
+    assert type(model[0]) is cls and same(state(model), before) and torch.equal(model(x), output)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert not [name for name in vars(model[0]) if "lora" in name] and not [name for name in vars(model) if "lora" in name]
+
+
+def test_remove_after_merge_keeps_the_merged_weights(case: tuple[nn.Sequential, Tensor]) -> None:
+    model, x = case
+    inject_adapters(model, CONFIG)
+    randomise(model)
+    adapted = model(x)
+    merge_adapters(model)
+    remove_adapters(model)
+    torch.testing.assert_close(model(x), adapted)
+    assert not isinstance(model[0], LoRALayer)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_copies_and_pickles_are_adapted_models_of_their_own(case: tuple[nn.Sequential, Tensor], merged: bool) -> None:
+    model, x = case
+    inject_adapters(model, CONFIG)
+    randomise(model)
+    if merged:
+        merge_adapters(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)]
+    expected = model(x)
+    randomise(model, seed=9)
+    for each in copies:
+        assert type(each[0]) is type(model[0])
+        assert torch.equal(each(x), expected)
+        unmerge_adapters(each)
+        remove_adapters(each)
+        assert type(each[0]) is model[0].overlaid[1]
+
+
+def test_hooks_and_shared_references_survive(case: tuple[nn.Sequential, Tensor]) -> None:
+    model, x = case
+    calls: list[str] = []
+    model[0].register_forward_hook(lambda *_: calls.append("forward"))
+    elsewhere = [model[0]]
+    inject_adapters(model, CONFIG)
+    randomise(model)
+    model(x)
+    assert calls == ["forward"] and elsewhere[0] is model[0] and isinstance(elsewhere[0], LoRALayer)
+
+
+def test_disabled_adapters_are_the_base(case: tuple[nn.Sequential, Tensor]) -> None:
+    model, x = case
+    base = model(x)
+    inject_adapters(model, CONFIG)
+    randomise(model)
+    adapted = model(x)
+    for change in (lambda _: None, merge_adapters):
+        change(model)
+        with disable_adapters(model), disable_adapters(model):
+            assert torch.equal(model(x), base)
+        torch.testing.assert_close(model(x), adapted)
+
+
+def test_base_checkpoint_loads_strictly_before_and_after_injection(case: tuple[nn.Sequential, Tensor]) -> None:
+    model, x = case
+    base = {name: value + 1 for name, value in model.state_dict().items()}
+    inject_adapters(model, CONFIG)
+    model.load_state_dict(base)
+    assert torch.equal(model(x), plain_with(base["0.weight"], model)(x))
+    with pytest.raises(RuntimeError, match="lora_B"):
+        model.load_state_dict({**base, "0.lora_A": model[0].lora_A})
+
+
+def test_dropout_drops_only_inputs_of_a_and_only_in_training() -> None:
+    model = nn.Sequential(nn.Linear(1000, 3))
+    x = torch.ones(1, 1000)
+    base = model(x)
+    inject_adapters(model, LoRAConfig(r=1, dropout=0.25))
+    with torch.no_grad():
+        model[0].lora_A.fill_(1 / 1000)
+        model[0].lora_B.fill_(1)
+    torch.testing.assert_close(model.eval()(x), base + 1)
+    model.train()
+    torch.manual_seed(0)
+    kept = torch.stack([model(x) - base for _ in range(200)])
+    torch.testing.assert_close(kept.mean(), torch.tensor(1.0), atol=0.01, rtol=0)  # E = 1, deviation 0.018 / sqrt(200)
+    torch.manual_seed(0)
+    assert torch.equal(model(x) - base, kept[0])  # reproducible from the seed
+    assert kept.std() > 0.005
+
+
+def test_dropout_reaches_a_layer_with_its_own_forward() -> None:
+    model = nn.Sequential(Scaled(400, 1))
+    inject_adapters(model, LoRAConfig(r=1, dropout=0.5))
+    randomise(model)
+    x = torch.ones(1, 400)
+    assert torch.equal(model.eval()(x), model(x))
+    model.train()
+    outputs = torch.stack([model(x) for _ in range(2000)])
+    spread = outputs.std() / 2000**0.5
+    assert spread > 0 and (outputs.mean() - model.eval()(x)).abs() < 5 * spread
+
+
+def test_unseen_tokens_of_an_embedding_never_change() -> None:
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(4, 2))
+    inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
+    before = model[0].weight.detach().clone()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.tensor([1, 2])).sum().backward()
+        optimizer.step()
+    merge_adapters(model)
+    changed = (model[0].weight != before).any(dim=1)
+    assert changed.tolist() == [index in (1, 2) for index in range(10)]
+
+
+def test_transformer_encoder_layer_computes_the_same_in_every_mode() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    x, padding = torch.randn(2, 3, 8), torch.tensor([[False, False, True], [False, False, False]])
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model, scale=0.5)
+    expected = model.train()(x, src_key_padding_mask=padding)[~padding]
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, src_key_padding_mask=padding)[~padding], expected)
+    copied = copy.deepcopy(model)
+    with torch.inference_mode():
+        torch.testing.assert_close(copied(x, src_key_padding_mask=padding)[~padding], expected)
+    remove_adapters(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_meta_layers_are_adapted_and_start_right_once_they_have_memory() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8))
+    inject_adapters(model, LoRAConfig(r=2))
+    assert model[0].lora_A.is_meta
+    model.to_empty(device="cpu")
+    model[0].reset_parameters()
+    assert model[0].lora_A.abs().sum() > 0 and not model[0].lora_B.any()
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian"])
+def test_inits_have_their_spread(init: Any) -> None:
+    model = nn.Sequential(nn.Linear(4000, 4000))
+    inject_adapters(model, LoRAConfig(r=4, init=init))
+    # uniform on ±sqrt(6 / ((1 + 5) * 4000)): deviation sqrt(1/4000/3); gaussian: 1 / r
+    expected = (1 / 4000 / 3) ** 0.5 if init == "kaiming" else 0.25
+    torch.testing.assert_close(model[0].lora_A.std().item(), expected, rtol=0.05, atol=0)
+    assert not model[0].lora_B.any()
+
+
+def test_autocast_keeps_factors_and_computes_in_its_dtype() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(torch.randn(2, 8))
+    output.sum().backward()
+    assert output.dtype is torch.bfloat16 and model[0].lora_A.grad.dtype is torch.float32
+
+
+def test_conv1d_is_found_without_importing_transformers_and_every_type_is_one_entry() -> None:
+    assert adapter_for(Conv1D(2, 3)) is ADAPTERS["transformers.pytorch_utils.Conv1D"]
+    assert adapter_for(nn.Linear(2, 2)) is ADAPTERS[nn.Linear]
+    assert adapter_for(nn.Conv2d(1, 1, 1)) is None
+
+
+CANNOT = {
+    "weight_norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+    "spectral_norm": lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
+    "lazy": lambda: nn.LazyLinear(4),
+    "max_norm": lambda: nn.Embedding(4, 4, max_norm=1.0),
+    "unsupported type": lambda: nn.Conv2d(1, 1, 1),
+    "integer weight": lambda: _with_integer_weight(),
+    "replaced forward": lambda: _with_replaced_forward(),
+    "another library's": lambda: _with_lora_of_another(),
+}
+
+
+def _with_integer_weight() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    return layer
+
+
+def _with_replaced_forward() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.forward = lambda x: x  # type: ignore[method-assign]
+    return layer
+
+
+def _with_lora_of_another() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.lora_A = nn.Parameter(torch.zeros(1, 4))  # type: ignore[assignment]
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Lazy modules")
+@pytest.mark.parametrize("build", CANNOT.values(), ids=CANNOT)
+def test_layer_that_cannot_be_adapted_is_refused_by_name(build: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), build())
+    cls, keys = type(model[1]), list(model.state_dict())
+    with pytest.raises(TargetError, match="'1'.*exclude_modules"):
+        inject_adapters(model, LoRAConfig(r=1, target_modules=["1"]))
+    assert type(model[0]) is nn.Linear and type(model[1]) is cls and list(model.state_dict()) == keys
+
+
+def test_multihead_attention_projection_is_refused_by_name_and_skipped_by_all_linear() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    with pytest.raises(TargetError, match="MultiheadAttention"):
+        inject_adapters(model, LoRAConfig(r=1, target_modules=["out_proj"]))
+    assert inject_adapters(model, LoRAConfig(r=1)) == ("linear1", "linear2")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    r=st.integers(1, 3),
+    alpha=st.floats(0.1, 32),
+    calls=st.lists(st.sampled_from(["merge", "unmerge", "disable", "reload", "copy"]), max_size=8),
+    seed=st.integers(0, 99),
+)
+def test_any_order_of_verbs_computes_one_function(r: int, alpha: float, calls: list[str], seed: int) -> None:
+    torch.manual_seed(seed)
+    model: nn.Module = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    base = state(model)
+    inject_adapters(model, LoRAConfig(r=r, alpha=alpha))
+    randomise(model, seed)
+    factors = adapter_state_dict(model)
+    w = [base[f"{i}.weight"] + alpha / r * factors[f"{i}.lora_B"] @ factors[f"{i}.lora_A"] for i in (0, 2)]
+    expected = torch.tanh(x @ w[0].T + base["0.bias"]) @ w[1].T + base["2.bias"]
+    for call in calls:
+        if call == "merge":
+            merge_adapters(model)
+        elif call == "unmerge":
+            unmerge_adapters(model)
+        elif call == "copy":
+            model = copy.deepcopy(model)
+        elif call == "disable":
+            with disable_adapters(model):
+                torch.testing.assert_close(model(x), torch.tanh(x @ base["0.weight"].T + base["0.bias"]) @ base["2.weight"].T + base["2.bias"])
+        else:
+            from lightning_lora import load_adapter_state_dict
+
+            load_adapter_state_dict(model, adapter_state_dict(model))
+        torch.testing.assert_close(model(x), expected)
+    unmerge_adapters(model)
+    remove_adapters(model)
+    assert same(state(model), base)

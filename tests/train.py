@@ -1,0 +1,75 @@
+"""A training run in a process of its own: what the tests kill, spawn and resume.
+
+Usage: python -m tests.train FOLDER STRATEGY DEVICES [--resume] [--kill-at STEP] [--merge last|best|none] [--tied]
+Writes FOLDER/result.pt: the module's state after fit, and what later stages and files say of it.
+"""
+
+import argparse
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lightning_lora import LoRACallback
+from tests.models import LitTiny, data, state, trainer
+
+
+class KillAt(L.Callback):
+    """Kill the process with no warning, as an out-of-memory killer would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == trainer.world_size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Tied(LitTiny):
+    """A module whose adapted q_proj shares its weight with an unused layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twin = nn.Linear(8, 8, bias=False)
+        self.twin.weight = self.q_proj.weight
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("strategy")
+    parser.add_argument("devices", type=int)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--kill-at", type=int)
+    parser.add_argument("--merge", default="last")
+    parser.add_argument("--tied", action="store_true")
+    arguments = parser.parse_args()
+
+    L.seed_everything(7, verbose=False)
+    model = Tied() if arguments.tied else LitTiny()
+    checkpoint = ModelCheckpoint(arguments.folder, monitor="val_loss", filename="{epoch}", save_top_k=-1)
+    merge: Any = False if arguments.merge == "none" else arguments.merge
+    callbacks: list[L.Callback] = [LoRACallback(r=2, modules_to_save=["head"], merge=merge), checkpoint]
+    if arguments.kill_at:
+        callbacks.append(KillAt(arguments.kill_at))
+    strategy = "auto" if arguments.strategy == "single" else arguments.strategy
+    t = trainer(arguments.folder, callbacks, strategy=strategy, devices=arguments.devices, max_epochs=4)
+    resume = max(arguments.folder.glob("epoch=*.ckpt"), key=lambda path: path.name) if arguments.resume else None
+    t.fit(model, data(), data(), ckpt_path=resume)
+
+    result: dict[str, Any] = {"state": state(model), "val_loss": float(t.callback_metrics["val_loss"])}
+    result["classes"] = [type(module).__name__ for module in model.modules()]
+    t.save_checkpoint(arguments.folder / "after.ckpt")
+    result["tested"] = t.test(model, data(), ckpt_path="best", verbose=False)[0]["test_loss"]
+    result["best"] = checkpoint.best_model_path
+    if t.global_rank == 0:
+        torch.save(result, arguments.folder / "result.pt")
+
+
+if __name__ == "__main__":
+    main()
