@@ -1,13 +1,6 @@
 """LoRA for any LightningModule, in one line: ``Trainer(callbacks=[LoRACallback(r=8)])``."""
 
 from lightning_lora.callback import LoRACallback
-from lightning_lora.checkpoint import (
-    adapter_state_dict,
-    load_adapter,
-    load_adapter_state_dict,
-    load_from_checkpoint,
-    save_adapter,
-)
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import (
     AdapterFileError,
@@ -23,8 +16,10 @@ from lightning_lora.errors import (
     StrategyError,
     TargetError,
 )
+from lightning_lora.files import load_adapter, load_from_checkpoint, save_adapter
 from lightning_lora.inject import inject_adapters, remove_adapters
 from lightning_lora.merge import disable_adapters, merge_adapters, unmerge_adapters
+from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
 from lightning_lora.summary import summarize
 
 __version__ = "0.1.0"

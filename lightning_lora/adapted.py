@@ -59,7 +59,9 @@ def record_of(model: nn.Module) -> Record:
     record = find_record(model)
     if record is None:
         inner = next((name for name, module in model.named_modules() if find_record(module)), None)
-        remedy = f"They are in its {inner!r}: pass that module." if inner else "Call inject_adapters(model, config) first."
+        remedy = (
+            f"They are in its {inner!r}: pass that module." if inner else "Call inject_adapters(model, config) first."
+        )
         raise AdapterStateError(f"{type(model).__name__} has no adapters. {remedy}")
     return record
 
@@ -94,7 +96,11 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that adapters added, by name, whether or not the adapters are on their layers just now."""
     record = find_record(model)
     folded = record.folded if record else {}
-    off = {f"{name}.{factor}": p for name, a in folded.items() for factor, p in (("lora_A", a.lora_A), ("lora_B", a.lora_B))}
+    off = {
+        f"{name}.{factor}": p
+        for name, a in folded.items()
+        for factor, p in (("lora_A", a.lora_A), ("lora_B", a.lora_B))
+    }
     return off or {
         f"{name}.{factor}": p
         for name, layer in adapted_layers(model).items()
@@ -191,7 +197,9 @@ def fold(model: nn.Module) -> None:
             layer.merge()
         unfreeze(model, record)
         record.folded = detach_adapters(model)
-        record.folded_digests = {name: digest(model.get_submodule(name).get_parameter("weight")) for name in record.folded}
+        record.folded_digests = {
+            name: digest(model.get_submodule(name).get_parameter("weight")) for name in record.folded
+        }
 
 
 def unfold(model: nn.Module) -> bool:

@@ -1,11 +1,8 @@
 """The plugin: one callback that leads any LightningModule through a LoRA fine-tune."""
 
 import warnings
-
-from io import BytesIO
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
@@ -16,15 +13,16 @@ from lightning_lora.adapted import (
     find_record,
     fold,
     keep_originals,
-    keep_record,
     record_of,
     unfold,
 )
-from lightning_lora.checkpoint import adapter_state_dict, load_checkpoint_state
+from lightning_lora.checkpoint import load_checkpoint_state
 from lightning_lora.config import Bias, Init, LoRAConfig
-from lightning_lora.errors import BestCheckpointWarning, ConfigError, DeadAdapterWarning, TargetError
+from lightning_lora.errors import BestCheckpointWarning, ConfigError, DeadAdapterWarning, TargetError, listed
 from lightning_lora.inject import inject_adapters
 from lightning_lora.optim import train_adapters
+from lightning_lora.processes import check_untied, receive_memory, returns_state_only, send_memory
+from lightning_lora.state import adapter_state_dict
 from lightning_lora.strategy import Duties, watch
 from lightning_lora.summary import summarize
 
@@ -123,10 +121,10 @@ class LoRACallback(Callback):
     # Set up: adapt what is there, and again when the model's own hooks have run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Adapt the module, from its exact base if an earlier fit merged it; layers to come are adapted by the strategy."""
+        """Adapt the module, on its exact base if an earlier fit merged it; the strategy adapts layers still to come."""
         self._check_alone(trainer)
         watch(trainer.strategy, Duties(self._adapt, train_adapters))
-        _receive_memory(trainer, pl_module)
+        receive_memory(trainer, pl_module)
         self._was_plain = unfold(pl_module)
         self._base_is_open = find_record(pl_module) is None
         if stage == "fit":
@@ -148,20 +146,20 @@ class LoRACallback(Callback):
             self._base_is_open = False
 
     def _check_alone(self, trainer: Trainer) -> None:
-        others = [callback for callback in trainer.callbacks if isinstance(callback, LoRACallback)]
-        if len(others) > 1:
+        ours = [callback for callback in _callbacks(trainer) if isinstance(callback, LoRACallback)]
+        if len(ours) > 1:
             raise ConfigError(
-                f"The Trainer has {len(others)} LoRACallbacks; expected one. Join their target_modules in a single "
+                f"The Trainer has {len(ours)} LoRACallbacks; expected one. Join their target_modules in a single "
                 "callback, with rank_pattern and alpha_pattern for what differs."
             )
 
     def _check_merge(self, trainer: Trainer) -> None:
-        if self.merge == "best" and trainer.checkpoint_callback is None and not trainer.fast_dev_run:
+        if self.merge == "best" and trainer.checkpoint_callback is None and not _is_trial(trainer):
             raise ConfigError(
                 "merge='best' needs a ModelCheckpoint to say which adapters are best, and the Trainer has none. Add "
                 "ModelCheckpoint(monitor=...), or set merge='last'."
             )
-        if self.merge is False and self._base_is_open and _returns_state_only(trainer):
+        if self.merge is False and self._base_is_open and returns_state_only(trainer):
             raise ConfigError(
                 "merge=False would lose the adapters: this strategy trains in processes that send only the weights of "
                 "a model's own layers back. Set merge='last', or use strategy='ddp', or call inject_adapters on the "
@@ -173,8 +171,8 @@ class LoRACallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show what trains, and refuse a merge that could not come back from this strategy's processes."""
         self._stepped = []
-        if self.merge and _returns_state_only(trainer):
-            _check_untied(pl_module)
+        if self.merge and returns_state_only(trainer):
+            check_untied(pl_module)
         if trainer.is_global_zero and _wants_summary(trainer):
             Console().print(summarize(pl_module).table(trained_only=True))
 
@@ -190,25 +188,24 @@ class LoRACallback(Callback):
             if any(id(p) in held and p.grad is None for p in layer.adapter_parameters().values())
         ]
         if dead:
-            shown = ", ".join(map(repr, dead[:5])) + (f" and {len(dead) - 5} more" if len(dead) > 5 else "")
             warnings.warn(
-                f"The adapters of {shown} received no gradient before the first optimizer step, so they do not train: "
-                "the loss does not depend on these layers, or something reads their weights without calling them. "
-                "Take them out with exclude_modules, or look at why they are not used.",
+                f"The adapters of {listed(dead)} received no gradient before the first optimizer step, so they do not "
+                "train: the loss does not depend on these layers, or something reads their weights without calling "
+                "them. Take them out with exclude_modules, or look at why they are not used.",
                 DeadAdapterWarning,
                 stacklevel=2,
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge, and make the module plain again; it remembers its base and its adapters."""
-        if not self.merge or trainer.fast_dev_run:
+        if not self.merge or _is_trial(trainer):
             return
         which = self._load_best(trainer, pl_module) if self.merge == "best" else "last"
         layers = len(adapted_layers(pl_module))
         fold(pl_module)
-        _send_memory(trainer, pl_module)
+        send_memory(trainer, pl_module)
         rank_zero_info(
-            f"LoRACallback merged the {which} adapters of {layers} layers: {type(pl_module).__name__} is a plain model again."
+            f"LoRACallback merged the {which} adapters of {layers} layers: {type(pl_module).__name__} is plain again."
         )
 
     def _load_best(self, trainer: Trainer, pl_module: LightningModule) -> str:
@@ -233,51 +230,19 @@ class LoRACallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """In the main process after fit under a spawning strategy, which had no set-up here: save adapters alone."""
-        if _receive_memory(trainer, pl_module):
+        if receive_memory(trainer, pl_module):
             watch(trainer.strategy, Duties(self._adapt, train_adapters))
             checkpoint["state_dict"] = adapter_state_dict(pl_module)
 
 
-# What a fit leaves behind in another process. Strategies that spawn or fork send back the module's state dict, the best
-# path, and the Trainer's state: the memory of the base travels with that last, as bytes.
-
-_MEMORY = "_lora_memory"
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]  # Lightning sets it outside the class
 
 
-def _returns_state_only(trainer: Trainer) -> bool:
-    return getattr(trainer.strategy, "_start_method", "popen") != "popen"
-
-
-def _send_memory(trainer: Trainer, pl_module: LightningModule) -> None:
-    if _returns_state_only(trainer) and trainer.is_global_zero:
-        memory = BytesIO()
-        torch.save(find_record(pl_module), memory)
-        vars(trainer.state)[_MEMORY] = memory.getvalue()
-
-
-def _receive_memory(trainer: Trainer, pl_module: LightningModule) -> bool:
-    memory: bytes | None = vars(trainer.state).pop(_MEMORY, None)
-    if memory is None or find_record(pl_module) is not None:
-        return False
-    keep_record(pl_module, torch.load(BytesIO(memory), weights_only=False))  # bytes of our own process, not a file
-    return True
-
-
-def _check_untied(pl_module: LightningModule) -> None:
-    owners: dict[int, list[str]] = {}
-    for name, parameter in pl_module.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    for layer in adapted_layers(pl_module).values():
-        if len(owners[id(layer.weight)]) > 1:
-            raise ConfigError(
-                f"{' and '.join(map(repr, owners[id(layer.weight)]))} are one tied weight, of which a merge changes one "
-                "use. This strategy's processes send back a state that cannot hold both. Use strategy='ddp', or take "
-                "the layer out with exclude_modules."
-            )
+def _is_trial(trainer: Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # likewise
 
 
 def _wants_summary(trainer: Trainer) -> bool:
-    """Whether the Trainer shows model summaries: of either package's name for Lightning."""
-    return any("ModelSummary" in base.__name__ for callback in trainer.callbacks for base in type(callback).__mro__)
-
-
+    """Whether the Trainer shows model summaries, whichever of Lightning's two packages it is of."""
+    return any("ModelSummary" in base.__name__ for callback in _callbacks(trainer) for base in type(callback).__mro__)

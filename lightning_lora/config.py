@@ -183,7 +183,11 @@ def _patterns(name: str, value: object) -> str | tuple[str, ...]:
     if isinstance(value, str) and value:
         _check_expression(name, value)
         return value
-    if not isinstance(value, Sequence | Set) or not value or not all(isinstance(entry, str) and entry for entry in value):
+    if (
+        not isinstance(value, Sequence | Set)
+        or not value
+        or not all(isinstance(entry, str) and entry for entry in value)
+    ):
         raise ConfigError(f"{name}={value!r} names no module. Expected an expression or a list of names.")
     return tuple(sorted(value)) if isinstance(value, Set) else tuple(value)
 

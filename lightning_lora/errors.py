@@ -19,6 +19,20 @@ Warnings::
     └── DeadAdapterWarning     adapters that no gradient reaches
 """
 
+from collections.abc import Iterable
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Return names as an error shows them: quoted, and only so many.
+
+    Example:
+        >>> listed(["a", "b", "c"], most=2)
+        "'a', 'b' and 1 more"
+    """
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more
+
 
 class LoRAError(Exception):
     """Base of every error that this package raises."""

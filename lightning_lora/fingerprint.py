@@ -42,7 +42,9 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     record = record_of(model)
     trained = trained_base_parameters(model, record.config)
     not_base = {id(p) for p in (*trained.values(), *adapter_parameters(model).values())}
-    below = {id(layer.weight): layer.lora_base for layer in adapted_layers(model).values() if layer.lora_base is not None}
+    below = {
+        id(layer.weight): layer.lora_base for layer in adapted_layers(model).values() if layer.lora_base is not None
+    }
     below |= {id(model.get_submodule(name).weight): a.base for name, a in record.folded.items() if a.base is not None}
     frozen = {
         name: below.get(id(p), p) for name, p in model.named_parameters(remove_duplicate=False) if id(p) not in not_base
@@ -51,7 +53,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**frozen, **buffers}
 
 
-def check_base(model: nn.Module, stored: object) -> None:
+def check_base(model: nn.Module, stored: Any) -> None:
     """Refuse adapters that were trained on another base.
 
     Args:

@@ -120,8 +120,8 @@ def _check_same(model: nn.Module, config: LoRAConfig, selection: Selection) -> N
         asked = {"r": config.rank(name), "alpha / r": config.scaling(name), "dropout": config.dropout}
         if found != asked:
             raise AdapterMismatchError(
-                f"Layer {name!r} of {type(model).__name__} is adapted already, with {_shown(found)}; this configuration "
-                f"asks for {_shown(asked)}. Use the same configuration, or call remove_adapters(model) first."
+                f"Layer {name!r} of {type(model).__name__} is adapted already, with {_shown(found)}; this "
+                f"configuration asks for {_shown(asked)}. Use the same one, or call remove_adapters(model) first."
             )
 
 

@@ -1,7 +1,6 @@
 """Change what an object does and leave it the same object: its class becomes a subclass of its own class."""
 
 import copyreg
-import functools
 from typing import Any
 
 
@@ -38,23 +37,29 @@ class InPlace:
         return (_blank, self.overlaid, *reduced[2:])
 
 
-@functools.cache
+_COMBINED: dict[tuple[type, type], type] = {}
+
+
 def combined(mixin: type, base: type) -> type:
     """Return the class in which ``mixin`` lies over ``base``; one class for a pair, however often it is asked for."""
-    namespace = {"overlaid": (mixin, base), "__module__": mixin.__module__, "__doc__": mixin.__doc__}
-    return type(f"LoRA{base.__name__}", (mixin, base), namespace)
+    if (mixin, base) not in _COMBINED:
+        namespace = {"overlaid": (mixin, base), "__module__": mixin.__module__, "__doc__": mixin.__doc__}
+        _COMBINED[mixin, base] = type(f"LoRA{base.__name__}", (mixin, base), namespace)
+    return _COMBINED[mixin, base]
 
 
 def overlay(instance: object, mixin: type) -> None:
     """Lay ``mixin`` over the class of ``instance``."""
-    instance.__class__ = combined(mixin, type(instance))
+    cls: Any = combined(mixin, type(instance))
+    instance.__class__ = cls
 
 
 def uncover(instance: InPlace) -> None:
     """Give ``instance`` back the class that it had before :func:`overlay`."""
-    instance.__class__ = instance.overlaid[1]  # type: ignore[assignment]
+    cls: Any = instance.overlaid[1]
+    instance.__class__ = cls
 
 
 def _blank(mixin: type, base: type) -> object:
-    cls = combined(mixin, base)
+    cls: Any = combined(mixin, base)
     return cls.__new__(cls)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.adapted import adapted_layers
-from lightning_lora.errors import OptimizerError
+from lightning_lora.errors import OptimizerError, listed
 
 Params = list[nn.Parameter]
 
@@ -77,11 +77,10 @@ def _place_rest(model: nn.Module, edited: list[list[Params]]) -> None:
     if rest and len(groups) == 1:
         groups[0].extend(rest.values())
     elif rest:
-        shown = ", ".join(map(repr, list(rest)[:5])) + (f" and {len(rest) - 5} more" if len(rest) > 5 else "")
         raise OptimizerError(
-            f"No optimizer trains {shown}, since none of the {len(groups)} parameter groups that configure_optimizers "
-            f"gave holds the weights they adapt. Give {type(model).__name__}.parameters() to one of its optimizers, or "
-            "target only layers that an optimizer holds."
+            f"No optimizer trains {listed(rest)}: none of the {len(groups)} parameter groups that configure_optimizers "
+            f"gave holds the weights that they adapt. Give {type(model).__name__}.parameters() to one of its "
+            "optimizers, or target only layers that an optimizer holds."
         )
 
 

@@ -5,24 +5,25 @@ optimizers' making and their first use, and its checkpoint hooks are skipped whe
 is called at each of these moments, whatever the Trainer does.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import nn
+from torch.optim import Optimizer
 
 from lightning_lora.adapted import find_record, freeze, record_of, unfreeze
 from lightning_lora.checkpoint import (
     KEY,
     adapter_only,
-    adapter_state_dict,
     as_base,
     check_readable,
     load_checkpoint_state,
 )
 from lightning_lora.errors import AdapterFileError, StrategyError
 from lightning_lora.fingerprint import fingerprint
+from lightning_lora.state import adapter_state_dict
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -38,12 +39,12 @@ class Duties:
         train_adapters: On the module and its optimizers, when they have been made.
     """
 
-    inject: Callable[[nn.Module], None]
-    train_adapters: Callable[[nn.Module, Any], None]
+    inject: Callable[[LightningModule], None]
+    train_adapters: Callable[[LightningModule, Sequence[Optimizer]], None]
 
 
 def watch(strategy: "Strategy", duties: Duties) -> None:
-    """Let ``strategy`` keep ``duties``, for its whole life: after fit and after an exception files are adapter-only too.
+    """Let ``strategy`` keep ``duties`` for its whole life: files are adapter-only after fit and after an exception too.
 
     Raises:
         StrategyError: the strategy shards or restores the model in a way that these guarantees do not cover yet.
@@ -82,7 +83,7 @@ class Watch:
             setattr(self.strategy, name, getattr(self, name))
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> LightningModule:
         """The LightningModule of the run."""
         module = self.strategy.lightning_module
         assert module is not None
@@ -103,10 +104,12 @@ class Watch:
         check_readable(checkpoint, checkpoint_path)
         if KEY in checkpoint:
             return checkpoint
-        rank_zero_info(f"{checkpoint_path} holds a full model and no adapters: it is loaded as the base of the fine-tune.")
+        rank_zero_info(
+            f"{checkpoint_path} holds a full model and no adapters: it is loaded as the base of the fine-tune."
+        )
         return as_base(checkpoint)
 
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:  # noqa: ARG002
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load what training changed; base keys may be missing, adapter keys may not, whatever ``strict`` says."""
         load_checkpoint_state(self.module, checkpoint)
 

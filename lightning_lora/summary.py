@@ -8,9 +8,9 @@ from rich.console import Console, Group
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_lora.adapted import find_record, record_of
-from lightning_lora.checkpoint import adapter_state_dict
+from lightning_lora.adapted import find_record
 from lightning_lora.layers import LoRALayer
+from lightning_lora.state import adapter_state_dict
 
 _ADAM_MOMENTS = 2
 """Tensors that Adam and its kin keep for each trained parameter."""
@@ -137,8 +137,8 @@ def summarize(model: nn.Module) -> LoRASummary:
             key = (re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or "(root)", kind, r)
             grouped.setdefault(key, []).append((trained, sum(p.numel() for p in own) - trained))
     groups = tuple(
-        LayerGroup(*key[:1], len(rows), *key[1:], sum(t for t, _ in rows), sum(f for _, f in rows))
-        for key, rows in grouped.items()
+        LayerGroup(name, len(rows), kind, r, sum(trained for trained, _ in rows), sum(frozen for _, frozen in rows))
+        for (name, kind, r), rows in grouped.items()
     )
     return _with_costs(model, groups)
 
@@ -147,8 +147,7 @@ def _with_costs(model: nn.Module, groups: tuple[LayerGroup, ...]) -> LoRASummary
     trained = [p for p in model.parameters() if p.requires_grad]
     added = {id(p) for m in model.modules() if isinstance(m, LoRALayer) for p in m.adapter_parameters().values()}
     base = [p for p in model.parameters() if id(p) not in added]
-    state = adapter_state_dict(model) if find_record(model) and record_of(model) else model.state_dict()
-    buffers = [buffer for buffer in model.buffers()]
+    state = adapter_state_dict(model) if find_record(model) else model.state_dict()
     return LoRASummary(
         title=type(model).__name__,
         groups=groups,
@@ -157,7 +156,7 @@ def _with_costs(model: nn.Module, groups: tuple[LayerGroup, ...]) -> LoRASummary
         optimizer_bytes=_ADAM_MOMENTS * _bytes(trained),
         full_optimizer_bytes=_ADAM_MOMENTS * _bytes(base),
         checkpoint_bytes=_bytes(state.values()),
-        full_checkpoint_bytes=_bytes(base) + _bytes(buffers),
+        full_checkpoint_bytes=_bytes(base) + _bytes(model.buffers()),
     )
 
 

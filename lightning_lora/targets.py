@@ -116,7 +116,9 @@ def _targets(names: _Names, config: LoRAConfig) -> dict[str, nn.Module]:
         if isinstance(targets, str):  # an expression may run over containers and norms: it means the layers among them
             return {name: layer for name, layer in found.items() if adapter_for(layer)} or found
         return found
-    inside_attention = {id(child) for outer in names.modules.values() if _is_attention(outer) for child in outer.modules()}
+    inside_attention = {
+        id(child) for outer in names.modules.values() if _is_attention(outer) for child in outer.modules()
+    }
     heads = _output_heads(names) if targets == "all-linear" else set()
     kinds = LINEAR_LIKE if targets == "all-linear" else tuple(ADAPTERS.values())
     return {
@@ -134,7 +136,9 @@ def _output_heads(names: _Names) -> set[int]:
     """The layers that turn a language model's features into words: those transformers names, and those tied."""
     embeddings = {id(module.weight) for module in names.modules.values() if isinstance(module, nn.Embedding)}
     tied = {
-        id(module) for module in names.modules.values() if isinstance(module, nn.Linear) and id(module.weight) in embeddings
+        id(module)
+        for module in names.modules.values()
+        if isinstance(module, nn.Linear) and id(module.weight) in embeddings
     }
     asked = (getattr(module, "get_output_embeddings", None) for module in names.model.modules())
     return tied | {id(head()) for head in asked if callable(head)}
@@ -203,6 +207,6 @@ def _check_ranks(config: LoRAConfig, layers: dict[str, nn.Module]) -> None:
         shown = ", ".join(f"{name!r} (r={r}, at most {limit})" for name, (r, limit) in list(small.items())[:5])
         raise ConfigError(
             f"The rank is larger than {len(small)} layer(s) allow: {shown}. Lower r; or train such a layer whole with "
-            f"modules_to_save={list(small)[:5]}, as suits a new head; or give it its own r in rank_pattern; or leave it "
-            "as it is with exclude_modules."
+            f"modules_to_save={list(small)[:5]}, as suits a new head; or give it its own r in rank_pattern; or leave "
+            "it as it is with exclude_modules."
         )

@@ -60,7 +60,9 @@ def test_bad_argument_is_an_error_that_names_it(bad: dict[str, Any]) -> None:
         LoRACallback(**bad)
 
 
-@pytest.mark.parametrize("bad", [{"merge": True}, {"merge": "first"}, {"merge": None}, {"loraplus_lr_ratio": 16.0}], ids=str)
+@pytest.mark.parametrize(
+    "bad", [{"merge": True}, {"merge": "first"}, {"merge": None}, {"loraplus_lr_ratio": 16.0}], ids=str
+)
 def test_bad_callback_argument_is_an_error_that_names_it(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(bad))):
         LoRACallback(**bad)
@@ -80,7 +82,9 @@ def test_patterns_override_by_layer_and_an_alpha_left_out_follows_the_rank() -> 
 
 def test_entries_match_whole_parts_of_names() -> None:
     assert matches("q", "layers.0.q") and matches("0.q", "layers.0.q") and matches("layers.0.q", "layers.0.q")
-    assert not matches("q", "layers.0.seq") and not matches("0.q", "layers.10.q") and not matches("layers", "layers.0.q")
+    assert (
+        not matches("q", "layers.0.seq") and not matches("0.q", "layers.10.q") and not matches("layers", "layers.0.q")
+    )
     assert matches_pattern(r"layers\.[02]\.q", "model.layers.2.q")
     assert not matches_pattern("yers.0.q", "layers.0.q")
 

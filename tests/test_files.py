@@ -248,7 +248,9 @@ def test_tampered_file_is_refused_and_the_model_is_as_it_was(file: Path, tamper:
         load_adapter(adapted, file)
 
 
-@pytest.mark.parametrize("option", [{"alpha": 8.0}, {"use_rslora": True}, {"r": 4}, {"alpha_pattern": {"q_proj": 9.0}}], ids=str)
+@pytest.mark.parametrize(
+    "option", [{"alpha": 8.0}, {"use_rslora": True}, {"r": 4}, {"alpha_pattern": {"q_proj": 9.0}}], ids=str
+)
 def test_adapters_of_another_function_are_refused_with_the_arguments_to_use(file: Path, option: dict[str, Any]) -> None:
     model = LitTiny()
     inject_adapters(model, LoRAConfig(**(CONFIG.to_dict() | option)))
@@ -279,7 +281,8 @@ def test_missing_file_and_folder_say_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", [adapter_state_dict, merge_adapters, unmerge_adapters, remove_adapters, lambda m: load_adapter_state_dict(m, {})]
+    "verb",
+    [adapter_state_dict, merge_adapters, unmerge_adapters, remove_adapters, lambda m: load_adapter_state_dict(m, {})],
 )
 def test_verbs_on_a_plain_model_say_what_to_do(verb: Callable[[nn.Module], Any]) -> None:
     with pytest.raises(AdapterStateError, match="inject_adapters"):

@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +210,13 @@ def test_every_file_is_adapter_only_and_loads_safely(tmp_path: Path) -> None:
     with pytest.raises(Stop):
         t.fit(LitTiny(), data(), data())
     files = sorted(tmp_path.rglob("*.ckpt"))
-    assert {file.name for file in files} >= {"during.ckpt", "light.ckpt", "failed.ckpt", "last.ckpt", "best-epoch=0.ckpt"}
+    assert {file.name for file in files} >= {
+        "during.ckpt",
+        "light.ckpt",
+        "failed.ckpt",
+        "last.ckpt",
+        "best-epoch=0.ckpt",
+    }
     assert any(file.parent.name == "weights" for file in files)
     for file in files:
         checkpoint = torch.load(file, weights_only=True)
@@ -255,7 +261,10 @@ def test_a_checkpoint_is_adapters_and_their_optimizer_state_and_little_more(tmp_
 
 
 def test_best_and_last_give_their_own_numbers_after_fit(tmp_path: Path) -> None:
-    model, checkpoint = LitTiny(lr=0.5), best(tmp_path, save_last=True, save_top_k=-1, mode="max")  # the worst: surely not the last
+    model, checkpoint = (
+        LitTiny(lr=0.5),
+        best(tmp_path, save_last=True, save_top_k=-1, mode="max"),
+    )  # the worst: surely not the last
     t = trainer(tmp_path, [lora(), checkpoint], max_epochs=4)
     t.fit(model, data(), data())
     last = t.callback_metrics["val_loss"].item()
@@ -264,7 +273,9 @@ def test_best_and_last_give_their_own_numbers_after_fit(tmp_path: Path) -> None:
     assert t.validate(model, data(), verbose=False)[0]["val_loss"] == pytest.approx(last)
     assert t.test(model, data(), ckpt_path="best", verbose=False)[0]["test_loss"] == pytest.approx(worst)
     assert is_plain(model)
-    assert t.test(model, data(), verbose=False)[0]["test_loss"] == pytest.approx(worst)  # as plain Lightning: loaded stays
+    assert t.test(model, data(), verbose=False)[0]["test_loss"] == pytest.approx(
+        worst
+    )  # as plain Lightning: loaded stays
     assert t.test(model, data(), ckpt_path="last", verbose=False)[0]["test_loss"] == pytest.approx(last)
     assert t.validate(dataloaders=data(), verbose=False)[0]["val_loss"] == pytest.approx(worst)  # no model means best
     predicted = t.predict(model, data(), ckpt_path=checkpoint.last_model_path)
@@ -382,7 +393,9 @@ def test_remove_adapters_forgets_a_finished_fit(tmp_path: Path) -> None:
 # Resuming and loading
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": "all", "alpha": 8}, {"modules_to_save": None, "target_modules": "all"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": "all", "alpha": 8}, {"modules_to_save": None, "target_modules": "all"}], ids=str
+)
 def test_resumed_run_ends_with_the_same_bits(tmp_path: Path, options: dict[str, Any]) -> None:
     through, resumed = LitTiny(), LitTiny()
     every = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
@@ -394,6 +407,40 @@ def test_resumed_run_ends_with_the_same_bits(tmp_path: Path, options: dict[str, 
     assert same(state(resumed), state(through)) and t.global_step == 16
 
 
+class Stateful:
+    """A loader that knows where it is, which is what Lightning needs to go on in the middle of an epoch."""
+
+    def __init__(self) -> None:
+        self.batches, self.at = list(data()), 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.at %= len(self.batches)
+        while self.at < len(self.batches):
+            self.at += 1
+            yield self.batches[self.at - 1]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+
+@pytest.mark.parametrize("step", [1, 6, 8, 11])
+def test_run_resumed_at_any_step_ends_with_the_same_bits(tmp_path: Path, step: int) -> None:
+    through, resumed = LitTiny(), LitTiny()
+    every = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    torch.manual_seed(5)
+    t = trainer(tmp_path, [lora(merge=False), every], max_epochs=3)
+    t.fit(through, Stateful())
+    t = trainer(tmp_path, [lora(merge=False)], max_epochs=3)
+    t.fit(resumed, Stateful(), ckpt_path=tmp_path / f"step={step}.ckpt")
+    assert t.global_step == 12 and same(state(resumed), state(through))
+
+
 def test_full_checkpoint_is_taken_as_the_base(tmp_path: Path) -> None:
     plain = LitTiny()
     t = trainer(tmp_path, max_epochs=3)
@@ -403,7 +450,9 @@ def test_full_checkpoint_is_taken_as_the_base(tmp_path: Path) -> None:
     t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
     t.fit(model, data(), ckpt_path=tmp_path / "full.ckpt")
     assert t.global_step == 4
-    assert torch.equal(model.q_proj.weight, plain.q_proj.weight) and not torch.equal(model.head.weight, plain.head.weight)
+    assert torch.equal(model.q_proj.weight, plain.q_proj.weight) and not torch.equal(
+        model.head.weight, plain.head.weight
+    )
     t.save_checkpoint(tmp_path / "lora.ckpt")
     load_adapter(plain, tmp_path / "lora.ckpt")
     assert torch.equal(plain(X), model(X))
@@ -650,7 +699,9 @@ def test_adapters_take_the_group_of_their_weight_and_schedulers_keep_theirs(tmp_
                 {"params": [m.head.weight], "lr": 0.03},
             ]
             optimizer = torch.optim.AdamW(groups)
-            return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda _: 1.0, lambda _: 0.5, lambda _: 0.1])]
+            return [optimizer], [
+                torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda _: 1.0, lambda _: 0.5, lambda _: 0.1])
+            ]
 
         return make
 
@@ -668,7 +719,9 @@ def test_groups_chosen_by_names_follow_the_weight_too(tmp_path: Path) -> None:
         def make() -> Any:
             decayed = [p for name, p in m.named_parameters() if name.endswith("weight")]
             others = [p for name, p in m.named_parameters() if not name.endswith("weight")]
-            return torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}])
+            return torch.optim.AdamW(
+                [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+            )
 
         return make
 

@@ -29,21 +29,21 @@ from tests.models import randomise, same, state
 class Scaled(nn.Linear):
     """A linear layer that scales its weight and its output in its own forward."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:
         return nn.functional.linear(input, self.weight * 2, self.bias) * 3
 
 
 class Normalised(nn.Linear):
     """A linear layer whose output is not linear in its weight."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:
         return nn.functional.linear(input, self.weight / self.weight.norm(dim=1, keepdim=True), self.bias)
 
 
 class ScaledEmbedding(nn.Embedding):
     """An embedding that scales its rows, as Gemma's does."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) * 4
 
 
@@ -166,7 +166,9 @@ def test_remove_gives_back_the_very_class_and_values(case: tuple[nn.Sequential, 
     remove_adapters(model)
     assert type(model[0]) is cls and same(state(model), before) and torch.equal(model(x), output)
     assert [p.requires_grad for p in model.parameters()] == flags
-    assert not [name for name in vars(model[0]) if "lora" in name] and not [name for name in vars(model) if "lora" in name]
+    assert not [name for name in vars(model[0]) if "lora" in name] and not [
+        name for name in vars(model) if "lora" in name
+    ]
 
 
 def test_remove_after_merge_keeps_the_merged_weights(case: tuple[nn.Sequential, Tensor]) -> None:
@@ -406,7 +408,9 @@ def test_any_order_of_verbs_computes_one_function(r: int, alpha: float, calls: l
             model = copy.deepcopy(model)
         elif call == "disable":
             with disable_adapters(model):
-                torch.testing.assert_close(model(x), torch.tanh(x @ base["0.weight"].T + base["0.bias"]) @ base["2.weight"].T + base["2.bias"])
+                torch.testing.assert_close(
+                    model(x), torch.tanh(x @ base["0.weight"].T + base["0.bias"]) @ base["2.weight"].T + base["2.bias"]
+                )
         else:
             from lightning_lora import load_adapter_state_dict
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_lora import load_adapter
-from tests.models import LitTiny, data, same, state, trainer
+from tests.models import LitTiny, data, same, trainer
 
 ROOT = Path(__file__).parent.parent
 TRAINED = {"q_proj.lora_A", "q_proj.lora_B", "v_proj.lora_A", "v_proj.lora_B", "head.weight", "head.bias"}
@@ -19,7 +19,9 @@ TRAINED = {"q_proj.lora_A", "q_proj.lora_B", "v_proj.lora_A", "v_proj.lora_B", "
 def train(folder: Path, strategy: str, devices: int, *options: str, ok: bool = True) -> Any:
     """Run tests.train; return its result, or what it printed if it is to fail."""
     command = [sys.executable, "-m", "tests.train", str(folder), strategy, str(devices), *options]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    run = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert (run.returncode == 0) is ok, run.stderr[-3000:]
     return torch.load(folder / "result.pt", weights_only=True) if ok else run.stderr
 
@@ -30,11 +32,18 @@ def adapters(path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("strategy", "devices"),
-    [("single", 1), ("ddp_fork", 2), pytest.param("ddp", 2, marks=pytest.mark.slow), pytest.param("ddp_spawn", 2, marks=pytest.mark.slow)],
+    [
+        ("single", 1),
+        ("ddp_fork", 2),
+        pytest.param("ddp", 2, marks=pytest.mark.slow),
+        pytest.param("ddp_spawn", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_killed_and_resumed_ends_with_the_same_adapters(tmp_path: Path, strategy: str, devices: int) -> None:
     through = train(tmp_path / "through", strategy, devices)
-    train(tmp_path / "killed", strategy, devices, "--kill-at", str(3 * 4 // devices - 1), ok=False)  # in the third epoch
+    train(
+        tmp_path / "killed", strategy, devices, "--kill-at", str(3 * 4 // devices - 1), ok=False
+    )  # in the third epoch
     assert not (tmp_path / "killed" / "result.pt").exists()
     assert sorted(path.name for path in (tmp_path / "killed").glob("*.ckpt")) == ["epoch=0.ckpt", "epoch=1.ckpt"]
     resumed = train(tmp_path / "killed", strategy, devices, "--resume")
@@ -46,7 +55,12 @@ def test_killed_and_resumed_ends_with_the_same_adapters(tmp_path: Path, strategy
 def check(folder: Path, result: dict[str, Any]) -> None:
     """A finished run: plain and merged in the main process, right numbers later, adapters alone in every file."""
     base = LitTiny()
-    assert list(result["state"]) == list(base.state_dict()) and result["classes"][1:] == ["Embedding", "Linear", "Linear", "Linear"]
+    assert list(result["state"]) == list(base.state_dict()) and result["classes"][1:] == [
+        "Embedding",
+        "Linear",
+        "Linear",
+        "Linear",
+    ]
     model = LitTiny()
     load_adapter(model, folder / "epoch=3.ckpt")
     merged = LitTiny()
@@ -72,9 +86,7 @@ def test_spawning_merges_the_best_and_refuses_what_cannot_come_back(tmp_path: Pa
 
 
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
-    """DDP averages gradients: two processes on half a batch each take the steps of one on the whole."""
-    result = train(tmp_path / "two", "ddp_fork", 2)
-    one = LitTiny()
-    load_adapter(one, tmp_path / "two" / "epoch=0.ckpt")
-    assert state(one)["q_proj.lora_B"].any()
-    assert result["val_loss"] < 1.45  # below ln 4, the loss of a guess among four classes
+    """DDP averages gradients: two processes on half of each batch take the steps of one on the whole."""
+    two = train(tmp_path / "two", "ddp_fork", 2, "--shares")
+    one = train(tmp_path / "one", "single", 1, "--shares")
+    torch.testing.assert_close(two["state"], one["state"], atol=1e-4, rtol=1e-3)

@@ -44,7 +44,9 @@ def test_all_linear_leaves_a_transformers_output_head_out() -> None:
     )  # fmt: skip
     assert "lm_head" not in adapted(llama)
     names = adapted(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=32, n_positions=8)))
-    assert names == tuple(f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"))
+    assert names == tuple(
+        f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    )
 
 
 def test_exclude_takes_out_a_layer_or_everything_below_a_module() -> None:
@@ -60,7 +62,9 @@ def test_modules_to_save_win_over_targets_and_train_whole() -> None:
     assert trained == ["q_proj.lora_A", "q_proj.lora_B", "v_proj.lora_A", "v_proj.lora_B", "head.weight", "head.bias"]
 
 
-@pytest.mark.parametrize(("bias", "trained"), [("none", []), ("lora_only", ["q_proj.bias"]), ("all", ["q_proj.bias", "head.bias"])])
+@pytest.mark.parametrize(
+    ("bias", "trained"), [("none", []), ("lora_only", ["q_proj.bias"]), ("all", ["q_proj.bias", "head.bias"])]
+)
 def test_bias(bias: Any, trained: list[str]) -> None:
     model = LitTiny()
     adapted(model, target_modules=["q_proj", "v_proj"], bias=bias)
@@ -76,7 +80,10 @@ def test_rank_and_alpha_patterns() -> None:
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
-    ({"target_modules": ["q_porj"]}, r"target_modules \['q_porj'\] match no module of LitTiny. Nearest names: 'q_proj'"),
+    (
+        {"target_modules": ["q_porj"]},
+        r"target_modules \['q_porj'\] match no module of LitTiny. Nearest names: 'q_proj'",
+    ),
     ({"target_modules": ["q_proj", "nowhere"]}, r"target_modules \['nowhere'\]"),
     ({"target_modules": "q_pr"}, r"Nearest names: 'q_proj'"),
     ({"exclude_modules": ["haed"]}, r"exclude_modules \['haed'\] .*'head'"),

@@ -1,6 +1,6 @@
 """A training run in a process of its own: what the tests kill, spawn and resume.
 
-Usage: python -m tests.train FOLDER STRATEGY DEVICES [--resume] [--kill-at STEP] [--merge last|best|none] [--tied]
+Usage: python -m tests.train FOLDER STRATEGY DEVICES [--resume] [--kill-at STEP] [--merge last|best|none] [--tied] [--shares]
 Writes FOLDER/result.pt: the module's state after fit, and what later stages and files say of it.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora import LoRACallback
 from tests.models import LitTiny, data, state, trainer
@@ -39,6 +39,13 @@ class Tied(LitTiny):
         self.twin.weight = self.q_proj.weight
 
 
+class Shares(LitTiny):
+    """A module that is given the whole batch in every process and takes its share of it."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.loss([part[self.global_rank :: self.trainer.world_size] for part in batch])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -48,17 +55,25 @@ def main() -> None:
     parser.add_argument("--kill-at", type=int)
     parser.add_argument("--merge", default="last")
     parser.add_argument("--tied", action="store_true")
+    parser.add_argument("--shares", action="store_true")
     arguments = parser.parse_args()
 
     L.seed_everything(7, verbose=False)
-    model = Tied() if arguments.tied else LitTiny()
+    model = Tied() if arguments.tied else Shares() if arguments.shares else LitTiny()
     checkpoint = ModelCheckpoint(arguments.folder, monitor="val_loss", filename="{epoch}", save_top_k=-1)
     merge: Any = False if arguments.merge == "none" else arguments.merge
     callbacks: list[L.Callback] = [LoRACallback(r=2, modules_to_save=["head"], merge=merge), checkpoint]
     if arguments.kill_at:
         callbacks.append(KillAt(arguments.kill_at))
     strategy = "auto" if arguments.strategy == "single" else arguments.strategy
-    t = trainer(arguments.folder, callbacks, strategy=strategy, devices=arguments.devices, max_epochs=4)
+    t = trainer(
+        arguments.folder,
+        callbacks,
+        strategy=strategy,
+        devices=arguments.devices,
+        max_epochs=4,
+        use_distributed_sampler=not arguments.shares,
+    )
     resume = max(arguments.folder.glob("epoch=*.ckpt"), key=lambda path: path.name) if arguments.resume else None
     t.fit(model, data(), data(), ckpt_path=resume)
 

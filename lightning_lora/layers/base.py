@@ -220,7 +220,8 @@ def new_adapter(
     weight = layer.get_parameter("weight")
     reads, writes = kind.features(layer)
     lora_A, lora_B = (
-        nn.Parameter(torch.empty(shape, dtype=weight.dtype, device=weight.device)) for shape in ((r, reads), (writes, r))
+        nn.Parameter(torch.empty(shape, dtype=weight.dtype, device=weight.device))
+        for shape in ((r, reads), (writes, r))
     )
     kind.start(lora_A, lora_B, init)
     return Adapter(kind, lora_A, lora_B, scaling, dropout, init)

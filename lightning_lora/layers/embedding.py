@@ -45,7 +45,7 @@ class LoRAEmbedding(LoRALayer):
         """Start A, not B, at zero: the column of a token that training never sees then stays zero."""
         init_factors(lora_B, lora_A, init)
 
-    def lora_forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name nn.Embedding gives it
+    def lora_forward(self, input: Tensor) -> Tensor:  # the name nn.Embedding gives it
         """Look up the rows and add the update's."""
         rows = F.embedding(input, self.weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
         return rows + low_rank_lookup(

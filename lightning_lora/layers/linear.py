@@ -28,7 +28,7 @@ class LoRALinear(LoRALayer):
         writes, reads = layer.weight.shape
         return reads, writes
 
-    def lora_forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name nn.Linear gives it
+    def lora_forward(self, input: Tensor) -> Tensor:  # the name nn.Linear gives it
         """Compute the layer and add the update."""
         dropout = self.lora_dropout if self.training else 0.0
         output = F.linear(input, self.weight, self.bias)

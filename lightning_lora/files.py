@@ -1,0 +1,163 @@
+"""Adapters in files of their own, without a Trainer."""
+
+import json
+import warnings
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_lora.adapted import find_record, fold, record_of, unfold
+from lightning_lora.checkpoint import KEY, as_base, check_checksum, check_fits, describe, stored_config
+from lightning_lora.errors import AdapterFileError, AdapterStateError
+from lightning_lora.inject import inject_adapters, remove_adapters
+from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+    Module = TypeVar("Module", bound=LightningModule)
+
+
+def save_adapter(model: nn.Module, path: str | Path) -> None:
+    """Write all that training changed into one ``.safetensors`` file.
+
+    Args:
+        model: A model with adapters: adapted, merged, or made plain again by a finished fit.
+        path: The file. It is written beside and moved into place, so that it is never half there.
+
+    Raises:
+        AdapterStateError: ``model`` has no adapters, or they are on the meta device.
+        AdapterFileError: something in its state is no tensor.
+    """
+    path, state = Path(path), adapter_state_dict(model)
+    odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise AdapterFileError(
+            f"{odd[:3]} are not tensors, which is all that safetensors holds. Save with the Trainer instead."
+        )
+    if any(value.is_meta for value in state.values()):
+        raise AdapterStateError("The adapters are on the meta device and have no values. Call model.to_empty first.")
+    description = describe(model, state, record_of(model).fingerprints or None)
+    beside = path.with_name(f".{path.name}.part")
+    tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
+    try:
+        save_file(tensors, beside, metadata={"format": "pt", KEY: json.dumps(description)})
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_adapter(model: nn.Module, path: str | Path) -> None:
+    """Put the adapters of a file on ``model``: all of them, or an error and the model as it was.
+
+    Args:
+        model: The base they were trained on; it is adapted as the file says, if it is not yet. A model that a finished
+            fit has merged gets its base back first.
+        path: A file that :func:`save_adapter` or a Trainer with ``LoRACallback`` wrote.
+
+    Raises:
+        AdapterFileError: the file is truncated, foreign or was tampered with.
+        BaseMismatchError: the adapters were trained on another base.
+        AdapterMismatchError: ``model`` is adapted already, in another way.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_lora import LoRAConfig
+        >>> base = nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)
+        >>> trained = nn.Sequential(nn.Linear(4, 4))
+        >>> _ = trained.load_state_dict(base.state_dict())
+        >>> names = inject_adapters(trained, LoRAConfig(r=2))
+        >>> _ = nn.init.ones_(trained[0].lora_B)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_adapter(trained, f"{folder}/adapter.safetensors")
+        ...     load_adapter(base, f"{folder}/adapter.safetensors")
+        >>> torch.equal(base(torch.ones(4)), trained(torch.ones(4)))
+        True
+    """
+    state, description = read_adapter_file(path)
+    config = stored_config(description)
+    folded = unfold(model)
+    injected = find_record(model) is None
+    try:
+        inject_adapters(model, config) if injected else None
+        check_fits(model, state, description)
+        load_adapter_state_dict(model, state)
+    except BaseException:
+        if injected and find_record(model):
+            remove_adapters(model)
+        if folded:
+            fold(model)
+        raise
+
+
+def read_adapter_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the state and the description that a file holds; no code in it is run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        AdapterFileError: it is truncated, foreign, or was tampered with.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise AdapterFileError(f"{path} is a folder. Pass a .safetensors file or a Trainer's .ckpt file.")
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"
+    try:
+        if is_zip:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            state, description = checkpoint["state_dict"], checkpoint.get(KEY)
+        else:
+            with safe_open(path, "pt") as file:
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+                description = json.loads((file.metadata() or {}).get(KEY, "null"))
+    except Exception as error:
+        raise AdapterFileError(
+            f"{path} cannot be read as adapters: it is truncated, damaged or of another kind ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no more is known'}). Pass a file that save_adapter or a "
+            "Trainer with LoRACallback wrote."
+        ) from error
+    if description is None:
+        raise AdapterFileError(
+            f"{path} holds no adapters of this package. A full checkpoint is a base: load it with "
+            "model.load_state_dict, or give it to Trainer.fit(ckpt_path=...)."
+        )
+    stored_config(description)
+    check_checksum(state, description, path)
+    return state, description
+
+
+def load_from_checkpoint(
+    cls: "type[Module]", path: str | Path, *, merge: bool = False, map_location: Any = None, **kwargs: Any
+) -> "Module":
+    """Lightning's ``load_from_checkpoint`` for the adapter-only files of a Trainer with ``LoRACallback``.
+
+    Args:
+        cls: The LightningModule's class. It is built from the stored hyperparameters, so it must load its pretrained
+            weights by itself.
+        path: The ``.ckpt`` file.
+        merge: Return a plain model with the updates merged, instead of an adapted one.
+        map_location: Where the model goes, as for Lightning's own.
+        **kwargs: Hyperparameters to override, as for Lightning's own.
+
+    Raises:
+        AdapterFileError: the file is truncated, foreign or was tampered with.
+        BaseMismatchError: the model that ``cls`` builds is not the base that the adapters were trained on.
+    """
+    read_adapter_file(path)
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    shell = BytesIO()  # the same file without the run and the weights, for Lightning to build the model from
+    torch.save({**as_base(checkpoint), "state_dict": {}}, shell)
+    shell.seek(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(Found keys|The state dict)")
+        model = cls.load_from_checkpoint(shell, map_location="cpu", **{"strict": False, **kwargs})
+    load_adapter(model, path)
+    if merge:
+        fold(model)
+        remove_adapters(model)
+    return model.to(map_location) if isinstance(map_location, str | torch.device) else model

@@ -1,0 +1,57 @@
+"""What a fit sends home from processes that were spawned or forked for it.
+
+Their strategies send back the module's state dict, the best path, and the Trainer's state, and the main process calls
+no hook when these arrive. So merged weights come home by themselves, and the memory of the exact base, which later
+stages need, travels with the Trainer's state as bytes.
+"""
+
+from io import BytesIO
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_lora.adapted import adapted_layers, find_record, keep_record
+from lightning_lora.errors import ConfigError
+
+_MEMORY = "_lora_memory"
+
+
+def returns_state_only(trainer: Trainer) -> bool:
+    """Whether the Trainer's strategy runs in processes that send only a state dict home."""
+    return getattr(trainer.strategy, "_start_method", "popen") != "popen"
+
+
+def send_memory(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Give the Trainer's state, in such a process, what the module remembers."""
+    if returns_state_only(trainer) and trainer.is_global_zero:
+        memory = BytesIO()
+        torch.save(find_record(pl_module), memory)
+        vars(trainer.state)[_MEMORY] = memory.getvalue()
+
+
+def receive_memory(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Give the module, in the main process or in one that it starts, what came home. Return whether anything did."""
+    memory: bytes | None = vars(trainer.state).pop(_MEMORY, None)
+    if memory is None or find_record(pl_module) is not None:
+        return False
+    keep_record(pl_module, torch.load(BytesIO(memory), weights_only=False))  # bytes of our own process, not a file
+    return True
+
+
+def check_untied(pl_module: LightningModule) -> None:
+    """Refuse to adapt one use of a tied weight where the merged model is sent home as a state dict.
+
+    Raises:
+        ConfigError: an adapted weight has another use; the main process would load both values into the one weight.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, parameter in pl_module.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for layer in adapted_layers(pl_module).values():
+        tied = owners[id(layer.weight)]
+        if len(tied) > 1:
+            raise ConfigError(
+                f"{' and '.join(map(repr, tied))} are one tied weight, of which a merge changes one use. The processes "
+                "of this strategy send back a state that cannot hold both. Use strategy='ddp', or take the layer out "
+                "with exclude_modules."
+            )

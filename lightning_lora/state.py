@@ -1,0 +1,159 @@
+"""What training changed of a model: taken out of it, and written back once everything is checked."""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.adapted import (
+    adapted_layers,
+    adapter_parameters,
+    fold,
+    persistent_buffers,
+    record_of,
+    restore_originals,
+    trained_base_parameters,
+    unfold,
+)
+from lightning_lora.errors import AdapterMismatchError, listed
+from lightning_lora.merge import merge_adapters, unmerge_adapters
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
+    """Return all that training changed, and nothing else.
+
+    That is: the adapters, biases and modules that are trained beside them, buffers that no longer have the base's
+    values, and whatever a module adds to its state dict by itself.
+
+    Args:
+        model: A model with adapters: adapted, merged, or made plain again by a finished fit.
+
+    Returns:
+        Tensors by the names they have in ``model.state_dict()``.
+
+    Raises:
+        AdapterStateError: ``model`` has no adapters.
+
+    Example:
+        >>> from lightning_lora import LoRAConfig, inject_adapters
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        >>> names = inject_adapters(model, LoRAConfig(r=2))
+        >>> list(adapter_state_dict(model))
+        ['0.lora_A', '0.lora_B']
+    """
+    off = {name: p.detach() for name, p in adapter_parameters(model).items()} if record_of(model).folded else {}
+    return {**off, **without_base(model, model.state_dict())}
+
+
+def without_base(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop from a state of ``model`` what the base has already: frozen parameters, and buffers with the same values."""
+    record = record_of(model)
+    stored = {**adapter_parameters(model), **trained_base_parameters(model, record.config)}
+    ids = {id(p) for p in stored.values()}
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) not in ids}
+    aliases = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in ids} - set(stored)
+    buffers = set(persistent_buffers(model)) & set(record.originals)
+    return {
+        name: value
+        for name, value in state.items()
+        if name not in frozen | aliases and not (name in buffers and _same(value, record.originals[name]))
+    }
+
+
+def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Write back what :func:`adapter_state_dict` returned: everything is checked, then everything is written.
+
+    Buffers that ``state`` does not hold get the base's values. A merged model is merged again with the new adapters.
+
+    Args:
+        model: A model adapted as the one that ``state`` is of.
+        state: Tensors by name.
+
+    Raises:
+        AdapterMismatchError: a name is missing, unexpected, or of another shape or kind. Nothing was written then.
+        AdapterStateError: ``model`` has no adapters.
+    """
+    record = record_of(model)
+    check_names(model, state)
+    check_tensors(model, state)
+    with adapters_live(model):
+        buffers = set(persistent_buffers(model)) & set(record.originals)
+        restore_originals(model, buffers - set(state))
+        model.load_state_dict(dict(state), strict=False)
+
+
+@contextmanager
+def adapters_live(model: nn.Module) -> Iterator[None]:
+    """Un-merge for a while."""
+    folded = unfold(model)
+    merged = any(layer.lora_base is not None for layer in adapted_layers(model).values())
+    unmerge_adapters(model)
+    try:
+        yield
+    finally:
+        if folded:
+            fold(model)
+        elif merged:
+            merge_adapters(model)
+
+
+def _required(model: nn.Module) -> dict[str, Tensor]:
+    """What a stored state of ``model`` must hold."""
+    return {**adapter_parameters(model), **trained_base_parameters(model, record_of(model).config)}
+
+
+def _optional(model: nn.Module) -> dict[str, Any]:
+    """What it may hold besides: buffers, and what a module adds to its state dict by itself."""
+    return {**without_base(model, model.state_dict()), **persistent_buffers(model)}
+
+
+def check_names(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuse a state that lacks a name that ``model`` needs, or has one that it does not know.
+
+    Raises:
+        AdapterMismatchError: it does.
+    """
+    required, optional = _required(model), _optional(model)
+    missing = [name for name in required if name not in state]
+    unexpected = [name for name in state if name not in required and name not in optional]
+    if missing or unexpected:
+        near = {name: difflib.get_close_matches(name, missing or required, n=1) for name in unexpected[:3]}
+        hint = "".join(f" {name!r} is close to {match[0]!r}." for name, match in near.items() if match)
+        wrong = {"missing": missing, "unexpected": unexpected}
+        found = " and ".join(f"{what} {listed(names)}" for what, names in wrong.items() if names)
+        raise AdapterMismatchError(
+            f"These adapters do not fit {type(model).__name__}: {found}.{hint} Adapt the model with the targets, "
+            "modules_to_save and bias that they were trained with."
+        )
+
+
+def check_tensors(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuse a state, of the right names, with a tensor of another shape or kind than that of ``model``.
+
+    Raises:
+        AdapterMismatchError: it has one.
+    """
+    known = {**_optional(model), **_required(model)}
+    for name, value in state.items():
+        if isinstance(known[name], Tensor):
+            _check_tensor(name, value, known[name])
+
+
+def _check_tensor(name: str, value: object, expected: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.shape != expected.shape:
+        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise AdapterMismatchError(
+            f"{name!r} is {found}, but this model has {tuple(expected.shape)}. Adapt it with the r that the adapters "
+            "were trained with."
+        )
+    if value.is_floating_point() != expected.is_floating_point() or value.is_complex() != expected.is_complex():
+        raise AdapterMismatchError(f"{name!r} is {value.dtype}, but this model has {expected.dtype}.")
+
+
+def _same(value: Any, original: Tensor) -> bool:
+    return (
+        isinstance(value, Tensor) and value.dtype == original.dtype and torch.equal(value.to(original.device), original)
+    )

@@ -1,0 +1,101 @@
+"""LightningCLI: the callback from YAML and from flags, readable help, and optimizers that the CLI builds."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_lora import LoRACallback
+from tests.models import LitTiny, data, trainer
+
+QUIET = [
+    "--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.logger=false", "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]  # fmt: skip
+
+
+class CLIModule(LitTiny):
+    """LitTiny with its own data, and with the optimizer left to the CLI."""
+
+    def train_dataloader(self) -> Any:
+        return data()
+
+    test_dataloader = train_dataloader
+    configure_optimizers = LitTiny.__mro__[1].configure_optimizers  # LightningModule's: not overridden
+
+
+def run(tmp_path: Path, *arguments: str) -> LightningCLI:
+    return LightningCLI(
+        CLIModule, args=[*arguments, *QUIET, f"--trainer.default_root_dir={tmp_path}"], save_config_callback=None
+    )
+
+
+def callback_of(cli: LightningCLI) -> LoRACallback:
+    (callback,) = [each for each in cli.trainer.callbacks if isinstance(each, LoRACallback)]
+    return callback
+
+
+OPTIMIZER = ["--optimizer=AdamW", "--optimizer.lr=0.05", "--lr_scheduler=ExponentialLR", "--lr_scheduler.gamma=0.9"]
+
+
+def test_flags(tmp_path: Path) -> None:
+    cli = run(
+        tmp_path, "fit", *OPTIMIZER, "--trainer.callbacks+=lightning_lora.LoRACallback", "--trainer.callbacks.r=2",
+        "--trainer.callbacks.modules_to_save=[head]", "--trainer.callbacks.merge=false",
+        "--trainer.callbacks.rank_pattern={v_proj: 1}",
+    )  # fmt: skip
+    assert callback_of(cli).config.rank("v_proj") == 1 and callback_of(cli).merge is False
+    assert all(p.any() for name, p in cli.model.named_parameters() if name.endswith("lora_B"))
+    assert len(cli.trainer.optimizers[0].param_groups[0]["params"]) == 6
+
+
+def test_yaml_fits_resumes_and_tests(tmp_path: Path) -> None:
+    options = {"r": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["head"], "merge": "last"}
+    save = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path), "filename": "end"}}
+    callbacks = [{"class_path": "lightning_lora.LoRACallback", "init_args": options}, save]
+    config = {"trainer": {"callbacks": callbacks}, "optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.05}}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    fit = run(tmp_path, "fit", f"--config={tmp_path / 'config.yaml'}")
+    assert callback_of(fit).config.scaling("q_proj") == 2.0
+    test = run(tmp_path, "test", f"--config={tmp_path / 'config.yaml'}", f"--ckpt_path={tmp_path / 'end.ckpt'}")
+    expected = trainer(tmp_path).test(fit.model, data(), verbose=False)[0]["test_loss"]
+    assert float(test.trainer.callback_metrics["test_loss"]) == pytest.approx(expected)
+    resume = run(
+        tmp_path, "fit", f"--config={tmp_path / 'config.yaml'}", f"--ckpt_path={tmp_path / 'end.ckpt'}"
+    )
+    assert resume.trainer.global_step == 4
+
+
+def test_cli_built_optimizer_trains_in_two_fits(tmp_path: Path) -> None:
+    cli = LightningCLI(
+        CLIModule, run=False, save_config_callback=None,
+        args=[*OPTIMIZER, *QUIET, f"--trainer.default_root_dir={tmp_path}", "--trainer.callbacks+=lightning_lora.LoRACallback",
+              "--trainer.callbacks.r=2", "--trainer.callbacks.modules_to_save=[head]"],
+    )  # fmt: skip
+    x, outputs = torch.arange(20), []
+    for epochs in (1, 2):
+        cli.trainer.fit_loop.max_epochs = epochs
+        cli.trainer.fit(cli.model)
+        outputs.append(cli.model(x))
+    assert not torch.equal(outputs[0], CLIModule()(x)) and not torch.equal(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize("bad", ["r=0", "r=two", "merge=first", "bias=some", "rank=2"])
+def test_bad_flag_is_refused_by_name(tmp_path: Path, bad: str, capsys: Any) -> None:
+    with pytest.raises((SystemExit, ValueError)) as error:
+        run(tmp_path, "fit", *OPTIMIZER, "--trainer.callbacks+=lightning_lora.LoRACallback", f"--trainer.callbacks.{bad}")
+    assert bad.partition("=")[0] in capsys.readouterr().err + str(error.value)
+
+
+def test_help_explains_every_option(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    with pytest.raises(SystemExit):
+        run(tmp_path, "fit", "--trainer.callbacks.help=lightning_lora.LoRACallback")
+    shown = capsys.readouterr().out
+    for option in LoRACallback.__init__.__annotations__.keys() - {"return"}:
+        assert f".{option} " in shown
+    assert "Rank of the update" in shown and "ModelCheckpoint's best file" in " ".join(shown.split())

@@ -1,0 +1,81 @@
+"""The package as a whole: its public names, its summary, its version, and what the README shows."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import lightning_lora
+from lightning_lora import LoRAConfig, errors, inject_adapters, summarize
+from tests.models import LitTiny, TinyLM
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_public_names_are_those_of_the_contract() -> None:
+    verbs = {
+        "inject_adapters", "merge_adapters", "unmerge_adapters", "remove_adapters", "disable_adapters", "save_adapter",
+        "adapter_state_dict", "load_adapter_state_dict", "load_adapter", "load_from_checkpoint", "summarize",
+    }  # fmt: skip
+    raised = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
+    assert set(lightning_lora.__all__) == verbs | raised | {"LoRACallback", "LoRAConfig"}
+    assert list(lightning_lora.__all__) == sorted(lightning_lora.__all__)
+    assert all(getattr(lightning_lora, name).__doc__ for name in lightning_lora.__all__)
+
+
+def test_the_drawn_tree_of_errors_is_the_tree() -> None:
+    drawn = set(re.findall(r"\w+(?:Error|Warning)\b", (errors.__doc__ or "").replace("ValueError", "")))
+    assert drawn == {name for name in vars(errors) if name.endswith(("Error", "Warning"))}
+
+
+def test_version_is_the_projects() -> None:
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == lightning_lora.__version__
+    assert f"## [{lightning_lora.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_summary_counts_groups_and_costs() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 8), *(nn.Linear(8, 8) for _ in range(3)), nn.Linear(8, 2))
+    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["4"]))
+    summary = summarize(model)
+    assert summary.trained == 3 * 2 * (8 + 8) + 8 * 2 + 2
+    assert summary.frozen == 80 + 3 * 72
+    assert [(group.name, group.layers, group.kind, group.r) for group in summary.groups] == [
+        ("*", 1, "Embedding", None), ("*", 3, "Linear", 2), ("*", 1, "Linear", None),
+    ]  # fmt: skip
+    assert summary.optimizer_bytes == 2 * 4 * summary.trained  # Adam's two moments, fp32
+    assert summary.full_optimizer_bytes == 2 * 4 * (80 + 3 * 72 + 18)
+    assert summary.checkpoint_bytes == 4 * summary.trained
+    assert summary.full_checkpoint_bytes == 4 * (80 + 3 * 72 + 18)
+
+
+def test_summary_prints_every_layer_of_a_plain_model_too() -> None:
+    shown = str(summarize(TinyLM()))
+    assert all(name in shown for name in ("embed", "q_proj", "v_proj", "norm")) and "100.00%" in shown
+
+
+def test_summary_fits_a_narrow_terminal() -> None:
+    model = LitTiny()
+    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"]))
+    console = Console(width=50)
+    with console.capture() as capture:
+        console.print(summarize(model).table(trained_only=True))
+    assert max(map(len, capture.get().splitlines())) <= 60 and "1 other layers" not in capture.get()
+
+
+def test_readme_shows_what_the_package_has() -> None:
+    readme = (ROOT / "README.md").read_text()
+    shown = set(re.findall(r"`(\w+)\(", readme)) & {"LoRACallback", "load_adapter", "save_adapter", "merge_adapters"}
+    assert shown
+    for command in ("pip install -e '.[examples]' && python examples/sentiment.py", "pip install -e '.[dev]' && "):
+        assert command in readme
+
+
+@pytest.mark.parametrize("module", ["peft", "transformers", "jsonargparse"])
+def test_import_needs_no_optional_package(module: str) -> None:
+    sources = "\n".join(path.read_text() for path in (ROOT / "lightning_lora").rglob("*.py"))
+    assert not re.search(rf"^\s*(from|import) {module}\b", sources, re.MULTILINE)
