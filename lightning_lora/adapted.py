@@ -110,14 +110,14 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def trained_base_parameters(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Parameter]:
     """Return those of the base's own parameters that train, by name: modules trained whole, and biases."""
+    adapters = adapter_parameters(model)
+    own = {name: p for name, p in model.named_parameters() if name not in adapters}
     trained = {id(p) for module in saved_modules(model, config) for p in module.parameters()}
-    record = find_record(model)
-    layers: Iterable[str] = record.folded if record and record.folded else adapted_layers(model)
-    if config.bias == "lora_only":
-        trained |= {id(model.get_submodule(name)._parameters.get("bias")) for name in layers}
-    own = {name: p for name, p in model.named_parameters() if name not in adapter_parameters(model)}
     if config.bias == "all":
         trained |= {id(p) for name, p in own.items() if "bias" in name.rpartition(".")[2]}
+    if config.bias == "lora_only":
+        layers = {name.rpartition(".")[0] for name in adapters}
+        trained |= {id(model.get_submodule(name)._parameters.get("bias")) for name in layers}
     return {name: p for name, p in own.items() if id(p) in trained}
 
 
@@ -189,12 +189,23 @@ def detach_adapters(model: nn.Module) -> dict[str, Adapter]:
     return {name: layer.detach() for name, layer in adapted_layers(model).items()}
 
 
+def merge_layers(model: nn.Module) -> None:
+    """Merge every adapted layer of ``model``, or, if one fails (for want of memory), none."""
+    layers = [layer for layer in adapted_layers(model).values() if layer.lora_base is None]
+    try:
+        for layer in layers:
+            layer.merge()
+    except BaseException:
+        for layer in layers:
+            layer.unmerge()
+        raise
+
+
 def fold(model: nn.Module) -> None:
     """Make ``model`` plain, its updates merged, and let it remember how to come back."""
     record = record_of(model)
     if not record.folded:
-        for layer in adapted_layers(model).values():
-            layer.merge()
+        merge_layers(model)
         unfreeze(model, record)
         record.folded = detach_adapters(model)
         record.folded_digests = {

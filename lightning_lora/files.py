@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_lora.adapted import find_record, fold, record_of, unfold
+from lightning_lora.adapted import adapted_layers, find_record, fold, record_of, unfold
 from lightning_lora.checkpoint import KEY, as_base, check_checksum, check_fits, describe, stored_config
 from lightning_lora.errors import AdapterFileError, AdapterStateError
 from lightning_lora.inject import inject_adapters, remove_adapters
@@ -82,13 +82,13 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
     state, description = read_adapter_file(path)
     config = stored_config(description)
     folded = unfold(model)
-    injected = find_record(model) is None
+    plain = not adapted_layers(model)
     try:
-        inject_adapters(model, config) if injected else None
+        inject_adapters(model, config) if plain else record_of(model)
         check_fits(model, state, description)
         load_adapter_state_dict(model, state)
     except BaseException:
-        if injected and find_record(model):
+        if plain and find_record(model):
             remove_adapters(model)
         if folded:
             fold(model)

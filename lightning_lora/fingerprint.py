@@ -32,9 +32,14 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
             known[id(tensor)] = 0 if tensor.is_meta else digest(tensor)
     return {
         "layout": hashlib.sha256(layout.encode()).hexdigest(),
-        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
+        "dtypes": base_dtypes(model),
         "digests": [known[id(tensor)] for tensor in tensors.values()],
     }
+
+
+def base_dtypes(model: nn.Module) -> list[str]:
+    """Return the names of the dtypes that the base is in."""
+    return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in base_tensors(model).values()})
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:

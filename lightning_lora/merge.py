@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lightning_lora.adapted import adapted_layers, fold, persistent_buffers, record_of, unfold
+from lightning_lora.adapted import adapted_layers, fold, merge_layers, persistent_buffers, record_of, unfold
 
 
 def merge_adapters(model: nn.Module) -> None:
@@ -25,10 +25,8 @@ def merge_adapters(model: nn.Module) -> None:
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1, "No Additional Inference
         Latency".
     """
-    if record_of(model).folded:
-        return
-    for layer in adapted_layers(model).values():
-        layer.merge()
+    if not record_of(model).folded:
+        merge_layers(model)
 
 
 def unmerge_adapters(model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from lightning_lora.checkpoint import (
     load_checkpoint_state,
 )
 from lightning_lora.errors import AdapterFileError, StrategyError
-from lightning_lora.fingerprint import fingerprint
+from lightning_lora.fingerprint import base_dtypes, fingerprint
 from lightning_lora.state import adapter_state_dict
 
 if TYPE_CHECKING:
@@ -116,12 +116,16 @@ class Watch:
     def setup(self, trainer: "Trainer") -> None:
         """Adapt before the module is converted, moved and wrapped; note the base in both forms for its fingerprint."""
         self.duties.inject(self.module)
-        training = trainer.state.fn == "fit"
-        if training:
-            self._note_base(fresh=True)
+        record = record_of(self.module)
+        if trainer.state.fn != "fit":
+            self._own.setup(self.strategy, trainer)
+            return
+        loaded = fingerprint(self.module)
+        if loaded not in record.fingerprints:
+            record.fingerprints = [loaded]
         self._own.setup(self.strategy, trainer)
-        if training:
-            self._note_base(fresh=False)
+        if base_dtypes(self.module) != loaded["dtypes"]:
+            record.fingerprints = [*record.fingerprints, fingerprint(self.module)]
 
     def setup_optimizers(self, trainer: "Trainer") -> None:
         """Let the user's code see the base as trainable, as it expects, then give the optimizers what trains."""
@@ -148,9 +152,3 @@ class Watch:
     @property
     def _own(self) -> "type[Strategy]":
         return type(self.strategy)
-
-    def _note_base(self, *, fresh: bool) -> None:
-        """Keep the fingerprint of the base as it is now, beside the one before the precision converted it."""
-        record, now = record_of(self.module), fingerprint(self.module)
-        if now not in record.fingerprints:
-            record.fingerprints = [now] if fresh else [*record.fingerprints, now]

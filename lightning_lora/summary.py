@@ -85,7 +85,13 @@ class LoRASummary:
             table.add_row(group.name + times, group.kind, r, f"{group.trained:,}", f"{group.frozen:,}")
         if rest:
             layers = sum(group.layers for group in rest)
-            table.add_row(f"{layers} other layers", "", "–", "0", f"{sum(group.frozen for group in rest):,}")
+            table.add_row(
+                f"{layers} other layer{'s' if layers > 1 else ''}",
+                "",
+                "–",
+                "0",
+                f"{sum(group.frozen for group in rest):,}",
+            )
         table.add_section()
         table.add_row("Total", "", "", f"{self.trained:,}", f"{self.frozen:,}", style="bold")
         costs = Table.grid(padding=(0, 2))

@@ -1,13 +1,18 @@
 """Tiny models, data and Trainers that the tests share."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_lora import LoRACallback
+from lightning_lora.adapted import adapter_parameters
+from lightning_lora.layers import LoRALayer
 
 WORDS, WIDTH, CLASSES = 20, 8, 4
 
@@ -86,10 +91,27 @@ def trainer(folder: Path | str, callbacks: Iterable[L.Callback] = (), **kwargs: 
     return L.Trainer(callbacks=list(callbacks), **(defaults | kwargs))
 
 
+ADAPTERS = ["q_proj.lora_A", "q_proj.lora_B", "v_proj.lora_A", "v_proj.lora_B"]
+TRAINED = [*ADAPTERS, "head.weight", "head.bias"]
+
+
+def lora(**kwargs: Any) -> LoRACallback:
+    """The callback that fits LitTiny: its head is too small for adapters of rank two and more, and trains whole."""
+    return LoRACallback(**({"r": 2, "modules_to_save": ["head"]} | kwargs))
+
+
+def best(folder: Path, **kwargs: Any) -> ModelCheckpoint:
+    """A ModelCheckpoint that keeps the file of the lowest validation loss."""
+    return ModelCheckpoint(folder, **({"monitor": "val_loss", "filename": "best-{epoch}"} | kwargs))
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Whether no layer of ``model`` is adapted."""
+    return not any(isinstance(module, LoRALayer) for module in model.modules())
+
+
 def randomise(model: nn.Module, seed: int = 3, scale: float = 0.1) -> None:
     """Give every adapter of ``model`` an update that does something."""
-    from lightning_lora.adapted import adapter_parameters
-
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in adapter_parameters(model).values():
@@ -104,6 +126,3 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether two states have the same names and bits."""
     return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
-
-
-Builder = Callable[[], nn.Module]

@@ -12,9 +12,11 @@ from lightning.pytorch.cli import LightningCLI
 from lightning_lora import LoRACallback
 from tests.models import LitTiny, data, trainer
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's, about LightningCLI
+
 QUIET = [
-    "--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.logger=false", "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false",
+    "--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.logger=false",
+    "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--seed_everything=3",
 ]  # fmt: skip
 
 
@@ -26,6 +28,11 @@ class CLIModule(LitTiny):
 
     test_dataloader = train_dataloader
     configure_optimizers = LitTiny.__mro__[1].configure_optimizers  # LightningModule's: not overridden
+
+
+@pytest.fixture(autouse=True)
+def no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["main.py"])  # LightningCLI warns if it finds pytest's
 
 
 def run(tmp_path: Path, *arguments: str) -> LightningCLI:
@@ -64,17 +71,16 @@ def test_yaml_fits_resumes_and_tests(tmp_path: Path) -> None:
     test = run(tmp_path, "test", f"--config={tmp_path / 'config.yaml'}", f"--ckpt_path={tmp_path / 'end.ckpt'}")
     expected = trainer(tmp_path).test(fit.model, data(), verbose=False)[0]["test_loss"]
     assert float(test.trainer.callback_metrics["test_loss"]) == pytest.approx(expected)
-    resume = run(
-        tmp_path, "fit", f"--config={tmp_path / 'config.yaml'}", f"--ckpt_path={tmp_path / 'end.ckpt'}"
-    )
+    resume = run(tmp_path, "fit", f"--config={tmp_path / 'config.yaml'}", f"--ckpt_path={tmp_path / 'end.ckpt'}")
     assert resume.trainer.global_step == 4
 
 
 def test_cli_built_optimizer_trains_in_two_fits(tmp_path: Path) -> None:
     cli = LightningCLI(
         CLIModule, run=False, save_config_callback=None,
-        args=[*OPTIMIZER, *QUIET, f"--trainer.default_root_dir={tmp_path}", "--trainer.callbacks+=lightning_lora.LoRACallback",
-              "--trainer.callbacks.r=2", "--trainer.callbacks.modules_to_save=[head]"],
+        args=[*OPTIMIZER, *QUIET, f"--trainer.default_root_dir={tmp_path}",
+              "--trainer.callbacks+=lightning_lora.LoRACallback", "--trainer.callbacks.r=2",
+              "--trainer.callbacks.modules_to_save=[head]"],
     )  # fmt: skip
     x, outputs = torch.arange(20), []
     for epochs in (1, 2):
@@ -87,14 +93,19 @@ def test_cli_built_optimizer_trains_in_two_fits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", ["r=0", "r=two", "merge=first", "bias=some", "rank=2"])
 def test_bad_flag_is_refused_by_name(tmp_path: Path, bad: str, capsys: Any) -> None:
     with pytest.raises((SystemExit, ValueError)) as error:
-        run(tmp_path, "fit", *OPTIMIZER, "--trainer.callbacks+=lightning_lora.LoRACallback", f"--trainer.callbacks.{bad}")
+        run(
+            tmp_path,
+            "fit",
+            *OPTIMIZER,
+            "--trainer.callbacks+=lightning_lora.LoRACallback",
+            f"--trainer.callbacks.{bad}",
+        )
     assert bad.partition("=")[0] in capsys.readouterr().err + str(error.value)
 
 
-def test_help_explains_every_option(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["main.py"])
+def test_help_explains_every_option(capsys: Any) -> None:
     with pytest.raises(SystemExit):
-        run(tmp_path, "fit", "--trainer.callbacks.help=lightning_lora.LoRACallback")
+        LightningCLI(CLIModule, args=["fit", "--trainer.callbacks.help=lightning_lora.LoRACallback"])
     shown = capsys.readouterr().out
     for option in LoRACallback.__init__.__annotations__.keys() - {"return"}:
         assert f".{option} " in shown

@@ -3,7 +3,8 @@
 import copy
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -164,24 +165,19 @@ def test_a_merged_model_is_another_base(file: Path) -> None:
         load_adapter(model, file)
 
 
-class refused:
+@contextmanager
+def refused(model: nn.Module, error: type[Exception], match: str) -> Iterator[None]:
     """Expect an error, and the model exactly as it was."""
 
-    def __init__(self, model: nn.Module, error: type[Exception], match: str) -> None:
-        self.model, self.raises = model, pytest.raises(error, match=match)
+    def kinds() -> list[Any]:
+        return [(type(module), module.training) for module in model.modules()] + [
+            p.requires_grad for p in model.parameters()
+        ]
 
-    def __enter__(self) -> None:
-        self.before = state(self.model), [(type(m), m.training) for m in self.model.modules()], self._flags()
-        self.raises.__enter__()
-
-    def __exit__(self, *exc: Any) -> bool:
-        assert self.raises.__exit__(*exc)
-        after = state(self.model), [(type(m), m.training) for m in self.model.modules()], self._flags()
-        assert same(after[0], self.before[0]) and after[1:] == self.before[1:]
-        return True
-
-    def _flags(self) -> list[bool]:
-        return [p.requires_grad for p in self.model.parameters()]
+    before, kinds_before = state(model), kinds()
+    with pytest.raises(error, match=match):
+        yield
+    assert same(state(model), before) and kinds() == kinds_before
 
 
 STATE_CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
@@ -216,11 +212,19 @@ def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], An
     save_file(tensors, path, {"lightning_lora": json.dumps(about)})
 
 
+def flip(content: bytes, at: int) -> bytes:
+    return bytes(byte ^ (index == at % len(content)) for index, byte in enumerate(content))
+
+
+def swap(tensors: dict[str, Tensor], a: str, b: str) -> None:
+    tensors[a], tensors[b] = tensors[b], tensors[a]
+
+
 TAMPERED: dict[str, Callable[[Path], Any]] = {
     "empty": lambda path: path.write_bytes(b""),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-20]),
     "cut in the header": lambda path: path.write_bytes(path.read_bytes()[:40]),
-    "bit flipped": lambda path: path.write_bytes(path.read_bytes()[:-5] + bytes([path.read_bytes()[-5] ^ 1]) + path.read_bytes()[-4:]),
+    "bit flipped": lambda path: path.write_bytes(flip(path.read_bytes(), -5)),
     "text": lambda path: path.write_text("hello"),
     "foreign safetensors": lambda path: save_file({"a": torch.zeros(1)}, path),
     "foreign torch file": lambda path: torch.save({"a": torch.zeros(1)}, path),
@@ -231,7 +235,7 @@ TAMPERED: dict[str, Callable[[Path], Any]] = {
     "newer format": lambda path: rewrite(path, lambda about, _: about.update(format=2)),
     "unknown option": lambda path: rewrite(path, lambda about, _: about["config"].update(rank=2)),
     "impossible option": lambda path: rewrite(path, lambda about, _: about["config"].update(r=0)),
-    "renamed tensors": lambda path: rewrite(path, lambda _, t: t.update({"q_proj.lora_A": t["v_proj.lora_A"], "v_proj.lora_A": t["q_proj.lora_A"]})),
+    "renamed tensors": lambda path: rewrite(path, lambda _, tensors: swap(tensors, "q_proj.lora_A", "v_proj.lora_A")),
     "another alpha": lambda path: rewrite(path, lambda about, _: about["config"].update(alpha=8)),
     "no fingerprint": lambda path: rewrite(path, lambda about, _: about.update(base=[])),
     "broken fingerprint": lambda path: rewrite(path, lambda about, _: about.update(base=[1])),
@@ -295,7 +299,8 @@ def test_verbs_on_a_plain_model_say_what_to_do(verb: Callable[[nn.Module], Any])
 def test_gpt3_adapter_file_is_the_papers_35_mb(tmp_path: Path) -> None:
     """Hu et al. 2021, section 4.2: r=4 on W_q and W_v of 96 layers, in fp16: 37.8 million bytes, 36 MiB."""
     with torch.device("meta"):
-        model = nn.Sequential(*(nn.ModuleDict({"q": nn.Linear(12288, 12288, False), "v": nn.Linear(12288, 12288, False)}) for _ in range(96))).half()  # fmt: skip
+        layers = ({name: nn.Linear(12288, 12288, bias=False) for name in "qv"} for _ in range(96))
+        model = nn.Sequential(*map(nn.ModuleDict, layers)).half()
     inject_adapters(model, LoRAConfig(r=4, target_modules=["q", "v"]))
     with pytest.raises(AdapterStateError, match="meta"):
         save_adapter(model, tmp_path / "gpt3.safetensors")

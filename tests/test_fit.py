@@ -2,7 +2,8 @@
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,48 +15,30 @@ from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 
 from lightning_lora import (
-    AdapterFileError,
     AdapterMismatchError,
-    BaseMismatchError,
     BestCheckpointWarning,
     ConfigError,
     DeadAdapterWarning,
     LoRACallback,
     LoRAConfig,
     LoRAWarning,
-    OptimizerError,
     StrategyError,
     TargetError,
     adapter_state_dict,
     inject_adapters,
     load_adapter,
-    load_from_checkpoint,
     merge_adapters,
     remove_adapters,
-    save_adapter,
     unmerge_adapters,
 )
 from lightning_lora.layers import LoRALayer
-from tests.models import CLASSES, WIDTH, WORDS, LitTiny, data, same, state, trainer
+from tests.models import ADAPTERS, TRAINED, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
 
-ADAPTERS = ["q_proj.lora_A", "q_proj.lora_B", "v_proj.lora_A", "v_proj.lora_B"]
-TRAINED = [*ADAPTERS, "head.weight", "head.bias"]
 X = torch.arange(WORDS)
 
 
-def lora(**kwargs: Any) -> LoRACallback:
-    return LoRACallback(**({"r": 2, "modules_to_save": ["head"]} | kwargs))
-
-
-def best(folder: Path, **kwargs: Any) -> ModelCheckpoint:
-    return ModelCheckpoint(folder, **({"monitor": "val_loss", "filename": "best-{epoch}"} | kwargs))
-
-
-def is_plain(model: nn.Module) -> bool:
-    return not any(isinstance(module, LoRALayer) for module in model.modules())
-
-
 def tensors(path: Any) -> list[str]:
+    """Names in a checkpoint's state."""
     return list(torch.load(path, weights_only=True)["state_dict"])
 
 
@@ -70,12 +53,12 @@ class At(L.Callback):
             self.action(trainer, pl_module)
 
 
-class Stop(RuntimeError):
+class StopError(RuntimeError):
     pass
 
 
 def stop(*_: Any) -> None:
-    raise Stop
+    raise StopError
 
 
 # What trains
@@ -207,7 +190,7 @@ def test_every_file_is_adapter_only_and_loads_safely(tmp_path: Path) -> None:
             OnExceptionCheckpoint(tmp_path, "failed"),
         ],
     )
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         t.fit(LitTiny(), data(), data())
     files = sorted(tmp_path.rglob("*.ckpt"))
     assert {file.name for file in files} >= {
@@ -330,10 +313,8 @@ def test_merge_best_without_a_best_file_says_so(tmp_path: Path) -> None:
 def test_no_merge_in_a_fast_dev_run_after_an_exception_or_if_not_wanted(tmp_path: Path) -> None:
     for callbacks, options in (([lora()], {"fast_dev_run": 2}), ([lora(merge=False)], {}), ([lora(), At(2, stop)], {})):
         model = LitTiny()
-        try:
+        with suppress(StopError):
             trainer(tmp_path, callbacks, **options).fit(model, data(), data())
-        except Stop:
-            pass
         assert isinstance(model.q_proj, LoRALayer)
         assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
 
@@ -341,7 +322,7 @@ def test_no_merge_in_a_fast_dev_run_after_an_exception_or_if_not_wanted(tmp_path
 def test_training_goes_on_after_an_exception(tmp_path: Path) -> None:
     model = LitTiny()
     t = trainer(tmp_path, [lora(), At(2, stop)])
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         t.fit(model, data())
     t.save_checkpoint(tmp_path / "failed.ckpt")
     assert sorted(tensors(tmp_path / "failed.ckpt")) == sorted(TRAINED)
@@ -388,162 +369,6 @@ def test_remove_adapters_forgets_a_finished_fit(tmp_path: Path) -> None:
     output = model(X)
     remove_adapters(model)
     assert not [name for name in vars(model) if "lora" in name] and torch.equal(model(X), output)
-
-
-# Resuming and loading
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"bias": "all", "alpha": 8}, {"modules_to_save": None, "target_modules": "all"}], ids=str
-)
-def test_resumed_run_ends_with_the_same_bits(tmp_path: Path, options: dict[str, Any]) -> None:
-    through, resumed = LitTiny(), LitTiny()
-    every = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-    torch.manual_seed(5)
-    t = trainer(tmp_path, [lora(merge=False, **options), every], max_epochs=4)
-    t.fit(through, data())
-    t = trainer(tmp_path, [lora(merge=False, **options)], max_epochs=4)
-    t.fit(resumed, data(), ckpt_path=tmp_path / "epoch=1.ckpt")
-    assert same(state(resumed), state(through)) and t.global_step == 16
-
-
-class Stateful:
-    """A loader that knows where it is, which is what Lightning needs to go on in the middle of an epoch."""
-
-    def __init__(self) -> None:
-        self.batches, self.at = list(data()), 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        self.at %= len(self.batches)
-        while self.at < len(self.batches):
-            self.at += 1
-            yield self.batches[self.at - 1]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"at": self.at}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.at = state["at"]
-
-
-@pytest.mark.parametrize("step", [1, 6, 8, 11])
-def test_run_resumed_at_any_step_ends_with_the_same_bits(tmp_path: Path, step: int) -> None:
-    through, resumed = LitTiny(), LitTiny()
-    every = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
-    torch.manual_seed(5)
-    t = trainer(tmp_path, [lora(merge=False), every], max_epochs=3)
-    t.fit(through, Stateful())
-    t = trainer(tmp_path, [lora(merge=False)], max_epochs=3)
-    t.fit(resumed, Stateful(), ckpt_path=tmp_path / f"step={step}.ckpt")
-    assert t.global_step == 12 and same(state(resumed), state(through))
-
-
-def test_full_checkpoint_is_taken_as_the_base(tmp_path: Path) -> None:
-    plain = LitTiny()
-    t = trainer(tmp_path, max_epochs=3)
-    t.fit(plain, data())
-    t.save_checkpoint(tmp_path / "full.ckpt")
-    model = LitTiny()
-    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
-    t.fit(model, data(), ckpt_path=tmp_path / "full.ckpt")
-    assert t.global_step == 4
-    assert torch.equal(model.q_proj.weight, plain.q_proj.weight) and not torch.equal(
-        model.head.weight, plain.head.weight
-    )
-    t.save_checkpoint(tmp_path / "lora.ckpt")
-    load_adapter(plain, tmp_path / "lora.ckpt")
-    assert torch.equal(plain(X), model(X))
-
-
-def test_full_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    t = trainer(tmp_path, max_epochs=1)
-    t.fit(LitTiny(width=6), data())
-    t.save_checkpoint(tmp_path / "full.ckpt")
-    with pytest.raises(BaseMismatchError, match=r"another shape 'embed.weight'"):
-        trainer(tmp_path, [lora()]).fit(LitTiny(), data(), ckpt_path=tmp_path / "full.ckpt")
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    t = trainer(tmp_path, [lora()], max_epochs=1)
-    t.fit(LitTiny(), data())
-    t.save_checkpoint(tmp_path / "lora.ckpt")
-    return tmp_path / "lora.ckpt"
-
-
-def test_resuming_on_another_base_rank_or_alpha_is_refused(tmp_path: Path, checkpoint: Path) -> None:
-    other = LitTiny()
-    with torch.no_grad():
-        other.v_proj.weight[0, 0] += 1e-6
-    for model, callback, error in (
-        (other, lora(), BaseMismatchError),
-        (LitTiny(), lora(r=4), AdapterMismatchError),
-        (LitTiny(), lora(alpha=9), AdapterMismatchError),
-        (LitTiny(), lora(target_modules=["q_proj"]), AdapterMismatchError),
-        (LitTiny(), lora(bias="all"), AdapterMismatchError),
-    ):
-        before = LitTiny().state_dict() if model is not other else state(other)
-        for stage in ("fit", "test"):
-            with pytest.raises(error):
-                getattr(trainer(tmp_path, [callback]), stage)(model, data(), ckpt_path=checkpoint)
-        assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
-        assert not any(p.any() for name, p in model.named_parameters() if name.endswith("lora_B"))
-
-
-def test_damaged_checkpoint_is_refused(tmp_path: Path, checkpoint: Path) -> None:
-    content = checkpoint.read_bytes()
-    (tmp_path / "cut.ckpt").write_bytes(content[: len(content) // 2])
-    changed = torch.load(checkpoint, weights_only=True)
-    changed["state_dict"]["q_proj.lora_A"][0, 0] += 1
-    torch.save(changed, tmp_path / "changed.ckpt")
-    torch.save([1], tmp_path / "foreign.ckpt")
-    for name in ("cut", "changed", "foreign"):
-        with pytest.raises(AdapterFileError):
-            trainer(tmp_path, [lora()]).fit(LitTiny(), data(), ckpt_path=tmp_path / f"{name}.ckpt")
-    with pytest.raises(FileNotFoundError):
-        trainer(tmp_path, [lora()]).fit(LitTiny(), data(), ckpt_path=tmp_path / "none.ckpt")
-
-
-def test_load_from_checkpoint_needs_no_trainer(tmp_path: Path) -> None:
-    model = LitTiny(lr=0.01)
-    t = trainer(tmp_path, [lora(merge=False)])
-    t.fit(model, data())
-    t.save_checkpoint(tmp_path / "lora.ckpt")
-    adapted = load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt")
-    assert torch.equal(adapted(X), model(X)) and adapted.hparams["lr"] == 0.01
-    merged = load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt", merge=True, lr=0.2)
-    assert is_plain(merged) and merged.hparams["lr"] == 0.2
-    torch.testing.assert_close(merged(X), model(X))
-    with pytest.raises(BaseMismatchError):
-        load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt", width=6)
-
-
-def test_adapter_file_and_checkpoint_hold_the_same(tmp_path: Path, checkpoint: Path) -> None:
-    model = LitTiny()
-    load_adapter(model, checkpoint)
-    save_adapter(model, tmp_path / "lora.safetensors")
-    t = trainer(tmp_path, [lora(merge=False)])
-    again = LitTiny()
-    load_adapter(again, tmp_path / "lora.safetensors")
-    t.validate(again, data(), verbose=False)
-    assert same(state(again), state(model))
-
-
-def test_half_precision_base_keeps_its_identity(tmp_path: Path) -> None:
-    model, checkpoint = LitTiny(), best(tmp_path)
-    t = trainer(tmp_path, [lora(), checkpoint], precision="bf16-true")
-    t.fit(model, data(), data())
-    score = pytest.approx(checkpoint.best_model_score.item())  # type: ignore[union-attr]
-    assert model.q_proj.weight.dtype is torch.bfloat16
-    assert t.test(model, data(), ckpt_path="best", verbose=False)[0]["test_loss"] == score
-    new = trainer(tmp_path, [lora()], precision="bf16-true")
-    assert new.test(LitTiny(), data(), ckpt_path=checkpoint.best_model_path, verbose=False)[0]["test_loss"] == score
-    resumed = LitTiny()
-    trainer(tmp_path, [lora()], precision="bf16-true").fit(resumed, data(), ckpt_path=checkpoint.best_model_path)
-    load_adapter(LitTiny(), checkpoint.best_model_path)
 
 
 # Mistakes, and what people see
@@ -636,172 +461,3 @@ def test_the_other_lightning_package_works_alike(tmp_path: Path) -> None:
     assert is_plain(model) and sorted(tensors(checkpoint.best_model_path)) == sorted(TRAINED)
     tested = t.test(model, data(), ckpt_path="best", verbose=False)[0]["test_loss"]
     assert tested == pytest.approx(checkpoint.best_model_score.item())  # type: ignore[union-attr]
-
-
-# Optimizers
-
-
-def optimizer_of(t: L.Trainer, number: int = 0) -> list[list[nn.Parameter]]:
-    return [group["params"] for group in t.optimizers[number].param_groups]
-
-
-def names_in(model: nn.Module, group: list[nn.Parameter]) -> list[str]:
-    names = {id(p): name for name, p in model.named_parameters()}
-    return [names[id(p)] for p in group]
-
-
-def fit_with(tmp_path: Path, configure: Callable[[LitTiny], Any], **options: Any) -> tuple[L.Trainer, LitTiny]:
-    model = LitTiny()
-    made = configure(model)
-    model.configure_optimizers = (lambda: made()) if callable(made) else (lambda: made)  # type: ignore[method-assign]
-    t = trainer(tmp_path, [lora(merge=False, **options)], max_epochs=1)
-    t.fit(model, data(), data())
-    return t, model
-
-
-def adam(params: Any, **kwargs: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=0.05, **kwargs)
-
-
-ONE_GROUP: dict[str, Callable[[LitTiny], Any]] = {
-    "over self.parameters()": lambda m: lambda: adam(m.parameters()),
-    "over a filter": lambda m: lambda: adam(filter(lambda p: p.requires_grad, m.parameters())),
-    "by name": lambda m: lambda: adam(m.named_parameters()),
-    "made early": lambda m: adam(m.parameters()),
-    "made early by name": lambda m: adam(m.named_parameters()),
-    "only of the head": lambda m: lambda: adam(m.head.parameters()),
-    "in a dict": lambda m: lambda: {"optimizer": adam(m.parameters())},
-    "fused": lambda m: lambda: adam(m.parameters(), fused=True),
-    "foreach": lambda m: lambda: adam(m.parameters(), foreach=True),
-    "lbfgs": lambda m: lambda: torch.optim.LBFGS(m.parameters(), lr=0.1, max_iter=2),
-    "lbfgs made early": lambda m: torch.optim.LBFGS(m.parameters(), lr=0.1, max_iter=2),
-    "sgd": lambda m: lambda: torch.optim.SGD(m.parameters(), 0.1, momentum=0.9),
-}
-
-
-@pytest.mark.parametrize("configure", ONE_GROUP.values(), ids=ONE_GROUP)
-def test_optimizer_holds_exactly_what_trains(tmp_path: Path, configure: Any) -> None:
-    t, model = fit_with(tmp_path, configure)
-    (group,) = optimizer_of(t)
-    assert sorted(names_in(model, group)) == sorted(TRAINED)
-    assert all(p.any() for name, p in model.named_parameters() if name.endswith("lora_B"))
-    held = t.optimizers[0].param_groups[0]
-    assert "param_names" not in held or held["param_names"] == names_in(model, group)
-
-
-def test_adapters_take_the_group_of_their_weight_and_schedulers_keep_theirs(tmp_path: Path) -> None:
-    def configure(m: LitTiny) -> Any:
-        def make() -> Any:
-            mine = {id(m.v_proj.weight), id(m.head.weight)}
-            groups = [
-                {"params": [p for p in m.parameters() if id(p) not in mine], "lr": 0.01},
-                {"params": [m.v_proj.weight], "lr": 0.02},
-                {"params": [m.head.weight], "lr": 0.03},
-            ]
-            optimizer = torch.optim.AdamW(groups)
-            return [optimizer], [
-                torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda _: 1.0, lambda _: 0.5, lambda _: 0.1])
-            ]
-
-        return make
-
-    t, model = fit_with(tmp_path, configure)
-    assert [names_in(model, group) for group in optimizer_of(t)] == [
-        ["q_proj.lora_A", "q_proj.lora_B", "head.bias"],
-        ["v_proj.lora_A", "v_proj.lora_B"],
-        ["head.weight"],
-    ]
-    assert [group["lr"] for group in t.optimizers[0].param_groups] == pytest.approx([0.01, 0.01, 0.003])
-
-
-def test_groups_chosen_by_names_follow_the_weight_too(tmp_path: Path) -> None:
-    def configure(m: LitTiny) -> Any:
-        def make() -> Any:
-            decayed = [p for name, p in m.named_parameters() if name.endswith("weight")]
-            others = [p for name, p in m.named_parameters() if not name.endswith("weight")]
-            return torch.optim.AdamW(
-                [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-            )
-
-        return make
-
-    t, model = fit_with(tmp_path, configure)
-    assert [names_in(model, group) for group in optimizer_of(t)] == [[*ADAPTERS, "head.weight"], ["head.bias"]]
-
-
-class TwoOptimizers(LitTiny):
-    """Manual optimization by two optimizers, each with a scheduler."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
-        for optimizer, scheduler in zip(self.optimizers(), self.lr_schedulers(), strict=True):  # type: ignore[arg-type]
-            optimizer.zero_grad()
-            self.manual_backward(self.loss(batch))
-            optimizer.step()
-            scheduler.step()
-
-    def configure_optimizers(self) -> Any:
-        first = adam([*self.embed.parameters(), *self.q_proj.parameters()])
-        second = adam([*self.v_proj.parameters(), *self.head.parameters()])
-        return [first, second], [torch.optim.lr_scheduler.StepLR(each, 1) for each in (first, second)]
-
-
-def test_several_optimizers_under_manual_optimization(tmp_path: Path) -> None:
-    model, t = TwoOptimizers(), trainer(tmp_path, [lora(merge=False)], max_epochs=1)
-    t.fit(model, data())
-    assert names_in(model, optimizer_of(t)[0]) == ADAPTERS[:2]
-    assert names_in(model, optimizer_of(t, 1)[0]) == [*ADAPTERS[2:], "head.weight", "head.bias"]
-    assert model.q_proj.lora_B.any() and model.v_proj.lora_B.any()
-
-
-@pytest.mark.parametrize("early", [False, True])
-def test_an_optimizer_handed_out_twice_trains_in_both_fits(tmp_path: Path, early: bool) -> None:
-    model = LitTiny()
-    made = adam(model.parameters())
-    model.configure_optimizers = lambda: made if early else adam(model.parameters())  # type: ignore[method-assign]
-    t = trainer(tmp_path, [lora()], max_epochs=1)
-    outputs = [model(X)]
-    for epochs in (1, 2):
-        t.fit_loop.max_epochs = epochs
-        t.fit(model, data())
-        outputs.append(model(X))
-        assert sorted(id(p) for p in optimizer_of(t)[0]) == sorted(
-            id(p) for p in [*model._lora.folded["q_proj"].__dict__.values(), *model._lora.folded["v_proj"].__dict__.values(), *model.head.parameters()]
-            if isinstance(p, nn.Parameter) and p.shape != (WIDTH, WIDTH)
-        )  # fmt: skip
-    assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])
-    remove_adapters(model)
-    before = model(X)
-    t = trainer(tmp_path, [lora(r=3)], max_epochs=1)
-    t.fit(model, data())
-    assert not torch.equal(model(X), before)
-
-
-def test_pre_frozen_backbone_is_adapted_all_the_same(tmp_path: Path) -> None:
-    def configure(m: LitTiny) -> Any:
-        m.q_proj.requires_grad_(False)
-        m.v_proj.requires_grad_(False)
-        return lambda: adam(p for p in m.parameters() if p.requires_grad)
-
-    t, model = fit_with(tmp_path, configure)
-    assert sorted(names_in(model, optimizer_of(t)[0])) == sorted(TRAINED)
-
-
-def test_adapters_in_no_optimizer_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(OptimizerError, match=r"'q_proj.lora_A'.*2 parameter groups"):
-        fit_with(tmp_path, lambda m: lambda: adam([{"params": m.head.weight}, {"params": m.head.bias}]))
-    with pytest.warns(UserWarning), pytest.raises(OptimizerError, match="'q_proj.lora_A'"):
-        fit_with(tmp_path, lambda m: lambda: None)
-
-
-def test_gradient_clipping_and_accumulation_see_only_adapters(tmp_path: Path) -> None:
-    model = LitTiny()
-    t = trainer(tmp_path, [lora()], gradient_clip_val=0.1, accumulate_grad_batches=2)
-    t.fit(model, data())
-    assert t.global_step == 4 and is_plain(model)
-
-
-assert CLASSES < 8 <= WIDTH

@@ -370,7 +370,7 @@ def _with_lora_of_another() -> nn.Module:
 def test_layer_that_cannot_be_adapted_is_refused_by_name(build: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 4), build())
     cls, keys = type(model[1]), list(model.state_dict())
-    with pytest.raises(TargetError, match="'1'.*exclude_modules"):
+    with pytest.raises(TargetError, match=r"'1'.*exclude_modules"):
         inject_adapters(model, LoRAConfig(r=1, target_modules=["1"]))
     assert type(model[0]) is nn.Linear and type(model[1]) is cls and list(model.state_dict()) == keys
 

@@ -1,10 +1,10 @@
 """The package as a whole: its public names, its summary, its version, and what the README shows."""
 
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 import torch
 from rich.console import Console
 from torch import nn

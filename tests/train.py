@@ -1,6 +1,6 @@
 """A training run in a process of its own: what the tests kill, spawn and resume.
 
-Usage: python -m tests.train FOLDER STRATEGY DEVICES [--resume] [--kill-at STEP] [--merge last|best|none] [--tied] [--shares]
+Usage: python -m tests.train FOLDER STRATEGY DEVICES [--resume] [--kill-at STEP] [--merge WHICH] [--tied] [--shares]
 Writes FOLDER/result.pt: the module's state after fit, and what later stages and files say of it.
 """
 

@@ -1,4 +1,4 @@
-"""Fine-tune the sentiment model from the command line: LoRA is a callback in ``config.yaml``, and no line of this file."""
+"""Fine-tune from the command line: LoRA is an entry of ``config.yaml``, and no line of this file."""
 
 import sys
 from pathlib import Path
