@@ -24,11 +24,11 @@ from pathlib import Path
 from random import Random
 from typing import ParamSpec, TypeVar
 
-# Read when transformers is imported: the model is a package, not a download, and its loading is not the show.
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-os.environ |= {"TOKENIZERS_PARALLELISM": "false"}
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is a package, not a download
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns of every process that is forked
 
 import torch
+import transformers
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelSummary, RichProgressBar, Timer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -52,6 +52,9 @@ TEST_SIZE, VALIDATION_SIZE = 1500, 541  # which leaves 8,000 snippets to train o
 
 EPOCHS = 2
 LEARNING_RATES = {"lora": 2e-3, "full": 1e-4, "probe": 1e-2}
+
+transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # loading is not what is shown here
+transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 Batch = dict[str, Tensor]
 P = ParamSpec("P")
@@ -80,10 +83,9 @@ class SentimentModule(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.lr = lr
-        # No dropout: in so few epochs it changes little, and on a CPU it takes a fifth of the time.
-        self.encoder = AutoModel.from_pretrained(
-            pretrained_folder(), add_pooling_layer=False, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-        ).train()
+        # No dropout, for every method alike: on a CPU it would take a fifth of the time.
+        options = {"add_pooling_layer": False, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        self.encoder = AutoModel.from_pretrained(pretrained_folder(), local_files_only=True, **options).train()
         self.head = nn.Linear(self.encoder.config.hidden_size, CLASSES)
         self.val_accuracy = MulticlassAccuracy(CLASSES, average="micro")
         self.test_accuracy = MulticlassAccuracy(CLASSES, average="micro")
@@ -120,7 +122,7 @@ class SentimentModule(LightningModule):
 
 
 class LengthSampler(Sampler[int]):
-    """A random order in which each batch holds snippets of one length, nearly: padding would double the work.
+    """A random order in which each batch holds snippets of one length, nearly: padding would nearly double the work.
 
     It depends on the seed and the epoch alone, so that every method sees the same batches, and a resumed run too.
     """
@@ -196,7 +198,7 @@ def read_snippets() -> list[tuple[str, int]]:
 
 def tokenise(snippets: list[tuple[str, int]]) -> list[tuple[Tensor, int]]:
     """Return token ids and classes, shortest first: an order for little padding, of no effect on a score."""
-    tokenizer = AutoTokenizer.from_pretrained(pretrained_folder())
+    tokenizer = AutoTokenizer.from_pretrained(pretrained_folder(), local_files_only=True)
     tokens = tokenizer([text for text, _ in snippets], truncation=True, max_length=MAX_TOKENS)["input_ids"]
     rows = [(torch.tensor(ids), label) for ids, (_, label) in zip(tokens, snippets, strict=True)]
     return sorted(rows, key=lambda row: len(row[0]))
@@ -225,7 +227,7 @@ class Result:
         checkpoint_bytes: Size of the file that the Trainer wrote, weights only.
         whole_bytes: Size of a file with all the weights.
         step_seconds: Mean time of a training step.
-        memory_bytes: By how much training raised the most memory that the process had held.
+        memory_bytes: By how much training raised the peak memory of its process, above that of loading and scoring.
     """
 
     before: float
@@ -299,7 +301,7 @@ def peak_memory() -> int:
 
 
 def quiet() -> None:
-    """Leave on the screen what this example has to show."""
+    """Leave on the screen what this file has to show, and not what Lightning says of itself."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")

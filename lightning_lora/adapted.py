@@ -176,17 +176,26 @@ def attach_adapters(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
     """Put adapters on the layers of ``model`` that they are named after."""
     for name, adapter in adapters.items():
         attach(model.get_submodule(name), adapter)
-    for module in model.modules():
-        # Its inference path reads the weights of linear1 and linear2 and calls neither, unless one has a hook.
-        if isinstance(module, nn.TransformerEncoderLayer):
-            for child in module.children():
-                if isinstance(child, LoRALayer):
-                    child.keep_called()
+    for encoder in _encoder_layers(model):
+        if any(isinstance(child, LoRALayer) for child in encoder.children()):
+            vars(encoder).setdefault(_ACTIVATION, encoder.activation_relu_or_gelu)
+            encoder.activation_relu_or_gelu = 0
 
 
 def detach_adapters(model: nn.Module) -> dict[str, Adapter]:
     """Take every adapter off ``model`` and return them by the names of their layers."""
+    for encoder in _encoder_layers(model):
+        encoder.activation_relu_or_gelu = vars(encoder).pop(_ACTIVATION, encoder.activation_relu_or_gelu)
     return {name: layer.detach() for name, layer in adapted_layers(model).items()}
+
+
+_ACTIVATION = "_lora_activation"
+"""Where an encoder layer keeps its ``activation_relu_or_gelu``. Torch's inference path is taken only if that is not 0:
+it reads the weights of linear1 and linear2 and calls neither, so that adapters would be left out in eval mode."""
+
+
+def _encoder_layers(model: nn.Module) -> list[nn.TransformerEncoderLayer]:
+    return [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
 
 
 def merge_layers(model: nn.Module) -> None:

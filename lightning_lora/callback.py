@@ -1,5 +1,6 @@
 """The plugin: one callback that leads any LightningModule through a LoRA fine-tune."""
 
+import sys
 import warnings
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from lightning_lora.adapted import (
 )
 from lightning_lora.checkpoint import load_checkpoint_state
 from lightning_lora.config import Bias, Init, LoRAConfig
-from lightning_lora.errors import BestCheckpointWarning, ConfigError, DeadAdapterWarning, TargetError, listed
+from lightning_lora.errors import BestCheckpointWarning, ConfigError, DeadAdapterWarning, LoRAError, TargetError, listed
 from lightning_lora.inject import inject_adapters
 from lightning_lora.optim import train_adapters
 from lightning_lora.processes import check_untied, receive_memory, returns_state_only, send_memory
@@ -114,6 +115,7 @@ class LoRACallback(Callback):
             use_dora=use_dora,
         )
         self.merge: Merge = merge
+        _join_other_package()
         self._base_is_open = False
         self._was_plain = False
         self._stepped: list[Optimizer] = []
@@ -125,16 +127,20 @@ class LoRACallback(Callback):
         self._check_alone(trainer)
         watch(trainer.strategy, Duties(self._adapt, train_adapters))
         receive_memory(trainer, pl_module)
+        if stage == "fit":
+            self._check_merge(trainer, pl_module)
         self._was_plain = unfold(pl_module)
         self._base_is_open = find_record(pl_module) is None
-        if stage == "fit":
-            self._check_merge(trainer)
-            for layer in adapted_layers(pl_module).values():
-                layer.unmerge()  # merged by hand: its adapters could not train
         try:
             inject_adapters(pl_module, self.config)
         except TargetError:  # setup or configure_model may yet make the layers; the strategy asks again, for good
             return
+        except LoRAError:
+            self.teardown(trainer, pl_module, "setup")
+            raise
+        if stage == "fit":
+            for layer in adapted_layers(pl_module).values():
+                layer.unmerge()  # merged by hand: its adapters could not train
 
     def _adapt(self, pl_module: LightningModule) -> None:
         """Adapt what the module's own hooks have made; what they loaded until now is the base."""
@@ -153,13 +159,13 @@ class LoRACallback(Callback):
                 "callback, with rank_pattern and alpha_pattern for what differs."
             )
 
-    def _check_merge(self, trainer: Trainer) -> None:
+    def _check_merge(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.merge == "best" and trainer.checkpoint_callback is None and not _is_trial(trainer):
             raise ConfigError(
                 "merge='best' needs a ModelCheckpoint to say which adapters are best, and the Trainer has none. Add "
                 "ModelCheckpoint(monitor=...), or set merge='last'."
             )
-        if self.merge is False and self._base_is_open and returns_state_only(trainer):
+        if self.merge is False and returns_state_only(trainer) and not adapted_layers(pl_module):
             raise ConfigError(
                 "merge=False would lose the adapters: this strategy trains in processes that send only the weights of "
                 "a model's own layers back. Set merge='last', or use strategy='ddp', or call inject_adapters on the "
@@ -233,6 +239,16 @@ class LoRACallback(Callback):
         if receive_memory(trainer, pl_module):
             watch(trainer.strategy, Duties(self._adapt, train_adapters))
             checkpoint["state_dict"] = adapter_state_dict(pl_module)
+
+
+def _join_other_package() -> None:
+    """Make ``LoRACallback`` a ``pytorch_lightning.Callback`` too, if that package is in use: it asks for its own."""
+    other = sys.modules.get("pytorch_lightning")
+    if other is not None and not issubclass(LoRACallback, other.Callback):
+        LoRACallback.__bases__ = (*LoRACallback.__bases__, other.Callback)
+
+
+_join_other_package()
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

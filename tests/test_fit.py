@@ -363,6 +363,18 @@ def test_weights_replaced_after_a_merge_are_a_new_base(tmp_path: Path) -> None:
     assert tested[0]["test_loss"] == pytest.approx(checkpoint.best_model_score.item())  # type: ignore[union-attr]
 
 
+def test_another_configuration_on_a_merged_model_is_refused_and_leaves_it_merged(tmp_path: Path) -> None:
+    model = LitTiny()
+    trainer(tmp_path, [lora()]).fit(model, data())
+    output = model(X)
+    with pytest.raises(AdapterMismatchError, match="remove_adapters"):
+        trainer(tmp_path, [lora(r=4)]).fit(model, data())
+    assert is_plain(model) and torch.equal(model(X), output)
+    remove_adapters(model)
+    trainer(tmp_path, [lora(r=4)]).fit(model, data())
+    assert is_plain(model) and not torch.equal(model(X), output)
+
+
 def test_remove_adapters_forgets_a_finished_fit(tmp_path: Path) -> None:
     model = LitTiny()
     trainer(tmp_path, [lora()]).fit(model, data())
@@ -451,6 +463,7 @@ def test_the_other_lightning_package_works_alike(tmp_path: Path) -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(self.parameters(), lr=0.05)
 
+    assert isinstance(lora(), pl.Callback) and isinstance(lora(), L.Callback)
     checkpoint = OtherCheckpoint(tmp_path, monitor="val_loss")
     t = pl.Trainer(
         callbacks=[lora(merge="best"), checkpoint], accelerator="cpu", max_epochs=2, logger=False,  # type: ignore[list-item]

@@ -296,7 +296,8 @@ def test_transformer_encoder_layer_computes_the_same_in_every_mode() -> None:
     with torch.inference_mode():
         torch.testing.assert_close(copied(x, src_key_padding_mask=padding)[~padding], expected)
     remove_adapters(model)
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert [vars(each)["activation_relu_or_gelu"] for each in model.layers] == [1, 1]
+    assert not [name for each in model.layers for name in vars(each) if "lora" in name]
 
 
 def test_meta_layers_are_adapted_and_start_right_once_they_have_memory() -> None:

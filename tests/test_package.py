@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-import tomllib
 import torch
 from rich.console import Console
 from torch import nn
@@ -33,7 +32,7 @@ def test_the_drawn_tree_of_errors_is_the_tree() -> None:
 
 
 def test_version_is_the_projects() -> None:
-    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == lightning_lora.__version__
+    assert f'version = "{lightning_lora.__version__}"' in (ROOT / "pyproject.toml").read_text()
     assert f"## [{lightning_lora.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 

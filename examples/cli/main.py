@@ -6,8 +6,7 @@ from pathlib import Path
 from lightning.pytorch.cli import LightningCLI
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples/, where sentiment.py lies
-from sentiment import SentimentModule, Snippets, quiet
+from sentiment import SentimentModule, Snippets
 
 if __name__ == "__main__":
-    quiet()
     LightningCLI(SentimentModule, Snippets)

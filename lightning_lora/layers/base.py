@@ -146,16 +146,9 @@ class LoRALayer(InPlace, nn.Module):
             self.weight = base
             self.keep_base(None)
 
-    def keep_called(self) -> None:
-        """Carry a hook that does nothing, for callers that go round layers without hooks."""
-        if "_lora_hook" not in self.__dict__:
-            self.__dict__["_lora_hook"] = self.register_forward_pre_hook(_do_nothing)
-
     def detach(self) -> Adapter:
         """Take the adapter off: the layer has its class and its keys again, and the weight that it shows."""
         state = self.__dict__
-        if "_lora_hook" in state:
-            state.pop("_lora_hook").remove()
         adapter = Adapter(
             kind=self.overlaid[0],
             lora_A=self.lora_A,
@@ -207,10 +200,6 @@ class LoRALayer(InPlace, nn.Module):
         if own.isdisjoint(state_dict):
             missing: list[str] = args[2]
             missing[:] = [key for key in missing if key not in own]
-
-
-def _do_nothing(layer: nn.Module, args: Any) -> None:
-    """The hook of :meth:`LoRALayer.keep_called`."""
 
 
 def new_adapter(
