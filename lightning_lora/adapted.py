@@ -5,6 +5,7 @@ next (another Trainer, another callback, ``load_adapter``) finds it in a known s
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -201,9 +202,10 @@ def _encoder_layers(model: nn.Module) -> list[nn.TransformerEncoderLayer]:
 def merge_layers(model: nn.Module) -> None:
     """Merge every adapted layer of ``model``, or, if one fails (for want of memory), none."""
     layers = [layer for layer in adapted_layers(model).values() if layer.lora_base is None]
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     try:
         for layer in layers:
-            layer.merge()
+            layer.merge(tied=uses[id(layer.weight)] > 1)
     except BaseException:
         for layer in layers:
             layer.unmerge()

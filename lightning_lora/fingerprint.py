@@ -47,11 +47,10 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     record = record_of(model)
     trained = trained_base_parameters(model, record.config)
     not_base = {id(p) for p in (*trained.values(), *adapter_parameters(model).values())}
-    below = {
-        id(layer.weight): layer.lora_base for layer in adapted_layers(model).values() if layer.lora_base is not None
-    }
+    layers = adapted_layers(model).values()
+    below = {id(layer.weight): layer.lora_base for layer in layers if layer.lora_base is not None}
     below |= {id(model.get_submodule(name).weight): a.base for name, a in record.folded.items() if a.base is not None}
-    frozen = {
+    frozen: dict[str, Tensor] = {
         name: below.get(id(p), p) for name, p in model.named_parameters(remove_duplicate=False) if id(p) not in not_base
     }
     buffers = {name: value for name, value in record.originals.items() if name not in trained}

@@ -89,7 +89,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
             present[name].data = value
         for layer in enabled:
             layer.lora_enabled = True
-        for layer in merged:
-            layer.merge()
+        if merged:
+            merge_layers(model)
         if was_folded:
             fold(model)

@@ -32,7 +32,7 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from lightning_lora.layers import LoRALayer
-from tests.models import ADAPTERS, TRAINED, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
+from tests.models import ADAPTERS, TRAINED, WIDTH, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
 
 X = torch.arange(WORDS)
 
@@ -151,6 +151,32 @@ def test_layers_and_weights_that_come_late(tmp_path: Path, cls: type[LitTiny]) -
     new = cls()
     trainer(tmp_path, [lora()]).test(new, data(), ckpt_path=t.checkpoint_callback.best_model_path, verbose=False)  # type: ignore[union-attr]
     torch.testing.assert_close(new(X), expected(X))
+
+
+class LoadsBuffersInSetup(LitTiny):
+    """A module whose norm has statistics that only ``setup`` loads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.head(self.norm(torch.tanh(self.q_proj(self.embed(index))) + self.v_proj(self.embed(index))))
+
+    def setup(self, stage: str) -> None:
+        self.norm.running_mean.fill_(0.5)  # type: ignore[union-attr]
+
+
+def test_buffers_that_come_late_belong_to_the_base(tmp_path: Path) -> None:
+    model = LoadsBuffersInSetup()
+    t = trainer(tmp_path, [lora()])
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "lora.ckpt")
+    assert "norm.running_mean" in tensors(tmp_path / "lora.ckpt")
+    base = LoadsBuffersInSetup()
+    base.setup("fit")
+    load_adapter(base, tmp_path / "lora.ckpt")
+    torch.testing.assert_close(base.eval()(X), model.eval()(X))
 
 
 class NoLinear(LitTiny):

@@ -23,7 +23,7 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for
-from tests.models import randomise, same, state
+from tests.models import TinyLM, randomise, same, state
 
 
 class Scaled(nn.Linear):
@@ -135,7 +135,7 @@ def test_merged_computes_as_adapted_and_unmerging_is_exact(case: tuple[nn.Sequen
     merge_adapters(model)
     merge_adapters(model)
     torch.testing.assert_close(model(x), adapted)
-    assert not torch.equal(model[0].weight, weight)
+    assert model[0].weight is weight and not torch.equal(weight, before["0.weight"])
     unmerge_adapters(model)
     assert same(state(model), before) and model[0].weight is weight
     assert torch.equal(model(x), adapted)
@@ -154,6 +154,19 @@ def test_merge_is_rounded_once_and_unmerge_exact_in_every_dtype(dtype: torch.dty
     assert ((model[0].weight.double() - exact).abs() <= 0.51 * ulp + 1e-6 * ulp / torch.finfo(dtype).eps).all()
     unmerge_adapters(model)
     assert same(state(model), before)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_unmerge_follows_a_model_that_was_converted_in_between(tied: bool) -> None:
+    torch.manual_seed(0)
+    model = TinyLM(tied=tied)
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["lm_head"]))
+    randomise(model)
+    base = model.lm_head.weight.detach().clone()
+    merge_adapters(model)
+    model.double()
+    unmerge_adapters(model)
+    assert torch.equal(model.lm_head.weight, base.double()) and (model.lm_head.weight is model.embed.weight) is tied
 
 
 def test_remove_gives_back_the_very_class_and_values(case: tuple[nn.Sequential, Tensor]) -> None:

@@ -163,6 +163,34 @@ def test_an_optimizer_handed_out_twice_trains_in_both_fits(tmp_path: Path, early
     assert not torch.equal(model(X), before)
 
 
+def test_an_early_optimizer_of_groups_trains_other_adapters_later(tmp_path: Path) -> None:
+    model = LitTiny()
+    groups = [{"params": [model.v_proj.weight], "lr": 0.1}, {"params": [model.q_proj.weight, *model.head.parameters()]}]
+    made = adam(groups)
+    model.configure_optimizers = lambda: made  # type: ignore[method-assign]
+    trainer(tmp_path, [lora()], max_epochs=1).fit(model, data())
+    remove_adapters(model)
+    t = trainer(tmp_path, [lora(r=3, merge=False)], max_epochs=1)
+    t.fit(model, data())
+    assert [names_in(model, group) for group in optimizer_of(t)] == [ADAPTERS[2:], [*ADAPTERS[:2], *TRAINED[4:]]]
+
+
+def test_a_filter_over_what_is_now_frozen_finds_parameters_all_the_same(tmp_path: Path) -> None:
+    def configure(m: LitTiny) -> Any:
+        def make() -> Any:
+            def trainable(*modules: nn.Module) -> list[nn.Parameter]:
+                return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+            assert trainable(m.embed)  # or torch would say that the optimizer got an empty parameter list
+            return adam([{"params": trainable(m.embed)}, {"params": trainable(m.q_proj, m.v_proj, m.head)}])
+
+        return make
+
+    t, model = fit_with(tmp_path, configure)
+    assert [names_in(model, group) for group in optimizer_of(t)] == [[], TRAINED]
+    assert not model.embed.weight.requires_grad
+
+
 def test_pre_frozen_backbone_is_adapted_all_the_same(tmp_path: Path) -> None:
     def configure(m: LitTiny) -> Any:
         m.q_proj.requires_grad_(False)

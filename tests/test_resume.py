@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -12,6 +13,7 @@ from lightning_lora import (
     AdapterFileError,
     AdapterMismatchError,
     BaseMismatchError,
+    disable_adapters,
     load_adapter,
     load_from_checkpoint,
     save_adapter,
@@ -85,8 +87,29 @@ def test_full_checkpoint_is_taken_as_the_base(tmp_path: Path) -> None:
         model.head.weight, plain.head.weight
     )
     t.save_checkpoint(tmp_path / "lora.ckpt")
+    with disable_adapters(model):
+        assert torch.equal(model(X), plain(X))
+    loss = trainer(tmp_path).test(plain, data(), verbose=False)[0]["test_loss"]
     load_adapter(plain, tmp_path / "lora.ckpt")
     assert torch.equal(plain(X), model(X))
+    tested = trainer(tmp_path, [lora()]).test(model, data(), ckpt_path=tmp_path / "full.ckpt", verbose=False)
+    assert tested[0]["test_loss"] == pytest.approx(loss)  # the full file's own function: trained adapters give way
+
+
+def test_files_written_on_a_base_that_a_file_gave_belong_to_that_base(tmp_path: Path) -> None:
+    other = LitTiny()
+    with torch.no_grad():
+        other.q_proj.weight.add_(1)
+    trainer(tmp_path).validate(other, data(), verbose=False)
+    torch.save({"state_dict": other.state_dict(), "pytorch-lightning_version": L.__version__}, tmp_path / "other.ckpt")
+    model, t = LitTiny(), trainer(tmp_path, [lora(merge=False)], max_epochs=1)
+    t.fit(model, data())
+    t.validate(model, data(), ckpt_path=tmp_path / "other.ckpt", verbose=False)
+    t.save_checkpoint(tmp_path / "lora.ckpt")
+    load_adapter(other, tmp_path / "lora.ckpt")
+    assert torch.equal(other(X), model(X))
+    with pytest.raises(BaseMismatchError):
+        load_adapter(LitTiny(), tmp_path / "lora.ckpt")
 
 
 def test_full_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

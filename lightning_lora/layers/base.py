@@ -25,7 +25,7 @@ class Adapter:
         scaling: The factor of ``B @ A``.
         dropout: Probability of dropping an input of A in training.
         init: How the factors start, for a later ``reset_parameters``.
-        base: The layer's own weight while the one it shows has ``B @ A`` merged in, else None.
+        base: The values of the layer's own weight while the one it shows has ``B @ A`` merged in, else None.
     """
 
     kind: type["LoRALayer"]
@@ -34,7 +34,7 @@ class Adapter:
     scaling: float
     dropout: float = 0.0
     init: str = "kaiming"
-    base: nn.Parameter | None = None
+    base: Tensor | None = None
 
 
 class LoRALayer(InPlace, nn.Module):
@@ -119,32 +119,44 @@ class LoRALayer(InPlace, nn.Module):
         return {"lora_A": self.lora_A, "lora_B": self.lora_B}
 
     @property
-    def lora_base(self) -> nn.Parameter | None:
-        """The layer's own weight while the one it shows has the update merged in, else None."""
-        base: nn.Parameter | None = self.__dict__["_lora_base"]
+    def lora_base(self) -> Tensor | None:
+        """The values of the layer's own weight while the one it shows has the update merged in, else None."""
+        base: Tensor | None = self.__dict__["_lora_base"]
         return base
 
-    def keep_base(self, base: nn.Parameter | None) -> None:
+    def keep_base(self, base: Tensor | None) -> None:
         """Set :attr:`lora_base`, round nn.Module's setter, which would register it and give it a key."""
         self.__dict__["_lora_base"] = base
 
-    def merge(self) -> None:
-        """Show ``W + ΔW`` as the weight: a new parameter, so that another use of a tied ``W`` stays as it is."""
-        if self.lora_base is None:
-            base = self.weight
-            with torch.no_grad():
-                merged = merged_weight(base, self.delta_weight())
-            self.weight = nn.Parameter(merged, requires_grad=base.requires_grad)
-            self.keep_base(base)
+    def merge(self, *, tied: bool = False) -> None:
+        """Show ``W + ΔW`` as the weight.
+
+        Args:
+            tied: The weight has another use, which is to stay as it is: show a parameter of its own, instead of
+                giving the weight other values.
+        """
+        if self.lora_base is not None:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            merged = merged_weight(self.weight, self.delta_weight())
+            if tied:
+                self.keep_base(self.weight)
+                self.weight = nn.Parameter(merged, requires_grad=self.weight.requires_grad)  # a use of its own
+            else:
+                self.keep_base(self.weight.data)
+                self.weight.data = merged
 
     def unmerge(self) -> None:
-        """Show the layer's own weight again: the very parameter that was there."""
+        """Show the layer's own weight again, bit for bit."""
         base = self.lora_base
-        if base is not None:
+        if base is None:
+            return
+        if isinstance(base, nn.Parameter):  # it was tied: show the very parameter again
             base.data = base.data.to(self.weight)  # the model may have moved since
-            base.requires_grad_(self.weight.requires_grad)
-            self.weight = base
-            self.keep_base(None)
+            self.weight = base.requires_grad_(self.weight.requires_grad)
+        else:
+            self.weight.data = base.to(self.weight)
+        self.keep_base(None)
 
     def detach(self) -> Adapter:
         """Take the adapter off: the layer has its class and its keys again, and the weight that it shows."""
