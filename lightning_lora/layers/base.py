@@ -153,7 +153,8 @@ class LoRALayer(InPlace, nn.Module):
             return
         if isinstance(base, nn.Parameter):  # it was tied: show the very parameter again
             base.data = base.data.to(self.weight)  # the model may have moved since
-            self.weight = base.requires_grad_(self.weight.requires_grad)
+            base.requires_grad_(self.weight.requires_grad)
+            self.weight = base
         else:
             self.weight.data = base.to(self.weight)
         self.keep_base(None)
