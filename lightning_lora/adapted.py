@@ -8,8 +8,10 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, LoRAWarning
@@ -32,6 +34,8 @@ class Record:
         folded: The adapters, while they are off their layers and the layers show merged weights: a plain model.
         folded_digests: The digests of those merged weights, to notice if they are replaced.
         fingerprints: The forms in which this base was seen: as loaded, and as a Trainer's precision converted it.
+        disabled: Whether the base runs just now, inside ``disable_adapters``.
+        loading: The hook that notices when base weights are loaded.
     """
 
     config: LoRAConfig
@@ -39,7 +43,9 @@ class Record:
     originals: dict[str, Tensor] = field(default_factory=dict)
     folded: dict[str, Adapter] = field(default_factory=dict)
     folded_digests: dict[str, int] = field(default_factory=dict)
-    fingerprints: list[dict[str, object]] = field(default_factory=list)
+    fingerprints: list[dict[str, Any]] = field(default_factory=list)
+    disabled: bool = False
+    loading: RemovableHandle | None = None
 
 
 # The memory
@@ -55,34 +61,61 @@ def record_of(model: nn.Module) -> Record:
     """Return the record of ``model``.
 
     Raises:
-        AdapterStateError: ``model`` has no adapters.
+        AdapterStateError: ``model`` has no adapters, or they are disabled just now.
     """
     record = find_record(model)
     if record is None:
-        inner = next((name for name, module in model.named_modules() if find_record(module)), None)
+        inner = next(iter(inner_records(model)), None)
         remedy = (
             f"They are in its {inner!r}: pass that module." if inner else "Call inject_adapters(model, config) first."
         )
         raise AdapterStateError(f"{type(model).__name__} has no adapters. {remedy}")
+    if record.disabled:
+        raise AdapterStateError(
+            f"The adapters of {type(model).__name__} are disabled. Do this after the block of disable_adapters."
+        )
     return record
 
 
-def keep_record(model: nn.Module, record: Record | None) -> None:
-    """Give ``model`` its record, or let it forget."""
-    if record is None:
-        vars(model).pop(_ATTRIBUTE, None)
-    else:
-        vars(model)[_ATTRIBUTE] = record
+def keep_record(model: nn.Module, record: Record) -> None:
+    """Give ``model`` its record."""
+    forget_record(model)
+    record.loading = model._register_load_state_dict_pre_hook(_note_loaded_base, with_module=True)
+    vars(model)[_ATTRIBUTE] = record
+
+
+def forget_record(model: nn.Module) -> None:
+    """Take the record of ``model`` away, if it has one."""
+    record = vars(model).pop(_ATTRIBUTE, None)
+    if record is not None and record.loading is not None:
+        record.loading.remove()
+
+
+def inner_records(model: nn.Module) -> dict[str, Record]:
+    """Return the records of modules inside ``model``, adapted by themselves, by name."""
+    found = ((name, find_record(module)) for name, module in model.named_modules() if module is not model)
+    return {name: record for name, record in found if record is not None}
 
 
 def absorb_inner_records(model: nn.Module, record: Record) -> None:
-    """Take over what modules inside ``model``, adapted by hand before it, remember of themselves."""
-    for prefix, module in model.named_modules():
-        inner = find_record(module)
-        if inner is not None and module is not model:
-            record.requires_grad.update({f"{prefix}.{name}": flag for name, flag in inner.requires_grad.items()})
-            record.originals.update({f"{prefix}.{name}": value for name, value in inner.originals.items()})
-            keep_record(module, None)
+    """Take over what modules inside ``model`` remember of themselves, where ``record`` knows nothing better."""
+    for prefix, inner in inner_records(model).items():
+        for name, flag in inner.requires_grad.items():
+            record.requires_grad.setdefault(f"{prefix}.{name}", flag)
+        for name, value in inner.originals.items():
+            record.originals.setdefault(f"{prefix}.{name}", value)
+        forget_record(model.get_submodule(prefix))
+
+
+def _note_loaded_base(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Before a state of the base alone is loaded, take its values as those that the base has by itself."""
+    record = find_record(model)
+    if record is None or record.folded or any(prefix + name in state for name in adapter_parameters(model)):
+        return
+    for name, original in record.originals.items():
+        value = state.get(prefix + name)
+        if isinstance(value, Tensor) and value.shape == original.shape:
+            record.originals[name] = _copy(value)
 
 
 # The parts of an adapted model
@@ -96,30 +129,35 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that adapters added, by name, whether or not the adapters are on their layers just now."""
     record = find_record(model)
-    folded = record.folded if record else {}
-    off = {
-        f"{name}.{factor}": p
-        for name, a in folded.items()
-        for factor, p in (("lora_A", a.lora_A), ("lora_B", a.lora_B))
-    }
-    return off or {
-        f"{name}.{factor}": p
-        for name, layer in adapted_layers(model).items()
-        for factor, p in layer.adapter_parameters().items()
-    }
+    if record is not None and record.folded:
+        factors = ((name, {"lora_A": a.lora_A, "lora_B": a.lora_B}) for name, a in record.folded.items())
+    else:
+        factors = ((name, layer.lora_parameters()) for name, layer in adapted_layers(model).items())
+    return {f"{name}.{factor}": parameter for name, named in factors for factor, parameter in named.items()}
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the base's own parameters by every name they have, as if no update were merged into a tied one."""
+    record = find_record(model)
+    shown = {layer.weight: layer.lora_base for layer in adapted_layers(model).values()}
+    if record is not None:
+        shown |= {model.get_submodule(name).get_parameter("weight"): a.base for name, a in record.folded.items()}
+    own = {id(weight): base for weight, base in shown.items() if isinstance(base, nn.Parameter)}
+    adapters = {id(p) for p in adapter_parameters(model).values()}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: own.get(id(p), p) for name, p in named if id(p) not in adapters}
 
 
 def trained_base_parameters(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Parameter]:
-    """Return those of the base's own parameters that train, by name: modules trained whole, and biases."""
-    adapters = adapter_parameters(model)
-    own = {name: p for name, p in model.named_parameters() if name not in adapters}
+    """Return those of the base's own parameters that train, by every name: modules trained whole, and biases."""
+    base = base_parameters(model)
     trained = {id(p) for module in saved_modules(model, config) for p in module.parameters()}
     if config.bias == "all":
-        trained |= {id(p) for name, p in own.items() if "bias" in name.rpartition(".")[2]}
+        trained |= {id(p) for name, p in base.items() if "bias" in name.rpartition(".")[2]}
     if config.bias == "lora_only":
-        layers = {name.rpartition(".")[0] for name in adapters}
+        layers = {name.rpartition(".")[0] for name in adapter_parameters(model)}
         trained |= {id(model.get_submodule(name)._parameters.get("bias")) for name in layers}
-    return {name: p for name, p in own.items() if id(p) in trained}
+    return {name: p for name, p in base.items() if id(p) in trained}
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -132,21 +170,27 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def is_fresh(model: nn.Module) -> bool:
+    """Whether no adapter of ``model`` has an update yet."""
+    layers = adapted_layers(model).values()
+    return all(layer.lora_A.is_meta or not (layer.lora_A.any() and layer.lora_B.any()) for layer in layers)
+
+
 # What is trained, and what is kept
 
 
 def freeze(model: nn.Module, record: Record) -> None:
     """Let adapters and what else trains require gradients, and nothing else; remember how it was."""
-    adapters, trained = adapter_parameters(model), trained_base_parameters(model, record.config)
-    for name, parameter in model.named_parameters():
-        if name not in adapters:
-            record.requires_grad.setdefault(name, parameter.requires_grad)
-            parameter.requires_grad_(name in trained)
+    base, trained = base_parameters(model), trained_base_parameters(model, record.config)
+    for name, parameter in base.items():  # all before any is set: a tied one has several names
+        record.requires_grad.setdefault(name, parameter.requires_grad)
+    for name, parameter in base.items():
+        parameter.requires_grad_(name in trained)
 
 
 def unfreeze(model: nn.Module, record: Record) -> None:
-    """Let each parameter of the base require a gradient if it did before :func:`freeze`."""
-    for name, parameter in model.named_parameters():
+    """Let each parameter of the base, under whatever name it is shown, require a gradient if it did before."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in record.requires_grad:
             parameter.requires_grad_(record.requires_grad[name])
 
@@ -154,16 +198,32 @@ def unfreeze(model: nn.Module, record: Record) -> None:
 def keep_originals(model: nn.Module, record: Record) -> None:
     """Keep on the CPU the base's values of everything that training may change beside the adapters, where not kept."""
     changing = {**trained_base_parameters(model, record.config), **persistent_buffers(model)}
-    kept = record.originals
+    kept = {name: value for name, value in record.originals.items() if name in changing}
+    kept = {name: value for name, value in kept.items() if value.shape == changing[name].shape}
     record.originals = {name: kept[name] if name in kept else _copy(tensor) for name, tensor in changing.items()}
 
 
-def restore_originals(model: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Write the base's own values back, all of them or those of ``names``."""
-    originals = record_of(model).originals
-    present = {**dict(model.named_parameters()), **persistent_buffers(model)}
-    for name in originals if names is None else names:
-        present[name].data.copy_(originals[name])
+def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of ``model`` whose base values are kept, by name."""
+    record = record_of(model)
+    present = {**base_parameters(model), **persistent_buffers(model)}
+    return {name: present[name] for name in record.originals if name in present}
+
+
+def restore_originals(model: nn.Module, names: Iterable[str]) -> None:
+    """Write the base's own values of ``names`` back."""
+    record, present = record_of(model), kept_tensors(model)
+    for name in names:
+        original, tensor = record.originals[name], present[name].data
+        if not original.is_meta and not same_bits(tensor, original):
+            tensor.copy_(original)
+
+
+def same_bits(tensor: Tensor, original: Tensor) -> bool:
+    """Whether ``tensor`` has the values of ``original``, as far as its dtype can hold them."""
+    if tensor.is_meta or original.is_meta:
+        return tensor.is_meta and original.is_meta
+    return tensor.shape == original.shape and digest(tensor.cpu()) == digest(original.to(tensor.dtype))
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -187,7 +247,7 @@ def detach_adapters(model: nn.Module) -> dict[str, Adapter]:
     """Take every adapter off ``model`` and return them by the names of their layers."""
     for encoder in _encoder_layers(model):
         encoder.activation_relu_or_gelu = vars(encoder).pop(_ACTIVATION, encoder.activation_relu_or_gelu)
-    return {name: layer.detach() for name, layer in adapted_layers(model).items()}
+    return {name: layer.lora_detach() for name, layer in adapted_layers(model).items()}
 
 
 _ACTIVATION = "_lora_activation"
@@ -205,10 +265,10 @@ def merge_layers(model: nn.Module) -> None:
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     try:
         for layer in layers:
-            layer.merge(tied=uses[id(layer.weight)] > 1)
+            layer.lora_merge(tied=uses[id(layer.weight)] > 1)
     except BaseException:
         for layer in layers:
-            layer.unmerge()
+            layer.lora_unmerge()
         raise
 
 
@@ -232,26 +292,42 @@ def unfold(model: nn.Module) -> bool:
     record = find_record(model)
     if record is None or not record.folded:
         return False
-    if not _still_as_folded(model, record):
+    if not is_as_folded(model, record):
+        forget_record(model)
         warnings.warn(
             f"The weights of {type(model).__name__} were replaced after its adapters were merged into them: they are "
             "taken as a new base, and the adapters of the earlier fine-tune are dropped.",
             LoRAWarning,
             stacklevel=2,
         )
-        keep_record(model, None)
         return False
     adapters, record.folded, record.folded_digests = record.folded, {}, {}
+    for name, adapter in adapters.items():  # which do not follow a plain model to another device
+        for factor in (adapter.lora_A, adapter.lora_B):
+            factor.data = factor.data.to(model.get_submodule(name).get_parameter("weight").device)
     attach_adapters(model, adapters)
     for layer in adapted_layers(model).values():
-        layer.unmerge()
+        layer.lora_unmerge()
     freeze(model, record)
     return True
 
 
-def _still_as_folded(model: nn.Module, record: Record) -> bool:
+def check_as_folded(model: nn.Module) -> None:
+    """Refuse to speak for adapters whose merged weights were replaced since.
+
+    Raises:
+        AdapterStateError: they were.
+    """
+    if not is_as_folded(model, record_of(model)):
+        raise AdapterStateError(
+            f"The weights of {type(model).__name__} were replaced or converted after its adapters were merged into "
+            "them, so that neither its base nor its adapters are known any more. Load both anew, or call "
+            "remove_adapters(model) to go on from the weights as they are."
+        )
+
+
+def is_as_folded(model: nn.Module, record: Record) -> bool:
+    """Whether a model that :func:`fold` made plain, if it did, still has the weights that this left."""
     modules = dict(model.named_modules())
-    return all(
-        name in modules and digest(modules[name].get_parameter("weight")) == left
-        for name, left in record.folded_digests.items()
-    )
+    weights = {name: modules[name]._parameters.get("weight") if name in modules else None for name in record.folded}
+    return all(p is not None and digest(p) == record.folded_digests[name] for name, p in weights.items())

@@ -13,6 +13,7 @@ from lightning_lora.adapted import (
     adapted_layers,
     find_record,
     fold,
+    is_fresh,
     keep_originals,
     record_of,
     unfold,
@@ -20,7 +21,7 @@ from lightning_lora.adapted import (
 from lightning_lora.checkpoint import load_checkpoint_state
 from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import BestCheckpointWarning, ConfigError, DeadAdapterWarning, LoRAError, TargetError, listed
-from lightning_lora.inject import inject_adapters
+from lightning_lora.inject import inject_adapters, remove_adapters
 from lightning_lora.optim import train_adapters
 from lightning_lora.processes import check_untied, receive_memory, returns_state_only, send_memory
 from lightning_lora.state import adapter_state_dict
@@ -117,30 +118,30 @@ class LoRACallback(Callback):
         self.merge: Merge = merge
         _join_other_package()
         self._base_is_open = False
-        self._was_plain = False
+        self._began = False
+        self._was_adapted = False
+        self._was_folded = False
         self._stepped: list[Optimizer] = []
 
     # Set up: adapt what is there, and again when the model's own hooks have run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Adapt the module, on its exact base if an earlier fit merged it; the strategy adapts layers still to come."""
+        self._began, self._was_adapted, self._was_folded = False, bool(adapted_layers(pl_module)), False
         self._check_alone(trainer)
         watch(trainer.strategy, Duties(self._adapt, train_adapters))
         receive_memory(trainer, pl_module)
         if stage == "fit":
             self._check_merge(trainer, pl_module)
-        self._was_plain = unfold(pl_module)
-        self._base_is_open = find_record(pl_module) is None
+        self._was_folded = unfold(pl_module)
+        self._base_is_open = is_fresh(pl_module)
         try:
             inject_adapters(pl_module, self.config)
         except TargetError:  # setup or configure_model may yet make the layers; the strategy asks again, for good
             return
-        except LoRAError:
-            self.teardown(trainer, pl_module, "setup")
-            raise
         if stage == "fit":
             for layer in adapted_layers(pl_module).values():
-                layer.unmerge()  # merged by hand: its adapters could not train
+                layer.lora_unmerge()  # merged by hand: its adapters could not train
 
     def _adapt(self, pl_module: LightningModule) -> None:
         """Adapt what the module's own hooks have made; what they loaded until now is the base."""
@@ -165,18 +166,18 @@ class LoRACallback(Callback):
                 "merge='best' needs a ModelCheckpoint to say which adapters are best, and the Trainer has none. Add "
                 "ModelCheckpoint(monitor=...), or set merge='last'."
             )
-        if self.merge is False and returns_state_only(trainer) and not adapted_layers(pl_module):
+        if returns_state_only(trainer) and bool(self.merge) == bool(adapted_layers(pl_module)):
             raise ConfigError(
-                "merge=False would lose the adapters: this strategy trains in processes that send only the weights of "
-                "a model's own layers back. Set merge='last', or use strategy='ddp', or call inject_adapters on the "
-                "model before fit."
+                f"merge={self.merge!r} would lose the adapters: this strategy trains in processes that send only "
+                "weights back, and only for the layers that the model here has. Use strategy='ddp'; or leave the model "
+                "plain and set merge='last'; or call inject_adapters on it before fit and set merge=False."
             )
 
     # Fit
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show what trains, and refuse a merge that could not come back from this strategy's processes."""
-        self._stepped = []
+        self._began, self._stepped = True, []
         if self.merge and returns_state_only(trainer):
             check_untied(pl_module)
         if trainer.is_global_zero and _wants_summary(trainer):
@@ -191,7 +192,7 @@ class LoRACallback(Callback):
         dead = [
             name
             for name, layer in adapted_layers(pl_module).items()
-            if any(id(p) in held and p.grad is None for p in layer.adapter_parameters().values())
+            if any(id(p) in held and p.grad is None for p in layer.lora_parameters().values())
         ]
         if dead:
             warnings.warn(
@@ -209,34 +210,45 @@ class LoRACallback(Callback):
         which = self._load_best(trainer, pl_module) if self.merge == "best" else "last"
         layers = len(adapted_layers(pl_module))
         fold(pl_module)
-        send_memory(trainer, pl_module)
         rank_zero_info(
             f"LoRACallback merged the {which} adapters of {layers} layers: {type(pl_module).__name__} is plain again."
         )
 
     def _load_best(self, trainer: Trainer, pl_module: LightningModule) -> str:
-        path = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        if not path:
+        path = getattr(trainer.checkpoint_callback, "best_model_path", "") or "ModelCheckpoint wrote none"
+        try:
+            load_checkpoint_state(pl_module, trainer.strategy.load_checkpoint(path))
+        except (OSError, LoRAError) as error:
             warnings.warn(
-                "merge='best' found no best checkpoint: ModelCheckpoint wrote none. The last adapters are merged.",
+                f"merge='best' found no best checkpoint ({error}). The last adapters are merged.",
                 BestCheckpointWarning,
                 stacklevel=2,
             )
             return "last"
-        load_checkpoint_state(pl_module, trainer.strategy.load_checkpoint(path))
         return f"best ({path})"
 
     # Afterwards
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Merge again, after validate, test or predict, what an earlier fit had merged."""
-        if self._was_plain and stage != "fit" and find_record(pl_module) is not None:
+        if self._was_folded and stage != "fit" and find_record(pl_module) is not None:
             fold(pl_module)
-        self._was_plain = False
+        send_memory(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give back the module as it came, unless a fit had begun to train it: then training can go on."""
+        record = find_record(pl_module)
+        if self._began or record is None or record.folded:
+            return
+        if self._was_folded:
+            fold(pl_module)
+        elif not self._was_adapted:
+            remove_adapters(pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """In the main process after fit under a spawning strategy, which had no set-up here: save adapters alone."""
-        if receive_memory(trainer, pl_module):
+        receive_memory(trainer, pl_module)
+        if find_record(pl_module) is not None:
             watch(trainer.strategy, Duties(self._adapt, train_adapters))
             checkpoint["state_dict"] = adapter_state_dict(pl_module)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_lora.adapted import adapted_layers, adapter_parameters, keep_originals, record_of
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError
-from lightning_lora.fingerprint import check_base, fingerprint
+from lightning_lora.fingerprint import base_tensors, check_base, fingerprint
 from lightning_lora.functional import digest
 from lightning_lora.state import (
     adapters_live,
@@ -31,15 +31,16 @@ FORMAT = 1
 # The description
 
 
-def describe(model: nn.Module, state: Mapping[str, Any], base: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+def describe(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return, in plain types, what must be known to use ``state`` rightly: format, configuration, base, checksum.
 
     Args:
         model: The adapted model.
         state: What of it is stored.
-        base: The forms of its base, if known; else they are computed.
     """
-    about = {"format": FORMAT, "config": record_of(model).config.to_dict(), "base": base or [fingerprint(model)]}
+    record, now = record_of(model), fingerprint(model)
+    forms = record.fingerprints if now in record.fingerprints else [now]
+    about = {"format": FORMAT, "config": record.config.to_dict(), "base": forms}
     return {**about, "checksum": _checksum(state, about)}
 
 
@@ -89,7 +90,8 @@ def _checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:
     """One number for the names and contents of all tensors, and for what is said about them."""
     said = {name: value for name, value in about.items() if name != "checksum"}
     names = sorted(name for name, value in state.items() if isinstance(value, Tensor) and not value.is_meta)
-    text = json.dumps([said, names], sort_keys=True).encode()
+    kinds = [[name, str(state[name].dtype), list(state[name].shape)] for name in names]
+    text = json.dumps([said, kinds], sort_keys=True).encode()
     total = digest(torch.frombuffer(bytearray(text), dtype=torch.uint8))
     for name in names:
         total = (total * 1_000_003 + digest(state[name])) % (1 << 63)
@@ -114,7 +116,18 @@ def check_checksum(state: Mapping[str, Any], description: Mapping[str, Any], pat
 def adapter_only(model: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return ``checkpoint`` as it is to be written: what training changed of ``model``, and its description."""
     state = without_base(model, checkpoint["state_dict"])
-    return {**checkpoint, "state_dict": state, KEY: describe(model, state, record_of(model).fingerprints)}
+    description = describe(model, state)
+    forms = record_of(model).fingerprints
+    if forms and description["base"] is not forms:
+        names, now = list(base_tensors(model)), description["base"][0]["digests"]
+        before = next((form["digests"] for form in forms if len(form["digests"]) == len(now)), now)
+        changed = [name for name, a, b in zip(names, before, now, strict=False) if a != b]
+        raise BaseMismatchError(
+            f"Frozen weights of {type(model).__name__} were changed during training: {listed(changed)}. A checkpoint "
+            "of adapters would not hold them, and resuming from it would not be the same run. If your code is to "
+            "change them, name their module in modules_to_save."
+        )
+    return {**checkpoint, "state_dict": state, KEY: description}
 
 
 def check_readable(checkpoint: object, path: object) -> None:
@@ -127,6 +140,8 @@ def check_readable(checkpoint: object, path: object) -> None:
         raise AdapterFileError(
             f"{path} is no Lightning checkpoint: it has no 'state_dict'. Pass one that a Trainer wrote."
         )
+    if "pytorch-lightning_version" not in checkpoint:
+        raise AdapterFileError(f"{path} is no Lightning checkpoint: it has no version. Pass one that a Trainer wrote.")
     if KEY in checkpoint:
         stored_config(checkpoint[KEY])
         check_checksum(checkpoint["state_dict"], checkpoint[KEY], path)
@@ -175,7 +190,7 @@ def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
     with adapters_live(model):
         model.load_state_dict(dict(state), strict=False)
         for layer in adapted_layers(model).values():
-            layer.start(layer.lora_A, layer.lora_B, layer.lora_init)
+            layer.lora_start(layer.lora_A, layer.lora_B, layer.lora_init)
         record.originals = {}
         keep_originals(model, record)
     record.fingerprints = []

@@ -70,8 +70,10 @@ class LoRAConfig:
         _check_rank("r", self.r)
         if self.alpha is not None:
             _check_alpha("alpha", self.alpha)
+            self._keep("alpha", _plain(self.alpha))
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout!r} is not a probability below one. Expected 0 <= dropout < 1.")
+        self._keep("dropout", _plain(self.dropout))
         _check_choice("bias", self.bias, get_args(Bias))
         _check_choice("init", self.init, get_args(Init))
         for field in ("use_rslora", "use_dora"):
@@ -148,6 +150,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _plain(value: float) -> float:
+    """A number as Python's own: numpy's are floats too, but no file that is loaded safely may hold them."""
+    return value if type(value) is int else float(value)
+
+
 def _check_rank(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name}={value!r} is not a rank. Expected an integer of at least 1, such as r=8.")
@@ -189,7 +196,7 @@ def _patterns(name: str, value: object) -> str | tuple[str, ...]:
         or not all(isinstance(entry, str) and entry for entry in value)
     ):
         raise ConfigError(f"{name}={value!r} names no module. Expected an expression or a list of names.")
-    return tuple(sorted(value)) if isinstance(value, Set) else tuple(value)
+    return tuple(map(str, sorted(value) if isinstance(value, Set) else value))
 
 
 def _values(name: str, value: object, check: Any) -> dict[str, Any]:
@@ -198,4 +205,4 @@ def _values(name: str, value: object, check: Any) -> dict[str, Any]:
     for key, entry in value.items():
         check(f"{name}[{key!r}]", entry)
         _check_expression(name, key)
-    return dict(value)
+    return {str(key): _plain(entry) for key, entry in value.items()}

@@ -4,6 +4,7 @@ import json
 import warnings
 from io import BytesIO
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -11,8 +12,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_lora.adapted import adapted_layers, find_record, fold, record_of, unfold
-from lightning_lora.checkpoint import KEY, as_base, check_checksum, check_fits, describe, stored_config
+from lightning_lora.adapted import adapted_layers, find_record, fold, unfold
+from lightning_lora.checkpoint import (
+    KEY,
+    as_base,
+    check_checksum,
+    check_fits,
+    check_readable,
+    describe,
+    stored_config,
+)
 from lightning_lora.errors import AdapterFileError, AdapterStateError
 from lightning_lora.inject import inject_adapters, remove_adapters
 from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
@@ -42,7 +51,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         )
     if any(value.is_meta for value in state.values()):
         raise AdapterStateError("The adapters are on the meta device and have no values. Call model.to_empty first.")
-    description = describe(model, state, record_of(model).fingerprints or None)
+    description = describe(model, state)
     beside = path.with_name(f".{path.name}.part")
     tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
     try:
@@ -80,11 +89,17 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
         True
     """
     state, description = read_adapter_file(path)
+    _put(model, state, description)
+
+
+def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any]) -> None:
+    """Adapt ``model`` if it is not, check everything, write everything; or leave it as it was."""
     config = stored_config(description)
     folded = unfold(model)
     plain = not adapted_layers(model)
     try:
-        inject_adapters(model, config) if plain else record_of(model)
+        if find_record(model) is None:  # plain, or with adapters that were injected in a part of it
+            inject_adapters(model, config)
         check_fits(model, state, description)
         load_adapter_state_dict(model, state)
     except BaseException:
@@ -102,6 +117,14 @@ def read_adapter_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]
         FileNotFoundError: there is no such file.
         AdapterFileError: it is truncated, foreign, or was tampered with.
     """
+    contents = _read(path, weights_only=True)
+    if not isinstance(contents, dict) or not isinstance(contents.get("state_dict"), dict):
+        raise AdapterFileError(f"{path} holds no adapters. Pass a file that save_adapter or a Trainer wrote.")
+    return _adapters_in(contents["state_dict"], contents.get(KEY), path)
+
+
+def _read(path: str | Path, *, weights_only: bool) -> Any:
+    """The contents of a file of either kind, in the form of a checkpoint."""
     path = Path(path)
     if path.is_dir():
         raise AdapterFileError(f"{path} is a folder. Pass a .safetensors file or a Trainer's .ckpt file.")
@@ -109,18 +132,25 @@ def read_adapter_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]
         is_zip = file.read(2) == b"PK"
     try:
         if is_zip:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            state, description = checkpoint["state_dict"], checkpoint.get(KEY)
-        else:
-            with safe_open(path, "pt") as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
-                description = json.loads((file.metadata() or {}).get(KEY, "null"))
+            return torch.load(path, map_location="cpu", weights_only=weights_only)
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+            return {"state_dict": state, KEY: json.loads((file.metadata() or {}).get(KEY, "null"))}
+    except UnpicklingError as error:
+        raise AdapterFileError(
+            f"{path} holds more than plain types, and loading it could run code: {str(error).splitlines()[0]} If you "
+            "trust it, pass weights_only=False to load_from_checkpoint or Trainer."
+        ) from error
     except Exception as error:
         raise AdapterFileError(
-            f"{path} cannot be read as adapters: it is truncated, damaged or of another kind ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no more is known'}). Pass a file that save_adapter or a "
-            "Trainer with LoRACallback wrote."
+            f"{path} cannot be read: it is truncated, damaged or of another kind ({type(error).__name__}: "
+            f"{next(iter(str(error).splitlines()), 'no more is known')}). Pass a file that save_adapter or a Trainer "
+            "with LoRACallback wrote."
         ) from error
+
+
+def _adapters_in(state: dict[str, Any], description: Any, path: object) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state and its description, once both are as they were written."""
     if description is None:
         raise AdapterFileError(
             f"{path} holds no adapters of this package. A full checkpoint is a base: load it with "
@@ -132,7 +162,13 @@ def read_adapter_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def load_from_checkpoint(
-    cls: "type[Module]", path: str | Path, *, merge: bool = False, map_location: Any = None, **kwargs: Any
+    cls: "type[Module]",
+    path: str | Path,
+    *,
+    merge: bool = False,
+    map_location: Any = None,
+    weights_only: bool = True,
+    **kwargs: Any,
 ) -> "Module":
     """Lightning's ``load_from_checkpoint`` for the adapter-only files of a Trainer with ``LoRACallback``.
 
@@ -142,21 +178,24 @@ def load_from_checkpoint(
         path: The ``.ckpt`` file.
         merge: Return a plain model with the updates merged, instead of an adapted one.
         map_location: Where the model goes, as for Lightning's own.
-        **kwargs: Hyperparameters to override, as for Lightning's own.
+        weights_only: Set it False for a file that you trust, if its hyperparameters are no plain types.
+        **kwargs: Hyperparameters to override, as for Lightning's own. The load is always strict.
 
     Raises:
         AdapterFileError: the file is truncated, foreign or was tampered with.
         BaseMismatchError: the model that ``cls`` builds is not the base that the adapters were trained on.
     """
-    read_adapter_file(path)
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = _read(path, weights_only=weights_only)
+    check_readable(checkpoint, path)
+    state, description = _adapters_in(checkpoint["state_dict"], checkpoint.get(KEY), path)
     shell = BytesIO()  # the same file without the run and the weights, for Lightning to build the model from
     torch.save({**as_base(checkpoint), "state_dict": {}}, shell)
     shell.seek(0)
+    options = {**kwargs, "strict": False} | ({} if weights_only else {"weights_only": False})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(Found keys|The state dict)")
-        model = cls.load_from_checkpoint(shell, map_location="cpu", **{"strict": False, **kwargs})
-    load_adapter(model, path)
+        model = cls.load_from_checkpoint(shell, map_location="cpu", **options)
+    _put(model, state, description)
     if merge:
         fold(model)
         remove_adapters(model)

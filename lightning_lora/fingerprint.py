@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.adapted import adapted_layers, adapter_parameters, record_of, trained_base_parameters
+from lightning_lora.adapted import adapted_layers, base_parameters, record_of, trained_base_parameters
 from lightning_lora.errors import AdapterFileError, BaseMismatchError
 from lightning_lora.functional import digest
 
@@ -46,13 +46,13 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that make the base, by name: frozen parameters as they were, and buffers as they began."""
     record = record_of(model)
     trained = trained_base_parameters(model, record.config)
-    not_base = {id(p) for p in (*trained.values(), *adapter_parameters(model).values())}
-    layers = adapted_layers(model).values()
-    below = {id(layer.weight): layer.lora_base for layer in layers if layer.lora_base is not None}
-    below |= {id(model.get_submodule(name).weight): a.base for name, a in record.folded.items() if a.base is not None}
-    frozen: dict[str, Tensor] = {
-        name: below.get(id(p), p) for name, p in model.named_parameters(remove_duplicate=False) if id(p) not in not_base
+    merged = {layer.weight: layer.lora_base for layer in adapted_layers(model).values()}
+    merged |= {
+        model.get_submodule(name).get_parameter("weight"): adapter.base for name, adapter in record.folded.items()
     }
+    below = {id(weight): base for weight, base in merged.items() if base is not None}
+    own = base_parameters(model)
+    frozen: dict[str, Tensor] = {name: below.get(id(p), p) for name, p in own.items() if name not in trained}
     buffers = {name: value for name, value in record.originals.items() if name not in trained}
     return {**frozen, **buffers}
 
@@ -70,12 +70,12 @@ def check_base(model: nn.Module, stored: Any) -> None:
     """
     if not _is_fingerprints(stored):
         raise AdapterFileError("The file's base fingerprint cannot be read. It is damaged, or not of this package.")
-    here = fingerprint(model)
-    if here in stored:
+    here, known = fingerprint(model), record_of(model).fingerprints
+    if here in stored or (here in known and any(form in stored for form in known)):
         return
     title = type(model).__name__
     theirs = next((form for form in stored if form["dtypes"] == here["dtypes"]), stored[0])
-    if theirs["layout"] != here["layout"]:
+    if theirs["layout"] != here["layout"] or len(theirs["digests"]) != len(here["digests"]):
         raise BaseMismatchError(
             f"These adapters were trained on another architecture: their base has {len(theirs['digests'])} frozen "
             f"tensors, {title} has {len(here['digests'])}, and names or shapes differ. Build the model as it was built "

@@ -123,7 +123,8 @@ def digest(tensor: Tensor) -> int:
         >>> digest(torch.zeros(3)) == digest(torch.zeros(3)), digest(torch.ones(3)) == digest(torch.zeros(3))
         (True, False)
     """
-    bits = tensor.detach().contiguous().reshape(-1)
+    dense = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
+    bits = dense.contiguous().reshape(-1)
     integers = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64))
     multiplier = torch.arange(min(integers.numel(), _CHUNK), device=tensor.device) * 0x2545F4914F6CDD1D | 1
     total = integers.numel()

@@ -9,15 +9,21 @@ from lightning_lora.adapted import (
     attach_adapters,
     detach_adapters,
     find_record,
+    forget_record,
     freeze,
+    inner_records,
+    is_fresh,
     keep_originals,
     keep_record,
+    kept_tensors,
     record_of,
     restore_originals,
+    trained_base_parameters,
     unfreeze,
 )
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterMismatchError, ConfigError
+from lightning_lora.errors import AdapterMismatchError, ConfigError, listed
+from lightning_lora.inplace import combined
 from lightning_lora.layers import LoRALayer, adapter_for, new_adapter
 from lightning_lora.targets import Selection, select
 
@@ -58,6 +64,8 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
         raise ConfigError(
             f"inject_adapters got ({type(model).__name__}, {type(config).__name__}). Expected (nn.Module, LoRAConfig)."
         )
+    if find_record(model):
+        record_of(model)  # which refuses a model whose adapters are disabled
     selection = select(model, config)
     _check_same(model, config, selection)
     adapters = {
@@ -65,16 +73,19 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
             kind, layer, r=config.rank(name), scaling=config.scaling(name), dropout=config.dropout, init=config.init
         )
         for name, layer in selection.layers.items()
-        if not isinstance(layer, LoRALayer) and (kind := adapter_for(layer))
+        if not isinstance(layer, LoRALayer) and (kind := adapter_for(layer)) and combined(kind, type(layer))
     }
     record = find_record(model)
     if record is None or record.folded:  # a merged model is a plain model, and so a new base
         record = Record(config)
         keep_record(model, record)
+    record.config = config
     absorb_inner_records(model, record)
+    fresh = is_fresh(model)
     attach_adapters(model, adapters)
     freeze(model, record)
-    keep_originals(model, record)
+    if adapters or fresh:  # later, what is new may have been trained
+        keep_originals(model, record)
     return tuple(selection.layers)
 
 
@@ -100,16 +111,17 @@ def remove_adapters(model: nn.Module) -> None:
         )
     """
     record = record_of(model)
+    absorb_inner_records(model, record)
     if not record.folded:
         if not any(layer.lora_base is not None for layer in adapted_layers(model).values()):
-            restore_originals(model)
+            restore_originals(model, kept_tensors(model))
         unfreeze(model, record)
         detach_adapters(model)
-    keep_record(model, None)
+    forget_record(model)
 
 
 def _check_same(model: nn.Module, config: LoRAConfig, selection: Selection) -> None:
-    """Refuse layers that are adapted already, but not as ``config`` would adapt them."""
+    """Refuse a model that is adapted already, but not as ``config`` would adapt it."""
     for name, layer in adapted_layers(model).items():
         if name not in selection.layers:
             raise AdapterMismatchError(
@@ -122,6 +134,19 @@ def _check_same(model: nn.Module, config: LoRAConfig, selection: Selection) -> N
             raise AdapterMismatchError(
                 f"Layer {name!r} of {type(model).__name__} is adapted already, with {_shown(found)}; this "
                 f"configuration asks for {_shown(asked)}. Use the same one, or call remove_adapters(model) first."
+            )
+
+    for prefix, record in {"": find_record(model), **inner_records(model)}.items():
+        if record is None or record.folded or record.config == config:
+            continue
+        inside = f"{prefix}." if prefix else ""
+        theirs = {inside + name for name in trained_base_parameters(model.get_submodule(prefix), record.config)}
+        ours = {name for name in trained_base_parameters(model, config) if name.startswith(inside)}
+        if theirs != ours:
+            raise AdapterMismatchError(
+                f"{type(model).__name__} is adapted already, and trains {listed(theirs) or 'nothing'} beside its "
+                f"adapters; this configuration trains {listed(ours) or 'nothing'}. Use the same modules_to_save and "
+                "bias, or call remove_adapters(model) first."
             )
 
 

@@ -5,7 +5,16 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lightning_lora.adapted import adapted_layers, fold, merge_layers, persistent_buffers, record_of, unfold
+from lightning_lora.adapted import (
+    adapted_layers,
+    check_as_folded,
+    find_record,
+    fold,
+    kept_tensors,
+    merge_layers,
+    record_of,
+    unfold,
+)
 
 
 def merge_adapters(model: nn.Module) -> None:
@@ -40,10 +49,10 @@ def unmerge_adapters(model: nn.Module) -> None:
     Raises:
         AdapterStateError: ``model`` has no adapters.
     """
-    record_of(model)
+    check_as_folded(model)
     unfold(model)
     for layer in adapted_layers(model).values():
-        layer.unmerge()
+        layer.lora_unmerge()
 
 
 @contextmanager
@@ -69,27 +78,32 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         >>> torch.equal(model(x), base)
         False
     """
+    record = find_record(model)
+    if record is not None and record.disabled:
+        yield
+        return
+    check_as_folded(model)
     record = record_of(model)
     was_folded = unfold(model)
     layers = adapted_layers(model).values()
-    merged = [layer for layer in layers if layer.lora_base is not None]
-    enabled = [layer for layer in layers if layer.lora_enabled]
-    present = {**dict(model.named_parameters()), **persistent_buffers(model)}
-    trained = {name: present[name].data for name in record.originals} if enabled else {}
-    for layer in merged:
-        layer.unmerge()
-    for layer in enabled:
+    was_merged = any(layer.lora_base is not None for layer in layers)
+    unmerge_adapters(model)
+    present = kept_tensors(model)
+    trained = {name: tensor.data for name, tensor in present.items()}
+    for name, tensor in present.items():
+        tensor.data = record.originals[name].to(tensor, copy=True)
+    for layer in layers:
         layer.lora_enabled = False
-    for name in trained:
-        present[name].data = record.originals[name].to(present[name])
+    record.disabled = True
     try:
         yield
     finally:
-        for name, value in trained.items():
-            present[name].data = value
-        for layer in enabled:
+        record.disabled = False
+        for layer in layers:
             layer.lora_enabled = True
-        if merged:
+        for name, tensor in present.items():
+            tensor.data = trained[name]
+        if was_merged:
             merge_layers(model)
         if was_folded:
             fold(model)

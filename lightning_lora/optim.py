@@ -32,7 +32,7 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """
     followers: dict[int, Params] = {}
     for layer in adapted_layers(model).values():
-        followers.setdefault(id(layer.weight), []).extend(layer.adapter_parameters().values())
+        followers.setdefault(id(layer.weight), []).extend(layer.lora_parameters().values())
     built = [_built_groups(optimizer) for optimizer in optimizers]
     edited = [_edit(groups, followers) for groups in built]
     _place_rest(model, edited)

@@ -10,7 +10,7 @@ from io import BytesIO
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_lora.adapted import adapted_layers, find_record, keep_record
+from lightning_lora.adapted import Record, adapted_layers, find_record, is_as_folded, keep_record
 from lightning_lora.errors import ConfigError
 
 _MEMORY = "_lora_memory"
@@ -22,20 +22,21 @@ def returns_state_only(trainer: Trainer) -> bool:
 
 
 def send_memory(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Give the Trainer's state, in such a process, what the module remembers."""
-    if returns_state_only(trainer) and trainer.is_global_zero:
+    """At the end of a stage in such a process, give the Trainer's state what the module remembers."""
+    if returns_state_only(trainer) and trainer.is_global_zero and find_record(pl_module) is not None:
         memory = BytesIO()
         torch.save(find_record(pl_module), memory)
         vars(trainer.state)[_MEMORY] = memory.getvalue()
 
 
-def receive_memory(trainer: Trainer, pl_module: LightningModule) -> bool:
-    """Give the module, in the main process or in one that it starts, what came home. Return whether anything did."""
+def receive_memory(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Give the module what came home, if anything did: it is newer than what the main process remembers."""
     memory: bytes | None = vars(trainer.state).pop(_MEMORY, None)
-    if memory is None or find_record(pl_module) is not None:
-        return False
-    keep_record(pl_module, torch.load(BytesIO(memory), weights_only=False))  # bytes of our own process, not a file
-    return True
+    if memory is None:
+        return
+    record: Record = torch.load(BytesIO(memory), weights_only=False)  # bytes of our own process, not a file
+    if record.folded and is_as_folded(pl_module, record):
+        keep_record(pl_module, record)
 
 
 def check_untied(pl_module: LightningModule) -> None:

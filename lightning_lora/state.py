@@ -5,16 +5,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapted import (
     adapted_layers,
     adapter_parameters,
+    base_parameters,
+    check_as_folded,
     fold,
     persistent_buffers,
     record_of,
     restore_originals,
+    same_bits,
     trained_base_parameters,
     unfold,
 )
@@ -44,6 +46,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
         >>> list(adapter_state_dict(model))
         ['0.lora_A', '0.lora_B']
     """
+    check_as_folded(model)
     off = {name: p.detach() for name, p in adapter_parameters(model).items()} if record_of(model).folded else {}
     return {**off, **without_base(model, model.state_dict())}
 
@@ -51,15 +54,15 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
 def without_base(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """Drop from a state of ``model`` what the base has already: frozen parameters, and buffers with the same values."""
     record = record_of(model)
-    stored = {**adapter_parameters(model), **trained_base_parameters(model, record.config)}
-    ids = {id(p) for p in stored.values()}
-    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) not in ids}
-    aliases = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in ids} - set(stored)
+    adapters, trained = adapter_parameters(model), trained_base_parameters(model, record.config)
+    ids = {id(p) for p in adapters.values()}
+    aliases = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in ids} - set(adapters)
+    dropped = aliases | (set(base_parameters(model)) - set(trained))
     buffers = set(persistent_buffers(model)) & set(record.originals)
     return {
         name: value
         for name, value in state.items()
-        if name not in frozen | aliases and not (name in buffers and _same(value, record.originals[name]))
+        if name not in dropped and not (name in buffers and _same(value, record.originals[name]))
     }
 
 
@@ -149,11 +152,13 @@ def _check_tensor(name: str, value: object, expected: Tensor) -> None:
             f"{name!r} is {found}, but this model has {tuple(expected.shape)}. Adapt it with the r that the adapters "
             "were trained with."
         )
+    if value.layout != expected.layout or (value.is_meta and not expected.is_meta):
+        raise AdapterMismatchError(
+            f"{name!r} has no values that could be written (it is {value.layout}, {value.device})."
+        )
     if value.is_floating_point() != expected.is_floating_point() or value.is_complex() != expected.is_complex():
         raise AdapterMismatchError(f"{name!r} is {value.dtype}, but this model has {expected.dtype}.")
 
 
 def _same(value: Any, original: Tensor) -> bool:
-    return (
-        isinstance(value, Tensor) and value.dtype == original.dtype and torch.equal(value.to(original.device), original)
-    )
+    return isinstance(value, Tensor) and same_bits(value.detach(), original)

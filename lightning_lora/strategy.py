@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
-from lightning_lora.adapted import find_record, freeze, record_of, unfreeze
+from lightning_lora.adapted import adapted_layers, find_record, freeze, record_of, unfreeze
 from lightning_lora.checkpoint import (
     KEY,
     adapter_only,
@@ -116,21 +116,20 @@ class Watch:
     def setup(self, trainer: "Trainer") -> None:
         """Adapt before the module is converted, moved and wrapped; note the base in both forms for its fingerprint."""
         self.duties.inject(self.module)
-        record = record_of(self.module)
-        if trainer.state.fn != "fit":
-            self._own.setup(self.strategy, trainer)
-            return
-        loaded = fingerprint(self.module)
+        record, loaded = record_of(self.module), fingerprint(self.module)
         if loaded not in record.fingerprints:
             record.fingerprints = [loaded]
         self._own.setup(self.strategy, trainer)
         if base_dtypes(self.module) != loaded["dtypes"]:
-            record.fingerprints = [*record.fingerprints, fingerprint(self.module)]
+            converted = fingerprint(self.module)
+            record.fingerprints += [] if converted in record.fingerprints else [converted]
 
     def setup_optimizers(self, trainer: "Trainer") -> None:
         """Let the user's code see the base as trainable, as it expects, then give the optimizers what trains."""
         record = record_of(self.module)
         unfreeze(self.module, record)
+        for layer in adapted_layers(self.module).values():
+            layer.weight.requires_grad_()  # so that a filter keeps its place in the groups, for the adapter to take
         try:
             self._own.setup_optimizers(self.strategy, trainer)
         finally:

@@ -151,7 +151,7 @@ def summarize(model: nn.Module) -> LoRASummary:
 
 def _with_costs(model: nn.Module, groups: tuple[LayerGroup, ...]) -> LoRASummary:
     trained = [p for p in model.parameters() if p.requires_grad]
-    added = {id(p) for m in model.modules() if isinstance(m, LoRALayer) for p in m.adapter_parameters().values()}
+    added = {id(p) for m in model.modules() if isinstance(m, LoRALayer) for p in m.lora_parameters().values()}
     base = [p for p in model.parameters() if id(p) not in added]
     state = adapter_state_dict(model) if find_record(model) else model.state_dict()
     return LoRASummary(

@@ -50,12 +50,10 @@ target_modules; print(summarize(model)) shows every layer.
     """
     names = _Names(model)
     saved = {name: names.modules[name] for name in names.find("modules_to_save", config.modules_to_save)}
-    left_out = {*saved, *names.find("exclude_modules", config.exclude_modules)}
-    layers, seen = {}, set()
-    for name, layer in _targets(names, config).items():
-        if layer not in seen and not any(name == outer or name.startswith(outer + ".") for outer in left_out):
-            layers[name] = layer
-            seen.add(layer)
+    outer = [names.modules[name] for name in names.find("exclude_modules", config.exclude_modules)]
+    left_out = {inner for module in (*saved.values(), *outer) for inner in module.modules()}
+    targets = set(_targets(names, config).values()) - left_out
+    layers = {name: layer for name, layer in model.named_modules() if layer in targets}
     _check_supported(names, config, layers)
     _check_patterns(names, config, layers)
     _check_ranks(config, layers)
@@ -183,11 +181,11 @@ def _why_not(names: _Names, name: str, layer: nn.Module) -> str | None:
         return f"its weight is {weight.dtype}, not floating point"
     if hasattr(layer, "lora_A"):
         return "it has a lora_A of another library"
-    return kind.refusal(layer)
+    return kind.lora_refusal(layer)
 
 
 def _supported_types() -> str:
-    return ", ".join(str(kind.layer_type).rpartition(".")[2].removesuffix("'>") for kind in ADAPTERS.values())
+    return ", ".join(str(kind.lora_layer_type).rpartition(".")[2].removesuffix("'>") for kind in ADAPTERS.values())
 
 
 def _check_patterns(names: _Names, config: LoRAConfig, layers: dict[str, nn.Module]) -> None:
@@ -201,8 +199,8 @@ def _check_ranks(config: LoRAConfig, layers: dict[str, nn.Module]) -> None:
     for name, layer in layers.items():
         kind = adapter_for(layer)
         assert kind is not None
-        if config.rank(name) > min(kind.features(layer)):
-            small[name] = (config.rank(name), min(kind.features(layer)))
+        if config.rank(name) > min(kind.lora_features(layer)):
+            small[name] = (config.rank(name), min(kind.lora_features(layer)))
     if small:
         shown = ", ".join(f"{name!r} (r={r}, at most {limit})" for name, (r, limit) in list(small.items())[:5])
         raise ConfigError(

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lightning_lora import ConfigError, LoRACallback, LoRAConfig
@@ -92,6 +93,12 @@ def test_entries_match_whole_parts_of_names() -> None:
 def test_empty_optional_patterns_mean_none() -> None:
     config = LoRAConfig(exclude_modules=[], modules_to_save=[], rank_pattern={}, alpha_pattern={})
     assert config == LoRAConfig()
+
+
+def test_numbers_of_numpy_become_pythons_own() -> None:
+    config = LoRAConfig(alpha=np.float64(4), dropout=np.float64(0.5), alpha_pattern={"q": np.float64(2)}).to_dict()
+    assert {type(config[name]) for name in ("alpha", "dropout")} == {float}
+    assert type(config["alpha_pattern"]["q"]) is float
 
 
 def test_config_survives_plain_types_and_keeps_no_reference_to_its_arguments() -> None:

@@ -189,6 +189,7 @@ STATE_CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "shape": (lambda s: s.update({"q_proj.lora_A": torch.zeros(3, 8)}), r"\(3, 8\).*\(2, 8\)"),
     "transposed": (lambda s: s.update({"v_proj.lora_B": torch.zeros(2, 8)}), r"\(2, 8\).*\(8, 2\)"),
     "kind": (lambda s: s.update({"q_proj.lora_A": torch.zeros(2, 8, dtype=torch.int64)}), "int64"),
+    "no values": (lambda s: s.update({"v_proj.lora_B": torch.zeros(8, 2, device="meta")}), "no values"),
     "no tensor": (lambda s: s.update({"q_proj.lora_A": "A"}), "str"),  # type: ignore[dict-item]
 }
 
@@ -220,6 +221,10 @@ def swap(tensors: dict[str, Tensor], a: str, b: str) -> None:
     tensors[a], tensors[b] = tensors[b], tensors[a]
 
 
+def relabel(tensors: dict[str, Tensor], name: str) -> None:
+    tensors[name] = tensors[name].view(torch.int32)
+
+
 TAMPERED: dict[str, Callable[[Path], Any]] = {
     "empty": lambda path: path.write_bytes(b""),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-20]),
@@ -235,6 +240,7 @@ TAMPERED: dict[str, Callable[[Path], Any]] = {
     "newer format": lambda path: rewrite(path, lambda about, _: about.update(format=2)),
     "unknown option": lambda path: rewrite(path, lambda about, _: about["config"].update(rank=2)),
     "impossible option": lambda path: rewrite(path, lambda about, _: about["config"].update(r=0)),
+    "another dtype": lambda path: rewrite(path, lambda _, tensors: relabel(tensors, "q_proj.lora_A")),
     "renamed tensors": lambda path: rewrite(path, lambda _, tensors: swap(tensors, "q_proj.lora_A", "v_proj.lora_A")),
     "another alpha": lambda path: rewrite(path, lambda about, _: about["config"].update(alpha=8)),
     "no fingerprint": lambda path: rewrite(path, lambda about, _: about.update(base=[])),
@@ -260,6 +266,65 @@ def test_adapters_of_another_function_are_refused_with_the_arguments_to_use(file
     inject_adapters(model, LoRAConfig(**(CONFIG.to_dict() | option)))
     with refused(model, AdapterMismatchError, "r=2, alpha=4, use_rslora=False"):
         load_adapter(model, file)
+
+
+def test_file_says_the_base_that_lies_under_the_adapters_now(tmp_path: Path) -> None:
+    model, other = trained(), LitTiny()
+    with torch.no_grad():
+        other.embed.weight.add_(1)
+    save_adapter(model, tmp_path / "before.safetensors")
+    model.load_state_dict(other.state_dict())
+    save_adapter(model, tmp_path / "after.safetensors")
+    load_adapter(other, tmp_path / "after.safetensors")
+    with pytest.raises(BaseMismatchError):
+        load_adapter(LitTiny(), tmp_path / "after.safetensors")
+
+
+def test_file_loads_where_adapters_were_injected_in_a_part(file: Path) -> None:
+    model = nn.ModuleDict({"net": LitTiny()})
+    inject_adapters(model, CONFIG)
+    randomise(model)
+    save_adapter(model, file)
+    again = nn.ModuleDict({"net": LitTiny()})
+    inject_adapters(again["net"], CONFIG)
+    load_adapter(again, file)
+    assert same(adapter_state_dict(again), adapter_state_dict(model))
+
+
+def test_odd_buffers_are_stored_and_restored(tmp_path: Path) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.register_buffer("sparse", torch.eye(3).to_sparse())
+            self.register_buffer("expanded", torch.ones(1).expand(4))
+            self.register_buffer("nan", torch.tensor([float("nan")]))
+            self.register_buffer("empty", torch.zeros(0))
+            self.register_buffer("count", torch.tensor(0))
+
+    torch.manual_seed(0)
+    model = Odd()
+    inject_adapters(model, LoRAConfig(r=1))
+    assert set(adapter_state_dict(model)) == {"linear.lora_A", "linear.lora_B"}
+    fresh = copy.deepcopy(adapter_state_dict(model))
+    model.count += 1
+    assert set(adapter_state_dict(model)) - set(fresh) == {"count"}
+    load_adapter_state_dict(model, fresh)
+    assert model.count == 0
+    save_adapter(model, tmp_path / "a.safetensors")
+    torch.manual_seed(0)
+    load_adapter(Odd(), tmp_path / "a.safetensors")
+    remove_adapters(model)
+
+
+def test_head_replaced_after_injection_is_the_one_that_counts() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    config = LoRAConfig(r=1, modules_to_save=["1"])
+    inject_adapters(model, config)
+    model[1] = nn.Linear(4, 3)
+    inject_adapters(model, config)
+    remove_adapters(model)
+    assert model(torch.zeros(4)).shape == (3,)
 
 
 def test_pickle_that_would_run_code_does_not_run(tmp_path: Path) -> None:
@@ -306,7 +371,7 @@ def test_gpt3_adapter_file_is_the_papers_35_mb(tmp_path: Path) -> None:
         save_adapter(model, tmp_path / "gpt3.safetensors")
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
-            for name, factor in layer.adapter_parameters().items():
+            for name, factor in layer.lora_parameters().items():
                 setattr(layer, name, nn.Parameter(torch.zeros_like(factor, device="cpu")))
     save_adapter(model, tmp_path / "gpt3.safetensors")
     assert (tmp_path / "gpt3.safetensors").stat().st_size == pytest.approx(37.8e6, rel=0.002)

@@ -15,7 +15,10 @@ from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 
 from lightning_lora import (
+    AdapterFileError,
     AdapterMismatchError,
+    AdapterStateError,
+    BaseMismatchError,
     BestCheckpointWarning,
     ConfigError,
     DeadAdapterWarning,
@@ -25,10 +28,12 @@ from lightning_lora import (
     StrategyError,
     TargetError,
     adapter_state_dict,
+    disable_adapters,
     inject_adapters,
     load_adapter,
     merge_adapters,
     remove_adapters,
+    save_adapter,
     unmerge_adapters,
 )
 from lightning_lora.layers import LoRALayer
@@ -330,10 +335,14 @@ def test_merge_says_which_adapters_the_module_ends_with(tmp_path: Path, merge: A
 def test_merge_best_without_a_best_file_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ModelCheckpoint"):
         trainer(tmp_path, [lora(merge="best")], enable_checkpointing=False).fit(LitTiny(), data())
-    model = LitTiny()
-    with pytest.warns(BestCheckpointWarning):
-        trainer(tmp_path, [lora(merge="best"), best(tmp_path, save_top_k=0)]).fit(model, data(), data())
-    assert is_plain(model)
+    for callbacks in (
+        [best(tmp_path, save_top_k=0)],
+        [best(tmp_path), At(7, lambda t, m: [path.unlink() for path in tmp_path.glob("*.ckpt")])],
+    ):
+        model = LitTiny(lr=0 if len(callbacks) > 1 else 0.05)
+        with pytest.warns(BestCheckpointWarning):
+            trainer(tmp_path, [lora(merge="best"), *callbacks]).fit(model, data(), data())
+        assert is_plain(model)
 
 
 def test_no_merge_in_a_fast_dev_run_after_an_exception_or_if_not_wanted(tmp_path: Path) -> None:
@@ -354,6 +363,74 @@ def test_training_goes_on_after_an_exception(tmp_path: Path) -> None:
     assert sorted(tensors(tmp_path / "failed.ckpt")) == sorted(TRAINED)
     trainer(tmp_path, [lora()]).fit(model, data())
     assert is_plain(model)
+
+
+class Broken(LitTiny):
+    """A module whose test fails."""
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        raise StopError
+
+
+def test_failed_stage_gives_the_module_back_as_it_came(tmp_path: Path) -> None:
+    (tmp_path / "cut.ckpt").write_bytes(b"PK")
+    model = Broken()
+    t = trainer(tmp_path, [lora()])
+    for options, error in (({"ckpt_path": tmp_path / "cut.ckpt"}, AdapterFileError), ({}, StopError)):
+        for stage in ("test", "fit") if options else ("test",):
+            before = state(model)
+            with pytest.raises(error):
+                getattr(t, stage)(model, data(), **options)
+            assert is_plain(model) and same(state(model), before) and all(p.requires_grad for p in model.parameters())
+    t.fit(model, data())
+    merged = state(model)
+    for options, error in (({"ckpt_path": tmp_path / "cut.ckpt"}, AdapterFileError), ({}, StopError)):
+        with pytest.raises(error):
+            t.test(model, data(), **options)
+        assert is_plain(model) and same(state(model), merged)
+    with pytest.raises(TargetError):
+        trainer(tmp_path, [lora(target_modules=["nope"])]).validate(model, data())
+    assert is_plain(model) and same(state(model), merged)
+    t.validate(model, data(), verbose=False)
+    unmerge_adapters(model)
+    assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
+
+
+class MovesItsBase(LitTiny):
+    """A module that changes a frozen weight as it trains, as the teacher of a student does."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.embed.weight.data.mul_(0.9)
+
+
+def test_frozen_weights_that_change_are_refused_at_the_first_file(tmp_path: Path) -> None:
+    with pytest.raises(BaseMismatchError, match=r"'embed.weight'.*modules_to_save"):
+        trainer(tmp_path, [lora()], max_epochs=1).fit(MovesItsBase(), data())
+    model = MovesItsBase()
+    t = trainer(tmp_path, [lora(modules_to_save=["head", "embed"], merge=False)], max_epochs=1)
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "lora.ckpt")
+    again = MovesItsBase()
+    load_adapter(again, tmp_path / "lora.ckpt")
+    assert torch.equal(again(X), model(X))
+
+
+@pytest.mark.parametrize("change", ["load", "cast", "prune"])
+def test_adapters_of_replaced_weights_are_not_spoken_for(tmp_path: Path, change: str) -> None:
+    model = LitTiny()
+    trainer(tmp_path, [lora()]).fit(model, data())
+    if change == "load":
+        model.load_state_dict(LitTiny().state_dict())
+    elif change == "cast":
+        model.bfloat16()
+    else:
+        torch.nn.utils.prune.l1_unstructured(model.q_proj, "weight", 0.5)
+    for verb in (unmerge_adapters, adapter_state_dict, lambda m: save_adapter(m, tmp_path / "a.safetensors")):
+        with pytest.raises(AdapterStateError, match="replaced or converted"):
+            verb(model)
+    with pytest.raises(AdapterStateError), disable_adapters(model):
+        pass
+    remove_adapters(model)
 
 
 def test_learning_rate_finder_leaves_no_trace(tmp_path: Path) -> None:

@@ -201,6 +201,22 @@ def test_pre_frozen_backbone_is_adapted_all_the_same(tmp_path: Path) -> None:
     assert sorted(names_in(model, optimizer_of(t)[0])) == sorted(TRAINED)
 
 
+def test_a_filter_over_a_frozen_base_keeps_the_groups_apart(tmp_path: Path) -> None:
+    def configure(m: LitTiny) -> Any:
+        m.q_proj.requires_grad_(False)
+        m.v_proj.requires_grad_(False)
+
+        def make() -> Any:
+            trainable = [(name, p) for name, p in m.named_parameters() if p.requires_grad]
+            decayed = [p for name, p in trainable if name.endswith("weight")]
+            return adam([{"params": decayed}, {"params": [p for name, p in trainable if name.endswith("bias")]}])
+
+        return make
+
+    t, model = fit_with(tmp_path, configure)
+    assert [names_in(model, group) for group in optimizer_of(t)] == [[*ADAPTERS, "head.weight"], ["head.bias"]]
+
+
 def test_adapters_in_no_optimizer_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(OptimizerError, match=r"'q_proj.lora_A'.*2 parameter groups"):
         fit_with(tmp_path, lambda m: lambda: adam([{"params": m.head.weight}, {"params": m.head.bias}]))

@@ -175,6 +175,30 @@ def test_load_from_checkpoint_needs_no_trainer(tmp_path: Path) -> None:
         load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt", width=6)
 
 
+class TakesAPath(LitTiny):
+    """A module with a hyperparameter that is no plain type."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_load_from_checkpoint_of_other_files_says_what_to_do(tmp_path: Path) -> None:
+    model, t = TakesAPath(tmp_path), trainer(tmp_path, [lora(merge=False)])
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "lora.ckpt")
+    with pytest.raises(AdapterFileError, match="weights_only=False"):
+        load_from_checkpoint(TakesAPath, tmp_path / "lora.ckpt")
+    again = load_from_checkpoint(TakesAPath, tmp_path / "lora.ckpt", weights_only=False, strict=True)
+    assert torch.equal(again(X), model(X))
+    save_adapter(model, tmp_path / "lora.safetensors")
+    with pytest.raises(AdapterFileError, match="no Lightning checkpoint"):
+        load_from_checkpoint(TakesAPath, tmp_path / "lora.safetensors")
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "bare.ckpt")
+    with pytest.raises(AdapterFileError, match="no version"):
+        trainer(tmp_path, [lora()]).validate(LitTiny(), data(), ckpt_path=tmp_path / "bare.ckpt")
+
+
 def test_adapter_file_and_checkpoint_hold_the_same(tmp_path: Path, checkpoint: Path) -> None:
     model = LitTiny()
     load_adapter(model, checkpoint)
@@ -196,5 +220,8 @@ def test_half_precision_base_keeps_its_identity(tmp_path: Path) -> None:
     new = trainer(tmp_path, [lora()], precision="bf16-true")
     assert new.test(LitTiny(), data(), ckpt_path=checkpoint.best_model_path, verbose=False)[0]["test_loss"] == score
     resumed = LitTiny()
-    trainer(tmp_path, [lora()], precision="bf16-true").fit(resumed, data(), ckpt_path=checkpoint.best_model_path)
+    late = trainer(tmp_path, [lora(), best(tmp_path / "late")], precision="bf16-true")
+    late.validate(resumed, data(), verbose=False)
+    late.fit(resumed, data(), data(), ckpt_path=checkpoint.best_model_path)
+    new.test(LitTiny(), data(), ckpt_path=late.checkpoint_callback.best_model_path, verbose=False)
     load_adapter(LitTiny(), checkpoint.best_model_path)

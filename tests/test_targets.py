@@ -122,10 +122,21 @@ def test_rank_above_a_layers_smaller_side_is_refused_with_its_remedies() -> None
 def test_shared_layer_is_adapted_once_under_either_name() -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 2)})
     model["b"] = model["a"]
-    assert adapted(model, target_modules=["b"]) == ("b",)
+    assert adapted(model, target_modules=["b"]) == ("a",)
+    assert adapted(model, target_modules=["b"]) == ("a",)
     remove_adapters(model)
     assert adapted(model) == ("a",)
     assert adapted(model) == ("a",)
+
+
+def test_shared_layer_is_left_out_under_either_name() -> None:
+    shared = nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared, nn.Linear(2, 2))})
+    for left_out in ({"exclude_modules": ["a"]}, {"exclude_modules": ["b.0"]}):
+        assert adapted(model, **left_out) == ("b.1",)
+        remove_adapters(model)
+    with pytest.raises(TargetError):
+        adapted(model, modules_to_save=["b"])
 
 
 def test_injection_is_idempotent_and_takes_in_new_layers() -> None:
@@ -138,7 +149,18 @@ def test_injection_is_idempotent_and_takes_in_new_layers() -> None:
     assert model[0].lora_A is factor and not model[1].weight.requires_grad
 
 
-@pytest.mark.parametrize("other", [{"r": 1}, {"alpha": 7}, {"dropout": 0.1}, {"target_modules": ["v_proj"]}], ids=str)
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"r": 1},
+        {"alpha": 7},
+        {"dropout": 0.1},
+        {"target_modules": ["v_proj"]},
+        {"modules_to_save": ["head"]},
+        {"bias": "all"},
+    ],
+    ids=str,
+)
 def test_another_config_on_an_adapted_model_is_refused(other: dict[str, Any]) -> None:
     model, config = LitTiny(), {"r": 2, "target_modules": ["q_proj", "v_proj"]}
     inject_adapters(model, LoRAConfig(**config))
@@ -153,6 +175,10 @@ def test_adapters_injected_in_a_part_belong_to_the_whole_afterwards() -> None:
     config = LoRAConfig(r=2)
     inject_adapters(model["body"], config)
     inject_adapters(model, config)
+    inject_adapters(model["body"], config)
+    inject_adapters(model, config)
+    with pytest.raises(AdapterMismatchError, match="modules_to_save"):
+        inject_adapters(model, LoRAConfig(r=2, bias="all"))
     remove_adapters(model)
     assert all(p.requires_grad for p in model.parameters())
     assert not any(isinstance(module, LoRALayer) for module in model.modules())

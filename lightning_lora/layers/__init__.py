@@ -8,7 +8,7 @@ from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRALinear
 
 ADAPTERS: dict[type[nn.Module] | str, type[LoRALayer]] = {
-    adapter.layer_type: adapter for adapter in (LoRALinear, LoRAConv1D, LoRAEmbedding)
+    adapter.lora_layer_type: adapter for adapter in (LoRALinear, LoRAConv1D, LoRAEmbedding)
 }
 """Layer type (or its full name, where its package is optional) to the adapter for it and its subclasses."""
 
@@ -26,7 +26,7 @@ def adapter_for(layer: nn.Module) -> type[LoRALayer] | None:
         True
     """
     return next(
-        (adapter for base in type(layer).__mro__ for adapter in ADAPTERS.values() if adapter.adapts(base)), None
+        (adapter for base in type(layer).__mro__ for adapter in ADAPTERS.values() if adapter.lora_adapts(base)), None
     )
 
 

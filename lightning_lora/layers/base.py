@@ -16,7 +16,7 @@ from lightning_lora.inplace import InPlace, overlay, uncover
 
 @dataclass
 class Adapter:
-    """An adapter off its layer: what :meth:`LoRALayer.detach` returns and :func:`attach` takes.
+    """An adapter off its layer: what :meth:`LoRALayer.lora_detach` returns and :func:`attach` takes.
 
     Args:
         kind: The class that computes with it, such as ``LoRALinear``.
@@ -40,11 +40,12 @@ class Adapter:
 class LoRALayer(InPlace, nn.Module):
     """The mixin laid over an adapted layer. The layer keeps its keys and gains ``lora_A`` and ``lora_B``.
 
-    A subclass names what it adapts (:attr:`layer_type`), the sides of its weight (:meth:`features`), and how the
-    adapted layer computes (:meth:`lora_forward`); where its weight is not laid out (out, in), also :meth:`as_weight`.
+    A subclass names what it adapts (:attr:`lora_layer_type`), the sides of its weight (:meth:`lora_features`), and how
+    the adapted layer computes (:meth:`lora_forward`); where its weight is not laid out (out, in), also
+    :meth:`lora_as_weight`. Every name begins with ``lora_``, since the layer below may have any other for itself.
     """
 
-    layer_type: ClassVar[type[nn.Module] | str]
+    lora_layer_type: ClassVar[type[nn.Module] | str]
     """The class it adapts, or that class's full name where this package does not import it."""
 
     weight: nn.Parameter
@@ -54,45 +55,45 @@ class LoRALayer(InPlace, nn.Module):
     lora_dropout: float
     lora_init: str
     lora_enabled: bool
-    _computes_itself: ClassVar[bool]
+    _lora_computes_itself: ClassVar[bool]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Note, for a class laid over a layer's, whether that layer computes in a ``forward`` of its own."""
         super().__init_subclass__(**kwargs)
         if "overlaid" in cls.__dict__:
             base = cls.overlaid[1]
-            known = next(ancestor for ancestor in base.__mro__ if cls.adapts(ancestor))
-            cls._computes_itself = base.forward is not known.forward  # type: ignore[attr-defined]  # both are modules
+            known = next(ancestor for ancestor in base.__mro__ if cls.lora_adapts(ancestor))
+            cls._lora_computes_itself = base.forward is not known.forward  # type: ignore[attr-defined]  # both are modules
 
     # What a subclass says
 
     @classmethod
-    def adapts(cls, layer_class: type) -> bool:
+    def lora_adapts(cls, layer_class: type) -> bool:
         """Whether ``layer_class`` is the very class that this adapter is for."""
-        return cls.layer_type in (layer_class, f"{layer_class.__module__}.{layer_class.__qualname__}")
+        return cls.lora_layer_type in (layer_class, f"{layer_class.__module__}.{layer_class.__qualname__}")
 
     @staticmethod
-    def features(layer: Any) -> tuple[int, int]:
+    def lora_features(layer: Any) -> tuple[int, int]:
         """Return how many features ``layer`` reads and how many it writes: the sides of its update."""
         raise NotImplementedError
 
     @staticmethod
-    def refusal(layer: Any) -> str | None:  # noqa: ARG004  # a subclass looks at the layer
+    def lora_refusal(layer: Any) -> str | None:  # noqa: ARG004  # a subclass looks at the layer
         """Return why this one layer cannot be adapted although its type can, or None."""
         return None
 
     @staticmethod
-    def as_weight(delta: Tensor) -> Tensor:
+    def lora_as_weight(delta: Tensor) -> Tensor:
         """Lay out an update (out, in) as the layer's weight is laid out."""
         return delta
 
     @staticmethod
-    def start(lora_A: Tensor, lora_B: Tensor, init: str) -> None:
+    def lora_start(lora_A: Tensor, lora_B: Tensor, init: str) -> None:
         """Start both factors in place, so that their product is zero."""
         init_factors(lora_A, lora_B, init)
 
     def lora_forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the adapted layer, where the layer itself computes as :attr:`layer_type` does."""
+        """Compute the adapted layer, where the layer itself computes as :attr:`lora_layer_type` does."""
         raise NotImplementedError
 
     # What every adapted layer does
@@ -105,16 +106,18 @@ class LoRALayer(InPlace, nn.Module):
         """
         if not self.lora_enabled or self.lora_base is not None:
             return super().forward(*args, **kwargs)
-        if not self._computes_itself:
+        if not self._lora_computes_itself:
             return self.lora_forward(*args, **kwargs)
-        with self._showing(self.weight + self._dropped_delta().to(self.weight.dtype)):
+        if "weight" in self.__dict__:  # the layer's forward calls itself: W + ΔW is in place
+            return super().forward(*args, **kwargs)
+        with self._lora_showing(self.weight + self._lora_dropped_delta().to(self.weight.dtype)):
             return super().forward(*args, **kwargs)
 
-    def delta_weight(self) -> Tensor:
+    def lora_delta_weight(self) -> Tensor:
         """Return the update in the layout of ``weight``, in float32 or wider."""
-        return self.as_weight(delta_weight(self.lora_A, self.lora_B, self.lora_scaling))
+        return self.lora_as_weight(delta_weight(self.lora_A, self.lora_B, self.lora_scaling))
 
-    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+    def lora_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the adapter added, by their names in the layer."""
         return {"lora_A": self.lora_A, "lora_B": self.lora_B}
 
@@ -124,11 +127,11 @@ class LoRALayer(InPlace, nn.Module):
         base: Tensor | None = self.__dict__["_lora_base"]
         return base
 
-    def keep_base(self, base: Tensor | None) -> None:
+    def lora_keep_base(self, base: Tensor | None) -> None:
         """Set :attr:`lora_base`, round nn.Module's setter, which would register it and give it a key."""
         self.__dict__["_lora_base"] = base
 
-    def merge(self, *, tied: bool = False) -> None:
+    def lora_merge(self, *, tied: bool = False) -> None:
         """Show ``W + ΔW`` as the weight.
 
         Args:
@@ -138,15 +141,15 @@ class LoRALayer(InPlace, nn.Module):
         if self.lora_base is not None:
             return
         with torch.inference_mode(False), torch.no_grad():
-            merged = merged_weight(self.weight, self.delta_weight())
+            merged = merged_weight(self.weight, self.lora_delta_weight())
             if tied:
-                self.keep_base(self.weight)
+                self.lora_keep_base(self.weight)
                 self.weight = nn.Parameter(merged, requires_grad=self.weight.requires_grad)  # a use of its own
             else:
-                self.keep_base(self.weight.data)
+                self.lora_keep_base(self.weight.data)
                 self.weight.data = merged
 
-    def unmerge(self) -> None:
+    def lora_unmerge(self) -> None:
         """Show the layer's own weight again, bit for bit."""
         base = self.lora_base
         if base is None:
@@ -157,9 +160,9 @@ class LoRALayer(InPlace, nn.Module):
             self.weight = base
         else:
             self.weight.data = base.to(self.weight)
-        self.keep_base(None)
+        self.lora_keep_base(None)
 
-    def detach(self) -> Adapter:
+    def lora_detach(self) -> Adapter:
         """Take the adapter off: the layer has its class and its keys again, and the weight that it shows."""
         state = self.__dict__
         adapter = Adapter(
@@ -183,17 +186,17 @@ class LoRALayer(InPlace, nn.Module):
         """Start the layer's own parameters and the adapter anew, as is done after ``to_empty``."""
         if hasattr(self.overlaid[1], "reset_parameters"):
             super().reset_parameters()  # type: ignore[misc]  # as just asked
-        self.start(self.lora_A, self.lora_B, self.lora_init)
+        self.lora_start(self.lora_A, self.lora_B, self.lora_init)
 
-    def _dropped_delta(self) -> Tensor:
+    def _lora_dropped_delta(self) -> Tensor:
         """The update; in training with dropout of whole features that A reads, the input itself being out of reach."""
         if not self.lora_dropout or not self.training:
-            return self.delta_weight()
+            return self.lora_delta_weight()
         kept = F.dropout(torch.ones_like(self.lora_A[:1]), self.lora_dropout)
-        return self.as_weight(delta_weight(self.lora_A * kept, self.lora_B, self.lora_scaling))
+        return self.lora_as_weight(delta_weight(self.lora_A * kept, self.lora_B, self.lora_scaling))
 
     @contextmanager
-    def _showing(self, weight: Tensor) -> Iterator[None]:
+    def _lora_showing(self, weight: Tensor) -> Iterator[None]:
         """Let ``self.weight`` be another tensor for a while: instance attributes come before parameters."""
         self.__dict__["weight"] = weight
         try:
@@ -209,7 +212,7 @@ class LoRALayer(InPlace, nn.Module):
                 "unmerge_adapters(model) before loading, or remove_adapters(model) to keep the merged weights for good."
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
-        own = {prefix + name for name in self.adapter_parameters()}
+        own = {prefix + name for name in self.lora_parameters()}
         if own.isdisjoint(state_dict):
             missing: list[str] = args[2]
             missing[:] = [key for key in missing if key not in own]
@@ -220,12 +223,12 @@ def new_adapter(
 ) -> Adapter:
     """Make an adapter for ``layer``, in its weight's dtype and on its device, that changes nothing yet."""
     weight = layer.get_parameter("weight")
-    reads, writes = kind.features(layer)
+    reads, writes = kind.lora_features(layer)
     lora_A, lora_B = (
         nn.Parameter(torch.empty(shape, dtype=weight.dtype, device=weight.device))
         for shape in ((r, reads), (writes, r))
     )
-    kind.start(lora_A, lora_B, init)
+    kind.lora_start(lora_A, lora_B, init)
     return Adapter(kind, lora_A, lora_B, scaling, dropout, init)
 
 
@@ -236,4 +239,4 @@ def attach(layer: nn.Module, adapter: Adapter) -> None:
     layer.lora_A, layer.lora_B = adapter.lora_A, adapter.lora_B
     layer.lora_scaling, layer.lora_dropout, layer.lora_init = adapter.scaling, adapter.dropout, adapter.init
     layer.lora_enabled = True
-    layer.keep_base(adapter.base)
+    layer.lora_keep_base(adapter.base)

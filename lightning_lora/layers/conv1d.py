@@ -18,17 +18,17 @@ class LoRAConv1D(LoRALayer):
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
     """
 
-    layer_type = "transformers.pytorch_utils.Conv1D"
+    lora_layer_type = "transformers.pytorch_utils.Conv1D"
     bias: nn.Parameter
 
     @staticmethod
-    def features(layer: Any) -> tuple[int, int]:
+    def lora_features(layer: Any) -> tuple[int, int]:
         """Return the sides of the weight, (in, out)."""
         reads, writes = layer.weight.shape
         return reads, writes
 
     @staticmethod
-    def as_weight(delta: Tensor) -> Tensor:
+    def lora_as_weight(delta: Tensor) -> Tensor:
         """Lay out an update (out, in) as (in, out)."""
         return delta.T
 

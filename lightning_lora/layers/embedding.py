@@ -20,28 +20,30 @@ class LoRAEmbedding(LoRALayer):
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1, and the authors' own code.
     """
 
-    layer_type = nn.Embedding
+    lora_layer_type = nn.Embedding
     padding_idx: int | None
     scale_grad_by_freq: bool
 
     @staticmethod
-    def features(layer: Any) -> tuple[int, int]:
+    def lora_features(layer: Any) -> tuple[int, int]:
         """Return the number of tokens and the width of their rows."""
         tokens, width = layer.weight.shape
         return tokens, width
 
     @staticmethod
-    def refusal(layer: Any) -> str | None:
-        """Refuse ``max_norm``: it rescales the rows of W alone, so that an update could not be merged."""
-        return None if layer.max_norm is None else f"max_norm={layer.max_norm:g} rewrites its weight in every forward"
+    def lora_refusal(layer: Any) -> str | None:
+        """Refuse ``max_norm``, which rescales the rows of W alone, and sparse gradients, which A cannot have."""
+        if layer.max_norm is not None:
+            return f"max_norm={layer.max_norm:g} rewrites its weight in every forward"
+        return "its gradients are sparse" if layer.sparse else None
 
     @staticmethod
-    def as_weight(delta: Tensor) -> Tensor:
+    def lora_as_weight(delta: Tensor) -> Tensor:
         """Lay out an update (embedding_dim, num_embeddings) as (num_embeddings, embedding_dim)."""
         return delta.T
 
     @staticmethod
-    def start(lora_A: Tensor, lora_B: Tensor, init: str) -> None:
+    def lora_start(lora_A: Tensor, lora_B: Tensor, init: str) -> None:
         """Start A, not B, at zero: the column of a token that training never sees then stays zero."""
         init_factors(lora_B, lora_A, init)
 

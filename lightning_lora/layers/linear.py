@@ -19,11 +19,11 @@ class LoRALinear(LoRALayer):
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
     """
 
-    layer_type = nn.Linear
+    lora_layer_type = nn.Linear
     bias: nn.Parameter | None
 
     @staticmethod
-    def features(layer: Any) -> tuple[int, int]:
+    def lora_features(layer: Any) -> tuple[int, int]:
         """Return the sides of the weight, (out, in), the other way round."""
         writes, reads = layer.weight.shape
         return reads, writes
