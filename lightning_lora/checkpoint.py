@@ -59,7 +59,7 @@ def check_fits(model: nn.Module, state: Mapping[str, Any], description: Mapping[
         if theirs != ours:
             raise AdapterMismatchError(
                 f"These adapters were trained with r={theirs[0]} and a scaling of {theirs[1]:g} in {name!r}; here it "
-                f"has r={ours[0]} and {ours[1]:g}. Adapt the model as they were trained: r={config.r}, "
+                f"has r={ours[0]} and a scaling of {ours[1]:g}. Adapt the model as they were trained: r={config.r}, "
                 f"alpha={config.alpha}, use_rslora={config.use_rslora}, rank_pattern={config.rank_pattern}, "
                 f"alpha_pattern={config.alpha_pattern}."
             )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from lightning_lora.adapted import adapted_layers, find_record, fold, unfold
@@ -55,7 +55,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     beside = path.with_name(f".{path.name}.part")
     tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
     try:
-        save_file(tensors, beside, metadata={"format": "pt", KEY: json.dumps(description)})
+        beside.write_bytes(save(tensors, metadata={"format": "pt", KEY: json.dumps(description)}))
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

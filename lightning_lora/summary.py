@@ -82,7 +82,8 @@ class LoRASummary:
         for group in shown:
             times = f" (×{group.layers})" if group.layers > 1 else ""
             r = "–" if group.r is None else str(group.r)
-            table.add_row(group.name + times, group.kind, r, f"{group.trained:,}", f"{group.frozen:,}")
+            name = _end_of(group.name) if trained_only else group.name
+            table.add_row(name + times, group.kind, r, f"{group.trained:,}", f"{group.frozen:,}")
         if rest:
             layers = sum(group.layers for group in rest)
             table.add_row(
@@ -168,6 +169,14 @@ def _with_costs(model: nn.Module, groups: tuple[LayerGroup, ...]) -> LoRASummary
 
 def _bytes(values: Any) -> int:
     return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+
+def _end_of(name: str, most: int = 26) -> str:
+    """The last parts of a long name, which tell it from others, for a table that fits a terminal."""
+    parts = name.split(".")
+    while len(parts) > 1 and (len(".".join(parts)) > most or (parts[0] == "*" and len(name) > most)):
+        parts = parts[1:]
+    return ".".join(parts) if len(".".join(parts)) == len(name) else "…" + ".".join(parts)
 
 
 def _size(number: float) -> str:

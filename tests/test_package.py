@@ -10,7 +10,7 @@ from torch import nn
 
 import lightning_lora
 from lightning_lora import LoRAConfig, errors, inject_adapters, summarize
-from tests.models import LitTiny, TinyLM
+from tests.models import TinyLM
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,13 +57,17 @@ def test_summary_prints_every_layer_of_a_plain_model_too() -> None:
     assert all(name in shown for name in ("embed", "q_proj", "v_proj", "norm")) and "100.00%" in shown
 
 
-def test_summary_fits_a_narrow_terminal() -> None:
-    model = LitTiny()
-    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"]))
-    console = Console(width=50)
+def test_summary_shown_at_the_start_fits_a_terminal() -> None:
+    model = nn.ModuleDict({"encoder": nn.ModuleDict({"encoder": nn.ModuleList()}), "norm": nn.LayerNorm(64)})
+    for _ in range(12):
+        layer = {"attention": nn.ModuleDict({"self": nn.ModuleDict({"query": nn.Linear(64, 64)})})}
+        model["encoder"]["encoder"].append(nn.ModuleDict(layer))  # type: ignore[operator]
+    inject_adapters(model, LoRAConfig(r=2))
+    console = Console(width=80)
     with console.capture() as capture:
         console.print(summarize(model).table(trained_only=True))
-    assert max(map(len, capture.get().splitlines())) <= 60 and "1 other layers" not in capture.get()
+    assert "│ …attention.self.query (×12)" in capture.get() and "│ 1 other layer " in capture.get()
+    assert "encoder.encoder.*.attention.self.query (×12)" in str(summarize(model))
 
 
 def test_readme_shows_what_the_package_has() -> None:
