@@ -9,18 +9,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
 from torch.optim import Optimizer
 
-from lightning_lora.adapted import (
-    adapted_layers,
-    find_record,
-    fold,
-    is_fresh,
-    keep_originals,
-    record_of,
-    unfold,
-)
+from lightning_lora.adapted import adapted_layers, find_record, is_fresh, keep_originals, record_of
 from lightning_lora.checkpoint import load_checkpoint_state
 from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import BestCheckpointWarning, ConfigError, DeadAdapterWarning, LoRAError, TargetError, listed
+from lightning_lora.fold import fold, unfold
 from lightning_lora.inject import inject_adapters, remove_adapters
 from lightning_lora.optim import train_adapters
 from lightning_lora.processes import check_untied, receive_memory, returns_state_only, send_memory

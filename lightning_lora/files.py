@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lightning_lora.adapted import adapted_layers, find_record, fold, unfold
+from lightning_lora.adapted import adapted_layers, find_record
 from lightning_lora.checkpoint import (
     KEY,
     as_base,
@@ -23,6 +23,7 @@ from lightning_lora.checkpoint import (
     stored_config,
 )
 from lightning_lora.errors import AdapterFileError, AdapterStateError
+from lightning_lora.fold import fold, unfold
 from lightning_lora.inject import inject_adapters, remove_adapters
 from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
 

@@ -6,8 +6,6 @@ from lightning_lora.adapted import (
     Record,
     absorb_inner_records,
     adapted_layers,
-    attach_adapters,
-    detach_adapters,
     find_record,
     forget_record,
     freeze,
@@ -23,6 +21,7 @@ from lightning_lora.adapted import (
 )
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, ConfigError, listed
+from lightning_lora.fold import attach_adapters, detach_adapters
 from lightning_lora.inplace import combined
 from lightning_lora.layers import LoRALayer, adapter_for, new_adapter
 from lightning_lora.targets import Selection, select

@@ -5,16 +5,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lightning_lora.adapted import (
-    adapted_layers,
-    check_as_folded,
-    find_record,
-    fold,
-    kept_tensors,
-    merge_layers,
-    record_of,
-    unfold,
-)
+from lightning_lora.adapted import adapted_layers, find_record, kept_tensors, record_of
+from lightning_lora.fold import check_as_folded, fold, merge_layers, unfold
 
 
 def merge_adapters(model: nn.Module) -> None:

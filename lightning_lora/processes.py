@@ -10,8 +10,9 @@ from io import BytesIO
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_lora.adapted import Record, adapted_layers, find_record, is_as_folded, keep_record
+from lightning_lora.adapted import Record, adapted_layers, find_record, keep_record
 from lightning_lora.errors import ConfigError
+from lightning_lora.fold import is_as_folded
 
 _MEMORY = "_lora_memory"
 

@@ -11,16 +11,14 @@ from lightning_lora.adapted import (
     adapted_layers,
     adapter_parameters,
     base_parameters,
-    check_as_folded,
-    fold,
     persistent_buffers,
     record_of,
     restore_originals,
     same_bits,
     trained_base_parameters,
-    unfold,
 )
 from lightning_lora.errors import AdapterMismatchError, listed
+from lightning_lora.fold import check_as_folded, fold, unfold
 from lightning_lora.merge import merge_adapters, unmerge_adapters
 
 

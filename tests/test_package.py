@@ -70,10 +70,17 @@ def test_summary_shown_at_the_start_fits_a_terminal() -> None:
     assert "encoder.encoder.*.attention.self.query (×12)" in str(summarize(model))
 
 
-def test_readme_shows_what_the_package_has() -> None:
+def test_readme_names_what_is_there() -> None:
     readme = (ROOT / "README.md").read_text()
-    shown = set(re.findall(r"`(\w+)\(", readme)) & {"LoRACallback", "load_adapter", "save_adapter", "merge_adapters"}
-    assert shown
+    called = set(re.findall(r"^(?:with |model = |    callbacks=\[|trainer.*\[)?(\w+)\(", readme, re.MULTILINE))
+    ours = {
+        name for name in called if "adapter" in name or name in ("summarize", "load_from_checkpoint", "LoRACallback")
+    }
+    assert len(ours) >= 8 and ours <= set(lightning_lora.__all__)
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert all(f"def {name}(" in tests for name in re.findall(r"`(test_\w+)`", readme))
+    files = re.findall(r"`(\w+\.py|\w+/)`", readme)
+    assert len(files) > 15 and all(list(ROOT.glob(f"*/{name}")) for name in files)
     for command in ("pip install -e '.[examples]' && python examples/sentiment.py", "pip install -e '.[dev]' && "):
         assert command in readme
 
