@@ -16,7 +16,15 @@ from lightning_lora.errors import BestCheckpointWarning, ConfigError, DeadAdapte
 from lightning_lora.fold import fold, unfold
 from lightning_lora.inject import inject_adapters, remove_adapters
 from lightning_lora.optim import train_adapters
-from lightning_lora.processes import check_untied, receive_memory, returns_state_only, send_memory
+from lightning_lora.processes import (
+    RANDOM,
+    check_untied,
+    random_states,
+    receive_memory,
+    returns_state_only,
+    send_memory,
+    set_random_state,
+)
 from lightning_lora.state import adapter_state_dict
 from lightning_lora.strategy import Duties, watch
 from lightning_lora.summary import summarize
@@ -115,6 +123,7 @@ class LoRACallback(Callback):
         self._was_adapted = False
         self._was_folded = False
         self._stepped: list[Optimizer] = []
+        self._random: Any = None
 
     # Set up: adapt what is there, and again when the model's own hooks have run
 
@@ -169,12 +178,14 @@ class LoRACallback(Callback):
     # Fit
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show what trains, and refuse a merge that could not come back from this strategy's processes."""
+        """Show what trains, refuse a merge that could not come back, and go on with a resumed run's random numbers."""
         self._began, self._stepped = True, []
         if self.merge and returns_state_only(trainer):
             check_untied(pl_module)
         if trainer.is_global_zero and _wants_summary(trainer):
             Console().print(summarize(pl_module).table(trained_only=True))
+        set_random_state(trainer, self._random)  # the last hook before the loaders draw the order of their samples
+        self._random = None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Name, once for each optimizer, the adapters in it that no gradient has reached."""
@@ -239,11 +250,16 @@ class LoRACallback(Callback):
             remove_adapters(pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """In the main process after fit under a spawning strategy, which had no set-up here: save adapters alone."""
+        """Store where the random numbers are; and keep the file adapter-only in a main process that had no set-up."""
+        checkpoint[RANDOM] = random_states(trainer)
         receive_memory(trainer, pl_module)
         if find_record(pl_module) is not None:
             watch(trainer.strategy, Duties(self._adapt, train_adapters))
             checkpoint["state_dict"] = adapter_state_dict(pl_module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the stored random states for the moment when training starts."""
+        self._random = checkpoint.get(RANDOM)
 
 
 def _join_other_package() -> None:

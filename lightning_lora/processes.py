@@ -1,20 +1,48 @@
-"""What a fit sends home from processes that were spawned or forked for it.
+"""What a run is in each of its processes: where its random numbers are, and what it sends home from spawned ones.
 
-Their strategies send back the module's state dict, the best path, and the Trainer's state, and the main process calls
-no hook when these arrive. So merged weights come home by themselves, and the memory of the exact base, which later
-stages need, travels with the Trainer's state as bytes.
+Strategies that spawn or fork send back the module's state dict, the best path, and the Trainer's state, and the main
+process calls no hook when these arrive. So merged weights come home by themselves, and the memory of the exact base,
+which later stages need, travels with the Trainer's state as bytes.
 """
 
+from collections.abc import Mapping
 from io import BytesIO
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from lightning_lora.adapted import Record, adapted_layers, find_record, keep_record
 from lightning_lora.errors import ConfigError
 from lightning_lora.fold import is_as_folded
 
 _MEMORY = "_lora_memory"
+
+
+RANDOM = "lightning_lora_random"
+"""Where a checkpoint holds the states of torch's generators."""
+
+
+def random_states(trainer: Trainer) -> dict[str, Tensor]:
+    """Return the states of torch's generators, a row for each process, by the type of their device."""
+    device = trainer.strategy.root_device
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    gathered = {name: trainer.strategy.all_gather(state.to(device)) for name, state in states.items()}
+    return {name: rows.reshape(trainer.world_size, -1).cpu() for name, rows in gathered.items()}
+
+
+def set_random_state(trainer: Trainer, states: object) -> None:
+    """Set this process's generators to what :func:`random_states` returned in as many processes, if it was so."""
+    device = trainer.strategy.root_device
+    for name, rows in states.items() if isinstance(states, Mapping) else ():
+        if name not in ("cpu", device.type) or not isinstance(rows, Tensor):
+            continue
+        now = torch.get_rng_state() if name == "cpu" else torch.cuda.get_rng_state(device)
+        if rows.dtype == now.dtype and rows.shape == (trainer.world_size, len(now)):
+            state = rows[trainer.global_rank].clone()  # torch would crash on a row of a tensor
+            torch.set_rng_state(state) if name == "cpu" else torch.cuda.set_rng_state(state, device)
 
 
 def returns_state_only(trainer: Trainer) -> bool:

@@ -282,6 +282,7 @@ def test_best_and_last_give_their_own_numbers_after_fit(tmp_path: Path) -> None:
     t = trainer(tmp_path, [lora(), checkpoint], max_epochs=4)
     t.fit(model, data(), data())
     last = t.callback_metrics["val_loss"].item()
+    last_path = checkpoint.last_model_path
     worst = checkpoint.best_model_score.item()  # type: ignore[union-attr]
     assert worst > last
     assert t.validate(model, data(), verbose=False)[0]["val_loss"] == pytest.approx(last)
@@ -292,7 +293,7 @@ def test_best_and_last_give_their_own_numbers_after_fit(tmp_path: Path) -> None:
     )  # as plain Lightning: loaded stays
     assert t.test(model, data(), ckpt_path="last", verbose=False)[0]["test_loss"] == pytest.approx(last)
     assert t.validate(dataloaders=data(), verbose=False)[0]["val_loss"] == pytest.approx(worst)  # no model means best
-    predicted = t.predict(model, data(), ckpt_path=checkpoint.last_model_path)
+    predicted = t.predict(model, data(), ckpt_path=last_path)
     torch.testing.assert_close(torch.cat(predicted), model(torch.cat([x for x, _ in data()])))  # type: ignore[arg-type]
 
 

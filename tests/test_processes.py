@@ -61,7 +61,7 @@ def check(folder: Path, result: dict[str, Any]) -> None:
         "Linear",
         "Linear",
     ]
-    model = LitTiny()
+    model = LitTiny().eval()
     load_adapter(model, folder / "epoch=3.ckpt")
     merged = LitTiny()
     merged.load_state_dict(result["state"])
@@ -77,7 +77,7 @@ def check(folder: Path, result: dict[str, Any]) -> None:
 
 def test_spawning_merges_the_best_and_refuses_what_cannot_come_back(tmp_path: Path) -> None:
     result = train(tmp_path / "best", "ddp_fork", 2, "--merge", "best")
-    model, merged = LitTiny(), LitTiny()
+    model, merged = LitTiny().eval(), LitTiny()
     load_adapter(model, result["best"])
     merged.load_state_dict(result["state"])
     torch.testing.assert_close(merged(torch.arange(20)), model(torch.arange(20)))

@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
 from lightning_lora import (
     AdapterFileError,
@@ -38,6 +39,25 @@ def test_resumed_run_ends_with_the_same_bits(tmp_path: Path, options: dict[str, 
     t = trainer(tmp_path, [lora(merge=False, **options)], max_epochs=4)
     t.fit(resumed, data(), ckpt_path=tmp_path / "epoch=1.ckpt")
     assert same(state(resumed), state(through)) and t.global_step == 16
+
+
+def shuffled() -> DataLoader[Any]:
+    return DataLoader(data().dataset, batch_size=4, shuffle=True)
+
+
+def test_resumed_run_drops_and_shuffles_as_the_one_that_never_stopped(tmp_path: Path) -> None:
+    through, resumed = LitTiny(), LitTiny()
+    every = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    torch.manual_seed(5)
+    trainer(tmp_path, [lora(merge=False, dropout=0.3), every], max_epochs=4).fit(through, shuffled(), data())
+    torch.manual_seed(6)
+    t = trainer(tmp_path, [lora(merge=False, dropout=0.3)], max_epochs=4)
+    t.fit(resumed, shuffled(), data(), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert same(state(resumed), state(through))
+    odd = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
+    for states in (None, {}, {"cpu": 1}, {"cpu": torch.zeros(1, 3)}, {"cpu": torch.zeros(2, 5056, dtype=torch.uint8)}):
+        torch.save({**odd, "lightning_lora_random": states}, tmp_path / "odd.ckpt")
+        trainer(tmp_path, [lora(dropout=0.3)], max_epochs=3).fit(LitTiny(), shuffled(), ckpt_path=tmp_path / "odd.ckpt")
 
 
 class Stateful:

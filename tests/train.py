@@ -62,7 +62,11 @@ def main() -> None:
     model = Tied() if arguments.tied else Shares() if arguments.shares else LitTiny()
     checkpoint = ModelCheckpoint(arguments.folder, monitor="val_loss", filename="{epoch}", save_top_k=-1)
     merge: Any = False if arguments.merge == "none" else arguments.merge
-    callbacks: list[L.Callback] = [LoRACallback(r=2, modules_to_save=["head"], merge=merge), checkpoint]
+    dropout = 0.0 if arguments.shares else 0.3  # two processes' dropout is not one's
+    callbacks: list[L.Callback] = [
+        LoRACallback(r=2, modules_to_save=["head"], merge=merge, dropout=dropout),
+        checkpoint,
+    ]
     if arguments.kill_at:
         callbacks.append(KillAt(arguments.kill_at))
     strategy = "auto" if arguments.strategy == "single" else arguments.strategy
