@@ -276,6 +276,7 @@ def train(method: str, folder: Path, fast: bool) -> Result:
         plugins.append(LoRACallback(r=8, target_modules=["query", "value"], modules_to_save=["head"]))
     timer = StepTimer()
     trainer = make_trainer([*plugins, timer], epochs=1 if fast else EPOCHS)
+    say(f"{method}: before training")
     before = score(trainer, module, data)
     memory = peak_memory()
     trainer.fit(module, data)
@@ -285,6 +286,7 @@ def train(method: str, folder: Path, fast: bool) -> Result:
     if method == "LoRA":
         save_adapter(module, folder / "adapter.safetensors")
     optimizer = trainer.optimizers[0]
+    say(f"{method}: after training")
     return Result(
         before=before,
         after=score(trainer, module, data),
@@ -323,6 +325,11 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def say(what: str) -> None:
+    """Name the bar that follows."""
+    Console().print(f"[bold]{what}[/bold]")
+
+
 def quiet() -> None:
     """Leave on the screen what this file has to show, and not what Lightning says of itself."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -344,15 +351,16 @@ def reload(adapter: Path, fast: bool) -> float:
     quiet()
     module = SentimentModule()
     load_adapter(module, adapter)
+    say("A fresh model, with the adapter that was saved")
     return score(make_trainer([], epochs=0), module, Snippets(limit=256 if fast else None))
 
 
 def lora_table(lora: Result, reloaded: float) -> Table:
     """Show what LoRA gave, beside what full fine-tuning would have to train and to store."""
     table = empty_table("LoRA on film reviews", "LoRA", "full fine-tuning")
-    table.add_row("Test accuracy before", f"{lora.before:.1%}")
-    table.add_row("Test accuracy after", f"{lora.after:.1%}")
-    table.add_row("Test accuracy, reloaded", f"{reloaded:.1%}")
+    table.add_row("Test accuracy before", f"{lora.before:.1%}", "–")
+    table.add_row("Test accuracy after", f"{lora.after:.1%}", "–")
+    table.add_row("Test accuracy, reloaded", f"{reloaded:.1%}", "–")
     table.add_row("Trained parameters", f"{lora.trained:,}", f"{lora.total:,}")
     table.add_row("Checkpoint bytes", f"{lora.checkpoint_bytes:,}", f"{lora.whole_bytes:,}")
     return table

@@ -65,7 +65,9 @@ def record_of(model: nn.Module) -> Record:
     if record is None:
         inner = next(iter(inner_records(model)), None)
         remedy = (
-            f"They are in its {inner!r}: pass that module." if inner else "Call inject_adapters(model, config) first."
+            f"They are in its {inner!r}: pass that module."
+            if inner
+            else "Call inject_adapters and train it, or load_adapter."
         )
         raise AdapterStateError(f"{type(model).__name__} has no adapters. {remedy}")
     if record.disabled:

@@ -47,7 +47,8 @@ class LoRACallback(Callback):
             supported layer), a regular expression that must match a whole dotted name, or a list of names or of their
             last parts.
         exclude_modules: Modules to leave alone, with everything below them: an expression or a list, as above.
-        modules_to_save: Names of modules to train whole, such as a new head. They win over ``target_modules``.
+        modules_to_save: Names of modules to train whole; they win over ``target_modules``. Name every new layer here: a
+            frozen layer of random weights is not in any file, and could not be built again.
         rank_pattern: Rank by layer: names, last parts or expressions to an ``r`` other than the default.
         alpha_pattern: Likewise for ``alpha``.
         bias: Which biases train too: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
@@ -56,7 +57,7 @@ class LoRACallback(Callback):
         use_dora: Reserved: weight-decomposed adaptation is not available yet.
         loraplus_lr_ratio: Reserved: a learning rate of its own for ``lora_B`` is not available yet.
         merge: What becomes of the adapters at the end of ``fit``: ``"last"`` merges them as they are, ``"best"`` merges
-            those of ModelCheckpoint's best file, ``False`` leaves them on the model.
+            those of ModelCheckpoint's best file, ``False`` leaves them on the model. A ``fast_dev_run`` merges nothing.
 
     Raises:
         ConfigError: an argument is outside what it may be.
@@ -204,7 +205,7 @@ class LoRACallback(Callback):
                 "train: the loss does not depend on these layers, or something reads their weights without calling "
                 "them. Take them out with exclude_modules, or look at why they are not used.",
                 DeadAdapterWarning,
-                stacklevel=2,
+                stacklevel=1,
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -226,7 +227,7 @@ class LoRACallback(Callback):
             warnings.warn(
                 f"merge='best' found no best checkpoint ({error}). The last adapters are merged.",
                 BestCheckpointWarning,
-                stacklevel=2,
+                stacklevel=1,
             )
             return "last"
         return f"best ({path})"

@@ -9,14 +9,13 @@ from torch import Tensor, nn
 
 from lightning_lora.adapted import adapted_layers, adapter_parameters, keep_originals, record_of
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError, listed
 from lightning_lora.fingerprint import base_tensors, check_base, fingerprint
 from lightning_lora.functional import digest
 from lightning_lora.state import (
     adapters_live,
     check_names,
     check_tensors,
-    listed,
     load_adapter_state_dict,
     without_base,
 )
@@ -118,14 +117,14 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]
     state = without_base(model, checkpoint["state_dict"])
     description = describe(model, state)
     forms = record_of(model).fingerprints
-    if forms and description["base"] is not forms:
+    if forms and description["base"] != forms:
         names, now = list(base_tensors(model)), description["base"][0]["digests"]
         before = next((form["digests"] for form in forms if len(form["digests"]) == len(now)), now)
         changed = [name for name, a, b in zip(names, before, now, strict=False) if a != b]
         raise BaseMismatchError(
-            f"Frozen weights of {type(model).__name__} were changed during training: {listed(changed)}. A checkpoint "
-            "of adapters would not hold them, and resuming from it would not be the same run. If your code is to "
-            "change them, name their module in modules_to_save."
+            f"Frozen weights of {type(model).__name__} are no longer those that its run began with: {listed(changed)}. "
+            "A checkpoint of adapters would not hold them, and resuming from it would not be the same run. If your "
+            "code is to change them, name their module in modules_to_save."
         )
     return {**checkpoint, "state_dict": state, KEY: description}
 

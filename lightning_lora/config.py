@@ -79,7 +79,7 @@ class LoRAConfig:
         for field in ("use_rslora", "use_dora"):
             _check_choice(field, getattr(self, field), (False, True))
         if self.use_dora:
-            raise ConfigError("use_dora=True is not available in this version. Leave it False, or try use_rslora=True.")
+            raise ConfigError("use_dora=True is not available in this version. Expected False.")
         self._keep("target_modules", _patterns("target_modules", self.target_modules))
         if isinstance(self.modules_to_save, str):
             raise ConfigError(f"modules_to_save={self.modules_to_save!r} is a string. Expected a list of names.")
@@ -156,6 +156,10 @@ def _plain(value: float) -> float:
 
 
 def _check_rank(name: str, value: object) -> None:
+    if isinstance(value, LoRAConfig):
+        raise ConfigError(
+            "LoRACallback got a LoRAConfig. Pass the arguments themselves: LoRACallback(r=8, alpha=16, ...)."
+        )
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name}={value!r} is not a rank. Expected an integer of at least 1, such as r=8.")
 

@@ -43,8 +43,11 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     Raises:
         AdapterStateError: ``model`` has no adapters, or they are on the meta device.
         AdapterFileError: something in its state is no tensor.
+        FileNotFoundError: there is no such folder.
     """
     path, state = Path(path), adapter_state_dict(model)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"The folder {path.parent} does not exist. Make it first.")
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
         raise AdapterFileError(
@@ -154,8 +157,8 @@ def _adapters_in(state: dict[str, Any], description: Any, path: object) -> tuple
     """The state and its description, once both are as they were written."""
     if description is None:
         raise AdapterFileError(
-            f"{path} holds no adapters of this package. A full checkpoint is a base: load it with "
-            "model.load_state_dict, or give it to Trainer.fit(ckpt_path=...)."
+            f"{path} holds no adapters of this package. If it is a full checkpoint, it is a base: load it with "
+            "Lightning's load_from_checkpoint, or give it to Trainer.fit(ckpt_path=...)."
         )
     stored_config(description)
     check_checksum(state, description, path)
@@ -187,6 +190,8 @@ def load_from_checkpoint(
         BaseMismatchError: the model that ``cls`` builds is not the base that the adapters were trained on.
     """
     checkpoint = _read(path, weights_only=weights_only)
+    if isinstance(checkpoint, dict) and checkpoint.keys() == {"state_dict", KEY}:
+        raise AdapterFileError(f"{path} is an adapter file. Build the model, then call load_adapter(model, path).")
     check_readable(checkpoint, path)
     state, description = _adapters_in(checkpoint["state_dict"], checkpoint.get(KEY), path)
     shell = BytesIO()  # the same file without the run and the weights, for Lightning to build the model from

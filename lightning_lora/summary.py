@@ -50,6 +50,7 @@ class LoRASummary:
         full_optimizer_bytes: State that it would keep for all parameters of the base.
         checkpoint_bytes: Weights in a checkpoint.
         full_checkpoint_bytes: Weights in a checkpoint of full fine-tuning.
+        merged: Adapters that a finished fit merged into the model, which is plain again.
     """
 
     title: str
@@ -60,6 +61,7 @@ class LoRASummary:
     full_optimizer_bytes: int
     checkpoint_bytes: int
     full_checkpoint_bytes: int
+    merged: int
 
     @property
     def share(self) -> float:
@@ -72,7 +74,9 @@ class LoRASummary:
         Args:
             trained_only: Put the groups in which nothing trains into one row.
         """
-        table = Table(title=f"LoRA: {self.title} trains {self.share:.2%} of its parameters", min_width=60)
+        trains = f"{self.title} trains {self.share:.2%} of its parameters"
+        title = f"{self.title} is plain, with {self.merged} adapters merged" if self.merged else f"LoRA: {trains}"
+        table = Table(title=title, min_width=60)
         table.add_column("Layers", overflow="fold")
         table.add_column("Type")
         for heading in ("r", "Trained", "Frozen"):
@@ -154,7 +158,8 @@ def _with_costs(model: nn.Module, groups: tuple[LayerGroup, ...]) -> LoRASummary
     trained = [p for p in model.parameters() if p.requires_grad]
     added = {id(p) for m in model.modules() if isinstance(m, LoRALayer) for p in m.lora_parameters().values()}
     base = [p for p in model.parameters() if id(p) not in added]
-    state = adapter_state_dict(model) if find_record(model) else model.state_dict()
+    record = find_record(model)
+    state = adapter_state_dict(model) if record else model.state_dict()
     return LoRASummary(
         title=type(model).__name__,
         groups=groups,
@@ -164,6 +169,7 @@ def _with_costs(model: nn.Module, groups: tuple[LayerGroup, ...]) -> LoRASummary
         full_optimizer_bytes=_ADAM_MOMENTS * _bytes(base),
         checkpoint_bytes=_bytes(state.values()),
         full_checkpoint_bytes=_bytes(base) + _bytes(model.buffers()),
+        merged=len(record.folded) if record else 0,
     )
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_lora.config import LoRAConfig, matches, matches_pattern
-from lightning_lora.errors import ConfigError, TargetError
+from lightning_lora.errors import ConfigError, TargetError, listed
 from lightning_lora.layers import ADAPTERS, LINEAR_LIKE, LoRALayer, adapter_for
 
 AUTOMATIC = ("all-linear", "all")
@@ -45,8 +45,8 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
         >>> select(model, LoRAConfig(target_modules=["linear"]))
         Traceback (most recent call last):
             ...
-        lightning_lora.errors.TargetError: target_modules ['linear'] match no module of Sequential. Correct \
-target_modules; print(summarize(model)) shows every layer.
+        lightning_lora.errors.TargetError: target_modules ['linear'] match no module of Sequential. Layers that can be \
+adapted end in '0', '2'. Correct target_modules; print(summarize(model)) shows every layer.
     """
     names = _Names(model)
     saved = {name: names.modules[name] for name in names.find("modules_to_save", config.modules_to_save)}
@@ -96,14 +96,30 @@ class _Names:
         """Raise, if anything is ``missing``: entries, each with the modules it might have meant."""
         if not missing:
             return
-        nearest: dict[str, None] = {}
+        near: dict[str, None] = {}
         for entry, modules in missing.items():
-            parts = {part: name for name in modules for part in (name.rpartition(".")[2], name)}
-            nearest.update((parts[part], None) for part in difflib.get_close_matches(entry, parts, n=3, cutoff=0.5))
-        near = f" Nearest names: {', '.join(map(repr, list(nearest)[:5]))}." if nearest else ""
+            names: dict[str, list[str]] = {}
+            for name in modules:
+                for part in {name, name.rpartition(".")[2]}:
+                    names.setdefault(part, []).append(name)
+            for part in difflib.get_close_matches(entry, names, n=3, cutoff=0.5):
+                near[_one_or_many(part, names[part])] = None
+        if near:
+            hint = f"Nearest names: {', '.join(list(near)[:5])}."
+        else:
+            layers = dict.fromkeys(name.rpartition(".")[2] for name, m in self.modules.items() if adapter_for(m))
+            hint = (
+                f"Layers that can be adapted end in {listed(layers, most=8)}."
+                if layers
+                else "It has no layer to adapt."
+            )
         raise TargetError(
-            f"{argument} {list(missing)} match no module of {self.title}.{near} Correct {argument}; {_SEE_ALL}."
+            f"{argument} {list(missing)} match no module of {self.title}. {hint} Correct {argument}; {_SEE_ALL}."
         )
+
+
+def _one_or_many(part: str, names: list[str]) -> str:
+    return repr(names[0]) if len(names) == 1 else f"{part!r} ({len(names)} of them, such as {names[0]!r})"
 
 
 def _targets(names: _Names, config: LoRAConfig) -> dict[str, nn.Module]:
@@ -203,8 +219,9 @@ def _check_ranks(config: LoRAConfig, layers: dict[str, nn.Module]) -> None:
             small[name] = (config.rank(name), min(kind.lora_features(layer)))
     if small:
         shown = ", ".join(f"{name!r} (r={r}, at most {limit})" for name, (r, limit) in list(small.items())[:5])
+        limits = {name: limit for name, (_, limit) in list(small.items())[:5]}
         raise ConfigError(
-            f"The rank is larger than {len(small)} layer(s) allow: {shown}. Lower r; or train such a layer whole with "
-            f"modules_to_save={list(small)[:5]}, as suits a new head; or give it its own r in rank_pattern; or leave "
-            "it as it is with exclude_modules."
+            f"The rank is too large for {shown}{f' and {len(small) - 5} more' if len(small) > 5 else ''}. A new head "
+            f"is best trained whole: modules_to_save={list(limits)}. Otherwise set rank_pattern={limits}, or "
+            f"exclude_modules={list(limits)}, or lower r."
         )

@@ -69,6 +69,11 @@ def test_bad_callback_argument_is_an_error_that_names_it(bad: dict[str, Any]) ->
         LoRACallback(**bad)
 
 
+def test_a_config_for_the_callback_is_refused_with_what_to_pass() -> None:
+    with pytest.raises(ConfigError, match="Pass the arguments themselves"):
+        LoRACallback(LoRAConfig(r=2))  # type: ignore[arg-type]
+
+
 def test_scaling_is_alpha_over_r_and_one_by_default() -> None:
     assert LoRAConfig(r=8).scaling("q") == 1.0
     assert LoRAConfig(r=8, alpha=16).scaling("q") == 2.0

@@ -347,6 +347,8 @@ def test_pickle_that_would_run_code_does_not_run(tmp_path: Path) -> None:
 def test_missing_file_and_folder_say_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_adapter(LitTiny(), tmp_path / "none.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"The folder .*none does not exist"):
+        save_adapter(trained(), tmp_path / "none" / "adapter.safetensors")
     with pytest.raises(AdapterFileError, match="folder"):
         load_adapter(LitTiny(), tmp_path)
 

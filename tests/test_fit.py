@@ -34,6 +34,7 @@ from lightning_lora import (
     merge_adapters,
     remove_adapters,
     save_adapter,
+    summarize,
     unmerge_adapters,
 )
 from lightning_lora.layers import LoRALayer
@@ -383,7 +384,7 @@ def test_failed_stage_gives_the_module_back_as_it_came(tmp_path: Path) -> None:
             with pytest.raises(error):
                 getattr(t, stage)(model, data(), **options)
             assert is_plain(model) and same(state(model), before) and all(p.requires_grad for p in model.parameters())
-    t.fit(model, data())
+    t.fit(model.train(), data())  # Lightning leaves a module in eval mode when its test fails
     merged = state(model)
     for options, error in (({"ckpt_path": tmp_path / "cut.ckpt"}, AdapterFileError), ({}, StopError)):
         with pytest.raises(error):
@@ -533,10 +534,12 @@ def test_module_can_be_copied_and_pickled_in_the_middle_of_fit(tmp_path: Path) -
 
 def test_table_at_the_start_and_line_at_the_end(tmp_path: Path, capsys: Any, caplog: Any) -> None:
     caplog.set_level("INFO")
-    trainer(tmp_path, [lora()], enable_model_summary=True).fit(LitTiny(), data())
+    model = LitTiny()
+    trainer(tmp_path, [lora()], enable_model_summary=True).fit(model, data())
     shown = capsys.readouterr().out
     assert "q_proj" in shown and "LoRA: LitTiny trains" in shown and "full fine-tuning" in shown
     assert "merged the last adapters of 2 layers" in caplog.text
+    assert "LitTiny is plain, with 2 adapters merged" in str(summarize(model))
     trainer(tmp_path, [lora()]).fit(LitTiny(), data())
     assert "LoRA" not in capsys.readouterr().out
 

@@ -85,6 +85,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         r"target_modules \['q_porj'\] match no module of LitTiny. Nearest names: 'q_proj'",
     ),
     ({"target_modules": ["q_proj", "nowhere"]}, r"target_modules \['nowhere'\]"),
+    ({"target_modules": ["xyz"]}, r"Layers that can be adapted end in 'embed', 'q_proj', 'v_proj', 'head'"),
     ({"target_modules": "q_pr"}, r"Nearest names: 'q_proj'"),
     ({"exclude_modules": ["haed"]}, r"exclude_modules \['haed'\] .*'head'"),
     ({"modules_to_save": ["classifier"]}, r"modules_to_save \['classifier'\]"),
@@ -114,7 +115,7 @@ def test_only_unsupported_layers_is_an_error_that_lists_the_supported() -> None:
 
 def test_rank_above_a_layers_smaller_side_is_refused_with_its_remedies() -> None:
     model = LitTiny()
-    with pytest.raises(ConfigError, match=r"'head' \(r=8, at most 4\).*modules_to_save=\['head'\]"):
+    with pytest.raises(ConfigError, match=r"'head' \(r=8, at most 4\).*modules_to_save=\['head'\].*\{'head': 4\}"):
         inject_adapters(model, LoRAConfig(r=8))
     inject_adapters(model, LoRAConfig(r=8, rank_pattern={"head": 4}))
 
