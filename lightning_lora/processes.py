@@ -16,11 +16,11 @@ from lightning_lora.adapted import Record, adapted_layers, find_record, keep_rec
 from lightning_lora.errors import ConfigError
 from lightning_lora.fold import is_as_folded
 
-_MEMORY = "_lora_memory"
-
-
 RANDOM = "lightning_lora_random"
 """Where a checkpoint holds the states of torch's generators."""
+
+_MEMORY = "_lora_memory"
+"""Where a Trainer's state carries a module's memory home."""
 
 
 def random_states(trainer: Trainer) -> dict[str, Tensor]:
@@ -30,7 +30,7 @@ def random_states(trainer: Trainer) -> dict[str, Tensor]:
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     gathered = {name: trainer.strategy.all_gather(state.to(device)) for name, state in states.items()}
-    return {name: rows.reshape(trainer.world_size, -1).cpu() for name, rows in gathered.items()}
+    return {name: rows.reshape(-1, len(states[name])).cpu() for name, rows in gathered.items()}
 
 
 def set_random_state(trainer: Trainer, states: object) -> None:
