@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError
@@ -33,7 +32,6 @@ class Record:
         folded_digests: The digests of those merged weights, to notice if they are replaced.
         fingerprints: The forms in which this base was seen: as loaded, and as a Trainer's precision converted it.
         disabled: Whether the base runs just now, inside ``disable_adapters``.
-        loading: The hook that notices when base weights are loaded.
     """
 
     config: LoRAConfig
@@ -43,7 +41,6 @@ class Record:
     folded_digests: dict[str, int] = field(default_factory=dict)
     fingerprints: list[dict[str, Any]] = field(default_factory=list)
     disabled: bool = False
-    loading: RemovableHandle | None = None
 
 
 # The memory
@@ -80,15 +77,16 @@ def record_of(model: nn.Module) -> Record:
 def keep_record(model: nn.Module, record: Record) -> None:
     """Give ``model`` its record."""
     forget_record(model)
-    record.loading = model._register_load_state_dict_pre_hook(_note_loaded_base, with_module=True)
+    model._register_load_state_dict_pre_hook(_note_loaded_base, with_module=True)
     vars(model)[_ATTRIBUTE] = record
 
 
 def forget_record(model: nn.Module) -> None:
     """Take the record of ``model`` away, if it has one."""
-    record = vars(model).pop(_ATTRIBUTE, None)
-    if record is not None and record.loading is not None:
-        record.loading.remove()
+    vars(model).pop(_ATTRIBUTE, None)
+    hooks = model._load_state_dict_pre_hooks  # whose handles would not survive a copy, as the hooks do
+    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _note_loaded_base]:
+        del hooks[key]
 
 
 def inner_records(model: nn.Module) -> dict[str, Record]:
@@ -112,6 +110,8 @@ def _note_loaded_base(model: nn.Module, state: Mapping[str, Any], prefix: str, *
     record = find_record(model)
     if record is None or record.folded or any(prefix + name in state for name in adapter_parameters(model)):
         return
+    if not any(prefix + name in state for name in base_parameters(model) if name not in record.originals):
+        return  # a part that trains, by itself: no base
     for name, original in record.originals.items():
         value = state.get(prefix + name)
         if isinstance(value, Tensor) and value.shape == original.shape:

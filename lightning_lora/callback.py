@@ -120,6 +120,7 @@ class LoRACallback(Callback):
         self.merge: Merge = merge
         _join_other_package()
         self._base_is_open = False
+        self._entered = False
         self._began = False
         self._was_adapted = False
         self._was_folded = False
@@ -130,7 +131,8 @@ class LoRACallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Adapt the module, on its exact base if an earlier fit merged it; the strategy adapts layers still to come."""
-        self._began, self._was_adapted, self._was_folded = False, bool(adapted_layers(pl_module)), False
+        self._entered, self._began, self._random = True, False, None
+        self._was_adapted, self._was_folded = bool(adapted_layers(pl_module)), False
         self._check_alone(trainer)
         watch(trainer.strategy, Duties(self._adapt, train_adapters))
         receive_memory(trainer, pl_module)
@@ -180,13 +182,17 @@ class LoRACallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show what trains, refuse a merge that could not come back, and go on with a resumed run's random numbers."""
-        self._began, self._stepped = True, []
+        self._stepped = []
         if self.merge and returns_state_only(trainer):
             check_untied(pl_module)
         if trainer.is_global_zero and _wants_summary(trainer):
             Console().print(summarize(pl_module).table(trained_only=True))
         set_random_state(trainer, self._random)  # the last hook before the loaders draw the order of their samples
         self._random = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that from here on an exception finds adapters that may be worth keeping."""
+        self._began = True
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Name, once for each optimizer, the adapters in it that no gradient has reached."""
@@ -215,6 +221,7 @@ class LoRACallback(Callback):
         which = self._load_best(trainer, pl_module) if self.merge == "best" else "last"
         layers = len(adapted_layers(pl_module))
         fold(pl_module)
+        send_memory(trainer, pl_module)
         rank_zero_info(
             f"LoRACallback merged the {which} adapters of {layers} layers: {type(pl_module).__name__} is plain again."
         )
@@ -238,12 +245,13 @@ class LoRACallback(Callback):
         """Merge again, after validate, test or predict, what an earlier fit had merged."""
         if self._was_folded and stage != "fit" and find_record(pl_module) is not None:
             fold(pl_module)
-        send_memory(trainer, pl_module)
+        self._entered = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give back the module as it came, unless a fit had begun to train it: then training can go on."""
-        record = find_record(pl_module)
-        if self._began or record is None or record.folded:
+        record, entered = find_record(pl_module), self._entered
+        self._entered = False
+        if not entered or self._began or record is None or record.folded:
             return
         if self._was_folded:
             fold(pl_module)

@@ -43,7 +43,10 @@ def base_dtypes(model: nn.Module) -> list[str]:
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that make the base, by name: frozen parameters as they were, and buffers as they began."""
+    """Return the tensors that make the base, by name: frozen parameters as they were, and buffers as they began.
+
+    An embedding with ``max_norm`` is left out: its own forward rescales its rows, always to the same ones.
+    """
     record = record_of(model)
     trained = trained_base_parameters(model, record.config)
     merged = {layer.weight: layer.lora_base for layer in adapted_layers(model).values()}
@@ -52,7 +55,10 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
     below = {id(weight): base for weight, base in merged.items() if base is not None}
     own = base_parameters(model)
-    frozen: dict[str, Tensor] = {name: below.get(id(p), p) for name, p in own.items() if name not in trained}
+    rewritten = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.max_norm is not None}
+    frozen: dict[str, Tensor] = {
+        name: below.get(id(p), p) for name, p in own.items() if name not in trained and id(p) not in rewritten
+    }
     buffers = {name: value for name, value in record.originals.items() if name not in trained}
     return {**frozen, **buffers}
 

@@ -2,11 +2,12 @@
 
 Strategies that spawn or fork send back the module's state dict, the best path, and the Trainer's state, and the main
 process calls no hook when these arrive. So merged weights come home by themselves, and the memory of the exact base,
-which later stages need, travels with the Trainer's state as bytes.
+which later stages need, is left in a temporary file that the Trainer's state names.
 """
 
+import tempfile
 from collections.abc import Mapping
-from io import BytesIO
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -20,7 +21,7 @@ RANDOM = "lightning_lora_random"
 """Where a checkpoint holds the states of torch's generators."""
 
 _MEMORY = "_lora_memory"
-"""Where a Trainer's state carries a module's memory home."""
+"""Where a Trainer's state says in which file a module's memory lies. Its queue holds no more than a pipe does."""
 
 
 def random_states(trainer: Trainer) -> dict[str, Tensor]:
@@ -51,19 +52,19 @@ def returns_state_only(trainer: Trainer) -> bool:
 
 
 def send_memory(trainer: Trainer, pl_module: LightningModule) -> None:
-    """At the end of a stage in such a process, give the Trainer's state what the module remembers."""
-    if returns_state_only(trainer) and trainer.is_global_zero and find_record(pl_module) is not None:
-        memory = BytesIO()
-        torch.save(find_record(pl_module), memory)
-        vars(trainer.state)[_MEMORY] = memory.getvalue()
+    """At the end of a fit in such a process, tell the Trainer's state where to find what the module remembers."""
+    if returns_state_only(trainer) and trainer.is_global_zero:
+        path = vars(trainer.state).get(_MEMORY) or str(Path(tempfile.mkdtemp(prefix="lightning_lora_")) / "memory.pt")
+        torch.save(find_record(pl_module), path)
+        vars(trainer.state)[_MEMORY] = path
 
 
 def receive_memory(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Give the module what came home, if anything did: it is newer than what the main process remembers."""
-    memory: bytes | None = vars(trainer.state).pop(_MEMORY, None)
-    if memory is None:
+    """Give the module what came home from the last fit, if it is about the weights that came home too."""
+    path: str | None = vars(trainer.state).get(_MEMORY)
+    if path is None or not Path(path).exists():
         return
-    record: Record = torch.load(BytesIO(memory), weights_only=False)  # bytes of our own process, not a file
+    record: Record = torch.load(path, weights_only=False)  # written by our own process, a moment ago
     if record.folded and is_as_folded(pl_module, record):
         keep_record(pl_module, record)
 

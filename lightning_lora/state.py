@@ -57,11 +57,14 @@ def without_base(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     aliases = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in ids} - set(adapters)
     dropped = aliases | (set(base_parameters(model)) - set(trained))
     buffers = set(persistent_buffers(model)) & set(record.originals)
-    return {
+    kept = {
         name: value
         for name, value in state.items()
         if name not in dropped and not (name in buffers and _same(value, record.originals[name]))
     }
+    shown = dict(model.named_parameters(remove_duplicate=False))
+    merged = {name for name in trained if name in kept and shown[name] is not trained[name]}  # its other, tied use
+    return {**kept, **{name: trained[name].detach() for name in merged}}
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:

@@ -148,11 +148,11 @@ def _is_attention(module: nn.Module | None) -> bool:
 
 def _output_heads(names: _Names) -> set[int]:
     """The layers that turn a language model's features into words: those transformers names, and those tied."""
-    embeddings = {id(module.weight) for module in names.modules.values() if isinstance(module, nn.Embedding)}
+    # read as parameters: a weight that is computed (by spectral_norm, say) may change when it is read as an attribute
+    weights = {module: module._parameters.get("weight") for module in names.modules.values()}
+    embeddings = {id(weight) for module, weight in weights.items() if isinstance(module, nn.Embedding)} - {id(None)}
     tied = {
-        id(module)
-        for module in names.modules.values()
-        if isinstance(module, nn.Linear) and id(module.weight) in embeddings
+        id(module) for module, weight in weights.items() if isinstance(module, nn.Linear) and id(weight) in embeddings
     }
     asked = (getattr(module, "get_output_embeddings", None) for module in names.model.modules())
     return tied | {id(head()) for head in asked if callable(head)}

@@ -398,6 +398,53 @@ def test_failed_stage_gives_the_module_back_as_it_came(tmp_path: Path) -> None:
     assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
 
 
+class FailsToPrepare(LitTiny):
+    """A module whose data are not there, when asked to."""
+
+    missing = False
+
+    def prepare_data(self) -> None:
+        if self.missing:
+            raise StopError
+
+
+def test_a_stage_that_fails_before_it_is_set_up_changes_nothing(tmp_path: Path) -> None:
+    model, t = FailsToPrepare(), trainer(tmp_path, [lora(merge=False)])
+    t.validate(model, data(), verbose=False)
+    inject_adapters(model, lora().config)
+    model.missing = True
+    with pytest.raises(StopError):
+        t.test(model, data())
+    assert not is_plain(model)
+
+
+class Capped(LitTiny):
+    """A module whose frozen embedding rescales its own rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed.max_norm = 0.5
+
+
+def test_an_embedding_that_rescales_itself_does_not_count_as_changed(tmp_path: Path) -> None:
+    model, checkpoint = Capped(), best(tmp_path)
+    trainer(tmp_path, [lora(merge="best"), checkpoint]).fit(model, data(), data())
+    again = Capped()
+    load_adapter(again, checkpoint.best_model_path)
+    torch.testing.assert_close(again(X), model(X))
+
+
+def test_learning_rate_finder_leaves_the_users_seed(tmp_path: Path) -> None:
+    callback, model = lora(), LitTiny()
+    t = trainer(tmp_path, [callback])
+    Tuner(t).lr_find(model, data(), num_training=3, update_attr=False)
+    seen: list[int] = []
+    t.callbacks.append(At(0, lambda *_: seen.append(torch.initial_seed())))  # type: ignore[attr-defined]
+    torch.manual_seed(123)
+    t.fit(model, data())
+    assert seen == [123]
+
+
 class MovesItsBase(LitTiny):
     """A module that changes a frozen weight as it trains, as the teacher of a student does."""
 

@@ -81,6 +81,8 @@ def test_spawning_merges_the_best_and_refuses_what_cannot_come_back(tmp_path: Pa
     load_adapter(model, result["best"])
     merged.load_state_dict(result["state"])
     torch.testing.assert_close(merged(torch.arange(20)), model(torch.arange(20)))
+    wide = train(tmp_path / "wide", "ddp_fork", 2, "--wide", "--merge", "best")
+    assert wide["classes"][1:] == ["Embedding", "Linear", "Linear", "Linear"]
     assert "merge=False would lose the adapters" in train(tmp_path / "none", "ddp_fork", 2, "--merge", "none", ok=False)
     assert "one tied weight" in train(tmp_path / "tied", "ddp_fork", 2, "--tied", ok=False)
 

@@ -1,6 +1,7 @@
 """A training run in a process of its own: what the tests kill, spawn and resume.
 
 Usage: python -m tests.train FOLDER STRATEGY DEVICES [--resume] [--kill-at STEP] [--merge WHICH] [--tied] [--shares]
+    [--wide]
 Writes FOLDER/result.pt: the module's state after fit, and what later stages and files say of it.
 """
 
@@ -39,6 +40,14 @@ class Tied(LitTiny):
         self.twin.weight = self.q_proj.weight
 
 
+class Wide(LitTiny):
+    """A module whose memory is larger than a pipe holds, and that cannot be pickled."""
+
+    def __init__(self) -> None:
+        super().__init__(width=256)
+        self.double = lambda x: 2 * x
+
+
 class Shares(LitTiny):
     """A module that is given the whole batch in every process and takes its share of it."""
 
@@ -56,10 +65,12 @@ def main() -> None:
     parser.add_argument("--merge", default="last")
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--shares", action="store_true")
+    parser.add_argument("--wide", action="store_true")
     arguments = parser.parse_args()
 
     L.seed_everything(7, verbose=False)
-    model = Tied() if arguments.tied else Shares() if arguments.shares else LitTiny()
+    modules = {Tied: arguments.tied, Shares: arguments.shares, Wide: arguments.wide}
+    model = next((module for module, asked in modules.items() if asked), LitTiny)()
     checkpoint = ModelCheckpoint(arguments.folder, monitor="val_loss", filename="{epoch}", save_top_k=-1)
     merge: Any = False if arguments.merge == "none" else arguments.merge
     dropout = 0.0 if arguments.shares else 0.3  # two processes' dropout is not one's
