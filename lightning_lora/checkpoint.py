@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapted import adapted_layers, adapter_parameters, keep_originals, record_of
+from lightning_lora.adapted import adapted_layers, adapter_parameters, record_of
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError, listed
 from lightning_lora.fingerprint import base_tensors, check_base, fingerprint
@@ -185,14 +185,11 @@ def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
             f"This checkpoint has no adapters of this package, and as a base it does not fit {type(model).__name__}: "
             f"{found}. Pass a checkpoint of the same model, trained with or without LoRACallback."
         )
-    record = record_of(model)
     with adapters_live(model):
         model.load_state_dict(dict(state), strict=False)
         for layer in adapted_layers(model).values():
             layer.lora_start(layer.lora_A, layer.lora_B, layer.lora_init)
-        record.originals = {}
-        keep_originals(model, record)
-    record.fingerprints = []
+    record_of(model).fingerprints = []
 
 
 def _shape(value: object) -> tuple[int, ...] | None:
