@@ -227,8 +227,10 @@ class LoRACallback(Callback):
         )
 
     def _load_best(self, trainer: Trainer, pl_module: LightningModule) -> str:
-        path = getattr(trainer.checkpoint_callback, "best_model_path", "") or "ModelCheckpoint wrote none"
+        path = getattr(trainer.checkpoint_callback, "best_model_path", "")
         try:
+            if not path:
+                raise FileNotFoundError("ModelCheckpoint wrote none")
             load_checkpoint_state(pl_module, trainer.strategy.load_checkpoint(path))
         except (OSError, LoRAError) as error:
             warnings.warn(
