@@ -14,6 +14,8 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError
 from lightning_lora.functional import digest
 from lightning_lora.layers import Adapter, LoRALayer
+from lightning_lora.names import named_modules, named_parameters, plain_module, plain_name, submodule
+from lightning_lora.norms import freeze_norms, unfreeze_norms
 from lightning_lora.targets import saved_modules
 
 _ATTRIBUTE = "_lora"
@@ -48,7 +50,7 @@ class Record:
 
 def find_record(model: nn.Module) -> Record | None:
     """Return the record of ``model``, or None if it has never been adapted."""
-    record: Record | None = vars(model).get(_ATTRIBUTE)
+    record: Record | None = vars(plain_module(model)).get(_ATTRIBUTE)
     return record
 
 
@@ -76,6 +78,7 @@ def record_of(model: nn.Module) -> Record:
 
 def keep_record(model: nn.Module, record: Record) -> None:
     """Give ``model`` its record."""
+    model = plain_module(model)
     forget_record(model)
     model._register_load_state_dict_pre_hook(_note_loaded_base, with_module=True)
     vars(model)[_ATTRIBUTE] = record
@@ -83,6 +86,7 @@ def keep_record(model: nn.Module, record: Record) -> None:
 
 def forget_record(model: nn.Module) -> None:
     """Take the record of ``model`` away, if it has one."""
+    model = plain_module(model)
     vars(model).pop(_ATTRIBUTE, None)
     hooks = model._load_state_dict_pre_hooks  # whose handles would not survive a copy, as the hooks do
     for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _note_loaded_base]:
@@ -91,7 +95,7 @@ def forget_record(model: nn.Module) -> None:
 
 def inner_records(model: nn.Module) -> dict[str, Record]:
     """Return the records of modules inside ``model``, adapted by themselves, by name."""
-    found = ((name, find_record(module)) for name, module in model.named_modules() if module is not model)
+    found = ((name, find_record(module)) for name, module in named_modules(model).items() if name)
     return {name: record for name, record in found if record is not None}
 
 
@@ -102,12 +106,13 @@ def absorb_inner_records(model: nn.Module, record: Record) -> None:
             record.requires_grad.setdefault(f"{prefix}.{name}", flag)
         for name, value in inner.originals.items():
             record.originals.setdefault(f"{prefix}.{name}", value)
-        forget_record(model.get_submodule(prefix))
+        forget_record(submodule(model, prefix))
 
 
 def _note_loaded_base(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Before a state of the base alone is loaded, take its values as those that the base has by itself."""
-    record = find_record(model)
+    record, prefix = find_record(model), plain_name(prefix)
+    state = {plain_name(name): value for name, value in state.items()}
     if record is None or record.folded or any(prefix + name in state for name in adapter_parameters(model)):
         return
     if not any(prefix + name in state for name in base_parameters(model) if name not in record.originals):
@@ -123,7 +128,7 @@ def _note_loaded_base(model: nn.Module, state: Mapping[str, Any], prefix: str, *
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """Return the adapted layers of ``model`` by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+    return {name: module for name, module in named_modules(model).items() if isinstance(module, LoRALayer)}
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -141,11 +146,11 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     record = find_record(model)
     shown = {layer.weight: layer.lora_base for layer in adapted_layers(model).values()}
     if record is not None:
-        shown |= {model.get_submodule(name).get_parameter("weight"): a.base for name, a in record.folded.items()}
+        shown |= {submodule(model, name).get_parameter("weight"): a.base for name, a in record.folded.items()}
     own = {id(weight): base for weight, base in shown.items() if isinstance(base, nn.Parameter)}
     adapters = {id(p) for p in adapter_parameters(model).values()}
-    named = model.named_parameters(remove_duplicate=False)
-    return {name: own.get(id(p), p) for name, p in named if id(p) not in adapters}
+    named = named_parameters(model, remove_duplicate=False)
+    return {name: own.get(id(p), p) for name, p in named.items() if id(p) not in adapters}
 
 
 def trained_base_parameters(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Parameter]:
@@ -156,7 +161,7 @@ def trained_base_parameters(model: nn.Module, config: LoRAConfig) -> dict[str, n
         trained |= {id(p) for name, p in base.items() if "bias" in name.rpartition(".")[2]}
     if config.bias == "lora_only":
         layers = {name.rpartition(".")[0] for name in adapter_parameters(model)}
-        trained |= {id(model.get_submodule(name)._parameters.get("bias")) for name in layers}
+        trained |= {id(submodule(model, name)._parameters.get("bias")) for name in layers}
     return {name: p for name, p in base.items() if id(p) in trained}
 
 
@@ -164,7 +169,7 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return the buffers of ``model`` that its state dict holds, by every name that it holds them under."""
     return {
         f"{prefix}.{name}".removeprefix("."): buffer
-        for prefix, module in model.named_modules(remove_duplicate=False)
+        for prefix, module in named_modules(model, remove_duplicate=False).items()
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
@@ -180,19 +185,21 @@ def is_fresh(model: nn.Module) -> bool:
 
 
 def freeze(model: nn.Module, record: Record) -> None:
-    """Let adapters and what else trains require gradients, and nothing else; remember how it was."""
+    """Let adapters and what else trains change, and nothing else; remember what required a gradient before."""
     base, trained = base_parameters(model), trained_base_parameters(model, record.config)
     for name, parameter in base.items():  # all before any is set: a tied one has several names
         record.requires_grad.setdefault(name, parameter.requires_grad)
     for name, parameter in base.items():
         parameter.requires_grad_(name in trained)
+    freeze_norms(model, saved_modules(model, record.config))
 
 
 def unfreeze(model: nn.Module, record: Record) -> None:
-    """Let each parameter of the base, under whatever name it is shown, require a gradient if it did before."""
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    """Let the base change as before: each parameter, under whatever name it is shown, and each norm's statistics."""
+    for name, parameter in named_parameters(model, remove_duplicate=False).items():
         if name in record.requires_grad:
             parameter.requires_grad_(record.requires_grad[name])
+    unfreeze_norms(model)
 
 
 def keep_originals(model: nn.Module, record: Record) -> None:

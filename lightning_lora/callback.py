@@ -55,6 +55,7 @@ class LoRACallback(Callback):
         init: How ``lora_A`` starts: ``"kaiming"`` (uniform) or ``"gaussian"``.
         use_rslora: Scale by ``alpha / sqrt(r)`` instead.
         use_dora: Reserved: weight-decomposed adaptation is not available yet.
+        autocast_adapter_dtype: Keep adapters in float32 where the base is in half precision.
         loraplus_lr_ratio: Reserved: a learning rate of its own for ``lora_B`` is not available yet.
         merge: What becomes of the adapters at the end of ``fit``: ``"last"`` merges them as they are, ``"best"`` merges
             those of ModelCheckpoint's best file, ``False`` leaves them on the model. A ``fast_dev_run`` merges nothing.
@@ -93,6 +94,7 @@ class LoRACallback(Callback):
         init: Init = "kaiming",
         use_rslora: bool = False,
         use_dora: bool = False,
+        autocast_adapter_dtype: bool = True,
         loraplus_lr_ratio: float | None = None,
         merge: Merge = "last",
     ) -> None:
@@ -116,6 +118,7 @@ class LoRACallback(Callback):
             init=init,
             use_rslora=use_rslora,
             use_dora=use_dora,
+            autocast_adapter_dtype=autocast_adapter_dtype,
         )
         self.merge: Merge = merge
         _join_other_package()

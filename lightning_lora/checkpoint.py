@@ -12,6 +12,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError, listed
 from lightning_lora.fingerprint import base_tensors, check_base, fingerprint
 from lightning_lora.functional import digest
+from lightning_lora.names import load_state_dict, plain_name, state_dict
 from lightning_lora.state import (
     adapters_live,
     check_names,
@@ -170,7 +171,8 @@ def load_checkpoint_state(model: nn.Module, checkpoint: Mapping[str, Any]) -> No
 def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Write a full state into the base, and start the adapters anew."""
     adapters = {id(p) for p in adapter_parameters(model).values()}
-    expected = model.state_dict(keep_vars=True)
+    state = {plain_name(name): value for name, value in state.items()}
+    expected = state_dict(model, keep_vars=True)
     expected = {name: value for name, value in expected.items() if id(value) not in adapters}
     wrong = {
         "missing": [name for name in expected if name not in state],
@@ -186,7 +188,7 @@ def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
             f"{found}. Pass a checkpoint of the same model, trained with or without LoRACallback."
         )
     with adapters_live(model):
-        model.load_state_dict(dict(state), strict=False)
+        load_state_dict(model, state)
         for layer in adapted_layers(model).values():
             layer.lora_start(layer.lora_A, layer.lora_B, layer.lora_init)
     record_of(model).fingerprints = []

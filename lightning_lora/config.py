@@ -34,6 +34,8 @@ class LoRAConfig:
             round, so that tokens never seen in training are never changed.)
         use_rslora: Scale by ``alpha / sqrt(r)`` (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor").
         use_dora: Reserved: weight-decomposed adaptation is not available yet.
+        autocast_adapter_dtype: Keep adapters in float32 where the base is in half precision, which would round most
+            optimizer steps away. They are cast to the input's dtype where they meet it, so computing stays fast.
 
     Raises:
         ConfigError: an argument is outside what it may be.
@@ -64,6 +66,7 @@ class LoRAConfig:
     init: Init = "kaiming"
     use_rslora: bool = False
     use_dora: bool = False
+    autocast_adapter_dtype: bool = True
 
     def __post_init__(self) -> None:
         """Check every argument, and keep copies of the mutable ones as plain types."""
@@ -76,7 +79,7 @@ class LoRAConfig:
         self._keep("dropout", _plain(self.dropout))
         _check_choice("bias", self.bias, get_args(Bias))
         _check_choice("init", self.init, get_args(Init))
-        for field in ("use_rslora", "use_dora"):
+        for field in ("use_rslora", "use_dora", "autocast_adapter_dtype"):
             _check_choice(field, getattr(self, field), (False, True))
         if self.use_dora:
             raise ConfigError("use_dora=True is not available in this version. Expected False.")

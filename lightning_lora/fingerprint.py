@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_lora.adapted import adapted_layers, base_parameters, record_of, trained_base_parameters
 from lightning_lora.errors import AdapterFileError, BaseMismatchError
 from lightning_lora.functional import digest
+from lightning_lora.names import submodule
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -50,9 +51,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     record = record_of(model)
     trained = trained_base_parameters(model, record.config)
     merged = {layer.weight: layer.lora_base for layer in adapted_layers(model).values()}
-    merged |= {
-        model.get_submodule(name).get_parameter("weight"): adapter.base for name, adapter in record.folded.items()
-    }
+    merged |= {submodule(model, name).get_parameter("weight"): adapter.base for name, adapter in record.folded.items()}
     below = {id(weight): base for weight, base in merged.items() if base is not None}
     own = base_parameters(model)
     rewritten = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.max_norm is not None}

@@ -14,12 +14,13 @@ from lightning_lora.adapted import Record, adapted_layers, find_record, forget_r
 from lightning_lora.errors import AdapterStateError, LoRAWarning
 from lightning_lora.functional import digest
 from lightning_lora.layers import Adapter, LoRALayer, attach
+from lightning_lora.names import named_modules, submodule
 
 
 def attach_adapters(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
     """Put adapters on the layers of ``model`` that they are named after."""
     for name, adapter in adapters.items():
-        attach(model.get_submodule(name), adapter)
+        attach(submodule(model, name), adapter)
     for encoder in _encoder_layers(model):
         if any(isinstance(child, LoRALayer) for child in encoder.children()):
             vars(encoder).setdefault(_ACTIVATION, encoder.activation_relu_or_gelu)
@@ -62,9 +63,7 @@ def fold(model: nn.Module) -> None:
         merge_layers(model)
         unfreeze(model, record)
         record.folded = detach_adapters(model)
-        record.folded_digests = {
-            name: digest(model.get_submodule(name).get_parameter("weight")) for name in record.folded
-        }
+        record.folded_digests = {name: digest(submodule(model, name).get_parameter("weight")) for name in record.folded}
 
 
 def unfold(model: nn.Module) -> bool:
@@ -87,7 +86,7 @@ def unfold(model: nn.Module) -> bool:
     adapters, record.folded, record.folded_digests = record.folded, {}, {}
     for name, adapter in adapters.items():  # which do not follow a plain model to another device
         for factor in (adapter.lora_A, adapter.lora_B):
-            factor.data = factor.data.to(model.get_submodule(name).get_parameter("weight").device)
+            factor.data = factor.data.to(submodule(model, name).get_parameter("weight").device)
     attach_adapters(model, adapters)
     for layer in adapted_layers(model).values():
         layer.lora_unmerge()
@@ -111,6 +110,6 @@ def check_as_folded(model: nn.Module) -> None:
 
 def is_as_folded(model: nn.Module, record: Record) -> bool:
     """Whether a model that :func:`fold` made plain, if it did, still has the weights that this left."""
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     weights = {name: modules[name]._parameters.get("weight") if name in modules else None for name in record.folded}
     return all(p is not None and digest(p) == record.folded_digests[name] for name, p in weights.items())

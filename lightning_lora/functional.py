@@ -76,8 +76,18 @@ def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
         >>> delta_weight(torch.ones(1, 2), torch.ones(3, 1), scaling=2.0).tolist()
         [[2.0, 2.0], [2.0, 2.0], [2.0, 2.0]]
     """
-    wide = torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)
-    return (lora_B.to(wide) @ lora_A.to(wide)).mul_(scaling)
+    dtype = wide(torch.promote_types(lora_A.dtype, lora_B.dtype))
+    return (lora_B.to(dtype) @ lora_A.to(dtype)).mul_(scaling)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return float32 for a narrower ``dtype``, in which small updates would be lost, and a wider one as it is.
+
+    Example:
+        >>> wide(torch.bfloat16), wide(torch.float64)
+        (torch.float32, torch.float64)
+    """
+    return torch.promote_types(dtype, torch.float32)
 
 
 def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from lightning_lora.errors import AdapterMismatchError, ConfigError, listed
 from lightning_lora.fold import attach_adapters, detach_adapters
 from lightning_lora.inplace import combined
 from lightning_lora.layers import LoRALayer, adapter_for, new_adapter
+from lightning_lora.names import submodule
 from lightning_lora.targets import Selection, select
 
 
@@ -69,7 +70,13 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
     _check_same(model, config, selection)
     adapters = {
         name: new_adapter(
-            kind, layer, r=config.rank(name), scaling=config.scaling(name), dropout=config.dropout, init=config.init
+            kind,
+            layer,
+            r=config.rank(name),
+            scaling=config.scaling(name),
+            dropout=config.dropout,
+            init=config.init,
+            autocast_dtype=config.autocast_adapter_dtype,
         )
         for name, layer in selection.layers.items()
         if not isinstance(layer, LoRALayer) and (kind := adapter_for(layer)) and combined(kind, type(layer))
@@ -127,8 +134,18 @@ def _check_same(model: nn.Module, config: LoRAConfig, selection: Selection) -> N
                 f"Layer {name!r} of {type(model).__name__} is adapted already, but this configuration does not target "
                 "it. Call remove_adapters(model) first, or target it too."
             )
-        found = {"r": layer.lora_A.shape[0], "alpha / r": layer.lora_scaling, "dropout": layer.lora_dropout}
-        asked = {"r": config.rank(name), "alpha / r": config.scaling(name), "dropout": config.dropout}
+        found = {
+            "r": layer.lora_A.shape[0],
+            "alpha / r": layer.lora_scaling,
+            "dropout": layer.lora_dropout,
+            "autocast_adapter_dtype": layer.lora_autocast_dtype,
+        }
+        asked = {
+            "r": config.rank(name),
+            "alpha / r": config.scaling(name),
+            "dropout": config.dropout,
+            "autocast_adapter_dtype": config.autocast_adapter_dtype,
+        }
         if found != asked:
             raise AdapterMismatchError(
                 f"Layer {name!r} of {type(model).__name__} is adapted already, with {_shown(found)}; this "
@@ -139,7 +156,7 @@ def _check_same(model: nn.Module, config: LoRAConfig, selection: Selection) -> N
         if record is None or record.folded or record.config == config:
             continue
         inside = f"{prefix}." if prefix else ""
-        theirs = {inside + name for name in trained_base_parameters(model.get_submodule(prefix), record.config)}
+        theirs = {inside + name for name in trained_base_parameters(submodule(model, prefix), record.config)}
         ours = {name for name in trained_base_parameters(model, config) if name.startswith(inside)}
         if theirs != ours:
             raise AdapterMismatchError(

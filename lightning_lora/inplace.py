@@ -1,7 +1,7 @@
 """Change what an object does and leave it the same object: its class becomes a subclass of its own class."""
 
 import copyreg
-from typing import Any
+from typing import Any, ClassVar
 
 
 class InPlace:
@@ -26,8 +26,11 @@ class InPlace:
         True
     """
 
-    overlaid: tuple[type, type]
+    overlaid: ClassVar[tuple[type, type]]
     """The mixin, and the class that was there before."""
+
+    overlaid_prefix: ClassVar[str] = "LoRA"
+    """How the name of the combined class begins; the rest is that of the class below."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy by naming the mixin and the class below it."""
@@ -37,18 +40,18 @@ class InPlace:
         return (_blank, self.overlaid, *reduced[2:])
 
 
-_COMBINED: dict[tuple[type, type], type] = {}
+_COMBINED: "dict[tuple[type[InPlace], type], type]" = {}
 
 
-def combined(mixin: type, base: type) -> type:
+def combined(mixin: "type[InPlace]", base: type) -> type:
     """Return the class in which ``mixin`` lies over ``base``; one class for a pair, however often it is asked for."""
     if (mixin, base) not in _COMBINED:
         namespace = {"overlaid": (mixin, base), "__module__": mixin.__module__, "__doc__": mixin.__doc__}
-        _COMBINED[mixin, base] = type(f"LoRA{base.__name__}", (mixin, base), namespace)
+        _COMBINED[mixin, base] = type(f"{mixin.overlaid_prefix}{base.__name__}", (mixin, base), namespace)
     return _COMBINED[mixin, base]
 
 
-def overlay(instance: object, mixin: type) -> None:
+def overlay(instance: object, mixin: type[InPlace]) -> None:
     """Lay ``mixin`` over the class of ``instance``."""
     cls: Any = combined(mixin, type(instance))
     instance.__class__ = cls
@@ -60,6 +63,6 @@ def uncover(instance: InPlace) -> None:
     instance.__class__ = cls
 
 
-def _blank(mixin: type, base: type) -> object:
+def _blank(mixin: type[InPlace], base: type) -> object:
     cls: Any = combined(mixin, base)
     return cls.__new__(cls)

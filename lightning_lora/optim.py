@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.adapted import adapted_layers
 from lightning_lora.errors import OptimizerError, listed
+from lightning_lora.names import named_parameters
 
 Params = list[nn.Parameter]
 
@@ -72,7 +73,7 @@ def _edit(groups: list[Params], followers: dict[int, Params]) -> list[Params]:
 def _place_rest(model: nn.Module, edited: list[list[Params]]) -> None:
     """Give what is in no optimizer to the only group there is."""
     placed = {id(parameter) for groups in edited for group in groups for parameter in group}
-    rest = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in placed}
+    rest = {name: p for name, p in named_parameters(model).items() if p.requires_grad and id(p) not in placed}
     groups = [group for optimizer in edited for group in optimizer]
     if rest and len(groups) == 1:
         groups[0].extend(rest.values())
@@ -85,7 +86,7 @@ def _place_rest(model: nn.Module, edited: list[list[Params]]) -> None:
 
 
 def _write(model: nn.Module, optimizer: Optimizer, groups: list[Params]) -> None:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
     for group, parameters in zip(optimizer.param_groups, groups, strict=True):
         group["params"][:] = parameters
         if "param_names" in group:

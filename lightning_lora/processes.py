@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_lora.adapted import Record, adapted_layers, find_record, keep_record
 from lightning_lora.errors import ConfigError
 from lightning_lora.fold import is_as_folded
+from lightning_lora.names import named_parameters
 
 RANDOM = "lightning_lora_random"
 """Where a checkpoint holds the states of torch's generators."""
@@ -76,7 +77,7 @@ def check_untied(pl_module: LightningModule) -> None:
         ConfigError: an adapted weight has another use; the main process would load both values into the one weight.
     """
     owners: dict[int, list[str]] = {}
-    for name, parameter in pl_module.named_parameters(remove_duplicate=False):
+    for name, parameter in named_parameters(pl_module, remove_duplicate=False).items():
         owners.setdefault(id(parameter), []).append(name)
     for layer in adapted_layers(pl_module).values():
         tied = owners[id(layer.weight)]

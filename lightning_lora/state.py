@@ -20,6 +20,7 @@ from lightning_lora.adapted import (
 from lightning_lora.errors import AdapterMismatchError, listed
 from lightning_lora.fold import check_as_folded, fold, unfold
 from lightning_lora.merge import merge_adapters, unmerge_adapters
+from lightning_lora.names import load_state_dict, named_parameters, plain_name, state_dict
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
     """
     check_as_folded(model)
     off = {name: p.detach() for name, p in adapter_parameters(model).items()} if record_of(model).folded else {}
-    return {**off, **without_base(model, model.state_dict())}
+    return {**off, **without_base(model, state_dict(model))}
 
 
 def without_base(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,15 +55,15 @@ def without_base(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     record = record_of(model)
     adapters, trained = adapter_parameters(model), trained_base_parameters(model, record.config)
     ids = {id(p) for p in adapters.values()}
-    aliases = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in ids} - set(adapters)
+    shown = named_parameters(model, remove_duplicate=False)
+    aliases = {name for name, p in shown.items() if id(p) in ids} - set(adapters)
     dropped = aliases | (set(base_parameters(model)) - set(trained))
     buffers = set(persistent_buffers(model)) & set(record.originals)
     kept = {
         name: value
-        for name, value in state.items()
+        for name, value in ((plain_name(name), value) for name, value in state.items())
         if name not in dropped and not (name in buffers and _same(value, record.originals[name]))
     }
-    shown = dict(model.named_parameters(remove_duplicate=False))
     merged = {name for name in trained if name in kept and shown[name] is not trained[name]}  # its other, tied use
     return {**kept, **{name: trained[name].detach() for name in merged}}
 
@@ -86,7 +87,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     with adapters_live(model):
         buffers = set(persistent_buffers(model)) & set(record.originals)
         restore_originals(model, buffers - set(state))
-        model.load_state_dict(dict(state), strict=False)
+        load_state_dict(model, state)
 
 
 @contextmanager
@@ -111,7 +112,7 @@ def _required(model: nn.Module) -> dict[str, Tensor]:
 
 def _optional(model: nn.Module) -> dict[str, Any]:
     """What it may hold besides: buffers, and what a module adds to its state dict by itself."""
-    return {**without_base(model, model.state_dict()), **persistent_buffers(model)}
+    return {**without_base(model, state_dict(model)), **persistent_buffers(model)}
 
 
 def check_names(model: nn.Module, state: Mapping[str, Any]) -> None:

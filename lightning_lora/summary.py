@@ -9,7 +9,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_lora.adapted import find_record
+from lightning_lora.inplace import InPlace
 from lightning_lora.layers import LoRALayer
+from lightning_lora.names import named_modules
 from lightning_lora.state import adapter_state_dict
 
 _ADAM_MOMENTS = 2
@@ -138,13 +140,13 @@ def summarize(model: nn.Module) -> LoRASummary:
     """
     grouped: dict[tuple[str, str, int | None], list[tuple[int, int]]] = {}
     seen: set[int] = set()
-    for name, module in model.named_modules():
+    for name, module in named_modules(model).items():
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
         seen.update(id(p) for p in own)
         if own:
             trained = sum(p.numel() for p in own if p.requires_grad)
             r = module.lora_A.shape[0] if isinstance(module, LoRALayer) else None
-            kind = module.overlaid[1].__name__ if isinstance(module, LoRALayer) else type(module).__name__
+            kind = module.overlaid[1].__name__ if isinstance(module, InPlace) else type(module).__name__
             key = (re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or "(root)", kind, r)
             grouped.setdefault(key, []).append((trained, sum(p.numel() for p in own) - trained))
     groups = tuple(

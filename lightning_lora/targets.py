@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from lightning_lora.config import LoRAConfig, matches, matches_pattern
 from lightning_lora.errors import ConfigError, TargetError, listed
 from lightning_lora.layers import ADAPTERS, LINEAR_LIKE, LoRALayer, adapter_for
+from lightning_lora.names import named_modules
 
 AUTOMATIC = ("all-linear", "all")
 """The words that ``target_modules`` knows besides expressions and lists."""
@@ -53,7 +54,7 @@ adapted end in '0', '2'. Correct target_modules; print(summarize(model)) shows e
     outer = [names.modules[name] for name in names.find("exclude_modules", config.exclude_modules)]
     left_out = {inner for module in (*saved.values(), *outer) for inner in module.modules()}
     targets = set(_targets(names, config).values()) - left_out
-    layers = {name: layer for name, layer in model.named_modules() if layer in targets}
+    layers = {name: layer for name, layer in named_modules(model).items() if layer in targets}
     _check_supported(names, config, layers)
     _check_patterns(names, config, layers)
     _check_ranks(config, layers)
@@ -62,7 +63,7 @@ adapted end in '0', '2'. Correct target_modules; print(summarize(model)) shows e
 
 def saved_modules(model: nn.Module, config: LoRAConfig) -> Iterator[nn.Module]:
     """Yield the modules of ``model`` that ``modules_to_save`` names."""
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model, remove_duplicate=False).items():
         if any(matches(entry, name) for entry in config.modules_to_save or ()):
             yield module
 
@@ -73,7 +74,7 @@ class _Names:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.title = type(model).__name__
-        self.modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+        self.modules = {name: module for name, module in named_modules(model, remove_duplicate=False).items() if name}
 
     def find(self, argument: str, pattern: object) -> list[str]:
         """Return every name that a pattern means: an expression for whole names, or a list.

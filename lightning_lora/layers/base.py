@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError
-from lightning_lora.functional import delta_weight, init_factors, merged_weight
+from lightning_lora.functional import delta_weight, init_factors, merged_weight, wide
 from lightning_lora.inplace import InPlace, overlay, uncover
 
 
@@ -25,6 +25,7 @@ class Adapter:
         scaling: The factor of ``B @ A``.
         dropout: Probability of dropping an input of A in training.
         init: How the factors start, for a later ``reset_parameters``.
+        autocast_dtype: Whether the factors stay in float32 where the weight is in half precision.
         base: The values of the layer's own weight while the one it shows has ``B @ A`` merged in, else None.
     """
 
@@ -34,6 +35,7 @@ class Adapter:
     scaling: float
     dropout: float = 0.0
     init: str = "kaiming"
+    autocast_dtype: bool = True
     base: Tensor | None = None
 
 
@@ -54,6 +56,7 @@ class LoRALayer(InPlace, nn.Module):
     lora_scaling: float
     lora_dropout: float
     lora_init: str
+    lora_autocast_dtype: bool
     lora_enabled: bool
     _lora_computes_itself: ClassVar[bool]
 
@@ -172,6 +175,7 @@ class LoRALayer(InPlace, nn.Module):
             scaling=state.pop("lora_scaling"),
             dropout=state.pop("lora_dropout"),
             init=state.pop("lora_init"),
+            autocast_dtype=state.pop("lora_autocast_dtype"),
             base=state.pop("_lora_base"),
         )
         del self.lora_A, self.lora_B, state["lora_enabled"]
@@ -204,6 +208,19 @@ class LoRALayer(InPlace, nn.Module):
         finally:
             del self.__dict__["weight"]
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move and convert as nn.Module does, but never round an adapter to half precision and back."""
+        before = {name: (p.data, p.grad) for name, p in self.lora_parameters().items()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
+        for name, p in self.lora_parameters().items() if self.lora_autocast_dtype else ():
+            dtype = wide(p.dtype)
+            if p.dtype != dtype:
+                data, grad = before[name]
+                p.grad = None
+                p.data = torch.empty_like(p, dtype=dtype) if data.is_meta else data.to(p.device, dtype)
+                p.grad = None if grad is None else grad.to(p.device, dtype)
+        return self
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Load as nn.Module does, and take a checkpoint of the base, which knows no adapter, as complete."""
         if self.lora_base is not None and f"{prefix}weight" in state_dict:
@@ -219,17 +236,27 @@ class LoRALayer(InPlace, nn.Module):
 
 
 def new_adapter(
-    kind: type[LoRALayer], layer: nn.Module, *, r: int, scaling: float, dropout: float = 0.0, init: str = "kaiming"
+    kind: type[LoRALayer],
+    layer: nn.Module,
+    *,
+    r: int,
+    scaling: float,
+    dropout: float = 0.0,
+    init: str = "kaiming",
+    autocast_dtype: bool = True,
 ) -> Adapter:
-    """Make an adapter for ``layer``, in its weight's dtype and on its device, that changes nothing yet."""
+    """Make an adapter for ``layer``, on its weight's device, that changes nothing yet.
+
+    Its dtype is the weight's, or float32 instead of a narrower one if ``autocast_dtype``.
+    """
     weight = layer.get_parameter("weight")
+    dtype = wide(weight.dtype) if autocast_dtype else weight.dtype
     reads, writes = kind.lora_features(layer)
     lora_A, lora_B = (
-        nn.Parameter(torch.empty(shape, dtype=weight.dtype, device=weight.device))
-        for shape in ((r, reads), (writes, r))
+        nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device)) for shape in ((r, reads), (writes, r))
     )
     kind.lora_start(lora_A, lora_B, init)
-    return Adapter(kind, lora_A, lora_B, scaling, dropout, init)
+    return Adapter(kind, lora_A, lora_B, scaling, dropout, init, autocast_dtype)
 
 
 def attach(layer: nn.Module, adapter: Adapter) -> None:
@@ -238,5 +265,6 @@ def attach(layer: nn.Module, adapter: Adapter) -> None:
     assert isinstance(layer, LoRALayer)
     layer.lora_A, layer.lora_B = adapter.lora_A, adapter.lora_B
     layer.lora_scaling, layer.lora_dropout, layer.lora_init = adapter.scaling, adapter.dropout, adapter.init
+    layer.lora_autocast_dtype = adapter.autocast_dtype
     layer.lora_enabled = True
     layer.lora_keep_base(adapter.base)

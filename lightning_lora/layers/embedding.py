@@ -50,6 +50,7 @@ class LoRAEmbedding(LoRALayer):
     def lora_forward(self, input: Tensor) -> Tensor:  # the name nn.Embedding gives it
         """Look up the rows and add the update's."""
         rows = F.embedding(input, self.weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
-        return rows + low_rank_lookup(
+        update = low_rank_lookup(
             input, self.lora_A, self.lora_B, self.lora_scaling, self.padding_idx, self.scale_grad_by_freq
         )
+        return rows + update.to(rows.dtype)

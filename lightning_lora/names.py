@@ -1,0 +1,62 @@
+"""A model's parts by the names they have in files: those of the plain model, whatever ``torch.compile`` has wrapped.
+
+A compiled submodule is a wrapper that puts ``_orig_mod.`` into every name below it. Patterns, checkpoints and errors
+here never see it, so that what a compiled model wrote loads into a plain one, and the other way round.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+_COMPILED = "_orig_mod"
+
+
+def plain_name(name: str) -> str:
+    """Return a dotted name without what ``torch.compile`` put into it.
+
+    Example:
+        >>> plain_name("encoder._orig_mod.query.weight"), plain_name("_orig_mod")
+        ('encoder.query.weight', '')
+    """
+    return ".".join(part for part in name.split(".") if part != _COMPILED) if _COMPILED in name else name
+
+
+def plain_module(module: nn.Module) -> nn.Module:
+    """Return the module inside a compiled one, and any other as it is."""
+    return module._modules.get(_COMPILED) or module
+
+
+def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Module]:
+    """Return the modules of ``model`` by name; a compiled one is the module inside."""
+    named = model.named_modules(remove_duplicate=remove_duplicate)
+    return {plain_name(name): module for name, module in named}  # what is inside comes after its wrapper
+
+
+def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
+    """Return the parameters of ``model`` by name."""
+    named = model.named_parameters(remove_duplicate=remove_duplicate)
+    return {plain_name(name): parameter for name, parameter in named}
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """Return the module of ``model`` that :func:`named_modules` calls ``name``.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    module = plain_module(model)
+    for part in name.split(".") if name else ():
+        module = plain_module(module.get_submodule(part))
+    return module
+
+
+def state_dict(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
+    """Return the state of ``model`` under plain names."""
+    return {plain_name(name): value for name, value in model.state_dict(keep_vars=keep_vars).items()}
+
+
+def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Write a state under plain names into ``model``, which may hold more."""
+    own = {plain_name(name): name for name in model.state_dict(keep_vars=True)}
+    model.load_state_dict({own.get(name, name): value for name, value in state.items()}, strict=False)
