@@ -28,8 +28,10 @@ class Record:
     Args:
         config: What it was adapted with.
         requires_grad: Whether each parameter of the base was to be trained.
-        originals: The base's values of what training may change beside the adapters: modules trained whole, biases
-            and persistent buffers.
+        originals: The base's values of what training may change beside the adapters: modules trained whole, biases,
+            persistent buffers, and frozen weights for which a file had other values.
+        changed: Digests of frozen weights that other code than an optimizer changed in a run: as last seen, and the
+            base's, whose values are lost.
         folded: The adapters, while they are off their layers and the layers show merged weights: a plain model.
         folded_digests: The digests of those merged weights, to notice if they are replaced.
         fingerprints: The forms in which this base was seen: as loaded, and as a Trainer's precision converted it.
@@ -39,6 +41,7 @@ class Record:
     config: LoRAConfig
     requires_grad: dict[str, bool] = field(default_factory=dict)
     originals: dict[str, Tensor] = field(default_factory=dict)
+    changed: dict[str, tuple[int, int]] = field(default_factory=dict)
     folded: dict[str, Adapter] = field(default_factory=dict)
     folded_digests: dict[str, int] = field(default_factory=dict)
     fingerprints: list[dict[str, Any]] = field(default_factory=list)
@@ -106,6 +109,8 @@ def absorb_inner_records(model: nn.Module, record: Record) -> None:
             record.requires_grad.setdefault(f"{prefix}.{name}", flag)
         for name, value in inner.originals.items():
             record.originals.setdefault(f"{prefix}.{name}", value)
+        for name, digests in inner.changed.items():
+            record.changed.setdefault(f"{prefix}.{name}", digests)
         forget_record(submodule(model, prefix))
 
 
@@ -204,10 +209,20 @@ def unfreeze(model: nn.Module, record: Record) -> None:
 
 def keep_originals(model: nn.Module, record: Record) -> None:
     """Keep on the CPU the base's values of everything that training may change beside the adapters, where not kept."""
-    changing = {**trained_base_parameters(model, record.config), **persistent_buffers(model)}
+    base, buffers = base_parameters(model), persistent_buffers(model)
+    loaded = {name: base[name] for name in record.originals if name in base}  # values that a file gave
+    changing = {**trained_base_parameters(model, record.config), **buffers, **loaded}
     kept = {name: value for name, value in record.originals.items() if name in changing}
     kept = {name: value for name, value in kept.items() if value.shape == changing[name].shape}
     record.originals = {name: kept[name] if name in kept else _copy(tensor) for name, tensor in changing.items()}
+
+
+def keep_frozen(model: nn.Module, names: Iterable[str]) -> None:
+    """Keep the base's values of frozen weights that are about to get others, where they are known."""
+    record, base = record_of(model), base_parameters(model)
+    for name in names:
+        if name not in record.originals and name not in record.changed:
+            record.originals[name] = _copy(base[name])
 
 
 def kept_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from contextlib import ExitStack, closing
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,12 +11,14 @@ from rich.console import Console
 from torch.optim import Optimizer
 
 from lightning_lora.adapted import adapted_layers, find_record, is_fresh, keep_originals, record_of
+from lightning_lora.averaging import copy_adapted, drop_averages, share_base
 from lightning_lora.checkpoint import load_checkpoint_state
 from lightning_lora.config import Bias, Init, LoRAConfig
-from lightning_lora.errors import BestCheckpointWarning, ConfigError, DeadAdapterWarning, LoRAError, TargetError, listed
-from lightning_lora.fold import fold, unfold
+from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError, TargetError
+from lightning_lora.fingerprint import note_changed
+from lightning_lora.fold import fold, unfold, warn_of_rounding
 from lightning_lora.inject import inject_adapters, remove_adapters
-from lightning_lora.optim import train_adapters
+from lightning_lora.optim import check_frozen, train_adapters
 from lightning_lora.processes import (
     RANDOM,
     check_untied,
@@ -25,8 +28,10 @@ from lightning_lora.processes import (
     send_memory,
     set_random_state,
 )
+from lightning_lora.reach import Reach
+from lightning_lora.recompute import gradients_pass
 from lightning_lora.state import adapter_state_dict
-from lightning_lora.strategy import Duties, watch
+from lightning_lora.strategy import Duties, is_watched, watch
 from lightning_lora.summary import summarize
 
 Merge = Literal["last", "best", False]
@@ -123,11 +128,12 @@ class LoRACallback(Callback):
         self.merge: Merge = merge
         _join_other_package()
         self._base_is_open = False
+        self._reach: Reach | None = None
+        self._training = ExitStack()
         self._entered = False
         self._began = False
         self._was_adapted = False
         self._was_folded = False
-        self._stepped: list[Optimizer] = []
         self._random: Any = None
 
     # Set up: adapt what is there, and again when the model's own hooks have run
@@ -136,7 +142,9 @@ class LoRACallback(Callback):
         """Adapt the module, on its exact base if an earlier fit merged it; the strategy adapts layers still to come."""
         self._entered, self._began, self._random = True, False, None
         self._was_adapted, self._was_folded = bool(adapted_layers(pl_module)), False
-        self._check_alone(trainer)
+        _check_companions(_callbacks(trainer), stage)
+        if stage != "fit":
+            drop_averages(_callbacks(trainer))
         watch(trainer.strategy, Duties(self._adapt, train_adapters))
         receive_memory(trainer, pl_module)
         if stage == "fit":
@@ -154,19 +162,13 @@ class LoRACallback(Callback):
     def _adapt(self, pl_module: LightningModule) -> None:
         """Adapt what the module's own hooks have made; what they loaded until now is the base."""
         inject_adapters(pl_module, self.config)
+        if pl_module.trainer.state.fn == "fit":
+            copy_adapted(_callbacks(pl_module.trainer), pl_module)
         if self._base_is_open:
             record = record_of(pl_module)
             record.originals = {}
             keep_originals(pl_module, record)
             self._base_is_open = False
-
-    def _check_alone(self, trainer: Trainer) -> None:
-        ours = [callback for callback in _callbacks(trainer) if isinstance(callback, LoRACallback)]
-        if len(ours) > 1:
-            raise ConfigError(
-                f"The Trainer has {len(ours)} LoRACallbacks; expected one. Join their target_modules in a single "
-                "callback, with rank_pattern and alpha_pattern for what differs."
-            )
 
     def _check_merge(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.merge == "best" and trainer.checkpoint_callback is None and not _is_trial(trainer):
@@ -185,7 +187,6 @@ class LoRACallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show what trains, refuse a merge that could not come back, and go on with a resumed run's random numbers."""
-        self._stepped = []
         if self.merge and returns_state_only(trainer):
             check_untied(pl_module)
         if trainer.is_global_zero and _wants_summary(trainer):
@@ -194,36 +195,39 @@ class LoRACallback(Callback):
         self._random = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that from here on an exception finds adapters that may be worth keeping."""
+        """From here on an exception finds adapters that may be worth keeping; watch what gradients reach."""
         self._began = True
+        share_base(_callbacks(trainer), pl_module)
+        self._reach = self._training.enter_context(closing(Reach(pl_module, trainer.strategy.model)))
+        self._training.enter_context(gradients_pass())
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let no other process wait for a gradient that this batch does not give."""
+        if self._reach is not None:
+            self._reach.end_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Name, once for each optimizer, the adapters in it that no gradient has reached."""
-        if any(optimizer is seen for seen in self._stepped):
-            return
-        self._stepped.append(optimizer)
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        dead = [
-            name
-            for name, layer in adapted_layers(pl_module).items()
-            if any(id(p) in held and p.grad is None for p in layer.lora_parameters().values())
-        ]
-        if dead:
-            warnings.warn(
-                f"The adapters of {listed(dead)} received no gradient before the first optimizer step, so they do not "
-                "train: the loss does not depend on these layers, or something reads their weights without calling "
-                "them. Take them out with exclude_modules, or look at why they are not used.",
-                DeadAdapterWarning,
-                stacklevel=1,
-            )
+        """Name, once for each optimizer, the adapters in it that no gradient has reached; refuse frozen weights."""
+        check_frozen(pl_module, optimizer)
+        if self._reach is not None:
+            self._reach.check(optimizer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop watching."""
+        self._end_training()
+
+    def _end_training(self) -> None:
+        self._training.close()
+        self._reach = None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge, and make the module plain again; it remembers its base and its adapters."""
+        note_changed(pl_module)
         if not self.merge or _is_trial(trainer):
             return
         which = self._load_best(trainer, pl_module) if self.merge == "best" else "last"
         layers = len(adapted_layers(pl_module))
-        fold(pl_module)
+        warn_of_rounding(pl_module, fold(pl_module))
         send_memory(trainer, pl_module)
         rank_zero_info(
             f"LoRACallback merged the {which} adapters of {layers} layers: {type(pl_module).__name__} is plain again."
@@ -251,14 +255,18 @@ class LoRACallback(Callback):
         if self._was_folded and stage != "fit" and find_record(pl_module) is not None:
             fold(pl_module)
         self._entered = False
+        self._end_training()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give back the module as it came, unless a fit had begun to train it: then training can go on."""
         record, entered = find_record(pl_module), self._entered
         self._entered = False
-        if not entered or self._began or record is None or record.folded:
+        self._end_training()
+        if not entered or record is None or record.folded:
             return
-        if self._was_folded:
+        if self._began:
+            note_changed(pl_module)
+        elif self._was_folded:
             fold(pl_module)
         elif not self._was_adapted:
             remove_adapters(pl_module)
@@ -267,7 +275,7 @@ class LoRACallback(Callback):
         """Store where the random numbers are; and keep the file adapter-only in a main process that had no set-up."""
         checkpoint[RANDOM] = random_states(trainer)
         receive_memory(trainer, pl_module)
-        if find_record(pl_module) is not None:
+        if find_record(pl_module) is not None and not is_watched(trainer.strategy):
             watch(trainer.strategy, Duties(self._adapt, train_adapters))
             checkpoint["state_dict"] = adapter_state_dict(pl_module)
 
@@ -284,6 +292,27 @@ def _join_other_package() -> None:
 
 
 _join_other_package()
+
+
+def _check_companions(callbacks: list[Callback], stage: str) -> None:
+    ours = [callback for callback in callbacks if isinstance(callback, LoRACallback)]
+    if len(ours) > 1:
+        raise ConfigError(
+            f"The Trainer has {len(ours)} LoRACallbacks; expected one. Join their target_modules in a single "
+            "callback, with rank_pattern and alpha_pattern for what differs."
+        )
+    for callback in callbacks if stage == "fit" else ():
+        kinds = {base.__name__ for base in type(callback).__mro__}  # of either package
+        if "BaseFinetuning" in kinds:
+            raise ConfigError(
+                f"{type(callback).__name__} unfreezes base weights in training, and LoRACallback keeps them frozen. "
+                "Use one of the two; to train whole modules beside adapters, name them in modules_to_save."
+            )
+        if "ModelPruning" in kinds:
+            raise ConfigError(
+                f"{type(callback).__name__} masks base weights in training, and LoRACallback keeps them as they are. "
+                "Use one of the two; prune the model before fit, or after it, when the update is merged."
+            )
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

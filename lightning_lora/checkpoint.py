@@ -1,25 +1,27 @@
 """What a Trainer's checkpoint says of its adapters, and how it is checked before it is used."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapted import adapted_layers, adapter_parameters, record_of
+from lightning_lora.adapted import (
+    adapted_layers,
+    adapter_parameters,
+    base_parameters,
+    record_of,
+    trained_base_parameters,
+)
 from lightning_lora.config import LoRAConfig
+from lightning_lora.copies import MOVED, leave_out_base, put_base_back
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError, listed
-from lightning_lora.fingerprint import base_tensors, check_base, fingerprint
+from lightning_lora.fingerprint import check_base, fingerprint, note_changed
 from lightning_lora.functional import digest
 from lightning_lora.names import load_state_dict, plain_name, state_dict
-from lightning_lora.state import (
-    adapters_live,
-    check_names,
-    check_tensors,
-    load_adapter_state_dict,
-    without_base,
-)
+from lightning_lora.state import adapters_live, check_names, check_tensors, without_base, write_state
 
 KEY = "lightning_lora"
 """Where a Lightning checkpoint, or a safetensors file's metadata, says what its adapters are."""
@@ -31,17 +33,29 @@ FORMAT = 1
 # The description
 
 
-def describe(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return, in plain types, what must be known to use ``state`` rightly: format, configuration, base, checksum.
+def describe(model: nn.Module, state: Mapping[str, Any], base: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """Return, in plain types, what must be known to use ``state`` rightly.
 
     Args:
         model: The adapted model.
         state: What of it is stored.
+        base: The forms in which its base was seen.
+        **more: What else is to be said, in plain types.
+
+    Returns:
+        The format, the configuration, the base, the names of frozen weights that changed, and a checksum of it all.
     """
-    record, now = record_of(model), fingerprint(model)
-    forms = record.fingerprints if now in record.fingerprints else [now]
-    about = {"format": FORMAT, "config": record.config.to_dict(), "base": forms}
+    config = record_of(model).config
+    frozen = base_parameters(model).keys() - trained_base_parameters(model, config).keys()
+    changed = [name for name in state if name in frozen]
+    about = {"format": FORMAT, "config": config.to_dict(), "base": base, "changed": changed, **more}
     return {**about, "checksum": _checksum(state, about)}
+
+
+def forms_of_base(model: nn.Module) -> list[dict[str, Any]]:
+    """Return the forms in which the base of ``model`` was seen in a run, if it is still that base, or its form now."""
+    known, now = record_of(model).fingerprints, fingerprint(model)
+    return known if now in known else [now]
 
 
 def check_fits(model: nn.Module, state: Mapping[str, Any], description: Mapping[str, Any]) -> None:
@@ -63,9 +77,17 @@ def check_fits(model: nn.Module, state: Mapping[str, Any], description: Mapping[
                 f"alpha={config.alpha}, use_rslora={config.use_rslora}, rank_pattern={config.rank_pattern}, "
                 f"alpha_pattern={config.alpha_pattern}."
             )
-    check_names(model, state)
+    changed = description.get("changed", ())
+    check_names(model, state, changed)
     check_base(model, description["base"])
     check_tensors(model, state)
+    _check_finite(model, state)
+    lost = sorted(record_of(model).changed.keys() - set(changed))
+    if lost:
+        raise BaseMismatchError(
+            f"Frozen weights of {type(model).__name__} have changed in training since these adapters were stored, and "
+            f"their values of then are in no file: {listed(lost)}. Build the model anew, then load."
+        )
 
 
 def stored_config(description: object) -> LoRAConfig:
@@ -84,6 +106,17 @@ def stored_config(description: object) -> LoRAConfig:
         return LoRAConfig.from_dict(description["config"])
     except (ConfigError, TypeError, ValueError, AttributeError) as error:
         raise AdapterFileError(f"The file's configuration cannot be used: {error}") from error
+
+
+def _check_finite(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuse what a run that had diverged left."""
+    trains = {**adapter_parameters(model), **trained_base_parameters(model, record_of(model).config)}
+    broken = [name for name in trains if not state[name].isfinite().all()]
+    if broken:
+        raise AdapterFileError(
+            f"{listed(broken)} hold NaN or infinite values: the training that wrote them had diverged. Use an earlier "
+            "checkpoint, or train again with a lower learning rate."
+        )
 
 
 def _checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:
@@ -114,20 +147,30 @@ def check_checksum(state: Mapping[str, Any], description: Mapping[str, Any], pat
 
 
 def adapter_only(model: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return ``checkpoint`` as it is to be written: what training changed of ``model``, and its description."""
+    """Return ``checkpoint`` as it is to be written: what training changed of ``model``, and its description.
+
+    A frozen weight that other code than an optimizer changed since the run began is stored from then on.
+    """
+    base = note_changed(model)
+    rest, places = leave_out_base(model, {key: value for key, value in checkpoint.items() if key != "state_dict"})
     state = without_base(model, checkpoint["state_dict"])
-    description = describe(model, state)
-    forms = record_of(model).fingerprints
-    if forms and description["base"] != forms:
-        names, now = list(base_tensors(model)), description["base"][0]["digests"]
-        before = next((form["digests"] for form in forms if len(form["digests"]) == len(now)), now)
-        changed = [name for name, a, b in zip(names, before, now, strict=False) if a != b]
-        raise BaseMismatchError(
-            f"Frozen weights of {type(model).__name__} are no longer those that its run began with: {listed(changed)}. "
-            "A checkpoint of adapters would not hold them, and resuming from it would not be the same run. If your "
-            "code is to change them, name their module in modules_to_save."
-        )
-    return {**checkpoint, "state_dict": state, KEY: description}
+    return {**rest, "state_dict": state, KEY: describe(model, state, base, copies=places)}
+
+
+@contextmanager
+def writing(path: object) -> Iterator[None]:
+    """Say in an error of this package what an operating system says when a file cannot be written.
+
+    Raises:
+        AdapterFileError: it cannot.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+        raise AdapterFileError(
+            f"{path} could not be written ({type(error).__name__}: {error}). The model and its training are as they "
+            "were. Free space on the disk, or choose a folder that can be written, and save again."
+        ) from error
 
 
 def check_readable(checkpoint: object, path: object) -> None:
@@ -149,23 +192,26 @@ def check_readable(checkpoint: object, path: object) -> None:
 
 def as_base(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return a full checkpoint as the start of a fine-tune: its weights, and nothing of the run that made it."""
-    run = {"callbacks", "optimizer_states", "lr_schedulers", "loops", "epoch", "global_step"}
+    run = {"callbacks", "optimizer_states", "lr_schedulers", "loops", "epoch", "global_step", *MOVED, "averaging_state"}
     kept = {key: value for key, value in checkpoint.items() if key not in run}
     return {**kept, "epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": []}
 
 
-def load_checkpoint_state(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Write a Trainer checkpoint into an adapted model: adapters, or the weights of a full one as its base.
+
+    Afterwards ``checkpoint`` holds whole states of the model, base and all, for the callbacks that read it next.
 
     Raises:
         AdapterMismatchError, BaseMismatchError, AdapterFileError: it does not fit. Nothing was written then.
     """
     state = checkpoint["state_dict"]
-    if KEY in checkpoint:
-        check_fits(model, state, checkpoint[KEY])
-        load_adapter_state_dict(model, state)
-    else:
+    if KEY not in checkpoint:
         _load_base(model, state)
+        return
+    check_fits(model, state, checkpoint[KEY])
+    write_state(model, state)
+    put_base_back(model, checkpoint, [["state_dict"], *checkpoint[KEY].get("copies", ())])
 
 
 def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:

@@ -16,7 +16,8 @@ Warnings::
 
     LoRAWarning
     ├── BestCheckpointWarning  merge="best", and no best checkpoint was written
-    └── DeadAdapterWarning     adapters that no gradient reaches
+    ├── DeadAdapterWarning     adapters that no gradient reaches
+    └── MergePrecisionWarning  a merge whose rounding takes much of the update away
 """
 
 from collections.abc import Iterable
@@ -80,3 +81,7 @@ class BestCheckpointWarning(LoRAWarning):
 
 class DeadAdapterWarning(LoRAWarning):
     """Adapters received no gradient by the first optimizer step."""
+
+
+class MergePrecisionWarning(LoRAWarning):
+    """Merging into half-precision weights rounded a large share of the update away."""

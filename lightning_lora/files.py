@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,12 +21,14 @@ from lightning_lora.checkpoint import (
     check_fits,
     check_readable,
     describe,
+    forms_of_base,
     stored_config,
+    writing,
 )
 from lightning_lora.errors import AdapterFileError, AdapterStateError
-from lightning_lora.fold import fold, unfold
+from lightning_lora.fold import fold, unfold, warn_of_rounding
 from lightning_lora.inject import inject_adapters, remove_adapters
-from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
+from lightning_lora.state import adapter_state_dict, write_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -42,7 +45,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         AdapterStateError: ``model`` has no adapters, or they are on the meta device.
-        AdapterFileError: something in its state is no tensor.
+        AdapterFileError: something in its state is no tensor, or the file cannot be written (a full disk, say).
         FileNotFoundError: there is no such folder.
     """
     path, state = Path(path), adapter_state_dict(model)
@@ -55,14 +58,17 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         )
     if any(value.is_meta for value in state.values()):
         raise AdapterStateError("The adapters are on the meta device and have no values. Call model.to_empty first.")
-    description = describe(model, state)
-    beside = path.with_name(f".{path.name}.part")
+    description = describe(model, state, forms_of_base(model))
     tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
-    try:
-        beside.write_bytes(save(tensors, metadata={"format": "pt", KEY: json.dumps(description)}))
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    contents = save(tensors, metadata={"format": "pt", KEY: json.dumps(description)})
+    beside = path.with_name(f".{path.name}.part")
+    with writing(path):
+        try:
+            beside.write_bytes(contents)
+            beside.replace(path)
+        finally:
+            with suppress(OSError):
+                beside.unlink()
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> None:
@@ -105,7 +111,7 @@ def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any]) -
         if find_record(model) is None:  # plain, or with adapters that were injected in a part of it
             inject_adapters(model, config)
         check_fits(model, state, description)
-        load_adapter_state_dict(model, state)
+        write_state(model, state)
     except BaseException:
         if plain and find_record(model):
             remove_adapters(model)
@@ -203,6 +209,6 @@ def load_from_checkpoint(
         model = cls.load_from_checkpoint(shell, map_location="cpu", **options)
     _put(model, state, description)
     if merge:
-        fold(model)
+        warn_of_rounding(model, fold(model))
         remove_adapters(model)
     return model.to(map_location) if isinstance(map_location, str | torch.device) else model

@@ -31,11 +31,35 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     for tensor in tensors.values():
         if id(tensor) not in known:  # tied weights are hashed once
             known[id(tensor)] = 0 if tensor.is_meta else digest(tensor)
+    seen = {name: known[id(tensor)] for name, tensor in tensors.items()}
+    base = {name: was for name, (changed, was) in record_of(model).changed.items() if seen.get(name) == changed}
     return {
         "layout": hashlib.sha256(layout.encode()).hexdigest(),
         "dtypes": base_dtypes(model),
-        "digests": [known[id(tensor)] for tensor in tensors.values()],
+        "digests": list({**seen, **base}.values()),
     }
+
+
+def note_changed(model: nn.Module) -> list[dict[str, Any]]:
+    """Note which frozen weights are not those that the run began with: files must hold them from now on.
+
+    Returns:
+        The forms in which the base was seen, as :func:`check_base` takes them.
+    """
+    record, now = record_of(model), fingerprint(model)
+    if now in record.fingerprints:
+        return record.fingerprints
+    same_form = [form for form in record.fingerprints if _shape(form) == _shape(now)]
+    if not same_form:
+        return [now]
+    for name, was, changed in zip(base_tensors(model), same_form[0]["digests"], now["digests"], strict=True):
+        if was != changed:
+            record.changed[name] = (changed, was)
+    return record.fingerprints
+
+
+def _shape(form: Mapping[str, Any]) -> tuple[Any, ...]:
+    return form["layout"], form["dtypes"], len(form["digests"])
 
 
 def base_dtypes(model: nn.Module) -> list[str]:

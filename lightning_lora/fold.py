@@ -6,12 +6,13 @@ and the adapters and the base's own values lie in its record.
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
 from lightning_lora.adapted import Record, adapted_layers, find_record, forget_record, freeze, record_of, unfreeze
-from lightning_lora.errors import AdapterStateError, LoRAWarning
+from lightning_lora.errors import AdapterStateError, LoRAWarning, MergePrecisionWarning
 from lightning_lora.functional import digest
 from lightning_lora.layers import Adapter, LoRALayer, attach
 from lightning_lora.names import named_modules, submodule
@@ -21,49 +22,80 @@ def attach_adapters(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
     """Put adapters on the layers of ``model`` that they are named after."""
     for name, adapter in adapters.items():
         attach(submodule(model, name), adapter)
-    for encoder in _encoder_layers(model):
-        if any(isinstance(child, LoRALayer) for child in encoder.children()):
-            vars(encoder).setdefault(_ACTIVATION, encoder.activation_relu_or_gelu)
-            encoder.activation_relu_or_gelu = 0
+    for module, switch, off in _inference_paths(model):
+        if any(isinstance(inner, LoRALayer) for inner in module.modules()):
+            vars(module).setdefault(_SWITCHED, getattr(module, switch))
+            setattr(module, switch, off)
 
 
 def detach_adapters(model: nn.Module) -> dict[str, Adapter]:
     """Take every adapter off ``model`` and return them by the names of their layers."""
-    for encoder in _encoder_layers(model):
-        encoder.activation_relu_or_gelu = vars(encoder).pop(_ACTIVATION, encoder.activation_relu_or_gelu)
+    for module, switch, _ in _inference_paths(model):
+        setattr(module, switch, vars(module).pop(_SWITCHED, getattr(module, switch)))
     return {name: layer.lora_detach() for name, layer in adapted_layers(model).items()}
 
 
-_ACTIVATION = "_lora_activation"
-"""Where an encoder layer keeps its ``activation_relu_or_gelu``. Torch's inference path is taken only if that is not 0:
-it reads the weights of linear1 and linear2 and calls neither, so that adapters would be left out in eval mode."""
+_SWITCHED = "_lora_switched"
+"""Where a module whose inference path is off keeps what the switch was."""
 
 
-def _encoder_layers(model: nn.Module) -> list[nn.TransformerEncoderLayer]:
-    return [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+def _inference_paths(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """The modules of torch that compute differently in eval mode, each with a switch and its value for not doing so.
+
+    An encoder layer reads the weights of linear1 and linear2 and calls neither, so that adapters would be left out; an
+    encoder packs a padded batch for that path, and layers off it cannot take what is packed.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            yield module, "activation_relu_or_gelu", 0
+        elif isinstance(module, nn.TransformerEncoder) and hasattr(module, "use_nested_tensor"):
+            yield module, "use_nested_tensor", False
 
 
-def merge_layers(model: nn.Module) -> None:
-    """Merge every adapted layer of ``model``, or, if one fails (for want of memory), none."""
-    layers = [layer for layer in adapted_layers(model).values() if layer.lora_base is None]
+def merge_layers(model: nn.Module) -> dict[str, float]:
+    """Merge every adapted layer of ``model``, or, if one fails (for want of memory), none.
+
+    Returns:
+        The share of each layer's update that rounding took away.
+    """
+    layers = {name: layer for name, layer in adapted_layers(model).items() if layer.lora_base is None}
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     try:
-        for layer in layers:
-            layer.lora_merge(tied=uses[id(layer.weight)] > 1)
+        return {name: layer.lora_merge(tied=uses[id(layer.weight)] > 1) for name, layer in layers.items()}
     except BaseException:
-        for layer in layers:
+        for layer in layers.values():
             layer.lora_unmerge()
         raise
 
 
-def fold(model: nn.Module) -> None:
-    """Make ``model`` plain, its updates merged, and let it remember how to come back."""
-    record = record_of(model)
+def warn_of_rounding(model: nn.Module, lost: Mapping[str, float]) -> None:
+    """Say what a merge lost, if it is much."""
+    much = {name: share for name, share in lost.items() if share > _MUCH}
+    if much:
+        worst = max(much, key=much.__getitem__)
+        warnings.warn(
+            f"Merging rounded away {much[worst]:.0%} of the update of {worst!r} in {type(model).__name__}, and more "
+            f"than {_MUCH:.0%} in {len(much)} of {len(lost)} layers: half-precision weights cannot hold changes so "
+            "small. The merged model computes less of the fine-tune than the adapted one. Keep the adapters live "
+            "(merge=False, unmerge_adapters), or convert the model to float32 before merging.",
+            MergePrecisionWarning,
+            stacklevel=3,
+        )
+
+
+_MUCH = 0.25
+"""A share of an update (in norm) that is worth a warning. Rounding noise of a tenth or two is usual in bfloat16."""
+
+
+def fold(model: nn.Module) -> dict[str, float]:
+    """Make ``model`` plain, its updates merged, and let it remember how to come back. Return what merging lost."""
+    record, lost = record_of(model), dict[str, float]()
     if not record.folded:
-        merge_layers(model)
+        lost = merge_layers(model)
         unfreeze(model, record)
         record.folded = detach_adapters(model)
         record.folded_digests = {name: digest(submodule(model, name).get_parameter("weight")) for name in record.folded}
+    return lost
 
 
 def unfold(model: nn.Module) -> bool:

@@ -99,6 +99,26 @@ def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:
     return (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(weight.dtype)
 
 
+def lost_share(weight: Tensor, delta: Tensor, merged: Tensor) -> float:
+    r"""Return how much of :math:`\Delta W` rounding :math:`W + \Delta W` took: the norm of what is lost, over its own.
+
+    It is 1 where every change was smaller than half a step of the weight's dtype, and so nothing of it is left.
+
+    Shape:
+        All have the same shape. Returns a number from 0 to about 1; 0 for an update of zero.
+
+    Example:
+        >>> weight, delta = torch.ones(4).bfloat16(), torch.full((4,), 1e-3)
+        >>> lost_share(weight, delta, merged_weight(weight, delta))
+        1.0
+    """
+    if weight.dtype == delta.dtype:
+        return 0.0
+    size = delta.norm()
+    lost = (merged.to(delta.dtype) - weight.to(delta.dtype)).sub_(delta).norm()
+    return float(lost / size) if size else 0.0
+
+
 def init_factors(reading: Tensor, writing: Tensor, init: str) -> None:
     """Start a pair of factors in place: the one at random, the other at zero, so that their product is zero.
 
@@ -133,8 +153,10 @@ def digest(tensor: Tensor) -> int:
         >>> digest(torch.zeros(3)) == digest(torch.zeros(3)), digest(torch.ones(3)) == digest(torch.zeros(3))
         (True, False)
     """
-    dense = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
-    bits = dense.contiguous().reshape(-1)
+    if tensor.layout is not torch.strided:
+        sparse = tensor.detach().to_sparse_coo().coalesce()  # whose dense form may be too large
+        return (3 * digest(sparse.indices()) + digest(sparse.values())) % (1 << 63)
+    bits = tensor.detach().contiguous().reshape(-1)
     integers = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64))
     multiplier = torch.arange(min(integers.numel(), _CHUNK), device=tensor.device) * 0x2545F4914F6CDD1D | 1
     total = integers.numel()

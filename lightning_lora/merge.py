@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lightning_lora.adapted import adapted_layers, find_record, kept_tensors, record_of
-from lightning_lora.fold import check_as_folded, fold, merge_layers, unfold
+from lightning_lora.fold import check_as_folded, fold, merge_layers, unfold, warn_of_rounding
 
 
 def merge_adapters(model: nn.Module) -> None:
@@ -22,12 +22,15 @@ def merge_adapters(model: nn.Module) -> None:
     Raises:
         AdapterStateError: ``model`` has no adapters.
 
+    Warns:
+        MergePrecisionWarning: the weights are in half precision, and rounding took much of an update away.
+
     Source:
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1, "No Additional Inference
         Latency".
     """
     if not record_of(model).folded:
-        merge_layers(model)
+        warn_of_rounding(model, merge_layers(model))
 
 
 def unmerge_adapters(model: nn.Module) -> None:

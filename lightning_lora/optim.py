@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_lora.adapted import adapted_layers
+from lightning_lora.adapted import adapted_layers, base_parameters, record_of, trained_base_parameters
 from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.names import named_parameters
 
@@ -40,6 +40,26 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     for optimizer, before, after in zip(optimizers, built, edited, strict=True):
         _write(model, optimizer, after)
         _EDITED[optimizer] = (before, after)
+
+
+def check_frozen(model: nn.Module, optimizer: Optimizer) -> None:
+    """Refuse a step with frozen weights that were added to an optimizer after its set-up; it costs next to nothing.
+
+    Raises:
+        OptimizerError: there are such weights.
+    """
+    _, left = _EDITED.get(optimizer, ([], None))
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    if left is None or sizes == [len(group) for group in left]:
+        return
+    trained = {id(p) for p in trained_base_parameters(model, record_of(model).config).values()}
+    frozen = {id(p): name for name, p in base_parameters(model).items() if id(p) not in trained}
+    added = [frozen[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in frozen]
+    if added:
+        raise OptimizerError(
+            f"{listed(added)} of {type(model).__name__} were added to an optimizer in training, but are frozen. Name "
+            "their modules in modules_to_save to train them, and take out the code or the callback that adds them."
+        )
 
 
 def _built_groups(optimizer: Optimizer) -> list[Params]:

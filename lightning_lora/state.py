@@ -1,16 +1,19 @@
 """What training changed of a model: taken out of it, and written back once everything is checked."""
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapted import (
     adapted_layers,
     adapter_parameters,
     base_parameters,
+    keep_frozen,
+    kept_tensors,
     persistent_buffers,
     record_of,
     restore_originals,
@@ -19,6 +22,7 @@ from lightning_lora.adapted import (
 )
 from lightning_lora.errors import AdapterMismatchError, listed
 from lightning_lora.fold import check_as_folded, fold, unfold
+from lightning_lora.functional import digest
 from lightning_lora.merge import merge_adapters, unmerge_adapters
 from lightning_lora.names import load_state_dict, named_parameters, plain_name, state_dict
 
@@ -26,8 +30,8 @@ from lightning_lora.names import load_state_dict, named_parameters, plain_name, 
 def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
     """Return all that training changed, and nothing else.
 
-    That is: the adapters, biases and modules that are trained beside them, buffers that no longer have the base's
-    values, and whatever a module adds to its state dict by itself.
+    That is: the adapters, biases and modules that are trained beside them, buffers and frozen weights that no longer
+    have the base's values, and whatever a module adds to its state dict by itself.
 
     Args:
         model: A model with adapters: adapted, merged, or made plain again by a finished fit.
@@ -51,19 +55,20 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def without_base(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop from a state of ``model`` what the base has already: frozen parameters, and buffers with the same values."""
-    record = record_of(model)
+    """Drop from a state of ``model`` what the base has already: frozen weights, and buffers with the same values.
+
+    What other code than an optimizer changed of the frozen weights is kept, or put in.
+    """
+    record, base = record_of(model), base_parameters(model)
     adapters, trained = adapter_parameters(model), trained_base_parameters(model, record.config)
     ids = {id(p) for p in adapters.values()}
     shown = named_parameters(model, remove_duplicate=False)
     aliases = {name for name, p in shown.items() if id(p) in ids} - set(adapters)
-    dropped = aliases | (set(base_parameters(model)) - set(trained))
-    buffers = set(persistent_buffers(model)) & set(record.originals)
-    kept = {
-        name: value
-        for name, value in ((plain_name(name), value) for name, value in state.items())
-        if name not in dropped and not (name in buffers and _same(value, record.originals[name]))
-    }
+    dropped = aliases | (set(base) - set(trained))
+    originals = {name: value for name, value in record.originals.items() if name not in trained}
+    changed = {name: base[name].detach() for name in (*record.changed, *originals) if name in base}
+    held = {**changed, **{plain_name(name): value for name, value in state.items() if plain_name(name) not in dropped}}
+    kept = {name: value for name, value in held.items() if name not in originals or not _same(value, originals[name])}
     merged = {name for name in trained if name in kept and shown[name] is not trained[name]}  # its other, tied use
     return {**kept, **{name: trained[name].detach() for name in merged}}
 
@@ -71,7 +76,8 @@ def without_base(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Write back what :func:`adapter_state_dict` returned: everything is checked, then everything is written.
 
-    Buffers that ``state`` does not hold get the base's values. A merged model is merged again with the new adapters.
+    What else may change, and ``state`` does not hold, gets the base's values: buffers, for example. A merged model is
+    merged again with the new adapters.
 
     Args:
         model: A model adapted as the one that ``state`` is of.
@@ -81,13 +87,22 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         AdapterMismatchError: a name is missing, unexpected, or of another shape or kind. Nothing was written then.
         AdapterStateError: ``model`` has no adapters.
     """
-    record = record_of(model)
+    record_of(model)
     check_names(model, state)
     check_tensors(model, state)
+    write_state(model, state)
+
+
+def write_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Write a state that has been checked."""
+    record, base = record_of(model), base_parameters(model)
+    trained = trained_base_parameters(model, record.config)
+    keep_frozen(model, [name for name in state if name in base and name not in trained])
     with adapters_live(model):
-        buffers = set(persistent_buffers(model)) & set(record.originals)
-        restore_originals(model, buffers - set(state))
+        restore_originals(model, [name for name in record.originals if name not in state and name not in trained])
         load_state_dict(model, state)
+    for name, (_, was) in record.changed.items():
+        record.changed[name] = (digest(base_parameters(model)[name]), was)
 
 
 @contextmanager
@@ -111,17 +126,24 @@ def _required(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _optional(model: nn.Module) -> dict[str, Any]:
-    """What it may hold besides: buffers, and what a module adds to its state dict by itself."""
-    return {**without_base(model, state_dict(model)), **persistent_buffers(model)}
+    """What it may hold besides: buffers, frozen weights that changed, and what a module adds to its state by itself."""
+    return {**without_base(model, state_dict(model)), **persistent_buffers(model), **kept_tensors(model)}
 
 
-def check_names(model: nn.Module, state: Mapping[str, Any]) -> None:
+def check_names(model: nn.Module, state: Mapping[str, Any], changed: Collection[str] = ()) -> None:
     """Refuse a state that lacks a name that ``model`` needs, or has one that it does not know.
+
+    Args:
+        model: The adapted model.
+        state: What is to be written into it.
+        changed: Names of frozen weights that ``state`` is known to have new values for.
 
     Raises:
         AdapterMismatchError: it does.
     """
-    required, optional = _required(model), _optional(model)
+    base = base_parameters(model)
+    required = {**_required(model), **{name: base[name] for name in changed if name in base}}
+    optional = _optional(model)
     missing = [name for name in required if name not in state]
     unexpected = [name for name in state if name not in required and name not in optional]
     if missing or unexpected:
@@ -141,7 +163,7 @@ def check_tensors(model: nn.Module, state: Mapping[str, Any]) -> None:
     Raises:
         AdapterMismatchError: it has one.
     """
-    known = {**_optional(model), **_required(model)}
+    known = {**base_parameters(model), **_optional(model), **_required(model)}
     for name, value in state.items():
         if isinstance(known[name], Tensor):
             _check_tensor(name, value, known[name])
@@ -158,8 +180,13 @@ def _check_tensor(name: str, value: object, expected: Tensor) -> None:
         raise AdapterMismatchError(
             f"{name!r} has no values that could be written (it is {value.layout}, {value.device})."
         )
-    if value.is_floating_point() != expected.is_floating_point() or value.is_complex() != expected.is_complex():
-        raise AdapterMismatchError(f"{name!r} is {value.dtype}, but this model has {expected.dtype}.")
+    if torch.promote_types(value.dtype, expected.dtype) != expected.dtype or (
+        value.is_floating_point() != expected.is_floating_point()
+    ):
+        raise AdapterMismatchError(
+            f"{name!r} is {value.dtype}, but this model has {expected.dtype}, which cannot hold the same values. "
+            f"Convert the model first: model.to({value.dtype})."
+        )
 
 
 def _same(value: Any, original: Tensor) -> bool:

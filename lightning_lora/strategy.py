@@ -5,8 +5,11 @@ optimizers' making and their first use, and its checkpoint hooks are skipped whe
 is called at each of these moments, whatever the Trainer does.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
@@ -20,6 +23,7 @@ from lightning_lora.checkpoint import (
     as_base,
     check_readable,
     load_checkpoint_state,
+    writing,
 )
 from lightning_lora.errors import AdapterFileError, StrategyError
 from lightning_lora.fingerprint import base_dtypes, fingerprint
@@ -57,6 +61,11 @@ def watch(strategy: "Strategy", duties: Duties) -> None:
     Watch(strategy, duties).install()
 
 
+def is_watched(strategy: "Strategy") -> bool:
+    """Whether :func:`watch` was called with ``strategy``."""
+    return isinstance(getattr(vars(strategy).get("setup"), "__self__", None), Watch)
+
+
 class Watch:
     """Stand before methods of a Trainer's strategy. A module without adapters passes through untouched.
 
@@ -76,6 +85,7 @@ class Watch:
     def __init__(self, strategy: "Strategy", duties: Duties) -> None:
         self.strategy = strategy
         self.duties = duties
+        self.base_is_noted = False
 
     def install(self) -> None:
         """Set the methods on the strategy."""
@@ -93,9 +103,16 @@ class Watch:
         """Adapt layers that ``setup`` and ``configure_model`` made, then read, and take a full file as the base."""
         self.duties.inject(self.module)
         try:
-            checkpoint: dict[str, Any] = self._own.load_checkpoint(self.strategy, checkpoint_path, *args, **kwargs)
+            with _safely(*args, **kwargs):
+                checkpoint: dict[str, Any] = self._own.load_checkpoint(self.strategy, checkpoint_path, *args, **kwargs)
         except (FileNotFoundError, PermissionError):
             raise
+        except UnpicklingError as error:
+            raise AdapterFileError(
+                f"{checkpoint_path} holds more than plain types, and loading it could run code: "
+                f"{str(error).splitlines()[0]} If you trust it, pass weights_only=False (lightning 2.6 and later), or "
+                "name the types in torch.serialization.add_safe_globals."
+            ) from error
         except Exception as error:
             raise AdapterFileError(
                 f"{checkpoint_path} cannot be read: it is truncated, damaged, or no checkpoint ({error}). Pass a file "
@@ -109,20 +126,37 @@ class Watch:
         )
         return as_base(checkpoint)
 
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+    def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Load what training changed; base keys may be missing, adapter keys may not, whatever ``strict`` says."""
+        self._note_base()
         load_checkpoint_state(self.module, checkpoint)
+        self.base_is_noted = KEY in checkpoint
 
     def setup(self, trainer: "Trainer") -> None:
         """Adapt before the module is converted, moved and wrapped; note the base in both forms for its fingerprint."""
         self.duties.inject(self.module)
+        self._note_base()
+        self.base_is_noted = False  # for the next stage
+        self._own.setup(self.strategy, trainer)
+        self._note_converted_base()
+
+    def _note_base(self) -> None:
+        """Note the base as it was loaded: once in a stage, and before a checkpoint changes any of it."""
+        if self.base_is_noted:
+            return
         record, loaded = record_of(self.module), fingerprint(self.module)
         if loaded not in record.fingerprints:
-            record.fingerprints = [loaded]
-        self._own.setup(self.strategy, trainer)
-        if base_dtypes(self.module) != loaded["dtypes"]:
-            converted = fingerprint(self.module)
-            record.fingerprints += [] if converted in record.fingerprints else [converted]
+            record.fingerprints, record.changed = [loaded], {}
+        self.base_is_noted = True
+        precision = self.strategy.precision_plugin
+        if str(precision.precision) == "64-true":  # or what a checkpoint has in float64 would be rounded on its way
+            precision.convert_module(self.module)
+            self._note_converted_base()
+
+    def _note_converted_base(self) -> None:
+        record, dtypes = record_of(self.module), base_dtypes(self.module)
+        if all(form["dtypes"] != dtypes for form in record.fingerprints):
+            record.fingerprints.append(fingerprint(self.module))
 
     def setup_optimizers(self, trainer: "Trainer") -> None:
         """Let the user's code see the base as trainable, as it expects, then give the optimizers what trains."""
@@ -146,8 +180,25 @@ class Watch:
         """Drop base weights that a callback put back, and say what the rest is."""
         if find_record(self.module) is not None:
             checkpoint = adapter_only(self.module, checkpoint)
-        self._own.save_checkpoint(self.strategy, checkpoint, filepath, storage_options)
+        with writing(filepath):
+            self._own.save_checkpoint(self.strategy, checkpoint, filepath, storage_options)
 
     @property
     def _own(self) -> "type[Strategy]":
         return type(self.strategy)
+
+
+@contextmanager
+def _safely(*args: Any, weights_only: bool | None = None, **_: Any) -> Iterator[None]:
+    """Let no checkpoint run code when it is read, unless the user trusts it; every torch and Lightning obeys this."""
+    before, trusted = os.environ.get(_FORCE), weights_only is False or False in args or _TRUST in os.environ
+    if not trusted:
+        os.environ[_FORCE] = "1"
+    try:
+        yield
+    finally:
+        if not trusted and before is None:
+            del os.environ[_FORCE]
+
+
+_FORCE, _TRUST = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"

@@ -18,7 +18,6 @@ from lightning_lora import (
     AdapterFileError,
     AdapterMismatchError,
     AdapterStateError,
-    BaseMismatchError,
     BestCheckpointWarning,
     ConfigError,
     DeadAdapterWarning,
@@ -443,25 +442,6 @@ def test_learning_rate_finder_leaves_the_users_seed(tmp_path: Path) -> None:
     torch.manual_seed(123)
     t.fit(model, data())
     assert seen == [123]
-
-
-class MovesItsBase(LitTiny):
-    """A module that changes a frozen weight as it trains, as the teacher of a student does."""
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.embed.weight.data.mul_(0.9)
-
-
-def test_frozen_weights_that_change_are_refused_at_the_first_file(tmp_path: Path) -> None:
-    with pytest.raises(BaseMismatchError, match=r"'embed.weight'.*modules_to_save"):
-        trainer(tmp_path, [lora()], max_epochs=1).fit(MovesItsBase(), data())
-    model = MovesItsBase()
-    t = trainer(tmp_path, [lora(modules_to_save=["head", "embed"], merge=False)], max_epochs=1)
-    t.fit(model, data())
-    t.save_checkpoint(tmp_path / "lora.ckpt")
-    again = MovesItsBase()
-    load_adapter(again, tmp_path / "lora.ckpt")
-    assert torch.equal(again(X), model(X))
 
 
 @pytest.mark.parametrize("change", ["load", "cast", "prune"])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError
-from lightning_lora.functional import delta_weight, init_factors, merged_weight, wide
+from lightning_lora.functional import delta_weight, init_factors, lost_share, merged_weight, wide
 from lightning_lora.inplace import InPlace, overlay, uncover
 
 
@@ -134,23 +134,29 @@ class LoRALayer(InPlace, nn.Module):
         """Set :attr:`lora_base`, round nn.Module's setter, which would register it and give it a key."""
         self.__dict__["_lora_base"] = base
 
-    def lora_merge(self, *, tied: bool = False) -> None:
+    def lora_merge(self, *, tied: bool = False) -> float:
         """Show ``W + ΔW`` as the weight.
 
         Args:
             tied: The weight has another use, which is to stay as it is: show a parameter of its own, instead of
                 giving the weight other values.
+
+        Returns:
+            The share of ``ΔW`` that was lost to rounding.
         """
         if self.lora_base is not None:
-            return
+            return 0.0
         with torch.inference_mode(False), torch.no_grad():
-            merged = merged_weight(self.weight, self.lora_delta_weight())
+            delta = self.lora_delta_weight()
+            merged = merged_weight(self.weight, delta)
+            lost = lost_share(self.weight, delta, merged)
             if tied:
                 self.lora_keep_base(self.weight)
                 self.weight = nn.Parameter(merged, requires_grad=self.weight.requires_grad)  # a use of its own
             else:
                 self.lora_keep_base(self.weight.data)
                 self.weight.data = merged
+        return lost
 
     def lora_unmerge(self) -> None:
         """Show the layer's own weight again, bit for bit."""
