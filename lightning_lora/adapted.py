@@ -158,6 +158,17 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: own.get(id(p), p) for name, p in named.items() if id(p) not in adapters}
 
 
+def base_values(model: nn.Module) -> dict[str, Tensor]:
+    """Return what the base of ``model`` is, by name: frozen weights with no update in them, the rest as it began."""
+    record = record_of(model)
+    merged = {layer.weight: layer.lora_base for layer in adapted_layers(model).values()}
+    merged |= {submodule(model, name).get_parameter("weight"): a.base for name, a in record.folded.items()}
+    below = {id(weight): base for weight, base in merged.items() if base is not None}
+    trained = trained_base_parameters(model, record.config)
+    frozen = {name: below.get(id(p), p.detach()) for name, p in base_parameters(model).items() if name not in trained}
+    return {**frozen, **{name: value for name, value in record.originals.items() if name not in trained}}
+
+
 def trained_base_parameters(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Parameter]:
     """Return those of the base's own parameters that train, by every name: modules trained whole, and biases."""
     base = base_parameters(model)

@@ -25,7 +25,7 @@ def copy_adapted(callbacks: list[Callback], pl_module: LightningModule) -> None:
         if hasattr(callback, "reset_batch_norm_and_save_state"):
             _keep_frozen_norms(callback)
         if adapted_layers(copy).keys() != adapted_layers(pl_module).keys():
-            callback.setup(pl_module.trainer, pl_module, "fit")
+            callback.setup(pl_module.trainer, pl_module, pl_module.trainer.state.fn or "fit")
 
 
 def share_base(callbacks: list[Callback], pl_module: LightningModule) -> None:

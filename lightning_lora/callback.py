@@ -162,8 +162,7 @@ class LoRACallback(Callback):
     def _adapt(self, pl_module: LightningModule) -> None:
         """Adapt what the module's own hooks have made; what they loaded until now is the base."""
         inject_adapters(pl_module, self.config)
-        if pl_module.trainer.state.fn == "fit":
-            copy_adapted(_callbacks(pl_module.trainer), pl_module)
+        copy_adapted(_callbacks(pl_module.trainer), pl_module)
         if self._base_is_open:
             record = record_of(pl_module)
             record.originals = {}
@@ -251,8 +250,8 @@ class LoRACallback(Callback):
     # Afterwards
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Merge again, after validate, test or predict, what an earlier fit had merged."""
-        if self._was_folded and stage != "fit" and find_record(pl_module) is not None:
+        """Merge again what an earlier fit had merged, after a stage that trained nothing: a tuner's trial is one."""
+        if self._was_folded and not self._began and find_record(pl_module) is not None:
             fold(pl_module)
         self._entered = False
         self._end_training()

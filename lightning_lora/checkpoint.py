@@ -26,7 +26,7 @@ from lightning_lora.state import adapters_live, check_names, check_tensors, with
 KEY = "lightning_lora"
 """Where a Lightning checkpoint, or a safetensors file's metadata, says what its adapters are."""
 
-FORMAT = 1
+FORMAT = 2
 """The version of what is stored there."""
 
 

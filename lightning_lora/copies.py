@@ -9,14 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.adapted import (
-    adapter_parameters,
-    base_parameters,
-    persistent_buffers,
-    record_of,
-    same_bits,
-    trained_base_parameters,
-)
+from lightning_lora.adapted import adapter_parameters, base_values, same_bits
 from lightning_lora.names import plain_name
 
 Place = list[Any]
@@ -33,7 +26,7 @@ def leave_out_base(model: nn.Module, checkpoint: Mapping[str, Any]) -> tuple[dic
         model: The adapted model.
         checkpoint: What a Trainer is about to write. It is not changed.
     """
-    base, adapters = _base_state(model), list(adapter_parameters(model))
+    base, adapters = base_values(model), list(adapter_parameters(model))
     places: list[Place] = []
 
     def leave_out(state: Mapping[Any, Any], place: Place) -> Mapping[Any, Any]:
@@ -51,7 +44,7 @@ def leave_out_base(model: nn.Module, checkpoint: Mapping[str, Any]) -> tuple[dic
 
 def put_base_back(model: nn.Module, checkpoint: dict[str, Any], places: Iterable[Place]) -> None:
     """Complete the states at ``places`` of a checkpoint that was read, under the names that ``model`` uses itself."""
-    base, adapters = _base_state(model), list(adapter_parameters(model))
+    base, adapters = base_values(model), list(adapter_parameters(model))
     own = {plain_name(name): name for name in model.state_dict(keep_vars=True)}
     for *path, last in places:
         holder: Any = checkpoint
@@ -60,15 +53,6 @@ def put_base_back(model: nn.Module, checkpoint: dict[str, Any], places: Iterable
         prefix = _prefix(holder[last], adapters) or ""
         state = {name.removeprefix(prefix): value for name, value in holder[last].items()}
         holder[last] = {prefix + own.get(name, name): value for name, value in {**base, **state}.items()}
-
-
-def _base_state(model: nn.Module) -> dict[str, Tensor]:
-    """The base's part of a state of ``model``: frozen weights, and buffers as they began."""
-    record = record_of(model)
-    trained = trained_base_parameters(model, record.config)
-    frozen = {name: p.detach() for name, p in base_parameters(model).items() if name not in trained}
-    buffers = record.originals.keys() & persistent_buffers(model).keys()
-    return {**frozen, **{name: record.originals[name] for name in buffers}}
 
 
 def _prefix(state: Mapping[Any, Any], adapters: list[str]) -> str | None:

@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.adapted import adapted_layers, base_parameters, record_of, trained_base_parameters
+from lightning_lora.adapted import base_parameters, base_values, record_of
 from lightning_lora.errors import AdapterFileError, BaseMismatchError
 from lightning_lora.functional import digest
-from lightning_lora.names import submodule
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -72,18 +71,9 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     An embedding with ``max_norm`` is left out: its own forward rescales its rows, always to the same ones.
     """
-    record = record_of(model)
-    trained = trained_base_parameters(model, record.config)
-    merged = {layer.weight: layer.lora_base for layer in adapted_layers(model).values()}
-    merged |= {submodule(model, name).get_parameter("weight"): adapter.base for name, adapter in record.folded.items()}
-    below = {id(weight): base for weight, base in merged.items() if base is not None}
-    own = base_parameters(model)
     rewritten = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.max_norm is not None}
-    frozen: dict[str, Tensor] = {
-        name: below.get(id(p), p) for name, p in own.items() if name not in trained and id(p) not in rewritten
-    }
-    buffers = {name: value for name, value in record.originals.items() if name not in trained}
-    return {**frozen, **buffers}
+    left_out = {name for name, p in base_parameters(model).items() if id(p) in rewritten}
+    return {name: value for name, value in base_values(model).items() if name not in left_out}
 
 
 def check_base(model: nn.Module, stored: Any) -> None:
