@@ -83,7 +83,7 @@ def keep_record(model: nn.Module, record: Record) -> None:
     """Give ``model`` its record."""
     model = plain_module(model)
     forget_record(model)
-    model._register_load_state_dict_pre_hook(_note_loaded_base, with_module=True)
+    model._register_load_state_dict_pre_hook(_before_load, with_module=True)
     vars(model)[_ATTRIBUTE] = record
 
 
@@ -92,7 +92,7 @@ def forget_record(model: nn.Module) -> None:
     model = plain_module(model)
     vars(model).pop(_ATTRIBUTE, None)
     hooks = model._load_state_dict_pre_hooks  # whose handles would not survive a copy, as the hooks do
-    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _note_loaded_base]:
+    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _before_load]:
         del hooks[key]
 
 
@@ -114,14 +114,22 @@ def absorb_inner_records(model: nn.Module, record: Record) -> None:
         forget_record(submodule(model, prefix))
 
 
-def _note_loaded_base(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Before a state of the base alone is loaded, take its values as those that the base has by itself."""
+def _before_load(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse to load over merged weights; and take a state of the base alone as what the base has by itself.
+
+    Raises:
+        AdapterStateError: ``state`` has values for a weight with an update merged into it. Nothing was loaded then.
+    """
     record, prefix = find_record(model), plain_name(prefix)
     state = {plain_name(name): value for name, value in state.items()}
+    for name, layer in adapted_layers(model).items():
+        if layer.lora_base is not None and f"{prefix}{name}.weight" in state:
+            layer.lora_refuse_load(f"{prefix}{name}")
     if record is None or record.folded or any(prefix + name in state for name in adapter_parameters(model)):
         return
     if not any(prefix + name in state for name in base_parameters(model) if name not in record.originals):
         return  # a part that trains, by itself: no base
+    record.changed = {name: digests for name, digests in record.changed.items() if prefix + name not in state}
     for name, original in record.originals.items():
         value = state.get(prefix + name)
         if isinstance(value, Tensor) and value.shape == original.shape:

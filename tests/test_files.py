@@ -240,7 +240,7 @@ TAMPERED: dict[str, Callable[[Path], Any]] = {
     "full checkpoint": lambda path: torch.save({"state_dict": LitTiny().state_dict()}, path),
     "description of another kind": lambda path: save_file(load_file(path), path, {"lightning_lora": "[]"}),
     "description not JSON": lambda path: save_file(load_file(path), path, {"lightning_lora": "{"}),
-    "newer format": lambda path: rewrite(path, lambda about, _: about.update(format=2)),
+    "newer format": lambda path: rewrite(path, lambda about, _: about.update(format=9)),
     "unknown option": lambda path: rewrite(path, lambda about, _: about["config"].update(rank=2)),
     "impossible option": lambda path: rewrite(path, lambda about, _: about["config"].update(r=0)),
     "another dtype": lambda path: rewrite(path, lambda _, tensors: relabel(tensors, "q_proj.lora_A")),

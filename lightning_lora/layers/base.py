@@ -227,13 +227,22 @@ class LoRALayer(InPlace, nn.Module):
                 p.grad = None if grad is None else grad.to(p.device, dtype)
         return self
 
+    @staticmethod
+    def lora_refuse_load(name: str) -> None:
+        """Raise the error of a load into a merged layer.
+
+        Raises:
+            AdapterStateError: always.
+        """
+        raise AdapterStateError(
+            f"Layer {name!r} shows a merged weight, which loading would overwrite. Call unmerge_adapters(model) before "
+            "loading, or remove_adapters(model) to keep the merged weights for good."
+        )
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Load as nn.Module does, and take a checkpoint of the base, which knows no adapter, as complete."""
         if self.lora_base is not None and f"{prefix}weight" in state_dict:
-            raise AdapterStateError(
-                f"Layer {prefix[:-1]!r} shows a merged weight, which loading would overwrite. Call "
-                "unmerge_adapters(model) before loading, or remove_adapters(model) to keep the merged weights for good."
-            )
+            self.lora_refuse_load(prefix[:-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
         own = {prefix + name for name in self.lora_parameters()}
         if own.isdisjoint(state_dict):
