@@ -122,18 +122,21 @@ def _before_load(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: An
     """
     record, prefix = find_record(model), plain_name(prefix)
     state = {plain_name(name): value for name, value in state.items()}
+    base = base_parameters(model)
+    present = {**base, **persistent_buffers(model)}
+    loaded = {id(tensor): state[prefix + name] for name, tensor in present.items() if prefix + name in state}
     for name, layer in adapted_layers(model).items():
-        if layer.lora_base is not None and f"{prefix}{name}.weight" in state:
+        if layer.lora_base is not None and id(base[f"{name}.weight"]) in loaded:  # under whichever of its names
             layer.lora_refuse_load(f"{prefix}{name}")
     if record is None or record.folded or any(prefix + name in state for name in adapter_parameters(model)):
         return
-    if not any(prefix + name in state for name in base_parameters(model) if name not in record.originals):
+    if not any(prefix + name in state for name in base if name not in record.originals):
         return  # a part that trains, by itself: no base
     record.changed = {name: digests for name, digests in record.changed.items() if prefix + name not in state}
     for name, original in record.originals.items():
-        value = state.get(prefix + name)
+        value = loaded.get(id(present.get(name)))
         if isinstance(value, Tensor) and value.shape == original.shape:
-            record.originals[name] = _copy(value)
+            record.originals[name] = _copy(value.to(original.dtype))  # as the model will hold it
 
 
 # The parts of an adapted model
@@ -174,7 +177,8 @@ def base_values(model: nn.Module) -> dict[str, Tensor]:
     below = {id(weight): base for weight, base in merged.items() if base is not None}
     trained = trained_base_parameters(model, record.config)
     frozen = {name: below.get(id(p), p.detach()) for name, p in base_parameters(model).items() if name not in trained}
-    return {**frozen, **{name: value for name, value in record.originals.items() if name not in trained}}
+    kept = {name: record.originals[name].to(p.dtype) for name, p in kept_tensors(model).items() if name not in trained}
+    return {**frozen, **kept}
 
 
 def trained_base_parameters(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Parameter]:

@@ -1,8 +1,7 @@
 """What a Trainer's checkpoint says of its adapters, and how it is checked before it is used."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from lightning_lora.adapted import (
 from lightning_lora.config import LoRAConfig
 from lightning_lora.copies import MOVED, leave_out_base, put_base_back
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError, listed
-from lightning_lora.fingerprint import check_base, fingerprint, note_changed
+from lightning_lora.fingerprint import check_base, fingerprint, is_fingerprints, note_changed
 from lightning_lora.functional import digest
 from lightning_lora.names import load_state_dict, plain_name, state_dict
 from lightning_lora.state import adapters_live, check_names, check_tensors, without_base, write_state
@@ -43,12 +42,20 @@ def describe(model: nn.Module, state: Mapping[str, Any], base: list[dict[str, An
         **more: What else is to be said, in plain types.
 
     Returns:
-        The format, the configuration, the base, the names of frozen weights that changed, and a checksum of it all.
+        The format, the configuration, the base, the names of frozen weights that changed, how many entries ``state``
+        has, and a checksum of it all.
     """
     config = record_of(model).config
     frozen = base_parameters(model).keys() - trained_base_parameters(model, config).keys()
     changed = [name for name in state if name in frozen]
-    about = {"format": FORMAT, "config": config.to_dict(), "base": base, "changed": changed, **more}
+    about = {
+        "format": FORMAT,
+        "config": config.to_dict(),
+        "base": base,
+        "changed": changed,
+        "entries": len(state),
+        **more,
+    }
     return {**about, "checksum": _checksum(state, about)}
 
 
@@ -96,16 +103,39 @@ def stored_config(description: object) -> LoRAConfig:
     Raises:
         AdapterFileError: ``description`` is not one that :func:`describe` made.
     """
-    if not isinstance(description, Mapping) or not {"format", "config", "base", "checksum"} <= set(description):
-        raise AdapterFileError(f"The file's {KEY!r} entry is not one that this package wrote: damaged, or foreign.")
+    foreign = AdapterFileError(f"The file's {KEY!r} entry is not one that this package wrote: damaged, or foreign.")
+    if not isinstance(description, dict) or type(description.get("format")) is not int:
+        raise foreign
     if description["format"] != FORMAT:
         raise AdapterFileError(
-            f"The file has format {description['format']!r}; expected {FORMAT}. Use the version that wrote it."
+            f"The file has format {description['format']}; expected {FORMAT}. Use the version that wrote it."
         )
+    if not _is_plain(description):
+        raise foreign
     try:
         return LoRAConfig.from_dict(description["config"])
-    except (ConfigError, TypeError, ValueError, AttributeError) as error:
+    except ConfigError as error:
         raise AdapterFileError(f"The file's configuration cannot be used: {error}") from error
+
+
+def _is_plain(description: dict[Any, Any]) -> bool:
+    """Whether each part is of its type, so that nothing that is done with it takes more than a look at the file."""
+    known = ("format", "config", "base", "changed", "entries", "checksum")
+    _, config, base, changed, entries, checksum = (description.get(key) for key in known)
+    copies = description.get("copies", [])
+    return (
+        description.keys() <= {*known, "copies"}
+        and isinstance(config, dict)
+        and is_fingerprints(base)
+        and _is_names(changed)
+        and type(entries) is type(checksum) is int
+        and isinstance(copies, list)
+        and all(_is_names(place) and place for place in copies)
+    )
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _check_finite(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -131,16 +161,43 @@ def _checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:
     return total
 
 
+def check_entries(names: Collection[str], description: Mapping[str, Any], path: object) -> None:
+    """Refuse more or fewer entries than were written, before anything is done with them.
+
+    Raises:
+        AdapterFileError: there are.
+    """
+    if len(names) != description["entries"]:
+        raise AdapterFileError(
+            f"{path} has {len(names)} entries, and {description['entries']} were written: it is damaged or was changed."
+        )
+
+
 def check_checksum(state: Mapping[str, Any], description: Mapping[str, Any], path: object) -> None:
     """Refuse what was changed after it was written.
 
     Raises:
         AdapterFileError: ``state`` or ``description`` was.
     """
+    check_entries(state, description, path)
+    odd = [name for name, value in state.items() if isinstance(name, str) and not _is_stored(value)]
+    odd += [f"a name of type {type(name).__name__}" for name in state if not isinstance(name, str)]
+    if odd:
+        raise AdapterFileError(
+            f"{path} holds what this package does not write: {listed(odd)}. The file is damaged or was changed."
+        )
     if _checksum(state, description) != description["checksum"]:
         raise AdapterFileError(
             f"The adapters in {path} are not as they were written: the file is damaged or was changed."
         )
+
+
+def _is_stored(value: object) -> bool:
+    """Whether ``value``, if it is a tensor, is a plain one with no more elements than it has memory for."""
+    if not isinstance(value, Tensor) or value.is_meta or value.layout is not torch.strided:
+        return True
+    plain = not value.is_quantized and not value.is_nested
+    return plain and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 # Checkpoints
@@ -153,24 +210,16 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]
     """
     base = note_changed(model)
     rest, places = leave_out_base(model, {key: value for key, value in checkpoint.items() if key != "state_dict"})
-    state = without_base(model, checkpoint["state_dict"])
+    state = {name: _alone(value) for name, value in without_base(model, checkpoint["state_dict"]).items()}
     return {**rest, "state_dict": state, KEY: describe(model, state, base, copies=places)}
 
 
-@contextmanager
-def writing(path: object) -> Iterator[None]:
-    """Say in an error of this package what an operating system says when a file cannot be written.
-
-    Raises:
-        AdapterFileError: it cannot.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
-        raise AdapterFileError(
-            f"{path} could not be written ({type(error).__name__}: {error}). The model and its training are as they "
-            "were. Free space on the disk, or choose a folder that can be written, and save again."
-        ) from error
+def _alone(value: Any) -> Any:
+    """``value`` with the memory for its own elements and no other's, which would go into the file with it."""
+    if not isinstance(value, Tensor) or value.is_meta or value.layout is not torch.strided:
+        return value
+    exact = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+    return value if exact else value.clone(memory_format=torch.contiguous_format)
 
 
 def check_readable(checkpoint: object, path: object) -> None:
@@ -210,8 +259,8 @@ def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any]) -> None:
         _load_base(model, state)
         return
     check_fits(model, state, checkpoint[KEY])
-    write_state(model, state)
     put_base_back(model, checkpoint, [["state_dict"], *checkpoint[KEY].get("copies", ())])
+    write_state(model, state)
 
 
 def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import re
+import reprlib
+import sys
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -75,7 +77,7 @@ class LoRAConfig:
             _check_alpha("alpha", self.alpha)
             self._keep("alpha", _plain(self.alpha))
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout={self.dropout!r} is not a probability below one. Expected 0 <= dropout < 1.")
+            raise ConfigError(f"dropout={_brief(self.dropout)} is no probability below one. Expected 0 <= dropout < 1.")
         self._keep("dropout", _plain(self.dropout))
         _check_choice("bias", self.bias, get_args(Bias))
         _check_choice("init", self.init, get_args(Init))
@@ -123,9 +125,12 @@ class LoRAConfig:
         Raises:
             ConfigError: an argument is unknown or outside what it may be.
         """
-        unknown = sorted(set(arguments) - {field.name for field in dataclasses.fields(cls)})
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = [name for name in arguments if name not in known]
         if unknown:
-            raise ConfigError(f"Arguments {unknown} are unknown to LoRAConfig. A newer version may have written them.")
+            raise ConfigError(
+                f"Arguments {_brief(unknown)} are unknown to LoRAConfig. A newer version may have written them."
+            )
         return cls(**arguments)
 
 
@@ -150,12 +155,22 @@ def _lookup(pattern: Mapping[str, float] | None, name: str, default: float) -> f
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    most = sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and -most <= value <= most
 
 
 def _plain(value: float) -> float:
     """A number as Python's own: numpy's are floats too, but no file that is loaded safely may hold them."""
     return value if type(value) is int else float(value)
+
+
+def _brief(value: object) -> str:
+    """Any value as an error shows it: only so much of it."""
+    return _BRIEF.repr(value)
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 200
 
 
 def _check_rank(name: str, value: object) -> None:
@@ -164,23 +179,23 @@ def _check_rank(name: str, value: object) -> None:
             "LoRACallback got a LoRAConfig. Pass the arguments themselves: LoRACallback(r=8, alpha=16, ...)."
         )
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name}={value!r} is not a rank. Expected an integer of at least 1, such as r=8.")
+        raise ConfigError(f"{name}={_brief(value)} is not a rank. Expected an integer of at least 1, such as r=8.")
 
 
 def _check_alpha(name: str, value: object) -> None:
     if not _is_number(value) or value <= 0:  # type: ignore[operator]  # a number, as just checked
-        raise ConfigError(f"{name}={value!r} is not a scale. Expected a finite number above 0, such as alpha=16.")
+        raise ConfigError(f"{name}={_brief(value)} is not a scale. Expected a finite number above 0, such as alpha=16.")
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if not isinstance(value, str | bool) or value not in choices:
-        raise ConfigError(f"{name}={value!r} is unknown. Expected one of {', '.join(map(repr, choices))}.")
+        raise ConfigError(f"{name}={_brief(value)} is unknown. Expected one of {', '.join(map(repr, choices))}.")
 
 
 def _check_expression(name: str, expression: str) -> None:
     try:
         re.compile(expression)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise ConfigError(
             f"{name}={expression!r} is not a regular expression ({error}). "
             f"Correct it, or give a list of names: {name}=[{expression!r}]."
@@ -202,13 +217,13 @@ def _patterns(name: str, value: object) -> str | tuple[str, ...]:
         or not value
         or not all(isinstance(entry, str) and entry for entry in value)
     ):
-        raise ConfigError(f"{name}={value!r} names no module. Expected an expression or a list of names.")
+        raise ConfigError(f"{name}={_brief(value)} names no module. Expected an expression or a list of names.")
     return tuple(map(str, sorted(value) if isinstance(value, Set) else value))
 
 
 def _values(name: str, value: object, check: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) and key for key in value):
-        raise ConfigError(f"{name}={value!r} names no layer. Expected names to values, such as {{'query': 4}}.")
+        raise ConfigError(f"{name}={_brief(value)} names no layer. Expected names to values, such as {{'query': 4}}.")
     for key, entry in value.items():
         check(f"{name}[{key!r}]", entry)
         _check_expression(name, key)

@@ -49,7 +49,9 @@ def put_base_back(model: nn.Module, checkpoint: dict[str, Any], places: Iterable
     for *path, last in places:
         holder: Any = checkpoint
         for key in path:
-            holder = holder[key]
+            holder = holder.get(key) if isinstance(holder, Mapping) else None
+        if not isinstance(holder, dict) or not isinstance(holder.get(last), Mapping):
+            continue  # someone took it out of the file
         prefix = _prefix(holder[last], adapters) or ""
         state = {name.removeprefix(prefix): value for name, value in holder[last].items()}
         holder[last] = {prefix + own.get(name, name): value for name, value in {**base, **state}.items()}

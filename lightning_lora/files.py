@@ -2,10 +2,8 @@
 
 import json
 import warnings
-from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -18,13 +16,14 @@ from lightning_lora.checkpoint import (
     KEY,
     as_base,
     check_checksum,
+    check_entries,
     check_fits,
     check_readable,
     describe,
     forms_of_base,
     stored_config,
-    writing,
 )
+from lightning_lora.disk import reading, writing
 from lightning_lora.errors import AdapterFileError, AdapterStateError
 from lightning_lora.fold import fold, unfold, warn_of_rounding
 from lightning_lora.inject import inject_adapters, remove_adapters
@@ -61,14 +60,8 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     description = describe(model, state, forms_of_base(model))
     tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
     contents = save(tensors, metadata={"format": "pt", KEY: json.dumps(description)})
-    beside = path.with_name(f".{path.name}.part")
-    with writing(path):
-        try:
-            beside.write_bytes(contents)
-            beside.replace(path)
-        finally:
-            with suppress(OSError):
-                beside.unlink()
+    with writing(path) as beside:
+        beside.write_bytes(contents)
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> None:
@@ -135,28 +128,18 @@ def read_adapter_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]
 
 def _read(path: str | Path, *, weights_only: bool) -> Any:
     """The contents of a file of either kind, in the form of a checkpoint."""
-    path = Path(path)
-    if path.is_dir():
-        raise AdapterFileError(f"{path} is a folder. Pass a .safetensors file or a Trainer's .ckpt file.")
-    with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"
-    try:
+    with reading(path, trusted=not weights_only):
+        with Path(path).open("rb") as file:
+            is_zip = file.read(2) == b"PK"
         if is_zip:
             return torch.load(path, map_location="cpu", weights_only=weights_only)
         with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
-            return {"state_dict": state, KEY: json.loads((file.metadata() or {}).get(KEY, "null"))}
-    except UnpicklingError as error:
-        raise AdapterFileError(
-            f"{path} holds more than plain types, and loading it could run code: {str(error).splitlines()[0]} If you "
-            "trust it, pass weights_only=False to load_from_checkpoint or Trainer."
-        ) from error
-    except Exception as error:
-        raise AdapterFileError(
-            f"{path} cannot be read: it is truncated, damaged or of another kind ({type(error).__name__}: "
-            f"{next(iter(str(error).splitlines()), 'no more is known')}). Pass a file that save_adapter or a Trainer "
-            "with LoRACallback wrote."
-        ) from error
+            names, description = file.keys(), json.loads((file.metadata() or {}).get(KEY, "null"))
+            if description is None:
+                return {"state_dict": {}}
+            stored_config(description)
+            check_entries(names, description, path)
+            return {"state_dict": {name: file.get_tensor(name) for name in names}, KEY: description}
 
 
 def _adapters_in(state: dict[str, Any], description: Any, path: object) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -196,7 +179,7 @@ def load_from_checkpoint(
         BaseMismatchError: the model that ``cls`` builds is not the base that the adapters were trained on.
     """
     checkpoint = _read(path, weights_only=weights_only)
-    if isinstance(checkpoint, dict) and checkpoint.keys() == {"state_dict", KEY}:
+    if isinstance(checkpoint, dict) and checkpoint.keys() <= {"state_dict", KEY}:
         raise AdapterFileError(f"{path} is an adapter file. Build the model, then call load_adapter(model, path).")
     check_readable(checkpoint, path)
     state, description = _adapters_in(checkpoint["state_dict"], checkpoint.get(KEY), path)

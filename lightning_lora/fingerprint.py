@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.adapted import base_parameters, base_values, record_of
-from lightning_lora.errors import AdapterFileError, BaseMismatchError
+from lightning_lora.errors import BaseMismatchError
 from lightning_lora.functional import digest
 
 
@@ -76,7 +76,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in base_values(model).items() if name not in left_out}
 
 
-def check_base(model: nn.Module, stored: Any) -> None:
+def check_base(model: nn.Module, stored: Sequence[Mapping[str, Any]]) -> None:
     """Refuse adapters that were trained on another base.
 
     Args:
@@ -85,10 +85,7 @@ def check_base(model: nn.Module, stored: Any) -> None:
 
     Raises:
         BaseMismatchError: the base of ``model`` is none of them.
-        AdapterFileError: ``stored`` is no such list.
     """
-    if not _is_fingerprints(stored):
-        raise AdapterFileError("The file's base fingerprint cannot be read. It is damaged, or not of this package.")
     here, known = fingerprint(model), record_of(model).fingerprints
     if here in stored or (here in known and any(form in stored for form in known)):
         return
@@ -115,10 +112,21 @@ def check_base(model: nn.Module, stored: Any) -> None:
     )
 
 
-def _is_fingerprints(stored: object) -> bool:
+def is_fingerprints(stored: object) -> bool:
+    """Whether ``stored`` is a list of what :func:`fingerprint` returns, and no longer than the forms of one base."""
+    return isinstance(stored, list) and 0 < len(stored) <= _MOST_FORMS and all(map(_is_fingerprint, stored))
+
+
+_MOST_FORMS = 8
+
+
+def _is_fingerprint(form: object) -> bool:
     return (
-        isinstance(stored, Sequence)
-        and len(stored) > 0
-        and all(isinstance(form, Mapping) and {"layout", "dtypes", "digests"} <= set(form) for form in stored)
-        and all(isinstance(form["digests"], Sequence) for form in stored)
+        isinstance(form, dict)
+        and form.keys() == {"layout", "dtypes", "digests"}
+        and isinstance(form["layout"], str)
+        and isinstance(form["dtypes"], list)
+        and all(isinstance(dtype, str) for dtype in form["dtypes"])
+        and isinstance(form["digests"], list)
+        and all(type(number) is int and 0 <= number < 1 << 63 for number in form["digests"])
     )

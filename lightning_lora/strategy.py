@@ -5,11 +5,8 @@ optimizers' making and their first use, and its checkpoint hooks are skipped whe
 is called at each of these moments, whatever the Trainer does.
 """
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
@@ -23,9 +20,9 @@ from lightning_lora.checkpoint import (
     as_base,
     check_readable,
     load_checkpoint_state,
-    writing,
 )
-from lightning_lora.errors import AdapterFileError, StrategyError
+from lightning_lora.disk import is_local, reading, writing
+from lightning_lora.errors import StrategyError
 from lightning_lora.fingerprint import base_dtypes, fingerprint
 from lightning_lora.state import adapter_state_dict
 
@@ -102,22 +99,8 @@ class Watch:
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Adapt layers that ``setup`` and ``configure_model`` made, then read, and take a full file as the base."""
         self.duties.inject(self.module)
-        try:
-            with _safely(*args, **kwargs):
-                checkpoint: dict[str, Any] = self._own.load_checkpoint(self.strategy, checkpoint_path, *args, **kwargs)
-        except (FileNotFoundError, PermissionError):
-            raise
-        except UnpicklingError as error:
-            raise AdapterFileError(
-                f"{checkpoint_path} holds more than plain types, and loading it could run code: "
-                f"{str(error).splitlines()[0]} If you trust it, pass weights_only=False (lightning 2.6 and later), or "
-                "name the types in torch.serialization.add_safe_globals."
-            ) from error
-        except Exception as error:
-            raise AdapterFileError(
-                f"{checkpoint_path} cannot be read: it is truncated, damaged, or no checkpoint ({error}). Pass a file "
-                "that a Trainer wrote."
-            ) from error
+        with reading(checkpoint_path, trusted=False in (*args, kwargs.get("weights_only"))):
+            checkpoint: dict[str, Any] = self._own.load_checkpoint(self.strategy, checkpoint_path, *args, **kwargs)
         check_readable(checkpoint, checkpoint_path)
         if KEY in checkpoint:
             return checkpoint
@@ -180,25 +163,11 @@ class Watch:
         """Drop base weights that a callback put back, and say what the rest is."""
         if find_record(self.module) is not None:
             checkpoint = adapter_only(self.module, checkpoint)
-        with writing(filepath):
-            self._own.save_checkpoint(self.strategy, checkpoint, filepath, storage_options)
+        writes_at_once = type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO"  # of either package
+        beside = writes_at_once and self.strategy.is_global_zero and is_local(filepath)
+        with writing(filepath, beside=beside) as path:
+            self._own.save_checkpoint(self.strategy, checkpoint, path, storage_options)
 
     @property
     def _own(self) -> "type[Strategy]":
         return type(self.strategy)
-
-
-@contextmanager
-def _safely(*args: Any, weights_only: bool | None = None, **_: Any) -> Iterator[None]:
-    """Let no checkpoint run code when it is read, unless the user trusts it; every torch and Lightning obeys this."""
-    before, trusted = os.environ.get(_FORCE), weights_only is False or False in args or _TRUST in os.environ
-    if not trusted:
-        os.environ[_FORCE] = "1"
-    try:
-        yield
-    finally:
-        if not trusted and before is None:
-            del os.environ[_FORCE]
-
-
-_FORCE, _TRUST = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"

@@ -149,14 +149,20 @@ def _is_attention(module: nn.Module | None) -> bool:
 
 def _output_heads(names: _Names) -> set[int]:
     """The layers that turn a language model's features into words: those transformers names, and those tied."""
-    # read as parameters: a weight that is computed (by spectral_norm, say) may change when it is read as an attribute
-    weights = {module: module._parameters.get("weight") for module in names.modules.values()}
+    weights = {module: _own_weight(module) for module in names.modules.values()}
     embeddings = {id(weight) for module, weight in weights.items() if isinstance(module, nn.Embedding)} - {id(None)}
     tied = {
         id(module) for module, weight in weights.items() if isinstance(module, nn.Linear) and id(weight) in embeddings
     }
     asked = (getattr(module, "get_output_embeddings", None) for module in names.model.modules())
     return tied | {id(head()) for head in asked if callable(head)}
+
+
+def _own_weight(module: nn.Module) -> nn.Parameter | None:
+    """The weight that ``module`` has by itself, though it may show a merged one just now."""
+    base = module.lora_base if isinstance(module, LoRALayer) else None
+    # read as a parameter: a weight that is computed (by spectral_norm, say) may change when it is read as an attribute
+    return base if isinstance(base, nn.Parameter) else module._parameters.get("weight")
 
 
 def _check_supported(names: _Names, config: LoRAConfig, layers: dict[str, nn.Module]) -> None:

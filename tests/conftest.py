@@ -7,5 +7,6 @@ torch.set_num_threads(1)  # a process that has started OpenMP's threads cannot b
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # a test of the CLI sets it, and new processes obey it

@@ -1,0 +1,114 @@
+"""Files are written whole or not at all, and read without running code or taking more memory than they have bytes."""
+
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from lightning_lora.errors import AdapterFileError
+
+
+@contextmanager
+def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
+    """Write a file beside its place, and move it there when it is whole: whatever happens, the old or the new is there.
+
+    Args:
+        path: Where it is to be.
+        beside: Whether to; otherwise only its errors are told.
+
+    Yields:
+        Where to write it.
+
+    Raises:
+        AdapterFileError: it cannot be written. A file that was there before still is.
+    """
+    target = Path(path) if beside else None
+    part = target.with_name(f".{target.name}.part") if target else None
+    try:
+        yield part or path
+        if part and target:
+            part.replace(target)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+        raise AdapterFileError(
+            f"{path} could not be written ({type(error).__name__}: {error}). The model and its training are as they "
+            "were. Free space on the disk, or choose a folder that can be written, and save again."
+        ) from error
+    finally:
+        if part:
+            with suppress(OSError):
+                part.unlink()
+
+
+def is_local(path: Any) -> bool:
+    """Whether ``path`` is one of this machine's file system.
+
+    Example:
+        >>> is_local("runs/a.ckpt"), is_local("s3://bucket/a.ckpt")
+        (True, False)
+    """
+    return isinstance(path, str | os.PathLike) and "://" not in str(path)
+
+
+@contextmanager
+def reading(path: Any, *, trusted: bool = False) -> Iterator[None]:
+    """Read a file that torch or safetensors wrote: it is checked first, and what is raised inside is told as an error.
+
+    Args:
+        path: The file; one of another machine is not checked.
+        trusted: Let it run code if it will. Otherwise every way to load it, Lightning's too, takes plain types alone.
+
+    Raises:
+        FileNotFoundError, PermissionError: as the reader raises them.
+        AdapterFileError: it is no file, is truncated or damaged, or holds more than plain types.
+    """
+    before = os.environ.get(_FORCE)
+    try:
+        _check_whole(path)
+        if not trusted and _TRUST not in os.environ:
+            os.environ[_FORCE] = "1"
+        yield
+    except (AdapterFileError, FileNotFoundError, PermissionError):
+        raise
+    except UnpicklingError as error:
+        raise AdapterFileError(
+            f"{path} holds more than plain types, and loading it could run code: {_first_line(error)} If you trust it, "
+            "pass weights_only=False (to a Trainer, with lightning 2.6 and later), or name the types in "
+            "torch.serialization.add_safe_globals."
+        ) from error
+    except Exception as error:
+        raise AdapterFileError(
+            f"{path} cannot be read: it is truncated, damaged or of another kind ({type(error).__name__}: "
+            f"{_first_line(error)}). Pass a file that save_adapter or a Trainer with LoRACallback wrote."
+        ) from error
+    finally:
+        os.environ.pop(_FORCE, None)
+        if before is not None:
+            os.environ[_FORCE] = before
+
+
+_FORCE, _TRUST = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+def _check_whole(path: Any) -> None:
+    """Refuse an archive, as torch writes them, that is not as it was written: torch itself does not look.
+
+    Raises:
+        AdapterFileError: it is none, or its records have other contents than its checksums say, or more than it holds.
+    """
+    if not is_local(path) or not os.path.exists(path):  # noqa: PTH110  # a Path raises where a name is too long
+        return
+    if not Path(path).is_file():
+        raise AdapterFileError(f"{path} is no file. Pass a .safetensors file or a Trainer's .ckpt file.")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(record.file_size for record in archive.infolist())
+            broken = "its records" if claimed > Path(path).stat().st_size else archive.testzip()
+        if broken:
+            raise AdapterFileError(f"{path} is damaged: {broken} cannot be what was written. Use another checkpoint.")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "no more is known")
