@@ -244,6 +244,27 @@ def test_resumed_average_has_the_same_bits(tmp_path: Path, average: str, first: 
     assert base_is_whole(resumed)
 
 
+def test_averaging_leaves_frozen_norms_as_they_are(tmp_path: Path) -> None:
+    """SWA resets every BatchNorm's statistics, and estimates them anew in one more epoch."""
+
+    class Normed(LitTiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.last = nn.BatchNorm1d(8), nn.BatchNorm1d(4)
+            self.norm.running_mean.add_(1)
+
+        def forward(self, index: Tensor) -> Tensor:
+            x = self.norm(self.embed(index))
+            return self.last(self.head(torch.tanh(self.q_proj(x)) + self.v_proj(x)))
+
+    model = Normed()
+    callbacks = [StochasticWeightAveraging(0.1, swa_epoch_start=2), lora(modules_to_save=["head", "last"])]
+    t = trainer(tmp_path, callbacks, max_epochs=4, enable_checkpointing=False)
+    t.fit(model, data(), data())
+    assert torch.equal(model.norm.running_mean, torch.ones(8)) and model.norm.num_batches_tracked == 0
+    assert not torch.equal(model.last.running_mean, torch.zeros(4))
+
+
 # Tuning
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -328,21 +327,6 @@ def test_head_replaced_after_injection_is_the_one_that_counts() -> None:
     inject_adapters(model, config)
     remove_adapters(model)
     assert model(torch.zeros(4)).shape == (3,)
-
-
-def test_pickle_that_would_run_code_does_not_run(tmp_path: Path) -> None:
-    class Bomb:
-        def __reduce__(self) -> Any:
-            return (Path.touch, (tmp_path / "ran",))
-
-    path = tmp_path / "bomb.ckpt"
-    torch.save({"state_dict": {}, "lightning_lora": Bomb()}, path)
-    with pytest.raises(AdapterFileError):
-        load_adapter(LitTiny(), path)
-    path.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(AdapterFileError):
-        load_adapter(LitTiny(), path)
-    assert not (tmp_path / "ran").exists()
 
 
 def test_missing_file_and_folder_say_so(tmp_path: Path) -> None:

@@ -274,6 +274,17 @@ def test_a_checkpoint_is_adapters_and_their_optimizer_state_and_little_more(tmp_
 # What is merged, and what later stages see
 
 
+def test_a_weight_that_is_part_of_a_larger_tensor_goes_alone_into_the_file(tmp_path: Path) -> None:
+    """As those of a recurrent layer are on a GPU: torch would write the larger one."""
+    model = LitTiny()
+    model.head.weight.data = torch.randn(1 << 20)[: model.head.weight.numel()].view_as(model.head.weight)
+    t = trainer(tmp_path, [lora(merge=False)], enable_checkpointing=False)
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert (tmp_path / "a.ckpt").stat().st_size < 20_000
+    assert torch.equal(torch.load(tmp_path / "a.ckpt")["state_dict"]["head.weight"], model.head.weight)
+
+
 def test_best_and_last_give_their_own_numbers_after_fit(tmp_path: Path) -> None:
     model, checkpoint = (
         LitTiny(lr=0.5),

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,15 +15,18 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import (
+    AdapterMismatchError,
     AdapterStateError,
     LoRAConfig,
     TargetError,
     adapter_state_dict,
     disable_adapters,
     inject_adapters,
+    load_adapter,
     load_adapter_state_dict,
     merge_adapters,
     remove_adapters,
+    save_adapter,
     unmerge_adapters,
 )
 from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for
@@ -285,6 +289,56 @@ def test_loading_over_a_merged_weight_is_refused() -> None:
     merge_adapters(model)
     with pytest.raises(AdapterStateError, match="unmerge_adapters"):
         model.load_state_dict(base)
+
+
+def test_loading_a_weight_that_is_tied_to_a_merged_one_is_refused() -> None:
+    model = TinyLM()
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    randomise(model)
+    merge_adapters(model)
+    before = state(model)
+    with pytest.raises(AdapterStateError, match="'lm_head' shows a merged weight"):
+        model.load_state_dict({"embed.weight": torch.ones(20, 8), "norm.weight": torch.ones(8)}, strict=False)
+    assert same(state(model), before)
+
+
+def test_base_loaded_from_a_wider_dtype_is_what_the_model_holds(tmp_path: Path) -> None:
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+    model, again = build(), build()
+    wide = {name: value.double() + 1 / 3 for name, value in state(model).items()}
+    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["2"]))
+    for each in (model, again):
+        each.load_state_dict(wide)
+    save_adapter(model, tmp_path / "a.safetensors")
+    load_adapter(again, tmp_path / "a.safetensors")
+    with disable_adapters(model):
+        assert {value.dtype for value in state(model).values()} == {torch.float32, torch.int64}
+
+
+def test_converted_model_is_of_one_dtype_in_its_files_too(tmp_path: Path) -> None:
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+    model, again = build(), build().double()
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model.double())
+    save_adapter(model, tmp_path / "a.safetensors")
+    load_adapter(again, tmp_path / "a.safetensors")
+    assert same(state(again), state(model))
+
+
+def test_merging_does_not_change_what_all_linear_means() -> None:
+    config = LoRAConfig(r=2, target_modules="all-linear")
+    model = TinyLM()
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["q_proj", "v_proj", "lm_head"]))
+    for change in (unmerge_adapters, merge_adapters):
+        change(model)
+        with pytest.raises(AdapterMismatchError, match="'lm_head' of TinyLM is adapted already"):
+            inject_adapters(model, config)
 
 
 def test_a_trained_part_loaded_by_itself_is_no_base() -> None:
