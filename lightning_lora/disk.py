@@ -1,5 +1,6 @@
 """Files are written whole or not at all, and read without running code or taking more memory than they have bytes."""
 
+import errno
 import os
 import zipfile
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
     try:
         yield part or path
         if part and target:
+            if not part.exists():  # Lightning says nothing when it may not write
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target.parent))
             part.replace(target)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
         raise AdapterFileError(
@@ -75,7 +78,7 @@ def reading(path: Any, *, trusted: bool = False) -> Iterator[None]:
     except UnpicklingError as error:
         raise AdapterFileError(
             f"{path} holds more than plain types, and loading it could run code: {_first_line(error)} If you trust it, "
-            "pass weights_only=False (to a Trainer, with lightning 2.6 and later), or name the types in "
+            f"pass weights_only=False (with lightning before 2.6, set {_TRUST}=1), or name the types in "
             "torch.serialization.add_safe_globals."
         ) from error
     except Exception as error:

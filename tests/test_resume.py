@@ -8,7 +8,6 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from packaging.version import Version
 from torch.utils.data import DataLoader
 
 from lightning_lora import (
@@ -20,7 +19,7 @@ from lightning_lora import (
     load_from_checkpoint,
     save_adapter,
 )
-from tests.models import WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
+from tests.models import WORDS, LitTiny, best, data, exact, is_plain, lora, same, state, trainer
 
 X = torch.arange(WORDS)
 
@@ -46,9 +45,7 @@ def shuffled() -> DataLoader[Any]:
     return DataLoader(data().dataset, batch_size=4, shuffle=True)
 
 
-@pytest.mark.skipif(
-    Version(L.__version__) < Version("2.6"), reason="Lightning draws a loader's order twice on resuming"
-)
+@exact
 def test_resumed_run_drops_and_shuffles_as_the_one_that_never_stopped(tmp_path: Path) -> None:
     through, resumed = LitTiny(), LitTiny()
     every = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
