@@ -6,6 +6,7 @@ Writes FOLDER/result.pt: the module's state after fit, and what later stages and
 """
 
 import argparse
+import atexit
 import os
 import signal
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
@@ -29,6 +31,13 @@ class KillAt(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == self.step and trainer.global_rank == trainer.world_size - 1:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class LeaveTheGroup(L.Callback):
+    """End gloo's threads before the process ends: Lightning leaves them running, and some spawned processes abort."""
+
+    def setup(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
 
 
 class Tied(LitTiny):
@@ -77,6 +86,7 @@ def main() -> None:
     callbacks: list[L.Callback] = [
         LoRACallback(r=2, modules_to_save=["head"], merge=merge, dropout=dropout),
         checkpoint,
+        LeaveTheGroup(),
     ]
     if arguments.kill_at:
         callbacks.append(KillAt(arguments.kill_at))
