@@ -23,7 +23,7 @@ from lightning_lora.merge import disable_adapters, merge_adapters, unmerge_adapt
 from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
 from lightning_lora.summary import summarize
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "AdapterFileError",

@@ -4,6 +4,7 @@ The memory lies on the model itself, in plain types, so that it survives copy an
 next (another Trainer, another callback, ``load_adapter``) finds it in a known state.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,12 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterStateError
+from lightning_lora.errors import AdapterStateError, LoRAWarning, listed
 from lightning_lora.functional import digest
 from lightning_lora.layers import Adapter, LoRALayer
 from lightning_lora.names import named_modules, named_parameters, plain_module, plain_name, submodule
 from lightning_lora.norms import freeze_norms, unfreeze_norms
-from lightning_lora.targets import saved_modules
+from lightning_lora.targets import is_saved, saved_modules
 
 _ATTRIBUTE = "_lora"
 
@@ -103,13 +104,16 @@ def inner_records(model: nn.Module) -> dict[str, Record]:
 
 
 def absorb_inner_records(model: nn.Module, record: Record) -> None:
-    """Take over what modules inside ``model`` remember of themselves, where ``record`` knows nothing better."""
+    """Take over what modules inside ``model`` remember of themselves, where ``record`` knows nothing better.
+
+    One that a finished fit made plain is a base as it is: what it was before that is over.
+    """
     for prefix, inner in inner_records(model).items():
         for name, flag in inner.requires_grad.items():
             record.requires_grad.setdefault(f"{prefix}.{name}", flag)
-        for name, value in inner.originals.items():
+        for name, value in {} if inner.folded else inner.originals.items():
             record.originals.setdefault(f"{prefix}.{name}", value)
-        for name, digests in inner.changed.items():
+        for name, digests in {} if inner.folded else inner.changed.items():
             record.changed.setdefault(f"{prefix}.{name}", digests)
         forget_record(submodule(model, prefix))
 
@@ -128,10 +132,24 @@ def _before_load(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: An
     for name, layer in adapted_layers(model).items():
         if layer.lora_base is not None and id(base[f"{name}.weight"]) in loaded:  # under whichever of its names
             layer.lora_refuse_load(f"{prefix}{name}")
-    if record is None or record.folded or any(prefix + name in state for name in adapter_parameters(model)):
+    adapters = [name for name in adapter_parameters(model) if prefix + name in state]
+    if record is not None and record.folded and adapters:
+        raise AdapterStateError(
+            f"The adapters of {type(model).__name__} are merged into its weights, and this state holds "
+            f"{listed(adapters)}: half of it would be loaded. Call unmerge_adapters(model) first, or "
+            "load_adapter(model, path)."
+        )
+    if record is None or record.folded or adapters:
         return
     if not any(prefix + name in state for name in base if name not in record.originals):
         return  # a part that trains, by itself: no base
+    if not is_fresh(model):
+        warnings.warn(
+            f"A state of the base was loaded into {type(model).__name__}, and its adapters stay as they are, trained. "
+            "Call remove_adapters(model) before loading, to start anew.",
+            LoRAWarning,
+            stacklevel=5,
+        )
     record.changed = {name: digests for name, digests in record.changed.items() if prefix + name not in state}
     for name, original in record.originals.items():
         value = loaded.get(id(present.get(name)))
@@ -185,6 +203,7 @@ def trained_base_parameters(model: nn.Module, config: LoRAConfig) -> dict[str, n
     """Return those of the base's own parameters that train, by every name: modules trained whole, and biases."""
     base = base_parameters(model)
     trained = {id(p) for module in saved_modules(model, config) for p in module.parameters()}
+    trained |= {id(p) for name, p in base.items() if is_saved(config, name)}
     if config.bias == "all":
         trained |= {id(p) for name, p in base.items() if "bias" in name.rpartition(".")[2]}
     if config.bias == "lora_only":
@@ -219,6 +238,8 @@ def freeze(model: nn.Module, record: Record) -> None:
         record.requires_grad.setdefault(name, parameter.requires_grad)
     for name, parameter in base.items():
         parameter.requires_grad_(name in trained)
+    for parameter in adapter_parameters(model).values():  # someone may have frozen all there was
+        parameter.requires_grad_()
     freeze_norms(model, saved_modules(model, record.config))
 
 

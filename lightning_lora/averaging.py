@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn, get_swa_multi_avg_fn
 
-from lightning_lora.adapted import adapted_layers, base_parameters, record_of, trained_base_parameters
+from lightning_lora.adapted import base_parameters, record_of, trained_base_parameters
+from lightning_lora.names import named_parameters
 from lightning_lora.norms import FrozenNorm
 
 
@@ -24,7 +25,7 @@ def copy_adapted(callbacks: list[Callback], pl_module: LightningModule) -> None:
     for callback, copy in _averages(callbacks):
         if hasattr(callback, "reset_batch_norm_and_save_state"):
             _keep_frozen_norms(callback)
-        if adapted_layers(copy).keys() != adapted_layers(pl_module).keys():
+        if named_parameters(copy).keys() != named_parameters(pl_module).keys():
             callback.setup(pl_module.trainer, pl_module, pl_module.trainer.state.fn or "fit")
 
 
@@ -42,6 +43,8 @@ def share_base(callbacks: list[Callback], pl_module: LightningModule) -> None:
             callback._avg_fn = _only_changed(callback._avg_fn)  # type: ignore[attr-defined]
         elif average.avg_fn is not None:
             average.avg_fn = _only_changed(average.avg_fn)
+        elif average.multi_avg_fn is None and next(copy.parameters()).device.type == "cpu":
+            average.avg_fn = _only_changed(get_swa_avg_fn())  # as torch chooses there; the other takes float32 alone
         else:
             average.multi_avg_fn = partial(_average_changed, average.multi_avg_fn or get_swa_multi_avg_fn())
 

@@ -22,6 +22,7 @@ from lightning_lora.optim import check_frozen, train_adapters
 from lightning_lora.processes import (
     RANDOM,
     check_untied,
+    name_memory,
     random_states,
     receive_memory,
     returns_state_only,
@@ -31,10 +32,12 @@ from lightning_lora.processes import (
 from lightning_lora.reach import Reach
 from lightning_lora.recompute import gradients_pass
 from lightning_lora.state import adapter_state_dict
-from lightning_lora.strategy import Duties, is_watched, watch
+from lightning_lora.strategy import Duties, has_loaded, is_watched, watch
 from lightning_lora.summary import summarize
 
 Merge = Literal["last", "best", False]
+
+_LAST = "the last adapters"
 
 
 class LoRACallback(Callback):
@@ -52,8 +55,8 @@ class LoRACallback(Callback):
             supported layer), a regular expression that must match a whole dotted name, or a list of names or of their
             last parts.
         exclude_modules: Modules to leave alone, with everything below them: an expression or a list, as above.
-        modules_to_save: Names of modules to train whole; they win over ``target_modules``. Name every new layer here: a
-            frozen layer of random weights is not in any file, and could not be built again.
+        modules_to_save: Names of modules, or of single parameters, to train whole; they win over ``target_modules``.
+            Name every new layer here: a frozen layer of random weights is in no file, and could not be built again.
         rank_pattern: Rank by layer: names, last parts or expressions to an ``r`` other than the default.
         alpha_pattern: Likewise for ``alpha``.
         bias: Which biases train too: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
@@ -127,6 +130,7 @@ class LoRACallback(Callback):
         )
         self.merge: Merge = merge
         _join_other_package()
+        name_memory()
         self._base_is_open = False
         self._reach: Reach | None = None
         self._training = ExitStack()
@@ -146,7 +150,7 @@ class LoRACallback(Callback):
         if stage != "fit":
             drop_averages(_callbacks(trainer))
         watch(trainer.strategy, Duties(self._adapt, train_adapters))
-        receive_memory(trainer, pl_module)
+        receive_memory(pl_module)
         if stage == "fit":
             self._check_merge(trainer, pl_module)
         self._was_folded = unfold(pl_module)
@@ -170,10 +174,10 @@ class LoRACallback(Callback):
             self._base_is_open = False
 
     def _check_merge(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.merge == "best" and trainer.checkpoint_callback is None and not _is_trial(trainer):
+        if self.merge == "best" and not _is_trial(trainer) and _judge(trainer) is None:
             raise ConfigError(
-                "merge='best' needs a ModelCheckpoint to say which adapters are best, and the Trainer has none. Add "
-                "ModelCheckpoint(monitor=...), or set merge='last'."
+                "merge='best' needs a ModelCheckpoint with a monitor to say which adapters are best, and the Trainer "
+                "has none. Add ModelCheckpoint(monitor=...), or set merge='last'."
             )
         if returns_state_only(trainer) and bool(self.merge) == bool(adapted_layers(pl_module)):
             raise ConfigError(
@@ -201,7 +205,7 @@ class LoRACallback(Callback):
         self._training.enter_context(gradients_pass())
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let no other process wait for a gradient that this batch does not give."""
+        """Keep frozen what a step may have thawed, and let no other process wait for a gradient that is not given."""
         if self._reach is not None:
             self._reach.end_backward()
 
@@ -224,16 +228,15 @@ class LoRACallback(Callback):
         note_changed(pl_module)
         if not self.merge or _is_trial(trainer):
             return
-        which = self._load_best(trainer, pl_module) if self.merge == "best" else "last"
-        layers = len(adapted_layers(pl_module))
+        which = self._load_best(trainer, pl_module) if self.merge == "best" else _LAST
+        count = len(adapted_layers(pl_module))
+        layers = "1 layer" if count == 1 else f"{count} layers"
         warn_of_rounding(pl_module, fold(pl_module))
         send_memory(trainer, pl_module)
-        rank_zero_info(
-            f"LoRACallback merged the {which} adapters of {layers} layers: {type(pl_module).__name__} is plain again."
-        )
+        rank_zero_info(f"LoRACallback merged {which} into {layers}: {type(pl_module).__name__} is a plain model again.")
 
     def _load_best(self, trainer: Trainer, pl_module: LightningModule) -> str:
-        path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        path = getattr(_judge(trainer), "best_model_path", "")
         try:
             if not path:
                 raise FileNotFoundError("ModelCheckpoint wrote none")
@@ -244,8 +247,8 @@ class LoRACallback(Callback):
                 BestCheckpointWarning,
                 stacklevel=1,
             )
-            return "last"
-        return f"best ({path})"
+            return _LAST
+        return f"the best adapters ({path})"
 
     # Afterwards
 
@@ -257,13 +260,13 @@ class LoRACallback(Callback):
         self._end_training()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give back the module as it came, unless a fit had begun to train it: then training can go on."""
+        """Give back the module as it came, unless a fit had loaded or begun to train it: then training can go on."""
         record, entered = find_record(pl_module), self._entered
         self._entered = False
         self._end_training()
         if not entered or record is None or record.folded:
             return
-        if self._began:
+        if self._began or (trainer.state.fn == "fit" and has_loaded(trainer.strategy)):
             note_changed(pl_module)
         elif self._was_folded:
             fold(pl_module)
@@ -273,7 +276,7 @@ class LoRACallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store where the random numbers are; and keep the file adapter-only in a main process that had no set-up."""
         checkpoint[RANDOM] = random_states(trainer)
-        receive_memory(trainer, pl_module)
+        receive_memory(pl_module)
         if find_record(pl_module) is not None and not is_watched(trainer.strategy):
             watch(trainer.strategy, Duties(self._adapt, train_adapters))
             checkpoint["state_dict"] = adapter_state_dict(pl_module)
@@ -316,6 +319,12 @@ def _check_companions(callbacks: list[Callback], stage: str) -> None:
 
 def _callbacks(trainer: Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined,no-any-return]  # Lightning sets it outside the class
+
+
+def _judge(trainer: Trainer) -> Callback | None:
+    """The callback that says which file is best: the first ModelCheckpoint that compares any."""
+    judges = (each for each in _callbacks(trainer) if hasattr(each, "best_model_path") and vars(each).get("monitor"))
+    return next(judges, None)
 
 
 def _is_trial(trainer: Trainer) -> bool:

@@ -85,8 +85,8 @@ def check_fits(model: nn.Module, state: Mapping[str, Any], description: Mapping[
                 f"alpha_pattern={config.alpha_pattern}."
             )
     changed = description.get("changed", ())
-    check_names(model, state, changed)
-    check_base(model, description["base"])
+    check_names(model, state, changed, config)
+    check_base(model, description["base"], {name: v.shape for name, v in state.items() if isinstance(v, Tensor)})
     check_tensors(model, state)
     _check_finite(model, state)
     lost = sorted(record_of(model).changed.keys() - set(changed))
@@ -283,9 +283,9 @@ def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
             f"{found}. Pass a checkpoint of the same model, trained with or without LoRACallback."
         )
     with adapters_live(model):
-        load_state_dict(model, state)
         for layer in adapted_layers(model).values():
             layer.lora_start(layer.lora_A, layer.lora_B, layer.lora_init)
+        load_state_dict(model, state)
     record_of(model).fingerprints = []
 
 

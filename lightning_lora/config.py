@@ -27,7 +27,8 @@ class LoRAConfig:
             supported layer), a regular expression that must match a whole dotted name, or a list of names or of
             their last parts.
         exclude_modules: Modules to leave alone, with everything below them: an expression or a list, as above.
-        modules_to_save: Names of modules to train whole, such as a new head. They win over ``target_modules``.
+        modules_to_save: Names of modules, or of single parameters, to train whole, such as a new head. They win over
+            ``target_modules``.
         rank_pattern: Rank by layer: names, last parts or expressions to an ``r`` other than the default.
         alpha_pattern: Likewise for ``alpha``.
         bias: Which biases train too: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).

@@ -54,7 +54,9 @@ def put_base_back(model: nn.Module, checkpoint: dict[str, Any], places: Iterable
             continue  # someone took it out of the file
         prefix = _prefix(holder[last], adapters) or ""
         state = {name.removeprefix(prefix): value for name, value in holder[last].items()}
-        holder[last] = {prefix + own.get(name, name): value for name, value in {**base, **state}.items()}
+        whole = {**base, **state}
+        order = {**{name: None for name in own if name in whole}, **whole}  # callbacks may go by the model's order
+        holder[last] = {prefix + own.get(name, name): whole[name] for name in order}
 
 
 def _prefix(state: Mapping[Any, Any], adapters: list[str]) -> str | None:

@@ -26,6 +26,7 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
     Raises:
         AdapterFileError: it cannot be written. A file that was there before still is.
     """
+    check_path(path)
     target = Path(path) if beside else None
     part = target.with_name(f".{target.name}.part") if target else None
     try:
@@ -43,6 +44,18 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
         if part:
             with suppress(OSError):
                 part.unlink()
+
+
+def check_path(path: Any) -> None:
+    """Refuse what is no path, such as a model in a path's place.
+
+    Raises:
+        AdapterFileError: it is none.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise AdapterFileError(
+            f"A path was expected, and a {type(path).__name__} was given. Pass the model, then the path."
+        )
 
 
 def is_local(path: Any) -> bool:
@@ -67,6 +80,7 @@ def reading(path: Any, *, trusted: bool = False) -> Iterator[None]:
         FileNotFoundError, PermissionError: as the reader raises them.
         AdapterFileError: it is no file, is truncated or damaged, or holds more than plain types.
     """
+    check_path(path)
     before = os.environ.get(_FORCE)
     try:
         _check_whole(path)

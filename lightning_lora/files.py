@@ -23,7 +23,7 @@ from lightning_lora.checkpoint import (
     forms_of_base,
     stored_config,
 )
-from lightning_lora.disk import reading, writing
+from lightning_lora.disk import check_path, reading, writing
 from lightning_lora.errors import AdapterFileError, AdapterStateError
 from lightning_lora.fold import fold, unfold, warn_of_rounding
 from lightning_lora.inject import inject_adapters, remove_adapters
@@ -47,6 +47,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         AdapterFileError: something in its state is no tensor, or the file cannot be written (a full disk, say).
         FileNotFoundError: there is no such folder.
     """
+    check_path(path)
     path, state = Path(path), adapter_state_dict(model)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"The folder {path.parent} does not exist. Make it first.")

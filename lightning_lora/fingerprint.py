@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from lightning_lora.adapted import base_parameters, base_values, record_of
 from lightning_lora.errors import BaseMismatchError
 from lightning_lora.functional import digest
+from lightning_lora.names import named_parameters
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -76,12 +78,13 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in base_values(model).items() if name not in left_out}
 
 
-def check_base(model: nn.Module, stored: Sequence[Mapping[str, Any]]) -> None:
+def check_base(model: nn.Module, stored: Sequence[Mapping[str, Any]], shapes: Mapping[str, Sequence[int]]) -> None:
     """Refuse adapters that were trained on another base.
 
     Args:
         model: The adapted model that is to receive them.
         stored: The forms of their base, as :func:`fingerprint` gives them: as loaded, and as a Trainer converted it.
+        shapes: Those of what was trained, by name.
 
     Raises:
         BaseMismatchError: the base of ``model`` is none of them.
@@ -92,10 +95,16 @@ def check_base(model: nn.Module, stored: Sequence[Mapping[str, Any]]) -> None:
     title = type(model).__name__
     theirs = next((form for form in stored if form["dtypes"] == here["dtypes"]), stored[0])
     if theirs["layout"] != here["layout"] or len(theirs["digests"]) != len(here["digests"]):
+        here_is = {name: tensor.shape for name, tensor in named_parameters(model).items()}
+        differ = (name for name, shape in shapes.items() if name in here_is and here_is[name] != shape)
+        such = "".join(
+            f" {name!r}, for one, is {tuple(shapes[name])} there and {tuple(here_is[name])} here."
+            for name in islice(differ, 1)
+        )
         raise BaseMismatchError(
             f"These adapters were trained on another architecture: their base has {len(theirs['digests'])} frozen "
-            f"tensors, {title} has {len(here['digests'])}, and names or shapes differ. Build the model as it was built "
-            "for training, with the same modules_to_save and bias."
+            f"tensors, {title} has {len(here['digests'])}, and names or shapes differ.{such} Build the model as it was "
+            "built for training, with the same modules_to_save and bias."
         )
     if theirs["dtypes"] != here["dtypes"]:
         raise BaseMismatchError(

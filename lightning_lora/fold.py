@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.adapted import Record, adapted_layers, find_record, forget_record, freeze, record_of, unfreeze
-from lightning_lora.errors import AdapterStateError, LoRAWarning, MergePrecisionWarning
+from lightning_lora.errors import AdapterStateError, LoRAWarning, MergePrecisionWarning, listed
 from lightning_lora.functional import digest
 from lightning_lora.layers import Adapter, LoRALayer, attach
 from lightning_lora.names import named_modules, submodule
@@ -106,6 +106,12 @@ def unfold(model: nn.Module) -> bool:
     record = find_record(model)
     if record is None or not record.folded:
         return False
+    taken = [name for name, layer in adapted_layers(model).items() if name in record.folded]
+    if taken:
+        raise AdapterStateError(
+            f"{listed(taken)} of {type(model).__name__} have live adapters of another model that shares them, and "
+            "cannot get their own back. Call remove_adapters on that model first, or give each model layers of its own."
+        )
     if not is_as_folded(model, record):
         forget_record(model)
         warnings.warn(
@@ -142,6 +148,11 @@ def check_as_folded(model: nn.Module) -> None:
 
 def is_as_folded(model: nn.Module, record: Record) -> bool:
     """Whether a model that :func:`fold` made plain, if it did, still has the weights that this left."""
+    return not record.folded or shows(model, record.folded_digests)
+
+
+def shows(model: nn.Module, digests: Mapping[str, int]) -> bool:
+    """Whether the weights of these layers of ``model`` have these digests."""
     modules = named_modules(model)
-    weights = {name: modules[name]._parameters.get("weight") if name in modules else None for name in record.folded}
-    return all(p is not None and digest(p) == record.folded_digests[name] for name, p in weights.items())
+    weights = {name: modules[name]._parameters.get("weight") if name in modules else None for name in digests}
+    return all(p is not None and digest(p) == digests[name] for name, p in weights.items())

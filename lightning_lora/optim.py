@@ -17,6 +17,9 @@ _EDITED: "WeakKeyDictionary[Optimizer, tuple[list[Params], list[Params]]]" = Wea
 """The groups that an optimizer was built with, and those it was left with. LightningCLI hands out the same optimizer in
 every fit, when its groups hold no base weight any more."""
 
+_CHECKED: "WeakKeyDictionary[Optimizer, list[int]]" = WeakKeyDictionary()
+"""The sizes of the groups of each optimizer as they were last found without a frozen weight."""
+
 
 def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Put each adapter in the group of its base weight, in place of it, and take out what is frozen.
@@ -40,6 +43,7 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     for optimizer, before, after in zip(optimizers, built, edited, strict=True):
         _write(model, optimizer, after)
         _EDITED[optimizer] = (before, after)
+        _CHECKED.pop(optimizer, None)
 
 
 def check_frozen(model: nn.Module, optimizer: Optimizer) -> None:
@@ -48,18 +52,18 @@ def check_frozen(model: nn.Module, optimizer: Optimizer) -> None:
     Raises:
         OptimizerError: there are such weights.
     """
-    _, left = _EDITED.get(optimizer, ([], None))
     sizes = [len(group["params"]) for group in optimizer.param_groups]
-    if left is None or sizes == [len(group) for group in left]:
+    if sizes == _CHECKED.get(optimizer):
         return
     trained = {id(p) for p in trained_base_parameters(model, record_of(model).config).values()}
     frozen = {id(p): name for name, p in base_parameters(model).items() if id(p) not in trained}
     added = [frozen[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in frozen]
     if added:
         raise OptimizerError(
-            f"{listed(added)} of {type(model).__name__} were added to an optimizer in training, but are frozen. Name "
+            f"{listed(added)} of {type(model).__name__} were given to an optimizer in training, but are frozen. Name "
             "their modules in modules_to_save to train them, and take out the code or the callback that adds them."
         )
+    _CHECKED[optimizer] = sizes
 
 
 def _built_groups(optimizer: Optimizer) -> list[Params]:

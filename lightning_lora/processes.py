@@ -2,27 +2,32 @@
 
 Strategies that spawn or fork send back the module's state dict, the best path, and the Trainer's state, and the main
 process calls no hook when these arrive. So merged weights come home by themselves, and the memory of the exact base,
-which later stages need, is left in a temporary file that the Trainer's state names.
+which later stages need, is left in a temporary folder, where it is found by the weights that it is about.
 """
 
+import atexit
+import json
+import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_lora.adapted import Record, adapted_layers, find_record, keep_record
+from lightning_lora.adapted import Record, adapted_layers, keep_record, record_of
 from lightning_lora.errors import ConfigError
-from lightning_lora.fold import is_as_folded
+from lightning_lora.fold import shows
 from lightning_lora.names import named_parameters
 
 RANDOM = "lightning_lora_random"
 """Where a checkpoint holds the states of torch's generators."""
 
-_MEMORY = "_lora_memory"
-"""Where a Trainer's state says in which file a module's memory lies. Its queue holds no more than a pipe does."""
+_MEMORY = "LIGHTNING_LORA_MEMORY"
+"""The variable of the environment that tells every process of a program in which folder memories are left."""
 
 
 def random_states(trainer: Trainer) -> dict[str, Tensor]:
@@ -52,22 +57,30 @@ def returns_state_only(trainer: Trainer) -> bool:
     return getattr(trainer.strategy, "_start_method", "popen") != "popen"
 
 
+def name_memory() -> None:
+    """Name the folder of memories, before any process starts; it goes when this one ends."""
+    if _MEMORY not in os.environ:
+        os.environ[_MEMORY] = str(Path(tempfile.gettempdir()) / f"lightning_lora_{uuid4().hex}")
+        atexit.register(shutil.rmtree, os.environ[_MEMORY], ignore_errors=True)
+
+
 def send_memory(trainer: Trainer, pl_module: LightningModule) -> None:
-    """At the end of a fit in such a process, tell the Trainer's state where to find what the module remembers."""
+    """At the end of a fit in such a process, leave what the module remembers where the main process looks for it."""
     if returns_state_only(trainer) and trainer.is_global_zero:
-        path = vars(trainer.state).get(_MEMORY) or str(Path(tempfile.mkdtemp(prefix="lightning_lora_")) / "memory.pt")
-        torch.save(find_record(pl_module), path)
-        vars(trainer.state)[_MEMORY] = path
+        folder, record = Path(os.environ[_MEMORY]), record_of(pl_module)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        name = uuid4().hex
+        torch.save(record, folder / f"{name}.pt")
+        (folder / f"{name}.json").write_text(json.dumps(record.folded_digests))
 
 
-def receive_memory(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Give the module what came home from the last fit, if it is about the weights that came home too."""
-    path: str | None = vars(trainer.state).get(_MEMORY)
-    if path is None or not Path(path).exists():
-        return
-    record: Record = torch.load(path, weights_only=False)  # written by our own process, a moment ago
-    if record.folded and is_as_folded(pl_module, record):
-        keep_record(pl_module, record)
+def receive_memory(pl_module: LightningModule) -> None:
+    """Give the module what a fit in another process has left, if it is about the very weights that it has."""
+    for digests in Path(os.environ[_MEMORY]).glob("*.json"):
+        if shows(pl_module, json.loads(digests.read_text())):
+            record: Record = torch.load(digests.with_suffix(".pt"), weights_only=False)  # our own program wrote it
+            keep_record(pl_module, record)
+            return
 
 
 def check_untied(pl_module: LightningModule) -> None:

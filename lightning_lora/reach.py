@@ -1,4 +1,4 @@
-"""Which adapters a backward pass reaches: those it never reaches do not train, and processes must not wait for them."""
+"""What a backward pass reaches: adapters that it never does, frozen weights that it should not."""
 
 import warnings
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_lora.adapted import adapted_layers
+from lightning_lora.adapted import adapted_layers, base_parameters, record_of, trained_base_parameters
 from lightning_lora.errors import DeadAdapterWarning, listed
 
 
@@ -27,6 +27,9 @@ class Reach:
         self.model = model
         waits = isinstance(wrapped, DistributedDataParallel)
         self.waiting = wrapped if waits and not (wrapped.find_unused_parameters or wrapped.static_graph) else None
+        trains = trained_base_parameters(model, record_of(model).config)
+        self.frozen = [p for name, p in base_parameters(model).items() if name not in trains]
+        self.has_begun = False
         self.now: set[int] = set()
         self.ever: set[int] = set()
         self.optimizers: list[Optimizer] = []
@@ -38,7 +41,9 @@ class Reach:
         self.now.add(id(parameter))
 
     def end_backward(self) -> None:
-        """Give the parameters that this backward pass did not reach a zero gradient, if other processes wait for it."""
+        """Take gradients from frozen weights; give those that were not reached one of zero, if other processes wait."""
+        self.has_begun = True
+        self._keep_frozen()
         if self.waiting is None:
             return
         idle = [p for key, p in self.trained.items() if key not in self.now and p.requires_grad]
@@ -47,9 +52,15 @@ class Reach:
             torch.autograd.backward(idle, [torch.zeros_like(p) for p in idle])
         self.now.clear()
 
+    def _keep_frozen(self) -> None:
+        for p in self.frozen:
+            if p.requires_grad or p.grad is not None:  # a step that switches networks on and off switched all of one on
+                p.requires_grad_(False)
+                p.grad = None
+
     def check(self, optimizer: Optimizer) -> None:
         """At the first step of an optimizer, name the adapters in it that no gradient has reached."""
-        if any(optimizer is seen for seen in self.optimizers):
+        if not self.has_begun or any(optimizer is seen for seen in self.optimizers):
             return
         self.optimizers.append(optimizer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -62,7 +73,8 @@ class Reach:
             warnings.warn(
                 f"The adapters of {listed(dead)} received no gradient before the first optimizer step, so they do not "
                 "train: the loss does not depend on these layers, or something reads their weights without calling "
-                "them. Take them out with exclude_modules, or look at why they are not used.",
+                "them, or has frozen them (requires_grad, freeze()). Take them out with exclude_modules, or look at "
+                "why.",
                 DeadAdapterWarning,
                 stacklevel=1,
             )
@@ -72,6 +84,7 @@ class Reach:
 
     def close(self) -> None:
         """Take the hooks off."""
+        self._keep_frozen()
         for hook in self.hooks:
             hook.remove()
         self.hooks = []

@@ -1,6 +1,5 @@
 """What training changed of a model: taken out of it, and written back once everything is checked."""
 
-import difflib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ from lightning_lora.adapted import (
     same_bits,
     trained_base_parameters,
 )
+from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, listed
 from lightning_lora.fold import check_as_folded, fold, unfold
 from lightning_lora.functional import digest
@@ -130,13 +130,16 @@ def _optional(model: nn.Module) -> dict[str, Any]:
     return {**without_base(model, state_dict(model)), **persistent_buffers(model), **kept_tensors(model)}
 
 
-def check_names(model: nn.Module, state: Mapping[str, Any], changed: Collection[str] = ()) -> None:
+def check_names(
+    model: nn.Module, state: Mapping[str, Any], changed: Collection[str] = (), config: LoRAConfig | None = None
+) -> None:
     """Refuse a state that lacks a name that ``model`` needs, or has one that it does not know.
 
     Args:
         model: The adapted model.
         state: What is to be written into it.
         changed: Names of frozen weights that ``state`` is known to have new values for.
+        config: What ``state`` was trained with, if that is known.
 
     Raises:
         AdapterMismatchError: it does.
@@ -147,14 +150,22 @@ def check_names(model: nn.Module, state: Mapping[str, Any], changed: Collection[
     missing = [name for name in required if name not in state]
     unexpected = [name for name in state if name not in required and name not in optional]
     if missing or unexpected:
-        near = {name: difflib.get_close_matches(name, missing or required, n=1) for name in unexpected[:3]}
-        hint = "".join(f" {name!r} is close to {match[0]!r}." for name, match in near.items() if match)
         wrong = {"missing": missing, "unexpected": unexpected}
         found = " and ".join(f"{what} {listed(names)}" for what, names in wrong.items() if names)
+        trained = f"with {_selecting(config)}" if config else "with the same targets, modules_to_save and bias"
         raise AdapterMismatchError(
-            f"These adapters do not fit {type(model).__name__}: {found}.{hint} Adapt the model with the targets, "
-            "modules_to_save and bias that they were trained with."
+            f"These adapters do not fit {type(model).__name__}: {found}. Adapt the model as they were trained: "
+            f"{trained}."
         )
+
+
+def _selecting(config: LoRAConfig) -> str:
+    """The arguments that say what of a model trains, but those that are at their defaults."""
+    default = LoRAConfig()
+    names = ("target_modules", "exclude_modules", "modules_to_save", "bias")
+    said = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(default, name)}
+    said = {"target_modules": config.target_modules, **said}
+    return ", ".join(f"{name}={list(v) if isinstance(v, tuple) else v!r}" for name, v in said.items())
 
 
 def check_tensors(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -173,8 +184,8 @@ def _check_tensor(name: str, value: object, expected: Tensor) -> None:
     if not isinstance(value, Tensor) or value.shape != expected.shape:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise AdapterMismatchError(
-            f"{name!r} is {found}, but this model has {tuple(expected.shape)}. Adapt it with the r that the adapters "
-            "were trained with."
+            f"{name!r} is {found}, but this model has {tuple(expected.shape)}. Build the model as it was built for "
+            "training, and adapt it with the same r."
         )
     if value.layout != expected.layout or (value.is_meta and not expected.is_meta):
         raise AdapterMismatchError(

@@ -63,6 +63,12 @@ def is_watched(strategy: "Strategy") -> bool:
     return isinstance(getattr(vars(strategy).get("setup"), "__self__", None), Watch)
 
 
+def has_loaded(strategy: "Strategy") -> bool:
+    """Whether adapters were loaded from a checkpoint in the stage that is on."""
+    watch = getattr(vars(strategy).get("setup"), "__self__", None)
+    return isinstance(watch, Watch) and watch.has_loaded
+
+
 class Watch:
     """Stand before methods of a Trainer's strategy. A module without adapters passes through untouched.
 
@@ -83,6 +89,7 @@ class Watch:
         self.strategy = strategy
         self.duties = duties
         self.base_is_noted = False
+        self.has_loaded = False
 
     def install(self) -> None:
         """Set the methods on the strategy."""
@@ -113,7 +120,7 @@ class Watch:
         """Load what training changed; base keys may be missing, adapter keys may not, whatever ``strict`` says."""
         self._note_base()
         load_checkpoint_state(self.module, checkpoint)
-        self.base_is_noted = KEY in checkpoint
+        self.base_is_noted = self.has_loaded = KEY in checkpoint
 
     def setup(self, trainer: "Trainer") -> None:
         """Adapt before the module is converted, moved and wrapped; note the base in both forms for its fingerprint."""

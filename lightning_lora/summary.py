@@ -8,7 +8,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_lora.adapted import find_record
+from lightning_lora.adapted import adapted_layers, find_record
 from lightning_lora.inplace import InPlace
 from lightning_lora.layers import LoRALayer
 from lightning_lora.names import named_modules
@@ -52,7 +52,9 @@ class LoRASummary:
         full_optimizer_bytes: State that it would keep for all parameters of the base.
         checkpoint_bytes: Weights in a checkpoint.
         full_checkpoint_bytes: Weights in a checkpoint of full fine-tuning.
-        merged: Adapters that a finished fit merged into the model, which is plain again.
+        adapters: How many adapters the model has.
+        merged: Whether they are merged into the weights.
+        plain: Whether the model has only its own classes and parameters: it was never adapted, or a fit has merged it.
     """
 
     title: str
@@ -63,7 +65,9 @@ class LoRASummary:
     full_optimizer_bytes: int
     checkpoint_bytes: int
     full_checkpoint_bytes: int
-    merged: int
+    adapters: int
+    merged: bool
+    plain: bool
 
     @property
     def share(self) -> float:
@@ -76,9 +80,7 @@ class LoRASummary:
         Args:
             trained_only: Put the groups in which nothing trains into one row.
         """
-        trains = f"{self.title} trains {self.share:.2%} of its parameters"
-        title = f"{self.title} is plain, with {self.merged} adapters merged" if self.merged else f"LoRA: {trains}"
-        table = Table(title=title, min_width=60)
+        table = Table(title=self._headline(), min_width=60)
         table.add_column("Layers", overflow="fold")
         table.add_column("Type")
         for heading in ("r", "Trained", "Frozen"):
@@ -101,6 +103,8 @@ class LoRASummary:
             )
         table.add_section()
         table.add_row("Total", "", "", f"{self.trained:,}", f"{self.frozen:,}", style="bold")
+        if self.plain:
+            return Group(table)
         costs = Table.grid(padding=(0, 2))
         for what, ours, full in (
             ("Optimizer state (Adam)", self.optimizer_bytes, self.full_optimizer_bytes),
@@ -108,6 +112,14 @@ class LoRASummary:
         ):
             costs.add_row(what, _size(ours), f"full fine-tuning: {_size(full)}")
         return Group(table, costs)
+
+    def _headline(self) -> str:
+        adapters = f"{self.adapters} adapter{'' if self.adapters == 1 else 's'}"
+        if self.plain:
+            return f"{self.title} is a plain model" + (f", with {adapters} merged into it" if self.adapters else "")
+        if self.merged:
+            return f"LoRA: {self.title} has {adapters} merged, which do not train"
+        return f"LoRA: {self.title} trains {self.share:.2%} of its parameters"
 
     def __rich__(self) -> Group:
         """Print as the whole table under rich."""
@@ -160,7 +172,7 @@ def _with_costs(model: nn.Module, groups: tuple[LayerGroup, ...]) -> LoRASummary
     trained = [p for p in model.parameters() if p.requires_grad]
     added = {id(p) for m in model.modules() if isinstance(m, LoRALayer) for p in m.lora_parameters().values()}
     base = [p for p in model.parameters() if id(p) not in added]
-    record = find_record(model)
+    record, layers = find_record(model), adapted_layers(model)
     state = adapter_state_dict(model) if record else model.state_dict()
     return LoRASummary(
         title=type(model).__name__,
@@ -171,7 +183,9 @@ def _with_costs(model: nn.Module, groups: tuple[LayerGroup, ...]) -> LoRASummary
         full_optimizer_bytes=_ADAM_MOMENTS * _bytes(base),
         checkpoint_bytes=_bytes(state.values()),
         full_checkpoint_bytes=_bytes(base) + _bytes(model.buffers()),
-        merged=len(record.folded) if record else 0,
+        adapters=len(record.folded if record and record.folded else layers),
+        merged=bool(record and record.folded) or any(layer.lora_base is not None for layer in layers.values()),
+        plain=not layers,
     )
 
 

@@ -1,8 +1,8 @@
-"""Choose which layers of a model to adapt and which modules to train whole. Nothing here changes a model."""
+"""Choose which layers of a model to adapt and what to train whole. Nothing here changes a model."""
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from lightning_lora.config import LoRAConfig, matches, matches_pattern
 from lightning_lora.errors import ConfigError, TargetError, listed
 from lightning_lora.layers import ADAPTERS, LINEAR_LIKE, LoRALayer, adapter_for
-from lightning_lora.names import named_modules
+from lightning_lora.names import named_modules, named_parameters
 
 AUTOMATIC = ("all-linear", "all")
 """The words that ``target_modules`` knows besides expressions and lists."""
@@ -25,11 +25,9 @@ class Selection:
 
     Args:
         layers: The layers to adapt, by name, in the model's order; a shared layer once, under its first name.
-        saved: The modules to train whole, by name.
     """
 
     layers: dict[str, nn.Module]
-    saved: dict[str, nn.Module]
 
 
 def select(model: nn.Module, config: LoRAConfig) -> Selection:
@@ -43,29 +41,35 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
         >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
         >>> list(select(model, LoRAConfig(target_modules=["2"])).layers)
         ['2']
-        >>> select(model, LoRAConfig(target_modules=["linear"]))
+        >>> select(model, LoRAConfig(target_modules=["fc"]))
         Traceback (most recent call last):
             ...
-        lightning_lora.errors.TargetError: target_modules ['linear'] match no module of Sequential. Layers that can be \
+        lightning_lora.errors.TargetError: target_modules ['fc'] match no module of Sequential. Layers that can be \
 adapted end in '0', '2'. Correct target_modules; print(summarize(model)) shows every layer.
     """
     names = _Names(model)
-    saved = {name: names.modules[name] for name in names.find("modules_to_save", config.modules_to_save)}
-    outer = [names.modules[name] for name in names.find("exclude_modules", config.exclude_modules)]
-    left_out = {inner for module in (*saved.values(), *outer) for inner in module.modules()}
+    saved = names.find("modules_to_save", config.modules_to_save)
+    excluded = names.find("exclude_modules", config.exclude_modules)
+    outer = [names.modules.get(name.removesuffix(".weight")) for name in (*saved, *excluded)]
+    left_out = {inner for module in outer if module is not None for inner in module.modules()}
     targets = set(_targets(names, config).values()) - left_out
     layers = {name: layer for name, layer in named_modules(model).items() if layer in targets}
     _check_supported(names, config, layers)
     _check_patterns(names, config, layers)
     _check_ranks(config, layers)
-    return Selection(layers, saved)
+    return Selection(layers)
 
 
 def saved_modules(model: nn.Module, config: LoRAConfig) -> Iterator[nn.Module]:
     """Yield the modules of ``model`` that ``modules_to_save`` names."""
     for name, module in named_modules(model, remove_duplicate=False).items():
-        if any(matches(entry, name) for entry in config.modules_to_save or ()):
+        if is_saved(config, name):
             yield module
+
+
+def is_saved(config: LoRAConfig, name: str) -> bool:
+    """Whether ``modules_to_save`` means the module or the parameter called ``name``."""
+    return any(matches(entry, name) for entry in config.modules_to_save or ())
 
 
 class _Names:
@@ -79,28 +83,36 @@ class _Names:
     def find(self, argument: str, pattern: object) -> list[str]:
         """Return every name that a pattern means: an expression for whole names, or a list.
 
+        ``modules_to_save`` may name parameters too: those that a module holds by itself have no other name.
+
         Raises:
             TargetError: the expression, or any entry of the list, matches no module.
         """
         if pattern is None:
             return []
+        known: Mapping[str, object] = self.modules
+        if argument == "modules_to_save":
+            known = {**known, **named_parameters(self.model, remove_duplicate=False)}
+        meant: Iterable[str] = known
+        if argument == "target_modules":
+            meant = [name for name, layer in self.modules.items() if not _why_not(self, name, layer)]
         if isinstance(pattern, str):
-            found = [name for name in self.modules if re.fullmatch(pattern, name)]
-            self.require(argument, {} if found else {pattern: self.modules})
+            found = [name for name in known if re.fullmatch(pattern, name)]
+            self.require(argument, {} if found else {pattern: meant})
             return found
         assert isinstance(pattern, tuple)
-        found_by = {entry: [name for name in self.modules if matches(entry, name)] for entry in pattern}
-        self.require(argument, {entry: self.modules for entry, names in found_by.items() if not names})
-        return [name for name in self.modules if any(name in names for names in found_by.values())]
+        found_by = {entry: [name for name in known if matches(entry, name)] for entry in pattern}
+        self.require(argument, {entry: meant for entry, names in found_by.items() if not names})
+        return [name for name in known if any(name in names for names in found_by.values())]
 
-    def require(self, argument: str, missing: dict[str, dict[str, nn.Module]]) -> None:
-        """Raise, if anything is ``missing``: entries, each with the modules it might have meant."""
+    def require(self, argument: str, missing: Mapping[str, Iterable[str]]) -> None:
+        """Raise, if anything is ``missing``: entries, each with the names it might have meant."""
         if not missing:
             return
         near: dict[str, None] = {}
-        for entry, modules in missing.items():
+        for entry, known in missing.items():
             names: dict[str, list[str]] = {}
-            for name in modules:
+            for name in known:
                 for part in {name, name.rpartition(".")[2]}:
                     names.setdefault(part, []).append(name)
             for part in difflib.get_close_matches(entry, names, n=3, cutoff=0.5):
@@ -108,12 +120,16 @@ class _Names:
         if near:
             hint = f"Nearest names: {', '.join(list(near)[:5])}."
         else:
-            layers = dict.fromkeys(name.rpartition(".")[2] for name, m in self.modules.items() if adapter_for(m))
+            fit = (name for name, layer in self.modules.items() if not _why_not(self, name, layer))
+            layers = dict.fromkeys(name.rpartition(".")[2] for name in fit)
             hint = (
                 f"Layers that can be adapted end in {listed(layers, most=8)}."
                 if layers
                 else "It has no layer to adapt."
             )
+        words = AUTOMATIC if argument == "target_modules" else ()
+        meant = [word for entry in missing for word in difflib.get_close_matches(entry, words, n=1)]
+        hint += f" Or did you mean the word {meant[0]!r}?" if meant else ""
         raise TargetError(
             f"{argument} {list(missing)} match no module of {self.title}. {hint} Correct {argument}; {_SEE_ALL}."
         )
@@ -177,10 +193,10 @@ def _check_supported(names: _Names, config: LoRAConfig, layers: dict[str, nn.Mod
     if refused:
         reasons = "; ".join(f"{name!r}: {why}" for name, why in list(refused.items())[:5])
         more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
+        remedy = f", or leave these out: exclude_modules={list(refused)[:5]}" if len(refused) < len(layers) else ""
         raise TargetError(
             f"target_modules {shown!r} match layers of {names.title} that cannot be adapted ({reasons}{more}). "
-            f"Supported are {_supported_types()} and their subclasses. Name other layers, or leave these out: "
-            f"exclude_modules={list(refused)[:5]}."
+            f"Supported are {_supported_types()} and their subclasses. Name other layers{remedy}."
         )
 
 
@@ -190,7 +206,9 @@ def _why_not(names: _Names, name: str, layer: nn.Module) -> str | None:
     if isinstance(layer, LoRALayer):
         return None
     if kind is None:
-        return f"a {type(layer).__name__} is not supported"
+        inside = (f"{name}.{inner}" for inner in named_modules(layer) if inner)
+        fit = [inner for inner in inside if not _why_not(names, inner, names.modules[inner])]
+        return f"a {type(layer).__name__} is not supported{f', but inside it {listed(fit)}' if fit else ''}"
     if _is_attention(names.modules.get(name.rpartition(".")[0])):
         return "its nn.MultiheadAttention reads the weight and never calls the layer"
     if "forward" in vars(layer):
@@ -228,7 +246,8 @@ def _check_ranks(config: LoRAConfig, layers: dict[str, nn.Module]) -> None:
         shown = ", ".join(f"{name!r} (r={r}, at most {limit})" for name, (r, limit) in list(small.items())[:5])
         limits = {name: limit for name, (_, limit) in list(small.items())[:5]}
         raise ConfigError(
-            f"The rank is too large for {shown}{f' and {len(small) - 5} more' if len(small) > 5 else ''}. A new head "
-            f"is best trained whole: modules_to_save={list(limits)}. Otherwise set rank_pattern={limits}, or "
+            f"The rank is too large for {shown}{f' and {len(small) - 5} more' if len(small) > 5 else ''}. If "
+            f"they are new, such as a head, train them whole: modules_to_save={list(limits)}. Otherwise set "
+            f"rank_pattern={limits}, or "
             f"exclude_modules={list(limits)}, or lower r."
         )

@@ -838,3 +838,81 @@ def test_stages_before_fit_do_not_change_what_it_learns(tmp_path: Path, new: boo
             t = trainer(tmp_path, [lora()]) if new else t
         t.fit(model, data(), data())
     assert same(state(models[0]), state(models[1])) and base_is_whole(model)
+
+
+class Unreadable(L.LightningDataModule):
+    """Its samples cannot be loaded any more."""
+
+    def train_dataloader(self) -> Any:
+        raise StopError
+
+
+@pytest.mark.parametrize("kind", ON_EXCEPTION)
+def test_resumed_run_that_fails_before_its_first_step_keeps_what_was_trained(tmp_path: Path, kind: str) -> None:
+    t = trainer(tmp_path, [lora(), ON_EXCEPTION[kind](tmp_path), Fails()], max_epochs=3)
+    with pytest.raises(StopError):
+        t.fit(LitTiny(), Stateful(), data())
+    (file,) = tmp_path.rglob("on_exception*.ckpt")
+    before, model = torch.load(file, weights_only=True)["state_dict"], LitTiny()
+    t = trainer(tmp_path, [lora(), ON_EXCEPTION[kind](tmp_path)], max_epochs=3)
+    with pytest.raises(StopError):
+        t.fit(model, datamodule=Unreadable(), ckpt_path=file)
+    assert same(torch.load(file, weights_only=True)["state_dict"], before)
+    assert same({name: state(model)[name] for name in before}, before)
+
+
+class Counts(LitTiny):
+    """A buffer counts the steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.steps += 1
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.skipif(Version(L.__version__) < Version("2.6"), reason="WeightAveraging came with 2.6")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
+def test_plain_average_is_taken_as_torch_takes_it(tmp_path: Path, precision: Any) -> None:
+    averages = []
+    for adapt in (True, False):
+        torch.manual_seed(5)
+        model, average = Counts(), bundled.WeightAveraging()
+        callbacks: list[L.Callback] = [lora(merge=False), average]
+        if not adapt:  # by hand, with nothing of the callback
+            inject_adapters(model, lora().config)
+            callbacks = [average]
+        trainer(tmp_path, callbacks, precision=precision, enable_checkpointing=False).fit(model, data())
+        averages.append(state(model))
+    kept = {name for name in averages[0] if name in TRAINED or name == "steps"}
+    adapted, by_hand = ({name: average[name].float() for name in kept} for average in averages)
+    tolerance = 1e-6 if precision == "32-true" else 1e-2  # by hand, bf16-true converts the adapters too
+    assert all(torch.allclose(adapted[name], by_hand[name], atol=tolerance) for name in kept)
+
+
+def test_states_that_callbacks_keep_come_back_in_the_models_order(tmp_path: Path) -> None:
+    class Keeps(L.Callback):
+        order: list[list[str]]
+
+        def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+            checkpoint["mine"] = pl_module.state_dict()
+
+        def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+            self.order = [list(checkpoint["mine"]), list(pl_module.state_dict())]
+
+    trainer(tmp_path, [lora(), Keeps(), ModelCheckpoint(tmp_path, "a")]).fit(LitTiny(), data())
+    again = Keeps()
+    trainer(tmp_path, [lora(), again], max_epochs=3).fit(LitTiny(), data(), ckpt_path=tmp_path / "a.ckpt")
+    assert again.order[0] == again.order[1]
+
+
+@each_average
+@either_order
+def test_average_copies_frozen_layers_that_come_late(tmp_path: Path, average: str, first: bool) -> None:
+    class Late(LitTiny):
+        def setup(self, stage: str) -> None:
+            self.extra = nn.LayerNorm(4)
+
+    trainer(tmp_path, beside(AVERAGES[average][0](), first), max_epochs=4).fit(Late(), data())

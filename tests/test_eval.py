@@ -9,17 +9,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_lora import (
+    AdapterStateError,
     BaseMismatchError,
     LoRAConfig,
+    TargetError,
     disable_adapters,
     inject_adapters,
     load_adapter,
+    load_from_checkpoint,
     merge_adapters,
     remove_adapters,
     save_adapter,
+    unmerge_adapters,
 )
 from tests.models import LitTiny, best, data, lora, randomise, same, state, trainer
 
@@ -271,3 +276,61 @@ def test_restoring_gives_the_full_state_whatever_the_model(
 def bits(model: nn.Module) -> dict[str, Tensor]:
     """A state in which -0.0 and 0.0, and every NaN, are told apart."""
     return {name: value.contiguous().reshape(-1).view(torch.uint8) for name, value in state(model).items()}
+
+
+def test_two_modules_that_share_layers_do_not_take_them_from_each_other(tmp_path: Path) -> None:
+    one, two = LitTiny(), LitTiny()
+    two.embed, two.q_proj, two.v_proj = one.embed, one.q_proj, one.v_proj
+    t = trainer(tmp_path, [lora(), best(tmp_path)])
+    t.fit(one, data(), data())
+    trainer(tmp_path, [lora(merge=False)]).fit(two, data())
+    before = state(two)
+    with pytest.raises(AdapterStateError, match=r"'q_proj', 'v_proj' of LitTiny have live adapters of another model"):
+        t.test(one, data(), ckpt_path="best", verbose=False)
+    assert same(state(two), before)
+    remove_adapters(two)
+    t.test(one, data(), ckpt_path="best", verbose=False)
+
+
+def test_a_merged_module_inside_another_is_a_base_as_it_is(tmp_path: Path) -> None:
+    inner, outer = LitTiny(), LitTiny()
+    trainer(tmp_path, [lora()]).fit(inner, data())
+    outer.inner = inner
+    before = state(outer)
+    inject_adapters(outer, LoRAConfig(r=2, modules_to_save=["head"]))
+    with disable_adapters(outer):
+        assert all(torch.equal(value, before[name]) for name, value in state(outer).items() if name in before)
+    remove_adapters(outer)
+    assert same(state(outer), before)
+
+
+def test_a_state_of_adapters_is_not_half_loaded_into_the_merged_module(tmp_path: Path) -> None:
+    model, checkpoint = LitTiny(), best(tmp_path)
+    trainer(tmp_path, [lora(), checkpoint]).fit(model, data(), data())
+    before, stored = state(model), torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"]
+    with pytest.raises(AdapterStateError, match="half of it would be loaded"):
+        model.load_state_dict(stored, strict=False)
+    assert same(state(model), before)
+    unmerge_adapters(model)
+    model.load_state_dict(stored, strict=False)
+    assert same({name: state(model)[name] for name in stored}, stored)
+
+
+def test_parameters_of_no_layer_train_if_they_are_named(tmp_path: Path) -> None:
+    class Tempered(LitTiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = nn.Parameter(torch.ones(()))
+
+        def forward(self, index: Tensor) -> Tensor:
+            return super().forward(index) * self.temperature
+
+    model, checkpoint = Tempered(), ModelCheckpoint(tmp_path, "a")
+    trainer(tmp_path, [lora(modules_to_save=["head", "temperature"]), checkpoint]).fit(model, data())
+    assert model.temperature != 1
+    again = load_from_checkpoint(Tempered, tmp_path / "a.ckpt", merge=True)
+    assert same(state(again), state(model))
+    with pytest.raises(TargetError, match=r"'temprature'.*'temperature'"):
+        inject_adapters(Tempered(), LoRAConfig(r=2, modules_to_save=["head", "temprature"]))
+    names = inject_adapters(LitTiny(), LoRAConfig(r=2, modules_to_save=["head", "q_proj.weight"]))
+    assert names == ("v_proj",)  # its weight trains whole, and needs no adapter

@@ -20,6 +20,7 @@ from lightning_lora import (
     BaseMismatchError,
     LoRAConfig,
     LoRAError,
+    LoRAWarning,
     adapter_state_dict,
     inject_adapters,
     load_adapter,
@@ -152,7 +153,9 @@ def test_adapters_need_their_own_base(file: Path) -> None:
             model.q_proj.weight.view(-1)[change] += 1e-6  # one element, hardly
         with refused(model, BaseMismatchError, "q_proj.weight"):
             load_adapter(model, file)
-    with refused(model := LitTiny(width=6), BaseMismatchError, "another architecture"):
+    with refused(
+        model := LitTiny(width=6), BaseMismatchError, r"another architecture.* is \(4, 8\) there and \(4, 6\) here"
+    ):
         load_adapter(model, file)
     with refused(model := LitTiny().double(), BaseMismatchError, "float32.*float64"):
         load_adapter(model, file)
@@ -182,12 +185,21 @@ def refused(model: nn.Module, error: type[Exception], match: str) -> Iterator[No
     assert same(state(model), before) and kinds() == kinds_before
 
 
+def test_arguments_the_wrong_way_round_are_told(file: Path) -> None:
+    for verb in (load_adapter, save_adapter):
+        with pytest.raises(AdapterFileError, match="a LitTiny was given"):
+            verb(file, LitTiny())  # type: ignore[arg-type]
+
+
 STATE_CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "missing": (lambda s: s.pop("q_proj.lora_A"), "missing 'q_proj.lora_A'"),
     "missing whole module": (lambda s: s.pop("head.bias"), "missing 'head.bias'"),
     "unexpected": (lambda s: s.update({"k_proj.lora_A": torch.zeros(1)}), "unexpected 'k_proj.lora_A'"),
     "base weight": (lambda s: s.update({"embed.weight": torch.zeros(20, 8)}), "unexpected 'embed.weight'"),
-    "renamed": (lambda s: s.update({"q_proj.lora_a": s.pop("q_proj.lora_A")}), "close to 'q_proj.lora_A'"),
+    "renamed": (
+        lambda s: s.update({"q_proj.lora_a": s.pop("q_proj.lora_A")}),
+        "missing 'q_proj.lora_A' and unexpected 'q_proj.lora_a'",
+    ),
     "shape": (lambda s: s.update({"q_proj.lora_A": torch.zeros(3, 8)}), r"\(3, 8\).*\(2, 8\)"),
     "transposed": (lambda s: s.update({"v_proj.lora_B": torch.zeros(2, 8)}), r"\(2, 8\).*\(8, 2\)"),
     "kind": (lambda s: s.update({"q_proj.lora_A": torch.zeros(2, 8, dtype=torch.int64)}), "int64"),
@@ -275,7 +287,8 @@ def test_file_says_the_base_that_lies_under_the_adapters_now(tmp_path: Path) -> 
     with torch.no_grad():
         other.embed.weight.add_(1)
     save_adapter(model, tmp_path / "before.safetensors")
-    model.load_state_dict(other.state_dict())
+    with pytest.warns(LoRAWarning, match="its adapters stay as they are"):
+        model.load_state_dict(other.state_dict())
     save_adapter(model, tmp_path / "after.safetensors")
     load_adapter(other, tmp_path / "after.safetensors")
     with pytest.raises(BaseMismatchError):

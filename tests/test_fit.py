@@ -347,6 +347,8 @@ def test_merge_says_which_adapters_the_module_ends_with(tmp_path: Path, merge: A
 def test_merge_best_without_a_best_file_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ModelCheckpoint"):
         trainer(tmp_path, [lora(merge="best")], enable_checkpointing=False).fit(LitTiny(), data())
+    with pytest.raises(ConfigError, match="with a monitor"):
+        trainer(tmp_path, [lora(merge="best"), ModelCheckpoint(tmp_path)]).fit(LitTiny(), data())
     for callbacks in (
         [best(tmp_path, save_top_k=0)],
         [best(tmp_path), At(7, lambda t, m: [path.unlink() for path in tmp_path.glob("*.ckpt")])],
@@ -576,8 +578,8 @@ def test_table_at_the_start_and_line_at_the_end(tmp_path: Path, capsys: Any, cap
     trainer(tmp_path, [lora()], enable_model_summary=True).fit(model, data())
     shown = capsys.readouterr().out
     assert "q_proj" in shown and "LoRA: LitTiny trains" in shown and "full fine-tuning" in shown
-    assert "merged the last adapters of 2 layers" in caplog.text
-    assert "LitTiny is plain, with 2 adapters merged" in str(summarize(model))
+    assert "merged the last adapters into 2 layers" in caplog.text
+    assert "LitTiny is a plain model, with 2 adapters merged into it" in str(summarize(model))
     trainer(tmp_path, [lora()]).fit(LitTiny(), data())
     assert "LoRA" not in capsys.readouterr().out
 

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_lora import (
     AdapterMismatchError,
     AdapterStateError,
+    DeadAdapterWarning,
     LoRAConfig,
     TargetError,
     adapter_state_dict,
@@ -190,6 +191,30 @@ def test_unmerge_follows_a_model_that_was_converted_in_between(tied: bool) -> No
     unmerge_adapters(model)
     assert model.lm_head.weight.dtype is torch.float64 and torch.equal(model.lm_head.weight, base.double())
     assert (model.lm_head.weight is model.embed.weight) is tied
+
+
+def test_state_of_a_merged_layer_is_that_of_the_adapted_one(case: tuple[nn.Sequential, Tensor]) -> None:
+    model, x = case
+    inject_adapters(model, CONFIG)
+    randomise(model)
+    twin, before = copy.deepcopy(model), state(model)
+    merge_adapters(model)
+    assert same(
+        state(model), before
+    )  # a merged weight beside the factors would count them twice, wherever it is loaded
+    twin.load_state_dict(model.state_dict())
+    torch.testing.assert_close(twin(x), model(x))
+
+
+def test_setting_a_merged_model_to_train_is_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    inject_adapters(model, LoRAConfig(r=2))
+    merge_adapters(model)
+    model.eval()
+    with pytest.warns(DeadAdapterWarning, match="unmerge_adapters"):
+        model.train()
+    unmerge_adapters(model)
+    model.train()
 
 
 def test_remove_gives_back_the_very_class_and_values(case: tuple[nn.Sequential, Tensor]) -> None:
@@ -554,7 +579,7 @@ def _with_lora_of_another() -> nn.Module:
 def test_layer_that_cannot_be_adapted_is_refused_by_name(build: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 4), build())
     cls, keys = type(model[1]), list(model.state_dict())
-    with pytest.raises(TargetError, match=r"'1'.*exclude_modules"):
+    with pytest.raises(TargetError, match=r"\('1': .*Name other layers"):
         inject_adapters(model, LoRAConfig(r=1, target_modules=["1"]))
     assert type(model[0]) is nn.Linear and type(model[1]) is cls and list(model.state_dict()) == keys
 

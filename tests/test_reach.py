@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
@@ -152,15 +153,103 @@ def test_processes_name_layers_that_no_batch_reaches(tmp_path: Path) -> None:
         assert "'unused'" in text and "'v_proj'" in text and "'q_proj'" not in text and text.count("received") == 1
 
 
-def test_frozen_weights_that_are_added_to_an_optimizer_in_training_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("new", [False, True])
+def test_frozen_weights_that_are_given_to_an_optimizer_in_training_are_refused(tmp_path: Path, new: bool) -> None:
     class Unfreezes(LitTiny):
         def on_train_epoch_start(self) -> None:
             if self.current_epoch == 1:
                 self.embed.requires_grad_()
-                self.optimizers().add_param_group({"params": self.embed.parameters()})  # type: ignore[union-attr]
+                if new:
+                    self.trainer.optimizers = [torch.optim.AdamW(self.parameters())]
+                else:
+                    self.optimizers().add_param_group({"params": self.embed.parameters()})  # type: ignore[union-attr]
 
     model = Unfreezes()
     before = model.embed.weight.clone()
-    with pytest.raises(OptimizerError, match=r"'embed.weight' of Unfreezes were added.*modules_to_save"):
+    with pytest.raises(OptimizerError, match=r"'embed.weight'.* of Unfreezes were given.*modules_to_save"):
         trainer(tmp_path, [lora()]).fit(model, data())
     assert torch.equal(model.embed.weight, before)
+
+
+class Adversaries(L.LightningModule):
+    """Two networks, each switched off while the other trains, with gradients clipped over all of a network."""
+
+    def __init__(self, adapters_alone: bool) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.adapters_alone = adapters_alone
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.one = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+            self.other = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+
+    def switch(self, net: nn.Module, on: bool) -> None:
+        for name, p in net.named_parameters():
+            if "lora_" in name or not self.adapters_alone:
+                p.requires_grad = on
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x = torch.ones(4, 8) * (batch_idx + 1) / 4
+        for net, fixed, optimizer in zip(
+            (self.one, self.other), (self.other, self.one), self.optimizers(), strict=True
+        ):
+            self.switch(fixed, False)
+            self.switch(net, True)
+            optimizer.zero_grad()
+            self.manual_backward(self.other(self.one(x)).pow(2).mean())
+            nn.utils.clip_grad_norm_(net.parameters(), 0.01)
+            optimizer.step()
+            self.switch(fixed, True)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(net.parameters(), 0.05) for net in (self.one, self.other)]
+
+
+def test_networks_that_are_switched_on_and_off_train_their_adapters_alone(tmp_path: Path) -> None:
+    states = []
+    for adapters_alone in (True, False):
+        model = Adversaries(adapters_alone)
+        torch.manual_seed(5)
+        trainer(tmp_path, [LoRACallback(r=2, merge=False)], enable_checkpointing=False).fit(model, data())
+        assert all(p.grad is None and not p.requires_grad for n, p in model.named_parameters() if "lora_" not in n)
+        states.append(state(model))
+    assert same(*states)
+
+
+class Probe(LitTiny):
+    """A linear probe that freezes all but its head, when the optimizer is made or when training starts."""
+
+    def __init__(self, when: str) -> None:
+        super().__init__()
+        self.when = when
+
+    def freeze_body(self, when: str) -> None:
+        for name, p in self.named_parameters():
+            p.requires_grad = name.startswith("head") or when != self.when
+
+    def configure_optimizers(self) -> Any:
+        self.freeze_body("optimizers")
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], 0.05)
+
+    def on_train_start(self) -> None:
+        self.freeze_body("start")
+
+
+def test_adapters_train_in_a_module_that_freezes_its_body(tmp_path: Path) -> None:
+    model = Probe("optimizers")
+    model.on_train_start = lambda: None  # type: ignore[method-assign]
+    trainer(tmp_path, [lora(merge=False)]).fit(model, data())
+    assert all(model.get_parameter(name).any() for name in ADAPTERS)
+    late = Probe("start")
+    late.configure_optimizers = super(Probe, late).configure_optimizers  # type: ignore[method-assign]
+    with pytest.warns(DeadAdapterWarning, match=r"frozen them \(requires_grad"):
+        trainer(tmp_path, [lora(merge=False)]).fit(late, data())
+
+
+@pytest.mark.filterwarnings("ignore:.*returned .None.")
+def test_a_first_step_without_a_loss_makes_no_adapter_dead(tmp_path: Path) -> None:
+    class Skips(LitTiny):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) if batch_idx else None
+
+    trainer(tmp_path, [lora()]).fit(Skips(), data())

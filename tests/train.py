@@ -1,7 +1,7 @@
 """A training run in a process of its own: what the tests kill, spawn and resume.
 
 Usage: python -m tests.train FOLDER STRATEGY DEVICES [--resume] [--kill-at STEP] [--merge WHICH] [--tied] [--shares]
-    [--wide]
+    [--wide] [--again]
 Writes FOLDER/result.pt: the module's state after fit, and what later stages and files say of it.
 """
 
@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--shares", action="store_true")
     parser.add_argument("--wide", action="store_true")
+    parser.add_argument("--again", action="store_true")
     arguments = parser.parse_args()
 
     L.seed_everything(7, verbose=False)
@@ -109,6 +110,10 @@ def main() -> None:
         result["tested"] = t.test(model, data(), ckpt_path="best", verbose=False)[0]["test_loss"]
         t.save_checkpoint(arguments.folder / "again.ckpt")
     result["best"] = checkpoint.best_model_path
+    if arguments.again:  # another Trainer, on the module as it is now
+        again = ModelCheckpoint(arguments.folder / "again", filename="again")
+        callbacks = [LoRACallback(r=2, modules_to_save=["head"], dropout=dropout), again]
+        trainer(arguments.folder, callbacks, strategy=strategy, devices=arguments.devices).fit(model, data())
     if t.global_rank == 0:
         torch.save(result, arguments.folder / "result.pt")
 

@@ -1,5 +1,6 @@
 """What every adapted layer is: its own class, two factors beside its weight, and four verbs."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterStateError
+from lightning_lora.errors import AdapterStateError, DeadAdapterWarning
 from lightning_lora.functional import delta_weight, init_factors, lost_share, merged_weight, wide
 from lightning_lora.inplace import InPlace, overlay, uncover
 
@@ -198,6 +199,17 @@ class LoRALayer(InPlace, nn.Module):
             super().reset_parameters()  # type: ignore[misc]  # as just asked
         self.lora_start(self.lora_A, self.lora_B, self.lora_init)
 
+    def train(self, mode: bool = True) -> Any:
+        """Set training mode, and say so if no gradient will reach the adapter there."""
+        if mode and self.lora_base is not None:
+            warnings.warn(
+                "A model with merged adapters was set to train, which they cannot. Call unmerge_adapters(model) first, "
+                "or remove_adapters(model) to go on with the merged weights.",
+                DeadAdapterWarning,
+                stacklevel=4,
+            )
+        return super().train(mode)
+
     def _lora_dropped_delta(self) -> Tensor:
         """The update; in training with dropout of whole features that A reads, the input itself being out of reach."""
         if not self.lora_dropout or not self.training:
@@ -226,6 +238,12 @@ class LoRALayer(InPlace, nn.Module):
                 p.data = torch.empty_like(p, dtype=dtype) if data.is_meta else data.to(p.device, dtype)
                 p.grad = None if grad is None else grad.to(p.device, dtype)
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Give a state of the layer as it is un-merged: beside its factors, a merged weight would count them twice."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.lora_base is not None:
+            destination[f"{prefix}weight"] = self.lora_base if keep_vars else self.lora_base.detach()
 
     @staticmethod
     def lora_refuse_load(name: str) -> None:
