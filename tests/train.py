@@ -102,6 +102,10 @@ def main() -> None:
     )
     resume = max(arguments.folder.glob("epoch=*.ckpt"), key=lambda path: path.name) if arguments.resume else None
     t.fit(model, data(), data(), ckpt_path=resume)
+    if arguments.again:  # another Trainer, on the module as it is now
+        again = ModelCheckpoint(arguments.folder / "again", filename="again")
+        t = trainer(arguments.folder, [callbacks[0], again], strategy=strategy, devices=arguments.devices)
+        t.fit(model, data(), data())
 
     result: dict[str, Any] = {"state": state(model), "val_loss": float(t.callback_metrics["val_loss"])}
     result["classes"] = [type(module).__name__ for module in model.modules()]
@@ -110,10 +114,6 @@ def main() -> None:
         result["tested"] = t.test(model, data(), ckpt_path="best", verbose=False)[0]["test_loss"]
         t.save_checkpoint(arguments.folder / "again.ckpt")
     result["best"] = checkpoint.best_model_path
-    if arguments.again:  # another Trainer, on the module as it is now
-        again = ModelCheckpoint(arguments.folder / "again", filename="again")
-        callbacks = [LoRACallback(r=2, modules_to_save=["head"], dropout=dropout), again]
-        trainer(arguments.folder, callbacks, strategy=strategy, devices=arguments.devices).fit(model, data())
     if t.global_rank == 0:
         torch.save(result, arguments.folder / "result.pt")
 
