@@ -16,7 +16,7 @@ from lightning_lora.checkpoint import load_checkpoint_state
 from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError, TargetError
 from lightning_lora.fingerprint import note_changed
-from lightning_lora.fold import fold, unfold, warn_of_rounding
+from lightning_lora.fold import fold, unfold, warn_of_merge
 from lightning_lora.inject import inject_adapters, remove_adapters
 from lightning_lora.optim import check_frozen, train_adapters
 from lightning_lora.processes import (
@@ -231,7 +231,7 @@ class LoRACallback(Callback):
         which = self._load_best(trainer, pl_module) if self.merge == "best" else _LAST
         count = len(adapted_layers(pl_module))
         layers = "1 layer" if count == 1 else f"{count} layers"
-        warn_of_rounding(pl_module, fold(pl_module))
+        warn_of_merge(pl_module, fold(pl_module))
         send_memory(trainer, pl_module)
         rank_zero_info(f"LoRACallback merged {which} into {layers}: {type(pl_module).__name__} is a plain model again.")
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.adapted import (
     adapted_layers,
@@ -19,7 +20,7 @@ from lightning_lora.copies import MOVED, leave_out_base, put_base_back
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError, listed
 from lightning_lora.fingerprint import check_base, fingerprint, is_fingerprints, note_changed
 from lightning_lora.functional import digest
-from lightning_lora.names import load_state_dict, plain_name, state_dict
+from lightning_lora.names import load_state_dict, named_modules, plain_name, state_dict
 from lightning_lora.state import adapters_live, check_names, check_tensors, without_base, write_state
 
 KEY = "lightning_lora"
@@ -104,7 +105,7 @@ def stored_config(description: object) -> LoRAConfig:
         AdapterFileError: ``description`` is not one that :func:`describe` made.
     """
     foreign = AdapterFileError(f"The file's {KEY!r} entry is not one that this package wrote: damaged, or foreign.")
-    if not isinstance(description, dict) or type(description.get("format")) is not int:
+    if not isinstance(description, dict) or type(description.get("format")) is not int or not _is_bounded(description):
         raise foreign
     if description["format"] != FORMAT:
         raise AdapterFileError(
@@ -116,6 +117,17 @@ def stored_config(description: object) -> LoRAConfig:
         return LoRAConfig.from_dict(description["config"])
     except ConfigError as error:
         raise AdapterFileError(f"The file's configuration cannot be used: {error}") from error
+
+
+def _is_bounded(value: object, most: int = 1 << 22) -> bool:
+    """Whether ``value``, written out, has at most so many characters: what a pickle repeats costs it nothing."""
+    left, inside = most, [value]
+    while inside and left > 0:
+        each = inside.pop()
+        left -= 1 + len(each) if isinstance(each, str | list | dict) else 20
+        if left > 0 and isinstance(each, list | dict):
+            inside += [*each, *each.values()] if isinstance(each, dict) else each
+    return left > 0
 
 
 def _is_plain(description: dict[Any, Any]) -> bool:
@@ -141,7 +153,10 @@ def _is_names(value: object) -> bool:
 def _check_finite(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Refuse what a run that had diverged left."""
     trains = {**adapter_parameters(model), **trained_base_parameters(model, record_of(model).config)}
-    broken = [name for name in trains if not state[name].isfinite().all()]
+    norms = [name for name, module in named_modules(model).items() if isinstance(module, _NormBase)]
+    statistics = {f"{name}.{kind}".removeprefix(".") for name in norms for kind in ("running_mean", "running_var")}
+    held = [*trains, *(name for name in state if name in statistics)]
+    broken = [name for name in held if not state[name].isfinite().all()]
     if broken:
         raise AdapterFileError(
             f"{listed(broken)} hold NaN or infinite values: the training that wrote them had diverged. Use an earlier "

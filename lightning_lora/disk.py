@@ -1,6 +1,7 @@
 """Files are written whole or not at all, and read without running code or taking more memory than they have bytes."""
 
 import errno
+import glob
 import os
 import zipfile
 from collections.abc import Iterator
@@ -27,8 +28,12 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
         AdapterFileError: it cannot be written. A file that was there before still is.
     """
     check_path(path)
-    target = Path(path) if beside else None
-    part = target.with_name(f".{target.name}.part") if target else None
+    target = Path(path).resolve() if beside else None  # what a link leads to, not the link
+    part = target.with_name(f".{target.name}.{os.getpid()}.part") if target else None
+    if target and target.exists() and not target.is_file():
+        raise AdapterFileError(f"{path} is there already and is no file. Choose another name.")
+    if target:
+        _clear_parts(target)
     try:
         yield part or path
         if part and target:
@@ -43,6 +48,16 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
     finally:
         if part:
             with suppress(OSError):
+                part.unlink()
+
+
+def _clear_parts(target: Path) -> None:
+    """Delete what processes that were killed have left of ``target``."""
+    for part in target.parent.glob(f".{glob.escape(target.name)}.*.part") if os.name == "posix" else ():
+        with suppress(OSError, ValueError):
+            try:
+                os.kill(int(part.suffixes[-2][1:]), 0)
+            except ProcessLookupError:
                 part.unlink()
 
 

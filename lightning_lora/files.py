@@ -24,8 +24,8 @@ from lightning_lora.checkpoint import (
     stored_config,
 )
 from lightning_lora.disk import check_path, reading, writing
-from lightning_lora.errors import AdapterFileError, AdapterStateError
-from lightning_lora.fold import fold, unfold, warn_of_rounding
+from lightning_lora.errors import AdapterFileError, AdapterStateError, listed
+from lightning_lora.fold import fold, unfold, warn_of_merge
 from lightning_lora.inject import inject_adapters, remove_adapters
 from lightning_lora.state import adapter_state_dict, write_state
 
@@ -59,8 +59,14 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     if any(value.is_meta for value in state.values()):
         raise AdapterStateError("The adapters are on the meta device and have no values. Call model.to_empty first.")
     description = describe(model, state, forms_of_base(model))
-    tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
-    contents = save(tensors, metadata={"format": "pt", KEY: json.dumps(description)})
+    try:
+        tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
+        contents = save(tensors, metadata={"format": "pt", KEY: json.dumps(description)})
+    except Exception as error:
+        kinds = listed(f"{name} ({value.dtype}, {value.layout})" for name, value in state.items())
+        raise AdapterFileError(
+            f"safetensors cannot hold one of {kinds}: {type(error).__name__}: {error}. Save with the Trainer instead."
+        ) from error
     with writing(path) as beside:
         beside.write_bytes(contents)
 
@@ -193,6 +199,6 @@ def load_from_checkpoint(
         model = cls.load_from_checkpoint(shell, map_location="cpu", **options)
     _put(model, state, description)
     if merge:
-        warn_of_rounding(model, fold(model))
+        warn_of_merge(model, fold(model))
         remove_adapters(model)
     return model.to(map_location) if isinstance(map_location, str | torch.device) else model

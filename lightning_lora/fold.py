@@ -4,6 +4,7 @@ A folded model is a plain one that remembers: its classes and keys are the base'
 and the adapters and the base's own values lie in its record.
 """
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from torch import nn
 from lightning_lora.adapted import Record, adapted_layers, find_record, forget_record, freeze, record_of, unfreeze
 from lightning_lora.errors import AdapterStateError, LoRAWarning, MergePrecisionWarning, listed
 from lightning_lora.functional import digest
+from lightning_lora.inplace import is_overlaid
 from lightning_lora.layers import Adapter, LoRALayer, attach
 from lightning_lora.names import named_modules, submodule
 
@@ -30,9 +32,26 @@ def attach_adapters(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
 
 def detach_adapters(model: nn.Module) -> dict[str, Adapter]:
     """Take every adapter off ``model`` and return them by the names of their layers."""
+    check_own(model)
     for module, switch, _ in _inference_paths(model):
         setattr(module, switch, vars(module).pop(_SWITCHED, getattr(module, switch)))
     return {name: layer.lora_detach() for name, layer in adapted_layers(model).items()}
+
+
+def check_own(model: nn.Module) -> None:
+    """Refuse to go on with layers that other code has put something over since they were adapted.
+
+    Raises:
+        AdapterStateError: there are such layers.
+    """
+    layers = adapted_layers(model)
+    changed = [name for name, layer in layers.items() if not is_overlaid(layer) or "weight" not in layer._parameters]
+    if changed:
+        raise AdapterStateError(
+            f"The weight of {listed(changed)} of {type(model).__name__} is computed since the layer was adapted (by "
+            "prune, parametrize, weight_norm or the like), so that no update can be merged into it or taken off. Undo "
+            "that first (prune.remove, parametrize.remove_parametrizations), and do it before inject_adapters."
+        )
 
 
 _SWITCHED = "_lora_switched"
@@ -58,6 +77,7 @@ def merge_layers(model: nn.Module) -> dict[str, float]:
     Returns:
         The share of each layer's update that rounding took away.
     """
+    check_own(model)
     layers = {name: layer for name, layer in adapted_layers(model).items() if layer.lora_base is None}
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     try:
@@ -68,9 +88,30 @@ def merge_layers(model: nn.Module) -> dict[str, float]:
         raise
 
 
-def warn_of_rounding(model: nn.Module, lost: Mapping[str, float]) -> None:
-    """Say what a merge lost, if it is much."""
-    much = {name: share for name, share in lost.items() if share > _MUCH}
+def warn_of_merge(model: nn.Module, lost: Mapping[str, float]) -> None:
+    """Say what a merge lost, if it is much, and which ties it broke."""
+    record, layers = record_of(model), adapted_layers(model)
+    bases = {name: adapter.base for name, adapter in record.folded.items()}
+    bases |= {name: layer.lora_base for name, layer in layers.items()}
+    untied = [name for name in lost if isinstance(bases[name], nn.Parameter)]
+    if untied:
+        warnings.warn(
+            f"The weight of {listed(untied)} in {type(model).__name__} was tied to another layer's, and the merge "
+            "changes its own use alone: they are two weights now. A state dict of them loads rightly only where they "
+            "are not tied (in transformers, config.tie_word_embeddings=False).",
+            LoRAWarning,
+            stacklevel=3,
+        )
+    overflown = [name for name, share in lost.items() if not share < math.inf]
+    if overflown:
+        warnings.warn(
+            f"Merging gave values that the dtype of {listed(overflown)} in {type(model).__name__} cannot hold: the "
+            "weights are infinite now. Call unmerge_adapters(model), and convert the model to float32 or bfloat16 "
+            "before merging.",
+            MergePrecisionWarning,
+            stacklevel=3,
+        )
+    much = {name: share for name, share in lost.items() if _MUCH < share < math.inf}
     if much:
         worst = max(much, key=much.__getitem__)
         warnings.warn(

@@ -57,6 +57,11 @@ def overlay(instance: object, mixin: type[InPlace]) -> None:
     instance.__class__ = cls
 
 
+def is_overlaid(instance: InPlace) -> bool:
+    """Whether the class of ``instance`` is the combined one, and nothing was laid over it since."""
+    return type(instance) is _COMBINED.get(instance.overlaid)
+
+
 def uncover(instance: InPlace) -> None:
     """Give ``instance`` back the class that it had before :func:`overlay`."""
     cls: Any = instance.overlaid[1]

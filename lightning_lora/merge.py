@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from lightning_lora.adapted import adapted_layers, find_record, kept_tensors, record_of
-from lightning_lora.fold import check_as_folded, fold, merge_layers, unfold, warn_of_rounding
+from lightning_lora.errors import AdapterStateError, listed
+from lightning_lora.fold import check_as_folded, fold, merge_layers, unfold, warn_of_merge
 
 
 def merge_adapters(model: nn.Module) -> None:
@@ -30,7 +31,7 @@ def merge_adapters(model: nn.Module) -> None:
         Latency".
     """
     if not record_of(model).folded:
-        warn_of_rounding(model, merge_layers(model))
+        warn_of_merge(model, merge_layers(model))
 
 
 def unmerge_adapters(model: nn.Module) -> None:
@@ -42,11 +43,18 @@ def unmerge_adapters(model: nn.Module) -> None:
         model: A model that :func:`merge_adapters`, or a Trainer with a ``LoRACallback``, was run on.
 
     Raises:
-        AdapterStateError: ``model`` has no adapters.
+        AdapterStateError: ``model`` has no adapters, or its merged weights were changed since.
     """
     check_as_folded(model)
     unfold(model)
-    for layer in adapted_layers(model).values():
+    layers = adapted_layers(model)
+    changed = [name for name, layer in layers.items() if not layer.lora_is_as_merged()]
+    if changed:
+        raise AdapterStateError(
+            f"The merged weights of {listed(changed)} in {type(model).__name__} were changed since the merge, and "
+            "un-merging would lose that. Call remove_adapters(model) to go on from the weights as they are."
+        )
+    for layer in layers.values():
         layer.lora_unmerge()
 
 
@@ -86,7 +94,8 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     present = kept_tensors(model)
     trained = {name: tensor.data for name, tensor in present.items()}
     for name, tensor in present.items():
-        tensor.data = record.originals[name].to(tensor, copy=True)
+        if not record.originals[name].is_meta:  # of a model that was adapted before it had values
+            tensor.data = record.originals[name].to(tensor, copy=True)
     for layer in layers:
         layer.lora_enabled = False
     record.disabled = True

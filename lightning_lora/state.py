@@ -50,14 +50,14 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
         ['0.lora_A', '0.lora_B']
     """
     check_as_folded(model)
-    off = {name: p.detach() for name, p in adapter_parameters(model).items()} if record_of(model).folded else {}
-    return {**off, **without_base(model, state_dict(model))}
+    return without_base(model, state_dict(model))
 
 
 def without_base(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """Drop from a state of ``model`` what the base has already: frozen weights, and buffers with the same values.
 
-    What other code than an optimizer changed of the frozen weights is kept, or put in.
+    What other code than an optimizer changed of the frozen weights is kept, or put in; so is what trains and ``state``
+    does not hold: user code may drop all that it takes for the base.
     """
     record, base = record_of(model), base_parameters(model)
     adapters, trained = adapter_parameters(model), trained_base_parameters(model, record.config)
@@ -70,7 +70,8 @@ def without_base(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     held = {**changed, **{plain_name(name): value for name, value in state.items() if plain_name(name) not in dropped}}
     kept = {name: value for name, value in held.items() if name not in originals or not _same(value, originals[name])}
     merged = {name for name in trained if name in kept and shown[name] is not trained[name]}  # its other, tied use
-    return {**kept, **{name: trained[name].detach() for name in merged}}
+    needed = {name: p.detach() for name, p in _required(model).items()}
+    return {**needed, **kept, **{name: trained[name].detach() for name in merged}}
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:

@@ -128,6 +128,7 @@ class Watch:
         self._note_base()
         self.base_is_noted = False  # for the next stage
         self._own.setup(self.strategy, trainer)
+        freeze(self.module, record_of(self.module))  # sync_batchnorm makes new norms
         self._note_converted_base()
 
     def _note_base(self) -> None:

@@ -220,6 +220,8 @@ def _why_not(names: _Names, name: str, layer: nn.Module) -> str | None:
         return "it is lazy and has no shape before its first forward"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not floating point"
+    if weight.dtype.itemsize == 1:
+        return f"its weight is {weight.dtype}, with which torch does not compute"
     if hasattr(layer, "lora_A"):
         return "it has a lora_A of another library"
     return kind.lora_refusal(layer)

@@ -23,6 +23,9 @@ exact = pytest.mark.skipif(
 )
 
 
+unties = pytest.mark.filterwarnings("ignore:.*was tied to another layer:lightning_lora.LoRAWarning")
+
+
 class TinyLM(nn.Module):
     """An embedding, two named projections, a norm, and a head tied to the embedding."""
 

@@ -31,7 +31,7 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for
-from tests.models import TinyLM, randomise, same, state
+from tests.models import TinyLM, randomise, same, state, unties
 
 
 class Scaled(nn.Linear):
@@ -179,6 +179,7 @@ def test_merge_is_rounded_once_and_unmerge_exact_in_every_dtype(dtype: torch.dty
     assert same(state(model), before)
 
 
+@unties
 @pytest.mark.parametrize("tied", [False, True])
 def test_unmerge_follows_a_model_that_was_converted_in_between(tied: bool) -> None:
     torch.manual_seed(0)
@@ -316,6 +317,7 @@ def test_loading_over_a_merged_weight_is_refused() -> None:
         model.load_state_dict(base)
 
 
+@unties
 def test_loading_a_weight_that_is_tied_to_a_merged_one_is_refused() -> None:
     model = TinyLM()
     inject_adapters(model, LoRAConfig(r=2, target_modules=["q_proj", "lm_head"]))
@@ -356,6 +358,7 @@ def test_converted_model_is_of_one_dtype_in_its_files_too(tmp_path: Path) -> Non
     assert same(state(again), state(model))
 
 
+@unties
 def test_merging_does_not_change_what_all_linear_means() -> None:
     config = LoRAConfig(r=2, target_modules="all-linear")
     model = TinyLM()
@@ -413,6 +416,7 @@ def test_no_verb_while_adapters_are_disabled(verb: Any) -> None:
     adapter_state_dict(model)
 
 
+@unties
 @pytest.mark.parametrize("head_first", [False, True])
 def test_flags_and_stored_names_of_tied_weights_do_not_depend_on_merging(head_first: bool) -> None:
     class Tied(nn.Module):

@@ -1,10 +1,9 @@
 """What every adapted layer is: its own class, two factors beside its weight, and four verbs."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -112,10 +111,7 @@ class LoRALayer(InPlace, nn.Module):
             return super().forward(*args, **kwargs)
         if not self._lora_computes_itself:
             return self.lora_forward(*args, **kwargs)
-        if "weight" in self.__dict__:  # the layer's forward calls itself: W + ΔW is in place
-            return super().forward(*args, **kwargs)
-        with self._lora_showing(self.weight + self._lora_dropped_delta().to(self.weight.dtype)):
-            return super().forward(*args, **kwargs)
+        return self._lora_run_on(self.weight + self._lora_dropped_delta().to(self.weight.dtype), *args, **kwargs)
 
     def lora_delta_weight(self) -> Tensor:
         """Return the update in the layout of ``weight``, in float32 or wider."""
@@ -157,7 +153,13 @@ class LoRALayer(InPlace, nn.Module):
             else:
                 self.lora_keep_base(self.weight.data)
                 self.weight.data = merged
+        _MERGED[self] = _version(self.weight)
         return lost
+
+    def lora_is_as_merged(self) -> bool:
+        """Whether the merged weight is the one that :meth:`lora_merge` left, or a copy of it; or none is merged."""
+        (place, version), now = _MERGED.get(self, (0, 0)), _version(self.weight)
+        return self.lora_base is None or place != now[0] or version == now[1]
 
     def lora_unmerge(self) -> None:
         """Show the layer's own weight again, bit for bit."""
@@ -217,19 +219,25 @@ class LoRALayer(InPlace, nn.Module):
         kept = F.dropout(torch.ones_like(self.lora_A[:1]), self.lora_dropout)
         return self.lora_as_weight(delta_weight(self.lora_A * kept, self.lora_B, self.lora_scaling))
 
-    @contextmanager
-    def _lora_showing(self, weight: Tensor) -> Iterator[None]:
-        """Let ``self.weight`` be another tensor for a while: instance attributes come before parameters."""
-        self.__dict__["weight"] = weight
-        try:
-            yield
-        finally:
-            del self.__dict__["weight"]
+    def _lora_run_on(self, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer's own forward on another weight: in a twin that shares all else, for this one call.
+
+        The layer itself does not change meanwhile: other threads may run it too.
+        """
+        twin: Any = object.__new__(self.overlaid[1])
+        state = vars(twin)
+        state.update(self.__dict__, weight=weight)  # instance attributes come before parameters
+        output = twin.forward(*args, **kwargs)
+        del state["weight"]
+        self.__dict__.update({name: value for name, value in state.items() if self.__dict__.get(name) is not value})
+        return output
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move and convert as nn.Module does, but never round an adapter to half precision and back."""
         before = {name: (p.data, p.grad) for name, p in self.lora_parameters().items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
+        if any(data.is_meta for data, _ in before.values()) and not self.lora_A.is_meta:
+            self.lora_start(self.lora_A, self.lora_B, self.lora_init)  # to_empty left whatever the memory held
         for name, p in self.lora_parameters().items() if self.lora_autocast_dtype else ():
             dtype = wide(p.dtype)
             if p.dtype != dtype:
@@ -264,8 +272,20 @@ class LoRALayer(InPlace, nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         own = {prefix + name for name in self.lora_parameters()}
         if own.isdisjoint(state_dict):
+            if self.lora_A.is_meta and not self.weight.is_meta:  # the base was loaded with assign=True
+                for name, p in self.lora_parameters().items():
+                    setattr(self, name, nn.Parameter(torch.empty_like(p, device=self.weight.device), p.requires_grad))
+                self.lora_start(self.lora_A, self.lora_B, self.lora_init)
             missing: list[str] = args[2]
             missing[:] = [key for key in missing if key not in own]
+
+
+_MERGED: WeakKeyDictionary[LoRALayer, tuple[int, int]] = WeakKeyDictionary()
+"""Where each merged weight lies, and torch's count of its changes when it was merged."""
+
+
+def _version(weight: Tensor) -> tuple[int, int]:
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 def new_adapter(
