@@ -16,7 +16,7 @@ from lightning_lora.errors import AdapterStateError, LoRAWarning, listed
 from lightning_lora.functional import digest
 from lightning_lora.layers import Adapter, LoRALayer
 from lightning_lora.names import named_modules, named_parameters, plain_module, plain_name, submodule
-from lightning_lora.norms import freeze_norms, unfreeze_norms
+from lightning_lora.norms import FrozenNorm, freeze_norms, unfreeze_norms
 from lightning_lora.targets import is_saved, saved_modules
 
 _ATTRIBUTE = "_lora"
@@ -139,9 +139,12 @@ def _before_load(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: An
             f"{listed(adapters)}: half of it would be loaded. Call unmerge_adapters(model) first, or "
             "load_adapter(model, path)."
         )
-    if record is None or record.folded or adapters:
+    if record is None or record.folded:
         return
-    if not any(prefix + name in state for name in base if name not in record.originals):
+    frozen = [prefix + name in state for name in base if name not in record.originals]
+    if adapters and all(frozen):
+        _note_norms(model, record, loaded)
+    if adapters or not any(frozen):
         return  # a part that trains, by itself: no base
     if not is_fresh(model):
         warnings.warn(
@@ -155,6 +158,15 @@ def _before_load(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: An
         value = loaded.get(id(present.get(name)))
         if isinstance(value, Tensor) and value.shape == original.shape:
             record.originals[name] = _copy(value.to(original.dtype))  # as the model will hold it
+
+
+def _note_norms(model: nn.Module, record: Record, loaded: Mapping[int, Any]) -> None:
+    """Take what is loaded into a norm that stands still as the base's: no training could have changed it."""
+    for name, module in named_modules(model).items():
+        for kind, buffer in module._buffers.items() if isinstance(module, FrozenNorm) else ():
+            value, key = loaded.get(id(buffer)), f"{name}.{kind}".removeprefix(".")
+            if isinstance(value, Tensor) and buffer is not None and value.shape == buffer.shape:
+                record.originals[key] = _copy(value.to(buffer.dtype))
 
 
 # The parts of an adapted model
@@ -237,7 +249,7 @@ def freeze(model: nn.Module, record: Record) -> None:
     for name, parameter in base.items():  # all before any is set: a tied one has several names
         record.requires_grad.setdefault(name, parameter.requires_grad)
     for name, parameter in base.items():
-        parameter.requires_grad_(name in trained)
+        parameter.requires_grad_(name in trained and (parameter.is_floating_point() or parameter.is_complex()))
     for parameter in adapter_parameters(model).values():  # someone may have frozen all there was
         parameter.requires_grad_()
     freeze_norms(model, saved_modules(model, record.config))

@@ -3,6 +3,7 @@
 import errno
 import glob
 import os
+import pickletools
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -137,9 +138,21 @@ def _check_whole(path: Any) -> None:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             claimed = sum(record.file_size for record in archive.infolist())
-            broken = "its records" if claimed > Path(path).stat().st_size else archive.testzip()
+            broken = "its records" if claimed > Path(path).stat().st_size else archive.testzip() or _inflating(archive)
         if broken:
             raise AdapterFileError(f"{path} is damaged: {broken} cannot be what was written. Use another checkpoint.")
+
+
+def _inflating(archive: zipfile.ZipFile) -> str | None:
+    """The pickle in ``archive``, if it would make something of a size that it only names: torch lets it."""
+    for record in archive.namelist():
+        if record.endswith("data.pkl"):
+            for operation, argument, _ in pickletools.genops(archive.read(record)):
+                kind = str(argument)
+                makes = kind.endswith(" bytearray") or (kind.startswith("torch") and kind.endswith("Tensor"))
+                if operation.name == "STACK_GLOBAL" or (operation.name == "GLOBAL" and makes):
+                    return record  # torch.save writes neither
+    return None
 
 
 def _first_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lightning_lora.adapted import adapted_layers, find_record
+from lightning_lora.adapted import find_record
 from lightning_lora.checkpoint import (
     KEY,
     as_base,
@@ -26,7 +26,7 @@ from lightning_lora.checkpoint import (
 from lightning_lora.disk import check_path, reading, writing
 from lightning_lora.errors import AdapterFileError, AdapterStateError, listed
 from lightning_lora.fold import fold, unfold, warn_of_merge
-from lightning_lora.inject import inject_adapters, remove_adapters
+from lightning_lora.inject import inject_adapters, remove_adapters, undone_on_error
 from lightning_lora.state import adapter_state_dict, write_state
 
 if TYPE_CHECKING:
@@ -106,15 +106,13 @@ def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any]) -
     """Adapt ``model`` if it is not, check everything, write everything; or leave it as it was."""
     config = stored_config(description)
     folded = unfold(model)
-    plain = not adapted_layers(model)
     try:
-        if find_record(model) is None:  # plain, or with adapters that were injected in a part of it
-            inject_adapters(model, config)
-        check_fits(model, state, description)
-        write_state(model, state)
+        with undone_on_error(model):
+            if find_record(model) is None:  # plain, or with adapters that were injected in a part of it
+                inject_adapters(model, config)
+            check_fits(model, state, description)
+            write_state(model, state)
     except BaseException:
-        if plain and find_record(model):
-            remove_adapters(model)
         if folded:
             fold(model)
         raise

@@ -7,7 +7,7 @@ and the adapters and the base's own values lie in its record.
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -30,12 +30,15 @@ def attach_adapters(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
             setattr(module, switch, off)
 
 
-def detach_adapters(model: nn.Module) -> dict[str, Adapter]:
-    """Take every adapter off ``model`` and return them by the names of their layers."""
+def detach_adapters(model: nn.Module, names: Collection[str] | None = None) -> dict[str, Adapter]:
+    """Take every adapter off ``model``, or those of the layers named, and return them by the names of their layers."""
     check_own(model)
+    layers = adapted_layers(model)
+    adapters = {name: layer.lora_detach() for name, layer in layers.items() if names is None or name in names}
     for module, switch, _ in _inference_paths(model):
-        setattr(module, switch, vars(module).pop(_SWITCHED, getattr(module, switch)))
-    return {name: layer.lora_detach() for name, layer in adapted_layers(model).items()}
+        if not any(isinstance(inner, LoRALayer) for inner in module.modules()):
+            setattr(module, switch, vars(module).pop(_SWITCHED, getattr(module, switch)))
+    return adapters
 
 
 def check_own(model: nn.Module) -> None:

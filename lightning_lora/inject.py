@@ -1,5 +1,9 @@
 """Adapt a model in place, and take its adapters away again."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+
 from torch import nn
 
 from lightning_lora.adapted import (
@@ -25,6 +29,7 @@ from lightning_lora.fold import attach_adapters, detach_adapters
 from lightning_lora.inplace import combined
 from lightning_lora.layers import LoRALayer, adapter_for, new_adapter
 from lightning_lora.names import submodule
+from lightning_lora.norms import FrozenNorm, unfreeze_norms
 from lightning_lora.targets import Selection, select
 
 
@@ -81,18 +86,44 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
         for name, layer in selection.layers.items()
         if not isinstance(layer, LoRALayer) and (kind := adapter_for(layer)) and combined(kind, type(layer))
     }
-    record = find_record(model)
-    if record is None or record.folded:  # a merged model is a plain model, and so a new base
-        record = Record(config)
-        keep_record(model, record)
-    record.config = config
-    absorb_inner_records(model, record)
-    fresh = is_fresh(model)
-    attach_adapters(model, adapters)
-    freeze(model, record)
-    if adapters or fresh:  # later, what is new may have been trained
-        keep_originals(model, record)
+    with undone_on_error(model):
+        record = find_record(model)
+        if record is None or record.folded:  # a merged model is a plain model, and so a new base
+            record = Record(config)
+            keep_record(model, record)
+        record.config = config
+        absorb_inner_records(model, record)
+        fresh = is_fresh(model)
+        attach_adapters(model, adapters)
+        freeze(model, record)
+        if adapters or fresh:  # later, what is new may have been trained
+            keep_originals(model, record)
     return tuple(selection.layers)
+
+
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Give ``model`` back as it was, its adapters and its memory, if what is done inside fails."""
+    flags = {p: p.requires_grad for p in model.parameters()}
+    records = {
+        name: copy(record) for name, record in {"": find_record(model), **inner_records(model)}.items() if record
+    }
+    for record in records.values():
+        record.requires_grad, record.originals = dict(record.requires_grad), dict(record.originals)
+        record.changed = dict(record.changed)
+    layers = adapted_layers(model)
+    norms = [module for module in model.modules() if isinstance(module, FrozenNorm)]
+    try:
+        yield
+    except BaseException:
+        detach_adapters(model, adapted_layers(model).keys() - layers.keys())
+        unfreeze_norms(model, but=norms)
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
+        forget_record(model)
+        for name, record in records.items():
+            keep_record(submodule(model, name), record)
+        raise
 
 
 def remove_adapters(model: nn.Module) -> None:

@@ -36,8 +36,9 @@ def freeze_norms(model: nn.Module, trained: Iterable[nn.Module]) -> None:
             overlay(module, FrozenNorm)
 
 
-def unfreeze_norms(model: nn.Module) -> None:
-    """Give every frozen normalisation its class back."""
+def unfreeze_norms(model: nn.Module, *, but: Iterable[nn.Module] = ()) -> None:
+    """Give every frozen normalisation its class back, except these."""
+    left = {id(module) for module in but}
     for module in model.modules():
-        if isinstance(module, FrozenNorm):
+        if isinstance(module, FrozenNorm) and id(module) not in left:
             uncover(module)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from lightning_lora.config import LoRAConfig, matches, matches_pattern
 from lightning_lora.errors import ConfigError, TargetError, listed
@@ -35,7 +35,7 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
 
     Raises:
         TargetError: an entry of a pattern matches nothing, or a layer that cannot be adapted, or no layer is left.
-        ConfigError: a layer is smaller than the rank it would get.
+        ConfigError: a layer is smaller than the rank it would get, or has no shape yet.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
@@ -47,6 +47,12 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
         lightning_lora.errors.TargetError: target_modules ['fc'] match no module of Sequential. Layers that can be \
 adapted end in '0', '2'. Correct target_modules; print(summarize(model)) shows every layer.
     """
+    lazy = [name for name, p in {**named_parameters(model), **dict(model.named_buffers())}.items() if is_lazy(p)]
+    if lazy:
+        raise ConfigError(
+            f"{listed(lazy)} of {type(model).__name__} are lazy and have no shape yet. Run one batch through the model "
+            "before it is adapted."
+        )
     names = _Names(model)
     saved = names.find("modules_to_save", config.modules_to_save)
     excluded = names.find("exclude_modules", config.exclude_modules)
@@ -216,8 +222,6 @@ def _why_not(names: _Names, name: str, layer: nn.Module) -> str | None:
     weight = layer._parameters.get("weight")
     if weight is None:
         return "its weight is computed (weight_norm, spectral_norm, parametrize or prune), so no update can be merged"
-    if isinstance(weight, UninitializedParameter):
-        return "it is lazy and has no shape before its first forward"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not floating point"
     if weight.dtype.itemsize == 1:

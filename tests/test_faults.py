@@ -38,6 +38,7 @@ from lightning_lora import (
     AdapterFileError,
     AdapterMismatchError,
     BaseMismatchError,
+    LoRAConfig,
     LoRAError,
     inject_adapters,
     load_adapter,
@@ -687,3 +688,36 @@ def test_million_keys_are_refused_in_bounded_time_and_memory(tmp_path: Path, goo
     forge(tmp_path / "a.ckpt", good, lambda whole: whole["state_dict"].update({f"k{i}": ONE for i in range(MANY)}))
     for name, way in (("a.safetensors", "load_adapter"), ("a.ckpt", "load_adapter"), ("a.ckpt", "test")):
         frugal(partial(refused, tmp_path / name, way, builds=[LitTiny]), most=1 << 30)
+
+
+@pytest.mark.parametrize("maker", [b"builtins\nbytearray", b"torch\nFloatTensor"])
+def test_pickle_that_only_names_a_size_is_refused(tmp_path: Path, maker: bytes) -> None:
+    bomb = b"\x80\x02c" + maker + b"\nJ\x00\x00\x00\x70\x85R."
+    path = tmp_path / "a.ckpt"
+    torch.save({}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, contents in records.items():
+            archive.writestr(name, bomb if name.endswith("data.pkl") else contents)
+    with pytest.raises(AdapterFileError, match=r"is damaged: .*data.pkl"):
+        load_adapter(LitTiny(), path)
+
+
+def test_several_writers_of_one_file_leave_a_whole_one(tmp_path: Path) -> None:
+    model = LitTiny()
+    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"]))
+    path = tmp_path / "a.safetensors"
+
+    def write() -> None:
+        for _ in range(50):
+            save_adapter(model, path)
+
+    writers = [FORK.Process(target=write) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    load_adapter(LitTiny(), path)
+    assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]

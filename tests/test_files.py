@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -378,3 +379,62 @@ def test_gpt3_adapter_file_is_the_papers_35_mb(tmp_path: Path) -> None:
                 setattr(layer, name, nn.Parameter(torch.zeros_like(factor, device="cpu")))
     save_adapter(model, tmp_path / "gpt3.safetensors")
     assert (tmp_path / "gpt3.safetensors").stat().st_size == pytest.approx(37.8e6, rel=0.002)
+
+
+def test_failed_load_leaves_adapters_that_a_part_has(file: Path) -> None:
+    model, other = (nn.ModuleDict({"net": LitTiny(), "rest": nn.Linear(2, 2)}) for _ in range(2))
+    inject_adapters(model, CONFIG)
+    save_adapter(model, file)
+    inject_adapters(other["net"], CONFIG)  # whose rest is another
+    flags = [p.requires_grad for p in other.parameters()]
+    with pytest.raises(BaseMismatchError):
+        load_adapter(other, file)
+    assert flags == [p.requires_grad for p in other.parameters()] and adapter_state_dict(other["net"])
+
+
+def test_what_trains_is_stored_whatever_the_model_leaves_out_of_its_state(tmp_path: Path) -> None:
+    class Slim(LitTiny):
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            return {name: value for name, value in super().state_dict(*args, **kwargs).items() if "head" in name}
+
+    model = Slim()
+    inject_adapters(model, CONFIG)
+    randomise(model)
+    save_adapter(model, tmp_path / "a.safetensors")
+    again = LitTiny()
+    load_adapter(again, tmp_path / "a.safetensors")
+    assert torch.equal(again(torch.arange(20)), model(torch.arange(20)))
+
+
+def test_statistics_of_a_diverged_run_are_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    base = copy.deepcopy(model)
+    inject_adapters(model, LoRAConfig(r=1, modules_to_save=["1"]))
+    model[1].running_mean.fill_(torch.nan)
+    save_adapter(model, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterFileError, match=r"'1.running_mean' hold NaN"):
+        load_adapter(base, tmp_path / "a.safetensors")
+
+
+def test_norms_of_a_base_loaded_with_its_adapters_are_the_bases() -> None:
+    model, again = (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)) for _ in range(2))
+    for buffer in model[1].buffers():
+        buffer.add_(2)
+    for each in (model, again):
+        inject_adapters(each, LoRAConfig(r=1))
+    randomise(model)
+    again.load_state_dict(model.state_dict())
+    remove_adapters(again)
+    remove_adapters(model)
+    assert same(state(again), state(model))
+
+
+def test_a_link_is_written_through_and_what_is_no_file_stays(tmp_path: Path) -> None:
+    model = trained()
+    (tmp_path / "link").symlink_to(tmp_path / "a.safetensors")
+    save_adapter(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "a.safetensors").is_file()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(AdapterFileError, match="is no file"):
+        save_adapter(model, tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()

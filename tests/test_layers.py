@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from transformers.pytorch_utils import Conv1D
 from lightning_lora import (
     AdapterMismatchError,
     AdapterStateError,
+    ConfigError,
     DeadAdapterWarning,
     LoRAConfig,
+    LoRAWarning,
+    MergePrecisionWarning,
     TargetError,
     adapter_state_dict,
     disable_adapters,
@@ -550,7 +554,6 @@ def test_conv1d_is_found_without_importing_transformers_and_every_type_is_one_en
 CANNOT = {
     "weight_norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
     "spectral_norm": lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
-    "lazy": lambda: nn.LazyLinear(4),
     "max_norm": lambda: nn.Embedding(4, 4, max_norm=1.0),
     "unsupported type": lambda: nn.Conv2d(1, 1, 1),
     "integer weight": lambda: _with_integer_weight(),
@@ -578,7 +581,7 @@ def _with_lora_of_another() -> nn.Module:
     return layer
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Lazy modules")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("build", CANNOT.values(), ids=CANNOT)
 def test_layer_that_cannot_be_adapted_is_refused_by_name(build: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 4), build())
@@ -630,3 +633,109 @@ def test_any_order_of_verbs_computes_one_function(r: int, alpha: float, calls: l
     unmerge_adapters(model)
     remove_adapters(model)
     assert same(state(model), base)
+
+
+def test_other_threads_and_replicas_compute_a_layer_with_its_own_forward_rightly() -> None:
+    model = nn.Sequential(Scaled(8, 8))
+    inject_adapters(model, CONFIG)
+    randomise(model)
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        expected = model(x)
+        with ThreadPoolExecutor(4) as pool:
+            assert all(torch.equal(y, expected) for y in pool.map(model, [x] * 400))
+        replica: Any = copy.copy(model[0])  # as DataParallel makes one: its parameters are plain attributes
+        replica._parameters = {}
+        replica.__dict__.update({name: p.detach() for name, p in model[0].named_parameters()})
+        assert torch.equal(replica(x), expected)
+
+
+UNDERMINED: dict[str, Any] = {
+    "prune": lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+    "weight norm": lambda layer: nn.utils.parametrizations.weight_norm(layer),
+    "old weight norm": lambda layer: nn.utils.weight_norm(layer),
+    "spectral norm": lambda layer: nn.utils.parametrizations.spectral_norm(layer),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("undermine", UNDERMINED.values(), ids=UNDERMINED)
+def test_weight_that_is_computed_since_injection_is_not_merged_or_given_back(undermine: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    inject_adapters(model, CONFIG)
+    randomise(model)
+    undermine(model[0])
+    adapted = model.eval()(torch.ones(8))
+    for verb in (merge_adapters, remove_adapters):
+        with pytest.raises(AdapterStateError, match=r"'0' of Sequential is computed since"):
+            verb(model)
+    assert torch.equal(model(torch.ones(8)), adapted)
+
+
+def test_changes_to_merged_weights_are_not_lost() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    inject_adapters(model, CONFIG)
+    randomise(model)
+    merge_adapters(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    before = model(torch.ones(8))
+    with pytest.raises(AdapterStateError, match="changed since the merge"):
+        unmerge_adapters(model)
+    remove_adapters(model)
+    assert torch.equal(model(torch.ones(8)), before)
+    unmerge_adapters(copied)
+
+
+def test_merge_that_unties_or_overflows_says_so() -> None:
+    model = TinyLM()
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["lm_head"]))
+    with pytest.warns(LoRAWarning, match="'lm_head' in TinyLM was tied to another layer's"):
+        merge_adapters(model)
+    half = nn.Sequential(nn.Linear(4, 4)).half()
+    inject_adapters(half, LoRAConfig(r=1))
+    randomise(half, scale=1e3)
+    with pytest.warns(MergePrecisionWarning, match="'0' in Sequential cannot hold: the weights are infinite"):
+        merge_adapters(half)
+    unmerge_adapters(half)
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_adapters_made_on_meta_start_right_however_the_base_gets_its_values(assign: bool) -> None:
+    base = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    inject_adapters(model, CONFIG)
+    if not assign:
+        model.to_empty(device="cpu")
+    model.load_state_dict(base.state_dict(), assign=assign)
+    x = torch.randn(3, 64)
+    assert torch.equal(model(x), base(x))
+    assert all(layer.lora_A.abs().max() < 1 and layer.lora_A.any() for layer in model)
+
+
+def test_lazy_layers_are_named_and_nothing_is_changed() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4))
+    with pytest.raises(ConfigError, match=r"'1.weight'.*lazy.*Run one batch"):
+        inject_adapters(model, LoRAConfig(r=1, target_modules=["0"]))
+    assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
+
+
+def test_integer_parameters_of_a_module_that_trains_whole_stay(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
+    model["head"].codes = nn.Parameter(torch.arange(4), requires_grad=False)
+    inject_adapters(model, LoRAConfig(r=1, modules_to_save=["head"]))
+    assert model["head"].weight.requires_grad and not model["head"].codes.requires_grad
+
+
+def test_failed_injection_leaves_the_model_as_it_was(monkeypatch: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Sequential(nn.Linear(4, 4)))
+    model[0].requires_grad_(False)
+    inject_adapters(model[2], LoRAConfig(r=1))
+    kinds, flags, keys = [type(m) for m in model.modules()], [p.requires_grad for p in model.parameters()], state(model)
+    monkeypatch.setattr("lightning_lora.inject.keep_originals", lambda *_: [][0])
+    with pytest.raises(IndexError):
+        inject_adapters(model, LoRAConfig(r=1))
+    assert kinds == [type(m) for m in model.modules()] and flags == [p.requires_grad for p in model.parameters()]
+    assert same(state(model), keys) and adapter_state_dict(model[2])
