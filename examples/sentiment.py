@@ -358,9 +358,9 @@ def reload(adapter: Path, fast: bool) -> float:
 def lora_table(lora: Result, reloaded: float) -> Table:
     """Show what LoRA gave, beside what full fine-tuning would have to train and to store."""
     table = empty_table("LoRA on film reviews", "LoRA", "full fine-tuning")
-    table.add_row("Test accuracy before", f"{lora.before:.1%}", "–")
-    table.add_row("Test accuracy after", f"{lora.after:.1%}", "–")
-    table.add_row("Test accuracy, reloaded", f"{reloaded:.1%}", "–")
+    table.add_row("Test accuracy before", f"{lora.before:.1%}", "")
+    table.add_row("Test accuracy after", f"{lora.after:.1%}", "")
+    table.add_row("Test accuracy, reloaded", f"{reloaded:.1%}", "")
     table.add_row("Trained parameters", f"{lora.trained:,}", f"{lora.total:,}")
     table.add_row("Checkpoint bytes", f"{lora.checkpoint_bytes:,}", f"{lora.whole_bytes:,}")
     return table
