@@ -119,12 +119,12 @@ def stored_config(description: object) -> LoRAConfig:
         raise AdapterFileError(f"The file's configuration cannot be used: {error}") from error
 
 
-def _is_bounded(value: object, most: int = 1 << 22) -> bool:
-    """Whether ``value``, written out, has at most so many characters: what a pickle repeats costs it nothing."""
+def _is_bounded(value: object, most: int = 1 << 20) -> bool:
+    """Whether ``value``, written out, has at most so many characters and numbers: repeating costs a pickle nothing."""
     left, inside = most, [value]
     while inside and left > 0:
         each = inside.pop()
-        left -= 1 + len(each) if isinstance(each, str | list | dict) else 20
+        left -= 1 + len(each) if isinstance(each, str | list | dict) else 1
         if left > 0 and isinstance(each, list | dict):
             inside += [*each, *each.values()] if isinstance(each, dict) else each
     return left > 0
