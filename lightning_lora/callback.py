@@ -46,8 +46,8 @@ class LoRACallback(Callback):
     The base is frozen and adapted when a stage is set up, the optimizers train the adapters alone, every file the
     Trainer writes holds the adapters alone, and at the end of ``fit`` the updates are merged: the module is a plain
     model again. (A stage that only evaluates leaves it adapted.) Norms with running statistics stand still, unless
-    ``modules_to_save`` names them. ``BaseFinetuning`` and ``ModelPruning``, which change the base, are refused beside it;
-    EMA and SWA average the adapters.
+    ``modules_to_save`` names them. EMA and SWA average the adapters; ``BaseFinetuning`` and ``ModelPruning``, which
+    change the base, are refused.
 
     Args:
         r: Rank of the update, from 1 to the smaller side of every adapted weight.
