@@ -15,7 +15,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, LoRAWarning, listed
 from lightning_lora.functional import digest
 from lightning_lora.layers import Adapter, LoRALayer
-from lightning_lora.names import named_modules, named_parameters, plain_module, plain_name, submodule
+from lightning_lora.names import named_modules, named_parameters, own_parameter, plain_module, plain_name, submodule
 from lightning_lora.norms import FrozenNorm, freeze_norms, unfreeze_norms
 from lightning_lora.targets import is_saved, saved_modules
 
@@ -130,7 +130,7 @@ def _before_load(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: An
     present = {**base, **persistent_buffers(model)}
     loaded = {id(tensor): state[prefix + name] for name, tensor in present.items() if prefix + name in state}
     for name, layer in adapted_layers(model).items():
-        if layer.lora_base is not None and id(base[f"{name}.weight"]) in loaded:  # under whichever of its names
+        if any(id(base[f"{name}.{weight}"]) in loaded for weight in layer.lora_bases):  # under whichever of its names
             layer.lora_refuse_load(f"{prefix}{name}")
     adapters = [name for name in adapter_parameters(model) if prefix + name in state]
     if record is not None and record.folded and adapters:
@@ -181,19 +181,28 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that adapters added, by name, whether or not the adapters are on their layers just now."""
     record = find_record(model)
     if record is not None and record.folded:
-        factors = ((name, {"lora_A": a.lora_A, "lora_B": a.lora_B}) for name, a in record.folded.items())
+        factors = ((name, adapter.parameters) for name, adapter in record.folded.items())
     else:
         factors = ((name, layer.lora_parameters()) for name, layer in adapted_layers(model).items())
     return {f"{name}.{factor}": parameter for name, named in factors for factor, parameter in named.items()}
 
 
+def merged_weights(model: nn.Module) -> list[tuple[str, nn.Parameter, Tensor]]:
+    """Return the weights that show an update merged in: the layer's name, the parameter, and the base's values."""
+    record = find_record(model)
+    bases = {name: layer.lora_bases for name, layer in adapted_layers(model).items()}
+    if record is not None:
+        bases |= {name: adapter.bases for name, adapter in record.folded.items()}
+    return [
+        (name, own_parameter(submodule(model, name), weight), base)
+        for name, below in bases.items()
+        for weight, base in below.items()
+    ]
+
+
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the base's own parameters by every name they have, as if no update were merged into a tied one."""
-    record = find_record(model)
-    shown = {layer.weight: layer.lora_base for layer in adapted_layers(model).values()}
-    if record is not None:
-        shown |= {submodule(model, name).get_parameter("weight"): a.base for name, a in record.folded.items()}
-    own = {id(weight): base for weight, base in shown.items() if isinstance(base, nn.Parameter)}
+    own = {id(shown): base for _, shown, base in merged_weights(model) if isinstance(base, nn.Parameter)}
     adapters = {id(p) for p in adapter_parameters(model).values()}
     named = named_parameters(model, remove_duplicate=False)
     return {name: own.get(id(p), p) for name, p in named.items() if id(p) not in adapters}
@@ -202,9 +211,7 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def base_values(model: nn.Module) -> dict[str, Tensor]:
     """Return what the base of ``model`` is, by name: frozen weights with no update in them, the rest as it began."""
     record = record_of(model)
-    merged = {layer.weight: layer.lora_base for layer in adapted_layers(model).values()}
-    merged |= {submodule(model, name).get_parameter("weight"): a.base for name, a in record.folded.items()}
-    below = {id(weight): base for weight, base in merged.items() if base is not None}
+    below = {id(shown): base for _, shown, base in merged_weights(model)}
     trained = trained_base_parameters(model, record.config)
     frozen = {name: below.get(id(p), p.detach()) for name, p in base_parameters(model).items() if name not in trained}
     kept = {name: record.originals[name].to(p.dtype) for name, p in kept_tensors(model).items() if name not in trained}
@@ -219,9 +226,18 @@ def trained_base_parameters(model: nn.Module, config: LoRAConfig) -> dict[str, n
     if config.bias == "all":
         trained |= {id(p) for name, p in base.items() if "bias" in name.rpartition(".")[2]}
     if config.bias == "lora_only":
-        layers = {name.rpartition(".")[0] for name in adapter_parameters(model)}
-        trained |= {id(submodule(model, name)._parameters.get("bias")) for name in layers}
+        for holder in weight_holders(model):
+            trained |= {id(p) for name, p in holder._parameters.items() if "bias" in name}
     return {name: p for name, p in base.items() if id(p) in trained}
+
+
+def weight_holders(model: nn.Module) -> list[nn.Module]:
+    """Return the modules whose own parameters are adapted: layers, and the output projections inside attentions."""
+    record, parts = find_record(model), {name: layer.lora_parts for name, layer in adapted_layers(model).items()}
+    if record is not None:
+        parts |= {name: adapter.parts for name, adapter in record.folded.items()}
+    paths = {f"{name}.{part.weight}".rpartition(".")[0] for name, each in parts.items() for part in each}
+    return [submodule(model, path) for path in sorted(paths)]
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -236,8 +252,13 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def is_fresh(model: nn.Module) -> bool:
     """Whether no adapter of ``model`` has an update yet."""
-    layers = adapted_layers(model).values()
-    return all(layer.lora_A.is_meta or not (layer.lora_A.any() and layer.lora_B.any()) for layer in layers)
+    return all(layer.lora_is_fresh() for layer in adapted_layers(model).values())
+
+
+def follow_base(model: nn.Module) -> None:
+    """Let fresh adapters that start from the base's weights start from those that are there now."""
+    for layer in adapted_layers(model).values():
+        layer.lora_follow_base()
 
 
 # What is trained, and what is kept
@@ -250,8 +271,10 @@ def freeze(model: nn.Module, record: Record) -> None:
         record.requires_grad.setdefault(name, parameter.requires_grad)
     for name, parameter in base.items():
         parameter.requires_grad_(name in trained and (parameter.is_floating_point() or parameter.is_complex()))
-    for parameter in adapter_parameters(model).values():  # someone may have frozen all there was
-        parameter.requires_grad_()
+    for layer in adapted_layers(model).values():
+        for trains in layer.lora_trained().values():
+            for parameter in trains.values():  # someone may have frozen all there was
+                parameter.requires_grad_()
     freeze_norms(model, saved_modules(model, record.config))
 
 

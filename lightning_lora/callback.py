@@ -56,15 +56,19 @@ class LoRACallback(Callback):
         target_modules: ``"all-linear"`` (every linear layer but a language model's output head), ``"all"`` (every
             supported layer), a regular expression that must match a whole dotted name, or a list of names or of their
             last parts.
+        target_slices: Parts of fused layers to adapt: ``{"c_attn": ["q", "v"]}``, also of nn.MultiheadAttention; or by
+            the features that a layer writes, ``{"proj": {"a": [0, 64]}}``. See :class:`LoRAConfig`.
+        target_parameters: Matrices, or stacks of them, that a module holds by itself, such as the weights of experts.
         exclude_modules: Modules to leave alone, with everything below them: an expression or a list, as above.
         modules_to_save: Names of modules, or of single parameters, to train whole; they win over ``target_modules``.
             Name every new layer here: a frozen layer of random weights is in no file, and could not be built again.
         rank_pattern: Rank by layer: names, last parts or expressions to an ``r`` other than the default.
         alpha_pattern: Likewise for ``alpha``.
         bias: Which biases train too: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
-        init: How ``lora_A`` starts: ``"kaiming"`` (uniform) or ``"gaussian"``.
+        init: How ``lora_A`` starts: ``"kaiming"`` (uniform) or ``"gaussian"``; or both factors ``"pissa"`` or
+            ``"olora"``, from what is strongest in the weight.
         use_rslora: Scale by ``alpha / sqrt(r)`` instead.
-        use_dora: Reserved: weight-decomposed adaptation is not available yet.
+        use_dora: Train a magnitude for each feature that a layer writes, beside the direction (DoRA).
         autocast_adapter_dtype: Keep adapters in float32 where the base is in half precision.
         loraplus_lr_ratio: Reserved: a learning rate of its own for ``lora_B`` is not available yet.
         merge: What becomes of the adapters at the end of ``fit``: ``"last"`` merges them as they are, ``"best"`` merges
@@ -96,6 +100,8 @@ class LoRACallback(Callback):
         alpha: float | None = None,
         dropout: float = 0.0,
         target_modules: str | list[str] = "all-linear",
+        target_slices: dict[str, Any] | None = None,
+        target_parameters: list[str] | None = None,
         exclude_modules: str | list[str] | None = None,
         modules_to_save: list[str] | None = None,
         rank_pattern: dict[str, int] | None = None,
@@ -120,6 +126,8 @@ class LoRACallback(Callback):
             alpha=alpha,
             dropout=dropout,
             target_modules=target_modules,
+            target_slices=target_slices,
+            target_parameters=target_parameters,
             exclude_modules=exclude_modules,
             modules_to_save=modules_to_save,
             rank_pattern=rank_pattern,

@@ -12,6 +12,7 @@ from lightning_lora.adapted import (
     adapted_layers,
     adapter_parameters,
     base_parameters,
+    follow_base,
     record_of,
     trained_base_parameters,
 )
@@ -77,7 +78,7 @@ def check_fits(model: nn.Module, state: Mapping[str, Any], description: Mapping[
     config = stored_config(description)
     for name, layer in adapted_layers(model).items():
         theirs = (config.rank(name), config.scaling(name))
-        ours = (layer.lora_A.shape[0], layer.lora_scaling)
+        ours = (layer.lora_settings.r, layer.lora_settings.scaling)
         if theirs != ours:
             raise AdapterMismatchError(
                 f"These adapters were trained with r={theirs[0]} and a scaling of {theirs[1]:g} in {name!r}; here it "
@@ -299,8 +300,9 @@ def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
         )
     with adapters_live(model):
         for layer in adapted_layers(model).values():
-            layer.lora_start(layer.lora_A, layer.lora_B, layer.lora_init)
+            layer.lora_restart()
         load_state_dict(model, state)
+        follow_base(model)
     record_of(model).fingerprints = []
 
 

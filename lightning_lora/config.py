@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args
 from lightning_lora.errors import ConfigError
 
 Bias = Literal["none", "all", "lora_only"]
-Init = Literal["kaiming", "gaussian"]
+Init = Literal["kaiming", "gaussian", "pissa", "olora"]
+Slices = Mapping[str, Sequence[str] | Mapping[str, Sequence[int]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,12 @@ class LoRAConfig:
         target_modules: ``"all-linear"`` (every linear layer but a language model's output head), ``"all"`` (every
             supported layer), a regular expression that must match a whole dotted name, or a list of names or of
             their last parts.
+        target_slices: Parts of fused layers to adapt, others of theirs staying as they are: a layer's name or its last
+            parts to the names of its parts. ``{"attn": ["q", "v"]}`` for nn.MultiheadAttention (which has q, k, v and
+            out), ``{"c_attn": ["q", "v"]}`` for a projection that computes q, k and v one after the other, also
+            grouped; ``{"proj": {"a": [0, 64]}}`` for any other, by the features that it writes.
+        target_parameters: Matrices, or stacks of matrices, that are parameters of a module itself, by their names or
+            last parts: the weights of experts. They are adapted beside ``target_modules``, which may be empty then.
         exclude_modules: Modules to leave alone, with everything below them: an expression or a list, as above.
         modules_to_save: Names of modules, or of single parameters, to train whole, such as a new head. They win over
             ``target_modules``.
@@ -34,9 +41,12 @@ class LoRAConfig:
         bias: Which biases train too: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
         init: How ``lora_A`` starts: ``"kaiming"`` (uniform, as nn.Linear) or ``"gaussian"`` (deviation ``1 / r``).
             ``lora_B`` starts at zero, so that a fresh adapter changes nothing. (An embedding starts the other way
-            round, so that tokens never seen in training are never changed.)
+            round, so that tokens never seen in training are never changed.) Or ``"pissa"`` (Meng et al. 2024) and
+            ``"olora"`` (Büyükakyüz 2024): both start as what is strongest in the weight, and what trains is the
+            difference to that start, which the adapter keeps. The base stays as it is.
         use_rslora: Scale by ``alpha / sqrt(r)`` (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor").
-        use_dora: Reserved: weight-decomposed adaptation is not available yet.
+        use_dora: Train a magnitude for each feature that a layer writes, beside the direction (Liu et al. 2024, "DoRA:
+            Weight-Decomposed Low-Rank Adaptation"): for linear, embedding and convolution layers.
         autocast_adapter_dtype: Keep adapters in float32 where the base is in half precision, which would round most
             optimizer steps away. They are cast to the input's dtype where they meet it, so computing stays fast.
 
@@ -61,6 +71,8 @@ class LoRAConfig:
     alpha: float | None = None
     dropout: float = 0.0
     target_modules: str | Sequence[str] = "all-linear"
+    target_slices: Slices | None = None
+    target_parameters: Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
     modules_to_save: Sequence[str] | None = None
     rank_pattern: Mapping[str, int] | None = None
@@ -84,13 +96,16 @@ class LoRAConfig:
         _check_choice("init", self.init, get_args(Init))
         for field in ("use_rslora", "use_dora", "autocast_adapter_dtype"):
             _check_choice(field, getattr(self, field), (False, True))
-        if self.use_dora:
-            raise ConfigError("use_dora=True is not available in this version. Expected False.")
-        self._keep("target_modules", _patterns("target_modules", self.target_modules))
-        if isinstance(self.modules_to_save, str):
-            raise ConfigError(f"modules_to_save={self.modules_to_save!r} is a string. Expected a list of names.")
-        for field in ("exclude_modules", "modules_to_save"):
+        for field in ("modules_to_save", "target_parameters"):
+            if isinstance(getattr(self, field), str):
+                raise ConfigError(f"{field}={getattr(self, field)!r} is a string. Expected a list of names.")
+        for field in ("exclude_modules", "modules_to_save", "target_parameters"):
             self._keep(field, _patterns(field, getattr(self, field)) if _given(getattr(self, field)) else None)
+        if _given(self.target_modules) or self.target_parameters is None:
+            self._keep("target_modules", _patterns("target_modules", self.target_modules))
+        else:
+            self._keep("target_modules", ())
+        self._keep("target_slices", _slices(self.target_slices) if _given(self.target_slices) else None)
         for field, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
             self._keep(field, _values(field, getattr(self, field), check) if _given(getattr(self, field)) else None)
 
@@ -104,8 +119,13 @@ class LoRAConfig:
     def scaling(self, name: str) -> float:
         """Return the factor of ``B @ A`` in the layer called ``name``: alpha over r, or over its root (rsLoRA)."""
         r = self.rank(name)
-        alpha = _lookup(self.alpha_pattern, name, r if self.alpha is None else self.alpha)
+        alpha: float = _lookup(self.alpha_pattern, name, r if self.alpha is None else self.alpha)
         return alpha / (math.sqrt(r) if self.use_rslora else r)
+
+    def slices(self, name: str) -> tuple[str, ...] | dict[str, tuple[int, int]] | None:
+        """Return which parts of the layer called ``name`` are adapted, if not all: their names, or their rows too."""
+        parts: tuple[str, ...] | dict[str, tuple[int, int]] | None = _lookup(self.target_slices, name, None)
+        return parts
 
     def to_dict(self) -> dict[str, Any]:
         """Return the arguments as plain types, which every file format can hold.
@@ -114,10 +134,7 @@ class LoRAConfig:
             >>> LoRAConfig.from_dict(LoRAConfig(target_modules=["q", "v"]).to_dict()).target_modules
             ('q', 'v')
         """
-        return {
-            name: list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, dict) else value
-            for name, value in ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
-        }
+        return {field.name: _as_plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, arguments: Mapping[str, Any]) -> "LoRAConfig":
@@ -150,7 +167,7 @@ def matches_pattern(key: str, name: str) -> bool:
     return matches(key, name) or re.fullmatch(rf"(?:.*\.)?(?:{key})", name) is not None
 
 
-def _lookup(pattern: Mapping[str, float] | None, name: str, default: float) -> float:
+def _lookup(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """The value of the first key that means ``name``."""
     return next((value for key, value in (pattern or {}).items() if matches_pattern(key, name)), default)
 
@@ -163,6 +180,13 @@ def _is_number(value: object) -> bool:
 def _plain(value: float) -> float:
     """A number as Python's own: numpy's are floats too, but no file that is loaded safely may hold them."""
     return value if type(value) is int else float(value)
+
+
+def _as_plain(value: Any) -> Any:
+    """Tuples as lists, in mappings too."""
+    if isinstance(value, dict):
+        return {key: _as_plain(entry) for key, entry in value.items()}
+    return [_as_plain(entry) for entry in value] if isinstance(value, tuple) else value
 
 
 def _brief(value: object) -> str:
@@ -229,3 +253,34 @@ def _values(name: str, value: object, check: Any) -> dict[str, Any]:
         check(f"{name}[{key!r}]", entry)
         _check_expression(name, key)
     return {str(key): _plain(entry) for key, entry in value.items()}
+
+
+def _slices(value: object) -> dict[str, Any]:
+    """Names of layers to the names of their parts, as tuples, or to names and rows."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) and key for key in value):
+        raise ConfigError(
+            f"target_slices={_brief(value)} names no layer. Expected names to parts, such as {{'c_attn': ['q', 'v']}}."
+        )
+    return {str(key): _parts(f"target_slices[{key!r}]", parts) for key, parts in value.items()}
+
+
+def _parts(name: str, parts: Any) -> Any:
+    named = isinstance(parts, Sequence | Set | Mapping) and not isinstance(parts, str)
+    if not named or not parts or not all(isinstance(part, str) and part.isidentifier() for part in parts):
+        raise ConfigError(
+            f"{name}={_brief(parts)} names no part. Expected names such as ['q', 'v'], or names to the rows that they "
+            "are, such as {'q': [0, 64]}."
+        )
+    if not isinstance(parts, Mapping):
+        return tuple(dict.fromkeys(sorted(parts) if isinstance(parts, Set) else parts))
+    taken: list[tuple[int, int]] = []
+    for part, rows in parts.items():
+        pair = tuple(rows) if isinstance(rows, Sequence) and not isinstance(rows, str) else ()
+        if len(pair) != 2 or not all(type(row) is int for row in pair) or not 0 <= pair[0] < pair[1]:
+            raise ConfigError(
+                f"{name}[{part!r}]={_brief(rows)} is no range of rows. Expected [first, end], as [0, 64]."
+            )
+        if any(pair[0] < end and first < pair[1] for first, end in taken):
+            raise ConfigError(f"{name}={_brief(parts)} has rows in two parts. Expected ranges that do not overlap.")
+        taken.append(pair)
+    return dict(zip(parts, taken, strict=True))

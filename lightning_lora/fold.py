@@ -12,12 +12,21 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.adapted import Record, adapted_layers, find_record, forget_record, freeze, record_of, unfreeze
+from lightning_lora.adapted import (
+    Record,
+    adapted_layers,
+    find_record,
+    forget_record,
+    freeze,
+    merged_weights,
+    record_of,
+    unfreeze,
+)
 from lightning_lora.errors import AdapterStateError, LoRAWarning, MergePrecisionWarning, listed
 from lightning_lora.functional import digest
 from lightning_lora.inplace import is_overlaid
 from lightning_lora.layers import Adapter, LoRALayer, attach
-from lightning_lora.names import named_modules, submodule
+from lightning_lora.names import named_parameters, own_parameter, submodule
 
 
 def attach_adapters(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
@@ -48,13 +57,18 @@ def check_own(model: nn.Module) -> None:
         AdapterStateError: there are such layers.
     """
     layers = adapted_layers(model)
-    changed = [name for name, layer in layers.items() if not is_overlaid(layer) or "weight" not in layer._parameters]
+    changed = [name for name, layer in layers.items() if not is_overlaid(layer) or not _has_weights(layer)]
     if changed:
         raise AdapterStateError(
             f"The weight of {listed(changed)} of {type(model).__name__} is computed since the layer was adapted (by "
             "prune, parametrize, weight_norm or the like), so that no update can be merged into it or taken off. Undo "
             "that first (prune.remove, parametrize.remove_parametrizations), and do it before inject_adapters."
         )
+
+
+def _has_weights(layer: LoRALayer) -> bool:
+    paths = (name.rpartition(".") for name in layer.lora_weights())
+    return all(leaf in layer.get_submodule(owner)._parameters for owner, _, leaf in paths)
 
 
 _SWITCHED = "_lora_switched"
@@ -81,10 +95,14 @@ def merge_layers(model: nn.Module) -> dict[str, float]:
         The share of each layer's update that rounding took away.
     """
     check_own(model)
-    layers = {name: layer for name, layer in adapted_layers(model).items() if layer.lora_base is None}
+    layers = {name: layer for name, layer in adapted_layers(model).items() if not layer.lora_bases}
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    tied = {
+        name: [weight for weight in layer.lora_weights() if uses[id(own_parameter(layer, weight))] > 1]
+        for name, layer in layers.items()
+    }
     try:
-        return {name: layer.lora_merge(tied=uses[id(layer.weight)] > 1) for name, layer in layers.items()}
+        return {name: layer.lora_merge(tied[name]) for name, layer in layers.items()}
     except BaseException:
         for layer in layers.values():
             layer.lora_unmerge()
@@ -93,10 +111,7 @@ def merge_layers(model: nn.Module) -> dict[str, float]:
 
 def warn_of_merge(model: nn.Module, lost: Mapping[str, float]) -> None:
     """Say what a merge lost, if it is much, and which ties it broke."""
-    record, layers = record_of(model), adapted_layers(model)
-    bases = {name: adapter.base for name, adapter in record.folded.items()}
-    bases |= {name: layer.lora_base for name, layer in layers.items()}
-    untied = [name for name in lost if isinstance(bases[name], nn.Parameter)]
+    untied = [name for name, _, base in merged_weights(model) if name in lost and isinstance(base, nn.Parameter)]
     if untied:
         warnings.warn(
             f"The weight of {listed(untied)} in {type(model).__name__} was tied to another layer's, and the merge "
@@ -138,7 +153,9 @@ def fold(model: nn.Module) -> dict[str, float]:
         lost = merge_layers(model)
         unfreeze(model, record)
         record.folded = detach_adapters(model)
-        record.folded_digests = {name: digest(submodule(model, name).get_parameter("weight")) for name in record.folded}
+        weights = named_parameters(model, remove_duplicate=False)
+        names = (f"{name}.{weight}" for name, adapter in record.folded.items() for weight in adapter.bases)
+        record.folded_digests = {name: digest(weights[name]) for name in names}
     return lost
 
 
@@ -167,8 +184,8 @@ def unfold(model: nn.Module) -> bool:
         return False
     adapters, record.folded, record.folded_digests = record.folded, {}, {}
     for name, adapter in adapters.items():  # which do not follow a plain model to another device
-        for factor in (adapter.lora_A, adapter.lora_B):
-            factor.data = factor.data.to(submodule(model, name).get_parameter("weight").device)
+        for factor in adapter.parameters.values():
+            factor.data = factor.data.to(own_parameter(submodule(model, name), adapter.parts[0].weight).device)
     attach_adapters(model, adapters)
     for layer in adapted_layers(model).values():
         layer.lora_unmerge()
@@ -196,7 +213,6 @@ def is_as_folded(model: nn.Module, record: Record) -> bool:
 
 
 def shows(model: nn.Module, digests: Mapping[str, int]) -> bool:
-    """Whether the weights of these layers of ``model`` have these digests."""
-    modules = named_modules(model)
-    weights = {name: modules[name]._parameters.get("weight") if name in modules else None for name in digests}
-    return all(p is not None and digest(p) == digests[name] for name, p in weights.items())
+    """Whether these weights of ``model`` have these digests."""
+    weights = named_parameters(model, remove_duplicate=False)
+    return all(name in weights and digest(weights[name]) == digests[name] for name in digests)

@@ -1,15 +1,14 @@
 """The mathematics of LoRA, on tensors alone."""
 
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def low_rank_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
-    r"""Return what a linear adapter adds to its layer's output: :math:`s \, B A \, \mathrm{dropout}(x)`.
+def low_rank_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    r"""Return what a linear adapter adds to its layer's output: :math:`s \, B A x`.
 
     The scaling is applied between the two products, where the tensor is smallest.
 
@@ -18,7 +17,6 @@ def low_rank_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, d
         lora_A: The factor that reads the input.
         lora_B: The factor that writes the output.
         scaling: The factor :math:`s`, alpha over r.
-        dropout: Probability of zeroing each element of ``x``.
 
     Shape:
         ``x``: (\*, in), ``lora_A``: (r, in), ``lora_B``: (out, r). Returns (\*, out), in the dtype of ``x``.
@@ -31,7 +29,7 @@ def low_rank_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, d
         >>> low_rank_update(x, a, b, scaling=0.5)
         tensor([1.5000, 0.0000, 3.0000])
     """
-    hidden = F.linear(F.dropout(x, dropout) if dropout else x, lora_A.to(x.dtype))
+    hidden = F.linear(x, lora_A.to(x.dtype))
     return F.linear(hidden * scaling, lora_B.to(hidden.dtype))
 
 
@@ -91,33 +89,71 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:
-    r"""Return :math:`W + \Delta W`, computed in the wider of the two dtypes and rounded once to that of ``weight``.
+def added(weight: Tensor, delta: Tensor) -> Tensor:
+    r"""Return :math:`W + \Delta W` in the wider of the two dtypes, to be rounded once.
 
     Shape:
         ``weight`` and ``delta`` have the same shape, which is the result's.
     """
-    return (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(weight.dtype)
+    return weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
 
 
-def lost_share(weight: Tensor, delta: Tensor, merged: Tensor) -> float:
-    r"""Return how much of :math:`\Delta W` rounding :math:`W + \Delta W` took: the norm of what is lost, over its own.
+def lost_share(weight: Tensor, effective: Tensor, merged: Tensor) -> float:
+    r"""Return how much of an update rounding took: the norm of what is lost, over that of the update.
 
     It is 1 where every change was smaller than half a step of the weight's dtype, and so nothing of it is left.
+
+    Args:
+        weight: The base's weight.
+        effective: The adapted one, in a wider dtype.
+        merged: The same, rounded to the dtype of ``weight``.
 
     Shape:
         All have the same shape. Returns a number from 0 to about 1; 0 for an update of zero.
 
     Example:
-        >>> weight, delta = torch.ones(4).bfloat16(), torch.full((4,), 1e-3)
-        >>> lost_share(weight, delta, merged_weight(weight, delta))
+        >>> weight, effective = torch.ones(4).bfloat16(), torch.full((4,), 1.001)
+        >>> lost_share(weight, effective, effective.bfloat16())
         1.0
     """
-    if weight.dtype == delta.dtype:
+    if weight.dtype == effective.dtype:
         return 0.0
-    size = delta.norm()
-    lost = (merged.to(delta.dtype) - weight.to(delta.dtype)).sub_(delta).norm()
+    size = (effective - weight.to(effective.dtype)).norm()
+    lost = (merged.to(effective.dtype) - effective).norm()
     return float(lost / size) if size else 0.0
+
+
+def row_norms(matrix: Tensor) -> Tensor:
+    r"""Return the norm of each row, in float32 or wider: the magnitudes that DoRA takes apart from the directions.
+
+    Shape:
+        ``matrix``: (out, in). Returns (out).
+
+    Source:
+        Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", section 4.1. With the paper's
+        :math:`W \in \mathbb{R}^{d \times k}` as the authors' code reads it: one norm for each output.
+    """
+    norms: Tensor = torch.linalg.vector_norm(matrix, dim=-1, dtype=wide(matrix.dtype))
+    return norms
+
+
+def magnitude_scale(magnitude: Tensor, matrix: Tensor) -> Tensor:
+    r"""Return by what DoRA multiplies each row of :math:`V = W + \Delta W`: :math:`m / \lVert V \rVert`.
+
+    The norm is taken as a constant: no gradient flows through it.
+
+    Shape:
+        ``magnitude``: (out), ``matrix``: (out, in). Returns (out).
+
+    Source:
+        Liu et al. 2024, sections 4.1 (equation 5) and 4.3 (the constant).
+
+    Example:
+        >>> magnitude_scale(torch.tensor([10.0, 1.0]), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+        tensor([2., 1.])
+    """
+    norms = row_norms(matrix.detach())
+    return magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny)  # a row of zeros has a magnitude of zero
 
 
 def init_factors(reading: Tensor, writing: Tensor, init: str) -> None:
@@ -129,15 +165,53 @@ def init_factors(reading: Tensor, writing: Tensor, init: str) -> None:
         writing: The factor to start at zero.
         init: Which of the two.
 
+    Shape:
+        (*, r, in) and (*, out, r), or the other way round.
+
     Source:
         Hu et al. 2021, section 4.1 ("gaussian"); the authors' own code ("kaiming").
     """
     with torch.no_grad():
         if init == "gaussian":
-            torch.nn.init.normal_(reading, std=1 / min(reading.shape))
+            reading.normal_(std=1 / min(reading.shape[-2:]))
         else:
-            torch.nn.init.kaiming_uniform_(reading, a=math.sqrt(5))
+            bound = reading.shape[-1] ** -0.5
+            reading.uniform_(-bound, bound)
         writing.zero_()
+
+
+def principal_factors(matrix: Tensor, r: int, scaling: float, init: str) -> tuple[Tensor, Tensor]:
+    r"""Return factors :math:`A_0, B_0` that hold what is strongest in a weight, from which training starts.
+
+    The update is then :math:`s (B A - B_0 A_0)`: zero at the start, and the base stays as it is. (The papers subtract
+    :math:`s B_0 A_0` from the base instead, which computes the same.)
+
+    Args:
+        matrix: The weight.
+        r: The rank.
+        scaling: The factor :math:`s` of the update.
+        init: ``"pissa"``: the leading singular values and vectors, with :math:`s B_0 A_0` the best approximation of
+            the weight that the rank allows. ``"olora"``: the first rows and columns of a QR decomposition.
+
+    Shape:
+        ``matrix``: (\*, out, in). Returns (\*, r, in) and (\*, out, r).
+
+    Source:
+        Meng et al. 2024, "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
+        section 3; Büyükakyüz 2024, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", section 3.
+
+    Example:
+        >>> a, b = principal_factors(torch.diag(torch.tensor([5.0, 1.0, 3.0])), r=2, scaling=1.0, init="pissa")
+        >>> (b @ a).diagonal().round()
+        tensor([5., 0., 3.])
+    """
+    matrix = matrix.detach().to(wide(matrix.dtype))
+    if init == "olora":
+        q, upper = torch.linalg.qr(matrix)
+        return upper[..., :r, :], q[..., :r]
+    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+    roots = (values[..., :r] / scaling).sqrt()
+    return roots.unsqueeze(-1) * v[..., :r, :], u[..., :r] * roots.unsqueeze(-2)
 
 
 _CHUNK = 1 << 18  # elements whose products stay in a cache

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
+from typing import Any
 
 from torch import nn
 
@@ -11,6 +12,7 @@ from lightning_lora.adapted import (
     absorb_inner_records,
     adapted_layers,
     find_record,
+    follow_base,
     forget_record,
     freeze,
     inner_records,
@@ -27,10 +29,10 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, ConfigError, listed
 from lightning_lora.fold import attach_adapters, detach_adapters
 from lightning_lora.inplace import combined
-from lightning_lora.layers import LoRALayer, adapter_for, new_adapter
+from lightning_lora.layers import LoRALayer, Part, Settings, new_adapter
 from lightning_lora.names import submodule
 from lightning_lora.norms import FrozenNorm, unfreeze_norms
-from lightning_lora.targets import Selection, select
+from lightning_lora.targets import Choice, select
 
 
 def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
@@ -71,20 +73,12 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
         )
     if find_record(model):
         record_of(model)  # which refuses a model whose adapters are disabled
-    selection = select(model, config)
-    _check_same(model, config, selection)
+    choices = select(model, config)
+    _check_same(model, config, choices)
     adapters = {
-        name: new_adapter(
-            kind,
-            layer,
-            r=config.rank(name),
-            scaling=config.scaling(name),
-            dropout=config.dropout,
-            init=config.init,
-            autocast_dtype=config.autocast_adapter_dtype,
-        )
-        for name, layer in selection.layers.items()
-        if not isinstance(layer, LoRALayer) and (kind := adapter_for(layer)) and combined(kind, type(layer))
+        name: new_adapter(choice.kind, choice.layer, choice.parts, choice.settings)
+        for name, choice in choices.items()
+        if not isinstance(choice.layer, LoRALayer) and combined(choice.kind, type(choice.layer))
     }
     with undone_on_error(model):
         record = find_record(model)
@@ -95,10 +89,11 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
         absorb_inner_records(model, record)
         fresh = is_fresh(model)
         attach_adapters(model, adapters)
+        follow_base(model)
         freeze(model, record)
         if adapters or fresh:  # later, what is new may have been trained
             keep_originals(model, record)
-    return tuple(selection.layers)
+    return tuple(choices)
 
 
 @contextmanager
@@ -150,37 +145,31 @@ def remove_adapters(model: nn.Module) -> None:
     record = record_of(model)
     absorb_inner_records(model, record)
     if not record.folded:
-        if not any(layer.lora_base is not None for layer in adapted_layers(model).values()):
+        if not any(layer.lora_bases for layer in adapted_layers(model).values()):
             restore_originals(model, kept_tensors(model))
         unfreeze(model, record)
         detach_adapters(model)
     forget_record(model)
 
 
-def _check_same(model: nn.Module, config: LoRAConfig, selection: Selection) -> None:
+def _check_same(model: nn.Module, config: LoRAConfig, choices: dict[str, Choice]) -> None:
     """Refuse a model that is adapted already, but not as ``config`` would adapt it."""
     for name, layer in adapted_layers(model).items():
-        if name not in selection.layers:
+        if name not in choices:
             raise AdapterMismatchError(
                 f"Layer {name!r} of {type(model).__name__} is adapted already, but this configuration does not target "
                 "it. Call remove_adapters(model) first, or target it too."
             )
-        found = {
-            "r": layer.lora_A.shape[0],
-            "alpha / r": layer.lora_scaling,
-            "dropout": layer.lora_dropout,
-            "autocast_adapter_dtype": layer.lora_autocast_dtype,
-        }
-        asked = {
-            "r": config.rank(name),
-            "alpha / r": config.scaling(name),
-            "dropout": config.dropout,
-            "autocast_adapter_dtype": config.autocast_adapter_dtype,
-        }
-        if found != asked:
+        asked = choices[name]
+        found, wanted = _about(layer.lora_settings, layer.lora_parts), _about(asked.settings, asked.parts)
+        if found != wanted:
+            here, there = (
+                ", ".join(f"{key}={each[key]}" for key in found if found[key] != wanted[key])
+                for each in (found, wanted)
+            )
             raise AdapterMismatchError(
-                f"Layer {name!r} of {type(model).__name__} is adapted already, with {_shown(found)}; this "
-                f"configuration asks for {_shown(asked)}. Use the same one, or call remove_adapters(model) first."
+                f"Layer {name!r} of {type(model).__name__} is adapted already, with {here}; this configuration asks "
+                f"for {there}. Use the same one, or call remove_adapters(model) first."
             )
 
     for prefix, record in {"": find_record(model), **inner_records(model)}.items():
@@ -197,5 +186,8 @@ def _check_same(model: nn.Module, config: LoRAConfig, selection: Selection) -> N
             )
 
 
-def _shown(numbers: dict[str, float]) -> str:
-    return ", ".join(f"{name}={value:g}" for name, value in numbers.items())
+def _about(settings: Settings, parts: tuple[Part, ...]) -> dict[str, Any]:
+    """What an adapter is, by the names of the arguments that say so."""
+    names = {"scaling": "alpha / r", "autocast_dtype": "autocast_adapter_dtype"}
+    named = {names.get(name, name): value for name, value in vars(settings).items()}
+    return {**named, "parts": [(part.name or part.weight, part.first, part.writes) for part in parts]}

@@ -89,7 +89,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     record = record_of(model)
     was_folded = unfold(model)
     layers = adapted_layers(model).values()
-    was_merged = any(layer.lora_base is not None for layer in layers)
+    was_merged = any(layer.lora_bases for layer in layers)
     unmerge_adapters(model)
     present = kept_tensors(model)
     trained = {name: tensor.data for name, tensor in present.items()}

@@ -51,6 +51,19 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     return module
 
 
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
+    """Return the parameter that ``module`` holds under ``name``. Nothing is computed, as reading an attribute may.
+
+    Raises:
+        AttributeError: it holds none there: a weight may be computed from others.
+    """
+    owner, _, leaf = name.rpartition(".")
+    parameter = submodule(module, owner)._parameters.get(leaf)
+    if parameter is None:
+        raise AttributeError(f"{type(module).__name__} has no parameter {name!r}")
+    return parameter
+
+
 def state_dict(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
     """Return the state of ``model`` under plain names."""
     return {plain_name(name): value for name, value in model.state_dict(keep_vars=keep_vars).items()}

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.adapted import adapted_layers, base_parameters, record_of, trained_base_parameters
 from lightning_lora.errors import OptimizerError, listed
-from lightning_lora.names import named_parameters
+from lightning_lora.names import named_parameters, own_parameter
 
 Params = list[nn.Parameter]
 
@@ -36,7 +36,8 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """
     followers: dict[int, Params] = {}
     for layer in adapted_layers(model).values():
-        followers.setdefault(id(layer.weight), []).extend(layer.lora_parameters().values())
+        for weight, trained in layer.lora_trained().items():
+            followers.setdefault(id(own_parameter(layer, weight)), []).extend(trained.values())
     built = [_built_groups(optimizer) for optimizer in optimizers]
     edited = [_edit(groups, followers) for groups in built]
     _place_rest(model, edited)

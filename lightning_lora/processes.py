@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_lora.adapted import Record, adapted_layers, keep_record, record_of
 from lightning_lora.errors import ConfigError
 from lightning_lora.fold import shows
-from lightning_lora.names import named_parameters
+from lightning_lora.names import named_parameters, own_parameter
 
 RANDOM = "lightning_lora_random"
 """Where a checkpoint holds the states of torch's generators."""
@@ -92,8 +92,8 @@ def check_untied(pl_module: LightningModule) -> None:
     owners: dict[int, list[str]] = {}
     for name, parameter in named_parameters(pl_module, remove_duplicate=False).items():
         owners.setdefault(id(parameter), []).append(name)
-    for layer in adapted_layers(pl_module).values():
-        tied = owners[id(layer.weight)]
+    weights = [own_parameter(layer, w) for layer in adapted_layers(pl_module).values() for w in layer.lora_weights()]
+    for tied in (owners[id(weight)] for weight in weights):
         if len(tied) > 1:
             raise ConfigError(
                 f"{' and '.join(map(repr, tied))} are one tied weight, of which a merge changes one use. The processes "

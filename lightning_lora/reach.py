@@ -67,7 +67,11 @@ class Reach:
         dead = [
             name
             for name, layer in adapted_layers(self.model).items()
-            if any(id(p) in held and not self._was_reached(p) for p in layer.lora_parameters().values())
+            if any(
+                id(p) in held and not self._was_reached(p)
+                for trained in layer.lora_trained().values()
+                for p in trained.values()
+            )
         ]
         if dead:
             warnings.warn(

@@ -110,7 +110,7 @@ def write_state(model: nn.Module, state: Mapping[str, Any]) -> None:
 def adapters_live(model: nn.Module) -> Iterator[None]:
     """Un-merge for a while."""
     folded = unfold(model)
-    merged = any(layer.lora_base is not None for layer in adapted_layers(model).values())
+    merged = any(layer.lora_bases for layer in adapted_layers(model).values())
     unmerge_adapters(model)
     try:
         yield
@@ -163,7 +163,7 @@ def check_names(
 def _selecting(config: LoRAConfig) -> str:
     """The arguments that say what of a model trains, but those that are at their defaults."""
     default = LoRAConfig()
-    names = ("target_modules", "exclude_modules", "modules_to_save", "bias")
+    names = ("target_slices", "target_parameters", "exclude_modules", "modules_to_save", "bias", "init", "use_dora")
     said = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(default, name)}
     said = {"target_modules": config.target_modules, **said}
     return ", ".join(f"{name}={list(v) if isinstance(v, tuple) else v!r}" for name, v in said.items())

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
-from lightning_lora.adapted import adapted_layers, find_record, freeze, record_of, unfreeze
+from lightning_lora.adapted import adapted_layers, find_record, follow_base, freeze, record_of, unfreeze
 from lightning_lora.checkpoint import (
     KEY,
     adapter_only,
@@ -24,6 +24,7 @@ from lightning_lora.checkpoint import (
 from lightning_lora.disk import is_local, reading, writing
 from lightning_lora.errors import StrategyError
 from lightning_lora.fingerprint import base_dtypes, fingerprint
+from lightning_lora.names import own_parameter
 from lightning_lora.state import adapter_state_dict
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class Watch:
         self.base_is_noted = False  # for the next stage
         self._own.setup(self.strategy, trainer)
         freeze(self.module, record_of(self.module))  # sync_batchnorm makes new norms
+        follow_base(self.module)  # which may have been converted
         self._note_converted_base()
 
     def _note_base(self) -> None:
@@ -154,7 +156,8 @@ class Watch:
         record = record_of(self.module)
         unfreeze(self.module, record)
         for layer in adapted_layers(self.module).values():
-            layer.weight.requires_grad_()  # so that a filter keeps its place in the groups, for the adapter to take
+            for name in layer.lora_weights():  # so that a filter keeps its place in the groups, for the adapter to take
+                own_parameter(layer, name).requires_grad_()
         try:
             self._own.setup_optimizers(self.strategy, trainer)
         finally:

@@ -157,7 +157,7 @@ def summarize(model: nn.Module) -> LoRASummary:
         seen.update(id(p) for p in own)
         if own:
             trained = sum(p.numel() for p in own if p.requires_grad)
-            r = module.lora_A.shape[0] if isinstance(module, LoRALayer) else None
+            r = module.lora_settings.r if isinstance(module, LoRALayer) else None
             kind = module.overlaid[1].__name__ if isinstance(module, InPlace) else type(module).__name__
             key = (re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or "(root)", kind, r)
             grouped.setdefault(key, []).append((trained, sum(p.numel() for p in own) - trained))
@@ -184,7 +184,7 @@ def _with_costs(model: nn.Module, groups: tuple[LayerGroup, ...]) -> LoRASummary
         checkpoint_bytes=_bytes(state.values()),
         full_checkpoint_bytes=_bytes(base) + _bytes(model.buffers()),
         adapters=len(record.folded if record and record.folded else layers),
-        merged=bool(record and record.folded) or any(layer.lora_base is not None for layer in layers.values()),
+        merged=bool(record and record.folded) or any(layer.lora_bases for layer in layers.values()),
         plain=not layers,
     )
 

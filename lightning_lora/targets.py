@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -10,8 +10,9 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lora.config import LoRAConfig, matches, matches_pattern
 from lightning_lora.errors import ConfigError, TargetError, listed
-from lightning_lora.layers import ADAPTERS, LINEAR_LIKE, LoRALayer, adapter_for
-from lightning_lora.names import named_modules, named_parameters
+from lightning_lora.fused import fused_rows
+from lightning_lora.layers import ADAPTERS, FROM_BASE, LoRALayer, LoRAParameters, Part, Settings, adapter_for
+from lightning_lora.names import named_modules, named_parameters, own_parameter
 
 AUTOMATIC = ("all-linear", "all")
 """The words that ``target_modules`` knows besides expressions and lists."""
@@ -20,18 +21,24 @@ _SEE_ALL = "print(summarize(model)) shows every layer"
 
 
 @dataclass(frozen=True)
-class Selection:
-    """What a configuration means on one model.
+class Choice:
+    """A layer to adapt, and how.
 
     Args:
-        layers: The layers to adapt, by name, in the model's order; a shared layer once, under its first name.
+        layer: The layer.
+        kind: Its adapter.
+        parts: The matrices in it.
+        settings: The adapter's numbers.
     """
 
-    layers: dict[str, nn.Module]
+    layer: nn.Module
+    kind: type[LoRALayer]
+    parts: tuple[Part, ...]
+    settings: Settings
 
 
-def select(model: nn.Module, config: LoRAConfig) -> Selection:
-    """Return what ``config`` means on ``model``.
+def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
+    """Return what ``config`` means on ``model``: the layers to adapt by name, in its order; a shared one once.
 
     Raises:
         TargetError: an entry of a pattern matches nothing, or a layer that cannot be adapted, or no layer is left.
@@ -39,7 +46,7 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
 
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
-        >>> list(select(model, LoRAConfig(target_modules=["2"])).layers)
+        >>> list(select(model, LoRAConfig(target_modules=["2"])))
         ['2']
         >>> select(model, LoRAConfig(target_modules=["fc"]))
         Traceback (most recent call last):
@@ -59,11 +66,23 @@ adapted end in '0', '2'. Correct target_modules; print(summarize(model)) shows e
     outer = [names.modules.get(name.removesuffix(".weight")) for name in (*saved, *excluded)]
     left_out = {inner for module in outer if module is not None for inner in module.modules()}
     targets = set(_targets(names, config).values()) - left_out
-    layers = {name: layer for name, layer in named_modules(model).items() if layer in targets}
-    _check_supported(names, config, layers)
+    holders = {owner: named for owner, named in _holders(names, config).items() if owner not in left_out}
+    layers = {name: layer for name, layer in named_modules(model).items() if layer in targets or layer in holders}
+    _check_supported(names, config, layers, targets)
     _check_patterns(names, config, layers)
-    _check_ranks(config, layers)
-    return Selection(layers)
+    choices = {}
+    for name, layer in layers.items():
+        kind = LoRAParameters if layer in holders else adapter_for(layer)
+        assert kind is not None
+        parts = kind.lora_parts_of(layer)
+        if layer in holders:
+            parts = tuple(part for part in parts if part.name in holders[layer])
+        elif (slices := config.slices(name)) is not None:
+            parts = _sliced(names, name, parts, slices)
+        choices[name] = Choice(layer, kind, parts, _settings(config, name))
+    _check_ranks(choices)
+    _check_methods(config, choices)
+    return choices
 
 
 def saved_modules(model: nn.Module, config: LoRAConfig) -> Iterator[nn.Module]:
@@ -85,6 +104,7 @@ class _Names:
         self.model = model
         self.title = type(model).__name__
         self.modules = {name: module for name, module in named_modules(model, remove_duplicate=False).items() if name}
+        self.parameters = named_parameters(model, remove_duplicate=False)
 
     def find(self, argument: str, pattern: object) -> list[str]:
         """Return every name that a pattern means: an expression for whole names, or a list.
@@ -98,7 +118,9 @@ class _Names:
             return []
         known: Mapping[str, object] = self.modules
         if argument == "modules_to_save":
-            known = {**known, **named_parameters(self.model, remove_duplicate=False)}
+            known = {**known, **self.parameters}
+        if argument == "target_parameters":
+            known = self.parameters
         meant: Iterable[str] = known
         if argument == "target_modules":
             meant = [name for name, layer in self.modules.items() if not _why_not(self, name, layer)]
@@ -153,16 +175,91 @@ def _targets(names: _Names, config: LoRAConfig) -> dict[str, nn.Module]:
         if isinstance(targets, str):  # an expression may run over containers and norms: it means the layers among them
             return {name: layer for name, layer in found.items() if adapter_for(layer)} or found
         return found
-    inside_attention = {
-        id(child) for outer in names.modules.values() if _is_attention(outer) for child in outer.modules()
-    }
+    attentions = [outer for outer in names.modules.values() if _is_attention(outer)]
+    inside_attention = {id(inner) for outer in attentions for inner in outer.modules() if inner is not outer}
     heads = _output_heads(names) if targets == "all-linear" else set()
-    kinds = LINEAR_LIKE if targets == "all-linear" else tuple(ADAPTERS.values())
+    kinds = {kind for kind in ADAPTERS.values() if targets == "all" or kind.lora_is_linear}
     return {
         name: layer
         for name, layer in names.modules.items()
         if adapter_for(layer) in kinds and id(layer) not in heads and id(layer) not in inside_attention
     }
+
+
+def _holders(names: _Names, config: LoRAConfig) -> dict[nn.Module, list[str]]:
+    """The modules that hold the parameters which ``target_parameters`` means, with the names of these in them.
+
+    Raises:
+        TargetError: an entry matches no parameter, or one that cannot be adapted there.
+    """
+    holders: dict[nn.Module, list[str]] = {}
+    for name in names.find("target_parameters", config.target_parameters):
+        owner, _, leaf = name.rpartition(".")
+        holder, shape = names.modules.get(owner, names.model), tuple(names.parameters[name].shape)
+        if not owner:
+            why = "it belongs to the model itself, whose other methods may read it: move it into a module"
+        elif adapter_for(holder):
+            why = f"its {type(holder).__name__} is adapted as a layer: name {owner!r} in target_modules"
+        elif len(shape) not in (2, 3) or not names.parameters[name].is_floating_point():
+            why = f"it is {shape}, {names.parameters[name].dtype}, neither a matrix nor a stack of matrices"
+        elif type(holder).forward is nn.Module.forward:
+            why = f"its {type(holder).__name__} has no forward of its own, and so something else reads it"
+        else:
+            holders.setdefault(holder, []).append(leaf)
+            continue
+        raise TargetError(f"target_parameters {list(config.target_parameters or ())} match {name!r}, but {why}.")
+    return holders
+
+
+def _sliced(
+    names: _Names, name: str, parts: tuple[Part, ...], slices: tuple[str, ...] | dict[str, tuple[int, int]]
+) -> tuple[Part, ...]:
+    """Those parts of a layer that ``target_slices`` names.
+
+    Raises:
+        TargetError: the layer has no such parts, or where they are is not known.
+    """
+    if len(parts) > 1:
+        known = {part.name: part for part in parts}
+        if isinstance(slices, dict):
+            raise TargetError(
+                f"target_slices give rows of {name!r}, whose parts have names: {', '.join(map(repr, known))}. Give a "
+                f"list of these."
+            )
+    else:
+        whole, inner = parts[0], name.split(".")
+        rows: Mapping[str, tuple[int, int]] | None = slices if isinstance(slices, dict) else None
+        if rows is None:
+            holders = [names.modules[above] for i in range(len(inner) - 1, 0, -1) if (above := ".".join(inner[:i]))]
+            rows = fused_rows(inner[-1], [*holders, names.model], whole.writes, whole.reads)
+        if rows is None:
+            raise TargetError(
+                f"Where {listed(slices)} lie in {name!r}, which writes {whole.writes} features, is not known. If each "
+                f"is a range, give it: target_slices={{{name!r}: {{{next(iter(slices))!r}: [first, end]}}}}. If the "
+                "model writes them head by head, adapt the whole layer."
+            )
+        known = {
+            part: Part(whole.weight, whole.reads, end - first, first, whole.writes, part)
+            for part, (first, end) in rows.items()
+        }
+        beyond = [part for part, (_, end) in rows.items() if end > whole.writes]
+        if beyond:
+            raise TargetError(f"target_slices of {name!r} end beyond its {whole.writes} rows: {listed(beyond)}.")
+    unknown = [part for part in slices if part not in known]
+    if unknown:
+        raise TargetError(f"{name!r} has no parts {listed(unknown)}. It has {listed(known, most=12)}.")
+    return tuple(part for part in known.values() if part.name in slices)
+
+
+def _settings(config: LoRAConfig, name: str) -> Settings:
+    return Settings(
+        r=config.rank(name),
+        scaling=config.scaling(name),
+        dropout=config.dropout,
+        init=config.init,
+        use_dora=config.use_dora,
+        autocast_dtype=config.autocast_adapter_dtype,
+    )
 
 
 def _is_attention(module: nn.Module | None) -> bool:
@@ -182,12 +279,14 @@ def _output_heads(names: _Names) -> set[int]:
 
 def _own_weight(module: nn.Module) -> nn.Parameter | None:
     """The weight that ``module`` has by itself, though it may show a merged one just now."""
-    base = module.lora_base if isinstance(module, LoRALayer) else None
+    base = module.lora_bases.get("weight") if isinstance(module, LoRALayer) else None
     # read as a parameter: a weight that is computed (by spectral_norm, say) may change when it is read as an attribute
     return base if isinstance(base, nn.Parameter) else module._parameters.get("weight")
 
 
-def _check_supported(names: _Names, config: LoRAConfig, layers: dict[str, nn.Module]) -> None:
+def _check_supported(
+    names: _Names, config: LoRAConfig, layers: dict[str, nn.Module], targets: Collection[nn.Module]
+) -> None:
     shown = list(config.target_modules) if isinstance(config.target_modules, tuple) else config.target_modules
     if not layers:
         raise TargetError(
@@ -195,7 +294,9 @@ def _check_supported(names: _Names, config: LoRAConfig, layers: dict[str, nn.Mod
             f"{_supported_types()} layer that exclude_modules and modules_to_save do not take out. "
             f"Correct target_modules; {_SEE_ALL}."
         )
-    refused = {name: why for name, layer in layers.items() if (why := _why_not(names, name, layer))}
+    refused = {
+        name: why for name, layer in layers.items() if layer in targets and (why := _why_not(names, name, layer))
+    }
     if refused:
         reasons = "; ".join(f"{name!r}: {why}" for name, why in list(refused.items())[:5])
         more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
@@ -216,38 +317,77 @@ def _why_not(names: _Names, name: str, layer: nn.Module) -> str | None:
         fit = [inner for inner in inside if not _why_not(names, inner, names.modules[inner])]
         return f"a {type(layer).__name__} is not supported{f', but inside it {listed(fit)}' if fit else ''}"
     if _is_attention(names.modules.get(name.rpartition(".")[0])):
-        return "its nn.MultiheadAttention reads the weight and never calls the layer"
+        outer = name.rpartition(".")[0]
+        return (
+            f"its nn.MultiheadAttention reads the weight and never calls the layer: name {outer!r}, with "
+            f"target_slices={{{outer!r}: ['out']}} if nothing else of it is to be adapted"
+        )
     if "forward" in vars(layer):
         return "its forward is replaced on the instance, which would bypass the adapter"
-    weight = layer._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed (weight_norm, spectral_norm, parametrize or prune), so no update can be merged"
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}, not floating point"
-    if weight.dtype.itemsize == 1:
-        return f"its weight is {weight.dtype}, with which torch does not compute"
     if hasattr(layer, "lora_A"):
         return "it has a lora_A of another library"
-    return kind.lora_refusal(layer)
+    return kind.lora_refusal(layer) or _why_not_weight(layer, kind)
+
+
+def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str | None:
+    """Why a weight of ``layer`` cannot have an update, if so."""
+    try:
+        parts = kind.lora_parts_of(layer)
+    except AttributeError:  # a weight is no parameter
+        return "its weight is computed (weight_norm, spectral_norm, parametrize or prune), so no update can be merged"
+    for name in dict.fromkeys(part.weight for part in parts):
+        dtype = kind.lora_values(own_parameter(layer, name)).dtype
+        if not dtype.is_floating_point:
+            return f"its {name} is {dtype}, not floating point"
+        if dtype.itemsize == 1:
+            return f"its {name} is {dtype}, with which torch does not compute"
+    return None
 
 
 def _supported_types() -> str:
-    return ", ".join(str(kind.lora_layer_type).rpartition(".")[2].removesuffix("'>") for kind in ADAPTERS.values())
+    return ", ".join(str(kind).rpartition(".")[2].removesuffix("'>") for kind in ADAPTERS)
 
 
 def _check_patterns(names: _Names, config: LoRAConfig, layers: dict[str, nn.Module]) -> None:
-    for argument, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        unused = [key for key in pattern or {} if not any(matches_pattern(key, name) for name in layers)]
+    for argument in ("rank_pattern", "alpha_pattern", "target_slices"):
+        pattern = getattr(config, argument) or {}
+        unused = [key for key in pattern if not any(matches_pattern(key, name) for name in layers)]
         names.require(argument, dict.fromkeys(unused, layers))
 
 
-def _check_ranks(config: LoRAConfig, layers: dict[str, nn.Module]) -> None:
+def _check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
+    """Refuse DoRA, and starts from the base, where they have no meaning.
+
+    Raises:
+        TargetError: there is such a layer.
+    """
+    if config.use_dora:
+        unfit = [n for n, c in choices.items() if not (c.kind.lora_fits_dora and c.parts[0].is_whole)]
+        what, where = "use_dora=True", "whole linear, embedding and convolution layers"
+    elif config.init in FROM_BASE:
+        unfit = [name for name, choice in choices.items() if not choice.kind.lora_drops_input]
+        what, where = f"init={config.init!r}", "layers other than embeddings, in which it would change unseen tokens"
+    else:
+        return
+    if unfit:
+        shown = ", ".join(f"{name!r} ({type(choices[name].layer).__name__})" for name in unfit[:5])
+        more = f" and {len(unfit) - 5} more" if len(unfit) > 5 else ""
+        raise TargetError(
+            f"{what} is for {where}, and {shown}{more} is targeted too. Leave it out: exclude_modules={unfit[:5]}."
+        )
+
+
+def _check_ranks(choices: Mapping[str, Choice]) -> None:
+    """Refuse a rank that the one matrix of a layer cannot have; of several, each has what it can.
+
+    Raises:
+        ConfigError: there is such a layer.
+    """
     small = {}
-    for name, layer in layers.items():
-        kind = adapter_for(layer)
-        assert kind is not None
-        if config.rank(name) > min(kind.lora_features(layer)):
-            small[name] = (config.rank(name), min(kind.lora_features(layer)))
+    for name, choice in choices.items():
+        most = max(min(part.reads, part.writes) for part in choice.parts)
+        if choice.settings.r > most:
+            small[name] = (choice.settings.r, most)
     if small:
         shown = ", ".join(f"{name!r} (r={r}, at most {limit})" for name, (r, limit) in list(small.items())[:5])
         limits = {name: limit for name, (_, limit) in list(small.items())[:5]}

@@ -48,7 +48,7 @@ BAD: list[dict[str, Any]] = [
     {"init": "ones"},
     {"use_rslora": 1},
     {"use_rslora": "yes"},
-    {"use_dora": True},
+    {"use_dora": "yes"},
 ]
 
 

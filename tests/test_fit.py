@@ -550,7 +550,7 @@ def test_model_merged_by_hand_is_unmerged_to_train(tmp_path: Path) -> None:
     inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"]))
     merge_adapters(model)
     trainer(tmp_path, [lora(merge=False)]).fit(model, data())
-    assert model.q_proj.lora_base is None and model.q_proj.lora_B.any()  # type: ignore[union-attr]
+    assert model.q_proj.lora_bases == {} and model.q_proj.lora_B.any()  # type: ignore[union-attr]
 
 
 class HalfUsed(LitTiny):

@@ -85,7 +85,10 @@ def test_adapters_are_kept_in_float32_over_a_half_precision_base(dtype: torch.dt
 def test_adapters_are_kept_as_the_base_if_asked() -> None:
     model = three(autocast_adapter_dtype=False).bfloat16()
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    with pytest.raises(AdapterMismatchError, match="autocast_adapter_dtype=0; this configuration asks"):
+    with pytest.raises(
+        AdapterMismatchError,
+        match="autocast_adapter_dtype=False; this configuration asks for autocast_adapter_dtype=True",
+    ):
         inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
 
 

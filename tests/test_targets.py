@@ -76,7 +76,7 @@ def test_rank_and_alpha_patterns() -> None:
     inject_adapters(model, LoRAConfig(r=2, alpha=4, rank_pattern={"v_proj": 4}, alpha_pattern={"q_.*": 8.0}))
     layers: Any = model
     assert (layers.q_proj.lora_A.shape, layers.v_proj.lora_A.shape) == ((2, 8), (4, 8))
-    assert (layers.q_proj.lora_scaling, layers.v_proj.lora_scaling) == (4.0, 1.0)
+    assert (layers.q_proj.lora_settings.scaling, layers.v_proj.lora_settings.scaling) == (4.0, 1.0)
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
@@ -107,7 +107,7 @@ def test_mistake_is_named_and_changes_nothing(config: dict[str, Any], message: s
 
 
 def test_only_unsupported_layers_is_an_error_that_lists_the_supported() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU())
+    model = nn.Sequential(nn.LayerNorm(4), nn.ReLU())
     for targets in ("all-linear", "all", ["0"], "0|1"):
         with pytest.raises(TargetError, match="Linear, Conv1D, Embedding"):
             adapted(model, target_modules=targets)

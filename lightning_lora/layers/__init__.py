@@ -1,19 +1,34 @@
-"""The layer types that can be adapted: one file each, and one line in ``ADAPTERS``."""
+"""The layer types that can be adapted: one file each, and one entry in ``ADAPTERS``."""
 
 from torch import nn
 
+from lightning_lora.layers.attention import LoRAAttention
 from lightning_lora.layers.base import Adapter, LoRALayer, attach, new_adapter
+from lightning_lora.layers.bilinear import LoRABilinear
 from lightning_lora.layers.conv1d import LoRAConv1D
-from lightning_lora.layers.embedding import LoRAEmbedding
+from lightning_lora.layers.convolution import LoRAConvNd, LoRAConvTransposeNd
+from lightning_lora.layers.embedding import LoRAEmbedding, LoRAEmbeddingBag
+from lightning_lora.layers.experts import LoRAParameters
 from lightning_lora.layers.linear import LoRALinear
+from lightning_lora.layers.parts import FROM_BASE, Part, Settings
+from lightning_lora.layers.recurrent import LoRARecurrent
 
 ADAPTERS: dict[type[nn.Module] | str, type[LoRALayer]] = {
-    adapter.lora_layer_type: adapter for adapter in (LoRALinear, LoRAConv1D, LoRAEmbedding)
+    layer_type: adapter
+    for adapter in (
+        LoRALinear,
+        LoRAConv1D,
+        LoRAEmbedding,
+        LoRAEmbeddingBag,
+        LoRAConvNd,
+        LoRAConvTransposeNd,
+        LoRAAttention,
+        LoRARecurrent,
+        LoRABilinear,
+    )
+    for layer_type in adapter.lora_layer_types
 }
 """Layer type (or its full name, where its package is optional) to the adapter for it and its subclasses."""
-
-LINEAR_LIKE: tuple[type[LoRALayer], ...] = (LoRALinear, LoRAConv1D)
-"""The adapters of layers that ``"all-linear"`` means."""
 
 
 def adapter_for(layer: nn.Module) -> type[LoRALayer] | None:
@@ -25,9 +40,22 @@ def adapter_for(layer: nn.Module) -> type[LoRALayer] | None:
         >>> adapter_for(nn.ReLU()) is None
         True
     """
-    return next(
-        (adapter for base in type(layer).__mro__ for adapter in ADAPTERS.values() if adapter.lora_adapts(base)), None
-    )
+    for base in type(layer).__mro__:
+        adapter = ADAPTERS.get(base) or ADAPTERS.get(f"{base.__module__}.{base.__qualname__}")
+        if adapter is not None:
+            return adapter
+    return None
 
 
-__all__ = ["ADAPTERS", "LINEAR_LIKE", "Adapter", "LoRALayer", "adapter_for", "attach", "new_adapter"]
+__all__ = [
+    "ADAPTERS",
+    "FROM_BASE",
+    "Adapter",
+    "LoRALayer",
+    "LoRAParameters",
+    "Part",
+    "Settings",
+    "adapter_for",
+    "attach",
+    "new_adapter",
+]

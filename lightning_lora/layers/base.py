@@ -1,7 +1,9 @@
-"""What every adapted layer is: its own class, two factors beside its weight, and four verbs."""
+"""What every adapted layer is: its own class, factors beside its weights, and four verbs."""
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -10,8 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, DeadAdapterWarning
-from lightning_lora.functional import delta_weight, init_factors, lost_share, merged_weight, wide
+from lightning_lora.functional import (
+    added,
+    delta_weight,
+    digest,
+    init_factors,
+    lost_share,
+    magnitude_scale,
+    principal_factors,
+    row_norms,
+    wide,
+)
 from lightning_lora.inplace import InPlace, overlay, uncover
+from lightning_lora.layers.parts import Part, Settings
+from lightning_lora.names import own_parameter
+
+LayerTypes = tuple[type[nn.Module] | str, ...]
+"""Classes of layers; the full name of one that this package does not import."""
+
+MAGNITUDE = "lora_magnitude"
 
 
 @dataclass
@@ -20,65 +39,83 @@ class Adapter:
 
     Args:
         kind: The class that computes with it, such as ``LoRALinear``.
-        lora_A: The factor that reads the input, (r, in).
-        lora_B: The factor that writes the output, (out, r).
-        scaling: The factor of ``B @ A``.
-        dropout: Probability of dropping an input of A in training.
-        init: How the factors start, for a later ``reset_parameters``.
-        autocast_dtype: Whether the factors stay in float32 where the weight is in half precision.
-        base: The values of the layer's own weight while the one it shows has ``B @ A`` merged in, else None.
+        settings: Its numbers.
+        parts: The matrices that it updates.
+        parameters: Its factors and the like, by their names in the layer.
+        started_on: The digest of each weight that the factors were started from, if they were.
+        bases: The layer's own values of those weights that show an update merged in.
     """
 
     kind: type["LoRALayer"]
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    scaling: float
-    dropout: float = 0.0
-    init: str = "kaiming"
-    autocast_dtype: bool = True
-    base: Tensor | None = None
+    settings: Settings
+    parts: tuple[Part, ...]
+    parameters: dict[str, nn.Parameter]
+    started_on: dict[str, int] = field(default_factory=dict)
+    bases: dict[str, Tensor] = field(default_factory=dict)
 
 
 class LoRALayer(InPlace, nn.Module):
     """The mixin laid over an adapted layer. The layer keeps its keys and gains ``lora_A`` and ``lora_B``.
 
-    A subclass names what it adapts (:attr:`lora_layer_type`), the sides of its weight (:meth:`lora_features`), and how
-    the adapted layer computes (:meth:`lora_forward`); where its weight is not laid out (out, in), also
-    :meth:`lora_as_weight`. Every name begins with ``lora_``, since the layer below may have any other for itself.
+    A subclass names what it adapts (:attr:`lora_layer_types`) and the matrices in it (:meth:`lora_parts_of`). Without
+    more the layer is run on ``W + ΔW``. A subclass that can compute the update by itself, at the cost of its rank, says
+    so in :meth:`lora_update`. Every name begins with ``lora_``, since the layer below may have any other for itself.
     """
 
-    lora_layer_type: ClassVar[type[nn.Module] | str]
-    """The class it adapts, or that class's full name where this package does not import it."""
+    lora_layer_types: ClassVar[LayerTypes]
+    """The classes it adapts."""
 
-    weight: nn.Parameter
+    lora_methods: ClassVar[tuple[str, ...]] = ("forward",)
+    """The methods by which such a class computes. A subclass that overrides one may compute anything."""
+
+    lora_is_linear: ClassVar[bool] = False
+    """Whether ``"all-linear"`` means it."""
+
+    lora_fits_dora: ClassVar[bool] = False
+    """Whether each row of its one matrix writes a feature of the output, which DoRA can give a magnitude."""
+
+    lora_input: ClassVar[str] = "input"
+    """What its forward calls its first argument."""
+
+    lora_drops_input: ClassVar[bool] = True
+    """Whether the input has features that can be dropped."""
+
+    lora_zero: ClassVar[str] = "B"
+    """The factor that starts at zero."""
+
+    lora_parts: tuple[Part, ...]
+    lora_settings: Settings
+    lora_bases: dict[str, Tensor]
+    """The layer's own values of the weights that show an update merged in, by their names in the layer."""
+    lora_started_on: dict[str, int]
+    lora_enabled: bool
     lora_A: nn.Parameter
     lora_B: nn.Parameter
-    lora_scaling: float
-    lora_dropout: float
-    lora_init: str
-    lora_autocast_dtype: bool
-    lora_enabled: bool
     _lora_computes_itself: ClassVar[bool]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Note, for a class laid over a layer's, whether that layer computes in a ``forward`` of its own."""
+        """Note, for a class laid over a layer's, whether that layer computes in a way of its own."""
         super().__init_subclass__(**kwargs)
         if "overlaid" in cls.__dict__:
-            base = cls.overlaid[1]
-            known = next(ancestor for ancestor in base.__mro__ if cls.lora_adapts(ancestor))
-            cls._lora_computes_itself = base.forward is not known.forward  # type: ignore[attr-defined]  # both are modules
+            base: Any = cls.overlaid[1]
+            known = next((ancestor for ancestor in base.__mro__ if cls.lora_adapts(ancestor)), base)
+            cls._lora_computes_itself = any(getattr(base, m) is not getattr(known, m) for m in cls.lora_methods)
 
     # What a subclass says
 
     @classmethod
     def lora_adapts(cls, layer_class: type) -> bool:
-        """Whether ``layer_class`` is the very class that this adapter is for."""
-        return cls.lora_layer_type in (layer_class, f"{layer_class.__module__}.{layer_class.__qualname__}")
+        """Whether ``layer_class`` is a class that this adapter is for."""
+        return any(
+            kind in (layer_class, f"{layer_class.__module__}.{layer_class.__qualname__}")
+            for kind in cls.lora_layer_types
+        )
 
-    @staticmethod
-    def lora_features(layer: Any) -> tuple[int, int]:
-        """Return how many features ``layer`` reads and how many it writes: the sides of its update."""
-        raise NotImplementedError
+    @classmethod
+    def lora_parts_of(cls, layer: Any) -> tuple[Part, ...]:
+        """Return the matrices in ``layer`` that can be adapted."""
+        rows, columns = cls.lora_as_matrix(own_parameter(layer, "weight")).shape
+        return (Part("weight", columns, rows, rows=rows),)
 
     @staticmethod
     def lora_refusal(layer: Any) -> str | None:  # noqa: ARG004  # a subclass looks at the layer
@@ -86,17 +123,26 @@ class LoRALayer(InPlace, nn.Module):
         return None
 
     @staticmethod
-    def lora_as_weight(delta: Tensor) -> Tensor:
-        """Lay out an update (out, in) as the layer's weight is laid out."""
-        return delta
+    def lora_values(weight: Tensor) -> Tensor:
+        """Return the values of a weight, which may be stored in another form."""
+        return weight
 
     @staticmethod
-    def lora_start(lora_A: Tensor, lora_B: Tensor, init: str) -> None:
-        """Start both factors in place, so that their product is zero."""
-        init_factors(lora_A, lora_B, init)
+    def lora_as_matrix(weight: Tensor) -> Tensor:
+        """Return a weight as a matrix (out, in), or a stack of them."""
+        return weight
 
-    def lora_forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the adapted layer, where the layer itself computes as :attr:`lora_layer_type` does."""
+    @staticmethod
+    def lora_as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
+        """Lay out a matrix (out, in) as ``weight`` is laid out."""
+        return matrix.reshape(weight.shape)
+
+    def lora_is_additive(self) -> bool:
+        """Whether its output is that of the layer itself and, added to it, :meth:`lora_update`."""
+        return type(self).lora_update is not LoRALayer.lora_update and not self._lora_computes_itself
+
+    def lora_update(self, lora_A: Tensor, lora_B: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute what the factors add to the output, from the arguments of ``forward``, dropout done."""
         raise NotImplementedError
 
     # What every adapted layer does
@@ -107,103 +153,226 @@ class LoRALayer(InPlace, nn.Module):
         A layer that computes in its own way (one that pads, scales or normalises) is run as it is, on the weight
         ``W + ΔW``: the only rule by which it computes the same with its update merged.
         """
-        if not self.lora_enabled or self.lora_base is not None:
+        if not self.lora_enabled or self.lora_bases:
             return super().forward(*args, **kwargs)
-        if not self._lora_computes_itself:
-            return self.lora_forward(*args, **kwargs)
-        return self._lora_run_on(self.weight + self._lora_dropped_delta().to(self.weight.dtype), *args, **kwargs)
+        if not self.lora_is_additive():
+            dtypes = {name: self.lora_values(self._lora_own(name)).dtype for name in self.lora_weights()}
+            weights = {n: self.lora_effective_weight(n, dropping=True).to(dtype) for n, dtype in dtypes.items()}
+            return self.lora_run_on(weights, *args, **kwargs)
+        return self._lora_add(super().forward(*args, **kwargs), *args, **kwargs)
 
-    def lora_delta_weight(self) -> Tensor:
-        """Return the update in the layout of ``weight``, in float32 or wider."""
-        return self.lora_as_weight(delta_weight(self.lora_A, self.lora_B, self.lora_scaling))
+    def _lora_add(self, output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Add the update to the output of the layer itself; with DoRA, scale the sum to its magnitude."""
+        settings = self.lora_settings
+        if settings.dropout and self.training and self.lora_drops_input:
+            if args:
+                args = (F.dropout(args[0], settings.dropout), *args[1:])
+            else:
+                kwargs[self.lora_input] = F.dropout(kwargs[self.lora_input], settings.dropout)
+        update = self.lora_update(*self._lora_stacked("weight"), *args, **kwargs)
+        if settings.starts_from_base:
+            update = update - self.lora_update(*self._lora_stacked("weight", start="0"), *args, **kwargs)
+        update = update.to(output.dtype)
+        if not settings.use_dora:
+            return output + update
+        with torch.no_grad():
+            matrix = added(self.lora_values(self.weight), self._lora_delta("weight"))  # type: ignore[arg-type]
+        scale = magnitude_scale(self.lora_magnitude, self.lora_as_matrix(matrix))  # type: ignore[arg-type]
+        after = (1,) * (self.weight.dim() - 2)  # type: ignore[operator]  # dimensions of the output after its features
+        scale, bias = scale.view(-1, *after), getattr(self, "bias", None)
+        unbiased = output if bias is None else output - bias.view(-1, *after)
+        return output + (scale - 1).to(output.dtype) * unbiased + scale.to(output.dtype) * update
+
+    def lora_weights(self) -> tuple[str, ...]:
+        """Return the names of the weights that have updates."""
+        return tuple(dict.fromkeys(part.weight for part in self.lora_parts))
+
+    def lora_effective_weight(self, name: str, *, dropping: bool = False) -> Tensor:
+        """Return a weight with its update, in float32 or wider.
+
+        Args:
+            name: The weight's name in the layer.
+            dropping: In training, drop whole features that A reads: the input itself is out of reach.
+        """
+        own = self.lora_values(self._lora_own(name))
+        p = self.lora_settings.dropout if dropping and self.training else 0.0
+        effective = added(own, self._lora_delta(name, p))
+        if not self.lora_settings.use_dora:
+            return effective
+        matrix = self.lora_as_matrix(effective)
+        scaled = matrix * magnitude_scale(self.lora_magnitude, matrix).unsqueeze(-1)  # type: ignore[arg-type]
+        return self.lora_as_weight(scaled, own)
+
+    def _lora_delta(self, name: str, dropout: float = 0.0) -> Tensor:
+        """The update of a weight, laid out as it is, in float32 or wider."""
+        a, b = self._lora_stacked(name)
+        kept = F.dropout(torch.ones_like(a[..., :1, :]), dropout) if dropout else None
+        matrix = delta_weight(a if kept is None else a * kept, b, self.lora_settings.scaling)
+        if self.lora_settings.starts_from_base:
+            a, b = self._lora_stacked(name, start="0")
+            matrix = matrix - delta_weight(a if kept is None else a * kept, b, self.lora_settings.scaling)
+        return self.lora_as_weight(matrix, self.lora_values(self._lora_own(name)))
+
+    def _lora_own(self, name: str) -> Tensor:
+        """A weight without its update. It is read as an attribute, which is all that replicas of a module have."""
+        if name in self.lora_bases:
+            return self.lora_bases[name]
+        weight: Tensor = reduce(getattr, name.split("."), self)  # type: ignore[arg-type]
+        return weight
+
+    def _lora_stacked(self, name: str, start: str = "") -> tuple[Tensor, Tensor]:
+        """The factors of all parts of a weight as one pair: what A reads one above the other, B in blocks beside it."""
+        parts = [part for part in self.lora_parts if part.weight == name]
+        pairs = [(getattr(self, p.factor("A" + start)), getattr(self, p.factor("B" + start))) for p in parts]
+        if len(parts) == 1 and parts[0].is_whole:
+            return pairs[0]
+        blocks = [
+            F.pad(b, (0, 0, p.first, p.rows - p.first - p.writes)) for p, (_, b) in zip(parts, pairs, strict=True)
+        ]
+        return torch.cat([a for a, _ in pairs]), torch.cat(blocks, dim=1)
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the adapter added, by their names in the layer."""
-        return {"lora_A": self.lora_A, "lora_B": self.lora_B}
+        return {name: own_parameter(self, name) for name in _names(self.lora_parts, self.lora_settings)}
 
-    @property
-    def lora_base(self) -> Tensor | None:
-        """The values of the layer's own weight while the one it shows has the update merged in, else None."""
-        base: Tensor | None = self.__dict__["_lora_base"]
-        return base
+    def lora_trained(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Return those of them that train, for each weight that they adapt, by their names in the layer."""
+        trained: dict[str, dict[str, nn.Parameter]] = {name: {} for name in self.lora_weights()}
+        for part in self.lora_parts:
+            for name in (part.factor("A"), part.factor("B")):
+                trained[part.weight][name] = own_parameter(self, name)
+        if self.lora_settings.use_dora:
+            trained["weight"][MAGNITUDE] = own_parameter(self, MAGNITUDE)
+        return trained
 
-    def lora_keep_base(self, base: Tensor | None) -> None:
-        """Set :attr:`lora_base`, round nn.Module's setter, which would register it and give it a key."""
-        self.__dict__["_lora_base"] = base
+    # Merge and un-merge
 
-    def lora_merge(self, *, tied: bool = False) -> float:
+    def lora_merge(self, tied: Collection[str] = ()) -> float:
         """Show ``W + ΔW`` as the weight.
 
         Args:
-            tied: The weight has another use, which is to stay as it is: show a parameter of its own, instead of
-                giving the weight other values.
+            tied: Weights that have another use, which is to stay as it is: show a parameter of its own for them,
+                instead of giving them other values.
 
         Returns:
-            The share of ``ΔW`` that was lost to rounding.
+            The share of ``ΔW`` that was lost to rounding, of the weight that lost most.
         """
-        if self.lora_base is not None:
+        if self.lora_bases:
             return 0.0
+        lost = []
         with torch.inference_mode(False), torch.no_grad():
-            delta = self.lora_delta_weight()
-            merged = merged_weight(self.weight, delta)
-            lost = lost_share(self.weight, delta, merged)
-            if tied:
-                self.lora_keep_base(self.weight)
-                self.weight = nn.Parameter(merged, requires_grad=self.weight.requires_grad)  # a use of its own
-            else:
-                self.lora_keep_base(self.weight.data)
-                self.weight.data = merged
-        _MERGED[self] = _version(self.weight)
-        return lost
+            merged = {}
+            for name in self.lora_weights():
+                weight, effective = own_parameter(self, name), self.lora_effective_weight(name)
+                merged[name] = effective.to(weight.dtype)
+                lost.append(lost_share(weight, effective, merged[name]))
+            for name, values in merged.items():
+                weight = own_parameter(self, name)
+                if name in tied:
+                    self.lora_bases[name] = weight
+                    self._lora_show(name, nn.Parameter(values, requires_grad=weight.requires_grad))
+                else:
+                    self.lora_bases[name] = weight.data
+                    weight.data = values
+        self.lora_weights_changed()
+        _MERGED[self] = {name: _version(own_parameter(self, name)) for name in merged}
+        return max(lost, key=lambda share: (not share < float("inf"), share))
 
     def lora_is_as_merged(self) -> bool:
-        """Whether the merged weight is the one that :meth:`lora_merge` left, or a copy of it; or none is merged."""
-        (place, version), now = _MERGED.get(self, (0, 0)), _version(self.weight)
-        return self.lora_base is None or place != now[0] or version == now[1]
+        """Whether the merged weights are those that :meth:`lora_merge` left, or copies of them; or none is merged."""
+        for name in self.lora_bases:
+            (place, version), now = _MERGED.get(self, {}).get(name, (0, 0)), _version(own_parameter(self, name))
+            if place == now[0] and version != now[1]:
+                return False
+        return True
 
     def lora_unmerge(self) -> None:
-        """Show the layer's own weight again, bit for bit."""
-        base = self.lora_base
-        if base is None:
+        """Show the layer's own weights again, bit for bit."""
+        if not self.lora_bases:
             return
-        if isinstance(base, nn.Parameter):  # it was tied: show the very parameter again
-            base.data = base.data.to(self.weight)  # the model may have moved since
-            base.requires_grad_(self.weight.requires_grad)
-            self.weight = base
-        else:
-            self.weight.data = base.to(self.weight)
-        self.lora_keep_base(None)
+        for name, base in self.lora_bases.items():
+            shown = own_parameter(self, name)
+            if isinstance(base, nn.Parameter):  # it was tied: show the very parameter again
+                base.data = base.data.to(shown)  # the model may have moved since
+                base.requires_grad_(shown.requires_grad)
+                self._lora_show(name, base)
+            else:
+                shown.data = base.to(shown)
+        self.lora_bases = {}
+        self.lora_weights_changed()
+
+    def _lora_show(self, name: str, parameter: nn.Parameter) -> None:
+        owner, _, leaf = name.rpartition(".")
+        setattr(self.get_submodule(owner), leaf, parameter)
+
+    def lora_weights_changed(self) -> None:
+        """Do what the layer needs after its weights got other values."""
+
+    # On and off
 
     def lora_detach(self) -> Adapter:
-        """Take the adapter off: the layer has its class and its keys again, and the weight that it shows."""
+        """Take the adapter off: the layer has its class and its keys again, and the weights that it shows."""
         state = self.__dict__
+        parameters = self.lora_parameters()
+        for name in parameters:
+            delattr(self, name)
+        del state["lora_enabled"]
         adapter = Adapter(
             kind=self.overlaid[0],
-            lora_A=self.lora_A,
-            lora_B=self.lora_B,
-            scaling=state.pop("lora_scaling"),
-            dropout=state.pop("lora_dropout"),
-            init=state.pop("lora_init"),
-            autocast_dtype=state.pop("lora_autocast_dtype"),
-            base=state.pop("_lora_base"),
+            settings=state.pop("lora_settings"),
+            parts=state.pop("lora_parts"),
+            parameters=parameters,
+            started_on=state.pop("lora_started_on"),
+            bases=state.pop("lora_bases"),
         )
-        del self.lora_A, self.lora_B, state["lora_enabled"]
         uncover(self)
         return adapter
 
     def extra_repr(self) -> str:
         """Describe the layer as before, and its adapter."""
-        return f"{super().extra_repr()}, r={self.lora_A.shape[0]}, scaling={self.lora_scaling:g}".removeprefix(", ")
+        s = self.lora_settings
+        parts = "" if len(self.lora_parts) == 1 else f", parts={[part.name for part in self.lora_parts]}"
+        about = f"r={s.r}, scaling={s.scaling:g}{', use_dora=True' if s.use_dora else ''}{parts}"
+        return f"{super().extra_repr()}, {about}".removeprefix(", ")
+
+    # Start
+
+    def lora_restart(self) -> None:
+        """Start the adapter anew: it changes nothing."""
+        self.lora_started_on = _start(self, type(self), self.lora_parts, self.lora_settings, self.lora_parameters())
+
+    def lora_is_fresh(self) -> bool:
+        """Whether there is no update yet."""
+        for part in self.lora_parts:
+            a, b = (getattr(self, part.factor(letter)) for letter in "AB")
+            if a.is_meta:
+                continue
+            if self.lora_settings.starts_from_base:
+                starts = (getattr(self, part.factor(letter)) for letter in ("A0", "B0"))
+                if not all(torch.equal(now, start) for now, start in zip((a, b), starts, strict=True)):
+                    return False
+            elif a.any() and b.any():
+                return False
+        return True
+
+    def lora_follow_base(self) -> None:
+        """Start anew from the base as it is now, if the adapter started from another one and has not trained."""
+        if self.lora_started_on and self.lora_is_fresh() and not self.lora_bases:
+            now = {name: digest(own_parameter(self, name)) for name in self.lora_started_on}
+            if now != self.lora_started_on:
+                self.lora_restart()
 
     def reset_parameters(self) -> None:
         """Start the layer's own parameters and the adapter anew, as is done after ``to_empty``."""
         if hasattr(self.overlaid[1], "reset_parameters"):
             super().reset_parameters()  # type: ignore[misc]  # as just asked
-        self.lora_start(self.lora_A, self.lora_B, self.lora_init)
+        self.lora_restart()
+
+    # What nn.Module does
 
     def train(self, mode: bool = True) -> Any:
         """Set training mode, and say so if no gradient will reach the adapter there."""
-        if mode and self.lora_base is not None:
+        if mode and self.lora_bases:
             warnings.warn(
                 "A model with merged adapters was set to train, which they cannot. Call unmerge_adapters(model) first, "
                 "or remove_adapters(model) to go on with the merged weights.",
@@ -212,33 +381,30 @@ class LoRALayer(InPlace, nn.Module):
             )
         return super().train(mode)
 
-    def _lora_dropped_delta(self) -> Tensor:
-        """The update; in training with dropout of whole features that A reads, the input itself being out of reach."""
-        if not self.lora_dropout or not self.training:
-            return self.lora_delta_weight()
-        kept = F.dropout(torch.ones_like(self.lora_A[:1]), self.lora_dropout)
-        return self.lora_as_weight(delta_weight(self.lora_A * kept, self.lora_B, self.lora_scaling))
-
-    def _lora_run_on(self, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer's own forward on another weight: in a twin that shares all else, for this one call.
+    def lora_run_on(self, values: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:
+        """Run the layer's own forward on other weights: in a twin that shares all else, for this one call.
 
         The layer itself does not change meanwhile: other threads may run it too.
         """
-        twin: Any = object.__new__(self.overlaid[1])
-        state = vars(twin)
-        state.update(self.__dict__, weight=weight)  # instance attributes come before parameters
+        twin = _twin(self, self.overlaid[1], values)
+        set_here = self.lora_prepare_twin(twin, values)
         output = twin.forward(*args, **kwargs)
-        del state["weight"]
-        self.__dict__.update({name: value for name, value in state.items() if self.__dict__.get(name) is not value})
+        own = self.__dict__
+        own.update({n: v for n, v in vars(twin).items() if n not in set_here and own.get(n) is not v})
         return output
+
+    def lora_prepare_twin(self, twin: Any, values: Mapping[str, Tensor | None]) -> set[str]:
+        """Show the other weights wherever the layer's forward reads them. Return which attributes are not its own."""
+        return {name.partition(".")[0] for name in values} | {"_modules"}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move and convert as nn.Module does, but never round an adapter to half precision and back."""
         before = {name: (p.data, p.grad) for name, p in self.lora_parameters().items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
-        if any(data.is_meta for data, _ in before.values()) and not self.lora_A.is_meta:
-            self.lora_start(self.lora_A, self.lora_B, self.lora_init)  # to_empty left whatever the memory held
-        for name, p in self.lora_parameters().items() if self.lora_autocast_dtype else ():
+        now = self.lora_parameters()
+        if any(data.is_meta for data, _ in before.values()) and not any(p.is_meta for p in now.values()):
+            self.lora_restart()  # to_empty left whatever the memory held
+        for name, p in now.items() if self.lora_settings.autocast_dtype else ():
             dtype = wide(p.dtype)
             if p.dtype != dtype:
                 data, grad = before[name]
@@ -247,11 +413,12 @@ class LoRALayer(InPlace, nn.Module):
                 p.grad = None if grad is None else grad.to(p.device, dtype)
         return self
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> Any:
         """Give a state of the layer as it is un-merged: beside its factors, a merged weight would count them twice."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.lora_base is not None:
-            destination[f"{prefix}weight"] = self.lora_base if keep_vars else self.lora_base.detach()
+        state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **kwargs)
+        for name, base in self.lora_bases.items():
+            state[prefix + name] = base if keep_vars else base.detach()
+        return state
 
     @staticmethod
     def lora_refuse_load(name: str) -> None:
@@ -267,20 +434,23 @@ class LoRALayer(InPlace, nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Load as nn.Module does, and take a checkpoint of the base, which knows no adapter, as complete."""
-        if self.lora_base is not None and f"{prefix}weight" in state_dict:
+        if any(prefix + name in state_dict for name in self.lora_bases):
             self.lora_refuse_load(prefix[:-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
         own = {prefix + name for name in self.lora_parameters()}
         if own.isdisjoint(state_dict):
-            if self.lora_A.is_meta and not self.weight.is_meta:  # the base was loaded with assign=True
-                for name, p in self.lora_parameters().items():
-                    setattr(self, name, nn.Parameter(torch.empty_like(p, device=self.weight.device), p.requires_grad))
-                self.lora_start(self.lora_A, self.lora_B, self.lora_init)
+            weight = own_parameter(self, self.lora_parts[0].weight)
+            factors = self.lora_parameters()
+            if any(p.is_meta for p in factors.values()) and not weight.is_meta:  # the base was loaded with assign=True
+                for name, p in factors.items():
+                    setattr(self, name, nn.Parameter(torch.empty_like(p, device=weight.device), p.requires_grad))
+                self.lora_restart()
+            self.lora_follow_base()
             missing: list[str] = args[2]
             missing[:] = [key for key in missing if key not in own]
 
 
-_MERGED: WeakKeyDictionary[LoRALayer, tuple[int, int]] = WeakKeyDictionary()
+_MERGED: WeakKeyDictionary[LoRALayer, dict[str, tuple[int, int]]] = WeakKeyDictionary()
 """Where each merged weight lies, and torch's count of its changes when it was merged."""
 
 
@@ -288,36 +458,92 @@ def _version(weight: Tensor) -> tuple[int, int]:
     return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
-def new_adapter(
-    kind: type[LoRALayer],
-    layer: nn.Module,
-    *,
-    r: int,
-    scaling: float,
-    dropout: float = 0.0,
-    init: str = "kaiming",
-    autocast_dtype: bool = True,
-) -> Adapter:
-    """Make an adapter for ``layer``, on its weight's device, that changes nothing yet.
+def _twin(module: nn.Module, cls: type, values: Mapping[str, Tensor | None]) -> Any:
+    """An object of class ``cls`` that shares all with ``module`` but the weights that ``values`` names."""
+    twin: Any = object.__new__(cls)
+    state = vars(twin)
+    state.update(module.__dict__)
+    inner: dict[str, dict[str, Tensor | None]] = {}
+    for name, value in values.items():
+        child, _, leaf = name.partition(".")
+        if leaf:
+            inner.setdefault(child, {})[leaf] = value
+        else:
+            state[name] = value  # instance attributes come before parameters
+    if inner:
+        children = {name: module.get_submodule(name) for name in inner}
+        twins = {name: _twin(child, type(child), inner[name]) for name, child in children.items()}
+        state["_modules"] = {**module._modules, **twins}
+    return twin
 
-    Its dtype is the weight's, or float32 instead of a narrower one if ``autocast_dtype``.
+
+def _names(parts: tuple[Part, ...], settings: Settings) -> list[str]:
+    """What the parameters of an adapter are called in the layer."""
+    letters = ("A", "B", "A0", "B0") if settings.starts_from_base else ("A", "B")
+    return [part.factor(letter) for part in parts for letter in letters] + [MAGNITUDE] * settings.use_dora
+
+
+def _start(
+    layer: nn.Module,
+    kind: type[LoRALayer],
+    parts: tuple[Part, ...],
+    settings: Settings,
+    parameters: Mapping[str, nn.Parameter],
+) -> dict[str, int]:
+    """Start an adapter so that it changes nothing. Return the digests of the weights that it was started from."""
+    started_on = {}
+    with torch.no_grad():
+        for part in parts:
+            a, b = parameters[part.factor("A")], parameters[part.factor("B")]
+            weight = own_parameter(layer, part.weight)
+            matrix = kind.lora_as_matrix(kind.lora_values(weight.detach()))
+            known = not weight.is_meta and bool(matrix.isfinite().all())  # new memory may hold anything
+            if settings.starts_from_base and known:
+                rows = matrix.narrow(-2, part.first, part.writes)
+                starts = principal_factors(rows, part.rank(settings.r), settings.scaling, settings.init)
+                for letter, start in zip(("A", "B", "A0", "B0"), starts * 2, strict=True):
+                    parameters[part.factor(letter)].copy_(start)
+            elif settings.starts_from_base:
+                for letter in ("A", "B", "A0", "B0"):
+                    parameters[part.factor(letter)].zero_()
+            else:
+                init_factors(*((a, b) if kind.lora_zero == "B" else (b, a)), settings.init)
+            if settings.use_dora:
+                parameters[MAGNITUDE].copy_(row_norms(matrix))
+            if (settings.starts_from_base or settings.use_dora) and not weight.is_meta:
+                started_on[part.weight] = digest(weight)
+    return started_on
+
+
+def new_adapter(kind: type[LoRALayer], layer: nn.Module, parts: tuple[Part, ...], settings: Settings) -> Adapter:
+    """Make an adapter for ``layer``, on its weights' device, that changes nothing yet.
+
+    Its dtype is that of the weights, or float32 instead of a narrower one if ``settings.autocast_dtype``.
     """
-    weight = layer.get_parameter("weight")
-    dtype = wide(weight.dtype) if autocast_dtype else weight.dtype
-    reads, writes = kind.lora_features(layer)
-    lora_A, lora_B = (
-        nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device)) for shape in ((r, reads), (writes, r))
-    )
-    kind.lora_start(lora_A, lora_B, init)
-    return Adapter(kind, lora_A, lora_B, scaling, dropout, init, autocast_dtype)
+    parameters = {}
+    for part in parts:
+        weight = own_parameter(layer, part.weight)
+        dtype = kind.lora_values(weight.detach()).dtype
+        dtype = wide(dtype) if settings.autocast_dtype else dtype
+        r = part.rank(settings.r)
+        shapes = {"A": (*part.stack, r, part.reads), "B": (*part.stack, part.writes, r)}
+        for name in _names((part,), settings):
+            letter = name.removeprefix("lora_")[:1]
+            shape = (part.writes,) if name == MAGNITUDE else shapes[letter]
+            is_start = name in (part.factor("A0"), part.factor("B0"))
+            parameters[name] = nn.Parameter(
+                torch.empty(shape, dtype=dtype, device=weight.device), requires_grad=not is_start
+            )
+    started_on = _start(layer, kind, parts, settings, parameters)
+    return Adapter(kind, settings, parts, parameters, started_on)
 
 
 def attach(layer: nn.Module, adapter: Adapter) -> None:
     """Put ``adapter`` on ``layer``, which stays the same object and computes ``W + ΔW`` from now on."""
     overlay(layer, adapter.kind)
     assert isinstance(layer, LoRALayer)
-    layer.lora_A, layer.lora_B = adapter.lora_A, adapter.lora_B
-    layer.lora_scaling, layer.lora_dropout, layer.lora_init = adapter.scaling, adapter.dropout, adapter.init
-    layer.lora_autocast_dtype = adapter.autocast_dtype
+    for name, parameter in adapter.parameters.items():
+        setattr(layer, name, parameter)
+    layer.lora_settings, layer.lora_parts = adapter.settings, adapter.parts
+    layer.lora_started_on, layer.lora_bases = adapter.started_on, adapter.bases
     layer.lora_enabled = True
-    layer.lora_keep_base(adapter.base)

@@ -1,16 +1,18 @@
-"""nn.Embedding with a low-rank update."""
+"""nn.Embedding and nn.EmbeddingBag with a low-rank update."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lora.functional import init_factors, low_rank_lookup
-from lightning_lora.layers.base import LoRALayer
+from lightning_lora.functional import low_rank_lookup
+from lightning_lora.layers.base import LayerTypes, LoRALayer
 
 
 class LoRAEmbedding(LoRALayer):
     r"""Look up rows of :math:`W + s \, (B A)^T`. There is no dropout: an index has no features to drop.
+
+    A starts at zero, not B: the column of a token that training never sees then stays zero.
 
     Shape:
         weight: (num_embeddings, embedding_dim); lora_A: (r, num_embeddings); lora_B: (embedding_dim, r).
@@ -20,15 +22,12 @@ class LoRAEmbedding(LoRALayer):
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1, and the authors' own code.
     """
 
-    lora_layer_type = nn.Embedding
+    lora_layer_types: ClassVar[LayerTypes] = (nn.Embedding,)
+    lora_fits_dora = True
+    lora_drops_input = False
+    lora_zero = "A"
     padding_idx: int | None
     scale_grad_by_freq: bool
-
-    @staticmethod
-    def lora_features(layer: Any) -> tuple[int, int]:
-        """Return the number of tokens and the width of their rows."""
-        tokens, width = layer.weight.shape
-        return tokens, width
 
     @staticmethod
     def lora_refusal(layer: Any) -> str | None:
@@ -38,19 +37,42 @@ class LoRAEmbedding(LoRALayer):
         return "its gradients are sparse" if layer.sparse else None
 
     @staticmethod
-    def lora_as_weight(delta: Tensor) -> Tensor:
-        """Lay out an update (embedding_dim, num_embeddings) as (num_embeddings, embedding_dim)."""
-        return delta.T
+    def lora_as_matrix(weight: Tensor) -> Tensor:
+        """Return a weight (num_embeddings, embedding_dim) as (embedding_dim, num_embeddings)."""
+        return weight.T
 
     @staticmethod
-    def lora_start(lora_A: Tensor, lora_B: Tensor, init: str) -> None:
-        """Start A, not B, at zero: the column of a token that training never sees then stays zero."""
-        init_factors(lora_B, lora_A, init)
+    def lora_as_weight(matrix: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG004
+        """Lay out a matrix (embedding_dim, num_embeddings) as (num_embeddings, embedding_dim)."""
+        return matrix.T
 
-    def lora_forward(self, input: Tensor) -> Tensor:  # the name nn.Embedding gives it
-        """Look up the rows and add the update's."""
-        rows = F.embedding(input, self.weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
-        update = low_rank_lookup(
-            input, self.lora_A, self.lora_B, self.lora_scaling, self.padding_idx, self.scale_grad_by_freq
-        )
-        return rows + update.to(rows.dtype)
+    def lora_update(self, lora_A: Tensor, lora_B: Tensor, input: Tensor) -> Tensor:
+        """Look up the columns of A, and multiply them by B."""
+        scaling = self.lora_settings.scaling
+        return low_rank_lookup(input, lora_A, lora_B, scaling, self.padding_idx, self.scale_grad_by_freq)
+
+
+class LoRAEmbeddingBag(LoRAEmbedding):
+    r"""Sum or average bags of rows of :math:`W + s \, (B A)^T`. For maxima, the bags are taken from that sum itself.
+
+    Shape:
+        weight: (num_embeddings, embedding_dim); lora_A: (r, num_embeddings); lora_B: (embedding_dim, r).
+        Input (bags, n), or (n) with offsets, of indices; output (bags, embedding_dim).
+
+    Source:
+        Hu et al. 2021, section 4.1: sums and averages are linear in the rows, so that B comes after them.
+    """
+
+    lora_layer_types = (nn.EmbeddingBag,)
+    lora_fits_dora = False
+    mode: str
+    weight: nn.Parameter
+
+    def lora_is_additive(self) -> bool:
+        """Whether the mode is linear in the weight."""
+        return self.mode != "max" and super().lora_is_additive()
+
+    def lora_update(self, lora_A: Tensor, lora_B: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Take the bags of the columns of A, and multiply them by B."""
+        bags: Tensor = self.lora_run_on({"weight": lora_A.T.to(self.weight.dtype)}, *args, **kwargs)
+        return F.linear(bags * self.lora_settings.scaling, lora_B.to(bags.dtype))

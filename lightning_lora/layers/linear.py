@@ -1,12 +1,11 @@
 """nn.Linear with a low-rank update."""
 
-from typing import Any
+from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lora.functional import low_rank_update
-from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.base import LayerTypes, LoRALayer
 
 
 class LoRALinear(LoRALayer):
@@ -19,17 +18,10 @@ class LoRALinear(LoRALayer):
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
     """
 
-    lora_layer_type = nn.Linear
-    bias: nn.Parameter | None
+    lora_layer_types: ClassVar[LayerTypes] = (nn.Linear,)
+    lora_is_linear = True
+    lora_fits_dora = True
 
-    @staticmethod
-    def lora_features(layer: Any) -> tuple[int, int]:
-        """Return the sides of the weight, (out, in), the other way round."""
-        writes, reads = layer.weight.shape
-        return reads, writes
-
-    def lora_forward(self, input: Tensor) -> Tensor:  # the name nn.Linear gives it
-        """Compute the layer and add the update."""
-        dropout = self.lora_dropout if self.training else 0.0
-        output = F.linear(input, self.weight, self.bias)
-        return output + low_rank_update(input, self.lora_A, self.lora_B, self.lora_scaling, dropout)
+    def lora_update(self, lora_A: Tensor, lora_B: Tensor, input: Tensor) -> Tensor:
+        """Multiply by one factor after the other."""
+        return low_rank_update(input, lora_A, lora_B, self.lora_settings.scaling)

@@ -1,0 +1,40 @@
+"""nn.MultiheadAttention with low-rank updates of its projections."""
+
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.parts import Part
+from lightning_lora.names import own_parameter
+
+
+class LoRAAttention(LoRALayer):
+    r"""Attend with :math:`W_q, W_k, W_v, W_o`, each with an update of its own.
+
+    torch computes attention in one function of all weights, in eval mode in another one. Both are run as they are, on
+    the updated weights, so that they compute the same. Dropout drops features of A for the whole batch.
+
+    Shape:
+        in_proj_weight: (3 · embed, embed), in three parts: lora_A_q: (r, embed); lora_B_q: (embed, r); likewise k and
+        v, which read kdim and vdim features if these are given; and ``out`` for out_proj.weight.
+
+    Source:
+        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.2.
+    """
+
+    lora_layer_types = (nn.MultiheadAttention,)
+    lora_is_linear = True
+
+    @classmethod
+    def lora_parts_of(cls, layer: Any) -> tuple[Part, ...]:
+        """Return the four projections: q, k, v, out."""
+        width = layer.embed_dim
+        if layer._qkv_same_embed_dim:
+            rows = len(own_parameter(layer, "in_proj_weight"))
+            qkv = [Part("in_proj_weight", width, width, i * width, rows, name) for i, name in enumerate("qkv")]
+        else:
+            weights = {name: f"{name}_proj_weight" for name in "qkv"}
+            qkv = [Part(w, own_parameter(layer, w).shape[1], width, name=name) for name, w in weights.items()]
+        rows = len(own_parameter(layer, "out_proj.weight"))
+        return (*qkv, Part("out_proj.weight", width, rows, name="out"))
