@@ -15,6 +15,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, LoRAWarning, listed
 from lightning_lora.functional import digest
 from lightning_lora.layers import Adapter, LoRALayer
+from lightning_lora.memory import recall
 from lightning_lora.names import named_modules, named_parameters, own_parameter, plain_module, plain_name, submodule
 from lightning_lora.norms import FrozenNorm, freeze_norms, unfreeze_norms
 from lightning_lora.targets import is_saved, saved_modules
@@ -64,7 +65,7 @@ def record_of(model: nn.Module) -> Record:
     Raises:
         AdapterStateError: ``model`` has no adapters, or they are disabled just now.
     """
-    record = find_record(model)
+    record = find_record(model) or recall_record(model)
     if record is None:
         inner = next(iter(inner_records(model)), None)
         remedy = (
@@ -77,6 +78,14 @@ def record_of(model: nn.Module) -> Record:
         raise AdapterStateError(
             f"The adapters of {type(model).__name__} are disabled. Do this after the block of disable_adapters."
         )
+    return record
+
+
+def recall_record(model: nn.Module) -> Record | None:
+    """Give ``model`` the record that a fit in another process has left, if it is about the very weights it has."""
+    record: Record | None = recall(model)
+    if record is not None:
+        keep_record(model, record)
     return record
 
 
@@ -317,7 +326,10 @@ def restore_originals(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         original, tensor = record.originals[name], present[name].data
         if not original.is_meta and not same_bits(tensor, original):
-            tensor.copy_(original)
+            if tensor.shape == original.shape:
+                tensor.copy_(original)
+            else:  # a buffer that grew
+                present[name].data = original.to(tensor, copy=True)
 
 
 def same_bits(tensor: Tensor, original: Tensor) -> bool:

@@ -18,11 +18,11 @@ from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError,
 from lightning_lora.fingerprint import note_changed
 from lightning_lora.fold import fold, unfold, warn_of_merge
 from lightning_lora.inject import inject_adapters, remove_adapters
+from lightning_lora.memory import name_memory
 from lightning_lora.optim import check_frozen, train_adapters
 from lightning_lora.processes import (
     RANDOM,
     check_untied,
-    name_memory,
     random_states,
     receive_memory,
     returns_state_only,
@@ -159,7 +159,7 @@ class LoRACallback(Callback):
         _check_companions(_callbacks(trainer), stage)
         if stage != "fit":
             drop_averages(_callbacks(trainer))
-        watch(trainer.strategy, Duties(self._adapt, train_adapters))
+        watch(trainer.strategy, Duties(self._adapt, train_adapters, _states_are_read))
         receive_memory(pl_module)
         if stage == "fit":
             self._check_merge(trainer, pl_module)
@@ -288,7 +288,7 @@ class LoRACallback(Callback):
         checkpoint[RANDOM] = random_states(trainer)
         receive_memory(pl_module)
         if find_record(pl_module) is not None and not is_watched(trainer.strategy):
-            watch(trainer.strategy, Duties(self._adapt, train_adapters))
+            watch(trainer.strategy, Duties(self._adapt, train_adapters, _states_are_read))
             checkpoint["state_dict"] = adapter_state_dict(pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -335,6 +335,13 @@ def _judge(trainer: Trainer) -> Callback | None:
     """The callback that says which file is best: the first ModelCheckpoint that compares any."""
     judges = (each for each in _callbacks(trainer) if hasattr(each, "best_model_path") and vars(each).get("monitor"))
     return next(judges, None)
+
+
+def _states_are_read(pl_module: LightningModule) -> bool:
+    """Whether another callback looks at whole checkpoints, and so perhaps for whole states."""
+    others = [callback for callback in _callbacks(pl_module.trainer) if not isinstance(callback, LoRACallback)]
+    classes = {cls for callback in others for cls in type(callback).__mro__ if cls.__name__ != "Callback"}
+    return any("on_load_checkpoint" in vars(cls) for cls in classes)
 
 
 def _is_trial(trainer: Trainer) -> bool:

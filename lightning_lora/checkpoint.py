@@ -12,12 +12,13 @@ from lightning_lora.adapted import (
     adapted_layers,
     adapter_parameters,
     base_parameters,
+    base_values,
     follow_base,
     record_of,
     trained_base_parameters,
 )
 from lightning_lora.config import LoRAConfig
-from lightning_lora.copies import MOVED, leave_out_base, put_base_back
+from lightning_lora.copies import MOVED, is_places, leave_out_base, put_base_back
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError, listed
 from lightning_lora.fingerprint import check_base, fingerprint, is_fingerprints, note_changed
 from lightning_lora.functional import digest
@@ -58,6 +59,11 @@ def describe(model: nn.Module, state: Mapping[str, Any], base: list[dict[str, An
         "entries": len(state),
         **more,
     }
+    if not _is_bounded(about):
+        raise ConfigError(
+            "The configuration is too long to be stored. Name many layers by one expression, such as "
+            "target_modules=r'.*\\.q_proj'."
+        )
     return {**about, "checksum": _checksum(state, about)}
 
 
@@ -120,12 +126,12 @@ def stored_config(description: object) -> LoRAConfig:
         raise AdapterFileError(f"The file's configuration cannot be used: {error}") from error
 
 
-def _is_bounded(value: object, most: int = 1 << 20) -> bool:
-    """Whether ``value``, written out, has at most so many characters and numbers: repeating costs a pickle nothing."""
+def _is_bounded(value: object, most: int = 1 << 24) -> bool:
+    """Whether ``value``, written out, has about as many characters at most: repeating costs a pickle nothing."""
     left, inside = most, [value]
     while inside and left > 0:
         each = inside.pop()
-        left -= 1 + len(each) if isinstance(each, str | list | dict) else 1
+        left -= 16 * len(each) if isinstance(each, list | dict) else len(each) if isinstance(each, str) else 16
         if left > 0 and isinstance(each, list | dict):
             inside += [*each, *each.values()] if isinstance(each, dict) else each
     return left > 0
@@ -142,8 +148,7 @@ def _is_plain(description: dict[Any, Any]) -> bool:
         and is_fingerprints(base)
         and _is_names(changed)
         and type(entries) is type(checksum) is int
-        and isinstance(copies, list)
-        and all(_is_names(place) and place for place in copies)
+        and is_places(copies)
     )
 
 
@@ -157,12 +162,19 @@ def _check_finite(model: nn.Module, state: Mapping[str, Any]) -> None:
     norms = [name for name, module in named_modules(model).items() if isinstance(module, _NormBase)]
     statistics = {f"{name}.{kind}".removeprefix(".") for name in norms for kind in ("running_mean", "running_var")}
     held = [*trains, *(name for name in state if name in statistics)]
-    broken = [name for name in held if not state[name].isfinite().all()]
+    originals = record_of(model).originals
+    broken = [name for name in held if not _is_sound(state[name], originals.get(name))]
     if broken:
         raise AdapterFileError(
             f"{listed(broken)} hold NaN or infinite values: the training that wrote them had diverged. Use an earlier "
             "checkpoint, or train again with a lower learning rate."
         )
+
+
+def _is_sound(value: Tensor, original: Tensor | None) -> bool:
+    """Whether ``value`` is finite, but where the base was not either: a mask may be infinite."""
+    odd = ~value.isfinite()
+    return not odd.any() or (original is not None and bool((value[odd].cpu() == original[odd.cpu()]).all()))
 
 
 def _checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:
@@ -225,9 +237,13 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]
     A frozen weight that other code than an optimizer changed since the run began is stored from then on.
     """
     base = note_changed(model)
-    rest, places = leave_out_base(model, {key: value for key, value in checkpoint.items() if key != "state_dict"})
-    state = {name: _alone(value) for name, value in without_base(model, checkpoint["state_dict"]).items()}
-    return {**rest, "state_dict": state, KEY: describe(model, state, base, copies=places)}
+    rest, places = leave_out_base(model, checkpoint)
+    states = {
+        key: {name: _alone(value) for name, value in without_base(model, checkpoint[key]).items()}
+        for key in ("state_dict", MOVED)
+        if key in checkpoint
+    }
+    return {**rest, **states, KEY: describe(model, states["state_dict"], base, copies=places)}
 
 
 def _alone(value: Any) -> Any:
@@ -257,15 +273,23 @@ def check_readable(checkpoint: object, path: object) -> None:
 
 def as_base(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return a full checkpoint as the start of a fine-tune: its weights, and nothing of the run that made it."""
-    run = {"callbacks", "optimizer_states", "lr_schedulers", "loops", "epoch", "global_step", *MOVED, "averaging_state"}
+    run = {"callbacks", "optimizer_states", "lr_schedulers", "loops", "epoch", "global_step", MOVED, "averaging_state"}
     kept = {key: value for key, value in checkpoint.items() if key not in run}
     return {**kept, "epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": []}
 
 
-def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+def complete_copies(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Put back what :func:`adapter_only` left out of a checkpoint that was read, but for the model's own states."""
+    put_base_back(model, checkpoint, checkpoint[KEY].get("copies", ()))
+
+
+def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole: bool = False) -> None:
     """Write a Trainer checkpoint into an adapted model: adapters, or the weights of a full one as its base.
 
-    Afterwards ``checkpoint`` holds whole states of the model, base and all, for the callbacks that read it next.
+    Args:
+        model: The adapted model.
+        checkpoint: The checkpoint.
+        whole: Let it hold whole states of the model afterwards, base and all, for the callbacks that read it next.
 
     Raises:
         AdapterMismatchError, BaseMismatchError, AdapterFileError: it does not fit. Nothing was written then.
@@ -275,8 +299,20 @@ def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any]) -> None:
         _load_base(model, state)
         return
     check_fits(model, state, checkpoint[KEY])
-    put_base_back(model, checkpoint, [["state_dict"], *checkpoint[KEY].get("copies", ())])
+    if whole:
+        base = {name: value.clone() for name, value in base_values(model).items()}
+        for key in ("state_dict", MOVED):
+            if key in checkpoint:
+                checkpoint[key] = _completed(model, checkpoint[key], base)
     write_state(model, state)
+
+
+def _completed(model: nn.Module, state: Mapping[str, Any], base: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A state with the base's values beside it, in the order and under the names of the model itself."""
+    held = {**base, **{plain_name(name): value for name, value in state.items()}}
+    own = {plain_name(name): name for name in model.state_dict(keep_vars=True)}
+    order = {**{name: None for name in own if name in held}, **held}  # callbacks may go by the model's order
+    return {own.get(name, name): held[name] for name in order}
 
 
 def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:

@@ -1,85 +1,109 @@
-"""States of the model that other callbacks keep in a checkpoint: averages, for example, each with the base again.
+"""Values of the base that other callbacks keep in a checkpoint: those of averages, for example.
 
-They are recognised by what they hold: every adapter, all with one prefix. The base's part is left out of the file and
-put back when it is read, so that whoever wrote a whole state reads a whole state.
+They are recognised by what they are, wherever they are: each is left out of the file, with a note of its place, and put
+back when the file is read. So whoever wrote a whole state reads a whole state, in the very form in which it was.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Mapping
+from copy import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapted import adapter_parameters, base_values, same_bits
-from lightning_lora.names import plain_name
+from lightning_lora.adapted import base_values, record_of
+from lightning_lora.functional import digest
+
+MOVED = "current_model_state"
+"""Where Lightning's WeightAveraging puts the state that the strategy gave, without the base already."""
+
+_OURS = {"state_dict", MOVED, "optimizer_states", "lr_schedulers", "loops"}
+"""What holds no other copies."""
 
 Place = list[Any]
-"""The keys that lead to a mapping inside a checkpoint."""
-
-MOVED: Place = ["current_model_state"]
-"""Where Lightning's WeightAveraging puts the state that the strategy gave, without the base already."""
+"""Keys and indices that lead to a value inside a checkpoint; last the base's name for it, its dtype, and its kind."""
 
 
 def leave_out_base(model: nn.Module, checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], list[Place]]:
-    """Return ``checkpoint`` with no value of the base in any state that it holds, and where these states are.
+    """Return ``checkpoint`` with None for every value of the base that it holds, and where these were.
 
     Args:
         model: The adapted model.
         checkpoint: What a Trainer is about to write. It is not changed.
     """
-    base, adapters = base_values(model), list(adapter_parameters(model))
+    known = _Known(model)
     places: list[Place] = []
+    inside: set[int] = set()
 
-    def leave_out(state: Mapping[Any, Any], place: Place) -> Mapping[Any, Any]:
-        prefix = _prefix(state, adapters)
-        if prefix is None:
-            return state
-        named = {plain_name(name): value for name, value in state.items()}
-        kept = {name: value for name, value in named.items() if not _is(value, base.get(name.removeprefix(prefix)))}
-        if len(kept) < len(state) or place == MOVED:
-            places.append(place)
-        return kept
+    def without(value: Any, place: Place) -> Any:
+        if type(value) in (Tensor, nn.Parameter):
+            name = known.name_of(value)
+            if name is None:
+                return value
+            places.append([*place, name, str(value.dtype).removeprefix("torch."), type(value).__name__])
+            return None
+        if type(value) not in (dict, OrderedDict, defaultdict, list) or id(value) in inside:
+            return value
+        inside.add(id(value))
+        items = enumerate(value) if isinstance(value, list) else list(value.items())
+        changed = {k: new for k, v in items if type(k) in (str, int) and (new := without(v, [*place, k])) is not v}
+        inside.discard(id(value))
+        result = copy(value) if changed else value
+        for key, new in changed.items():
+            result[key] = new
+        return result
 
-    return {key: _replaced(value, leave_out, [key]) for key, value in checkpoint.items()}, places
+    return {k: v if k in _OURS else without(v, [k]) for k, v in checkpoint.items()}, places
 
 
-def put_base_back(model: nn.Module, checkpoint: dict[str, Any], places: Iterable[Place]) -> None:
-    """Complete the states at ``places`` of a checkpoint that was read, under the names that ``model`` uses itself."""
-    base, adapters = base_values(model), list(adapter_parameters(model))
-    own = {plain_name(name): name for name in model.state_dict(keep_vars=True)}
-    for *path, last in places:
+def put_base_back(model: nn.Module, checkpoint: Mapping[str, Any], places: Iterable[Place]) -> None:
+    """Give a checkpoint that was read copies of the base's values at ``places``."""
+    base = base_values(model)
+    for *path, last, name, dtype, kind in places:
         holder: Any = checkpoint
         for key in path:
-            holder = holder.get(key) if isinstance(holder, Mapping) else None
-        if not isinstance(holder, dict) or not isinstance(holder.get(last), Mapping):
-            continue  # someone took it out of the file
-        prefix = _prefix(holder[last], adapters) or ""
-        state = {name.removeprefix(prefix): value for name, value in holder[last].items()}
-        whole = {**base, **state}
-        order = {**{name: None for name in own if name in whole}, **whole}  # callbacks may go by the model's order
-        holder[last] = {prefix + own.get(name, name): whole[name] for name in order}
+            holder = _inside(holder, key)
+        if _inside(holder, last, missing=...) is None and name in base:  # else someone took it out of the file
+            value = base[name].detach().to("cpu", getattr(torch, dtype), copy=True)
+            holder[last] = nn.Parameter(value, requires_grad=False) if kind == "Parameter" else value
 
 
-def _prefix(state: Mapping[Any, Any], adapters: list[str]) -> str | None:
-    """What stands before every name of an adapter in ``state``, if it holds them all."""
-    names = {plain_name(name) for name in state if isinstance(name, str)}
-    if not adapters or len(names) < len(adapters):
-        return None
-    prefixes = (name.removesuffix(adapters[0]) for name in names if name.endswith(adapters[0]))
-    return next((prefix for prefix in prefixes if names.issuperset(prefix + name for name in adapters)), None)
+def is_places(value: object) -> bool:
+    """Whether ``value`` is what :func:`leave_out_base` returns as places."""
+    return isinstance(value, list) and all(
+        isinstance(place, list)
+        and len(place) > 3
+        and all(type(key) in (str, int) for key in place)
+        and all(isinstance(said, str) for said in place[-3:])
+        and isinstance(getattr(torch, place[-2], None), torch.dtype)
+        for place in value
+    )
 
 
-def _is(value: Any, base: Tensor | None) -> bool:
-    if not isinstance(value, Tensor) or base is None or value.shape != base.shape:
-        return False
-    return value.data_ptr() == base.data_ptr() or same_bits(value.detach(), base.cpu())
+def _inside(holder: Any, key: Any, missing: Any = None) -> Any:
+    if isinstance(holder, list):
+        return holder[key] if type(key) is int and -len(holder) <= key < len(holder) else missing
+    return holder.get(key, missing) if isinstance(holder, dict) else missing
 
 
-def _replaced(value: Any, change: Callable[[Mapping[Any, Any], Place], Mapping[Any, Any]], place: Place) -> Any:
-    """``value`` with ``change`` made to every mapping in it; the very same object if there was none to make."""
-    if not isinstance(value, Mapping):
-        return value
-    changed = change(value, place)
-    if changed is not value:
-        return changed
-    inner = {key: _replaced(each, change, [*place, key]) for key, each in value.items()}
-    return inner if any(inner[key] is not value[key] for key in value) else value
+class _Known:
+    """The values of a base, to be recognised: but those that the run has changed, which are in the file."""
+
+    def __init__(self, model: nn.Module) -> None:
+        changed = record_of(model).changed
+        self.by_form: dict[Any, dict[str, Tensor]] = {}
+        for name, value in base_values(model).items():
+            if name not in changed and value.layout is torch.strided and type(value) in (Tensor, nn.Parameter):
+                self.by_form.setdefault((value.shape, value.dtype), {})[name] = value
+        self.digests: dict[Any, dict[int, str]] = {}
+
+    def name_of(self, value: Tensor) -> str | None:
+        """The base's name for a tensor with the same bits."""
+        form = (value.shape, value.dtype)
+        alike = self.by_form.get(form, {})
+        if not alike or value.is_meta or value.layout is not torch.strided:
+            return None
+        if form not in self.digests:
+            self.digests[form] = {digest(base): name for name, base in alike.items() if not base.is_meta}
+        return self.digests[form].get(digest(value))

@@ -5,6 +5,7 @@ import glob
 import os
 import pickletools
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,8 +30,8 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
         AdapterFileError: it cannot be written. A file that was there before still is.
     """
     check_path(path)
-    target = Path(path).resolve() if beside else None  # what a link leads to, not the link
-    part = target.with_name(f".{target.name}.{os.getpid()}.part") if target else None
+    target = Path(path).expanduser().resolve() if beside else None  # what a link leads to, not the link
+    part = target.with_name(f"{_part_prefix(target)}{os.getpid()}.part") if target else None
     if target and target.exists() and not target.is_file():
         raise AdapterFileError(f"{path} is there already and is no file. Choose another name.")
     if target:
@@ -52,9 +53,14 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
                 part.unlink()
 
 
+def _part_prefix(target: Path) -> str:
+    """How the names begin under which processes write ``target``; they are not much longer than it may be itself."""
+    return f".{target.name[:64]}.{zlib.crc32(target.name.encode()):08x}."
+
+
 def _clear_parts(target: Path) -> None:
     """Delete what processes that were killed have left of ``target``."""
-    for part in target.parent.glob(f".{glob.escape(target.name)}.*.part") if os.name == "posix" else ():
+    for part in target.parent.glob(f"{glob.escape(_part_prefix(target))}*.part") if os.name == "posix" else ():
         with suppress(OSError, ValueError):
             try:
                 os.kill(int(part.suffixes[-2][1:]), 0)
@@ -131,6 +137,7 @@ def _check_whole(path: Any) -> None:
     Raises:
         AdapterFileError: it is none, or its records have other contents than its checksums say, or more than it holds.
     """
+    path = os.path.expanduser(path) if is_local(path) else path  # noqa: PTH111  # as Lightning does
     if not is_local(path) or not os.path.exists(path):  # noqa: PTH110  # a Path raises where a name is too long
         return
     if not Path(path).is_file():
@@ -138,21 +145,34 @@ def _check_whole(path: Any) -> None:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             claimed = sum(record.file_size for record in archive.infolist())
-            broken = "its records" if claimed > Path(path).stat().st_size else archive.testzip() or _inflating(archive)
+            size = Path(path).stat().st_size
+            broken = "its records" if claimed > size else archive.testzip() or _inflating(archive, size)
         if broken:
             raise AdapterFileError(f"{path} is damaged: {broken} cannot be what was written. Use another checkpoint.")
 
 
-def _inflating(archive: zipfile.ZipFile) -> str | None:
-    """The pickle in ``archive``, if it would make something of a size that it only names: torch lets it."""
+def _inflating(archive: zipfile.ZipFile, size: int) -> str | None:
+    """The pickle in ``archive``, if it would make something larger than the file, of a size that it only names."""
     for record in archive.namelist():
         if record.endswith("data.pkl"):
+            makes, names_size = False, False
             for operation, argument, _ in pickletools.genops(archive.read(record)):
                 kind = str(argument)
-                makes = kind.endswith(" bytearray") or (kind.startswith("torch") and kind.endswith("Tensor"))
-                if operation.name == "STACK_GLOBAL" or (operation.name == "GLOBAL" and makes):
-                    return record  # torch.save writes neither
+                makes |= operation.name == "STACK_GLOBAL" or (
+                    operation.name == "GLOBAL"
+                    and (kind.endswith(" bytearray") or (kind.startswith("torch") and kind.endswith("Tensor")))
+                )
+                names_size |= isinstance(argument, int) and operation.name not in _MARKS and size < argument < _MOST
+            if makes and names_size:
+                return record
     return None
+
+
+_MOST = 1 << 42
+"""Bytes that no machine has to give: asking for them is an error by itself."""
+
+_MARKS = ("PROTO", "FRAME", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "PUT", "GET", "MEMOIZE")
+"""Operations of a pickle whose numbers are its own affair."""
 
 
 def _first_line(error: Exception) -> str:

@@ -48,7 +48,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         FileNotFoundError: there is no such folder.
     """
     check_path(path)
-    path, state = Path(path), adapter_state_dict(model)
+    path, state = Path(path).expanduser(), adapter_state_dict(model)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"The folder {path.parent} does not exist. Make it first.")
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
@@ -134,7 +134,8 @@ def read_adapter_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]
 def _read(path: str | Path, *, weights_only: bool) -> Any:
     """The contents of a file of either kind, in the form of a checkpoint."""
     with reading(path, trusted=not weights_only):
-        with Path(path).open("rb") as file:
+        path = Path(path).expanduser()
+        with path.open("rb") as file:
             is_zip = file.read(2) == b"PK"
         if is_zip:
             return torch.load(path, map_location="cpu", weights_only=weights_only)

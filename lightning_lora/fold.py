@@ -26,6 +26,7 @@ from lightning_lora.errors import AdapterStateError, LoRAWarning, MergePrecision
 from lightning_lora.functional import digest
 from lightning_lora.inplace import is_overlaid
 from lightning_lora.layers import Adapter, LoRALayer, attach
+from lightning_lora.memory import shows
 from lightning_lora.names import named_parameters, own_parameter, submodule
 
 
@@ -210,9 +211,3 @@ def check_as_folded(model: nn.Module) -> None:
 def is_as_folded(model: nn.Module, record: Record) -> bool:
     """Whether a model that :func:`fold` made plain, if it did, still has the weights that this left."""
     return not record.folded or shows(model, record.folded_digests)
-
-
-def shows(model: nn.Module, digests: Mapping[str, int]) -> bool:
-    """Whether these weights of ``model`` have these digests."""
-    weights = named_parameters(model, remove_duplicate=False)
-    return all(name in weights and digest(weights[name]) == digests[name] for name in digests)

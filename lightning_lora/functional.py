@@ -231,7 +231,7 @@ def digest(tensor: Tensor) -> int:
     if tensor.layout is not torch.strided:
         sparse = tensor.detach().to_sparse_coo().coalesce()  # whose dense form may be too large
         return (3 * digest(sparse.indices()) + digest(sparse.values())) % (1 << 63)
-    bits = tensor.detach().contiguous().reshape(-1)
+    bits = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
     integers = bits.view({1: torch.uint8, 2: torch.int16}.get(tensor.element_size(), torch.int32))
     multipliers = _multipliers(tensor.device)
     total = integers.numel()

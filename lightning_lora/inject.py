@@ -30,6 +30,7 @@ from lightning_lora.errors import AdapterMismatchError, ConfigError, listed
 from lightning_lora.fold import attach_adapters, detach_adapters
 from lightning_lora.inplace import combined
 from lightning_lora.layers import LoRALayer, Part, Settings, new_adapter
+from lightning_lora.memory import forget
 from lightning_lora.names import submodule
 from lightning_lora.norms import FrozenNorm, unfreeze_norms
 from lightning_lora.targets import Choice, select
@@ -42,7 +43,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
     :math:`W + s B A`. Call it again after layers were added: it adapts those, and leaves the others as they are.
 
     Args:
-        model: Any module. Load its pretrained weights first, or any time before training.
+        model: Any module. Load its pretrained weights first, or later into the whole of it, before training.
         config: What to adapt, and how.
 
     Returns:
@@ -150,6 +151,7 @@ def remove_adapters(model: nn.Module) -> None:
         unfreeze(model, record)
         detach_adapters(model)
     forget_record(model)
+    forget(model)
 
 
 def _check_same(model: nn.Module, config: LoRAConfig, choices: dict[str, Choice]) -> None:

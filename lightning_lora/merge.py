@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from lightning_lora.adapted import adapted_layers, find_record, kept_tensors, record_of
@@ -93,13 +94,15 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     unmerge_adapters(model)
     present = kept_tensors(model)
     trained = {name: tensor.data for name, tensor in present.items()}
-    for name, tensor in present.items():
-        if not record.originals[name].is_meta:  # of a model that was adapted before it had values
-            tensor.data = record.originals[name].to(tensor, copy=True)
-    for layer in layers:
-        layer.lora_enabled = False
-    record.disabled = True
+    own = {name: record.originals[name].to(tensor, copy=True) for name, tensor in present.items()}
     try:
+        for name, tensor in present.items():
+            if not own[name].is_meta:  # of a model that was adapted before it had values
+                tensor.data = own[name]
+        for layer in layers:
+            layer.lora_enabled = False
+        record.disabled = True
+        torch.clear_autocast_cache()  # which holds copies of the other values
         yield
     finally:
         record.disabled = False
@@ -107,6 +110,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
             layer.lora_enabled = True
         for name, tensor in present.items():
             tensor.data = trained[name]
+        torch.clear_autocast_cache()
         if was_merged:
             merge_layers(model)
         if was_folded:

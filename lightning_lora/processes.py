@@ -1,33 +1,22 @@
 """What a run is in each of its processes: where its random numbers are, and what it sends home from spawned ones.
 
-Strategies that spawn or fork send back the module's state dict, the best path, and the Trainer's state, and the main
-process calls no hook when these arrive. So merged weights come home by themselves, and the memory of the exact base,
-which later stages need, is left in a temporary folder, where it is found by the weights that it is about.
+Strategies that spawn or fork send back the module's state dict, the best path, and the Trainer's state.
 """
 
-import atexit
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
-from uuid import uuid4
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_lora.adapted import Record, adapted_layers, keep_record, record_of
+from lightning_lora.adapted import adapted_layers, find_record, recall_record, record_of
 from lightning_lora.errors import ConfigError
-from lightning_lora.fold import shows
+from lightning_lora.memory import leave_memory, shows
 from lightning_lora.names import named_parameters, own_parameter
 
 RANDOM = "lightning_lora_random"
 """Where a checkpoint holds the states of torch's generators."""
-
-_MEMORY = "LIGHTNING_LORA_MEMORY"
-"""The variable of the environment that tells every process of a program in which folder memories are left."""
 
 
 def random_states(trainer: Trainer) -> dict[str, Tensor]:
@@ -57,30 +46,22 @@ def returns_state_only(trainer: Trainer) -> bool:
     return getattr(trainer.strategy, "_start_method", "popen") != "popen"
 
 
-def name_memory() -> None:
-    """Name the folder of memories, before any process starts; it goes when this one ends."""
-    if _MEMORY not in os.environ:
-        os.environ[_MEMORY] = str(Path(tempfile.gettempdir()) / f"lightning_lora_{uuid4().hex}")
-        atexit.register(shutil.rmtree, os.environ[_MEMORY], ignore_errors=True)
-
-
 def send_memory(trainer: Trainer, pl_module: LightningModule) -> None:
-    """At the end of a fit in such a process, leave what the module remembers where the main process looks for it."""
+    """At the end of a fit in such a process, leave what the module remembers for the main process to find."""
     if returns_state_only(trainer) and trainer.is_global_zero:
-        folder, record = Path(os.environ[_MEMORY]), record_of(pl_module)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        name = uuid4().hex
-        torch.save(record, folder / f"{name}.pt")
-        (folder / f"{name}.json").write_text(json.dumps(record.folded_digests))
+        record = record_of(pl_module)
+        leave_memory(record, record.folded_digests)
 
 
 def receive_memory(pl_module: LightningModule) -> None:
     """Give the module what a fit in another process has left, if it is about the very weights that it has."""
-    for digests in Path(os.environ[_MEMORY]).glob("*.json"):
-        if shows(pl_module, json.loads(digests.read_text())):
-            record: Record = torch.load(digests.with_suffix(".pt"), weights_only=False)  # our own program wrote it
-            keep_record(pl_module, record)
-            return
+    record = find_record(pl_module)
+    known = record is not None and (not record.folded or shows(pl_module, record.folded_digests))
+    if not known and recall_record(pl_module):
+        rank_zero_info(
+            f"The weights of {type(pl_module).__name__} are those that a fit in other processes merged: it gets its "
+            "base and its adapters back. (If they are to be a new base, call remove_adapters on it first.)"
+        )
 
 
 def check_untied(pl_module: LightningModule) -> None:

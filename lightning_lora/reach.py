@@ -75,10 +75,10 @@ class Reach:
         ]
         if dead:
             warnings.warn(
-                f"The adapters of {listed(dead)} received no gradient before the first optimizer step, so they do not "
-                "train: the loss does not depend on these layers, or something reads their weights without calling "
-                "them, or has frozen them (requires_grad, freeze()). Take them out with exclude_modules, or look at "
-                "why.",
+                f"The adapters of {listed(dead)} received no gradient before the first optimizer step. Unless other "
+                "batches reach these layers, as those of experts, they do not train: the loss does not depend on them, "
+                "or something reads their weights without calling them, or has frozen them (requires_grad, freeze()). "
+                "Take them out with exclude_modules, or look at why.",
                 DeadAdapterWarning,
                 stacklevel=1,
             )

@@ -100,8 +100,14 @@ def write_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     trained = trained_base_parameters(model, record.config)
     keep_frozen(model, [name for name in state if name in base and name not in trained])
     with adapters_live(model):
-        restore_originals(model, [name for name in record.originals if name not in state and name not in trained])
-        load_state_dict(model, state)
+        before = {name: value for name, value in state_dict(model).items() if name in state or name in record.originals}
+        before = {name: value.clone() for name, value in before.items() if isinstance(value, Tensor)}
+        try:
+            restore_originals(model, [name for name in record.originals if name not in state and name not in trained])
+            load_state_dict(model, state)
+        except BaseException:  # a module's own loading may fail
+            load_state_dict(model, before)
+            raise
     for name, (_, was) in record.changed.items():
         record.changed[name] = (digest(base_parameters(model)[name]), was)
 

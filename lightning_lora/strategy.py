@@ -19,6 +19,7 @@ from lightning_lora.checkpoint import (
     adapter_only,
     as_base,
     check_readable,
+    complete_copies,
     load_checkpoint_state,
 )
 from lightning_lora.disk import is_local, reading, writing
@@ -39,10 +40,12 @@ class Duties:
     Args:
         inject: On the module, before a checkpoint is loaded and before the module is wrapped.
         train_adapters: On the module and its optimizers, when they have been made.
+        states_are_read: Whether someone else reads the model's states in a checkpoint.
     """
 
     inject: Callable[[LightningModule], None]
     train_adapters: Callable[[LightningModule, Sequence[Optimizer]], None]
+    states_are_read: Callable[[LightningModule], bool]
 
 
 def watch(strategy: "Strategy", duties: Duties) -> None:
@@ -111,6 +114,7 @@ class Watch:
             checkpoint: dict[str, Any] = self._own.load_checkpoint(self.strategy, checkpoint_path, *args, **kwargs)
         check_readable(checkpoint, checkpoint_path)
         if KEY in checkpoint:
+            complete_copies(self.module, checkpoint)
             return checkpoint
         rank_zero_info(
             f"{checkpoint_path} holds a full model and no adapters: it is loaded as the base of the fine-tune."
@@ -120,7 +124,7 @@ class Watch:
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Load what training changed; base keys may be missing, adapter keys may not, whatever ``strict`` says."""
         self._note_base()
-        load_checkpoint_state(self.module, checkpoint)
+        load_checkpoint_state(self.module, checkpoint, whole=self.duties.states_are_read(self.module))
         self.base_is_noted = self.has_loaded = KEY in checkpoint
 
     def setup(self, trainer: "Trainer") -> None:

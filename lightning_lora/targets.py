@@ -129,9 +129,11 @@ class _Names:
             self.require(argument, {} if found else {pattern: meant})
             return found
         assert isinstance(pattern, tuple)
-        found_by = {entry: [name for name in known if matches(entry, name)] for entry in pattern}
-        self.require(argument, {entry: meant for entry, names in found_by.items() if not names})
-        return [name for name in known if any(name in names for names in found_by.values())]
+        entries = set(pattern)
+        found_by = {name: entries.intersection(_ends_of(name)) for name in known}
+        matched = set[str]().union(*found_by.values())
+        self.require(argument, {entry: meant for entry in pattern if entry not in matched})
+        return [name for name, meant_by in found_by.items() if meant_by]
 
     def require(self, argument: str, missing: Mapping[str, Iterable[str]]) -> None:
         """Raise, if anything is ``missing``: entries, each with the names it might have meant."""
@@ -161,6 +163,12 @@ class _Names:
         raise TargetError(
             f"{argument} {list(missing)} match no module of {self.title}. {hint} Correct {argument}; {_SEE_ALL}."
         )
+
+
+def _ends_of(name: str) -> list[str]:
+    """All that a list's entry may be to mean ``name``, as :func:`matches` says: the name, and its last parts."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
 
 
 def _one_or_many(part: str, names: list[str]) -> str:

@@ -721,3 +721,15 @@ def test_several_writers_of_one_file_leave_a_whole_one(tmp_path: Path) -> None:
     assert [writer.exitcode for writer in writers] == [0, 0, 0]
     load_adapter(LitTiny(), path)
     assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_honest_tensors_with_attributes_are_no_damage(tmp_path: Path) -> None:
+    class Keeps(L.Callback):
+        def state_dict(self) -> dict[str, Any]:
+            tagged = torch.ones(2)
+            tagged.tag = "a"  # type: ignore[attr-defined]
+            return {"tagged": tagged}
+
+    saves = ModelCheckpoint(tmp_path, "a")
+    trainer(tmp_path, [lora(), Keeps(), saves], max_epochs=1).fit(LitTiny(), data())
+    trainer(tmp_path, [lora(), Keeps()]).fit(LitTiny(), data(), ckpt_path=tmp_path / "a.ckpt")

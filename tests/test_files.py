@@ -31,7 +31,8 @@ from lightning_lora import (
     save_adapter,
     unmerge_adapters,
 )
-from tests.models import LitTiny, TinyLM, randomise, same, state, unties
+from lightning_lora.layers import LoRALayer
+from tests.models import LitTiny, TinyLM, data, lora, randomise, same, state, trainer, unties
 
 CONFIG = LoRAConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj"], modules_to_save=["head"], bias="lora_only")
 X = torch.arange(20)
@@ -438,3 +439,91 @@ def test_a_link_is_written_through_and_what_is_no_file_stays(tmp_path: Path) -> 
     with pytest.raises(AdapterFileError, match="is no file"):
         save_adapter(model, tmp_path / "pipe")
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_home_folder_and_long_names_are_what_they_are_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    fit = trainer(tmp_path, [lora(merge=False)], enable_checkpointing=False)
+    fit.fit(model := LitTiny(), data())
+    for name in ("a.ckpt", "v" * 250 + ".ckpt"):
+        fit.save_checkpoint(f"~/{name}")
+    save_adapter(model, "~/a.safetensors")
+    names = {"a.ckpt", "v" * 250 + ".ckpt", "a.safetensors"}
+    assert {path.name for path in (tmp_path / "home").iterdir()} == names
+    for name in names:
+        load_adapter(again := LitTiny(), f"~/{name}")
+        assert same(state(again), state(model))
+    trainer(tmp_path, [lora(merge=False)], enable_checkpointing=False).fit(LitTiny(), data(), ckpt_path="~/a.ckpt")
+
+
+def test_what_is_written_can_be_read_however_many_names_it_has(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        names = [f"an_expert_with_a_name_that_has_many_{i:03d}_characters" for i in range(100)]
+        return nn.ModuleDict({outer: nn.ModuleDict({n: nn.Linear(1, 1) for n in names}) for outer in names[:70]})
+
+    model = build()
+    targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    inject_adapters(model, LoRAConfig(r=1, target_modules=targets))
+    assert sum(map(len, targets)) > 700_000
+    save_adapter(model, tmp_path / "a.safetensors")
+    load_adapter(build(), tmp_path / "a.safetensors")
+
+
+def test_infinities_of_the_base_are_no_sign_of_a_diverged_run(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.mask = nn.Linear(4, 4), nn.Parameter(torch.tensor([0, 0, 0, -torch.inf]))
+
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), Masked())
+
+    model = build()
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    save_adapter(model, tmp_path / "a.safetensors")
+    load_adapter(again := build(), tmp_path / "a.safetensors")
+    assert same(state(again), state(model))
+    with torch.no_grad():
+        model[1].mask[0] = torch.inf
+    save_adapter(model, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterFileError, match=r"'1\.mask' hold NaN or infinite"):
+        load_adapter(build(), tmp_path / "a.safetensors")
+
+
+def test_part_that_will_not_load_its_own_state_leaves_the_rest_as_it_was() -> None:
+    class Versioned(nn.Module):
+        version = 1
+
+        def get_extra_state(self) -> dict[str, int]:
+            return {"version": 1}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            if state["version"] != self.version:
+                raise ValueError("another version")
+
+    model = nn.Sequential(nn.Linear(4, 4), Versioned(), nn.Linear(4, 4))
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    trained, before = adapter_state_dict(model), state(nn.Sequential(model[0], nn.Identity(), model[2]))
+    trained = {name: v + 1 if isinstance(v, Tensor) else v for name, v in trained.items()}
+    model[1].version = 2
+    with pytest.raises(ValueError, match="another version"):
+        load_adapter_state_dict(model, trained)
+    assert same(state(nn.Sequential(model[0], nn.Identity(), model[2])), before)
+
+
+def test_buffers_that_grew_or_are_views_are_given_back() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Module())
+    model[1].register_buffer("bank", torch.zeros(0, 4))
+    model[1].register_buffer("waves", torch.fft.fft(torch.arange(4.0)).conj())
+    inject_adapters(model, LoRAConfig(r=2))
+    assert "1.waves" not in adapter_state_dict(model)
+    model[1].bank = torch.ones(3, 4)
+    remove_adapters(model)
+    assert model[1].bank.shape == (0, 4) and not isinstance(model[0], LoRALayer)

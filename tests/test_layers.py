@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -794,14 +795,23 @@ def test_weight_that_is_computed_since_injection_is_not_merged_or_given_back(und
     assert torch.equal(model(torch.ones(8)), adapted)
 
 
-def test_changes_to_merged_weights_are_not_lost() -> None:
+CHANGES: dict[str, Callable[[nn.Parameter], Any]] = {
+    "in place": lambda weight: weight.mul_(2),
+    "its data in place": lambda weight: weight.data.mul_(2),
+    "its data": lambda weight: setattr(weight, "data", weight.data * 2),
+    "one element": lambda weight: weight[0, 0].mul_(2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_to_merged_weights_are_not_lost(change: str) -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     inject_adapters(model, config(model))
     randomise(model)
     merge_adapters(model)
     copied = copy.deepcopy(model)
     with torch.no_grad():
-        model[0].weight.mul_(2)
+        CHANGES[change](model[0].weight)
     before = model(torch.ones(8))
     with pytest.raises(AdapterStateError, match="changed since the merge"):
         unmerge_adapters(model)
@@ -861,3 +871,24 @@ def test_failed_injection_leaves_the_model_as_it_was(monkeypatch: Any) -> None:
         inject_adapters(model, LoRAConfig(r=1))
     assert kinds == [type(m) for m in model.modules()] and flags == [p.requires_grad for p in model.parameters()]
     assert same(state(model), keys) and adapter_state_dict(model[2])
+
+
+def test_out_of_memory_while_the_base_is_shown_costs_no_trained_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    with torch.no_grad():
+        model[1].weight.fill_(9), model[1].bias.fill_(9)
+    before, to, calls = state(model), Tensor.to, iter(range(100))
+
+    def fails(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError("no memory is left")
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "to", fails)
+    with pytest.raises(torch.OutOfMemoryError), disable_adapters(model):
+        pass
+    monkeypatch.undo()
+    assert same(state(model), before) and same(
+        adapter_state_dict(model), {k: v for k, v in before.items() if k[0] == "1" or "lora" in k}
+    )

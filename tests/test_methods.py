@@ -185,7 +185,7 @@ def test_magnitudes_are_the_norms_of_the_rows_and_rslora_scales_by_the_root() ->
 @pytest.mark.parametrize("name", ["lstm", "attention", "bilinear", "bag", "transposed convolution", "experts"])
 def test_dora_is_refused_where_it_has_no_meaning(name: str) -> None:
     model = Model(LAYERS[name][0]()).double()
-    with pytest.raises(TargetError, match="use_dora=True is for .* '0' .*exclude_modules"):
+    with pytest.raises(TargetError, match=r"use_dora=True is for .* '0' .*exclude_modules"):
         inject_adapters(model, config(model, use_dora=True))
 
 

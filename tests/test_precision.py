@@ -14,6 +14,7 @@ from lightning_lora import (
     LoRAWarning,
     MergePrecisionWarning,
     adapter_state_dict,
+    disable_adapters,
     inject_adapters,
     load_adapter,
     load_adapter_state_dict,
@@ -326,3 +327,44 @@ def test_model_that_is_compiled_itself_is_the_model_inside() -> None:
     assert list(adapter_state_dict(compiled)) == list(adapter_state_dict(compiled._orig_mod))
     load_adapter_state_dict(compiled, adapter_state_dict(model))
     assert same(adapter_state_dict(compiled), adapter_state_dict(model))
+
+
+def test_autocast_remembers_no_weight_of_another_model() -> None:
+    """It keeps half-precision copies of the weights it has met: not of those of the base, nor of merged ones."""
+
+    def trained() -> nn.Sequential:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        inject_adapters(model, LoRAConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+        with torch.no_grad():
+            model[0].lora_B.fill_(1), model[1].weight.fill_(5)
+        return model
+
+    def base(model: nn.Module) -> Tensor:
+        with disable_adapters(model):
+            return model(x)
+
+    x = torch.randn(2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = base(trained()), trained()(x)
+    for first in (0, 1):
+        model = trained()
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = [base(model), model(x)] if first == 0 else [model(x), base(model)][::-1]
+        assert torch.equal(outputs[0], expected[0]) and torch.equal(outputs[1], expected[1])
+
+
+def test_merge_inside_autocast_is_the_merge() -> None:
+    model = nn.Sequential(nn.Linear(6, 6))
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    merge_adapters(model)
+    merged = state(model[0].cpu())
+    weight = model[0].weight.detach().clone()
+    unmerge_adapters(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        merge_adapters(model)
+        assert torch.equal(model[0].weight, weight)
+        with disable_adapters(model):
+            pass
+    assert torch.equal(model[0].weight, weight) and same(state(model[0]), merged)

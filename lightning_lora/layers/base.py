@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -195,6 +194,10 @@ class LoRALayer(InPlace, nn.Module):
             dropping: In training, drop whole features that A reads: the input itself is out of reach.
         """
         own = self.lora_values(self._lora_own(name))
+        with torch.autocast(own.device.type, enabled=False):
+            return self._lora_effective(name, own, dropping=dropping)
+
+    def _lora_effective(self, name: str, own: Tensor, *, dropping: bool) -> Tensor:
         p = self.lora_settings.dropout if dropping and self.training else 0.0
         effective = added(own, self._lora_delta(name, p))
         if not self.lora_settings.use_dora:
@@ -217,8 +220,10 @@ class LoRALayer(InPlace, nn.Module):
         """A weight without its update. It is read as an attribute, which is all that replicas of a module have."""
         if name in self.lora_bases:
             return self.lora_bases[name]
-        weight: Tensor = reduce(getattr, name.split("."), self)  # type: ignore[arg-type]
-        return weight
+        holder: Any = self
+        for part in name.split("."):
+            holder = getattr(holder, part)
+        return holder  # type: ignore[no-any-return]  # a tensor
 
     def _lora_stacked(self, name: str, start: str = "") -> tuple[Tensor, Tensor]:
         """The factors of all parts of a weight as one pair: what A reads one above the other, B in blocks beside it."""
@@ -274,31 +279,33 @@ class LoRALayer(InPlace, nn.Module):
                 else:
                     self.lora_bases[name] = weight.data
                     weight.data = values
-        self.lora_weights_changed()
-        _MERGED[self] = {name: _version(own_parameter(self, name)) for name in merged}
+        self._lora_changed()
+        _MERGED[self] = {name: _Seen.of(own_parameter(self, name)) for name in merged}
         return max(lost, key=lambda share: (not share < float("inf"), share))
 
     def lora_is_as_merged(self) -> bool:
         """Whether the merged weights are those that :meth:`lora_merge` left, or copies of them; or none is merged."""
-        for name in self.lora_bases:
-            (place, version), now = _MERGED.get(self, {}).get(name, (0, 0)), _version(own_parameter(self, name))
-            if place == now[0] and version != now[1]:
-                return False
-        return True
+        seen = _MERGED.get(self, {})
+        return not any(name in seen and seen[name].differs(own_parameter(self, name)) for name in self.lora_bases)
 
     def lora_unmerge(self) -> None:
         """Show the layer's own weights again, bit for bit."""
         if not self.lora_bases:
             return
+        shown = {name: own_parameter(self, name) for name in self.lora_bases}
+        values = {name: base.data.to(shown[name]) for name, base in self.lora_bases.items()}  # it may have moved since
         for name, base in self.lora_bases.items():
-            shown = own_parameter(self, name)
             if isinstance(base, nn.Parameter):  # it was tied: show the very parameter again
-                base.data = base.data.to(shown)  # the model may have moved since
-                base.requires_grad_(shown.requires_grad)
+                base.data = values[name]
+                base.requires_grad_(shown[name].requires_grad)
                 self._lora_show(name, base)
             else:
-                shown.data = base.to(shown)
+                shown[name].data = values[name]
         self.lora_bases = {}
+        self._lora_changed()
+
+    def _lora_changed(self) -> None:
+        torch.clear_autocast_cache()  # which may hold copies of the weights as they were
         self.lora_weights_changed()
 
     def _lora_show(self, name: str, parameter: nn.Parameter) -> None:
@@ -450,12 +457,30 @@ class LoRALayer(InPlace, nn.Module):
             missing[:] = [key for key in missing if key not in own]
 
 
-_MERGED: WeakKeyDictionary[LoRALayer, dict[str, tuple[int, int]]] = WeakKeyDictionary()
-"""Where each merged weight lies, and torch's count of its changes when it was merged."""
+@dataclass
+class _Seen:
+    """A merged weight as it was: where it lay, torch's count of its changes, and a digest of some of its values."""
+
+    place: int
+    version: int
+    dtype: torch.dtype
+    some: int
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "_Seen":
+        some = weight.detach().reshape(-1)[:: weight.numel() // 1024 + 1]
+        version = 0 if weight.is_inference() else weight._version
+        return cls(weight.data_ptr(), version, weight.dtype, 0 if weight.is_meta else digest(some))
+
+    def differs(self, weight: Tensor) -> bool:
+        """Whether the weight was changed since; moving and converting it is no change."""
+        now = _Seen.of(weight)
+        counted = self.place == now.place and self.version != now.version
+        return counted or (self.dtype == now.dtype and self.some != now.some and not weight.is_meta)
 
 
-def _version(weight: Tensor) -> tuple[int, int]:
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+_MERGED: WeakKeyDictionary[LoRALayer, dict[str, _Seen]] = WeakKeyDictionary()
+"""The merged weights of layers as the merge left them."""
 
 
 def _twin(module: nn.Module, cls: type, values: Mapping[str, Tensor | None]) -> Any:
