@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, LoRAWarning, listed
 from lightning_lora.functional import digest
-from lightning_lora.layers import Adapter, LoRALayer
+from lightning_lora.layers import Adapter, LoRALayer, quantised_entries
 from lightning_lora.memory import recall
 from lightning_lora.names import named_modules, named_parameters, own_parameter, plain_module, plain_name, submodule
 from lightning_lora.norms import FrozenNorm, freeze_norms, unfreeze_norms
@@ -224,7 +224,13 @@ def base_values(model: nn.Module) -> dict[str, Tensor]:
     trained = trained_base_parameters(model, record.config)
     frozen = {name: below.get(id(p), p.detach()) for name, p in base_parameters(model).items() if name not in trained}
     kept = {name: record.originals[name].to(p.dtype) for name, p in kept_tensors(model).items() if name not in trained}
-    return {**frozen, **kept}
+    return {**frozen, **kept, **base_entries(model)}
+
+
+def base_entries(model: nn.Module) -> dict[str, Tensor]:
+    """Return what quantised layers add to a state dict of ``model`` beside their weights, by name."""
+    entries = {name: quantised_entries(module) for name, module in named_modules(model, remove_duplicate=False).items()}
+    return {f"{name}.{entry}".removeprefix("."): value for name, own in entries.items() for entry, value in own.items()}
 
 
 def trained_base_parameters(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Parameter]:
@@ -279,7 +285,7 @@ def freeze(model: nn.Module, record: Record) -> None:
     for name, parameter in base.items():  # all before any is set: a tied one has several names
         record.requires_grad.setdefault(name, parameter.requires_grad)
     for name, parameter in base.items():
-        parameter.requires_grad_(name in trained and (parameter.is_floating_point() or parameter.is_complex()))
+        parameter.requires_grad_(name in trained and _can_train(parameter))
     for layer in adapted_layers(model).values():
         for trains in layer.lora_trained().values():
             for parameter in trains.values():  # someone may have frozen all there was
@@ -291,8 +297,12 @@ def unfreeze(model: nn.Module, record: Record) -> None:
     """Let the base change as before: each parameter, under whatever name it is shown, and each norm's statistics."""
     for name, parameter in named_parameters(model, remove_duplicate=False).items():
         if name in record.requires_grad:
-            parameter.requires_grad_(record.requires_grad[name])
+            parameter.requires_grad_(record.requires_grad[name] and _can_train(parameter))
     unfreeze_norms(model)
+
+
+def _can_train(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
 
 
 def keep_originals(model: nn.Module, record: Record) -> None:

@@ -14,9 +14,9 @@ from lightning_lora.adapted import adapted_layers, find_record, is_fresh, keep_o
 from lightning_lora.averaging import copy_adapted, drop_averages, share_base
 from lightning_lora.checkpoint import load_checkpoint_state
 from lightning_lora.config import Bias, Init, LoRAConfig
-from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError, TargetError
+from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError, TargetError, listed
 from lightning_lora.fingerprint import note_changed
-from lightning_lora.fold import fold, unfold, warn_of_merge
+from lightning_lora.fold import fold, quantised_layers, unfold, warn_of_merge
 from lightning_lora.inject import inject_adapters, remove_adapters
 from lightning_lora.memory import name_memory
 from lightning_lora.optim import check_frozen, train_adapters
@@ -200,6 +200,11 @@ class LoRACallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show what trains, refuse a merge that could not come back, and go on with a resumed run's random numbers."""
+        if self.merge and not _is_trial(trainer) and (quantised := quantised_layers(pl_module)):
+            raise ConfigError(
+                f"merge={self.merge!r} cannot be done: the weights of {listed(quantised)} are quantised. Set "
+                "merge=False: the adapters stay live, and every file holds them."
+            )
         if self.merge and returns_state_only(trainer):
             check_untied(pl_module)
         if trainer.is_global_zero and _wants_summary(trainer):

@@ -25,7 +25,7 @@ from lightning_lora.adapted import (
 from lightning_lora.errors import AdapterStateError, LoRAWarning, MergePrecisionWarning, listed
 from lightning_lora.functional import digest
 from lightning_lora.inplace import is_overlaid
-from lightning_lora.layers import Adapter, LoRALayer, attach
+from lightning_lora.layers import Adapter, LoRALayer, adapter_for, attach, repacks, unpack
 from lightning_lora.memory import shows
 from lightning_lora.names import named_parameters, own_parameter, submodule
 
@@ -34,8 +34,8 @@ def attach_adapters(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
     """Put adapters on the layers of ``model`` that they are named after."""
     for name, adapter in adapters.items():
         attach(submodule(model, name), adapter)
-    for module, switch, off in _inference_paths(model):
-        if any(isinstance(inner, LoRALayer) for inner in module.modules()):
+    for module, switch, off, around in _inference_paths(model):
+        if any(isinstance(inner, LoRALayer) for inner in around.modules()):
             vars(module).setdefault(_SWITCHED, getattr(module, switch))
             setattr(module, switch, off)
 
@@ -45,10 +45,31 @@ def detach_adapters(model: nn.Module, names: Collection[str] | None = None) -> d
     check_own(model)
     layers = adapted_layers(model)
     adapters = {name: layer.lora_detach() for name, layer in layers.items() if names is None or name in names}
-    for module, switch, _ in _inference_paths(model):
-        if not any(isinstance(inner, LoRALayer) for inner in module.modules()):
+    for module, switch, _, around in _inference_paths(model):
+        if not any(isinstance(inner, LoRALayer) for inner in around.modules()):
             setattr(module, switch, vars(module).pop(_SWITCHED, getattr(module, switch)))
     return adapters
+
+
+def move_adapters(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
+    """Move adapters from layers that are in ``model`` no more to those that took their places.
+
+    Raises:
+        AdapterStateError: there is one that cannot be adapted.
+    """
+    for name, layer in layers.items():
+        new = submodule(model, name)
+        if isinstance(new, LoRALayer):  # it is where it was, or has been moved
+            continue
+        kind = adapter_for(new)
+        if kind is None or kind.lora_refusal(new):
+            raise AdapterStateError(
+                f"{name!r} of {type(model).__name__} was replaced by a {type(new).__name__}, which cannot be adapted. "
+                "Leave it out of the conversion, or of the adapters: exclude_modules."
+            )
+        adapter = layer.lora_detach()
+        adapter.kind = kind
+        attach_adapters(model, {name: adapter})
 
 
 def check_own(model: nn.Module) -> None:
@@ -76,17 +97,21 @@ _SWITCHED = "_lora_switched"
 """Where a module whose inference path is off keeps what the switch was."""
 
 
-def _inference_paths(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """The modules of torch that compute differently in eval mode, each with a switch and its value for not doing so.
+def _inference_paths(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any, nn.Module]]:
+    """The modules that compute differently in eval mode, each with a switch, its value for off, and what must be plain.
 
     An encoder layer reads the weights of linear1 and linear2 and calls neither, so that adapters would be left out; an
-    encoder packs a padded batch for that path, and layers off it cannot take what is packed.
+    encoder packs a padded batch for that path, and layers off it cannot take what is packed. On some processors
+    bitsandbytes lays out its weights anew for inference, and then gives no gradient to what comes before the layer.
     """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
-            yield module, "activation_relu_or_gelu", 0
+            yield module, "activation_relu_or_gelu", 0, module
         elif isinstance(module, nn.TransformerEncoder) and hasattr(module, "use_nested_tensor"):
-            yield module, "use_nested_tensor", False
+            yield module, "use_nested_tensor", False, module
+        elif repacks(module):
+            unpack(module)
+            yield module, "support_avx512bf16_for_cpu", False, model
 
 
 def merge_layers(model: nn.Module) -> dict[str, float]:
@@ -97,6 +122,13 @@ def merge_layers(model: nn.Module) -> dict[str, float]:
     """
     check_own(model)
     layers = {name: layer for name, layer in adapted_layers(model).items() if not layer.lora_bases}
+    quantised = quantised_layers(model)
+    if quantised:
+        raise AdapterStateError(
+            f"The weights of {listed(quantised)} in {type(model).__name__} are quantised, and no update can be merged "
+            "into them. Keep the adapters live; or load the adapter file onto the same model in full precision "
+            "(adapter_state_dict, load_adapter_state_dict) and merge there."
+        )
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     tied = {
         name: [weight for weight in layer.lora_weights() if uses[id(own_parameter(layer, weight))] > 1]
@@ -108,6 +140,11 @@ def merge_layers(model: nn.Module) -> dict[str, float]:
         for layer in layers.values():
             layer.lora_unmerge()
         raise
+
+
+def quantised_layers(model: nn.Module) -> list[str]:
+    """Return the names of adapted layers whose weights no update can be merged into."""
+    return [name for name, layer in adapted_layers(model).items() if layer.lora_is_quantised(layer)]
 
 
 def warn_of_merge(model: nn.Module, lost: Mapping[str, float]) -> None:

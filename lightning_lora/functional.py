@@ -228,6 +228,11 @@ def digest(tensor: Tensor) -> int:
         >>> digest(torch.zeros(3)) == digest(torch.zeros(3)), digest(torch.ones(3)) == digest(torch.zeros(3))
         (True, False)
     """
+    if hasattr(tensor, "__tensor_flatten__"):  # a tensor of others, such as a quantised one
+        total = 0
+        for name in tensor.__tensor_flatten__()[0]:
+            total = (3 * total + digest(getattr(tensor, name))) % (1 << 63)
+        return total
     if tensor.layout is not torch.strided:
         sparse = tensor.detach().to_sparse_coo().coalesce()  # whose dense form may be too large
         return (3 * digest(sparse.indices()) + digest(sparse.values())) % (1 << 63)

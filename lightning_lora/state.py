@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_lora.adapted import (
     adapted_layers,
     adapter_parameters,
+    base_entries,
     base_parameters,
     keep_frozen,
     kept_tensors,
@@ -64,7 +65,7 @@ def without_base(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     ids = {id(p) for p in adapters.values()}
     shown = named_parameters(model, remove_duplicate=False)
     aliases = {name for name, p in shown.items() if id(p) in ids} - set(adapters)
-    dropped = aliases | (set(base) - set(trained))
+    dropped = aliases | (set(base) - set(trained)) | set(base_entries(model))
     originals = {name: value for name, value in record.originals.items() if name not in trained}
     changed = {name: base[name].detach() for name in (*record.changed, *originals) if name in base}
     held = {**changed, **{plain_name(name): value for name, value in state.items() if plain_name(name) not in dropped}}

@@ -5,7 +5,8 @@ optimizers' making and their first use, and its checkpoint hooks are skipped whe
 is called at each of these moments, whatever the Trainer does.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +26,13 @@ from lightning_lora.checkpoint import (
 from lightning_lora.disk import is_local, reading, writing
 from lightning_lora.errors import StrategyError
 from lightning_lora.fingerprint import base_dtypes, fingerprint
+from lightning_lora.fold import move_adapters
 from lightning_lora.names import own_parameter
 from lightning_lora.state import adapter_state_dict
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from lightning.pytorch.plugins import Precision
     from lightning.pytorch.strategies import Strategy
 
 
@@ -71,6 +74,23 @@ def has_loaded(strategy: "Strategy") -> bool:
     """Whether adapters were loaded from a checkpoint in the stage that is on."""
     watch = getattr(vars(strategy).get("setup"), "__self__", None)
     return isinstance(watch, Watch) and watch.has_loaded
+
+
+@contextmanager
+def keeping_adapters(precision: "Precision") -> Iterator[None]:
+    """Move adapters to the layers that ``precision`` puts in place of theirs, as BitsandbytesPrecision does."""
+
+    def convert_module(module: Any) -> Any:
+        before = adapted_layers(module)
+        converted = type(precision).convert_module(precision, module)
+        move_adapters(converted, before)
+        return converted
+
+    precision.convert_module = convert_module  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del precision.convert_module
 
 
 class Watch:
@@ -132,7 +152,8 @@ class Watch:
         self.duties.inject(self.module)
         self._note_base()
         self.base_is_noted = False  # for the next stage
-        self._own.setup(self.strategy, trainer)
+        with keeping_adapters(self.strategy.precision_plugin):
+            self._own.setup(self.strategy, trainer)
         freeze(self.module, record_of(self.module))  # sync_batchnorm makes new norms
         follow_base(self.module)  # which may have been converted
         self._note_converted_base()
@@ -161,7 +182,8 @@ class Watch:
         unfreeze(self.module, record)
         for layer in adapted_layers(self.module).values():
             for name in layer.lora_weights():  # so that a filter keeps its place in the groups, for the adapter to take
-                own_parameter(layer, name).requires_grad_()
+                weight = own_parameter(layer, name)
+                weight.requires_grad_(weight.is_floating_point())  # a quantised one is not
         try:
             self._own.setup_optimizers(self.strategy, trainer)
         finally:

@@ -344,7 +344,7 @@ def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str | None:
     except AttributeError:  # a weight is no parameter
         return "its weight is computed (weight_norm, spectral_norm, parametrize or prune), so no update can be merged"
     for name in dict.fromkeys(part.weight for part in parts):
-        dtype = kind.lora_values(own_parameter(layer, name)).dtype
+        dtype = kind.lora_dtype(layer, own_parameter(layer, name))
         if not dtype.is_floating_point:
             return f"its {name} is {dtype}, not floating point"
         if dtype.itemsize == 1:

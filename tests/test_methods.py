@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from lightning_lora import (
     LoRAConfig,
     TargetError,
     adapter_state_dict,
+    disable_adapters,
     inject_adapters,
     load_adapter,
     merge_adapters,
@@ -24,7 +26,7 @@ from lightning_lora import (
     summarize,
     unmerge_adapters,
 )
-from tests.models import randomise, same, state
+from tests.models import LitTiny, data, lora, randomise, same, state, trainer
 from tests.test_layers import LAYERS, Factors, Model, config, factors, reference_weights
 
 EMBEDDINGS = [name for name in LAYERS if "embedding" in name or "bag" in name]
@@ -192,6 +194,20 @@ def test_dora_is_refused_where_it_has_no_meaning(name: str) -> None:
 def test_starts_from_the_base_are_refused_for_embeddings() -> None:
     with pytest.raises(TargetError, match=r"init='pissa' is for .* '0' \(Embedding\)"):
         inject_adapters(nn.Sequential(nn.Embedding(5, 5)), LoRAConfig(r=2, init="pissa", target_modules="all"))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_fresh_it_changes_nothing_of_a_base_that_a_trainer_converts(tmp_path: Path, precision: Any) -> None:
+    class Look(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            with disable_adapters(pl_module), torch.no_grad():
+                base = pl_module(torch.arange(20))
+            assert torch.equal(pl_module(torch.arange(20)), base)
+            seen.append(base.dtype)
+
+    seen: list[torch.dtype] = []
+    trainer(tmp_path, [lora(use_dora=True), Look()], precision=precision).fit(LitTiny(), data())
+    assert seen == [torch.bfloat16 if precision == "bf16-true" else torch.float64]
 
 
 # Slices

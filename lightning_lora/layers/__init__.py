@@ -3,20 +3,24 @@
 from torch import nn
 
 from lightning_lora.layers.attention import LoRAAttention
-from lightning_lora.layers.base import Adapter, LoRALayer, attach, new_adapter
+from lightning_lora.layers.base import LoRALayer, attach
 from lightning_lora.layers.bilinear import LoRABilinear
 from lightning_lora.layers.conv1d import LoRAConv1D
 from lightning_lora.layers.convolution import LoRAConvNd, LoRAConvTransposeNd
 from lightning_lora.layers.embedding import LoRAEmbedding, LoRAEmbeddingBag
 from lightning_lora.layers.experts import LoRAParameters
 from lightning_lora.layers.linear import LoRALinear
-from lightning_lora.layers.parts import FROM_BASE, Part, Settings
+from lightning_lora.layers.parts import FROM_BASE, Adapter, Part, Settings
+from lightning_lora.layers.quantized import LoRALinear4bit, LoRALinear8bit, quantised_entries, repacks, unpack
 from lightning_lora.layers.recurrent import LoRARecurrent
+from lightning_lora.layers.start import new_adapter
 
 ADAPTERS: dict[type[nn.Module] | str, type[LoRALayer]] = {
     layer_type: adapter
     for adapter in (
         LoRALinear,
+        LoRALinear4bit,
+        LoRALinear8bit,
         LoRAConv1D,
         LoRAEmbedding,
         LoRAEmbeddingBag,
@@ -58,4 +62,7 @@ __all__ = [
     "adapter_for",
     "attach",
     "new_adapter",
+    "quantised_entries",
+    "repacks",
+    "unpack",
 ]

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -15,42 +15,17 @@ from lightning_lora.functional import (
     added,
     delta_weight,
     digest,
-    init_factors,
     lost_share,
     magnitude_scale,
-    principal_factors,
-    row_norms,
     wide,
 )
 from lightning_lora.inplace import InPlace, overlay, uncover
-from lightning_lora.layers.parts import Part, Settings
+from lightning_lora.layers.parts import MAGNITUDE, Adapter, Part, Settings
+from lightning_lora.layers.start import names_of, start
 from lightning_lora.names import own_parameter
 
 LayerTypes = tuple[type[nn.Module] | str, ...]
 """Classes of layers; the full name of one that this package does not import."""
-
-MAGNITUDE = "lora_magnitude"
-
-
-@dataclass
-class Adapter:
-    """An adapter off its layer: what :meth:`LoRALayer.lora_detach` returns and :func:`attach` takes.
-
-    Args:
-        kind: The class that computes with it, such as ``LoRALinear``.
-        settings: Its numbers.
-        parts: The matrices that it updates.
-        parameters: Its factors and the like, by their names in the layer.
-        started_on: The digest of each weight that the factors were started from, if they were.
-        bases: The layer's own values of those weights that show an update merged in.
-    """
-
-    kind: type["LoRALayer"]
-    settings: Settings
-    parts: tuple[Part, ...]
-    parameters: dict[str, nn.Parameter]
-    started_on: dict[str, int] = field(default_factory=dict)
-    bases: dict[str, Tensor] = field(default_factory=dict)
 
 
 class LoRALayer(InPlace, nn.Module):
@@ -81,6 +56,9 @@ class LoRALayer(InPlace, nn.Module):
 
     lora_zero: ClassVar[str] = "B"
     """The factor that starts at zero."""
+
+    lora_twins_own: ClassVar[tuple[str, ...]] = ()
+    """Attributes that its forward sets to what it takes from its weights."""
 
     lora_parts: tuple[Part, ...]
     lora_settings: Settings
@@ -122,9 +100,20 @@ class LoRALayer(InPlace, nn.Module):
         return None
 
     @staticmethod
-    def lora_values(weight: Tensor) -> Tensor:
+    def lora_is_quantised(layer: Any) -> bool:
+        """Whether no update can be merged into the layer's weight, since it has not the values of its dtype."""
+        weight = layer._parameters.get("weight")
+        return weight is not None and type(weight).dequantize is not Tensor.dequantize
+
+    @staticmethod
+    def lora_dtype(layer: Any, weight: Tensor) -> torch.dtype:  # noqa: ARG004
+        """Return the dtype that the layer computes in."""
+        return weight.dtype
+
+    @staticmethod
+    def lora_values(layer: Any, weight: Tensor) -> Tensor:  # noqa: ARG004
         """Return the values of a weight, which may be stored in another form."""
-        return weight
+        return weight if type(weight).dequantize is Tensor.dequantize else weight.dequantize()
 
     @staticmethod
     def lora_as_matrix(weight: Tensor) -> Tensor:
@@ -155,7 +144,7 @@ class LoRALayer(InPlace, nn.Module):
         if not self.lora_enabled or self.lora_bases:
             return super().forward(*args, **kwargs)
         if not self.lora_is_additive():
-            dtypes = {name: self.lora_values(self._lora_own(name)).dtype for name in self.lora_weights()}
+            dtypes = {name: self.lora_dtype(self, self._lora_own(name)) for name in self.lora_weights()}
             weights = {n: self.lora_effective_weight(n, dropping=True).to(dtype) for n, dtype in dtypes.items()}
             return self.lora_run_on(weights, *args, **kwargs)
         return self._lora_add(super().forward(*args, **kwargs), *args, **kwargs)
@@ -175,7 +164,7 @@ class LoRALayer(InPlace, nn.Module):
         if not settings.use_dora:
             return output + update
         with torch.no_grad():
-            matrix = added(self.lora_values(self.weight), self._lora_delta("weight"))  # type: ignore[arg-type]
+            matrix = added(self.lora_values(self, self._lora_own("weight")), self._lora_delta("weight"))
         scale = magnitude_scale(self.lora_magnitude, self.lora_as_matrix(matrix))  # type: ignore[arg-type]
         after = (1,) * (self.weight.dim() - 2)  # type: ignore[operator]  # dimensions of the output after its features
         scale, bias = scale.view(-1, *after), getattr(self, "bias", None)
@@ -193,7 +182,7 @@ class LoRALayer(InPlace, nn.Module):
             name: The weight's name in the layer.
             dropping: In training, drop whole features that A reads: the input itself is out of reach.
         """
-        own = self.lora_values(self._lora_own(name))
+        own = self.lora_values(self, self._lora_own(name))
         with torch.autocast(own.device.type, enabled=False):
             return self._lora_effective(name, own, dropping=dropping)
 
@@ -214,7 +203,7 @@ class LoRALayer(InPlace, nn.Module):
         if self.lora_settings.starts_from_base:
             a, b = self._lora_stacked(name, start="0")
             matrix = matrix - delta_weight(a if kept is None else a * kept, b, self.lora_settings.scaling)
-        return self.lora_as_weight(matrix, self.lora_values(self._lora_own(name)))
+        return self.lora_as_weight(matrix, self._lora_own(name))
 
     def _lora_own(self, name: str) -> Tensor:
         """A weight without its update. It is read as an attribute, which is all that replicas of a module have."""
@@ -238,7 +227,7 @@ class LoRALayer(InPlace, nn.Module):
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the adapter added, by their names in the layer."""
-        return {name: own_parameter(self, name) for name in _names(self.lora_parts, self.lora_settings)}
+        return {name: own_parameter(self, name) for name in names_of(self.lora_parts, self.lora_settings)}
 
     def lora_trained(self) -> dict[str, dict[str, nn.Parameter]]:
         """Return those of them that train, for each weight that they adapt, by their names in the layer."""
@@ -346,7 +335,7 @@ class LoRALayer(InPlace, nn.Module):
 
     def lora_restart(self) -> None:
         """Start the adapter anew: it changes nothing."""
-        self.lora_started_on = _start(self, type(self), self.lora_parts, self.lora_settings, self.lora_parameters())
+        self.lora_started_on = start(self, type(self), self.lora_parts, self.lora_settings, self.lora_parameters())
 
     def lora_is_fresh(self) -> bool:
         """Whether there is no update yet."""
@@ -393,16 +382,13 @@ class LoRALayer(InPlace, nn.Module):
 
         The layer itself does not change meanwhile: other threads may run it too.
         """
-        twin = _twin(self, self.overlaid[1], values)
-        set_here = self.lora_prepare_twin(twin, values)
+        twin, own = _twin(self, self.overlaid[1], values), self.__dict__
         output = twin.forward(*args, **kwargs)
-        own = self.__dict__
-        own.update({n: v for n, v in vars(twin).items() if n not in set_here and own.get(n) is not v})
+        left = {*values, "_modules", *self.lora_twins_own}
+        own.update(
+            {name: value for name, value in vars(twin).items() if name not in left and own.get(name) is not value}
+        )
         return output
-
-    def lora_prepare_twin(self, twin: Any, values: Mapping[str, Tensor | None]) -> set[str]:
-        """Show the other weights wherever the layer's forward reads them. Return which attributes are not its own."""
-        return {name.partition(".")[0] for name in values} | {"_modules"}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move and convert as nn.Module does, but never round an adapter to half precision and back."""
@@ -500,67 +486,6 @@ def _twin(module: nn.Module, cls: type, values: Mapping[str, Tensor | None]) -> 
         twins = {name: _twin(child, type(child), inner[name]) for name, child in children.items()}
         state["_modules"] = {**module._modules, **twins}
     return twin
-
-
-def _names(parts: tuple[Part, ...], settings: Settings) -> list[str]:
-    """What the parameters of an adapter are called in the layer."""
-    letters = ("A", "B", "A0", "B0") if settings.starts_from_base else ("A", "B")
-    return [part.factor(letter) for part in parts for letter in letters] + [MAGNITUDE] * settings.use_dora
-
-
-def _start(
-    layer: nn.Module,
-    kind: type[LoRALayer],
-    parts: tuple[Part, ...],
-    settings: Settings,
-    parameters: Mapping[str, nn.Parameter],
-) -> dict[str, int]:
-    """Start an adapter so that it changes nothing. Return the digests of the weights that it was started from."""
-    started_on = {}
-    with torch.no_grad():
-        for part in parts:
-            a, b = parameters[part.factor("A")], parameters[part.factor("B")]
-            weight = own_parameter(layer, part.weight)
-            matrix = kind.lora_as_matrix(kind.lora_values(weight.detach()))
-            known = not weight.is_meta and bool(matrix.isfinite().all())  # new memory may hold anything
-            if settings.starts_from_base and known:
-                rows = matrix.narrow(-2, part.first, part.writes)
-                starts = principal_factors(rows, part.rank(settings.r), settings.scaling, settings.init)
-                for letter, start in zip(("A", "B", "A0", "B0"), starts * 2, strict=True):
-                    parameters[part.factor(letter)].copy_(start)
-            elif settings.starts_from_base:
-                for letter in ("A", "B", "A0", "B0"):
-                    parameters[part.factor(letter)].zero_()
-            else:
-                init_factors(*((a, b) if kind.lora_zero == "B" else (b, a)), settings.init)
-            if settings.use_dora:
-                parameters[MAGNITUDE].copy_(row_norms(matrix))
-            if (settings.starts_from_base or settings.use_dora) and not weight.is_meta:
-                started_on[part.weight] = digest(weight)
-    return started_on
-
-
-def new_adapter(kind: type[LoRALayer], layer: nn.Module, parts: tuple[Part, ...], settings: Settings) -> Adapter:
-    """Make an adapter for ``layer``, on its weights' device, that changes nothing yet.
-
-    Its dtype is that of the weights, or float32 instead of a narrower one if ``settings.autocast_dtype``.
-    """
-    parameters = {}
-    for part in parts:
-        weight = own_parameter(layer, part.weight)
-        dtype = kind.lora_values(weight.detach()).dtype
-        dtype = wide(dtype) if settings.autocast_dtype else dtype
-        r = part.rank(settings.r)
-        shapes = {"A": (*part.stack, r, part.reads), "B": (*part.stack, part.writes, r)}
-        for name in _names((part,), settings):
-            letter = name.removeprefix("lora_")[:1]
-            shape = (part.writes,) if name == MAGNITUDE else shapes[letter]
-            is_start = name in (part.factor("A0"), part.factor("B0"))
-            parameters[name] = nn.Parameter(
-                torch.empty(shape, dtype=dtype, device=weight.device), requires_grad=not is_start
-            )
-    started_on = _start(layer, kind, parts, settings, parameters)
-    return Adapter(kind, settings, parts, parameters, started_on)
 
 
 def attach(layer: nn.Module, adapter: Adapter) -> None:

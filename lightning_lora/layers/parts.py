@@ -1,6 +1,12 @@
-"""The matrices in a layer that get updates, and the numbers that say how."""
+"""What an adapter is made of: the matrices that it updates, its numbers, and its parameters."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+MAGNITUDE = "lora_magnitude"
+"""What DoRA's parameter is called in a layer."""
 
 FROM_BASE = ("pissa", "olora")
 """The ways to start that begin from what is in the weight."""
@@ -71,3 +77,24 @@ class Part:
     def rank(self, r: int) -> int:
         """Return the rank of its update: what was asked for, or the most that it can have."""
         return min(r, self.reads, self.writes)
+
+
+@dataclass
+class Adapter:
+    """An adapter off its layer: what taking it off returns, and what :func:`attach` takes.
+
+    Args:
+        kind: The class that computes with it, such as ``LoRALinear``.
+        settings: Its numbers.
+        parts: The matrices that it updates.
+        parameters: Its factors and the like, by their names in the layer.
+        started_on: The digest of each weight that the factors were started from, if they were.
+        bases: The layer's own values of those weights that show an update merged in.
+    """
+
+    kind: Any
+    settings: Settings
+    parts: tuple[Part, ...]
+    parameters: dict[str, nn.Parameter]
+    started_on: dict[str, int] = field(default_factory=dict)
+    bases: dict[str, Tensor] = field(default_factory=dict)

@@ -1,9 +1,8 @@
 """nn.LSTM, nn.GRU, nn.RNN and their cells with low-rank updates."""
 
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.parts import Part
@@ -37,13 +36,7 @@ class LoRARecurrent(LoRALayer):
             for name, p in weights.items()
         )
 
-    def lora_prepare_twin(self, twin: Any, values: Mapping[str, Tensor | None]) -> set[str]:
-        """Show the weights in the list that the layer's forward takes them from."""
-        set_here = super().lora_prepare_twin(twin, values)
-        if hasattr(twin, "_flat_weights"):
-            names = twin._flat_weights_names
-            vars(twin)["_flat_weights"] = [values.get(n, w) for n, w in zip(names, twin._flat_weights, strict=True)]
-        return set_here | {"_flat_weights", "_flat_weight_refs"}
+    lora_twins_own = ("_flat_weights", "_flat_weight_refs")  # which forward makes anew where weights have changed
 
     def lora_weights_changed(self) -> None:
         """Lay the weights out as cuDNN reads them."""

@@ -1,0 +1,73 @@
+"""How adapters begin: so that they change nothing."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.functional import digest, init_factors, principal_factors, row_norms, wide
+from lightning_lora.layers.parts import MAGNITUDE, Adapter, Part, Settings
+from lightning_lora.names import own_parameter
+
+
+def names_of(parts: tuple[Part, ...], settings: Settings) -> list[str]:
+    """What the parameters of an adapter are called in the layer."""
+    letters = ("A", "B", "A0", "B0") if settings.starts_from_base else ("A", "B")
+    return [part.factor(letter) for part in parts for letter in letters] + [MAGNITUDE] * settings.use_dora
+
+
+def start(
+    layer: nn.Module,
+    kind: Any,
+    parts: tuple[Part, ...],
+    settings: Settings,
+    parameters: Mapping[str, nn.Parameter],
+) -> dict[str, int]:
+    """Start an adapter so that it changes nothing. Return the digests of the weights that it was started from."""
+    started_on = {}
+    with torch.no_grad():
+        for part in parts:
+            a, b = parameters[part.factor("A")], parameters[part.factor("B")]
+            if not settings.starts_from_base:
+                init_factors(*((a, b) if kind.lora_zero == "B" else (b, a)), settings.init)
+            if not (settings.starts_from_base or settings.use_dora):
+                continue
+            weight = own_parameter(layer, part.weight)
+            matrix = kind.lora_as_matrix(kind.lora_values(layer, weight).detach())
+            if settings.starts_from_base:
+                rows = matrix.narrow(-2, part.first, part.writes)
+                if weight.is_meta or not rows.isfinite().all():  # new memory may hold anything
+                    starts: tuple[Tensor, ...] = torch.zeros_like(a), torch.zeros_like(b)
+                else:
+                    starts = principal_factors(rows, part.rank(settings.r), settings.scaling, settings.init)
+                for letter, start in zip(("A", "B", "A0", "B0"), starts * 2, strict=True):
+                    parameters[part.factor(letter)].copy_(start)
+            if settings.use_dora:
+                parameters[MAGNITUDE].copy_(row_norms(matrix))
+            if not weight.is_meta:
+                started_on[part.weight] = digest(weight)
+    return started_on
+
+
+def new_adapter(kind: Any, layer: nn.Module, parts: tuple[Part, ...], settings: Settings) -> Adapter:
+    """Make an adapter for ``layer``, on its weights' device, that changes nothing yet.
+
+    Its dtype is that of the weights, or float32 instead of a narrower one if ``settings.autocast_dtype``.
+    """
+    parameters = {}
+    for part in parts:
+        weight = own_parameter(layer, part.weight)
+        dtype = kind.lora_dtype(layer, weight)
+        dtype = wide(dtype) if settings.autocast_dtype else dtype
+        r = part.rank(settings.r)
+        shapes = {"A": (*part.stack, r, part.reads), "B": (*part.stack, part.writes, r)}
+        for name in names_of((part,), settings):
+            letter = name.removeprefix("lora_")[:1]
+            shape = (part.writes,) if name == MAGNITUDE else shapes[letter]
+            is_start = name in (part.factor("A0"), part.factor("B0"))
+            parameters[name] = nn.Parameter(
+                torch.empty(shape, dtype=dtype, device=weight.device), requires_grad=not is_start
+            )
+    started_on = start(layer, kind, parts, settings, parameters)
+    return Adapter(kind, settings, parts, parameters, started_on)

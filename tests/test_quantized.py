@@ -1,0 +1,259 @@
+"""Quantised bases: what bitsandbytes and torchao store in a few bits trains adapters as any other base does."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import Precision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_lora import (
+    AdapterStateError,
+    BaseMismatchError,
+    ConfigError,
+    LoRACallback,
+    LoRAConfig,
+    adapter_state_dict,
+    disable_adapters,
+    inject_adapters,
+    load_adapter,
+    merge_adapters,
+    remove_adapters,
+    save_adapter,
+    summarize,
+)
+from lightning_lora.layers import LoRALayer
+from tests.models import randomise, same, trainer
+
+bnb = pytest.importorskip("bitsandbytes")
+torchao = pytest.importorskip("torchao.quantization")
+
+pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning", "ignore::FutureWarning")
+
+WIDTH = 64
+BATCH = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def four_bits(linear: nn.Linear, kind: str = "nf4") -> nn.Module:
+    layer = bnb.nn.Linear4bit(WIDTH, WIDTH, quant_type=kind, compute_dtype=torch.float32)
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu")  # which is when it quantises
+
+
+def eight_bits(linear: nn.Linear) -> nn.Module:
+    layer = bnb.nn.Linear8bitLt(WIDTH, WIDTH, has_fp16_weights=False)
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu")
+
+
+def by_torchao(linear: nn.Linear, how: Any) -> nn.Module:
+    torchao.quantize_(linear, how)
+    return linear
+
+
+KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "nf4": four_bits,
+    "fp4": lambda linear: four_bits(linear, "fp4"),
+    "int8": eight_bits,
+    "torchao int8": lambda linear: by_torchao(linear, torchao.Int8WeightOnlyConfig()),
+    "torchao int4": lambda linear: by_torchao(linear, torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4)),
+}
+
+
+def build(kind: str, scale: float = 1.0) -> nn.Sequential:
+    """Two quantised layers and a head that is not, always the same."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(WIDTH, WIDTH).requires_grad_(False) for _ in range(2)]
+    layers[0].weight.mul_(scale)
+    quantised = [KINDS[kind](layer) for layer in layers]
+    return nn.Sequential(quantised[0], nn.Tanh(), quantised[1], nn.Linear(WIDTH, 4))
+
+
+CONFIG = LoRAConfig(r=4, target_modules=["0", "2"], modules_to_save=["3"])
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+class Lit(L.LightningModule):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.net = build(kind)
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch))
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(BATCH, torch.arange(8) % 4), batch_size=4)
+
+    val_dataloader = train_dataloader
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def lora(**kwargs: Any) -> LoRACallback:
+    targets = ["net.0", "net.2"]
+    return LoRACallback(**{"r": 4, "target_modules": targets, "modules_to_save": ["net.3"], "merge": False, **kwargs})
+
+
+def bits(model: nn.Module) -> dict[str, Any]:
+    """What a quantised model's state holds of its frozen layers."""
+    held = {name: v for name, v in model.state_dict().items() if "lora_" not in name and not name.startswith("net.3")}
+    return {name: v.dequantize() if hasattr(v, "__tensor_flatten__") else v.clone() for name, v in held.items()}
+
+
+@each_kind
+def test_adapter_computes_beside_the_quantised_weight(kind: str) -> None:
+    model = build(kind)
+    before, classes, frozen = model(BATCH), [type(layer) for layer in model], bits(model)
+    inject_adapters(model, CONFIG)
+    assert torch.equal(model(BATCH), before)
+    randomise(model)
+    for training in (True, False):
+        model.train(training)
+        hidden = BATCH
+        for layer in model:
+            plain = copy.copy(layer)
+            if isinstance(layer, LoRALayer):
+                plain.__class__ = layer.overlaid[1]
+                update = hidden @ (layer.lora_B @ layer.lora_A).T
+                hidden = plain(hidden) + update
+            else:
+                hidden = layer(hidden)
+        torch.testing.assert_close(model(BATCH), hidden)
+    assert list(adapter_state_dict(model)) == ["0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B", "3.weight", "3.bias"]
+    assert "Linear" in str(summarize(model))
+    remove_adapters(model)
+    assert [type(layer) for layer in model] == classes and same(bits(model), frozen)
+
+
+@each_kind
+def test_evaluation_in_between_leaves_gradients_as_they_are(kind: str) -> None:
+    """bitsandbytes may lay a weight out for inference, behind which nothing trains any more."""
+    model = build(kind)
+    inject_adapters(model, LoRAConfig(r=4, target_modules=["0"], modules_to_save=["3"]))
+    randomise(model)
+    grads = []
+    for _ in range(2):
+        model.train()
+        model(BATCH).square().sum().backward()
+        grads.append(model[0].lora_A.grad)
+        model[0].lora_A.grad = None
+        model.eval()
+        with torch.no_grad():
+            model(BATCH)
+    assert grads[0] is not None and grads[0].any() and torch.equal(grads[0], grads[1])
+
+
+@each_kind
+def test_it_trains_and_resumes_to_the_same_bits(tmp_path: Path, kind: str) -> None:
+    def saves(name: str) -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path, name, save_top_k=-1)
+
+    def loss(module: Lit) -> float:
+        with torch.no_grad():
+            return float(module.loss([BATCH, torch.arange(8) % 4]))
+
+    whole = Lit(kind)
+    frozen, before = bits(whole), loss(whole)
+    trainer(tmp_path, [lora(), saves("{epoch}")], max_epochs=4).fit(whole)
+    assert same(bits(whole), frozen)
+    assert loss(whole) < before
+    again = Lit(kind)
+    trainer(tmp_path, [lora(), saves("again-{epoch}")], max_epochs=4).fit(again, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert same(adapter_state_dict(again), adapter_state_dict(whole))
+    stored = torch.load(tmp_path / "epoch=3.ckpt", weights_only=True)["state_dict"]
+    assert all("lora_" in name or name.startswith("net.3.") for name in stored)
+    load_adapter(other := Lit(kind), tmp_path / "epoch=3.ckpt")
+    assert torch.equal(other.net(BATCH), whole.net(BATCH))
+
+
+@each_kind
+def test_scales_are_a_part_of_the_base(tmp_path: Path, kind: str) -> None:
+    model = build(kind)
+    inject_adapters(model, CONFIG)
+    save_adapter(model, tmp_path / "a.safetensors")
+    with pytest.raises(BaseMismatchError, match=r"'0\."):
+        load_adapter(build(kind, scale=2.0), tmp_path / "a.safetensors")
+    load_adapter(build(kind), tmp_path / "a.safetensors")
+
+
+@each_kind
+def test_merging_is_refused_before_anything_is_trained(tmp_path: Path, kind: str) -> None:
+    model = build(kind)
+    inject_adapters(model, CONFIG)
+    with pytest.raises(AdapterStateError, match="'0', '2' in Sequential are quantised.*full precision"):
+        merge_adapters(model)
+    with pytest.raises(ConfigError, match="are quantised. Set merge=False"):
+        trainer(tmp_path, [lora(merge="last")]).fit(Lit(kind))
+
+
+@each_kind
+@pytest.mark.parametrize("arguments", [{"use_dora": True}, {"init": "pissa"}, {"dropout": 0.5}], ids=str)
+def test_methods_read_what_the_weight_stands_for(kind: str, arguments: dict[str, Any]) -> None:
+    model = build(kind).eval()
+    inject_adapters(model, LoRAConfig(r=4, target_modules=["0", "2"], **arguments))
+    with disable_adapters(model):
+        before = model(BATCH)
+    torch.testing.assert_close(model(BATCH), before)
+    model.train()(BATCH).sum().backward()
+    trains = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert all(model.get_parameter(name).grad is not None for name in trains) and "0.lora_A" in trains
+
+
+class Replaces(Precision):
+    """A plugin that puts quantised layers in place of linear ones, as Lightning's for bitsandbytes does on a GPU."""
+
+    def __init__(self, make: Callable[[nn.Linear], nn.Module]) -> None:
+        self.make = make
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        for name, child in list(module.named_children()):
+            if type(child).__name__.endswith("Linear") and child.out_features == WIDTH:
+                setattr(module, name, self.make(child))
+            else:
+                self.convert_module(child)
+        return module
+
+
+def _converted(linear: nn.Linear) -> nn.Module:
+    plain = nn.Linear(WIDTH, WIDTH)
+    plain.load_state_dict({"weight": linear.weight, "bias": linear.bias})
+    return four_bits(plain)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_adapters_survive_a_precision_that_replaces_their_layers(tmp_path: Path, dropout: float) -> None:
+    class Plain(Lit):
+        def __init__(self) -> None:
+            super().__init__("nf4")
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4))
+
+    model, seen = Plain(), []
+
+    class Look(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            seen.extend(type(layer).__name__ for layer in pl_module.net)
+            held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+            assert held == {id(p) for p in pl_module.parameters() if p.requires_grad}
+
+    saves = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    t = trainer(tmp_path, [lora(dropout=dropout), Look(), saves], max_epochs=2, plugins=[Replaces(_converted)])
+    t.fit(model)
+    assert seen == ["LoRALinear4bit", "Tanh", "LoRALinear4bit", "Linear"] and model.net[0].lora_B.any()
+    resumed = Plain()
+    t = trainer(tmp_path, [lora(dropout=dropout)], max_epochs=2, plugins=[Replaces(_converted)])
+    t.fit(resumed, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert same(adapter_state_dict(resumed), adapter_state_dict(model))
