@@ -211,6 +211,17 @@ def test_values_that_are_in_no_file_are_not_made_up(tmp_path: Path) -> None:
     trainer(tmp_path, [lora()]).test(LitTiny(), data(), ckpt_path=first, verbose=False)
 
 
+class Rows(nn.Module):
+    """A layer of sequences or images, run on rows of features."""
+
+    def __init__(self, inner: nn.Module, run: Any) -> None:
+        super().__init__()
+        self.inner, self.run = inner, run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self.inner, x)
+
+
 class Anything(L.LightningModule):
     """A random model: layers, norms and loose parameters and buffers, some of which training changes by itself."""
 
@@ -225,6 +236,10 @@ class Anything(L.LightningModule):
                 "layer_norm": lambda: nn.LayerNorm(4),
                 "spectral": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
                 "dropout": lambda: nn.Dropout(0.2),
+                "convolution": lambda: Rows(nn.Conv1d(4, 4, 1), lambda layer, x: layer(x[..., None])[..., 0]),
+                "lstm": lambda: Rows(nn.LSTM(4, 4), lambda layer, x: layer(x)[0]),
+                "attention": lambda: Rows(nn.MultiheadAttention(4, 2), lambda layer, x: layer(x, x, x)[0]),
+                "bilinear": lambda: Rows(nn.Bilinear(4, 4, 4), lambda layer, x: layer(x, x)),
             }
             self.layers = nn.Sequential(nn.Linear(4, 4), *(kinds[kind]() for kind in layers))
             self.frozen = nn.Parameter(torch.randn(4), requires_grad=False)
@@ -249,21 +264,32 @@ class Anything(L.LightningModule):
 DRIFTING = ["frozen", "trains", "real", "integer", "flag", "gone", "embed.weight"]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+ADAPTED = ("linear", "convolution", "lstm", "attention", "bilinear")
+METHODS: list[dict[str, Any]] = [{}, {"init": "pissa"}, {"init": "olora", "use_rslora": True}, {"dropout": 0.5}]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    layers=st.lists(st.sampled_from(["linear", "norm", "layer_norm", "spectral", "dropout"]), max_size=4),
+    layers=st.lists(st.sampled_from([*ADAPTED, "norm", "layer_norm", "spectral", "dropout"]), max_size=4),
+    method=st.sampled_from(METHODS),
     drifting=st.lists(st.sampled_from(DRIFTING), unique=True),
     whole=st.booleans(),
     bias=st.sampled_from(["none", "all", "lora_only"]),
 )
 def test_restoring_gives_the_full_state_whatever_the_model(
-    tmp_path_factory: pytest.TempPathFactory, layers: list[str], drifting: list[str], whole: bool, bias: Any
+    tmp_path_factory: pytest.TempPathFactory,
+    layers: list[str],
+    method: dict[str, Any],
+    drifting: list[str],
+    whole: bool,
+    bias: Any,
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
     model = Anything(layers, drifting)
-    plain = [f"layers.{i}" for i, kind in enumerate(["linear", *layers]) if kind == "linear"]
-    config = {"target_modules": plain, "bias": bias, "modules_to_save": ["embed"] if whole else None, "merge": False}
-    t = trainer(folder, [lora(**config)], max_epochs=1, enable_checkpointing=False)
+    adapted = [(i, kind) for i, kind in enumerate(["linear", *layers]) if kind in ADAPTED]
+    targets = [f"layers.{i}" if kind == "linear" else f"layers.{i}.inner" for i, kind in adapted]
+    config = {"target_modules": targets, "bias": bias, "modules_to_save": ["embed"] if whole else None, "merge": False}
+    t = trainer(folder, [lora(**config, **method)], max_epochs=1, enable_checkpointing=False)
     t.fit(model, data())
     t.save_checkpoint(folder / "lora.ckpt")
     again = Anything(layers, drifting)
