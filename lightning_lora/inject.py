@@ -165,10 +165,8 @@ def _check_same(model: nn.Module, config: LoRAConfig, choices: dict[str, Choice]
         asked = choices[name]
         found, wanted = _about(layer.lora_settings, layer.lora_parts), _about(asked.settings, asked.parts)
         if found != wanted:
-            here, there = (
-                ", ".join(f"{key}={each[key]}" for key in found if found[key] != wanted[key])
-                for each in (found, wanted)
-            )
+            differ = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+            here, there = (", ".join(f"{key}={each.get(key)}" for key in differ) for each in (found, wanted))
             raise AdapterMismatchError(
                 f"Layer {name!r} of {type(model).__name__} is adapted already, with {here}; this configuration asks "
                 f"for {there}. Use the same one, or call remove_adapters(model) first."
@@ -192,4 +190,6 @@ def _about(settings: Settings, parts: tuple[Part, ...]) -> dict[str, Any]:
     """What an adapter is, by the names of the arguments that say so."""
     names = {"scaling": "alpha / r", "autocast_dtype": "autocast_adapter_dtype"}
     named = {names.get(name, name): value for name, value in vars(settings).items()}
+    if not settings.starts_from_base:
+        del named["init"]  # how it started makes no difference later
     return {**named, "parts": [(part.name or part.weight, part.first, part.writes) for part in parts]}

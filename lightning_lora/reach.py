@@ -77,8 +77,8 @@ class Reach:
             warnings.warn(
                 f"The adapters of {listed(dead)} received no gradient before the first optimizer step. Unless other "
                 "batches reach these layers, as those of experts, they do not train: the loss does not depend on them, "
-                "or something reads their weights without calling them, or has frozen them (requires_grad, freeze()). "
-                "Take them out with exclude_modules, or look at why.",
+                "or something reads their weights without calling them (name these weights in target_parameters), or "
+                "has frozen them (requires_grad, freeze()). Look at why, or take them out with exclude_modules.",
                 DeadAdapterWarning,
                 stacklevel=1,
             )

@@ -12,7 +12,7 @@ from lightning_lora.config import LoRAConfig, matches, matches_pattern
 from lightning_lora.errors import ConfigError, TargetError, listed
 from lightning_lora.fused import fused_rows
 from lightning_lora.layers import ADAPTERS, FROM_BASE, LoRALayer, LoRAParameters, Part, Settings, adapter_for
-from lightning_lora.names import named_modules, named_parameters, own_parameter
+from lightning_lora.names import named_modules, named_parameters, own_parameter, submodule
 
 AUTOMATIC = ("all-linear", "all")
 """The words that ``target_modules`` knows besides expressions and lists."""
@@ -65,21 +65,21 @@ adapted end in '0', '2'. Correct target_modules; print(summarize(model)) shows e
     excluded = names.find("exclude_modules", config.exclude_modules)
     outer = [names.modules.get(name.removesuffix(".weight")) for name in (*saved, *excluded)]
     left_out = {inner for module in outer if module is not None for inner in module.modules()}
-    targets = set(_targets(names, config).values()) - left_out
     holders = {owner: named for owner, named in _holders(names, config).items() if owner not in left_out}
+    read = {submodule(owner, leaf.rpartition(".")[0]) for owner, named in holders.items() for leaf in named}
+    targets = set(_targets(names, config).values()) - left_out - read
     layers = {name: layer for name, layer in named_modules(model).items() if layer in targets or layer in holders}
     _check_supported(names, config, layers, targets)
     _check_patterns(names, config, layers)
     choices = {}
     for name, layer in layers.items():
-        kind = LoRAParameters if layer in holders else adapter_for(layer)
-        assert kind is not None
-        parts = kind.lora_parts_of(layer)
+        settings = _settings(config, name)
         if layer in holders:
-            parts = tuple(part for part in parts if part.name in holders[layer])
-        elif (slices := config.slices(name)) is not None:
-            parts = _sliced(names, name, parts, slices)
-        choices[name] = Choice(layer, kind, parts, _settings(config, name))
+            parts = tuple(LoRAParameters.lora_part(layer, leaf) for leaf in holders[layer])
+            choices[name] = Choice(layer, LoRAParameters, parts, settings)
+        elif (kind := adapter_for(layer)) is not None:
+            parts, slices = kind.lora_parts_of(layer), config.slices(name)
+            choices[name] = Choice(layer, kind, _sliced(names, name, parts, slices) if slices else parts, settings)
     _check_ranks(choices)
     _check_methods(config, choices)
     return choices
@@ -195,7 +195,10 @@ def _targets(names: _Names, config: LoRAConfig) -> dict[str, nn.Module]:
 
 
 def _holders(names: _Names, config: LoRAConfig) -> dict[nn.Module, list[str]]:
-    """The modules that hold the parameters which ``target_parameters`` means, with the names of these in them.
+    """The modules that read the parameters which ``target_parameters`` means, with the names of these in them.
+
+    That is the module that holds a parameter by itself; for a layer's weight, the one that holds the layer: it may read
+    the weight and not call the layer.
 
     Raises:
         TargetError: an entry matches no parameter, or one that cannot be adapted there.
@@ -203,6 +206,9 @@ def _holders(names: _Names, config: LoRAConfig) -> dict[nn.Module, list[str]]:
     holders: dict[nn.Module, list[str]] = {}
     for name in names.find("target_parameters", config.target_parameters):
         owner, _, leaf = name.rpartition(".")
+        if owner and adapter_for(names.modules[owner]) and not _is_attention(names.modules[owner]):
+            owner, _, layer = owner.rpartition(".")
+            leaf = f"{layer}.{leaf}"
         holder, shape = names.modules.get(owner, names.model), tuple(names.parameters[name].shape)
         if not owner:
             why = "it belongs to the model itself, whose other methods may read it: move it into a module"

@@ -184,6 +184,14 @@ def test_magnitudes_are_the_norms_of_the_rows_and_rslora_scales_by_the_root() ->
     assert model[0].lora_settings.scaling == 6 / math.sqrt(4)
 
 
+def test_adapting_again_asks_for_the_same_kind_of_start() -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    inject_adapters(model, LoRAConfig(r=2))
+    inject_adapters(model, LoRAConfig(r=2, init="gaussian"))  # which makes no difference any more
+    with pytest.raises(AdapterMismatchError, match="with init=None; this configuration asks for init=pissa"):
+        inject_adapters(model, LoRAConfig(r=2, init="pissa"))
+
+
 @pytest.mark.parametrize("name", ["lstm", "attention", "bilinear", "bag", "transposed convolution", "experts"])
 def test_dora_is_refused_where_it_has_no_meaning(name: str) -> None:
     model = Model(LAYERS[name][0]()).double()
@@ -317,7 +325,7 @@ class Mixture(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.router, self.experts = nn.Linear(5, 3), LAYERS["experts"][0]()
-        self.own = nn.Parameter(torch.randn(5, 5))
+        self.own, self.attention = nn.Parameter(torch.randn(5, 5)), nn.MultiheadAttention(5, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.experts(x @ self.own) * self.router(x).softmax(-1).sum(-1, keepdim=True)
@@ -325,7 +333,8 @@ class Mixture(nn.Module):
 
 def test_parameters_are_adapted_beside_layers_or_alone() -> None:
     model = Mixture()
-    assert inject_adapters(model, LoRAConfig(r=2, target_parameters=["experts.stack"])) == ("router", "experts")
+    how = LoRAConfig(r=2, target_modules=["router"], target_parameters=["experts.stack"])
+    assert inject_adapters(model, how) == ("router", "experts")
     assert model.experts.lora_A_stack.shape == (3, 2, 5) and model.experts.lora_B_stack.shape == (3, 4, 2)
     assert "Experts" in str(summarize(model))
     remove_adapters(model)
@@ -338,12 +347,48 @@ def test_parameters_are_adapted_beside_layers_or_alone() -> None:
     torch.testing.assert_close(model(x), output)
 
 
+class Reader(nn.Module):
+    """A module that calls one layer, and reads the weight of the other, as torchvision's Swin and Mamba do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.called(x) @ self.read.weight + self.read(x)
+
+
+def test_weight_that_its_holder_reads_is_adapted_there() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Reader()), torch.randn(2, 5)
+    how = LoRAConfig(r=2, target_parameters=["read.weight"])
+    base = state(model)
+    assert inject_adapters(model, how) == ("0", "0.called")
+    train(model)
+    output = model(x)
+    update = model[0].lora_B_read_weight @ model[0].lora_A_read_weight
+    plain = nn.Sequential(Reader())
+    plain.load_state_dict(base)
+    with torch.no_grad():
+        plain[0].read.weight += update
+        plain[0].called.weight += model[0].called.lora_B @ model[0].called.lora_A
+    torch.testing.assert_close(output, plain(x))
+    output.sum().backward()
+    assert model[0].lora_A_read_weight.grad is not None
+    merge_adapters(model)
+    torch.testing.assert_close(model(x), output)
+    assert same({name: state(model)[name] for name in base}, base)
+    remove_adapters(model)
+    torch.testing.assert_close(model(x), output)
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
         ("own", "belongs to the model itself"),
         ("scale", r"it is \(5,\)"),
-        ("router.weight", "name 'router' in target_modules"),
+        ("router.weight", "belongs to the model itself"),
+        ("attention.in_proj_weight", "name 'attention' in target_modules"),
         ("stakc", r"\['stakc'\] match no .*stack"),
     ],
 )

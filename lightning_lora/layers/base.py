@@ -66,6 +66,8 @@ class LoRALayer(InPlace, nn.Module):
     """The layer's own values of the weights that show an update merged in, by their names in the layer."""
     lora_started_on: dict[str, int]
     lora_enabled: bool
+    lora_merged: bool
+    """Whether there are such weights: a flag that torch.compile watches, as it does not watch a dictionary."""
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     _lora_computes_itself: ClassVar[bool]
@@ -141,7 +143,7 @@ class LoRALayer(InPlace, nn.Module):
         A layer that computes in its own way (one that pads, scales or normalises) is run as it is, on the weight
         ``W + ΔW``: the only rule by which it computes the same with its update merged.
         """
-        if not self.lora_enabled or self.lora_bases:
+        if not self.lora_enabled or self.lora_merged:
             return super().forward(*args, **kwargs)
         if not self.lora_is_additive():
             dtypes = {name: self.lora_dtype(self, self._lora_own(name)) for name in self.lora_weights()}
@@ -268,6 +270,7 @@ class LoRALayer(InPlace, nn.Module):
                 else:
                     self.lora_bases[name] = weight.data
                     weight.data = values
+        self.lora_merged = True
         self._lora_changed()
         _MERGED[self] = {name: _Seen.of(own_parameter(self, name)) for name in merged}
         return max(lost, key=lambda share: (not share < float("inf"), share))
@@ -290,7 +293,7 @@ class LoRALayer(InPlace, nn.Module):
                 self._lora_show(name, base)
             else:
                 shown[name].data = values[name]
-        self.lora_bases = {}
+        self.lora_bases, self.lora_merged = {}, False
         self._lora_changed()
 
     def _lora_changed(self) -> None:
@@ -312,7 +315,7 @@ class LoRALayer(InPlace, nn.Module):
         parameters = self.lora_parameters()
         for name in parameters:
             delattr(self, name)
-        del state["lora_enabled"]
+        del state["lora_enabled"], state["lora_merged"]
         adapter = Adapter(
             kind=self.overlaid[0],
             settings=state.pop("lora_settings"),
@@ -496,4 +499,4 @@ def attach(layer: nn.Module, adapter: Adapter) -> None:
         setattr(layer, name, parameter)
     layer.lora_settings, layer.lora_parts = adapter.settings, adapter.parts
     layer.lora_started_on, layer.lora_bases = adapter.started_on, adapter.bases
-    layer.lora_enabled = True
+    layer.lora_enabled, layer.lora_merged = True, bool(adapter.bases)

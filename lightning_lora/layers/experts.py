@@ -1,15 +1,19 @@
-"""Parameters that a module holds by itself, such as the stacked weights of experts, with low-rank updates."""
+"""Parameters that a module reads by itself, such as the stacked weights of experts, with low-rank updates."""
 
-from typing import Any
+from typing import ClassVar
 
-from lightning_lora.layers.base import LoRALayer
+from torch import nn
+
+from lightning_lora.layers.base import LayerTypes, LoRALayer
 from lightning_lora.layers.parts import Part
+from lightning_lora.names import own_parameter
 
 
 class LoRAParameters(LoRALayer):
-    r"""Run a module on :math:`W + s B A` for those of its parameters that are named; in a stack, one for each matrix.
+    r"""Run a module on :math:`W + s B A` for those of its parameters that are named, each of a stack.
 
-    What the module does with a parameter is its own affair, so that there is no shorter way to compute it.
+    What the module does with a parameter is its own affair, so that there is no shorter way to compute it. The weight of
+    a layer that it holds may be one: it is then updated both where the layer is called and where the module reads it.
 
     Shape:
         A parameter (out, in): lora_A_name: (r, in); lora_B_name: (out, r). A stack (experts, out, in):
@@ -20,15 +24,11 @@ class LoRAParameters(LoRALayer):
         Hu et al. 2021, section 4.1, on each matrix; the names are those of PEFT's ``target_parameters``.
     """
 
-    lora_layer_types = ()
+    lora_layer_types: ClassVar[LayerTypes] = ()
     lora_methods = ()
 
-    @classmethod
-    def lora_parts_of(cls, layer: Any) -> tuple[Part, ...]:
-        """Return every matrix, and stack of matrices, that the module holds by itself."""
-        added = layer.lora_parameters() if isinstance(layer, LoRALayer) else {}
-        return tuple(
-            Part(name, reads=p.shape[-1], writes=p.shape[-2], name=name, stack=tuple(p.shape[:-2]))
-            for name, p in layer.named_parameters(recurse=False)
-            if p.dim() in (2, 3) and name not in added
-        )
+    @staticmethod
+    def lora_part(layer: nn.Module, name: str) -> Part:
+        """Return a parameter of ``layer``, or of a layer that it holds, as a matrix or a stack of them."""
+        *stack, writes, reads = own_parameter(layer, name).shape
+        return Part(name, reads, writes, rows=writes, name=name.replace(".", "_"), stack=tuple(stack))

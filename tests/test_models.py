@@ -1,0 +1,366 @@
+"""Architectures that others wrote: adapted, trained, merged, stored and given back, each with random weights.
+
+Usage: python -m tests.test_models NAME FOLDER
+Trains that architecture in two processes, and writes FOLDER/result.pt: the module's state after fit.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import DataLoader
+
+from lightning_lora import (
+    DeadAdapterWarning,
+    LoRACallback,
+    LoRAConfig,
+    adapter_state_dict,
+    inject_adapters,
+    load_adapter,
+    merge_adapters,
+    remove_adapters,
+    save_adapter,
+    unmerge_adapters,
+)
+from tests.models import is_plain, randomise, same, state, trainer
+from tests.train import LeaveTheGroup
+
+IDS = torch.arange(12).view(2, 6) % 11 + 3
+ANSWERS = torch.tensor([0, 1])
+IMAGES = torch.linspace(-300, 300, 2 * 3 * 32 * 32).sin().view(2, 3, 32, 32)
+WAVE = torch.linspace(0, 40, 2 * 400).sin().view(2, 400)
+SEQUENCE = torch.linspace(-20, 20, 2 * 6 * 8).sin().view(2, 6, 8)
+BOXES = [
+    {"boxes": torch.tensor([[0.0, 0, s, s] for s in (4, 8, 12, 16, 20, 24, 28, 32)]), "labels": torch.ones(8).long()}
+] * 2
+
+TOWER = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+TEXT = {"vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **TOWER}
+PATCHES = {"image_size": 32, "patch_size": 16, **TOWER}
+
+
+class Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lstm = nn.Embedding(20, 8), nn.LSTM(8, 8, num_layers=2, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(self.lstm(self.embed(words))[0])
+
+
+def hub(name: str, **sizes: Any) -> nn.Module:
+    """One of transformers' models."""
+    cls = getattr(transformers, name)
+    return cls(cls.config_class(**sizes))
+
+
+def vision(name: str) -> Any:
+    """One of torchvision's modules."""
+    return importlib.import_module(f"torchvision.models.{name}".rstrip("."))
+
+
+def own(output: Any) -> Tensor:
+    return output["loss"]
+
+
+def total(output: Any) -> Tensor:
+    return sum(output.values())
+
+
+def classes(output: Any) -> Tensor:
+    """That all is of class zero, by the first tensor of an output."""
+    scores = tree_leaves(output)[0].flatten(0, -2)
+    return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long))
+
+
+class Case(NamedTuple):
+    build: Callable[[], nn.Module]
+    inputs: dict[str, Any]
+    loss: Callable[[Any], Tensor]
+    config: dict[str, Any]
+    dtype: torch.dtype = torch.float64
+
+
+LINEAR: dict[str, Any] = {"target_modules": "all-linear"}
+ALL: dict[str, Any] = {"target_modules": "all"}
+WORDS = {"input_ids": IDS, "labels": IDS}
+CASES = {
+    # the loss is of the words, which the pooler does not see
+    "bert": Case(
+        lambda: hub("BertModel", **TEXT), {"input_ids": IDS}, classes, LINEAR | {"exclude_modules": ["pooler"]}
+    ),
+    "roberta": Case(lambda: hub("RobertaForTokenClassification", **TEXT), WORDS | {"labels": IDS % 2}, own, LINEAR),
+    "gpt2": Case(
+        lambda: hub("GPT2LMHeadModel", vocab_size=20, n_embd=8, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2),
+        WORDS,
+        own,
+        LINEAR,
+    ),
+    "llama": Case(lambda: hub("LlamaForCausalLM", **TEXT), WORDS, own, LINEAR),
+    "qwen2": Case(lambda: hub("Qwen2ForCausalLM", **TEXT, num_key_value_heads=1), WORDS, own, LINEAR),
+    "t5": Case(
+        lambda: hub(
+            "T5ForConditionalGeneration",
+            **{"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2},
+            decoder_start_token_id=0,
+        ),
+        WORDS,
+        own,
+        LINEAR,
+    ),
+    "vit": Case(
+        lambda: hub("ViTForImageClassification", **PATCHES), {"pixel_values": IMAGES, "labels": ANSWERS}, own, LINEAR
+    ),
+    "clip": Case(
+        lambda: hub("CLIPModel", text_config=TEXT, vision_config=PATCHES, projection_dim=8),
+        {"input_ids": IDS, "pixel_values": IMAGES, "return_loss": True},
+        own,
+        LINEAR,
+    ),
+    "whisper": Case(
+        lambda: hub(
+            "WhisperForConditionalGeneration",
+            **{"d_model": 8, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16},
+            **{"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16, "num_mel_bins": 8},
+            **{"vocab_size": 20, "max_source_positions": 3, "max_target_positions": 8, "decoder_start_token_id": 1},
+            **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+        ),
+        {"input_features": SEQUENCE.mT, "labels": IDS},
+        own,
+        LINEAR,
+    ),
+    "wav2vec2": Case(
+        lambda: hub(
+            "Wav2Vec2ForCTC",
+            **TEXT,
+            **{"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2},
+            **{"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "mask_time_prob": 0.0},
+        ),
+        {"input_values": WAVE, "labels": IDS},
+        own,
+        LINEAR,
+    ),
+    # the grouped products of its experts are not for float64
+    "mixtral": Case(
+        lambda: hub("MixtralForCausalLM", **TEXT, num_key_value_heads=1, num_local_experts=3),
+        WORDS,
+        own,
+        LINEAR | {"target_parameters": ["gate_up_proj", "down_proj"]},
+        torch.float32,
+    ),
+    # its mixer multiplies by the weight of dt_proj itself, and never calls that layer
+    "mamba": Case(
+        lambda: hub(
+            "MambaForCausalLM", vocab_size=20, hidden_size=8, state_size=4, num_hidden_layers=1, time_step_rank=4
+        ),
+        WORDS,
+        own,
+        LINEAR | {"target_parameters": ["dt_proj.weight"]},
+    ),
+    "torchvision resnet": Case(lambda: vision("").resnet18(num_classes=4), {"x": IMAGES}, classes, ALL),
+    "torchvision mobilenet": Case(lambda: vision("").mobilenet_v3_small(num_classes=4), {"x": IMAGES}, classes, ALL),
+    "torchvision vgg": Case(
+        lambda: nn.Sequential(vision("vgg").make_layers([8, "M", 16, "M"]), nn.Flatten(), nn.Linear(1024, 4)),
+        {"input": IMAGES},
+        classes,
+        ALL,
+    ),
+    "torchvision vit": Case(
+        lambda: vision("").VisionTransformer(32, 16, 1, 2, 8, 16, num_classes=4), {"x": IMAGES}, classes, ALL
+    ),
+    # its attention multiplies by the weights of qkv and proj itself, and never calls these layers
+    "torchvision swin": Case(
+        lambda: vision("").SwinTransformer([4, 4], 8, [2, 1], [1, 2], [4, 4], num_classes=4),
+        {"x": IMAGES},
+        classes,
+        ALL | {"target_parameters": ["attn.qkv.weight", "attn.proj.weight"]},
+    ),
+    "torchvision convnext": Case(
+        lambda: vision("").ConvNeXt(
+            [vision("convnext").CNBlockConfig(8, 16, 1), vision("convnext").CNBlockConfig(16, None, 1)], num_classes=4
+        ),
+        {"x": IMAGES},
+        classes,
+        ALL,
+    ),
+    "torchvision detection": Case(
+        lambda: vision("detection").ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3),
+        {"images": list(IMAGES), "targets": BOXES},
+        total,
+        ALL,
+    ),
+    "transformer": Case(
+        lambda: nn.Transformer(8, 2, 1, 1, 16, batch_first=True), {"src": SEQUENCE, "tgt": -SEQUENCE}, classes, LINEAR
+    ),
+    "lstm tagger": Case(Tagger, {"words": IDS}, classes, ALL),
+    "conv1d": Case(
+        lambda: nn.Sequential(
+            nn.Conv1d(8, 8, 3, padding=1), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 8, 3, groups=2), nn.Flatten()
+        ).append(nn.Linear(32, 4)),
+        {"input": SEQUENCE.mT},
+        classes,
+        ALL,
+    ),
+}
+
+
+class Lit(L.LightningModule):
+    """An architecture, always with the same weights, and with its own example as every batch."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.case = CASES[name]
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(1)
+            self.net = self.case.build()
+            for p in self.parameters():
+                if not p.any():  # as some heads start, through which nothing would be seen
+                    p.normal_(std=0.1)
+            norms = [module for module in self.modules() if isinstance(module, _BatchNorm)]
+            for norm in norms:
+                norm.momentum = None  # so that their statistics are those of the one batch
+            if norms:
+                self()
+
+    def forward(self) -> Any:
+        dtype = next(self.parameters()).dtype
+        return self.net(**tree_map(lambda x: x.to(dtype) if _is_float(x) else x, self.case.inputs))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.case.loss(self())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.05)
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def run(model: Lit) -> Tensor:
+    """All that the model puts out in eval mode, as one vector."""
+    with torch.no_grad():
+        return torch.cat([x.flatten() for x in tree_leaves(model.eval()()) if _is_float(x)])
+
+
+def batches() -> DataLoader[Any]:
+    return DataLoader(range(6), batch_size=1)
+
+
+def base_of(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in values.items() if "lora_" not in name}
+
+
+def skip_without_package(name: str) -> None:
+    if name.startswith("torchvision"):
+        pytest.importorskip("torchvision")
+    if name == "mixtral" and Version(transformers.__version__) < Version("5"):
+        pytest.skip("its experts are modules there, each with linear layers")
+
+
+@pytest.fixture(params=CASES, ids=str)
+def name(request: pytest.FixtureRequest) -> str:
+    skip_without_package(request.param)
+    return request.param
+
+
+@pytest.fixture
+def config(name: str) -> LoRAConfig:
+    return LoRAConfig(r=2, **CASES[name].config)
+
+
+def test_fresh_adapters_change_nothing_and_come_off(
+    name: str, config: LoRAConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.mha._is_fastpath_enabled", False)  # which rounds in its own way
+    model = Lit(name).requires_grad_(False)  # likewise torch's products with weights that train
+    before, output, kinds = state(model), run(model), [type(module) for module in model.modules()]
+    inject_adapters(model, config)
+    assert torch.equal(run(model), output) and same(base_of(state(model)), before)
+    randomise(model)
+    assert not torch.equal(run(model), output)
+    remove_adapters(model)
+    assert same(state(model), before) and [type(module) for module in model.modules()] == kinds
+    assert torch.equal(run(model), output) and not any(p.requires_grad for p in model.parameters())
+
+
+def test_training_moves_adapters_alone(name: str, tmp_path: Path) -> None:
+    model = Lit(name)
+    before, output = state(model), run(model)
+    callback = LoRACallback(r=2, merge=False, **CASES[name].config)
+    trainer(tmp_path, [callback], max_steps=3, enable_checkpointing=False).fit(model.train(), batches())
+    after = state(model)
+    assert same(base_of(after), before)
+    idle = [key for key, value in after.items() if "lora_" in key and not value.any()]
+    assert not idle and not torch.equal(run(model), output)
+
+
+def test_merged_model_computes_as_the_adapted_one_and_unmerging_is_exact(name: str, config: LoRAConfig) -> None:
+    model = Lit(name).to(CASES[name].dtype)
+    inject_adapters(model, config)
+    randomise(model)
+    before, adapted = state(model), run(model)
+    merge_adapters(model)
+    torch.testing.assert_close(run(model), adapted)
+    unmerge_adapters(model)
+    assert same(state(model), before) and torch.equal(run(model), adapted)
+
+
+def test_file_of_adapters_restores_another_instance(name: str, config: LoRAConfig, tmp_path: Path) -> None:
+    model, other = Lit(name), Lit(name)
+    inject_adapters(model, config)
+    randomise(model)
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    load_adapter(other, tmp_path / "adapter.safetensors")
+    assert same(adapter_state_dict(other), adapter_state_dict(model)) and torch.equal(run(other), run(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "which", ["bert", "mixtral", "torchvision resnet", "torchvision detection", "lstm tagger"], ids=str
+)
+def test_two_processes_train_and_bring_back_a_plain_model(which: str, tmp_path: Path) -> None:
+    skip_without_package(which)
+    command = [sys.executable, "-m", "tests.test_models", which, str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    after, model = torch.load(tmp_path / "result.pt", weights_only=True), Lit(which)
+    before, output = state(model), run(model)
+    targets = inject_adapters(model, LoRAConfig(r=2, **CASES[which].config))
+    remove_adapters(model)
+    moved = [key for key, value in before.items() if not torch.equal(value, after[key])]
+    assert list(after) == list(before) and moved and {key.rpartition(".")[0] for key in moved} <= {*targets}
+    model.load_state_dict(after)
+    assert not torch.equal(run(model), output)
+
+
+def main(name: str, folder: Path) -> None:
+    warnings.simplefilter("error", DeadAdapterWarning)
+    model = Lit(name)
+    callbacks = [LoRACallback(r=2, **CASES[name].config), LeaveTheGroup()]
+    options: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2, "enable_checkpointing": False}
+    trainer(folder, callbacks, max_steps=2, **options).fit(model, batches())
+    assert is_plain(model)
+    torch.save(state(model), folder / "result.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1], Path(sys.argv[2]))
