@@ -193,9 +193,9 @@ def test_scales_are_a_part_of_the_base(tmp_path: Path, kind: str) -> None:
 def test_merging_is_refused_before_anything_is_trained(tmp_path: Path, kind: str) -> None:
     model = build(kind)
     inject_adapters(model, CONFIG)
-    with pytest.raises(AdapterStateError, match="'0', '2' in Sequential are quantised.*full precision"):
+    with pytest.raises(AdapterStateError, match=r"'0', '2' in Sequential are quantised.*full precision"):
         merge_adapters(model)
-    with pytest.raises(ConfigError, match="are quantised. Set merge=False"):
+    with pytest.raises(ConfigError, match=r"are quantised\. Set merge=False"):
         trainer(tmp_path, [lora(merge="last")]).fit(Lit(kind))
 
 

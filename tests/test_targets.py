@@ -109,7 +109,7 @@ def test_mistake_is_named_and_changes_nothing(config: dict[str, Any], message: s
 def test_only_unsupported_layers_is_an_error_that_lists_the_supported() -> None:
     model = nn.Sequential(nn.LayerNorm(4), nn.ReLU())
     for targets in ("all-linear", "all", ["0"], "0|1"):
-        with pytest.raises(TargetError, match="Linear, Linear4bit, .*Conv1D, Embedding"):
+        with pytest.raises(TargetError, match=r"Linear, Linear4bit, .*Conv1D, Embedding"):
             adapted(model, target_modules=targets)
 
 

@@ -12,8 +12,8 @@ from lightning_lora.names import own_parameter
 class LoRAParameters(LoRALayer):
     r"""Run a module on :math:`W + s B A` for those of its parameters that are named, each of a stack.
 
-    What the module does with a parameter is its own affair, so that there is no shorter way to compute it. The weight of
-    a layer that it holds may be one: it is then updated both where the layer is called and where the module reads it.
+    What the module does with a parameter is its own affair, so that there is no shorter way to compute it. The weight
+    of a layer that it holds may be one: it is updated both where the layer is called and where the module reads it.
 
     Shape:
         A parameter (out, in): lora_A_name: (r, in); lora_B_name: (out, r). A stack (experts, out, in):
