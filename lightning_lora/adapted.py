@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.digests import digest
 from lightning_lora.errors import AdapterStateError, LoRAWarning, listed
-from lightning_lora.functional import digest
 from lightning_lora.layers import Adapter, LoRALayer, quantised_entries
 from lightning_lora.memory import recall
 from lightning_lora.names import named_modules, named_parameters, own_parameter, plain_module, plain_name, submodule

@@ -19,9 +19,9 @@ from lightning_lora.adapted import (
 )
 from lightning_lora.config import LoRAConfig
 from lightning_lora.copies import MOVED, is_places, leave_out_base, put_base_back
+from lightning_lora.digests import digest
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError, listed
 from lightning_lora.fingerprint import check_base, fingerprint, is_fingerprints, note_changed
-from lightning_lora.functional import digest
 from lightning_lora.names import load_state_dict, named_modules, plain_name, state_dict
 from lightning_lora.state import adapters_live, check_names, check_tensors, without_base, write_state
 

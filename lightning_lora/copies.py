@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapted import base_values, record_of
-from lightning_lora.functional import digest
+from lightning_lora.digests import digest
 
 MOVED = "current_model_state"
 """Where Lightning's WeightAveraging puts the state that the strategy gave, without the base already."""

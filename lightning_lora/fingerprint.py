@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.adapted import base_parameters, base_values, record_of
+from lightning_lora.digests import digest
 from lightning_lora.errors import BaseMismatchError
-from lightning_lora.functional import digest
 from lightning_lora.names import named_parameters
 
 

@@ -22,8 +22,8 @@ from lightning_lora.adapted import (
     record_of,
     unfreeze,
 )
+from lightning_lora.digests import digest
 from lightning_lora.errors import AdapterStateError, LoRAWarning, MergePrecisionWarning, listed
-from lightning_lora.functional import digest
 from lightning_lora.inplace import is_overlaid
 from lightning_lora.layers import Adapter, LoRALayer, adapter_for, attach, repacks, unpack
 from lightning_lora.memory import shows

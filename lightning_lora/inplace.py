@@ -1,7 +1,10 @@
 """Change what an object does and leave it the same object: its class becomes a subclass of its own class."""
 
 import copyreg
+from collections.abc import Mapping
 from typing import Any, ClassVar
+
+from torch import Tensor, nn
 
 
 class InPlace:
@@ -71,3 +74,22 @@ def uncover(instance: InPlace) -> None:
 def _blank(mixin: type[InPlace], base: type) -> object:
     cls: Any = combined(mixin, base)
     return cls.__new__(cls)
+
+
+def twin_of(module: nn.Module, cls: type, values: Mapping[str, Tensor | None]) -> Any:
+    """An object of class ``cls`` that shares all with ``module`` but the weights that ``values`` names."""
+    twin: Any = object.__new__(cls)
+    state = vars(twin)
+    state.update(module.__dict__)
+    inner: dict[str, dict[str, Tensor | None]] = {}
+    for name, value in values.items():
+        child, _, leaf = name.partition(".")
+        if leaf:
+            inner.setdefault(child, {})[leaf] = value
+        else:
+            state[name] = value  # instance attributes come before parameters
+    if inner:
+        children = {name: module.get_submodule(name) for name in inner}
+        twins = {name: twin_of(child, type(child), inner[name]) for name, child in children.items()}
+        state["_modules"] = {**module._modules, **twins}
+    return twin

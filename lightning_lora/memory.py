@@ -17,7 +17,7 @@ from uuid import uuid4
 import torch
 from torch import nn
 
-from lightning_lora.functional import digest
+from lightning_lora.digests import digest
 from lightning_lora.names import named_parameters
 
 _FOLDER = "LIGHTNING_LORA_MEMORY"

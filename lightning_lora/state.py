@@ -21,9 +21,9 @@ from lightning_lora.adapted import (
     trained_base_parameters,
 )
 from lightning_lora.config import LoRAConfig
+from lightning_lora.digests import digest
 from lightning_lora.errors import AdapterMismatchError, listed
 from lightning_lora.fold import check_as_folded, fold, unfold
-from lightning_lora.functional import digest
 from lightning_lora.merge import merge_adapters, unmerge_adapters
 from lightning_lora.names import load_state_dict, named_parameters, plain_name, state_dict
 

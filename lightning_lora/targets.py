@@ -1,8 +1,6 @@
 """Choose which layers of a model to adapt and what to train whole. Nothing here changes a model."""
 
-import difflib
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -12,12 +10,8 @@ from lightning_lora.config import LoRAConfig, matches, matches_pattern
 from lightning_lora.errors import ConfigError, TargetError, listed
 from lightning_lora.fused import fused_rows
 from lightning_lora.layers import ADAPTERS, FROM_BASE, LoRALayer, LoRAParameters, Part, Settings, adapter_for
-from lightning_lora.names import named_modules, named_parameters, own_parameter, submodule
-
-AUTOMATIC = ("all-linear", "all")
-"""The words that ``target_modules`` knows besides expressions and lists."""
-
-_SEE_ALL = "print(summarize(model)) shows every layer"
+from lightning_lora.lookup import AUTOMATIC, SEE_ALL, Names, is_attention, supported_types, why_not
+from lightning_lora.names import named_modules, named_parameters, submodule
 
 
 @dataclass(frozen=True)
@@ -60,7 +54,7 @@ adapted end in '0', '2'. Correct target_modules; print(summarize(model)) shows e
             f"{listed(lazy)} of {type(model).__name__} are lazy and have no shape yet. Run one batch through the model "
             "before it is adapted."
         )
-    names = _Names(model)
+    names = Names(model)
     saved = names.find("modules_to_save", config.modules_to_save)
     excluded = names.find("exclude_modules", config.exclude_modules)
     outer = [names.modules.get(name.removesuffix(".weight")) for name in (*saved, *excluded)]
@@ -97,85 +91,7 @@ def is_saved(config: LoRAConfig, name: str) -> bool:
     return any(matches(entry, name) for entry in config.modules_to_save or ())
 
 
-class _Names:
-    """A model's modules by name, a shared one under each of its names, and what to say when a name is not there."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.title = type(model).__name__
-        self.modules = {name: module for name, module in named_modules(model, remove_duplicate=False).items() if name}
-        self.parameters = named_parameters(model, remove_duplicate=False)
-
-    def find(self, argument: str, pattern: object) -> list[str]:
-        """Return every name that a pattern means: an expression for whole names, or a list.
-
-        ``modules_to_save`` may name parameters too: those that a module holds by itself have no other name.
-
-        Raises:
-            TargetError: the expression, or any entry of the list, matches no module.
-        """
-        if pattern is None:
-            return []
-        known: Mapping[str, object] = self.modules
-        if argument == "modules_to_save":
-            known = {**known, **self.parameters}
-        if argument == "target_parameters":
-            known = self.parameters
-        meant: Iterable[str] = known
-        if argument == "target_modules":
-            meant = [name for name, layer in self.modules.items() if not _why_not(self, name, layer)]
-        if isinstance(pattern, str):
-            found = [name for name in known if re.fullmatch(pattern, name)]
-            self.require(argument, {} if found else {pattern: meant})
-            return found
-        assert isinstance(pattern, tuple)
-        entries = set(pattern)
-        found_by = {name: entries.intersection(_ends_of(name)) for name in known}
-        matched = set[str]().union(*found_by.values())
-        self.require(argument, {entry: meant for entry in pattern if entry not in matched})
-        return [name for name, meant_by in found_by.items() if meant_by]
-
-    def require(self, argument: str, missing: Mapping[str, Iterable[str]]) -> None:
-        """Raise, if anything is ``missing``: entries, each with the names it might have meant."""
-        if not missing:
-            return
-        near: dict[str, None] = {}
-        for entry, known in missing.items():
-            names: dict[str, list[str]] = {}
-            for name in known:
-                for part in {name, name.rpartition(".")[2]}:
-                    names.setdefault(part, []).append(name)
-            for part in difflib.get_close_matches(entry, names, n=3, cutoff=0.5):
-                near[_one_or_many(part, names[part])] = None
-        if near:
-            hint = f"Nearest names: {', '.join(list(near)[:5])}."
-        else:
-            fit = (name for name, layer in self.modules.items() if not _why_not(self, name, layer))
-            layers = dict.fromkeys(name.rpartition(".")[2] for name in fit)
-            hint = (
-                f"Layers that can be adapted end in {listed(layers, most=8)}."
-                if layers
-                else "It has no layer to adapt."
-            )
-        words = AUTOMATIC if argument == "target_modules" else ()
-        meant = [word for entry in missing for word in difflib.get_close_matches(entry, words, n=1)]
-        hint += f" Or did you mean the word {meant[0]!r}?" if meant else ""
-        raise TargetError(
-            f"{argument} {list(missing)} match no module of {self.title}. {hint} Correct {argument}; {_SEE_ALL}."
-        )
-
-
-def _ends_of(name: str) -> list[str]:
-    """All that a list's entry may be to mean ``name``, as :func:`matches` says: the name, and its last parts."""
-    parts = name.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts))]
-
-
-def _one_or_many(part: str, names: list[str]) -> str:
-    return repr(names[0]) if len(names) == 1 else f"{part!r} ({len(names)} of them, such as {names[0]!r})"
-
-
-def _targets(names: _Names, config: LoRAConfig) -> dict[str, nn.Module]:
+def _targets(names: Names, config: LoRAConfig) -> dict[str, nn.Module]:
     """The modules that ``target_modules`` means, supported or not, before any is taken out."""
     targets = config.target_modules
     if targets not in AUTOMATIC:
@@ -183,7 +99,7 @@ def _targets(names: _Names, config: LoRAConfig) -> dict[str, nn.Module]:
         if isinstance(targets, str):  # an expression may run over containers and norms: it means the layers among them
             return {name: layer for name, layer in found.items() if adapter_for(layer)} or found
         return found
-    attentions = [outer for outer in names.modules.values() if _is_attention(outer)]
+    attentions = [outer for outer in names.modules.values() if is_attention(outer)]
     inside_attention = {id(inner) for outer in attentions for inner in outer.modules() if inner is not outer}
     heads = _output_heads(names) if targets == "all-linear" else set()
     kinds = {kind for kind in ADAPTERS.values() if targets == "all" or kind.lora_is_linear}
@@ -194,7 +110,7 @@ def _targets(names: _Names, config: LoRAConfig) -> dict[str, nn.Module]:
     }
 
 
-def _holders(names: _Names, config: LoRAConfig) -> dict[nn.Module, list[str]]:
+def _holders(names: Names, config: LoRAConfig) -> dict[nn.Module, list[str]]:
     """The modules that read the parameters which ``target_parameters`` means, with the names of these in them.
 
     That is the module that holds a parameter by itself; for a layer's weight, the one that holds the layer: it may read
@@ -206,7 +122,7 @@ def _holders(names: _Names, config: LoRAConfig) -> dict[nn.Module, list[str]]:
     holders: dict[nn.Module, list[str]] = {}
     for name in names.find("target_parameters", config.target_parameters):
         owner, _, leaf = name.rpartition(".")
-        if owner and adapter_for(names.modules[owner]) and not _is_attention(names.modules[owner]):
+        if owner and adapter_for(names.modules[owner]) and not is_attention(names.modules[owner]):
             owner, _, layer = owner.rpartition(".")
             leaf = f"{layer}.{leaf}"
         holder, shape = names.modules.get(owner, names.model), tuple(names.parameters[name].shape)
@@ -226,7 +142,7 @@ def _holders(names: _Names, config: LoRAConfig) -> dict[nn.Module, list[str]]:
 
 
 def _sliced(
-    names: _Names, name: str, parts: tuple[Part, ...], slices: tuple[str, ...] | dict[str, tuple[int, int]]
+    names: Names, name: str, parts: tuple[Part, ...], slices: tuple[str, ...] | dict[str, tuple[int, int]]
 ) -> tuple[Part, ...]:
     """Those parts of a layer that ``target_slices`` names.
 
@@ -276,11 +192,7 @@ def _settings(config: LoRAConfig, name: str) -> Settings:
     )
 
 
-def _is_attention(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.MultiheadAttention)
-
-
-def _output_heads(names: _Names) -> set[int]:
+def _output_heads(names: Names) -> set[int]:
     """The layers that turn a language model's features into words: those transformers names, and those tied."""
     weights = {module: _own_weight(module) for module in names.modules.values()}
     embeddings = {id(weight) for module, weight in weights.items() if isinstance(module, nn.Embedding)} - {id(None)}
@@ -299,70 +211,27 @@ def _own_weight(module: nn.Module) -> nn.Parameter | None:
 
 
 def _check_supported(
-    names: _Names, config: LoRAConfig, layers: dict[str, nn.Module], targets: Collection[nn.Module]
+    names: Names, config: LoRAConfig, layers: dict[str, nn.Module], targets: Collection[nn.Module]
 ) -> None:
     shown = list(config.target_modules) if isinstance(config.target_modules, tuple) else config.target_modules
     if not layers:
         raise TargetError(
             f"target_modules {shown!r} leave no layer of {names.title} to adapt. Expected at least one "
-            f"{_supported_types()} layer that exclude_modules and modules_to_save do not take out. "
-            f"Correct target_modules; {_SEE_ALL}."
+            f"{supported_types()} layer that exclude_modules and modules_to_save do not take out. "
+            f"Correct target_modules; {SEE_ALL}."
         )
-    refused = {
-        name: why for name, layer in layers.items() if layer in targets and (why := _why_not(names, name, layer))
-    }
+    refused = {name: why for name, layer in layers.items() if layer in targets and (why := why_not(names, name, layer))}
     if refused:
         reasons = "; ".join(f"{name!r}: {why}" for name, why in list(refused.items())[:5])
         more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
         remedy = f", or leave these out: exclude_modules={list(refused)[:5]}" if len(refused) < len(layers) else ""
         raise TargetError(
             f"target_modules {shown!r} match layers of {names.title} that cannot be adapted ({reasons}{more}). "
-            f"Supported are {_supported_types()} and their subclasses. Name other layers{remedy}."
+            f"Supported are {supported_types()} and their subclasses. Name other layers{remedy}."
         )
 
 
-def _why_not(names: _Names, name: str, layer: nn.Module) -> str | None:
-    """Why ``layer`` cannot be adapted, if so."""
-    kind = adapter_for(layer)
-    if isinstance(layer, LoRALayer):
-        return None
-    if kind is None:
-        inside = (f"{name}.{inner}" for inner in named_modules(layer) if inner)
-        fit = [inner for inner in inside if not _why_not(names, inner, names.modules[inner])]
-        return f"a {type(layer).__name__} is not supported{f', but inside it {listed(fit)}' if fit else ''}"
-    if _is_attention(names.modules.get(name.rpartition(".")[0])):
-        outer = name.rpartition(".")[0]
-        return (
-            f"its nn.MultiheadAttention reads the weight and never calls the layer: name {outer!r}, with "
-            f"target_slices={{{outer!r}: ['out']}} if nothing else of it is to be adapted"
-        )
-    if "forward" in vars(layer):
-        return "its forward is replaced on the instance, which would bypass the adapter"
-    if hasattr(layer, "lora_A"):
-        return "it has a lora_A of another library"
-    return kind.lora_refusal(layer) or _why_not_weight(layer, kind)
-
-
-def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str | None:
-    """Why a weight of ``layer`` cannot have an update, if so."""
-    try:
-        parts = kind.lora_parts_of(layer)
-    except AttributeError:  # a weight is no parameter
-        return "its weight is computed (weight_norm, spectral_norm, parametrize or prune), so no update can be merged"
-    for name in dict.fromkeys(part.weight for part in parts):
-        dtype = kind.lora_dtype(layer, own_parameter(layer, name))
-        if not dtype.is_floating_point:
-            return f"its {name} is {dtype}, not floating point"
-        if dtype.itemsize == 1:
-            return f"its {name} is {dtype}, with which torch does not compute"
-    return None
-
-
-def _supported_types() -> str:
-    return ", ".join(str(kind).rpartition(".")[2].removesuffix("'>") for kind in ADAPTERS)
-
-
-def _check_patterns(names: _Names, config: LoRAConfig, layers: dict[str, nn.Module]) -> None:
+def _check_patterns(names: Names, config: LoRAConfig, layers: dict[str, nn.Module]) -> None:
     for argument in ("rank_pattern", "alpha_pattern", "target_slices"):
         pattern = getattr(config, argument) or {}
         unused = [key for key in pattern if not any(matches_pattern(key, name) for name in layers)]

@@ -46,7 +46,7 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.checkpoint import FORMAT, describe, forms_of_base
-from lightning_lora.functional import digest
+from lightning_lora.digests import digest
 from tests.models import LitTiny, data, exact, lora, randomise, same, state, trainer
 
 pytestmark = [

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -10,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_lora.digests import Seen, digest
 from lightning_lora.errors import AdapterStateError, DeadAdapterWarning
 from lightning_lora.functional import (
     added,
     delta_weight,
-    digest,
     lost_share,
     magnitude_scale,
     wide,
 )
-from lightning_lora.inplace import InPlace, overlay, uncover
+from lightning_lora.inplace import InPlace, overlay, twin_of, uncover
 from lightning_lora.layers.parts import MAGNITUDE, Adapter, Part, Settings
 from lightning_lora.layers.start import names_of, start
 from lightning_lora.names import own_parameter
@@ -272,7 +271,7 @@ class LoRALayer(InPlace, nn.Module):
                     weight.data = values
         self.lora_merged = True
         self._lora_changed()
-        _MERGED[self] = {name: _Seen.of(own_parameter(self, name)) for name in merged}
+        _MERGED[self] = {name: Seen.of(own_parameter(self, name)) for name in merged}
         return max(lost, key=lambda share: (not share < float("inf"), share))
 
     def lora_is_as_merged(self) -> bool:
@@ -385,7 +384,7 @@ class LoRALayer(InPlace, nn.Module):
 
         The layer itself does not change meanwhile: other threads may run it too.
         """
-        twin, own = _twin(self, self.overlaid[1], values), self.__dict__
+        twin, own = twin_of(self, self.overlaid[1], values), self.__dict__
         output = twin.forward(*args, **kwargs)
         left = {*values, "_modules", *self.lora_twins_own}
         own.update(
@@ -446,49 +445,8 @@ class LoRALayer(InPlace, nn.Module):
             missing[:] = [key for key in missing if key not in own]
 
 
-@dataclass
-class _Seen:
-    """A merged weight as it was: where it lay, torch's count of its changes, and a digest of some of its values."""
-
-    place: int
-    version: int
-    dtype: torch.dtype
-    some: int
-
-    @classmethod
-    def of(cls, weight: Tensor) -> "_Seen":
-        some = weight.detach().reshape(-1)[:: weight.numel() // 1024 + 1]
-        version = 0 if weight.is_inference() else weight._version
-        return cls(weight.data_ptr(), version, weight.dtype, 0 if weight.is_meta else digest(some))
-
-    def differs(self, weight: Tensor) -> bool:
-        """Whether the weight was changed since; moving and converting it is no change."""
-        now = _Seen.of(weight)
-        counted = self.place == now.place and self.version != now.version
-        return counted or (self.dtype == now.dtype and self.some != now.some and not weight.is_meta)
-
-
-_MERGED: WeakKeyDictionary[LoRALayer, dict[str, _Seen]] = WeakKeyDictionary()
+_MERGED: WeakKeyDictionary[LoRALayer, dict[str, Seen]] = WeakKeyDictionary()
 """The merged weights of layers as the merge left them."""
-
-
-def _twin(module: nn.Module, cls: type, values: Mapping[str, Tensor | None]) -> Any:
-    """An object of class ``cls`` that shares all with ``module`` but the weights that ``values`` names."""
-    twin: Any = object.__new__(cls)
-    state = vars(twin)
-    state.update(module.__dict__)
-    inner: dict[str, dict[str, Tensor | None]] = {}
-    for name, value in values.items():
-        child, _, leaf = name.partition(".")
-        if leaf:
-            inner.setdefault(child, {})[leaf] = value
-        else:
-            state[name] = value  # instance attributes come before parameters
-    if inner:
-        children = {name: module.get_submodule(name) for name in inner}
-        twins = {name: _twin(child, type(child), inner[name]) for name, child in children.items()}
-        state["_modules"] = {**module._modules, **twins}
-    return twin
 
 
 def attach(layer: nn.Module, adapter: Adapter) -> None:

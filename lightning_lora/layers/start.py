@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.functional import digest, init_factors, principal_factors, row_norms, wide
+from lightning_lora.digests import digest
+from lightning_lora.functional import init_factors, principal_factors, row_norms, wide
 from lightning_lora.layers.parts import MAGNITUDE, Adapter, Part, Settings
 from lightning_lora.names import own_parameter
 
