@@ -389,6 +389,20 @@ def test_copies_and_pickles_are_adapted_models_of_their_own(case: tuple[nn.Seque
         assert type(each[0]) is model[0].overlaid[1]
 
 
+def test_compiled_layer_computes_the_same_adapted_merged_and_unmerged(case: tuple[nn.Sequential, Any]) -> None:
+    model, x = case
+    if isinstance(model[0], Recursive | nn.RNNBase):
+        pytest.skip("torch.compile takes neither a forward that calls itself nor torch's recurrent layers")
+    torch._dynamo.reset()
+    inject_adapters(model, config(model))
+    randomise(model)
+    expected = model(x)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for change in (lambda _: None, merge_adapters, unmerge_adapters):
+        change(model)
+        torch.testing.assert_close(compiled(x), expected)
+
+
 def test_hooks_and_shared_references_survive(case: tuple[nn.Sequential, Any]) -> None:
     model, x = case
     calls: list[str] = []

@@ -164,9 +164,10 @@ class LoRALayer(InPlace, nn.Module):
         update = update.to(output.dtype)
         if not settings.use_dora:
             return output + update
-        with torch.no_grad():
-            matrix = added(self.lora_values(self, self._lora_own("weight")), self._lora_delta("weight"))
-        scale = magnitude_scale(self.lora_magnitude, self.lora_as_matrix(matrix))  # type: ignore[arg-type]
+        with torch.autocast(output.device.type, enabled=False):
+            with torch.no_grad():
+                matrix = added(self.lora_values(self, self._lora_own("weight")), self._lora_delta("weight"))
+            scale = magnitude_scale(self.lora_magnitude, self.lora_as_matrix(matrix))  # type: ignore[arg-type]
         after = (1,) * (self.weight.dim() - 2)  # type: ignore[operator]  # dimensions of the output after its features
         scale, bias = scale.view(-1, *after), getattr(self, "bias", None)
         unbiased = output if bias is None else output - bias.view(-1, *after)
