@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
 from torch.optim import Optimizer
 
-from lightning_lora.adapted import adapted_layers, find_record, is_fresh, keep_originals, record_of
+from lightning_lora.adapted import adapted_layers, find_record, follow_base, is_fresh, keep_originals, record_of
 from lightning_lora.averaging import copy_adapted, drop_averages, share_base
 from lightning_lora.checkpoint import load_checkpoint_state
 from lightning_lora.config import Bias, Init, LoRAConfig
@@ -215,6 +215,7 @@ class LoRACallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on an exception finds adapters that may be worth keeping; watch what gradients reach."""
         self._began = True
+        follow_base(pl_module)  # hooks may have loaded it late
         share_base(_callbacks(trainer), pl_module)
         self._reach = self._training.enter_context(closing(Reach(pl_module, trainer.strategy.model)))
         self._training.enter_context(gradients_pass())

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from lightning_lora.adapted import base_parameters, base_values, record_of
 from lightning_lora.digests import digest
 from lightning_lora.errors import BaseMismatchError
-from lightning_lora.names import named_parameters
+from lightning_lora.layers import quantised_entries, repacks
+from lightning_lora.names import named_modules, named_parameters
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -71,10 +72,14 @@ def base_dtypes(model: nn.Module) -> list[str]:
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that make the base, by name: frozen parameters as they were, and buffers as they began.
 
-    An embedding with ``max_norm`` is left out: its own forward rescales its rows, always to the same ones.
+    An embedding with ``max_norm`` is left out: its own forward rescales its rows, always to the same ones. So are the
+    scales of four-bit weights: bitsandbytes may round them when it lays a weight out for inference and back.
     """
     rewritten = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.max_norm is not None}
     left_out = {name for name, p in base_parameters(model).items() if id(p) in rewritten}
+    for name, module in named_modules(model, remove_duplicate=False).items():
+        if repacks(module):
+            left_out |= {f"{name}.{entry}" for entry in quantised_entries(module)}
     return {name: value for name, value in base_values(model).items() if name not in left_out}
 
 

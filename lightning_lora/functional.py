@@ -138,7 +138,8 @@ def row_norms(matrix: Tensor) -> Tensor:
 def magnitude_scale(magnitude: Tensor, matrix: Tensor) -> Tensor:
     r"""Return by what DoRA multiplies each row of :math:`V = W + \Delta W`: :math:`m / \lVert V \rVert`.
 
-    The norm is taken as a constant: no gradient flows through it.
+    The norm is taken as a constant: no gradient flows through it. A row of zeros, which has no direction, has no
+    magnitude either: it trains as without DoRA.
 
     Shape:
         ``magnitude``: (out), ``matrix``: (out, in). Returns (out).
@@ -151,7 +152,8 @@ def magnitude_scale(magnitude: Tensor, matrix: Tensor) -> Tensor:
         tensor([2., 1.])
     """
     norms = row_norms(matrix.detach())
-    return magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny)  # a row of zeros has a magnitude of zero
+    scale = magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    return torch.where(magnitude == 0, 1, scale)
 
 
 def init_factors(reading: Tensor, writing: Tensor, init: str) -> None:
@@ -189,7 +191,8 @@ def principal_factors(matrix: Tensor, r: int, scaling: float, init: str) -> tupl
         r: The rank.
         scaling: The factor :math:`s` of the update.
         init: ``"pissa"``: the leading singular values and vectors, with :math:`s B_0 A_0` the best approximation of
-            the weight that the rank allows. ``"olora"``: the first rows and columns of a QR decomposition.
+            the weight that the rank allows; beyond the weight's own rank, as ``init_factors`` starts. ``"olora"``: the
+            first rows and columns of a QR decomposition.
 
     Shape:
         ``matrix``: (\*, out, in). Returns (\*, r, in) and (\*, out, r).
@@ -209,4 +212,8 @@ def principal_factors(matrix: Tensor, r: int, scaling: float, init: str) -> tupl
         return upper[..., :r, :], q[..., :r]
     u, values, v = torch.linalg.svd(matrix, full_matrices=False)
     roots = (values[..., :r] / scaling).sqrt()
-    return roots.unsqueeze(-1) * v[..., :r, :], u[..., :r] * roots.unsqueeze(-2)
+    a, b = roots.unsqueeze(-1) * v[..., :r, :], u[..., :r] * roots.unsqueeze(-2)
+    empty = values[..., :r] <= values[..., :1] * max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps
+    random, zero = torch.empty_like(a), torch.empty_like(b)
+    init_factors(random, zero, "kaiming")  # from zeros on both sides, nothing would train
+    return torch.where(empty.unsqueeze(-1), random, a), torch.where(empty.unsqueeze(-2), zero, b)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_lora.adapted import (
@@ -76,11 +77,12 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
         record_of(model)  # which refuses a model whose adapters are disabled
     choices = select(model, config)
     _check_same(model, config, choices)
-    adapters = {
-        name: new_adapter(choice.kind, choice.layer, choice.parts, choice.settings)
-        for name, choice in choices.items()
-        if not isinstance(choice.layer, LoRALayer) and combined(choice.kind, type(choice.layer))
-    }
+    with torch.inference_mode(False):  # what is made inside could not train
+        adapters = {
+            name: new_adapter(choice.kind, choice.layer, choice.parts, choice.settings)
+            for name, choice in choices.items()
+            if not isinstance(choice.layer, LoRALayer) and combined(choice.kind, type(choice.layer))
+        }
     with undone_on_error(model):
         record = find_record(model)
         if record is None or record.folded:  # a merged model is a plain model, and so a new base
@@ -168,8 +170,9 @@ def _check_same(model: nn.Module, config: LoRAConfig, choices: dict[str, Choice]
             differ = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
             here, there = (", ".join(f"{key}={each.get(key)}" for key in differ) for each in (found, wanted))
             raise AdapterMismatchError(
-                f"Layer {name!r} of {type(model).__name__} is adapted already, with {here}; this configuration asks "
-                f"for {there}. Use the same one, or call remove_adapters(model) first."
+                f"Layer {name!r} of {type(model).__name__} is adapted already (or was, in the fit that it remembers), "
+                f"with {here}; this configuration asks for {there}. Use the same one, or call remove_adapters(model) "
+                "first."
             )
 
     for prefix, record in {"": find_record(model), **inner_records(model)}.items():

@@ -45,6 +45,12 @@ class Names:
             meant = [name for name, layer in self.modules.items() if not why_not(self, name, layer)]
         if isinstance(pattern, str):
             found = [name for name in known if re.fullmatch(pattern, name)]
+            if not found and any(pattern in _ends_of(name) for name in known):
+                raise TargetError(
+                    f"{argument}={pattern!r} is an expression, which is to match the whole name of a module of "
+                    f"{self.title}, and matches none. For those whose names end so, give a list: "
+                    f"{argument}=[{pattern!r}]."
+                )
             self.require(argument, {} if found else {pattern: meant})
             return found
         assert isinstance(pattern, tuple)
@@ -58,11 +64,12 @@ class Names:
         """Raise, if anything is ``missing``: entries, each with the names it might have meant."""
         if not missing:
             return
+        what = "parameter" if argument == "target_parameters" else "module"
         near: dict[str, None] = {}
         for entry, known in missing.items():
             names: dict[str, list[str]] = {}
             for name in known:
-                for part in {name, name.rpartition(".")[2]}:
+                for part in {name, name.rpartition(".")[2], ".".join(name.split(".")[-2:])}:
                     names.setdefault(part, []).append(name)
             for part in difflib.get_close_matches(entry, names, n=3, cutoff=0.5):
                 near[_one_or_many(part, names[part])] = None
@@ -76,11 +83,18 @@ class Names:
                 if layers
                 else "It has no layer to adapt."
             )
+        entries = list(missing)
+        if argument == "target_modules":
+            held = [name for name in self.parameters if _ends_with(name, entries)]
+            hint += f" {held[0]!r} is a parameter: name it in target_parameters." if held else ""
+        if argument == "target_parameters":
+            held = [name for name in self.parameters if _ends_with(name.rpartition(".")[0], entries)]
+            hint = f"Name parameters, such as {held[0]!r}." if held else hint
         words = AUTOMATIC if argument == "target_modules" else ()
         meant = [word for entry in missing for word in difflib.get_close_matches(entry, words, n=1)]
         hint += f" Or did you mean the word {meant[0]!r}?" if meant else ""
         raise TargetError(
-            f"{argument} {list(missing)} match no module of {self.title}. {hint} Correct {argument}; {SEE_ALL}."
+            f"{argument} {entries} match no {what} of {self.title}. {hint} Correct {argument}; {SEE_ALL}."
         )
 
 
@@ -88,6 +102,10 @@ def _ends_of(name: str) -> list[str]:
     """All that a list's entry may be to mean ``name``, as :func:`matches` says: the name, and its last parts."""
     parts = name.split(".")
     return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def _ends_with(name: str, entries: Iterable[str]) -> bool:
+    return not set(_ends_of(name)).isdisjoint(entries)
 
 
 def _one_or_many(part: str, names: list[str]) -> str:
@@ -102,15 +120,20 @@ def why_not(names: Names, name: str, layer: nn.Module) -> str | None:
     if kind is None:
         inside = (f"{name}.{inner}" for inner in named_modules(layer) if inner)
         fit = [inner for inner in inside if not why_not(names, inner, names.modules[inner])]
-        return f"a {type(layer).__name__} is not supported{f', but inside it {listed(fit)}' if fit else ''}"
+        own = [f"{name}.{leaf}" for leaf, p in layer._parameters.items() if p is not None and p.dim() in (2, 3)]
+        inner = f", but inside it {listed(fit)}" if fit else ""
+        return f"a {type(layer).__name__} is not supported{inner}" + (
+            f", but with target_parameters its {listed(own)}" if own else ""
+        )
     if is_attention(names.modules.get(name.rpartition(".")[0])):
         outer = name.rpartition(".")[0]
         return (
             f"its nn.MultiheadAttention reads the weight and never calls the layer: name {outer!r}, with "
             f"target_slices={{{outer!r}: ['out']}} if nothing else of it is to be adapted"
         )
-    if "forward" in vars(layer):
-        return "its forward is replaced on the instance, which would bypass the adapter"
+    replaced = [method for method in kind.lora_methods if method in vars(layer)]
+    if replaced:
+        return f"its {replaced[0]} is replaced on the instance, which would bypass the adapter"
     if hasattr(layer, "lora_A"):
         return "it has a lora_A of another library"
     return kind.lora_refusal(layer) or _why_not_weight(layer, kind)

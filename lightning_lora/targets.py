@@ -59,22 +59,29 @@ adapted end in '0', '2'. Correct target_modules; print(summarize(model)) shows e
     excluded = names.find("exclude_modules", config.exclude_modules)
     outer = [names.modules.get(name.removesuffix(".weight")) for name in (*saved, *excluded)]
     left_out = {inner for module in outer if module is not None for inner in module.modules()}
+    alone = {*saved, *excluded}  # parts of a layer may be, too
     holders = {owner: named for owner, named in _holders(names, config).items() if owner not in left_out}
     read = {submodule(owner, leaf.rpartition(".")[0]) for owner, named in holders.items() for leaf in named}
     targets = set(_targets(names, config).values()) - left_out - read
     layers = {name: layer for name, layer in named_modules(model).items() if layer in targets or layer in holders}
     _check_supported(names, config, layers, targets)
-    _check_patterns(names, config, layers)
     choices = {}
     for name, layer in layers.items():
         settings = _settings(config, name)
         if layer in holders:
+            kind: type[LoRALayer] = LoRAParameters
             parts = tuple(LoRAParameters.lora_part(layer, leaf) for leaf in holders[layer])
-            choices[name] = Choice(layer, LoRAParameters, parts, settings)
-        elif (kind := adapter_for(layer)) is not None:
-            parts, slices = kind.lora_parts_of(layer), config.slices(name)
-            choices[name] = Choice(layer, kind, _sliced(names, name, parts, slices) if slices else parts, settings)
-    _check_ranks(choices)
+        else:
+            kind, slices = adapter_for(layer) or LoRALayer, config.slices(name)
+            parts = kind.lora_parts_of(layer)
+            parts = _sliced(names, name, kind, parts, slices) if slices else parts
+        parts = tuple(part for part in parts if alone.isdisjoint(_above(name, part)))
+        if parts:
+            choices[name] = Choice(layer, kind, parts, settings)
+    _check_supported(names, config, {name: choice.layer for name, choice in choices.items()}, targets)
+    _check_patterns(names, config, choices)
+    _check_names(choices)
+    _check_ranks(choices, config.modules_to_save)
     _check_methods(config, choices)
     return choices
 
@@ -141,8 +148,18 @@ def _holders(names: Names, config: LoRAConfig) -> dict[nn.Module, list[str]]:
     return holders
 
 
+def _above(name: str, part: Part) -> list[str]:
+    """The names, below that of its layer, of what a part is and of what it is in."""
+    below = part.weight.split(".")
+    return [".".join([name, *below[: i + 1]]) for i in range(len(below))]
+
+
 def _sliced(
-    names: Names, name: str, parts: tuple[Part, ...], slices: tuple[str, ...] | dict[str, tuple[int, int]]
+    names: Names,
+    name: str,
+    kind: type[LoRALayer],
+    parts: tuple[Part, ...],
+    slices: tuple[str, ...] | dict[str, tuple[int, int]],
 ) -> tuple[Part, ...]:
     """Those parts of a layer that ``target_slices`` names.
 
@@ -156,6 +173,8 @@ def _sliced(
                 f"target_slices give rows of {name!r}, whose parts have names: {', '.join(map(repr, known))}. Give a "
                 f"list of these."
             )
+    elif not kind.lora_writes_rows:
+        raise TargetError(f"{name!r} is a {type(names.modules[name]).__name__}, which has no parts for target_slices.")
     else:
         whole, inner = parts[0], name.split(".")
         rows: Mapping[str, tuple[int, int]] | None = slices if isinstance(slices, dict) else None
@@ -215,27 +234,68 @@ def _check_supported(
 ) -> None:
     shown = list(config.target_modules) if isinstance(config.target_modules, tuple) else config.target_modules
     if not layers:
+        fit = {type(layer).__name__: name for name, layer in names.modules.items() if not why_not(names, name, layer)}
+        others = ", ".join(f"{kind} ({name!r})" for kind, name in list(fit.items())[:5])
+        hint = (
+            f"It has others that can be adapted: {others}. Set target_modules='all', or name them."
+            if config.target_modules == "all-linear" and fit
+            else f"Expected at least one {supported_types()} layer. Correct target_modules."
+        )
         raise TargetError(
-            f"target_modules {shown!r} leave no layer of {names.title} to adapt. Expected at least one "
-            f"{supported_types()} layer that exclude_modules and modules_to_save do not take out. "
-            f"Correct target_modules; {SEE_ALL}."
+            f"target_modules {shown!r} leave no layer of {names.title} to adapt that exclude_modules and "
+            f"modules_to_save do not take out. {hint} {SEE_ALL.capitalize()}."
         )
     refused = {name: why for name, layer in layers.items() if layer in targets and (why := why_not(names, name, layer))}
     if refused:
         reasons = "; ".join(f"{name!r}: {why}" for name, why in list(refused.items())[:5])
         more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
+        unknown = any(adapter_for(layers[name]) is None for name in refused)
+        supported = f"Supported are {supported_types()} and their subclasses. " if unknown else ""
         remedy = f", or leave these out: exclude_modules={list(refused)[:5]}" if len(refused) < len(layers) else ""
         raise TargetError(
             f"target_modules {shown!r} match layers of {names.title} that cannot be adapted ({reasons}{more}). "
-            f"Supported are {supported_types()} and their subclasses. Name other layers{remedy}."
+            f"{supported}Name other layers{remedy}."
         )
 
 
-def _check_patterns(names: Names, config: LoRAConfig, layers: dict[str, nn.Module]) -> None:
+def _check_patterns(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
+    """Refuse keys that decide nothing: they match no layer, or an earlier key decides for all that they match.
+
+    Raises:
+        TargetError: there are such keys.
+    """
     for argument in ("rank_pattern", "alpha_pattern", "target_slices"):
         pattern = getattr(config, argument) or {}
-        unused = [key for key in pattern if not any(matches_pattern(key, name) for name in layers)]
-        names.require(argument, dict.fromkeys(unused, layers))
+        apart = argument == "target_slices"  # parameters have no slices
+        layers = [name for name, choice in choices.items() if not (apart and choice.kind is LoRAParameters)]
+        meant = {key: [name for name in layers if matches_pattern(key, name)] for key in pattern}
+        missing = [key for key, found in meant.items() if not found]
+        idle = [key for key in missing if any(matches_pattern(key, name) for name in names.modules)]
+        if idle:
+            raise TargetError(
+                f"{argument} {idle} are for layers of {names.title} that are not adapted. Name them in target_modules "
+                f"too, or take them out of {argument}."
+            )
+        names.require(argument, dict.fromkeys(missing, layers))
+        for place, (key, found) in enumerate(meant.items()):
+            before = [other for other in list(meant)[:place] if set(found) & set(meant[other])]
+            if all(any(name in meant[other] for other in before) for name in found):
+                raise TargetError(
+                    f"{argument} {key!r} decides for no layer of {names.title}: {listed(before)} before it match all "
+                    "that it does, and the first key that matches decides. Put it first."
+                )
+
+
+def _check_names(choices: Mapping[str, Choice]) -> None:
+    """Refuse parameters that would have one name for their factors.
+
+    Raises:
+        TargetError: there are such parameters.
+    """
+    for name, choice in choices.items():
+        twice = [part.weight for part in choice.parts if [p.name for p in choice.parts].count(part.name) > 1]
+        if twice:
+            raise TargetError(f"{listed(twice)} of {name!r} cannot be adapted together: their factors have one name.")
 
 
 def _check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
@@ -246,7 +306,7 @@ def _check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """
     if config.use_dora:
         unfit = [n for n, c in choices.items() if not (c.kind.lora_fits_dora and c.parts[0].is_whole)]
-        what, where = "use_dora=True", "whole linear, embedding and convolution layers"
+        what, where = "use_dora=True", "linear, embedding and convolution layers without target_slices"
     elif config.init in FROM_BASE:
         unfit = [name for name, choice in choices.items() if not choice.kind.lora_drops_input]
         what, where = f"init={config.init!r}", "layers other than embeddings, in which it would change unseen tokens"
@@ -256,11 +316,12 @@ def _check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
         shown = ", ".join(f"{name!r} ({type(choices[name].layer).__name__})" for name in unfit[:5])
         more = f" and {len(unfit) - 5} more" if len(unfit) > 5 else ""
         raise TargetError(
-            f"{what} is for {where}, and {shown}{more} is targeted too. Leave it out: exclude_modules={unfit[:5]}."
+            f"{what} is for {where}; targeted too: {shown}{more}. Do without it, or leave these out: "
+            f"exclude_modules={unfit[:5]}."
         )
 
 
-def _check_ranks(choices: Mapping[str, Choice]) -> None:
+def _check_ranks(choices: Mapping[str, Choice], saved: Collection[str] | None) -> None:
     """Refuse a rank that the one matrix of a layer cannot have; of several, each has what it can.
 
     Raises:
@@ -275,8 +336,8 @@ def _check_ranks(choices: Mapping[str, Choice]) -> None:
         shown = ", ".join(f"{name!r} (r={r}, at most {limit})" for name, (r, limit) in list(small.items())[:5])
         limits = {name: limit for name, (_, limit) in list(small.items())[:5]}
         raise ConfigError(
-            f"The rank is too large for {shown}{f' and {len(small) - 5} more' if len(small) > 5 else ''}. If "
-            f"they are new, such as a head, train them whole: modules_to_save={list(limits)}. Otherwise set "
+            f"The rank is too large for {shown}{f' and {len(small) - 5} more' if len(small) > 5 else ''}. What is new, "
+            f"such as a head, is to train whole: modules_to_save={[*(saved or ()), *limits]}. Otherwise set "
             f"rank_pattern={limits}, or "
             f"exclude_modules={list(limits)}, or lower r."
         )

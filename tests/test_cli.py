@@ -46,7 +46,12 @@ def callback_of(cli: LightningCLI) -> LoRACallback:
     return callback
 
 
-OPTIMIZER = ["--optimizer=AdamW", "--optimizer.lr=0.05", "--lr_scheduler=ExponentialLR", "--lr_scheduler.gamma=0.9"]
+OPTIMIZER = [
+    "--optimizer=torch.optim.AdamW",
+    "--optimizer.lr=0.05",
+    "--lr_scheduler=ExponentialLR",
+    "--lr_scheduler.gamma=0.9",
+]
 
 
 def test_flags(tmp_path: Path) -> None:
@@ -64,7 +69,10 @@ def test_yaml_fits_resumes_and_tests(tmp_path: Path) -> None:
     options = {"r": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["head"], "merge": "last"}
     save = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path), "filename": "end"}}
     callbacks = [{"class_path": "lightning_lora.LoRACallback", "init_args": options}, save]
-    config = {"trainer": {"callbacks": callbacks}, "optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.05}}}
+    config = {
+        "trainer": {"callbacks": callbacks},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.05}},
+    }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     fit = run(tmp_path, "fit", f"--config={tmp_path / 'config.yaml'}")
     assert callback_of(fit).config.scaling("q_proj") == 2.0

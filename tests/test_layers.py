@@ -695,6 +695,7 @@ CANNOT = {
     "unsupported type": lambda: nn.LayerNorm(4),
     "integer weight": lambda: _with_integer_weight(),
     "replaced forward": lambda: _with_replaced_forward(),
+    "replaced method": lambda: _with_replaced_method(),
     "sparse": lambda: nn.Embedding(4, 4, sparse=True),
     "another library's": lambda: _with_lora_of_another(),
 }
@@ -703,6 +704,12 @@ CANNOT = {
 def _with_integer_weight() -> nn.Module:
     layer = nn.Linear(4, 4)
     layer.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    return layer
+
+
+def _with_replaced_method() -> nn.Conv2d:
+    layer = nn.Conv2d(4, 4, 1)
+    layer._conv_forward = lambda *args: nn.Conv2d._conv_forward(layer, *args)  # type: ignore[method-assign]
     return layer
 
 
@@ -906,3 +913,34 @@ def test_out_of_memory_while_the_base_is_shown_costs_no_trained_weight(monkeypat
     assert same(state(model), before) and same(
         adapter_state_dict(model), {k: v for k, v in before.items() if k[0] == "1" or "lora" in k}
     )
+
+
+def test_layer_that_keeps_its_own_methods_or_counts_is_run_with_its_update() -> None:
+    class Bound(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.run, self.calls = self.own, 0
+
+        def own(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return nn.functional.linear(x, self.weight, self.bias)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.run(input)
+
+    model, x = nn.Sequential(Bound()), torch.randn(2, 4)
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    output = model(x)
+    assert model[0].calls == 1 and model[0].run.__self__ is model[0]
+    merge_adapters(model)
+    torch.testing.assert_close(model(x), output)
+
+
+@pytest.mark.parametrize("build", [lambda: ScaledEmbedding(6, 4), lambda: nn.EmbeddingBag(6, 4, mode="max")])
+def test_embeddings_of_any_kind_drop_nothing(build: Any) -> None:
+    model = nn.Sequential(build())
+    inject_adapters(model, LoRAConfig(r=2, target_modules="all", dropout=0.5))
+    randomise(model)
+    index = torch.arange(6).view(6, 1)
+    assert torch.equal(model.train()(index), model.eval()(index))

@@ -15,6 +15,7 @@ from lightning_lora import (
     AdapterMismatchError,
     ConfigError,
     LoRAConfig,
+    LoRAWarning,
     TargetError,
     adapter_state_dict,
     disable_adapters,
@@ -218,6 +219,87 @@ def test_fresh_it_changes_nothing_of_a_base_that_a_trainer_converts(tmp_path: Pa
     assert seen == [torch.bfloat16 if precision == "bf16-true" else torch.float64]
 
 
+def test_rows_and_directions_of_zeros_train_as_without_the_method() -> None:
+    """A projection that starts at zero, as some do, has neither a direction nor anything that is strongest in it."""
+    for arguments in ({"use_dora": True}, {"init": "pissa"}):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5, bias=False))
+        nn.init.zeros_(model[0].weight)
+        model[0].weight.data[0] = 1
+        inject_adapters(model, LoRAConfig(r=3, **arguments))
+        x = torch.randn(4, 6)
+        assert torch.equal(model(x), nn.functional.linear(x, model[0].weight))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2):
+            (model(x) - 1).square().sum().backward()
+            optimizer.step()
+        assert (model(x) - nn.functional.linear(x, model[0].weight)).abs().gt(1e-3).all()
+
+
+def test_magnitude_that_trained_is_an_update() -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    inject_adapters(model, LoRAConfig(r=2, use_dora=True))
+    with torch.no_grad():
+        model[0].lora_magnitude.mul_(2)
+    trained = model[0].lora_magnitude.detach().clone()
+    with pytest.warns(LoRAWarning, match="stay as they are, trained"):
+        model.load_state_dict({"0.weight": torch.randn(5, 6), "0.bias": torch.zeros(5)})
+    assert torch.equal(model[0].lora_magnitude, trained)
+
+
+def test_base_that_a_hook_writes_is_the_one_it_starts_from(tmp_path: Path) -> None:
+    class Loads(LitTiny):
+        def on_fit_start(self) -> None:
+            with torch.no_grad():
+                self.q_proj.weight.copy_(torch.randn(8, 8, generator=torch.Generator().manual_seed(7)))
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if self.global_step == 0:
+                with disable_adapters(self):
+                    base = self(torch.arange(20))
+                assert torch.equal(self(torch.arange(20)), base)
+
+    trainer(tmp_path, [lora(use_dora=True)], max_epochs=1).fit(Loads(), data())
+
+
+def test_small_updates_from_a_start_keep_their_precision_in_half_precision() -> None:
+    """The update is a small difference of two large products, which half precision would round away."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    inject_adapters(model, LoRAConfig(r=8, init="pissa"))
+    layer: Any = model[0]
+    with torch.no_grad():
+        for p in (layer.lora_A, layer.lora_B):
+            p.add_(p.abs().mean() * 1e-3 * torch.randn_like(p))
+        layer.weight.zero_()  # to see the update alone
+        x = torch.randn(16, 64)
+        exact = (
+            x.double()
+            @ (layer.lora_B.double() @ layer.lora_A.double() - layer.lora_B0.double() @ layer.lora_A0.double()).T
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            update = model(x)
+    assert (update.double() - exact).norm() < 0.02 * exact.norm()
+
+
+def test_outputs_under_autocast_have_the_dtype_that_the_layer_gives() -> None:
+    for name in ("linear", "convolution"):
+        build, x = LAYERS[name]
+        model = Model(build())
+        inject_adapters(model, config(model, use_dora=True))
+        randomise(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x.float()).dtype is torch.bfloat16
+
+
+def test_adapters_that_are_made_in_inference_mode_train() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with torch.inference_mode():
+        inject_adapters(model, LoRAConfig(r=2))
+    model(torch.ones(2, 4)).sum().backward()
+    assert model[0].lora_B.grad is not None
+
+
 # Slices
 
 
@@ -296,7 +378,9 @@ def test_slices_choose_among_the_parts_of_a_layer_and_drop_the_rest() -> None:
         ({"target_slices": {"qkv_proj": ["q"]}}, "Where 'q' lie in 'qkv_proj'"),
         ({"target_slices": {"other": {"a": [2, 9]}}}, "end beyond its 6 rows: 'a'"),
         ({"target_slices": {"attn": ["q"]}}, r"target_slices \['attn'\] match no module.*c_attn"),
-        ({"target_slices": {"c_attn": ["q"]}, "use_dora": True}, "whole linear"),
+        ({"target_slices": {"c_attn": ["q"]}, "use_dora": True}, "without target_slices"),
+        ({"target_slices": {"c_attn": ["q"], "net.c_attn": ["v"]}}, "match no module"),
+        ({"target_slices": {"c_att.": ["q"], "c_attn": ["v"]}}, "'c_attn' decides for no layer.*Put it first"),
     ],
     ids=str,
 )
@@ -380,6 +464,19 @@ def test_weight_that_its_holder_reads_is_adapted_there() -> None:
     assert same({name: state(model)[name] for name in base}, base)
     remove_adapters(model)
     torch.testing.assert_close(model(x), output)
+
+
+def test_parameters_are_left_out_kept_whole_or_refused_as_layers_are() -> None:
+    how: dict[str, Any] = {"r": 2, "target_modules": ["called"], "target_parameters": ["read.weight"]}
+    for more in ({"exclude_modules": ["read"]}, {"modules_to_save": ["read"]}):
+        model = nn.Sequential(Reader())
+        assert inject_adapters(model, LoRAConfig(**how, **more)) == ("0.called",)
+    with pytest.raises(TargetError, match="target_slices"):
+        inject_adapters(nn.Sequential(Reader()), LoRAConfig(**how, target_slices={"0": ["q"]}))
+    twice = nn.Sequential(Reader())
+    twice[0].read_weight = nn.Parameter(torch.ones(5, 5))
+    with pytest.raises(TargetError, match=r"'read_weight', 'read\.weight' of '0'.*one name"):
+        inject_adapters(twice, LoRAConfig(**how | {"target_parameters": ["read.weight", "read_weight"]}))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from lightning_lora.functional import (
     magnitude_scale,
     wide,
 )
-from lightning_lora.inplace import InPlace, overlay, twin_of, uncover
+from lightning_lora.inplace import InPlace, Made, overlay, twin_of, uncover
 from lightning_lora.layers.parts import MAGNITUDE, Adapter, Part, Settings
 from lightning_lora.layers.start import names_of, start
 from lightning_lora.names import own_parameter
@@ -46,6 +46,9 @@ class LoRALayer(InPlace, nn.Module):
 
     lora_fits_dora: ClassVar[bool] = False
     """Whether each row of its one matrix writes a feature of the output, which DoRA can give a magnitude."""
+
+    lora_writes_rows: ClassVar[bool] = True
+    """Whether each row of its one matrix writes a feature of the output, so that slices of rows mean something."""
 
     lora_input: ClassVar[str] = "input"
     """What its forward calls its first argument."""
@@ -158,10 +161,8 @@ class LoRALayer(InPlace, nn.Module):
                 args = (F.dropout(args[0], settings.dropout), *args[1:])
             else:
                 kwargs[self.lora_input] = F.dropout(kwargs[self.lora_input], settings.dropout)
-        update = self.lora_update(*self._lora_stacked("weight"), *args, **kwargs)
-        if settings.starts_from_base:
-            update = update - self.lora_update(*self._lora_stacked("weight", start="0"), *args, **kwargs)
-        update = update.to(output.dtype)
+        updates = [self.lora_update(a, b, *args, **kwargs) for a, b in self._lora_pairs("weight")]
+        update = sum(updates[1:], updates[0]).to(output.dtype)
         if not settings.use_dora:
             return output + update
         with torch.autocast(output.device.type, enabled=False):
@@ -170,7 +171,7 @@ class LoRALayer(InPlace, nn.Module):
             scale = magnitude_scale(self.lora_magnitude, self.lora_as_matrix(matrix))  # type: ignore[arg-type]
         after = (1,) * (self.weight.dim() - 2)  # type: ignore[operator]  # dimensions of the output after its features
         scale, bias = scale.view(-1, *after), getattr(self, "bias", None)
-        unbiased = output if bias is None else output - bias.view(-1, *after)
+        unbiased = output if bias is None else output - bias.view(-1, *after).to(output.dtype)
         return output + (scale - 1).to(output.dtype) * unbiased + scale.to(output.dtype) * update
 
     def lora_weights(self) -> tuple[str, ...]:
@@ -189,7 +190,7 @@ class LoRALayer(InPlace, nn.Module):
             return self._lora_effective(name, own, dropping=dropping)
 
     def _lora_effective(self, name: str, own: Tensor, *, dropping: bool) -> Tensor:
-        p = self.lora_settings.dropout if dropping and self.training else 0.0
+        p = self.lora_settings.dropout if dropping and self.training and self.lora_drops_input else 0.0
         effective = added(own, self._lora_delta(name, p))
         if not self.lora_settings.use_dora:
             return effective
@@ -199,13 +200,22 @@ class LoRALayer(InPlace, nn.Module):
 
     def _lora_delta(self, name: str, dropout: float = 0.0) -> Tensor:
         """The update of a weight, laid out as it is, in float32 or wider."""
+        pairs = self._lora_pairs(name)
+        kept = F.dropout(torch.ones_like(pairs[0][0][..., :1, :]), dropout) if dropout else 1
+        matrices = [delta_weight(a * kept, b, self.lora_settings.scaling) for a, b in pairs]
+        return self.lora_as_weight(sum(matrices[1:], matrices[0]), self._lora_own(name))
+
+    def _lora_pairs(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """The factors of a weight's update, which is the sum of their products.
+
+        From a start it is ``B A - B0 A0``, a small difference of what may be large. It is taken of the factors, before
+        anything is rounded: ``(B - B0) A + B0 (A - A0)``.
+        """
         a, b = self._lora_stacked(name)
-        kept = F.dropout(torch.ones_like(a[..., :1, :]), dropout) if dropout else None
-        matrix = delta_weight(a if kept is None else a * kept, b, self.lora_settings.scaling)
-        if self.lora_settings.starts_from_base:
-            a, b = self._lora_stacked(name, start="0")
-            matrix = matrix - delta_weight(a if kept is None else a * kept, b, self.lora_settings.scaling)
-        return self.lora_as_weight(matrix, self._lora_own(name))
+        if not self.lora_settings.starts_from_base:
+            return [(a, b)]
+        a0, b0 = self._lora_stacked(name, start="0")
+        return [(a, b - b0), (a - a0, b0)]
 
     def _lora_own(self, name: str) -> Tensor:
         """A weight without its update. It is read as an attribute, which is all that replicas of a module have."""
@@ -352,13 +362,14 @@ class LoRALayer(InPlace, nn.Module):
                     return False
             elif a.any() and b.any():
                 return False
-        return True
+        started = self.lora_started_on.get(MAGNITUDE)
+        return started is None or started == digest(own_parameter(self, MAGNITUDE).float())
 
     def lora_follow_base(self) -> None:
         """Start anew from the base as it is now, if the adapter started from another one and has not trained."""
         if self.lora_started_on and self.lora_is_fresh() and not self.lora_bases:
-            now = {name: digest(own_parameter(self, name)) for name in self.lora_started_on}
-            if now != self.lora_started_on:
+            names = [name for name in self.lora_started_on if name != MAGNITUDE]
+            if any(digest(own_parameter(self, name)) != self.lora_started_on[name] for name in names):
                 self.lora_restart()
 
     def reset_parameters(self) -> None:
@@ -385,12 +396,12 @@ class LoRALayer(InPlace, nn.Module):
 
         The layer itself does not change meanwhile: other threads may run it too.
         """
-        twin, own = twin_of(self, self.overlaid[1], values), self.__dict__
+        made: list[Made] = []
+        twin = twin_of(self, self.overlaid[1], values, made)
         output = twin.forward(*args, **kwargs)
-        left = {*values, "_modules", *self.lora_twins_own}
-        own.update(
-            {name: value for name, value in vars(twin).items() if name not in left and own.get(name) is not value}
-        )
+        for module, before, state in made:
+            changed = {name: v for name, v in state.items() if name not in before or before[name] is not v}
+            module.update({name: v for name, v in changed.items() if name not in self.lora_twins_own})
         return output
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -400,13 +411,14 @@ class LoRALayer(InPlace, nn.Module):
         now = self.lora_parameters()
         if any(data.is_meta for data, _ in before.values()) and not any(p.is_meta for p in now.values()):
             self.lora_restart()  # to_empty left whatever the memory held
-        for name, p in now.items() if self.lora_settings.autocast_dtype else ():
-            dtype = wide(p.dtype)
+        for name, p in now.items():
+            dtype = wide(p.dtype) if self.lora_settings.autocast_dtype or name == MAGNITUDE else p.dtype
             if p.dtype != dtype:
                 data, grad = before[name]
                 p.grad = None
                 p.data = torch.empty_like(p, dtype=dtype) if data.is_meta else data.to(p.device, dtype)
                 p.grad = None if grad is None else grad.to(p.device, dtype)
+        self.lora_follow_base()  # which may have been converted
         return self
 
     def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> Any:

@@ -58,6 +58,7 @@ class LoRAConvTransposeNd(LoRALayer):
     """
 
     lora_layer_types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    lora_writes_rows = False
     groups: int
     weight: nn.Parameter
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora.digests import digest
 from lightning_lora.functional import init_factors, principal_factors, row_norms, wide
@@ -39,15 +39,16 @@ def start(
             if settings.starts_from_base:
                 rows = matrix.narrow(-2, part.first, part.writes)
                 if weight.is_meta or not rows.isfinite().all():  # new memory may hold anything
-                    starts: tuple[Tensor, ...] = torch.zeros_like(a), torch.zeros_like(b)
-                else:
-                    starts = principal_factors(rows, part.rank(settings.r), settings.scaling, settings.init)
+                    rows = torch.zeros_like(rows)
+                starts = principal_factors(rows, part.rank(settings.r), settings.scaling, settings.init)
                 for letter, start in zip(("A", "B", "A0", "B0"), starts * 2, strict=True):
                     parameters[part.factor(letter)].copy_(start)
             if settings.use_dora:
                 parameters[MAGNITUDE].copy_(row_norms(matrix))
             if not weight.is_meta:
                 started_on[part.weight] = digest(weight)
+                if settings.use_dora:
+                    started_on[MAGNITUDE] = digest(parameters[MAGNITUDE].float())
     return started_on
 
 
@@ -60,15 +61,13 @@ def new_adapter(kind: Any, layer: nn.Module, parts: tuple[Part, ...], settings: 
     for part in parts:
         weight = own_parameter(layer, part.weight)
         dtype = kind.lora_dtype(layer, weight)
-        dtype = wide(dtype) if settings.autocast_dtype else dtype
         r = part.rank(settings.r)
         shapes = {"A": (*part.stack, r, part.reads), "B": (*part.stack, part.writes, r)}
         for name in names_of((part,), settings):
             letter = name.removeprefix("lora_")[:1]
             shape = (part.writes,) if name == MAGNITUDE else shapes[letter]
             is_start = name in (part.factor("A0"), part.factor("B0"))
-            parameters[name] = nn.Parameter(
-                torch.empty(shape, dtype=dtype, device=weight.device), requires_grad=not is_start
-            )
+            kept = wide(dtype) if settings.autocast_dtype or name == MAGNITUDE else dtype
+            parameters[name] = nn.Parameter(torch.empty(shape, dtype=kept, device=weight.device), not is_start)
     started_on = start(layer, kind, parts, settings, parameters)
     return Adapter(kind, settings, parts, parameters, started_on)
