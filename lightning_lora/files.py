@@ -80,7 +80,9 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
         path: A file that :func:`save_adapter` or a Trainer with ``LoRACallback`` wrote.
 
     Raises:
+        FileNotFoundError: there is no such file.
         AdapterFileError: the file is truncated, foreign or was tampered with.
+        TargetError: ``model`` has no such layers.
         BaseMismatchError: the adapters were trained on another base.
         AdapterMismatchError: ``model`` is adapted already, in another way.
 

@@ -126,8 +126,8 @@ def merge_layers(model: nn.Module) -> dict[str, float]:
     if quantised:
         raise AdapterStateError(
             f"The weights of {listed(quantised)} in {type(model).__name__} are quantised, and no update can be merged "
-            "into them. Keep the adapters live; or merge into the model in full precision: inject_adapters(full, config), "
-            "load_adapter_state_dict(full, adapter_state_dict(quantised)), merge_adapters(full)."
+            "into them. Keep the adapters live; or merge into the model in full precision: inject_adapters(full, "
+            "config), load_adapter_state_dict(full, adapter_state_dict(quantised)), merge_adapters(full)."
         )
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     tied = {

@@ -1,6 +1,7 @@
 """Say what of a model trains, what it costs, and what full fine-tuning would cost instead."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapted import adapted_layers, find_record
 from lightning_lora.inplace import InPlace
-from lightning_lora.layers import LoRALayer
+from lightning_lora.layers import LoRALayer, count
 from lightning_lora.names import named_modules
 from lightning_lora.state import adapter_state_dict
 
@@ -156,11 +157,11 @@ def summarize(model: nn.Module) -> LoRASummary:
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
         seen.update(id(p) for p in own)
         if own:
-            trained = sum(p.numel() for p in own if p.requires_grad)
+            trained = sum(count(p) for p in own if p.requires_grad)
             r = module.lora_settings.r if isinstance(module, LoRALayer) else None
             kind = module.overlaid[1].__name__ if isinstance(module, InPlace) else type(module).__name__
             key = (re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or "(root)", kind, r)
-            grouped.setdefault(key, []).append((trained, sum(p.numel() for p in own) - trained))
+            grouped.setdefault(key, []).append((trained, sum(count(p) for p in own) - trained))
     groups = tuple(
         LayerGroup(name, len(rows), kind, r, sum(trained for trained, _ in rows), sum(frozen for _, frozen in rows))
         for (name, kind, r), rows in grouped.items()
@@ -177,12 +178,12 @@ def _with_costs(model: nn.Module, groups: tuple[LayerGroup, ...]) -> LoRASummary
     return LoRASummary(
         title=type(model).__name__,
         groups=groups,
-        trained=sum(p.numel() for p in trained),
-        frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        trained=sum(count(p) for p in trained),
+        frozen=sum(count(p) for p in model.parameters() if not p.requires_grad),
         optimizer_bytes=_ADAM_MOMENTS * _bytes(trained),
-        full_optimizer_bytes=_ADAM_MOMENTS * _bytes(base),
+        full_optimizer_bytes=_ADAM_MOMENTS * _full_bytes(base),
         checkpoint_bytes=_bytes(state.values()),
-        full_checkpoint_bytes=_bytes(base) + _bytes(model.buffers()),
+        full_checkpoint_bytes=_full_bytes(base) + _bytes(model.buffers()),
         adapters=len(record.folded if record and record.folded else layers),
         merged=bool(record and record.folded) or any(layer.lora_bases for layer in layers.values()),
         plain=not layers,
@@ -191,6 +192,12 @@ def _with_costs(model: nn.Module, groups: tuple[LayerGroup, ...]) -> LoRASummary
 
 def _bytes(values: Any) -> int:
     return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+
+def _full_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """What parameters take that could be trained: quantised ones cannot, but as float32."""
+    plain = (nn.Parameter, Tensor)
+    return sum(p.nbytes if type(p) in plain and p.is_floating_point() else 4 * count(p) for p in parameters)
 
 
 def _end_of(name: str, most: int = 26) -> str:

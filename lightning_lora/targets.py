@@ -243,7 +243,7 @@ def _check_supported(
         )
         raise TargetError(
             f"target_modules {shown!r} leave no layer of {names.title} to adapt that exclude_modules and "
-            f"modules_to_save do not take out. {hint} {SEE_ALL.capitalize()}."
+            f"modules_to_save do not take out. {hint} ({SEE_ALL}.)"
         )
     refused = {name: why for name, layer in layers.items() if layer in targets and (why := why_not(names, name, layer))}
     if refused:

@@ -133,7 +133,8 @@ def test_adapter_computes_beside_the_quantised_weight(kind: str) -> None:
                 hidden = layer(hidden)
         torch.testing.assert_close(model(BATCH), hidden)
     assert list(adapter_state_dict(model)) == ["0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B", "3.weight", "3.bias"]
-    assert "Linear" in str(summarize(model))
+    assert summarize(model).frozen == 2 * (WIDTH * WIDTH + WIDTH)  # as many as the bits stand for
+    assert str(model).count("r=4, scaling=1") == 2
     remove_adapters(model)
     assert [type(layer) for layer in model] == classes and same(bits(model), frozen)
 

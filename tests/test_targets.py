@@ -203,3 +203,30 @@ def test_gpt3_has_the_papers_parameter_counts() -> None:
             model = nn.Sequential(*(Attention() for _ in range(96)))
         assert len(inject_adapters(model, LoRAConfig(r=r, target_modules=["q", "v"]))) == 192
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
+
+
+HINTS: list[tuple[dict[str, Any], str]] = [
+    ({"target_modules": "conv"}, r"is an expression.*give a list: target_modules=\['conv'\]"),
+    ({}, r"others that can be adapted: Conv2d \('0.conv'\), LSTM \('0.lstm'\).*target_modules='all'"),
+    ({"target_modules": ["scale"]}, r"'0\.scale' is a parameter: name it in target_parameters"),
+    ({"target_parameters": ["conv"]}, r"match no parameter.*Name parameters, such as '0\.conv\.weight'"),
+    ({"target_modules": ["conv"], "rank_pattern": {"lstm": 1}}, r"\['lstm'\] are for layers.*not adapted"),
+    ({"target_modules": ["0"]}, r"a Sensor is not supported, but inside it '0.conv'.*target_parameters its '0\.scale'"),
+]
+
+
+class Sensor(nn.Module):
+    """A model of layers that are not linear, and of a matrix of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.lstm, self.scale = nn.Conv2d(3, 4, 3), nn.LSTM(4, 4), nn.Parameter(torch.ones(2, 2))
+
+    def forward(self, x: Any) -> Any:
+        return self.lstm(self.conv(x).flatten(2).mT)
+
+
+@pytest.mark.parametrize(("arguments", "words"), HINTS, ids=str)
+def test_refusal_says_what_to_write_instead(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(TargetError, match=words):
+        adapted(nn.Sequential(Sensor()), **arguments)

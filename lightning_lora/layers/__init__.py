@@ -11,7 +11,7 @@ from lightning_lora.layers.embedding import LoRAEmbedding, LoRAEmbeddingBag
 from lightning_lora.layers.experts import LoRAParameters
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.parts import FROM_BASE, Adapter, Part, Settings
-from lightning_lora.layers.quantized import LoRALinear4bit, LoRALinear8bit, quantised_entries, repacks, unpack
+from lightning_lora.layers.quantized import LoRALinear4bit, LoRALinear8bit, count, quantised_entries, repacks, unpack
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.layers.start import new_adapter
 
@@ -61,6 +61,7 @@ __all__ = [
     "Settings",
     "adapter_for",
     "attach",
+    "count",
     "new_adapter",
     "quantised_entries",
     "repacks",

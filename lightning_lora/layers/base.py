@@ -339,10 +339,19 @@ class LoRALayer(InPlace, nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the layer as before, and its adapter."""
-        s = self.lora_settings
-        parts = "" if len(self.lora_parts) == 1 else f", parts={[part.name for part in self.lora_parts]}"
-        about = f"r={s.r}, scaling={s.scaling:g}{', use_dora=True' if s.use_dora else ''}{parts}"
-        return f"{super().extra_repr()}, {about}".removeprefix(", ")
+        return f"{super().extra_repr()}, {self._lora_about()}".removeprefix(", ")
+
+    def _lora_about(self) -> str:
+        settings, parts = self.lora_settings, [part.name for part in self.lora_parts if part.name]
+        more = ", use_dora=True" if settings.use_dora else f", init={settings.init!r}" * settings.starts_from_base
+        return f"r={settings.r}, scaling={settings.scaling:g}{more}" + (f", parts={parts}" if parts else "")
+
+    def __repr__(self) -> str:
+        """Describe the layer so that its adapter is seen, though the layer may describe itself in a way of its own."""
+        text, about, name = super().__repr__(), self._lora_about(), type(self).__name__
+        if about not in text:
+            text = f"{text.removesuffix(')')}, {about})"
+        return text if text.startswith(name) else name + text[text.index("(") :]
 
     # Start
 

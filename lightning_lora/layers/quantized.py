@@ -95,6 +95,12 @@ def quantised_entries(module: nn.Module) -> dict[str, Tensor]:
     return {}
 
 
+def count(parameter: Any) -> int:
+    """Return how many values a parameter stands for."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()  # type: ignore[no-any-return]
+
+
 def repacks(module: nn.Module) -> bool:
     """Whether ``module`` would lay out its weight for inference as soon as it runs in eval mode, and then not train."""
     return _is_a(module, LoRALinear4bit) and hasattr(module, "support_avx512bf16_for_cpu")
