@@ -589,6 +589,27 @@ def test_base_checkpoint_loads_strictly_before_and_after_injection(case: tuple[n
         model.load_state_dict({**base, factor: model.state_dict()[factor]})
 
 
+def test_dropout_acts_in_training_alone_and_takes_nothing_away_on_average(case: tuple[nn.Sequential, Any]) -> None:
+    model, x = case
+    plain = copy.deepcopy(model)
+    inject_adapters(model, config(model, dropout=0.5))
+    inject_adapters(plain, config(plain))
+    for each in (model, plain):
+        randomise(each, scale=0.01)
+    expected = plain.eval()(x)
+    torch.testing.assert_close(model.eval()(x), expected)
+    if not model[0].lora_drops_input:
+        assert torch.equal(model.train()(x), model.eval()(x))
+        return
+    with torch.no_grad():
+        torch.manual_seed(1)
+        outputs = torch.stack([model.train()(x) for _ in range(400)])
+        torch.manual_seed(1)
+        assert torch.equal(model(x), outputs[0]) and not torch.equal(outputs[0], outputs[1])
+    deviation = outputs.std(dim=0) / 400**0.5
+    assert ((outputs.mean(dim=0) - expected).abs() <= 6 * deviation + 1e-4 * expected.abs().max()).all()
+
+
 def test_dropout_drops_only_inputs_of_a_and_only_in_training() -> None:
     model = nn.Sequential(nn.Linear(1000, 3))
     x = torch.ones(1, 1000)
