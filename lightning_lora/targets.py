@@ -1,7 +1,7 @@
 """Choose which layers of a model to adapt and what to train whole. Nothing here changes a model."""
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -59,25 +59,15 @@ adapted end in '0', '2'. Correct target_modules; print(summarize(model)) shows e
     excluded = names.find("exclude_modules", config.exclude_modules)
     outer = [names.modules.get(name.removesuffix(".weight")) for name in (*saved, *excluded)]
     left_out = {inner for module in outer if module is not None for inner in module.modules()}
-    alone = {*saved, *excluded}  # parts of a layer may be, too
     holders = {owner: named for owner, named in _holders(names, config).items() if owner not in left_out}
     read = {submodule(owner, leaf.rpartition(".")[0]) for owner, named in holders.items() for leaf in named}
     targets = set(_targets(names, config).values()) - left_out - read
     layers = {name: layer for name, layer in named_modules(model).items() if layer in targets or layer in holders}
     _check_supported(names, config, layers, targets)
-    choices = {}
-    for name, layer in layers.items():
-        settings = _settings(config, name)
-        if layer in holders:
-            kind: type[LoRALayer] = LoRAParameters
-            parts = tuple(LoRAParameters.lora_part(layer, leaf) for leaf in holders[layer])
-        else:
-            kind, slices = adapter_for(layer) or LoRALayer, config.slices(name)
-            parts = kind.lora_parts_of(layer)
-            parts = _sliced(names, name, kind, parts, slices) if slices else parts
-        parts = tuple(part for part in parts if alone.isdisjoint(_above(name, part)))
-        if parts:
-            choices[name] = Choice(layer, kind, parts, settings)
+    choices = {name: _choice(names, config, name, layer, holders.get(layer)) for name, layer in layers.items()}
+    choices = {
+        name: without for name, choice in choices.items() if (without := _without(name, choice, saved, excluded))
+    }
     _check_supported(names, config, {name: choice.layer for name, choice in choices.items()}, targets)
     _check_patterns(names, config, choices)
     _check_names(choices)
@@ -148,10 +138,26 @@ def _holders(names: Names, config: LoRAConfig) -> dict[nn.Module, list[str]]:
     return holders
 
 
-def _above(name: str, part: Part) -> list[str]:
-    """The names, below that of its layer, of what a part is and of what it is in."""
-    below = part.weight.split(".")
-    return [".".join([name, *below[: i + 1]]) for i in range(len(below))]
+def _choice(names: Names, config: LoRAConfig, name: str, layer: nn.Module, parameters: list[str] | None) -> Choice:
+    """How to adapt a layer, or these parameters of a module."""
+    if parameters is not None:
+        parts = tuple(LoRAParameters.lora_part(layer, leaf) for leaf in parameters)
+        return Choice(layer, LoRAParameters, parts, _settings(config, name))
+    kind, slices = adapter_for(layer) or LoRALayer, config.slices(name)
+    parts = kind.lora_parts_of(layer)
+    return Choice(layer, kind, _sliced(names, name, kind, parts, slices) if slices else parts, _settings(config, name))
+
+
+def _without(name: str, choice: Choice, *left_out: Collection[str]) -> Choice | None:
+    """A choice without the parts that are named by themselves, or in a module inside, to be left out; or None."""
+
+    def is_left_out(part: Part) -> bool:
+        below = part.weight.split(".")
+        inside = {".".join([name, *below[: i + 1]]) for i in range(len(below))}
+        return any(not inside.isdisjoint(each) for each in left_out)
+
+    parts = tuple(part for part in choice.parts if not is_left_out(part))
+    return replace(choice, parts=parts) if parts else None
 
 
 def _sliced(
