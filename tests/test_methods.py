@@ -225,7 +225,6 @@ def test_rows_and_directions_of_zeros_train_as_without_the_method() -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 5, bias=False))
         nn.init.zeros_(model[0].weight)
-        model[0].weight.data[0] = 1
         inject_adapters(model, LoRAConfig(r=3, **arguments))
         x = torch.randn(4, 6)
         assert torch.equal(model(x), nn.functional.linear(x, model[0].weight))
@@ -234,6 +233,14 @@ def test_rows_and_directions_of_zeros_train_as_without_the_method() -> None:
             (model(x) - 1).square().sum().backward()
             optimizer.step()
         assert (model(x) - nn.functional.linear(x, model[0].weight)).abs().gt(1e-3).all()
+
+
+def test_magnitudes_of_a_half_precision_base_are_not_rounded() -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64)).bfloat16(), torch.randn(3, 64).bfloat16()
+    before = model(x)
+    inject_adapters(model, LoRAConfig(r=2, use_dora=True, autocast_adapter_dtype=False))
+    assert torch.equal(model(x), before) and model[0].lora_magnitude.dtype is torch.float32
+    assert torch.equal(model.to(torch.bfloat16)(x), before)
 
 
 def test_magnitude_that_trained_is_an_update() -> None:
