@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins import Precision
+from lightning.pytorch.plugins import BitsandbytesPrecision, Precision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -244,33 +244,40 @@ class Replaces(Precision):
         return module
 
 
+class Lightnings(Precision):
+    """Lightning's own conversion; a Trainer takes its plugin on a GPU alone."""
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return BitsandbytesPrecision("nf4", torch.float32, ignore_modules={"net.3"}).convert_module(module)
+
+
 def _converted(linear: nn.Linear) -> nn.Module:
     plain = nn.Linear(WIDTH, WIDTH)
     plain.load_state_dict({"weight": linear.weight, "bias": linear.bias})
     return four_bits(plain)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_adapters_survive_a_precision_that_replaces_their_layers(tmp_path: Path, dropout: float) -> None:
+@pytest.mark.parametrize("plugin", [lambda: Replaces(_converted), Lightnings], ids=["of its shape", "Lightning's"])
+def test_adapters_survive_a_precision_that_replaces_their_layers(tmp_path: Path, plugin: Any) -> None:
     class Plain(Lit):
         def __init__(self) -> None:
             super().__init__("nf4")
             torch.manual_seed(0)
             self.net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4))
 
-    model, seen = Plain(), []
+    model = Plain()
 
     class Look(L.Callback):
         def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-            seen.extend(type(layer).__name__ for layer in pl_module.net)
             held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
             assert held == {id(p) for p in pl_module.parameters() if p.requires_grad}
 
     saves = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-    t = trainer(tmp_path, [lora(dropout=dropout), Look(), saves], max_epochs=2, plugins=[Replaces(_converted)])
+    t = trainer(tmp_path, [lora(dropout=0.1), Look(), saves], max_epochs=2, plugins=[plugin()])
     t.fit(model)
-    assert seen == ["LoRALinear4bit", "Tanh", "LoRALinear4bit", "Linear"] and model.net[0].lora_B.any()
+    assert isinstance(model.net[0], LoRALayer) and isinstance(model.net[0], bnb.nn.Linear4bit)
+    assert model.net[0].weight.dtype == torch.uint8 and model.net[0].lora_B.any()
     resumed = Plain()
-    t = trainer(tmp_path, [lora(dropout=dropout)], max_epochs=2, plugins=[Replaces(_converted)])
+    t = trainer(tmp_path, [lora(dropout=0.1)], max_epochs=2, plugins=[plugin()])
     t.fit(resumed, ckpt_path=tmp_path / "epoch=1.ckpt")
     assert same(adapter_state_dict(resumed), adapter_state_dict(model))

@@ -186,17 +186,14 @@ class LoRALayer(InPlace, nn.Module):
             dropping: In training, drop whole features that A reads: the input itself is out of reach.
         """
         own = self.lora_values(self, self._lora_own(name))
-        with torch.autocast(own.device.type, enabled=False):
-            return self._lora_effective(name, own, dropping=dropping)
-
-    def _lora_effective(self, name: str, own: Tensor, *, dropping: bool) -> Tensor:
         p = self.lora_settings.dropout if dropping and self.training and self.lora_drops_input else 0.0
-        effective = added(own, self._lora_delta(name, p))
-        if not self.lora_settings.use_dora:
-            return effective
-        matrix = self.lora_as_matrix(effective)
-        scaled = matrix * magnitude_scale(self.lora_magnitude, matrix).unsqueeze(-1)  # type: ignore[arg-type]
-        return self.lora_as_weight(scaled, own)
+        with torch.autocast(own.device.type, enabled=False):
+            effective = added(own, self._lora_delta(name, p))
+            if not self.lora_settings.use_dora:
+                return effective
+            matrix = self.lora_as_matrix(effective)
+            scaled = matrix * magnitude_scale(self.lora_magnitude, matrix).unsqueeze(-1)  # type: ignore[arg-type]
+            return self.lora_as_weight(scaled, own)
 
     def _lora_delta(self, name: str, dropout: float = 0.0) -> Tensor:
         """The update of a weight, laid out as it is, in float32 or wider."""

@@ -14,8 +14,11 @@ from lightning_lora.names import own_parameter
 
 def names_of(parts: tuple[Part, ...], settings: Settings) -> list[str]:
     """What the parameters of an adapter are called in the layer."""
-    letters = ("A", "B", "A0", "B0") if settings.starts_from_base else ("A", "B")
-    return [part.factor(letter) for part in parts for letter in letters] + [MAGNITUDE] * settings.use_dora
+    return [part.factor(letter) for part in parts for letter in _letters(settings)] + [MAGNITUDE] * settings.use_dora
+
+
+def _letters(settings: Settings) -> tuple[str, ...]:
+    return ("A", "B", "A0", "B0") if settings.starts_from_base else ("A", "B")
 
 
 def start(
@@ -41,8 +44,8 @@ def start(
                 if weight.is_meta or not rows.isfinite().all():  # new memory may hold anything
                     rows = torch.zeros_like(rows)
                 starts = principal_factors(rows, part.rank(settings.r), settings.scaling, settings.init)
-                for letter, start in zip(("A", "B", "A0", "B0"), starts * 2, strict=True):
-                    parameters[part.factor(letter)].copy_(start)
+                for letter, values in zip(_letters(settings), starts * 2, strict=True):
+                    parameters[part.factor(letter)].copy_(values)
             if settings.use_dora:
                 parameters[MAGNITUDE].copy_(row_norms(matrix))
             if not weight.is_meta:
@@ -55,19 +58,20 @@ def start(
 def new_adapter(kind: Any, layer: nn.Module, parts: tuple[Part, ...], settings: Settings) -> Adapter:
     """Make an adapter for ``layer``, on its weights' device, that changes nothing yet.
 
-    Its dtype is that of the weights, or float32 instead of a narrower one if ``settings.autocast_dtype``.
+    Its dtype is that of the weights, or float32 instead of a narrower one if ``settings.autocast_dtype``; magnitudes
+    are never narrower.
     """
     parameters = {}
     for part in parts:
-        weight = own_parameter(layer, part.weight)
+        weight, r = own_parameter(layer, part.weight), part.rank(settings.r)
         dtype = kind.lora_dtype(layer, weight)
-        r = part.rank(settings.r)
-        shapes = {"A": (*part.stack, r, part.reads), "B": (*part.stack, part.writes, r)}
-        for name in names_of((part,), settings):
-            letter = name.removeprefix("lora_")[:1]
-            shape = (part.writes,) if name == MAGNITUDE else shapes[letter]
-            is_start = name in (part.factor("A0"), part.factor("B0"))
-            kept = wide(dtype) if settings.autocast_dtype or name == MAGNITUDE else dtype
-            parameters[name] = nn.Parameter(torch.empty(shape, dtype=kept, device=weight.device), not is_start)
+        kept = wide(dtype) if settings.autocast_dtype else dtype
+        for letter in _letters(settings):
+            shape = (r, part.reads) if letter.startswith("A") else (part.writes, r)
+            values = torch.empty((*part.stack, *shape), dtype=kept, device=weight.device)
+            parameters[part.factor(letter)] = nn.Parameter(values, requires_grad=letter in ("A", "B"))
+        if settings.use_dora:
+            magnitude = torch.empty(part.writes, dtype=wide(dtype), device=weight.device)
+            parameters[MAGNITUDE] = nn.Parameter(magnitude)
     started_on = start(layer, kind, parts, settings, parameters)
     return Adapter(kind, settings, parts, parameters, started_on)
