@@ -36,6 +36,7 @@ def attach_adapters(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
         attach(submodule(model, name), adapter)
     for module, switch, off, around in _inference_paths(model):
         if any(isinstance(inner, LoRALayer) for inner in around.modules()):
+            unpack(module)
             vars(module).setdefault(_SWITCHED, getattr(module, switch))
             setattr(module, switch, off)
 
@@ -110,7 +111,6 @@ def _inference_paths(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any, nn
         elif isinstance(module, nn.TransformerEncoder) and hasattr(module, "use_nested_tensor"):
             yield module, "use_nested_tensor", False, module
         elif repacks(module):
-            unpack(module)
             yield module, "support_avx512bf16_for_cpu", False, model
 
 

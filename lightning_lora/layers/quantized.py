@@ -107,8 +107,8 @@ def repacks(module: nn.Module) -> bool:
 
 
 def unpack(module: Any) -> None:
-    """Undo such a layout, as bitsandbytes does for a state dict."""
-    if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+    """Undo such a layout, if ``module`` has it, as bitsandbytes does for a state dict."""
+    if repacks(module) and getattr(module.weight.quant_state, "packing_format_for_cpu", False):
         module.state_dict()
 
 
