@@ -142,7 +142,9 @@ def test_adapter_computes_beside_the_quantised_weight(kind: str) -> None:
 @each_kind
 def test_evaluation_in_between_leaves_gradients_as_they_are(kind: str) -> None:
     """bitsandbytes may lay a weight out for inference, behind which nothing trains any more."""
-    model = build(kind)
+    model = build(kind).eval()
+    with torch.no_grad():
+        model(BATCH)
     inject_adapters(model, LoRAConfig(r=4, target_modules=["0"], modules_to_save=["3"]))
     randomise(model)
     grads = []
