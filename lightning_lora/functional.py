@@ -1,8 +1,14 @@
 """The mathematics of LoRA, on tensors alone."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from lightning_lora.dropout import drops, new_seed
 
 
 def low_rank_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -29,6 +35,169 @@ def low_rank_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -
     """
     hidden = F.linear(x, lora_A.to(x.dtype))
     return F.linear(hidden * scaling, lora_B.to(hidden.dtype))
+
+
+def adapted_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    r"""Return the output of an adapted linear layer: :math:`y = x W^T + b + s \, \mathrm{dropout}(x) A^T B^T`.
+
+    Composed of torch's operations, this would write each product and sum into new memory and keep a mask and copies of
+    ``x`` for the backward pass. Here the gradients are written out. With :math:`\partial` for the gradient of the loss, and two thin
+    matrices (tokens, r), :math:`h = \mathrm{dropout}(x) A^T` and :math:`g = s \, \partial y \, B`:
+
+    .. math::
+        y &= (x W^T + b) + s \, h B^T \qquad
+        &\partial x &= (\partial y \, W) + \mathrm{dropout}(g A) \\
+        \partial A &= g^T \, \mathrm{dropout}(x) \qquad
+        &\partial B &= s \, \partial y^T h .
+
+    The sums are added in place to what the frozen layer computes anyway. Kept are ``x``, which others keep too, and
+    ``h``; what is dropped is drawn again from its seed (:mod:`lightning_lora.dropout`). ``h`` and ``g`` are laid out as
+    (r, tokens): products with such matrices are several times faster than with (tokens, r).
+
+    This is the way of plain tensors. Under ``torch.compile``, ``torch.func``, forward-mode differentiation and tracing,
+    and for tensors of other classes (quantised, distributed, nested), torch differentiates the composition, as it does
+    for second derivatives of the first way.
+
+    Args:
+        x: The layer's input.
+        weight: The layer's weight.
+        bias: The layer's bias, if it has one.
+        lora_A: The factor that reads the input.
+        lora_B: The factor that writes the output.
+        scaling: The factor :math:`s`, alpha over r.
+        dropout: The probability in [0, 1) that an element of ``x`` is dropped, for ``lora_A`` alone.
+
+    Shape:
+        ``x``: (\*, in), ``weight``: (out, in), ``bias``: (out), ``lora_A``: (r, in), ``lora_B``: (out, r).
+        Returns (\*, out), in the dtype of ``x``, or autocast's.
+
+    Source:
+        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1, equation 3.
+
+    Example:
+        >>> x, weight = torch.tensor([1.0, 2.0]), torch.eye(2)
+        >>> adapted_linear(x, weight, None, torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0], [0.0]]), scaling=0.5)
+        tensor([2.5000, 2.0000])
+    """
+    if torch.compiler.is_compiling() or not _are_plain(x, weight, bias, lora_A, lora_B):
+        return _composed(x, F.dropout(x, dropout), weight, bias, lora_A, lora_B, scaling)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if not torch.is_grad_enabled():
+        return _AdaptedLinear.run(x, weight, bias, lora_A, lora_B, scaling, dropout)[0]
+    return _AdaptedLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _composed(
+    x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Tensor:
+    return F.linear(x, weight, bias) + low_rank_update(dropped, lora_A, lora_B, scaling)
+
+
+def _are_plain(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether gradients of these tensors may be written out: nothing but torch's first derivatives looks at them."""
+    return (
+        x.device.type in ("cpu", "cuda")
+        and not x.is_nested
+        and x.layout is torch.strided
+        and all(t is None or type(t) is Tensor or type(t) is nn.Parameter for t in (x, *others))
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not torch.jit.is_tracing()
+        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())  # a replay would draw from the same seed
+    )
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """The derivatives of :func:`adapted_linear`, by the names that are explained there."""
+
+    @staticmethod
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        dropout: float,
+    ) -> tuple[Tensor, Tensor, int]:
+        """Return y, h and the seed of what was dropped."""
+        y, rows, a = F.linear(x, weight, bias).contiguous(), x.reshape(-1, x.shape[-1]), lora_A.to(x.dtype)
+        seed = new_seed() if dropout else 0
+        if dropout:
+            h = a.new_empty(len(a), len(rows))
+            for block, drop in drops(rows, dropout, seed):
+                h[:, block] = a @ drop(rows[block].clone(memory_format=torch.contiguous_format)).T
+        else:
+            h = a @ rows.T
+        y.view(-1, y.shape[-1]).addmm_(h.T, lora_B.to(x.dtype).T, alpha=scaling / (1 - dropout))
+        return y, h, seed
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        """Compute y."""
+        x, weight, bias, lora_A, lora_B, scaling, ctx.dropout = args
+        y, h, ctx.seed = _AdaptedLinear.run(*args)
+        ctx.scaling = scaling / (1 - ctx.dropout)
+        ctx.save_for_backward(x, weight, bias, lora_A, lora_B, h)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients of all that needs one."""
+        *inputs, h = ctx.saved_tensors
+        x, weight, _, lora_A, lora_B = inputs
+        if torch.is_grad_enabled():
+            return _AdaptedLinear.differentiable(ctx, grad, inputs)
+        rows, out = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        for_x, for_weight, for_bias, for_A, for_B, *_ = ctx.needs_input_grad
+        g = (b.T @ out.T).mul_(ctx.scaling)
+        grad_x = out @ weight if for_x else None
+        grad_A = None
+        if ctx.dropout:
+            grad_A = torch.zeros_like(a)
+            for block, drop in drops(rows, ctx.dropout, ctx.seed):
+                kept = drop(rows[block].clone(memory_format=torch.contiguous_format))
+                grad_A.addmm_(g[:, block], kept)
+                if grad_x is not None:
+                    grad_x[block].add_(drop(torch.mm(g[:, block].T, a, out=kept)))
+        else:
+            if for_A:
+                grad_A = g @ rows
+            if grad_x is not None:
+                grad_x.addmm_(g.T, a)
+        return (
+            None if grad_x is None else grad_x.view(x.shape),
+            out.T @ rows if for_weight else None,
+            out.sum(0) if for_bias else None,
+            None if grad_A is None else grad_A.to(lora_A.dtype),
+            (h @ out).mul_(ctx.scaling).T.to(lora_B.dtype) if for_B else None,
+            None,
+            None,
+        )
+
+    @staticmethod
+    def differentiable(ctx: Any, grad: Tensor, inputs: Sequence[Any]) -> tuple[Tensor | None, ...]:
+        """Compute the gradients so that they have gradients too: from the composition, with what was dropped."""
+        x, weight, bias, lora_A, lora_B = inputs
+        kept = torch.ones_like(x, memory_format=torch.contiguous_format)
+        rows = kept.view(-1, x.shape[-1])
+        for block, drop in drops(rows, ctx.dropout, ctx.seed) if ctx.dropout else ():
+            drop(rows[block])
+        y = _composed(x, x * kept, weight, bias, lora_A, lora_B, ctx.scaling)
+        wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+        gradients = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+        return tuple(next(gradients) if needed else None for needed in ctx.needs_input_grad)
 
 
 def low_rank_lookup(

@@ -151,11 +151,11 @@ class LoRALayer(InPlace, nn.Module):
             dtypes = {name: self.lora_dtype(self, self._lora_own(name)) for name in self.lora_weights()}
             weights = {n: self.lora_effective_weight(n, dropping=True).to(dtype) for n, dtype in dtypes.items()}
             return self.lora_run_on(weights, *args, **kwargs)
-        return self._lora_add(super().forward(*args, **kwargs), *args, **kwargs)
+        return self.lora_forward(*args, **kwargs)
 
-    def _lora_add(self, output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Add the update to the output of the layer itself; with DoRA, scale the sum to its magnitude."""
-        settings = self.lora_settings
+    def lora_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the layer itself, and add the update; with DoRA, scale the sum to its magnitude."""
+        output, settings = super().forward(*args, **kwargs), self.lora_settings
         if settings.dropout and self.training and self.lora_drops_input:
             if args:
                 args = (F.dropout(args[0], settings.dropout), *args[1:])

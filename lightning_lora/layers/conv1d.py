@@ -1,5 +1,7 @@
 """transformers' Conv1D, GPT-2's linear layer whose weight is laid out (in, out), with a low-rank update."""
 
+from typing import Any
+
 from torch import Tensor
 
 from lightning_lora.layers.linear import LoRALinear
@@ -27,6 +29,10 @@ class LoRAConv1D(LoRALinear):
     def lora_as_weight(matrix: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG004
         """Lay out a matrix (out, in) as (in, out)."""
         return matrix.T
+
+    def lora_forward(self, x: Tensor) -> Any:
+        """Compute both at once; with DoRA, one after the other."""
+        return super().lora_forward(x)
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, x: Tensor) -> Tensor:
         """Multiply by one factor after the other."""

@@ -1,10 +1,11 @@
 """nn.Linear with a low-rank update."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from lightning_lora.functional import low_rank_update
+from lightning_lora.functional import adapted_linear, low_rank_update
 from lightning_lora.layers.base import LayerTypes, LoRALayer
 
 
@@ -21,6 +22,18 @@ class LoRALinear(LoRALayer):
     lora_layer_types: ClassVar[LayerTypes] = (nn.Linear,)
     lora_is_linear = True
     lora_fits_dora = True
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def lora_forward(self, input: Tensor) -> Any:
+        """Compute both at once; with DoRA, one after the other."""
+        settings = self.lora_settings
+        if settings.use_dora:
+            return super().lora_forward(input)
+        dropout = settings.dropout if self.training else 0.0
+        pairs = self._lora_pairs("weight")
+        a, b = pairs[0] if len(pairs) == 1 else (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1))
+        return adapted_linear(input, self.lora_as_matrix(self.weight), self.bias, a, b, settings.scaling, dropout)
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, input: Tensor) -> Tensor:
         """Multiply by one factor after the other."""

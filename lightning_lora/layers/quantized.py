@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.layers.base import LayerTypes
+from lightning_lora.layers.base import LayerTypes, LoRALayer
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.parts import Part
 
@@ -22,6 +22,7 @@ class LoRALinear4bit(LoRALinear):
 
     lora_layer_types: ClassVar[LayerTypes] = ("bitsandbytes.nn.modules.Linear4bit",)
     lora_input = "x"
+    lora_forward = LoRALayer.lora_forward  # the layer alone can read its weight
 
     @classmethod
     def lora_parts_of(cls, layer: Any) -> tuple[Part, ...]:
