@@ -1,0 +1,69 @@
+"""Models of well-known shapes, with random weights: only their sizes matter here."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
+
+
+class Bert(nn.Module):
+    """BERT-base: 109 M parameters."""
+
+    def __init__(self, layers: int = 12) -> None:
+        super().__init__()
+        config = BertConfig(
+            num_hidden_layers=layers, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, use_cache=False
+        )
+        self.model = BertModel(config, add_pooling_layer=False)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return self.model(inputs_embeds=embeddings).last_hidden_state
+
+
+class Llama(nn.Module):
+    """Llama's layers at BERT-base's width and depth."""
+
+    def __init__(self, layers: int = 12) -> None:
+        super().__init__()
+        config = LlamaConfig(
+            hidden_size=768,
+            intermediate_size=2048,
+            num_hidden_layers=layers,
+            num_attention_heads=12,
+            vocab_size=1000,
+            use_cache=False,
+        )
+        self.model = LlamaModel(config)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return self.model(inputs_embeds=embeddings).last_hidden_state
+
+
+class Projections(nn.Module):
+    """Layers that share an input, as an attention's q, k and v do; or one layer."""
+
+    def __init__(self, width: int, count: int = 1, *, bias: bool = True) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=bias) for _ in range(count))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(x) for layer in self.layers)
+
+
+def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    """Return one forward and backward pass, with gradients for the input and whatever trains."""
+    with torch.no_grad():
+        outputs = model(x)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    gradients = [torch.randn_like(output) for output in outputs]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def run() -> None:
+        made = model(x)
+        torch.autograd.backward(made if isinstance(made, tuple) else (made,), gradients)
+        x.grad = None
+        for parameter in trained:
+            parameter.grad = None
+
+    return run

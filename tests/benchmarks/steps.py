@@ -1,0 +1,61 @@
+"""What a training step costs: forward and backward of whole models, and of single layers."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from tests.benchmarks.measure import Bench, Row, Times, overheads, row
+from tests.benchmarks.models import Bert, Llama, Projections, step
+from tests.benchmarks.ways import FLOOR, LORALIB, OURS, PEFT, PEFT_SAME, each_way, half, linear_names
+
+_PEERS = [PEFT, PEFT_SAME, LORALIB]
+
+
+def time_steps(
+    bench: Bench,
+    model: nn.Module,
+    shape: tuple[int, ...],
+    names: list[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    r: int = 8,
+    dropout: float = 0.0,
+    rounds: int | None = None,
+) -> Times:
+    """Time the steps of every way to adapt ``model``."""
+    model = model.to(bench.device, dtype)
+    x = torch.randn(shape, device=bench.device, dtype=dtype, requires_grad=True)
+    but = (PEFT_SAME,) if dtype is torch.float32 else ()
+    models = each_way(model, names, r=r, dropout=dropout, but=but)
+    return bench.take_turns({name: step(each.train(), x) for name, each in models.items()}, rounds)
+
+
+def whole_models(bench: Bench) -> Iterator[Row]:
+    """BERT's and Llama's shape, every linear layer adapted, with and without dropout; then query and value alone."""
+    shapes = (("BERT-base", Bert(), (8, 128, 768), torch.float32), ("Llama", Llama(), (4, 256, 768), torch.bfloat16))
+    for (title, model, shape, dtype), dropout, goal in zip(
+        [shapes[0], shapes[1], *shapes], [0.0, 0.0, 0.1, 0.05], [0.5, 0.6, 0.35, 0.5], strict=True
+    ):
+        case = f"{title} {half(dtype)}, all linear" + (f", dropout {dropout}" if dropout else "")
+        times = time_steps(bench, model, shape, linear_names(model), dtype=dtype, dropout=dropout)
+        yield overheads(case, times, OURS, [name for name in _PEERS if name in times], FLOOR, goal)
+        if dtype is torch.bfloat16 and not dropout:
+            yield overheads(case, times, OURS, [PEFT], FLOOR, 0.15)
+    for title, model, shape, dtype in shapes:
+        names = [
+            name for name in linear_names(model) if name.rpartition(".")[2] in ("query", "value", "q_proj", "v_proj")
+        ]
+        times = time_steps(bench, model, shape, names, dtype=dtype)
+        yield row(f"{title} {half(dtype)}, q and v", times, OURS, PEFT, FLOOR, 1.0)
+
+
+def layers(bench: Bench) -> Iterator[Row]:
+    """One wide layer; and three that share an input."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = Projections(4096)
+        times = time_steps(bench, model, (2048, 4096), linear_names(model), dtype=dtype)
+        yield row(f"one layer, d=4096, 2,048 tokens, {half(dtype)}", times, OURS, FLOOR, FLOOR, 1.02)
+    model = Projections(768, 3)
+    times = time_steps(bench, model, (2048, 768), linear_names(model))
+    yield row("q, k, v of one input, d=768, 2,048 tokens, fp32", times, OURS, FLOOR, FLOOR, 1.03)
