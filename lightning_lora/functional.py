@@ -139,7 +139,8 @@ class _AdaptedLinear(torch.autograd.Function):
                 h[:, block] = a @ drop(rows[block].clone(memory_format=torch.contiguous_format)).T
         else:
             h = a @ rows.T
-        y.view(-1, y.shape[-1]).addmm_(h.T, lora_B.to(x.dtype).T, alpha=scaling / (1 - dropout))
+        h.mul_(scaling / (1 - dropout))
+        y.view(-1, y.shape[-1]).addmm_(h.T, lora_B.to(x.dtype).T)
         return y, h, seed
 
     @staticmethod
@@ -181,7 +182,7 @@ class _AdaptedLinear(torch.autograd.Function):
             out.T @ rows if for_weight else None,
             out.sum(0) if for_bias else None,
             None if grad_A is None else grad_A.to(lora_A.dtype),
-            (h @ out).mul_(ctx.scaling).T.to(lora_B.dtype) if for_B else None,
+            (h @ out).T.to(lora_B.dtype) if for_B else None,
             None,
             None,
         )
