@@ -212,7 +212,7 @@ def merged_weights(model: nn.Module) -> list[tuple[str, nn.Parameter, Tensor]]:
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the base's own parameters by every name they have, as if no update were merged into a tied one."""
     own = {id(shown): base for _, shown, base in merged_weights(model) if isinstance(base, nn.Parameter)}
-    adapters = {id(p) for p in adapter_parameters(model).values()}
+    adapters = set(map(id, adapter_parameters(model).values()))
     named = named_parameters(model, remove_duplicate=False)
     return {name: own.get(id(p), p) for name, p in named.items() if id(p) not in adapters}
 
@@ -235,7 +235,12 @@ def base_entries(model: nn.Module) -> dict[str, Tensor]:
 
 def trained_base_parameters(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Parameter]:
     """Return those of the base's own parameters that train, by every name: modules trained whole, and biases."""
-    base = base_parameters(model)
+    return _trained_of(base_parameters(model), model, config)
+
+
+def _trained_of(base: dict[str, nn.Parameter], model: nn.Module, config: LoRAConfig) -> dict[str, nn.Parameter]:
+    if not _trains_base(config):
+        return {}
     trained = {id(p) for module in saved_modules(model, config) for p in module.parameters()}
     trained |= {id(p) for name, p in base.items() if is_saved(config, name)}
     if config.bias == "all":
@@ -244,6 +249,10 @@ def trained_base_parameters(model: nn.Module, config: LoRAConfig) -> dict[str, n
         for holder in weight_holders(model):
             trained |= {id(p) for name, p in holder._parameters.items() if "bias" in name}
     return {name: p for name, p in base.items() if id(p) in trained}
+
+
+def _trains_base(config: LoRAConfig) -> bool:
+    return bool(config.modules_to_save) or config.bias != "none"
 
 
 def weight_holders(model: nn.Module) -> list[nn.Module]:
@@ -281,7 +290,8 @@ def follow_base(model: nn.Module) -> None:
 
 def freeze(model: nn.Module, record: Record) -> None:
     """Let adapters and what else trains change, and nothing else; remember what required a gradient before."""
-    base, trained = base_parameters(model), trained_base_parameters(model, record.config)
+    base = base_parameters(model)
+    trained = _trained_of(base, model, record.config)
     for name, parameter in base.items():  # all before any is set: a tied one has several names
         record.requires_grad.setdefault(name, parameter.requires_grad)
     for name, parameter in base.items():
@@ -307,9 +317,10 @@ def _can_train(parameter: nn.Parameter) -> bool:
 
 def keep_originals(model: nn.Module, record: Record) -> None:
     """Keep on the CPU the base's values of everything that training may change beside the adapters, where not kept."""
-    base, buffers = base_parameters(model), persistent_buffers(model)
+    buffers = persistent_buffers(model)
+    base = base_parameters(model) if record.originals or _trains_base(record.config) else {}
     loaded = {name: base[name] for name in record.originals if name in base}  # values that a file gave
-    changing = {**trained_base_parameters(model, record.config), **buffers, **loaded}
+    changing = {**_trained_of(base, model, record.config), **buffers, **loaded}
     kept = {name: value for name, value in record.originals.items() if name in changing}
     kept = {name: value for name, value in kept.items() if value.shape == changing[name].shape}
     record.originals = {name: kept[name] if name in kept else _copy(tensor) for name, tensor in changing.items()}

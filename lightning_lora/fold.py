@@ -27,13 +27,14 @@ from lightning_lora.errors import AdapterStateError, LoRAWarning, MergePrecision
 from lightning_lora.inplace import is_overlaid
 from lightning_lora.layers import Adapter, LoRALayer, adapter_for, attach, repacks, unpack
 from lightning_lora.memory import shows
-from lightning_lora.names import named_parameters, own_parameter, submodule
+from lightning_lora.names import named_modules, named_parameters, own_parameter, submodule
 
 
 def attach_adapters(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
     """Put adapters on the layers of ``model`` that they are named after."""
+    modules = named_modules(model, remove_duplicate=False)
     for name, adapter in adapters.items():
-        attach(submodule(model, name), adapter)
+        attach(modules[name], adapter)
     for module, switch, off, around in _inference_paths(model):
         if any(isinstance(inner, LoRALayer) for inner in around.modules()):
             unpack(module)

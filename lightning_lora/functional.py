@@ -49,14 +49,14 @@ def adapted_linear(
     r"""Return the output of an adapted linear layer: :math:`y = x W^T + b + s \, \mathrm{dropout}(x) A^T B^T`.
 
     Composed of torch's operations, this would write each product and sum into new memory and keep a mask and copies of
-    ``x`` for the backward pass. Here the gradients are written out. With :math:`\partial` for the gradient of the loss, and two thin
-    matrices (tokens, r), :math:`h = \mathrm{dropout}(x) A^T` and :math:`g = s \, \partial y \, B`:
+    ``x`` for the backward pass. Here the gradients are written out. Let :math:`\partial` be the gradient of the
+    loss, and :math:`h = s \, \mathrm{dropout}(x) A^T` and :math:`g = s \, \partial y \, B` two thin matrices (tokens, r):
 
     .. math::
-        y &= (x W^T + b) + s \, h B^T \qquad
+        y &= (x W^T + b) + h B^T \qquad
         &\partial x &= (\partial y \, W) + \mathrm{dropout}(g A) \\
         \partial A &= g^T \, \mathrm{dropout}(x) \qquad
-        &\partial B &= s \, \partial y^T h .
+        &\partial B &= \partial y^T h .
 
     The sums are added in place to what the frozen layer computes anyway. Kept are ``x``, which others keep too, and
     ``h``; what is dropped is drawn again from its seed (:mod:`lightning_lora.dropout`). ``h`` and ``g`` are laid out as

@@ -29,14 +29,33 @@ def plain_module(module: nn.Module) -> nn.Module:
 
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Module]:
     """Return the modules of ``model`` by name; a compiled one is the module inside."""
-    named = model.named_modules(remove_duplicate=remove_duplicate)
-    return {plain_name(name): module for name, module in named}  # what is inside comes after its wrapper
+    named: dict[str, nn.Module] = {}
+    _walk(model, "", named, set() if remove_duplicate else None)
+    return named
+
+
+def _walk(module: nn.Module, name: str, named: dict[str, nn.Module], seen: set[nn.Module] | None) -> None:
+    """Add ``module`` and what is in it, in torch's order: many times as fast as its generator of generators."""
+    if seen is not None:
+        if module in seen:
+            return
+        seen.add(module)
+    named[name] = module  # in the place of its wrapper
+    for child, inner in module._modules.items():
+        if inner is not None:
+            _walk(inner, name if child == _COMPILED else f"{name}.{child}" if name else child, named, seen)
 
 
 def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
     """Return the parameters of ``model`` by name."""
-    named = model.named_parameters(remove_duplicate=remove_duplicate)
-    return {plain_name(name): parameter for name, parameter in named}
+    named, seen = {}, set[nn.Parameter]()
+    for prefix, module in named_modules(model, remove_duplicate=remove_duplicate).items():
+        for name, parameter in module._parameters.items():
+            if parameter is None or (remove_duplicate and parameter in seen):
+                continue
+            seen.add(parameter)
+            named[f"{prefix}.{name}" if prefix else name] = parameter
+    return named
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:
@@ -57,8 +76,10 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
     Raises:
         AttributeError: it holds none there: a weight may be computed from others.
     """
-    owner, _, leaf = name.rpartition(".")
-    parameter = submodule(module, owner)._parameters.get(leaf)
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        owner, _, leaf = name.rpartition(".")
+        parameter = submodule(module, owner)._parameters.get(leaf)
     if parameter is None:
         raise AttributeError(f"{type(module).__name__} has no parameter {name!r}")
     return parameter

@@ -63,12 +63,13 @@ adapted end in '0', '2'. Correct target_modules; print(summarize(model)) shows e
     read = {submodule(owner, leaf.rpartition(".")[0]) for owner, named in holders.items() for leaf in named}
     targets = set(_targets(names, config).values()) - left_out - read
     layers = {name: layer for name, layer in named_modules(model).items() if layer in targets or layer in holders}
+    _check_any(names, config, layers)
     _check_supported(names, config, layers, targets)
     choices = {name: _choice(names, config, name, layer, holders.get(layer)) for name, layer in layers.items()}
     choices = {
         name: without for name, choice in choices.items() if (without := _without(name, choice, saved, excluded))
     }
-    _check_supported(names, config, {name: choice.layer for name, choice in choices.items()}, targets)
+    _check_any(names, config, choices)
     _check_patterns(names, config, choices)
     _check_names(choices)
     _check_ranks(choices, config.modules_to_save)
@@ -78,6 +79,8 @@ adapted end in '0', '2'. Correct target_modules; print(summarize(model)) shows e
 
 def saved_modules(model: nn.Module, config: LoRAConfig) -> Iterator[nn.Module]:
     """Yield the modules of ``model`` that ``modules_to_save`` names."""
+    if not config.modules_to_save:
+        return
     for name, module in named_modules(model, remove_duplicate=False).items():
         if is_saved(config, name):
             yield module
@@ -235,10 +238,12 @@ def _own_weight(module: nn.Module) -> nn.Parameter | None:
     return base if isinstance(base, nn.Parameter) else module._parameters.get("weight")
 
 
-def _check_supported(
-    names: Names, config: LoRAConfig, layers: dict[str, nn.Module], targets: Collection[nn.Module]
-) -> None:
-    shown = list(config.target_modules) if isinstance(config.target_modules, tuple) else config.target_modules
+def _check_any(names: Names, config: LoRAConfig, layers: Collection[str]) -> None:
+    """Refuse to adapt nothing.
+
+    Raises:
+        TargetError: no layer is left.
+    """
     if not layers:
         fit = {type(layer).__name__: name for name, layer in names.modules.items() if not why_not(names, name, layer)}
         others = ", ".join(f"{kind} ({name!r})" for kind, name in list(fit.items())[:5])
@@ -248,9 +253,19 @@ def _check_supported(
             else f"Expected at least one {supported_types()} layer. Correct target_modules."
         )
         raise TargetError(
-            f"target_modules {shown!r} leave no layer of {names.title} to adapt that exclude_modules and "
+            f"target_modules {_shown(config)!r} leave no layer of {names.title} to adapt that exclude_modules and "
             f"modules_to_save do not take out. {hint} ({SEE_ALL}.)"
         )
+
+
+def _check_supported(
+    names: Names, config: LoRAConfig, layers: dict[str, nn.Module], targets: Collection[nn.Module]
+) -> None:
+    """Refuse targets that cannot be adapted.
+
+    Raises:
+        TargetError: there are such layers.
+    """
     refused = {name: why for name, layer in layers.items() if layer in targets and (why := why_not(names, name, layer))}
     if refused:
         reasons = "; ".join(f"{name!r}: {why}" for name, why in list(refused.items())[:5])
@@ -259,9 +274,13 @@ def _check_supported(
         supported = f"Supported are {supported_types()} and their subclasses. " if unknown else ""
         remedy = f", or leave these out: exclude_modules={list(refused)[:5]}" if len(refused) < len(layers) else ""
         raise TargetError(
-            f"target_modules {shown!r} match layers of {names.title} that cannot be adapted ({reasons}{more}). "
-            f"{supported}Name other layers{remedy}."
+            f"target_modules {_shown(config)!r} match layers of {names.title} that cannot be adapted "
+            f"({reasons}{more}). {supported}Name other layers{remedy}."
         )
+
+
+def _shown(config: LoRAConfig) -> object:
+    return list(config.target_modules) if isinstance(config.target_modules, tuple) else config.target_modules
 
 
 def _check_patterns(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:

@@ -472,8 +472,12 @@ def attach(layer: nn.Module, adapter: Adapter) -> None:
     """Put ``adapter`` on ``layer``, which stays the same object and computes ``W + ΔW`` from now on."""
     overlay(layer, adapter.kind)
     assert isinstance(layer, LoRALayer)
-    for name, parameter in adapter.parameters.items():
-        setattr(layer, name, parameter)
-    layer.lora_settings, layer.lora_parts = adapter.settings, adapter.parts
-    layer.lora_started_on, layer.lora_bases = adapter.started_on, adapter.bases
-    layer.lora_enabled, layer.lora_merged = True, bool(adapter.bases)
+    layer._parameters.update(adapter.parameters)
+    vars(layer).update(
+        lora_settings=adapter.settings,
+        lora_parts=adapter.parts,
+        lora_started_on=adapter.started_on,
+        lora_bases=adapter.bases,
+        lora_enabled=True,
+        lora_merged=bool(adapter.bases),
+    )

@@ -33,7 +33,7 @@ def start(
     with torch.no_grad():
         for part in parts:
             a, b = parameters[part.factor("A")], parameters[part.factor("B")]
-            if not settings.starts_from_base:
+            if not settings.starts_from_base and not a.is_meta:
                 init_factors(*((a, b) if kind.lora_zero == "B" else (b, a)), settings.init)
             if not (settings.starts_from_base or settings.use_dora):
                 continue
