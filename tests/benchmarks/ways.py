@@ -1,7 +1,7 @@
 """The ways to fine-tune that are compared. Each adapts the same layers, in place, at the same rank."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -65,17 +65,16 @@ WAYS: dict[str, Callable[[nn.Module, list[str], int, float], nn.Module]] = {
 
 
 def each_way(
-    model: nn.Module, names: list[str], *, r: int = 8, dropout: float = 0.0, but: tuple[str, ...] = ()
+    model: nn.Module, names: list[str], *, r: int = 8, dropout: float = 0.0, only: Collection[str] = tuple(WAYS)
 ) -> dict[str, nn.Module]:
     """Adapt copies of ``model`` in every way. The adapters have trained: no factor is zero."""
     models = {}
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}  # one base for all, as in memory as in caches
-    for name, way in WAYS.items():
-        if name not in but:
-            models[name] = way(copy.deepcopy(model, dict(shared)), names, r, dropout)
-            for parameter in models[name].parameters():
-                if parameter.requires_grad:
-                    nn.init.normal_(parameter, std=0.01)
+    for name in only:
+        models[name] = WAYS[name](copy.deepcopy(model, dict(shared)), names, r, dropout)
+        for parameter in models[name].parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.01)
     return models
 
 

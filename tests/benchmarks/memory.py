@@ -1,0 +1,64 @@
+"""Memory: what is kept for the backward pass, how a process grows, and what an exact un-merge needs."""
+
+import json
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from lightning_lora import LoRAConfig, inject_adapters, merge_adapters
+from tests.benchmarks.measure import Bench, Row, in_new_process, peak_growth, saved_bytes
+from tests.benchmarks.models import Bert, Llama, Projections, step
+from tests.benchmarks.ways import FLOOR, LORALIB, OURS, PEFT, PEFT_SAME, WAYS, each_way, half, linear_names
+
+_SHAPES = {
+    "BERT-base": (Bert, (8, 128, 768), torch.float32, 0.1),
+    "Llama": (Llama, (4, 256, 768), torch.bfloat16, 0.05),
+}
+
+
+def memory(bench: Bench) -> Iterator[Row]:
+    """Bytes that autograd keeps, and the peak of a whole process."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for dropout in (0.0, 0.1):
+            model = Projections(768).to(bench.device, dtype)
+            x = torch.randn(2048, 768, device=bench.device, dtype=dtype, requires_grad=True)
+            kept = {}
+            for name, each in each_way(model, linear_names(model), dropout=dropout).items():
+                each.train()
+                kept[name] = saved_bytes(lambda each=each: each(x)[0], [x, *each.parameters()]) / x.nbytes
+            case = f"kept for backward beyond x, d=768, {half(dtype)}" + (f", dropout {dropout}" if dropout else "")
+            yield Row(case, "share of x", kept[OURS], 0.02, None, kept)
+    if sys.platform == "linux":
+        for title, (_, _, dtype, dropout) in _SHAPES.items():
+            names = [FLOOR, OURS, PEFT, LORALIB] + [PEFT_SAME] * (dtype is torch.bfloat16)
+            grown = {name: in_new_process("tests.benchmarks.memory", title, name) for name in names}
+            details = {name: bytes_ / grown[FLOOR] for name, bytes_ in grown.items() if name != FLOOR}
+            goal = 0.5 if title == "Llama" else None
+            case = f"{title} {half(dtype)}, dropout {dropout}: growth of a process in a step"
+            yield Row(case, "bytes over peft", grown[OURS] / grown[PEFT], goal, None, details)
+    model = Projections(2048, 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        adapted = Projections(2048, 2).to(dtype)
+        inject_adapters(adapted, LoRAConfig(r=8))
+        for layer in adapted.layers:
+            torch.nn.init.normal_(layer.lora_B, std=0.01)
+        merge_adapters(adapted)
+        held = sum(base.nbytes for layer in adapted.layers for base in layer.lora_bases.values())
+        merged = sum(layer.weight.nbytes for layer in adapted.layers)
+        yield Row(f"held for an exact un-merge, {half(dtype)}", "share of the weights", held / merged, 0.2)
+
+
+def grow(title: str, way: str) -> int:
+    """Return how much memory two steps of one way take at most, in this process."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    make, shape, dtype, dropout = _SHAPES[title]
+    model = make().to(dtype)
+    adapted = WAYS[way](model, linear_names(model), 8, dropout).train()
+    run = step(adapted, torch.randn(shape, dtype=dtype, requires_grad=True))
+    return peak_growth(lambda: (run(), run()))
+
+
+if __name__ == "__main__":
+    print(json.dumps(grow(*sys.argv[1:])))
