@@ -7,8 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 18  # elements: a copy of so many stays in a core's cache
-_BLOCK_ON_DEVICE = 1 << 26
+from lightning_lora.blocks import row_blocks
 
 
 def new_seed() -> int:
@@ -50,13 +49,10 @@ def drops(rows: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Callable[[
         0.75
     """
     generator = torch.Generator(rows.device).manual_seed(seed)
-    on_cpu, width = rows.device.type == "cpu", max(1, rows.shape[1])
-    step = max(1, (_BLOCK if on_cpu else _BLOCK_ON_DEVICE) // width)
-    for start in range(0, len(rows), step):
-        block = slice(start, min(start + step, len(rows)))
-        shape = (block.stop - start, rows.shape[1])
-        if on_cpu:
-            places = _by_gaps(shape[0] * shape[1], p, generator)
+    for block in row_blocks(rows):
+        shape = rows[block].shape
+        if rows.device.type == "cpu":
+            places = _by_gaps(shape.numel(), p, generator)
             yield block, partial(_zero_places, places=places)
         else:
             mask = torch.rand(shape, device=rows.device, generator=generator).lt_(p).bool()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from lightning_lora.blocks import row_blocks
 from lightning_lora.dropout import drops, new_seed
 
 
@@ -266,6 +267,34 @@ def added(weight: Tensor, delta: Tensor) -> Tensor:
     return weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
 
 
+def merged(weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], scaling: float) -> tuple[Tensor, float]:
+    r"""Return :math:`W + \Delta W`, rounded once, to the dtype of :math:`W`; and what was lost, as :func:`lost_share`.
+
+    Args:
+        weight: The base's weight.
+        pairs: Factors A and B, whose products add up to :math:`\Delta W / s`.
+        scaling: The factor :math:`s`.
+
+    Shape:
+        ``weight``: (out, in); each A: (r, in), each B: (out, r). Returns (out, in).
+
+    Example:
+        >>> merged(torch.ones(1, 2), [(torch.ones(1, 2), torch.ones(1, 1))], scaling=0.5)
+        (tensor([[1.5000, 1.5000]]), 0.0)
+    """
+    values, squares = torch.empty_like(weight), torch.zeros(2, dtype=torch.float64, device=weight.device)
+    for rows in row_blocks(weight):
+        first, *others = (delta_weight(a, b[rows], scaling) for a, b in pairs)
+        delta = sum(others, first)
+        if delta.dtype == weight.dtype:
+            torch.add(weight[rows], delta, out=values[rows])
+            continue
+        effective = added(weight[rows], delta)
+        values[rows] = effective
+        squares += _lost_and_size(weight[rows], effective, values[rows]).square()
+    return values, _share(squares.sqrt())
+
+
 def lost_share(weight: Tensor, effective: Tensor, merged: Tensor) -> float:
     r"""Return how much of an update rounding took: the norm of what is lost, over that of the update.
 
@@ -284,11 +313,17 @@ def lost_share(weight: Tensor, effective: Tensor, merged: Tensor) -> float:
         >>> lost_share(weight, effective, effective.bfloat16())
         1.0
     """
-    if weight.dtype == effective.dtype:
-        return 0.0
-    size = (effective - weight.to(effective.dtype)).norm()
-    lost = (merged.to(effective.dtype) - effective).norm()
-    return float(lost / size) if size else 0.0
+    return 0.0 if weight.dtype == effective.dtype else _share(_lost_and_size(weight, effective, merged))
+
+
+def _lost_and_size(weight: Tensor, effective: Tensor, merged: Tensor) -> Tensor:
+    """The norms of what rounding took from an update, and of the update."""
+    return torch.stack([(merged - effective).norm(), (effective - weight).norm()])
+
+
+def _share(lost_and_size: Tensor) -> float:
+    lost, size = lost_and_size.tolist()
+    return lost / size if size else 0.0
 
 
 def row_norms(matrix: Tensor) -> Tensor:

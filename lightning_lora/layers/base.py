@@ -16,6 +16,7 @@ from lightning_lora.functional import (
     delta_weight,
     lost_share,
     magnitude_scale,
+    merged,
     wide,
 )
 from lightning_lora.inplace import InPlace, Made, overlay, twin_of, uncover
@@ -73,6 +74,7 @@ class LoRALayer(InPlace, nn.Module):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     _lora_computes_itself: ClassVar[bool]
+    _lora_is_matrix: ClassVar[bool]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Note, for a class laid over a layer's, whether that layer computes in a way of its own."""
@@ -80,6 +82,7 @@ class LoRALayer(InPlace, nn.Module):
         if "overlaid" in cls.__dict__:
             base: Any = cls.overlaid[1]
             known = next((ancestor for ancestor in base.__mro__ if cls.lora_adapts(ancestor)), base)
+            cls._lora_is_matrix = cls.lora_as_matrix is LoRALayer.lora_as_matrix
             cls._lora_computes_itself = any(getattr(base, m) is not getattr(known, m) for m in cls.lora_methods)
 
     # What a subclass says
@@ -264,12 +267,11 @@ class LoRALayer(InPlace, nn.Module):
             return 0.0
         lost = []
         with torch.inference_mode(False), torch.no_grad():
-            merged = {}
+            shown = {}
             for name in self.lora_weights():
-                weight, effective = own_parameter(self, name), self.lora_effective_weight(name)
-                merged[name] = effective.to(weight.dtype)
-                lost.append(lost_share(weight, effective, merged[name]))
-            for name, values in merged.items():
+                shown[name], share = self._lora_merged(name)
+                lost.append(share)
+            for name, values in shown.items():
                 weight = own_parameter(self, name)
                 if name in tied:
                     self.lora_bases[name] = weight
@@ -279,8 +281,17 @@ class LoRALayer(InPlace, nn.Module):
                     weight.data = values
         self.lora_merged = True
         self._lora_changed()
-        _MERGED[self] = {name: Seen.of(own_parameter(self, name)) for name in merged}
+        _MERGED[self] = {name: Seen.of(own_parameter(self, name)) for name in shown}
         return max(lost, key=lambda share: (not share < float("inf"), share))
+
+    def _lora_merged(self, name: str) -> tuple[Tensor, float]:
+        """A weight with its update, in its own dtype, and the share of the update that was lost."""
+        weight = own_parameter(self, name)
+        if self._lora_is_matrix and weight.dim() == 2 and not self.lora_settings.use_dora:
+            return merged(weight, self._lora_pairs(name), self.lora_settings.scaling)
+        effective = self.lora_effective_weight(name)
+        values = effective.to(weight.dtype)
+        return values, lost_share(weight, effective, values)
 
     def lora_is_as_merged(self) -> bool:
         """Whether the merged weights are those that :meth:`lora_merge` left, or copies of them; or none is merged."""

@@ -13,7 +13,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Run = Callable[[], object]
 Times = dict[str, list[float]]
@@ -114,19 +114,19 @@ def overheads(case: str, times: Times, of: str, peers: list[str], floor: str, go
     return Row(case, f"overhead over that of {best}", share, goal, middle_half(rounds), details)
 
 
-def saved_bytes(run: Callable[[], Tensor], not_counted: list[Tensor]) -> int:
-    """Return how many bytes autograd keeps from a forward pass, beside some tensors and all parameters."""
-    known = {t.untyped_storage().data_ptr() for t in not_counted}
+def saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """Return how many bytes autograd keeps from a forward pass, beside the input and the parameters."""
+    known = {t.untyped_storage().data_ptr() for t in (x, *model.parameters())}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if not (tensor.is_leaf and tensor.requires_grad) and storage.data_ptr() not in known:
+        if storage.data_ptr() not in known:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = run()  # alive until everything is counted, so that no memory is given out twice
+        output = model(x)  # alive until everything is counted, so that no memory is given out twice
     del output
     return sum(kept.values())
 

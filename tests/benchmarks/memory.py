@@ -25,8 +25,7 @@ def memory(bench: Bench) -> Iterator[Row]:
             x = torch.randn(2048, 768, device=bench.device, dtype=dtype, requires_grad=True)
             kept = {}
             for name, each in each_way(model, linear_names(model), dropout=dropout).items():
-                each.train()
-                kept[name] = saved_bytes(lambda each=each: each(x)[0], [x, *each.parameters()]) / x.nbytes
+                kept[name] = saved_bytes(each.train(), x) / x.nbytes
             case = f"kept for backward beyond x, d=768, {half(dtype)}" + (f", dropout {dropout}" if dropout else "")
             yield Row(case, "share of x", kept[OURS], 0.02, None, kept)
     if sys.platform == "linux":

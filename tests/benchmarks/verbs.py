@@ -65,7 +65,9 @@ def _injections(bench: Bench, make: Callable[[], nn.Module]) -> dict[str, list[f
 
 def _import(bench: Bench) -> Row:
     """Time the import after Lightning's, in new processes."""
-    code = "import lightning.pytorch, time; t = time.perf_counter(); import lightning_lora; print(time.perf_counter() - t)"
+    code = (
+        "import lightning.pytorch, time; t = time.perf_counter(); import lightning_lora; print(time.perf_counter() - t)"
+    )
     seconds = [
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
         for _ in range(bench.rounds)
