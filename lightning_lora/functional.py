@@ -50,8 +50,8 @@ def adapted_linear(
     r"""Return the output of an adapted linear layer: :math:`y = x W^T + b + s \, \mathrm{dropout}(x) A^T B^T`.
 
     Composed of torch's operations, this would write each product and sum into new memory and keep a mask and copies of
-    ``x`` for the backward pass. Here the gradients are written out. Let :math:`\partial` be the gradient of the
-    loss, and :math:`h = s \, \mathrm{dropout}(x) A^T` and :math:`g = s \, \partial y \, B` two thin matrices (tokens, r):
+    ``x`` for the backward pass. Here the gradients are written out. With :math:`\partial` for the gradient
+    of the loss, and two thin matrices, :math:`h = s \, \mathrm{dropout}(x) A^T` and :math:`g = s \, \partial y \, B`:
 
     .. math::
         y &= (x W^T + b) + h B^T \qquad
@@ -62,6 +62,8 @@ def adapted_linear(
     The sums are added in place to what the frozen layer computes anyway. Kept are ``x``, which others keep too, and
     ``h``; what is dropped is drawn again from its seed (:mod:`lightning_lora.dropout`). ``h`` and ``g`` are laid out as
     (r, tokens): products with such matrices are several times faster than with (tokens, r).
+
+    For many more tokens than features, the sum :math:`W + s B A` is what is multiplied, in both passes.
 
     This is the way of plain tensors. Under ``torch.compile``, ``torch.func``, forward-mode differentiation and tracing,
     and for tensors of other classes (quantised, distributed, nested), torch differentiates the composition, as it does
@@ -118,6 +120,28 @@ def _are_plain(x: Tensor, *others: Tensor | None) -> bool:
     )
 
 
+def _pays_to_update(rows: Tensor, weight: Tensor, dropout: float) -> bool:
+    r"""Whether to multiply by :math:`W + \Delta W`, made anew in each pass, instead of adding to two products with W.
+
+    That costs r in out multiplications, twice, where adding costs r (in + out) for each row: from twice as many rows as
+    make these equal it pays, whatever r (Cherniuk et al. 2023, "Run LoRA Run", section 3). But only where the sum keeps
+    a small update: not in half precision, nor where torch rounds the factors of float32 products.
+    """
+    writes, reads = weight.shape
+    if dropout or len(rows) * (writes + reads) < 4 * writes * reads:
+        return False
+    try:
+        exact = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # some backends round and others do not
+        exact = False
+    return weight.dtype is torch.float64 or (weight.dtype is torch.float32 and exact)
+
+
+def _updated(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """W + ΔW, laid out as W is, so that a product with it takes the same way."""
+    return torch.addmm(weight, lora_B, lora_A, alpha=scaling, out=torch.empty_like(weight))
+
+
 class _AdaptedLinear(torch.autograd.Function):
     """The derivatives of :func:`adapted_linear`, by the names that are explained there."""
 
@@ -130,9 +154,12 @@ class _AdaptedLinear(torch.autograd.Function):
         lora_B: Tensor,
         scaling: float,
         dropout: float,
-    ) -> tuple[Tensor, Tensor, int]:
-        """Return y, h and the seed of what was dropped."""
-        y, rows, a = F.linear(x, weight, bias).contiguous(), x.reshape(-1, x.shape[-1]), lora_A.to(x.dtype)
+    ) -> tuple[Tensor, Tensor | None, int]:
+        """Return y, h if it was needed, and the seed of what was dropped."""
+        rows, a, b = x.reshape(-1, x.shape[-1]), lora_A.to(x.dtype), lora_B.to(x.dtype)
+        if _pays_to_update(rows, weight, dropout):
+            return F.linear(x, _updated(weight, a, b, scaling), bias), None, 0
+        y = F.linear(x, weight, bias).contiguous()
         seed = new_seed() if dropout else 0
         if dropout:
             h = a.new_empty(len(a), len(rows))
@@ -141,7 +168,7 @@ class _AdaptedLinear(torch.autograd.Function):
         else:
             h = a @ rows.T
         h.mul_(scaling / (1 - dropout))
-        y.view(-1, y.shape[-1]).addmm_(h.T, lora_B.to(x.dtype).T)
+        y.view(-1, y.shape[-1]).addmm_(h.T, b.T)
         return y, h, seed
 
     @staticmethod
@@ -164,6 +191,9 @@ class _AdaptedLinear(torch.autograd.Function):
         a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
         for_x, for_weight, for_bias, for_A, for_B, *_ = ctx.needs_input_grad
         g = (b.T @ out.T).mul_(ctx.scaling)
+        updates = h is None
+        if updates:
+            h, weight = (a @ rows.T).mul_(ctx.scaling), _updated(weight, a, b, ctx.scaling)
         grad_x = out @ weight if for_x else None
         grad_A = None
         if ctx.dropout:
@@ -176,7 +206,7 @@ class _AdaptedLinear(torch.autograd.Function):
         else:
             if for_A:
                 grad_A = g @ rows
-            if grad_x is not None:
+            if grad_x is not None and not updates:
                 grad_x.addmm_(g.T, a)
         return (
             None if grad_x is None else grad_x.view(x.shape),
