@@ -96,6 +96,11 @@ def adapted_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if not torch.is_grad_enabled():
+        if (
+            x.numel() <= lora_A.numel() and not dropout
+        ):  # a few tokens, for which calls cost more than what they compute
+            update = F.linear(F.linear(x.to(lora_A.dtype), lora_A), lora_B)
+            return F.linear(x, weight, bias).add_(update, alpha=scaling)
         return _AdaptedLinear.run(x, weight, bias, lora_A, lora_B, scaling, dropout)[0]
     return _AdaptedLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -106,13 +111,16 @@ def _composed(
     return F.linear(x, weight, bias) + low_rank_update(dropped, lora_A, lora_B, scaling)
 
 
+_PLAIN = {Tensor, nn.Parameter, type(None)}
+
+
 def _are_plain(x: Tensor, *others: Tensor | None) -> bool:
     """Whether gradients of these tensors may be written out: nothing but torch's first derivatives looks at them."""
     return (
-        x.device.type in ("cpu", "cuda")
+        _PLAIN.issuperset(map(type, (x, *others)))
+        and x.device.type in ("cpu", "cuda")
         and not x.is_nested
         and x.layout is torch.strided
-        and all(t is None or type(t) is Tensor or type(t) is nn.Parameter for t in (x, *others))
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not torch.jit.is_tracing()

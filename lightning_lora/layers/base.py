@@ -229,9 +229,9 @@ class LoRALayer(InPlace, nn.Module):
     def _lora_stacked(self, name: str, start: str = "") -> tuple[Tensor, Tensor]:
         """The factors of all parts of a weight as one pair: what A reads one above the other, B in blocks beside it."""
         parts = [part for part in self.lora_parts if part.weight == name]
-        pairs = [(getattr(self, p.factor("A" + start)), getattr(self, p.factor("B" + start))) for p in parts]
         if len(parts) == 1 and parts[0].is_whole:
-            return pairs[0]
+            return getattr(self, parts[0].factor("A" + start)), getattr(self, parts[0].factor("B" + start))
+        pairs = [(getattr(self, p.factor("A" + start)), getattr(self, p.factor("B" + start))) for p in parts]
         blocks = [
             F.pad(b, (0, 0, p.first, p.rows - p.first - p.writes)) for p, (_, b) in zip(parts, pairs, strict=True)
         ]

@@ -31,8 +31,9 @@ class LoRALinear(LoRALayer):
         if settings.use_dora:
             return super().lora_forward(input)
         dropout = settings.dropout if self.training else 0.0
-        pairs = self._lora_pairs("weight")
-        a, b = pairs[0] if len(pairs) == 1 else (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1))
+        (a, b), *others = self._lora_pairs("weight")
+        if others:
+            a, b = torch.cat([a, *(a for a, _ in others)]), torch.cat([b, *(b for _, b in others)], dim=1)
         return adapted_linear(input, self.lora_as_matrix(self.weight), self.bias, a, b, settings.scaling, dropout)
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, input: Tensor) -> Tensor:

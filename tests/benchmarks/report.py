@@ -1,0 +1,106 @@
+"""What was measured, as a table, as JSON and as pictures."""
+
+import json
+import os
+import platform
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from tests.benchmarks.measure import Bench, Row
+
+
+def table(title: str, rows: Iterable[Row]) -> Table:
+    """Lay out rows for a terminal: the number, its goal, and all ways over the same floor."""
+    made = Table("what", "measure", "ours", "middle half", "goal", "", "all, over the same floor", title=title)
+    for row in rows:
+        spread = "" if row.spread is None else f"{row.spread[0]:.3g} – {row.spread[1]:.3g}"
+        goal = "" if row.goal is None else f"≤ {row.goal:g}"
+        met = "" if row.goal is None else "[green]✓[/]" if row.value <= row.goal else "[red]✗[/]"
+        details = " · ".join(f"{name} {value:.3g}" for name, value in row.details.items())
+        made.add_row(row.case, row.measure, f"{row.value:.4g}", spread, goal, met, details)
+    return made
+
+
+def machine(bench: Bench) -> dict[str, Any]:
+    """Say on what the numbers were taken."""
+    cpu = next(
+        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    card = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else None
+    packages = ("torch", "lightning", "transformers", "peft", "loralib")
+    return {
+        "device": card or cpu,
+        "threads": torch.get_num_threads(),
+        "rounds": bench.rounds,
+        "versions": {name: version(name) for name in packages},
+        "allocator": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def write(rows: list[Row], bench: Bench, folder: Path) -> None:
+    """Write ``results.json``, and a picture of each sweep."""
+    folder.mkdir(parents=True, exist_ok=True)
+    results = {"machine": machine(bench), "rows": [row.as_dict() for row in rows]}
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    sweeps: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.case.startswith("sweep over "):
+            sweeps.setdefault(row.case.removeprefix("sweep over "), []).append(row)
+    for title, points in sweeps.items():
+        _plot(title, points, folder / f"{title.partition(' (')[0]}{len(list(folder.glob('*.png')))}.png")
+    kept = [row for row in rows if row.case.startswith("kept for backward")]
+    if kept:
+        _bars("bytes kept for backward, in inputs x", kept, folder / "memory.png")
+
+
+def _plot(title: str, points: list[Row], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name in points[0].details:
+        ours = name in ("lightning_lora",)
+        style = {"linewidth": 2.5, "zorder": 3} if ours else {"linestyle": "--" if "always" in name else "-"}
+        values = [point.details[name] for point in points]
+        axes.plot([float(p.measure) for p in points], values, marker="o", markersize=4, label=name, **style)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel=title, ylabel="step over that of the frozen layer", title=f"Overhead by {title}")
+    axes.set_xticks([float(p.measure) for p in points], [p.measure for p in points])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _bars(title: str, rows: list[Row], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = [name for name in rows[0].details if name != "frozen"]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for place, name in enumerate(names):
+        at = [i + (place - (len(names) - 1) / 2) * 0.2 for i in range(len(rows))]
+        bars = axes.bar(at, [row.details[name] for row in rows], width=0.18, label=name)
+        axes.bar_label(bars, fmt="%.2f", fontsize=7)
+    labels = [row.case.removeprefix("kept for backward beyond x, d=768, ") for row in rows]
+    axes.set_xticks(range(len(rows)), labels)
+    axes.set(ylabel="bytes over those of x", title=title[0].upper() + title[1:])
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,52 @@
+"""The benchmarks measure what they say. (What they find is in no test: it would fail with the weather.)"""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+
+from tests.benchmarks.measure import Bench, overheads, ratios, row, saved_bytes
+from tests.benchmarks.models import Bert, Llama, Projections, step
+from tests.benchmarks.ways import FLOOR, OURS, each_way, linear_names
+
+BENCH = Bench(torch.device("cpu"), rounds=5)
+
+
+def test_alternatives_take_turns_and_ratios_are_of_one_round() -> None:
+    order: list[str] = []
+    times = BENCH.take_turns({name: lambda name=name: order.append(name) for name in "abc"})  # type: ignore[misc]
+    assert [sorted(order[i : i + 3]) for i in range(0, len(order), 3)] == [list("abc")] * 7  # two to warm up
+    assert all(len(each) == 5 for each in times.values())
+    assert ratios({"a": [2.0, 6.0], "b": [1.0, 2.0]}, "a", "b") == [2.0, 3.0]
+
+
+def test_a_slower_run_is_seen_to_be_slower() -> None:
+    def wait(seconds: float) -> None:
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            pass
+
+    times = BENCH.take_turns({"floor": lambda: wait(0.001), "ours": lambda: wait(0.002), "peer": lambda: wait(0.005)})
+    assert row("case", times, "ours", "floor", "floor").value > 1
+    assert overheads("case", times, "ours", ["peer"], "floor").value < 1
+
+
+def test_bytes_that_autograd_keeps_are_counted_once() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), torch.ones(16, 8, requires_grad=True)
+    assert saved_bytes(model, x) == 16 * 8 * 4  # the tanh's output, which the second layer keeps too
+
+
+@pytest.mark.parametrize("make", [lambda: Bert(1), lambda: Llama(1), lambda: Projections(768, 2)])
+def test_models_compute_the_same_in_both_ways_while_nothing_is_trained(make: object) -> None:
+    model = make()  # type: ignore[operator]
+    x = torch.randn(1, 4, 768, requires_grad=True)
+    models = each_way(model, linear_names(model), only=(FLOOR, OURS))
+    weights = {id(p) for p in models[FLOOR].parameters()}
+    assert weights <= {id(p) for p in models[OURS].parameters()}  # one base, one place in the caches
+    assert not any(p.requires_grad for p in models[FLOOR].parameters())
+    for each in models.values():
+        step(each, x)()
+        assert x.grad is None
