@@ -37,7 +37,8 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", choices=[*CASES, []], help=f"some of {', '.join(CASES)}; all by default")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each alternative (at least 2)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; on cuda, compiled variants are measured too")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--compiled", metavar="MODE", help="measure compiled steps too: default, reduce-overhead, ...")
     parser.add_argument("--output", type=Path, help="a folder for results.json and the pictures")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
@@ -45,7 +46,7 @@ def main() -> None:
     random.seed(0)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    bench, console, rows = Bench(torch.device(asked.device), asked.rounds), Console(width=_WIDTH), []
+    bench, console, rows = Bench(torch.device(asked.device), asked.rounds, asked.compiled), Console(width=_WIDTH), []
     console.print(machine(bench))
     for name in asked.cases or CASES:
         with console.status(name):

@@ -50,10 +50,12 @@ class Bench:
     Args:
         device: Where models run.
         rounds: How often each alternative has its turn.
+        compiled: A mode of ``torch.compile`` in which training steps are measured too.
     """
 
     device: torch.device
     rounds: int
+    compiled: str | None = None
 
     def take_turns(self, runs: Mapping[str, Run], rounds: int | None = None) -> Times:
         """Time each run once a round, in seconds, after two rounds to warm up."""

@@ -28,6 +28,8 @@ def time_steps(
     x = torch.randn(shape, device=bench.device, dtype=dtype, requires_grad=True)
     only = [name for name in WAYS if name != PEFT_SAME or dtype is not torch.float32]
     models = each_way(model, names, r=r, dropout=dropout, only=only)
+    if bench.compiled:
+        models |= {f"{name}, compiled": torch.compile(each, mode=bench.compiled) for name, each in models.items()}
     return bench.take_turns({name: step(each.train(), x) for name, each in models.items()}, rounds)
 
 
