@@ -89,6 +89,46 @@ def test_gradients_pass_torchs_check_to_the_second_order(dropout: float) -> None
     assert torch.autograd.gradgradcheck(compute, tensors)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_that_have_gradients_are_the_same_gradients(dropout: float) -> None:
+    torch.manual_seed(0)
+    tensors = inputs(2, 3, 40, out=30)
+    output = adapted_linear(*tensors, 0.7, dropout)
+    grad = torch.randn_like(output)
+    first = torch.autograd.grad(output, tensors, grad, retain_graph=True)
+    for one, other in zip(first, torch.autograd.grad(output, tensors, grad, create_graph=True), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+# The rule that chooses between W x + B A x and (W + B A) x
+
+
+@pytest.mark.parametrize("tokens", [4, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_weights_are_updated_for_many_tokens_where_no_small_update_is_lost(
+    tokens: int, dtype: torch.dtype, precision: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    monkeypatch.setattr(functional, "_updated", lambda w, a, b, s: made.append(w) or w + s * b @ a)  # type: ignore[func-returns-value]
+    x, weight, bias, a, b = inputs(tokens, 2, out=3, r=1, dtype=dtype)  # 4.8 tokens are twice the mean of 2 and 3
+    torch.set_float32_matmul_precision(precision)
+    try:
+        adapted_linear(x, weight, bias, a, b, 1.0, dropout)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    loses = dtype is torch.bfloat16 or (dtype is torch.float32 and precision != "highest")
+    assert bool(made) is (tokens == 5 and not dropout and not loses)
+
+
+def test_a_fresh_update_changes_nothing_whatever_the_form_and_the_layout() -> None:
+    for tokens in (3, 500):
+        x, weight, bias, a, b = inputs(tokens, 48, out=40, dtype=torch.float32)
+        for laid_out in (weight, weight.detach().T.contiguous().T):
+            assert torch.equal(adapted_linear(x, laid_out, bias, a, b * 0, 1.0), F.linear(x, laid_out, bias))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("adapters", [torch.float32, None])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
