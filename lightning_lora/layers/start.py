@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.digests import digest
-from lightning_lora.functional import init_factors, principal_factors, row_norms, wide
+from lightning_lora.functional import row_norms, wide
 from lightning_lora.layers.parts import MAGNITUDE, Adapter, Part, Settings
 from lightning_lora.names import own_parameter
 
@@ -75,3 +75,69 @@ def new_adapter(kind: Any, layer: nn.Module, parts: tuple[Part, ...], settings: 
             parameters[MAGNITUDE] = nn.Parameter(magnitude)
     started_on = start(layer, kind, parts, settings, parameters)
     return Adapter(kind, settings, parts, parameters, started_on)
+
+
+# The factors themselves
+
+
+def init_factors(reading: Tensor, writing: Tensor, init: str) -> None:
+    """Start a pair of factors in place: the one at random, the other at zero, so that their product is zero.
+
+    Args:
+        reading: The factor to start at random: ``"kaiming"`` as nn.Linear starts its weight, ``"gaussian"`` with a
+            standard deviation of one over r.
+        writing: The factor to start at zero.
+        init: Which of the two.
+
+    Shape:
+        (*, r, in) and (*, out, r), or the other way round.
+
+    Source:
+        Hu et al. 2021, section 4.1 ("gaussian"); the authors' own code ("kaiming").
+    """
+    with torch.no_grad():
+        if init == "gaussian":
+            reading.normal_(std=1 / min(reading.shape[-2:]))
+        else:
+            bound = reading.shape[-1] ** -0.5
+            reading.uniform_(-bound, bound)
+        writing.zero_()
+
+
+def principal_factors(matrix: Tensor, r: int, scaling: float, init: str) -> tuple[Tensor, Tensor]:
+    r"""Return factors :math:`A_0, B_0` that hold what is strongest in a weight, from which training starts.
+
+    The update is then :math:`s (B A - B_0 A_0)`: zero at the start, and the base stays as it is. (The papers subtract
+    :math:`s B_0 A_0` from the base instead, which computes the same.)
+
+    Args:
+        matrix: The weight.
+        r: The rank.
+        scaling: The factor :math:`s` of the update.
+        init: ``"pissa"``: the leading singular values and vectors, with :math:`s B_0 A_0` the best approximation of
+            the weight that the rank allows; beyond the weight's own rank, as ``init_factors`` starts. ``"olora"``: the
+            first rows and columns of a QR decomposition.
+
+    Shape:
+        ``matrix``: (\*, out, in). Returns (\*, r, in) and (\*, out, r).
+
+    Source:
+        Meng et al. 2024, "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
+        section 3; Büyükakyüz 2024, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", section 3.
+
+    Example:
+        >>> a, b = principal_factors(torch.diag(torch.tensor([5.0, 1.0, 3.0])), r=2, scaling=1.0, init="pissa")
+        >>> (b @ a).diagonal().round()
+        tensor([5., 0., 3.])
+    """
+    matrix = matrix.detach().to(wide(matrix.dtype))
+    if init == "olora":
+        q, upper = torch.linalg.qr(matrix)
+        return upper[..., :r, :], q[..., :r]
+    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+    roots = (values[..., :r] / scaling).sqrt()
+    a, b = roots.unsqueeze(-1) * v[..., :r, :], u[..., :r] * roots.unsqueeze(-2)
+    empty = values[..., :r] <= values[..., :1] * max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps
+    random, zero = torch.empty_like(a), torch.empty_like(b)
+    init_factors(random, zero, "kaiming")  # from zeros on both sides, nothing would train
+    return torch.where(empty.unsqueeze(-1), random, a), torch.where(empty.unsqueeze(-2), zero, b)
