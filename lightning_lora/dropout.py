@@ -55,7 +55,7 @@ def drops(rows: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Callable[[
             places = _by_gaps(shape.numel(), p, generator)
             yield block, partial(_zero_places, places=places)
         else:
-            mask = torch.rand(shape, device=rows.device, generator=generator).lt_(p).bool()
+            mask = torch.rand(shape, dtype=torch.float32, device=rows.device, generator=generator) < p
             yield block, partial(Tensor.masked_fill_, mask=mask, value=0)
 
 

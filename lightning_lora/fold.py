@@ -130,6 +130,16 @@ def merge_layers(model: nn.Module) -> dict[str, float]:
             "into them. Keep the adapters live; or merge into the model in full precision: inject_adapters(full, "
             "config), load_adapter_state_dict(full, adapter_state_dict(quantised)), merge_adapters(full)."
         )
+    shared = [
+        name
+        for name, layer in layers.items()
+        if any(hasattr(own_parameter(layer, weight), "placements") for weight in layer.lora_weights())
+    ]
+    if shared:
+        raise AdapterStateError(
+            f"The weights of {listed(shared)} in {type(model).__name__} are distributed over processes (DTensor), and "
+            "no update can be merged into them there. Save the adapters, and merge them into the whole model."
+        )
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     tied = {
         name: [weight for weight in layer.lora_weights() if uses[id(own_parameter(layer, weight))] > 1]

@@ -99,7 +99,8 @@ def adapted_linear(
         if (
             x.numel() <= lora_A.numel() and not dropout
         ):  # a few tokens, for which calls cost more than what they compute
-            update = F.linear(F.linear(x.to(lora_A.dtype), lora_A), lora_B)
+            wider = torch.promote_types(x.dtype, lora_A.dtype)
+            update = F.linear(F.linear(x.to(wider), lora_A.to(wider)), lora_B.to(wider))
             return F.linear(x, weight, bias).add_(update, alpha=scaling)
         return _AdaptedLinear.run(x, weight, bias, lora_A, lora_B, scaling, dropout)[0]
     return _AdaptedLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout)  # type: ignore[no-any-return, no-untyped-call]
@@ -115,13 +116,15 @@ _PLAIN = {Tensor, nn.Parameter, type(None)}
 
 
 def _are_plain(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether gradients of these tensors may be written out: nothing but torch's first derivatives looks at them."""
+    """Whether gradients of these tensors may be written out: nobody else looks at how they are computed."""
     return (
         _PLAIN.issuperset(map(type, (x, *others)))
         and x.device.type in ("cpu", "cuda")
+        and x.is_floating_point()
         and not x.is_nested
         and x.layout is torch.strided
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()  # modes that count, trace or keep what is computed
         and forward_ad._current_level < 0
         and not torch.jit.is_tracing()
         and not (x.is_cuda and torch.cuda.is_current_stream_capturing())  # a replay would draw from the same seed
@@ -137,6 +140,8 @@ def _pays_to_update(rows: Tensor, weight: Tensor, dropout: float) -> bool:
     """
     writes, reads = weight.shape
     if dropout or len(rows) * (writes + reads) < 4 * writes * reads:
+        return False
+    if not (weight.is_contiguous() or weight.T.is_contiguous()):  # a sum would be laid out in another way
         return False
     try:
         exact = torch.get_float32_matmul_precision() == "highest"
@@ -185,12 +190,15 @@ class _AdaptedLinear(torch.autograd.Function):
         x, weight, bias, lora_A, lora_B, scaling, ctx.dropout = args
         y, h, ctx.seed = _AdaptedLinear.run(*args)
         ctx.scaling = scaling / (1 - ctx.dropout)
-        ctx.save_for_backward(x, weight, bias, lora_A, lora_B, h)
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None, bias, lora_A, lora_B, h)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of all that needs one."""
+        if torch.is_autocast_enabled(grad.device.type):  # as forward was, or was not: dtypes are settled
+            with torch.autocast(grad.device.type, enabled=False):
+                return _AdaptedLinear.backward(ctx, grad)
         *inputs, h = ctx.saved_tensors
         x, weight, _, lora_A, lora_B = inputs
         if torch.is_grad_enabled():
@@ -201,8 +209,8 @@ class _AdaptedLinear(torch.autograd.Function):
         g = (b.T @ out.T).mul_(ctx.scaling)
         updates = h is None
         if updates:
-            h, weight = (a @ rows.T).mul_(ctx.scaling), _updated(weight, a, b, ctx.scaling)
-        grad_x = out @ weight if for_x else None
+            h = (a @ rows.T).mul_(ctx.scaling)
+        grad_x = out @ (_updated(weight, a, b, ctx.scaling) if updates else weight) if for_x else None
         grad_A = None
         if ctx.dropout:
             grad_A = torch.zeros_like(a)
@@ -228,8 +236,15 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def differentiable(ctx: Any, grad: Tensor, inputs: Sequence[Any]) -> tuple[Tensor | None, ...]:
-        """Compute the gradients so that they have gradients too: from the composition, with what was dropped."""
+        """Compute the gradients so that they have gradients too: from the composition, with what was dropped.
+
+        The inputs are taken as independent: x may itself be made from A, where a layer is used twice.
+        """
+        inputs = [None if t is None else t.view_as(t) for t in inputs]
         x, weight, bias, lora_A, lora_B = inputs
+        if weight is None:  # no gradient depends on it
+            weight = x.new_zeros(len(lora_B), x.shape[-1], requires_grad=ctx.needs_input_grad[1])
+            inputs[1] = weight
         kept = torch.ones_like(x, memory_format=torch.contiguous_format)
         rows = kept.view(-1, x.shape[-1])
         for block, drop in drops(rows, ctx.dropout, ctx.seed) if ctx.dropout else ():
@@ -360,7 +375,7 @@ def _lost_and_size(weight: Tensor, effective: Tensor, merged: Tensor) -> Tensor:
 
 
 def _share(lost_and_size: Tensor) -> float:
-    lost, size = lost_and_size.tolist()
+    lost, size = (0.0, 0.0) if lost_and_size.is_meta else lost_and_size.tolist()
     return lost / size if size else 0.0
 
 

@@ -1,18 +1,23 @@
 """The mathematics on tensors: the gradients that are written out are those that torch derives."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.fsdp
+import torch.distributed.tensor
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_lora import functional
+from lightning_lora import AdapterStateError, LoRAConfig, functional, inject_adapters, merge_adapters
 from lightning_lora.dropout import drops
 from lightning_lora.functional import adapted_linear
 
@@ -100,6 +105,19 @@ def test_gradients_that_have_gradients_are_the_same_gradients(dropout: float) ->
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("tokens", [4, 400])
+def test_gradients_that_have_gradients_are_right_where_a_layer_is_used_twice(tokens: int) -> None:
+    torch.manual_seed(0)
+    x, weight, bias, a, b = inputs(tokens, 6, out=6)
+
+    def twice(f: Callable[..., Tensor]) -> Tensor:
+        return f(f(x, weight, bias, a, b, 0.5).tanh(), weight, bias, a, b, 0.5).square().sum()
+
+    found, expected = (torch.autograd.grad(twice(f), [x, a, b], create_graph=True) for f in (adapted_linear, composed))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 # The rule that chooses between W x + B A x and (W + B A) x
 
 
@@ -125,7 +143,8 @@ def test_weights_are_updated_for_many_tokens_where_no_small_update_is_lost(
 def test_a_fresh_update_changes_nothing_whatever_the_form_and_the_layout() -> None:
     for tokens in (3, 500):
         x, weight, bias, a, b = inputs(tokens, 48, out=40, dtype=torch.float32)
-        for laid_out in (weight, weight.detach().T.contiguous().T):
+        bias, every_second = bias.detach(), torch.randn(40, 96)[:, ::2]
+        for laid_out in (weight.detach(), weight.detach().T.contiguous().T, every_second):
             assert torch.equal(adapted_linear(x, laid_out, bias, a, b * 0, 1.0), F.linear(x, laid_out, bias))
 
 
@@ -304,6 +323,62 @@ def test_tensors_without_values_or_of_other_classes_are_composed() -> None:
     torch.testing.assert_close(output.unbind()[1], composed(torch.ones(3, 6), weight, bias, a, b, 1.0))
 
 
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.skipif(not hasattr(dist.tensor, "distribute_tensor"), reason="torch has no public DTensor")
+def test_distributed_tensors_are_composed() -> None:
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    tensors = [t.detach() for t in inputs(3, 6, dtype=torch.float32)]
+    shared = [dist.tensor.distribute_tensor(t, mesh, [dist.tensor.Shard(0)]).requires_grad_() for t in tensors]
+    output = adapted_linear(*shared, 1.0)
+    assert isinstance(output, dist.tensor.DTensor)
+    torch.testing.assert_close(output.full_tensor(), composed(*tensors, 1.0))
+    output.sum().backward()
+    assert all(isinstance(t.grad, dist.tensor.DTensor) for t in shared)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.skipif(not hasattr(dist.tensor, "distribute_tensor"), reason="torch has no public DTensor")
+def test_merging_into_distributed_weights_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    inject_adapters(model, LoRAConfig(r=2))
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    for name, p in list(model[0].named_parameters()):
+        spread = dist.tensor.distribute_tensor(p.detach(), mesh, [dist.tensor.Shard(0)])
+        setattr(model[0], name, nn.Parameter(spread, p.requires_grad))
+    with pytest.raises(AdapterStateError, match="distributed over processes"):
+        merge_adapters(model)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.skipif(not hasattr(dist.fsdp, "fully_shard"), reason="torch has no public fully_shard")
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_parameters_that_are_sharded_between_passes_get_the_same_gradients(dropout: float) -> None:
+    gradients = []
+    for shard in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        inject_adapters(model, LoRAConfig(r=2, dropout=dropout))
+        for layer in model[::2]:
+            nn.init.normal_(layer.lora_B)
+        if shard:
+            dist.fsdp.fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+        torch.manual_seed(1)
+        model(torch.randn(5, 8)).square().sum().backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        gradients.append({name: grad.full_tensor() if shard else grad for name, grad in found.items()})
+    assert len(gradients[0]) == 4
+    for name, grad in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], grad)
+
+
 def test_defaults_of_device_and_dtype_do_not_reach_dropout() -> None:
     tensors = inputs(4, 8, dtype=torch.float32)
     torch.manual_seed(0)
@@ -327,6 +402,61 @@ def test_without_gradients_nothing_is_recorded_and_arguments_stay_as_they_are() 
             output = adapted_linear(*tensors, 1.0)
         assert output.grad_fn is None and torch.equal(output, expected)
     assert all(torch.equal(t, old) for t, old in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [4, 400])
+def test_operations_are_counted_in_full(tokens: int) -> None:
+    x, weight, bias, a, b = inputs(tokens, 8, out=8)
+    flops = []
+    for f in (adapted_linear, composed):
+        with FlopCounterMode(display=False) as counter:
+            f(x, weight, bias, a, b, 1.0).sum().backward()
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1]
+
+
+@pytest.mark.skipif(not hasattr(torch.utils.checkpoint, "create_selective_checkpoint_contexts"), reason="older torch")
+@pytest.mark.parametrize("tokens", [4, 400])
+def test_selective_checkpointing_keeps_what_it_is_told_to(tokens: int) -> None:
+    x, weight, bias, a, b = inputs(tokens, 8, out=8)
+    create_contexts = torch.utils.checkpoint.create_selective_checkpoint_contexts
+    save = partial(create_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+    outputs = [
+        checkpoint(lambda x, f=f: f(x, weight, bias, a, b, 1.0), x, use_reentrant=False, context_fn=save)
+        for f in (adapted_linear, composed)
+    ]
+    for one, other in zip(*(torch.autograd.grad(y.square().sum(), [x, a, b]) for y in outputs), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_backward_may_run_under_an_autocast_that_forward_did_not(dropout: float) -> None:
+    tensors, grad = inputs(4, 6, dtype=torch.float32), torch.randn(4, 5)
+    output = adapted_linear(*tensors, 1.0, dropout)
+    expected = torch.autograd.grad(output, tensors, grad, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(output, tensors, grad)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_few_tokens_are_not_rounded_to_narrower_adapters() -> None:
+    x, weight, bias, a, b = (t.detach() for t in inputs(2, 64, out=32, r=4))
+    a, b = a.bfloat16(), b.bfloat16()
+    with torch.no_grad():
+        found = adapted_linear(x, weight, bias, a, b, 1.0)
+    torch.testing.assert_close(found, composed(x, weight, bias, a.double(), b.double(), 1.0))
+
+
+def test_a_base_that_was_loaded_in_inference_mode_trains_in_a_first_layer() -> None:
+    x, _, _, a, b = inputs(4, 6)
+    with torch.inference_mode():
+        weight = torch.randn(5, 6, dtype=torch.float64)
+    output = adapted_linear(x.detach(), weight, None, a, b, 1.0)
+    once = torch.autograd.grad(output.square().sum(), [a, b], create_graph=True)
+    plain = composed(x.detach(), weight.clone(), None, a, b, 1.0).square().sum()
+    for one, other in zip(once, torch.autograd.grad(plain, [a, b]), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_changed_input_is_noticed_before_a_wrong_gradient() -> None:

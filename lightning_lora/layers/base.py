@@ -287,7 +287,8 @@ class LoRALayer(InPlace, nn.Module):
     def _lora_merged(self, name: str) -> tuple[Tensor, float]:
         """A weight with its update, in its own dtype, and the share of the update that was lost."""
         weight = own_parameter(self, name)
-        if self._lora_is_matrix and weight.dim() == 2 and not self.lora_settings.use_dora:
+        is_plain = type(weight.data) is Tensor and weight.dim() == 2
+        if self._lora_is_matrix and is_plain and not self.lora_settings.use_dora:
             return merged(weight, self._lora_pairs(name), self.lora_settings.scaling)
         effective = self.lora_effective_weight(name)
         values = effective.to(weight.dtype)
