@@ -3,7 +3,8 @@
 import json
 import os
 import platform
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from rich.table import Table
 
 from tests.benchmarks.measure import Bench, Row
+from tests.benchmarks.ways import FLOOR, OURS
 
 
 def table(title: str, rows: Iterable[Row]) -> Table:
@@ -57,42 +59,29 @@ def write(rows: list[Row], bench: Bench, folder: Path) -> None:
         if row.case.startswith("sweep over "):
             sweeps.setdefault(row.case.removeprefix("sweep over "), []).append(row)
     for title, points in sweeps.items():
-        _plot(title, points, folder / f"{title.partition(' (')[0]}{len(list(folder.glob('*.png')))}.png")
+        _plot(title, points, folder / f"{re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')}.png")
     kept = [row for row in rows if row.case.startswith("kept for backward")]
     if kept:
         _bars("bytes kept for backward, in inputs x", kept, folder / "memory.png")
 
 
 def _plot(title: str, points: list[Row], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    axes, save = _axes()
     for name in points[0].details:
-        ours = name in ("lightning_lora",)
-        style = {"linewidth": 2.5, "zorder": 3} if ours else {"linestyle": "--" if "always" in name else "-"}
+        style: dict[str, Any] = {"linestyle": "--" if "always" in name else "-"}
+        style |= {"linewidth": 2.5, "zorder": 3} if name == OURS else {}
         values = [point.details[name] for point in points]
         axes.plot([float(p.measure) for p in points], values, marker="o", markersize=4, label=name, **style)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set(xscale="log", xlabel=title, ylabel="step over that of the frozen layer", title=f"Overhead by {title}")
     axes.set_xticks([float(p.measure) for p in points], [p.measure for p in points])
     axes.minorticks_off()
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(path)
 
 
 def _bars(title: str, rows: list[Row], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    names = [name for name in rows[0].details if name != "frozen"]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    names = [name for name in rows[0].details if name != FLOOR]
+    axes, save = _axes()
     for place, name in enumerate(names):
         at = [i + (place - (len(names) - 1) / 2) * 0.2 for i in range(len(rows))]
         bars = axes.bar(at, [row.details[name] for row in rows], width=0.18, label=name)
@@ -100,7 +89,22 @@ def _bars(title: str, rows: list[Row], path: Path) -> None:
     labels = [row.case.removeprefix("kept for backward beyond x, d=768, ") for row in rows]
     axes.set_xticks(range(len(rows)), labels)
     axes.set(ylabel="bytes over those of x", title=title[0].upper() + title[1:])
-    axes.legend(frameon=False)
+    save(path)
+
+
+def _axes() -> tuple[Any, Callable[[Path], None]]:
+    """Return empty axes, and what writes them."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+
+    def save(path: Path) -> None:
+        axes.legend(frameon=False)
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+
+    return axes, save
