@@ -50,8 +50,8 @@ def adapted_linear(
     r"""Return the output of an adapted linear layer: :math:`y = x W^T + b + s \, \mathrm{dropout}(x) A^T B^T`.
 
     Composed of torch's operations, this would write each product and sum into new memory and keep a mask and copies of
-    ``x`` for the backward pass. Here the gradients are written out. With :math:`\partial` for the gradient
-    of the loss, and two thin matrices, :math:`h = s \, \mathrm{dropout}(x) A^T` and :math:`g = s \, \partial y \, B`:
+    ``x`` for the backward pass. Here the gradients are written out. With :math:`\partial` for the gradient of the loss,
+    and two thin matrices, :math:`h = s \, \mathrm{dropout}(x) A^T` and :math:`g = s \, \partial y \, B`:
 
     .. math::
         y &= (x W^T + b) + h B^T \qquad
@@ -63,7 +63,8 @@ def adapted_linear(
     ``h``; what is dropped is drawn again from its seed (:mod:`lightning_lora.dropout`). ``h`` and ``g`` are laid out as
     (r, tokens): products with such matrices are several times faster than with (tokens, r).
 
-    For many more tokens than features, the sum :math:`W + s B A` is what is multiplied, in both passes.
+    For many more tokens than features, the sum :math:`W + s B A` is what is multiplied, in both passes, unless small
+    updates would be rounded away.
 
     This is the way of plain tensors. Under ``torch.compile``, ``torch.func``, forward-mode differentiation and tracing,
     and for tensors of other classes (quantised, distributed, nested), torch differentiates the composition, as it does
@@ -96,9 +97,7 @@ def adapted_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if not torch.is_grad_enabled():
-        if (
-            x.numel() <= lora_A.numel() and not dropout
-        ):  # a few tokens, for which calls cost more than what they compute
+        if x.numel() <= lora_A.numel() and not dropout:  # of so few tokens, calls cost more than what they compute
             wider = torch.promote_types(x.dtype, lora_A.dtype)
             update = F.linear(F.linear(x.to(wider), lora_A.to(wider)), lora_B.to(wider))
             return F.linear(x, weight, bias).add_(update, alpha=scaling)
@@ -135,7 +134,7 @@ def _pays_to_update(rows: Tensor, weight: Tensor, dropout: float) -> bool:
     r"""Whether to multiply by :math:`W + \Delta W`, made anew in each pass, instead of adding to two products with W.
 
     That costs r in out multiplications, twice, where adding costs r (in + out) for each row: from twice as many rows as
-    make these equal it pays, whatever r (Cherniuk et al. 2023, "Run LoRA Run", section 3). But only where the sum keeps
+    make these equal it pays, whatever r (Cherniuk et al. 2023, "Run LoRA Run"). But only where the sum keeps
     a small update: not in half precision, nor where torch rounds the factors of float32 products.
     """
     writes, reads = weight.shape
