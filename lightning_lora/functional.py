@@ -91,16 +91,14 @@ def adapted_linear(
         >>> adapted_linear(x, weight, None, torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0], [0.0]]), scaling=0.5)
         tensor([2.5000, 2.0000])
     """
+    if not (dropout or torch.is_grad_enabled()) and x.numel() <= lora_A.numel():
+        return _added(F.linear(x, weight, bias), x, lora_A, lora_B, scaling)
     if torch.compiler.is_compiling() or not _are_plain(x, weight, bias, lora_A, lora_B):
         return _composed(x, F.dropout(x, dropout), weight, bias, lora_A, lora_B, scaling)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if not torch.is_grad_enabled():
-        if x.numel() <= lora_A.numel() and not dropout:  # of so few tokens, calls cost more than what they compute
-            wider = torch.promote_types(x.dtype, lora_A.dtype)
-            update = F.linear(F.linear(x.to(wider), lora_A.to(wider)), lora_B.to(wider))
-            return F.linear(x, weight, bias).add_(update, alpha=scaling)
         return _AdaptedLinear.run(x, weight, bias, lora_A, lora_B, scaling, dropout)[0]
     return _AdaptedLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -109,6 +107,13 @@ def _composed(
     x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> Tensor:
     return F.linear(x, weight, bias) + low_rank_update(dropped, lora_A, lora_B, scaling)
+
+
+def _added(output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """The update, added to a few tokens: in the wider dtype, since they are smaller than the factors."""
+    dtype = torch.promote_types(x.dtype, lora_A.dtype)
+    update = F.linear(F.linear(x.to(dtype), lora_A.to(dtype)), lora_B.to(dtype))
+    return torch.add(output, update, alpha=scaling).to(output.dtype)
 
 
 _PLAIN = {Tensor, nn.Parameter, type(None)}
