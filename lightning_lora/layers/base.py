@@ -289,7 +289,8 @@ class LoRALayer(InPlace, nn.Module):
         weight = own_parameter(self, name)
         is_plain = type(weight.data) is Tensor and weight.dim() == 2
         if self._lora_is_matrix and is_plain and not self.lora_settings.use_dora:
-            return merged(weight, self._lora_pairs(name), self.lora_settings.scaling)
+            with torch.autocast(weight.device.type, enabled=False):
+                return merged(weight, self._lora_pairs(name), self.lora_settings.scaling)
         effective = self.lora_effective_weight(name)
         values = effective.to(weight.dtype)
         return values, lost_share(weight, effective, values)
