@@ -123,23 +123,7 @@ def merge_layers(model: nn.Module) -> dict[str, float]:
     """
     check_own(model)
     layers = {name: layer for name, layer in adapted_layers(model).items() if not layer.lora_bases}
-    quantised = quantised_layers(model)
-    if quantised:
-        raise AdapterStateError(
-            f"The weights of {listed(quantised)} in {type(model).__name__} are quantised, and no update can be merged "
-            "into them. Keep the adapters live; or merge into the model in full precision: inject_adapters(full, "
-            "config), load_adapter_state_dict(full, adapter_state_dict(quantised)), merge_adapters(full)."
-        )
-    shared = [
-        name
-        for name, layer in layers.items()
-        if any(hasattr(own_parameter(layer, weight), "placements") for weight in layer.lora_weights())
-    ]
-    if shared:
-        raise AdapterStateError(
-            f"The weights of {listed(shared)} in {type(model).__name__} are distributed over processes (DTensor), and "
-            "no update can be merged into them there. Save the adapters, and merge them into the whole model."
-        )
+    _check_mergeable(model, layers)
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     tied = {
         name: [weight for weight in layer.lora_weights() if uses[id(own_parameter(layer, weight))] > 1]
@@ -151,6 +135,29 @@ def merge_layers(model: nn.Module) -> dict[str, float]:
         for layer in layers.values():
             layer.lora_unmerge()
         raise
+
+
+def _check_mergeable(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
+    """Refuse weights that no update can be merged into.
+
+    Raises:
+        AdapterStateError: there are such weights.
+    """
+    weights = {name: [own_parameter(each, weight) for weight in each.lora_weights()] for name, each in layers.items()}
+    empty = [name for name, own in weights.items() if any(p.is_meta for p in own)]
+    spread = [name for name, own in weights.items() if any(hasattr(p, "placements") for p in own)]
+    for names, why in (
+        (
+            quantised_layers(model),
+            "are quantised, and no update can be merged into them. Keep the adapters live; or merge into the model in "
+            "full precision: inject_adapters(full, config), load_adapter_state_dict(full, "
+            "adapter_state_dict(quantised)), merge_adapters(full).",
+        ),
+        (empty, "have no values yet (they are on the meta device). Load them first."),
+        (spread, "are distributed (DTensor). Save the adapters, and merge them into the whole model."),
+    ):
+        if names:
+            raise AdapterStateError(f"The weights of {listed(names)} in {type(model).__name__} {why}")
 
 
 def quantised_layers(model: nn.Module) -> list[str]:

@@ -353,7 +353,7 @@ def test_merging_into_distributed_weights_is_refused() -> None:
     for name, p in list(model[0].named_parameters()):
         spread = dist.tensor.distribute_tensor(p.detach(), mesh, [dist.tensor.Shard(0)])
         setattr(model[0], name, nn.Parameter(spread, p.requires_grad))
-    with pytest.raises(AdapterStateError, match="distributed over processes"):
+    with pytest.raises(AdapterStateError, match="are distributed"):
         merge_adapters(model)
 
 
@@ -457,6 +457,14 @@ def test_a_base_that_was_loaded_in_inference_mode_trains_in_a_first_layer() -> N
     plain = composed(x.detach(), weight.clone(), None, a, b, 1.0).square().sum()
     for one, other in zip(once, torch.autograd.grad(plain, [a, b]), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_merging_weights_without_values_is_refused() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8))
+    inject_adapters(model, LoRAConfig(r=2))
+    with pytest.raises(AdapterStateError, match="no values yet"):
+        merge_adapters(model)
 
 
 def test_a_changed_input_is_noticed_before_a_wrong_gradient() -> None:

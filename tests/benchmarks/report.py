@@ -23,7 +23,7 @@ def table(title: str, rows: Iterable[Row]) -> Table:
         spread = "" if row.spread is None else f"{row.spread[0]:.3g} – {row.spread[1]:.3g}"
         goal = "" if row.goal is None else f"≤ {row.goal:g}"
         met = "" if row.goal is None else "[green]✓[/]" if row.value <= row.goal else "[red]✗[/]"
-        details = " · ".join(f"{name} {value:.3g}" for name, value in row.details.items())
+        details = " · ".join(f"{name} {value:.3f}" for name, value in row.details.items())
         made.add_row(row.case, row.measure, f"{row.value:.4g}", spread, goal, met, details)
     return made
 

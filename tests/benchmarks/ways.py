@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, inject_adapters
 
-FLOOR, OURS, PEFT, PEFT_SAME, LORALIB = "frozen", "lightning_lora", "peft", "peft, adapters in bf16", "loralib"
+FLOOR, OURS, PEFT, PEFT_SAME, LORALIB = "frozen", "lightning_lora", "peft", "peft (autocast_adapter_dtype=False)", "loralib"
 
 
 def frozen(model: nn.Module, names: list[str], r: int, dropout: float) -> nn.Module:
