@@ -9,7 +9,8 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, inject_adapters
 
-FLOOR, OURS, PEFT, PEFT_SAME, LORALIB = "frozen", "lightning_lora", "peft", "peft (autocast_adapter_dtype=False)", "loralib"
+FLOOR, OURS, PEFT, LORALIB = "frozen", "lightning_lora", "peft", "loralib"
+PEFT_SAME = "peft (autocast_adapter_dtype=False)"
 
 
 def frozen(model: nn.Module, names: list[str], r: int, dropout: float) -> nn.Module:
