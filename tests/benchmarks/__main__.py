@@ -34,13 +34,20 @@ _WIDTH = 150
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("cases", nargs="*", choices=[*CASES, []], help=f"some of {', '.join(CASES)}; all by default")
+    parser.add_argument("cases", nargs="*", metavar="case", help=f"some of {', '.join(CASES)}; all by default")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each alternative (at least 2)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--compiled", metavar="MODE", help="measure compiled steps too: default, reduce-overhead, ...")
     parser.add_argument("--output", type=Path, help="a folder for results.json and the pictures")
     asked = parser.parse_args()
+    unknown = [name for name in asked.cases if name not in CASES]
+    if unknown:
+        parser.error(f"there is no case {', '.join(unknown)}: expected some of {', '.join(CASES)}")
+    if asked.rounds < 2:
+        parser.error(f"--rounds {asked.rounds} shows no spread: expected 2 or more")
+    if asked.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {asked.device}, and torch finds no CUDA device")
     torch.set_num_threads(asked.threads)
     torch.manual_seed(0)
     random.seed(0)
