@@ -35,7 +35,7 @@ def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> dict[st
 
 
 def _walk(module: nn.Module, name: str, named: dict[str, nn.Module], seen: set[nn.Module] | None) -> None:
-    """Add ``module`` and what is in it, in torch's order: many times as fast as its generator of generators."""
+    """Add ``module`` and what is in it, in torch's order, without a generator for each level: injection asks often."""
     if seen is not None:
         if module in seen:
             return

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lightning_lora import merge_adapters
-from tests.benchmarks.measure import Bench, Row, row
+from tests.benchmarks.measure import Bench, Row, Run, row
 from tests.benchmarks.models import Llama
 from tests.benchmarks.ways import FLOOR, OURS, PEFT, each_way, half, linear_names
 
@@ -21,12 +21,12 @@ def inference(bench: Bench) -> Iterator[Row]:
             times = bench.take_turns({name: _run(each, x) for name, each in models.items()}, 3 * bench.rounds)
             case = f"Llama {half(dtype)}, {tokens} token{'s' * (tokens > 1)}, no gradients"
             yield row(case, times, OURS, FLOOR, FLOOR, goal)
-        merge_adapters(models[OURS])
+        merge_adapters(models[OURS])  # and so the weights that all share: the same products, with other numbers
         runs = {name: _run(models[name], x) for name in (FLOOR, OURS, PEFT)}
         yield row(f"{case}, merged", bench.take_turns(runs, 3 * bench.rounds), OURS, FLOOR, FLOOR, 1.01)
 
 
-def _run(model: nn.Module, x: torch.Tensor):  # noqa: ANN202
+def _run(model: nn.Module, x: torch.Tensor) -> Run:
     @torch.no_grad()
     def run() -> None:
         model(x)

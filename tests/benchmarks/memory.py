@@ -36,7 +36,6 @@ def memory(bench: Bench) -> Iterator[Row]:
             goal = 0.5 if title == "Llama" else None
             case = f"{title} {half(dtype)}, dropout {dropout}: growth of a process in a step"
             yield Row(case, "bytes over peft", grown[OURS] / grown[PEFT], goal, None, details)
-    model = Projections(2048, 2)
     for dtype in (torch.float32, torch.bfloat16):
         adapted = Projections(2048, 2).to(dtype)
         inject_adapters(adapted, LoRAConfig(r=8))

@@ -43,7 +43,7 @@ def _layer(bench: Bench, width: int, tokens: int, r: int) -> dict[str, float]:
     models = each_way(model, linear_names(model), r=r, only=(FLOOR, OURS, PEFT, LORALIB))
     runs = {name: step(each.train(), x) for name, each in models.items()}
     runs |= {ADDING: _always(runs[OURS], False), UPDATING: _always(runs[OURS], True)}
-    return over(bench.take_turns(runs, 3 * bench.rounds), FLOOR)
+    return over(bench.take_turns(runs), FLOOR)
 
 
 def _always(run: Callable[[], None], updating: bool) -> Callable[[], None]:

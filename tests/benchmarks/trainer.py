@@ -40,19 +40,6 @@ class Task(LightningModule):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-4)
 
 
-class Steps(Callback):
-    """The time from the start of each training step to that of the next."""
-
-    def __init__(self) -> None:
-        self.at: list[float] = []
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.at.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        return [b - a for a, b in zip(self.at[5:], self.at[6:], strict=False)]
-
-
 def trainer(bench: Bench) -> Iterator[Row]:
     """The hooks of the callback in a step; a checkpoint's bytes and time against a plain Trainer's."""
     spent = [_hook_seconds() for _ in range(3)]

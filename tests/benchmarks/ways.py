@@ -70,7 +70,9 @@ def each_way(
 ) -> dict[str, nn.Module]:
     """Adapt copies of ``model`` in every way. The adapters have trained: no factor is zero."""
     models = {}
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}  # one base for all, as in memory as in caches
+    shared = {
+        id(t): t for t in (*model.parameters(), *model.buffers())
+    }  # one base for all: none has it in a cache before another
     for name in only:
         models[name] = WAYS[name](copy.deepcopy(model, dict(shared)), names, r, dropout)
         for parameter in models[name].parameters():
