@@ -1,6 +1,7 @@
 """The mathematics on tensors: the gradients that are written out are those that torch derives."""
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -141,9 +142,10 @@ def test_weights_are_updated_for_many_tokens_where_no_small_update_is_lost(
 
 
 def test_a_fresh_update_changes_nothing_whatever_the_form_and_the_layout() -> None:
-    for tokens in (3, 500):
-        x, weight, bias, a, b = inputs(tokens, 48, out=40, dtype=torch.float32)
-        bias, every_second = bias.detach(), torch.randn(40, 96)[:, ::2]
+    torch.manual_seed(0)
+    for tokens, reads, writes in itertools.product((3, 400), range(4, 40, 5), range(4, 40, 7)):
+        x, weight, bias, a, b = inputs(tokens, reads, out=writes)
+        bias, every_second = bias.detach(), torch.randn(writes, 2 * reads, dtype=weight.dtype)[:, ::2]
         for laid_out in (weight.detach(), weight.detach().T.contiguous().T, every_second):
             assert torch.equal(adapted_linear(x, laid_out, bias, a, b * 0, 1.0), F.linear(x, laid_out, bias))
 
