@@ -214,8 +214,11 @@ class _AdaptedLinear(torch.autograd.Function):
         updates = h is None
         if updates:
             h = (a @ rows.T).mul_(ctx.scaling)
-        grad_x = out @ (_updated(weight, a, b, ctx.scaling) if updates else weight) if for_x else None
-        grad_A = None
+        grad_x = grad_A = None
+        if for_x:
+            result = x.new_empty(x.shape)  # not a view: what else flows into x is added to it in place
+            grad_x = result.view(rows.shape)
+            torch.mm(out, _updated(weight, a, b, ctx.scaling) if updates else weight, out=grad_x)
         if ctx.dropout:
             grad_A = torch.zeros_like(a)
             for block, drop in drops(rows, ctx.dropout, ctx.seed):
@@ -229,7 +232,7 @@ class _AdaptedLinear(torch.autograd.Function):
             if grad_x is not None and not updates:
                 grad_x.addmm_(g.T, a)
         return (
-            None if grad_x is None else grad_x.view(x.shape),
+            result if for_x else None,
             out.T @ rows if for_weight else None,
             out.sum(0) if for_bias else None,
             None if grad_A is None else grad_A.to(lora_A.dtype),

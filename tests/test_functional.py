@@ -442,6 +442,15 @@ def test_backward_may_run_under_an_autocast_that_forward_did_not(dropout: float)
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 64])
+def test_the_gradient_of_the_input_is_no_view_so_that_torch_may_add_to_it_in_place(tokens: int) -> None:
+    x, *others = inputs(2, tokens, 4)
+    x.register_hook(lambda grad: views.append(grad._is_view()))
+    views: list[bool] = []
+    adapted_linear(x, *others, 0.5).sum().backward()
+    assert views == [False]
+
+
 def test_a_few_tokens_are_not_rounded_to_narrower_adapters() -> None:
     x, weight, bias, a, b = (t.detach() for t in inputs(2, 64, out=32, r=4))
     a, b = a.bfloat16(), b.bfloat16()
