@@ -111,9 +111,10 @@ def _composed(
 
 def _added(output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """The update, added to a few tokens: in the wider dtype, since they are smaller than the factors."""
-    dtype = torch.promote_types(x.dtype, lora_A.dtype)
-    update = F.linear(F.linear(x.to(dtype), lora_A.to(dtype)), lora_B.to(dtype))
-    return torch.add(output, update, alpha=scaling).to(output.dtype)
+    if not x.dtype is lora_A.dtype is lora_B.dtype:
+        dtype = torch.promote_types(x.dtype, lora_A.dtype)
+        x, lora_A, lora_B = x.to(dtype), lora_A.to(dtype), lora_B.to(dtype)
+    return torch.add(output, F.linear(F.linear(x, lora_A), lora_B), alpha=scaling).to(output.dtype)
 
 
 _PLAIN = {Tensor, nn.Parameter, type(None)}
