@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_lora.adapted import (
@@ -116,7 +117,9 @@ def _inference_paths(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any, nn
 
 
 def merge_layers(model: nn.Module) -> dict[str, float]:
-    """Merge every adapted layer of ``model``, or, if one fails (for want of memory), none.
+    """Merge every adapted layer of ``model``, or, if one fails, none.
+
+    A layer's own values stay beside the merged ones, or, where a device has no room for both, in the host's memory.
 
     Returns:
         The share of each layer's update that rounding took away.
@@ -129,12 +132,24 @@ def merge_layers(model: nn.Module) -> dict[str, float]:
         name: [weight for weight in layer.lora_weights() if uses[id(own_parameter(layer, weight))] > 1]
         for name, layer in layers.items()
     }
+    lost, is_full = dict[str, float](), False
     try:
-        return {name: layer.lora_merge(tied[name]) for name, layer in layers.items()}
+        for name, layer in layers.items():
+            if not is_full:
+                try:
+                    lost[name] = layer.lora_merge(tied[name])
+                    continue
+                except torch.OutOfMemoryError:
+                    is_full = True
+                for each in layers.values():
+                    each.lora_bases_to_host()
+            lost[name] = layer.lora_merge(tied[name])
+            layer.lora_bases_to_host()
     except BaseException:
         for layer in layers.values():
             layer.lora_unmerge()
         raise
+    return lost
 
 
 def _check_mergeable(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:

@@ -15,8 +15,9 @@ def merge_adapters(model: nn.Module) -> None:
     r"""Fold :math:`\Delta W` into the weights: the model computes the same, at the cost of the base model.
 
     The sum is computed in float32 or wider and rounded once. A weight that is tied to another use (an embedding and an
-    output head) changes only where it is adapted. The adapters stay, idle, for :func:`unmerge_adapters`;
-    ``remove_adapters`` makes the merge final. Merging twice is merging once.
+    output head) changes only where it is adapted. The adapters stay, idle, for :func:`unmerge_adapters`, and so do the
+    base's own values (on a GPU without room for both, in the host's memory); ``remove_adapters`` makes the merge final.
+    Merging twice is merging once.
 
     Args:
         model: The model that ``inject_adapters`` was called on.

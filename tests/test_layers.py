@@ -28,6 +28,7 @@ from lightning_lora import (
     TargetError,
     adapter_state_dict,
     disable_adapters,
+    functional,
     inject_adapters,
     load_adapter,
     load_adapter_state_dict,
@@ -938,6 +939,31 @@ def test_out_of_memory_while_the_base_is_shown_costs_no_trained_weight(monkeypat
     assert same(state(model), before) and same(
         adapter_state_dict(model), {k: v for k, v in before.items() if k[0] == "1" or "lora" in k}
     )
+
+
+def test_bases_that_have_no_room_beside_merged_weights_go_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))), torch.randn(2, 4)
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    before, output = state(model), model(x)
+    calls, moved, merged, cpu = iter(range(100)), list[tuple[int, ...]](), functional.merged, Tensor.cpu
+
+    def fills(*args: Any) -> Any:
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("no memory is left")
+        return merged(*args)
+
+    def host(tensor: Tensor) -> Tensor:
+        moved.append(tensor.shape)
+        return cpu(tensor).clone()
+
+    monkeypatch.setattr("lightning_lora.layers.base.merged", fills)
+    monkeypatch.setattr(Tensor, "cpu", host)
+    merge_adapters(model)
+    assert moved == [(4, 4)] * 4 and next(calls) == 5
+    torch.testing.assert_close(model(x), output)
+    unmerge_adapters(model)
+    assert same(state(model), before)
 
 
 def test_layer_that_keeps_its_own_methods_or_counts_is_run_with_its_update() -> None:

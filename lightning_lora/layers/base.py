@@ -295,6 +295,12 @@ class LoRALayer(InPlace, nn.Module):
         values = effective.to(weight.dtype)
         return values, lost_share(weight, effective, values)
 
+    def lora_bases_to_host(self) -> None:
+        """Move the layer's own values out of the way: but a tied weight's, which another use needs where it is."""
+        for name, base in self.lora_bases.items():
+            if not isinstance(base, nn.Parameter):
+                self.lora_bases[name] = base.cpu()
+
     def lora_is_as_merged(self) -> bool:
         """Whether the merged weights are those that :meth:`lora_merge` left, or copies of them; or none is merged."""
         seen = _MERGED.get(self, {})
