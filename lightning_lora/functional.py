@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lightning_lora.blocks import row_blocks
-from lightning_lora.casts import cast
 from lightning_lora.dropout import drops, new_seed
 
 
@@ -62,8 +61,7 @@ def adapted_linear(
 
     The sums are added in place to what the frozen layer computes anyway. Kept are ``x``, which others keep too, and
     ``h``; what is dropped is drawn again from its seed (:mod:`lightning_lora.dropout`). ``h`` and ``g`` are laid out as
-    (r, tokens): products with such matrices are several times faster than with (tokens, r). Where autocast converts
-    ``x``, layers that read the same one keep one copy together (:mod:`lightning_lora.casts`).
+    (r, tokens): products with such matrices are several times faster than with (tokens, r).
 
     For many more tokens than features, the sum :math:`W + s B A` is what is multiplied, in both passes, unless small
     updates would be rounded away.
@@ -99,7 +97,7 @@ def adapted_linear(
         return _composed(x, F.dropout(x, dropout), weight, bias, lora_A, lora_B, scaling)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = cast(x, dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if not torch.is_grad_enabled():
         return _AdaptedLinear.run(x, weight, bias, lora_A, lora_B, scaling, dropout)[0]
     return _AdaptedLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout)  # type: ignore[no-any-return, no-untyped-call]

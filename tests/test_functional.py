@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_lora import AdapterStateError, LoRAConfig, casts, functional, inject_adapters, merge_adapters
+from lightning_lora import AdapterStateError, LoRAConfig, functional, inject_adapters, merge_adapters
 from lightning_lora.dropout import drops
 from lightning_lora.functional import adapted_linear
 
@@ -299,86 +298,6 @@ def test_autocast_computes_in_its_dtype_by_hand() -> None:
     assert all(t.grad.dtype is torch.float32 for t in tensors)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert adapted_linear(*(t.double() for t in tensors), 1.0).dtype is torch.float64
-
-
-def read_under_autocast(x: Tensor) -> Tensor:
-    """Return the output of a layer, the same one each time."""
-    torch.manual_seed(0)
-    _, weight, bias, a, b = inputs(1, 16, out=16, dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return adapted_linear(x, weight.detach(), bias.detach(), a, b, 1.0)
-
-
-def test_layers_that_read_one_input_under_autocast_keep_one_copy_of_it() -> None:
-    x, kept = torch.randn(4, 16, requires_grad=True) * 1, list[int]()
-
-    def pack(t: Tensor) -> Tensor:
-        if t.shape == x.shape:
-            kept.append(t.data_ptr())
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        outputs = [read_under_autocast(x) for _ in range(3)]
-    assert len(outputs) == len(kept) == 3 and len(set(kept)) == 1 and kept[0] != x.data_ptr()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda x: x.mul_(3),
-        lambda x: setattr(x, "data", x.data * 3),
-        lambda x: setattr(x, "data", x.data[:2]),
-        lambda x: x.detach_(),
-    ],
-    ids=["in place", "other data", "fewer rows", "detached"],
-)
-def test_an_input_that_changed_under_autocast_is_converted_anew(change: Callable[[Tensor], object]) -> None:
-    leaf = torch.randn(4, 16, requires_grad=True)
-    x = leaf * 1
-    read_under_autocast(x)
-    change(x)
-    found, wanted = read_under_autocast(x), read_under_autocast(x.clone())
-    assert torch.equal(found, wanted)
-    if x.requires_grad and len(x) == len(leaf):
-        gradients = [torch.autograd.grad(output.sum(), leaf, retain_graph=True)[0] for output in (found, wanted)]
-        assert torch.equal(*gradients)
-    assert not x.is_leaf or not found.grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-
-
-def test_a_conversion_is_of_one_tensor_to_one_dtype_in_one_thread() -> None:
-    x = torch.randn(4, 16, requires_grad=True) * 1
-    same_memory = x.view_as(x)
-    casts.cast(x, torch.bfloat16)
-    assert casts.cast(x, torch.float16).dtype is torch.float16
-    casts.cast(x, torch.bfloat16)
-    (gradient,) = torch.autograd.grad(casts.cast(same_memory, torch.bfloat16).sum(), same_memory)
-    assert gradient.shape == x.shape
-    converted = casts.cast(x, torch.bfloat16)
-    other = threading.Thread(target=casts.cast, args=(torch.ones(2), torch.bfloat16))
-    other.start()
-    other.join()
-    assert casts.cast(x, torch.bfloat16) is converted
-
-
-def test_no_conversion_outlives_its_input() -> None:
-    x = torch.randn(4, 16, requires_grad=True) * 1
-    read_under_autocast(x)
-    assert casts._LAST.made is not None
-    del x
-    assert casts._LAST.made is None
-
-
-def test_what_is_computed_without_gradients_converts_for_itself() -> None:
-    x = torch.randn(4, 16, requires_grad=True)
-    with torch.no_grad():
-        read_under_autocast(x)
-    for _ in range(2):  # with the very same copy, but each a backward pass of its own
-        x.grad = None
-        read_under_autocast(x).sum().backward()
-        assert x.grad is not None
-    with torch.inference_mode():
-        made_there = torch.randn(4, 16)
-    assert read_under_autocast(made_there).shape == made_there.shape
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

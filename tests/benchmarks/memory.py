@@ -28,14 +28,6 @@ def memory(bench: Bench) -> Iterator[Row]:
                 kept[name] = saved_bytes(each.train(), x) / x.nbytes
             case = f"kept for backward beyond x, d=768, {half(dtype)}" + (f", dropout {dropout}" if dropout else "")
             yield Row(case, "share of x", kept[OURS], 0.02, None, kept)
-    for title, model in (("BERT-base", Bert(2)), ("Llama", Llama(2))):
-        x = torch.randn(8, 128, 768, device=bench.device, requires_grad=True)
-        models = each_way(model.to(bench.device), linear_names(model), only=[FLOOR, OURS, PEFT, LORALIB])
-        with torch.autocast(bench.device.type, torch.bfloat16):
-            kept = {name: saved_bytes(each.train(), x) for name, each in models.items()}
-        beyond = {name: (kept[name] - kept[FLOOR]) / kept[FLOOR] for name in kept if name != FLOOR}
-        case = f"{title}, bf16 autocast: kept for backward beyond the frozen model's"
-        yield Row(case, "share of peft's", beyond[OURS] / beyond[PEFT], None, None, beyond)
     if sys.platform == "linux":
         for title, (_, _, dtype, dropout) in _SHAPES.items():
             names = [FLOOR, OURS, PEFT, LORALIB] + [PEFT_SAME] * (dtype is torch.bfloat16)
