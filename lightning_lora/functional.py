@@ -61,7 +61,8 @@ def adapted_linear(
 
     The sums are added in place to what the frozen layer computes anyway. Kept are ``x``, which others keep too, and
     ``h``; what is dropped is drawn again from its seed (:mod:`lightning_lora.dropout`). ``h`` and ``g`` are laid out as
-    (r, tokens): products with such matrices are several times faster than with (tokens, r).
+    (r, tokens): products with such matrices are several times faster than with (tokens, r). What reads the same matrix is
+    computed in turn, while a cache may hold it.
 
     For many more tokens than features, the sum :math:`W + s B A` is what is multiplied, in both passes, unless small
     updates would be rounded away.
@@ -177,7 +178,6 @@ class _AdaptedLinear(torch.autograd.Function):
         rows, a, b = x.reshape(-1, x.shape[-1]), lora_A.to(x.dtype), lora_B.to(x.dtype)
         if _pays_to_update(rows, weight, dropout):
             return F.linear(x, _updated(weight, a, b, scaling), bias), None, 0
-        y = F.linear(x, weight, bias).contiguous()
         seed = new_seed() if dropout else 0
         if dropout:
             h = a.new_empty(len(a), len(rows))
@@ -186,6 +186,7 @@ class _AdaptedLinear(torch.autograd.Function):
         else:
             h = a @ rows.T
         h.mul_(scaling / (1 - dropout))
+        y = F.linear(x, weight, bias).contiguous()  # now that x is at hand, and y is for what follows
         y.view(-1, y.shape[-1]).addmm_(h.T, b.T)
         return y, h, seed
 
@@ -215,11 +216,12 @@ class _AdaptedLinear(torch.autograd.Function):
         updates = h is None
         if updates:
             h = (a @ rows.T).mul_(ctx.scaling)
+        grad_B = (h @ out).T.to(lora_B.dtype) if for_B else None
         grad_x = grad_A = None
         if for_x:
-            result = x.new_empty(x.shape)  # not a view: what else flows into x is added to it in place
+            matrix = _updated(weight, a, b, ctx.scaling) if updates else weight
+            result = out.view(grad.shape) @ matrix  # no view: torch adds to it in place what else flows into x
             grad_x = result.view(rows.shape)
-            torch.mm(out, _updated(weight, a, b, ctx.scaling) if updates else weight, out=grad_x)
         if ctx.dropout:
             grad_A = torch.zeros_like(a)
             for block, drop in drops(rows, ctx.dropout, ctx.seed):
@@ -228,16 +230,16 @@ class _AdaptedLinear(torch.autograd.Function):
                 if grad_x is not None:
                     grad_x[block].add_(drop(torch.mm(g[:, block].T, a, out=kept)))
         else:
-            if for_A:
-                grad_A = g @ rows
             if grad_x is not None and not updates:
                 grad_x.addmm_(g.T, a)
+            if for_A:
+                grad_A = g @ rows
         return (
             result if for_x else None,
             out.T @ rows if for_weight else None,
             out.sum(0) if for_bias else None,
             None if grad_A is None else grad_A.to(lora_A.dtype),
-            (h @ out).T.to(lora_B.dtype) if for_B else None,
+            grad_B,
             None,
             None,
         )
