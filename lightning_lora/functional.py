@@ -61,8 +61,8 @@ def adapted_linear(
 
     The sums are added in place to what the frozen layer computes anyway. Kept are ``x``, which others keep too, and
     ``h``; what is dropped is drawn again from its seed (:mod:`lightning_lora.dropout`). ``h`` and ``g`` are laid out as
-    (r, tokens): products with such matrices are several times faster than with (tokens, r). What reads the same matrix is
-    computed in turn, while a cache may hold it.
+    (r, tokens): products with such matrices are several times faster than with (tokens, r). What reads one matrix
+    is computed in turn, while a cache may hold it.
 
     For many more tokens than features, the sum :math:`W + s B A` is what is multiplied, in both passes, unless small
     updates would be rounded away.

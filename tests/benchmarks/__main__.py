@@ -3,6 +3,7 @@
 import argparse
 import logging
 import random
+import time
 import warnings
 from pathlib import Path
 
@@ -33,13 +34,20 @@ _WIDTH = 150
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("cases", nargs="*", metavar="case", help=f"some of {', '.join(CASES)}; all by default")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each alternative (at least 2)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    cases = "\n".join(f"  {name:10} {case.__doc__}" for name, case in CASES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks",
+        description=f"{__doc__}\n\ncases:\n{cases}",
+        epilog="A goal is what this project aims at; ✗ is beside one that is not reached. The last column has every\n"
+        "way over the floor, which is the frozen model, or peft where there is none.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("cases", nargs="*", metavar="case", help="which to measure; all by default")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each alternative (at least 2; 9 by default)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (1 by default)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--compiled", metavar="MODE", help="measure compiled steps too: default, reduce-overhead, ...")
-    parser.add_argument("--output", type=Path, help="a folder for results.json and the pictures")
+    parser.add_argument("--output", type=Path, help="a folder for results.json, and the pictures of memory and sweeps")
     asked = parser.parse_args()
     unknown = [name for name in asked.cases if name not in CASES]
     if unknown:
@@ -56,12 +64,16 @@ def main() -> None:
     bench, console, rows = Bench(torch.device(asked.device), asked.rounds, asked.compiled), Console(width=_WIDTH), []
     console.print(machine(bench))
     for name in asked.cases or CASES:
-        with console.status(name):
-            found = list(CASES[name](bench))
-        console.print(table(name, found))
+        found, start = [], time.monotonic()
+        with console.status(name) as status:
+            for row in CASES[name](bench):
+                found.append(row)
+                status.update(f"{name}: after {row.case}")
+        console.print(table(f"{name} ({(time.monotonic() - start) / 60:.0f} minutes)", found))
         rows += found
+        if asked.output:
+            write(rows, bench, asked.output)
     if asked.output:
-        write(rows, bench, asked.output)
         console.print(f"Written to {asked.output}.")
 
 

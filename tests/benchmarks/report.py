@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 
 from tests.benchmarks.measure import Bench, Row
-from tests.benchmarks.ways import FLOOR, OURS
+from tests.benchmarks.ways import OURS
 
 
 def table(title: str, rows: Iterable[Row]) -> Table:
@@ -62,7 +62,7 @@ def write(rows: list[Row], bench: Bench, folder: Path) -> None:
         _plot(title, points, folder / f"{re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')}.png")
     kept = [row for row in rows if row.case.startswith("kept for backward")]
     if kept:
-        _bars("bytes kept for backward, in inputs x", kept, folder / "memory.png")
+        _bars("bytes kept for backward beyond x, as a share of x", kept, folder / "memory.png")
 
 
 def _plot(title: str, points: list[Row], path: Path) -> None:
@@ -80,15 +80,15 @@ def _plot(title: str, points: list[Row], path: Path) -> None:
 
 
 def _bars(title: str, rows: list[Row], path: Path) -> None:
-    names = [name for name in rows[0].details if name != FLOOR]
+    names = list(rows[-1].details)  # of half precision, where there are more
     axes, save = _axes()
     for place, name in enumerate(names):
-        at = [i + (place - (len(names) - 1) / 2) * 0.2 for i in range(len(rows))]
-        bars = axes.bar(at, [row.details[name] for row in rows], width=0.18, label=name)
+        at = [i + (place - (len(names) - 1) / 2) * 0.2 for i in range(len(rows)) if name in rows[i].details]
+        bars = axes.bar(at, [row.details[name] for row in rows if name in row.details], width=0.18, label=name)
         axes.bar_label(bars, fmt="%.2f", fontsize=7)
     labels = [row.case.removeprefix("kept for backward beyond x, d=768, ") for row in rows]
     axes.set_xticks(range(len(rows)), labels)
-    axes.set(ylabel="bytes over those of x", title=title[0].upper() + title[1:])
+    axes.set(ylabel="share of x", title=title[0].upper() + title[1:])
     save(path)
 
 

@@ -11,7 +11,7 @@ from tests.benchmarks.models import Bert, Projections, step
 from tests.benchmarks.steps import time_steps
 from tests.benchmarks.ways import FLOOR, LORALIB, OURS, PEFT, each_way, linear_names
 
-ADDING, UPDATING = "always adding", "always W + ΔW"
+ADDING, UPDATING = "ours, always adding", "ours, always W + ΔW"
 
 SWEEPS = {
     "width (2,048 tokens, r=8)": [(width, (width, 2048, 8)) for width in (256, 512, 768, 1024, 2048)],

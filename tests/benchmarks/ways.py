@@ -10,7 +10,8 @@ from torch import nn
 from lightning_lora import LoRAConfig, inject_adapters
 
 FLOOR, OURS, PEFT, LORALIB = "frozen", "lightning_lora", "peft", "loralib"
-PEFT_SAME = "peft (autocast_adapter_dtype=False)"
+PEFT_SAME = "peft, adapters in bf16"
+"""With autocast_adapter_dtype=False."""
 
 
 def frozen(model: nn.Module, names: list[str], r: int, dropout: float) -> nn.Module:
@@ -63,6 +64,11 @@ WAYS: dict[str, Callable[[nn.Module, list[str], int, float], nn.Module]] = {
     PEFT_SAME: peft_same,
     LORALIB: loralib,
 }
+
+
+def ways_in(dtype: torch.dtype) -> list[str]:
+    """Return the ways that differ over a base of this dtype."""
+    return [name for name in WAYS if name != PEFT_SAME or dtype is not torch.float32]
 
 
 def each_way(
