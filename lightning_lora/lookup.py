@@ -65,16 +65,18 @@ class Names:
         if not missing:
             return
         what = "parameter" if argument == "target_parameters" else "module"
-        near: dict[str, None] = {}
+        near, shown = list[str](), set[str]()
         for entry, known in missing.items():
             names: dict[str, list[str]] = {}
             for name in known:
                 for part in {name, name.rpartition(".")[2], ".".join(name.split(".")[-2:])}:
                     names.setdefault(part, []).append(name)
             for part in difflib.get_close_matches(entry, names, n=3, cutoff=0.5):
-                near[_one_or_many(part, names[part])] = None
+                if not shown.issuperset(names[part]):
+                    near.append(_one_or_many(part, names[part]))
+                    shown.update(names[part])
         if near:
-            hint = f"Nearest names: {', '.join(list(near)[:5])}."
+            hint = f"Nearest names: {', '.join(near[:5])}."
         else:
             fit = (name for name, layer in self.modules.items() if not why_not(self, name, layer))
             layers = dict.fromkeys(name.rpartition(".")[2] for name in fit)

@@ -106,6 +106,12 @@ def test_mistake_is_named_and_changes_nothing(config: dict[str, Any], message: s
     assert not any(isinstance(module, LoRALayer) for module in model.modules())
 
 
+def test_each_near_name_is_hinted_at_once() -> None:
+    model = nn.ModuleList(nn.ModuleDict({"query": nn.Linear(2, 2)}) for _ in range(2))
+    with pytest.raises(TargetError, match=r"Nearest names: 'query' \(2 of them, such as '0.query'\)\. Correct"):
+        adapted(model, target_modules=["qurey"])
+
+
 def test_only_unsupported_layers_is_an_error_that_lists_the_supported() -> None:
     model = nn.Sequential(nn.LayerNorm(4), nn.ReLU())
     for targets in ("all-linear", "all", ["0"], "0|1"):
