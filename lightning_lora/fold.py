@@ -8,6 +8,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -116,10 +117,13 @@ def _inference_paths(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any, nn
             yield module, "support_avx512bf16_for_cpu", False, model
 
 
-def merge_layers(model: nn.Module) -> dict[str, float]:
+def merge_layers(model: nn.Module, *, to_host: bool = False) -> dict[str, float]:
     """Merge every adapted layer of ``model``, or, if one fails, none.
 
-    A layer's own values stay beside the merged ones, or, where a device has no room for both, in the host's memory.
+    Args:
+        model: The adapted model.
+        to_host: Move the layers' own values to the host's memory, as is done anyway on a device that is too full to
+            hold them beside the merged ones.
 
     Returns:
         The share of each layer's update that rounding took away.
@@ -132,19 +136,17 @@ def merge_layers(model: nn.Module) -> dict[str, float]:
         name: [weight for weight in layer.lora_weights() if uses[id(own_parameter(layer, weight))] > 1]
         for name, layer in layers.items()
     }
-    lost, is_full = dict[str, float](), False
+    lost: dict[str, float] = {}
     try:
-        for name, layer in layers.items():
-            if not is_full:
-                try:
+        if not to_host:
+            with suppress(torch.OutOfMemoryError):
+                for name, layer in layers.items():
                     lost[name] = layer.lora_merge(tied[name])
-                    continue
-                except torch.OutOfMemoryError:
-                    is_full = True
-                for each in layers.values():
-                    each.lora_bases_to_host()
-            lost[name] = layer.lora_merge(tied[name])
-            layer.lora_bases_to_host()
+        if len(lost) < len(layers):
+            for name, layer in layers.items():
+                if name not in lost:
+                    lost[name] = layer.lora_merge(tied[name])
+                layer.lora_bases_to_host()
     except BaseException:
         for layer in layers.values():
             layer.lora_unmerge()
@@ -218,10 +220,13 @@ _MUCH = 0.25
 
 
 def fold(model: nn.Module) -> dict[str, float]:
-    """Make ``model`` plain, its updates merged, and let it remember how to come back. Return what merging lost."""
+    """Make ``model`` plain, its updates merged, and let it remember how to come back. Return what merging lost.
+
+    The base's own values lie in the host's memory then: most often nobody asks for them.
+    """
     record, lost = record_of(model), dict[str, float]()
     if not record.folded:
-        lost = merge_layers(model)
+        lost = merge_layers(model, to_host=True)
         unfreeze(model, record)
         record.folded = detach_adapters(model)
         weights = named_parameters(model, remove_duplicate=False)

@@ -37,6 +37,8 @@ from lightning_lora import (
     save_adapter,
     unmerge_adapters,
 )
+from lightning_lora.adapted import record_of
+from lightning_lora.fold import fold
 from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for
 from tests.models import TinyLM, randomise, same, state, unties
 
@@ -962,6 +964,24 @@ def test_bases_that_have_no_room_beside_merged_weights_go_to_the_host(monkeypatc
     merge_adapters(model)
     assert moved == [(4, 4)] * 4 and next(calls) == 5
     torch.testing.assert_close(model(x), output)
+    unmerge_adapters(model)
+    assert same(state(model), before)
+
+
+def test_folded_model_remembers_its_base_in_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    before, moved, cpu = state(model), list[Tensor](), Tensor.cpu
+
+    def host(tensor: Tensor) -> Tensor:
+        moved.append(cpu(tensor).clone())
+        return moved[-1]
+
+    monkeypatch.setattr(Tensor, "cpu", host)
+    fold(model)
+    held = [base for adapter in record_of(model).folded.values() for base in adapter.bases.values()]
+    assert len(held) == len(moved) == 2 and all(base is there for base, there in zip(held, moved, strict=True))
     unmerge_adapters(model)
     assert same(state(model), before)
 
