@@ -473,10 +473,10 @@ def test_the_gradient_of_the_input_is_no_view_so_that_torch_may_add_to_it_in_pla
 
 def test_a_few_tokens_are_not_rounded_to_narrower_adapters() -> None:
     x, weight, bias, a, b = (t.detach() for t in inputs(2, 64, out=32, r=4))
-    a, b = a.bfloat16(), b.bfloat16()
-    with torch.no_grad():
-        found = adapted_linear(x, weight, bias, a, b, 1.0)
-    torch.testing.assert_close(found, composed(x, weight, bias, a.double(), b.double(), 1.0))
+    for factors in ((a.bfloat16(), b.bfloat16()), (a, b.bfloat16()), (a.bfloat16(), b)):
+        with torch.no_grad():
+            found = adapted_linear(x, weight, bias, *factors, 1.0)
+        torch.testing.assert_close(found, composed(x, weight, bias, *(t.double() for t in factors), 1.0))
 
 
 def test_a_base_that_was_loaded_in_inference_mode_trains_in_a_first_layer() -> None:

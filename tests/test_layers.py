@@ -38,7 +38,7 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from lightning_lora.adapted import record_of
-from lightning_lora.fold import fold
+from lightning_lora.fold import fold, merge_layers
 from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for
 from tests.models import TinyLM, randomise, same, state, unties
 
@@ -944,10 +944,13 @@ def test_out_of_memory_while_the_base_is_shown_costs_no_trained_weight(monkeypat
 
 
 def test_bases_that_have_no_room_beside_merged_weights_go_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))), torch.randn(2, 4)
-    inject_adapters(model, LoRAConfig(r=2))
+    model, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5))).bfloat16(), torch.randn(2, 4).bfloat16()
+    model[4].weight = model[0].weight
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["0", "1", "2", "3"]))
     randomise(model)
-    before, output = state(model), model(x)
+    before, lost = state(model), merge_layers(model)
+    output = model(x)
+    unmerge_adapters(model)
     calls, moved, merged, cpu = iter(range(100)), list[tuple[int, ...]](), functional.merged, Tensor.cpu
 
     def fills(*args: Any) -> Any:
@@ -961,11 +964,11 @@ def test_bases_that_have_no_room_beside_merged_weights_go_to_the_host(monkeypatc
 
     monkeypatch.setattr("lightning_lora.layers.base.merged", fills)
     monkeypatch.setattr(Tensor, "cpu", host)
-    merge_adapters(model)
-    assert moved == [(4, 4)] * 4 and next(calls) == 5
-    torch.testing.assert_close(model(x), output)
+    assert merge_layers(model) == lost and all(lost.values())
+    assert moved == [(4, 4)] * 3 and next(calls) == 5  # the tied one stays
+    assert torch.equal(model(x), output)
     unmerge_adapters(model)
-    assert same(state(model), before)
+    assert same(state(model), before) and model[4].weight is model[0].weight
 
 
 def test_folded_model_remembers_its_base_in_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,10 +91,5 @@ def linear_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if type(module) is nn.Linear]
 
 
-def trains_in(models: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Set all to training mode, in which dropout drops."""
-    return {name: model.train() for name, model in models.items()}
-
-
 def half(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
