@@ -108,7 +108,7 @@ def forget_record(model: nn.Module) -> None:
 
 def inner_records(model: nn.Module) -> dict[str, Record]:
     """Return the records of modules inside ``model``, adapted by themselves, by name."""
-    found = ((name, find_record(module)) for name, module in named_modules(model).items() if name)
+    found = ((name, vars(module).get(_ATTRIBUTE)) for name, module in named_modules(model).items() if name)
     return {name: record for name, record in found if record is not None}
 
 

@@ -169,7 +169,10 @@ def matches_pattern(key: str, name: str) -> bool:
 
 def _lookup(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """The value of the first key that means ``name``."""
-    return next((value for key, value in (pattern or {}).items() if matches_pattern(key, name)), default)
+    for key, value in (pattern or {}).items():
+        if matches_pattern(key, name):
+            return value
+    return default
 
 
 def _is_number(value: object) -> bool:

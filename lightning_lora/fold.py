@@ -108,7 +108,7 @@ def _inference_paths(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any, nn
     encoder packs a padded batch for that path, and layers off it cannot take what is packed. On some processors
     bitsandbytes lays out its weights anew for inference, and then gives no gradient to what comes before the layer.
     """
-    for module in model.modules():
+    for module in named_modules(model).values():
         if isinstance(module, nn.TransformerEncoderLayer):
             yield module, "activation_relu_or_gelu", 0, module
         elif isinstance(module, nn.TransformerEncoder) and hasattr(module, "use_nested_tensor"):

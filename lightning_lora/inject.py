@@ -32,7 +32,7 @@ from lightning_lora.fold import attach_adapters, detach_adapters
 from lightning_lora.inplace import combined
 from lightning_lora.layers import LoRALayer, Part, Settings, new_adapter
 from lightning_lora.memory import forget
-from lightning_lora.names import submodule
+from lightning_lora.names import named_modules, submodule
 from lightning_lora.norms import FrozenNorm, unfreeze_norms
 from lightning_lora.targets import Choice, select
 
@@ -90,11 +90,10 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
             keep_record(model, record)
         record.config = config
         absorb_inner_records(model, record)
-        fresh = is_fresh(model)
         attach_adapters(model, adapters)
         follow_base(model)
         freeze(model, record)
-        if adapters or fresh:  # later, what is new may have been trained
+        if adapters or is_fresh(model):  # later, what is new may have been trained
             keep_originals(model, record)
     return tuple(choices)
 
@@ -102,19 +101,20 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
 @contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
     """Give ``model`` back as it was, its adapters and its memory, if what is done inside fails."""
-    flags = {p: p.requires_grad for p in model.parameters()}
+    modules = named_modules(model)
+    flags = {p: p.requires_grad for module in modules.values() for p in module._parameters.values() if p is not None}
     records = {
         name: copy(record) for name, record in {"": find_record(model), **inner_records(model)}.items() if record
     }
     for record in records.values():
         record.requires_grad, record.originals = dict(record.requires_grad), dict(record.originals)
         record.changed = dict(record.changed)
-    layers = adapted_layers(model)
-    norms = [module for module in model.modules() if isinstance(module, FrozenNorm)]
+    layers = {name for name, module in modules.items() if isinstance(module, LoRALayer)}
+    norms = [module for module in modules.values() if isinstance(module, FrozenNorm)]
     try:
         yield
     except BaseException:
-        detach_adapters(model, adapted_layers(model).keys() - layers.keys())
+        detach_adapters(model, adapted_layers(model).keys() - layers)
         unfreeze_norms(model, but=norms)
         for p, flag in flags.items():
             p.requires_grad_(flag)

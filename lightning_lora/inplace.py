@@ -57,8 +57,7 @@ def combined(mixin: "type[InPlace]", base: type) -> type:
 
 def overlay(instance: object, mixin: type[InPlace]) -> None:
     """Lay ``mixin`` over the class of ``instance``."""
-    cls: Any = combined(mixin, type(instance))
-    instance.__class__ = cls
+    object.__setattr__(instance, "__class__", combined(mixin, type(instance)))  # whatever its own __setattr__ does
 
 
 def is_overlaid(instance: InPlace) -> bool:
@@ -68,8 +67,7 @@ def is_overlaid(instance: InPlace) -> bool:
 
 def uncover(instance: InPlace) -> None:
     """Give ``instance`` back the class that it had before :func:`overlay`."""
-    cls: Any = instance.overlaid[1]
-    instance.__class__ = cls
+    object.__setattr__(instance, "__class__", instance.overlaid[1])
 
 
 def _blank(mixin: type[InPlace], base: type) -> object:

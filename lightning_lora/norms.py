@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.inplace import InPlace, overlay, uncover
+from lightning_lora.names import named_modules
 
 
 class FrozenNorm(InPlace, nn.Module):
@@ -30,7 +31,7 @@ class FrozenNorm(InPlace, nn.Module):
 def freeze_norms(model: nn.Module, trained: Iterable[nn.Module]) -> None:
     """Freeze the statistics of every normalisation in ``model`` but those inside the ``trained`` modules."""
     moving = {id(inner) for module in trained for inner in module.modules()}
-    for module in model.modules():
+    for module in named_modules(model).values():
         has_statistics = isinstance(module, _NormBase) and module.track_running_stats
         if has_statistics and id(module) not in moving and not isinstance(module, FrozenNorm):
             overlay(module, FrozenNorm)

@@ -1,7 +1,8 @@
 """Choose which layers of a model to adapt and what to train whole. Nothing here changes a model."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -11,7 +12,7 @@ from lightning_lora.errors import ConfigError, TargetError, listed
 from lightning_lora.fused import fused_rows
 from lightning_lora.layers import ADAPTERS, FROM_BASE, LoRALayer, LoRAParameters, Part, Settings, adapter_for
 from lightning_lora.lookup import AUTOMATIC, SEE_ALL, Names, is_attention, supported_types, why_not
-from lightning_lora.names import named_modules, named_parameters, submodule
+from lightning_lora.names import named_modules, plain_module, submodule
 
 
 @dataclass(frozen=True)
@@ -48,27 +49,22 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
         lightning_lora.errors.TargetError: target_modules ['fc'] match no module of Sequential. Layers that can be \
 adapted end in '0', '2'. Correct target_modules; print(summarize(model)) shows every layer.
     """
-    lazy = [name for name, p in {**named_parameters(model), **dict(model.named_buffers())}.items() if is_lazy(p)]
-    if lazy:
-        raise ConfigError(
-            f"{listed(lazy)} of {type(model).__name__} are lazy and have no shape yet. Run one batch through the model "
-            "before it is adapted."
-        )
     names = Names(model)
+    _check_shapes(names)
     saved = names.find("modules_to_save", config.modules_to_save)
     excluded = names.find("exclude_modules", config.exclude_modules)
     outer = [names.modules.get(name.removesuffix(".weight")) for name in (*saved, *excluded)]
-    left_out = {inner for module in outer if module is not None for inner in module.modules()}
-    holders = {owner: named for owner, named in _holders(names, config).items() if owner not in left_out}
+    untouched = {inner for module in outer if module is not None for inner in module.modules()}
+    holders = {owner: named for owner, named in _holders(names, config).items() if owner not in untouched}
     read = {submodule(owner, leaf.rpartition(".")[0]) for owner, named in holders.items() for leaf in named}
-    targets = set(_targets(names, config).values()) - left_out - read
+    targets = set(_targets(names, config).values()) - untouched - read
     layers = {name: layer for name, layer in named_modules(model).items() if layer in targets or layer in holders}
     _check_any(names, config, layers)
     _check_supported(names, config, layers, targets)
     choices = {name: _choice(names, config, name, layer, holders.get(layer)) for name, layer in layers.items()}
-    choices = {
-        name: without for name, choice in choices.items() if (without := _without(name, choice, saved, excluded))
-    }
+    if left_out := {*saved, *excluded}:
+        within = ((name, _without(name, choice, left_out)) for name, choice in choices.items())
+        choices = {name: choice for name, choice in within if choice}
     _check_any(names, config, choices)
     _check_patterns(names, config, choices)
     _check_names(choices)
@@ -151,13 +147,12 @@ def _choice(names: Names, config: LoRAConfig, name: str, layer: nn.Module, param
     return Choice(layer, kind, _sliced(names, name, kind, parts, slices) if slices else parts, _settings(config, name))
 
 
-def _without(name: str, choice: Choice, *left_out: Collection[str]) -> Choice | None:
+def _without(name: str, choice: Choice, left_out: Set[str]) -> Choice | None:
     """A choice without the parts that are named by themselves, or in a module inside, to be left out; or None."""
 
     def is_left_out(part: Part) -> bool:
         below = part.weight.split(".")
-        inside = {".".join([name, *below[: i + 1]]) for i in range(len(below))}
-        return any(not inside.isdisjoint(each) for each in left_out)
+        return any(".".join([name, *below[: i + 1]]) in left_out for i in range(len(below)))
 
     parts = tuple(part for part in choice.parts if not is_left_out(part))
     return replace(choice, parts=parts) if parts else None
@@ -227,8 +222,9 @@ def _output_heads(names: Names) -> set[int]:
     tied = {
         id(module) for module, weight in weights.items() if isinstance(module, nn.Linear) and id(weight) in embeddings
     }
-    asked = (getattr(module, "get_output_embeddings", None) for module in names.model.modules())
-    return tied | {id(head()) for head in asked if callable(head)}
+    modules: Any = (plain_module(names.model), *names.modules.values())
+    asking = [module for module in modules if callable(getattr(type(module), "get_output_embeddings", None))]
+    return tied | {id(module.get_output_embeddings()) for module in asking}
 
 
 def _own_weight(module: nn.Module) -> nn.Parameter | None:
@@ -236,6 +232,22 @@ def _own_weight(module: nn.Module) -> nn.Parameter | None:
     base = module.lora_bases.get("weight") if isinstance(module, LoRALayer) else None
     # read as a parameter: a weight that is computed (by spectral_norm, say) may change when it is read as an attribute
     return base if isinstance(base, nn.Parameter) else module._parameters.get("weight")
+
+
+def _check_shapes(names: Names) -> None:
+    """Refuse a model whose layers have not seen a batch that would give them their shapes.
+
+    Raises:
+        ConfigError: there are such layers.
+    """
+    modules = {"": plain_module(names.model), **names.modules}
+    buffers = {f"{name}.{leaf}": b for name, m in modules.items() for leaf, b in m._buffers.items() if b is not None}
+    lazy = [name for name, tensor in {**names.parameters, **buffers}.items() if is_lazy(tensor)]
+    if lazy:
+        raise ConfigError(
+            f"{listed(lazy)} of {names.title} are lazy and have no shape yet. Run one batch through the model before "
+            "it is adapted."
+        )
 
 
 def _check_any(names: Names, config: LoRAConfig, layers: Collection[str]) -> None:

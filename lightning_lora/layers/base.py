@@ -90,10 +90,8 @@ class LoRALayer(InPlace, nn.Module):
     @classmethod
     def lora_adapts(cls, layer_class: type) -> bool:
         """Whether ``layer_class`` is a class that this adapter is for."""
-        return any(
-            kind in (layer_class, f"{layer_class.__module__}.{layer_class.__qualname__}")
-            for kind in cls.lora_layer_types
-        )
+        kinds = cls.lora_layer_types
+        return layer_class in kinds or f"{layer_class.__module__}.{layer_class.__qualname__}" in kinds
 
     @classmethod
     def lora_parts_of(cls, layer: Any) -> tuple[Part, ...]:

@@ -104,7 +104,7 @@ def count(parameter: Any) -> int:
 
 def repacks(module: nn.Module) -> bool:
     """Whether ``module`` would lay out its weight for inference as soon as it runs in eval mode, and then not train."""
-    return _is_a(module, LoRALinear4bit) and hasattr(module, "support_avx512bf16_for_cpu")
+    return "support_avx512bf16_for_cpu" in vars(module) and _is_a(module, LoRALinear4bit)
 
 
 def unpack(module: Any) -> None:

@@ -29,14 +29,26 @@ def start(
     parameters: Mapping[str, nn.Parameter],
 ) -> dict[str, int]:
     """Start an adapter so that it changes nothing. Return the digests of the weights that it was started from."""
+    if not settings.starts_from_base:
+        for part in parts:
+            a, b = parameters[part.factor("A")], parameters[part.factor("B")]
+            if not a.is_meta:
+                init_factors(*((a, b) if kind.lora_zero == "B" else (b, a)), settings.init)
+    reads_base = settings.starts_from_base or settings.use_dora
+    return _start_from_base(layer, kind, parts, settings, parameters) if reads_base else {}
+
+
+def _start_from_base(
+    layer: nn.Module,
+    kind: Any,
+    parts: tuple[Part, ...],
+    settings: Settings,
+    parameters: Mapping[str, nn.Parameter],
+) -> dict[str, int]:
+    """Start what is made of the weights themselves: factors, magnitudes. Return the digests of these weights."""
     started_on = {}
     with torch.no_grad():
         for part in parts:
-            a, b = parameters[part.factor("A")], parameters[part.factor("B")]
-            if not settings.starts_from_base and not a.is_meta:
-                init_factors(*((a, b) if kind.lora_zero == "B" else (b, a)), settings.init)
-            if not (settings.starts_from_base or settings.use_dora):
-                continue
             weight = own_parameter(layer, part.weight)
             matrix = kind.lora_as_matrix(kind.lora_values(layer, weight).detach())
             if settings.starts_from_base:
@@ -64,14 +76,14 @@ def new_adapter(kind: Any, layer: nn.Module, parts: tuple[Part, ...], settings: 
     parameters = {}
     for part in parts:
         weight, r = own_parameter(layer, part.weight), part.rank(settings.r)
-        dtype = kind.lora_dtype(layer, weight)
+        dtype, device = kind.lora_dtype(layer, weight), weight.device
         kept = wide(dtype) if settings.autocast_dtype else dtype
         for letter in _letters(settings):
             shape = (r, part.reads) if letter.startswith("A") else (part.writes, r)
-            values = torch.empty((*part.stack, *shape), dtype=kept, device=weight.device)
+            values = torch.empty(*part.stack, *shape, dtype=kept, device=device)
             parameters[part.factor(letter)] = nn.Parameter(values, requires_grad=letter in ("A", "B"))
         if settings.use_dora:
-            magnitude = torch.empty(part.writes, dtype=wide(dtype), device=weight.device)
+            magnitude = torch.empty(part.writes, dtype=wide(dtype), device=device)
             parameters[MAGNITUDE] = nn.Parameter(magnitude)
     started_on = start(layer, kind, parts, settings, parameters)
     return Adapter(kind, settings, parts, parameters, started_on)
