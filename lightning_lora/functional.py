@@ -51,13 +51,13 @@ def adapted_linear(
 
     Composed of torch's operations, this would write each product and sum into new memory and keep a mask and copies of
     ``x`` for the backward pass. Here the gradients are written out. With :math:`\partial` for the gradient of the loss,
-    and two thin matrices, :math:`h = s \, \mathrm{dropout}(x) A^T` and :math:`g = s \, \partial y \, B`:
+    and two thin matrices, :math:`h = \mathrm{dropout}(x) A^T` and :math:`g = \partial y \, B`:
 
     .. math::
-        y &= (x W^T + b) + h B^T \qquad
-        &\partial x &= (\partial y \, W) + \mathrm{dropout}(g A) \\
-        \partial A &= g^T \, \mathrm{dropout}(x) \qquad
-        &\partial B &= \partial y^T h .
+        y &= (x W^T + b) + s \, h B^T \qquad
+        &\partial x &= (\partial y \, W) + s \, \mathrm{dropout}(g A) \\
+        \partial A &= s \, g^T \, \mathrm{dropout}(x) \qquad
+        &\partial B &= s \, \partial y^T h .
 
     The sums are added in place to what the frozen layer computes anyway. Kept are ``x``, which others keep too, and
     ``h``; what is dropped is drawn again from its seed (:mod:`lightning_lora.dropout`). ``h`` and ``g`` are laid out as
@@ -92,14 +92,15 @@ def adapted_linear(
         >>> adapted_linear(x, weight, None, torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0], [0.0]]), scaling=0.5)
         tensor([2.5000, 2.0000])
     """
-    if not (dropout or torch.is_grad_enabled()) and x.numel() <= lora_A.numel():
+    differentiates = torch.is_grad_enabled()
+    if not (dropout or differentiates) and x.numel() <= lora_A.numel():
         return _added(F.linear(x, weight, bias), x, lora_A, lora_B, scaling)
     if torch.compiler.is_compiling() or not _are_plain(x, weight, bias, lora_A, lora_B):
         return _composed(x, F.dropout(x, dropout), weight, bias, lora_A, lora_B, scaling)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if _is_autocast_enabled(x) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if not torch.is_grad_enabled():
+    if not differentiates:
         return _AdaptedLinear.run(x, weight, bias, lora_A, lora_B, scaling, dropout)[0]
     return _AdaptedLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -115,7 +116,19 @@ def _added(output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: f
     if not x.dtype is lora_A.dtype is lora_B.dtype:
         dtype = torch.promote_types(x.dtype, lora_A.dtype)
         x, lora_A, lora_B = x.to(dtype), lora_A.to(dtype), lora_B.to(dtype)
-    return torch.add(output, F.linear(F.linear(x, lora_A), lora_B), alpha=scaling).to(output.dtype)
+    return _as(torch.add(output, F.linear(F.linear(x, lora_A), lora_B), alpha=scaling), output.dtype)
+
+
+# What follows is asked in every call. After a product of large matrices no cache holds anything, and each function of
+# torch's that is not called saves some microseconds.
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+def _is_autocast_enabled(tensor: Tensor) -> bool:
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(tensor.device.type)
 
 
 _PLAIN = {Tensor, nn.Parameter, type(None)}
@@ -125,14 +138,14 @@ def _are_plain(x: Tensor, *others: Tensor | None) -> bool:
     """Whether gradients of these tensors may be written out: nobody else looks at how they are computed."""
     return (
         _PLAIN.issuperset(map(type, (x, *others)))
-        and x.device.type in ("cpu", "cuda")
+        and (x.is_cpu or x.is_cuda)
         and x.is_floating_point()
         and not x.is_nested
         and x.layout is torch.strided
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()  # modes that count, trace or keep what is computed
         and forward_ad._current_level < 0
-        and not torch.jit.is_tracing()
+        and not torch._C._is_tracing()
         and not (x.is_cuda and torch.cuda.is_current_stream_capturing())  # a replay would draw from the same seed
     )
 
@@ -145,7 +158,7 @@ def _pays_to_update(rows: Tensor, weight: Tensor, dropout: float) -> bool:
     a small update: not in half precision, nor where torch rounds the factors of float32 products.
     """
     writes, reads = weight.shape
-    if dropout or len(rows) * (writes + reads) < 4 * writes * reads:
+    if dropout or rows.shape[0] * (writes + reads) < 4 * writes * reads:
         return False
     if not (weight.is_contiguous() or weight.T.is_contiguous()):  # a sum would be laid out in another way
         return False
@@ -175,7 +188,7 @@ class _AdaptedLinear(torch.autograd.Function):
         dropout: float,
     ) -> tuple[Tensor, Tensor | None, int]:
         """Return y, h if it was needed, and the seed of what was dropped."""
-        rows, a, b = x.reshape(-1, x.shape[-1]), lora_A.to(x.dtype), lora_B.to(x.dtype)
+        rows, a, b = x.reshape(-1, x.shape[-1]), _as(lora_A, x.dtype), _as(lora_B, x.dtype)
         if _pays_to_update(rows, weight, dropout):
             return F.linear(x, _updated(weight, a, b, scaling), bias), None, 0
         seed = new_seed() if dropout else 0
@@ -185,9 +198,8 @@ class _AdaptedLinear(torch.autograd.Function):
                 h[:, block] = a @ drop(rows[block].clone(memory_format=torch.contiguous_format)).T
         else:
             h = a @ rows.T
-        h.mul_(scaling / (1 - dropout))
         y = F.linear(x, weight, bias).contiguous()  # now that x is at hand, and y is for what follows
-        y.view(-1, y.shape[-1]).addmm_(h.T, b.T)
+        y.view(-1, y.shape[-1]).addmm_(h.T, b.T, alpha=scaling / (1 - dropout))
         return y, h, seed
 
     @staticmethod
@@ -202,7 +214,7 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of all that needs one."""
-        if torch.is_autocast_enabled(grad.device.type):  # as forward was, or was not: dtypes are settled
+        if _is_autocast_enabled(grad):  # as forward was, or was not: dtypes are settled
             with torch.autocast(grad.device.type, enabled=False):
                 return _AdaptedLinear.backward(ctx, grad)
         *inputs, h = ctx.saved_tensors
@@ -210,36 +222,36 @@ class _AdaptedLinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _AdaptedLinear.differentiable(ctx, grad, inputs)
         rows, out = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        a, b, scaling = _as(lora_A, x.dtype), _as(lora_B, x.dtype), ctx.scaling
         for_x, for_weight, for_bias, for_A, for_B, *_ = ctx.needs_input_grad
-        g = (b.T @ out.T).mul_(ctx.scaling)
+        g = b.T @ out.T
         updates = h is None
         if updates:
-            h = (a @ rows.T).mul_(ctx.scaling)
-        grad_B = (h @ out).T.to(lora_B.dtype) if for_B else None
+            h = a @ rows.T
+        grad_B = torch.addmm(b.T, h, out, beta=0, alpha=scaling).T if for_B else None
         grad_x = grad_A = None
         if for_x:
-            matrix = _updated(weight, a, b, ctx.scaling) if updates else weight
+            matrix = _updated(weight, a, b, scaling) if updates else weight
             result = out.view(grad.shape) @ matrix  # no view: torch adds to it in place what else flows into x
             grad_x = result.view(rows.shape)
         if ctx.dropout:
             grad_A = torch.zeros_like(a)
             for block, drop in drops(rows, ctx.dropout, ctx.seed):
                 kept = drop(rows[block].clone(memory_format=torch.contiguous_format))
-                grad_A.addmm_(g[:, block], kept)
+                grad_A.addmm_(g[:, block], kept, alpha=scaling)
                 if grad_x is not None:
-                    grad_x[block].add_(drop(torch.mm(g[:, block].T, a, out=kept)))
+                    grad_x[block].add_(drop(torch.mm(g[:, block].T, a, out=kept)), alpha=scaling)
         else:
             if grad_x is not None and not updates:
-                grad_x.addmm_(g.T, a)
+                grad_x.addmm_(g.T, a, alpha=scaling)
             if for_A:
-                grad_A = g @ rows
+                grad_A = torch.addmm(a, g, rows, beta=0, alpha=scaling)
         return (
             result if for_x else None,
             out.T @ rows if for_weight else None,
             out.sum(0) if for_bias else None,
-            None if grad_A is None else grad_A.to(lora_A.dtype),
-            grad_B,
+            None if grad_A is None else _as(grad_A, lora_A.dtype),
+            None if grad_B is None else _as(grad_B, lora_B.dtype),
             None,
             None,
         )

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -192,7 +193,7 @@ def _check_same(model: nn.Module, config: LoRAConfig, choices: dict[str, Choice]
 def _about(settings: Settings, parts: tuple[Part, ...]) -> dict[str, Any]:
     """What an adapter is, by the names of the arguments that say so."""
     names = {"scaling": "alpha / r", "autocast_dtype": "autocast_adapter_dtype"}
-    named = {names.get(name, name): value for name, value in vars(settings).items()}
+    named = {names.get(name, name): value for name, value in asdict(settings).items()}
     if not settings.starts_from_base:
         del named["init"]  # how it started makes no difference later
     return {**named, "parts": [(part.name or part.weight, part.first, part.writes) for part in parts]}

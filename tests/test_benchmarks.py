@@ -8,7 +8,7 @@ pytest.importorskip("transformers")
 
 from tests.benchmarks.measure import Bench, overheads, ratios, row, saved_bytes
 from tests.benchmarks.models import Bert, Llama, Projections, step
-from tests.benchmarks.ways import FLOOR, OURS, each_way, linear_names
+from tests.benchmarks.ways import ARITHMETIC, FLOOR, OURS, each_way, linear_names
 
 BENCH = Bench(torch.device("cpu"), rounds=5)
 
@@ -36,7 +36,7 @@ def test_bytes_that_autograd_keeps_are_counted_once() -> None:
 
 
 @pytest.mark.parametrize("make", [lambda: Bert(1), lambda: Llama(1), lambda: Projections(768, 2)])
-def test_models_compute_the_same_in_both_ways_while_nothing_is_trained(make: object) -> None:
+def test_ways_share_a_base_and_leave_no_gradient(make: object) -> None:
     model = make()  # type: ignore[operator]
     x = torch.randn(1, 4, 768, requires_grad=True)
     models = each_way(model, linear_names(model), only=(FLOOR, OURS))
@@ -46,3 +46,18 @@ def test_models_compute_the_same_in_both_ways_while_nothing_is_trained(make: obj
     for each in models.values():
         step(each, x)()
         assert x.grad is None
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_the_arithmetic_alone_is_what_an_adapted_model_computes(tokens: int) -> None:
+    model, x = Projections(16, 2), torch.randn(2, tokens, 16, requires_grad=True)
+    ways = each_way(model, linear_names(model), r=2, only=(OURS, ARITHMETIC))
+    ways[OURS].load_state_dict(ways[ARITHMETIC].state_dict())
+    found = {}
+    for name, each in ways.items():
+        outputs = torch.stack(each(x))
+        trained = [p for p in each.parameters() if p.requires_grad]
+        found[name] = [outputs, *torch.autograd.grad(outputs.square().sum(), [x, *trained])]
+        with torch.no_grad():
+            torch.testing.assert_close(torch.stack(each(x)), outputs)
+    torch.testing.assert_close(found[OURS], found[ARITHMETIC])

@@ -73,17 +73,21 @@ class LoRALayer(InPlace, nn.Module):
     """Whether there are such weights: a flag that torch.compile watches, as it does not watch a dictionary."""
     lora_A: nn.Parameter
     lora_B: nn.Parameter
-    _lora_computes_itself: ClassVar[bool]
+    _lora_is_additive: ClassVar[bool]
     _lora_is_matrix: ClassVar[bool]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Note, for a class laid over a layer's, whether that layer computes in a way of its own."""
+        """Note, for a class laid over a layer's, whether the layer's own output and an update add up to its output.
+
+        Not where that layer computes in a way of its own.
+        """
         super().__init_subclass__(**kwargs)
         if "overlaid" in cls.__dict__:
             base: Any = cls.overlaid[1]
             known = next((ancestor for ancestor in base.__mro__ if cls.lora_adapts(ancestor)), base)
             cls._lora_is_matrix = cls.lora_as_matrix is LoRALayer.lora_as_matrix
-            cls._lora_computes_itself = any(getattr(base, m) is not getattr(known, m) for m in cls.lora_methods)
+            computes_itself = any(getattr(base, m) is not getattr(known, m) for m in cls.lora_methods)
+            cls._lora_is_additive = cls.lora_update is not LoRALayer.lora_update and not computes_itself
 
     # What a subclass says
 
@@ -130,10 +134,6 @@ class LoRALayer(InPlace, nn.Module):
         """Lay out a matrix (out, in) as ``weight`` is laid out."""
         return matrix.reshape(weight.shape)
 
-    def lora_is_additive(self) -> bool:
-        """Whether its output is that of the layer itself and, added to it, :meth:`lora_update`."""
-        return type(self).lora_update is not LoRALayer.lora_update and not self._lora_computes_itself
-
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute what the factors add to the output, from the arguments of ``forward``, dropout done."""
         raise NotImplementedError
@@ -148,11 +148,15 @@ class LoRALayer(InPlace, nn.Module):
         """
         if not self.lora_enabled or self.lora_merged:
             return super().forward(*args, **kwargs)
-        if not self.lora_is_additive():
-            dtypes = {name: self.lora_dtype(self, self._lora_own(name)) for name in self.lora_weights()}
-            weights = {n: self.lora_effective_weight(n, dropping=True).to(dtype) for n, dtype in dtypes.items()}
-            return self.lora_run_on(weights, *args, **kwargs)
-        return self.lora_forward(*args, **kwargs)
+        if self._lora_is_additive:
+            return self.lora_forward(*args, **kwargs)
+        return self.lora_forward_on_sum(*args, **kwargs)
+
+    def lora_forward_on_sum(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the layer does on ``W + ΔW``."""
+        dtypes = {name: self.lora_dtype(self, self._lora_own(name)) for name in self.lora_weights()}
+        weights = {n: self.lora_effective_weight(n, dropping=True).to(dtype) for n, dtype in dtypes.items()}
+        return self.lora_run_on(weights, *args, **kwargs)
 
     def lora_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the layer itself, and add the update; with DoRA, scale the sum to its magnitude."""

@@ -68,9 +68,10 @@ class LoRAEmbeddingBag(LoRAEmbedding):
     mode: str
     weight: nn.Parameter
 
-    def lora_is_additive(self) -> bool:
-        """Whether the mode is linear in the weight."""
-        return self.mode != "max" and super().lora_is_additive()
+    def lora_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Add the update, if the mode is linear in the weight."""
+        forward = self.lora_forward_on_sum if self.mode == "max" else super().lora_forward
+        return forward(*args, **kwargs)
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Take the bags of the columns of A, and multiply them by B."""

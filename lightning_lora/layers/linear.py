@@ -31,9 +31,11 @@ class LoRALinear(LoRALayer):
         if settings.use_dora:
             return super().lora_forward(input)
         dropout = settings.dropout if self.training else 0.0
-        (a, b), *others = self._lora_pairs("weight")
-        if others:
-            a, b = torch.cat([a, *(a for a, _ in others)]), torch.cat([b, *(b for _, b in others)], dim=1)
+        if self.lora_parts[0].name or settings.starts_from_base:
+            pairs = self._lora_pairs("weight")
+            a, b = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
+        else:  # as most layers, and a few tokens in no time
+            a, b = self.lora_A, self.lora_B
         return adapted_linear(input, self.lora_as_matrix(self.weight), self.bias, a, b, settings.scaling, dropout)
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, input: Tensor) -> Tensor:

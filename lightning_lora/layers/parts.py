@@ -1,6 +1,7 @@
 """What an adapter is made of: the matrices that it updates, its numbers, and its parameters."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class Settings:
     use_dora: bool = False
     autocast_dtype: bool = True
 
-    @property
+    @cached_property
     def starts_from_base(self) -> bool:
         """Whether the factors start as a part of the weight, which is then taken off again."""
         return self.init in FROM_BASE

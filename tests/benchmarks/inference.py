@@ -8,7 +8,7 @@ from torch import nn
 from lightning_lora import merge_adapters
 from tests.benchmarks.measure import Bench, Row, Run, row
 from tests.benchmarks.models import Llama
-from tests.benchmarks.ways import FLOOR, OURS, PEFT, each_way, half, linear_names, ways_in
+from tests.benchmarks.ways import ARITHMETIC, FLOOR, OURS, PEFT, each_way, half, linear_names, ways_in
 
 
 def inference(bench: Bench) -> Iterator[Row]:
@@ -17,7 +17,7 @@ def inference(bench: Bench) -> Iterator[Row]:
         model = Llama().to(bench.device, dtype)
         for tokens, goal in ((1, 1.06), (128, 1.03)):
             x = torch.randn(1, tokens, 768, device=bench.device, dtype=dtype)
-            adapted = each_way(model, linear_names(model), only=ways_in(dtype))
+            adapted = each_way(model, linear_names(model), only=[*ways_in(dtype), ARITHMETIC])
             models = {name: each.eval() for name, each in adapted.items()}
             times = bench.take_turns({name: _run(each, x) for name, each in models.items()}, 3 * bench.rounds)
             case = f"Llama {half(dtype)}, {tokens} token{'s' * (tokens > 1)}, no gradients"

@@ -7,7 +7,18 @@ from torch import nn
 
 from tests.benchmarks.measure import Bench, Row, Times, overheads, row
 from tests.benchmarks.models import Bert, Llama, Projections, step
-from tests.benchmarks.ways import FLOOR, LORALIB, OURS, PEFT, PEFT_SAME, each_way, half, linear_names, ways_in
+from tests.benchmarks.ways import (
+    ARITHMETIC,
+    FLOOR,
+    LORALIB,
+    OURS,
+    PEFT,
+    PEFT_SAME,
+    each_way,
+    half,
+    linear_names,
+    ways_in,
+)
 
 _PEERS = [PEFT, PEFT_SAME, LORALIB]
 
@@ -26,7 +37,8 @@ def time_steps(
     """Time the steps of every way to adapt ``model``."""
     model = model.to(bench.device, dtype)
     x = torch.randn(shape, device=bench.device, dtype=dtype, requires_grad=True)
-    models = each_way(model, names, r=r, dropout=dropout, only=ways_in(dtype))
+    ways = ways_in(dtype) + [ARITHMETIC] * (not dropout)
+    models = each_way(model, names, r=r, dropout=dropout, only=ways)
     if bench.compiled:
         models |= {f"{name}, compiled": torch.compile(each, mode=bench.compiled) for name, each in models.items()}
     return bench.take_turns({name: step(each.train(), x) for name, each in models.items()}, rounds)

@@ -2,16 +2,23 @@
 
 import copy
 from collections.abc import Callable, Collection
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, inject_adapters
 
 FLOOR, OURS, PEFT, LORALIB = "frozen", "lightning_lora", "peft", "loralib"
 PEFT_SAME = "peft, adapters in bf16"
 """With autocast_adapter_dtype=False."""
+ARITHMETIC = "arithmetic alone"
+"""An adapter's products, the fastest that we know, and nothing else: no switch, no check, one dtype, no dropout.
+
+Nobody could use it; it is what any way that computes layer by layer can hope for.
+"""
 
 
 def frozen(model: nn.Module, names: list[str], r: int, dropout: float) -> nn.Module:
@@ -57,18 +64,60 @@ def loralib(model: nn.Module, names: list[str], r: int, dropout: float) -> nn.Mo
     return model
 
 
+def arithmetic(model: nn.Module, names: list[str], r: int, dropout: float) -> nn.Module:
+    model.requires_grad_(False)
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        layer.lora_A = nn.Parameter(layer.weight.new_empty(r, layer.in_features))
+        layer.lora_B = nn.Parameter(layer.weight.new_empty(layer.out_features, r))
+        layer.forward = MethodType(_products, layer)
+    return model
+
+
+def _products(layer: Any, x: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        return _Products.apply(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B)  # type: ignore[no-any-return, no-untyped-call]
+    if x.numel() <= layer.lora_A.numel():
+        return F.linear(x, layer.weight, layer.bias) + F.linear(F.linear(x, layer.lora_A), layer.lora_B)
+    h = layer.lora_A @ x.reshape(-1, x.shape[-1]).T
+    y = F.linear(x, layer.weight, layer.bias)
+    y.view(-1, y.shape[-1]).addmm_(h.T, layer.lora_B.T)
+    return y
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        h = a @ x.reshape(-1, x.shape[-1]).T
+        y = F.linear(x, weight, bias)
+        y.view(-1, y.shape[-1]).addmm_(h.T, b.T)
+        ctx.save_for_backward(x, weight, a, b, h)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, h = ctx.saved_tensors
+        out = grad.reshape(-1, grad.shape[-1])
+        g, grad_B = b.T @ out.T, (h @ out).T
+        grad_x = grad @ weight
+        grad_x.view(-1, x.shape[-1]).addmm_(g.T, a)
+        return grad_x, None, None, g @ x.reshape(-1, x.shape[-1]), grad_B
+
+
 WAYS: dict[str, Callable[[nn.Module, list[str], int, float], nn.Module]] = {
     FLOOR: frozen,
     OURS: ours,
     PEFT: peft,
     PEFT_SAME: peft_same,
     LORALIB: loralib,
+    ARITHMETIC: arithmetic,
 }
 
 
 def ways_in(dtype: torch.dtype) -> list[str]:
-    """Return the ways that differ over a base of this dtype."""
-    return [name for name in WAYS if name != PEFT_SAME or dtype is not torch.float32]
+    """Return the ways to fine-tune that differ over a base of this dtype."""
+    left_out = {ARITHMETIC, PEFT_SAME} if dtype is torch.float32 else {ARITHMETIC}
+    return [name for name in WAYS if name not in left_out]
 
 
 def each_way(
