@@ -115,7 +115,7 @@ def _added(output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: f
     """The update, added to a few tokens: in the wider dtype, since they are smaller than the factors."""
     if not x.dtype is lora_A.dtype is lora_B.dtype:
         dtype = torch.promote_types(x.dtype, lora_A.dtype)
-        x, lora_A, lora_B = x.to(dtype), lora_A.to(dtype), lora_B.to(dtype)
+        x, lora_A, lora_B = _as(x, dtype), _as(lora_A, dtype), _as(lora_B, dtype)
     return _as(torch.add(output, F.linear(F.linear(x, lora_A), lora_B), alpha=scaling), output.dtype)
 
 

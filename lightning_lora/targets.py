@@ -241,12 +241,13 @@ def _check_shapes(names: Names) -> None:
         ConfigError: there are such layers.
     """
     modules = {"": plain_module(names.model), **names.modules}
-    buffers = {f"{name}.{leaf}": b for name, m in modules.items() for leaf, b in m._buffers.items() if b is not None}
-    lazy = [name for name, tensor in {**names.parameters, **buffers}.items() if is_lazy(tensor)]
-    if lazy:
+    buffers = {f"{name}.{leaf}": b for name, module in modules.items() for leaf, b in module._buffers.items()}
+    found = [name for name, each in {**names.parameters, **buffers}.items() if each is not None and is_lazy(each)]
+    if found:
+        lazy = listed(name.removeprefix(".") for name in found)
         raise ConfigError(
-            f"{listed(lazy)} of {names.title} are lazy and have no shape yet. Run one batch through the model before "
-            "it is adapted."
+            f"{lazy} of {names.title} are lazy and have no shape yet. Run one batch through the model before it is "
+            "adapted."
         )
 
 

@@ -896,9 +896,15 @@ def test_adapters_made_on_meta_start_right_however_the_base_gets_its_values(assi
     assert all(layer.lora_A.abs().max() < 1 and layer.lora_A.any() for layer in model)
 
 
-def test_lazy_layers_are_named_and_nothing_is_changed() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4))
-    with pytest.raises(ConfigError, match=r"'1.weight'.*lazy.*Run one batch"):
+@pytest.mark.parametrize("lazy", ["weight", "running_mean", "table"])
+def test_what_is_lazy_is_named_and_nothing_is_changed(lazy: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4) if lazy == "weight" else nn.Identity())
+    if lazy == "running_mean":
+        model[1] = nn.LazyBatchNorm1d(affine=False)
+    if lazy == "table":
+        model.register_buffer("table", nn.parameter.UninitializedBuffer())
+    name = lazy if lazy == "table" else f"1.{lazy}"
+    with pytest.raises(ConfigError, match=rf"'{name}'.*lazy.*Run one batch"):
         inject_adapters(model, LoRAConfig(r=1, target_modules=["0"]))
     assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
 
