@@ -236,11 +236,12 @@ class _AdaptedLinear(torch.autograd.Function):
             grad_x = result.view(rows.shape)
         if ctx.dropout:
             grad_A = torch.zeros_like(a)
+            g.mul_(scaling)  # and not g A, which may be too large for half precision
             for block, drop in drops(rows, ctx.dropout, ctx.seed):
                 kept = drop(rows[block].clone(memory_format=torch.contiguous_format))
-                grad_A.addmm_(g[:, block], kept, alpha=scaling)
+                grad_A.addmm_(g[:, block], kept)
                 if grad_x is not None:
-                    grad_x[block].add_(drop(torch.mm(g[:, block].T, a, out=kept)), alpha=scaling)
+                    grad_x[block].add_(drop(torch.mm(g[:, block].T, a, out=kept)))
         else:
             if grad_x is not None and not updates:
                 grad_x.addmm_(g.T, a, alpha=scaling)

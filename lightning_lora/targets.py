@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -222,9 +221,8 @@ def _output_heads(names: Names) -> set[int]:
     tied = {
         id(module) for module, weight in weights.items() if isinstance(module, nn.Linear) and id(weight) in embeddings
     }
-    modules: Any = (plain_module(names.model), *names.modules.values())
-    asking = [module for module in modules if callable(getattr(type(module), "get_output_embeddings", None))]
-    return tied | {id(module.get_output_embeddings()) for module in asking}
+    asked = (getattr(module, "get_output_embeddings", None) for module in (names.model, *names.modules.values()))
+    return tied | {id(head()) for head in asked if callable(head)}
 
 
 def _own_weight(module: nn.Module) -> nn.Parameter | None:

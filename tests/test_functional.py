@@ -171,6 +171,22 @@ def test_gradients_are_as_exact_as_the_dtype_allows(dtype: torch.dtype, adapters
     assert [n.grad.dtype for n in narrow] == [n.dtype for n in narrow]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scaling_is_exact_and_keeps_half_precision_within_its_range(dtype: torch.dtype, dropout: float) -> None:
+    torch.manual_seed(0)
+    x, weight, _, a, b = (t.detach() for t in inputs(256, 64))
+    rounded = [t.to(dtype).requires_grad_() for t in (x, weight * 0, a * 20, b * 200)]
+    exact = [t.detach().double().requires_grad_() for t in rounded]
+    grad, scaling = 32 * torch.randn(256, 5), 1e-3  # float16 cannot hold g A, and can s g A
+    for x, weight, a, b in (exact, rounded):
+        torch.manual_seed(5)
+        adapted_linear(x, weight, None, a, b, scaling, dropout).backward(grad.to(x.dtype))
+    for wide, narrow in zip(exact, rounded, strict=True):
+        size = (narrow.grad.double() * wide.grad).sum() / wide.grad.square().sum()
+        assert abs(size - 1) < torch.finfo(dtype).eps / narrow.numel() ** 0.2  # of many values, errors even out
+
+
 # Dropout
 
 

@@ -49,6 +49,12 @@ def test_all_linear_leaves_a_transformers_output_head_out() -> None:
     )
 
 
+def test_output_head_is_whatever_a_module_says_it_is() -> None:
+    model: Any = nn.ModuleDict({"body": nn.Linear(4, 4), "words": nn.Linear(4, 8)})
+    model["body"].get_output_embeddings = lambda: model["words"]
+    assert adapted(model) == ("body",)
+
+
 def test_exclude_takes_out_a_layer_or_everything_below_a_module() -> None:
     model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "b": nn.Linear(2, 2)})
     assert adapted(model, exclude_modules=["a"]) == ("b",)
