@@ -1,5 +1,6 @@
 """The mathematics of LoRA, on tensors alone."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -358,17 +359,18 @@ def merged(weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], scaling: floa
         >>> merged(torch.ones(1, 2), [(torch.ones(1, 2), torch.ones(1, 1))], scaling=0.5)
         (tensor([[1.5000, 1.5000]]), 0.0)
     """
-    values, squares = torch.empty_like(weight), torch.zeros(2, dtype=torch.float64, device=weight.device)
+    values, norms = torch.empty_like(weight), list[Tensor]()
     for rows in row_blocks(weight):
         first, *others = (delta_weight(a, b[rows], scaling) for a, b in pairs)
         delta = sum(others, first)
         if delta.dtype == weight.dtype:
             torch.add(weight[rows], delta, out=values[rows])
             continue
-        effective = added(weight[rows], delta)
+        size = delta.norm()
+        effective = _as(delta, torch.promote_types(weight.dtype, delta.dtype)).add_(weight[rows])
         values[rows] = effective
-        squares += _lost_and_size(weight[rows], effective, values[rows]).square()
-    return values, _share(squares.sqrt())
+        norms.append(torch.stack([effective.sub_(values[rows]).norm(), size]))
+    return values, _share(norms)
 
 
 def lost_share(weight: Tensor, effective: Tensor, merged: Tensor) -> float:
@@ -389,16 +391,16 @@ def lost_share(weight: Tensor, effective: Tensor, merged: Tensor) -> float:
         >>> lost_share(weight, effective, effective.bfloat16())
         1.0
     """
-    return 0.0 if weight.dtype == effective.dtype else _share(_lost_and_size(weight, effective, merged))
+    if weight.dtype == effective.dtype:
+        return 0.0
+    return _share([torch.stack([(merged - effective).norm(), (effective - weight).norm()])])
 
 
-def _lost_and_size(weight: Tensor, effective: Tensor, merged: Tensor) -> Tensor:
-    """The norms of what rounding took from an update, and of the update."""
-    return torch.stack([(merged - effective).norm(), (effective - weight).norm()])
-
-
-def _share(lost_and_size: Tensor) -> float:
-    lost, size = (0.0, 0.0) if lost_and_size.is_meta else lost_and_size.tolist()
+def _share(norms: list[Tensor]) -> float:
+    """The norm of what was lost over that of the update, from those of blocks of them."""
+    if not norms or norms[0].is_meta:
+        return 0.0
+    lost, size = (math.hypot(*each) for each in zip(*torch.stack(norms).tolist(), strict=True))
     return lost / size if size else 0.0
 
 

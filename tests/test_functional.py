@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -185,6 +187,21 @@ def test_scaling_is_exact_and_keeps_half_precision_within_its_range(dtype: torch
     for wide, narrow in zip(exact, rounded, strict=True):
         size = (narrow.grad.double() * wide.grad).sum() / wide.grad.square().sum()
         assert abs(size - 1) < torch.finfo(dtype).eps / narrow.numel() ** 0.2  # of many values, errors even out
+
+
+def test_merging_asks_no_device_for_float64() -> None:
+    class Apple(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            for tensor in tree_leaves(made):
+                assert not (isinstance(tensor, Tensor) and tensor.is_meta and tensor.dtype is torch.float64), func
+            return made
+
+    weight, a, b = (torch.empty(size, device="meta") for size in ((600, 1024), (2, 1024), (600, 2)))
+    with Apple():
+        for dtype in (torch.float32, torch.float16):
+            values, lost = functional.merged(weight.to(dtype), [(a, b)], 1.0)
+            assert values.dtype is dtype and lost == 0
 
 
 # Dropout

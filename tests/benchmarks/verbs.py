@@ -40,7 +40,8 @@ def verbs(bench: Bench) -> Iterator[Row]:
             layer.merge()
             layer.unmerge()
 
-        times = bench.take_turns({OURS: there_and_back, PEFT: in_peft})
+        copying = "writing the weights once"  # the least that an exact un-merge asks for
+        times = bench.take_turns({OURS: there_and_back, PEFT: in_peft, copying: base.clone})
         assert torch.equal(layers[OURS].layers[0].weight, base)
         yield row(f"merge and un-merge, d=4096, {half(dtype)}", times, OURS, PEFT, PEFT, 0.15)
     yield _import(bench)
