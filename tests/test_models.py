@@ -152,7 +152,12 @@ CASES = {
             "Wav2Vec2ForCTC",
             **TEXT,
             **{"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2},
-            **{"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "mask_time_prob": 0.0},
+            **{
+                "num_conv_pos_embeddings": 4,
+                "num_conv_pos_embedding_groups": 2,
+                "mask_time_prob": 0.0,
+                "layerdrop": 0.0,
+            },
         ),
         {"input_values": WAVE, "labels": IDS},
         own,
