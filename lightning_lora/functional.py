@@ -252,8 +252,8 @@ class _AdaptedLinear(torch.autograd.Function):
             result if for_x else None,
             out.T @ rows if for_weight else None,
             out.sum(0) if for_bias else None,
-            None if grad_A is None else _as(grad_A, lora_A.dtype),
-            None if grad_B is None else _as(grad_B, lora_B.dtype),
+            grad_A,  # which torch converts to the dtype of A
+            grad_B,
             None,
             None,
         )
