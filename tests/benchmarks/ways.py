@@ -15,9 +15,9 @@ FLOOR, OURS, PEFT, LORALIB = "frozen", "lightning_lora", "peft", "loralib"
 PEFT_SAME = "peft, adapters in bf16"
 """With autocast_adapter_dtype=False."""
 ARITHMETIC = "arithmetic alone"
-"""An adapter's products, the fastest that we know, and nothing else: no switch, no check, one dtype, no dropout.
+"""An adapter's products, added to the layer's own, and nothing else: no switch, no check, one dtype, no dropout.
 
-Nobody could use it; it is what any way that computes layer by layer can hope for.
+Nobody could use it; whoever adds them layer by layer can hope for little more.
 """
 
 
