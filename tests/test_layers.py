@@ -896,6 +896,21 @@ def test_adapters_made_on_meta_start_right_however_the_base_gets_its_values(assi
     assert all(layer.lora_A.abs().max() < 1 and layer.lora_A.any() for layer in model)
 
 
+def test_buffers_are_the_bases_as_they_are_while_something_is_new() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+
+    def kept_when_added(name: str) -> bool:
+        model[0].register_buffer(name, torch.ones(2))
+        inject_adapters(model, LoRAConfig(r=2))
+        return f"0.{name}" in record_of(model).originals
+
+    assert kept_when_added("at_first") and kept_when_added("before_training")
+    randomise(model)
+    assert not kept_when_added("in_training")
+    model.append(nn.Linear(4, 4))
+    assert kept_when_added("beside_a_new_layer")
+
+
 @pytest.mark.parametrize("lazy", ["weight", "running_mean", "table"])
 def test_what_is_lazy_is_named_and_nothing_is_changed(lazy: str) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4) if lazy == "weight" else nn.Identity())
