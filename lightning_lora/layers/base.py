@@ -375,7 +375,9 @@ class LoRALayer(InPlace, nn.Module):
 
     def lora_restart(self) -> None:
         """Start the adapter anew: it changes nothing."""
-        self.lora_started_on = start(self, type(self), self.lora_parts, self.lora_settings, self.lora_parameters())
+        adapter = Adapter(type(self), self.lora_settings, self.lora_parts, self.lora_parameters())
+        start(self, adapter)
+        self.lora_started_on = adapter.started_on
 
     def lora_is_fresh(self) -> bool:
         """Whether there is no update yet."""

@@ -1,6 +1,5 @@
 """How adapters begin: so that they change nothing."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,34 +20,24 @@ def _letters(settings: Settings) -> tuple[str, ...]:
     return ("A", "B", "A0", "B0") if settings.starts_from_base else ("A", "B")
 
 
-def start(
-    layer: nn.Module,
-    kind: Any,
-    parts: tuple[Part, ...],
-    settings: Settings,
-    parameters: Mapping[str, nn.Parameter],
-) -> dict[str, int]:
-    """Start an adapter so that it changes nothing. Return the digests of the weights that it was started from."""
+def start(layer: nn.Module, adapter: Adapter) -> None:
+    """Start ``adapter`` so that it changes nothing of ``layer``, and note which weights it was started from."""
+    settings, parameters = adapter.settings, adapter.parameters
     if not settings.starts_from_base:
-        for part in parts:
+        for part in adapter.parts:
             a, b = parameters[part.factor("A")], parameters[part.factor("B")]
             if not a.is_meta:
-                init_factors(*((a, b) if kind.lora_zero == "B" else (b, a)), settings.init)
-    reads_base = settings.starts_from_base or settings.use_dora
-    return _start_from_base(layer, kind, parts, settings, parameters) if reads_base else {}
+                init_factors(*((a, b) if adapter.kind.lora_zero == "B" else (b, a)), settings.init)
+    adapter.started_on = {}
+    if settings.starts_from_base or settings.use_dora:
+        _start_from_base(layer, adapter)
 
 
-def _start_from_base(
-    layer: nn.Module,
-    kind: Any,
-    parts: tuple[Part, ...],
-    settings: Settings,
-    parameters: Mapping[str, nn.Parameter],
-) -> dict[str, int]:
-    """Start what is made of the weights themselves: factors, magnitudes. Return the digests of these weights."""
-    started_on = {}
+def _start_from_base(layer: nn.Module, adapter: Adapter) -> None:
+    """Start what is made of the weights themselves: factors, magnitudes."""
+    kind, settings, parameters = adapter.kind, adapter.settings, adapter.parameters
     with torch.no_grad():
-        for part in parts:
+        for part in adapter.parts:
             weight = own_parameter(layer, part.weight)
             matrix = kind.lora_as_matrix(kind.lora_values(layer, weight).detach())
             if settings.starts_from_base:
@@ -61,10 +50,9 @@ def _start_from_base(
             if settings.use_dora:
                 parameters[MAGNITUDE].copy_(row_norms(matrix))
             if not weight.is_meta:
-                started_on[part.weight] = digest(weight)
+                adapter.started_on[part.weight] = digest(weight)
                 if settings.use_dora:
-                    started_on[MAGNITUDE] = digest(parameters[MAGNITUDE].float())
-    return started_on
+                    adapter.started_on[MAGNITUDE] = digest(parameters[MAGNITUDE].float())
 
 
 def new_adapter(kind: Any, layer: nn.Module, parts: tuple[Part, ...], settings: Settings) -> Adapter:
@@ -85,8 +73,9 @@ def new_adapter(kind: Any, layer: nn.Module, parts: tuple[Part, ...], settings: 
         if settings.use_dora:
             magnitude = torch.empty(part.writes, dtype=wide(dtype), device=device)
             parameters[MAGNITUDE] = nn.Parameter(magnitude)
-    started_on = start(layer, kind, parts, settings, parameters)
-    return Adapter(kind, settings, parts, parameters, started_on)
+    adapter = Adapter(kind, settings, parts, parameters)
+    start(layer, adapter)
+    return adapter
 
 
 # The factors themselves
