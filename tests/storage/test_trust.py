@@ -1,0 +1,142 @@
+"""A file may run code if the user says so, in either way there is; and reading leaves the environment alone."""
+
+import inspect
+import os
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from lightning_lora import AdapterFileError, load_adapter, load_from_checkpoint
+from tests.models import LitTiny, data, lora, trainer
+
+FORCE, TRUST = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+may_say = pytest.mark.skipif(
+    "weights_only" not in inspect.signature(L.Trainer.fit).parameters,
+    reason="this Lightning's stages take no such word",
+)
+
+
+class TakesAPath(LitTiny):
+    """A module with a hyperparameter that is no plain type."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+@pytest.fixture
+def half(tmp_path: Path) -> Path:
+    """A run's file with a hyperparameter that is no plain type, after one epoch."""
+    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
+    t.fit(TakesAPath(tmp_path), data())
+    t.save_checkpoint(tmp_path / "half.ckpt")
+    return tmp_path / "half.ckpt"
+
+
+@pytest.mark.parametrize("word", [None, "0"])
+def test_a_file_of_other_types_is_refused_without_a_word_of_trust(
+    tmp_path: Path, half: Path, monkeypatch: pytest.MonkeyPatch, word: str | None
+) -> None:
+    if word is not None:
+        monkeypatch.setenv(TRUST, word)
+    with pytest.raises(AdapterFileError, match="more than plain types"):
+        trainer(tmp_path, [lora(merge=False)]).fit(TakesAPath(tmp_path), data(), ckpt_path=half)
+
+
+@may_say
+def test_a_trusted_file_of_other_types_is_resumed(tmp_path: Path, half: Path) -> None:
+    model, t = TakesAPath(tmp_path), trainer(tmp_path, [lora(merge=False)])
+    t.fit(model, data(), ckpt_path=half, weights_only=False)
+    assert t.global_step == 8
+    tested = trainer(tmp_path, [lora()]).test(
+        TakesAPath(tmp_path), data(), ckpt_path=half, weights_only=False, verbose=False
+    )
+    assert tested[0]["test_loss"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected:UserWarning")  # torch says that it does
+def test_the_environment_may_say_that_files_are_trusted(
+    tmp_path: Path, half: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TRUST, "1")
+    model, t = TakesAPath(tmp_path), trainer(tmp_path, [lora(merge=False)])
+    t.fit(model, data(), ckpt_path=half)
+    assert t.global_step == 8
+    assert os.environ[TRUST] == "1" and FORCE not in os.environ
+
+
+@pytest.mark.parametrize("before", [None, "0", "1"])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_reading_leaves_the_environment_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None, damaged: bool
+) -> None:
+    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
+    t.fit(LitTiny(), data())
+    path = tmp_path / "a.ckpt"
+    t.save_checkpoint(path)
+    if damaged:
+        path.write_bytes(path.read_bytes()[:-100])
+    monkeypatch.delenv(FORCE, raising=False)
+    if before is not None:
+        monkeypatch.setenv(FORCE, before)
+    for read in (
+        lambda: load_adapter(LitTiny(), path),
+        lambda: load_from_checkpoint(LitTiny, path),
+        lambda: trainer(tmp_path, [lora()]).fit(LitTiny(), data(), ckpt_path=path),
+    ):
+        if damaged:
+            with pytest.raises(AdapterFileError):
+                read()
+        else:
+            read()
+        assert os.environ.get(FORCE) == before
+
+
+class Runs:
+    """What a pickle runs as it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (str(self.mark),))
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a folder on a web server of this machine; torch keeps what it loads from there in another."""
+    pytest.importorskip("aiohttp")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    (tmp_path / "served").mkdir()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path / "served"))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_code_in_a_file_of_the_web_does_not_run(tmp_path: Path, served: str) -> None:
+    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
+    t.fit(LitTiny(), data())
+    t.save_checkpoint(tmp_path / "served" / "good.ckpt")
+    again = trainer(tmp_path, [lora(merge=False)], max_epochs=2)
+    again.fit(LitTiny(), data(), ckpt_path=f"{served}/good.ckpt")
+    assert again.global_step == 8
+    checkpoint = torch.load(tmp_path / "served" / "good.ckpt", weights_only=True)
+    torch.save(checkpoint | {"more": Runs(tmp_path / "ran")}, tmp_path / "served" / "bad.ckpt")
+    with pytest.raises(AdapterFileError, match="more than plain types"):
+        trainer(tmp_path, [lora()]).fit(LitTiny(), data(), ckpt_path=f"{served}/bad.ckpt")
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,183 @@
+"""Fits in processes that send weights home: frozen statistics, frozen adapters, files in between, and what is left."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.plugins import LayerSync
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+
+from lightning_lora import DeadAdapterWarning, load_adapter
+from tests.models import TRAINED, LitTiny, data, lora, same, state, trainer
+
+ROOT = Path(__file__).parents[2]
+X = torch.arange(20)
+
+
+class Normed(LitTiny):
+    """A classifier with a batch norm of the base, whose statistics are not those of its batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.norm.running_mean.fill_(0.3)  # type: ignore[union-attr]
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.norm(self.embed(index))
+        return self.head(torch.tanh(self.q_proj(x)) + self.v_proj(x))
+
+
+class Synchronised(nn.BatchNorm1d):
+    """What a norm becomes; torch's own SyncBatchNorm runs on a GPU alone."""
+
+
+class Synchronises(LayerSync):
+    """What ``sync_batchnorm=True`` is: it puts new norms in place of those that are there, with their tensors."""
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        for name, norm in list(model.named_modules()):
+            if isinstance(norm, nn.BatchNorm1d):
+                new = Synchronised(norm.num_features)
+                for kind in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+                    setattr(new, kind, getattr(norm, kind))
+                model.set_submodule(name, new.train(norm.training))
+        return model
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        return model
+
+
+def test_a_frozen_norm_stands_still_when_it_is_made_a_synchronised_one(tmp_path: Path) -> None:
+    class Looks(L.Callback):
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            norm: Any = pl_module.norm
+            seen = {"is": isinstance(norm, Synchronised), "state": state(norm)}
+            torch.save(seen, tmp_path / f"{trainer.global_rank}.pt")
+
+    options = {"strategy": "ddp_fork", "devices": 2, "plugins": [Synchronises()], "enable_checkpointing": False}
+    model = Normed()
+    before = state(model.norm)
+    trainer(tmp_path, [lora(), Looks()], **options).fit(model, data())
+    for rank in range(2):
+        seen = torch.load(tmp_path / f"{rank}.pt")
+        assert seen["is"] and same(seen["state"], before)
+    assert same(state(model.norm), before) and not torch.equal(model.q_proj.weight, Normed().q_proj.weight)
+
+
+class Skips(LitTiny):
+    """A module that calls a layer on which no loss depends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(8, 8)
+
+    def forward(self, index: Tensor) -> Tensor:
+        self.unused(self.embed(index))
+        return super().forward(index)
+
+
+def forked(folder: Path, callbacks: list[L.Callback], max_steps: int = -1, **options: Any) -> L.Trainer:
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", **options)
+    return trainer(folder, callbacks, strategy=strategy, devices=2, enable_checkpointing=False, max_steps=max_steps)
+
+
+class KeepsState(L.Callback):
+    """Writes the module's state in every process, before anything is merged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        torch.save(state(pl_module), self.folder / f"{trainer.global_rank}.pt")
+
+
+def test_a_static_graph_trains_the_layers_that_it_reaches_and_leaves_the_others(tmp_path: Path) -> None:
+    states = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeadAdapterWarning)
+        for options in ({"static_graph": True}, {"find_unused_parameters": True}):
+            torch.manual_seed(5)
+            forked(tmp_path, [lora(), KeepsState(tmp_path)], **options).fit(Skips(), data())
+            first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+            assert same(first, second)
+            states.append(first)
+    assert states[0]["q_proj.lora_B"].any() and not states[0]["unused.lora_B"].any()
+    torch.testing.assert_close(states[0], states[1])  # unused.lora_A too: not even its weight decays
+
+
+class Freezes(LitTiny):
+    """A module that freezes an adapter of its own as training starts."""
+
+    def on_train_start(self) -> None:
+        self.v_proj.requires_grad_(False)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_an_adapter_that_the_user_froze_stands_still_beside_those_that_train(tmp_path: Path, steps: int) -> None:
+    model = Freezes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeadAdapterWarning)
+        forked(tmp_path, [lora(), KeepsState(tmp_path)], max_steps=steps).fit(model, data())
+    assert torch.equal(model.v_proj.weight, LitTiny().v_proj.weight)
+    assert not torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
+    assert same(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)))  # of the mean of both gradients
+
+
+def test_each_file_holds_the_adapters_of_the_fit_before_it(tmp_path: Path) -> None:
+    model, merged = LitTiny(), []
+    for number in range(2):
+        t = trainer(tmp_path, [lora()], strategy="ddp_fork", devices=2, enable_checkpointing=False)
+        t.fit(model, data())
+        t.save_checkpoint(tmp_path / f"{number}.ckpt")
+        merged.append(model(X))
+    assert not torch.allclose(merged[0], merged[1])
+    for number in range(2):
+        assert set(torch.load(tmp_path / f"{number}.ckpt")["state_dict"]) == set(TRAINED)
+        again = LitTiny()  # which takes the adapters of its own base alone
+        load_adapter(again, tmp_path / f"{number}.ckpt")
+        torch.testing.assert_close(again(X), merged[number])
+
+
+PROGRAM = """
+import os, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from lightning_lora import remove_adapters
+from tests.models import LitTiny, data, lora, trainer
+
+os.umask(0)
+model = LitTiny()
+
+def fit():
+    options = {"strategy": "ddp_fork", "devices": 2, "max_epochs": 1, "enable_checkpointing": False}
+    trainer(sys.argv[1], [lora()], **options).fit(model, data())
+
+fit()
+left = [path for path in Path(os.environ["TMPDIR"]).iterdir() if path.name.startswith("lightning_lora")]
+print("modes", [oct(path.stat().st_mode & 0o777) for path in left])
+print("files before", any(path.is_file() for each in left for path in each.rglob("*")))
+remove_adapters(model)
+print("files after", any(path.is_file() for each in left for path in each.rglob("*")))
+fit()
+"""
+
+
+def test_what_is_left_for_the_main_process_is_private_and_goes(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "temporary").mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LIGHTNING_LORA")}
+    environment |= {"TMPDIR": str(tmp_path / "temporary"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "run")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    said = [line for line in run.stdout.splitlines() if line.startswith(("modes", "files"))]
+    assert said == ["modes ['0o700']", "files before True", "files after False"]
+    assert not [path for path in (tmp_path / "temporary").iterdir() if "lora" in path.name]
