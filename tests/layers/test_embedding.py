@@ -1,0 +1,65 @@
+"""Embeddings and bags of them: gradients, refusals, and slices of the features that they write."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRAConfig, TargetError, adapter_state_dict, inject_adapters
+from tests.models import randomise
+
+INDEX = torch.tensor([[3, 3, 3, 1], [0, 1, 2, 4]])
+
+
+def test_gradients_are_divided_by_how_often_a_token_occurs_if_the_layer_does_so() -> None:
+    grads = []
+    for divides in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(6, 4, scale_grad_by_freq=divides)).double()
+        inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
+        randomise(model)
+        model(INDEX).sum().backward()
+        grads.append(model.get_parameter("0.lora_A").grad)
+    often = torch.tensor([1.0, 2, 1, 3, 1, 1], dtype=torch.float64)
+    torch.testing.assert_close(grads[1], grads[0] / often)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"), [({"max_norm": 2.0}, "max_norm=2 rewrites"), ({"sparse": True}, "gradients are sparse")]
+)
+def test_bags_are_refused_where_embeddings_are(arguments: dict[str, object], why: str) -> None:
+    model = nn.Sequential(nn.EmbeddingBag(6, 4, **arguments))  # type: ignore[arg-type]
+    with pytest.raises(TargetError, match=why):
+        inject_adapters(model, LoRAConfig(r=2, target_modules=["0"]))
+
+
+def test_slices_of_an_embedding_are_features_that_it_writes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(6, 4)).double()
+    plain = copy.deepcopy(model)
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["0"], target_slices={"0": {"some": [1, 3]}}))
+    randomise(model)
+    factors = adapter_state_dict(model)
+    with torch.no_grad():
+        plain[0].weight[:, 1:3] += (factors["0.lora_B_some"] @ factors["0.lora_A_some"]).T
+    torch.testing.assert_close(model(INDEX), plain(INDEX))
+
+
+def test_a_fresh_embedding_has_zeros_for_every_token() -> None:
+    for layer in (nn.Embedding(6, 4), nn.EmbeddingBag(6, 4)):
+        model = nn.Sequential(layer)
+        inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
+        factors = adapter_state_dict(model)
+        assert not factors["0.lora_A"].any() and factors["0.lora_B"].all()
+
+
+@pytest.mark.parametrize("bag", [False, True])
+def test_a_padding_token_is_never_trained(bag: bool) -> None:
+    torch.manual_seed(0)
+    layer: nn.Module = nn.EmbeddingBag(6, 4, mode="sum", padding_idx=3) if bag else nn.Embedding(6, 4, padding_idx=3)
+    model = nn.Sequential(layer)
+    inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
+    model(INDEX).sum().backward()
+    gradient = model.get_parameter("0.lora_A").grad
+    assert gradient is not None and gradient.any(dim=0).tolist() == [True, True, True, False, True, False]

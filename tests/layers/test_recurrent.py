@@ -1,0 +1,122 @@
+"""Recurrent layers: all of their weights are adapted, and running one leaves nothing behind in it."""
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import (
+    LoRAConfig,
+    adapter_state_dict,
+    disable_adapters,
+    inject_adapters,
+    merge_adapters,
+    remove_adapters,
+    unmerge_adapters,
+)
+from tests.models import randomise
+
+SEQUENCE = torch.linspace(-1, 1, 30, dtype=torch.float64).reshape(2, 3, 5)
+EVERY = LoRAConfig(r=2, target_modules="all")
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.LSTM(5, 4, num_layers=2, bidirectional=True, proj_size=3),
+        lambda: nn.GRU(5, 4, num_layers=2, bidirectional=True),
+        lambda: nn.RNN(5, 4, bias=False),
+        lambda: nn.LSTMCell(5, 4),
+        lambda: nn.GRUCell(5, 4),
+        lambda: nn.RNNCell(5, 4, bias=False),
+    ],
+    ids=["lstm", "gru", "rnn", "lstm cell", "gru cell", "rnn cell"],
+)
+def test_every_weight_of_every_layer_and_direction_has_an_update_of_its_own(build: Any) -> None:
+    model = nn.Sequential(build())
+    weights = {name: p for name, p in model[0].named_parameters() if name.startswith("weight_")}
+    inject_adapters(model, EVERY)
+    shapes = {name: tuple(factor.shape) for name, factor in adapter_state_dict(model).items()}
+    expected = {}
+    for name, weight in weights.items():
+        part = name.removeprefix("weight_")
+        expected[f"0.lora_A_{part}"] = (2, weight.shape[1])
+        expected[f"0.lora_B_{part}"] = (weight.shape[0], 2)
+    assert shapes == expected
+
+
+def test_a_layer_that_ran_with_its_adapter_computes_without_it_what_it_did_before() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LSTM(5, 4, batch_first=True)).double().requires_grad_(False)
+    before = model(SEQUENCE)[0]
+    inject_adapters(model, EVERY)
+    randomise(model)
+    with torch.no_grad():
+        assert not torch.equal(model(SEQUENCE)[0], before)
+        with disable_adapters(model):
+            assert torch.equal(model(SEQUENCE)[0], before)
+    model(SEQUENCE)[0].sum().backward()
+    remove_adapters(model)
+    assert torch.equal(model(SEQUENCE)[0], before)
+
+
+def test_running_a_layer_keeps_no_updated_weights_in_memory() -> None:
+    model = nn.Sequential(nn.LSTM(5, 23))  # a size that nothing else has
+
+    def held() -> int:
+        gc.collect()
+        return sum(type(each) in (Tensor, nn.Parameter) and each.shape == (92, 5) for each in gc.get_objects())
+
+    inject_adapters(model, EVERY)
+    randomise(model)
+    before = held()
+    model(SEQUENCE.float())
+    assert held() == before
+
+
+def test_a_small_projection_has_the_rank_that_it_can_have() -> None:
+    model = nn.Sequential(nn.LSTM(5, 8, proj_size=1))
+    inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
+    shapes = {name[2:]: tuple(factor.shape) for name, factor in adapter_state_dict(model).items()}
+    assert shapes == {
+        "lora_A_ih_l0": (2, 5), "lora_B_ih_l0": (32, 2),
+        "lora_A_hh_l0": (1, 1), "lora_B_hh_l0": (32, 1),
+        "lora_A_hr_l0": (1, 8), "lora_B_hr_l0": (1, 1),
+    }  # fmt: skip
+
+
+class Counting(nn.LSTM):
+    """An LSTM that counts how often its weights are laid out as cuDNN reads them, in one piece of memory."""
+
+    times = 0
+
+    def flatten_parameters(self) -> None:
+        self.times += 1
+        super().flatten_parameters()
+
+
+def test_weights_are_laid_out_for_cudnn_again_whenever_others_are_shown() -> None:
+    model = nn.Sequential(Counting(5, 4))
+    inject_adapters(model, EVERY)
+    randomise(model)
+    before = model[0].times
+    merge_adapters(model)
+    merged = model[0].times
+    unmerge_adapters(model)
+    assert before < merged < model[0].times
+
+
+def test_cells_are_merged_and_give_their_weights_back() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.GRUCell(5, 4)).double()
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    inject_adapters(model, EVERY)
+    randomise(model)
+    output: Tensor = model(SEQUENCE[0])
+    merge_adapters(model)
+    torch.testing.assert_close(model(SEQUENCE[0]), output)
+    unmerge_adapters(model)
+    remove_adapters(model)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in base.items())

@@ -1,0 +1,141 @@
+"""How adapters start: their spread, and what is strongest in weights of any rank, size and dtype."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import LoRAConfig, adapter_state_dict, inject_adapters
+
+
+class Experts(nn.Module):
+    """A stack of matrices."""
+
+    def __init__(self, stack: Tensor) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(stack)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...i,eoi->...eo", x, self.stack)
+
+
+def linear(weight: Tensor) -> nn.Sequential:
+    """A model of one layer with this weight."""
+    model = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False)).to(weight.dtype)
+    model[0].weight.data.copy_(weight)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding", "stack"])
+def test_gaussian_starts_have_the_deviation_of_one_over_the_rank(kind: str) -> None:
+    if kind == "stack":
+        model = nn.Sequential(Experts(torch.zeros(2, 6, 5000)))
+        how = LoRAConfig(r=5, init="gaussian", target_modules=[], target_parameters=["stack"])
+    else:
+        model = nn.Sequential(nn.Linear(5000, 6) if kind == "linear" else nn.Embedding(6, 5000))
+        how = LoRAConfig(r=5, init="gaussian", target_modules="all")
+    inject_adapters(model, how)
+    factors = list(adapter_state_dict(model).values())
+    random, zero = sorted(factors, key=Tensor.numel, reverse=True)
+    assert not zero.any()
+    torch.testing.assert_close(random.std().item(), 1 / 5, rtol=0.05, atol=0)
+
+
+def test_kaiming_starts_are_uniform_with_the_bound_of_what_they_read() -> None:
+    for layer, factor, bound in (
+        (nn.Conv2d(8, 32, (5, 4)), "lora_A", 160**-0.5),
+        (nn.Conv2d(8, 32, (5, 4), groups=4), "lora_A", 40**-0.5),
+        (nn.ConvTranspose2d(100, 4, 3), "lora_A", 100**-0.5),
+        (nn.Embedding(30, 100), "lora_B", 8**-0.5),
+    ):
+        model = nn.Sequential(layer)
+        inject_adapters(model, LoRAConfig(r=8, target_modules="all"))
+        largest = adapter_state_dict(model)[f"0.{factor}"].abs().max().item()
+        assert 0.95 * bound < largest <= bound
+
+
+def test_directions_beyond_the_rank_of_a_weight_start_as_without_pissa() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(9, 2) @ torch.randn(2, 7)
+    model = linear(weight)
+    inject_adapters(model, LoRAConfig(r=4, alpha=8, init="pissa"))
+    factors = adapter_state_dict(model)
+    a, b = factors["0.lora_A"], factors["0.lora_B"]
+    torch.testing.assert_close(2 * b @ a, weight, atol=1e-5, rtol=0)
+    assert not b[:, 2:].any()
+    assert a[2:].abs().le(7**-0.5).all() and a[2:].std() > 0.1
+
+
+def test_a_direction_that_is_weak_and_not_zero_is_one_to_start_from() -> None:
+    torch.manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(size, 3, dtype=torch.float64))[0] for size in (9, 7))
+    values = torch.tensor([1, 1e-2, 1e-4], dtype=torch.float64)
+    model = linear(((u * values) @ v.T).float())
+    inject_adapters(model, LoRAConfig(r=3, init="pissa"))
+    factors = adapter_state_dict(model)
+    for factor, dim in (("0.lora_A", 1), ("0.lora_B", 0)):
+        torch.testing.assert_close(factors[factor].norm(dim=dim), values.sqrt().float(), rtol=1e-3, atol=0)
+
+
+def test_each_matrix_of_a_stack_starts_from_its_own_strongest_part_however_small() -> None:
+    torch.manual_seed(0)
+    stack = torch.randn(3, 6, 5) * torch.tensor([1.0, 1e-9, 1e4]).view(3, 1, 1)
+    model = nn.Sequential(Experts(stack))
+    inject_adapters(model, LoRAConfig(r=2, init="pissa", target_modules=[], target_parameters=["stack"]))
+    factors = adapter_state_dict(model)
+    starts = factors["0.lora_B_stack"] @ factors["0.lora_A_stack"]
+    for matrix, start in zip(stack, starts, strict=True):
+        tail = torch.linalg.svdvals(matrix)[2:].norm()
+        torch.testing.assert_close((matrix - start).norm() / matrix.norm(), tail / matrix.norm())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("keep", [True, False])
+def test_starts_from_a_half_precision_base_are_those_of_its_values_in_float32(init: Any, keep: bool) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(7, 6).bfloat16()
+    found = []
+    for model in (linear(weight), linear(weight.float())):
+        inject_adapters(model, LoRAConfig(r=2, init=init, autocast_adapter_dtype=keep))
+        factors = adapter_state_dict(model)
+        found.append(factors["0.lora_B"].float() @ factors["0.lora_A"].float())
+    torch.testing.assert_close(found[0], found[1], **({} if keep else {"atol": 0.05, "rtol": 0.02}))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_only_the_factors_train_and_not_what_they_started_as(init: Any) -> None:
+    model = linear(torch.randn(7, 6))
+    inject_adapters(model, LoRAConfig(r=2, init=init))
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["0.lora_A", "0.lora_B"]
+
+
+@pytest.mark.parametrize("arguments", [{"use_dora": True}, {"init": "pissa"}, {"init": "olora"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_base_that_is_loaded_later_is_the_one_it_starts_from_in_every_dtype(
+    arguments: dict[str, Any], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    pretrained = linear(torch.randn(7, 6).to(dtype))
+    model = linear(torch.randn(7, 6).to(dtype))
+    for each in (model, pretrained):
+        inject_adapters(each, LoRAConfig(r=2, **arguments))
+    base = {"0.weight": pretrained.get_parameter("0.weight").detach()}
+    model.load_state_dict(base)
+    expected = adapter_state_dict(pretrained)
+    name = "0.lora_magnitude" if "use_dora" in arguments else "0.lora_B"
+    assert torch.equal(adapter_state_dict(model)[name], expected[name])
+    x = torch.randn(3, 6).to(dtype)
+    assert torch.equal(model(x), x @ base["0.weight"].T)
+
+
+def test_a_weight_that_is_not_finite_yet_is_adapted_and_starts_once_it_is() -> None:
+    torch.manual_seed(0)
+    model, x = linear(torch.full((7, 6), torch.nan)), torch.randn(3, 6)
+    inject_adapters(model, LoRAConfig(r=2, init="pissa"))
+    weight = torch.randn(7, 6)
+    model.load_state_dict({"0.weight": weight})
+    factors = adapter_state_dict(model)
+    tail = torch.linalg.svdvals(weight)[2:].norm()
+    torch.testing.assert_close((weight - factors["0.lora_B"] @ factors["0.lora_A"]).norm(), tail)
+    assert torch.equal(model(x), nn.functional.linear(x, weight))
