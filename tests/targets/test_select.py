@@ -148,6 +148,21 @@ def test_computed_weights_do_not_make_a_layer_the_head_of_an_embedding() -> None
 # What a refusal says
 
 
+def test_an_expression_that_means_no_layer_is_refused_for_what_it_means() -> None:
+    model = nn.ModuleDict({"norm": nn.LayerNorm(4), "body": nn.Linear(4, 4)})
+    with pytest.raises(TargetError, match="'norm': a LayerNorm is not supported"):
+        adapted(model, target_modules="no.*")
+
+
+def test_all_is_offered_only_to_those_who_asked_for_all_linear_layers() -> None:
+    model = nn.ModuleDict({"norm": nn.LayerNorm(4), "words": nn.Embedding(4, 4)})
+    with pytest.raises(TargetError, match=r"Embedding \('words'\)\. Set target_modules='all'"):
+        adapted(model)
+    with pytest.raises(TargetError, match="Correct target_modules") as refusal:
+        adapted(model, target_modules=["words"], exclude_modules=["words"])
+    assert "'all'" not in str(refusal.value)
+
+
 def test_near_names_are_those_of_layers_that_can_be_adapted() -> None:
     model = nn.ModuleDict({"query_norm": nn.LayerNorm(4), "query_proj": nn.Linear(4, 4)})
     with pytest.raises(TargetError, match=r"Nearest names: 'query_proj'\. Correct"):
