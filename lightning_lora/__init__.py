@@ -17,10 +17,10 @@ from lightning_lora.errors import (
     StrategyError,
     TargetError,
 )
-from lightning_lora.files import load_adapter, load_from_checkpoint, save_adapter
-from lightning_lora.inject import inject_adapters, remove_adapters
-from lightning_lora.merge import disable_adapters, merge_adapters, unmerge_adapters
-from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
+from lightning_lora.model.inject import inject_adapters, remove_adapters
+from lightning_lora.model.merge import disable_adapters, merge_adapters, unmerge_adapters
+from lightning_lora.storage.files import load_adapter, load_from_checkpoint, save_adapter
+from lightning_lora.storage.state import adapter_state_dict, load_adapter_state_dict
 from lightning_lora.summary import summarize
 
 __version__ = "0.2.0.dev0"

@@ -10,17 +10,21 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
 from torch.optim import Optimizer
 
-from lightning_lora.adapted import adapted_layers, find_record, follow_base, is_fresh, keep_originals, record_of
-from lightning_lora.averaging import copy_adapted, drop_averages, share_base
-from lightning_lora.checkpoint import load_checkpoint_state
 from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError, TargetError, listed
-from lightning_lora.fingerprint import note_changed
-from lightning_lora.fold import fold, quantised_layers, unfold, warn_of_merge
-from lightning_lora.inject import inject_adapters, remove_adapters
-from lightning_lora.memory import name_memory
-from lightning_lora.optim import check_frozen, train_adapters
-from lightning_lora.processes import (
+from lightning_lora.model.attach import fold, quantised_layers, unfold, warn_of_merge
+from lightning_lora.model.handover import name_memory
+from lightning_lora.model.inject import inject_adapters, remove_adapters
+from lightning_lora.model.record import adapted_layers, find_record, follow_base, is_fresh, keep_originals, record_of
+from lightning_lora.storage.checkpoint import load_checkpoint_state
+from lightning_lora.storage.fingerprint import note_changed
+from lightning_lora.storage.state import adapter_state_dict
+from lightning_lora.summary import summarize
+from lightning_lora.training.averaging import copy_adapted, drop_averages, share_base
+from lightning_lora.training.gradients import Reach
+from lightning_lora.training.optimizers import check_frozen, train_adapters
+from lightning_lora.training.recompute import gradients_pass
+from lightning_lora.training.spawned import (
     RANDOM,
     check_untied,
     random_states,
@@ -29,11 +33,7 @@ from lightning_lora.processes import (
     send_memory,
     set_random_state,
 )
-from lightning_lora.reach import Reach
-from lightning_lora.recompute import gradients_pass
-from lightning_lora.state import adapter_state_dict
-from lightning_lora.strategy import Duties, has_loaded, is_watched, watch
-from lightning_lora.summary import summarize
+from lightning_lora.training.strategy import Duties, has_loaded, is_watched, watch
 
 Merge = Literal["last", "best", False]
 

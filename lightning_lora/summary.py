@@ -9,11 +9,11 @@ from rich.console import Console, Group
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_lora.adapted import adapted_layers, find_record
-from lightning_lora.inplace import InPlace
 from lightning_lora.layers import LoRALayer, count
-from lightning_lora.names import named_modules
-from lightning_lora.state import adapter_state_dict
+from lightning_lora.model.record import adapted_layers, find_record
+from lightning_lora.storage.state import adapter_state_dict
+from lightning_lora.tensors.inplace import InPlace
+from lightning_lora.tensors.names import named_modules
 
 _ADAM_MOMENTS = 2
 """Tensors that Adam and its kin keep for each trained parameter."""

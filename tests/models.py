@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback
-from lightning_lora.adapted import adapter_parameters
 from lightning_lora.layers import LoRALayer
+from lightning_lora.model.record import adapter_parameters
 
 WORDS, WIDTH, CLASSES = 20, 8, 4
 

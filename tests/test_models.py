@@ -36,7 +36,7 @@ from lightning_lora import (
     save_adapter,
     unmerge_adapters,
 )
-from lightning_lora.adapted import adapted_layers
+from lightning_lora.model.record import adapted_layers
 from tests.models import is_plain, randomise, same, state, trainer
 from tests.train import LeaveTheGroup
 

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lora.digests import Seen, digest
 from lightning_lora.errors import AdapterStateError, DeadAdapterWarning
-from lightning_lora.functional import (
+from lightning_lora.functional.linear import (
     added,
     delta_weight,
     lost_share,
@@ -19,10 +18,11 @@ from lightning_lora.functional import (
     merged,
     wide,
 )
-from lightning_lora.inplace import InPlace, Made, overlay, twin_of, uncover
 from lightning_lora.layers.parts import MAGNITUDE, Adapter, Part, Settings
 from lightning_lora.layers.start import names_of, start
-from lightning_lora.names import own_parameter
+from lightning_lora.tensors.inplace import InPlace, Made, overlay, twin_of, uncover
+from lightning_lora.tensors.names import own_parameter
+from lightning_lora.tensors.values import Seen, digest
 
 LayerTypes = tuple[type[nn.Module] | str, ...]
 """Classes of layers; the full name of one that this package does not import."""

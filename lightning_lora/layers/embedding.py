@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lora.functional import low_rank_lookup
+from lightning_lora.functional.linear import low_rank_lookup
 from lightning_lora.layers.base import LayerTypes, LoRALayer
 
 

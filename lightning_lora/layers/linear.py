@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.functional import adapted_linear, low_rank_update
+from lightning_lora.functional.linear import adapted_linear, low_rank_update
 from lightning_lora.layers.base import LayerTypes, LoRALayer
 
 

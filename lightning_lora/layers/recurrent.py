@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.parts import Part
-from lightning_lora.names import own_parameter
+from lightning_lora.tensors.names import own_parameter
 
 
 class LoRARecurrent(LoRALayer):

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.digests import digest
-from lightning_lora.functional import row_norms, wide
+from lightning_lora.functional.linear import row_norms, wide
 from lightning_lora.layers.parts import MAGNITUDE, Adapter, Part, Settings
-from lightning_lora.names import own_parameter
+from lightning_lora.tensors.names import own_parameter
+from lightning_lora.tensors.values import digest
 
 
 def names_of(parts: tuple[Part, ...], settings: Settings) -> list[str]:

@@ -1,0 +1,205 @@
+"""Adapters in files of their own, without a Trainer."""
+
+import json
+import warnings
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from lightning_lora.errors import AdapterFileError, AdapterStateError, listed
+from lightning_lora.model.attach import fold, unfold, warn_of_merge
+from lightning_lora.model.inject import inject_adapters, remove_adapters, undone_on_error
+from lightning_lora.model.record import find_record
+from lightning_lora.storage.checkpoint import (
+    KEY,
+    as_base,
+    check_checksum,
+    check_entries,
+    check_fits,
+    check_readable,
+    describe,
+    forms_of_base,
+    stored_config,
+)
+from lightning_lora.storage.disk import check_path, reading, writing
+from lightning_lora.storage.state import adapter_state_dict, write_state
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+    Module = TypeVar("Module", bound=LightningModule)
+
+
+def save_adapter(model: nn.Module, path: str | Path) -> None:
+    """Write all that training changed into one ``.safetensors`` file.
+
+    Args:
+        model: A model with adapters: adapted, merged, or made plain again by a finished fit.
+        path: The file. It is written beside and moved into place, so that it is never half there.
+
+    Raises:
+        AdapterStateError: ``model`` has no adapters, or they are on the meta device.
+        AdapterFileError: something in its state is no tensor, or the file cannot be written (a full disk, say).
+        FileNotFoundError: there is no such folder.
+    """
+    check_path(path)
+    path, state = Path(path).expanduser(), adapter_state_dict(model)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"The folder {path.parent} does not exist. Make it first.")
+    odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise AdapterFileError(
+            f"{odd[:3]} are not tensors, which is all that safetensors holds. Save with the Trainer instead."
+        )
+    if any(value.is_meta for value in state.values()):
+        raise AdapterStateError("The adapters are on the meta device and have no values. Call model.to_empty first.")
+    description = describe(model, state, forms_of_base(model))
+    try:
+        tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
+        contents = save(tensors, metadata={"format": "pt", KEY: json.dumps(description)})
+    except Exception as error:
+        kinds = listed(f"{name} ({value.dtype}, {value.layout})" for name, value in state.items())
+        raise AdapterFileError(
+            f"safetensors cannot hold one of {kinds}: {type(error).__name__}: {error}. Save with the Trainer instead."
+        ) from error
+    with writing(path) as beside:
+        beside.write_bytes(contents)
+
+
+def load_adapter(model: nn.Module, path: str | Path) -> None:
+    """Put the adapters of a file on ``model``: all of them, or an error and the model as it was.
+
+    Args:
+        model: The base they were trained on; it is adapted as the file says, if it is not yet. A model that a finished
+            fit has merged gets its base back first.
+        path: A file that :func:`save_adapter` or a Trainer with ``LoRACallback`` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        AdapterFileError: the file is truncated, foreign or was tampered with.
+        TargetError: ``model`` has no such layers.
+        BaseMismatchError: the adapters were trained on another base.
+        AdapterMismatchError: ``model`` is adapted already, in another way.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_lora import LoRAConfig
+        >>> base = nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)
+        >>> trained = nn.Sequential(nn.Linear(4, 4))
+        >>> _ = trained.load_state_dict(base.state_dict())
+        >>> names = inject_adapters(trained, LoRAConfig(r=2))
+        >>> _ = nn.init.ones_(trained[0].lora_B)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_adapter(trained, f"{folder}/adapter.safetensors")
+        ...     load_adapter(base, f"{folder}/adapter.safetensors")
+        >>> torch.equal(base(torch.ones(4)), trained(torch.ones(4)))
+        True
+    """
+    state, description = read_adapter_file(path)
+    _put(model, state, description)
+
+
+def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any]) -> None:
+    """Adapt ``model`` if it is not, check everything, write everything; or leave it as it was."""
+    config = stored_config(description)
+    folded = unfold(model)
+    try:
+        with undone_on_error(model):
+            if find_record(model) is None:  # plain, or with adapters that were injected in a part of it
+                inject_adapters(model, config)
+            check_fits(model, state, description)
+            write_state(model, state)
+    except BaseException:
+        if folded:
+            fold(model)
+        raise
+
+
+def read_adapter_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the state and the description that a file holds; no code in it is run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        AdapterFileError: it is truncated, foreign, or was tampered with.
+    """
+    contents = _read(path, weights_only=True)
+    if not isinstance(contents, dict) or not isinstance(contents.get("state_dict"), dict):
+        raise AdapterFileError(f"{path} holds no adapters. Pass a file that save_adapter or a Trainer wrote.")
+    return _adapters_in(contents["state_dict"], contents.get(KEY), path)
+
+
+def _read(path: str | Path, *, weights_only: bool) -> Any:
+    """The contents of a file of either kind, in the form of a checkpoint."""
+    with reading(path, trusted=not weights_only):
+        path = Path(path).expanduser()
+        with path.open("rb") as file:
+            is_zip = file.read(2) == b"PK"
+        if is_zip:
+            return torch.load(path, map_location="cpu", weights_only=weights_only)
+        with safe_open(path, "pt") as file:
+            names, description = file.keys(), json.loads((file.metadata() or {}).get(KEY, "null"))
+            if description is None:
+                return {"state_dict": {}}
+            stored_config(description)
+            check_entries(names, description, path)
+            return {"state_dict": {name: file.get_tensor(name) for name in names}, KEY: description}
+
+
+def _adapters_in(state: dict[str, Any], description: Any, path: object) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state and its description, once both are as they were written."""
+    if description is None:
+        raise AdapterFileError(
+            f"{path} holds no adapters of this package. If it is a full checkpoint, it is a base: load it with "
+            "Lightning's load_from_checkpoint, or give it to Trainer.fit(ckpt_path=...)."
+        )
+    stored_config(description)
+    check_checksum(state, description, path)
+    return state, description
+
+
+def load_from_checkpoint(
+    cls: "type[Module]",
+    path: str | Path,
+    *,
+    merge: bool = False,
+    map_location: Any = None,
+    weights_only: bool = True,
+    **kwargs: Any,
+) -> "Module":
+    """Lightning's ``load_from_checkpoint`` for the adapter-only files of a Trainer with ``LoRACallback``.
+
+    Args:
+        cls: The LightningModule's class. It is built from the stored hyperparameters, so it must load its pretrained
+            weights by itself.
+        path: The ``.ckpt`` file.
+        merge: Return a plain model with the updates merged, instead of an adapted one.
+        map_location: Where the model goes, as for Lightning's own.
+        weights_only: Set it False for a file that you trust, if its hyperparameters are no plain types.
+        **kwargs: Hyperparameters to override, as for Lightning's own. The load is always strict.
+
+    Raises:
+        AdapterFileError: the file is truncated, foreign or was tampered with.
+        BaseMismatchError: the model that ``cls`` builds is not the base that the adapters were trained on.
+    """
+    checkpoint = _read(path, weights_only=weights_only)
+    if isinstance(checkpoint, dict) and checkpoint.keys() <= {"state_dict", KEY}:
+        raise AdapterFileError(f"{path} is an adapter file. Build the model, then call load_adapter(model, path).")
+    check_readable(checkpoint, path)
+    state, description = _adapters_in(checkpoint["state_dict"], checkpoint.get(KEY), path)
+    shell = BytesIO()  # the same file without the run and the weights, for Lightning to build the model from
+    torch.save({**as_base(checkpoint), "state_dict": {}}, shell)
+    shell.seek(0)
+    options = {**kwargs, "strict": False} | ({} if weights_only else {"weights_only": False})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(Found keys|The state dict)")
+        model = cls.load_from_checkpoint(shell, map_location="cpu", **options)
+    _put(model, state, description)
+    if merge:
+        warn_of_merge(model, fold(model))
+        remove_adapters(model)
+    return model.to(map_location) if isinstance(map_location, str | torch.device) else model

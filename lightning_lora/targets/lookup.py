@@ -1,0 +1,166 @@
+"""A model's layers by name: which can be adapted, and what to say of a name that means none."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from lightning_lora.errors import TargetError, listed
+from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for
+from lightning_lora.tensors.names import named_modules, named_parameters, own_parameter
+
+AUTOMATIC = ("all-linear", "all")
+"""The words that ``target_modules`` knows besides expressions and lists."""
+
+SEE_ALL = "print(summarize(model)) shows every layer"
+
+
+class Names:
+    """A model's modules by name, a shared one under each of its names, and what to say when a name is not there."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.title = type(model).__name__
+        self.modules = {name: module for name, module in named_modules(model, remove_duplicate=False).items() if name}
+        self.parameters = named_parameters(model, remove_duplicate=False)
+
+    def find(self, argument: str, pattern: object) -> list[str]:
+        """Return every name that a pattern means: an expression for whole names, or a list.
+
+        ``modules_to_save`` may name parameters too: those that a module holds by itself have no other name.
+
+        Raises:
+            TargetError: the expression, or any entry of the list, matches no module.
+        """
+        if pattern is None:
+            return []
+        known: Mapping[str, object] = self.modules
+        if argument == "modules_to_save":
+            known = {**known, **self.parameters}
+        if argument == "target_parameters":
+            known = self.parameters
+        meant: Iterable[str] = known
+        if argument == "target_modules":
+            meant = [name for name, layer in self.modules.items() if not why_not(self, name, layer)]
+        if isinstance(pattern, str):
+            found = [name for name in known if re.fullmatch(pattern, name)]
+            if not found and any(pattern in _ends_of(name) for name in known):
+                raise TargetError(
+                    f"{argument}={pattern!r} is an expression, which is to match the whole name of a module of "
+                    f"{self.title}, and matches none. For those whose names end so, give a list: "
+                    f"{argument}=[{pattern!r}]."
+                )
+            self.require(argument, {} if found else {pattern: meant})
+            return found
+        assert isinstance(pattern, tuple)
+        entries = set(pattern)
+        found_by = {name: entries.intersection(_ends_of(name)) for name in known}
+        matched = set[str]().union(*found_by.values())
+        self.require(argument, {entry: meant for entry in pattern if entry not in matched})
+        return [name for name, meant_by in found_by.items() if meant_by]
+
+    def require(self, argument: str, missing: Mapping[str, Iterable[str]]) -> None:
+        """Raise, if anything is ``missing``: entries, each with the names it might have meant."""
+        if not missing:
+            return
+        what = "parameter" if argument == "target_parameters" else "module"
+        near, shown = list[str](), set[str]()
+        for entry, known in missing.items():
+            names: dict[str, list[str]] = {}
+            for name in known:
+                for part in {name, name.rpartition(".")[2], ".".join(name.split(".")[-2:])}:
+                    names.setdefault(part, []).append(name)
+            for part in difflib.get_close_matches(entry, names, n=3, cutoff=0.5):
+                if not shown.issuperset(names[part]):
+                    near.append(_one_or_many(part, names[part]))
+                    shown.update(names[part])
+        if near:
+            hint = f"Nearest names: {', '.join(near[:5])}."
+        else:
+            fit = (name for name, layer in self.modules.items() if not why_not(self, name, layer))
+            layers = dict.fromkeys(name.rpartition(".")[2] for name in fit)
+            hint = (
+                f"Layers that can be adapted end in {listed(layers, most=8)}."
+                if layers
+                else "It has no layer to adapt."
+            )
+        entries = list(missing)
+        if argument == "target_modules":
+            held = [name for name in self.parameters if _ends_with(name, entries)]
+            hint += f" {held[0]!r} is a parameter: name it in target_parameters." if held else ""
+        if argument == "target_parameters":
+            held = [name for name in self.parameters if _ends_with(name.rpartition(".")[0], entries)]
+            hint = f"Name parameters, such as {held[0]!r}." if held else hint
+        words = AUTOMATIC if argument == "target_modules" else ()
+        meant = [word for entry in missing for word in difflib.get_close_matches(entry, words, n=1)]
+        hint += f" Or did you mean the word {meant[0]!r}?" if meant else ""
+        raise TargetError(
+            f"{argument} {entries} match no {what} of {self.title}. {hint} Correct {argument}; {SEE_ALL}."
+        )
+
+
+def _ends_of(name: str) -> list[str]:
+    """All that a list's entry may be to mean ``name``, as :func:`matches` says: the name, and its last parts."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def _ends_with(name: str, entries: Iterable[str]) -> bool:
+    return not set(_ends_of(name)).isdisjoint(entries)
+
+
+def _one_or_many(part: str, names: list[str]) -> str:
+    return repr(names[0]) if len(names) == 1 else f"{part!r} ({len(names)} of them, such as {names[0]!r})"
+
+
+def why_not(names: Names, name: str, layer: nn.Module) -> str | None:
+    """Why ``layer`` cannot be adapted, if so."""
+    kind = adapter_for(layer)
+    if isinstance(layer, LoRALayer):
+        return None
+    if kind is None:
+        inside = (f"{name}.{inner}" for inner in named_modules(layer) if inner)
+        fit = [inner for inner in inside if not why_not(names, inner, names.modules[inner])]
+        own = [f"{name}.{leaf}" for leaf, p in layer._parameters.items() if p is not None and p.dim() in (2, 3)]
+        inner = f", but inside it {listed(fit)}" if fit else ""
+        return f"a {type(layer).__name__} is not supported{inner}" + (
+            f", but with target_parameters its {listed(own)}" if own else ""
+        )
+    if is_attention(names.modules.get(name.rpartition(".")[0])):
+        outer = name.rpartition(".")[0]
+        return (
+            f"its nn.MultiheadAttention reads the weight and never calls the layer: name {outer!r}, with "
+            f"target_slices={{{outer!r}: ['out']}} if nothing else of it is to be adapted"
+        )
+    replaced = [method for method in kind.lora_methods if method in vars(layer)]
+    if replaced:
+        return f"its {replaced[0]} is replaced on the instance, which would bypass the adapter"
+    if hasattr(layer, "lora_A"):
+        return "it has a lora_A of another library"
+    return kind.lora_refusal(layer) or _why_not_weight(layer, kind)
+
+
+def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str | None:
+    """Why a weight of ``layer`` cannot have an update, if so."""
+    try:
+        parts = kind.lora_parts_of(layer)
+    except AttributeError:  # a weight is no parameter
+        return "its weight is computed (weight_norm, spectral_norm, parametrize or prune), so no update can be merged"
+    for name in dict.fromkeys(part.weight for part in parts):
+        dtype = kind.lora_dtype(layer, own_parameter(layer, name))
+        if not dtype.is_floating_point:
+            return f"its {name} is {dtype}, not floating point"
+        if dtype.itemsize == 1:
+            return f"its {name} is {dtype}, with which torch does not compute"
+    return None
+
+
+def supported_types() -> str:
+    """Return the names of all types that can be adapted."""
+    return ", ".join(str(kind).rpartition(".")[2].removesuffix("'>") for kind in ADAPTERS)
+
+
+def is_attention(module: nn.Module | None) -> bool:
+    """Whether ``module`` reads the weights of the layers inside it and calls none."""
+    return isinstance(module, nn.MultiheadAttention)

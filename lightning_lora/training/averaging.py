@@ -1,0 +1,101 @@
+"""Lightning's weight averaging (EMA, SWA) beside adapters: what trains is averaged, and nothing of the base.
+
+These callbacks keep a deep copy of the module in ``_average_model`` and average all of it: a second base in memory, a
+pass over it at every update, and rounding that reaches the base when the average is copied back.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn, get_swa_multi_avg_fn
+
+from lightning_lora.model.norms import FrozenNorm
+from lightning_lora.model.record import base_parameters, record_of, trained_base_parameters
+from lightning_lora.tensors.names import named_parameters
+
+
+def copy_adapted(callbacks: list[Callback], pl_module: LightningModule) -> None:
+    """Let callbacks that copied the module before it was adapted, or before it was whole, copy it again."""
+    for callback, copy in _averages(callbacks):
+        if hasattr(callback, "reset_batch_norm_and_save_state"):
+            _keep_frozen_norms(callback)
+        if named_parameters(copy).keys() != named_parameters(pl_module).keys():
+            callback.setup(pl_module.trainer, pl_module, pl_module.trainer.state.fn or "fit")
+
+
+def share_base(callbacks: list[Callback], pl_module: LightningModule) -> None:
+    """Let the copies hold the very frozen weights of the module, and the averaging leave alone what is the same."""
+    trained = trained_base_parameters(pl_module, record_of(pl_module).config)
+    frozen = {name: p for name, p in base_parameters(pl_module).items() if name not in trained}
+    for callback, copy in _averages(callbacks):
+        theirs = base_parameters(copy)
+        for name, p in frozen.items():
+            if theirs[name].device == p.device:  # an average may be kept on another
+                theirs[name].data = p.data
+        average: Any = vars(callback)["_average_model"]
+        if not isinstance(average, AveragedModel):
+            callback._avg_fn = _only_changed(callback._avg_fn)  # type: ignore[attr-defined]
+        elif average.avg_fn is not None:
+            average.avg_fn = _only_changed(average.avg_fn)
+        elif average.multi_avg_fn is None and next(copy.parameters()).device.type == "cpu":
+            average.avg_fn = _only_changed(get_swa_avg_fn())  # as torch chooses there; the other takes float32 alone
+        else:
+            average.multi_avg_fn = partial(_average_changed, average.multi_avg_fn or get_swa_multi_avg_fn())
+
+
+def drop_averages(callbacks: list[Callback]) -> None:
+    """Take a finished fit's average from callbacks that would put it, or what was averaged, into a tested module."""
+    for callback, copy in _averages(callbacks):
+        if copy is not vars(callback)["_average_model"]:  # EMA's; SWA touches no other stage
+            vars(callback)["_average_model"] = None
+
+
+def _averages(callbacks: list[Callback]) -> Iterator[tuple[Callback, nn.Module]]:
+    """The callbacks that keep an average, and their copies of the module."""
+    for callback in callbacks:
+        average = vars(callback).get("_average_model")
+        if isinstance(average, nn.Module):
+            yield callback, average.module if isinstance(average, AveragedModel) else average
+
+
+@dataclass
+class _only_changed:  # noqa: N801  # a function that can be pickled, and put round another only once
+    """Average two tensors, unless they are the same already: no arithmetic then, which would lose -0.0 and infinity."""
+
+    average: Callable[[Tensor, Tensor, Any], Tensor]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.average, _only_changed):
+            self.average = self.average.average
+
+    def __call__(self, averaged: Tensor, current: Tensor, count: Any) -> Tensor:
+        return averaged if _is_same(averaged, current) else self.average(averaged, current, count)
+
+
+def _average_changed(average: Callable[..., None], averaged: list[Tensor], current: list[Tensor], count: Any) -> None:
+    pairs = [(a, c) for a, c in zip(averaged, current, strict=True) if not _is_same(a, c)]
+    if pairs:
+        average([a for a, _ in pairs], [c for _, c in pairs], count)
+
+
+def _is_same(averaged: Tensor, current: Tensor) -> bool:
+    return averaged.data_ptr() == current.data_ptr() or torch.equal(averaged, current)
+
+
+def _keep_frozen_norms(callback: Any) -> None:
+    """Hide frozen norms from SWA, which would reset their statistics and let one more epoch estimate them anew."""
+    own = type(callback)
+    callback.pl_module_contains_batch_norm = partial(_without_frozen_norms, own.pl_module_contains_batch_norm)
+    reset = partial(own.reset_batch_norm_and_save_state, callback)
+    callback.reset_batch_norm_and_save_state = partial(_without_frozen_norms, reset)
+
+
+def _without_frozen_norms(method: Callable[[Any], Any], pl_module: LightningModule) -> Any:
+    moving = [module for module in pl_module.modules() if not isinstance(module, FrozenNorm)]
+    return method(SimpleNamespace(modules=lambda: moving, device=pl_module.device))

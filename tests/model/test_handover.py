@@ -1,0 +1,51 @@
+"""What a fit in other processes remembers is found by the weights it is about, and forgotten when told."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_lora import AdapterStateError, LoRAConfig, inject_adapters, remove_adapters, unmerge_adapters
+from lightning_lora.model.attach import fold
+from lightning_lora.model.handover import leave_memory
+from lightning_lora.model.record import forget_record, record_of
+from tests.models import LitTiny, is_plain, randomise, same, state
+
+
+@pytest.fixture
+def sent_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[LitTiny, LitTiny]:
+    """A module as it was adapted in another process, and a plain one with nothing but the merged weights."""
+    monkeypatch.setenv("LIGHTNING_LORA_MEMORY", str(tmp_path / "memory"))
+    there = LitTiny()
+    inject_adapters(there, LoRAConfig(r=2, modules_to_save=["head"]))
+    randomise(there)
+    adapted = copy.deepcopy(there)
+    fold(there)
+    leave_memory(record_of(there), record_of(there).folded_digests)
+    forget_record(there)
+    return adapted, there
+
+
+def test_verbs_find_what_was_left(sent_home: tuple[LitTiny, LitTiny]) -> None:
+    adapted, home = sent_home
+    assert is_plain(home)
+    unmerge_adapters(home)
+    assert same(state(home), state(adapted))
+
+
+def test_a_new_base_is_one_once_its_memory_is_removed(sent_home: tuple[LitTiny, LitTiny]) -> None:
+    _, home = sent_home
+    weights = state(home)
+    remove_adapters(home)
+    assert same(state(home), weights)
+    with pytest.raises(AdapterStateError, match="has no adapters"):
+        unmerge_adapters(home)
+
+
+def test_other_weights_remember_nothing(sent_home: tuple[LitTiny, LitTiny]) -> None:
+    _, home = sent_home
+    with torch.no_grad():
+        home.q_proj.weight.add_(1)
+    with pytest.raises(AdapterStateError, match="has no adapters"):
+        unmerge_adapters(home)
