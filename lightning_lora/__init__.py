@@ -17,8 +17,10 @@ from lightning_lora.errors import (
     StrategyError,
     TargetError,
 )
+from lightning_lora.layers import register_adapter
+from lightning_lora.model.disable import disable_adapters
 from lightning_lora.model.inject import inject_adapters, remove_adapters
-from lightning_lora.model.merge import disable_adapters, merge_adapters, unmerge_adapters
+from lightning_lora.model.merge import merge_adapters, unmerge_adapters
 from lightning_lora.storage.files import load_adapter, load_from_checkpoint, save_adapter
 from lightning_lora.storage.state import adapter_state_dict, load_adapter_state_dict
 from lightning_lora.summary import summarize
@@ -48,6 +50,7 @@ __all__ = [
     "load_adapter_state_dict",
     "load_from_checkpoint",
     "merge_adapters",
+    "register_adapter",
     "remove_adapters",
     "save_adapter",
     "summarize",

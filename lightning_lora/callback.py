@@ -12,28 +12,22 @@ from torch.optim import Optimizer
 
 from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError, TargetError, listed
-from lightning_lora.model.attach import fold, quantised_layers, unfold, warn_of_merge
-from lightning_lora.model.handover import name_memory
+from lightning_lora.model.handover import name_folder
 from lightning_lora.model.inject import inject_adapters, remove_adapters
-from lightning_lora.model.record import adapted_layers, find_record, follow_base, is_fresh, keep_originals, record_of
+from lightning_lora.model.merge import merge, merge_adapters, quantised_layers, unmerge
+from lightning_lora.model.record import find_record
+from lightning_lora.model.remember import view_of
+from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_checkpoint_state
 from lightning_lora.storage.fingerprint import note_changed
-from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.summary import summarize
-from lightning_lora.training.averaging import copy_adapted, drop_averages, share_base
-from lightning_lora.training.gradients import Reach
-from lightning_lora.training.optimizers import check_frozen, train_adapters
-from lightning_lora.training.recompute import gradients_pass
-from lightning_lora.training.spawned import (
-    RANDOM,
-    check_untied,
-    random_states,
-    receive_memory,
-    returns_state_only,
-    send_memory,
-    set_random_state,
-)
-from lightning_lora.training.strategy import Duties, has_loaded, is_watched, watch
+from lightning_lora.training.averaging import drop_averages, share_base
+from lightning_lora.training.gradients import Gradients, gradients_pass
+from lightning_lora.training.optimizers import check_frozen
+from lightning_lora.training.randomness import RANDOM, random_states, set_random_state
+from lightning_lora.training.spawned import check_untied, receive_record, returns_state_only, send_record
+from lightning_lora.training.stage import Stage
+from lightning_lora.training.strategy import is_watched, watch
 
 Merge = Literal["last", "best", False]
 
@@ -140,48 +134,31 @@ class LoRACallback(Callback):
         )
         self.merge: Merge = merge
         _join_other_package()
-        name_memory()
-        self._base_is_open = False
-        self._reach: Reach | None = None
+        name_folder()
+        self._stage = Stage(self.config, is_over=True)
+        self._gradients: Gradients | None = None
         self._training = ExitStack()
-        self._entered = False
-        self._began = False
-        self._was_adapted = False
-        self._was_folded = False
-        self._random: Any = None
 
-    # Set up: adapt what is there, and again when the model's own hooks have run
+    # Set up: adapt what is there, and again when the module's own hooks have run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Adapt the module, on its exact base if an earlier fit merged it; the strategy adapts layers still to come."""
-        self._entered, self._began, self._random = True, False, None
-        self._was_adapted, self._was_folded = bool(adapted_layers(pl_module)), False
-        _check_companions(_callbacks(trainer), stage)
+        """Adapt the module, on its exact base if it was merged. The strategy adapts layers that are still to come."""
+        callbacks = _callbacks(trainer)
+        was_adapted = bool(View(pl_module).layers)
+        self._stage = Stage(self.config, was_adapted=was_adapted, states_are_read=_states_are_read(callbacks))
+        _check_companions(callbacks, stage)
         if stage != "fit":
-            drop_averages(_callbacks(trainer))
-        watch(trainer.strategy, Duties(self._adapt, train_adapters, _states_are_read))
-        receive_memory(pl_module)
+            drop_averages(callbacks)
+        watch(trainer.strategy, self._stage)
+        receive_record(pl_module)
         if stage == "fit":
             self._check_merge(trainer, pl_module)
-        self._was_folded = unfold(pl_module)
-        self._base_is_open = is_fresh(pl_module)
+        self._stage.was_merged = unmerge(pl_module)
+        self._stage.base_is_open = View(pl_module).is_fresh()
         try:
             inject_adapters(pl_module, self.config)
         except TargetError:  # setup or configure_model may yet make the layers; the strategy asks again, for good
             return
-        if stage == "fit":
-            for layer in adapted_layers(pl_module).values():
-                layer.lora_unmerge()  # merged by hand: its adapters could not train
-
-    def _adapt(self, pl_module: LightningModule) -> None:
-        """Adapt what the module's own hooks have made; what they loaded until now is the base."""
-        inject_adapters(pl_module, self.config)
-        copy_adapted(_callbacks(pl_module.trainer), pl_module)
-        if self._base_is_open:
-            record = record_of(pl_module)
-            record.originals = {}
-            keep_originals(pl_module, record)
-            self._base_is_open = False
 
     def _check_merge(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.merge == "best" and not _is_trial(trainer) and _judge(trainer) is None:
@@ -189,66 +166,68 @@ class LoRACallback(Callback):
                 "merge='best' needs a ModelCheckpoint with a monitor to say which adapters are best, and the Trainer "
                 "has none. Add ModelCheckpoint(monitor=...), or set merge='last'."
             )
-        if returns_state_only(trainer) and bool(self.merge) == bool(adapted_layers(pl_module)):
+        if returns_state_only(trainer) and bool(self.merge) == self._stage.was_adapted:
             raise ConfigError(
-                f"merge={self.merge!r} would lose the adapters: this strategy trains in processes that send only "
-                "weights back, and only for the layers that the model here has. Use strategy='ddp'; or leave the model "
+                f"merge={self.merge!r} would lose the adapters: this strategy trains in processes that send back only "
+                "weights, and only for the layers that the model here has. Use strategy='ddp'; or leave the model "
                 "plain and set merge='last'; or call inject_adapters on it before fit and set merge=False."
             )
 
     # Fit
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show what trains, refuse a merge that could not come back, and go on with a resumed run's random numbers."""
-        if self.merge and not _is_trial(trainer) and (quantised := quantised_layers(pl_module)):
+        """Show what trains, refuse merges that cannot be done, and set a resumed run's random numbers."""
+        if self.merge and not _is_trial(trainer) and (quantised := quantised_layers(View(pl_module))):
             raise ConfigError(
                 f"merge={self.merge!r} cannot be done: the weights of {listed(quantised)} are quantised. Set "
-                "merge=False: the adapters stay live, and every file holds them."
+                "merge=False: the adapters stay on their layers, and every file holds them."
             )
         if self.merge and returns_state_only(trainer):
             check_untied(pl_module)
         if trainer.is_global_zero and _wants_summary(trainer):
             Console().print(summarize(pl_module).table(trained_only=True))
-        set_random_state(trainer, self._random)  # the last hook before the loaders draw the order of their samples
-        self._random = None
+        set_random_state(
+            trainer, self._stage.random
+        )  # the last hook before the loaders draw the order of their samples
+        self._stage.random = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on an exception finds adapters that may be worth keeping; watch what gradients reach."""
-        self._began = True
-        follow_base(pl_module)  # hooks may have loaded it late
+        """Begin to watch gradients. From here on, an exception leaves adapters that may be worth keeping."""
+        self._stage.has_begun = True
+        view_of(pl_module).follow_base()  # hooks may have loaded it late
         share_base(_callbacks(trainer), pl_module)
-        self._reach = self._training.enter_context(closing(Reach(pl_module, trainer.strategy.model)))
+        self._gradients = self._training.enter_context(closing(Gradients(pl_module, trainer.strategy.model)))
         self._training.enter_context(gradients_pass())
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep frozen what a step may have thawed, and let no other process wait for a gradient that is not given."""
-        if self._reach is not None:
-            self._reach.end_backward()
+        """Keep frozen weights frozen. Under DDP, give unused adapters a zero gradient."""
+        if self._gradients is not None:
+            self._gradients.end_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Name, once for each optimizer, the adapters in it that no gradient has reached; refuse frozen weights."""
+        """Name adapters that no gradient has reached, once for each optimizer; refuse frozen weights in it."""
         check_frozen(pl_module, optimizer)
-        if self._reach is not None:
-            self._reach.check(optimizer)
+        if self._gradients is not None:
+            self._gradients.check(optimizer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop watching."""
+        """Stop watching gradients."""
         self._end_training()
 
     def _end_training(self) -> None:
         self._training.close()
-        self._reach = None
+        self._gradients = None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge, and make the module plain again; it remembers its base and its adapters."""
+        """Merge: the module is plain again, and remembers its base and its adapters."""
         note_changed(pl_module)
         if not self.merge or _is_trial(trainer):
             return
         which = self._load_best(trainer, pl_module) if self.merge == "best" else _LAST
-        count = len(adapted_layers(pl_module))
+        count = len(View(pl_module).layers)
         layers = "1 layer" if count == 1 else f"{count} layers"
-        warn_of_merge(pl_module, fold(pl_module))
-        send_memory(trainer, pl_module)
+        merge_adapters(pl_module)
+        send_record(trainer, pl_module)
         rank_zero_info(f"LoRACallback merged {which} into {layers}: {type(pl_module).__name__} is a plain model again.")
 
     def _load_best(self, trainer: Trainer, pl_module: LightningModule) -> str:
@@ -269,37 +248,36 @@ class LoRACallback(Callback):
     # Afterwards
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Merge again what an earlier fit had merged, after a stage that trained nothing: a tuner's trial is one."""
-        if self._was_folded and not self._began and find_record(pl_module) is not None:
-            fold(pl_module)
-        self._entered = False
+        """Merge again what was merged before, after a stage that trained nothing, such as a tuner's trial."""
+        if self._stage.was_merged and not self._stage.has_begun and find_record(pl_module) is not None:
+            merge(pl_module)
+        self._stage.is_over = True
         self._end_training()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give back the module as it came, unless a fit had loaded or begun to train it: then training can go on."""
-        record, entered = find_record(pl_module), self._entered
-        self._entered = False
+        """Give the module back as it came, unless a fit has loaded it or begun to train it: then training can go on."""
+        stage, record = self._stage, find_record(pl_module)
+        was_over, stage.is_over = stage.is_over, True
         self._end_training()
-        if not entered or record is None or record.folded:
+        if was_over or record is None or record.is_merged:
             return
-        if self._began or (trainer.state.fn == "fit" and has_loaded(trainer.strategy)):
+        if stage.has_begun or (trainer.state.fn == "fit" and stage.has_loaded):
             note_changed(pl_module)
-        elif self._was_folded:
-            fold(pl_module)
-        elif not self._was_adapted:
+        elif stage.was_merged:
+            merge(pl_module)
+        elif not stage.was_adapted:
             remove_adapters(pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Store where the random numbers are; and keep the file adapter-only in a main process that had no set-up."""
+        """Store the states of random generators; keep files adapter-only in a main process that had no set-up."""
         checkpoint[RANDOM] = random_states(trainer)
-        receive_memory(pl_module)
+        receive_record(pl_module)
         if find_record(pl_module) is not None and not is_watched(trainer.strategy):
-            watch(trainer.strategy, Duties(self._adapt, train_adapters, _states_are_read))
-            checkpoint["state_dict"] = adapter_state_dict(pl_module)
+            watch(trainer.strategy, Stage(self.config, states_are_read=_states_are_read(_callbacks(trainer))))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the stored random states for the moment when training starts."""
-        self._random = checkpoint.get(RANDOM)
+        """Keep the stored states of random generators until training starts."""
+        self._stage.random = checkpoint.get(RANDOM)
 
 
 def _join_other_package() -> None:
@@ -343,11 +321,15 @@ def _judge(trainer: Trainer) -> Callback | None:
     return next(judges, None)
 
 
-def _states_are_read(pl_module: LightningModule) -> bool:
-    """Whether another callback looks at whole checkpoints, and so perhaps for whole states."""
-    others = [callback for callback in _callbacks(pl_module.trainer) if not isinstance(callback, LoRACallback)]
-    classes = {cls for callback in others for cls in type(callback).__mro__ if cls.__name__ != "Callback"}
-    return any("on_load_checkpoint" in vars(cls) for cls in classes)
+def _states_are_read(callbacks: list[Callback]) -> bool:
+    """Whether another callback reads whole checkpoints, and so perhaps whole states of the model."""
+    for callback in callbacks:
+        if isinstance(callback, LoRACallback):
+            continue
+        for cls in type(callback).__mro__:
+            if cls.__name__ != "Callback" and "on_load_checkpoint" in vars(cls):
+                return True
+    return False
 
 
 def _is_trial(trainer: Trainer) -> bool:

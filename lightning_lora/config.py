@@ -127,6 +127,10 @@ class LoRAConfig:
         parts: tuple[str, ...] | dict[str, tuple[int, int]] | None = _lookup(self.target_slices, name, None)
         return parts
 
+    def is_saved(self, name: str) -> bool:
+        """Whether ``modules_to_save`` means the module or the parameter called ``name``."""
+        return any(matches(entry, name) for entry in self.modules_to_save or ())
+
     def to_dict(self) -> dict[str, Any]:
         """Return the arguments as plain types, which every file format can hold.
 

@@ -1,4 +1,4 @@
-"""Say what of a model trains, what it costs, and what full fine-tuning would cost instead."""
+"""What of a model trains, what it costs, and what full fine-tuning would cost instead."""
 
 import re
 from collections.abc import Iterable
@@ -10,13 +10,14 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_lora.layers import LoRALayer, count
-from lightning_lora.model.record import adapted_layers, find_record
+from lightning_lora.model.view import View
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.tensors.inplace import InPlace
-from lightning_lora.tensors.names import named_modules
 
 _ADAM_MOMENTS = 2
 """Tensors that Adam and its kin keep for each trained parameter."""
+
+_PLAIN = (nn.Parameter, Tensor)
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class LoRASummary:
         checkpoint_bytes: Weights in a checkpoint.
         full_checkpoint_bytes: Weights in a checkpoint of full fine-tuning.
         adapters: How many adapters the model has.
-        merged: Whether they are merged into the weights.
-        plain: Whether the model has only its own classes and parameters: it was never adapted, or a fit has merged it.
+        merged: Whether the updates are merged into the weights.
+        plain: Whether the model has only its own classes and parameters: it was never adapted, or is merged.
     """
 
     title: str
@@ -118,8 +119,6 @@ class LoRASummary:
         adapters = f"{self.adapters} adapter{'' if self.adapters == 1 else 's'}"
         if self.plain:
             return f"{self.title} is a plain model" + (f", with {adapters} merged into it" if self.adapters else "")
-        if self.merged:
-            return f"LoRA: {self.title} has {adapters} merged, which do not train"
         return f"LoRA: {self.title} trains {self.share:.2%} of its parameters"
 
     def __rich__(self) -> Group:
@@ -135,10 +134,12 @@ class LoRASummary:
 
 
 def summarize(model: nn.Module) -> LoRASummary:
-    """Count what trains in ``model``, layer by layer, and what it costs beside full fine-tuning.
+    """Count what trains in ``model``, and what it costs.
+
+    The costs are shown beside those of full fine-tuning.
 
     Args:
-        model: Any module; with adapters, or without, to see its layers' names.
+        model: Any module, with adapters or without. Print the summary of a plain model to see its layers' names.
 
     Returns:
         The counts; ``print`` shows them as a table.
@@ -153,7 +154,8 @@ def summarize(model: nn.Module) -> LoRASummary:
     """
     grouped: dict[tuple[str, str, int | None], list[tuple[int, int]]] = {}
     seen: set[int] = set()
-    for name, module in named_modules(model).items():
+    view = View(model)
+    for name, module in view.modules.items():
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
         seen.update(id(p) for p in own)
         if own:
@@ -166,38 +168,44 @@ def summarize(model: nn.Module) -> LoRASummary:
         LayerGroup(name, len(rows), kind, r, sum(trained for trained, _ in rows), sum(frozen for _, frozen in rows))
         for (name, kind, r), rows in grouped.items()
     )
-    return _with_costs(model, groups)
+    return _with_costs(view, groups)
 
 
-def _with_costs(model: nn.Module, groups: tuple[LayerGroup, ...]) -> LoRASummary:
+def _with_costs(view: View, groups: tuple[LayerGroup, ...]) -> LoRASummary:
+    model, merged = view.model, len(view.adapted_parts) if view.is_merged else 0
     trained = [p for p in model.parameters() if p.requires_grad]
-    added = {id(p) for m in model.modules() if isinstance(m, LoRALayer) for p in m.lora_parameters().values()}
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    added = {id(p) for p in view.adapters.values()}
     base = [p for p in model.parameters() if id(p) not in added]
-    record, layers = find_record(model), adapted_layers(model)
-    state = adapter_state_dict(model) if record else model.state_dict()
+    state = adapter_state_dict(model) if view.is_adapted else model.state_dict()
     return LoRASummary(
         title=type(model).__name__,
         groups=groups,
-        trained=sum(count(p) for p in trained),
-        frozen=sum(count(p) for p in model.parameters() if not p.requires_grad),
+        trained=sum(map(count, trained)),
+        frozen=sum(map(count, frozen)),
         optimizer_bytes=_ADAM_MOMENTS * _bytes(trained),
         full_optimizer_bytes=_ADAM_MOMENTS * _full_bytes(base),
         checkpoint_bytes=_bytes(state.values()),
-        full_checkpoint_bytes=_full_bytes(base) + _bytes(model.buffers()),
-        adapters=len(record.folded if record and record.folded else layers),
-        merged=bool(record and record.folded) or any(layer.lora_bases for layer in layers.values()),
-        plain=not layers,
+        full_checkpoint_bytes=_full_bytes(base) + _bytes(view.buffers.values()),
+        adapters=merged or len(view.layers),
+        merged=view.is_merged,
+        plain=not view.layers,
     )
 
 
-def _bytes(values: Any) -> int:
-    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+def _bytes(values: Iterable[Any]) -> int:
+    """The size of tensors in a file or in memory. Tensors that share their memory count once."""
+    sizes = {}
+    for value in values:
+        if isinstance(value, Tensor):
+            place = value.data_ptr() if type(value) in _PLAIN else 0  # other classes have no pointer, and meta has 0
+            sizes[place or id(value), value.nbytes] = value.nbytes
+    return sum(sizes.values())
 
 
 def _full_bytes(parameters: Iterable[nn.Parameter]) -> int:
     """What parameters take that could be trained: quantised ones cannot, but as float32."""
-    plain = (nn.Parameter, Tensor)
-    return sum(p.nbytes if type(p) in plain and p.is_floating_point() else 4 * count(p) for p in parameters)
+    return sum(p.nbytes if type(p) in _PLAIN and p.is_floating_point() else 4 * count(p) for p in parameters)
 
 
 def _end_of(name: str, most: int = 26) -> str:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback
 from lightning_lora.layers import LoRALayer
-from lightning_lora.model.record import adapter_parameters
+from lightning_lora.model.view import View
 
 WORDS, WIDTH, CLASSES = 20, 8, 4
 
@@ -123,7 +123,7 @@ def randomise(model: nn.Module, seed: int = 3, scale: float = 0.1) -> None:
     """Give every adapter of ``model`` an update that does something."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in adapter_parameters(model).values():
+        for p in View(model).adapters.values():
             p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64).mul_(scale))
 
 

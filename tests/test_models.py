@@ -36,7 +36,7 @@ from lightning_lora import (
     save_adapter,
     unmerge_adapters,
 )
-from lightning_lora.model.record import adapted_layers
+from lightning_lora.model.view import View
 from tests.models import is_plain, randomise, same, state, trainer
 from tests.train import LeaveTheGroup
 
@@ -357,7 +357,7 @@ def test_two_processes_train_and_bring_back_a_plain_model(name: str, trained_in_
     after, model = torch.load(trained_in_two_processes / f"{name}.pt", weights_only=True), Lit(name)
     before, output = state(model), run(model)
     inject_adapters(model, LoRAConfig(r=2, **CASES[name].config))
-    adapted = {f"{layer}.{weight}" for layer, each in adapted_layers(model).items() for weight in each.lora_weights()}
+    adapted = {f"{layer}.{weight}" for layer, each in View(model).layers.items() for weight in each.lora_weights()}
     remove_adapters(model)
     moved = {key for key, value in before.items() if not torch.equal(value, after[key])}
     assert list(after) == list(before) and moved and moved <= adapted

@@ -1,6 +1,5 @@
-"""The mathematics of LoRA, on tensors alone."""
+"""An adapted linear layer, and its gradients."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from lightning_lora.functional.blocks import row_blocks
 from lightning_lora.functional.dropout import drops, new_seed
 
 
@@ -37,6 +35,35 @@ def low_rank_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -
     """
     hidden = F.linear(x, lora_A.to(x.dtype))
     return F.linear(hidden * scaling, lora_B.to(hidden.dtype))
+
+
+def low_rank_lookup(
+    index: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    padding_idx: int | None = None,
+    scale_grad_by_freq: bool = False,
+) -> Tensor:
+    r"""Return what an embedding's adapter adds to its output: the columns ``index`` of :math:`s \, B A`.
+
+    Args:
+        index: The tokens to look up.
+        lora_A: One column for each row of the embedding.
+        lora_B: The factor that writes the output.
+        scaling: The factor :math:`s`, alpha over r.
+        padding_idx: A token whose column receives no gradient.
+        scale_grad_by_freq: Divide a column's gradient by how often its token occurs.
+
+    Shape:
+        ``index``: (\*), ``lora_A``: (r, num_embeddings), ``lora_B``: (embedding_dim, r).
+        Returns (\*, embedding_dim), in the dtype of the factors.
+
+    Source:
+        Hu et al. 2021, section 4.1, with a one-hot input.
+    """
+    columns = F.embedding(index, lora_A.T, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+    return F.linear(columns * scaling, lora_B)
 
 
 def adapted_linear(
@@ -277,163 +304,3 @@ class _AdaptedLinear(torch.autograd.Function):
         wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
         gradients = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
         return tuple(next(gradients) if needed else None for needed in ctx.needs_input_grad)
-
-
-def low_rank_lookup(
-    index: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    padding_idx: int | None = None,
-    scale_grad_by_freq: bool = False,
-) -> Tensor:
-    r"""Return what an embedding's adapter adds to its output: the columns ``index`` of :math:`s \, B A`.
-
-    Args:
-        index: The tokens to look up.
-        lora_A: One column for each row of the embedding.
-        lora_B: The factor that writes the output.
-        scaling: The factor :math:`s`, alpha over r.
-        padding_idx: A token whose column receives no gradient.
-        scale_grad_by_freq: Divide a column's gradient by how often its token occurs.
-
-    Shape:
-        ``index``: (\*), ``lora_A``: (r, num_embeddings), ``lora_B``: (embedding_dim, r).
-        Returns (\*, embedding_dim), in the dtype of the factors.
-
-    Source:
-        Hu et al. 2021, section 4.1, with a one-hot input.
-    """
-    columns = F.embedding(index, lora_A.T, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
-    return F.linear(columns * scaling, lora_B)
-
-
-def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    r"""Return the update :math:`\Delta W = s \, B A`, in float32 or wider so that it is rounded only once, later.
-
-    Shape:
-        ``lora_A``: (r, in), ``lora_B``: (out, r). Returns (out, in).
-
-    Source:
-        Hu et al. 2021, section 4.1.
-
-    Example:
-        >>> delta_weight(torch.ones(1, 2), torch.ones(3, 1), scaling=2.0).tolist()
-        [[2.0, 2.0], [2.0, 2.0], [2.0, 2.0]]
-    """
-    dtype = wide(torch.promote_types(lora_A.dtype, lora_B.dtype))
-    return (lora_B.to(dtype) @ lora_A.to(dtype)).mul_(scaling)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return float32 for a narrower ``dtype``, in which small updates would be lost, and a wider one as it is.
-
-    Example:
-        >>> wide(torch.bfloat16), wide(torch.float64)
-        (torch.float32, torch.float64)
-    """
-    return torch.promote_types(dtype, torch.float32)
-
-
-def added(weight: Tensor, delta: Tensor) -> Tensor:
-    r"""Return :math:`W + \Delta W` in the wider of the two dtypes, to be rounded once.
-
-    Shape:
-        ``weight`` and ``delta`` have the same shape, which is the result's.
-    """
-    return weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
-
-
-def merged(weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], scaling: float) -> tuple[Tensor, float]:
-    r"""Return :math:`W + \Delta W`, rounded once, to the dtype of :math:`W`; and what was lost, as :func:`lost_share`.
-
-    Args:
-        weight: The base's weight.
-        pairs: Factors A and B, whose products add up to :math:`\Delta W / s`.
-        scaling: The factor :math:`s`.
-
-    Shape:
-        ``weight``: (out, in); each A: (r, in), each B: (out, r). Returns (out, in).
-
-    Example:
-        >>> merged(torch.ones(1, 2), [(torch.ones(1, 2), torch.ones(1, 1))], scaling=0.5)
-        (tensor([[1.5000, 1.5000]]), 0.0)
-    """
-    values, norms = torch.empty_like(weight), list[Tensor]()
-    for rows in row_blocks(weight):
-        first, *others = (delta_weight(a, b[rows], scaling) for a, b in pairs)
-        delta = sum(others, first)
-        if delta.dtype == weight.dtype:
-            torch.add(weight[rows], delta, out=values[rows])
-            continue
-        size = delta.norm()
-        effective = _as(delta, torch.promote_types(weight.dtype, delta.dtype)).add_(weight[rows])
-        values[rows] = effective
-        norms.append(torch.stack([effective.sub_(values[rows]).norm(), size]))
-    return values, _share(norms)
-
-
-def lost_share(weight: Tensor, effective: Tensor, merged: Tensor) -> float:
-    r"""Return how much of an update rounding took: the norm of what is lost, over that of the update.
-
-    It is 1 where every change was smaller than half a step of the weight's dtype, and so nothing of it is left.
-
-    Args:
-        weight: The base's weight.
-        effective: The adapted one, in a wider dtype.
-        merged: The same, rounded to the dtype of ``weight``.
-
-    Shape:
-        All have the same shape. Returns a number from 0 to about 1; 0 for an update of zero.
-
-    Example:
-        >>> weight, effective = torch.ones(4).bfloat16(), torch.full((4,), 1.001)
-        >>> lost_share(weight, effective, effective.bfloat16())
-        1.0
-    """
-    if weight.dtype == effective.dtype:
-        return 0.0
-    return _share([torch.stack([(merged - effective).norm(), (effective - weight).norm()])])
-
-
-def _share(norms: list[Tensor]) -> float:
-    """The norm of what was lost over that of the update, from those of blocks of them."""
-    if not norms or norms[0].is_meta:
-        return 0.0
-    lost, size = (math.hypot(*each) for each in zip(*torch.stack(norms).tolist(), strict=True))
-    return lost / size if size else 0.0
-
-
-def row_norms(matrix: Tensor) -> Tensor:
-    r"""Return the norm of each row, in float32 or wider: the magnitudes that DoRA takes apart from the directions.
-
-    Shape:
-        ``matrix``: (out, in). Returns (out).
-
-    Source:
-        Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", section 4.1. With the paper's
-        :math:`W \in \mathbb{R}^{d \times k}` as the authors' code reads it: one norm for each output.
-    """
-    norms: Tensor = torch.linalg.vector_norm(matrix, dim=-1, dtype=wide(matrix.dtype))
-    return norms
-
-
-def magnitude_scale(magnitude: Tensor, matrix: Tensor) -> Tensor:
-    r"""Return by what DoRA multiplies each row of :math:`V = W + \Delta W`: :math:`m / \lVert V \rVert`.
-
-    The norm is taken as a constant: no gradient flows through it. A row of zeros, which has no direction, has no
-    magnitude either: it trains as without DoRA.
-
-    Shape:
-        ``magnitude``: (out), ``matrix``: (out, in). Returns (out).
-
-    Source:
-        Liu et al. 2024, sections 4.1 (equation 5) and 4.3 (the constant).
-
-    Example:
-        >>> magnitude_scale(torch.tensor([10.0, 1.0]), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
-        tensor([2., 1.])
-    """
-    norms = row_norms(matrix.detach())
-    scale = magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-    return torch.where(magnitude == 0, 1, scale)

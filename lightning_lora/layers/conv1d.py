@@ -18,7 +18,6 @@ class LoRAConv1D(LoRALinear):
     """
 
     lora_layer_types = ("transformers.pytorch_utils.Conv1D",)
-    lora_input = "x"
 
     @staticmethod
     def lora_as_matrix(weight: Tensor) -> Tensor:
@@ -33,7 +32,3 @@ class LoRAConv1D(LoRALinear):
     def lora_forward(self, x: Tensor) -> Any:
         """Compute both at once; with DoRA, one after the other."""
         return super().lora_forward(x)
-
-    def lora_update(self, lora_A: Tensor, lora_B: Tensor, x: Tensor) -> Tensor:
-        """Multiply by one factor after the other."""
-        return super().lora_update(lora_A, lora_B, x)

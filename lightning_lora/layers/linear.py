@@ -2,7 +2,6 @@
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from lightning_lora.functional.linear import adapted_linear, low_rank_update
@@ -32,9 +31,8 @@ class LoRALinear(LoRALayer):
             return super().lora_forward(input)
         dropout = settings.dropout if self.training else 0.0
         if self.lora_parts[0].name or settings.starts_from_base:
-            pairs = self._lora_pairs("weight")
-            a, b = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
-        else:  # as most layers, and a few tokens in no time
+            a, b = self.lora_factors("weight")
+        else:  # most layers: a short way, which counts with a few tokens
             a, b = self.lora_A, self.lora_B
         return adapted_linear(input, self.lora_as_matrix(self.weight), self.bias, a, b, settings.scaling, dropout)
 

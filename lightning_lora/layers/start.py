@@ -1,18 +1,16 @@
-"""How adapters begin: so that they change nothing."""
-
-from typing import Any
+"""How adapters are initialised, so that they change nothing."""
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.functional.linear import row_norms, wide
-from lightning_lora.layers.parts import MAGNITUDE, Adapter, Part, Settings
+from lightning_lora.functional.update import row_norms, wide
+from lightning_lora.layers.parts import MAGNITUDE, Adapter, Kind, Part, Settings
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import digest
 
 
 def names_of(parts: tuple[Part, ...], settings: Settings) -> list[str]:
-    """What the parameters of an adapter are called in the layer."""
+    """Return the names of an adapter's parameters in the layer."""
     return [part.factor(letter) for part in parts for letter in _letters(settings)] + [MAGNITUDE] * settings.use_dora
 
 
@@ -21,7 +19,7 @@ def _letters(settings: Settings) -> tuple[str, ...]:
 
 
 def start(layer: nn.Module, adapter: Adapter) -> None:
-    """Start ``adapter`` so that it changes nothing of ``layer``, and note which weights it was started from."""
+    """Initialise ``adapter`` for ``layer``, and note the weights it starts from."""
     settings, parameters = adapter.settings, adapter.parameters
     if not settings.starts_from_base:
         for part in adapter.parts:
@@ -34,7 +32,7 @@ def start(layer: nn.Module, adapter: Adapter) -> None:
 
 
 def _start_from_base(layer: nn.Module, adapter: Adapter) -> None:
-    """Start what is made of the weights themselves: factors, magnitudes."""
+    """Initialise what is computed from the weights: factors, magnitudes."""
     kind, settings, parameters = adapter.kind, adapter.settings, adapter.parameters
     with torch.no_grad():
         for part in adapter.parts:
@@ -55,11 +53,11 @@ def _start_from_base(layer: nn.Module, adapter: Adapter) -> None:
                     adapter.started_on[MAGNITUDE] = digest(parameters[MAGNITUDE].float())
 
 
-def new_adapter(kind: Any, layer: nn.Module, parts: tuple[Part, ...], settings: Settings) -> Adapter:
-    """Make an adapter for ``layer``, on its weights' device, that changes nothing yet.
+def new_adapter(kind: type[Kind], layer: nn.Module, parts: tuple[Part, ...], settings: Settings) -> Adapter:
+    """Make an adapter for ``layer`` that changes nothing yet.
 
-    Its dtype is that of the weights, or float32 instead of a narrower one if ``settings.autocast_dtype``; magnitudes
-    are never narrower.
+    It is on the device of the layer's weights. Its dtype is that of the weights; with ``settings.autocast_dtype``, and
+    for magnitudes always, float32 in place of a narrower one.
     """
     parameters = {}
     for part in parts:
@@ -82,13 +80,13 @@ def new_adapter(kind: Any, layer: nn.Module, parts: tuple[Part, ...], settings: 
 
 
 def init_factors(reading: Tensor, writing: Tensor, init: str) -> None:
-    """Start a pair of factors in place: the one at random, the other at zero, so that their product is zero.
+    """Initialise two factors in place, so that their product is zero.
 
     Args:
-        reading: The factor to start at random: ``"kaiming"`` as nn.Linear starts its weight, ``"gaussian"`` with a
+        reading: The factor to draw at random: ``"kaiming"`` as nn.Linear draws its weight, ``"gaussian"`` with a
             standard deviation of one over r.
-        writing: The factor to start at zero.
-        init: Which of the two.
+        writing: The factor to set to zero.
+        init: ``"kaiming"`` or ``"gaussian"``.
 
     Shape:
         (*, r, in) and (*, out, r), or the other way round.
@@ -106,18 +104,19 @@ def init_factors(reading: Tensor, writing: Tensor, init: str) -> None:
 
 
 def principal_factors(matrix: Tensor, r: int, scaling: float, init: str) -> tuple[Tensor, Tensor]:
-    r"""Return factors :math:`A_0, B_0` that hold what is strongest in a weight, from which training starts.
+    r"""Return the factors from which PiSSA or OLoRA starts.
 
-    The update is then :math:`s (B A - B_0 A_0)`: zero at the start, and the base stays as it is. (The papers subtract
-    :math:`s B_0 A_0` from the base instead, which computes the same.)
+    They hold the strongest part of a weight, :math:`B_0 A_0`. The update is :math:`s (B A - B_0 A_0)`: zero at the
+    start, and the base stays as it is. (The papers subtract :math:`s B_0 A_0` from the base instead, which computes the
+    same.)
 
     Args:
         matrix: The weight.
         r: The rank.
         scaling: The factor :math:`s` of the update.
-        init: ``"pissa"``: the leading singular values and vectors, with :math:`s B_0 A_0` the best approximation of
-            the weight that the rank allows; beyond the weight's own rank, as ``init_factors`` starts. ``"olora"``: the
-            first rows and columns of a QR decomposition.
+        init: ``"pissa"``: the leading singular values and vectors, so that :math:`s B_0 A_0` is the best approximation
+            of the weight with this rank; beyond the weight's own rank, the start of :func:`init_factors`. ``"olora"``:
+            the first rows and columns of a QR decomposition.
 
     Shape:
         ``matrix``: (\*, out, in). Returns (\*, r, in) and (\*, out, r).

@@ -1,6 +1,6 @@
 """Adapt a model in place, and take its adapters away again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict
@@ -11,41 +11,31 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, ConfigError, listed
-from lightning_lora.layers import LoRALayer, Part, Settings, new_adapter
+from lightning_lora.layers import Adapter, LoRALayer, Part, Settings, new_adapter
 from lightning_lora.model.attach import attach_adapters, detach_adapters
+from lightning_lora.model.freeze import freeze, unfreeze
 from lightning_lora.model.handover import forget
 from lightning_lora.model.norms import FrozenNorm, unfreeze_norms
-from lightning_lora.model.record import (
-    Record,
-    absorb_inner_records,
-    adapted_layers,
-    find_record,
-    follow_base,
-    forget_record,
-    freeze,
-    inner_records,
-    is_fresh,
-    keep_originals,
-    keep_record,
-    kept_tensors,
-    record_of,
-    restore_originals,
-    trained_base_parameters,
-    unfreeze,
-)
-from lightning_lora.targets.select import Choice, select
+from lightning_lora.model.originals import keep_originals, restore_originals
+from lightning_lora.model.record import ATTRIBUTE, Record, find_record
+from lightning_lora.model.remember import absorb_inner_records, forget_record, keep_record, record_of
+from lightning_lora.model.view import View
+from lightning_lora.targets.choice import Choice
+from lightning_lora.targets.select import select
 from lightning_lora.tensors.inplace import combined
-from lightning_lora.tensors.names import named_modules, submodule
+from lightning_lora.tensors.names import submodule
+from lightning_lora.tensors.values import set_requires_grad
 
 
 def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
-    r"""Adapt ``model`` in place and freeze its base: only adapters (and what ``config`` adds) train from now on.
+    r"""Adapt ``model`` in place and freeze its base.
 
-    The layers stay the same objects under the same keys; each gains ``lora_A`` and ``lora_B`` and computes
-    :math:`W + s B A`. Call it again after layers were added: it adapts those, and leaves the others as they are.
+    From now on only adapters train, and what ``config`` trains beside them. The layers stay the same objects under the
+    same keys. Each gains ``lora_A`` and ``lora_B`` and computes :math:`W + s B A`. Call it again after layers were
+    added: it adapts those, and leaves the others as they are. A merged model is a plain model, and so a new base.
 
     Args:
-        model: Any module. Load its pretrained weights first, or later into the whole of it, before training.
+        model: Any module. Load its pretrained weights first; or later, before training, into all of it.
         config: What to adapt, and how.
 
     Returns:
@@ -77,59 +67,41 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
     if find_record(model):
         record_of(model)  # which refuses a model whose adapters are disabled
     choices = select(model, config)
-    _check_same(model, config, choices)
-    with torch.inference_mode(False):  # what is made inside could not train
-        adapters = {
-            name: new_adapter(choice.kind, choice.layer, choice.parts, choice.settings)
-            for name, choice in choices.items()
-            if not isinstance(choice.layer, LoRALayer) and combined(choice.kind, type(choice.layer))
-        }
-    with undone_on_error(model):
+    before = View(model, config)
+    _check_same(before, choices)
+    adapters = _new_adapters(choices)
+    with undone_on_error(before):
         record = find_record(model)
-        if record is None or record.folded:  # a merged model is a plain model, and so a new base
+        if record is None or record.is_merged:
             record = Record(config)
             keep_record(model, record)
         record.config = config
         absorb_inner_records(model, record)
         attach_adapters(model, adapters)
-        follow_base(model)
-        freeze(model, record)
-        if adapters or is_fresh(model):  # later, what is new may have been trained
-            keep_originals(model, record)
+        view = View(model)
+        view.follow_base()
+        freeze(view)
+        if adapters or view.is_fresh():  # later, what is new may have been trained
+            keep_originals(view)
     return tuple(choices)
 
 
-@contextmanager
-def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Give ``model`` back as it was, its adapters and its memory, if what is done inside fails."""
-    modules = named_modules(model)
-    flags = {p: p.requires_grad for module in modules.values() for p in module._parameters.values() if p is not None}
-    records = {
-        name: copy(record) for name, record in {"": find_record(model), **inner_records(model)}.items() if record
-    }
-    for record in records.values():
-        record.requires_grad, record.originals = dict(record.requires_grad), dict(record.originals)
-        record.changed = dict(record.changed)
-    layers = {name for name, module in modules.items() if isinstance(module, LoRALayer)}
-    norms = [module for module in modules.values() if isinstance(module, FrozenNorm)]
-    try:
-        yield
-    except BaseException:
-        detach_adapters(model, adapted_layers(model).keys() - layers)
-        unfreeze_norms(model, but=norms)
-        for p, flag in flags.items():
-            p.requires_grad_(flag)
-        forget_record(model)
-        for name, record in records.items():
-            keep_record(submodule(model, name), record)
-        raise
+def _new_adapters(choices: Mapping[str, Choice]) -> dict[str, Adapter]:
+    """Adapters for the chosen layers that have none."""
+    adapters = {}
+    with torch.inference_mode(False):  # what is made inside could not train
+        for name, choice in choices.items():
+            if not isinstance(choice.layer, LoRALayer):
+                combined(choice.kind, type(choice.layer))  # fails here, if ever, and not on a half-adapted model
+                adapters[name] = new_adapter(choice.kind, choice.layer, choice.parts, choice.settings)
+    return adapters
 
 
 def remove_adapters(model: nn.Module) -> None:
-    """Take the adapters away: ``model`` has its classes and keys again, and trains what it trained before.
+    """Take the adapters away: ``model`` has its own classes and keys again.
 
-    Unless they are merged, it also has the base's own values again, everywhere. Merged updates stay in the weights,
-    with the biases and whole modules that were trained beside them.
+    It trains what it trained before. Unless the updates are merged, it also has the base's own values again,
+    everywhere. Merged updates stay in the weights, with the biases and whole modules that were trained beside them.
 
     Args:
         model: The model that :func:`inject_adapters` was called on.
@@ -148,50 +120,93 @@ def remove_adapters(model: nn.Module) -> None:
     """
     record = record_of(model)
     absorb_inner_records(model, record)
-    if not record.folded:
-        if not any(layer.lora_bases for layer in adapted_layers(model).values()):
-            restore_originals(model, kept_tensors(model))
-        unfreeze(model, record)
-        detach_adapters(model)
+    if not record.is_merged:
+        view = View(model)
+        restore_originals(view, view.kept)
+        unfreeze(view)
+        detach_adapters(view)
     forget_record(model)
     forget(model)
 
 
-def _check_same(model: nn.Module, config: LoRAConfig, choices: dict[str, Choice]) -> None:
-    """Refuse a model that is adapted already, but not as ``config`` would adapt it."""
-    for name, layer in adapted_layers(model).items():
+@contextmanager
+def undone_on_error(before: View) -> Iterator[None]:
+    """Give a model back as it was, its adapters and its memory, if what is done inside fails.
+
+    Args:
+        before: The model as it is now.
+    """
+    model = before.model
+    flags = {p: p.requires_grad for p in before.parameters.values()}
+    layers = set(before.layers)
+    norms = [module for module in before.modules.values() if isinstance(module, FrozenNorm)]
+    records = {}
+    for name, known in _records(before).items():
+        records[name] = record = copy(known)
+        record.requires_grad, record.originals = dict(record.requires_grad), dict(record.originals)
+        record.changed = dict(record.changed)
+    try:
+        yield
+    except BaseException:
+        now = View(model)
+        detach_adapters(now, now.layers.keys() - layers)
+        unfreeze_norms(now.modules.values(), but=norms)
+        for p, flag in flags.items():
+            set_requires_grad(p, flag)
+        forget_record(model)
+        for name, record in records.items():
+            keep_record(submodule(model, name), record)
+        raise
+
+
+def _records(view: View) -> dict[str, Record]:
+    """The records of a model and of modules inside it, by name."""
+    found: dict[str, Record] = {}
+    for name, module in view.modules.items():
+        record = vars(module).get(ATTRIBUTE)
+        if record is not None and not any(record is other for other in found.values()):
+            found[name] = record
+    return found
+
+
+def _check_same(view: View, choices: Mapping[str, Choice]) -> None:
+    """Refuse a model that is adapted already, but not as its view's configuration would adapt it."""
+    title = type(view.model).__name__
+    for name, layer in view.layers.items():
         if name not in choices:
             raise AdapterMismatchError(
-                f"Layer {name!r} of {type(model).__name__} is adapted already, but this configuration does not target "
-                "it. Call remove_adapters(model) first, or target it too."
+                f"Layer {name!r} of {title} is adapted already, but this configuration does not target it. Call "
+                "remove_adapters(model) first, or target it too."
             )
         asked = choices[name]
         found, wanted = _about(layer.lora_settings, layer.lora_parts), _about(asked.settings, asked.parts)
-        if found != wanted:
-            differ = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+        differ = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+        if differ:
             here, there = (", ".join(f"{key}={each.get(key)}" for key in differ) for each in (found, wanted))
             raise AdapterMismatchError(
-                f"Layer {name!r} of {type(model).__name__} is adapted already (or was, in the fit that it remembers), "
-                f"with {here}; this configuration asks for {there}. Use the same one, or call remove_adapters(model) "
-                "first."
+                f"Layer {name!r} of {title} is adapted already (or was, in the fit that it remembers), with {here}; "
+                f"this configuration asks for {there}. Use the same one, or call remove_adapters(model) first."
             )
+    for prefix, record in _records(view).items():
+        if not record.is_merged and record.config != view.config:
+            _check_same_trained(view, prefix)
 
-    for prefix, record in {"": find_record(model), **inner_records(model)}.items():
-        if record is None or record.folded or record.config == config:
-            continue
-        inside = f"{prefix}." if prefix else ""
-        theirs = {inside + name for name in trained_base_parameters(submodule(model, prefix), record.config)}
-        ours = {name for name in trained_base_parameters(model, config) if name.startswith(inside)}
-        if theirs != ours:
-            raise AdapterMismatchError(
-                f"{type(model).__name__} is adapted already, and trains {listed(theirs) or 'nothing'} beside its "
-                f"adapters; this configuration trains {listed(ours) or 'nothing'}. Use the same modules_to_save and "
-                "bias, or call remove_adapters(model) first."
-            )
+
+def _check_same_trained(view: View, prefix: str) -> None:
+    """Refuse to train other biases and whole modules than the module ``prefix`` trains already."""
+    inside = f"{prefix}." if prefix else ""
+    theirs = {inside + name for name in View(submodule(view.model, prefix)).trained}
+    ours = {name for name in view.trained if name.startswith(inside)}
+    if theirs != ours:
+        raise AdapterMismatchError(
+            f"{type(view.model).__name__} is adapted already, and trains {listed(theirs) or 'nothing'} beside its "
+            f"adapters; this configuration trains {listed(ours) or 'nothing'}. Use the same modules_to_save and bias, "
+            "or call remove_adapters(model) first."
+        )
 
 
 def _about(settings: Settings, parts: tuple[Part, ...]) -> dict[str, Any]:
-    """What an adapter is, by the names of the arguments that say so."""
+    """What an adapter is, by the names of the arguments that decide it."""
     names = {"scaling": "alpha / r", "autocast_dtype": "autocast_adapter_dtype"}
     named = {names.get(name, name): value for name, value in asdict(settings).items()}
     if not settings.starts_from_base:

@@ -1,118 +1,366 @@
-"""Fold the updates into the weights and take them out again, exactly; or run the base model for a while."""
+r"""Merge the updates into the weights, and take them out again, exactly.
 
-from collections.abc import Iterator
+A merged model is a plain one that remembers: its classes, keys and hooks are the base's, its weights are
+:math:`W + \Delta W`, and the adapters and the base's own values are in its record.
+"""
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterStateError, listed
-from lightning_lora.model.attach import check_as_folded, fold, merge_layers, unfold, warn_of_merge
-from lightning_lora.model.record import adapted_layers, find_record, kept_tensors, record_of
+from lightning_lora.errors import AdapterStateError, LoRAWarning, MergePrecisionWarning, listed
+from lightning_lora.functional.update import wide
+from lightning_lora.layers import MAGNITUDE, Adapter, LoRALayer, attach
+from lightning_lora.model.attach import attach_adapters, check_weights, detach_adapters
+from lightning_lora.model.freeze import freeze, unfreeze
+from lightning_lora.model.record import Record, find_record
+from lightning_lora.model.remember import forget_record, record_of, view_of
+from lightning_lora.model.view import View
+from lightning_lora.tensors.names import join, named_parameters, own_parameter, set_parameter, submodule
+from lightning_lora.tensors.values import digest, replace_values, set_requires_grad
 
 
 def merge_adapters(model: nn.Module) -> None:
-    r"""Fold :math:`\Delta W` into the weights: the model computes the same, at the cost of the base model.
+    r"""Merge the updates into the weights: ``model`` is a plain model again.
 
-    The sum is computed in float32 or wider and rounded once. A weight that is tied to another use (an embedding and an
-    output head) changes only where it is adapted. The adapters stay, idle, for :func:`unmerge_adapters`, and so do the
-    base's own values (on a GPU without room for both, in the host's memory); ``remove_adapters`` makes the merge final.
-    Merging twice is merging once.
+    It has its own classes and keys, so ``model.state_dict()`` is that of the merged plain model, and it runs at the
+    base model's speed. It also remembers: ``unmerge_adapters`` brings the adapters and the exact base back, and
+    ``remove_adapters`` makes the merge final. Merging twice is merging once.
+
+    The sum :math:`W + \Delta W` is computed in float32 or wider and rounded once. A weight that is tied to another
+    layer's (an embedding and an output head) changes only where it is adapted. The base's own values are kept in the
+    host's memory.
 
     Args:
         model: The model that ``inject_adapters`` was called on.
 
     Raises:
-        AdapterStateError: ``model`` has no adapters.
+        AdapterStateError: ``model`` has no adapters, or weights that no update can be merged into. Nothing is merged
+            then.
 
     Warns:
-        MergePrecisionWarning: the weights are in half precision, and rounding took much of an update away.
+        MergePrecisionWarning: the weights are in half precision, and rounding took much of an update.
 
     Source:
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1, "No Additional Inference
         Latency".
+
+    Example:
+        >>> from lightning_lora import LoRAConfig, inject_adapters
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> names = inject_adapters(model, LoRAConfig(r=2))
+        >>> merge_adapters(model)
+        >>> model[0], list(model.state_dict())
+        (Linear(in_features=4, out_features=4, bias=True), ['0.weight', '0.bias'])
     """
-    if not record_of(model).folded:
-        warn_of_merge(model, merge_layers(model))
+    warn_of_merge(model, merge(model))
 
 
 def unmerge_adapters(model: nn.Module) -> None:
-    """Take the updates out of the weights again: every bit of the base is as it was, and the adapters are live.
+    """Take the updates out of the weights: the adapters are back on the exact base.
 
-    It also brings back the adapters that a finished ``Trainer.fit`` merged.
+    Every bit of the base is as it was, on whatever device ``model`` is now. If it was converted to another dtype, the
+    base is the converted one.
 
     Args:
-        model: A model that :func:`merge_adapters`, or a Trainer with a ``LoRACallback``, was run on.
+        model: A model that :func:`merge_adapters`, or a Trainer with a ``LoRACallback``, has merged. Other adapted
+            models stay as they are.
 
     Raises:
         AdapterStateError: ``model`` has no adapters, or its merged weights were changed since.
     """
-    check_as_folded(model)
-    unfold(model)
-    layers = adapted_layers(model)
-    changed = [name for name, layer in layers.items() if not layer.lora_is_as_merged()]
-    if changed:
-        raise AdapterStateError(
-            f"The merged weights of {listed(changed)} in {type(model).__name__} were changed since the merge, and "
-            "un-merging would lose that. Call remove_adapters(model) to go on from the weights as they are."
-        )
-    for layer in layers.values():
-        layer.lora_unmerge()
+    check_as_merged(model)
+    unmerge(model)
 
 
 @contextmanager
-def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Run the base model inside a ``with`` block: no updates, and the base's own values of all that was trained.
-
-    Args:
-        model: The model that ``inject_adapters`` was called on, adapted or merged.
-
-    Raises:
-        AdapterStateError: ``model`` has no adapters.
-
-    Example:
-        >>> import torch
-        >>> from lightning_lora import LoRAConfig, inject_adapters
-        >>> model, x = nn.Sequential(nn.Linear(4, 4)), torch.ones(4)
-        >>> base = model(x)
-        >>> names = inject_adapters(model, LoRAConfig(r=2))
-        >>> _ = nn.init.ones_(model[0].lora_B)
-        >>> with disable_adapters(model):
-        ...     torch.equal(model(x), base)
-        True
-        >>> torch.equal(model(x), base)
-        False
-    """
-    record = find_record(model)
-    if record is not None and record.disabled:
-        yield
-        return
-    check_as_folded(model)
-    record = record_of(model)
-    was_folded = unfold(model)
-    layers = adapted_layers(model).values()
-    was_merged = any(layer.lora_bases for layer in layers)
-    unmerge_adapters(model)
-    present = kept_tensors(model)
-    trained = {name: tensor.data for name, tensor in present.items()}
-    own = {name: record.originals[name].to(tensor, copy=True) for name, tensor in present.items()}
+def unmerged(model: nn.Module) -> Iterator[None]:
+    """Have the adapters on their layers inside a ``with`` block, and merge again if they were merged."""
+    was_merged = unmerge(model)
     try:
-        for name, tensor in present.items():
-            if not own[name].is_meta:  # of a model that was adapted before it had values
-                tensor.data = own[name]
-        for layer in layers:
-            layer.lora_enabled = False
-        record.disabled = True
-        torch.clear_autocast_cache()  # which holds copies of the other values
         yield
     finally:
-        record.disabled = False
-        for layer in layers:
-            layer.lora_enabled = True
-        for name, tensor in present.items():
-            tensor.data = trained[name]
-        torch.clear_autocast_cache()
         if was_merged:
-            merge_layers(model)
-        if was_folded:
-            fold(model)
+            merge(model)
+
+
+# Merge
+
+
+def merge(model: nn.Module) -> dict[str, float]:
+    """Merge as :func:`merge_adapters` does, without warnings.
+
+    Returns:
+        The share of each layer's update that rounding took.
+    """
+    view = view_of(model)
+    if view.is_merged:
+        return {}
+    check_weights(view)
+    _check_mergeable(view)
+    uses = Counter(id(p) for module in {*view.modules.values()} for p in module._parameters.values() if p is not None)
+    bases: dict[str, dict[str, Tensor]] = {}
+    lost: dict[str, float] = {}
+    try:
+        for name, layer in view.layers.items():
+            tied = [weight for weight in layer.lora_weights() if uses[id(own_parameter(layer, weight))] > 1]
+            bases[name], lost[name] = _merge_layer(layer, tied)
+    except BaseException:
+        for name, values in bases.items():
+            _show_base(view.layers[name], values)
+        raise
+    _weights_have_changed(view)
+    unfreeze(View(model))  # tied weights have new parameters
+    record = view.record
+    record.merged = detach_adapters(view)
+    for name, adapter in record.merged.items():
+        adapter.bases = bases[name]
+    for name, values in bases.items():
+        for weight in values:
+            merged = own_parameter(submodule(model, name), weight)
+            record.merged_digests[join(name, weight)] = digest(merged)
+            record.merged_dtypes[join(name, weight)] = merged.dtype
+    return lost
+
+
+def _merge_layer(layer: LoRALayer, tied: list[str]) -> tuple[dict[str, Tensor], float]:
+    """Let a layer's weights hold ``W + ΔW``.
+
+    Args:
+        layer: An adapted layer.
+        tied: Its weights that another layer uses too, where they must not change: they get a parameter of their own.
+
+    Returns:
+        The base's values, by weight, and the largest share of an update that rounding took.
+    """
+    values, shares = {}, []
+    with torch.inference_mode(False), torch.no_grad():
+        for name in layer.lora_weights():  # all before any is shown
+            values[name], share = layer.lora_merged_weight(name)
+            shares.append(share)
+        bases: dict[str, Tensor] = {}
+        for name, merged in values.items():
+            weight = own_parameter(layer, name)
+            if name in tied:
+                bases[name] = weight
+                set_parameter(layer, name, nn.Parameter(merged, requires_grad=weight.requires_grad))
+            else:
+                bases[name] = weight.data.cpu()  # out of the way of a GPU's memory
+                replace_values(weight, merged)
+    return bases, max(shares, key=lambda share: (not share < math.inf, share))
+
+
+def _check_mergeable(view: View) -> None:
+    """Refuse weights that no update can be merged into.
+
+    Raises:
+        AdapterStateError: there are such weights.
+    """
+    empty, spread = [], []
+    for name, layer in view.layers.items():
+        weights = [own_parameter(layer, weight) for weight in layer.lora_weights()]
+        if any(weight.is_meta for weight in weights):
+            empty.append(name)
+        if any(hasattr(weight, "placements") for weight in weights):
+            spread.append(name)
+    for names, why in (
+        (
+            quantised_layers(view),
+            "are quantised, and no update can be merged into them. Keep the adapters on their layers; or merge into "
+            "the model in full precision: inject_adapters(full, config), load_adapter_state_dict(full, "
+            "adapter_state_dict(quantised)), merge_adapters(full).",
+        ),
+        (empty, "have no values yet (they are on the meta device). Load them first."),
+        (spread, "are distributed (DTensor). Save the adapters, and merge them into the whole model."),
+    ):
+        if names:
+            raise AdapterStateError(f"The weights of {listed(names)} in {type(view.model).__name__} {why}")
+
+
+def quantised_layers(view: View) -> list[str]:
+    """Return the names of adapted layers whose weights no update can be merged into."""
+    return [name for name, layer in view.layers.items() if layer.lora_is_quantised(layer)]
+
+
+def _weights_have_changed(view: View) -> None:
+    torch.clear_autocast_cache()  # it may hold copies of the weights as they were
+    for layer in view.layers.values():
+        layer.lora_weights_changed()
+
+
+# Un-merge
+
+
+def unmerge(model: nn.Module) -> bool:
+    """Undo a merge. Return whether there was one.
+
+    If the merged weights were replaced since (someone loaded others), they are a new base, and the record is dropped.
+    """
+    record = find_record(model)
+    if record is None or not record.is_merged:
+        return False
+    taken = [name for name in View(model).layers if name in record.merged]
+    if taken:
+        raise AdapterStateError(
+            f"{listed(taken)} of {type(model).__name__} have the adapters of another model that shares them, and "
+            "cannot get their own back. Call remove_adapters on that model first, or give each model layers of its own."
+        )
+    if not is_as_merged(model, record):
+        forget_record(model)
+        warnings.warn(
+            f"The weights of {type(model).__name__} were replaced after its adapters were merged into them: they are "
+            "taken as a new base, and the adapters of the earlier fine-tune are dropped.",
+            LoRAWarning,
+            stacklevel=2,
+        )
+        return False
+    adapters, dtypes = record.merged, record.merged_dtypes
+    record.merged, record.merged_digests, record.merged_dtypes = {}, {}, {}
+    for name, adapter in adapters.items():
+        layer = submodule(model, name)
+        _follow_layer(layer, adapter, dtypes[join(name, adapter.parts[0].weight)])
+        _show_base(layer, adapter.bases)
+        adapter.bases = {}
+    attach_adapters(model, adapters)
+    view = View(model)
+    _weights_have_changed(view)
+    freeze(view)
+    return True
+
+
+def _show_base(layer: nn.Module, bases: Mapping[str, Tensor]) -> None:
+    """Let a layer's weights hold the base's values again, on the device and in the dtype that they have now."""
+    for name, base in bases.items():
+        shown = own_parameter(layer, name)
+        values = base.data.to(shown)
+        if isinstance(base, nn.Parameter):  # it was tied: the layer gets the very parameter back
+            replace_values(base, values)
+            set_requires_grad(base, shown.requires_grad)
+            set_parameter(layer, name, base)
+        else:
+            replace_values(shown, values)
+
+
+def _follow_layer(layer: nn.Module, adapter: Adapter, was: torch.dtype) -> None:
+    """Move and convert an adapter as its layer was since the merge: it does not follow a plain model by itself."""
+    weight = own_parameter(layer, adapter.parts[0].weight)
+    _move(adapter, weight.device)
+    if weight.dtype == was:
+        return
+    for name, factor in adapter.parameters.items():
+        is_wide = adapter.settings.autocast_dtype or name == MAGNITUDE
+        replace_values(factor, factor.data.to(wide(weight.dtype) if is_wide else weight.dtype))
+
+
+def _move(adapter: Adapter, device: torch.device) -> None:
+    for factor in adapter.parameters.values():
+        replace_values(factor, factor.data.to(device))
+
+
+def check_as_merged(model: nn.Module) -> None:
+    """Refuse to go on from a merged model whose weights were changed since.
+
+    Raises:
+        AdapterStateError: ``model`` has no adapters, or its merged weights were changed.
+    """
+    if not is_as_merged(model, record_of(model)):
+        raise AdapterStateError(
+            f"The weights of {type(model).__name__} were changed since its adapters were merged into them (replaced, "
+            "trained, or converted in a way that cannot be repeated), so that neither its base nor its adapters can be "
+            "restored. Load both again, or call remove_adapters(model) to continue from the weights as they are."
+        )
+
+
+def is_as_merged(model: nn.Module, record: Record) -> bool:
+    """Whether a merged model still has its merged weights, perhaps moved or converted; True for any other model."""
+    if not record.is_merged:
+        return True
+    parameters = named_parameters(model, remove_duplicate=False)
+    for name, adapter in record.merged.items():
+        if any(join(name, weight) not in parameters for weight in adapter.bases):
+            return False
+        weights = {weight: parameters[join(name, weight)] for weight in adapter.bases}
+        same = [digest(value) == record.merged_digests[join(name, weight)] for weight, value in weights.items()]
+        dtypes = {weight: record.merged_dtypes[join(name, weight)] for weight in weights}
+        if not all(same) and not _is_converted(submodule(model, name), adapter, weights, dtypes):
+            return False
+    return True
+
+
+def _is_converted(
+    layer: nn.Module, adapter: Adapter, weights: Mapping[str, nn.Parameter], dtypes: Mapping[str, torch.dtype]
+) -> bool:
+    """Whether a layer's weights are its merged ones, converted: merge once more, convert, and compare.
+
+    Args:
+        layer: The plain layer.
+        adapter: Its adapter.
+        weights: Its weights now.
+        dtypes: What their dtypes were when they were merged.
+    """
+    if all(weight.dtype == dtypes[name] for name, weight in weights.items()):
+        return False
+    shown = {name: weight.data for name, weight in weights.items()}
+    _move(adapter, next(iter(weights.values())).device)
+    with torch.no_grad():
+        try:
+            for name, weight in weights.items():
+                replace_values(weight, adapter.bases[name].data.to(weight.device, dtypes[name]))
+            attach(layer, adapter)
+            try:
+                anew = {name: layer.lora_merged_weight(name)[0] for name in weights}  # type: ignore[operator]
+            finally:
+                layer.lora_detach()  # type: ignore[operator]
+        finally:
+            for name, weight in weights.items():
+                replace_values(weight, shown[name])
+    return all(digest(anew[name].to(value.dtype)) == digest(value) for name, value in shown.items())
+
+
+# Warnings
+
+_MUCH = 0.25
+"""A share of an update (in norm) that is worth a warning. Rounding noise of a tenth or two is usual in bfloat16."""
+
+
+def warn_of_merge(model: nn.Module, lost: Mapping[str, float]) -> None:
+    """Warn of ties that a merge broke, of values that overflowed, and of updates that rounding took.
+
+    Args:
+        model: The merged model.
+        lost: What :func:`merge` returned.
+    """
+    untied = [weight.layer for weight in View(model).merged if isinstance(weight.base, nn.Parameter)] if lost else []
+    title = type(model).__name__
+    if untied:
+        warnings.warn(
+            f"The weight of {listed(untied)} in {title} was tied to another layer's, and the merge changes only its "
+            "own use: they are two weights now. A state dict of them loads rightly only where they are not tied (in "
+            "transformers, config.tie_word_embeddings=False).",
+            LoRAWarning,
+            stacklevel=3,
+        )
+    overflown = [name for name, share in lost.items() if not share < math.inf]
+    if overflown:
+        warnings.warn(
+            f"Merging gave values that the dtype of {listed(overflown)} in {title} cannot hold: the weights are "
+            "infinite now. Call unmerge_adapters(model), and convert the model to float32 or bfloat16 before merging.",
+            MergePrecisionWarning,
+            stacklevel=3,
+        )
+    much = {name: share for name, share in lost.items() if _MUCH < share < math.inf}
+    if much:
+        worst = max(much, key=much.__getitem__)
+        warnings.warn(
+            f"Merging rounded away {much[worst]:.0%} of the update of {worst!r} in {title}, and more than {_MUCH:.0%} "
+            f"in {len(much)} of {len(lost)} layers: half-precision weights cannot hold changes so small. The merged "
+            "model computes less of the fine-tune than the adapted one. Keep the adapters on their layers "
+            "(merge=False, unmerge_adapters), or convert the model to float32 before merging.",
+            MergePrecisionWarning,
+            stacklevel=3,
+        )

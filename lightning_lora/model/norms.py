@@ -1,7 +1,7 @@
-"""Normalisation of a frozen base: running statistics stand still, as the parameters beside them do.
+"""Norms of a frozen base: their running statistics are frozen too.
 
-Otherwise every training batch would move them. The base would no longer be the one that the adapters were trained on,
-and training would compute with a batch's own statistics what evaluation computes with the running ones.
+Otherwise every training batch would change them. The base would no longer be the one that the adapters were trained on,
+and training would normalise by each batch's own statistics, where evaluation uses the running ones.
 """
 
 from collections.abc import Iterable
@@ -11,16 +11,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.tensors.inplace import InPlace, overlay, uncover
-from lightning_lora.tensors.names import named_modules
 
 
 class FrozenNorm(InPlace, nn.Module):
-    """The mixin laid over a normalisation that does not train: it computes in training what it does in evaluation."""
+    """The class laid over a frozen norm: it computes in training what it does in evaluation."""
 
     overlaid_prefix = "Frozen"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Normalise with the running statistics, and leave them as they are."""
+        """Normalise by the running statistics, and leave them as they are."""
         training, self.training = self.training, False
         try:
             return super().forward(*args, **kwargs)
@@ -28,18 +27,18 @@ class FrozenNorm(InPlace, nn.Module):
             self.training = training
 
 
-def freeze_norms(model: nn.Module, trained: Iterable[nn.Module]) -> None:
-    """Freeze the statistics of every normalisation in ``model`` but those inside the ``trained`` modules."""
+def freeze_norms(modules: Iterable[nn.Module], trained: Iterable[nn.Module]) -> None:
+    """Freeze the running statistics of all norms except those inside ``trained`` modules."""
     moving = {id(inner) for module in trained for inner in module.modules()}
-    for module in named_modules(model).values():
+    for module in modules:
         has_statistics = isinstance(module, _NormBase) and module.track_running_stats
         if has_statistics and id(module) not in moving and not isinstance(module, FrozenNorm):
             overlay(module, FrozenNorm)
 
 
-def unfreeze_norms(model: nn.Module, *, but: Iterable[nn.Module] = ()) -> None:
-    """Give every frozen normalisation its class back, except these."""
+def unfreeze_norms(modules: Iterable[nn.Module], *, but: Iterable[nn.Module] = ()) -> None:
+    """Give every frozen norm its class back, except these."""
     left = {id(module) for module in but}
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, FrozenNorm) and id(module) not in left:
             uncover(module)

@@ -1,7 +1,7 @@
-"""Values of the base that other callbacks keep in a checkpoint: those of averages, for example.
+"""Values of the base that other callbacks keep in a checkpoint, such as averages.
 
-They are recognised by what they are, wherever they are: each is left out of the file, with a note of its place, and put
-back when the file is read. So whoever wrote a whole state reads a whole state, in the very form in which it was.
+They are recognised by their contents, wherever they are. Each is left out of the file, with a note of its place, and
+put back when the file is read. So whoever wrote a whole state reads a whole state, in the same form.
 """
 
 from collections import OrderedDict, defaultdict
@@ -12,27 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.model.record import base_values, record_of
+from lightning_lora.model.view import View
 from lightning_lora.tensors.values import digest
 
 MOVED = "current_model_state"
-"""Where Lightning's WeightAveraging puts the state that the strategy gave, without the base already."""
+"""Where Lightning's WeightAveraging puts the state of the strategy, which is without the base already."""
 
 _OURS = {"state_dict", MOVED, "optimizer_states", "lr_schedulers", "loops"}
-"""What holds no other copies."""
+"""Entries that hold no other copies."""
 
 Place = list[Any]
-"""Keys and indices that lead to a value inside a checkpoint; last the base's name for it, its dtype, and its kind."""
+"""Keys and indices that lead to a value in a checkpoint; then the base's name for it, its dtype, and its class."""
 
 
-def leave_out_base(model: nn.Module, checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], list[Place]]:
-    """Return ``checkpoint`` with None for every value of the base that it holds, and where these were.
+def leave_out_base(view: View, checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], list[Place]]:
+    """Replace every value of the base in a checkpoint by None, and note its place.
 
     Args:
-        model: The adapted model.
+        view: The adapted model.
         checkpoint: What a Trainer is about to write. It is not changed.
+
+    Returns:
+        The new checkpoint, and the places.
     """
-    known = _Known(model)
+    known = _Known(view)
     places: list[Place] = []
     inside: set[int] = set()
 
@@ -46,20 +49,21 @@ def leave_out_base(model: nn.Module, checkpoint: Mapping[str, Any]) -> tuple[dic
         if type(value) not in (dict, OrderedDict, defaultdict, list) or id(value) in inside:
             return value
         inside.add(id(value))
-        items = enumerate(value) if isinstance(value, list) else list(value.items())
-        changed = {k: new for k, v in items if type(k) in (str, int) and (new := without(v, [*place, k])) is not v}
+        result = value
+        for key, old in enumerate(value) if isinstance(value, list) else list(value.items()):
+            new = without(old, [*place, key]) if type(key) in (str, int) else old
+            if new is not old:
+                result = copy(value) if result is value else result
+                result[key] = new
         inside.discard(id(value))
-        result = copy(value) if changed else value
-        for key, new in changed.items():
-            result[key] = new
         return result
 
     return {k: v if k in _OURS else without(v, [k]) for k, v in checkpoint.items()}, places
 
 
-def put_base_back(model: nn.Module, checkpoint: Mapping[str, Any], places: Iterable[Place]) -> None:
-    """Give a checkpoint that was read copies of the base's values at ``places``."""
-    base = base_values(model)
+def put_base_back(view: View, checkpoint: Mapping[str, Any], places: Iterable[Place]) -> None:
+    """Put copies of the base's values at ``places`` of a checkpoint that was read."""
+    base = view.base_values
     for *path, last, name, dtype, kind in places:
         holder: Any = checkpoint
         for key in path:
@@ -88,13 +92,16 @@ def _inside(holder: Any, key: Any, missing: Any = None) -> Any:
 
 
 class _Known:
-    """The values of a base, to be recognised: but those that the run has changed, which are in the file."""
+    """The values of a base, to recognise them; without those that the run has changed, which are in the file."""
 
-    def __init__(self, model: nn.Module) -> None:
-        changed = record_of(model).changed
+    def __init__(self, view: View) -> None:
         self.by_form: dict[Any, dict[str, Tensor]] = {}
-        for name, value in base_values(model).items():
-            if name not in changed and value.layout is torch.strided and type(value) in (Tensor, nn.Parameter):
+        for name, value in view.base_values.items():
+            if (
+                name not in view.record.changed
+                and value.layout is torch.strided
+                and type(value) in (Tensor, nn.Parameter)
+            ):
                 self.by_form.setdefault((value.shape, value.dtype), {})[name] = value
         self.digests: dict[Any, dict[int, str]] = {}
 

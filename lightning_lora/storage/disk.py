@@ -106,10 +106,10 @@ def reading(path: Any, *, trusted: bool = False) -> Iterator[None]:
     before = os.environ.get(_FORCE)
     try:
         _check_whole(path)
-        if not trusted and _TRUST not in os.environ:
+        if not trusted and os.environ.get(_TRUST, "0").lower() not in _TRUE:
             os.environ[_FORCE] = "1"
         yield
-    except (AdapterFileError, FileNotFoundError, PermissionError):
+    except (AdapterFileError, FileNotFoundError, PermissionError, Warning):
         raise
     except UnpicklingError as error:
         raise AdapterFileError(
@@ -129,6 +129,8 @@ def reading(path: Any, *, trusted: bool = False) -> Iterator[None]:
 
 
 _FORCE, _TRUST = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+_TRUE = ("1", "y", "yes", "true")
+"""What torch takes for true in these variables."""
 
 
 def _check_whole(path: Any) -> None:

@@ -12,21 +12,22 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, AdapterStateError, listed
-from lightning_lora.model.attach import fold, unfold, warn_of_merge
 from lightning_lora.model.inject import inject_adapters, remove_adapters, undone_on_error
+from lightning_lora.model.merge import merge, merge_adapters, unmerge
 from lightning_lora.model.record import find_record
-from lightning_lora.storage.checkpoint import (
+from lightning_lora.model.remember import view_of
+from lightning_lora.model.view import View
+from lightning_lora.storage.checkpoint import as_base, check_readable
+from lightning_lora.storage.description import (
     KEY,
-    as_base,
     check_checksum,
     check_entries,
     check_fits,
-    check_readable,
     describe,
-    forms_of_base,
     stored_config,
 )
 from lightning_lora.storage.disk import check_path, reading, writing
+from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.storage.state import adapter_state_dict, write_state
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Write all that training changed into one ``.safetensors`` file.
 
     Args:
-        model: A model with adapters: adapted, merged, or made plain again by a finished fit.
+        model: A model with adapters: adapted, or merged by ``merge_adapters`` or a finished fit.
         path: The file. It is written beside and moved into place, so that it is never half there.
 
     Raises:
@@ -58,7 +59,8 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         )
     if any(value.is_meta for value in state.values()):
         raise AdapterStateError("The adapters are on the meta device and have no values. Call model.to_empty first.")
-    description = describe(model, state, forms_of_base(model))
+    view = view_of(model)
+    description = describe(view, state, forms_of_base(view))
     try:
         tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
         contents = save(tensors, metadata={"format": "pt", KEY: json.dumps(description)})
@@ -107,16 +109,16 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
 def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any]) -> None:
     """Adapt ``model`` if it is not, check everything, write everything; or leave it as it was."""
     config = stored_config(description)
-    folded = unfold(model)
+    was_merged = unmerge(model)
     try:
-        with undone_on_error(model):
+        with undone_on_error(View(model)):
             if find_record(model) is None:  # plain, or with adapters that were injected in a part of it
                 inject_adapters(model, config)
-            check_fits(model, state, description)
+            check_fits(view_of(model), state, description)
             write_state(model, state)
     except BaseException:
-        if folded:
-            fold(model)
+        if was_merged:
+            merge(model)
         raise
 
 
@@ -200,6 +202,6 @@ def load_from_checkpoint(
         model = cls.load_from_checkpoint(shell, map_location="cpu", **options)
     _put(model, state, description)
     if merge:
-        warn_of_merge(model, fold(model))
+        merge_adapters(model)
         remove_adapters(model)
     return model.to(map_location) if isinstance(map_location, str | torch.device) else model

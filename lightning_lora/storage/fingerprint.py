@@ -2,59 +2,64 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_lora.errors import BaseMismatchError
 from lightning_lora.layers import quantised_entries, repacks
-from lightning_lora.model.record import base_parameters, base_values, record_of
-from lightning_lora.tensors.names import named_modules, named_parameters
+from lightning_lora.model.remember import view_of
+from lightning_lora.model.view import View
+from lightning_lora.tensors.names import join
 from lightning_lora.tensors.values import digest
 
 
-def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Return what identifies the base of an adapted model, in plain types; it costs one pass over the weights.
+def fingerprint(view: View) -> dict[str, Any]:
+    """Return what identifies the base of an adapted model, in plain types.
+
+    It costs one pass over the weights.
 
     Args:
-        model: A model with adapters, merged or not; the base is what lies under them.
+        view: A model with adapters, merged or not. The base is what lies under them.
 
     Returns:
         ``layout``, a hash of the names and shapes; ``dtypes``; and ``digests``, one number for each tensor in order.
         Tensors on the meta device have no contents: their digest is 0.
-
-    Raises:
-        AdapterStateError: ``model`` has no adapters.
     """
-    tensors = base_tensors(model)
+    tensors = base_tensors(view)
     layout = "\n".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
     known: dict[int, int] = {}
     for tensor in tensors.values():
         if id(tensor) not in known:  # tied weights are hashed once
             known[id(tensor)] = 0 if tensor.is_meta else digest(tensor)
-    seen = {name: known[id(tensor)] for name, tensor in tensors.items()}
-    base = {name: was for name, (changed, was) in record_of(model).changed.items() if seen.get(name) == changed}
+    digests = {name: known[id(tensor)] for name, tensor in tensors.items()}
+    for name, (changed, was) in view.record.changed.items():
+        if digests.get(name) == changed:
+            digests[name] = was
     return {
         "layout": hashlib.sha256(layout.encode()).hexdigest(),
-        "dtypes": base_dtypes(model),
-        "digests": list({**seen, **base}.values()),
+        "dtypes": _dtypes(tensors),
+        "digests": list(digests.values()),
     }
 
 
 def note_changed(model: nn.Module) -> list[dict[str, Any]]:
-    """Note which frozen weights are not those that the run began with: files must hold them from now on.
+    """Note which frozen weights are not those that the run began with. Files must hold them from now on.
 
     Returns:
         The forms in which the base was seen, as :func:`check_base` takes them.
+
+    Raises:
+        AdapterStateError: ``model`` has no adapters.
     """
-    record, now = record_of(model), fingerprint(model)
+    view = view_of(model)
+    record, now = view.record, fingerprint(view)
     if now in record.fingerprints:
         return record.fingerprints
     same_form = [form for form in record.fingerprints if _shape(form) == _shape(now)]
     if not same_form:
         return [now]
-    for name, was, changed in zip(base_tensors(model), same_form[0]["digests"], now["digests"], strict=True):
+    for name, was, changed in zip(base_tensors(view), same_form[0]["digests"], now["digests"], strict=True):
         if was != changed:
             record.changed[name] = (changed, was)
     return record.fingerprints
@@ -64,74 +69,92 @@ def _shape(form: Mapping[str, Any]) -> tuple[Any, ...]:
     return form["layout"], form["dtypes"], len(form["digests"])
 
 
-def base_dtypes(model: nn.Module) -> list[str]:
+def forms_of_base(view: View) -> list[dict[str, Any]]:
+    """Return the forms in which the base was seen in a run, if it is still that base, or its form now."""
+    known, now = view.record.fingerprints, fingerprint(view)
+    return known if now in known else [now]
+
+
+def base_dtypes(view: View) -> list[str]:
     """Return the names of the dtypes that the base is in."""
-    return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in base_tensors(model).values()})
+    return _dtypes(base_tensors(view))
 
 
-def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+def _dtypes(tensors: Mapping[str, Tensor]) -> list[str]:
+    return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+
+
+def base_tensors(view: View) -> dict[str, Tensor]:
     """Return the tensors that make the base, by name: frozen parameters as they were, and buffers as they began.
 
     An embedding with ``max_norm`` is left out: its own forward rescales its rows, always to the same ones. So are the
     scales of four-bit weights: bitsandbytes may round them when it lays a weight out for inference and back.
     """
-    rewritten = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.max_norm is not None}
-    left_out = {name for name, p in base_parameters(model).items() if id(p) in rewritten}
-    for name, module in named_modules(model, remove_duplicate=False).items():
+    rewritten = set[int]()
+    left_out = set[str]()
+    for prefix, module in view.modules.items():
+        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+            rewritten.add(id(module.weight))
         if repacks(module):
-            left_out |= {f"{name}.{entry}" for entry in quantised_entries(module)}
-    return {name: value for name, value in base_values(model).items() if name not in left_out}
+            left_out |= {join(prefix, entry) for entry in quantised_entries(module)}
+    left_out |= {name for name, p in view.base.items() if id(p) in rewritten}
+    return {name: value for name, value in view.base_values.items() if name not in left_out}
 
 
-def check_base(model: nn.Module, stored: Sequence[Mapping[str, Any]], shapes: Mapping[str, Sequence[int]]) -> None:
+def check_base(view: View, stored: Sequence[Mapping[str, Any]], shapes: Mapping[str, Sequence[int]]) -> None:
     """Refuse adapters that were trained on another base.
 
     Args:
-        model: The adapted model that is to receive them.
+        view: The adapted model that is to receive them.
         stored: The forms of their base, as :func:`fingerprint` gives them: as loaded, and as a Trainer converted it.
         shapes: Those of what was trained, by name.
 
     Raises:
-        BaseMismatchError: the base of ``model`` is none of them.
+        BaseMismatchError: the base of the model is none of them.
     """
-    here, known = fingerprint(model), record_of(model).fingerprints
-    if here in stored or (here in known and any(form in stored for form in known)):
+    here, known = fingerprint(view), view.record.fingerprints
+    if here in stored:
         return
-    title = type(model).__name__
+    if here in known and any(form in stored for form in known):  # the same base, in another form
+        return
+    title = type(view.model).__name__
     theirs = next((form for form in stored if form["dtypes"] == here["dtypes"]), stored[0])
     if theirs["layout"] != here["layout"] or len(theirs["digests"]) != len(here["digests"]):
-        here_is = {name: tensor.shape for name, tensor in named_parameters(model).items()}
-        differ = (name for name, shape in shapes.items() if name in here_is and here_is[name] != shape)
-        such = "".join(
-            f" {name!r}, for one, is {tuple(shapes[name])} there and {tuple(here_is[name])} here."
-            for name in islice(differ, 1)
-        )
         raise BaseMismatchError(
             f"These adapters were trained on another architecture: their base has {len(theirs['digests'])} frozen "
-            f"tensors, {title} has {len(here['digests'])}, and names or shapes differ.{such} Build the model as it was "
-            "built for training, with the same modules_to_save and bias."
+            f"tensors, {title} has {len(here['digests'])}, and names or shapes differ.{_example(view, shapes)} Build "
+            "the model as it was built for training, with the same modules_to_save and bias."
         )
     if theirs["dtypes"] != here["dtypes"]:
         raise BaseMismatchError(
             f"These adapters were trained on a base in {theirs['dtypes']}, but {title} is in {here['dtypes']}. "
             "Convert the model before loading, for example model.to(torch.float32)."
         )
-    names = list(base_tensors(model))
+    names = list(base_tensors(view))
     other = [name for name, a, b in zip(names, theirs["digests"], here["digests"], strict=True) if a != b]
     raise BaseMismatchError(
         f"These adapters were trained on another base: {len(other)} of {len(names)} frozen tensors of {title} differ, "
-        f"such as {', '.join(map(repr, other[:3]))}. Load the pretrained weights that they were trained on; if these "
-        "are new layers with random weights, train them whole with modules_to_save. A model whose adapters were "
-        "merged is another base too."
+        f"such as {', '.join(map(repr, other[:3]))}. Load the pretrained weights that they were trained on. New layers "
+        "have no pretrained weights: train them in full with modules_to_save. A model whose adapters were merged is "
+        "another base too."
     )
+
+
+def _example(view: View, shapes: Mapping[str, Sequence[int]]) -> str:
+    """One trained tensor that has another shape here."""
+    for name, there in shapes.items():
+        here = view.parameters.get(name)
+        if here is not None and here.shape != there:
+            return f" {name!r}, for one, is {tuple(there)} there and {tuple(here.shape)} here."
+    return ""
+
+
+_MOST_FORMS = 8
 
 
 def is_fingerprints(stored: object) -> bool:
     """Whether ``stored`` is a list of what :func:`fingerprint` returns, and no longer than the forms of one base."""
     return isinstance(stored, list) and 0 < len(stored) <= _MOST_FORMS and all(map(_is_fingerprint, stored))
-
-
-_MOST_FORMS = 8
 
 
 def _is_fingerprint(form: object) -> bool:

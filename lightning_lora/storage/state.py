@@ -1,31 +1,19 @@
 """What training changed of a model: taken out of it, and written back once everything is checked."""
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, listed
-from lightning_lora.model.attach import check_as_folded, fold, unfold
-from lightning_lora.model.merge import merge_adapters, unmerge_adapters
-from lightning_lora.model.record import (
-    adapted_layers,
-    adapter_parameters,
-    base_entries,
-    base_parameters,
-    keep_frozen,
-    kept_tensors,
-    persistent_buffers,
-    record_of,
-    restore_originals,
-    same_bits,
-    trained_base_parameters,
-)
-from lightning_lora.tensors.names import load_state_dict, named_parameters, plain_name, state_dict
-from lightning_lora.tensors.values import digest
+from lightning_lora.model.merge import check_as_merged, unmerged
+from lightning_lora.model.originals import keep_frozen, restore_originals
+from lightning_lora.model.remember import view_of
+from lightning_lora.model.view import View
+from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
+from lightning_lora.tensors.values import digest, same_bits
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
@@ -35,10 +23,10 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
     have the base's values, and whatever a module adds to its state dict by itself.
 
     Args:
-        model: A model with adapters: adapted, merged, or made plain again by a finished fit.
+        model: A model with adapters: adapted, or merged by ``merge_adapters`` or a finished fit.
 
     Returns:
-        Tensors by the names they have in ``model.state_dict()``.
+        Tensors by the names they have in the state dict of the adapted model.
 
     Raises:
         AdapterStateError: ``model`` has no adapters.
@@ -50,139 +38,180 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
         >>> list(adapter_state_dict(model))
         ['0.lora_A', '0.lora_B']
     """
-    check_as_folded(model)
-    return without_base(model, state_dict(model))
-
-
-def without_base(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop from a state of ``model`` what the base has already: frozen weights, and buffers with the same values.
-
-    What other code than an optimizer changed of the frozen weights is kept, or put in; so is what trains and ``state``
-    does not hold: user code may drop all that it takes for the base.
-    """
-    record, base = record_of(model), base_parameters(model)
-    adapters, trained = adapter_parameters(model), trained_base_parameters(model, record.config)
-    ids = {id(p) for p in adapters.values()}
-    shown = named_parameters(model, remove_duplicate=False)
-    aliases = {name for name, p in shown.items() if id(p) in ids} - set(adapters)
-    dropped = aliases | (set(base) - set(trained)) | set(base_entries(model))
-    originals = {name: value for name, value in record.originals.items() if name not in trained}
-    changed = {name: base[name].detach() for name in (*record.changed, *originals) if name in base}
-    held = {**changed, **{plain_name(name): value for name, value in state.items() if plain_name(name) not in dropped}}
-    kept = {name: value for name, value in held.items() if name not in originals or not _same(value, originals[name])}
-    merged = {name for name in trained if name in kept and shown[name] is not trained[name]}  # its other, tied use
-    needed = {name: p.detach() for name, p in _required(model).items()}
-    return {**needed, **kept, **{name: trained[name].detach() for name in merged}}
+    check_as_merged(model)
+    return without_base(view_of(model), state_dict(model))
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Write back what :func:`adapter_state_dict` returned: everything is checked, then everything is written.
+    """Write back what :func:`adapter_state_dict` returned.
 
-    What else may change, and ``state`` does not hold, gets the base's values: buffers, for example. A merged model is
-    merged again with the new adapters.
+    Everything is checked, then everything is written. What else may change and is not in ``state`` gets the base's
+    values: buffers, for example. A merged model is merged again with the new adapters.
 
     Args:
-        model: A model adapted as the one that ``state`` is of.
+        model: A model adapted as the one that ``state`` is from.
         state: Tensors by name.
 
     Raises:
         AdapterMismatchError: a name is missing, unexpected, or of another shape or kind. Nothing was written then.
         AdapterStateError: ``model`` has no adapters.
     """
-    record_of(model)
-    check_names(model, state)
-    check_tensors(model, state)
+    view = view_of(model)
+    entries = entries_of(view)
+    check_names(view, entries, state)
+    check_tensors(view, entries, state)
     write_state(model, state)
 
 
+def without_base(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop from a state of the model what the base has already: frozen weights, and buffers with the same values.
+
+    Frozen weights that other code than an optimizer changed are kept, or added. So is what trains and is missing: user
+    code may drop all that it takes for the base.
+    """
+    record, base, trained = view.record, view.base, view.trained
+    originals = {name: value for name, value in record.originals.items() if name not in trained}
+    dropped = {*view.frozen, *view.entries, *_aliases(view)}
+    held: dict[str, Any] = {name: base[name].detach() for name in (*record.changed, *originals) if name in base}
+    for name, value in state.items():
+        name = plain_name(name)
+        if name not in dropped:
+            held[name] = value
+    kept: dict[str, Any] = {name: p.detach() for name, p in _required(view).items()}
+    for name, value in held.items():
+        if name in originals and isinstance(value, Tensor) and same_bits(value.detach(), originals[name]):
+            continue
+        kept[name] = value
+    for name in trained:
+        if name in held and view.parameters[name] is not trained[name]:  # tied and merged: its other use is what trains
+            kept[name] = trained[name].detach()
+    return kept
+
+
+def _aliases(view: View) -> set[str]:
+    """The second names of adapters of shared layers."""
+    ids = {id(p) for p in view.adapters.values()}
+    return {name for name, p in view.parameters.items() if id(p) in ids and name not in view.adapters}
+
+
 def write_state(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Write a state that has been checked."""
-    record, base = record_of(model), base_parameters(model)
-    trained = trained_base_parameters(model, record.config)
-    keep_frozen(model, [name for name in state if name in base and name not in trained])
-    with adapters_live(model):
-        before = {name: value for name, value in state_dict(model).items() if name in state or name in record.originals}
-        before = {name: value.clone() for name, value in before.items() if isinstance(value, Tensor)}
-        try:
-            restore_originals(model, [name for name in record.originals if name not in state and name not in trained])
-            load_state_dict(model, state)
-        except BaseException:  # a module's own loading may fail
-            load_state_dict(model, before)
-            raise
-    for name, (_, was) in record.changed.items():
-        record.changed[name] = (digest(base_parameters(model)[name]), was)
+    """Write a state that was checked."""
+    view = view_of(model)
+    keep_frozen(view, [name for name in state if name in view.frozen])
+    with unmerged(model):
+        _write(View(model), state)
+    record = view.record
+    if record.changed:
+        base = View(model).base
+        for name, (_, was) in record.changed.items():
+            record.changed[name] = (digest(base[name]), was)
 
 
-@contextmanager
-def adapters_live(model: nn.Module) -> Iterator[None]:
-    """Un-merge for a while."""
-    folded = unfold(model)
-    merged = any(layer.lora_bases for layer in adapted_layers(model).values())
-    unmerge_adapters(model)
+def _write(view: View, state: Mapping[str, Any]) -> None:
+    """Write into an adapted model; if a module's own loading fails, write back what was there."""
+    model, originals = view.model, view.record.originals
+    before = {}
+    for name, value in state_dict(model).items():
+        if isinstance(value, Tensor) and (name in state or name in originals):
+            before[name] = value.clone()
     try:
-        yield
-    finally:
-        if folded:
-            fold(model)
-        elif merged:
-            merge_adapters(model)
+        restore_originals(view, [name for name in originals if name not in state and name not in view.trained])
+        load_state_dict(model, state)
+    except BaseException:
+        load_state_dict(model, before)
+        raise
 
 
-def _required(model: nn.Module) -> dict[str, Tensor]:
-    """What a stored state of ``model`` must hold."""
-    return {**adapter_parameters(model), **trained_base_parameters(model, record_of(model).config)}
+# Checks
 
 
-def _optional(model: nn.Module) -> dict[str, Any]:
-    """What it may hold besides: buffers, frozen weights that changed, and what a module adds to its state by itself."""
-    return {**without_base(model, state_dict(model)), **persistent_buffers(model), **kept_tensors(model)}
+class Entries(NamedTuple):
+    """What a stored state of a model holds.
+
+    Args:
+        required: What it must hold: adapters, and what else trains.
+        optional: What it may hold besides: buffers, frozen weights that changed, and what a module adds to its state by
+            itself.
+    """
+
+    required: dict[str, Tensor]
+    optional: dict[str, Any]
+
+
+def entries_of(view: View) -> Entries:
+    """Return what a stored state of an adapted model holds."""
+    now = without_base(view, state_dict(view.model))
+    return Entries(_required(view), {**now, **view.buffers, **view.kept})
+
+
+def _required(view: View) -> dict[str, Tensor]:
+    return {**view.adapters, **view.trained}
 
 
 def check_names(
-    model: nn.Module, state: Mapping[str, Any], changed: Collection[str] = (), config: LoRAConfig | None = None
+    view: View,
+    entries: Entries,
+    state: Mapping[str, Any],
+    changed: Collection[str] = (),
+    config: LoRAConfig | None = None,
 ) -> None:
-    """Refuse a state that lacks a name that ``model`` needs, or has one that it does not know.
+    """Refuse a state that lacks a name that the model needs, or has one that it does not know.
 
     Args:
-        model: The adapted model.
+        view: The adapted model.
+        entries: What a state of it holds.
         state: What is to be written into it.
-        changed: Names of frozen weights that ``state`` is known to have new values for.
+        changed: Names of frozen weights that ``state`` has new values for.
         config: What ``state`` was trained with, if that is known.
 
     Raises:
         AdapterMismatchError: it does.
     """
-    base = base_parameters(model)
-    required = {**_required(model), **{name: base[name] for name in changed if name in base}}
-    optional = _optional(model)
-    missing = [name for name in required if name not in state]
-    unexpected = [name for name in state if name not in required and name not in optional]
-    if missing or unexpected:
-        wrong = {"missing": missing, "unexpected": unexpected}
-        found = " and ".join(f"{what} {listed(names)}" for what, names in wrong.items() if names)
-        trained = f"with {_selecting(config)}" if config else "with the same targets, modules_to_save and bias"
-        raise AdapterMismatchError(
-            f"These adapters do not fit {type(model).__name__}: {found}. Adapt the model as they were trained: "
-            f"{trained}."
-        )
+    required = dict.fromkeys([*entries.required, *(name for name in changed if name in view.base)])
+    wrong = {
+        "missing": [name for name in required if name not in state],
+        "unexpected": [name for name in state if name not in required and name not in entries.optional],
+    }
+    if not any(wrong.values()):
+        return
+    found = " and ".join(f"{what} {listed(names)}" for what, names in wrong.items() if names)
+    trained = f"with {_selecting(config)}" if config else "with the same targets, modules_to_save and bias"
+    raise AdapterMismatchError(
+        f"These adapters do not fit {type(view.model).__name__}: {found}. Adapt the model as they were trained: "
+        f"{trained}."
+    )
 
 
 def _selecting(config: LoRAConfig) -> str:
-    """The arguments that say what of a model trains, but those that are at their defaults."""
+    """The arguments that decide what of a model trains, except those at their defaults."""
     default = LoRAConfig()
-    names = ("target_slices", "target_parameters", "exclude_modules", "modules_to_save", "bias", "init", "use_dora")
-    said = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(default, name)}
-    said = {"target_modules": config.target_modules, **said}
-    return ", ".join(f"{name}={list(v) if isinstance(v, tuple) else v!r}" for name, v in said.items())
+    shown = [f"target_modules={_as_list(config.target_modules)!r}"]
+    for name in (
+        "target_slices",
+        "target_parameters",
+        "exclude_modules",
+        "modules_to_save",
+        "bias",
+        "init",
+        "use_dora",
+    ):
+        value = getattr(config, name)
+        if value != getattr(default, name):
+            shown.append(f"{name}={_as_list(value)!r}")
+    return ", ".join(shown)
 
 
-def check_tensors(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Refuse a state, of the right names, with a tensor of another shape or kind than that of ``model``.
+def _as_list(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def check_tensors(view: View, entries: Entries, state: Mapping[str, Any]) -> None:
+    """Refuse a state, of the right names, with a tensor of another shape or kind than the model has.
 
     Raises:
         AdapterMismatchError: it has one.
     """
-    known = {**base_parameters(model), **_optional(model), **_required(model)}
+    known = {**view.base, **entries.optional, **entries.required}
     for name, value in state.items():
         if isinstance(known[name], Tensor):
             _check_tensor(name, value, known[name])
@@ -206,7 +235,3 @@ def _check_tensor(name: str, value: object, expected: Tensor) -> None:
             f"{name!r} is {value.dtype}, but this model has {expected.dtype}, which cannot hold the same values. "
             f"Convert the model first: model.to({value.dtype})."
         )
-
-
-def _same(value: Any, original: Tensor) -> bool:
-    return isinstance(value, Tensor) and same_bits(value.detach(), original)

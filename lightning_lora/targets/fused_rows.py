@@ -9,8 +9,8 @@ Rows = dict[str, tuple[int, int]]
 _ATTENTION = ("c_attn", "qkv", "qkv_proj", "Wqkv")
 """Names under which models write all queries, then all keys, then all values."""
 
-_INTERLEAVED = ("query_key_value", "wqkv", "CodeGenAttention")
-"""Names of layers, and of their holders, that write them head by head."""
+_INTERLEAVED = ("CodeGenAttention",)
+"""Classes of attention that write them head by head, under one of these names."""
 
 
 def fused_rows(name: str, holders: list[nn.Module], writes: int, reads: int) -> Rows | None:

@@ -1,34 +1,35 @@
-"""A model's layers by name: which can be adapted, and what to say of a name that means none."""
+"""A model's layers by name: which can be adapted, and which names are near a wrong one."""
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 
 from lightning_lora.errors import TargetError, listed
 from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for
-from lightning_lora.tensors.names import named_modules, named_parameters, own_parameter
+from lightning_lora.tensors.names import named_modules, own_parameter, parameters_of
 
 AUTOMATIC = ("all-linear", "all")
-"""The words that ``target_modules`` knows besides expressions and lists."""
+"""The words that ``target_modules`` accepts besides expressions and lists."""
 
 SEE_ALL = "print(summarize(model)) shows every layer"
 
 
 class Names:
-    """A model's modules by name, a shared one under each of its names, and what to say when a name is not there."""
+    """A model's modules by name, a shared one under each of its names."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.title = type(model).__name__
-        self.modules = {name: module for name, module in named_modules(model, remove_duplicate=False).items() if name}
-        self.parameters = named_parameters(model, remove_duplicate=False)
+        modules = named_modules(model, remove_duplicate=False)
+        self.parameters = parameters_of(modules)
+        self.modules = {name: module for name, module in modules.items() if name}
 
     def find(self, argument: str, pattern: object) -> list[str]:
-        """Return every name that a pattern means: an expression for whole names, or a list.
+        """Return every name that a pattern matches: an expression for whole names, or a list.
 
-        ``modules_to_save`` may name parameters too: those that a module holds by itself have no other name.
+        ``modules_to_save`` may name parameters too, since those that a module holds itself have no other name.
 
         Raises:
             TargetError: the expression, or any entry of the list, matches no module.
@@ -47,8 +48,8 @@ class Names:
             found = [name for name in known if re.fullmatch(pattern, name)]
             if not found and any(pattern in _ends_of(name) for name in known):
                 raise TargetError(
-                    f"{argument}={pattern!r} is an expression, which is to match the whole name of a module of "
-                    f"{self.title}, and matches none. For those whose names end so, give a list: "
+                    f"{argument}={pattern!r} is an expression, which must match the whole name of a module of "
+                    f"{self.title}, and matches none. For names that end so, give a list: "
                     f"{argument}=[{pattern!r}]."
                 )
             self.require(argument, {} if found else {pattern: meant})
@@ -60,48 +61,73 @@ class Names:
         self.require(argument, {entry: meant for entry in pattern if entry not in matched})
         return [name for name, meant_by in found_by.items() if meant_by]
 
+    def first_names(self, modules: Collection[nn.Module]) -> dict[str, nn.Module]:
+        """Return those of ``modules`` that are in the model, in its order, by the first of their names."""
+        found: dict[str, nn.Module] = {}
+        seen = set[int]()
+        for name, module in self.modules.items():
+            if module in modules and id(module) not in seen:
+                seen.add(id(module))
+                found[name] = module
+        return found
+
     def require(self, argument: str, missing: Mapping[str, Iterable[str]]) -> None:
-        """Raise, if anything is ``missing``: entries, each with the names it might have meant."""
+        """Raise an error if anything is ``missing``: entries that match nothing, with the names they might mean.
+
+        Raises:
+            TargetError: there are such entries.
+        """
         if not missing:
             return
-        what = "parameter" if argument == "target_parameters" else "module"
-        near, shown = list[str](), set[str]()
-        for entry, known in missing.items():
-            names: dict[str, list[str]] = {}
-            for name in known:
-                for part in {name, name.rpartition(".")[2], ".".join(name.split(".")[-2:])}:
-                    names.setdefault(part, []).append(name)
-            for part in difflib.get_close_matches(entry, names, n=3, cutoff=0.5):
-                if not shown.issuperset(names[part]):
-                    near.append(_one_or_many(part, names[part]))
-                    shown.update(names[part])
-        if near:
-            hint = f"Nearest names: {', '.join(near[:5])}."
-        else:
-            fit = (name for name, layer in self.modules.items() if not why_not(self, name, layer))
-            layers = dict.fromkeys(name.rpartition(".")[2] for name in fit)
-            hint = (
-                f"Layers that can be adapted end in {listed(layers, most=8)}."
-                if layers
-                else "It has no layer to adapt."
-            )
         entries = list(missing)
+        what = "parameter" if argument == "target_parameters" else "module"
+        near = _nearest(missing)
+        hint = f"Nearest names: {', '.join(near[:5])}." if near else self._endings()
         if argument == "target_modules":
-            held = [name for name in self.parameters if _ends_with(name, entries)]
-            hint += f" {held[0]!r} is a parameter: name it in target_parameters." if held else ""
+            hint += self._hint_of_parameters(entries) + _hint_of_words(entries)
         if argument == "target_parameters":
             held = [name for name in self.parameters if _ends_with(name.rpartition(".")[0], entries)]
             hint = f"Name parameters, such as {held[0]!r}." if held else hint
-        words = AUTOMATIC if argument == "target_modules" else ()
-        meant = [word for entry in missing for word in difflib.get_close_matches(entry, words, n=1)]
-        hint += f" Or did you mean the word {meant[0]!r}?" if meant else ""
         raise TargetError(
             f"{argument} {entries} match no {what} of {self.title}. {hint} Correct {argument}; {SEE_ALL}."
         )
 
+    def _endings(self) -> str:
+        """The last parts of the names of all layers that can be adapted."""
+        endings = dict.fromkeys(
+            name.rpartition(".")[2] for name, layer in self.modules.items() if not why_not(self, name, layer)
+        )
+        if not endings:
+            return "It has no layer to adapt."
+        return f"Layers that can be adapted end in {listed(endings, most=8)}."
+
+    def _hint_of_parameters(self, entries: list[str]) -> str:
+        held = [name for name in self.parameters if _ends_with(name, entries)]
+        return f" {held[0]!r} is a parameter: name it in target_parameters." if held else ""
+
+
+def _hint_of_words(entries: list[str]) -> str:
+    words = [word for entry in entries for word in difflib.get_close_matches(entry, AUTOMATIC, n=1)]
+    return f" Or did you mean the word {words[0]!r}?" if words else ""
+
+
+def _nearest(missing: Mapping[str, Iterable[str]]) -> list[str]:
+    """Names, or their last parts, that look like the missing entries; each name once."""
+    near, shown = list[str](), set[str]()
+    for entry, known in missing.items():
+        names: dict[str, list[str]] = {}
+        for name in known:
+            for part in {name, name.rpartition(".")[2], ".".join(name.split(".")[-2:])}:
+                names.setdefault(part, []).append(name)
+        for part in difflib.get_close_matches(entry, names, n=3, cutoff=0.5):
+            if not shown.issuperset(names[part]):
+                near.append(_one_or_many(part, names[part]))
+                shown.update(names[part])
+    return near
+
 
 def _ends_of(name: str) -> list[str]:
-    """All that a list's entry may be to mean ``name``, as :func:`matches` says: the name, and its last parts."""
+    """The entries of a list that match ``name``: the name itself, and its last parts."""
     parts = name.split(".")
     return [".".join(parts[i:]) for i in range(len(parts))]
 
@@ -115,7 +141,7 @@ def _one_or_many(part: str, names: list[str]) -> str:
 
 
 def why_not(names: Names, name: str, layer: nn.Module) -> str | None:
-    """Why ``layer`` cannot be adapted, if so."""
+    """Return why ``layer`` cannot be adapted, or None."""
     kind = adapter_for(layer)
     if isinstance(layer, LoRALayer):
         return None
@@ -142,7 +168,7 @@ def why_not(names: Names, name: str, layer: nn.Module) -> str | None:
 
 
 def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str | None:
-    """Why a weight of ``layer`` cannot have an update, if so."""
+    """Why a weight of ``layer`` cannot have an update, or None."""
     try:
         parts = kind.lora_parts_of(layer)
     except AttributeError:  # a weight is no parameter
@@ -162,5 +188,5 @@ def supported_types() -> str:
 
 
 def is_attention(module: nn.Module | None) -> bool:
-    """Whether ``module`` reads the weights of the layers inside it and calls none."""
+    """Whether ``module`` reads the weights of the layers inside it without calling them."""
     return isinstance(module, nn.MultiheadAttention)

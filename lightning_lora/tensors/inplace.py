@@ -1,11 +1,7 @@
 """Change what an object does and leave it the same object: its class becomes a subclass of its own class."""
 
 import copyreg
-from collections.abc import Mapping
-from types import MethodType
 from typing import Any, ClassVar
-
-from torch import Tensor, nn
 
 
 class InPlace:
@@ -73,37 +69,3 @@ def uncover(instance: InPlace) -> None:
 def _blank(mixin: type[InPlace], base: type) -> object:
     cls: Any = combined(mixin, base)
     return cls.__new__(cls)
-
-
-Made = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
-"""The attributes of a module; those of its twin as it was made, and as they are now."""
-
-
-def twin_of(module: nn.Module, cls: type, values: Mapping[str, Tensor | None], made: list[Made]) -> Any:
-    """Make an object that shares all with ``module`` but some weights.
-
-    Args:
-        module: Any module.
-        cls: The class of the twin.
-        values: What its weights are, by their names, which may be those of a module inside.
-        made: Is given all twins that were made, inside too: what they set is to be set on their modules.
-    """
-    twin: Any = object.__new__(cls)
-    state = vars(twin)
-    state.update(module.__dict__)
-    for name, value in module.__dict__.items():
-        if isinstance(value, MethodType) and value.__self__ is module:
-            state[name] = MethodType(value.__func__, twin)
-    inner: dict[str, dict[str, Tensor | None]] = {}
-    for name, value in values.items():
-        child, _, leaf = name.partition(".")
-        if leaf:
-            inner.setdefault(child, {})[leaf] = value
-        else:
-            state[name] = value  # instance attributes come before parameters
-    if inner:
-        children = {name: module.get_submodule(name) for name in inner}
-        twins = {name: twin_of(child, type(child), inner[name], made) for name, child in children.items()}
-        state["_modules"] = {**module._modules, **twins}
-    made.append((module.__dict__, dict(state), state))
-    return twin

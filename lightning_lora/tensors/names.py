@@ -1,7 +1,7 @@
-"""A model's parts by the names they have in files: those of the plain model, whatever ``torch.compile`` has wrapped.
+"""A model's parts by their plain names: those without what ``torch.compile`` adds.
 
 A compiled submodule is a wrapper that puts ``_orig_mod.`` into every name below it. Patterns, checkpoints and errors
-here never see it, so that what a compiled model wrote loads into a plain one, and the other way round.
+never see it. So a checkpoint of a compiled model loads into a plain one, and the other way round.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ _COMPILED = "_orig_mod"
 
 
 def plain_name(name: str) -> str:
-    """Return a dotted name without what ``torch.compile`` put into it.
+    """Return a dotted name without what ``torch.compile`` adds.
 
     Example:
         >>> plain_name("encoder._orig_mod.query.weight"), plain_name("_orig_mod")
@@ -28,14 +28,14 @@ def plain_module(module: nn.Module) -> nn.Module:
 
 
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Module]:
-    """Return the modules of ``model`` by name; a compiled one is the module inside."""
+    """Return the modules of ``model`` by name; for a compiled one, the module inside."""
     named: dict[str, nn.Module] = {}
     _walk(model, "", named, set() if remove_duplicate else None)
     return named
 
 
 def _walk(module: nn.Module, name: str, named: dict[str, nn.Module], seen: set[nn.Module] | None) -> None:
-    """Add ``module`` and what is in it, in torch's order, without a generator for each level: injection asks often."""
+    """Add ``module`` and what is in it, in torch's order. It is faster than torch's generators."""
     if seen is not None:
         if module in seen:
             return
@@ -48,14 +48,29 @@ def _walk(module: nn.Module, name: str, named: dict[str, nn.Module], seen: set[n
 
 def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
     """Return the parameters of ``model`` by name."""
+    return parameters_of(named_modules(model, remove_duplicate=remove_duplicate), remove_duplicate=remove_duplicate)
+
+
+def parameters_of(modules: Mapping[str, nn.Module], *, remove_duplicate: bool = False) -> dict[str, nn.Parameter]:
+    """Return the own parameters of these modules by name."""
     named, seen = {}, set[nn.Parameter]()
-    for prefix, module in named_modules(model, remove_duplicate=remove_duplicate).items():
+    for prefix, module in modules.items():
         for name, parameter in module._parameters.items():
             if parameter is None or (remove_duplicate and parameter in seen):
                 continue
             seen.add(parameter)
-            named[f"{prefix}.{name}" if prefix else name] = parameter
+            named[join(prefix, name)] = parameter
     return named
+
+
+def join(prefix: str, name: str) -> str:
+    """Return the dotted name of what is called ``name`` in the module ``prefix``.
+
+    Example:
+        >>> join("encoder", "weight"), join("", "weight")
+        ('encoder.weight', 'weight')
+    """
+    return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:
@@ -71,10 +86,12 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
-    """Return the parameter that ``module`` holds under ``name``. Nothing is computed, as reading an attribute may.
+    """Return the parameter that ``module`` holds under ``name``.
+
+    It is not read as an attribute, which may compute a weight from others.
 
     Raises:
-        AttributeError: it holds none there: a weight may be computed from others.
+        AttributeError: ``module`` holds none there.
     """
     parameter = module._parameters.get(name)
     if parameter is None:
@@ -83,6 +100,12 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
     if parameter is None:
         raise AttributeError(f"{type(module).__name__} has no parameter {name!r}")
     return parameter
+
+
+def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put another parameter in the place of one that ``module`` holds under ``name``."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(submodule(module, owner), leaf, parameter)
 
 
 def state_dict(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:

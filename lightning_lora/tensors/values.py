@@ -1,7 +1,6 @@
-"""Tell tensors apart by what is in them, at the cost of about one pass over them."""
+"""What is in a tensor: digests, comparisons, copies. All other rooms read and replace weights through here."""
 
 import functools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,18 +8,47 @@ from torch import Tensor
 _CHUNK = 1 << 18  # elements whose products stay in a cache
 
 
-def digest(tensor: Tensor) -> int:
-    """Return 63 bits that tell two tensors' contents apart, bit for bit, and cost about one pass over them.
+def copy_to_host(tensor: Tensor) -> Tensor:
+    """Return a copy in the host's memory; one without values (meta) stays where it is."""
+    return tensor.detach().clone() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
 
-    The bytes are read as integers of at most 32 bits and summed, each times an odd multiplier that is drawn for its
-    place: a change of any one element always changes the sum, and other changes escape with a probability of about
-    ``2**-63``. It guards against mistakes, not against someone who forges weights.
+
+def replace_values(tensor: Tensor, values: Tensor) -> None:
+    """Let ``tensor`` hold other values. It stays the same object, and nothing is copied."""
+    tensor.data = values
+
+
+def set_requires_grad(tensor: Tensor, flag: bool) -> None:
+    """Set ``requires_grad``, also of a tensor made in ``torch.inference_mode``."""
+    if tensor.requires_grad != flag:
+        with torch.inference_mode(tensor.is_inference()):
+            tensor.requires_grad_(flag)
+
+
+def same_bits(tensor: Tensor, original: Tensor) -> bool:
+    """Whether ``tensor`` has the values of ``original``, as far as its dtype can hold them.
+
+    Example:
+        >>> same_bits(torch.ones(2), torch.ones(2, dtype=torch.float64)), same_bits(torch.ones(2), torch.ones(3))
+        (True, False)
+    """
+    if tensor.is_meta or original.is_meta:
+        return tensor.is_meta and original.is_meta
+    return tensor.shape == original.shape and digest(tensor.cpu()) == digest(original.to(tensor.dtype))
+
+
+def digest(tensor: Tensor) -> int:
+    """Return a hash of the tensor's bits, an integer of 63 bits.
+
+    The bytes are read as integers of at most 32 bits. Each is multiplied by an odd number that belongs to its place,
+    and all are summed. A change of one element always changes the sum; other changes escape with a probability of about
+    ``2**-63``. It costs about one pass over the tensor. It guards against mistakes, not against forged weights.
 
     Example:
         >>> digest(torch.zeros(3)) == digest(torch.zeros(3)), digest(torch.ones(3)) == digest(torch.zeros(3))
         (True, False)
     """
-    if hasattr(tensor, "__tensor_flatten__"):  # a tensor of others, such as a quantised one
+    if hasattr(tensor, "__tensor_flatten__"):  # a tensor made of others, such as a quantised one
         total = 0
         for name in tensor.__tensor_flatten__()[0]:
             total = (3 * total + digest(getattr(tensor, name))) % (1 << 63)
@@ -48,26 +76,3 @@ def _multipliers(device: torch.device) -> Tensor:
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         mixed = (mixed ^ (mixed >> shift)) * factor
     return (mixed ^ (mixed >> 31)) | 1
-
-
-@dataclass
-class Seen:
-    """A weight as it was: where it lay, torch's count of its changes, and a digest of some of its values."""
-
-    place: int
-    version: int
-    dtype: torch.dtype
-    some: int
-
-    @classmethod
-    def of(cls, weight: Tensor) -> "Seen":
-        """Look at a weight."""
-        some = weight.detach().reshape(-1)[:: weight.numel() // 1024 + 1]
-        version = 0 if weight.is_inference() else weight._version
-        return cls(weight.data_ptr(), version, weight.dtype, 0 if weight.is_meta else digest(some))
-
-    def differs(self, weight: Tensor) -> bool:
-        """Whether the weight was changed since; moving and converting it is no change."""
-        now = Seen.of(weight)
-        counted = self.place == now.place and self.version != now.version
-        return counted or (self.dtype == now.dtype and self.some != now.some and not weight.is_meta)

@@ -1,7 +1,7 @@
-"""Lightning's weight averaging (EMA, SWA) beside adapters: what trains is averaged, and nothing of the base.
+"""Lightning's weight averaging (EMA, SWA) with adapters: it averages what trains, and leaves the base alone.
 
-These callbacks keep a deep copy of the module in ``_average_model`` and average all of it: a second base in memory, a
-pass over it at every update, and rounding that reaches the base when the average is copied back.
+These callbacks keep a deep copy of the module in ``_average_model`` and average all of it. That costs a second base in
+memory and a pass over it at every update, and rounding reaches the base when the average is copied back.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn, get_swa_multi_avg_fn
 
 from lightning_lora.model.norms import FrozenNorm
-from lightning_lora.model.record import base_parameters, record_of, trained_base_parameters
+from lightning_lora.model.remember import view_of
+from lightning_lora.model.view import View
 from lightning_lora.tensors.names import named_parameters
+from lightning_lora.tensors.values import replace_values
 
 
 def copy_adapted(callbacks: list[Callback], pl_module: LightningModule) -> None:
-    """Let callbacks that copied the module before it was adapted, or before it was whole, copy it again."""
+    """Let averaging callbacks copy the module again if it has changed since."""
     for callback, copy in _averages(callbacks):
         if hasattr(callback, "reset_batch_norm_and_save_state"):
             _keep_frozen_norms(callback)
@@ -30,14 +32,13 @@ def copy_adapted(callbacks: list[Callback], pl_module: LightningModule) -> None:
 
 
 def share_base(callbacks: list[Callback], pl_module: LightningModule) -> None:
-    """Let the copies hold the very frozen weights of the module, and the averaging leave alone what is the same."""
-    trained = trained_base_parameters(pl_module, record_of(pl_module).config)
-    frozen = {name: p for name, p in base_parameters(pl_module).items() if name not in trained}
+    """Let the averages share the module's frozen weights, and average only what differs."""
+    frozen = view_of(pl_module).frozen
     for callback, copy in _averages(callbacks):
-        theirs = base_parameters(copy)
+        theirs = View(copy).base
         for name, p in frozen.items():
             if theirs[name].device == p.device:  # an average may be kept on another
-                theirs[name].data = p.data
+                replace_values(theirs[name], p.data)
         average: Any = vars(callback)["_average_model"]
         if not isinstance(average, AveragedModel):
             callback._avg_fn = _only_changed(callback._avg_fn)  # type: ignore[attr-defined]
@@ -50,7 +51,7 @@ def share_base(callbacks: list[Callback], pl_module: LightningModule) -> None:
 
 
 def drop_averages(callbacks: list[Callback]) -> None:
-    """Take a finished fit's average from callbacks that would put it, or what was averaged, into a tested module."""
+    """Drop a finished fit's average, which its callback would put into a tested module."""
     for callback, copy in _averages(callbacks):
         if copy is not vars(callback)["_average_model"]:  # EMA's; SWA touches no other stage
             vars(callback)["_average_model"] = None
@@ -66,7 +67,7 @@ def _averages(callbacks: list[Callback]) -> Iterator[tuple[Callback, nn.Module]]
 
 @dataclass
 class _only_changed:  # noqa: N801  # a function that can be pickled, and put round another only once
-    """Average two tensors, unless they are the same already: no arithmetic then, which would lose -0.0 and infinity."""
+    """Average two tensors unless they are equal: arithmetic would lose -0.0 and infinity."""
 
     average: Callable[[Tensor, Tensor, Any], Tensor]
 
@@ -89,7 +90,7 @@ def _is_same(averaged: Tensor, current: Tensor) -> bool:
 
 
 def _keep_frozen_norms(callback: Any) -> None:
-    """Hide frozen norms from SWA, which would reset their statistics and let one more epoch estimate them anew."""
+    """Hide frozen norms from SWA, which would reset their statistics and estimate them in one more epoch."""
     own = type(callback)
     callback.pl_module_contains_batch_norm = partial(_without_frozen_norms, own.pl_module_contains_batch_norm)
     reset = partial(own.reset_batch_norm_and_save_state, callback)

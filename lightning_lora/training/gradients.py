@@ -1,34 +1,41 @@
-"""What a backward pass reaches: adapters that it never does, frozen weights that it should not."""
+"""What a backward pass must reach, and what it must not.
+
+Adapters that no gradient reaches are named. Frozen weights get no gradient. Under DDP, unused adapters get a zero
+gradient. And reentrant gradient checkpointing, which stops gradients behind a frozen embedding, lets them pass.
+"""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.utils.checkpoint as recompute
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_lora.errors import DeadAdapterWarning, listed
-from lightning_lora.model.record import adapted_layers, base_parameters, record_of, trained_base_parameters
+from lightning_lora.model.remember import view_of
 
 
-class Reach:
-    """The reach of one run.
+class Gradients:
+    """The gradients of one run.
 
     Args:
         model: The adapted module.
-        wrapped: What the strategy runs: the module, or its wrap. ``DistributedDataParallel`` waits, in every backward
-            pass, for every parameter, and fails in the next if one got no gradient: a layer that a batch left out
-            (an expert, a dropped layer, an unused pooler). Here such a parameter gets a gradient of zero, so that
-            ``find_unused_parameters`` and its walk over the graph are not needed.
+        wrapped: What the strategy runs: the module, or its wrapper. In every backward pass, ``DistributedDataParallel``
+            waits for a gradient of every parameter. It fails if one gets none, because a batch left a layer out (an
+            expert, a dropped layer, an unused pooler). Here such a parameter gets a zero gradient, so that
+            ``find_unused_parameters``, which searches the graph in every step, is not needed.
     """
 
     def __init__(self, model: nn.Module, wrapped: Any) -> None:
-        self.model = model
         waits = isinstance(wrapped, DistributedDataParallel)
         self.waiting = wrapped if waits and not (wrapped.find_unused_parameters or wrapped.static_graph) else None
-        trains = trained_base_parameters(model, record_of(model).config)
-        self.frozen = [p for name, p in base_parameters(model).items() if name not in trains]
+        view = view_of(model)
+        self.frozen = list(view.frozen.values())
+        self.layers = view.layers
         self.has_begun = False
         self.now: set[int] = set()
         self.ever: set[int] = set()
@@ -41,44 +48,41 @@ class Reach:
         self.now.add(id(parameter))
 
     def end_backward(self) -> None:
-        """Take gradients from frozen weights; give those that were not reached one of zero, if other processes wait."""
+        """Take gradients from frozen weights. Under DDP, give unused adapters a zero gradient."""
         self.has_begun = True
         self._keep_frozen()
         if self.waiting is None:
             return
-        idle = [p for key, p in self.trained.items() if key not in self.now and p.requires_grad]
+        idle = [p for key, p in self.trained.items() if key not in self.now]
         self.ever |= self.now
         if idle and self.waiting.require_backward_grad_sync:
-            torch.autograd.backward(idle, [torch.zeros_like(p) for p in idle])
+            _give_zero_gradients(idle)
         self.now.clear()
 
     def _keep_frozen(self) -> None:
         for p in self.frozen:
-            if p.requires_grad or p.grad is not None:  # a step that switches networks on and off switched all of one on
+            if p.requires_grad or p.grad is not None:  # a GAN's step switched all of a network on
                 p.requires_grad_(False)
                 p.grad = None
 
     def check(self, optimizer: Optimizer) -> None:
-        """At the first step of an optimizer, name the adapters in it that no gradient has reached."""
+        """At an optimizer's first step, name the adapters in it that no gradient has reached."""
         if not self.has_begun or any(optimizer is seen for seen in self.optimizers):
             return
         self.optimizers.append(optimizer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        dead = [
-            name
-            for name, layer in adapted_layers(self.model).items()
-            if any(
-                id(p) in held and not self._was_reached(p)
-                for trained in layer.lora_trained().values()
-                for p in trained.values()
-            )
-        ]
+        dead = []
+        for name, layer in self.layers.items():
+            trained = [p for parameters in layer.lora_trained().values() for p in parameters.values()]
+            if any(id(p) in held and not self._was_reached(p) for p in trained):
+                dead.append(name)
         if dead:
             warnings.warn(
-                f"The adapters of {listed(dead)} received no gradient before the first optimizer step. Unless other "
-                "batches reach these layers, as those of experts, they do not train: the loss does not depend on them, "
-                "or something reads their weights without calling them (name these weights in target_parameters), or "
-                "has frozen them (requires_grad, freeze()). Look at why, or take them out with exclude_modules.",
+                f"The adapters of {listed(dead)} received no gradient before the first optimizer step. They do not "
+                "train, unless other batches use these layers (as with experts). Either the loss does not depend on "
+                "them; or other code reads their weights without calling the layers (name these weights in "
+                "target_parameters); or it has frozen them (requires_grad, freeze()). Find out why, or leave them out "
+                "with exclude_modules.",
                 DeadAdapterWarning,
                 stacklevel=1,
             )
@@ -92,3 +96,44 @@ class Reach:
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
+
+
+def _give_zero_gradients(parameters: list[nn.Parameter]) -> None:
+    """Add gradients of zero, which DDP counts; those that the user froze in the run keep the gradient they have."""
+    frozen = [(p, p.grad) for p in parameters if not p.requires_grad]
+    for p, _ in frozen:
+        p.requires_grad_()
+    torch.autograd.backward(parameters, [torch.zeros_like(p) for p in parameters])
+    for p, grad in frozen:
+        p.requires_grad_(False)
+        p.grad = grad
+
+
+@contextmanager
+def gradients_pass() -> Iterator[None]:
+    """Let gradients pass reentrant checkpoints for a while, even if no input requires one.
+
+    ``torch.utils.checkpoint`` with ``use_reentrant=True`` passes gradients only if one of its inputs requires one. It
+    does not see the parameters inside. Behind a frozen embedding no input does, and all that is inside would stay
+    untrained.
+    """
+    own = recompute.CheckpointFunction
+    recompute.CheckpointFunction = _RequiringGradients  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        recompute.CheckpointFunction = own  # type: ignore[misc]
+
+
+class _RequiringGradients(recompute.CheckpointFunction):
+    """The same function, of inputs that require a gradient if none did."""
+
+    @classmethod
+    def apply(cls, function: Any, preserve_rng_state: bool, *inputs: Any) -> Any:
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        if torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in tensors):
+            inputs = tuple(
+                value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
+                for value in inputs
+            )
+        return super().apply(function, preserve_rng_state, *inputs)  # type: ignore[no-untyped-call]  # torch's own

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from lightning_lora import LoRAConfig, inject_adapters, merge_adapters
+from lightning_lora.model.view import View
 from tests.benchmarks.measure import Bench, Row, in_new_process, peak_growth, saved_bytes
 from tests.benchmarks.models import Bert, Llama, Projections, step
 from tests.benchmarks.ways import FLOOR, LORALIB, OURS, PEFT, PEFT_SAME, WAYS, each_way, half, linear_names, ways_in
@@ -43,7 +44,7 @@ def memory(bench: Bench) -> Iterator[Row]:
         for layer in adapted.layers:
             torch.nn.init.normal_(layer.lora_B, std=0.01)
         merge_adapters(adapted)
-        held = sum(base.nbytes for layer in adapted.layers for base in layer.lora_bases.values())
+        held = sum(weight.base.nbytes for weight in View(adapted).merged)
         merged = sum(layer.weight.nbytes for layer in adapted.layers)
         yield Row(f"held for an exact un-merge, {half(dtype)}", "share of the weights", held / merged, 0.2)
 

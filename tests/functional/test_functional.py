@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_lora import AdapterStateError, LoRAConfig, functional, inject_adapters, merge_adapters
+from lightning_lora import AdapterStateError, LoRAConfig, inject_adapters, merge_adapters
+from lightning_lora.functional import linear, update
 from lightning_lora.functional.dropout import drops
 from lightning_lora.functional.linear import adapted_linear
 
@@ -132,7 +133,7 @@ def test_weights_are_updated_for_many_tokens_where_no_small_update_is_lost(
     tokens: int, dtype: torch.dtype, precision: str, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    monkeypatch.setattr(functional, "_updated", lambda w, a, b, s: made.append(w) or w + s * b @ a)  # type: ignore[func-returns-value]
+    monkeypatch.setattr(linear, "_updated", lambda w, a, b, s: made.append(w) or w + s * b @ a)  # type: ignore[func-returns-value]
     x, weight, bias, a, b = inputs(tokens, 2, out=3, r=1, dtype=dtype)  # 4.8 tokens are twice the mean of 2 and 3
     torch.set_float32_matmul_precision(precision)
     try:
@@ -200,7 +201,7 @@ def test_merging_asks_no_device_for_float64() -> None:
     weight, a, b = (torch.empty(size, device="meta") for size in ((600, 1024), (2, 1024), (600, 2)))
     with Apple():
         for dtype in (torch.float32, torch.float16):
-            values, lost = functional.merged(weight.to(dtype), [(a, b)], 1.0)
+            values, lost = update.merged(weight.to(dtype), a, b, 1.0)
             assert values.dtype is dtype and lost == 0
 
 
@@ -356,7 +357,7 @@ def test_autocast_computes_in_its_dtype_by_hand() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_compiled_whole_it_is_one_graph(dropout: float) -> None:
     tensors = inputs(4, 8, 16, out=16, dtype=torch.float32)
-    compiled = torch.compile(functional.adapted_linear, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(linear.adapted_linear, fullgraph=True, backend="aot_eager")
     output = compiled(*tensors, 0.5, dropout)
     if not dropout:
         torch.testing.assert_close(output, composed(*tensors, 0.5))

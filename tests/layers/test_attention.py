@@ -63,7 +63,7 @@ def test_weights_that_train_whole_are_not_adapted_too() -> None:
     inject_adapters(model, LoRAConfig(**how, modules_to_save=["self_attn.in_proj_weight"]))
     assert names(model) == {"out"} and model.self_attn.in_proj_weight.requires_grad
     every = ["self_attn.in_proj_weight", "self_attn.out_proj"]
-    with pytest.raises(TargetError, match="leave no layer of TransformerEncoderLayer"):
+    with pytest.raises(TargetError, match="select no layer of TransformerEncoderLayer"):
         inject_adapters(nn.TransformerEncoderLayer(8, 2, 16), LoRAConfig(**how, modules_to_save=every))
 
 

@@ -20,15 +20,14 @@ from transformers.pytorch_utils import Conv1D
 from lightning_lora import (
     AdapterMismatchError,
     AdapterStateError,
+    BaseMismatchError,
     ConfigError,
-    DeadAdapterWarning,
     LoRAConfig,
     LoRAWarning,
     MergePrecisionWarning,
     TargetError,
     adapter_state_dict,
     disable_adapters,
-    functional,
     inject_adapters,
     load_adapter,
     load_adapter_state_dict,
@@ -37,10 +36,10 @@ from lightning_lora import (
     save_adapter,
     unmerge_adapters,
 )
+from lightning_lora.functional import update
 from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for
-from lightning_lora.model.attach import fold, merge_layers
-from lightning_lora.model.record import record_of
-from tests.models import TinyLM, randomise, same, state, unties
+from lightning_lora.model.view import View
+from tests.models import TinyLM, is_plain, randomise, same, state, unties
 
 
 class Scaled(nn.Linear):
@@ -281,10 +280,11 @@ def test_merged_computes_as_adapted_and_unmerging_is_exact(case: tuple[nn.Sequen
     inject_adapters(model, config(model))
     randomise(model)
     before, adapted, weights = state(model), model(x), list(model.parameters())
+    base = {id(p) for name, p in model.named_parameters() if "lora_" not in name}
     merge_adapters(model)
     merge_adapters(model)
     torch.testing.assert_close(model(x), adapted)
-    assert all(a is b for a, b in zip(model.parameters(), weights, strict=True))
+    assert {id(p) for p in model.parameters()} == base
     unmerge_adapters(model)
     assert same(state(model), before) and all(a is b for a, b in zip(model.parameters(), weights, strict=True))
     assert torch.equal(model(x), adapted)
@@ -322,28 +322,60 @@ def test_unmerge_follows_a_model_that_was_converted_in_between(tied: bool) -> No
     assert (model.lm_head.weight is model.embed.weight) is tied
 
 
-def test_state_of_a_merged_layer_is_that_of_the_adapted_one(case: tuple[nn.Sequential, Any]) -> None:
+def test_state_of_a_merged_model_is_that_of_the_plain_one(case: tuple[nn.Sequential, Any]) -> None:
     model, x = case
+    plain = copy.deepcopy(model)
     inject_adapters(model, config(model))
     randomise(model)
-    twin, before = copy.deepcopy(model), state(model)
+    adapted = model(x)
     merge_adapters(model)
-    assert same(
-        state(model), before
-    )  # a merged weight beside the factors would count them twice, wherever it is loaded
-    twin.load_state_dict(model.state_dict())
-    torch.testing.assert_close(twin(x), model(x))
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(plain(x), adapted)
 
 
-def test_setting_a_merged_model_to_train_is_named() -> None:
+def test_merged_model_trains_as_a_plain_one_and_then_has_no_way_back() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
     merge_adapters(model)
-    model.eval()
-    with pytest.warns(DeadAdapterWarning, match="unmerge_adapters"):
-        model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.train()(torch.ones(4)).sum().backward()
+    optimizer.step()
+    trained = state(model)
+    with pytest.raises(AdapterStateError, match="changed since its adapters were merged"):
+        unmerge_adapters(model)
+    assert same(state(model), trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", [{}, {"use_dora": True}, {"init": "pissa"}], ids=str)
+def test_merged_model_that_was_converted_comes_back_on_its_converted_base(
+    dtype: torch.dtype, method: dict[str, Any]
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    inject_adapters(model, LoRAConfig(r=2, **method))
+    randomise(model)
+    converted = copy.deepcopy(model).to(dtype)
+    merge_adapters(model)
+    model.to(dtype)
     unmerge_adapters(model)
-    model.train()
+    assert same(state(model), state(converted))
+
+
+def test_merged_model_that_was_converted_and_changed_does_not_come_back() -> None:
+    model = nn.Sequential(nn.Linear(6, 6))
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    merge_adapters(model)
+    model.bfloat16()
+    with torch.no_grad():
+        model[0].weight[0, 0] += 1
+    now = state(model)
+    with pytest.raises(AdapterStateError, match="converted in a way that cannot be repeated"):
+        unmerge_adapters(model)
+    assert same(state(model), now) and is_plain(model)
 
 
 def test_remove_gives_back_the_very_class_and_values(case: tuple[nn.Sequential, Any]) -> None:
@@ -383,14 +415,15 @@ def test_copies_and_pickles_are_adapted_models_of_their_own(case: tuple[nn.Seque
     torch.save(model, file)
     file.seek(0)
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)]
-    expected = model(x)
+    expected, kind = model(x), type(model[0])
     randomise(model, seed=9)
+    remove_adapters(model)
     for each in copies:
-        assert type(each[0]) is type(model[0])
+        assert type(each[0]) is kind
         assert torch.equal(each(x), expected)
         unmerge_adapters(each)
         remove_adapters(each)
-        assert type(each[0]) is model[0].overlaid[1]
+        assert type(each[0]) is type(model[0])
 
 
 @pytest.mark.skipif(
@@ -454,25 +487,33 @@ def test_base_loaded_after_injection_is_the_base() -> None:
     assert same(state(model), state(pretrained)) and not model._load_state_dict_pre_hooks
 
 
-def test_loading_over_a_merged_weight_is_refused() -> None:
+def test_weights_loaded_into_a_merged_model_are_a_new_base_and_no_way_back() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     base = state(model)
     inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
     merge_adapters(model)
-    with pytest.raises(AdapterStateError, match="unmerge_adapters"):
-        model.load_state_dict(base)
+    model.load_state_dict(base)
+    for call in (unmerge_adapters, adapter_state_dict, lambda m: disable_adapters(m).__enter__()):
+        with pytest.raises(AdapterStateError, match="changed since its adapters were merged"):
+            call(model)
+        assert same(state(model), base)
+    remove_adapters(model)
+    assert same(state(model), base)
 
 
 @unties
-def test_loading_a_weight_that_is_tied_to_a_merged_one_is_refused() -> None:
+def test_weight_loaded_beside_a_merged_one_that_was_tied_to_it_is_noticed(tmp_path: Path) -> None:
     model = TinyLM()
     inject_adapters(model, LoRAConfig(r=2, target_modules=["q_proj", "lm_head"]))
     randomise(model)
+    save_adapter(model, tmp_path / "a.safetensors")
     merge_adapters(model)
-    before = state(model)
-    with pytest.raises(AdapterStateError, match="'lm_head' shows a merged weight"):
-        model.load_state_dict({"embed.weight": torch.ones(20, 8), "norm.weight": torch.ones(8)}, strict=False)
-    assert same(state(model), before)
+    model.load_state_dict({"embed.weight": torch.ones(20, 8)}, strict=False)  # the base of the merged head too
+    unmerge_adapters(model)
+    assert model.lm_head.weight is model.embed.weight and (model.embed.weight == 1).all()
+    with pytest.raises(BaseMismatchError, match=r"embed\.weight"):
+        load_adapter(model, tmp_path / "a.safetensors")
 
 
 def test_base_loaded_from_a_wider_dtype_is_what_the_model_holds(tmp_path: Path) -> None:
@@ -505,14 +546,14 @@ def test_converted_model_is_of_one_dtype_in_its_files_too(tmp_path: Path) -> Non
 
 
 @unties
-def test_merging_does_not_change_what_all_linear_means() -> None:
+def test_merging_and_unmerging_does_not_change_what_all_linear_means() -> None:
     config = LoRAConfig(r=2, target_modules="all-linear")
     model = TinyLM()
     inject_adapters(model, LoRAConfig(r=2, target_modules=["q_proj", "v_proj", "lm_head"]))
-    for change in (unmerge_adapters, merge_adapters):
-        change(model)
-        with pytest.raises(AdapterMismatchError, match="'lm_head' of TinyLM is adapted already"):
-            inject_adapters(model, config)
+    merge_adapters(model)
+    unmerge_adapters(model)
+    with pytest.raises(AdapterMismatchError, match="'lm_head' of TinyLM is adapted already"):
+        inject_adapters(model, config)
 
 
 def test_a_trained_part_loaded_by_itself_is_no_base() -> None:
@@ -546,17 +587,17 @@ def test_running_the_base_in_training_mode_leaves_no_trace() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb",
+    "call",
     [
         adapter_state_dict, merge_adapters, unmerge_adapters, remove_adapters, lambda m: inject_adapters(m, CONFIG),
         lambda m: load_adapter_state_dict(m, {}),
     ],
 )  # fmt: skip
-def test_no_verb_while_adapters_are_disabled(verb: Any) -> None:
+def test_no_call_while_adapters_are_disabled(call: Any) -> None:
     model = nn.Sequential(nn.Linear(5, 4))
     inject_adapters(model, config(model))
     with disable_adapters(model), pytest.raises(AdapterStateError, match="disable_adapters"):
-        verb(model)
+        call(model)
     with suppress(ZeroDivisionError), disable_adapters(model):
         _ = 1 / 0
     adapter_state_dict(model)
@@ -777,7 +818,7 @@ def test_projection_inside_an_attention_is_named_by_its_attention() -> None:
     calls=st.lists(st.sampled_from(["merge", "unmerge", "disable", "reload", "copy"]), max_size=8),
     seed=st.integers(0, 99),
 )
-def test_any_order_of_verbs_computes_one_function(r: int, alpha: float, calls: list[str], seed: int) -> None:
+def test_any_order_of_calls_computes_one_function(r: int, alpha: float, calls: list[str], seed: int) -> None:
     torch.manual_seed(seed)
     model: nn.Module = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
     x = torch.randn(5, 4, dtype=torch.float64)
@@ -838,9 +879,9 @@ def test_weight_that_is_computed_since_injection_is_not_merged_or_given_back(und
     randomise(model)
     undermine(model[0])
     adapted = model.eval()(torch.ones(8))
-    for verb in (merge_adapters, remove_adapters):
-        with pytest.raises(AdapterStateError, match=r"'0' of Sequential is computed since"):
-            verb(model)
+    for call in (merge_adapters, remove_adapters):
+        with pytest.raises(AdapterStateError, match=r"weight of '0' of Sequential is computed"):
+            call(model)
     assert torch.equal(model(torch.ones(8)), adapted)
 
 
@@ -862,7 +903,7 @@ def test_changes_to_merged_weights_are_not_lost(change: str) -> None:
     with torch.no_grad():
         CHANGES[change](model[0].weight)
     before = model(torch.ones(8))
-    with pytest.raises(AdapterStateError, match="changed since the merge"):
+    with pytest.raises(AdapterStateError, match="changed since its adapters were merged"):
         unmerge_adapters(model)
     remove_adapters(model)
     assert torch.equal(model(torch.ones(8)), before)
@@ -902,7 +943,7 @@ def test_buffers_are_the_bases_as_they_are_while_something_is_new() -> None:
     def kept_when_added(name: str) -> bool:
         model[0].register_buffer(name, torch.ones(2))
         inject_adapters(model, LoRAConfig(r=2))
-        return f"0.{name}" in record_of(model).originals
+        return f"0.{name}" in View(model).record.originals
 
     assert kept_when_added("at_first") and kept_when_added("before_training")
     randomise(model)
@@ -964,35 +1005,24 @@ def test_out_of_memory_while_the_base_is_shown_costs_no_trained_weight(monkeypat
     )
 
 
-def test_bases_that_have_no_room_beside_merged_weights_go_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5))).bfloat16(), torch.randn(2, 4).bfloat16()
-    model[4].weight = model[0].weight
-    inject_adapters(model, LoRAConfig(r=2, target_modules=["0", "1", "2", "3"]))
+def test_device_without_room_for_merged_weights_keeps_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))).bfloat16()
+    inject_adapters(model, LoRAConfig(r=2))
     randomise(model)
-    before, lost = state(model), merge_layers(model)
-    output = model(x)
-    unmerge_adapters(model)
-    calls, moved, merged, cpu = iter(range(100)), list[tuple[int, ...]](), functional.merged, Tensor.cpu
+    before, calls = state(model), iter(range(100))
 
     def fills(*args: Any) -> Any:
         if next(calls) == 2:
             raise torch.OutOfMemoryError("no memory is left")
-        return merged(*args)
-
-    def host(tensor: Tensor) -> Tensor:
-        moved.append(tensor.shape)
-        return cpu(tensor).clone()
+        return update.merged(*args)
 
     monkeypatch.setattr("lightning_lora.layers.base.merged", fills)
-    monkeypatch.setattr(Tensor, "cpu", host)
-    assert merge_layers(model) == lost and all(lost.values())
-    assert moved == [(4, 4)] * 3 and next(calls) == 5  # the tied one stays
-    assert torch.equal(model(x), output)
-    unmerge_adapters(model)
-    assert same(state(model), before) and model[4].weight is model[0].weight
+    with pytest.raises(torch.OutOfMemoryError):
+        merge_adapters(model)
+    assert same(state(model), before) and not is_plain(model)
 
 
-def test_folded_model_remembers_its_base_in_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merged_model_remembers_its_base_in_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     inject_adapters(model, LoRAConfig(r=2))
     randomise(model)
@@ -1003,8 +1033,8 @@ def test_folded_model_remembers_its_base_in_the_hosts_memory(monkeypatch: pytest
         return moved[-1]
 
     monkeypatch.setattr(Tensor, "cpu", host)
-    fold(model)
-    held = [base for adapter in record_of(model).folded.values() for base in adapter.bases.values()]
+    merge_adapters(model)
+    held = [weight.base for weight in View(model).merged]
     assert len(held) == len(moved) == 2 and all(base is there for base, there in zip(held, moved, strict=True))
     unmerge_adapters(model)
     assert same(state(model), before)

@@ -27,8 +27,8 @@ from lightning_lora import (
     summarize,
     unmerge_adapters,
 )
-from tests.models import LitTiny, data, lora, randomise, same, state, trainer
 from tests.layers.test_layers import LAYERS, Factors, Model, config, factors, reference_weights
+from tests.models import LitTiny, data, lora, randomise, same, state, trainer
 
 EMBEDDINGS = [name for name in LAYERS if "embedding" in name or "bag" in name]
 CONVOLUTIONS = [name for name in LAYERS if "convolution" in name and "transposed" not in name]
@@ -381,13 +381,13 @@ def test_slices_choose_among_the_parts_of_a_layer_and_drop_the_rest() -> None:
     ("arguments", "words"),
     [
         ({"target_slices": {"c_attn": ["z"]}}, "'c_attn' has no parts 'z'. It has 'q', 'k', 'v'"),
-        ({"target_slices": {"other": ["q"]}}, r"Where 'q' lie in 'other', .* is not known.*\[first, end\]"),
-        ({"target_slices": {"qkv_proj": ["q"]}}, "Where 'q' lie in 'qkv_proj'"),
+        ({"target_slices": {"other": ["q"]}}, r"The rows of 'q' in 'other', .* are not known.*\[first, end\]"),
+        ({"target_slices": {"qkv_proj": ["q"]}}, "The rows of 'q' in 'qkv_proj'"),
         ({"target_slices": {"other": {"a": [2, 9]}}}, "end beyond its 6 rows: 'a'"),
         ({"target_slices": {"attn": ["q"]}}, r"target_slices \['attn'\] match no module.*c_attn"),
         ({"target_slices": {"c_attn": ["q"]}, "use_dora": True}, "without target_slices"),
         ({"target_slices": {"c_attn": ["q"], "net.c_attn": ["v"]}}, "match no module"),
-        ({"target_slices": {"c_att.": ["q"], "c_attn": ["v"]}}, "'c_attn' decides for no layer.*Put it first"),
+        ({"target_slices": {"c_att.": ["q"], "c_attn": ["v"]}}, "'c_attn' has no effect on.*Put it first"),
     ],
     ids=str,
 )
@@ -468,7 +468,7 @@ def test_weight_that_its_holder_reads_is_adapted_there() -> None:
     assert model[0].lora_A_read_weight.grad is not None
     merge_adapters(model)
     torch.testing.assert_close(model(x), output)
-    assert same({name: state(model)[name] for name in base}, base)
+    assert list(state(model)) == list(base)
     remove_adapters(model)
     torch.testing.assert_close(model(x), output)
 
@@ -482,7 +482,7 @@ def test_parameters_are_left_out_kept_whole_or_refused_as_layers_are() -> None:
         inject_adapters(nn.Sequential(Reader()), LoRAConfig(**how, target_slices={"0": ["q"]}))
     twice = nn.Sequential(Reader())
     twice[0].read_weight = nn.Parameter(torch.ones(5, 5))
-    with pytest.raises(TargetError, match=r"'read_weight', 'read\.weight' of '0'.*one name"):
+    with pytest.raises(TargetError, match=r"'read_weight', 'read\.weight' of '0'.*the same name"):
         inject_adapters(twice, LoRAConfig(**how | {"target_parameters": ["read.weight", "read_weight"]}))
 
 

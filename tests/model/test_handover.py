@@ -6,10 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_lora import AdapterStateError, LoRAConfig, inject_adapters, remove_adapters, unmerge_adapters
-from lightning_lora.model.attach import fold
-from lightning_lora.model.handover import leave_memory
-from lightning_lora.model.record import forget_record, record_of
+from lightning_lora import (
+    AdapterStateError,
+    LoRAConfig,
+    inject_adapters,
+    merge_adapters,
+    remove_adapters,
+    unmerge_adapters,
+)
+from lightning_lora.model.handover import leave
+from lightning_lora.model.remember import forget_record, record_of
 from tests.models import LitTiny, is_plain, randomise, same, state
 
 
@@ -21,13 +27,13 @@ def sent_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[LitTiny,
     inject_adapters(there, LoRAConfig(r=2, modules_to_save=["head"]))
     randomise(there)
     adapted = copy.deepcopy(there)
-    fold(there)
-    leave_memory(record_of(there), record_of(there).folded_digests)
+    merge_adapters(there)
+    leave(record_of(there), record_of(there).merged_digests)
     forget_record(there)
     return adapted, there
 
 
-def test_verbs_find_what_was_left(sent_home: tuple[LitTiny, LitTiny]) -> None:
+def test_calls_find_what_was_left(sent_home: tuple[LitTiny, LitTiny]) -> None:
     adapted, home = sent_home
     assert is_plain(home)
     unmerge_adapters(home)

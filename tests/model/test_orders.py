@@ -35,7 +35,6 @@ from lightning_lora import (
     save_adapter,
     unmerge_adapters,
 )
-from lightning_lora.model.attach import fold
 from tests.models import is_plain, same
 
 WORDS, WIDTH = 5, 3
@@ -132,8 +131,7 @@ class Oracle:
     config: LoRAConfig | None = None
     layers: Adapters = field(default_factory=dict)
     factors: dict[str, Tensor] = field(default_factory=dict)  # every lora_A and lora_B
-    merged: set[str] = field(default_factory=set)  # the layers that show W + ΔW
-    folded: bool = False  # merged, and a plain model to look at, as after a fit
+    merged: set[str] = field(default_factory=set)  # the layers that hold W + ΔW, all plain
 
     def plain(self, base: dict[str, Tensor]) -> "Oracle":
         tied = self.tied and not self.merged & {"embed", "head"}
@@ -180,7 +178,7 @@ class Oracle:
 
     def check(self, model: nn.Module) -> None:
         """Compare a model with what it is to be."""
-        found, expected = shown(model), self.now if self.folded else {**self.now, **self.factors}
+        found, expected = shown(model), self.now if self.merged else {**self.now, **self.factors}
         assert found.keys() == expected.keys() and {value.dtype for value in found.values()} == {self.dtype}
         for name, value in expected.items():
             layer = name.removesuffix(".weight")
@@ -191,7 +189,7 @@ class Oracle:
         if not (self.training and self.config and self.config.dropout):
             assert_close(model(INDEX), self.output())
 
-        adapted = set() if self.folded else set(self.layers)
+        adapted = set() if self.merged else set(self.layers)
         for name, cls in CLASSES.items():
             layer_now = model.get_submodule(name)
             assert isinstance(layer_now, cls) and is_plain(layer_now) is (name not in adapted)
@@ -207,9 +205,8 @@ class Oracle:
 
 
 def shown(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of what ``model`` shows under each name: merged weights, where its state dict has the layers' own."""
-    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return {name: tensor.detach().clone() for name, tensor in named}
+    """A copy of what ``model`` holds under each name."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def assert_close(found: Tensor, exact: Tensor) -> None:
@@ -220,7 +217,7 @@ def wide(values: dict[str, Any]) -> dict[str, Tensor]:
     return {name: value.detach().double().clone() for name, value in values.items()}
 
 
-VERBS: list[Callable[[nn.Module], Any]] = [
+CALLS: list[Callable[[nn.Module], Any]] = [
     merge_adapters, unmerge_adapters, remove_adapters, adapter_state_dict, lambda m: load_adapter_state_dict(m, {}),
     lambda m: save_adapter(m, "never"),
 ]  # fmt: skip
@@ -282,7 +279,7 @@ class Orders(RuleBasedStateMachine):
 
     @rule(config=VALID | ANY)
     def inject(self, config: LoRAConfig) -> None:
-        it = self.settled() if self.it.folded else self.it
+        it = self.settled() if self.it.merged else self.it
         layers = meaning(config, it.tied)
         if not isinstance(layers, dict):
             return self.refused(lambda: inject_adapters(self.model, config), layers)
@@ -307,9 +304,9 @@ class Orders(RuleBasedStateMachine):
         self.inject(replace(self.it.config, **wider))
 
     @plain
-    @rule(verb=st.sampled_from([*VERBS, lambda m: disable_adapters(m).__enter__()]))
-    def do_without_adapters(self, verb: Callable[[nn.Module], Any]) -> None:
-        self.refused(lambda: verb(self.model), AdapterStateError)
+    @rule(call=st.sampled_from([*CALLS, lambda m: disable_adapters(m).__enter__()]))
+    def do_without_adapters(self, call: Callable[[nn.Module], Any]) -> None:
+        self.refused(lambda: call(self.model), AdapterStateError)
 
     @adapted
     @rule()
@@ -321,13 +318,7 @@ class Orders(RuleBasedStateMachine):
     @rule()
     def unmerge(self) -> None:
         unmerge_adapters(self.model)
-        self.it.merged, self.it.folded = set(), False
-
-    @adapted
-    @rule()
-    def end_a_fit(self) -> None:
-        fold(self.model)
-        self.it.merged, self.it.folded = set(self.it.layers), True
+        self.it.merged = set()
 
     @adapted
     @rule()
@@ -336,13 +327,13 @@ class Orders(RuleBasedStateMachine):
         remove_adapters(self.model)
 
     @adapted
-    @rule(verb=st.sampled_from([*VERBS, lambda m: inject_adapters(m, LoRAConfig(r=1))]))
-    def disable(self, verb: Callable[[nn.Module], Any]) -> None:
+    @rule(call=st.sampled_from([*CALLS, lambda m: inject_adapters(m, LoRAConfig(r=1))]))
+    def disable(self, call: Callable[[nn.Module], Any]) -> None:
         with disable_adapters(self.model), disable_adapters(self.model):
             found = wide(shown(self.model))
             assert all(torch.equal(found[name], value) for name, value in self.it.base.items())
             assert_close(self.model(INDEX), self.it.plain(self.it.base).output())
-            self.refused(lambda: verb(self.model), AdapterStateError)
+            self.refused(lambda: call(self.model), AdapterStateError)
         self.it.merge_anew()
 
     @trainable
@@ -401,7 +392,7 @@ class Orders(RuleBasedStateMachine):
     def load_file(self, which: int) -> None:
         path, file = self.files[which % len(self.files)]
         assert file.config
-        it = replace(self.it, folded=False, merged=set()) if self.it.folded else self.it  # its base comes back first
+        it = replace(self.it, merged=set())  # its base comes back first
         if not it.config:  # it is adapted as the file says
             layers = meaning(file.config, it.tied)
             assert isinstance(layers, dict)
@@ -420,9 +411,9 @@ class Orders(RuleBasedStateMachine):
         model = Model(file.dtype, tied=file.tied)
         model.load_state_dict(file.base)
         load_adapter(model, path)
-        replace(file, merged=set(), folded=False, training=True).check(model)
+        replace(file, merged=set(), training=True).check(model)
 
-    @precondition(lambda self: not self.it.folded)
+    @precondition(lambda self: not self.it.merged)
     @rule(seed=SEEDS, what=st.sampled_from(["base", "base with a tied weight once", "all"]))
     def load_other_weights(self, seed: int, what: str) -> None:
         """As torch does it; with adapters among them, what trains beside these is no base."""
@@ -430,14 +421,11 @@ class Orders(RuleBasedStateMachine):
         new = self.draw(seed, {**it.now, **(it.factors if what == "all" else {})})
         once = {"head.weight"} if it.tied and what == "base with a tied weight once" else set()
         loaded = {name: value for name, value in new.items() if name not in once}
-        if it.merged:
-            return self.refused(lambda: self.model.load_state_dict(loaded, strict=not once), AdapterStateError)
         self.model.load_state_dict(loaded, strict=not once)
         theirs = {*it.trained(), "mean"} if it.layers and what == "all" else set()
         it.base = {name: value if name in theirs else new[name] for name, value in it.base.items()}
         it.now = {name: new[name] for name in it.now}
         it.factors = {name: new.get(name, value) for name, value in it.factors.items()}
-        return None
 
 
 @pytest.mark.filterwarnings("ignore::lightning_lora.LoRAWarning")

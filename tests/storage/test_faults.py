@@ -45,7 +45,9 @@ from lightning_lora import (
     load_from_checkpoint,
     save_adapter,
 )
-from lightning_lora.storage.checkpoint import FORMAT, describe, forms_of_base
+from lightning_lora.model.view import View
+from lightning_lora.storage.description import FORMAT, describe
+from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.tensors.values import digest
 from tests.models import LitTiny, data, exact, lora, randomise, same, state, trainer
 
@@ -626,7 +628,7 @@ def test_adapters_that_diverged_are_refused_though_their_file_is_whole(
 ) -> None:
     def change(checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"][name] = value
-        checkpoint["lightning_lora"] = describe(model := adapted(), checkpoint["state_dict"], forms_of_base(model))
+        checkpoint["lightning_lora"] = describe(view := View(adapted()), checkpoint["state_dict"], forms_of_base(view))
 
     forge(tmp_path / "a.ckpt", good, change)
     refused(tmp_path / "a.ckpt")

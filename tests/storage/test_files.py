@@ -189,9 +189,9 @@ def refused(model: nn.Module, error: type[Exception], match: str) -> Iterator[No
 
 
 def test_arguments_the_wrong_way_round_are_told(file: Path) -> None:
-    for verb in (load_adapter, save_adapter):
+    for call in (load_adapter, save_adapter):
         with pytest.raises(AdapterFileError, match="a LitTiny was given"):
-            verb(file, LitTiny())  # type: ignore[arg-type]
+            call(file, LitTiny())  # type: ignore[arg-type]
 
 
 STATE_CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
@@ -355,15 +355,15 @@ def test_missing_file_and_folder_say_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb",
+    "call",
     [adapter_state_dict, merge_adapters, unmerge_adapters, remove_adapters, lambda m: load_adapter_state_dict(m, {})],
 )
-def test_verbs_on_a_plain_model_say_what_to_do(verb: Callable[[nn.Module], Any]) -> None:
+def test_calls_on_a_plain_model_say_what_to_do(call: Callable[[nn.Module], Any]) -> None:
     with pytest.raises(AdapterStateError, match="inject_adapters"):
-        verb(LitTiny())
+        call(LitTiny())
     outer = nn.Sequential(trained())
     with pytest.raises(LoRAError, match="'0': pass that module"):
-        verb(outer)
+        call(outer)
 
 
 def test_gpt3_adapter_file_is_the_papers_35_mb(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ UNKNOWN["in another order, further out"][0].inner = Attention("qkv_proj", 24)
 def test_parts_that_are_not_known_are_not_guessed(case: str) -> None:
     name = next(name for name, module in UNKNOWN[case].named_modules() if type(module) is nn.Linear)
     part = "gate" if "gate" in name else "q"
-    with pytest.raises(TargetError, match=rf"Where '{part}' lie in '{name}', which writes \d+ features, is not known"):
+    with pytest.raises(TargetError, match=rf"The rows of '{part}' in '{name}', which has \d+, are not known"):
         inject_adapters(UNKNOWN[case], LoRAConfig(r=1, target_modules=[name], target_slices={name: [part]}))
 
 

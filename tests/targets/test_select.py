@@ -106,7 +106,7 @@ def test_a_matrix_that_something_else_than_its_holder_reads_is_refused() -> None
         (nn.Sequential(Reads()), "matrix"),
         (nn.ModuleList([nn.ParameterList([torch.ones(4, 4)])]), "0.0"),
     ):
-        with pytest.raises(TargetError, match="has no forward of its own, and so something else reads it"):
+        with pytest.raises(TargetError, match="has no forward of its own, so other code reads it"):
             adapted(model, target_modules=[], target_parameters=[name])
 
 
@@ -209,7 +209,7 @@ def test_a_key_whose_layers_are_decided_by_several_before_it_is_refused(argument
     def build() -> nn.ModuleDict:
         return nn.ModuleDict({name: nn.Linear(4, 4) for name in "abc"})
 
-    with pytest.raises(TargetError, match=r"'\[ab\]' decides for no layer .*: 'a', 'b' before it match all"):
+    with pytest.raises(TargetError, match=r"'\[ab\]' has no effect on .*: 'a', 'b' before it match all"):
         adapted(build(), **{argument: {"a": 1, "b": 2, "[ab]": 3}})
     assert adapted(build(), **{argument: {"a": 1, "b": 2, "[abc]": 3}}) == ("a", "b", "c")
 

@@ -97,8 +97,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"modules_to_save": ["classifier"]}, r"modules_to_save \['classifier'\]"),
     ({"rank_pattern": {"k_proj": 2}}, r"rank_pattern \['k_proj'\] .*_proj"),
     ({"alpha_pattern": {"embed": 2.0}}, r"alpha_pattern \['embed'\]"),
-    ({"target_modules": ["embed"], "exclude_modules": ["embed"]}, "leave no layer of LitTiny"),
-    ({"target_modules": ["head"], "modules_to_save": ["head"]}, "leave no layer of LitTiny"),
+    ({"target_modules": ["embed"], "exclude_modules": ["embed"]}, "select no layer of LitTiny"),
+    ({"target_modules": ["head"], "modules_to_save": ["head"]}, "select no layer of LitTiny"),
 ]
 
 
@@ -222,7 +222,7 @@ HINTS: list[tuple[dict[str, Any], str]] = [
     ({}, r"others that can be adapted: Conv2d \('0.conv'\), LSTM \('0.lstm'\).*target_modules='all'"),
     ({"target_modules": ["scale"]}, r"'0\.scale' is a parameter: name it in target_parameters"),
     ({"target_parameters": ["conv"]}, r"match no parameter.*Name parameters, such as '0\.conv\.weight'"),
-    ({"target_modules": ["conv"], "rank_pattern": {"lstm": 1}}, r"\['lstm'\] are for layers.*not adapted"),
+    ({"target_modules": ["conv"], "rank_pattern": {"lstm": 1}}, r"\['lstm'\] match layers.*not adapted"),
     ({"target_modules": ["0"]}, r"a Sensor is not supported, but inside it '0.conv'.*target_parameters its '0\.scale'"),
 ]
 

@@ -166,7 +166,7 @@ def test_frozen_weights_that_are_given_to_an_optimizer_in_training_are_refused(t
 
     model = Unfreezes()
     before = model.embed.weight.clone()
-    with pytest.raises(OptimizerError, match=r"'embed.weight'.* of Unfreezes were given.*modules_to_save"):
+    with pytest.raises(OptimizerError, match=r"'embed.weight'.* of Unfreezes were added.*modules_to_save"):
         trainer(tmp_path, [lora()]).fit(model, data())
     assert torch.equal(model.embed.weight, before)
 

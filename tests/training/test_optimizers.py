@@ -14,7 +14,7 @@ from lightning_lora import (
     OptimizerError,
     remove_adapters,
 )
-from lightning_lora.model.record import adapter_parameters
+from lightning_lora.model.view import View
 from tests.models import ADAPTERS, TRAINED, WORDS, LitTiny, data, is_plain, lora, trainer
 
 X = torch.arange(WORDS)
@@ -153,7 +153,7 @@ def test_an_optimizer_handed_out_twice_trains_in_both_fits(tmp_path: Path, early
         t.fit_loop.max_epochs = epochs
         t.fit(model, data())
         outputs.append(model(X))
-        held = [*adapter_parameters(model).values(), *model.head.parameters()]
+        held = [*View(model).adapters.values(), *model.head.parameters()]
         assert {id(p) for p in optimizer_of(t)[0]} == {id(p) for p in held}
     assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])
     remove_adapters(model)

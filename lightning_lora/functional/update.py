@@ -1,0 +1,145 @@
+"""The update ΔW: computed, merged into a weight, and scaled to DoRA's magnitudes."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_lora.functional.blocks import row_blocks
+
+
+def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    r"""Return the update :math:`\Delta W = s \, B A`, in float32 or wider so that it is rounded only once, later.
+
+    Shape:
+        ``lora_A``: (r, in), ``lora_B``: (out, r). Returns (out, in).
+
+    Source:
+        Hu et al. 2021, section 4.1.
+
+    Example:
+        >>> delta_weight(torch.ones(1, 2), torch.ones(3, 1), scaling=2.0).tolist()
+        [[2.0, 2.0], [2.0, 2.0], [2.0, 2.0]]
+    """
+    dtype = wide(torch.promote_types(lora_A.dtype, lora_B.dtype))
+    return (lora_B.to(dtype) @ lora_A.to(dtype)).mul_(scaling)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return float32 for a narrower ``dtype``, in which small updates would be lost, and a wider one as it is.
+
+    Example:
+        >>> wide(torch.bfloat16), wide(torch.float64)
+        (torch.float32, torch.float64)
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
+def added(weight: Tensor, delta: Tensor) -> Tensor:
+    r"""Return :math:`W + \Delta W` in the wider of the two dtypes, to be rounded once.
+
+    Shape:
+        ``weight`` and ``delta`` have the same shape, which is the result's.
+    """
+    return weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
+
+
+def merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, float]:
+    r"""Return the merged weight and the share that rounding took.
+
+    The sum :math:`W + s \, B A` is computed in float32 or wider, a few rows at a time, and rounded once, to the dtype
+    of :math:`W`. The share is that of :func:`lost_share`.
+
+    Args:
+        weight: The base's weight.
+        lora_A: The factor that reads the input.
+        lora_B: The factor that writes the output.
+        scaling: The factor :math:`s`, alpha over r.
+
+    Shape:
+        ``weight``: (out, in), ``lora_A``: (r, in), ``lora_B``: (out, r). Returns (out, in), and a number.
+
+    Source:
+        Hu et al. 2021, section 4.1, "No Additional Inference Latency".
+
+    Example:
+        >>> merged(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1, 1), scaling=0.5)
+        (tensor([[1.5000, 1.5000]]), 0.0)
+    """
+    values, norms = torch.empty_like(weight), list[Tensor]()
+    for rows in row_blocks(weight):
+        delta = delta_weight(lora_A, lora_B[rows], scaling)
+        if delta.dtype == weight.dtype:
+            torch.add(weight[rows], delta, out=values[rows])
+            continue
+        size = delta.norm()
+        effective = delta.to(torch.promote_types(weight.dtype, delta.dtype)).add_(weight[rows])
+        values[rows] = effective
+        norms.append(torch.stack([effective.sub_(values[rows]).norm(), size]))
+    return values, _share(norms)
+
+
+def lost_share(weight: Tensor, effective: Tensor, merged: Tensor) -> float:
+    r"""Return how much of an update rounding took: the norm of what is lost, over that of the update.
+
+    It is 1 where every change was smaller than half a step of the weight's dtype, and so nothing of it is left.
+
+    Args:
+        weight: The base's weight.
+        effective: The adapted one, in a wider dtype.
+        merged: The same, rounded to the dtype of ``weight``.
+
+    Shape:
+        All have the same shape. Returns a number from 0 to about 1; 0 for an update of zero.
+
+    Example:
+        >>> weight, effective = torch.ones(4).bfloat16(), torch.full((4,), 1.001)
+        >>> lost_share(weight, effective, effective.bfloat16())
+        1.0
+    """
+    if weight.dtype == effective.dtype:
+        return 0.0
+    return _share([torch.stack([(merged - effective).norm(), (effective - weight).norm()])])
+
+
+def _share(norms: list[Tensor]) -> float:
+    """The norm of what was lost over that of the update, from those of blocks of them."""
+    if not norms or norms[0].is_meta:
+        return 0.0
+    lost, size = (math.hypot(*each) for each in zip(*torch.stack(norms).tolist(), strict=True))
+    return lost / size if size else 0.0
+
+
+def row_norms(matrix: Tensor) -> Tensor:
+    r"""Return the norm of each row, in float32 or wider: the magnitudes that DoRA takes apart from the directions.
+
+    Shape:
+        ``matrix``: (out, in). Returns (out).
+
+    Source:
+        Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", section 4.1. With the paper's
+        :math:`W \in \mathbb{R}^{d \times k}` as the authors' code reads it: one norm for each output.
+    """
+    norms: Tensor = torch.linalg.vector_norm(matrix, dim=-1, dtype=wide(matrix.dtype))
+    return norms
+
+
+def magnitude_scale(magnitude: Tensor, matrix: Tensor) -> Tensor:
+    r"""Return by what DoRA multiplies each row of :math:`V = W + \Delta W`: :math:`m / \lVert V \rVert`.
+
+    The norm is taken as a constant: no gradient flows through it. A row of zeros, which has no direction, has no
+    magnitude either: it trains as without DoRA.
+
+    Shape:
+        ``magnitude``: (out), ``matrix``: (out, in). Returns (out).
+
+    Source:
+        Liu et al. 2024, sections 4.1 (equation 5) and 4.3 (the constant).
+
+    Example:
+        >>> magnitude_scale(torch.tensor([10.0, 1.0]), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+        tensor([2., 1.])
+    """
+    norms = row_norms(matrix.detach())
+    scale = magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    return torch.where(magnitude == 0, 1, scale)

@@ -1,0 +1,96 @@
+"""Which adapter is for which type of layer."""
+
+from torch import nn
+
+from lightning_lora.errors import ConfigError
+from lightning_lora.layers.attention import LoRAAttention
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.bilinear import LoRABilinear
+from lightning_lora.layers.conv1d import LoRAConv1D
+from lightning_lora.layers.convolution import LoRAConvNd, LoRAConvTransposeNd
+from lightning_lora.layers.embedding import LoRAEmbedding, LoRAEmbeddingBag
+from lightning_lora.layers.linear import LoRALinear
+from lightning_lora.layers.quantized import LoRALinear4bit, LoRALinear8bit
+from lightning_lora.layers.recurrent import LoRARecurrent
+
+ADAPTERS: dict[type[nn.Module] | str, type[LoRALayer]] = {
+    layer_type: adapter
+    for adapter in (
+        LoRALinear,
+        LoRALinear4bit,
+        LoRALinear8bit,
+        LoRAConv1D,
+        LoRAEmbedding,
+        LoRAEmbeddingBag,
+        LoRAConvNd,
+        LoRAConvTransposeNd,
+        LoRAAttention,
+        LoRARecurrent,
+        LoRABilinear,
+    )
+    for layer_type in adapter.lora_layer_types
+}
+"""Layer type (or its full name, where its package is optional) to the adapter for it and its subclasses."""
+
+
+def adapter_for(layer: nn.Module) -> type[LoRALayer] | None:
+    """Return the adapter for ``layer``'s type or the nearest of its bases, or None.
+
+    Example:
+        >>> adapter_for(nn.Linear(2, 2)).__name__
+        'LoRALinear'
+        >>> adapter_for(nn.ReLU()) is None
+        True
+    """
+    for base in type(layer).__mro__:
+        adapter = ADAPTERS.get(base) or ADAPTERS.get(f"{base.__module__}.{base.__qualname__}")
+        if adapter is not None:
+            return adapter
+    return None
+
+
+def register_adapter(layer_class: type[nn.Module], adapter_class: type[LoRALayer]) -> None:
+    r"""Use your own adapter class for a layer class and its subclasses.
+
+    An adapter class is a subclass of ``lightning_lora.layers.LoRALayer``. Without more, it runs the layer on
+    :math:`W + \Delta W`, with the layer's ``weight`` as a matrix (out, in). It may override ``lora_update`` (a shorter
+    way to compute the update), ``lora_as_matrix`` and ``lora_as_weight`` (a weight of another shape), and
+    ``lora_parts_of`` (several weights). ``"all"`` targets it; ``"all-linear"`` too if ``lora_is_linear`` is True.
+
+    Args:
+        layer_class: The class of the layers. An adapter that was registered for it before is replaced.
+        adapter_class: The class that adapts them.
+
+    Raises:
+        ConfigError: one of the two is of another kind.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lora import LoRAConfig, inject_adapters
+        >>> class Doubling(nn.Module):
+        ...     def __init__(self) -> None:
+        ...         super().__init__()
+        ...         self.weight = nn.Parameter(torch.eye(4))
+        ...     def forward(self, x):
+        ...         return 2 * x @ self.weight.T
+        >>> class LoRADoubling(LoRALayer):
+        ...     lora_is_linear = True
+        >>> register_adapter(Doubling, LoRADoubling)
+        >>> inject_adapters(nn.Sequential(Doubling()), LoRAConfig(r=2))
+        ('0',)
+    """
+    if not (isinstance(layer_class, type) and issubclass(layer_class, nn.Module)):
+        raise ConfigError(f"register_adapter got {layer_class!r}. Expected a class of layers, a subclass of nn.Module.")
+    if not (isinstance(adapter_class, type) and issubclass(adapter_class, LoRALayer)):
+        raise ConfigError(
+            f"register_adapter got {adapter_class!r} for {layer_class.__name__}. Expected a subclass of "
+            "lightning_lora.layers.LoRALayer."
+        )
+    if issubclass(layer_class, LoRALayer):
+        raise ConfigError(
+            f"register_adapter got {layer_class.__name__}, an adapter, as a class of layers. Expected (layer class, "
+            "adapter class), in this order."
+        )
+    if layer_class not in vars(adapter_class).get("lora_layer_types", ()):
+        adapter_class.lora_layer_types = (*vars(adapter_class).get("lora_layer_types", ()), layer_class)
+    ADAPTERS[layer_class] = adapter_class

@@ -1,0 +1,84 @@
+"""What happens when a state dict is loaded into an adapted model by other code."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_lora.errors import AdapterStateError, LoRAWarning, listed
+from lightning_lora.model.norms import FrozenNorm
+from lightning_lora.model.record import find_record
+from lightning_lora.model.view import View
+from lightning_lora.tensors.names import join, plain_name
+from lightning_lora.tensors.values import copy_to_host
+
+
+def before_load(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Look at a state dict before torch loads it: it may hold another base, or half of what is merged.
+
+    Raises:
+        AdapterStateError: the adapters are merged, and ``state`` holds adapters. Nothing was loaded then.
+    """
+    record = find_record(model)
+    if record is None:
+        return
+    view = View(model)
+    given = _without_prefix(state, plain_name(prefix))
+    adapters = [name for name in view.adapters if name in given]
+    if record.is_merged:
+        if adapters:
+            raise AdapterStateError(
+                f"The adapters of {type(model).__name__} are merged into its weights, and this state holds "
+                f"{listed(adapters)}: only half of it could be loaded. Call unmerge_adapters(model) first, or "
+                "load_adapter(model, path)."
+            )
+        return
+    frozen = [name in given for name in view.base if name not in record.originals]
+    if adapters and all(frozen):
+        _follow_norms(view, given)
+    if adapters or not any(frozen):
+        return  # a part that trains, alone: not a base
+    if not view.is_fresh():
+        warnings.warn(
+            f"A state of the base was loaded into {type(model).__name__}, and its adapters stay as they are, trained. "
+            "Call remove_adapters(model) before loading, to start anew.",
+            LoRAWarning,
+            stacklevel=5,
+        )
+    _follow_base(view, given)
+
+
+def _without_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries of a state dict that are for this module, by their plain names in it."""
+    given = {}
+    for name, value in state.items():
+        name = plain_name(name)
+        if name.startswith(prefix):
+            given[name.removeprefix(prefix)] = value
+    return given
+
+
+def _follow_base(view: View, given: Mapping[str, Any]) -> None:
+    """Take the values of a loaded base as the originals, whatever alias of a shared tensor they are stored under."""
+    record = view.record
+    record.changed = {name: digests for name, digests in record.changed.items() if name not in given}
+    present: dict[str, Tensor] = {**view.base, **view.buffers}
+    loaded = {id(tensor): given[name] for name, tensor in present.items() if name in given}
+    for name, original in record.originals.items():
+        value = loaded.get(id(present.get(name)))
+        if isinstance(value, Tensor) and value.shape == original.shape:
+            record.originals[name] = copy_to_host(value.to(original.dtype))  # as the model will hold it
+
+
+def _follow_norms(view: View, given: Mapping[str, Any]) -> None:
+    """Take what is loaded into frozen norms as the base's: no training can have changed it."""
+    present: dict[str, Tensor] = {**view.base, **view.buffers}
+    loaded = {id(tensor): given[name] for name, tensor in present.items() if name in given}
+    for prefix, module in view.modules.items():
+        if not isinstance(module, FrozenNorm):
+            continue
+        for kind, buffer in module._buffers.items():
+            value = loaded.get(id(buffer))
+            if isinstance(value, Tensor) and buffer is not None and value.shape == buffer.shape:
+                view.record.originals[join(prefix, kind)] = copy_to_host(value.to(buffer.dtype))

@@ -1,0 +1,81 @@
+"""Give a model its record, find it, take it away."""
+
+from torch import nn
+
+from lightning_lora.errors import AdapterStateError
+from lightning_lora.model.handover import recall
+from lightning_lora.model.loading import before_load
+from lightning_lora.model.record import ATTRIBUTE, Record, find_record, inner_records
+from lightning_lora.model.view import View
+from lightning_lora.tensors.names import join, plain_module, submodule
+
+
+def keep_record(model: nn.Module, record: Record) -> None:
+    """Give ``model`` its record."""
+    model = plain_module(model)
+    forget_record(model)
+    model._register_load_state_dict_pre_hook(before_load, with_module=True)
+    vars(model)[ATTRIBUTE] = record
+
+
+def forget_record(model: nn.Module) -> None:
+    """Take the record of ``model`` away, if it has one."""
+    model = plain_module(model)
+    vars(model).pop(ATTRIBUTE, None)
+    hooks = model._load_state_dict_pre_hooks  # whose handles would not survive a copy, as the hooks do
+    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is before_load]:
+        del hooks[key]
+
+
+def recall_record(model: nn.Module) -> Record | None:
+    """Give ``model`` the record that a fit in another process left, if it is about the very weights it has."""
+    record: Record | None = recall(model)
+    if record is not None:
+        keep_record(model, record)
+    return record
+
+
+def record_of(model: nn.Module) -> Record:
+    """Return the record of ``model``.
+
+    Raises:
+        AdapterStateError: ``model`` has no adapters, or they are disabled just now.
+    """
+    record = find_record(model) or recall_record(model)
+    if record is None:
+        inner = next(iter(inner_records(model)), None)
+        remedy = "Call inject_adapters and train it, or load_adapter."
+        if inner:
+            remedy = f"They are in its {inner!r}: pass that module."
+        raise AdapterStateError(f"{type(model).__name__} has no adapters. {remedy}")
+    if record.disabled:
+        raise AdapterStateError(
+            f"The adapters of {type(model).__name__} are disabled. Do this after the block of disable_adapters."
+        )
+    return record
+
+
+def view_of(model: nn.Module) -> View:
+    """Look at an adapted model.
+
+    Raises:
+        AdapterStateError: ``model`` has no adapters, or they are disabled just now.
+    """
+    record_of(model)
+    return View(model)
+
+
+def absorb_inner_records(model: nn.Module, record: Record) -> None:
+    """Take over what modules inside ``model`` remember, where ``record`` knows nothing better.
+
+    A module that is merged is a base as it is: what it was before no longer counts.
+    """
+    for prefix, inner in inner_records(model).items():
+        for name, flag in inner.requires_grad.items():
+            record.requires_grad.setdefault(join(prefix, name), flag)
+        if not inner.is_merged:
+            for name, value in inner.originals.items():
+                record.originals.setdefault(join(prefix, name), value)
+            for name, digests in inner.changed.items():
+                record.changed.setdefault(join(prefix, name), digests)
+        forget_record(submodule(model, prefix))

@@ -1,0 +1,204 @@
+"""One look at an adapted model: its layers, its adapters, its base, and what of them trains."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.layers import LoRALayer, Part, quantised_entries
+from lightning_lora.model.record import Record, find_record
+from lightning_lora.tensors.names import join, named_modules, own_parameter, parameters_of, submodule
+
+
+class MergedWeight(NamedTuple):
+    """A weight with an update merged into it.
+
+    Args:
+        layer: The name of its layer.
+        shown: The parameter that the layer has.
+        base: The base's values: a tensor, or, if the weight is tied, the parameter that its other use still has.
+    """
+
+    layer: str
+    shown: nn.Parameter
+    base: Tensor
+
+
+class View:
+    """A model's parts by name, from one walk over its modules.
+
+    Make a view for one call, and a new one after classes or parameters of the model have changed. A name is that of the
+    plain model; a shared module or parameter has several.
+
+    Args:
+        model: Any module.
+        config: What it is adapted with, if that is not the configuration that it remembers.
+    """
+
+    def __init__(self, model: nn.Module, config: LoRAConfig | None = None) -> None:
+        self.model = model
+        self.modules = named_modules(model, remove_duplicate=False)
+        self._record = find_record(model)
+        self._config = config
+
+    @property
+    def record(self) -> Record:
+        """What the model remembers. Ask only of an adapted model."""
+        assert self._record is not None
+        return self._record
+
+    @property
+    def config(self) -> LoRAConfig:
+        """What the model is adapted with."""
+        return self._config or self.record.config
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether the model has adapters, on its layers or merged."""
+        return self._record is not None
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the model is plain, with its updates merged into its weights."""
+        return self._record is not None and self._record.is_merged
+
+    # Modules
+
+    @cached_property
+    def layers(self) -> dict[str, LoRALayer]:
+        """The adapted layers; a shared one once, by its first name. A merged model has none."""
+        layers = {}
+        seen = set[int]()
+        for name, module in self.modules.items():
+            if isinstance(module, LoRALayer) and id(module) not in seen:
+                seen.add(id(module))
+                layers[name] = module
+        return layers
+
+    @cached_property
+    def adapted_parts(self) -> dict[str, tuple[Part, ...]]:
+        """The adapted matrices of each layer, whether or not its adapter is on it."""
+        parts = {name: layer.lora_parts for name, layer in self.layers.items()}
+        if self.is_merged:
+            parts |= {name: adapter.parts for name, adapter in self.record.merged.items()}
+        return parts
+
+    @cached_property
+    def saved(self) -> list[nn.Module]:
+        """The modules that ``modules_to_save`` names."""
+        if not self.config.modules_to_save:
+            return []
+        return [module for name, module in self.modules.items() if self.config.is_saved(name)]
+
+    # Parameters
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters of the model as it is."""
+        return parameters_of(self.modules)
+
+    @cached_property
+    def adapters(self) -> dict[str, nn.Parameter]:
+        """The parameters that adapters added, whether or not they are on their layers."""
+        if self.is_merged:
+            factors = {name: adapter.parameters for name, adapter in self.record.merged.items()}
+        else:
+            factors = {name: layer.lora_parameters() for name, layer in self.layers.items()}
+        return {join(name, factor): p for name, named in factors.items() for factor, p in named.items()}
+
+    @cached_property
+    def merged(self) -> list[MergedWeight]:
+        """The weights with an update merged into them."""
+        if not self.is_merged:
+            return []
+        found = []
+        for name, adapter in self.record.merged.items():
+            layer = submodule(self.model, name)
+            for weight, base in adapter.bases.items():
+                found.append(MergedWeight(name, own_parameter(layer, weight), base))
+        return found
+
+    @cached_property
+    def base(self) -> dict[str, nn.Parameter]:
+        """The base's own parameters. For a tied weight that was merged, the one that its other use has."""
+        tied = {id(weight.shown): weight.base for weight in self.merged if isinstance(weight.base, nn.Parameter)}
+        adapters = set(map(id, self.adapters.values()))
+        return {name: tied.get(id(p), p) for name, p in self.parameters.items() if id(p) not in adapters}
+
+    @cached_property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Those of the base's parameters that train: modules trained in full, and biases."""
+        if not self.trains_base:
+            return {}
+        trained = {id(p) for module in self.saved for p in module.parameters()}
+        trained |= {id(p) for name, p in self.base.items() if self.config.is_saved(name)}
+        trained |= {id(p) for p in self._biases()}
+        return {name: p for name, p in self.base.items() if id(p) in trained}
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether anything but adapters trains."""
+        return bool(self.config.modules_to_save) or self.config.bias != "none"
+
+    def _biases(self) -> Iterator[nn.Parameter]:
+        """The biases that train. With ``"lora_only"``, those beside adapted weights: an attention's projections too."""
+        if self.config.bias == "all":
+            yield from (p for name, p in self.base.items() if "bias" in name.rpartition(".")[2])
+        if self.config.bias == "lora_only":
+            weights = (join(name, part.weight) for name, parts in self.adapted_parts.items() for part in parts)
+            for owner in {weight.rpartition(".")[0] for weight in weights}:
+                holder = submodule(self.model, owner)
+                yield from (p for name, p in holder._parameters.items() if p is not None and "bias" in name)
+
+    @cached_property
+    def frozen(self) -> dict[str, nn.Parameter]:
+        """Those of the base's parameters that do not train."""
+        return {name: p for name, p in self.base.items() if name not in self.trained}
+
+    # Values
+
+    @cached_property
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers that a state dict holds."""
+        found = {}
+        for prefix, module in self.modules.items():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    found[join(prefix, name)] = buffer
+        return found
+
+    @cached_property
+    def entries(self) -> dict[str, Tensor]:
+        """What quantised layers add to a state dict beside their weights."""
+        found = {}
+        for prefix, module in self.modules.items():
+            for name, value in quantised_entries(module).items():
+                found[join(prefix, name)] = value
+        return found
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """The tensors whose base values the model remembers."""
+        present = {**self.base, **self.buffers}
+        return {name: present[name] for name in self.record.originals if name in present}
+
+    @property
+    def base_values(self) -> dict[str, Tensor]:
+        """The base: frozen weights without updates, and everything else that training may change as it began."""
+        below = {id(weight.shown): weight.base for weight in self.merged}
+        values = {name: below.get(id(p), p.detach()) for name, p in self.frozen.items()}
+        for name, tensor in self.kept.items():
+            if name not in self.trained:
+                values[name] = self.record.originals[name].to(tensor.dtype)
+        return {**values, **self.entries}
+
+    def is_fresh(self) -> bool:
+        """Whether no adapter has an update yet."""
+        return all(layer.lora_is_fresh() for layer in self.layers.values())
+
+    def follow_base(self) -> None:
+        """Let fresh adapters that start from the base's weights start from those that are there now."""
+        for layer in self.layers.values():
+            layer.lora_follow_base()

@@ -1,0 +1,217 @@
+"""What a file says of its adapters, and how it is checked before it is used."""
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError, listed
+from lightning_lora.model.view import View
+from lightning_lora.storage.base_copies import is_places
+from lightning_lora.storage.fingerprint import check_base, is_fingerprints
+from lightning_lora.storage.state import check_names, check_tensors, entries_of
+from lightning_lora.tensors.names import join
+from lightning_lora.tensors.values import digest
+
+KEY = "lightning_lora"
+"""The entry of a Lightning checkpoint, or of a safetensors file's metadata, that describes the adapters."""
+
+FORMAT = 2
+"""The version of that entry."""
+
+
+def describe(view: View, state: Mapping[str, Any], base: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """Return, in plain types, what must be known to use ``state`` rightly.
+
+    Args:
+        view: The adapted model.
+        state: What of it is stored.
+        base: The forms in which its base was seen.
+        **more: What else is to be said, in plain types.
+
+    Returns:
+        The format, the configuration, the base, the names of frozen weights that changed, how many entries ``state``
+        has, and a checksum of it all.
+    """
+    about = {
+        "format": FORMAT,
+        "config": view.config.to_dict(),
+        "base": base,
+        "changed": [name for name in state if name in view.frozen],
+        "entries": len(state),
+        **more,
+    }
+    if not _is_bounded(about):
+        raise ConfigError(
+            "The configuration is too long to be stored. Name many layers by one expression, such as "
+            "target_modules=r'.*\\.q_proj'."
+        )
+    return {**about, "checksum": _checksum(state, about)}
+
+
+# Checks
+
+
+def check_fits(view: View, state: Mapping[str, Any], description: Mapping[str, Any]) -> None:
+    """Refuse stored adapters that do not fit an adapted model, in shape or in meaning.
+
+    Raises:
+        AdapterFileError: the description cannot be read.
+        AdapterMismatchError: a tensor does not fit, or the same factors would give another update here.
+        BaseMismatchError: they were trained on another base.
+    """
+    config, changed = stored_config(description), description.get("changed", ())
+    entries = entries_of(view)
+    _check_settings(view, config)
+    check_names(view, entries, state, changed, config)
+    check_base(view, description["base"], {name: v.shape for name, v in state.items() if isinstance(v, Tensor)})
+    check_tensors(view, entries, state)
+    _check_finite(view, state)
+    lost = sorted(view.record.changed.keys() - set(changed))
+    if lost:
+        raise BaseMismatchError(
+            f"Frozen weights of {type(view.model).__name__} have changed in training since these adapters were stored, "
+            f"and their earlier values are in no file: {listed(lost)}. Build the model anew, then load."
+        )
+
+
+def _check_settings(view: View, config: LoRAConfig) -> None:
+    """Refuse factors that were trained with another rank or scaling: they would give another update."""
+    for name, layer in view.layers.items():
+        r, scaling = config.rank(name), config.scaling(name)
+        settings = layer.lora_settings
+        if (r, scaling) != (settings.r, settings.scaling):
+            raise AdapterMismatchError(
+                f"These adapters were trained with r={r} and a scaling of {scaling:g} in {name!r}; here it has "
+                f"r={settings.r} and a scaling of {settings.scaling:g}. Adapt the model as they were trained: "
+                f"r={config.r}, alpha={config.alpha}, use_rslora={config.use_rslora}, "
+                f"rank_pattern={config.rank_pattern}, alpha_pattern={config.alpha_pattern}."
+            )
+
+
+def stored_config(description: object) -> LoRAConfig:
+    """Return the configuration of stored adapters.
+
+    Raises:
+        AdapterFileError: ``description`` is not one that :func:`describe` made.
+    """
+    foreign = AdapterFileError(f"The file's {KEY!r} entry is not one that this package wrote: damaged, or foreign.")
+    if not isinstance(description, dict) or type(description.get("format")) is not int or not _is_bounded(description):
+        raise foreign
+    if description["format"] != FORMAT:
+        raise AdapterFileError(
+            f"The file has format {description['format']}; expected {FORMAT}. Use the version that wrote it."
+        )
+    if not _is_plain(description):
+        raise foreign
+    try:
+        return LoRAConfig.from_dict(description["config"])
+    except ConfigError as error:
+        raise AdapterFileError(f"The file's configuration cannot be used: {error}") from error
+
+
+def _is_bounded(value: object, most: int = 1 << 24) -> bool:
+    """Whether ``value`` is short enough when written out: a small pickle can repeat one entry millions of times."""
+    left, inside = most, [value]
+    while inside and left > 0:
+        each = inside.pop()
+        left -= 16 * len(each) if isinstance(each, list | dict) else len(each) if isinstance(each, str) else 16
+        if left > 0 and isinstance(each, list | dict):
+            inside += [*each, *each.values()] if isinstance(each, dict) else each
+    return left > 0
+
+
+def _is_plain(description: dict[Any, Any]) -> bool:
+    """Whether each part has its type, so that it is safe to compute with."""
+    known = ("format", "config", "base", "changed", "entries", "checksum")
+    _, config, base, changed, entries, checksum = (description.get(key) for key in known)
+    copies = description.get("copies", [])
+    return (
+        description.keys() <= {*known, "copies"}
+        and isinstance(config, dict)
+        and is_fingerprints(base)
+        and _is_names(changed)
+        and type(entries) is type(checksum) is int
+        and is_places(copies)
+    )
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _check_finite(view: View, state: Mapping[str, Any]) -> None:
+    """Refuse what a diverged run left."""
+    statistics = set[str]()
+    for name, module in view.modules.items():
+        if isinstance(module, _NormBase):
+            statistics |= {join(name, "running_mean"), join(name, "running_var")}
+    checked = [*view.adapters, *view.trained, *(name for name in state if name in statistics)]
+    originals = view.record.originals
+    broken = [name for name in checked if not _is_sound(state[name], originals.get(name))]
+    if broken:
+        raise AdapterFileError(
+            f"{listed(broken)} hold NaN or infinite values: the training that wrote them had diverged. Use an earlier "
+            "checkpoint, or train again with a lower learning rate."
+        )
+
+
+def _is_sound(value: Tensor, original: Tensor | None) -> bool:
+    """Whether ``value`` is finite, except where the base was not either: a mask may be infinite."""
+    odd = ~value.isfinite()
+    return not odd.any() or (original is not None and bool((value[odd].cpu() == original[odd.cpu()]).all()))
+
+
+def _checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:
+    """One number for the names and contents of all tensors, and for what is said about them."""
+    said = {name: value for name, value in about.items() if name != "checksum"}
+    names = sorted(name for name, value in state.items() if isinstance(value, Tensor) and not value.is_meta)
+    kinds = [[name, str(state[name].dtype), list(state[name].shape)] for name in names]
+    text = json.dumps([said, kinds], sort_keys=True).encode()
+    total = digest(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    for name in names:
+        total = (total * 1_000_003 + digest(state[name])) % (1 << 63)
+    return total
+
+
+def check_entries(names: Collection[str], description: Mapping[str, Any], path: object) -> None:
+    """Refuse more or fewer entries than were written, before anything is done with them.
+
+    Raises:
+        AdapterFileError: there are.
+    """
+    if len(names) != description["entries"]:
+        raise AdapterFileError(
+            f"{path} has {len(names)} entries, and {description['entries']} were written: it is damaged or was changed."
+        )
+
+
+def check_checksum(state: Mapping[str, Any], description: Mapping[str, Any], path: object) -> None:
+    """Refuse what was changed after it was written.
+
+    Raises:
+        AdapterFileError: ``state`` or ``description`` was.
+    """
+    check_entries(state, description, path)
+    odd = [name for name, value in state.items() if isinstance(name, str) and not _is_stored(value)]
+    odd += [f"a name of type {type(name).__name__}" for name in state if not isinstance(name, str)]
+    if odd:
+        raise AdapterFileError(
+            f"{path} holds what this package does not write: {listed(odd)}. The file is damaged or was changed."
+        )
+    if _checksum(state, description) != description["checksum"]:
+        raise AdapterFileError(
+            f"The adapters in {path} are not as they were written: the file is damaged or was changed."
+        )
+
+
+def _is_stored(value: object) -> bool:
+    """Whether ``value``, if it is a tensor, is a plain one with no more elements than it has memory for."""
+    if not isinstance(value, Tensor) or value.is_meta or value.layout is not torch.strided:
+        return True
+    plain = not value.is_quantized and not value.is_nested
+    return plain and value.numel() * value.element_size() <= value.untyped_storage().nbytes()

@@ -1,0 +1,191 @@
+"""What cannot be adapted, and the errors that say why."""
+
+from collections.abc import Collection, Mapping
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_lora.config import LoRAConfig, matches_pattern
+from lightning_lora.errors import ConfigError, TargetError, listed
+from lightning_lora.layers import FROM_BASE, LoRAParameters, adapter_for
+from lightning_lora.targets.choice import Choice
+from lightning_lora.targets.lookup import SEE_ALL, Names, supported_types, why_not
+from lightning_lora.tensors.names import join, plain_module
+
+_SHOWN = 5
+"""How many layers an error names."""
+
+
+def check_shapes(names: Names) -> None:
+    """Refuse a model with lazy layers, which get their shapes from a first batch.
+
+    Raises:
+        ConfigError: there are such layers.
+    """
+    lazy = [name for name, parameter in names.parameters.items() if is_lazy(parameter)]
+    for prefix, module in {"": plain_module(names.model), **names.modules}.items():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and is_lazy(buffer):
+                lazy.append(join(prefix, name))
+    if lazy:
+        raise ConfigError(
+            f"{listed(lazy)} of {names.title} are lazy and have no shape yet. Run one batch through the model before "
+            "it is adapted."
+        )
+
+
+def check_any(names: Names, config: LoRAConfig, layers: Collection[str]) -> None:
+    """Refuse to adapt nothing.
+
+    Raises:
+        TargetError: no layer is left.
+    """
+    if layers:
+        return
+    fit: dict[str, str] = {}
+    for name, layer in names.modules.items():
+        if not why_not(names, name, layer):
+            fit[type(layer).__name__] = name
+    if config.target_modules == "all-linear" and fit:
+        others = ", ".join(f"{kind} ({name!r})" for kind, name in list(fit.items())[:_SHOWN])
+        hint = f"It has others that can be adapted: {others}. Set target_modules='all', or name them."
+    else:
+        hint = f"Expected at least one {supported_types()} layer. Correct target_modules."
+    raise TargetError(
+        f"target_modules {_shown(config)!r} select no layer of {names.title} beyond those in exclude_modules and "
+        f"modules_to_save. {hint} ({SEE_ALL}.)"
+    )
+
+
+def check_supported(
+    names: Names, config: LoRAConfig, layers: Mapping[str, nn.Module], targets: Collection[nn.Module]
+) -> None:
+    """Refuse targets that cannot be adapted.
+
+    Raises:
+        TargetError: there are such layers.
+    """
+    refused = {}
+    for name, layer in layers.items():
+        why = why_not(names, name, layer) if layer in targets else None
+        if why:
+            refused[name] = why
+    if not refused:
+        return
+    reasons = "; ".join(f"{name!r}: {why}" for name, why in list(refused.items())[:_SHOWN])
+    more = f"; and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
+    unknown = any(adapter_for(layers[name]) is None for name in refused)
+    supported = f"Supported are {supported_types()} and their subclasses. " if unknown else ""
+    remedy = f", or exclude these: exclude_modules={list(refused)[:_SHOWN]}" if len(refused) < len(layers) else ""
+    raise TargetError(
+        f"target_modules {_shown(config)!r} match layers of {names.title} that cannot be adapted ({reasons}{more}). "
+        f"{supported}Name other layers{remedy}."
+    )
+
+
+def _shown(config: LoRAConfig) -> object:
+    return list(config.target_modules) if isinstance(config.target_modules, tuple) else config.target_modules
+
+
+def check_patterns(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
+    """Refuse keys that decide nothing: they match no layer, or earlier keys decide for all that they match.
+
+    Raises:
+        TargetError: there are such keys.
+    """
+    parameters = {name for name, choice in choices.items() if choice.kind is LoRAParameters}
+    for argument in ("rank_pattern", "alpha_pattern", "target_slices"):
+        layers = list(choices)
+        if argument == "target_slices":  # parameters have no slices
+            layers = [name for name in choices if name not in parameters]
+        matched = {}
+        for key in getattr(config, argument) or {}:
+            matched[key] = [name for name in layers if matches_pattern(key, name)]
+        _check_matched(names, argument, matched, layers)
+        _check_order(names, argument, matched)
+
+
+def _check_matched(names: Names, argument: str, matched: Mapping[str, list[str]], layers: list[str]) -> None:
+    """Refuse keys that match no adapted layer."""
+    missing = [key for key, found in matched.items() if not found]
+    idle = [key for key in missing if any(matches_pattern(key, name) for name in names.modules)]
+    if idle:
+        raise TargetError(
+            f"{argument} {idle} match layers of {names.title} that are not adapted. Name them in target_modules too, "
+            f"or remove them from {argument}."
+        )
+    names.require(argument, dict.fromkeys(missing, layers))
+
+
+def _check_order(names: Names, argument: str, matched: Mapping[str, list[str]]) -> None:
+    """Refuse keys after others that match all the same layers: the first key decides."""
+    keys = list(matched)
+    for place, key in enumerate(keys):
+        before = [other for other in keys[:place] if set(matched[key]) & set(matched[other])]
+        decided = {name for other in before for name in matched[other]}
+        if decided.issuperset(matched[key]):
+            raise TargetError(
+                f"{argument} {key!r} has no effect on {names.title}: {listed(before)} before it match all its layers, "
+                "and the first key that matches decides. Put it first."
+            )
+
+
+def check_names(choices: Mapping[str, Choice]) -> None:
+    """Refuse parameters whose factors would have the same name.
+
+    Raises:
+        TargetError: there are such parameters.
+    """
+    for name, choice in choices.items():
+        own = [part.name for part in choice.parts]
+        twice = [part.weight for part in choice.parts if own.count(part.name) > 1]
+        if twice:
+            raise TargetError(
+                f"{listed(twice)} of {name!r} cannot be adapted together: their factors would have the same name."
+            )
+
+
+def check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
+    """Refuse DoRA, PiSSA and OLoRA where they have no meaning.
+
+    Raises:
+        TargetError: there is such a layer.
+    """
+    if config.use_dora:
+        unfit = [n for n, c in choices.items() if not (c.kind.lora_fits_dora and c.parts[0].is_whole)]
+        what, where = "use_dora=True", "linear, embedding and convolution layers without target_slices"
+    elif config.init in FROM_BASE:
+        unfit = [name for name, choice in choices.items() if not choice.kind.lora_drops_input]
+        what, where = f"init={config.init!r}", "layers other than embeddings, where it would change unseen tokens"
+    else:
+        return
+    if unfit:
+        shown = ", ".join(f"{name!r} ({type(choices[name].layer).__name__})" for name in unfit[:_SHOWN])
+        more = f" and {len(unfit) - _SHOWN} more" if len(unfit) > _SHOWN else ""
+        raise TargetError(
+            f"{what} is for {where}; targeted too: {shown}{more}. Leave {what} out, or exclude these: "
+            f"exclude_modules={unfit[:_SHOWN]}."
+        )
+
+
+def check_ranks(choices: Mapping[str, Choice], saved: Collection[str] | None) -> None:
+    """Refuse a rank larger than a layer's matrix allows. In a layer with several, each gets the most it can have.
+
+    Raises:
+        ConfigError: there is such a layer.
+    """
+    small = {}
+    for name, choice in choices.items():
+        most = max(min(part.reads, part.writes) for part in choice.parts)
+        if choice.settings.r > most:
+            small[name] = (choice.settings.r, most)
+    if not small:
+        return
+    shown = ", ".join(f"{name!r} (r={r}, at most {limit})" for name, (r, limit) in list(small.items())[:_SHOWN])
+    more = f" and {len(small) - _SHOWN} more" if len(small) > _SHOWN else ""
+    limits = {name: limit for name, (_, limit) in list(small.items())[:_SHOWN]}
+    raise ConfigError(
+        f"The rank is too large for {shown}{more}. Train a new layer, such as a head, in full: "
+        f"modules_to_save={[*(saved or ()), *limits]}. Otherwise set rank_pattern={limits}, or "
+        f"exclude_modules={list(limits)}, or lower r."
+    )

@@ -1,0 +1,32 @@
+"""Random number generators: a resumed run goes on with the same numbers."""
+
+from collections.abc import Mapping
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+RANDOM = "lightning_lora_random"
+"""The entry of a checkpoint that holds the states of torch's generators."""
+
+
+def random_states(trainer: Trainer) -> dict[str, Tensor]:
+    """Return the states of torch's generators, by type of device, a row for each process."""
+    device = trainer.strategy.root_device
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    gathered = {name: trainer.strategy.all_gather(state.to(device)) for name, state in states.items()}
+    return {name: rows.reshape(-1, len(states[name])).cpu() for name, rows in gathered.items()}
+
+
+def set_random_state(trainer: Trainer, states: object) -> None:
+    """Set this process's generators to what :func:`random_states` returned, if as many processes ran then."""
+    device = trainer.strategy.root_device
+    for name, rows in states.items() if isinstance(states, Mapping) else ():
+        if name not in ("cpu", device.type) or not isinstance(rows, Tensor):
+            continue
+        now = torch.get_rng_state() if name == "cpu" else torch.cuda.get_rng_state(device)
+        if rows.dtype == now.dtype and rows.shape == (trainer.world_size, len(now)):
+            state = rows[trainer.global_rank].clone()  # torch would crash on a row of a tensor
+            torch.set_rng_state(state) if name == "cpu" else torch.cuda.set_rng_state(state, device)

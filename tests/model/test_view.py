@@ -1,0 +1,112 @@
+"""A call looks at a model a small number of times, however many layers it has."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import (
+    LoRAConfig,
+    adapter_state_dict,
+    disable_adapters,
+    inject_adapters,
+    load_adapter,
+    load_adapter_state_dict,
+    merge_adapters,
+    remove_adapters,
+    save_adapter,
+    summarize,
+    unmerge_adapters,
+)
+from lightning_lora.model.view import View
+from lightning_lora.tensors import names
+from tests.models import TinyLM, randomise
+
+
+class Model(nn.Module):
+    """Blocks of two linear layers and a norm, and a head."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        block = {"q": nn.Linear, "k": nn.Linear}
+        make = [nn.ModuleDict({name: kind(4, 4) for name, kind in block.items()}) for _ in range(blocks)]
+        self.blocks = nn.ModuleList(make)
+        self.norm, self.head = nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+
+class Walks:
+    """Counts the walks over all modules of a model: ours, torch's, and state dicts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        for holder, name in ((names, "_walk"), (nn.Module, "named_modules"), (nn.Module, "state_dict")):
+            monkeypatch.setattr(holder, name, self.counted(getattr(holder, name)))
+
+    def counted(self, walk: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            self.count += isinstance(module, Model)
+            return walk(module, *args, **kwargs)
+
+        return counting
+
+    def of(self, call: Callable[[], Any]) -> int:
+        before = self.count
+        call()
+        return self.count - before
+
+
+def walks(blocks: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    model, other, config = Model(blocks), Model(blocks), LoRAConfig(r=2, modules_to_save=["head"])
+    found, file = {}, folder / f"{blocks}.safetensors"
+
+    def disable() -> None:
+        with disable_adapters(model):
+            pass
+
+    with monkeypatch.context() as patch:
+        counted = Walks(patch)
+        found["inject"] = counted.of(lambda: inject_adapters(model, config))
+        randomise(model)
+        state = adapter_state_dict(model)
+        found["adapter_state_dict"] = counted.of(lambda: adapter_state_dict(model))
+        found["load_adapter_state_dict"] = counted.of(lambda: load_adapter_state_dict(model, state))
+        found["save_adapter"] = counted.of(lambda: save_adapter(model, file))
+        found["load_adapter"] = counted.of(lambda: load_adapter(other, file))
+        found["disable"] = counted.of(disable)
+        found["merge"] = counted.of(lambda: merge_adapters(model))
+        found["summarize"] = counted.of(lambda: summarize(model))
+        found["unmerge"] = counted.of(lambda: unmerge_adapters(model))
+        found["remove"] = counted.of(lambda: remove_adapters(model))
+    return found
+
+
+def test_walks_over_a_model_do_not_grow_with_its_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = (walks(blocks, tmp_path, monkeypatch) for blocks in (2, 24))
+    assert few == many
+    assert max(few.values()) <= 14 and few["inject"] <= 5 and few["save_adapter"] <= 3 and few["merge"] <= 4
+
+
+def test_view_names_what_a_model_is_made_of() -> None:
+    model = TinyLM()
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"], bias="lora_only"))
+    view = View(model)
+    assert list(view.layers) == ["q_proj"] and list(view.adapters) == ["q_proj.lora_A", "q_proj.lora_B"]
+    assert set(view.trained) == {"norm.weight", "norm.bias", "q_proj.bias"}
+    assert {*view.trained, *view.frozen} == set(view.base) == set(TinyLM().state_dict())
+    assert "lm_head.weight" in view.frozen and "embed.weight" in view.frozen  # one weight, by both its names
+
+
+def test_view_of_a_merged_model_has_its_adapters_and_its_base() -> None:
+    model = TinyLM()
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["q_proj"]))
+    randomise(model)
+    before = {name: value.clone() for name, value in View(model).base_values.items()}
+    merge_adapters(model)
+    view = View(model)
+    assert view.is_merged and not view.layers and len(view.adapters) == 2
+    assert all(torch.equal(view.base_values[name], value) for name, value in before.items())
+    assert not torch.equal(view.parameters["q_proj.weight"], before["q_proj.weight"])
