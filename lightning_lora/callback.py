@@ -1,4 +1,4 @@
-"""The plugin: one callback that leads any LightningModule through a LoRA fine-tune."""
+"""The plugin: a callback that fine-tunes any LightningModule with LoRA."""
 
 import sys
 import warnings
@@ -35,41 +35,48 @@ _LAST = "the last adapters"
 
 
 class LoRACallback(Callback):
-    """Fine-tune any LightningModule by low-rank adapters.
+    """Fine-tune any LightningModule with low-rank adapters.
 
-    The base is frozen and adapted when a stage is set up, the optimizers train the adapters alone, every file the
-    Trainer writes holds the adapters alone, and at the end of ``fit`` the updates are merged: the module is a plain
-    model again. (A stage that only evaluates leaves it adapted.) Norms with running statistics stand still, unless
-    ``modules_to_save`` names them. EMA and SWA average the adapters; ``BaseFinetuning`` and ``ModelPruning``, which
-    change the base, are refused.
+    At set-up, the callback freezes the base model and adds adapters to its layers. The optimizers train only the
+    adapters, and every file that the Trainer writes holds only the adapters. At the end of ``fit``, the updates are
+    merged into the weights, and the module is a plain model again. A stage that only evaluates leaves the adapters on
+    the module; if the module was merged before, it is merged again.
+
+    The running statistics of norms are frozen too, unless ``modules_to_save`` names the norms. EMA and SWA average only
+    the adapters and other weights that train. ``BaseFinetuning`` and ``ModelPruning`` change the base, so they raise an
+    error.
 
     Args:
         r: Rank of the update, from 1 to the smaller side of every adapted weight.
         alpha: The update is scaled by ``alpha / r``. ``None`` means ``alpha = r``, a scaling of one.
         dropout: Probability of dropping an input of ``lora_A`` in training, in [0, 1).
-        target_modules: ``"all-linear"`` (every linear layer but a language model's output head), ``"all"`` (every
-            supported layer), a regular expression that must match a whole dotted name, or a list of names or of their
-            last parts.
-        target_slices: Parts of fused layers to adapt: ``{"c_attn": ["q", "v"]}``, also of nn.MultiheadAttention; or by
-            the features that a layer writes, ``{"proj": {"a": [0, 64]}}``. See :class:`LoRAConfig`.
-        target_parameters: Matrices, or stacks of them, that a module holds by itself, such as the weights of experts.
-        exclude_modules: Modules to leave alone, with everything below them: an expression or a list, as above.
-        modules_to_save: Names of modules, or of single parameters, to train whole; they win over ``target_modules``.
-            Name every new layer here: a frozen layer of random weights is in no file, and could not be built again.
-        rank_pattern: Rank by layer: names, last parts or expressions to an ``r`` other than the default.
-        alpha_pattern: Likewise for ``alpha``.
+        target_modules: The layers to adapt. ``"all-linear"`` means every linear layer except a language model's output
+            head. ``"all"`` means every supported layer. Any other string is a regular expression that must match the
+            full dotted name. Or give a list of names, or of the last parts of names.
+        target_slices: Parts of fused layers to adapt: ``{"c_attn": ["q", "v"]}``, also in nn.MultiheadAttention, or a
+            range of output features: ``{"proj": {"a": [0, 64]}}``. See :class:`LoRAConfig`.
+        target_parameters: Matrices, or stacks of matrices, that are parameters of a module and not layers of their own,
+            such as expert weights.
+        exclude_modules: Modules to leave without adapters, with all their submodules. Give a regular expression or a
+            list, as for ``target_modules``.
+        modules_to_save: Names of modules, or of single parameters, to train in full. They take precedence over
+            ``target_modules``. List every new layer here: no file holds a frozen layer with random weights, so it
+            could not be built again.
+        rank_pattern: Layers with another rank than ``r``. The keys are names, last parts of names, or regular
+            expressions for the end of a name.
+        alpha_pattern: Layers with another ``alpha``, with the same kind of keys.
         bias: Which biases train too: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
-        init: How ``lora_A`` starts: ``"kaiming"`` (uniform) or ``"gaussian"``; or both factors ``"pissa"`` or
-            ``"olora"``, from what is strongest in the weight.
+        init: How the adapters are initialised. ``"kaiming"`` (uniform) and ``"gaussian"`` make ``lora_A`` random.
+            ``"pissa"`` and ``"olora"`` start both matrices from the strongest part of the weight.
         use_rslora: Scale by ``alpha / sqrt(r)`` instead.
-        use_dora: Train a magnitude for each feature that a layer writes, beside the direction (DoRA).
-        autocast_adapter_dtype: Keep adapters in float32 where the base is in half precision.
-        loraplus_lr_ratio: Reserved: a learning rate of its own for ``lora_B`` is not available yet.
-        merge: What becomes of the adapters at the end of ``fit``: ``"last"`` merges them as they are, ``"best"`` merges
-            those of ModelCheckpoint's best file, ``False`` leaves them on the model. A ``fast_dev_run`` merges nothing.
+        use_dora: Train a magnitude for each output feature too, separate from the direction (DoRA).
+        autocast_adapter_dtype: Keep adapters in float32 if the base is in half precision.
+        loraplus_lr_ratio: Reserved. A separate learning rate for ``lora_B`` is not available yet.
+        merge: What to do with the adapters at the end of ``fit``. ``"last"`` merges them as they are. ``"best"`` merges
+            those of ModelCheckpoint's best file. ``False`` leaves them on the model. A ``fast_dev_run`` merges nothing.
 
     Raises:
-        ConfigError: an argument is outside what it may be.
+        ConfigError: an argument has an invalid value.
 
     Source:
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
@@ -109,12 +116,9 @@ class LoRACallback(Callback):
         merge: Merge = "last",
     ) -> None:
         if merge is not False and merge not in ("last", "best"):
-            raise ConfigError(f"merge={merge!r} is unknown. Expected 'last', 'best' or False.")
+            raise ConfigError(f"merge={merge!r} is not valid. Expected 'last', 'best' or False.")
         if loraplus_lr_ratio is not None:
-            raise ConfigError(
-                f"loraplus_lr_ratio={loraplus_lr_ratio!r} is not available in this version. Leave it None, and give "
-                "lora_B a parameter group of its own in configure_optimizers if you need one."
-            )
+            raise ConfigError(f"loraplus_lr_ratio={loraplus_lr_ratio!r} is not available in this version. Use None.")
         self.config = LoRAConfig(
             r=r,
             alpha=alpha,
@@ -139,10 +143,14 @@ class LoRACallback(Callback):
         self._gradients: Gradients | None = None
         self._training = ExitStack()
 
-    # Set up: adapt what is there, and again when the module's own hooks have run
+    # Set-up
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Adapt the module, on its exact base if it was merged. The strategy adapts layers that are still to come."""
+        """Add adapters to the module's layers.
+
+        A merged module gets its exact base back first. Layers that the module's own hooks create later are adapted by
+        the strategy.
+        """
         callbacks = _callbacks(trainer)
         was_adapted = bool(View(pl_module).layers)
         self._stage = Stage(self.config, was_adapted=was_adapted, states_are_read=_states_are_read(callbacks))
@@ -157,55 +165,71 @@ class LoRACallback(Callback):
         self._stage.base_is_open = View(pl_module).is_fresh()
         try:
             inject_adapters(pl_module, self.config)
-        except TargetError:  # setup or configure_model may yet make the layers; the strategy asks again, for good
+        except TargetError:  # setup or configure_model may still create the layers; then the strategy tries again
             return
 
     def _check_merge(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.merge == "best" and not _is_trial(trainer) and _judge(trainer) is None:
             raise ConfigError(
-                "merge='best' needs a ModelCheckpoint with a monitor to say which adapters are best, and the Trainer "
-                "has none. Add ModelCheckpoint(monitor=...), or set merge='last'."
+                "merge='best' needs a ModelCheckpoint with a monitor, and the Trainer has none. Add "
+                "ModelCheckpoint(monitor=...), or set merge='last'."
             )
         if returns_state_only(trainer) and bool(self.merge) == self._stage.was_adapted:
             raise ConfigError(
-                f"merge={self.merge!r} would lose the adapters: this strategy trains in processes that send back only "
-                "weights, and only for the layers that the model here has. Use strategy='ddp'; or leave the model "
-                "plain and set merge='last'; or call inject_adapters on it before fit and set merge=False."
+                f"merge={self.merge!r} would lose the adapters: this strategy trains in other processes, which send "
+                "back only the weights of layers that the model has before fit. Use strategy='ddp'. Or pass a model "
+                "without adapters and set merge='last'. Or call inject_adapters before fit and set merge=False."
             )
 
     # Fit
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show what trains, refuse merges that cannot be done, and set a resumed run's random numbers."""
+        """Show the summary and check that merging is possible.
+
+        A resumed run also gets its random numbers back.
+
+        Raises:
+            ConfigError: the updates cannot be merged at the end.
+        """
         if self.merge and not _is_trial(trainer) and (quantised := quantised_layers(View(pl_module))):
             raise ConfigError(
-                f"merge={self.merge!r} cannot be done: the weights of {listed(quantised)} are quantised. Set "
-                "merge=False: the adapters stay on their layers, and every file holds them."
+                f"merge={self.merge!r} is not possible: the weights of {listed(quantised)} are quantised. Set "
+                "merge=False: then the adapters stay on their layers, and every checkpoint holds them."
             )
         if self.merge and returns_state_only(trainer):
             check_untied(pl_module)
         if trainer.is_global_zero and _wants_summary(trainer):
             Console().print(summarize(pl_module).table(trained_only=True))
-        set_random_state(
-            trainer, self._stage.random
-        )  # the last hook before the loaders draw the order of their samples
+        set_random_state(trainer, self._stage.random)  # the last hook before the data loaders draw their sample order
         self._stage.random = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to watch gradients. From here on, an exception leaves adapters that may be worth keeping."""
+        """Start to watch gradients.
+
+        From now on, the adapters stay on the module after an exception: they may be worth keeping.
+        """
         self._stage.has_begun = True
-        view_of(pl_module).follow_base()  # hooks may have loaded it late
+        view_of(pl_module).follow_base()  # hooks may have loaded the base late
         share_base(_callbacks(trainer), pl_module)
         self._gradients = self._training.enter_context(closing(Gradients(pl_module, trainer.strategy.model)))
         self._training.enter_context(gradients_pass())
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep frozen weights frozen. Under DDP, give unused adapters a zero gradient."""
+        """Keep frozen weights frozen.
+
+        Under DDP, give unused adapters a zero gradient.
+        """
         if self._gradients is not None:
             self._gradients.end_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Name adapters that no gradient has reached, once for each optimizer; refuse frozen weights in it."""
+        """Check that the optimizer trains adapters and nothing frozen.
+
+        Once for each optimizer, a warning names the adapters that received no gradient.
+
+        Raises:
+            OptimizerError: frozen weights were added to the optimizer in training.
+        """
         check_frozen(pl_module, optimizer)
         if self._gradients is not None:
             self._gradients.check(optimizer)
@@ -219,7 +243,10 @@ class LoRACallback(Callback):
         self._gradients = None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge: the module is plain again, and remembers its base and its adapters."""
+        """Merge the updates into the weights.
+
+        The module is plain again, and remembers its base and its adapters.
+        """
         note_changed(pl_module)
         if not self.merge or _is_trial(trainer):
             return
@@ -238,7 +265,7 @@ class LoRACallback(Callback):
             load_checkpoint_state(pl_module, trainer.strategy.load_checkpoint(path))
         except (OSError, LoRAError) as error:
             warnings.warn(
-                f"merge='best' found no best checkpoint ({error}). The last adapters are merged.",
+                f"merge='best' could not load a best checkpoint ({error}). The last adapters are merged instead.",
                 BestCheckpointWarning,
                 stacklevel=1,
             )
@@ -248,14 +275,21 @@ class LoRACallback(Callback):
     # Afterwards
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Merge again what was merged before, after a stage that trained nothing, such as a tuner's trial."""
+        """Merge again if the stage trained nothing.
+
+        This is for a module that was merged before, for example after a tuner's trial.
+        """
         if self._stage.was_merged and not self._stage.has_begun and find_record(pl_module) is not None:
             merge(pl_module)
         self._stage.is_over = True
         self._end_training()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the module back as it came, unless a fit has loaded it or begun to train it: then training can go on."""
+        """Restore the module, or keep adapters that may be trained.
+
+        If a fit has loaded adapters or has begun to train, they stay, so that training can go on. Otherwise the module
+        becomes what it was before the stage.
+        """
         stage, record = self._stage, find_record(pl_module)
         was_over, stage.is_over = stage.is_over, True
         self._end_training()
@@ -269,19 +303,22 @@ class LoRACallback(Callback):
             remove_adapters(pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Store the states of random generators; keep files adapter-only in a main process that had no set-up."""
+        """Store the states of the random number generators.
+
+        In a main process without a set-up, also make sure that files hold only the adapters.
+        """
         checkpoint[RANDOM] = random_states(trainer)
         receive_record(pl_module)
         if find_record(pl_module) is not None and not is_watched(trainer.strategy):
             watch(trainer.strategy, Stage(self.config, states_are_read=_states_are_read(_callbacks(trainer))))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the stored states of random generators until training starts."""
+        """Keep the stored random states until training starts."""
         self._stage.random = checkpoint.get(RANDOM)
 
 
 def _join_other_package() -> None:
-    """Make ``LoRACallback`` a ``pytorch_lightning.Callback`` too, if that package is in use: it asks for its own."""
+    """If ``pytorch_lightning`` is in use, make ``LoRACallback`` a subclass of its ``Callback`` too, as it requires."""
     other = sys.modules.get("pytorch_lightning")
     if other is not None and not issubclass(LoRACallback, other.Callback):
         LoRACallback.__bases__ = (*LoRACallback.__bases__, other.Callback)
@@ -294,20 +331,20 @@ def _check_companions(callbacks: list[Callback], stage: str) -> None:
     ours = [callback for callback in callbacks if isinstance(callback, LoRACallback)]
     if len(ours) > 1:
         raise ConfigError(
-            f"The Trainer has {len(ours)} LoRACallbacks; expected one. Join their target_modules in a single "
-            "callback, with rank_pattern and alpha_pattern for what differs."
+            f"The Trainer has {len(ours)} LoRACallbacks. Expected one. Put all target_modules into one callback, and "
+            "use rank_pattern and alpha_pattern for different ranks and scalings."
         )
     for callback in callbacks if stage == "fit" else ():
-        kinds = {base.__name__ for base in type(callback).__mro__}  # of either package
+        kinds = {base.__name__ for base in type(callback).__mro__}  # names, as two Lightning packages exist
         if "BaseFinetuning" in kinds:
             raise ConfigError(
-                f"{type(callback).__name__} unfreezes base weights in training, and LoRACallback keeps them frozen. "
-                "Use one of the two; to train whole modules beside adapters, name them in modules_to_save."
+                f"{type(callback).__name__} unfreezes base weights in training, but LoRACallback keeps them frozen. "
+                "Use only one of the two. To train modules in full beside the adapters, list them in modules_to_save."
             )
         if "ModelPruning" in kinds:
             raise ConfigError(
-                f"{type(callback).__name__} masks base weights in training, and LoRACallback keeps them as they are. "
-                "Use one of the two; prune the model before fit, or after it, when the update is merged."
+                f"{type(callback).__name__} masks base weights in training, but LoRACallback does not change them. "
+                "Use only one of the two. Prune the model before fit, or after it, when the updates are merged."
             )
 
 
@@ -316,13 +353,13 @@ def _callbacks(trainer: Trainer) -> list[Callback]:
 
 
 def _judge(trainer: Trainer) -> Callback | None:
-    """The callback that says which file is best: the first ModelCheckpoint that compares any."""
+    """The first ModelCheckpoint with a monitor: it decides which file is best."""
     judges = (each for each in _callbacks(trainer) if hasattr(each, "best_model_path") and vars(each).get("monitor"))
     return next(judges, None)
 
 
 def _states_are_read(callbacks: list[Callback]) -> bool:
-    """Whether another callback reads whole checkpoints, and so perhaps whole states of the model."""
+    """Whether another callback reads checkpoints, and so may need the model's full state."""
     for callback in callbacks:
         if isinstance(callback, LoRACallback):
             continue
@@ -333,9 +370,9 @@ def _states_are_read(callbacks: list[Callback]) -> bool:
 
 
 def _is_trial(trainer: Trainer) -> bool:
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # likewise
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # Lightning sets it outside the class
 
 
 def _wants_summary(trainer: Trainer) -> bool:
-    """Whether the Trainer shows model summaries, whichever of Lightning's two packages it is of."""
+    """Whether the Trainer shows model summaries, with either of Lightning's two packages."""
     return any("ModelSummary" in base.__name__ for callback in _callbacks(trainer) for base in type(callback).__mro__)

@@ -1,30 +1,30 @@
-"""Everything this package raises or warns about, as one tree.
+"""Errors and warnings of this package.
 
 Exceptions::
 
     LoRAError
-    ├── ConfigError            an argument cannot mean anything (also a ValueError)
-    ├── TargetError            a pattern matches nothing, or a layer that cannot be adapted (also a ValueError)
-    ├── AdapterStateError      the model is not in the state the call needs
-    ├── AdapterMismatchError   adapters that do not fit this model or this configuration
-    ├── BaseMismatchError      adapters that were trained on another base model
-    ├── AdapterFileError       a file that is truncated, foreign or tampered with
-    ├── OptimizerError         an optimizer that would not train the adapters
-    └── StrategyError          a Trainer strategy under which the guarantees do not hold
+    ├── ConfigError            an argument has an invalid value (also a ValueError)
+    ├── TargetError            a pattern matches no layer, or an unsupported one (also a ValueError)
+    ├── AdapterStateError      the model is in the wrong state, for example it has no adapters
+    ├── AdapterMismatchError   the adapters do not fit the model or the configuration
+    ├── BaseMismatchError      the adapters were trained on another base model
+    ├── AdapterFileError       a file is damaged, was changed, or is of another kind
+    ├── OptimizerError         an optimizer would not train the adapters
+    └── StrategyError          the Trainer's strategy is not supported
 
 Warnings::
 
     LoRAWarning
-    ├── BestCheckpointWarning  merge="best", and no best checkpoint was written
-    ├── DeadAdapterWarning     adapters that no gradient reaches
-    └── MergePrecisionWarning  a merge whose rounding takes much of the update away
+    ├── BestCheckpointWarning  merge="best" found no best checkpoint
+    ├── DeadAdapterWarning     some adapters received no gradient
+    └── MergePrecisionWarning  merging rounded away much of the update
 """
 
 from collections.abc import Iterable
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:
-    """Return names as an error shows them: quoted, and only so many.
+    """Return a short list of quoted names for an error.
 
     Example:
         >>> listed(["a", "b", "c"], most=2)
@@ -36,43 +36,49 @@ def listed(names: Iterable[str], most: int = 5) -> str:
 
 
 class LoRAError(Exception):
-    """Base of every error that this package raises."""
+    """Base class of all errors of this package."""
 
 
 class ConfigError(LoRAError, ValueError):
-    """An argument is outside what it may be."""
+    """An argument has an invalid value."""
 
 
 class TargetError(LoRAError, ValueError):
-    """A pattern matches no layer, or only layers that cannot be adapted."""
+    """A pattern matches no layer, or an unsupported one."""
 
 
 class AdapterStateError(LoRAError, RuntimeError):
-    """The model is not in the state that the call needs, for example it has no adapters."""
+    """The model is in the wrong state for this call.
+
+    For example, it has no adapters.
+    """
 
 
 class AdapterMismatchError(LoRAError, ValueError):
-    """Adapters do not fit the model or the configuration they meet."""
+    """Adapters do not fit the model or the configuration."""
 
 
 class BaseMismatchError(LoRAError, ValueError):
-    """Adapters meet another base model than the one they were trained on."""
+    """Adapters were trained on another base model.
+
+    Or a full checkpoint, loaded as the base, does not fit the model.
+    """
 
 
 class AdapterFileError(LoRAError, ValueError):
-    """A file cannot be read as what it claims to be."""
+    """An adapter file or checkpoint cannot be read or written."""
 
 
 class OptimizerError(LoRAError, RuntimeError):
-    """The optimizers leave something untrained that should train."""
+    """The optimizers miss trainable weights, or hold frozen ones."""
 
 
 class StrategyError(LoRAError, RuntimeError):
-    """The Trainer's strategy cannot keep what this package promises."""
+    """The Trainer's strategy is not supported."""
 
 
 class LoRAWarning(UserWarning):
-    """Base of every warning that this package gives."""
+    """Base class of all warnings of this package."""
 
 
 class BestCheckpointWarning(LoRAWarning):
@@ -80,8 +86,8 @@ class BestCheckpointWarning(LoRAWarning):
 
 
 class DeadAdapterWarning(LoRAWarning):
-    """Adapters received no gradient by the first optimizer step."""
+    """Adapters received no gradient before the first optimizer step."""
 
 
 class MergePrecisionWarning(LoRAWarning):
-    """Merging into half-precision weights rounded a large share of the update away."""
+    """Merging into half precision rounded away much of the update."""

@@ -1,4 +1,7 @@
-"""What of a model trains, what it costs, and what full fine-tuning would cost instead."""
+"""Summary of a model: what trains, and what it costs.
+
+The costs are compared with those of full fine-tuning.
+"""
 
 import re
 from collections.abc import Iterable
@@ -15,22 +18,22 @@ from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.tensors.inplace import InPlace
 
 _ADAM_MOMENTS = 2
-"""Tensors that Adam and its kin keep for each trained parameter."""
+"""Tensors that Adam and similar optimizers keep for each trained parameter."""
 
 _PLAIN = (nn.Parameter, Tensor)
 
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers that differ only in a number of their names.
+    """Layers whose names differ only in a number.
 
     Args:
         name: Their name, with a ``*`` for the number.
-        layers: How many they are.
+        layers: Number of layers.
         kind: Their class.
-        r: The rank of their adapters, or None.
-        trained: Parameters that train, in all of them.
-        frozen: Parameters that do not.
+        r: Rank of their adapters, or None.
+        trained: Number of trained parameters in all of them.
+        frozen: Number of frozen parameters in all of them.
     """
 
     name: str
@@ -43,20 +46,20 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class LoRASummary:
-    """What :func:`summarize` returns; it prints as a table.
+    """The result of :func:`summarize`; it prints as a table.
 
     Args:
-        title: The model's class.
-        groups: Every layer that has parameters of its own, in groups.
-        trained: Parameters that train.
-        frozen: Parameters that do not.
-        optimizer_bytes: State that Adam keeps for the trained parameters.
-        full_optimizer_bytes: State that it would keep for all parameters of the base.
-        checkpoint_bytes: Weights in a checkpoint.
-        full_checkpoint_bytes: Weights in a checkpoint of full fine-tuning.
-        adapters: How many adapters the model has.
+        title: Name of the model's class.
+        groups: All layers that have parameters of their own, in groups.
+        trained: Number of trained parameters.
+        frozen: Number of frozen parameters.
+        optimizer_bytes: Size of Adam's state for the trained parameters.
+        full_optimizer_bytes: Size of Adam's state for all parameters of the base.
+        checkpoint_bytes: Size of the weights in a checkpoint.
+        full_checkpoint_bytes: Size of the weights in a checkpoint of full fine-tuning.
+        adapters: Number of adapters.
         merged: Whether the updates are merged into the weights.
-        plain: Whether the model has only its own classes and parameters: it was never adapted, or is merged.
+        plain: Whether the model has only its own classes and parameters: it was never adapted, or it is merged.
     """
 
     title: str
@@ -73,14 +76,16 @@ class LoRASummary:
 
     @property
     def share(self) -> float:
-        """Trained parameters over all of them."""
+        """Share of parameters that train, from 0 to 1."""
         return self.trained / max(self.trained + self.frozen, 1)
 
     def table(self, *, trained_only: bool = False) -> Group:
-        """Return the summary as a rich table, and two lines of costs below it.
+        """Return the summary as a rich table.
+
+        Two lines of costs follow below it, unless the model is plain.
 
         Args:
-            trained_only: Put the groups in which nothing trains into one row.
+            trained_only: Put all groups without trained parameters into one row.
         """
         table = Table(title=self._headline(), min_width=60)
         table.add_column("Layers", overflow="fold")
@@ -122,11 +127,11 @@ class LoRASummary:
         return f"LoRA: {self.title} trains {self.share:.2%} of its parameters"
 
     def __rich__(self) -> Group:
-        """Print as the whole table under rich."""
+        """Print as a table with rich."""
         return self.table()
 
     def __str__(self) -> str:
-        """Print as the whole table."""
+        """Print as a table."""
         console = Console(width=100, no_color=True)
         with console.capture() as capture:
             console.print(self)
@@ -134,15 +139,15 @@ class LoRASummary:
 
 
 def summarize(model: nn.Module) -> LoRASummary:
-    """Count what trains in ``model``, and what it costs.
+    """Count the trained parameters of ``model``, and their costs.
 
-    The costs are shown beside those of full fine-tuning.
+    The costs are compared with those of full fine-tuning.
 
     Args:
-        model: Any module, with adapters or without. Print the summary of a plain model to see its layers' names.
+        model: Any module, with or without adapters. Print the summary of a plain model to see the names of its layers.
 
     Returns:
-        The counts; ``print`` shows them as a table.
+        The summary. ``print`` shows it as a table.
 
     Example:
         >>> from lightning_lora import LoRAConfig, inject_adapters
@@ -204,12 +209,12 @@ def _bytes(values: Iterable[Any]) -> int:
 
 
 def _full_bytes(parameters: Iterable[nn.Parameter]) -> int:
-    """What parameters take that could be trained: quantised ones cannot, but as float32."""
+    """Bytes of the parameters in full fine-tuning; quantised ones would train as float32."""
     return sum(p.nbytes if type(p) in _PLAIN and p.is_floating_point() else 4 * count(p) for p in parameters)
 
 
 def _end_of(name: str, most: int = 26) -> str:
-    """The last parts of a long name, which tell it from others, for a table that fits a terminal."""
+    """The last parts of a long name, so that the table fits a terminal."""
     parts = name.split(".")
     while len(parts) > 1 and (len(".".join(parts)) > most or (parts[0] == "*" and len(name) > most)):
         parts = parts[1:]
@@ -217,7 +222,7 @@ def _end_of(name: str, most: int = 26) -> str:
 
 
 def _size(number: float) -> str:
-    """A number of bytes as people read it, in powers of 1,000 as files are measured."""
+    """A number of bytes as text, in powers of 1,000 as for files."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""Tiny models, data and Trainers that the tests share."""
+"""Tiny models, data and Trainers for the tests."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +19,7 @@ from lightning_lora.model.view import View
 WORDS, WIDTH, CLASSES = 20, 8, 4
 
 exact = pytest.mark.skipif(
-    Version(L.__version__) < Version("2.6"), reason="Lightning itself does not go on with the same random numbers"
+    Version(L.__version__) < Version("2.6"), reason="Lightning itself does not restore the random numbers"
 )
 
 
@@ -45,7 +45,10 @@ class TinyLM(nn.Module):
 
 
 class LitTiny(L.LightningModule):
-    """A classifier over TinyLM-like layers; built the same each time, so that it is always the same base."""
+    """A classifier with layers like those of TinyLM.
+
+    Its weights are the same each time, so it is always the same base.
+    """
 
     def __init__(self, width: int = WIDTH, lr: float = 0.05) -> None:
         super().__init__()
@@ -81,7 +84,7 @@ class LitTiny(L.LightningModule):
 
 
 def data(samples: int = 16, batch_size: int = 4) -> DataLoader[Any]:
-    """Random tokens with labels that depend on them, always the same."""
+    """Random tokens, always the same, with labels that depend on them."""
     index = torch.randint(0, WORDS, (samples,), generator=torch.Generator().manual_seed(2))
     return DataLoader(TensorDataset(index, index % CLASSES), batch_size=batch_size)
 
@@ -105,12 +108,12 @@ TRAINED = [*ADAPTERS, "head.weight", "head.bias"]
 
 
 def lora(**kwargs: Any) -> LoRACallback:
-    """The callback that fits LitTiny: its head is too small for adapters of rank two and more, and trains whole."""
+    """A LoRACallback for LitTiny, with its head trained in full."""
     return LoRACallback(**({"r": 2, "modules_to_save": ["head"]} | kwargs))
 
 
 def best(folder: Path, **kwargs: Any) -> ModelCheckpoint:
-    """A ModelCheckpoint that keeps the file of the lowest validation loss."""
+    """A ModelCheckpoint that keeps the file with the lowest validation loss."""
     return ModelCheckpoint(folder, **({"monitor": "val_loss", "filename": "best-{epoch}"} | kwargs))
 
 
@@ -120,7 +123,7 @@ def is_plain(model: nn.Module) -> bool:
 
 
 def randomise(model: nn.Module, seed: int = 3, scale: float = 0.1) -> None:
-    """Give every adapter of ``model`` an update that does something."""
+    """Set every adapter of ``model`` to random values, so its update is not zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in View(model).adapters.values():

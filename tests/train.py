@@ -1,8 +1,8 @@
-"""A training run in a process of its own: what the tests kill, spawn and resume.
+"""A training run in its own process, for tests that kill, spawn and resume.
 
 Usage: python -m tests.train FOLDER STRATEGY DEVICES [--resume] [--kill-at STEP] [--merge WHICH] [--tied] [--shares]
     [--wide] [--again]
-Writes FOLDER/result.pt: the module's state after fit, and what later stages and files say of it.
+Writes FOLDER/result.pt: the module's state after fit, and results of later stages and files.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tests.models import LitTiny, data, state, trainer
 
 
 class KillAt(L.Callback):
-    """Kill the process with no warning, as an out-of-memory killer would."""
+    """Kill the process without warning, as an out-of-memory killer does."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -34,7 +34,10 @@ class KillAt(L.Callback):
 
 
 class LeaveTheGroup(L.Callback):
-    """End gloo's threads before the process ends: Lightning leaves them running, and some spawned processes abort."""
+    """End gloo's threads before the process ends.
+
+    Lightning leaves them running, and then some spawned processes abort.
+    """
 
     def setup(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
@@ -50,7 +53,7 @@ class Tied(LitTiny):
 
 
 class Wide(LitTiny):
-    """A module whose memory is larger than a pipe holds, and that cannot be pickled."""
+    """A module that cannot be pickled, and whose data does not fit into a pipe's buffer."""
 
     def __init__(self) -> None:
         super().__init__(width=256)
@@ -58,7 +61,7 @@ class Wide(LitTiny):
 
 
 class Shares(LitTiny):
-    """A module that is given the whole batch in every process and takes its share of it."""
+    """A module that gets the full batch in every process and takes its own share."""
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return self.loss([part[self.global_rank :: self.trainer.world_size] for part in batch])
@@ -83,7 +86,7 @@ def main() -> None:
     model = next((module for module, asked in modules.items() if asked), LitTiny)()
     checkpoint = ModelCheckpoint(arguments.folder, monitor="val_loss", filename="{epoch}", save_top_k=-1)
     merge: Any = False if arguments.merge == "none" else arguments.merge
-    dropout = 0.0 if arguments.shares else 0.3  # two processes' dropout is not one's
+    dropout = 0.0 if arguments.shares else 0.3  # dropout in two processes differs from dropout in one
     callbacks: list[L.Callback] = [
         LoRACallback(r=2, modules_to_save=["head"], merge=merge, dropout=dropout),
         checkpoint,
@@ -102,7 +105,7 @@ def main() -> None:
     )
     resume = max(arguments.folder.glob("epoch=*.ckpt"), key=lambda path: path.name) if arguments.resume else None
     t.fit(model, data(), data(), ckpt_path=resume)
-    if arguments.again:  # another Trainer, on the module as it is now
+    if arguments.again:  # another Trainer, on the same module
         again = ModelCheckpoint(arguments.folder / "again", filename="again")
         t = trainer(arguments.folder, [callbacks[0], again], strategy=strategy, devices=arguments.devices)
         t.fit(model, data(), data())

@@ -1,4 +1,4 @@
 """The mathematics of LoRA, as functions of tensors.
 
-It knows no layers and no models.
+Nothing here depends on layers or models.
 """

@@ -1,4 +1,7 @@
-"""A few rows of a matrix at a time, so that what is computed of them does not leave a cache."""
+"""Split a matrix into blocks of rows.
+
+Intermediate results of one block are small enough to stay in the cache.
+"""
 
 from collections.abc import Iterator
 
@@ -8,7 +11,9 @@ _ON_CPU, _ON_DEVICE = 1 << 18, 1 << 26  # elements
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Yield the rows of ``matrix`` in blocks: about a megabyte on a CPU, and a few hundred elsewhere.
+    """Yield the rows of a matrix in blocks, as slices.
+
+    In float32, a block is about one megabyte on a CPU, and about 256 megabytes on other devices.
 
     Example:
         >>> import torch

@@ -1,4 +1,7 @@
-"""Dropout that keeps no mask: where it drops is drawn anew, from a seed, whenever it is needed."""
+"""Dropout that stores a seed instead of a mask.
+
+The backward pass draws the same dropped positions again from the seed.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,7 +14,9 @@ from lightning_lora.functional.blocks import row_blocks
 
 
 def new_seed() -> int:
-    """Draw a seed from torch's generator, so that ``torch.manual_seed`` reproduces what follows from it.
+    """Draw a seed from torch's random number generator.
+
+    ``torch.manual_seed`` therefore makes the dropout reproducible.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -24,22 +29,25 @@ def new_seed() -> int:
 
 
 def drops(rows: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
-    r"""Drop elements of a matrix, each with probability ``p`` and independently of all others, block by block.
+    r"""Drop elements of a matrix, block by block.
 
-    On a CPU, random numbers are what dropout costs. The number of elements that are kept between two dropped ones is
-    geometric, :math:`P(k) = (1 - p)^k p`, and drawing these numbers instead takes only ``p`` draws an element. The
-    process has no memory, so that each block may start it anew.
+    A block is some rows of the matrix. Each element is dropped with probability ``p``, independently of all others.
+
+    On a CPU, drawing random numbers is the main cost of dropout. The number of kept elements between two dropped ones
+    has a geometric distribution, :math:`P(k) = (1 - p)^k p`. Drawing these gaps takes only ``p`` random numbers per
+    element. The distribution has no memory, so each block can start with a new gap.
 
     Args:
-        rows: A matrix, of which only the shape and the device matter.
-        p: The probability, in (0, 1).
-        seed: The same seed drops the same elements, whenever it is asked.
+        rows: A matrix. Only its shape and device are used.
+        p: The probability of dropping an element, in (0, 1).
+        seed: The random seed. The same seed always drops the same elements.
 
     Yields:
-        The rows of a block, and a function that sets to zero, in place, what is dropped of a contiguous matrix like it.
+        The rows of a block, and a function. The function takes a contiguous matrix of the block's shape and sets the
+        dropped elements to zero, in place.
 
     Source:
-        Batagelj and Brandes 2005, "Efficient Generation of Large Random Networks", section II (the geometric numbers).
+        Batagelj and Brandes 2005, "Efficient Generation of Large Random Networks", section II (the geometric gaps).
 
     Example:
         >>> rows = torch.ones(1000, 100)
@@ -65,7 +73,7 @@ def _zero_places(matrix: Tensor, places: Tensor) -> Tensor:
 
 
 def _by_gaps(size: int, p: float, generator: torch.Generator) -> Tensor:
-    """Places in ``range(size)``, in order."""
+    """Positions of the dropped elements in ``range(size)``, in increasing order."""
     found, last = [], -1
     while last < size:
         expected = (size - last) * p

@@ -12,9 +12,9 @@ from lightning_lora.functional.dropout import drops, new_seed
 
 
 def low_rank_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    r"""Return what a linear adapter adds to its layer's output: :math:`s \, B A x`.
+    r"""Return the update to a linear layer's output.
 
-    The scaling is applied between the two products, where the tensor is smallest.
+    The update is :math:`s \, B A x`. The scaling is applied between the two products, where the tensor is smallest.
 
     Args:
         x: The layer's input.
@@ -45,15 +45,17 @@ def low_rank_lookup(
     padding_idx: int | None = None,
     scale_grad_by_freq: bool = False,
 ) -> Tensor:
-    r"""Return what an embedding's adapter adds to its output: the columns ``index`` of :math:`s \, B A`.
+    r"""Return the update to an embedding's output.
+
+    It consists of the columns ``index`` of :math:`s \, B A`.
 
     Args:
         index: The tokens to look up.
         lora_A: One column for each row of the embedding.
         lora_B: The factor that writes the output.
         scaling: The factor :math:`s`, alpha over r.
-        padding_idx: A token whose column receives no gradient.
-        scale_grad_by_freq: Divide a column's gradient by how often its token occurs.
+        padding_idx: A token whose column gets no gradient.
+        scale_grad_by_freq: Whether to divide a column's gradient by the number of times its token occurs.
 
     Shape:
         ``index``: (\*), ``lora_A``: (r, num_embeddings), ``lora_B``: (embedding_dim, r).
@@ -75,11 +77,14 @@ def adapted_linear(
     scaling: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    r"""Return the output of an adapted linear layer: :math:`y = x W^T + b + s \, \mathrm{dropout}(x) A^T B^T`.
+    r"""Return the output of a linear layer with its update.
 
-    Composed of torch's operations, this would write each product and sum into new memory and keep a mask and copies of
-    ``x`` for the backward pass. Here the gradients are written out. With :math:`\partial` for the gradient of the loss,
-    and two thin matrices, :math:`h = \mathrm{dropout}(x) A^T` and :math:`g = \partial y \, B`:
+    The output is :math:`y = x W^T + b + s \, \mathrm{dropout}(x) A^T B^T`.
+
+    With separate torch operations, each product and each sum would need new memory, and the backward pass would need a
+    dropout mask and copies of ``x``. This function therefore computes the gradients explicitly. Let :math:`\partial`
+    be the gradient of the loss, and take two thin matrices, :math:`h = \mathrm{dropout}(x) A^T` and
+    :math:`g = \partial y \, B`:
 
     .. math::
         y &= (x W^T + b) + s \, h B^T \qquad
@@ -87,30 +92,30 @@ def adapted_linear(
         \partial A &= s \, g^T \, \mathrm{dropout}(x) \qquad
         &\partial B &= s \, \partial y^T h .
 
-    The sums are added in place to what the frozen layer computes anyway. Kept are ``x``, which others keep too, and
-    ``h``; what is dropped is drawn again from its seed (:mod:`.dropout`). ``h`` and ``g`` are laid out as
-    (r, tokens): products with such matrices are several times faster than with (tokens, r). What reads one matrix
-    is computed in turn, while a cache may hold it.
+    The update is added in place to the frozen layer's result. The backward pass needs only ``x``, which other
+    operations keep too, and ``h``. The dropped elements are drawn again from a seed (:mod:`.dropout`). ``h`` and ``g``
+    have the layout (r, tokens), because products with it are several times faster than with (tokens, r). Operations
+    that read the same matrix follow one another, so that it may still be in the cache.
 
-    For many more tokens than features, the sum :math:`W + s B A` is what is multiplied, in both passes, unless small
-    updates would be rounded away.
+    With many more tokens than features, both passes multiply by the sum :math:`W + s B A` instead, unless this would
+    round small updates away.
 
-    This is the way of plain tensors. Under ``torch.compile``, ``torch.func``, forward-mode differentiation and tracing,
-    and for tensors of other classes (quantised, distributed, nested), torch differentiates the composition, as it does
-    for second derivatives of the first way.
+    These explicit gradients are for plain tensors. Torch's autograd takes over under ``torch.compile``,
+    ``torch.func``, forward-mode differentiation and tracing, for other tensor classes (quantised, distributed, nested),
+    and for second derivatives.
 
     Args:
         x: The layer's input.
         weight: The layer's weight.
-        bias: The layer's bias, if it has one.
+        bias: The layer's bias, or None.
         lora_A: The factor that reads the input.
         lora_B: The factor that writes the output.
         scaling: The factor :math:`s`, alpha over r.
-        dropout: The probability in [0, 1) that an element of ``x`` is dropped, for ``lora_A`` alone.
+        dropout: The probability in [0, 1) of dropping an element of ``x``, in the update only.
 
     Shape:
         ``x``: (\*, in), ``weight``: (out, in), ``bias``: (out), ``lora_A``: (r, in), ``lora_B``: (out, r).
-        Returns (\*, out), in the dtype of ``x``, or autocast's.
+        Returns (\*, out), in the dtype of ``x``, or of autocast.
 
     Source:
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1, equation 3.
@@ -140,15 +145,15 @@ def _composed(
 
 
 def _added(output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """The update, added to a few tokens: in the wider dtype, since they are smaller than the factors."""
+    """Add the update for a few tokens, in the wider dtype: here the tokens are smaller than the factors."""
     if not x.dtype is lora_A.dtype is lora_B.dtype:
         dtype = torch.promote_types(x.dtype, lora_A.dtype)
         x, lora_A, lora_B = _as(x, dtype), _as(lora_A, dtype), _as(lora_B, dtype)
     return _as(torch.add(output, F.linear(F.linear(x, lora_A), lora_B), alpha=scaling), output.dtype)
 
 
-# What follows is asked in every call. After a product of large matrices no cache holds anything, and each function of
-# torch's that is not called saves some microseconds.
+# The checks below run in every call. After a product of large matrices the caches are cold, so every torch function
+# that is not called saves some microseconds.
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -163,7 +168,7 @@ _PLAIN = {Tensor, nn.Parameter, type(None)}
 
 
 def _are_plain(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether gradients of these tensors may be written out: nobody else looks at how they are computed."""
+    """Whether explicit gradients are safe: no other code needs to see the single operations."""
     return (
         _PLAIN.issuperset(map(type, (x, *others)))
         and (x.is_cpu or x.is_cuda)
@@ -171,24 +176,25 @@ def _are_plain(x: Tensor, *others: Tensor | None) -> bool:
         and not x.is_nested
         and x.layout is torch.strided
         and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()  # modes that count, trace or keep what is computed
+        and not torch._C._len_torch_dispatch_stack()  # modes that count, trace or store operations
         and forward_ad._current_level < 0
         and not torch._C._is_tracing()
-        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())  # a replay would draw from the same seed
+        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())  # a replay would use the same seed again
     )
 
 
 def _pays_to_update(rows: Tensor, weight: Tensor, dropout: float) -> bool:
-    r"""Whether to multiply by :math:`W + \Delta W`, made anew in each pass, instead of adding to two products with W.
+    r"""Whether it is faster to multiply by the sum :math:`W + \Delta W`, computed again in each pass.
 
-    That costs r in out multiplications, twice, where adding costs r (in + out) for each row: from twice as many rows as
-    make these equal it pays, whatever r (Cherniuk et al. 2023, "Run LoRA Run"). But only where the sum keeps
-    a small update: not in half precision, nor where torch rounds the factors of float32 products.
+    The sum costs r · in · out multiplications twice, once in each pass. Adding the update separately costs r (in + out)
+    for each row instead. The sum pays off from twice the number of rows at which both costs are equal, whatever r
+    (Cherniuk et al. 2023, "Run LoRA Run"). It must also keep small updates: half precision would round them away, and
+    so would float32 products whose factors torch rounds.
     """
     writes, reads = weight.shape
     if dropout or rows.shape[0] * (writes + reads) < 4 * writes * reads:
         return False
-    if not (weight.is_contiguous() or weight.T.is_contiguous()):  # a sum would be laid out in another way
+    if not (weight.is_contiguous() or weight.T.is_contiguous()):  # the sum would have another memory layout
         return False
     try:
         exact = torch.get_float32_matmul_precision() == "highest"
@@ -198,12 +204,12 @@ def _pays_to_update(rows: Tensor, weight: Tensor, dropout: float) -> bool:
 
 
 def _updated(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """W + ΔW, laid out as W is, so that a product with it takes the same way."""
+    """W + ΔW in the memory layout of W, so that a product with it uses the same kernel."""
     return torch.addmm(weight, lora_B, lora_A, alpha=scaling, out=torch.empty_like(weight))
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """The derivatives of :func:`adapted_linear`, by the names that are explained there."""
+    """The gradients of :func:`adapted_linear`, which explains the names of the variables."""
 
     @staticmethod
     def run(
@@ -215,7 +221,7 @@ class _AdaptedLinear(torch.autograd.Function):
         scaling: float,
         dropout: float,
     ) -> tuple[Tensor, Tensor | None, int]:
-        """Return y, h if it was needed, and the seed of what was dropped."""
+        """Return y, h (None if unused) and the seed."""
         rows, a, b = x.reshape(-1, x.shape[-1]), _as(lora_A, x.dtype), _as(lora_B, x.dtype)
         if _pays_to_update(rows, weight, dropout):
             return F.linear(x, _updated(weight, a, b, scaling), bias), None, 0
@@ -226,7 +232,7 @@ class _AdaptedLinear(torch.autograd.Function):
                 h[:, block] = a @ drop(rows[block].clone(memory_format=torch.contiguous_format)).T
         else:
             h = a @ rows.T
-        y = F.linear(x, weight, bias).contiguous()  # now that x is at hand, and y is for what follows
+        y = F.linear(x, weight, bias).contiguous()  # here x is still in the cache, and then y is for addmm_
         y.view(-1, y.shape[-1]).addmm_(h.T, b.T, alpha=scaling / (1 - dropout))
         return y, h, seed
 
@@ -241,8 +247,8 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute the gradients of all that needs one."""
-        if _is_autocast_enabled(grad):  # as forward was, or was not: dtypes are settled
+        """Compute the gradients of all inputs that need one."""
+        if _is_autocast_enabled(grad):  # forward has settled the dtypes
             with torch.autocast(grad.device.type, enabled=False):
                 return _AdaptedLinear.backward(ctx, grad)
         *inputs, h = ctx.saved_tensors
@@ -260,11 +266,11 @@ class _AdaptedLinear(torch.autograd.Function):
         grad_x = grad_A = None
         if for_x:
             matrix = _updated(weight, a, b, scaling) if updates else weight
-            result = out.view(grad.shape) @ matrix  # no view: torch adds to it in place what else flows into x
+            result = out.view(grad.shape) @ matrix  # no view: torch adds other gradients of x to it in place
             grad_x = result.view(rows.shape)
         if ctx.dropout:
             grad_A = torch.zeros_like(a)
-            g.mul_(scaling)  # and not g A, which may be too large for half precision
+            g.mul_(scaling)  # not g A, which could overflow in half precision
             for block, drop in drops(rows, ctx.dropout, ctx.seed):
                 kept = drop(rows[block].clone(memory_format=torch.contiguous_format))
                 grad_A.addmm_(g[:, block], kept)
@@ -287,9 +293,10 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def differentiable(ctx: Any, grad: Tensor, inputs: Sequence[Any]) -> tuple[Tensor | None, ...]:
-        """Compute the gradients so that they have gradients too: from the composition, with what was dropped.
+        """Compute gradients that can be differentiated again.
 
-        The inputs are taken as independent: x may itself be made from A, where a layer is used twice.
+        Torch differentiates the separate operations, with the same dropped elements. The inputs are treated as
+        independent, because x may depend on A if a layer is used twice.
         """
         inputs = [None if t is None else t.view_as(t) for t in inputs]
         x, weight, bias, lora_A, lora_B = inputs

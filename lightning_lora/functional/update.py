@@ -1,4 +1,4 @@
-"""The update ΔW: computed, merged into a weight, and scaled to DoRA's magnitudes."""
+"""The update ΔW: compute it, merge it, apply DoRA's magnitudes."""
 
 import math
 
@@ -9,7 +9,9 @@ from lightning_lora.functional.blocks import row_blocks
 
 
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    r"""Return the update :math:`\Delta W = s \, B A`, in float32 or wider so that it is rounded only once, later.
+    r"""Return the update of a weight.
+
+    The update is :math:`\Delta W = s \, B A`, in float32 or wider. So it is rounded only once, later.
 
     Shape:
         ``lora_A``: (r, in), ``lora_B``: (out, r). Returns (out, in).
@@ -26,7 +28,9 @@ def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return float32 for a narrower ``dtype``, in which small updates would be lost, and a wider one as it is.
+    """Return the dtype, or float32 if that is wider.
+
+    A narrower dtype would lose small updates.
 
     Example:
         >>> wide(torch.bfloat16), wide(torch.float64)
@@ -36,19 +40,21 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def added(weight: Tensor, delta: Tensor) -> Tensor:
-    r"""Return :math:`W + \Delta W` in the wider of the two dtypes, to be rounded once.
+    r"""Return a weight plus its update.
+
+    The sum :math:`W + \Delta W` has the wider of the two dtypes, so that it is rounded only once, later.
 
     Shape:
-        ``weight`` and ``delta`` have the same shape, which is the result's.
+        ``weight``, ``delta`` and the result have the same shape.
     """
     return weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
 
 
 def merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, float]:
-    r"""Return the merged weight and the share that rounding took.
+    r"""Return the merged weight and the share lost to rounding.
 
-    The sum :math:`W + s \, B A` is computed in float32 or wider, a few rows at a time, and rounded once, to the dtype
-    of :math:`W`. The share is that of :func:`lost_share`.
+    The sum :math:`W + s \, B A` is computed in float32 or wider, a few rows at a time. It is rounded once, to the dtype
+    of :math:`W`. :func:`lost_share` defines the share.
 
     Args:
         weight: The base's weight.
@@ -80,17 +86,18 @@ def merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tu
 
 
 def lost_share(weight: Tensor, effective: Tensor, merged: Tensor) -> float:
-    r"""Return how much of an update rounding took: the norm of what is lost, over that of the update.
+    r"""Return the share of an update lost to rounding.
 
-    It is 1 where every change was smaller than half a step of the weight's dtype, and so nothing of it is left.
+    It is the norm of the rounding error, divided by the norm of the update. It is 1 if every change was smaller than
+    half a step of the weight's dtype: then nothing of the update is left.
 
     Args:
         weight: The base's weight.
-        effective: The adapted one, in a wider dtype.
-        merged: The same, rounded to the dtype of ``weight``.
+        effective: The weight with its update, in a wider dtype.
+        merged: The same values, rounded to the dtype of ``weight``.
 
     Shape:
-        All have the same shape. Returns a number from 0 to about 1; 0 for an update of zero.
+        All have the same shape. Returns a number from 0 to about 1. An update of zero gives 0.
 
     Example:
         >>> weight, effective = torch.ones(4).bfloat16(), torch.full((4,), 1.001)
@@ -103,7 +110,7 @@ def lost_share(weight: Tensor, effective: Tensor, merged: Tensor) -> float:
 
 
 def _share(norms: list[Tensor]) -> float:
-    """The norm of what was lost over that of the update, from those of blocks of them."""
+    """The lost share of a weight, from the norms of its blocks: rounding error and update."""
     if not norms or norms[0].is_meta:
         return 0.0
     lost, size = (math.hypot(*each) for each in zip(*torch.stack(norms).tolist(), strict=True))
@@ -111,24 +118,27 @@ def _share(norms: list[Tensor]) -> float:
 
 
 def row_norms(matrix: Tensor) -> Tensor:
-    r"""Return the norm of each row, in float32 or wider: the magnitudes that DoRA takes apart from the directions.
+    r"""Return the norm of each row, in float32 or wider.
+
+    DoRA trains these magnitudes separately from the directions.
 
     Shape:
         ``matrix``: (out, in). Returns (out).
 
     Source:
-        Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", section 4.1. With the paper's
-        :math:`W \in \mathbb{R}^{d \times k}` as the authors' code reads it: one norm for each output.
+        Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", section 4.1. The paper's
+        :math:`W \in \mathbb{R}^{d \times k}` is read as in the authors' code: one norm for each output.
     """
     norms: Tensor = torch.linalg.vector_norm(matrix, dim=-1, dtype=wide(matrix.dtype))
     return norms
 
 
 def magnitude_scale(magnitude: Tensor, matrix: Tensor) -> Tensor:
-    r"""Return by what DoRA multiplies each row of :math:`V = W + \Delta W`: :math:`m / \lVert V \rVert`.
+    r"""Return DoRA's scale for each row of the updated weight.
 
-    The norm is taken as a constant: no gradient flows through it. A row of zeros, which has no direction, has no
-    magnitude either: it trains as without DoRA.
+    For the rows of :math:`V = W + \Delta W` and the magnitudes m it is :math:`m / \lVert V \rVert`. The norm counts as
+    a constant: no gradient flows through it. A row that starts as zeros has no direction and a magnitude of zero. Its
+    scale is 1, so that it trains as without DoRA.
 
     Shape:
         ``magnitude``: (out), ``matrix``: (out, in). Returns (out).

@@ -1,6 +1,7 @@
-"""The layers that can be adapted: one file for each kind, and one line in ``ADAPTERS``.
+"""The layer types that can be adapted.
 
-A layer knows its own weights and its own adapter, and nothing of models or configurations.
+Each has its own file and an entry in ``ADAPTERS``. A layer knows its own weights and its own adapter. Nothing here
+depends on models or configurations.
 """
 
 from lightning_lora.layers.base import LoRALayer, attach

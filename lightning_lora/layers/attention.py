@@ -10,14 +10,15 @@ from lightning_lora.tensors.names import own_parameter
 
 
 class LoRAAttention(LoRALayer):
-    r"""Attend with :math:`W_q, W_k, W_v, W_o`, each with an update of its own.
+    r"""Multi-head attention with low-rank updates of its projections.
 
-    torch computes attention in one function of all weights, in eval mode in another one. Both are run as they are, on
-    the updated weights, so that they compute the same. Dropout drops features of A for the whole batch.
+    Each of :math:`W_q, W_k, W_v, W_o` has its own update. torch computes attention in one function of all weights, and
+    in another one in eval mode. Both run unchanged on the updated weights, so that they give the same result. Dropout
+    drops features of A, the same ones for the whole batch.
 
     Shape:
-        in_proj_weight: (3 · embed, embed), in three parts: lora_A_q: (r, embed); lora_B_q: (embed, r); likewise k and
-        v, which read kdim and vdim features if these are given; and ``out`` for out_proj.weight.
+        in_proj_weight: (3 · embed, embed), in three parts: lora_A_q: (r, embed); lora_B_q: (embed, r); the same for k
+        and v, which read kdim and vdim features if these are set. ``out`` is the update of out_proj.weight.
 
     Source:
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.2.

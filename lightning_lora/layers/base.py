@@ -1,4 +1,4 @@
-"""The base class of all adapted layers: what a kind of layer declares, and how it computes."""
+"""The base class of all adapted layers."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
@@ -16,35 +16,36 @@ from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import digest, replace_values
 
 LayerTypes = tuple[type[nn.Module] | str, ...]
-"""Classes of layers, or the full name of one that this package does not import."""
+"""Layer classes. A class that this package does not import is given by its full name."""
 
 
 class LoRALayer(InPlace, nn.Module):
-    """The class that is laid over the class of an adapted layer.
+    """Base class of all adapted layers.
 
-    The layer keeps its keys and gains ``lora_A`` and ``lora_B``. A subclass names the layers that it adapts
-    (:attr:`lora_layer_types`) and the matrices in them (:meth:`lora_parts_of`). Nothing more is needed: the layer then
-    runs on ``W + ΔW``. A subclass that can compute the update from its factors, at the cost of its rank, does so in
-    :meth:`lora_update`. All names begin with ``lora_``, because the layer's own class may use any other name.
+    It is added to the class of an existing layer. The layer keeps its state dict keys and gets new parameters such as
+    ``lora_A`` and ``lora_B``. By default it runs on ``W + ΔW``. A subclass lists the layer types that it adapts
+    (:attr:`lora_layer_types`) and may define which matrices of a layer are adapted (:meth:`lora_parts_of`). It can also
+    compute the update from the two factors, which is cheaper (:meth:`lora_update`). All names begin with ``lora_``,
+    because the layer's own class may use any other name.
     """
 
     lora_layer_types: ClassVar[LayerTypes] = ()
-    """The classes that it adapts."""
+    """The layer classes that it adapts."""
 
     lora_methods: ClassVar[tuple[str, ...]] = ("forward",)
-    """The methods by which such a layer computes. A subclass that overrides one may compute anything."""
+    """The methods that compute the output. If a subclass of the layer overrides one, the layer runs on ``W + ΔW``."""
 
     lora_is_linear: ClassVar[bool] = False
     """Whether ``"all-linear"`` includes it."""
 
     lora_fits_dora: ClassVar[bool] = False
-    """Whether each row of its one matrix is an output feature, to which DoRA can give a magnitude."""
+    """Whether DoRA is possible: there is one matrix, and each of its rows is an output feature."""
 
     lora_writes_rows: ClassVar[bool] = True
-    """Whether each row of its one matrix is an output feature, so that ``target_slices`` can name rows."""
+    """Whether ``target_slices`` can name rows: each row of its one matrix is an output feature."""
 
     lora_input: ClassVar[str] = "input"
-    """The name of the first argument of its forward."""
+    """The name of the first argument of ``forward``."""
 
     lora_drops_input: ClassVar[bool] = True
     """Whether the input has features that dropout can drop."""
@@ -53,7 +54,7 @@ class LoRALayer(InPlace, nn.Module):
     """The factor that starts at zero."""
 
     lora_twins_own: ClassVar[tuple[str, ...]] = ()
-    """Attributes that its forward sets from its weights."""
+    """Attributes that ``forward`` sets from the weights."""
 
     lora_parts: tuple[Part, ...]
     lora_settings: Settings
@@ -65,7 +66,7 @@ class LoRALayer(InPlace, nn.Module):
     _lora_is_matrix: ClassVar[bool]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Note whether output and update may be added: not where a layer's class computes in its own way."""
+        """Decide whether the update can be added to the output: not if the layer overrides its forward."""
         super().__init_subclass__(**kwargs)
         if "overlaid" in cls.__dict__:
             base: Any = cls.overlaid[1]
@@ -74,11 +75,11 @@ class LoRALayer(InPlace, nn.Module):
             computes_itself = any(getattr(base, m) is not getattr(known, m) for m in cls.lora_methods)
             cls._lora_is_additive = cls.lora_update is not LoRALayer.lora_update and not computes_itself
 
-    # What a subclass declares
+    # For subclasses to override
 
     @classmethod
     def lora_adapts(cls, layer_class: type) -> bool:
-        """Whether ``layer_class`` is one of :attr:`lora_layer_types`."""
+        """Whether ``layer_class`` is in :attr:`lora_layer_types`."""
         kinds = cls.lora_layer_types
         return layer_class in kinds or f"{layer_class.__module__}.{layer_class.__qualname__}" in kinds
 
@@ -89,13 +90,19 @@ class LoRALayer(InPlace, nn.Module):
         return (Part("weight", columns, rows, rows=rows),)
 
     @staticmethod
-    def lora_refusal(layer: Any) -> str | None:  # noqa: ARG004  # a subclass looks at the layer
-        """Return why this one layer cannot be adapted although its type can, or None."""
+    def lora_refusal(layer: Any) -> str | None:  # noqa: ARG004  # for subclasses
+        """Return why this layer cannot be adapted, or None.
+
+        Its type is supported, but this one layer may have options that are not.
+        """
         return None
 
     @staticmethod
     def lora_is_quantised(layer: Any) -> bool:
-        """Whether the weight is stored in a form that no update can be merged into."""
+        """Whether the weight is quantised.
+
+        No update can be merged into a quantised weight.
+        """
         weight = layer._parameters.get("weight")
         return weight is not None and type(weight).dequantize is not Tensor.dequantize
 
@@ -106,33 +113,44 @@ class LoRALayer(InPlace, nn.Module):
 
     @staticmethod
     def lora_values(layer: Any, weight: Tensor) -> Tensor:  # noqa: ARG004
-        """Return the values of a weight, which may be stored in another form."""
+        """Return the values of a weight, dequantised if necessary."""
         return weight if type(weight).dequantize is Tensor.dequantize else weight.dequantize()
 
     @staticmethod
     def lora_as_matrix(weight: Tensor) -> Tensor:
-        """Return a weight as a matrix (out, in), or a stack of them."""
+        """Return a weight as a matrix.
+
+        Shape:
+            Returns (out, in), or a stack of such matrices.
+        """
         return weight
 
     @staticmethod
     def lora_as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
-        """Lay out a matrix (out, in) as ``weight`` is laid out."""
+        """Return a matrix in the layout of ``weight``.
+
+        Shape:
+            ``matrix``: (out, in). Returns the shape of ``weight``.
+        """
         return matrix.reshape(weight.shape)
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute what the factors add to the output, from the arguments of ``forward``, dropout done."""
+        """Compute the update of the output.
+
+        The other arguments are those of ``forward``. Dropout has already been applied to the input.
+        """
         raise NotImplementedError
 
     def lora_weights_changed(self) -> None:
-        """Do what the layer needs after its weights got other values."""
+        """Called after the weights got other values."""
 
-    # How it computes
+    # Forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the layer with its update.
 
-        A layer that computes in its own way (one that pads, scales or normalises) runs as it is, on the weight
-        ``W + ΔW``. Only so does it compute the same with its update merged.
+        A layer with its own forward (for example, one that pads, scales or normalises) runs unchanged on the weight
+        ``W + ΔW``. Otherwise it would give another result when the update is merged.
         """
         if not self.lora_enabled:
             return super().forward(*args, **kwargs)
@@ -141,7 +159,10 @@ class LoRALayer(InPlace, nn.Module):
         return self.lora_forward_on_sum(*args, **kwargs)
 
     def lora_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the layer itself, and add the update; with DoRA, scale the sum to its magnitude."""
+        """Compute the layer's output and add the update.
+
+        With DoRA, the sum is scaled to its magnitude.
+        """
         output, settings = super().forward(*args, **kwargs), self.lora_settings
         if settings.dropout and self.training and self.lora_drops_input:
             if args:
@@ -153,7 +174,7 @@ class LoRALayer(InPlace, nn.Module):
         return self._lora_with_magnitude(output, update) if settings.use_dora else output + update
 
     def _lora_with_magnitude(self, output: Tensor, update: Tensor) -> Tensor:
-        """DoRA: the layer's output and the update, each feature scaled to its magnitude. The bias is not scaled."""
+        """DoRA: add the update and scale each feature to its magnitude. The bias is not scaled."""
         with torch.autocast(output.device.type, enabled=False):
             with torch.no_grad():
                 matrix = added(self.lora_values(self, self._lora_own("weight")), self._lora_delta("weight"))
@@ -164,7 +185,7 @@ class LoRALayer(InPlace, nn.Module):
         return output + (scale - 1).to(output.dtype) * unbiased + scale.to(output.dtype) * update
 
     def lora_forward_on_sum(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer on ``W + ΔW``."""
+        """Run the layer's own forward on ``W + ΔW``."""
         weights = {}
         for name in self.lora_weights():
             dtype = self.lora_dtype(self, self._lora_own(name))
@@ -175,18 +196,18 @@ class LoRALayer(InPlace, nn.Module):
         """Run the layer's own forward on other weights."""
         return run_on(self, self.overlaid[1], values, self.lora_twins_own, *args, **kwargs)
 
-    # Its update
+    # The update
 
     def lora_weights(self) -> tuple[str, ...]:
         """Return the names of the weights that have updates."""
         return tuple(dict.fromkeys(part.weight for part in self.lora_parts))
 
     def lora_factors(self, name: str) -> tuple[Tensor, Tensor]:
-        r"""Return the factors of a weight's update as one pair: :math:`\Delta W = s \, B A`.
+        r"""Return the factors of a weight's update as one pair.
 
-        The factors of several parts are stacked. Those that started from the weight as :math:`A_0, B_0` give
-        :math:`B A - B_0 A_0`, a small difference of large products. It is computed from differences of the factors,
-        before anything is rounded: :math:`(B - B_0) A + B_0 (A - A_0)`.
+        They are A and B in :math:`\Delta W = s \, B A`. The factors of several parts are stacked. Factors that started
+        from the weight, as :math:`A_0, B_0`, give :math:`B A - B_0 A_0`, a small difference of large products. To avoid
+        rounding errors, it is computed from the differences of the factors: :math:`(B - B_0) A + B_0 (A - A_0)`.
 
         Shape:
             (\*, r', in) and (\*, out, r'), with r' the sum of the ranks.
@@ -198,7 +219,7 @@ class LoRALayer(InPlace, nn.Module):
         return a, b
 
     def _lora_stacked(self, name: str, start: str = "") -> tuple[Tensor, Tensor]:
-        """The factors of all parts of a weight as one pair: the A's one above the other, the B's side by side."""
+        """The factors of all parts of a weight as one pair: A stacked by rows, B by columns."""
         parts = [part for part in self.lora_parts if part.weight == name]
         if len(parts) == 1 and parts[0].is_whole:
             return getattr(self, parts[0].factor("A" + start)), getattr(self, parts[0].factor("B" + start))
@@ -210,14 +231,14 @@ class LoRALayer(InPlace, nn.Module):
         return torch.cat(reading), torch.cat(writing, dim=1)
 
     def _lora_delta(self, name: str, dropout: float = 0.0) -> Tensor:
-        """The update of a weight, laid out as it is, in float32 or wider."""
+        """The update of a weight, in the weight's layout, in float32 or wider."""
         a, b = self.lora_factors(name)
         if dropout:
             a = a * F.dropout(torch.ones_like(a[..., :1, :]), dropout)
         return self.lora_as_weight(delta_weight(a, b, self.lora_settings.scaling), self._lora_own(name))
 
     def _lora_own(self, name: str) -> Tensor:
-        """A weight without its update. It is read as an attribute, which is all that replicas of a module have."""
+        """A weight without its update. Read as an attribute: replicas of a module have no parameters."""
         holder: Any = self
         for part in name.split("."):
             holder = getattr(holder, part)
@@ -228,7 +249,7 @@ class LoRALayer(InPlace, nn.Module):
 
         Args:
             name: The weight's name in the layer.
-            dropping: In training, drop whole features of A, since the input itself is out of reach.
+            dropping: Whether to apply dropout in training. It drops whole features of A, as the input is not available.
         """
         own = self.lora_values(self, self._lora_own(name))
         p = self.lora_settings.dropout if dropping and self.training and self.lora_drops_input else 0.0
@@ -241,7 +262,10 @@ class LoRALayer(InPlace, nn.Module):
             return self.lora_as_weight(scaled, own)
 
     def lora_merged_weight(self, name: str) -> tuple[Tensor, float]:
-        """Return a weight with its update, in its own dtype, and the share of the update that rounding took."""
+        """Return a merged weight and the share lost to rounding.
+
+        The merged weight has the dtype of the weight itself.
+        """
         weight = own_parameter(self, name)
         is_plain = type(weight.data) is Tensor and weight.dim() == 2
         if self._lora_is_matrix and is_plain and not self.lora_settings.use_dora:
@@ -251,14 +275,17 @@ class LoRALayer(InPlace, nn.Module):
         values = effective.to(weight.dtype)
         return values, lost_share(weight, effective, values)
 
-    # Its parameters
+    # The parameters
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that the adapter added, by their names in the layer."""
+        """Return the adapter's parameters, by name in the layer."""
         return {name: own_parameter(self, name) for name in names_of(self.lora_parts, self.lora_settings)}
 
     def lora_trained(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Return those of them that train, for each weight that they adapt, by their names in the layer."""
+        """Return the adapter's trainable parameters for each adapted weight.
+
+        Both the weights and the parameters have their names in the layer.
+        """
         trained: dict[str, dict[str, nn.Parameter]] = {name: {} for name in self.lora_weights()}
         for part in self.lora_parts:
             for name in (part.factor("A"), part.factor("B")):
@@ -268,7 +295,10 @@ class LoRALayer(InPlace, nn.Module):
         return trained
 
     def lora_detach(self) -> Adapter:
-        """Take the adapter off: the layer has its own class and keys again."""
+        """Remove the adapter from the layer and return it.
+
+        The layer has its own class and its own state dict keys again.
+        """
         state = self.__dict__
         parameters = self.lora_parameters()
         for name in parameters:
@@ -284,16 +314,16 @@ class LoRALayer(InPlace, nn.Module):
         uncover(self)
         return adapter
 
-    # Its start
+    # Initialisation
 
     def lora_restart(self) -> None:
-        """Initialise the adapter anew, so that it changes nothing."""
+        """Initialise the adapter again, with an update of zero."""
         adapter = Adapter(type(self), self.lora_settings, self.lora_parts, self.lora_parameters())
         start(self, adapter)
         self.lora_started_on = adapter.started_on
 
     def lora_is_fresh(self) -> bool:
-        """Whether there is no update yet."""
+        """Whether the update is still zero."""
         for part in self.lora_parts:
             a, b = getattr(self, part.factor("A")), getattr(self, part.factor("B"))
             if a.is_meta:
@@ -308,27 +338,33 @@ class LoRALayer(InPlace, nn.Module):
         return started is None or started == digest(own_parameter(self, MAGNITUDE).float())
 
     def lora_follow_base(self) -> None:
-        """Initialise anew from the base as it is now, if the adapter has not trained and its base was another one."""
+        """Initialise the adapter again if its base has changed.
+
+        This applies only to an adapter that started from the base's weights and has not been trained yet.
+        """
         if self.lora_started_on and self.lora_is_fresh():
             names = [name for name in self.lora_started_on if name != MAGNITUDE]
             if any(digest(own_parameter(self, name)) != self.lora_started_on[name] for name in names):
                 self.lora_restart()
 
     def reset_parameters(self) -> None:
-        """Initialise the layer's own parameters and the adapter anew, as is done after ``to_empty``."""
+        """Initialise the layer's own parameters and the adapter again.
+
+        It is usually called after ``to_empty``.
+        """
         if hasattr(self.overlaid[1], "reset_parameters"):
-            super().reset_parameters()  # type: ignore[misc]  # as just asked
+            super().reset_parameters()  # type: ignore[misc]  # checked above
         self.lora_restart()
 
-    # What nn.Module does
+    # Methods of nn.Module
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move and convert as nn.Module does, but never round an adapter to half precision and back."""
+        """Move and convert as nn.Module does, without rounding an adapter to half precision and back."""
         before = {name: (p.data, p.grad) for name, p in self.lora_parameters().items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
         now = self.lora_parameters()
         if any(data.is_meta for data, _ in before.values()) and not any(p.is_meta for p in now.values()):
-            self.lora_restart()  # to_empty left whatever the memory held
+            self.lora_restart()  # to_empty leaves arbitrary values
         for name, p in now.items():
             dtype = wide(p.dtype) if self.lora_settings.autocast_dtype or name == MAGNITUDE else p.dtype
             if p.dtype != dtype:
@@ -336,11 +372,11 @@ class LoRALayer(InPlace, nn.Module):
                 p.grad = None
                 replace_values(p, torch.empty_like(p, dtype=dtype) if data.is_meta else data.to(p.device, dtype))
                 p.grad = None if grad is None else grad.to(p.device, dtype)
-        self.lora_follow_base()  # which may have been converted
+        self.lora_follow_base()  # the base may have been converted
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Load as nn.Module does, and accept a checkpoint of the base, which has no adapters."""
+        """Load as nn.Module does. A checkpoint of the base, which has no adapters, is accepted too."""
         super()._load_from_state_dict(state_dict, prefix, *args)
         factors = self.lora_parameters()
         own = {prefix + name for name in factors}
@@ -356,7 +392,7 @@ class LoRALayer(InPlace, nn.Module):
         missing[:] = [key for key in missing if key not in own]
 
     def extra_repr(self) -> str:
-        """Describe the layer as before, and its adapter."""
+        """Return the layer's own description and the adapter's."""
         return f"{super().extra_repr()}, {self._lora_about()}".removeprefix(", ")
 
     def _lora_about(self) -> str:
@@ -365,7 +401,7 @@ class LoRALayer(InPlace, nn.Module):
         return f"r={settings.r}, scaling={settings.scaling:g}{more}" + (f", parts={parts}" if parts else "")
 
     def __repr__(self) -> str:
-        """Describe the adapter too, even if the layer has a description of its own."""
+        """Describe the adapter too, even if the layer overrides ``__repr__``."""
         text, about, name = super().__repr__(), self._lora_about(), type(self).__name__
         if about not in text:
             text = f"{text.removesuffix(')')}, {about})"
@@ -373,7 +409,10 @@ class LoRALayer(InPlace, nn.Module):
 
 
 def attach(layer: nn.Module, adapter: Adapter) -> None:
-    """Put ``adapter`` on ``layer``, which stays the same object and computes ``W + ΔW`` from now on."""
+    """Attach an adapter to a layer.
+
+    The layer stays the same object. From now on it computes with ``W + ΔW``.
+    """
     overlay(layer, cast(type[LoRALayer], adapter.kind))
     layer._parameters.update(adapter.parameters)
     vars(layer).update(

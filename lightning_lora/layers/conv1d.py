@@ -1,4 +1,7 @@
-"""transformers' Conv1D, GPT-2's linear layer whose weight is laid out (in, out), with a low-rank update."""
+"""transformers' Conv1D, a linear layer, with a low-rank update.
+
+GPT-2 uses this layer. Its weight has the layout (in, out).
+"""
 
 from typing import Any
 
@@ -8,7 +11,9 @@ from lightning_lora.layers.linear import LoRALinear
 
 
 class LoRAConv1D(LoRALinear):
-    r"""Compute :math:`x W + b + s \, \mathrm{dropout}(x) A^T B^T`.
+    r"""A Conv1D of transformers with a low-rank update.
+
+    It computes :math:`x W + b + s \, \mathrm{dropout}(x) A^T B^T`.
 
     Shape:
         weight: (in, out); lora_A: (r, in); lora_B: (out, r). Input (\*, in), output (\*, out).
@@ -21,14 +26,17 @@ class LoRAConv1D(LoRALinear):
 
     @staticmethod
     def lora_as_matrix(weight: Tensor) -> Tensor:
-        """Return a weight (in, out) as (out, in)."""
+        """Return the weight, of shape (in, out), as (out, in)."""
         return weight.T
 
     @staticmethod
     def lora_as_weight(matrix: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG004
-        """Lay out a matrix (out, in) as (in, out)."""
+        """Return a matrix of shape (out, in) as (in, out)."""
         return matrix.T
 
     def lora_forward(self, x: Tensor) -> Any:
-        """Compute both at once; with DoRA, one after the other."""
+        """Compute the output and its update.
+
+        Without DoRA, one function computes both.
+        """
         return super().lora_forward(x)

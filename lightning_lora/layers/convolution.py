@@ -1,4 +1,4 @@
-"""Convolutions, plain and transposed, with a low-rank update."""
+"""Convolutions and transposed convolutions with a low-rank update."""
 
 from typing import Any
 
@@ -9,19 +9,20 @@ from lightning_lora.layers.base import LoRALayer
 
 
 class LoRAConvNd(LoRALayer):
-    r"""Convolve with A, whose kernel has r channels, then mix these at every place by B.
+    r"""A convolution with a low-rank update.
 
-    As a matrix, the weight has a row for each channel that it writes, and a column for each place in the kernel of each
-    channel that one group reads. Under ``groups``, every group has the same A and its own rows of B; there the
-    convolution is done with :math:`B A` itself, which is the smaller.
+    The update is a convolution with A, which has r output channels, and then a convolution of kernel size 1 with B. As
+    a matrix, the weight has one row for each output channel. It has one column for each kernel position of each input
+    channel of a group. With ``groups``, all groups share A, and each has its own rows of B. In this case the layer
+    convolves with the product :math:`B A`, because it is smaller.
 
     Shape:
         weight: (out, in / groups, \*kernel); lora_A: (r, in / groups · kernel); lora_B: (out, r).
         Input (N, in, \*size), output (N, out, \*size').
 
     Source:
-        Hu et al. 2021, section 4.1, on the weight as such a matrix: a convolution with :math:`B A` is one with A and
-        then one of size 1 with B, since it is linear in its kernel.
+        Hu et al. 2021, section 4.1, on the weight as this matrix. A convolution is linear in its kernel. So a
+        convolution with :math:`B A` equals one with A and then one of size 1 with B.
     """
 
     lora_layer_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -31,11 +32,15 @@ class LoRAConvNd(LoRALayer):
 
     @staticmethod
     def lora_as_matrix(weight: Tensor) -> Tensor:
-        r"""Return a weight (out, in / groups, \*kernel) as (out, in / groups · kernel)."""
+        r"""Return the weight as a matrix.
+
+        Shape:
+            ``weight``: (out, in / groups, \*kernel). Returns (out, in / groups · kernel).
+        """
         return weight.flatten(1)
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, input: Tensor) -> Tensor:
-        """Convolve with one factor after the other, or with their product."""
+        """Convolve with A, then with B, or with their product."""
         own: Any = self
         a, b = lora_A.to(input.dtype), lora_B.to(input.dtype) * self.lora_settings.scaling
         kernel = own.weight.shape[1:]
@@ -45,16 +50,18 @@ class LoRAConvNd(LoRALayer):
 
 
 class LoRAConvTransposeNd(LoRALayer):
-    r"""Mix the channels by A at every place, then spread these r by the transposed convolution with B.
+    r"""A transposed convolution with a low-rank update.
 
-    It is the mirror image of a convolution: as a matrix, the weight has a column for each channel that it reads.
+    The update is a convolution of kernel size 1 with A, which has r output channels, and then a transposed convolution
+    with B. So B has the kernel, while in a convolution A has it. As a matrix, the weight has one column for each input
+    channel.
 
     Shape:
         weight: (in, out / groups, \*kernel); lora_A: (r, in); lora_B: (out / groups · kernel, r).
         Input (N, in, \*size), output (N, out, \*size').
 
     Source:
-        Hu et al. 2021, section 4.1, on the weight as such a matrix.
+        Hu et al. 2021, section 4.1, on the weight as this matrix.
     """
 
     lora_layer_types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -64,16 +71,24 @@ class LoRAConvTransposeNd(LoRALayer):
 
     @staticmethod
     def lora_as_matrix(weight: Tensor) -> Tensor:
-        r"""Return a weight (in, out / groups, \*kernel) as (out / groups · kernel, in)."""
+        r"""Return the weight as a matrix.
+
+        Shape:
+            ``weight``: (in, out / groups, \*kernel). Returns (out / groups · kernel, in).
+        """
         return weight.flatten(1).T
 
     @staticmethod
     def lora_as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
-        r"""Lay out a matrix (out / groups · kernel, in) as (in, out / groups, \*kernel)."""
+        r"""Return a matrix in the layout of the weight.
+
+        Shape:
+            ``matrix``: (out / groups · kernel, in). Returns (in, out / groups, \*kernel).
+        """
         return matrix.T.reshape(weight.shape)
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Convolve with one factor after the other, or with their product."""
+        """Convolve with A, then with B, or with their product."""
         a, b = lora_A.to(input.dtype), lora_B.to(input.dtype) * self.lora_settings.scaling
         if self.groups > 1:
             hidden, kernel = input, (b @ a).T
@@ -85,6 +100,6 @@ class LoRAConvTransposeNd(LoRALayer):
 
 
 def _pointwise(x: Tensor, matrix: Tensor, dims: int) -> Tensor:
-    r"""Mix the channels of (N, in, \*size), or (in, \*size), by a matrix (out, in)."""
+    r"""Convolve (N, in, \*size) or (in, \*size) with a kernel of size 1, given as a matrix (out, in)."""
     convolve = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
     return convolve(x, matrix.view(*matrix.shape, *(1,) * dims))

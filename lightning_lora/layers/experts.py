@@ -1,4 +1,7 @@
-"""Parameters that a module reads by itself, such as the stacked weights of experts, with low-rank updates."""
+"""Low-rank updates for single parameters of a module.
+
+An example is the stacked weights of experts, which a module reads directly instead of calling layers.
+"""
 
 from typing import ClassVar
 
@@ -10,18 +13,19 @@ from lightning_lora.tensors.names import own_parameter
 
 
 class LoRAParameters(LoRALayer):
-    r"""Run a module on :math:`W + s B A` for those of its parameters that are named, each of a stack.
+    r"""A module with low-rank updates of the parameters in ``target_parameters``.
 
-    What the module does with a parameter is its own affair, so that there is no shorter way to compute it. The weight
-    of a layer that it holds may be one: it is updated both where the layer is called and where the module reads it.
+    The module runs on :math:`W + s B A`; in a stack, each matrix has its own update. The module may use a parameter in
+    any way, so no cheaper way to compute the update is known. The parameter may also be the weight of a layer inside
+    the module. Then it is updated both where the layer is called and where the module reads it.
 
     Shape:
         A parameter (out, in): lora_A_name: (r, in); lora_B_name: (out, r). A stack (experts, out, in):
-        lora_A_name: (experts, r, in); lora_B_name: (experts, out, r). Which side is read and which is written makes no
-        difference to :math:`B A`.
+        lora_A_name: (experts, r, in); lora_B_name: (experts, out, r). It makes no difference to :math:`B A` which side
+        is the input and which the output.
 
     Source:
-        Hu et al. 2021, section 4.1, on each matrix; the names are those of PEFT's ``target_parameters``.
+        Hu et al. 2021, section 4.1, for each matrix. ``target_parameters`` takes the same names as in PEFT.
     """
 
     lora_layer_types: ClassVar[LayerTypes] = ()
@@ -29,6 +33,11 @@ class LoRAParameters(LoRALayer):
 
     @staticmethod
     def lora_part(layer: nn.Module, name: str) -> Part:
-        """Return a parameter of ``layer``, or of a layer that it holds, as a matrix or a stack of them."""
+        """Return a :class:`.Part` for one parameter.
+
+        Args:
+            layer: The module.
+            name: The parameter's name in it: its own, or that of a layer inside it. It is a matrix or a stack of them.
+        """
         *stack, writes, reads = own_parameter(layer, name).shape
         return Part(name, reads, writes, rows=writes, name=name.replace(".", "_"), stack=tuple(stack))

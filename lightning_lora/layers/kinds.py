@@ -1,4 +1,4 @@
-"""Which adapter is for which type of layer."""
+"""The adapter class for each layer type."""
 
 from torch import nn
 
@@ -30,11 +30,13 @@ ADAPTERS: dict[type[nn.Module] | str, type[LoRALayer]] = {
     )
     for layer_type in adapter.lora_layer_types
 }
-"""Layer type (or its full name, where its package is optional) to the adapter for it and its subclasses."""
+"""Maps a layer type to the adapter class for it and its subclasses. Types of optional packages are given by name."""
 
 
 def adapter_for(layer: nn.Module) -> type[LoRALayer] | None:
-    """Return the adapter for ``layer``'s type or the nearest of its bases, or None.
+    """Return the adapter class for a layer, or None.
+
+    It belongs to the layer's type, or to the nearest base class that has one.
 
     Example:
         >>> adapter_for(nn.Linear(2, 2)).__name__
@@ -50,19 +52,20 @@ def adapter_for(layer: nn.Module) -> type[LoRALayer] | None:
 
 
 def register_adapter(layer_class: type[nn.Module], adapter_class: type[LoRALayer]) -> None:
-    r"""Use your own adapter class for a layer class and its subclasses.
+    r"""Register your own adapter class for a layer class.
 
-    An adapter class is a subclass of ``lightning_lora.layers.LoRALayer``. Without more, it runs the layer on
-    :math:`W + \Delta W`, with the layer's ``weight`` as a matrix (out, in). It may override ``lora_update`` (a shorter
-    way to compute the update), ``lora_as_matrix`` and ``lora_as_weight`` (a weight of another shape), and
-    ``lora_parts_of`` (several weights). ``"all"`` targets it; ``"all-linear"`` too if ``lora_is_linear`` is True.
+    It also applies to subclasses of the layer class. An adapter class is a subclass of
+    ``lightning_lora.layers.LoRALayer``. By default it runs the layer on :math:`W + \Delta W`, with the layer's
+    ``weight`` as a matrix (out, in). Override ``lora_update`` for a cheaper way to compute the update,
+    ``lora_as_matrix`` and ``lora_as_weight`` for a weight of another shape, and ``lora_parts_of`` for several weights.
+    ``"all"`` includes these layers. ``"all-linear"`` includes them too if ``lora_is_linear`` is True.
 
     Args:
-        layer_class: The class of the layers. An adapter that was registered for it before is replaced.
-        adapter_class: The class that adapts them.
+        layer_class: The class of the layers. An adapter class that was registered for it before is replaced.
+        adapter_class: The adapter class for them.
 
     Raises:
-        ConfigError: one of the two is of another kind.
+        ConfigError: an argument is not a class of the expected kind.
 
     Example:
         >>> import torch

@@ -9,7 +9,9 @@ from lightning_lora.layers.base import LayerTypes, LoRALayer
 
 
 class LoRALinear(LoRALayer):
-    r"""Compute :math:`x W^T + b + s \, \mathrm{dropout}(x) A^T B^T`.
+    r"""A linear layer with a low-rank update.
+
+    It computes :math:`x W^T + b + s \, \mathrm{dropout}(x) A^T B^T`.
 
     Shape:
         weight: (out, in); lora_A: (r, in); lora_B: (out, r). Input (\*, in), output (\*, out).
@@ -25,17 +27,20 @@ class LoRALinear(LoRALayer):
     bias: nn.Parameter | None
 
     def lora_forward(self, input: Tensor) -> Any:
-        """Compute both at once; with DoRA, one after the other."""
+        """Compute the output and its update.
+
+        Without DoRA, one function computes both.
+        """
         settings = self.lora_settings
         if settings.use_dora:
             return super().lora_forward(input)
         dropout = settings.dropout if self.training else 0.0
         if self.lora_parts[0].name or settings.starts_from_base:
             a, b = self.lora_factors("weight")
-        else:  # most layers: a short way, which counts with a few tokens
+        else:  # most layers: skips calls whose time counts with a few tokens
             a, b = self.lora_A, self.lora_B
         return adapted_linear(input, self.lora_as_matrix(self.weight), self.bias, a, b, settings.scaling, dropout)
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, input: Tensor) -> Tensor:
-        """Multiply by one factor after the other."""
+        """Compute the update: multiply by A, then by B."""
         return low_rank_update(input, lora_A, lora_B, self.lora_settings.scaling)

@@ -1,4 +1,4 @@
-"""What an adapter is made of: matrices to update, settings, parameters."""
+"""An adapter and its components: matrices, settings, parameters."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 MAGNITUDE = "lora_magnitude"
-"""What DoRA's parameter is called in a layer."""
+"""The name of DoRA's parameter in a layer."""
 
 FROM_BASE = ("pissa", "olora")
-"""Initialisations that start from the weight itself."""
+"""Initialisations that start from the weight."""
 
 
 class Kind(Protocol):
-    """What an adapter must know of its class, a subclass of ``LoRALayer``."""
+    """The part of ``LoRALayer``'s interface that initialisation needs."""
 
     lora_zero: ClassVar[str]
 
@@ -25,11 +25,15 @@ class Kind(Protocol):
 
     @staticmethod
     def lora_values(layer: Any, weight: Tensor) -> Tensor:
-        """Return the values of a weight, which may be stored in another form."""
+        """Return the values of a weight, dequantised if necessary."""
 
     @staticmethod
     def lora_as_matrix(weight: Tensor) -> Tensor:
-        """Return a weight as a matrix (out, in), or a stack of them."""
+        """Return a weight as a matrix.
+
+        Shape:
+            Returns (out, in), or a stack of such matrices.
+        """
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,12 @@ class Settings:
     """The settings of one layer's adapter.
 
     Args:
-        r: Rank of the updates. A smaller matrix in a layer of several has its smaller side as its rank.
+        r: The rank of the updates. In a layer with several matrices, the rank of a smaller matrix is its smaller side.
         scaling: The factor of ``B @ A``.
-        dropout: Probability of dropping an input of A in training.
-        init: How the factors are initialised.
-        use_dora: Whether a magnitude is trained for each row of ``W + ΔW``.
-        autocast_dtype: Whether the adapter stays in float32 where the weight is in half precision.
+        dropout: The probability of dropping an input of A in training.
+        init: The initialisation of the factors.
+        use_dora: Whether to train a magnitude for each row of ``W + ΔW``.
+        autocast_dtype: Whether the adapter stays in float32 if the weight is in half precision.
     """
 
     r: int
@@ -54,22 +58,27 @@ class Settings:
 
     @cached_property
     def starts_from_base(self) -> bool:
-        """Whether the factors start as a part of the weight, which is then subtracted again."""
+        """Whether the factors start from the weight (PiSSA, OLoRA).
+
+        Their start values are then subtracted from the update.
+        """
         return self.init in FROM_BASE
 
 
 @dataclass(frozen=True)
 class Part:
-    """One matrix with its own update: a weight of a layer, or some rows of it.
+    """One matrix with its own update.
+
+    It is a weight of a layer, or some rows of it.
 
     Args:
         weight: The parameter's name in the layer, such as ``"weight"`` or ``"out_proj.weight"``.
-        reads: Columns of the matrix: its input features.
-        writes: Rows of the matrix: its output features.
-        first: The first of its rows in the weight.
-        rows: How many rows the weight has.
+        reads: The number of columns: input features.
+        writes: The number of rows: output features.
+        first: The index of its first row in the weight.
+        rows: The number of rows of the weight.
         name: The end of its factors' names, after ``lora_A_`` and ``lora_B_``. Empty if the layer has only one matrix.
-        stack: The leading dimensions of a weight that stacks such matrices, one for each expert.
+        stack: The leading dimensions of a stacked weight, such as the number of experts.
 
     Example:
         >>> q = Part("in_proj_weight", reads=8, writes=8, first=0, rows=24, name="q")
@@ -87,29 +96,38 @@ class Part:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is all of the weight."""
+        """Whether the matrix is the whole weight."""
         return self.rows in (0, self.writes)
 
     def factor(self, letter: str) -> str:
-        """Return the name of a factor, A or B, in the layer."""
+        """Return the name of a factor in the layer.
+
+        Args:
+            letter: ``"A"`` or ``"B"``; ``"A0"`` or ``"B0"`` for its start values.
+        """
         return f"lora_{letter}_{self.name}" if self.name else f"lora_{letter}"
 
     def rank(self, r: int) -> int:
-        """Return the rank of its update: ``r``, or the smaller side of the matrix."""
+        """Return the rank of its update.
+
+        It is ``r``, or the smaller side of the matrix if that is less.
+        """
         return min(r, self.reads, self.writes)
 
 
 @dataclass
 class Adapter:
-    """An adapter that is not on a layer: :func:`attach` puts it there.
+    """An adapter that is not attached to a layer.
+
+    :func:`attach` attaches it.
 
     Args:
-        kind: The class that computes with it, such as ``LoRALinear``.
+        kind: The adapter class, such as ``LoRALinear``.
         settings: Its settings.
         parts: The matrices that it updates.
-        parameters: Its factors (and DoRA's magnitude), by their names in the layer.
-        started_on: The digests of the weights that its factors were initialised from, if they were.
-        bases: The base's values of merged weights, by their names in the layer, while the update is merged.
+        parameters: Its factors (and DoRA's magnitude), by name in the layer.
+        started_on: Digests of the weights that its parameters were initialised from, if any.
+        bases: The base's values of the weights, by name in the layer, while the update is merged.
     """
 
     kind: type[Kind]

@@ -1,4 +1,7 @@
-"""Linear layers whose weights are quantised, with a low-rank update in full precision beside them (QLoRA)."""
+"""Quantised linear layers with a low-rank update (QLoRA).
+
+The update is not quantised.
+"""
 
 from typing import Any, ClassVar
 
@@ -11,10 +14,12 @@ from lightning_lora.layers.parts import Part
 
 
 class LoRALinear4bit(LoRALinear):
-    r"""Compute what bitsandbytes does with a weight of four bits, and add :math:`s \, \mathrm{dropout}(x) A^T B^T`.
+    r"""A 4-bit linear layer of bitsandbytes with a low-rank update.
+
+    The update :math:`s \, \mathrm{dropout}(x) A^T B^T` is added to the output of bitsandbytes.
 
     Shape:
-        weight: packed, of (out, in); lora_A: (r, in); lora_B: (out, r). Input (\*, in), output (\*, out).
+        weight: (out, in), packed; lora_A: (r, in); lora_B: (out, r). Input (\*, in), output (\*, out).
 
     Source:
         Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", section 3, equation 5.
@@ -22,16 +27,16 @@ class LoRALinear4bit(LoRALinear):
 
     lora_layer_types: ClassVar[LayerTypes] = ("bitsandbytes.nn.modules.Linear4bit",)
     lora_input = "x"
-    lora_forward = LoRALayer.lora_forward  # the layer alone can read its weight
+    lora_forward = LoRALayer.lora_forward  # only the layer itself can read its weight
 
     @classmethod
     def lora_parts_of(cls, layer: Any) -> tuple[Part, ...]:
-        """Return the one matrix that the packed weight stands for."""
+        """Return the matrix that the packed weight represents."""
         return (Part("weight", layer.in_features, layer.out_features, rows=layer.out_features),)
 
     @staticmethod
     def lora_is_quantised(layer: Any) -> bool:  # noqa: ARG004  # all of this type are
-        """Whether no update can be merged into the layer's weight."""
+        """Whether the weight is quantised, here always."""
         return True
 
     @staticmethod
@@ -42,8 +47,8 @@ class LoRALinear4bit(LoRALinear):
 
     @staticmethod
     def lora_values(layer: Any, weight: Any) -> Tensor:  # noqa: ARG004
-        """Return the values that the packed weight stands for."""
-        if weight.quant_state is None:  # it is quantised when it is moved
+        """Return the dequantised values of the packed weight."""
+        if weight.quant_state is None:  # not quantised before it is moved
             return weight.detach()  # type: ignore[no-any-return]
         from bitsandbytes.functional import dequantize_4bit
 
@@ -51,22 +56,27 @@ class LoRALinear4bit(LoRALinear):
 
     @staticmethod
     def lora_as_weight(matrix: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG004
-        """Return the matrix: there is no other form that an update could have."""
+        """Return the matrix unchanged.
+
+        An update has no packed form.
+        """
         return matrix
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, x: Tensor) -> Tensor:
-        """Multiply by one factor after the other."""
+        """Compute the update: multiply by A, then by B."""
         return super().lora_update(lora_A, lora_B, x)
 
 
 class LoRALinear8bit(LoRALinear4bit):
-    r"""Compute what bitsandbytes does with a weight of eight bits, and add :math:`s \, \mathrm{dropout}(x) A^T B^T`.
+    r"""An 8-bit linear layer of bitsandbytes with a low-rank update.
+
+    The update :math:`s \, \mathrm{dropout}(x) A^T B^T` is added to the output of bitsandbytes.
 
     Shape:
         weight: (out, in) of int8; lora_A: (r, in); lora_B: (out, r). Input (\*, in), output (\*, out).
 
     Source:
-        Dettmers et al. 2023, section 3, on the layers of Dettmers et al. 2022, "LLM.int8()".
+        Dettmers et al. 2023, section 3, applied to the layers of Dettmers et al. 2022, "LLM.int8()".
     """
 
     lora_layer_types: ClassVar[LayerTypes] = ("bitsandbytes.nn.modules.Linear8bitLt",)
@@ -78,7 +88,7 @@ class LoRALinear8bit(LoRALinear4bit):
 
     @staticmethod
     def lora_values(layer: Any, weight: Any) -> Tensor:
-        """Return the values that the weight and its scales stand for."""
+        """Return the dequantised values of the weight."""
         if weight.is_floating_point():
             return weight.detach()  # type: ignore[no-any-return]
         from bitsandbytes.functional import int8_vectorwise_dequant
@@ -87,7 +97,10 @@ class LoRALinear8bit(LoRALinear4bit):
 
 
 def quantised_entries(module: nn.Module) -> dict[str, Tensor]:
-    """Return what a quantised layer adds to its state dict beside its weight: scales and the like, part of the base."""
+    """Return the extra state dict entries of a quantised layer.
+
+    They are values such as the scales. They belong to the base, like the weight.
+    """
     weight: Any = module._parameters.get("weight")
     if _is_a(module, LoRALinear4bit) and weight.quant_state is not None:
         return {f"weight.{name}": value for name, value in weight.quant_state.as_dict(packed=True).items()}
@@ -97,18 +110,25 @@ def quantised_entries(module: nn.Module) -> dict[str, Tensor]:
 
 
 def count(parameter: Any) -> int:
-    """Return how many values a parameter stands for."""
+    """Return the number of values that a parameter represents."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()  # type: ignore[no-any-return]
 
 
 def repacks(module: nn.Module) -> bool:
-    """Whether ``module`` would lay out its weight for inference as soon as it runs in eval mode, and then not train."""
+    """Whether a 4-bit layer may repack its weight for inference.
+
+    bitsandbytes does this on some CPUs as soon as the layer runs in eval mode. After that, the layer passes no
+    gradient.
+    """
     return "support_avx512bf16_for_cpu" in vars(module) and _is_a(module, LoRALinear4bit)
 
 
 def unpack(module: Any) -> None:
-    """Undo such a layout, if ``module`` has it, as bitsandbytes does for a state dict."""
+    """Undo the repacking for inference, if there is one.
+
+    bitsandbytes itself undoes it when a state dict is made.
+    """
     if repacks(module) and getattr(module.weight.quant_state, "packing_format_for_cpu", False):
         module.state_dict()
 
@@ -118,6 +138,6 @@ def _is_a(module: nn.Module, kind: type[LoRALinear]) -> bool:
 
 
 def _scales(layer: Any) -> Tensor:
-    """The scale of each row, which the layer moves from its weight to its state when it first runs."""
+    """The scale of each row. The layer moves it from its weight to its state when it first runs."""
     at_weight: Tensor | None = getattr(layer.weight, "SCB", None)
     return layer.state.SCB if at_weight is None else at_weight

@@ -1,4 +1,4 @@
-"""How adapters are initialised, so that they change nothing."""
+"""Initialise adapters, so that their update starts at zero."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from lightning_lora.tensors.values import digest
 
 
 def names_of(parts: tuple[Part, ...], settings: Settings) -> list[str]:
-    """Return the names of an adapter's parameters in the layer."""
+    """Return the names of an adapter's parameters."""
     return [part.factor(letter) for part in parts for letter in _letters(settings)] + [MAGNITUDE] * settings.use_dora
 
 
@@ -19,7 +19,10 @@ def _letters(settings: Settings) -> tuple[str, ...]:
 
 
 def start(layer: nn.Module, adapter: Adapter) -> None:
-    """Initialise ``adapter`` for ``layer``, and note the weights it starts from."""
+    """Initialise an adapter for a layer.
+
+    If it starts from the layer's weights, it remembers their digests.
+    """
     settings, parameters = adapter.settings, adapter.parameters
     if not settings.starts_from_base:
         for part in adapter.parts:
@@ -32,7 +35,7 @@ def start(layer: nn.Module, adapter: Adapter) -> None:
 
 
 def _start_from_base(layer: nn.Module, adapter: Adapter) -> None:
-    """Initialise what is computed from the weights: factors, magnitudes."""
+    """Initialise the parameters that depend on the weights: factors and magnitudes."""
     kind, settings, parameters = adapter.kind, adapter.settings, adapter.parameters
     with torch.no_grad():
         for part in adapter.parts:
@@ -40,7 +43,7 @@ def _start_from_base(layer: nn.Module, adapter: Adapter) -> None:
             matrix = kind.lora_as_matrix(kind.lora_values(layer, weight).detach())
             if settings.starts_from_base:
                 rows = matrix.narrow(-2, part.first, part.writes)
-                if weight.is_meta or not rows.isfinite().all():  # new memory may hold anything
+                if weight.is_meta or not rows.isfinite().all():  # uninitialised memory has arbitrary values
                     rows = torch.zeros_like(rows)
                 starts = principal_factors(rows, part.rank(settings.r), settings.scaling, settings.init)
                 for letter, values in zip(_letters(settings), starts * 2, strict=True):
@@ -54,10 +57,10 @@ def _start_from_base(layer: nn.Module, adapter: Adapter) -> None:
 
 
 def new_adapter(kind: type[Kind], layer: nn.Module, parts: tuple[Part, ...], settings: Settings) -> Adapter:
-    """Make an adapter for ``layer`` that changes nothing yet.
+    """Create an adapter with an update of zero.
 
-    It is on the device of the layer's weights. Its dtype is that of the weights; with ``settings.autocast_dtype``, and
-    for magnitudes always, float32 in place of a narrower one.
+    It is on the device of the layer's weights and has their dtype. With ``settings.autocast_dtype``, float32 replaces a
+    narrower dtype; for magnitudes it always does.
     """
     parameters = {}
     for part in parts:
@@ -76,23 +79,23 @@ def new_adapter(kind: type[Kind], layer: nn.Module, parts: tuple[Part, ...], set
     return adapter
 
 
-# The factors themselves
+# The factors
 
 
 def init_factors(reading: Tensor, writing: Tensor, init: str) -> None:
-    """Initialise two factors in place, so that their product is zero.
+    """Initialise two factors in place, with a zero product.
 
     Args:
-        reading: The factor to draw at random: ``"kaiming"`` as nn.Linear draws its weight, ``"gaussian"`` with a
-            standard deviation of one over r.
-        writing: The factor to set to zero.
+        reading: The factor with random values. ``"kaiming"`` draws them as nn.Linear does; ``"gaussian"`` draws them
+            with a standard deviation of 1 / r.
+        writing: The factor that is set to zero.
         init: ``"kaiming"`` or ``"gaussian"``.
 
     Shape:
         (*, r, in) and (*, out, r), or the other way round.
 
     Source:
-        Hu et al. 2021, section 4.1 ("gaussian"); the authors' own code ("kaiming").
+        Hu et al. 2021, section 4.1 ("gaussian"); the authors' code ("kaiming").
     """
     with torch.no_grad():
         if init == "gaussian":
@@ -104,19 +107,19 @@ def init_factors(reading: Tensor, writing: Tensor, init: str) -> None:
 
 
 def principal_factors(matrix: Tensor, r: int, scaling: float, init: str) -> tuple[Tensor, Tensor]:
-    r"""Return the factors from which PiSSA or OLoRA starts.
+    r"""Return the initial factors of PiSSA or OLoRA.
 
-    They hold the strongest part of a weight, :math:`B_0 A_0`. The update is :math:`s (B A - B_0 A_0)`: zero at the
-    start, and the base stays as it is. (The papers subtract :math:`s B_0 A_0` from the base instead, which computes the
-    same.)
+    Their product :math:`B_0 A_0` is the strongest part of a weight. The update is :math:`s (B A - B_0 A_0)`. It is zero
+    at the start, and the base is not changed. (The papers subtract :math:`s B_0 A_0` from the base instead, with the
+    same result.)
 
     Args:
         matrix: The weight.
         r: The rank.
         scaling: The factor :math:`s` of the update.
-        init: ``"pissa"``: the leading singular values and vectors, so that :math:`s B_0 A_0` is the best approximation
-            of the weight with this rank; beyond the weight's own rank, the start of :func:`init_factors`. ``"olora"``:
-            the first rows and columns of a QR decomposition.
+        init: ``"pissa"`` or ``"olora"``. PiSSA takes the leading singular values and vectors, so that
+            :math:`s B_0 A_0` is the best approximation of the weight with this rank. Beyond the weight's own rank, it
+            initialises as :func:`init_factors` does. OLoRA takes the first rows and columns of a QR decomposition.
 
     Shape:
         ``matrix``: (\*, out, in). Returns (\*, r, in) and (\*, out, r).
@@ -139,5 +142,5 @@ def principal_factors(matrix: Tensor, r: int, scaling: float, init: str) -> tupl
     a, b = roots.unsqueeze(-1) * v[..., :r, :], u[..., :r] * roots.unsqueeze(-2)
     empty = values[..., :r] <= values[..., :1] * max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps
     random, zero = torch.empty_like(a), torch.empty_like(b)
-    init_factors(random, zero, "kaiming")  # from zeros on both sides, nothing would train
+    init_factors(random, zero, "kaiming")  # if both factors were zero, they would get no gradient
     return torch.where(empty.unsqueeze(-1), random, a), torch.where(empty.unsqueeze(-2), zero, b)

@@ -1,4 +1,4 @@
-"""Run a layer on other weights, without changing the layer."""
+"""Run a layer on other weights, without changing it."""
 
 from collections.abc import Mapping
 from types import MethodType
@@ -7,40 +7,42 @@ from typing import Any
 from torch import Tensor, nn
 
 Made = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
-"""The attributes of a module; those of its twin when it was made; and those of the twin now."""
+"""The attributes of a module, of its twin at the start, and of the twin now."""
 
 
 def run_on(
     module: nn.Module, cls: type, values: Mapping[str, Tensor | None], own: tuple[str, ...], *args: Any, **kwargs: Any
 ) -> Any:
-    """Run the forward of ``cls`` with other weights, in a twin of ``module`` made for this one call.
+    """Run a module's forward with other weights.
 
-    ``module`` itself does not change meanwhile: other threads may run it too.
+    The forward runs on a twin: a temporary copy that shares all attributes except the weights. ``module`` itself does
+    not change during the call, so other threads may run it too. Attributes that forward sets on the twin are copied
+    back at the end.
 
     Args:
         module: Any module.
         cls: The class of the twin.
-        values: Its weights by name; a name may lead into a module inside.
-        own: Attributes that forward sets from the weights. They belong to the twin and are not copied back.
-        *args: What forward is called with.
-        **kwargs: Likewise.
+        values: The weights by name. A name may be that of a weight in a module inside.
+        own: Attributes that forward sets from the weights. They are not copied back.
+        *args: Arguments of forward.
+        **kwargs: Keyword arguments of forward.
     """
     made: list[Made] = []
     output = _twin_of(module, cls, values, made).forward(*args, **kwargs)
-    for attributes, before, after in made:  # what forward set on the twins is set on their modules
+    for attributes, before, after in made:  # a forward may set attributes: keep them
         changed = {name: value for name, value in after.items() if name not in before or before[name] is not value}
         attributes.update({name: value for name, value in changed.items() if name not in own})
     return output
 
 
 def _twin_of(module: nn.Module, cls: type, values: Mapping[str, Tensor | None], made: list[Made]) -> Any:
-    """Make an object that shares everything with ``module`` except some weights.
+    """Create an object that shares everything with ``module`` except some weights.
 
     Args:
         module: Any module.
         cls: The class of the twin.
         values: Its weights by name.
-        made: Collects every twin, so that the caller can copy attributes back.
+        made: Collects every twin, so the caller can copy attributes back.
     """
     twin: Any = object.__new__(cls)
     state = vars(twin)

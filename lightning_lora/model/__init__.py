@@ -1,4 +1,4 @@
-"""Calls on a whole model: adapt it, merge it, and remember what it was.
+"""Functions on a model: adapt it, merge it, restore it.
 
-It may use targets and layers, and writes no file but what it hands over between processes.
+The only files written here are temporary: they carry data from one process to another.
 """

@@ -1,4 +1,4 @@
-"""Put adapters on the layers of a model, and take them off."""
+"""Attach adapters to a model's layers, and detach them."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -13,7 +13,12 @@ from lightning_lora.tensors.names import named_modules, submodule
 
 
 def attach_adapters(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
-    """Put adapters on the layers of ``model`` that they are named after."""
+    """Attach adapters to layers of a model.
+
+    Args:
+        model: The model.
+        adapters: The adapters, by the names of their layers.
+    """
     modules = named_modules(model, remove_duplicate=False)
     for name, adapter in adapters.items():
         attach(modules[name], adapter)
@@ -21,7 +26,15 @@ def attach_adapters(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
 
 
 def detach_adapters(view: View, names: Collection[str] | None = None) -> dict[str, Adapter]:
-    """Take all adapters off, or those of the layers named, and return them by layer."""
+    """Remove adapters from their layers and return them.
+
+    Args:
+        view: The model.
+        names: The names of the layers, or None for all adapted layers.
+
+    Returns:
+        The adapters, by the names of their layers.
+    """
     check_weights(view)
     adapters = {}
     for name, layer in view.layers.items():
@@ -32,14 +45,18 @@ def detach_adapters(view: View, names: Collection[str] | None = None) -> dict[st
 
 
 def move_adapters(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
-    """Move adapters from layers that were replaced to the new layers in their places.
+    """Move adapters from replaced layers to the new layers.
+
+    Args:
+        model: The model.
+        layers: The adapted layers before the replacement, by name.
 
     Raises:
         AdapterStateError: a new layer cannot be adapted.
     """
     for name, layer in layers.items():
         new = submodule(model, name)
-        if isinstance(new, LoRALayer):  # the same layer, or its adapter was moved already
+        if isinstance(new, LoRALayer):  # not replaced, or its adapter has already moved
             continue
         kind = adapter_for(new)
         if kind is None or kind.lora_refusal(new):
@@ -53,10 +70,12 @@ def move_adapters(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
 
 
 def check_weights(view: View) -> None:
-    """Refuse layers whose weights other code computes since they were adapted.
+    """Raise an error if an adapted weight is now computed.
+
+    Functions such as prune, parametrize and weight_norm replace a weight by computed values.
 
     Raises:
-        AdapterStateError: there are such layers.
+        AdapterStateError: there are such weights.
     """
     changed = [name for name, layer in view.layers.items() if not is_overlaid(layer) or not _has_weights(layer)]
     if changed:
@@ -75,14 +94,14 @@ def _has_weights(layer: LoRALayer) -> bool:
     return True
 
 
-# Inference paths that go round adapted layers
+# Inference paths that bypass adapted layers
 
 _SWITCHED = "_lora_switched"
-"""The attribute of a module that holds the switch of its inference path as it was."""
+"""The attribute of a module that stores the original value of its switch."""
 
 
 def _switch_inference_paths(modules: Mapping[str, nn.Module]) -> None:
-    """Turn inference paths off that would go round adapted layers, and on again where no layer is adapted any more."""
+    """Turn off inference paths that would bypass adapted layers. Turn them on again if no layer is adapted any more."""
     any_adapted = any(isinstance(module, LoRALayer) for module in modules.values())
     for module in modules.values():
         path = _inference_path(module)
@@ -99,12 +118,12 @@ def _switch_inference_paths(modules: Mapping[str, nn.Module]) -> None:
 
 
 def _inference_path(module: nn.Module) -> tuple[str, Any] | None:
-    """The switch of a module that computes in another way in eval mode, and its value for off.
+    """The attribute that switches a module's inference path, and its value for off.
 
-    An encoder layer reads the weights of linear1 and linear2 and does not call them, so adapters would be ignored. An
-    encoder packs a padded batch for that path, and layers that are off it cannot take what is packed. On some
-    processors bitsandbytes lays out its weights anew for inference, and then passes no gradient to what comes before
-    the layer.
+    An encoder layer has a fast path in eval mode. It reads the weights of linear1 and linear2 without calling these
+    layers, so it would ignore their adapters. An encoder packs a padded batch for this path, and layers without the
+    path cannot read packed batches. On some processors, bitsandbytes repacks its weights for inference, and then passes
+    no gradient to earlier layers.
     """
     if isinstance(module, nn.TransformerEncoderLayer):
         return "activation_relu_or_gelu", 0

@@ -1,4 +1,4 @@
-"""Run the base model for a while."""
+"""Run the base model for a while, without adapters."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from lightning_lora.tensors.values import replace_values
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Run the base model inside a ``with`` block.
 
-    There are no updates, and everything that was trained beside them has the base's own values.
+    The updates are off. Everything else that was trained has the base's own values.
 
     Args:
         model: The model that ``inject_adapters`` was called on, adapted or merged.
@@ -48,18 +48,18 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _base_alone(view: View) -> Iterator[None]:
-    """Switch the layers' adapters off, and let what was trained beside them hold the base's values."""
+    """Turn the adapters off, and restore the base's values of everything else that was trained."""
     record, present = view.record, view.kept
     trained = {name: tensor.data for name, tensor in present.items()}
     own = {name: record.originals[name].to(tensor, copy=True) for name, tensor in present.items()}
     try:
         for name, tensor in present.items():
-            if not own[name].is_meta:  # of a model that was adapted before it had values
+            if not own[name].is_meta:  # meta if the model was adapted before it had values
                 replace_values(tensor, own[name])
         for layer in view.layers.values():
             layer.lora_enabled = False
         record.disabled = True
-        torch.clear_autocast_cache()  # which holds copies of the other values
+        torch.clear_autocast_cache()  # it holds copies of the trained values
         yield
     finally:
         record.disabled = False

@@ -1,4 +1,4 @@
-"""What of an adapted model trains, and how the base trains again afterwards."""
+"""Freeze the base of an adapted model, and unfreeze it."""
 
 from torch import nn
 
@@ -8,9 +8,13 @@ from lightning_lora.tensors.values import set_requires_grad
 
 
 def freeze(view: View) -> None:
-    """Let only adapters, and what else ``config`` trains, require gradients; remember what did before."""
+    """Freeze all parameters that do not train.
+
+    Only the adapters, and what ``modules_to_save`` and ``bias`` add, require gradients. The record remembers which
+    parameters required gradients before. Running statistics of norms are frozen too.
+    """
     record = view.record
-    for name, parameter in view.base.items():  # all before any is set: a tied one has several names
+    for name, parameter in view.base.items():  # first read all flags: a tied parameter has several names
         record.requires_grad.setdefault(name, parameter.requires_grad)
     for name, parameter in view.base.items():
         set_requires_grad(parameter, name in view.trained and _can_train(parameter))
@@ -22,7 +26,10 @@ def freeze(view: View) -> None:
 
 
 def unfreeze(view: View) -> None:
-    """Let the base train as it did before: every parameter, and every norm's statistics."""
+    """Make the base trainable again, as it was before.
+
+    This includes every parameter and the running statistics of every norm.
+    """
     flags = view.record.requires_grad
     for name, parameter in view.parameters.items():
         if name in flags:

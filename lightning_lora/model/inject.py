@@ -1,4 +1,4 @@
-"""Adapt a model in place, and take its adapters away again."""
+"""Add adapters to a model in place, and remove them."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,25 +28,26 @@ from lightning_lora.tensors.values import set_requires_grad
 
 
 def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
-    r"""Adapt ``model`` in place and freeze its base.
+    r"""Adapt a model in place and freeze its base.
 
-    From now on only adapters train, and what ``config`` trains beside them. The layers stay the same objects under the
-    same keys. Each gains ``lora_A`` and ``lora_B`` and computes :math:`W + s B A`. Call it again after layers were
-    added: it adapts those, and leaves the others as they are. A merged model is a plain model, and so a new base.
+    From now on, only the adapters train, and the modules and biases that ``config`` selects. The layers stay the same
+    objects and keep their state dict keys. Each adapted layer gets ``lora_A`` and ``lora_B`` and computes with
+    :math:`W + s B A`. You can call it again after layers were added: it adapts the new layers and does not change the
+    others. A merged model counts as a plain model, so it becomes a new base.
 
     Args:
-        model: Any module. Load its pretrained weights first; or later, before training, into all of it.
-        config: What to adapt, and how.
+        model: Any module. Load its pretrained weights first, or later into the adapted model, before training.
+        config: The layers to adapt, and the settings.
 
     Returns:
         The names of all adapted layers.
 
     Raises:
         TargetError: a pattern matches nothing, or a layer that cannot be adapted.
-        ConfigError: a layer is smaller than its rank.
-        AdapterMismatchError: ``model`` is adapted already, in another way.
+        ConfigError: a layer is too small for its rank.
+        AdapterMismatchError: ``model`` is already adapted, with another configuration.
 
-    After an error the model is as it was.
+    After an error, the model is unchanged.
 
     Source:
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
@@ -65,7 +66,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
             f"inject_adapters got ({type(model).__name__}, {type(config).__name__}). Expected (nn.Module, LoRAConfig)."
         )
     if find_record(model):
-        record_of(model)  # which refuses a model whose adapters are disabled
+        record_of(model)  # raises an error if the adapters are disabled
     choices = select(model, config)
     before = View(model, config)
     _check_same(before, choices)
@@ -81,27 +82,28 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
         view = View(model)
         view.follow_base()
         freeze(view)
-        if adapters or view.is_fresh():  # later, what is new may have been trained
+        if adapters or view.is_fresh():  # later, trained values would be taken for the base's
             keep_originals(view)
     return tuple(choices)
 
 
 def _new_adapters(choices: Mapping[str, Choice]) -> dict[str, Adapter]:
-    """Adapters for the chosen layers that have none."""
+    """New adapters for the selected layers that have none."""
     adapters = {}
-    with torch.inference_mode(False):  # what is made inside could not train
+    with torch.inference_mode(False):  # parameters created in inference mode cannot train
         for name, choice in choices.items():
             if not isinstance(choice.layer, LoRALayer):
-                combined(choice.kind, type(choice.layer))  # fails here, if ever, and not on a half-adapted model
+                combined(choice.kind, type(choice.layer))  # if this fails, then before the model is changed
                 adapters[name] = new_adapter(choice.kind, choice.layer, choice.parts, choice.settings)
     return adapters
 
 
 def remove_adapters(model: nn.Module) -> None:
-    """Take the adapters away: ``model`` has its own classes and keys again.
+    """Remove the adapters: ``model`` is a plain model again.
 
-    It trains what it trained before. Unless the updates are merged, it also has the base's own values again,
-    everywhere. Merged updates stay in the weights, with the biases and whole modules that were trained beside them.
+    It has its own classes and state dict keys, and the same parameters are trainable as before. If the updates are not
+    merged, all values are the base's again. If they are merged, the updates stay in the weights. The biases and modules
+    that were trained in full also keep their trained values then.
 
     Args:
         model: The model that :func:`inject_adapters` was called on.
@@ -131,10 +133,12 @@ def remove_adapters(model: nn.Module) -> None:
 
 @contextmanager
 def undone_on_error(before: View) -> Iterator[None]:
-    """Give a model back as it was, its adapters and its memory, if what is done inside fails.
+    """Restore a model's adapters and record after an error.
+
+    If the code in the ``with`` block fails, adapters, records, frozen norms and ``requires_grad`` are as before.
 
     Args:
-        before: The model as it is now.
+        before: A view of the model, made before the block.
     """
     model = before.model
     flags = {p: p.requires_grad for p in before.parameters.values()}
@@ -170,7 +174,7 @@ def _records(view: View) -> dict[str, Record]:
 
 
 def _check_same(view: View, choices: Mapping[str, Choice]) -> None:
-    """Refuse a model that is adapted already, but not as its view's configuration would adapt it."""
+    """Raise an error if the model is already adapted, with another configuration."""
     title = type(view.model).__name__
     for name, layer in view.layers.items():
         if name not in choices:
@@ -193,7 +197,7 @@ def _check_same(view: View, choices: Mapping[str, Choice]) -> None:
 
 
 def _check_same_trained(view: View, prefix: str) -> None:
-    """Refuse to train other biases and whole modules than the module ``prefix`` trains already."""
+    """Raise an error if the module ``prefix`` already trains other biases or full modules than this configuration."""
     inside = f"{prefix}." if prefix else ""
     theirs = {inside + name for name in View(submodule(view.model, prefix)).trained}
     ours = {name for name in view.trained if name.startswith(inside)}
@@ -206,9 +210,9 @@ def _check_same_trained(view: View, prefix: str) -> None:
 
 
 def _about(settings: Settings, parts: tuple[Part, ...]) -> dict[str, Any]:
-    """What an adapter is, by the names of the arguments that decide it."""
+    """An adapter's settings and matrices, by the names of the arguments that set them."""
     names = {"scaling": "alpha / r", "autocast_dtype": "autocast_adapter_dtype"}
     named = {names.get(name, name): value for name, value in asdict(settings).items()}
     if not settings.starts_from_base:
-        del named["init"]  # how it started makes no difference later
+        del named["init"]  # otherwise the start makes no difference later
     return {**named, "parts": [(part.name or part.weight, part.first, part.writes) for part in parts]}

@@ -1,4 +1,4 @@
-"""What happens when a state dict is loaded into an adapted model by other code."""
+"""Handle state dicts that other code loads into adapted models."""
 
 import warnings
 from collections.abc import Mapping
@@ -15,10 +15,13 @@ from lightning_lora.tensors.values import copy_to_host
 
 
 def before_load(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Look at a state dict before torch loads it: it may hold another base, or half of what is merged.
+    """Check a state dict before torch loads it.
+
+    It may contain a new base: then the record takes over its values, and a warning is shown if the adapters are
+    trained. It may also contain adapters for a merged model, which torch could not load.
 
     Raises:
-        AdapterStateError: the adapters are merged, and ``state`` holds adapters. Nothing was loaded then.
+        AdapterStateError: the adapters are merged, and ``state`` contains adapters. Nothing is loaded then.
     """
     record = find_record(model)
     if record is None:
@@ -38,7 +41,7 @@ def before_load(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any
     if adapters and all(frozen):
         _follow_norms(view, given)
     if adapters or not any(frozen):
-        return  # a part that trains, alone: not a base
+        return  # only parts that train: not a base
     if not view.is_fresh():
         warnings.warn(
             f"A state of the base was loaded into {type(model).__name__}, and its adapters stay as they are, trained. "
@@ -50,7 +53,7 @@ def before_load(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any
 
 
 def _without_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The entries of a state dict that are for this module, by their plain names in it."""
+    """The entries of a state dict for this module, by their plain names in it."""
     given = {}
     for name, value in state.items():
         name = plain_name(name)
@@ -60,7 +63,7 @@ def _without_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _follow_base(view: View, given: Mapping[str, Any]) -> None:
-    """Take the values of a loaded base as the originals, whatever alias of a shared tensor they are stored under."""
+    """Use the values of a loaded base as the originals, under whichever name of a shared tensor they are stored."""
     record = view.record
     record.changed = {name: digests for name, digests in record.changed.items() if name not in given}
     present: dict[str, Tensor] = {**view.base, **view.buffers}
@@ -72,7 +75,7 @@ def _follow_base(view: View, given: Mapping[str, Any]) -> None:
 
 
 def _follow_norms(view: View, given: Mapping[str, Any]) -> None:
-    """Take what is loaded into frozen norms as the base's: no training can have changed it."""
+    """Use values loaded into frozen norms as the base's: training cannot have changed them."""
     present: dict[str, Tensor] = {**view.base, **view.buffers}
     loaded = {id(tensor): given[name] for name, tensor in present.items() if name in given}
     for prefix, module in view.modules.items():

@@ -1,7 +1,7 @@
-r"""Merge the updates into the weights, and take them out again, exactly.
+r"""Merge the updates into the weights, and unmerge them exactly.
 
-A merged model is a plain one that remembers: its classes, keys and hooks are the base's, its weights are
-:math:`W + \Delta W`, and the adapters and the base's own values are in its record.
+A merged model is a plain model that remembers its base. Its classes, keys and hooks are the base's, and its weights are
+:math:`W + \Delta W`. Its record keeps the adapters and the base's own values.
 """
 
 import math
@@ -26,25 +26,27 @@ from lightning_lora.tensors.values import digest, replace_values, set_requires_g
 
 
 def merge_adapters(model: nn.Module) -> None:
-    r"""Merge the updates into the weights: ``model`` is a plain model again.
+    r"""Merge the updates into the weights of a model.
 
-    It has its own classes and keys, so ``model.state_dict()`` is that of the merged plain model, and it runs at the
-    base model's speed. It also remembers: ``unmerge_adapters`` brings the adapters and the exact base back, and
-    ``remove_adapters`` makes the merge final. Merging twice is merging once.
+    ``model`` becomes a plain model with its own classes and keys. ``model.state_dict()`` contains the merged weights,
+    and the model runs at the base model's speed. The model also remembers its base: ``unmerge_adapters`` restores the
+    adapters and the exact base, and ``remove_adapters`` makes the merge final. A second merge changes nothing.
 
-    The sum :math:`W + \Delta W` is computed in float32 or wider and rounded once. A weight that is tied to another
-    layer's (an embedding and an output head) changes only where it is adapted. The base's own values are kept in the
-    host's memory.
+    The sum :math:`W + \Delta W` is computed in float32 or wider and rounded once. If a weight is tied (for example, an
+    embedding and an output head), only the adapted layer's weight changes. The base's own values are kept in CPU
+    memory.
 
     Args:
         model: The model that ``inject_adapters`` was called on.
 
     Raises:
-        AdapterStateError: ``model`` has no adapters, or weights that no update can be merged into. Nothing is merged
-            then.
+        AdapterStateError: ``model`` has no adapters, or has weights that no update can be merged into. Nothing is
+            merged then.
 
     Warns:
-        MergePrecisionWarning: the weights are in half precision, and rounding took much of an update.
+        MergePrecisionWarning: the weights are in half precision, and rounding lost much of an update, or values
+            overflowed.
+        LoRAWarning: a tied weight is no longer tied.
 
     Source:
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1, "No Additional Inference
@@ -62,17 +64,17 @@ def merge_adapters(model: nn.Module) -> None:
 
 
 def unmerge_adapters(model: nn.Module) -> None:
-    """Take the updates out of the weights: the adapters are back on the exact base.
+    """Undo a merge: restore the adapters and the exact base.
 
-    Every bit of the base is as it was, on whatever device ``model`` is now. If it was converted to another dtype, the
-    base is the converted one.
+    Every bit of the base is restored, on the model's current device. If the model was converted to another dtype since
+    the merge, the base is converted too.
 
     Args:
-        model: A model that :func:`merge_adapters`, or a Trainer with a ``LoRACallback``, has merged. Other adapted
-            models stay as they are.
+        model: A model that was merged by :func:`merge_adapters`, or by a Trainer with a ``LoRACallback``. An adapted
+            model that is not merged does not change.
 
     Raises:
-        AdapterStateError: ``model`` has no adapters, or its merged weights were changed since.
+        AdapterStateError: ``model`` has no adapters, or its merged weights have changed.
     """
     check_as_merged(model)
     unmerge(model)
@@ -80,7 +82,10 @@ def unmerge_adapters(model: nn.Module) -> None:
 
 @contextmanager
 def unmerged(model: nn.Module) -> Iterator[None]:
-    """Have the adapters on their layers inside a ``with`` block, and merge again if they were merged."""
+    """Unmerge a model inside a ``with`` block.
+
+    At the end it is merged again, if it was merged before.
+    """
     was_merged = unmerge(model)
     try:
         yield
@@ -96,7 +101,7 @@ def merge(model: nn.Module) -> dict[str, float]:
     """Merge as :func:`merge_adapters` does, without warnings.
 
     Returns:
-        The share of each layer's update that rounding took.
+        The share of each layer's update that is lost to rounding.
     """
     view = view_of(model)
     if view.is_merged:
@@ -129,18 +134,19 @@ def merge(model: nn.Module) -> dict[str, float]:
 
 
 def _merge_layer(layer: LoRALayer, tied: list[str]) -> tuple[dict[str, Tensor], float]:
-    """Let a layer's weights hold ``W + ΔW``.
+    """Set a layer's weights to ``W + ΔW``.
 
     Args:
         layer: An adapted layer.
-        tied: Its weights that another layer uses too, where they must not change: they get a parameter of their own.
+        tied: The names of weights that another layer uses too. They must not change there, so this layer gets new
+            parameters for them.
 
     Returns:
-        The base's values, by weight, and the largest share of an update that rounding took.
+        The base's values by weight, and the largest share of an update that is lost to rounding.
     """
     values, shares = {}, []
     with torch.inference_mode(False), torch.no_grad():
-        for name in layer.lora_weights():  # all before any is shown
+        for name in layer.lora_weights():  # compute all first, so that an error changes nothing
             values[name], share = layer.lora_merged_weight(name)
             shares.append(share)
         bases: dict[str, Tensor] = {}
@@ -150,13 +156,13 @@ def _merge_layer(layer: LoRALayer, tied: list[str]) -> tuple[dict[str, Tensor], 
                 bases[name] = weight
                 set_parameter(layer, name, nn.Parameter(merged, requires_grad=weight.requires_grad))
             else:
-                bases[name] = weight.data.cpu()  # out of the way of a GPU's memory
+                bases[name] = weight.data.cpu()  # saves GPU memory
                 replace_values(weight, merged)
     return bases, max(shares, key=lambda share: (not share < math.inf, share))
 
 
 def _check_mergeable(view: View) -> None:
-    """Refuse weights that no update can be merged into.
+    """Raise an error if there are weights that no update can be merged into.
 
     Raises:
         AdapterStateError: there are such weights.
@@ -183,23 +189,33 @@ def _check_mergeable(view: View) -> None:
 
 
 def quantised_layers(view: View) -> list[str]:
-    """Return the names of adapted layers whose weights no update can be merged into."""
+    """Return the names of adapted layers with quantised weights.
+
+    No update can be merged into them.
+    """
     return [name for name, layer in view.layers.items() if layer.lora_is_quantised(layer)]
 
 
 def _weights_have_changed(view: View) -> None:
-    torch.clear_autocast_cache()  # it may hold copies of the weights as they were
+    torch.clear_autocast_cache()  # it may hold copies of the earlier weights
     for layer in view.layers.values():
         layer.lora_weights_changed()
 
 
-# Un-merge
+# Unmerge
 
 
 def unmerge(model: nn.Module) -> bool:
-    """Undo a merge. Return whether there was one.
+    """Undo a merge, and return whether there was one.
 
-    If the merged weights were replaced since (someone loaded others), they are a new base, and the record is dropped.
+    If the merged weights were replaced (for example, other weights were loaded), they become a new base. The record is
+    dropped then.
+
+    Raises:
+        AdapterStateError: layers have adapters of another model that shares them.
+
+    Warns:
+        LoRAWarning: the merged weights were replaced.
     """
     record = find_record(model)
     if record is None or not record.is_merged:
@@ -234,11 +250,11 @@ def unmerge(model: nn.Module) -> bool:
 
 
 def _show_base(layer: nn.Module, bases: Mapping[str, Tensor]) -> None:
-    """Let a layer's weights hold the base's values again, on the device and in the dtype that they have now."""
+    """Set a layer's weights to the base's values again, on their current device and in their current dtype."""
     for name, base in bases.items():
         shown = own_parameter(layer, name)
         values = base.data.to(shown)
-        if isinstance(base, nn.Parameter):  # it was tied: the layer gets the very parameter back
+        if isinstance(base, nn.Parameter):  # it was tied: restore the shared parameter
             replace_values(base, values)
             set_requires_grad(base, shown.requires_grad)
             set_parameter(layer, name, base)
@@ -247,7 +263,7 @@ def _show_base(layer: nn.Module, bases: Mapping[str, Tensor]) -> None:
 
 
 def _follow_layer(layer: nn.Module, adapter: Adapter, was: torch.dtype) -> None:
-    """Move and convert an adapter as its layer was since the merge: it does not follow a plain model by itself."""
+    """Move and convert an adapter to its layer's device and dtype: a plain model does not move merged adapters."""
     weight = own_parameter(layer, adapter.parts[0].weight)
     _move(adapter, weight.device)
     if weight.dtype == was:
@@ -263,10 +279,10 @@ def _move(adapter: Adapter, device: torch.device) -> None:
 
 
 def check_as_merged(model: nn.Module) -> None:
-    """Refuse to go on from a merged model whose weights were changed since.
+    """Raise an error if a merged model's weights have changed.
 
     Raises:
-        AdapterStateError: ``model`` has no adapters, or its merged weights were changed.
+        AdapterStateError: ``model`` has no adapters, or its merged weights have changed.
     """
     if not is_as_merged(model, record_of(model)):
         raise AdapterStateError(
@@ -277,7 +293,10 @@ def check_as_merged(model: nn.Module) -> None:
 
 
 def is_as_merged(model: nn.Module, record: Record) -> bool:
-    """Whether a merged model still has its merged weights, perhaps moved or converted; True for any other model."""
+    """Whether a merged model still has its merged weights.
+
+    They may have been moved or converted. It is True for a model that is not merged.
+    """
     if not record.is_merged:
         return True
     parameters = named_parameters(model, remove_duplicate=False)
@@ -295,13 +314,13 @@ def is_as_merged(model: nn.Module, record: Record) -> bool:
 def _is_converted(
     layer: nn.Module, adapter: Adapter, weights: Mapping[str, nn.Parameter], dtypes: Mapping[str, torch.dtype]
 ) -> bool:
-    """Whether a layer's weights are its merged ones, converted: merge once more, convert, and compare.
+    """Whether a layer's weights are its merged weights, converted. To find out, merge and convert again, and compare.
 
     Args:
         layer: The plain layer.
         adapter: Its adapter.
-        weights: Its weights now.
-        dtypes: What their dtypes were when they were merged.
+        weights: Its current weights.
+        dtypes: Their dtypes at the merge.
     """
     if all(weight.dtype == dtypes[name] for name, weight in weights.items()):
         return False
@@ -325,23 +344,27 @@ def _is_converted(
 # Warnings
 
 _MUCH = 0.25
-"""A share of an update (in norm) that is worth a warning. Rounding noise of a tenth or two is usual in bfloat16."""
+"""A warning is shown if a larger share of an update (in norm) is lost. In bfloat16, 0.1 to 0.2 is common."""
 
 
 def warn_of_merge(model: nn.Module, lost: Mapping[str, float]) -> None:
-    """Warn of ties that a merge broke, of values that overflowed, and of updates that rounding took.
+    """Warn of problems in a merge.
 
     Args:
         model: The merged model.
-        lost: What :func:`merge` returned.
+        lost: The result of :func:`merge`.
+
+    Warns:
+        LoRAWarning: a tied weight is no longer tied.
+        MergePrecisionWarning: values overflowed, or rounding lost much of an update.
     """
     untied = [weight.layer for weight in View(model).merged if isinstance(weight.base, nn.Parameter)] if lost else []
     title = type(model).__name__
     if untied:
         warnings.warn(
-            f"The weight of {listed(untied)} in {title} was tied to another layer's, and the merge changes only its "
-            "own use: they are two weights now. A state dict of them loads rightly only where they are not tied (in "
-            "transformers, config.tie_word_embeddings=False).",
+            f"The weight of {listed(untied)} in {title} was tied to another layer's. The merge does not change the "
+            "other layer, so they are two weights now. Their state dict loads correctly only into a model where they "
+            "are not tied (in transformers, config.tie_word_embeddings=False).",
             LoRAWarning,
             stacklevel=3,
         )
@@ -359,7 +382,7 @@ def warn_of_merge(model: nn.Module, lost: Mapping[str, float]) -> None:
         warnings.warn(
             f"Merging rounded away {much[worst]:.0%} of the update of {worst!r} in {title}, and more than {_MUCH:.0%} "
             f"in {len(much)} of {len(lost)} layers: half-precision weights cannot hold changes so small. The merged "
-            "model computes less of the fine-tune than the adapted one. Keep the adapters on their layers "
+            "model has lost this part of the fine-tuning. Keep the adapters on their layers "
             "(merge=False, unmerge_adapters), or convert the model to float32 before merging.",
             MergePrecisionWarning,
             stacklevel=3,

@@ -1,7 +1,7 @@
-"""Norms of a frozen base: their running statistics are frozen too.
+"""Freeze the running statistics of norms in the base.
 
-Otherwise every training batch would change them. The base would no longer be the one that the adapters were trained on,
-and training would normalise by each batch's own statistics, where evaluation uses the running ones.
+Otherwise every training batch would change them, and the adapters would no longer have the base that they were trained
+on. Also, training would normalise by the statistics of each batch, while evaluation uses the running statistics.
 """
 
 from collections.abc import Iterable
@@ -14,12 +14,15 @@ from lightning_lora.tensors.inplace import InPlace, overlay, uncover
 
 
 class FrozenNorm(InPlace, nn.Module):
-    """The class laid over a frozen norm: it computes in training what it does in evaluation."""
+    """A frozen norm.
+
+    It gives the same results in training as in evaluation.
+    """
 
     overlaid_prefix = "Frozen"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Normalise by the running statistics, and leave them as they are."""
+        """Normalise by the running statistics without updating them."""
         training, self.training = self.training, False
         try:
             return super().forward(*args, **kwargs)
@@ -28,7 +31,12 @@ class FrozenNorm(InPlace, nn.Module):
 
 
 def freeze_norms(modules: Iterable[nn.Module], trained: Iterable[nn.Module]) -> None:
-    """Freeze the running statistics of all norms except those inside ``trained`` modules."""
+    """Freeze the running statistics of norms.
+
+    Args:
+        modules: The modules among which norms are frozen.
+        trained: Modules that are trained in full. Norms inside them are not frozen.
+    """
     moving = {id(inner) for module in trained for inner in module.modules()}
     for module in modules:
         has_statistics = isinstance(module, _NormBase) and module.track_running_stats
@@ -37,7 +45,12 @@ def freeze_norms(modules: Iterable[nn.Module], trained: Iterable[nn.Module]) -> 
 
 
 def unfreeze_norms(modules: Iterable[nn.Module], *, but: Iterable[nn.Module] = ()) -> None:
-    """Give every frozen norm its class back, except these."""
+    """Unfreeze the running statistics of norms.
+
+    Args:
+        modules: The modules among which norms are unfrozen.
+        but: Norms that stay frozen.
+    """
     left = {id(module) for module in but}
     for module in modules:
         if isinstance(module, FrozenNorm) and id(module) not in left:

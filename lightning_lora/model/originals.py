@@ -1,4 +1,7 @@
-"""The base's own values of everything that training may change beside the adapters."""
+"""Keep and restore base values that training may change.
+
+These are values besides the adapters, such as modules trained in full, biases and buffers.
+"""
 
 from collections.abc import Iterable
 
@@ -7,10 +10,13 @@ from lightning_lora.tensors.values import copy_to_host, replace_values, same_bit
 
 
 def keep_originals(view: View) -> None:
-    """Copy to the host what training may change, where that was not done before."""
+    """Copy to CPU memory the values that training may change.
+
+    Values that were copied before are kept.
+    """
     record = view.record
     changing = {**view.trained, **view.buffers}
-    changing |= {name: view.base[name] for name in record.originals if name in view.base}  # values that a file gave
+    changing |= {name: view.base[name] for name in record.originals if name in view.base}  # replaced by a file's
     originals = {}
     for name, tensor in changing.items():
         known = record.originals.get(name)
@@ -19,7 +25,10 @@ def keep_originals(view: View) -> None:
 
 
 def keep_frozen(view: View, names: Iterable[str]) -> None:
-    """Copy frozen weights to the host that are about to get other values, where the base's are known."""
+    """Copy frozen weights to CPU memory before they change.
+
+    Weights whose base values are already copied or lost are skipped.
+    """
     record = view.record
     for name in names:
         if name not in record.originals and name not in record.changed:
@@ -27,7 +36,7 @@ def keep_frozen(view: View, names: Iterable[str]) -> None:
 
 
 def restore_originals(view: View, names: Iterable[str]) -> None:
-    """Write the base's own values of ``names`` back."""
+    """Restore the base's own values of ``names``."""
     originals, present = view.record.originals, view.kept
     for name in names:
         original, tensor = originals[name], present[name].data

@@ -1,7 +1,7 @@
-"""What an adapted model remembers of the model it was.
+"""The record: an adapted model's memory of its base.
 
-The record is kept on the model itself, in plain types. So it survives copy and pickle, and whoever meets the model next
-(another Trainer, another callback, ``load_adapter``) finds it in a known state.
+The record is an attribute of the model itself and consists of plain types. So it survives copy and pickle. Other code
+that gets the model later (another Trainer, another callback, ``load_adapter``) knows its state.
 """
 
 from dataclasses import dataclass, field
@@ -20,20 +20,22 @@ ATTRIBUTE = "_lora"
 
 @dataclass
 class Record:
-    """The memory of one adapted model. All keys are names as in ``named_parameters``.
+    """The memory of one adapted model.
+
+    All keys are names as in ``named_parameters``.
 
     Args:
-        config: What it was adapted with.
+        config: The configuration of its adapters.
         requires_grad: Whether each parameter of the base required a gradient before.
-        originals: The base's values of what training may change beside the adapters: modules trained in full, biases,
-            persistent buffers, and frozen weights for which a file had other values.
-        changed: Frozen weights that other code than an optimizer changed in a run: a digest of their values as last
-            seen, and of the base's values, which are lost.
-        merged: The adapters, by layer, while the model is plain and has their updates in its weights.
-        merged_digests: The digests of those merged weights, to notice if they are replaced.
-        merged_dtypes: Their dtypes, to notice if they are converted.
-        fingerprints: The forms in which this base was seen: as loaded, and as a Trainer's precision converted it.
-        disabled: Whether the base runs just now, inside ``disable_adapters``.
+        originals: The base's values of everything besides the adapters that training may change: modules trained in
+            full, biases, persistent buffers, and frozen weights for which a file had other values.
+        changed: Frozen weights that were changed in a run by other code than an optimizer. The values are two digests:
+            of the values last seen, and of the base's values, which are lost.
+        merged: The adapters by layer, while the updates are merged into the weights.
+        merged_digests: Digests of the merged weights, to notice if they are replaced.
+        merged_dtypes: Dtypes of the merged weights, to notice if they are converted.
+        fingerprints: The forms of this base seen so far: as loaded, and as converted by a Trainer's precision.
+        disabled: Whether the adapters are disabled now, inside ``disable_adapters``.
     """
 
     config: LoRAConfig
@@ -48,18 +50,24 @@ class Record:
 
     @property
     def is_merged(self) -> bool:
-        """Whether the model is plain, with its updates merged into its weights."""
+        """Whether the updates are merged into the weights."""
         return bool(self.merged)
 
 
 def find_record(model: nn.Module) -> Record | None:
-    """Return the record of ``model``, or None if it was never adapted."""
+    """Return the record of ``model``, or None.
+
+    A model without a record has no adapters.
+    """
     record: Record | None = vars(plain_module(model)).get(ATTRIBUTE)
     return record
 
 
 def inner_records(model: nn.Module) -> dict[str, Record]:
-    """Return the records of modules inside ``model`` that were adapted by themselves, by name."""
+    """Return the records of modules inside ``model``, by name.
+
+    A module inside has a record if it was adapted on its own.
+    """
     found = {}
     for name, module in named_modules(model).items():
         record = vars(module).get(ATTRIBUTE) if name else None

@@ -1,4 +1,4 @@
-"""Give a model its record, find it, take it away."""
+"""Set, find and delete the record of a model."""
 
 from torch import nn
 
@@ -11,7 +11,7 @@ from lightning_lora.tensors.names import join, plain_module, submodule
 
 
 def keep_record(model: nn.Module, record: Record) -> None:
-    """Give ``model`` its record."""
+    """Set the record of ``model``."""
     model = plain_module(model)
     forget_record(model)
     model._register_load_state_dict_pre_hook(before_load, with_module=True)
@@ -19,16 +19,19 @@ def keep_record(model: nn.Module, record: Record) -> None:
 
 
 def forget_record(model: nn.Module) -> None:
-    """Take the record of ``model`` away, if it has one."""
+    """Delete the record of ``model``, if it has one."""
     model = plain_module(model)
     vars(model).pop(ATTRIBUTE, None)
-    hooks = model._load_state_dict_pre_hooks  # whose handles would not survive a copy, as the hooks do
+    hooks = model._load_state_dict_pre_hooks  # found without handles: a copy has the hooks, but no handles
     for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is before_load]:
         del hooks[key]
 
 
 def recall_record(model: nn.Module) -> Record | None:
-    """Give ``model`` the record that a fit in another process left, if it is about the very weights it has."""
+    """Set the record that a fit in another process stored.
+
+    There must be a stored record for exactly this model's weights. Otherwise it returns None.
+    """
     record: Record | None = recall(model)
     if record is not None:
         keep_record(model, record)
@@ -39,7 +42,7 @@ def record_of(model: nn.Module) -> Record:
     """Return the record of ``model``.
 
     Raises:
-        AdapterStateError: ``model`` has no adapters, or they are disabled just now.
+        AdapterStateError: ``model`` has no adapters, or they are disabled now.
     """
     record = find_record(model) or recall_record(model)
     if record is None:
@@ -56,19 +59,20 @@ def record_of(model: nn.Module) -> Record:
 
 
 def view_of(model: nn.Module) -> View:
-    """Look at an adapted model.
+    """Return a :class:`View` of an adapted model.
 
     Raises:
-        AdapterStateError: ``model`` has no adapters, or they are disabled just now.
+        AdapterStateError: ``model`` has no adapters, or they are disabled now.
     """
     record_of(model)
     return View(model)
 
 
 def absorb_inner_records(model: nn.Module, record: Record) -> None:
-    """Take over what modules inside ``model`` remember, where ``record`` knows nothing better.
+    """Move the records of modules inside ``model`` into ``record``.
 
-    A module that is merged is a base as it is: what it was before no longer counts.
+    Values that ``record`` already has are kept. A merged module is itself a base now, so its earlier values are not
+    taken over.
     """
     for prefix, inner in inner_records(model).items():
         for name, flag in inner.requires_grad.items():

@@ -1,4 +1,4 @@
-"""One look at an adapted model: its layers, its adapters, its base, and what of them trains."""
+"""A model's layers, adapters and base, by name."""
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -17,8 +17,8 @@ class MergedWeight(NamedTuple):
 
     Args:
         layer: The name of its layer.
-        shown: The parameter that the layer has.
-        base: The base's values: a tensor, or, if the weight is tied, the parameter that its other use still has.
+        shown: The layer's current parameter.
+        base: The base's values: a tensor, or, if the weight was tied, the parameter that the other layer still has.
     """
 
     layer: str
@@ -27,14 +27,14 @@ class MergedWeight(NamedTuple):
 
 
 class View:
-    """A model's parts by name, from one walk over its modules.
+    """The layers, adapters, parameters and buffers of a model.
 
-    Make a view for one call, and a new one after classes or parameters of the model have changed. A name is that of the
-    plain model; a shared module or parameter has several.
+    Make a view for one call, and a new one after classes or parameters of the model have changed. Names are those of
+    the plain model. A shared module or parameter has several names.
 
     Args:
         model: Any module.
-        config: What it is adapted with, if that is not the configuration that it remembers.
+        config: The configuration of its adapters, if it differs from the one in the record.
     """
 
     def __init__(self, model: nn.Module, config: LoRAConfig | None = None) -> None:
@@ -45,30 +45,33 @@ class View:
 
     @property
     def record(self) -> Record:
-        """What the model remembers. Ask only of an adapted model."""
+        """The record of the model, which must be adapted."""
         assert self._record is not None
         return self._record
 
     @property
     def config(self) -> LoRAConfig:
-        """What the model is adapted with."""
+        """The configuration of the adapters."""
         return self._config or self.record.config
 
     @property
     def is_adapted(self) -> bool:
-        """Whether the model has adapters, on its layers or merged."""
+        """Whether the model has adapters, merged or not."""
         return self._record is not None
 
     @property
     def is_merged(self) -> bool:
-        """Whether the model is plain, with its updates merged into its weights."""
+        """Whether the updates are merged into the weights."""
         return self._record is not None and self._record.is_merged
 
     # Modules
 
     @cached_property
     def layers(self) -> dict[str, LoRALayer]:
-        """The adapted layers; a shared one once, by its first name. A merged model has none."""
+        """The adapted layers, by name.
+
+        A shared layer appears once, under its first name. A merged model has no adapted layers.
+        """
         layers = {}
         seen = set[int]()
         for name, module in self.modules.items():
@@ -79,7 +82,7 @@ class View:
 
     @cached_property
     def adapted_parts(self) -> dict[str, tuple[Part, ...]]:
-        """The adapted matrices of each layer, whether or not its adapter is on it."""
+        """The adapted matrices of each layer, merged or not."""
         parts = {name: layer.lora_parts for name, layer in self.layers.items()}
         if self.is_merged:
             parts |= {name: adapter.parts for name, adapter in self.record.merged.items()}
@@ -87,7 +90,7 @@ class View:
 
     @cached_property
     def saved(self) -> list[nn.Module]:
-        """The modules that ``modules_to_save`` names."""
+        """The modules in ``modules_to_save``."""
         if not self.config.modules_to_save:
             return []
         return [module for name, module in self.modules.items() if self.config.is_saved(name)]
@@ -96,12 +99,12 @@ class View:
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """All parameters of the model as it is."""
+        """All parameters that the model has now."""
         return parameters_of(self.modules)
 
     @cached_property
     def adapters(self) -> dict[str, nn.Parameter]:
-        """The parameters that adapters added, whether or not they are on their layers."""
+        """The parameters of the adapters, merged or not."""
         if self.is_merged:
             factors = {name: adapter.parameters for name, adapter in self.record.merged.items()}
         else:
@@ -122,14 +125,20 @@ class View:
 
     @cached_property
     def base(self) -> dict[str, nn.Parameter]:
-        """The base's own parameters. For a tied weight that was merged, the one that its other use has."""
+        """The base's own parameters.
+
+        For a tied weight that was merged, it is the parameter that the other layer still has.
+        """
         tied = {id(weight.shown): weight.base for weight in self.merged if isinstance(weight.base, nn.Parameter)}
         adapters = set(map(id, self.adapters.values()))
         return {name: tied.get(id(p), p) for name, p in self.parameters.items() if id(p) not in adapters}
 
     @cached_property
     def trained(self) -> dict[str, nn.Parameter]:
-        """Those of the base's parameters that train: modules trained in full, and biases."""
+        """The base's parameters that train.
+
+        They are the parameters of modules trained in full, and biases.
+        """
         if not self.trains_base:
             return {}
         trained = {id(p) for module in self.saved for p in module.parameters()}
@@ -139,11 +148,11 @@ class View:
 
     @property
     def trains_base(self) -> bool:
-        """Whether anything but adapters trains."""
+        """Whether anything besides the adapters trains."""
         return bool(self.config.modules_to_save) or self.config.bias != "none"
 
     def _biases(self) -> Iterator[nn.Parameter]:
-        """The biases that train. With ``"lora_only"``, those beside adapted weights: an attention's projections too."""
+        """The biases that train. ``"lora_only"`` means those of adapted layers, also inside an attention."""
         if self.config.bias == "all":
             yield from (p for name, p in self.base.items() if "bias" in name.rpartition(".")[2])
         if self.config.bias == "lora_only":
@@ -154,14 +163,14 @@ class View:
 
     @cached_property
     def frozen(self) -> dict[str, nn.Parameter]:
-        """Those of the base's parameters that do not train."""
+        """The base's parameters that do not train."""
         return {name: p for name, p in self.base.items() if name not in self.trained}
 
     # Values
 
     @cached_property
     def buffers(self) -> dict[str, Tensor]:
-        """The buffers that a state dict holds."""
+        """The persistent buffers: those in a state dict."""
         found = {}
         for prefix, module in self.modules.items():
             for name, buffer in module._buffers.items():
@@ -171,7 +180,7 @@ class View:
 
     @cached_property
     def entries(self) -> dict[str, Tensor]:
-        """What quantised layers add to a state dict beside their weights."""
+        """The extra state dict entries of quantised layers."""
         found = {}
         for prefix, module in self.modules.items():
             for name, value in quantised_entries(module).items():
@@ -180,13 +189,17 @@ class View:
 
     @property
     def kept(self) -> dict[str, Tensor]:
-        """The tensors whose base values the model remembers."""
+        """The tensors whose base values are in the record."""
         present = {**self.base, **self.buffers}
         return {name: present[name] for name in self.record.originals if name in present}
 
     @property
     def base_values(self) -> dict[str, Tensor]:
-        """The base: frozen weights without updates, and everything else that training may change as it began."""
+        """The values of the base.
+
+        They are the frozen weights without updates, and the base's values of buffers and other changed tensors.
+        Parameters of the base that train are not included.
+        """
         below = {id(weight.shown): weight.base for weight in self.merged}
         values = {name: below.get(id(p), p.detach()) for name, p in self.frozen.items()}
         for name, tensor in self.kept.items():
@@ -195,10 +208,13 @@ class View:
         return {**values, **self.entries}
 
     def is_fresh(self) -> bool:
-        """Whether no adapter has an update yet."""
+        """Whether all updates are still zero."""
         return all(layer.lora_is_fresh() for layer in self.layers.values())
 
     def follow_base(self) -> None:
-        """Let fresh adapters that start from the base's weights start from those that are there now."""
+        """Initialise adapters again whose base has changed.
+
+        This applies only to adapters that start from the base's weights and have not been trained yet.
+        """
         for layer in self.layers.values():
             layer.lora_follow_base()

@@ -1,4 +1,4 @@
-"""Files: what they hold, how they are written, and what is checked before they are used.
+"""Adapter files and checkpoints: contents, writing, and checks.
 
-It may change a model through `model`, and knows nothing of a Trainer.
+This package may change a model through ``lightning_lora.model``. It does not import Lightning.
 """

@@ -1,7 +1,8 @@
-"""Values of the base that other callbacks keep in a checkpoint, such as averages.
+"""Copies of the base that other callbacks put into checkpoints.
 
-They are recognised by their contents, wherever they are. Each is left out of the file, with a note of its place, and
-put back when the file is read. So whoever wrote a whole state reads a whole state, in the same form.
+Averages are an example. The copies are recognised by their contents, anywhere in the checkpoint. They are left out of
+the file, with a note of their place, and put back when the file is read. So a callback that wrote a full state reads a
+full state, in the same form.
 """
 
 from collections import OrderedDict, defaultdict
@@ -16,24 +17,24 @@ from lightning_lora.model.view import View
 from lightning_lora.tensors.values import digest
 
 MOVED = "current_model_state"
-"""Where Lightning's WeightAveraging puts the state of the strategy, which is without the base already."""
+"""Lightning's WeightAveraging moves the strategy's state to this entry. It is already without the base."""
 
 _OURS = {"state_dict", MOVED, "optimizer_states", "lr_schedulers", "loops"}
-"""Entries that hold no other copies."""
+"""Entries that are not searched for copies."""
 
 Place = list[Any]
-"""Keys and indices that lead to a value in a checkpoint; then the base's name for it, its dtype, and its class."""
+"""Keys and indices that lead to a value in a checkpoint, then its name in the base, its dtype, and its class."""
 
 
 def leave_out_base(view: View, checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], list[Place]]:
-    """Replace every value of the base in a checkpoint by None, and note its place.
+    """Replace base values in a checkpoint with None.
 
     Args:
         view: The adapted model.
-        checkpoint: What a Trainer is about to write. It is not changed.
+        checkpoint: The checkpoint that a Trainer is about to write. It is not changed.
 
     Returns:
-        The new checkpoint, and the places.
+        The new checkpoint, and the places of these values.
     """
     known = _Known(view)
     places: list[Place] = []
@@ -62,19 +63,25 @@ def leave_out_base(view: View, checkpoint: Mapping[str, Any]) -> tuple[dict[str,
 
 
 def put_base_back(view: View, checkpoint: Mapping[str, Any], places: Iterable[Place]) -> None:
-    """Put copies of the base's values at ``places`` of a checkpoint that was read."""
+    """Put copies of base values back into a checkpoint.
+
+    Args:
+        view: The adapted model.
+        checkpoint: The checkpoint that was read. It is changed.
+        places: The places that :func:`leave_out_base` returned.
+    """
     base = view.base_values
     for *path, last, name, dtype, kind in places:
         holder: Any = checkpoint
         for key in path:
             holder = _inside(holder, key)
-        if _inside(holder, last, missing=...) is None and name in base:  # else someone took it out of the file
+        if _inside(holder, last, missing=...) is None and name in base:  # otherwise the entry was removed from the file
             value = base[name].detach().to("cpu", getattr(torch, dtype), copy=True)
             holder[last] = nn.Parameter(value, requires_grad=False) if kind == "Parameter" else value
 
 
 def is_places(value: object) -> bool:
-    """Whether ``value`` is what :func:`leave_out_base` returns as places."""
+    """Whether ``value`` has the form of :func:`leave_out_base`'s places."""
     return isinstance(value, list) and all(
         isinstance(place, list)
         and len(place) > 3
@@ -92,7 +99,7 @@ def _inside(holder: Any, key: Any, missing: Any = None) -> Any:
 
 
 class _Known:
-    """The values of a base, to recognise them; without those that the run has changed, which are in the file."""
+    """Recognises values of the base, except those that the run has changed: they are in the file."""
 
     def __init__(self, view: View) -> None:
         self.by_form: dict[Any, dict[str, Tensor]] = {}
@@ -106,7 +113,7 @@ class _Known:
         self.digests: dict[Any, dict[int, str]] = {}
 
     def name_of(self, value: Tensor) -> str | None:
-        """The base's name for a tensor with the same bits."""
+        """Return the name of the base tensor with equal bits."""
         form = (value.shape, value.dtype)
         alike = self.by_form.get(form, {})
         if not alike or value.is_meta or value.layout is not torch.strided:

@@ -1,4 +1,4 @@
-"""A Trainer's checkpoint: made adapter-only when it is written, completed when it is read."""
+"""Trainer checkpoints: adapter-only when written, completed when read."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,9 +18,10 @@ from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
 
 
 def adapter_only(model: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return ``checkpoint`` as it is to be written: what training changed, and its description.
+    """Return ``checkpoint`` without the base, ready to be written.
 
-    A frozen weight that other code than an optimizer changed since the run began is stored from then on.
+    Of the model, it holds only what training changed, and a description of it. If code other than an optimizer changes
+    a frozen weight after the run began, the weight is stored from then on.
 
     Raises:
         AdapterStateError: ``model`` has no adapters.
@@ -35,7 +36,7 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]
 
 
 def _alone(value: Any) -> Any:
-    """``value`` with the memory for its own elements and no other's, which would go into the file with it."""
+    """Copy a tensor that shares a larger memory: torch would write all of that memory into the file."""
     if not isinstance(value, Tensor) or value.is_meta or value.layout is not torch.strided:
         return value
     exact = value.untyped_storage().nbytes() == value.numel() * value.element_size()
@@ -43,44 +44,54 @@ def _alone(value: Any) -> Any:
 
 
 def check_readable(checkpoint: object, path: object) -> None:
-    """Refuse what is no Lightning checkpoint, or one whose adapters are not as they were written.
+    """Refuse what is not a valid Lightning checkpoint.
 
     Raises:
-        AdapterFileError: it is one of these.
+        AdapterFileError: ``checkpoint`` is not a Lightning checkpoint, or its adapters are not as they were written.
     """
     if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("state_dict"), Mapping):
         raise AdapterFileError(
-            f"{path} is no Lightning checkpoint: it has no 'state_dict'. Pass one that a Trainer wrote."
+            f"{path} is not a Lightning checkpoint: it has no 'state_dict'. Pass one that a Trainer wrote."
         )
     if "pytorch-lightning_version" not in checkpoint:
-        raise AdapterFileError(f"{path} is no Lightning checkpoint: it has no version. Pass one that a Trainer wrote.")
+        raise AdapterFileError(
+            f"{path} is not a Lightning checkpoint: it has no version. Pass one that a Trainer wrote."
+        )
     if KEY in checkpoint:
         stored_config(checkpoint[KEY])
         check_checksum(checkpoint["state_dict"], checkpoint[KEY], path)
 
 
 def as_base(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a full checkpoint as the start of a fine-tune: its weights, and nothing of the run that made it."""
+    """Return a full checkpoint as the base of a fine-tune.
+
+    Its weights are kept. The state of the run that wrote it is dropped.
+    """
     run = {"callbacks", "optimizer_states", "lr_schedulers", "loops", "epoch", "global_step", MOVED, "averaging_state"}
     kept = {key: value for key, value in checkpoint.items() if key not in run}
     return {**kept, "epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": []}
 
 
 def complete_copies(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Put back what :func:`adapter_only` left out of a checkpoint, except the model's own states."""
+    """Put base values back that :func:`adapter_only` left out.
+
+    The model's own states are not completed.
+    """
     put_base_back(view_of(model), checkpoint, checkpoint[KEY].get("copies", ()))
 
 
 def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole: bool = False) -> None:
-    """Write a Trainer checkpoint into an adapted model: adapters, or the weights of a full one as its base.
+    """Load a Trainer checkpoint into an adapted model.
+
+    The weights of a full checkpoint become the base.
 
     Args:
         model: The adapted model.
         checkpoint: The checkpoint.
-        whole: Let it hold whole states of the model afterwards, with the base, for the callbacks that read it next.
+        whole: Complete the model's states in ``checkpoint`` with the base, for the callbacks that read it next.
 
     Raises:
-        AdapterMismatchError, BaseMismatchError, AdapterFileError: it does not fit. Nothing was written then.
+        AdapterMismatchError, BaseMismatchError, AdapterFileError: it does not fit. Then nothing was written.
     """
     state = checkpoint["state_dict"]
     if KEY not in checkpoint:
@@ -97,15 +108,15 @@ def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole
 
 
 def _completed(model: nn.Module, state: Mapping[str, Any], base: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A state with the base's values beside it, in the order and under the names of the model itself."""
+    """Add the base's values to a state, and use the model's own names and order."""
     held = {**base, **{plain_name(name): value for name, value in state.items()}}
     own = {plain_name(name): name for name in model.state_dict(keep_vars=True)}
-    order = {**{name: None for name in own if name in held}, **held}  # callbacks may go by the model's order
+    order = {**{name: None for name in own if name in held}, **held}  # callbacks may rely on the model's order
     return {own.get(name, name): held[name] for name in order}
 
 
 def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Write a full state into the base, and initialise the adapters anew."""
+    """Write a full state into the base, and initialise the adapters again."""
     state = {plain_name(name): value for name, value in state.items()}
     _check_base_fits(model, state)
     with unmerged(model):
@@ -117,7 +128,7 @@ def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def _check_base_fits(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Refuse a full state that is not one of this model.
+    """Refuse a full state that does not fit this model.
 
     Raises:
         BaseMismatchError: names are missing or unexpected, or shapes differ.

@@ -1,4 +1,4 @@
-"""What a file says of its adapters, and how it is checked before it is used."""
+"""Descriptions of stored adapters, and checks before they are used."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -21,21 +21,24 @@ KEY = "lightning_lora"
 """The entry of a Lightning checkpoint, or of a safetensors file's metadata, that describes the adapters."""
 
 FORMAT = 2
-"""The version of that entry."""
+"""The version of the format of that entry."""
 
 
 def describe(view: View, state: Mapping[str, Any], base: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    """Return, in plain types, what must be known to use ``state`` rightly.
+    """Return a description of ``state``, in plain types.
 
     Args:
         view: The adapted model.
-        state: What of it is stored.
-        base: The forms in which its base was seen.
-        **more: What else is to be said, in plain types.
+        state: The part of the model that is stored.
+        base: The fingerprints of its base, one for each form in which it was seen.
+        **more: Further entries, in plain types.
 
     Returns:
-        The format, the configuration, the base, the names of frozen weights that changed, how many entries ``state``
-        has, and a checksum of it all.
+        The format, the configuration, the base, the names of frozen weights that changed, the number of entries in
+        ``state``, and a checksum of ``state`` and all of these.
+
+    Raises:
+        ConfigError: the description is too long to be stored.
     """
     about = {
         "format": FORMAT,
@@ -57,12 +60,12 @@ def describe(view: View, state: Mapping[str, Any], base: list[dict[str, Any]], *
 
 
 def check_fits(view: View, state: Mapping[str, Any], description: Mapping[str, Any]) -> None:
-    """Refuse stored adapters that do not fit an adapted model, in shape or in meaning.
+    """Refuse stored adapters that do not fit an adapted model.
 
     Raises:
-        AdapterFileError: the description cannot be read.
-        AdapterMismatchError: a tensor does not fit, or the same factors would give another update here.
-        BaseMismatchError: they were trained on another base.
+        AdapterFileError: the description cannot be read, or values are NaN or infinite.
+        AdapterMismatchError: a tensor does not fit, or rank or scaling differ, which would give another update.
+        BaseMismatchError: the adapters were trained on another base.
     """
     config, changed = stored_config(description), description.get("changed", ())
     entries = entries_of(view)
@@ -80,7 +83,7 @@ def check_fits(view: View, state: Mapping[str, Any], description: Mapping[str, A
 
 
 def _check_settings(view: View, config: LoRAConfig) -> None:
-    """Refuse factors that were trained with another rank or scaling: they would give another update."""
+    """Refuse adapters that were trained with another rank or scaling: they would give another update."""
     for name, layer in view.layers.items():
         r, scaling = config.rank(name), config.scaling(name)
         settings = layer.lora_settings
@@ -99,7 +102,7 @@ def stored_config(description: object) -> LoRAConfig:
     Raises:
         AdapterFileError: ``description`` is not one that :func:`describe` made.
     """
-    foreign = AdapterFileError(f"The file's {KEY!r} entry is not one that this package wrote: damaged, or foreign.")
+    foreign = AdapterFileError(f"This package did not write the file's {KEY!r} entry, or the file is damaged.")
     if not isinstance(description, dict) or type(description.get("format")) is not int or not _is_bounded(description):
         raise foreign
     if description["format"] != FORMAT:
@@ -115,7 +118,7 @@ def stored_config(description: object) -> LoRAConfig:
 
 
 def _is_bounded(value: object, most: int = 1 << 24) -> bool:
-    """Whether ``value`` is short enough when written out: a small pickle can repeat one entry millions of times."""
+    """Whether ``value`` is short enough as text: a small pickle can repeat one entry millions of times."""
     left, inside = most, [value]
     while inside and left > 0:
         each = inside.pop()
@@ -126,7 +129,7 @@ def _is_bounded(value: object, most: int = 1 << 24) -> bool:
 
 
 def _is_plain(description: dict[Any, Any]) -> bool:
-    """Whether each part has its type, so that it is safe to compute with."""
+    """Whether each entry has the expected type, so that it is safe to use."""
     known = ("format", "config", "base", "changed", "entries", "checksum")
     _, config, base, changed, entries, checksum = (description.get(key) for key in known)
     copies = description.get("copies", [])
@@ -145,7 +148,7 @@ def _is_names(value: object) -> bool:
 
 
 def _check_finite(view: View, state: Mapping[str, Any]) -> None:
-    """Refuse what a diverged run left."""
+    """Refuse NaN and infinite values, which a diverged run leaves."""
     statistics = set[str]()
     for name, module in view.modules.items():
         if isinstance(module, _NormBase):
@@ -161,13 +164,13 @@ def _check_finite(view: View, state: Mapping[str, Any]) -> None:
 
 
 def _is_sound(value: Tensor, original: Tensor | None) -> bool:
-    """Whether ``value`` is finite, except where the base was not either: a mask may be infinite."""
+    """Whether ``value`` is finite, except where the base has the same infinite value, as a mask may."""
     odd = ~value.isfinite()
     return not odd.any() or (original is not None and bool((value[odd].cpu() == original[odd.cpu()]).all()))
 
 
 def _checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:
-    """One number for the names and contents of all tensors, and for what is said about them."""
+    """One number for the names and contents of all tensors, and for their description."""
     said = {name: value for name, value in about.items() if name != "checksum"}
     names = sorted(name for name, value in state.items() if isinstance(value, Tensor) and not value.is_meta)
     kinds = [[name, str(state[name].dtype), list(state[name].shape)] for name in names]
@@ -179,10 +182,12 @@ def _checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:
 
 
 def check_entries(names: Collection[str], description: Mapping[str, Any], path: object) -> None:
-    """Refuse more or fewer entries than were written, before anything is done with them.
+    """Refuse a file with more or fewer entries than written.
+
+    This check comes before anything is done with the entries.
 
     Raises:
-        AdapterFileError: there are.
+        AdapterFileError: the numbers differ.
     """
     if len(names) != description["entries"]:
         raise AdapterFileError(
@@ -191,17 +196,17 @@ def check_entries(names: Collection[str], description: Mapping[str, Any], path: 
 
 
 def check_checksum(state: Mapping[str, Any], description: Mapping[str, Any], path: object) -> None:
-    """Refuse what was changed after it was written.
+    """Refuse adapters that were changed after they were written.
 
     Raises:
-        AdapterFileError: ``state`` or ``description`` was.
+        AdapterFileError: ``state`` or ``description`` was changed.
     """
     check_entries(state, description, path)
     odd = [name for name, value in state.items() if isinstance(name, str) and not _is_stored(value)]
     odd += [f"a name of type {type(name).__name__}" for name in state if not isinstance(name, str)]
     if odd:
         raise AdapterFileError(
-            f"{path} holds what this package does not write: {listed(odd)}. The file is damaged or was changed."
+            f"{path} holds entries that this package does not write: {listed(odd)}. The file is damaged or was changed."
         )
     if _checksum(state, description) != description["checksum"]:
         raise AdapterFileError(
@@ -210,7 +215,7 @@ def check_checksum(state: Mapping[str, Any], description: Mapping[str, Any], pat
 
 
 def _is_stored(value: object) -> bool:
-    """Whether ``value``, if it is a tensor, is a plain one with no more elements than it has memory for."""
+    """Whether ``value`` is no tensor, or a plain one whose memory holds all its elements."""
     if not isinstance(value, Tensor) or value.is_meta or value.layout is not torch.strided:
         return True
     plain = not value.is_quantized and not value.is_nested

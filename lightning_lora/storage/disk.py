@@ -1,4 +1,7 @@
-"""Files are written whole or not at all, and read without running code or taking more memory than they have bytes."""
+"""Write files completely or not at all; read them safely.
+
+Reading runs no code, and takes no more memory than the file has bytes.
+"""
 
 import errno
 import glob
@@ -17,29 +20,31 @@ from lightning_lora.errors import AdapterFileError
 
 @contextmanager
 def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
-    """Write a file beside its place, and move it there when it is whole: whatever happens, the old or the new is there.
+    """Write a temporary file, then move it to its place.
+
+    So there is always a complete file, the old one or the new one, whatever happens.
 
     Args:
-        path: Where it is to be.
-        beside: Whether to; otherwise only its errors are told.
+        path: The place of the file.
+        beside: Whether to write a temporary file. If not, ``path`` itself is written, and only errors are handled.
 
     Yields:
-        Where to write it.
+        The path to write to.
 
     Raises:
-        AdapterFileError: it cannot be written. A file that was there before still is.
+        AdapterFileError: the file cannot be written. A file that was there before does not change.
     """
     check_path(path)
-    target = Path(path).expanduser().resolve() if beside else None  # what a link leads to, not the link
+    target = Path(path).expanduser().resolve() if beside else None  # the target of a link, so that the link stays
     part = target.with_name(f"{_part_prefix(target)}{os.getpid()}.part") if target else None
     if target and target.exists() and not target.is_file():
-        raise AdapterFileError(f"{path} is there already and is no file. Choose another name.")
+        raise AdapterFileError(f"{path} already exists and is not a file. Choose another name.")
     if target:
         _clear_parts(target)
     try:
         yield part or path
         if part and target:
-            if not part.exists():  # Lightning says nothing when it may not write
+            if not part.exists():  # Lightning gives no error when it has no permission to write
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target.parent))
             part.replace(target)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
@@ -54,12 +59,12 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
 
 
 def _part_prefix(target: Path) -> str:
-    """How the names begin under which processes write ``target``; they are not much longer than it may be itself."""
+    """The prefix of temporary files for ``target``. It is short, because the length of names is limited."""
     return f".{target.name[:64]}.{zlib.crc32(target.name.encode()):08x}."
 
 
 def _clear_parts(target: Path) -> None:
-    """Delete what processes that were killed have left of ``target``."""
+    """Delete temporary files for ``target`` that killed processes have left."""
     for part in target.parent.glob(f"{glob.escape(_part_prefix(target))}*.part") if os.name == "posix" else ():
         with suppress(OSError, ValueError):
             try:
@@ -69,19 +74,19 @@ def _clear_parts(target: Path) -> None:
 
 
 def check_path(path: Any) -> None:
-    """Refuse what is no path, such as a model in a path's place.
+    """Refuse what is not a path, such as a model.
 
     Raises:
-        AdapterFileError: it is none.
+        AdapterFileError: ``path`` is not a path.
     """
     if not isinstance(path, str | os.PathLike):
         raise AdapterFileError(
-            f"A path was expected, and a {type(path).__name__} was given. Pass the model, then the path."
+            f"Expected a path, but a {type(path).__name__} was given. Pass the model first, then the path."
         )
 
 
 def is_local(path: Any) -> bool:
-    """Whether ``path`` is one of this machine's file system.
+    """Whether ``path`` is in this machine's file system.
 
     Example:
         >>> is_local("runs/a.ckpt"), is_local("s3://bucket/a.ckpt")
@@ -92,15 +97,17 @@ def is_local(path: Any) -> bool:
 
 @contextmanager
 def reading(path: Any, *, trusted: bool = False) -> Iterator[None]:
-    """Read a file that torch or safetensors wrote: it is checked first, and what is raised inside is told as an error.
+    """Read a file that torch or safetensors wrote.
+
+    The file is checked first. Errors inside the block become :class:`AdapterFileError`.
 
     Args:
-        path: The file; one of another machine is not checked.
-        trusted: Let it run code if it will. Otherwise every way to load it, Lightning's too, takes plain types alone.
+        path: The file. A file on another machine is not checked.
+        trusted: Allow the file to run code. Otherwise every loader, Lightning's too, accepts only plain types.
 
     Raises:
         FileNotFoundError, PermissionError: as the reader raises them.
-        AdapterFileError: it is no file, is truncated or damaged, or holds more than plain types.
+        AdapterFileError: it is not a file, is truncated or damaged, or holds more than plain types.
     """
     check_path(path)
     before = os.environ.get(_FORCE)
@@ -130,20 +137,20 @@ def reading(path: Any, *, trusted: bool = False) -> Iterator[None]:
 
 _FORCE, _TRUST = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _TRUE = ("1", "y", "yes", "true")
-"""What torch takes for true in these variables."""
+"""Values of these variables that torch reads as true."""
 
 
 def _check_whole(path: Any) -> None:
-    """Refuse an archive, as torch writes them, that is not as it was written: torch itself does not look.
+    """Refuse a damaged archive of torch: torch itself does not check it.
 
     Raises:
-        AdapterFileError: it is none, or its records have other contents than its checksums say, or more than it holds.
+        AdapterFileError: it is not a file, its checksums do not match, or it would unpack to more than its size.
     """
     path = os.path.expanduser(path) if is_local(path) else path  # noqa: PTH111  # as Lightning does
-    if not is_local(path) or not os.path.exists(path):  # noqa: PTH110  # a Path raises where a name is too long
+    if not is_local(path) or not os.path.exists(path):  # noqa: PTH110  # Path raises if a name is too long
         return
     if not Path(path).is_file():
-        raise AdapterFileError(f"{path} is no file. Pass a .safetensors file or a Trainer's .ckpt file.")
+        raise AdapterFileError(f"{path} is not a file. Pass a .safetensors file or a Trainer's .ckpt file.")
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             claimed = sum(record.file_size for record in archive.infolist())
@@ -154,7 +161,7 @@ def _check_whole(path: Any) -> None:
 
 
 def _inflating(archive: zipfile.ZipFile, size: int) -> str | None:
-    """The pickle in ``archive``, if it would make something larger than the file, of a size that it only names."""
+    """The pickle in ``archive``, if it would create an object that is larger than the file, or None."""
     for record in archive.namelist():
         if record.endswith("data.pkl"):
             makes, names_size = False, False
@@ -171,11 +178,11 @@ def _inflating(archive: zipfile.ZipFile, size: int) -> str | None:
 
 
 _MOST = 1 << 42
-"""Bytes that no machine has to give: asking for them is an error by itself."""
+"""More bytes than any machine has: to ask for them is an error anyway."""
 
 _MARKS = ("PROTO", "FRAME", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "PUT", "GET", "MEMOIZE")
-"""Operations of a pickle whose numbers are its own affair."""
+"""Operations of a pickle whose numbers are not sizes of objects."""
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "no more is known")
+    return next(iter(str(error).splitlines()), "no details")

@@ -1,4 +1,4 @@
-"""Adapters in files of their own, without a Trainer."""
+"""Save and load adapters without a Trainer."""
 
 import json
 import warnings
@@ -37,16 +37,17 @@ if TYPE_CHECKING:
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:
-    """Write all that training changed into one ``.safetensors`` file.
+    """Write everything that training changed into one ``.safetensors`` file.
 
     Args:
-        model: A model with adapters: adapted, or merged by ``merge_adapters`` or a finished fit.
-        path: The file. It is written beside and moved into place, so that it is never half there.
+        model: A model with adapters: on its layers, or merged by ``merge_adapters`` or a finished fit.
+        path: The file. It is written under another name and then moved, so it is never incomplete.
 
     Raises:
         AdapterStateError: ``model`` has no adapters, or they are on the meta device.
-        AdapterFileError: something in its state is no tensor, or the file cannot be written (a full disk, say).
-        FileNotFoundError: there is no such folder.
+        AdapterFileError: an entry of its state is not a tensor, or the file cannot be written (the disk is full, for
+            example).
+        FileNotFoundError: the folder does not exist.
     """
     check_path(path)
     path, state = Path(path).expanduser(), adapter_state_dict(model)
@@ -74,19 +75,21 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> None:
-    """Put the adapters of a file on ``model``: all of them, or an error and the model as it was.
+    """Load the adapters of a file into ``model``.
+
+    After an error, the model is as it was before.
 
     Args:
-        model: The base they were trained on; it is adapted as the file says, if it is not yet. A model that a finished
-            fit has merged gets its base back first.
+        model: The base model that the adapters were trained on. If it has no adapters yet, it is adapted as the file
+            says. A model that a finished fit has merged gets its base back first.
         path: A file that :func:`save_adapter` or a Trainer with ``LoRACallback`` wrote.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        AdapterFileError: the file is truncated, foreign or was tampered with.
-        TargetError: ``model`` has no such layers.
+        FileNotFoundError: the file does not exist.
+        AdapterFileError: the file is truncated, was changed, or is of another kind.
+        TargetError: ``model`` does not have the layers that were adapted.
         BaseMismatchError: the adapters were trained on another base.
-        AdapterMismatchError: ``model`` is adapted already, in another way.
+        AdapterMismatchError: ``model`` is already adapted in another way.
 
     Example:
         >>> import tempfile
@@ -107,12 +110,12 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
 
 
 def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any]) -> None:
-    """Adapt ``model`` if it is not, check everything, write everything; or leave it as it was."""
+    """Adapt ``model`` if needed, check everything, then write everything. Undo all of it after an error."""
     config = stored_config(description)
     was_merged = unmerge(model)
     try:
         with undone_on_error(View(model)):
-            if find_record(model) is None:  # plain, or with adapters that were injected in a part of it
+            if find_record(model) is None:  # no adapters, or only those of a submodule
                 inject_adapters(model, config)
             check_fits(view_of(model), state, description)
             write_state(model, state)
@@ -123,11 +126,13 @@ def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any]) -
 
 
 def read_adapter_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the state and the description that a file holds; no code in it is run.
+    """Return the state and the description in a file.
+
+    No code in the file is run.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        AdapterFileError: it is truncated, foreign, or was tampered with.
+        FileNotFoundError: the file does not exist.
+        AdapterFileError: the file is truncated, was changed, or is of another kind.
     """
     contents = _read(path, weights_only=True)
     if not isinstance(contents, dict) or not isinstance(contents.get("state_dict"), dict):
@@ -136,7 +141,7 @@ def read_adapter_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def _read(path: str | Path, *, weights_only: bool) -> Any:
-    """The contents of a file of either kind, in the form of a checkpoint."""
+    """The contents of a ``.ckpt`` or ``.safetensors`` file, in the form of a checkpoint."""
     with reading(path, trusted=not weights_only):
         path = Path(path).expanduser()
         with path.open("rb") as file:
@@ -153,7 +158,7 @@ def _read(path: str | Path, *, weights_only: bool) -> Any:
 
 
 def _adapters_in(state: dict[str, Any], description: Any, path: object) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state and its description, once both are as they were written."""
+    """The state and its description, after a check that both are as they were written."""
     if description is None:
         raise AdapterFileError(
             f"{path} holds no adapters of this package. If it is a full checkpoint, it is a base: load it with "
@@ -173,19 +178,21 @@ def load_from_checkpoint(
     weights_only: bool = True,
     **kwargs: Any,
 ) -> "Module":
-    """Lightning's ``load_from_checkpoint`` for the adapter-only files of a Trainer with ``LoRACallback``.
+    """Lightning's ``load_from_checkpoint``, for adapter-only checkpoints.
+
+    A Trainer with ``LoRACallback`` writes such checkpoints.
 
     Args:
-        cls: The LightningModule's class. It is built from the stored hyperparameters, so it must load its pretrained
-            weights by itself.
+        cls: The LightningModule's class. It is built from the stored hyperparameters, so its own code must load the
+            pretrained weights.
         path: The ``.ckpt`` file.
-        merge: Return a plain model with the updates merged, instead of an adapted one.
-        map_location: Where the model goes, as for Lightning's own.
-        weights_only: Set it False for a file that you trust, if its hyperparameters are no plain types.
-        **kwargs: Hyperparameters to override, as for Lightning's own. The load is always strict.
+        merge: Return a plain model with the updates merged, instead of an adapted model.
+        map_location: The device of the model, as in Lightning's method.
+        weights_only: Set this to False for a file that you trust, if its hyperparameters are not plain types.
+        **kwargs: Hyperparameters to override, as in Lightning's method. Loading is always strict.
 
     Raises:
-        AdapterFileError: the file is truncated, foreign or was tampered with.
+        AdapterFileError: the file is truncated, was changed, or is of another kind.
         BaseMismatchError: the model that ``cls`` builds is not the base that the adapters were trained on.
     """
     checkpoint = _read(path, weights_only=weights_only)
@@ -193,7 +200,7 @@ def load_from_checkpoint(
         raise AdapterFileError(f"{path} is an adapter file. Build the model, then call load_adapter(model, path).")
     check_readable(checkpoint, path)
     state, description = _adapters_in(checkpoint["state_dict"], checkpoint.get(KEY), path)
-    shell = BytesIO()  # the same file without the run and the weights, for Lightning to build the model from
+    shell = BytesIO()  # a checkpoint without run and weights, from which Lightning builds the model
     torch.save({**as_base(checkpoint), "state_dict": {}}, shell)
     shell.seek(0)
     options = {**kwargs, "strict": False} | ({} if weights_only else {"weights_only": False})

@@ -1,4 +1,7 @@
-"""Tell one base model from another: the names, shapes and contents of everything that training does not change."""
+"""Fingerprints of base models, to tell one from another.
+
+A fingerprint covers the names, shapes and contents of everything that training does not change.
+"""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -15,12 +18,12 @@ from lightning_lora.tensors.values import digest
 
 
 def fingerprint(view: View) -> dict[str, Any]:
-    """Return what identifies the base of an adapted model, in plain types.
+    """Return the fingerprint of an adapted model's base.
 
-    It costs one pass over the weights.
+    It has only plain types. It costs one pass over the weights.
 
     Args:
-        view: A model with adapters, merged or not. The base is what lies under them.
+        view: A model with adapters, merged or not. Its base is the model without them.
 
     Returns:
         ``layout``, a hash of the names and shapes; ``dtypes``; and ``digests``, one number for each tensor in order.
@@ -44,7 +47,9 @@ def fingerprint(view: View) -> dict[str, Any]:
 
 
 def note_changed(model: nn.Module) -> list[dict[str, Any]]:
-    """Note which frozen weights are not those that the run began with. Files must hold them from now on.
+    """Note frozen weights that have changed since the run began.
+
+    Files must hold them from now on.
 
     Returns:
         The forms in which the base was seen, as :func:`check_base` takes them.
@@ -70,13 +75,16 @@ def _shape(form: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def forms_of_base(view: View) -> list[dict[str, Any]]:
-    """Return the forms in which the base was seen in a run, if it is still that base, or its form now."""
+    """Return the fingerprints of the base in all known forms.
+
+    If the base is no longer the one that the run has seen, return only the current fingerprint.
+    """
     known, now = view.record.fingerprints, fingerprint(view)
     return known if now in known else [now]
 
 
 def base_dtypes(view: View) -> list[str]:
-    """Return the names of the dtypes that the base is in."""
+    """Return the names of the base's dtypes."""
     return _dtypes(base_tensors(view))
 
 
@@ -85,10 +93,11 @@ def _dtypes(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def base_tensors(view: View) -> dict[str, Tensor]:
-    """Return the tensors that make the base, by name: frozen parameters as they were, and buffers as they began.
+    """Return the tensors of the base by name.
 
-    An embedding with ``max_norm`` is left out: its own forward rescales its rows, always to the same ones. So are the
-    scales of four-bit weights: bitsandbytes may round them when it lays a weight out for inference and back.
+    They are frozen parameters without updates, and buffers with the values from before training. Embeddings with
+    ``max_norm`` are left out: their own forward rescales the rows, always to the same values. The scales of four-bit
+    weights are left out too: bitsandbytes may round them when it changes a weight's layout for inference and back.
     """
     rewritten = set[int]()
     left_out = set[str]()
@@ -105,12 +114,12 @@ def check_base(view: View, stored: Sequence[Mapping[str, Any]], shapes: Mapping[
     """Refuse adapters that were trained on another base.
 
     Args:
-        view: The adapted model that is to receive them.
-        stored: The forms of their base, as :func:`fingerprint` gives them: as loaded, and as a Trainer converted it.
-        shapes: Those of what was trained, by name.
+        view: The adapted model that receives the adapters.
+        stored: The fingerprints of their base: as it was loaded, and as a Trainer converted it.
+        shapes: The shapes of the trained tensors, by name.
 
     Raises:
-        BaseMismatchError: the base of the model is none of them.
+        BaseMismatchError: the base of the model matches none of the fingerprints.
     """
     here, known = fingerprint(view), view.record.fingerprints
     if here in stored:
@@ -141,11 +150,11 @@ def check_base(view: View, stored: Sequence[Mapping[str, Any]], shapes: Mapping[
 
 
 def _example(view: View, shapes: Mapping[str, Sequence[int]]) -> str:
-    """One trained tensor that has another shape here."""
+    """A sentence about one trained tensor that has another shape here."""
     for name, there in shapes.items():
         here = view.parameters.get(name)
         if here is not None and here.shape != there:
-            return f" {name!r}, for one, is {tuple(there)} there and {tuple(here.shape)} here."
+            return f" For example, {name!r} is {tuple(there)} there and {tuple(here.shape)} here."
     return ""
 
 
@@ -153,7 +162,10 @@ _MOST_FORMS = 8
 
 
 def is_fingerprints(stored: object) -> bool:
-    """Whether ``stored`` is a list of what :func:`fingerprint` returns, and no longer than the forms of one base."""
+    """Whether ``stored`` is a list of fingerprints of one base.
+
+    A base has only a few forms, so a longer list is refused.
+    """
     return isinstance(stored, list) and 0 < len(stored) <= _MOST_FORMS and all(map(_is_fingerprint, stored))
 
 

@@ -1,4 +1,7 @@
-"""What training changed of a model: taken out of it, and written back once everything is checked."""
+"""Read what training changed, and write it back.
+
+Everything is checked before anything is written.
+"""
 
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
@@ -17,13 +20,14 @@ from lightning_lora.tensors.values import digest, same_bits
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
-    """Return all that training changed, and nothing else.
+    """Return everything that training changed, and nothing else.
 
-    That is: the adapters, biases and modules that are trained beside them, buffers and frozen weights that no longer
-    have the base's values, and whatever a module adds to its state dict by itself.
+    These are the adapters, and the biases and modules that train in addition to them. Buffers and frozen weights are
+    included if they no longer have the base's values. Everything that a module's own code adds to its state dict is
+    included too.
 
     Args:
-        model: A model with adapters: adapted, or merged by ``merge_adapters`` or a finished fit.
+        model: A model with adapters: on its layers, or merged by ``merge_adapters`` or a finished fit.
 
     Returns:
         Tensors by the names they have in the state dict of the adapted model.
@@ -45,15 +49,16 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Write back what :func:`adapter_state_dict` returned.
 
-    Everything is checked, then everything is written. What else may change and is not in ``state`` gets the base's
-    values: buffers, for example. A merged model is merged again with the new adapters.
+    Everything is checked before anything is written. Buffers, and other tensors that may change, get the base's values
+    if they are not in ``state``. A merged model is merged again with the new adapters.
 
     Args:
-        model: A model adapted as the one that ``state`` is from.
+        model: A model that is adapted in the same way as the one that ``state`` is from.
         state: Tensors by name.
 
     Raises:
-        AdapterMismatchError: a name is missing, unexpected, or of another shape or kind. Nothing was written then.
+        AdapterMismatchError: a name is missing or unexpected, or a tensor is of another shape or kind. Then nothing
+            was written.
         AdapterStateError: ``model`` has no adapters.
     """
     view = view_of(model)
@@ -64,10 +69,11 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def without_base(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop from a state of the model what the base has already: frozen weights, and buffers with the same values.
+    """Remove the base's values from a state of the model.
 
-    Frozen weights that other code than an optimizer changed are kept, or added. So is what trains and is missing: user
-    code may drop all that it takes for the base.
+    These are frozen weights, and buffers with the same values as in the base. Frozen weights that code other than an
+    optimizer changed are kept, or added. Missing trained tensors are added too, because user code may drop everything
+    that it considers the base.
     """
     record, base, trained = view.record, view.base, view.trained
     originals = {name: value for name, value in record.originals.items() if name not in trained}
@@ -83,19 +89,19 @@ def without_base(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
             continue
         kept[name] = value
     for name in trained:
-        if name in held and view.parameters[name] is not trained[name]:  # tied and merged: its other use is what trains
+        if name in held and view.parameters[name] is not trained[name]:  # tied and merged: its other use trains
             kept[name] = trained[name].detach()
     return kept
 
 
 def _aliases(view: View) -> set[str]:
-    """The second names of adapters of shared layers."""
+    """The further names of adapters on shared layers."""
     ids = {id(p) for p in view.adapters.values()}
     return {name for name, p in view.parameters.items() if id(p) in ids and name not in view.adapters}
 
 
 def write_state(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Write a state that was checked."""
+    """Write a state that has been checked."""
     view = view_of(model)
     keep_frozen(view, [name for name in state if name in view.frozen])
     with unmerged(model):
@@ -108,7 +114,7 @@ def write_state(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def _write(view: View, state: Mapping[str, Any]) -> None:
-    """Write into an adapted model; if a module's own loading fails, write back what was there."""
+    """Write into an adapted model. If a module's own loading fails, restore the old values."""
     model, originals = view.model, view.record.originals
     before = {}
     for name, value in state_dict(model).items():
@@ -126,12 +132,12 @@ def _write(view: View, state: Mapping[str, Any]) -> None:
 
 
 class Entries(NamedTuple):
-    """What a stored state of a model holds.
+    """The entries of a model's stored state.
 
     Args:
-        required: What it must hold: adapters, and what else trains.
-        optional: What it may hold besides: buffers, frozen weights that changed, and what a module adds to its state by
-            itself.
+        required: Entries that must be there: adapters, and everything else that trains.
+        optional: Entries that may be there: buffers, frozen weights that changed, and everything that a module's own
+            code adds to its state.
     """
 
     required: dict[str, Tensor]
@@ -139,7 +145,7 @@ class Entries(NamedTuple):
 
 
 def entries_of(view: View) -> Entries:
-    """Return what a stored state of an adapted model holds."""
+    """Return the entries of an adapted model's stored state."""
     now = without_base(view, state_dict(view.model))
     return Entries(_required(view), {**now, **view.buffers, **view.kept})
 
@@ -155,17 +161,17 @@ def check_names(
     changed: Collection[str] = (),
     config: LoRAConfig | None = None,
 ) -> None:
-    """Refuse a state that lacks a name that the model needs, or has one that it does not know.
+    """Refuse a state with missing or unexpected names.
 
     Args:
         view: The adapted model.
-        entries: What a state of it holds.
-        state: What is to be written into it.
-        changed: Names of frozen weights that ``state`` has new values for.
-        config: What ``state`` was trained with, if that is known.
+        entries: The entries of its stored state.
+        state: The state to be written into it.
+        changed: Names of frozen weights for which ``state`` has new values.
+        config: The configuration with which ``state`` was trained, if known.
 
     Raises:
-        AdapterMismatchError: it does.
+        AdapterMismatchError: names are missing or unexpected.
     """
     required = dict.fromkeys([*entries.required, *(name for name in changed if name in view.base)])
     wrong = {
@@ -183,7 +189,7 @@ def check_names(
 
 
 def _selecting(config: LoRAConfig) -> str:
-    """The arguments that decide what of a model trains, except those at their defaults."""
+    """The arguments that decide what trains, without those at their defaults."""
     default = LoRAConfig()
     shown = [f"target_modules={_as_list(config.target_modules)!r}"]
     for name in (
@@ -206,10 +212,12 @@ def _as_list(value: object) -> object:
 
 
 def check_tensors(view: View, entries: Entries, state: Mapping[str, Any]) -> None:
-    """Refuse a state, of the right names, with a tensor of another shape or kind than the model has.
+    """Refuse tensors of another shape or kind than the model's.
+
+    The names in ``state`` must have been checked before.
 
     Raises:
-        AdapterMismatchError: it has one.
+        AdapterMismatchError: there is such a tensor.
     """
     known = {**view.base, **entries.optional, **entries.required}
     for name, value in state.items():

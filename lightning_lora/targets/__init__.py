@@ -1,4 +1,4 @@
-"""Which layers of a model are adapted, and what to say of a name that matches none.
+"""Select the layers of a model to adapt.
 
-Nothing here changes a model.
+A name that matches nothing is an error that shows similar names. Nothing here changes a model.
 """

@@ -1,4 +1,4 @@
-"""What cannot be adapted, and the errors that say why."""
+"""Checks of a selection of layers, with errors that explain."""
 
 from collections.abc import Collection, Mapping
 
@@ -13,14 +13,16 @@ from lightning_lora.targets.lookup import SEE_ALL, Names, supported_types, why_n
 from lightning_lora.tensors.names import join, plain_module
 
 _SHOWN = 5
-"""How many layers an error names."""
+"""The number of layers that an error names."""
 
 
 def check_shapes(names: Names) -> None:
-    """Refuse a model with lazy layers, which get their shapes from a first batch.
+    """Raise an error if the model has lazy layers.
+
+    Lazy layers get their shapes from the first batch.
 
     Raises:
-        ConfigError: there are such layers.
+        ConfigError: there are lazy layers.
     """
     lazy = [name for name, parameter in names.parameters.items() if is_lazy(parameter)]
     for prefix, module in {"": plain_module(names.model), **names.modules}.items():
@@ -35,10 +37,10 @@ def check_shapes(names: Names) -> None:
 
 
 def check_any(names: Names, config: LoRAConfig, layers: Collection[str]) -> None:
-    """Refuse to adapt nothing.
+    """Raise an error if no layer is selected.
 
     Raises:
-        TargetError: no layer is left.
+        TargetError: no layer is selected.
     """
     if layers:
         return
@@ -60,10 +62,10 @@ def check_any(names: Names, config: LoRAConfig, layers: Collection[str]) -> None
 def check_supported(
     names: Names, config: LoRAConfig, layers: Mapping[str, nn.Module], targets: Collection[nn.Module]
 ) -> None:
-    """Refuse targets that cannot be adapted.
+    """Raise an error if a target cannot be adapted.
 
     Raises:
-        TargetError: there are such layers.
+        TargetError: there are such targets.
     """
     refused = {}
     for name, layer in layers.items():
@@ -88,7 +90,9 @@ def _shown(config: LoRAConfig) -> object:
 
 
 def check_patterns(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
-    """Refuse keys that decide nothing: they match no layer, or earlier keys decide for all that they match.
+    """Raise an error if a pattern's key has no effect.
+
+    Such a key matches no adapted layer, or earlier keys match all of its layers: the first match decides.
 
     Raises:
         TargetError: there are such keys.
@@ -106,7 +110,7 @@ def check_patterns(names: Names, config: LoRAConfig, choices: Mapping[str, Choic
 
 
 def _check_matched(names: Names, argument: str, matched: Mapping[str, list[str]], layers: list[str]) -> None:
-    """Refuse keys that match no adapted layer."""
+    """Raise an error if a key matches no adapted layer."""
     missing = [key for key, found in matched.items() if not found]
     idle = [key for key in missing if any(matches_pattern(key, name) for name in names.modules)]
     if idle:
@@ -118,7 +122,7 @@ def _check_matched(names: Names, argument: str, matched: Mapping[str, list[str]]
 
 
 def _check_order(names: Names, argument: str, matched: Mapping[str, list[str]]) -> None:
-    """Refuse keys after others that match all the same layers: the first key decides."""
+    """Raise an error if earlier keys match all layers of a key: the first match decides."""
     keys = list(matched)
     for place, key in enumerate(keys):
         before = [other for other in keys[:place] if set(matched[key]) & set(matched[other])]
@@ -131,7 +135,7 @@ def _check_order(names: Names, argument: str, matched: Mapping[str, list[str]]) 
 
 
 def check_names(choices: Mapping[str, Choice]) -> None:
-    """Refuse parameters whose factors would have the same name.
+    """Raise an error if two factors have the same name.
 
     Raises:
         TargetError: there are such parameters.
@@ -146,7 +150,9 @@ def check_names(choices: Mapping[str, Choice]) -> None:
 
 
 def check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
-    """Refuse DoRA, PiSSA and OLoRA where they have no meaning.
+    """Raise an error if a layer does not support DoRA.
+
+    The same applies to PiSSA and OLoRA.
 
     Raises:
         TargetError: there is such a layer.
@@ -169,7 +175,10 @@ def check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
 
 
 def check_ranks(choices: Mapping[str, Choice], saved: Collection[str] | None) -> None:
-    """Refuse a rank larger than a layer's matrix allows. In a layer with several, each gets the most it can have.
+    """Raise an error if a layer's rank is too large.
+
+    In a layer with several matrices, only the one with the largest possible rank counts. The rank of a smaller one is
+    reduced.
 
     Raises:
         ConfigError: there is such a layer.

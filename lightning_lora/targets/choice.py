@@ -1,4 +1,4 @@
-"""What is chosen for one layer."""
+"""The adapter selected for one layer."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,12 @@ from lightning_lora.layers import LoRALayer, Part, Settings
 
 @dataclass(frozen=True)
 class Choice:
-    """A layer to adapt, and how.
+    """A layer to adapt, and the adapter to use.
 
     Args:
         layer: The layer.
-        kind: The class of its adapter.
-        parts: The matrices in it.
+        kind: The adapter class.
+        parts: The matrices to adapt.
         settings: The adapter's settings.
     """
 

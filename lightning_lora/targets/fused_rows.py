@@ -1,4 +1,4 @@
-"""Where q, k and v lie in a projection that computes them at once."""
+"""Rows of q, k and v in fused projections."""
 
 from typing import Any
 
@@ -7,20 +7,22 @@ from torch import nn
 Rows = dict[str, tuple[int, int]]
 
 _ATTENTION = ("c_attn", "qkv", "qkv_proj", "Wqkv")
-"""Names under which models write all queries, then all keys, then all values."""
+"""Names of fused projections whose output is all queries, then all keys, then all values."""
 
 _INTERLEAVED = ("CodeGenAttention",)
-"""Classes of attention that write them head by head, under one of these names."""
+"""Classes of attention whose projection has one of these names, but is ordered head by head."""
 
 
 def fused_rows(name: str, holders: list[nn.Module], writes: int, reads: int) -> Rows | None:
-    """Return the rows of each part of a fused projection, or None if they are not known.
+    """Return the rows of each part of a fused projection.
+
+    It returns None if they are not known.
 
     Args:
         name: The projection's own name, such as ``"c_attn"``.
-        holders: The modules that it is in, the nearest first; one may have a ``config`` with the numbers of heads.
-        writes: How many features it writes.
-        reads: How many it reads.
+        holders: The modules around it, from the inside out. One may have a ``config`` with the number of heads.
+        writes: The number of output features.
+        reads: The number of input features.
 
     Example:
         >>> fused_rows("qkv", [], 24, 8)
@@ -38,8 +40,8 @@ def fused_rows(name: str, holders: list[nn.Module], writes: int, reads: int) -> 
 
 
 def _by_heads(config: Any, reads: int) -> dict[str, int] | None:
-    """Sizes of q, k and v in an attention whose keys and values several queries may share."""
-    if getattr(config, "multi_query", None) is False:  # then they are written head by head
+    """Sizes of q, k and v. In grouped-query and multi-query attention, k and v are smaller than q."""
+    if getattr(config, "multi_query", None) is False:  # then the rows are ordered head by head
         return None
     heads = config.num_attention_heads
     shared = 1 if getattr(config, "multi_query", False) else getattr(config, "num_key_value_heads", None) or heads

@@ -1,4 +1,7 @@
-"""A model's layers by name: which can be adapted, and which names are near a wrong one."""
+"""Look up a model's layers by name.
+
+It also finds out which layers can be adapted, and suggests similar names for a wrong one.
+"""
 
 import difflib
 import re
@@ -11,13 +14,19 @@ from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for
 from lightning_lora.tensors.names import named_modules, own_parameter, parameters_of
 
 AUTOMATIC = ("all-linear", "all")
-"""The words that ``target_modules`` accepts besides expressions and lists."""
+"""The keywords that ``target_modules`` accepts, besides regular expressions and lists."""
 
 SEE_ALL = "print(summarize(model)) shows every layer"
 
 
 class Names:
-    """A model's modules by name, a shared one under each of its names."""
+    """The modules and parameters of a model by name.
+
+    A shared module appears under each of its names.
+
+    Args:
+        model: Any module.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -27,12 +36,18 @@ class Names:
         self.modules = {name: module for name, module in modules.items() if name}
 
     def find(self, argument: str, pattern: object) -> list[str]:
-        """Return every name that a pattern matches: an expression for whole names, or a list.
+        """Return every name that a pattern matches.
 
-        ``modules_to_save`` may name parameters too, since those that a module holds itself have no other name.
+        A pattern is a regular expression for full names, or a list of names. ``modules_to_save`` also accepts names of
+        parameters, because a parameter may not belong to a layer. ``target_parameters`` accepts only names of
+        parameters.
+
+        Args:
+            argument: The argument that the pattern belongs to, such as ``"target_modules"``.
+            pattern: The pattern, or None.
 
         Raises:
-            TargetError: the expression, or any entry of the list, matches no module.
+            TargetError: the expression, or an entry of the list, matches nothing.
         """
         if pattern is None:
             return []
@@ -49,7 +64,7 @@ class Names:
             if not found and any(pattern in _ends_of(name) for name in known):
                 raise TargetError(
                     f"{argument}={pattern!r} is an expression, which must match the whole name of a module of "
-                    f"{self.title}, and matches none. For names that end so, give a list: "
+                    f"{self.title}, and matches none. To match the end of a name, give a list: "
                     f"{argument}=[{pattern!r}]."
                 )
             self.require(argument, {} if found else {pattern: meant})
@@ -62,7 +77,10 @@ class Names:
         return [name for name, meant_by in found_by.items() if meant_by]
 
     def first_names(self, modules: Collection[nn.Module]) -> dict[str, nn.Module]:
-        """Return those of ``modules`` that are in the model, in its order, by the first of their names."""
+        """Return these modules by the first of their names.
+
+        They are in the model's order. Modules that are not in the model are left out.
+        """
         found: dict[str, nn.Module] = {}
         seen = set[int]()
         for name, module in self.modules.items():
@@ -72,7 +90,11 @@ class Names:
         return found
 
     def require(self, argument: str, missing: Mapping[str, Iterable[str]]) -> None:
-        """Raise an error if anything is ``missing``: entries that match nothing, with the names they might mean.
+        """Raise an error if entries of a pattern match nothing.
+
+        Args:
+            argument: The argument that the pattern belongs to.
+            missing: The entries that match nothing, each with the names that it could mean.
 
         Raises:
             TargetError: there are such entries.
@@ -93,7 +115,7 @@ class Names:
         )
 
     def _endings(self) -> str:
-        """The last parts of the names of all layers that can be adapted."""
+        """A sentence with the last parts of the names of all layers that can be adapted."""
         endings = dict.fromkeys(
             name.rpartition(".")[2] for name, layer in self.modules.items() if not why_not(self, name, layer)
         )
@@ -112,7 +134,7 @@ def _hint_of_words(entries: list[str]) -> str:
 
 
 def _nearest(missing: Mapping[str, Iterable[str]]) -> list[str]:
-    """Names, or their last parts, that look like the missing entries; each name once."""
+    """Names, or their last parts, that are similar to the missing entries. Each name appears once."""
     near, shown = list[str](), set[str]()
     for entry, known in missing.items():
         names: dict[str, list[str]] = {}
@@ -127,7 +149,7 @@ def _nearest(missing: Mapping[str, Iterable[str]]) -> list[str]:
 
 
 def _ends_of(name: str) -> list[str]:
-    """The entries of a list that match ``name``: the name itself, and its last parts."""
+    """All list entries that would match ``name``: the full name and its last parts."""
     parts = name.split(".")
     return [".".join(parts[i:]) for i in range(len(parts))]
 
@@ -149,9 +171,9 @@ def why_not(names: Names, name: str, layer: nn.Module) -> str | None:
         inside = (f"{name}.{inner}" for inner in named_modules(layer) if inner)
         fit = [inner for inner in inside if not why_not(names, inner, names.modules[inner])]
         own = [f"{name}.{leaf}" for leaf, p in layer._parameters.items() if p is not None and p.dim() in (2, 3)]
-        inner = f", but inside it {listed(fit)}" if fit else ""
+        inner = f" (layers inside it are: {listed(fit)})" if fit else ""
         return f"a {type(layer).__name__} is not supported{inner}" + (
-            f", but with target_parameters its {listed(own)}" if own else ""
+            f", but target_parameters can adapt its {listed(own)}" if own else ""
         )
     if is_attention(names.modules.get(name.rpartition(".")[0])):
         outer = name.rpartition(".")[0]
@@ -168,10 +190,10 @@ def why_not(names: Names, name: str, layer: nn.Module) -> str | None:
 
 
 def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str | None:
-    """Why a weight of ``layer`` cannot have an update, or None."""
+    """Return why a weight of ``layer`` cannot have an update, or None."""
     try:
         parts = kind.lora_parts_of(layer)
-    except AttributeError:  # a weight is no parameter
+    except AttributeError:  # a weight is not a parameter
         return "its weight is computed (weight_norm, spectral_norm, parametrize or prune), so no update can be merged"
     for name in dict.fromkeys(part.weight for part in parts):
         dtype = kind.lora_dtype(layer, own_parameter(layer, name))
@@ -188,5 +210,8 @@ def supported_types() -> str:
 
 
 def is_attention(module: nn.Module | None) -> bool:
-    """Whether ``module`` reads the weights of the layers inside it without calling them."""
+    """Whether ``module`` is an nn.MultiheadAttention.
+
+    It reads the weights of the layers inside it without calling them.
+    """
     return isinstance(module, nn.MultiheadAttention)

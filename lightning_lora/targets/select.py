@@ -1,4 +1,4 @@
-"""Choose the layers of a model to adapt. Nothing here changes a model."""
+"""Select the layers of a model to adapt."""
 
 from collections.abc import Set
 from dataclasses import replace
@@ -26,11 +26,11 @@ from lightning_lora.tensors.names import submodule
 def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
     """Return the layers that ``config`` adapts, by name.
 
-    They are in the model's order; a shared layer is there once.
+    They are in the model's order. A shared layer appears once.
 
     Raises:
         TargetError: an entry of a pattern matches nothing, or a layer that cannot be adapted, or no layer is left.
-        ConfigError: a layer is smaller than the rank it would get, or has no shape yet.
+        ConfigError: a layer is too small for its rank, or has no shape yet.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
@@ -69,7 +69,7 @@ adapted end in '0', '2'. Correct target_modules; print(summarize(model)) shows e
 
 
 def _modules_below(names: Names, left_out: Set[str]) -> set[nn.Module]:
-    """The modules that are named, and all inside them; where a weight is named, its layer."""
+    """The named modules and all modules inside them. For the name of a weight, it is the layer."""
     below = set[nn.Module]()
     for name in left_out:
         module = names.modules.get(name.removesuffix(".weight"))
@@ -83,7 +83,7 @@ def _targets(names: Names, config: LoRAConfig) -> dict[str, nn.Module]:
     targets = config.target_modules
     if targets not in AUTOMATIC:
         found = {name: names.modules[name] for name in names.find("target_modules", targets)}
-        if isinstance(targets, str):  # an expression may match containers and norms too: only the layers are meant
+        if isinstance(targets, str):  # an expression may also match containers and norms: leave them out
             return {name: layer for name, layer in found.items() if adapter_for(layer)} or found
         return found
     left = _output_heads(names) if targets == "all-linear" else set()
@@ -99,10 +99,10 @@ def _targets(names: Names, config: LoRAConfig) -> dict[str, nn.Module]:
 
 
 def _holders(names: Names, config: LoRAConfig) -> dict[nn.Module, list[str]]:
-    """The modules that read the parameters in ``target_parameters``, with the names of these in them.
+    """The modules that read the parameters in ``target_parameters``, with the names of the parameters in them.
 
-    That is the module that holds a parameter itself. For a layer's weight, it is the module that holds the layer: it
-    may read the weight without calling the layer.
+    Usually, this is the module that holds the parameter. For a layer's weight, it is the module that holds the layer,
+    because that module may read the weight without calling the layer.
 
     Raises:
         TargetError: an entry matches no parameter, or one that cannot be adapted there.
@@ -121,7 +121,7 @@ def _holders(names: Names, config: LoRAConfig) -> dict[nn.Module, list[str]]:
 
 
 def _why_not_there(names: Names, name: str, owner: str) -> str | None:
-    """Why a parameter cannot be adapted in the module ``owner``, or None."""
+    """Return why a parameter cannot be adapted in the module ``owner``, or None."""
     if not owner:
         return "it belongs to the model itself, whose other methods may read it: move it into a module"
     holder, shape = names.modules[owner], tuple(names.parameters[name].shape)
@@ -135,7 +135,7 @@ def _why_not_there(names: Names, name: str, owner: str) -> str | None:
 
 
 def _choice(names: Names, config: LoRAConfig, name: str, layer: nn.Module, parameters: list[str] | None) -> Choice:
-    """How to adapt a layer, or these parameters of a module."""
+    """The adapter for a layer, or for these parameters of a module."""
     if parameters is not None:
         parts = tuple(LoRAParameters.lora_part(layer, leaf) for leaf in parameters)
         return Choice(layer, LoRAParameters, parts, _settings(config, name))
@@ -147,7 +147,7 @@ def _choice(names: Names, config: LoRAConfig, name: str, layer: nn.Module, param
 
 
 def _without(name: str, parts: tuple[Part, ...], left_out: Set[str]) -> tuple[Part, ...]:
-    """The parts of a layer without those that are left out by their own name, or with a module inside."""
+    """The parts of a layer, except those that are excluded by name, on their own or with a module inside the layer."""
     kept = []
     for part in parts:
         below = part.weight.split(".")
@@ -169,8 +169,8 @@ def _settings(config: LoRAConfig, name: str) -> Settings:
 
 
 def _output_heads(names: Names) -> set[int]:
-    """The output heads of language models: those that transformers names, and those tied to an embedding."""
-    # read as parameters: a weight that is computed (by spectral_norm, say) may change when it is read as an attribute
+    """The output heads of language models: from ``get_output_embeddings`` of transformers, or tied to an embedding."""
+    # not read as attributes: a computed weight (spectral_norm, for example) may change when it is read
     weights = {module: module._parameters.get("weight") for module in names.modules.values()}
     embeddings = {id(weight) for module, weight in weights.items() if isinstance(module, nn.Embedding)} - {id(None)}
     heads = set[int]()

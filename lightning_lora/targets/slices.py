@@ -1,4 +1,4 @@
-"""Parts of a layer that ``target_slices`` names."""
+"""The parts of a layer that ``target_slices`` selects."""
 
 from collections.abc import Mapping
 
@@ -8,21 +8,21 @@ from lightning_lora.targets.fused_rows import Rows, fused_rows
 from lightning_lora.targets.lookup import Names
 
 Slices = tuple[str, ...] | dict[str, tuple[int, int]]
-"""Names of parts, or names and the rows that they are."""
+"""Names of parts, or names with their ranges of rows."""
 
 
 def sliced(names: Names, name: str, kind: type[LoRALayer], parts: tuple[Part, ...], slices: Slices) -> tuple[Part, ...]:
-    """Return the parts of a layer that ``target_slices`` names.
+    """Return the parts of a layer that ``target_slices`` selects.
 
     Args:
-        names: The model's layers.
-        name: The layer.
-        kind: Its adapter.
+        names: The model's modules by name.
+        name: The name of the layer.
+        kind: Its adapter class.
         parts: All its parts.
-        slices: What ``target_slices`` says of it.
+        slices: Its value in ``target_slices``.
 
     Raises:
-        TargetError: the layer has no such parts, or their place is not known.
+        TargetError: the layer has no such parts, or their rows are not known.
     """
     known = _named_parts(name, parts, slices) if len(parts) > 1 else _rows_of(names, name, kind, parts[0], slices)
     unknown = [part for part in slices if part not in known]
@@ -32,7 +32,7 @@ def sliced(names: Names, name: str, kind: type[LoRALayer], parts: tuple[Part, ..
 
 
 def _named_parts(name: str, parts: tuple[Part, ...], slices: Slices) -> dict[str, Part]:
-    """The parts of a layer that has several weights, by name."""
+    """The parts of a layer with several weights, by name."""
     known = {part.name: part for part in parts}
     if isinstance(slices, dict):
         raise TargetError(
@@ -43,7 +43,7 @@ def _named_parts(name: str, parts: tuple[Part, ...], slices: Slices) -> dict[str
 
 
 def _rows_of(names: Names, name: str, kind: type[LoRALayer], whole: Part, slices: Slices) -> dict[str, Part]:
-    """The parts of a layer that has one weight: ranges of its rows, by name."""
+    """The parts of a layer with one weight: ranges of rows, by name."""
     if not kind.lora_writes_rows:
         raise TargetError(f"{name!r} is a {type(names.modules[name]).__name__}, which has no parts for target_slices.")
     rows: Mapping[str, tuple[int, int]] | None = slices if isinstance(slices, dict) else _known_rows(names, name, whole)

@@ -1,4 +1,4 @@
-"""Parameters and modules as torch has them: their names, their classes, their values.
+"""Tools for torch parameters and modules: names, classes, values.
 
-It knows nothing of LoRA.
+Nothing here depends on LoRA.
 """

@@ -1,14 +1,18 @@
-"""Change what an object does and leave it the same object: its class becomes a subclass of its own class."""
+"""Change the class of an object, and change it back.
+
+The new class is a subclass of the object's own class, so the object stays the same object.
+"""
 
 import copyreg
 from typing import Any, ClassVar
 
 
 class InPlace:
-    """A mixin that is laid over the class of a living object, and taken off again.
+    """A mixin for the class of an existing object.
 
-    The object keeps its identity, its attributes and its place in every ``isinstance`` test; ``super()`` in the mixin
-    reaches the class that was there; copying and pickling work, although the combined class has no name to import.
+    :func:`overlay` adds it and :func:`uncover` removes it. The object stays the same object, keeps its attributes, and
+    every ``isinstance`` test gives the same result. ``super()`` in the mixin calls the original class. Copying and
+    pickling work, although the combined class cannot be imported by name.
 
     Example:
         >>> class Loud(InPlace):
@@ -27,13 +31,13 @@ class InPlace:
     """
 
     overlaid: ClassVar[tuple[type, type]]
-    """The mixin, and the class that was there before."""
+    """The mixin and the original class."""
 
     overlaid_prefix: ClassVar[str] = "LoRA"
-    """How the name of the combined class begins; the rest is that of the class below."""
+    """The start of the combined class's name. The original class's name follows."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle and copy by naming the mixin and the class below it."""
+        """Pickle and copy by reference to the mixin and the original class."""
         reduced = super().__reduce_ex__(max(protocol, 2))
         if not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return reduced
@@ -44,7 +48,10 @@ _COMBINED: "dict[tuple[type[InPlace], type], type]" = {}
 
 
 def combined(mixin: "type[InPlace]", base: type) -> type:
-    """Return the class in which ``mixin`` lies over ``base``; one class for a pair, however often it is asked for."""
+    """Return the class that combines ``mixin`` and ``base``.
+
+    The same pair always gives the same class.
+    """
     if (mixin, base) not in _COMBINED:
         namespace = {"overlaid": (mixin, base), "__module__": mixin.__module__, "__doc__": mixin.__doc__}
         _COMBINED[mixin, base] = type(f"{mixin.overlaid_prefix}{base.__name__}", (mixin, base), namespace)
@@ -52,17 +59,20 @@ def combined(mixin: "type[InPlace]", base: type) -> type:
 
 
 def overlay(instance: object, mixin: type[InPlace]) -> None:
-    """Lay ``mixin`` over the class of ``instance``."""
-    object.__setattr__(instance, "__class__", combined(mixin, type(instance)))  # whatever its own __setattr__ does
+    """Add ``mixin`` to the class of ``instance``."""
+    object.__setattr__(instance, "__class__", combined(mixin, type(instance)))  # its own __setattr__ may interfere
 
 
 def is_overlaid(instance: InPlace) -> bool:
-    """Whether the class of ``instance`` is the combined one, and nothing was laid over it since."""
+    """Whether ``instance`` still has its combined class.
+
+    It is False if other code has changed the class since.
+    """
     return type(instance) is _COMBINED.get(instance.overlaid)
 
 
 def uncover(instance: InPlace) -> None:
-    """Give ``instance`` back the class that it had before :func:`overlay`."""
+    """Give ``instance`` its class from before :func:`overlay` back."""
     object.__setattr__(instance, "__class__", instance.overlaid[1])
 
 

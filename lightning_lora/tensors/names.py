@@ -1,7 +1,7 @@
-"""A model's parts by their plain names: those without what ``torch.compile`` adds.
+"""Names of modules and parameters, without the prefix of ``torch.compile``.
 
-A compiled submodule is a wrapper that puts ``_orig_mod.`` into every name below it. Patterns, checkpoints and errors
-never see it. So a checkpoint of a compiled model loads into a plain one, and the other way round.
+A compiled submodule is a wrapper that adds ``_orig_mod.`` to every name inside it. Patterns, checkpoints and errors use
+the names without it. So a checkpoint of a compiled model loads into one that is not compiled, and the other way round.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ _COMPILED = "_orig_mod"
 
 
 def plain_name(name: str) -> str:
-    """Return a dotted name without what ``torch.compile`` adds.
+    """Return a dotted name without the prefix of ``torch.compile``.
 
     Example:
         >>> plain_name("encoder._orig_mod.query.weight"), plain_name("_orig_mod")
@@ -23,24 +23,30 @@ def plain_name(name: str) -> str:
 
 
 def plain_module(module: nn.Module) -> nn.Module:
-    """Return the module inside a compiled one, and any other as it is."""
+    """Return the module inside a compiled module.
+
+    Other modules are returned unchanged.
+    """
     return module._modules.get(_COMPILED) or module
 
 
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Module]:
-    """Return the modules of ``model`` by name; for a compiled one, the module inside."""
+    """Return the modules of ``model`` by name.
+
+    For a compiled module, it returns the module inside.
+    """
     named: dict[str, nn.Module] = {}
     _walk(model, "", named, set() if remove_duplicate else None)
     return named
 
 
 def _walk(module: nn.Module, name: str, named: dict[str, nn.Module], seen: set[nn.Module] | None) -> None:
-    """Add ``module`` and what is in it, in torch's order. It is faster than torch's generators."""
+    """Add ``module`` and all modules inside it, in torch's order. This is faster than torch's generators."""
     if seen is not None:
         if module in seen:
             return
         seen.add(module)
-    named[name] = module  # in the place of its wrapper
+    named[name] = module  # replaces its wrapper
     for child, inner in module._modules.items():
         if inner is not None:
             _walk(inner, name if child == _COMPILED else f"{name}.{child}" if name else child, named, seen)
@@ -52,7 +58,10 @@ def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict
 
 
 def parameters_of(modules: Mapping[str, nn.Module], *, remove_duplicate: bool = False) -> dict[str, nn.Parameter]:
-    """Return the own parameters of these modules by name."""
+    """Return the parameters of these modules by name.
+
+    Parameters of modules inside them are not included.
+    """
     named, seen = {}, set[nn.Parameter]()
     for prefix, module in modules.items():
         for name, parameter in module._parameters.items():
@@ -64,7 +73,7 @@ def parameters_of(modules: Mapping[str, nn.Module], *, remove_duplicate: bool = 
 
 
 def join(prefix: str, name: str) -> str:
-    """Return the dotted name of what is called ``name`` in the module ``prefix``.
+    """Return the dotted name of ``name`` in the module ``prefix``.
 
     Example:
         >>> join("encoder", "weight"), join("", "weight")
@@ -74,10 +83,10 @@ def join(prefix: str, name: str) -> str:
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:
-    """Return the module of ``model`` that :func:`named_modules` calls ``name``.
+    """Return a submodule by its name in :func:`named_modules`.
 
     Raises:
-        AttributeError: there is none.
+        AttributeError: there is no such module.
     """
     module = plain_module(model)
     for part in name.split(".") if name else ():
@@ -88,10 +97,10 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
     """Return the parameter that ``module`` holds under ``name``.
 
-    It is not read as an attribute, which may compute a weight from others.
+    It is not read as an attribute, because an attribute may be computed from other parameters.
 
     Raises:
-        AttributeError: ``module`` holds none there.
+        AttributeError: ``module`` has no such parameter.
     """
     parameter = module._parameters.get(name)
     if parameter is None:
@@ -103,17 +112,20 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
 
 
 def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put another parameter in the place of one that ``module`` holds under ``name``."""
+    """Replace the parameter that ``module`` holds under ``name``."""
     owner, _, leaf = name.rpartition(".")
     setattr(submodule(module, owner), leaf, parameter)
 
 
 def state_dict(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
-    """Return the state of ``model`` under plain names."""
+    """Return the state dict of ``model``, with plain names."""
     return {plain_name(name): value for name, value in model.state_dict(keep_vars=keep_vars).items()}
 
 
 def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Write a state under plain names into ``model``, which may hold more."""
+    """Load a state dict with plain names into ``model``.
+
+    ``model`` may have entries that are missing in the state.
+    """
     own = {plain_name(name): name for name in model.state_dict(keep_vars=True)}
     model.load_state_dict({own.get(name, name): value for name, value in state.items()}, strict=False)

@@ -1,4 +1,4 @@
-"""The Trainer's side: what a run does at each moment.
+"""Steps of a Trainer's run: optimizers, gradients, averages, checkpoints.
 
-It may use every room below it, and is the only one that knows Lightning.
+Apart from the callback, only this package imports Lightning. It may import every other subpackage.
 """

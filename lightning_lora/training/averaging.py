@@ -1,7 +1,8 @@
-"""Lightning's weight averaging (EMA, SWA) with adapters: it averages what trains, and leaves the base alone.
+"""Lightning's weight averaging (EMA, SWA), without the base.
 
-These callbacks keep a deep copy of the module in ``_average_model`` and average all of it. That costs a second base in
-memory and a pass over it at every update, and rounding reaches the base when the average is copied back.
+Lightning's callbacks keep a deep copy of the module in ``_average_model`` and average all of it. With adapters, that
+would cost a second base in memory and a pass over it at every update. Rounding would also change the base when the
+average is copied back.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from lightning_lora.tensors.values import replace_values
 
 
 def copy_adapted(callbacks: list[Callback], pl_module: LightningModule) -> None:
-    """Let averaging callbacks copy the module again if it has changed since."""
+    """Let averaging callbacks copy the module again if it changed."""
     for callback, copy in _averages(callbacks):
         if hasattr(callback, "reset_batch_norm_and_save_state"):
             _keep_frozen_norms(callback)
@@ -32,12 +33,15 @@ def copy_adapted(callbacks: list[Callback], pl_module: LightningModule) -> None:
 
 
 def share_base(callbacks: list[Callback], pl_module: LightningModule) -> None:
-    """Let the averages share the module's frozen weights, and average only what differs."""
+    """Share the module's frozen weights with the averages.
+
+    Then average only the tensors that differ.
+    """
     frozen = view_of(pl_module).frozen
     for callback, copy in _averages(callbacks):
         theirs = View(copy).base
         for name, p in frozen.items():
-            if theirs[name].device == p.device:  # an average may be kept on another
+            if theirs[name].device == p.device:  # an average may be on another device
                 replace_values(theirs[name], p.data)
         average: Any = vars(callback)["_average_model"]
         if not isinstance(average, AveragedModel):
@@ -45,15 +49,18 @@ def share_base(callbacks: list[Callback], pl_module: LightningModule) -> None:
         elif average.avg_fn is not None:
             average.avg_fn = _only_changed(average.avg_fn)
         elif average.multi_avg_fn is None and next(copy.parameters()).device.type == "cpu":
-            average.avg_fn = _only_changed(get_swa_avg_fn())  # as torch chooses there; the other takes float32 alone
+            average.avg_fn = _only_changed(get_swa_avg_fn())  # torch's choice on CPU; the other takes only float32
         else:
             average.multi_avg_fn = partial(_average_changed, average.multi_avg_fn or get_swa_multi_avg_fn())
 
 
 def drop_averages(callbacks: list[Callback]) -> None:
-    """Drop a finished fit's average, which its callback would put into a tested module."""
+    """Drop the average of a finished fit.
+
+    Otherwise its callback would put the average into a module that is only tested.
+    """
     for callback, copy in _averages(callbacks):
-        if copy is not vars(callback)["_average_model"]:  # EMA's; SWA touches no other stage
+        if copy is not vars(callback)["_average_model"]:  # EMA; SWA does nothing outside of fit
             vars(callback)["_average_model"] = None
 
 
@@ -66,7 +73,7 @@ def _averages(callbacks: list[Callback]) -> Iterator[tuple[Callback, nn.Module]]
 
 
 @dataclass
-class _only_changed:  # noqa: N801  # a function that can be pickled, and put round another only once
+class _only_changed:  # noqa: N801  # a function that can be pickled and never wraps itself
     """Average two tensors unless they are equal: arithmetic would lose -0.0 and infinity."""
 
     average: Callable[[Tensor, Tensor, Any], Tensor]
@@ -90,7 +97,7 @@ def _is_same(averaged: Tensor, current: Tensor) -> bool:
 
 
 def _keep_frozen_norms(callback: Any) -> None:
-    """Hide frozen norms from SWA, which would reset their statistics and estimate them in one more epoch."""
+    """Hide frozen norms from SWA, which would estimate their statistics again in one more epoch."""
     own = type(callback)
     callback.pl_module_contains_batch_norm = partial(_without_frozen_norms, own.pl_module_contains_batch_norm)
     reset = partial(own.reset_batch_norm_and_save_state, callback)

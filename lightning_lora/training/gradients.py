@@ -1,7 +1,7 @@
-"""What a backward pass must reach, and what it must not.
+"""Gradients of adapters and of frozen weights in a run.
 
-Adapters that no gradient reaches are named. Frozen weights get no gradient. Under DDP, unused adapters get a zero
-gradient. And reentrant gradient checkpointing, which stops gradients behind a frozen embedding, lets them pass.
+Adapters without a gradient cause a warning. Frozen weights get no gradient. Under DDP, unused adapters get a zero
+gradient. Reentrant gradient checkpointing would stop gradients behind a frozen embedding; here it lets them pass.
 """
 
 import warnings
@@ -20,13 +20,13 @@ from lightning_lora.model.remember import view_of
 
 
 class Gradients:
-    """The gradients of one run.
+    """Watches the gradients of one run.
 
     Args:
         model: The adapted module.
-        wrapped: What the strategy runs: the module, or its wrapper. In every backward pass, ``DistributedDataParallel``
-            waits for a gradient of every parameter. It fails if one gets none, because a batch left a layer out (an
-            expert, a dropped layer, an unused pooler). Here such a parameter gets a zero gradient, so that
+        wrapped: The module, or the wrapper in which the strategy runs it. In every backward pass,
+            ``DistributedDataParallel`` waits for a gradient of every parameter. It fails if a batch does not use a
+            layer (an expert, a dropped layer, an unused pooler). Here, unused parameters get a zero gradient. So
             ``find_unused_parameters``, which searches the graph in every step, is not needed.
     """
 
@@ -48,7 +48,10 @@ class Gradients:
         self.now.add(id(parameter))
 
     def end_backward(self) -> None:
-        """Take gradients from frozen weights. Under DDP, give unused adapters a zero gradient."""
+        """Remove the gradients of frozen weights.
+
+        Under DDP, give unused adapters a zero gradient.
+        """
         self.has_begun = True
         self._keep_frozen()
         if self.waiting is None:
@@ -61,12 +64,15 @@ class Gradients:
 
     def _keep_frozen(self) -> None:
         for p in self.frozen:
-            if p.requires_grad or p.grad is not None:  # a GAN's step switched all of a network on
+            if p.requires_grad or p.grad is not None:  # a GAN's step may set requires_grad on a full network
                 p.requires_grad_(False)
                 p.grad = None
 
     def check(self, optimizer: Optimizer) -> None:
-        """At an optimizer's first step, name the adapters in it that no gradient has reached."""
+        """Warn about adapters that received no gradient.
+
+        This checks the adapters in ``optimizer``, once, at its first step.
+        """
         if not self.has_begun or any(optimizer is seen for seen in self.optimizers):
             return
         self.optimizers.append(optimizer)
@@ -91,7 +97,7 @@ class Gradients:
         return id(parameter) in self.ever if self.waiting is not None else parameter.grad is not None
 
     def close(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         self._keep_frozen()
         for hook in self.hooks:
             hook.remove()
@@ -99,7 +105,7 @@ class Gradients:
 
 
 def _give_zero_gradients(parameters: list[nn.Parameter]) -> None:
-    """Add gradients of zero, which DDP counts; those that the user froze in the run keep the gradient they have."""
+    """Add zero gradients for DDP to count; parameters that the user froze in the run keep the gradient they have."""
     frozen = [(p, p.grad) for p in parameters if not p.requires_grad]
     for p, _ in frozen:
         p.requires_grad_()
@@ -111,11 +117,11 @@ def _give_zero_gradients(parameters: list[nn.Parameter]) -> None:
 
 @contextmanager
 def gradients_pass() -> Iterator[None]:
-    """Let gradients pass reentrant checkpoints for a while, even if no input requires one.
+    """Let gradients pass reentrant checkpoints inside this context.
 
     ``torch.utils.checkpoint`` with ``use_reentrant=True`` passes gradients only if one of its inputs requires one. It
-    does not see the parameters inside. Behind a frozen embedding no input does, and all that is inside would stay
-    untrained.
+    does not see the parameters inside. Behind a frozen embedding, no input requires a gradient, so nothing inside would
+    train.
     """
     own = recompute.CheckpointFunction
     recompute.CheckpointFunction = _RequiringGradients  # type: ignore[misc]
@@ -126,7 +132,7 @@ def gradients_pass() -> Iterator[None]:
 
 
 class _RequiringGradients(recompute.CheckpointFunction):
-    """The same function, of inputs that require a gradient if none did."""
+    """The same function, but if no input requires a gradient, all floating-point inputs do."""
 
     @classmethod
     def apply(cls, function: Any, preserve_rng_state: bool, *inputs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Let optimizers that were built over the base train the adapters, and nothing frozen."""
+"""Make optimizers train the adapters instead of the base."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,25 +15,26 @@ from lightning_lora.tensors.names import own_parameter, parameters_of
 Params = list[nn.Parameter]
 
 _EDITED: "WeakKeyDictionary[Optimizer, tuple[list[Params], list[Params]]]" = WeakKeyDictionary()
-"""The groups that an optimizer was built with, and those it was left with. LightningCLI returns the same optimizer in
-every fit, and its groups then hold no base weight any more."""
+"""The groups of each optimizer as it was built, and after editing. LightningCLI returns the same optimizer in every
+fit, and from the second fit on its groups no longer hold the base weights."""
 
 _CHECKED: "WeakKeyDictionary[Optimizer, list[int]]" = WeakKeyDictionary()
-"""The sizes of an optimizer's groups when they were last found without a frozen weight."""
+"""The sizes of each optimizer's groups at the last check that found no frozen weight."""
 
 
 def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Put each adapter in the place of its base weight, in that weight's group.
+    """Replace base weights with their adapters in the optimizers' groups.
 
-    What is frozen is taken out. The groups' lists are edited in place, since optimizers (LBFGS) and schedulers keep
-    references to them. The number of groups stays, so that schedulers with a rate for each group still fit.
+    Each adapter goes into the group of its base weight, and frozen weights are removed. The lists of the groups are
+    edited in place, because optimizers (LBFGS) and schedulers keep references to them. The number of groups does not
+    change, so schedulers with one rate per group still fit.
 
     Args:
         model: The adapted model, frozen.
-        optimizers: Its optimizers, however they were built.
+        optimizers: Its optimizers, built in any way.
 
     Raises:
-        OptimizerError: something that trains is in no optimizer, and no single group is there to take it.
+        OptimizerError: a trained parameter is in no optimizer, and there is not exactly one group to put it into.
     """
     view = view_of(model)
     followers: dict[int, Params] = {}
@@ -50,7 +51,9 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
 
 
 def check_frozen(model: nn.Module, optimizer: Optimizer) -> None:
-    """Refuse a step with frozen weights that were added to an optimizer after its set-up.
+    """Refuse frozen weights that were added to an optimizer.
+
+    They were added in training, after the optimizer's set-up.
 
     Raises:
         OptimizerError: there are such weights.
@@ -69,7 +72,7 @@ def check_frozen(model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def _built_groups(optimizer: Optimizer) -> list[Params]:
-    """The groups as they were built, unless other code has edited them after us."""
+    """The groups as they were built, or as they are now if other code edited them since."""
     now = [list(group["params"]) for group in optimizer.param_groups]
     built, left = _EDITED.get(optimizer, (now, now))
     return built if _ids(left) == _ids(now) else now
@@ -82,7 +85,7 @@ def _ids(groups: list[Params]) -> list[list[int]]:
 def _edit(groups: list[Params], followers: dict[int, Params]) -> list[Params]:
     """One optimizer's groups, with adapters in place of base weights.
 
-    An adapter whose base weight is in another optimizer stays where it is.
+    An adapter stays where it is if its base weight is in another optimizer.
     """
     here = {id(parameter) for group in groups for parameter in group}
     follow = {id(adapter) for weight, adapters in followers.items() if weight in here for adapter in adapters}
@@ -100,7 +103,7 @@ def _edit(groups: list[Params], followers: dict[int, Params]) -> list[Params]:
 
 
 def _place_rest(view: View, edited: list[list[Params]]) -> None:
-    """Give what is in no optimizer to the only group there is."""
+    """Put trained parameters that are in no optimizer into the only group, if there is only one."""
     placed = {id(parameter) for groups in edited for group in groups for parameter in group}
     rest = {name: p for name, p in _named_once(view).items() if p.requires_grad and id(p) not in placed}
     groups = [group for optimizer in edited for group in optimizer]

@@ -1,4 +1,4 @@
-"""Random number generators: a resumed run goes on with the same numbers."""
+"""A resumed run continues with the same random numbers."""
 
 from collections.abc import Mapping
 
@@ -7,11 +7,15 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 RANDOM = "lightning_lora_random"
-"""The entry of a checkpoint that holds the states of torch's generators."""
+"""The checkpoint entry with the states of torch's generators."""
 
 
 def random_states(trainer: Trainer) -> dict[str, Tensor]:
-    """Return the states of torch's generators, by type of device, a row for each process."""
+    """Return the states of torch's generators in all processes.
+
+    Returns:
+        A tensor for each device type, with one row for each process.
+    """
     device = trainer.strategy.root_device
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
@@ -21,12 +25,17 @@ def random_states(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def set_random_state(trainer: Trainer, states: object) -> None:
-    """Set this process's generators to what :func:`random_states` returned, if as many processes ran then."""
+    """Set this process's generators from stored states.
+
+    Args:
+        trainer: The Trainer of the run.
+        states: What :func:`random_states` returned. Ignored if the number of processes has changed.
+    """
     device = trainer.strategy.root_device
     for name, rows in states.items() if isinstance(states, Mapping) else ():
         if name not in ("cpu", device.type) or not isinstance(rows, Tensor):
             continue
         now = torch.get_rng_state() if name == "cpu" else torch.cuda.get_rng_state(device)
         if rows.dtype == now.dtype and rows.shape == (trainer.world_size, len(now)):
-            state = rows[trainer.global_rank].clone()  # torch would crash on a row of a tensor
+            state = rows[trainer.global_rank].clone()  # torch crashes on a row that is a view
             torch.set_rng_state(state) if name == "cpu" else torch.cuda.set_rng_state(state, device)

@@ -1,4 +1,7 @@
-"""Fits in spawned and forked processes, which send back only a state dict, the best path, and the Trainer's state."""
+"""Fits in spawned and forked processes.
+
+Such processes send back only a state dict, the path of the best checkpoint, and the Trainer's state.
+"""
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -13,33 +16,42 @@ from lightning_lora.tensors.names import own_parameter
 
 
 def returns_state_only(trainer: Trainer) -> bool:
-    """Whether the Trainer's strategy runs in processes that send back only a state dict."""
+    """Whether the strategy's processes send back only a state dict."""
     return getattr(trainer.strategy, "_start_method", "popen") != "popen"
 
 
 def send_record(trainer: Trainer, pl_module: LightningModule) -> None:
-    """At the end of a fit in such a process, leave the module's record for the main process."""
+    """Leave the module's record for the main process.
+
+    This is done at the end of a fit, and only in processes that send back only a state dict.
+    """
     if returns_state_only(trainer) and trainer.is_global_zero:
         record = record_of(pl_module)
         leave(record, record.merged_digests)
 
 
 def receive_record(pl_module: LightningModule) -> None:
-    """Give the module the record that a fit in another process left, if its weights are those of that fit."""
+    """Take over the record of a fit in another process.
+
+    This is done only if the module has the weights of that fit.
+    """
     record = find_record(pl_module)
     known = record is not None and is_as_merged(pl_module, record)
     if not known and recall_record(pl_module):
         rank_zero_info(
-            f"The weights of {type(pl_module).__name__} are those that a fit in other processes merged: it gets its "
-            "base and its adapters back. (If they are to be a new base, call remove_adapters on it first.)"
+            f"{type(pl_module).__name__} has the weights that a fit in other processes merged: it gets its base and "
+            "its adapters back. (To use these weights as a new base, call remove_adapters on it first.)"
         )
 
 
 def check_untied(pl_module: LightningModule) -> None:
-    """Refuse to adapt one use of a tied weight where the merged model is sent back as a state dict.
+    """Refuse to adapt only one use of a tied weight.
+
+    This is for processes that send the merged model back as a state dict. The main process would load two different
+    values into the same weight.
 
     Raises:
-        ConfigError: an adapted weight has another use. The main process would load both values into the one weight.
+        ConfigError: an adapted weight is tied to another use.
     """
     view = View(pl_module)
     owners: dict[int, list[str]] = {}

@@ -1,4 +1,4 @@
-"""What a stage of a Trainer found when it began, and how far it has come."""
+"""State of a Trainer's stage, from set-up to teardown."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,19 +14,19 @@ from lightning_lora.training.averaging import copy_adapted
 
 @dataclass
 class Stage:
-    """One stage: a fit, a validation, a test or a prediction.
+    """One stage: fit, validate, test or predict.
 
     Args:
-        config: What the module is adapted with.
+        config: The configuration of the adapters.
         was_adapted: Whether the module had adapters on its layers before.
-        was_merged: Whether it was merged before, so that the stage took the updates out of its weights.
-        base_is_open: Whether nothing was trained yet, so that what the module's hooks load is the base.
-        states_are_read: Whether another callback reads whole checkpoints, and so perhaps whole states of the model.
+        was_merged: Whether the module was merged before, so that the stage took the updates out of its weights.
+        base_is_open: Whether nothing was trained yet, so that weights which the module's hooks load become the base.
+        states_are_read: Whether another callback reads checkpoints, and so may need the model's full state.
         base_is_noted: Whether the base's fingerprint was taken in this stage.
         has_loaded: Whether adapters were loaded from a checkpoint.
         has_begun: Whether training has begun.
         is_over: Whether the stage has ended.
-        random: The states of random number generators that a checkpoint held.
+        random: The states of random number generators from a checkpoint.
     """
 
     config: LoRAConfig
@@ -41,7 +41,10 @@ class Stage:
     random: Any = None
 
     def adapt(self, pl_module: LightningModule) -> None:
-        """Adapt what the module's own hooks have made; what they loaded until now is the base."""
+        """Adapt the module after its own hooks have run.
+
+        The weights that the hooks have loaded until now become the base.
+        """
         inject_adapters(pl_module, self.config)
         copy_adapted(callbacks_of(pl_module), pl_module)
         if self.base_is_open:

@@ -1,8 +1,8 @@
-"""The moments of a run that belong to the Trainer's strategy: methods set on the strategy of the run.
+"""Methods set on the strategy, where callbacks have no hooks.
 
-A callback has no hook between a module's ``configure_model`` and the loading of its checkpoint, and none between the
-making of the optimizers and their first use. Its checkpoint hooks are skipped when only weights are saved. The strategy
-is called at each of these moments, whatever the Trainer does.
+A callback has no hook between a module's ``configure_model`` and the loading of its checkpoint. It has none between the
+creation of the optimizers and their first use. Its checkpoint hooks are skipped when only weights are saved. The
+Trainer always calls the strategy at these moments.
 """
 
 from collections.abc import Iterator
@@ -40,11 +40,13 @@ if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
 
 _ATTRIBUTE = "_lora_watch"
-"""The attribute of a strategy that holds its watch."""
+"""The attribute of a strategy that holds its :class:`Watch`."""
 
 
 def watch(strategy: "Strategy", stage: Stage) -> None:
-    """Watch ``strategy`` in this stage, and after it: files are adapter-only after a fit and an exception too.
+    """Set the methods of :class:`Watch` on ``strategy``.
+
+    They stay there after the stage, so files are adapter-only after a fit and after an exception too.
 
     Raises:
         StrategyError: the strategy shards or restores the model in a way that is not supported yet.
@@ -63,10 +65,10 @@ def is_watched(strategy: "Strategy") -> bool:
 
 
 class Watch:
-    """Methods in front of those of a Trainer's strategy. A module without adapters passes through untouched.
+    """Methods that wrap those of a Trainer's strategy.
 
-    They are set on the instance and call those of its class. So installing twice is installing once, and a strategy
-    that is pickled to another process takes its watch along.
+    Files of a module without adapters do not change. The methods are set on the instance and call those of its class.
+    So installing them twice has the same effect as once, and a strategy that is pickled to another process keeps them.
     """
 
     METHODS = (
@@ -102,7 +104,10 @@ class Watch:
     # Set up
 
     def setup(self, trainer: "Trainer") -> None:
-        """Adapt before the module is converted, moved and wrapped; note the base in both forms."""
+        """Adapt the module before it is converted, moved and wrapped.
+
+        The base's fingerprint is taken before and after the conversion.
+        """
         self.stage.adapt(self.module)
         self._note_base()
         self.stage.base_is_noted = False
@@ -114,13 +119,16 @@ class Watch:
         self._note_converted_base()
 
     def setup_optimizers(self, trainer: "Trainer") -> None:
-        """Show the user's code a trainable base, as it expects, then give the optimizers what trains."""
+        """Build the user's optimizers, then let them train the adapters.
+
+        The user's code sees a trainable base, as it expects.
+        """
         view = view_of(self.module)
         unfreeze(view)
         for layer in view.layers.values():
-            for name in layer.lora_weights():  # a user's filter must keep it in its group, where the adapter follows
+            for name in layer.lora_weights():  # a user's filter must keep the weight: its adapter takes its place
                 weight = own_parameter(layer, name)
-                set_requires_grad(weight, weight.is_floating_point())  # a quantised one is not
+                set_requires_grad(weight, weight.is_floating_point())  # a quantised weight cannot require a gradient
         try:
             self._own.setup_optimizers(self.strategy, trainer)
         finally:
@@ -130,7 +138,10 @@ class Watch:
     # Load
 
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Adapt what ``setup`` and ``configure_model`` made, then read; a full file is a base."""
+        """Adapt the module, then read the checkpoint.
+
+        ``setup`` and ``configure_model`` have made the layers by then. A full checkpoint becomes the base.
+        """
         self.stage.adapt(self.module)
         with reading(checkpoint_path, trusted=False in (*args, kwargs.get("weights_only"))):
             checkpoint: dict[str, Any] = self._own.load_checkpoint(self.strategy, checkpoint_path, *args, **kwargs)
@@ -144,13 +155,16 @@ class Watch:
         return as_base(checkpoint)
 
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
-        """Load what training changed. Base keys may be missing, adapter keys may not, whatever ``strict`` says."""
+        """Load what training changed.
+
+        Base keys may be missing. Adapter keys may not, even with ``strict=False``.
+        """
         self._note_base()
         load_checkpoint_state(self.module, checkpoint, whole=self.stage.states_are_read)
         self.stage.base_is_noted = self.stage.has_loaded = KEY in checkpoint
 
     def _note_base(self) -> None:
-        """Note the base as it was loaded: once in a stage, and before a checkpoint changes any of it."""
+        """Take the base's fingerprint as loaded, once in a stage, before a checkpoint changes any of it."""
         if self.stage.base_is_noted:
             return
         view = view_of(self.module)
@@ -159,7 +173,7 @@ class Watch:
             record.fingerprints, record.changed = [loaded], {}
         self.stage.base_is_noted = True
         precision = self.strategy.precision_plugin
-        if str(precision.precision) == "64-true":  # or what a checkpoint has in float64 would be rounded on its way
+        if str(precision.precision) == "64-true":  # otherwise a checkpoint's float64 values would be rounded
             precision.convert_module(self.module)
             self._note_converted_base()
 
@@ -172,16 +186,22 @@ class Watch:
     # Save
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return what training changed. The base is never gathered, not even with ``save_weights_only``."""
+        """Return what training changed.
+
+        The base is never gathered, not even with ``save_weights_only``.
+        """
         if find_record(self.module) is None:
             return self._own.lightning_module_state_dict(self.strategy)
         return adapter_state_dict(self.module)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Drop base weights that a callback put back, and describe the rest."""
+        """Write a checkpoint with only the adapters, and their description.
+
+        Base weights that another callback put back are removed.
+        """
         if find_record(self.module) is not None:
             checkpoint = adapter_only(self.module, checkpoint)
-        writes_at_once = type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO"  # of either package
+        writes_at_once = type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO"  # in both Lightning packages
         beside = writes_at_once and self.strategy.is_global_zero and is_local(filepath)
         with writing(filepath, beside=beside) as path:
             self._own.save_checkpoint(self.strategy, checkpoint, path, storage_options)
@@ -189,7 +209,10 @@ class Watch:
 
 @contextmanager
 def keeping_adapters(precision: "Precision") -> Iterator[None]:
-    """Move adapters to the layers that ``precision`` puts in place of theirs, as BitsandbytesPrecision does."""
+    """Keep adapters when ``precision`` replaces their layers.
+
+    They move to the new layers. For example, BitsandbytesPrecision replaces layers.
+    """
 
     def convert_module(module: Any) -> Any:
         before = View(module).layers

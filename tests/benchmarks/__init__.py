@@ -1,4 +1,4 @@
-"""What adapters cost, against the frozen model and against peers, side by side in one run.
+"""Benchmarks of adapters against the frozen model and other libraries.
 
-``python -m tests.benchmarks`` measures everything; ``--help`` says how to measure less.
+``python -m tests.benchmarks`` measures everything, side by side in one run. ``--help`` shows how to measure less.
 """

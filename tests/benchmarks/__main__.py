@@ -1,4 +1,4 @@
-"""Measure, print and write: ``python -m tests.benchmarks [case ...]``."""
+"""Run the benchmarks: ``python -m tests.benchmarks [case ...]``."""
 
 import argparse
 import logging
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from tests.benchmarks.calls import calls
 from tests.benchmarks.inference import inference
 from tests.benchmarks.measure import Bench
 from tests.benchmarks.memory import memory
@@ -17,20 +18,19 @@ from tests.benchmarks.report import machine, table, write
 from tests.benchmarks.steps import layers, whole_models
 from tests.benchmarks.sweeps import sweeps
 from tests.benchmarks.trainer import trainer
-from tests.benchmarks.verbs import verbs
 
 CASES = {
     "models": whole_models,
     "layers": layers,
     "memory": memory,
     "inference": inference,
-    "verbs": verbs,
+    "calls": calls,
     "trainer": trainer,
     "sweeps": sweeps,
 }
 
 _WIDTH = 150
-"""Columns of the tables, also where the output goes into a file."""
+"""The width of the tables, also if the output goes into a file."""
 
 
 def main() -> None:
@@ -38,24 +38,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks",
         description=f"{__doc__}\n\ncases:\n{cases}",
-        epilog="A goal is what this project aims at; ✗ is beside one that is not reached. The last column has every\n"
-        "way over the floor, which is the frozen model, or peft where there is none.",
+        epilog="Goals are this project's own. A ✗ marks a goal that is missed. The last column shows every method\n"
+        "relative to the baseline: the frozen model, or peft if no frozen model is measured.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("cases", nargs="*", metavar="case", help="which to measure; all by default")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each alternative (at least 2; 9 by default)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (1 by default)")
+    parser.add_argument("cases", nargs="*", metavar="case", help="the cases to measure (all by default)")
+    parser.add_argument("--rounds", type=int, default=9, help="runs of each method (at least 2; 9 by default)")
+    parser.add_argument("--threads", type=int, default=1, help="number of torch threads (1 by default)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--compiled", metavar="MODE", help="measure compiled steps too: default, reduce-overhead, ...")
-    parser.add_argument("--output", type=Path, help="a folder for results.json, and the pictures of memory and sweeps")
+    parser.add_argument("--compiled", metavar="MODE", help="also measure compiled steps: default, reduce-overhead, ...")
+    parser.add_argument("--output", type=Path, help="a folder for results.json and the plots of memory and sweeps")
     asked = parser.parse_args()
     unknown = [name for name in asked.cases if name not in CASES]
     if unknown:
-        parser.error(f"there is no case {', '.join(unknown)}: expected some of {', '.join(CASES)}")
+        parser.error(f"unknown case {', '.join(unknown)}: expected some of {', '.join(CASES)}")
     if asked.rounds < 2:
-        parser.error(f"--rounds {asked.rounds} shows no spread: expected 2 or more")
+        parser.error(f"--rounds {asked.rounds} is too small for a spread: expected 2 or more")
     if asked.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {asked.device}, and torch finds no CUDA device")
+        parser.error(f"--device {asked.device}: torch finds no CUDA device")
     torch.set_num_threads(asked.threads)
     torch.manual_seed(0)
     random.seed(0)

@@ -1,4 +1,4 @@
-"""What an adapted model costs when nothing is trained: merged, and un-merged."""
+"""Cost of a forward pass without gradients, merged and unmerged."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from tests.benchmarks.ways import ARITHMETIC, FLOOR, OURS, PEFT, each_way, half,
 
 
 def inference(bench: Bench) -> Iterator[Row]:
-    """A forward pass of one and of 128 tokens without gradients, un-merged and merged."""
+    """Forward pass without gradients, 1 and 128 tokens, unmerged and merged."""
     for dtype in (torch.float32, torch.bfloat16):
         model = Llama().to(bench.device, dtype)
         for tokens, goal in ((1, 1.06), (128, 1.03)):
@@ -22,7 +22,7 @@ def inference(bench: Bench) -> Iterator[Row]:
             times = bench.take_turns({name: _run(each, x) for name, each in models.items()}, 3 * bench.rounds)
             case = f"Llama {half(dtype)}, {tokens} token{'s' * (tokens > 1)}, no gradients"
             yield row(case, times, OURS, FLOOR, FLOOR, goal)
-        merge_adapters(models[OURS])  # and so the weights that all share: the same products, with other numbers
+        merge_adapters(models[OURS])  # changes the weights of all models, but not the cost of products
         runs = {name: _run(models[name], x) for name in (FLOOR, OURS, PEFT)}
         yield row(f"{case}, merged", bench.take_turns(runs, 3 * bench.rounds), OURS, FLOOR, FLOOR, 1.01)
 

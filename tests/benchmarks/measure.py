@@ -1,4 +1,7 @@
-"""Times and memory that can be compared: alternatives take turns, in shuffled order, and only ratios are looked at."""
+"""Measure time and memory so that results can be compared.
+
+In each round, the methods run in random order. Only ratios within a round count.
+"""
 
 import gc
 import json
@@ -24,12 +27,12 @@ class Row:
     """One line of a report.
 
     Args:
-        case: What was done.
-        measure: What the number is.
-        value: The number.
-        goal: It should be at most this.
-        spread: The middle half of what single rounds gave.
-        details: The numbers of all ways, each against the same floor.
+        case: What was measured.
+        measure: The meaning of the value.
+        value: The value.
+        goal: The largest value that meets the goal.
+        spread: The middle half of the values of single rounds.
+        details: The values of all methods, relative to the same baseline.
     """
 
     case: str
@@ -45,12 +48,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """How everything is measured.
+    """The settings of a measurement.
 
     Args:
-        device: Where models run.
-        rounds: How often each alternative has its turn.
-        compiled: A mode of ``torch.compile`` in which training steps are measured too.
+        device: The device of the models.
+        rounds: The number of rounds. Each method runs once in a round.
+        compiled: A mode of ``torch.compile``, to measure compiled training steps too.
     """
 
     device: torch.device
@@ -58,7 +61,7 @@ class Bench:
     compiled: str | None = None
 
     def take_turns(self, runs: Mapping[str, Run], rounds: int | None = None) -> Times:
-        """Time each run once a round, in seconds, after two rounds to warm up."""
+        """Time each run once per round, in seconds, after two warm-up rounds."""
         times: Times = {name: [] for name in runs}
         for turn in range(-2, rounds or self.rounds):
             for name in random.sample(list(runs), len(runs)):
@@ -87,12 +90,12 @@ class Bench:
 
 
 def ratios(times: Times, of: str, over: str) -> list[float]:
-    """Return the ratio of two alternatives in each round."""
+    """Return the ratio of two methods in each round."""
     return [a / b for a, b in zip(times[of], times[over], strict=True)]
 
 
 def over(times: Times, floor: str) -> dict[str, float]:
-    """Return the median ratio of every alternative to a floor."""
+    """Return the median ratio of every method to a baseline."""
     return {name: median(ratios(times, name, floor)) for name in times if name != floor}
 
 
@@ -102,13 +105,13 @@ def middle_half(values: list[float]) -> tuple[float, float]:
 
 
 def row(case: str, times: Times, of: str, against: str, floor: str, goal: float | None = None) -> Row:
-    """Report the median ratio of two alternatives, and beside it those of all to a floor."""
+    """Report the median ratio of two methods, and those of all methods to a baseline."""
     values = ratios(times, of, against)
     return Row(case, f"time over {against}", median(values), goal, middle_half(values), over(times, floor))
 
 
 def overheads(case: str, times: Times, of: str, peers: list[str], floor: str, goal: float | None = None) -> Row:
-    """Report an overhead over the floor, against the smallest overhead of some peers."""
+    """Report an overhead over the baseline, relative to the smallest overhead of some peers."""
     details = over(times, floor)
     best = min(peers, key=details.__getitem__)
     share = (details[of] - 1) / max(details[best] - 1, 1e-9)
@@ -117,7 +120,7 @@ def overheads(case: str, times: Times, of: str, peers: list[str], floor: str, go
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Return how many bytes autograd keeps from a forward pass, beside the input and the parameters."""
+    """Return the bytes that autograd keeps from a forward pass, without input and parameters."""
     known = {t.untyped_storage().data_ptr() for t in (x, *model.parameters())}
     kept: dict[int, int] = {}
 
@@ -128,21 +131,21 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(x)  # alive until everything is counted, so that no memory is given out twice
+        output = model(x)  # kept until the count is done, so that no memory is reused
     del output
     return sum(kept.values())
 
 
 def in_new_process(module: str, *args: str) -> Any:
-    """Run ``python -m module args`` and return what it prints last, as JSON."""
+    """Run ``python -m module args`` and return the last line of its output, read as JSON."""
     done = subprocess.run([sys.executable, "-m", module, *args], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def peak_growth(run: Run) -> int:
-    """Return by how many bytes the memory of this process grows at most while ``run`` runs (Linux)."""
+    """Return the peak growth of this process's memory during ``run``, in bytes (Linux)."""
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     run()
     return _status("VmHWM") - before

@@ -1,4 +1,7 @@
-"""Memory: what is kept for the backward pass, how a process grows, and what an exact un-merge needs."""
+"""Memory use of training and of merged models.
+
+It measures the bytes kept for the backward pass, the growth of a process, and the memory for an exact unmerge.
+"""
 
 import json
 import sys
@@ -19,7 +22,7 @@ _SHAPES = {
 
 
 def memory(bench: Bench) -> Iterator[Row]:
-    """Bytes that autograd keeps, and the peak of a whole process."""
+    """Bytes kept for backward, peak memory of a process, memory of merged models."""
     for dtype in (torch.float32, torch.bfloat16):
         for dropout in (0.0, 0.1):
             model = Projections(768).to(bench.device, dtype)
@@ -50,7 +53,7 @@ def memory(bench: Bench) -> Iterator[Row]:
 
 
 def grow(title: str, way: str) -> int:
-    """Return how much memory two steps of one way take at most, in this process."""
+    """Return the peak memory growth of two steps of one method, in this process."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     make, shape, dtype, dropout = _SHAPES[title]

@@ -1,4 +1,4 @@
-"""Models of well-known shapes, with random weights: only their sizes matter here."""
+"""Models of well-known shapes, with random weights."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ class Bert(nn.Module):
 
 
 class Llama(nn.Module):
-    """Llama's layers at BERT-base's width and depth."""
+    """Layers of Llama with the width and depth of BERT-base."""
 
     def __init__(self, layers: int = 12) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Llama(nn.Module):
 
 
 class Projections(nn.Module):
-    """Layers that share an input, as an attention's q, k and v do; or one layer."""
+    """One linear layer, or several with the same input, such as q, k and v."""
 
     def __init__(self, width: int, count: int = 1, *, bias: bool = True) -> None:
         super().__init__()
@@ -52,7 +52,10 @@ class Projections(nn.Module):
 
 
 def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    """Return one forward and backward pass, with gradients for the input and whatever trains."""
+    """Return a function for one forward and backward pass.
+
+    It computes gradients of the input and of all trainable parameters.
+    """
     with torch.no_grad():
         outputs = model(x)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)

@@ -1,4 +1,4 @@
-"""What was measured, as a table, as JSON and as pictures."""
+"""Show results as a table, as JSON and as plots."""
 
 import json
 import os
@@ -17,8 +17,8 @@ from tests.benchmarks.ways import OURS
 
 
 def table(title: str, rows: Iterable[Row]) -> Table:
-    """Lay out rows for a terminal: the number, its goal, and all ways over the same floor."""
-    made = Table("what", "measure", "ours", "middle half", "goal", "", "all, over the same floor", title=title)
+    """Make a table for a terminal: each value, its goal, and all methods relative to the baseline."""
+    made = Table("case", "measure", "ours", "middle half", "goal", "", "all, relative to the baseline", title=title)
     for row in rows:
         spread = "" if row.spread is None else f"{row.spread[0]:.3g} – {row.spread[1]:.3g}"
         goal = "" if row.goal is None else f"≤ {row.goal:g}"
@@ -29,7 +29,7 @@ def table(title: str, rows: Iterable[Row]) -> Table:
 
 
 def machine(bench: Bench) -> dict[str, Any]:
-    """Say on what the numbers were taken."""
+    """Describe the machine, the settings and the package versions."""
     cpu = next(
         (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
@@ -50,7 +50,7 @@ def _lines(path: str) -> list[str]:
 
 
 def write(rows: list[Row], bench: Bench, folder: Path) -> None:
-    """Write ``results.json``, and a picture of each sweep."""
+    """Write ``results.json``, a plot of each sweep, and a plot of memory."""
     folder.mkdir(parents=True, exist_ok=True)
     results = {"machine": machine(bench), "rows": [row.as_dict() for row in rows]}
     (folder / "results.json").write_text(json.dumps(results, indent=1))
@@ -62,7 +62,7 @@ def write(rows: list[Row], bench: Bench, folder: Path) -> None:
         _plot(title, points, folder / f"{re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')}.png")
     kept = [row for row in rows if row.case.startswith("kept for backward")]
     if kept:
-        _bars("bytes kept for backward beyond x, as a share of x", kept, folder / "memory.png")
+        _bars("bytes kept for backward besides x, as a share of x", kept, folder / "memory.png")
 
 
 def _plot(title: str, points: list[Row], path: Path) -> None:
@@ -73,14 +73,14 @@ def _plot(title: str, points: list[Row], path: Path) -> None:
         values = [point.details[name] for point in points]
         axes.plot([float(p.measure) for p in points], values, marker="o", markersize=4, label=name, **style)
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", xlabel=title, ylabel="step over that of the frozen layer", title=f"Overhead by {title}")
+    axes.set(xscale="log", xlabel=title, ylabel="step time relative to the frozen layer", title=f"Overhead by {title}")
     axes.set_xticks([float(p.measure) for p in points], [p.measure for p in points])
     axes.minorticks_off()
     save(path)
 
 
 def _bars(title: str, rows: list[Row], path: Path) -> None:
-    names = list(rows[-1].details)  # of half precision, where there are more
+    names = list(rows[-1].details)  # the last rows are in half precision, with more methods
     axes, save = _axes()
     for place, name in enumerate(names):
         at = [i + (place - (len(names) - 1) / 2) * 0.2 for i in range(len(rows)) if name in rows[i].details]
@@ -93,7 +93,7 @@ def _bars(title: str, rows: list[Row], path: Path) -> None:
 
 
 def _axes() -> tuple[Any, Callable[[Path], None]]:
-    """Return empty axes, and what writes them."""
+    """Return empty axes and a function that saves them."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,4 +1,4 @@
-"""What a training step costs: forward and backward of whole models, and of single layers."""
+"""Time of a training step, for models and for single layers."""
 
 from collections.abc import Iterator
 
@@ -34,7 +34,7 @@ def time_steps(
     dropout: float = 0.0,
     rounds: int | None = None,
 ) -> Times:
-    """Time the steps of every way to adapt ``model``."""
+    """Time the training steps of ``model`` with every method."""
     model = model.to(bench.device, dtype)
     x = torch.randn(shape, device=bench.device, dtype=dtype, requires_grad=True)
     ways = ways_in(dtype) + [ARITHMETIC] * (not dropout)
@@ -45,7 +45,7 @@ def time_steps(
 
 
 def whole_models(bench: Bench) -> Iterator[Row]:
-    """BERT's and Llama's shape, every linear layer adapted, with and without dropout; then query and value alone."""
+    """Training steps of BERT's and Llama's shape: all linear layers, with and without dropout; or q and v."""
     shapes = (("BERT-base", Bert(), (8, 128, 768), torch.float32), ("Llama", Llama(), (4, 256, 768), torch.bfloat16))
     for (title, model, shape, dtype), dropout, goal in zip(
         [shapes[0], shapes[1], *shapes], [0.0, 0.0, 0.1, 0.05], [0.5, 0.6, 0.35, 0.5], strict=True
@@ -64,7 +64,7 @@ def whole_models(bench: Bench) -> Iterator[Row]:
 
 
 def layers(bench: Bench) -> Iterator[Row]:
-    """One wide layer; and three that share an input."""
+    """Training steps of one wide layer, and of three with the same input."""
     for dtype in (torch.float32, torch.bfloat16):
         model = Projections(4096)
         times = time_steps(bench, model, (2048, 4096), linear_names(model), dtype=dtype)

@@ -1,4 +1,4 @@
-"""What the callback costs in a Trainer: per training step, and per checkpoint."""
+"""Cost of the callback per training step and per checkpoint."""
 
 import tempfile
 import time
@@ -27,7 +27,7 @@ _QUIET: dict[str, Any] = {
 
 
 class Task(LightningModule):
-    """A model that is fitted to nothing."""
+    """A model with a meaningless loss."""
 
     def __init__(self, layers: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Task(LightningModule):
 
 
 def trainer(bench: Bench) -> Iterator[Row]:
-    """The hooks of the callback in a step; a checkpoint's bytes and time against a plain Trainer's."""
+    """The callback's hooks per step, and checkpoints compared with a plain Trainer's."""
     spent = [_hook_seconds() for _ in range(3)]
     shares = [seconds / 0.1 for seconds in spent]
     yield Row("the callback's hooks in a training step (72 layers)", "share of 100 ms", median(shares), 0.002)
@@ -49,7 +49,7 @@ def trainer(bench: Bench) -> Iterator[Row]:
 
 
 def _hook_seconds() -> float:
-    """Return the median time in a step that the callback's own hooks take."""
+    """Return the median time per step in the callback's hooks."""
     callback, spent = LoRACallback(r=8, merge=False), [0.0]
     hooks = ("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward")
     for name in (*hooks, "on_before_optimizer_step", "on_train_batch_end"):
@@ -74,7 +74,7 @@ def _hook_seconds() -> float:
 
 
 def _checkpoints(bench: Bench) -> Iterator[Row]:
-    """Write the 109 M model's checkpoint, its adapters trained by AdamW, with the callback and without."""
+    """Write checkpoints of the 109 M model after an AdamW step, with and without the callback."""
     data, sizes, times, arithmetic = DataLoader(torch.randn(2, 4, 768), batch_size=1), {}, {}, 0
     for name, callbacks in (("plain", []), ("lightning_lora", [LoRACallback(r=8, merge=False)])):
         task = Task(12)
@@ -86,7 +86,7 @@ def _checkpoints(bench: Bench) -> Iterator[Row]:
             path = Path(folder) / "file.ckpt"
             times[name] = bench.take_turns({name: lambda it=it, path=path: it.save_checkpoint(path)})[name]
             sizes[name] = path.stat().st_size
-        arithmetic = 3 * sum(p.nbytes for p in task.parameters() if p.requires_grad)  # AdamW keeps two of a size
+        arithmetic = 3 * sum(p.nbytes for p in task.parameters() if p.requires_grad)  # AdamW keeps two values for each
     case = "checkpoint of BERT-base, all linear"
     yield Row(case, "bytes over adapters and their AdamW state", sizes["lightning_lora"] / arithmetic, 1.05)
     yield Row(case, "bytes over a plain Trainer's", sizes["lightning_lora"] / sizes["plain"])

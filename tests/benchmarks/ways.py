@@ -1,4 +1,7 @@
-"""The ways to fine-tune that are compared. Each adapts the same layers, in place, at the same rank."""
+"""The methods that are compared.
+
+Each adapts the same layers in place, with the same rank.
+"""
 
 import copy
 from collections.abc import Callable, Collection
@@ -13,16 +16,16 @@ from lightning_lora import LoRAConfig, inject_adapters
 
 FLOOR, OURS, PEFT, LORALIB = "frozen", "lightning_lora", "peft", "loralib"
 PEFT_SAME = "peft, adapters in bf16"
-"""With autocast_adapter_dtype=False."""
+"""peft with autocast_adapter_dtype=False."""
 ARITHMETIC = "arithmetic alone"
-"""An adapter's products, added to the layer's own, and nothing else: no switch, no check, one dtype, no dropout.
+"""Only an adapter's matrix products, added to the layer's output: no switch, no check, one dtype, no dropout.
 
-Nobody could use it; whoever adds them layer by layer can hope for little more.
+A practical lower bound, not a usable method.
 """
 
 
 def frozen(model: nn.Module, names: list[str], r: int, dropout: float) -> nn.Module:
-    """Train nothing: the floor under all others, which must take gradients through the model too."""
+    """Train nothing. This is the baseline: the other methods also need the gradients through the model."""
     return model.requires_grad_(False)
 
 
@@ -115,7 +118,7 @@ WAYS: dict[str, Callable[[nn.Module, list[str], int, float], nn.Module]] = {
 
 
 def ways_in(dtype: torch.dtype) -> list[str]:
-    """Return the ways to fine-tune that differ over a base of this dtype."""
+    """Return the methods that differ for a base of this dtype."""
     left_out = {ARITHMETIC, PEFT_SAME} if dtype is torch.float32 else {ARITHMETIC}
     return [name for name in WAYS if name not in left_out]
 
@@ -123,11 +126,11 @@ def ways_in(dtype: torch.dtype) -> list[str]:
 def each_way(
     model: nn.Module, names: list[str], *, r: int = 8, dropout: float = 0.0, only: Collection[str] = tuple(WAYS)
 ) -> dict[str, nn.Module]:
-    """Adapt copies of ``model`` in every way. The adapters have trained: no factor is zero."""
+    """Adapt copies of ``model`` with every method. All factors are random, as after training: none is zero."""
     models = {}
     shared = {
         id(t): t for t in (*model.parameters(), *model.buffers())
-    }  # one base for all: none has it in a cache before another
+    }  # one base for all, so that no method has it in the cache before another
     for name in only:
         models[name] = WAYS[name](copy.deepcopy(model, dict(shared)), names, r, dropout)
         for parameter in models[name].parameters():

@@ -436,7 +436,7 @@ def test_a_link_is_written_through_and_what_is_no_file_stays(tmp_path: Path) -> 
     save_adapter(model, tmp_path / "link")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "a.safetensors").is_file()
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(AdapterFileError, match="is no file"):
+    with pytest.raises(AdapterFileError, match="is not a file"):
         save_adapter(model, tmp_path / "pipe")
     assert (tmp_path / "pipe").is_fifo()
 

@@ -223,7 +223,7 @@ HINTS: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": ["scale"]}, r"'0\.scale' is a parameter: name it in target_parameters"),
     ({"target_parameters": ["conv"]}, r"match no parameter.*Name parameters, such as '0\.conv\.weight'"),
     ({"target_modules": ["conv"], "rank_pattern": {"lstm": 1}}, r"\['lstm'\] match layers.*not adapted"),
-    ({"target_modules": ["0"]}, r"a Sensor is not supported, but inside it '0.conv'.*target_parameters its '0\.scale'"),
+    ({"target_modules": ["0"]}, r"a Sensor is not supported \(.*: '0.conv'\), but target_parameters.* '0\.scale'"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""What it costs to adapt a model, to merge and un-merge it, and to import the package."""
+"""Cost of injection, merge, unmerge and import."""
 
 import subprocess
 import sys
@@ -16,8 +16,8 @@ from tests.benchmarks.models import Projections
 from tests.benchmarks.ways import OURS, PEFT, each_way, half, linear_names, peft
 
 
-def verbs(bench: Bench) -> Iterator[Row]:
-    """Injection, merge and un-merge against peft; the import against Lightning's own."""
+def calls(bench: Bench) -> Iterator[Row]:
+    """Injection, merge and unmerge compared with peft, and the import."""
 
     def seven_billion() -> nn.Module:
         with torch.device("meta"):
@@ -27,7 +27,7 @@ def verbs(bench: Bench) -> Iterator[Row]:
         yield row(f"inject into {title}", _injections(bench, make), OURS, PEFT, PEFT, 0.05)
     for dtype in (torch.float32, torch.bfloat16):
         layers = {}
-        for name in (OURS, PEFT):  # not of one base: peft changes the weights themselves
+        for name in (OURS, PEFT):  # no shared base: peft changes the weights in place
             model = Projections(4096).to(bench.device, dtype)
             layers[name] = each_way(model, linear_names(model), only=(name,))[name]
         base = layers[OURS].layers[0].weight.clone()
@@ -40,7 +40,7 @@ def verbs(bench: Bench) -> Iterator[Row]:
             layer.merge()
             layer.unmerge()
 
-        copying = "writing the weights once"  # the least that an exact un-merge asks for
+        copying = "writing the weights once"  # the least work for an exact unmerge
         times = bench.take_turns({OURS: there_and_back, PEFT: in_peft, copying: base.clone})
         assert torch.equal(layers[OURS].layers[0].weight, base)
         yield row(f"merge and un-merge, d=4096, {half(dtype)}", times, OURS, PEFT, PEFT, 0.15)
@@ -59,13 +59,13 @@ def _injections(bench: Bench, make: Callable[[], nn.Module]) -> dict[str, list[f
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(bench.rounds):
         for name in runs:
-            fresh[:] = [make() for _ in range(3)]  # two to warm up
+            fresh[:] = [make() for _ in range(3)]  # two for warm-up rounds
             times[name] += bench.take_turns({name: runs[name]}, rounds=1)[name]
     return times
 
 
 def _import(bench: Bench) -> Row:
-    """Time the import after Lightning's, in new processes."""
+    """Time the import in new processes, after the import of Lightning."""
     code = (
         "import lightning.pytorch, time; t = time.perf_counter(); import lightning_lora; print(time.perf_counter() - t)"
     )
