@@ -116,7 +116,7 @@ def reading(path: Any, *, trusted: bool = False) -> Iterator[None]:
         if not trusted and os.environ.get(_TRUST, "0").lower() not in _TRUE:
             os.environ[_FORCE] = "1"
         yield
-    except (AdapterFileError, FileNotFoundError, PermissionError, Warning):
+    except (AdapterFileError, FileNotFoundError, PermissionError):
         raise
     except UnpicklingError as error:
         raise AdapterFileError(
