@@ -12,6 +12,7 @@ from rich.console import Console
 
 from tests.benchmarks.calls import calls
 from tests.benchmarks.inference import inference
+from tests.benchmarks.life import life
 from tests.benchmarks.measure import Bench
 from tests.benchmarks.memory import memory
 from tests.benchmarks.report import machine, table, write
@@ -26,6 +27,7 @@ CASES = {
     "inference": inference,
     "calls": calls,
     "trainer": trainer,
+    "life": life,
     "sweeps": sweeps,
 }
 

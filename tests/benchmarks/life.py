@@ -1,0 +1,122 @@
+"""Cost of the callback around the steps: start, save, evaluation, end of a fit."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_lora import LoRACallback
+from tests.benchmarks.measure import Bench, Row
+
+_BASES = {"85 M": (12, 768), "300 M": (24, 1024)}
+"""Layers and width, as in transformer encoders."""
+
+_GOALS = {"set-up of fit": 0.4, "save": 0.05, "end of fit": 1.6, "validate": 0.05, "test a file": 2.5}
+
+_QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "max_steps": 1,
+    "num_sanity_val_steps": 0,
+    "limit_val_batches": 1,
+}
+
+
+class Stack(LightningModule):
+    """The linear layers of a transformer encoder, one after the other."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        for _ in range(layers):
+            block = nn.ModuleDict({name: nn.Linear(width, width, bias=False) for name in ("q", "k", "v", "o")})
+            block["up"], block["down"] = (
+                nn.Linear(width, 4 * width, bias=False),
+                nn.Linear(4 * width, width, bias=False),
+            )
+            self.blocks.append(block)
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            for name in ("q", "k", "v", "o", "up", "down"):
+                x = block[name](x)  # type: ignore[index]
+        return x
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        return self(batch).square().mean()
+
+    def validation_step(self, batch: Tensor) -> None:
+        self(batch)
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(torch.randn(1, self.width))
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+class Marks(Callback):
+    """The times at which training begins and ends."""
+
+    began = ended = 0.0
+
+    def on_train_start(self, *_: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_train_end(self, *_: Any) -> None:
+        self.ended = time.perf_counter()
+
+
+def life(bench: Bench) -> Iterator[Row]:
+    """The callback's cost around the steps of a fit, in passes over the base (clones of all parameters)."""
+    for size, (layers, width) in _BASES.items():
+        runs = []
+        for _ in range(3):
+            ours = _passes(layers, width, adapted=True)
+            plain = _passes(layers, width, adapted=False)
+            runs.append({moment: ours[moment] - plain[moment] for moment in ours})
+        for moment, goal in _GOALS.items():
+            values = [run[moment] for run in runs]
+            yield Row(
+                f"{moment}, base of {size}", "passes over the base", min(values), goal, (min(values), max(values))
+            )
+
+
+def _passes(layers: int, width: int, *, adapted: bool) -> dict[str, float]:
+    """Time the moments of one fit, in passes over the base."""
+    model = Stack(layers, width)
+    one_pass = min(_seconds(lambda: [p.detach().clone() for p in model.parameters()]) for _ in range(3))
+    marks, found = Marks(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        callbacks: list[Callback] = [LoRACallback(r=8)] if adapted else []
+        keep = ModelCheckpoint(folder, filename="best", save_weights_only=True, every_n_train_steps=1)
+        trainer = Trainer(callbacks=[*callbacks, marks, keep], default_root_dir=folder, **_QUIET)
+        start = time.perf_counter()
+        trainer.fit(model)
+        found["set-up of fit"] = marks.began - start
+        found["end of fit"] = time.perf_counter() - marks.ended
+        found["save"] = _seconds(lambda: trainer.save_checkpoint(Path(folder) / "a.ckpt")) if adapted else 0.0
+        found["validate"] = _seconds(lambda: trainer.validate(model, verbose=False))
+        path = keep.best_model_path if adapted else None  # a plain Trainer's file would hold the base
+        found["test a file"] = _seconds(lambda: trainer.test(model, ckpt_path=path, verbose=False))
+    return {moment: seconds / one_pass for moment, seconds in found.items()}
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    before = time.perf_counter()
+    run()
+    return time.perf_counter() - before
