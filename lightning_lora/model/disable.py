@@ -1,13 +1,14 @@
 """Run the base model for a while, without adapters."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_lora.model.merge import check_as_merged, unmerged
+from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.record import find_record
+from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
 from lightning_lora.tensors.values import replace_values
 
@@ -42,29 +43,35 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         yield
         return
     check_as_merged(model)
-    with unmerged(model), _base_alone(View(model)):
-        yield
-
-
-@contextmanager
-def _base_alone(view: View) -> Iterator[None]:
-    """Turn the adapters off, and restore the base's values of everything else that was trained."""
-    record, present = view.record, view.kept
-    trained = {name: tensor.data for name, tensor in present.items()}
-    own = {name: record.originals[name].to(tensor, copy=True) for name, tensor in present.items()}
-    try:
-        for name, tensor in present.items():
-            if not own[name].is_meta:  # meta if the model was adapted before it had values
-                replace_values(tensor, own[name])
+    view = view_of(model)
+    with ExitStack() as back:
+        _show_base(view, back)
         for layer in view.layers.values():
+            back.callback(setattr, layer, "lora_enabled", True)
             layer.lora_enabled = False
-        record.disabled = True
-        torch.clear_autocast_cache()  # it holds copies of the trained values
+        back.callback(setattr, view.record, "disabled", False)
+        view.record.disabled = True
         yield
-    finally:
-        record.disabled = False
-        for layer in view.layers.values():
-            layer.lora_enabled = True
-        for name, tensor in present.items():
-            replace_values(tensor, trained[name])
-        torch.clear_autocast_cache()
+
+
+def _show_base(view: View, back: ExitStack) -> None:
+    """Let merged weights, and what was trained beside the adapters, hold the base's values for a while."""
+    values: dict[int, tuple[Tensor, Tensor]] = {}
+    for name, tensor in view.kept.items():
+        original = view.record.originals[name].to(tensor, copy=True)
+        if not original.is_meta:  # the model was adapted before it had values
+            values[id(tensor)] = tensor, original
+    for weight in view.merged:
+        _, base = values.get(id(weight.base), (None, weight.base))  # a tied weight's other use may have trained
+        values[id(weight.shown)] = weight.shown, base.detach().to(weight.shown)
+    back.callback(torch.clear_autocast_cache)  # it may hold copies of the other values
+    for tensor, base in values.values():
+        back.callback(_put_back, tensor, tensor.data)
+        replace_values(tensor, base)
+    torch.clear_autocast_cache()
+
+
+def _put_back(tensor: Tensor, values: Tensor) -> None:
+    if values.dtype is not tensor.dtype or values.device != tensor.device:  # converted or moved inside the block
+        values = values.to(tensor)
+    replace_values(tensor, values)

@@ -1,8 +1,7 @@
 """Add adapters to a model in place, and remove them."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from copy import copy
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
@@ -12,19 +11,18 @@ from torch import nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, ConfigError, listed
 from lightning_lora.layers import Adapter, LoRALayer, Part, Settings, new_adapter
-from lightning_lora.model.attach import attach_adapters, detach_adapters
+from lightning_lora.model.attach import attach_adapters, check_weights, detach_adapters
 from lightning_lora.model.freeze import freeze, unfreeze
 from lightning_lora.model.handover import forget
-from lightning_lora.model.norms import FrozenNorm, unfreeze_norms
 from lightning_lora.model.originals import keep_originals, restore_originals
-from lightning_lora.model.record import ATTRIBUTE, Record, find_record
-from lightning_lora.model.remember import absorb_inner_records, forget_record, keep_record, record_of
+from lightning_lora.model.record import Record, find_record
+from lightning_lora.model.remember import absorb_inner_records, forget_record, keep_record, record_of, view_of
+from lightning_lora.model.undo import records_in, undone_on_error
 from lightning_lora.model.view import View
 from lightning_lora.targets.choice import Choice
 from lightning_lora.targets.select import select
 from lightning_lora.tensors.inplace import combined
 from lightning_lora.tensors.names import submodule
-from lightning_lora.tensors.values import set_requires_grad
 
 
 def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
@@ -82,6 +80,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
         view = View(model)
         view.follow_base()
         freeze(view)
+        record.layers = tuple(view.layers)
         if adapters or view.is_fresh():  # later, trained values would be taken for the base's
             keep_originals(view)
     return tuple(choices)
@@ -120,57 +119,18 @@ def remove_adapters(model: nn.Module) -> None:
           (0): Linear(in_features=4, out_features=4, bias=True)
         )
     """
-    record = record_of(model)
+    record = view_of(model).record
     absorb_inner_records(model, record)
     if not record.is_merged:
         view = View(model)
-        restore_originals(view, view.kept)
-        unfreeze(view)
+        check_weights(view)
+        with undone_on_error(view), ExitStack() as undo:
+            restore_originals(view, view.kept, undo)
+            unfreeze(view)
+            undo.pop_all()
         detach_adapters(view)
     forget_record(model)
     forget(model)
-
-
-@contextmanager
-def undone_on_error(before: View) -> Iterator[None]:
-    """Restore a model's adapters and record after an error.
-
-    If the code in the ``with`` block fails, adapters, records, frozen norms and ``requires_grad`` are as before.
-
-    Args:
-        before: A view of the model, made before the block.
-    """
-    model = before.model
-    flags = {p: p.requires_grad for p in before.parameters.values()}
-    layers = set(before.layers)
-    norms = [module for module in before.modules.values() if isinstance(module, FrozenNorm)]
-    records = {}
-    for name, known in _records(before).items():
-        records[name] = record = copy(known)
-        record.requires_grad, record.originals = dict(record.requires_grad), dict(record.originals)
-        record.changed = dict(record.changed)
-    try:
-        yield
-    except BaseException:
-        now = View(model)
-        detach_adapters(now, now.layers.keys() - layers)
-        unfreeze_norms(now.modules.values(), but=norms)
-        for p, flag in flags.items():
-            set_requires_grad(p, flag)
-        forget_record(model)
-        for name, record in records.items():
-            keep_record(submodule(model, name), record)
-        raise
-
-
-def _records(view: View) -> dict[str, Record]:
-    """The records of a model and of modules inside it, by name."""
-    found: dict[str, Record] = {}
-    for name, module in view.modules.items():
-        record = vars(module).get(ATTRIBUTE)
-        if record is not None and not any(record is other for other in found.values()):
-            found[name] = record
-    return found
 
 
 def _check_same(view: View, choices: Mapping[str, Choice]) -> None:
@@ -191,7 +151,7 @@ def _check_same(view: View, choices: Mapping[str, Choice]) -> None:
                 f"Layer {name!r} of {title} is adapted already (or was, in the fit that it remembers), with {here}; "
                 f"this configuration asks for {there}. Use the same one, or call remove_adapters(model) first."
             )
-    for prefix, record in _records(view).items():
+    for prefix, record in records_in(view).items():
         if not record.is_merged and record.config != view.config:
             _check_same_trained(view, prefix)
 

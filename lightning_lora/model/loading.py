@@ -21,7 +21,8 @@ def before_load(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any
     trained. It may also contain adapters for a merged model, which torch could not load.
 
     Raises:
-        AdapterStateError: the adapters are merged, and ``state`` contains adapters. Nothing is loaded then.
+        AdapterStateError: the adapters are merged, and ``state`` contains adapters. Nothing is loaded into ``model``
+            then.
     """
     record = find_record(model)
     if record is None:

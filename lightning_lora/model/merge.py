@@ -7,22 +7,25 @@ A merged model is a plain model that remembers its base. Its classes, keys and h
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterStateError, LoRAWarning, MergePrecisionWarning, listed
+from lightning_lora.errors import AdapterStateError, LoRAWarning, listed
 from lightning_lora.functional.update import wide
-from lightning_lora.layers import MAGNITUDE, Adapter, LoRALayer, attach
+from lightning_lora.layers import MAGNITUDE, Adapter, LoRALayer
 from lightning_lora.model.attach import attach_adapters, check_weights, detach_adapters
 from lightning_lora.model.freeze import freeze, unfreeze
+from lightning_lora.model.merge_warnings import warn_of_merge
+from lightning_lora.model.merged import check_as_merged, is_as_merged
 from lightning_lora.model.record import Record, find_record
-from lightning_lora.model.remember import forget_record, record_of, view_of
+from lightning_lora.model.remember import forget_record, view_of
+from lightning_lora.model.undo import undone_on_error
 from lightning_lora.model.view import View
-from lightning_lora.tensors.names import join, named_parameters, own_parameter, set_parameter, submodule
-from lightning_lora.tensors.values import digest, replace_values, set_requires_grad
+from lightning_lora.tensors.names import join, own_parameter, set_parameter, submodule
+from lightning_lora.tensors.values import Seen, hand_on_digest, replace_values, set_requires_grad
 
 
 def merge_adapters(model: nn.Module) -> None:
@@ -85,7 +88,11 @@ def unmerged(model: nn.Module) -> Iterator[None]:
     """Unmerge a model inside a ``with`` block.
 
     At the end it is merged again, if it was merged before.
+
+    Raises:
+        AdapterStateError: ``model`` has no adapters, or its merged weights have changed.
     """
+    check_as_merged(model)
     was_merged = unmerge(model)
     try:
         yield
@@ -109,56 +116,87 @@ def merge(model: nn.Module) -> dict[str, float]:
     check_weights(view)
     _check_mergeable(view)
     uses = Counter(id(p) for module in {*view.modules.values()} for p in module._parameters.values() if p is not None)
-    bases: dict[str, dict[str, Tensor]] = {}
+    bases: dict[str, dict[str, Tensor]] = {name: {} for name in view.layers}
     lost: dict[str, float] = {}
-    try:
+    with ExitStack() as undo:
+        undo.callback(_show_bases, view, bases)
         for name, layer in view.layers.items():
             tied = [weight for weight in layer.lora_weights() if uses[id(own_parameter(layer, weight))] > 1]
-            bases[name], lost[name] = _merge_layer(layer, tied)
-    except BaseException:
-        for name, values in bases.items():
-            _show_base(view.layers[name], values)
-        raise
-    _weights_have_changed(view)
-    unfreeze(View(model))  # tied weights have new parameters
-    record = view.record
-    record.merged = detach_adapters(view)
-    for name, adapter in record.merged.items():
+            lost[name] = _merge_layer(view.record, name, layer, tied, bases[name])
+        _weights_have_changed(view)
+        now = View(model)
+        unfreeze(now)  # tied weights have new parameters
+        seen = _see(now, bases)
+        adapters = detach_adapters(view)
+        undo.pop_all()
+    for name, adapter in adapters.items():
         adapter.bases = bases[name]
-    for name, values in bases.items():
-        for weight in values:
-            merged = own_parameter(submodule(model, name), weight)
-            record.merged_digests[join(name, weight)] = digest(merged)
-            record.merged_dtypes[join(name, weight)] = merged.dtype
+    record = view.record
+    record.merged, (record.merged_weights, record.tied_weights, record.other_weights) = adapters, seen
     return lost
 
 
-def _merge_layer(layer: LoRALayer, tied: list[str]) -> tuple[dict[str, Tensor], float]:
+def _merge_layer(record: Record, name: str, layer: LoRALayer, tied: list[str], bases: dict[str, Tensor]) -> float:
     """Set a layer's weights to ``W + ΔW``.
 
     Args:
+        record: The record of the model.
+        name: The name of the layer.
         layer: An adapted layer.
-        tied: The names of weights that another layer uses too. They must not change there, so this layer gets new
-            parameters for them.
+        tied: The names of weights that another layer uses too. They must not change there, so this layer gets
+            parameters of its own for them.
+        bases: Filled with the base's values by weight, each before its weight changes.
 
     Returns:
-        The base's values by weight, and the largest share of an update that is lost to rounding.
+        The largest share of an update that is lost to rounding.
     """
     values, shares = {}, []
     with torch.inference_mode(False), torch.no_grad():
-        for name in layer.lora_weights():  # compute all first, so that an error changes nothing
-            values[name], share = layer.lora_merged_weight(name)
+        for weight in layer.lora_weights():  # compute all first, so that an error changes nothing
+            values[weight], share = layer.lora_merged_weight(weight)
             shares.append(share)
-        bases: dict[str, Tensor] = {}
-        for name, merged in values.items():
-            weight = own_parameter(layer, name)
-            if name in tied:
-                bases[name] = weight
-                set_parameter(layer, name, nn.Parameter(merged, requires_grad=weight.requires_grad))
+        for weight, merged in values.items():
+            own = own_parameter(layer, weight)
+            if weight in tied:
+                bases[weight] = own
+                shown = record.untied.setdefault(join(name, weight), nn.Parameter(merged, requires_grad=False))
+                replace_values(shown, merged)
+                set_requires_grad(shown, own.requires_grad)
+                set_parameter(layer, weight, shown)
             else:
-                bases[name] = weight.data.cpu()  # saves GPU memory
-                replace_values(weight, merged)
-    return bases, max(shares, key=lambda share: (not share < math.inf, share))
+                base = own.data.cpu()  # saves GPU memory
+                hand_on_digest(own, base)
+                bases[weight] = base
+                replace_values(own, merged)
+    return max(shares, key=lambda share: (not share < math.inf, share))
+
+
+def _show_bases(view: View, bases: dict[str, dict[str, Tensor]]) -> None:
+    """Undo a merge that failed: show the base's values again on layers that still have their adapters."""
+    for name, layer in view.layers.items():
+        for weight, base in bases[name].items():
+            if isinstance(base, nn.Parameter):
+                set_parameter(layer, weight, base)
+            else:
+                shown = own_parameter(layer, weight)
+                device = shown.device
+                replace_values(shown, base)  # the merged values make room first
+                replace_values(shown, base.to(device))
+    freeze(View(view.model))
+
+
+def _see(view: View, bases: dict[str, dict[str, Tensor]]) -> tuple[dict[str, Seen], dict[str, Seen], dict[str, Seen]]:
+    """Look at all weights after a merge: the merged ones, the bases of tied ones, the others."""
+    others = {name: Seen(p) for name, p in view.parameters.items() if name not in view.adapters}
+    present = {id(p) for p in view.parameters.values()}
+    merged, tied = {}, {}
+    for layer, values in bases.items():
+        for weight, base in values.items():
+            name = join(layer, weight)
+            merged[name] = others.pop(name)
+            if id(base) in present:
+                tied[name] = Seen(base)
+    return merged, tied, others
 
 
 def _check_mergeable(view: View) -> None:
@@ -208,8 +246,8 @@ def _weights_have_changed(view: View) -> None:
 def unmerge(model: nn.Module) -> bool:
     """Undo a merge, and return whether there was one.
 
-    If the merged weights were replaced (for example, other weights were loaded), they become a new base. The record is
-    dropped then.
+    If the weights were replaced (for example, other weights were loaded), they become a new base. The record is dropped
+    then. After an error the model is as it was.
 
     Raises:
         AdapterStateError: layers have adapters of another model that shares them.
@@ -220,12 +258,6 @@ def unmerge(model: nn.Module) -> bool:
     record = find_record(model)
     if record is None or not record.is_merged:
         return False
-    taken = [name for name in View(model).layers if name in record.merged]
-    if taken:
-        raise AdapterStateError(
-            f"{listed(taken)} of {type(model).__name__} have the adapters of another model that shares them, and "
-            "cannot get their own back. Call remove_adapters on that model first, or give each model layers of its own."
-        )
     if not is_as_merged(model, record):
         forget_record(model)
         warnings.warn(
@@ -235,155 +267,55 @@ def unmerge(model: nn.Module) -> bool:
             stacklevel=2,
         )
         return False
-    adapters, dtypes = record.merged, record.merged_dtypes
-    record.merged, record.merged_digests, record.merged_dtypes = {}, {}, {}
-    for name, adapter in adapters.items():
-        layer = submodule(model, name)
-        _follow_layer(layer, adapter, dtypes[join(name, adapter.parts[0].weight)])
-        _show_base(layer, adapter.bases)
+    adapters, weights = record.merged, record.merged_weights
+    with undone_on_error(View(model)), torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
+        for name, adapter in adapters.items():
+            layer = submodule(model, name)
+            _follow_layer(layer, adapter, weights[join(name, adapter.parts[0].weight)].dtype, undo)
+            _show_base(record, name, layer, adapter, undo)
+        record.merged, record.merged_weights, record.other_weights, record.tied_weights = {}, {}, {}, {}
+        attach_adapters(model, adapters)
+        view = View(model)
+        _weights_have_changed(view)
+        freeze(view)
+        view.follow_base()  # it may have been converted
+        undo.pop_all()
+    for adapter in adapters.values():
         adapter.bases = {}
-    attach_adapters(model, adapters)
-    view = View(model)
-    _weights_have_changed(view)
-    freeze(view)
     return True
 
 
-def _show_base(layer: nn.Module, bases: Mapping[str, Tensor]) -> None:
+def _show_base(record: Record, name: str, layer: nn.Module, adapter: Adapter, undo: ExitStack) -> None:
     """Set a layer's weights to the base's values again, on their current device and in their current dtype."""
-    for name, base in bases.items():
-        shown = own_parameter(layer, name)
-        values = base.data.to(shown)
+    for weight, base in adapter.bases.items():
+        shown = own_parameter(layer, weight)
+        undo.callback(_put_back, shown, shown.data.cpu(), shown.device)
         if isinstance(base, nn.Parameter):  # it was tied: restore the shared parameter
-            replace_values(base, values)
+            undo.callback(set_parameter, layer, weight, shown)
+            undo.callback(replace_values, base, base.data)
+            replace_values(base, base.data.to(shown))  # where all its uses are adapted, it was in no model meanwhile
             set_requires_grad(base, shown.requires_grad)
-            set_parameter(layer, name, base)
+            set_parameter(layer, weight, base)
+            replace_values(shown, shown.data.new_empty(0))  # kept for the next merge, without its memory
+            record.untied[join(name, weight)] = shown
         else:
-            replace_values(shown, values)
+            replace_values(shown, base.to(shown))
+            if base.dtype == shown.dtype:
+                hand_on_digest(base, shown)
 
 
-def _follow_layer(layer: nn.Module, adapter: Adapter, was: torch.dtype) -> None:
+def _put_back(tensor: Tensor, values: Tensor, device: torch.device) -> None:
+    replace_values(tensor, values)
+    replace_values(tensor, values.to(device))
+
+
+def _follow_layer(layer: nn.Module, adapter: Adapter, was: torch.dtype, undo: ExitStack) -> None:
     """Move and convert an adapter to its layer's device and dtype: a plain model does not move merged adapters."""
     weight = own_parameter(layer, adapter.parts[0].weight)
-    _move(adapter, weight.device)
-    if weight.dtype == was:
-        return
     for name, factor in adapter.parameters.items():
-        is_wide = adapter.settings.autocast_dtype or name == MAGNITUDE
-        replace_values(factor, factor.data.to(wide(weight.dtype) if is_wide else weight.dtype))
-
-
-def _move(adapter: Adapter, device: torch.device) -> None:
-    for factor in adapter.parameters.values():
-        replace_values(factor, factor.data.to(device))
-
-
-def check_as_merged(model: nn.Module) -> None:
-    """Raise an error if a merged model's weights have changed.
-
-    Raises:
-        AdapterStateError: ``model`` has no adapters, or its merged weights have changed.
-    """
-    if not is_as_merged(model, record_of(model)):
-        raise AdapterStateError(
-            f"The weights of {type(model).__name__} were changed since its adapters were merged into them (replaced, "
-            "trained, or converted in a way that cannot be repeated), so that neither its base nor its adapters can be "
-            "restored. Load both again, or call remove_adapters(model) to continue from the weights as they are."
-        )
-
-
-def is_as_merged(model: nn.Module, record: Record) -> bool:
-    """Whether a merged model still has its merged weights.
-
-    They may have been moved or converted. It is True for a model that is not merged.
-    """
-    if not record.is_merged:
-        return True
-    parameters = named_parameters(model, remove_duplicate=False)
-    for name, adapter in record.merged.items():
-        if any(join(name, weight) not in parameters for weight in adapter.bases):
-            return False
-        weights = {weight: parameters[join(name, weight)] for weight in adapter.bases}
-        same = [digest(value) == record.merged_digests[join(name, weight)] for weight, value in weights.items()]
-        dtypes = {weight: record.merged_dtypes[join(name, weight)] for weight in weights}
-        if not all(same) and not _is_converted(submodule(model, name), adapter, weights, dtypes):
-            return False
-    return True
-
-
-def _is_converted(
-    layer: nn.Module, adapter: Adapter, weights: Mapping[str, nn.Parameter], dtypes: Mapping[str, torch.dtype]
-) -> bool:
-    """Whether a layer's weights are its merged weights, converted. To find out, merge and convert again, and compare.
-
-    Args:
-        layer: The plain layer.
-        adapter: Its adapter.
-        weights: Its current weights.
-        dtypes: Their dtypes at the merge.
-    """
-    if all(weight.dtype == dtypes[name] for name, weight in weights.items()):
-        return False
-    shown = {name: weight.data for name, weight in weights.items()}
-    _move(adapter, next(iter(weights.values())).device)
-    with torch.no_grad():
-        try:
-            for name, weight in weights.items():
-                replace_values(weight, adapter.bases[name].data.to(weight.device, dtypes[name]))
-            attach(layer, adapter)
-            try:
-                anew = {name: layer.lora_merged_weight(name)[0] for name in weights}  # type: ignore[operator]
-            finally:
-                layer.lora_detach()  # type: ignore[operator]
-        finally:
-            for name, weight in weights.items():
-                replace_values(weight, shown[name])
-    return all(digest(anew[name].to(value.dtype)) == digest(value) for name, value in shown.items())
-
-
-# Warnings
-
-_MUCH = 0.25
-"""A warning is shown if a larger share of an update (in norm) is lost. In bfloat16, 0.1 to 0.2 is common."""
-
-
-def warn_of_merge(model: nn.Module, lost: Mapping[str, float]) -> None:
-    """Warn of problems in a merge.
-
-    Args:
-        model: The merged model.
-        lost: The result of :func:`merge`.
-
-    Warns:
-        LoRAWarning: a tied weight is no longer tied.
-        MergePrecisionWarning: values overflowed, or rounding lost much of an update.
-    """
-    untied = [weight.layer for weight in View(model).merged if isinstance(weight.base, nn.Parameter)] if lost else []
-    title = type(model).__name__
-    if untied:
-        warnings.warn(
-            f"The weight of {listed(untied)} in {title} was tied to another layer's. The merge does not change the "
-            "other layer, so they are two weights now. Their state dict loads correctly only into a model where they "
-            "are not tied (in transformers, config.tie_word_embeddings=False).",
-            LoRAWarning,
-            stacklevel=3,
-        )
-    overflown = [name for name, share in lost.items() if not share < math.inf]
-    if overflown:
-        warnings.warn(
-            f"Merging gave values that the dtype of {listed(overflown)} in {title} cannot hold: the weights are "
-            "infinite now. Call unmerge_adapters(model), and convert the model to float32 or bfloat16 before merging.",
-            MergePrecisionWarning,
-            stacklevel=3,
-        )
-    much = {name: share for name, share in lost.items() if _MUCH < share < math.inf}
-    if much:
-        worst = max(much, key=much.__getitem__)
-        warnings.warn(
-            f"Merging rounded away {much[worst]:.0%} of the update of {worst!r} in {title}, and more than {_MUCH:.0%} "
-            f"in {len(much)} of {len(lost)} layers: half-precision weights cannot hold changes so small. The merged "
-            "model has lost this part of the fine-tuning. Keep the adapters on their layers "
-            "(merge=False, unmerge_adapters), or convert the model to float32 before merging.",
-            MergePrecisionWarning,
-            stacklevel=3,
-        )
+        dtype = factor.dtype
+        if weight.dtype != was:
+            is_wide = adapter.settings.autocast_dtype or name == MAGNITUDE
+            dtype = wide(weight.dtype) if is_wide else weight.dtype
+        undo.callback(replace_values, factor, factor.data)
+        replace_values(factor, factor.data.to(weight.device, dtype))

@@ -4,6 +4,7 @@ These are values besides the adapters, such as modules trained in full, biases a
 """
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 
 from lightning_lora.model.view import View
 from lightning_lora.tensors.values import copy_to_host, replace_values, same_bits
@@ -35,14 +36,22 @@ def keep_frozen(view: View, names: Iterable[str]) -> None:
             record.originals[name] = copy_to_host(view.base[name])
 
 
-def restore_originals(view: View, names: Iterable[str]) -> None:
-    """Restore the base's own values of ``names``."""
+def restore_originals(view: View, names: Iterable[str], undo: ExitStack) -> None:
+    """Write the base's original values of ``names`` back.
+
+    Args:
+        view: The adapted model.
+        names: What to write.
+        undo: Gets callbacks that write the current values again.
+    """
     originals, present = view.record.originals, view.kept
     for name in names:
         original, tensor = originals[name], present[name].data
         if original.is_meta or same_bits(tensor, original):
             continue
         if tensor.shape == original.shape:
+            undo.callback(tensor.copy_, tensor.clone())
             tensor.copy_(original)
-        else:  # a buffer that grew
+        else:  # a buffer that has grown
+            undo.callback(replace_values, present[name], tensor)
             replace_values(present[name], original.to(tensor, copy=True))

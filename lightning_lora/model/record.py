@@ -7,12 +7,12 @@ that gets the model later (another Trainer, another callback, ``load_adapter``) 
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import Adapter
 from lightning_lora.tensors.names import named_modules, plain_module
+from lightning_lora.tensors.values import Seen
 
 ATTRIBUTE = "_lora"
 """The attribute of a model that holds its record."""
@@ -32,8 +32,11 @@ class Record:
         changed: Frozen weights that were changed in a run by other code than an optimizer. The values are two digests:
             of the values last seen, and of the base's values, which are lost.
         merged: The adapters by layer, while the updates are merged into the weights.
-        merged_digests: Digests of the merged weights, to notice if they are replaced.
-        merged_dtypes: Dtypes of the merged weights, to notice if they are converted.
+        merged_weights: The merged weights as the merge left them, to notice if they change.
+        tied_weights: The base of those that were tied, which another layer uses, as they were at the merge.
+        other_weights: The other parameters as they were at the merge, to notice if they change.
+        untied: Parameters that a merge made for tied weights, to show the same ones at the next merge.
+        layers: The names of the layers that have, or had, its adapters.
         fingerprints: The forms of this base seen so far: as loaded, and as converted by a Trainer's precision.
         disabled: Whether the adapters are disabled now, inside ``disable_adapters``.
     """
@@ -43,8 +46,11 @@ class Record:
     originals: dict[str, Tensor] = field(default_factory=dict)
     changed: dict[str, tuple[int, int]] = field(default_factory=dict)
     merged: dict[str, Adapter] = field(default_factory=dict)
-    merged_digests: dict[str, int] = field(default_factory=dict)
-    merged_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    merged_weights: dict[str, Seen] = field(default_factory=dict)
+    tied_weights: dict[str, Seen] = field(default_factory=dict)
+    other_weights: dict[str, Seen] = field(default_factory=dict)
+    untied: dict[str, nn.Parameter] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
     fingerprints: list[dict[str, Any]] = field(default_factory=list)
     disabled: bool = False
 

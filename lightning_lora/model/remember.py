@@ -2,12 +2,14 @@
 
 from torch import nn
 
-from lightning_lora.errors import AdapterStateError
-from lightning_lora.model.handover import recall
+from lightning_lora.errors import AdapterStateError, listed
+from lightning_lora.layers import LoRALayer
+from lightning_lora.model.handover import leave, recall
 from lightning_lora.model.loading import before_load
 from lightning_lora.model.record import ATTRIBUTE, Record, find_record, inner_records
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import join, plain_module, submodule
+from lightning_lora.tensors.values import digest
 
 
 def keep_record(model: nn.Module, record: Record) -> None:
@@ -38,6 +40,12 @@ def recall_record(model: nn.Module) -> Record | None:
     return record
 
 
+def leave_record(model: nn.Module) -> None:
+    """Leave the record of a merged model for another process, which finds it by the merged weights."""
+    view = view_of(model)
+    leave(view.record, {name: digest(view.parameters[name]) for name in view.record.merged_weights})
+
+
 def record_of(model: nn.Module) -> Record:
     """Return the record of ``model``.
 
@@ -53,7 +61,8 @@ def record_of(model: nn.Module) -> Record:
         raise AdapterStateError(f"{type(model).__name__} has no adapters. {remedy}")
     if record.disabled:
         raise AdapterStateError(
-            f"The adapters of {type(model).__name__} are disabled. Do this after the block of disable_adapters."
+            f"The adapters of {type(model).__name__} are disabled. Do this after the block of disable_adapters. (A "
+            "copy that was made inside the block stays disabled: copy the model outside.)"
         )
     return record
 
@@ -62,10 +71,21 @@ def view_of(model: nn.Module) -> View:
     """Return a :class:`View` of an adapted model.
 
     Raises:
-        AdapterStateError: ``model`` has no adapters, or they are disabled now.
+        AdapterStateError: ``model`` has no adapters, or they are disabled now, or some are no longer on their layers.
     """
-    record_of(model)
-    return View(model)
+    record, view = record_of(model), View(model)
+    lost = [name for name in record.layers if name in view.modules and not _is_adapted(view, name)]
+    if lost:
+        raise AdapterStateError(
+            f"{listed(lost)} of {type(model).__name__} no longer have their adapters: the layers were replaced, or "
+            "merged by a call on another module that shares them. Call unmerge_adapters on that module, or "
+            "inject_adapters(model, config) to give the layers new adapters."
+        )
+    return view
+
+
+def _is_adapted(view: View, name: str) -> bool:
+    return isinstance(view.modules[name], LoRALayer) or name in view.record.merged
 
 
 def absorb_inner_records(model: nn.Module, record: Record) -> None:

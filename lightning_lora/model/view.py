@@ -194,14 +194,21 @@ class View:
         return {name: present[name] for name in self.record.originals if name in present}
 
     @property
+    def frozen_values(self) -> dict[str, Tensor]:
+        """The values of the frozen parameters without updates, by name."""
+        below = {}
+        for weight in self.merged:
+            below[id(weight.shown)] = weight.base.to(weight.shown.dtype)  # it may have been converted since
+        return {name: below.get(id(p), p) for name, p in self.frozen.items()}
+
+    @property
     def base_values(self) -> dict[str, Tensor]:
         """The values of the base.
 
         They are the frozen weights without updates, and the base's values of buffers and other changed tensors.
         Parameters of the base that train are not included.
         """
-        below = {id(weight.shown): weight.base for weight in self.merged}
-        values = {name: below.get(id(p), p.detach()) for name, p in self.frozen.items()}
+        values = self.frozen_values
         for name, tensor in self.kept.items():
             if name not in self.trained:
                 values[name] = self.record.originals[name].to(tensor.dtype)

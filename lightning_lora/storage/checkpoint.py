@@ -26,7 +26,7 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]
     Raises:
         AdapterStateError: ``model`` has no adapters.
     """
-    base, view = note_changed(model), view_of(model)
+    base, view = note_changed(model, anew=False), view_of(model)
     rest, places = leave_out_base(view, checkpoint)
     states = {}
     for key in ("state_dict", MOVED):
@@ -98,9 +98,9 @@ def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole
         _load_base(model, state)
         return
     view = view_of(model)
-    check_fits(view, state, checkpoint[KEY])
+    check_fits(view, state, checkpoint[KEY], anew=False)  # the stage or the end of fit has just read the base
     if whole:
-        base = {name: value.clone() for name, value in view.base_values.items()}
+        base = {name: value.detach().clone() for name, value in view.base_values.items()}
         for key in ("state_dict", MOVED):
             if key in checkpoint:
                 checkpoint[key] = _completed(model, checkpoint[key], base)

@@ -59,7 +59,7 @@ def describe(view: View, state: Mapping[str, Any], base: list[dict[str, Any]], *
 # Checks
 
 
-def check_fits(view: View, state: Mapping[str, Any], description: Mapping[str, Any]) -> None:
+def check_fits(view: View, state: Mapping[str, Any], description: Mapping[str, Any], *, anew: bool = True) -> None:
     """Refuse stored adapters that do not fit an adapted model.
 
     Raises:
@@ -71,7 +71,8 @@ def check_fits(view: View, state: Mapping[str, Any], description: Mapping[str, A
     entries = entries_of(view)
     _check_settings(view, config)
     check_names(view, entries, state, changed, config)
-    check_base(view, description["base"], {name: v.shape for name, v in state.items() if isinstance(v, Tensor)})
+    shapes = {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
+    check_base(view, description["base"], shapes, anew=anew)
     check_tensors(view, entries, state)
     _check_finite(view, state)
     lost = sorted(view.record.changed.keys() - set(changed))

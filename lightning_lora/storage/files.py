@@ -12,10 +12,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, AdapterStateError, listed
-from lightning_lora.model.inject import inject_adapters, remove_adapters, undone_on_error
+from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge, merge_adapters, unmerge
 from lightning_lora.model.record import find_record
-from lightning_lora.model.remember import view_of
+from lightning_lora.model.remember import keep_record, view_of
+from lightning_lora.model.undo import undone_on_error
 from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import as_base, check_readable
 from lightning_lora.storage.description import (
@@ -112,8 +113,9 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
 def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any]) -> None:
     """Adapt ``model`` if needed, check everything, then write everything. Undo all of it after an error."""
     config = stored_config(description)
-    was_merged = unmerge(model)
+    record, was_merged = find_record(model), False
     try:
+        was_merged = unmerge(model)
         with undone_on_error(View(model)):
             if find_record(model) is None:  # no adapters, or only those of a submodule
                 inject_adapters(model, config)
@@ -122,6 +124,8 @@ def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any]) -
     except BaseException:
         if was_merged:
             merge(model)
+        elif record is not None and record.is_merged:  # its weights were replaced: it is as it was
+            keep_record(model, record)
         raise
 
 

@@ -14,16 +14,17 @@ from lightning_lora.layers import quantised_entries, repacks
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import join
-from lightning_lora.tensors.values import digest
+from lightning_lora.tensors.values import known_digest
 
 
-def fingerprint(view: View) -> dict[str, Any]:
+def fingerprint(view: View, *, anew: bool = True) -> dict[str, Any]:
     """Return the fingerprint of an adapted model's base.
 
     It has only plain types. It costs one pass over the weights.
 
     Args:
         view: A model with adapters, merged or not. Its base is the model without them.
+        anew: Read every weight again. Otherwise a weight is read again only if a quick look shows a change.
 
     Returns:
         ``layout``, a hash of the names and shapes; ``dtypes``; and ``digests``, one number for each tensor in order.
@@ -34,7 +35,7 @@ def fingerprint(view: View) -> dict[str, Any]:
     known: dict[int, int] = {}
     for tensor in tensors.values():
         if id(tensor) not in known:  # tied weights are hashed once
-            known[id(tensor)] = 0 if tensor.is_meta else digest(tensor)
+            known[id(tensor)] = 0 if tensor.is_meta else known_digest(tensor, anew=anew)
     digests = {name: known[id(tensor)] for name, tensor in tensors.items()}
     for name, (changed, was) in view.record.changed.items():
         if digests.get(name) == changed:
@@ -46,10 +47,14 @@ def fingerprint(view: View) -> dict[str, Any]:
     }
 
 
-def note_changed(model: nn.Module) -> list[dict[str, Any]]:
+def note_changed(model: nn.Module, *, anew: bool = True) -> list[dict[str, Any]]:
     """Note frozen weights that have changed since the run began.
 
     Files must hold them from now on.
+
+    Args:
+        model: The adapted model.
+        anew: Read every weight again, as for :func:`fingerprint`.
 
     Returns:
         The forms in which the base was seen, as :func:`check_base` takes them.
@@ -58,7 +63,7 @@ def note_changed(model: nn.Module) -> list[dict[str, Any]]:
         AdapterStateError: ``model`` has no adapters.
     """
     view = view_of(model)
-    record, now = view.record, fingerprint(view)
+    record, now = view.record, fingerprint(view, anew=anew)
     if now in record.fingerprints:
         return record.fingerprints
     same_form = [form for form in record.fingerprints if _shape(form) == _shape(now)]
@@ -110,18 +115,21 @@ def base_tensors(view: View) -> dict[str, Tensor]:
     return {name: value for name, value in view.base_values.items() if name not in left_out}
 
 
-def check_base(view: View, stored: Sequence[Mapping[str, Any]], shapes: Mapping[str, Sequence[int]]) -> None:
+def check_base(
+    view: View, stored: Sequence[Mapping[str, Any]], shapes: Mapping[str, Sequence[int]], *, anew: bool = True
+) -> None:
     """Refuse adapters that were trained on another base.
 
     Args:
         view: The adapted model that receives the adapters.
         stored: The fingerprints of their base: as it was loaded, and as a Trainer converted it.
         shapes: The shapes of the trained tensors, by name.
+        anew: Read every weight again, as for :func:`fingerprint`.
 
     Raises:
         BaseMismatchError: the base of the model matches none of the fingerprints.
     """
-    here, known = fingerprint(view), view.record.fingerprints
+    here, known = fingerprint(view, anew=anew), view.record.fingerprints
     if here in stored:
         return
     if here in known and any(form in stored for form in known):  # the same base, in another form

@@ -4,6 +4,7 @@ Everything is checked before anything is written.
 """
 
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +62,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
             was written.
         AdapterStateError: ``model`` has no adapters.
     """
+    check_as_merged(model)
     view = view_of(model)
     entries = entries_of(view)
     check_names(view, entries, state)
@@ -75,10 +77,11 @@ def without_base(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
     optimizer changed are kept, or added. Missing trained tensors are added too, because user code may drop everything
     that it considers the base.
     """
-    record, base, trained = view.record, view.base, view.trained
+    record, trained = view.record, view.trained
     originals = {name: value for name, value in record.originals.items() if name not in trained}
     dropped = {*view.frozen, *view.entries, *_aliases(view)}
-    held: dict[str, Any] = {name: base[name].detach() for name in (*record.changed, *originals) if name in base}
+    values = view.frozen_values
+    held: dict[str, Any] = {name: values[name].detach() for name in (*record.changed, *originals) if name in values}
     for name, value in state.items():
         name = plain_name(name)
         if name not in dropped:
@@ -105,12 +108,11 @@ def write_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     view = view_of(model)
     keep_frozen(view, [name for name in state if name in view.frozen])
     with unmerged(model):
-        _write(View(model), state)
-    record = view.record
-    if record.changed:
-        base = View(model).base
-        for name, (_, was) in record.changed.items():
-            record.changed[name] = (digest(base[name]), was)
+        now = View(model)
+        _write(now, state)
+        changed = now.record.changed
+        for name, (_, was) in changed.items():
+            changed[name] = (digest(now.base[name]), was)
 
 
 def _write(view: View, state: Mapping[str, Any]) -> None:
@@ -120,12 +122,11 @@ def _write(view: View, state: Mapping[str, Any]) -> None:
     for name, value in state_dict(model).items():
         if isinstance(value, Tensor) and (name in state or name in originals):
             before[name] = value.clone()
-    try:
-        restore_originals(view, [name for name in originals if name not in state and name not in view.trained])
+    with ExitStack() as undo:
+        undo.callback(load_state_dict, model, before)
+        restore_originals(view, [name for name in originals if name not in state and name not in view.trained], undo)
         load_state_dict(model, state)
-    except BaseException:
-        load_state_dict(model, before)
-        raise
+        undo.pop_all()
 
 
 # Checks

@@ -4,9 +4,11 @@ The other packages read and replace weights with these functions.
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _CHUNK = 1 << 18  # elements whose products stay in a cache
 
@@ -69,12 +71,17 @@ def digest(tensor: Tensor) -> int:
         sparse = tensor.detach().to_sparse_coo().coalesce()  # the dense form may be too large
         return (3 * digest(sparse.indices()) + digest(sparse.values())) % (1 << 63)
     bits = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    integers = bits.view({1: torch.uint8, 2: torch.int16}.get(tensor.element_size(), torch.int32))
-    multipliers = _multipliers(tensor.device)
-    total = integers.numel()
-    for place, chunk in enumerate(integers.split(_CHUNK)):
-        total += int((chunk * multipliers[: chunk.numel()]).sum()) * int(multipliers[-1 - place])
-    return total % (1 << 63)
+    return _digest_of_integers(bits.view({1: torch.uint8, 2: torch.int16}.get(tensor.element_size(), torch.int32)))
+
+
+def _digest_of_integers(integers: Tensor) -> int:
+    """The hash of a vector of integers. A device is waited for once."""
+    if not integers.numel():
+        return 0
+    multipliers = _multipliers(integers.device)
+    sums = [(chunk * multipliers[: chunk.numel()]).sum() for chunk in integers.split(_CHUNK)]
+    total = (torch.stack(sums) * multipliers[-len(sums) :].flip(0)).sum()
+    return (integers.numel() + int(total)) % (1 << 63)
 
 
 @functools.cache
@@ -88,3 +95,99 @@ def _multipliers(device: torch.device) -> Tensor:
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         mixed = (mixed ^ (mixed >> shift)) * factor
     return (mixed ^ (mixed >> 31)) | 1
+
+
+# Digests that are known
+
+_SAMPLES = 1024
+
+_KNOWN: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
+"""Tensors with what :func:`look` saw of them, and their digests."""
+
+
+def look(tensor: Tensor) -> tuple[Any, ...] | None:
+    """Return what is quickly seen of a tensor: address, version, dtype, shape and about a thousand values.
+
+    Two looks differ after almost every change. Code that writes through ``.data`` or numpy changes no version; such a
+    change is not seen if it also misses every sample. It is None for tensors that must be read in full.
+    """
+    if hasattr(tensor, "__tensor_flatten__"):
+        inner = [look(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
+        return None if None in inner else (tensor._version, *inner)
+    if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_inference():
+        return None
+    values = tensor.detach()
+    if values.dim() == 2 and not values.is_contiguous():
+        values = values.T  # so that nothing is copied for the samples
+    some = values.reshape(-1)[:: values.numel() // _SAMPLES + 1]
+    return tensor.data_ptr(), tensor._version, tensor.dtype, tuple(tensor.shape), digest(some)
+
+
+def known_digest(tensor: Tensor, *, anew: bool = False) -> int:
+    """Return :func:`digest`, which is remembered.
+
+    The tensor is read again if a :func:`look` shows a change, or if ``anew`` is True.
+    """
+    seen = look(tensor)
+    if seen is None:
+        return digest(tensor)
+    if anew or tensor not in _KNOWN or _KNOWN[tensor][0] != seen:
+        _KNOWN[tensor] = seen, digest(tensor)
+    return int(_KNOWN[tensor][1])
+
+
+def hand_on_digest(tensor: Tensor, copy: Tensor) -> None:
+    """Remember the known digest of ``tensor`` for a copy with the same values."""
+    if tensor in _KNOWN:
+        _KNOWN[copy] = look(copy), _KNOWN[tensor][1]
+
+
+class Seen:
+    """A tensor as it was at one moment, to notice changes.
+
+    It knows the tensor itself. A copy of it (by deepcopy or pickle) knows only the values.
+
+    Example:
+        >>> weight = torch.ones(3)
+        >>> seen = Seen(weight)
+        >>> before = seen.is_still(weight)
+        >>> _ = weight.mul_(2)
+        >>> before, seen.is_still(weight)
+        (True, False)
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.dtype = tensor.dtype
+        self._tensor: Tensor | None = tensor
+        self._look = look(tensor)
+        self._digest: int | None = None
+
+    def is_still(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` has the values of then. It may have moved to another device."""
+        if tensor.is_meta or tensor.dtype != self.dtype:
+            return False
+        if tensor is self._tensor and self._look is not None:
+            now = look(tensor)
+            if now == self._look:
+                return True
+            if now is not None and now[0] != self._look[0]:  # it has moved, and its version says nothing
+                return now[2:] == self._look[2:]
+        known = self.digest()
+        return known is not None and known == digest(tensor)
+
+    def is_alike(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` has the shape and the sampled values of then. Any conversion is alike."""
+        if tensor.dtype != self.dtype or self._look is None or tensor.is_meta:
+            return True
+        now = look(tensor)
+        return now is None or now[2:] == self._look[2:]
+
+    def digest(self) -> int | None:
+        """Return the digest of the values of then, or None if they have changed before anyone asked."""
+        if self._digest is None and self._tensor is not None and self._look == look(self._tensor):
+            self._digest = digest(self._tensor)
+        return self._digest
+
+    def __getstate__(self) -> dict[str, Any]:
+        seen = None if self._look is None else (None, None, *self._look[2:])
+        return {"dtype": self.dtype, "_tensor": None, "_look": seen, "_digest": self.digest()}

@@ -7,10 +7,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.model.handover import leave
-from lightning_lora.model.merge import is_as_merged
+from lightning_lora.model.merged import is_as_merged
 from lightning_lora.model.record import find_record
-from lightning_lora.model.remember import recall_record, record_of
+from lightning_lora.model.remember import leave_record, recall_record
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import own_parameter
 
@@ -26,8 +25,7 @@ def send_record(trainer: Trainer, pl_module: LightningModule) -> None:
     This is done at the end of a fit, and only in processes that send back only a state dict.
     """
     if returns_state_only(trainer) and trainer.is_global_zero:
-        record = record_of(pl_module)
-        leave(record, record.merged_digests)
+        leave_record(pl_module)
 
 
 def receive_record(pl_module: LightningModule) -> None:

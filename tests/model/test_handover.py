@@ -14,8 +14,7 @@ from lightning_lora import (
     remove_adapters,
     unmerge_adapters,
 )
-from lightning_lora.model.handover import leave
-from lightning_lora.model.remember import forget_record, record_of
+from lightning_lora.model.remember import forget_record, leave_record
 from tests.models import LitTiny, is_plain, randomise, same, state
 
 
@@ -28,7 +27,7 @@ def sent_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[LitTiny,
     randomise(there)
     adapted = copy.deepcopy(there)
     merge_adapters(there)
-    leave(record_of(there), record_of(there).merged_digests)
+    leave_record(there)
     forget_record(there)
     return adapted, there
 

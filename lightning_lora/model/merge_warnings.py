@@ -1,0 +1,55 @@
+"""Warnings after a merge: broken ties, overflow, lost updates."""
+
+import math
+import warnings
+from collections.abc import Mapping
+
+from torch import nn
+
+from lightning_lora.errors import LoRAWarning, MergePrecisionWarning, listed
+from lightning_lora.model.view import View
+
+_MUCH = 0.25
+"""A warning is shown if a larger share of an update (in norm) is lost. In bfloat16, 0.1 to 0.2 is common."""
+
+
+def warn_of_merge(model: nn.Module, lost: Mapping[str, float]) -> None:
+    """Warn of problems in a merge.
+
+    Args:
+        model: The merged model.
+        lost: The result of :func:`merge`.
+
+    Warns:
+        LoRAWarning: a tied weight is no longer tied.
+        MergePrecisionWarning: values overflowed, or rounding lost much of an update.
+    """
+    untied = [weight.layer for weight in View(model).merged if isinstance(weight.base, nn.Parameter)] if lost else []
+    title = type(model).__name__
+    if untied:
+        warnings.warn(
+            f"The weight of {listed(untied)} in {title} was tied to another layer's. The merge does not change the "
+            "other layer, so they are two weights now. Their state dict loads correctly only into a model where they "
+            "are not tied (in transformers, config.tie_word_embeddings=False).",
+            LoRAWarning,
+            stacklevel=3,
+        )
+    overflown = [name for name, share in lost.items() if not share < math.inf]
+    if overflown:
+        warnings.warn(
+            f"Merging gave values that the dtype of {listed(overflown)} in {title} cannot hold: the weights are "
+            "infinite now. Call unmerge_adapters(model), and convert the model to float32 or bfloat16 before merging.",
+            MergePrecisionWarning,
+            stacklevel=3,
+        )
+    much = {name: share for name, share in lost.items() if _MUCH < share < math.inf}
+    if much:
+        worst = max(much, key=much.__getitem__)
+        warnings.warn(
+            f"Merging rounded away {much[worst]:.0%} of the update of {worst!r} in {title}, and more than {_MUCH:.0%} "
+            f"in {len(much)} of {len(lost)} layers: half-precision weights cannot hold changes so small. The merged "
+            "model has lost this part of the fine-tuning. Keep the adapters on their layers "
+            "(merge=False, unmerge_adapters), or convert the model to float32 before merging.",
+            MergePrecisionWarning,
+            stacklevel=3,
+        )

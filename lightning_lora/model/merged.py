@@ -1,0 +1,116 @@
+"""Whether a merged model is still as the merge left it."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from lightning_lora.errors import AdapterStateError, listed
+from lightning_lora.layers import Adapter, LoRALayer, attach
+from lightning_lora.model.record import Record
+from lightning_lora.model.remember import record_of
+from lightning_lora.tensors.names import join, named_modules, parameters_of
+from lightning_lora.tensors.values import digest, replace_values
+
+
+def check_as_merged(model: nn.Module) -> None:
+    """Raise an error if a merged model's weights have changed.
+
+    Raises:
+        AdapterStateError: ``model`` has no adapters, or its weights have changed since the merge, or its layers have
+            the adapters of another model.
+    """
+    if not is_as_merged(model, record_of(model)):
+        raise AdapterStateError(
+            f"The weights of {type(model).__name__} were changed since its adapters were merged into them (replaced, "
+            "trained, or converted in a way that cannot be repeated), so that neither its base nor its adapters can be "
+            "restored. Load both again, or call remove_adapters(model) to continue from the weights as they are."
+        )
+
+
+def is_as_merged(model: nn.Module, record: Record) -> bool:
+    """Whether a merged model still has the weights of the merge.
+
+    They may have been moved or converted. It is True for a model that is not merged.
+
+    Raises:
+        AdapterStateError: merged layers have the adapters of another model that shares them.
+    """
+    if not record.is_merged:
+        return True
+    modules = named_modules(model, remove_duplicate=False)
+    parameters = parameters_of(modules)
+    taken = [name for name in record.merged if isinstance(modules.get(name), LoRALayer)]
+    if taken:
+        raise AdapterStateError(
+            f"{listed(taken)} of {type(model).__name__} have the adapters of another model that shares them, and "
+            "cannot get their own back. Call remove_adapters on that model first, or give each model layers of its own."
+        )
+    for name, seen in record.other_weights.items():
+        if name not in parameters or not seen.is_alike(parameters[name]):
+            return False
+    present = {id(p) for p in parameters.values()}
+    for name, adapter in record.merged.items():
+        if any(join(name, weight) not in parameters for weight in adapter.bases):  # prune or weight_norm computes it
+            return False
+        weights = {weight: parameters[join(name, weight)] for weight in adapter.bases}
+        if not _are_tied_alike(record, name, adapter, weights, present):
+            return False
+        if not _are_still(record, name, adapter, weights) and not _are_merged_anew(
+            record, modules[name], name, adapter, weights
+        ):
+            return False
+    return True
+
+
+def _are_tied_alike(
+    record: Record, name: str, adapter: Adapter, weights: Mapping[str, nn.Parameter], present: set[int]
+) -> bool:
+    """Whether the other uses of tied weights are still there, on the same device and in the same dtype."""
+    for weight, value in weights.items():
+        base = adapter.bases[weight]
+        alike = id(base) in present and base.dtype == value.dtype and base.device == value.device
+        if join(name, weight) in record.tied_weights and not alike:
+            return False
+    return True
+
+
+def _are_still(record: Record, name: str, adapter: Adapter, weights: Mapping[str, nn.Parameter]) -> bool:
+    """Whether a layer's merged weights, and the base of those that were tied, have not changed."""
+    for weight, value in weights.items():
+        key = join(name, weight)
+        if not record.merged_weights[key].is_still(value):
+            return False
+        if key in record.tied_weights and not record.tied_weights[key].is_still(adapter.bases[weight]):
+            return False
+    return True
+
+
+def _are_merged_anew(
+    record: Record, layer: nn.Module, name: str, adapter: Adapter, weights: Mapping[str, nn.Parameter]
+) -> bool:
+    """Whether a layer's weights are what a merge gives, perhaps converted: merge again, and compare."""
+    if any(weight.is_meta for weight in weights.values()):
+        return False
+    shown = {weight: value.data for weight, value in weights.items()}
+    with torch.inference_mode(False), torch.no_grad():
+        move_adapter(adapter, next(iter(weights.values())).device)
+        try:
+            for weight, value in weights.items():
+                dtype = record.merged_weights[join(name, weight)].dtype
+                replace_values(value, adapter.bases[weight].data.to(value.device, dtype))
+            attach(layer, adapter)
+            try:
+                anew = {weight: layer.lora_merged_weight(weight)[0] for weight in weights}  # type: ignore[operator]
+            finally:
+                layer.lora_detach()  # type: ignore[operator]
+        finally:
+            for weight, value in weights.items():
+                replace_values(value, shown[weight])
+    return all(digest(anew[weight].to(value.dtype)) == digest(value) for weight, value in shown.items())
+
+
+def move_adapter(adapter: Adapter, device: torch.device) -> None:
+    """Move an adapter that is not on its layer."""
+    for factor in adapter.parameters.values():
+        replace_values(factor, factor.data.to(device))
