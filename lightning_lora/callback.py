@@ -14,7 +14,8 @@ from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError, TargetError, listed
 from lightning_lora.model.handover import name_folder
 from lightning_lora.model.inject import inject_adapters, remove_adapters
-from lightning_lora.model.merge import merge, merge_adapters, quantised_layers, unmerge
+from lightning_lora.model.merge import merge, merge_adapters, quantised_layers
+from lightning_lora.model.merged import check_own
 from lightning_lora.model.record import find_record
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
@@ -148,8 +149,8 @@ class LoRACallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Add adapters to the module's layers.
 
-        A merged module gets its exact base back first. Layers that the module's own hooks create later are adapted by
-        the strategy.
+        A merged module gets its exact base back first, unless it is only evaluated: then it runs as it is, until a
+        checkpoint is loaded. Layers that the module's own hooks create later are adapted by the strategy.
         """
         callbacks = _callbacks(trainer)
         was_adapted = bool(View(pl_module).layers)
@@ -158,11 +159,13 @@ class LoRACallback(Callback):
         if stage != "fit":
             drop_averages(callbacks)
         watch(trainer.strategy, self._stage)
-        receive_record(pl_module)
         if stage == "fit":
+            receive_record(pl_module)
             self._check_merge(trainer, pl_module)
-        self._stage.was_merged = unmerge(pl_module)
-        self._stage.base_is_open = View(pl_module).is_fresh()
+        elif _is_merged(pl_module):
+            self._stage.runs_merged = True
+            return
+        self._stage.unmerge(pl_module)
         try:
             inject_adapters(pl_module, self.config)
         except TargetError:  # setup or configure_model may still create the layers; then the strategy tries again
@@ -315,6 +318,21 @@ class LoRACallback(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the stored random states until training starts."""
         self._stage.random = checkpoint.get(RANDOM)
+
+
+def _is_merged(pl_module: LightningModule) -> bool:
+    """Whether the module is merged, here or by a fit in other processes.
+
+    Raises:
+        AdapterStateError: its layers have the adapters of another model.
+    """
+    if find_record(pl_module) is None:
+        receive_record(pl_module)
+    record = find_record(pl_module)
+    if record is None or not record.is_merged:
+        return False
+    check_own(View(pl_module).modules, record)
+    return True
 
 
 def _join_other_package() -> None:

@@ -39,13 +39,8 @@ def is_as_merged(model: nn.Module, record: Record) -> bool:
     if not record.is_merged:
         return True
     modules = named_modules(model, remove_duplicate=False)
+    check_own(modules, record)
     parameters = parameters_of(modules)
-    taken = [name for name in record.merged if isinstance(modules.get(name), LoRALayer)]
-    if taken:
-        raise AdapterStateError(
-            f"{listed(taken)} of {type(model).__name__} have the adapters of another model that shares them, and "
-            "cannot get their own back. Call remove_adapters on that model first, or give each model layers of its own."
-        )
     for name, seen in record.other_weights.items():
         if name not in parameters or not seen.is_alike(parameters[name]):
             return False
@@ -61,6 +56,20 @@ def is_as_merged(model: nn.Module, record: Record) -> bool:
         ):
             return False
     return True
+
+
+def check_own(modules: Mapping[str, nn.Module], record: Record) -> None:
+    """Raise an error if merged layers have the adapters of another model that shares them.
+
+    Raises:
+        AdapterStateError: they have.
+    """
+    taken = [name for name in record.merged if isinstance(modules.get(name), LoRALayer)]
+    if taken:
+        raise AdapterStateError(
+            f"{listed(taken)} of this model have the adapters of another model that shares them, and cannot get their "
+            "own back. Call remove_adapters on that model first, or give each model layers of its own."
+        )
 
 
 def _are_tied_alike(

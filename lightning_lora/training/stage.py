@@ -7,9 +7,12 @@ from lightning.pytorch import Callback, LightningModule
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.inject import inject_adapters
+from lightning_lora.model.merge import unmerge
 from lightning_lora.model.originals import keep_originals
 from lightning_lora.model.remember import view_of
+from lightning_lora.model.view import View
 from lightning_lora.training.averaging import copy_adapted
+from lightning_lora.training.spawned import receive_record
 
 
 @dataclass
@@ -20,6 +23,7 @@ class Stage:
         config: The configuration of the adapters.
         was_adapted: Whether the module had adapters on its layers before.
         was_merged: Whether the module was merged before, so that the stage took the updates out of its weights.
+        runs_merged: Whether an evaluation runs the merged module as it is.
         base_is_open: Whether nothing was trained yet, so that weights which the module's hooks load become the base.
         states_are_read: Whether another callback reads checkpoints, and so may need the model's full state.
         base_is_noted: Whether the base's fingerprint was taken in this stage.
@@ -32,6 +36,7 @@ class Stage:
     config: LoRAConfig
     was_adapted: bool = False
     was_merged: bool = False
+    runs_merged: bool = False
     base_is_open: bool = False
     states_are_read: bool = False
     base_is_noted: bool = False
@@ -40,11 +45,21 @@ class Stage:
     is_over: bool = False
     random: Any = None
 
+    def unmerge(self, pl_module: LightningModule) -> None:
+        """Unmerge the module, which needs its adapters: it trains, or a checkpoint is loaded."""
+        receive_record(pl_module)
+        self.runs_merged = False
+        self.was_merged = unmerge(pl_module)
+        self.base_is_open = View(pl_module).is_fresh()
+
     def adapt(self, pl_module: LightningModule) -> None:
         """Adapt the module after its own hooks have run.
 
-        The weights that the hooks have loaded until now become the base.
+        The weights that the hooks have loaded until now become the base. A merged module that is only evaluated stays
+        as it is.
         """
+        if self.runs_merged:
+            return
         inject_adapters(pl_module, self.config)
         copy_adapted(callbacks_of(pl_module), pl_module)
         if self.base_is_open:

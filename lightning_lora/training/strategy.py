@@ -108,6 +108,9 @@ class Watch:
 
         The base's fingerprint is taken before and after the conversion.
         """
+        if self.stage.runs_merged:
+            self._own.setup(self.strategy, trainer)
+            return
         self.stage.adapt(self.module)
         self._note_base()
         self.stage.base_is_noted = False
@@ -142,6 +145,8 @@ class Watch:
 
         ``setup`` and ``configure_model`` have made the layers by then. A full checkpoint becomes the base.
         """
+        if self.stage.runs_merged:
+            self.stage.unmerge(self.module)
         self.stage.adapt(self.module)
         with reading(checkpoint_path, trusted=False in (*args, kwargs.get("weights_only"))):
             checkpoint: dict[str, Any] = self._own.load_checkpoint(self.strategy, checkpoint_path, *args, **kwargs)

@@ -1,0 +1,155 @@
+"""What a Trainer does around its steps costs as much as the adapters."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import load_adapter, unmerge_adapters
+from lightning_lora.layers import LoRALayer
+from lightning_lora.tensors import values
+from tests.models import LitTiny, best, data, is_plain, lora, same, state, trainer
+
+WIDTH = 128
+BASE = 2 * WIDTH * WIDTH
+
+
+class Wide(LitTiny):
+    """A module whose base is far larger than its adapters and the samples of a look."""
+
+    def __init__(self) -> None:
+        super().__init__(width=WIDTH)
+
+
+class Reads:
+    """Counts the integers of large tensors that digests read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, own = 0, values._digest_of_integers
+
+        def counting(integers: Tensor) -> int:
+            self.count += integers.numel() if integers.numel() >= WIDTH * WIDTH else 0
+            return own(integers)
+
+        monkeypatch.setattr(values, "_digest_of_integers", counting)
+
+    def passes(self) -> float:
+        """The passes over the adapted weights since the last call."""
+        count, self.count = self.count, 0
+        return count / BASE
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    return Reads(monkeypatch)
+
+
+class Passes(L.Callback):
+    """Notes the passes of the set-up, and of all that happens until training ends."""
+
+    def __init__(self, reads: Reads) -> None:
+        self.reads, self.found = reads, dict[str, float]()
+
+    def on_train_start(self, *_: Any) -> None:
+        self.found["set-up"] = self.reads.passes()
+
+    def on_train_end(self, *_: Any) -> None:
+        self.found["training"] = self.reads.passes()
+
+
+def test_a_fit_reads_its_base_at_the_start_and_at_the_end(tmp_path: Path, reads: Reads) -> None:
+    marks = Passes(reads)
+    saved = best(tmp_path, save_top_k=-1)
+    trainer(tmp_path, [lora(), saved, marks], max_epochs=4).fit(Wide(), data(), data())
+    assert marks.found == {"set-up": 1, "training": 0} and reads.passes() == 1
+    assert len(list(tmp_path.glob("*.ckpt"))) == 4
+
+
+def test_the_best_file_is_merged_without_another_look_at_the_base(tmp_path: Path, reads: Reads) -> None:
+    marks = Passes(reads)
+    trainer(tmp_path, [lora(merge="best"), best(tmp_path), marks]).fit(Wide(), data(), data())
+    assert reads.passes() == 1
+
+
+def test_a_merged_model_is_evaluated_and_saved_without_a_look_at_its_base(tmp_path: Path, reads: Reads) -> None:
+    model, callback = Wide(), lora()
+    t = trainer(tmp_path, [callback])
+    t.fit(model, data())
+    reads.passes()
+    for run in (
+        lambda: t.validate(model, data(), verbose=False),
+        lambda: t.test(model, data(), verbose=False),
+        lambda: t.predict(model, data()),
+        lambda: t.save_checkpoint(tmp_path / "a.ckpt"),
+    ):
+        run()
+        assert reads.passes() == 0 and is_plain(model)
+
+
+def test_a_file_is_tested_with_one_look_at_the_base(tmp_path: Path, reads: Reads) -> None:
+    model, saved = Wide(), best(tmp_path)
+    t = trainer(tmp_path, [lora(), saved])
+    t.fit(model, data(), data())
+    reads.passes()
+    t.test(model, data(), ckpt_path="best", verbose=False)
+    assert reads.passes() <= 1
+
+
+def test_evaluation_of_a_merged_model_runs_the_merged_weights(tmp_path: Path) -> None:
+    model, kinds = LitTiny(), list[type[nn.Module]]()
+
+    class Look(L.Callback):
+        def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            kinds.extend(type(module) for module in pl_module.modules())
+
+    trainer(tmp_path, [lora()]).fit(model, data())
+    before = state(model)
+    plain = trainer(tmp_path).validate(copy.deepcopy(model), data(), verbose=False)
+    assert trainer(tmp_path, [lora(), Look()]).validate(model, data(), verbose=False) == plain
+    assert same(state(model), before) and not any(issubclass(kind, LoRALayer) for kind in kinds)
+    unmerge_adapters(model)
+    assert not is_plain(model)
+
+
+def test_a_file_is_tested_on_its_adapters_and_the_merged_model_comes_back(tmp_path: Path) -> None:
+    model, saved = LitTiny(), best(tmp_path)
+    t = trainer(tmp_path, [lora(), saved])
+    t.fit(model, data(), data())
+    t.save_checkpoint(tmp_path / "last.ckpt")
+    before, fresh = state(model), LitTiny()
+    load_adapter(fresh, tmp_path / "last.ckpt")
+    expected = trainer(tmp_path).test(fresh, data(), verbose=False)
+    found = t.test(model, data(), ckpt_path=str(tmp_path / "last.ckpt"), verbose=False)
+    assert found[0]["test_loss"] == pytest.approx(expected[0]["test_loss"])
+    assert is_plain(model) and all(torch.allclose(value, before[name]) for name, value in state(model).items())
+
+
+def test_a_frozen_weight_that_changes_between_saves_is_stored(tmp_path: Path) -> None:
+    class Changing(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 3:
+                pl_module.embed.weight.data[0, 0] += 1  # torch counts no change, but a look sees it
+
+    model = LitTiny()
+    saved = best(tmp_path, save_top_k=-1, filename="{epoch}", monitor=None)
+    trainer(tmp_path, [lora(merge=False), saved, Changing()], max_epochs=1).fit(model, data())
+    stored = torch.load(next(tmp_path.glob("*.ckpt")), weights_only=True)["state_dict"]
+    assert torch.equal(stored["embed.weight"], model.embed.weight)
+
+
+def test_a_change_that_no_save_has_seen_is_found_at_the_end(tmp_path: Path) -> None:
+    class Hidden(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 3:
+                pl_module.q_proj.weight.data.view(-1)[1] += 1  # between the samples of a large weight
+
+    model = Wide()
+    t = trainer(tmp_path, [lora(merge=False), best(tmp_path, monitor=None), Hidden()])
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "after.ckpt")
+    stored = torch.load(tmp_path / "after.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(stored["q_proj.weight"], model.q_proj.weight)
