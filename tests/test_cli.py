@@ -1,4 +1,4 @@
-"""LightningCLI: the callback from YAML and from flags, readable help, and optimizers that the CLI builds."""
+"""LightningCLI takes the callback from YAML and from flags."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""LoRAConfig refuses what cannot mean anything, and computes what the rest means."""
+"""A configuration refuses what cannot mean anything."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Architectures that others wrote: adapted, trained, merged, stored and given back, each with random weights.
+"""Architectures that others wrote are adapted, trained, merged and restored.
 
 Usage: python -m tests.test_models FOLDER
 Trains each architecture in two processes, and writes FOLDER/NAME.pt: the module's state after fit.

@@ -1,4 +1,4 @@
-"""What the README and the other pages show is there, and runs."""
+"""What README and pages show is there, and runs."""
 
 import re
 from pathlib import Path

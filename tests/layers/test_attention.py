@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention: four projections with updates of their own, each of which can be left out or kept whole."""
+"""Each projection of nn.MultiheadAttention has an update of its own."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Convolutions: slices of the channels that they write, where rows of the weight are these channels."""
+"""Slices of a convolution are channels that it writes."""
 
 import copy
 

@@ -1,12 +1,15 @@
-"""Embeddings and bags of them: gradients, refusals, and slices of the features that they write."""
+"""Embeddings and bags of them have updates by token."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, TargetError, adapter_state_dict, inject_adapters
+from lightning_lora import LoRAConfig, TargetError, adapter_state_dict, inject_adapters, merge_adapters
+from tests.layers.cases import ScaledEmbedding, adapted
 from tests.models import randomise
 
 INDEX = torch.tensor([[3, 3, 3, 1], [0, 1, 2, 4]])
@@ -63,3 +66,42 @@ def test_a_padding_token_is_never_trained(bag: bool) -> None:
     model(INDEX).sum().backward()
     gradient = model.get_parameter("0.lora_A").grad
     assert gradient is not None and gradient.any(dim=0).tolist() == [True, True, True, False, True, False]
+
+
+def test_unseen_tokens_of_an_embedding_never_change() -> None:
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(4, 2))
+    inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
+    before = model[0].weight.detach().clone()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.tensor([1, 2])).sum().backward()
+        optimizer.step()
+    merge_adapters(model)
+    changed = (model[0].weight != before).any(dim=1)
+    assert changed.tolist() == [index in (1, 2) for index in range(10)]
+
+
+@pytest.mark.parametrize("build", [lambda: ScaledEmbedding(6, 4), lambda: nn.EmbeddingBag(6, 4, mode="max")])
+def test_embeddings_of_any_kind_drop_nothing(build: Any) -> None:
+    model = nn.Sequential(build())
+    inject_adapters(model, LoRAConfig(r=2, target_modules="all", dropout=0.5))
+    randomise(model)
+    index = torch.arange(6).view(6, 1)
+    assert torch.equal(model.train()(index), model.eval()(index))
+
+
+PADDED: dict[str, Callable[[], nn.Module]] = {
+    "embedding": lambda: nn.Embedding(6, 4, padding_idx=2),
+    "counted from the end": lambda: nn.Embedding(6, 4, padding_idx=-4),
+    "bag of sums": lambda: nn.EmbeddingBag(6, 4, mode="sum", padding_idx=2),
+    "bag of means": lambda: nn.EmbeddingBag(6, 4, mode="mean", padding_idx=2),
+    "bag of maxima": lambda: nn.EmbeddingBag(6, 4, mode="max", padding_idx=2),
+}
+
+
+@pytest.mark.parametrize("build", PADDED.values(), ids=PADDED)
+def test_a_token_that_pads_gives_no_gradient_to_its_column(build: Callable[[], nn.Module]) -> None:
+    layer = adapted(build())
+    layer(torch.tensor([[1, 2, 5], [2, 1, 1]])).square().sum().backward()
+    assert layer.lora_A.grad.any(dim=0).tolist() == [False, True, False, False, False, True]

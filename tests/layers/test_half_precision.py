@@ -1,4 +1,4 @@
-"""Over a base in half precision, adapters in float32 meet inputs of another dtype, in layers of every kind."""
+"""Adapters are float32 over a base in half precision."""
 
 import copy
 from typing import Any
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import LoRAConfig, adapter_state_dict, inject_adapters
-from tests.models import randomise
+from lightning_lora import AdapterMismatchError, LoRAConfig, adapter_state_dict, inject_adapters, merge_adapters
+from tests.cases import Three, three
+from tests.models import WIDTH, WORDS, randomise, same
 
 FLOATS = torch.linspace(-1, 1, 30).reshape(2, 3, 5)
 PLANE = torch.linspace(-1, 1, 200).view(2, 4, 5, 5)
 INDEX = torch.tensor([[0, 3, 1], [4, 4, 2]])
-
 KINDS: dict[str, tuple[Any, tuple[Tensor, ...]]] = {
     "linear": (lambda: nn.Linear(5, 4), (FLOATS,)),
     "conv1d": (lambda: Conv1D(4, 5), (FLOATS,)),
@@ -72,3 +72,85 @@ def test_adapters_are_made_in_the_bases_dtype_if_asked(name: str) -> None:
     model = Holder(KINDS[name][0]()).bfloat16()
     inject_adapters(model, LoRAConfig(r=2, target_modules="all", autocast_adapter_dtype=False))
     assert {p.dtype for p in adapter_state_dict(model).values()} == {torch.bfloat16}
+
+
+# What adapters are kept in
+
+
+X = torch.arange(WORDS)
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("first", ["convert", "inject"])
+def test_adapters_are_kept_in_float32_over_a_half_precision_base(dtype: torch.dtype, first: str) -> None:
+    model = three() if first == "inject" else Three().to(dtype)
+    before = {name: value.clone() for name, value in adapter_state_dict(model).items()} if first == "inject" else {}
+    if first == "inject":
+        model.linear(torch.ones(WIDTH)).sum().backward()
+        model.to(dtype)
+        assert same(adapter_state_dict(model), before)
+        assert model.linear.lora_A.grad.dtype == torch.float32
+    else:
+        inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
+    assert model.linear.weight.dtype == dtype
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert model(X).dtype == dtype
+    assert model.double().linear.lora_A.dtype == torch.float64 and model.to(dtype).linear.lora_A.dtype == torch.float32
+
+
+def test_adapters_are_kept_as_the_base_if_asked() -> None:
+    model = three(autocast_adapter_dtype=False).bfloat16()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    with pytest.raises(
+        AdapterMismatchError,
+        match="autocast_adapter_dtype=False; this configuration asks for autocast_adapter_dtype=True",
+    ):
+        inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
+
+
+def test_meta_adapters_become_real_in_float32() -> None:
+    with torch.device("meta"):
+        model = Three()
+    inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
+    model.bfloat16().to_empty(device="cpu")
+    assert model.linear.lora_A.dtype == torch.float32 and model.linear.weight.dtype == torch.bfloat16
+
+
+# Right numbers
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("merged", [False, True])
+def test_outputs_and_gradients_are_those_of_float64(dtype: torch.dtype, keep: bool, merged: bool) -> None:
+    model = three(autocast_adapter_dtype=keep).to(dtype)
+    exact = three().double()
+    exact.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    if merged:
+        merge_adapters(model)
+    near = {"rtol": 16 * torch.finfo(dtype).eps, "atol": 16 * torch.finfo(dtype).eps}
+    output, expected = model(X), exact(X)
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.double(), expected, **near)
+    if not merged:
+        output.square().mean().backward()
+        expected.square().mean().backward()
+        for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
+            if q.grad is not None:
+                torch.testing.assert_close(
+                    p.grad.double(), q.grad, **near, msg=lambda text, name=name: f"{name}: {text}"
+                )
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_autocast_computes_what_the_base_computes_it_in(merged: bool) -> None:
+    model, exact = three(), three().double()
+    exact.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    base = Three()
+    if merged:
+        merge_adapters(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, dtype = model(X), base(X).dtype
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.double(), exact(X), rtol=0.1, atol=0.1)

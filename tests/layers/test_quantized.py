@@ -1,4 +1,4 @@
-"""Quantised bases: what bitsandbytes and torchao store in a few bits trains adapters as any other base does."""
+"""Quantised bases train adapters as other bases do."""
 
 import copy
 from collections.abc import Callable
@@ -79,34 +79,6 @@ CONFIG = LoRAConfig(r=4, target_modules=["0", "2"], modules_to_save=["3"])
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-class Lit(L.LightningModule):
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.net = build(kind)
-
-    def loss(self, batch: list[Tensor]) -> Tensor:
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return self.loss(batch)
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.log("val_loss", self.loss(batch))
-
-    def train_dataloader(self) -> Any:
-        return DataLoader(TensorDataset(BATCH, torch.arange(8) % 4), batch_size=4)
-
-    val_dataloader = train_dataloader
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=0.01)
-
-
-def lora(**kwargs: Any) -> LoRACallback:
-    targets = ["net.0", "net.2"]
-    return LoRACallback(**{"r": 4, "target_modules": targets, "modules_to_save": ["net.3"], "merge": False, **kwargs})
-
-
 def bits(model: nn.Module) -> dict[str, Any]:
     """What a quantised model's state holds of its frozen layers."""
     held = {name: v for name, v in model.state_dict().items() if "lora_" not in name and not name.startswith("net.3")}
@@ -157,6 +129,34 @@ def test_evaluation_in_between_leaves_gradients_as_they_are(kind: str) -> None:
         with torch.no_grad():
             model(BATCH)
     assert grads[0] is not None and grads[0].any() and torch.equal(grads[0], grads[1])
+
+
+class Lit(L.LightningModule):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.net = build(kind)
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch))
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(BATCH, torch.arange(8) % 4), batch_size=4)
+
+    val_dataloader = train_dataloader
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def lora(**kwargs: Any) -> LoRACallback:
+    targets = ["net.0", "net.2"]
+    return LoRACallback(**{"r": 4, "target_modules": targets, "modules_to_save": ["net.3"], "merge": False, **kwargs})
 
 
 @each_kind
@@ -283,3 +283,23 @@ def test_adapters_survive_a_precision_that_replaces_their_layers(tmp_path: Path,
     t = trainer(tmp_path, [lora(dropout=0.1)], max_epochs=2, plugins=[plugin()])
     t.fit(resumed, ckpt_path=tmp_path / "epoch=1.ckpt")
     assert same(adapter_state_dict(resumed), adapter_state_dict(model))
+
+
+@pytest.mark.parametrize("compute", [None, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_of_four_bits_have_the_dtype_that_the_layer_computes_in(
+    compute: torch.dtype | None, stored: torch.dtype
+) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    model = nn.Sequential(bnb.nn.Linear4bit(64, 64, compute_dtype=compute).to(stored))
+    assert model.to("cpu")[0].weight.dtype is torch.uint8  # which is when it is quantised
+    inject_adapters(model, LoRAConfig(r=2, autocast_adapter_dtype=False))
+    assert {model[0].lora_A.dtype, model[0].lora_B.dtype} == {compute or stored}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_adapters_of_eight_bits_are_half_precision_or_kept_in_full(autocast: bool) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    model = nn.Sequential(bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)).to("cpu")
+    inject_adapters(model, LoRAConfig(r=2, autocast_adapter_dtype=autocast))
+    assert model[0].lora_A.dtype is model[0].lora_B.dtype is (torch.float32 if autocast else torch.float16)

@@ -1,4 +1,4 @@
-"""Recurrent layers: all of their weights are adapted, and running one leaves nothing behind in it."""
+"""All weights of recurrent layers are adapted."""
 
 import gc
 from typing import Any

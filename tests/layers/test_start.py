@@ -1,12 +1,14 @@
-"""How adapters start: their spread, and what is strongest in weights of any rank, size and dtype."""
+"""Adapters start as their init says."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, adapter_state_dict, inject_adapters
+from lightning_lora import LoRAConfig, TargetError, adapter_state_dict, inject_adapters
+from tests.layers.cases import config
 
 
 class Experts(nn.Module):
@@ -18,13 +20,6 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.einsum("...i,eoi->...eo", x, self.stack)
-
-
-def linear(weight: Tensor) -> nn.Sequential:
-    """A model of one layer with this weight."""
-    model = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False)).to(weight.dtype)
-    model[0].weight.data.copy_(weight)
-    return model
 
 
 @pytest.mark.parametrize("kind", ["linear", "embedding", "stack"])
@@ -53,6 +48,13 @@ def test_kaiming_starts_are_uniform_with_the_bound_of_what_they_read() -> None:
         inject_adapters(model, LoRAConfig(r=8, target_modules="all"))
         largest = adapter_state_dict(model)[f"0.{factor}"].abs().max().item()
         assert 0.95 * bound < largest <= bound
+
+
+def linear(weight: Tensor) -> nn.Sequential:
+    """A model of one layer with this weight."""
+    model = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False)).to(weight.dtype)
+    model[0].weight.data.copy_(weight)
+    return model
 
 
 def test_directions_beyond_the_rank_of_a_weight_start_as_without_pissa() -> None:
@@ -139,3 +141,132 @@ def test_a_weight_that_is_not_finite_yet_is_adapted_and_starts_once_it_is() -> N
     tail = torch.linalg.svdvals(weight)[2:].norm()
     torch.testing.assert_close((weight - factors["0.lora_B"] @ factors["0.lora_A"]).norm(), tail)
     assert torch.equal(model(x), nn.functional.linear(x, weight))
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian"])
+def test_inits_have_their_spread(init: Any) -> None:
+    model = nn.Sequential(nn.Linear(4000, 4000))
+    inject_adapters(model, LoRAConfig(r=4, init=init))
+    # uniform on ±sqrt(6 / ((1 + 5) * 4000)): deviation sqrt(1/4000/3); gaussian: 1 / r
+    expected = (1 / 4000 / 3) ** 0.5 if init == "kaiming" else 0.25
+    torch.testing.assert_close(model[0].lora_A.std().item(), expected, rtol=0.05, atol=0)
+    assert not model[0].lora_B.any()
+
+
+def test_meta_layers_are_adapted_and_start_right_once_they_have_memory() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8))
+    inject_adapters(model, LoRAConfig(r=2))
+    assert model[0].lora_A.is_meta
+    model.to_empty(device="cpu")
+    model[0].reset_parameters()
+    assert model[0].lora_A.abs().sum() > 0 and not model[0].lora_B.any()
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_adapters_made_on_meta_start_right_however_the_base_gets_its_values(assign: bool) -> None:
+    base = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    inject_adapters(model, config(model))
+    if not assign:
+        model.to_empty(device="cpu")
+    model.load_state_dict(base.state_dict(), assign=assign)
+    x = torch.randn(3, 64)
+    assert torch.equal(model(x), base(x))
+    assert all(layer.lora_A.abs().max() < 1 and layer.lora_A.any() for layer in model)
+
+
+@pytest.fixture
+def memory_of_nan() -> Iterator[None]:
+    """Fill new memory with NaN, as torch does in this mode, where it may hold anything otherwise."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+STARTS: dict[str, dict[str, Any]] = {
+    "kaiming": {},
+    "gaussian": {"init": "gaussian"},
+    "pissa": {"init": "pissa"},
+    "olora": {"init": "olora"},
+    "dora": {"use_dora": True},
+    "rounded": {"autocast_adapter_dtype": False},
+}
+
+
+@pytest.mark.usefixtures("memory_of_nan")
+@pytest.mark.parametrize("arguments", STARTS.values(), ids=STARTS)
+@pytest.mark.parametrize("way", ["to_empty", "assign"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_start_anew_whatever_memory_held(arguments: dict[str, Any], way: str, dtype: torch.dtype) -> None:
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(dtype)
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(dtype)
+    inject_adapters(model, LoRAConfig(**({"r": 2} | arguments)))
+    if way == "to_empty":
+        model.to_empty(device="cpu")
+        assert model[0].weight.isnan().all()
+        for layer in model:
+            assert layer.lora_A.isfinite().all() and layer.lora_B.isfinite().all()
+    model.load_state_dict(base.state_dict(), assign=way == "assign")
+    for layer in model:
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        assert len(trained) >= 2 and all(p.isfinite().all() for p in trained)
+        assert layer.lora_A.any(dim=1).all()
+    x = torch.randn(3, 8, dtype=dtype)
+    assert torch.equal(model(x), base(x))
+    model(x).sum().backward()
+    assert all(layer.lora_B.grad.any() for layer in model)
+
+
+@pytest.mark.usefixtures("memory_of_nan")
+def test_an_embedding_without_memory_starts_anew_the_other_way_round() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Embedding(6, 4))
+    inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
+    model.to_empty(device="cpu")
+    assert not model[0].lora_A.any() and model[0].lora_B.isfinite().all() and model[0].lora_B.any(dim=0).all()
+
+
+def test_pissa_starts_from_the_best_approximation_and_olora_from_an_orthonormal_one() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(7, 6, dtype=torch.float64)
+    for init in ("pissa", "olora"):
+        model = nn.Sequential(nn.Linear(6, 7, bias=False)).double()
+        model[0].weight.data.copy_(weight)
+        inject_adapters(model, LoRAConfig(r=3, alpha=6, init=init))
+        a, b = model[0].lora_A, model[0].lora_B
+        if init == "pissa":
+            tail = torch.linalg.svdvals(weight)[3:]
+            torch.testing.assert_close((weight - 2 * b @ a).norm(), tail.norm())
+            torch.testing.assert_close(a @ a.T, b.T @ b)  # the roots of the singular values, on both sides
+        else:
+            torch.testing.assert_close(b.T @ b, torch.eye(3, dtype=torch.float64))
+            torch.testing.assert_close((b @ a)[:, 0], weight[:, 0])  # a QR decomposition begins with the first column
+
+
+def test_small_updates_from_a_start_keep_their_precision_in_half_precision() -> None:
+    """The update is a small difference of two large products, which half precision would round away."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    inject_adapters(model, LoRAConfig(r=8, init="pissa"))
+    layer: Any = model[0]
+    with torch.no_grad():
+        for p in (layer.lora_A, layer.lora_B):
+            p.add_(p.abs().mean() * 1e-3 * torch.randn_like(p))
+        layer.weight.zero_()  # to see the update alone
+        x = torch.randn(16, 64)
+        exact = (
+            x.double()
+            @ (layer.lora_B.double() @ layer.lora_A.double() - layer.lora_B0.double() @ layer.lora_A0.double()).T
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            update = model(x)
+    assert (update.double() - exact).norm() < 0.02 * exact.norm()
+
+
+def test_starts_from_the_base_are_refused_for_embeddings() -> None:
+    with pytest.raises(TargetError, match=r"init='pissa' is for .* '0' \(Embedding\)"):
+        inject_adapters(nn.Sequential(nn.Embedding(5, 5)), LoRAConfig(r=2, init="pissa", target_modules="all"))

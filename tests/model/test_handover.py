@@ -1,4 +1,4 @@
-"""What a fit in other processes remembers is found by the weights it is about, and forgotten when told."""
+"""What a fit elsewhere remembers is found by its weights."""
 
 import copy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Any calls in any order: the model is what plain float64 matrices say, and a refused call changes nothing."""
+"""Any order of calls computes what plain matrices say."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""A call looks at a model a small number of times, however many layers it has."""
+"""A call walks over a model few times."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A file may run code if the user says so, in either way there is; and reading leaves the environment alone."""
+"""Code in files runs only if the user says so."""
 
 import inspect
 import os
@@ -13,15 +13,10 @@ import lightning as L
 import pytest
 import torch
 
-from lightning_lora import AdapterFileError, load_adapter, load_from_checkpoint
-from tests.models import LitTiny, data, lora, trainer
+from lightning_lora import AdapterFileError, LoRAError, load_adapter, load_from_checkpoint, save_adapter
+from tests.models import WORDS, LitTiny, data, lora, same, state, trainer
 
 FORCE, TRUST = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-
-may_say = pytest.mark.skipif(
-    "weights_only" not in inspect.signature(L.Trainer.fit).parameters,
-    reason="this Lightning's stages take no such word",
-)
 
 
 class TakesAPath(LitTiny):
@@ -49,6 +44,12 @@ def test_a_file_of_other_types_is_refused_without_a_word_of_trust(
         monkeypatch.setenv(TRUST, word)
     with pytest.raises(AdapterFileError, match="more than plain types"):
         trainer(tmp_path, [lora(merge=False)]).fit(TakesAPath(tmp_path), data(), ckpt_path=half)
+
+
+may_say = pytest.mark.skipif(
+    "weights_only" not in inspect.signature(L.Trainer.fit).parameters,
+    reason="this Lightning's stages take no such word",
+)
 
 
 @may_say
@@ -140,3 +141,80 @@ def test_code_in_a_file_of_the_web_does_not_run(tmp_path: Path, served: str) -> 
     with pytest.raises(AdapterFileError, match="more than plain types"):
         trainer(tmp_path, [lora()]).fit(LitTiny(), data(), ckpt_path=f"{served}/bad.ckpt")
     assert not (tmp_path / "ran").exists()
+
+
+class Placed(LitTiny):
+    """It has a hyperparameter that is of no plain type."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_a_hyperparameter_of_any_type_is_loaded_from_a_file_that_is_trusted(tmp_path: Path) -> None:
+    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1, enable_checkpointing=False)
+    t.fit(model := Placed(tmp_path), data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(AdapterFileError, match="weights_only=False"):
+        load_from_checkpoint(Placed, tmp_path / "a.ckpt")
+    again = load_from_checkpoint(Placed, tmp_path / "a.ckpt", weights_only=False)
+    assert again.hparams["folder"] == tmp_path and same(state(again), state(model))
+
+
+@pytest.mark.parametrize("before", [None, "0", "1"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_load_leaves_the_environment_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None, fails: bool
+) -> None:
+    t = trainer(tmp_path, [lora()], max_epochs=1, enable_checkpointing=False)
+    t.fit(LitTiny(), data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    if fails:
+        (tmp_path / "a.ckpt").write_bytes(b"no checkpoint")
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    for load in (
+        lambda: load_adapter(LitTiny(), tmp_path / "a.ckpt"),
+        lambda: trainer(tmp_path, [lora()]).validate(LitTiny(), data(), ckpt_path=tmp_path / "a.ckpt", verbose=False),
+    ):
+        try:
+            load()
+        except LoRAError:
+            assert fails
+        else:
+            assert not fails
+        assert os.environ.get(name) == before
+
+
+@pytest.mark.filterwarnings("ignore:Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD:UserWarning")
+def test_a_user_who_trusts_all_files_can_load_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = trainer(tmp_path, [lora()], max_epochs=1, enable_checkpointing=False)
+    t.fit(model := LitTiny(), data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    tested = [
+        trainer(tmp_path, callbacks).validate(module, data(), verbose=False, ckpt_path=path)
+        for callbacks, module, path in (([], model, None), ([lora()], LitTiny(), tmp_path / "a.ckpt"))
+    ]
+    assert tested[0][0]["val_loss"] == pytest.approx(tested[1][0]["val_loss"])
+
+
+X = torch.arange(WORDS)
+
+
+def test_load_from_checkpoint_of_other_files_says_what_to_do(tmp_path: Path) -> None:
+    model, t = TakesAPath(tmp_path), trainer(tmp_path, [lora(merge=False)])
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "lora.ckpt")
+    with pytest.raises(AdapterFileError, match="weights_only=False"):
+        load_from_checkpoint(TakesAPath, tmp_path / "lora.ckpt")
+    again = load_from_checkpoint(TakesAPath, tmp_path / "lora.ckpt", weights_only=False, strict=True)
+    assert torch.equal(again(X), model(X))
+    save_adapter(model, tmp_path / "lora.safetensors")
+    with pytest.raises(AdapterFileError, match="call load_adapter"):
+        load_from_checkpoint(TakesAPath, tmp_path / "lora.safetensors")
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "bare.ckpt")
+    with pytest.raises(AdapterFileError, match="no version"):
+        trainer(tmp_path, [lora()]).validate(LitTiny(), data(), ckpt_path=tmp_path / "bare.ckpt")

@@ -1,4 +1,4 @@
-"""Where the parts of a fused projection lie: by its name, and by the numbers of heads of the nearest configuration."""
+"""Parts of a fused projection lie where heads say."""
 
 from types import SimpleNamespace
 from typing import Any

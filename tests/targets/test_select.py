@@ -1,48 +1,171 @@
-"""Which layers and parameters a configuration means, in models where several names or modules have to do with one."""
+"""A configuration selects the layers and parameters it means."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_lora import ConfigError, LoRAConfig, TargetError, adapter_state_dict, inject_adapters
-from tests.models import randomise
+from lightning_lora import (
+    AdapterMismatchError,
+    LoRAConfig,
+    TargetError,
+    inject_adapters,
+    load_from_checkpoint,
+    merge_adapters,
+    remove_adapters,
+    unmerge_adapters,
+)
+from tests.models import LitTiny, TinyLM, data, lora, same, state, trainer, unties
+from tests.targets.cases import Table, adapted
 
 
-def adapted(model: nn.Module, **config: Any) -> tuple[str, ...]:
-    return inject_adapters(model, LoRAConfig(**{"r": 1, **config}))
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("all-linear", ("q_proj", "v_proj")),
+        ("all", ("embed", "q_proj", "v_proj", "lm_head")),
+        (["q_proj"], ("q_proj",)),
+        (["v_proj", "q_proj"], ("q_proj", "v_proj")),
+        (("embed", "lm_head"), ("embed", "lm_head")),
+        ({"q_proj"}, ("q_proj",)),
+        (r"[qv]_proj", ("q_proj", "v_proj")),
+        (r".*(proj|norm)", ("q_proj", "v_proj")),
+    ],
+    ids=str,
+)
+def test_targets(targets: Any, expected: tuple[str, ...]) -> None:
+    assert adapted(TinyLM(), target_modules=targets) == expected
 
 
-class Table(nn.Module):
-    """A matrix that a module reads by itself, with parameters that are none beside it."""
+def test_all_linear_leaves_a_transformers_output_head_out() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.grid = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.randn(1, 2, 3, 4))
-        self.codes = nn.Parameter(torch.zeros(4, 5, dtype=torch.int32), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.table
-
-
-class Silent(nn.Module):
-    """A module that holds a matrix, and never computes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.matrix = nn.Parameter(torch.randn(4, 5))
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+            vocab_size=32, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    assert "lm_head" not in adapted(llama)
+    names = adapted(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=32, n_positions=8)))
+    assert names == tuple(
+        f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    )
 
 
-class Reads(nn.Module):
-    """A module that reads the matrix of another."""
+def test_output_head_is_whatever_a_module_says_it_is() -> None:
+    model: Any = nn.ModuleDict({"body": nn.Linear(4, 4), "words": nn.Linear(4, 8)})
+    model["body"].get_output_embeddings = lambda: model["words"]
+    assert adapted(model) == ("body",)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.silent = nn.Linear(4, 4), Silent()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.first(x) @ self.silent.matrix
+def test_exclude_takes_out_a_layer_or_everything_below_a_module() -> None:
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "b": nn.Linear(2, 2)})
+    assert adapted(model, exclude_modules=["a"]) == ("b",)
+    assert adapted(nn.ModuleDict({"c": nn.Linear(2, 2), "d": nn.Linear(2, 2)}), exclude_modules="d") == ("c",)
+
+
+def test_modules_to_save_win_over_targets_and_train_whole() -> None:
+    model = LitTiny()
+    assert adapted(model, modules_to_save=["head"]) == ("q_proj", "v_proj")
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained == ["q_proj.lora_A", "q_proj.lora_B", "v_proj.lora_A", "v_proj.lora_B", "head.weight", "head.bias"]
+
+
+@pytest.mark.parametrize(
+    ("bias", "trained"), [("none", []), ("lora_only", ["q_proj.bias"]), ("all", ["q_proj.bias", "head.bias"])]
+)
+def test_bias(bias: Any, trained: list[str]) -> None:
+    model = LitTiny()
+    adapted(model, target_modules=["q_proj", "v_proj"], bias=bias)
+    assert [name for name, p in model.named_parameters() if p.requires_grad and "lora" not in name] == trained
+
+
+def test_rank_and_alpha_patterns() -> None:
+    model = LitTiny()
+    inject_adapters(model, LoRAConfig(r=2, alpha=4, rank_pattern={"v_proj": 4}, alpha_pattern={"q_.*": 8.0}))
+    layers: Any = model
+    assert (layers.q_proj.lora_A.shape, layers.v_proj.lora_A.shape) == ((2, 8), (4, 8))
+    assert (layers.q_proj.lora_settings.scaling, layers.v_proj.lora_settings.scaling) == (4.0, 1.0)
+
+
+def test_shared_layer_is_adapted_once_under_either_name() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(2, 2)})
+    model["b"] = model["a"]
+    assert adapted(model, target_modules=["b"]) == ("a",)
+    assert adapted(model, target_modules=["b"]) == ("a",)
+    remove_adapters(model)
+    assert adapted(model) == ("a",)
+    assert adapted(model) == ("a",)
+
+
+def test_shared_layer_is_left_out_under_either_name() -> None:
+    shared = nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared, nn.Linear(2, 2))})
+    for left_out in ({"exclude_modules": ["a"]}, {"exclude_modules": ["b.0"]}):
+        assert adapted(model, **left_out) == ("b.1",)
+        remove_adapters(model)
+    with pytest.raises(TargetError):
+        adapted(model, modules_to_save=["b"])
+
+
+def test_gpt3_has_the_papers_parameter_counts() -> None:
+    """Hu et al. 2021, table 4: W_q and W_v of 96 layers of width 12,288; 4.7 M at r=1, 37.7 M at r=8."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(12288, 12288, bias=False) for _ in "qkvo")
+
+    for r, expected in ((1, 4_718_592), (8, 37_748_736)):
+        with torch.device("meta"):
+            model = nn.Sequential(*(Attention() for _ in range(96)))
+        assert len(inject_adapters(model, LoRAConfig(r=r, target_modules=["q", "v"]))) == 192
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
+
+
+def test_looking_for_targets_does_not_advance_a_spectral_norm() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)))
+    before = state(model)
+    inject_adapters(model, LoRAConfig(r=2, target_modules="0"))
+    remove_adapters(model)
+    inject_adapters(model, LoRAConfig(r=2, exclude_modules=["1"]))
+    remove_adapters(model)
+    assert same(state(model), before)
+
+
+@unties
+def test_merging_and_unmerging_does_not_change_what_all_linear_means() -> None:
+    config = LoRAConfig(r=2, target_modules="all-linear")
+    model = TinyLM()
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["q_proj", "v_proj", "lm_head"]))
+    merge_adapters(model)
+    unmerge_adapters(model)
+    with pytest.raises(AdapterMismatchError, match="'lm_head' of TinyLM is adapted already"):
+        inject_adapters(model, config)
+
+
+def test_parameters_of_no_layer_train_if_they_are_named(tmp_path: Path) -> None:
+    class Tempered(LitTiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = nn.Parameter(torch.ones(()))
+
+        def forward(self, index: Tensor) -> Tensor:
+            return super().forward(index) * self.temperature
+
+    model, checkpoint = Tempered(), ModelCheckpoint(tmp_path, "a")
+    trainer(tmp_path, [lora(modules_to_save=["head", "temperature"]), checkpoint]).fit(model, data())
+    assert model.temperature != 1
+    again = load_from_checkpoint(Tempered, tmp_path / "a.ckpt", merge=True)
+    assert same(state(again), state(model))
+    with pytest.raises(TargetError, match=r"'temprature'.*'temperature'"):
+        inject_adapters(Tempered(), LoRAConfig(r=2, modules_to_save=["head", "temprature"]))
+    names = inject_adapters(LitTiny(), LoRAConfig(r=2, modules_to_save=["head", "q_proj.weight"]))
+    assert names == ("v_proj",)  # its weight trains whole, and needs no adapter
 
 
 # One thing under two names
@@ -94,11 +217,23 @@ def test_parameters_of_an_excluded_module_are_not_adapted() -> None:
     assert adapted(model, **how, modules_to_save=["head"]) == ("body", "experts")
 
 
-@pytest.mark.parametrize("name", ["grid", "codes"])
-def test_a_parameter_that_is_no_matrix_of_numbers_is_refused(name: str) -> None:
-    model = nn.ModuleDict({"body": nn.Linear(4, 4), "experts": Table()})
-    with pytest.raises(TargetError, match="neither a matrix nor a stack of matrices"):
-        adapted(model, target_parameters=[name])
+class Silent(nn.Module):
+    """A module that holds a matrix, and never computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(4, 5))
+
+
+class Reads(nn.Module):
+    """A module that reads the matrix of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.silent = nn.Linear(4, 4), Silent()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) @ self.silent.matrix
 
 
 def test_a_matrix_that_something_else_than_its_holder_reads_is_refused() -> None:
@@ -108,13 +243,6 @@ def test_a_matrix_that_something_else_than_its_holder_reads_is_refused() -> None
     ):
         with pytest.raises(TargetError, match="has no forward of its own, so other code reads it"):
             adapted(model, target_modules=[], target_parameters=[name])
-
-
-def test_a_weight_of_a_layer_is_updated_by_one_adapter_only() -> None:
-    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
-    assert adapted(model, target_modules="all-linear", target_parameters=["0.1.weight"]) == ("0", "0.0")
-    randomise(model)
-    assert {name.rpartition("lora_")[0] for name in adapter_state_dict(model)} == {"0.", "0.0."}
 
 
 # Output heads
@@ -143,79 +271,3 @@ def test_computed_weights_do_not_make_a_layer_the_head_of_an_embedding() -> None
     model = nn.ModuleDict({"words": norm(nn.Embedding(5, 4)), "body": nn.Linear(4, 4), "normed": norm(nn.Linear(4, 4))})
     with pytest.raises(TargetError, match="'normed': its weight is computed"):
         adapted(model)
-
-
-# What a refusal says
-
-
-def test_an_expression_that_means_no_layer_is_refused_for_what_it_means() -> None:
-    model = nn.ModuleDict({"norm": nn.LayerNorm(4), "body": nn.Linear(4, 4)})
-    with pytest.raises(TargetError, match="'norm': a LayerNorm is not supported"):
-        adapted(model, target_modules="no.*")
-
-
-def test_all_is_offered_only_to_those_who_asked_for_all_linear_layers() -> None:
-    model = nn.ModuleDict({"norm": nn.LayerNorm(4), "words": nn.Embedding(4, 4)})
-    with pytest.raises(TargetError, match=r"Embedding \('words'\)\. Set target_modules='all'"):
-        adapted(model)
-    with pytest.raises(TargetError, match="Correct target_modules") as refusal:
-        adapted(model, target_modules=["words"], exclude_modules=["words"])
-    assert "'all'" not in str(refusal.value)
-
-
-def test_near_names_are_those_of_layers_that_can_be_adapted() -> None:
-    model = nn.ModuleDict({"query_norm": nn.LayerNorm(4), "query_proj": nn.Linear(4, 4)})
-    with pytest.raises(TargetError, match=r"Nearest names: 'query_proj'\. Correct"):
-        adapted(model, target_modules=["query_nrom"])
-
-
-def test_a_word_that_is_misspelt_is_hinted_at_where_words_mean_something() -> None:
-    model = nn.ModuleDict({"body": nn.Linear(4, 4)})
-    with pytest.raises(TargetError, match="Or did you mean the word 'all-linear'"):
-        adapted(model, target_modules=["all_linear"])
-    with pytest.raises(TargetError) as refusal:
-        adapted(model, exclude_modules=["all_linear"])
-    assert "the word" not in str(refusal.value)
-
-
-def test_only_matrices_and_layers_are_offered_instead_of_a_module() -> None:
-    class Mixed(Table):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bias, self.norm, self.proj = nn.Parameter(torch.zeros(5)), nn.LayerNorm(5), nn.Linear(5, 5)
-
-    model = nn.ModuleDict({"mixed": Mixed()})
-    with pytest.raises(
-        TargetError, match=r"inside it 'mixed\.proj', but with target_parameters its 'mixed\.table'"
-    ) as why:
-        adapted(model, target_modules=["mixed"])
-    assert "mixed.norm" not in str(why.value) and "mixed.bias" not in str(why.value)
-
-
-def test_a_float8_weight_is_refused_for_what_it_is() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].weight = nn.Parameter(model[1].weight.data.to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(
-        TargetError, match=r"'1': its weight is torch\.float8_e4m3fn, with which torch does not compute"
-    ):
-        adapted(model, target_modules=["1"])
-
-
-# Patterns
-
-
-@pytest.mark.parametrize("argument", ["rank_pattern", "alpha_pattern"])
-def test_a_key_whose_layers_are_decided_by_several_before_it_is_refused(argument: str) -> None:
-    def build() -> nn.ModuleDict:
-        return nn.ModuleDict({name: nn.Linear(4, 4) for name in "abc"})
-
-    with pytest.raises(TargetError, match=r"'\[ab\]' has no effect on .*: 'a', 'b' before it match all"):
-        adapted(build(), **{argument: {"a": 1, "b": 2, "[ab]": 3}})
-    assert adapted(build(), **{argument: {"a": 1, "b": 2, "[abc]": 3}}) == ("a", "b", "c")
-
-
-def test_the_rank_may_be_the_smaller_side_and_no_more() -> None:
-    model = nn.ModuleDict({"wide": nn.Linear(9, 3)})
-    assert adapted(model, r=3) == ("wide",)
-    with pytest.raises(ConfigError, match=r"'wide' \(r=4, at most 3\)"):
-        adapted(nn.ModuleDict({"wide": nn.Linear(9, 3)}), r=4)

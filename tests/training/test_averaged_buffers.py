@@ -1,4 +1,4 @@
-"""Weight averaging does no arithmetic on what is the same already: infinity and -0.0 stay what they are."""
+"""Averaging leaves what is the same already untouched."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Fits in processes that send weights home: frozen statistics, frozen adapters, files in between, and what is left."""
+"""Fits in forked processes bring back all they trained."""
 
 import os
 import subprocess
@@ -10,65 +10,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.plugins import LayerSync
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lightning_lora import DeadAdapterWarning, load_adapter
 from tests.models import TRAINED, LitTiny, data, lora, same, state, trainer
-
-ROOT = Path(__file__).parents[2]
-X = torch.arange(20)
-
-
-class Normed(LitTiny):
-    """A classifier with a batch norm of the base, whose statistics are not those of its batches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(8)
-        self.norm.running_mean.fill_(0.3)  # type: ignore[union-attr]
-
-    def forward(self, index: Tensor) -> Tensor:
-        x = self.norm(self.embed(index))
-        return self.head(torch.tanh(self.q_proj(x)) + self.v_proj(x))
-
-
-class Synchronised(nn.BatchNorm1d):
-    """What a norm becomes; torch's own SyncBatchNorm runs on a GPU alone."""
-
-
-class Synchronises(LayerSync):
-    """What ``sync_batchnorm=True`` is: it puts new norms in place of those that are there, with their tensors."""
-
-    def apply(self, model: nn.Module) -> nn.Module:
-        for name, norm in list(model.named_modules()):
-            if isinstance(norm, nn.BatchNorm1d):
-                new = Synchronised(norm.num_features)
-                for kind in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-                    setattr(new, kind, getattr(norm, kind))
-                model.set_submodule(name, new.train(norm.training))
-        return model
-
-    def revert(self, model: nn.Module) -> nn.Module:
-        return model
-
-
-def test_a_frozen_norm_stands_still_when_it_is_made_a_synchronised_one(tmp_path: Path) -> None:
-    class Looks(L.Callback):
-        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            norm: Any = pl_module.norm
-            seen = {"is": isinstance(norm, Synchronised), "state": state(norm)}
-            torch.save(seen, tmp_path / f"{trainer.global_rank}.pt")
-
-    options = {"strategy": "ddp_fork", "devices": 2, "plugins": [Synchronises()], "enable_checkpointing": False}
-    model = Normed()
-    before = state(model.norm)
-    trainer(tmp_path, [lora(), Looks()], **options).fit(model, data())
-    for rank in range(2):
-        seen = torch.load(tmp_path / f"{rank}.pt")
-        assert seen["is"] and same(seen["state"], before)
-    assert same(state(model.norm), before) and not torch.equal(model.q_proj.weight, Normed().q_proj.weight)
 
 
 class Skips(LitTiny):
@@ -130,6 +76,9 @@ def test_an_adapter_that_the_user_froze_stands_still_beside_those_that_train(tmp
     assert same(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)))  # of the mean of both gradients
 
 
+X = torch.arange(20)
+
+
 def test_each_file_holds_the_adapters_of_the_fit_before_it(tmp_path: Path) -> None:
     model, merged = LitTiny(), []
     for number in range(2):
@@ -145,6 +94,7 @@ def test_each_file_holds_the_adapters_of_the_fit_before_it(tmp_path: Path) -> No
         torch.testing.assert_close(again(X), merged[number])
 
 
+ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import os, sys
 from pathlib import Path

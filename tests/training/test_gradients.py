@@ -1,4 +1,4 @@
-"""Gradients reach every adapter, or it is named: dead layers, recomputed layers, and layers that a batch leaves out."""
+"""Gradients reach every adapter, or it is named."""
 
 import copy
 import warnings
@@ -86,6 +86,26 @@ def test_adapters_that_no_gradient_reaches_are_named_once(tmp_path: Path) -> Non
     assert len([each for each in caught if each.category is DeadAdapterWarning]) == 1
 
 
+def two_processes_by_hand(cls: type[Skips], accumulate: int) -> dict[str, Tensor]:
+    """The same run with the batches of both processes one after another."""
+    model = cls()
+    torch.manual_seed(0)
+    inject_adapters(model, LoRACallback(r=2, exclude_modules=["head"]).config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    for _ in range(2):
+        for place, (index, label) in enumerate(data()):
+            for rank in range(2):
+                x = model.embed(index[rank::2])
+                v = 0 if (place + rank) % 2 == 0 else model.v_proj(x)
+                loss = nn.functional.cross_entropy(model.head(torch.tanh(model.q_proj(x)) + v), label[rank::2])
+                (loss / 2 / accumulate).backward()
+            if (place + 1) % accumulate == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+    return state(model)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_processes_do_not_wait_for_layers_that_a_batch_leaves_out(tmp_path: Path, accumulate: int) -> None:
     """Two processes' gradients are the mean of theirs, where a layer that was left out has a gradient of zero."""
@@ -111,26 +131,6 @@ def test_processes_do_not_wait_for_layers_that_a_batch_leaves_out(tmp_path: Path
     for name in ADAPTERS:
         torch.testing.assert_close(first[name], by_hand[name], msg=lambda text, n=name: f"{n}: {text}")
     assert not torch.equal(first["v_proj.lora_B"], torch.zeros(8, 2))
-
-
-def two_processes_by_hand(cls: type[Skips], accumulate: int) -> dict[str, Tensor]:
-    """The same run with the batches of both processes one after another."""
-    model = cls()
-    torch.manual_seed(0)
-    inject_adapters(model, LoRACallback(r=2, exclude_modules=["head"]).config)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=0.1)
-    for _ in range(2):
-        for place, (index, label) in enumerate(data()):
-            for rank in range(2):
-                x = model.embed(index[rank::2])
-                v = 0 if (place + rank) % 2 == 0 else model.v_proj(x)
-                loss = nn.functional.cross_entropy(model.head(torch.tanh(model.q_proj(x)) + v), label[rank::2])
-                (loss / 2 / accumulate).backward()
-            if (place + 1) % accumulate == 0:
-                optimizer.step()
-                optimizer.zero_grad()
-    return state(model)
 
 
 def test_processes_name_layers_that_no_batch_reaches(tmp_path: Path) -> None:
@@ -253,3 +253,43 @@ def test_a_first_step_without_a_loss_makes_no_adapter_dead(tmp_path: Path) -> No
             return super().training_step(batch, batch_idx) if batch_idx else None
 
     trainer(tmp_path, [lora()]).fit(Skips(), data())
+
+
+class Gathers(LitTiny):
+    """Its two projections are recomputed in backward, and read integers, flags and a number beside their input."""
+
+    def __init__(self, *, recomputed: bool) -> None:
+        super().__init__()
+        self.recomputed = recomputed
+
+    def inner(self, x: Tensor, order: Tensor, kept: Tensor, scale: float) -> Tensor:
+        return scale * (torch.tanh(self.q_proj(x[:, order])) + self.v_proj(x.where(kept, 0)))
+
+    def forward(self, index: Tensor) -> Tensor:
+        inputs: tuple[Any, ...] = (self.embed(index), torch.arange(7, -1, -1), torch.arange(8) > 2, 0.5)
+        return self.head(
+            checkpoint(self.inner, *inputs, use_reentrant=True) if self.recomputed else self.inner(*inputs)
+        )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_recomputed_layer_may_be_given_integers_and_trains_as_others_do(tmp_path: Path, dropout: float) -> None:
+    states = []
+    for recomputed in (False, True):
+        model = Gathers(recomputed=recomputed)
+        torch.manual_seed(0)
+        trainer(tmp_path, [lora(merge=False, dropout=dropout)]).fit(model, data())
+        states.append(state(model))
+    assert same(*states) and all(states[1][name].any() for name in ADAPTERS)
+
+
+class HalfUsed(LitTiny):
+    """A module that never calls its v_proj."""
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.q_proj(self.embed(index))))
+
+
+def test_dead_adapter_is_named(tmp_path: Path) -> None:
+    with pytest.warns(DeadAdapterWarning, match="'v_proj'"):
+        trainer(tmp_path, [lora()], max_epochs=1).fit(HalfUsed(), data())

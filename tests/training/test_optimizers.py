@@ -1,4 +1,4 @@
-"""Whoever builds an optimizer, and however: it holds exactly what trains, each where its base weight was."""
+"""An optimizer holds exactly what trains, in its weight's group."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,11 +1,12 @@
-"""A norm that a precision puts in place of one of the base stands still, as the one before it did."""
+"""Norms that Lightning replaces stand still too."""
 
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
-from lightning.pytorch.plugins import Precision
+from lightning.pytorch.plugins import LayerSync, Precision
 from torch import Tensor, nn
 
 from tests.models import LitTiny, data, lora, same, state, trainer
@@ -49,3 +50,40 @@ def test_a_norm_that_a_precision_replaced_is_of_the_frozen_base(tmp_path: Path, 
     assert same(state(model.norm), before)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert not {"norm.weight", "norm.bias"} & trained and "q_proj.lora_A" in trained
+
+
+class Synchronised(nn.BatchNorm1d):
+    """What a norm becomes; torch's own SyncBatchNorm runs on a GPU alone."""
+
+
+class Synchronises(LayerSync):
+    """What ``sync_batchnorm=True`` is: it puts new norms in place of those that are there, with their tensors."""
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        for name, norm in list(model.named_modules()):
+            if isinstance(norm, nn.BatchNorm1d):
+                new = Synchronised(norm.num_features)
+                for kind in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+                    setattr(new, kind, getattr(norm, kind))
+                model.set_submodule(name, new.train(norm.training))
+        return model
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        return model
+
+
+def test_a_frozen_norm_stands_still_when_it_is_made_a_synchronised_one(tmp_path: Path) -> None:
+    class Looks(L.Callback):
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            norm: Any = pl_module.norm
+            seen = {"is": isinstance(norm, Synchronised), "state": state(norm)}
+            torch.save(seen, tmp_path / f"{trainer.global_rank}.pt")
+
+    options = {"strategy": "ddp_fork", "devices": 2, "plugins": [Synchronises()], "enable_checkpointing": False}
+    model = Normed()
+    before = state(model.norm)
+    trainer(tmp_path, [lora(), Looks()], **options).fit(model, data())
+    for rank in range(2):
+        seen = torch.load(tmp_path / f"{rank}.pt")
+        assert seen["is"] and same(seen["state"], before)
+    assert same(state(model.norm), before) and not torch.equal(model.q_proj.weight, Normed().q_proj.weight)

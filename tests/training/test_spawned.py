@@ -1,4 +1,4 @@
-"""Runs in processes of their own: killed and resumed, on one process and on two, spawned, forked and launched."""
+"""Runs in processes of their own are killed and resumed."""
 
 import os
 import subprocess

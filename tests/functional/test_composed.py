@@ -1,0 +1,186 @@
+"""Where the composition of torch's functions is taken instead."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.fsdp
+import torch.distributed.tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_lora import LoRAConfig, inject_adapters
+from lightning_lora.functional import linear
+from lightning_lora.functional.linear import adapted_linear
+from tests.functional.cases import composed, goes_by_hand, inputs
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # which torch's own rules for second derivatives use
+def test_functional_transforms_and_forward_mode_derive_the_same() -> None:
+    torch.manual_seed(0)
+    x, weight, bias, a, b = (t.detach() for t in inputs(3, 4, 6, out=5))
+
+    def compute(f: Callable[..., Tensor]) -> dict[str, Tensor]:
+        def layer(x: Tensor, a: Tensor) -> Tensor:
+            return f(x, weight, bias, a, b, 0.5)
+
+        made = {
+            "grad": torch.func.grad(lambda a: layer(x, a).square().sum())(a),
+            "vmap": torch.func.vmap(layer, in_dims=(0, None))(x, a),
+            "per sample": torch.func.vmap(torch.func.grad(lambda a, x: layer(x, a).square().sum()), in_dims=(None, 0))(
+                a, x
+            ),
+            "jvp": torch.func.jvp(lambda a: layer(x, a), (a,), (torch.ones_like(a),))[1],
+            "hessian": torch.func.hessian(lambda a: layer(x, a).square().sum())(a),
+        }
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(a, torch.ones_like(a))
+            made["forward"] = torch.autograd.forward_ad.unpack_dual(layer(x, dual)).tangent
+        return made
+
+    ours, theirs = compute(adapted_linear), compute(composed)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], msg=name)
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (64, 4), (2, 3, 4)])
+def test_backward_takes_batches_of_gradients_and_dual_ones(shape: tuple[int, ...]) -> None:
+    tensors = inputs(*shape)
+    outputs = adapted_linear(*tensors, 0.5), composed(*tensors, 0.5)
+    assert goes_by_hand(outputs[0])
+    batch = torch.randn(7, *outputs[0].shape, dtype=torch.float64)
+    found, wanted = (torch.autograd.grad(y, tensors, batch, retain_graph=True, is_grads_batched=True) for y in outputs)
+    torch.testing.assert_close(found, wanted)
+    with torch.autograd.forward_ad.dual_level():
+        duals = [
+            torch.autograd.grad(y, tensors, torch.autograd.forward_ad.make_dual(batch[0], batch[1])) for y in outputs
+        ]
+        for found, wanted in zip(*duals, strict=True):
+            torch.testing.assert_close(found, wanted)
+            torch.testing.assert_close(
+                torch.autograd.forward_ad.unpack_dual(found).tangent,
+                torch.autograd.forward_ad.unpack_dual(wanted).tangent,
+            )
+
+
+def test_autocast_computes_in_its_dtype_by_hand() -> None:
+    tensors = inputs(4, 8, 16, out=16, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = adapted_linear(*tensors, 1.0)
+        exact = composed(*(t.detach().double() for t in tensors), 1.0)  # which autocast leaves alone
+    assert output.dtype is torch.bfloat16 and goes_by_hand(output)
+    assert (output - exact).norm() < 0.02 * exact.norm()
+    output.sum().backward()
+    assert all(t.grad.dtype is torch.float32 for t in tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert adapted_linear(*(t.double() for t in tensors), 1.0).dtype is torch.float64
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_compiled_whole_it_is_one_graph(dropout: float) -> None:
+    tensors = inputs(4, 8, 16, out=16, dtype=torch.float32)
+    compiled = torch.compile(linear.adapted_linear, fullgraph=True, backend="aot_eager")
+    output = compiled(*tensors, 0.5, dropout)
+    if not dropout:
+        torch.testing.assert_close(output, composed(*tensors, 0.5))
+    output.sum().backward()
+    assert all(t.grad is not None for t in tensors)
+
+
+def test_tensors_without_values_or_of_other_classes_are_composed() -> None:
+    class Other(Tensor):
+        pass
+
+    x, weight, bias, a, b = inputs(3, 6, dtype=torch.float32)
+    assert not goes_by_hand(adapted_linear(x.as_subclass(Other), weight, bias, a, b, 1.0))
+    meta = [t.to("meta") for t in (x, weight, bias, a, b)]
+    assert adapted_linear(*meta, 1.0, 0.1).shape == (3, 5)
+    nested = torch.nested.nested_tensor([torch.ones(2, 6), torch.ones(3, 6)])
+    with torch.no_grad():
+        output = adapted_linear(nested, weight, bias, a, b, 1.0)
+    torch.testing.assert_close(output.unbind()[1], composed(torch.ones(3, 6), weight, bias, a, b, 1.0))
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.skipif(not hasattr(dist.tensor, "distribute_tensor"), reason="torch has no public DTensor")
+def test_distributed_tensors_are_composed() -> None:
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    tensors = [t.detach() for t in inputs(3, 6, dtype=torch.float32)]
+    shared = [dist.tensor.distribute_tensor(t, mesh, [dist.tensor.Shard(0)]).requires_grad_() for t in tensors]
+    output = adapted_linear(*shared, 1.0)
+    assert isinstance(output, dist.tensor.DTensor)
+    torch.testing.assert_close(output.full_tensor(), composed(*tensors, 1.0))
+    output.sum().backward()
+    assert all(isinstance(t.grad, dist.tensor.DTensor) for t in shared)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.skipif(not hasattr(dist.fsdp, "fully_shard"), reason="torch has no public fully_shard")
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_parameters_that_are_sharded_between_passes_get_the_same_gradients(dropout: float) -> None:
+    gradients = []
+    for shard in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        inject_adapters(model, LoRAConfig(r=2, dropout=dropout))
+        for layer in model[::2]:
+            nn.init.normal_(layer.lora_B)
+        if shard:
+            dist.fsdp.fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+        torch.manual_seed(1)
+        model(torch.randn(5, 8)).square().sum().backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        gradients.append({name: grad.full_tensor() if shard else grad for name, grad in found.items()})
+    assert len(gradients[0]) == 4
+    for name, grad in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], grad)
+
+
+@pytest.mark.parametrize("tokens", [4, 400])
+def test_operations_are_counted_in_full(tokens: int) -> None:
+    x, weight, bias, a, b = inputs(tokens, 8, out=8)
+    flops = []
+    for f in (adapted_linear, composed):
+        with FlopCounterMode(display=False) as counter:
+            f(x, weight, bias, a, b, 1.0).sum().backward()
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1]
+
+
+@pytest.mark.skipif(not hasattr(torch.utils.checkpoint, "create_selective_checkpoint_contexts"), reason="older torch")
+@pytest.mark.parametrize("tokens", [4, 400])
+def test_selective_checkpointing_keeps_what_it_is_told_to(tokens: int) -> None:
+    x, weight, bias, a, b = inputs(tokens, 8, out=8)
+    create_contexts = torch.utils.checkpoint.create_selective_checkpoint_contexts
+    save = partial(create_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+    outputs = [
+        checkpoint(lambda x, f=f: f(x, weight, bias, a, b, 1.0), x, use_reentrant=False, context_fn=save)
+        for f in (adapted_linear, composed)
+    ]
+    for one, other in zip(*(torch.autograd.grad(y.square().sum(), [x, a, b]) for y in outputs), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_autocast_of_another_device_changes_nothing() -> None:
+    tensors = inputs(4, 3, dtype=torch.float32)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        output = adapted_linear(*tensors, 1.0)
+        output.sum().backward()
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert goes_by_hand(output) and output.dtype is tensors[0].grad.dtype is torch.float32
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_backward_may_run_under_an_autocast_that_forward_did_not(dropout: float) -> None:
+    tensors, grad = inputs(4, 6, dtype=torch.float32), torch.randn(4, 5)
+    output = adapted_linear(*tensors, 1.0, dropout)
+    expected = torch.autograd.grad(output, tensors, grad, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(output, tensors, grad)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)

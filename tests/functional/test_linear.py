@@ -1,0 +1,287 @@
+"""The gradients written out are those that torch derives."""
+
+import copy
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.fsdp
+import torch.distributed.tensor
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_lora import LoRAConfig, inject_adapters
+from lightning_lora.functional import linear
+from lightning_lora.functional.linear import adapted_linear
+from tests.functional.cases import composed, goes_by_hand, inputs
+from tests.models import randomise
+
+LAYOUTS: dict[str, Callable[[], Tensor]] = {
+    "transposed matrix": lambda: torch.randn(3, 4).T,
+    "transposed batch": lambda: torch.randn(3, 2, 5).transpose(0, 1),
+    "features first": lambda: torch.randn(2, 3, 4).mT,
+    "every second": lambda: torch.randn(4, 6)[:, ::2],
+    "expanded": lambda: torch.randn(1, 3).expand(4, 3),
+}
+
+
+def adapted(x: Tensor, dropout: float) -> Any:
+    layer = nn.Linear(x.shape[-1], 4).double()
+    inject_adapters(nn.Sequential(layer), LoRAConfig(r=2, dropout=dropout))
+    randomise(layer, scale=1)
+    return layer
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("build", LAYOUTS.values(), ids=LAYOUTS)
+def test_second_derivatives_are_right_however_the_input_is_laid_out(
+    build: Callable[[], Tensor], dropout: float
+) -> None:
+    x = build().double().requires_grad_()
+    layer = adapted(x, dropout)
+
+    def compute(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return torch.func.functional_call(layer, {"lora_A": a, "lora_B": b}, (x,))
+
+    assert torch.autograd.gradgradcheck(compute, (x, layer.lora_A, layer.lora_B))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("build", LAYOUTS.values(), ids=LAYOUTS)
+def test_gradients_with_gradients_drop_what_those_without_drop(build: Callable[[], Tensor], dropout: float) -> None:
+    x = build().double().requires_grad_()
+    layer = adapted(x, dropout)
+    inputs, output = (x, layer.lora_A, layer.lora_B), layer(x).square().sum()
+    first = torch.autograd.grad(output, inputs, retain_graph=True)
+    for one, other in zip(torch.autograd.grad(output, inputs, create_graph=True), first, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
+
+
+def layouts(x: Tensor) -> dict[str, Tensor]:
+    """Tensors like ``x`` in ways that memory may hold them."""
+    return {
+        "contiguous": x,
+        "transposed": x.transpose(0, -1).contiguous().transpose(0, -1),
+        "sliced": torch.cat([x, x], -1)[..., : x.shape[-1]],
+        "expanded": x[:1].expand(x.shape) if x.dim() > 1 else x,
+        "every second": torch.stack([x, x], 0).movedim(0, -1).flatten(-2)[..., ::2],
+    }
+
+
+@given(
+    shape=st.lists(st.integers(0, 4), max_size=4).flatmap(lambda s: st.tuples(*map(st.just, s), st.integers(1, 6))),
+    out=st.integers(1, 6),
+    r=st.integers(1, 4),
+    scaling=st.floats(-3, 3, width=16),
+    layout=st.sampled_from(["contiguous", "transposed", "sliced", "expanded", "every second"]),
+    trained=st.sets(st.sampled_from(NAMES), min_size=1),
+    with_bias=st.booleans(),
+)
+@settings(deadline=None, max_examples=200)
+def test_gradients_are_those_of_the_composition(
+    shape: tuple[int, ...], out: int, r: int, scaling: float, layout: str, trained: set[str], with_bias: bool
+) -> None:
+    x, weight, bias, a, b = (t.detach() for t in inputs(*shape, out=out, r=r))
+    x = layouts(x)[layout]
+    tensors = dict(zip(NAMES, (x, weight, bias, a, b), strict=True))
+    if not with_bias:
+        del tensors["bias"]
+    for name in trained & tensors.keys():
+        tensors[name].requires_grad_()
+    call = {"bias": None, **tensors}
+    ours, theirs = adapted_linear(**call, scaling=scaling), composed(*(call[name] for name in NAMES), scaling)
+    torch.testing.assert_close(ours, theirs)
+    wanted = [t for t in tensors.values() if t.requires_grad]
+    if not wanted:
+        return
+    assert goes_by_hand(ours)
+    for grad in layouts(torch.randn_like(ours)).values():
+        got = torch.autograd.grad(ours, wanted, grad, retain_graph=True)
+        for one, other in zip(got, torch.autograd.grad(theirs, wanted, grad, retain_graph=True), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_pass_torchs_check_to_the_second_order(dropout: float) -> None:
+    torch.manual_seed(0)
+    tensors = inputs(2, 3, 4, out=3)
+
+    def compute(*args: Any) -> Tensor:
+        torch.manual_seed(1)
+        return adapted_linear(*args, 0.7, dropout)
+
+    assert torch.autograd.gradcheck(compute, tensors)
+    assert torch.autograd.gradgradcheck(compute, tensors)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_that_have_gradients_are_the_same_gradients(dropout: float) -> None:
+    torch.manual_seed(0)
+    tensors = inputs(2, 3, 40, out=30)
+    output = adapted_linear(*tensors, 0.7, dropout)
+    grad = torch.randn_like(output)
+    first = torch.autograd.grad(output, tensors, grad, retain_graph=True)
+    for one, other in zip(first, torch.autograd.grad(output, tensors, grad, create_graph=True), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("tokens", [4, 400])
+def test_gradients_that_have_gradients_are_right_where_a_layer_is_used_twice(tokens: int) -> None:
+    torch.manual_seed(0)
+    x, weight, bias, a, b = inputs(tokens, 6, out=6)
+
+    def twice(f: Callable[..., Tensor]) -> Tensor:
+        return f(f(x, weight, bias, a, b, 0.5).tanh(), weight, bias, a, b, 0.5).square().sum()
+
+    found, expected = (torch.autograd.grad(twice(f), [x, a, b], create_graph=True) for f in (adapted_linear, composed))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+# The rule that chooses between W x + B A x and (W + B A) x
+
+
+@pytest.mark.parametrize("tokens", [4, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_weights_are_updated_for_many_tokens_where_no_small_update_is_lost(
+    tokens: int, dtype: torch.dtype, precision: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    monkeypatch.setattr(linear, "_updated", lambda w, a, b, s: made.append(w) or w + s * b @ a)  # type: ignore[func-returns-value]
+    x, weight, bias, a, b = inputs(tokens, 2, out=3, r=1, dtype=dtype)  # 4.8 tokens are twice the mean of 2 and 3
+    torch.set_float32_matmul_precision(precision)
+    try:
+        adapted_linear(x, weight, bias, a, b, 1.0, dropout)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    loses = dtype is torch.bfloat16 or (dtype is torch.float32 and precision != "highest")
+    assert bool(made) is (tokens == 5 and not dropout and not loses)
+
+
+def test_a_fresh_update_changes_nothing_whatever_the_form_and_the_layout() -> None:
+    torch.manual_seed(0)
+    for tokens, reads, writes in itertools.product((3, 400), range(4, 40, 5), range(4, 40, 7)):
+        x, weight, bias, a, b = inputs(tokens, reads, out=writes)
+        bias, every_second = bias.detach(), torch.randn(writes, 2 * reads, dtype=weight.dtype)[:, ::2]
+        for laid_out in (weight.detach(), weight.detach().T.contiguous().T, every_second):
+            assert torch.equal(adapted_linear(x, laid_out, bias, a, b * 0, 1.0), F.linear(x, laid_out, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("adapters", [torch.float32, None])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradients_are_as_exact_as_the_dtype_allows(dtype: torch.dtype, adapters: Any, dropout: float) -> None:
+    torch.manual_seed(0)
+    wide = inputs(3, 17, 32, out=24, r=4)
+    narrow = [t.detach().to(adapters or dtype if i > 2 else dtype).requires_grad_() for i, t in enumerate(wide)]
+    grad = torch.randn(3, 17, 24, dtype=torch.float64)
+    outputs = []
+    for tensors in (wide, narrow):
+        torch.manual_seed(5)
+        output = adapted_linear(*tensors, 2.0, dropout)
+        output.backward(grad.to(output.dtype))
+        outputs.append(output)
+    assert outputs[1].dtype is dtype
+    eps = torch.finfo(dtype).eps
+    for exact, rounded in [(outputs[0], outputs[1]), *((w.grad, n.grad) for w, n in zip(wide, narrow, strict=True))]:
+        assert (exact - rounded).norm() < 4 * eps * exact.norm()
+    assert [n.grad.dtype for n in narrow] == [n.dtype for n in narrow]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scaling_is_exact_and_keeps_half_precision_within_its_range(dtype: torch.dtype, dropout: float) -> None:
+    torch.manual_seed(0)
+    x, weight, _, a, b = (t.detach() for t in inputs(256, 64))
+    rounded = [t.to(dtype).requires_grad_() for t in (x, weight * 0, a * 20, b * 200)]
+    exact = [t.detach().double().requires_grad_() for t in rounded]
+    grad, scaling = 32 * torch.randn(256, 5), 1.004e-3  # float16 cannot hold g A, and can s g A; bfloat16 not s
+    for x, weight, a, b in (exact, rounded):
+        torch.manual_seed(5)
+        adapted_linear(x, weight, None, a, b, scaling, dropout).backward(grad.to(x.dtype))
+    for wide, narrow in zip(exact, rounded, strict=True):
+        size = (narrow.grad.double() * wide.grad).sum() / wide.grad.square().sum()
+        assert abs(size - 1) < torch.finfo(dtype).eps / narrow.numel() ** 0.2  # of many values, errors even out
+
+
+# Memory
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_little_is_kept_for_the_backward_pass_beside_the_input(dropout: float, dtype: torch.dtype) -> None:
+    x, weight, bias, a, b = inputs(256, 768, out=768, r=8, dtype=dtype)
+    a, b = (t.detach().float().requires_grad_() for t in (a, b))  # as adapters of a half-precision base are
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = adapted_linear(x, weight, bias, a, b, 1.0, dropout)
+    assert goes_by_hand(output)
+    for t in (x, weight, bias, a, b):
+        kept.pop(t.untyped_storage().data_ptr(), None)
+    assert sum(kept.values()) <= 0.02 * x.nbytes
+
+
+# What leaves arguments and inputs as they are
+
+
+def test_without_gradients_nothing_is_recorded_and_arguments_stay_as_they_are() -> None:
+    tensors = inputs(3, 6, dtype=torch.float32)
+    before = copy.deepcopy([t.detach() for t in tensors])
+    expected = adapted_linear(*tensors, 1.0).detach()
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            output = adapted_linear(*tensors, 1.0)
+        assert output.grad_fn is None and torch.equal(output, expected)
+    assert all(torch.equal(t, old) for t, old in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 64])
+def test_the_gradient_of_the_input_is_no_view_so_that_torch_may_add_to_it_in_place(tokens: int) -> None:
+    x, *others = inputs(2, tokens, 4)
+    x.register_hook(lambda grad: views.append(grad._is_view()))
+    views: list[bool] = []
+    adapted_linear(x, *others, 0.5).sum().backward()
+    assert views == [False]
+
+
+def test_a_few_tokens_are_not_rounded_to_narrower_adapters() -> None:
+    x, weight, bias, a, b = (t.detach() for t in inputs(2, 64, out=32, r=4))
+    for factors in ((a.bfloat16(), b.bfloat16()), (a, b.bfloat16()), (a.bfloat16(), b)):
+        with torch.no_grad():
+            found = adapted_linear(x, weight, bias, *factors, 1.0)
+        torch.testing.assert_close(found, composed(x, weight, bias, *(t.double() for t in factors), 1.0))
+
+
+def test_a_base_that_was_loaded_in_inference_mode_trains_in_a_first_layer() -> None:
+    x, _, _, a, b = inputs(4, 6)
+    with torch.inference_mode():
+        weight = torch.randn(5, 6, dtype=torch.float64)
+    output = adapted_linear(x.detach(), weight, None, a, b, 1.0)
+    once = torch.autograd.grad(output.square().sum(), [a, b], create_graph=True)
+    plain = composed(x.detach(), weight.clone(), None, a, b, 1.0).square().sum()
+    for one, other in zip(once, torch.autograd.grad(plain, [a, b]), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_changed_input_is_noticed_before_a_wrong_gradient() -> None:
+    x, weight, bias, a, b = inputs(3, 6)
+    output = adapted_linear(x, weight, bias, a, b, 1.0)
+    with torch.no_grad():
+        a.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()

@@ -1,0 +1,112 @@
+"""Merging adds the update, and is rounded once."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.fsdp
+import torch.distributed.tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_lora import (
+    AdapterStateError,
+    LoRAConfig,
+    MergePrecisionWarning,
+    inject_adapters,
+    merge_adapters,
+    unmerge_adapters,
+)
+from lightning_lora.functional import update
+from tests.models import randomise, same, state
+
+
+def test_merging_asks_no_device_for_float64() -> None:
+    class Apple(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            for tensor in tree_leaves(made):
+                assert not (isinstance(tensor, Tensor) and tensor.is_meta and tensor.dtype is torch.float64), func
+            return made
+
+    weight, a, b = (torch.empty(size, device="meta") for size in ((600, 1024), (2, 1024), (600, 2)))
+    with Apple():
+        for dtype in (torch.float32, torch.float16):
+            values, lost = update.merged(weight.to(dtype), a, b, 1.0)
+            assert values.dtype is dtype and lost == 0
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.skipif(not hasattr(dist.tensor, "distribute_tensor"), reason="torch has no public DTensor")
+def test_merging_into_distributed_weights_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    inject_adapters(model, LoRAConfig(r=2))
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    for name, p in list(model[0].named_parameters()):
+        spread = dist.tensor.distribute_tensor(p.detach(), mesh, [dist.tensor.Shard(0)])
+        setattr(model[0], name, nn.Parameter(spread, p.requires_grad))
+    with pytest.raises(AdapterStateError, match="are distributed"):
+        merge_adapters(model)
+
+
+def test_merging_weights_without_values_is_refused() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8))
+    inject_adapters(model, LoRAConfig(r=2))
+    with pytest.raises(AdapterStateError, match="no values yet"):
+        merge_adapters(model)
+
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_merge_says_what_share_of_the_update_rounding_took(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(dtype)
+    inject_adapters(model, LoRAConfig(r=4))
+    with torch.no_grad():
+        model[0].lora_B.normal_(std=0.1)
+        model[1].lora_B.normal_(std=1e-6)
+    delta = (model[1].lora_B @ model[1].lora_A).double()
+    weight = model[1].weight.double()
+    lost = ((weight + delta).to(dtype).double() - weight - delta).norm() / delta.norm()
+    assert lost > 0.9
+    with pytest.warns(MergePrecisionWarning, match=rf"{lost:.0%} of the update of '1'.* in 1 of 2 layers.*float32"):
+        merge_adapters(model)
+    unmerge_adapters(model)
+    merge_adapters(model.float())
+
+
+def test_small_update_of_a_float32_base_merges_in_silence() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    inject_adapters(model, LoRAConfig(r=4))
+    nn.init.normal_(model[0].lora_B, std=1e-6)
+    merge_adapters(model)
+
+
+def test_merge_is_rounded_once() -> None:
+    model = nn.Sequential(nn.Linear(64, 64)).bfloat16()
+    inject_adapters(model, LoRAConfig(r=4))
+    nn.init.normal_(model[0].lora_B, std=0.1)
+    expected = (model[0].weight.float() + model[0].lora_B @ model[0].lora_A).bfloat16()
+    merge_adapters(model)
+    assert torch.equal(model[0].weight, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_merge_is_rounded_once_and_unmerge_exact_in_every_dtype(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(6, 5)).to(dtype)
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model, scale=1.0)
+    before = state(model)
+    wide = {k: v.double() for k, v in before.items()}
+    merge_adapters(model)
+    exact = wide["0.weight"] + wide["0.lora_B"] @ wide["0.lora_A"]
+    ulp = torch.finfo(dtype).eps * exact.abs()
+    wide_eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps  # of the sum before it is rounded
+    unrounded = 4 * wide_eps * (exact.abs() + wide["0.lora_B"].abs() @ wide["0.lora_A"].abs())
+    assert ((model[0].weight.double() - exact).abs() <= ulp / 2 + unrounded + torch.finfo(dtype).tiny).all()
+    unmerge_adapters(model)
+    assert same(state(model), before)

@@ -1,0 +1,204 @@
+"""Layers of every kind, and what they should compute."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_lora import LoRAConfig, inject_adapters
+from tests.models import randomise
+
+
+class Scaled(nn.Linear):
+    """A linear layer that scales its weight and its output in its own forward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight * 2, self.bias) * 3
+
+
+class Normalised(nn.Linear):
+    """A linear layer whose output is not linear in its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight / self.weight.norm(dim=1, keepdim=True), self.bias)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An embedding that scales its rows, as Gemma's does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 4
+
+
+class Recursive(nn.Linear):
+    """A linear layer whose forward calls itself, and whose own names are those one might give a mixin."""
+
+    merge = features = None
+
+    def start(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+    def forward(self, input: Tensor, times: int = 2) -> Tensor:
+        return self(input, times - 1) if times else self.start(input)
+
+
+class PlainSubclass(nn.Linear):
+    """A subclass that computes as nn.Linear does."""
+
+
+class Padding(nn.Conv2d):
+    """A convolution that pads in its own forward, as EfficientNets do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(nn.functional.pad(input, (0, 1, 1, 0)))
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that standardises its weight in the method that forward calls."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, (weight - weight.mean()) / weight.std(), bias)
+
+
+class Experts(nn.Module):
+    """A stack of matrices, and one matrix beside it, as parameters of the module itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack, self.scale = nn.Parameter(torch.randn(3, 4, 5)), nn.Parameter(torch.randn(5))
+        self.mix = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...i,eoi->...o", x * self.scale, self.stack) @ self.mix
+
+
+FLOATS = torch.linspace(-1, 1, 30, dtype=torch.float64).reshape(2, 3, 5)
+INDEX = torch.tensor([[0, 3, 1], [4, 4, 2]])
+BAGS = (torch.tensor([0, 3, 1, 4, 4]), torch.tensor([0, 2]))
+LINE, PLANE, SPACE = (torch.linspace(-1, 1, 2 * 4 * 5**n, dtype=torch.float64).view(2, 4, *(5,) * n) for n in (1, 2, 3))
+PACKED = nn.utils.rnn.pack_padded_sequence(FLOATS, torch.tensor([3, 2]), batch_first=True)
+PAD = torch.tensor([[False, False, True], [False, False, False]])
+SELF = (FLOATS, FLOATS, FLOATS)
+ATTENTION: dict[str, Any] = {"embed_dim": 5, "num_heads": 1, "batch_first": True}
+Build = Any
+LAYERS: dict[str, tuple[Build, Any]] = {
+    "linear": (lambda: nn.Linear(5, 4), FLOATS),
+    "linear without bias": (lambda: nn.Linear(5, 4, bias=False), FLOATS),
+    "subclass": (lambda: PlainSubclass(5, 4), FLOATS),
+    "conv1d": (lambda: Conv1D(4, 5), FLOATS),
+    "embedding": (lambda: nn.Embedding(5, 4), INDEX),
+    "padded embedding": (lambda: nn.Embedding(5, 4, padding_idx=4), INDEX),
+    "recursive": (lambda: Recursive(5, 4), FLOATS),
+    "scaled": (lambda: Scaled(5, 4), FLOATS),
+    "normalised": (lambda: Normalised(5, 4), FLOATS),
+    "scaled embedding": (lambda: ScaledEmbedding(5, 4), INDEX),
+    "bag": (lambda: nn.EmbeddingBag(5, 4), BAGS),
+    "bag of sums": (lambda: nn.EmbeddingBag(5, 4, mode="sum", padding_idx=4), INDEX),
+    "bag of weighted sums": (lambda: nn.EmbeddingBag(5, 4, mode="sum"), (*BAGS, torch.linspace(1, 2, 5).double())),
+    "bag of maxima": (lambda: nn.EmbeddingBag(5, 4, mode="max"), INDEX),
+    "convolution": (lambda: nn.Conv2d(4, 6, 3), PLANE),
+    "convolution in one dimension": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, bias=False), LINE),
+    "convolution in three": (lambda: nn.Conv3d(4, 6, (1, 2, 3), dilation=(1, 2, 1), padding="same"), SPACE),
+    "circular convolution": (lambda: nn.Conv2d(4, 6, 3, padding=2, padding_mode="circular"), PLANE),
+    "reflecting convolution": (lambda: nn.Conv1d(4, 6, 3, padding=(2,), padding_mode="reflect"), LINE),
+    "grouped convolution": (lambda: nn.Conv2d(4, 6, 3, groups=2, stride=(1, 2)), PLANE),
+    "depthwise convolution": (lambda: nn.Conv2d(4, 8, (3, 2), groups=4, padding=1), PLANE),
+    "unbatched convolution": (lambda: nn.Conv2d(4, 6, 3), PLANE[0]),
+    "padding convolution": (lambda: Padding(4, 6, 3), PLANE),
+    "standardised convolution": (lambda: Standardised(4, 6, 3), PLANE),
+    "transposed convolution": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), PLANE),
+    "transposed in one dimension": (lambda: nn.ConvTranspose1d(4, 6, 3, dilation=2, bias=False), LINE),
+    "transposed in three": (lambda: nn.ConvTranspose3d(4, 6, (1, 2, 3)), SPACE),
+    "transposed to a size": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), (PLANE, [12, 11])),
+    "grouped transposed convolution": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2, stride=2), PLANE),
+    "bilinear": (lambda: nn.Bilinear(5, 4, 6), (FLOATS, FLOATS[..., :4])),
+    "lstm": (lambda: nn.LSTM(5, 4, num_layers=2, bidirectional=True), FLOATS),
+    "lstm with projections": (lambda: nn.LSTM(5, 4, proj_size=3, batch_first=True), FLOATS),
+    "packed lstm": (lambda: nn.LSTM(5, 4, batch_first=True), PACKED),
+    "gru": (lambda: nn.GRU(5, 4, bias=False, batch_first=True), FLOATS),
+    "rnn": (lambda: nn.RNN(5, 4, nonlinearity="relu"), FLOATS),
+    "lstm cell": (lambda: nn.LSTMCell(5, 4), FLOATS[0]),
+    "gru cell": (lambda: nn.GRUCell(5, 4, bias=False), FLOATS[0]),
+    "rnn cell": (lambda: nn.RNNCell(5, 4), FLOATS[0]),
+    "attention": (lambda: nn.MultiheadAttention(**ATTENTION), (*SELF, PAD)),
+    "attention to others": (
+        lambda: nn.MultiheadAttention(**ATTENTION | {"kdim": 4, "vdim": 3}),
+        (FLOATS, FLOATS[..., 1:], FLOATS[..., 2:]),
+    ),
+    "attention with every option": (
+        lambda: nn.MultiheadAttention(5, 5, add_bias_kv=True, add_zero_attn=True, bias=False),
+        (*SELF, None, True, torch.eye(2, dtype=torch.bool), False),
+    ),
+    "experts": (Experts, FLOATS),
+}
+CONFIG = LoRAConfig(r=2, alpha=3, target_modules="all")
+
+
+def run(model: nn.Sequential, x: Any) -> Tensor:
+    """All that the layer puts out, as one vector."""
+    output = model[0](*x) if type(x) is tuple else model[0](x)
+    found: list[Tensor] = []
+    inside = [output]
+    while inside:
+        each = inside.pop()
+        if isinstance(each, nn.utils.rnn.PackedSequence):
+            each = each.data
+        inside += each if isinstance(each, tuple) else []
+        found += [each.reshape(-1)] if isinstance(each, Tensor) else []
+    return torch.cat(found)
+
+
+class Model(nn.Sequential):
+    def forward(self, x: Any) -> Tensor:
+        return run(self, x)
+
+
+def config(model: nn.Sequential, **kwargs: Any) -> LoRAConfig:
+    """A configuration that adapts all there is in the one layer of ``model``."""
+    if isinstance(model[0], Experts):
+        kwargs = {"target_modules": [], "target_parameters": ["stack", "mix"], **kwargs}
+    return LoRAConfig(**{"r": 2, "alpha": 3, "target_modules": "all", **kwargs})
+
+
+Factors = dict[str, Tensor]
+
+
+def factors(layer: Any) -> Factors:
+    return {name: p.detach().clone().requires_grad_() for name, p in layer.lora_parameters().items()}
+
+
+def reference_weights(layer: Any, lora: Factors) -> dict[str, Tensor]:
+    """W + s B A of the paper for each of the layer's matrices, in the layout of the weight that it lies in."""
+    scaling = 1.5
+    if isinstance(layer, nn.MultiheadAttention):
+        update = {part: scaling * lora[f"lora_B_{part}"] @ lora[f"lora_A_{part}"] for part in ("q", "k", "v", "out")}
+        out = {"out_proj.weight": layer.out_proj.weight + update["out"]}
+        if layer.in_proj_weight is not None:
+            return {"in_proj_weight": layer.in_proj_weight + torch.cat([update[part] for part in "qkv"]), **out}
+        return {**{f"{p}_proj_weight": getattr(layer, f"{p}_proj_weight") + update[p] for p in "qkv"}, **out}
+    if isinstance(layer, nn.RNNBase | nn.RNNCellBase | Experts):
+        prefix = "" if isinstance(layer, Experts) else "weight_"
+        names = [name.removeprefix("lora_A_") for name in lora if name.startswith("lora_A_")]
+        updates = {prefix + name: scaling * lora[f"lora_B_{name}"] @ lora[f"lora_A_{name}"] for name in names}
+        return {name: getattr(layer, name) + update for name, update in updates.items()}
+    delta, weight = scaling * lora["lora_B"] @ lora["lora_A"], layer.weight
+    transposed = isinstance(layer, nn.Embedding | nn.EmbeddingBag | Conv1D | nn.modules.conv._ConvTransposeNd)
+    return {"weight": weight + (delta.T if transposed else delta).reshape(weight.shape)}
+
+
+def train(model: Model) -> None:
+    """Move what trains, and only that."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=generator, dtype=torch.float64).mul_(0.1))
+
+
+def adapted(layer: nn.Module, **arguments: Any) -> Any:
+    """A layer with an update that does something."""
+    model = nn.Sequential(layer).double()
+    inject_adapters(model, LoRAConfig(**({"r": 2, "target_modules": "all"} | arguments)))
+    randomise(model, scale=1)
+    return layer

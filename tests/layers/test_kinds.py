@@ -1,0 +1,222 @@
+"""Every kind of layer computes W + ΔW."""
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from packaging.version import Version
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_lora import disable_adapters, inject_adapters, merge_adapters, remove_adapters, unmerge_adapters
+from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for
+from tests.layers.cases import Factors, Recursive, config, factors, reference_weights
+from tests.models import randomise, same, state
+
+
+def test_conv1d_is_found_without_importing_transformers_and_every_type_is_one_entry() -> None:
+    assert adapter_for(Conv1D(2, 3)) is ADAPTERS["transformers.pytorch_utils.Conv1D"]
+    assert adapter_for(nn.Linear(2, 2)) is ADAPTERS[nn.Linear]
+    assert adapter_for(nn.ReLU()) is None
+
+
+def test_fresh_adapter_changes_nothing(case: tuple[nn.Sequential, Any]) -> None:
+    model, x = case
+    before, layer, cls, weights = model(x), model[0], type(model[0]), list(model.parameters())
+    keys = list(model.state_dict())
+    inject_adapters(model, config(model))
+    assert torch.equal(model(x), before)
+    assert model[0] is layer and isinstance(layer, cls) and isinstance(layer, LoRALayer)
+    assert [p for name, p in model.named_parameters() if "lora_" not in name] == weights
+    assert [key for key in model.state_dict() if "lora_" not in key] == keys
+
+
+def reference(model: nn.Sequential, lora: Factors, x: Any) -> Tensor:
+    """What the same layer without adapters computes with these weights."""
+    plain = copy.deepcopy(model)
+    remove_adapters(plain)
+    weights = {f"0.{name}": weight for name, weight in reference_weights(model[0], lora).items()}
+    return torch.func.functional_call(plain, weights, (x,))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_adapted_layer_computes_the_papers_equation(case: tuple[nn.Sequential, Any], training: bool) -> None:
+    model, x = case
+    inject_adapters(model, config(model))
+    randomise(model)
+    model.train(training)
+    expected = reference(model, factors(model[0]), x)
+    torch.testing.assert_close(model(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_gradients_are_those_of_the_merged_weight(case: tuple[nn.Sequential, Any]) -> None:
+    model, x = case
+    inject_adapters(model, config(model))
+    randomise(model)
+    layer = model[0]
+    if getattr(layer, "padding_idx", None) is not None:
+        layer.lora_A.data[:, layer.padding_idx] = 0  # where it starts, and stays: the token's column has no gradient
+    model(x).square().sum().backward()
+    lora = factors(layer)
+    reference(model, lora, x).square().sum().backward()
+    for name, p in layer.lora_parameters().items():
+        torch.testing.assert_close(p.grad, lora[name].grad)
+    assert all(p.grad is None for name, p in layer.named_parameters() if "lora_" not in name)
+
+
+def test_merged_computes_as_adapted_and_unmerging_is_exact(case: tuple[nn.Sequential, Any]) -> None:
+    model, x = case
+    inject_adapters(model, config(model))
+    randomise(model)
+    before, adapted, weights = state(model), model(x), list(model.parameters())
+    base = {id(p) for name, p in model.named_parameters() if "lora_" not in name}
+    merge_adapters(model)
+    merge_adapters(model)
+    torch.testing.assert_close(model(x), adapted)
+    assert {id(p) for p in model.parameters()} == base
+    unmerge_adapters(model)
+    assert same(state(model), before) and all(a is b for a, b in zip(model.parameters(), weights, strict=True))
+    assert torch.equal(model(x), adapted)
+
+
+def test_state_of_a_merged_model_is_that_of_the_plain_one(case: tuple[nn.Sequential, Any]) -> None:
+    model, x = case
+    plain = copy.deepcopy(model)
+    inject_adapters(model, config(model))
+    randomise(model)
+    adapted = model(x)
+    merge_adapters(model)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(plain(x), adapted)
+
+
+def test_remove_gives_back_the_very_class_and_values(case: tuple[nn.Sequential, Any]) -> None:
+    model, x = case
+    next(model.parameters()).requires_grad_(False)
+    cls, before, output = type(model[0]), state(model), model(x)
+    flags = [p.requires_grad for p in model.parameters()]
+    inject_adapters(model, config(model))
+    randomise(model)
+    remove_adapters(model)
+    assert type(model[0]) is cls and same(state(model), before) and torch.equal(model(x), output)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert not [name for name in vars(model[0]) if "lora" in name] and not [
+        name for name in vars(model) if "lora" in name
+    ]
+
+
+def test_remove_after_merge_keeps_the_merged_weights(case: tuple[nn.Sequential, Any]) -> None:
+    model, x = case
+    inject_adapters(model, config(model))
+    randomise(model)
+    adapted = model(x)
+    merge_adapters(model)
+    remove_adapters(model)
+    torch.testing.assert_close(model(x), adapted)
+    assert not isinstance(model[0], LoRALayer)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_copies_and_pickles_are_adapted_models_of_their_own(case: tuple[nn.Sequential, Any], merged: bool) -> None:
+    model, x = case
+    inject_adapters(model, config(model))
+    randomise(model)
+    if merged:
+        merge_adapters(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)]
+    expected, kind = model(x), type(model[0])
+    randomise(model, seed=9)
+    remove_adapters(model)
+    for each in copies:
+        assert type(each[0]) is kind
+        assert torch.equal(each(x), expected)
+        unmerge_adapters(each)
+        remove_adapters(each)
+        assert type(each[0]) is type(model[0])
+
+
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.7"), reason="its compiler refuses some of them, with an error"
+)
+def test_compiled_layer_computes_the_same_adapted_merged_and_unmerged(case: tuple[nn.Sequential, Any]) -> None:
+    model, x = case
+    if isinstance(model[0], Recursive | nn.RNNBase):
+        pytest.skip("torch.compile takes neither a forward that calls itself nor torch's recurrent layers")
+    torch._dynamo.reset()
+    inject_adapters(model, config(model))
+    randomise(model)
+    expected = model(x)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for change in (lambda _: None, merge_adapters, unmerge_adapters):
+        change(model)
+        torch.testing.assert_close(compiled(x), expected)
+
+
+def test_hooks_and_shared_references_survive(case: tuple[nn.Sequential, Any]) -> None:
+    model, x = case
+    calls: list[str] = []
+    model[0].register_forward_hook(lambda *_: calls.append("forward"))
+    elsewhere = [model[0]]
+    inject_adapters(model, config(model))
+    randomise(model)
+    model(x)
+    assert set(calls) == {"forward"} and elsewhere[0] is model[0] and isinstance(elsewhere[0], LoRALayer)
+
+
+def test_disabled_adapters_are_the_base(case: tuple[nn.Sequential, Any]) -> None:
+    model, x = case
+    model.requires_grad_(False)  # torch's GRU computes other bits if it needs gradients
+    base = model(x)
+    inject_adapters(model, config(model))
+    randomise(model)
+    adapted = model(x)
+    for change in (lambda _: None, merge_adapters):
+        change(model)
+        with disable_adapters(model), disable_adapters(model):
+            assert torch.equal(model(x), base)
+        torch.testing.assert_close(model(x), adapted)
+
+
+def test_base_checkpoint_loads_strictly_before_and_after_injection(case: tuple[nn.Sequential, Any]) -> None:
+    model, x = case
+    base, plain = {name: value + 1 for name, value in model.state_dict().items()}, copy.deepcopy(model)
+    inject_adapters(model, config(model))
+    model.load_state_dict(base)
+    plain.load_state_dict(base)
+    assert torch.equal(model(x), plain(x))
+    factor = next(name for name in model.state_dict() if "lora_A" in name)
+    with pytest.raises(RuntimeError, match="lora_B"):
+        model.load_state_dict({**base, factor: model.state_dict()[factor]})
+
+
+def test_dropout_acts_in_training_alone_and_takes_nothing_away_on_average(case: tuple[nn.Sequential, Any]) -> None:
+    model, x = case
+    plain = copy.deepcopy(model)
+    inject_adapters(model, config(model, dropout=0.5))
+    inject_adapters(plain, config(plain))
+    for each in (model, plain):
+        randomise(each, scale=0.01)
+    expected = plain.eval()(x)
+    torch.testing.assert_close(model.eval()(x), expected)
+    if not model[0].lora_drops_input:
+        assert torch.equal(model.train()(x), model.eval()(x))
+        return
+    with torch.no_grad():
+        torch.manual_seed(1)
+        outputs = torch.stack([model.train()(x) for _ in range(400)])
+        torch.manual_seed(1)
+        assert torch.equal(model(x), outputs[0]) and not torch.equal(outputs[0], outputs[1])
+    deviation = outputs.std(dim=0) / 400**0.5
+    assert ((outputs.mean(dim=0) - expected).abs() <= 6 * deviation + 1e-4 * expected.abs().max()).all()

@@ -1,0 +1,102 @@
+"""Adapted encoders compute the same in every mode."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import AdapterStateError, LoRAConfig, inject_adapters, merge_adapters, remove_adapters
+from tests.layers.cases import config
+from tests.models import randomise
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("targets", ["all-linear", ["1.linear1"], ["0.linear2"]])
+@pytest.mark.parametrize("padded", [False, True])
+def test_encoders_are_adapted_in_eval_and_inference_mode(targets: Any, norm_first: bool, padded: bool) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0, batch_first=True, norm_first=norm_first)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first).double()
+    x = torch.randn(3, 5, 8, dtype=torch.double)
+    padding = torch.arange(5).expand(3, 5) >= torch.tensor([[5], [3], [4]]) if padded else None
+    kept = ~padding if padding is not None else slice(None)
+    base = model(x, src_key_padding_mask=padding)[kept]
+    inject_adapters(model, LoRAConfig(r=2, target_modules=targets))
+    randomise(model)
+    expected = model(x, src_key_padding_mask=padding)[kept]
+    assert not torch.allclose(expected, base)
+    model.eval()
+    torch.testing.assert_close(model(x, src_key_padding_mask=padding)[kept], expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x, src_key_padding_mask=padding)[kept], expected)
+    merge_adapters(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, src_key_padding_mask=padding)[kept], expected)
+
+
+def test_transformer_encoder_layer_computes_the_same_in_every_mode() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    x, padding = torch.randn(2, 3, 8), torch.tensor([[False, False, True], [False, False, False]])
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model, scale=0.5)
+    expected = model.train()(x, src_key_padding_mask=padding)[~padding]
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, src_key_padding_mask=padding)[~padding], expected)
+    copied = copy.deepcopy(model)
+    with torch.inference_mode():
+        torch.testing.assert_close(copied(x, src_key_padding_mask=padding)[~padding], expected)
+    remove_adapters(model)
+    assert [vars(each)["activation_relu_or_gelu"] for each in model.layers] == [1, 1]
+    assert not [name for each in model.layers for name in vars(each) if "lora" in name]
+
+
+def encoder() -> nn.TransformerEncoder:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+
+
+def switches(model: nn.TransformerEncoder) -> list[Any]:
+    return [*(layer.activation_relu_or_gelu for layer in model.layers), model.use_nested_tensor]
+
+
+def test_an_encoder_that_was_adapted_twice_has_its_own_inference_path_again() -> None:
+    model = encoder()
+    own = switches(model)
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["linear1"]))
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["linear1", "linear2"]))
+    remove_adapters(model)
+    assert switches(model) == own == [1, 1, True]
+
+
+def test_an_encoder_that_was_adapted_with_its_part_has_its_own_inference_path_again() -> None:
+    model, config = encoder(), LoRAConfig(r=2, target_modules=["linear1"])
+    own = switches(model)
+    inject_adapters(model.layers[0], config)
+    inject_adapters(model, config)
+    remove_adapters(model)
+    assert switches(model) == own
+
+
+UNDERMINED: dict[str, Any] = {
+    "prune": lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+    "weight norm": lambda layer: nn.utils.parametrizations.weight_norm(layer),
+    "old weight norm": lambda layer: nn.utils.weight_norm(layer),
+    "spectral norm": lambda layer: nn.utils.parametrizations.spectral_norm(layer),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("undermine", UNDERMINED.values(), ids=UNDERMINED)
+def test_weight_that_is_computed_since_injection_is_not_merged_or_given_back(undermine: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    inject_adapters(model, config(model))
+    randomise(model)
+    undermine(model[0])
+    adapted = model.eval()(torch.ones(8))
+    for call in (merge_adapters, remove_adapters):
+        with pytest.raises(AdapterStateError, match=r"weight of '0' of Sequential is computed"):
+            call(model)
+    assert torch.equal(model(torch.ones(8)), adapted)

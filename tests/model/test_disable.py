@@ -1,0 +1,94 @@
+"""Without its adapters, the model is the base."""
+
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import (
+    AdapterStateError,
+    LoRAConfig,
+    adapter_state_dict,
+    disable_adapters,
+    inject_adapters,
+    load_adapter_state_dict,
+    merge_adapters,
+    remove_adapters,
+    unmerge_adapters,
+)
+from tests.layers.cases import CONFIG, config
+from tests.models import same, state
+
+
+def test_running_the_base_in_training_mode_leaves_no_trace() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    inject_adapters(model, LoRAConfig(r=2))
+    before = state(model)
+    with disable_adapters(model):
+        model(torch.randn(5, 4))
+    assert same(state(model), before) and set(adapter_state_dict(model)) == {"0.lora_A", "0.lora_B"}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        adapter_state_dict, merge_adapters, unmerge_adapters, remove_adapters, lambda m: inject_adapters(m, CONFIG),
+        lambda m: load_adapter_state_dict(m, {}),
+    ],
+)  # fmt: skip
+def test_no_call_while_adapters_are_disabled(call: Any) -> None:
+    model = nn.Sequential(nn.Linear(5, 4))
+    inject_adapters(model, config(model))
+    with disable_adapters(model), pytest.raises(AdapterStateError, match="disable_adapters"):
+        call(model)
+    with suppress(ZeroDivisionError), disable_adapters(model):
+        _ = 1 / 0
+    adapter_state_dict(model)
+
+
+def test_out_of_memory_while_the_base_is_shown_costs_no_trained_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    with torch.no_grad():
+        model[1].weight.fill_(9), model[1].bias.fill_(9)
+    before, to, calls = state(model), Tensor.to, iter(range(100))
+
+    def fails(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError("no memory is left")
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "to", fails)
+    with pytest.raises(torch.OutOfMemoryError), disable_adapters(model):
+        pass
+    monkeypatch.undo()
+    assert same(state(model), before) and same(
+        adapter_state_dict(model), {k: v for k, v in before.items() if k[0] == "1" or "lora" in k}
+    )
+
+
+def test_autocast_remembers_no_weight_of_another_model() -> None:
+    """It keeps half-precision copies of the weights it has met: not of those of the base, nor of merged ones."""
+
+    def trained() -> nn.Sequential:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        inject_adapters(model, LoRAConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+        with torch.no_grad():
+            model[0].lora_B.fill_(1), model[1].weight.fill_(5)
+        return model
+
+    def base(model: nn.Module) -> Tensor:
+        with disable_adapters(model):
+            return model(x)
+
+    x = torch.randn(2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = base(trained()), trained()(x)
+    for first in (0, 1):
+        model = trained()
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = [base(model), model(x)] if first == 0 else [model(x), base(model)][::-1]
+        assert torch.equal(outputs[0], expected[0]) and torch.equal(outputs[1], expected[1])

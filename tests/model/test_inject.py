@@ -1,0 +1,241 @@
+"""An injection is done whole or not at all."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import (
+    AdapterMismatchError,
+    AdapterStateError,
+    ConfigError,
+    LoRAConfig,
+    LoRAError,
+    adapter_state_dict,
+    inject_adapters,
+    load_adapter_state_dict,
+    merge_adapters,
+    remove_adapters,
+    summarize,
+    unmerge_adapters,
+)
+from tests.model.cases import flags, unfreezable
+from tests.model.faults import FailsOnce
+from tests.models import LitTiny, randomise, same, state
+from tests.storage.cases import trained
+
+
+def test_injection_is_idempotent_and_takes_in_new_layers() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    config = LoRAConfig(r=2, modules_to_save=None)
+    inject_adapters(model, config)
+    factor = model[0].lora_A
+    model.append(nn.Linear(4, 4))
+    assert inject_adapters(model, config) == ("0", "1")
+    assert model[0].lora_A is factor and not model[1].weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"r": 1},
+        {"alpha": 7},
+        {"dropout": 0.1},
+        {"target_modules": ["v_proj"]},
+        {"modules_to_save": ["head"]},
+        {"bias": "all"},
+    ],
+    ids=str,
+)
+def test_another_config_on_an_adapted_model_is_refused(other: dict[str, Any]) -> None:
+    model, config = LitTiny(), {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+    inject_adapters(model, LoRAConfig(**config))
+    before = state(model)
+    with pytest.raises(AdapterMismatchError, match="adapted already"):
+        inject_adapters(model, LoRAConfig(**(config | other)))
+    assert same(state(model), before)
+
+
+def test_injecting_something_else_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="LoRAConfig"):
+        inject_adapters(nn.Linear(2, 2), {"r": 8})  # type: ignore[arg-type]
+
+
+def test_adapting_again_asks_for_the_same_kind_of_start() -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    inject_adapters(model, LoRAConfig(r=2))
+    inject_adapters(model, LoRAConfig(r=2, init="gaussian"))  # which makes no difference any more
+    with pytest.raises(AdapterMismatchError, match="with init=None; this configuration asks for init=pissa"):
+        inject_adapters(model, LoRAConfig(r=2, init="pissa"))
+
+
+def test_adapters_that_are_made_in_inference_mode_train() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with torch.inference_mode():
+        inject_adapters(model, LoRAConfig(r=2))
+    model(torch.ones(2, 4)).sum().backward()
+    assert model[0].lora_B.grad is not None
+
+
+@pytest.mark.parametrize("lazy", ["weight", "running_mean", "table"])
+def test_what_is_lazy_is_named_and_nothing_is_changed(lazy: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4) if lazy == "weight" else nn.Identity())
+    if lazy == "running_mean":
+        model[1] = nn.LazyBatchNorm1d(affine=False)
+    if lazy == "table":
+        model.register_buffer("table", nn.parameter.UninitializedBuffer())
+    name = lazy if lazy == "table" else f"1.{lazy}"
+    with pytest.raises(ConfigError, match=rf"'{name}'.*lazy.*Run one batch"):
+        inject_adapters(model, LoRAConfig(r=1, target_modules=["0"]))
+    assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
+
+
+def test_integer_parameters_of_a_module_that_trains_whole_stay(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
+    model["head"].codes = nn.Parameter(torch.arange(4), requires_grad=False)
+    inject_adapters(model, LoRAConfig(r=1, modules_to_save=["head"]))
+    assert model["head"].weight.requires_grad and not model["head"].codes.requires_grad
+
+
+def test_failed_injection_leaves_the_model_as_it_was(monkeypatch: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Sequential(nn.Linear(4, 4)))
+    model[0].requires_grad_(False)
+    inject_adapters(model[2], LoRAConfig(r=1))
+    kinds, flags, keys = [type(m) for m in model.modules()], [p.requires_grad for p in model.parameters()], state(model)
+    monkeypatch.setattr("lightning_lora.model.inject.keep_originals", lambda *_: [][0])
+    with pytest.raises(IndexError):
+        inject_adapters(model, LoRAConfig(r=1))
+    assert kinds == [type(m) for m in model.modules()] and flags == [p.requires_grad for p in model.parameters()]
+    assert same(state(model), keys) and adapter_state_dict(model[2])
+
+
+def test_head_replaced_after_injection_is_the_one_that_counts() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    config = LoRAConfig(r=1, modules_to_save=["1"])
+    inject_adapters(model, config)
+    model[1] = nn.Linear(4, 3)
+    inject_adapters(model, config)
+    remove_adapters(model)
+    assert model(torch.zeros(4)).shape == (3,)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [adapter_state_dict, merge_adapters, unmerge_adapters, remove_adapters, lambda m: load_adapter_state_dict(m, {})],
+)
+def test_calls_on_a_plain_model_say_what_to_do(call: Callable[[nn.Module], Any]) -> None:
+    with pytest.raises(AdapterStateError, match="inject_adapters"):
+        call(LitTiny())
+    outer = nn.Sequential(trained())
+    with pytest.raises(LoRAError, match="'0': pass that module"):
+        call(outer)
+
+
+# A place for a module that is not there
+
+
+def test_a_model_with_a_place_for_a_module_that_is_not_there_is_adapted() -> None:
+    class WithoutHead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4, dtype=torch.float64), nn.Linear(4, 2)
+            self.head = None  # type: ignore[assignment]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    model, x = WithoutHead(), torch.randn(3, 4, dtype=torch.float64)
+    assert model._modules["head"] is None
+    expected = model(x)
+    assert inject_adapters(model, LoRAConfig(r=2)) == ("body",)
+    assert torch.equal(model(x), expected)
+    assert summarize(model).trained == 2 * (4 + 4)
+    remove_adapters(model)
+    assert model.head is None and type(model.body) is nn.Linear
+
+
+# An injection that fails midway
+
+
+def test_an_injection_that_fails_midway_gives_every_flag_back() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), unfreezable())
+    model[2].requires_grad_(False)
+    before, kinds, values = flags(model), [type(module) for module in model.modules()], state(model)
+    assert set(before.values()) == {False, True}
+    with pytest.raises(RuntimeError, match="cannot be frozen"):
+        inject_adapters(model, LoRAConfig(r=2))
+    assert flags(model) == before
+    assert kinds == [type(module) for module in model.modules()] and same(state(model), values)
+    with pytest.raises(AdapterStateError):
+        adapter_state_dict(model)
+
+
+def test_an_injection_that_fails_midway_leaves_an_earlier_one_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    config = LoRAConfig(r=2)
+    inject_adapters(model, config)
+    randomise(model)
+    values = adapter_state_dict(model)
+    model.append(unfreezable())
+    before = flags(model)
+    with pytest.raises(RuntimeError, match="cannot be frozen"):
+        inject_adapters(model, config)
+    assert flags(model) == before and type(model[2]) is nn.Linear
+    assert same(adapter_state_dict(model), values)
+
+
+def test_an_injection_that_fails_midway_leaves_norms_as_they_were() -> None:
+    """Those of the model move in training, and those of a part that was adapted before stand still."""
+    part = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model = nn.Sequential(nn.BatchNorm1d(4), part, nn.Linear(4, 4))
+    model.register_buffer("table", torch.ones(7))
+    inject_adapters(part, LoRAConfig(r=2))
+    with FailsOnce((7,), RuntimeError("no room")) as injecting, pytest.raises(RuntimeError, match="no room"):
+        inject_adapters(model, LoRAConfig(r=2))
+    assert injecting.failed
+    model.train()(torch.randn(5, 4))
+    assert model[0].running_mean.any() and not part[1].running_mean.any()
+
+
+def test_an_injection_that_fails_midway_remembers_no_flag_of_what_it_saw() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    config = LoRAConfig(r=2)
+    inject_adapters(model, config)
+    model.extend([nn.Linear(4, 4), unfreezable()])
+    with pytest.raises(RuntimeError, match="cannot be frozen"):
+        inject_adapters(model, config)
+    del model[2]
+    model[1].requires_grad_(False)
+    inject_adapters(model, config)
+    remove_adapters(model)
+    assert flags(model) == {"0.weight": True, "0.bias": True, "1.weight": False, "1.bias": False}
+
+
+# A base that was made in inference mode
+
+
+def without_gradients() -> nn.Sequential:
+    with torch.inference_mode():
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+def test_a_base_that_was_made_in_inference_mode_is_given_back_as_it_was() -> None:
+    model = without_gradients()
+    before, kinds, values = flags(model), [type(module) for module in model.modules()], state(model)
+    inject_adapters(model, LoRAConfig(r=2))
+    remove_adapters(model)
+    assert flags(model) == before
+    assert kinds == [type(module) for module in model.modules()] and same(state(model), values)
+
+
+def test_an_injection_that_fails_gives_back_a_base_that_was_made_in_inference_mode() -> None:
+    model = without_gradients().append(unfreezable())
+    before, kinds = flags(model), [type(module) for module in model.modules()]
+    with pytest.raises(RuntimeError, match="cannot be frozen"):
+        inject_adapters(model, LoRAConfig(r=2))
+    assert flags(model) == before and kinds == [type(module) for module in model.modules()]
+    with pytest.raises(AdapterStateError):
+        adapter_state_dict(model)

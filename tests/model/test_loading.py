@@ -1,0 +1,223 @@
+"""State dicts that others load are the new base."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import (
+    AdapterStateError,
+    BaseMismatchError,
+    LoRAConfig,
+    adapter_state_dict,
+    disable_adapters,
+    inject_adapters,
+    load_adapter,
+    load_adapter_state_dict,
+    merge_adapters,
+    remove_adapters,
+    save_adapter,
+    unmerge_adapters,
+)
+from tests.models import LitTiny, TinyLM, best, data, is_plain, lora, randomise, same, state, trainer, unties
+
+
+def test_base_loaded_after_injection_is_the_base() -> None:
+    def build(seed: int) -> nn.Sequential:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+    pretrained, model, x = build(0), build(1), torch.randn(5, 4)
+    pretrained(x)
+    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["2"]))
+    nn.ModuleDict({"model": model}).load_state_dict({f"model.{k}": v for k, v in pretrained.state_dict().items()})
+    randomise(model)
+    with torch.no_grad():
+        model[2].weight.add_(1)
+    pretrained.eval(), model.eval()
+    with disable_adapters(model):
+        assert torch.equal(model(x), pretrained(x))
+    remove_adapters(model)
+    assert same(state(model), state(pretrained)) and not model._load_state_dict_pre_hooks
+
+
+def test_base_loaded_from_a_wider_dtype_is_what_the_model_holds(tmp_path: Path) -> None:
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+    model, base = build(), build()
+    wide = {name: value.double() + 1 / 3 for name, value in state(model).items()}
+    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["2"]))
+    for each in (model, base):
+        each.load_state_dict(wide)
+    save_adapter(model, tmp_path / "a.safetensors")
+    load_adapter(copy.deepcopy(base), tmp_path / "a.safetensors")
+    remove_adapters(model.double())
+    assert same(state(model), state(base.double()))
+
+
+def test_a_trained_part_loaded_by_itself_is_no_base() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    before = state(model)
+    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["1"]))
+    copied = copy.deepcopy(model)
+    for each in (model, copied):
+        each.load_state_dict({"1.weight": torch.ones(2, 4), "1.bias": torch.ones(2)}, strict=False)
+        remove_adapters(each)
+        assert same(state(each), before) and not each._load_state_dict_pre_hooks
+
+
+def test_weights_loaded_into_a_merged_model_are_a_new_base_and_no_way_back() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    base = state(model)
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    merge_adapters(model)
+    model.load_state_dict(base)
+    for call in (unmerge_adapters, adapter_state_dict, lambda m: disable_adapters(m).__enter__()):
+        with pytest.raises(AdapterStateError, match="changed since its adapters were merged"):
+            call(model)
+        assert same(state(model), base)
+    remove_adapters(model)
+    assert same(state(model), base)
+
+
+@unties
+def test_weight_loaded_beside_a_merged_one_that_was_tied_to_it_is_noticed(tmp_path: Path) -> None:
+    model = TinyLM()
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    randomise(model)
+    save_adapter(model, tmp_path / "a.safetensors")
+    merge_adapters(model)
+    model.load_state_dict({"embed.weight": torch.ones(20, 8)}, strict=False)  # the base of the merged head too
+    with pytest.raises(AdapterStateError, match="changed since its adapters were merged"):
+        unmerge_adapters(model)
+
+
+def test_a_state_of_adapters_is_not_half_loaded_into_the_merged_module(tmp_path: Path) -> None:
+    model, checkpoint = LitTiny(), best(tmp_path)
+    trainer(tmp_path, [lora(), checkpoint]).fit(model, data(), data())
+    before, stored = state(model), torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"]
+    with pytest.raises(AdapterStateError, match="only half of it could be loaded"):
+        model.load_state_dict(stored, strict=False)
+    assert same(state(model), before)
+    unmerge_adapters(model)
+    model.load_state_dict(stored, strict=False)
+    assert same({name: state(model)[name] for name in stored}, stored)
+
+
+CONFIG = LoRAConfig(r=2, target_modules=["q_proj", "v_proj"])
+
+
+def test_values_for_one_merged_layer_are_refused_or_the_merge_cannot_be_undone() -> None:
+    model, others = LitTiny(), LitTiny().q_proj.state_dict()
+    inject_adapters(model, CONFIG)
+    randomise(model)
+    merge_adapters(model)
+    merged = model.q_proj.weight.detach().clone()
+    try:
+        model.q_proj.load_state_dict({name: value + 1 for name, value in others.items()})
+    except AdapterStateError:
+        assert torch.equal(model.q_proj.weight, merged)
+        unmerge_adapters(model)
+        assert torch.equal(model.q_proj.weight, others["weight"])
+    else:
+        assert torch.equal(model.q_proj.weight, others["weight"] + 1)
+        with pytest.raises(AdapterStateError):
+            unmerge_adapters(model)
+        assert torch.equal(model.q_proj.weight, others["weight"] + 1)
+
+
+class Versioned(nn.Module):
+    """A part with a state of its own kind, that it takes only from its own version."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.version = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(1)
+
+    def set_extra_state(self, version: Tensor) -> None:
+        if self.version != 1:
+            raise ValueError("another version")
+
+
+def build() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), Versioned(), nn.Linear(4, 4)).eval()
+
+
+def two_states() -> tuple[nn.Sequential, dict[str, Any]]:
+    """An adapted model with an update, and adapters that it is to fail to load."""
+    other, model = build(), build()
+    for seed, each in enumerate((other, model)):
+        inject_adapters(each, LoRAConfig(r=2))
+        randomise(each, seed)
+    model[2].version = 2
+    return model, adapter_state_dict(other)
+
+
+def test_a_merged_model_whose_loading_fails_is_merged_as_before() -> None:
+    x = torch.randn(3, 4)
+    model, state_of_other = two_states()
+    merge_adapters(model)
+    before = model(x)
+    with pytest.raises(ValueError, match="another version"):
+        load_adapter_state_dict(model, state_of_other)
+    assert torch.equal(model(x), before)
+    shown = model[0].weight.detach().clone()
+    unmerge_adapters(model)
+    assert torch.equal(model[0].weight, build()[0].weight) and not torch.equal(model[0].weight, shown)
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def test_a_buffer_that_a_failed_load_had_reset_is_given_back() -> None:
+    model, state_of_other = two_states()
+    model[1].running_mean.fill_(3)  # which the other state does not hold
+    before = tensors(model)
+    with pytest.raises(ValueError, match="another version"):
+        load_adapter_state_dict(model, state_of_other)
+    assert same(tensors(model), before)
+
+
+def test_a_merged_model_is_as_it_was_after_a_file_that_is_refused(tmp_path: Path) -> None:
+    other = LitTiny()
+    with torch.no_grad():
+        other.embed.weight.neg_()
+    inject_adapters(other, LoRAConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["head"]))
+    save_adapter(other, tmp_path / "other.safetensors")
+    model = LitTiny()
+    trainer(tmp_path, [lora()], max_epochs=1, enable_checkpointing=False).fit(model, data())
+    before = state(model)
+    with pytest.raises(BaseMismatchError):
+        load_adapter(model, tmp_path / "other.safetensors")
+    assert is_plain(model) and same(state(model), before)
+    unmerge_adapters(model)
+    assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
+
+
+def test_adapters_that_are_loaded_into_a_model_after_its_fit_are_merged_into_it(tmp_path: Path) -> None:
+    model, t = LitTiny(), trainer(tmp_path, [lora()], max_epochs=1, enable_checkpointing=False)
+    t.fit(model, data())
+    other = LitTiny()
+    inject_adapters(other, LoRAConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["head"]))
+    randomise(other, seed=9)
+    load_adapter_state_dict(model, adapter_state_dict(other))
+    merge_adapters(other)
+    assert is_plain(model)
+    x = torch.arange(20)
+    assert torch.equal(model(x), other(x))
+    unmerge_adapters(model)
+    unmerge_adapters(other)
+    assert same(state(model), state(other))

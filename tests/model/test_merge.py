@@ -1,0 +1,324 @@
+"""A merge computes the same, and is undone exactly."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_lora import (
+    AdapterStateError,
+    LoRAConfig,
+    LoRAWarning,
+    MergePrecisionWarning,
+    adapter_state_dict,
+    disable_adapters,
+    inject_adapters,
+    load_adapter_state_dict,
+    merge_adapters,
+    remove_adapters,
+    unmerge_adapters,
+)
+from lightning_lora.functional import update
+from lightning_lora.model.view import View
+from tests.layers.cases import config
+from tests.model.faults import FailsOnce
+from tests.models import LitTiny, TinyLM, is_plain, randomise, same, state, unties
+
+
+@unties
+@pytest.mark.parametrize("tied", [False, True])
+def test_unmerge_follows_a_model_that_was_converted_in_between(tied: bool) -> None:
+    torch.manual_seed(0)
+    model = TinyLM(tied=tied)
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["lm_head"]))
+    randomise(model)
+    base = model.lm_head.weight.detach().clone()
+    merge_adapters(model)
+    model.double()
+    unmerge_adapters(model)
+    assert model.lm_head.weight.dtype is torch.float64 and torch.equal(model.lm_head.weight, base.double())
+    assert (model.lm_head.weight is model.embed.weight) is tied
+
+
+def test_merged_model_trains_as_a_plain_one_and_then_has_no_way_back() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    merge_adapters(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.train()(torch.ones(4)).sum().backward()
+    optimizer.step()
+    trained = state(model)
+    with pytest.raises(AdapterStateError, match="changed since its adapters were merged"):
+        unmerge_adapters(model)
+    assert same(state(model), trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", [{}, {"use_dora": True}, {"init": "pissa"}], ids=str)
+def test_merged_model_that_was_converted_comes_back_on_its_converted_base(
+    dtype: torch.dtype, method: dict[str, Any]
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    inject_adapters(model, LoRAConfig(r=2, **method))
+    randomise(model)
+    converted = copy.deepcopy(model).to(dtype)
+    merge_adapters(model)
+    model.to(dtype)
+    unmerge_adapters(model)
+    assert same(state(model), state(converted))
+
+
+def test_merged_model_that_was_converted_and_changed_does_not_come_back() -> None:
+    model = nn.Sequential(nn.Linear(6, 6))
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    merge_adapters(model)
+    model.bfloat16()
+    with torch.no_grad():
+        model[0].weight[0, 0] += 1
+    now = state(model)
+    with pytest.raises(AdapterStateError, match="converted in a way that cannot be repeated"):
+        unmerge_adapters(model)
+    assert same(state(model), now) and is_plain(model)
+
+
+@unties
+@pytest.mark.parametrize("head_first", [False, True])
+def test_flags_and_stored_names_of_tied_weights_do_not_depend_on_merging(head_first: bool) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("head", "embed")[:: 1 if head_first else -1]:
+                setattr(self, name, nn.Linear(4, 6, bias=False) if name == "head" else nn.Embedding(6, 4))
+            self.body = nn.Linear(4, 4)
+            self.head.weight = self.embed.weight
+
+    for saved in (None, ["embed"]):
+        model = Tied()
+        inject_adapters(model, LoRAConfig(r=2, target_modules=["head", "body"], modules_to_save=saved))
+        randomise(model)
+        before = {name: value.clone() for name, value in adapter_state_dict(model).items()}
+        merge_adapters(model)
+        assert same(adapter_state_dict(model), before)
+        remove_adapters(model)
+        assert all(p.requires_grad for p in model.parameters())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    r=st.integers(1, 3),
+    alpha=st.floats(0.1, 32),
+    calls=st.lists(st.sampled_from(["merge", "unmerge", "disable", "reload", "copy"]), max_size=8),
+    seed=st.integers(0, 99),
+)
+def test_any_order_of_calls_computes_one_function(r: int, alpha: float, calls: list[str], seed: int) -> None:
+    torch.manual_seed(seed)
+    model: nn.Module = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    base = state(model)
+    inject_adapters(model, LoRAConfig(r=r, alpha=alpha))
+    randomise(model, seed)
+    factors = adapter_state_dict(model)
+    w = [base[f"{i}.weight"] + alpha / r * factors[f"{i}.lora_B"] @ factors[f"{i}.lora_A"] for i in (0, 2)]
+    expected = torch.tanh(x @ w[0].T + base["0.bias"]) @ w[1].T + base["2.bias"]
+    for call in calls:
+        if call == "merge":
+            merge_adapters(model)
+        elif call == "unmerge":
+            unmerge_adapters(model)
+        elif call == "copy":
+            model = copy.deepcopy(model)
+        elif call == "disable":
+            with disable_adapters(model):
+                torch.testing.assert_close(
+                    model(x), torch.tanh(x @ base["0.weight"].T + base["0.bias"]) @ base["2.weight"].T + base["2.bias"]
+                )
+        else:
+            load_adapter_state_dict(model, adapter_state_dict(model))
+        torch.testing.assert_close(model(x), expected)
+    unmerge_adapters(model)
+    remove_adapters(model)
+    assert same(state(model), base)
+
+
+CHANGES: dict[str, Callable[[nn.Parameter], Any]] = {
+    "in place": lambda weight: weight.mul_(2),
+    "its data in place": lambda weight: weight.data.mul_(2),
+    "its data": lambda weight: setattr(weight, "data", weight.data * 2),
+    "one element": lambda weight: weight[0, 0].mul_(2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_to_merged_weights_are_not_lost(change: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    inject_adapters(model, config(model))
+    randomise(model)
+    merge_adapters(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        CHANGES[change](model[0].weight)
+    before = model(torch.ones(8))
+    with pytest.raises(AdapterStateError, match="changed since its adapters were merged"):
+        unmerge_adapters(model)
+    remove_adapters(model)
+    assert torch.equal(model(torch.ones(8)), before)
+    unmerge_adapters(copied)
+
+
+def test_merge_that_unties_or_overflows_says_so() -> None:
+    model = TinyLM()
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["lm_head"]))
+    with pytest.warns(LoRAWarning, match="'lm_head' in TinyLM was tied to another layer's"):
+        merge_adapters(model)
+    half = nn.Sequential(nn.Linear(4, 4)).half()
+    inject_adapters(half, LoRAConfig(r=1))
+    randomise(half, scale=1e3)
+    with pytest.warns(MergePrecisionWarning, match="'0' in Sequential cannot hold: the weights are infinite"):
+        merge_adapters(half)
+    unmerge_adapters(half)
+
+
+def test_device_without_room_for_merged_weights_keeps_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))).bfloat16()
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    before, calls = state(model), iter(range(100))
+
+    def fills(*args: Any) -> Any:
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("no memory is left")
+        return update.merged(*args)
+
+    monkeypatch.setattr("lightning_lora.layers.base.merged", fills)
+    with pytest.raises(torch.OutOfMemoryError):
+        merge_adapters(model)
+    assert same(state(model), before) and not is_plain(model)
+
+
+def test_merged_model_remembers_its_base_in_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    before, moved, cpu = state(model), list[Tensor](), Tensor.cpu
+
+    def host(tensor: Tensor) -> Tensor:
+        moved.append(cpu(tensor).clone())
+        return moved[-1]
+
+    monkeypatch.setattr(Tensor, "cpu", host)
+    merge_adapters(model)
+    held = [weight.base for weight in View(model).merged]
+    assert len(held) == len(moved) == 2 and all(base is there for base, there in zip(held, moved, strict=True))
+    unmerge_adapters(model)
+    assert same(state(model), before)
+
+
+X = torch.arange(20)
+
+
+@unties
+def test_merging_a_tied_head_leaves_the_embedding_alone() -> None:
+    torch.manual_seed(0)
+    model = TinyLM()
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["lm_head"]))
+    randomise(model)
+    adapted, embedding = model(X), model.embed.weight.detach().clone()
+    merge_adapters(model)
+    torch.testing.assert_close(model(X), adapted)
+    assert torch.equal(model.embed.weight, embedding)
+    unmerge_adapters(model)
+    assert model.lm_head.weight is model.embed.weight
+
+
+def test_merge_inside_autocast_is_the_merge() -> None:
+    model = nn.Sequential(nn.Linear(6, 6))
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    merge_adapters(model)
+    merged = state(model[0].cpu())
+    weight = model[0].weight.detach().clone()
+    unmerge_adapters(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        merge_adapters(model)
+        assert torch.equal(model[0].weight, weight)
+        with disable_adapters(model):
+            pass
+    assert torch.equal(model[0].weight, weight) and same(state(model[0]), merged)
+
+
+CONFIG = LoRAConfig(r=2, target_modules=["q_proj", "v_proj"])
+
+
+def test_values_written_into_a_merged_weight_are_not_lost_by_unmerging() -> None:
+    model = LitTiny()
+    inject_adapters(model, CONFIG)
+    randomise(model)
+    merge_adapters(model)
+    with torch.no_grad():
+        model.v_proj.weight.fill_(0.5)
+    with pytest.raises(AdapterStateError):
+        unmerge_adapters(model)
+    assert bool((model.v_proj.weight == 0.5).all())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no room"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_a_merge_that_fails_at_the_second_layer_merges_nothing(error: BaseException) -> None:
+    base, x = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6)).double(), torch.randn(3, 4, dtype=torch.float64)
+    model = copy.deepcopy(base)
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    values, expected = state(model), model(x)
+    with FailsOnce((6, 5), error) as merging, pytest.raises(type(error)):
+        merge_adapters(model)
+    assert merging.failed
+    assert all(torch.equal(layer.weight, own.weight) for layer, own in zip(model, base, strict=True))
+    assert same(state(model), values)
+    output = model(x)
+    assert torch.equal(output, expected)
+    output.sum().backward()
+    assert all(layer.lora_A.grad.any() and layer.lora_B.grad.any() for layer in model)
+    with disable_adapters(model):
+        torch.testing.assert_close(model(x), base(x))
+    merge_adapters(model)
+    torch.testing.assert_close(model(x), expected)
+
+
+@unties
+@pytest.mark.parametrize(
+    ("targets", "saved"),
+    [(["lm_head"], None), (["lm_head", "embed"], None), (["lm_head"], ["embed"])],
+    ids=["one use", "both uses", "the other trains"],
+)
+def test_what_trains_of_a_tied_weight_is_the_same_after_a_merge_and_its_undoing(
+    targets: list[str], saved: list[str] | None
+) -> None:
+    model = TinyLM()
+    inject_adapters(model, LoRAConfig(r=2, target_modules=targets, modules_to_save=saved))
+    randomise(model)
+    before, values = {name: p.requires_grad for name, p in model.named_parameters()}, state(model)
+    assert before["embed.weight"] is bool(saved)
+    merge_adapters(model)
+    unmerge_adapters(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert same(state(model), values) and model.lm_head.weight is model.embed.weight
+    remove_adapters(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_merge_of_what_has_no_values_is_refused_and_changes_nothing() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4))
+    model.append(nn.Linear(4, 4))
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model[1])
+    weight = model[1].weight.detach().clone()
+    with pytest.raises(AdapterStateError, match="'0' in Sequential have no values yet"):
+        merge_adapters(model)
+    assert torch.equal(model[1].weight, weight)

@@ -1,0 +1,138 @@
+"""A model and its parts remember their own base."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import (
+    AdapterMismatchError,
+    AdapterStateError,
+    LoRACallback,
+    LoRAConfig,
+    adapter_state_dict,
+    disable_adapters,
+    inject_adapters,
+    remove_adapters,
+)
+from lightning_lora.layers import LoRALayer
+from tests.model.cases import flags, unfreezable
+from tests.models import LitTiny, best, data, lora, randomise, same, state, trainer
+
+
+def test_adapters_injected_in_a_part_belong_to_the_whole_afterwards() -> None:
+    model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4)), "head": nn.Linear(4, 4)})
+    config = LoRAConfig(r=2)
+    inject_adapters(model["body"], config)
+    inject_adapters(model, config)
+    inject_adapters(model["body"], config)
+    inject_adapters(model, config)
+    with pytest.raises(AdapterMismatchError, match="modules_to_save"):
+        inject_adapters(model, LoRAConfig(r=2, bias="all"))
+    remove_adapters(model)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(isinstance(module, LoRALayer) for module in model.modules())
+
+
+def test_two_modules_that_share_layers_do_not_take_them_from_each_other(tmp_path: Path) -> None:
+    one, two = LitTiny(), LitTiny()
+    two.embed, two.q_proj, two.v_proj = one.embed, one.q_proj, one.v_proj
+    t = trainer(tmp_path, [lora(), best(tmp_path)])
+    t.fit(one, data(), data())
+    trainer(tmp_path, [lora(merge=False)]).fit(two, data())
+    before = state(two)
+    with pytest.raises(AdapterStateError, match=r"'q_proj', 'v_proj' of LitTiny have the adapters of another model"):
+        t.test(one, data(), ckpt_path="best", verbose=False)
+    assert same(state(two), before)
+    remove_adapters(two)
+    t.test(one, data(), ckpt_path="best", verbose=False)
+
+
+def test_a_merged_module_inside_another_is_a_base_as_it_is(tmp_path: Path) -> None:
+    inner, outer = LitTiny(), LitTiny()
+    trainer(tmp_path, [lora()]).fit(inner, data())
+    outer.inner = inner
+    before = state(outer)
+    inject_adapters(outer, LoRAConfig(r=2, modules_to_save=["head"]))
+    with disable_adapters(outer):
+        assert all(torch.equal(value, before[name]) for name, value in state(outer).items() if name in before)
+    remove_adapters(outer)
+    assert same(state(outer), before)
+
+
+def part_and_whole() -> tuple[nn.Sequential, nn.Sequential, LoRAConfig]:
+    """A part that was adapted by itself and trained, its biases from zero to one; and the model that holds it."""
+    part, config = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), LoRAConfig(r=2, bias="all")
+    part[1].requires_grad_(False)
+    nn.init.zeros_(part[0].bias)
+    inject_adapters(part, config)
+    randomise(part)
+    nn.init.ones_(part[0].bias)
+    return part, nn.Sequential(nn.Linear(4, 4), part), config
+
+
+def test_the_flags_of_a_part_that_was_adapted_first_are_given_back_by_the_whole() -> None:
+    _, model, config = part_and_whole()
+    inject_adapters(model, config)
+    remove_adapters(model)
+    assert {name for name, trains in flags(model).items() if not trains} == {"1.1.weight", "1.1.bias"}
+
+
+def test_the_values_of_a_part_that_was_adapted_and_trained_first_are_given_back_by_the_whole() -> None:
+    part, model, config = part_and_whole()
+    inject_adapters(model, config)
+    assert (part[0].bias == 1).all()
+    with disable_adapters(model):
+        assert (part[0].bias == 0).all()
+    remove_adapters(model)
+    assert (part[0].bias == 0).all()
+
+
+def test_a_frozen_weight_of_a_part_that_its_fit_changed_is_stored_with_the_whole(tmp_path: Path) -> None:
+    class Drifting(LitTiny):
+        def on_train_batch_end(self, *_: Any) -> None:
+            nn.init.ones_(self.embed.weight)
+
+    part, model = Drifting(), nn.Sequential()
+    trainer(tmp_path, [LoRACallback(r=2, target_modules=["q_proj"], merge=False)], max_epochs=1).fit(part, data())
+    assert "embed.weight" in adapter_state_dict(part)
+    model.append(part)
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["q_proj"]))
+    assert (adapter_state_dict(model)["0.embed.weight"] == 1).all()
+
+
+def test_what_the_whole_took_over_is_no_longer_the_parts_to_give_back() -> None:
+    part, model, config = part_and_whole()
+    inject_adapters(model, config)
+    with pytest.raises(AdapterStateError):
+        remove_adapters(part)
+
+
+def test_a_part_remembers_itself_when_adapting_the_whole_fails() -> None:
+    part, model, config = part_and_whole()
+    values = adapter_state_dict(part)
+    model.append(unfreezable())
+    with pytest.raises(RuntimeError, match="cannot be frozen"):
+        inject_adapters(model, config)
+    assert same(adapter_state_dict(part), values)
+    with pytest.raises(AdapterStateError):
+        adapter_state_dict(model)
+    remove_adapters(part)
+    assert (part[0].bias == 0).all()
+    assert {name for name, trains in flags(part).items() if not trains} == {"1.weight", "1.bias"}
+
+
+def test_the_whole_remembers_nothing_of_a_part_when_adapting_both_fails() -> None:
+    part, _, config = part_and_whole()
+    model = nn.Sequential(nn.Linear(4, 4))
+    inject_adapters(model, config)
+    model.extend([part, unfreezable()])
+    with pytest.raises(RuntimeError, match="cannot be frozen"):
+        inject_adapters(model, config)
+    del model[2]
+    remove_adapters(part)
+    nn.init.constant_(part[0].bias, 2)  # another base
+    remove_adapters(model)
+    assert (part[0].bias == 2).all()

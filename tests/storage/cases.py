@@ -1,0 +1,40 @@
+"""A trained model, and what must refuse to change it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRAConfig, inject_adapters
+from tests.models import LitTiny, randomise, same, state
+
+CONFIG = LoRAConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj"], modules_to_save=["head"], bias="lora_only")
+
+
+def trained() -> LitTiny:
+    """A model with every kind of thing that training changes."""
+    model = LitTiny()
+    inject_adapters(model, CONFIG)
+    randomise(model)
+    with torch.no_grad():
+        model.head.weight.add_(1)
+        model.q_proj.bias.add_(1)
+    return model
+
+
+@contextmanager
+def refused(model: nn.Module, error: type[Exception], match: str) -> Iterator[None]:
+    """Expect an error, and the model exactly as it was."""
+
+    def kinds() -> list[Any]:
+        return [(type(module), module.training) for module in model.modules()] + [
+            p.requires_grad for p in model.parameters()
+        ]
+
+    before, kinds_before = state(model), kinds()
+    with pytest.raises(error, match=match):
+        yield
+    assert same(state(model), before) and kinds() == kinds_before

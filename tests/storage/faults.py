@@ -1,0 +1,125 @@
+"""Faults that a file or its process may have."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRAError, inject_adapters, load_adapter, load_from_checkpoint
+from tests.models import LitTiny, data, lora, randomise, same, state, trainer
+
+FORK: Any = multiprocessing.get_context("fork")
+OURS = (LoRAError, FileNotFoundError, PermissionError)
+A = "q_proj.lora_A"
+
+
+def fork(work: Callable[[], object], seconds: float = 60) -> int:
+    """Run ``work`` in a fork of this process, fail as it fails, kill it after a time; return the signal of its end."""
+    receive, send = FORK.Pipe(duplex=False)
+
+    def run() -> None:
+        torch.set_num_threads(1)  # the other threads did not come along
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        warnings.simplefilter("ignore")  # what is wrong must be refused where a warning is no error
+        with Path(os.devnull).open("w") as sys.stdout:
+            sys.stderr = sys.stdout
+            try:
+                work()
+            except BaseException:
+                send.send(traceback.format_exc()[-20_000:])
+
+    child = FORK.Process(target=run)
+    child.start()
+    send.close()
+    child.join(seconds)
+    child.kill()
+    child.join()
+    with suppress(EOFError):
+        pytest.fail(receive.recv(), pytrace=False)
+    return -int(child.exitcode)
+
+
+def frugal(work: Callable[[], object], seconds: float = 60, most: int = 1 << 29) -> None:
+    """Run ``work`` in a fork that may take so much time and memory, and no more."""
+
+    def run() -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + (2 << 30), -1))  # so that this machine survives a failure
+        work()
+        assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10 < most
+
+    assert fork(run, seconds) == 0, f"took more than {seconds} seconds, or crashed"
+
+
+def limit(size: int, then: Any = signal.SIG_IGN) -> None:
+    """From now on no file grows over ``size`` bytes: more is an error, or with ``SIG_DFL`` death between two bytes."""
+    signal.signal(signal.SIGXFSZ, then)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def kinds(model: nn.Module) -> list[Any]:
+    parts = [(name, type(module), module.training) for name, module in model.named_modules()]
+    return [*parts, *((name, type(p), p.requires_grad) for name, p in model.named_parameters())]
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Expect ``model`` to be afterwards what it was, bit for bit."""
+    before, kinds_before = state(model), kinds(model)
+    yield
+    assert same(state(model), before) and kinds(model) == kinds_before
+
+
+def adapted(seed: int = 5) -> LitTiny:
+    model = LitTiny()
+    inject_adapters(model, lora().config)
+    randomise(model, seed)
+    return model
+
+
+def with_trainer(stage: str, model: LitTiny, path: Path) -> None:
+    t = trainer(path.parent, [lora(merge=False)], max_epochs=2, enable_checkpointing=False)
+    getattr(t, stage)(model, data(), ckpt_path=path)
+
+
+WAYS: dict[str, Callable[[LitTiny, Path], object]] = {
+    "load_adapter": load_adapter,
+    "load_from_checkpoint": lambda _, path: load_from_checkpoint(LitTiny, path),
+    "fit": partial(with_trainer, "fit"),
+    "test": partial(with_trainer, "test"),
+}
+
+
+def refused(path: Path, *ways: str, builds: Sequence[Callable[[], LitTiny]] = (LitTiny, adapted)) -> None:
+    """Expect ``path`` to be refused in every way in which it could be loaded, and a model to be what it was."""
+    for way, build in product(ways or WAYS, builds):
+        with unchanged(model := build()), pytest.raises(OURS):
+            WAYS[way](model, path)
+
+
+def forge(path: Path, good: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Write the good checkpoint with a change, and a checksum that is as it was."""
+    checkpoint = torch.load(good / "good.ckpt", weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+
+
+ONE = torch.ones(1, 1)

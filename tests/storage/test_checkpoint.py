@@ -1,0 +1,205 @@
+"""Checkpoints hold adapters alone, and full ones are bases."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+
+from lightning_lora import (
+    AdapterFileError,
+    AdapterMismatchError,
+    BaseMismatchError,
+    LoRACallback,
+    adapter_state_dict,
+    disable_adapters,
+    load_adapter,
+)
+from tests.cases import At, StopError, stop, tensors
+from tests.models import TRAINED, WORDS, LitTiny, best, data, is_plain, lora, state, trainer
+
+
+def test_every_file_is_adapter_only_and_loads_safely(tmp_path: Path) -> None:
+    saves = At(2, lambda t, m: t.save_checkpoint(tmp_path / "during.ckpt"))
+    light = At(3, lambda t, m: t.save_checkpoint(tmp_path / "light.ckpt", weights_only=True))
+    fail = At(7, stop)
+    t = trainer(
+        tmp_path,
+        [
+            lora(),
+            saves,
+            light,
+            fail,
+            best(tmp_path / "top", save_top_k=2, save_last=True),
+            ModelCheckpoint(tmp_path / "weights", save_weights_only=True, every_n_train_steps=2),
+            OnExceptionCheckpoint(tmp_path, "failed"),
+        ],
+    )
+    with pytest.raises(StopError):
+        t.fit(LitTiny(), data(), data())
+    files = sorted(tmp_path.rglob("*.ckpt"))
+    assert {file.name for file in files} >= {
+        "during.ckpt",
+        "light.ckpt",
+        "failed.ckpt",
+        "last.ckpt",
+        "best-epoch=0.ckpt",
+    }
+    assert any(file.parent.name == "weights" for file in files)
+    for file in files:
+        checkpoint = torch.load(file, weights_only=True)
+        assert sorted(checkpoint["state_dict"]) == sorted(TRAINED), file
+        assert checkpoint["lightning_lora"]["format"] == 2
+        for optimizer in checkpoint.get("optimizer_states", []):
+            assert len(optimizer["param_groups"][0]["params"]) == len(TRAINED)
+
+
+X = torch.arange(WORDS)
+
+
+def test_files_after_fit_are_adapter_only_and_resume(tmp_path: Path) -> None:
+    model = LitTiny()
+    t = trainer(tmp_path, [lora()])
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "after.ckpt")
+    t.save_checkpoint(tmp_path / "light.ckpt", weights_only=True)
+    assert sorted(tensors(tmp_path / "after.ckpt")) == sorted(tensors(tmp_path / "light.ckpt")) == sorted(TRAINED)
+    assert is_plain(model)
+    new = LitTiny()
+    trainer(tmp_path, [lora()], max_epochs=2).fit(new, data(), ckpt_path=tmp_path / "after.ckpt")
+    torch.testing.assert_close(new(X), model(X))
+
+
+class Big(LitTiny):
+    """A module whose adapters are a small part of it."""
+
+    def __init__(self) -> None:
+        super().__init__(width=512)
+
+
+def test_a_checkpoint_is_adapters_and_their_optimizer_state_and_little_more(tmp_path: Path) -> None:
+    model = Big()
+    t = trainer(tmp_path, [LoRACallback(r=8, target_modules=["q_proj", "v_proj"])], max_epochs=1)
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "after.ckpt")
+    adapters = sum(value.nbytes for value in adapter_state_dict(model).values())
+    assert adapters == 4 * 2 * 8 * 2 * 512  # fp32, two layers, r, in + out
+    assert (tmp_path / "after.ckpt").stat().st_size < 3 * adapters + 16_000
+    assert sum(p.nbytes for p in model.parameters()) > 20 * adapters
+
+
+def test_a_weight_that_is_part_of_a_larger_tensor_goes_alone_into_the_file(tmp_path: Path) -> None:
+    """As those of a recurrent layer are on a GPU: torch would write the larger one."""
+    model = LitTiny()
+    model.head.weight.data = torch.randn(1 << 20)[: model.head.weight.numel()].view_as(model.head.weight)
+    t = trainer(tmp_path, [lora(merge=False)], enable_checkpointing=False)
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert (tmp_path / "a.ckpt").stat().st_size < 20_000
+    assert torch.equal(torch.load(tmp_path / "a.ckpt")["state_dict"]["head.weight"], model.head.weight)
+
+
+class Compiled(LitTiny):
+    """A module with a compiled part, whose state has longer names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = torch.compile(self.q_proj, backend="eager")
+
+
+@pytest.mark.parametrize("cls", [LitTiny, Compiled])
+def test_a_callback_reads_a_whole_state_and_may_do_with_it_what_it_likes(tmp_path: Path, cls: type[LitTiny]) -> None:
+    class Clears(L.Callback):
+        def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+            assert list(checkpoint["state_dict"]) == list(pl_module.state_dict())
+            for value in checkpoint["state_dict"].values():
+                value.zero_()
+
+    model, t = cls(), trainer(tmp_path, [lora(merge=False)], max_epochs=1, enable_checkpointing=False)
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    again, t = cls(), trainer(tmp_path, [lora(), Clears()], max_epochs=1, enable_checkpointing=False)
+    t.fit(again, data(), ckpt_path=tmp_path / "a.ckpt")
+    for name in ("embed.weight", "head.weight"):
+        assert torch.equal(again.state_dict()[name], model.state_dict()[name])
+
+
+def test_full_checkpoint_is_taken_as_the_base(tmp_path: Path) -> None:
+    plain = LitTiny()
+    t = trainer(tmp_path, max_epochs=3)
+    t.fit(plain, data())
+    t.save_checkpoint(tmp_path / "full.ckpt")
+    model = LitTiny()
+    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
+    t.fit(model, data(), ckpt_path=tmp_path / "full.ckpt")
+    assert t.global_step == 4
+    assert torch.equal(model.q_proj.weight, plain.q_proj.weight) and not torch.equal(
+        model.head.weight, plain.head.weight
+    )
+    t.save_checkpoint(tmp_path / "lora.ckpt")
+    with disable_adapters(model):
+        assert torch.equal(model(X), plain(X))
+    loss = trainer(tmp_path).test(plain, data(), verbose=False)[0]["test_loss"]
+    load_adapter(plain, tmp_path / "lora.ckpt")
+    assert torch.equal(plain(X), model(X))
+    tested = trainer(tmp_path, [lora()]).test(model, data(), ckpt_path=tmp_path / "full.ckpt", verbose=False)
+    assert tested[0]["test_loss"] == pytest.approx(loss)  # the full file's own function: trained adapters give way
+
+
+def test_files_written_on_a_base_that_a_file_gave_belong_to_that_base(tmp_path: Path) -> None:
+    other = LitTiny()
+    with torch.no_grad():
+        other.q_proj.weight.add_(1)
+    trainer(tmp_path).validate(other, data(), verbose=False)
+    torch.save({"state_dict": other.state_dict(), "pytorch-lightning_version": L.__version__}, tmp_path / "other.ckpt")
+    model, t = LitTiny(), trainer(tmp_path, [lora(merge=False)], max_epochs=1)
+    t.fit(model, data())
+    t.validate(model, data(), ckpt_path=tmp_path / "other.ckpt", verbose=False)
+    t.save_checkpoint(tmp_path / "lora.ckpt")
+    load_adapter(other, tmp_path / "lora.ckpt")
+    assert torch.equal(other(X), model(X))
+    with pytest.raises(BaseMismatchError):
+        load_adapter(LitTiny(), tmp_path / "lora.ckpt")
+
+
+def test_full_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    t = trainer(tmp_path, max_epochs=1)
+    t.fit(LitTiny(width=6), data())
+    t.save_checkpoint(tmp_path / "full.ckpt")
+    with pytest.raises(BaseMismatchError, match=r"another shape 'embed.weight'"):
+        trainer(tmp_path, [lora()]).fit(LitTiny(), data(), ckpt_path=tmp_path / "full.ckpt")
+
+
+def test_resuming_on_another_base_rank_or_alpha_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    other = LitTiny()
+    with torch.no_grad():
+        other.v_proj.weight[0, 0] += 1e-6
+    for model, callback, error in (
+        (other, lora(), BaseMismatchError),
+        (LitTiny(), lora(r=4), AdapterMismatchError),
+        (LitTiny(), lora(alpha=9), AdapterMismatchError),
+        (LitTiny(), lora(target_modules=["q_proj"]), AdapterMismatchError),
+        (LitTiny(), lora(bias="all"), AdapterMismatchError),
+    ):
+        before = LitTiny().state_dict() if model is not other else state(other)
+        for stage in ("fit", "test"):
+            with pytest.raises(error):
+                getattr(trainer(tmp_path, [callback]), stage)(model, data(), ckpt_path=checkpoint)
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+        assert not any(p.any() for name, p in model.named_parameters() if name.endswith("lora_B"))
+
+
+def test_damaged_checkpoint_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    content = checkpoint.read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(content[: len(content) // 2])
+    changed = torch.load(checkpoint, weights_only=True)
+    changed["state_dict"]["q_proj.lora_A"][0, 0] += 1
+    torch.save(changed, tmp_path / "changed.ckpt")
+    torch.save([1], tmp_path / "foreign.ckpt")
+    for name in ("cut", "changed", "foreign"):
+        with pytest.raises(AdapterFileError):
+            trainer(tmp_path, [lora()]).fit(LitTiny(), data(), ckpt_path=tmp_path / f"{name}.ckpt")
+    with pytest.raises(FileNotFoundError):
+        trainer(tmp_path, [lora()]).fit(LitTiny(), data(), ckpt_path=tmp_path / "none.ckpt")

@@ -1,0 +1,247 @@
+"""Damaged and forged files are refused."""
+
+import json
+import struct
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lightning_lora import AdapterFileError, AdapterMismatchError, BaseMismatchError, LoRAError, load_adapter
+from lightning_lora.model.view import View
+from lightning_lora.storage.description import FORMAT, describe
+from lightning_lora.storage.fingerprint import forms_of_base
+from tests.models import LitTiny, same, state
+from tests.storage.faults import ONE, A, adapted, forge, frugal, kinds, refused, unchanged, with_trainer
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits what a process may write"),
+    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse|quantize)"),
+]
+
+
+# Damaged files
+
+
+KINDS = pytest.mark.parametrize("kind", ["safetensors", "ckpt"])
+
+
+@KINDS
+def test_truncated_file_is_refused_wherever_it_is_cut(tmp_path: Path, good: Path, kind: str) -> None:
+    content, path = (good / f"good.{kind}").read_bytes(), tmp_path / f"cut.{kind}"
+    size = len(content)
+    for cut in {*range(12), *range(0, size, size // 40), *range(size - 70, size, 7), size - 1}:
+        path.write_bytes(content[:cut])
+        refused(path, "load_adapter")
+    for cut in (0, 1, 3, size // 3, size - 22, size - 1):
+        path.write_bytes(content[:cut])
+        refused(path)
+
+
+FLIPS = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7)), min_size=1, max_size=3)
+
+
+def flip(content: bytes, flips: list[tuple[float, int]]) -> bytes:
+    changed = bytearray(content)
+    for place, bit in flips:
+        changed[int(place * len(changed))] ^= 1 << bit
+    return bytes(changed)
+
+
+@KINDS
+def test_flipped_bits_are_refused_or_change_nothing(tmp_path: Path, good: Path, kind: str) -> None:
+    content, path = (good / f"good.{kind}").read_bytes(), tmp_path / f"flipped.{kind}"
+    written = torch.load(good / "good.pt")
+
+    @settings(deadline=None, database=None, max_examples=150)
+    @given(flips=FLIPS)
+    def check(flips: list[tuple[float, int]]) -> None:
+        path.write_bytes(flip(content, flips))
+        model = LitTiny()
+        before, kinds_before = state(model), kinds(model)
+        try:
+            load_adapter(model, path)
+            assert same(state(model), written)
+        except (AdapterFileError, AdapterMismatchError, BaseMismatchError):
+            assert same(state(model), before) and kinds(model) == kinds_before
+
+    check()
+
+
+def test_flipped_bits_are_refused_or_the_resumed_run_is_the_same(tmp_path: Path, good: Path) -> None:
+    def resumed(path: Path) -> dict[str, Tensor]:
+        model = LitTiny()
+        with_trainer("fit", model, path)
+        return state(model)
+
+    content, path, through = (good / "good.ckpt").read_bytes(), tmp_path / "flipped.ckpt", resumed(good / "good.ckpt")
+
+    @settings(deadline=None, database=None, max_examples=60)
+    @given(flips=FLIPS)
+    def check(flips: list[tuple[float, int]]) -> None:
+        path.write_bytes(flip(content, flips))
+        with suppress(AdapterFileError, AdapterMismatchError, BaseMismatchError):
+            assert same(resumed(path), through)
+
+    check()
+
+
+# Forged files
+
+
+def put(name: Any, make: Callable[[], Any]) -> Callable[[dict[str, Any]], object]:
+    return lambda checkpoint: checkpoint["state_dict"].update({name: make()})
+
+
+def say(**fields: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda checkpoint: checkpoint["lightning_lora"].update(fields)
+
+
+def laughs(depth: int = 40) -> list[Any]:
+    """A list that is small in a pickle, and endless for whoever walks through it."""
+    found: list[Any] = []
+    for _ in range(depth):
+        found = [found, found]
+    return found
+
+
+def endless() -> list[Any]:
+    found: list[Any] = []
+    found.append(found)
+    return found
+
+
+FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
+    "dropped key": lambda checkpoint: checkpoint["state_dict"].pop(A),
+    "renamed key": lambda checkpoint: checkpoint["state_dict"].update(a=checkpoint["state_dict"].pop(A)),
+    "number as key": put(3, lambda: ONE),
+    "None as key": put(None, lambda: ONE),
+    "bytes as key": put(b"a", lambda: ONE),
+    "pair as key": put((A, 1), lambda: ONE),
+    "text": put(A, lambda: "A"),
+    "bool": put(A, lambda: torch.ones(2, 8, dtype=torch.bool)),
+    "complex": put(A, lambda: torch.ones(2, 8, dtype=torch.complex64)),
+    "quantised": put(A, lambda: torch.quantize_per_tensor(torch.ones(2, 8), 0.1, 0, torch.quint8)),
+    "meta": put(A, lambda: torch.ones(2, 8, device="meta")),
+    "sparse": put(A, lambda: torch.ones(2, 8).to_sparse()),
+    "compressed rows": put(A, lambda: torch.ones(2, 8).to_sparse_csr()),
+    "nested": put(A, lambda: torch.nested.nested_tensor([torch.ones(8), torch.ones(8)])),
+    "gigabytes expanded from one number": put(A, lambda: ONE.expand(1 << 16, 1 << 14)),
+    "more than any memory expanded from one number": put(A, lambda: ONE.expand(1 << 30, 1 << 30)),
+    "sparse and giant": put(A, lambda: torch.sparse_coo_tensor(torch.zeros(2, 1), torch.ones(1), (1 << 30, 1 << 30))),
+    "giant under another name": put("a", lambda: ONE.expand(1 << 16, 1 << 14)),
+    "endless base": say(base=endless()),
+    "base that explodes": say(base=laughs()),
+    "target_modules that explode": lambda checkpoint: checkpoint["lightning_lora"]["config"].update(
+        target_modules=laughs()
+    ),
+    "expression of a thousand parts": lambda checkpoint: checkpoint["lightning_lora"]["config"].update(
+        target_modules="(" * 500 + ")" * 500
+    ),
+    "no description": lambda checkpoint: checkpoint.update(lightning_lora=None),
+    "tensor as description": lambda checkpoint: checkpoint.update(lightning_lora=torch.ones(2)),
+    "list as state": lambda checkpoint: checkpoint.update(state_dict=[]),
+}
+
+
+@pytest.mark.parametrize("change", FORGED.values(), ids=FORGED)
+def test_forged_checkpoint_is_refused_at_no_cost(tmp_path: Path, good: Path, change: Any) -> None:
+    forge(tmp_path / "forged.ckpt", good, change)
+    frugal(partial(refused, tmp_path / "forged.ckpt"))
+
+
+JUNK: list[Any] = [
+    None, True, -1, 2, 10**400, 0.5, float("nan"), "x", "(", "", b"x", [], [1], [[]], [None], {}, {"a": 1},
+    {1: 2, "a": 3}, {1}, torch.ones(2), [torch.ones(2)], endless(), [{"layout": 1, "dtypes": 2, "digests": 3}],
+    [{"layout": torch.ones(2), "dtypes": [], "digests": [torch.ones(2)]}],
+]  # fmt: skip
+
+
+def test_description_of_wrong_types_is_refused(tmp_path: Path, good: Path) -> None:
+    def work() -> None:
+        said = torch.load(good / "good.ckpt", weights_only=True)["lightning_lora"]
+        config, path = said["config"], tmp_path / "a.ckpt"
+        places = [(said, field) for field in (*said, "more")] + [(config, field) for field in config]
+        for (whole, field), junk in product(places, JUNK):
+            if field in whole and repr(junk) == repr(whole[field]):
+                continue  # what it said anyway
+            forge(path, good, say(**{field: junk}) if whole is said else say(config={**config, field: junk}))
+            with unchanged(model := LitTiny()), pytest.raises(LoRAError):
+                load_adapter(model, path)
+
+    frugal(work)
+
+
+def about(config: str = "{}", base: str = "[]", checksum: str = "1") -> str:
+    return f'{{"format": {FORMAT}, "config": {config}, "checksum": {checksum}, "base": {base}}}'
+
+
+METADATA: dict[str, str] = {
+    "number": "3",
+    "list": "[]",
+    "text": '"format"',
+    "deep": "[" * 100_000,
+    "deep base": about(base="[" * 900 + "]" * 900),
+    "huge alpha": about(f'{{"alpha": {"9" * 4000}}}'),
+    "huge rank": about(f'{{"r": {"9" * 4000}}}'),
+    "hugest rank": about(f'{{"r": {"9" * 100_000}}}'),
+    "infinite checksum": about(checksum="1e999"),
+    "half a letter": about(base='"\\ud800"'),
+    "wrong types": about("[]", "{}", "[]"),
+}
+
+
+@pytest.mark.parametrize("text", METADATA.values(), ids=METADATA)
+def test_metadata_of_wrong_types_is_refused(tmp_path: Path, good: Path, text: str) -> None:
+    save_file(load_file(good / "good.safetensors"), tmp_path / "a.safetensors", {"lightning_lora": text})
+    frugal(partial(refused, tmp_path / "a.safetensors"))
+
+
+DIVERGED = {
+    "nan": (A, torch.full((2, 8), float("nan"))),
+    "inf": ("v_proj.lora_B", torch.full((8, 2), float("inf"))),
+    "-inf at one place": (A, torch.ones(2, 8).index_fill(1, torch.tensor([7]), -float("inf"))),
+    "too large for the model": (A, torch.full((2, 8), 1e300, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), DIVERGED.values(), ids=DIVERGED)
+def test_adapters_that_diverged_are_refused_though_their_file_is_whole(
+    tmp_path: Path, good: Path, name: str, value: Tensor
+) -> None:
+    def change(checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"][name] = value
+        checkpoint["lightning_lora"] = describe(view := View(adapted()), checkpoint["state_dict"], forms_of_base(view))
+
+    forge(tmp_path / "a.ckpt", good, change)
+    refused(tmp_path / "a.ckpt")
+    written = torch.load(tmp_path / "a.ckpt")
+    said = {"lightning_lora": json.dumps(written["lightning_lora"])}
+    save_file(written["state_dict"], tmp_path / "a.safetensors", said)
+    refused(tmp_path / "a.safetensors", "load_adapter")
+
+
+MANY = 1_000_000
+
+
+def test_million_keys_are_refused_in_bounded_time_and_memory(tmp_path: Path, good: Path) -> None:
+    with safe_open(good / "good.safetensors", "pt") as opened:
+        entries = ['"__metadata__":' + json.dumps(opened.metadata())]
+    entries += [f'"k{i}":{{"dtype":"F32","shape":[1],"data_offsets":[{4 * i},{4 * i + 4}]}}' for i in range(MANY)]
+    header = ("{" + ",".join(entries) + "}").encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4 * MANY))
+    forge(tmp_path / "a.ckpt", good, lambda whole: whole["state_dict"].update({f"k{i}": ONE for i in range(MANY)}))
+    for name, way in (("a.safetensors", "load_adapter"), ("a.ckpt", "load_adapter"), ("a.ckpt", "test")):
+        frugal(partial(refused, tmp_path / name, way, builds=[LitTiny]), most=1 << 30)

@@ -1,0 +1,367 @@
+"""Files are written whole, and read without harm."""
+
+import ctypes
+import errno
+import os
+import pickle
+import random
+import re
+import signal
+import struct
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_lora import AdapterFileError, LoRAConfig, LoRAError, inject_adapters, load_adapter, save_adapter
+from tests.models import LitTiny, data, exact, lora, same, state, trainer
+from tests.storage.faults import FORK, adapted, contents, fork, frugal, kinds, limit, refused, unchanged
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits what a process may write"),
+    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse|quantize)"),
+]
+
+
+# Killed
+
+
+class AtSave(L.Callback):
+    """Do something when the Trainer begins to write its n-th file."""
+
+    def __init__(self, n: int, do: Callable[[], object]) -> None:
+        self.n, self.do = n, do
+
+    def on_save_checkpoint(self, *_: Any) -> None:
+        self.n -= 1
+        if self.n == 0:
+            self.do()
+
+
+class Wait(L.Callback):
+    """Wait to be killed after two epochs."""
+
+    epochs = 0
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        if self.epochs == 2:
+            signal.pause()
+        self.epochs += 1
+
+
+def newest(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+EPOCHS = 24
+
+
+def shuffled() -> DataLoader[Any]:
+    return DataLoader(data().dataset, batch_size=4, shuffle=True)
+
+
+def run(folder: Path, *callbacks: L.Callback, epochs: int = EPOCHS) -> dict[str, Tensor]:
+    """Train with dropout and shuffling, from the newest whole file on if there is one; return the module's state."""
+    torch.manual_seed(7)
+    for path in [*newest(folder), None]:
+        every = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_last=True)
+        model, t = LitTiny(), trainer(folder, [lora(dropout=0.3), every, *callbacks], max_epochs=epochs)
+        with suppress(AdapterFileError):
+            t.fit(model, shuffled(), data(), ckpt_path=path)
+            break
+    return state(model)
+
+
+@exact
+def test_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
+    killed, moments = tmp_path / "killed", random.Random(11)
+    for kill in range(9):
+        if kill % 3 == 1:
+            die = partial(limit, moments.randrange(1, 15_000), signal.SIG_DFL)
+            ended = fork(partial(run, killed, AtSave(moments.randint(1, 4), die)))
+            assert ended == signal.SIGXFSZ
+        else:
+            assert fork(partial(run, killed, Wait()), seconds=moments.uniform(0.02, 0.5)) == signal.SIGKILL
+        for path in newest(killed):
+            load_adapter(LitTiny(), path)  # every file with a final name is whole
+    assert len(newest(killed)) > 2
+    assert fork(lambda: torch.save(run(killed), tmp_path / "end.pt")) == 0
+    assert same(torch.load(tmp_path / "end.pt"), run(tmp_path / "through"))
+
+
+def part_disks(crossing: Callable[[], None]) -> None:
+    """Let each folder be a disk of its own, as the temporary one often is: a move from one to another is a copy."""
+
+    def apart(move: Callable[..., None]) -> Callable[..., None]:
+        def moved(source: Any, target: Any, **kwargs: Any) -> None:
+            if Path(source).parent != Path(target).parent:
+                crossing()
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source))
+            move(source, target, **kwargs)
+
+        return moved
+
+    for name in ("rename", "replace"):
+        setattr(os, name, apart(getattr(os, name)))
+
+
+def savers() -> dict[str, Callable[[LitTiny, Path], object]]:
+    """Each way to write ``model``'s adapters to a file that is there already."""
+
+    def attached(model: LitTiny, folder: Path) -> L.Trainer:
+        t = trainer(folder, [lora(merge=False)], enable_checkpointing=False)
+        t.validate(model, data(), verbose=False)
+        return t
+
+    return {
+        "save_adapter": save_adapter,
+        "save_checkpoint": lambda model, path: attached(model, path.parent).save_checkpoint(path),
+        "weights only": lambda model, path: attached(model, path.parent).save_checkpoint(path, weights_only=True),
+    }
+
+
+SAVERS = savers()
+saver = pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
+
+
+@saver
+@pytest.mark.parametrize("moment", ["writing", "moving"])
+def test_file_is_the_old_or_the_new_one_wherever_its_writer_is_killed(tmp_path: Path, save: Any, moment: str) -> None:
+    path, old, new = tmp_path / "a.ckpt", adapted(1), adapted(2)
+    save(old, path)
+    size = path.stat().st_size
+    for at in (0, 1, size // 2, size - 1):
+        die = partial(limit, at, signal.SIG_DFL)
+
+        def work(die: Any = die) -> None:
+            part_disks(die)
+            if moment == "writing":
+                die()
+            save(new, path)
+
+        ended = fork(work)
+        assert ended == signal.SIGXFSZ if moment == "writing" else ended in (0, signal.SIGXFSZ)
+        model = LitTiny()
+        load_adapter(model, path)
+        assert same(state(model), state(old)) or (ended == 0 and same(state(model), state(new)))
+        save(old, path)
+    assert list(contents(tmp_path)) == ["a.ckpt"]  # what a killed writer left is not in the way, nor left for ever
+
+
+# No room
+
+
+@contextmanager
+def full(_: Path) -> Iterator[None]:
+    limit(1000)
+    yield
+    limit(-1)
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())  # not even for root
+    paths = [*folder.glob("*.*"), folder]
+    for path in paths:
+        path.chmod(0o555)
+    yield
+    for path in paths:
+        path.chmod(0o755)
+
+
+fault = pytest.mark.parametrize("fault", [full, read_only])
+
+
+def says(path: Path) -> str:
+    """An expression for what an error says: which file, and what to do about it."""
+    return rf"(?s){re.escape(path.name)}.*\. (Free|Make|Choose|Pass|Give|Save|Write)\b"
+
+
+@saver
+@fault
+@pytest.mark.parametrize("again", [False, True], ids=["new", "over an old file"])
+def test_file_that_cannot_be_written_is_an_error_and_changes_nothing(
+    tmp_path: Path, fault: Any, save: Any, again: bool
+) -> None:
+    def work() -> None:
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        model, path = adapted(), folder / "a.ckpt"
+        if again:
+            save(adapted(1), path)
+        before = contents(folder)
+        with unchanged(model), fault(folder), pytest.raises((LoRAError, OSError), match=says(path)):
+            save(model, path)
+        assert contents(folder) == before
+        save(model, path)
+        loaded = LitTiny()
+        load_adapter(loaded, path)
+        assert same(state(loaded), state(model)) and list(contents(folder)) == ["a.ckpt"]
+
+    assert fork(work) == 0
+
+
+@saver
+def test_disk_that_is_full_behind_the_temporary_folder_costs_no_file(
+    tmp_path: Path, temporary: Path, save: Any
+) -> None:
+    def work() -> None:
+        path, old, new, loaded = tmp_path / "a.ckpt", adapted(1), adapted(2), LitTiny()
+        save(old, path)
+        part_disks(partial(limit, 1000))
+        with suppress(LoRAError, OSError):
+            save(new, path)
+            old = new
+        load_adapter(loaded, path)
+        assert same(state(loaded), state(old))
+        assert list(contents(tmp_path)) == ["a.ckpt"]
+
+    assert fork(work) == 0
+
+
+@exact
+@fault
+@pytest.mark.parametrize("go_on", ["same trainer", "new trainer", "saved elsewhere"])
+def test_run_whose_checkpoint_cannot_be_written_can_go_on(tmp_path: Path, fault: Any, go_on: str) -> None:
+    def work() -> None:
+        through = run(tmp_path / "through", epochs=4)
+        folder, stack = tmp_path / "folder", ExitStack()
+        seen: dict[str, Any] = {}
+
+        def happen() -> None:
+            seen.update(files=contents(folder), state=state(model), kinds=kinds(model))
+            stack.enter_context(fault(folder))
+
+        model, every = LitTiny(), ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+        t = trainer(tmp_path, [lora(dropout=0.3), every, AtSave(3, happen)], max_epochs=4)
+        torch.manual_seed(7)
+        with stack, pytest.raises((LoRAError, OSError), match=says(folder / "epoch=2.ckpt")):
+            t.fit(model, shuffled(), data())
+        assert contents(folder) == seen["files"]
+        assert same(state(model), seen["state"]) and kinds(model) == seen["kinds"]
+        path = folder / "epoch=1.ckpt"
+        if go_on == "saved elsewhere":
+            t.save_checkpoint(path := tmp_path / "rescue.ckpt")
+        if go_on != "same trainer":
+            model, t = LitTiny(), trainer(tmp_path, [lora(dropout=0.3)], max_epochs=4)
+        torch.manual_seed(8)
+        t.fit(model, shuffled(), data(), ckpt_path=path)
+        assert same(state(model), through)
+
+    assert fork(work) == 0
+
+
+# Read
+
+
+def test_what_is_no_file_of_adapters_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.ckpt")
+    (tmp_path / "folder.ckpt").mkdir()
+    for size in (0, 1, 7, 1 << 31, 1 << 62, (1 << 64) - 1):
+        (tmp_path / f"header of {size}.safetensors").write_bytes(struct.pack("<Q", size) + b"{}" + bytes(90))
+    for name, content in {
+        "empty": b"",
+        "P": b"P",
+        "PK": b"PK",
+        "end": b"PK\5\6" + bytes(18),
+        "zeros": bytes(99),
+    }.items():
+        (tmp_path / f"{name}.ckpt").write_bytes(content)
+    for path in [*tmp_path.iterdir(), tmp_path / "none.ckpt", tmp_path / ("n" * 300), tmp_path / "empty.ckpt" / "a"]:
+        frugal(partial(refused, path))
+
+
+class Runs:
+    """What a pickle runs as it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (str(self.mark),))
+
+
+@pytest.mark.parametrize("key", ["state_dict", "lightning_lora", "hyper_parameters", "callbacks", "loops", "more"])
+def test_code_in_a_file_does_not_run(tmp_path: Path, good: Path, key: str) -> None:
+    mark, checkpoint = tmp_path / "ran", torch.load(good / "good.ckpt", weights_only=True)
+    checkpoint[key] = Runs(mark)
+    torch.save(checkpoint, tmp_path / "zip.ckpt")
+    torch.save(checkpoint, tmp_path / "legacy.ckpt", _use_new_zipfile_serialization=False)
+    (tmp_path / "bare.ckpt").write_bytes(pickle.dumps(checkpoint))
+    with zipfile.ZipFile(tmp_path / "script.ckpt", "w") as script:
+        for name in ("data.pkl", "constants.pkl"):
+            script.writestr(f"a/{name}", pickle.dumps(checkpoint))
+    for name in ("zip", "legacy", "bare", "script"):
+        refused(tmp_path / f"{name}.ckpt")
+        assert not mark.exists()
+
+
+@pytest.mark.parametrize("where", ["data.pkl", "data/0"])
+def test_compressed_bomb_is_refused_before_it_bursts(tmp_path: Path, good: Path, where: str) -> None:
+    with (
+        zipfile.ZipFile(good / "good.ckpt") as whole,
+        zipfile.ZipFile(path := tmp_path / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as bomb,
+    ):
+        for name in whole.namelist():
+            with bomb.open(name, "w", force_zip64=True) as part:
+                part.write(whole.read(name))
+                for _ in range(256 if name.endswith(where) else 0):
+                    part.write(bytes(1 << 20))
+    assert path.stat().st_size < 4 << 20
+    frugal(partial(refused, path), most=1 << 27)
+
+
+@pytest.mark.parametrize("maker", [b"builtins\nbytearray", b"torch\nFloatTensor"])
+def test_pickle_that_only_names_a_size_is_refused(tmp_path: Path, maker: bytes) -> None:
+    bomb = b"\x80\x02c" + maker + b"\nJ\x00\x00\x00\x70\x85R."
+    path = tmp_path / "a.ckpt"
+    torch.save({}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, contents in records.items():
+            archive.writestr(name, bomb if name.endswith("data.pkl") else contents)
+    with pytest.raises(AdapterFileError, match=r"is damaged: .*data.pkl"):
+        load_adapter(LitTiny(), path)
+
+
+def test_several_writers_of_one_file_leave_a_whole_one(tmp_path: Path) -> None:
+    model = LitTiny()
+    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"]))
+    path = tmp_path / "a.safetensors"
+
+    def write() -> None:
+        for _ in range(50):
+            save_adapter(model, path)
+
+    writers = [FORK.Process(target=write) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    load_adapter(LitTiny(), path)
+    assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_honest_tensors_with_attributes_are_no_damage(tmp_path: Path) -> None:
+    class Keeps(L.Callback):
+        def state_dict(self) -> dict[str, Any]:
+            tagged = torch.ones(2)
+            tagged.tag = "a"  # type: ignore[attr-defined]
+            return {"tagged": tagged}
+
+    saves = ModelCheckpoint(tmp_path, "a")
+    trainer(tmp_path, [lora(), Keeps(), saves], max_epochs=1).fit(LitTiny(), data())
+    trainer(tmp_path, [lora(), Keeps()]).fit(LitTiny(), data(), ckpt_path=tmp_path / "a.ckpt")

@@ -1,0 +1,276 @@
+"""Adapters go onto the base that they were trained on."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch import callbacks as bundled
+from torch import nn
+
+from lightning_lora import (
+    AdapterStateError,
+    BaseMismatchError,
+    LoRAConfig,
+    LoRAWarning,
+    disable_adapters,
+    inject_adapters,
+    load_adapter,
+    load_from_checkpoint,
+    merge_adapters,
+    remove_adapters,
+    save_adapter,
+    unmerge_adapters,
+)
+from tests.models import LitTiny, best, data, lora, same, state, trainer
+from tests.storage.cases import refused, trained
+
+
+def test_adapters_need_their_own_base(file: Path) -> None:
+    for change in (0, -1):
+        model = LitTiny()
+        with torch.no_grad():
+            model.q_proj.weight.view(-1)[change] += 1e-6  # one element, hardly
+        with refused(model, BaseMismatchError, "q_proj.weight"):
+            load_adapter(model, file)
+    with refused(
+        model := LitTiny(width=6), BaseMismatchError, r"another architecture.* is \(4, 8\) there and \(4, 6\) here"
+    ):
+        load_adapter(model, file)
+    with refused(model := LitTiny().double(), BaseMismatchError, "float32.*float64"):
+        load_adapter(model, file)
+
+
+def test_a_merged_model_is_another_base(file: Path) -> None:
+    model = LitTiny()
+    load_adapter(model, file)
+    merge_adapters(model)
+    remove_adapters(model)
+    with refused(model, BaseMismatchError, "merged"):
+        load_adapter(model, file)
+
+
+def test_file_says_the_base_that_lies_under_the_adapters_now(tmp_path: Path) -> None:
+    model, other = trained(), LitTiny()
+    with torch.no_grad():
+        other.embed.weight.add_(1)
+    save_adapter(model, tmp_path / "before.safetensors")
+    with pytest.warns(LoRAWarning, match="its adapters stay as they are"):
+        model.load_state_dict(other.state_dict())
+    save_adapter(model, tmp_path / "after.safetensors")
+    load_adapter(other, tmp_path / "after.safetensors")
+    with pytest.raises(BaseMismatchError):
+        load_adapter(LitTiny(), tmp_path / "after.safetensors")
+
+
+def fitted(folder: Path, name: str = "a", merge: Any = False) -> tuple[LitTiny, Path]:
+    """A model after a fit, and the file of its adapters."""
+    model, t = LitTiny(), trainer(folder, [lora(merge=merge)], max_epochs=1, enable_checkpointing=False)
+    t.fit(model, data())
+    t.save_checkpoint(folder / f"{name}.ckpt")
+    return model, folder / f"{name}.ckpt"
+
+
+@pytest.mark.parametrize("merge", ["last", False])
+def test_a_frozen_weight_that_changed_after_a_fit_makes_another_base(tmp_path: Path, merge: Any) -> None:
+    model, file = fitted(tmp_path, merge=merge)
+    load_adapter(model, file)
+    with torch.no_grad():
+        model.embed.weight[0, 0] += 1
+    before = state(model)
+    with pytest.raises(BaseMismatchError, match=r"1 of 4 frozen tensors of LitTiny differ, such as 'embed.weight'"):
+        load_adapter(model, file)
+    assert same(state(model), before)
+
+
+def test_a_base_that_is_changed_back_is_the_base_again(tmp_path: Path) -> None:
+    model, file = fitted(tmp_path)
+    trained = state(model)
+    with torch.no_grad():
+        model.embed.weight.neg_()
+    with pytest.raises(BaseMismatchError):
+        load_adapter(model, file)
+    with torch.no_grad():
+        model.embed.weight.neg_()
+    load_adapter(model, file)
+    assert same(state(model), trained)
+
+
+X = torch.arange(20)
+
+
+def test_a_full_checkpoint_that_became_the_base_refuses_adapters_of_the_old_one(tmp_path: Path) -> None:
+    model, file = fitted(tmp_path)
+    other, plain = LitTiny(), trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
+    plain.fit(other, data())
+    plain.save_checkpoint(tmp_path / "full.ckpt")
+    t = trainer(tmp_path, [lora(merge=False)], enable_checkpointing=False)
+    t.validate(model, data(), ckpt_path=tmp_path / "full.ckpt", verbose=False)
+    with pytest.raises(BaseMismatchError, match="frozen tensors of LitTiny differ"):
+        load_adapter(model, file)
+    with disable_adapters(model):
+        assert torch.equal(model(X), other(X))
+
+
+def test_a_model_that_was_loaded_merged_remembers_nothing(tmp_path: Path) -> None:
+    adapted, file = fitted(tmp_path)
+    merged = load_from_checkpoint(LitTiny, file, merge=True)
+    torch.testing.assert_close(merged(X), adapted(X))
+    for verb in (unmerge_adapters, remove_adapters):
+        with pytest.raises(AdapterStateError, match="LitTiny has no adapters"):
+            verb(merged)
+    assert all(p.requires_grad for p in merged.parameters())
+    with pytest.raises(BaseMismatchError, match="merged is another base"):
+        load_adapter(merged, file)
+
+
+class Drifts(LitTiny):
+    """Its own code changes a frozen weight in each epoch."""
+
+    def on_train_epoch_start(self) -> None:
+        with torch.no_grad():
+            self.embed.weight.mul_(0.9)
+
+
+def drifted(folder: Path) -> tuple[Drifts, list[Path]]:
+    """A model whose frozen weight changed in a fit, and a file of each of its epochs."""
+    model, saves = Drifts(), best(folder / "drifts", monitor=None, save_top_k=-1, filename="{epoch}")
+    trainer(folder, [lora(merge=False), saves]).fit(model, data())
+    return model, sorted((folder / "drifts").glob("*.ckpt"))
+
+
+def computed(file: Path) -> dict[str, Any]:
+    """What the adapters of ``file`` make of an untouched model."""
+    load_adapter(fresh := LitTiny(), file)
+    return state(fresh)
+
+
+def test_files_of_a_run_that_changed_its_base_load_in_any_order(tmp_path: Path) -> None:
+    model, (first, second) = drifted(tmp_path)
+    for file in (first, second, second, first):
+        load_adapter(model, file)
+        assert same(state(model), computed(file))
+    load_adapter(fresh := LitTiny(), first)
+    load_adapter(fresh, second)
+    assert same(state(fresh), computed(second))
+
+
+def test_a_changed_base_that_is_loaded_anew_takes_all_adapters_of_its_run(tmp_path: Path) -> None:
+    """Those too that were stored before it changed, and it comes off them as it was loaded."""
+
+    class DriftsLate(LitTiny):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                with torch.no_grad():
+                    self.embed.weight.mul_(0.9)
+
+    model, saves = DriftsLate(), best(tmp_path / "late", monitor=None, save_top_k=-1, filename="{epoch}")
+    trainer(tmp_path, [lora(merge=False), saves]).fit(model, data())
+    for file in (tmp_path / "late" / "epoch=0.ckpt", tmp_path / "late" / "epoch=1.ckpt"):
+        with pytest.warns(LoRAWarning, match="its adapters stay as they are"):
+            model.load_state_dict(LitTiny().state_dict())
+        load_adapter(model, file)
+        assert same(state(model), computed(file))
+    remove_adapters(model)
+    assert same(state(model), state(LitTiny()))
+
+
+def test_a_base_that_was_changed_in_a_run_and_again_after_it_is_another(tmp_path: Path) -> None:
+    model, (_, second) = drifted(tmp_path)
+    with torch.no_grad():
+        model.embed.weight.mul_(0.9)
+    with pytest.raises(BaseMismatchError, match=r"'embed.weight'"):
+        load_adapter(model, second)
+
+
+def test_a_model_that_was_converted_after_its_fit_stores_the_base_it_is_now(tmp_path: Path) -> None:
+    model, t = LitTiny(), trainer(tmp_path, [lora(merge=False)], max_epochs=1, enable_checkpointing=False)
+    t.fit(model, data())
+    model.double()
+    t.save_checkpoint(tmp_path / "wide.ckpt")
+    load_adapter(again := LitTiny().double(), tmp_path / "wide.ckpt")
+    assert same(state(again), state(model))
+
+
+def test_the_form_that_a_trainer_converted_is_the_one_that_is_compared(tmp_path: Path) -> None:
+    """A file of a half precision run knows its base in two dtypes; the error is about the one that is here."""
+    model, t = LitTiny(), trainer(tmp_path, [lora(merge=False)], max_epochs=1, precision="bf16-true")
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "half.ckpt")
+    other = LitTiny().bfloat16()
+    with torch.no_grad():
+        other.embed.weight.neg_()
+    with pytest.raises(BaseMismatchError, match=r"another base: 1 of 4 .* such as 'embed.weight'"):
+        load_adapter(other, tmp_path / "half.ckpt")
+    for same_base in (LitTiny(), LitTiny().bfloat16()):
+        load_adapter(same_base, tmp_path / "half.ckpt")
+
+
+needs_averaging = pytest.mark.skipif(
+    not hasattr(bundled, "EMAWeightAveraging"), reason="Lightning 2.6 brought weight averaging"
+)
+
+
+@needs_averaging
+@pytest.mark.parametrize("beside", ["nothing", "mean", "ema"])
+@pytest.mark.parametrize("full", ["mean", "ema"])
+def test_a_full_checkpoint_of_an_average_is_the_base_of_a_fine_tune(tmp_path: Path, full: str, beside: str) -> None:
+    """Lightning puts the average where a checkpoint has its state, and the model beside it."""
+    kinds = {"mean": bundled.WeightAveraging, "ema": lambda: bundled.EMAWeightAveraging(decay=0.5)}
+    saves = bundled.ModelCheckpoint(tmp_path, "full")
+    trainer(tmp_path, [kinds[full](), saves], max_epochs=2).fit(LitTiny(), data())
+    average = torch.load(tmp_path / "full.ckpt", weights_only=True)["state_dict"]
+    companions: list[L.Callback] = [kinds[beside]()] if beside in kinds else []
+    model, t = LitTiny(), trainer(tmp_path, [lora(merge=False), *companions], max_epochs=1, enable_checkpointing=False)
+    t.fit(model, data(), ckpt_path=tmp_path / "full.ckpt")
+    assert t.global_step == 4  # a run of its own, from the start
+    with disable_adapters(model):
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in average.items())
+    save_adapter(model, tmp_path / "lora.safetensors")
+    base = LitTiny()
+    base.load_state_dict(average)
+    load_adapter(base, tmp_path / "lora.safetensors")
+    assert same(state(base), state(model))
+
+
+class Masked(nn.Module):
+    """A linear layer beside a sparse mask."""
+
+    def __init__(self, places: list[list[int]], *, frozen: bool) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.linear = nn.Linear(4, 4)
+        mask = torch.sparse_coo_tensor(places, [1.0, 2.0], (4, 4), check_invariants=True).coalesce()
+        if frozen:
+            self.mask = nn.Parameter(mask, requires_grad=False)
+        else:
+            self.register_buffer("mask", mask)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_sparse_values_at_other_places_are_another_base(tmp_path: Path, frozen: bool) -> None:
+    model = Masked([[0, 1], [0, 1]], frozen=frozen)
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["linear"]))
+    save_adapter(model, tmp_path / "a.safetensors")
+    load_adapter(Masked([[0, 1], [0, 1]], frozen=frozen), tmp_path / "a.safetensors")
+    with pytest.raises(BaseMismatchError, match=r"differ, such as 'mask'"):
+        load_adapter(Masked([[0, 1], [1, 0]], frozen=frozen), tmp_path / "a.safetensors")
+
+
+def test_half_precision_base_keeps_its_identity(tmp_path: Path) -> None:
+    model, checkpoint = LitTiny(), best(tmp_path)
+    t = trainer(tmp_path, [lora(), checkpoint], precision="bf16-true")
+    t.fit(model, data(), data())
+    score = pytest.approx(checkpoint.best_model_score.item())  # type: ignore[union-attr]
+    assert model.q_proj.weight.dtype is torch.bfloat16
+    assert t.test(model, data(), ckpt_path="best", verbose=False)[0]["test_loss"] == score
+    new = trainer(tmp_path, [lora()], precision="bf16-true")
+    assert new.test(LitTiny(), data(), ckpt_path=checkpoint.best_model_path, verbose=False)[0]["test_loss"] == score
+    resumed = LitTiny()
+    late = trainer(tmp_path, [lora(), best(tmp_path / "late")], precision="bf16-true")
+    late.validate(resumed, data(), verbose=False)
+    late.fit(resumed, data(), data(), ckpt_path=checkpoint.best_model_path)
+    new.test(LitTiny(), data(), ckpt_path=late.checkpoint_callback.best_model_path, verbose=False)
+    load_adapter(LitTiny(), checkpoint.best_model_path)

@@ -1,0 +1,217 @@
+"""A state holds what training changed, and is checked whole."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import (
+    AdapterFileError,
+    AdapterMismatchError,
+    LoRAConfig,
+    adapter_state_dict,
+    inject_adapters,
+    load_adapter,
+    load_adapter_state_dict,
+    merge_adapters,
+    save_adapter,
+    unmerge_adapters,
+)
+from tests.models import ADAPTERS, LitTiny, TinyLM, data, lora, randomise, same, state, trainer, unties
+from tests.storage.cases import CONFIG, refused, trained
+
+
+def test_state_holds_what_training_changed_and_nothing_else() -> None:
+    assert set(adapter_state_dict(trained())) == {
+        "q_proj.lora_A", "q_proj.lora_B", "v_proj.lora_A", "v_proj.lora_B", "q_proj.bias", "head.weight", "head.bias",
+    }  # fmt: skip
+
+
+def test_state_is_the_same_merged_and_unmerged(file: Path) -> None:
+    model = trained()
+    before = adapter_state_dict(model)
+    merge_adapters(model)
+    assert same(adapter_state_dict(model), before)
+    save_adapter(model, file)
+    again = LitTiny()
+    load_adapter(again, file)
+    assert same(state(again), state(trained()))
+
+
+X = torch.arange(20)
+
+
+def test_loading_into_a_merged_model_replaces_its_update(file: Path) -> None:
+    model = LitTiny()
+    inject_adapters(model, CONFIG)
+    randomise(model, seed=5)
+    merge_adapters(model)
+    load_adapter(model, file)
+    torch.testing.assert_close(model(X), trained()(X))
+    unmerge_adapters(model)
+    assert same(state(model), state(trained()))
+
+
+def test_tied_head_trained_whole_is_stored_once_per_name_and_restored(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = TinyLM()
+    model = copy.deepcopy(base)
+    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    save_adapter(model, tmp_path / "a.safetensors")
+    load_adapter(base, tmp_path / "a.safetensors")
+    assert base.lm_head.weight is base.embed.weight and torch.equal(base(X), model(X))
+
+
+STATE_CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "missing": (lambda s: s.pop("q_proj.lora_A"), "missing 'q_proj.lora_A'"),
+    "missing whole module": (lambda s: s.pop("head.bias"), "missing 'head.bias'"),
+    "unexpected": (lambda s: s.update({"k_proj.lora_A": torch.zeros(1)}), "unexpected 'k_proj.lora_A'"),
+    "base weight": (lambda s: s.update({"embed.weight": torch.zeros(20, 8)}), "unexpected 'embed.weight'"),
+    "renamed": (
+        lambda s: s.update({"q_proj.lora_a": s.pop("q_proj.lora_A")}),
+        "missing 'q_proj.lora_A' and unexpected 'q_proj.lora_a'",
+    ),
+    "shape": (lambda s: s.update({"q_proj.lora_A": torch.zeros(3, 8)}), r"\(3, 8\).*\(2, 8\)"),
+    "transposed": (lambda s: s.update({"v_proj.lora_B": torch.zeros(2, 8)}), r"\(2, 8\).*\(8, 2\)"),
+    "kind": (lambda s: s.update({"q_proj.lora_A": torch.zeros(2, 8, dtype=torch.int64)}), "int64"),
+    "no values": (lambda s: s.update({"v_proj.lora_B": torch.zeros(8, 2, device="meta")}), "no values"),
+    "no tensor": (lambda s: s.update({"q_proj.lora_A": "A"}), "str"),  # type: ignore[dict-item]
+}
+
+
+@pytest.mark.parametrize(("change", "message"), STATE_CHANGES.values(), ids=STATE_CHANGES)
+def test_state_that_does_not_fit_is_refused_and_nothing_is_written(change: Any, message: str) -> None:
+    bad = dict(adapter_state_dict(trained()))
+    change(bad)
+    model = LitTiny()
+    inject_adapters(model, CONFIG)
+    with refused(model, AdapterMismatchError, message):
+        load_adapter_state_dict(model, bad)
+
+
+def test_what_trains_is_stored_whatever_the_model_leaves_out_of_its_state(tmp_path: Path) -> None:
+    class Slim(LitTiny):
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            return {name: value for name, value in super().state_dict(*args, **kwargs).items() if "head" in name}
+
+    model = Slim()
+    inject_adapters(model, CONFIG)
+    randomise(model)
+    save_adapter(model, tmp_path / "a.safetensors")
+    again = LitTiny()
+    load_adapter(again, tmp_path / "a.safetensors")
+    assert torch.equal(again(torch.arange(20)), model(torch.arange(20)))
+
+
+def test_part_that_will_not_load_its_own_state_leaves_the_rest_as_it_was() -> None:
+    class Versioned(nn.Module):
+        version = 1
+
+        def get_extra_state(self) -> dict[str, int]:
+            return {"version": 1}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            if state["version"] != self.version:
+                raise ValueError("another version")
+
+    model = nn.Sequential(nn.Linear(4, 4), Versioned(), nn.Linear(4, 4))
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    trained, before = adapter_state_dict(model), state(nn.Sequential(model[0], nn.Identity(), model[2]))
+    trained = {name: v + 1 if isinstance(v, Tensor) else v for name, v in trained.items()}
+    model[1].version = 2
+    with pytest.raises(ValueError, match="another version"):
+        load_adapter_state_dict(model, trained)
+    assert same(state(nn.Sequential(model[0], nn.Identity(), model[2])), before)
+
+
+def test_statistics_of_a_diverged_run_are_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    base = copy.deepcopy(model)
+    inject_adapters(model, LoRAConfig(r=1, modules_to_save=["1"]))
+    model[1].running_mean.fill_(torch.nan)
+    save_adapter(model, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterFileError, match=r"'1.running_mean' hold NaN"):
+        load_adapter(base, tmp_path / "a.safetensors")
+
+
+def test_infinities_of_the_base_are_no_sign_of_a_diverged_run(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.mask = nn.Linear(4, 4), nn.Parameter(torch.tensor([0, 0, 0, -torch.inf]))
+
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), Masked())
+
+    model = build()
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    save_adapter(model, tmp_path / "a.safetensors")
+    load_adapter(again := build(), tmp_path / "a.safetensors")
+    assert same(state(again), state(model))
+    with torch.no_grad():
+        model[1].mask[0] = torch.inf
+    save_adapter(model, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterFileError, match=r"'1\.mask' hold NaN or infinite"):
+        load_adapter(build(), tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda value: value.to_sparse(), "has no values that could be written"),
+        (lambda value: value.double(), "which cannot hold the same values"),
+        (lambda value: value.to(torch.complex64), "which cannot hold the same values"),
+        (lambda value: value.bool(), "which cannot hold the same values"),
+    ],
+    ids=["sparse", "double", "complex", "bool"],
+)
+def test_values_that_an_adapter_cannot_hold_are_refused(change: Any, words: str) -> None:
+    model = LitTiny()
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    randomise(model)
+    before = state(model)
+    bad = {name: change(value) if name == ADAPTERS[0] else value + 1 for name, value in before.items()}
+    with pytest.raises(AdapterMismatchError, match=words):
+        load_adapter_state_dict(model, {name: bad[name] for name in ADAPTERS})
+    assert same(state(model), before)
+
+
+def test_half_precision_adapters_load_into_wider_ones() -> None:
+    model = LitTiny()
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    randomise(model)
+    narrow = {name: value.bfloat16() for name, value in adapter_state_dict(model).items()}
+    load_adapter_state_dict(model, narrow)
+    assert all(torch.equal(value, narrow[name].float()) for name, value in adapter_state_dict(model).items())
+
+
+class LitTied(LitTiny):
+    """A language model whose head has the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(self.embed.embedding_dim, self.embed.num_embeddings, bias=False)
+        self.head.weight = self.embed.weight
+
+
+@unties
+def test_an_embedding_that_trains_whole_is_stored_as_it_is_though_its_other_use_is_merged(tmp_path: Path) -> None:
+    callback = lora(target_modules=["head"], modules_to_save=["embed"])
+    model, t = LitTied(), trainer(tmp_path, [callback], max_epochs=1, enable_checkpointing=False)
+    t.fit(model, data())
+    assert not torch.equal(model.head.weight, model.embed.weight)
+    merged = {name: value.clone() for name, value in adapter_state_dict(model).items()}
+    save_adapter(model, tmp_path / "a.safetensors")
+    unmerge_adapters(model)
+    live = adapter_state_dict(model)
+    assert merged.keys() == live.keys() and all(torch.equal(value, merged[name]) for name, value in live.items())
+    load_adapter(again := LitTied(), tmp_path / "a.safetensors")
+    assert same(state(again), state(model)) and again.head.weight is again.embed.weight

@@ -1,0 +1,123 @@
+"""A selection that cannot be adapted is refused."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import ConfigError, LoRAConfig, TargetError, adapter_state_dict, inject_adapters, remove_adapters
+from tests.models import LitTiny, randomise
+from tests.targets.cases import Table, adapted
+
+
+def test_only_unsupported_layers_is_an_error_that_lists_the_supported() -> None:
+    model = nn.Sequential(nn.LayerNorm(4), nn.ReLU())
+    for targets in ("all-linear", "all", ["0"], "0|1"):
+        with pytest.raises(TargetError, match=r"Linear, Linear4bit, .*Conv1D, Embedding"):
+            adapted(model, target_modules=targets)
+
+
+def test_rank_above_a_layers_smaller_side_is_refused_with_its_remedies() -> None:
+    model = LitTiny()
+    with pytest.raises(ConfigError, match=r"'head' \(r=8, at most 4\).*modules_to_save=\['head'\].*\{'head': 4\}"):
+        inject_adapters(model, LoRAConfig(r=8))
+    inject_adapters(model, LoRAConfig(r=8, rank_pattern={"head": 4}))
+
+
+def test_the_rank_may_be_the_smaller_side_and_no_more() -> None:
+    model = nn.ModuleDict({"wide": nn.Linear(9, 3)})
+    assert adapted(model, r=3) == ("wide",)
+    with pytest.raises(ConfigError, match=r"'wide' \(r=4, at most 3\)"):
+        adapted(nn.ModuleDict({"wide": nn.Linear(9, 3)}), r=4)
+
+
+@pytest.mark.parametrize("argument", ["rank_pattern", "alpha_pattern"])
+def test_a_key_whose_layers_are_decided_by_several_before_it_is_refused(argument: str) -> None:
+    def build() -> nn.ModuleDict:
+        return nn.ModuleDict({name: nn.Linear(4, 4) for name in "abc"})
+
+    with pytest.raises(TargetError, match=r"'\[ab\]' has no effect on .*: 'a', 'b' before it match all"):
+        adapted(build(), **{argument: {"a": 1, "b": 2, "[ab]": 3}})
+    assert adapted(build(), **{argument: {"a": 1, "b": 2, "[abc]": 3}}) == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("name", ["grid", "codes"])
+def test_a_parameter_that_is_no_matrix_of_numbers_is_refused(name: str) -> None:
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "experts": Table()})
+    with pytest.raises(TargetError, match="neither a matrix nor a stack of matrices"):
+        adapted(model, target_parameters=[name])
+
+
+def test_a_float8_weight_is_refused_for_what_it_is() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(model[1].weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(
+        TargetError, match=r"'1': its weight is torch\.float8_e4m3fn, with which torch does not compute"
+    ):
+        adapted(model, target_modules=["1"])
+
+
+def test_a_weight_of_a_layer_is_updated_by_one_adapter_only() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    assert adapted(model, target_modules="all-linear", target_parameters=["0.1.weight"]) == ("0", "0.0")
+    randomise(model)
+    assert {name.rpartition("lora_")[0] for name in adapter_state_dict(model)} == {"0.", "0.0."}
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_a_layer_of_one_byte_numbers_is_refused_by_its_dtype(dtype: torch.dtype) -> None:
+    built = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    built[1].weight = nn.Parameter(built[1].weight.detach().to(dtype), requires_grad=False)
+    with pytest.raises(TargetError, match=f"'1': its weight is {dtype}"):
+        inject_adapters(built, LoRAConfig(r=1))
+    assert [type(layer) for layer in built] == [nn.Linear, nn.Linear]
+    assert inject_adapters(built, LoRAConfig(r=1, exclude_modules=["1"])) == ("0",)
+    remove_adapters(built)
+
+
+def _with_integer_weight() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    return layer
+
+
+def _with_replaced_method() -> nn.Conv2d:
+    layer = nn.Conv2d(4, 4, 1)
+    layer._conv_forward = lambda *args: nn.Conv2d._conv_forward(layer, *args)  # type: ignore[method-assign]
+    return layer
+
+
+def _with_replaced_forward() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.forward = lambda x: x  # type: ignore[method-assign]
+    return layer
+
+
+def _with_lora_of_another() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.lora_A = nn.Parameter(torch.zeros(1, 4))  # type: ignore[assignment]
+    return layer
+
+
+CANNOT = {
+    "weight_norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+    "spectral_norm": lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
+    "max_norm": lambda: nn.Embedding(4, 4, max_norm=1.0),
+    "unsupported type": lambda: nn.LayerNorm(4),
+    "integer weight": lambda: _with_integer_weight(),
+    "replaced forward": lambda: _with_replaced_forward(),
+    "replaced method": lambda: _with_replaced_method(),
+    "sparse": lambda: nn.Embedding(4, 4, sparse=True),
+    "another library's": lambda: _with_lora_of_another(),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("build", CANNOT.values(), ids=CANNOT)
+def test_layer_that_cannot_be_adapted_is_refused_by_name(build: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), build())
+    cls, keys = type(model[1]), list(model.state_dict())
+    with pytest.raises(TargetError, match=r"\('1': .*Name other layers"):
+        inject_adapters(model, LoRAConfig(r=1, target_modules=["1"]))
+    assert type(model[0]) is nn.Linear and type(model[1]) is cls and list(model.state_dict()) == keys

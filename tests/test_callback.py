@@ -1,0 +1,358 @@
+"""One line in a Trainer fine-tunes and merges."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, ModelCheckpoint, ModelPruning
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from lightning_lora import (
+    AdapterMismatchError,
+    AdapterStateError,
+    BestCheckpointWarning,
+    ConfigError,
+    LoRACallback,
+    LoRAConfig,
+    TargetError,
+    adapter_state_dict,
+    disable_adapters,
+    inject_adapters,
+    load_adapter,
+    merge_adapters,
+    remove_adapters,
+    save_adapter,
+    summarize,
+    unmerge_adapters,
+)
+from lightning_lora.layers import LoRALayer
+from tests.cases import At, StopError, stop, tensors
+from tests.models import ADAPTERS, TRAINED, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
+from tests.training.cases import beside, either_order
+
+
+def test_only_adapters_and_modules_to_save_change(tmp_path: Path) -> None:
+    model = LitTiny()
+    before = state(model)
+    trainer(tmp_path, [lora(merge=False)]).fit(model, data(), data())
+    after = state(model)
+    assert [name for name in before if not torch.equal(after[name], before[name])] == ["head.weight", "head.bias"]
+    assert all(after[name].abs().sum() > 0 for name in ADAPTERS)
+
+
+def test_training_is_that_of_adapters_trained_by_hand(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    by_hand = LitTiny()
+    inject_adapters(by_hand, LoRAConfig(r=2, modules_to_save=["head"]))
+    optimizer = torch.optim.AdamW([p for p in by_hand.parameters() if p.requires_grad], lr=0.05)
+    for batch in [*data(), *data()]:
+        optimizer.zero_grad()
+        by_hand.loss(batch).backward()
+        optimizer.step()
+    torch.manual_seed(5)
+    model = LitTiny()
+    trainer(tmp_path, [lora(merge=False)]).fit(model, data())
+    torch.testing.assert_close(state(model), state(by_hand))
+
+
+X = torch.arange(WORDS)
+
+
+def test_after_fit_the_module_is_plain_and_computes_as_adapted(tmp_path: Path) -> None:
+    adapted, merged = LitTiny(), LitTiny()
+    keys, flags = list(merged.state_dict()), [p.requires_grad for p in merged.parameters()]
+    for model, merge in ((adapted, False), (merged, "last")):
+        torch.manual_seed(5)
+        trainer(tmp_path, [lora(merge=merge)]).fit(model, data())
+    assert is_plain(merged) and type(merged.q_proj) is nn.Linear
+    assert list(merged.state_dict()) == keys and [p.requires_grad for p in merged.parameters()] == flags
+    torch.testing.assert_close(merged(X), adapted(X))
+    assert not torch.equal(merged(X), LitTiny()(X))
+
+
+class NoLinear(LitTiny):
+    """A module with nothing to adapt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = self.v_proj = self.head = nn.Identity()  # type: ignore[assignment]
+
+
+def test_nothing_to_adapt_is_an_error_and_never_a_full_fine_tune(tmp_path: Path) -> None:
+    model = NoLinear()
+    before = state(model)
+    with pytest.raises(TargetError, match="NoLinear"):
+        trainer(tmp_path, [LoRACallback(r=1)]).fit(model, data())
+    assert same(state(model), before)
+    with pytest.raises(TargetError, match="'q_proj'"):
+        trainer(tmp_path, [LoRACallback(r=1, target_modules=["q_porj"])]).fit(LitTiny(), data())
+
+
+def test_second_fit_goes_on_from_the_first(tmp_path: Path) -> None:
+    once, twice = LitTiny(), LitTiny()
+    for model, epochs in ((once, [4]), (twice, [2, 2])):
+        torch.manual_seed(5)
+        model.configure_optimizers = lambda model=model: torch.optim.SGD(model.parameters(), 0.1)  # type: ignore[method-assign]
+        t = trainer(tmp_path, [lora()], max_epochs=0)
+        for number in epochs:
+            t.fit_loop.max_epochs += number  # type: ignore[operator]
+            t.fit(model, data())
+    torch.testing.assert_close(twice(X), once(X), atol=1e-6, rtol=1e-6)
+    unmerge_adapters(twice)
+    assert torch.equal(twice.q_proj.weight, LitTiny().q_proj.weight)
+
+
+@pytest.mark.parametrize("merge", ["last", "best"])
+def test_merge_says_which_adapters_the_module_ends_with(tmp_path: Path, merge: Any) -> None:
+    model, checkpoint = LitTiny(lr=0.5), best(tmp_path, mode="max")
+    t = trainer(tmp_path, [lora(merge=merge), checkpoint], max_epochs=4)
+    t.fit(model, data(), data())
+    expected = t.callback_metrics["val_loss"] if merge == "last" else checkpoint.best_model_score
+    loss = trainer(tmp_path).validate(model, data(), verbose=False)[0]["val_loss"]
+    assert loss == pytest.approx(expected.item())  # type: ignore[union-attr]
+
+
+def test_merge_best_without_a_best_file_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="ModelCheckpoint"):
+        trainer(tmp_path, [lora(merge="best")], enable_checkpointing=False).fit(LitTiny(), data())
+    with pytest.raises(ConfigError, match="with a monitor"):
+        trainer(tmp_path, [lora(merge="best"), ModelCheckpoint(tmp_path)]).fit(LitTiny(), data())
+    for callbacks in (
+        [best(tmp_path, save_top_k=0)],
+        [best(tmp_path), At(7, lambda t, m: [path.unlink() for path in tmp_path.glob("*.ckpt")])],
+    ):
+        model = LitTiny(lr=0 if len(callbacks) > 1 else 0.05)
+        with pytest.warns(BestCheckpointWarning):
+            trainer(tmp_path, [lora(merge="best"), *callbacks]).fit(model, data(), data())
+        assert is_plain(model)
+
+
+def test_no_merge_in_a_fast_dev_run_after_an_exception_or_if_not_wanted(tmp_path: Path) -> None:
+    for callbacks, options in (([lora()], {"fast_dev_run": 2}), ([lora(merge=False)], {}), ([lora(), At(2, stop)], {})):
+        model = LitTiny()
+        with suppress(StopError):
+            trainer(tmp_path, callbacks, **options).fit(model, data(), data())
+        assert isinstance(model.q_proj, LoRALayer)
+        assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
+
+
+def test_training_goes_on_after_an_exception(tmp_path: Path) -> None:
+    model = LitTiny()
+    t = trainer(tmp_path, [lora(), At(2, stop)])
+    with pytest.raises(StopError):
+        t.fit(model, data())
+    t.save_checkpoint(tmp_path / "failed.ckpt")
+    assert sorted(tensors(tmp_path / "failed.ckpt")) == sorted(TRAINED)
+    trainer(tmp_path, [lora()]).fit(model, data())
+    assert is_plain(model)
+
+
+class Capped(LitTiny):
+    """A module whose frozen embedding rescales its own rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed.max_norm = 0.5
+
+
+def test_an_embedding_that_rescales_itself_does_not_count_as_changed(tmp_path: Path) -> None:
+    model, checkpoint = Capped(), best(tmp_path)
+    trainer(tmp_path, [lora(merge="best"), checkpoint]).fit(model, data(), data())
+    again = Capped()
+    load_adapter(again, checkpoint.best_model_path)
+    torch.testing.assert_close(again(X), model(X))
+
+
+@pytest.mark.parametrize("change", ["load", "cast there and back", "prune"])
+def test_adapters_of_replaced_weights_are_not_spoken_for(tmp_path: Path, change: str) -> None:
+    model = LitTiny()
+    trainer(tmp_path, [lora()]).fit(model, data())
+    if change == "load":
+        model.load_state_dict(LitTiny().state_dict())
+    elif change == "cast there and back":
+        model.bfloat16().float()
+    else:
+        torch.nn.utils.prune.l1_unstructured(model.q_proj, "weight", 0.5)
+    for call in (unmerge_adapters, adapter_state_dict, lambda m: save_adapter(m, tmp_path / "a.safetensors")):
+        with pytest.raises(AdapterStateError, match="changed since its adapters were merged"):
+            call(model)
+    with pytest.raises(AdapterStateError), disable_adapters(model):
+        pass
+    remove_adapters(model)
+
+
+def test_another_configuration_on_a_merged_model_is_refused_and_leaves_it_merged(tmp_path: Path) -> None:
+    model = LitTiny()
+    trainer(tmp_path, [lora()]).fit(model, data())
+    output = model(X)
+    with pytest.raises(AdapterMismatchError, match="remove_adapters"):
+        trainer(tmp_path, [lora(r=4)]).fit(model, data())
+    assert is_plain(model) and torch.equal(model(X), output)
+    remove_adapters(model)
+    trainer(tmp_path, [lora(r=4)]).fit(model, data())
+    assert is_plain(model) and not torch.equal(model(X), output)
+
+
+def test_remove_adapters_forgets_a_finished_fit(tmp_path: Path) -> None:
+    model = LitTiny()
+    trainer(tmp_path, [lora()]).fit(model, data())
+    output = model(X)
+    remove_adapters(model)
+    assert not [name for name in vars(model) if "lora" in name] and torch.equal(model(X), output)
+
+
+def test_two_callbacks_are_one_too_many(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="2 LoRACallbacks"):
+        trainer(tmp_path, [lora(), lora()]).fit(LitTiny(), data())
+
+
+def test_model_adapted_by_hand_is_taken_over_or_refused(tmp_path: Path) -> None:
+    model = LitTiny()
+    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"]))
+    with pytest.raises(AdapterMismatchError, match="adapted already"):
+        trainer(tmp_path, [lora(r=4)]).fit(model, data())
+    trainer(tmp_path, [lora()]).fit(model, data())
+    assert is_plain(model)
+
+
+def test_model_merged_by_hand_is_unmerged_to_train(tmp_path: Path) -> None:
+    model = LitTiny()
+    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"]))
+    merge_adapters(model)
+    trainer(tmp_path, [lora(merge=False)]).fit(model, data())
+    assert not is_plain(model) and model.q_proj.lora_B.any()  # type: ignore[union-attr, operator]
+
+
+def test_module_can_be_copied_and_pickled_in_the_middle_of_fit(tmp_path: Path) -> None:
+    copies: list[nn.Module] = []
+    take = At(2, lambda t, m: copies.extend([copy.deepcopy(m), pickle.loads(pickle.dumps(m))]))
+    trainer(tmp_path, [lora(), take]).fit(LitTiny(), data())
+    assert len(copies) == 2 and all(isinstance(each.q_proj, LoRALayer) for each in copies)
+
+
+def test_table_at_the_start_and_line_at_the_end(tmp_path: Path, capsys: Any, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    model = LitTiny()
+    trainer(tmp_path, [lora()], enable_model_summary=True).fit(model, data())
+    shown = capsys.readouterr().out
+    assert "q_proj" in shown and "LoRA: LitTiny trains" in shown and "full fine-tuning" in shown
+    assert "merged the last adapters into 2 layers" in caplog.text
+    assert "LitTiny is a plain model, with 2 adapters merged into it" in str(summarize(model))
+    trainer(tmp_path, [lora()]).fit(LitTiny(), data())
+    assert "LoRA" not in capsys.readouterr().out
+
+
+def test_the_other_lightning_package_works_alike(tmp_path: Path) -> None:
+    import pytorch_lightning as pl
+    from pytorch_lightning.callbacks import ModelCheckpoint as OtherCheckpoint
+
+    class Other(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            inner = LitTiny()
+            self.embed, self.q_proj, self.v_proj, self.head = inner.embed, inner.q_proj, inner.v_proj, inner.head
+
+        forward, loss, training_step = LitTiny.forward, LitTiny.loss, LitTiny.training_step  # type: ignore[assignment]
+        validation_step, test_step = LitTiny.validation_step, LitTiny.test_step  # type: ignore[assignment]
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=0.05)
+
+    assert isinstance(lora(), pl.Callback) and isinstance(lora(), L.Callback)
+    checkpoint = OtherCheckpoint(tmp_path, monitor="val_loss")
+    t = pl.Trainer(
+        callbacks=[lora(merge="best"), checkpoint], accelerator="cpu", max_epochs=2, logger=False,  # type: ignore[list-item]
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    model = Other()
+    t.fit(model, data(), data())
+    assert is_plain(model) and sorted(tensors(checkpoint.best_model_path)) == sorted(TRAINED)
+    tested = t.test(model, data(), ckpt_path="best", verbose=False)[0]["test_loss"]
+    assert tested == pytest.approx(checkpoint.best_model_score.item())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("merge", ["last", "best"])
+def test_a_fast_dev_run_needs_no_file_that_is_best_and_merges_nothing(tmp_path: Path, merge: Any) -> None:
+    model = LitTiny()
+    trainer(tmp_path, [lora(merge=merge)], fast_dev_run=2).fit(model, data(), data())
+    assert not is_plain(model) and model.get_parameter("q_proj.lora_B").any()
+    assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
+    with pytest.raises(ConfigError, match="monitor"):
+        trainer(tmp_path, [lora(merge="best"), ModelCheckpoint(tmp_path)]).fit(LitTiny(), data(), data())
+
+
+class Quantised(L.LightningModule):
+    """A layer of eight bits and a head of full precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torchao = pytest.importorskip("torchao.quantization")
+        self.body = nn.Linear(64, 64).requires_grad_(False)
+        torchao.quantize_(self.body, torchao.Int8WeightOnlyConfig())
+        self.head = nn.Linear(64, 4)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.head(torch.tanh(self.body(batch))).square().mean()
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(torch.randn(8, 64), batch_size=4)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("merge", ["last", "best"])
+def test_a_fast_dev_run_of_a_quantised_base_may_ask_for_a_merge(tmp_path: Path, merge: Any) -> None:
+    model = Quantised()
+    callback = LoRACallback(r=4, target_modules=["body"], modules_to_save=["head"], merge=merge)
+    trainer(tmp_path, [callback], fast_dev_run=True).fit(model)
+    assert not is_plain(model) and model.get_parameter("body.lora_B").any()
+    callback = LoRACallback(r=4, target_modules=["body"], modules_to_save=["head"])
+    with pytest.raises(ConfigError, match="quantised"):
+        trainer(tmp_path, [callback], max_epochs=1).fit(Quantised())
+
+
+class HasBackbone(LitTiny):
+    """A module with what BackboneFinetuning asks for."""
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.q_proj
+
+
+class Thaws(BaseFinetuning):
+    """Train a part of the base from the second epoch on."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.backbone)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Optimizer) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.backbone, optimizer)
+
+
+OPPOSED: dict[str, Callable[[], L.Callback]] = {
+    "BackboneFinetuning": lambda: BackboneFinetuning(1),
+    "Thaws": Thaws,
+    "ModelPruning": lambda: ModelPruning("l1_unstructured"),
+}
+
+
+@pytest.mark.parametrize("name", OPPOSED)
+@either_order
+def test_callbacks_that_change_the_base_are_refused(tmp_path: Path, name: str, first: bool) -> None:
+    model = HasBackbone()
+    before = state(model)
+    with pytest.raises(ConfigError, match=name):
+        trainer(tmp_path, beside(OPPOSED[name](), first)).fit(model, data(), data())
+    assert is_plain(model) and same(state(model), before) and not [key for key in vars(model) if "lora" in key]
+    assert first or all(p.requires_grad for p in model.parameters())  # listed first, it has frozen its part already

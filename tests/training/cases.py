@@ -1,0 +1,230 @@
+"""Callbacks beside LoRACallback, plain loops, and what must hold."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import lightning.pytorch.callbacks as bundled
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, StochasticWeightAveraging
+from packaging.version import Version
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_lora import adapter_state_dict, inject_adapters, load_adapter, unmerge_adapters
+from tests.cases import StopError
+from tests.models import TRAINED, LitTiny, data, lora
+
+
+class BornInSetup(LitTiny):
+    """A module whose projections are made in ``setup``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.q_proj, self.v_proj
+
+    def make(self) -> None:
+        if not hasattr(self, "q_proj"):
+            other = LitTiny()
+            self.q_proj, self.v_proj = other.q_proj, other.v_proj
+
+    def setup(self, stage: str) -> None:
+        self.make()
+
+
+class BornInConfigureModel(BornInSetup):
+    """A module whose projections are made in ``configure_model``."""
+
+    def setup(self, stage: str) -> None:
+        pass
+
+    def configure_model(self) -> None:
+        self.make()
+
+
+class Stateful:
+    """A loader that knows where it is, which is what Lightning needs to go on in the middle of an epoch."""
+
+    def __init__(self) -> None:
+        self.batches, self.at = list(data()), 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.at %= len(self.batches)
+        while self.at < len(self.batches):
+            self.at += 1
+            yield self.batches[self.at - 1]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+
+FROZEN = ("embed.weight", "q_proj.weight", "q_proj.bias", "v_proj.weight")
+
+
+def parts(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in a nested structure, with the keys that lead to it."""
+    yield path, value
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from parts(each, f"{path}/{key}")
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for number, each in enumerate(value):
+            yield from parts(each, f"{path}/{number}")
+
+
+def files_hold_adapters_alone(folder: Path) -> bool:
+    """Whether no file below ``folder`` holds a frozen weight anywhere, by its name or its shape."""
+    files = sorted(folder.rglob("*.ckpt"))
+    shapes = {tuple(LitTiny().state_dict()[name].shape) for name in FROZEN}
+    for file in files:
+        checkpoint = torch.load(file, weights_only=True)
+        assert set(checkpoint["state_dict"]) == set(TRAINED) and "lightning_lora" in checkpoint, file
+        for path, value in parts(checkpoint):
+            assert value is None or not path.endswith(FROZEN), (file, path)
+            if isinstance(value, Tensor):
+                assert tuple(value.shape) not in shapes, (file, path)
+                assert value.untyped_storage().nbytes() == value.nbytes, (file, path)
+    return bool(files)
+
+
+def same_parts(a: Any, b: Any) -> bool:
+    """Whether two nested structures have the same keys, bits and values."""
+    ours, theirs = dict(parts(a)), dict(parts(b))
+    equal = {key: torch.equal(x, theirs[key]) for key, x in ours.items() if isinstance(x, Tensor)}
+    plain = [key for key, x in ours.items() if not isinstance(x, Tensor | Mapping | Sequence) or isinstance(x, str)]
+    return list(ours) == list(theirs) and all(equal.values()) and all(ours[key] == theirs[key] for key in plain)
+
+
+def base_is_whole(model: LitTiny) -> bool:
+    """Whether every frozen weight of ``model``, which ends un-merged, has the bits that it was born with."""
+    unmerge_adapters(model)
+    return all(torch.equal(model.get_parameter(name), LitTiny().get_parameter(name)) for name in FROZEN)
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of what trains."""
+    return {name: value.clone() for name, value in adapter_state_dict(model).items()}
+
+
+class Steps(L.Callback):
+    """Keep what trains after each step."""
+
+    def __init__(self) -> None:
+        self.after: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.after.append(trained(pl_module))
+
+
+def beside(companion: L.Callback, first: bool, **options: Any) -> list[L.Callback]:
+    """The two callbacks in either order."""
+    return [companion, lora(**options)] if first else [lora(**options), companion]
+
+
+def outcome(t: L.Trainer, stage: str, model: LitTiny, **options: Any) -> Tensor:
+    """What a stage gives: predictions, or its only number."""
+    if stage == "predict":
+        return torch.cat(t.predict(model, data(), **options))  # type: ignore[arg-type]
+    (numbers,) = getattr(t, stage)(model, data(), verbose=False, **options)
+    return torch.tensor(list(numbers.values()))
+
+
+def loaded(path: Any) -> LitTiny:
+    """A new module with the adapters of a file, or without any."""
+    model = LitTiny()
+    if path is not None:
+        load_adapter(model, path)
+    return model
+
+
+either_order = pytest.mark.parametrize("first", [False, True], ids=["after", "before"])
+PLAIN_SWALR = Version(torch.__version__) >= Version("2.6")  # its state could not be loaded safely before
+
+
+def mean(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([each[name] for each in states]).mean(0) for name in states[0]}
+
+
+def moving(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    average = states[0]
+    for each in states[1:]:
+        average = {name: 0.9 * value + 0.1 * each[name] for name, value in average.items()}
+    return average
+
+
+# The companion; the average at the end of four epochs of four steps; what validation sees after the first
+AVERAGES: dict[str, tuple[Callable[[], L.Callback], Callable[[Any], Any], Callable[[Any], Any]]] = {}
+if PLAIN_SWALR:
+    AVERAGES["swa"] = (
+        lambda: StochasticWeightAveraging(0.1, swa_epoch_start=2),
+        lambda after: mean(after[3:12:4]),  # as each epoch from the second on begins
+        lambda after: after[3],  # it moves to the average when all is over
+    )
+if hasattr(bundled, "WeightAveraging"):
+    AVERAGES["mean"] = (bundled.WeightAveraging, mean, lambda after: mean(after[:4]))
+if hasattr(bundled, "EMAWeightAveraging"):
+    AVERAGES["ema"] = (lambda: bundled.EMAWeightAveraging(decay=0.9), moving, lambda after: moving(after[:4]))
+
+
+def trainable(model: LitTiny) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def adam(parameters: Any) -> Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.05)
+
+
+def by_hand(
+    optimizer: Optimizer,
+    model: LitTiny,
+    *,
+    step: Callable[[], Any] = lambda: None,
+    every: Callable[[int], int] = lambda _: 1,
+    clip: Callable[[list[nn.Parameter]], Any] = lambda _: None,
+) -> None:
+    """Train three epochs in plain torch."""
+    batches = list(data())
+    for epoch in range(3):
+        for first in range(0, len(batches), every(epoch)):
+            chunk = batches[first : first + every(epoch)]
+
+            def closure(chunk: Any = chunk, epoch: int = epoch) -> Tensor:
+                optimizer.zero_grad()
+                for batch in chunk:
+                    value = model.loss(batch) / every(epoch)
+                    value.backward()
+                clip([p for group in optimizer.param_groups for p in group["params"]])
+                return value
+
+            optimizer.step(closure)  # type: ignore[arg-type]
+            step()
+
+
+def adapted() -> LitTiny:
+    torch.manual_seed(5)
+    model = LitTiny()
+    inject_adapters(model, lora().config)
+    return model
+
+
+class Fails(L.Callback):
+    """Fail after the sixth step."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 6:
+            raise StopError
+
+
+ON_EXCEPTION: dict[str, Callable[[Path], L.Callback]] = {"callback": lambda folder: OnExceptionCheckpoint(folder)}
+if Version(L.__version__) >= Version("2.6"):
+    ON_EXCEPTION["option"] = lambda folder: ModelCheckpoint(
+        folder, "on_exception", save_on_exception=True, save_top_k=0
+    )

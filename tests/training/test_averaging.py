@@ -1,0 +1,182 @@
+"""Averages are those of the adapters alone."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import lightning.pytorch.callbacks as bundled
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from packaging.version import Version
+from torch import Tensor, nn
+
+from lightning_lora import inject_adapters
+from tests.models import TRAINED, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
+from tests.training.cases import (
+    AVERAGES,
+    BornInConfigureModel,
+    BornInSetup,
+    Stateful,
+    Steps,
+    base_is_whole,
+    beside,
+    either_order,
+    files_hold_adapters_alone,
+    loaded,
+    outcome,
+    same_parts,
+    trained,
+)
+
+X = torch.arange(WORDS)
+each_average = pytest.mark.parametrize("average", AVERAGES)
+
+
+@pytest.mark.filterwarnings("ignore:.*overrides the configure_model:UserWarning")
+@pytest.mark.parametrize("cls", [LitTiny, BornInSetup, BornInConfigureModel])
+@each_average
+@either_order
+def test_averages_are_those_of_the_adapters_after_each_step(
+    tmp_path: Path, average: str, first: bool, cls: type[LitTiny]
+) -> None:
+    make, at_end, _ = AVERAGES[average]
+    model, steps = cls(), Steps()
+    t = trainer(tmp_path, [*beside(make(), first), steps], max_epochs=4, enable_checkpointing=False)
+    t.fit(model, data(), data())
+    torch.testing.assert_close(trained(model), at_end(steps.after))
+    assert is_plain(model)
+    merged = model(X)
+    assert base_is_whole(model)
+    torch.testing.assert_close(merged, model(X))
+
+
+@each_average
+@either_order
+def test_files_beside_an_average_hold_adapters_alone(tmp_path: Path, average: str, first: bool) -> None:
+    model, t = LitTiny(), None
+    saves = best(tmp_path, save_top_k=-1, save_last=True)
+    light = ModelCheckpoint(tmp_path, "light-{step}", save_weights_only=True, every_n_train_steps=3, save_top_k=-1)
+    t = trainer(tmp_path, [*beside(AVERAGES[average][0](), first), saves, light], max_epochs=3)
+    t.fit(model, data(), data())
+    t.save_checkpoint(tmp_path / "after.ckpt")
+    t.save_checkpoint(tmp_path / "light.ckpt", weights_only=True)
+    assert files_hold_adapters_alone(tmp_path)
+    for name in ("after", "light"):
+        assert same_parts(torch.load(tmp_path / f"{name}.ckpt")["state_dict"], trained(model))
+
+
+outside_fit = pytest.mark.filterwarnings("ignore:.*outside the 'fit' stage:UserWarning")
+
+
+@outside_fit
+@each_average
+@either_order
+def test_best_is_what_validation_saw_of_the_average(tmp_path: Path, average: str, first: bool) -> None:
+    make, _, seen = AVERAGES[average]
+    model, steps, worst = LitTiny(), Steps(), best(tmp_path, mode="max")  # surely not the last
+    t = trainer(tmp_path, [*beside(make(), first), steps, worst], max_epochs=4)
+    t.fit(model, data(), data())
+    path, score = worst.best_model_path, pytest.approx(worst.best_model_score.item())  # type: ignore[union-attr]
+    assert path.endswith("epoch=0.ckpt") and outcome(t, "test", model).item() != score
+    torch.testing.assert_close(torch.load(path)["state_dict"], seen(steps.after))
+    predicted = outcome(trainer(tmp_path), "predict", loaded(path))
+    new = [(trainer(tmp_path, callbacks), LitTiny()) for callbacks in (beside(make(), first), [lora()])]
+    for stages, module in ((t, model), *new):
+        for stage in ("test", "validate"):
+            assert outcome(stages, stage, module, ckpt_path=path).item() == score
+            assert outcome(stages, "test", module).item() == score  # what was loaded stays
+        torch.testing.assert_close(outcome(stages, "predict", module, ckpt_path=path), predicted)
+        assert base_is_whole(module)
+
+
+@each_average
+@either_order
+def test_best_of_an_average_is_merged(tmp_path: Path, average: str, first: bool) -> None:
+    model, worst = LitTiny(), best(tmp_path, mode="max")
+    callbacks = [*beside(AVERAGES[average][0](), first, merge="best"), worst]
+    trainer(tmp_path, callbacks, max_epochs=4).fit(model, data(), data())
+    assert is_plain(model)
+    score = pytest.approx(worst.best_model_score.item())  # type: ignore[union-attr]
+    assert outcome(trainer(tmp_path), "test", model).item() == score and base_is_whole(model)
+
+
+@each_average
+@either_order
+def test_resumed_average_has_the_same_bits(tmp_path: Path, average: str, first: bool) -> None:
+    through, resumed = LitTiny(), LitTiny()
+    steps = None if average == "swa" else 5  # which Lightning itself resumes exactly at the end of an epoch alone
+    start, end = ("step=8.ckpt", "step=16.ckpt") if average == "swa" else ("step=10.ckpt", "step=15.ckpt")
+    for model, path in ((through, None), (resumed, tmp_path / "True" / start)):
+        torch.manual_seed(5)
+        saves = ModelCheckpoint(tmp_path / str(model is through), "{step}", save_top_k=-1, every_n_train_steps=steps)
+        callbacks = [*beside(AVERAGES[average][0](), first), saves]
+        trainer(tmp_path, callbacks, max_epochs=4).fit(model, Stateful(), data(), ckpt_path=path)
+    a, b = (torch.load(tmp_path / str(each) / end) for each in (True, False))
+    for checkpoint in (a, b):
+        del checkpoint["callbacks"][saves.state_key]  # which names its folder
+    assert same_parts(a, b)
+    assert same(trained(resumed), trained(through)) and same(state(resumed), state(through))
+    assert base_is_whole(resumed)
+
+
+def test_averaging_leaves_frozen_norms_as_they_are(tmp_path: Path) -> None:
+    """SWA resets every BatchNorm's statistics, and estimates them anew in one more epoch."""
+
+    class Normed(LitTiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.last = nn.BatchNorm1d(8), nn.BatchNorm1d(4)
+            self.norm.running_mean.add_(1)
+
+        def forward(self, index: Tensor) -> Tensor:
+            x = self.norm(self.embed(index))
+            return self.last(self.head(torch.tanh(self.q_proj(x)) + self.v_proj(x)))
+
+    model = Normed()
+    callbacks = [StochasticWeightAveraging(0.1, swa_epoch_start=2), lora(modules_to_save=["head", "last"])]
+    t = trainer(tmp_path, callbacks, max_epochs=4, enable_checkpointing=False)
+    t.fit(model, data(), data())
+    assert torch.equal(model.norm.running_mean, torch.ones(8)) and model.norm.num_batches_tracked == 0
+    assert not torch.equal(model.last.running_mean, torch.zeros(4))
+
+
+class Counts(LitTiny):
+    """A buffer counts the steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.steps += 1
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.skipif(Version(L.__version__) < Version("2.6"), reason="WeightAveraging came with 2.6")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
+def test_plain_average_is_taken_as_torch_takes_it(tmp_path: Path, precision: Any) -> None:
+    averages = []
+    for adapt in (True, False):
+        torch.manual_seed(5)
+        model, average = Counts(), bundled.WeightAveraging()
+        callbacks: list[L.Callback] = [lora(merge=False), average]
+        if not adapt:  # by hand, with nothing of the callback
+            inject_adapters(model, lora().config)
+            callbacks = [average]
+        trainer(tmp_path, callbacks, precision=precision, enable_checkpointing=False).fit(model, data())
+        averages.append(state(model))
+    kept = {name for name in averages[0] if name in TRAINED or name == "steps"}
+    adapted, by_hand = ({name: average[name].float() for name in kept} for average in averages)
+    tolerance = 1e-6 if precision == "32-true" else 1e-2  # by hand, bf16-true converts the adapters too
+    assert all(torch.allclose(adapted[name], by_hand[name], atol=tolerance) for name in kept)
+
+
+@each_average
+@either_order
+def test_average_copies_frozen_layers_that_come_late(tmp_path: Path, average: str, first: bool) -> None:
+    class Late(LitTiny):
+        def setup(self, stage: str) -> None:
+            self.extra = nn.LayerNorm(4)
+
+    trainer(tmp_path, beside(AVERAGES[average][0](), first), max_epochs=4).fit(Late(), data())

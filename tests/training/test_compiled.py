@@ -1,0 +1,114 @@
+"""Compiled models train as plain ones, with plain keys."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import (
+    LoRAConfig,
+    adapter_state_dict,
+    inject_adapters,
+    load_adapter,
+    load_adapter_state_dict,
+    merge_adapters,
+    save_adapter,
+    unmerge_adapters,
+)
+from tests.cases import Three, three
+from tests.models import WORDS, LitTiny, best, data, lora, same, state, trainer
+
+X = torch.arange(WORDS)
+
+
+class Compiled(LitTiny):
+    """A module whose q_proj was compiled before it met any adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = torch.compile(self.q_proj, backend="eager", fullgraph=True)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch, as it compiles any linear layer
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_compiled_submodule_is_adapted_and_its_keys_are_plain(tmp_path: Path, compiled_first: bool) -> None:
+    torch.manual_seed(0)
+    plain, model = LitTiny(), Compiled()
+    if compiled_first:
+        model(X)  # so that there is a graph without an adapter
+    for each, folder in ((plain, "plain"), (model, "compiled")):
+        torch.manual_seed(0)
+        t = trainer(tmp_path, [lora(target_modules=["q_proj"]), best(tmp_path / folder, monitor=None)])
+        t.fit(each, data(), data())
+    assert torch.equal(model(X), plain(X)) and type(model.q_proj._orig_mod) is nn.Linear
+    path = t.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+    assert sorted(torch.load(path, weights_only=True)["state_dict"]) == sorted(
+        ["q_proj.lora_A", "q_proj.lora_B", "head.weight", "head.bias"]
+    )
+    for other in (LitTiny(), Compiled()):
+        load_adapter(other, path)
+        torch.testing.assert_close(other(X), plain(X))
+        load_adapter_state_dict(other, adapter_state_dict(other))
+    save_adapter(model, tmp_path / "a.safetensors")
+    again = LitTiny()
+    load_adapter(again, tmp_path / "a.safetensors")
+    torch.testing.assert_close(again(X), plain(X))
+
+
+def counted(backend: Any = "eager") -> tuple[Any, list[int]]:
+    """A backend of torch.compile that counts the graphs it is given."""
+    graphs: list[int] = []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(1)
+        return graph.forward
+
+    return count, graphs
+
+
+def test_compiled_module_trains_as_the_plain_one_and_compiles_once(tmp_path: Path) -> None:
+    results = []
+    backend, graphs = counted()
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = LitTiny()
+        t = trainer(tmp_path, [lora(merge=False)], max_epochs=3, enable_checkpointing=False)
+        t.fit(torch.compile(model, backend=backend) if compiled else model, data())
+        results.append(state(model))
+        if compiled:
+            seen = len(graphs)
+            t.fit_loop.max_epochs = 6
+            t.fit(torch.compile(model, backend=backend), data())
+    assert same(*results)
+    assert seen > 0 and len(graphs) <= 2 * seen
+
+
+@pytest.mark.parametrize("kind", ["eval", "train"])
+def test_no_step_compiles_again(kind: str) -> None:
+    torch._dynamo.reset()
+    backend, graphs = counted()
+    model = three(dropout=0.1).train(kind == "train")
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(4):
+        compiled(X).sum().backward()
+        optimizer.step()
+    assert len(graphs) == 1
+    if kind == "eval":
+        expected = model(X)
+        torch.testing.assert_close(compiled(X), expected)
+        merge_adapters(model)
+        torch.testing.assert_close(compiled(X), expected)
+        unmerge_adapters(model)
+        torch.testing.assert_close(compiled(X), expected)
+
+
+def test_model_that_is_compiled_itself_is_the_model_inside() -> None:
+    model = three()
+    compiled = torch.compile(Three(), backend="eager")
+    assert inject_adapters(compiled, LoRAConfig(r=2, target_modules="all")) == ("embed", "linear", "conv")
+    assert list(adapter_state_dict(compiled)) == list(adapter_state_dict(compiled._orig_mod))
+    load_adapter_state_dict(compiled, adapter_state_dict(model))
+    assert same(adapter_state_dict(compiled), adapter_state_dict(model))

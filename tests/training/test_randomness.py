@@ -1,0 +1,58 @@
+"""A resumed run ends with the same bits."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from tests.models import LitTiny, data, exact, lora, same, state, trainer
+from tests.training.cases import Stateful
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": "all", "alpha": 8}, {"modules_to_save": None, "target_modules": "all"}], ids=str
+)
+def test_resumed_run_ends_with_the_same_bits(tmp_path: Path, options: dict[str, Any]) -> None:
+    through, resumed = LitTiny(), LitTiny()
+    every = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    torch.manual_seed(5)
+    t = trainer(tmp_path, [lora(merge=False, **options), every], max_epochs=4)
+    t.fit(through, data())
+    t = trainer(tmp_path, [lora(merge=False, **options)], max_epochs=4)
+    t.fit(resumed, data(), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert same(state(resumed), state(through)) and t.global_step == 16
+
+
+def shuffled() -> DataLoader[Any]:
+    return DataLoader(data().dataset, batch_size=4, shuffle=True)
+
+
+@exact
+def test_resumed_run_drops_and_shuffles_as_the_one_that_never_stopped(tmp_path: Path) -> None:
+    through, resumed = LitTiny(), LitTiny()
+    every = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    torch.manual_seed(5)
+    trainer(tmp_path, [lora(merge=False, dropout=0.3), every], max_epochs=4).fit(through, shuffled(), data())
+    torch.manual_seed(6)
+    t = trainer(tmp_path, [lora(merge=False, dropout=0.3)], max_epochs=4)
+    t.fit(resumed, shuffled(), data(), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert same(state(resumed), state(through))
+    odd = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
+    for states in (None, {}, {"cpu": 1}, {"cpu": torch.zeros(1, 3)}, {"cpu": torch.zeros(2, 5056, dtype=torch.uint8)}):
+        torch.save({**odd, "lightning_lora_random": states}, tmp_path / "odd.ckpt")
+        trainer(tmp_path, [lora(dropout=0.3)], max_epochs=3).fit(LitTiny(), shuffled(), ckpt_path=tmp_path / "odd.ckpt")
+
+
+@pytest.mark.parametrize("step", [1, 6, 8, 11])
+def test_run_resumed_at_any_step_ends_with_the_same_bits(tmp_path: Path, step: int) -> None:
+    through, resumed = LitTiny(), LitTiny()
+    every = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    torch.manual_seed(5)
+    t = trainer(tmp_path, [lora(merge=False), every], max_epochs=3)
+    t.fit(through, Stateful())
+    t = trainer(tmp_path, [lora(merge=False)], max_epochs=3)
+    t.fit(resumed, Stateful(), ckpt_path=tmp_path / f"step={step}.ckpt")
+    assert t.global_step == 12 and same(state(resumed), state(through))

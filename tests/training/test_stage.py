@@ -1,0 +1,257 @@
+"""Each stage computes with the right adapters."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from lightning_lora import (
+    AdapterFileError,
+    LoRAConfig,
+    LoRAWarning,
+    TargetError,
+    inject_adapters,
+    load_adapter,
+    save_adapter,
+    unmerge_adapters,
+)
+from tests.cases import StopError
+from tests.models import ADAPTERS, LitTiny, best, data, is_plain, lora, same, state, trainer
+from tests.training.cases import (
+    adam,
+    base_is_whole,
+    by_hand,
+    files_hold_adapters_alone,
+    loaded,
+    outcome,
+    same_parts,
+    trainable,
+    trained,
+)
+
+
+@pytest.mark.parametrize("merge", ["last", "best", False])
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_each_file_gives_its_own_numbers_in_each_stage(tmp_path: Path, stage: str, merge: Any) -> None:
+    def saves() -> ModelCheckpoint:
+        return best(tmp_path, mode="max", save_top_k=-1, save_last=True)  # the worst: surely not the last
+
+    model, first = LitTiny(lr=0.5), saves()
+    t = trainer(tmp_path, [lora(merge=merge), first], max_epochs=3)
+    t.fit(model, data(), data())
+    files = {"best": first.best_model_path, "last": first.last_model_path, "path": str(tmp_path / "best-epoch=1.ckpt")}
+    files["end"] = files["best" if merge == "best" else "last"]
+    plain = trainer(tmp_path, enable_checkpointing=False)
+    expected = {name: outcome(plain, stage, loaded(path)) for name, path in [*files.items(), ("base", None)]}
+    assert len({tuple(value.flatten().tolist()) for value in expected.values()}) == 4
+
+    def check(t: L.Trainer, model: LitTiny, now: str, asked: list[str]) -> None:
+        known, shape = now != "base", is_plain(model)
+        for name in (None, *asked, None):
+            path = files["path"] if name == "path" else name
+            now = name or now
+            torch.testing.assert_close(outcome(t, stage, model, ckpt_path=path), expected[now])
+            assert is_plain(model) is shape or not known
+            torch.testing.assert_close(outcome(plain, stage, model), expected[now])  # without the callback too
+        assert files_hold_adapters_alone(tmp_path)
+
+    check(t, model, "end", ["last", "best", "path"])
+    new = trainer(tmp_path, [lora(merge=merge), saves()])
+    check(new, model, "path", ["last", "path"])
+    check(trainer(tmp_path, [lora(merge=merge), saves()]), LitTiny(), "base", ["path", "last"])
+    assert base_is_whole(model)
+
+
+@pytest.mark.parametrize("merge", ["last", False])
+@pytest.mark.parametrize("begin", ["fit", "load", "resume", "safetensors"])
+def test_fit_goes_on_from_the_adapters_that_are_there(tmp_path: Path, begin: str, merge: Any) -> None:
+    model = LitTiny()
+    t = trainer(tmp_path, [lora(merge=merge), best(tmp_path / "1")], max_epochs=1)
+    t.fit(model, data(), data())
+    t.save_checkpoint(tmp_path / "first.ckpt", weights_only=begin == "load")
+    save_adapter(model, tmp_path / "first.safetensors")
+    expected = loaded(tmp_path / "first.ckpt")
+    by_hand(adam(trainable(expected)), expected)
+    if begin != "fit":
+        model = loaded(tmp_path / ("first.safetensors" if begin == "safetensors" else "first.ckpt"))
+    if begin == "resume":
+        trainer(tmp_path, [lora()]).validate(model, data(), ckpt_path=tmp_path / "first.ckpt", verbose=False)
+    t = trainer(tmp_path, [lora(merge=merge), best(tmp_path / "2")], max_epochs=3)
+    t.fit(model, data(), data())
+    assert is_plain(model) is bool(merge) and files_hold_adapters_alone(tmp_path)
+    assert same_parts(trained(model), trained(expected)) and base_is_whole(model)
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_stages_before_fit_do_not_change_what_it_learns(tmp_path: Path, new: bool) -> None:
+    models = LitTiny(), LitTiny()
+    for model, stages in zip(models, ((), ("validate", "predict", "test", "validate")), strict=True):
+        torch.manual_seed(5)
+        t = trainer(tmp_path, [lora()])
+        for stage in stages:
+            outcome(t, stage, model)
+            t = trainer(tmp_path, [lora()]) if new else t
+        t.fit(model, data(), data())
+    assert same(state(models[0]), state(models[1])) and base_is_whole(model)
+
+
+def test_best_and_last_give_their_own_numbers_after_fit(tmp_path: Path) -> None:
+    model, checkpoint = (
+        LitTiny(lr=0.5),
+        best(tmp_path, save_last=True, save_top_k=-1, mode="max"),
+    )  # the worst: surely not the last
+    t = trainer(tmp_path, [lora(), checkpoint], max_epochs=4)
+    t.fit(model, data(), data())
+    last = t.callback_metrics["val_loss"].item()
+    last_path = checkpoint.last_model_path
+    worst = checkpoint.best_model_score.item()  # type: ignore[union-attr]
+    assert worst > last
+    assert t.validate(model, data(), verbose=False)[0]["val_loss"] == pytest.approx(last)
+    assert t.test(model, data(), ckpt_path="best", verbose=False)[0]["test_loss"] == pytest.approx(worst)
+    assert is_plain(model)
+    assert t.test(model, data(), verbose=False)[0]["test_loss"] == pytest.approx(
+        worst
+    )  # as plain Lightning: loaded stays
+    assert t.test(model, data(), ckpt_path="last", verbose=False)[0]["test_loss"] == pytest.approx(last)
+    assert t.validate(dataloaders=data(), verbose=False)[0]["val_loss"] == pytest.approx(worst)  # no model means best
+    predicted = t.predict(model, data(), ckpt_path=last_path)
+    torch.testing.assert_close(torch.cat(predicted), model(torch.cat([x for x, _ in data()])))  # type: ignore[arg-type]
+
+
+def test_new_trainer_and_new_callback_meet_a_merged_model(tmp_path: Path) -> None:
+    model, checkpoint = LitTiny(), best(tmp_path)
+    t = trainer(tmp_path, [lora(), checkpoint])
+    t.fit(model, data(), data())
+    score = pytest.approx(checkpoint.best_model_score.item())  # type: ignore[union-attr]
+    path = checkpoint.best_model_path
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), LitTiny()):
+        assert trainer(tmp_path, [lora()]).test(each, data(), ckpt_path=path, verbose=False)[0]["test_loss"] == score
+    load_adapter(model, path)
+    assert trainer(tmp_path).test(model, data(), verbose=False)[0]["test_loss"] == score
+
+
+class Broken(LitTiny):
+    """A module whose test fails."""
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        raise StopError
+
+
+def test_failed_stage_gives_the_module_back_as_it_came(tmp_path: Path) -> None:
+    (tmp_path / "cut.ckpt").write_bytes(b"PK")
+    model = Broken()
+    t = trainer(tmp_path, [lora()])
+    for options, error in (({"ckpt_path": tmp_path / "cut.ckpt"}, AdapterFileError), ({}, StopError)):
+        for stage in ("test", "fit") if options else ("test",):
+            before = state(model)
+            with pytest.raises(error):
+                getattr(t, stage)(model, data(), **options)
+            assert is_plain(model) and same(state(model), before) and all(p.requires_grad for p in model.parameters())
+    t.fit(model.train(), data())  # Lightning leaves a module in eval mode when its test fails
+    merged = state(model)
+    for options, error in (({"ckpt_path": tmp_path / "cut.ckpt"}, AdapterFileError), ({}, StopError)):
+        with pytest.raises(error):
+            t.test(model, data(), **options)
+        assert is_plain(model) and same(state(model), merged)
+    with pytest.raises(TargetError):
+        trainer(tmp_path, [lora(target_modules=["nope"])]).validate(model, data())
+    assert is_plain(model) and same(state(model), merged)
+    t.validate(model, data(), verbose=False)
+    unmerge_adapters(model)
+    assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
+
+
+class FailsToPrepare(LitTiny):
+    """A module whose data are not there, when asked to."""
+
+    missing = False
+
+    def prepare_data(self) -> None:
+        if self.missing:
+            raise StopError
+
+
+def test_a_stage_that_fails_before_it_is_set_up_changes_nothing(tmp_path: Path) -> None:
+    model, t = FailsToPrepare(), trainer(tmp_path, [lora(merge=False)])
+    t.validate(model, data(), verbose=False)
+    inject_adapters(model, lora().config)
+    model.missing = True
+    with pytest.raises(StopError):
+        t.test(model, data())
+    assert not is_plain(model)
+
+
+def test_stages_before_fit_change_nothing(tmp_path: Path) -> None:
+    model, t = LitTiny(), trainer(tmp_path, [lora()])
+    base = trainer(tmp_path).validate(LitTiny(), data(), verbose=False)
+    for _ in range(2):
+        assert t.validate(model, data(), verbose=False) == base
+    t.predict(model, data())
+    t.fit(model, data())
+    assert is_plain(model)
+
+
+def test_weights_replaced_after_a_merge_are_a_new_base(tmp_path: Path) -> None:
+    model, checkpoint = LitTiny(), best(tmp_path)
+    t = trainer(tmp_path, [lora(), checkpoint])
+    t.fit(model, data(), data())
+    model.load_state_dict(LitTiny().state_dict())
+    with pytest.warns(LoRAWarning, match="new base"):
+        tested = t.test(model, data(), ckpt_path="best", verbose=False)
+    assert tested[0]["test_loss"] == pytest.approx(checkpoint.best_model_score.item())  # type: ignore[union-attr]
+
+
+def test_a_fit_that_merges_nothing_leaves_live_adapters_on_a_module_that_an_earlier_fit_merged(tmp_path: Path) -> None:
+    model = LitTiny()
+    trainer(tmp_path, [lora()]).fit(model, data())
+    assert is_plain(model)
+    t = trainer(tmp_path, [lora(merge=False)])
+    t.fit(model, data())
+    assert set(ADAPTERS) <= set(dict(model.named_parameters()))
+    assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
+    t.test(model, data(), verbose=False)
+    assert set(ADAPTERS) <= set(dict(model.named_parameters()))
+
+
+class MakesNone(LitTiny):
+    """A module with a frozen norm, that raises where it should make its optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.embed.requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        assert self.q_proj.weight.requires_grad and not self.embed.weight.requires_grad  # the base as it was
+        raise ZeroDivisionError
+
+
+def flags(model: nn.Module) -> dict[str, bool]:
+    return {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def test_a_base_is_frozen_again_after_an_optimizer_that_could_not_be_made(tmp_path: Path) -> None:
+    model = MakesNone()
+    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"]))
+    before = flags(model)
+    assert not before["q_proj.weight"] and before["head.weight"] and before["q_proj.lora_A"]
+    with pytest.raises(ZeroDivisionError):
+        trainer(tmp_path, [lora()]).fit(model, data())
+    assert flags(model) == before
+    statistics = state(model.norm)
+    model.train().norm(torch.ones(4, 8))
+    assert all(torch.equal(value, statistics[name]) for name, value in model.norm.state_dict().items())
+
+
+def test_a_module_that_came_plain_has_its_flags_back_after_an_optimizer_that_could_not_be_made(tmp_path: Path) -> None:
+    model = MakesNone()
+    before = flags(model)
+    with pytest.raises(ZeroDivisionError):
+        trainer(tmp_path, [lora()]).fit(model, data())
+    assert is_plain(model) and flags(model) == before
