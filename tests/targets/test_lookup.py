@@ -50,7 +50,10 @@ HINTS: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": ["scale"]}, r"'0\.scale' is a parameter: name it in target_parameters"),
     ({"target_parameters": ["conv"]}, r"match no parameter.*Name parameters, such as '0\.conv\.weight'"),
     ({"target_modules": ["conv"], "rank_pattern": {"lstm": 1}}, r"\['lstm'\] match layers.*not adapted"),
-    ({"target_modules": ["0"]}, r"a Sensor is not supported \(.*: '0.conv', '0.lstm'\), but target_parameters.* '0\.scale'"),
+    (
+        {"target_modules": ["0"]},
+        r"a Sensor is not supported .*'0.conv', '0.lstm'\), but.* '0\.scale'",
+    ),
 ]
 
 

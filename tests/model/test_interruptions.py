@@ -1,0 +1,170 @@
+"""A call that fails anywhere leaves the model as it was."""
+
+import copy
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRAError,
+    adapter_state_dict,
+    inject_adapters,
+    load_adapter,
+    load_adapter_state_dict,
+    merge_adapters,
+    remove_adapters,
+    save_adapter,
+    unmerge_adapters,
+)
+from tests.models import randomise, same, state
+
+
+class Model(nn.Module):
+    """Layers of one weight and of several, a tied weight, and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.rnn, self.norm = nn.Embedding(7, 6), nn.LSTM(6, 6, batch_first=True), nn.BatchNorm1d(6)
+        self.proj, self.head = nn.Linear(6, 6), nn.Linear(6, 7, bias=False)
+        self.head.weight = self.embed.weight
+        self.extra = nn.Linear(7, 3)
+
+    def forward(self, index: Tensor) -> Any:
+        x, _ = self.rnn(self.embed(index))
+        return self.extra(self.head(self.norm(self.proj(x).mT).mT))
+
+
+CONFIG = LoRAConfig(r=2, target_modules=["rnn", "proj", "head"], modules_to_save=["extra"], bias="lora_only")
+INDEX = torch.arange(7).view(1, 7)
+
+
+class FailsAt(TorchFunctionMode):
+    """Let one call of torch fail: its place in the order of calls."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.left = place
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name not in ("__get__", "__set__", "requires_grad_") and not name.startswith("_"):  # these compute nothing
+            self.left -= 1
+            if self.left == 0:
+                raise MemoryError("no memory is left")
+        return func(*args, **(kwargs or {}))
+
+
+def build(*, merged: bool) -> Model:
+    model = Model()
+    inject_adapters(model, CONFIG)
+    randomise(model)
+    with torch.no_grad():
+        model.extra.weight.add_(1)
+    if merged:
+        merge_adapters(model)
+    return model.eval()
+
+
+def described(model: nn.Module) -> Any:
+    """All that must not change."""
+    kinds = [type(module) for module in model.modules()]
+    flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    return kinds, flags
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    other = build(merged=False)
+    randomise(other, seed=8)
+    save_adapter(other, tmp_path / "a.safetensors")
+    return tmp_path / "a.safetensors"
+
+
+CALLS: dict[str, tuple[bool, Callable[[nn.Module, Path], Any]]] = {
+    "merge": (False, lambda model, _: merge_adapters(model)),
+    "unmerge": (True, lambda model, _: unmerge_adapters(model)),
+    "remove": (False, lambda model, _: remove_adapters(model)),
+    "load": (False, lambda model, file: load_adapter(model, file)),
+    "load merged": (True, lambda model, file: load_adapter(model, file)),
+    "inject merged": (True, lambda model, _: inject_adapters(model, CONFIG)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::lightning_lora.LoRAWarning")
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_that_fails_anywhere_leaves_the_model_as_it_was(name: str, file: Path) -> None:
+    merged, call = CALLS[name]
+    whole = build(merged=merged)
+    before, output, about, stored = state(whole), whole(INDEX), described(whole), adapter_state_dict(whole)
+    for place in itertools.count(1, 7):
+        model = copy.deepcopy(whole)
+        try:
+            with FailsAt(place) as mode:
+                call(model, file)
+        except (MemoryError, LoRAError):
+            assert same(state(model), before) and described(model) == about
+            assert torch.equal(model(INDEX), output)
+            assert same(adapter_state_dict(model), stored)
+            continue
+        assert mode.left > 0  # it had fewer calls than that
+        break
+    assert place > 30
+
+
+@pytest.mark.parametrize("place", ["second weight", "afterwards"])
+@pytest.mark.filterwarnings("ignore::lightning_lora.LoRAWarning")
+def test_a_merge_that_fails_between_the_weights_of_a_layer_counts_no_update_twice(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(merged=False)
+    before, output, calls = state(model), model(INDEX), itertools.count()
+    own = Tensor.cpu
+
+    def fails(tensor: Tensor, *args: Any) -> Any:
+        if next(calls) == 1:
+            raise MemoryError("no memory is left")
+        return own(tensor, *args)
+
+    if place == "second weight":
+        monkeypatch.setattr(Tensor, "cpu", fails)
+    else:
+        monkeypatch.setattr(nn.LSTM, "flatten_parameters", fails_always)
+    with pytest.raises((MemoryError, RuntimeError), match="no memory"):
+        merge_adapters(model)
+    monkeypatch.undo()
+    assert same(state(model), before) and torch.equal(model(INDEX), output)
+    merge_adapters(model)
+    torch.testing.assert_close(model(INDEX), output)
+    unmerge_adapters(model)
+    assert same(state(model), before)
+
+
+def fails_always(*_: Any) -> None:
+    raise RuntimeError("no memory is left")
+
+
+@pytest.mark.filterwarnings("ignore::lightning_lora.LoRAWarning")
+def test_a_device_too_full_to_unmerge_keeps_the_merged_model_and_its_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(merged=True)
+    before, output, own, calls = state(model), model(INDEX), Tensor.to, itertools.count()
+
+    def fails(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 9:
+            raise torch.OutOfMemoryError("no memory is left")
+        return own(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "to", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        unmerge_adapters(model)
+    monkeypatch.undo()
+    assert same(state(model), before) and torch.equal(model(INDEX), output)
+    load_adapter_state_dict(model, adapter_state_dict(model))
+    assert torch.equal(model(INDEX), output)

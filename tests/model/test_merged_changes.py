@@ -1,0 +1,240 @@
+"""A merged model that has changed is noticed, and no change is lost."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import (
+    AdapterStateError,
+    BaseMismatchError,
+    LoRAConfig,
+    adapter_state_dict,
+    disable_adapters,
+    inject_adapters,
+    load_adapter,
+    load_adapter_state_dict,
+    merge_adapters,
+    remove_adapters,
+    save_adapter,
+    unmerge_adapters,
+)
+from tests.models import LitTiny, TinyLM, data, is_plain, lora, randomise, same, state, trainer, unties
+
+CHANGED = "changed since its adapters were merged"
+
+
+class Clips(LitTiny):
+    """A module that clips all its weights after each step, as a WGAN's critic does: the frozen ones too."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        with torch.no_grad():
+            for p in self.parameters():
+                p.clamp_(-0.3, 0.3)
+
+
+@pytest.mark.parametrize("merge", ["last", False])
+def test_an_adapted_weight_that_a_run_changed_is_stored_without_its_update(tmp_path: Path, merge: Any) -> None:
+    model, index = Clips(), torch.arange(8)
+    t = trainer(tmp_path, [lora(merge=merge)])
+    t.fit(model, data())
+    save_adapter(model, tmp_path / "a.safetensors")
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    for name in ("a.safetensors", "a.ckpt"):
+        fresh = Clips()
+        load_adapter(fresh, tmp_path / name)
+        torch.testing.assert_close(fresh(index), model(index))
+    output = model(index)
+    load_adapter_state_dict(model, adapter_state_dict(model))
+    torch.testing.assert_close(model(index), output)
+    save_adapter(model, tmp_path / "b.safetensors")
+    load_adapter(Clips(), tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_adapters_of_a_merged_and_converted_model_load_onto_the_converted_base(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = LitTiny()
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    merge_adapters(model)
+    model.to(dtype)
+    save_adapter(model, tmp_path / "a.safetensors")
+    base = LitTiny().to(dtype)
+    load_adapter(base, tmp_path / "a.safetensors")
+    unmerge_adapters(model)
+    assert same(state(base), state(model))
+    with pytest.raises(BaseMismatchError, match="Convert the model before loading"):
+        load_adapter(LitTiny(), tmp_path / "a.safetensors")
+
+
+def test_loading_into_a_merged_model_that_changed_is_refused_and_keeps_its_adapters(tmp_path: Path) -> None:
+    model = LitTiny()
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    stored = adapter_state_dict(model)
+    save_adapter(model, tmp_path / "a.safetensors")
+    merge_adapters(model)
+    merged = model.q_proj.weight.detach().clone()
+    with torch.no_grad():
+        model.q_proj.weight.add_(1)
+    with pytest.raises(AdapterStateError, match=CHANGED):
+        load_adapter_state_dict(model, stored)
+    with pytest.warns(UserWarning, match="taken as a new base"), pytest.raises(BaseMismatchError):
+        load_adapter(model, tmp_path / "a.safetensors")
+    with torch.no_grad():
+        model.q_proj.weight.copy_(merged)
+    assert same(adapter_state_dict(model), stored)
+
+
+@pytest.mark.parametrize("changed", ["embed.weight", "head.bias", "q_proj.bias"])
+def test_a_merged_model_that_trained_beside_its_adapted_weights_has_no_way_back(changed: str) -> None:
+    model = LitTiny()
+    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"], bias="lora_only"))
+    randomise(model)
+    merge_adapters(model)
+    with torch.no_grad():
+        model.get_parameter(changed).add_(1)
+    with pytest.raises(AdapterStateError, match=CHANGED):
+        unmerge_adapters(model)
+
+
+TIED: dict[str, Callable[[TinyLM], Any]] = {
+    "one use converted": lambda model: model.embed.half(),
+    "the other converted": lambda model: model.lm_head.half(),
+    "the base changed": lambda model: model.embed.weight.data.add_(1),
+    "the tie broken": lambda model: setattr(model.embed, "weight", nn.Parameter(model.embed.weight.detach().clone())),
+    "loaded by assignment": lambda model: model.load_state_dict(state(model), assign=True),
+}
+
+
+@unties
+@pytest.mark.parametrize("change", TIED)
+def test_changes_of_a_tied_weight_that_was_merged_are_noticed(change: str) -> None:
+    model = TinyLM()
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["lm_head"]))
+    randomise(model)
+    merge_adapters(model)
+    TIED[change](model)
+    before = state(model)
+    with pytest.raises(AdapterStateError, match=CHANGED):
+        unmerge_adapters(model)
+    assert same(state(model), before)
+
+
+@unties
+def test_a_tied_weight_that_was_merged_is_one_parameter_through_all_merges() -> None:
+    model = TinyLM()
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["lm_head"]))
+    randomise(model)
+    merge_adapters(model)
+    shown = model.lm_head.weight
+    with disable_adapters(model):
+        assert torch.equal(model.lm_head.weight, model.embed.weight)
+    unmerge_adapters(model)
+    assert model.lm_head.weight is model.embed.weight
+    merge_adapters(model)
+    assert model.lm_head.weight is shown
+
+
+@unties
+@pytest.mark.parametrize("saved", ["embed", "embed.weight"])
+def test_a_disabled_merged_model_is_the_base_though_a_tied_weight_trains_in_full(saved: str) -> None:
+    model, index = TinyLM(), torch.arange(5)
+    base = model(index)
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=[saved]))
+    randomise(model)
+    with torch.no_grad():
+        model.embed.weight.mul_(2)
+    merge_adapters(model)
+    with disable_adapters(model):
+        assert torch.equal(model(index), base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_disabling_the_adapters_of_a_merged_model_changes_no_bit_of_it(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    merge_adapters(model)
+    model.to(dtype)
+    before, parameters = state(model), list(model.parameters())
+    with disable_adapters(model):
+        assert is_plain(model)
+    assert same(state(model), before)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+
+
+def test_a_model_converted_while_its_adapters_are_disabled_is_of_one_dtype() -> None:
+    model = LitTiny()
+    inject_adapters(model, LoRAConfig(r=2, bias="lora_only", modules_to_save=["head"]))
+    with disable_adapters(model):
+        model.double()
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+def test_an_unmerged_model_trains_though_it_was_unmerged_in_inference_mode() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    merge_adapters(model)
+    model.double()
+    with torch.inference_mode():
+        unmerge_adapters(model)
+    model(torch.ones(2, 4, dtype=torch.float64)).sum().backward()
+    assert model[0].lora_B.grad is not None
+
+
+def test_a_fresh_dora_adapter_changes_nothing_of_a_base_that_was_converted_while_merged() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(3, 8)
+    inject_adapters(model, LoRAConfig(r=2, use_dora=True))
+    merge_adapters(model)
+    model.bfloat16()
+    unmerge_adapters(model)
+    plain = copy.deepcopy(model)
+    remove_adapters(plain)
+    assert torch.equal(model(x.bfloat16()), plain(x.bfloat16()))
+
+
+def pair() -> tuple[nn.Sequential, nn.Sequential]:
+    """A whole and its part, both adapted by calls of their own."""
+    part = nn.Sequential(nn.Linear(4, 4))
+    whole = nn.Sequential(part, nn.Linear(4, 4))
+    for model in (whole, part):
+        inject_adapters(model, LoRAConfig(r=2))
+    randomise(whole)
+    return whole, part
+
+
+def test_a_whole_whose_part_was_merged_by_itself_says_so(tmp_path: Path) -> None:
+    whole, part = pair()
+    before = state(whole)
+    merge_adapters(part)
+    calls: tuple[Callable[[nn.Module], Any], ...] = (
+        adapter_state_dict,
+        merge_adapters,
+        remove_adapters,
+        lambda m: save_adapter(m, tmp_path / "a.safetensors"),
+        lambda m: disable_adapters(m).__enter__(),
+    )
+    for call in calls:
+        with pytest.raises(AdapterStateError, match=r"'0\.0' of Sequential no longer have their adapters"):
+            call(whole)
+    unmerge_adapters(part)
+    assert same(state(whole), before)
+    assert len(adapter_state_dict(whole)) == 4
+
+
+def test_an_evaluation_does_not_run_the_adapters_of_another_model(tmp_path: Path) -> None:
+    one, two = LitTiny(), LitTiny()
+    two.embed, two.q_proj, two.v_proj = one.embed, one.q_proj, one.v_proj
+    t = trainer(tmp_path, [lora()])
+    t.fit(one, data())
+    trainer(tmp_path, [lora(merge=False)]).fit(two, data())
+    with pytest.raises(AdapterStateError, match="have the adapters of another model"):
+        t.validate(one, data(), verbose=False)
