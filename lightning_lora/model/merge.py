@@ -25,7 +25,7 @@ from lightning_lora.model.remember import forget_record, view_of
 from lightning_lora.model.undo import undone_on_error
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import join, own_parameter, set_parameter, submodule
-from lightning_lora.tensors.values import Seen, hand_on_digest, replace_values, set_requires_grad
+from lightning_lora.tensors.values import Seen, replace_values, set_requires_grad
 
 
 def merge_adapters(model: nn.Module) -> None:
@@ -165,7 +165,7 @@ def _merge_layer(record: Record, name: str, layer: LoRALayer, tied: list[str], b
                 set_parameter(layer, weight, shown)
             else:
                 base = own.data.cpu()  # saves GPU memory
-                hand_on_digest(own, base)
+                record.hand_on(join(name, weight), own, base)
                 bases[weight] = base
                 replace_values(own, merged)
     return max(shares, key=lambda share: (not share < math.inf, share))
@@ -300,8 +300,7 @@ def _show_base(record: Record, name: str, layer: nn.Module, adapter: Adapter, un
             record.untied[join(name, weight)] = shown
         else:
             replace_values(shown, base.to(shown))
-            if base.dtype == shown.dtype:
-                hand_on_digest(base, shown)
+            record.hand_on(join(name, weight), base, shown)
 
 
 def _put_back(tensor: Tensor, values: Tensor, device: torch.device) -> None:

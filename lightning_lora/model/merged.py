@@ -1,4 +1,4 @@
-"""Whether a merged model is still as the merge left it."""
+"""Whether a merged model is as the merge left it."""
 
 from collections.abc import Mapping
 
@@ -29,7 +29,7 @@ def check_as_merged(model: nn.Module) -> None:
 
 
 def is_as_merged(model: nn.Module, record: Record) -> bool:
-    """Whether a merged model still has the weights of the merge.
+    """Whether a merged model still has its merged weights.
 
     They may have been moved or converted. It is True for a model that is not merged.
 
@@ -59,10 +59,10 @@ def is_as_merged(model: nn.Module, record: Record) -> bool:
 
 
 def check_own(modules: Mapping[str, nn.Module], record: Record) -> None:
-    """Raise an error if merged layers have the adapters of another model that shares them.
+    """Raise an error if merged layers have other adapters.
 
     Raises:
-        AdapterStateError: they have.
+        AdapterStateError: another model shares the layers, and its adapters are on them.
     """
     taken = [name for name in record.merged if isinstance(modules.get(name), LoRALayer)]
     if taken:

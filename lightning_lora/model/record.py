@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import Adapter
 from lightning_lora.tensors.names import named_modules, plain_module
-from lightning_lora.tensors.values import Seen
+from lightning_lora.tensors.values import Seen, digest
 
 ATTRIBUTE = "_lora"
 """The attribute of a model that holds its record."""
@@ -37,6 +37,7 @@ class Record:
         other_weights: The other parameters as they were at the merge, to notice if they change.
         untied: Parameters that a merge made for tied weights, to show the same ones at the next merge.
         layers: The names of the layers that have, or had, its adapters.
+        read: The base's tensors as they were when they were last read in full, with their digests.
         fingerprints: The forms of this base seen so far: as loaded, and as converted by a Trainer's precision.
         disabled: Whether the adapters are disabled now, inside ``disable_adapters``.
     """
@@ -51,8 +52,24 @@ class Record:
     other_weights: dict[str, Seen] = field(default_factory=dict)
     untied: dict[str, nn.Parameter] = field(default_factory=dict)
     layers: tuple[str, ...] = ()
+    read: dict[str, Seen] = field(default_factory=dict)
     fingerprints: list[dict[str, Any]] = field(default_factory=list)
     disabled: bool = False
+
+    def digest(self, name: str, tensor: Tensor, *, anew: bool = False) -> int:
+        """Return the digest of one of the base's tensors.
+
+        It is remembered. The tensor is read again if a quick look shows a change, or if ``anew`` is True.
+        """
+        if anew or name not in self.read or not self.read[name].is_unchanged(tensor):
+            self.read[name] = Seen(tensor, digest(tensor))
+        return self.read[name].digest() or 0
+
+    def hand_on(self, name: str, tensor: Tensor, copy: Tensor) -> None:
+        """Let ``copy``, which has the same values, be the base's tensor from now on."""
+        seen = self.read.pop(name, None)
+        if seen is not None and seen.is_unchanged(tensor) and copy.dtype == tensor.dtype:
+            self.read[name] = Seen(copy, seen.digest())
 
     @property
     def is_merged(self) -> bool:

@@ -41,7 +41,10 @@ def recall_record(model: nn.Module) -> Record | None:
 
 
 def leave_record(model: nn.Module) -> None:
-    """Leave the record of a merged model for another process, which finds it by the merged weights."""
+    """Leave the record of a merged model for another process.
+
+    That process finds it by the merged weights.
+    """
     view = view_of(model)
     leave(view.record, {name: digest(view.parameters[name]) for name in view.record.merged_weights})
 

@@ -50,7 +50,7 @@ def undone_on_error(before: View) -> Iterator[None]:
 
 
 def records_in(view: View) -> dict[str, Record]:
-    """The records of a model and of modules inside it, by name."""
+    """The records of a model and its modules, by name."""
     found: dict[str, Record] = {}
     for name, module in view.modules.items():
         record = vars(module).get(ATTRIBUTE)

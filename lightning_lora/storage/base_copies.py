@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.model.view import View
-from lightning_lora.tensors.values import digest, known_digest
+from lightning_lora.tensors.values import digest
 
 MOVED = "current_model_state"
 """Lightning's WeightAveraging moves the strategy's state to this entry. It is already without the base."""
@@ -102,6 +102,7 @@ class _Known:
     """Recognises values of the base, except those that the run has changed: they are in the file."""
 
     def __init__(self, view: View) -> None:
+        self.record = view.record
         self.by_form: dict[Any, dict[str, Tensor]] = {}
         for name, value in view.base_values.items():
             if (
@@ -119,5 +120,7 @@ class _Known:
         if not alike or value.is_meta or value.layout is not torch.strided:
             return None
         if form not in self.digests:
-            self.digests[form] = {known_digest(base): name for name, base in alike.items() if not base.is_meta}
+            self.digests[form] = {
+                self.record.digest(name, base): name for name, base in alike.items() if not base.is_meta
+            }
         return self.digests[form].get(digest(value))

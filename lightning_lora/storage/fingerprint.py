@@ -14,7 +14,6 @@ from lightning_lora.layers import quantised_entries, repacks
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import join
-from lightning_lora.tensors.values import known_digest
 
 
 def fingerprint(view: View, *, anew: bool = True) -> dict[str, Any]:
@@ -33,9 +32,9 @@ def fingerprint(view: View, *, anew: bool = True) -> dict[str, Any]:
     tensors = base_tensors(view)
     layout = "\n".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
     known: dict[int, int] = {}
-    for tensor in tensors.values():
+    for name, tensor in tensors.items():
         if id(tensor) not in known:  # tied weights are hashed once
-            known[id(tensor)] = 0 if tensor.is_meta else known_digest(tensor, anew=anew)
+            known[id(tensor)] = 0 if tensor.is_meta else view.record.digest(name, tensor, anew=anew)
     digests = {name: known[id(tensor)] for name, tensor in tensors.items()}
     for name, (changed, was) in view.record.changed.items():
         if digests.get(name) == changed:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 _CHUNK = 1 << 18  # elements whose products stay in a cache
 
@@ -97,23 +96,21 @@ def _multipliers(device: torch.device) -> Tensor:
     return (mixed ^ (mixed >> 31)) | 1
 
 
-# Digests that are known
+# Tensors as they were
 
 _SAMPLES = 1024
 
-_KNOWN: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
-"""Tensors with what :func:`look` saw of them, and their digests."""
-
 
 def look(tensor: Tensor) -> tuple[Any, ...] | None:
-    """Return what is quickly seen of a tensor: address, version, dtype, shape and about a thousand values.
+    """Return what can be seen of a tensor quickly.
 
-    Two looks differ after almost every change. Code that writes through ``.data`` or numpy changes no version; such a
-    change is not seen if it also misses every sample. It is None for tensors that must be read in full.
+    That is its address, version, dtype, shape and about a thousand values. Two looks differ after almost every change.
+    Code that writes through ``.data`` or numpy changes no version: such a change is missed if it also misses every
+    sample. It is None for tensors that must be read in full.
     """
     if hasattr(tensor, "__tensor_flatten__"):
         inner = [look(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
-        return None if None in inner else (tensor._version, *inner)
+        return None if None in inner else (None, tensor._version, tensor.dtype, *inner)
     if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_inference():
         return None
     values = tensor.detach()
@@ -123,29 +120,11 @@ def look(tensor: Tensor) -> tuple[Any, ...] | None:
     return tensor.data_ptr(), tensor._version, tensor.dtype, tuple(tensor.shape), digest(some)
 
 
-def known_digest(tensor: Tensor, *, anew: bool = False) -> int:
-    """Return :func:`digest`, which is remembered.
-
-    The tensor is read again if a :func:`look` shows a change, or if ``anew`` is True.
-    """
-    seen = look(tensor)
-    if seen is None:
-        return digest(tensor)
-    if anew or tensor not in _KNOWN or _KNOWN[tensor][0] != seen:
-        _KNOWN[tensor] = seen, digest(tensor)
-    return int(_KNOWN[tensor][1])
-
-
-def hand_on_digest(tensor: Tensor, copy: Tensor) -> None:
-    """Remember the known digest of ``tensor`` for a copy with the same values."""
-    if tensor in _KNOWN:
-        _KNOWN[copy] = look(copy), _KNOWN[tensor][1]
-
-
 class Seen:
-    """A tensor as it was at one moment, to notice changes.
+    """A tensor as it was at one moment.
 
-    It knows the tensor itself. A copy of it (by deepcopy or pickle) knows only the values.
+    It knows the tensor itself, but not by a weak reference: torch refuses to swap tensors that have one. A copy of it
+    (by deepcopy or pickle) knows only the values.
 
     Example:
         >>> weight = torch.ones(3)
@@ -156,14 +135,21 @@ class Seen:
         (True, False)
     """
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, known: int | None = None) -> None:
         self.dtype = tensor.dtype
         self._tensor: Tensor | None = tensor
         self._look = look(tensor)
-        self._digest: int | None = None
+        self._digest = known
+
+    def is_unchanged(self, tensor: Tensor) -> bool:
+        """Whether it is the same tensor, and a quick look shows no change."""
+        return tensor is self._tensor and self._look is not None and self._look == look(tensor)
 
     def is_still(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` has the values of then. It may have moved to another device."""
+        """Whether ``tensor`` has the same values.
+
+        It may have moved to another device.
+        """
         if tensor.is_meta or tensor.dtype != self.dtype:
             return False
         if tensor is self._tensor and self._look is not None:
@@ -176,15 +162,21 @@ class Seen:
         return known is not None and known == digest(tensor)
 
     def is_alike(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` has the shape and the sampled values of then. Any conversion is alike."""
+        """Whether ``tensor`` has the same shape and sampled values.
+
+        A tensor that was converted to another dtype is alike.
+        """
         if tensor.dtype != self.dtype or self._look is None or tensor.is_meta:
             return True
         now = look(tensor)
         return now is None or now[2:] == self._look[2:]
 
     def digest(self) -> int | None:
-        """Return the digest of the values of then, or None if they have changed before anyone asked."""
-        if self._digest is None and self._tensor is not None and self._look == look(self._tensor):
+        """Return the digest of the values at that moment.
+
+        It is computed when it is first asked for. If the values have changed before that, it is None.
+        """
+        if self._digest is None and self._tensor is not None and self.is_unchanged(self._tensor):
             self._digest = digest(self._tensor)
         return self._digest
 

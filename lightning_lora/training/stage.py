@@ -46,7 +46,10 @@ class Stage:
     random: Any = None
 
     def unmerge(self, pl_module: LightningModule) -> None:
-        """Unmerge the module, which needs its adapters: it trains, or a checkpoint is loaded."""
+        """Unmerge the module.
+
+        It needs its adapters to train, or to load a checkpoint.
+        """
         receive_record(pl_module)
         self.runs_merged = False
         self.was_merged = unmerge(pl_module)

@@ -109,7 +109,7 @@ def test_a_call_that_fails_anywhere_leaves_the_model_as_it_was(name: str, file: 
         try:
             with FailsAt(place) as mode:
                 call(model, file)
-        except (MemoryError, LoRAError):
+        except (MemoryError, RuntimeError, LoRAError):  # torch and we may put it into an error of our own
             assert same(state(model), before) and described(model) == about
             assert torch.equal(model(INDEX), output)
             assert same(adapter_state_dict(model), stored)

@@ -1,0 +1,60 @@
+"""The base's tensors are read once, and again when they change."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import LoRAConfig
+from lightning_lora.model.record import Record
+from lightning_lora.tensors import values
+from lightning_lora.tensors.values import digest
+
+
+class Reads:
+    """Counts the integers that digests read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, own = 0, values._digest_of_integers
+
+        def counting(integers: Tensor) -> int:
+            self.count += integers.numel()
+            return own(integers)
+
+        monkeypatch.setattr(values, "_digest_of_integers", counting)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    return Reads(monkeypatch)
+
+
+def test_a_weight_is_read_once_and_again_when_it_changes(reads: Reads) -> None:
+    record, weight = Record(LoRAConfig()), nn.Parameter(torch.randn(100, 100))
+    first = record.digest("weight", weight)
+    once = reads.count
+    assert record.digest("weight", weight) == first and reads.count - once < 3000
+    with torch.no_grad():
+        weight[0, 0] += 1
+    assert record.digest("weight", weight) == digest(weight) != first
+    before = reads.count
+    record.digest("weight", weight, anew=True)
+    assert reads.count - before >= 10_000
+
+
+def test_a_write_that_torch_does_not_count_is_seen_in_the_samples_or_when_read_anew() -> None:
+    record, weight = Record(LoRAConfig()), nn.Parameter(torch.randn(100, 100))
+    first = record.digest("weight", weight)
+    weight.data.mul_(2)
+    second = record.digest("weight", weight)
+    assert second != first
+    weight.data[0, 1] += 1  # between two samples: this is what escapes
+    assert record.digest("weight", weight) == second
+    assert record.digest("weight", weight, anew=True) == digest(weight) != second
+
+
+def test_a_copy_may_be_handed_a_known_digest(reads: Reads) -> None:
+    record, weight = Record(LoRAConfig()), torch.randn(100, 100)
+    first = record.digest("weight", weight)
+    other, before = weight.clone(), reads.count
+    record.hand_on("weight", weight, other)
+    assert record.digest("weight", other) == first and reads.count - before < 10_000
