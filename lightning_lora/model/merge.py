@@ -18,6 +18,7 @@ from lightning_lora.functional.update import wide
 from lightning_lora.layers import MAGNITUDE, Adapter, LoRALayer
 from lightning_lora.model.attach import attach_adapters, check_weights, detach_adapters
 from lightning_lora.model.freeze import freeze, unfreeze
+from lightning_lora.model.handover import forget
 from lightning_lora.model.merge_warnings import warn_of_merge
 from lightning_lora.model.merged import check_as_merged, is_as_merged
 from lightning_lora.model.record import Record, find_record
@@ -28,7 +29,7 @@ from lightning_lora.tensors.names import join, own_parameter, set_parameter, sub
 from lightning_lora.tensors.values import Seen, replace_values, set_requires_grad
 
 
-def merge_adapters(model: nn.Module) -> None:
+def merge_adapters(model: nn.Module, *, keep_base: bool = True) -> None:
     r"""Merge the updates into the weights of a model.
 
     ``model`` becomes a plain model with its own classes and keys. ``model.state_dict()`` contains the merged weights,
@@ -41,6 +42,9 @@ def merge_adapters(model: nn.Module) -> None:
 
     Args:
         model: The model that ``inject_adapters`` was called on.
+        keep_base: Remember the adapters and the base. If False, the merge is final and takes no memory beyond that of
+            the largest layer. An error midway leaves every layer either adapted or merged, so the model still computes
+            the same.
 
     Raises:
         AdapterStateError: ``model`` has no adapters, or has weights that no update can be merged into. Nothing is
@@ -63,7 +67,7 @@ def merge_adapters(model: nn.Module) -> None:
         >>> model[0], list(model.state_dict())
         (Linear(in_features=4, out_features=4, bias=True), ['0.weight', '0.bias'])
     """
-    warn_of_merge(model, merge(model))
+    warn_of_merge(model, *(merge(model) if keep_base else _merge_for_good(model)))
 
 
 def unmerge_adapters(model: nn.Module) -> None:
@@ -104,25 +108,24 @@ def unmerged(model: nn.Module) -> Iterator[None]:
 # Merge
 
 
-def merge(model: nn.Module) -> dict[str, float]:
+def merge(model: nn.Module) -> tuple[dict[str, float], list[str]]:
     """Merge as :func:`merge_adapters` does, without warnings.
 
     Returns:
-        The share of each layer's update that is lost to rounding.
+        The share of each layer's update that is lost to rounding, and the layers whose weights are no longer tied.
     """
     view = view_of(model)
     if view.is_merged:
-        return {}
+        return {}, []
     check_weights(view)
     _check_mergeable(view)
-    uses = Counter(id(p) for module in {*view.modules.values()} for p in module._parameters.values() if p is not None)
+    tied = _tied_weights(view)
     bases: dict[str, dict[str, Tensor]] = {name: {} for name in view.layers}
     lost: dict[str, float] = {}
     with ExitStack() as undo:
         undo.callback(_show_bases, view, bases)
         for name, layer in view.layers.items():
-            tied = [weight for weight in layer.lora_weights() if uses[id(own_parameter(layer, weight))] > 1]
-            lost[name] = _merge_layer(view.record, name, layer, tied, bases[name])
+            lost[name] = _merge_layer(view.record, name, layer, tied[name], bases[name])
         _weights_have_changed(view)
         now = View(model)
         unfreeze(now)  # tied weights have new parameters
@@ -133,10 +136,43 @@ def merge(model: nn.Module) -> dict[str, float]:
         adapter.bases = bases[name]
     record = view.record
     record.merged, (record.merged_weights, record.tied_weights, record.other_weights) = adapters, seen
-    return lost
+    return lost, [name for name in tied if tied[name]]
 
 
-def _merge_layer(record: Record, name: str, layer: LoRALayer, tied: list[str], bases: dict[str, Tensor]) -> float:
+def _merge_for_good(model: nn.Module) -> tuple[dict[str, float], list[str]]:
+    """Merge layer by layer, keeping nothing, and forget the adapters."""
+    view, lost = view_of(model), dict[str, float]()
+    tied = _tied_weights(view)
+    if not view.is_merged:
+        check_weights(view)
+        _check_mergeable(view)
+        sizes = {name: own_parameter(layer, layer.lora_weights()[0]).numel() for name, layer in view.layers.items()}
+        for name in sorted(sizes, key=sizes.__getitem__, reverse=True):  # if memory is short, the first one fails
+            layer = view.layers[name]
+            lost[name] = _merge_layer(view.record, name, layer, tied[name], None)
+            layer.lora_weights_changed()
+            layer.lora_detach()
+        torch.clear_autocast_cache()
+        now = View(model)
+        unfreeze(now)
+        detach_adapters(now)  # there are none any more: inference paths are switched on again
+    forget_record(model)
+    forget(model)
+    return {name: lost[name] for name in view.layers if name in lost}, [name for name in tied if tied[name]]
+
+
+def _tied_weights(view: View) -> dict[str, list[str]]:
+    """The weights of each adapted layer that another layer uses too."""
+    uses = Counter(id(p) for module in {*view.modules.values()} for p in module._parameters.values() if p is not None)
+    tied = {}
+    for name, layer in view.layers.items():
+        tied[name] = [weight for weight in layer.lora_weights() if uses[id(own_parameter(layer, weight))] > 1]
+    return tied
+
+
+def _merge_layer(
+    record: Record, name: str, layer: LoRALayer, tied: list[str], bases: dict[str, Tensor] | None
+) -> float:
     """Set a layer's weights to ``W + ΔW``.
 
     Args:
@@ -145,7 +181,7 @@ def _merge_layer(record: Record, name: str, layer: LoRALayer, tied: list[str], b
         layer: An adapted layer.
         tied: The names of weights that another layer uses too. They must not change there, so this layer gets
             parameters of its own for them.
-        bases: Filled with the base's values by weight, each before its weight changes.
+        bases: Filled with the base's values by weight, each before its weight changes. None: they are not kept.
 
     Returns:
         The largest share of an update that is lost to rounding.
@@ -158,16 +194,18 @@ def _merge_layer(record: Record, name: str, layer: LoRALayer, tied: list[str], b
         for weight, merged in values.items():
             own = own_parameter(layer, weight)
             if weight in tied:
-                bases[weight] = own
+                if bases is not None:
+                    bases[weight] = own
                 shown = record.untied.setdefault(join(name, weight), nn.Parameter(merged, requires_grad=False))
                 replace_values(shown, merged)
                 set_requires_grad(shown, own.requires_grad)
                 set_parameter(layer, weight, shown)
-            else:
+                continue
+            if bases is not None:
                 base = own.data.cpu()  # saves GPU memory
                 record.hand_on(join(name, weight), own, base)
                 bases[weight] = base
-                replace_values(own, merged)
+            replace_values(own, merged)
     return max(shares, key=lambda share: (not share < math.inf, share))
 
 

@@ -2,29 +2,28 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from lightning_lora.errors import LoRAWarning, MergePrecisionWarning, listed
-from lightning_lora.model.view import View
 
 _MUCH = 0.25
 """A warning is shown if a larger share of an update (in norm) is lost. In bfloat16, 0.1 to 0.2 is common."""
 
 
-def warn_of_merge(model: nn.Module, lost: Mapping[str, float]) -> None:
+def warn_of_merge(model: nn.Module, lost: Mapping[str, float], untied: Sequence[str]) -> None:
     """Warn of problems in a merge.
 
     Args:
         model: The merged model.
-        lost: The result of :func:`merge`.
+        lost: The share of each layer's update that is lost to rounding.
+        untied: The layers whose weights are no longer tied.
 
     Warns:
         LoRAWarning: a tied weight is no longer tied.
         MergePrecisionWarning: values overflowed, or rounding lost much of an update.
     """
-    untied = [weight.layer for weight in View(model).merged if isinstance(weight.base, nn.Parameter)] if lost else []
     title = type(model).__name__
     if untied:
         warnings.warn(

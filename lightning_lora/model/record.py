@@ -66,7 +66,7 @@ class Record:
         return self.read[name].digest() or 0
 
     def hand_on(self, name: str, tensor: Tensor, copy: Tensor) -> None:
-        """Let ``copy``, which has the same values, be the base's tensor from now on."""
+        """Replace one of the base's tensors by a copy of it."""
         seen = self.read.pop(name, None)
         if seen is not None and seen.is_unchanged(tensor) and copy.dtype == tensor.dtype:
             self.read[name] = Seen(copy, seen.digest())

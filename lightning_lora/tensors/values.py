@@ -142,7 +142,7 @@ class Seen:
         self._digest = known
 
     def is_unchanged(self, tensor: Tensor) -> bool:
-        """Whether it is the same tensor, and a quick look shows no change."""
+        """Whether it is the same tensor, without visible change."""
         return tensor is self._tensor and self._look is not None and self._look == look(tensor)
 
     def is_still(self, tensor: Tensor) -> bool:

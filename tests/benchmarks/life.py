@@ -82,24 +82,26 @@ class Marks(Callback):
 
 
 def life(bench: Bench) -> Iterator[Row]:
-    """The callback's cost around the steps of a fit, in passes over the base (clones of all parameters)."""
+    """Cost around the steps of a fit, in passes over the base (one clone of all parameters)."""
     for size, (layers, width) in _BASES.items():
-        runs = []
-        for _ in range(3):
-            ours = _passes(layers, width, adapted=True)
-            plain = _passes(layers, width, adapted=False)
-            runs.append({moment: ours[moment] - plain[moment] for moment in ours})
+        runs = [_moments(layers, width) for _ in range(3)]
         for moment, goal in _GOALS.items():
-            values = [run[moment] for run in runs]
-            yield Row(
-                f"{moment}, base of {size}", "passes over the base", min(values), goal, (min(values), max(values))
-            )
+            passes, seconds = zip(*sorted(run[moment] for run in runs), strict=True)
+            spread = (passes[0], passes[-1])
+            yield Row(f"{moment}, base of {size}", "passes over the base", passes[0], goal, spread, {"s": seconds[0]})
 
 
-def _passes(layers: int, width: int, *, adapted: bool) -> dict[str, float]:
-    """Time the moments of one fit, in passes over the base."""
+def _moments(layers: int, width: int) -> dict[str, tuple[float, float]]:
+    """Return each moment's passes over the base and seconds, less a plain Trainer's."""
     model = Stack(layers, width)
     one_pass = min(_seconds(lambda: [p.detach().clone() for p in model.parameters()]) for _ in range(3))
+    ours, plain = _fit(model, adapted=True), _fit(Stack(layers, width), adapted=False)
+    extra = {moment: ours[moment] - plain[moment] for moment in ours}
+    return {moment: (seconds / one_pass, seconds) for moment, seconds in extra.items()}
+
+
+def _fit(model: Stack, *, adapted: bool) -> dict[str, float]:
+    """Time the moments of one fit, in seconds."""
     marks, found = Marks(), {}
     with tempfile.TemporaryDirectory() as folder:
         callbacks: list[Callback] = [LoRACallback(r=8)] if adapted else []
@@ -109,11 +111,12 @@ def _passes(layers: int, width: int, *, adapted: bool) -> dict[str, float]:
         trainer.fit(model)
         found["set-up of fit"] = marks.began - start
         found["end of fit"] = time.perf_counter() - marks.ended
+        # A plain Trainer's file would hold the base: its save is not measured, and its test loads none.
         found["save"] = _seconds(lambda: trainer.save_checkpoint(Path(folder) / "a.ckpt")) if adapted else 0.0
         found["validate"] = _seconds(lambda: trainer.validate(model, verbose=False))
-        path = keep.best_model_path if adapted else None  # a plain Trainer's file would hold the base
+        path = keep.best_model_path if adapted else None
         found["test a file"] = _seconds(lambda: trainer.test(model, ckpt_path=path, verbose=False))
-    return {moment: seconds / one_pass for moment, seconds in found.items()}
+    return found
 
 
 def _seconds(run: Callable[[], object]) -> float:

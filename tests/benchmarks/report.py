@@ -50,7 +50,7 @@ def _lines(path: str) -> list[str]:
 
 
 def write(rows: list[Row], bench: Bench, folder: Path) -> None:
-    """Write ``results.json``, a plot of each sweep, and a plot of memory."""
+    """Write ``results.json``, and plots of sweeps, memory and the life of a fit."""
     folder.mkdir(parents=True, exist_ok=True)
     results = {"machine": machine(bench), "rows": [row.as_dict() for row in rows]}
     (folder / "results.json").write_text(json.dumps(results, indent=1))
@@ -60,6 +60,13 @@ def write(rows: list[Row], bench: Bench, folder: Path) -> None:
             sweeps.setdefault(row.case.removeprefix("sweep over "), []).append(row)
     for title, points in sweeps.items():
         _plot(title, points, folder / f"{re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')}.png")
+    moments: dict[str, list[Row]] = {}
+    for row in rows:
+        moment, _, size = row.case.partition(", base of ")
+        if size:
+            moments.setdefault(moment, []).append(row)
+    if moments:
+        _lines(moments, folder / "life.png")
     kept = [row for row in rows if row.case.startswith("kept for backward")]
     if kept:
         _bars("bytes kept for backward besides x, as a share of x", kept, folder / "memory.png")
@@ -75,6 +82,18 @@ def _plot(title: str, points: list[Row], path: Path) -> None:
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set(xscale="log", xlabel=title, ylabel="step time relative to the frozen layer", title=f"Overhead by {title}")
     axes.set_xticks([float(p.measure) for p in points], [p.measure for p in points])
+    axes.minorticks_off()
+    save(path)
+
+
+def _lines(moments: dict[str, list[Row]], path: Path) -> None:
+    axes, save = _axes()
+    for moment, rows in moments.items():
+        sizes = [float(row.case.rpartition(" base of ")[2].removesuffix(" M")) for row in rows]
+        axes.plot(sizes, [max(row.details["s"], 1e-3) for row in rows], marker="o", label=moment)
+    axes.set(xscale="log", yscale="log", xlabel="parameters of the base, in millions", ylabel="seconds")
+    axes.set(title="What the callback adds to a Trainer, beside the steps")
+    axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
     axes.minorticks_off()
     save(path)
 

@@ -1,6 +1,7 @@
 """A merge computes the same, and is undone exactly."""
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from lightning_lora import (
 )
 from lightning_lora.functional import update
 from lightning_lora.model.view import View
+from tests.benchmarks.measure import peak_growth
 from tests.layers.cases import config
 from tests.model.faults import FailsOnce
 from tests.models import LitTiny, TinyLM, is_plain, randomise, same, state, unties
@@ -322,3 +324,54 @@ def test_a_merge_of_what_has_no_values_is_refused_and_changes_nothing() -> None:
     with pytest.raises(AdapterStateError, match="'0' in Sequential have no values yet"):
         merge_adapters(model)
     assert torch.equal(model[1].weight, weight)
+
+
+@unties
+@pytest.mark.parametrize("merged_before", [False, True])
+def test_a_merge_that_keeps_nothing_is_a_merge_and_a_removal(merged_before: bool) -> None:
+    model = TinyLM()
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["q_proj", "lm_head"], modules_to_save=["norm"]))
+    randomise(model)
+    expected = copy.deepcopy(model)
+    merge_adapters(expected)
+    remove_adapters(expected)
+    if merged_before:
+        merge_adapters(model)
+    weight = model.q_proj.weight
+    merge_adapters(model, keep_base=False)
+    assert same(state(model), state(expected)) and is_plain(model) and model.q_proj.weight is weight
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in expected.parameters()]
+    assert not model._load_state_dict_pre_hooks
+    with pytest.raises(AdapterStateError, match="has no adapters"):
+        unmerge_adapters(model)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_a_merge_that_keeps_nothing_takes_the_memory_of_one_layer() -> None:
+    def grown(**how: Any) -> float:
+        model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(12)))
+        inject_adapters(model, LoRAConfig(r=2))
+        randomise(model)
+        return peak_growth(lambda: merge_adapters(model, **how)) / (4 * 1024**2)  # in layers
+
+    assert grown(keep_base=False) < 5 < 10 < grown()
+
+
+def test_a_merge_that_keeps_nothing_and_fails_midway_leaves_a_model_that_computes_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), torch.randn(2, 8)
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    output, calls, own = model(x), iter(range(100)), update.merged
+
+    def fails(*args: Any) -> Any:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return own(*args)
+
+    monkeypatch.setattr("lightning_lora.layers.base.merged", fails)
+    with pytest.raises(KeyboardInterrupt):
+        merge_adapters(model, keep_base=False)
+    torch.testing.assert_close(model(x), output)
+    assert [type(layer) is nn.Linear for layer in model] == [True, True, False, False]
