@@ -1,60 +1,28 @@
 """The base class of all adapted layers."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lora.functional.update import added, delta_weight, lost_share, magnitude_scale, merged, wide
+from lightning_lora.layers.contract import LayerKind
 from lightning_lora.layers.parts import MAGNITUDE, Adapter, Part, Settings
 from lightning_lora.layers.start import names_of, start
 from lightning_lora.layers.twin import run_on
-from lightning_lora.tensors.inplace import InPlace, overlay, uncover
+from lightning_lora.tensors.inplace import overlay, uncover
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import digest, replace_values
 
-LayerTypes = tuple[type[nn.Module] | str, ...]
-"""Layer classes. A class that this package does not import is given by its full name."""
 
-
-class LoRALayer(InPlace, nn.Module):
+class LoRALayer(LayerKind):
     """Base class of all adapted layers.
 
     It is added to the class of an existing layer. The layer keeps its state dict keys and gets new parameters such as
-    ``lora_A`` and ``lora_B``. By default it runs on ``W + ΔW``. A subclass lists the layer types that it adapts
-    (:attr:`lora_layer_types`) and may define which matrices of a layer are adapted (:meth:`lora_parts_of`). It can also
-    compute the update from the two factors, which is cheaper (:meth:`lora_update`). All names begin with ``lora_``,
-    because the layer's own class may use any other name.
+    ``lora_A`` and ``lora_B``. What differs between kinds of layers is in :class:`LayerKind`.
     """
-
-    lora_layer_types: ClassVar[LayerTypes] = ()
-    """The layer classes that it adapts."""
-
-    lora_methods: ClassVar[tuple[str, ...]] = ("forward",)
-    """The methods that compute the output. If a subclass of the layer overrides one, the layer runs on ``W + ΔW``."""
-
-    lora_is_linear: ClassVar[bool] = False
-    """Whether ``"all-linear"`` includes it."""
-
-    lora_fits_dora: ClassVar[bool] = False
-    """Whether DoRA is possible: there is one matrix, and each of its rows is an output feature."""
-
-    lora_writes_rows: ClassVar[bool] = True
-    """Whether ``target_slices`` can name rows: each row of its one matrix is an output feature."""
-
-    lora_input: ClassVar[str] = "input"
-    """The name of the first argument of ``forward``."""
-
-    lora_drops_input: ClassVar[bool] = True
-    """Whether the input has features that dropout can drop."""
-
-    lora_zero: ClassVar[str] = "B"
-    """The factor that starts at zero."""
-
-    lora_twins_own: ClassVar[tuple[str, ...]] = ()
-    """Attributes that ``forward`` sets from the weights."""
 
     lora_parts: tuple[Part, ...]
     lora_settings: Settings
@@ -62,87 +30,6 @@ class LoRALayer(InPlace, nn.Module):
     lora_enabled: bool
     lora_A: nn.Parameter
     lora_B: nn.Parameter
-    _lora_is_additive: ClassVar[bool]
-    _lora_is_matrix: ClassVar[bool]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Decide whether the update can be added to the output: not if the layer overrides its forward."""
-        super().__init_subclass__(**kwargs)
-        if "overlaid" in cls.__dict__:
-            base: Any = cls.overlaid[1]
-            known = next((ancestor for ancestor in base.__mro__ if cls.lora_adapts(ancestor)), base)
-            cls._lora_is_matrix = cls.lora_as_matrix is LoRALayer.lora_as_matrix
-            computes_itself = any(getattr(base, m) is not getattr(known, m) for m in cls.lora_methods)
-            cls._lora_is_additive = cls.lora_update is not LoRALayer.lora_update and not computes_itself
-
-    # For subclasses to override
-
-    @classmethod
-    def lora_adapts(cls, layer_class: type) -> bool:
-        """Whether ``layer_class`` is in :attr:`lora_layer_types`."""
-        kinds = cls.lora_layer_types
-        return layer_class in kinds or f"{layer_class.__module__}.{layer_class.__qualname__}" in kinds
-
-    @classmethod
-    def lora_parts_of(cls, layer: Any) -> tuple[Part, ...]:
-        """Return the matrices in ``layer`` that can be adapted."""
-        rows, columns = cls.lora_as_matrix(own_parameter(layer, "weight")).shape
-        return (Part("weight", columns, rows, rows=rows),)
-
-    @staticmethod
-    def lora_refusal(layer: Any) -> str | None:  # noqa: ARG004  # for subclasses
-        """Return why this layer cannot be adapted, or None.
-
-        Its type is supported, but this one layer may have options that are not.
-        """
-        return None
-
-    @staticmethod
-    def lora_is_quantised(layer: Any) -> bool:
-        """Whether the weight is quantised.
-
-        No update can be merged into a quantised weight.
-        """
-        weight = layer._parameters.get("weight")
-        return weight is not None and type(weight).dequantize is not Tensor.dequantize
-
-    @staticmethod
-    def lora_dtype(layer: Any, weight: Tensor) -> torch.dtype:  # noqa: ARG004
-        """Return the dtype that the layer computes in."""
-        return weight.dtype
-
-    @staticmethod
-    def lora_values(layer: Any, weight: Tensor) -> Tensor:  # noqa: ARG004
-        """Return the values of a weight, dequantised if necessary."""
-        return weight if type(weight).dequantize is Tensor.dequantize else weight.dequantize()
-
-    @staticmethod
-    def lora_as_matrix(weight: Tensor) -> Tensor:
-        """Return a weight as a matrix.
-
-        Shape:
-            Returns (out, in), or a stack of such matrices.
-        """
-        return weight
-
-    @staticmethod
-    def lora_as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
-        """Return a matrix in the layout of ``weight``.
-
-        Shape:
-            ``matrix``: (out, in). Returns the shape of ``weight``.
-        """
-        return matrix.reshape(weight.shape)
-
-    def lora_update(self, lora_A: Tensor, lora_B: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the update of the output.
-
-        The other arguments are those of ``forward``. Dropout has already been applied to the input.
-        """
-        raise NotImplementedError
-
-    def lora_weights_changed(self) -> None:
-        """Called after the weights got other values."""
 
     # Forward
 

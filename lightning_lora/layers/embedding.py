@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lora.functional.linear import low_rank_lookup
-from lightning_lora.layers.base import LayerTypes, LoRALayer
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.contract import LayerTypes
 
 
 class LoRAEmbedding(LoRALayer):

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from lightning_lora.layers.base import LayerTypes, LoRALayer
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.contract import LayerTypes
 from lightning_lora.layers.parts import Part
 from lightning_lora.tensors.names import own_parameter
 

@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lightning_lora.functional.linear import adapted_linear, low_rank_update
-from lightning_lora.layers.base import LayerTypes, LoRALayer
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.contract import LayerTypes
 
 
 class LoRALinear(LoRALayer):

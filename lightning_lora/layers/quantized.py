@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.layers.base import LayerTypes, LoRALayer
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.contract import LayerTypes
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.parts import Part
 
