@@ -331,7 +331,7 @@ def _is_merged(pl_module: LightningModule) -> bool:
     record = find_record(pl_module)
     if record is None or not record.is_merged:
         return False
-    check_own(View(pl_module).modules, record)
+    check_own(pl_module, View(pl_module).modules, record)
     return True
 
 

@@ -1,4 +1,4 @@
-"""What a kind of layer declares: its types, its matrices, its update."""
+"""What a kind of layer declares: types, matrices, update."""
 
 from typing import Any, ClassVar
 

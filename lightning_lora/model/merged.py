@@ -39,7 +39,7 @@ def is_as_merged(model: nn.Module, record: Record) -> bool:
     if not record.is_merged:
         return True
     modules = named_modules(model, remove_duplicate=False)
-    check_own(modules, record)
+    check_own(model, modules, record)
     parameters = parameters_of(modules)
     for name, seen in record.other_weights.items():
         if name not in parameters or not seen.is_alike(parameters[name]):
@@ -58,7 +58,7 @@ def is_as_merged(model: nn.Module, record: Record) -> bool:
     return True
 
 
-def check_own(modules: Mapping[str, nn.Module], record: Record) -> None:
+def check_own(model: nn.Module, modules: Mapping[str, nn.Module], record: Record) -> None:
     """Raise an error if merged layers have other adapters.
 
     Raises:
@@ -67,8 +67,8 @@ def check_own(modules: Mapping[str, nn.Module], record: Record) -> None:
     taken = [name for name in record.merged if isinstance(modules.get(name), LoRALayer)]
     if taken:
         raise AdapterStateError(
-            f"{listed(taken)} of this model have the adapters of another model that shares them, and cannot get their "
-            "own back. Call remove_adapters on that model first, or give each model layers of its own."
+            f"{listed(taken)} of {type(model).__name__} have the adapters of another model that shares them, and "
+            "cannot get their own back. Call remove_adapters on that model first, or give each model layers of its own."
         )
 
 

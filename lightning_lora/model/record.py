@@ -66,7 +66,7 @@ class Record:
         return self.read[name].digest() or 0
 
     def hand_on(self, name: str, tensor: Tensor, copy: Tensor) -> None:
-        """Replace one of the base's tensors by a copy of it."""
+        """Replace one of the base's tensors by its copy."""
         seen = self.read.pop(name, None)
         if seen is not None and seen.is_unchanged(tensor) and copy.dtype == tensor.dtype:
             self.read[name] = Seen(copy, seen.digest())

@@ -155,12 +155,13 @@ def test_failed_stage_gives_the_module_back_as_it_came(tmp_path: Path) -> None:
             assert is_plain(model) and same(state(model), before) and all(p.requires_grad for p in model.parameters())
     t.fit(model.train(), data())  # Lightning leaves a module in eval mode when its test fails
     merged = state(model)
+    t.save_checkpoint(tmp_path / "good.ckpt")
     for options, error in (({"ckpt_path": tmp_path / "cut.ckpt"}, AdapterFileError), ({}, StopError)):
         with pytest.raises(error):
             t.test(model, data(), **options)
         assert is_plain(model) and same(state(model), merged)
     with pytest.raises(TargetError):
-        trainer(tmp_path, [lora(target_modules=["nope"])]).validate(model, data())
+        trainer(tmp_path, [lora(target_modules=["nope"])]).test(model, data(), ckpt_path=tmp_path / "good.ckpt")
     assert is_plain(model) and same(state(model), merged)
     t.validate(model, data(), verbose=False)
     unmerge_adapters(model)
