@@ -17,12 +17,21 @@ from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge, merge_adapters, quantised_layers
 from lightning_lora.model.merged import check_own
 from lightning_lora.model.record import find_record
-from lightning_lora.model.remember import view_of
+from lightning_lora.model.remember import keep_record, view_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_checkpoint_state
 from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.summary import summarize
 from lightning_lora.training.averaging import drop_averages, share_base
+from lightning_lora.training.companions import (
+    callbacks_of,
+    check_companions,
+    is_trial,
+    judge_of,
+    loads_in_hooks,
+    states_are_read,
+    wants_summary,
+)
 from lightning_lora.training.gradients import Gradients, gradients_pass
 from lightning_lora.training.optimizers import check_frozen
 from lightning_lora.training.randomness import RANDOM, random_states, set_random_state
@@ -152,17 +161,17 @@ class LoRACallback(Callback):
         A merged module gets its exact base back first, unless it is only evaluated: then it runs as it is, until a
         checkpoint is loaded. Layers that the module's own hooks create later are adapted by the strategy.
         """
-        callbacks = _callbacks(trainer)
-        was_adapted = bool(View(pl_module).layers)
-        self._stage = Stage(self.config, was_adapted=was_adapted, states_are_read=_states_are_read(callbacks))
-        _check_companions(callbacks, stage)
+        callbacks = callbacks_of(trainer)
+        self._stage = self._new_stage(trainer)
+        self._stage.was_adapted = bool(View(pl_module).layers)
+        check_companions(callbacks, LoRACallback, stage)
         if stage != "fit":
             drop_averages(callbacks)
         watch(trainer.strategy, self._stage)
         if stage == "fit":
             receive_record(pl_module)
             self._check_merge(trainer, pl_module)
-        elif _is_merged(pl_module):
+        elif _is_merged(pl_module) and not loads_in_hooks(pl_module):
             self._stage.runs_merged = True
             return
         self._stage.unmerge(pl_module)
@@ -171,8 +180,11 @@ class LoRACallback(Callback):
         except TargetError:  # setup or configure_model may still create the layers; then the strategy tries again
             return
 
+    def _new_stage(self, trainer: Trainer) -> Stage:
+        return Stage(self.config, states_are_read=states_are_read(callbacks_of(trainer), LoRACallback))
+
     def _check_merge(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.merge == "best" and not _is_trial(trainer) and _judge(trainer) is None:
+        if self.merge == "best" and not is_trial(trainer) and judge_of(trainer) is None:
             raise ConfigError(
                 "merge='best' needs a ModelCheckpoint with a monitor, and the Trainer has none. Add "
                 "ModelCheckpoint(monitor=...), or set merge='last'."
@@ -194,14 +206,14 @@ class LoRACallback(Callback):
         Raises:
             ConfigError: the updates cannot be merged at the end.
         """
-        if self.merge and not _is_trial(trainer) and (quantised := quantised_layers(View(pl_module))):
+        if self.merge and not is_trial(trainer) and (quantised := quantised_layers(View(pl_module))):
             raise ConfigError(
                 f"merge={self.merge!r} is not possible: the weights of {listed(quantised)} are quantised. Set "
                 "merge=False: then the adapters stay on their layers, and every checkpoint holds them."
             )
         if self.merge and returns_state_only(trainer):
             check_untied(pl_module)
-        if trainer.is_global_zero and _wants_summary(trainer):
+        if trainer.is_global_zero and wants_summary(trainer):
             Console().print(summarize(pl_module).table(trained_only=True))
         set_random_state(trainer, self._stage.random)  # the last hook before the data loaders draw their sample order
         self._stage.random = None
@@ -213,7 +225,7 @@ class LoRACallback(Callback):
         """
         self._stage.has_begun = True
         view_of(pl_module).follow_base()  # hooks may have loaded the base late
-        share_base(_callbacks(trainer), pl_module)
+        share_base(callbacks_of(trainer), pl_module)
         self._gradients = self._training.enter_context(closing(Gradients(pl_module, trainer.strategy.model)))
         self._training.enter_context(gradients_pass())
 
@@ -251,7 +263,7 @@ class LoRACallback(Callback):
         The module is plain again, and remembers its base and its adapters.
         """
         note_changed(pl_module)
-        if not self.merge or _is_trial(trainer):
+        if not self.merge or is_trial(trainer):
             return
         which = self._load_best(trainer, pl_module) if self.merge == "best" else _LAST
         count = len(View(pl_module).layers)
@@ -261,7 +273,7 @@ class LoRACallback(Callback):
         rank_zero_info(f"LoRACallback merged {which} into {layers}: {type(pl_module).__name__} is a plain model again.")
 
     def _load_best(self, trainer: Trainer, pl_module: LightningModule) -> str:
-        path = getattr(_judge(trainer), "best_model_path", "")
+        path = getattr(judge_of(trainer), "best_model_path", "")
         try:
             if not path:
                 raise FileNotFoundError("ModelCheckpoint wrote none")
@@ -304,6 +316,8 @@ class LoRACallback(Callback):
             merge(pl_module)
         elif not stage.was_adapted:
             remove_adapters(pl_module)
+            if stage.dropped is not None:  # the merged model was changed, and is as it was
+                keep_record(pl_module, stage.dropped)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the states of the random number generators.
@@ -313,7 +327,7 @@ class LoRACallback(Callback):
         checkpoint[RANDOM] = random_states(trainer)
         receive_record(pl_module)
         if find_record(pl_module) is not None and not is_watched(trainer.strategy):
-            watch(trainer.strategy, Stage(self.config, states_are_read=_states_are_read(_callbacks(trainer))))
+            watch(trainer.strategy, self._new_stage(trainer))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the stored random states until training starts."""
@@ -326,8 +340,7 @@ def _is_merged(pl_module: LightningModule) -> bool:
     Raises:
         AdapterStateError: its layers have the adapters of another model.
     """
-    if find_record(pl_module) is None:
-        receive_record(pl_module)
+    receive_record(pl_module)
     record = find_record(pl_module)
     if record is None or not record.is_merged:
         return False
@@ -343,54 +356,3 @@ def _join_other_package() -> None:
 
 
 _join_other_package()
-
-
-def _check_companions(callbacks: list[Callback], stage: str) -> None:
-    ours = [callback for callback in callbacks if isinstance(callback, LoRACallback)]
-    if len(ours) > 1:
-        raise ConfigError(
-            f"The Trainer has {len(ours)} LoRACallbacks. Expected one. Put all target_modules into one callback, and "
-            "use rank_pattern and alpha_pattern for different ranks and scalings."
-        )
-    for callback in callbacks if stage == "fit" else ():
-        kinds = {base.__name__ for base in type(callback).__mro__}  # names, as two Lightning packages exist
-        if "BaseFinetuning" in kinds:
-            raise ConfigError(
-                f"{type(callback).__name__} unfreezes base weights in training, but LoRACallback keeps them frozen. "
-                "Use only one of the two. To train modules in full beside the adapters, list them in modules_to_save."
-            )
-        if "ModelPruning" in kinds:
-            raise ConfigError(
-                f"{type(callback).__name__} masks base weights in training, but LoRACallback does not change them. "
-                "Use only one of the two. Prune the model before fit, or after it, when the updates are merged."
-            )
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]  # Lightning sets it outside the class
-
-
-def _judge(trainer: Trainer) -> Callback | None:
-    """The first ModelCheckpoint with a monitor: it decides which file is best."""
-    judges = (each for each in _callbacks(trainer) if hasattr(each, "best_model_path") and vars(each).get("monitor"))
-    return next(judges, None)
-
-
-def _states_are_read(callbacks: list[Callback]) -> bool:
-    """Whether another callback reads checkpoints, and so may need the model's full state."""
-    for callback in callbacks:
-        if isinstance(callback, LoRACallback):
-            continue
-        for cls in type(callback).__mro__:
-            if cls.__name__ != "Callback" and "on_load_checkpoint" in vars(cls):
-                return True
-    return False
-
-
-def _is_trial(trainer: Trainer) -> bool:
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # Lightning sets it outside the class
-
-
-def _wants_summary(trainer: Trainer) -> bool:
-    """Whether the Trainer shows model summaries, with either of Lightning's two packages."""
-    return any("ModelSummary" in base.__name__ for callback in _callbacks(trainer) for base in type(callback).__mro__)

@@ -22,7 +22,7 @@ from lightning_lora.model.handover import forget
 from lightning_lora.model.merge_warnings import warn_of_merge
 from lightning_lora.model.merged import check_as_merged, is_as_merged
 from lightning_lora.model.record import Record, find_record
-from lightning_lora.model.remember import forget_record, view_of
+from lightning_lora.model.remember import forget_record, record_of, view_of
 from lightning_lora.model.undo import undone_on_error
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import join, own_parameter, set_parameter, submodule
@@ -152,6 +152,7 @@ def _merge_for_good(model: nn.Module) -> tuple[dict[str, float], list[str]]:
             lost[name] = _merge_layer(view.record, name, layer, tied[name], None)
             layer.lora_weights_changed()
             layer.lora_detach()
+            view.record.layers = tuple(other for other in view.record.layers if other != name)
         torch.clear_autocast_cache()
         now = View(model)
         unfreeze(now)
@@ -203,6 +204,8 @@ def _merge_layer(
                 continue
             if bases is not None:
                 base = own.data.cpu()  # saves GPU memory
+                if base.untyped_storage().nbytes() > base.nbytes:  # a part of a larger memory, which others may reuse
+                    base = base.clone()
                 record.hand_on(join(name, weight), own, base)
                 bases[weight] = base
             replace_values(own, merged)
@@ -225,7 +228,13 @@ def _show_bases(view: View, bases: dict[str, dict[str, Tensor]]) -> None:
 
 def _see(view: View, bases: dict[str, dict[str, Tensor]]) -> tuple[dict[str, Seen], dict[str, Seen], dict[str, Seen]]:
     """Look at all weights after a merge: the merged ones, the bases of tied ones, the others."""
-    others = {name: Seen(p) for name, p in view.parameters.items() if name not in view.adapters}
+    merged_names = {join(layer, weight) for layer, values in bases.items() for weight in values}
+    others = {}
+    for name, p in view.parameters.items():
+        if name in merged_names:  # their digests are computed only if they are asked for
+            others[name] = Seen(p)
+        elif name not in view.adapters:
+            others[name] = Seen(p, None if p.is_meta else view.record.digest(name, p))
     present = {id(p) for p in view.parameters.values()}
     merged, tied = {}, {}
     for layer, values in bases.items():
@@ -296,6 +305,7 @@ def unmerge(model: nn.Module) -> bool:
     record = find_record(model)
     if record is None or not record.is_merged:
         return False
+    record_of(model)  # refuses a model whose adapters are disabled
     if not is_as_merged(model, record):
         forget_record(model)
         warnings.warn(
@@ -305,13 +315,14 @@ def unmerge(model: nn.Module) -> bool:
             stacklevel=2,
         )
         return False
-    adapters, weights = record.merged, record.merged_weights
-    with undone_on_error(View(model)), torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
+    adapters, weights, plain = record.merged, record.merged_weights, View(model)
+    with undone_on_error(plain), torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for name, adapter in adapters.items():
             layer = submodule(model, name)
             _follow_layer(layer, adapter, weights[join(name, adapter.parts[0].weight)].dtype, undo)
             _show_base(record, name, layer, adapter, undo)
         record.merged, record.merged_weights, record.other_weights, record.tied_weights = {}, {}, {}, {}
+        record.requires_grad = {**record.requires_grad, **{n: p.requires_grad for n, p in plain.parameters.items()}}
         attach_adapters(model, adapters)
         view = View(model)
         _weights_have_changed(view)

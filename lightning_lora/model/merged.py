@@ -8,7 +8,7 @@ from torch import nn
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import Adapter, LoRALayer, attach
 from lightning_lora.model.record import Record
-from lightning_lora.model.remember import record_of
+from lightning_lora.model.remember import recall_record, record_of
 from lightning_lora.tensors.names import join, named_modules, parameters_of
 from lightning_lora.tensors.values import digest, replace_values
 
@@ -20,7 +20,11 @@ def check_as_merged(model: nn.Module) -> None:
         AdapterStateError: ``model`` has no adapters, or its weights have changed since the merge, or its layers have
             the adapters of another model.
     """
-    if not is_as_merged(model, record_of(model)):
+    record = record_of(model)
+    if is_as_merged(model, record):
+        return
+    newer = recall_record(model)  # of a later fit in other processes
+    if newer is None or not is_as_merged(model, newer):
         raise AdapterStateError(
             f"The weights of {type(model).__name__} were changed since its adapters were merged into them (replaced, "
             "trained, or converted in a way that cannot be repeated), so that neither its base nor its adapters can be "

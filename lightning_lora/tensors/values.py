@@ -4,6 +4,7 @@ The other packages read and replace weights with these functions.
 """
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -104,20 +105,29 @@ _SAMPLES = 1024
 def look(tensor: Tensor) -> tuple[Any, ...] | None:
     """Return what can be seen of a tensor quickly.
 
-    That is its address, version, dtype, shape and about a thousand values. Two looks differ after almost every change.
-    Code that writes through ``.data`` or numpy changes no version: such a change is missed if it also misses every
-    sample. It is None for tensors that must be read in full.
+    That is its address, version, device, dtype, shape and about a thousand values. Two looks differ after almost every
+    change. Code that writes through ``.data``, numpy or torch.distributed changes no version: such a change is missed
+    if it also misses every sample. It is None for tensors that must be read in full.
     """
     if hasattr(tensor, "__tensor_flatten__"):
         inner = [look(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
-        return None if None in inner else (None, tensor._version, tensor.dtype, *inner)
+        return None if None in inner else (None, tensor._version, *inner)
     if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_inference():
         return None
+    form = (str(tensor.device), tensor.dtype, tuple(tensor.shape))
+    return tensor.data_ptr(), tensor._version, *form, digest(_samples(tensor))
+
+
+def _samples(tensor: Tensor) -> Tensor:
+    """About a thousand values, at the same places however the tensor lies in memory."""
     values = tensor.detach()
-    if values.dim() == 2 and not values.is_contiguous():
-        values = values.T  # so that nothing is copied for the samples
-    some = values.reshape(-1)[:: values.numel() // _SAMPLES + 1]
-    return tensor.data_ptr(), tensor._version, tensor.dtype, tuple(tensor.shape), digest(some)
+    step = values.numel() // _SAMPLES + 1
+    while values.dim() and math.gcd(step, values.shape[-1] or 1) > 1:  # or it would meet some columns only
+        step += 1
+    if values.is_contiguous():
+        return values.reshape(-1)[::step]
+    places = torch.arange(0, values.numel(), step, device=values.device)
+    return values[torch.unravel_index(places, values.shape)]
 
 
 class Seen:
@@ -136,10 +146,11 @@ class Seen:
     """
 
     def __init__(self, tensor: Tensor, known: int | None = None) -> None:
-        self.dtype = tensor.dtype
         self._tensor: Tensor | None = tensor
         self._look = look(tensor)
+        self._some = None if self._look is None or self._look[0] is None else _samples(tensor).to("cpu", copy=True)
         self._digest = known
+        self.dtype = tensor.dtype
 
     def is_unchanged(self, tensor: Tensor) -> bool:
         """Whether it is the same tensor, without visible change."""
@@ -152,24 +163,28 @@ class Seen:
         """
         if tensor.is_meta or tensor.dtype != self.dtype:
             return False
-        if tensor is self._tensor and self._look is not None:
-            now = look(tensor)
-            if now == self._look:
-                return True
-            if now is not None and now[0] != self._look[0]:  # it has moved, and its version says nothing
-                return now[2:] == self._look[2:]
+        if self.is_unchanged(tensor) or (tensor is self._tensor and self._has_moved(tensor)):
+            return True
         known = self.digest()
         return known is not None and known == digest(tensor)
 
     def is_alike(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` has the same shape and sampled values.
+        """Whether ``tensor`` has the same values, if they are known.
 
-        A tensor that was converted to another dtype is alike.
+        It may have been moved or converted: then about a thousand values are compared.
         """
-        if tensor.dtype != self.dtype or self._look is None or tensor.is_meta:
+        if tensor.is_meta or self.is_still(tensor):
             return True
-        now = look(tensor)
-        return now is None or now[2:] == self._look[2:]
+        if self._some is None or hasattr(tensor, "__tensor_flatten__"):
+            return self.dtype != tensor.dtype or self._digest is None
+        if tensor.dtype == self.dtype and self._digest is not None:
+            return False
+        return digest(_samples(tensor).cpu()) == digest(self._some.to(tensor.dtype))
+
+    def _has_moved(self, tensor: Tensor) -> bool:
+        """Whether the tensor is on another device, with the same sampled values. Its version says nothing then."""
+        now, then = look(tensor), self._look
+        return now is not None and then is not None and now[2] != then[2] and now[3:] == then[3:]
 
     def digest(self) -> int | None:
         """Return the digest of the values at that moment.
@@ -181,5 +196,4 @@ class Seen:
         return self._digest
 
     def __getstate__(self) -> dict[str, Any]:
-        seen = None if self._look is None else (None, None, *self._look[2:])
-        return {"dtype": self.dtype, "_tensor": None, "_look": seen, "_digest": self.digest()}
+        return {"dtype": self.dtype, "_tensor": None, "_look": None, "_some": self._some, "_digest": self.digest()}

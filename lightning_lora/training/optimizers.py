@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.model.remember import view_of
@@ -20,6 +22,16 @@ fit, and from the second fit on its groups no longer hold the base weights."""
 
 _CHECKED: "WeakKeyDictionary[Optimizer, list[int]]" = WeakKeyDictionary()
 """The sizes of each optimizer's groups at the last check that found no frozen weight."""
+
+
+def _count_fused_step(optimizer: Optimizer, *_: Any) -> None:
+    """Count the changes of a fused step, as torch counts those of other optimizers."""
+    fused = [p for group in optimizer.param_groups if group.get("fused") for p in group["params"]]
+    if fused:
+        torch.autograd.graph.increment_version(fused)
+
+
+register_optimizer_step_post_hook(_count_fused_step)
 
 
 def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:

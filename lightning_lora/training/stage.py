@@ -3,15 +3,17 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.inject import inject_adapters
 from lightning_lora.model.merge import unmerge
 from lightning_lora.model.originals import keep_originals
+from lightning_lora.model.record import Record, find_record
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
 from lightning_lora.training.averaging import copy_adapted
+from lightning_lora.training.companions import callbacks_of
 from lightning_lora.training.spawned import receive_record
 
 
@@ -23,6 +25,7 @@ class Stage:
         config: The configuration of the adapters.
         was_adapted: Whether the module had adapters on its layers before.
         was_merged: Whether the module was merged before, so that the stage took the updates out of its weights.
+        dropped: The record of a merged module whose weights were changed, so that the stage took them as a new base.
         runs_merged: Whether an evaluation runs the merged module as it is.
         base_is_open: Whether nothing was trained yet, so that weights which the module's hooks load become the base.
         states_are_read: Whether another callback reads checkpoints, and so may need the model's full state.
@@ -36,6 +39,7 @@ class Stage:
     config: LoRAConfig
     was_adapted: bool = False
     was_merged: bool = False
+    dropped: Record | None = None
     runs_merged: bool = False
     base_is_open: bool = False
     states_are_read: bool = False
@@ -52,7 +56,9 @@ class Stage:
         """
         receive_record(pl_module)
         self.runs_merged = False
+        record = find_record(pl_module)
         self.was_merged = unmerge(pl_module)
+        self.dropped = record if find_record(pl_module) is None else None
         self.base_is_open = View(pl_module).is_fresh()
 
     def adapt(self, pl_module: LightningModule) -> None:
@@ -64,14 +70,9 @@ class Stage:
         if self.runs_merged:
             return
         inject_adapters(pl_module, self.config)
-        copy_adapted(callbacks_of(pl_module), pl_module)
+        copy_adapted(callbacks_of(pl_module.trainer), pl_module)
         if self.base_is_open:
             view = view_of(pl_module)
             view.record.originals = {}
             keep_originals(view)
             self.base_is_open = False
-
-
-def callbacks_of(pl_module: LightningModule) -> list[Callback]:
-    """Return the callbacks of the module's Trainer."""
-    return pl_module.trainer.callbacks  # type: ignore[attr-defined,no-any-return]  # Lightning sets it outside the class

@@ -109,7 +109,7 @@ class Watch:
         The base's fingerprint is taken before and after the conversion.
         """
         if self.stage.runs_merged:
-            self._own.setup(self.strategy, trainer)
+            self._setup_merged(trainer)
             return
         self.stage.adapt(self.module)
         self._note_base()
@@ -120,6 +120,14 @@ class Watch:
         freeze(view)  # sync_batchnorm makes new norms
         view.follow_base()  # which may have been converted
         self._note_converted_base()
+
+    def _setup_merged(self, trainer: "Trainer") -> None:
+        """Set up an evaluation of a merged module: only a conversion of its base is noted."""
+        view = view_of(self.module)
+        is_known = fingerprint(view, anew=False) in view.record.fingerprints
+        self._own.setup(self.strategy, trainer)
+        if is_known:
+            self._note_converted_base()
 
     def setup_optimizers(self, trainer: "Trainer") -> None:
         """Build the user's optimizers, then let them train the adapters.

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_lora import (
     AdapterStateError,
@@ -23,6 +24,7 @@ from lightning_lora import (
     save_adapter,
     unmerge_adapters,
 )
+from lightning_lora.functional import update
 from tests.models import LitTiny, TinyLM, data, is_plain, lora, randomise, same, state, trainer, unties
 
 CHANGED = "changed since its adapters were merged"
@@ -238,3 +240,103 @@ def test_an_evaluation_does_not_run_the_adapters_of_another_model(tmp_path: Path
     trainer(tmp_path, [lora(merge=False)]).fit(two, data())
     with pytest.raises(AdapterStateError, match="have the adapters of another model"):
         t.validate(one, data(), verbose=False)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_few_rows_that_trained_after_a_merge_are_noticed(adapted: bool, fused: bool) -> None:
+    model = nn.Sequential(nn.Embedding(20_000, 64), nn.Linear(64, 4))
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["0", "1"] if adapted else ["1"]))
+    randomise(model)
+    merge_adapters(model)
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=1.0, fused=fused)
+    model(torch.tensor([3, 70, 9_999])).sum().backward()
+    optimizer.step()
+    with pytest.raises(AdapterStateError, match=CHANGED):
+        unmerge_adapters(model)
+
+
+def test_pruning_of_a_merged_layer_is_noticed() -> None:
+    model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 4))
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    merge_adapters(model)
+    prune.l1_unstructured(model[0], "weight", amount=100)
+    prune.remove(model[0], "weight")
+    with pytest.raises(AdapterStateError, match=CHANGED):
+        unmerge_adapters(model)
+
+
+def test_a_merged_model_that_trains_after_a_conversion_is_not_unmerged() -> None:
+    model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 4))
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    merge_adapters(model)
+    model.double()
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    with pytest.raises(AdapterStateError, match=CHANGED):
+        unmerge_adapters(model)
+
+
+def test_own_weights_loaded_again_or_laid_out_otherwise_are_no_change() -> None:
+    model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 4))
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["0"]))
+    randomise(model)
+    before = state(model)
+    merge_adapters(model)
+    model.load_state_dict(state(model))
+    model[1].weight.data = model[1].weight.data.t().contiguous().t()
+    unmerge_adapters(model)
+    assert same(state(model), before)
+
+
+def test_a_merged_model_with_disabled_adapters_is_refused_where_it_would_be_unmerged(tmp_path: Path) -> None:
+    model, index = LitTiny(), torch.arange(8)
+    t = trainer(tmp_path, [lora()])
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    before, output = state(model), model(index)
+    with disable_adapters(model):
+        for call in (
+            lambda: load_adapter(model, tmp_path / "a.ckpt"),
+            lambda: t.test(model, data(), ckpt_path=tmp_path / "a.ckpt"),
+            lambda: t.fit(model, data()),
+        ):
+            with pytest.raises(AdapterStateError, match="are disabled"):
+                call()
+    assert same(state(model), before) and torch.equal(model(index), output)
+
+
+def test_a_final_merge_that_failed_midway_can_be_called_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), torch.randn(2, 8)
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    output, calls, own = model(x), iter(range(100)), update.merged
+
+    def fails(*args: Any) -> Any:
+        if next(calls) == 1:
+            raise MemoryError
+        return own(*args)
+
+    monkeypatch.setattr("lightning_lora.layers.base.merged", fails)
+    with pytest.raises(MemoryError):
+        merge_adapters(model, keep_base=False)
+    merge_adapters(model, keep_base=False)
+    torch.testing.assert_close(model(x), output)
+    assert is_plain(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_base_that_is_part_of_a_larger_memory_is_kept_apart_from_it() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    nn.utils.vector_to_parameters(flat, model.parameters())
+    inject_adapters(model, LoRAConfig(r=2, bias="all"))
+    randomise(model)
+    before = state(model)
+    merge_adapters(model)
+    merged = state(model)
+    flat[:64].zero_()
+    model.load_state_dict(merged)
+    unmerge_adapters(model)
+    assert torch.equal(model[0].weight, before["0.weight"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import load_adapter, unmerge_adapters
+from lightning_lora import BaseMismatchError, load_adapter, unmerge_adapters
 from lightning_lora.layers import LoRALayer
 from lightning_lora.tensors import values
 from tests.models import LitTiny, best, data, is_plain, lora, same, state, trainer
@@ -153,3 +153,60 @@ def test_a_change_that_no_save_has_seen_is_found_at_the_end(tmp_path: Path) -> N
     t.save_checkpoint(tmp_path / "after.ckpt")
     stored = torch.load(tmp_path / "after.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(stored["q_proj.weight"], model.q_proj.weight)
+
+
+class LoadsInSetup(LitTiny):
+    """A module that loads its pretrained weights in a hook, over whatever is there."""
+
+    def setup(self, stage: str) -> None:
+        self.load_state_dict(LitTiny().state_dict(), strict=False)
+
+
+@pytest.mark.filterwarnings("ignore:A state of the base was loaded:lightning_lora.LoRAWarning")
+def test_a_module_that_loads_its_base_in_setup_is_evaluated_with_its_adapters(tmp_path: Path) -> None:
+    model, t = LoadsInSetup(), trainer(tmp_path, [lora(modules_to_save=None, exclude_modules=["head"])])
+    t.fit(model, data())
+    before, index = state(model), torch.arange(8)
+    output = model(index)
+    found = t.validate(model, data(), verbose=False)[0]["val_loss"]
+    plain = LitTiny()
+    plain.load_state_dict(before)
+    assert found == pytest.approx(trainer(tmp_path).validate(plain, data(), verbose=False)[0]["val_loss"])
+    assert torch.equal(model(index), output)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_merged_model_evaluated_in_another_precision_still_takes_its_files(tmp_path: Path, precision: Any) -> None:
+    model, how = LitTiny(), {"modules_to_save": None, "exclude_modules": ["head"]}
+    t = trainer(tmp_path, [lora(**how)])
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    other = trainer(tmp_path, [lora(**how)], precision=precision)
+    other.validate(model, data(), verbose=False)
+    other.test(model, data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+
+
+def test_a_file_that_cannot_be_tested_leaves_a_changed_merged_model_its_memory(tmp_path: Path) -> None:
+    model = LitTiny()
+    t = trainer(tmp_path, [lora()])
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    merged = model.q_proj.weight.detach().clone()
+    with torch.no_grad():
+        model.q_proj.weight.add_(1)
+    with pytest.warns(UserWarning, match="taken as a new base"), pytest.raises(BaseMismatchError):
+        t.test(model, data(), ckpt_path=tmp_path / "a.ckpt")
+    assert is_plain(model)
+    with torch.no_grad():
+        model.q_proj.weight.copy_(merged)
+    unmerge_adapters(model)
+    assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
+
+
+def test_what_the_user_froze_of_a_merged_model_stays_frozen_after_a_file_was_tested(tmp_path: Path) -> None:
+    model, saved = LitTiny(), best(tmp_path)
+    t = trainer(tmp_path, [lora(), saved])
+    t.fit(model, data(), data())
+    model.freeze()
+    t.test(model, data(), ckpt_path="best", verbose=False)
+    assert not any(p.requires_grad for p in model.parameters())
