@@ -24,8 +24,11 @@ def copy_to_host(tensor: Tensor) -> Tensor:
 def replace_values(tensor: Tensor, values: Tensor) -> None:
     """Replace the values of a tensor.
 
-    It stays the same object, and nothing is copied.
+    It stays the same object. Nothing is copied, except for a tensor that was made in inference mode.
     """
+    if tensor.is_inference() and not values.is_inference():  # or torch would miss a version counter in every use
+        with torch.inference_mode():
+            values = values.clone()
     tensor.data = values
 
 

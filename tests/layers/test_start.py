@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, TargetError, adapter_state_dict, inject_adapters
 from tests.layers.cases import config
+from tests.models import randomise
 
 
 class Experts(nn.Module):
@@ -222,6 +223,16 @@ def test_adapters_start_anew_whatever_memory_held(arguments: dict[str, Any], way
 
 
 @pytest.mark.usefixtures("memory_of_nan")
+def test_a_layer_whose_parameters_are_reset_starts_its_adapter_anew() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    before = model[0].weight.clone()
+    model[0].reset_parameters()
+    assert not torch.equal(model[0].weight, before)
+    assert model[0].lora_A.any() and not model[0].lora_B.any()
+
+
 def test_an_embedding_without_memory_starts_anew_the_other_way_round() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Embedding(6, 4))

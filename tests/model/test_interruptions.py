@@ -23,7 +23,7 @@ from lightning_lora import (
     save_adapter,
     unmerge_adapters,
 )
-from tests.models import randomise, same, state
+from tests.models import TinyLM, randomise, same, state
 
 
 class Model(nn.Module):
@@ -55,7 +55,9 @@ class FailsAt(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name not in ("__get__", "__set__", "requires_grad_") and not name.startswith("_"):  # these compute nothing
+        if name not in ("__get__", "__set__", "requires_grad_", "is_inference") and not name.startswith(
+            "_"
+        ):  # these compute nothing
             self.left -= 1
             if self.left == 0:
                 raise MemoryError("no memory is left")
@@ -168,3 +170,26 @@ def test_a_device_too_full_to_unmerge_keeps_the_merged_model_and_its_adapters(mo
     assert same(state(model), before) and torch.equal(model(INDEX), output)
     load_adapter_state_dict(model, adapter_state_dict(model))
     assert torch.equal(model(INDEX), output)
+
+
+@pytest.mark.filterwarnings("ignore::lightning_lora.LoRAWarning")
+def test_a_converted_model_that_fails_to_unmerge_keeps_its_exact_base_and_adapters() -> None:
+    whole = TinyLM()
+    targets = ["q_proj", "embed", "lm_head"]  # both uses of the tied weight
+    inject_adapters(whole, LoRAConfig(r=2, target_modules=targets, autocast_adapter_dtype=False))
+    randomise(whole)
+    merge_adapters(whole)
+    whole.bfloat16()
+    expected = copy.deepcopy(whole)
+    unmerge_adapters(expected)
+    for place in itertools.count(1):
+        model = copy.deepcopy(whole)
+        try:
+            with FailsAt(place):
+                unmerge_adapters(model)
+        except MemoryError:
+            unmerge_adapters(model)  # they were not rounded to the other dtype on the way
+            assert same(state(model), state(expected))
+            continue
+        break
+    assert place > 30

@@ -375,3 +375,17 @@ def test_a_merge_that_keeps_nothing_and_fails_midway_leaves_a_model_that_compute
         merge_adapters(model, keep_base=False)
     torch.testing.assert_close(model(x), output)
     assert [type(layer) is nn.Linear for layer in model] == [True, True, False, False]
+
+
+def test_a_base_that_was_made_in_inference_mode_is_merged_and_given_back() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    values, x = state(model), torch.randn(3, 4)
+    with torch.no_grad():
+        output = model(x)
+        merge_adapters(model)
+        torch.testing.assert_close(model(x), output)
+    unmerge_adapters(model)
+    assert same(state(model), values)

@@ -130,6 +130,19 @@ def test_changes_of_a_tied_weight_that_was_merged_are_noticed(change: str) -> No
 
 
 @unties
+def test_a_small_change_of_a_large_weight_that_was_tied_is_noticed() -> None:
+    model = nn.Sequential(nn.Embedding(300, 8), nn.Linear(8, 300, bias=False))
+    model[1].weight = model[0].weight
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["1"]))
+    randomise(model)
+    merge_adapters(model)
+    with torch.no_grad():
+        model[0].weight[0, 1] += 1  # between the samples of a quick look
+    with pytest.raises(AdapterStateError, match=CHANGED):
+        unmerge_adapters(model)
+
+
+@unties
 def test_a_tied_weight_that_was_merged_is_one_parameter_through_all_merges() -> None:
     model = TinyLM()
     inject_adapters(model, LoRAConfig(r=2, target_modules=["lm_head"]))
@@ -145,11 +158,11 @@ def test_a_tied_weight_that_was_merged_is_one_parameter_through_all_merges() -> 
 
 
 @unties
-@pytest.mark.parametrize("saved", ["embed", "embed.weight"])
-def test_a_disabled_merged_model_is_the_base_though_a_tied_weight_trains_in_full(saved: str) -> None:
+@pytest.mark.parametrize(("target", "saved"), [("q_proj", "embed"), ("q_proj", "embed.weight"), ("lm_head", "embed")])
+def test_a_disabled_merged_model_is_the_base_though_a_tied_weight_trains_in_full(target: str, saved: str) -> None:
     model, index = TinyLM(), torch.arange(5)
     base = model(index)
-    inject_adapters(model, LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=[saved]))
+    inject_adapters(model, LoRAConfig(r=2, target_modules=[target], modules_to_save=[saved]))
     randomise(model)
     with torch.no_grad():
         model.embed.weight.mul_(2)

@@ -34,7 +34,7 @@ def test_a_weight_is_read_once_and_again_when_it_changes(reads: Reads) -> None:
     once = reads.count
     assert record.digest("weight", weight) == first and reads.count - once < 3000
     with torch.no_grad():
-        weight[0, 0] += 1
+        weight[0, 1] += 1  # between two samples, but torch counts it
     assert record.digest("weight", weight) == digest(weight) != first
     before = reads.count
     record.digest("weight", weight, anew=True)
@@ -50,6 +50,17 @@ def test_a_write_that_torch_does_not_count_is_seen_in_the_samples_or_when_read_a
     weight.data[0, 1] += 1  # between two samples: this is what escapes
     assert record.digest("weight", weight) == second
     assert record.digest("weight", weight, anew=True) == digest(weight) != second
+
+
+@pytest.mark.parametrize("change", ["changed before", "converted"])
+def test_a_digest_is_not_handed_to_a_copy_with_other_values(change: str) -> None:
+    record, weight = Record(LoRAConfig()), torch.randn(100, 100)
+    record.digest("weight", weight)
+    if change == "changed before":
+        weight[0, 1] += 1
+    copy = weight.double() if change == "converted" else weight.clone()
+    record.hand_on("weight", weight, copy)
+    assert record.digest("weight", copy) == digest(copy)
 
 
 def test_a_copy_may_be_handed_a_known_digest(reads: Reads) -> None:

@@ -16,6 +16,7 @@ from lightning_lora import (
     disable_adapters,
     inject_adapters,
     remove_adapters,
+    unmerge_adapters,
 )
 from lightning_lora.layers import LoRALayer
 from tests.model.cases import flags, unfreezable
@@ -45,6 +46,8 @@ def test_two_modules_that_share_layers_do_not_take_them_from_each_other(tmp_path
     before = state(two)
     with pytest.raises(AdapterStateError, match=r"'q_proj', 'v_proj' of LitTiny have the adapters of another model"):
         t.test(one, data(), ckpt_path="best", verbose=False)
+    with pytest.raises(AdapterStateError, match="have the adapters of another model"):
+        unmerge_adapters(one)
     assert same(state(two), before)
     remove_adapters(two)
     t.test(one, data(), ckpt_path="best", verbose=False)

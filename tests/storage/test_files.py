@@ -167,6 +167,17 @@ def test_failed_load_leaves_adapters_that_a_part_has(file: Path) -> None:
     assert flags == [p.requires_grad for p in other.parameters()] and adapter_state_dict(other["net"])
 
 
+def test_adapters_on_a_base_that_was_made_in_inference_mode_are_stored(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        model = LitTiny()
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    save_adapter(model, tmp_path / "a.safetensors")
+    other = LitTiny()
+    load_adapter(other, tmp_path / "a.safetensors")
+    assert same(adapter_state_dict(other), adapter_state_dict(model))
+
+
 def test_a_link_is_written_through_and_what_is_no_file_stays(tmp_path: Path) -> None:
     model = trained()
     (tmp_path / "link").symlink_to(tmp_path / "a.safetensors")

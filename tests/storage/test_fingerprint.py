@@ -207,6 +207,16 @@ def test_the_form_that_a_trainer_converted_is_the_one_that_is_compared(tmp_path:
         load_adapter(same_base, tmp_path / "half.ckpt")
 
 
+def test_adapters_of_a_base_fit_it_in_the_wider_dtype_that_a_trainer_converts_it_to(tmp_path: Path) -> None:
+    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
+    t.fit(LitTiny(), data())
+    t.save_checkpoint(tmp_path / "single.ckpt")
+    expected = t.test(t.lightning_module, data(), verbose=False)[0]["test_loss"]
+    wide = trainer(tmp_path, [lora()], precision="64-true")
+    tested = wide.test(LitTiny(), data(), ckpt_path=tmp_path / "single.ckpt", verbose=False)
+    assert tested[0]["test_loss"] == pytest.approx(expected)
+
+
 needs_averaging = pytest.mark.skipif(
     not hasattr(bundled, "EMAWeightAveraging"), reason="Lightning 2.6 brought weight averaging"
 )

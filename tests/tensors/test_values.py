@@ -28,6 +28,8 @@ def test_what_was_seen_of_a_weight_holds_for_its_copies(copied: object) -> None:
     assert seen.is_still(other) and seen.is_alike(other)
     other[3, 7] += 1
     assert not seen.is_still(other)
+    other.mul_(2)
+    assert not seen.is_alike(other)
 
 
 def test_a_weight_with_other_memory_is_compared_by_its_digest() -> None:
@@ -36,6 +38,14 @@ def test_a_weight_with_other_memory_is_compared_by_its_digest() -> None:
     weight.data = weight.data.clone()
     assert seen.is_still(weight)
     weight.data = weight.data.clone().mul_(2)
+    assert not seen.is_still(weight)
+
+
+def test_one_element_that_changed_between_the_samples_is_noticed() -> None:
+    weight = nn.Parameter(torch.randn(100, 100))
+    seen = Seen(weight)
+    with torch.no_grad():
+        weight[0, 1] += 1
     assert not seen.is_still(weight)
 
 

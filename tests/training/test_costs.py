@@ -1,6 +1,7 @@
 """What a Trainer does around its steps costs as much as the adapters."""
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from lightning_lora import BaseMismatchError, load_adapter, unmerge_adapters
 from lightning_lora.layers import LoRALayer
 from lightning_lora.tensors import values
+from tests.cases import StopError
 from tests.models import LitTiny, best, data, is_plain, lora, same, state, trainer
 
 WIDTH = 128
@@ -88,6 +90,9 @@ def test_a_merged_model_is_evaluated_and_saved_without_a_look_at_its_base(tmp_pa
     ):
         run()
         assert reads.passes() == 0 and is_plain(model)
+    unmerge_adapters(model)
+    t.save_checkpoint(tmp_path / "b.ckpt")
+    assert reads.passes() == 0
 
 
 def test_a_file_is_tested_with_one_look_at_the_base(tmp_path: Path, reads: Reads) -> None:
@@ -141,15 +146,19 @@ def test_a_frozen_weight_that_changes_between_saves_is_stored(tmp_path: Path) ->
     assert torch.equal(stored["embed.weight"], model.embed.weight)
 
 
-def test_a_change_that_no_save_has_seen_is_found_at_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_change_that_no_save_has_seen_is_found_at_the_end(tmp_path: Path, fails: bool) -> None:
     class Hidden(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
             if trainer.global_step == 3:
                 pl_module.q_proj.weight.data.view(-1)[1] += 1  # between the samples of a large weight
+                if fails:
+                    raise StopError
 
     model = Wide()
     t = trainer(tmp_path, [lora(merge=False), best(tmp_path, monitor=None), Hidden()])
-    t.fit(model, data())
+    with pytest.raises(StopError) if fails else nullcontext():
+        t.fit(model, data())
     t.save_checkpoint(tmp_path / "after.ckpt")
     stored = torch.load(tmp_path / "after.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(stored["q_proj.weight"], model.q_proj.weight)

@@ -63,6 +63,10 @@ class Freezes(LitTiny):
 
     def on_train_start(self) -> None:
         self.v_proj.requires_grad_(False)
+        self.start: Any = self.v_proj.lora_A.detach().clone()
+
+    def on_train_end(self) -> None:
+        assert torch.equal(self.v_proj.lora_A, self.start)  # not even its weight decays
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -79,14 +83,17 @@ def test_an_adapter_that_the_user_froze_stands_still_beside_those_that_train(tmp
 X = torch.arange(20)
 
 
-def test_each_file_holds_the_adapters_of_the_fit_before_it(tmp_path: Path) -> None:
+def test_each_file_holds_the_adapters_of_the_fit_before_it(tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level("INFO")
     model, merged = LitTiny(), []
     for number in range(2):
         t = trainer(tmp_path, [lora()], strategy="ddp_fork", devices=2, enable_checkpointing=False)
         t.fit(model, data())
-        t.save_checkpoint(tmp_path / f"{number}.ckpt")
+        for name in (f"{number}.ckpt", "again.ckpt"):
+            t.save_checkpoint(tmp_path / name)
         merged.append(model(X))
     assert not torch.allclose(merged[0], merged[1])
+    assert caplog.text.count("gets its base and its adapters back") == 2  # once for each fit, not for each file
     for number in range(2):
         assert set(torch.load(tmp_path / f"{number}.ckpt")["state_dict"]) == set(TRAINED)
         again = LitTiny()  # which takes the adapters of its own base alone
