@@ -71,7 +71,7 @@ def block(start: str) -> str:
 
 def test_recipe_without_a_trainer_runs() -> None:
     model = nn.Sequential(nn.Linear(16, 16))
-    exec(block("inject_adapters(model"), names(model))
+    exec(block("from lightning_lora import LoRAConfig"), names(model))
 
 
 def test_recipe_of_a_notebook_runs(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from lightning_lora.layers import MAGNITUDE, Adapter, LoRALayer
 from lightning_lora.model.attach import attach_adapters, check_weights, detach_adapters
 from lightning_lora.model.freeze import freeze, unfreeze
 from lightning_lora.model.handover import forget
-from lightning_lora.model.merge_warnings import warn_of_merge
+from lightning_lora.model.merge_warnings import warn_of_divergence, warn_of_merge
 from lightning_lora.model.merged import check_as_merged, is_as_merged
 from lightning_lora.model.record import Record, find_record
 from lightning_lora.model.remember import forget_record, record_of, view_of
@@ -119,6 +119,7 @@ def merge(model: nn.Module) -> tuple[dict[str, float], list[str]]:
         return {}, []
     check_weights(view)
     _check_mergeable(view)
+    warn_of_divergence(view)
     tied = _tied_weights(view)
     bases: dict[str, dict[str, Tensor]] = {name: {} for name in view.layers}
     lost: dict[str, float] = {}
@@ -146,6 +147,7 @@ def _merge_for_good(model: nn.Module) -> tuple[dict[str, float], list[str]]:
     if not view.is_merged:
         check_weights(view)
         _check_mergeable(view)
+        warn_of_divergence(view)
         sizes = {name: own_parameter(layer, layer.lora_weights()[0]).numel() for name, layer in view.layers.items()}
         for name in sorted(sizes, key=sizes.__getitem__, reverse=True):  # if memory is short, the first one fails
             layer = view.layers[name]

@@ -7,9 +7,27 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from lightning_lora.errors import LoRAWarning, MergePrecisionWarning, listed
+from lightning_lora.model.view import View
 
 _MUCH = 0.25
 """A warning is shown if a larger share of an update (in norm) is lost. In bfloat16, 0.1 to 0.2 is common."""
+
+
+def warn_of_divergence(view: View) -> None:
+    """Warn of adapters that hold NaN or infinite values.
+
+    Warns:
+        LoRAWarning: there are such adapters.
+    """
+    broken = [name for name, p in view.adapters.items() if not p.is_meta and not p.isfinite().all()]
+    if broken:
+        warnings.warn(
+            f"{listed(broken)} of {type(view.model).__name__} hold NaN or infinite values: the training has diverged. "
+            "The merged weights hold them too. Call unmerge_adapters(model) for the base, and train again with a lower "
+            "learning rate.",
+            LoRAWarning,
+            stacklevel=4,
+        )
 
 
 def warn_of_merge(model: nn.Module, lost: Mapping[str, float], untied: Sequence[str]) -> None:

@@ -59,6 +59,12 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         raise AdapterFileError(
             f"{odd[:3]} are not tensors, which is all that safetensors holds. Save with the Trainer instead."
         )
+    broken = [name for name, p in view_of(model).adapters.items() if not p.is_meta and not p.isfinite().all()]
+    if broken:
+        raise AdapterStateError(
+            f"{listed(broken)} of {type(model).__name__} hold NaN or infinite values: the training has diverged, and "
+            "no model would load the file. Train again with a lower learning rate, or use an earlier checkpoint."
+        )
     if any(value.is_meta for value in state.values()):
         raise AdapterStateError("The adapters are on the meta device and have no values. Call model.to_empty first.")
     view = view_of(model)

@@ -3,6 +3,7 @@
 import copy
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from lightning_lora import (
     load_adapter_state_dict,
     merge_adapters,
     remove_adapters,
+    save_adapter,
     unmerge_adapters,
 )
 from lightning_lora.functional import update
@@ -389,3 +391,19 @@ def test_a_base_that_was_made_in_inference_mode_is_merged_and_given_back() -> No
         torch.testing.assert_close(model(x), output)
     unmerge_adapters(model)
     assert same(state(model), values)
+
+
+@pytest.mark.parametrize("keep_base", [True, False])
+def test_adapters_of_a_diverged_training_are_named_when_they_are_merged_or_saved(
+    tmp_path: Path, keep_base: bool
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    with torch.no_grad():
+        model[1].lora_B[0, 0] = float("nan")
+    with pytest.raises(AdapterStateError, match=r"'1\.lora_B' of Sequential hold NaN"):
+        save_adapter(model, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+    with pytest.warns(UserWarning, match=r"'1\.lora_B' of Sequential hold NaN"):
+        merge_adapters(model, keep_base=keep_base)
