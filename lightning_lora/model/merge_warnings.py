@@ -19,8 +19,7 @@ def warn_of_divergence(view: View) -> None:
     Warns:
         LoRAWarning: there are such adapters.
     """
-    broken = [name for name, p in view.adapters.items() if not p.is_meta and not p.isfinite().all()]
-    if broken:
+    if broken := view.diverged():
         warnings.warn(
             f"{listed(broken)} of {type(view.model).__name__} hold NaN or infinite values: the training has diverged. "
             "The merged weights hold them too. Call unmerge_adapters(model) for the base, and train again with a lower "

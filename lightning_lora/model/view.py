@@ -218,6 +218,10 @@ class View:
         """Whether all updates are still zero."""
         return all(layer.lora_is_fresh() for layer in self.layers.values())
 
+    def diverged(self) -> list[str]:
+        """The names of adapters that hold NaN or infinite values."""
+        return [name for name, p in self.adapters.items() if not p.is_meta and not p.isfinite().all()]
+
     def follow_base(self) -> None:
         """Initialise adapters again whose base has changed.
 

@@ -45,7 +45,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         path: The file. It is written under another name and then moved, so it is never incomplete.
 
     Raises:
-        AdapterStateError: ``model`` has no adapters, or they are on the meta device.
+        AdapterStateError: ``model`` has no adapters, or they are on the meta device, or hold NaN or infinite values.
         AdapterFileError: an entry of its state is not a tensor, or the file cannot be written (the disk is full, for
             example).
         FileNotFoundError: the folder does not exist.
@@ -59,15 +59,14 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         raise AdapterFileError(
             f"{odd[:3]} are not tensors, which is all that safetensors holds. Save with the Trainer instead."
         )
-    broken = [name for name, p in view_of(model).adapters.items() if not p.is_meta and not p.isfinite().all()]
-    if broken:
+    view = view_of(model)
+    if broken := view.diverged():
         raise AdapterStateError(
             f"{listed(broken)} of {type(model).__name__} hold NaN or infinite values: the training has diverged, and "
             "no model would load the file. Train again with a lower learning rate, or use an earlier checkpoint."
         )
     if any(value.is_meta for value in state.values()):
         raise AdapterStateError("The adapters are on the meta device and have no values. Call model.to_empty first.")
-    view = view_of(model)
     description = describe(view, state, forms_of_base(view))
     try:
         tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
