@@ -351,12 +351,13 @@ def test_a_merge_that_keeps_nothing_is_a_merge_and_a_removal(merged_before: bool
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_a_merge_that_keeps_nothing_takes_the_memory_of_one_layer() -> None:
     def grown(**how: Any) -> float:
-        model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(12)))
+        # Above 32 MiB, glibc gives a tensor pages of its own, so that memory freed by earlier tests does not count.
+        model = nn.Sequential(*(nn.Linear(3072, 3072, bias=False) for _ in range(8)))
         inject_adapters(model, LoRAConfig(r=2))
         randomise(model)
-        return peak_growth(lambda: merge_adapters(model, **how)) / (4 * 1024**2)  # in layers
+        return peak_growth(lambda: merge_adapters(model, **how)) / (4 * 3072**2)  # in layers
 
-    assert grown(keep_base=False) < 5 < 10 < grown()
+    assert grown(keep_base=False) < 2 < 7 < grown()
 
 
 def test_a_merge_that_keeps_nothing_and_fails_midway_leaves_a_model_that_computes_the_same(
