@@ -66,7 +66,7 @@ def write(rows: list[Row], bench: Bench, folder: Path) -> None:
         if size:
             moments.setdefault(moment, []).append(row)
     if moments:
-        _lines(moments, folder / "life.png")
+        _life(moments, folder / "life.png")
     kept = [row for row in rows if row.case.startswith("kept for backward")]
     if kept:
         _bars("bytes kept for backward besides x, as a share of x", kept, folder / "memory.png")
@@ -86,7 +86,7 @@ def _plot(title: str, points: list[Row], path: Path) -> None:
     save(path)
 
 
-def _lines(moments: dict[str, list[Row]], path: Path) -> None:
+def _life(moments: dict[str, list[Row]], path: Path) -> None:
     axes, save = _axes()
     for moment, rows in moments.items():
         sizes = [float(row.case.rpartition(" base of ")[2].removesuffix(" M")) for row in rows]
