@@ -122,7 +122,8 @@ class LayerKind(InPlace, nn.Module):
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the update of the output.
 
-        The other arguments are those of ``forward``. Dropout has already been applied to the input.
+        Optional: without it, the layer runs on W + ΔW, and this is never called. The other arguments are those of
+        ``forward``. Dropout has already been applied to the input.
         """
         raise NotImplementedError
 
