@@ -82,9 +82,16 @@ def _digest_of_integers(integers: Tensor) -> int:
     if not integers.numel():
         return 0
     multipliers = _multipliers(integers.device)
-    sums = [(chunk * multipliers[: chunk.numel()]).sum() for chunk in integers.split(_CHUNK)]
+    sums = [_sum_of_products(chunk, multipliers[: chunk.numel()]) for chunk in integers.split(_CHUNK)]
     total = (torch.stack(sums) * multipliers[-len(sums) :].flip(0)).sum()
     return (integers.numel() + int(total)) % (1 << 63)
+
+
+def _sum_of_products(integers: Tensor, multipliers: Tensor) -> Tensor:
+    """The sum modulo 2**64. On a CPU, ``dot`` is a third faster; other devices have none for integers."""
+    if integers.device.type == "cpu":
+        return torch.dot(integers.long(), multipliers)
+    return (integers * multipliers).sum()
 
 
 @functools.cache
