@@ -11,7 +11,7 @@ from rich.console import Console
 from torch.optim import Optimizer
 
 from lightning_lora.config import Bias, Init, LoRAConfig
-from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError, TargetError, listed
+from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError, listed
 from lightning_lora.model.handover import name_folder
 from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge, merge_adapters, quantised_layers
@@ -51,6 +51,9 @@ class LoRACallback(Callback):
     adapters, and every file that the Trainer writes holds only the adapters. At the end of ``fit``, the updates are
     merged into the weights, and the module is a plain model again. A stage that only evaluates leaves the adapters on
     the module; if the module was merged before, it is merged again.
+
+    Arguments that are left at their defaults are taken from the checkpoint that a Trainer loads (``ckpt_path``). So
+    ``LoRACallback()`` is enough to evaluate one.
 
     The running statistics of norms are frozen too, unless ``modules_to_save`` names the norms. EMA and SWA average only
     the adapters and other weights that train. ``BaseFinetuning`` and ``ModelPruning`` change the base, so they raise an
@@ -177,8 +180,8 @@ class LoRACallback(Callback):
         self._stage.unmerge(pl_module)
         try:
             inject_adapters(pl_module, self.config)
-        except TargetError:  # setup or configure_model may still create the layers; then the strategy tries again
-            return
+        except LoRAError:  # setup or configure_model may still create the layers, and a file may have other arguments
+            return  # the strategy tries again
 
     def _new_stage(self, trainer: Trainer) -> Stage:
         return Stage(self.config, states_are_read=states_are_read(callbacks_of(trainer), LoRACallback))

@@ -147,6 +147,19 @@ class LoRAConfig:
         """Whether ``modules_to_save`` lists the module or parameter ``name``."""
         return any(matches(entry, name) for entry in self.modules_to_save or ())
 
+    def completed(self, stored: "LoRAConfig") -> "LoRAConfig":
+        """Take the arguments at their defaults from ``stored``.
+
+        Example:
+            >>> config = LoRAConfig(r=4).completed(LoRAConfig(r=16, alpha=32))
+            >>> config.r, config.alpha
+            (4, 32)
+        """
+        default = LoRAConfig()
+        names = [field.name for field in dataclasses.fields(self)]
+        left = [name for name in names if getattr(self, name) == getattr(default, name)]
+        return dataclasses.replace(self, **{name: getattr(stored, name) for name in left})
+
     def to_dict(self) -> dict[str, Any]:
         """Return the arguments as plain types.
 

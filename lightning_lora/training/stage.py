@@ -1,12 +1,13 @@
 """State of a Trainer's stage, from set-up to teardown."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.model.inject import inject_adapters
+from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import unmerge
 from lightning_lora.model.originals import keep_originals
 from lightning_lora.model.record import Record, find_record
@@ -60,6 +61,23 @@ class Stage:
         self.was_merged = unmerge(pl_module)
         self.dropped = record if find_record(pl_module) is None else None
         self.base_is_open = View(pl_module).is_fresh()
+
+    def take_config(self, pl_module: LightningModule, stored: LoRAConfig, path: object) -> None:
+        """Take the arguments that were left at their defaults from a file.
+
+        Adapters that the stage has added with these defaults are removed.
+        """
+        config = self.config.completed(stored)
+        names = (field.name for field in fields(config))
+        taken = [f"{n}={getattr(config, n)!r}" for n in names if getattr(config, n) != getattr(self.config, n)]
+        if not taken:
+            return
+        rank_zero_info(f"LoRACallback takes {', '.join(taken)} from {path}, instead of the defaults.")
+        self.config = config
+        if find_record(pl_module) is not None and not self.was_adapted and not self.was_merged:
+            if self.base_is_open:  # the module's hooks may have loaded it since the adapters were added
+                view_of(pl_module).record.originals = {}
+            remove_adapters(pl_module)
 
     def adapt(self, pl_module: LightningModule) -> None:
         """Adapt the module after its own hooks have run.

@@ -25,7 +25,7 @@ from lightning_lora.storage.checkpoint import (
     complete_copies,
     load_checkpoint_state,
 )
-from lightning_lora.storage.description import KEY
+from lightning_lora.storage.description import KEY, stored_config
 from lightning_lora.storage.disk import is_local, reading, writing
 from lightning_lora.storage.fingerprint import base_dtypes, fingerprint
 from lightning_lora.storage.state import adapter_state_dict
@@ -149,16 +149,18 @@ class Watch:
     # Load
 
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Adapt the module, then read the checkpoint.
+        """Read the checkpoint, then adapt the module.
 
         ``setup`` and ``configure_model`` have made the layers by then. A full checkpoint becomes the base.
         """
-        if self.stage.runs_merged:
-            self.stage.unmerge(self.module)
-        self.stage.adapt(self.module)
         with reading(checkpoint_path, trusted=False in (*args, kwargs.get("weights_only"))):
             checkpoint: dict[str, Any] = self._own.load_checkpoint(self.strategy, checkpoint_path, *args, **kwargs)
         check_readable(checkpoint, checkpoint_path)
+        if self.stage.runs_merged:
+            self.stage.unmerge(self.module)
+        if KEY in checkpoint:
+            self.stage.take_config(self.module, stored_config(checkpoint[KEY]), checkpoint_path)
+        self.stage.adapt(self.module)
         if KEY in checkpoint:
             complete_copies(self.module, checkpoint)
             return checkpoint

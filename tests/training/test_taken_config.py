@@ -1,0 +1,138 @@
+"""Arguments that were left at their defaults come from the file."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import (
+    AdapterMismatchError,
+    LoRACallback,
+    LoRAError,
+    TargetError,
+    load_adapter,
+    remove_adapters,
+)
+from lightning_lora.model.remember import view_of
+from tests.models import WIDTH, LitTiny, data, is_plain, lora, same, state, trainer
+
+ARGUMENTS: dict[str, Any] = {
+    "r": 3,
+    "alpha": 12,
+    "dropout": 0.1,
+    "target_modules": ["q_proj", "v_proj"],
+    "modules_to_save": ["head"],
+    "rank_pattern": {"v_proj": 1},
+    "use_rslora": True,
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    t = trainer(tmp_path, [LoRACallback(**ARGUMENTS, merge=False)])
+    t.fit(LitTiny(), data())
+    t.save_checkpoint(tmp_path / "last.ckpt")
+    return tmp_path / "last.ckpt"
+
+
+def numbers(file: Path) -> Any:
+    model = LitTiny()
+    load_adapter(model, file)
+    return trainer(file.parent).test(model, data(), verbose=False)
+
+
+def test_a_trainer_that_only_evaluates_needs_no_argument(file: Path) -> None:
+    model = LitTiny()
+    t = trainer(file.parent, [LoRACallback()])
+    assert t.test(model, data(), ckpt_path=file, verbose=False) == numbers(file)
+    config = view_of(model).config
+    assert {name: getattr(config, name) for name in ARGUMENTS} == {
+        **ARGUMENTS,
+        "target_modules": ("q_proj", "v_proj"),
+        "modules_to_save": ("head",),
+    }
+    assert view_of(model).layers.keys() == {"q_proj", "v_proj"}
+
+
+def test_one_line_says_what_was_taken(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    given = {name: value for name, value in ARGUMENTS.items() if name not in ("r", "dropout")}
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        trainer(file.parent, [LoRACallback(**given)]).test(LitTiny(), data(), ckpt_path=file, verbose=False)
+    lines = [message for message in caplog.messages if "takes" in message]
+    assert lines == [f"LoRACallback takes r=3, dropout=0.1 from {file}, instead of the defaults."]
+
+
+def test_nothing_is_said_where_all_agree(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        trainer(file.parent, [LoRACallback(**ARGUMENTS)]).test(LitTiny(), data(), ckpt_path=file, verbose=False)
+    assert not [message for message in caplog.messages if "takes" in message]
+
+
+@pytest.mark.parametrize("merge", ["last", False])
+def test_a_fit_is_resumed_with_the_arguments_of_its_file(file: Path, merge: Any) -> None:
+    def resumed(callback: LoRACallback) -> dict[str, Tensor]:
+        model = LitTiny()
+        trainer(file.parent, [callback], max_epochs=4).fit(model, data(), ckpt_path=file)
+        assert is_plain(model) is bool(merge)
+        return state(model)
+
+    assert same(resumed(LoRACallback(merge=merge)), resumed(LoRACallback(**ARGUMENTS, merge=merge)))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"r": 2}, "trained with r=3"),
+        ({"alpha": 1.0}, "scaling"),
+        ({"target_modules": ["q_proj"]}, "v_proj"),
+        ({"modules_to_save": ["embed"]}, "missing 'embed.weight'"),
+        ({"target_modules": ["nowhere"]}, "nowhere"),
+    ],
+)
+def test_an_argument_that_was_given_must_agree(file: Path, given: dict[str, Any], says: str) -> None:
+    model = LitTiny()
+    before = state(model)
+    with pytest.raises((AdapterMismatchError, TargetError), match=says):
+        trainer(file.parent, [LoRACallback(**given)]).test(model, data(), ckpt_path=file, verbose=False)
+    assert is_plain(model) and same(state(model), before)
+
+
+def test_a_default_rank_that_is_too_large_is_no_error_before_the_file_is_read(tmp_path: Path) -> None:
+    model = LitTiny(width=4)
+    t = trainer(tmp_path, [lora(merge=False)])
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "narrow.ckpt")
+    trainer(tmp_path, [LoRACallback()]).test(LitTiny(width=4), data(), ckpt_path=tmp_path / "narrow.ckpt")
+    with pytest.raises(LoRAError, match="r=8"):
+        trainer(tmp_path, [LoRACallback()]).test(LitTiny(width=4), data(), verbose=False)
+
+
+def test_a_base_that_a_hook_loads_is_kept(tmp_path: Path) -> None:
+    class Late(LitTiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(WIDTH)
+
+        def setup(self, stage: str) -> None:
+            self.norm.running_mean.fill_(0.5)  # type: ignore[union-attr,operator]
+            self.head.bias.data.fill_(0.25)
+
+    t = trainer(tmp_path, [lora(merge=False)])
+    t.fit(Late(), data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    model = Late()
+    trainer(tmp_path, [LoRACallback()]).test(model, data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    remove_adapters(model)
+    assert torch.equal(model.norm.running_mean, torch.full((WIDTH,), 0.5))  # type: ignore[arg-type]
+    assert torch.equal(model.head.bias, torch.full_like(model.head.bias, 0.25))
+
+
+def test_adapters_that_were_there_before_are_not_removed(file: Path) -> None:
+    model = LitTiny()
+    trainer(file.parent, [LoRACallback(**{**ARGUMENTS, "r": 4}, merge=False)]).fit(model, data())
+    before = state(model)
+    with pytest.raises(AdapterMismatchError, match="r=4"):
+        trainer(file.parent, [LoRACallback()]).test(model, data(), ckpt_path=file, verbose=False)
+    assert same(state(model), before)
