@@ -131,8 +131,12 @@ class LoRAConfig:
         The factor of ``B @ A`` is ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``.
         """
         r = self.rank(name)
-        alpha: float = _lookup(self.alpha_pattern, name, r if self.alpha is None else self.alpha)
-        return alpha / (math.sqrt(r) if self.use_rslora else r)
+        return self.alpha_of(name) / (math.sqrt(r) if self.use_rslora else r)
+
+    def alpha_of(self, name: str) -> float:
+        """Return ``alpha`` of the layer ``name``."""
+        alpha: float = _lookup(self.alpha_pattern, name, self.rank(name) if self.alpha is None else self.alpha)
+        return alpha
 
     def slices(self, name: str) -> tuple[str, ...] | dict[str, tuple[int, int]] | None:
         """Return which parts of the layer ``name`` are adapted.

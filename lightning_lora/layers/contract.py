@@ -46,6 +46,9 @@ class LayerKind(InPlace, nn.Module):
     lora_zero: ClassVar[str] = "B"
     """The factor that starts at zero."""
 
+    lora_options: ClassVar[tuple[str, ...]] = ()
+    """Attributes of the layer that decide, beside the weights, what the update computes. Files hold them."""
+
     lora_twins_own: ClassVar[tuple[str, ...]] = ()
     """Attributes that ``forward`` sets from the weights."""
 

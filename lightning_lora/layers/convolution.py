@@ -28,6 +28,7 @@ class LoRAConvNd(LoRALayer):
     lora_layer_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     lora_methods = ("forward", "_conv_forward")
     lora_fits_dora = True
+    lora_options = ("groups", "dilation", "padding_mode")
     groups: int
 
     @staticmethod
@@ -66,6 +67,7 @@ class LoRAConvTransposeNd(LoRALayer):
 
     lora_layer_types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     lora_writes_rows = False
+    lora_options = ("groups", "dilation", "padding_mode")
     groups: int
     weight: nn.Parameter
 

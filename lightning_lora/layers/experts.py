@@ -31,6 +31,7 @@ class LoRAParameters(LoRALayer):
 
     lora_layer_types: ClassVar[LayerTypes] = ()
     lora_methods = ()
+    lora_options = ("is_transposed",)
 
     @staticmethod
     def lora_part(layer: nn.Module, name: str) -> Part:

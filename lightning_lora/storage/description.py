@@ -10,9 +10,12 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError, listed
+from lightning_lora.model.root import root_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.base_copies import is_places
 from lightning_lora.storage.fingerprint import check_base, is_fingerprints
+from lightning_lora.storage.layout import is_layers, layers_of
+from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.state import check_names, check_tensors, entries_of
 from lightning_lora.tensors.names import join
 from lightning_lora.tensors.values import digest
@@ -20,8 +23,8 @@ from lightning_lora.tensors.values import digest
 KEY = "lightning_lora"
 """The entry of a Lightning checkpoint, or of a safetensors file's metadata, that describes the adapters."""
 
-FORMAT = 2
-"""The version of the format of that entry."""
+FORMAT = 3
+"""The version of the format of that entry. Format 2, without ``layers`` and ``root``, is read too."""
 
 
 def describe(view: View, state: Mapping[str, Any], base: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -35,7 +38,7 @@ def describe(view: View, state: Mapping[str, Any], base: list[dict[str, Any]], *
 
     Returns:
         The format, the configuration, the base, the names of frozen weights that changed, the number of entries in
-        ``state``, and a checksum of ``state`` and all of these.
+        ``state``, the adapted layers, the path of the one model inside, and a checksum of ``state`` and all of these.
 
     Raises:
         ConfigError: the description is too long to be stored.
@@ -46,6 +49,8 @@ def describe(view: View, state: Mapping[str, Any], base: list[dict[str, Any]], *
         "base": base,
         "changed": [name for name in state if name in view.frozen],
         "entries": len(state),
+        "layers": [layer.to_dict() for layer in layers_of(view)],
+        "root": root_of(view.model),
         **more,
     }
     if not _is_bounded(about):
@@ -59,8 +64,22 @@ def describe(view: View, state: Mapping[str, Any], base: list[dict[str, Any]], *
 # Checks
 
 
-def check_fits(view: View, state: Mapping[str, Any], description: Mapping[str, Any], *, anew: bool = True) -> None:
+def check_fits(
+    view: View,
+    state: Mapping[str, Any],
+    description: Mapping[str, Any],
+    *,
+    anew: bool = True,
+    renaming: Renaming | None = None,
+) -> None:
     """Refuse stored adapters that do not fit an adapted model.
+
+    Args:
+        view: The adapted model.
+        state: The stored tensors, by the names of the model.
+        description: What the file says of them.
+        anew: Read every weight again, as for :func:`fingerprint`.
+        renaming: How the names in the file became those of the model.
 
     Raises:
         AdapterFileError: the description cannot be read, or values are NaN or infinite.
@@ -72,7 +91,7 @@ def check_fits(view: View, state: Mapping[str, Any], description: Mapping[str, A
     _check_settings(view, config)
     check_names(view, entries, state, changed, config)
     shapes = {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
-    check_base(view, description["base"], shapes, anew=anew)
+    check_base(view, description["base"], shapes, anew=anew, renaming=renaming)
     check_tensors(view, entries, state)
     _check_finite(view, state)
     lost = sorted(view.record.changed.keys() - set(changed))
@@ -106,9 +125,9 @@ def stored_config(description: object) -> LoRAConfig:
     foreign = AdapterFileError(f"This package did not write the file's {KEY!r} entry, or the file is damaged.")
     if not isinstance(description, dict) or type(description.get("format")) is not int or not _is_bounded(description):
         raise foreign
-    if description["format"] != FORMAT:
+    if description["format"] not in (2, FORMAT):
         raise AdapterFileError(
-            f"The file has format {description['format']}; expected {FORMAT}. Use the version that wrote it."
+            f"The file has format {description['format']}; expected 2 or {FORMAT}. Use the version that wrote it."
         )
     if not _is_plain(description):
         raise foreign
@@ -133,15 +152,20 @@ def _is_plain(description: dict[Any, Any]) -> bool:
     """Whether each entry has the expected type, so that it is safe to use."""
     known = ("format", "config", "base", "changed", "entries", "checksum")
     _, config, base, changed, entries, checksum = (description.get(key) for key in known)
-    copies = description.get("copies", [])
+    copies, layers, root = (description.get(key, default) for key, default in _OPTIONAL.items())
     return (
-        description.keys() <= {*known, "copies"}
+        description.keys() <= {*known, *_OPTIONAL}
         and isinstance(config, dict)
         and is_fingerprints(base)
         and _is_names(changed)
         and type(entries) is type(checksum) is int
         and is_places(copies)
+        and is_layers(layers)
+        and isinstance(root, str)
     )
+
+
+_OPTIONAL: dict[str, Any] = {"copies": [], "layers": [], "root": ""}
 
 
 def _is_names(value: object) -> bool:

@@ -29,6 +29,7 @@ from lightning_lora.storage.description import (
 )
 from lightning_lora.storage.disk import check_path, reading, writing
 from lightning_lora.storage.fingerprint import forms_of_base
+from lightning_lora.storage.renaming import renamed, renaming_for
 from lightning_lora.storage.state import adapter_state_dict, write_state
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
 
     Args:
         model: The base model that the adapters were trained on. If it has no adapters yet, it is adapted as the file
-            says. A model that a finished fit has merged gets its base back first.
+            says. A model that a finished fit has merged gets its base back first. It may also be the model inside the
+            LightningModule that was saved, or a LightningModule around the model that was saved.
         path: A file that :func:`save_adapter` or a Trainer with ``LoRACallback`` wrote.
 
     Raises:
@@ -117,6 +119,9 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
 
 def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any]) -> None:
     """Adapt ``model`` if needed, check everything, then write everything. Undo all of it after an error."""
+    renaming = renaming_for(model, description)
+    if renaming:
+        state, description = renamed(model, renaming, state, description)
     config = stored_config(description)
     record, was_merged = find_record(model), False
     try:
@@ -124,7 +129,7 @@ def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any]) -
         with undone_on_error(View(model)):
             if find_record(model) is None:  # no adapters, or only those of a submodule
                 inject_adapters(model, config)
-            check_fits(view_of(model), state, description)
+            check_fits(view_of(model), state, description, renaming=renaming)
             write_state(model, state)
     except BaseException:
         if was_merged:

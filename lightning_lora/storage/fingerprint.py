@@ -13,10 +13,11 @@ from lightning_lora.errors import BaseMismatchError
 from lightning_lora.layers import quantised_entries, repacks
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
+from lightning_lora.storage.renaming import Renaming
 from lightning_lora.tensors.names import join
 
 
-def fingerprint(view: View, *, anew: bool = True) -> dict[str, Any]:
+def fingerprint(view: View, *, anew: bool = True, renaming: Renaming | None = None) -> dict[str, Any]:
     """Return the fingerprint of an adapted model's base.
 
     It has only plain types. It costs one pass over the weights.
@@ -24,13 +25,15 @@ def fingerprint(view: View, *, anew: bool = True) -> dict[str, Any]:
     Args:
         view: A model with adapters, merged or not. Its base is the model without them.
         anew: Read every weight again. Otherwise a weight is read again only if a quick look shows a change.
+        renaming: Compute it with the names that this renaming has in a file.
 
     Returns:
         ``layout``, a hash of the names and shapes; ``dtypes``; and ``digests``, one number for each tensor in order.
         Tensors on the meta device have no contents: their digest is 0.
     """
     tensors = base_tensors(view)
-    layout = "\n".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+    said = renaming or Renaming()
+    layout = "\n".join(f"{said.name_there(name)} {tuple(tensor.shape)}" for name, tensor in tensors.items())
     known: dict[int, int] = {}
     for name, tensor in tensors.items():
         if id(tensor) not in known:  # tied weights are hashed once
@@ -115,7 +118,12 @@ def base_tensors(view: View) -> dict[str, Tensor]:
 
 
 def check_base(
-    view: View, stored: Sequence[Mapping[str, Any]], shapes: Mapping[str, Sequence[int]], *, anew: bool = True
+    view: View,
+    stored: Sequence[Mapping[str, Any]],
+    shapes: Mapping[str, Sequence[int]],
+    *,
+    anew: bool = True,
+    renaming: Renaming | None = None,
 ) -> None:
     """Refuse adapters that were trained on another base.
 
@@ -124,11 +132,12 @@ def check_base(
         stored: The fingerprints of their base: as it was loaded, and as a Trainer converted it.
         shapes: The shapes of the trained tensors, by name.
         anew: Read every weight again, as for :func:`fingerprint`.
+        renaming: How the names in the file became those of the model.
 
     Raises:
         BaseMismatchError: the base of the model matches none of the fingerprints.
     """
-    here, known = fingerprint(view, anew=anew), view.record.fingerprints
+    here, known = fingerprint(view, anew=anew, renaming=renaming), view.record.fingerprints
     if here in stored:
         return
     if here in known and any(form in stored for form in known):  # the same base, in another form

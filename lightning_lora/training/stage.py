@@ -63,7 +63,7 @@ class Stage:
         self.base_is_open = View(pl_module).is_fresh()
 
     def take_config(self, pl_module: LightningModule, stored: LoRAConfig, path: object) -> None:
-        """Take the arguments that were left at their defaults from a file.
+        """Take arguments left at their defaults from a file.
 
         Adapters that the stage has added with these defaults are removed.
         """

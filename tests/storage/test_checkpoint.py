@@ -51,7 +51,7 @@ def test_every_file_is_adapter_only_and_loads_safely(tmp_path: Path) -> None:
     for file in files:
         checkpoint = torch.load(file, weights_only=True)
         assert sorted(checkpoint["state_dict"]) == sorted(TRAINED), file
-        assert checkpoint["lightning_lora"]["format"] == 2
+        assert checkpoint["lightning_lora"]["format"] == 3
         for optimizer in checkpoint.get("optimizer_states", []):
             assert len(optimizer["param_groups"][0]["params"]) == len(TRAINED)
 

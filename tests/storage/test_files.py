@@ -44,7 +44,7 @@ def test_file_is_adapter_sized_and_plain(file: Path) -> None:
     with safe_open(file, "pt") as opened:
         about = json.loads(opened.metadata()["lightning_lora"])
     assert file.stat().st_size < values + 4096
-    assert about["format"] == 2 and LoRAConfig.from_dict(about["config"]) == CONFIG
+    assert about["format"] == 3 and LoRAConfig.from_dict(about["config"]) == CONFIG
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     (file.parent / "other").touch()
     assert file.stat().st_mode == (file.parent / "other").stat().st_mode  # as any file: others may read it

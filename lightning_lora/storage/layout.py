@@ -1,0 +1,158 @@
+"""What a file says of each adapted layer.
+
+With it, a file can be merged, exported and inspected without the model's code.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from lightning_lora.layers import ADAPTERS, Adapter, LoRALayer, LoRAParameters, Part
+from lightning_lora.model.view import View
+from lightning_lora.tensors.inplace import combined
+from lightning_lora.tensors.names import join, own_parameter, submodule
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One adapted layer, as a file describes it.
+
+    Args:
+        name: The layer's name in the model that was saved.
+        layer_class: The full name of the layer's class.
+        kind: The name of its adapter class, such as ``"LoRALinear"``.
+        r: The rank.
+        scaling: The factor of ``B @ A``.
+        parts: The adapted matrices.
+        shapes: The shapes of the weights, by their names in the layer.
+        tied: Other names of these weights in the model, by their names in the layer.
+        options: What the update depends on beside the weights, such as the groups of a convolution.
+        is_additive: Whether the layer adds the update to its output. Otherwise it computes on ``W + ΔW``.
+    """
+
+    name: str
+    layer_class: str
+    kind: str
+    r: int
+    scaling: float
+    parts: tuple[Part, ...]
+    shapes: dict[str, tuple[int, ...]]
+    tied: dict[str, tuple[str, ...]]
+    options: dict[str, Any]
+    is_additive: bool
+
+    @property
+    def adapter_class(self) -> type[LoRALayer] | None:
+        """The adapter class, or None for a user's own."""
+        known: dict[str, type[LoRALayer]] = {cls.__name__: cls for cls in (*ADAPTERS.values(), LoRAParameters)}
+        return known.get(self.kind)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types, which every file format can hold."""
+        return {
+            "name": self.name,
+            "layer_class": self.layer_class,
+            "kind": self.kind,
+            "r": self.r,
+            "scaling": self.scaling,
+            "parts": [{**vars(part), "stack": list(part.stack)} for part in self.parts],
+            "shapes": {weight: list(shape) for weight, shape in self.shapes.items()},
+            "tied": {weight: list(names) for weight, names in self.tied.items()},
+            "options": {name: _as_list(value) for name, value in self.options.items()},
+            "is_additive": self.is_additive,
+        }
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> "StoredLayer":
+        """Build it from what :meth:`to_dict` returned."""
+        parts = tuple(Part(**{**part, "stack": tuple(part["stack"])}) for part in stored["parts"])
+        shapes = {weight: tuple(shape) for weight, shape in stored["shapes"].items()}
+        tied = {weight: tuple(names) for weight, names in stored["tied"].items()}
+        return cls(**{**stored, "parts": parts, "shapes": shapes, "tied": tied})
+
+
+def is_layers(stored: object) -> bool:
+    """Whether ``stored`` is a list of what :meth:`StoredLayer.to_dict` returns."""
+    return isinstance(stored, list) and all(isinstance(layer, dict) and _is_layer(layer) for layer in stored)
+
+
+_TYPES = {
+    "name": str,
+    "layer_class": str,
+    "kind": str,
+    "r": int,
+    "scaling": float,
+    "parts": list,
+    "shapes": dict,
+    "tied": dict,
+    "options": dict,
+    "is_additive": bool,
+}
+_PART = {"weight": str, "reads": int, "writes": int, "first": int, "rows": int, "name": str, "stack": list}
+
+
+def _is_layer(layer: dict[Any, Any]) -> bool:
+    if {key: type(value) for key, value in layer.items()} != _TYPES:
+        return False
+    weights = set()
+    for part in layer["parts"]:
+        if not isinstance(part, dict) or {key: type(value) for key, value in part.items()} != _PART:
+            return False
+        if not _are_sizes(part["stack"]) or not _are_sizes([part[key] for key in ("reads", "writes", "first", "rows")]):
+            return False
+        weights.add(part["weight"])
+    named = all(
+        isinstance(names, list) and all(type(name) is str for name in names) for names in layer["tied"].values()
+    )
+    return layer["shapes"].keys() == weights and all(map(_are_sizes, layer["shapes"].values())) and named
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def layers_of(view: View) -> list[StoredLayer]:
+    """Describe the adapted layers of a model, merged or not."""
+    adapters: dict[str, Adapter | LoRALayer] = {**view.layers}
+    if view.is_merged:
+        adapters |= view.record.merged
+    uses: dict[int, list[str]] = {}
+    for name, p in view.parameters.items():
+        uses.setdefault(id(p), []).append(name)
+    return [_describe(view, name, adapter, uses) for name, adapter in adapters.items()]
+
+
+def _describe(view: View, name: str, adapter: Adapter | LoRALayer, uses: dict[int, list[str]]) -> StoredLayer:
+    """Describe one layer that has this adapter, or had it before a merge."""
+    layer = submodule(view.model, name)
+    if isinstance(adapter, LoRALayer):
+        mixin, layer_class = adapter.overlaid
+        parts, settings = adapter.lora_parts, adapter.lora_settings
+    else:
+        mixin, layer_class = adapter.kind, type(layer)
+        parts, settings = adapter.parts, adapter.settings
+    kind = cast(type[LoRALayer], mixin)
+    shapes, tied = {}, {}
+    for weight in dict.fromkeys(part.weight for part in parts):
+        own = own_parameter(layer, weight)
+        packed = kind.lora_is_quantised(layer)
+        shapes[weight] = (parts[0].writes, parts[0].reads) if packed else tuple(own.shape)
+        others = [other for other in uses[id(own)] if other != join(name, weight)]
+        if others:
+            tied[weight] = tuple(others)
+    options = {option: getattr(layer, option) for option in kind.lora_options if hasattr(layer, option)}
+    return StoredLayer(
+        name=name,
+        layer_class=f"{layer_class.__module__}.{layer_class.__qualname__}",
+        kind=kind.__name__,
+        r=settings.r,
+        scaling=float(settings.scaling),
+        parts=parts,
+        shapes=shapes,
+        tied=tied,
+        options=options,
+        is_additive=cast(type[LoRALayer], combined(kind, layer_class))._lora_is_additive,
+    )

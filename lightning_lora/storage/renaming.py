@@ -1,0 +1,152 @@
+"""Match names that differ by one prefix.
+
+A file from a LightningModule loads onto the model inside it, and the other way round.
+"""
+
+import re
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.config import LoRAConfig, matches
+from lightning_lora.errors import AdapterMismatchError, LoRAWarning, listed
+from lightning_lora.layers import LoRAParameters
+from lightning_lora.layers.attention import LoRAAttention
+from lightning_lora.layers.recurrent import LoRARecurrent
+from lightning_lora.model.root import root_of
+from lightning_lora.storage.layout import StoredLayer
+from lightning_lora.tensors.names import join, named_modules
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """Names in a file, and the same names in a model.
+
+    Args:
+        there: The prefix of all names in the file.
+        here: What takes its place in the model.
+
+    Example:
+        >>> Renaming("model", "").name_here("model.encoder.query")
+        'encoder.query'
+    """
+
+    there: str = ""
+    here: str = ""
+
+    def name_here(self, name: str) -> str:
+        """Return the model's name for a name in the file."""
+        return _exchange(name, self.there, self.here)
+
+    def name_there(self, name: str) -> str:
+        """Return the file's name for a name in the model."""
+        return _exchange(name, self.here, self.there)
+
+
+def _exchange(name: str, old: str, new: str) -> str:
+    if old and name != old and not name.startswith(f"{old}."):
+        return name
+    return join(new, name[len(old) :].removeprefix("."))
+
+
+def renaming_for(model: nn.Module, description: Mapping[str, Any]) -> Renaming | None:
+    """Return how the names in a file become those of ``model``.
+
+    It is None if nothing has to be renamed, or if renaming would not help.
+    """
+    modules = named_modules(model)
+    names = [layer["name"] for layer in description.get("layers", ())]
+    renaming = Renaming(description.get("root", ""), root_of(model))
+    if not names or renaming.there == renaming.here or all(name in modules for name in names):
+        return None
+    return renaming if all(renaming.name_here(name) in modules for name in names) else None
+
+
+def renamed(
+    model: nn.Module, renaming: Renaming, state: Mapping[str, Any], description: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a file's state and description with the names of ``model``.
+
+    Raises:
+        AdapterMismatchError: the file holds trained tensors outside the model that has these names.
+
+    Warns:
+        LoRAWarning: names the two prefixes.
+    """
+    there, here = renaming.there, renaming.here
+    outside = [name for name in state if there and not name.startswith(f"{there}.")]
+    if outside:
+        raise AdapterMismatchError(
+            f"The file's adapters fit {type(model).__name__}, but it also holds {listed(outside)}, which were trained "
+            f"outside of {there!r}. Load it onto the whole model that it was saved from."
+        )
+    warnings.warn(
+        f"The names in the file begin with {there!r}; in {type(model).__name__} they begin with {here!r}. "
+        "They are taken for the same model.",
+        LoRAWarning,
+        stacklevel=4,
+    )
+    config = LoRAConfig.from_dict(description["config"])
+    layers = [StoredLayer.from_dict(layer) for layer in description["layers"]]
+    saved = [renaming.name_here(entry) for entry in config.modules_to_save or ()]
+    ranks = {renaming.name_here(layer.name): (config.rank(layer.name), config.alpha_of(layer.name)) for layer in layers}
+    moved = [replace(layer, name=renaming.name_here(layer.name)) for layer in layers]
+    settings = replace(config, modules_to_save=saved or None)
+    exact = by_whole_names(moved, ranks, settings, named_modules(model).keys())
+    changed = [renaming.name_here(name) for name in description["changed"]]
+    new = {renaming.name_here(name): value for name, value in state.items()}
+    return new, {**description, "config": exact.to_dict(), "changed": changed}
+
+
+def by_whole_names(
+    layers: Iterable[StoredLayer],
+    ranks: Mapping[str, tuple[int, float]],
+    settings: LoRAConfig,
+    present: Collection[str],
+) -> LoRAConfig:
+    """Return a configuration that names each layer in full.
+
+    Args:
+        layers: The layers to adapt.
+        ranks: The rank and alpha of each of them.
+        settings: The other arguments.
+        present: The names of all modules of the model.
+    """
+    modules, parameters, slices = [], [], dict[str, Any]()
+    for layer in layers:
+        if layer.kind == LoRAParameters.__name__:
+            parameters += [join(layer.name, part.weight) for part in layer.parts]
+            continue
+        modules.append(layer.name)
+        if all(part.name for part in layer.parts):
+            slices[layer.name] = _slices(layer)
+    r, alpha = next(iter(ranks.values()))
+    return replace(
+        settings,
+        r=r,
+        alpha=alpha,
+        target_modules=_exactly(modules, present),
+        target_parameters=parameters or None,
+        target_slices={f"^{re.escape(name)}": value for name, value in slices.items()} or None,
+        exclude_modules=None,
+        rank_pattern={f"^{re.escape(name)}": rank for name, (rank, _) in ranks.items() if rank != r} or None,
+        alpha_pattern={f"^{re.escape(name)}": own for name, (_, own) in ranks.items() if own != alpha} or None,
+    )
+
+
+def _slices(layer: StoredLayer) -> Any:
+    """The value of ``target_slices`` for a layer: names, or names with their rows."""
+    if layer.kind in (LoRAAttention.__name__, LoRARecurrent.__name__):
+        return [part.name for part in layer.parts]
+    return {part.name: [part.first, part.first + part.writes] for part in layer.parts}
+
+
+def _exactly(names: list[str], present: Collection[str]) -> list[str] | str:
+    """A list of names, or an expression if a name is also the end of another module's name."""
+    others = set(present) - set(names)
+    if any(matches(name, other) for name in names for other in others if other.endswith(name)):
+        return "|".join(map(re.escape, names))
+    return names

@@ -1,0 +1,175 @@
+"""A file says what each adapted layer is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from lightning_lora import (
+    AdapterFileError,
+    LoRAConfig,
+    inject_adapters,
+    load_adapter,
+    merge_adapters,
+    save_adapter,
+)
+from lightning_lora.layers.convolution import LoRAConvNd
+from lightning_lora.layers.linear import LoRALinear
+from lightning_lora.model.root import root_of
+from lightning_lora.model.view import View
+from lightning_lora.storage.description import KEY, _checksum, describe
+from lightning_lora.storage.fingerprint import forms_of_base
+from lightning_lora.storage.layout import StoredLayer, layers_of
+from tests.cases import Three, three
+from tests.models import LitTiny, TinyLM, data, lora, randomise, same, state, trainer, unties
+
+
+class Every(nn.Module):
+    """Layers of several kinds, a stack of experts, and a tied weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
+        self.head.weight = self.embed.weight
+        self.linear = nn.Linear(8, 6)
+        self.conv = nn.Conv2d(4, 8, 3, groups=2, dilation=2)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.fused = nn.Linear(8, 24)
+        self.experts = Experts()
+
+
+class Experts(nn.Module):
+    is_transposed = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 8, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.up
+
+
+def every() -> Every:
+    model = Every()
+    inject_adapters(
+        model,
+        LoRAConfig(
+            r=2,
+            alpha=3,
+            target_modules=["embed", "linear", "conv", "attention", "fused"],
+            target_parameters=["experts.up"],
+            target_slices={"fused": {"q": (0, 8), "v": (16, 24)}},
+            rank_pattern={"linear": 1},
+        ),
+    )
+    randomise(model)
+    return model
+
+
+def described(model: nn.Module) -> dict[str, StoredLayer]:
+    return {layer.name: layer for layer in layers_of(View(model))}
+
+
+def test_each_layer_is_described() -> None:
+    layers = described(every())
+    assert list(layers) == ["embed", "linear", "conv", "attention", "fused", "experts"]
+    assert (layers["linear"].r, layers["linear"].scaling, layers["embed"].scaling) == (1, 3.0, 1.5)
+    assert layers["linear"].adapter_class is LoRALinear and layers["conv"].adapter_class is LoRAConvNd
+    assert layers["conv"].shapes == {"weight": (8, 2, 3, 3)}
+    assert layers["conv"].options == {"groups": 2, "dilation": (2, 2), "padding_mode": "zeros"}
+    assert layers["embed"].tied == {"weight": ("head.weight",)} and not layers["linear"].tied
+    assert [(part.name, part.first, part.rows) for part in layers["fused"].parts] == [("q", 0, 24), ("v", 16, 24)]
+    assert layers["attention"].shapes == {"in_proj_weight": (24, 8), "out_proj.weight": (8, 8)}
+    assert layers["experts"].parts[0].stack == (3,) and layers["experts"].options == {"is_transposed": True}
+    assert [name for name, layer in layers.items() if not layer.is_additive] == ["attention", "experts"]
+    assert layers["linear"].layer_class == "torch.nn.modules.linear.Linear"
+
+
+@unties
+def test_a_merged_model_is_described_alike() -> None:
+    model = every()
+    before = described(model)
+    merge_adapters(model)
+    now = described(model)
+    assert now.pop("embed").shapes == before.pop("embed").shapes  # its weight is no longer tied
+    assert now == before
+
+
+def test_descriptions_survive_plain_types() -> None:
+    for layer in described(every()).values():
+        read = StoredLayer.from_dict(json.loads(json.dumps(layer.to_dict())))
+        options = {name: list(value) if isinstance(value, tuple) else value for name, value in layer.options.items()}
+        assert read.options == options and read.to_dict() == layer.to_dict()
+
+
+def test_both_kinds_of_files_hold_the_descriptions(tmp_path: Path) -> None:
+    model = LitTiny()
+    t = trainer(tmp_path, [lora(merge=False)], max_steps=1)
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    save_adapter(model, tmp_path / "a.safetensors")
+    in_checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)[KEY]
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        in_file = json.loads(file.metadata()[KEY])
+    assert in_checkpoint["layers"] == in_file["layers"] == [layer.to_dict() for layer in layers_of(View(model))]
+    assert in_checkpoint["root"] == in_file["root"] == ""
+
+
+def write(path: Path, model: nn.Module, **fields: Any) -> Path:
+    """Write a checkpoint whose description has other fields, with its checksum."""
+    view, adapters = View(model), {name: p.detach() for name, p in View(model).adapters.items()}
+    about = describe(view, adapters, forms_of_base(view))
+    changed = {name: value for name, value in {**about, **fields}.items() if value is not None}
+    changed["checksum"] = _checksum(adapters, changed)
+    torch.save({"state_dict": adapters, KEY: changed}, path)
+    return path
+
+
+def test_a_file_of_the_format_before_is_read(tmp_path: Path) -> None:
+    model, other = Three(), Three()
+    other.load_state_dict(model.state_dict())
+    inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
+    randomise(model)
+    load_adapter(other, write(tmp_path / "old.ckpt", model, format=2, layers=None, root=None))
+    assert same(state(other), state(model))
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda layers: layers[0].pop("kind"),
+        lambda layers: layers[0].update(r="2"),
+        lambda layers: layers[0].update(shapes={}),
+        lambda layers: layers[0]["parts"][0].update(first=-1),
+        lambda layers: layers[0]["parts"][0].update(more=1),
+        lambda layers: layers[0]["tied"].update(weight=[1]),
+        lambda layers: layers.append("layer"),
+    ],
+)
+def test_a_description_of_another_form_is_refused(tmp_path: Path, break_it: Any) -> None:
+    model = three()
+    layers = [layer.to_dict() for layer in layers_of(View(model))]
+    break_it(layers)
+    with pytest.raises(AdapterFileError, match="did not write"):
+        load_adapter(three(), write(tmp_path / "odd.ckpt", model, layers=layers))
+
+
+def test_the_root_is_the_one_model_inside() -> None:
+    class Around(LitTiny):
+        def __init__(self, *models: nn.Module) -> None:
+            super().__init__()
+            del self.embed, self.q_proj, self.v_proj, self.head
+            for i, model in enumerate(models):
+                self.add_module(f"model{i}", model)
+
+    transformer = type("PreTrainedModel", (TinyLM,), {})
+    assert root_of(TinyLM()) == root_of(LitTiny()) == root_of(transformer()) == ""
+    assert root_of(Around(TinyLM(), nn.ReLU())) == "model0"
+    assert root_of(Around(TinyLM(), TinyLM())) == ""
+    assert root_of(Around(nn.Linear(2, 2), transformer())) == "model1"
+    assert root_of(Around(transformer(), transformer())) == ""
+    assert root_of(nn.Sequential(nn.Sequential(transformer()))) == "0.0"

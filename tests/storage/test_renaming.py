@@ -1,0 +1,140 @@
+"""Names that differ by one prefix are those of the same model."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import (
+    AdapterMismatchError,
+    BaseMismatchError,
+    LoRAConfig,
+    LoRAWarning,
+    TargetError,
+    inject_adapters,
+    load_adapter,
+    merge_adapters,
+    save_adapter,
+)
+from lightning_lora.model.view import View
+from tests.models import WIDTH, WORDS, TinyLM, is_plain, randomise, same, state
+
+INDEX = torch.arange(WORDS)
+
+
+class Around(L.LightningModule):
+    """A module around a language model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.model(index)
+
+
+def base() -> TinyLM:
+    torch.manual_seed(5)
+    return TinyLM(tied=False)
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "all-linear": {},
+    "list": {"target_modules": ["q_proj", "embed"]},
+    "ranks": {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 1}, "alpha_pattern": {"v_proj": 7}},
+    "slices": {"target_modules": ["q_proj", "v_proj"], "target_slices": {"q_proj": {"a": (0, 4)}}},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["v_proj"], "bias": "all"},
+    "rslora": {"use_rslora": True, "alpha": 3, "exclude_modules": ["lm_head"]},
+    "dora": {"use_dora": True},
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("outward", [True, False])
+def test_a_file_loads_onto_the_model_inside_and_around(tmp_path: Path, config: dict[str, Any], outward: bool) -> None:
+    saved, loaded = (base(), Around(base())) if outward else (Around(base()), base())
+    inject_adapters(saved, LoRAConfig(r=2, **config))
+    randomise(saved)
+    save_adapter(saved, tmp_path / "a.safetensors")
+    with pytest.warns(LoRAWarning, match="taken for the same model"):
+        load_adapter(loaded, tmp_path / "a.safetensors")
+    assert torch.equal(loaded(INDEX), saved(INDEX))
+    assert [p.shape for p in View(loaded).adapters.values()] == [p.shape for p in View(saved).adapters.values()]
+    save_adapter(loaded, tmp_path / "b.safetensors")
+    again = type(loaded)(base()) if outward else base()  # type: ignore[arg-type]
+    load_adapter(again, tmp_path / "b.safetensors")
+    assert same(state(again), state(loaded))
+
+
+def test_names_in_full_are_those_of_the_other_model(tmp_path: Path) -> None:
+    saved, loaded = Around(base()), base()
+    inject_adapters(saved, LoRAConfig(r=2, target_modules=r"model\.[qv]_proj"))
+    randomise(saved)
+    save_adapter(saved, tmp_path / "a.safetensors")
+    with pytest.warns(LoRAWarning):
+        load_adapter(loaded, tmp_path / "a.safetensors")
+    assert list(View(loaded).layers) == ["q_proj", "v_proj"] and torch.equal(loaded(INDEX), saved(INDEX))
+
+
+def test_a_layer_whose_name_ends_like_another_is_not_adapted_with_it(tmp_path: Path) -> None:
+    def nested() -> nn.Module:
+        torch.manual_seed(5)
+        return nn.ModuleDict({"q": nn.Linear(4, 4), "inner": nn.ModuleDict({"q": nn.Linear(4, 4)})})
+
+    saved, loaded = Around(nested()), nested()
+    inject_adapters(saved, LoRAConfig(r=2, target_modules=["model.q"]))
+    save_adapter(saved, tmp_path / "a.safetensors")
+    with pytest.warns(LoRAWarning):
+        load_adapter(loaded, tmp_path / "a.safetensors")
+    assert list(View(loaded).layers) == ["q"]
+
+
+@pytest.mark.filterwarnings("ignore:The names in the file:lightning_lora.LoRAWarning")
+def test_a_merged_model_inside_is_given_the_file(tmp_path: Path) -> None:
+    saved, loaded = Around(base()), base()
+    inject_adapters(saved, LoRAConfig(r=2))
+    randomise(saved)
+    save_adapter(saved, tmp_path / "a.safetensors")
+    load_adapter(loaded, tmp_path / "a.safetensors")
+    merge_adapters(loaded)
+    load_adapter(loaded, tmp_path / "a.safetensors")
+    assert torch.equal(loaded(INDEX), saved(INDEX))
+
+
+@pytest.mark.filterwarnings("ignore:The names in the file:lightning_lora.LoRAWarning")
+def test_another_base_is_refused_as_ever(tmp_path: Path) -> None:
+    saved, other = Around(base()), base()
+    inject_adapters(saved, LoRAConfig(r=2))
+    save_adapter(saved, tmp_path / "a.safetensors")
+    with torch.no_grad():
+        other.v_proj.weight[0, 0] += 1
+    before = state(other)
+    with pytest.raises(BaseMismatchError, match=r"'v_proj.weight'"):
+        load_adapter(other, tmp_path / "a.safetensors")
+    assert is_plain(other) and same(state(other), before)
+
+
+def test_what_was_trained_outside_of_the_model_is_named(tmp_path: Path) -> None:
+    class Headed(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.head = type("PreTrainedModel", (TinyLM,), {})(), nn.Linear(WIDTH, 2)
+
+    saved = Headed()
+    inject_adapters(saved, LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["head"]))
+    save_adapter(saved, tmp_path / "a.safetensors")
+    inner = TinyLM()
+    with pytest.raises(AdapterMismatchError, match=r"'head.weight'.*outside of 'model'"):
+        load_adapter(inner, tmp_path / "a.safetensors")
+    assert is_plain(inner)
+
+
+def test_a_model_that_differs_by_more_than_a_prefix_is_refused(tmp_path: Path) -> None:
+    saved = Around(nn.Sequential(nn.Linear(4, 4)))
+    inject_adapters(saved, LoRAConfig(r=2, target_modules=["model.0"]))
+    save_adapter(saved, tmp_path / "a.safetensors")
+    with pytest.raises(TargetError, match=r"model\.0"):
+        load_adapter(base(), tmp_path / "a.safetensors")
