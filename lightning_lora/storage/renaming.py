@@ -23,7 +23,7 @@ from lightning_lora.tensors.names import join, named_modules
 
 @dataclass(frozen=True)
 class Renaming:
-    """Names in a file, and the same names in a model.
+    """Names in a file and in a model.
 
     Args:
         there: The prefix of all names in the file.
@@ -53,7 +53,7 @@ def _exchange(name: str, old: str, new: str) -> str:
 
 
 def renaming_for(model: nn.Module, description: Mapping[str, Any]) -> Renaming | None:
-    """Return how the names in a file become those of ``model``.
+    """Return how a file's names become those of ``model``.
 
     It is None if nothing has to be renamed, or if renaming would not help.
     """
@@ -68,7 +68,7 @@ def renaming_for(model: nn.Module, description: Mapping[str, Any]) -> Renaming |
 def renamed(
     model: nn.Module, renaming: Renaming, state: Mapping[str, Any], description: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a file's state and description with the names of ``model``.
+    """Rename the entries of a file for ``model``.
 
     Raises:
         AdapterMismatchError: the file holds trained tensors outside the model that has these names.
