@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_lora import (
     AdapterMismatchError,
     BaseMismatchError,
+    LoRACallback,
     LoRAConfig,
     LoRAWarning,
     TargetError,
@@ -20,7 +21,7 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.model.view import View
-from tests.models import WIDTH, WORDS, TinyLM, is_plain, randomise, same, state
+from tests.models import WIDTH, WORDS, LitTiny, TinyLM, data, is_plain, randomise, same, state, trainer
 
 INDEX = torch.arange(WORDS)
 
@@ -34,6 +35,22 @@ class Around(L.LightningModule):
 
     def forward(self, index: Tensor) -> Tensor:
         return self.model(index)
+
+
+class Trained(LitTiny):
+    """LitTiny with all its layers in one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        for name, layer in [*self.named_children()][:-1]:
+            self.model.add_module(name, layer)
+            delattr(self, name)
+
+    def forward(self, index: Tensor) -> Tensor:
+        layers: Any = self.model
+        x = layers.embed(index)
+        return layers.head(torch.tanh(layers.q_proj(x)) + layers.v_proj(x))  # type: ignore[no-any-return]
 
 
 def base() -> TinyLM:
@@ -90,6 +107,37 @@ def test_a_layer_whose_name_ends_like_another_is_not_adapted_with_it(tmp_path: P
     with pytest.warns(LoRAWarning):
         load_adapter(loaded, tmp_path / "a.safetensors")
     assert list(View(loaded).layers) == ["q"]
+
+
+@pytest.mark.filterwarnings("ignore:The names in the file:lightning_lora.LoRAWarning")
+def test_ranks_belong_to_names_in_full(tmp_path: Path) -> None:
+    def nested() -> nn.Module:
+        torch.manual_seed(5)
+        return nn.ModuleDict({"inner": nn.ModuleDict({"q": nn.Linear(4, 4)}), "q": nn.Linear(4, 4)})
+
+    saved, loaded = Around(nested()), nested()
+    patterns: dict[str, Any] = {"rank_pattern": {"model.q": 1}, "alpha_pattern": {"model.q": 5}}
+    inject_adapters(saved, LoRAConfig(r=2, alpha=3, **patterns))
+    save_adapter(saved, tmp_path / "a.safetensors")
+    load_adapter(loaded, tmp_path / "a.safetensors")
+    settings = {
+        name: (layer.lora_settings.r, layer.lora_settings.scaling) for name, layer in View(loaded).layers.items()
+    }
+    assert settings == {"inner.q": (2, 1.5), "q": (1, 5.0)}
+
+
+@pytest.mark.filterwarnings("ignore:The names in the file:lightning_lora.LoRAWarning")
+def test_a_frozen_weight_that_changed_in_training_is_loaded(tmp_path: Path) -> None:
+    class Changing(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            pl_module.model.embed.weight.data[0, 0] += 1
+
+    saved, loaded = Trained(), Trained().model
+    t = trainer(tmp_path, [LoRACallback(r=2, target_modules=["q_proj"], merge=False), Changing()], max_steps=1)
+    t.fit(saved, data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    load_adapter(loaded, tmp_path / "a.ckpt")
+    assert torch.equal(loaded.get_parameter("embed.weight"), saved.model.get_parameter("embed.weight"))
 
 
 @pytest.mark.filterwarnings("ignore:The names in the file:lightning_lora.LoRAWarning")
