@@ -62,7 +62,7 @@ class LayerKind(InPlace, nn.Module):
             base: Any = cls.overlaid[1]
             known = next((ancestor for ancestor in base.__mro__ if cls.lora_adapts(ancestor)), base)
             cls._lora_is_matrix = cls.lora_as_matrix is LayerKind.lora_as_matrix
-            computes_itself = any(getattr(base, m) is not getattr(known, m) for m in cls.lora_methods)
+            computes_itself = any(getattr(base, m, None) is not getattr(known, m, None) for m in cls.lora_methods)
             cls._lora_is_additive = cls.lora_update is not LayerKind.lora_update and not computes_itself
 
     @classmethod

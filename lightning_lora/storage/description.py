@@ -13,7 +13,7 @@ from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMi
 from lightning_lora.model.root import root_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.base_copies import is_places
-from lightning_lora.storage.fingerprint import check_base, is_fingerprints
+from lightning_lora.storage.fingerprint import base_tensors, check_base, is_fingerprints
 from lightning_lora.storage.layout import is_layers, layers_of
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.state import check_names, check_tensors, entries_of
@@ -37,8 +37,9 @@ def describe(view: View, state: Mapping[str, Any], base: list[dict[str, Any]], *
         **more: Further entries, in plain types.
 
     Returns:
-        The format, the configuration, the base, the names of frozen weights that changed, the number of entries in
-        ``state``, the adapted layers, the path of the one model inside, and a checksum of ``state`` and all of these.
+        The format, the configuration, the base and the names of its tensors, the names of frozen weights that changed,
+        the number of entries in ``state``, the adapted layers, the path of the one model inside, and a checksum of
+        ``state`` and all of these.
 
     Raises:
         ConfigError: the description is too long to be stored.
@@ -49,6 +50,7 @@ def describe(view: View, state: Mapping[str, Any], base: list[dict[str, Any]], *
         "base": base,
         "changed": [name for name in state if name in view.frozen],
         "entries": len(state),
+        "frozen": list(base_tensors(view)),
         "layers": [layer.to_dict() for layer in layers_of(view)],
         "root": root_of(view.model),
         **more,
@@ -152,7 +154,7 @@ def _is_plain(description: dict[Any, Any]) -> bool:
     """Whether each entry has the expected type, so that it is safe to use."""
     known = ("format", "config", "base", "changed", "entries", "checksum")
     _, config, base, changed, entries, checksum = (description.get(key) for key in known)
-    copies, layers, root = (description.get(key, default) for key, default in _OPTIONAL.items())
+    copies, frozen, layers, root = (description.get(key, default) for key, default in _OPTIONAL.items())
     return (
         description.keys() <= {*known, *_OPTIONAL}
         and isinstance(config, dict)
@@ -160,12 +162,13 @@ def _is_plain(description: dict[Any, Any]) -> bool:
         and _is_names(changed)
         and type(entries) is type(checksum) is int
         and is_places(copies)
+        and _is_names(frozen)
         and is_layers(layers)
         and isinstance(root, str)
     )
 
 
-_OPTIONAL: dict[str, Any] = {"copies": [], "layers": [], "root": ""}
+_OPTIONAL: dict[str, Any] = {"copies": [], "frozen": [], "layers": [], "root": ""}
 
 
 def _is_names(value: object) -> bool:

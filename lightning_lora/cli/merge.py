@@ -1,0 +1,38 @@
+"""Merge a file of adapters into a file of the base.
+
+One tensor is in memory at a time. The result is divided into files as the base is, and appears when it is complete.
+Another base than that of the training is refused.
+
+examples::
+
+  lightning-lora merge base.safetensors adapter.safetensors merged.safetensors
+  lightning-lora merge Llama-3-8B/ last.ckpt Llama-3-8B-merged/
+  lightning-lora merge pretrained.ckpt last.ckpt merged.ckpt
+"""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from lightning_lora.storage.merging import merge_files
+from lightning_lora.storage.tensor_files import TensorFiles
+
+
+def add_arguments(parser: Any) -> None:
+    """Add the arguments of this command."""
+    parser.add_argument("base", type=str, help="a .safetensors file, a folder with such files, or a checkpoint")
+    parser.add_argument("adapter", type=str, help="a file with adapters")
+    parser.add_argument("out", type=str, help="the merged model, of the same kind as the base")
+
+
+def run(arguments: Any) -> None:
+    """Merge, with a progress bar on the standard error."""
+    base, adapter, out = Path(arguments.base), Path(arguments.adapter), Path(arguments.out)
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("Merging", total=len(TensorFiles(base).file_of))
+        merged = merge_files(base, adapter, out, lambda name: bar.update(task, advance=1, description=name))
+    Console().print(f"Merged {merged} weights into {out}.", highlight=False, soft_wrap=True)

@@ -1,0 +1,92 @@
+"""Singular values, norms and subspaces of updates.
+
+An update B A has rank r. So everything here is computed from matrices of r rows and columns, never from B A itself.
+"""
+
+import torch
+from torch import Tensor
+
+
+def singular_values(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    r"""Return the singular values of an update :math:`s \, B A`.
+
+    Shape:
+        ``lora_A``: (\*, r, in), ``lora_B``: (\*, out, r). Returns (\*, min(r, in, out)), the largest first, in float64.
+
+    Example:
+        >>> singular_values(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]), scaling=2.0)
+        tensor([10.], dtype=torch.float64)
+    """
+    reading = torch.linalg.qr(lora_A.double().mT, mode="r").R
+    writing = torch.linalg.qr(lora_B.double(), mode="r").R
+    values: Tensor = torch.linalg.svdvals(writing @ reading.mT)
+    return values * abs(scaling)
+
+
+def effective_rank(values: Tensor) -> Tensor:
+    r"""Return how many singular values count.
+
+    It is :math:`\exp(H)` with the entropy :math:`H` of the values, divided by their sum. It is between 1, if one value
+    is all there is, and their number, if all are equal. Of an update of zero it is 0.
+
+    Shape:
+        ``values``: (\*, r). Returns (\*).
+
+    Source:
+        Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality", section 2.
+
+    Example:
+        >>> effective_rank(torch.tensor([[1.0, 1.0, 1.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
+        tensor([3., 1., 0.])
+    """
+    total = values.sum(-1, keepdim=True)
+    shares = values / total.clamp_min(torch.finfo(values.dtype).tiny)
+    entropy = -torch.xlogy(shares, shares).sum(-1)
+    return torch.where(total.squeeze(-1) > 0, entropy.exp(), 0)
+
+
+def subspace_similarity(one: Tensor, other: Tensor) -> Tensor:
+    r"""Return how much two matrices' row spaces overlap.
+
+    It is :math:`\phi = \lVert U_1^T U_2 \rVert_F^2 / \min(r_1, r_2)`, where the columns of U span the rows of a matrix.
+    It is 1 if one space contains the other, and 0 if they are orthogonal.
+
+    Shape:
+        (\*, r1, n) and (\*, r2, n). Returns (\*).
+
+    Source:
+        Hu et al. 2021, section 7.2, equation 4, with all directions.
+
+    Example:
+        >>> subspace_similarity(torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+        tensor(1., dtype=torch.float64)
+    """
+    first, second = (torch.linalg.qr(matrix.double().mT).Q for matrix in (one, other))
+    overlap: Tensor = (first.mT @ second).square().sum((-2, -1)) / min(first.shape[-1], second.shape[-1])
+    return overlap
+
+
+def cosine(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+    r"""Return the cosine of the angle between two updates.
+
+    Args:
+        one: The factors A and B of one update.
+        other: Those of the other. A scaling makes no difference.
+
+    Shape:
+        A: (\*, r, in), B: (\*, out, r). Returns (\*), from -1 to 1. It is 0 if one update is zero.
+
+    Example:
+        >>> a, b = torch.ones(1, 2), torch.ones(3, 1)
+        >>> cosine((a, b), (a, -b))
+        tensor(-1., dtype=torch.float64)
+    """
+    product = _inner(one, other)
+    norms = (_inner(one, one) * _inner(other, other)).sqrt()
+    return torch.where(norms > 0, product / norms.clamp_min(torch.finfo(norms.dtype).tiny), 0)
+
+
+def _inner(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+    """The sum of the products of all elements of two updates."""
+    (a1, b1), (a2, b2) = ((a.double(), b.double()) for a, b in (one, other))
+    return ((b2.mT @ b1).mT * (a1 @ a2.mT)).sum((-2, -1))

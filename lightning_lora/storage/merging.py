@@ -1,0 +1,190 @@
+"""Merge a file of adapters into a file of the base."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed
+from lightning_lora.storage.checkpoint import as_base
+from lightning_lora.storage.disk import writing
+from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.tensor_files import INDEX, Entry, TensorFiles, write_tensors
+from lightning_lora.tensors.names import join
+from lightning_lora.tensors.values import digest
+
+Progress = Callable[[str], object]
+"""Called with the name of each tensor before it is written."""
+
+
+def merge_files(base: Path, adapter: Path, out: Path, progress: Progress = str) -> int:
+    """Merge adapters into a file, one tensor at a time.
+
+    Args:
+        base: The base: a ``.safetensors`` file, a folder with such files, or a checkpoint.
+        adapter: The file with the adapters.
+        out: The merged model: a ``.safetensors`` file; a folder, if the base is one; or a ``.ckpt`` file, if the base
+            is a checkpoint (then the merged weights are held in memory). It appears when it is complete.
+        progress: Called with the name of each tensor before it is written.
+
+    Returns:
+        The number of merged weights.
+
+    Raises:
+        FileNotFoundError: a file does not exist.
+        AdapterFileError: a file cannot be read or written, or ``out`` is of another kind or exists.
+        AdapterMismatchError: the base lacks weights, or they have other shapes, or are tied.
+        BaseMismatchError: the adapters were trained on another base.
+    """
+    files, stored = TensorFiles(base), StoredAdapters(adapter)
+    job = _Merge(files, stored)
+    job.check()
+    if base.is_dir():
+        with _whole_folder(out) as folder:
+            _write_folder(job, folder, progress)
+    elif out.suffix == ".safetensors":
+        with writing(out) as part:
+            write_tensors(part, job.entries(job.names, progress, new=True), files.metadata(base))
+    elif out.suffix == ".ckpt" and files.checkpoint is not None:
+        state = {entry.name: entry.make() for entry in job.entries(job.names, progress, new=True)}
+        with writing(out) as part:
+            torch.save({**as_base(files.checkpoint), "state_dict": state}, part)
+    else:
+        kinds = ".safetensors" if files.checkpoint is None else ".safetensors or .ckpt"
+        raise AdapterFileError(f"{out} is of another kind than the base, {base}. Name a file that ends in {kinds}.")
+    return len(job.weights)
+
+
+class _Merge:
+    """The adapters of one file, and the weights of the base that they change."""
+
+    def __init__(self, files: TensorFiles, stored: StoredAdapters) -> None:
+        self.files, self.stored = files, stored
+        self.names = list(files.file_of)
+        weights = [(name, weight) for name, layer in stored.layers.items() for weight in layer.shapes]
+        self.name_in_base = _renaming(stored, [join(*each) for each in weights], files)
+        self.weights = {self.name_in_base(join(*each)): each for each in weights}
+        self.beside = {self.name_in_base(name): value for name, value in stored.beside().items() if _is_tensor(value)}
+
+    def check(self) -> None:
+        """Refuse what does not fit, before anything is written."""
+        wrong, tied = [], []
+        for name, (layer, weight) in self.weights.items():
+            shape = self.stored.layers[layer].shapes[weight]
+            if name not in self.files.file_of or tuple(self.files.get(name).shape) != shape:
+                wrong.append(f"{name} {list(shape)}")
+            tied += [name] if weight in self.stored.layers[layer].tied else []
+        if wrong:
+            raise AdapterMismatchError(
+                f"{self.files.path} lacks weights that {self.stored.path} adapts, or has them in another shape: "
+                f"{listed(wrong)}. Its names are such as {listed(self.names)}. Pass the base that the adapters were "
+                "trained on, not quantised."
+            )
+        if tied:
+            raise AdapterMismatchError(
+                f"{listed(tied)} are tied to other layers, which a file cannot show: whoever loads it would tie them "
+                "again. Merge in memory: load_adapter(model, path), then merge_adapters(model)."
+            )
+        self._check_base()
+
+    def _check_base(self) -> None:
+        """Compare every frozen tensor that both sides have."""
+        names = self.stored.description.get("frozen", [])
+        known = [dict(zip(names, form["digests"], strict=False)) for form in self.stored.description["base"]]
+        here = {name: self.name_in_base(name) for name in names}
+        present = [name for name in names if here[name] in self.files.file_of]
+        changed = set(self.stored.description["changed"])
+        differ: list[str] = present
+        digests = {name: digest(self.files.get(here[name])) for name in present if name not in changed}
+        for form in known:
+            differ = min(differ, [name for name in digests if digests[name] != form[name]], key=len)
+        if differ:
+            raise BaseMismatchError(
+                f"The adapters in {self.stored.path} were trained on another base: {len(differ)} of {len(names)} "
+                f"frozen tensors in {self.files.path} differ, such as {listed(differ)}. Pass the weights that they "
+                "were trained on, in the same precision."
+            )
+
+    def entries(self, names: list[str], progress: Progress, *, new: bool) -> Iterator[Entry]:
+        """Yield the tensors of a file of the merged model.
+
+        Args:
+            names: The tensors of the base that belong to it.
+            progress: Called with the name of each tensor before it is made.
+            new: Whether to add the tensors that the base does not have.
+        """
+        more = [name for name in self.beside if name not in self.files.file_of] if new else []
+        for name in [*names, *more]:
+            like = self.beside.get(name)
+            if like is None:
+                like = self.files.get(name)
+            yield Entry(name, like.dtype, tuple(like.shape), lambda name=name: self._values(name, progress))  # type: ignore[misc]
+
+    def _values(self, name: str, progress: Progress) -> Tensor:
+        progress(name)
+        base = self.beside[name] if name in self.beside else self.files.get(name)
+        if name not in self.weights:
+            return base
+        layer, weight = self.weights[name]
+        with torch.no_grad():
+            return self.stored.adapted(layer, {weight: base}).lora_merged_weight(weight)[0]
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _renaming(stored: StoredAdapters, weights: list[str], files: TensorFiles) -> Callable[[str], str]:
+    """Return how names in the adapters' file become names in the base: one prefix may come off, or be added."""
+    root = stored.description.get("root", "")
+    inside = f"{root}." if root and all(name.startswith(f"{root}.") for name in weights) else ""
+    endings = ("." + weights[0].removeprefix(inside), "." + weights[0])
+    prefixes = [name.removesuffix(end) + "." for end in endings for name in files.file_of if name.endswith(end)]
+    for strip, add in [("", ""), (inside, ""), *((cut, prefix) for cut in ("", inside) for prefix in prefixes)]:
+        if all(add + name.removeprefix(strip) in files.file_of for name in weights):
+            return lambda name: add + name.removeprefix(strip)
+    return lambda name: name
+
+
+def _write_folder(job: _Merge, folder: Path, progress: Progress) -> None:
+    """Write the merged model into an empty folder, divided as the base is, with the base's other files."""
+    base, sizes, places = job.files.path, 0, dict[str, str]()
+    files = list(dict.fromkeys(job.files.file_of.values()))
+    for file in files:
+        names = [name for name, place in job.files.file_of.items() if place == file]
+        entries = list(job.entries(names, progress, new=file == files[-1]))
+        write_tensors(folder / file.name, entries, job.files.metadata(file))
+        places |= {entry.name: file.name for entry in entries}
+        sizes += sum(torch.Size(entry.shape).numel() * entry.dtype.itemsize for entry in entries)
+    if (base / INDEX).is_file():
+        index: dict[str, Any] = json.loads((base / INDEX).read_text())
+        index["weight_map"] = places
+        index["metadata"] = {**index.get("metadata", {}), "total_size": sizes}
+        (folder / INDEX).write_text(json.dumps(index, indent=2))
+    for other in base.iterdir():
+        if other.is_file() and not other.name.endswith(
+            (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".h5")
+        ):
+            shutil.copy2(other, folder / other.name)
+
+
+@contextmanager
+def _whole_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder beside ``out`` that becomes ``out`` when all is written."""
+    if out.exists():
+        raise AdapterFileError(f"{out} exists already. Choose another name.")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"The folder {out.parent} does not exist. Make it first.")
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    part.mkdir()
+    try:
+        yield part
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

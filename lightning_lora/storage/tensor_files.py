@@ -1,0 +1,146 @@
+"""Files of tensors that are read and written one tensor at a time."""
+
+import json
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lightning_lora.errors import AdapterFileError
+from lightning_lora.storage.disk import reading
+
+INDEX = "model.safetensors.index.json"
+"""The file in a folder that says which of its files holds which tensor."""
+
+_ONE = "model.safetensors"
+"""The only file of weights in a folder that is not divided."""
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""safetensors' names of dtypes."""
+
+
+class TensorFiles:
+    """The tensors of a model in one or several files.
+
+    Args:
+        path: A ``.safetensors`` file, a folder with such files, or a checkpoint of torch or Lightning.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        AdapterFileError: it cannot be read, or holds no weights.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoint: dict[str, Any] | None = None
+        self.file_of: dict[str, Path] = {}
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist.")
+        if path.is_dir():
+            self._read_folder()
+        elif path.suffix == ".safetensors":
+            self.file_of = dict.fromkeys(_names_in(path), path)
+        else:
+            with reading(path):
+                loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            self.checkpoint = loaded if isinstance(loaded, dict) else {}
+            self.file_of = {name: path for name, value in self._state.items() if isinstance(value, Tensor)}
+        if not self.file_of:
+            raise AdapterFileError(f"{path} holds no weights. Pass a .safetensors file, a folder of them, or a .ckpt.")
+
+    def _read_folder(self) -> None:
+        index, one = self.path / INDEX, self.path / _ONE
+        if index.is_file():
+            places = json.loads(index.read_text())["weight_map"]
+            self.file_of = {name: self.path / file for name, file in places.items()}
+        elif one.is_file():
+            self.file_of = dict.fromkeys(_names_in(one), one)
+        else:
+            raise AdapterFileError(
+                f"{self.path} has neither {_ONE} nor {INDEX}. Save the base with save_pretrained, or pass its file."
+            )
+
+    @property
+    def _state(self) -> Mapping[str, Any]:
+        state: Mapping[str, Any] = (self.checkpoint or {}).get("state_dict", self.checkpoint or {})
+        return state
+
+    def get(self, name: str) -> Tensor:
+        """Return one tensor."""
+        if self.checkpoint is not None:
+            return self._state[name]  # type: ignore[no-any-return]
+        with reading(self.file_of[name]), safe_open(self.file_of[name], "pt") as file:
+            return file.get_tensor(name)  # type: ignore[no-any-return]
+
+    def metadata(self, file: Path) -> dict[str, str]:
+        """Return what a ``.safetensors`` file says of itself."""
+        if self.checkpoint is not None:
+            return {}
+        with reading(file), safe_open(file, "pt") as opened:
+            return opened.metadata() or {}
+
+
+def _names_in(path: Path) -> list[str]:
+    with reading(path), safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
+class Entry(NamedTuple):
+    """One tensor to be written.
+
+    Args:
+        name: Its name.
+        dtype: Its dtype.
+        shape: Its shape.
+        make: Returns its values, when their turn has come.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+def write_tensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> None:
+    """Write a ``.safetensors`` file, one tensor at a time.
+
+    Source:
+        The format's own description, https://github.com/huggingface/safetensors#format.
+    """
+    entries = list(entries)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    for entry in entries:
+        size = torch.Size(entry.shape).numel() * entry.dtype.itemsize
+        header[entry.name] = {
+            "dtype": _NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [end, end + size],
+        }
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for entry in entries:
+            _write_values(file, entry)
+
+
+def _write_values(file: BinaryIO, entry: Entry) -> None:
+    values = entry.make().detach().to("cpu", entry.dtype).contiguous().reshape(-1)
+    file.write(values.view(torch.uint8).numpy().data if values.numel() else b"")

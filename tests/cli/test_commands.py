@@ -1,0 +1,113 @@
+"""The console command, as its users call it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lightning_lora import LoRAConfig, inject_adapters, merge_adapters, save_adapter
+from lightning_lora.cli.main import main
+from tests.models import LitTiny, randomise
+
+CONFIG = LoRAConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj"], modules_to_save=["head"])
+
+
+def adapted(seed: int, config: LoRAConfig = CONFIG) -> LitTiny:
+    model = LitTiny()
+    inject_adapters(model, config)
+    randomise(model, seed)
+    return model
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    paths = [tmp_path / f"{seed}.safetensors" for seed in (1, 2, 3)]
+    for seed, path in enumerate(paths):
+        save_adapter(adapted(seed), path)
+    return [str(path) for path in paths]
+
+
+def test_inspect_shows_layers_and_what_is_beside(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", files[0]]) == 0
+    shown = capsys.readouterr().out
+    for text in ("q_proj", "v_proj", "Linear", "head.weight [4, 8]", "4 frozen tensors", '"modules_to_save"'):
+        assert text in shown
+
+
+def test_inspect_gives_every_layer_as_json(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", files[0], "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    model = adapted(0)
+    delta: Any = 2 * model.q_proj.lora_B @ model.q_proj.lora_A  # type: ignore[operator]
+    assert [layer["name"] for layer in found["layers"]] == ["q_proj", "v_proj"]
+    assert found["layers"][0]["norm"] == pytest.approx(delta.norm().item(), rel=1e-5)
+    assert 1 <= found["layers"][0]["effective_rank"] <= 2 and found["layers"][0]["scaling"] == 2
+    assert found["beside"].keys() == {"head.weight", "head.bias"} and found["format"] == 3
+
+
+def test_compare_gives_each_pair(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", *files, files[0], "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found) == 6
+    same = next(pair for pair in found if pair["files"] == [files[0], files[0]])
+    assert all(
+        layer[key] == pytest.approx(1) for layer in same["layers"] for key in layer if key not in ("name", "weight")
+    )
+    assert abs(found[0]["layers"][0]["cosine"]) < 0.9
+    assert main(["compare", *files[:2]]) == 0
+    assert "q_proj" in capsys.readouterr().out
+
+
+def test_compare_draws_a_picture(files: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(["compare", *files[:2], "--picture", str(tmp_path / "cosines.png")]) == 0
+    assert (tmp_path / "cosines.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_needs_layers_in_common(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other.safetensors"
+    save_adapter(adapted(0, LoRAConfig(r=2, target_modules=["embed"])), other)
+    assert main(["compare", files[0], str(other)]) == 1
+    assert "no layer in common, such as 'q_proj' and 'embed'" in " ".join(capsys.readouterr().err.split())
+    assert main(["compare", files[0]]) == 1
+
+
+def test_merge_writes_the_merged_model(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file(LitTiny().state_dict(), tmp_path / "base.safetensors")
+    out = tmp_path / "merged.safetensors"
+    assert main(["merge", str(tmp_path / "base.safetensors"), files[0], str(out)]) == 0
+    assert "Merged 2 weights into" in capsys.readouterr().out
+    model = adapted(0)
+    merge_adapters(model)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in load_file(out).items())
+
+
+@pytest.mark.parametrize("command", ["inspect", "merge", "compare"])
+def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    assert done.value.code == 0 and f"\n  lightning-lora {command} " in capsys.readouterr().out
+
+
+def test_errors_are_one_line_and_a_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, says in ((tmp_path / "none", "No such file"), (tmp_path, "is not a file")):
+        assert main(["inspect", str(path)]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and says in error and "Traceback" not in error
+    for wrong in (["inspect"], ["nothing"], []):
+        with pytest.raises(SystemExit) as done:
+            main(wrong)
+        assert done.value.code == 2
+
+
+def test_a_module_and_a_pipe(files: list[str]) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = f"{sys.executable} -m lightning_lora inspect {files[0]} --json | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
