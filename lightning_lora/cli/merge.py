@@ -1,4 +1,4 @@
-"""Merge a file of adapters into a file of the base.
+"""Merge adapters into a file of the base.
 
 One tensor is in memory at a time. The result is divided into files as the base is, and appears when it is complete.
 Another base than that of the training is refused.

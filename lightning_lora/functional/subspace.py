@@ -8,7 +8,9 @@ from torch import Tensor
 
 
 def singular_values(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    r"""Return the singular values of an update :math:`s \, B A`.
+    r"""Return the singular values of an update.
+
+    The update is :math:`s \, B A`.
 
     Shape:
         ``lora_A``: (\*, r, in), ``lora_B``: (\*, out, r). Returns (\*, min(r, in, out)), the largest first, in float64.

@@ -1,4 +1,4 @@
-"""Merge a file of adapters into a file of the base."""
+"""Merge adapters into files of the base."""
 
 import json
 import os

@@ -63,7 +63,10 @@ class StoredAdapters:
         return [join(name, factor) for factor in names_of(self.layers[name].parts, self._settings(name))]
 
     def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor]]:
-        r"""Return A and B of each weight of the layer ``name``.
+        r"""Return A and B of a layer's weights.
+
+        Args:
+            name: The name of the layer.
 
         Shape:
             (\*, r, in) and (\*, out, r), by the name of the weight in the layer.
@@ -72,7 +75,7 @@ class StoredAdapters:
         return {weight: layer.lora_factors(weight) for weight in layer.lora_weights()}
 
     def adapted(self, name: str, weights: Mapping[str, Tensor]) -> LoRALayer:
-        """Return a layer with this adapter, which can compute merged weights.
+        """Return a layer that can compute its merged weights.
 
         Args:
             name: The name of the layer.
@@ -97,6 +100,9 @@ class StoredAdapters:
         return cast(LoRALayer, shell)
 
     def beside(self) -> dict[str, Tensor]:
-        """Return what the file holds besides adapters: trained modules, biases, buffers."""
+        """Return what the file holds besides adapters.
+
+        These are trained modules, biases and buffers.
+        """
         factors = {factor for name in self.layers for factor in self._names(name)}
         return {name: value for name, value in self.state.items() if name not in factors}

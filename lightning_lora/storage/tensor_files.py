@@ -1,4 +1,4 @@
-"""Files of tensors that are read and written one tensor at a time."""
+"""Read and write files one tensor at a time."""
 
 import json
 import struct
