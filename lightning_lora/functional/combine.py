@@ -1,0 +1,107 @@
+"""Combine several updates of one weight into one.
+
+The result is always about the updates themselves, B A. Adding up the factors instead would also add the products of one
+update's A with another's B.
+"""
+
+import torch
+from torch import Tensor
+
+Factors = tuple[Tensor, Tensor]
+"""A and B of one update, with its scaling in B."""
+
+
+def concatenated(updates: list[Factors], weights: list[float]) -> Factors:
+    r"""Return the exact weighted sum, with the sum of the ranks.
+
+    Shape:
+        A: (\*, r, in), B: (\*, out, r) for each update. Returns the same with the sum of all r.
+
+    Example:
+        >>> a, b = torch.ones(1, 2), torch.ones(3, 1)
+        >>> A, B = concatenated([(a, b), (2 * a, b)], [1.0, -0.5])
+        >>> A.shape, (B @ A).abs().sum()
+        (torch.Size([2, 2]), tensor(0.))
+    """
+    reading = torch.cat([a for a, _ in updates], dim=-2)
+    writing = torch.cat([weight * b for (_, b), weight in zip(updates, weights, strict=True)], dim=-1)
+    return reading, writing
+
+
+def truncated(update: Factors, r: int) -> Factors:
+    r"""Return the best approximation of an update with rank r.
+
+    It is computed from the QR decompositions of the factors, so that B A is never formed.
+
+    Shape:
+        A: (\*, R, in), B: (\*, out, R). Returns the same with r, or with fewer if no more are needed.
+
+    Source:
+        Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
+    """
+    a, b = update
+    reading, writing = torch.linalg.qr(a.double().mT), torch.linalg.qr(b.double())
+    u, s, v = torch.linalg.svd(writing.R @ reading.R.mT, full_matrices=False)
+    root = s[..., :r].sqrt()
+    new_a = root.unsqueeze(-1) * (v[..., :r, :] @ reading.Q.mT)
+    new_b = (writing.Q @ u[..., :r]) * root.unsqueeze(-2)
+    return new_a.to(a.dtype), new_b.to(b.dtype)
+
+
+def factored(delta: Tensor, r: int) -> Factors:
+    r"""Return the best approximation of a matrix as two factors.
+
+    Shape:
+        (\*, out, in). Returns (\*, r, in) and (\*, out, r).
+    """
+    u, s, v = torch.linalg.svd(delta, full_matrices=False)
+    root = s[..., :r].sqrt()
+    return root.unsqueeze(-1) * v[..., :r, :], u[..., :r] * root.unsqueeze(-2)
+
+
+def ties(deltas: list[Tensor], weights: list[float], density: float) -> Tensor:
+    """Combine updates where they agree about the sign.
+
+    Of each update, the share ``density`` with the largest values is kept. Each element takes the sign of the weighted
+    sum, and the mean of the values that have this sign.
+
+    Shape:
+        All have the same shape.
+
+    Source:
+        Yadav et al. 2023, "TIES-Merging: Resolving Interference When Merging Models", section 4.2.
+
+    Example:
+        >>> ties([torch.tensor([3.0, 1.0]), torch.tensor([-1.0, 2.0])], [1.0, 1.0], density=1.0)
+        tensor([3.0000, 1.5000])
+    """
+    kept = torch.stack([weight * _largest(d, density) for d, weight in zip(deltas, weights, strict=True)])
+    sign = kept.sum(0).sign()
+    agrees = (kept.sign() == sign) & (kept != 0)
+    return (kept * agrees).sum(0) / agrees.sum(0).clamp_min(1)
+
+
+def _largest(delta: Tensor, density: float) -> Tensor:
+    """Set all but a share of the largest values to zero."""
+    count = max(1, round(density * delta.numel()))
+    bound = delta.abs().flatten().kthvalue(delta.numel() - count + 1).values
+    return torch.where(delta.abs() >= bound, delta, 0)
+
+
+def dare(deltas: list[Tensor], weights: list[float], density: float, generator: torch.Generator) -> Tensor:
+    """Add updates up, of each a random share of its values.
+
+    The share ``density`` is kept and divided by it, so that the expected sum stays the same.
+
+    Shape:
+        All have the same shape.
+
+    Source:
+        Yu et al. 2024, "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",
+        section 3.1.
+    """
+    total = torch.zeros_like(deltas[0])
+    for delta, weight in zip(deltas, weights, strict=True):
+        keep = torch.rand(delta.shape, generator=generator) < density
+        total += weight / density * torch.where(keep, delta, 0)
+    return total
