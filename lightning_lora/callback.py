@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
 from torch.optim import Optimizer
 
-from lightning_lora.config import Bias, Init, LoRAConfig
+from lightning_lora.config import Bias, Init, LoRAConfig, explains_peft
 from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError, TargetError, listed
 from lightning_lora.model.handover import name_folder
 from lightning_lora.model.inject import inject_adapters, remove_adapters
@@ -44,6 +44,7 @@ Merge = Literal["last", "best", False]
 _LAST = "the last adapters"
 
 
+@explains_peft
 class LoRACallback(Callback):
     """Fine-tune any LightningModule with low-rank adapters.
 
@@ -73,7 +74,8 @@ class LoRACallback(Callback):
             ``target_modules``. List every new layer here: no file holds a frozen layer with random weights, so it
             could not be built again.
         rank_pattern: Layers with another rank than ``r``. The keys are names, last parts of names, or regular
-            expressions for the end of a name.
+            expressions for the end of a name. A parameter in ``target_parameters`` is meant by its own name, such as
+            ``"experts.gate_up_proj"``, or by that of its module.
         alpha_pattern: Layers with another ``alpha``, with the same kind of keys.
         bias: Which biases train too: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
         init: How the adapters are initialised. ``"kaiming"`` (uniform) and ``"gaussian"`` make ``lora_A`` random.
@@ -83,7 +85,8 @@ class LoRACallback(Callback):
         autocast_adapter_dtype: Keep adapters in float32 if the base is in half precision.
         loraplus_lr_ratio: Reserved. A separate learning rate for ``lora_B`` is not available yet.
         merge: What to do with the adapters at the end of ``fit``. ``"last"`` merges them as they are. ``"best"`` merges
-            those of ModelCheckpoint's best file. ``False`` leaves them on the model. A ``fast_dev_run`` merges nothing.
+            those of ModelCheckpoint's best file. ``False`` leaves them on the model. A ``fast_dev_run`` merges nothing,
+            but refuses what a fit would refuse.
 
     Raises:
         ConfigError: an argument has an invalid value.
@@ -184,7 +187,7 @@ class LoRACallback(Callback):
         return Stage(self.config, states_are_read=states_are_read(callbacks_of(trainer), LoRACallback))
 
     def _check_merge(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.merge == "best" and not is_trial(trainer) and judge_of(trainer) is None:
+        if self.merge == "best" and judge_of(trainer) is None:
             raise ConfigError(
                 "merge='best' needs a ModelCheckpoint with a monitor, and the Trainer has none. Add "
                 "ModelCheckpoint(monitor=...), or set merge='last'."
@@ -206,7 +209,7 @@ class LoRACallback(Callback):
         Raises:
             ConfigError: the updates cannot be merged at the end.
         """
-        if self.merge and not is_trial(trainer) and (quantised := quantised_layers(View(pl_module))):
+        if self.merge and (quantised := quantised_layers(View(pl_module))):
             raise ConfigError(
                 f"merge={self.merge!r} is not possible: the weights of {listed(quantised)} are quantised. Set "
                 "merge=False: then the adapters stay on their layers, and every checkpoint holds them."
