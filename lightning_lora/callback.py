@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from rich.console import Console
 from torch.optim import Optimizer
 
 from lightning_lora.config import Bias, Init, LoRAConfig, explains_peft
@@ -21,7 +20,7 @@ from lightning_lora.model.remember import keep_record, view_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_checkpoint_state
 from lightning_lora.storage.fingerprint import note_changed
-from lightning_lora.summary import summarize
+from lightning_lora.summary import fitting_console, summarize
 from lightning_lora.training.averaging import drop_averages, share_base
 from lightning_lora.training.companions import (
     callbacks_of,
@@ -217,7 +216,8 @@ class LoRACallback(Callback):
         if self.merge and returns_state_only(trainer):
             check_untied(pl_module)
         if trainer.is_global_zero and wants_summary(trainer):
-            Console().print(summarize(pl_module).table(trained_only=True))
+            table = summarize(pl_module).table(trained_only=True, optimizers=trainer.optimizers)
+            fitting_console().print(table)
         set_random_state(trainer, self._stage.random)  # the last hook before the data loaders draw their sample order
         self._stage.random = None
 
