@@ -82,7 +82,6 @@ class LoRACallback(Callback):
         use_rslora: Scale by ``alpha / sqrt(r)`` instead.
         use_dora: Train a magnitude for each output feature too, separate from the direction (DoRA).
         autocast_adapter_dtype: Keep adapters in float32 if the base is in half precision.
-        loraplus_lr_ratio: Reserved. A separate learning rate for ``lora_B`` is not available yet.
         merge: What to do with the adapters at the end of ``fit``. ``"last"`` merges them as they are. ``"best"`` merges
             those of ModelCheckpoint's best file. ``False`` leaves them on the model. A ``fast_dev_run`` merges nothing,
             but refuses what a fit would refuse.
@@ -124,13 +123,10 @@ class LoRACallback(Callback):
         use_rslora: bool = False,
         use_dora: bool = False,
         autocast_adapter_dtype: bool = True,
-        loraplus_lr_ratio: float | None = None,
         merge: Merge = "last",
     ) -> None:
         if merge is not False and merge not in ("last", "best"):
             raise ConfigError(f"merge={merge!r} is not valid. Expected 'last', 'best' or False.")
-        if loraplus_lr_ratio is not None:
-            raise ConfigError(f"loraplus_lr_ratio={loraplus_lr_ratio!r} is not available in this version. Use None.")
         self.config = LoRAConfig(
             r=r,
             alpha=alpha,

@@ -52,6 +52,9 @@ def explains_peft(cls: _Class) -> _Class:
     def explained(self: Any, *args: Any, **kwargs: Any) -> None:
         if found := [f"{name}: {_IN_PEFT[name]}" for name in kwargs if name in _IN_PEFT]:
             raise ConfigError(f"{cls.__name__} got arguments with PEFT's names. {'; '.join(found)}.")
+        ratio = kwargs.pop("loraplus_lr_ratio", None)  # reserved: accepted as None, and shown nowhere
+        if ratio is not None:
+            raise ConfigError(f"loraplus_lr_ratio={ratio!r} is not available in this version. Leave it out.")
         init(self, *args, **kwargs)
 
     cls.__init__ = explained  # type: ignore[misc]

@@ -163,3 +163,11 @@ def test_every_argument_of_peft_is_one_here_or_has_a_hint() -> None:
     for field in dataclasses.fields(peft.LoraConfig):
         if field.name not in rare and not field.name.endswith("_config"):
             assert field.name in inspect.signature(LoRAConfig).parameters or field.name in _IN_PEFT, field.name
+
+
+@pytest.mark.parametrize("cls", [LoRACallback, Named])
+def test_a_reserved_argument_is_accepted_as_none_and_not_shown(cls: Any) -> None:
+    assert cls(r=2, loraplus_lr_ratio=None).config.r == 2
+    with pytest.raises(ConfigError, match=r"loraplus_lr_ratio=16\.0 is not available"):
+        cls(loraplus_lr_ratio=16.0)
+    assert "loraplus" not in str(inspect.signature(cls)) + str(LoRACallback.__doc__)
