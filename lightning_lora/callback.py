@@ -7,10 +7,9 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from rich.console import Console
 from torch.optim import Optimizer
 
-from lightning_lora.config import Bias, Init, LoRAConfig
+from lightning_lora.config import Bias, Init, LoRAConfig, explains_peft
 from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError, listed
 from lightning_lora.model.handover import name_folder
 from lightning_lora.model.inject import inject_adapters, remove_adapters
@@ -21,7 +20,7 @@ from lightning_lora.model.remember import keep_record, view_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_checkpoint_state
 from lightning_lora.storage.fingerprint import note_changed
-from lightning_lora.summary import summarize
+from lightning_lora.summary import fitting_console, summarize
 from lightning_lora.training.averaging import drop_averages, share_base
 from lightning_lora.training.companions import (
     callbacks_of,
@@ -44,6 +43,7 @@ Merge = Literal["last", "best", False]
 _LAST = "the last adapters"
 
 
+@explains_peft
 class LoRACallback(Callback):
     """Fine-tune any LightningModule with low-rank adapters.
 
@@ -76,7 +76,8 @@ class LoRACallback(Callback):
             ``target_modules``. List every new layer here: no file holds a frozen layer with random weights, so it
             could not be built again.
         rank_pattern: Layers with another rank than ``r``. The keys are names, last parts of names, or regular
-            expressions for the end of a name.
+            expressions for the end of a name. A parameter in ``target_parameters`` is meant by its own name, such as
+            ``"experts.gate_up_proj"``, or by that of its module.
         alpha_pattern: Layers with another ``alpha``, with the same kind of keys.
         bias: Which biases train too: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
         init: How the adapters are initialised. ``"kaiming"`` (uniform) and ``"gaussian"`` make ``lora_A`` random.
@@ -84,9 +85,9 @@ class LoRACallback(Callback):
         use_rslora: Scale by ``alpha / sqrt(r)`` instead.
         use_dora: Train a magnitude for each output feature too, separate from the direction (DoRA).
         autocast_adapter_dtype: Keep adapters in float32 if the base is in half precision.
-        loraplus_lr_ratio: Reserved. A separate learning rate for ``lora_B`` is not available yet.
         merge: What to do with the adapters at the end of ``fit``. ``"last"`` merges them as they are. ``"best"`` merges
-            those of ModelCheckpoint's best file. ``False`` leaves them on the model. A ``fast_dev_run`` merges nothing.
+            those of ModelCheckpoint's best file. ``False`` leaves them on the model. A ``fast_dev_run`` merges nothing,
+            but refuses what a fit would refuse.
 
     Raises:
         ConfigError: an argument has an invalid value.
@@ -125,13 +126,10 @@ class LoRACallback(Callback):
         use_rslora: bool = False,
         use_dora: bool = False,
         autocast_adapter_dtype: bool = True,
-        loraplus_lr_ratio: float | None = None,
         merge: Merge = "last",
     ) -> None:
         if merge is not False and merge not in ("last", "best"):
             raise ConfigError(f"merge={merge!r} is not valid. Expected 'last', 'best' or False.")
-        if loraplus_lr_ratio is not None:
-            raise ConfigError(f"loraplus_lr_ratio={loraplus_lr_ratio!r} is not available in this version. Use None.")
         self.config = LoRAConfig(
             r=r,
             alpha=alpha,
@@ -187,7 +185,7 @@ class LoRACallback(Callback):
         return Stage(self.config, states_are_read=states_are_read(callbacks_of(trainer), LoRACallback))
 
     def _check_merge(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.merge == "best" and not is_trial(trainer) and judge_of(trainer) is None:
+        if self.merge == "best" and judge_of(trainer) is None:
             raise ConfigError(
                 "merge='best' needs a ModelCheckpoint with a monitor, and the Trainer has none. Add "
                 "ModelCheckpoint(monitor=...), or set merge='last'."
@@ -209,7 +207,7 @@ class LoRACallback(Callback):
         Raises:
             ConfigError: the updates cannot be merged at the end.
         """
-        if self.merge and not is_trial(trainer) and (quantised := quantised_layers(View(pl_module))):
+        if self.merge and (quantised := quantised_layers(View(pl_module))):
             raise ConfigError(
                 f"merge={self.merge!r} is not possible: the weights of {listed(quantised)} are quantised. Set "
                 "merge=False: then the adapters stay on their layers, and every checkpoint holds them."
@@ -217,7 +215,8 @@ class LoRACallback(Callback):
         if self.merge and returns_state_only(trainer):
             check_untied(pl_module)
         if trainer.is_global_zero and wants_summary(trainer):
-            Console().print(summarize(pl_module).table(trained_only=True))
+            table = summarize(pl_module).table(trained_only=True, optimizers=trainer.optimizers)
+            fitting_console().print(table)
         set_random_state(trainer, self._stage.random)  # the last hook before the data loaders draw their sample order
         self._stage.random = None
 

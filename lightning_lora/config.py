@@ -1,13 +1,14 @@
 """The arguments of LoRA, and their validation."""
 
 import dataclasses
+import functools
 import math
 import re
 import reprlib
 import sys
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from lightning_lora.errors import ConfigError
 
@@ -15,7 +16,52 @@ Bias = Literal["none", "all", "lora_only"]
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 Slices = Mapping[str, Sequence[str] | Mapping[str, Sequence[int]]]
 
+_Class = TypeVar("_Class", bound=type)
 
+_NEEDLESS = "leave it out: nothing here depends on it"
+_EXPRESSION = r"give target_modules an expression, such as r'.*layers\.(8|9)\..*_proj'"
+_IN_PEFT = {
+    "lora_alpha": "it is alpha here",
+    "lora_dropout": "it is dropout here",
+    "init_lora_weights": "it is init here, one of 'kaiming', 'gaussian', 'pissa', 'olora'",
+    "task_type": _NEEDLESS,
+    "peft_type": _NEEDLESS,
+    "inference_mode": _NEEDLESS,
+    "base_model_name_or_path": _NEEDLESS,
+    "fan_in_fan_out": _NEEDLESS,
+    "layers_to_transform": _EXPRESSION,
+    "layers_pattern": _EXPRESSION,
+    "trainable_token_indices": "name the embedding in modules_to_save: all its rows train",
+    "ensure_weight_tying": "leave it out: a tied weight in modules_to_save stays tied",
+    "lora_bias": "set bias='lora_only' to train the biases of the adapted layers",
+    "layer_replication": "repeat the layers in your model first",
+    "loftq_config": "it is not available here",
+    "use_qalora": "it is not available here",
+}
+"""Arguments of PEFT's LoraConfig that have another name here, or none, and what to do."""
+
+
+def explains_peft(cls: _Class) -> _Class:
+    """Refuse arguments that are named as in PEFT, with hints.
+
+    This decorates a class. Its signature stays as it is written, for type checkers and LightningCLI.
+    """
+    init = cls.__init__  # type: ignore[misc]  # of this very class
+
+    @functools.wraps(init)
+    def explained(self: Any, *args: Any, **kwargs: Any) -> None:
+        if found := [f"{name}: {_IN_PEFT[name]}" for name in kwargs if name in _IN_PEFT]:
+            raise ConfigError(f"{cls.__name__} got arguments with PEFT's names. {'; '.join(found)}.")
+        ratio = kwargs.pop("loraplus_lr_ratio", None)  # reserved: accepted as None, and shown nowhere
+        if ratio is not None:
+            raise ConfigError(f"loraplus_lr_ratio={ratio!r} is not available in this version. Leave it out.")
+        init(self, *args, **kwargs)
+
+    cls.__init__ = explained  # type: ignore[misc]
+    return cls
+
+
+@explains_peft
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
     """Which layers get adapters, and how the adapters train.
@@ -42,7 +88,8 @@ class LoRAConfig:
         modules_to_save: Names of modules, or of single parameters, to train in full, such as a new head. They take
             precedence over ``target_modules``.
         rank_pattern: Layers with another rank than ``r``. The keys are names, last parts of names, or regular
-            expressions for the end of a name.
+            expressions for the end of a name. A parameter in ``target_parameters`` is meant by its own name, such as
+            ``"experts.gate_up_proj"``, or by that of its module.
         alpha_pattern: Layers with another ``alpha``, with the same kind of keys.
         bias: Which biases train too: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
         init: How the adapters are initialised. With ``"kaiming"`` (uniform, as nn.Linear) and ``"gaussian"`` (standard
@@ -121,21 +168,25 @@ class LoRAConfig:
     def _keep(self, field: str, value: object) -> None:
         object.__setattr__(self, field, value)
 
-    def rank(self, name: str) -> int:
-        """Return the rank of the layer ``name``."""
-        return int(_lookup(self.rank_pattern, name, self.r))
+    def rank(self, name: str, parameter: str = "") -> int:
+        """Return the rank of a layer, or of a parameter.
 
-    def scaling(self, name: str) -> float:
-        """Return the scaling of the update in the layer ``name``.
+        ``parameter`` is its full name. A pattern means it by this name, or by ``name``, that of its module.
+        """
+        return int(_lookup(self.rank_pattern, (parameter, name), self.r))
+
+    def scaling(self, name: str, parameter: str = "") -> float:
+        """Return the scaling of an update, named as in :meth:`rank`.
 
         The factor of ``B @ A`` is ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``.
         """
-        r = self.rank(name)
-        return self.alpha_of(name) / (math.sqrt(r) if self.use_rslora else r)
+        r = self.rank(name, parameter)
+        return self.alpha_of(name, parameter) / (math.sqrt(r) if self.use_rslora else r)
 
-    def alpha_of(self, name: str) -> float:
-        """Return ``alpha`` of the layer ``name``."""
-        alpha: float = _lookup(self.alpha_pattern, name, self.rank(name) if self.alpha is None else self.alpha)
+    def alpha_of(self, name: str, parameter: str = "") -> float:
+        """Return ``alpha`` of the layer ``name``, as :meth:`rank` does."""
+        default = self.rank(name, parameter) if self.alpha is None else self.alpha
+        alpha: float = _lookup(self.alpha_pattern, (parameter, name), default)
         return alpha
 
     def slices(self, name: str) -> tuple[str, ...] | dict[str, tuple[int, int]] | None:
@@ -144,7 +195,7 @@ class LoRAConfig:
         Returns:
             The names of the parts, or a dict of names and rows. ``None`` means the full layer.
         """
-        parts: tuple[str, ...] | dict[str, tuple[int, int]] | None = _lookup(self.target_slices, name, None)
+        parts: tuple[str, ...] | dict[str, tuple[int, int]] | None = _lookup(self.target_slices, (name,), None)
         return parts
 
     def is_saved(self, name: str) -> bool:
@@ -212,10 +263,10 @@ def matches_pattern(key: str, name: str) -> bool:
     return matches(key, name) or re.fullmatch(rf"(?:.*\.)?(?:{key})", name) is not None
 
 
-def _lookup(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """The value of the first key that matches ``name``."""
+def _lookup(pattern: Mapping[str, Any] | None, names: tuple[str, ...], default: Any) -> Any:
+    """The value of the first key that matches one of ``names``."""
     for key, value in (pattern or {}).items():
-        if matches_pattern(key, name):
+        if any(matches_pattern(key, name) for name in names if name):
             return value
     return default
 

@@ -3,37 +3,51 @@
 The costs are compared with those of full fine-tuning.
 """
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, Group
+from rich import box
+from rich.console import Console, ConsoleOptions
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
+from torch.optim import Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 
 from lightning_lora.layers import LoRALayer, count
 from lightning_lora.model.view import View
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.tensors.inplace import InPlace
+from lightning_lora.tensors.names import submodule
 
 _ADAM_MOMENTS = 2
 """Tensors that Adam and similar optimizers keep for each trained parameter."""
 
+_LIKE_ADAM = (Adam, Adamax, AdamW, NAdam, RAdam)
+
 _PLAIN = (nn.Parameter, Tensor)
+
+_NARROW = 72
+"""Below this width, a table has no column of types, and rounded numbers."""
+
+_LOG_WIDTH = 120
+"""The width of a table that is not printed to a terminal."""
 
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers whose names differ only in a number.
+    """Layers whose names differ only in the numbers of blocks.
 
     Args:
-        name: Their name, with a ``*`` for the number.
+        name: Their name, with a ``*`` for a number that differs.
         layers: Number of layers.
         kind: Their class.
         r: Rank of their adapters, or None.
         trained: Number of trained parameters in all of them.
         frozen: Number of frozen parameters in all of them.
+        parts: Names of the matrices that are adapted, if a layer has several.
     """
 
     name: str
@@ -42,6 +56,7 @@ class LayerGroup:
     r: int | None
     trained: int
     frozen: int
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,63 +94,105 @@ class LoRASummary:
         """Share of parameters that train, from 0 to 1."""
         return self.trained / max(self.trained + self.frozen, 1)
 
-    def table(self, *, trained_only: bool = False) -> Group:
-        """Return the summary as a rich table.
+    def table(self, *, trained_only: bool = False, optimizers: Sequence[Optimizer] = ()) -> "SummaryTable":
+        """Return the summary as a table for rich.
 
         Two lines of costs follow below it, unless the model is plain.
 
         Args:
             trained_only: Put all groups without trained parameters into one row.
+            optimizers: The optimizers that train the model. Their state is shown only if they keep what Adam keeps.
         """
-        table = Table(title=self._headline(), min_width=60)
-        table.add_column("Layers", overflow="fold")
-        table.add_column("Type")
-        for heading in ("r", "Trained", "Frozen"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        shown = [group for group in self.groups if group.trained or not trained_only]
-        rest = [group for group in self.groups if group not in shown]
-        for group in shown:
-            times = f" (×{group.layers})" if group.layers > 1 else ""
-            r = "–" if group.r is None else str(group.r)
-            name = _end_of(group.name) if trained_only else group.name
-            table.add_row(name + times, group.kind, r, f"{group.trained:,}", f"{group.frozen:,}")
-        if rest:
-            layers = sum(group.layers for group in rest)
-            table.add_row(
-                f"{layers} other layer{'s' if layers > 1 else ''}",
-                "",
-                "–",
-                "0",
-                f"{sum(group.frozen for group in rest):,}",
-            )
-        table.add_section()
-        table.add_row("Total", "", "", f"{self.trained:,}", f"{self.frozen:,}", style="bold")
-        if self.plain:
-            return Group(table)
-        costs = Table.grid(padding=(0, 2))
-        for what, ours, full in (
-            ("Optimizer state (Adam)", self.optimizer_bytes, self.full_optimizer_bytes),
-            ("Weights in a checkpoint", self.checkpoint_bytes, self.full_checkpoint_bytes),
-        ):
-            costs.add_row(what, _size(ours), f"full fine-tuning: {_size(full)}")
-        return Group(table, costs)
+        return SummaryTable(self, trained_only, tuple(optimizers))
 
-    def _headline(self) -> str:
+    def headline(self) -> str:
+        """Return the title of the table."""
         adapters = f"{self.adapters} adapter{'' if self.adapters == 1 else 's'}"
         if self.plain:
             return f"{self.title} is a plain model" + (f", with {adapters} merged into it" if self.adapters else "")
         return f"LoRA: {self.title} trains {self.share:.2%} of its parameters"
 
-    def __rich__(self) -> Group:
+    def __rich__(self) -> "SummaryTable":
         """Print as a table with rich."""
         return self.table()
 
     def __str__(self) -> str:
         """Print as a table."""
-        console = Console(width=100, no_color=True)
+        console = fitting_console(no_color=True, force_jupyter=False)
         with console.capture() as capture:
             console.print(self)
         return capture.get()
+
+
+@dataclass(frozen=True)
+class SummaryTable:
+    """The table of a summary, for any width.
+
+    Args:
+        summary: What it shows.
+        trained_only: Put all groups without trained parameters into one row.
+        optimizers: The optimizers that train the model.
+    """
+
+    summary: LoRASummary
+    trained_only: bool = False
+    optimizers: tuple[Optimizer, ...] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | Text]:
+        """Lay out the table, then the costs."""
+        narrow = options.max_width < _NARROW
+        yield Text(self.summary.headline(), style="bold")
+        yield self._layers(options.max_width, narrow)
+        if not self.summary.plain:
+            yield self._costs("full" if narrow else "full fine-tuning")
+
+    def _layers(self, width: int, narrow: bool) -> Table:
+        summary, number = self.summary, _rounded if narrow else "{:,}".format
+        shown = [group for group in summary.groups if group.trained or not self.trained_only]
+        rest = [group for group in summary.groups if group not in shown]
+        cells = [(g.kind, "–" if g.r is None else str(g.r), number(g.trained), number(g.frozen)) for g in shown]
+        if rest:
+            cells.append(("", "–", "0", number(sum(group.frozen for group in rest))))
+        cells.append(("", "", number(summary.trained), number(summary.frozen)))
+        headings = ("Type", "r", "Trained", "Frozen")
+        columns = range(1 if narrow else 0, 4)
+        taken = sum(3 + max(len(row[i]) for row in (headings, *cells)) for i in columns)
+        names = _short_names(shown, width - taken - (0 if narrow else 4))
+        if rest:
+            layers = sum(group.layers for group in rest)
+            names.append(f"{layers} other layer{'s' if layers > 1 else ''}")
+        table = Table(show_edge=not narrow, pad_edge=not narrow)
+        table.box = box.SIMPLE_HEAD if narrow else box.HEAVY_HEAD
+        table.add_column("Layers", overflow="fold")
+        for i in columns:
+            table.add_column(headings[i], justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+        for name, row in zip(names, cells[:-1], strict=True):
+            table.add_row(Text(name), *(row[i] for i in columns))
+        table.add_section()
+        table.add_row("Total", *(cells[-1][i] for i in columns), style="bold")
+        return table
+
+    def _costs(self, full_name: str) -> Table:
+        summary, costs = self.summary, Table.grid(padding=(0, 2))
+        kinds = ", ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in self.optimizers))
+        rows = [("Weights in a checkpoint", summary.checkpoint_bytes, summary.full_checkpoint_bytes)]
+        if all(isinstance(optimizer, _LIKE_ADAM) for optimizer in self.optimizers):
+            what = f"State of {kinds}" if kinds else "Optimizer, two moments"
+            rows.insert(0, (what, summary.optimizer_bytes, summary.full_optimizer_bytes))
+        for what, ours, full in rows:
+            costs.add_row(what, _size(ours), f"{full_name}: {_size(full)}")
+        return costs
+
+
+def fitting_console(**options: Any) -> Console:
+    """Return a console of the terminal's width.
+
+    A log file has no width of its own, so that names are not cut there.
+    """
+    console = Console(**options)
+    if not (console.is_terminal or console.is_jupyter or "COLUMNS" in os.environ):
+        console = Console(width=_LOG_WIDTH, **options)
+    return console
 
 
 def summarize(model: nn.Module) -> LoRASummary:
@@ -154,26 +211,42 @@ def summarize(model: nn.Module) -> LoRASummary:
         >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
         >>> names = inject_adapters(model, LoRAConfig(r=2))
         >>> summary = summarize(model)
-        >>> summary.trained, summary.frozen, summary.groups[0].name
-        (128, 544, '*')
+        >>> summary.trained, summary.frozen, [group.name for group in summary.groups]
+        (128, 544, ['0', '2'])
     """
-    grouped: dict[tuple[str, str, int | None], list[tuple[int, int]]] = {}
-    seen: set[int] = set()
     view = View(model)
+    layers: dict[tuple[Any, ...], list[tuple[_Indices, int, int]]] = {}
+    seen: set[int] = set()
     for name, module in view.modules.items():
-        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
-        seen.update(id(p) for p in own)
+        own = [p for p in _own_parameters(module) if id(p) not in seen]
+        seen.update(map(id, own))
         if own:
             trained = sum(count(p) for p in own if p.requires_grad)
-            r = module.lora_settings.r if isinstance(module, LoRALayer) else None
-            kind = module.overlaid[1].__name__ if isinstance(module, InPlace) else type(module).__name__
-            key = (re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or "(root)", kind, r)
-            grouped.setdefault(key, []).append((trained, sum(count(p) for p in own) - trained))
-    groups = tuple(
-        LayerGroup(name, len(rows), kind, r, sum(trained for trained, _ in rows), sum(frozen for _, frozen in rows))
-        for (name, kind, r), rows in grouped.items()
-    )
-    return _with_costs(view, groups)
+            frozen = sum(count(p) for p in own) - trained
+            template, indices = _template(name, view.modules)
+            layers.setdefault((template, *_about(module)), []).append((indices, trained, frozen))
+    groups = []
+    for (template, kind, r, parts), rows in layers.items():
+        others = [key for key in layers if key[0] == template]
+        name = _spelled(template, [indices for indices, _, _ in rows], exactly=len(others) > 1)
+        trained, frozen = sum(row[1] for row in rows), sum(row[2] for row in rows)
+        groups.append(LayerGroup(name, len(rows), kind, r, trained, frozen, parts))
+    return _with_costs(view, tuple(groups))
+
+
+def _about(module: nn.Module) -> tuple[str, int | None, tuple[str, ...]]:
+    """A layer's own class, and the rank and the parts of its adapter."""
+    kind = module.overlaid[1].__name__ if isinstance(module, InPlace) else type(module).__name__
+    if not isinstance(module, LoRALayer):
+        return kind, None, ()
+    return kind, module.lora_settings.r, tuple(part.name for part in module.lora_parts if part.name)
+
+
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """A layer's parameters, with those of the layers inside it whose weights its adapter updates."""
+    weights = module.lora_weights() if isinstance(module, LoRALayer) else ()
+    holders = dict.fromkeys(submodule(module, weight.rpartition(".")[0]) for weight in weights)
+    return [p for holder in {module: None, **holders} for p in holder.parameters(recurse=False)]
 
 
 def _with_costs(view: View, groups: tuple[LayerGroup, ...]) -> LoRASummary:
@@ -213,14 +286,6 @@ def _full_bytes(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.nbytes if type(p) in _PLAIN and p.is_floating_point() else 4 * count(p) for p in parameters)
 
 
-def _end_of(name: str, most: int = 26) -> str:
-    """The last parts of a long name, so that the table fits a terminal."""
-    parts = name.split(".")
-    while len(parts) > 1 and (len(".".join(parts)) > most or (parts[0] == "*" and len(name) > most)):
-        parts = parts[1:]
-    return ".".join(parts) if len(".".join(parts)) == len(name) else "…" + ".".join(parts)
-
-
 def _size(number: float) -> str:
     """A number of bytes as text, in powers of 1,000 as for files."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -228,3 +293,97 @@ def _size(number: float) -> str:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
         number /= 1000
     return f"{number:.1f} TB"
+
+
+def _rounded(number: int) -> str:
+    """A number of parameters in three digits."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}" if number < 999.5 * size else f"{number / size:.0f} {unit}"
+    return str(number)
+
+
+# Names
+
+_Indices = tuple[int, ...]
+_Template = tuple[tuple[str, str | None], ...]
+"""The parts of a name. A part with an index has the class of its block, or "", and is without its number."""
+
+
+def _template(name: str, modules: Mapping[str, nn.Module]) -> tuple[_Template, _Indices]:
+    """Split a name into what it has in common with other blocks, and its indices.
+
+    An index is a number in place of a name, or at the end of a block's name. The number of a layer in an nn.Sequential,
+    or at the end of a layer's own name, says which layer it is.
+    """
+    parts = name.split(".")
+    template: list[tuple[str, str | None]] = []
+    indices = []
+    for place, part in enumerate(parts):
+        path, parent = ".".join(parts[: place + 1]), ".".join(parts[:place])
+        text, number = re.fullmatch(r"(.*?)(\d*)", part).groups()  # type: ignore[union-attr]  # it always matches
+        is_block = place < len(parts) - 1
+        is_item = not text and not isinstance(modules.get(parent), nn.Sequential)
+        if number and (is_block or is_item):
+            template.append((text, type(modules[path]).__name__ if is_block else ""))
+            indices.append(int(number))
+        else:
+            template.append((part, None))
+    return tuple(template), tuple(indices)
+
+
+def _spelled(template: _Template, indices: Sequence[_Indices], *, exactly: bool) -> str:
+    """The name of a group: numbers that are the same are kept, others are ``*``, or ranges if needed."""
+    columns = iter(zip(*indices, strict=True))
+    parts = []
+    for text, block in template:
+        numbers = sorted(set(next(columns))) if block is not None else []
+        spelled = _ranges(numbers) if exactly or len(numbers) == 1 else "*" * bool(numbers)
+        parts.append(text + spelled)
+    return ".".join(parts) or "(root)"
+
+
+def _ranges(numbers: Sequence[int], most: int = 3) -> str:
+    """Numbers as text, such as "0,2-5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    shown = [f"{first}-{last}" if last > first else str(first) for first, last in runs[:most]]
+    return ",".join([*shown, *(["…"] if len(runs) > most else [])])
+
+
+def _short_names(groups: Sequence[LayerGroup], room: int) -> list[str]:
+    """Names that fit into a column, without leading parts if needed. No two names become the same."""
+    names = [group.name.split(".") for group in groups]
+    cuts = [_possible_cuts(name, names) for name in names]
+    tails = [f" (×{group.layers})" if group.layers > 1 else "" for group in groups]
+    chosen = []
+    for name, tail, possible in zip(names, tails, cuts, strict=True):
+        fit = [cut for cut in possible if len(_without(name, cut) + tail) <= room]
+        chosen.append(fit[0] if fit else possible[-1])
+    texts = []
+    for group, name, tail, possible in zip(groups, names, tails, cuts, strict=True):
+        alike = [cut for other, cut in zip(names, chosen, strict=True) if other[:cut] == name[:cut]]
+        parts = f" [{','.join(group.parts)}]" if group.parts else ""
+        text = _without(name, max(cut for cut in possible if cut <= max(alike)))
+        texts.append(text + (parts if len(parts) <= room else "") + tail)
+    return texts
+
+
+def _possible_cuts(name: list[str], names: Sequence[list[str]]) -> list[int]:
+    """How many leading parts may go: the rest begins with a word, and no other name ends like it."""
+    cuts = [0]
+    for cut in range(1, len(name)):
+        rest = name[cut:]
+        if any(other[-len(rest) :] == rest for other in names if other != name):
+            break
+        if rest[0].isidentifier():
+            cuts.append(cut)
+    return cuts
+
+
+def _without(name: list[str], number: int) -> str:
+    return ("…" if number else "") + ".".join(name[number:])

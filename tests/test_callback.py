@@ -280,13 +280,21 @@ def test_the_other_lightning_package_works_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("merge", ["last", "best"])
-def test_a_fast_dev_run_needs_no_file_that_is_best_and_merges_nothing(tmp_path: Path, merge: Any) -> None:
+def test_a_fast_dev_run_merges_nothing(tmp_path: Path, merge: Any) -> None:
     model = LitTiny()
-    trainer(tmp_path, [lora(merge=merge)], fast_dev_run=2).fit(model, data(), data())
+    trainer(tmp_path, [lora(merge=merge), best(tmp_path)], fast_dev_run=2).fit(model, data(), data())
     assert not is_plain(model) and model.get_parameter("q_proj.lora_B").any()
     assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
-    with pytest.raises(ConfigError, match="monitor"):
-        trainer(tmp_path, [lora(merge="best"), ModelCheckpoint(tmp_path)]).fit(LitTiny(), data(), data())
+
+
+@pytest.mark.parametrize("trial", [False, 2])
+def test_a_fast_dev_run_refuses_a_best_file_that_a_fit_would_not_find(tmp_path: Path, trial: Any) -> None:
+    for others in ([], [ModelCheckpoint(tmp_path)]):
+        model = LitTiny()
+        before = state(model)
+        with pytest.raises(ConfigError, match="with a monitor"):
+            trainer(tmp_path, [lora(merge="best"), *others], fast_dev_run=trial).fit(model, data(), data())
+        assert is_plain(model) and same(state(model), before)
 
 
 class Quantised(L.LightningModule):
@@ -310,15 +318,16 @@ class Quantised(L.LightningModule):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("merge", ["last", "best"])
-def test_a_fast_dev_run_of_a_quantised_base_may_ask_for_a_merge(tmp_path: Path, merge: Any) -> None:
-    model = Quantised()
-    callback = LoRACallback(r=4, target_modules=["body"], modules_to_save=["head"], merge=merge)
-    trainer(tmp_path, [callback], fast_dev_run=True).fit(model)
-    assert not is_plain(model) and model.get_parameter("body.lora_B").any()
+@pytest.mark.parametrize("trial", [False, True])
+def test_a_merge_into_a_quantised_base_is_refused_in_a_fast_dev_run_too(tmp_path: Path, trial: bool) -> None:
+    model, options = Quantised(), {"max_epochs": 1, "fast_dev_run": trial}
     callback = LoRACallback(r=4, target_modules=["body"], modules_to_save=["head"])
     with pytest.raises(ConfigError, match="quantised"):
-        trainer(tmp_path, [callback], max_epochs=1).fit(Quantised())
+        trainer(tmp_path, [callback], **options).fit(model)
+    assert is_plain(model)
+    callback = LoRACallback(r=4, target_modules=["body"], modules_to_save=["head"], merge=False)
+    trainer(tmp_path, [callback], **options).fit(model)
+    assert not is_plain(model) and model.get_parameter("body.lora_B").any()
 
 
 class HasBackbone(LitTiny):

@@ -117,4 +117,32 @@ def test_help_explains_every_option(capsys: Any) -> None:
     shown = capsys.readouterr().out
     for option in LoRACallback.__init__.__annotations__.keys() - {"return"}:
         assert f".{option} " in shown
+    assert not [option for option in ("loraplus", "args", "kwargs", "lora_alpha") if f"callbacks.{option}" in shown]
     assert "Rank of the update" in shown and "ModelCheckpoint's best file" in " ".join(shown.split())
+
+
+class LoRACLI(LightningCLI):
+    """The callback's arguments as flags of their own, as the guide shows it."""
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        parser.add_lightning_class_args(Noted, "lora")
+        parser.set_defaults({"lora.modules_to_save": ["head"]})
+
+
+class Noted(LoRACallback):
+    """A subclass that hands its arguments on."""
+
+    def __init__(self, note: str = "", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.note = note
+
+
+@pytest.mark.parametrize("flags", [["--lora.r=2", "--lora.merge=false"], ["--lora.r", "2", "--lora.note", "mine"]])
+def test_short_flags(tmp_path: Path, flags: list[str]) -> None:
+    arguments = ["fit", *OPTIMIZER, *QUIET, *flags, f"--trainer.default_root_dir={tmp_path}"]
+    cli = LoRACLI(CLIModule, args=arguments, save_config_callback=None)
+    callback = callback_of(cli)
+    assert callback.config.r == 2 and callback.config.modules_to_save == ("head",)
+    assert (callback.merge, getattr(callback, "note", None)) == (
+        (False, "") if "note" not in flags[-2] else ("last", "mine")
+    )

@@ -1,5 +1,7 @@
 """A configuration refuses what cannot mean anything."""
 
+import dataclasses
+import inspect
 import math
 from typing import Any
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from lightning_lora import ConfigError, LoRACallback, LoRAConfig
-from lightning_lora.config import matches, matches_pattern
+from lightning_lora.config import _IN_PEFT, matches, matches_pattern
 
 BAD: list[dict[str, Any]] = [
     {"r": 0},
@@ -115,3 +117,57 @@ def test_config_survives_plain_types_and_keeps_no_reference_to_its_arguments() -
     assert LoRAConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ConfigError, match="unknown"):
         LoRAConfig.from_dict({"r": 8, "rank": 8})
+
+
+IN_PEFT = {
+    "lora_alpha": "it is alpha here", "lora_dropout": "it is dropout", "init_lora_weights": "it is init",
+    "task_type": "leave it out", "inference_mode": "leave it out", "layers_to_transform": "give target_modules",
+}  # fmt: skip
+
+
+class Named(LoRACallback):
+    """A subclass that hands its arguments on."""
+
+    def __init__(self, note: str = "", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+
+@pytest.mark.parametrize("name", IN_PEFT)
+@pytest.mark.parametrize("cls", [LoRAConfig, LoRACallback, Named])
+def test_arguments_with_the_names_of_peft_are_refused_with_those_to_use(cls: Any, name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"PEFT's names.*task_type: .*{name}: {IN_PEFT[name]}|{name}: {IN_PEFT[name]}"
+    ):
+        cls(**{"r": 8, "task_type": "CAUSAL_LM", name: 1})
+    assert cls(r=4) is not None
+
+
+def test_other_unknown_arguments_are_errors_of_python() -> None:
+    for cls in (LoRAConfig, LoRACallback, Named):
+        with pytest.raises(TypeError, match="'ranks'"):
+            cls(ranks=8)
+
+
+def test_hints_leave_signatures_as_they_are_written() -> None:
+    for cls in (LoRAConfig, LoRACallback):
+        parameters = inspect.signature(cls).parameters
+        assert parameters["alpha"].default is None and "kwargs" not in parameters
+        assert not parameters.keys() & _IN_PEFT.keys()
+    assert dataclasses.replace(LoRAConfig(r=2), alpha=4) == LoRAConfig(r=2, alpha=4)
+
+
+def test_every_argument_of_peft_is_one_here_or_has_a_hint() -> None:
+    peft = pytest.importorskip("peft")
+    rare = {"auto_mapping", "peft_version", "revision", "megatron_core", "use_bdlora"}
+    rare |= {"alora_invocation_tokens", "qalora_group_size"}
+    for field in dataclasses.fields(peft.LoraConfig):
+        if field.name not in rare and not field.name.endswith("_config"):
+            assert field.name in inspect.signature(LoRAConfig).parameters or field.name in _IN_PEFT, field.name
+
+
+@pytest.mark.parametrize("cls", [LoRACallback, Named])
+def test_a_reserved_argument_is_accepted_as_none_and_not_shown(cls: Any) -> None:
+    assert cls(r=2, loraplus_lr_ratio=None).config.r == 2
+    with pytest.raises(ConfigError, match=r"loraplus_lr_ratio=16\.0 is not available"):
+        cls(loraplus_lr_ratio=16.0)
+    assert "loraplus" not in str(inspect.signature(cls)) + str(LoRACallback.__doc__)

@@ -1,11 +1,16 @@
 """A summary counts groups, parameters and bytes."""
 
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 from rich.console import Console
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject_adapters, merge_adapters, summarize
-from tests.models import WIDTH, WORDS, TinyLM
+from lightning_lora.summary import LayerGroup, LoRASummary, _short_names
+from tests.models import WIDTH, WORDS, LitTiny, TinyLM, data, lora, trainer
 
 
 def test_summary_counts_groups_and_costs() -> None:
@@ -16,7 +21,8 @@ def test_summary_counts_groups_and_costs() -> None:
     assert summary.trained == 3 * 2 * (8 + 8) + 8 * 2 + 2
     assert summary.frozen == 80 + 3 * 72
     assert [(group.name, group.layers, group.kind, group.r) for group in summary.groups] == [
-        ("*", 1, "Embedding", None), ("*", 3, "Linear", 2), ("*", 1, "Linear", None),
+        ("0", 1, "Embedding", None), ("1", 1, "Linear", 2), ("2", 1, "Linear", 2), ("3", 1, "Linear", 2),
+        ("4", 1, "Linear", None),
     ]  # fmt: skip
     assert summary.optimizer_bytes == 2 * 4 * summary.trained  # Adam's two moments, fp32
     assert summary.full_optimizer_bytes == 2 * 4 * (80 + 3 * 72 + 18)
@@ -42,7 +48,7 @@ def test_summary_shown_at_the_start_fits_a_terminal() -> None:
     console = Console(width=80)
     with console.capture() as capture:
         console.print(summarize(model).table(trained_only=True))
-    assert "│ …attention.self.query (×12)" in capture.get() and "│ 1 other layer " in capture.get()
+    assert "│ encoder.encoder.*.attention.self.query (×12)" in capture.get() and "│ 1 other layer " in capture.get()
     assert "encoder.encoder.*.attention.self.query (×12)" in str(summarize(model))
 
 
@@ -88,3 +94,107 @@ def test_a_tied_weight_that_trains_whole_is_counted_once() -> None:
     assert summary.trained == 2 * (WIDTH + WIDTH) + WORDS * WIDTH
     assert summary.optimizer_bytes == 2 * 4 * summary.trained
     assert summary.checkpoint_bytes == 4 * summary.trained
+
+
+class Block(nn.Module):
+    """A block as in torchvision's ViT: attention, and an nn.Sequential."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attention = nn.MultiheadAttention(8, 2)
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+
+class Stacks(nn.Module):
+    """Blocks with numbers as names, at the end of names, and in an nn.Sequential."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleDict({f"encoder_layer_{i}": Block() for i in range(12)})
+        self.layer0, self.layer1 = Block(), Block()
+        self.chain = nn.Sequential(Block(), Block())
+        self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.heads = nn.ModuleList(nn.Linear(8, 2) for _ in range(3))
+
+
+def printed(summary: LoRASummary, width: int, **kwargs: Any) -> str:
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(summary.table(**kwargs))
+    return capture.get()
+
+
+def test_blocks_are_one_row_and_different_layers_are_several() -> None:
+    model = Stacks()
+    inject_adapters(model, LoRAConfig(r=2))
+    groups = {group.name: group for group in summarize(model).groups}
+    assert {name: group.layers for name, group in groups.items()} == {
+        "blocks.encoder_layer_*.self_attention": 12, "blocks.encoder_layer_*.mlp.0": 12,
+        "blocks.encoder_layer_*.mlp.2": 12, "layer*.self_attention": 2, "layer*.mlp.0": 2, "layer*.mlp.2": 2,
+        "chain.*.self_attention": 2, "chain.*.mlp.0": 2, "chain.*.mlp.2": 2, "fc1": 1, "fc2": 1, "heads.*": 3,
+    }  # fmt: skip
+    assert groups["layer*.self_attention"].parts == ("q", "k", "v", "out")
+
+
+def test_every_parameter_is_in_one_row_and_those_of_an_adapted_projection_in_its_layers() -> None:
+    model = Stacks()
+    plain = {group.name for group in summarize(model).groups}
+    inject_adapters(model, LoRAConfig(r=2))
+    summary = summarize(model)
+    assert sum(group.trained for group in summary.groups) == summary.trained
+    assert sum(group.frozen for group in summary.groups) == summary.frozen
+    assert plain - {group.name for group in summary.groups} == {
+        f"{blocks}.self_attention.out_proj" for blocks in ("blocks.encoder_layer_*", "layer*", "chain.*")
+    }
+    assert "[q,k,v,out] (×12)" in str(summary)
+
+
+def test_layers_of_one_block_that_differ_are_told_apart_by_their_numbers() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList(Block() for _ in range(6))})
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["mlp.0"], rank_pattern={r"layers\.[025]\..*": 1}))
+    names = {group.name: group.r for group in summarize(model).groups if group.name.endswith("mlp.0")}
+    assert names == {"layers.0,2,5.mlp.0": 1, "layers.1,3-4.mlp.0": 2}
+
+
+@pytest.mark.parametrize("width", [30, 44, 60, 80, 100, 120])
+def test_rows_fit_and_differ_at_any_width(width: int) -> None:
+    model = nn.ModuleDict({"network": Stacks()})
+    inject_adapters(model, LoRAConfig(r=2))
+    summary = summarize(model)
+    text = printed(summary, width)
+    assert all(len(line) <= width for line in text.splitlines())
+    assert "1.54 k" in text if width < 72 else "1,536" in text
+    names = _short_names(summary.groups, width - 20)
+    assert len(set(names)) == len(summary.groups) == 12
+    assert ("network.blocks.encoder_layer_*.mlp.0 (×12)" in names) == (width >= 80)
+    assert all(name.startswith(("…", "network.")) and not name.startswith(("…*", "…0")) for name in names)
+
+
+def test_names_that_begin_alike_are_cut_alike_and_never_to_the_same() -> None:
+    names = ["a.encoder.0.q_proj", "a.encoder.0.v", "a.encoder.0.output.dense", "a.decoder.output.dense", "a.head"]
+    groups = [LayerGroup(name, 1, "Linear", None, 1, 1) for name in names]
+    assert _short_names(groups, 40) == names
+    assert _short_names(groups, 14) == ["…q_proj", "…v", "…encoder.0.output.dense", "…decoder.output.dense", "…head"]
+
+
+def test_a_log_file_gets_whole_names_and_a_terminal_its_own_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    model = nn.ModuleDict({f"a_rather_long_name_of_a_part_of_a_model_{i}": nn.Linear(4, 4) for i in range(2)})
+    whole = nn.ModuleDict({"network_inside": nn.ModuleDict({"encoder_of_this_network": model})})
+    inject_adapters(whole, LoRAConfig(r=2))
+    assert "network_inside.encoder_of_this_network.a_rather_long_name_of_a_part_of_a_model_0" in str(summarize(whole))
+    monkeypatch.setenv("COLUMNS", "50")
+    assert max(map(len, str(summarize(whole)).splitlines())) <= 50
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"), [(torch.optim.AdamW, "State of AdamW"), (torch.optim.SGD, None)], ids=["AdamW", "SGD"]
+)
+def test_the_optimizer_has_its_own_name_or_no_row(tmp_path: Path, kind: Any, named: Any, capsys: Any) -> None:
+    model = LitTiny()
+    model.configure_optimizers = lambda: kind(model.parameters(), lr=0.1)  # type: ignore[method-assign]
+    trainer(tmp_path, [lora()], max_epochs=1, enable_model_summary=True).fit(model, data())
+    shown = capsys.readouterr().out
+    assert "Weights in a checkpoint" in shown and (named or "Weights") in shown
+    assert named is not None or ("State of" not in shown and "moments" not in shown)
+    assert "Adam" not in str(summarize(model))

@@ -60,8 +60,9 @@ def inspect(stored: StoredAdapters) -> dict[str, Any]:
 def _layer(stored: StoredAdapters, name: str) -> dict[str, Any]:
     """One layer: what it is, and the size of its update."""
     layer, norms, ranks = stored.layers[name], [], []
-    for a, b in stored.factors(name).values():
-        values = singular_values(a, b, layer.scaling)
+    scalings = {part.weight: part.scaling or layer.scaling for part in layer.parts}
+    for weight, (a, b) in stored.factors(name).items():
+        values = singular_values(a, b, scalings[weight])
         norms.append(values.norm().item())
         ranks.append(effective_rank(values).mean().item())
     return {

@@ -122,7 +122,12 @@ class LoRALayer(LayerKind):
         a, b = self.lora_factors(name)
         if dropout:
             a = a * F.dropout(torch.ones_like(a[..., :1, :]), dropout)
-        return self.lora_as_weight(delta_weight(a, b, self.lora_settings.scaling), self._lora_own(name))
+        return self.lora_as_weight(delta_weight(a, b, self._lora_scaling(name)), self._lora_own(name))
+
+    def _lora_scaling(self, name: str) -> float:
+        """The scaling of a weight's update."""
+        own = next(part.scaling for part in self.lora_parts if part.weight == name)
+        return own or self.lora_settings.scaling
 
     def _lora_own(self, name: str) -> Tensor:
         """A weight without its update. Read as an attribute: replicas of a module have no parameters."""
@@ -157,7 +162,7 @@ class LoRALayer(LayerKind):
         is_plain = type(weight.data) is Tensor and weight.dim() == 2
         if self._lora_is_matrix and is_plain and not self.lora_settings.use_dora:
             with torch.autocast(weight.device.type, enabled=False):
-                return merged(weight, *self.lora_factors(name), self.lora_settings.scaling)
+                return merged(weight, *self.lora_factors(name), self._lora_scaling(name))
         effective = self.lora_effective_weight(name)
         values = effective.to(weight.dtype)
         return values, lost_share(weight, effective, values)

@@ -79,6 +79,8 @@ class Part:
         rows: The number of rows of the weight.
         name: The end of its factors' names, after ``lora_A_`` and ``lora_B_``. Empty if the layer has only one matrix.
         stack: The leading dimensions of a stacked weight, such as the number of experts.
+        r: Its own rank, if it is not that of the layer's settings.
+        scaling: Its own scaling, if it is not that of the layer's settings.
 
     Example:
         >>> q = Part("in_proj_weight", reads=8, writes=8, first=0, rows=24, name="q")
@@ -93,6 +95,8 @@ class Part:
     rows: int = 0
     name: str = ""
     stack: tuple[int, ...] = ()
+    r: int | None = None
+    scaling: float | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -110,9 +114,9 @@ class Part:
     def rank(self, r: int) -> int:
         """Return the rank of its update.
 
-        It is ``r``, or the smaller side of the matrix if that is less.
+        It is ``r`` or its own, or the smaller side of the matrix if that is less.
         """
-        return min(r, self.reads, self.writes)
+        return min(self.r or r, self.reads, self.writes)
 
 
 @dataclass

@@ -45,7 +45,7 @@ def _start_from_base(layer: nn.Module, adapter: Adapter) -> None:
                 rows = matrix.narrow(-2, part.first, part.writes)
                 if weight.is_meta or not rows.isfinite().all():  # uninitialised memory has arbitrary values
                     rows = torch.zeros_like(rows)
-                starts = principal_factors(rows, part.rank(settings.r), settings.scaling, settings.init)
+                starts = principal_factors(rows, part.rank(settings.r), part.scaling or settings.scaling, settings.init)
                 for letter, values in zip(_letters(settings), starts * 2, strict=True):
                     parameters[part.factor(letter)].copy_(values)
             if settings.use_dora:

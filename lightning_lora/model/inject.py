@@ -175,4 +175,9 @@ def _about(settings: Settings, parts: tuple[Part, ...]) -> dict[str, Any]:
     named = {names.get(name, name): value for name, value in asdict(settings).items()}
     if not settings.starts_from_base:
         del named["init"]  # otherwise the start makes no difference later
-    return {**named, "parts": [(part.name or part.weight, part.first, part.writes) for part in parts]}
+    return {**named, "parts": [_about_part(part) for part in parts]}
+
+
+def _about_part(part: Part) -> tuple[object, ...]:
+    own = (part.r, part.scaling)
+    return (part.name or part.weight, part.first, part.writes, *(own if any(own) else ()))

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError, listed
+from lightning_lora.layers import LoRAParameters
 from lightning_lora.model.root import root_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.base_copies import is_places
@@ -107,15 +108,18 @@ def check_fits(
 def _check_settings(view: View, config: LoRAConfig) -> None:
     """Refuse adapters that were trained with another rank or scaling: they would give another update."""
     for name, layer in view.layers.items():
-        r, scaling = config.rank(name), config.scaling(name)
         settings = layer.lora_settings
-        if (r, scaling) != (settings.r, settings.scaling):
-            raise AdapterMismatchError(
-                f"These adapters were trained with r={r} and a scaling of {scaling:g} in {name!r}; here it has "
-                f"r={settings.r} and a scaling of {settings.scaling:g}. Adapt the model as they were trained: "
-                f"r={config.r}, alpha={config.alpha}, use_rslora={config.use_rslora}, "
-                f"rank_pattern={config.rank_pattern}, alpha_pattern={config.alpha_pattern}."
-            )
+        for part in layer.lora_parts:
+            parameter = join(name, part.weight) if isinstance(layer, LoRAParameters) else ""
+            r, scaling = config.rank(name, parameter), config.scaling(name, parameter)
+            here, scaled = part.r or settings.r, part.scaling or settings.scaling
+            if (r, scaling) != (here, scaled):
+                raise AdapterMismatchError(
+                    f"These adapters were trained with r={r} and a scaling of {scaling:g} in {parameter or name!r}; "
+                    f"here it has r={here} and a scaling of {scaled:g}. Adapt the model as they were trained: "
+                    f"r={config.r}, alpha={config.alpha}, use_rslora={config.use_rslora}, "
+                    f"rank_pattern={config.rank_pattern}, alpha_pattern={config.alpha_pattern}."
+                )
 
 
 def stored_config(description: object) -> LoRAConfig:

@@ -43,16 +43,19 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 
     Args:
         model: A model with adapters: on its layers, or merged by ``merge_adapters`` or a finished fit.
-        path: The file. It is written under another name and then moved, so it is never incomplete.
+        path: The file, with a name that ends in ``.safetensors``. It is written under another name and then moved, so
+            it is never incomplete.
 
     Raises:
         AdapterStateError: ``model`` has no adapters, or they are on the meta device, or hold NaN or infinite values.
-        AdapterFileError: an entry of its state is not a tensor, or the file cannot be written (the disk is full, for
-            example).
+        AdapterFileError: ``path`` has another ending, an entry of its state is not a tensor, or the file cannot be
+            written (the disk is full, for example).
         FileNotFoundError: the folder does not exist.
     """
     check_path(path)
-    path, state = Path(path).expanduser(), adapter_state_dict(model)
+    path = Path(path).expanduser()
+    _check_name(path)
+    state = adapter_state_dict(model)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"The folder {path.parent} does not exist. Make it first.")
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
@@ -79,6 +82,17 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         ) from error
     with writing(path) as beside:
         beside.write_bytes(contents)
+
+
+def _check_name(path: Path) -> None:
+    """Refuse a name that would hide the format from other programs."""
+    if path.suffix == ".safetensors":
+        return
+    stem = path.stem if path.suffix in (".ckpt", ".pt", ".pth", ".bin") else path.name
+    name = path / "adapter.safetensors" if path.is_dir() else path.with_name(f"{stem}.safetensors")
+    raise AdapterFileError(
+        f"save_adapter writes safetensors, and {str(path)!r} does not end in .safetensors. Use {str(name)!r}."
+    )
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> None:

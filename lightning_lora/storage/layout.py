@@ -20,8 +20,8 @@ class StoredLayer:
         name: The layer's name in the model that was saved.
         layer_class: The full name of the layer's class.
         kind: The name of its adapter class, such as ``"LoRALinear"``.
-        r: The rank.
-        scaling: The factor of ``B @ A``.
+        r: The rank, where a matrix does not have its own.
+        scaling: The factor of ``B @ A``, where a matrix does not have its own.
         parts: The adapted matrices.
         shapes: The shapes of the weights, by their names in the layer.
         tied: Other names of these weights in the model, by their names in the layer.
@@ -54,7 +54,7 @@ class StoredLayer:
             "kind": self.kind,
             "r": self.r,
             "scaling": self.scaling,
-            "parts": [{**vars(part), "stack": list(part.stack)} for part in self.parts],
+            "parts": [_plain_part(part) for part in self.parts],
             "shapes": {weight: list(shape) for weight, shape in self.shapes.items()},
             "tied": {weight: list(names) for weight, names in self.tied.items()},
             "options": {name: _as_list(value) for name, value in self.options.items()},
@@ -68,6 +68,11 @@ class StoredLayer:
         shapes = {weight: tuple(shape) for weight, shape in stored["shapes"].items()}
         tied = {weight: tuple(names) for weight, names in stored["tied"].items()}
         return cls(**{**stored, "parts": parts, "shapes": shapes, "tied": tied})
+
+
+def _plain_part(part: Part) -> dict[str, Any]:
+    scaling = None if part.scaling is None else float(part.scaling)
+    return {**vars(part), "stack": list(part.stack), "scaling": scaling}
 
 
 def is_layers(stored: object) -> bool:
@@ -88,6 +93,7 @@ _TYPES = {
     "is_additive": bool,
 }
 _PART = {"weight": str, "reads": int, "writes": int, "first": int, "rows": int, "name": str, "stack": list}
+_OWN = {"r": (int, type(None)), "scaling": (float, type(None))}
 
 
 def _is_layer(layer: dict[Any, Any]) -> bool:
@@ -95,7 +101,11 @@ def _is_layer(layer: dict[Any, Any]) -> bool:
         return False
     weights = set()
     for part in layer["parts"]:
-        if not isinstance(part, dict) or {key: type(value) for key, value in part.items()} != _PART:
+        if not isinstance(part, dict) or part.keys() != {*_PART, *_OWN}:
+            return False
+        if any(type(part[key]) is not kind for key, kind in _PART.items()):
+            return False
+        if any(type(part[key]) not in kinds for key, kinds in _OWN.items()):
             return False
         if not _are_sizes(part["stack"]) or not _are_sizes([part[key] for key in ("reads", "writes", "first", "rows")]):
             return False

@@ -5,7 +5,7 @@ A file from a LightningModule loads onto the model inside it, and the other way 
 
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,13 +92,26 @@ def renamed(
     config = LoRAConfig.from_dict(description["config"])
     layers = [StoredLayer.from_dict(layer) for layer in description["layers"]]
     saved = [renaming.name_here(entry) for entry in config.modules_to_save or ()]
-    ranks = {renaming.name_here(layer.name): (config.rank(layer.name), config.alpha_of(layer.name)) for layer in layers}
+    ranks = {renaming.name_here(target): numbers for layer in layers for target, numbers in _ranks(config, layer)}
     moved = [replace(layer, name=renaming.name_here(layer.name)) for layer in layers]
     settings = replace(config, modules_to_save=saved or None)
     exact = by_whole_names(moved, ranks, settings, named_modules(model).keys())
     changed = [renaming.name_here(name) for name in description["changed"]]
     new = {renaming.name_here(name): value for name, value in state.items()}
     return new, {**description, "config": exact.to_dict(), "changed": changed}
+
+
+def _ranks(config: LoRAConfig, layer: StoredLayer) -> Iterator[tuple[str, tuple[int, float]]]:
+    """The name of a layer, or of each of its parameters, with the rank and alpha."""
+    if layer.kind != LoRAParameters.__name__:
+        yield layer.name, (config.rank(layer.name), config.alpha_of(layer.name))
+        return
+    for name in _parameters(layer):
+        yield name, (config.rank(layer.name, name), config.alpha_of(layer.name, name))
+
+
+def _parameters(layer: StoredLayer) -> list[str]:
+    return [join(layer.name, part.weight) for part in layer.parts]
 
 
 def by_whole_names(
@@ -111,14 +124,14 @@ def by_whole_names(
 
     Args:
         layers: The layers to adapt.
-        ranks: The rank and alpha of each of them.
+        ranks: The rank and alpha of each of them, or of each adapted parameter, by its name.
         settings: The other arguments.
         present: The names of all modules of the model.
     """
     modules, parameters, slices = [], [], dict[str, Any]()
     for layer in layers:
         if layer.kind == LoRAParameters.__name__:
-            parameters += [join(layer.name, part.weight) for part in layer.parts]
+            parameters += _parameters(layer)
             continue
         modules.append(layer.name)
         if all(part.name for part in layer.parts):

@@ -7,7 +7,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lora.config import LoRAConfig, matches_pattern
 from lightning_lora.errors import ConfigError, TargetError, listed
-from lightning_lora.layers import FROM_BASE, LoRAParameters, adapter_for
+from lightning_lora.layers import FROM_BASE, LoRAParameters, Part, adapter_for
 from lightning_lora.targets.choice import Choice
 from lightning_lora.targets.lookup import SEE_ALL, Names, supported_types, why_not
 from lightning_lora.tensors.names import join, plain_module
@@ -97,27 +97,38 @@ def check_patterns(names: Names, config: LoRAConfig, choices: Mapping[str, Choic
     Raises:
         TargetError: there are such keys.
     """
-    parameters = {name for name, choice in choices.items() if choice.kind is LoRAParameters}
+    layers = [name for name, choice in choices.items() if choice.kind is not LoRAParameters]
+    parameters = {
+        join(name, part.weight): name
+        for name, choice in choices.items()
+        for part in choice.parts
+        if choice.kind is LoRAParameters
+    }
     for argument in ("rank_pattern", "alpha_pattern", "target_slices"):
-        layers = list(choices)
-        if argument == "target_slices":  # parameters have no slices
-            layers = [name for name in choices if name not in parameters]
+        held = {} if argument == "target_slices" else parameters  # parameters have no slices
         matched = {}
         for key in getattr(config, argument) or {}:
-            matched[key] = [name for name in layers if matches_pattern(key, name)]
-        _check_matched(names, argument, matched, layers)
+            meant = [
+                name for name, module in held.items() if matches_pattern(key, name) or matches_pattern(key, module)
+            ]
+            matched[key] = [name for name in layers if matches_pattern(key, name)] + meant
+        _check_matched(names, argument, matched, [*layers, *held, *held.values()])
         _check_order(names, argument, matched)
 
 
 def _check_matched(names: Names, argument: str, matched: Mapping[str, list[str]], layers: list[str]) -> None:
     """Raise an error if a key matches no adapted layer."""
     missing = [key for key, found in matched.items() if not found]
-    idle = [key for key in missing if any(matches_pattern(key, name) for name in names.modules)]
-    if idle:
-        raise TargetError(
-            f"{argument} {idle} match layers of {names.title} that are not adapted. Name them in target_modules too, "
-            f"or remove them from {argument}."
-        )
+    for known, what, where in (
+        (names.modules, "layers", "target_modules"),
+        (names.parameters, "parameters", "target_parameters"),
+    ):
+        idle = [key for key in missing if any(matches_pattern(key, name) for name in known)]
+        if idle:
+            raise TargetError(
+                f"{argument} {idle} match {what} of {names.title} that are not adapted. Name them in {where} too, "
+                f"or remove them from {argument}."
+            )
     names.require(argument, dict.fromkeys(missing, layers))
 
 
@@ -174,7 +185,7 @@ def check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
         )
 
 
-def check_ranks(choices: Mapping[str, Choice], saved: Collection[str] | None) -> None:
+def check_ranks(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """Raise an error if a layer's rank is too large.
 
     In a layer with several matrices, only the one with the largest possible rank counts. The rank of a smaller one is
@@ -183,18 +194,34 @@ def check_ranks(choices: Mapping[str, Choice], saved: Collection[str] | None) ->
     Raises:
         ConfigError: there is such a layer.
     """
-    small = {}
+    limits, ranks = {}, {}
     for name, choice in choices.items():
-        most = max(min(part.reads, part.writes) for part in choice.parts)
-        if choice.settings.r > most:
-            small[name] = (choice.settings.r, most)
-    if not small:
+        for own, r, parts in _with_ranks(name, choice):
+            most = max(min(part.reads, part.writes) for part in parts)
+            if r > most:
+                limits[own], ranks[own] = most, r
+    if not limits:
         return
-    shown = ", ".join(f"{name!r} (r={r}, at most {limit})" for name, (r, limit) in list(small.items())[:_SHOWN])
-    more = f" and {len(small) - _SHOWN} more" if len(small) > _SHOWN else ""
-    limits = {name: limit for name, (_, limit) in list(small.items())[:_SHOWN]}
+    first = dict(list(limits.items())[:_SHOWN])
+    shown = ", ".join(f"{name!r} (r={ranks[name]}, at most {most})" for name, most in first.items())
+    more = f" and {len(limits) - _SHOWN} more" if len(limits) > _SHOWN else ""
+    whole = f"modules_to_save={[*(config.modules_to_save or ()), *first]}"
+    others = f"set rank_pattern={first}, or exclude_modules={list(first)}"
+    if len(limits) == 1:
+        raise ConfigError(
+            f"The rank is too large for {shown}. Train a new layer, such as a head, in full: {whole}. Otherwise "
+            f"{others}, or lower r."
+        )
+    lowered = "r" if config.r in ranks.values() else "their ranks in rank_pattern"
     raise ConfigError(
-        f"The rank is too large for {shown}{more}. Train a new layer, such as a head, in full: "
-        f"modules_to_save={[*(saved or ()), *limits]}. Otherwise set rank_pattern={limits}, or "
-        f"exclude_modules={list(limits)}, or lower r."
+        f"The rank is too large for {len(limits)} of {len(choices)} layers of {names.title}: {shown}{more}. "
+        f"Lower {lowered} to {min(limits.values())}, which fits them all. Or {others}. Train new layers, such as "
+        f"heads, in full: {whole}."
     )
+
+
+def _with_ranks(name: str, choice: Choice) -> list[tuple[str, int, list[Part]]]:
+    """The matrices that have one rank together, with its name and value."""
+    shared = [part for part in choice.parts if part.r is None]
+    own = [(join(name, part.weight), part.r, [part]) for part in choice.parts if part.r is not None]
+    return [*([(name, choice.settings.r, shared)] if shared else []), *own]

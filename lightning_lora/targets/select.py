@@ -18,9 +18,9 @@ from lightning_lora.targets.checks import (
     check_supported,
 )
 from lightning_lora.targets.choice import Choice
-from lightning_lora.targets.lookup import AUTOMATIC, Names, is_attention
+from lightning_lora.targets.lookup import AUTOMATIC, Names, is_attention, why_not
 from lightning_lora.targets.slices import sliced
-from lightning_lora.tensors.names import submodule
+from lightning_lora.tensors.names import join, submodule
 
 
 def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
@@ -56,14 +56,14 @@ adapted end in '0', '2'. Correct target_modules; print(summarize(model)) shows e
     check_supported(names, config, layers, targets)
     choices = {}
     for name, layer in layers.items():
-        choice = _choice(names, config, name, layer, holders.get(layer))
-        parts = _without(name, choice.parts, left_out)
+        kind = LoRAParameters if layer in holders else adapter_for(layer) or LoRALayer
+        parts = _without(name, _parts(names, config, name, kind, holders.get(layer)), left_out)
         if parts:
-            choices[name] = replace(choice, parts=parts)
+            choices[name] = _choice(config, name, layer, kind, parts)
     check_any(names, config, choices)
     check_patterns(names, config, choices)
     check_names(choices)
-    check_ranks(choices, config.modules_to_save)
+    check_ranks(names, config, choices)
     check_methods(config, choices)
     return choices
 
@@ -123,7 +123,7 @@ def _holders(names: Names, config: LoRAConfig) -> dict[nn.Module, list[str]]:
 def _why_not_there(names: Names, name: str, owner: str) -> str | None:
     """Return why a parameter cannot be adapted in the module ``owner``, or None."""
     if not owner:
-        return "it belongs to the model itself, whose other methods may read it: move it into a module"
+        return _why_not_in_model(names, name)
     holder, shape = names.modules[owner], tuple(names.parameters[name].shape)
     if adapter_for(holder):
         return f"its {type(holder).__name__} is adapted as a layer: name {owner!r} in target_modules"
@@ -134,16 +134,45 @@ def _why_not_there(names: Names, name: str, owner: str) -> str | None:
     return None
 
 
-def _choice(names: Names, config: LoRAConfig, name: str, layer: nn.Module, parameters: list[str] | None) -> Choice:
-    """The adapter for a layer, or for these parameters of a module."""
+def _why_not_in_model(names: Names, name: str) -> str:
+    """Return why a parameter that the model itself would read cannot be adapted there."""
+    layer, _, leaf = name.rpartition(".")
+    kind = adapter_for(names.modules[layer]) if layer else None
+    if kind is None:
+        return "it belongs to the model itself, whose other methods may read it: move it into a module"
+    parts = [] if why_not(names, layer, names.modules[layer]) else kind.lora_parts_of(names.modules[layer])
+    meant = [part.name for part in parts if part.weight == leaf]
+    if not meant:
+        return f"no update of {leaf!r} of a {type(names.modules[layer]).__name__} is possible"
+    slices = f", with target_slices={{{layer!r}: {meant}}}" if len(parts) > 1 else ""
+    return (
+        f"it is a weight of a layer: name {layer!r} in target_modules{slices}. If {names.title} reads the weight "
+        "without calling the layer, move both into a module"
+    )
+
+
+def _parts(
+    names: Names, config: LoRAConfig, name: str, kind: type[LoRALayer], parameters: list[str] | None
+) -> tuple[Part, ...]:
+    """The matrices of a layer, or these parameters of a module."""
+    layer, slices = names.modules[name], config.slices(name)
     if parameters is not None:
-        parts = tuple(LoRAParameters.lora_part(layer, leaf) for leaf in parameters)
-        return Choice(layer, LoRAParameters, parts, _settings(config, name))
-    kind, slices = adapter_for(layer) or LoRALayer, config.slices(name)
+        return tuple(LoRAParameters.lora_part(layer, leaf) for leaf in parameters)
     parts = kind.lora_parts_of(layer)
-    if slices:
-        parts = sliced(names, name, kind, parts, slices)
-    return Choice(layer, kind, parts, _settings(config, name))
+    return sliced(names, name, kind, parts, slices) if slices else parts
+
+
+def _choice(config: LoRAConfig, name: str, layer: nn.Module, kind: type[LoRALayer], parts: tuple[Part, ...]) -> Choice:
+    """The adapter for these parts. Patterns may give each parameter its own rank and scaling."""
+    if kind is not LoRAParameters:
+        return Choice(layer, kind, parts, _settings(config, name))
+    settings = _settings(config, name, join(name, parts[0].weight))
+    own = []
+    for part in parts:
+        r, scaling = config.rank(name, join(name, part.weight)), config.scaling(name, join(name, part.weight))
+        differs = (r, scaling) != (settings.r, settings.scaling)
+        own.append(replace(part, r=r, scaling=scaling) if differs else part)
+    return Choice(layer, kind, tuple(own), settings)
 
 
 def _without(name: str, parts: tuple[Part, ...], left_out: Set[str]) -> tuple[Part, ...]:
@@ -157,10 +186,10 @@ def _without(name: str, parts: tuple[Part, ...], left_out: Set[str]) -> tuple[Pa
     return tuple(kept)
 
 
-def _settings(config: LoRAConfig, name: str) -> Settings:
+def _settings(config: LoRAConfig, name: str, parameter: str = "") -> Settings:
     return Settings(
-        r=config.rank(name),
-        scaling=config.scaling(name),
+        r=config.rank(name, parameter),
+        scaling=config.scaling(name, parameter),
         dropout=config.dropout,
         init=config.init,
         use_dora=config.use_dora,

@@ -1,12 +1,25 @@
 """Parameters by themselves are adapted as layers are."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, TargetError, inject_adapters, merge_adapters, remove_adapters, summarize
+from lightning_lora import (
+    AdapterMismatchError,
+    ConfigError,
+    LoRAConfig,
+    TargetError,
+    inject_adapters,
+    load_adapter,
+    merge_adapters,
+    remove_adapters,
+    save_adapter,
+    summarize,
+)
 from tests.layers.cases import LAYERS, train
 from tests.models import state
 
@@ -16,6 +29,7 @@ class Mixture(nn.Module):
         super().__init__()
         self.router, self.experts = nn.Linear(5, 3), LAYERS["experts"][0]()
         self.own, self.attention = nn.Parameter(torch.randn(5, 5)), nn.MultiheadAttention(5, 1)
+        self.gru = nn.GRU(5, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.experts(x @ self.own) * self.router(x).softmax(-1).sum(-1, keepdim=True)
@@ -90,7 +104,9 @@ def test_parameters_are_left_out_kept_whole_or_refused_as_layers_are() -> None:
     [
         ("own", "belongs to the model itself"),
         ("scale", r"it is \(5,\)"),
-        ("router.weight", "belongs to the model itself"),
+        ("router.weight", r"a weight of a layer: name 'router' in target_modules\. If Mixture reads"),
+        ("router.bias", "no update of 'bias' of a Linear is possible"),
+        ("gru.weight_ih_l0", r"name 'gru' in target_modules, with target_slices=\{'gru': \['ih_l0'\]\}"),
         ("attention.in_proj_weight", "name 'attention' in target_modules"),
         ("stakc", r"\['stakc'\] match no .*stack"),
     ],
@@ -100,3 +116,58 @@ def test_parameters_that_cannot_be_adapted_are_refused(name: str, words: str) ->
     with pytest.raises(TargetError, match=words):
         inject_adapters(model, LoRAConfig(r=2, target_parameters=[name]))
     assert not [n for n in model.state_dict() if "lora" in n]
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_patterns_mean_a_parameter_by_its_own_name(init: Any, tmp_path: Path) -> None:
+    """Each parameter of one module may have a rank and a scaling of its own."""
+    how: dict[str, Any] = {
+        "r": 2,
+        "alpha": 4,
+        "target_modules": [],
+        "target_parameters": ["stack", "mix"],
+        "init": init,
+    }
+    patterns: dict[str, Any] = {"rank_pattern": {"experts.stack": 3}, "alpha_pattern": {"mix": 1}}
+    model, x = Mixture(), torch.randn(2, 5)
+    base = copy.deepcopy(model)
+    inject_adapters(model, LoRAConfig(**how, **patterns))
+    assert model.experts.lora_A_stack.shape == (3, 3, 5) and len(model.experts.lora_A_mix) == 2
+    torch.testing.assert_close(model(x), base(x))
+    if init == "pissa":
+        u, values, v = torch.linalg.svd(base.experts.mix.detach(), full_matrices=False)
+        strongest = (u[:, :2] * values[:2]) @ v[:2]
+        torch.testing.assert_close(model.experts.lora_B0_mix @ model.experts.lora_A0_mix / 2, strongest)
+    train(model)
+    save_adapter(model, tmp_path / "a.safetensors")
+    output, scaling = model(x), {"stack": 4 / 3, "mix": 1 / 2}
+    for name, factor in scaling.items() if init == "kaiming" else ():
+        a, b = getattr(model.experts, f"lora_A_{name}"), getattr(model.experts, f"lora_B_{name}")
+        weight = getattr(model.experts, name) + factor * b @ a
+        torch.testing.assert_close(model.experts.lora_effective_weight(name), weight)
+    again = copy.deepcopy(base)
+    load_adapter(again, tmp_path / "a.safetensors")
+    torch.testing.assert_close(again(x), output)
+    other = copy.deepcopy(base)
+    inject_adapters(other, LoRAConfig(**how))
+    with pytest.raises(
+        AdapterMismatchError, match=r"r=3 and a scaling of 1\.33333 in .experts\.stack.; here it has r=2"
+    ):
+        load_adapter(other, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterMismatchError, match="experts"):
+        inject_adapters(again, LoRAConfig(**how, rank_pattern=patterns["rank_pattern"]))
+    merge_adapters(model)
+    torch.testing.assert_close(model(x), output)
+
+
+def test_patterns_mean_a_parameter_by_its_module_too() -> None:
+    model = Mixture()
+    how: dict[str, Any] = {"target_modules": [], "target_parameters": ["stack", "mix"]}
+    inject_adapters(model, LoRAConfig(r=4, **how, rank_pattern={"experts.mix": 1, "experts": 2}))
+    assert model.experts.lora_A_stack.shape == (3, 2, 5) and len(model.experts.lora_A_mix) == 1
+    with pytest.raises(TargetError, match=r"'experts\.mix' has no effect"):
+        inject_adapters(Mixture(), LoRAConfig(r=4, **how, rank_pattern={"experts": 2, "experts.mix": 1}))
+    with pytest.raises(TargetError, match=r"match parameters of Mixture .* target_parameters too"):
+        inject_adapters(Mixture(), LoRAConfig(r=2, target_parameters=["mix"], rank_pattern={"stack": 1}))
+    with pytest.raises(ConfigError, match=r"'experts\.mix' \(r=9, at most"):
+        inject_adapters(Mixture(), LoRAConfig(r=2, **how, rank_pattern={"mix": 9}))

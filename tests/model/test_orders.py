@@ -219,7 +219,7 @@ def wide(values: dict[str, Any]) -> dict[str, Tensor]:
 
 CALLS: list[Callable[[nn.Module], Any]] = [
     merge_adapters, unmerge_adapters, remove_adapters, adapter_state_dict, lambda m: load_adapter_state_dict(m, {}),
-    lambda m: save_adapter(m, "never"),
+    lambda m: save_adapter(m, "never.safetensors"),
 ]  # fmt: skip
 adapted = precondition(lambda self: self.it.layers)
 plain = precondition(lambda self: not self.it.layers)

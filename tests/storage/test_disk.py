@@ -131,6 +131,10 @@ def savers() -> dict[str, Callable[[LitTiny, Path], object]]:
     }
 
 
+def name_for(save: Any) -> str:
+    return "a.safetensors" if save is save_adapter else "a.ckpt"
+
+
 SAVERS = savers()
 saver = pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
 
@@ -138,7 +142,7 @@ saver = pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
 @saver
 @pytest.mark.parametrize("moment", ["writing", "moving"])
 def test_file_is_the_old_or_the_new_one_wherever_its_writer_is_killed(tmp_path: Path, save: Any, moment: str) -> None:
-    path, old, new = tmp_path / "a.ckpt", adapted(1), adapted(2)
+    path, old, new = tmp_path / name_for(save), adapted(1), adapted(2)
     save(old, path)
     size = path.stat().st_size
     for at in (0, 1, size // 2, size - 1):
@@ -156,7 +160,8 @@ def test_file_is_the_old_or_the_new_one_wherever_its_writer_is_killed(tmp_path: 
         load_adapter(model, path)
         assert same(state(model), state(old)) or (ended == 0 and same(state(model), state(new)))
         save(old, path)
-    assert list(contents(tmp_path)) == ["a.ckpt"]  # what a killed writer left is not in the way, nor left for ever
+    # what a killed writer left is not in the way, nor left for ever
+    assert list(contents(tmp_path)) == [name_for(save)]
 
 
 # No room
@@ -197,7 +202,7 @@ def test_file_that_cannot_be_written_is_an_error_and_changes_nothing(
     def work() -> None:
         folder = tmp_path / "folder"
         folder.mkdir()
-        model, path = adapted(), folder / "a.ckpt"
+        model, path = adapted(), folder / name_for(save)
         if again:
             save(adapted(1), path)
         before = contents(folder)
@@ -207,7 +212,7 @@ def test_file_that_cannot_be_written_is_an_error_and_changes_nothing(
         save(model, path)
         loaded = LitTiny()
         load_adapter(loaded, path)
-        assert same(state(loaded), state(model)) and list(contents(folder)) == ["a.ckpt"]
+        assert same(state(loaded), state(model)) and list(contents(folder)) == [name_for(save)]
 
     assert fork(work) == 0
 
@@ -217,7 +222,7 @@ def test_disk_that_is_full_behind_the_temporary_folder_costs_no_file(
     tmp_path: Path, temporary: Path, save: Any
 ) -> None:
     def work() -> None:
-        path, old, new, loaded = tmp_path / "a.ckpt", adapted(1), adapted(2), LitTiny()
+        path, old, new, loaded = tmp_path / name_for(save), adapted(1), adapted(2), LitTiny()
         save(old, path)
         part_disks(partial(limit, 1000))
         with suppress(LoRAError, OSError):
@@ -225,7 +230,7 @@ def test_disk_that_is_full_behind_the_temporary_folder_costs_no_file(
             old = new
         load_adapter(loaded, path)
         assert same(state(loaded), state(old))
-        assert list(contents(tmp_path)) == ["a.ckpt"]
+        assert list(contents(tmp_path)) == [name_for(save)]
 
     assert fork(work) == 0
 

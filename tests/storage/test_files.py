@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,13 +181,13 @@ def test_adapters_on_a_base_that_was_made_in_inference_mode_are_stored(tmp_path:
 
 def test_a_link_is_written_through_and_what_is_no_file_stays(tmp_path: Path) -> None:
     model = trained()
-    (tmp_path / "link").symlink_to(tmp_path / "a.safetensors")
-    save_adapter(model, tmp_path / "link")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "a.safetensors").is_file()
-    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "a.safetensors")
+    save_adapter(model, tmp_path / "link.safetensors")
+    assert (tmp_path / "link.safetensors").is_symlink() and (tmp_path / "a.safetensors").is_file()
+    os.mkfifo(tmp_path / "pipe.safetensors")
     with pytest.raises(AdapterFileError, match="is not a file"):
-        save_adapter(model, tmp_path / "pipe")
-    assert (tmp_path / "pipe").is_fifo()
+        save_adapter(model, tmp_path / "pipe.safetensors")
+    assert (tmp_path / "pipe.safetensors").is_fifo()
 
 
 def test_home_folder_and_long_names_are_what_they_are_elsewhere(
@@ -326,3 +327,20 @@ def test_float64_adapters_are_not_rounded_into_a_float32_model(tmp_path: Path) -
     with pytest.raises(AdapterMismatchError, match=r"float64.*model.to\(torch.float64\)"):
         load_adapter(narrow, tmp_path / "double.ckpt")
     assert is_plain(narrow) and same(state(narrow), before)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("a.ckpt", "a.safetensors"),
+        ("a", "a.safetensors"),
+        ("run.v1", "run.v1.safetensors"),
+        ("", "adapter.safetensors"),
+    ],
+)
+def test_a_name_of_another_format_is_refused_with_the_name_to_use(tmp_path: Path, given: str, meant: str) -> None:
+    model = LitTiny()
+    inject_adapters(model, LoRAConfig(r=2))
+    with pytest.raises(AdapterFileError, match=re.escape(repr(str(tmp_path / meant)))):
+        save_adapter(model, tmp_path / given)
+    assert not list(tmp_path.iterdir())

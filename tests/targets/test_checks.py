@@ -32,6 +32,18 @@ def test_the_rank_may_be_the_smaller_side_and_no_more() -> None:
         adapted(nn.ModuleDict({"wide": nn.Linear(9, 3)}), r=4)
 
 
+def test_a_rank_above_several_layers_is_first_of_all_to_be_lowered() -> None:
+    model = nn.ModuleDict({**{f"layer{i}": nn.Linear(6, 6) for i in range(7)}, "head": nn.Linear(6, 3)})
+    with pytest.raises(ConfigError) as error:
+        adapted(model, r=16)
+    said = str(error.value)
+    assert "8 of 8 layers of ModuleDict: 'layer0' (r=16, at most 6)" in said and "and 3 more. Lower r to 3" in said
+    assert said.index("Lower r") < said.index("rank_pattern=") < said.index("modules_to_save=")
+    adapted(model, r=3)
+    with pytest.raises(ConfigError, match=r"2 of 8 layers .*\. Lower their ranks in rank_pattern to 6, which"):
+        adapted(nn.ModuleDict(model), r=3, rank_pattern={"layer[01]": 7})
+
+
 @pytest.mark.parametrize("argument", ["rank_pattern", "alpha_pattern"])
 def test_a_key_whose_layers_are_decided_by_several_before_it_is_refused(argument: str) -> None:
     def build() -> nn.ModuleDict:
