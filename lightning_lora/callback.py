@@ -22,6 +22,7 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_checkpoint_state
 from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.summary import summarize
+from lightning_lora.training.advice import advise
 from lightning_lora.training.averaging import drop_averages, share_base
 from lightning_lora.training.companions import (
     callbacks_of,
@@ -205,6 +206,10 @@ class LoRACallback(Callback):
 
         Raises:
             ConfigError: the updates cannot be merged at the end.
+
+        Warns:
+            FreshLayerWarning: layers look untrained, and would stay random.
+            LoRAWarning: other layers train too little.
         """
         if self.merge and not is_trial(trainer) and (quantised := quantised_layers(View(pl_module))):
             raise ConfigError(
@@ -215,6 +220,8 @@ class LoRACallback(Callback):
             check_untied(pl_module)
         if trainer.is_global_zero and wants_summary(trainer):
             Console().print(summarize(pl_module).table(trained_only=True))
+        if trainer.is_global_zero:
+            advise(pl_module)
         set_random_state(trainer, self._stage.random)  # the last hook before the data loaders draw their sample order
         self._stage.random = None
 

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
-from lightning_lora.tensors.names import own_parameter, parameters_of
+from lightning_lora.tensors.names import own_parameter, owner_of, parameters_of
 
 Params = list[nn.Parameter]
 
@@ -139,7 +139,8 @@ def _check_emptied(view: View, optimizer: str, before: list[Params]) -> None:
     held = {id(parameter) for group in before for parameter in group}
     lost = [name for name, p in view.base.items() if id(p) in held and view.record.requires_grad.get(name)]
     if lost:
-        networks = [_common_owner(lost)] if _common_owner(lost) else list(dict.fromkeys(map(_owner, lost)))
+        shared = _common_owner(lost)
+        networks = [shared] if shared else list(dict.fromkeys(owner_of(name) or name for name in lost))
         raise OptimizerError(
             f"{optimizer} would train nothing: it holds only weights of {listed(networks)}, which are neither adapted "
             "nor trained in full. A loss of theirs could not be minimised. Adapt their layers (target_modules), or "
@@ -147,13 +148,9 @@ def _check_emptied(view: View, optimizer: str, before: list[Params]) -> None:
         )
 
 
-def _owner(parameter: str) -> str:
-    return parameter.rpartition(".")[0] or parameter
-
-
 def _common_owner(parameters: list[str]) -> str:
     """The name of the smallest module that has all these parameters; empty for the model itself."""
-    owners = [_owner(name).split(".") for name in parameters]
+    owners = [owner_of(name).split(".") for name in parameters]
     shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*owners, strict=False))
     return ".".join(parts[0] for parts in shared)
 
