@@ -21,6 +21,7 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_checkpoint_state
 from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.summary import fitting_console, summarize
+from lightning_lora.training.advice import advise
 from lightning_lora.training.averaging import drop_averages, share_base
 from lightning_lora.training.companions import (
     callbacks_of,
@@ -206,6 +207,10 @@ class LoRACallback(Callback):
 
         Raises:
             ConfigError: the updates cannot be merged at the end.
+
+        Warns:
+            FreshLayerWarning: layers look untrained, and would stay random.
+            LoRAWarning: other layers train too little.
         """
         if self.merge and (quantised := quantised_layers(View(pl_module))):
             raise ConfigError(
@@ -217,6 +222,8 @@ class LoRACallback(Callback):
         if trainer.is_global_zero and wants_summary(trainer):
             table = summarize(pl_module).table(trained_only=True, optimizers=trainer.optimizers)
             fitting_console().print(table)
+        if trainer.is_global_zero:
+            advise(pl_module)
         set_random_state(trainer, self._stage.random)  # the last hook before the data loaders draw their sample order
         self._stage.random = None
 

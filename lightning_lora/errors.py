@@ -17,6 +17,7 @@ Warnings::
     LoRAWarning
     ├── BestCheckpointWarning  merge="best" found no best checkpoint
     ├── DeadAdapterWarning     some adapters received no gradient
+    ├── FreshLayerWarning      some layers are random, and would stay so
     └── MergePrecisionWarning  merging rounded away much of the update
 """
 
@@ -87,6 +88,10 @@ class BestCheckpointWarning(LoRAWarning):
 
 class DeadAdapterWarning(LoRAWarning):
     """Adapters received no gradient before the first optimizer step."""
+
+
+class FreshLayerWarning(LoRAWarning):
+    """Layers look untrained, and would stay random."""
 
 
 class MergePrecisionWarning(LoRAWarning):

@@ -130,6 +130,17 @@ def randomise(model: nn.Module, seed: int = 3, scale: float = 0.1) -> None:
             p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64).mul_(scale))
 
 
+def aged(model: nn.Module) -> None:
+    """Change the weights of ``model`` as training does: some rows and columns grow, others shrink."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.mul_(torch.linspace(0.3, 1.3, len(p)).view(-1, *[1] * (p.dim() - 1)))
+                p.mul_(torch.linspace(0.5, 1.5, p.shape[1]).view(1, -1, *[1] * (p.dim() - 2)))
+            else:
+                p.add_(torch.linspace(-0.1, 0.1, len(p)))
+
+
 def state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of a model's state dict."""
     return {name: value.detach().clone() for name, value in model.state_dict().items()}

@@ -166,6 +166,17 @@ class View:
         """The base's parameters that do not train."""
         return {name: p for name, p in self.base.items() if name not in self.trained}
 
+    @cached_property
+    def frozen_by_user(self) -> set[str]:
+        """The parameters that the user froze, but not all.
+
+        If no parameter is trainable, that says nothing about a single one, and the set is empty.
+        """
+        flags = self.record.requires_grad
+        plain = [name for name, p in self.base.items() if type(p) is nn.Parameter and p.is_floating_point()]
+        frozen = {name for name in plain if not flags.get(name, True)}
+        return frozen if len(frozen) < len(plain) else set()
+
     # Values
 
     @cached_property

@@ -82,6 +82,27 @@ def join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
+def starts_of(name: str) -> list[str]:
+    """Return the modules around ``name``, the outermost first, and itself.
+
+    Example:
+        >>> starts_of("encoder.layer.weight")
+        ['encoder', 'encoder.layer', 'encoder.layer.weight']
+    """
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def owner_of(parameter: str) -> str:
+    """Return the name of the module that holds a parameter.
+
+    Example:
+        >>> owner_of("encoder.layer.weight"), owner_of("scale")
+        ('encoder.layer', '')
+    """
+    return parameter.rpartition(".")[0]
+
+
 def submodule(model: nn.Module, name: str) -> nn.Module:
     """Return a submodule by its name in :func:`named_modules`.
 

@@ -1,6 +1,7 @@
 """Make optimizers train the adapters instead of the base."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
-from lightning_lora.tensors.names import own_parameter, parameters_of
+from lightning_lora.tensors.names import own_parameter, owner_of, parameters_of
 
 Params = list[nn.Parameter]
 
@@ -46,7 +47,8 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         optimizers: Its optimizers, built in any way.
 
     Raises:
-        OptimizerError: a trained parameter is in no optimizer, and there is not exactly one group to put it into.
+        OptimizerError: a trained parameter is in no optimizer, and there is not exactly one group to put it into. Or
+            nothing would be left in an optimizer.
     """
     view = view_of(model)
     followers: dict[int, Params] = {}
@@ -56,6 +58,9 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     built = [_built_groups(optimizer) for optimizer in optimizers]
     edited = [_edit(groups, followers) for groups in built]
     _place_rest(view, edited)
+    for number, (optimizer, before, after) in enumerate(zip(optimizers, built, edited, strict=True)):
+        if not any(after):
+            _check_emptied(view, f"Optimizer {number} of {type(model).__name__} ({type(optimizer).__name__})", before)
     for optimizer, before, after in zip(optimizers, built, edited, strict=True):
         _write(view, optimizer, after)
         _EDITED[optimizer] = (before, after)
@@ -127,6 +132,27 @@ def _place_rest(view: View, edited: list[list[Params]]) -> None:
             f"holds the weights that they adapt. Give {type(view.model).__name__}.parameters() to one of its "
             "optimizers, or target only layers whose weights an optimizer holds."
         )
+
+
+def _check_emptied(view: View, optimizer: str, before: list[Params]) -> None:
+    """Refuse an optimizer that has lost all its parameters. What the user froze was never trained by it."""
+    held = {id(parameter) for group in before for parameter in group}
+    lost = [name for name, p in view.base.items() if id(p) in held and view.record.requires_grad.get(name)]
+    if lost:
+        shared = _common_owner(lost)
+        networks = [shared] if shared else list(dict.fromkeys(owner_of(name) or name for name in lost))
+        raise OptimizerError(
+            f"{optimizer} would train nothing: it holds only weights of {listed(networks)}, which are neither adapted "
+            "nor trained in full. A loss of theirs could not be minimised. Adapt their layers (target_modules), or "
+            f"train them in full: modules_to_save={networks}. Or leave this optimizer out."
+        )
+
+
+def _common_owner(parameters: list[str]) -> str:
+    """The name of the smallest module that has all these parameters; empty for the model itself."""
+    owners = [owner_of(name).split(".") for name in parameters]
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*owners, strict=False))
+    return ".".join(parts[0] for parts in shared)
 
 
 def _named_once(view: View) -> dict[str, nn.Parameter]:

@@ -15,7 +15,7 @@ from lightning_lora import (
     remove_adapters,
 )
 from lightning_lora.model.view import View
-from tests.models import ADAPTERS, TRAINED, WORDS, LitTiny, data, is_plain, lora, trainer
+from tests.models import ADAPTERS, CLASSES, TRAINED, WORDS, LitTiny, data, is_plain, lora, trainer
 
 X = torch.arange(WORDS)
 
@@ -222,6 +222,51 @@ def test_adapters_in_no_optimizer_are_an_error(tmp_path: Path) -> None:
         fit_with(tmp_path, lambda m: lambda: adam([{"params": m.head.weight}, {"params": m.head.bias}]))
     with pytest.warns(UserWarning, match="no optimizer"), pytest.raises(OptimizerError, match="'q_proj"):
         fit_with(tmp_path, lambda m: lambda: None)
+
+
+class Gan(LitTiny):
+    """Two networks, each with an optimizer and a loss of its own."""
+
+    def __init__(self, *, frozen: bool = False) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.nets = nn.ModuleDict({"judge": nn.Sequential(nn.Linear(CLASSES, 4), nn.Linear(4, 1))})
+        self.nets.requires_grad_(not frozen)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        makes, judges = self.optimizers()  # type: ignore[misc]
+        made = self(batch[0])
+        for optimizer, loss in ((makes, self.nets["judge"](made)), (judges, -self.nets["judge"](made.detach()))):
+            optimizer.zero_grad()
+            if loss.requires_grad:
+                self.manual_backward(loss.mean())
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        own = [*self.embed.parameters(), *self.q_proj.parameters(), *self.v_proj.parameters()]
+        return [adam(own), torch.optim.RMSprop(self.nets["judge"].parameters())]
+
+
+def test_optimizer_that_would_train_nothing_is_an_error(tmp_path: Path) -> None:
+    model, targets = Gan(), ["q_proj", "v_proj"]
+    before, optimizers = list(model.state_dict()), []
+    model.configure_optimizers = lambda: optimizers  # type: ignore[method-assign]
+    optimizers += Gan.configure_optimizers(model)
+    held = [list(each.param_groups[0]["params"]) for each in optimizers]
+    match = r"Optimizer 1 of Gan \(RMSprop\).*'nets\.judge'.*target_modules.*modules_to_save=\['nets\.judge'\]"
+    with pytest.raises(OptimizerError, match=match):
+        trainer(tmp_path, [lora(target_modules=targets, modules_to_save=None)]).fit(model, data())
+    assert is_plain(model) and list(model.state_dict()) == before
+    assert [[id(p) for p in each.param_groups[0]["params"]] for each in optimizers] == [list(map(id, h)) for h in held]
+
+
+def test_networks_that_are_saved_or_that_the_user_froze_are_no_error(tmp_path: Path) -> None:
+    for model, saved in ((Gan(), ["nets.judge"]), (Gan(frozen=True), None)):
+        before = [p.clone() for p in model.nets.parameters()]
+        options = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": saved}
+        trainer(tmp_path, [lora(**options)], max_epochs=1).fit(model, data())
+        moved = [not torch.equal(p, was) for p, was in zip(model.nets.parameters(), before, strict=True)]
+        assert all(moved) if saved else not any(moved)
 
 
 def test_gradient_clipping_and_accumulation_see_only_adapters(tmp_path: Path) -> None:

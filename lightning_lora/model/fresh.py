@@ -1,0 +1,168 @@
+"""Find layers that look untrained.
+
+Their values are those of an initialisation, as in a new head on a pretrained model. Only layers that could be adapted
+are looked at. A layer counts as untrained only if that is clear: not every initialisation is known here.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_lora.layers import adapter_for
+from lightning_lora.model.view import View
+from lightning_lora.tensors.drawn import FEWEST, block_of, is_normal, is_uniform
+from lightning_lora.tensors.names import join, own_parameter, owner_of, starts_of
+
+Weights = dict[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """The layers of a model that look untrained.
+
+    Args:
+        layers: Their names. Layers that are trained in full are not among them.
+        random: Those whose weights would stay random, as ``modules_to_save`` would name them: frozen layers, and
+            adapted ones if no other layer is adapted.
+        adapted: The adapted layers, if all of them look untrained.
+        share: Their share of the weights of all layers that were looked at.
+    """
+
+    layers: tuple[str, ...]
+    random: tuple[str, ...]
+    adapted: tuple[str, ...]
+    share: float
+
+
+def find_fresh(view: View) -> Fresh:
+    """Find the layers that look untrained.
+
+    Layers that the user froze count in the share alone, if there are others that the user left trainable: they are
+    random on purpose.
+
+    Args:
+        view: An adapted model whose adapters are new.
+    """
+    sizes, fresh = {True: 0, False: 0}, {}
+    for name, weights in _layers(view):
+        is_fresh = _looks_fresh(view, name, weights)
+        sizes[is_fresh] += sum(weight.numel() for weight in weights.values())
+        if is_fresh and not any(join(name, leaf) in view.frozen_by_user for leaf in weights):
+            fresh[name] = weights
+    of_adapters = set()
+    for layer, parts in view.adapted_parts.items():
+        of_adapters |= {id(own_parameter(view.modules[layer], part.weight)) for part in parts}
+    drawn = {id(weight) for weights in fresh.values() for weight in weights.values()}
+    adapted = [name for name, weights in fresh.items() if not of_adapters.isdisjoint(map(id, weights.values()))]
+    all_adapted = of_adapters <= drawn
+    random = [name for name in fresh if all_adapted or name not in adapted]
+    return Fresh(
+        layers=tuple(fresh),
+        random=tuple(_as_modules(view, fresh, random)),
+        adapted=tuple(adapted) if all_adapted else (),
+        share=sizes[True] / max(sum(sizes.values()), 1),
+    )
+
+
+def _layers(view: View) -> Iterator[tuple[str, Weights]]:
+    """The weights of each layer that can be judged, by name. A shared weight belongs to its first layer."""
+    seen = {id(p) for p in [*view.adapters.values(), *view.trained.values()]}
+    for name, module in view.modules.items():
+        if not name or adapter_for(module) is None:
+            continue
+        weights = {
+            leaf: p for leaf, p in module._parameters.items() if p is not None and p.dim() > 1 and id(p) not in seen
+        }
+        seen.update(map(id, weights.values()))
+        if weights and all(_can_be_judged(weight) for weight in weights.values()):
+            yield name, weights
+
+
+def _can_be_judged(weight: nn.Parameter) -> bool:
+    plain = type(weight) is nn.Parameter and not weight.is_meta
+    return plain and weight.is_floating_point() and weight.element_size() > 1 and weight.numel() >= FEWEST
+
+
+# One layer
+
+
+def _looks_fresh(view: View, name: str, weights: Weights) -> bool:
+    """Whether all weights of a layer look as torch, torchvision or transformers initialise them."""
+    layer = view.modules[name]
+    biases = [p for leaf, p in layer._parameters.items() if p is not None and "bias" in leaf]
+    has_bias = any(bias.any() for bias in biases)
+    for weight in weights.values():
+        block = block_of(weight)
+        if block.numel() < FEWEST:  # the others are zero
+            if has_bias or not isinstance(layer, nn.Linear) or weight.any():
+                return False
+        elif not any(is_uniform(block, bound) for bound in _bounds(layer, weight)) and (
+            has_bias or not any(is_normal(block, each) for each in _deviations(view, name, weight))
+        ):
+            return False
+    return True
+
+
+def _bounds(layer: nn.Module, weight: nn.Parameter) -> set[float]:
+    """The bounds of uniform initialisations: torch's own, Xavier's, Kaiming's for ReLU, and torchvision's."""
+    fan_in, fan_out = _fans(weight)
+    bounds = {fan_in**-0.5, (6 / (fan_in + fan_out)) ** 0.5, (6 / fan_in) ** 0.5, weight.shape[0] ** -0.5}
+    if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
+        bounds.add(float(layer.hidden_size) ** -0.5)
+    return bounds
+
+
+def _deviations(view: View, name: str, weight: nn.Parameter) -> tuple[float, ...]:
+    """The deviations of normal initialisations: that of the nearest ``config`` of transformers, or usual ones."""
+    layer, outer = view.modules[name], name
+    while outer:
+        outer = owner_of(outer)
+        deviation = getattr(vars(view.modules[outer]).get("config"), "initializer_range", None)
+        if isinstance(deviation, float) and deviation > 0:
+            return (deviation,)
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+        return 1.0, 0.02
+    kaiming = (math.sqrt(2 / fan) for fan in _fans(weight))  # of torchvision's convolutions
+    return 0.02, 0.01, *kaiming
+
+
+def _fans(weight: nn.Parameter) -> tuple[int, int]:
+    """How many inputs an output depends on, and the other way round."""
+    return weight[0].numel(), weight.shape[0] * weight[0, 0].numel()
+
+
+# Names for modules_to_save
+
+
+def _as_modules(view: View, fresh: Mapping[str, Weights], wanted: list[str]) -> list[str]:
+    """The names of these layers, or of the largest modules that consist of untrained layers alone.
+
+    A norm as it was made counts as untrained only beside an untrained layer.
+    """
+    if not wanted:
+        return []
+    own: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in view.base.items():
+        own.setdefault(owner_of(name), []).append(parameter)
+    trained = {id(p) for p in view.trained.values()}
+    norms = {name for name, held in own.items() if all(_is_blank(p) and id(p) not in trained for p in held)}
+    known = {outer for name in own if name not in fresh and name not in norms for outer in starts_of(name)}
+    found = []
+    for name in wanted:
+        beside = sorted(norm for norm in norms if owner_of(norm) == owner_of(name))
+        found += [_largest(each, known) for each in (name, *beside)]
+    return list(dict.fromkeys(found))
+
+
+def _largest(name: str, known: set[str]) -> str:
+    """The largest module around ``name`` without a trained part. It is ``name`` itself if that has one inside."""
+    return next((outer for outer in starts_of(name) if outer not in known), name)
+
+
+def _is_blank(parameter: nn.Parameter) -> bool:
+    """Whether all values are one, or all are zero."""
+    if parameter.dim() != 1 or parameter.is_meta or not len(parameter):
+        return False
+    return parameter[0].item() in (0, 1) and bool((parameter == parameter[0]).all())

@@ -1,0 +1,80 @@
+"""Find weights that no adapter trains, against expectation."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import nn
+
+from lightning_lora.layers import adapter_for
+from lightning_lora.model.view import View
+from lightning_lora.targets.lookup import Names, why_not
+from lightning_lora.tensors.names import join, owner_of, starts_of
+
+
+class LeftAlone(NamedTuple):
+    """Layers that could be adapted, but are not.
+
+    Args:
+        layers: Their names.
+        kinds: The names of their classes, the most frequent first.
+        share: Their share of the model's weights.
+    """
+
+    layers: list[str]
+    kinds: list[str]
+    share: float
+
+
+def left_trainable(view: View) -> list[str]:
+    """Return modules that were left trainable, but are frozen now.
+
+    The user has frozen most of the model, but not these modules. Nothing inside them is adapted or trained in full.
+    They are named as for ``modules_to_save``.
+    """
+    by_user = view.frozen_by_user
+    if 2 * _size(view, by_user) <= _size(view, view.base):
+        return []
+    busy = {outer for name in _trained_weights(view) for outer in starts_of(name)}
+    closed = {outer for name in by_user for outer in starts_of(name)}
+    found = []
+    for name, flag in view.record.requires_grad.items():
+        if flag and name in view.base and name not in view.trained:
+            outermost = next(outer for outer in starts_of(name) if outer not in closed)
+            if (outermost if outermost != name else owner_of(name)) not in busy:
+                found.append(outermost)
+    return list(dict.fromkeys(found))
+
+
+def left_alone(view: View) -> LeftAlone:
+    """Return layers that ``"all-linear"`` leaves without adapters.
+
+    ``"all"`` would adapt them. Embeddings are not counted, nor what the user excluded or froze. Other targets are the
+    user's choice: then there are no such layers.
+    """
+    found: dict[str, nn.Module] = {}
+    if view.config.target_modules == "all-linear":
+        names = Names(view.model)
+        excluded = set(names.find("exclude_modules", view.config.exclude_modules))
+        for name, layer in names.first_names(set(names.modules.values())).items():
+            kind = adapter_for(layer)
+            if kind is None or kind.lora_is_linear or isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+                continue
+            if excluded.isdisjoint(starts_of(name)) and not why_not(names, name, layer):
+                found[name] = layer
+    weights = [name for name in view.frozen if owner_of(name) in found and name not in view.frozen_by_user]
+    layers = list(dict.fromkeys(map(owner_of, weights)))
+    kinds = Counter(type(found[name]).__name__ for name in layers)
+    share = _size(view, weights) / max(_size(view, view.base), 1)
+    return LeftAlone(layers, [kind for kind, _ in kinds.most_common()], share)
+
+
+def _trained_weights(view: View) -> list[str]:
+    """The names of all weights that are adapted or trained in full."""
+    adapted = [join(name, part.weight) for name, parts in view.adapted_parts.items() for part in parts]
+    return [*adapted, *view.trained]
+
+
+def _size(view: View, names: Iterable[str]) -> int:
+    """The number of values of these parameters of the base. Tied ones count once."""
+    return sum({id(p): p.numel() for p in map(view.base.__getitem__, names)}.values())

