@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError, TargetError, listed
 from lightning_lora.model.handover import name_folder
-from lightning_lora.model.inject import inject_adapters, remove_adapters
+from lightning_lora.model.inject import check_adapted, inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge, merge_adapters, quantised_layers
 from lightning_lora.model.merged import check_own
 from lightning_lora.model.record import find_record
@@ -222,7 +222,11 @@ class LoRACallback(Callback):
         """Start to watch gradients.
 
         From now on, the adapters stay on the module after an exception: they may be worth keeping.
+
+        Raises:
+            AdapterStateError: a selected layer has no adapter.
         """
+        check_adapted(pl_module)
         self._stage.has_begun = True
         view_of(pl_module).follow_base()  # hooks may have loaded the base late
         share_base(callbacks_of(trainer), pl_module)
@@ -315,6 +319,7 @@ class LoRACallback(Callback):
         elif stage.was_merged:
             merge(pl_module)
         elif not stage.was_adapted:
+            record.layers = tuple(View(pl_module).layers)  # code in the fit may have replaced the others
             remove_adapters(pl_module)
             if stage.dropped is not None:  # the merged model was changed, and is as it was
                 keep_record(pl_module, stage.dropped)

@@ -13,7 +13,7 @@ from lightning_lora.model.record import Record, find_record
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
 from lightning_lora.training.averaging import copy_adapted
-from lightning_lora.training.companions import callbacks_of
+from lightning_lora.training.companions import callbacks_of, loads_in_hooks
 from lightning_lora.training.spawned import receive_record
 
 
@@ -27,6 +27,7 @@ class Stage:
         was_merged: Whether the module was merged before, so that the stage took the updates out of its weights.
         dropped: The record of a merged module whose weights were changed, so that the stage took them as a new base.
         runs_merged: Whether an evaluation runs the merged module as it is.
+        has_averages: Whether averaging callbacks have copied the adapted module.
         base_is_open: Whether nothing was trained yet, so that weights which the module's hooks load become the base.
         states_are_read: Whether another callback reads checkpoints, and so may need the model's full state.
         base_is_noted: Whether the base's fingerprint was taken in this stage.
@@ -41,6 +42,7 @@ class Stage:
     was_merged: bool = False
     dropped: Record | None = None
     runs_merged: bool = False
+    has_averages: bool = False
     base_is_open: bool = False
     states_are_read: bool = False
     base_is_noted: bool = False
@@ -70,7 +72,9 @@ class Stage:
         if self.runs_merged:
             return
         inject_adapters(pl_module, self.config)
-        copy_adapted(callbacks_of(pl_module.trainer), pl_module)
+        if not self.has_averages:  # later, a checkpoint's averages would be lost
+            copy_adapted(callbacks_of(pl_module.trainer), pl_module, anew=loads_in_hooks(pl_module))
+            self.has_averages = True
         if self.base_is_open:
             view = view_of(pl_module)
             view.record.originals = {}

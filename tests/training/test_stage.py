@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_lora import (
     AdapterFileError,
+    AdapterStateError,
     LoRAConfig,
     LoRAWarning,
     TargetError,
@@ -256,3 +257,50 @@ def test_a_module_that_came_plain_has_its_flags_back_after_an_optimizer_that_cou
     with pytest.raises(ZeroDivisionError):
         trainer(tmp_path, [lora()]).fit(model, data())
     assert is_plain(model) and flags(model) == before
+
+
+def replace(model: LitTiny) -> None:
+    model.q_proj = nn.Linear(8, 8)
+
+
+def rename(model: LitTiny) -> None:
+    model.other, model.v_proj = model.v_proj, nn.Identity()
+
+
+def wrap(model: LitTiny) -> None:
+    model.extra = nn.Sequential(nn.Linear(8, 8))
+
+
+CHANGES: dict[str, tuple[Any, str]] = {
+    "replaced": (replace, "'q_proj' of"),
+    "moved": (rename, "'v_proj' of"),
+    "added": (wrap, "'extra.0' of"),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": None, "bias": "all"}], ids=["full", "biases"])
+@pytest.mark.parametrize("hook", ["configure_optimizers", "on_fit_start"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_fit_does_not_start_with_a_selected_layer_that_is_not_adapted(
+    tmp_path: Path, change: str, hook: str, options: dict[str, Any]
+) -> None:
+    act, named = CHANGES[change]
+
+    class Changes(LitTiny):
+        def configure_optimizers(self) -> Any:
+            if hook == "configure_optimizers":
+                act(self)
+            return super().configure_optimizers()
+
+        def on_fit_start(self) -> None:
+            if hook == "on_fit_start":
+                act(self)
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            raise AssertionError("it has begun")
+
+    model = Changes()
+    with pytest.raises(AdapterStateError, match=named):
+        trainer(tmp_path, [lora(**options)]).fit(model, data())
+    assert is_plain(model)
+    assert all(p.requires_grad for name, p in model.named_parameters() if not name.startswith("other"))
