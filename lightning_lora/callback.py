@@ -228,7 +228,9 @@ class LoRACallback(Callback):
         """
         check_adapted(pl_module)
         self._stage.has_begun = True
-        view_of(pl_module).follow_base()  # hooks may have loaded the base late
+        view = view_of(pl_module)
+        view.follow_base()  # hooks may have loaded the base late
+        view.record.is_trained = True
         share_base(callbacks_of(trainer), pl_module)
         self._gradients = self._training.enter_context(closing(Gradients(pl_module, trainer.strategy.model)))
         self._training.enter_context(gradients_pass())

@@ -61,7 +61,8 @@ class Stage:
         record = find_record(pl_module)
         self.was_merged = unmerge(pl_module)
         self.dropped = record if find_record(pl_module) is None else None
-        self.base_is_open = View(pl_module).is_fresh()
+        record = find_record(pl_module)
+        self.base_is_open = View(pl_module).is_fresh() and not (record is not None and record.is_trained)
 
     def adapt(self, pl_module: LightningModule) -> None:
         """Adapt the module after its own hooks have run.

@@ -19,6 +19,7 @@ from lightning_lora import (
     TargetError,
     inject_adapters,
     load_adapter,
+    remove_adapters,
     save_adapter,
     unmerge_adapters,
 )
@@ -304,3 +305,40 @@ def test_a_fit_does_not_start_with_a_selected_layer_that_is_not_adapted(
         trainer(tmp_path, [lora(**options)]).fit(model, data())
     assert is_plain(model)
     assert all(p.requires_grad for name, p in model.named_parameters() if not name.startswith("other"))
+
+
+class TrainsItsHead(LitTiny):
+    """A module whose adapters receive no gradient."""
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.embed(index)
+        return self.head((torch.tanh(self.q_proj(x)) + self.v_proj(x)).detach())
+
+
+@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
+@pytest.mark.parametrize("begin", ["fit", "merged", "load", "ckpt"])
+@pytest.mark.parametrize("stage", ["validate", "fit"])
+def test_a_head_that_trained_beside_fresh_adapters_is_not_the_base_of_the_next_stage(
+    tmp_path: Path, stage: str, begin: str
+) -> None:
+    model, options = TrainsItsHead(), {"merge": "last" if begin == "merged" else False}
+    t = trainer(tmp_path, [lora(**options)])
+    t.fit(model, data(), data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    head = trained(model)["head.weight"]
+    assert not trained(model)["q_proj.lora_B"].any() and not torch.equal(head, LitTiny().head.weight)
+    if begin in ("load", "ckpt"):
+        model = TrainsItsHead()
+        if begin == "load":
+            load_adapter(model, tmp_path / "a.ckpt")
+        else:
+            trainer(tmp_path, [lora(**options)]).test(model, data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    for _ in range(2):
+        t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
+        getattr(t, stage)(model, data())
+    save_adapter(model, tmp_path / "b.safetensors")
+    again = loaded(tmp_path / "b.safetensors")
+    assert same(trained(again), trained(model))
+    unmerge_adapters(model)
+    remove_adapters(model)
+    assert same(state(model), state(LitTiny()))
