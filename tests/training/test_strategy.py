@@ -1,5 +1,7 @@
 """The strategy loads and saves adapters at the right moments."""
 
+import pickle
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_lora import StrategyError, load_adapter
+from lightning_lora.training.strategy import Watch
 from tests.cases import StopError, tensors
 from tests.models import TRAINED, WIDTH, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
 from tests.training.cases import (
@@ -166,3 +169,93 @@ def test_buffers_that_come_late_belong_to_the_base(tmp_path: Path) -> None:
     base.setup("fit")
     load_adapter(base, tmp_path / "lora.ckpt")
     torch.testing.assert_close(base.eval()(X), model.eval()(X))
+
+
+class Counts:
+    """A method of a strategy that counts its calls, around one that was there."""
+
+    def __init__(self, calls: "Counter[str]", name: str, inner: Any) -> None:
+        self.calls, self.name, self.inner = calls, name, inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls[self.name] += 1
+        return self.inner(*args, **kwargs)
+
+
+def count(strategy: Any) -> "Counter[str]":
+    """Wrap the methods of a strategy, as another plugin would."""
+    calls = Counter[str]()
+    for name in Watch.METHODS:
+        setattr(strategy, name, Counts(calls, name, getattr(strategy, name)))
+    return calls
+
+
+def stages(t: L.Trainer, folder: Path, model: LitTiny) -> None:
+    t.fit(model, data(), data())
+    t.save_checkpoint(folder / "a.ckpt")
+    t.validate(model, data(), ckpt_path=folder / "a.ckpt", verbose=False)
+    t.test(model, data(), verbose=False)
+
+
+class KeepsBase(L.Callback):
+    """Keeps a base weight in each checkpoint, and takes it back."""
+
+    back: Any = None
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["kept"] = LitTiny().embed.weight.detach()
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self.back = checkpoint["kept"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_methods_that_others_set_on_the_strategy_are_called_once_each(tmp_path: Path, when: str) -> None:
+    plain = trainer(tmp_path, enable_checkpointing=False, max_epochs=1)
+    expected = count(plain.strategy)
+    stages(plain, tmp_path, LitTiny())
+    keeps, model = KeepsBase(), LitTiny()
+    t = trainer(tmp_path, [lora(), keeps], enable_checkpointing=False, max_epochs=1)
+    if when == "after":  # wraps ours, which the later stages set again
+        t.validate(model, data(), verbose=False)
+    calls = count(t.strategy)
+    stages(t, tmp_path, model)
+    del expected["lightning_module_state_dict"], expected["load_model_state_dict"]  # ours take their place
+    assert {name: calls[name] for name in expected} == expected
+    assert files_hold_adapters_alone(tmp_path) and base_is_whole(model)
+    assert torch.equal(keeps.back, LitTiny().embed.weight)
+
+
+def test_a_method_that_replaces_ours_after_a_fit_is_wrapped_by_the_next(tmp_path: Path) -> None:
+    t, model, seen = trainer(tmp_path, [lora()], max_epochs=1), LitTiny(), []
+    t.fit(model, data())
+    t.strategy.save_checkpoint = lambda checkpoint, *_: seen.append(set(checkpoint["state_dict"]))  # type: ignore[method-assign]
+    for _ in range(2):
+        t.test(model, data(), verbose=False)
+        t.save_checkpoint(tmp_path / "a.ckpt")
+    assert seen == [set(TRAINED)] * 2
+    del t.strategy.save_checkpoint
+    t.test(model, data(), verbose=False)
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    assert len(seen) == 2 and set(tensors(tmp_path / "a.ckpt")) == set(TRAINED)
+
+
+def test_a_pickled_strategy_has_its_methods_and_those_of_others(tmp_path: Path) -> None:
+    t, model = trainer(tmp_path, [lora()], enable_checkpointing=False, max_epochs=1), LitTiny()
+    calls = Counter[str]()
+    t.strategy.save_checkpoint = Counts(calls, "save_checkpoint", t.strategy.save_checkpoint)  # type: ignore[method-assign]
+    t.fit(model, data())
+    again = pickle.loads(pickle.dumps(t.strategy))
+    for name in Watch.METHODS:
+        assert getattr(again, name).__self__.strategy is again
+    again.save_checkpoint({"state_dict": {}, "pytorch-lightning_version": L.__version__}, tmp_path / "a.ckpt")
+    assert files_hold_adapters_alone(tmp_path) and again.save_checkpoint.__self__.others["save_checkpoint"]
+
+
+def test_a_method_that_others_set_on_the_precision_is_called_and_stays(tmp_path: Path) -> None:
+    t, calls = trainer(tmp_path, [lora()], enable_checkpointing=False, max_epochs=1), Counter[str]()
+    precision = t.strategy.precision_plugin
+    mine = Counts(calls, "convert_module", precision.convert_module)
+    precision.convert_module = mine  # type: ignore[method-assign]
+    t.fit(LitTiny(), data())
+    assert calls["convert_module"] == 1 and precision.convert_module is mine
