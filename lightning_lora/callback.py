@@ -334,7 +334,9 @@ class LoRACallback(Callback):
         checkpoint[RANDOM] = random_states(trainer)
         receive_record(pl_module)
         if find_record(pl_module) is not None and not is_watched(trainer.strategy):
-            watch(trainer.strategy, self._new_stage(trainer))
+            stage = self._new_stage(trainer)
+            stage.is_over = True
+            watch(trainer.strategy, stage)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the stored random states until training starts."""

@@ -67,10 +67,11 @@ class Stage:
     def adapt(self, pl_module: LightningModule) -> None:
         """Adapt the module after its own hooks have run.
 
-        The weights that the hooks have loaded until now become the base. A merged module that is only evaluated stays
-        as it is.
+        The weights that the hooks have loaded until now become the base. A merged module stays as it is: it is only
+        evaluated, or its fit has ended.
         """
-        if self.runs_merged:
+        record = find_record(pl_module)
+        if record is not None and record.is_merged:
             return
         inject_adapters(pl_module, self.config)
         if not self.has_averages:  # later, a checkpoint's averages would be lost

@@ -187,14 +187,18 @@ class Watch:
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Adapt the module, then read the checkpoint.
 
-        ``setup`` and ``configure_model`` have made the layers by then. A full checkpoint becomes the base.
+        ``setup`` and ``configure_model`` have made the layers by then. A full checkpoint becomes the base. Outside of a
+        stage, the module does not change.
         """
-        if self.stage.runs_merged:
-            self.stage.unmerge(self.module)
-        self.stage.adapt(self.module)
+        if not self.stage.is_over:
+            if self.stage.runs_merged:
+                self.stage.unmerge(self.module)
+            self.stage.adapt(self.module)
         with reading(checkpoint_path, trusted=False in (*args, kwargs.get("weights_only"))):
             checkpoint: dict[str, Any] = self.inner("load_checkpoint", checkpoint_path, *args, **kwargs)
         check_readable(checkpoint, checkpoint_path)
+        if find_record(self.module) is None:  # outside of a stage
+            return checkpoint
         if KEY in checkpoint:
             complete_copies(self.module, checkpoint)
             return checkpoint
@@ -209,6 +213,9 @@ class Watch:
 
         Base keys may be missing. Adapter keys may not, even with ``strict=False``.
         """
+        if find_record(self.module) is None and KEY not in checkpoint:  # outside of a stage
+            self.inner("load_model_state_dict", checkpoint, strict=strict)
+            return
         self._note_base()
         load_checkpoint_state(self.module, checkpoint, whole=self.stage.states_are_read)
         self.stage.base_is_noted = self.stage.has_loaded = KEY in checkpoint

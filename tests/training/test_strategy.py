@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_lora import StrategyError, load_adapter
+from lightning_lora import AdapterStateError, StrategyError, load_adapter, remove_adapters
 from lightning_lora.training.strategy import Watch
 from tests.cases import StopError, tensors
 from tests.models import TRAINED, WIDTH, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
@@ -169,6 +169,42 @@ def test_buffers_that_come_late_belong_to_the_base(tmp_path: Path) -> None:
     base.setup("fit")
     load_adapter(base, tmp_path / "lora.ckpt")
     torch.testing.assert_close(base.eval()(X), model.eval()(X))
+
+
+class ReadsAtEnd(L.Callback):
+    """Reads a file through the strategy when the fit has ended."""
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        before = state(pl_module)
+        trainer.strategy.load_checkpoint(trainer.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
+        assert same(state(pl_module), before)
+
+
+@pytest.mark.parametrize("merge", ["last", False])
+@pytest.mark.parametrize("stage", [None, "validate", "test", "predict"])
+def test_a_file_that_is_read_outside_a_stage_changes_nothing_until_it_is_loaded(
+    tmp_path: Path, stage: str | None, merge: Any
+) -> None:
+    model, worst = LitTiny(), best(tmp_path, mode="max")
+    t = trainer(tmp_path, [lora(merge=merge), worst, ReadsAtEnd()], max_epochs=3)
+    t.fit(model, data(), data())
+    if stage is not None:
+        getattr(t, stage)(model, data())
+    before = state(model)
+    checkpoint = t.strategy.load_checkpoint(worst.best_model_path)
+    assert same(state(model), before) and is_plain(model) is bool(merge)
+    t.strategy.load_model_state_dict(checkpoint)
+    expected = LitTiny()
+    load_adapter(expected, worst.best_model_path)
+    torch.testing.assert_close(model(X), expected(X))
+    assert is_plain(model) is bool(merge) and base_is_whole(model)
+    remove_adapters(model)
+    plain = state(LitTiny())
+    t.strategy.load_checkpoint(worst.best_model_path)
+    t.strategy.load_model_state_dict({"state_dict": plain})
+    assert same(state(model), plain)
+    with pytest.raises(AdapterStateError):
+        t.strategy.load_model_state_dict(checkpoint, strict=False)
 
 
 class Counts:
