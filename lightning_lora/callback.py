@@ -329,11 +329,14 @@ class LoRACallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the states of the random number generators.
 
-        In a main process without a set-up, also make sure that files hold only the adapters.
+        In a main process without a set-up, also make sure that files hold only the adapters. The file of a module that
+        has none is Lightning's own.
         """
-        checkpoint[RANDOM] = random_states(trainer)
         receive_record(pl_module)
-        if find_record(pl_module) is not None and not is_watched(trainer.strategy):
+        if find_record(pl_module) is None:
+            return
+        checkpoint[RANDOM] = random_states(trainer)
+        if not is_watched(trainer.strategy):
             stage = self._new_stage(trainer)
             stage.is_over = True
             watch(trainer.strategy, stage)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lora import AdapterStateError, StrategyError, load_adapter, remove_adapters
 from lightning_lora.training.strategy import Watch
-from tests.cases import StopError, tensors
+from tests.cases import StopError, stop, tensors
 from tests.models import TRAINED, WIDTH, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
 from tests.training.cases import (
     ON_EXCEPTION,
@@ -205,6 +205,36 @@ def test_a_file_that_is_read_outside_a_stage_changes_nothing_until_it_is_loaded(
     assert same(state(model), plain)
     with pytest.raises(AdapterStateError):
         t.strategy.load_model_state_dict(checkpoint, strict=False)
+
+
+def removed(t: L.Trainer, model: LitTiny) -> None:
+    t.fit(model, data())
+    remove_adapters(model)
+
+
+def failed(t: L.Trainer, model: LitTiny) -> None:
+    model.configure_optimizers = stop  # type: ignore[method-assign]
+    with pytest.raises(StopError):
+        t.fit(model, data())
+    del model.configure_optimizers
+
+
+def attached(t: L.Trainer, model: LitTiny) -> None:
+    t.strategy.connect(model)
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("begin", [removed, failed, attached])
+def test_a_file_of_a_module_without_adapters_is_lightnings_own(tmp_path: Path, begin: Any, weights_only: bool) -> None:
+    t, model = trainer(tmp_path, [lora()], enable_checkpointing=False), LitTiny()
+    begin(t, model)
+    t.save_checkpoint(tmp_path / "a.ckpt", weights_only=weights_only)
+    plain = trainer(tmp_path, enable_checkpointing=False)
+    plain.fit(LitTiny(), data()) if begin is removed else plain.strategy.connect(LitTiny())
+    plain.save_checkpoint(tmp_path / "b.ckpt", weights_only=weights_only)
+    ours, theirs = (torch.load(tmp_path / name, weights_only=True) for name in ("a.ckpt", "b.ckpt"))
+    assert list(ours) == list(theirs) and same(ours["state_dict"], state(model))
+    assert ours.get("callbacks") == theirs.get("callbacks")
 
 
 class Counts:
