@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_lora.config import Bias, Init, LoRAConfig, explains_peft
 from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError, listed
 from lightning_lora.model.handover import name_folder
-from lightning_lora.model.inject import inject_adapters, remove_adapters
+from lightning_lora.model.inject import check_adapted, inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge, merge_adapters, quantised_layers
 from lightning_lora.model.merged import check_own
 from lightning_lora.model.record import find_record
@@ -231,9 +231,15 @@ class LoRACallback(Callback):
         """Start to watch gradients.
 
         From now on, the adapters stay on the module after an exception: they may be worth keeping.
+
+        Raises:
+            AdapterStateError: a selected layer has no adapter.
         """
+        check_adapted(pl_module)
         self._stage.has_begun = True
-        view_of(pl_module).follow_base()  # hooks may have loaded the base late
+        view = view_of(pl_module)
+        view.follow_base()  # hooks may have loaded the base late
+        view.record.is_trained = True
         share_base(callbacks_of(trainer), pl_module)
         self._gradients = self._training.enter_context(closing(Gradients(pl_module, trainer.strategy.model)))
         self._training.enter_context(gradients_pass())
@@ -324,6 +330,7 @@ class LoRACallback(Callback):
         elif stage.was_merged:
             merge(pl_module)
         elif not stage.was_adapted:
+            record.layers = tuple(View(pl_module).layers)  # code in the fit may have replaced the others
             remove_adapters(pl_module)
             if stage.dropped is not None:  # the merged model was changed, and is as it was
                 keep_record(pl_module, stage.dropped)
@@ -331,12 +338,17 @@ class LoRACallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the states of the random number generators.
 
-        In a main process without a set-up, also make sure that files hold only the adapters.
+        In a main process without a set-up, also make sure that files hold only the adapters. The file of a module that
+        has none is Lightning's own.
         """
-        checkpoint[RANDOM] = random_states(trainer)
         receive_record(pl_module)
-        if find_record(pl_module) is not None and not is_watched(trainer.strategy):
-            watch(trainer.strategy, self._new_stage(trainer))
+        if find_record(pl_module) is None:
+            return
+        checkpoint[RANDOM] = random_states(trainer)
+        if not is_watched(trainer.strategy):
+            stage = self._new_stage(trainer)
+            stage.is_over = True
+            watch(trainer.strategy, stage)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the stored random states until training starts."""

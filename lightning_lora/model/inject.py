@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterMismatchError, ConfigError, listed
+from lightning_lora.errors import AdapterMismatchError, AdapterStateError, ConfigError, listed
 from lightning_lora.layers import Adapter, LoRALayer, Part, Settings, new_adapter
 from lightning_lora.model.attach import attach_adapters, check_weights, detach_adapters
 from lightning_lora.model.freeze import freeze, unfreeze
@@ -84,6 +84,24 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
         if adapters or view.is_fresh():  # later, trained values would be taken for the base's
             keep_originals(view)
     return tuple(choices)
+
+
+def check_adapted(model: nn.Module) -> None:
+    """Raise an error if a selected layer is not adapted.
+
+    Raises:
+        AdapterStateError: layers were added or replaced since :func:`inject_adapters` was called.
+        TargetError: a pattern of the configuration matches nothing any more.
+    """
+    view = view_of(model)
+    choices = select(model, view.config)
+    missing = [name for name, choice in choices.items() if not isinstance(choice.layer, LoRALayer)]
+    if missing:
+        raise AdapterStateError(
+            f"{listed(missing)} of {type(model).__name__} would not train: the layers were added or replaced after the "
+            "adapters were injected. Make all layers in __init__, setup or configure_model, or leave these out with "
+            "exclude_modules."
+        )
 
 
 def _new_adapters(choices: Mapping[str, Choice]) -> dict[str, Adapter]:

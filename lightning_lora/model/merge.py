@@ -230,21 +230,18 @@ def _show_bases(view: View, bases: dict[str, dict[str, Tensor]]) -> None:
 
 def _see(view: View, bases: dict[str, dict[str, Tensor]]) -> tuple[dict[str, Seen], dict[str, Seen], dict[str, Seen]]:
     """Look at all weights after a merge: the merged ones, the bases of tied ones, the others."""
-    merged_names = {join(layer, weight) for layer, values in bases.items() for weight in values}
+    names = [(join(layer, weight), base) for layer, values in bases.items() for weight, base in values.items()]
+    known = {id(view.parameters[name]) for name, _ in names} | {id(p) for p in view.adapters.values()}
     others = {}
     for name, p in view.parameters.items():
-        if name in merged_names:  # their digests are computed only if they are asked for
-            others[name] = Seen(p)
-        elif name not in view.adapters:
+        if id(p) not in known:  # a shared layer has several names
             others[name] = Seen(p, None if p.is_meta else view.record.digest(name, p))
     present = {id(p) for p in view.parameters.values()}
     merged, tied = {}, {}
-    for layer, values in bases.items():
-        for weight, base in values.items():
-            name = join(layer, weight)
-            merged[name] = others.pop(name)
-            if id(base) in present:
-                tied[name] = Seen(base)
+    for name, base in names:
+        merged[name] = Seen(view.parameters[name])  # its digest is computed only if it is asked for
+        if id(base) in present:
+            tied[name] = Seen(base)
     return merged, tied, others
 
 

@@ -39,6 +39,7 @@ class Record:
         layers: The names of the layers that have, or had, its adapters.
         read: The base's tensors as they were when they were last read in full, with their digests.
         fingerprints: The forms of this base seen so far: as loaded, and as converted by a Trainer's precision.
+        is_trained: Whether a Trainer has begun to train the model, or adapters were loaded into it.
         disabled: Whether the adapters are disabled now, inside ``disable_adapters``.
     """
 
@@ -54,6 +55,7 @@ class Record:
     layers: tuple[str, ...] = ()
     read: dict[str, Seen] = field(default_factory=dict)
     fingerprints: list[dict[str, Any]] = field(default_factory=list)
+    is_trained: bool = False
     disabled: bool = False
 
     def digest(self, name: str, tensor: Tensor, *, anew: bool = False) -> int:

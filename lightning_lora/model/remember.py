@@ -101,6 +101,7 @@ def absorb_inner_records(model: nn.Module, record: Record) -> None:
         for name, flag in inner.requires_grad.items():
             record.requires_grad.setdefault(join(prefix, name), flag)
         if not inner.is_merged:
+            record.is_trained |= inner.is_trained
             for name, value in inner.originals.items():
                 record.originals.setdefault(join(prefix, name), value)
             for name, digests in inner.changed.items():

@@ -124,7 +124,8 @@ def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
             layer.lora_restart()
         load_state_dict(model, state)
         View(model).follow_base()
-    record_of(model).fingerprints = []
+    record = record_of(model)
+    record.fingerprints, record.is_trained = [], False
 
 
 def _check_base_fits(model: nn.Module, state: Mapping[str, Any]) -> None:

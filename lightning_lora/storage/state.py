@@ -110,6 +110,7 @@ def write_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     with unmerged(model):
         now = View(model)
         _write(now, state)
+        now.record.is_trained = True
         changed = now.record.changed
         for name, (_, was) in changed.items():
             changed[name] = (digest(now.base[name]), was)

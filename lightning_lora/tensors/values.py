@@ -173,7 +173,7 @@ class Seen:
         """
         if tensor.is_meta or tensor.dtype != self.dtype:
             return False
-        if self.is_unchanged(tensor) or (tensor is self._tensor and self._has_moved(tensor)):
+        if self._is_kept(tensor):
             return True
         known = self.digest()
         return known is not None and known == digest(tensor)
@@ -191,17 +191,23 @@ class Seen:
             return False
         return digest(_samples(tensor).cpu()) == digest(self._some.to(tensor.dtype))
 
+    def _is_kept(self, tensor: Tensor) -> bool:
+        """Whether it is the same tensor, without visible change, here or on another device."""
+        return self.is_unchanged(tensor) or (tensor is self._tensor and self._has_moved(tensor))
+
     def _has_moved(self, tensor: Tensor) -> bool:
-        """Whether the tensor is on another device, with the same sampled values. Its version says nothing then."""
+        """Whether the tensor is on another device, not written to since, with the same sampled values."""
         now, then = look(tensor), self._look
-        return now is not None and then is not None and now[2] != then[2] and now[3:] == then[3:]
+        if now is None or then is None or then[0] is None:  # tensors inside it may have changed
+            return False
+        return now[2] != then[2] and (now[1], *now[3:]) == (then[1], *then[3:])
 
     def digest(self) -> int | None:
         """Return the digest of the values at that moment.
 
         It is computed when it is first asked for. If the values have changed before that, it is None.
         """
-        if self._digest is None and self._tensor is not None and self.is_unchanged(self._tensor):
+        if self._digest is None and self._tensor is not None and self._is_kept(self._tensor):
             self._digest = digest(self._tensor)
         return self._digest
 

@@ -6,6 +6,7 @@ average is copied back.
 """
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -23,13 +24,27 @@ from lightning_lora.tensors.names import named_parameters
 from lightning_lora.tensors.values import replace_values
 
 
-def copy_adapted(callbacks: list[Callback], pl_module: LightningModule) -> None:
-    """Let averaging callbacks copy the module again if it changed."""
+def copy_adapted(callbacks: list[Callback], pl_module: LightningModule, *, anew: bool) -> None:
+    """Let averages begin from the module as it is now.
+
+    The callbacks copied it before it was adapted, or before its hooks made all its layers. Their own ``setup`` is not
+    called again: it would call ``configure_model``, which may replace adapted layers.
+
+    Args:
+        callbacks: All callbacks of the Trainer.
+        pl_module: The adapted module.
+        anew: Whether hooks may have changed values since. Otherwise a copy with the same names is kept.
+    """
     for callback, copy in _averages(callbacks):
         if hasattr(callback, "reset_batch_norm_and_save_state"):
             _keep_frozen_norms(callback)
-        if named_parameters(copy).keys() != named_parameters(pl_module).keys():
-            callback.setup(pl_module.trainer, pl_module, pl_module.trainer.state.fn or "fit")
+        if not anew and named_parameters(copy).keys() == named_parameters(pl_module).keys():
+            continue
+        average = vars(callback)["_average_model"]
+        if isinstance(average, AveragedModel):
+            average.module = deepcopy(pl_module).to(average.n_averaged.device)
+        else:
+            vars(callback)["_average_model"] = deepcopy(pl_module)
 
 
 def share_base(callbacks: list[Callback], pl_module: LightningModule) -> None:

@@ -14,7 +14,7 @@ from lightning_lora.model.record import Record, find_record
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
 from lightning_lora.training.averaging import copy_adapted
-from lightning_lora.training.companions import callbacks_of
+from lightning_lora.training.companions import callbacks_of, loads_in_hooks
 from lightning_lora.training.spawned import receive_record
 
 
@@ -28,6 +28,7 @@ class Stage:
         was_merged: Whether the module was merged before, so that the stage took the updates out of its weights.
         dropped: The record of a merged module whose weights were changed, so that the stage took them as a new base.
         runs_merged: Whether an evaluation runs the merged module as it is.
+        has_averages: Whether averaging callbacks have copied the adapted module.
         base_is_open: Whether nothing was trained yet, so that weights which the module's hooks load become the base.
         states_are_read: Whether another callback reads checkpoints, and so may need the model's full state.
         base_is_noted: Whether the base's fingerprint was taken in this stage.
@@ -42,6 +43,7 @@ class Stage:
     was_merged: bool = False
     dropped: Record | None = None
     runs_merged: bool = False
+    has_averages: bool = False
     base_is_open: bool = False
     states_are_read: bool = False
     base_is_noted: bool = False
@@ -60,7 +62,8 @@ class Stage:
         record = find_record(pl_module)
         self.was_merged = unmerge(pl_module)
         self.dropped = record if find_record(pl_module) is None else None
-        self.base_is_open = View(pl_module).is_fresh()
+        record = find_record(pl_module)
+        self.base_is_open = View(pl_module).is_fresh() and not (record is not None and record.is_trained)
 
     def take_config(self, pl_module: LightningModule, stored: LoRAConfig, path: object) -> None:
         """Take arguments left at their defaults from a file.
@@ -82,13 +85,16 @@ class Stage:
     def adapt(self, pl_module: LightningModule) -> None:
         """Adapt the module after its own hooks have run.
 
-        The weights that the hooks have loaded until now become the base. A merged module that is only evaluated stays
-        as it is.
+        The weights that the hooks have loaded until now become the base. A merged module stays as it is: it is only
+        evaluated, or its fit has ended.
         """
-        if self.runs_merged:
+        record = find_record(pl_module)
+        if record is not None and record.is_merged:
             return
         inject_adapters(pl_module, self.config)
-        copy_adapted(callbacks_of(pl_module.trainer), pl_module)
+        if not self.has_averages:  # later, a checkpoint's averages would be lost
+            copy_adapted(callbacks_of(pl_module.trainer), pl_module, anew=loads_in_hooks(pl_module))
+            self.has_averages = True
         if self.base_is_open:
             view = view_of(pl_module)
             view.record.originals = {}

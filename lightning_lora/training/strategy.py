@@ -5,9 +5,10 @@ creation of the optimizers and their first use. Its checkpoint hooks are skipped
 Trainer always calls the strategy at these moments.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -56,7 +57,8 @@ def watch(strategy: "Strategy", stage: Stage) -> None:
             f"{type(strategy).__name__} shards the model, which LoRACallback does not support yet. Use a single device "
             "or one of the 'ddp' strategies."
         )
-    Watch(strategy, stage).install()
+    watch = vars(strategy).setdefault(_ATTRIBUTE, Watch(strategy))
+    watch.install(stage)
 
 
 def is_watched(strategy: "Strategy") -> bool:
@@ -64,11 +66,26 @@ def is_watched(strategy: "Strategy") -> bool:
     return _ATTRIBUTE in vars(strategy)
 
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _once(method: _Method) -> _Method:
+    """Let a method of :class:`Watch` act once, though code that wrapped it is wrapped by it too."""
+    name = method.__name__
+
+    @wraps(method)
+    def act(self: "Watch", *args: Any, **kwargs: Any) -> Any:
+        return self.inner(name, *args, **kwargs) if self.depths.get(name) else method(self, *args, **kwargs)
+
+    return cast(_Method, act)
+
+
 class Watch:
     """Methods that wrap those of a Trainer's strategy.
 
-    Files of a module without adapters do not change. The methods are set on the instance and call those of its class.
-    So installing them twice has the same effect as once, and a strategy that is pickled to another process keeps them.
+    Files of a module without adapters do not change. The methods are set on the instance and call those that were there
+    before: of its class, and what other code has set on it. Installing them twice has the same effect as once, and a
+    strategy that is pickled to another process keeps them.
     """
 
     METHODS = (
@@ -80,15 +97,35 @@ class Watch:
         "save_checkpoint",
     )
 
-    def __init__(self, strategy: "Strategy", stage: Stage) -> None:
-        self.strategy = strategy
-        self.stage = stage
+    stage: Stage
 
-    def install(self) -> None:
+    def __init__(self, strategy: "Strategy") -> None:
+        self.strategy = strategy
+        # what other code has set, the first innermost; and how many of them, or of the class, are running
+        self.others: dict[str, list[Callable[..., Any]]] = {name: [] for name in self.METHODS}
+        self.depths: dict[str, int] = {}
+
+    def install(self, stage: Stage) -> None:
         """Set the methods on the strategy."""
-        vars(self.strategy)[_ATTRIBUTE] = self
+        self.stage = stage
         for name in self.METHODS:
+            found = vars(self.strategy).get(name)
+            if found is None:
+                self.others[name] = []
+            elif found != getattr(self, name):
+                self.others[name].append(found)
             setattr(self.strategy, name, getattr(self, name))
+
+    def inner(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call the method that the running one wraps."""
+        depth = self.depths.get(name, 0)
+        own = partial(getattr(type(self.strategy), name), self.strategy)
+        methods: list[Callable[..., Any]] = [own, *self.others[name]]
+        self.depths[name] = depth + 1
+        try:
+            return methods[-1 - depth](*args, **kwargs)
+        finally:
+            self.depths[name] = depth
 
     @property
     def module(self) -> LightningModule:
@@ -97,12 +134,9 @@ class Watch:
         assert module is not None
         return module
 
-    @property
-    def _own(self) -> "type[Strategy]":
-        return type(self.strategy)
-
     # Set up
 
+    @_once
     def setup(self, trainer: "Trainer") -> None:
         """Adapt the module before it is converted, moved and wrapped.
 
@@ -115,7 +149,7 @@ class Watch:
         self._note_base()
         self.stage.base_is_noted = False
         with keeping_adapters(self.strategy.precision_plugin):
-            self._own.setup(self.strategy, trainer)
+            self.inner("setup", trainer)
         view = view_of(self.module)
         freeze(view)  # sync_batchnorm makes new norms
         view.follow_base()  # which may have been converted
@@ -125,10 +159,11 @@ class Watch:
         """Set up an evaluation of a merged module: only a conversion of its base is noted."""
         view = view_of(self.module)
         is_known = fingerprint(view, anew=False) in view.record.fingerprints
-        self._own.setup(self.strategy, trainer)
+        self.inner("setup", trainer)
         if is_known:
             self._note_converted_base()
 
+    @_once
     def setup_optimizers(self, trainer: "Trainer") -> None:
         """Build the user's optimizers, then let them train the adapters.
 
@@ -141,26 +176,27 @@ class Watch:
                 weight = own_parameter(layer, name)
                 set_requires_grad(weight, weight.is_floating_point())  # a quantised weight cannot require a gradient
         try:
-            self._own.setup_optimizers(self.strategy, trainer)
+            self.inner("setup_optimizers", trainer)
         finally:
             freeze(view_of(self.module))
         train_adapters(self.module, self.strategy.optimizers)
 
     # Load
 
+    @_once
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read the checkpoint, then adapt the module.
 
-        ``setup`` and ``configure_model`` have made the layers by then. A full checkpoint becomes the base.
+        ``setup`` and ``configure_model`` have made the layers by then. A full checkpoint becomes the base. Outside of a
+        stage, the module does not change.
         """
         with reading(checkpoint_path, trusted=False in (*args, kwargs.get("weights_only"))):
-            checkpoint: dict[str, Any] = self._own.load_checkpoint(self.strategy, checkpoint_path, *args, **kwargs)
+            checkpoint: dict[str, Any] = self.inner("load_checkpoint", checkpoint_path, *args, **kwargs)
         check_readable(checkpoint, checkpoint_path)
-        if self.stage.runs_merged:
-            self.stage.unmerge(self.module)
-        if KEY in checkpoint:
-            self.stage.take_config(self.module, stored_config(checkpoint[KEY]), checkpoint_path)
-        self.stage.adapt(self.module)
+        if not self.stage.is_over:
+            self._adapt_for(checkpoint, checkpoint_path)
+        if find_record(self.module) is None:  # outside of a stage
+            return checkpoint
         if KEY in checkpoint:
             complete_copies(self.module, checkpoint)
             return checkpoint
@@ -169,11 +205,23 @@ class Watch:
         )
         return as_base(checkpoint)
 
+    def _adapt_for(self, checkpoint: dict[str, Any], path: Any) -> None:
+        """Adapt the module as its arguments and the file say."""
+        if self.stage.runs_merged:
+            self.stage.unmerge(self.module)
+        if KEY in checkpoint:
+            self.stage.take_config(self.module, stored_config(checkpoint[KEY]), path)
+        self.stage.adapt(self.module)
+
+    @_once
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Load what training changed.
 
         Base keys may be missing. Adapter keys may not, even with ``strict=False``.
         """
+        if find_record(self.module) is None and KEY not in checkpoint:  # outside of a stage
+            self.inner("load_model_state_dict", checkpoint, strict=strict)
+            return
         self._note_base()
         load_checkpoint_state(self.module, checkpoint, whole=self.stage.states_are_read)
         self.stage.base_is_noted = self.stage.has_loaded = KEY in checkpoint
@@ -200,26 +248,30 @@ class Watch:
 
     # Save
 
+    @_once
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return what training changed.
 
         The base is never gathered, not even with ``save_weights_only``.
         """
         if find_record(self.module) is None:
-            return self._own.lightning_module_state_dict(self.strategy)
+            state: dict[str, Any] = self.inner("lightning_module_state_dict")
+            return state
         return adapter_state_dict(self.module)
 
+    @_once
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint with only the adapters, and their description.
 
-        Base weights that another callback put back are removed.
+        Base weights that another callback put back are removed. A method that other code has set gets the path itself.
         """
         if find_record(self.module) is not None:
             checkpoint = adapter_only(self.module, checkpoint)
         writes_at_once = type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO"  # in both Lightning packages
+        writes_at_once = writes_at_once and not self.others["save_checkpoint"]
         beside = writes_at_once and self.strategy.is_global_zero and is_local(filepath)
         with writing(filepath, beside=beside) as path:
-            self._own.save_checkpoint(self.strategy, checkpoint, path, storage_options)
+            self.inner("save_checkpoint", checkpoint, path, storage_options)
 
 
 @contextmanager
@@ -228,10 +280,11 @@ def keeping_adapters(precision: "Precision") -> Iterator[None]:
 
     They move to the new layers. For example, BitsandbytesPrecision replaces layers.
     """
+    own, known = precision.convert_module, vars(precision).copy()
 
     def convert_module(module: Any) -> Any:
         before = View(module).layers
-        converted = type(precision).convert_module(precision, module)
+        converted = own(module)
         move_adapters(converted, before)
         return converted
 
@@ -239,4 +292,7 @@ def keeping_adapters(precision: "Precision") -> Iterator[None]:
     try:
         yield
     finally:
-        del precision.convert_module
+        if "convert_module" in known:
+            precision.convert_module = own  # type: ignore[method-assign]
+        else:
+            del precision.convert_module

@@ -15,10 +15,12 @@ from lightning_lora import (
     adapter_state_dict,
     disable_adapters,
     inject_adapters,
+    load_adapter_state_dict,
     remove_adapters,
     unmerge_adapters,
 )
 from lightning_lora.layers import LoRALayer
+from lightning_lora.model.record import find_record
 from tests.model.cases import flags, unfreezable
 from tests.models import LitTiny, best, data, lora, randomise, same, state, trainer
 
@@ -35,6 +37,15 @@ def test_adapters_injected_in_a_part_belong_to_the_whole_afterwards() -> None:
     remove_adapters(model)
     assert all(p.requires_grad for p in model.parameters())
     assert not any(isinstance(module, LoRALayer) for module in model.modules())
+
+
+def test_a_whole_with_a_part_that_is_trained_is_trained() -> None:
+    model, config = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4)), "head": nn.Linear(4, 4)}), LoRAConfig(r=2)
+    inject_adapters(model["body"], config)
+    load_adapter_state_dict(model["body"], adapter_state_dict(model["body"]))
+    inject_adapters(model, config)
+    record = find_record(model)
+    assert record is not None and record.is_trained
 
 
 def test_two_modules_that_share_layers_do_not_take_them_from_each_other(tmp_path: Path) -> None:

@@ -2,10 +2,11 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.tensors import values
 from lightning_lora.tensors.values import Seen, digest
@@ -71,3 +72,23 @@ def test_torch_may_swap_a_tensor_that_was_seen() -> None:
     seen = Seen(weight)
     torch.utils.swap_tensors(weight, other)
     assert not seen.is_still(weight)
+
+
+def test_a_weight_that_was_moved_to_another_device_and_written_there_has_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight, own = nn.Parameter(torch.randn(100, 100)), values.look
+    seen = Seen(weight)
+
+    def elsewhere(tensor: Tensor) -> Any:
+        address, version, _, *rest = own(tensor)  # type: ignore[misc]
+        return address, version, "elsewhere", *rest
+
+    monkeypatch.setattr(values, "look", elsewhere)
+    weight.data = weight.data.clone()
+    other, copied = copy.deepcopy((weight, seen))
+    with torch.no_grad():
+        assert seen.is_still(weight) and copied.is_still(other)
+        weight[0, 1] += 1
+        other[0, 1] += 1
+    assert not seen.is_still(weight) and not copied.is_still(other)

@@ -44,6 +44,17 @@ class BornInConfigureModel(BornInSetup):
         self.make()
 
 
+class BuiltAnew(BornInSetup):
+    """A module that makes new projections whenever ``configure_model`` is called, though they exist already."""
+
+    def setup(self, stage: str) -> None:
+        pass
+
+    def configure_model(self) -> None:
+        other = LitTiny()
+        self.q_proj, self.v_proj = other.q_proj, other.v_proj
+
+
 class Stateful:
     """A loader that knows where it is, which is what Lightning needs to go on in the middle of an epoch."""
 

@@ -17,6 +17,7 @@ from tests.training.cases import (
     AVERAGES,
     BornInConfigureModel,
     BornInSetup,
+    BuiltAnew,
     Stateful,
     Steps,
     base_is_whole,
@@ -33,8 +34,11 @@ X = torch.arange(WORDS)
 each_average = pytest.mark.parametrize("average", AVERAGES)
 
 
-@pytest.mark.filterwarnings("ignore:.*overrides the configure_model:UserWarning")
-@pytest.mark.parametrize("cls", [LitTiny, BornInSetup, BornInConfigureModel])
+overrides_hook = pytest.mark.filterwarnings("ignore:.*overrides the configure_model:UserWarning")
+
+
+@overrides_hook
+@pytest.mark.parametrize("cls", [LitTiny, BornInSetup, BornInConfigureModel, BuiltAnew])
 @each_average
 @either_order
 def test_averages_are_those_of_the_adapters_after_each_step(
@@ -101,10 +105,12 @@ def test_best_of_an_average_is_merged(tmp_path: Path, average: str, first: bool)
     assert outcome(trainer(tmp_path), "test", model).item() == score and base_is_whole(model)
 
 
+@overrides_hook
+@pytest.mark.parametrize("cls", [LitTiny, BuiltAnew])
 @each_average
 @either_order
-def test_resumed_average_has_the_same_bits(tmp_path: Path, average: str, first: bool) -> None:
-    through, resumed = LitTiny(), LitTiny()
+def test_resumed_average_has_the_same_bits(tmp_path: Path, average: str, first: bool, cls: type[LitTiny]) -> None:
+    through, resumed = cls(), cls()
     steps = None if average == "swa" else 5  # which Lightning itself resumes exactly at the end of an epoch alone
     start, end = ("step=8.ckpt", "step=16.ckpt") if average == "swa" else ("step=10.ckpt", "step=15.ckpt")
     for model, path in ((through, None), (resumed, tmp_path / "True" / start)):
@@ -180,3 +186,59 @@ def test_average_copies_frozen_layers_that_come_late(tmp_path: Path, average: st
             self.extra = nn.LayerNorm(4)
 
     trainer(tmp_path, beside(AVERAGES[average][0](), first), max_epochs=4).fit(Late(), data())
+
+
+class NewNames(LitTiny):
+    """A module that makes new projections, with new names, whenever ``configure_model`` is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.q_proj, self.v_proj
+        self.count = 0
+
+    def configure_model(self) -> None:
+        self.count += 1
+        self.body = nn.ModuleDict({f"{kind}{self.count}": nn.Linear(8, 8) for kind in "qv"})
+
+    def forward(self, index: Tensor) -> Tensor:
+        q, v = self.body.values()
+        x = self.embed(index)
+        return self.head(torch.tanh(q(x)) + v(x))
+
+
+@overrides_hook
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": None, "bias": "all"}], ids=["full", "biases"])
+@pytest.mark.parametrize("cls", [BuiltAnew, NewNames])
+@each_average
+@either_order
+def test_layers_that_are_made_anew_are_adapted_beside_an_average(
+    tmp_path: Path, average: str, first: bool, cls: type[LitTiny], options: dict[str, Any]
+) -> None:
+    model = cls()
+    t = trainer(tmp_path, beside(AVERAGES[average][0](), first, merge=False, **options), enable_checkpointing=False)
+    t.fit(model, data(), data())
+    factors = [p for name, p in model.named_parameters() if name.endswith("lora_B")]
+    assert len(factors) == (2 if "bias" not in options else 3) and all(p.any() for p in factors)
+
+
+class RandomHead(LitTiny):
+    """A module that makes a new random head whenever ``configure_model`` is called."""
+
+    def configure_model(self) -> None:
+        self.head = nn.Linear(8, 4)
+
+
+@overrides_hook
+@pytest.mark.skipif("ema" not in AVERAGES, reason="Lightning has no EMAWeightAveraging")
+@either_order
+def test_an_average_without_updates_is_the_module_as_it_began(tmp_path: Path, first: bool) -> None:
+    seen: list[Tensor] = []
+
+    class Watches(RandomHead):
+        def on_train_start(self) -> None:
+            seen.append(self.head.weight.detach().clone())
+
+    average = bundled.EMAWeightAveraging(update_starting_at_step=1000)
+    model = Watches()
+    trainer(tmp_path, beside(average, first), enable_checkpointing=False).fit(model, data(), data())
+    assert torch.equal(model.head.weight, seen[0])

@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from lightning_lora import DeadAdapterWarning, load_adapter
-from tests.models import TRAINED, LitTiny, data, lora, same, state, trainer
+from lightning_lora import DeadAdapterWarning, inject_adapters, load_adapter
+from tests.models import TRAINED, LitTiny, best, data, lora, same, state, trainer
 
 
 class Skips(LitTiny):
@@ -99,6 +99,53 @@ def test_each_file_holds_the_adapters_of_the_fit_before_it(tmp_path: Path, caplo
         again = LitTiny()  # which takes the adapters of its own base alone
         load_adapter(again, tmp_path / f"{number}.ckpt")
         torch.testing.assert_close(again(X), merged[number])
+
+
+@pytest.mark.filterwarnings("ignore:.*all_gather is deprecated:FutureWarning")  # of torch, in Lightning's code
+@pytest.mark.filterwarnings("ignore:.*Using `DistributedSampler`:UserWarning")
+def test_the_main_process_reads_files_after_a_fork(tmp_path: Path) -> None:
+    model, worst = LitTiny(lr=0.5), best(tmp_path, mode="max", save_top_k=-1, save_last=True)
+    t = trainer(tmp_path, [lora(), worst], strategy="ddp_fork", devices=2)
+    t.fit(model, data(), data())
+    merged = state(model)
+    checkpoint = t.strategy.load_checkpoint(worst.best_model_path)
+    assert set(checkpoint["state_dict"]) == set(TRAINED)
+    with pytest.raises(RuntimeError, match=r"q_proj\.lora_A"):  # torch's, as no call of ours came before
+        t.strategy.load_model_state_dict(checkpoint)
+    model.load_state_dict(merged)
+    losses = {}
+    last = str(tmp_path / "last.ckpt")
+    for path in (worst.best_model_path, last):
+        expected = LitTiny()
+        load_adapter(expected, path)
+        (numbers,) = trainer(tmp_path).test(expected, data(), verbose=False)
+        losses[path] = numbers["test_loss"]
+    assert len(set(losses.values())) == 2
+    for ckpt_path, path in (("best", worst.best_model_path), (last, last)):
+        assert t.validate(model, data(), ckpt_path=ckpt_path, verbose=False)[0]["val_loss"] == pytest.approx(
+            losses[path]
+        )
+        assert t.test(model, data(), ckpt_path=ckpt_path, verbose=False)[0]["test_loss"] == pytest.approx(losses[path])
+    assert same(state(model), merged)
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    t.strategy.load_checkpoint(worst.best_model_path)
+    assert same(state(model), merged)
+    t.strategy.load_model_state_dict(checkpoint)
+    (numbers,) = trainer(tmp_path).test(model, data(), verbose=False)
+    assert numbers["test_loss"] == pytest.approx(losses[worst.best_model_path])
+
+
+def test_the_main_process_reads_files_of_adapters_that_are_not_merged(tmp_path: Path) -> None:
+    model = LitTiny()
+    inject_adapters(model, lora().config)
+    t = trainer(tmp_path, [lora(merge=False)], strategy="ddp_fork", devices=2, enable_checkpointing=False)
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    before = state(model)
+    checkpoint = t.strategy.load_checkpoint(tmp_path / "a.ckpt")
+    assert same(state(model), before) and before["q_proj.lora_B"].any()
+    t.strategy.load_model_state_dict(checkpoint)
+    assert same(state(model), before)
 
 
 ROOT = Path(__file__).parents[2]

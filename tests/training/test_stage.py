@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from lightning_lora import (
     AdapterFileError,
+    AdapterStateError,
     LoRAConfig,
     LoRAWarning,
     TargetError,
     inject_adapters,
     load_adapter,
+    remove_adapters,
     save_adapter,
     unmerge_adapters,
 )
@@ -256,3 +258,87 @@ def test_a_module_that_came_plain_has_its_flags_back_after_an_optimizer_that_cou
     with pytest.raises(ZeroDivisionError):
         trainer(tmp_path, [lora()]).fit(model, data())
     assert is_plain(model) and flags(model) == before
+
+
+def replace(model: LitTiny) -> None:
+    model.q_proj = nn.Linear(8, 8)
+
+
+def rename(model: LitTiny) -> None:
+    model.other, model.v_proj = model.v_proj, nn.Identity()
+
+
+def wrap(model: LitTiny) -> None:
+    model.extra = nn.Sequential(nn.Linear(8, 8))
+
+
+CHANGES: dict[str, tuple[Any, str]] = {
+    "replaced": (replace, "'q_proj' of"),
+    "moved": (rename, "'v_proj' of"),
+    "added": (wrap, "'extra.0' of"),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": None, "bias": "all"}], ids=["full", "biases"])
+@pytest.mark.parametrize("hook", ["configure_optimizers", "on_fit_start"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_fit_does_not_start_with_a_selected_layer_that_is_not_adapted(
+    tmp_path: Path, change: str, hook: str, options: dict[str, Any]
+) -> None:
+    act, named = CHANGES[change]
+
+    class Changes(LitTiny):
+        def configure_optimizers(self) -> Any:
+            if hook == "configure_optimizers":
+                act(self)
+            return super().configure_optimizers()
+
+        def on_fit_start(self) -> None:
+            if hook == "on_fit_start":
+                act(self)
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            raise AssertionError("it has begun")
+
+    model = Changes()
+    with pytest.raises(AdapterStateError, match=named):
+        trainer(tmp_path, [lora(**options)]).fit(model, data())
+    assert is_plain(model)
+    assert all(p.requires_grad for name, p in model.named_parameters() if not name.startswith("other"))
+
+
+class TrainsItsHead(LitTiny):
+    """A module whose adapters receive no gradient."""
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.embed(index)
+        return self.head((torch.tanh(self.q_proj(x)) + self.v_proj(x)).detach())
+
+
+@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
+@pytest.mark.parametrize("begin", ["fit", "merged", "load", "ckpt"])
+@pytest.mark.parametrize("stage", ["validate", "fit"])
+def test_a_head_that_trained_beside_fresh_adapters_is_not_the_base_of_the_next_stage(
+    tmp_path: Path, stage: str, begin: str
+) -> None:
+    model, options = TrainsItsHead(), {"merge": "last" if begin == "merged" else False}
+    t = trainer(tmp_path, [lora(**options)])
+    t.fit(model, data(), data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    head = trained(model)["head.weight"]
+    assert not trained(model)["q_proj.lora_B"].any() and not torch.equal(head, LitTiny().head.weight)
+    if begin in ("load", "ckpt"):
+        model = TrainsItsHead()
+        if begin == "load":
+            load_adapter(model, tmp_path / "a.ckpt")
+        else:
+            trainer(tmp_path, [lora(**options)]).test(model, data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    for _ in range(2):
+        t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
+        getattr(t, stage)(model, data())
+    save_adapter(model, tmp_path / "b.safetensors")
+    again = loaded(tmp_path / "b.safetensors")
+    assert same(trained(again), trained(model))
+    unmerge_adapters(model)
+    remove_adapters(model)
+    assert same(state(model), state(LitTiny()))

@@ -1,5 +1,7 @@
 """The strategy loads and saves adapters at the right moments."""
 
+import pickle
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_lora import StrategyError, load_adapter
-from tests.cases import StopError, tensors
+from lightning_lora import AdapterStateError, StrategyError, load_adapter, remove_adapters
+from lightning_lora.training.strategy import Watch
+from tests.cases import StopError, stop, tensors
 from tests.models import TRAINED, WIDTH, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
 from tests.training.cases import (
     ON_EXCEPTION,
@@ -166,3 +169,159 @@ def test_buffers_that_come_late_belong_to_the_base(tmp_path: Path) -> None:
     base.setup("fit")
     load_adapter(base, tmp_path / "lora.ckpt")
     torch.testing.assert_close(base.eval()(X), model.eval()(X))
+
+
+class ReadsAtEnd(L.Callback):
+    """Reads a file through the strategy when the fit has ended."""
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        before = state(pl_module)
+        trainer.strategy.load_checkpoint(trainer.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
+        assert same(state(pl_module), before)
+
+
+@pytest.mark.parametrize("merge", ["last", False])
+@pytest.mark.parametrize("stage", [None, "validate", "test", "predict"])
+def test_a_file_that_is_read_outside_a_stage_changes_nothing_until_it_is_loaded(
+    tmp_path: Path, stage: str | None, merge: Any
+) -> None:
+    model, worst = LitTiny(), best(tmp_path, mode="max")
+    t = trainer(tmp_path, [lora(merge=merge), worst, ReadsAtEnd()], max_epochs=3)
+    t.fit(model, data(), data())
+    if stage is not None:
+        getattr(t, stage)(model, data())
+    before = state(model)
+    checkpoint = t.strategy.load_checkpoint(worst.best_model_path)
+    assert same(state(model), before) and is_plain(model) is bool(merge)
+    t.strategy.load_model_state_dict(checkpoint)
+    expected = LitTiny()
+    load_adapter(expected, worst.best_model_path)
+    torch.testing.assert_close(model(X), expected(X))
+    assert is_plain(model) is bool(merge) and base_is_whole(model)
+    remove_adapters(model)
+    plain = state(LitTiny())
+    t.strategy.load_checkpoint(worst.best_model_path)
+    t.strategy.load_model_state_dict({"state_dict": plain})
+    assert same(state(model), plain)
+    with pytest.raises(AdapterStateError):
+        t.strategy.load_model_state_dict(checkpoint, strict=False)
+
+
+def removed(t: L.Trainer, model: LitTiny) -> None:
+    t.fit(model, data())
+    remove_adapters(model)
+
+
+def failed(t: L.Trainer, model: LitTiny) -> None:
+    model.configure_optimizers = stop  # type: ignore[method-assign]
+    with pytest.raises(StopError):
+        t.fit(model, data())
+    del model.configure_optimizers
+
+
+def attached(t: L.Trainer, model: LitTiny) -> None:
+    t.strategy.connect(model)
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("begin", [removed, failed, attached])
+def test_a_file_of_a_module_without_adapters_is_lightnings_own(tmp_path: Path, begin: Any, weights_only: bool) -> None:
+    t, model = trainer(tmp_path, [lora()], enable_checkpointing=False), LitTiny()
+    begin(t, model)
+    t.save_checkpoint(tmp_path / "a.ckpt", weights_only=weights_only)
+    plain = trainer(tmp_path, enable_checkpointing=False)
+    plain.fit(LitTiny(), data()) if begin is removed else plain.strategy.connect(LitTiny())
+    plain.save_checkpoint(tmp_path / "b.ckpt", weights_only=weights_only)
+    ours, theirs = (torch.load(tmp_path / name, weights_only=True) for name in ("a.ckpt", "b.ckpt"))
+    assert list(ours) == list(theirs) and same(ours["state_dict"], state(model))
+    assert ours.get("callbacks") == theirs.get("callbacks")
+
+
+class Counts:
+    """A method of a strategy that counts its calls, around one that was there."""
+
+    def __init__(self, calls: "Counter[str]", name: str, inner: Any) -> None:
+        self.calls, self.name, self.inner = calls, name, inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls[self.name] += 1
+        return self.inner(*args, **kwargs)
+
+
+def count(strategy: Any) -> "Counter[str]":
+    """Wrap the methods of a strategy, as another plugin would."""
+    calls = Counter[str]()
+    for name in Watch.METHODS:
+        setattr(strategy, name, Counts(calls, name, getattr(strategy, name)))
+    return calls
+
+
+def stages(t: L.Trainer, folder: Path, model: LitTiny) -> None:
+    t.fit(model, data(), data())
+    t.save_checkpoint(folder / "a.ckpt")
+    t.validate(model, data(), ckpt_path=folder / "a.ckpt", verbose=False)
+    t.test(model, data(), verbose=False)
+
+
+class KeepsBase(L.Callback):
+    """Keeps a base weight in each checkpoint, and takes it back."""
+
+    back: Any = None
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["kept"] = LitTiny().embed.weight.detach()
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self.back = checkpoint["kept"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_methods_that_others_set_on_the_strategy_are_called_once_each(tmp_path: Path, when: str) -> None:
+    plain = trainer(tmp_path, enable_checkpointing=False, max_epochs=1)
+    expected = count(plain.strategy)
+    stages(plain, tmp_path, LitTiny())
+    keeps, model = KeepsBase(), LitTiny()
+    t = trainer(tmp_path, [lora(), keeps], enable_checkpointing=False, max_epochs=1)
+    if when == "after":  # wraps ours, which the later stages set again
+        t.validate(model, data(), verbose=False)
+    calls = count(t.strategy)
+    stages(t, tmp_path, model)
+    del expected["lightning_module_state_dict"], expected["load_model_state_dict"]  # ours take their place
+    assert {name: calls[name] for name in expected} == expected
+    assert files_hold_adapters_alone(tmp_path) and base_is_whole(model)
+    assert torch.equal(keeps.back, LitTiny().embed.weight)
+
+
+def test_a_method_that_replaces_ours_after_a_fit_is_wrapped_by_the_next(tmp_path: Path) -> None:
+    t, model, seen = trainer(tmp_path, [lora()], max_epochs=1), LitTiny(), []
+    t.fit(model, data())
+    t.strategy.save_checkpoint = lambda checkpoint, *_: seen.append(set(checkpoint["state_dict"]))  # type: ignore[method-assign]
+    for _ in range(2):
+        t.test(model, data(), verbose=False)
+        t.save_checkpoint(tmp_path / "a.ckpt")
+    assert seen == [set(TRAINED)] * 2
+    del t.strategy.save_checkpoint
+    t.test(model, data(), verbose=False)
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    assert len(seen) == 2 and set(tensors(tmp_path / "a.ckpt")) == set(TRAINED)
+
+
+def test_a_pickled_strategy_has_its_methods_and_those_of_others(tmp_path: Path) -> None:
+    t, model = trainer(tmp_path, [lora()], enable_checkpointing=False, max_epochs=1), LitTiny()
+    calls = Counter[str]()
+    t.strategy.save_checkpoint = Counts(calls, "save_checkpoint", t.strategy.save_checkpoint)  # type: ignore[method-assign]
+    t.fit(model, data())
+    again = pickle.loads(pickle.dumps(t.strategy))
+    for name in Watch.METHODS:
+        assert getattr(again, name).__self__.strategy is again
+    again.save_checkpoint({"state_dict": {}, "pytorch-lightning_version": L.__version__}, tmp_path / "a.ckpt")
+    assert files_hold_adapters_alone(tmp_path) and again.save_checkpoint.__self__.others["save_checkpoint"]
+
+
+def test_a_method_that_others_set_on_the_precision_is_called_and_stays(tmp_path: Path) -> None:
+    t, calls = trainer(tmp_path, [lora()], enable_checkpointing=False, max_epochs=1), Counter[str]()
+    precision = t.strategy.precision_plugin
+    mine = Counts(calls, "convert_module", precision.convert_module)
+    precision.convert_module = mine  # type: ignore[method-assign]
+    t.fit(LitTiny(), data())
+    assert calls["convert_module"] == 1 and precision.convert_module is mine
