@@ -1,4 +1,4 @@
-"""A record as plain types and tensors: it is read without running code."""
+"""A record as plain types and tensors."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields

@@ -210,7 +210,11 @@ class Seen:
 
     @classmethod
     def restored(cls, state: dict[str, Any]) -> "Seen":
-        """Return a copy that knows only the values, from its state as pickle stores it."""
+        """Return a copy that knows only the values.
+
+        Args:
+            state: What ``__getstate__`` returned.
+        """
         seen = cls.__new__(cls)
         vars(seen).update(state)
         return seen
