@@ -61,7 +61,9 @@ def name_of_kind(kind: type) -> str:
 
 
 def kind_named(name: str) -> type[LoRALayer] | None:
-    """Return the known adapter class with this full name, or None.
+    """Return the adapter class with this full name.
+
+    It is None if no such class is known.
 
     Example:
         >>> kind_named("lightning_lora.layers.linear.LoRALinear").__name__, kind_named("os.system")
