@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.config import Bias, Init, LoRAConfig, explains_peft
 from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError, listed
-from lightning_lora.model.handover import name_folder
+from lightning_lora.model.handover import make_folder
 from lightning_lora.model.inject import check_adapted, inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge, merge_adapters, quantised_layers
 from lightning_lora.model.merged import check_own
@@ -150,7 +150,7 @@ class LoRACallback(Callback):
         )
         self.merge: Merge = merge
         _join_other_package()
-        name_folder()
+        make_folder()
         self._stage = Stage(self.config, is_over=True)
         self._gradients: Gradients | None = None
         self._training = ExitStack()

@@ -1,8 +1,11 @@
-"""Every test starts from the same random numbers, whichever ran before it, and may fork."""
+"""Every test starts from the same random numbers, whichever ran before it, may fork, and takes the time it needs."""
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 torch.set_num_threads(1)  # a process that has started OpenMP's threads cannot be forked; and tiny tensors need none
 
 

@@ -348,7 +348,7 @@ def trained_in_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     command = [sys.executable, "-m", "tests.test_models", str(folder)]
     root, environment = Path(__file__).parent.parent, os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=900, env=environment)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

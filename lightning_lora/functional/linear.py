@@ -126,7 +126,7 @@ def adapted_linear(
         tensor([2.5000, 2.0000])
     """
     differentiates = torch.is_grad_enabled()
-    if not (dropout or differentiates) and x.numel() <= lora_A.numel():
+    if not (dropout or differentiates or torch._C._get_tracing_state()) and x.numel() <= lora_A.numel():
         return _added(F.linear(x, weight, bias), x, lora_A, lora_B, scaling)
     if torch.compiler.is_compiling() or not _are_plain(x, weight, bias, lora_A, lora_B):
         return _composed(x, F.dropout(x, dropout), weight, bias, lora_A, lora_B, scaling)

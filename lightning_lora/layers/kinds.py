@@ -9,6 +9,7 @@ from lightning_lora.layers.bilinear import LoRABilinear
 from lightning_lora.layers.conv1d import LoRAConv1D
 from lightning_lora.layers.convolution import LoRAConvNd, LoRAConvTransposeNd
 from lightning_lora.layers.embedding import LoRAEmbedding, LoRAEmbeddingBag
+from lightning_lora.layers.experts import LoRAParameters
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.quantized import LoRALinear4bit, LoRALinear8bit
 from lightning_lora.layers.recurrent import LoRARecurrent
@@ -49,6 +50,26 @@ def adapter_for(layer: nn.Module) -> type[LoRALayer] | None:
         if adapter is not None:
             return adapter
     return None
+
+
+def name_of_kind(kind: type) -> str:
+    """Return the full name of an adapter class.
+
+    A spawned process knows the main module under another name.
+    """
+    return f"{kind.__module__}.{kind.__qualname__}".replace("__mp_main__", "__main__")
+
+
+def kind_named(name: str) -> type[LoRALayer] | None:
+    """Return the adapter class with this full name.
+
+    It is None if no such class is known.
+
+    Example:
+        >>> kind_named("lightning_lora.layers.linear.LoRALinear").__name__, kind_named("os.system")
+        ('LoRALinear', None)
+    """
+    return next((kind for kind in (*ADAPTERS.values(), LoRAParameters) if name_of_kind(kind) == name), None)
 
 
 def register_adapter(layer_class: type[nn.Module], adapter_class: type[LoRALayer]) -> None:

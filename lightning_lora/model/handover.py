@@ -3,72 +3,168 @@
 Strategies that spawn or fork processes send back only a state dict, and call no hook when it arrives. It contains the
 merged weights. A worker process stores the record, with the exact base and the adapters, in a temporary folder. The
 main process finds it there by the digests of the merged weights.
+
+The folder belongs to one program. Only its user may read it or write to it, and it is checked before each use. Reading
+runs no code.
 """
 
 import atexit
-import json
+import multiprocessing
 import os
 import shutil
+import stat
 import tempfile
+import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from uuid import uuid4
 
 import torch
 from torch import nn
 
+from lightning_lora.errors import LoRAWarning
+from lightning_lora.model.plain import as_plain, as_record
+from lightning_lora.model.record import Record
 from lightning_lora.tensors.names import named_parameters
 from lightning_lora.tensors.values import digest
 
 _FOLDER = "LIGHTNING_LORA_MEMORY"
-"""The environment variable with the folder's path, which all processes of a program share."""
+"""The environment variable with the folder's path, which worker processes inherit."""
+
+_MADE: dict[Path, int] = {}
+"""The folders that were made here, and the process that made each one: a fork has its parent's entries."""
+
+_LOCK = Lock()
 
 
-def name_folder() -> None:
-    """Choose the path of the temporary folder.
+def make_folder() -> None:
+    """Make the temporary folder of this program.
 
-    Call it before any process starts. The folder is deleted when this process ends.
+    Call it before any worker process starts. A worker process uses the folder of its program. The folder is deleted
+    when the process that made it ends.
     """
-    if _FOLDER not in os.environ:
-        os.environ[_FOLDER] = str(Path(tempfile.gettempdir()) / f"lightning_lora_{uuid4().hex}")
-        atexit.register(shutil.rmtree, os.environ[_FOLDER], ignore_errors=True)
+    with _LOCK:
+        folder = _folder()
+        if folder and (_is_owner(folder) or multiprocessing.parent_process()):
+            return
+        os.environ.pop(_FOLDER, None)  # of another program, which started this one
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="lightning_lora_"))
+        except OSError:  # most fits need no folder: the others give a warning
+            return
+        _MADE[folder] = os.getpid()
+        atexit.register(_delete, folder)
+        os.environ[_FOLDER] = str(folder)
 
 
-def leave(record: object, weights: Mapping[str, int]) -> None:
+def _folder() -> Path | None:
+    """The folder, if it exists and no other user could have put anything into it."""
+    folder = Path(os.environ.get(_FOLDER) or os.devnull)
+    return folder if _is_private(folder) else None
+
+
+def _is_private(folder: Path) -> bool:
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    is_ours = os.name != "posix" or (found.st_uid == os.geteuid() and not found.st_mode & 0o077)
+    return stat.S_ISDIR(found.st_mode) and is_ours
+
+
+def _is_owner(folder: Path) -> bool:
+    return _MADE.get(folder) == os.getpid()
+
+
+def _delete(folder: Path) -> None:
+    if _is_owner(folder) and _is_private(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def leave(record: Record, weights: Mapping[str, int]) -> None:
     """Store a model's record in the temporary folder.
 
     Args:
         record: The record.
-        weights: Digests of the model's parameters, by name.
+        weights: Digests of the model's merged parameters, by name.
+
+    Warns:
+        LoRAWarning: the record could not be stored. The weights are not affected.
     """
-    folder, name = Path(os.environ[_FOLDER]), uuid4().hex
-    folder.mkdir(mode=0o700, exist_ok=True)
-    torch.save(record, folder / f"{name}.pt")
-    (folder / f"{name}.json").write_text(json.dumps(dict(weights)))
+    try:
+        folder = _folder()
+        if folder is None:
+            raise FileNotFoundError("there is no temporary folder that only this user can write to")
+        _write(folder, {"weights": dict(weights), "record": as_plain(record)})
+    except Exception as error:
+        warnings.warn(
+            f"The fit is complete, and the main process gets the merged weights, but not the adapters and the base "
+            f"({type(error).__name__}: {error}). There, the model has no adapters: it cannot be unmerged or saved as "
+            "adapters, and another fit takes the merged weights as a new base. Load the adapters from a checkpoint. "
+            "For the next time, free space, or set TMPDIR to a folder that can be written.",
+            LoRAWarning,
+            stacklevel=2,
+        )
 
 
-def recall(model: nn.Module) -> Any:
-    """Return the stored record for this model's weights, or None."""
-    for digests in _about(model):
-        return torch.load(digests.with_suffix(".pt"), weights_only=False)  # safe: this program wrote the file
+def _write(folder: Path, entry: dict[str, Any]) -> None:
+    """Write an entry beside its place, and move it there once it can be read."""
+    name = f"{time.time_ns():020}_{uuid4().hex}"
+    part = folder / f"{name}.part"
+    try:
+        torch.save(entry, part)
+        _load(part)
+        part.replace(folder / f"{name}.pt")
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _load(path: Path, *, mmap: bool = True) -> dict[str, Any]:
+    """Read an entry. With ``mmap``, the tensors stay in the file."""
+    entry: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    return entry
+
+
+def recall(model: nn.Module) -> Record | None:
+    """Return the stored record for this model's weights, or None.
+
+    The program that made the folder then deletes the file. Its worker processes leave it for the main process.
+    """
+    for path in _about(model):
+        record = as_record(_load(path, mmap=False)["record"])
+        if _is_owner(path.parent):
+            path.unlink(missing_ok=True)
+        return record
     return None
 
 
 def forget(model: nn.Module) -> None:
     """Delete the stored records for this model's weights."""
-    for digests in _about(model):
-        digests.unlink()
-        digests.with_suffix(".pt").unlink()
+    for path in _about(model):
+        path.unlink(missing_ok=True)
 
 
 def _about(model: nn.Module) -> Iterator[Path]:
-    for digests in list(Path(os.environ.get(_FOLDER, os.devnull)).glob("*.json")):
-        if _has_weights(model, json.loads(digests.read_text())):
-            yield digests
+    """The files about this model's weights, the newest first."""
+    folder = _folder()
+    for path in sorted(folder.glob("*.pt"), reverse=True) if folder else ():
+        try:
+            weights = _load(path)["weights"]
+        except FileNotFoundError:  # another process was faster
+            continue
+        except Exception as error:
+            warnings.warn(f"{path} cannot be read, and is skipped ({type(error).__name__}).", LoRAWarning, stacklevel=2)
+            continue
+        if _has_weights(model, weights):
+            yield path
 
 
 def _has_weights(model: nn.Module, digests: Mapping[str, int]) -> bool:
-    """Whether the parameters of ``model`` have these digests."""
+    """Whether the parameters of ``model`` have these digests, of which there is at least one."""
     parameters = named_parameters(model, remove_duplicate=False)
-    return all(name in parameters and digest(parameters[name]) == digests[name] for name in digests)
+    if not digests or any(name not in parameters or parameters[name].is_meta for name in digests):
+        return False
+    return all(digest(parameters[name]) == known for name, known in digests.items())

@@ -34,7 +34,7 @@ def recall_record(model: nn.Module) -> Record | None:
 
     There must be a stored record for exactly this model's weights. Otherwise it returns None.
     """
-    record: Record | None = recall(model)
+    record = recall(model)
     if record is not None:
         keep_record(model, record)
     return record

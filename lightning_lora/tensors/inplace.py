@@ -54,7 +54,8 @@ def combined(mixin: "type[InPlace]", base: type) -> type:
     """
     if (mixin, base) not in _COMBINED:
         namespace = {"overlaid": (mixin, base), "__module__": mixin.__module__, "__doc__": mixin.__doc__}
-        _COMBINED[mixin, base] = type(f"{mixin.overlaid_prefix}{base.__name__}", (mixin, base), namespace)
+        made = type(f"{mixin.overlaid_prefix}{base.__name__}", (mixin, base), namespace)
+        _COMBINED.setdefault((mixin, base), made)  # another thread may have been faster
     return _COMBINED[mixin, base]
 
 

@@ -5,8 +5,10 @@ gradient. Reentrant gradient checkpointing would stop gradients behind a frozen 
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -121,25 +123,42 @@ def gradients_pass() -> Iterator[None]:
 
     ``torch.utils.checkpoint`` with ``use_reentrant=True`` passes gradients only if one of its inputs requires one. It
     does not see the parameters inside. Behind a frozen embedding, no input requires a gradient, so nothing inside would
-    train.
+    train. This applies to the current thread: in others, torch's own function runs.
     """
-    own = recompute.CheckpointFunction
-    recompute.CheckpointFunction = _RequiringGradients  # type: ignore[misc]
+    thread = get_ident()
+    with _LOCK:
+        if not _PASSING:
+            recompute.CheckpointFunction = _RequiringGradients  # type: ignore[misc]
+        _PASSING[thread] += 1
     try:
         yield
     finally:
-        recompute.CheckpointFunction = own  # type: ignore[misc]
+        with _LOCK:
+            _PASSING[thread] -= 1
+            if not _PASSING[thread]:
+                del _PASSING[thread]
+            if not _PASSING and recompute.CheckpointFunction is _RequiringGradients:
+                recompute.CheckpointFunction = _OWN  # type: ignore[misc]
 
 
-class _RequiringGradients(recompute.CheckpointFunction):
+_OWN = recompute.CheckpointFunction
+_LOCK = Lock()
+_PASSING: "Counter[int]" = Counter()
+"""The number of open contexts in each thread. The function is torch's own again when none is left."""
+
+
+class _RequiringGradients(_OWN):
     """The same function, but if no input requires a gradient, all floating-point inputs do."""
 
     @classmethod
     def apply(cls, function: Any, preserve_rng_state: bool, *inputs: Any) -> Any:
+        if get_ident() not in _PASSING:
+            return _OWN.apply(function, preserve_rng_state, *inputs)
         tensors = [value for value in inputs if isinstance(value, Tensor)]
         if torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in tensors):
             inputs = tuple(
                 value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
                 for value in inputs
             )
+        function = gradients_pass()(function)  # a backward pass may recompute it in a thread of torch
         return super().apply(function, preserve_rng_state, *inputs)  # type: ignore[no-untyped-call]  # torch's own

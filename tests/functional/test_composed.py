@@ -16,6 +16,7 @@ from lightning_lora import LoRAConfig, inject_adapters
 from lightning_lora.functional import linear
 from lightning_lora.functional.linear import adapted_linear
 from tests.functional.cases import composed, goes_by_hand, inputs
+from tests.models import randomise
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # which torch's own rules for second derivatives use
@@ -88,6 +89,24 @@ def test_compiled_whole_it_is_one_graph(dropout: float) -> None:
         torch.testing.assert_close(output, composed(*tensors, 0.5))
     output.sum().backward()
     assert all(t.grad is not None for t in tensors)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+@pytest.mark.parametrize("differentiates", [True, False])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_a_traced_layer_computes_any_number_of_tokens(tokens: int, differentiates: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 5, dtype=torch.float64))
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    _, _, a, b = tensors = [model[0].weight, model[0].bias, model[0].lora_A, model[0].lora_B]
+    with torch.set_grad_enabled(differentiates):
+        traced = torch.jit.trace(model, torch.randn(tokens, 8).double())  # and compared with a trace without gradients
+    for rows in (1, 3, 400):
+        x = torch.randn(rows, 8, dtype=torch.float64, requires_grad=True)
+        outputs = traced(x), composed(x, *tensors, 1.0)
+        torch.testing.assert_close(*outputs)
+        found, wanted = (torch.autograd.grad(y.square().sum(), [x, a, b]) for y in outputs)
+        torch.testing.assert_close(found, wanted)
 
 
 def test_tensors_without_values_or_of_other_classes_are_composed() -> None:

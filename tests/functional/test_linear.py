@@ -85,7 +85,7 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
     trained=st.sets(st.sampled_from(NAMES), min_size=1),
     with_bias=st.booleans(),
 )
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_gradients_are_those_of_the_composition(
     shape: tuple[int, ...], out: int, r: int, scaling: float, layout: str, trained: set[str], with_bias: bool
 ) -> None:

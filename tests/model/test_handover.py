@@ -1,10 +1,20 @@
-"""What a fit elsewhere remembers is found by its weights."""
+"""What a fit elsewhere remembers is found by its weights, and is safe to read."""
 
+import atexit
 import copy
+import errno
+import os
+import pickle
+import tempfile
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_lora import (
     AdapterStateError,
@@ -14,32 +24,55 @@ from lightning_lora import (
     remove_adapters,
     unmerge_adapters,
 )
-from lightning_lora.model.remember import forget_record, leave_record
-from tests.models import LitTiny, is_plain, randomise, same, state
+from lightning_lora.errors import LoRAWarning
+from lightning_lora.layers import ADAPTERS, LoRALayer, register_adapter
+from lightning_lora.model.handover import make_folder
+from lightning_lora.model.plain import as_plain, as_record
+from lightning_lora.model.record import Record, find_record
+from lightning_lora.model.remember import forget_record, leave_record, recall_record
+from tests.cases import Three
+from tests.models import LitTiny, data, is_plain, lora, randomise, same, state, trainer
+from tests.storage.faults import fork
+
+MEMORY = "LIGHTNING_LORA_MEMORY"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a program that made it in this process."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.delenv(MEMORY, raising=False)
+    make_folder()
+    return Path(os.environ[MEMORY])
+
+
+def left(model: nn.Module, **config: Any) -> nn.Module:
+    """The model as it was adapted; ``model`` itself becomes a plain one with nothing but the merged weights."""
+    inject_adapters(model, LoRAConfig(**({"r": 2} | config)))
+    randomise(model)
+    adapted = copy.deepcopy(model)
+    merge_adapters(model)
+    leave_record(model)
+    forget_record(model)
+    return adapted
 
 
 @pytest.fixture
-def sent_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[LitTiny, LitTiny]:
+def sent_home() -> tuple[nn.Module, LitTiny]:
     """A module as it was adapted in another process, and a plain one with nothing but the merged weights."""
-    monkeypatch.setenv("LIGHTNING_LORA_MEMORY", str(tmp_path / "memory"))
-    there = LitTiny()
-    inject_adapters(there, LoRAConfig(r=2, modules_to_save=["head"]))
-    randomise(there)
-    adapted = copy.deepcopy(there)
-    merge_adapters(there)
-    leave_record(there)
-    forget_record(there)
-    return adapted, there
+    home = LitTiny()
+    return left(home, modules_to_save=["head"]), home
 
 
-def test_calls_find_what_was_left(sent_home: tuple[LitTiny, LitTiny]) -> None:
+def test_calls_find_what_was_left(sent_home: tuple[nn.Module, LitTiny]) -> None:
     adapted, home = sent_home
     assert is_plain(home)
     unmerge_adapters(home)
     assert same(state(home), state(adapted))
 
 
-def test_a_new_base_is_one_once_its_memory_is_removed(sent_home: tuple[LitTiny, LitTiny]) -> None:
+def test_a_new_base_is_one_once_its_memory_is_removed(sent_home: tuple[nn.Module, LitTiny]) -> None:
     _, home = sent_home
     weights = state(home)
     remove_adapters(home)
@@ -48,9 +81,247 @@ def test_a_new_base_is_one_once_its_memory_is_removed(sent_home: tuple[LitTiny, 
         unmerge_adapters(home)
 
 
-def test_other_weights_remember_nothing(sent_home: tuple[LitTiny, LitTiny]) -> None:
+def test_other_weights_remember_nothing(sent_home: tuple[nn.Module, LitTiny]) -> None:
     _, home = sent_home
     with torch.no_grad():
         home.q_proj.weight.add_(1)
     with pytest.raises(AdapterStateError, match="has no adapters"):
         unmerge_adapters(home)
+
+
+# Whatever a record holds
+
+
+class Experts(nn.Module):
+    """A module with a stack of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(2, 4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.stack[0]
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "layers": (Three, {"target_modules": "all"}),
+    "dora": (Three, {"target_modules": "all", "use_dora": True}),
+    "pissa": (LitTiny, {"init": "pissa"}),
+    "slices": (LitTiny, {"target_modules": ["q_proj"], "target_slices": {"q_proj": {"a": [0, 4]}}}),
+    "parameters": (lambda: nn.Sequential(Experts(), nn.Linear(4, 4)), {"target_parameters": ["stack"]}),
+    "attention": (lambda: nn.Sequential(nn.MultiheadAttention(8, 2), nn.LSTM(8, 8)), {"target_modules": "all"}),
+    "buffers": (lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), {"modules_to_save": ["1"], "bias": "all"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_kind_of_adapter_comes_back(case: str) -> None:
+    build, config = CASES[case]
+    home = build()
+    adapted = left(home, **config)
+    unmerge_adapters(home)
+    assert same(state(home), state(adapted))
+    remove_adapters(home)
+    remove_adapters(adapted)
+    assert same(state(home), state(adapted))
+
+
+def test_nothing_of_a_record_is_lost_on_the_way() -> None:
+    model = LitTiny()
+    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"], target_slices={"v_proj": {"a": [0, 4]}}))
+    merge_adapters(model)
+    record = find_record(model)
+    assert record is not None
+    record.changed, record.fingerprints = {"embed.weight": (1 << 62, 3)}, [{"layout": "a", "digests": [1]}]
+    record.untied["q_proj.weight"] = nn.Parameter(torch.ones(2), requires_grad=False)
+    record.tied_weights.update(record.merged_weights)
+    plain = as_plain(record)
+    again = as_plain(as_record(plain))
+    one, other = tree_leaves(again), tree_leaves(plain)
+    assert len(one) == len(other) and list(again) == list(vars(Record(record.config)))
+    for value, known in zip(one, other, strict=True):
+        assert type(value) is type(known) and (
+            torch.equal(value, known) if isinstance(value, torch.Tensor) else value == known
+        )
+    assert as_record(plain).config == record.config
+
+
+def test_a_class_that_the_main_process_does_not_know_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(nn.Linear):
+        pass
+
+    class LoRAOwn(LoRALayer):
+        lora_is_linear = True
+
+    home = nn.Sequential(Own(4, 4))
+    monkeypatch.setitem(ADAPTERS, Own, LoRAOwn)
+    register_adapter(Own, LoRAOwn)
+    left(home)
+    monkeypatch.delitem(ADAPTERS, Own)
+    with pytest.raises(AdapterStateError, match=r"of the class .*LoRAOwn, which is not known here.*register_adapter"):
+        unmerge_adapters(home)
+    monkeypatch.setitem(ADAPTERS, Own, LoRAOwn)
+    unmerge_adapters(home)
+    remove_adapters(home)
+
+
+# What others may have put there
+
+
+def is_found(home: nn.Module) -> bool:
+    return recall_record(copy.deepcopy(home)) is not None
+
+
+class RunsCode:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_code_in_a_stored_record_does_not_run(
+    folder: Path, tmp_path: Path, sent_home: tuple[nn.Module, LitTiny], archive: bool
+) -> None:
+    (entry,) = folder.iterdir()
+    planted = torch.load(entry, weights_only=True) | {"record": RunsCode(tmp_path / "ran")}
+    if archive:
+        torch.save(planted, entry)
+    else:
+        entry.write_bytes(pickle.dumps(planted))
+    with pytest.warns(LoRAWarning, match="cannot be read, and is skipped"):
+        assert not is_found(sent_home[1])
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("way", ["mode", "link", "owner", "file", "gone"])
+def test_a_folder_that_another_user_may_have_made_is_not_used(
+    folder: Path, sent_home: tuple[nn.Module, LitTiny], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, home = sent_home
+    if way == "mode":
+        folder.chmod(0o770)
+    elif way == "owner":
+        monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    else:
+        folder.rename(folder.with_name("elsewhere"))
+    if way == "link":
+        folder.symlink_to(folder.with_name("elsewhere"))
+    elif way == "file":
+        folder.touch()
+    before = sorted(folder.parent.rglob("*"))
+    assert not is_found(home)
+    with pytest.warns(LoRAWarning, match="no temporary folder that only this user can write to"):
+        left(LitTiny())
+    assert sorted(folder.parent.rglob("*")) == before
+
+
+def test_a_record_without_weights_is_about_no_model(folder: Path, sent_home: tuple[nn.Module, LitTiny]) -> None:
+    _, home = sent_home
+    (entry,) = folder.iterdir()
+    torch.save(torch.load(entry, weights_only=True) | {"weights": {}}, entry)
+    assert not is_found(home) and not is_found(nn.Linear(2, 2))
+
+
+def test_a_record_that_is_half_written_is_skipped(
+    folder: Path, sent_home: tuple[nn.Module, LitTiny], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, home = sent_home
+    (entry,) = folder.iterdir()
+    entry.with_name("1.part").write_bytes(entry.read_bytes()[:100])
+    assert is_found(home)
+    save = torch.save
+
+    def full(value: Any, path: Path) -> None:
+        save(value, path)
+        path.write_bytes(path.read_bytes()[:1000])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    before = sorted(folder.iterdir())
+    with pytest.warns(LoRAWarning, match=r"not the adapters and the base \(OSError: .*No space left.*free space"):
+        left(LitTiny())
+    assert sorted(folder.iterdir()) == before
+
+
+# Its life
+
+
+def test_the_program_deletes_what_it_has_read_and_its_workers_leave_it(
+    folder: Path, sent_home: tuple[nn.Module, LitTiny]
+) -> None:
+    _, home = sent_home
+
+    def work() -> None:
+        make_folder()
+        assert os.environ[MEMORY] == str(folder) and is_found(home)
+
+    assert fork(work) == 0
+    assert len(list(folder.iterdir())) == 1
+    unmerge_adapters(home)
+    assert not list(folder.iterdir())
+
+
+def test_the_folder_goes_with_the_process_that_made_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(MEMORY)
+    at_exit: list[Callable[[], object]] = []
+    monkeypatch.setattr(atexit, "register", lambda f, *arguments: at_exit.append(lambda: f(*arguments)))
+    make_folder()
+    made = Path(os.environ[MEMORY])
+    assert len(at_exit) == 1 and made.stat().st_mode & 0o777 == 0o700
+    assert fork(at_exit[0]) == 0
+    assert made.exists()
+    at_exit[0]()
+    assert not made.exists()
+
+
+def test_a_program_that_another_one_started_makes_a_folder_of_its_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_lora.model.handover._MADE", {})  # as in a new process
+    make_folder()
+    mine = Path(os.environ[MEMORY])
+    assert mine != folder and mine.is_dir() and folder.is_dir()
+    make_folder()
+    assert Path(os.environ[MEMORY]) == mine
+
+
+def test_a_worker_whose_program_has_ended_stores_nothing_where_its_folder_was(folder: Path) -> None:
+    folder.rmdir()
+
+    def work() -> None:
+        with pytest.warns(LoRAWarning, match="no temporary folder"):
+            left(LitTiny())
+        assert not folder.exists()
+        make_folder()  # for fits of its own
+        assert os.environ[MEMORY] != str(folder) and Path(os.environ[MEMORY]).is_dir()
+
+    assert fork(work) == 0
+    assert not folder.exists()
+
+
+def test_a_fit_without_a_temporary_folder_gives_its_weights_and_says_what_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    def say(message: Any, *_: Any, **__: Any) -> None:
+        (tmp_path / "said.txt").write_text(str(message))
+
+    monkeypatch.delenv(MEMORY)
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "mkdtemp", refuse)
+        callback = lora()
+    assert MEMORY not in os.environ
+    model, base = LitTiny(), LitTiny()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", LoRAWarning)
+        monkeypatch.setattr(warnings, "showwarning", say)  # in another process
+        options = {"strategy": "ddp_fork", "devices": 2, "enable_checkpointing": False, "max_epochs": 1}
+        trainer(tmp_path, [callback], **options).fit(model, data())
+    assert is_plain(model) and not torch.equal(model.q_proj.weight, base.q_proj.weight)
+    assert "The fit is complete" in (tmp_path / "said.txt").read_text()
+    with pytest.raises(AdapterStateError, match="has no adapters"):
+        unmerge_adapters(model)

@@ -114,7 +114,7 @@ def test_flags_and_stored_names_of_tied_weights_do_not_depend_on_merging(head_fi
         assert all(p.requires_grad for p in model.parameters())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     r=st.integers(1, 3),
     alpha=st.floats(0.1, 32),

@@ -432,5 +432,5 @@ class Orders(RuleBasedStateMachine):
 def test_any_order_of_calls_is_what_plain_matrices_say() -> None:
     run(
         Orders,
-        settings=settings(max_examples=400, stateful_step_count=25, deadline=None, derandomize=True),
+        settings=settings(max_examples=400, stateful_step_count=25, derandomize=True),
     )

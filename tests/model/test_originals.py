@@ -246,7 +246,7 @@ def bits(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.contiguous().reshape(-1).view(torch.uint8) for name, value in state(model).items()}
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     layers=st.lists(st.sampled_from([*ADAPTED, "norm", "layer_norm", "spectral", "dropout"]), max_size=4),
     method=st.sampled_from(METHODS),

@@ -26,13 +26,21 @@ OURS = (LoRAError, FileNotFoundError, PermissionError)
 A = "q_proj.lora_A"
 
 
+HANGS = 3600
+"""Seconds after which a process is killed. It stands still then: what it computes is limited by its CPU time."""
+
+
 def fork(work: Callable[[], object], seconds: float = 60) -> int:
-    """Run ``work`` in a fork of this process, fail as it fails, kill it after a time; return the signal of its end."""
+    """Run ``work`` in a fork of this process, and fail as it fails; return the signal of its end.
+
+    ``SIGPROF`` ends it after some seconds of CPU time, which other processes on the machine hardly change.
+    """
     receive, send = FORK.Pipe(duplex=False)
 
     def run() -> None:
         torch.set_num_threads(1)  # the other threads did not come along
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         warnings.simplefilter("ignore")  # what is wrong must be refused where a warning is no error
         with Path(os.devnull).open("w") as sys.stdout:
             sys.stderr = sys.stdout
@@ -44,7 +52,7 @@ def fork(work: Callable[[], object], seconds: float = 60) -> int:
     child = FORK.Process(target=run)
     child.start()
     send.close()
-    child.join(seconds)
+    child.join(HANGS)
     child.kill()
     child.join()
     with suppress(EOFError):
@@ -53,7 +61,7 @@ def fork(work: Callable[[], object], seconds: float = 60) -> int:
 
 
 def frugal(work: Callable[[], object], seconds: float = 60, most: int = 1 << 29) -> None:
-    """Run ``work`` in a fork that may take so much time and memory, and no more."""
+    """Run ``work`` in a fork that may take so much CPU time and memory, and no more."""
 
     def run() -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -62,7 +70,7 @@ def frugal(work: Callable[[], object], seconds: float = 60, most: int = 1 << 29)
         work()
         assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10 < most
 
-    assert fork(run, seconds) == 0, f"took more than {seconds} seconds, or crashed"
+    assert fork(run, seconds) == 0, f"took more than {seconds} seconds of CPU time, or crashed"
 
 
 def limit(size: int, then: Any = signal.SIG_IGN) -> None:

@@ -65,7 +65,7 @@ def test_flipped_bits_are_refused_or_change_nothing(tmp_path: Path, good: Path, 
     content, path = (good / f"good.{kind}").read_bytes(), tmp_path / f"flipped.{kind}"
     written = torch.load(good / "good.pt")
 
-    @settings(deadline=None, database=None, max_examples=150)
+    @settings(database=None, max_examples=150)
     @given(flips=FLIPS)
     def check(flips: list[tuple[float, int]]) -> None:
         path.write_bytes(flip(content, flips))
@@ -88,7 +88,7 @@ def test_flipped_bits_are_refused_or_the_resumed_run_is_the_same(tmp_path: Path,
 
     content, path, through = (good / "good.ckpt").read_bytes(), tmp_path / "flipped.ckpt", resumed(good / "good.ckpt")
 
-    @settings(deadline=None, database=None, max_examples=60)
+    @settings(database=None, max_examples=60)
     @given(flips=FLIPS)
     def check(flips: list[tuple[float, int]]) -> None:
         path.write_bytes(flip(content, flips))

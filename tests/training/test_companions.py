@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     Timer,
 )
+from lightning.pytorch.core.module import _jit_is_scripting
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler, swa_utils
@@ -249,3 +250,27 @@ def test_learning_rates_are_seen_by_group(tmp_path: Path) -> None:
         "lr-AdamW/pg1": pytest.approx([0.5, 0.5, 0.05, 0.05]),
         "lr-AdamW/rest": pytest.approx([0.05, 0.05, 0.005, 0.005]),
     }
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_a_logger_draws_the_graph_of_the_adapted_module(tmp_path: Path, tokens: int) -> None:
+    class DrawsGraphs(CSVLogger):
+        """Traces the module as TensorBoardLogger(log_graph=True) does."""
+
+        def log_graph(self, model: Any, input_array: Any = None) -> None:
+            model.eval()
+            with _jit_is_scripting():
+                self.graph = str(torch.jit.trace(model, model.example_input_array).inlined_graph)
+            model.train()
+
+    states = []
+    for logger in (DrawsGraphs(tmp_path), CSVLogger(tmp_path)):
+        model = LitTiny()
+        model.example_input_array = torch.arange(tokens)
+        torch.manual_seed(5)
+        trainer(tmp_path, [lora()], logger=logger, enable_checkpointing=False).fit(model, data())
+        states.append(state(model))
+        if isinstance(logger, DrawsGraphs):
+            assert logger.graph.count('name="lora_A"') == 2
+    assert same(*states)

@@ -2,8 +2,10 @@
 
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import lightning as L
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import DeadAdapterWarning, LoRACallback, OptimizerError, inject_adapters
-from tests.models import ADAPTERS, LitTiny, data, lora, same, state, trainer
+from lightning_lora.training.gradients import gradients_pass
+from tests.models import ADAPTERS, LitTiny, data, lora, randomise, same, state, trainer
 
 
 class Recomputed(LitTiny):
@@ -60,6 +63,78 @@ def test_recomputation_is_torchs_own_outside_of_training(tmp_path: Path) -> None
     assert torch.utils.checkpoint.CheckpointFunction is own
     with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
         checkpoint(nn.Identity(), torch.ones(2), use_reentrant=True)
+
+
+class Turns(L.Callback):
+    """Tells that training has begun, and waits for another event."""
+
+    def __init__(self, begun: Event, wait: Event) -> None:
+        self.begun, self.wait = begun, wait
+
+    def on_train_start(self, *_: Any) -> None:
+        self.begun.set()
+        self.wait.wait()
+
+
+def recomputed() -> Recomputed:
+    model = Recomputed(reentrant=True)
+    inject_adapters(model, lora().config)
+    randomise(model)
+    return model
+
+
+def test_trainers_in_threads_let_gradients_pass_and_leave_torch_as_it_was(tmp_path: Path) -> None:
+    """The second one starts before the first ends, and trains on after it."""
+    own, alone = torch.utils.checkpoint.CheckpointFunction, recomputed()
+    trainer(tmp_path, [lora(merge=False)], enable_checkpointing=False).fit(alone, data())
+    models, (first, second, ended) = (recomputed(), recomputed()), (Event(), Event(), Event())
+
+    def fit(model: Recomputed, turns: Turns) -> None:
+        try:
+            trainer(tmp_path, [lora(merge=False), turns], enable_checkpointing=False).fit(model, data())
+        finally:
+            turns.begun.set()
+            ended.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        fits = [pool.submit(fit, models[0], Turns(first, second))]
+        first.wait()
+        fits += [pool.submit(fit, models[1], Turns(second, ended))]
+    assert all(each.exception() is None for each in fits)
+    assert torch.utils.checkpoint.CheckpointFunction is own
+    assert all(same(state(model), state(alone)) for model in models)
+
+
+def test_other_threads_recompute_as_torch_does_beside_a_trainer(tmp_path: Path) -> None:
+    found = []
+
+    def elsewhere() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # none of the inputs has requires_grad=True
+            found.append(checkpoint(nn.Linear(2, 2), torch.ones(2), use_reentrant=True).requires_grad)
+
+    class Beside(Recomputed):
+        def on_train_batch_start(self, *_: Any) -> None:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(elsewhere).result()
+
+    trainer(tmp_path, [lora()], enable_checkpointing=False).fit(Beside(reentrant=True), data())
+    assert found and not any(found)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of the inner one, without gradients
+def test_layers_that_another_thread_recomputes_train_what_is_inside() -> None:
+    """On a GPU, the backward pass runs in a thread of torch."""
+    layer = nn.Linear(2, 2)
+
+    def nested(x: Tensor) -> Tensor:
+        return checkpoint(layer, x.detach(), use_reentrant=True)
+
+    with gradients_pass():
+        output = checkpoint(nested, torch.ones(2), use_reentrant=True)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(output.sum().backward).result()
+    assert layer.weight.grad is not None
 
 
 class Skips(LitTiny):
