@@ -13,6 +13,7 @@ from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMi
 from lightning_lora.model.view import View
 from lightning_lora.storage.base_copies import is_places
 from lightning_lora.storage.fingerprint import check_base, is_fingerprints
+from lightning_lora.storage.run_state import is_checksums
 from lightning_lora.storage.state import check_names, check_tensors, entries_of
 from lightning_lora.tensors.names import join
 from lightning_lora.tensors.values import digest
@@ -135,12 +136,13 @@ def _is_plain(description: dict[Any, Any]) -> bool:
     _, config, base, changed, entries, checksum = (description.get(key) for key in known)
     copies = description.get("copies", [])
     return (
-        description.keys() <= {*known, "copies"}
+        description.keys() <= {*known, "copies", "run"}
         and isinstance(config, dict)
         and is_fingerprints(base)
         and _is_names(changed)
         and type(entries) is type(checksum) is int
         and is_places(copies)
+        and is_checksums(description.get("run", {}))
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_lora.errors import StrategyError
+from lightning_lora.errors import OptimizerError, StrategyError
 from lightning_lora.model.attach import move_adapters
 from lightning_lora.model.freeze import freeze, unfreeze
 from lightning_lora.model.record import find_record
@@ -28,6 +28,7 @@ from lightning_lora.storage.checkpoint import (
 from lightning_lora.storage.description import KEY
 from lightning_lora.storage.disk import is_local, reading, writing
 from lightning_lora.storage.fingerprint import base_dtypes, fingerprint
+from lightning_lora.storage.run_state import check_resumable
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad
@@ -74,6 +75,7 @@ class Watch:
     METHODS = (
         "load_checkpoint",
         "load_model_state_dict",
+        "load_optimizer_state_dict",
         "setup",
         "setup_optimizers",
         "lightning_module_state_dict",
@@ -158,8 +160,10 @@ class Watch:
         self.stage.adapt(self.module)
         with reading(checkpoint_path, trusted=False in (*args, kwargs.get("weights_only"))):
             checkpoint: dict[str, Any] = self._own.load_checkpoint(self.strategy, checkpoint_path, *args, **kwargs)
-        check_readable(checkpoint, checkpoint_path)
+        check_readable(checkpoint, checkpoint_path, whole=True)
         if KEY in checkpoint:
+            if self.module.trainer.state.fn == "fit" and not self.stage.has_begun:
+                check_resumable(checkpoint, checkpoint_path)
             complete_copies(self.module, checkpoint)
             return checkpoint
         rank_zero_info(
@@ -175,6 +179,27 @@ class Watch:
         self._note_base()
         load_checkpoint_state(self.module, checkpoint, whole=self.stage.states_are_read)
         self.stage.base_is_noted = self.stage.has_loaded = KEY in checkpoint
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        """Load the optimizers' states, if they fit.
+
+        Lightning leaves out optimizers or states that have no counterpart.
+
+        Raises:
+            OptimizerError: the optimizers are not those that the states are from.
+        """
+        states, optimizers = checkpoint["optimizer_states"], self.strategy.optimizers
+        try:
+            if KEY in checkpoint and len(states) != len(optimizers):
+                raise ValueError(f"it has {len(states)} states, and the module {len(optimizers)} optimizers")
+            self._own.load_optimizer_state_dict(self.strategy, checkpoint)
+        except Exception as error:
+            self.stage.has_loaded = False  # so that the module becomes what it was before
+            raise OptimizerError(
+                f"The checkpoint is of a run with other optimizers ({type(error).__name__}: {error}). Return the same "
+                "ones from configure_optimizers. Or load the adapters only, with load_adapter(model, path), and call "
+                "fit without ckpt_path."
+            ) from error
 
     def _note_base(self) -> None:
         """Take the base's fingerprint as loaded, once in a stage, before a checkpoint changes any of it."""

@@ -23,7 +23,19 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.description import FORMAT, describe
 from lightning_lora.storage.fingerprint import forms_of_base
 from tests.models import LitTiny, same, state
-from tests.storage.faults import ONE, A, adapted, forge, frugal, kinds, refused, unchanged, with_trainer
+from tests.storage.faults import (
+    ONE,
+    A,
+    adapted,
+    endless,
+    forge,
+    frugal,
+    kinds,
+    laughs,
+    refused,
+    unchanged,
+    with_trainer,
+)
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits what a process may write"),
@@ -107,20 +119,6 @@ def put(name: Any, make: Callable[[], Any]) -> Callable[[dict[str, Any]], object
 
 def say(**fields: Any) -> Callable[[dict[str, Any]], object]:
     return lambda checkpoint: checkpoint["lightning_lora"].update(fields)
-
-
-def laughs(depth: int = 40) -> list[Any]:
-    """A list that is small in a pickle, and endless for whoever walks through it."""
-    found: list[Any] = []
-    for _ in range(depth):
-        found = [found, found]
-    return found
-
-
-def endless() -> list[Any]:
-    found: list[Any] = []
-    found.append(found)
-    return found
 
 
 FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
