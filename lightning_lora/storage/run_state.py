@@ -177,10 +177,10 @@ def check_version(checkpoint: Mapping[Any, Any], path: object) -> None:
 
 
 def check_types(checkpoint: Mapping[Any, Any], path: object) -> None:
-    """Refuse a checkpoint in which an entry of Lightning's own is of another kind.
+    """Refuse a checkpoint in which entries have wrong types.
 
     Raises:
-        AdapterFileError: there is one.
+        AdapterFileError: an entry of Lightning's own is of another type than Lightning writes.
     """
     wrong = [name for name, kind in _TYPES.items() if name in checkpoint and not isinstance(checkpoint[name], kind)]
     if "loops" not in wrong and not all(isinstance(state, Mapping) for state in checkpoint.get("loops", {}).values()):

@@ -7,8 +7,10 @@ Trainer always calls the strategy at these moments.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -26,7 +28,7 @@ from lightning_lora.storage.checkpoint import (
     load_checkpoint_state,
 )
 from lightning_lora.storage.description import KEY
-from lightning_lora.storage.disk import is_local, reading, writing
+from lightning_lora.storage.disk import check_path, check_whole, local_path, opened, reading, trusts_all_files, writing
 from lightning_lora.storage.fingerprint import base_dtypes, fingerprint
 from lightning_lora.storage.run_state import check_resumable
 from lightning_lora.storage.state import adapter_state_dict
@@ -158,8 +160,7 @@ class Watch:
         if self.stage.runs_merged:
             self.stage.unmerge(self.module)
         self.stage.adapt(self.module)
-        with reading(checkpoint_path, trusted=False in (*args, kwargs.get("weights_only"))):
-            checkpoint: dict[str, Any] = self._own.load_checkpoint(self.strategy, checkpoint_path, *args, **kwargs)
+        checkpoint: dict[str, Any] = self._read(checkpoint_path, *args, **kwargs)
         check_readable(checkpoint, checkpoint_path, whole=True)
         if KEY in checkpoint:
             if self.module.trainer.state.fn == "fit" and not self.stage.has_begun:
@@ -170,6 +171,26 @@ class Watch:
             f"{checkpoint_path} holds a full model and no adapters: it is loaded as the base of the fine-tune."
         )
         return as_base(checkpoint)
+
+    def _read(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Let the strategy read a file, of plain types only unless the user trusts it."""
+        check_path(path)
+        is_trusted = False in (*args, kwargs.get("weights_only")) or trusts_all_files()
+        by_torch = self._is_of_torch()
+        with reading(path):
+            check_whole(path, may_be_old=is_trusted or not by_torch)
+            if is_trusted:
+                return self._own.load_checkpoint(self.strategy, path, *args, **kwargs)
+            if "weights_only" in signature(self._own.load_checkpoint).parameters:
+                return self._own.load_checkpoint(self.strategy, path, weights_only=True)
+            if not by_torch:
+                return self._own.load_checkpoint(self.strategy, path)
+            with opened(path) as file:  # Lightning before 2.6 cannot be told to accept only plain types
+                return torch.load(file, map_location="cpu", weights_only=True)
+
+    def _is_of_torch(self) -> bool:
+        """Whether files are written and read by torch.save and torch.load, at once."""
+        return type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO"  # in both Lightning packages
 
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Load what training changed.
@@ -239,8 +260,7 @@ class Watch:
         """
         if find_record(self.module) is not None:
             checkpoint = adapter_only(self.module, checkpoint)
-        writes_at_once = type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO"  # in both Lightning packages
-        beside = writes_at_once and self.strategy.is_global_zero and is_local(filepath)
+        beside = self._is_of_torch() and self.strategy.is_global_zero and local_path(filepath) is not None
         with writing(filepath, beside=beside) as path:
             self._own.save_checkpoint(self.strategy, checkpoint, path, storage_options)
 
