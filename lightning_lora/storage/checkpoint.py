@@ -14,7 +14,7 @@ from lightning_lora.storage.base_copies import MOVED, leave_out_base, put_base_b
 from lightning_lora.storage.description import KEY, check_checksum, check_fits, describe, stored_config
 from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.storage.run_state import check_run, check_types, check_version, run_checksums
-from lightning_lora.storage.state import without_base, write_state
+from lightning_lora.storage.state import NOTE, without_base, write_state
 from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
 
 
@@ -35,7 +35,17 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]
             states[key] = {name: _alone(value) for name, value in without_base(view, checkpoint[key]).items()}
     held = {**rest, **states}
     about = describe(view, states["state_dict"], base, copies=places, run=run_checksums(_run(held)))
-    return {**held, KEY: about}
+    return {**held, "state_dict": {NOTE: torch.empty(0), **states["state_dict"]}, KEY: about}
+
+
+def drop_note(checkpoint: object) -> None:
+    """Remove the note for readers that do not know this package.
+
+    Everything else in the file has been described without it.
+    """
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if isinstance(state, dict):
+        state.pop(NOTE, None)
 
 
 def _run(checkpoint: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -1,8 +1,6 @@
 """Save and load adapters without a Trainer."""
 
 import json
-import warnings
-from io import BytesIO
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -19,7 +17,8 @@ from lightning_lora.model.record import find_record
 from lightning_lora.model.remember import keep_record, view_of
 from lightning_lora.model.undo import undone_on_error
 from lightning_lora.model.view import View
-from lightning_lora.storage.checkpoint import as_base, check_readable
+from lightning_lora.storage.build import build
+from lightning_lora.storage.checkpoint import check_readable, drop_note
 from lightning_lora.storage.description import (
     KEY,
     check_checksum,
@@ -172,7 +171,9 @@ def _read(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
         with local.open("rb") as file:
             is_zip = is_archive(file)
         if is_zip:
-            return torch.load(local, map_location="cpu", weights_only=weights_only)
+            contents = torch.load(local, map_location="cpu", weights_only=weights_only)
+            drop_note(contents)
+            return contents
         with safe_open(local, "pt") as file:
             names, description = file.keys(), json.loads((file.metadata() or {}).get(KEY, "null"))
             if description is None:
@@ -225,13 +226,9 @@ def load_from_checkpoint(
         raise AdapterFileError(f"{path} is an adapter file. Build the model, then call load_adapter(model, path).")
     check_readable(checkpoint, path)
     state, description = _adapters_in(checkpoint["state_dict"], checkpoint.get(KEY), path)
-    shell = BytesIO()  # a checkpoint without run and weights, from which Lightning builds the model
-    torch.save({**as_base(checkpoint), "state_dict": {}}, shell)
-    shell.seek(0)
-    options = {**kwargs, "strict": False} | ({} if weights_only else {"weights_only": False})
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="(Found keys|The state dict)")
-        model = cls.load_from_checkpoint(shell, map_location="cpu", **options)
+    kwargs.pop("strict", None)
+    options = kwargs if weights_only else {**kwargs, "weights_only": False}
+    model, state = build(cls, {**checkpoint, "state_dict": state}, **options)
     _put(model, state, description)
     if merge:
         merge_adapters(model)

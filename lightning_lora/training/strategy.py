@@ -25,6 +25,7 @@ from lightning_lora.storage.checkpoint import (
     as_base,
     check_readable,
     complete_copies,
+    drop_note,
     load_checkpoint_state,
 )
 from lightning_lora.storage.description import KEY
@@ -161,6 +162,7 @@ class Watch:
             self.stage.unmerge(self.module)
         self.stage.adapt(self.module)
         checkpoint: dict[str, Any] = self._read(checkpoint_path, *args, **kwargs)
+        drop_note(checkpoint)
         check_readable(checkpoint, checkpoint_path, whole=True)
         if KEY in checkpoint:
             if self.module.trainer.state.fn == "fit" and not self.stage.has_begun:

@@ -22,6 +22,7 @@ from lightning_lora import AdapterFileError, AdapterMismatchError, BaseMismatchE
 from lightning_lora.model.view import View
 from lightning_lora.storage.description import FORMAT, describe
 from lightning_lora.storage.fingerprint import forms_of_base
+from tests.cases import held
 from tests.models import LitTiny, same, state
 from tests.storage.faults import (
     ONE,
@@ -221,13 +222,13 @@ def test_adapters_that_diverged_are_refused_though_their_file_is_whole(
 ) -> None:
     def change(checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"][name] = value
-        checkpoint["lightning_lora"] = describe(view := View(adapted()), checkpoint["state_dict"], forms_of_base(view))
+        checkpoint["lightning_lora"] = describe(view := View(adapted()), held(checkpoint), forms_of_base(view))
 
     forge(tmp_path / "a.ckpt", good, change)
     refused(tmp_path / "a.ckpt")
     written = torch.load(tmp_path / "a.ckpt")
     said = {"lightning_lora": json.dumps(written["lightning_lora"])}
-    save_file(written["state_dict"], tmp_path / "a.safetensors", said)
+    save_file(held(written), tmp_path / "a.safetensors", said)
     refused(tmp_path / "a.safetensors", "load_adapter")
 
 

@@ -13,6 +13,7 @@ from lightning_lora import AdapterFileError, LoRAError
 from lightning_lora.model.view import View
 from lightning_lora.storage.description import describe
 from lightning_lora.storage.fingerprint import forms_of_base
+from tests.cases import held
 from tests.models import LitTiny, best, data, lora, same, state, trainer
 from tests.storage.faults import adapted
 
@@ -115,7 +116,7 @@ def test_a_file_that_was_cut_by_hand_is_refused_or_without_checksums_stays_cut(t
         with pytest.raises(AdapterFileError, match=r"'callbacks' (was changed|is missing)"):
             getattr(trainer(tmp_path, [lora(merge=False), Keeps()]), stage)(LitTiny(), data(), ckpt_path=file)
     copies, view = checkpoint["lightning_lora"]["copies"], View(adapted())
-    about = describe(view, checkpoint["state_dict"], forms_of_base(view), copies=copies)
+    about = describe(view, held(checkpoint), forms_of_base(view), copies=copies)
     torch.save(checkpoint | {"lightning_lora": about}, file)  # as earlier versions wrote it
     callbacks = [lora(merge=False), keeps := Keeps()]
     t = trainer(tmp_path, callbacks, enable_checkpointing=False)

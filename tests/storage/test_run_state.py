@@ -16,6 +16,7 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.description import describe
 from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.storage.run_state import check_run, run_checksums
+from tests.cases import held
 from tests.models import LitTiny, best, data, lora, trainer
 from tests.storage.faults import adapted, endless, laughs, unchanged
 
@@ -109,7 +110,7 @@ def without_checksums(path: Path, change: Callable[[dict[str, Any]], object]) ->
     """A file as an earlier version would have written it, with a change."""
     checkpoint = torch.load(path, weights_only=True)
     view = View(adapted())
-    checkpoint["lightning_lora"] = describe(view, checkpoint["state_dict"], forms_of_base(view))
+    checkpoint["lightning_lora"] = describe(view, held(checkpoint), forms_of_base(view))
     change(checkpoint)
     return checkpoint
 

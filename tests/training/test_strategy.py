@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_lora import StrategyError, load_adapter
-from tests.cases import StopError, tensors
+from tests.cases import StopError, held, tensors
 from tests.models import TRAINED, WIDTH, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
 from tests.training.cases import (
     ON_EXCEPTION,
@@ -51,7 +51,7 @@ def test_each_file_holds_the_adapters_of_its_step_and_goes_on(tmp_path: Path, sa
     for file in files[:: max(1, len(files) // 3)]:
         checkpoint = torch.load(file, weights_only=True)
         assert same_parts(
-            checkpoint["state_dict"], {name: steps.after[checkpoint["global_step"] - 1][name] for name in TRAINED}
+            held(checkpoint), {name: steps.after[checkpoint["global_step"] - 1][name] for name in TRAINED}
         )
         again = LitTiny()
         t = trainer(tmp_path, [lora()], max_epochs=3, enable_checkpointing=False)
@@ -94,11 +94,11 @@ def test_resumed_run_that_fails_before_its_first_step_keeps_what_was_trained(tmp
     with pytest.raises(StopError):
         t.fit(LitTiny(), Stateful(), data())
     (file,) = tmp_path.rglob("on_exception*.ckpt")
-    before, model = torch.load(file, weights_only=True)["state_dict"], LitTiny()
+    before, model = held(torch.load(file, weights_only=True)), LitTiny()
     t = trainer(tmp_path, [lora(), ON_EXCEPTION[kind](tmp_path)], max_epochs=3)
     with pytest.raises(StopError):
         t.fit(model, datamodule=Unreadable(), ckpt_path=file)
-    assert same(torch.load(file, weights_only=True)["state_dict"], before)
+    assert same(held(torch.load(file, weights_only=True)), before)
     assert same({name: state(model)[name] for name in before}, before)
 
 
