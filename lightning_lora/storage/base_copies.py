@@ -38,7 +38,7 @@ def leave_out_base(view: View, checkpoint: Mapping[str, Any]) -> tuple[dict[str,
     """
     known = _Known(view)
     places: list[Place] = []
-    inside: set[int] = set()
+    done: dict[int, Any] = {}  # a value that is held twice is walked once, and stays one value in the file
 
     def without(value: Any, place: Place) -> Any:
         if type(value) in (Tensor, nn.Parameter):
@@ -47,16 +47,17 @@ def leave_out_base(view: View, checkpoint: Mapping[str, Any]) -> tuple[dict[str,
                 return value
             places.append([*place, name, str(value.dtype).removeprefix("torch."), type(value).__name__])
             return None
-        if type(value) not in (dict, OrderedDict, defaultdict, list) or id(value) in inside:
+        if type(value) not in (dict, OrderedDict, defaultdict, list):
             return value
-        inside.add(id(value))
-        result = value
+        if id(value) in done:
+            return done[id(value)]
+        done[id(value)] = result = value
         for key, old in enumerate(value) if isinstance(value, list) else list(value.items()):
             new = without(old, [*place, key]) if type(key) in (str, int) else old
             if new is not old:
                 result = copy(value) if result is value else result
                 result[key] = new
-        inside.discard(id(value))
+        done[id(value)] = result
         return result
 
     return {k: v if k in _OURS else without(v, [k]) for k, v in checkpoint.items()}, places

@@ -13,15 +13,16 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.base_copies import MOVED, leave_out_base, put_base_back
 from lightning_lora.storage.description import KEY, check_checksum, check_fits, describe, stored_config
 from lightning_lora.storage.fingerprint import note_changed
-from lightning_lora.storage.state import without_base, write_state
+from lightning_lora.storage.run_state import check_run, check_types, check_version, run_checksums
+from lightning_lora.storage.state import NOTE, without_base, write_state
 from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
 
 
 def adapter_only(model: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return ``checkpoint`` without the base, ready to be written.
 
-    Of the model, it holds only what training changed, and a description of it. If code other than an optimizer changes
-    a frozen weight after the run began, the weight is stored from then on.
+    Of the model, it holds only what training changed, and a description of it, with checksums of all entries. If code
+    other than an optimizer changes a frozen weight after the run began, the weight is stored from then on.
 
     Raises:
         AdapterStateError: ``model`` has no adapters.
@@ -32,7 +33,24 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]
     for key in ("state_dict", MOVED):
         if key in checkpoint:
             states[key] = {name: _alone(value) for name, value in without_base(view, checkpoint[key]).items()}
-    return {**rest, **states, KEY: describe(view, states["state_dict"], base, copies=places)}
+    held = {**rest, **states}
+    about = describe(view, states["state_dict"], base, copies=places, run=run_checksums(_run(held)))
+    return {**held, "state_dict": {NOTE: torch.empty(0), **states["state_dict"]}, KEY: about}
+
+
+def drop_note(checkpoint: object) -> None:
+    """Remove the note for readers that do not know this package.
+
+    Everything else in the file has been described without it.
+    """
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if isinstance(state, dict):
+        state.pop(NOTE, None)
+
+
+def _run(checkpoint: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Everything except the model's state, which has a checksum of its own, and the description."""
+    return {key: value for key, value in checkpoint.items() if key not in ("state_dict", KEY)}
 
 
 def _alone(value: Any) -> Any:
@@ -43,23 +61,28 @@ def _alone(value: Any) -> Any:
     return value if exact else value.clone(memory_format=torch.contiguous_format)
 
 
-def check_readable(checkpoint: object, path: object) -> None:
+def check_readable(checkpoint: object, path: object, *, whole: bool = False) -> None:
     """Refuse what is not a valid Lightning checkpoint.
 
+    Args:
+        checkpoint: What was read.
+        path: The file.
+        whole: Also refuse a file of adapters without some of the entries that were written.
+
     Raises:
-        AdapterFileError: ``checkpoint`` is not a Lightning checkpoint, or its adapters are not as they were written.
+        AdapterFileError: ``checkpoint`` is not a Lightning checkpoint, or it is not as it was written.
     """
     if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("state_dict"), Mapping):
         raise AdapterFileError(
             f"{path} is not a Lightning checkpoint: it has no 'state_dict'. Pass one that a Trainer wrote."
         )
-    if "pytorch-lightning_version" not in checkpoint:
-        raise AdapterFileError(
-            f"{path} is not a Lightning checkpoint: it has no version. Pass one that a Trainer wrote."
-        )
+    check_version(checkpoint, path)
     if KEY in checkpoint:
         stored_config(checkpoint[KEY])
         check_checksum(checkpoint["state_dict"], checkpoint[KEY], path)
+        check_types(checkpoint, path)
+        if "run" in checkpoint[KEY]:  # files of earlier versions have no such entry
+            check_run(_run(checkpoint), checkpoint[KEY]["run"], path, whole=whole)
 
 
 def as_base(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

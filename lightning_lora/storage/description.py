@@ -17,6 +17,7 @@ from lightning_lora.storage.base_copies import is_places
 from lightning_lora.storage.fingerprint import base_tensors, check_base, is_fingerprints
 from lightning_lora.storage.layout import is_layers, layers_of
 from lightning_lora.storage.renaming import Renaming
+from lightning_lora.storage.run_state import is_checksums
 from lightning_lora.storage.state import check_names, check_tensors, entries_of
 from lightning_lora.tensors.names import join
 from lightning_lora.tensors.values import digest
@@ -158,7 +159,7 @@ def _is_plain(description: dict[Any, Any]) -> bool:
     """Whether each entry has the expected type, so that it is safe to use."""
     known = ("format", "config", "base", "changed", "entries", "checksum")
     _, config, base, changed, entries, checksum = (description.get(key) for key in known)
-    copies, frozen, layers, root = (description.get(key, default) for key, default in _OPTIONAL.items())
+    copies, frozen, layers, root, run = (description.get(key, default) for key, default in _OPTIONAL.items())
     return (
         description.keys() <= {*known, *_OPTIONAL}
         and isinstance(config, dict)
@@ -169,10 +170,11 @@ def _is_plain(description: dict[Any, Any]) -> bool:
         and _is_names(frozen)
         and is_layers(layers)
         and isinstance(root, str)
+        and is_checksums(run)
     )
 
 
-_OPTIONAL: dict[str, Any] = {"copies": [], "frozen": [], "layers": [], "root": ""}
+_OPTIONAL: dict[str, Any] = {"copies": [], "frozen": [], "layers": [], "root": "", "run": {}}
 
 
 def _is_names(value: object) -> bool:

@@ -5,15 +5,22 @@ Reading runs no code, and takes no more memory than the file has bytes.
 
 import errno
 import glob
+import itertools
 import os
 import pickletools
+import platform
+import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
+from tempfile import TemporaryDirectory
 from typing import Any
+
+import fsspec
+from fsspec.core import url_to_fs
 
 from lightning_lora.errors import AdapterFileError
 
@@ -26,7 +33,8 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
 
     Args:
         path: The place of the file.
-        beside: Whether to write a temporary file. If not, ``path`` itself is written, and only errors are handled.
+        beside: Whether to write a temporary file. If not, or if ``path`` is on another machine, ``path`` itself is
+            written, and only errors are handled.
 
     Yields:
         The path to write to.
@@ -35,8 +43,9 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
         AdapterFileError: the file cannot be written. A file that was there before does not change.
     """
     check_path(path)
-    target = Path(path).expanduser().resolve() if beside else None  # the target of a link, so that the link stays
-    part = target.with_name(f"{_part_prefix(target)}{os.getpid()}.part") if target else None
+    local = local_path(path) if beside else None
+    target = local.resolve() if local else None  # the target of a link, so that the link stays
+    part = target.with_name(f"{_part_prefix(target)}{os.getpid()}.{next(_PARTS)}.part") if target else None
     if target and target.exists() and not target.is_file():
         raise AdapterFileError(f"{path} already exists and is not a file. Choose another name.")
     if target:
@@ -47,7 +56,7 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
             if not part.exists():  # Lightning gives no error when it has no permission to write
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target.parent))
             part.replace(target)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+    except (OSError, RuntimeError, ImportError, ValueError) as error:  # as torch and fsspec report a failed write
         raise AdapterFileError(
             f"{path} could not be written ({type(error).__name__}: {error}). The model and its training are as they "
             "were. Free space on the disk, or choose a folder that can be written, and save again."
@@ -58,106 +67,185 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
                 part.unlink()
 
 
+_PARTS = itertools.count()
+"""Numbers for the temporary files of this process, whose threads may write one file at the same time."""
+
+
 def _part_prefix(target: Path) -> str:
-    """The prefix of temporary files for ``target``. It is short, because the length of names is limited."""
-    return f".{target.name[:64]}.{zlib.crc32(target.name.encode()):08x}."
+    """The prefix of this machine's temporary files for ``target``. It is short, because long names are refused."""
+    machine = zlib.crc32(platform.node().encode())
+    return f".{target.name[:32]}.{zlib.crc32(target.name.encode()):08x}.{machine:08x}."
 
 
 def _clear_parts(target: Path) -> None:
-    """Delete temporary files for ``target`` that killed processes have left."""
+    """Delete temporary files for ``target`` that killed processes of this machine have left."""
     for part in target.parent.glob(f"{glob.escape(_part_prefix(target))}*.part") if os.name == "posix" else ():
         with suppress(OSError, ValueError):
             try:
-                os.kill(int(part.suffixes[-2][1:]), 0)
+                os.kill(int(part.suffixes[-3][1:]), 0)
             except ProcessLookupError:
                 part.unlink()
 
 
-def check_path(path: Any) -> None:
+def check_path(path: Any, *, may_be_open: bool = False) -> None:
     """Refuse what is not a path, such as a model.
+
+    Args:
+        path: A path or a URL.
+        may_be_open: Whether an open binary file is also right.
 
     Raises:
         AdapterFileError: ``path`` is not a path.
     """
-    if not isinstance(path, str | os.PathLike):
+    if not isinstance(path, str | os.PathLike) and not (may_be_open and hasattr(path, "read")):
         raise AdapterFileError(
             f"Expected a path, but a {type(path).__name__} was given. Pass the model first, then the path."
         )
 
 
-def is_local(path: Any) -> bool:
-    """Whether ``path`` is in this machine's file system.
+# Places
+
+
+def local_path(path: Any) -> Path | None:
+    """Return the path in this machine's file system, or None.
 
     Example:
-        >>> is_local("runs/a.ckpt"), is_local("s3://bucket/a.ckpt")
-        (True, False)
+        >>> local_path("runs/a.ckpt"), local_path("file:///runs/a.ckpt"), local_path("s3://bucket/a.ckpt")
+        (PosixPath('runs/a.ckpt'), PosixPath('/runs/a.ckpt'), None)
     """
-    return isinstance(path, str | os.PathLike) and "://" not in str(path)
+    if not isinstance(path, str | os.PathLike):
+        return None
+    place = os.fspath(path)
+    if place.startswith(("file://", "local://")):
+        place = url_to_fs(place)[1]
+    return None if "://" in place else Path(os.path.expanduser(place))  # noqa: PTH111  # as Lightning does
 
 
 @contextmanager
-def reading(path: Any, *, trusted: bool = False) -> Iterator[None]:
+def opened(source: Any) -> Iterator[Any]:
+    """Open a path or a URL to read bytes, or yield an open file as it is."""
+    local = local_path(source)
+    if hasattr(source, "read"):
+        yield source
+    elif local is not None:
+        with local.open("rb") as file:
+            yield file
+    else:
+        with fsspec.open(os.fspath(source), "rb") as file:
+            yield file
+
+
+@contextmanager
+def on_this_machine(source: Any) -> Iterator[Path]:
+    """Yield the path of a file with the contents of ``source``.
+
+    It is a temporary copy if ``source`` is a URL or an open file.
+    """
+    local = local_path(source)
+    if local is not None:
+        yield local
+        return
+    with TemporaryDirectory() as folder, opened(source) as contents:
+        copy = Path(folder) / "copy"
+        with copy.open("wb") as file:
+            shutil.copyfileobj(contents, file)
+        yield copy
+
+
+# Read
+
+
+@contextmanager
+def reading(source: Any) -> Iterator[None]:
     """Read a file that torch or safetensors wrote.
 
-    The file is checked first. Errors inside the block become :class:`AdapterFileError`.
+    Errors inside the block become :class:`AdapterFileError`.
 
     Args:
-        path: The file. A file on another machine is not checked.
-        trusted: Allow the file to run code. Otherwise every loader, Lightning's too, accepts only plain types.
+        source: The file.
 
     Raises:
         FileNotFoundError, PermissionError: as the reader raises them.
         AdapterFileError: it is not a file, is truncated or damaged, or holds more than plain types.
     """
-    check_path(path)
-    before = os.environ.get(_FORCE)
     try:
-        _check_whole(path)
-        if not trusted and os.environ.get(_TRUST, "0").lower() not in _TRUE:
-            os.environ[_FORCE] = "1"
         yield
     except (AdapterFileError, FileNotFoundError, PermissionError):
         raise
     except UnpicklingError as error:
         raise AdapterFileError(
-            f"{path} holds more than plain types, and loading it could run code: {_first_line(error)} If you trust it, "
-            f"pass weights_only=False (with lightning before 2.6, set {_TRUST}=1), or name the types in "
+            f"{source} holds more than plain types, and loading it could run code: {_first_line(error)} If you trust "
+            f"it, pass weights_only=False (with lightning before 2.6, set {_TRUST}=1), or name the types in "
             "torch.serialization.add_safe_globals."
         ) from error
     except Exception as error:
         raise AdapterFileError(
-            f"{path} cannot be read: it is truncated, damaged or of another kind ({type(error).__name__}: "
+            f"{source} cannot be read: it is truncated, damaged or of another kind ({type(error).__name__}: "
             f"{_first_line(error)}). Pass a file that save_adapter or a Trainer with LoRACallback wrote."
         ) from error
-    finally:
-        os.environ.pop(_FORCE, None)
-        if before is not None:
-            os.environ[_FORCE] = before
 
 
-_FORCE, _TRUST = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+_TRUST = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _TRUE = ("1", "y", "yes", "true")
-"""Values of these variables that torch reads as true."""
+"""Values of this variable that torch reads as true."""
 
 
-def _check_whole(path: Any) -> None:
+def trusts_all_files() -> bool:
+    """Whether the user allows all files to run code, by torch's variable."""
+    return os.environ.get(_TRUST, "0").lower() in _TRUE
+
+
+def check_whole(path: Any, source: Any = None, *, may_be_old: bool = False) -> None:
     """Refuse a damaged archive of torch: torch itself does not check it.
+
+    Args:
+        path: The file. What does not exist, or is downloaded by torch (http), is left to the reader.
+        source: What errors call it, if ``path`` is a copy.
+        may_be_old: Whether the file may be of another kind than an archive, such as the format of torch before 1.6.
 
     Raises:
         AdapterFileError: it is not a file, its checksums do not match, or it would unpack to more than its size.
     """
-    path = os.path.expanduser(path) if is_local(path) else path  # noqa: PTH111  # as Lightning does
-    if not is_local(path) or not os.path.exists(path):  # noqa: PTH110  # Path raises if a name is too long
+    local, source = local_path(path), path if source is None else source
+    if local is None and str(path).startswith("http"):
         return
-    if not Path(path).is_file():
-        raise AdapterFileError(f"{path} is not a file. Pass a .safetensors file or a Trainer's .ckpt file.")
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            claimed = sum(record.file_size for record in archive.infolist())
-            size = Path(path).stat().st_size
-            broken = "its records" if claimed > size else archive.testzip() or _inflating(archive, size)
-        if broken:
-            raise AdapterFileError(f"{path} is damaged: {broken} cannot be what was written. Use another checkpoint.")
+    if local is not None and not os.path.exists(local):  # noqa: PTH110  # Path raises if a name is too long
+        return
+    if local is not None and not local.is_file():
+        raise AdapterFileError(f"{source} is not a file. Pass a .safetensors file or a Trainer's .ckpt file.")
+    with opened(path) as file:
+        if not (may_be_old or is_archive(file)):
+            raise AdapterFileError(
+                f"{source} is no archive of torch: it is truncated, of another kind, or in the format of torch before "
+                "1.6, which cannot be read safely. If you trust it, write it again: "
+                "torch.save(torch.load(path, weights_only=False), path)."
+            )
+        broken = _broken(file) if zipfile.is_zipfile(file) else None
+    if broken:
+        raise AdapterFileError(f"{source} is damaged: {broken} cannot be what was written. Use another checkpoint.")
+
+
+def is_archive(file: Any) -> bool:
+    """Whether torch will read an open file as an archive.
+
+    Otherwise it would read it in its old format.
+    """
+    return bool(file.read(4) == b"PK\3\4")
+
+
+def _broken(file: Any) -> str | None:
+    """The record of an archive that is not as it was written, or None."""
+    size = file.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        if sum(record.file_size for record in records) > size:
+            return "its records"
+        folders = (record.filename for record in records if record.is_dir() or record.external_attr & _FOLDER)
+        return next(folders, None) or archive.testzip() or _inflating(archive, size)
+
+
+_FOLDER = 0x10
+"""The attribute of a folder. Torch reads nothing of such a record, and gives memory as it happens to be."""
 
 
 def _inflating(archive: zipfile.ZipFile, size: int) -> str | None:

@@ -1,11 +1,10 @@
 """Save and load adapters without a Trainer."""
 
 import json
-import warnings
-from io import BytesIO
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
+import fsspec
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -18,7 +17,8 @@ from lightning_lora.model.record import find_record
 from lightning_lora.model.remember import keep_record, view_of
 from lightning_lora.model.undo import undone_on_error
 from lightning_lora.model.view import View
-from lightning_lora.storage.checkpoint import as_base, check_readable
+from lightning_lora.storage.build import build
+from lightning_lora.storage.checkpoint import check_readable, drop_note
 from lightning_lora.storage.description import (
     KEY,
     check_checksum,
@@ -27,7 +27,15 @@ from lightning_lora.storage.description import (
     describe,
     stored_config,
 )
-from lightning_lora.storage.disk import check_path, reading, writing
+from lightning_lora.storage.disk import (
+    check_path,
+    check_whole,
+    is_archive,
+    local_path,
+    on_this_machine,
+    reading,
+    writing,
+)
 from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.storage.renaming import renamed, renaming_for
 from lightning_lora.storage.state import adapter_state_dict, write_state
@@ -43,8 +51,9 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 
     Args:
         model: A model with adapters: on its layers, or merged by ``merge_adapters`` or a finished fit.
-        path: The file, with a name that ends in ``.safetensors``. It is written under another name and then moved, so
-            it is never incomplete.
+        path: The file, with a name that ends in ``.safetensors``, or a URL that fsspec can write, such as
+            ``"s3://..."``. A file on this machine is written under another name and then moved, so it is never
+            incomplete.
 
     Raises:
         AdapterStateError: ``model`` has no adapters, or they are on the meta device, or hold NaN or infinite values.
@@ -53,11 +62,11 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         FileNotFoundError: the folder does not exist.
     """
     check_path(path)
-    path = Path(path).expanduser()
-    _check_name(path)
+    local = local_path(path)
+    _check_name(path, local)
     state = adapter_state_dict(model)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"The folder {path.parent} does not exist. Make it first.")
+    if local is not None and not local.parent.is_dir():
+        raise FileNotFoundError(f"The folder {local.parent} does not exist. Make it first.")
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
         raise AdapterFileError(
@@ -80,22 +89,28 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         raise AdapterFileError(
             f"safetensors cannot hold one of {kinds}: {type(error).__name__}: {error}. Save with the Trainer instead."
         ) from error
-    with writing(path) as beside:
-        beside.write_bytes(contents)
+    with writing(path, beside=local is not None) as place:
+        if local is not None:
+            place.write_bytes(contents)
+        else:
+            with fsspec.open(place, "wb") as file:
+                file.write(contents)
 
 
-def _check_name(path: Path) -> None:
+def _check_name(given: str | Path, local: Path | None) -> None:
     """Refuse a name that would hide the format from other programs."""
-    if path.suffix == ".safetensors":
+    if str(given).endswith(".safetensors"):
         return
+    path = local or PurePosixPath(str(given).rpartition("/")[2])
     stem = path.stem if path.suffix in (".ckpt", ".pt", ".pth", ".bin") else path.name
-    name = path / "adapter.safetensors" if path.is_dir() else path.with_name(f"{stem}.safetensors")
+    is_folder = local is not None and local.is_dir()
+    name = path / "adapter.safetensors" if is_folder else path.with_name(f"{stem}.safetensors")
     raise AdapterFileError(
-        f"save_adapter writes safetensors, and {str(path)!r} does not end in .safetensors. Use {str(name)!r}."
+        f"save_adapter writes safetensors, and {str(given)!r} does not end in .safetensors. Use {str(name)!r}."
     )
 
 
-def load_adapter(model: nn.Module, path: str | Path) -> None:
+def load_adapter(model: nn.Module, path: str | Path | IO[bytes]) -> None:
     """Load the adapters of a file into ``model``.
 
     After an error, the model is as it was before.
@@ -104,7 +119,8 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
         model: The base model that the adapters were trained on. If it has no adapters yet, it is adapted as the file
             says. A model that a finished fit has merged gets its base back first. It may also be the model inside the
             LightningModule that was saved, or a LightningModule around the model that was saved.
-        path: A file that :func:`save_adapter` or a Trainer with ``LoRACallback`` wrote.
+        path: A file that :func:`save_adapter` or a Trainer with ``LoRACallback`` wrote: its path, a URL that fsspec
+            can read, or the open file, in binary mode.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -153,7 +169,7 @@ def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any]) -
         raise
 
 
-def read_adapter_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_adapter_file(path: str | Path | IO[bytes]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the state and the description in a file.
 
     No code in the file is run.
@@ -168,15 +184,18 @@ def read_adapter_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]
     return _adapters_in(contents["state_dict"], contents.get(KEY), path)
 
 
-def _read(path: str | Path, *, weights_only: bool) -> Any:
+def _read(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
     """The contents of a ``.ckpt`` or ``.safetensors`` file, in the form of a checkpoint."""
-    with reading(path, trusted=not weights_only):
-        path = Path(path).expanduser()
-        with path.open("rb") as file:
-            is_zip = file.read(2) == b"PK"
+    check_path(path, may_be_open=True)
+    with reading(path), on_this_machine(path) as local:
+        check_whole(local, path, may_be_old=True)
+        with local.open("rb") as file:
+            is_zip = is_archive(file)
         if is_zip:
-            return torch.load(path, map_location="cpu", weights_only=weights_only)
-        with safe_open(path, "pt") as file:
+            contents = torch.load(local, map_location="cpu", weights_only=weights_only)
+            drop_note(contents)
+            return contents
+        with safe_open(local, "pt") as file:
             names, description = file.keys(), json.loads((file.metadata() or {}).get(KEY, "null"))
             if description is None:
                 return {"state_dict": {}}
@@ -199,7 +218,7 @@ def _adapters_in(state: dict[str, Any], description: Any, path: object) -> tuple
 
 def load_from_checkpoint(
     cls: "type[Module]",
-    path: str | Path,
+    path: str | Path | IO[bytes],
     *,
     merge: bool = False,
     map_location: Any = None,
@@ -213,7 +232,7 @@ def load_from_checkpoint(
     Args:
         cls: The LightningModule's class. It is built from the stored hyperparameters, so its own code must load the
             pretrained weights.
-        path: The ``.ckpt`` file.
+        path: The ``.ckpt`` file: its path, a URL that fsspec can read, or the open file, in binary mode.
         merge: Return a plain model with the updates merged, instead of an adapted model.
         map_location: The device of the model, as in Lightning's method.
         weights_only: Set this to False for a file that you trust, if its hyperparameters are not plain types.
@@ -228,13 +247,9 @@ def load_from_checkpoint(
         raise AdapterFileError(f"{path} is an adapter file. Build the model, then call load_adapter(model, path).")
     check_readable(checkpoint, path)
     state, description = _adapters_in(checkpoint["state_dict"], checkpoint.get(KEY), path)
-    shell = BytesIO()  # a checkpoint without run and weights, from which Lightning builds the model
-    torch.save({**as_base(checkpoint), "state_dict": {}}, shell)
-    shell.seek(0)
-    options = {**kwargs, "strict": False} | ({} if weights_only else {"weights_only": False})
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="(Found keys|The state dict)")
-        model = cls.load_from_checkpoint(shell, map_location="cpu", **options)
+    kwargs.pop("strict", None)
+    options = kwargs if weights_only else {**kwargs, "weights_only": False}
+    model, state = build(cls, {**checkpoint, "state_dict": state}, **options)
     _put(model, state, description)
     if merge:
         merge_adapters(model)

@@ -19,6 +19,9 @@ from lightning_lora.model.view import View
 from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
 from lightning_lora.tensors.values import digest, same_bits
 
+NOTE = "this file holds only adapters: load it with lightning_lora.load_from_checkpoint(cls, path)"
+"""An entry of a checkpoint's state, without values. Whoever loads the file as a full one is told this name."""
+
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
     """Return everything that training changed, and nothing else.
@@ -65,6 +68,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     check_as_merged(model)
     view = view_of(model)
     entries = entries_of(view)
+    state = {name: value for name, value in state.items() if name != NOTE}
     check_names(view, entries, state)
     check_tensors(view, entries, state)
     write_state(model, state)

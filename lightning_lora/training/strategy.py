@@ -8,12 +8,14 @@ Trainer always calls the strategy at these moments.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
+from inspect import signature
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_lora.errors import StrategyError
+from lightning_lora.errors import OptimizerError, StrategyError
 from lightning_lora.model.attach import move_adapters
 from lightning_lora.model.freeze import freeze, unfreeze
 from lightning_lora.model.record import find_record
@@ -24,11 +26,13 @@ from lightning_lora.storage.checkpoint import (
     as_base,
     check_readable,
     complete_copies,
+    drop_note,
     load_checkpoint_state,
 )
 from lightning_lora.storage.description import KEY, stored_config
-from lightning_lora.storage.disk import is_local, reading, writing
+from lightning_lora.storage.disk import check_path, check_whole, local_path, opened, reading, trusts_all_files, writing
 from lightning_lora.storage.fingerprint import base_dtypes, fingerprint
+from lightning_lora.storage.run_state import check_resumable
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad
@@ -91,6 +95,7 @@ class Watch:
     METHODS = (
         "load_checkpoint",
         "load_model_state_dict",
+        "load_optimizer_state_dict",
         "setup",
         "setup_optimizers",
         "lightning_module_state_dict",
@@ -190,14 +195,16 @@ class Watch:
         ``setup`` and ``configure_model`` have made the layers by then. A full checkpoint becomes the base. Outside of a
         stage, the module does not change.
         """
-        with reading(checkpoint_path, trusted=False in (*args, kwargs.get("weights_only"))):
-            checkpoint: dict[str, Any] = self.inner("load_checkpoint", checkpoint_path, *args, **kwargs)
-        check_readable(checkpoint, checkpoint_path)
+        checkpoint: dict[str, Any] = self._read(checkpoint_path, *args, **kwargs)
+        drop_note(checkpoint)
+        check_readable(checkpoint, checkpoint_path, whole=True)
         if not self.stage.is_over:
             self._adapt_for(checkpoint, checkpoint_path)
         if find_record(self.module) is None:  # outside of a stage
             return checkpoint
         if KEY in checkpoint:
+            if self.module.trainer.state.fn == "fit" and not self.stage.has_begun:
+                check_resumable(checkpoint, checkpoint_path)
             complete_copies(self.module, checkpoint)
             return checkpoint
         rank_zero_info(
@@ -213,6 +220,26 @@ class Watch:
             self.stage.take_config(self.module, stored_config(checkpoint[KEY]), path)
         self.stage.adapt(self.module)
 
+    def _read(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Let the strategy read a file, of plain types only unless the user trusts it."""
+        check_path(path)
+        is_trusted = False in (*args, kwargs.get("weights_only")) or trusts_all_files()
+        by_torch = self._is_of_torch()
+        with reading(path):
+            check_whole(path, may_be_old=is_trusted or not by_torch)
+            if is_trusted:
+                return self.inner("load_checkpoint", path, *args, **kwargs)
+            if "weights_only" in signature(type(self.strategy).load_checkpoint).parameters:
+                return self.inner("load_checkpoint", path, weights_only=True)
+            if not by_torch or self.others["load_checkpoint"]:
+                return self.inner("load_checkpoint", path)
+            with opened(path) as file:  # Lightning before 2.6 cannot be told to accept only plain types
+                return torch.load(file, map_location="cpu", weights_only=True)
+
+    def _is_of_torch(self) -> bool:
+        """Whether files are written and read by torch.save and torch.load, at once."""
+        return type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO"  # in both Lightning packages
+
     @_once
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Load what training changed.
@@ -225,6 +252,28 @@ class Watch:
         self._note_base()
         load_checkpoint_state(self.module, checkpoint, whole=self.stage.states_are_read)
         self.stage.base_is_noted = self.stage.has_loaded = KEY in checkpoint
+
+    @_once
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        """Load the optimizers' states, if they fit.
+
+        Lightning leaves out optimizers or states that have no counterpart.
+
+        Raises:
+            OptimizerError: the optimizers are not those that the states are from.
+        """
+        states, optimizers = checkpoint["optimizer_states"], self.strategy.optimizers
+        try:
+            if KEY in checkpoint and len(states) != len(optimizers):
+                raise ValueError(f"it has {len(states)} states, and the module {len(optimizers)} optimizers")
+            self.inner("load_optimizer_state_dict", checkpoint)
+        except Exception as error:
+            self.stage.has_loaded = False  # so that the module becomes what it was before
+            raise OptimizerError(
+                f"The checkpoint is of a run with other optimizers ({type(error).__name__}: {error}). Return the same "
+                "ones from configure_optimizers. Or load the adapters only, with load_adapter(model, path), and call "
+                "fit without ckpt_path."
+            ) from error
 
     def _note_base(self) -> None:
         """Take the base's fingerprint as loaded, once in a stage, before a checkpoint changes any of it."""
@@ -267,9 +316,8 @@ class Watch:
         """
         if find_record(self.module) is not None:
             checkpoint = adapter_only(self.module, checkpoint)
-        writes_at_once = type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO"  # in both Lightning packages
-        writes_at_once = writes_at_once and not self.others["save_checkpoint"]
-        beside = writes_at_once and self.strategy.is_global_zero and is_local(filepath)
+        writes_at_once = self._is_of_torch() and not self.others["save_checkpoint"]
+        beside = writes_at_once and self.strategy.is_global_zero and local_path(filepath) is not None
         with writing(filepath, beside=beside) as path:
             self.inner("save_checkpoint", checkpoint, path, storage_options)
 

@@ -22,6 +22,7 @@ from lightning_lora import (
     save_adapter,
     unmerge_adapters,
 )
+from tests.cases import held
 from tests.models import LitTiny, TinyLM, best, data, is_plain, lora, randomise, same, state, trainer, unties
 
 
@@ -101,7 +102,7 @@ def test_weight_loaded_beside_a_merged_one_that_was_tied_to_it_is_noticed(tmp_pa
 def test_a_state_of_adapters_is_not_half_loaded_into_the_merged_module(tmp_path: Path) -> None:
     model, checkpoint = LitTiny(), best(tmp_path)
     trainer(tmp_path, [lora(), checkpoint]).fit(model, data(), data())
-    before, stored = state(model), torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"]
+    before, stored = state(model), held(torch.load(checkpoint.best_model_path, weights_only=True))
     with pytest.raises(AdapterStateError, match="only half of it could be loaded"):
         model.load_state_dict(stored, strict=False)
     assert same(state(model), before)

@@ -131,3 +131,17 @@ def forge(path: Path, good: Path, change: Callable[[dict[str, Any]], object]) ->
 
 
 ONE = torch.ones(1, 1)
+
+
+def laughs(depth: int = 40) -> list[Any]:
+    """A list that is small in a pickle, and endless for whoever walks through it."""
+    found: list[Any] = []
+    for _ in range(depth):
+        found = [found, found]
+    return found
+
+
+def endless() -> list[Any]:
+    found: list[Any] = []
+    found.append(found)
+    return found

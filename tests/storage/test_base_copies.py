@@ -1,5 +1,6 @@
 """What others keep of the base comes back whole."""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 
 from lightning_lora import adapter_state_dict
+from lightning_lora.storage.checkpoint import adapter_only, complete_copies
 from tests.models import LitTiny, data, lora, state, trainer
+from tests.storage.faults import adapted, endless, frugal, laughs
 
 FROZEN = ("embed.weight", "q_proj.weight", "q_proj.bias", "v_proj.weight")
 
@@ -121,3 +124,28 @@ def test_what_others_keep_comes_back_as_it_was_and_is_their_own(tmp_path: Path, 
         for value in tensors(again.kept):
             value.zero_()
     assert all(torch.equal(model.state_dict()[name], base[name]) for name in FROZEN)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("make", [laughs, endless])
+def test_values_that_hold_each_other_are_walked_once(tmp_path: Path, make: Callable[[], Any]) -> None:
+    def work() -> None:
+        model = adapted()
+        checkpoint = {"state_dict": adapter_state_dict(model), "hyper_parameters": {"a": make()}}
+        held = adapter_only(model, checkpoint)
+        torch.save(held, tmp_path / "a.ckpt")
+
+    frugal(work, seconds=30)
+
+
+def test_what_is_held_twice_is_left_out_and_comes_back_in_both_places(tmp_path: Path) -> None:
+    model = adapted()
+    weights = {"w": model.q_proj.weight.detach().clone()}
+    checkpoint = {"state_dict": adapter_state_dict(model), "a": weights, "b": [weights]}
+    held = adapter_only(model, checkpoint)
+    torch.save(held, tmp_path / "a.ckpt")
+    again = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert again["a"]["w"] is None and again["b"][0]["w"] is None
+    complete_copies(model, again)
+    assert torch.equal(again["a"]["w"], weights["w"]) and torch.equal(again["b"][0]["w"], weights["w"])

@@ -17,7 +17,7 @@ from lightning_lora import (
     disable_adapters,
     load_adapter,
 )
-from tests.cases import At, StopError, stop, tensors
+from tests.cases import At, StopError, held, stop, tensors
 from tests.models import TRAINED, WORDS, LitTiny, best, data, is_plain, lora, state, trainer
 
 
@@ -50,7 +50,7 @@ def test_every_file_is_adapter_only_and_loads_safely(tmp_path: Path) -> None:
     assert any(file.parent.name == "weights" for file in files)
     for file in files:
         checkpoint = torch.load(file, weights_only=True)
-        assert sorted(checkpoint["state_dict"]) == sorted(TRAINED), file
+        assert sorted(held(checkpoint)) == sorted(TRAINED), file
         assert checkpoint["lightning_lora"]["format"] == 3
         for optimizer in checkpoint.get("optimizer_states", []):
             assert len(optimizer["param_groups"][0]["params"]) == len(TRAINED)

@@ -22,8 +22,21 @@ from lightning_lora import AdapterFileError, AdapterMismatchError, BaseMismatchE
 from lightning_lora.model.view import View
 from lightning_lora.storage.description import FORMAT, describe
 from lightning_lora.storage.fingerprint import forms_of_base
+from tests.cases import held
 from tests.models import LitTiny, same, state
-from tests.storage.faults import ONE, A, adapted, forge, frugal, kinds, refused, unchanged, with_trainer
+from tests.storage.faults import (
+    ONE,
+    A,
+    adapted,
+    endless,
+    forge,
+    frugal,
+    kinds,
+    laughs,
+    refused,
+    unchanged,
+    with_trainer,
+)
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits what a process may write"),
@@ -107,20 +120,6 @@ def put(name: Any, make: Callable[[], Any]) -> Callable[[dict[str, Any]], object
 
 def say(**fields: Any) -> Callable[[dict[str, Any]], object]:
     return lambda checkpoint: checkpoint["lightning_lora"].update(fields)
-
-
-def laughs(depth: int = 40) -> list[Any]:
-    """A list that is small in a pickle, and endless for whoever walks through it."""
-    found: list[Any] = []
-    for _ in range(depth):
-        found = [found, found]
-    return found
-
-
-def endless() -> list[Any]:
-    found: list[Any] = []
-    found.append(found)
-    return found
 
 
 FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -223,13 +222,13 @@ def test_adapters_that_diverged_are_refused_though_their_file_is_whole(
 ) -> None:
     def change(checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"][name] = value
-        checkpoint["lightning_lora"] = describe(view := View(adapted()), checkpoint["state_dict"], forms_of_base(view))
+        checkpoint["lightning_lora"] = describe(view := View(adapted()), held(checkpoint), forms_of_base(view))
 
     forge(tmp_path / "a.ckpt", good, change)
     refused(tmp_path / "a.ckpt")
     written = torch.load(tmp_path / "a.ckpt")
     said = {"lightning_lora": json.dumps(written["lightning_lora"])}
-    save_file(written["state_dict"], tmp_path / "a.safetensors", said)
+    save_file(held(written), tmp_path / "a.safetensors", said)
     refused(tmp_path / "a.safetensors", "load_adapter")
 
 

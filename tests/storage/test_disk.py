@@ -11,6 +11,7 @@ import struct
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_lora import AdapterFileError, LoRAConfig, LoRAError, inject_adapters, load_adapter, save_adapter
+from lightning_lora.storage.disk import writing
 from tests.models import LitTiny, data, exact, lora, same, state, trainer
 from tests.storage.faults import FORK, adapted, contents, fork, frugal, kinds, limit, refused, unchanged
 
@@ -358,6 +360,90 @@ def test_several_writers_of_one_file_leave_a_whole_one(tmp_path: Path) -> None:
     assert [writer.exitcode for writer in writers] == [0, 0, 0]
     load_adapter(LitTiny(), path)
     assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_threads_that_write_and_read_one_file_find_a_whole_one(tmp_path: Path) -> None:
+    models, readers = [adapted(seed) for seed in range(4)], [[LitTiny() for _ in range(15)] for _ in range(4)]
+    path = tmp_path / "a.safetensors"
+    save_adapter(models[0], path)
+
+    def write(model: LitTiny) -> None:
+        for _ in range(30):
+            save_adapter(model, path)
+
+    def read(models: list[LitTiny]) -> None:
+        for model in models:
+            load_adapter(model, path)
+
+    with ThreadPoolExecutor(8) as pool:
+        for each in [*(pool.submit(write, model) for model in models), *(pool.submit(read, each) for each in readers)]:
+            each.result()
+    known = [state(model) for model in models]
+    assert all(any(same(state(model), each) for each in known) for models in readers for model in models)
+    assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_file_that_another_machine_is_writing_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number of a process says nothing here."""
+    path = tmp_path / "a.safetensors"
+    monkeypatch.setattr("platform.node", lambda: "another")
+    with writing(path) as part:
+        dead = part.with_name(part.name.replace(f".{os.getpid()}.", ".4194999."))
+        dead.write_bytes(b"half")
+        with pytest.MonkeyPatch.context() as here:
+            here.setattr("platform.node", lambda: "here")
+            save_adapter(adapted(), path)
+        assert dead.exists()
+        part.write_bytes(b"whole")
+    save_adapter(adapted(), path)
+    assert not dead.exists()
+
+
+def test_long_names_of_any_letters_are_written(tmp_path: Path) -> None:
+    save_adapter(adapted(), tmp_path / ("\U0001f40d" * 60))
+    load_adapter(LitTiny(), tmp_path / ("\U0001f40d" * 60))
+
+
+BOMBS = {
+    "bytearray": b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x70\x85R.",
+    "tensor": b"\x80\x02ctorch\nFloatTensor\nJ\x00\x00\x00\x70\x85R.",
+    "disguised": b"PK\n\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x70\x85R.",
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
+@pytest.mark.parametrize("tail", [b"", b"PK\5\6" + bytes(18)], ids=["bare", "with the end of an archive"])
+def test_bare_pickle_is_refused_before_it_is_unpickled(tmp_path: Path, bomb: bytes, tail: bytes) -> None:
+    (tmp_path / "a.ckpt").write_bytes(bomb + tail)
+    frugal(partial(refused, tmp_path / "a.ckpt"), most=1 << 28)
+
+
+def test_file_in_the_old_format_of_torch_is_read_if_it_is_trusted(tmp_path: Path) -> None:
+    plain = trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
+    plain.fit(LitTiny(), data())
+    plain.save_checkpoint(path := tmp_path / "full.ckpt")
+    torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
+    with pytest.raises(AdapterFileError, match=r"write it again: torch.save\(torch.load"):
+        trainer(tmp_path, [lora()], max_epochs=1).fit(LitTiny(), data(), ckpt_path=path)
+    torch.save(torch.load(path, weights_only=False), path)
+    trainer(tmp_path, [lora()], max_epochs=1).fit(LitTiny(), data(), ckpt_path=path)
+
+
+def test_record_that_claims_to_be_a_folder_is_refused(tmp_path: Path) -> None:
+    """Torch reads nothing of it, and gives memory as it happens to be."""
+    plain = trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
+    plain.fit(LitTiny(), data())
+    plain.save_checkpoint(path := tmp_path / "full.ckpt")
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        names, start = [record.filename for record in archive.infolist()], archive.start_dir
+    for name in names:
+        changed = bytearray(whole)
+        changed[whole.index(name.encode(), start) - 8] ^= 0x10
+        path.write_bytes(changed)
+        model = LitTiny()
+        with unchanged(model), pytest.raises(AdapterFileError, match="is damaged"):
+            trainer(tmp_path, [lora()]).fit(model, data(), ckpt_path=path)
 
 
 def test_honest_tensors_with_attributes_are_no_damage(tmp_path: Path) -> None:

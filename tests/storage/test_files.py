@@ -4,9 +4,12 @@ import json
 import os
 import re
 from collections.abc import Callable
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import fsspec
 import pytest
 import torch
 from safetensors import safe_open
@@ -26,6 +29,7 @@ from lightning_lora import (
     load_from_checkpoint,
     save_adapter,
 )
+from tests.cases import held
 from tests.models import TRAINED, LitTiny, data, is_plain, lora, randomise, same, state, trainer
 from tests.storage.cases import CONFIG, refused, trained
 
@@ -251,7 +255,7 @@ def test_adapters_of_a_shared_layer_are_stored_once(tmp_path: Path) -> None:
     t.save_checkpoint(tmp_path / "a.ckpt")
     save_adapter(model, tmp_path / "a.safetensors")
     assert set(adapter_state_dict(model)) == set(TRAINED) == set(load_file(tmp_path / "a.safetensors"))
-    assert set(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]) == set(TRAINED)
+    assert set(held(torch.load(tmp_path / "a.ckpt", weights_only=True))) == set(TRAINED)
     for name in ("a.ckpt", "a.safetensors"):
         load_adapter(again := Shared(), tmp_path / name)
         assert same(state(again), state(model))
@@ -344,3 +348,56 @@ def test_a_name_of_another_format_is_refused_with_the_name_to_use(tmp_path: Path
     with pytest.raises(AdapterFileError, match=re.escape(repr(str(tmp_path / meant)))):
         save_adapter(model, tmp_path / given)
     assert not list(tmp_path.iterdir())
+
+
+# Elsewhere
+
+
+@pytest.fixture
+def elsewhere() -> str:
+    return f"memory://{uuid4()}"
+
+
+def test_adapters_are_written_and_read_wherever_fsspec_can(tmp_path: Path, elsewhere: str) -> None:
+    model, t = LitTiny(), trainer(tmp_path, [lora(merge=False)], max_epochs=1, enable_checkpointing=False)
+    t.fit(model, data())
+    for folder in (elsewhere, f"file://{tmp_path}", str(tmp_path)):
+        save_adapter(model, f"{folder}/a.safetensors")
+        t.save_checkpoint(f"{folder}/a.ckpt")
+        for name in ("a.safetensors", "a.ckpt"):
+            load_adapter(again := LitTiny(), f"{folder}/{name}")
+            assert same(state(again), state(model))
+            with fsspec.open(f"{folder}/{name}", "rb") as file:
+                load_adapter(again := LitTiny(), file)
+            assert same(state(again), state(model))
+        for source in (f"{folder}/a.ckpt", BytesIO(fsspec.open(f"{folder}/a.ckpt", "rb").open().read())):
+            assert same(state(load_from_checkpoint(LitTiny, source)), state(model))
+        resumed = trainer(tmp_path, [lora(merge=False)], max_epochs=2, enable_checkpointing=False)
+        resumed.fit(LitTiny(), data(), ckpt_path=f"{folder}/a.ckpt")
+        assert resumed.global_step == 8
+    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "a.ckpt"}
+
+
+def test_damage_elsewhere_is_refused_as_it_is_here(tmp_path: Path, elsewhere: str, checkpoint: Path) -> None:
+    content = bytearray(checkpoint.read_bytes())
+    content[content.index(b"state_dict")] ^= 1
+    with fsspec.open(f"{elsewhere}/a.ckpt", "wb") as file:
+        file.write(bytes(content))
+    for load in (
+        lambda model: load_adapter(model, f"{elsewhere}/a.ckpt"),
+        lambda model: load_adapter(model, BytesIO(content)),
+        lambda model: trainer(tmp_path, [lora()]).fit(model, data(), ckpt_path=f"{elsewhere}/a.ckpt"),
+    ):
+        with refused(LitTiny(), AdapterFileError, "is damaged"):
+            load(LitTiny())
+
+
+def test_places_that_do_not_exist_are_told(elsewhere: str) -> None:
+    with pytest.raises(FileNotFoundError):
+        load_adapter(LitTiny(), f"{elsewhere}/none.ckpt")
+    with pytest.raises(AdapterFileError, match="nowhere"):
+        load_adapter(LitTiny(), "nowhere://a.ckpt")
+    with pytest.raises(AdapterFileError, match="nowhere"):
+        save_adapter(trained(), "nowhere://a.ckpt")
+    with pytest.raises(AdapterFileError, match="cannot be read"):
+        load_adapter(LitTiny(), StringIO("text"))  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import Strategy
 
 from lightning_lora import AdapterFileError, LoRAError, load_adapter, load_from_checkpoint, save_adapter
 from tests.models import WORDS, LitTiny, data, lora, same, state, trainer
@@ -99,6 +100,48 @@ def test_reading_leaves_the_environment_as_it_was(
         else:
             read()
         assert os.environ.get(FORCE) == before
+
+
+def test_no_load_changes_the_environment_of_other_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
+    t.fit(LitTiny(), data())
+    t.save_checkpoint(path := tmp_path / "a.ckpt")
+    own, seen = torch.load, list[Any]()
+
+    def watching(*args: Any, **kwargs: Any) -> Any:
+        seen.append((os.environ.get(FORCE), os.environ.get(TRUST), kwargs["weights_only"]))
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", watching)
+    load_adapter(LitTiny(), path)
+    trainer(tmp_path, [lora()]).fit(LitTiny(), data(), ckpt_path=path)
+    assert seen == [(None, None, True)] * 2
+
+
+def test_code_does_not_run_where_lightning_cannot_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 2.6, Lightning's strategies take no word of trust, and read files of any types."""
+    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
+    t.fit(LitTiny(), data())
+    t.save_checkpoint(path := tmp_path / "a.ckpt")
+
+    def load_checkpoint(self: Any, checkpoint_path: Any) -> Any:
+        return torch.load(checkpoint_path, weights_only=False)
+
+    monkeypatch.setattr(Strategy, "load_checkpoint", load_checkpoint)
+    again = trainer(tmp_path, [lora(merge=False)], max_epochs=2)
+    watched = again.strategy
+
+    def in_fit(path: Path) -> None:
+        own = type(watched).load_checkpoint
+        assert "weights_only" not in inspect.signature(own).parameters
+        again.fit(LitTiny(), data(), ckpt_path=path)
+
+    in_fit(path)
+    assert again.global_step == 8
+    torch.save(torch.load(path, weights_only=True) | {"more": Runs(tmp_path / "ran")}, path)
+    with pytest.raises(AdapterFileError, match="more than plain types"):
+        in_fit(path)
+    assert not (tmp_path / "ran").exists()
 
 
 class Runs:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora import adapter_state_dict, inject_adapters, load_adapter, unmerge_adapters
-from tests.cases import StopError
+from tests.cases import StopError, held
 from tests.models import TRAINED, LitTiny, data, lora
 
 
@@ -97,7 +97,7 @@ def files_hold_adapters_alone(folder: Path) -> bool:
     shapes = {tuple(LitTiny().state_dict()[name].shape) for name in FROZEN}
     for file in files:
         checkpoint = torch.load(file, weights_only=True)
-        assert set(checkpoint["state_dict"]) == set(TRAINED) and "lightning_lora" in checkpoint, file
+        assert set(held(checkpoint)) == set(TRAINED) and "lightning_lora" in checkpoint, file
         for path, value in parts(checkpoint):
             assert value is None or not path.endswith(FROZEN), (file, path)
             if isinstance(value, Tensor):

@@ -17,7 +17,7 @@ from lightning_lora import (
     save_adapter,
     unmerge_adapters,
 )
-from tests.cases import Three, three
+from tests.cases import Three, held, three
 from tests.models import WORDS, LitTiny, best, data, lora, same, state, trainer
 
 X = torch.arange(WORDS)
@@ -44,7 +44,7 @@ def test_compiled_submodule_is_adapted_and_its_keys_are_plain(tmp_path: Path, co
         t.fit(each, data(), data())
     assert torch.equal(model(X), plain(X)) and type(model.q_proj._orig_mod) is nn.Linear
     path = t.checkpoint_callback.best_model_path  # type: ignore[union-attr]
-    assert sorted(torch.load(path, weights_only=True)["state_dict"]) == sorted(
+    assert sorted(held(torch.load(path, weights_only=True))) == sorted(
         ["q_proj.lora_A", "q_proj.lora_B", "head.weight", "head.bias"]
     )
     for other in (LitTiny(), Compiled()):

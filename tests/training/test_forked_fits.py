@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lightning_lora import DeadAdapterWarning, inject_adapters, load_adapter
+from tests.cases import held
 from tests.models import TRAINED, LitTiny, best, data, lora, same, state, trainer
 
 
@@ -95,7 +96,7 @@ def test_each_file_holds_the_adapters_of_the_fit_before_it(tmp_path: Path, caplo
     assert not torch.allclose(merged[0], merged[1])
     assert caplog.text.count("gets its base and its adapters back") == 2  # once for each fit, not for each file
     for number in range(2):
-        assert set(torch.load(tmp_path / f"{number}.ckpt")["state_dict"]) == set(TRAINED)
+        assert set(held(torch.load(tmp_path / f"{number}.ckpt"))) == set(TRAINED)
         again = LitTiny()  # which takes the adapters of its own base alone
         load_adapter(again, tmp_path / f"{number}.ckpt")
         torch.testing.assert_close(again(X), merged[number])

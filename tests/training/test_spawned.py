@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lightning_lora import load_adapter
+from tests.cases import held
 from tests.models import LitTiny, data, same, trainer
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +26,7 @@ def train(folder: Path, strategy: str, devices: int, *options: str, ok: bool = T
 
 
 def adapters(path: Path) -> dict[str, torch.Tensor]:
-    return dict(torch.load(path, weights_only=True)["state_dict"])
+    return held(torch.load(path, weights_only=True))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lora import AdapterStateError, StrategyError, load_adapter, remove_adapters
 from lightning_lora.training.strategy import Watch
-from tests.cases import StopError, stop, tensors
+from tests.cases import StopError, held, stop, tensors
 from tests.models import TRAINED, WIDTH, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
 from tests.training.cases import (
     ON_EXCEPTION,
@@ -54,7 +54,7 @@ def test_each_file_holds_the_adapters_of_its_step_and_goes_on(tmp_path: Path, sa
     for file in files[:: max(1, len(files) // 3)]:
         checkpoint = torch.load(file, weights_only=True)
         assert same_parts(
-            checkpoint["state_dict"], {name: steps.after[checkpoint["global_step"] - 1][name] for name in TRAINED}
+            held(checkpoint), {name: steps.after[checkpoint["global_step"] - 1][name] for name in TRAINED}
         )
         again = LitTiny()
         t = trainer(tmp_path, [lora()], max_epochs=3, enable_checkpointing=False)
@@ -97,11 +97,11 @@ def test_resumed_run_that_fails_before_its_first_step_keeps_what_was_trained(tmp
     with pytest.raises(StopError):
         t.fit(LitTiny(), Stateful(), data())
     (file,) = tmp_path.rglob("on_exception*.ckpt")
-    before, model = torch.load(file, weights_only=True)["state_dict"], LitTiny()
+    before, model = held(torch.load(file, weights_only=True)), LitTiny()
     t = trainer(tmp_path, [lora(), ON_EXCEPTION[kind](tmp_path)], max_epochs=3)
     with pytest.raises(StopError):
         t.fit(model, datamodule=Unreadable(), ckpt_path=file)
-    assert same(torch.load(file, weights_only=True)["state_dict"], before)
+    assert same(held(torch.load(file, weights_only=True)), before)
     assert same({name: state(model)[name] for name in before}, before)
 
 

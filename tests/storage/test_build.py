@@ -1,0 +1,150 @@
+"""Modules are built from files of adapters as Lightning builds them, and Lightning says what such files are."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lightning_lora import adapter_state_dict, inject_adapters, load_adapter_state_dict, load_from_checkpoint
+from tests.cases import held
+from tests.models import TRAINED, LitTiny, data, lora, same, state, trainer
+
+NOTE = "this file holds only adapters: load it with lightning_lora.load_from_checkpoint(cls, path)"
+
+
+def written(folder: Path, model: L.LightningModule) -> Path:
+    t = trainer(folder, [lora(merge=False)], max_epochs=1, enable_checkpointing=False)
+    t.fit(model, data())
+    t.save_checkpoint(folder / "a.ckpt")
+    return folder / "a.ckpt"
+
+
+# Plain Lightning
+
+
+@pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict:UserWarning")
+def test_lightning_by_itself_says_what_the_file_is_and_what_loads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path, LitTiny())
+    with pytest.raises(RuntimeError, match=r"only adapters: load it with lightning_lora.load_from_checkpoint"):
+        LitTiny.load_from_checkpoint(path)
+    with pytest.raises(RuntimeError, match=r"only adapters: load it with lightning_lora.load_from_checkpoint"):
+        trainer(tmp_path).test(LitTiny(), data(), ckpt_path=path, verbose=False)
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    with pytest.warns(UserWarning, match=r"only adapters: load it with lightning_lora.load_from_checkpoint"):
+        LitTiny.load_from_checkpoint(path, strict=False)
+
+
+def test_the_note_is_a_tensor_in_files_alone(tmp_path: Path) -> None:
+    model = LitTiny()
+    checkpoint = torch.load(written(tmp_path, model), weights_only=True)
+    assert checkpoint["state_dict"][NOTE].numel() == 0 and set(held(checkpoint)) == set(TRAINED)
+    assert checkpoint["lightning_lora"]["entries"] == len(TRAINED) and NOTE not in adapter_state_dict(model)
+    again = LitTiny()
+    inject_adapters(again, lora().config)
+    load_adapter_state_dict(again, checkpoint["state_dict"])
+    assert same(state(again), state(model))
+
+
+def test_a_file_without_the_note_loads(tmp_path: Path) -> None:
+    checkpoint = torch.load(path := written(tmp_path, model := LitTiny()), weights_only=True)
+    torch.save(checkpoint | {"state_dict": held(checkpoint)}, path)
+    assert same(state(load_from_checkpoint(LitTiny, path)), state(model))
+    t = trainer(tmp_path, [lora(merge=False)], max_epochs=2, enable_checkpointing=False)
+    t.fit(LitTiny(), data(), ckpt_path=path)
+    assert t.global_step == 8
+
+
+# Ours
+
+
+class Strict(LitTiny):
+    def __init__(self, strict: bool = True) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.strict_loading = strict
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_module_may_say_how_strictly_it_is_loaded(tmp_path: Path, strict: bool) -> None:
+    model = Strict(strict)
+    again = load_from_checkpoint(Strict, written(tmp_path, model))
+    assert type(again) is Strict and same(state(again), state(model)) and again.strict_loading is strict
+    assert "load_state_dict" not in vars(again)
+    assert same(state(load_from_checkpoint(Strict, tmp_path / "a.ckpt", strict=not strict)), state(model))
+
+
+class Looks(LitTiny):
+    """It keeps what its hooks see, and has an entry and a copy of itself in the file."""
+
+    seen: dict[str, Any]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["mine"] = {"noted": 3, "copy": {"embed": self.embed.weight.detach().clone()}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.seen = dict(checkpoint)
+
+
+def test_hooks_see_the_whole_checkpoint(tmp_path: Path) -> None:
+    model = Looks()
+    path = written(tmp_path, model)
+    stored = torch.load(path, weights_only=True)
+    again = load_from_checkpoint(Looks, path)
+    assert same(again.seen["state_dict"], held(stored)) and again.seen.keys() == stored.keys()
+    assert again.seen["mine"]["noted"] == 3 and again.seen["global_step"] == 4 and again.seen["callbacks"] is not None
+    assert stored["mine"]["copy"]["embed"] is None
+    assert torch.equal(again.seen["mine"]["copy"]["embed"], model.embed.weight)
+    assert same(state(again), state(model))
+
+
+def test_what_a_hook_changes_in_the_state_is_loaded(tmp_path: Path) -> None:
+    class Zeroes(LitTiny):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["state_dict"]["head.bias"] = torch.zeros(4)
+
+    path = written(tmp_path, LitTiny())
+    assert not load_from_checkpoint(Zeroes, path).head.bias.any()
+    assert load_from_checkpoint(LitTiny, path).head.bias.any()
+
+
+def test_a_module_that_loads_its_base_itself_still_does(tmp_path: Path) -> None:
+    class LoadsItself(LitTiny):
+        def __init__(self) -> None:
+            super().__init__()
+            own = state(self)
+            for p in self.parameters():
+                p.data.zero_()
+            self.load_state_dict(own)
+
+        def configure_model(self) -> None:
+            self.load_state_dict(state(LitTiny()))
+
+    model = LoadsItself()
+    assert same(state(load_from_checkpoint(LoadsItself, written(tmp_path, model))), state(model))
+
+
+class Says(L.Callback):
+    """It writes into the file how to build the module, as LightningCLI does."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["hyper_parameters"] = self.config
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning calls jsonargparse as it was
+@pytest.mark.parametrize("named", [{}, {"_class_path": f"{__name__}.Strict"}], ids=["the class", "a subclass"])
+def test_a_module_of_lightning_cli_is_built_as_the_file_says(tmp_path: Path, named: dict[str, str]) -> None:
+    pytest.importorskip("jsonargparse")
+    how = {"strict": False, **named, "_instantiator": "lightning.pytorch.cli.instantiate_module"}
+    fit = trainer(tmp_path, [lora(merge=False), Says(how)], max_epochs=1, enable_checkpointing=False)
+    fit.fit(model := Strict(strict=False), data())
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    built = load_from_checkpoint(L.LightningModule if named else Strict, tmp_path / "a.ckpt")
+    assert type(built) is Strict and same(state(built), state(model))
