@@ -23,7 +23,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "larger": lambda weight: 1.2 * weight,
     "smaller": lambda weight: 0.8 * weight,
     "heavy tails": lambda weight: weight * weight.abs() / weight.abs().mean(),
-    "slightly heavy tails": lambda weight: weight * (0.5 + torch.randint(2, weight.shape)).sqrt(),
+    "slightly heavy tails": lambda weight: weight * (0.6 + 0.8 * torch.randint(2, weight.shape)).sqrt(),
     "not around zero": lambda weight: weight + 0.3 * weight.std(),
     "rows of many sizes": lambda weight: weight * torch.linspace(0.8, 1.2, len(weight)).unsqueeze(1),
     "columns of many sizes": lambda weight: weight * torch.linspace(0.8, 1.2, weight.shape[1]),
