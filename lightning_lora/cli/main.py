@@ -7,13 +7,14 @@ from types import ModuleType
 
 from rich.console import Console
 
-from lightning_lora.cli import compare, inspect, merge
+from lightning_lora.cli import combine, compare, inspect, merge
 from lightning_lora.errors import LoRAError
 
 _COMMANDS: dict[str, ModuleType] = {
     "inspect": inspect,
     "merge": merge,
     "compare": compare,
+    "combine": combine,
 }
 """Each module has a docstring, ``add_arguments(parser)`` and ``run(arguments)``."""
 

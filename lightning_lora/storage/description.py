@@ -57,6 +57,15 @@ def describe(view: View, state: Mapping[str, Any], base: list[dict[str, Any]], *
         "root": root_of(view.model),
         **more,
     }
+    return sealed(state, about)
+
+
+def sealed(state: Mapping[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """Add a checksum of ``state`` to its description.
+
+    Raises:
+        ConfigError: the description is too long to be stored.
+    """
     if not _is_bounded(about):
         raise ConfigError(
             "The configuration is too long to be stored. Name many layers by one expression, such as "

@@ -1,6 +1,7 @@
 """Save and load adapters without a Trainer."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -61,12 +62,8 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
             written (the disk is full, for example).
         FileNotFoundError: the folder does not exist.
     """
-    check_path(path)
-    local = local_path(path)
-    _check_name(path, local)
+    check_place(path)
     state = adapter_state_dict(model)
-    if local is not None and not local.parent.is_dir():
-        raise FileNotFoundError(f"The folder {local.parent} does not exist. Make it first.")
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
         raise AdapterFileError(
@@ -80,7 +77,16 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         )
     if any(value.is_meta for value in state.values()):
         raise AdapterStateError("The adapters are on the meta device and have no values. Call model.to_empty first.")
-    description = describe(view, state, forms_of_base(view))
+    write_adapter_file(path, state, describe(view, state, forms_of_base(view)))
+
+
+def write_adapter_file(path: str | Path, state: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+    """Write a state and its description as one ``.safetensors`` file.
+
+    Raises:
+        AdapterFileError: a tensor is of a kind that the format does not have, or the file cannot be written.
+    """
+    local = local_path(path)
     try:
         tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
         contents = save(tensors, metadata={"format": "pt", KEY: json.dumps(description)})
@@ -95,6 +101,20 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         else:
             with fsspec.open(place, "wb") as file:
                 file.write(contents)
+
+
+def check_place(path: str | Path) -> None:
+    """Refuse a place where no adapter file can be written.
+
+    Raises:
+        AdapterFileError: the name has another ending.
+        FileNotFoundError: the folder does not exist.
+    """
+    check_path(path)
+    local = local_path(path)
+    _check_name(path, local)
+    if local is not None and not local.parent.is_dir():
+        raise FileNotFoundError(f"The folder {local.parent} does not exist. Make it first.")
 
 
 def _check_name(given: str | Path, local: Path | None) -> None:

@@ -110,6 +110,11 @@ def _ranks(config: LoRAConfig, layer: StoredLayer) -> Iterator[tuple[str, tuple[
         yield name, (config.rank(layer.name, name), config.alpha_of(layer.name, name))
 
 
+def targets_of(layer: StoredLayer) -> list[str]:
+    """Return what a configuration names: a layer, or each of its parameters."""
+    return _parameters(layer) if layer.kind == LoRAParameters.__name__ else [layer.name]
+
+
 def _parameters(layer: StoredLayer) -> list[str]:
     return [join(layer.name, part.weight) for part in layer.parts]
 

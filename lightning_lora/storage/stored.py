@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, listed
-from lightning_lora.layers import Adapter, LoRALayer, Settings, attach
+from lightning_lora.layers import FROM_BASE, Adapter, LoRALayer, Settings, attach
 from lightning_lora.layers.start import names_of
 from lightning_lora.storage.description import stored_config
 from lightning_lora.storage.files import read_adapter_file
@@ -73,6 +73,28 @@ class StoredAdapters:
         """
         layer = self.adapted(name, {})
         return {weight: layer.lora_factors(weight) for weight in layer.lora_weights()}
+
+    def parts(self, name: str) -> dict[str, tuple[Tensor, Tensor]]:
+        r"""Return A and B of each matrix of a layer, with the scaling in B.
+
+        Args:
+            name: The name of the layer.
+
+        Shape:
+            (\*, r, in) and (\*, out, r), by the name of the part.
+        """
+        layer, found = self.layers[name], {}
+        for part in layer.parts:
+            a, b, *starts = (self.state[join(name, part.factor(letter))] for letter in self._letters)
+            if starts:  # the update is the difference from the start
+                a0, b0 = starts
+                a, b = torch.cat([a, a - a0], dim=-2), torch.cat([b - b0, b0], dim=-1)
+            found[part.name] = (a, b * (part.scaling or layer.scaling))
+        return found
+
+    @property
+    def _letters(self) -> tuple[str, ...]:
+        return ("A", "B", "A0", "B0") if self.config.init in FROM_BASE else ("A", "B")
 
     def adapted(self, name: str, weights: Mapping[str, Tensor]) -> LoRALayer:
         """Return a layer that can compute its merged weights.

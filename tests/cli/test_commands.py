@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_lora import LoRAConfig, inject_adapters, merge_adapters, save_adapter
+from lightning_lora import LoRAConfig, inject_adapters, load_adapter, merge_adapters, save_adapter
 from lightning_lora.cli.main import main
 from tests.models import LitTiny, randomise
 
@@ -88,7 +88,7 @@ def test_merge_writes_the_merged_model(files: list[str], tmp_path: Path, capsys:
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in load_file(out).items())
 
 
-@pytest.mark.parametrize("command", ["inspect", "merge", "compare"])
+@pytest.mark.parametrize("command", ["inspect", "merge", "compare", "combine"])
 def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])
@@ -111,3 +111,17 @@ def test_a_module_and_a_pipe(files: list[str]) -> None:
     command = f"{sys.executable} -m lightning_lora inspect {files[0]} --json | head -n 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
+
+
+def test_combine_writes_a_file_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = LoRAConfig(r=2, target_modules=["q_proj"])
+    for seed in (0, 1):
+        save_adapter(adapted(seed, config), tmp_path / f"{seed}.safetensors")
+    both = [str(tmp_path / f"{seed}.safetensors") for seed in (0, 1)]
+    assert main(["combine", *both, "--weights", "1", "2", "--out", str(tmp_path / "sum.safetensors")]) == 0
+    assert "Combined 2 files, 1 layer, into" in capsys.readouterr().out
+    model, parts = LitTiny(), [adapted(seed, config).q_proj for seed in (0, 1)]
+    load_adapter(model, tmp_path / "sum.safetensors")
+    expected: Any = sum(w * part.lora_B @ part.lora_A for w, part in zip((1, 2), parts, strict=True))  # type: ignore[operator]
+    torch.testing.assert_close(model.q_proj.lora_B @ model.q_proj.lora_A, expected)  # type: ignore[operator]
+    assert main(["combine", both[0], "--out", str(tmp_path / "one.safetensors")]) == 1
