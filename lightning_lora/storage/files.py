@@ -2,6 +2,8 @@
 
 import json
 import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterFileError, AdapterStateError, listed
+from lightning_lora.config import Slices
+from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, listed
 from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge, merge_adapters, unmerge
 from lightning_lora.model.record import find_record
@@ -24,11 +27,16 @@ from lightning_lora.storage.description import (
     check_checksum,
     check_entries,
     check_fits,
+    check_foreign_fits,
     describe,
     stored_config,
 )
 from lightning_lora.storage.disk import check_path, reading, writing
 from lightning_lora.storage.fingerprint import forms_of_base
+from lightning_lora.storage.foreign import Foreign, completed
+from lightning_lora.storage.loralib import is_loralib, read_loralib, tensors_in
+from lightning_lora.storage.peft.keys import is_peft
+from lightning_lora.storage.peft.reading import read_peft, weights_of
 from lightning_lora.storage.renaming import renamed, renaming_for
 from lightning_lora.storage.state import adapter_state_dict, write_state
 
@@ -36,6 +44,9 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
     Module = TypeVar("Module", bound=LightningModule)
+
+Reader = Callable[[View], Foreign]
+"""Says what a file of another library is, for a model."""
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:
@@ -81,23 +92,33 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         beside.write_bytes(contents)
 
 
-def load_adapter(model: nn.Module, path: str | Path) -> None:
+def load_adapter(
+    model: nn.Module, path: str | Path, *, alpha: float | None = None, target_slices: Slices | None = None
+) -> None:
     """Load the adapters of a file into ``model``.
 
-    After an error, the model is as it was before.
+    It reads files of this package, of PEFT and of loralib. Files of PEFT and loralib do not say which base they were
+    trained on, so it cannot be checked: load the right weights first. After an error, the model is as it was before.
 
     Args:
         model: The base model that the adapters were trained on. If it has no adapters yet, it is adapted as the file
             says. A model that a finished fit has merged gets its base back first. It may also be the model inside the
             LightningModule that was saved, or a LightningModule around the model that was saved.
-        path: A file that :func:`save_adapter` or a Trainer with ``LoRACallback`` wrote.
+        path: A file that :func:`save_adapter` or a Trainer with ``LoRACallback`` wrote. Or a folder that PEFT wrote, or
+            the ``.safetensors`` or ``.bin`` file in it, with ``adapter_config.json`` beside it. Or what loralib's
+            ``lora_state_dict`` returned, saved with ``torch.save``.
+        alpha: Only for a file of loralib: the ``lora_alpha`` that it was trained with. It is in no file.
+        target_slices: Only for a file of loralib with ``MergedLinear`` layers: the parts that they adapted
+            (``enable_lora``), as in :class:`.LoRAConfig`: ``{"c_attn": ["q", "v"]}``.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        AdapterFileError: the file is truncated, was changed, or is of another kind.
+        AdapterFileError: the file is truncated, was changed, is of another kind, or holds what this package does not
+            have.
         TargetError: ``model`` does not have the layers that were adapted.
         BaseMismatchError: the adapters were trained on another base.
-        AdapterMismatchError: ``model`` is already adapted in another way.
+        AdapterMismatchError: ``model`` is already adapted in another way, or the adapters do not fit it.
+        ConfigError: ``alpha`` is missing for a file of loralib, or given for another file.
 
     Example:
         >>> import tempfile
@@ -113,24 +134,66 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
         >>> torch.equal(base(torch.ones(4)), trained(torch.ones(4)))
         True
     """
-    state, description = read_adapter_file(path)
-    _put(model, state, description)
+    check_path(path)
+    file = weights_of(Path(path).expanduser())
+    contents = _read(file, weights_only=True)
+    foreign = _foreign(contents, file, alpha, target_slices)
+    if foreign:
+        _put_foreign(model, foreign)
+    else:
+        _put(model, *_own(contents, path))
+
+
+def _foreign(contents: Any, path: Path, alpha: float | None, slices: Slices | None) -> Reader | None:
+    """How to read these contents of a file, if another library wrote them."""
+    names = contents if isinstance(contents, dict) else {}
+    if is_loralib(tensors_in(names)) and KEY not in names:
+        return lambda view: read_loralib(view, tensors_in(names), path, alpha, slices)
+    if alpha is not None or slices is not None:
+        raise ConfigError(
+            f"alpha and target_slices are for files of loralib, and {path} is none: it says itself how it was trained. "
+            "Leave them out."
+        )
+    return (lambda view: read_peft(view, names, path)) if is_peft(names) else None
+
+
+def _is_foreign(names: Iterable[str]) -> bool:
+    return is_peft(names) or is_loralib(names)
 
 
 def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any]) -> None:
-    """Adapt ``model`` if needed, check everything, then write everything. Undo all of it after an error."""
+    """Put stored adapters into ``model``."""
     renaming = renaming_for(model, description)
     if renaming:
         state, description = renamed(model, renaming, state, description)
     config = stored_config(description)
+    with _unmerged_and_undone(model):
+        if find_record(model) is None:  # no adapters, or only those of a submodule
+            inject_adapters(model, config)
+        check_fits(view_of(model), state, description, renaming=renaming)
+        write_state(model, state)
+
+
+def _put_foreign(model: nn.Module, read: Reader) -> None:
+    """Put adapters of another library into ``model``."""
+    with _unmerged_and_undone(model):
+        foreign, fresh = read(View(model)), find_record(model) is None
+        if fresh:
+            inject_adapters(model, foreign.config)
+        view = view_of(model)
+        state = completed(view, foreign.state, fresh=fresh)
+        check_foreign_fits(view, state, foreign.config)
+        write_state(model, state)
+
+
+@contextmanager
+def _unmerged_and_undone(model: nn.Module) -> Iterator[None]:
+    """Unmerge a model for a change. Undo all of it after an error."""
     record, was_merged = find_record(model), False
     try:
         was_merged = unmerge(model)
         with undone_on_error(View(model)):
-            if find_record(model) is None:  # no adapters, or only those of a submodule
-                inject_adapters(model, config)
-            check_fits(view_of(model), state, description, renaming=renaming)
-            write_state(model, state)
+            yield
     except BaseException:
         if was_merged:
             merge(model)
@@ -148,8 +211,16 @@ def read_adapter_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]
         FileNotFoundError: the file does not exist.
         AdapterFileError: the file is truncated, was changed, or is of another kind.
     """
-    contents = _read(path, weights_only=True)
+    return _own(_read(path, weights_only=True), path)
+
+
+def _own(contents: Any, path: object) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state and the description in the contents of a file."""
     if not isinstance(contents, dict) or not isinstance(contents.get("state_dict"), dict):
+        if isinstance(contents, dict) and _is_foreign(contents):
+            raise AdapterFileError(
+                f"{path} holds adapters of another library. Only load_adapter(model, path) reads it."
+            )
         raise AdapterFileError(f"{path} holds no adapters. Pass a file that save_adapter or a Trainer wrote.")
     return _adapters_in(contents["state_dict"], contents.get(KEY), path)
 
@@ -164,6 +235,8 @@ def _read(path: str | Path, *, weights_only: bool) -> Any:
             return torch.load(path, map_location="cpu", weights_only=weights_only)
         with safe_open(path, "pt") as file:
             names, description = file.keys(), json.loads((file.metadata() or {}).get(KEY, "null"))
+            if is_peft(names) or (description is None and is_loralib(names)):
+                return {name: file.get_tensor(name) for name in names}
             if description is None:
                 return {"state_dict": {}}
             stored_config(description)
@@ -210,7 +283,7 @@ def load_from_checkpoint(
         BaseMismatchError: the model that ``cls`` builds is not the base that the adapters were trained on.
     """
     checkpoint = _read(path, weights_only=weights_only)
-    if isinstance(checkpoint, dict) and checkpoint.keys() <= {"state_dict", KEY}:
+    if isinstance(checkpoint, dict) and (checkpoint.keys() <= {"state_dict", KEY} or _is_foreign(checkpoint)):
         raise AdapterFileError(f"{path} is an adapter file. Build the model, then call load_adapter(model, path).")
     check_readable(checkpoint, path)
     state, description = _adapters_in(checkpoint["state_dict"], checkpoint.get(KEY), path)
