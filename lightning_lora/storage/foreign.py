@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, LoRAWarning, listed
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, LoRAWarning, listed
 from lightning_lora.layers import MAGNITUDE, LoRALayer, Part
 from lightning_lora.model.root import root_of
 from lightning_lora.model.view import View
@@ -184,10 +184,13 @@ def assembled(
         saved: Modules that train even if their values are still the base's: the ends of their names.
 
     Raises:
+        AdapterFileError: there are no updates.
         AdapterMismatchError: a tensor of the base cannot be used.
         BaseMismatchError: a frozen weight in the file is not the model's.
     """
     updates = list(updates)
+    if not updates:
+        raise AdapterFileError("The file holds no update of a layer. Load what it trains in full yourself.")
     frozen = {join(update.name, part.weight) for update in updates for part in update.parts}
     kept = {}
     for name, value in rest.items():
@@ -277,13 +280,16 @@ def _above(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
+def uses_of(view: View, name: str) -> list[str]:
+    """Return all names of a parameter of the base: a tied weight has several."""
+    own = view.base.get(name)
+    return [other for other, p in view.base.items() if p is own]
+
+
 def _check_ties(view: View, rest: Mapping[str, Tensor]) -> None:
     """Refuse new values for one use of a tied weight: here they would change the others too."""
-    uses: dict[int, list[str]] = {}
-    for name, p in view.base.items():
-        uses.setdefault(id(p), []).append(name)
     for name, value in rest.items():
-        others = uses[id(view.base[name])] if name in view.base else []
+        others = uses_of(view, name) if name in view.base else []
         alike = all(other in rest and same_bits(value, rest[other]) for other in others)
         if not alike and not _is_the_base(view, name, value):
             raise AdapterMismatchError(

@@ -12,10 +12,10 @@ from torch import Tensor
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, LoRAWarning, listed
 from lightning_lora.model.view import View
-from lightning_lora.storage.foreign import Foreign, Update, assembled, base_value, place_of
+from lightning_lora.storage.foreign import Foreign, Update, assembled, base_value, place_of, uses_of
 from lightning_lora.storage.peft.keys import plain, sorted_by_layer
 from lightning_lora.storage.peft.numbers import CONFIG, read_numbers
-from lightning_lora.storage.peft.updates import updates_in
+from lightning_lora.storage.peft.updates import updates_in, with_rows
 from lightning_lora.tensors.names import join
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -66,14 +66,26 @@ def read_peft(view: View, tensors: Mapping[str, Tensor], path: Path) -> Foreign:
             LoRAWarning,
             stacklevel=6,
         )
+    rows = {}
+    for name, tensors_of_layer in list(found.layers.items()):
+        tied = uses_of(view, join(place.name_here(name), "weight"))
+        if "tokens" in tensors_of_layer and len(tied) > 1 and _is_tied_there(view):
+            rows |= dict.fromkeys(tied, with_rows(view, name, place.name_here(name), found.layers.pop(name), numbers))
     updates = updates_in(view, found, numbers, place)
-    rest = {place.name_here(name): value for name, value in found.rest.items()}
+    rest = rows | {place.name_here(name): value for name, value in found.rest.items()}
     by_name = {update.name: update for update in updates}
     for name, tensors_of_layer in found.layers.items():
         if "bias" in tensors_of_layer:
             rest |= _with_bias(view, by_name.get(place.name_here(name)), tensors_of_layer["bias"], rest)
     settings = LoRAConfig(dropout=numbers.dropout, init=numbers.init, use_rslora=numbers.use_rslora)
     return assembled(view, updates, rest, settings, numbers.modules_to_save)
+
+
+def _is_tied_there(view: View) -> bool:
+    """Whether PEFT trains rows of an embedding in its other use too: in models that say that both are tied."""
+    return any(
+        getattr(getattr(module, "config", None), "tie_word_embeddings", False) for module in view.modules.values()
+    )
 
 
 def _with_bias(view: View, update: Update | None, bias: Tensor, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:

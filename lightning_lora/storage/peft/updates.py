@@ -190,12 +190,42 @@ def _attention(view: View, there: str, wrapped: Mapping[str, Tensors], numbers: 
 
 def _tokens(view: View, there: str, name: str, tensors: Tensors, numbers: Numbers) -> Update:
     """Rows of an embedding that train: an update with one rank for each of them."""
+    layer, weight = view.modules[name], base_value(view, join(name, "weight")).cpu()
+    b = (with_rows(view, there, name, tensors, numbers).double() - weight.double()).T
+    indices = _indices(there, numbers)
+    a = torch.zeros(len(indices), len(weight))
+    a[torch.arange(len(indices)), torch.tensor(indices)] = 1
+    kind = adapter_for(layer)
+    assert kind is not None
+    return Update(name, kind, kind.lora_parts_of(layer), ((a, b[:, indices].float()),), 1.0)
+
+
+def _indices(there: str, numbers: Numbers) -> list[int]:
+    """The rows of an embedding that train."""
+    rows: list[int] | dict[str, list[int]] = numbers.tokens
+    if isinstance(rows, dict):
+        return next((value for key, value in rows.items() if there.endswith(key)), [])
+    return rows
+
+
+def with_rows(view: View, there: str, name: str, tensors: Tensors, numbers: Numbers) -> Tensor:
+    """Return the weight of an embedding with the rows of the file in it.
+
+    Args:
+        view: The model.
+        there: The name of the embedding in the file.
+        name: Its name in the model.
+        tensors: Its tensors in the file.
+        numbers: What the configuration says.
+
+    Raises:
+        AdapterMismatchError: they are not rows of this embedding.
+        AdapterFileError: the embedding has another update too.
+    """
     layer, rows = view.modules[name], tensors["tokens"]
     if len(tensors) > 1 or not isinstance(layer, nn.Embedding):
         raise AdapterFileError(f"{there!r} trains single rows, and has another update too. That cannot be read.")
-    indices = numbers.tokens
-    if isinstance(indices, dict):
-        indices = next((value for key, value in indices.items() if there.endswith(key)), [])
+    indices = _indices(there, numbers)
     weight = base_value(view, join(name, "weight")).cpu()
     in_range = all(0 <= index < len(weight) for index in indices)
     if len(indices) != len(rows) or rows.shape[1:] != weight.shape[1:] or not in_range:
@@ -203,12 +233,9 @@ def _tokens(view: View, there: str, name: str, tensors: Tensors, numbers: Number
             f"The file holds {len(rows)} rows of {there!r}, and the configuration names {len(indices)} for an "
             f"embedding of {tuple(weight.shape)}. Pass the model and the adapter_config.json of the training."
         )
-    a = torch.zeros(len(indices), len(weight))
-    a[torch.arange(len(indices)), torch.tensor(indices)] = 1
-    b = (rows.double() - weight[indices].double()).T.float()
-    kind = adapter_for(layer)
-    assert kind is not None
-    return Update(name, kind, kind.lora_parts_of(layer), ((a, b),), 1.0)
+    weight = weight.to(torch.promote_types(weight.dtype, rows.dtype), copy=True)
+    weight[indices] = rows.to(weight.dtype)
+    return weight
 
 
 # Parameters of modules
