@@ -99,7 +99,7 @@ def check_fits(
 
 
 def check_foreign_fits(view: View, state: Mapping[str, Any], config: LoRAConfig) -> None:
-    """Refuse adapters of another library that do not fit an adapted model.
+    """Refuse adapters of another library that do not fit.
 
     Their base is not known, so it is not checked.
 

@@ -147,7 +147,8 @@ def load_adapter(
 def _foreign(contents: Any, path: Path, alpha: float | None, slices: Slices | None) -> Reader | None:
     """How to read these contents of a file, if another library wrote them."""
     names = contents if isinstance(contents, dict) else {}
-    if is_loralib(tensors_in(names)) and KEY not in names:
+    is_ours = KEY in names or "pytorch-lightning_version" in names
+    if not is_ours and is_loralib(tensors_in(names)):
         return lambda view: read_loralib(view, tensors_in(names), path, alpha, slices)
     if alpha is not None or slices is not None:
         raise ConfigError(
@@ -235,7 +236,7 @@ def _read(path: str | Path, *, weights_only: bool) -> Any:
             return torch.load(path, map_location="cpu", weights_only=weights_only)
         with safe_open(path, "pt") as file:
             names, description = file.keys(), json.loads((file.metadata() or {}).get(KEY, "null"))
-            if is_peft(names) or (description is None and is_loralib(names)):
+            if is_peft(names):
                 return {name: file.get_tensor(name) for name in names}
             if description is None:
                 return {"state_dict": {}}

@@ -99,7 +99,7 @@ def with_rank(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor
 
 
 def place_of(view: View, layers: Collection[str], entries: Collection[str]) -> Renaming:
-    """Return how the names in a file become those of the model.
+    """Return how a file's names become those of the model.
 
     The names may lack a prefix that the model has, or have one that it lacks.
 
@@ -174,7 +174,7 @@ def assembled(
     settings: LoRAConfig,
     saved: Collection[str] = (),
 ) -> Foreign:
-    """Return the configuration and the state that make up these updates.
+    """Return the configuration and the state of these updates.
 
     Args:
         view: The model.
@@ -234,7 +234,7 @@ def _is_below(name: str, modules: Iterable[str]) -> bool:
 
 
 def base_value(view: View, name: str) -> Tensor:
-    """Return the base's value of a parameter or buffer of the model."""
+    """Return the base's value of a parameter or buffer."""
     known = view.record.originals.get(name) if view.is_adapted else None
     return known if known is not None else {**view.base, **view.buffers}[name].detach()
 
@@ -281,7 +281,10 @@ def _above(name: str) -> list[str]:
 
 
 def uses_of(view: View, name: str) -> list[str]:
-    """Return all names of a parameter of the base: a tied weight has several."""
+    """Return all names of a parameter of the base.
+
+    A tied weight has several.
+    """
     own = view.base.get(name)
     return [other for other, p in view.base.items() if p is own]
 

@@ -34,7 +34,7 @@ def is_loralib(names: Iterable[str]) -> bool:
 
 
 def tensors_in(contents: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a loralib file, wherever its code has put them."""
+    """Return the tensors of a loralib file."""
     for key in ("model_state_dict", "state_dict"):
         if isinstance(contents.get(key), Mapping):
             contents = contents[key]

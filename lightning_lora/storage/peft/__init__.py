@@ -1,4 +1,4 @@
-"""PEFT's files: their keys, their configuration, and what becomes of them.
+"""PEFT's files, to read and to write.
 
 Nothing here imports ``peft``.
 """

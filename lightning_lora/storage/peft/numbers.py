@@ -70,11 +70,11 @@ class Numbers:
     modules_to_save: tuple[str, ...] = ()
 
     def rank(self, name: str) -> int:
-        """Return the rank of the layer with this name in the file."""
+        """Return the rank of a layer, by its name there."""
         return int(_first_match(self.rank_pattern, name, self.r))
 
     def scaling(self, name: str) -> float:
-        """Return the factor of ``B @ A`` of the layer with this name in the file.
+        """Return a layer's factor of ``B @ A``, by its name there.
 
         Example:
             >>> Numbers(r=4, alpha=8, rank_pattern={"q": 2}).scaling("encoder.q")

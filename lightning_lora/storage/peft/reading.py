@@ -23,7 +23,9 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def weights_of(path: Path) -> Path:
-    """Return the file with the tensors: ``path`` itself, or that in a folder.
+    """Return the file with the tensors.
+
+    It is ``path`` itself, or in the folder ``path``.
 
     Raises:
         AdapterFileError: the folder holds no adapters.
@@ -66,7 +68,7 @@ def read_peft(view: View, tensors: Mapping[str, Tensor], path: Path) -> Foreign:
             LoRAWarning,
             stacklevel=6,
         )
-    rows = {}
+    rows: dict[str, Tensor] = {}
     for name, tensors_of_layer in list(found.layers.items()):
         tied = uses_of(view, join(place.name_here(name), "weight"))
         if "tokens" in tensors_of_layer and len(tied) > 1 and _is_tied_there(view):

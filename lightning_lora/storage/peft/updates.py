@@ -1,4 +1,4 @@
-"""The updates in a PEFT file, as factors of this package's layers."""
+"""The updates in a PEFT file, as this package's factors."""
 
 import math
 from collections.abc import Mapping
@@ -209,7 +209,7 @@ def _indices(there: str, numbers: Numbers) -> list[int]:
 
 
 def with_rows(view: View, there: str, name: str, tensors: Tensors, numbers: Numbers) -> Tensor:
-    """Return the weight of an embedding with the rows of the file in it.
+    """Return an embedding's weight with the file's rows in it.
 
     Args:
         view: The model.
