@@ -74,7 +74,7 @@ class Numbers:
         return int(_first_match(self.rank_pattern, name, self.r))
 
     def scaling(self, name: str) -> float:
-        """Return a layer's factor of ``B @ A``, by its name there.
+        """Return a layer's scaling, by its name there.
 
         Example:
             >>> Numbers(r=4, alpha=8, rank_pattern={"q": 2}).scaling("encoder.q")
