@@ -236,7 +236,9 @@ def _is_below(name: str, modules: Iterable[str]) -> bool:
 def base_value(view: View, name: str) -> Tensor:
     """Return the base's value of a parameter or buffer."""
     known = view.record.originals.get(name) if view.is_adapted else None
-    return known if known is not None else {**view.base, **view.buffers}[name].detach()
+    if known is not None:
+        return known
+    return (view.base[name] if name in view.base else view.buffers[name]).detach()
 
 
 def _is_the_base(view: View, name: str, value: Tensor) -> bool:

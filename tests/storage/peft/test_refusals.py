@@ -206,6 +206,11 @@ def test_grouped_convolutions(tmp_path: Path) -> None:
         load_adapter(model, tmp_path)
     a = peft.base_model.model.grouped.lora_A.default.weight  # (2, 4, 1, 1): one row for each group
     with torch.no_grad():
+        a[0, 2:] = a[1, :2] = 0
+    peft.save_pretrained(tmp_path)
+    with refused(model, AdapterMismatchError, "groups=2"):  # each group has an A of its own
+        load_adapter(model, tmp_path)
+    with torch.no_grad():
         a.zero_()[0, :2] = a[1, 2:] = torch.tensor([1.0, 2.0]).view(2, 1, 1)
     peft.save_pretrained(tmp_path)
     load_adapter(model, tmp_path)
