@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError, listed
-from lightning_lora.layers import LoRAParameters
+from lightning_lora.layers import FROM_BASE, LoRAParameters
 from lightning_lora.model.root import root_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.base_copies import is_places
@@ -107,6 +107,34 @@ def check_fits(
     check_base(view, description["base"], shapes, anew=anew, renaming=renaming)
     check_tensors(view, entries, state)
     _check_finite(view, state)
+    _check_lost(view, changed)
+
+
+def check_foreign_fits(view: View, state: Mapping[str, Any], config: LoRAConfig) -> None:
+    """Refuse adapters of another library that do not fit.
+
+    Their base is not known, so it is not checked.
+
+    Args:
+        view: The adapted model.
+        state: The tensors, by the names of the model.
+        config: The configuration that adapts the model in the same way.
+
+    Raises:
+        AdapterFileError: values are NaN or infinite.
+        AdapterMismatchError: a tensor does not fit, or rank, scaling or start differ.
+        BaseMismatchError: the base's frozen weights have changed in training.
+    """
+    entries = entries_of(view)
+    _check_settings(view, config)
+    _check_start(view, config)
+    check_names(view, entries, state, config=config)
+    check_tensors(view, entries, state)
+    _check_finite(view, state)
+    _check_lost(view, ())
+
+
+def _check_lost(view: View, changed: Collection[str]) -> None:
     lost = sorted(view.record.changed.keys() - set(changed))
     if lost:
         raise BaseMismatchError(
@@ -130,6 +158,18 @@ def _check_settings(view: View, config: LoRAConfig) -> None:
                     f"r={config.r}, alpha={config.alpha}, use_rslora={config.use_rslora}, "
                     f"rank_pattern={config.rank_pattern}, alpha_pattern={config.alpha_pattern}."
                 )
+
+
+def _check_start(view: View, config: LoRAConfig) -> None:
+    """Refuse adapters with another start, which is a part of the update."""
+    for name, layer in view.layers.items():
+        found, expected = (init if init in FROM_BASE else "kaiming" for init in (layer.lora_settings.init, config.init))
+        if found != expected:
+            raise AdapterMismatchError(
+                f"These adapters were trained with init={config.init!r}; here {name!r} has "
+                f"init={layer.lora_settings.init!r}. Call remove_adapters(model) first: loading adapts it as they were "
+                "trained."
+            )
 
 
 def stored_config(description: object) -> LoRAConfig:

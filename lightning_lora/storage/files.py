@@ -1,17 +1,15 @@
 """Save and load adapters without a Trainer."""
 
-import json
-from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-import fsspec
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterFileError, AdapterStateError, listed
+from lightning_lora.config import Slices
+from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, listed
 from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge, merge_adapters, unmerge
 from lightning_lora.model.record import find_record
@@ -19,25 +17,15 @@ from lightning_lora.model.remember import keep_record, view_of
 from lightning_lora.model.undo import undone_on_error
 from lightning_lora.model.view import View
 from lightning_lora.storage.build import build
-from lightning_lora.storage.checkpoint import check_readable, drop_note
-from lightning_lora.storage.description import (
-    KEY,
-    check_checksum,
-    check_entries,
-    check_fits,
-    describe,
-    stored_config,
-)
-from lightning_lora.storage.disk import (
-    check_path,
-    check_whole,
-    is_archive,
-    local_path,
-    on_this_machine,
-    reading,
-    writing,
-)
+from lightning_lora.storage.checkpoint import check_readable
+from lightning_lora.storage.description import KEY, check_fits, check_foreign_fits, describe, stored_config
+from lightning_lora.storage.disk import check_path, local_path
 from lightning_lora.storage.fingerprint import forms_of_base
+from lightning_lora.storage.foreign import Foreign, completed
+from lightning_lora.storage.loralib import is_loralib, read_loralib, tensors_in
+from lightning_lora.storage.own_files import adapters_in, check_place, is_foreign, read_contents, write_adapter_file
+from lightning_lora.storage.peft.keys import is_peft
+from lightning_lora.storage.peft.reading import read_peft, weights_of
 from lightning_lora.storage.renaming import renamed, renaming_for
 from lightning_lora.storage.state import adapter_state_dict, write_state
 
@@ -45,6 +33,9 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
     Module = TypeVar("Module", bound=LightningModule)
+
+Reader = Callable[[View], Foreign]
+"""Reads adapters of another library for a model."""
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:
@@ -80,74 +71,33 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     write_adapter_file(path, state, describe(view, state, forms_of_base(view)))
 
 
-def write_adapter_file(path: str | Path, state: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
-    """Write a state and its description as one ``.safetensors`` file.
-
-    Raises:
-        AdapterFileError: a tensor is of a kind that the format does not have, or the file cannot be written.
-    """
-    local = local_path(path)
-    try:
-        tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
-        contents = save(tensors, metadata={"format": "pt", KEY: json.dumps(description)})
-    except Exception as error:
-        kinds = listed(f"{name} ({value.dtype}, {value.layout})" for name, value in state.items())
-        raise AdapterFileError(
-            f"safetensors cannot hold one of {kinds}: {type(error).__name__}: {error}. Save with the Trainer instead."
-        ) from error
-    with writing(path, beside=local is not None) as place:
-        if local is not None:
-            place.write_bytes(contents)
-        else:
-            with fsspec.open(place, "wb") as file:
-                file.write(contents)
-
-
-def check_place(path: str | Path) -> None:
-    """Refuse a place where no adapter file can be written.
-
-    Raises:
-        AdapterFileError: the name has another ending.
-        FileNotFoundError: the folder does not exist.
-    """
-    check_path(path)
-    local = local_path(path)
-    _check_name(path, local)
-    if local is not None and not local.parent.is_dir():
-        raise FileNotFoundError(f"The folder {local.parent} does not exist. Make it first.")
-
-
-def _check_name(given: str | Path, local: Path | None) -> None:
-    """Refuse a name that would hide the format from other programs."""
-    if str(given).endswith(".safetensors"):
-        return
-    path = local or PurePosixPath(str(given).rpartition("/")[2])
-    stem = path.stem if path.suffix in (".ckpt", ".pt", ".pth", ".bin") else path.name
-    is_folder = local is not None and local.is_dir()
-    name = path / "adapter.safetensors" if is_folder else path.with_name(f"{stem}.safetensors")
-    raise AdapterFileError(
-        f"save_adapter writes safetensors, and {str(given)!r} does not end in .safetensors. Use {str(name)!r}."
-    )
-
-
-def load_adapter(model: nn.Module, path: str | Path | IO[bytes]) -> None:
+def load_adapter(
+    model: nn.Module, path: str | Path | IO[bytes], *, alpha: float | None = None, target_slices: Slices | None = None
+) -> None:
     """Load the adapters of a file into ``model``.
 
-    After an error, the model is as it was before.
+    It reads files of this package, of PEFT and of loralib. Files of PEFT and loralib do not say which base they were
+    trained on, so it cannot be checked: load the right weights first. After an error, the model is as it was before.
 
     Args:
         model: The base model that the adapters were trained on. If it has no adapters yet, it is adapted as the file
             says. A model that a finished fit has merged gets its base back first. It may also be the model inside the
             LightningModule that was saved, or a LightningModule around the model that was saved.
         path: A file that :func:`save_adapter` or a Trainer with ``LoRACallback`` wrote: its path, a URL that fsspec
-            can read, or the open file, in binary mode.
+            can read, or the open file, in binary mode. Or a folder that PEFT wrote, or the ``.safetensors`` or ``.bin`` file in it, with ``adapter_config.json`` beside it. Or what loralib's
+            ``lora_state_dict`` returned, saved with ``torch.save``.
+        alpha: Only for a file of loralib: the ``lora_alpha`` that it was trained with. It is in no file.
+        target_slices: Only for a file of loralib with ``MergedLinear`` layers: the parts that they adapted
+            (``enable_lora``), as in :class:`.LoRAConfig`: ``{"c_attn": ["q", "v"]}``.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        AdapterFileError: the file is truncated, was changed, or is of another kind.
+        AdapterFileError: the file is truncated, was changed, is of another kind, or holds what this package does not
+            have.
         TargetError: ``model`` does not have the layers that were adapted.
         BaseMismatchError: the adapters were trained on another base.
-        AdapterMismatchError: ``model`` is already adapted in another way.
+        AdapterMismatchError: ``model`` is already adapted in another way, or the adapters do not fit it.
+        ConfigError: ``alpha`` is missing for a file of loralib, or given for another file.
 
     Example:
         >>> import tempfile
@@ -163,77 +113,77 @@ def load_adapter(model: nn.Module, path: str | Path | IO[bytes]) -> None:
         >>> torch.equal(base(torch.ones(4)), trained(torch.ones(4)))
         True
     """
-    state, description = read_adapter_file(path)
-    _put(model, state, description)
+    check_path(path, may_be_open=True)
+    local = local_path(path)
+    file = path if local is None else weights_of(local)
+    contents = read_contents(file)
+    foreign = _foreign(contents, file, alpha, target_slices)
+    if foreign:
+        _put_foreign(model, foreign)
+    else:
+        _put(model, *adapters_in(contents, path))
+
+
+def _foreign(contents: Any, path: Any, alpha: float | None, slices: Slices | None) -> Reader | None:
+    """How to read these contents of a file, if another library wrote them."""
+    names = contents if isinstance(contents, dict) else {}
+    is_ours = KEY in names or "pytorch-lightning_version" in names
+    if not is_ours and is_loralib(tensors_in(names)):
+        return lambda view: read_loralib(view, tensors_in(names), path, alpha, slices)
+    if alpha is not None or slices is not None:
+        raise ConfigError(
+            f"alpha and target_slices are for files of loralib, and {path} is none: it says itself how it was trained. "
+            "Leave them out."
+        )
+    if not is_peft(names):
+        return None
+    if not isinstance(path, Path):
+        raise AdapterFileError(
+            f"{path} holds adapters of PEFT, and their configuration is in a file beside it. Copy the whole folder to "
+            "this machine, and pass its path."
+        )
+    return lambda view: read_peft(view, names, path)
 
 
 def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any]) -> None:
-    """Adapt ``model`` if needed, check everything, then write everything. Undo all of it after an error."""
+    """Put stored adapters into ``model``."""
     renaming = renaming_for(model, description)
     if renaming:
         state, description = renamed(model, renaming, state, description)
     config = stored_config(description)
+    with _unmerged_and_undone(model):
+        if find_record(model) is None:  # no adapters, or only those of a submodule
+            inject_adapters(model, config)
+        check_fits(view_of(model), state, description, renaming=renaming)
+        write_state(model, state)
+
+
+def _put_foreign(model: nn.Module, read: Reader) -> None:
+    """Put adapters of another library into ``model``."""
+    with _unmerged_and_undone(model):
+        foreign, fresh = read(View(model)), find_record(model) is None
+        if fresh:
+            inject_adapters(model, foreign.config)
+        view = view_of(model)
+        state = completed(view, foreign.state, fresh=fresh)
+        check_foreign_fits(view, state, foreign.config)
+        write_state(model, state)
+
+
+@contextmanager
+def _unmerged_and_undone(model: nn.Module) -> Iterator[None]:
+    """Unmerge a model for a change. Undo all of it after an error."""
     record, was_merged = find_record(model), False
     try:
         was_merged = unmerge(model)
         with undone_on_error(View(model)):
-            if find_record(model) is None:  # no adapters, or only those of a submodule
-                inject_adapters(model, config)
-            check_fits(view_of(model), state, description, renaming=renaming)
-            write_state(model, state)
+            yield
     except BaseException:
         if was_merged:
             merge(model)
         elif record is not None and record.is_merged:  # its weights were replaced: it is as it was
             keep_record(model, record)
         raise
-
-
-def read_adapter_file(path: str | Path | IO[bytes]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the state and the description in a file.
-
-    No code in the file is run.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        AdapterFileError: the file is truncated, was changed, or is of another kind.
-    """
-    contents = _read(path, weights_only=True)
-    if not isinstance(contents, dict) or not isinstance(contents.get("state_dict"), dict):
-        raise AdapterFileError(f"{path} holds no adapters. Pass a file that save_adapter or a Trainer wrote.")
-    return _adapters_in(contents["state_dict"], contents.get(KEY), path)
-
-
-def _read(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
-    """The contents of a ``.ckpt`` or ``.safetensors`` file, in the form of a checkpoint."""
-    check_path(path, may_be_open=True)
-    with reading(path), on_this_machine(path) as local:
-        check_whole(local, path, may_be_old=True)
-        with local.open("rb") as file:
-            is_zip = is_archive(file)
-        if is_zip:
-            contents = torch.load(local, map_location="cpu", weights_only=weights_only)
-            drop_note(contents)
-            return contents
-        with safe_open(local, "pt") as file:
-            names, description = file.keys(), json.loads((file.metadata() or {}).get(KEY, "null"))
-            if description is None:
-                return {"state_dict": {}}
-            stored_config(description)
-            check_entries(names, description, path)
-            return {"state_dict": {name: file.get_tensor(name) for name in names}, KEY: description}
-
-
-def _adapters_in(state: dict[str, Any], description: Any, path: object) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state and its description, after a check that both are as they were written."""
-    if description is None:
-        raise AdapterFileError(
-            f"{path} holds no adapters of this package. If it is a full checkpoint, it is a base: load it with "
-            "Lightning's load_from_checkpoint, or give it to Trainer.fit(ckpt_path=...)."
-        )
-    stored_config(description)
-    check_checksum(state, description, path)
-    return state, description
 
 
 def load_from_checkpoint(
@@ -262,11 +212,11 @@ def load_from_checkpoint(
         AdapterFileError: the file is truncated, was changed, or is of another kind.
         BaseMismatchError: the model that ``cls`` builds is not the base that the adapters were trained on.
     """
-    checkpoint = _read(path, weights_only=weights_only)
-    if isinstance(checkpoint, dict) and checkpoint.keys() <= {"state_dict", KEY}:
+    checkpoint = read_contents(path, weights_only=weights_only)
+    if isinstance(checkpoint, dict) and (checkpoint.keys() <= {"state_dict", KEY} or is_foreign(checkpoint)):
         raise AdapterFileError(f"{path} is an adapter file. Build the model, then call load_adapter(model, path).")
     check_readable(checkpoint, path)
-    state, description = _adapters_in(checkpoint["state_dict"], checkpoint.get(KEY), path)
+    state, description = adapters_in(checkpoint, path)
     kwargs.pop("strict", None)
     options = kwargs if weights_only else {**kwargs, "weights_only": False}
     model, state = build(cls, {**checkpoint, "state_dict": state}, **options)

@@ -12,8 +12,8 @@ from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.layers import FROM_BASE, Adapter, LoRALayer, Settings, attach
 from lightning_lora.layers.start import names_of
 from lightning_lora.storage.description import stored_config
-from lightning_lora.storage.files import read_adapter_file
 from lightning_lora.storage.layout import StoredLayer
+from lightning_lora.storage.own_files import read_adapter_file
 from lightning_lora.tensors.names import join
 
 

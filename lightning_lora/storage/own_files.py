@@ -1,0 +1,147 @@
+"""Read and write the adapter files of this package."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import fsspec
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lightning_lora.errors import AdapterFileError, listed
+from lightning_lora.storage.checkpoint import drop_note
+from lightning_lora.storage.description import KEY, check_checksum, check_entries, stored_config
+from lightning_lora.storage.disk import (
+    check_path,
+    check_whole,
+    is_archive,
+    local_path,
+    on_this_machine,
+    reading,
+    writing,
+)
+from lightning_lora.storage.loralib import is_loralib
+from lightning_lora.storage.peft.keys import is_peft
+
+# Write
+
+
+def write_adapter_file(path: str | Path, state: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+    """Write a state and its description as one ``.safetensors`` file.
+
+    Raises:
+        AdapterFileError: a tensor is of a kind that the format does not have, or the file cannot be written.
+    """
+    local = local_path(path)
+    try:
+        tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
+        contents = save(tensors, metadata={"format": "pt", KEY: json.dumps(description)})
+    except Exception as error:
+        kinds = listed(f"{name} ({value.dtype}, {value.layout})" for name, value in state.items())
+        raise AdapterFileError(
+            f"safetensors cannot hold one of {kinds}: {type(error).__name__}: {error}. Save with the Trainer instead."
+        ) from error
+    with writing(path, beside=local is not None) as place:
+        if local is not None:
+            place.write_bytes(contents)
+        else:
+            with fsspec.open(place, "wb") as file:
+                file.write(contents)
+
+
+def check_place(path: str | Path) -> None:
+    """Refuse a place where no adapter file can be written.
+
+    Raises:
+        AdapterFileError: the name has another ending.
+        FileNotFoundError: the folder does not exist.
+    """
+    check_path(path)
+    local = local_path(path)
+    _check_name(path, local)
+    if local is not None and not local.parent.is_dir():
+        raise FileNotFoundError(f"The folder {local.parent} does not exist. Make it first.")
+
+
+def _check_name(given: str | Path, local: Path | None) -> None:
+    """Refuse a name that would hide the format from other programs."""
+    if str(given).endswith(".safetensors"):
+        return
+    path = local or PurePosixPath(str(given).rpartition("/")[2])
+    stem = path.stem if path.suffix in (".ckpt", ".pt", ".pth", ".bin") else path.name
+    is_folder = local is not None and local.is_dir()
+    name = path / "adapter.safetensors" if is_folder else path.with_name(f"{stem}.safetensors")
+    raise AdapterFileError(
+        f"save_adapter writes safetensors, and {str(given)!r} does not end in .safetensors. Use {str(name)!r}."
+    )
+
+
+# Read
+
+
+def read_adapter_file(path: str | Path | IO[bytes]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the state and the description in a file.
+
+    No code in the file is run.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        AdapterFileError: the file is truncated, was changed, or is of another kind.
+    """
+    return adapters_in(read_contents(path), path)
+
+
+def read_contents(path: str | Path | IO[bytes], *, weights_only: bool = True) -> Any:
+    """Return what is in a file, in the form of a checkpoint.
+
+    Tensors of another library are returned by their names.
+    """
+    check_path(path, may_be_open=True)
+    with reading(path), on_this_machine(path) as local:
+        check_whole(local, path, may_be_old=True)
+        with local.open("rb") as file:
+            is_zip = is_archive(file)
+        if is_zip:
+            contents = torch.load(local, map_location="cpu", weights_only=weights_only)
+            drop_note(contents)
+            return contents
+        with safe_open(local, "pt") as file:
+            names, description = file.keys(), json.loads((file.metadata() or {}).get(KEY, "null"))
+            if is_peft(names):
+                return {name: file.get_tensor(name) for name in names}
+            if description is None:
+                return {"state_dict": {}}
+            stored_config(description)
+            check_entries(names, description, path)
+            return {"state_dict": {name: file.get_tensor(name) for name in names}, KEY: description}
+
+
+def is_foreign(names: Iterable[str]) -> bool:
+    """Whether names of tensors are those of another library."""
+    return is_peft(names) or is_loralib(names)
+
+
+def adapters_in(contents: Any, path: object) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the state and the description, checked to be as written.
+
+    Raises:
+        AdapterFileError: these are no contents of an adapter file, or they were changed.
+    """
+    if not isinstance(contents, dict) or not isinstance(contents.get("state_dict"), dict):
+        if isinstance(contents, dict) and is_foreign(contents):
+            raise AdapterFileError(
+                f"{path} holds adapters of another library. Only load_adapter(model, path) reads it."
+            )
+        raise AdapterFileError(f"{path} holds no adapters. Pass a file that save_adapter or a Trainer wrote.")
+    state, description = contents["state_dict"], contents.get(KEY)
+    if description is None:
+        raise AdapterFileError(
+            f"{path} holds no adapters of this package. If it is a full checkpoint, it is a base: load it with "
+            "Lightning's load_from_checkpoint, or give it to Trainer.fit(ckpt_path=...)."
+        )
+    stored_config(description)
+    check_checksum(state, description, path)
+    return state, description

@@ -1,0 +1,4 @@
+"""PEFT's files, to read and to write.
+
+Nothing here imports ``peft``.
+"""

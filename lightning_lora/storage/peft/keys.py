@@ -1,0 +1,93 @@
+"""The names of tensors in PEFT's files."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lightning_lora.errors import AdapterFileError, listed
+
+PREFIX = "base_model.model."
+"""PEFT writes this before every name of the base."""
+
+_SUFFIXES = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_B.bias": "bias",
+    "lora_embedding_A": "embedding_A",
+    "lora_embedding_B": "embedding_B",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "token_adapter.trainable_tokens_delta": "tokens",
+}
+"""The ends of the names of an adapter's tensors, and what they are."""
+
+
+@dataclass
+class PeftTensors:
+    """The tensors of a PEFT file.
+
+    Args:
+        layers: For each adapted layer, by its name in the file: its tensors, by ``"A"``, ``"B"``, ``"embedding_A"``,
+            ``"embedding_B"``, ``"bias"``, ``"magnitude"`` and ``"tokens"``. The name has PEFT's ``base_layer`` inside.
+        rest: The other tensors, by their names in the base: modules trained in full, biases, copies of the base.
+    """
+
+    layers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    rest: dict[str, Tensor] = field(default_factory=dict)
+
+
+def is_peft(names: Iterable[str]) -> bool:
+    """Whether these are names of a PEFT file.
+
+    Example:
+        >>> is_peft(["base_model.model.q.lora_A.weight"]), is_peft(["q.lora_A", "q.lora_B"])
+        (True, False)
+    """
+    return any(isinstance(name, str) and _split(name) for name in names)
+
+
+def _split(name: str) -> tuple[str, str] | None:
+    """The layer that a tensor of an adapter belongs to, and what it is there."""
+    for suffix, what in _SUFFIXES.items():
+        if name.endswith(f".{suffix}"):
+            return name.removesuffix(f".{suffix}"), what
+    return None
+
+
+def sorted_by_layer(tensors: Mapping[str, Tensor], path: object) -> PeftTensors:
+    """Sort the tensors of a PEFT file by layer.
+
+    Raises:
+        AdapterFileError: there are tensors of a method that is not supported.
+    """
+    found, unknown = PeftTensors(), []
+    for key, value in tensors.items():
+        name = key.removeprefix(PREFIX)
+        parts = _split(name)
+        if parts:
+            layer, what = parts
+            found.layers.setdefault(layer, {})[what] = value
+        elif any(part.startswith(("lora_", "trainable_tokens")) for part in name.split(".")):
+            unknown.append(key)
+        elif ".original_module." not in name:  # the base's own values, of a module that is trained in full
+            found.rest[plain(name)] = value
+    if unknown:
+        raise AdapterFileError(
+            f"{path} holds {listed(unknown)}, which belong to a method of PEFT that this package does not have. Merge "
+            "it with PEFT (merge_and_unload), and use the merged model."
+        )
+    return found
+
+
+def plain(name: str) -> str:
+    """Return a name of the base, without PEFT's wrappers inside.
+
+    Example:
+        >>> plain("experts.base_layer"), plain("attn.base_layer.out_proj.base_layer.bias")
+        ('experts', 'attn.out_proj.bias')
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+_WRAPPERS = ("base_layer", "token_adapter", "modules_to_save")

@@ -1,0 +1,134 @@
+"""Models of layers that PEFT adapts, and PEFT's own adapters of them."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+class Mixed(nn.Module):
+    """A layer of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(12, 8)
+        self.conv1d = nn.Conv1d(8, 8, 3, padding=1)
+        self.linear = nn.Linear(8, 8)
+        self.c_proj = Conv1D(12, 8)
+        self.norm = nn.LayerNorm(12)
+        self.head = nn.Linear(12, 3)
+        nn.init.normal_(self.c_proj.weight, std=0.3)
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.conv1d(self.embed(index).transpose(1, 2)).transpose(1, 2)
+        return self.head(self.norm(self.c_proj(torch.tanh(self.linear(x)))))
+
+
+class Images(nn.Module):
+    """Convolutions of two and three dimensions, and a norm with statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv2d = nn.Conv2d(3, 6, 3, stride=2)
+        self.bn = nn.BatchNorm2d(6)
+        self.conv3d = nn.Conv3d(6, 4, (1, 2, 2))
+        self.grouped = nn.Conv2d(4, 4, 1, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv2d(x))
+        return self.grouped(self.conv3d(x.unsqueeze(2)).squeeze(2))
+
+
+class Attending(nn.Module):
+    """An attention, and a layer after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.out = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+        nn.init.normal_(self.attn.in_proj_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.attn(x, x, x, need_weights=False)[0])
+
+
+class Experts(nn.Module):
+    """Matrices, and stacks of them, that a module reads itself."""
+
+    def __init__(self, *, is_transposed: bool = False) -> None:
+        super().__init__()
+        up, down = (6, 8), (8, 6)
+        self.up = nn.Parameter(0.3 * torch.randn(3, *(up[::-1] if is_transposed else up)))
+        self.down = nn.Parameter(0.3 * torch.randn(3, *(down[::-1] if is_transposed else down)))
+        self.gate = nn.Parameter(torch.randn(3, 8))
+        self.is_transposed = is_transposed
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, down = (w.transpose(1, 2) if self.is_transposed else w for w in (self.up, self.down))
+        each = torch.einsum("eoh,...eh->...eo", down, torch.tanh(torch.einsum("ehi,...i->...eh", up, x)))
+        return torch.einsum("...e,...eo->...o", (x @ self.gate.T).softmax(-1), each)
+
+
+class Expert(nn.Module):
+    """A model with experts and a recurrent layer."""
+
+    def __init__(self, *, is_transposed: bool = False) -> None:
+        super().__init__()
+        self.experts, self.rnn = Experts(is_transposed=is_transposed), nn.GRU(8, 5, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(self.experts(x))[0]
+
+
+class Lit(L.LightningModule):
+    """A LightningModule around a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+def built(make: Callable[[], nn.Module]) -> nn.Module:
+    """Always the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return make().eval()
+
+
+def write_peft(
+    folder: Path, base: nn.Module, change: Callable[[nn.Module], None] | None = None, **arguments: Any
+) -> Any:
+    """Save PEFT's adapters of ``base``, with random values, and return the adapted model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft = get_peft_model(base, LoraConfig(**{"r": 2, **arguments})).eval()
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for p in peft.parameters():
+                if p.requires_grad:
+                    p.add_(0.2 * torch.randn(p.shape, generator=generator))
+        if change:
+            change(peft)
+        peft.save_pretrained(folder)
+    return peft
+
+
+def read_by_peft(folder: Path, base: nn.Module) -> Any:
+    """What PEFT makes of its own files."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(base, folder).eval()
+
+
+def gap(a: Any, b: Any) -> float:
+    """The largest difference, as a share of the largest value."""
+    a, b = (getattr(x, "last_hidden_state", getattr(x, "logits", x)) for x in (a, b))
+    return float(((a - b).abs().max() / b.abs().max()).detach())

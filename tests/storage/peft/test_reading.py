@@ -1,0 +1,110 @@
+"""PEFT's files load, and give the outputs that PEFT gives."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRAWarning, load_adapter, save_adapter
+from tests.storage.peft.cases import Attending, Expert, Images, Lit, Mixed, built, gap, read_by_peft, write_peft
+
+INDEX = torch.arange(12).view(2, 6)
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 9 * 9).view(2, 3, 9, 9)
+TOKENS = torch.linspace(-1, 1, 2 * 4 * 8).view(2, 4, 8).sin()
+
+MIXED: dict[str, dict[str, Any]] = {
+    "linear": {"target_modules": ["linear", "c_proj"]},
+    "default alpha": {"r": 3, "target_modules": ["linear"]},
+    "all": {"target_modules": ["embed", "conv1d", "linear", "c_proj"], "lora_alpha": 5},
+    "rslora": {"target_modules": ["embed", "conv1d", "linear"], "use_rslora": True, "lora_alpha": 3},
+    "dora": {"target_modules": ["embed", "conv1d", "linear", "c_proj"], "use_dora": True},
+    "large r": {"r": 16, "target_modules": ["embed", "conv1d", "linear", "head"]},
+    "large r, rslora, dora": {"r": 16, "target_modules": ["linear", "head"], "use_rslora": True, "use_dora": True},
+    "patterns": {
+        "target_modules": "(embed|linear|c_.*)",
+        "rank_pattern": {"lin.*": 4, "near": 3, "embed": 1},
+        "alpha_pattern": {"^c_proj": 7, "embed": 9},
+    },
+    "saved": {"target_modules": ["linear"], "modules_to_save": ["head", "norm"]},
+    "biases of its layers": {"target_modules": ["linear", "conv1d"], "bias": "lora_only"},
+    "all biases": {"target_modules": ["linear", "conv1d"], "bias": "all"},
+    "all biases, saved": {"target_modules": ["linear", "conv1d"], "bias": "all", "modules_to_save": ["head"]},
+    "bias of B": {"target_modules": ["linear", "conv1d", "c_proj"], "lora_bias": True},
+    "bias of B, and biases": {"target_modules": ["linear"], "lora_bias": True, "bias": "lora_only"},
+    "tokens": {"target_modules": ["linear"], "trainable_token_indices": {"embed": [1, 4, 7]}},
+    "many tokens": {"target_modules": ["linear"], "trainable_token_indices": {"embed": list(range(10))}},
+    "tokens, rslora": {"target_modules": ["linear"], "trainable_token_indices": {"embed": [3, 11]}, "use_rslora": True},
+    "pissa": {"target_modules": ["linear", "c_proj"], "init_lora_weights": "pissa"},
+    "pissa, rslora": {"target_modules": ["linear"], "init_lora_weights": "pissa", "use_rslora": True},
+    "pissa, large r": {"r": 16, "target_modules": ["linear", "head"], "init_lora_weights": "pissa"},
+    "pissa, dora": {"target_modules": ["linear"], "init_lora_weights": "pissa", "use_dora": True},
+    "olora": {"target_modules": ["linear"], "init_lora_weights": "olora"},
+    "gaussian": {"target_modules": ["linear", "embed"], "init_lora_weights": "gaussian"},
+    "orthogonal": {"target_modules": ["linear"], "init_lora_weights": "orthogonal"},
+    "one layer of several": {"target_modules": "all-linear", "exclude_modules": ["head"]},
+    "a weight as a parameter": {"target_modules": [], "target_parameters": ["linear.weight", "embed.weight"]},
+    "a Conv1D as a parameter": {"target_modules": [], "target_parameters": ["c_proj.weight"]},
+}
+ATTENDING: dict[str, dict[str, Any]] = {
+    "attention": {"target_modules": ["attn", "out"]},
+    "attention, large r": {"r": 12, "target_modules": ["attn"]},
+    "attention, biases": {"target_modules": ["attn"], "bias": "lora_only"},
+    "attention, all biases": {"target_modules": ["attn"], "bias": "all", "use_rslora": True},
+    "in_proj as a parameter": {"target_modules": [], "target_parameters": ["attn.in_proj_weight"]},
+}
+BOTH = ["experts.up", "experts.down"]
+EXPERT: dict[str, dict[str, Any]] = {
+    "one stack": {"target_modules": [], "target_parameters": ["experts.down"]},
+    "two stacks": {"target_modules": [], "target_parameters": BOTH},
+    "large r": {"r": 9, "target_modules": [], "target_parameters": BOTH},
+    "a matrix and a stack": {"target_modules": [], "target_parameters": ["gate", "experts.up"]},
+    "two ranks": {
+        "target_modules": [],
+        "target_parameters": BOTH,
+        "rank_pattern": {"experts.up": 1},
+        "alpha_pattern": {"experts.down": 3},
+    },
+    "recurrent": {"target_modules": [], "target_parameters": ["rnn.weight_ih_l0", "rnn.weight_hh_l0"]},
+    "one recurrent": {"target_modules": [], "target_parameters": ["rnn.weight_hh_l0"]},
+}
+IMAGE: dict[str, dict[str, Any]] = {
+    "convolutions": {"target_modules": ["conv2d", "conv3d"]},
+    "convolutions, dora": {"target_modules": ["conv2d", "conv3d"], "use_dora": True},
+    "statistics": {"target_modules": ["conv2d"], "modules_to_save": ["bn"]},
+    "large r": {"r": 40, "target_modules": ["conv2d", "conv3d"]},
+}
+CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any]]] = {
+    **{f"mixed: {name}": (Mixed, INDEX, config) for name, config in MIXED.items()},
+    **{f"attention: {name}": (Attending, TOKENS, config) for name, config in ATTENDING.items()},
+    **{f"experts: {name}": (Expert, TOKENS, config) for name, config in EXPERT.items()},
+    **{f"transposed: {name}": (lambda: Expert(is_transposed=True), TOKENS, EXPERT[name]) for name in [*EXPERT][:5]},
+    **{f"images: {name}": (Images, IMAGES, config) for name, config in IMAGE.items()},
+}
+
+
+@pytest.mark.parametrize(("make", "inputs", "config"), CASES.values(), ids=CASES)
+def test_outputs_are_those_of_peft(
+    tmp_path: Path, make: Callable[[], nn.Module], inputs: Any, config: dict[str, Any]
+) -> None:
+    expected = write_peft(tmp_path / "peft", built(make), **config)(inputs)
+    loaded, around = built(make), Lit(built(make)).eval()
+    assert gap(loaded(inputs), expected) > 1e-3
+    load_adapter(loaded, tmp_path / "peft")
+    load_adapter(around, tmp_path / "peft" / "adapter_model.safetensors")
+    assert gap(loaded(inputs), expected) < 2e-6 and gap(around(inputs), expected) < 2e-6
+    save_adapter(around, tmp_path / "own.safetensors")
+    again = Lit(built(make)).eval()
+    load_adapter(again, tmp_path / "own.safetensors")
+    assert torch.equal(again(inputs), around(inputs))
+
+
+def test_where_the_order_of_keys_is_lost_a_warning_says_so(tmp_path: Path) -> None:
+    config = {"target_modules": ["linear", "c_proj"], "alpha_pattern": {"c_proj": 7, ".*": 9}}
+    write_peft(tmp_path, built(Mixed), **config)  # PEFT sorts the keys when it saves: now ".*" comes first
+    loaded = built(Mixed)
+    with pytest.warns(LoRAWarning, match=r"Several keys of alpha_pattern fit 'c_proj'"):
+        load_adapter(loaded, tmp_path)
+    assert gap(loaded(INDEX), read_by_peft(tmp_path, built(Mixed))(INDEX)) < 2e-6

@@ -1,0 +1,385 @@
+"""What a PEFT file asks for and this package does not have is refused by name, and the model is as before."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lightning_lora import (
+    AdapterFileError,
+    AdapterMismatchError,
+    BaseMismatchError,
+    ConfigError,
+    LoRAConfig,
+    LoRAWarning,
+    inject_adapters,
+    load_adapter,
+    load_from_checkpoint,
+    merge_adapters,
+    unmerge_adapters,
+)
+from lightning_lora.storage.files import read_adapter_file
+from tests.models import LitTiny, same, state
+from tests.storage.cases import refused
+from tests.storage.peft.cases import Attending, Expert, Images, Mixed, built, gap, write_peft
+from tests.storage.peft.test_reading import IMAGES, INDEX
+
+PRE = "base_model.model."
+
+
+def written(folder: Path, make: Callable[[], nn.Module] = Mixed, **config: Any) -> Any:
+    return write_peft(folder, built(make), **{"target_modules": ["linear"], **config})
+
+
+def say(folder: Path, **fields: Any) -> None:
+    """Change fields of the configuration."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def hold(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Change the tensors."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path, {"format": "pt"})
+
+
+FIELDS: dict[str, tuple[dict[str, Any], str]] = {
+    "another method": ({"peft_type": "IA3"}, r"peft_type='IA3'"),
+    "no method": ({"peft_type": None}, r"peft_type=None"),
+    "layer_replication": ({"layer_replication": [[0, 2]]}, r"'layer_replication'.*does not have"),
+    "alora_invocation_tokens": ({"alora_invocation_tokens": [1]}, "'alora_invocation_tokens'"),
+    "kasa_config": ({"kasa_config": {"beta": 1}}, "'kasa_config'"),
+    "use_bdlora": ({"use_bdlora": {"nblocks": 2}}, "'use_bdlora'"),
+    "use_qalora": ({"use_qalora": True}, "'use_qalora'"),
+    "arrow_config": ({"arrow_config": {"top_k": 1}}, "'arrow_config'"),
+    "monteclora_config": ({"monteclora_config": {"num_samples": 2}}, "'monteclora_config'"),
+    "megatron_config": ({"megatron_config": {"a": 1}}, "'megatron_config'"),
+    "an unknown field": ({"use_more": True}, "'use_more', which this package does not know"),
+    "pissa_niter": ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4'.*cannot be computed again"),
+    "corda": ({"init_lora_weights": "corda"}, "'corda'"),
+    "loftq": ({"init_lora_weights": "loftq"}, "'loftq'"),
+    "r": ({"r": 0}, "r=0"),
+    "alpha": ({"lora_alpha": "8"}, "lora_alpha='8'"),
+    "a negative alpha": ({"lora_alpha": -8}, "lora_alpha=-8"),
+    "dropout": ({"lora_dropout": 1.0}, "lora_dropout"),
+    "patterns": ({"rank_pattern": {"(": 2}}, "rank_pattern"),
+    "no patterns": ({"alpha_pattern": [2]}, "alpha_pattern"),
+    "parameters": ({"target_parameters": "up"}, "target_parameters"),
+    "tokens": ({"trainable_token_indices": "up"}, "trainable_token_indices"),
+    "another rank": ({"r": 4}, "has rank 2, but the configuration says 4"),
+    "another rank of one layer": ({"rank_pattern": {"lin.*": 1}}, "has rank 2, but the configuration says 1"),
+}
+
+
+@pytest.mark.parametrize(("fields", "match"), FIELDS.values(), ids=FIELDS)
+def test_what_the_configuration_asks_for(tmp_path: Path, fields: dict[str, Any], match: str) -> None:
+    written(tmp_path)
+    say(tmp_path, **fields)
+    model = built(Mixed)
+    with refused(model, AdapterFileError, match):
+        load_adapter(model, tmp_path)
+
+
+def test_harmless_fields_are_ignored(tmp_path: Path) -> None:
+    written(tmp_path)
+    say(tmp_path, velora_config={"scale": 2}, loftq_config={"loftq_bits": 4}, use_less=False, runtime_config={"a": 1})
+    load_adapter(built(Mixed), tmp_path)
+
+
+def test_missing_numbers_are_those_of_peft(tmp_path: Path) -> None:
+    expected = written(tmp_path, r=8)(INDEX)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "LORA", "target_modules": ["linear"]}))
+    model = built(Mixed)
+    load_adapter(model, tmp_path)
+    assert gap(model(INDEX), expected) < 2e-6
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "", "{" * 3, "[" * 100_000])
+def test_a_configuration_that_is_none(tmp_path: Path, text: str) -> None:
+    written(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with refused(model := built(Mixed), AdapterFileError, r"adapter_config\.json"):
+        load_adapter(model, tmp_path)
+
+
+def test_files_that_are_missing(tmp_path: Path) -> None:
+    written(tmp_path)
+    model = built(Mixed)
+    (tmp_path / "adapter_config.json").rename(tmp_path / "other.json")
+    with refused(model, AdapterFileError, r"adapters of PEFT, and .*adapter_config\.json is not there"):
+        load_adapter(model, tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with refused(model, AdapterFileError, r"as a folder it holds no adapters of PEFT"):
+        load_adapter(model, tmp_path)
+    with refused(model, FileNotFoundError, "nowhere"):
+        load_adapter(model, tmp_path / "nowhere")
+
+
+def drop(name: str) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors[f"{PRE}{name}"]
+
+    return change
+
+
+def add(name: str, value: Tensor) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors.update({f"{PRE}{name}": value})
+
+
+TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], None], type[Exception], str]] = {
+    "no B": (drop("linear.lora_B.weight"), AdapterFileError, "only one of A and B of 'linear'"),
+    "unknown": (add("linear.lora_diag", torch.ones(2)), AdapterFileError, r"'base_model.model.linear.lora_diag'"),
+    "no layer": (add("w.lora_A.weight", torch.ones(2, 2)), AdapterMismatchError, "it has no 'w'"),
+    "no entry": (add("w.weight", torch.ones(2, 2)), AdapterMismatchError, r"it has no 'w\.weight'"),
+    "experts of transformers 4": (
+        add("experts.0.w1.lora_A.weight", torch.ones(2, 2)), AdapterMismatchError, "models of transformers 4",
+    ),
+    "another shape": (add("linear.lora_A.weight", torch.ones(2, 5)), AdapterMismatchError, r"factors \(2, 5\) and"),
+    "nan": (add("linear.lora_A.weight", torch.full((2, 8), torch.nan)), AdapterFileError, "NaN"),
+    "another head": (add("head.weight", torch.ones(2, 12)), AdapterMismatchError, r"'head.weight' is \(2, 12\)"),
+    "another weight": (add("linear.base_layer.weight", torch.ones(8, 8)), BaseMismatchError, "differs from that"),
+    "a resized weight": (add("linear.base_layer.weight", torch.ones(9, 8)), BaseMismatchError, "tokens were added"),
+    "two updates": (
+        lambda tensors: tensors.update({
+            f"{PRE}linear.base_layer.lora_{x}.weight": tensors[f"{PRE}linear.lora_{x}.weight"].clone() for x in "AB"
+        }),
+        AdapterFileError, "two updates of one Linear",
+    ),
+    "half of DoRA": (add("norm.lora_magnitude_vector", torch.ones(12)), AdapterMismatchError, "'norm'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "error", "match"), TENSORS.values(), ids=TENSORS)
+def test_what_the_tensors_are(
+    tmp_path: Path, change: Callable[[dict[str, Tensor]], None], error: type[Exception], match: str
+) -> None:
+    written(tmp_path)
+    hold(tmp_path, change)
+    with refused(model := built(Mixed), error, match):
+        load_adapter(model, tmp_path)
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_layers_with_a_forward_of_their_own(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.ModuleDict({"linear": Scaled(4, 4)})
+
+    written(tmp_path, make)
+    with refused(model := built(make), AdapterMismatchError, "forward of its own"):
+        load_adapter(model, tmp_path)
+
+
+def test_layers_that_peft_does_not_adapt(tmp_path: Path) -> None:
+    written(tmp_path)
+    model = built(Mixed)
+    model.linear = nn.Bilinear(8, 8, 8)
+    with refused(model, AdapterMismatchError, "'linear'.*a Bilinear, which PEFT does not adapt"):
+        load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("layer", [{"dilation": 2}, {"padding_mode": "circular", "padding": 1}])
+def test_convolutions_of_which_peft_loses_something(tmp_path: Path, layer: dict[str, Any]) -> None:
+    def make() -> nn.Module:
+        return nn.ModuleDict({"linear": nn.Conv2d(2, 2, 3, **layer)})
+
+    written(tmp_path, make)
+    with refused(model := built(make), AdapterMismatchError, "dilation=.*padding_mode="):
+        load_adapter(model, tmp_path)
+
+
+def test_grouped_convolutions(tmp_path: Path) -> None:
+    peft = written(tmp_path, Images, target_modules=["grouped"])
+    model = built(Images)
+    with refused(model, AdapterMismatchError, "groups=2.*reads the channels of all groups"):
+        load_adapter(model, tmp_path)
+    a = peft.base_model.model.grouped.lora_A.default.weight  # (2, 4, 1, 1): one row for each group
+    with torch.no_grad():
+        a[0, 2:] = a[1, :2] = 0
+    peft.save_pretrained(tmp_path)
+    with refused(model, AdapterMismatchError, "groups=2"):  # each group has an A of its own
+        load_adapter(model, tmp_path)
+    with torch.no_grad():
+        a.zero_()[0, :2] = a[1, 2:] = torch.tensor([1.0, 2.0]).view(2, 1, 1)
+    peft.save_pretrained(tmp_path)
+    load_adapter(model, tmp_path)
+    assert gap(model(IMAGES), peft(IMAGES)) < 2e-6
+
+
+def test_what_peft_itself_ignores(tmp_path: Path) -> None:
+    written(tmp_path, Attending, target_modules=["out_proj"])
+    with refused(model := built(Attending), AdapterMismatchError, "its nn.MultiheadAttention never calls"):
+        load_adapter(model, tmp_path)
+
+
+def test_parameters_that_are_not_named(tmp_path: Path) -> None:
+    written(tmp_path, Expert, target_modules=[], target_parameters=["experts.up", "experts.down"])
+    say(tmp_path, target_parameters=["experts.up"])
+    with refused(model := built(Expert), AdapterMismatchError, r"2 updates of 'experts'.*name \['up'\]"):
+        load_adapter(model, tmp_path)
+
+
+def test_a_bias_of_b_without_a_bias(tmp_path: Path) -> None:
+    written(tmp_path, lora_bias=True)
+    model = built(Mixed)
+    model.linear = nn.Linear(8, 8, bias=False)
+    with refused(model, AdapterMismatchError, r"'linear' has a bias \(lora_bias=True\)"):
+        load_adapter(model, tmp_path)
+
+
+class Tied(nn.Module):
+    """A head that is tied to an embedding, and a layer between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.linear, self.head = nn.Embedding(12, 8), nn.Linear(8, 8), nn.Linear(8, 12, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.linear(self.embed(index))))
+
+
+def test_a_tied_head_that_peft_has_untied(tmp_path: Path) -> None:
+    written(tmp_path, Tied, modules_to_save=["head"])
+    with refused(model := built(Tied), AdapterMismatchError, r"'head.weight', which is tied to 'embed.weight'"):
+        load_adapter(model, tmp_path)
+
+
+def test_rows_of_an_embedding(tmp_path: Path) -> None:
+    expected = written(tmp_path, Tied, trainable_token_indices={"embed": [1, 2]})(INDEX)
+    model = built(Tied)  # not a model of transformers: the head keeps its rows, there and here
+    load_adapter(model, tmp_path)
+    assert gap(model(INDEX), expected) < 2e-6
+    say(tmp_path, trainable_token_indices={"embed": [1, 99]})
+    with refused(model := built(Tied), AdapterMismatchError, "2 rows of 'embed'"):
+        load_adapter(model, tmp_path)
+    say(tmp_path, trainable_token_indices={"embed": [1, 2, 3]})
+    with refused(model, AdapterMismatchError, "configuration names 3"):
+        load_adapter(model, tmp_path)
+
+
+def test_names_that_fit_in_several_places(tmp_path: Path) -> None:
+    written(tmp_path, lambda: nn.ModuleDict({"linear": nn.Linear(4, 4)}))
+
+    def make() -> nn.Module:
+        return nn.ModuleDict({name: nn.ModuleDict({"linear": nn.Linear(4, 4)}) for name in "ab"})
+
+    model = built(make)
+    with refused(model, AdapterMismatchError, "below 'a', 'b'. Pass one of these"):
+        load_adapter(model, tmp_path)
+    load_adapter(model.get_submodule("b"), tmp_path)
+    with pytest.warns(LoRAWarning, match=r"begin with ''; in ModuleDict they begin with 'x.y'"):
+        load_adapter(nn.ModuleDict({"x": nn.ModuleDict({"y": make()["a"]})}), tmp_path)
+
+
+def test_a_prefix_too_many_is_left_out(tmp_path: Path) -> None:
+    written(tmp_path, lambda: nn.ModuleDict({"model": Mixed()}))
+    with pytest.warns(LoRAWarning, match=r"begin with 'model'; in Mixed they begin with ''"):
+        load_adapter(built(Mixed), tmp_path)
+
+
+def test_adapters_of_another_kind(tmp_path: Path) -> None:
+    written(tmp_path, init_lora_weights="pissa")
+    for config, match in (({"r": 3}, "r=2"), ({"r": 2, "alpha": 8}, "init='pissa'")):
+        model = built(Mixed)
+        inject_adapters(model, LoRAConfig(target_modules=["linear"], **config))
+        with refused(model, AdapterMismatchError, match):
+            load_adapter(model, tmp_path)
+
+
+def test_a_second_file_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    written(tmp_path / "a", init_lora_weights="pissa")
+    expected = write_peft(
+        tmp_path / "b",
+        built(Mixed),
+        lambda peft: nn.init.ones_(peft.base_model.model.linear.lora_B.default.weight),
+        target_modules=["linear"],
+        init_lora_weights="pissa",
+    )(INDEX)
+    model = built(Mixed)
+    before = state(model)
+    load_adapter(model, tmp_path / "a")
+    merge_adapters(model)
+    load_adapter(model, tmp_path / "b")
+    assert gap(model(INDEX), expected) < 2e-6
+    merge_adapters(model)
+    unmerge_adapters(model)
+    assert same({name: value for name, value in state(model).items() if name in before}, before)
+
+
+def test_an_error_leaves_a_merged_model_merged(tmp_path: Path) -> None:
+    written(tmp_path)
+    model = built(Mixed)
+    load_adapter(model, tmp_path)
+    merge_adapters(model)
+    say(tmp_path, r=4)
+    with refused(model, AdapterFileError, "rank"):
+        load_adapter(model, tmp_path)
+
+
+def test_older_files_and_half_precision(tmp_path: Path) -> None:
+    expected = written(tmp_path, modules_to_save=["norm"])(INDEX)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    for path in (tmp_path, tmp_path / "adapter_model.bin"):
+        model = built(Mixed)
+        load_adapter(model, path)
+        assert gap(model(INDEX), expected) < 2e-6
+    torch.save({name: value.bfloat16() for name, value in tensors.items()}, tmp_path / "adapter_model.bin")
+    model = built(Mixed)
+    load_adapter(model, tmp_path)
+    a = model.get_parameter("linear.lora_A")
+    assert a.dtype == torch.float32 and torch.equal(a, tensors[f"{PRE}linear.lora_A.weight"].bfloat16().float())
+
+
+def test_both_spellings_of_the_magnitude(tmp_path: Path) -> None:
+    expected = written(tmp_path, use_dora=True)(INDEX)
+    for old, new in (("vector", "vector.weight"), ("", "")):
+        hold(
+            tmp_path,
+            lambda tensors, old=old, new=new: [  # type: ignore[misc, return-value, arg-type]
+                tensors.update({name.replace(old, new): tensors.pop(name)}) for name in [*tensors] if "magn" in name
+            ],
+        )
+        model = built(Mixed)
+        load_adapter(model, tmp_path)
+        assert gap(model(INDEX), expected) < 2e-6
+
+
+def test_other_readers_say_what_it_is(tmp_path: Path) -> None:
+    written(tmp_path)
+    with pytest.raises(AdapterFileError, match="adapters of another library"):
+        read_adapter_file(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterFileError, match="Build the model, then call load_adapter"):
+        load_from_checkpoint(LitTiny, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match="alpha and target_slices are for files of loralib"):
+        load_adapter(built(Mixed), tmp_path, alpha=16)
+
+
+def test_single_tensors_of_the_base_train(tmp_path: Path) -> None:
+    written(tmp_path)
+    hold(tmp_path, add("norm.weight", torch.full((12,), 2.0)))
+    model = built(Mixed)
+    load_adapter(model, tmp_path)
+    assert model.get_parameter("norm.weight").eq(2).all() and model.get_parameter("norm.weight").requires_grad
+    assert not model.get_parameter("norm.bias").requires_grad
+
+
+def test_no_update_of_a_layer(tmp_path: Path) -> None:
+    written(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({f"{PRE}head.weight": torch.ones(3, 12)}, path)
+    with pytest.raises(AdapterFileError):
+        load_adapter(built(Mixed), tmp_path)

@@ -1,0 +1,204 @@
+"""loralib's files load into plain models, and give loralib's outputs."""
+
+from pathlib import Path
+from typing import Any
+
+import loralib
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2Model
+from transformers.pytorch_utils import Conv1D
+
+from lightning_lora import (
+    AdapterFileError,
+    AdapterMismatchError,
+    BaseMismatchError,
+    ConfigError,
+    LoRAConfig,
+    TargetError,
+    inject_adapters,
+    load_adapter,
+    save_adapter,
+)
+from lightning_lora.model.view import View
+from tests.models import randomise
+from tests.storage.cases import refused
+from tests.storage.peft.cases import Lit, built, gap
+
+INDEX = torch.arange(12).view(2, 6)
+
+
+class Plain(nn.Module):
+    """A layer of each kind that loralib adapts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.linear, self.c_attn = nn.Embedding(12, 8), nn.Linear(8, 8), nn.Linear(8, 24)
+        self.conv, self.head = nn.Conv2d(4, 6, 3, padding=1), nn.Linear(36, 3)
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = torch.tanh(self.linear(self.embed(index)))
+        x = self.c_attn(x).view(len(index), 4, 6, 6)
+        return self.head(torch.tanh(self.conv(x)).flatten(2)).sum(1)
+
+
+class Theirs(Plain):
+    """The same, of loralib's layers."""
+
+    def __init__(self, enabled: tuple[bool, ...] = (True, False, True), r: int = 2) -> None:
+        super().__init__()
+        self.embed = loralib.Embedding(12, 8, r=r, lora_alpha=6)
+        self.linear = loralib.Linear(8, 8, r=r, lora_alpha=6)
+        self.c_attn = loralib.MergedLinear(8, 24, r=r, lora_alpha=6, enable_lora=list(enabled))
+        self.conv = loralib.Conv2d(4, 6, 3, r=r, lora_alpha=6, padding=1)
+
+
+def trained(model: nn.Module, base: nn.Module) -> Any:
+    """loralib's model on this base, with random factors."""
+    weights = dict(base.state_dict())
+    weights |= {
+        name.replace("conv.", "conv.conv."): weights.pop(name) for name in [*weights] if name.startswith("conv.")
+    }
+    model.train()
+    model.load_state_dict(weights, strict=False)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+SLICES = {"c_attn": ["q", "v"]}
+
+
+@pytest.mark.parametrize("r", [2, 16])
+@pytest.mark.parametrize("enabled", [(True, False, True), (True, True, True), (False, True, False)])
+def test_outputs_are_those_of_loralib(tmp_path: Path, enabled: tuple[bool, ...], r: int) -> None:
+    theirs = trained(Theirs(enabled, r), built(Plain))
+    torch.save(loralib.lora_state_dict(theirs), tmp_path / "a.bin")
+    loaded, around = built(Plain), Lit(built(Plain)).eval()
+    slices = {"c_attn": [name for name, on in zip("qkv", enabled, strict=True) if on]}
+    for model in (loaded, around):
+        load_adapter(model, tmp_path / "a.bin", alpha=6, target_slices=slices)
+        assert gap(model(INDEX), theirs(INDEX)) < 2e-6
+    save_adapter(around, tmp_path / "own.safetensors")
+    again = Lit(built(Plain)).eval()
+    load_adapter(again, tmp_path / "own.safetensors")
+    assert torch.equal(again(INDEX), around(INDEX))
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda s: s, lambda s: {"model_state_dict": {f"module.{n}": v for n, v in s.items()}}]
+)
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_biases_and_heads_come_along(tmp_path: Path, bias: str, wrap: Any) -> None:
+    theirs = trained(Theirs(), built(Plain))
+    with torch.no_grad():
+        for p in (theirs.head.weight, theirs.head.bias, theirs.linear.bias, theirs.conv.conv.bias):
+            p.add_(1)
+    held = loralib.lora_state_dict(theirs, bias=bias)
+    if bias != "all":
+        theirs.conv.conv.bias.data.sub_(1)
+    if bias == "none":
+        theirs.linear.bias.data.sub_(1)
+    held |= {name: value for name, value in theirs.state_dict().items() if name.startswith("head.")}
+    torch.save(wrap(held), tmp_path / "a.pt")
+    model = built(Plain)
+    load_adapter(model, tmp_path / "a.pt", alpha=6, target_slices=SLICES)
+    assert gap(model(INDEX), theirs(INDEX)) < 2e-6
+    assert View(model).config.modules_to_save == ("head",)
+    assert View(model).config.bias == ("none" if bias == "none" else "lora_only")  # no layer has another bias
+
+
+def test_gpt2_as_loralibs_own_code_has_it(tmp_path: Path) -> None:
+    """There, ``c_attn`` is a MergedLinear with the weight (in, out), as transformers' Conv1D."""
+
+    def make() -> GPT2Model:
+        return GPT2Model(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=12, n_positions=8))
+
+    model, held = built(make), {}
+    expected = built(make)
+    for i, block in enumerate(model.h):
+        assert isinstance(block.attn.c_attn, Conv1D)
+        theirs = loralib.MergedLinear(8, 24, r=2, lora_alpha=4, enable_lora=[True, False, True], fan_in_fan_out=True)
+        theirs.train()
+        for p in (theirs.lora_A, theirs.lora_B):
+            nn.init.normal_(p, std=0.3)
+        theirs.load_state_dict(block.attn.c_attn.state_dict(), strict=False)
+        expected.h[i].attn.c_attn = theirs
+        held |= {
+            f"transformer.h.{i}.attn.c_attn.{name}": getattr(theirs, name).detach() for name in ("lora_A", "lora_B")
+        }
+    torch.save(held, tmp_path / "a.pt")
+    around = nn.Module()
+    around.transformer = model
+    load_adapter(around, tmp_path / "a.pt", alpha=4, target_slices=SLICES)
+    assert gap(model(INDEX), expected(INDEX)) < 2e-6
+
+
+def test_a_grouped_convolution(tmp_path: Path) -> None:
+    theirs = loralib.Conv2d(4, 6, 3, r=2, lora_alpha=6, groups=2)
+    theirs.train()
+    for p in (theirs.lora_A, theirs.lora_B):
+        nn.init.normal_(p, std=0.3)
+    model = nn.ModuleDict({"c": nn.Conv2d(4, 6, 3, groups=2)})
+    model["c"].load_state_dict(theirs.conv.state_dict())
+    torch.save({"c.lora_A": theirs.lora_A, "c.lora_B": theirs.lora_B}, tmp_path / "a.pt")
+    load_adapter(model, tmp_path / "a.pt", alpha=6)
+    x = torch.linspace(-1, 1, 400).view(1, 4, 10, 10)
+    assert gap(model["c"](x), theirs(x)) < 2e-6
+
+
+def test_alpha_is_asked_for(tmp_path: Path) -> None:
+    torch.save(loralib.lora_state_dict(trained(Theirs(), built(Plain))), tmp_path / "a.bin")
+    model = built(Plain)
+    with refused(model, ConfigError, r"Their alpha is in no file.*alpha=16"):
+        load_adapter(model, tmp_path / "a.bin", target_slices=SLICES)
+    with refused(model, ConfigError, "alpha=0"):
+        load_adapter(model, tmp_path / "a.bin", alpha=0, target_slices=SLICES)
+
+
+def test_alpha_of_our_own_files_is_in_them(tmp_path: Path) -> None:
+    model = built(Plain)
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    save_adapter(model, tmp_path / "a.safetensors")
+    with refused(fresh := built(Plain), ConfigError, "Leave them out"):
+        load_adapter(fresh, tmp_path / "a.safetensors", alpha=16)
+    with refused(fresh, ConfigError, "Leave them out"):
+        load_adapter(fresh, tmp_path / "a.safetensors", target_slices=SLICES)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no parts": ({"target_slices": None}, AdapterMismatchError, r"MergedLinear.*enable_lora.*'c_attn'"),
+    "other parts": ({"target_slices": {"c_attn": ["q", "k", "v"]}}, AdapterMismatchError, "rank 2, 2 parts.*name 3"),
+    "no such parts": ({"target_slices": {"c_attn": ["a"]}}, TargetError, "'a'"),
+    "no such layer": ({"target_slices": {**SLICES, "c_proj": ["q"]}}, TargetError, "c_proj"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "error", "match"), REFUSED.values(), ids=REFUSED)
+def test_parts_that_do_not_fit(tmp_path: Path, arguments: Any, error: type[Exception], match: str) -> None:
+    torch.save(loralib.lora_state_dict(trained(Theirs(), built(Plain))), tmp_path / "a.bin")
+    with refused(model := built(Plain), error, match):
+        load_adapter(model, tmp_path / "a.bin", alpha=6, **arguments)
+
+
+CHANGES: dict[str, tuple[dict[str, Tensor], type[Exception], str]] = {
+    "half": ({"head.lora_A": torch.ones(2, 36)}, AdapterFileError, "only one of lora_A and lora_B of 'head'"),
+    "no layer": ({f"w.lora_{x}": torch.ones(2, 2) for x in "AB"}, AdapterMismatchError, "it has no 'w'"),
+    "another kernel": ({"conv.lora_A": torch.ones(6, 15)}, AdapterMismatchError, "cannot be the weight"),
+    "another kind": ({"linear.lora_A": torch.ones(2, 8, 1)}, AdapterMismatchError, "does not adapt"),
+    "another shape": ({"linear.lora_A": torch.ones(2, 7)}, AdapterMismatchError, "reads 8 features"),
+    "another base": ({"linear.weight": torch.ones(8, 8)}, BaseMismatchError, "'linear.weight'"),
+    "nan": ({"linear.lora_A": torch.full((2, 8), torch.nan)}, AdapterFileError, "NaN"),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "match"), CHANGES.values(), ids=CHANGES)
+def test_tensors_that_do_not_fit(tmp_path: Path, change: Any, error: type[Exception], match: str) -> None:
+    torch.save({**loralib.lora_state_dict(trained(Theirs(), built(Plain))), **change}, tmp_path / "a.bin")
+    with refused(model := built(Plain), error, match):
+        load_adapter(model, tmp_path / "a.bin", alpha=6, target_slices=SLICES)
