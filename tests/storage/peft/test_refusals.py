@@ -23,7 +23,7 @@ from lightning_lora import (
     merge_adapters,
     unmerge_adapters,
 )
-from lightning_lora.storage.files import read_adapter_file
+from lightning_lora.storage.own_files import read_adapter_file
 from tests.models import LitTiny, same, state
 from tests.storage.cases import refused
 from tests.storage.peft.cases import Attending, Expert, Images, Mixed, built, gap, write_peft
