@@ -10,6 +10,7 @@ from lightning_lora.errors import (
     BestCheckpointWarning,
     ConfigError,
     DeadAdapterWarning,
+    ExportError,
     LoRAError,
     LoRAWarning,
     MergePrecisionWarning,
@@ -22,6 +23,7 @@ from lightning_lora.model.disable import disable_adapters
 from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge_adapters, unmerge_adapters
 from lightning_lora.storage.files import load_adapter, load_from_checkpoint, save_adapter
+from lightning_lora.storage.peft import export_peft
 from lightning_lora.storage.state import adapter_state_dict, load_adapter_state_dict
 from lightning_lora.summary import summarize
 
@@ -35,6 +37,7 @@ __all__ = [
     "BestCheckpointWarning",
     "ConfigError",
     "DeadAdapterWarning",
+    "ExportError",
     "LoRACallback",
     "LoRAConfig",
     "LoRAError",
@@ -45,6 +48,7 @@ __all__ = [
     "TargetError",
     "adapter_state_dict",
     "disable_adapters",
+    "export_peft",
     "inject_adapters",
     "load_adapter",
     "load_adapter_state_dict",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -18,16 +17,10 @@ from lightning_lora.model.record import find_record
 from lightning_lora.model.remember import keep_record, view_of
 from lightning_lora.model.undo import undone_on_error
 from lightning_lora.model.view import View
+from lightning_lora.storage.adapter_file import adapters_in, read_adapter_file, read_file
 from lightning_lora.storage.checkpoint import as_base, check_readable
-from lightning_lora.storage.description import (
-    KEY,
-    check_checksum,
-    check_entries,
-    check_fits,
-    describe,
-    stored_config,
-)
-from lightning_lora.storage.disk import check_path, reading, writing
+from lightning_lora.storage.description import KEY, check_fits, describe, stored_config
+from lightning_lora.storage.disk import check_path, writing
 from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.storage.renaming import renamed, renaming_for
 from lightning_lora.storage.state import adapter_state_dict, write_state
@@ -139,50 +132,6 @@ def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any]) -
         raise
 
 
-def read_adapter_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the state and the description in a file.
-
-    No code in the file is run.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        AdapterFileError: the file is truncated, was changed, or is of another kind.
-    """
-    contents = _read(path, weights_only=True)
-    if not isinstance(contents, dict) or not isinstance(contents.get("state_dict"), dict):
-        raise AdapterFileError(f"{path} holds no adapters. Pass a file that save_adapter or a Trainer wrote.")
-    return _adapters_in(contents["state_dict"], contents.get(KEY), path)
-
-
-def _read(path: str | Path, *, weights_only: bool) -> Any:
-    """The contents of a ``.ckpt`` or ``.safetensors`` file, in the form of a checkpoint."""
-    with reading(path, trusted=not weights_only):
-        path = Path(path).expanduser()
-        with path.open("rb") as file:
-            is_zip = file.read(2) == b"PK"
-        if is_zip:
-            return torch.load(path, map_location="cpu", weights_only=weights_only)
-        with safe_open(path, "pt") as file:
-            names, description = file.keys(), json.loads((file.metadata() or {}).get(KEY, "null"))
-            if description is None:
-                return {"state_dict": {}}
-            stored_config(description)
-            check_entries(names, description, path)
-            return {"state_dict": {name: file.get_tensor(name) for name in names}, KEY: description}
-
-
-def _adapters_in(state: dict[str, Any], description: Any, path: object) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state and its description, after a check that both are as they were written."""
-    if description is None:
-        raise AdapterFileError(
-            f"{path} holds no adapters of this package. If it is a full checkpoint, it is a base: load it with "
-            "Lightning's load_from_checkpoint, or give it to Trainer.fit(ckpt_path=...)."
-        )
-    stored_config(description)
-    check_checksum(state, description, path)
-    return state, description
-
-
 def load_from_checkpoint(
     cls: "type[Module]",
     path: str | Path,
@@ -209,11 +158,11 @@ def load_from_checkpoint(
         AdapterFileError: the file is truncated, was changed, or is of another kind.
         BaseMismatchError: the model that ``cls`` builds is not the base that the adapters were trained on.
     """
-    checkpoint = _read(path, weights_only=weights_only)
+    checkpoint = read_file(path, weights_only=weights_only)
     if isinstance(checkpoint, dict) and checkpoint.keys() <= {"state_dict", KEY}:
         raise AdapterFileError(f"{path} is an adapter file. Build the model, then call load_adapter(model, path).")
     check_readable(checkpoint, path)
-    state, description = _adapters_in(checkpoint["state_dict"], checkpoint.get(KEY), path)
+    state, description = adapters_in(checkpoint["state_dict"], checkpoint.get(KEY), path)
     shell = BytesIO()  # a checkpoint without run and weights, from which Lightning builds the model
     torch.save({**as_base(checkpoint), "state_dict": {}}, shell)
     shell.seek(0)
