@@ -28,9 +28,9 @@ def read_adapter_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def read_file(path: str | Path, *, weights_only: bool) -> Any:
-    """Return the contents of a file, in the form of a checkpoint.
+    """Return the contents of a file, as a checkpoint.
 
-    It is a ``.ckpt`` or a ``.safetensors`` file.
+    The file is a ``.ckpt`` or a ``.safetensors``.
     """
     with reading(path, trusted=not weights_only):
         path = Path(path).expanduser()

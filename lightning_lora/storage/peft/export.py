@@ -4,6 +4,7 @@ import json
 import re
 import warnings
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -222,5 +223,7 @@ def _write(directory: Path, weights: bytes, config: str) -> None:
         if before is not None:
             place.write_bytes(before)
         if is_new:
-            directory.rmdir()
+            with suppress(OSError):
+                (directory / WEIGHTS).unlink(missing_ok=True)
+                directory.rmdir()
         raise

@@ -1,4 +1,4 @@
-"""Our factors as PEFT's: one pair for each module, or parameter.
+"""Factors as PEFT has them: one pair for each module.
 
 Parts of a weight become one pair, with zeros for the rest. Factors that started from the weight become a pair of twice
 the rank.
@@ -56,12 +56,15 @@ class Piece:
 
     @property
     def groups(self) -> int:
-        """The groups of a convolution. PEFT counts the rank of all of them."""
+        """The groups of a convolution."""
         return int(self.layer.options.get("groups", 1))
 
     @property
     def rank(self) -> int:
-        """The rank that PEFT has to have."""
+        """The rank for PEFT.
+
+        It counts the ranks of all groups.
+        """
         return int(self.a.shape[-2]) * self.groups
 
     @property
@@ -70,7 +73,10 @@ class Piece:
         return join(self.name, self.parameter)
 
     def padded(self, rank: int) -> "Piece":
-        """Return it with a larger rank: the further rows and columns are zero."""
+        """Return it with a larger rank.
+
+        The further rows and columns are zero.
+        """
         more = rank // self.groups - self.a.shape[-2]
         return replace(self, a=F.pad(self.a, (0, 0, 0, more)), b=F.pad(self.b, (0, more)))
 
@@ -116,8 +122,7 @@ def _flat(a: Tensor, b: Tensor, *, is_transposed: bool) -> tuple[Tensor, Tensor]
 def pieces_of(source: Source) -> list[Piece]:
     """Return the adapters of ``source`` as PEFT has them.
 
-    Raises:
-        Nothing: what has no counterpart has been refused before.
+    What has no counterpart must have been refused before.
     """
     found: list[Piece] = []
     for layer in source.layers:

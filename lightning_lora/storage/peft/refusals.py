@@ -1,4 +1,4 @@
-"""What PEFT's format cannot hold, or PEFT would compute in another way.
+"""What PEFT cannot hold, or would compute otherwise.
 
 Each is refused by name before anything is written.
 """
@@ -144,11 +144,6 @@ def _check_saved(source: Source) -> None:
     wrapped = [layer.name for layer in source.layers if (kind := layer.adapter_class) and _is_wrapper(kind)]
     for module in source.description.get("saved", {}):
         own = source.own_name(module)
-        if not own:
-            raise ExportError(
-                f"modules_to_save names {module!r}, which is all of what is exported, and PEFT cannot save that as a "
-                "whole. Use model.save_pretrained, or torch.save(model.state_dict())."
-            )
         found = source.modules.get(own)
         if isinstance(found, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
             raise ExportError(

@@ -1,4 +1,4 @@
-"""What is exported: the adapters of a model, or of a file.
+"""Adapters to export: those of a model or a file.
 
 Both are described in the same way.
 """
@@ -62,7 +62,10 @@ class Source:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """The modules inside it, by their names there. Empty for a file."""
+        """The modules inside it, by their names there.
+
+        A file has none.
+        """
         return {} if self.inner is None else named_modules(self.inner, remove_duplicate=False)
 
     def saved(self) -> dict[str, dict[str, Any]]:

@@ -62,7 +62,10 @@ def test_linear_and_embedding_layers(config: dict[str, Any], tmp_path: Path) -> 
 class Convolutions(nn.Module):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
-        self.c1, self.c2 = nn.Conv1d(4, 6, 3, padding=1, **kwargs), nn.Conv2d(6, 8, (3, 2), stride=2, bias=False, **kwargs)
+        self.c1, self.c2 = (
+            nn.Conv1d(4, 6, 3, padding=1, **kwargs),
+            nn.Conv2d(6, 8, (3, 2), stride=2, bias=False, **kwargs),
+        )
         self.c3, self.norm = nn.Conv3d(8, 4, (1, 3, 3), padding="same", **kwargs), nn.BatchNorm3d(4)
         self.norm.running_mean.normal_()
 
@@ -206,8 +209,8 @@ def test_uniform_has_one_rank_and_one_alpha(tmp_path: Path) -> None:
     assert (config["rank_pattern"], config["alpha_pattern"], config["r"], config["use_rslora"]) == ({}, {}, 7, False)
     tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     assert {min(value.shape) for value in tensors.values()} == {7, 5}  # the head has 5 rows
-    with pytest.warns(LoRAWarning, match="rank is 24.*max_lora_rank"):
-        wide = trained(nn.Sequential(nn.Linear(32, 32)), LoRAConfig(r=24))
+    wide = trained(nn.Sequential(nn.Linear(32, 32)), LoRAConfig(r=24))
+    with pytest.warns(LoRAWarning, match=r"rank is 24.*max_lora_rank"):
         export_peft(wide, tmp_path / "wide", uniform=True)
 
 
