@@ -22,6 +22,9 @@ from lightning_lora.tensors.names import join
 
 _LEAVE_OUT = "Train without it (exclude_modules), or call merge_adapters and save the whole model."
 
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+"""The types of models in which PEFT adapts no out_proj and no conv1d."""
+
 
 def check_exportable(source: Source) -> None:
     """Refuse what has no counterpart in PEFT.
@@ -67,13 +70,8 @@ def _why_not(layer: StoredLayer, source: Source) -> str | None:
         return f"PEFT does not know the class {layer.layer_class}. {_LEAVE_OUT}"
     if issubclass(kind, LoRAConvTransposeNd | LoRAEmbeddingBag | LoRABilinear):
         return f"PEFT has no adapters for {layer.layer_class.rpartition('.')[2]}. {_LEAVE_OUT}"
-    if not source.own_name(layer.name):
-        return 'PEFT adapts layers inside a module, not the module itself. Pass root="", or the module around it.'
-    if layer.options.get(ALSO):
-        return (
-            f"the layer is used as {listed(layer.options[ALSO])} too, and PEFT would adapt the first use alone. "
-            f"{_LEAVE_OUT}"
-        )
+    if why := _why_not_there(layer, source):
+        return why
     if issubclass(kind, LoRAParameters | LoRARecurrent):
         return _why_not_parameters(layer)
     if issubclass(kind, LoRAAttention):
@@ -88,6 +86,21 @@ def _why_not(layer: StoredLayer, source: Source) -> str | None:
     magnitude = source.state.get(join(layer.name, MAGNITUDE))
     if isinstance(magnitude, Tensor) and (magnitude == 0).any():
         return f"PEFT scales an output whose magnitude is zero by zero; here it is not scaled. {_LEAVE_OUT}"
+    return None
+
+
+def _why_not_there(layer: StoredLayer, source: Source) -> str | None:
+    """Why PEFT adapts no layer in its place, or None."""
+    if not source.own_name(layer.name):
+        return 'PEFT adapts layers inside a module, not the module itself. Pass root="", or the module around it.'
+    if layer.options.get(ALSO):
+        return (
+            f"the layer is used as {listed(layer.options[ALSO])} too, and PEFT would adapt the first use alone. "
+            f"{_LEAVE_OUT}"
+        )
+    model_type = getattr(getattr(source.inner, "config", None), "model_type", None)
+    if model_type in _MAMBA and layer.name.rpartition(".")[2] in ("out_proj", "conv1d"):
+        return f"PEFT refuses this layer in models of the type {model_type!r}. {_LEAVE_OUT}"
     return None
 
 

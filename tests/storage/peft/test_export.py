@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import LoRAConfig, LoRAWarning, export_peft
+from lightning_lora import LoRAConfig, LoRAWarning, adapter_state_dict, export_peft, save_adapter
 from lightning_lora.storage.peft.export import ORIGIN
 from tests.models import WIDTH, WORDS, TinyLM
 from tests.storage.peft.cases import check_equal, check_read, read, trained
@@ -184,6 +185,58 @@ def test_one_expert(tmp_path: Path) -> None:
     x = torch.randn(1, 6, WIDTH)
     config = LoRAConfig(r=2, target_modules=[], target_parameters=["up", "down"])
     check_read(Around(Experts(1)), config, lambda m: m(x), tmp_path)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_layers(bits: int, tmp_path: Path) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    wide = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32)
+    layer = wide if bits == 4 else bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+    base = nn.Sequential(nn.Embedding(WORDS, 64), layer, nn.Linear(64, 3)).to("cpu")  # which quantises it
+    config = LoRAConfig(r=2, target_modules="all", rank_pattern={"1": 3})
+    model = trained(base, config)
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    for i, source in enumerate((model, tmp_path / "adapter.safetensors")):
+        export_peft(source, tmp_path / str(i))
+        with torch.no_grad():
+            check_equal(read(base, tmp_path / str(i))(INDEX), model(INDEX))
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    """Differences of factors that started from the weight are taken in float32."""
+    base, config = Layers().bfloat16(), {"r": 2, "target_modules": ["q", "head"], "init": "pissa"}
+    model = trained(base, LoRAConfig(**config, autocast_adapter_dtype=False), scale=0.01)
+    export_peft(model, tmp_path / "peft")
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert {value.dtype for value in tensors.values()} == {torch.float32}
+    state = adapter_state_dict(model)
+    a, a0, b, b0 = (state[f"q.lora_{letter}"].double() for letter in ("A", "A0", "B", "B0"))
+    there = {name[-13:]: value.double() for name, value in tensors.items() if ".q.lora" in name}
+    check_equal(there["lora_B.weight"] @ there["lora_A.weight"], b @ a - b0 @ a0)
+
+
+def test_a_network_of_torchvision(tmp_path: Path) -> None:
+    base = torchvision.models.squeezenet1_1(num_classes=5)
+    config = LoRAConfig(r=2, target_modules=r"features\.\d+\.(squeeze|expand3x3)", modules_to_save=["classifier"])
+    model = trained(base, config, scale=0.05)
+    export_peft(model, tmp_path / "peft")
+    x = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
+    with torch.no_grad():
+        check_equal(read(base, tmp_path / "peft")(x), model(x))
+
+
+def test_names_are_exact(tmp_path: Path) -> None:
+    """A list is shorter, but "q" would also mean "inner.q"; the names beside a file's layers are not known."""
+    export_peft(trained(Layers(), LoRAConfig(r=2, target_modules="all")), tmp_path / "all")
+    model = trained(Layers(), LoRAConfig(r=2, target_modules="q"))
+    export_peft(model, tmp_path / "q")
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    export_peft(tmp_path / "adapter.safetensors", tmp_path / "file")
+    found = {}
+    for directory in ("all", "q", "file"):
+        config = json.loads((tmp_path / directory / "adapter_config.json").read_text())
+        found[directory] = config["target_modules"]
+    assert found == {"all": ["embed", "q", "conv1d", "inner.q", "head"], "q": "q", "file": "q"}
 
 
 def test_tied_weights_are_adapted_in_one_use(tmp_path: Path) -> None:

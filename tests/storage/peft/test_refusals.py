@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -116,6 +117,14 @@ def test_a_layer_that_is_used_twice(tmp_path: Path) -> None:
     for source in (model, tmp_path / "adapter.safetensors"):
         with refused("'0': the layer is used as '1' too", tmp_path) as directory:
             export_peft(source, directory)
+
+
+def test_layers_of_mamba(tmp_path: Path) -> None:
+    base = nn.ModuleDict({"out_proj": nn.Linear(4, 4), "in_proj": nn.Linear(4, 4)})
+    base.config = SimpleNamespace(model_type="mamba2")  # type: ignore[assignment]
+    with refused("'out_proj': PEFT refuses this layer in models of the type 'mamba2'", tmp_path) as directory:
+        export_peft(trained(base, LoRAConfig(r=2)), directory)
+    export_peft(trained(base, LoRAConfig(r=2, target_modules=["in_proj"])), tmp_path / "peft")
 
 
 def test_a_magnitude_of_zero(tmp_path: Path) -> None:
