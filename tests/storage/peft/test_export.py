@@ -198,8 +198,8 @@ def test_quantised_layers(bits: int, tmp_path: Path) -> None:
     save_adapter(model, tmp_path / "adapter.safetensors")
     for i, source in enumerate((model, tmp_path / "adapter.safetensors")):
         export_peft(source, tmp_path / str(i))
-        with torch.no_grad():
-            check_equal(read(base, tmp_path / str(i))(INDEX), model(INDEX))
+        with torch.no_grad():  # in train mode: for eval mode, bitsandbytes rounds four-bit weights once more
+            check_equal(read(base, tmp_path / str(i)).train()(INDEX), model.train()(INDEX))
 
 
 def test_half_precision(tmp_path: Path) -> None:
