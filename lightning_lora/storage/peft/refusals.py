@@ -73,7 +73,7 @@ def _why_not(layer: StoredLayer, source: Source) -> str | None:
     if why := _why_not_there(layer, source):
         return why
     if issubclass(kind, LoRAParameters | LoRARecurrent):
-        return _why_not_parameters(layer)
+        return _why_not_inside(layer, source) or _why_not_parameters(layer)
     if issubclass(kind, LoRAAttention):
         return _why_not_attention(layer)
     if not layer.is_additive:
@@ -135,6 +135,13 @@ def _why_not_attention(layer: StoredLayer) -> str | None:
             f"PEFT 0.21 adds the update of an attention's output projection twice. Train with target_slices={{{own!r}: "
             "['q', 'k', 'v']}, or call merge_adapters and save the whole model."
         )
+    return None
+
+
+def _why_not_inside(layer: StoredLayer, source: Source) -> str | None:
+    around = [other.name for other in source.layers if layer.name.startswith(f"{other.name}.")]
+    if around:
+        return f"PEFT finds no parameters inside of {around[0]!r}, whose parameters are adapted too. {_LEAVE_OUT}"
     return None
 
 

@@ -98,7 +98,6 @@ class Attention(nn.Module):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
         self.self_attn, self.linear = nn.MultiheadAttention(WIDTH, 2, batch_first=True, **kwargs), nn.Linear(WIDTH, 3)
-        self.x = torch.randn(2, 5, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.self_attn(x, x, x, need_weights=False)[0])
@@ -179,6 +178,25 @@ class Around(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.experts(x)
+
+
+def test_layers_inside_of_a_module_with_parameters(tmp_path: Path) -> None:
+    class Block(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.v, self.u = nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.Parameter(torch.randn(3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x @ self.v) @ self.u
+
+    x = torch.randn(2, 5, WIDTH)
+    config = LoRAConfig(
+        r=2,
+        target_parameters=["experts.v", "experts.u"],
+        target_slices={"self_attn": ["q", "v"]},
+        bias="all",
+    )
+    check_read(Around(Block()), config, lambda m: m(x), tmp_path)
 
 
 def test_one_expert(tmp_path: Path) -> None:

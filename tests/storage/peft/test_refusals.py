@@ -127,6 +127,14 @@ def test_layers_of_mamba(tmp_path: Path) -> None:
     export_peft(trained(base, LoRAConfig(r=2, target_modules=["in_proj"])), tmp_path / "peft")
 
 
+def test_parameters_inside_of_a_module_with_parameters(tmp_path: Path) -> None:
+    base = nn.Sequential(Stacks(4, 4))
+    base[0].rnn = nn.GRU(4, 4)
+    config = LoRAConfig(r=2, target_modules=["rnn"], target_parameters=["up"])
+    with refused("'0.rnn': PEFT finds no parameters inside of '0'", tmp_path) as directory:
+        export_peft(trained(base, config), directory)
+
+
 def test_a_magnitude_of_zero(tmp_path: Path) -> None:
     base = nn.Sequential(nn.Linear(4, 4))
     model = trained(base, LoRAConfig(r=2, use_dora=True))
