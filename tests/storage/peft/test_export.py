@@ -94,6 +94,12 @@ def test_convolutions(config: dict[str, Any], groups: int, tmp_path: Path) -> No
     check_read(Convolutions(groups=groups), config, lambda model: model(torch.ones(2, 4, 9).cumsum(-1) / 9), tmp_path)
 
 
+def test_convolutions_of_several_groups(tmp_path: Path) -> None:
+    """A uniform rank has to be a multiple of all of them."""
+    base = nn.Sequential(nn.Conv1d(4, 6, 3, groups=2), nn.Conv1d(6, 6, 3, groups=3))
+    check_read(base, LoRAConfig(r=1, target_modules="all"), lambda m: m(torch.ones(2, 4, 9).cumsum(-1)), tmp_path)
+
+
 class Attention(nn.Module):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()

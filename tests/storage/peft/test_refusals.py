@@ -266,7 +266,8 @@ def test_both_files_are_written_or_none(
     failing: str, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reader never finds weights with the configuration of others."""
-    first, second = trained(LitTiny(), LoRAConfig(r=2, alpha=3)), trained(LitTiny(), LoRAConfig(r=2, alpha=30))
+    first = trained(LitTiny(), LoRAConfig(r=2, alpha=3))
+    second = trained(LitTiny(), LoRAConfig(r=2, alpha=30), scale=0.7)
     export_peft(first, tmp_path / "old")
     pairs = [_pair(tmp_path / "old")]
     export_peft(second, tmp_path / "new")
