@@ -10,6 +10,7 @@ from lightning_lora.errors import (
     BestCheckpointWarning,
     ConfigError,
     DeadAdapterWarning,
+    ExportError,
     FreshLayerWarning,
     LoRAError,
     LoRAWarning,
@@ -23,6 +24,7 @@ from lightning_lora.model.disable import disable_adapters
 from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge_adapters, unmerge_adapters
 from lightning_lora.storage.files import load_adapter, load_from_checkpoint, save_adapter
+from lightning_lora.storage.peft.export import export_peft
 from lightning_lora.storage.state import adapter_state_dict, load_adapter_state_dict
 from lightning_lora.summary import summarize
 
@@ -36,6 +38,7 @@ __all__ = [
     "BestCheckpointWarning",
     "ConfigError",
     "DeadAdapterWarning",
+    "ExportError",
     "FreshLayerWarning",
     "LoRACallback",
     "LoRAConfig",
@@ -47,6 +50,7 @@ __all__ = [
     "TargetError",
     "adapter_state_dict",
     "disable_adapters",
+    "export_peft",
     "inject_adapters",
     "load_adapter",
     "load_adapter_state_dict",

@@ -9,6 +9,7 @@ Exceptions::
     ├── AdapterMismatchError   the adapters do not fit the model or the configuration
     ├── BaseMismatchError      the adapters were trained on another base model
     ├── AdapterFileError       a file is damaged, was changed, or is of another kind
+    ├── ExportError            another format cannot hold the adapters (also a ValueError)
     ├── OptimizerError         an optimizer would not train the adapters
     └── StrategyError          the Trainer's strategy is not supported
 
@@ -68,6 +69,13 @@ class BaseMismatchError(LoRAError, ValueError):
 
 class AdapterFileError(LoRAError, ValueError):
     """An adapter file or checkpoint cannot be read or written."""
+
+
+class ExportError(LoRAError, ValueError):
+    """Another library's format cannot hold these adapters.
+
+    Or its reader would compute something else with them.
+    """
 
 
 class OptimizerError(LoRAError, RuntimeError):

@@ -40,8 +40,8 @@ def describe(view: View, state: Mapping[str, Any], base: list[dict[str, Any]], *
 
     Returns:
         The format, the configuration, the base and the names of its tensors, the names of frozen weights that changed,
-        the number of entries in ``state``, the adapted layers, the path of the one model inside, and a checksum of
-        ``state`` and all of these.
+        the number of entries in ``state``, the adapted layers, the path of the one model inside, the entries of each
+        module in ``modules_to_save``, and a checksum of ``state`` and all of these.
 
     Raises:
         ConfigError: the description is too long to be stored.
@@ -55,6 +55,7 @@ def describe(view: View, state: Mapping[str, Any], base: list[dict[str, Any]], *
         "frozen": list(base_tensors(view)),
         "layers": [layer.to_dict() for layer in layers_of(view)],
         "root": root_of(view.model),
+        "saved": saved_entries(view),
         **more,
     }
     return sealed(state, about)
@@ -72,6 +73,19 @@ def sealed(state: Mapping[str, Any], about: dict[str, Any]) -> dict[str, Any]:
             "target_modules=r'.*\\.q_proj'."
         )
     return {**about, "checksum": _checksum(state, about)}
+
+
+def saved_entries(view: View) -> dict[str, list[str]]:
+    """Return the names of all entries of modules trained whole.
+
+    A state leaves out buffers that have the base's values, so it does not say whether it holds all of a module.
+    """
+    saved: dict[str, list[str]] = {}
+    for name in view.modules:
+        if view.config.is_saved(name) and not any(name.startswith(f"{outer}.") for outer in saved):
+            held = [*view.parameters, *view.buffers]
+            saved[name] = [entry for entry in held if entry.startswith(f"{name}.")]
+    return saved
 
 
 # Checks
@@ -208,7 +222,7 @@ def _is_plain(description: dict[Any, Any]) -> bool:
     """Whether each entry has the expected type, so that it is safe to use."""
     known = ("format", "config", "base", "changed", "entries", "checksum")
     _, config, base, changed, entries, checksum = (description.get(key) for key in known)
-    copies, frozen, layers, root, run = (description.get(key, default) for key, default in _OPTIONAL.items())
+    copies, frozen, layers, root, run, saved = (description.get(key, default) for key, default in _OPTIONAL.items())
     return (
         description.keys() <= {*known, *_OPTIONAL}
         and isinstance(config, dict)
@@ -220,10 +234,13 @@ def _is_plain(description: dict[Any, Any]) -> bool:
         and is_layers(layers)
         and isinstance(root, str)
         and is_checksums(run)
+        and isinstance(saved, dict)
+        and _is_names([*saved])
+        and all(map(_is_names, saved.values()))
     )
 
 
-_OPTIONAL: dict[str, Any] = {"copies": [], "frozen": [], "layers": [], "root": "", "run": {}}
+_OPTIONAL: dict[str, Any] = {"copies": [], "frozen": [], "layers": [], "root": "", "run": {}, "saved": {}}
 
 
 def _is_names(value: object) -> bool:

@@ -11,6 +11,9 @@ from lightning_lora.model.view import View
 from lightning_lora.tensors.inplace import combined
 from lightning_lora.tensors.names import join, own_parameter, submodule
 
+ALSO = "also"
+"""The option that holds the other names of a layer that is used in several places."""
+
 
 @dataclass(frozen=True)
 class StoredLayer:
@@ -154,6 +157,9 @@ def _describe(view: View, name: str, adapter: Adapter | LoRALayer, uses: dict[in
         if others:
             tied[weight] = tuple(others)
     options = {option: getattr(layer, option) for option in kind.lora_options if hasattr(layer, option)}
+    also = [other for other, module in view.modules.items() if module is layer and other != name]
+    if also:
+        options[ALSO] = also
     return StoredLayer(
         name=name,
         layer_class=f"{layer_class.__module__}.{layer_class.__qualname__}",

@@ -3,7 +3,7 @@
 loralib's ``lora_state_dict`` holds tensors only. Its alpha, and the parts of a ``MergedLinear``, are in no file.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,20 +17,9 @@ from lightning_lora.layers.embedding import LoRAEmbedding, LoRAEmbeddingBag
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.model.view import View
 from lightning_lora.storage.foreign import Foreign, Update, assembled, place_of
+from lightning_lora.storage.libraries import LORALIB
 from lightning_lora.targets.lookup import Names
 from lightning_lora.targets.slices import sliced
-
-_ENDS = (".lora_A", ".lora_B")
-
-
-def is_loralib(names: Iterable[str]) -> bool:
-    """Whether these are names of a loralib file.
-
-    Example:
-        >>> is_loralib(["q.lora_A", "q.lora_B", "q.bias"]), is_loralib(["q.weight", "q.bias"])
-        (True, False)
-    """
-    return any(isinstance(name, str) and name.endswith(_ENDS) for name in names)
 
 
 def tensors_in(contents: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -71,7 +60,7 @@ def read_loralib(
     layers: dict[str, dict[str, Tensor]] = {}
     others = {}
     for name, value in tensors.items():
-        if name.endswith(_ENDS):
+        if name.endswith(LORALIB):
             layers.setdefault(name[:-7], {})[name[-1]] = value
         else:
             others[name] = value

@@ -23,8 +23,7 @@ from lightning_lora.storage.disk import (
     reading,
     writing,
 )
-from lightning_lora.storage.loralib import is_loralib
-from lightning_lora.storage.peft.keys import is_peft
+from lightning_lora.storage.libraries import is_loralib, is_peft
 
 # Write
 

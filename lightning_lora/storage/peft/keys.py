@@ -1,26 +1,15 @@
 """The names of tensors in PEFT's files."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, listed
+from lightning_lora.storage.libraries import peft_name
 
 PREFIX = "base_model.model."
 """PEFT writes this before every name of the base."""
-
-_SUFFIXES = {
-    "lora_A.weight": "A",
-    "lora_B.weight": "B",
-    "lora_B.bias": "bias",
-    "lora_embedding_A": "embedding_A",
-    "lora_embedding_B": "embedding_B",
-    "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",
-    "token_adapter.trainable_tokens_delta": "tokens",
-}
-"""The ends of the names of an adapter's tensors, and what they are."""
 
 
 @dataclass
@@ -37,24 +26,6 @@ class PeftTensors:
     rest: dict[str, Tensor] = field(default_factory=dict)
 
 
-def is_peft(names: Iterable[str]) -> bool:
-    """Whether these are names of a PEFT file.
-
-    Example:
-        >>> is_peft(["base_model.model.q.lora_A.weight"]), is_peft(["q.lora_A", "q.lora_B"])
-        (True, False)
-    """
-    return any(isinstance(name, str) and _split(name) for name in names)
-
-
-def _split(name: str) -> tuple[str, str] | None:
-    """The layer that a tensor of an adapter belongs to, and what it is there."""
-    for suffix, what in _SUFFIXES.items():
-        if name.endswith(f".{suffix}"):
-            return name.removesuffix(f".{suffix}"), what
-    return None
-
-
 def sorted_by_layer(tensors: Mapping[str, Tensor], path: object) -> PeftTensors:
     """Sort the tensors of a PEFT file by layer.
 
@@ -64,7 +35,7 @@ def sorted_by_layer(tensors: Mapping[str, Tensor], path: object) -> PeftTensors:
     found, unknown = PeftTensors(), []
     for key, value in tensors.items():
         name = key.removeprefix(PREFIX)
-        parts = _split(name)
+        parts = peft_name(name)
         if parts:
             layer, what = parts
             found.layers.setdefault(layer, {})[what] = value

@@ -1,0 +1,147 @@
+"""Adapters to export: those of a model or a file.
+
+Both are described in the same way.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, ExportError, listed
+from lightning_lora.model.remember import view_of
+from lightning_lora.storage.description import FORMAT, describe, stored_config
+from lightning_lora.storage.fingerprint import forms_of_base
+from lightning_lora.storage.layout import StoredLayer
+from lightning_lora.storage.own_files import read_adapter_file
+from lightning_lora.storage.renaming import Renaming
+from lightning_lora.storage.state import adapter_state_dict
+from lightning_lora.tensors.names import named_modules, submodule
+
+
+@dataclass(frozen=True)
+class Source:
+    """Adapters to export.
+
+    Args:
+        title: What they are from, for errors.
+        root: The name of the module that the reader has. All names inside it lose this prefix.
+        description: What a file would say of them.
+        state: All tensors that training changed, by their names in the model.
+        model: The model, or None for a file.
+    """
+
+    title: str
+    root: str
+    description: dict[str, Any]
+    state: dict[str, Any]
+    model: nn.Module | None = None
+
+    @property
+    def config(self) -> LoRAConfig:
+        """The configuration of the adapters."""
+        return stored_config(self.description)
+
+    @property
+    def layers(self) -> list[StoredLayer]:
+        """The adapted layers."""
+        return [StoredLayer.from_dict(layer) for layer in self.description["layers"]]
+
+    def own_name(self, name: str) -> str:
+        """Return a name without the root's prefix."""
+        return Renaming(self.root, "").name_here(name)
+
+    @property
+    def inner(self) -> nn.Module | None:
+        """The module that the reader has."""
+        return None if self.model is None else submodule(self.model, self.root)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules inside it, by their names there.
+
+        A file has none.
+        """
+        return {} if self.inner is None else named_modules(self.inner, remove_duplicate=False)
+
+    def saved(self) -> dict[str, dict[str, Any]]:
+        """Return all entries of each module that is trained whole.
+
+        Raises:
+            ExportError: a file leaves out entries that have the base's values.
+        """
+        present = _tensors_of(self.model)
+        saved, missing = {}, list[str]()
+        for module, entries in self.description.get("saved", {}).items():
+            names = dict.fromkeys([*entries, *(name for name in self.state if name.startswith(f"{module}."))])
+            missing += [name for name in names if name not in self.state and name not in present]
+            saved[module] = {name: self.state.get(name, present.get(name)) for name in names}
+        if missing:
+            raise ExportError(
+                f"{self.title} does not hold {listed(missing)}, which have the base's values, and PEFT's format needs "
+                "all of a module in modules_to_save. Load the file onto its model, and export the model."
+            )
+        return saved
+
+
+def _tensors_of(model: nn.Module | None) -> Mapping[str, Tensor]:
+    if model is None:
+        return {}
+    view = view_of(model)
+    return {**view.parameters, **view.buffers}
+
+
+def source_of(model_or_file: object, root: str | None) -> Source:
+    """Read the adapters of a model, or of a file.
+
+    Raises:
+        AdapterStateError: the model has no adapters.
+        AdapterFileError: the file cannot be read, or says too little.
+        ConfigError: ``root`` is not the name of a module that holds adapted layers.
+    """
+    if isinstance(model_or_file, nn.Module):
+        source = _from_model(model_or_file)
+    elif isinstance(model_or_file, str | os.PathLike):
+        source = _from_file(Path(model_or_file))
+    else:
+        raise ConfigError(
+            f"export_peft got a {type(model_or_file).__name__}. Expected a model with adapters, or the path of a file "
+            "that save_adapter or a Trainer wrote."
+        )
+    if root is None:
+        return source
+    held = [name for name in (layer.name for layer in source.layers) if not root or f"{name}.".startswith(f"{root}.")]
+    if not held:
+        raise ConfigError(
+            f"root={root!r} holds no adapted layer. Expected the name of the module that the reader has, such as "
+            f"{source.root!r}; the adapted layers are {listed(layer.name for layer in source.layers)}."
+        )
+    return Source(source.title, root, source.description, source.state, source.model)
+
+
+def _from_model(model: nn.Module) -> Source:
+    state, view, title = adapter_state_dict(model), view_of(model), type(model).__name__
+    if any(isinstance(value, Tensor) and value.is_meta for value in state.values()):
+        raise AdapterStateError("The adapters are on the meta device and have no values. Call model.to_empty first.")
+    description = describe(view, state, forms_of_base(view))
+    return Source(title, description["root"], description, state, model)
+
+
+def _from_file(path: Path) -> Source:
+    state, description = read_adapter_file(path)
+    if description["format"] != FORMAT:
+        raise AdapterFileError(
+            f"{path} has format {description['format']}, which does not say what the adapted layers are. Load it onto "
+            "its model with load_adapter, then export the model, or save it again with save_adapter."
+        )
+    config = stored_config(description)
+    if config.modules_to_save and "saved" not in description:
+        raise AdapterFileError(
+            f"{path} does not say what belongs to {listed(config.modules_to_save)}. Load it onto its model with "
+            "load_adapter, and export the model."
+        )
+    return Source(str(path), description["root"], description, state)

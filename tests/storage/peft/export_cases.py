@@ -1,0 +1,80 @@
+"""Models, what peft makes of a directory, and the comparison of both."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lightning_lora import LoRAConfig, export_peft, inject_adapters, merge_adapters, save_adapter
+from lightning_lora.layers.parts import MAGNITUDE
+from lightning_lora.model.view import View
+from tests.models import randomise, same
+
+Run = Callable[[Any], Tensor]
+
+
+def trained(base: nn.Module, config: LoRAConfig, scale: float = 0.3) -> nn.Module:
+    """A copy of ``base`` with adapters, and with everything that trains changed."""
+    model = deepcopy(base).eval()
+    inject_adapters(model, config)
+    randomise(model, scale=scale)
+    view = View(model)
+    with torch.no_grad():
+        for name, p in view.adapters.items():
+            if name.endswith(MAGNITUDE):
+                p.abs_().add_(0.5)
+        for p in view.trained.values():
+            p.add_(torch.randn_like(p), alpha=scale)
+        for module in view.saved:
+            for buffer in module.buffers():
+                buffer.add_(1)
+    return model
+
+
+def read(base: nn.Module, directory: Path, *, merged: bool = False) -> nn.Module:
+    """What peft makes of a base and a directory."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message=".*(missing adapter keys|unexpected).*")
+        model = PeftModel.from_pretrained(deepcopy(base), str(directory)).eval()
+        return model.merge_and_unload() if merged else model
+
+
+def check_equal(there: Tensor, here: Tensor, most: float = 1e-6) -> None:
+    assert there.shape == here.shape and (there - here).norm() <= most * here.norm()
+
+
+def exports(model: nn.Module, folder: Path, **kwargs: Any) -> Iterator[Path]:
+    """Directories from the model and from its file, in both forms, and from the merged model."""
+    save_adapter(model, folder / "adapter.safetensors")
+    for uniform in (False, True):
+        for what, source in (("model", model), ("file", folder / "adapter.safetensors")):
+            directory = folder / f"{what}-{uniform}"
+            export_peft(source, directory, uniform=uniform, **kwargs)
+            yield directory
+
+
+def check_read(base: nn.Module, config: LoRAConfig, run: Run, folder: Path, *, root: str | None = None) -> None:
+    """Check that peft computes what is computed here, whatever the directory was made of."""
+    base = base.eval()
+    model = trained(base, config)
+    inner = root if root is not None else ""
+    with torch.no_grad():
+        here, plain = run(model.get_submodule(inner)), run(base.get_submodule(inner))
+        assert (here - plain).norm() > 1e-3 * plain.norm()
+        directories = list(exports(model, folder, root=root))
+        for directory in directories:
+            check_equal(run(read(base.get_submodule(inner), directory)), here)
+        for one, other in (directories[:2], directories[2:]):  # a file says what the model says
+            assert same(load_file(one / "adapter_model.safetensors"), load_file(other / "adapter_model.safetensors"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            merge_adapters(model)
+            export_peft(model, folder / "merged", root=root)
+        check_equal(run(read(base.get_submodule(inner), folder / "merged")), here)

@@ -1,0 +1,301 @@
+"""peft computes, from an exported directory, what is computed here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_lora import LoRAConfig, LoRAWarning, adapter_state_dict, export_peft, save_adapter
+from lightning_lora.storage.peft.export import ORIGIN
+from tests.models import WIDTH, WORDS, TinyLM
+from tests.storage.peft.export_cases import check_equal, check_read, read, trained
+
+INDEX = torch.arange(12).view(3, 4) % WORDS
+
+
+class Layers(nn.Module):
+    """An embedding, linear layers, and a Conv1D, with a name that is the end of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.q, self.conv1d = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WIDTH), Conv1D(12, WIDTH)
+        nn.init.normal_(self.conv1d.weight, std=0.3)
+        self.inner = nn.ModuleDict({"q": nn.Linear(12, WIDTH)})
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 5)
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.q(self.embed(index)).tanh()
+        return self.head(self.norm(self.inner["q"](self.conv1d(x).tanh())))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": "all", "alpha": 5},
+        {"target_modules": ["conv1d"]},
+        {"target_modules": ["embed", "q"], "rank_pattern": {"^q": 5, "inner.q": 1}, "alpha_pattern": {"inner.q": 7}},
+        {"target_modules": r"q", "alpha": 3, "use_rslora": True},
+        {"target_modules": "all", "use_rslora": True, "alpha": 3, "rank_pattern": {"embed": 4}},
+        {"target_modules": ["q", "conv1d", "head"], "init": "pissa", "alpha": 5},
+        {"target_modules": ["q", "conv1d"], "init": "olora", "use_rslora": True},
+        {"target_modules": "all", "use_dora": True, "alpha": 5, "rank_pattern": {"head": 1}},
+        {"target_modules": ["q"], "use_dora": True, "init": "pissa"},
+        {"target_modules": ["q"], "bias": "lora_only"},
+        {"target_modules": ["q"], "bias": "all"},
+        {"target_modules": ["q"], "modules_to_save": ["head", "norm"]},
+        {"target_modules": ["q"], "modules_to_save": ["head"], "bias": "all"},
+        {"target_modules": ["conv1d"], "target_slices": {"conv1d": {"a": (0, 3), "b": (6, 8)}}},
+        {"target_modules": ["q"], "target_slices": {"q": {"a": (4, 8)}}, "init": "pissa", "use_rslora": True},
+    ],
+)
+def test_linear_and_embedding_layers(config: dict[str, Any], tmp_path: Path) -> None:
+    check_read(Layers(), LoRAConfig(**{"r": 2} | config), lambda model: model(INDEX), tmp_path)
+
+
+class Convolutions(nn.Module):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.c1, self.c2 = (
+            nn.Conv1d(4, 6, 3, padding=1, **kwargs),
+            nn.Conv2d(6, 8, (3, 2), stride=2, bias=False, **kwargs),
+        )
+        self.c3, self.norm = nn.Conv3d(8, 4, (1, 3, 3), padding="same", **kwargs), nn.BatchNorm3d(4)
+        self.norm.running_mean.normal_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c1(x).tanh().unsqueeze(-1).expand(-1, -1, -1, 6)
+        return self.norm(self.c3(self.c2(x).tanh().unsqueeze(2)))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"use_dora": True},
+        {"alpha": 3, "rank_pattern": {"c2": 3}, "use_rslora": True},
+        {"init": "pissa", "bias": "lora_only"},
+        {"target_slices": {"c2": {"a": (0, 3), "b": (4, 7)}}},
+        {"modules_to_save": ["norm"]},
+    ],
+)
+def test_convolutions(config: dict[str, Any], groups: int, tmp_path: Path) -> None:
+    if groups > 1 and "use_dora" in config:
+        pytest.skip("refused")
+    config = LoRAConfig(**{"r": 2, "target_modules": ["c1", "c2", "c3"]} | config)
+    check_read(Convolutions(groups=groups), config, lambda model: model(torch.ones(2, 4, 9).cumsum(-1) / 9), tmp_path)
+
+
+def test_convolutions_of_several_groups(tmp_path: Path) -> None:
+    """A uniform rank has to be a multiple of all of them."""
+    base = nn.Sequential(nn.Conv1d(4, 6, 3, groups=2), nn.Conv1d(6, 6, 3, groups=3))
+    check_read(base, LoRAConfig(r=1, target_modules="all"), lambda m: m(torch.ones(2, 4, 9).cumsum(-1)), tmp_path)
+
+
+class Attention(nn.Module):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.self_attn, self.linear = nn.MultiheadAttention(WIDTH, 2, batch_first=True, **kwargs), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.self_attn(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("parts", [["q"], ["v", "k"], ["q", "k", "v"]])
+@pytest.mark.parametrize("more", [{}, {"bias": "lora_only"}, {"bias": "all", "init": "olora", "alpha": 3}])
+def test_attention(parts: list[str], more: dict[str, Any], tmp_path: Path) -> None:
+    x = torch.randn(2, 5, WIDTH)
+    config = LoRAConfig(r=2, target_modules=["self_attn", "linear"], target_slices={"self_attn": parts}, **more)
+    check_read(Attention(), config, lambda model: model(x), tmp_path)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: Any = nn.LSTM, **kwargs: Any) -> None:
+        super().__init__()
+        self.rnn = kind(3, WIDTH, **kwargs)
+        self.head = nn.Linear(kwargs.get("proj_size", WIDTH) * (1 + kwargs.get("bidirectional", False)), 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0])
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        (Recurrent(num_layers=2, bidirectional=True), {"bias": "lora_only", "alpha": 5}),
+        (Recurrent(proj_size=5), {"dropout": 0.5}),
+        (Recurrent(nn.GRU), {"target_slices": {"rnn": ["hh_l0", "ih_l0"]}, "use_rslora": True}),
+        (Recurrent(nn.RNN), {"target_slices": {"rnn": ["hh_l0"]}, "bias": "all"}),
+        (Recurrent(nn.GRU), {"target_modules": ["rnn"], "init": "pissa"}),
+    ],
+)
+def test_recurrent_layers(model: Recurrent, config: dict[str, Any], tmp_path: Path) -> None:
+    x = torch.randn(6, 2, 3)  # weight_ih has less columns than r: its rank is smaller
+    check_read(model, LoRAConfig(**{"r": 4, "target_modules": ["rnn", "head"]} | config), lambda m: m(x), tmp_path)
+
+
+class Experts(nn.Module):
+    """Stacks in both orders, a matrix, and a layer inside."""
+
+    def __init__(self, experts: int = 3, *, is_transposed: bool = False) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        up, down = (experts, 5, WIDTH), (experts, WIDTH, 5)
+        up, down = (down, up) if is_transposed else (up, down)
+        self.up, self.down = nn.Parameter(torch.randn(up)), nn.Parameter(torch.randn(down))
+        self.mix, self.fc = nn.Parameter(torch.randn(4, WIDTH)), nn.Linear(WIDTH, WIDTH)
+        self.bias = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, down = (self.up, self.down) if self.is_transposed else (self.up.mT, self.down.mT)
+        return ((self.fc(x) @ up).tanh() @ down).sum(0) @ self.mix.T + self.bias
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_parameters": ["experts.up"]},
+        {"target_parameters": ["experts.down", "experts.mix", "up"], "alpha": 5, "bias": "all"},
+        {"target_parameters": ["experts.down", "experts.up"], "init": "pissa", "use_rslora": True},
+        {"target_parameters": ["experts.up", "mix"], "target_modules": ["fc"], "rank_pattern": {"fc": 1}},
+        {"target_parameters": ["experts.up"], "target_modules": ["fc"], "bias": "all", "dropout": 0.5},
+    ],
+)
+def test_experts(config: dict[str, Any], is_transposed: bool, tmp_path: Path) -> None:
+    around = nn.Sequential(Around(Experts(is_transposed=is_transposed)))
+    x = torch.randn(1, 6, WIDTH)
+    check_read(around, LoRAConfig(**{"r": 2, "target_modules": []} | config), lambda m: m(x), tmp_path)
+
+
+class Around(nn.Module):
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(x)
+
+
+def test_layers_inside_of_a_module_with_parameters(tmp_path: Path) -> None:
+    class Block(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.v, self.u = nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.Parameter(torch.randn(3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x @ self.v) @ self.u
+
+    x = torch.randn(2, 5, WIDTH)
+    config = LoRAConfig(
+        r=2,
+        target_parameters=["experts.v", "experts.u"],
+        target_slices={"self_attn": ["q", "v"]},
+        bias="all",
+    )
+    check_read(Around(Block()), config, lambda m: m(x), tmp_path)
+
+
+def test_one_expert(tmp_path: Path) -> None:
+    x = torch.randn(1, 6, WIDTH)
+    config = LoRAConfig(r=2, target_modules=[], target_parameters=["up", "down"])
+    check_read(Around(Experts(1)), config, lambda m: m(x), tmp_path)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_layers(bits: int, tmp_path: Path) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    wide = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32)
+    layer = wide if bits == 4 else bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+    base = nn.Sequential(nn.Embedding(WORDS, 64), layer, nn.Linear(64, 3)).to("cpu")  # which quantises it
+    config = LoRAConfig(r=2, target_modules="all", rank_pattern={"1": 3})
+    model = trained(base, config)
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    for i, source in enumerate((model, tmp_path / "adapter.safetensors")):
+        export_peft(source, tmp_path / str(i))
+        with torch.no_grad():  # in train mode: for eval mode, bitsandbytes rounds four-bit weights once more
+            check_equal(read(base, tmp_path / str(i)).train()(INDEX), model.train()(INDEX))
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    """Differences of factors that started from the weight are taken in float32."""
+    base, config = Layers().bfloat16(), {"r": 2, "target_modules": ["q", "head"], "init": "pissa"}
+    model = trained(base, LoRAConfig(**config, autocast_adapter_dtype=False), scale=0.01)
+    export_peft(model, tmp_path / "peft")
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert {value.dtype for value in tensors.values()} == {torch.float32}
+    state = adapter_state_dict(model)
+    a, a0, b, b0 = (state[f"q.lora_{letter}"].double() for letter in ("A", "A0", "B", "B0"))
+    there = {name[-13:]: value.double() for name, value in tensors.items() if ".q.lora" in name}
+    check_equal(there["lora_B.weight"] @ there["lora_A.weight"], b @ a - b0 @ a0)
+
+
+def test_a_network_of_torchvision(tmp_path: Path) -> None:
+    base = torchvision.models.squeezenet1_1(num_classes=5)
+    config = LoRAConfig(r=2, target_modules=r"features\.\d+\.(squeeze|expand3x3)", modules_to_save=["classifier"])
+    model = trained(base, config, scale=0.05)
+    export_peft(model, tmp_path / "peft")
+    x = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
+    with torch.no_grad():
+        check_equal(read(base, tmp_path / "peft")(x), model(x))
+
+
+def test_names_are_exact(tmp_path: Path) -> None:
+    """A list is shorter, but "q" would also mean "inner.q"; the names beside a file's layers are not known."""
+    export_peft(trained(Layers(), LoRAConfig(r=2, target_modules="all")), tmp_path / "all")
+    model = trained(Layers(), LoRAConfig(r=2, target_modules="q"))
+    export_peft(model, tmp_path / "q")
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    export_peft(tmp_path / "adapter.safetensors", tmp_path / "file")
+    found = {}
+    for directory in ("all", "q", "file"):
+        config = json.loads((tmp_path / directory / "adapter_config.json").read_text())
+        found[directory] = config["target_modules"]
+    assert found == {"all": ["embed", "q", "conv1d", "inner.q", "head"], "q": "q", "file": "q"}
+
+
+def test_tied_weights_are_adapted_in_one_use(tmp_path: Path) -> None:
+    config = LoRAConfig(r=2, target_modules=["embed", "q_proj"])
+    check_read(TinyLM(), config, lambda model: model(INDEX), tmp_path)
+
+
+def test_encoder_in_eval_mode_is_named(tmp_path: Path) -> None:
+    base = nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True), 2).eval()
+    model = trained(base, LoRAConfig(r=2, target_modules="all", target_slices={"self_attn": ["q", "v"]}))
+    with pytest.warns(LoRAWarning, match=r"'layers.0', 'layers.1' are .* merge_and_unload"):
+        export_peft(model, tmp_path / "peft")
+    x = torch.randn(2, 5, WIDTH)
+    with torch.no_grad():
+        check_equal(read(base, tmp_path / "peft", merged=True)(x), model(x))
+
+
+def test_uniform_has_one_rank_and_one_alpha(tmp_path: Path) -> None:
+    patterns: dict[str, Any] = {"rank_pattern": {"q": 7}, "alpha_pattern": {"embed": 9}}
+    model = trained(Layers(), LoRAConfig(r=2, alpha=3, use_rslora=True, target_modules="all", **patterns))
+    export_peft(model, tmp_path / "peft", uniform=True)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (config["rank_pattern"], config["alpha_pattern"], config["r"], config["use_rslora"]) == ({}, {}, 7, False)
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert {min(value.shape) for value in tensors.values()} == {7, 5}  # the head has 5 rows
+    wide = trained(nn.Sequential(nn.Linear(32, 32)), LoRAConfig(r=24))
+    with pytest.warns(LoRAWarning, match=r"rank is 24.*max_lora_rank"):
+        export_peft(wide, tmp_path / "wide", uniform=True)
+
+
+def test_files_say_where_they_are_from(tmp_path: Path) -> None:
+    export_peft(trained(Layers(), LoRAConfig(r=2)), tmp_path / "peft")
+    with safe_open(tmp_path / "peft" / "adapter_model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    origin = json.loads(metadata[ORIGIN])
+    assert metadata["format"] == "pt" and origin["base"][0]["layout"] and len(origin["layers"]) == 4
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["init_lora_weights"] is True and config["inference_mode"] is True and "lightning" not in str(config)

