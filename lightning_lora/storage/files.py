@@ -81,7 +81,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         beside.write_bytes(contents)
 
 
-def load_adapter(model: nn.Module, path: str | Path) -> None:
+def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True) -> None:
     """Load the adapters of a file into ``model``.
 
     After an error, the model is as it was before.
@@ -91,6 +91,9 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
             says. A model that a finished fit has merged gets its base back first. It may also be the model inside the
             LightningModule that was saved, or a LightningModule around the model that was saved.
         path: A file that :func:`save_adapter` or a Trainer with ``LoRACallback`` wrote.
+        check_base: Refuse another base than the one that the adapters were trained on. The same weights in another
+            precision are accepted. If False, names and shapes of what was trained must fit, and a warning counts the
+            frozen tensors that differ.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -98,6 +101,9 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
         TargetError: ``model`` does not have the layers that were adapted.
         BaseMismatchError: the adapters were trained on another base.
         AdapterMismatchError: ``model`` is already adapted in another way.
+
+    Warns:
+        LoRAWarning: the base has another precision, or is another one with ``check_base=False``.
 
     Example:
         >>> import tempfile
@@ -114,10 +120,10 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
         True
     """
     state, description = read_adapter_file(path)
-    _put(model, state, description)
+    _put(model, state, description, check_base=check_base)
 
 
-def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any]) -> None:
+def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any], *, check_base: bool) -> None:
     """Adapt ``model`` if needed, check everything, then write everything. Undo all of it after an error."""
     renaming = renaming_for(model, description)
     if renaming:
@@ -129,7 +135,7 @@ def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any]) -
         with undone_on_error(View(model)):
             if find_record(model) is None:  # no adapters, or only those of a submodule
                 inject_adapters(model, config)
-            check_fits(view_of(model), state, description, renaming=renaming)
+            check_fits(view_of(model), state, description, renaming=renaming, refuse_base=check_base)
             write_state(model, state)
     except BaseException:
         if was_merged:
@@ -188,6 +194,7 @@ def load_from_checkpoint(
     path: str | Path,
     *,
     merge: bool = False,
+    check_base: bool = True,
     map_location: Any = None,
     weights_only: bool = True,
     **kwargs: Any,
@@ -201,6 +208,7 @@ def load_from_checkpoint(
             pretrained weights.
         path: The ``.ckpt`` file.
         merge: Return a plain model with the updates merged, instead of an adapted model.
+        check_base: Refuse another base, as in :func:`load_adapter`.
         map_location: The device of the model, as in Lightning's method.
         weights_only: Set this to False for a file that you trust, if its hyperparameters are not plain types.
         **kwargs: Hyperparameters to override, as in Lightning's method. Loading is always strict.
@@ -221,7 +229,7 @@ def load_from_checkpoint(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(Found keys|The state dict)")
         model = cls.load_from_checkpoint(shell, map_location="cpu", **options)
-    _put(model, state, description)
+    _put(model, state, description, check_base=check_base)
     if merge:
         merge_adapters(model)
         remove_adapters(model)
