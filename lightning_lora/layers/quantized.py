@@ -111,7 +111,7 @@ def quantised_entries(module: nn.Module) -> dict[str, Tensor]:
 
 
 def is_quantised(module: nn.Module, name: str) -> bool:
-    """Whether a module's own parameter, by its name there, is quantised."""
+    """Whether a parameter that ``module`` itself holds is quantised."""
     parameter = module._parameters.get(name)
     if name == "weight" and _is_a(module, LoRALinear4bit, LoRALinear8bit):
         return parameter is not None and not parameter.is_floating_point()

@@ -72,9 +72,9 @@ class Record:
         return self.read[name].digest() or 0
 
     def halves(self, known: int, tensor: Tensor) -> list[int]:
-        """Return the digests that one of the base's tensors has in half precision.
+        """Return a base tensor's digests in half precision.
 
-        They are remembered. ``known`` is its digest now.
+        They are remembered. ``known`` is its digest in its own dtype.
         """
         if known not in self.rounded:
             self.rounded[known] = digests_as(tensor, HALVES)

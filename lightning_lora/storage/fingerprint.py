@@ -55,7 +55,7 @@ def _layout(tensors: Mapping[str, Tensor], renaming: Renaming | None = None) -> 
 
 
 def with_halves(view: View, forms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Add the digests that the base has in half precision to its fingerprints.
+    """Add the base's digests in half precision to its fingerprints.
 
     So its files are recognised by a base that was converted from it. The first call costs a pass over the weights.
     Later calls look the digests up.
@@ -90,19 +90,22 @@ def with_halves(view: View, forms: Sequence[Mapping[str, Any]]) -> list[dict[str
 
 
 def halves_of(view: View, name: str, tensor: Tensor, known: int) -> list[int]:
-    """Return a base tensor's digests in half precision, or an empty list if its values are no longer there."""
+    """Return a base tensor's digests in half precision.
+
+    The list is empty if its values are no longer there.
+    """
     if is_lost(view, name, known):
         return view.record.rounded.get(known, [])
     return view.record.halves(known, tensor)
 
 
 def is_lost(view: View, name: str, known: int) -> bool:
-    """Whether the model no longer has the values with this digest: the run has changed them."""
+    """Whether the run has changed the values with this digest."""
     return name in view.record.changed and view.record.changed[name][1] == known
 
 
 def quantised_names(view: View) -> set[str]:
-    """Return the names of quantised weights, and of what belongs to them."""
+    """Return the names of quantised weights and their entries."""
     names = set[str]()
     for prefix, module in view.modules.items():
         names |= {join(prefix, name) for name in module._parameters if is_quantised(module, name)}

@@ -1,4 +1,4 @@
-"""Whether a model's base is the one that adapters were trained on.
+"""Check that a base is the one of the adapters.
 
 It may have been converted to another floating-point dtype, or quantised, since or before.
 """

@@ -78,7 +78,7 @@ def digest(tensor: Tensor) -> int:
 
 
 def digests_as(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> list[int]:
-    """Return the digests that a floating-point tensor would have in other dtypes.
+    """Return a floating-point tensor's digests in other dtypes.
 
     Values are converted a chunk at a time, in one walk over the tensor. So no copy of it is made.
 

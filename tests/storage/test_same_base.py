@@ -199,7 +199,7 @@ def test_a_frozen_weight_that_changed_after_the_first_file_hides_no_base(tmp_pat
 
 def test_a_frozen_weight_that_changed_before_the_first_file_is_not_taken_for_the_base(tmp_path: Path) -> None:
     saved = best(tmp_path, monitor=None)
-    trainer(tmp_path, [lora(merge=False), saved], max_epochs=1).fit(model := Lit(drifts=0), data())
+    trainer(tmp_path, [lora(merge=False), saved], max_epochs=1).fit(Lit(drifts=0), data())
     wrong = Lit("bfloat16")
     with torch.no_grad():
         wrong.embed.weight.mul_(0.5)
