@@ -1,4 +1,7 @@
-"""Save the whole merged model, for code that does not know adapters."""
+"""Save the whole merged model.
+
+Code that does not know adapters can read it.
+"""
 
 import inspect
 import os
@@ -26,7 +29,7 @@ from lightning_lora.tensors.names import join, plain_module, plain_name, submodu
 
 
 def save_merged(model: nn.Module, path: str | Path) -> None:
-    r"""Write the whole model, with the updates merged into its weights.
+    """Write the whole model with merged weights.
 
     The file has nothing of this package: whoever reads it does not need it. ``model`` does not change: its adapters
     stay on their layers, or merged, as they are. The weights are those of ``merge_adapters``. Only the merged weights

@@ -108,11 +108,13 @@ def test_what_a_module_itself_adds_to_its_checkpoints_is_there(tmp_path: Path) -
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init": "pissa"}], ids=str)
 def test_tensors_of_every_kind_of_layer_are_those_of_a_merge(tmp_path: Path, options: dict[str, Any]) -> None:
+    (tmp_path / "other").touch()
     model = three(**options, exclude_modules=["embed"] if options else None)
     expected, output = merged(model), model(X)
     save_merged(model, tmp_path / "a.safetensors")
     assert same(stored(tmp_path / "a.safetensors", model), expected)
     assert torch.equal(model(X), output)
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode  # others may read it
 
 
 def test_norms_and_buffers_are_included_as_they_are(tmp_path: Path) -> None:
