@@ -199,7 +199,10 @@ def _write_safetensors(view: View, path: Path) -> None:
             "one without ending."
         )
     with writing(path) as beside:
+        beside.touch()
+        mode = beside.stat().st_mode
         save_model(_Held(state), str(beside), metadata={"format": "pt"})
+        beside.chmod(mode)  # as any file: safetensors lets nobody else read its own
 
 
 # A folder
