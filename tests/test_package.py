@@ -12,9 +12,9 @@ from lightning_lora import errors
 
 def test_public_names_are_those_of_the_contract() -> None:
     calls = {
-        "inject_adapters", "merge_adapters", "unmerge_adapters", "remove_adapters", "disable_adapters", "save_adapter",
-        "adapter_state_dict", "load_adapter_state_dict", "load_adapter", "load_from_checkpoint", "register_adapter",
-        "summarize", "export_peft",
+        "adapter_state_dict", "disable_adapters", "export_peft", "inject_adapters", "load_adapter",
+        "load_adapter_state_dict", "load_from_checkpoint", "merge_adapters", "register_adapter", "remove_adapters",
+        "save_adapter", "save_merged", "summarize", "unmerge_adapters",
     }  # fmt: skip
     raised = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
     assert set(lightning_lora.__all__) == calls | raised | {"LoRACallback", "LoRAConfig"}

@@ -8,7 +8,7 @@ from lightning_lora.layers.base import LoRALayer, attach
 from lightning_lora.layers.experts import LoRAParameters
 from lightning_lora.layers.kinds import ADAPTERS, adapter_for, kind_named, name_of_kind, register_adapter
 from lightning_lora.layers.parts import FROM_BASE, MAGNITUDE, Adapter, Part, Settings
-from lightning_lora.layers.quantized import count, quantised_entries, repacks, unpack
+from lightning_lora.layers.quantized import count, is_quantised, quantised_entries, repacks, unpack
 from lightning_lora.layers.start import new_adapter
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "adapter_for",
     "attach",
     "count",
+    "is_quantised",
     "kind_named",
     "name_of_kind",
     "new_adapter",

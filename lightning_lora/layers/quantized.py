@@ -110,6 +110,14 @@ def quantised_entries(module: nn.Module) -> dict[str, Tensor]:
     return {}
 
 
+def is_quantised(module: nn.Module, name: str) -> bool:
+    """Whether a parameter that ``module`` itself holds is quantised."""
+    parameter = module._parameters.get(name)
+    if name == "weight" and _is_a(module, LoRALinear4bit, LoRALinear8bit):
+        return parameter is not None and not parameter.is_floating_point()
+    return parameter is not None and type(parameter).dequantize is not Tensor.dequantize  # as torchao's
+
+
 def count(parameter: Any) -> int:
     """Return the number of values that a parameter represents."""
     state = getattr(parameter, "quant_state", None)
@@ -134,8 +142,8 @@ def unpack(module: Any) -> None:
         module.state_dict()
 
 
-def _is_a(module: nn.Module, kind: type[LoRALinear]) -> bool:
-    return any(kind.lora_adapts(base) for base in type(module).__mro__)
+def _is_a(module: nn.Module, *kinds: type[LoRALinear]) -> bool:
+    return any(kind.lora_adapts(base) for kind in kinds for base in type(module).__mro__)
 
 
 def _scales(layer: Any) -> Tensor:

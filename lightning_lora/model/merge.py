@@ -118,9 +118,9 @@ def merge(model: nn.Module) -> tuple[dict[str, float], list[str]]:
     if view.is_merged:
         return {}, []
     check_weights(view)
-    _check_mergeable(view)
+    check_mergeable(view)
     warn_of_divergence(view)
-    tied = _tied_weights(view)
+    tied = tied_weights(view)
     bases: dict[str, dict[str, Tensor]] = {name: {} for name in view.layers}
     lost: dict[str, float] = {}
     with ExitStack() as undo:
@@ -143,10 +143,10 @@ def merge(model: nn.Module) -> tuple[dict[str, float], list[str]]:
 def _merge_for_good(model: nn.Module) -> tuple[dict[str, float], list[str]]:
     """Merge layer by layer, keeping nothing, and forget the adapters."""
     view, lost = view_of(model), dict[str, float]()
-    tied = _tied_weights(view)
+    tied = tied_weights(view)
     if not view.is_merged:
         check_weights(view)
-        _check_mergeable(view)
+        check_mergeable(view)
         warn_of_divergence(view)
         sizes = {name: own_parameter(layer, layer.lora_weights()[0]).numel() for name, layer in view.layers.items()}
         for name in sorted(sizes, key=sizes.__getitem__, reverse=True):  # if memory is short, the first one fails
@@ -164,8 +164,8 @@ def _merge_for_good(model: nn.Module) -> tuple[dict[str, float], list[str]]:
     return {name: lost[name] for name in view.layers if name in lost}, [name for name in tied if tied[name]]
 
 
-def _tied_weights(view: View) -> dict[str, list[str]]:
-    """The weights of each adapted layer that another layer uses too."""
+def tied_weights(view: View) -> dict[str, list[str]]:
+    """Return the weights that another layer uses too, by layer."""
     uses = Counter(id(p) for module in {*view.modules.values()} for p in module._parameters.values() if p is not None)
     tied = {}
     for name, layer in view.layers.items():
@@ -245,8 +245,8 @@ def _see(view: View, bases: dict[str, dict[str, Tensor]]) -> tuple[dict[str, See
     return merged, tied, others
 
 
-def _check_mergeable(view: View) -> None:
-    """Raise an error if there are weights that no update can be merged into.
+def check_mergeable(view: View) -> None:
+    """Refuse weights that no update can be merged into.
 
     Raises:
         AdapterStateError: there are such weights.

@@ -7,15 +7,19 @@ that gets the model later (another Trainer, another callback, ``load_adapter``) 
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import Adapter
 from lightning_lora.tensors.names import named_modules, plain_module
-from lightning_lora.tensors.values import Seen, digest
+from lightning_lora.tensors.values import Seen, digest, digests_as
 
 ATTRIBUTE = "_lora"
 """The attribute of a model that holds its record."""
+
+HALVES = (torch.bfloat16, torch.float16)
+"""The dtypes of :attr:`Record.rounded`."""
 
 
 @dataclass
@@ -38,6 +42,7 @@ class Record:
         untied: Parameters that a merge made for tied weights, to show the same ones at the next merge.
         layers: The names of the layers that have, or had, its adapters.
         read: The base's tensors as they were when they were last read in full, with their digests.
+        rounded: The digests of the base's tensors in half precision, by the digest in their own dtype.
         fingerprints: The forms of this base seen so far: as loaded, and as converted by a Trainer's precision.
         is_trained: Whether a Trainer has begun to train the model, or adapters were loaded into it.
         disabled: Whether the adapters are disabled now, inside ``disable_adapters``.
@@ -54,6 +59,7 @@ class Record:
     untied: dict[str, nn.Parameter] = field(default_factory=dict)
     layers: tuple[str, ...] = ()
     read: dict[str, Seen] = field(default_factory=dict)
+    rounded: dict[int, list[int]] = field(default_factory=dict)
     fingerprints: list[dict[str, Any]] = field(default_factory=list)
     is_trained: bool = False
     disabled: bool = False
@@ -66,6 +72,15 @@ class Record:
         if anew or name not in self.read or not self.read[name].is_unchanged(tensor):
             self.read[name] = Seen(tensor, digest(tensor))
         return self.read[name].digest() or 0
+
+    def halves(self, known: int, tensor: Tensor) -> list[int]:
+        """Return a base tensor's digests in half precision.
+
+        They are remembered. ``known`` is its digest in its own dtype.
+        """
+        if known not in self.rounded:
+            self.rounded[known] = digests_as(tensor, HALVES)
+        return self.rounded[known]
 
     def hand_on(self, name: str, tensor: Tensor, copy: Tensor) -> None:
         """Replace one of the base's tensors by its copy."""

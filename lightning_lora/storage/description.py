@@ -14,10 +14,11 @@ from lightning_lora.layers import FROM_BASE, LoRAParameters
 from lightning_lora.model.root import root_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.base_copies import is_places
-from lightning_lora.storage.fingerprint import base_tensors, check_base, is_fingerprints
+from lightning_lora.storage.fingerprint import base_tensors, is_fingerprints, with_halves
 from lightning_lora.storage.layout import is_layers, layers_of
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.run_state import is_checksums
+from lightning_lora.storage.same_base import check_base
 from lightning_lora.storage.state import check_names, check_tensors, entries_of
 from lightning_lora.tensors.names import join
 from lightning_lora.tensors.values import digest
@@ -49,7 +50,7 @@ def describe(view: View, state: Mapping[str, Any], base: list[dict[str, Any]], *
     about = {
         "format": FORMAT,
         "config": view.config.to_dict(),
-        "base": base,
+        "base": with_halves(view, base),
         "changed": [name for name in state if name in view.frozen],
         "entries": len(state),
         "frozen": list(base_tensors(view)),
@@ -98,6 +99,7 @@ def check_fits(
     *,
     anew: bool = True,
     renaming: Renaming | None = None,
+    refuse_base: bool = True,
 ) -> None:
     """Refuse stored adapters that do not fit an adapted model.
 
@@ -107,6 +109,7 @@ def check_fits(
         description: What the file says of them.
         anew: Read every weight again, as for :func:`fingerprint`.
         renaming: How the names in the file became those of the model.
+        refuse_base: Refuse another base. Otherwise only warn.
 
     Raises:
         AdapterFileError: the description cannot be read, or values are NaN or infinite.
@@ -118,8 +121,8 @@ def check_fits(
     _check_settings(view, config)
     check_names(view, entries, state, changed, config)
     shapes = {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
-    check_base(view, description["base"], shapes, anew=anew, renaming=renaming)
-    check_tensors(view, entries, state)
+    is_converted = check_base(view, description["base"], shapes, anew=anew, renaming=renaming, refuse=refuse_base)
+    check_tensors(view, entries, state, converting=is_converted)
     _check_finite(view, state)
     _check_lost(view, changed)
 

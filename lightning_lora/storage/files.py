@@ -72,7 +72,12 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 
 
 def load_adapter(
-    model: nn.Module, path: str | Path | IO[bytes], *, alpha: float | None = None, target_slices: Slices | None = None
+    model: nn.Module,
+    path: str | Path | IO[bytes],
+    *,
+    check_base: bool = True,
+    alpha: float | None = None,
+    target_slices: Slices | None = None,
 ) -> None:
     """Load the adapters of a file into ``model``.
 
@@ -87,6 +92,9 @@ def load_adapter(
             can read, or the open file, in binary mode. Or a folder that PEFT wrote, or the ``.safetensors`` or ``.bin``
             file in it, with ``adapter_config.json`` beside it. Or what loralib's ``lora_state_dict`` returned, saved
             with ``torch.save``.
+        check_base: Refuse another base than the one that the adapters were trained on. The same weights in another
+            precision are accepted. If False, names and shapes of what was trained must fit, and a warning counts the
+            frozen tensors that differ.
         alpha: Only for a file of loralib: the ``lora_alpha`` that it was trained with. It is in no file.
         target_slices: Only for a file of loralib with ``MergedLinear`` layers: the parts that they adapted
             (``enable_lora``), as in :class:`.LoRAConfig`: ``{"c_attn": ["q", "v"]}``.
@@ -99,6 +107,9 @@ def load_adapter(
         BaseMismatchError: the adapters were trained on another base.
         AdapterMismatchError: ``model`` is already adapted in another way, or the adapters do not fit it.
         ConfigError: ``alpha`` is missing for a file of loralib, or given for another file.
+
+    Warns:
+        LoRAWarning: the base has another precision, or is another one with ``check_base=False``.
 
     Example:
         >>> import tempfile
@@ -122,7 +133,7 @@ def load_adapter(
     if foreign:
         _put_foreign(model, foreign)
     else:
-        _put(model, *adapters_in(contents, path))
+        _put(model, *adapters_in(contents, path), check_base=check_base)
 
 
 def _foreign(contents: Any, path: Any, alpha: float | None, slices: Slices | None) -> Reader | None:
@@ -146,7 +157,7 @@ def _foreign(contents: Any, path: Any, alpha: float | None, slices: Slices | Non
     return lambda view: read_peft(view, names, path)
 
 
-def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any]) -> None:
+def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any], *, check_base: bool) -> None:
     """Put stored adapters into ``model``."""
     renaming = renaming_for(model, description)
     if renaming:
@@ -155,7 +166,7 @@ def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any]) -
     with _unmerged_and_undone(model):
         if find_record(model) is None:  # no adapters, or only those of a submodule
             inject_adapters(model, config)
-        check_fits(view_of(model), state, description, renaming=renaming)
+        check_fits(view_of(model), state, description, renaming=renaming, refuse_base=check_base)
         write_state(model, state)
 
 
@@ -192,6 +203,7 @@ def load_from_checkpoint(
     path: str | Path | IO[bytes],
     *,
     merge: bool = False,
+    check_base: bool = True,
     map_location: Any = None,
     weights_only: bool = True,
     **kwargs: Any,
@@ -205,6 +217,7 @@ def load_from_checkpoint(
             pretrained weights.
         path: The ``.ckpt`` file: its path, a URL that fsspec can read, or the open file, in binary mode.
         merge: Return a plain model with the updates merged, instead of an adapted model.
+        check_base: Refuse another base, as in :func:`load_adapter`.
         map_location: The device of the model, as in Lightning's method.
         weights_only: Set this to False for a file that you trust, if its hyperparameters are not plain types.
         **kwargs: Hyperparameters to override, as in Lightning's method. Loading is always strict.
@@ -221,7 +234,7 @@ def load_from_checkpoint(
     kwargs.pop("strict", None)
     options = kwargs if weights_only else {**kwargs, "weights_only": False}
     model, state = build(cls, {**checkpoint, "state_dict": state}, **options)
-    _put(model, state, description)
+    _put(model, state, description, check_base=check_base)
     if merge:
         merge_adapters(model)
         remove_adapters(model)

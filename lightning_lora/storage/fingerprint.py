@@ -7,10 +7,11 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import BaseMismatchError
-from lightning_lora.layers import quantised_entries, repacks
+from lightning_lora.layers import is_quantised, quantised_entries, repacks
+from lightning_lora.model.record import HALVES
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.renaming import Renaming
@@ -32,8 +33,6 @@ def fingerprint(view: View, *, anew: bool = True, renaming: Renaming | None = No
         Tensors on the meta device have no contents: their digest is 0.
     """
     tensors = base_tensors(view)
-    said = renaming or Renaming()
-    layout = "\n".join(f"{said.name_there(name)} {tuple(tensor.shape)}" for name, tensor in tensors.items())
     known: dict[int, int] = {}
     for name, tensor in tensors.items():
         if id(tensor) not in known:  # tied weights are hashed once
@@ -43,10 +42,75 @@ def fingerprint(view: View, *, anew: bool = True, renaming: Renaming | None = No
         if digests.get(name) == changed:
             digests[name] = was
     return {
-        "layout": hashlib.sha256(layout.encode()).hexdigest(),
+        "layout": _layout(tensors, renaming),
         "dtypes": _dtypes(tensors),
         "digests": list(digests.values()),
     }
+
+
+def _layout(tensors: Mapping[str, Tensor], renaming: Renaming | None = None) -> str:
+    said = renaming or Renaming()
+    lines = (f"{said.name_there(name)} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def with_halves(view: View, forms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Add the base's digests in half precision to its fingerprints.
+
+    So its files are recognised by a base that was converted from it. The first call costs a pass over the weights.
+    Later calls look the digests up.
+
+    Args:
+        view: The adapted model.
+        forms: The fingerprints of its base, as :func:`note_changed` or :func:`forms_of_base` returns them.
+
+    Returns:
+        The fingerprints. Those with the current layout have an entry ``rounded``. It has a list for each tensor, by
+        name in order: the digests in bfloat16 and float16. The list is empty for integers, and for values from before
+        a change that are no longer known. It is None for quantised values.
+    """
+    tensors, packed = base_tensors(view), quantised_names(view)
+    layout, dtypes = _layout(tensors), _dtypes(tensors)
+    described = []
+    for form in map(dict, forms):
+        if form["layout"] == layout:
+            rounded: dict[str, list[int] | None] = {}
+            for (name, tensor), known in zip(tensors.items(), form["digests"], strict=True):
+                rounded[name] = None if name in packed else view.record.rounded.get(known, [])
+                if (
+                    form["dtypes"] == dtypes
+                    and tensor.is_floating_point()
+                    and not tensor.is_meta
+                    and name not in packed
+                ):
+                    rounded[name] = halves_of(view, name, tensor, known)
+            form["rounded"] = rounded
+        described.append(form)
+    return described
+
+
+def halves_of(view: View, name: str, tensor: Tensor, known: int) -> list[int]:
+    """Return a base tensor's digests in half precision.
+
+    The list is empty if its values are no longer there.
+    """
+    if is_lost(view, name, known):
+        return view.record.rounded.get(known, [])
+    return view.record.halves(known, tensor)
+
+
+def is_lost(view: View, name: str, known: int) -> bool:
+    """Whether the run has changed the values with this digest."""
+    return name in view.record.changed and view.record.changed[name][1] == known
+
+
+def quantised_names(view: View) -> set[str]:
+    """Return the names of quantised weights and their entries."""
+    names = set[str]()
+    for prefix, module in view.modules.items():
+        names |= {join(prefix, name) for name in module._parameters if is_quantised(module, name)}
+        names |= {join(prefix, name) for name in quantised_entries(module)}
+    return names
 
 
 def note_changed(model: nn.Module, *, anew: bool = True) -> list[dict[str, Any]]:
@@ -59,7 +123,7 @@ def note_changed(model: nn.Module, *, anew: bool = True) -> list[dict[str, Any]]
         anew: Read every weight again, as for :func:`fingerprint`.
 
     Returns:
-        The forms in which the base was seen, as :func:`check_base` takes them.
+        The forms in which the base was seen, as files store them.
 
     Raises:
         AdapterStateError: ``model`` has no adapters.
@@ -117,63 +181,6 @@ def base_tensors(view: View) -> dict[str, Tensor]:
     return {name: value for name, value in view.base_values.items() if name not in left_out}
 
 
-def check_base(
-    view: View,
-    stored: Sequence[Mapping[str, Any]],
-    shapes: Mapping[str, Sequence[int]],
-    *,
-    anew: bool = True,
-    renaming: Renaming | None = None,
-) -> None:
-    """Refuse adapters that were trained on another base.
-
-    Args:
-        view: The adapted model that receives the adapters.
-        stored: The fingerprints of their base: as it was loaded, and as a Trainer converted it.
-        shapes: The shapes of the trained tensors, by name.
-        anew: Read every weight again, as for :func:`fingerprint`.
-        renaming: How the names in the file became those of the model.
-
-    Raises:
-        BaseMismatchError: the base of the model matches none of the fingerprints.
-    """
-    here, known = fingerprint(view, anew=anew, renaming=renaming), view.record.fingerprints
-    if here in stored:
-        return
-    if here in known and any(form in stored for form in known):  # the same base, in another form
-        return
-    title = type(view.model).__name__
-    theirs = next((form for form in stored if form["dtypes"] == here["dtypes"]), stored[0])
-    if theirs["layout"] != here["layout"] or len(theirs["digests"]) != len(here["digests"]):
-        raise BaseMismatchError(
-            f"These adapters were trained on another architecture: their base has {len(theirs['digests'])} frozen "
-            f"tensors, {title} has {len(here['digests'])}, and names or shapes differ.{_example(view, shapes)} Build "
-            "the model as it was built for training, with the same modules_to_save and bias."
-        )
-    if theirs["dtypes"] != here["dtypes"]:
-        raise BaseMismatchError(
-            f"These adapters were trained on a base in {theirs['dtypes']}, but {title} is in {here['dtypes']}. "
-            "Convert the model before loading, for example model.to(torch.float32)."
-        )
-    names = list(base_tensors(view))
-    other = [name for name, a, b in zip(names, theirs["digests"], here["digests"], strict=True) if a != b]
-    raise BaseMismatchError(
-        f"These adapters were trained on another base: {len(other)} of {len(names)} frozen tensors of {title} differ, "
-        f"such as {', '.join(map(repr, other[:3]))}. Load the pretrained weights that they were trained on. New layers "
-        "have no pretrained weights: train them in full with modules_to_save. A model whose adapters were merged is "
-        "another base too."
-    )
-
-
-def _example(view: View, shapes: Mapping[str, Sequence[int]]) -> str:
-    """A sentence about one trained tensor that has another shape here."""
-    for name, there in shapes.items():
-        here = view.parameters.get(name)
-        if here is not None and here.shape != there:
-            return f" For example, {name!r} is {tuple(there)} there and {tuple(here.shape)} here."
-    return ""
-
-
 _MOST_FORMS = 8
 
 
@@ -188,10 +195,26 @@ def is_fingerprints(stored: object) -> bool:
 def _is_fingerprint(form: object) -> bool:
     return (
         isinstance(form, dict)
-        and form.keys() == {"layout", "dtypes", "digests"}
+        and form.keys() - {"rounded"} == {"layout", "dtypes", "digests"}
         and isinstance(form["layout"], str)
         and isinstance(form["dtypes"], list)
         and all(isinstance(dtype, str) for dtype in form["dtypes"])
-        and isinstance(form["digests"], list)
-        and all(type(number) is int and 0 <= number < 1 << 63 for number in form["digests"])
+        and all(isinstance(getattr(torch, dtype, None), torch.dtype) for dtype in form["dtypes"])
+        and _are_digests(form["digests"])
+        and _are_rounded(form.get("rounded", {}), len(form["digests"]))
+    )
+
+
+def _are_digests(value: object) -> bool:
+    return isinstance(value, list) and all(type(number) is int and 0 <= number < 1 << 63 for number in value)
+
+
+def _are_rounded(value: object, count: int) -> bool:
+    return isinstance(value, dict) and (not value or len(value) == count) and all(map(_is_rounded, value.items()))
+
+
+def _is_rounded(entry: tuple[object, object]) -> bool:
+    name, halves = entry
+    return isinstance(name, str) and (
+        halves is None or (_are_digests(halves) and len(halves) in (0, len(HALVES)))  # type: ignore[arg-type]
     )

@@ -217,10 +217,16 @@ def _as_list(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def check_tensors(view: View, entries: Entries, state: Mapping[str, Any]) -> None:
+def check_tensors(view: View, entries: Entries, state: Mapping[str, Any], *, converting: bool = False) -> None:
     """Refuse tensors of another shape or kind than the model's.
 
     The names in ``state`` must have been checked before.
+
+    Args:
+        view: The adapted model.
+        entries: The entries of its stored state.
+        state: The state to be written into it.
+        converting: Allow all but the adapters to be rounded, as ``model.to(dtype)`` rounds the rest of the model.
 
     Raises:
         AdapterMismatchError: there is such a tensor.
@@ -228,10 +234,10 @@ def check_tensors(view: View, entries: Entries, state: Mapping[str, Any]) -> Non
     known = {**view.base, **entries.optional, **entries.required}
     for name, value in state.items():
         if isinstance(known[name], Tensor):
-            _check_tensor(name, value, known[name])
+            _check_tensor(name, value, known[name], converting=converting and name not in view.adapters)
 
 
-def _check_tensor(name: str, value: object, expected: Tensor) -> None:
+def _check_tensor(name: str, value: object, expected: Tensor, *, converting: bool) -> None:
     if not isinstance(value, Tensor) or value.shape != expected.shape:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise AdapterMismatchError(
@@ -242,6 +248,9 @@ def _check_tensor(name: str, value: object, expected: Tensor) -> None:
         raise AdapterMismatchError(
             f"{name!r} has no values that could be written (it is {value.layout}, {value.device})."
         )
+    are_floats = value.is_floating_point() and expected.is_floating_point()
+    if converting and are_floats and torch.equal(value.isfinite(), value.to(expected.dtype).isfinite()):
+        return
     if torch.promote_types(value.dtype, expected.dtype) != expected.dtype or (
         value.is_floating_point() != expected.is_floating_point()
     ):

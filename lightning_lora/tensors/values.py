@@ -5,6 +5,7 @@ The other packages read and replace weights with these functions.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,18 +74,50 @@ def digest(tensor: Tensor) -> int:
     if tensor.layout is not torch.strided:
         sparse = tensor.detach().to_sparse_coo().coalesce()  # the dense form may be too large
         return (3 * digest(sparse.indices()) + digest(sparse.values())) % (1 << 63)
-    bits = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return _digest_of_integers(bits.view({1: torch.uint8, 2: torch.int16}.get(tensor.element_size(), torch.int32)))
+    return _digest_of_integers(_integers(tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)))
+
+
+def digests_as(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> list[int]:
+    """Return a floating-point tensor's digests in other dtypes.
+
+    Values are converted a chunk at a time, in one walk over the tensor. So no copy of it is made.
+
+    Example:
+        >>> third = torch.tensor([1 / 3])
+        >>> digests_as(third, [torch.bfloat16]) == [digest(third.bfloat16())]
+        True
+    """
+    if tensor.layout is not torch.strided or hasattr(tensor, "__tensor_flatten__") or not tensor.numel():
+        return [digest(tensor.to(dtype)) for dtype in dtypes]
+    sums, counts = {dtype: list[Tensor]() for dtype in dtypes}, dict.fromkeys(dtypes, 0)
+    for chunk in tensor.detach().contiguous().reshape(-1).split(_CHUNK):
+        for dtype in dtypes:
+            integers = _integers(chunk.to(dtype))
+            sums[dtype] += _sums(integers)
+            counts[dtype] += integers.numel()
+    return [_total(sums[dtype], counts[dtype]) for dtype in dtypes]
+
+
+def _integers(values: Tensor) -> Tensor:
+    """The bits of a vector, as integers of at most 32 bits."""
+    return values.view({1: torch.uint8, 2: torch.int16}.get(values.element_size(), torch.int32))
 
 
 def _digest_of_integers(integers: Tensor) -> int:
     """The hash of a vector of integers. A device is waited for once."""
-    if not integers.numel():
-        return 0
+    return _total(_sums(integers), integers.numel()) if integers.numel() else 0
+
+
+def _sums(integers: Tensor) -> list[Tensor]:
+    """The sum of products of each chunk."""
     multipliers = _multipliers(integers.device)
-    sums = [_sum_of_products(chunk, multipliers[: chunk.numel()]) for chunk in integers.split(_CHUNK)]
-    total = (torch.stack(sums) * multipliers[-len(sums) :].flip(0)).sum()
-    return (integers.numel() + int(total)) % (1 << 63)
+    return [_sum_of_products(chunk, multipliers[: chunk.numel()]) for chunk in integers.split(_CHUNK)]
+
+
+def _total(sums: list[Tensor], count: int) -> int:
+    """The hash of ``count`` integers with these sums of their chunks."""
+    total = (torch.stack(sums) * _multipliers(sums[0].device)[-len(sums) :].flip(0)).sum()
+    return (count + int(total)) % (1 << 63)
 
 
 def _sum_of_products(integers: Tensor, multipliers: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from lightning_lora import (
     ConfigError,
     LoRACallback,
     LoRAConfig,
+    LoRAWarning,
     adapter_state_dict,
     disable_adapters,
     inject_adapters,
@@ -192,10 +193,58 @@ def test_quantised_weights_and_their_scales_are_the_base(tmp_path: Path, kind: s
     with torch.no_grad():
         other[3].bias.add_(1)  # which trains whole, and is in the file
     load_adapter(other, tmp_path / "a.safetensors")
-    wrong = [build(kind, seed=1)] + ([build(kind, scale=2.0)] if "4" not in kind or "torchao" in kind else [])
+    same_biases = build(kind, seed=1)
+    for mine, theirs in zip(same_biases, build(kind), strict=True):
+        if hasattr(mine, "bias"):
+            mine.bias.data = theirs.bias.data
+    wrong = [same_biases, build(kind, seed=1)] + (
+        [build(kind, scale=2.0)] if "4" not in kind or "torchao" in kind else []
+    )
     for base in wrong:  # the scales of four bits may be rounded by an evaluation, and are not compared
         with pytest.raises(BaseMismatchError, match=r"'0\."):
             load_adapter(base, tmp_path / "a.safetensors")
+
+
+def plain(dtype: torch.dtype) -> nn.Sequential:
+    """The base that :func:`build` quantises."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(WIDTH, WIDTH).requires_grad_(False) for _ in range(2)]
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Linear(WIDTH, 4)).to(dtype)
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_quantised_base_and_a_plain_one_agree_in_what_is_not_quantised(
+    tmp_path: Path, kind: str, dtype: torch.dtype
+) -> None:
+    for there, here in (build(kind), plain(dtype)), (plain(dtype), build(kind)):
+        inject_adapters(there, CONFIG)
+        save_adapter(there, tmp_path / "a.safetensors")
+        other = copy.deepcopy(here)
+        with pytest.warns(LoRAWarning, match="same base, converted; 2 quantised weights were not compared"):
+            load_adapter(here, tmp_path / "a.safetensors")
+        with torch.no_grad():
+            other[2].bias[0] += 1
+        with pytest.raises(
+            BaseMismatchError, match=r"1 of 2 frozen tensors .* such as '2.bias', .* 2 quantised weights"
+        ):
+            load_adapter(other, tmp_path / "a.safetensors")
+        with pytest.warns(LoRAWarning, match="1 of 2 frozen tensors"):
+            load_adapter(other, tmp_path / "a.safetensors", check_base=False)
+
+
+def test_where_all_is_quantised_nothing_says_that_it_is_the_same_base(tmp_path: Path) -> None:
+    def linear() -> nn.Linear:
+        torch.manual_seed(0)
+        return nn.Linear(WIDTH, WIDTH, bias=False)
+
+    quantised = bnb.nn.Linear4bit(WIDTH, WIDTH, bias=False, compute_dtype=torch.float32)
+    quantised.load_state_dict(linear().state_dict())
+    there = nn.Sequential(quantised.to("cpu"))
+    inject_adapters(there, LoRAConfig(r=2))
+    save_adapter(there, tmp_path / "a.safetensors")
+    with pytest.raises(BaseMismatchError, match="nothing to compare"):
+        load_adapter(nn.Sequential(linear()), tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import BaseMismatchError, load_adapter, unmerge_adapters
+from lightning_lora import BaseMismatchError, LoRAWarning, load_adapter, save_adapter, unmerge_adapters
 from lightning_lora.layers import LoRALayer
+from lightning_lora.model import record
 from lightning_lora.tensors import values
 from tests.cases import StopError
 from tests.models import LitTiny, best, data, is_plain, lora, same, state, trainer
@@ -38,6 +39,13 @@ class Reads:
             return own(integers)
 
         monkeypatch.setattr(values, "_digest_of_integers", counting)
+        own_halves = record.digests_as
+
+        def counting_halves(tensor: Tensor, dtypes: Any) -> list[int]:
+            self.count += tensor.numel() if tensor.numel() >= WIDTH * WIDTH else 0
+            return own_halves(tensor, dtypes)
+
+        monkeypatch.setattr(record, "digests_as", counting_halves)
 
     def passes(self) -> float:
         """The passes over the adapted weights since the last call."""
@@ -63,12 +71,30 @@ class Passes(L.Callback):
         self.found["training"] = self.reads.passes()
 
 
-def test_a_fit_reads_its_base_at_the_start_and_at_the_end(tmp_path: Path, reads: Reads) -> None:
-    marks = Passes(reads)
-    saved = best(tmp_path, save_top_k=-1)
-    trainer(tmp_path, [lora(), saved, marks], max_epochs=4).fit(Wide(), data(), data())
-    assert marks.found == {"set-up": 1, "training": 0} and reads.passes() == 1
+def test_a_fit_reads_its_base_at_the_start_and_at_the_end_and_for_its_first_file(tmp_path: Path, reads: Reads) -> None:
+    for saved, training in (best(tmp_path, save_top_k=-1), 1), (best(tmp_path, every_n_epochs=9), 0):
+        marks = Passes(reads)
+        trainer(tmp_path, [lora(), saved, marks], max_epochs=4).fit(Wide(), data(), data())
+        assert marks.found == {"set-up": 1, "training": training} and reads.passes() == 1
     assert len(list(tmp_path.glob("*.ckpt"))) == 4
+
+
+def test_a_base_is_read_in_half_precision_once_however_often_it_trains_and_is_saved(
+    tmp_path: Path, reads: Reads
+) -> None:
+    model, file = Wide(), tmp_path / "a.safetensors"
+    trainer(tmp_path, [lora(), best(tmp_path)]).fit(model, data(), data())
+    marks = Passes(reads)
+    trainer(tmp_path, [lora(merge=False), best(tmp_path), marks]).fit(model, data(), data())
+    assert marks.found["training"] == 0
+    reads.passes()
+    for _ in range(2):
+        save_adapter(model, file)
+        assert reads.passes() == 1
+    other = Wide().bfloat16()
+    with pytest.warns(LoRAWarning, match="same base, converted"):
+        load_adapter(other, file)
+    assert reads.passes() == 1  # as in any load: the file says what it is in half precision
 
 
 def test_the_best_file_is_merged_without_another_look_at_the_base(tmp_path: Path, reads: Reads) -> None:

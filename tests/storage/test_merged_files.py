@@ -1,0 +1,338 @@
+"""The whole merged model, for code that does not know adapters."""
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, load_model
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from lightning_lora import (
+    AdapterFileError,
+    AdapterStateError,
+    LoRAConfig,
+    LoRAWarning,
+    disable_adapters,
+    inject_adapters,
+    merge_adapters,
+    save_merged,
+)
+from lightning_lora.model.record import find_record
+from tests.cases import three
+from tests.models import LitTiny, TinyLM, data, lora, randomise, same, state, trainer
+from tests.storage.cases import refused, trained
+
+X = torch.arange(20)
+
+
+def stored(file: Path, like: nn.Module) -> dict[str, Any]:
+    """The tensors of a file, in the order of a merged model's."""
+    tensors = load_file(file)
+    assert tensors.keys() == merged(like).keys()
+    return {name: tensors[name] for name in merged(like)}
+
+
+def merged(model: nn.Module) -> dict[str, Any]:
+    """The state of a merged copy."""
+    merge_adapters(model := copy.deepcopy(model))
+    return state(model)
+
+
+@pytest.mark.parametrize("is_merged", [False, True])
+def test_checkpoint_is_a_plain_one_with_the_merged_weights(tmp_path: Path, is_merged: bool) -> None:
+    model = trained()
+    expected, output = merged(model), model(X)
+    if is_merged:
+        merge_adapters(model)
+    before, kinds = state(model), [type(module) for module in model.modules()]
+    save_merged(model, tmp_path / "a.ckpt")
+    assert same(state(model), before) and [type(module) for module in model.modules()] == kinds
+    plain = LitTiny.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert same(state(plain), expected) and find_record(plain) is None
+    torch.testing.assert_close(plain(X), output)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def test_checkpoint_builds_the_module_from_its_hyperparameters(tmp_path: Path) -> None:
+    model = LitTiny(width=6)
+    t = trainer(tmp_path, [lora()], max_epochs=1, enable_checkpointing=False)
+    t.fit(model, data())
+    save_merged(model, tmp_path / "a.ckpt")
+    stored = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert not [key for key in stored if "lora" in key] and not [
+        name for name in stored["state_dict"] if "lora" in name
+    ]
+    plain = LitTiny.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert plain.hparams == model.hparams and same(state(plain), state(model))
+    tested = trainer(tmp_path).test(LitTiny(width=6), data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    assert tested == trainer(tmp_path).test(model, data(), verbose=False)
+
+
+@pytest.mark.slow
+def test_checkpoint_is_read_without_this_package(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import lightning as L\nfrom torch import nn\n"
+        "class Mine(L.LightningModule):\n"
+        "    def __init__(self, width):\n"
+        "        super().__init__()\n        self.save_hyperparameters()\n        self.net = nn.Linear(width, 2)\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        from mine import Mine  # type: ignore[import-not-found]
+    finally:
+        sys.path.remove(str(tmp_path))
+    inject_adapters(model := Mine(3), LoRAConfig(r=1))
+    save_merged(model, tmp_path / "a.ckpt")
+    code = "from mine import Mine; Mine.load_from_checkpoint('a.ckpt'); import sys; assert 'lightning_lora' not in sys."
+    subprocess.run([sys.executable, "-W", "ignore", "-c", f"{code}modules"], cwd=tmp_path, check=True)
+
+
+def test_what_a_module_itself_adds_to_its_checkpoints_is_there(tmp_path: Path) -> None:
+    class Adds(LitTiny):
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["mine"] = 1
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            assert checkpoint["mine"] == 1
+
+    inject_adapters(model := Adds(), LoRAConfig(r=2))
+    save_merged(model, tmp_path / "a.ckpt")
+    Adds.load_from_checkpoint(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init": "pissa"}], ids=str)
+def test_tensors_of_every_kind_of_layer_are_those_of_a_merge(tmp_path: Path, options: dict[str, Any]) -> None:
+    (tmp_path / "other").touch()
+    model = three(**options, exclude_modules=["embed"] if options else None)
+    expected, output = merged(model), model(X)
+    save_merged(model, tmp_path / "a.safetensors")
+    assert same(stored(tmp_path / "a.safetensors", model), expected)
+    assert torch.equal(model(X), output)
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode  # others may read it
+
+
+def test_norms_and_buffers_are_included_as_they_are(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.LSTM(4, 4))
+    model.register_buffer("mine", torch.ones(3))
+    inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
+    randomise(model)
+    save_merged(model, tmp_path / "a.safetensors")
+    assert same(stored(tmp_path / "a.safetensors", model), merged(model))
+
+
+def test_half_precision_is_rounded_once(tmp_path: Path) -> None:
+    model = LitTiny().bfloat16()
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model, scale=1.0)
+    save_merged(model, tmp_path / "a.safetensors")
+    assert same(stored(tmp_path / "a.safetensors", model), merged(model))
+
+
+def test_a_layer_with_two_names_is_merged_under_both(tmp_path: Path) -> None:
+    layer = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": layer, "b": layer})
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    save_merged(model, tmp_path / "a.safetensors")
+    again = nn.ModuleDict({"a": (other := nn.Linear(4, 4)), "b": other})
+    load_model(again, tmp_path / "a.safetensors")
+    assert same(state(again), merged(model))
+
+
+@pytest.mark.filterwarnings("ignore:.*was tied to another layer:lightning_lora.LoRAWarning")
+def test_a_tied_weight_with_an_update_is_written_as_its_own(tmp_path: Path) -> None:
+    model = TinyLM()
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["lm_head"]))
+    randomise(model)
+    with pytest.warns(LoRAWarning, match="they are two weights now"):
+        save_merged(model, tmp_path / "a.safetensors")
+    load_model(again := TinyLM(tied=False), tmp_path / "a.safetensors")
+    torch.testing.assert_close(again(X), model(X))
+    assert model.lm_head.weight is model.embed.weight
+
+
+def test_tied_weights_without_updates_are_written_once(tmp_path: Path) -> None:
+    model = TinyLM()
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["q_proj"]))
+    randomise(model)
+    save_merged(model, tmp_path / "a.safetensors")
+    assert "lm_head.weight" not in load_file(tmp_path / "a.safetensors") or "embed.weight" not in load_file(
+        tmp_path / "a.safetensors"
+    )
+    load_model(again := TinyLM(), tmp_path / "a.safetensors")
+    torch.testing.assert_close(again(X), model(X))
+
+
+# Folders
+
+
+class LitGPT2(LitTiny):
+    def __init__(self, tied: bool = True, head: bool = False) -> None:
+        super().__init__()
+        del self.embed, self.q_proj, self.v_proj, self.head
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            config = GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2, tie_word_embeddings=tied)
+            self.model = GPT2LMHeadModel(config).eval()
+        if head:
+            self.head = nn.Linear(8, 2)
+
+    def forward(self, index: torch.Tensor) -> Any:
+        return self.model(index[None]).logits
+
+
+@pytest.mark.parametrize("is_merged", [False, True])
+def test_folder_is_that_of_the_model_inside(tmp_path: Path, is_merged: bool) -> None:
+    model = LitGPT2()
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["c_attn", "c_proj"], modules_to_save=["ln_f"]))
+    randomise(model)
+    output = model(X[:8])
+    if is_merged:
+        merge_adapters(model)
+    before = state(model)
+    save_merged(model, tmp_path / "gpt2-1.0")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2-1.0").eval()
+    torch.testing.assert_close(again(X[None, :8]).logits, output)
+    assert same(state(model), before) and [path.name for path in tmp_path.iterdir()] == ["gpt2-1.0"]
+
+
+def test_folder_would_tie_a_head_again_that_has_an_update_of_its_own(tmp_path: Path) -> None:
+    model = LitGPT2()
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["lm_head"]))
+    randomise(model)
+    with refused(model, AdapterFileError, r"tie_word_embeddings = False"):
+        save_merged(model, tmp_path / "a")
+    model.model.config.tie_word_embeddings = False
+    with pytest.warns(LoRAWarning, match="they are two weights now"):
+        save_merged(model, tmp_path / "a")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "a").eval()
+    torch.testing.assert_close(again(X[None, :8]).logits, model(X[:8]))
+
+
+def test_folder_holds_no_part_that_was_trained_outside(tmp_path: Path) -> None:
+    model = LitGPT2(head=True)
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["c_attn"], modules_to_save=["head"]))
+    with refused(model, AdapterFileError, "'head.weight', 'head.bias' were trained outside of it"):
+        save_merged(model, tmp_path / "a")
+
+
+class Own(nn.Module):
+    """A model whose save_pretrained asks the model itself for its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 4)
+        self.fails = False
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir()
+        torch.save(self.state_dict(), folder / "weights.pt")
+        if self.fails:
+            raise OSError("disk full")
+
+
+def test_folder_by_a_model_of_another_library(tmp_path: Path) -> None:
+    inject_adapters(model := Own(), LoRAConfig(r=2))
+    randomise(model)
+    (tmp_path / "a").mkdir()
+    save_merged(model, tmp_path / "a")
+    assert same(torch.load(tmp_path / "a" / "weights.pt"), merged(model)) and "lora_A" in str(list(model.state_dict()))
+
+
+def test_folder_is_there_complete_or_not_at_all(tmp_path: Path) -> None:
+    inject_adapters(model := Own(), LoRAConfig(r=2))
+    model.fails = True
+    with refused(model, AdapterFileError, "disk full"):
+        save_merged(model, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "notes.txt").touch()
+    with refused(model, AdapterFileError, "not an empty folder"):
+        save_merged(model, tmp_path / "a")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["notes.txt"]
+
+
+# What is refused
+
+
+def plain(**options: Any) -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4))
+    inject_adapters(model, LoRAConfig(r=2, **options))
+    return model
+
+
+class Named(nn.Linear):
+    """A layer whose state dict has names of its own."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}kernel"] = destination.pop(f"{prefix}weight")
+
+
+def named() -> nn.Module:
+    model = nn.Sequential(Named(4, 4))
+    inject_adapters(model, LoRAConfig(r=2))
+    return model
+
+
+def diverged() -> nn.Module:
+    model = plain()
+    model[0].lora_A.data.fill_(torch.nan)  # type: ignore[index,union-attr,operator]
+    return model
+
+
+def too_large() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4).half())
+    inject_adapters(model, LoRAConfig(r=2))
+    model[0].lora_A.data.fill_(1e3)  # type: ignore[union-attr,operator]
+    model[0].lora_B.data.fill_(1e3)  # type: ignore[union-attr,operator]
+    return model
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str, type[Exception], str]] = {
+    "no adapters": (LitTiny, "a.ckpt", AdapterStateError, "has no adapters"),
+    "not Lightning": (plain, "a.ckpt", AdapterFileError, r"not a LightningModule.*\.safetensors.*save_pretrained"),
+    "no save_pretrained": (trained, "folder", AdapterFileError, r"no save_pretrained.*\.ckpt.*\.safetensors"),
+    "unknown ending": (trained, "a.pt", AdapterFileError, r"\.ckpt.*\.safetensors.*save_pretrained"),
+    "no folder": (trained, "none/a.ckpt", FileNotFoundError, "does not exist"),
+    "on meta": (lambda: plain().to("meta"), "a.safetensors", AdapterStateError, "meta device"),
+    "diverged": (diverged, "a.safetensors", AdapterStateError, "NaN"),
+    "infinite": (too_large, "a.safetensors", AdapterStateError, r"'0.weight' would hold values that torch.float16"),
+    "other names": (named, "a.safetensors", AdapterStateError, "does not hold '0.weight' under their own names"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_written_is_refused_and_nothing_changes(tmp_path: Path, case: Any) -> None:
+    make, name, error, match = case
+    model = make()
+    with pytest.raises(error, match=match) if name != "a.pt" else refused(model, error, match):
+        save_merged(model, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_disabled_adapters_are_not_merged(tmp_path: Path) -> None:
+    with disable_adapters(model := trained()), pytest.raises(AdapterStateError, match="disabled"):
+        save_merged(model, tmp_path / "a.ckpt")
+
+
+def test_a_merged_model_that_changed_is_refused(tmp_path: Path) -> None:
+    merge_adapters(model := trained())
+    with torch.no_grad():
+        model.q_proj.weight.add_(1)
+    with pytest.raises(AdapterStateError):
+        save_merged(model, tmp_path / "a.ckpt")
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    model = nn.Sequential(bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32)).to("cpu")
+    inject_adapters(model, LoRAConfig(r=2))
+    with pytest.raises(AdapterStateError, match="are quantised"):
+        save_merged(model, tmp_path / "a.safetensors")
