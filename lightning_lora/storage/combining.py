@@ -165,14 +165,14 @@ def _layer(like: StoredLayer, combined: dict[str, Factors]) -> StoredLayer:
 def _description(like: StoredAdapters, layers: list[StoredLayer], state: dict[str, Tensor]) -> dict[str, Any]:
     """Describe the new file, with each layer named in full."""
     ranks = {target: (layer.r, layer.r) for layer in layers for target in targets_of(layer)}
-    present = {name.rpartition(".")[0] for name in like.description["frozen"]} | {layer.name for layer in layers}
+    names = [name for form in like.description["base"] for name in form.get("rounded", ())]
+    present = {name.rpartition(".")[0] for name in names} | {layer.name for layer in layers}
     about = {
         "format": FORMAT,
         "config": by_whole_names(layers, ranks, LoRAConfig(), present).to_dict(),
         "base": like.description["base"],
         "changed": [],
         "entries": len(state),
-        "frozen": like.description["frozen"],
         "layers": [layer.to_dict() for layer in layers],
         "root": like.description["root"],
     }

@@ -14,7 +14,7 @@ from lightning_lora.layers import FROM_BASE, LoRAParameters
 from lightning_lora.model.root import root_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.base_copies import is_places
-from lightning_lora.storage.fingerprint import base_tensors, is_fingerprints, with_halves
+from lightning_lora.storage.fingerprint import is_fingerprints, with_halves
 from lightning_lora.storage.layout import is_layers, layers_of
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.run_state import is_checksums
@@ -40,9 +40,9 @@ def describe(view: View, state: Mapping[str, Any], base: list[dict[str, Any]], *
         **more: Further entries, in plain types.
 
     Returns:
-        The format, the configuration, the base and the names of its tensors, the names of frozen weights that changed,
-        the number of entries in ``state``, the adapted layers, the path of the one model inside, the entries of each
-        module in ``modules_to_save``, and a checksum of ``state`` and all of these.
+        The format, the configuration, the base, the names of frozen weights that changed, the number of entries in
+        ``state``, the adapted layers, the path of the one model inside, the entries of each module in
+        ``modules_to_save``, and a checksum of ``state`` and all of these.
 
     Raises:
         ConfigError: the description is too long to be stored.
@@ -53,7 +53,6 @@ def describe(view: View, state: Mapping[str, Any], base: list[dict[str, Any]], *
         "base": with_halves(view, base),
         "changed": [name for name in state if name in view.frozen],
         "entries": len(state),
-        "frozen": list(base_tensors(view)),
         "layers": [layer.to_dict() for layer in layers_of(view)],
         "root": root_of(view.model),
         "saved": saved_entries(view),
@@ -225,7 +224,7 @@ def _is_plain(description: dict[Any, Any]) -> bool:
     """Whether each entry has the expected type, so that it is safe to use."""
     known = ("format", "config", "base", "changed", "entries", "checksum")
     _, config, base, changed, entries, checksum = (description.get(key) for key in known)
-    copies, frozen, layers, root, run, saved = (description.get(key, default) for key, default in _OPTIONAL.items())
+    copies, layers, root, run, saved = (description.get(key, default) for key, default in _OPTIONAL.items())
     return (
         description.keys() <= {*known, *_OPTIONAL}
         and isinstance(config, dict)
@@ -233,7 +232,6 @@ def _is_plain(description: dict[Any, Any]) -> bool:
         and _is_names(changed)
         and type(entries) is type(checksum) is int
         and is_places(copies)
-        and _is_names(frozen)
         and is_layers(layers)
         and isinstance(root, str)
         and is_checksums(run)
@@ -243,7 +241,7 @@ def _is_plain(description: dict[Any, Any]) -> bool:
     )
 
 
-_OPTIONAL: dict[str, Any] = {"copies": [], "frozen": [], "layers": [], "root": "", "run": {}, "saved": {}}
+_OPTIONAL: dict[str, Any] = {"copies": [], "layers": [], "root": "", "run": {}, "saved": {}}
 
 
 def _is_names(value: object) -> bool:

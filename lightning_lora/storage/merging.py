@@ -3,17 +3,19 @@
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, LoRAWarning, listed
 from lightning_lora.storage.checkpoint import as_base
 from lightning_lora.storage.disk import writing
+from lightning_lora.storage.same_base import is_converted
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.tensor_files import INDEX, Entry, TensorFiles, write_tensors
 from lightning_lora.tensors.names import join
@@ -94,22 +96,44 @@ class _Merge:
         self._check_base()
 
     def _check_base(self) -> None:
-        """Compare every frozen tensor that both sides have."""
-        names = self.stored.description.get("frozen", [])
-        known = [dict(zip(names, form["digests"], strict=False)) for form in self.stored.description["base"]]
-        here = {name: self.name_in_base(name) for name in names}
-        present = [name for name in names if here[name] in self.files.file_of]
-        changed = set(self.stored.description["changed"])
-        differ: list[str] = present
-        digests = {name: digest(self.files.get(here[name])) for name in present if name not in changed}
-        for form in known:
-            differ = min(differ, [name for name in digests if digests[name] != form[name]], key=len)
-        if differ:
+        """Compare every frozen tensor that both sides have.
+
+        The same values in another precision are accepted.
+        """
+        changed, forms = set(self.stored.description["changed"]), self.stored.description["base"]
+        compared = [self._compare(form, changed) for form in forms if "rounded" in form]
+        found = min(compared, key=lambda each: len(each.differ), default=_Comparison([], [], 0))
+        if found.differ or not found.equal:
             raise BaseMismatchError(
-                f"The adapters in {self.stored.path} were trained on another base: {len(differ)} of {len(names)} "
-                f"frozen tensors in {self.files.path} differ, such as {listed(differ)}. Pass the weights that they "
-                "were trained on, in the same precision."
+                f"The adapters in {self.stored.path} were trained on another base: {len(found.differ)} frozen tensors "
+                f"in {self.files.path} differ, such as {listed(found.differ)}, and {found.equal} are the same. Pass "
+                "the weights that they were trained on."
             )
+        if found.converted:
+            warnings.warn(
+                f"{len(found.converted)} tensors in {self.files.path} have another precision than those that the "
+                f"adapters were trained on, such as {listed(found.converted)}. It is the same base, converted.",
+                LoRAWarning,
+                stacklevel=4,
+            )
+
+    def _compare(self, form: dict[str, Any], changed: set[str]) -> "_Comparison":
+        """Compare the base with one form of it that the training has seen."""
+        dtypes = [getattr(torch, dtype) for dtype in form["dtypes"]]
+        differ, converted, equal = [], [], 0
+        for (name, halves), exact in zip(form["rounded"].items(), form["digests"], strict=True):
+            place = self.name_in_base(name)
+            if name in changed or halves is None or place not in self.files.file_of:  # None: it was quantised
+                continue
+            tensor = self.files.get(place)
+            if digest(tensor) == exact:
+                equal += 1
+            elif is_converted(tensor, exact, halves, dtypes):
+                converted.append(place)
+                equal += 1
+            else:
+                differ.append(place)
+        return _Comparison(differ, converted, equal)
 
     def entries(self, names: list[str], progress: Progress, *, new: bool) -> Iterator[Entry]:
         """Yield the tensors of a file of the merged model.
@@ -134,6 +158,14 @@ class _Merge:
         layer, weight = self.weights[name]
         with torch.no_grad():
             return self.stored.adapted(layer, {weight: base}).lora_merged_weight(weight)[0]
+
+
+class _Comparison(NamedTuple):
+    """The names of tensors that differ, and of those that were converted, and how many are the same."""
+
+    differ: list[str]
+    converted: list[str]
+    equal: int
 
 
 def _is_tensor(value: object) -> bool:

@@ -16,7 +16,7 @@ from lightning_lora.model.record import HALVES
 from lightning_lora.model.view import View
 from lightning_lora.storage.fingerprint import base_tensors, fingerprint, halves_of, is_lost, quantised_names
 from lightning_lora.storage.renaming import Renaming
-from lightning_lora.tensors.values import digests_as
+from lightning_lora.tensors.values import digest, digests_as
 
 _EXACT = ("layout", "dtypes", "digests")
 
@@ -115,12 +115,12 @@ def _compare(
         is_same_form = all((halves[name] is None) == (own in packed) for name, own in names.items())
     dtypes = [getattr(torch, dtype) for dtype in form["dtypes"]]
     found = _Comparison(is_same_form, [name for name in there if name not in names and halves[name] is not None])
-    for (name, own), digest in zip(names.items(), here["digests"], strict=True):
+    for (name, own), exact in zip(names.items(), here["digests"], strict=True):
         known = halves.get(name) or []
         if not is_same_form and (own in packed or halves.get(name, []) is None):
             found.quantised += own in view.parameters
         elif name in there and (
-            digest == there[name] or _is_converted(view, own, tensors[own], digest, there[name], known, dtypes)
+            exact == there[name] or _is_converted(view, own, tensors[own], exact, there[name], known, dtypes)
         ):
             found.equal += 1
         else:
@@ -141,6 +141,23 @@ def _is_converted(
         return True
     wider = [dtype for dtype in others if dtype not in HALVES]
     return not is_lost(view, name, here) and there in digests_as(tensor, wider)
+
+
+def is_converted(tensor: Tensor, exact: int, halves: Sequence[int], dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether a tensor of a file is another one, converted.
+
+    Args:
+        tensor: The tensor.
+        exact: The digest of the other one.
+        halves: Its digests in half precision, if they are known.
+        dtypes: The dtypes of its model, one of which it has.
+    """
+    others = [dtype for dtype in dtypes if dtype.is_floating_point and dtype != tensor.dtype]
+    if not tensor.is_floating_point() or not others:
+        return False
+    if halves and tensor.dtype in HALVES and digest(tensor) == halves[HALVES.index(tensor.dtype)]:
+        return True
+    return exact in digests_as(tensor, others)
 
 
 # What is said

@@ -18,6 +18,7 @@ from lightning_lora import (
     AdapterMismatchError,
     BaseMismatchError,
     LoRAConfig,
+    LoRAWarning,
     inject_adapters,
     load_adapter,
     merge_adapters,
@@ -181,6 +182,24 @@ def no_weight(state: dict[str, Tensor]) -> None:
 
 def other_shape(state: dict[str, Tensor]) -> None:
     state["linear.weight"] = state["linear.weight"][:4].clone()
+
+
+@pytest.mark.filterwarnings("ignore::lightning_lora.MergePrecisionWarning")
+@pytest.mark.parametrize("narrower", [True, False])
+def test_the_same_base_in_another_precision_is_merged_with_a_warning(tmp_path: Path, narrower: bool) -> None:
+    there, here = (torch.float32, torch.bfloat16) if narrower else (torch.bfloat16, torch.float32)
+    model = TinyLM(tied=False).to(there)
+    base = {name: value.to(here) for name, value in model.state_dict().items()}
+    save_file(base, tmp_path / "base.safetensors")
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    with pytest.warns(LoRAWarning, match="the same base, converted"):
+        merge_files(tmp_path / "base.safetensors", tmp_path / "adapter.safetensors", tmp_path / "merged.safetensors")
+    found = load_file(tmp_path / "merged.safetensors")
+    assert found["q_proj.weight"].dtype is here and not torch.equal(found["q_proj.weight"], base["q_proj.weight"])
+    delta = (model.q_proj.lora_B @ model.q_proj.lora_A).float()  # type: ignore[operator]
+    torch.testing.assert_close(found["q_proj.weight"], (base["q_proj.weight"].float() + delta).to(here))
 
 
 @pytest.mark.parametrize(
