@@ -1,4 +1,4 @@
-"""Build a LightningModule from a checkpoint, without loading weights into it.
+"""Build a LightningModule from a checkpoint, without its weights.
 
 Lightning builds it, so hyperparameters and hooks work as in its own ``load_from_checkpoint``. Only the last step is
 left out: its strict loading of a full state, which a file of adapters does not hold.

@@ -39,9 +39,9 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]
 
 
 def drop_note(checkpoint: object) -> None:
-    """Remove the note for readers that do not know this package.
+    """Remove the note for readers without this package.
 
-    Everything else in the file has been described without it.
+    The description of the file does not count it.
     """
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if isinstance(state, dict):

@@ -123,7 +123,10 @@ def local_path(path: Any) -> Path | None:
 
 @contextmanager
 def opened(source: Any) -> Iterator[Any]:
-    """Open a path or a URL to read bytes, or yield an open file as it is."""
+    """Open a path or a URL to read bytes.
+
+    An open file is yielded as it is.
+    """
     local = local_path(source)
     if hasattr(source, "read"):
         yield source
@@ -137,7 +140,7 @@ def opened(source: Any) -> Iterator[Any]:
 
 @contextmanager
 def on_this_machine(source: Any) -> Iterator[Path]:
-    """Yield the path of a file with the contents of ``source``.
+    """Yield the path of a local file.
 
     It is a temporary copy if ``source`` is a URL or an open file.
     """
@@ -191,12 +194,12 @@ _TRUE = ("1", "y", "yes", "true")
 
 
 def trusts_all_files() -> bool:
-    """Whether the user allows all files to run code, by torch's variable."""
+    """Whether torch's variable allows all files to run code."""
     return os.environ.get(_TRUST, "0").lower() in _TRUE
 
 
 def check_whole(path: Any, source: Any = None, *, may_be_old: bool = False) -> None:
-    """Refuse a damaged archive of torch: torch itself does not check it.
+    """Refuse a damaged archive, which torch itself would read.
 
     Args:
         path: The file. What does not exist, or is downloaded by torch (http), is left to the reader.
@@ -231,6 +234,11 @@ def is_archive(file: Any) -> bool:
     Otherwise it would read it in its old format.
     """
     return bool(file.read(4) == b"PK\3\4")
+
+
+def is_still(path: Path, file: Any) -> bool:
+    """Whether ``path`` is still the open file, and no other."""
+    return os.path.samestat(path.stat(), os.fstat(file.fileno()))
 
 
 def _broken(file: Any) -> str | None:

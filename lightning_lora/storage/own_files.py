@@ -18,6 +18,7 @@ from lightning_lora.storage.disk import (
     check_path,
     check_whole,
     is_archive,
+    is_still,
     local_path,
     on_this_machine,
     reading,
@@ -101,21 +102,33 @@ def read_contents(path: str | Path | IO[bytes], *, weights_only: bool = True) ->
     check_path(path, may_be_open=True)
     with reading(path), on_this_machine(path) as local:
         check_whole(local, path, may_be_old=True)
-        with local.open("rb") as file:
-            is_zip = is_archive(file)
-        if is_zip:
-            contents = torch.load(local, map_location="cpu", weights_only=weights_only)
-            drop_note(contents)
-            return contents
-        with safe_open(local, "pt") as file:
-            names, description = file.keys(), json.loads((file.metadata() or {}).get(KEY, "null"))
-            if is_peft(names):
-                return {name: file.get_tensor(name) for name in names}
-            if description is None:
-                return {"state_dict": {}}
-            stored_config(description)
-            check_entries(names, description, path)
-            return {"state_dict": {name: file.get_tensor(name) for name in names}, KEY: description}
+        while True:
+            with local.open("rb") as file:
+                if is_archive(file):
+                    file.seek(0)
+                    contents = torch.load(file, map_location="cpu", weights_only=weights_only)
+                    drop_note(contents)
+                    return contents
+                try:
+                    contents = _read_tensors(local, path)
+                except Exception:
+                    if is_still(local, file):
+                        raise
+                else:
+                    if is_still(local, file):  # safetensors opens it twice, and may have found another one
+                        return contents
+
+
+def _read_tensors(local: Path, path: object) -> dict[str, Any]:
+    with safe_open(local, "pt") as file:
+        names, description = file.keys(), json.loads((file.metadata() or {}).get(KEY, "null"))
+        if is_peft(names):
+            return {name: file.get_tensor(name) for name in names}
+        if description is None:
+            return {"state_dict": {}}
+        stored_config(description)
+        check_entries(names, description, path)
+        return {"state_dict": {name: file.get_tensor(name) for name in names}, KEY: description}
 
 
 def is_foreign(names: Iterable[str]) -> bool:

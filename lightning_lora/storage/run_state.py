@@ -1,4 +1,4 @@
-"""The state of a run in its checkpoint: checksums, and checks before a run goes on.
+"""Checksums and checks of a run's state in its checkpoint.
 
 The state of a run is everything in a checkpoint except the model's own state: optimizers, schedulers, loops, callbacks,
 random numbers, hyperparameters, and what users add.
