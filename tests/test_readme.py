@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
 import lightning_lora
@@ -87,10 +88,25 @@ def test_recipe_of_a_file_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     known = names(model) | {"fresh_model": MyModule()}
     exec(block("save_adapter(model"), known)
-    merged = torch.load("merged.pt", weights_only=True)
-    plain = MyModule()
-    plain.load_state_dict(merged)
+    plain = MyModule.load_from_checkpoint("merged.ckpt")
     assert torch.equal(plain(torch.arange(4)), known["model"](torch.arange(4)))
+
+
+def test_recipe_of_peft_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = MyModule()
+    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"]))
+    exec(block("export_peft(model"), names(model))
+    assert {path.name for path in Path("adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_recipe_of_the_command_line_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    known = names(MyModule()) | {"LightningCLI": LightningCLI}
+    exec(block("class LoRACLI"), known)
+    monkeypatch.setattr("sys.argv", ["main.py", "--lora.r", "16", "--trainer.logger=false"])
+    found = known["LoRACLI"](MyModule, run=False, seed_everything_default=1)
+    assert next(c for c in found.trainer.callbacks if isinstance(c, LoRACallback)).config.r == 16
 
 
 def test_recipe_of_resuming_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
