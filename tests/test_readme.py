@@ -100,6 +100,7 @@ def test_recipe_of_peft_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert {path.name for path in Path("adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
+@pytest.mark.filterwarnings("ignore:.*:jsonargparse._deprecated.JsonargparseDeprecationWarning")
 def test_recipe_of_the_command_line_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     known = names(MyModule()) | {"LightningCLI": LightningCLI}
