@@ -12,7 +12,9 @@ Factors = tuple[Tensor, Tensor]
 
 
 def concatenated(updates: list[Factors], weights: list[float]) -> Factors:
-    r"""Return the exact weighted sum, with the sum of the ranks.
+    r"""Return the exact weighted sum.
+
+    Its rank is the sum of the ranks.
 
     Shape:
         A: (\*, r, in), B: (\*, out, r) for each update. Returns the same with the sum of all r.
@@ -89,7 +91,7 @@ def _largest(delta: Tensor, density: float) -> Tensor:
 
 
 def dare(deltas: list[Tensor], weights: list[float], density: float, generator: torch.Generator) -> Tensor:
-    """Add updates up, of each a random share of its values.
+    """Add up a random share of each update.
 
     The share ``density`` is kept and divided by it, so that the expected sum stays the same.
 

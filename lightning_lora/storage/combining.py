@@ -51,7 +51,7 @@ class How:
 
 
 def combine_files(paths: Sequence[Path], out: Path, how: How) -> int:
-    r"""Combine files of adapters into one file, which loads as any other.
+    r"""Combine files of adapters into one file.
 
     The result is :math:`\sum_i w_i \, \Delta W_i`, or what ``how`` makes of it. A layer that a file does not adapt
     counts as an update of zero.

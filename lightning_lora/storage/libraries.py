@@ -1,4 +1,4 @@
-"""Which library wrote a file, by the names of its tensors."""
+"""Tell the library that wrote a file by its names."""
 
 from collections.abc import Iterable
 
@@ -19,7 +19,7 @@ LORALIB = (".lora_A", ".lora_B")
 
 
 def peft_name(name: str) -> tuple[str, str] | None:
-    """Return the layer of a PEFT tensor, and what it is.
+    """Return the layer of a PEFT tensor, and its part.
 
     It is None for a tensor that does not belong to an adapter.
 

@@ -95,9 +95,9 @@ def read_adapter_file(path: str | Path | IO[bytes]) -> tuple[dict[str, Any], dic
 
 
 def read_contents(path: str | Path | IO[bytes], *, weights_only: bool = True) -> Any:
-    """Return what is in a file, in the form of a checkpoint.
+    """Return the contents of a file.
 
-    Tensors of another library are returned by their names.
+    They have the form of a checkpoint. Tensors of another library are returned by their names.
     """
     check_path(path, may_be_open=True)
     with reading(path), on_this_machine(path) as local:
@@ -137,7 +137,7 @@ def is_foreign(names: Iterable[str]) -> bool:
 
 
 def adapters_in(contents: Any, path: object) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the state and the description, checked to be as written.
+    """Return the state and the description, if unchanged.
 
     Raises:
         AdapterFileError: these are no contents of an adapter file, or they were changed.

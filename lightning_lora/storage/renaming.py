@@ -111,7 +111,10 @@ def _ranks(config: LoRAConfig, layer: StoredLayer) -> Iterator[tuple[str, tuple[
 
 
 def targets_of(layer: StoredLayer) -> list[str]:
-    """Return what a configuration names: a layer, or each of its parameters."""
+    """Return what a configuration names of a layer.
+
+    It is the layer itself, or each of its adapted parameters.
+    """
     return _parameters(layer) if layer.kind == LoRAParameters.__name__ else [layer.name]
 
 

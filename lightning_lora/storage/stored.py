@@ -75,7 +75,9 @@ class StoredAdapters:
         return {weight: layer.lora_factors(weight) for weight in layer.lora_weights()}
 
     def parts(self, name: str) -> dict[str, tuple[Tensor, Tensor]]:
-        r"""Return A and B of each matrix of a layer, with the scaling in B.
+        r"""Return A and B of a layer's matrices.
+
+        The scaling is in B.
 
         Args:
             name: The name of the layer.
