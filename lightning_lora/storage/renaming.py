@@ -59,9 +59,9 @@ def renaming_for(model: nn.Module, description: Mapping[str, Any]) -> Renaming |
     """
     modules = named_modules(model)
     names = [layer["name"] for layer in description.get("layers", ())]
-    renaming = Renaming(description.get("root", ""), root_of(model))
-    if not names or renaming.there == renaming.here or all(name in modules for name in names):
+    if all(name in modules for name in names):
         return None
+    renaming = Renaming(description.get("root", ""), root_of(model))
     return renaming if all(renaming.name_here(name) in modules for name in names) else None
 
 

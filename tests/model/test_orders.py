@@ -397,7 +397,8 @@ class Orders(RuleBasedStateMachine):
             layers = meaning(file.config, it.tied)
             assert isinstance(layers, dict)
             it = replace(it, config=file.config, layers=layers)
-        as_file = (it.dtype, it.layers, it.trained()) == (file.dtype, file.layers, file.trained())
+        same_dtype = it.dtype == file.dtype or (it.dtype, file.dtype) == (torch.float64, torch.float32)  # converted
+        as_file = same_dtype and (it.layers, it.trained()) == (file.layers, file.trained())
         if not as_file or not same(it.frozen(), file.frozen()):
             return self.refused(lambda: load_adapter(self.model, path), AdapterMismatchError, BaseMismatchError)
         load_adapter(self.model, path)
