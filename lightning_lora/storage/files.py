@@ -139,7 +139,7 @@ def load_adapter(model: nn.Module, path: str | Path | IO[bytes]) -> None:
         model: The base model that the adapters were trained on. If it has no adapters yet, it is adapted as the file
             says. A model that a finished fit has merged gets its base back first. It may also be the model inside the
             LightningModule that was saved, or a LightningModule around the model that was saved.
-        path: A file that :func:`save_adapter` or a Trainer with ``LoRACallback`` wrote: its path, a URL that fsspec
+        path: A file that ``save_adapter`` or a Trainer with ``LoRACallback`` wrote: its path, a URL that fsspec
             can read, or the open file, in binary mode.
 
     Raises:
