@@ -68,7 +68,7 @@ class LoRACallback(Callback):
             head. ``"all"`` means every supported layer. Any other string is a regular expression that must match the
             full dotted name. Or give a list of names, or of the last parts of names.
         target_slices: Parts of fused layers to adapt: ``{"c_attn": ["q", "v"]}``, also in nn.MultiheadAttention, or a
-            range of output features: ``{"proj": {"a": [0, 64]}}``. See :class:`LoRAConfig`.
+            range of output features: ``{"proj": {"a": [0, 64]}}``. See ``LoRAConfig``.
         target_parameters: Matrices, or stacks of matrices, that are parameters of a module and not layers of their own,
             such as expert weights.
         exclude_modules: Modules to leave without adapters, with all their submodules. Give a regular expression or a

@@ -176,7 +176,7 @@ class LoRAConfig:
         return int(_lookup(self.rank_pattern, (parameter, name), self.r))
 
     def scaling(self, name: str, parameter: str = "") -> float:
-        """Return the scaling of an update, named as in :meth:`rank`.
+        """Return the scaling of an update, named as in ``rank``.
 
         The factor of ``B @ A`` is ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``.
         """
@@ -184,7 +184,7 @@ class LoRAConfig:
         return self.alpha_of(name, parameter) / (math.sqrt(r) if self.use_rslora else r)
 
     def alpha_of(self, name: str, parameter: str = "") -> float:
-        """Return ``alpha`` of the layer ``name``, as :meth:`rank` does."""
+        """Return ``alpha`` of the layer ``name``, as ``rank`` does."""
         default = self.rank(name, parameter) if self.alpha is None else self.alpha
         alpha: float = _lookup(self.alpha_pattern, (parameter, name), default)
         return alpha
@@ -228,7 +228,7 @@ class LoRAConfig:
 
     @classmethod
     def from_dict(cls, arguments: Mapping[str, Any]) -> "LoRAConfig":
-        """Build a configuration from what :meth:`to_dict` returned.
+        """Build a configuration from what ``to_dict`` returned.
 
         Raises:
             ConfigError: an argument is unknown or has an invalid value.

@@ -26,11 +26,11 @@ from lightning_lora.tensors.names import submodule
 
 
 def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
-    r"""Adapt a model in place and freeze its base.
+    """Adapt a model in place and freeze its base.
 
     From now on, only the adapters train, and the modules and biases that ``config`` selects. The layers stay the same
     objects and keep their state dict keys. Each adapted layer gets ``lora_A`` and ``lora_B`` and computes with
-    :math:`W + s B A`. You can call it again after layers were added: it adapts the new layers and does not change the
+    ``W + s·BA``. You can call it again after layers were added: it adapts the new layers and does not change the
     others. A merged model counts as a plain model, so it becomes a new base.
 
     Args:
@@ -123,7 +123,7 @@ def remove_adapters(model: nn.Module) -> None:
     that were trained in full also keep their trained values then.
 
     Args:
-        model: The model that :func:`inject_adapters` was called on.
+        model: The model that ``inject_adapters`` was called on.
 
     Raises:
         AdapterStateError: ``model`` has no adapters.

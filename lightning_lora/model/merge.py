@@ -1,7 +1,7 @@
-r"""Merge the updates into the weights, and unmerge them exactly.
+"""Merge the updates into the weights, and unmerge them exactly.
 
 A merged model is a plain model that remembers its base. Its classes, keys and hooks are the base's, and its weights are
-:math:`W + \Delta W`. Its record keeps the adapters and the base's own values.
+``W + ΔW``. Its record keeps the adapters and the base's own values.
 """
 
 import math
@@ -30,13 +30,13 @@ from lightning_lora.tensors.values import Seen, replace_values, set_requires_gra
 
 
 def merge_adapters(model: nn.Module, *, keep_base: bool = True) -> None:
-    r"""Merge the updates into the weights of a model.
+    """Merge the updates into the weights of a model.
 
     ``model`` becomes a plain model with its own classes and keys. ``model.state_dict()`` contains the merged weights,
     and the model runs at the base model's speed. The model also remembers its base: ``unmerge_adapters`` restores the
     adapters and the exact base, and ``remove_adapters`` makes the merge final. A second merge changes nothing.
 
-    The sum :math:`W + \Delta W` is computed in float32 or wider and rounded once. If a weight is tied (for example, an
+    The sum ``W + ΔW`` is computed in float32 or wider and rounded once. If a weight is tied (for example, an
     embedding and an output head), only the adapted layer's weight changes. The base's own values are kept in CPU
     memory.
 
@@ -77,7 +77,7 @@ def unmerge_adapters(model: nn.Module) -> None:
     the merge, the base is converted too.
 
     Args:
-        model: A model that was merged by :func:`merge_adapters`, or by a Trainer with a ``LoRACallback``. An adapted
+        model: A model that was merged by ``merge_adapters``, or by a Trainer with a ``LoRACallback``. An adapted
             model that is not merged does not change.
 
     Raises:

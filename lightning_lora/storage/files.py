@@ -88,7 +88,7 @@ def load_adapter(
         model: The base model that the adapters were trained on. If it has no adapters yet, it is adapted as the file
             says. A model that a finished fit has merged gets its base back first. It may also be the model inside the
             LightningModule that was saved, or a LightningModule around the model that was saved.
-        path: A file that :func:`save_adapter` or a Trainer with ``LoRACallback`` wrote: its path, a URL that fsspec
+        path: A file that ``save_adapter`` or a Trainer with ``LoRACallback`` wrote: its path, a URL that fsspec
             can read, or the open file, in binary mode. Or a folder that PEFT wrote, or the ``.safetensors`` or ``.bin``
             file in it, with ``adapter_config.json`` beside it. Or what loralib's ``lora_state_dict`` returned, saved
             with ``torch.save``.
@@ -97,7 +97,7 @@ def load_adapter(
             frozen tensors that differ.
         alpha: Only for a file of loralib: the ``lora_alpha`` that it was trained with. It is in no file.
         target_slices: Only for a file of loralib with ``MergedLinear`` layers: the parts that they adapted
-            (``enable_lora``), as in :class:`.LoRAConfig`: ``{"c_attn": ["q", "v"]}``.
+            (``enable_lora``), as in ``LoRAConfig``: ``{"c_attn": ["q", "v"]}``.
 
     Raises:
         FileNotFoundError: the file does not exist.

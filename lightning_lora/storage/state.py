@@ -51,7 +51,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Write back what :func:`adapter_state_dict` returned.
+    """Write back what ``adapter_state_dict`` returned.
 
     Everything is checked before anything is written. Buffers, and other tensors that may change, get the base's values
     if they are not in ``state``. A merged model is merged again with the new adapters.

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lightning_lora import (
-    AdapterMismatchError,
     AdapterStateError,
     BaseMismatchError,
     LoRAConfig,
@@ -74,9 +72,7 @@ def test_adapters_of_a_merged_and_converted_model_load_onto_the_converted_base(
     load_adapter(base, tmp_path / "a.safetensors")
     unmerge_adapters(model)
     assert same(state(base), state(model))
-    narrower = dtype is torch.bfloat16
-    ends = nullcontext() if narrower else pytest.raises(AdapterMismatchError)  # float64 would be rounded
-    with pytest.warns(LoRAWarning, match="the same base, converted"), ends:
+    with pytest.warns(LoRAWarning, match="the same base, converted"):
         load_adapter(LitTiny(), tmp_path / "a.safetensors")
 
 

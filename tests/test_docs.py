@@ -1,0 +1,144 @@
+"""The pages show code that runs, and the site has them all."""
+
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import save_file
+
+import lightning_lora
+from lightning_lora import LoRACallback, LoRAConfig, inject_adapters, save_adapter
+from lightning_lora.cli.main import main
+from tests.models import randomise
+
+ROOT = Path(__file__).parent.parent
+PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+NAMES = f"""
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_lora import {", ".join(lightning_lora.__all__)}
+"""
+QUIET = "accelerator='cpu', logger=False, enable_progress_bar=False, enable_model_summary=False, "
+
+
+def blocks(page: str, language: str = "python") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
+
+
+MODULE = blocks("first-steps")[0]
+STARTED = ("command-line", "strategies")
+"""Pages with a program that is started in another way."""
+
+
+def program(folder: Path, page: str) -> Path:
+    """The code of a page, with the module of the first steps and quiet Trainers."""
+    code = blocks(page)[1:] if page == "first-steps" else [NAMES, "model = MyModule()\n", *blocks(page)]
+    path = folder / "main.py"
+    path.write_text(MODULE + "".join(code).replace("L.Trainer(", f"L.Trainer({QUIET}"))
+    return path
+
+
+def module() -> Any:
+    """An object of the class of the first steps."""
+    known: dict[str, Any] = {"__name__": "pages"}
+    exec(MODULE, known)
+    return known["MyModule"]()
+
+
+def config_of(call: str) -> LoRAConfig:
+    callback: LoRACallback = eval(call, {"LoRACallback": LoRACallback})
+    return callback.config
+
+
+@pytest.mark.filterwarnings("ignore:The names in the file begin with:lightning_lora.LoRAWarning")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page not in STARTED])
+def test_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(program(tmp_path, page)))
+
+
+@pytest.mark.slow
+def test_code_of_strategies_runs_in_two_processes(tmp_path: Path) -> None:
+    path = program(tmp_path, "strategies")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, path], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "MEMBER: 2/2" in done.stderr
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's, about LightningCLI
+def test_program_with_a_command_line_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = [line for text in blocks("command-line", "sh") for line in text.splitlines() if line.startswith("python")]
+    quiet = ["accelerator=cpu", "logger=false", "enable_progress_bar=false", "enable_model_summary=false"]
+    flags = [*(f"--trainer.{each}" for each in quiet), "--seed_everything=0"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [*shlex.split(line)[1:], *flags])
+    runpy.run_path(str(program(tmp_path, "command-line")), run_name="__main__")
+    assert yaml.safe_load(Path("config.yaml").read_text())["lora"]["r"] == 2
+
+
+def test_settings_of_the_command_line_are_the_callbacks() -> None:
+    own, listed = [yaml.safe_load(text) for text in blocks("command-line", "yaml")]
+    assert LoRACallback(**own["lora"]).merge == "best"
+    (entry,) = listed["trainer"]["callbacks"]
+    assert entry["class_path"] == "lightning_lora.LoRACallback" and LoRACallback(**entry["init_args"])
+
+
+def test_commands_of_the_page_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_file(module().state_dict(), "base.safetensors")
+    for seed, name in enumerate(("adapter", "seed1", "seed2")):
+        model = module()
+        inject_adapters(model, LoRAConfig(r=2, target_modules=["linear1"]))
+        randomise(model, seed)
+        save_adapter(model, f"{name}.safetensors")
+    lines = [line for text in blocks("command-line", "sh") for line in text.splitlines() if "lightning-lora" in line]
+    assert len(lines) == 6
+    for line in lines:
+        assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
+    assert {path.stem for path in tmp_path.iterdir()} >= {"merged", "both", "small"}
+
+
+def test_every_callback_of_the_pages_finds_its_layers() -> None:
+    code = "".join(text for page in PAGES for text in blocks(page))
+    calls = re.findall(r"LoRACallback\((?:[^()]|\([^()]*\))+\)", code)
+    assert len(calls) >= 15
+    for call in calls:
+        assert inject_adapters(module(), config_of(call)), call
+
+
+def test_the_last_eight_blocks_are_eight() -> None:
+    (call,) = [line for line in blocks("targets") if r"encoder\." in line]
+    names = inject_adapters(module(), config_of(call))
+    assert {int(name.split(".")[2]) for name in names} == set(range(4, 12)) and len(names) == 24
+
+
+def test_reference_has_every_public_name_once() -> None:
+    shown = re.findall(r"^::: lightning_lora\.(\w+)$", PAGES["reference"], re.MULTILINE)
+    assert sorted(shown) == sorted(lightning_lora.__all__)
+
+
+def test_public_docstrings_are_markdown() -> None:
+    public = [getattr(lightning_lora, name) for name in lightning_lora.__all__]
+    texts = [each.__doc__ or "" for one in public for each in (one, *vars(one).values()) if callable(each)]
+    assert [text for text in texts if re.search(r":\w+:`", text)] == []
+
+
+def leaves(tree: Any) -> Iterator[str]:
+    for entry in tree:
+        for value in entry.values() if isinstance(entry, dict) else [entry]:
+            yield from [value] if isinstance(value, str) else leaves(value)
+
+
+def test_every_page_is_in_the_site() -> None:
+    settings = yaml.safe_load((ROOT / ".mkdocs.yml").read_text())
+    assert sorted(leaves(settings["nav"])) == sorted(f"{page}.md" for page in PAGES)
