@@ -37,9 +37,30 @@ STARTED = ("command-line", "strategies")
 """Pages with a program that is started in another way."""
 
 
+BEFORE = {
+    "sharing": """
+trainer = L.Trainer(callbacks=[LoRACallback(r=2, target_modules=["linear1"], merge=False)], max_steps=1)
+trainer.fit(model)
+trainer.save_checkpoint("best.ckpt")
+""",
+    "moving": """
+import loralib as lora
+from torch import nn
+trained = MyModule()
+inject_adapters(trained, LoRAConfig(r=4, alpha=16, target_modules=["linear1"]))
+export_peft(trained, "runs/adapter")
+gpt2 = nn.ModuleDict({"c_attn": nn.Linear(16, 48)})
+theirs = nn.ModuleDict({"c_attn": lora.MergedLinear(16, 48, r=4, enable_lora=[True, False, True])})
+torch.save(lora.lora_state_dict(theirs), "gpt2.bin")
+""",
+}
+"""What a page takes as given."""
+
+
 def program(folder: Path, page: str) -> Path:
     """The code of a page, with the module of the first steps and quiet Trainers."""
     code = blocks(page)[1:] if page == "first-steps" else [NAMES, "model = MyModule()\n", *blocks(page)]
+    code.insert(2, BEFORE.get(page, ""))
     path = folder / "main.py"
     path.write_text(MODULE + "".join(code).replace("L.Trainer(", f"L.Trainer({QUIET}"))
     return path
@@ -58,6 +79,7 @@ def config_of(call: str) -> LoRAConfig:
 
 
 @pytest.mark.filterwarnings("ignore:The names in the file begin with:lightning_lora.LoRAWarning")
+@pytest.mark.filterwarnings("ignore:.*are layers of nn.TransformerEncoder:lightning_lora.LoRAWarning")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page not in STARTED])
 def test_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

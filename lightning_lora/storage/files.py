@@ -217,7 +217,7 @@ def load_from_checkpoint(
             pretrained weights.
         path: The ``.ckpt`` file: its path, a URL that fsspec can read, or the open file, in binary mode.
         merge: Return a plain model with the updates merged, instead of an adapted model.
-        check_base: Refuse another base, as in :func:`load_adapter`.
+        check_base: Refuse another base, as in ``load_adapter``.
         map_location: The device of the model, as in Lightning's method.
         weights_only: Set this to False for a file that you trust, if its hyperparameters are not plain types.
         **kwargs: Hyperparameters to override, as in Lightning's method. Loading is always strict.
