@@ -45,9 +45,11 @@ trainer.save_checkpoint("best.ckpt")
 """,
     "moving": """
 import loralib as lora
+from pathlib import Path
 from torch import nn
 trained = MyModule()
 inject_adapters(trained, LoRAConfig(r=4, alpha=16, target_modules=["linear1"]))
+Path("runs").mkdir()
 export_peft(trained, "runs/adapter")
 gpt2 = nn.ModuleDict({"c_attn": nn.Linear(16, 48)})
 theirs = nn.ModuleDict({"c_attn": lora.MergedLinear(16, 48, r=4, enable_lora=[True, False, True])})
