@@ -116,6 +116,7 @@ def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole
     Raises:
         AdapterMismatchError, BaseMismatchError, AdapterFileError: it does not fit. Then nothing was written.
     """
+    drop_note(checkpoint)  # the strategy's own method leaves it
     state = checkpoint["state_dict"]
     if KEY not in checkpoint:
         _load_base(model, state)

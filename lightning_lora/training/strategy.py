@@ -203,7 +203,8 @@ class Watch:
         if find_record(self.module) is None:  # outside of a stage
             return checkpoint
         if KEY in checkpoint:
-            if self.module.trainer.state.fn == "fit" and not self.stage.has_begun:
+            is_fit = not self.stage.is_over and self.module.trainer.state.fn == "fit"
+            if is_fit and not self.stage.has_begun:
                 check_resumable(checkpoint, checkpoint_path)
             complete_copies(self.module, checkpoint)
             return checkpoint
