@@ -39,4 +39,6 @@ def run(arguments: Any) -> None:
     how = How(arguments.method, weights, arguments.rank, arguments.density, arguments.seed)
     count = combine_files(files, Path(arguments.out), how)
     layers = "1 layer" if count == 1 else f"{count} layers"
-    Console().print(f"Combined {len(files)} files, {layers}, into {arguments.out}.", highlight=False, soft_wrap=True)
+    Console().print(
+        f"Combined {len(files)} files, {layers}, into {arguments.out}.", highlight=False, markup=False, soft_wrap=True
+    )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -86,7 +87,7 @@ def _numbers(first: Any, second: Any) -> dict[str, float]:
 
 
 def _show(pair: dict[str, Any]) -> None:
-    table = Table(title=" and ".join(pair["files"]))
+    table = Table(title=escape(" and ".join(pair["files"])))
     table.add_column("Layer", overflow="fold")
     for heading in ("cosine of ΔW", "similarity of A", "of B"):
         table.add_column(heading, justify="right")
@@ -98,7 +99,7 @@ def _show(pair: dict[str, Any]) -> None:
     console.print(table)
     for file, names in zip(pair["files"], pair["only_in"], strict=True):
         if names:
-            console.print(f"Only in {file}: {', '.join(names)}")
+            console.print(f"Only in {file}: {', '.join(names)}", markup=False)
 
 
 def _coloured(value: float) -> Text:

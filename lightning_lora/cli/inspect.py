@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_lora.cli.output import bytes_as_text, print_json
@@ -78,7 +79,9 @@ def _layer(stored: StoredAdapters, name: str) -> dict[str, Any]:
 
 def _show(found: dict[str, Any]) -> None:
     console = Console()
-    table = Table(title=f"{found['file']}: {bytes_as_text(found['bytes'])}, {len(found['layers'])} adapted layers")
+    table = Table(
+        title=f"{escape(found['file'])}: {bytes_as_text(found['bytes'])}, {len(found['layers'])} adapted layers"
+    )
     table.add_column("Layers", overflow="fold")
     table.add_column("Type")
     for heading in ("r", "scaling", "norm of ΔW", "effective rank"):
@@ -95,10 +98,14 @@ def _show(found: dict[str, Any]) -> None:
         )
     console.print(table)
     if found["beside"]:
-        console.print("Besides adapters: " + ", ".join(f"{n} {v['shape']}" for n, v in found["beside"].items()))
+        console.print(
+            "Besides adapters: " + ", ".join(f"{n} {v['shape']}" for n, v in found["beside"].items()), markup=False
+        )
     base, config = found["base"], {key: value for key, value in found["config"].items() if value not in (None, False)}
-    console.print(f"Base: {base['tensors']} frozen tensors, {', '.join(base['dtypes'])}. Format {found['format']}.")
-    console.print("Configuration: " + json.dumps(config), soft_wrap=True)
+    console.print(
+        f"Base: {base['tensors']} frozen tensors, {', '.join(base['dtypes'])}. Format {found['format']}.", markup=False
+    )
+    console.print("Configuration: " + json.dumps(config), soft_wrap=True, markup=False)
 
 
 def _grouped(layers: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -2,17 +2,20 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
 from rich.console import Console
+from rich.markup import escape
 
-from lightning_lora.cli import combine, compare, inspect, merge
-from lightning_lora.errors import LoRAError
+from lightning_lora.cli import combine, compare, export, inspect, merge
+from lightning_lora.errors import LoRAError, LoRAWarning
 
 _COMMANDS: dict[str, ModuleType] = {
     "inspect": inspect,
     "merge": merge,
+    "export": export,
     "compare": compare,
     "combine": combine,
 }
@@ -42,7 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands.add_subcommand(name, command, help=summary)
     parsed = parser.parse_args(arguments)
     try:
-        _COMMANDS[parsed.command].run(parsed[parsed.command])
+        with warnings.catch_warnings(record=True) as noticed:
+            warnings.simplefilter("always")
+            _COMMANDS[parsed.command].run(parsed[parsed.command])
+        for each in noticed:
+            if issubclass(each.category, LoRAWarning):
+                _say("[bold yellow]warning:[/]", str(each.message))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -66,5 +74,10 @@ def _formatter() -> type:
 
 
 def _fail(message: str) -> int:
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {message}", highlight=False)
+    _say("[bold red]error:[/]", message)
     return 1
+
+
+def _say(what: str, message: str) -> None:
+    """Print one line on the standard error."""
+    Console(stderr=True, soft_wrap=True).print(what, escape(message), highlight=False)

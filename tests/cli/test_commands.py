@@ -88,7 +88,7 @@ def test_merge_writes_the_merged_model(files: list[str], tmp_path: Path, capsys:
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in load_file(out).items())
 
 
-@pytest.mark.parametrize("command", ["inspect", "merge", "compare", "combine"])
+@pytest.mark.parametrize("command", ["inspect", "merge", "export", "compare", "combine"])
 def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])
@@ -104,6 +104,13 @@ def test_errors_are_one_line_and_a_code(tmp_path: Path, capsys: pytest.CaptureFi
         with pytest.raises(SystemExit) as done:
             main(wrong)
         assert done.value.code == 2
+
+
+def test_warnings_are_one_line_each(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({name: value.bfloat16() for name, value in LitTiny().state_dict().items()}, tmp_path / "base.safetensors")
+    assert main(["merge", str(tmp_path / "base.safetensors"), files[0], str(tmp_path / "merged.safetensors")]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("warning: 4 tensors in")
 
 
 def test_a_module_and_a_pipe(files: list[str]) -> None:
@@ -125,3 +132,15 @@ def test_combine_writes_a_file_that_loads(tmp_path: Path, capsys: pytest.Capture
     expected: Any = sum(w * part.lora_B @ part.lora_A for w, part in zip((1, 2), parts, strict=True))  # type: ignore[operator]
     torch.testing.assert_close(model.q_proj.lora_B @ model.q_proj.lora_A, expected)  # type: ignore[operator]
     assert main(["combine", both[0], "--out", str(tmp_path / "one.safetensors")]) == 1
+
+
+def test_export_writes_what_peft_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peft = pytest.importorskip("peft")
+    model = adapted(0, LoRAConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 1}))
+    save_adapter(model, tmp_path / "a.safetensors")
+    for more in ([], ["--uniform"]):
+        assert main(["export", str(tmp_path / "a.safetensors"), str(tmp_path / "peft"), *more]) == 0
+        assert "Wrote PEFT's files into" in capsys.readouterr().out
+        there = peft.PeftModel.from_pretrained(LitTiny(), tmp_path / "peft")
+        torch.testing.assert_close(there(torch.arange(4)), model(torch.arange(4)), rtol=1e-5, atol=1e-6)
+    assert main(["export", str(tmp_path / "a.safetensors"), str(tmp_path / "peft"), "--root", "none"]) == 1
