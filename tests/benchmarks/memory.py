@@ -5,12 +5,17 @@ It measures the bytes kept for the backward pass, the growth of a process, and t
 
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
-from lightning_lora import LoRAConfig, inject_adapters, merge_adapters
+from lightning_lora import LoRAConfig, inject_adapters, merge_adapters, save_adapter
 from lightning_lora.model.view import View
+from lightning_lora.storage.merging import merge_files
 from tests.benchmarks.measure import Bench, Row, in_new_process, peak_growth, saved_bytes
 from tests.benchmarks.models import Bert, Llama, Projections, step
 from tests.benchmarks.ways import FLOOR, LORALIB, OURS, PEFT, PEFT_SAME, WAYS, each_way, half, linear_names, ways_in
@@ -41,6 +46,9 @@ def memory(bench: Bench) -> Iterator[Row]:
             goal = 0.5 if title == "Llama" else None
             case = f"{title} {half(dtype)}, dropout {dropout}: growth of a process in a step"
             yield Row(case, "bytes over peft", grown[OURS] / grown[PEFT], goal, None, details)
+        grown_by, largest = in_new_process("tests.benchmarks.memory", "merge")
+        case = f"lightning-lora merge of 2 GB, largest tensor {largest / 1e6:.0f} MB: growth of the process"
+        yield Row(case, "MB beyond the largest tensor", (grown_by - largest) / 1e6, 200)
     for dtype in (torch.float32, torch.bfloat16):
         adapted = Projections(2048, 2).to(dtype)
         inject_adapters(adapted, LoRAConfig(r=8))
@@ -63,5 +71,21 @@ def grow(title: str, way: str) -> int:
     return peak_growth(lambda: (run(), run()))
 
 
+def grow_in_merge() -> tuple[int, int]:
+    """Return the peak memory growth of a merge of files, and the size of the largest tensor."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        base, adapter, out = (Path(folder) / f"{name}.safetensors" for name in ("base", "adapter", "out"))
+        model = nn.Sequential(
+            *(nn.Linear(4096, 4096, bias=False) for _ in range(30)), nn.Linear(4096, 8192, bias=False)
+        )
+        save_file(model.state_dict(), base)
+        inject_adapters(model, LoRAConfig(r=8))
+        save_adapter(model, adapter)
+        largest = max(p.nbytes for p in model.parameters())
+        del model
+        return peak_growth(lambda: merge_files(base, adapter, out)), largest
+
+
 if __name__ == "__main__":
-    print(json.dumps(grow(*sys.argv[1:])))
+    print(json.dumps(grow_in_merge() if sys.argv[1:] == ["merge"] else grow(*sys.argv[1:])))
