@@ -32,6 +32,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_version_is_the_projects() -> None:
     assert f'version = "{lightning_lora.__version__}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"\nversion: {lightning_lora.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     section = "Unreleased" if ".dev" in lightning_lora.__version__ else lightning_lora.__version__
     assert f"## [{section}]" in (ROOT / "CHANGELOG.md").read_text()
 
