@@ -53,8 +53,9 @@ class LoRACallback(Callback):
     merged into the weights, and the module is a plain model again. A stage that only evaluates leaves the adapters on
     the module; if the module was merged before, it is merged again.
 
-    Arguments that are left at their defaults are taken from the checkpoint that a Trainer loads (``ckpt_path``). So
-    ``LoRACallback()`` is enough to evaluate one.
+    Arguments that are not given are taken from the checkpoint that a Trainer loads (``ckpt_path``), or from adapters
+    that the module has. So ``LoRACallback()`` is enough to evaluate one. From a command line, which gives all, those
+    at their defaults are taken.
 
     The running statistics of norms are frozen too, unless ``modules_to_save`` names the norms. EMA and SWA average only
     the adapters and other weights that train. ``BaseFinetuning`` and ``ModelPruning`` change the base, so they raise an
@@ -108,6 +109,9 @@ class LoRACallback(Callback):
         >>> model.layer
         Linear(in_features=32, out_features=2, bias=True)
     """
+
+    given: frozenset[str]
+    """The names of the arguments that the user gave."""
 
     def __init__(
         self,
@@ -177,13 +181,16 @@ class LoRACallback(Callback):
             self._stage.runs_merged = True
             return
         self._stage.unmerge(pl_module)
+        record = find_record(pl_module)
+        if record is not None:
+            self._stage.take_config(pl_module, record.config, f"the adapters of {type(pl_module).__name__}")
         try:
-            inject_adapters(pl_module, self.config)
+            inject_adapters(pl_module, self._stage.config)
         except LoRAError:  # setup or configure_model may still create the layers, and a file may have other arguments
             return  # the strategy tries again
 
     def _new_stage(self, trainer: Trainer) -> Stage:
-        return Stage(self.config, states_are_read=states_are_read(callbacks_of(trainer), LoRACallback))
+        return Stage(self.config, self.given, states_are_read=states_are_read(callbacks_of(trainer), LoRACallback))
 
     def _check_merge(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.merge == "best" and judge_of(trainer) is None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import math
 import re
 import reprlib
@@ -56,7 +57,11 @@ def explains_peft(cls: _Class) -> _Class:
         if ratio is not None:
             raise ConfigError(f"loraplus_lr_ratio={ratio!r} is not available in this version. Leave it out.")
         init(self, *args, **kwargs)
+        names = [name for name in parameters if name != "self"]
+        given = {*names[: len(args)], *kwargs}
+        vars(self)["given"] = frozenset() if given >= {*names} else frozenset(given)  # a command line gives them all
 
+    parameters = list(inspect.signature(init).parameters)
     cls.__init__ = explained  # type: ignore[misc]
     return cls
 
@@ -202,8 +207,10 @@ class LoRAConfig:
         """Whether ``modules_to_save`` lists the module or parameter ``name``."""
         return any(matches(entry, name) for entry in self.modules_to_save or ())
 
-    def completed(self, stored: "LoRAConfig") -> "LoRAConfig":
+    def completed(self, stored: "LoRAConfig", given: Set[str] = frozenset()) -> "LoRAConfig":
         """Take the arguments at their defaults from ``stored``.
+
+        Those in ``given`` stay as they are.
 
         Example:
             >>> config = LoRAConfig(r=4).completed(LoRAConfig(r=16, alpha=32))
@@ -212,7 +219,7 @@ class LoRAConfig:
         """
         default = LoRAConfig()
         names = [field.name for field in dataclasses.fields(self)]
-        left = [name for name in names if getattr(self, name) == getattr(default, name)]
+        left = [name for name in names if name not in given and getattr(self, name) == getattr(default, name)]
         return dataclasses.replace(self, **{name: getattr(stored, name) for name in left})
 
     def to_dict(self) -> dict[str, Any]:

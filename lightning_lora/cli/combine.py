@@ -26,7 +26,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument(
         "--weights", type=float, nargs="+", help="a weight for each file; by default, equal shares of 1"
     )
-    parser.add_argument("--method", type=str, choices=get_args(Method), default="cat", help="how updates are combined")
+    parser.add_argument("--method", choices=get_args(Method), default="cat", help="how updates are combined")
     parser.add_argument("--rank", type=int, help="the rank of the result, except with cat; by default, the largest")
     parser.add_argument("--density", type=float, default=0.2, help="the share of values that ties and dare keep")
     parser.add_argument("--seed", type=int, default=0, help="for dare, which draws the values")

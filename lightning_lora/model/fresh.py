@@ -24,8 +24,8 @@ class Fresh:
 
     Args:
         layers: Their names. Layers that are trained in full are not among them.
-        random: Those whose weights would stay random, as ``modules_to_save`` would name them: frozen layers, and
-            adapted ones if no other layer is adapted.
+        random: Those whose weights would stay random, as ``modules_to_save`` would name them. An adapter changes only
+            a small part of a random layer, and no file holds the rest.
         adapted: The adapted layers, if all of them look untrained.
         share: Their share of the weights of all layers that were looked at.
     """
@@ -40,7 +40,7 @@ def find_fresh(view: View) -> Fresh:
     """Find the layers that look untrained.
 
     Layers that the user froze count in the share alone, if there are others that the user left trainable: they are
-    random on purpose.
+    random on purpose. So do embeddings: training changes values as large as theirs too slowly to be seen.
 
     Args:
         view: An adapted model whose adapters are new.
@@ -49,7 +49,8 @@ def find_fresh(view: View) -> Fresh:
     for name, weights in _layers(view):
         is_fresh = _looks_fresh(view, name, weights)
         sizes[is_fresh] += sum(weight.numel() for weight in weights.values())
-        if is_fresh and not any(join(name, leaf) in view.frozen_by_user for leaf in weights):
+        frozen_by_user = any(join(name, leaf) in view.frozen_by_user for leaf in weights)
+        if is_fresh and not frozen_by_user and not isinstance(view.modules[name], nn.Embedding | nn.EmbeddingBag):
             fresh[name] = weights
     of_adapters = set()
     for layer, parts in view.adapted_parts.items():
@@ -57,10 +58,9 @@ def find_fresh(view: View) -> Fresh:
     drawn = {id(weight) for weights in fresh.values() for weight in weights.values()}
     adapted = [name for name, weights in fresh.items() if not of_adapters.isdisjoint(map(id, weights.values()))]
     all_adapted = of_adapters <= drawn
-    random = [name for name in fresh if all_adapted or name not in adapted]
     return Fresh(
         layers=tuple(fresh),
-        random=tuple(_as_modules(view, fresh, random)),
+        random=tuple(_as_modules(view, fresh, list(fresh))),
         adapted=tuple(adapted) if all_adapted else (),
         share=sizes[True] / max(sum(sizes.values()), 1),
     )

@@ -167,7 +167,8 @@ def _check_same(view: View, choices: Mapping[str, Choice]) -> None:
             here, there = (", ".join(f"{key}={each.get(key)}" for key in differ) for each in (found, wanted))
             raise AdapterMismatchError(
                 f"Layer {name!r} of {title} is adapted already (or was, in the fit that it remembers), with {here}; "
-                f"this configuration asks for {there}. Use the same one, or call remove_adapters(model) first."
+                f"this configuration asks for {there}. Use the same one. Or start again from the base: call "
+                "unmerge_adapters(model) if the updates are merged, then remove_adapters(model)."
             )
     for prefix, record in records_in(view).items():
         if not record.is_merged and record.config != view.config:

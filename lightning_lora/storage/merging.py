@@ -44,6 +44,8 @@ def merge_files(base: Path, adapter: Path, out: Path, progress: Progress = str) 
         AdapterMismatchError: the base lacks weights, or they have other shapes, or are tied.
         BaseMismatchError: the adapters were trained on another base.
     """
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"The folder {out.parent} does not exist. Make it first.")
     files, stored = TensorFiles(base), StoredAdapters(adapter)
     job = _Merge(files, stored)
     job.check()

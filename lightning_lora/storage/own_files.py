@@ -75,7 +75,7 @@ def _check_name(given: str | Path, local: Path | None) -> None:
     is_folder = local is not None and local.is_dir()
     name = path / "adapter.safetensors" if is_folder else path.with_name(f"{stem}.safetensors")
     raise AdapterFileError(
-        f"save_adapter writes safetensors, and {str(given)!r} does not end in .safetensors. Use {str(name)!r}."
+        f"Adapters are written as safetensors, and {str(given)!r} does not end in .safetensors. Use {str(name)!r}."
     )
 
 

@@ -52,7 +52,10 @@ def _warn_of_fresh(view: View, fresh: Fresh) -> None:
         found = f"The only layers of {title} that are adapted look untrained: {listed(fresh.adapted)}."
         remedy += ', and adapt other layers, for example by target_modules="all"'
     else:
-        found = f"{listed(fresh.random)} of {title} look untrained, but are frozen, so they would stay random."
+        found = (
+            f"{listed(fresh.random)} of {title} look untrained. Their weights are frozen: they would stay random. No "
+            "file of adapters holds random weights, so it would load onto no model that is built anew."
+        )
     warnings.warn(
         f"{found} Their values are those of an initialisation. {remedy}. (If they are random on purpose, ignore "
         "FreshLayerWarning.)",

@@ -24,6 +24,7 @@ class Stage:
 
     Args:
         config: The configuration of the adapters.
+        given: The names of arguments that the user gave.
         was_adapted: Whether the module had adapters on its layers before.
         was_merged: Whether the module was merged before, so that the stage took the updates out of its weights.
         dropped: The record of a merged module whose weights were changed, so that the stage took them as a new base.
@@ -39,6 +40,7 @@ class Stage:
     """
 
     config: LoRAConfig
+    given: frozenset[str] = frozenset()
     was_adapted: bool = False
     was_merged: bool = False
     dropped: Record | None = None
@@ -66,11 +68,11 @@ class Stage:
         self.base_is_open = View(pl_module).is_fresh() and not (record is not None and record.is_trained)
 
     def take_config(self, pl_module: LightningModule, stored: LoRAConfig, path: object) -> None:
-        """Take arguments left at their defaults from a file.
+        """Take arguments that were not given from elsewhere.
 
-        Adapters that the stage has added with these defaults are removed.
+        Adapters that the stage has added with the defaults are removed.
         """
-        config = self.config.completed(stored)
+        config = self.config.completed(stored, self.given)
         names = (field.name for field in fields(config))
         taken = [f"{n}={getattr(config, n)!r}" for n in names if getattr(config, n) != getattr(self.config, n)]
         if not taken:

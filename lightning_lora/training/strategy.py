@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_lora.errors import OptimizerError, StrategyError
+from lightning_lora.errors import AdapterFileError, OptimizerError, StrategyError
 from lightning_lora.model.attach import move_adapters
 from lightning_lora.model.freeze import freeze, unfreeze
 from lightning_lora.model.record import find_record
@@ -224,6 +224,11 @@ class Watch:
     def _read(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         """Let the strategy read a file, of plain types only unless the user trusts it."""
         check_path(path)
+        if str(path).endswith(".safetensors"):
+            raise AdapterFileError(
+                f"{path} is no Trainer's checkpoint. If save_adapter wrote it, call load_adapter(model, path), and use "
+                "the Trainer without ckpt_path."
+            )
         is_trusted = False in (*args, kwargs.get("weights_only")) or trusts_all_files()
         by_torch = self._is_of_torch()
         with reading(path):

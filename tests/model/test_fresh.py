@@ -45,14 +45,14 @@ def resnet() -> nn.Module:
 
 def test_new_classifier_that_stays_frozen_is_found() -> None:
     assert fresh(bert(), target_modules=["query", "value"]).random == ("classifier",)
-    assert fresh(bert()).random == () and fresh(bert()).layers == ("classifier",)  # it is adapted, as others are
+    assert fresh(bert()).random == ("classifier",) and fresh(bert()).adapted == ()  # it is adapted, as others are
     assert fresh(bert(), target_modules=["query"], modules_to_save=["classifier"]).layers == ()
 
 
 def test_new_classifier_that_alone_is_adapted_is_found() -> None:
     found = fresh(resnet())
     assert found.random == found.adapted == ("fc",) and found.share < 0.01
-    assert fresh(resnet(), target_modules="all").random == ()
+    assert fresh(resnet(), target_modules="all").random == ("fc",)
     assert fresh(resnet(), target_modules=["conv1", "conv2"]).random == ("fc",)
 
 
@@ -74,7 +74,7 @@ class Wrapped(nn.Module):
 
 def test_modules_that_are_new_as_a_whole_are_named_as_a_whole() -> None:
     found = fresh(Wrapped(), target_modules=["body.0"]).random
-    assert set(found) == {"head", "lstm", "norm", "words", "attention", "last.0", "last.1"}  # and no norm in the body
+    assert set(found) == {"head", "lstm", "norm", "attention", "last.0", "last.1"}  # and no norm in the body
     assert set(fresh(Wrapped(), target_modules=["body.0"], modules_to_save=["head.0"]).random) > {"head.3", "lstm"}
 
 

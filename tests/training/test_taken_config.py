@@ -1,5 +1,6 @@
 """Arguments that were left at their defaults come from the file."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,29 @@ def test_adapters_that_were_there_before_are_not_removed(file: Path) -> None:
     with pytest.raises(AdapterMismatchError, match="r=4"):
         trainer(file.parent, [LoRACallback()]).test(model, data(), ckpt_path=file, verbose=False)
     assert same(state(model), before)
+
+
+def test_an_argument_that_was_given_its_default_must_agree_too(file: Path) -> None:
+    with pytest.raises(AdapterMismatchError, match="trained with r=3"):
+        trainer(file.parent, [LoRACallback(r=8)]).test(LitTiny(width=16), data(), ckpt_path=file, verbose=False)
+    with pytest.raises(LoRAError, match="r=3"):
+        trainer(file.parent, [LoRACallback(8, target_modules=["q_proj", "v_proj"])]).test(
+            LitTiny(), data(), ckpt_path=file, verbose=False
+        )
+
+
+def test_a_command_line_which_gives_every_default_takes_them(file: Path) -> None:
+    names = [name for name in inspect.signature(LoRACallback.__init__).parameters if name != "self"]
+    callback = LoRACallback(**{name: inspect.signature(LoRACallback).parameters[name].default for name in names})
+    assert trainer(file.parent, [callback]).test(LitTiny(), data(), ckpt_path=file, verbose=False) == numbers(file)
+
+
+def test_arguments_are_taken_from_the_adapters_of_the_model(file: Path, tmp_path: Path) -> None:
+    model = LitTiny()
+    load_adapter(model, file)
+    expected = numbers(file)
+    assert trainer(tmp_path, [LoRACallback()]).test(model, data(), verbose=False) == expected
+    trainer(tmp_path, [LoRACallback(merge=False)], max_epochs=1).fit(model, data())
+    assert view_of(model).layers["q_proj"].lora_settings.r == 3
+    with pytest.raises(AdapterMismatchError, match="adapted already"):
+        trainer(tmp_path, [LoRACallback(r=2)]).fit(model, data())
