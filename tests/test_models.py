@@ -310,6 +310,7 @@ def test_fresh_adapters_change_nothing_and_come_off(
     assert torch.equal(run(model), output) and not any(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore::lightning_lora.FreshLayerWarning")  # they are random on purpose
 @pytest.mark.filterwarnings("ignore:.*leaves .* of the weights:lightning_lora.LoRAWarning")  # of so small a ViT
 def test_training_moves_adapters_alone(name: str, tmp_path: Path) -> None:
     model = Lit(name)
