@@ -78,6 +78,12 @@ class _Merge:
 
     def check(self) -> None:
         """Refuse what does not fit, before anything is written."""
+        broken = [name for name, value in self.stored.state.items() if _is_tensor(value) and not value.isfinite().all()]
+        if broken:
+            raise AdapterFileError(
+                f"{listed(broken)} in {self.stored.path} hold NaN or infinite values: the training diverged. Use an "
+                "earlier file."
+            )
         wrong, tied = [], []
         for name, (layer, weight) in self.weights.items():
             shape = self.stored.layers[layer].shapes[weight]
@@ -180,9 +186,22 @@ def _renaming(stored: StoredAdapters, weights: list[str], files: TensorFiles) ->
     inside = f"{root}." if root and all(name.startswith(f"{root}.") for name in weights) else ""
     endings = ("." + weights[0].removeprefix(inside), "." + weights[0])
     prefixes = [name.removesuffix(end) + "." for end in endings for name in files.file_of if name.endswith(end)]
-    for strip, add in [("", ""), (inside, ""), *((cut, prefix) for cut in ("", inside) for prefix in prefixes)]:
-        if all(add + name.removeprefix(strip) in files.file_of for name in weights):
-            return lambda name: add + name.removeprefix(strip)
+    for ways in ([("", "")], [(inside, "")], [(cut, prefix) for cut in ("", inside) for prefix in prefixes]):
+        fitting = {way for way in ways if all(way[1] + name.removeprefix(way[0]) in files.file_of for name in weights)}
+        places = {tuple(add + name.removeprefix(strip) for name in weights) for strip, add in fitting}
+        if len(places) > 1:
+            raise AdapterMismatchError(
+                f"The weights that {stored.path} adapts are in {files.path} in several places: "
+                f"{listed(place[0] for place in sorted(places))}. Pass a base that holds the model once."
+            )
+        for strip, add in fitting:
+            outside = [name for name in stored.beside() if not name.startswith(strip)]
+            if outside:
+                raise AdapterMismatchError(
+                    f"{stored.path} also holds {listed(outside)}, trained outside of {strip[:-1]!r}, for which "
+                    f"{files.path} has no place. Merge in memory: load_adapter(model, path), then save_merged."
+                )
+            return lambda name: add + name.removeprefix(strip) if name.startswith(strip) else f" outside: {name}"
     return lambda name: name
 
 

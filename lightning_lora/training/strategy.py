@@ -217,7 +217,7 @@ class Watch:
         """Adapt the module as its arguments and the file say."""
         if self.stage.runs_merged:
             self.stage.unmerge(self.module)
-        if KEY in checkpoint:
+        if KEY in checkpoint and not self.stage.has_begun:  # later, the adapters are trained
             self.stage.take_config(self.module, stored_config(checkpoint[KEY]), path)
         self.stage.adapt(self.module)
 

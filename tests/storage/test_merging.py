@@ -273,3 +273,37 @@ def test_a_merge_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt):
         merge_files(tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "merged", stop)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter.safetensors", "base"]
+
+
+def test_a_base_that_holds_the_model_twice_is_refused(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(8, 8))
+    both = nn.ModuleDict({"ema": copy.deepcopy(net), "net": net})
+    save_file(both.state_dict(), tmp_path / "base.safetensors")
+    inject_adapters(net, LoRAConfig(r=2))
+    save_adapter(net, tmp_path / "adapter.safetensors")
+    with pytest.raises(AdapterMismatchError, match=r"several places: 'ema.0.weight', 'net.0.weight'"):
+        merge_files(tmp_path / "base.safetensors", tmp_path / "adapter.safetensors", tmp_path / "merged.safetensors")
+    assert untouched(tmp_path)
+
+
+def test_what_was_trained_outside_of_the_model_is_refused(tmp_path: Path) -> None:
+    model = Around()
+    model.pooler = nn.Linear(16, 16)
+    model.model.save_pretrained(tmp_path / "base")
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["query"], modules_to_save=["pooler"]))
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    with pytest.raises(AdapterMismatchError, match=r"'pooler.weight'.*outside of 'model'"):
+        merge_files(tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "merged")
+    assert untouched(tmp_path)
+
+
+def test_diverged_adapters_are_not_merged(tmp_path: Path) -> None:
+    model = LitTiny()
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
+    t.fit(model, data())
+    model.q_proj.lora_B.data.fill_(float("nan"))  # type: ignore[operator,union-attr]
+    t.save_checkpoint(tmp_path / "nan.ckpt")
+    with pytest.raises(AdapterFileError, match=r"'q_proj.lora_B' in .* hold NaN"):
+        merge_files(tmp_path / "base.safetensors", tmp_path / "nan.ckpt", tmp_path / "merged.safetensors")
+    assert untouched(tmp_path)

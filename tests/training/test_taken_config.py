@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora import (
     AdapterMismatchError,
+    BestCheckpointWarning,
     LoRACallback,
     LoRAError,
     TargetError,
@@ -17,7 +18,7 @@ from lightning_lora import (
     remove_adapters,
 )
 from lightning_lora.model.remember import view_of
-from tests.models import WIDTH, LitTiny, data, is_plain, lora, same, state, trainer
+from tests.models import WIDTH, LitTiny, best, data, is_plain, lora, same, state, trainer
 
 ARGUMENTS: dict[str, Any] = {
     "r": 3,
@@ -164,3 +165,19 @@ def test_arguments_are_taken_from_the_adapters_of_the_model(file: Path, tmp_path
     assert view_of(model).layers["q_proj"].lora_settings.r == 3
     with pytest.raises(AdapterMismatchError, match="adapted already"):
         trainer(tmp_path, [LoRACallback(r=2)]).fit(model, data())
+
+
+def test_trained_adapters_do_not_go_for_a_best_file_of_another_fit(tmp_path: Path) -> None:
+    saved = best(tmp_path, save_top_k=1)
+    model = LitTiny(lr=0.05)
+    first = LoRACallback(r=2, target_modules=["q_proj"], merge="best")
+    trainer(tmp_path, [first, saved], max_epochs=4).fit(model, data(), data())
+    remove_adapters(model)
+    before = state(model)
+    saved.best_model_score = torch.tensor(-1.0)  # nothing is better from now on
+    saved.kth_value = saved.best_model_score
+    saved.best_k_models = {saved.best_model_path: saved.best_model_score}
+    second = LoRACallback(target_modules=["q_proj", "v_proj"], merge="best")
+    with pytest.warns(BestCheckpointWarning, match="The last adapters are merged instead"):
+        trainer(tmp_path, [second, saved], max_epochs=2).fit(model, data(), data())
+    assert not torch.equal(state(model)["v_proj.weight"], before["v_proj.weight"])
