@@ -1,5 +1,6 @@
 """Combine several files of adapters into one."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, ConfigError, listed
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError, listed
 from lightning_lora.functional.combine import Factors, concatenated, dare, factored, ties, truncated
 from lightning_lora.storage.description import FORMAT, sealed
 from lightning_lora.storage.layout import StoredLayer
@@ -46,6 +47,8 @@ class How:
             raise ConfigError(
                 f"rank={self.r} is not valid with {self.method!r}. Use it with svd, ties or dare, from 1."
             )
+        if not all(map(math.isfinite, self.weights)):
+            raise ConfigError(f"weights={list(self.weights)} are not valid. Expected finite numbers.")
         if not 0 < self.density <= 1:
             raise ConfigError(f"density={self.density} is not valid. Expected a share above 0, of at most 1.")
 
@@ -92,6 +95,11 @@ def _check_alike(files: list[StoredAdapters]) -> None:
     """Refuse files whose updates cannot be added."""
     first = files[0]
     for file in files:
+        broken = [
+            name for name, value in file.state.items() if isinstance(value, Tensor) and not value.isfinite().all()
+        ]
+        if broken:
+            raise AdapterFileError(f"{listed(broken)} in {file.path} hold NaN or infinite values: use an earlier file.")
         if file.config.use_dora:
             raise AdapterMismatchError(f"{file.path} uses DoRA: its updates depend on the base and cannot be added.")
         if beside := file.beside():

@@ -56,6 +56,8 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
             if not part.exists():  # Lightning gives no error when it has no permission to write
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target.parent))
             part.replace(target)
+    except LoRAError:
+        raise
     except (OSError, RuntimeError, ImportError, ValueError) as error:  # as torch and fsspec report a failed write
         raise AdapterFileError(
             f"{path} could not be written ({type(error).__name__}: {error}). The model and its training are as they "

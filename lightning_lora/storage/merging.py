@@ -84,6 +84,12 @@ class _Merge:
                 f"{listed(broken)} in {self.stored.path} hold NaN or infinite values: the training diverged. Use an "
                 "earlier file."
             )
+        odd = [name for name, value in self.stored.beside().items() if not _is_tensor(value)]
+        if odd:
+            raise AdapterFileError(
+                f"{listed(odd)} in {self.stored.path} are not tensors (get_extra_state), and would be lost. Merge in "
+                "memory: load_adapter(model, path), then save_merged."
+            )
         wrong, tied = [], []
         for name, (layer, weight) in self.weights.items():
             shape = self.stored.layers[layer].shapes[weight]
@@ -165,7 +171,12 @@ class _Merge:
             return base
         layer, weight = self.weights[name]
         with torch.no_grad():
-            return self.stored.adapted(layer, {weight: base}).lora_merged_weight(weight)[0]
+            merged, _ = self.stored.adapted(layer, {weight: base}).lora_merged_weight(weight)
+        if not merged.isfinite().all() and base.isfinite().all():
+            raise AdapterMismatchError(
+                f"{name} with its update does not fit {base.dtype}: values overflow. Use a base of a wider dtype."
+            )
+        return merged
 
 
 class _Comparison(NamedTuple):

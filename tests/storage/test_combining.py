@@ -135,7 +135,13 @@ def test_what_cannot_be_added_is_refused(tmp_path: Path) -> None:
     paths, _ = saved(tmp_path, [linear] * 2)
     with pytest.raises(AdapterFileError, match=r"end in \.safetensors"):
         combine_files(paths, tmp_path / "sum.ckpt", How("cat", (1.0, 1.0)))
-    for wrong in ({"r": 2}, {"method": "svd", "r": 0}, {"method": "ties", "density": 0.0}, {"density": 1.5}):
+    for wrong in (
+        {"r": 2},
+        {"method": "svd", "r": 0},
+        {"method": "ties", "density": 0.0},
+        {"density": 1.5},
+        {"weights": (1.0, float("nan"))},
+    ):
         with pytest.raises(ConfigError, match="not valid"):
             How(**{"method": "cat", "weights": (1.0, 1.0), **wrong})  # type: ignore[arg-type]
 

@@ -307,3 +307,32 @@ def test_diverged_adapters_are_not_merged(tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match=r"'q_proj.lora_B' in .* hold NaN"):
         merge_files(tmp_path / "base.safetensors", tmp_path / "nan.ckpt", tmp_path / "merged.safetensors")
     assert untouched(tmp_path)
+
+
+def test_an_update_that_overflows_is_refused(tmp_path: Path) -> None:
+    model = TinyLM(tied=False).half()
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    inject_adapters(model, LoRAConfig(r=2))
+    nn.init.constant_(model.q_proj.lora_B, 1e6)  # type: ignore[arg-type]
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    with pytest.raises(AdapterMismatchError, match="values overflow"):
+        merge_files(tmp_path / "base.safetensors", tmp_path / "adapter.safetensors", tmp_path / "merged.safetensors")
+    assert untouched(tmp_path)
+
+
+def test_entries_that_are_not_tensors_are_not_lost(tmp_path: Path) -> None:
+    class Counting(LitTiny):
+        def get_extra_state(self) -> Any:
+            return {"n": 4}
+
+        def set_extra_state(self, state: Any) -> None:
+            pass
+
+    model = Counting()
+    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
+    save_file(LitTiny().state_dict(), tmp_path / "base.safetensors")
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(AdapterFileError, match=r"'_extra_state' in .* not tensors"):
+        merge_files(tmp_path / "base.safetensors", tmp_path / "a.ckpt", tmp_path / "merged.safetensors")
+    assert untouched(tmp_path)

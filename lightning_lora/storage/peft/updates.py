@@ -68,11 +68,17 @@ def _update(view: View, there: str, wrapped: Mapping[str, Tensors], numbers: Num
         return _tokens(view, there, name, tensors, numbers)
     a, b = _as_matrices(layer, kind, there, tensors, numbers)
     parts = kind.lora_parts_of(layer)
-    _rank(there, a, numbers, most=min(parts[0].reads, parts[0].writes))
+    said = f"{there}.weight" if _is_named(there, numbers) else there  # patterns mean a parameter by its own name
+    _rank(said, a, numbers, most=min(parts[0].reads, parts[0].writes))
     if isinstance(layer, nn.modules.conv._ConvNd) and layer.groups > 1:
         a = _shared_by_groups(layer, there, a)
     _check_shapes(name, layer, (parts[0].reads, parts[0].writes), a, b)
-    return Update(name, kind, parts, ((a, b),), numbers.scaling(there), tensors.get("magnitude"))
+    return Update(name, kind, parts, ((a, b),), numbers.scaling(said), tensors.get("magnitude"))
+
+
+def _is_named(there: str, numbers: Numbers) -> bool:
+    """Whether ``target_parameters`` names the weight of this layer."""
+    return any(matches(entry, f"{there}.weight") for entry in numbers.target_parameters)
 
 
 def _as_matrices(
@@ -96,8 +102,12 @@ def _as_matrices(
     a, b = _pair(there, tensors)
     if issubclass(kind, LoRAEmbedding):  # named in target_parameters: a matrix (num, dim)
         return b.T, a.T
-    named = any(matches(entry, f"{there}.weight") for entry in numbers.target_parameters)
-    if kind is LoRAConv1D and named:  # likewise: a matrix (in, out)
+    if kind is LoRAConv1D and numbers.init == "olora":
+        raise AdapterMismatchError(
+            f"{there!r} is a Conv1D, trained with init_lora_weights='olora'. PEFT starts it from another matrix "
+            "than its weight, so its update cannot be computed again. Merge it with PEFT, and use the merged model."
+        )
+    if kind is LoRAConv1D and _is_named(there, numbers):  # likewise: a matrix (in, out)
         return b.T, a.T
     if issubclass(kind, LoRAConvNd):
         if any(step != 1 for step in layer.dilation) or layer.padding_mode != "zeros":

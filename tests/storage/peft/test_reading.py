@@ -70,6 +70,14 @@ EXPERT: dict[str, dict[str, Any]] = {
     "recurrent": {"target_modules": [], "target_parameters": ["rnn.weight_ih_l0", "rnn.weight_hh_l0"]},
     "one recurrent": {"target_modules": [], "target_parameters": ["rnn.weight_hh_l0"]},
 }
+MIXED |= {
+    "a weight by its own name": {
+        "target_modules": [],
+        "target_parameters": ["linear.weight", "c_proj.weight"],
+        "alpha_pattern": {"linear.weight": 32, "c_proj": 64},
+        "rank_pattern": {"c_proj.weight": 2},
+    },
+}
 IMAGE: dict[str, dict[str, Any]] = {
     "convolutions": {"target_modules": ["conv2d", "conv3d"]},
     "convolutions, dora": {"target_modules": ["conv2d", "conv3d"], "use_dora": True},

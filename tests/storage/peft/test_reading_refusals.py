@@ -383,3 +383,9 @@ def test_no_update_of_a_layer(tmp_path: Path) -> None:
     save_file({f"{PRE}head.weight": torch.ones(3, 12)}, path)
     with pytest.raises(AdapterFileError):
         load_adapter(built(Mixed), tmp_path)
+
+
+def test_olora_of_a_conv1d_is_refused(tmp_path: Path) -> None:
+    write_peft(tmp_path, built(Mixed), target_modules=["c_proj"], init_lora_weights="olora")
+    with pytest.raises(AdapterMismatchError, match="'c_proj' is a Conv1D, trained with init_lora_weights='olora'"):
+        load_adapter(built(Mixed), tmp_path)
