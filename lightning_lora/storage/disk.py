@@ -22,7 +22,7 @@ from typing import Any
 import fsspec
 from fsspec.core import url_to_fs
 
-from lightning_lora.errors import AdapterFileError
+from lightning_lora.errors import AdapterFileError, LoRAError
 
 
 @contextmanager
