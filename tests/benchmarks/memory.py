@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 from torch import nn
 
-from lightning_lora import LoRAConfig, inject_adapters, merge_adapters, save_adapter
+from lightning_lora import LoRACallback, LoRAConfig, inject_adapters, merge_adapters, save_adapter
 from lightning_lora.model.view import View
 from lightning_lora.storage.merging import merge_files
+from tests.benchmarks.life import QUIET, Stack
 from tests.benchmarks.measure import Bench, Row, in_new_process, peak_growth, saved_bytes
 from tests.benchmarks.models import Bert, Llama, Projections, step
 from tests.benchmarks.ways import FLOOR, LORALIB, OURS, PEFT, PEFT_SAME, WAYS, each_way, half, linear_names, ways_in
@@ -46,6 +48,10 @@ def memory(bench: Bench) -> Iterator[Row]:
             goal = 0.5 if title == "Llama" else None
             case = f"{title} {half(dtype)}, dropout {dropout}: growth of a process in a step"
             yield Row(case, "bytes over peft", grown[OURS] / grown[PEFT], goal, None, details)
+        grown_by, base = in_new_process("tests.benchmarks.memory", "fit")
+        yield Row(
+            f"fit of {base / 1e9:.1f} GB, then a merge for good: growth", "share of the base", grown_by / base, 0.1
+        )
         grown_by, largest = in_new_process("tests.benchmarks.memory", "merge")
         case = f"lightning-lora merge of 2 GB, largest tensor {largest / 1e6:.0f} MB: growth of the process"
         yield Row(case, "MB beyond the largest tensor", (grown_by - largest) / 1e6, 200)
@@ -71,6 +77,20 @@ def grow(title: str, way: str) -> int:
     return peak_growth(lambda: (run(), run()))
 
 
+def grow_in_fit() -> tuple[int, int]:
+    """Return the peak memory growth of a fit and a merge for good, and the size of the base."""
+    fit(Stack(1, 64))  # imports, and what torch sets up once
+    model = Stack(12, 2048)
+    size = sum(p.nbytes for p in model.parameters())
+    return peak_growth(lambda: (fit(model), merge_adapters(model, keep_base=False))), size
+
+
+def fit(model: Stack) -> None:
+    """Train one step, without a merge."""
+    callback = LoRACallback(r=8, merge=False)
+    Trainer(callbacks=[callback], enable_checkpointing=False, **QUIET).fit(model)
+
+
 def grow_in_merge() -> tuple[int, int]:
     """Return the peak memory growth of a merge of files, and the size of the largest tensor."""
     torch.manual_seed(0)
@@ -88,4 +108,5 @@ def grow_in_merge() -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(grow_in_merge() if sys.argv[1:] == ["merge"] else grow(*sys.argv[1:])))
+    own = {"fit": grow_in_fit, "merge": grow_in_merge}
+    print(json.dumps(own[sys.argv[1]]() if sys.argv[1] in own else grow(*sys.argv[1:])))
