@@ -11,6 +11,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
@@ -180,7 +181,7 @@ class SummaryTable:
             what = f"State of {kinds}" if kinds else "Optimizer, two moments"
             rows.insert(0, (what, summary.optimizer_bytes, summary.full_optimizer_bytes))
         for what, ours, full in rows:
-            costs.add_row(what, _size(ours), f"{full_name}: {_size(full)}")
+            costs.add_row(what, decimal(ours), f"{full_name}: {decimal(full)}")
         return costs
 
 
@@ -284,15 +285,6 @@ def _bytes(values: Iterable[Any]) -> int:
 def _full_bytes(parameters: Iterable[nn.Parameter]) -> int:
     """Bytes of the parameters in full fine-tuning; quantised ones would train as float32."""
     return sum(p.nbytes if type(p) in _PLAIN and p.is_floating_point() else 4 * count(p) for p in parameters)
-
-
-def _size(number: float) -> str:
-    """A number of bytes as text, in powers of 1,000 as for files."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"
 
 
 def _rounded(number: int) -> str:

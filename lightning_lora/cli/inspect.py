@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_lora.cli.output import bytes_as_text, print_json
+from lightning_lora.cli.output import print_json
 from lightning_lora.functional.subspace import effective_rank, singular_values
 from lightning_lora.storage.stored import StoredAdapters
 
@@ -79,9 +80,7 @@ def _layer(stored: StoredAdapters, name: str) -> dict[str, Any]:
 
 def _show(found: dict[str, Any]) -> None:
     console = Console()
-    table = Table(
-        title=f"{escape(found['file'])}: {bytes_as_text(found['bytes'])}, {len(found['layers'])} adapted layers"
-    )
+    table = Table(title=f"{escape(found['file'])}: {decimal(found['bytes'])}, {len(found['layers'])} adapted layers")
     table.add_column("Layers", overflow="fold")
     table.add_column("Type")
     for heading in ("r", "scaling", "norm of ΔW", "effective rank"):
