@@ -59,7 +59,7 @@ def check_base(
     compared = [_compare(view, form, here, renaming) for form in stored]
     for form, found in zip(stored, compared, strict=True):
         if found is not None and found.is_same:
-            _warn(f"{_precisions(view, form, here)} It is the same base, converted{found.left_out()}.")
+            _warn(f"{_precisions(view, form, here)} {found.verdict()}")
             return True
     nearest = next((i for i, form in enumerate(stored) if form["dtypes"] == here["dtypes"]), 0)
     message = _difference(view, stored[nearest], here, compared[nearest], shapes)
@@ -98,6 +98,11 @@ class _Comparison:
             return ""
         weights = "1 quantised weight was" if self.quantised == 1 else f"{self.quantised} quantised weights were"
         return f"; {weights} not compared"
+
+    def verdict(self) -> str:
+        if not self.quantised:
+            return "It is the same base, converted."
+        return f"What is not quantised is the same{self.left_out()}: make sure that the base is the right one."
 
 
 def _compare(
