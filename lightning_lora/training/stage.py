@@ -30,6 +30,7 @@ class Stage:
         dropped: The record of a merged module whose weights were changed, so that the stage took them as a new base.
         runs_merged: Whether an evaluation runs the merged module as it is.
         has_averages: Whether averaging callbacks have copied the adapted module.
+        was_replaced: Whether adapters with default arguments were removed for those of a file.
         base_is_open: Whether nothing was trained yet, so that weights which the module's hooks load become the base.
         states_are_read: Whether another callback reads checkpoints, and so may need the model's full state.
         base_is_noted: Whether the base's fingerprint was taken in this stage.
@@ -46,6 +47,7 @@ class Stage:
     dropped: Record | None = None
     runs_merged: bool = False
     has_averages: bool = False
+    was_replaced: bool = False
     base_is_open: bool = False
     states_are_read: bool = False
     base_is_noted: bool = False
@@ -83,6 +85,7 @@ class Stage:
             if self.base_is_open:  # the module's hooks may have loaded it since the adapters were added
                 view_of(pl_module).record.originals = {}
             remove_adapters(pl_module)
+            self.was_replaced = True
 
     def adapt(self, pl_module: LightningModule) -> None:
         """Adapt the module after its own hooks have run.
@@ -95,7 +98,9 @@ class Stage:
             return
         inject_adapters(pl_module, self.config)
         if not self.has_averages:  # later, a checkpoint's averages would be lost
-            copy_adapted(callbacks_of(pl_module.trainer), pl_module, anew=loads_in_hooks(pl_module))
+            copy_adapted(
+                callbacks_of(pl_module.trainer), pl_module, anew=loads_in_hooks(pl_module) or self.was_replaced
+            )
             self.has_averages = True
         if self.base_is_open:
             view = view_of(pl_module)

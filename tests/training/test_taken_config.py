@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
 from lightning_lora import (
@@ -181,3 +182,18 @@ def test_trained_adapters_do_not_go_for_a_best_file_of_another_fit(tmp_path: Pat
     with pytest.warns(BestCheckpointWarning, match="The last adapters are merged instead"):
         trainer(tmp_path, [second, saved], max_epochs=2).fit(model, data(), data())
     assert not torch.equal(state(model)["v_proj.weight"], before["v_proj.weight"])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_averages_begin_from_the_arguments_of_the_file(tmp_path: Path, first: bool) -> None:
+    t = trainer(tmp_path, [lora(r=4, merge=False), EMAWeightAveraging()], enable_checkpointing=False)
+    t.fit(LitTiny(), data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+
+    def resumed(callback: LoRACallback) -> dict[str, Tensor]:
+        model, both = LitTiny(), [callback, EMAWeightAveraging()]
+        t = trainer(tmp_path, both if first else both[::-1], max_epochs=4, enable_checkpointing=False)
+        t.fit(model, data(), ckpt_path=tmp_path / "a.ckpt")
+        return state(model)
+
+    assert same(resumed(LoRACallback(modules_to_save=["head"])), resumed(lora(r=4)))
