@@ -24,7 +24,7 @@ from torch import Tensor
 from lightning_lora.cli.output import print_json
 from lightning_lora.errors import AdapterFileError
 from lightning_lora.functional.subspace import cosine, subspace_similarity
-from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.offline.stored import StoredAdapters
 
 
 def add_arguments(parser: Any) -> None:

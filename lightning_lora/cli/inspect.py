@@ -21,7 +21,7 @@ from rich.table import Table
 
 from lightning_lora.cli.output import print_json
 from lightning_lora.functional.subspace import effective_rank, singular_values
-from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.offline.stored import StoredAdapters
 
 
 def add_arguments(parser: Any) -> None:

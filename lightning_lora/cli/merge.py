@@ -16,8 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from lightning_lora.storage.merging import merge_files
-from lightning_lora.storage.tensor_files import TensorFiles
+from lightning_lora.storage.offline.merging import merge_files
+from lightning_lora.storage.offline.tensor_files import TensorFiles
 
 
 def add_arguments(parser: Any) -> None:

@@ -21,11 +21,11 @@ from lightning_lora.storage.checkpoint import check_readable
 from lightning_lora.storage.description import KEY, check_fits, check_foreign_fits, describe, stored_config
 from lightning_lora.storage.disk import check_path, local_path
 from lightning_lora.storage.fingerprint import forms_of_base
-from lightning_lora.storage.foreign import Foreign, completed
+from lightning_lora.storage.foreign.contents import Foreign, completed
+from lightning_lora.storage.foreign.loralib import read_loralib, tensors_in
+from lightning_lora.storage.foreign.peft.reading import read_peft, weights_of
 from lightning_lora.storage.libraries import is_loralib, is_peft
-from lightning_lora.storage.loralib import read_loralib, tensors_in
 from lightning_lora.storage.own_files import adapters_in, check_place, is_foreign, read_contents, write_adapter_file
-from lightning_lora.storage.peft.reading import read_peft, weights_of
 from lightning_lora.storage.renaming import renamed, renaming_for
 from lightning_lora.storage.state import adapter_state_dict, write_state
 

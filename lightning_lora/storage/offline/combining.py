@@ -14,9 +14,9 @@ from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMi
 from lightning_lora.functional.combine import Factors, concatenated, dare, factored, ties, truncated
 from lightning_lora.storage.description import FORMAT, sealed
 from lightning_lora.storage.layout import StoredLayer
+from lightning_lora.storage.offline.stored import StoredAdapters
 from lightning_lora.storage.own_files import check_place, write_adapter_file
 from lightning_lora.storage.renaming import by_whole_names, targets_of
-from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.names import join
 
 Method = Literal["cat", "svd", "ties", "dare"]

@@ -9,7 +9,17 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAWarning, load_adapter, save_adapter
-from tests.storage.peft.reading_cases import Attending, Expert, Images, Lit, Mixed, built, gap, read_by_peft, write_peft
+from tests.storage.foreign.peft.reading_cases import (
+    Attending,
+    Expert,
+    Images,
+    Lit,
+    Mixed,
+    built,
+    gap,
+    read_by_peft,
+    write_peft,
+)
 
 INDEX = torch.arange(12).view(2, 6)
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 9 * 9).view(2, 3, 9, 9)

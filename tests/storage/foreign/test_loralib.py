@@ -24,7 +24,7 @@ from lightning_lora import (
 from lightning_lora.model.view import View
 from tests.models import randomise
 from tests.storage.cases import refused
-from tests.storage.peft.reading_cases import Lit, built, gap
+from tests.storage.foreign.peft.reading_cases import Lit, built, gap
 
 INDEX = torch.arange(12).view(2, 6)
 
@@ -82,7 +82,7 @@ def test_outputs_are_those_of_loralib(tmp_path: Path, enabled: tuple[bool, ...],
     slices = {"c_attn": [name for name, on in zip("qkv", enabled, strict=True) if on]}
     for model in (loaded, around):
         load_adapter(model, tmp_path / "a.bin", alpha=6, target_slices=slices)
-        assert gap(model(INDEX), theirs(INDEX)) < 2e-6
+        assert gap(model(INDEX), theirs(INDEX)) < 1e-5
     save_adapter(around, tmp_path / "own.safetensors")
     again = Lit(built(Plain)).eval()
     load_adapter(again, tmp_path / "own.safetensors")
@@ -107,7 +107,7 @@ def test_biases_and_heads_come_along(tmp_path: Path, bias: str, wrap: Any) -> No
     torch.save(wrap(held), tmp_path / "a.pt")
     model = built(Plain)
     load_adapter(model, tmp_path / "a.pt", alpha=6, target_slices=SLICES)
-    assert gap(model(INDEX), theirs(INDEX)) < 2e-6
+    assert gap(model(INDEX), theirs(INDEX)) < 1e-5
     assert View(model).config.modules_to_save == ("head",)
     assert View(model).config.bias == ("none" if bias == "none" else "lora_only")  # no layer has another bias
 
@@ -135,7 +135,7 @@ def test_gpt2_as_loralibs_own_code_has_it(tmp_path: Path) -> None:
     around = nn.Module()
     around.transformer = model
     load_adapter(around, tmp_path / "a.pt", alpha=4, target_slices=SLICES)
-    assert gap(model(INDEX), expected(INDEX)) < 2e-6
+    assert gap(model(INDEX), expected(INDEX)) < 1e-5
 
 
 def test_a_grouped_convolution(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_grouped_convolution(tmp_path: Path) -> None:
     torch.save({"c.lora_A": theirs.lora_A, "c.lora_B": theirs.lora_B}, tmp_path / "a.pt")
     load_adapter(model, tmp_path / "a.pt", alpha=6)
     x = torch.linspace(-1, 1, 400).view(1, 4, 10, 10)
-    assert gap(model["c"](x), theirs(x)) < 2e-6
+    assert gap(model["c"](x), theirs(x)) < 1e-5
 
 
 def test_alpha_is_asked_for(tmp_path: Path) -> None:

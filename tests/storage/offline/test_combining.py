@@ -20,8 +20,8 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.functional.combine import ties
-from lightning_lora.storage.combining import How, combine_files
 from lightning_lora.storage.description import sealed
+from lightning_lora.storage.offline.combining import How, combine_files
 from lightning_lora.storage.own_files import read_adapter_file, write_adapter_file
 from tests.models import randomise, state
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, LoRAWarning, listed
 from lightning_lora.model.view import View
-from lightning_lora.storage.foreign import Foreign, Update, assembled, base_value, place_of, uses_of
-from lightning_lora.storage.peft.keys import plain, sorted_by_layer
-from lightning_lora.storage.peft.numbers import CONFIG, read_numbers
-from lightning_lora.storage.peft.updates import updates_in, with_rows
+from lightning_lora.storage.foreign.contents import Foreign, Update, assembled, base_value, place_of, uses_of
+from lightning_lora.storage.foreign.peft.keys import plain, sorted_by_layer
+from lightning_lora.storage.foreign.peft.numbers import CONFIG, read_numbers
+from lightning_lora.storage.foreign.peft.updates import updates_in, with_rows
 from lightning_lora.tensors.names import join
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

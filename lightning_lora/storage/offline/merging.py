@@ -15,9 +15,9 @@ from torch import Tensor
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, LoRAWarning, listed
 from lightning_lora.storage.checkpoint import as_base
 from lightning_lora.storage.disk import writing
+from lightning_lora.storage.offline.stored import StoredAdapters
+from lightning_lora.storage.offline.tensor_files import INDEX, Entry, TensorFiles, write_tensors
 from lightning_lora.storage.same_base import is_converted
-from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.storage.tensor_files import INDEX, Entry, TensorFiles, write_tensors
 from lightning_lora.tensors.names import join
 from lightning_lora.tensors.values import digest
 
