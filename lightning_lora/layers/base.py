@@ -12,9 +12,11 @@ from lightning_lora.layers.contract import LayerKind
 from lightning_lora.layers.parts import MAGNITUDE, Adapter, Part, Settings
 from lightning_lora.layers.start import names_of, start
 from lightning_lora.layers.twin import run_on
+from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.inplace import overlay, uncover
 from lightning_lora.tensors.names import own_parameter
-from lightning_lora.tensors.values import digest, replace_values
+from lightning_lora.tensors.shards import spread_as, whole
+from lightning_lora.tensors.values import replace_values
 
 
 class LoRALayer(LayerKind):
@@ -64,7 +66,8 @@ class LoRALayer(LayerKind):
         """DoRA: add the update and scale each feature to its magnitude. The bias is not scaled."""
         with torch.autocast(output.device.type, enabled=False):
             with torch.no_grad():
-                matrix = added(self.lora_values(self, self._lora_own("weight")), self._lora_delta("weight"))
+                own = self.lora_values(self, self._lora_own("weight"))
+                matrix = added(own, self._lora_delta("weight", own))
             scale = magnitude_scale(self.lora_magnitude, self.lora_as_matrix(matrix))  # type: ignore[arg-type]
         after = (1,) * (self.weight.dim() - 2)  # type: ignore[operator]  # dimensions of the output after its features
         scale, bias = scale.view(-1, *after), getattr(self, "bias", None)
@@ -117,12 +120,12 @@ class LoRALayer(LayerKind):
             writing.append(F.pad(b, (0, 0, part.first, part.rows - part.first - part.writes)))
         return torch.cat(reading), torch.cat(writing, dim=1)
 
-    def _lora_delta(self, name: str, dropout: float = 0.0) -> Tensor:
-        """The update of a weight, in the weight's layout, in float32 or wider."""
+    def _lora_delta(self, name: str, own: Tensor, dropout: float = 0.0) -> Tensor:
+        """The update of a weight, in the layout of ``own``, in float32 or wider."""
         a, b = self.lora_factors(name)
         if dropout:
             a = a * F.dropout(torch.ones_like(a[..., :1, :]), dropout)
-        return self.lora_as_weight(delta_weight(a, b, self._lora_scaling(name)), self._lora_own(name))
+        return self.lora_as_weight(delta_weight(a, b, self._lora_scaling(name)), own)
 
     def _lora_scaling(self, name: str) -> float:
         """The scaling of a weight's update."""
@@ -136,17 +139,18 @@ class LoRALayer(LayerKind):
             holder = getattr(holder, part)
         return holder  # type: ignore[no-any-return]  # a tensor
 
-    def lora_effective_weight(self, name: str, *, dropping: bool = False) -> Tensor:
+    def lora_effective_weight(self, name: str, own: Tensor | None = None, *, dropping: bool = False) -> Tensor:
         """Return a weight with its update, in float32 or wider.
 
         Args:
             name: The weight's name in the layer.
+            own: The weight, if it is not to be read from the layer.
             dropping: Whether to apply dropout in training. It drops whole features of A, as the input is not available.
         """
-        own = self.lora_values(self, self._lora_own(name))
+        own = self.lora_values(self, self._lora_own(name) if own is None else own)
         p = self.lora_settings.dropout if dropping and self.training and self.lora_drops_input else 0.0
         with torch.autocast(own.device.type, enabled=False):
-            effective = added(own, self._lora_delta(name, p))
+            effective = added(own, self._lora_delta(name, own, p))
             if not self.lora_settings.use_dora:
                 return effective
             matrix = self.lora_as_matrix(effective)
@@ -156,16 +160,20 @@ class LoRALayer(LayerKind):
     def lora_merged_weight(self, name: str) -> tuple[Tensor, float]:
         """Return a merged weight and the share lost to rounding.
 
-        The merged weight has the dtype of the weight itself.
+        The merged weight has the dtype and the layout of the weight itself. A weight that is spread over processes is
+        gathered meanwhile, so that the sum is the same to the last bit as on one process.
         """
-        weight = own_parameter(self, name)
+        own = own_parameter(self, name)
+        weight = whole(own)
         is_plain = type(weight.data) is Tensor and weight.dim() == 2
         if self._lora_is_matrix and is_plain and not self.lora_settings.use_dora:
             with torch.autocast(weight.device.type, enabled=False):
-                return merged(weight, *self.lora_factors(name), self._lora_scaling(name))
-        effective = self.lora_effective_weight(name)
-        values = effective.to(weight.dtype)
-        return values, lost_share(weight, effective, values)
+                values, share = merged(weight, *self.lora_factors(name), self._lora_scaling(name))
+        else:
+            effective = self.lora_effective_weight(name, weight)
+            values = effective.to(weight.dtype)
+            share = lost_share(weight, effective, values)
+        return spread_as(values, own), share
 
     # The parameters
 

@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from lightning_lora.functional.update import row_norms, wide
 from lightning_lora.layers.parts import MAGNITUDE, Adapter, Kind, Part, Settings
+from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import own_parameter
-from lightning_lora.tensors.values import digest
+from lightning_lora.tensors.shards import whole
 
 
 def names_of(parts: tuple[Part, ...], settings: Settings) -> list[str]:
@@ -40,7 +41,7 @@ def _start_from_base(layer: nn.Module, adapter: Adapter) -> None:
     with torch.no_grad():
         for part in adapter.parts:
             weight = own_parameter(layer, part.weight)
-            matrix = kind.lora_as_matrix(kind.lora_values(layer, weight).detach())
+            matrix = kind.lora_as_matrix(kind.lora_values(layer, whole(weight)).detach())
             if settings.starts_from_base:
                 rows = matrix.narrow(-2, part.first, part.writes)
                 if weight.is_meta or not rows.isfinite().all():  # uninitialised memory has arbitrary values

@@ -10,7 +10,8 @@ from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.record import find_record
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
-from lightning_lora.tensors.values import replace_values
+from lightning_lora.tensors.shards import is_spread
+from lightning_lora.tensors.values import replace_values, set_aside
 
 
 @contextmanager
@@ -66,7 +67,7 @@ def _show_base(view: View, back: ExitStack) -> None:
         values[id(weight.shown)] = weight.shown, base.detach().to(weight.shown)
     back.callback(torch.clear_autocast_cache)  # it may hold copies of the other values
     for tensor, base in values.values():
-        back.callback(_put_back, tensor, tensor.data)
+        back.callback(_put_back, tensor, set_aside(tensor) if is_spread(tensor) else tensor.data)
         replace_values(tensor, base)
     torch.clear_autocast_cache()
 

@@ -1,7 +1,8 @@
 """Find layers that look untrained.
 
 Their values are those of an initialisation, as in a new head on a pretrained model. Only layers that could be adapted
-are looked at. A layer counts as untrained only if that is clear: not every initialisation is known here.
+are looked at. A layer counts as untrained only if that is clear: not every initialisation is known here. Of a weight
+that is spread over processes, this process's own part is looked at.
 """
 
 import math
@@ -14,6 +15,7 @@ from lightning_lora.layers import adapter_for
 from lightning_lora.model.view import View
 from lightning_lora.tensors.drawn import FEWEST, block_of, is_normal, is_uniform
 from lightning_lora.tensors.names import join, own_parameter, owner_of, starts_of
+from lightning_lora.tensors.shards import is_spread, own_part
 
 Weights = dict[str, nn.Parameter]
 
@@ -81,8 +83,8 @@ def _layers(view: View) -> Iterator[tuple[str, Weights]]:
 
 
 def _can_be_judged(weight: nn.Parameter) -> bool:
-    plain = type(weight) is nn.Parameter and not weight.is_meta
-    return plain and weight.is_floating_point() and weight.element_size() > 1 and weight.numel() >= FEWEST
+    plain = (type(weight) is nn.Parameter or is_spread(weight)) and not weight.is_meta
+    return plain and weight.is_floating_point() and weight.element_size() > 1 and own_part(weight).numel() >= FEWEST
 
 
 # One layer
@@ -92,11 +94,11 @@ def _looks_fresh(view: View, name: str, weights: Weights) -> bool:
     """Whether all weights of a layer look as torch, torchvision or transformers initialise them."""
     layer = view.modules[name]
     biases = [p for leaf, p in layer._parameters.items() if p is not None and "bias" in leaf]
-    has_bias = any(bias.any() for bias in biases)
+    has_bias = any(own_part(bias).any() for bias in biases)
     for weight in weights.values():
-        block = block_of(weight)
+        block = block_of(own_part(weight))
         if block.numel() < FEWEST:  # the others are zero
-            if has_bias or not isinstance(layer, nn.Linear) or weight.any():
+            if has_bias or not isinstance(layer, nn.Linear) or own_part(weight).any():
                 return False
         elif not any(is_uniform(block, bound) for bound in _bounds(layer, weight)) and (
             has_bias or not any(is_normal(block, each) for each in _deviations(view, name, weight))
@@ -163,6 +165,7 @@ def _largest(name: str, known: set[str]) -> str:
 
 def _is_blank(parameter: nn.Parameter) -> bool:
     """Whether all values are one, or all are zero."""
-    if parameter.dim() != 1 or parameter.is_meta or not len(parameter):
+    values = own_part(parameter)
+    if values.dim() != 1 or values.is_meta or not len(values):
         return False
-    return parameter[0].item() in (0, 1) and bool((parameter == parameter[0]).all())
+    return values[0].item() in (0, 1) and bool((values == values[0]).all())

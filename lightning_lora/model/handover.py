@@ -28,8 +28,8 @@ from torch import nn
 from lightning_lora.errors import LoRAWarning
 from lightning_lora.model.plain import as_plain, as_record
 from lightning_lora.model.record import Record
+from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import named_parameters
-from lightning_lora.tensors.values import digest
 
 _FOLDER = "LIGHTNING_LORA_MEMORY"
 """The environment variable with the folder's path, which worker processes inherit."""

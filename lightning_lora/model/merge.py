@@ -26,7 +26,8 @@ from lightning_lora.model.remember import forget_record, record_of, view_of
 from lightning_lora.model.undo import undone_on_error
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import join, own_parameter, set_parameter, submodule
-from lightning_lora.tensors.values import Seen, replace_values, set_requires_grad
+from lightning_lora.tensors.shards import is_spread
+from lightning_lora.tensors.values import Seen, replace_values, set_aside, set_requires_grad
 
 
 def merge_adapters(model: nn.Module, *, keep_base: bool = True) -> None:
@@ -205,9 +206,7 @@ def _merge_layer(
                 set_parameter(layer, weight, shown)
                 continue
             if bases is not None:
-                base = own.data.cpu()  # saves GPU memory
-                if base.untyped_storage().nbytes() > base.nbytes:  # a part of a larger memory, which others may reuse
-                    base = base.clone()
+                base = set_aside(own)  # saves GPU memory
                 record.hand_on(join(name, weight), own, base)
                 bases[weight] = base
             replace_values(own, merged)
@@ -235,7 +234,7 @@ def _see(view: View, bases: dict[str, dict[str, Tensor]]) -> tuple[dict[str, See
     others = {}
     for name, p in view.parameters.items():
         if id(p) not in known:  # a shared layer has several names
-            others[name] = Seen(p, None if p.is_meta else view.record.digest(name, p))
+            others[name] = Seen(p, None if p.is_meta or is_spread(p) else view.record.digests({name: p})[name])
     present = {id(p) for p in view.parameters.values()}
     merged, tied = {}, {}
     for name, base in names:
@@ -251,13 +250,10 @@ def check_mergeable(view: View) -> None:
     Raises:
         AdapterStateError: there are such weights.
     """
-    empty, spread = [], []
+    empty = []
     for name, layer in view.layers.items():
-        weights = [own_parameter(layer, weight) for weight in layer.lora_weights()]
-        if any(weight.is_meta for weight in weights):
+        if any(own_parameter(layer, weight).is_meta for weight in layer.lora_weights()):
             empty.append(name)
-        if any(hasattr(weight, "placements") for weight in weights):
-            spread.append(name)
     for names, why in (
         (
             quantised_layers(view),
@@ -266,7 +262,6 @@ def check_mergeable(view: View) -> None:
             "adapter_state_dict(quantised)), merge_adapters(full).",
         ),
         (empty, "have no values yet (they are on the meta device). Load them first."),
-        (spread, "are distributed (DTensor). Save the adapters, and merge them into the whole model."),
     ):
         if names:
             raise AdapterStateError(f"The weights of {listed(names)} in {type(view.model).__name__} {why}")
@@ -337,7 +332,7 @@ def _show_base(record: Record, name: str, layer: nn.Module, adapter: Adapter, un
     """Set a layer's weights to the base's values again, on their current device and in their current dtype."""
     for weight, base in adapter.bases.items():
         shown = own_parameter(layer, weight)
-        undo.callback(_put_back, shown, shown.data.cpu(), shown.device)
+        undo.callback(_put_back, shown, set_aside(shown), shown.device)
         if isinstance(base, nn.Parameter):  # it was tied: restore the shared parameter
             undo.callback(set_parameter, layer, weight, shown)
             undo.callback(replace_values, base, base.data)

@@ -9,8 +9,10 @@ from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import Adapter, LoRALayer, attach
 from lightning_lora.model.record import Record
 from lightning_lora.model.remember import recall_record, record_of
+from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join, named_modules, parameters_of
-from lightning_lora.tensors.values import digest, replace_values
+from lightning_lora.tensors.shards import is_spread
+from lightning_lora.tensors.values import replace_values
 
 
 def check_as_merged(model: nn.Module) -> None:
@@ -103,7 +105,7 @@ def _are_merged_anew(
     record: Record, layer: nn.Module, name: str, adapter: Adapter, weights: Mapping[str, nn.Parameter]
 ) -> bool:
     """Whether a layer's weights are what a merge gives, perhaps converted: merge again, and compare."""
-    if any(weight.is_meta for weight in weights.values()):
+    if any(weight.is_meta or is_spread(weight) for weight in weights.values()):
         return False
     shown = {weight: value.data for weight, value in weights.items()}
     with torch.inference_mode(False), torch.no_grad():

@@ -7,10 +7,10 @@ from typing import Any
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError
 from lightning_lora.layers import Adapter, Part, Settings, kind_named, name_of_kind
-from lightning_lora.model.record import Record
+from lightning_lora.model.record import Reading, Record
 from lightning_lora.tensors.values import Seen
 
-_SEEN = ("merged_weights", "tied_weights", "other_weights", "read")
+_SEEN = ("merged_weights", "tied_weights", "other_weights")
 """The fields of a record that hold tensors as they were."""
 
 
@@ -21,6 +21,7 @@ def as_plain(record: Record) -> dict[str, Any]:
     plain["merged"] = {name: _plain_adapter(adapter) for name, adapter in record.merged.items()}
     for field in _SEEN:
         plain[field] = {name: seen.__getstate__() for name, seen in plain[field].items()}
+    plain["read"] = {name: (seen.__getstate__(), number) for name, (seen, number) in record.read.items()}
     return plain
 
 
@@ -35,6 +36,7 @@ def as_record(plain: Mapping[str, Any]) -> Record:
     built["merged"] = {name: _adapter(adapter) for name, adapter in plain["merged"].items()}
     for field in _SEEN:
         built[field] = {name: Seen.restored(state) for name, state in plain[field].items()}
+    built["read"] = {name: Reading(Seen.restored(state), number) for name, (state, number) in plain["read"].items()}
     return Record(**built)
 
 

@@ -4,22 +4,37 @@ The record is an attribute of the model itself and consists of plain types. So i
 that gets the model later (another Trainer, another callback, ``load_adapter``) knows its state.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import Adapter
+from lightning_lora.tensors.digests import digests, digests_as
 from lightning_lora.tensors.names import named_modules, plain_module
-from lightning_lora.tensors.values import Seen, digest, digests_as
+from lightning_lora.tensors.shards import agreed, is_spread
+from lightning_lora.tensors.values import Seen
 
 ATTRIBUTE = "_lora"
 """The attribute of a model that holds its record."""
 
 HALVES = (torch.bfloat16, torch.float16)
 """The dtypes of :attr:`Record.rounded`."""
+
+
+class Reading(NamedTuple):
+    """A tensor of the base, when last read in full.
+
+    Args:
+        seen: The tensor then.
+        number: Its digest.
+    """
+
+    seen: Seen
+    number: int
 
 
 @dataclass
@@ -58,20 +73,28 @@ class Record:
     other_weights: dict[str, Seen] = field(default_factory=dict)
     untied: dict[str, nn.Parameter] = field(default_factory=dict)
     layers: tuple[str, ...] = ()
-    read: dict[str, Seen] = field(default_factory=dict)
+    read: dict[str, Reading] = field(default_factory=dict)
     rounded: dict[int, list[int]] = field(default_factory=dict)
     fingerprints: list[dict[str, Any]] = field(default_factory=list)
     is_trained: bool = False
     disabled: bool = False
 
-    def digest(self, name: str, tensor: Tensor, *, anew: bool = False) -> int:
-        """Return the digest of one of the base's tensors.
+    def digests(self, tensors: Mapping[str, Tensor], *, anew: bool = False) -> dict[str, int]:
+        """Return the digests of the base's tensors, by name.
 
-        It is remembered. The tensor is read again if a quick look shows a change, or if ``anew`` is True.
+        They are remembered. A tensor is read again if a quick look shows a change, or if ``anew`` is True. Collective
+        for those that are spread over processes: if one process sees a change, all read the tensor again.
         """
-        if anew or name not in self.read or not self.read[name].is_unchanged(tensor):
-            self.read[name] = Seen(tensor, digest(tensor))
-        return self.read[name].digest() or 0
+        changed = [anew or not self._is_known(name, tensor) for name, tensor in tensors.items()]
+        if not anew:
+            changed = agreed(changed, list(tensors.values()))
+        again = {name: tensor for (name, tensor), is_new in zip(tensors.items(), changed, strict=True) if is_new}
+        for (name, tensor), number in zip(again.items(), digests(list(again.values())), strict=True):
+            self.read[name] = Reading(Seen(tensor, None if is_spread(tensor) else number), number)
+        return {name: self.read[name].number for name in tensors}
+
+    def _is_known(self, name: str, tensor: Tensor) -> bool:
+        return name in self.read and self.read[name].seen.is_unchanged(tensor)
 
     def halves(self, known: int, tensor: Tensor) -> list[int]:
         """Return a base tensor's digests in half precision.
@@ -84,9 +107,9 @@ class Record:
 
     def hand_on(self, name: str, tensor: Tensor, copy: Tensor) -> None:
         """Replace one of the base's tensors by its copy."""
-        seen = self.read.pop(name, None)
-        if seen is not None and seen.is_unchanged(tensor) and copy.dtype == tensor.dtype:
-            self.read[name] = Seen(copy, seen.digest())
+        known = self.read.pop(name, None)
+        if known is not None and known.seen.is_unchanged(tensor) and copy.dtype == tensor.dtype:
+            self.read[name] = Reading(Seen(copy, None if is_spread(copy) else known.number), known.number)
 
     @property
     def is_merged(self) -> bool:

@@ -8,8 +8,8 @@ from lightning_lora.model.handover import leave, recall
 from lightning_lora.model.loading import before_load
 from lightning_lora.model.record import ATTRIBUTE, Record, find_record, inner_records
 from lightning_lora.model.view import View
+from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join, plain_module, submodule
-from lightning_lora.tensors.values import digest
 
 
 def keep_record(model: nn.Module, record: Record) -> None:

@@ -10,6 +10,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer, Part, quantised_entries
 from lightning_lora.model.record import Record, find_record
 from lightning_lora.tensors.names import join, named_modules, own_parameter, parameters_of, submodule
+from lightning_lora.tensors.shards import is_spread
 
 
 class MergedWeight(NamedTuple):
@@ -173,7 +174,8 @@ class View:
         If no parameter is trainable, that says nothing about a single one, and the set is empty.
         """
         flags = self.record.requires_grad
-        plain = [name for name, p in self.base.items() if type(p) is nn.Parameter and p.is_floating_point()]
+        base = {name: p for name, p in self.base.items() if type(p) is nn.Parameter or is_spread(p)}
+        plain = [name for name, p in base.items() if p.is_floating_point()]
         frozen = {name for name in plain if not flags.get(name, True)}
         return frozen if len(frozen) < len(plain) else set()
 

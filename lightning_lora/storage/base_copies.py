@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.model.view import View
-from lightning_lora.tensors.values import digest
+from lightning_lora.tensors.digests import digest
 
 MOVED = "current_model_state"
 """Lightning's WeightAveraging moves the strategy's state to this entry. It is already without the base."""
@@ -121,7 +121,6 @@ class _Known:
         if not alike or value.is_meta or value.layout is not torch.strided:
             return None
         if form not in self.digests:
-            self.digests[form] = {
-                self.record.digest(name, base): name for name, base in alike.items() if not base.is_meta
-            }
+            numbers = self.record.digests({name: base for name, base in alike.items() if not base.is_meta})
+            self.digests[form] = {number: name for name, number in numbers.items()}
         return self.digests[form].get(digest(value))

@@ -20,8 +20,8 @@ from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.run_state import is_checksums
 from lightning_lora.storage.same_base import check_base
 from lightning_lora.storage.state import check_names, check_tensors, entries_of
+from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join
-from lightning_lora.tensors.values import digest
 
 KEY = "lightning_lora"
 """The entry of a Lightning checkpoint, or of a safetensors file's metadata, that describes the adapters."""

@@ -21,7 +21,8 @@ from lightning_lora.tensors.names import join
 def fingerprint(view: View, *, anew: bool = True, renaming: Renaming | None = None) -> dict[str, Any]:
     """Return the fingerprint of an adapted model's base.
 
-    It has only plain types. It costs one pass over the weights.
+    It has only plain types. It costs one pass over the weights. Collective for a model that is spread over processes:
+    the result is that of the whole model.
 
     Args:
         view: A model with adapters, merged or not. Its base is the model without them.
@@ -33,11 +34,10 @@ def fingerprint(view: View, *, anew: bool = True, renaming: Renaming | None = No
         Tensors on the meta device have no contents: their digest is 0.
     """
     tensors = base_tensors(view)
-    known: dict[int, int] = {}
-    for name, tensor in tensors.items():
-        if id(tensor) not in known:  # tied weights are hashed once
-            known[id(tensor)] = 0 if tensor.is_meta else view.record.digest(name, tensor, anew=anew)
-    digests = {name: known[id(tensor)] for name, tensor in tensors.items()}
+    once = {id(tensor): name for name, tensor in reversed(tensors.items())}  # tied weights are hashed once
+    first = {name: tensors[name] for name in tensors if once[id(tensors[name])] == name}
+    known = view.record.digests({name: tensor for name, tensor in first.items() if not tensor.is_meta}, anew=anew)
+    digests = {name: known.get(once[id(tensor)], 0) for name, tensor in tensors.items()}
     for name, (changed, was) in view.record.changed.items():
         if digests.get(name) == changed:
             digests[name] = was

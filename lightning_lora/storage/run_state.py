@@ -13,7 +13,7 @@ from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, listed
-from lightning_lora.tensors.values import digest
+from lightning_lora.tensors.digests import digest
 
 VERSION = "pytorch-lightning_version"
 """Lightning's entry with the version that wrote a checkpoint."""

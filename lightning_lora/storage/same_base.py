@@ -16,7 +16,7 @@ from lightning_lora.model.record import HALVES
 from lightning_lora.model.view import View
 from lightning_lora.storage.fingerprint import base_tensors, fingerprint, halves_of, is_lost, quantised_names
 from lightning_lora.storage.renaming import Renaming
-from lightning_lora.tensors.values import digest, digests_as
+from lightning_lora.tensors.digests import digest, digests_as
 
 _EXACT = ("layout", "dtypes", "digests")
 

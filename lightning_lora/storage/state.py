@@ -16,8 +16,10 @@ from lightning_lora.model.merge import check_as_merged, unmerged
 from lightning_lora.model.originals import keep_frozen, restore_originals
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
+from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
-from lightning_lora.tensors.values import digest, same_bits
+from lightning_lora.tensors.shards import is_spread, whole
+from lightning_lora.tensors.values import same_bits
 
 NOTE = "this file holds only adapters: load it with lightning_lora.load_from_checkpoint(cls, path)"
 """An entry of a checkpoint's state, without values. Whoever loads the file as a full one is told this name."""
@@ -28,7 +30,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
 
     These are the adapters, and the biases and modules that train in addition to them. Buffers and frozen weights are
     included if they no longer have the base's values. Everything that a module's own code adds to its state dict is
-    included too.
+    included too. Of a model that is spread over processes, each process must call it, and gets whole tensors.
 
     Args:
         model: A model with adapters: on its layers, or merged by ``merge_adapters`` or a finished fit.
@@ -92,13 +94,14 @@ def without_base(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
             held[name] = value
     kept: dict[str, Any] = {name: p.detach() for name, p in _required(view).items()}
     for name, value in held.items():
-        if name in originals and isinstance(value, Tensor) and same_bits(value.detach(), originals[name]):
+        is_own = isinstance(value, Tensor) and not is_spread(value)
+        if name in originals and is_own and same_bits(value.detach(), originals[name]):
             continue
         kept[name] = value
     for name in trained:
         if name in held and view.parameters[name] is not trained[name]:  # tied and merged: its other use trains
             kept[name] = trained[name].detach()
-    return kept
+    return {name: whole(value) for name, value in kept.items()}
 
 
 def _aliases(view: View) -> set[str]:

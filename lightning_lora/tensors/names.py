@@ -1,7 +1,8 @@
-"""Names of modules and parameters, without the prefix of ``torch.compile``.
+"""Names of modules and parameters, without torch's wrappers.
 
-A compiled submodule is a wrapper that adds ``_orig_mod.`` to every name inside it. Patterns, checkpoints and errors use
-the names without it. So a checkpoint of a compiled model loads into one that is not compiled, and the other way round.
+``torch.compile`` and torch's ``checkpoint_wrapper`` put a wrapper around a submodule, which adds ``_orig_mod.`` or
+``_checkpoint_wrapped_module.`` to every name inside it. Patterns, checkpoints and errors use the names without it. So a
+checkpoint of a wrapped model loads into one that is not wrapped, and the other way round.
 """
 
 from collections.abc import Mapping
@@ -9,31 +10,39 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_COMPILED = "_orig_mod"
+from lightning_lora.tensors.shards import is_spread, spread_as
+
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def plain_name(name: str) -> str:
-    """Return a dotted name without the prefix of ``torch.compile``.
+    """Return a dotted name without the prefixes of torch's wrappers.
 
     Example:
         >>> plain_name("encoder._orig_mod.query.weight"), plain_name("_orig_mod")
         ('encoder.query.weight', '')
     """
-    return ".".join(part for part in name.split(".") if part != _COMPILED) if _COMPILED in name else name
+    if not any(wrapped in name for wrapped in _WRAPPED):
+        return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
 def plain_module(module: nn.Module) -> nn.Module:
-    """Return the module inside a compiled module.
+    """Return the module inside torch's wrappers.
 
     Other modules are returned unchanged.
     """
-    return module._modules.get(_COMPILED) or module
+    for name in _WRAPPED:
+        inner = module._modules.get(name)
+        if inner is not None:
+            return plain_module(inner)
+    return module
 
 
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Module]:
     """Return the modules of ``model`` by name.
 
-    For a compiled module, it returns the module inside.
+    For a wrapped module, it returns the module inside.
     """
     named: dict[str, nn.Module] = {}
     _walk(model, "", named, set() if remove_duplicate else None)
@@ -49,7 +58,7 @@ def _walk(module: nn.Module, name: str, named: dict[str, nn.Module], seen: set[n
     named[name] = module  # replaces its wrapper
     for child, inner in module._modules.items():
         if inner is not None:
-            _walk(inner, name if child == _COMPILED else f"{name}.{child}" if name else child, named, seen)
+            _walk(inner, name if child in _WRAPPED else f"{name}.{child}" if name else child, named, seen)
 
 
 def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
@@ -146,7 +155,13 @@ def state_dict(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
 def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load a state dict with plain names into ``model``.
 
-    ``model`` may have entries that are missing in the state.
+    ``model`` may have entries that are missing in the state. Of a tensor that is spread over processes there, each
+    process takes its own part.
     """
-    own = {plain_name(name): name for name in model.state_dict(keep_vars=True)}
-    model.load_state_dict({own.get(name, name): value for name, value in state.items()}, strict=False)
+    present = model.state_dict(keep_vars=True)
+    own = {plain_name(name): name for name in present}
+    loaded = {}
+    for plain, value in state.items():
+        name = own.get(plain, plain)
+        loaded[name] = spread_as(value, present[name]) if is_spread(present.get(name)) else value
+    model.load_state_dict(loaded, strict=False)

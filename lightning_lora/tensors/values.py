@@ -1,17 +1,16 @@
-"""Values of tensors: copy, replace, compare and hash them.
+"""Values of tensors: copy, replace and compare them.
 
 The other packages read and replace weights with these functions.
 """
 
-import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-_CHUNK = 1 << 18  # elements whose products stay in a cache
+from lightning_lora.tensors.digests import digest
+from lightning_lora.tensors.shards import is_spread, own_part
 
 
 def copy_to_host(tensor: Tensor) -> Tensor:
@@ -25,12 +24,36 @@ def copy_to_host(tensor: Tensor) -> Tensor:
 def replace_values(tensor: Tensor, values: Tensor) -> None:
     """Replace the values of a tensor.
 
-    It stays the same object. Nothing is copied, except for a tensor that was made in inference mode.
+    It stays the same object. Nothing is copied, except for a tensor that was made in inference mode, or that is spread
+    over processes: setting the data of such a tensor would change nothing.
     """
+    if is_spread(tensor):
+        _replace_parts(tensor, values)
+        return
     if tensor.is_inference() and not values.is_inference():  # or torch would miss a version counter in every use
         with torch.inference_mode():
             values = values.clone()
     tensor.data = values
+
+
+def _replace_parts(tensor: Tensor, values: Tensor) -> None:
+    """Replace the values of a spread tensor in its own memory, which FSDP2 sends to the other processes."""
+    if tensor.dtype == values.dtype and own_part(tensor).shape == own_part(values).shape:
+        own_part(tensor).copy_(own_part(values))
+    else:
+        torch.utils.swap_tensors(tensor, nn.Parameter(values, tensor.requires_grad))
+
+
+def set_aside(tensor: Tensor) -> Tensor:
+    """Return values to keep, in CPU memory.
+
+    The tensor can get others by :func:`replace_values` then. They are copied only if necessary.
+    """
+    if is_spread(tensor):
+        return tensor.detach().to("cpu", copy=True)
+    values = tensor.data.cpu()
+    is_part = values.untyped_storage().nbytes() > values.nbytes  # of a larger memory, which others may reuse
+    return values.clone() if is_part else values
 
 
 def set_requires_grad(tensor: Tensor, flag: bool) -> None:
@@ -43,101 +66,17 @@ def set_requires_grad(tensor: Tensor, flag: bool) -> None:
 def same_bits(tensor: Tensor, original: Tensor) -> bool:
     """Whether two tensors have the same bits.
 
-    ``original`` is converted to the dtype of ``tensor`` first.
+    ``original`` is converted to the dtype of ``tensor`` first. Of spread tensors, only this process's own parts are
+    compared.
 
     Example:
         >>> same_bits(torch.ones(2), torch.ones(2, dtype=torch.float64)), same_bits(torch.ones(2), torch.ones(3))
         (True, False)
     """
+    tensor, original = own_part(tensor), own_part(original)
     if tensor.is_meta or original.is_meta:
         return tensor.is_meta and original.is_meta
     return tensor.shape == original.shape and digest(tensor.cpu()) == digest(original.to(tensor.dtype))
-
-
-def digest(tensor: Tensor) -> int:
-    """Return a 63-bit hash of the tensor's bits.
-
-    The bytes are read as integers of at most 32 bits. Each is multiplied by an odd number that depends on its position,
-    and all products are summed. A change of one element always changes the sum. Other changes go unnoticed with a
-    probability of about ``2**-63``. The cost is about one pass over the tensor. It guards against mistakes, not against
-    forged weights.
-
-    Example:
-        >>> digest(torch.zeros(3)) == digest(torch.zeros(3)), digest(torch.ones(3)) == digest(torch.zeros(3))
-        (True, False)
-    """
-    if hasattr(tensor, "__tensor_flatten__"):  # a tensor that consists of others, such as a quantised one
-        total = 0
-        for name in tensor.__tensor_flatten__()[0]:
-            total = (3 * total + digest(getattr(tensor, name))) % (1 << 63)
-        return total
-    if tensor.layout is not torch.strided:
-        sparse = tensor.detach().to_sparse_coo().coalesce()  # the dense form may be too large
-        return (3 * digest(sparse.indices()) + digest(sparse.values())) % (1 << 63)
-    return _digest_of_integers(_integers(tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)))
-
-
-def digests_as(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> list[int]:
-    """Return a floating-point tensor's digests in other dtypes.
-
-    Values are converted a chunk at a time, in one walk over the tensor. So no copy of it is made.
-
-    Example:
-        >>> third = torch.tensor([1 / 3])
-        >>> digests_as(third, [torch.bfloat16]) == [digest(third.bfloat16())]
-        True
-    """
-    if tensor.layout is not torch.strided or hasattr(tensor, "__tensor_flatten__") or not tensor.numel():
-        return [digest(tensor.to(dtype)) for dtype in dtypes]
-    sums, counts = {dtype: list[Tensor]() for dtype in dtypes}, dict.fromkeys(dtypes, 0)
-    for chunk in tensor.detach().contiguous().reshape(-1).split(_CHUNK):
-        for dtype in dtypes:
-            integers = _integers(chunk.to(dtype))
-            sums[dtype] += _sums(integers)
-            counts[dtype] += integers.numel()
-    return [_total(sums[dtype], counts[dtype]) for dtype in dtypes]
-
-
-def _integers(values: Tensor) -> Tensor:
-    """The bits of a vector, as integers of at most 32 bits."""
-    return values.view({1: torch.uint8, 2: torch.int16}.get(values.element_size(), torch.int32))
-
-
-def _digest_of_integers(integers: Tensor) -> int:
-    """The hash of a vector of integers. A device is waited for once."""
-    return _total(_sums(integers), integers.numel()) if integers.numel() else 0
-
-
-def _sums(integers: Tensor) -> list[Tensor]:
-    """The sum of products of each chunk."""
-    multipliers = _multipliers(integers.device)
-    return [_sum_of_products(chunk, multipliers[: chunk.numel()]) for chunk in integers.split(_CHUNK)]
-
-
-def _total(sums: list[Tensor], count: int) -> int:
-    """The hash of ``count`` integers with these sums of their chunks."""
-    total = (torch.stack(sums) * _multipliers(sums[0].device)[-len(sums) :].flip(0)).sum()
-    return (count + int(total)) % (1 << 63)
-
-
-def _sum_of_products(integers: Tensor, multipliers: Tensor) -> Tensor:
-    """The sum modulo 2**64. On a CPU, ``dot`` is a third faster; other devices have none for integers."""
-    if integers.device.type == "cpu":
-        return torch.dot(integers.long(), multipliers)
-    return (integers * multipliers).sum()
-
-
-@functools.cache
-def _multipliers(device: torch.device) -> Tensor:
-    """Odd 64-bit numbers for the positions in a chunk, as good as random.
-
-    Source:
-        Steele et al. 2014, "Fast Splittable Pseudorandom Number Generators", section 5 (SplitMix64's mixing function).
-    """
-    mixed = torch.arange(1, _CHUNK + 1, device=device) * -0x61C8864680B583EB
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        mixed = (mixed ^ (mixed >> shift)) * factor
-    return (mixed ^ (mixed >> 31)) | 1
 
 
 # Tensors as they were
@@ -176,6 +115,8 @@ def _samples(tensor: Tensor) -> Tensor:
 class Seen:
     """A tensor as it was at one moment.
 
+    Of a tensor that is spread over processes, it is this process's own part.
+
     It knows the tensor itself, but not by a weak reference: torch refuses to swap tensors that have one. A copy of it
     (by deepcopy or pickle) knows only the values.
 
@@ -190,6 +131,7 @@ class Seen:
 
     def __init__(self, tensor: Tensor, known: int | None = None) -> None:
         self._tensor: Tensor | None = tensor
+        tensor = own_part(tensor)
         self._look = look(tensor)
         self._some = None if self._look is None or self._look[0] is None else _samples(tensor).to("cpu", copy=True)
         self._digest = known
@@ -197,7 +139,7 @@ class Seen:
 
     def is_unchanged(self, tensor: Tensor) -> bool:
         """Whether it is the same tensor, without visible change."""
-        return tensor is self._tensor and self._look is not None and self._look == look(tensor)
+        return tensor is self._tensor and self._look is not None and self._look == look(own_part(tensor))
 
     def is_still(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` has the same values.
@@ -209,7 +151,7 @@ class Seen:
         if self._is_kept(tensor):
             return True
         known = self.digest()
-        return known is not None and known == digest(tensor)
+        return known is not None and known == digest(own_part(tensor))
 
     def is_alike(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` has the same values, if they are known.
@@ -218,6 +160,7 @@ class Seen:
         """
         if tensor.is_meta or self.is_still(tensor):
             return True
+        tensor = own_part(tensor)
         if self._some is None or hasattr(tensor, "__tensor_flatten__"):
             return self.dtype != tensor.dtype or self._digest is None
         if tensor.dtype == self.dtype and self._digest is not None:
@@ -230,7 +173,7 @@ class Seen:
 
     def _has_moved(self, tensor: Tensor) -> bool:
         """Whether the tensor is on another device, not written to since, with the same sampled values."""
-        now, then = look(tensor), self._look
+        now, then = look(own_part(tensor)), self._look
         if now is None or then is None or then[0] is None:  # tensors inside it may have changed
             return False
         return now[2] != then[2] and (now[1], *now[3:]) == (then[1], *then[3:])
@@ -241,7 +184,7 @@ class Seen:
         It is computed when it is first asked for. If the values have changed before that, it is None.
         """
         if self._digest is None and self._tensor is not None and self._is_kept(self._tensor):
-            self._digest = digest(self._tensor)
+            self._digest = digest(own_part(self._tensor))
         return self._digest
 
     def __getstate__(self) -> dict[str, Any]:

@@ -42,7 +42,8 @@ def test_compiled_submodule_is_adapted_and_its_keys_are_plain(tmp_path: Path, co
         torch.manual_seed(0)
         t = trainer(tmp_path, [lora(target_modules=["q_proj"]), best(tmp_path / folder, monitor=None)])
         t.fit(each, data(), data())
-    assert torch.equal(model(X), plain(X)) and type(model.q_proj._orig_mod) is nn.Linear
+    torch.testing.assert_close(model(X), plain(X))
+    assert type(model.q_proj._orig_mod) is nn.Linear
     path = t.checkpoint_callback.best_model_path  # type: ignore[union-attr]
     assert sorted(held(torch.load(path, weights_only=True))) == sorted(
         ["q_proj.lora_A", "q_proj.lora_B", "head.weight", "head.bias"]
@@ -81,7 +82,7 @@ def test_compiled_module_trains_as_the_plain_one_and_compiles_once(tmp_path: Pat
             seen = len(graphs)
             t.fit_loop.max_epochs = 6
             t.fit(torch.compile(model, backend=backend), data())
-    assert same(*results)
+    torch.testing.assert_close(*results)  # a compiled graph may round otherwise
     assert seen > 0 and len(graphs) <= 2 * seen
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_lora import BaseMismatchError, LoRAWarning, load_adapter, save_adapter, unmerge_adapters
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model import record
-from lightning_lora.tensors import values
+from lightning_lora.tensors import digests as hashing
 from tests.cases import StopError
 from tests.models import LitTiny, best, data, is_plain, lora, same, state, trainer
 
@@ -32,13 +32,13 @@ class Reads:
     """Counts the integers of large tensors that digests read."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count, own = 0, values._digest_of_integers
+        self.count, own = 0, hashing._digest_of_integers
 
         def counting(integers: Tensor) -> int:
             self.count += integers.numel() if integers.numel() >= WIDTH * WIDTH else 0
             return own(integers)
 
-        monkeypatch.setattr(values, "_digest_of_integers", counting)
+        monkeypatch.setattr(hashing, "_digest_of_integers", counting)
         own_halves = record.digests_as
 
         def counting_halves(tensor: Tensor, dtypes: Any) -> list[int]:

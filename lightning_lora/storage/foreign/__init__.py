@@ -1,4 +1,4 @@
-"""Adapter files of other libraries: PEFT's and loralib's.
+"""Files of other libraries: PEFT and loralib.
 
 Nothing here imports those libraries.
 """

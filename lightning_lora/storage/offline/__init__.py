@@ -1,1 +1,1 @@
-"""Work on files without the model: the console command's side of storage."""
+"""Work on files without the model, for the console command."""

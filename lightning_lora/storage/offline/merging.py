@@ -18,8 +18,8 @@ from lightning_lora.storage.disk import writing
 from lightning_lora.storage.offline.stored import StoredAdapters
 from lightning_lora.storage.offline.tensor_files import INDEX, Entry, TensorFiles, write_tensors
 from lightning_lora.storage.same_base import is_converted
+from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join
-from lightning_lora.tensors.values import digest
 
 Progress = Callable[[str], object]
 """Called with the name of each tensor before it is written."""

@@ -1,0 +1,168 @@
+"""Hashes of tensors, to tell their contents apart."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lora.tensors.shards import is_spread, own_part, runs_of, split_dims
+
+_CHUNK = 1 << 18  # elements whose products stay in a cache
+
+
+def digest(tensor: Tensor) -> int:
+    """Return a 63-bit hash of the tensor's bits.
+
+    The bytes are read as integers of at most 32 bits. Each is multiplied by an odd number that depends on its position,
+    and all products are summed. A change of one element always changes the sum. Other changes go unnoticed with a
+    probability of about ``2**-63``. The cost is about one pass over the tensor. It guards against mistakes, not against
+    forged weights.
+
+    Collective for a tensor that is spread over processes: it is the hash of the whole tensor.
+
+    Example:
+        >>> digest(torch.zeros(3)) == digest(torch.zeros(3)), digest(torch.ones(3)) == digest(torch.zeros(3))
+        (True, False)
+    """
+    if is_spread(tensor):
+        return digests([tensor])[0]
+    if hasattr(tensor, "__tensor_flatten__"):  # a tensor that consists of others, such as a quantised one
+        total = 0
+        for name in tensor.__tensor_flatten__()[0]:
+            total = (3 * total + digest(getattr(tensor, name))) % (1 << 63)
+        return total
+    if tensor.layout is not torch.strided:
+        sparse = tensor.detach().to_sparse_coo().coalesce()  # the dense form may be too large
+        return (3 * digest(sparse.indices()) + digest(sparse.values())) % (1 << 63)
+    return _digest_of_integers(_integers(tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)))
+
+
+def digests(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the digests of several tensors.
+
+    Collective for those that are spread over processes: each process reads its own parts, and the sums are added, with
+    one message for each layout. Nothing is gathered.
+    """
+    found = [0 if is_spread(tensor) else digest(tensor) for tensor in tensors]
+    layouts: dict[Any, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        if is_spread(tensor):
+            layouts.setdefault((tensor.device_mesh, split_dims(tensor)), []).append(place)  # type: ignore[attr-defined]
+    for (mesh, dims), places in layouts.items():
+        sums = torch.stack([_own_sum(tensors[place]) for place in places]).to(mesh.device_type)
+        for dim in dims:
+            torch.distributed.all_reduce(sums, group=mesh.get_group(dim))
+        for place, total in zip(places, sums.tolist(), strict=True):
+            found[place] = (_count(tensors[place]) + total) % (1 << 63)
+    return found
+
+
+def _own_sum(tensor: Tensor) -> Tensor:
+    """The sum of the products of this process's own part, modulo 2**64."""
+    multipliers = _multipliers(own_part(tensor).device)
+    sums, chunks = [multipliers.new_zeros(())], [0]
+    for values, distance, first in runs_of(tensor):
+        integers = _integers(values)
+        size = integers.numel() // values.numel()
+        for total, chunk in _sums_of_runs(integers, distance * size, first * size, multipliers):
+            sums.append(total)
+            chunks.append(chunk)
+    return (torch.stack(sums) * multipliers[-1 - torch.tensor(chunks)]).sum()
+
+
+def _sums_of_runs(integers: Tensor, distance: int, first: int, multipliers: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """The sums of runs in each chunk of the whole tensor, and the numbers of the chunks.
+
+    Args:
+        integers: One run in each row.
+        distance: The distance between the starts of two runs in the whole tensor.
+        first: The position of the first one.
+        multipliers: The numbers of a chunk.
+    """
+    rows, run = integers.shape
+    row = 0
+    while row < rows:
+        chunk, offset = divmod(first + row * distance, _CHUNK)
+        count = min(rows - row, max(0, _CHUNK - offset - run + distance) // distance)  # runs that end in this chunk
+        if count:
+            factors = multipliers.as_strided((count, run), (distance, 1), offset)
+            yield (integers[row : row + count] * factors).sum(), chunk
+            row += count
+            continue
+        start = 0
+        while start < run:
+            length = min(run - start, _CHUNK - offset)
+            piece = integers[row, start : start + length]
+            yield _sum_of_products(piece, multipliers[offset : offset + length]), chunk
+            start, chunk, offset = start + length, chunk + 1, 0
+        row += 1
+
+
+def _count(tensor: Tensor) -> int:
+    """The number of integers of a whole tensor."""
+    return tensor.numel() * max(1, tensor.element_size() // 4)
+
+
+def digests_as(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> list[int]:
+    """Return a floating-point tensor's digests in other dtypes.
+
+    Values are converted a chunk at a time, in one walk over the tensor. So no copy of it is made.
+
+    Example:
+        >>> third = torch.tensor([1 / 3])
+        >>> digests_as(third, [torch.bfloat16]) == [digest(third.bfloat16())]
+        True
+    """
+    if tensor.layout is not torch.strided or hasattr(tensor, "__tensor_flatten__") or not tensor.numel():
+        return [digest(tensor.to(dtype)) for dtype in dtypes]
+    sums, counts = {dtype: list[Tensor]() for dtype in dtypes}, dict.fromkeys(dtypes, 0)
+    for chunk in tensor.detach().contiguous().reshape(-1).split(_CHUNK):
+        for dtype in dtypes:
+            integers = _integers(chunk.to(dtype))
+            sums[dtype] += _sums(integers)
+            counts[dtype] += integers.numel()
+    return [_total(sums[dtype], counts[dtype]) for dtype in dtypes]
+
+
+def _integers(values: Tensor) -> Tensor:
+    """The bits of a vector, as integers of at most 32 bits."""
+    return values.view({1: torch.uint8, 2: torch.int16}.get(values.element_size(), torch.int32))
+
+
+def _digest_of_integers(integers: Tensor) -> int:
+    """The hash of a vector of integers. A device is waited for once."""
+    return _total(_sums(integers), integers.numel()) if integers.numel() else 0
+
+
+def _sums(integers: Tensor) -> list[Tensor]:
+    """The sum of products of each chunk."""
+    multipliers = _multipliers(integers.device)
+    return [_sum_of_products(chunk, multipliers[: chunk.numel()]) for chunk in integers.split(_CHUNK)]
+
+
+def _total(sums: list[Tensor], count: int) -> int:
+    """The hash of ``count`` integers with these sums of their chunks."""
+    total = (torch.stack(sums) * _multipliers(sums[0].device)[-len(sums) :].flip(0)).sum()
+    return (count + int(total)) % (1 << 63)
+
+
+def _sum_of_products(integers: Tensor, multipliers: Tensor) -> Tensor:
+    """The sum modulo 2**64. On a CPU, ``dot`` is a third faster; other devices have none for integers."""
+    if integers.device.type == "cpu":
+        return torch.dot(integers.long(), multipliers)
+    return (integers * multipliers).sum()
+
+
+@functools.cache
+def _multipliers(device: torch.device) -> Tensor:
+    """Odd 64-bit numbers for the positions in a chunk, as good as random.
+
+    Source:
+        Steele et al. 2014, "Fast Splittable Pseudorandom Number Generators", section 5 (SplitMix64's mixing function).
+    """
+    mixed = torch.arange(1, _CHUNK + 1, device=device) * -0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        mixed = (mixed ^ (mixed >> shift)) * factor
+    return (mixed ^ (mixed >> 31)) | 1

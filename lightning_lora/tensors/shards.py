@@ -1,0 +1,135 @@
+"""Tensors that are spread over several processes (DTensor).
+
+FSDP2 and tensor parallelism make them. Each process holds its own part. Calls marked as collective must be made by
+every process, in the same order.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_spread(tensor: object) -> bool:
+    """Whether a tensor is a DTensor, in parts or replicated."""
+    module = sys.modules.get("torch.distributed.tensor")  # imported by whoever made one
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this process holds.
+
+    It shares the tensor's memory. A tensor that is not spread is returned unchanged.
+    """
+    return tensor._local_tensor.detach() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole tensor, gathered from all processes.
+
+    Collective for a spread tensor. Another one is returned unchanged.
+    """
+    if not is_spread(tensor):
+        return tensor
+    gathered: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
+    return gathered
+
+
+def spread_as(values: Tensor, like: Tensor) -> Tensor:
+    """Return whole values in the layout of another tensor.
+
+    Each process takes its own part, without communication. ``values`` are returned unchanged if they are spread, or if
+    ``like`` is not.
+
+    Shape:
+        ``values`` and ``like`` have the same shape.
+    """
+    if not is_spread(like) or is_spread(values):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    spread: Any = like
+    values = values.detach().to(own_part(like).device)
+    mesh, placements = spread.device_mesh, spread.placements
+    return distribute_tensor(values, mesh, placements, src_data_rank=None)  # None: nothing is sent
+
+
+def replicated(parameter: nn.Parameter, mesh: Any) -> nn.Parameter:
+    """Return a parameter as a DTensor in one piece.
+
+    Every process of the mesh holds it whole. Optimizers and gradient clipping take no mixture of DTensors and others.
+    """
+    from torch.distributed.tensor import DTensor, Replicate
+
+    values = DTensor.from_local(parameter.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return nn.Parameter(values, parameter.requires_grad)
+
+
+def split_dims(tensor: Tensor) -> tuple[int, ...]:
+    """Return the dimensions of its mesh that split a tensor."""
+    spread: Any = tensor
+    return tuple(i for i, placement in enumerate(spread.placements) if not placement.is_replicate())
+
+
+def agreed(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
+    """Return which of these flags are set in any process.
+
+    Collective if one of the tensors is spread.
+    """
+    meshes = {tensor.device_mesh for tensor in tensors if is_spread(tensor)}  # type: ignore[attr-defined]
+    if not meshes or not flags:
+        return list(flags)
+    found = torch.tensor(flags, dtype=torch.uint8, device=next(iter(meshes)).device_type)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in found.tolist()]
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Let FSDP2 give up the whole parameters it has gathered.
+
+    After an evaluation, the outermost module still shows them in place of its own parts.
+    """
+    for module in modules:
+        give_up = getattr(module, "reshard", None)
+        if give_up is not None and hasattr(module, "_get_fsdp_state"):
+            give_up()
+
+
+def runs_of(tensor: Tensor) -> Iterator[tuple[Tensor, int, int]]:
+    """Yield the own part of a spread tensor, in runs.
+
+    A run consists of neighbours in the whole tensor.
+
+    Yields:
+        A matrix of values, one run in each row; the distance between the starts of two runs in the whole tensor; and
+        the position of the first run. Both are in elements.
+    """
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    spread: Any = tensor
+    _, offsets = compute_local_shape_and_global_offset(spread.shape, spread.device_mesh, spread.placements)
+    part = own_part(tensor).resolve_conj().resolve_neg().contiguous()
+    if part.numel():
+        yield from _runs(part, tuple(tensor.shape), tuple(offsets), 0)
+
+
+def _runs(
+    part: Tensor, shape: tuple[int, ...], offsets: tuple[int, ...], first: int
+) -> Iterator[tuple[Tensor, int, int]]:
+    split = [dim for dim, length in enumerate(part.shape) if length != shape[dim]]
+    strides = [1]
+    for length in reversed(shape[1:]):
+        strides.insert(0, strides[0] * length)
+    if not split or split == [0]:
+        yield part.reshape(1, -1), part.numel(), first + (offsets[0] * strides[0] if offsets else 0)
+        return
+    last = split[-1]
+    if set(split) <= {0, last}:  # between the first and the last split dimension, nothing is missing
+        start = first + sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
+        run = part[(0,) * last].numel()
+        yield part.reshape(-1, run), strides[last] * shape[last], start
+        return
+    for index, inner in enumerate(part):
+        yield from _runs(inner, shape[1:], offsets[1:], first + (offsets[0] + index) * strides[0])

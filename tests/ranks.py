@@ -1,0 +1,79 @@
+"""Run a function in several processes that look as if torchrun had started them."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch.distributed as dist
+
+_PATIENCE = 120  # seconds until processes that wait for each other are ended
+
+
+class RankError(AssertionError):
+    """A process failed."""
+
+
+def run_ranks(function: Callable[..., Any], *args: Any, size: int = 2) -> list[Any]:
+    """Call a function in forked processes, and return what each returns. It must be picklable."""
+    port, context = _free_port(), multiprocessing.get_context("fork")
+    ends, processes = [], []
+    for rank in range(size):
+        receiving, sending = context.Pipe(duplex=False)
+        processes.append(context.Process(target=_child, args=(sending, rank, size, port, function, args), daemon=True))
+        processes[-1].start()
+        sending.close()
+        ends.append(receiving)
+    try:
+        found = [_result(end, rank) for rank, end in enumerate(ends)]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    failed = [f"process {rank}:\n{text}" for rank, (text, _) in enumerate(found) if text]
+    if failed:
+        raise RankError("\n".join(failed))
+    return [value for _, value in found]
+
+
+def _result(end: Connection, rank: int) -> tuple[str, Any]:
+    if not end.poll(_PATIENCE):
+        return f"no result after {_PATIENCE} seconds", None
+    try:
+        found: tuple[str, Any] = end.recv()
+        return found
+    except EOFError:
+        return "ended without a result", None
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return int(free.getsockname()[1])
+
+
+def _child(end: Connection, rank: int, size: int, port: int, function: Callable[..., Any], args: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    try:
+        end.send(("", function(*args)))
+    except BaseException:
+        end.send((traceback.format_exc(), None))
+    end.close()
+    os._exit(0)  # a process group whose other process has failed would wait for it
+
+
+def join_group() -> None:
+    """Join the processes in a group, as a strategy does."""
+    dist.init_process_group("gloo")

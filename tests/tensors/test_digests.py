@@ -1,0 +1,102 @@
+"""The digest of a tensor that is spread over processes is that of the whole."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from lightning_lora.tensors import digests as hashing
+from lightning_lora.tensors.digests import digest, digests, digests_as
+from tests.ranks import join_group, run_ranks
+
+SHAPES = [(5,), (1,), (7, 3), (1, 9), (6, 5, 4), (3, 2, 2, 5), (3, 200_000), (700, 1000), (0, 4), ()]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.complex64]
+
+
+def tensors() -> list[Tensor]:
+    torch.manual_seed(0)
+    made = []
+    for shape in SHAPES:
+        values = torch.randn(shape, dtype=torch.float64) * 100
+        made += [values.to(dtype) for dtype in DTYPES]
+    return made
+
+
+def spread_over_a_line() -> list[tuple[str, int, int]]:
+    join_group()
+    mesh, found = init_device_mesh("cpu", (3,)), []
+    for tensor in tensors():
+        for placement in (Shard(0), Shard(1), Shard(2), Replicate()):
+            if isinstance(placement, Shard) and placement.dim >= tensor.dim():
+                continue
+            spread = distribute_tensor(tensor, mesh, [placement])
+            found.append((f"{tuple(tensor.shape)} {tensor.dtype} {placement}", digest(spread), digest(tensor)))
+    return found
+
+
+def spread_over_a_square() -> list[tuple[str, int, int]]:
+    join_group()
+    mesh, found = init_device_mesh("cpu", (2, 2)), []
+    pairs = [(Shard(0), Shard(1)), (Shard(1), Shard(0)), (Shard(2), Shard(1)), (Shard(0), Shard(0))]
+    pairs += [(Replicate(), Shard(1)), (Shard(0), Replicate())]
+    for tensor in tensors():
+        for placements in pairs:
+            if any(isinstance(each, Shard) and each.dim >= tensor.dim() for each in placements):
+                continue
+            spread = distribute_tensor(tensor, mesh, placements)
+            found.append((f"{tuple(tensor.shape)} {tensor.dtype} {placements}", digest(spread), digest(tensor)))
+    return found
+
+
+@pytest.mark.parametrize(("layouts", "size"), [(spread_over_a_line, 3), (spread_over_a_square, 4)])
+def test_digest_of_parts_is_that_of_the_whole(layouts: Callable[[], Any], size: int) -> None:
+    for found in run_ranks(layouts, size=size):
+        assert len(found) > 100
+        assert not [layout for layout, of_parts, of_whole in found if of_parts != of_whole]
+
+
+def many_layouts() -> tuple[bool, int, bool]:
+    join_group()
+    mesh = init_device_mesh("cpu", (2,))
+    made = [tensor for tensor in tensors() if tensor.dim() > 1]
+    spread = [distribute_tensor(tensor, mesh, [Shard(place % 2)]) for place, tensor in enumerate(made)]
+    messages, own = [0], torch.distributed.all_reduce
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        messages[0] += 1
+        return own(*args, **kwargs)
+
+    torch.distributed.all_reduce = counting
+    mixed = [value for pair in zip(spread, made, strict=True) for value in pair]
+    same = digests(mixed) == [digest(tensor) for tensor in made for _ in range(2)]
+    count = messages[0]
+    half = digests_as(spread[0], [torch.float16]) == digests_as(made[0], [torch.float16])
+    return same, count, half
+
+
+def test_many_digests_take_one_message() -> None:
+    assert run_ranks(many_layouts) == [(True, 1, True)] * 2
+
+
+def changed_in_the_last_part() -> bool:
+    join_group()
+    mesh = init_device_mesh("cpu", (2,))
+    whole = torch.randn(9, 4)
+    torch.distributed.broadcast(whole, 0)
+    spread = distribute_tensor(whole, mesh, [Shard(0)])
+    before = digest(spread)
+    if torch.distributed.get_rank() == 1:
+        spread._local_tensor[-1, -1] += 1
+    return digest(spread) != before
+
+
+def test_a_change_in_one_process_changes_the_digest_in_all() -> None:
+    assert run_ranks(changed_in_the_last_part) == [True, True]
+
+
+def test_long_runs_cross_chunks() -> None:
+    assert max(torch.Size(shape).numel() for shape in SHAPES) > 2 * hashing._CHUNK
