@@ -21,6 +21,7 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_checkpoint_state
 from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.summary import fitting_console, summarize
+from lightning_lora.tensors.shards import reshard
 from lightning_lora.training.advice import advise
 from lightning_lora.training.averaging import drop_averages, share_base
 from lightning_lora.training.companions import (
@@ -37,7 +38,8 @@ from lightning_lora.training.optimizers import check_frozen
 from lightning_lora.training.randomness import RANDOM, random_states, set_random_state
 from lightning_lora.training.spawned import check_untied, receive_record, returns_state_only, send_record
 from lightning_lora.training.stage import Stage
-from lightning_lora.training.strategy import is_watched, watch
+from lightning_lora.training.strategy import Watch
+from lightning_lora.training.watch import watch, watch_of
 
 Merge = Literal["last", "best", False]
 
@@ -173,7 +175,8 @@ class LoRACallback(Callback):
         check_companions(callbacks, LoRACallback, stage)
         if stage != "fit":
             drop_averages(callbacks)
-        watch(trainer.strategy, self._stage)
+        adapts_late = watch(trainer.strategy, self._stage).adapts_late
+        reshard(pl_module.modules())
         if stage == "fit":
             receive_record(pl_module)
             self._check_merge(trainer, pl_module)
@@ -184,6 +187,8 @@ class LoRACallback(Callback):
         record = find_record(pl_module)
         if record is not None:
             self._stage.take_config(pl_module, record.config, f"the adapters of {type(pl_module).__name__}")
+        if adapts_late:
+            return  # configure_model would shard them
         try:
             inject_adapters(pl_module, self._stage.config)
         except LoRAError:  # setup or configure_model may still create the layers, and a file may have other arguments
@@ -248,7 +253,7 @@ class LoRACallback(Callback):
         view.follow_base()  # hooks may have loaded the base late
         view.record.is_trained = True
         share_base(callbacks_of(trainer), pl_module)
-        self._gradients = self._training.enter_context(closing(Gradients(pl_module, trainer.strategy.model)))
+        self._gradients = self._training.enter_context(closing(_watch_of(trainer).gradients()))
         self._training.enter_context(gradients_pass())
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -284,6 +289,7 @@ class LoRACallback(Callback):
 
         The module is plain again, and remembers its base and its adapters.
         """
+        reshard(pl_module.modules())
         note_changed(pl_module)
         if not self.merge or is_trial(trainer):
             return
@@ -317,6 +323,7 @@ class LoRACallback(Callback):
         This is for a module that was merged before, for example after a tuner's trial.
         """
         if self._stage.was_merged and not self._stage.has_begun and find_record(pl_module) is not None:
+            reshard(pl_module.modules())
             merge(pl_module)
         self._stage.is_over = True
         self._end_training()
@@ -333,7 +340,8 @@ class LoRACallback(Callback):
         if was_over or record is None or record.is_merged:
             return
         if stage.has_begun or (trainer.state.fn == "fit" and stage.has_loaded):
-            note_changed(pl_module)
+            if not _watch_of(trainer).adapts_late:  # or a process that fails alone would wait for the others
+                note_changed(pl_module)
         elif stage.was_merged:
             merge(pl_module)
         elif not stage.was_adapted:
@@ -352,7 +360,7 @@ class LoRACallback(Callback):
         if find_record(pl_module) is None:
             return
         checkpoint[RANDOM] = random_states(trainer)
-        if not is_watched(trainer.strategy):
+        if watch_of(trainer.strategy) is None:
             stage = self._new_stage(trainer)
             stage.is_over = True
             watch(trainer.strategy, stage)
@@ -360,6 +368,15 @@ class LoRACallback(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the stored random states until training starts."""
         self._stage.random = checkpoint.get(RANDOM)
+        if _watch_of(trainer).adapts_late and trainer.state.fn == "fit":  # on_fit_start is over
+            set_random_state(trainer, self._stage.random)
+
+
+def _watch_of(trainer: Trainer) -> Watch:
+    """What ``setup`` has set on the strategy."""
+    found = watch_of(trainer.strategy)
+    assert found is not None
+    return found
 
 
 def _is_merged(pl_module: LightningModule) -> bool:

@@ -1,5 +1,6 @@
 """Run a function in several processes that look as if torchrun had started them."""
 
+import io
 import multiprocessing
 import os
 import socket
@@ -8,9 +9,13 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 _PATIENCE = 120  # seconds until processes that wait for each other are ended
+
+
+_CUT_OFF = "Connection closed by peer"
 
 
 class RankError(AssertionError):
@@ -18,7 +23,7 @@ class RankError(AssertionError):
 
 
 def run_ranks(function: Callable[..., Any], *args: Any, size: int = 2) -> list[Any]:
-    """Call a function in forked processes, and return what each returns. It must be picklable."""
+    """Call a function in forked processes, and return what each returns: anything that torch can save."""
     port, context = _free_port(), multiprocessing.get_context("fork")
     ends, processes = [], []
     for rank in range(size):
@@ -33,9 +38,9 @@ def run_ranks(function: Callable[..., Any], *args: Any, size: int = 2) -> list[A
         for process in processes:
             process.kill()
             process.join()
-    failed = [f"process {rank}:\n{text}" for rank, (text, _) in enumerate(found) if text]
+    failed = [(_CUT_OFF in text, f"process {rank}:\n{text}") for rank, (text, _) in enumerate(found) if text]
     if failed:
-        raise RankError("\n".join(failed))
+        raise RankError(min(failed)[1])  # the others fail because it does
     return [value for _, value in found]
 
 
@@ -43,7 +48,7 @@ def _result(end: Connection, rank: int) -> tuple[str, Any]:
     if not end.poll(_PATIENCE):
         return f"no result after {_PATIENCE} seconds", None
     try:
-        found: tuple[str, Any] = end.recv()
+        found: tuple[str, Any] = torch.load(io.BytesIO(end.recv_bytes()), weights_only=False)
         return found
     except EOFError:
         return "ended without a result", None
@@ -67,9 +72,12 @@ def _child(end: Connection, rank: int, size: int, port: int, function: Callable[
         "TORCHELASTIC_RUN_ID": "test",
     }
     try:
-        end.send(("", function(*args)))
+        found = "", function(*args)
     except BaseException:
-        end.send((traceback.format_exc(), None))
+        found = traceback.format_exc(), None
+    packed = io.BytesIO()
+    torch.save(found, packed)
+    end.send_bytes(packed.getvalue())
     end.close()
     os._exit(0)  # a process group whose other process has failed would wait for it
 

@@ -15,7 +15,7 @@ from lightning_lora.layers.twin import run_on
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.inplace import overlay, uncover
 from lightning_lora.tensors.names import own_parameter
-from lightning_lora.tensors.shards import spread_as, whole
+from lightning_lora.tensors.shards import in_one_piece, spread_as, whole
 from lightning_lora.tensors.values import replace_values
 
 
@@ -68,7 +68,7 @@ class LoRALayer(LayerKind):
             with torch.no_grad():
                 own = self.lora_values(self, self._lora_own("weight"))
                 matrix = added(own, self._lora_delta("weight", own))
-            scale = magnitude_scale(self.lora_magnitude, self.lora_as_matrix(matrix))  # type: ignore[arg-type]
+            scale = magnitude_scale(self._lora_factor(MAGNITUDE), self.lora_as_matrix(matrix))
         after = (1,) * (self.weight.dim() - 2)  # type: ignore[operator]  # dimensions of the output after its features
         scale, bias = scale.view(-1, *after), getattr(self, "bias", None)
         unbiased = output if bias is None else output - bias.view(-1, *after).to(output.dtype)
@@ -112,13 +112,18 @@ class LoRALayer(LayerKind):
         """The factors of all parts of a weight as one pair: A stacked by rows, B by columns."""
         parts = [part for part in self.lora_parts if part.weight == name]
         if len(parts) == 1 and parts[0].is_whole:
-            return getattr(self, parts[0].factor("A" + start)), getattr(self, parts[0].factor("B" + start))
+            return self._lora_factor(parts[0].factor("A" + start)), self._lora_factor(parts[0].factor("B" + start))
         reading, writing = [], []
         for part in parts:
-            b = getattr(self, part.factor("B" + start))
-            reading.append(getattr(self, part.factor("A" + start)))
+            b = self._lora_factor(part.factor("B" + start))
+            reading.append(self._lora_factor(part.factor("A" + start)))
             writing.append(F.pad(b, (0, 0, part.first, part.rows - part.first - part.writes)))
         return torch.cat(reading), torch.cat(writing, dim=1)
+
+    def _lora_factor(self, name: str) -> Tensor:
+        """A parameter of the adapter, to compute with. If it is a DTensor in one piece, what this process holds."""
+        factor: Tensor = getattr(self, name)
+        return in_one_piece(factor)
 
     def _lora_delta(self, name: str, own: Tensor, dropout: float = 0.0) -> Tensor:
         """The update of a weight, in the layout of ``own``, in float32 or wider."""
@@ -154,7 +159,7 @@ class LoRALayer(LayerKind):
             if not self.lora_settings.use_dora:
                 return effective
             matrix = self.lora_as_matrix(effective)
-            scaled = matrix * magnitude_scale(self.lora_magnitude, matrix).unsqueeze(-1)  # type: ignore[arg-type]
+            scaled = matrix * magnitude_scale(self._lora_factor(MAGNITUDE), matrix).unsqueeze(-1)
             return self.lora_as_weight(scaled, own)
 
     def lora_merged_weight(self, name: str) -> tuple[Tensor, float]:

@@ -40,6 +40,8 @@ class LoRALinear(LoRALayer):
             a, b = self.lora_factors("weight")
         else:  # most layers: skips calls whose time counts with a few tokens
             a, b = self.lora_A, self.lora_B
+            if type(a) is not nn.Parameter:
+                a, b = self.lora_factors("weight")
         return adapted_linear(input, self.lora_as_matrix(self.weight), self.bias, a, b, settings.scaling, dropout)
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, input: Tensor) -> Tensor:

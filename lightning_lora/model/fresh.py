@@ -132,7 +132,7 @@ def _deviations(view: View, name: str, weight: nn.Parameter) -> tuple[float, ...
 
 def _fans(weight: nn.Parameter) -> tuple[int, int]:
     """How many inputs an output depends on, and the other way round."""
-    return weight[0].numel(), weight.shape[0] * weight[0, 0].numel()
+    return weight.shape[1:].numel(), weight.shape[0] * weight.shape[2:].numel()
 
 
 # Names for modules_to_save

@@ -26,6 +26,17 @@ def own_part(tensor: Tensor) -> Tensor:
     return tensor._local_tensor.detach() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def in_one_piece(tensor: Tensor) -> Tensor:
+    """Return a tensor without its DTensor, if that is replicated.
+
+    Gradients pass. Other tensors are returned unchanged.
+    """
+    if not is_spread(tensor) or split_dims(tensor):
+        return tensor
+    local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return local
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return the whole tensor, gathered from all processes.
 

@@ -30,9 +30,10 @@ class Gradients:
             ``DistributedDataParallel`` waits for a gradient of every parameter. It fails if a batch does not use a
             layer (an expert, a dropped layer, an unused pooler). Here, unused parameters get a zero gradient. So
             ``find_unused_parameters``, which searches the graph in every step, is not needed.
+        notes: Whether to note which parameters get a gradient, as they may be given one later.
     """
 
-    def __init__(self, model: nn.Module, wrapped: Any) -> None:
+    def __init__(self, model: nn.Module, wrapped: Any, *, notes: bool = False) -> None:
         waits = isinstance(wrapped, DistributedDataParallel)
         self.waiting = wrapped if waits and not (wrapped.find_unused_parameters or wrapped.static_graph) else None
         view = view_of(model)
@@ -42,7 +43,8 @@ class Gradients:
         self.now: set[int] = set()
         self.ever: set[int] = set()
         self.optimizers: list[Optimizer] = []
-        trained = [p for p in model.parameters() if p.requires_grad] if self.waiting else []
+        self.notes = notes or self.waiting is not None
+        trained = [p for p in model.parameters() if p.requires_grad] if self.notes else []
         self.trained = {id(p): p for p in trained}
         self.hooks = [p.register_post_accumulate_grad_hook(self._note) for p in trained]
 
@@ -96,7 +98,7 @@ class Gradients:
             )
 
     def _was_reached(self, parameter: nn.Parameter) -> bool:
-        return id(parameter) in self.ever if self.waiting is not None else parameter.grad is not None
+        return id(parameter) in self.ever if self.notes else parameter.grad is not None
 
     def close(self) -> None:
         """Remove the hooks."""

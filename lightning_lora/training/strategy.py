@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_lora.errors import AdapterFileError, OptimizerError, StrategyError
+from lightning_lora.errors import AdapterFileError, OptimizerError
 from lightning_lora.model.attach import move_adapters
 from lightning_lora.model.freeze import freeze, unfreeze
 from lightning_lora.model.record import find_record
@@ -36,6 +36,7 @@ from lightning_lora.storage.run_state import check_resumable
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad
+from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.optimizers import train_adapters
 from lightning_lora.training.stage import Stage
 
@@ -44,36 +45,10 @@ if TYPE_CHECKING:
     from lightning.pytorch.plugins import Precision
     from lightning.pytorch.strategies import Strategy
 
-_ATTRIBUTE = "_lora_watch"
-"""The attribute of a strategy that holds its :class:`Watch`."""
-
-
-def watch(strategy: "Strategy", stage: Stage) -> None:
-    """Set the methods of :class:`Watch` on ``strategy``.
-
-    They stay there after the stage, so files are adapter-only after a fit and after an exception too.
-
-    Raises:
-        StrategyError: the strategy shards or restores the model in a way that is not supported yet.
-    """
-    if strategy.restore_checkpoint_after_setup:
-        raise StrategyError(
-            f"{type(strategy).__name__} shards the model, which LoRACallback does not support yet. Use a single device "
-            "or one of the 'ddp' strategies."
-        )
-    watch = vars(strategy).setdefault(_ATTRIBUTE, Watch(strategy))
-    watch.install(stage)
-
-
-def is_watched(strategy: "Strategy") -> bool:
-    """Whether :func:`watch` was called with ``strategy``."""
-    return _ATTRIBUTE in vars(strategy)
-
-
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-def _once(method: _Method) -> _Method:
+def once(method: _Method) -> _Method:
     """Let a method of :class:`Watch` act once, though code that wrapped it is wrapped by it too."""
     name = method.__name__
 
@@ -92,7 +67,7 @@ class Watch:
     strategy that is pickled to another process keeps them.
     """
 
-    METHODS = (
+    METHODS: tuple[str, ...] = (
         "load_checkpoint",
         "load_model_state_dict",
         "load_optimizer_state_dict",
@@ -101,6 +76,9 @@ class Watch:
         "lightning_module_state_dict",
         "save_checkpoint",
     )
+
+    adapts_late = False
+    """Whether adapters are added, and files are read, only after ``configure_model``."""
 
     stage: Stage
 
@@ -124,13 +102,18 @@ class Watch:
     def inner(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Call the method that the running one wraps."""
         depth = self.depths.get(name, 0)
-        own = partial(getattr(type(self.strategy), name), self.strategy)
+        own = partial(self.own_method(name), self.strategy)
         methods: list[Callable[..., Any]] = [own, *self.others[name]]
         self.depths[name] = depth + 1
         try:
             return methods[-1 - depth](*args, **kwargs)
         finally:
             self.depths[name] = depth
+
+    def own_method(self, name: str) -> Callable[..., Any]:
+        """Return a method of the strategy's class."""
+        method: Callable[..., Any] = getattr(type(self.strategy), name)
+        return method
 
     @property
     def module(self) -> LightningModule:
@@ -141,7 +124,7 @@ class Watch:
 
     # Set up
 
-    @_once
+    @once
     def setup(self, trainer: "Trainer") -> None:
         """Adapt the module before it is converted, moved and wrapped.
 
@@ -150,7 +133,7 @@ class Watch:
         if self.stage.runs_merged:
             self._setup_merged(trainer)
             return
-        self.stage.adapt(self.module)
+        self._adapt()
         self._note_base()
         self.stage.base_is_noted = False
         with keeping_adapters(self.strategy.precision_plugin):
@@ -160,6 +143,10 @@ class Watch:
         view.follow_base()  # which may have been converted
         self._note_converted_base()
 
+    def _adapt(self) -> None:
+        """Adapt the module after its own hooks have run."""
+        self.stage.adapt(self.module)
+
     def _setup_merged(self, trainer: "Trainer") -> None:
         """Set up an evaluation of a merged module: only a conversion of its base is noted."""
         view = view_of(self.module)
@@ -168,7 +155,7 @@ class Watch:
         if is_known:
             self._note_converted_base()
 
-    @_once
+    @once
     def setup_optimizers(self, trainer: "Trainer") -> None:
         """Build the user's optimizers, then let them train the adapters.
 
@@ -188,7 +175,7 @@ class Watch:
 
     # Load
 
-    @_once
+    @once
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read the checkpoint, then adapt the module.
 
@@ -219,7 +206,7 @@ class Watch:
             self.stage.unmerge(self.module)
         if KEY in checkpoint and not self.stage.has_begun:  # later, the adapters are trained
             self.stage.take_config(self.module, stored_config(checkpoint[KEY]), path)
-        self.stage.adapt(self.module)
+        self._adapt()
 
     def _read(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         """Let the strategy read a file, of plain types only unless the user trusts it."""
@@ -246,7 +233,7 @@ class Watch:
         """Whether files are written and read by torch.save and torch.load, at once."""
         return type(self.strategy.checkpoint_io).__name__ == "TorchCheckpointIO"  # in both Lightning packages
 
-    @_once
+    @once
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Load what training changed.
 
@@ -259,7 +246,7 @@ class Watch:
         load_checkpoint_state(self.module, checkpoint, whole=self.stage.states_are_read)
         self.stage.base_is_noted = self.stage.has_loaded = KEY in checkpoint
 
-    @_once
+    @once
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Load the optimizers' states, if they fit.
 
@@ -298,12 +285,12 @@ class Watch:
     def _note_converted_base(self) -> None:
         view = view_of(self.module)
         known, dtypes = view.record.fingerprints, base_dtypes(view)
-        if all(form["dtypes"] != dtypes for form in known):
+        if known and all(form["dtypes"] != dtypes for form in known):
             known.append(fingerprint(view))
 
     # Save
 
-    @_once
+    @once
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return what training changed.
 
@@ -314,7 +301,7 @@ class Watch:
             return state
         return adapter_state_dict(self.module)
 
-    @_once
+    @once
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint with only the adapters, and their description.
 
@@ -326,6 +313,12 @@ class Watch:
         beside = writes_at_once and self.strategy.is_global_zero and local_path(filepath) is not None
         with writing(filepath, beside=beside) as path:
             self.inner("save_checkpoint", checkpoint, path, storage_options)
+
+    # Gradients
+
+    def gradients(self) -> Gradients:
+        """Return what watches the gradients of a fit."""
+        return Gradients(self.module, self.strategy.model)
 
 
 @contextmanager

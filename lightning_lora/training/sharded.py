@@ -1,0 +1,243 @@
+"""ModelParallelStrategy (FSDP2): adapters beside a sharded base.
+
+The strategy shards what ``configure_model`` makes. Adapters are added after that, so each process holds them whole. In
+every step their gradients are averaged with one message, as ``DistributedDataParallel`` does it. The files are those of
+any other strategy: the base is never gathered, and nothing depends on ``save_distributed_checkpoint``.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_lora.errors import AdapterFileError, StrategyError, listed
+from lightning_lora.model.attach import attach_adapters, detach_adapters
+from lightning_lora.model.record import find_record
+from lightning_lora.model.remember import view_of
+from lightning_lora.model.view import View
+from lightning_lora.storage.disk import local_path
+from lightning_lora.tensors.names import named_parameters, set_parameter
+from lightning_lora.tensors.shards import is_spread, own_part, replicated, reshard, split_dims, spread_as, whole
+from lightning_lora.training.gradients import Gradients
+from lightning_lora.training.optimizers import train_adapters
+from lightning_lora.training.strategy import Watch, once
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+
+class ShardedWatch(Watch):
+    """The methods of :class:`Watch`, for ModelParallelStrategy.
+
+    It restores checkpoints after its set-up, and does it itself. Here, files are read and written as by the other
+    strategies.
+    """
+
+    METHODS = (*Watch.METHODS, "model_sharded_context", "block_backward_sync", "optimizer_state", "on_train_start")
+
+    adapts_late = True
+
+    is_blocked = False
+    """Whether the running backward pass only accumulates gradients."""
+
+    def own_method(self, name: str) -> Any:
+        """Return a method of the strategy's class, or of the base class where the strategy shards files."""
+        kind = type(self.strategy)
+        if name in ("load_checkpoint", "save_checkpoint", "optimizer_state", "load_optimizer_state_dict"):
+            kind = next(base for base in kind.__mro__ if base.__name__ == "Strategy")
+        return getattr(kind, name)
+
+    # Set up
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Keep adapters that the module already has out of the shards, while ``configure_model`` runs."""
+        record = find_record(self.module)
+        adapters = {} if record is None or record.is_merged else detach_adapters(View(self.module))
+        try:
+            with self.inner("model_sharded_context"):
+                yield
+        finally:
+            attach_adapters(self.module, adapters)
+
+    @once
+    def setup(self, trainer: "Trainer") -> None:
+        """Adapt the sharded module."""
+        reshard(self.module.modules())
+        super().setup(trainer)
+
+    def _adapt(self) -> None:
+        super()._adapt()
+        self._check_whole()
+        view = view_of(self.module)
+        trained = next((p for p in view.trained.values() if is_spread(p)), None)
+        if trained is None:
+            return
+        for layer in view.layers.values():
+            for name, factor in layer.lora_parameters().items():
+                if not is_spread(factor):
+                    set_parameter(layer, name, replicated(factor, trained.device_mesh))  # type: ignore[attr-defined]
+
+    def _check_whole(self) -> None:
+        """Refuse adapters that ``configure_model`` has sharded with the base."""
+        split = [name for name, p in view_of(self.module).adapters.items() if is_spread(p) and split_dims(p)]
+        if split:
+            raise StrategyError(
+                f"{listed(split)} of {type(self.module).__name__} were sharded with the base. Do not call "
+                "inject_adapters or load_adapter in configure_model: LoRACallback adds the adapters after it."
+            )
+
+    def _note_base(self) -> None:
+        if not any(p.is_meta for p in View(self.module).base.values()):  # otherwise it is loaded later
+            super()._note_base()
+
+    @once
+    def on_train_start(self) -> None:
+        """Take the base's fingerprint, and start with the same adapters in every process."""
+        reshard(self.module.modules())
+        self._note_base()
+        with torch.no_grad():
+            for p in view_of(self.module).adapters.values():
+                dist.broadcast(own_part(p).detach(), 0)
+        self.inner("on_train_start")
+
+    # Files
+
+    def _adapt_for(self, checkpoint: dict[str, Any], path: Any) -> None:
+        super()._adapt_for(checkpoint, path)
+        if self.stage.was_replaced:  # the optimizers, which exist already, hold the adapters from before
+            train_adapters(self.module, self.strategy.optimizers)
+
+    @once
+    def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
+        """Load what training changed, and the optimizers' states, which Lightning leaves to this strategy."""
+        reshard(self.module.modules())
+        super().load_model_state_dict(checkpoint, strict)
+        is_fit = not self.stage.is_over and self.module.trainer.state.fn == "fit"
+        if is_fit and checkpoint.get("optimizer_states"):
+            self.load_optimizer_state_dict(checkpoint)
+
+    @once
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        """Load the optimizers' states, each process its own part."""
+        states = checkpoint["optimizer_states"]
+        if len(states) == len(self.strategy.optimizers):
+            states = [_spread_state(*pair) for pair in zip(states, self.strategy.optimizers, strict=True)]
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+
+    @once
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Return the state of an optimizer, whole."""
+        state: dict[str, Any] = self.inner("optimizer_state", optimizer)
+        held = {key: {n: _whole(v) for n, v in values.items()} for key, values in state["state"].items()}
+        return {**state, "state": held}
+
+    @once
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return what training changed, whole."""
+        reshard(self.module.modules())
+        return super().lightning_module_state_dict()
+
+    @once
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write one file, as the other strategies do."""
+        path = local_path(filepath)
+        if path is not None and path.is_dir():
+            raise AdapterFileError(
+                f"{filepath} is a folder, perhaps a sharded checkpoint. A run with adapters writes one file: give it "
+                "another name."
+            )
+        reshard(self.module.modules())
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    # Gradients
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Note that a backward pass only accumulates. FSDP2 does not send its gradients then, either."""
+        roots = [module for module in self.module.modules() if hasattr(module, "set_requires_gradient_sync")]
+        self._set_blocked(roots, True)
+        try:
+            with self.inner("block_backward_sync"):
+                yield
+        finally:
+            self._set_blocked(roots, False)
+
+    def _set_blocked(self, roots: list[Any], flag: bool) -> None:
+        self.is_blocked = flag
+        for module in roots:
+            module.set_requires_gradient_sync(not flag, recurse=False)
+
+    def gradients(self) -> Gradients:
+        """Return what watches the gradients of a fit."""
+        return ShardedGradients(self)
+
+
+class ShardedGradients(Gradients):
+    """Watches the gradients of a sharded run, and averages those that FSDP2 does not.
+
+    A layer that one process leaves out gets a gradient of zero there.
+    """
+
+    def __init__(self, watch: ShardedWatch) -> None:
+        super().__init__(watch.module, watch.strategy.model, notes=True)
+        self.watch = watch
+        self.mesh = watch.strategy.device_mesh["data_parallel"]  # type: ignore[attr-defined]
+        self.averaged: dict[torch.dtype, list[nn.Parameter]] = {}
+        for p in named_parameters(watch.module).values():
+            if p.requires_grad and not _is_averaged_by_torch(p):
+                self.averaged.setdefault(p.dtype, []).append(p)
+
+    def end_backward(self) -> None:
+        """Average the gradients, unless the pass only accumulates."""
+        self.ever |= self.now
+        self.now.clear()
+        if not self.watch.is_blocked and self.mesh.size() > 1:
+            for parameters in self.averaged.values():
+                self._average(parameters)
+        super().end_backward()
+
+    def _average(self, parameters: list[nn.Parameter]) -> None:
+        """Average the gradients of parameters of one dtype, with one message."""
+        with torch.no_grad():
+            own = [torch.zeros_like(own_part(p)) if p.grad is None else own_part(p.grad) for p in parameters]
+            flat = torch.cat([grad.reshape(-1) for grad in own]).mul_(1 / self.mesh.size())  # before the sum, as DDP
+            dist.all_reduce(flat, group=self.mesh.get_group())
+            for p, mean in zip(parameters, flat.split([grad.numel() for grad in own]), strict=True):
+                if p.grad is not None:
+                    own_part(p.grad).copy_(mean.view_as(own_part(p)))
+                elif p.requires_grad:
+                    p.grad = torch.zeros_like(p)
+                    own_part(p.grad).copy_(mean.view_as(own_part(p)))
+
+
+def _is_averaged_by_torch(parameter: nn.Parameter) -> bool:
+    """Whether FSDP2 averages the gradient: the parameter is split over the data-parallel processes."""
+    if not is_spread(parameter):
+        return False
+    mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+    names = mesh.mesh_dim_names or ()
+    return any(dim >= len(names) or names[dim] != "tensor_parallel" for dim in split_dims(parameter))
+
+
+def _whole(value: Any) -> Any:
+    return whole(value) if isinstance(value, Tensor) else value
+
+
+def _spread_state(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """An optimizer's state with the own parts of what belongs to a spread parameter."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = [number for group in state["param_groups"] for number in group["params"]]
+    if len(parameters) != len(names):
+        return state  # torch refuses it, and says why
+    held = {}
+    for number, p in zip(names, parameters, strict=True):
+        if number in state["state"]:
+            held[number] = {
+                name: spread_as(value, p) if isinstance(value, Tensor) and value.shape == p.shape else value
+                for name, value in state["state"][number].items()
+            }
+    return {**state, "state": held}

@@ -1,0 +1,131 @@
+"""A small transformer in configure_model, and fits of it in two processes."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_lora import LoRACallback
+
+WIDTH, CLASSES = 16, 3
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.norm = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(self.norm(x) + self.q(x))))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def pretrained() -> dict[str, Tensor]:
+    """The same weights each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return {name: value + 0.1 * torch.randn_like(value) for name, value in Net().state_dict().items()}
+
+
+def shard(net: Net, mesh: Any) -> None:
+    for layer in net.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+
+
+class LitNet(L.LightningModule):
+    """A classifier that is sharded under ModelParallelStrategy alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model: Net | None = None
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        self.model = self.built()
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            self.shard()
+
+    def built(self) -> Net:
+        net = Net()
+        net.load_state_dict(pretrained())
+        return net
+
+    def shard(self) -> None:
+        assert self.model is not None
+        shard(self.model, self.device_mesh["data_parallel"])
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        assert self.model is not None
+        return F.cross_entropy(self.model(batch[0]), batch[1])
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        return self.loss(batch)
+
+    def validation_step(self, batch: list[Tensor], _: int) -> None:
+        self.log("loss", self.loss(batch), sync_dist=True)
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def data() -> DataLoader[Any]:
+    draws = torch.Generator().manual_seed(0)
+    x, y = torch.randn(32, WIDTH, generator=draws), torch.randint(0, CLASSES, (32,), generator=draws)
+    return DataLoader(TensorDataset(x, y), batch_size=4)
+
+
+def lora(**kwargs: Any) -> LoRACallback:
+    return LoRACallback(**{"r": 2, "dropout": 0.1, "merge": False, **kwargs})
+
+
+def trainer_of(kind: str, folder: Path, callbacks: list[L.Callback], **kwargs: Any) -> L.Trainer:
+    """A Trainer of two processes ("ddp" or "sharded"), or of one ("one")."""
+    options: dict[str, Any] = {"max_epochs": 2, "logger": False, "enable_checkpointing": False}
+    if kind != "one":
+        options |= {"devices": 2, "strategy": strategy_of(kind)}
+    return L.Trainer(
+        accelerator="cpu",
+        callbacks=callbacks,
+        default_root_dir=folder,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{**options, **kwargs},
+    )
+
+
+def strategy_of(kind: str) -> Any:
+    if kind == "ddp":
+        return DDPStrategy(process_group_backend="gloo")
+    return ModelParallelStrategy(
+        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=kind == "sharded"
+    )
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module, whole."""
+    found = {}
+    for name, value in module.state_dict().items():
+        found[name] = (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
+    return found
