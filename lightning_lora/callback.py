@@ -339,9 +339,12 @@ class LoRACallback(Callback):
         self._end_training()
         if was_over or record is None or record.is_merged:
             return
+        waits = _watch_of(trainer).adapts_late  # for the other processes, if they have not failed too
         if stage.has_begun or (trainer.state.fn == "fit" and stage.has_loaded):
-            if not _watch_of(trainer).adapts_late:  # or a process that fails alone would wait for the others
+            if not waits:
                 note_changed(pl_module)
+        elif stage.was_merged and waits:
+            pass  # the adapters stay on their layers
         elif stage.was_merged:
             merge(pl_module)
         elif not stage.was_adapted:

@@ -1,10 +1,12 @@
 """Run a function in several processes that look as if torchrun had started them."""
 
+import faulthandler
 import io
 import multiprocessing
 import os
 import socket
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_PATIENCE = 120  # seconds until processes that wait for each other are ended
+_PATIENCE = 40  # seconds until processes that wait for each other are ended
 
 
 _CUT_OFF = "Connection closed by peer"
@@ -45,8 +47,7 @@ def run_ranks(function: Callable[..., Any], *args: Any, size: int = 2) -> list[A
 
 
 def _result(end: Connection, rank: int) -> tuple[str, Any]:
-    if not end.poll(_PATIENCE):
-        return f"no result after {_PATIENCE} seconds", None
+    end.poll(2 * _PATIENCE)
     try:
         found: tuple[str, Any] = torch.load(io.BytesIO(end.recv_bytes()), weights_only=False)
         return found
@@ -71,6 +72,8 @@ def _child(end: Connection, rank: int, size: int, port: int, function: Callable[
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "test",
     }
+    warnings.filterwarnings("ignore", ".*recommended to use `Trainer.devices=1")
+    faulthandler.dump_traceback_later(_PATIENCE, exit=True)
     try:
         found = "", function(*args)
     except BaseException:

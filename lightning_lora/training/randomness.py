@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor
 
@@ -20,8 +21,16 @@ def random_states(trainer: Trainer) -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
-    gathered = {name: trainer.strategy.all_gather(state.to(device)) for name, state in states.items()}
+    gathered = {name: _of_all_processes(trainer, state.to(device)) for name, state in states.items()}
     return {name: rows.reshape(-1, len(states[name])).cpu() for name, rows in gathered.items()}
+
+
+def _of_all_processes(trainer: Trainer, state: Tensor) -> Tensor:
+    if not (dist.is_available() and dist.is_initialized()):
+        return trainer.strategy.all_gather(state)
+    rows = [torch.empty_like(state) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, state)  # Lightning's own all_gather is for gradients too; torch warns about that
+    return torch.stack(rows)
 
 
 def set_random_state(trainer: Trainer, states: object) -> None:

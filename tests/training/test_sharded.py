@@ -7,10 +7,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from lightning_lora import load_adapter, merge_adapters, unmerge_adapters
 from tests.ranks import run_ranks
-from tests.training.sharded_cases import LitNet, data, lora, trainer_of, whole_state
+from tests.training.sharded_cases import LitNet, data, lora, pretrained, trainer_of, whole_state
 
 State = dict[str, Tensor]
 
@@ -65,3 +67,131 @@ class Manual(LitNet):
 def test_two_processes_train_the_bits_of_ddp(tmp_path: Path, build: Callable[[], LitNet], options: Any) -> None:
     state = assert_alike(tmp_path, build, **options)
     assert all(value.any() for name, value in state.items() if name.endswith("lora_B"))
+
+
+# Files
+
+
+class Saves(L.Callback):
+    """Writes a file at the end of each epoch, as the user's code may: on every process."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.folder, self.kind = folder, kind
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.save_checkpoint(path_of(self.folder, self.kind, trainer.current_epoch))
+
+
+def path_of(folder: Path, kind: str, epoch: int) -> Path:
+    return folder / f"{kind}-{epoch}.ckpt"
+
+
+def fit_and_save(
+    kind: str, folder: Path, build: Callable[[], LitNet], kwargs: Any, resumed: Path | None = None
+) -> State:
+    L.seed_everything(1, verbose=False)  # the samplers' seed
+    module = build()
+    torch.manual_seed(1 if resumed is None else 99)
+    callbacks = [lora(**kwargs), Saves(folder, kind)]
+    trainer_of(kind, folder, callbacks).fit(module, data(), data(), ckpt_path=resumed, weights_only=True)
+    return whole_state(module)
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """The leaves of a checkpoint, by path."""
+    if isinstance(value, dict):
+        return {k: v for key, inner in value.items() for k, v in flat(inner, f"{name}/{key}").items()}
+    if isinstance(value, list | tuple):
+        return {k: v for key, inner in enumerate(value) for k, v in flat(inner, f"{name}/{key}").items()}
+    return {name: value}
+
+
+def read(path: Path) -> dict[str, Any]:
+    return flat(torch.load(path, weights_only=True))
+
+
+@pytest.mark.parametrize("kind", ["sharded", "in one file"])
+def test_file_of_a_sharded_run_is_that_of_ddp(tmp_path: Path, kind: str) -> None:
+    for each in ("ddp", kind):
+        run_ranks(fit_and_save, each, tmp_path, LitNet, {})
+    found, expected = (read(path_of(tmp_path, each, 1)) for each in (kind, "ddp"))
+    assert found.keys() == expected.keys()
+    differ = [name for name, value in expected.items() if not same(found[name], value)]
+    assert not differ
+    assert abs(path_of(tmp_path, kind, 1).stat().st_size - path_of(tmp_path, "ddp", 1).stat().st_size) < 200
+    assert not [name for name in found if name.startswith("/state_dict/") and "lora" not in name]
+
+
+def same(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
+
+
+@pytest.mark.parametrize("written", ["ddp", "sharded"])
+@pytest.mark.parametrize("resumed", ["ddp", "sharded"])
+def test_run_resumes_to_the_same_bits(tmp_path: Path, written: str, resumed: str) -> None:
+    whole = run_ranks(fit_and_save, written, tmp_path, LitNet, {})
+    assert_same(
+        run_ranks(fit_and_save, resumed, tmp_path / "b", LitNet, {}, path_of(tmp_path, written, 0))[1], whole[0]
+    )
+    found, expected = read(path_of(tmp_path / "b", resumed, 1)), read(path_of(tmp_path, written, 1))
+    assert not [name for name, value in expected.items() if "optimizer" in name and not same(found[name], value)]
+
+
+def test_one_process_reads_the_file_and_goes_on(tmp_path: Path) -> None:
+    expected = run_ranks(fit_and_save, "sharded", tmp_path, LitNet, {})[0]
+    module = LitNet()
+    module.model = module.built()
+    load_adapter(module, path_of(tmp_path, "sharded", 1))
+    assert_same(whole_state(module), expected)
+    again = LitNet()
+    t = trainer_of("one", tmp_path, [lora()], max_epochs=3)
+    t.fit(again, data(), data(), ckpt_path=path_of(tmp_path, "sharded", 1))
+    assert t.current_epoch == 3
+    one = LitNet()
+    t = trainer_of("one", tmp_path, [lora(), Saves(tmp_path, "one")], max_epochs=1)
+    t.fit(one, data(), data())
+    L.seed_everything(1, verbose=False)
+    run_ranks(fit_and_save, "sharded", tmp_path, LitNet, {}, path_of(tmp_path, "one", 0))
+
+
+# Merging
+
+
+def whole_life(kind: str, folder: Path, merge: str) -> tuple[State, list[str], State, State, list[float]]:
+    """Fit with a merge, evaluate, evaluate a file, unmerge, fit again."""
+    L.seed_everything(1, verbose=False)
+    module, scores = LitNet(), []
+    best = ModelCheckpoint(folder / kind, monitor="loss", filename="best")
+    t = trainer_of(kind, folder, [lora(merge=merge), best], enable_checkpointing=True)
+    t.fit(module, data(), data())
+    merged, classes = whole_state(module), sorted({type(m).__name__ for m in module.modules()})
+    scores.append(t.validate(module, data(), verbose=False)[0]["loss"])
+    assert_same(whole_state(module), merged)
+    scores.append(t.validate(module, data(), ckpt_path=best.best_model_path, verbose=False)[0]["loss"])
+    scores.append(float(best.best_model_score))
+    assert_same(whole_state(module), merged)
+    unmerge_adapters(module)
+    base = {name: value for name, value in whole_state(module).items() if "lora" not in name}
+    merge_adapters(module)
+    assert_same(whole_state(module), merged)
+    trainer_of(kind, folder, [lora(merge=merge)], max_epochs=1).fit(module, data(), data())
+    return merged, classes, base, whole_state(module), scores
+
+
+@pytest.mark.parametrize("merge", ["last", "best"])
+def test_merge_on_shards_is_the_merge_of_one_process(tmp_path: Path, merge: str) -> None:
+    merged, classes, base, second, scores = run_ranks(whole_life, "sharded", tmp_path, merge)[1]
+    of_ddp = run_ranks(whole_life, "ddp", tmp_path, merge)[0]
+    assert_same(merged, of_ddp[0])
+    assert_same(base, {f"model.{name}": value for name, value in pretrained().items()})
+    assert_same(second, of_ddp[3])
+    assert scores == pytest.approx(of_ddp[4], rel=1e-5)
+    assert not [name for name in classes if "LoRA" in name]
+    if merge == "best":
+        assert scores[0] == pytest.approx(scores[2], rel=1e-5)
+    module = LitNet()
+    module.model = module.built()
+    load_adapter(module, tmp_path / "sharded" / "best.ckpt")
+    merge_adapters(module)
+    if merge == "best":
+        assert_same(whole_state(module), merged)
