@@ -72,6 +72,7 @@ def _child(end: Connection, rank: int, size: int, port: int, function: Callable[
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "test",
     }
+    warnings.filterwarnings("ignore", "DTensor random operators may not")  # torch, of a meta model's first values
     warnings.filterwarnings("ignore", ".*recommended to use `Trainer.devices=1")
     faulthandler.dump_traceback_later(_PATIENCE, exit=True)
     try:

@@ -15,7 +15,7 @@ from lightning_lora.layers.twin import run_on
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.inplace import overlay, uncover
 from lightning_lora.tensors.names import own_parameter
-from lightning_lora.tensors.shards import in_one_piece, spread_as, whole
+from lightning_lora.tensors.shards import in_one_piece, own_part, spread_as, whole
 from lightning_lora.tensors.values import replace_values
 
 
@@ -230,17 +230,17 @@ class LoRALayer(LayerKind):
     def lora_is_fresh(self) -> bool:
         """Whether the update is still zero."""
         for part in self.lora_parts:
-            a, b = getattr(self, part.factor("A")), getattr(self, part.factor("B"))
+            a, b = (own_part(own_parameter(self, part.factor(letter))) for letter in ("A", "B"))
             if a.is_meta:
                 continue
             if self.lora_settings.starts_from_base:
-                a0, b0 = getattr(self, part.factor("A0")), getattr(self, part.factor("B0"))
+                a0, b0 = (own_part(own_parameter(self, part.factor(letter))) for letter in ("A0", "B0"))
                 if not (torch.equal(a, a0) and torch.equal(b, b0)):
                     return False
             elif a.any() and b.any():
                 return False
         started = self.lora_started_on.get(MAGNITUDE)
-        return started is None or started == digest(own_parameter(self, MAGNITUDE).float())
+        return started is None or started == digest(own_part(own_parameter(self, MAGNITUDE)).float())
 
     def lora_follow_base(self) -> None:
         """Initialise the adapter again if its base has changed.

@@ -7,7 +7,7 @@ from lightning_lora.functional.update import row_norms, wide
 from lightning_lora.layers.parts import MAGNITUDE, Adapter, Kind, Part, Settings
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import own_parameter
-from lightning_lora.tensors.shards import whole
+from lightning_lora.tensors.shards import own_part, whole
 
 
 def names_of(parts: tuple[Part, ...], settings: Settings) -> list[str]:
@@ -54,7 +54,7 @@ def _start_from_base(layer: nn.Module, adapter: Adapter) -> None:
             if not weight.is_meta:
                 adapter.started_on[part.weight] = digest(weight)
                 if settings.use_dora:
-                    adapter.started_on[MAGNITUDE] = digest(parameters[MAGNITUDE].float())
+                    adapter.started_on[MAGNITUDE] = digest(own_part(parameters[MAGNITUDE]).float())
 
 
 def new_adapter(kind: type[Kind], layer: nn.Module, parts: tuple[Part, ...], settings: Settings) -> Adapter:

@@ -10,7 +10,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer, Part, quantised_entries
 from lightning_lora.model.record import Record, find_record
 from lightning_lora.tensors.names import join, named_modules, own_parameter, parameters_of, submodule
-from lightning_lora.tensors.shards import is_spread
+from lightning_lora.tensors.shards import is_spread, own_part
 
 
 class MergedWeight(NamedTuple):
@@ -233,7 +233,7 @@ class View:
 
     def diverged(self) -> list[str]:
         """The names of adapters that hold NaN or infinite values."""
-        return [name for name, p in self.adapters.items() if not p.is_meta and not p.isfinite().all()]
+        return [name for name, p in self.adapters.items() if not p.is_meta and not own_part(p).isfinite().all()]
 
     def follow_base(self) -> None:
         """Initialise adapters again whose base has changed.
