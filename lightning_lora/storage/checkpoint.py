@@ -15,7 +15,7 @@ from lightning_lora.storage.base_copies import MOVED, leave_out_base, put_base_b
 from lightning_lora.storage.description import KEY, check_checksum, check_fits, describe, stored_config
 from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.storage.run_state import check_run, check_types, check_version, run_checksums
-from lightning_lora.storage.state import NOTE, without_base, write_state
+from lightning_lora.storage.state import NOTE, is_note, without_base, write_state
 from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
 
 
@@ -53,7 +53,8 @@ def drop_note(checkpoint: object) -> None:
     """
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if isinstance(state, dict):
-        state.pop(NOTE, None)
+        for name in [name for name in state if is_note(name)]:
+            del state[name]
 
 
 def _run(checkpoint: Mapping[Any, Any]) -> dict[Any, Any]:
