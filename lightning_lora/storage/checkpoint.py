@@ -1,6 +1,7 @@
 """Trainer checkpoints: adapter-only when written, completed when read."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -14,15 +15,20 @@ from lightning_lora.storage.base_copies import MOVED, leave_out_base, put_base_b
 from lightning_lora.storage.description import KEY, check_checksum, check_fits, describe, stored_config
 from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.storage.run_state import check_run, check_types, check_version, run_checksums
-from lightning_lora.storage.state import NOTE, without_base, write_state
+from lightning_lora.storage.state import NOTE, is_note, without_base, write_state
 from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
 
 
-def adapter_only(model: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]:
+def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later: bool = False) -> dict[str, Any]:
     """Return ``checkpoint`` without the base, ready to be written.
 
     Of the model, it holds only what training changed, and a description of it, with checksums of all entries. If code
     other than an optimizer changes a frozen weight after the run began, the weight is stored from then on.
+
+    Args:
+        model: The adapted model.
+        checkpoint: The checkpoint that a Trainer is about to write. It is not changed.
+        written_later: Whether training may go on before the file is written. Then what is returned is a copy.
 
     Raises:
         AdapterStateError: ``model`` has no adapters.
@@ -34,8 +40,10 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]
         if key in checkpoint:
             states[key] = {name: _alone(value) for name, value in without_base(view, checkpoint[key]).items()}
     held = {**rest, **states}
-    about = describe(view, states["state_dict"], base, copies=places, run=run_checksums(_run(held)))
-    return {**held, "state_dict": {NOTE: torch.empty(0), **states["state_dict"]}, KEY: about}
+    if written_later:
+        held = _copied(held)
+    about = describe(view, held["state_dict"], base, copies=places, run=run_checksums(_run(held)))
+    return {**held, "state_dict": {NOTE: torch.empty(0), **held["state_dict"]}, KEY: about}
 
 
 def drop_note(checkpoint: object) -> None:
@@ -45,12 +53,26 @@ def drop_note(checkpoint: object) -> None:
     """
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if isinstance(state, dict):
-        state.pop(NOTE, None)
+        for name in [name for name in state if is_note(name)]:
+            del state[name]
 
 
 def _run(checkpoint: Mapping[Any, Any]) -> dict[Any, Any]:
     """Everything except the model's state, which has a checksum of its own, and the description."""
     return {key: value for key, value in checkpoint.items() if key not in ("state_dict", KEY)}
+
+
+def _copied(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy all entries. One that Python cannot copy, such as a tensor with a graph, stays as it is."""
+    copies: dict[str, Any] = {}
+    known: dict[int, Any] = {}  # a value that two entries hold is copied once
+    for name, value in entries.items():
+        before = dict(known)
+        try:
+            copies[name] = deepcopy(value, known)
+        except Exception:  # a class may raise any error
+            copies[name], known = value, before
+    return copies
 
 
 def _alone(value: Any) -> Any:

@@ -13,7 +13,7 @@ from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigErr
 from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge, merge_adapters, unmerge
 from lightning_lora.model.record import find_record
-from lightning_lora.model.remember import keep_record, view_of
+from lightning_lora.model.remember import keep_record, recall_record, view_of
 from lightning_lora.model.undo import undone_on_error
 from lightning_lora.model.view import View
 from lightning_lora.storage.build import build
@@ -26,7 +26,7 @@ from lightning_lora.storage.foreign.loralib import read_loralib, tensors_in
 from lightning_lora.storage.foreign.peft.reading import read_peft, weights_of
 from lightning_lora.storage.libraries import is_loralib, is_peft
 from lightning_lora.storage.own_files import adapters_in, check_place, is_foreign, read_contents, write_adapter_file
-from lightning_lora.storage.renaming import renamed, renaming_for
+from lightning_lora.storage.renaming import check_present, renamed, renaming_for
 from lightning_lora.storage.state import adapter_state_dict, write_state
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def load_adapter(
     Args:
         model: The base model that the adapters were trained on. If it has no adapters yet, it is adapted as the file
             says. A model that a finished fit has merged gets its base back first. It may also be the model inside the
-            LightningModule that was saved, or a LightningModule around the model that was saved.
+            module that was saved, or a module around the model that was saved, if that module has no other weights.
         path: A file that ``save_adapter`` or a Trainer with ``LoRACallback`` wrote: its path, a URL that fsspec
             can read, or the open file, in binary mode. Or a folder that PEFT wrote, or the ``.safetensors`` or ``.bin``
             file in it, with ``adapter_config.json`` beside it. Or what loralib's ``lora_state_dict`` returned, saved
@@ -103,9 +103,10 @@ def load_adapter(
         FileNotFoundError: the file does not exist.
         AdapterFileError: the file is truncated, was changed, is of another kind, or holds what this package does not
             have.
-        TargetError: ``model`` does not have the layers that were adapted.
+        TargetError: layers that were adapted cannot be adapted in ``model``.
         BaseMismatchError: the adapters were trained on another base.
-        AdapterMismatchError: ``model`` is already adapted in another way, or the adapters do not fit it.
+        AdapterMismatchError: ``model`` is already adapted in another way, or the adapters do not fit it. For example,
+            it lacks modules that were trained.
         ConfigError: ``alpha`` is missing for a file of loralib, or given for another file.
 
     Warns:
@@ -163,6 +164,7 @@ def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any], *
     if renaming:
         state, description = renamed(model, renaming, state, description)
     config = stored_config(description)
+    check_present(model, state, config)
     with _unmerged_and_undone(model):
         if find_record(model) is None:  # no adapters, or only those of a submodule
             inject_adapters(model, config)
@@ -185,7 +187,7 @@ def _put_foreign(model: nn.Module, read: Reader) -> None:
 @contextmanager
 def _unmerged_and_undone(model: nn.Module) -> Iterator[None]:
     """Unmerge a model for a change. Undo all of it after an error."""
-    record, was_merged = find_record(model), False
+    record, was_merged = find_record(model) or recall_record(model), False
     try:
         was_merged = unmerge(model)
         with undone_on_error(View(model)):

@@ -1,11 +1,11 @@
 """Match names that differ by one prefix.
 
-A file from a LightningModule loads onto the model inside it, and the other way round.
+A file from a module loads onto the model inside it, and the other way round.
 """
 
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from lightning_lora.layers.attention import LoRAAttention
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.model.root import root_of
 from lightning_lora.storage.layout import StoredLayer
-from lightning_lora.tensors.names import join, named_modules
+from lightning_lora.tensors.names import join, named_modules, owner_of, parameters_of, state_dict
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,60 @@ def renaming_for(model: nn.Module, description: Mapping[str, Any]) -> Renaming |
     """Return how a file's names become those of ``model``.
 
     It is None if nothing has to be renamed, or if renaming would not help.
+
+    Raises:
+        AdapterMismatchError: the file is for a part of ``model``.
     """
     modules = named_modules(model)
     names = [layer["name"] for layer in description.get("layers", ())]
     if all(name in modules for name in names):
         return None
-    renaming = Renaming(description.get("root", ""), root_of(model))
-    return renaming if all(renaming.name_here(name) in modules for name in names) else None
+
+    def fits(renaming: Renaming) -> bool:
+        return all(renaming.name_here(name) in modules for name in names)
+
+    roots = Renaming(description.get("root", ""), root_of(model))
+    if roots.there and fits(roots):
+        return roots
+    outward = [place for place in (Renaming("", name) for name in modules if name) if fits(place)]
+    inward = [place for place in (Renaming(lead, "") for lead in common_lead(names) if lead) if fits(place)]
+    found = [*outward, *inward]
+    if len(found) == 1 and _holds_all(model, found[0].here):
+        return found[0]
+    if outward:
+        parts, title = [place.here for place in outward], type(model).__name__
+        raise AdapterMismatchError(
+            f"The names in the file fit in {title} below {listed(parts)}, and {title} holds other weights too. Load it "
+            f"onto that part: load_adapter(model.get_submodule({parts[0]!r}), path)."
+        )
+    return None
+
+
+def common_lead(names: list[str]) -> list[str]:
+    """Return the leading parts that all names have, as prefixes.
+
+    The empty one is the first.
+
+    Example:
+        >>> common_lead(["net.encoder.q", "net.head"])
+        ['', 'net']
+    """
+    first, lead = names[0].split("."), [""]
+    for end in range(1, len(first)):
+        prefix = ".".join(first[:end])
+        if not all(name.startswith(f"{prefix}.") for name in names):
+            break
+        lead.append(prefix)
+    return lead
+
+
+def _holds_all(model: nn.Module, part: str) -> bool:
+    """Whether a part of a model holds all its parameters and buffers."""
+    return all(_is_inside(name, part) for name in state_dict(model, keep_vars=True))
+
+
+def _is_inside(name: str, part: str) -> bool:
+    return not part or name.startswith(f"{part}.")
 
 
 def renamed(
@@ -71,34 +118,84 @@ def renamed(
     """Rename the entries of a file for ``model``.
 
     Raises:
-        AdapterMismatchError: the file holds trained tensors outside the model that has these names.
+        AdapterMismatchError: the file holds trained tensors outside the model that has these names, or ``model`` has
+            further parts with the same names.
 
     Warns:
         LoRAWarning: names the two prefixes.
     """
-    there, here = renaming.there, renaming.here
-    outside = [name for name in state if there and not name.startswith(f"{there}.")]
+    title, there, here = type(model).__name__, renaming.there, renaming.here
+    outside = dict.fromkeys(owner_of(name) or name for name in state if not _is_inside(name, there))
     if outside:
         raise AdapterMismatchError(
-            f"The file's adapters fit {type(model).__name__}, but it also holds {listed(outside)}, which were trained "
-            f"outside of {there!r}. Load it onto the whole model that it was saved from."
+            f"The file's adapters fit {title}, but it also holds {listed(outside)}, trained outside of {there!r}, "
+            f"which {title} does not have. Load it onto the whole model that it was saved from, and take its {there!r}."
         )
     warnings.warn(
-        f"The names in the file begin with {there!r}; in {type(model).__name__} they begin with {here!r}. "
+        f"The names in the file begin with {there!r}; in {title} they begin with {here!r}. "
         "They are taken for the same model.",
         LoRAWarning,
         stacklevel=4,
     )
     config = LoRAConfig.from_dict(description["config"])
     layers = [StoredLayer.from_dict(layer) for layer in description["layers"]]
-    saved = [renaming.name_here(entry) for entry in config.modules_to_save or ()]
+    modules = named_modules(model, remove_duplicate=False)
+    parameters = parameters_of(modules)
+    saved = _saved_here(renaming, config, [*modules, *parameters])
     ranks = {renaming.name_here(target): numbers for layer in layers for target, numbers in _ranks(config, layer)}
     moved = [replace(layer, name=renaming.name_here(layer.name)) for layer in layers]
     settings = replace(config, modules_to_save=saved or None)
-    exact = by_whole_names(moved, ranks, settings, named_modules(model).keys())
+    exact = by_whole_names(moved, ranks, settings, modules.keys())
+    _check_exact(title, "modules_to_save", exact.modules_to_save, [*modules, *parameters])
+    _check_exact(title, "target_parameters", exact.target_parameters, parameters)
     changed = [renaming.name_here(name) for name in description["changed"]]
     new = {renaming.name_here(name): value for name, value in state.items()}
     return new, {**description, "config": exact.to_dict(), "changed": changed}
+
+
+def _saved_here(renaming: Renaming, config: LoRAConfig, names: Iterable[str]) -> list[str]:
+    """The whole names, in the model, of what ``modules_to_save`` means in the file."""
+    known = [name for name in names if _is_inside(name, renaming.here)]
+    return [name for name in known if config.is_saved(renaming.name_there(name))]
+
+
+def _check_exact(title: str, argument: str, entries: Sequence[str] | None, names: Iterable[str]) -> None:
+    """Refuse a list whose names are also the ends of other names, which it would mean too."""
+    entries = list(entries or ())
+    meant = [name for name in names if any(matches(entry, name) for entry in entries)]
+    more = [name for name in meant if name not in entries and not any(_is_inside(name, entry) for entry in entries)]
+    if more:
+        raise AdapterMismatchError(
+            f"In {title}, {argument}={entries} would also mean {listed(more)}, which the file does not hold. Load it "
+            "onto the model that it was saved from."
+        )
+
+
+def check_present(model: nn.Module, state: Mapping[str, Any], config: LoRAConfig) -> None:
+    """Refuse a file that holds modules or parameters that the model does not have.
+
+    Args:
+        model: The model, adapted or not.
+        state: The tensors of the file, by the names of the model.
+        config: The configuration of the adapters.
+
+    Raises:
+        AdapterMismatchError: names them.
+    """
+    modules, own = named_modules(model, remove_duplicate=False), state_dict(model, keep_vars=True)
+    absent: dict[str, None] = {}
+    for name in state:
+        owner = owner_of(name)
+        if name not in own and owner not in modules:
+            absent[owner] = None
+        elif name not in own and config.is_saved(name):
+            absent[name] = None
+    if absent:
+        title = type(model).__name__
+        raise AdapterMismatchError(
+            f"The file does not fit {title}: it holds {listed(absent)}, which {title} does not have. Load it onto the "
+            "model that it was saved from, or one with the same names."
+        )
 
 
 def _ranks(config: LoRAConfig, layer: StoredLayer) -> Iterator[tuple[str, tuple[int, float]]]:

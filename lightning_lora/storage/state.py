@@ -21,7 +21,12 @@ from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
 from lightning_lora.tensors.shards import is_spread, whole
 from lightning_lora.tensors.values import same_bits
 
-NOTE = "this file holds only adapters: load it with lightning_lora.load_from_checkpoint(cls, path)"
+_NOTE_START = "this file holds only adapters"
+
+NOTE = (
+    f"{_NOTE_START}: load it with lightning_lora.load_from_checkpoint(cls, path), or into a model with "
+    "lightning_lora.load_adapter(model, path)"
+)
 """An entry of a checkpoint's state, without values. Whoever loads the file as a full one is told this name."""
 
 
@@ -70,10 +75,15 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     check_as_merged(model)
     view = view_of(model)
     entries = entries_of(view)
-    state = {name: value for name, value in state.items() if name != NOTE}
+    state = {name: value for name, value in state.items() if not is_note(name)}
     check_names(view, entries, state)
     check_tensors(view, entries, state)
     write_state(model, state)
+
+
+def is_note(name: object) -> bool:
+    """Whether an entry is the note, of this version or an earlier one."""
+    return isinstance(name, str) and name.startswith(_NOTE_START)
 
 
 def without_base(view: View, state: Mapping[str, Any]) -> dict[str, Any]:

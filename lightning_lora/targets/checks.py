@@ -194,29 +194,31 @@ def check_ranks(names: Names, config: LoRAConfig, choices: Mapping[str, Choice])
     Raises:
         ConfigError: there is such a layer.
     """
+    groups = [group for name, choice in choices.items() for group in _with_ranks(name, choice)]
     limits, ranks = {}, {}
-    for name, choice in choices.items():
-        for own, r, parts in _with_ranks(name, choice):
-            most = max(min(part.reads, part.writes) for part in parts)
-            if r > most:
-                limits[own], ranks[own] = most, r
+    for own, r, parts in groups:
+        most = max(min(part.reads, part.writes) for part in parts)
+        if r > most:
+            limits[own], ranks[own] = most, r
     if not limits:
         return
     first = dict(list(limits.items())[:_SHOWN])
     shown = ", ".join(f"{name!r} (r={ranks[name]}, at most {most})" for name, most in first.items())
     more = f" and {len(limits) - _SHOWN} more" if len(limits) > _SHOWN else ""
-    whole = f"modules_to_save={[*(config.modules_to_save or ()), *first]}"
+    lowered = f"Lower {'r' if config.r in ranks.values() else 'their ranks in rank_pattern'} to {min(limits.values())}"
+    if len(limits) == len(groups):
+        raise ConfigError(f"The rank is too large for every layer of {names.title}: {shown}{more}. {lowered}.")
     others = f"set rank_pattern={first}, or exclude_modules={list(first)}"
     if len(limits) == 1:
+        whole = f"modules_to_save={[*(config.modules_to_save or ()), *first]}"
         raise ConfigError(
             f"The rank is too large for {shown}. Train a new layer, such as a head, in full: {whole}. Otherwise "
             f"{others}, or lower r."
         )
-    lowered = "r" if config.r in ranks.values() else "their ranks in rank_pattern"
     raise ConfigError(
         f"The rank is too large for {len(limits)} of {len(choices)} layers of {names.title}: {shown}{more}. "
-        f"Lower {lowered} to {min(limits.values())}, which fits them all. Or {others}. Train new layers, such as "
-        f"heads, in full: {whole}."
+        f"{lowered}, which fits them all. Or {others}. Those that are new, such as heads, can train in full: name them "
+        "in modules_to_save."
     )
 
 

@@ -307,9 +307,9 @@ class Watch:
 
         Base weights that another callback put back are removed. A method that other code has set gets the path itself.
         """
-        if find_record(self.module) is not None:
-            checkpoint = adapter_only(self.module, checkpoint)
         writes_at_once = self._is_of_torch() and not self.others["save_checkpoint"]
+        if find_record(self.module) is not None:
+            checkpoint = adapter_only(self.module, checkpoint, written_later=not writes_at_once)
         beside = writes_at_once and self.strategy.is_global_zero and local_path(filepath) is not None
         with writing(filepath, beside=beside) as path:
             self.inner("save_checkpoint", checkpoint, path, storage_options)

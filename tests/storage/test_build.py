@@ -9,10 +9,11 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_lora import adapter_state_dict, inject_adapters, load_adapter_state_dict, load_from_checkpoint
+from lightning_lora.storage.state import NOTE
 from tests.cases import held
 from tests.models import TRAINED, LitTiny, data, lora, same, state, trainer
 
-NOTE = "this file holds only adapters: load it with lightning_lora.load_from_checkpoint(cls, path)"
+OLD_NOTE = "this file holds only adapters: load it with lightning_lora.load_from_checkpoint(cls, path)"
 
 
 def written(folder: Path, model: L.LightningModule) -> Path:
@@ -42,6 +43,7 @@ def test_lightning_by_itself_says_what_the_file_is_and_what_loads_it(
 def test_the_note_is_a_tensor_in_files_alone(tmp_path: Path) -> None:
     model = LitTiny()
     checkpoint = torch.load(written(tmp_path, model), weights_only=True)
+    assert NOTE.startswith(OLD_NOTE)
     assert checkpoint["state_dict"][NOTE].numel() == 0 and set(held(checkpoint)) == set(TRAINED)
     assert checkpoint["lightning_lora"]["entries"] == len(TRAINED) and NOTE not in adapter_state_dict(model)
     again = LitTiny()
@@ -50,9 +52,10 @@ def test_the_note_is_a_tensor_in_files_alone(tmp_path: Path) -> None:
     assert same(state(again), state(model))
 
 
-def test_a_file_without_the_note_loads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("note", [{}, {OLD_NOTE: torch.empty(0)}], ids=["no note", "an earlier one"])
+def test_a_file_with_another_note_or_none_loads(tmp_path: Path, note: dict[str, Any]) -> None:
     checkpoint = torch.load(path := written(tmp_path, model := LitTiny()), weights_only=True)
-    torch.save(checkpoint | {"state_dict": held(checkpoint)}, path)
+    torch.save(checkpoint | {"state_dict": note | held(checkpoint)}, path)
     assert same(state(load_from_checkpoint(LitTiny, path)), state(model))
     t = trainer(tmp_path, [lora(merge=False)], max_epochs=2, enable_checkpointing=False)
     t.fit(LitTiny(), data(), ckpt_path=path)

@@ -14,7 +14,6 @@ from lightning_lora import (
     LoRACallback,
     LoRAConfig,
     LoRAWarning,
-    TargetError,
     inject_adapters,
     load_adapter,
     merge_adapters,
@@ -35,6 +34,17 @@ class Around(L.LightningModule):
 
     def forward(self, index: Tensor) -> Tensor:
         return self.model(index)
+
+
+class Wrapper(nn.Module):
+    """A plain module around a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.net = model
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.net(index)
 
 
 class Trained(LitTiny):
@@ -71,8 +81,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("outward", [True, False])
-def test_a_file_loads_onto_the_model_inside_and_around(tmp_path: Path, config: dict[str, Any], outward: bool) -> None:
-    saved, loaded = (base(), Around(base())) if outward else (Around(base()), base())
+@pytest.mark.parametrize("around", [Around, Wrapper, nn.Sequential])
+def test_a_file_loads_onto_the_model_inside_and_around(
+    tmp_path: Path, config: dict[str, Any], outward: bool, around: type[Any]
+) -> None:
+    saved, loaded = (base(), around(base())) if outward else (around(base()), base())
     inject_adapters(saved, LoRAConfig(r=2, **config))
     randomise(saved)
     save_adapter(saved, tmp_path / "a.safetensors")
@@ -165,24 +178,161 @@ def test_another_base_is_refused_as_ever(tmp_path: Path) -> None:
     assert is_plain(other) and same(state(other), before)
 
 
-def test_what_was_trained_outside_of_the_model_is_named(tmp_path: Path) -> None:
-    class Headed(L.LightningModule):
+class Nested(nn.Module):
+    """A model with a head, and an encoder with a head, experts and a scale of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.encoder = nn.Module()
+        self.encoder.q, self.encoder.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.encoder.experts, self.encoder.scale = Experts(), nn.Parameter(torch.ones(WIDTH))
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.encoder.experts(self.encoder.head(self.encoder.q(x)) * self.encoder.scale)
+        return self.out(x)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.eye(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.w
+
+
+SHORT: dict[str, dict[str, Any]] = {
+    "modules_to_save": {"target_modules": ["q"], "modules_to_save": ["head"]},
+    "longer": {"target_modules": ["encoder.q"], "modules_to_save": ["encoder.head"]},
+    "parameter": {"target_modules": ["q"], "modules_to_save": ["scale", "out"]},
+    "part of a module": {"target_modules": ["q"], "modules_to_save": ["head.bias"]},
+    "exclude_modules": {"exclude_modules": ["head"], "bias": "lora_only"},
+    "patterns": {"rank_pattern": {"head": 1}, "alpha_pattern": {"q|head": 5}, "modules_to_save": ["out"]},
+    "slices": {"target_modules": ["head"], "target_slices": {"head": {"a": (0, 4)}}},
+    "target_parameters": {"target_modules": ["q"], "target_parameters": ["w"], "rank_pattern": {"experts": 1}},
+}
+
+
+@pytest.mark.filterwarnings("ignore:The names in the file:lightning_lora.LoRAWarning")
+@pytest.mark.parametrize("config", SHORT.values(), ids=SHORT)
+@pytest.mark.parametrize("outward", [True, False])
+@pytest.mark.parametrize("around", [Around, Wrapper])
+def test_the_last_parts_of_names_mean_what_they_meant(
+    tmp_path: Path, config: dict[str, Any], outward: bool, around: type[Any]
+) -> None:
+    saved, loaded = (Nested(), around(Nested())) if outward else (around(Nested()), Nested())
+    inject_adapters(saved, LoRAConfig(r=2, **config))
+    randomise(saved)
+    with torch.no_grad():
+        for p in View(saved).trained.values():
+            p.add_(1)
+    save_adapter(saved, tmp_path / "a.safetensors")
+    load_adapter(loaded, tmp_path / "a.safetensors")
+    x = torch.randn(3, WIDTH)
+    assert torch.equal(loaded(x), saved(x))
+    trained = [[p.shape for p in model.parameters() if p.requires_grad] for model in (saved, loaded)]
+    assert trained[0] == trained[1]
+
+
+@pytest.mark.filterwarnings("ignore:The names in the file:lightning_lora.LoRAWarning")
+def test_the_configuration_names_what_is_saved_in_full_and_nothing_outside(tmp_path: Path) -> None:
+    saved, loaded = Nested(), Wrapper(Nested())
+    loaded.head = nn.Dropout()
+    inject_adapters(saved, LoRAConfig(r=2, target_modules=["q"], modules_to_save=["head", "scale"]))
+    save_adapter(saved, tmp_path / "a.safetensors")
+    load_adapter(loaded, tmp_path / "a.safetensors")
+    assert View(loaded).config.modules_to_save == ("net.encoder.head", "net.encoder.scale")
+
+
+def test_a_name_in_full_that_means_more_in_the_other_model_is_refused(tmp_path: Path) -> None:
+    class Twice(Nested):
         def __init__(self) -> None:
             super().__init__()
-            self.model, self.head = type("PreTrainedModel", (TinyLM,), {})(), nn.Linear(WIDTH, 2)
+            self.head, self.experts = nn.Sequential(nn.Linear(WIDTH, WIDTH)), Experts()
+            self.head.head = nn.Identity()  # which is a part of it
 
-    saved = Headed()
-    inject_adapters(saved, LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["head"]))
+    for number, (config, also) in enumerate(
+        [
+            ({"modules_to_save": ["model.head"]}, r"modules_to_save=\['head'\] would also mean 'encoder\.head', which"),
+            ({"target_parameters": ["model.experts.w"]}, r"target_parameters=\['experts\.w'\] .*'encoder\.experts\.w'"),
+        ]
+    ):
+        saved, loaded = Around(Twice()), Twice()
+        inject_adapters(saved, LoRAConfig(r=2, target_modules=["q"], **config))
+        save_adapter(saved, path := tmp_path / f"{number}.safetensors")
+        with pytest.warns(LoRAWarning), pytest.raises(AdapterMismatchError, match=f"In Twice, {also}"):
+            load_adapter(loaded, path)
+        assert is_plain(loaded)
+
+
+# Files that do not fit
+
+
+class Headed(L.LightningModule):
+    """A module with a model, and a head beside it."""
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        super().__init__()
+        self.model, self.head = model or base(), nn.Linear(WIDTH, 2)
+
+
+class PreTrainedModel(TinyLM):
+    """A model that counts as one of transformers."""
+
+
+@pytest.mark.parametrize("model", [TinyLM, PreTrainedModel])
+@pytest.mark.parametrize("config", [{"modules_to_save": ["head"]}, {"modules_to_save": ["head"], "bias": "all"}])
+def test_what_was_trained_outside_of_the_model_is_named(
+    tmp_path: Path, model: type[TinyLM], config: dict[str, Any]
+) -> None:
+    saved = Headed(model())
+    inject_adapters(saved, LoRAConfig(r=2, target_modules=["q_proj"], **config))
     save_adapter(saved, tmp_path / "a.safetensors")
-    inner = TinyLM()
-    with pytest.raises(AdapterMismatchError, match=r"'head.weight'.*outside of 'model'"):
-        load_adapter(inner, tmp_path / "a.safetensors")
+    with pytest.raises(
+        AdapterMismatchError, match=r"'head', .*outside of 'model'.* onto the whole model .* its 'model'"
+    ):
+        load_adapter(inner := model(), tmp_path / "a.safetensors")
     assert is_plain(inner)
+
+
+@pytest.mark.parametrize("saved", ["head", "scale"])
+def test_what_the_model_has_not_is_named(tmp_path: Path, saved: str) -> None:
+    whole, other = LitTiny(), LitTiny()
+    whole.scale = nn.Parameter(torch.ones(1))
+    del other.head
+    inject_adapters(whole, LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=[saved]))
+    save_adapter(whole, tmp_path / "a.safetensors")
+    with pytest.raises(
+        AdapterMismatchError, match=f"does not fit LitTiny.* holds '{saved}', which LitTiny does not have.* saved from"
+    ):
+        load_adapter(other, tmp_path / "a.safetensors")
+    assert is_plain(other)
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (lambda: nn.ModuleDict({"a": base(), "b": base()}), "below 'a', 'b'"),
+        (lambda: nn.ModuleDict({"a": base(), "head": nn.Linear(WIDTH, 2)}), "below 'a'"),
+        (lambda: Wrapper(Headed()), r"below 'net\.model'"),
+        (Headed, "below 'model'"),
+        (lambda: Headed(PreTrainedModel(tied=False)), "below 'model'"),
+    ],
+)
+def test_a_part_of_a_larger_model_that_the_file_fits_is_named(tmp_path: Path, build: Any, says: str) -> None:
+    saved, loaded = base(), build()
+    inject_adapters(saved, LoRAConfig(r=2))
+    save_adapter(saved, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterMismatchError, match=f"{says}, and .* onto that part"):
+        load_adapter(loaded, tmp_path / "a.safetensors")
+    assert is_plain(loaded)
 
 
 def test_a_model_that_differs_by_more_than_a_prefix_is_refused(tmp_path: Path) -> None:
     saved = Around(nn.Sequential(nn.Linear(4, 4)))
     inject_adapters(saved, LoRAConfig(r=2, target_modules=["model.0"]))
     save_adapter(saved, tmp_path / "a.safetensors")
-    with pytest.raises(TargetError, match=r"model\.0"):
+    with pytest.raises(AdapterMismatchError, match=r"'model\.0', which TinyLM does not have"):
         load_adapter(base(), tmp_path / "a.safetensors")

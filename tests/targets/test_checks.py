@@ -32,16 +32,31 @@ def test_the_rank_may_be_the_smaller_side_and_no_more() -> None:
         adapted(nn.ModuleDict({"wide": nn.Linear(9, 3)}), r=4)
 
 
-def test_a_rank_above_several_layers_is_first_of_all_to_be_lowered() -> None:
-    model = nn.ModuleDict({**{f"layer{i}": nn.Linear(6, 6) for i in range(7)}, "head": nn.Linear(6, 3)})
+def test_a_rank_above_some_layers_is_first_of_all_to_be_lowered() -> None:
+    def model() -> nn.Module:
+        return nn.ModuleDict({**{f"layer{i}": nn.Linear(6, 6) for i in range(7)}, "body": nn.Linear(16, 16)})
+
     with pytest.raises(ConfigError) as error:
-        adapted(model, r=16)
+        adapted(model(), r=16)
     said = str(error.value)
-    assert "8 of 8 layers of ModuleDict: 'layer0' (r=16, at most 6)" in said and "and 3 more. Lower r to 3" in said
-    assert said.index("Lower r") < said.index("rank_pattern=") < said.index("modules_to_save=")
-    adapted(model, r=3)
+    assert "7 of 8 layers of ModuleDict: 'layer0' (r=16, at most 6)" in said and "and 2 more. Lower r to 6" in said
+    assert said.index("Lower r") < said.index("rank_pattern=") < said.index("modules_to_save")
+    assert "modules_to_save=" not in said  # which of them are new is not known
     with pytest.raises(ConfigError, match=r"2 of 8 layers .*\. Lower their ranks in rank_pattern to 6, which"):
-        adapted(nn.ModuleDict(model), r=3, rank_pattern={"layer[01]": 7})
+        adapted(model(), r=3, rank_pattern={"layer[01]": 7})
+
+
+@pytest.mark.parametrize("layers", [1, 2, 7])
+def test_a_rank_above_all_layers_is_to_be_lowered_and_nothing_else(layers: int) -> None:
+    def model() -> nn.Module:
+        return nn.ModuleDict({f"layer{i}": nn.Linear(6, 3 if i else 4) for i in range(layers)})
+
+    lowest = 4 if layers == 1 else 3
+    with pytest.raises(ConfigError, match=rf"for every layer of ModuleDict: 'layer0' .*\. Lower r to {lowest}[^,]*\.$"):
+        adapted(model(), r=16)
+    assert adapted(model(), r=lowest)
+    with pytest.raises(ConfigError, match=rf"\. Lower their ranks in rank_pattern to {lowest}[^,]*\.$"):
+        adapted(model(), r=1, rank_pattern={"layer.": 5})
 
 
 @pytest.mark.parametrize("argument", ["rank_pattern", "alpha_pattern"])

@@ -16,7 +16,7 @@ from lightning_lora.layers import MAGNITUDE, LoRALayer, Part
 from lightning_lora.model.root import root_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.layout import StoredLayer
-from lightning_lora.storage.renaming import Renaming, by_whole_names
+from lightning_lora.storage.renaming import Renaming, by_whole_names, common_lead
 from lightning_lora.tensors.names import join
 from lightning_lora.tensors.values import same_bits
 
@@ -115,7 +115,7 @@ def place_of(view: View, layers: Collection[str], entries: Collection[str]) -> R
         LoRAWarning: names the prefixes, if they say more than where the one model inside is.
     """
     known = {*view.base, *view.buffers}
-    root, lead = root_of(view.model), _common_lead([*layers, *entries])
+    root, lead = root_of(view.model), common_lead([*layers, *entries])
 
     def fits(renaming: Renaming) -> bool:
         return all(renaming.name_here(name) in view.modules for name in layers) and all(
@@ -151,17 +151,6 @@ def _told(view: View, place: Renaming) -> Renaming:
             stacklevel=7,
         )
     return place
-
-
-def _common_lead(names: list[str]) -> list[str]:
-    """The leading parts that all names have, as prefixes, the empty one first."""
-    first, lead = names[0].split("."), [""]
-    for end in range(1, len(first)):
-        prefix = ".".join(first[:end])
-        if not all(name.startswith(f"{prefix}.") for name in names):
-            break
-        lead.append(prefix)
-    return lead
 
 
 # The configuration and the tensors
