@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_PATIENCE = 40  # seconds until processes that wait for each other are ended
+_PATIENCE = 60  # seconds until processes that wait for each other are ended
 
 
 _CUT_OFF = "Connection closed by peer"

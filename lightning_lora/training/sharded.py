@@ -107,8 +107,11 @@ class ShardedWatch(Watch):
     # Files
 
     def _adapt_for(self, checkpoint: dict[str, Any], path: Any) -> None:
+        before = View(self.module).adapters
         super()._adapt_for(checkpoint, path)
-        if self.stage.was_replaced:  # the optimizers, which exist already, hold the adapters from before
+        if self.stage.was_replaced:  # the optimizers exist already, and hold the adapters from before
+            for p in before.values():
+                p.requires_grad_(False)
             train_adapters(self.module, self.strategy.optimizers)
 
     @once
