@@ -10,10 +10,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_lora.config import Bias, Init, LoRAConfig, explains_peft
-from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError, listed
+from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError
 from lightning_lora.model.handover import make_folder
 from lightning_lora.model.inject import check_adapted, inject_adapters, remove_adapters
-from lightning_lora.model.merge import merge, merge_adapters, quantised_layers
+from lightning_lora.model.merge import merge, merge_adapters
 from lightning_lora.model.merged import check_own
 from lightning_lora.model.record import find_record
 from lightning_lora.model.remember import keep_record, view_of
@@ -34,9 +34,10 @@ from lightning_lora.training.companions import (
     wants_summary,
 )
 from lightning_lora.training.gradients import Gradients, gradients_pass
+from lightning_lora.training.merge_checks import check_arguments, check_weights
 from lightning_lora.training.optimizers import check_frozen
 from lightning_lora.training.randomness import RANDOM, random_states, set_random_state
-from lightning_lora.training.spawned import check_untied, receive_record, returns_state_only, send_record
+from lightning_lora.training.spawned import receive_record, send_record
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.strategy import Watch
 from lightning_lora.training.watch import watch, watch_of
@@ -172,14 +173,14 @@ class LoRACallback(Callback):
         callbacks = callbacks_of(trainer)
         self._stage = self._new_stage(trainer)
         self._stage.was_adapted = bool(View(pl_module).layers)
-        check_companions(callbacks, LoRACallback, stage)
+        adapts_late = watch(trainer.strategy, self._stage).adapts_late
+        check_companions(callbacks, LoRACallback, stage, is_sharded=adapts_late)
         if stage != "fit":
             drop_averages(callbacks)
-        adapts_late = watch(trainer.strategy, self._stage).adapts_late
         reshard(pl_module.modules())
         if stage == "fit":
             receive_record(pl_module)
-            self._check_merge(trainer, pl_module)
+            check_arguments(trainer, self.merge, was_adapted=self._stage.was_adapted)
         elif _is_merged(pl_module) and not loads_in_hooks(pl_module):
             self._stage.runs_merged = True
             return
@@ -197,19 +198,6 @@ class LoRACallback(Callback):
     def _new_stage(self, trainer: Trainer) -> Stage:
         return Stage(self.config, self.given, states_are_read=states_are_read(callbacks_of(trainer), LoRACallback))
 
-    def _check_merge(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.merge == "best" and judge_of(trainer) is None:
-            raise ConfigError(
-                "merge='best' needs a ModelCheckpoint with a monitor, and the Trainer has none. Add "
-                "ModelCheckpoint(monitor=...), or set merge='last'."
-            )
-        if returns_state_only(trainer) and bool(self.merge) == self._stage.was_adapted:
-            raise ConfigError(
-                f"merge={self.merge!r} would lose the adapters: this strategy trains in other processes, which send "
-                "back only the weights of layers that the model has before fit. Use strategy='ddp'. Or pass a model "
-                "without adapters and set merge='last'. Or call inject_adapters before fit and set merge=False."
-            )
-
     # Fit
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -224,13 +212,7 @@ class LoRACallback(Callback):
             FreshLayerWarning: layers look untrained, and would stay random.
             LoRAWarning: other layers train too little.
         """
-        if self.merge and (quantised := quantised_layers(View(pl_module))):
-            raise ConfigError(
-                f"merge={self.merge!r} is not possible: the weights of {listed(quantised)} are quantised. Set "
-                "merge=False: then the adapters stay on their layers, and every checkpoint holds them."
-            )
-        if self.merge and returns_state_only(trainer):
-            check_untied(pl_module)
+        check_weights(trainer, pl_module, self.merge)
         if trainer.is_global_zero and wants_summary(trainer):
             table = summarize(pl_module).table(trained_only=True, optimizers=trainer.optimizers)
             fitting_console().print(table)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 _PATIENCE = 60  # seconds until processes that wait for each other are ended
 
 
-_CUT_OFF = "Connection closed by peer"
+_CUT_OFF = "by peer"  # a connection closed, or reset
 
 
 class RankError(AssertionError):

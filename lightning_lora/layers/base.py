@@ -15,7 +15,7 @@ from lightning_lora.layers.twin import run_on
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.inplace import overlay, uncover
 from lightning_lora.tensors.names import own_parameter
-from lightning_lora.tensors.shards import in_one_piece, own_part, spread_as, whole
+from lightning_lora.tensors.shards import in_one_piece, is_spread, own_part, spread_as, whole
 from lightning_lora.tensors.values import replace_values
 
 
@@ -68,7 +68,7 @@ class LoRALayer(LayerKind):
             with torch.no_grad():
                 own = self.lora_values(self, self._lora_own("weight"))
                 matrix = added(own, self._lora_delta("weight", own))
-            scale = magnitude_scale(self._lora_factor(MAGNITUDE), self.lora_as_matrix(matrix))
+            scale = magnitude_scale(self._lora_factor(MAGNITUDE, "weight"), self.lora_as_matrix(matrix))
         after = (1,) * (self.weight.dim() - 2)  # type: ignore[operator]  # dimensions of the output after its features
         scale, bias = scale.view(-1, *after), getattr(self, "bias", None)
         unbiased = output if bias is None else output - bias.view(-1, *after).to(output.dtype)
@@ -112,22 +112,24 @@ class LoRALayer(LayerKind):
         """The factors of all parts of a weight as one pair: A stacked by rows, B by columns."""
         parts = [part for part in self.lora_parts if part.weight == name]
         if len(parts) == 1 and parts[0].is_whole:
-            return self._lora_factor(parts[0].factor("A" + start)), self._lora_factor(parts[0].factor("B" + start))
+            return tuple(self._lora_factor(parts[0].factor(letter + start), name) for letter in "AB")  # type: ignore[return-value]
         reading, writing = [], []
         for part in parts:
-            b = self._lora_factor(part.factor("B" + start))
-            reading.append(self._lora_factor(part.factor("A" + start)))
+            b = self._lora_factor(part.factor("B" + start), name)
+            reading.append(self._lora_factor(part.factor("A" + start), name))
             writing.append(F.pad(b, (0, 0, part.first, part.rows - part.first - part.writes)))
         return torch.cat(reading), torch.cat(writing, dim=1)
 
-    def _lora_factor(self, name: str) -> Tensor:
-        """A parameter of the adapter, to compute with. If it is a DTensor in one piece, what this process holds."""
+    def _lora_factor(self, name: str, weight: str) -> Tensor:
+        """A parameter of the adapter, to compute with. Beside a plain weight, it is without its DTensor."""
         factor: Tensor = getattr(self, name)
-        return in_one_piece(factor)
+        return factor if is_spread(self._lora_own(weight)) else in_one_piece(factor)
 
     def _lora_delta(self, name: str, own: Tensor, dropout: float = 0.0) -> Tensor:
         """The update of a weight, in the layout of ``own``, in float32 or wider."""
         a, b = self.lora_factors(name)
+        if not is_spread(own):
+            a, b = whole(a), whole(b)
         if dropout:
             a = a * F.dropout(torch.ones_like(a[..., :1, :]), dropout)
         return self.lora_as_weight(delta_weight(a, b, self._lora_scaling(name)), own)
@@ -159,7 +161,8 @@ class LoRALayer(LayerKind):
             if not self.lora_settings.use_dora:
                 return effective
             matrix = self.lora_as_matrix(effective)
-            scaled = matrix * magnitude_scale(self._lora_factor(MAGNITUDE), matrix).unsqueeze(-1)
+            magnitude = self._lora_factor(MAGNITUDE, "weight")
+            scaled = matrix * magnitude_scale(magnitude if is_spread(own) else whole(magnitude), matrix).unsqueeze(-1)
             return self.lora_as_weight(scaled, own)
 
     def lora_merged_weight(self, name: str) -> tuple[Tensor, float]:
@@ -173,7 +176,8 @@ class LoRALayer(LayerKind):
         is_plain = type(weight.data) is Tensor and weight.dim() == 2
         if self._lora_is_matrix and is_plain and not self.lora_settings.use_dora:
             with torch.autocast(weight.device.type, enabled=False):
-                values, share = merged(weight, *self.lora_factors(name), self._lora_scaling(name))
+                a, b = self.lora_factors(name)
+                values, share = merged(weight, whole(a), whole(b), self._lora_scaling(name))
         else:
             effective = self.lora_effective_weight(name, weight)
             values = effective.to(weight.dtype)

@@ -7,7 +7,8 @@ from lightning_lora.functional.update import row_norms, wide
 from lightning_lora.layers.parts import MAGNITUDE, Adapter, Kind, Part, Settings
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import own_parameter
-from lightning_lora.tensors.shards import own_part, whole
+from lightning_lora.tensors.shards import is_spread, split_as, spread_as, whole
+from lightning_lora.tensors.values import replace_values
 
 
 def names_of(parts: tuple[Part, ...], settings: Settings) -> list[str]:
@@ -24,20 +25,26 @@ def start(layer: nn.Module, adapter: Adapter) -> None:
 
     If it starts from the layer's weights, it remembers their digests.
     """
-    settings, parameters = adapter.settings, adapter.parameters
+    settings = adapter.settings
+    values: dict[str, Tensor] = {}
+    for name, p in adapter.parameters.items():  # each process draws whole factors, and keeps its part
+        values[name] = torch.empty(p.shape, dtype=p.dtype, device=p.device) if is_spread(p) else p
     if not settings.starts_from_base:
         for part in adapter.parts:
-            a, b = parameters[part.factor("A")], parameters[part.factor("B")]
+            a, b = values[part.factor("A")], values[part.factor("B")]
             if not a.is_meta:
                 init_factors(*((a, b) if adapter.kind.lora_zero == "B" else (b, a)), settings.init)
     adapter.started_on = {}
     if settings.starts_from_base or settings.use_dora:
-        _start_from_base(layer, adapter)
+        _start_from_base(layer, adapter, values)
+    for name, p in adapter.parameters.items():
+        if is_spread(p):
+            replace_values(p, spread_as(values[name], p))
 
 
-def _start_from_base(layer: nn.Module, adapter: Adapter) -> None:
+def _start_from_base(layer: nn.Module, adapter: Adapter, parameters: dict[str, Tensor]) -> None:
     """Initialise the parameters that depend on the weights: factors and magnitudes."""
-    kind, settings, parameters = adapter.kind, adapter.settings, adapter.parameters
+    kind, settings = adapter.kind, adapter.settings
     with torch.no_grad():
         for part in adapter.parts:
             weight = own_parameter(layer, part.weight)
@@ -54,7 +61,7 @@ def _start_from_base(layer: nn.Module, adapter: Adapter) -> None:
             if not weight.is_meta:
                 adapter.started_on[part.weight] = digest(weight)
                 if settings.use_dora:
-                    adapter.started_on[MAGNITUDE] = digest(own_part(parameters[MAGNITUDE]).float())
+                    adapter.started_on[MAGNITUDE] = digest(parameters[MAGNITUDE].float())
 
 
 def new_adapter(kind: type[Kind], layer: nn.Module, parts: tuple[Part, ...], settings: Settings) -> Adapter:
@@ -77,7 +84,21 @@ def new_adapter(kind: type[Kind], layer: nn.Module, parts: tuple[Part, ...], set
             parameters[MAGNITUDE] = nn.Parameter(magnitude)
     adapter = Adapter(kind, settings, parts, parameters)
     start(layer, adapter)
+    _follow_weights(layer, adapter)
     return adapter
+
+
+def _follow_weights(layer: nn.Module, adapter: Adapter) -> None:
+    """Split an adapter's parameters as tensor parallelism has split their weights."""
+    for part in adapter.parts:
+        weight = own_parameter(layer, part.weight)
+        dims = {part.factor(letter): -1 if letter.startswith("A") else 0 for letter in _letters(adapter.settings)}
+        if adapter.settings.use_dora:
+            dims[MAGNITUDE] = 0
+        for name, dim in dims.items():
+            p = adapter.parameters[name]
+            values = split_as(p.detach(), weight, dim if part.is_whole or dim else None)
+            adapter.parameters[name] = nn.Parameter(values, p.requires_grad)
 
 
 # The factors

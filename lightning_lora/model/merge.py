@@ -174,6 +174,18 @@ def tied_weights(view: View) -> dict[str, list[str]]:
     return tied
 
 
+def spread_ties(view: View) -> list[str]:
+    """Return the layers with a tied weight that is spread over processes.
+
+    FSDP2 keeps it one weight, so no update can be merged into one of its uses.
+    """
+    found = []
+    for name, weights in tied_weights(view).items():
+        if any(is_spread(own_parameter(view.layers[name], weight)) for weight in weights):
+            found.append(name)
+    return found
+
+
 def _merge_layer(
     record: Record, name: str, layer: LoRALayer, tied: list[str], bases: dict[str, Tensor] | None
 ) -> float:
@@ -262,6 +274,11 @@ def check_mergeable(view: View) -> None:
             "adapter_state_dict(quantised)), merge_adapters(full).",
         ),
         (empty, "have no values yet (they are on the meta device). Load them first."),
+        (
+            spread_ties(view),
+            "are tied to other layers, and FSDP2 keeps them one weight. Leave them out with exclude_modules; or save "
+            "the adapters, and merge them into the model on one device.",
+        ),
     ):
         if names:
             raise AdapterStateError(f"The weights of {listed(names)} in {type(view.model).__name__} {why}")

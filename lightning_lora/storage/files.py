@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_lora.config import Slices
@@ -28,6 +29,7 @@ from lightning_lora.storage.libraries import is_loralib, is_peft
 from lightning_lora.storage.own_files import adapters_in, check_place, is_foreign, read_contents, write_adapter_file
 from lightning_lora.storage.renaming import check_present, renamed, renaming_for
 from lightning_lora.storage.state import adapter_state_dict, write_state
+from lightning_lora.tensors.shards import is_spread
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -40,6 +42,8 @@ Reader = Callable[[View], Foreign]
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Write everything that training changed into one ``.safetensors`` file.
+
+    If the model is spread over processes (FSDP2), each process must call it. The first one writes.
 
     Args:
         model: A model with adapters: on its layers, or merged by ``merge_adapters`` or a finished fit.
@@ -68,7 +72,12 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         )
     if any(value.is_meta for value in state.values()):
         raise AdapterStateError("The adapters are on the meta device and have no values. Call model.to_empty first.")
-    write_adapter_file(path, state, describe(view, state, forms_of_base(view)))
+    about = describe(view, state, forms_of_base(view))
+    is_shared = any(is_spread(p) for p in view.parameters.values())
+    if not is_shared or dist.get_rank() == 0:
+        write_adapter_file(path, state, about)
+    if is_shared:
+        dist.barrier()
 
 
 def load_adapter(

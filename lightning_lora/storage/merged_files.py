@@ -26,6 +26,7 @@ from lightning_lora.model.root import root_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.disk import check_path, writing
 from lightning_lora.tensors.names import join, plain_module, plain_name, submodule
+from lightning_lora.tensors.shards import is_spread
 
 
 def save_merged(model: nn.Module, path: str | Path) -> None:
@@ -91,6 +92,12 @@ def merged_state(view: View) -> dict[str, Any]:
         AdapterStateError: the updates cannot be merged, or adapters or merged weights hold NaN or infinite values.
     """
     model = view.model
+    if any(is_spread(p) for p in view.parameters.values()):
+        raise AdapterStateError(
+            f"{type(model).__name__} is spread over processes, so none of them holds all its weights. Call "
+            "save_adapter(model, path) in each process. Then merge the file into the base: lightning-lora merge BASE "
+            "FILE OUT."
+        )
     if broken := view.diverged():
         raise AdapterStateError(
             f"{listed(broken)} of {type(model).__name__} hold NaN or infinite values: the training has diverged. Train "

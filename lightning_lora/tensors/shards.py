@@ -78,6 +78,48 @@ def replicated(parameter: nn.Parameter, mesh: Any) -> nn.Parameter:
     return nn.Parameter(values, parameter.requires_grad)
 
 
+TENSOR_PARALLEL = "tensor_parallel"
+"""Lightning's name for the dimension of a mesh that splits matrices."""
+
+
+def is_tensor_parallel(tensor: Tensor) -> bool:
+    """Whether a tensor is spread for tensor parallelism."""
+    return is_spread(tensor) and TENSOR_PARALLEL in _names(tensor)
+
+
+def split_as(factor: Tensor, weight: Tensor, dim: int | None) -> Tensor:
+    """Return a factor, split as a tensor-parallel weight is.
+
+    Args:
+        factor: The whole factor.
+        weight: The weight that it follows.
+        dim: The dimension that both have: 0 for what writes the output, -1 for what reads the input. None: the factor
+            is not split.
+    """
+    if not is_tensor_parallel(weight):
+        return factor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    spread: Any = weight
+    mesh, place = spread.device_mesh, spread.placements[_names(weight).index(TENSOR_PARALLEL)]
+    follows = dim is not None and place.is_shard(dim % weight.dim())
+    placement = Shard(dim % factor.dim()) if follows else Replicate()  # type: ignore[operator]
+    return distribute_tensor(factor, mesh[TENSOR_PARALLEL], [placement], src_data_rank=None)
+
+
+def split_over_data(tensor: Tensor) -> bool:
+    """Whether a tensor is split over processes with different data, as FSDP2 does it."""
+    if not is_spread(tensor):
+        return False
+    names = _names(tensor)
+    return any(dim >= len(names) or names[dim] != TENSOR_PARALLEL for dim in split_dims(tensor))
+
+
+def _names(tensor: Tensor) -> tuple[str, ...]:
+    """The names of the dimensions of a spread tensor's mesh."""
+    return tensor.device_mesh.mesh_dim_names or ()  # type: ignore[attr-defined]
+
+
 def split_dims(tensor: Tensor) -> tuple[int, ...]:
     """Return the dimensions of its mesh that split a tensor."""
     spread: Any = tensor

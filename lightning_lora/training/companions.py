@@ -5,13 +5,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_lora.errors import ConfigError
 
 
-def check_companions(callbacks: list[Callback], kind: type[Callback], stage: str) -> None:
+def check_companions(callbacks: list[Callback], kind: type[Callback], stage: str, *, is_sharded: bool) -> None:
     """Refuse callbacks that do not work with adapters.
 
     Args:
         callbacks: All callbacks of the Trainer.
         kind: The class of ours.
         stage: The stage that begins.
+        is_sharded: Whether the strategy shards the module.
 
     Raises:
         ConfigError: there is one, or there are two of ours.
@@ -28,6 +29,11 @@ def check_companions(callbacks: list[Callback], kind: type[Callback], stage: str
             raise ConfigError(
                 f"{type(callback).__name__} unfreezes base weights in training, but LoRACallback keeps them frozen. "
                 "Use only one of the two. To train modules in full beside the adapters, list them in modules_to_save."
+            )
+        if is_sharded and kinds & {"WeightAveraging", "StochasticWeightAveraging"}:
+            raise ConfigError(
+                f"{type(callback).__name__} copies the module, which FSDP2 does not allow. Remove it, or train with "
+                "strategy='ddp'."
             )
         if "ModelPruning" in kinds:
             raise ConfigError(

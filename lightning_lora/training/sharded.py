@@ -20,7 +20,8 @@ from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.disk import local_path
 from lightning_lora.tensors.names import named_parameters, set_parameter
-from lightning_lora.tensors.shards import is_spread, own_part, replicated, reshard, split_dims, spread_as, whole
+from lightning_lora.tensors.shards import is_spread, own_part, replicated, reshard, split_over_data, spread_as, whole
+from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.optimizers import train_adapters
 from lightning_lora.training.strategy import Watch, once
@@ -73,17 +74,17 @@ class ShardedWatch(Watch):
         super()._adapt()
         self._check_whole()
         view = view_of(self.module)
-        trained = next((p for p in view.trained.values() if is_spread(p)), None)
-        if trained is None:
+        spread = [p for p in (*view.adapters.values(), *view.trained.values()) if is_spread(p)]
+        if not spread:
             return
         for layer in view.layers.values():
             for name, factor in layer.lora_parameters().items():
                 if not is_spread(factor):
-                    set_parameter(layer, name, replicated(factor, trained.device_mesh))  # type: ignore[attr-defined]
+                    set_parameter(layer, name, replicated(factor, spread[0].device_mesh))  # type: ignore[attr-defined]
 
     def _check_whole(self) -> None:
         """Refuse adapters that ``configure_model`` has sharded with the base."""
-        split = [name for name, p in view_of(self.module).adapters.items() if is_spread(p) and split_dims(p)]
+        split = [name for name, p in view_of(self.module).adapters.items() if split_over_data(p)]
         if split:
             raise StrategyError(
                 f"{listed(split)} of {type(self.module).__name__} were sharded with the base. Do not call "
@@ -101,7 +102,9 @@ class ShardedWatch(Watch):
         self._note_base()
         with torch.no_grad():
             for p in view_of(self.module).adapters.values():
-                dist.broadcast(own_part(p).detach(), 0)
+                values = whole(p).detach()
+                dist.broadcast(values, 0)
+                replace_values(p, spread_as(values, p))
         self.inner("on_train_start")
 
     # Files
@@ -191,7 +194,7 @@ class ShardedGradients(Gradients):
         self.mesh = watch.strategy.device_mesh["data_parallel"]  # type: ignore[attr-defined]
         self.averaged: dict[torch.dtype, list[nn.Parameter]] = {}
         for p in named_parameters(watch.module).values():
-            if p.requires_grad and not _is_averaged_by_torch(p):
+            if p.requires_grad and not split_over_data(p):
                 self.averaged.setdefault(p.dtype, []).append(p)
 
     def end_backward(self) -> None:
@@ -206,6 +209,8 @@ class ShardedGradients(Gradients):
     def _average(self, parameters: list[nn.Parameter]) -> None:
         """Average the gradients of parameters of one dtype, with one message."""
         with torch.no_grad():
+            for p in parameters:
+                _lay_out_gradient(p)
             own = [torch.zeros_like(own_part(p)) if p.grad is None else own_part(p.grad) for p in parameters]
             flat = torch.cat([grad.reshape(-1) for grad in own]).mul_(1 / self.mesh.size())  # before the sum, as DDP
             dist.all_reduce(flat, group=self.mesh.get_group())
@@ -217,13 +222,12 @@ class ShardedGradients(Gradients):
                     own_part(p.grad).copy_(mean.view_as(own_part(p)))
 
 
-def _is_averaged_by_torch(parameter: nn.Parameter) -> bool:
-    """Whether FSDP2 averages the gradient: the parameter is split over the data-parallel processes."""
-    if not is_spread(parameter):
-        return False
-    mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
-    names = mesh.mesh_dim_names or ()
-    return any(dim >= len(names) or names[dim] != "tensor_parallel" for dim in split_dims(parameter))
+def _lay_out_gradient(parameter: nn.Parameter) -> None:
+    """Give a gradient the layout of its parameter. Otherwise tensor parallelism adds up its parts at every use."""
+    grad: Any = parameter.grad
+    spread: Any = parameter
+    if grad is not None and is_spread(grad) and grad.placements != spread.placements:
+        parameter.grad = grad.redistribute(spread.device_mesh, spread.placements)
 
 
 def _whole(value: Any) -> Any:

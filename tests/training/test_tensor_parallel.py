@@ -1,0 +1,72 @@
+"""Tensor parallelism: factors follow their weights."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from lightning_lora import load_adapter
+from tests.ranks import run_ranks
+from tests.training.sharded_cases import LitNet, data, lora, pretrained, trainer_of, whole_state
+from tests.training.test_sharded import Saves, assert_same, path_of
+
+PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+
+
+class Parallel(LitNet):
+    """Splits the matrices of its blocks, and shards them too if there are processes for it."""
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        self.model = self.built()
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return
+        for layer in self.model.layers:
+            parallelize_module(layer, self.device_mesh["tensor_parallel"], PLAN)
+        if self.device_mesh["data_parallel"].size() > 1:
+            self.shard()
+
+
+def parallel(data_size: int, folder: Path, kwargs: dict[str, Any], resumed: Path | None = None) -> dict[str, Tensor]:
+    L.seed_everything(1, verbose=False)
+    module = Parallel()
+    torch.manual_seed(1 if resumed is None else 99)
+    options: dict[str, Any] = {"use_distributed_sampler": False}
+    if data_size:
+        options |= {"devices": 2 * data_size, "strategy": ModelParallelStrategy(data_size, 2)}
+    callbacks = [lora(**{"dropout": 0.0, **kwargs}), Saves(folder, str(data_size))]
+    trainer_of("one", folder, callbacks, **options).fit(module, data(), data(), ckpt_path=resumed, weights_only=True)
+    return whole_state(module)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_parallel_matrices_train_as_on_one_process(tmp_path: Path, size: int) -> None:
+    one = parallel(0, tmp_path, {})
+    for found in run_ranks(parallel, size, tmp_path, {}, size=2 * size):
+        torch.testing.assert_close(found, one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_they_resume_and_load_anywhere(tmp_path: Path, size: int) -> None:
+    whole = run_ranks(parallel, size, tmp_path, {}, size=2 * size)[0]
+    again = run_ranks(parallel, size, tmp_path / "b", {}, path_of(tmp_path, str(size), 0), size=2 * size)
+    for found in again:
+        assert_same(found, whole)
+    module = LitNet()
+    module.model = module.built()
+    load_adapter(module, path_of(tmp_path, str(size), 1))
+    assert_same(whole_state(module), whole)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_their_merge_is_that_of_one_process(tmp_path: Path, size: int) -> None:
+    merged = run_ranks(parallel, size, tmp_path, {"merge": "last"}, size=2 * size)[0]
+    one = parallel(0, tmp_path / "b", {"merge": "last"}, path_of(tmp_path, str(size), 1))
+    assert_same(merged, one)
+    assert not torch.equal(merged["model.layers.0.up.weight"], pretrained()["layers.0.up.weight"])
