@@ -21,7 +21,6 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_checkpoint_state
 from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.summary import fitting_console, summarize
-from lightning_lora.tensors.shards import reshard
 from lightning_lora.training.advice import advise
 from lightning_lora.training.averaging import drop_averages, share_base
 from lightning_lora.training.companions import (
@@ -177,7 +176,6 @@ class LoRACallback(Callback):
         check_companions(callbacks, LoRACallback, stage, is_sharded=adapts_late)
         if stage != "fit":
             drop_averages(callbacks)
-        reshard(pl_module.modules())
         if stage == "fit":
             receive_record(pl_module)
             check_arguments(trainer, self.merge, was_adapted=self._stage.was_adapted)
@@ -271,7 +269,6 @@ class LoRACallback(Callback):
 
         The module is plain again, and remembers its base and its adapters.
         """
-        reshard(pl_module.modules())
         note_changed(pl_module)
         if not self.merge or is_trial(trainer):
             return
@@ -305,7 +302,6 @@ class LoRACallback(Callback):
         This is for a module that was merged before, for example after a tuner's trial.
         """
         if self._stage.was_merged and not self._stage.has_begun and find_record(pl_module) is not None:
-            reshard(pl_module.modules())
             merge(pl_module)
         self._stage.is_over = True
         self._end_training()

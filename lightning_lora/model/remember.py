@@ -10,6 +10,7 @@ from lightning_lora.model.record import ATTRIBUTE, Record, find_record, inner_re
 from lightning_lora.model.view import View
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join, plain_module, submodule
+from lightning_lora.tensors.shards import reshard
 
 
 def keep_record(model: nn.Module, record: Record) -> None:
@@ -52,9 +53,13 @@ def leave_record(model: nn.Module) -> None:
 def record_of(model: nn.Module) -> Record:
     """Return the record of ``model``.
 
+    If FSDP2 shows whole weights after an evaluation, it takes them back first: what the caller reads and writes are the
+    model's own.
+
     Raises:
         AdapterStateError: ``model`` has no adapters, or they are disabled now.
     """
+    reshard(model)
     record = find_record(model) or recall_record(model)
     if record is None:
         inner = next(iter(inner_records(model)), None)

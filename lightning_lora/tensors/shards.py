@@ -5,10 +5,11 @@ every process, in the same order.
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -135,19 +136,22 @@ def agreed(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
     if not meshes or not flags:
         return list(flags)
     found = torch.tensor(flags, dtype=torch.uint8, device=next(iter(meshes)).device_type)
-    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return [bool(flag) for flag in found.tolist()]
 
 
-def reshard(modules: Iterable[nn.Module]) -> None:
+def reshard(model: nn.Module) -> None:
     """Let FSDP2 give up the whole parameters it has gathered.
 
     After an evaluation, the outermost module still shows them in place of its own parts.
     """
-    for module in modules:
-        give_up = getattr(module, "reshard", None)
-        if give_up is not None and hasattr(module, "_get_fsdp_state"):
-            give_up()
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def runs_of(tensor: Tensor) -> Iterator[tuple[Tensor, int, int]]:

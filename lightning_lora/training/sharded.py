@@ -67,7 +67,7 @@ class ShardedWatch(Watch):
     @once
     def setup(self, trainer: "Trainer") -> None:
         """Adapt the sharded module."""
-        reshard(self.module.modules())
+        reshard(self.module)
         super().setup(trainer)
 
     def _adapt(self) -> None:
@@ -98,7 +98,6 @@ class ShardedWatch(Watch):
     @once
     def on_train_start(self) -> None:
         """Take the base's fingerprint, and start with the same adapters in every process."""
-        reshard(self.module.modules())
         self._note_base()
         with torch.no_grad():
             for p in view_of(self.module).adapters.values():
@@ -120,7 +119,6 @@ class ShardedWatch(Watch):
     @once
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Load what training changed, and the optimizers' states, which Lightning leaves to this strategy."""
-        reshard(self.module.modules())
         super().load_model_state_dict(checkpoint, strict)
         is_fit = not self.stage.is_over and self.module.trainer.state.fn == "fit"
         if is_fit and checkpoint.get("optimizer_states"):
@@ -142,12 +140,6 @@ class ShardedWatch(Watch):
         return {**state, "state": held}
 
     @once
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return what training changed, whole."""
-        reshard(self.module.modules())
-        return super().lightning_module_state_dict()
-
-    @once
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write one file, as the other strategies do."""
         path = local_path(filepath)
@@ -156,7 +148,6 @@ class ShardedWatch(Watch):
                 f"{filepath} is a folder, perhaps a sharded checkpoint. A run with adapters writes one file: give it "
                 "another name."
             )
-        reshard(self.module.modules())
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     # Gradients

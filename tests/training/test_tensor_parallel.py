@@ -45,11 +45,28 @@ def parallel(data_size: int, folder: Path, kwargs: dict[str, Any], resumed: Path
     return whole_state(module)
 
 
+KWARGS: list[dict[str, Any]] = [
+    {},
+    {"use_dora": True},
+    {"init": "pissa"},
+    {"modules_to_save": ["up", "norm"], "bias": "all"},
+    {"target_modules": ["up", "down"], "target_slices": {"up": {"a": [0, 24]}, "down": {"a": [0, 5], "b": [7, 12]}}},
+]
+
+
 @pytest.mark.parametrize("size", [1, 2])
-def test_parallel_matrices_train_as_on_one_process(tmp_path: Path, size: int) -> None:
-    one = parallel(0, tmp_path, {})
-    for found in run_ranks(parallel, size, tmp_path, {}, size=2 * size):
-        torch.testing.assert_close(found, one, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("kwargs", KWARGS, ids=str)
+def test_parallel_matrices_train_as_on_one_process(tmp_path: Path, size: int, kwargs: dict[str, Any]) -> None:
+    one = parallel(0, tmp_path, kwargs)
+    first, *others = run_ranks(parallel, size, tmp_path, kwargs, size=2 * size)
+    torch.testing.assert_close(first, one, rtol=1e-4, atol=1e-5)
+    for found in others:
+        assert_same(found, first)
+
+
+def test_processes_that_share_a_matrix_drop_the_same_features(tmp_path: Path) -> None:
+    first, second = run_ranks(parallel, 1, tmp_path, {"dropout": 0.3})
+    assert_same(second, first)
 
 
 @pytest.mark.parametrize("size", [1, 2])
