@@ -10,7 +10,7 @@ from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.record import find_record
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
-from lightning_lora.tensors.shards import is_spread
+from lightning_lora.tensors.shards import is_spread, reshard
 from lightning_lora.tensors.values import replace_values, set_aside
 
 
@@ -52,6 +52,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
             layer.lora_enabled = False
         back.callback(setattr, view.record, "disabled", False)
         view.record.disabled = True
+        back.callback(reshard, model)  # so that the next forward pass gathers what is put back
         yield
 
 
@@ -65,6 +66,9 @@ def _show_base(view: View, back: ExitStack) -> None:
     for weight in view.merged:
         _, base = values.get(id(weight.base), (None, weight.base))  # a tied weight's other use may have trained
         values[id(weight.shown)] = weight.shown, base.detach().to(weight.shown)
+    for name, seen in (*view.record.merged_weights.items(), *view.record.other_weights.items()):
+        if is_spread(view.parameters.get(name)):
+            seen.digest()  # the values are written into the same memory: later, only their digest tells them apart
     back.callback(torch.clear_autocast_cache)  # it may hold copies of the other values
     for tensor, base in values.values():
         back.callback(_put_back, tensor, set_aside(tensor) if is_spread(tensor) else tensor.data)

@@ -299,3 +299,31 @@ def gathered(folder: Path, kwargs: dict[str, Any]) -> list[int]:
 def test_frozen_weights_are_never_gathered_for_a_file(tmp_path: Path) -> None:
     sizes = run_ranks(gathered, tmp_path, {})[0]
     assert not [size for size in sizes if size in {p.numel() for p in Net().parameters()}]
+
+
+class Unused(LitNet):
+    """A layer that no batch reaches."""
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        return self.model.head(self.model.layers[0](batch[0])).square().mean()
+
+    shard = Uneven.shard
+
+
+def test_adapter_without_a_gradient_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match=r"DeadAdapterWarning: The adapters of 'model.layers.1.q', .* no gradient"):
+        run_ranks(fit, "sharded", tmp_path, Unused, {}, {})
+
+
+class New(LitNet):
+    """A layer that nobody has trained, in a pretrained model."""
+
+    def built(self) -> Net:
+        net = super().built()
+        net.layers[1].up.reset_parameters()
+        return net
+
+
+def test_untrained_layer_is_named_on_shards(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match=r"FreshLayerWarning: .*model.layers.1.up"):
+        run_ranks(fit, "sharded", tmp_path, New, {}, {})
