@@ -7,16 +7,17 @@ import sys
 from pathlib import Path
 
 import lightning as L
-import ray
-from ray.train import RunConfig, ScalingConfig
-from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment, RayTrainReportCallback, prepare_trainer
-from ray.train.torch import TorchTrainer
 
 from tests.models import trainer
 from tests.training.launched import fit_and_resume
 
 
 def main() -> None:
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment, RayTrainReportCallback, prepare_trainer
+    from ray.train.torch import TorchTrainer
+
     folder = Path(sys.argv[1])
 
     def make(callbacks: list[L.Callback]) -> L.Trainer:
