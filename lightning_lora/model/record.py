@@ -105,6 +105,19 @@ class Record:
             self.rounded[known] = digests_as(tensor, HALVES)
         return self.rounded[known]
 
+    def prepare_halves(self, tensors: Mapping[int, Tensor]) -> None:
+        """Compute the digests that :meth:`halves` will look up.
+
+        Only for tensors that are spread over processes: together they take one message for each dtype and layout.
+
+        Args:
+            tensors: The base's tensors, by their digests in their own dtype.
+        """
+        new = {known: t for known, t in tensors.items() if known not in self.rounded and is_spread(t)}
+        columns = [digests(list(new.values()), dtype) for dtype in HALVES]
+        for known, *numbers in zip(new, *columns, strict=True):
+            self.rounded[known] = numbers
+
     def hand_on(self, name: str, tensor: Tensor, copy: Tensor) -> None:
         """Replace one of the base's tensors by its copy."""
         known = self.read.pop(name, None)

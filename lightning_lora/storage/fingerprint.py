@@ -71,19 +71,18 @@ def with_halves(view: View, forms: Sequence[Mapping[str, Any]]) -> list[dict[str
     """
     tensors, packed = base_tensors(view), quantised_names(view)
     layout, dtypes = _layout(tensors), _dtypes(tensors)
+    floating = {
+        name: t for name, t in tensors.items() if t.is_floating_point() and not t.is_meta and name not in packed
+    }
     described = []
     for form in map(dict, forms):
         if form["layout"] == layout:
-            rounded: dict[str, list[int] | None] = {}
-            for (name, tensor), known in zip(tensors.items(), form["digests"], strict=True):
-                rounded[name] = None if name in packed else view.record.rounded.get(known, [])
-                if (
-                    form["dtypes"] == dtypes
-                    and tensor.is_floating_point()
-                    and not tensor.is_meta
-                    and name not in packed
-                ):
-                    rounded[name] = halves_of(view, name, tensor, known)
+            known = dict(zip(tensors, form["digests"], strict=True))
+            rounded = {name: None if name in packed else view.record.rounded.get(known[name], []) for name in tensors}
+            if form["dtypes"] == dtypes:
+                kept = {known[name]: t for name, t in floating.items() if not is_lost(view, name, known[name])}
+                view.record.prepare_halves(kept)
+                rounded |= {name: halves_of(view, name, t, known[name]) for name, t in floating.items()}
             form["rounded"] = rounded
         described.append(form)
     return described

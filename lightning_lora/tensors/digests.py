@@ -39,23 +39,28 @@ def digest(tensor: Tensor) -> int:
     return _digest_of_integers(_integers(tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)))
 
 
-def digests(tensors: Sequence[Tensor]) -> list[int]:
+def digests(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[int]:
     """Return the digests of several tensors.
 
     Collective for those that are spread over processes: each process reads its own parts, and the sums are added, with
     one message for each layout. Nothing is gathered.
+
+    Args:
+        tensors: The tensors.
+        dtype: The dtype to which each is converted first, or None.
     """
-    found = [0 if is_spread(tensor) else digest(tensor) for tensor in tensors]
+    found = [0 if is_spread(tensor) else digest(tensor.to(dtype or tensor.dtype)) for tensor in tensors]
     layouts: dict[Any, list[int]] = {}
     for place, tensor in enumerate(tensors):
         if is_spread(tensor):
             layouts.setdefault((tensor.device_mesh, split_dims(tensor)), []).append(place)  # type: ignore[attr-defined]
     for (mesh, dims), places in layouts.items():
-        sums = torch.stack([_own_sum(tensors[place]) for place in places]).to(mesh.device_type)
+        sums = torch.stack([_own_sum(tensors[place].to(dtype or tensors[place].dtype)) for place in places])
+        sums = sums.to(mesh.device_type)
         for dim in dims:
             torch.distributed.all_reduce(sums, group=mesh.get_group(dim))
         for place, total in zip(places, sums.tolist(), strict=True):
-            found[place] = (_count(tensors[place]) + total) % (1 << 63)
+            found[place] = (_count(tensors[place], dtype) + total) % (1 << 63)
     return found
 
 
@@ -100,9 +105,9 @@ def _sums_of_runs(integers: Tensor, distance: int, first: int, multipliers: Tens
         row += 1
 
 
-def _count(tensor: Tensor) -> int:
+def _count(tensor: Tensor, dtype: torch.dtype | None) -> int:
     """The number of integers of a whole tensor."""
-    return tensor.numel() * max(1, tensor.element_size() // 4)
+    return tensor.numel() * max(1, (dtype or tensor.dtype).itemsize // 4)
 
 
 def digests_as(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> list[int]:

@@ -200,25 +200,15 @@ class ShardedGradients(Gradients):
     def _average(self, parameters: list[nn.Parameter]) -> None:
         """Average the gradients of parameters of one dtype, with one message."""
         with torch.no_grad():
-            for p in parameters:
-                _lay_out_gradient(p)
             own = [torch.zeros_like(own_part(p)) if p.grad is None else own_part(p.grad) for p in parameters]
             flat = torch.cat([grad.reshape(-1) for grad in own]).mul_(1 / self.mesh.size())  # before the sum, as DDP
             dist.all_reduce(flat, group=self.mesh.get_group())
             for p, mean in zip(parameters, flat.split([grad.numel() for grad in own]), strict=True):
-                if p.grad is not None:
-                    own_part(p.grad).copy_(mean.view_as(own_part(p)))
-                elif p.requires_grad:
+                if p.grad is None and p.requires_grad:
                     p.grad = torch.zeros_like(p)
-                    own_part(p.grad).copy_(mean.view_as(own_part(p)))
-
-
-def _lay_out_gradient(parameter: nn.Parameter) -> None:
-    """Give a gradient the layout of its parameter. Otherwise tensor parallelism adds up its parts at every use."""
-    grad: Any = parameter.grad
-    spread: Any = parameter
-    if grad is not None and is_spread(grad) and grad.placements != spread.placements:
-        parameter.grad = grad.redistribute(spread.device_mesh, spread.placements)
+                if p.grad is not None:
+                    grad = own_part(p.grad)
+                    grad.copy_(mean.view_as(grad))
 
 
 def _whole(value: Any) -> Any:
