@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 def is_spread(tensor: object) -> bool:
     """Whether a tensor is a DTensor, in parts or replicated."""
-    module = sys.modules.get("torch.distributed.tensor")  # imported by whoever made one
-    return module is not None and isinstance(tensor, module.DTensor)
+    kind: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)  # imported by whoever made one
+    return kind is not None and isinstance(tensor, kind)
 
 
 def own_part(tensor: Tensor) -> Tensor:
@@ -147,10 +147,9 @@ def reshard(model: nn.Module) -> None:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
+    kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    for module in model.modules() if kind else ():
+        if isinstance(module, kind):
             module.reshard()
 
 
