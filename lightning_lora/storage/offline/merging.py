@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, LoRAWarning, listed
+from lightning_lora.errors import (
+    AdapterFileError,
+    AdapterMismatchError,
+    BaseMismatchError,
+    LoRAWarning,
+    MergePrecisionWarning,
+    listed,
+)
+from lightning_lora.model.merge_warnings import lost_to_rounding
 from lightning_lora.storage.checkpoint import as_base
 from lightning_lora.storage.disk import writing
 from lightning_lora.storage.offline.stored import StoredAdapters
@@ -43,6 +51,10 @@ def merge_files(base: Path, adapter: Path, out: Path, progress: Progress = str) 
         AdapterFileError: a file cannot be read or written, or ``out`` is of another kind or exists.
         AdapterMismatchError: the base lacks weights, or they have other shapes, or are tied.
         BaseMismatchError: the adapters were trained on another base.
+
+    Warns:
+        LoRAWarning: the base has another precision than that of the training.
+        MergePrecisionWarning: rounding lost much of an update.
     """
     if not out.parent.is_dir():
         raise FileNotFoundError(f"The folder {out.parent} does not exist. Make it first.")
@@ -62,6 +74,12 @@ def merge_files(base: Path, adapter: Path, out: Path, progress: Progress = str) 
     else:
         kinds = ".safetensors" if files.checkpoint is None else ".safetensors or .ckpt"
         raise AdapterFileError(f"{out} is of another kind than the base, {base}. Name a file that ends in {kinds}.")
+    if loss := lost_to_rounding(job.lost, str(base)):
+        warnings.warn(
+            f"{loss} Merge into the base in float32, or keep the adapters in their own file (load_adapter).",
+            MergePrecisionWarning,
+            stacklevel=2,
+        )
     return len(job.weights)
 
 
@@ -71,6 +89,7 @@ class _Merge:
     def __init__(self, files: TensorFiles, stored: StoredAdapters) -> None:
         self.files, self.stored = files, stored
         self.names = list(files.file_of)
+        self.lost: dict[str, float] = {}  # the share of each layer's update that rounding took, as far as written
         weights = [(name, weight) for name, layer in stored.layers.items() for weight in layer.shapes]
         self.name_in_base = _renaming(stored, [join(*each) for each in weights], files)
         self.weights = {self.name_in_base(join(*each)): each for each in weights}
@@ -171,7 +190,8 @@ class _Merge:
             return base
         layer, weight = self.weights[name]
         with torch.no_grad():
-            merged, _ = self.stored.adapted(layer, {weight: base}).lora_merged_weight(weight)
+            merged, lost = self.stored.adapted(layer, {weight: base}).lora_merged_weight(weight)
+        self.lost[layer] = max(lost, self.lost.get(layer, 0.0))
         if not merged.isfinite().all() and base.isfinite().all():
             raise AdapterMismatchError(
                 f"{name} with its update does not fit {base.dtype}: values overflow. Use a base of a wider dtype."
