@@ -20,7 +20,6 @@ from lightning_lora.storage.renaming import Renaming, by_whole_names, common_lea
 from lightning_lora.tensors.names import join
 from lightning_lora.tensors.values import same_bits
 
-
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 """Modules that PEFT does not train in full: only what is inside of them."""
 
@@ -194,7 +193,7 @@ def assembled(
     whole, single, biases = _trained(view, kept, saved)
     names = {*single, *biases, *view.buffers}
     kept = {name: value for name, value in kept.items() if name in names or _is_below(name, whole)}
-    _check_ties(view, kept)
+    check_ties(view, kept)
     owners = {name.rpartition(".")[0] for name in frozen}
     only = all(name.rpartition(".")[0] in owners for name in biases)
     config = by_whole_names(
@@ -296,8 +295,18 @@ def uses_of(view: View, name: str) -> list[str]:
     return [other for other, p in view.base.items() if p is own]
 
 
-def _check_ties(view: View, rest: Mapping[str, Tensor]) -> None:
-    """Refuse new values for one use of a tied weight: here they would change the others too."""
+def check_ties(view: View, rest: Mapping[str, Tensor]) -> None:
+    """Refuse new values for one use of a tied weight.
+
+    Here they would change its other uses too.
+
+    Args:
+        view: The model.
+        rest: The tensors of the file beside adapters, by their names in the model.
+
+    Raises:
+        AdapterMismatchError: there are such values.
+    """
     for name, value in rest.items():
         others = uses_of(view, name) if name in view.base else []
         alike = all(other in rest and same_bits(value, rest[other]) for other in others)

@@ -20,9 +20,12 @@ from lightning_lora.errors import (
     MergePrecisionWarning,
     listed,
 )
+from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.model.merge_warnings import lost_to_rounding
 from lightning_lora.storage.checkpoint import as_base
 from lightning_lora.storage.disk import writing
+from lightning_lora.storage.renaming import common_lead
+from lightning_lora.storage.foreign.peft.imported import is_imported
 from lightning_lora.storage.offline.stored import StoredAdapters
 from lightning_lora.storage.offline.tensor_files import INDEX, Entry, TensorFiles, write_tensors
 from lightning_lora.storage.same_base import is_converted
@@ -126,7 +129,25 @@ class _Merge:
                 f"{listed(tied)} are tied to other layers, which a file cannot show: whoever loads it would tie them "
                 "again. Merge in memory: load_adapter(model, path), then merge_adapters(model)."
             )
+        if is_imported(self.stored.description):
+            self._check_embeddings()
         self._check_base()
+
+    def _check_embeddings(self) -> None:
+        """Refuse embeddings of which no file shows whether an output layer shares them."""
+        classes = {name: self.stored.layers[layer].adapter_class for name, (layer, _) in self.weights.items()}
+        alone = []
+        for name in (name for name, kind in classes.items() if kind and issubclass(kind, LoRAEmbedding)):
+            own = self.files.get(name)
+            others = (self.files.get(other) for other in self.names if other != name)
+            if not any(other.shape == own.shape and other.data_ptr() != own.data_ptr() for other in others):
+                alone.append(name)
+        if alone:
+            raise AdapterMismatchError(
+                f"{listed(alone)} may be tied to an output layer: {self.files.path} holds no other weight of this "
+                f"shape, and {self.stored.path} was imported from PEFT, whose files do not say it. Merge in memory: "
+                "load_adapter(model, path), then merge_adapters(model)."
+            )
 
     def _check_base(self) -> None:
         """Compare every frozen tensor that both sides have.
@@ -217,7 +238,9 @@ def _renaming(stored: StoredAdapters, weights: list[str], files: TensorFiles) ->
     inside = f"{root}." if root and all(name.startswith(f"{root}.") for name in weights) else ""
     endings = ("." + weights[0].removeprefix(inside), "." + weights[0])
     prefixes = [name.removesuffix(end) + "." for end in endings for name in files.file_of if name.endswith(end)]
-    for ways in ([("", "")], [(inside, "")], [(cut, prefix) for cut in ("", inside) for prefix in prefixes]):
+    off = ["", inside, *(f"{lead}." for lead in common_lead(list(stored.layers)) if lead)]
+    added = [(cut, prefix) for cut in ("", inside) for prefix in prefixes]
+    for ways in (*([(cut, "")] for cut in off), added):
         fitting = {way for way in ways if all(way[1] + name.removeprefix(way[0]) in files.file_of for name in weights)}
         places = {tuple(add + name.removeprefix(strip) for name in weights) for strip, add in fitting}
         if len(places) > 1:
