@@ -242,8 +242,11 @@ def load_from_checkpoint(
         BaseMismatchError: the model that ``cls`` builds is not the base that the adapters were trained on.
     """
     checkpoint = read_contents(path, weights_only=weights_only)
-    if isinstance(checkpoint, dict) and (checkpoint.keys() <= {"state_dict", KEY} or is_foreign(checkpoint)):
+    names = checkpoint if isinstance(checkpoint, dict) else {}
+    if is_foreign(names) or {"state_dict", KEY} == names.keys():
         raise AdapterFileError(f"{path} is an adapter file. Build the model, then call load_adapter(model, path).")
+    if KEY not in names:
+        adapters_in(checkpoint, path)  # says what the file is
     check_readable(checkpoint, path)
     state, description = adapters_in(checkpoint, path)
     kwargs.pop("strict", None)

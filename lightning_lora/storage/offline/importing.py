@@ -65,13 +65,14 @@ def import_peft(source: Path, out: Path, base: Path) -> Imported:
     """
     check_place(out)
     file = weights_of(source)
-    contents = read_contents(file)
-    if KEY in contents:
+    contents, config = read_contents(file), file.parent / PEFT_CONFIG
+    tensors = contents if isinstance(contents, dict) else {}
+    if KEY in tensors:
         raise AdapterFileError(f"{file} is a file of this package already. It can be used as it is.")
-    numbers = read_numbers(file.parent / PEFT_CONFIG)
-    if not is_peft(contents):
+    numbers = read_numbers(config) if is_peft(tensors) or config.is_file() else None
+    if numbers is None or not is_peft(tensors):
         raise AdapterFileError(f"{file} holds no adapters of PEFT. Pass the folder that save_pretrained wrote.")
-    model = stand_in(TensorFiles(base), sorted_by_layer(contents, file), numbers)
+    model = stand_in(TensorFiles(base), sorted_by_layer(tensors, file), numbers)
     load_adapter(model, file)
     view = view_of(model)
     _check_origin(view, file)

@@ -17,7 +17,7 @@ from lightning_lora.storage.foreign.peft.keys import PeftTensors, plain
 from lightning_lora.storage.foreign.peft.numbers import Numbers
 from lightning_lora.storage.offline.tensor_files import TensorFiles
 from lightning_lora.storage.renaming import Renaming
-from lightning_lora.tensors.names import join
+from lightning_lora.tensors.names import join, owner_of, starts_of
 
 _CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 """Convolutions by the number of dimensions of their weight."""
@@ -46,7 +46,7 @@ def stand_in(files: TensorFiles, found: PeftTensors, numbers: Numbers) -> nn.Mod
         if name not in tensors and _is_saved(name, numbers):
             tensors[name] = torch.zeros_like(value)
     factors = {plain(name): own for name, own in found.layers.items()}
-    return _built(files.path.name, tensors, _layers(files.path, factors, tensors, numbers))
+    return _built(files.path.resolve().name, tensors, _layers(files.path, factors, tensors, numbers))
 
 
 def _check_told(found: PeftTensors, numbers: Numbers) -> None:
@@ -65,9 +65,7 @@ def _check_told(found: PeftTensors, numbers: Numbers) -> None:
 
 def _is_saved(name: str, numbers: Numbers) -> bool:
     """Whether ``modules_to_save`` names a module around this tensor. PEFT compares the ends of names."""
-    owners = name.split(".")[:-1]
-    above = [".".join(owners[: end + 1]) for end in range(len(owners))]
-    return any(module.endswith(entry) for module in above for entry in numbers.modules_to_save)
+    return any(module.endswith(entry) for module in starts_of(owner_of(name)) for entry in numbers.modules_to_save)
 
 
 # Names
@@ -140,7 +138,10 @@ def _attention_around(name: str, tensors: Mapping[str, Tensor]) -> str | None:
     """The nn.MultiheadAttention that has this name, or this output projection."""
     outer, _, leaf = name.rpartition(".")
     attention = outer if leaf == "out_proj" else name
-    return attention if join(attention, "in_proj_weight") in tensors else None
+    weights = [tensors.get(join(attention, key)) for key in ("in_proj_weight", "out_proj.weight")]
+    shapes = [tuple(weight.shape) for weight in weights if weight is not None and weight.is_floating_point()]
+    width = shapes[0][-1] if shapes and shapes[0] else 0
+    return attention if width and shapes == [(3 * width, width), (width, width)] else None
 
 
 def _attention(name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -150,19 +151,22 @@ def _attention(name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 def _layer(factors: Mapping[str, Tensor], weight: Tensor) -> nn.Module | None:
     """A layer with this weight that PEFT adapts with these factors, or None."""
-    names = ("embedding_A", "embedding_B") if "embedding_A" in factors else ("A", "B")
-    if any(name not in factors for name in names):
+    is_embedding = "embedding_A" in factors
+    a, b = (factors.get(f"embedding_{letter}" if is_embedding else letter) for letter in "AB")
+    if a is None or b is None or min(each.dim() if each.numel() else 0 for each in (a, b, weight)) < 2:
         return None
-    (reads, *kernel), writes = factors[names[0]].shape[1:], factors[names[1]].shape[0]
-    rows, columns, *own_kernel = weight.shape
-    if names[0] == "embedding_A":
-        return nn.Embedding(rows, columns, device="meta") if (rows, columns) == (reads, writes) else None
-    if kernel != own_kernel or rows != writes or reads % columns or rows % (reads // columns):
+    (reads, *kernel), writes, (rows, columns, *own_kernel) = a.shape[1:], b.shape[0], weight.shape
+    if is_embedding:
+        fits = (rows, columns) == (reads, writes) and not own_kernel
+        return nn.Embedding(rows, columns, device="meta") if fits else None
+    groups, rest = divmod(reads, columns)
+    if rows != writes or kernel != own_kernel or rest or not groups or rows % groups:
         return None
     if weight.dim() == 2:
-        return nn.Linear(columns, rows, bias=False, device="meta") if columns == reads else None
-    groups, convolution = reads // columns, _CONVOLUTIONS[weight.dim()]
-    layer: nn.Module = convolution(reads, rows, tuple(kernel), groups=groups, bias=False, device="meta")
+        return nn.Linear(columns, rows, bias=False, device="meta") if groups == 1 else None
+    if weight.dim() not in _CONVOLUTIONS:
+        return None
+    layer: nn.Module = _CONVOLUTIONS[weight.dim()](reads, rows, tuple(kernel), groups=groups, bias=False, device="meta")
     return layer
 
 
@@ -177,11 +181,13 @@ def _transposed(
     told, square = dict[str, bool](), list[str]()
     for name, weight in tensors.items():
         layer, _, leaf = name.rpartition(".")
-        written = factors.get(layer, {}).get("B", tensors.get(join(layer, "bias")))
-        if leaf != "weight" or weight.dim() != 2 or written is None or len(written) not in weight.shape:
+        writing = factors.get(layer, {}).get("B", tensors.get(join(layer, "bias")))
+        if leaf != "weight" or weight.dim() != 2 or writing is None or not writing.dim():
+            continue
+        if len(writing) not in weight.shape:  # no linear layer
             continue
         if weight.shape[0] != weight.shape[1]:
-            told[layer] = len(written) == weight.shape[1]
+            told[layer] = len(writing) == weight.shape[1]
         elif "A" in factors.get(layer, {}):
             square.append(layer)
     if numbers.fan_in_fan_out or any(told.values()):
@@ -205,14 +211,17 @@ def _leaf(name: str) -> str:
 def _built(title: str, tensors: Mapping[str, Tensor], layers: Mapping[str, nn.Module]) -> nn.Module:
     """A module with these tensors and layers. Its class has the name of the file, for errors."""
     model: nn.Module = type(title, (nn.Module,), {})()
+    for layer in layers.values():
+        for module in layer.modules():  # the base may have no bias
+            module._parameters.update(dict.fromkeys(module._parameters))
     for name, value in tensors.items():
         *path, leaf = name.split(".")
         holder, place = model, ""
         for part in path:
             place = join(place, part)
-            if part not in holder._modules:
-                holder._modules[part] = layers.get(place) or nn.Module()
-            holder = holder._modules[part]  # type: ignore[assignment]  # it is there
+            inner = holder._modules.get(part) or layers.get(place) or nn.Module()
+            holder._modules[part] = inner
+            holder = inner
         if value.is_floating_point():
             holder._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:

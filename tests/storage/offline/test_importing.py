@@ -173,7 +173,8 @@ def test_names_are_those_of_the_model_of_peft(tmp_path: Path) -> None:
     write_peft(tmp_path / "inner", built(Oblong), target_modules=["linear"])
     write_peft(tmp_path / "outer", make(), target_modules=["linear"])
     write_base(tmp_path / "inner.safetensors", built(Oblong))
-    torch.save({"state_dict": make().state_dict()}, tmp_path / "outer.ckpt")
+    outside = {"norm.weight": torch.full((12,), 7.0)}  # of something else
+    torch.save({"state_dict": {**make().state_dict(), **outside}}, tmp_path / "outer.ckpt")
     for folder, model in (("inner", built(Oblong)), ("outer", make())):
         for base in ("inner.safetensors", "outer.ckpt"):
             import_peft(tmp_path / folder, tmp_path / "own.safetensors", tmp_path / base)
