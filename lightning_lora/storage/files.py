@@ -24,8 +24,9 @@ from lightning_lora.storage.disk import check_path, local_path
 from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.storage.foreign.contents import Foreign, completed
 from lightning_lora.storage.foreign.loralib import read_loralib, tensors_in
-from lightning_lora.storage.foreign.peft.imported import check_imported, is_imported
+from lightning_lora.storage.foreign.peft.imported import check_imported
 from lightning_lora.storage.foreign.peft.reading import read_peft, weights_of
+from lightning_lora.storage.layout import is_imported
 from lightning_lora.storage.libraries import is_loralib, is_peft
 from lightning_lora.storage.own_files import adapters_in, check_place, is_foreign, read_contents, write_adapter_file
 from lightning_lora.storage.renaming import Renaming, check_present, renamed, renaming_for

@@ -17,9 +17,6 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.tensors.names import join
 
-OF_A_FILE = ""
-"""The layout of a base of which only a file was seen. The model may have more tensors, or fewer."""
-
 
 def fingerprint(view: View, *, anew: bool = True, renaming: Renaming | None = None) -> dict[str, Any]:
     """Return the fingerprint of an adapted model's base.

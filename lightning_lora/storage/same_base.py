@@ -15,13 +15,13 @@ from lightning_lora.errors import BaseMismatchError, LoRAWarning, listed
 from lightning_lora.model.record import HALVES
 from lightning_lora.model.view import View
 from lightning_lora.storage.fingerprint import (
-    OF_A_FILE,
     base_tensors,
     fingerprint,
     halves_of,
     is_lost,
     quantised_names,
 )
+from lightning_lora.storage.layout import OF_A_FILE
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.tensors.digests import digest, digests_as
 

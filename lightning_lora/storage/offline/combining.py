@@ -13,8 +13,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError, listed
 from lightning_lora.functional.combine import Factors, concatenated, dare, factored, ties, truncated
 from lightning_lora.storage.description import FORMAT, sealed
-from lightning_lora.storage.fingerprint import OF_A_FILE
-from lightning_lora.storage.layout import StoredLayer
+from lightning_lora.storage.layout import OF_A_FILE, StoredLayer
 from lightning_lora.storage.offline.stored import StoredAdapters
 from lightning_lora.storage.own_files import check_place, write_adapter_file
 from lightning_lora.storage.renaming import by_whole_names, targets_of

@@ -15,11 +15,12 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.description import KEY, describe, saved_entries, sealed, stored_config
 from lightning_lora.storage.disk import reading
 from lightning_lora.storage.files import load_adapter
-from lightning_lora.storage.fingerprint import OF_A_FILE, forms_of_base
+from lightning_lora.storage.fingerprint import base_tensors, forms_of_base
 from lightning_lora.storage.foreign.peft.export import ORIGIN
 from lightning_lora.storage.foreign.peft.keys import sorted_by_layer
 from lightning_lora.storage.foreign.peft.numbers import read_numbers
 from lightning_lora.storage.foreign.peft.reading import weights_of
+from lightning_lora.storage.layout import OF_A_FILE
 from lightning_lora.storage.libraries import PEFT_CONFIG, is_peft
 from lightning_lora.storage.offline.stand_in import stand_in
 from lightning_lora.storage.offline.tensor_files import TensorFiles
@@ -104,6 +105,9 @@ def _check_origin(view: View, file: Path) -> None:
         if origin is None:
             return
         stored_config(origin)
-    forms = [{**form, "layout": OF_A_FILE} for form in origin["base"] if "rounded" in form]
-    if forms:
-        check_base(view, forms, {}, renaming=Renaming(origin.get("root", ""), ""))
+    renaming = Renaming(origin.get("root", ""), "")
+    names = [renaming.name_there(name) for name in base_tensors(view)]
+    forms = [{**form, "layout": OF_A_FILE} for form in origin["base"]]
+    known = [form for form in forms if any(form.get("rounded", {}).get(name) for name in names)]  # not quantised
+    if known:
+        check_base(view, known, {}, renaming=renaming)

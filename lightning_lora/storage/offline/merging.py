@@ -24,10 +24,10 @@ from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.model.merge_warnings import lost_to_rounding
 from lightning_lora.storage.checkpoint import as_base
 from lightning_lora.storage.disk import writing
-from lightning_lora.storage.renaming import common_lead
-from lightning_lora.storage.foreign.peft.imported import is_imported
+from lightning_lora.storage.layout import is_imported
 from lightning_lora.storage.offline.stored import StoredAdapters
 from lightning_lora.storage.offline.tensor_files import INDEX, Entry, TensorFiles, write_tensors
+from lightning_lora.storage.renaming import common_lead
 from lightning_lora.storage.same_base import is_converted
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
-from lightning_lora.storage.renaming import common_lead
 from lightning_lora.storage.foreign.peft.keys import PeftTensors, plain
 from lightning_lora.storage.foreign.peft.numbers import Numbers
 from lightning_lora.storage.offline.tensor_files import TensorFiles
-from lightning_lora.storage.renaming import Renaming
+from lightning_lora.storage.renaming import Renaming, common_lead
 from lightning_lora.tensors.names import join, owner_of, starts_of
 
 _CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}

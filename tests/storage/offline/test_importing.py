@@ -6,10 +6,12 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import (
@@ -186,6 +188,27 @@ def test_names_are_those_of_the_model_of_peft(tmp_path: Path) -> None:
     both = nn.ModuleDict({"ema": built(Oblong), "net": built(Oblong)})
     with pytest.raises(AdapterMismatchError, match="several places: 'ema', 'net'"):
         import_peft(tmp_path / "inner", tmp_path / "own.safetensors", write_base(tmp_path / "both.safetensors", both))
+
+
+class Around(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        config = BertConfig(
+            hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, vocab_size=9
+        )
+        self.model, self.more = BertModel(config), nn.Linear(8, 8)
+
+
+def test_the_file_loads_around_a_model_that_has_other_weights_beside_it(tmp_path: Path) -> None:
+    around = Around()
+    around.model.save_pretrained(tmp_path / "base")
+    write_peft(tmp_path / "peft", deepcopy(around.model), target_modules=["dense"])
+    import_peft(tmp_path / "peft", tmp_path / "own.safetensors", tmp_path / "base")
+    here, there = deepcopy(around), deepcopy(around)
+    load_adapter(there, tmp_path / "peft")
+    with pytest.warns(LoRAWarning, match="begin with ''; in Around they begin with 'model'"):
+        load_adapter(here, tmp_path / "own.safetensors")
+    assert same(adapter_state_dict(here), adapter_state_dict(there))
 
 
 def test_a_folder_that_we_wrote_says_which_base_it_is_of(tmp_path: Path) -> None:

@@ -9,16 +9,10 @@ from typing import Any
 from lightning_lora.errors import AdapterMismatchError
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
-from lightning_lora.storage.fingerprint import OF_A_FILE
 from lightning_lora.storage.foreign.contents import check_ties
 from lightning_lora.storage.foreign.peft.updates import check_computes_alike
 from lightning_lora.storage.layout import StoredLayer
 from lightning_lora.storage.renaming import Renaming
-
-
-def is_imported(description: Mapping[str, Any]) -> bool:
-    """Whether a file was imported: no model has seen its base."""
-    return any(form["layout"] == OF_A_FILE for form in description["base"])
 
 
 def check_imported(view: View, state: Mapping[str, Any], description: Mapping[str, Any], renaming: Renaming) -> None:
