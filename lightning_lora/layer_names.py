@@ -1,4 +1,7 @@
-"""Names of layers in a table: one for all blocks of a kind, and short ones where there is little room."""
+"""Names of layers in a table.
+
+Blocks of a kind have one name, and names are short where there is little room.
+"""
 
 import re
 from collections.abc import Collection, Sequence
@@ -11,9 +14,9 @@ Template = tuple[tuple[str, str | None], ...]
 
 
 def template_of(name: str) -> tuple[Template, Indices]:
-    """Split a name into what it has in common with other blocks, and its indices.
+    """Split a name into its template and its indices.
 
-    Only the name is known: each part that is a number is an index.
+    The template is what it has in common with other blocks. Each part that is a number is an index.
 
     Example:
         >>> template_of("layers.3.q_proj")
@@ -115,7 +118,7 @@ def _without(name: list[str], number: int) -> str:
 
 
 def broken_names(names: Sequence[str], room: int, tails: Sequence[str]) -> list[str]:
-    """Return names for a column, in lines where they do not fit.
+    """Return names for a column, in lines if needed.
 
     If short names do not fit, the parts that all of them have in common are left out too. Lines end after a dot, so
     that the end of a name is whole. No two names become the same.

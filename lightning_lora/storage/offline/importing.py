@@ -1,4 +1,4 @@
-"""Read a PEFT file without the model, and write one of our own."""
+"""Write an adapter file from a PEFT file, without the model."""
 
 import json
 import re
@@ -45,7 +45,7 @@ class Imported(NamedTuple):
 
 
 def import_peft(source: Path, out: Path, base: Path) -> Imported:
-    """Write an adapter file of this package from a PEFT file.
+    """Write an adapter file from a PEFT file.
 
     Loaded onto the model, it gives what PEFT's own files give there.
 

@@ -1,4 +1,4 @@
-"""A model of the layers of a base, without the model's code.
+"""A model with the layers of a base, without its code.
 
 A file of the base says which tensors there are. A PEFT file says which layers it adapts, and the shapes say what these
 layers are. So a PEFT file can be read as for the model itself.
@@ -26,9 +26,10 @@ _CONV1D = type("Conv1D", (nn.Module,), {"__module__": "transformers.pytorch_util
 
 
 def stand_in(files: TensorFiles, found: PeftTensors, numbers: Numbers) -> nn.Module:
-    """Return a model with the base's tensors, by the names of a PEFT file.
+    """Return a model with the tensors of a base.
 
-    Modules in ``modules_to_save`` that the base does not have, such as a new head, are added, with zeros.
+    They have the names that a PEFT file has for them. Modules in ``modules_to_save`` that the base does not have, such
+    as a new head, are added, with zeros.
 
     Args:
         files: The base.

@@ -16,9 +16,9 @@ from lightning_lora.storage.renaming import Renaming
 
 
 def check_imported(view: View, state: Mapping[str, Any], description: Mapping[str, Any], renaming: Renaming) -> None:
-    """Refuse an imported file that a model would compute otherwise than PEFT.
+    """Refuse an imported file that does not fit the model.
 
-    A model that reads PEFT's own files makes the same checks.
+    The model would compute something else than PEFT. The same is checked when PEFT's own files are read.
 
     Args:
         view: The adapted model.
