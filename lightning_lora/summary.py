@@ -17,6 +17,7 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.optim import Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 
+from lightning_lora.layer_names import Indices, Template, short_names, spelled
 from lightning_lora.layers import LoRALayer, count
 from lightning_lora.model.view import View
 from lightning_lora.storage.state import adapter_state_dict
@@ -216,7 +217,7 @@ def summarize(model: nn.Module) -> LoRASummary:
         (128, 544, ['0', '2'])
     """
     view = View(model)
-    layers: dict[tuple[Any, ...], list[tuple[_Indices, int, int]]] = {}
+    layers: dict[tuple[Any, ...], list[tuple[Indices, int, int]]] = {}
     seen: set[int] = set()
     for name, module in view.modules.items():
         own = [p for p in _own_parameters(module) if id(p) not in seen]
@@ -229,7 +230,7 @@ def summarize(model: nn.Module) -> LoRASummary:
     groups = []
     for (template, kind, r, parts), rows in layers.items():
         others = [key for key in layers if key[0] == template]
-        name = _spelled(template, [indices for indices, _, _ in rows], exactly=len(others) > 1)
+        name = spelled(template, [indices for indices, _, _ in rows], exactly=len(others) > 1)
         trained, frozen = sum(row[1] for row in rows), sum(row[2] for row in rows)
         groups.append(LayerGroup(name, len(rows), kind, r, trained, frozen, parts))
     return _with_costs(view, tuple(groups))
@@ -297,12 +298,8 @@ def _rounded(number: int) -> str:
 
 # Names
 
-_Indices = tuple[int, ...]
-_Template = tuple[tuple[str, str | None], ...]
-"""The parts of a name. A part with an index has the class of its block, or "", and is without its number."""
 
-
-def _template(name: str, modules: Mapping[str, nn.Module]) -> tuple[_Template, _Indices]:
+def _template(name: str, modules: Mapping[str, nn.Module]) -> tuple[Template, Indices]:
     """Split a name into what it has in common with other blocks, and its indices.
 
     An index is a number in place of a name, or at the end of a block's name. The number of a layer in an nn.Sequential,
@@ -324,58 +321,13 @@ def _template(name: str, modules: Mapping[str, nn.Module]) -> tuple[_Template, _
     return tuple(template), tuple(indices)
 
 
-def _spelled(template: _Template, indices: Sequence[_Indices], *, exactly: bool) -> str:
-    """The name of a group: numbers that are the same are kept, others are ``*``, or ranges if needed."""
-    columns = iter(zip(*indices, strict=True))
-    parts = []
-    for text, block in template:
-        numbers = sorted(set(next(columns))) if block is not None else []
-        spelled = _ranges(numbers) if exactly or len(numbers) == 1 else "*" * bool(numbers)
-        parts.append(text + spelled)
-    return ".".join(parts) or "(root)"
-
-
-def _ranges(numbers: Sequence[int], most: int = 3) -> str:
-    """Numbers as text, such as "0,2-5"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    shown = [f"{first}-{last}" if last > first else str(first) for first, last in runs[:most]]
-    return ",".join([*shown, *(["…"] if len(runs) > most else [])])
-
-
 def _short_names(groups: Sequence[LayerGroup], room: int) -> list[str]:
-    """Names that fit into a column, without leading parts if needed. No two names become the same."""
-    names = [group.name.split(".") for group in groups]
-    cuts = [_possible_cuts(name, names) for name in names]
+    """Names that fit into a column, with the parts and the number of layers behind them."""
     tails = [f" (×{group.layers})" if group.layers > 1 else "" for group in groups]
-    chosen = []
-    for name, tail, possible in zip(names, tails, cuts, strict=True):
-        fit = [cut for cut in possible if len(_without(name, cut) + tail) <= room]
-        chosen.append(fit[0] if fit else possible[-1])
     texts = []
-    for group, name, tail, possible in zip(groups, names, tails, cuts, strict=True):
-        alike = [cut for other, cut in zip(names, chosen, strict=True) if other[:cut] == name[:cut]]
+    for group, name, tail in zip(
+        groups, short_names([group.name for group in groups], room, tails), tails, strict=True
+    ):
         parts = f" [{','.join(group.parts)}]" if group.parts else ""
-        text = _without(name, max(cut for cut in possible if cut <= max(alike)))
-        texts.append(text + (parts if len(parts) <= room else "") + tail)
+        texts.append(name + (parts if len(parts) <= room else "") + tail)
     return texts
-
-
-def _possible_cuts(name: list[str], names: Sequence[list[str]]) -> list[int]:
-    """How many leading parts may go: the rest begins with a word, and no other name ends like it."""
-    cuts = [0]
-    for cut in range(1, len(name)):
-        rest = name[cut:]
-        if any(other[-len(rest) :] == rest for other in names if other != name):
-            break
-        if rest[0].isidentifier():
-            cuts.append(cut)
-    return cuts
-
-
-def _without(name: list[str], number: int) -> str:
-    return ("…" if number else "") + ".".join(name[number:])

@@ -144,10 +144,10 @@ def test_commands_of_the_page_run(
         randomise(model, seed)
         save_adapter(model, f"{name}.safetensors")
     lines = [line for text in blocks("command-line", "sh") for line in text.splitlines() if "lightning-lora" in line]
-    assert len(lines) == 7
+    assert len(lines) == 8
     for line in lines:
         assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
-    assert {path.stem for path in tmp_path.iterdir()} >= {"merged", "both", "small", "peft_folder"}
+    assert {path.stem for path in tmp_path.iterdir()} >= {"merged", "both", "small", "peft_folder", "imported"}
 
 
 def test_every_callback_of_the_pages_finds_its_layers() -> None:

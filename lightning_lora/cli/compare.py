@@ -15,16 +15,15 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from lightning_lora.cli.output import print_json
+from lightning_lora.cli.output import NARROW, layer_table, print_json
 from lightning_lora.errors import AdapterFileError
 from lightning_lora.functional.subspace import cosine, subspace_similarity
 from lightning_lora.storage.offline.stored import StoredAdapters
+from lightning_lora.summary import fitting_console
+from lightning_lora.tensors.names import join
 
 
 def add_arguments(parser: Any) -> None:
@@ -87,25 +86,27 @@ def _numbers(first: Any, second: Any) -> dict[str, float]:
 
 
 def _show(pair: dict[str, Any]) -> None:
-    table = Table(title=escape(" and ".join(pair["files"])))
-    table.add_column("Layer", overflow="fold")
-    for heading in ("cosine of ΔW", "similarity of A", "of B"):
-        table.add_column(heading, justify="right")
-    for layer in pair["layers"]:
-        cells = [_coloured(layer[key]) for key in ("cosine", "similarity_A", "similarity_B")]
-        name = layer["name"] if layer["weight"] == "weight" else f"{layer['name']}.{layer['weight']}"
-        table.add_row(name, *cells)
-    console = Console()
-    console.print(table)
-    for file, names in zip(pair["files"], pair["only_in"], strict=True):
-        if names:
-            console.print(f"Only in {file}: {', '.join(names)}", markup=False)
+    console, layers = fitting_console(), pair["layers"]
+    names = [each["name"] if each["weight"] == "weight" else join(each["name"], each["weight"]) for each in layers]
+    headings, digits = ("cosine\nof ΔW", "similarity\nof A", "of B"), 3
+    if console.width < NARROW:
+        headings, digits = ("cos.\nof ΔW", "sim.\nof A", "of B"), 2
+    columns = {}
+    for heading, key in zip(headings, ("cosine", "similarity_A", "similarity_B"), strict=True):
+        columns[heading] = [_coloured(layer[key], digits) for layer in layers]
+    title = " and ".join(pair["files"])
+    console.print(layer_table(title, [(name, "") for name in names], columns, console.width))
+    for file, only in zip(pair["files"], pair["only_in"], strict=True):
+        if only:
+            console.print(f"Only in {file}: {', '.join(only)}", markup=False)
 
 
-def _coloured(value: float) -> Text:
+def _coloured(value: float, digits: int) -> Text:
     """A number with a background that is the stronger, the nearer to 1 it is."""
     strength = round(min(abs(value), 1) * 160)
-    return Text(f"{value:+.3f}", style=f"on rgb({40},{40 + strength},{40 + strength // 2})" if strength > 8 else "")
+    return Text(
+        f"{value:+.{digits}f}", style=f"on rgb({40},{40 + strength},{40 + strength // 2})" if strength > 8 else ""
+    )
 
 
 def _draw(found: list[dict[str, Any]], path: Path) -> None:

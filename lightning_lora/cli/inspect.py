@@ -10,18 +10,18 @@ examples::
 """
 
 import json
-import re
+from collections import Counter
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.filesize import decimal
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
-from lightning_lora.cli.output import print_json
+from lightning_lora.cli.output import NARROW, layer_table, print_json
 from lightning_lora.functional.subspace import effective_rank, singular_values
+from lightning_lora.layer_names import spelled, template_of
 from lightning_lora.storage.offline.stored import StoredAdapters
+from lightning_lora.summary import fitting_console
 
 
 def add_arguments(parser: Any) -> None:
@@ -73,29 +73,28 @@ def _layer(stored: StoredAdapters, name: str) -> dict[str, Any]:
         "parts": [part.name for part in layer.parts if part.name],
         "r": layer.r,
         "scaling": layer.scaling,
+        "shapes": {weight: list(shape) for weight, shape in layer.shapes.items()},
         "norm": sum(norm**2 for norm in norms) ** 0.5,
         "effective_rank": sum(ranks) / len(ranks),
     }
 
 
 def _show(found: dict[str, Any]) -> None:
-    console = Console()
-    table = Table(title=f"{escape(found['file'])}: {decimal(found['bytes'])}, {len(found['layers'])} adapted layers")
-    table.add_column("Layers", overflow="fold")
-    table.add_column("Type")
-    for heading in ("r", "scaling", "norm of ΔW", "effective rank"):
-        table.add_column(heading, justify="right")
-    for name, layers in _grouped(found["layers"]).items():
-        times = f" (×{len(layers)})" if len(layers) > 1 else ""
-        table.add_row(
-            name + times,
-            layers[0]["class"].rpartition(".")[2],
-            str(layers[0]["r"]),
-            f"{layers[0]['scaling']:g}",
-            _range([layer["norm"] for layer in layers]),
-            _range([layer["effective_rank"] for layer in layers]),
-        )
-    console.print(table)
+    console = fitting_console()
+    groups, narrow = _grouped(found["layers"]), console.width < NARROW
+    names = [(name, f" (×{len(layers)})" if len(layers) > 1 else "") for name, layers in groups]
+    firsts = [layers[0] for _, layers in groups]
+    columns = {
+        "Type": [Text(layer["class"].rpartition(".")[2]) for layer in firsts],
+        "r": [Text(str(layer["r"])) for layer in firsts],
+        "scaling": [Text(f"{layer['scaling']:g}") for layer in firsts],
+        "norm\nof ΔW": _numbers(groups, "norm", narrow=narrow),
+        "eff.\nrank" if narrow else "effective\nrank": _numbers(groups, "effective_rank", narrow=narrow),
+    }
+    if narrow:
+        del columns["Type"], columns["scaling"]
+    title = f"{found['file']}: {decimal(found['bytes'])}, {len(found['layers'])} adapted layers"
+    console.print(layer_table(title, names, columns, console.width))
     if found["beside"]:
         console.print(
             "Besides adapters: " + ", ".join(f"{n} {v['shape']}" for n, v in found["beside"].items()), markup=False
@@ -107,15 +106,27 @@ def _show(found: dict[str, Any]) -> None:
     console.print("Configuration: " + json.dumps(config), soft_wrap=True, markup=False)
 
 
-def _grouped(layers: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Layers whose names differ only by numbers, with the same settings."""
+def _grouped(layers: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Layers whose names differ only by numbers, with the same settings and shapes, and the name of each group."""
     groups: dict[Any, list[dict[str, Any]]] = {}
     for layer in layers:
-        name = re.sub(r"(?<![^.])\d+(?![^.])", "*", layer["name"])
-        groups.setdefault((name, layer["class"], layer["r"], layer["scaling"]), []).append(layer)
-    return {name: group for (name, *_), group in groups.items()}
+        template, _ = template_of(layer["name"])
+        shapes = json.dumps(layer["shapes"])
+        groups.setdefault((template, layer["class"], layer["r"], layer["scaling"], shapes), []).append(layer)
+    alike = Counter(template for template, *_ in groups)
+    named = []
+    for (template, *_), group in groups.items():
+        indices = [template_of(layer["name"])[1] for layer in group]
+        named.append((spelled(template, indices, exactly=alike[template] > 1), group))
+    return named
+
+
+def _numbers(groups: list[tuple[str, list[dict[str, Any]]]], key: str, *, narrow: bool) -> list[Text]:
+    """A number of each group: the mean, or the range if there is room."""
+    values = [[layer[key] for layer in layers] for _, layers in groups]
+    return [Text(f"{sum(each) / len(each):.3g}" if narrow else _range(each)) for each in values]
 
 
 def _range(values: list[float]) -> str:
     low, high = f"{min(values):.3g}", f"{max(values):.3g}"
-    return low if low == high else f"{low} – {high}"
+    return low if low == high else f"{low}–{high}"

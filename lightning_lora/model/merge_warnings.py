@@ -58,14 +58,31 @@ def warn_of_merge(model: nn.Module, lost: Mapping[str, float], untied: Sequence[
             MergePrecisionWarning,
             stacklevel=3,
         )
-    much = {name: share for name, share in lost.items() if _MUCH < share < math.inf}
-    if much:
-        worst = max(much, key=much.__getitem__)
+    if loss := lost_to_rounding(lost, title):
         warnings.warn(
-            f"Merging rounded away {much[worst]:.0%} of the update of {worst!r} in {title}, and more than {_MUCH:.0%} "
-            f"in {len(much)} of {len(lost)} layers: half-precision weights cannot hold changes so small. The merged "
-            "model has lost this part of the fine-tuning. Keep the adapters on their layers "
-            "(merge=False, unmerge_adapters), or convert the model to float32 before merging.",
+            f"{loss} Keep the adapters on their layers (merge=False, unmerge_adapters), or convert the model to "
+            "float32 before merging.",
             MergePrecisionWarning,
             stacklevel=3,
         )
+
+
+def lost_to_rounding(lost: Mapping[str, float], title: str) -> str:
+    """Return what a warning says of rounded updates.
+
+    Args:
+        lost: The share of each layer's update that is lost to rounding.
+        title: What was merged into.
+
+    Returns:
+        Two sentences, or nothing if rounding took little.
+    """
+    much = {name: share for name, share in lost.items() if _MUCH < share < math.inf}
+    if not much:
+        return ""
+    worst = max(much, key=much.__getitem__)
+    return (
+        f"Merging rounded away {much[worst]:.0%} of the update of {worst!r} in {title}, and more than {_MUCH:.0%} in "
+        f"{len(much)} of {len(lost)} layers: half-precision weights cannot hold changes so small. The merged model has "
+        "lost this part of the fine-tuning."
+    )

@@ -24,10 +24,12 @@ from lightning_lora.storage.disk import check_path, local_path
 from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.storage.foreign.contents import Foreign, completed
 from lightning_lora.storage.foreign.loralib import read_loralib, tensors_in
+from lightning_lora.storage.foreign.peft.imported import check_imported
 from lightning_lora.storage.foreign.peft.reading import read_peft, weights_of
+from lightning_lora.storage.layout import is_imported
 from lightning_lora.storage.libraries import is_loralib, is_peft
 from lightning_lora.storage.own_files import adapters_in, check_place, is_foreign, read_contents, write_adapter_file
-from lightning_lora.storage.renaming import check_present, renamed, renaming_for
+from lightning_lora.storage.renaming import Renaming, check_present, renamed, renaming_for
 from lightning_lora.storage.state import adapter_state_dict, write_state
 from lightning_lora.tensors.shards import is_spread
 
@@ -177,7 +179,10 @@ def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any], *
     with _unmerged_and_undone(model):
         if find_record(model) is None:  # no adapters, or only those of a submodule
             inject_adapters(model, config)
-        check_fits(view_of(model), state, description, renaming=renaming, refuse_base=check_base)
+        view = view_of(model)
+        if is_imported(description):
+            check_imported(view, state, description, renaming or Renaming())
+        check_fits(view, state, description, renaming=renaming, refuse_base=check_base)
         write_state(model, state)
 
 
@@ -238,8 +243,11 @@ def load_from_checkpoint(
         BaseMismatchError: the model that ``cls`` builds is not the base that the adapters were trained on.
     """
     checkpoint = read_contents(path, weights_only=weights_only)
-    if isinstance(checkpoint, dict) and (checkpoint.keys() <= {"state_dict", KEY} or is_foreign(checkpoint)):
+    names = checkpoint if isinstance(checkpoint, dict) else {}
+    if is_foreign(names) or {"state_dict", KEY} == names.keys():
         raise AdapterFileError(f"{path} is an adapter file. Build the model, then call load_adapter(model, path).")
+    if KEY not in names:
+        adapters_in(checkpoint, path)  # says what the file is
     check_readable(checkpoint, path)
     state, description = adapters_in(checkpoint, path)
     kwargs.pop("strict", None)

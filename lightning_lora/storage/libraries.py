@@ -14,6 +14,12 @@ _PEFT = {
 }
 """The ends of the names of an adapter's tensors in PEFT's files, and what they are."""
 
+PEFT_CONFIG = "adapter_config.json"
+"""PEFT's file with the configuration, beside the tensors."""
+
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+"""The files that PEFT writes its tensors into, the newer form first."""
+
 LORALIB = (".lora_A", ".lora_B")
 """The ends of the names of an adapter's tensors in loralib's files."""
 

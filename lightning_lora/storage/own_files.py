@@ -24,7 +24,8 @@ from lightning_lora.storage.disk import (
     reading,
     writing,
 )
-from lightning_lora.storage.libraries import is_loralib, is_peft
+from lightning_lora.storage.libraries import PEFT_CONFIG, is_loralib, is_peft
+from lightning_lora.storage.run_state import VERSION
 
 # Write
 
@@ -91,13 +92,17 @@ def read_adapter_file(path: str | Path | IO[bytes]) -> tuple[dict[str, Any], dic
         FileNotFoundError: the file does not exist.
         AdapterFileError: the file is truncated, was changed, or is of another kind.
     """
+    local = local_path(path)
+    if local is not None and (local / PEFT_CONFIG).is_file():
+        raise AdapterFileError(f"{path} holds {_in_peft(path)}")
     return adapters_in(read_contents(path), path)
 
 
 def read_contents(path: str | Path | IO[bytes], *, weights_only: bool = True) -> Any:
     """Return the contents of a file.
 
-    They have the form of a checkpoint. Tensors of another library are returned by their names.
+    They have the form of a checkpoint. Tensors of another library are returned by their names. Of a model's own
+    tensors, only the names are returned.
     """
     check_path(path, may_be_open=True)
     with reading(path), on_this_machine(path) as local:
@@ -125,7 +130,7 @@ def _read_tensors(local: Path, path: object) -> dict[str, Any]:
         if is_peft(names):
             return {name: file.get_tensor(name) for name in names}
         if description is None:
-            return {"state_dict": {}}
+            return {"state_dict": dict.fromkeys(names)}
         stored_config(description)
         check_entries(names, description, path)
         return {"state_dict": {name: file.get_tensor(name) for name in names}, KEY: description}
@@ -142,18 +147,41 @@ def adapters_in(contents: Any, path: object) -> tuple[dict[str, Any], dict[str, 
     Raises:
         AdapterFileError: these are no contents of an adapter file, or they were changed.
     """
-    if not isinstance(contents, dict) or not isinstance(contents.get("state_dict"), dict):
-        if isinstance(contents, dict) and is_foreign(contents):
-            raise AdapterFileError(
-                f"{path} holds adapters of another library. Only load_adapter(model, path) reads it."
-            )
-        raise AdapterFileError(f"{path} holds no adapters. Pass a file that save_adapter or a Trainer wrote.")
-    state, description = contents["state_dict"], contents.get(KEY)
-    if description is None:
-        raise AdapterFileError(
-            f"{path} holds no adapters of this package. If it is a full checkpoint, it is a base: load it with "
-            "Lightning's load_from_checkpoint, or give it to Trainer.fit(ckpt_path=...)."
-        )
+    held = contents if isinstance(contents, dict) else {}
+    state, description = held.get("state_dict"), held.get(KEY)
+    if not isinstance(state, dict) or description is None:
+        raise AdapterFileError(f"{path} holds {_instead(held, path)}")
     stored_config(description)
     check_checksum(state, description, path)
     return state, description
+
+
+def _instead(contents: dict[Any, Any], path: object) -> str:
+    """What a file without adapters of this package holds, and what reads it."""
+    if is_peft(contents):
+        return _in_peft(path)
+    if is_loralib(contents):
+        return "adapters of loralib, which only load_adapter(model, path, alpha=...) reads."
+    state = contents.get("state_dict", contents)
+    names = [name for name in state if isinstance(name, str)] if isinstance(state, dict) else []
+    if not names:
+        return "no adapters. Pass a file that save_adapter or a Trainer wrote."
+    reader = "model.load_state_dict(torch.load(path))"
+    if str(path).endswith(".safetensors"):
+        reader = "safetensors.torch.load_model(model, path)"
+    elif VERSION in contents:
+        reader = "Lightning's MyModule.load_from_checkpoint(path), or give it to a Trainer as ckpt_path, as a base"
+    return (
+        f"{len(names)} tensors ({listed(names, 2)}) and no adapters of this package. It looks like a whole model, such "
+        f"as save_merged writes. Load it with {reader}."
+    )
+
+
+def _in_peft(path: object) -> str:
+    """What PEFT's files hold, and what reads them."""
+    local = local_path(path)
+    folder = "FOLDER" if local is None else local if local.is_dir() else local.parent
+    return (
+        "adapters of PEFT. load_adapter(model, path) reads them. Without the model, write a file of this package "
+        f"first: lightning-lora import {folder} adapter.safetensors --base BASE"
+    )

@@ -192,14 +192,19 @@ def check_types(checkpoint: Mapping[Any, Any], path: object) -> None:
         )
 
 
+def has_run(checkpoint: Mapping[Any, Any]) -> bool:
+    """Whether a checkpoint holds the state of a run."""
+    return all(name in checkpoint for name in _RESUMED)
+
+
 def check_resumable(checkpoint: Mapping[Any, Any], path: object) -> None:
     """Refuse a checkpoint from which a fit cannot go on.
 
     Raises:
         AdapterFileError: it holds no state of a run, or an optimizer's state is NaN or infinite.
     """
-    missing = [name for name in _RESUMED if name not in checkpoint]
-    if missing:
+    if not has_run(checkpoint):
+        missing = [name for name in _RESUMED if name not in checkpoint]
         raise AdapterFileError(
             f"{path} has no {listed(missing)}, so a fit cannot go on from it: it may have been written with "
             "save_weights_only=True. Load its adapters with load_adapter(model, path), and call fit without ckpt_path."

@@ -14,7 +14,14 @@ from torch import Tensor
 from lightning_lora.errors import BaseMismatchError, LoRAWarning, listed
 from lightning_lora.model.record import HALVES
 from lightning_lora.model.view import View
-from lightning_lora.storage.fingerprint import base_tensors, fingerprint, halves_of, is_lost, quantised_names
+from lightning_lora.storage.fingerprint import (
+    base_tensors,
+    fingerprint,
+    halves_of,
+    is_lost,
+    quantised_names,
+)
+from lightning_lora.storage.layout import OF_A_FILE
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.tensors.digests import digest, digests_as
 
@@ -33,7 +40,8 @@ def check_base(
     """Refuse adapters that were trained on another base.
 
     The same weights in another dtype are accepted: if each tensor here, converted to the dtype there, has the bits
-    there, or the other way round. Quantised weights, which other weights have no bits in common with, are left out.
+    there, or the other way round. Quantised weights, which other weights have no bits in common with, are left out. If
+    only a file of the base was seen, the tensors that the file and the model have in common are compared.
 
     Args:
         view: The adapted model that receives the adapters.
@@ -59,6 +67,8 @@ def check_base(
     compared = [_compare(view, form, here, renaming) for form in stored]
     for form, found in zip(stored, compared, strict=True):
         if found is not None and found.is_same:
+            if found.is_exact:
+                return False
             _warn(f"{_precisions(view, form, here)} {found.verdict()}")
             return True
     nearest = next((i for i, form in enumerate(stored) if form["dtypes"] == here["dtypes"]), 0)
@@ -81,17 +91,23 @@ class _Comparison:
         is_same_form: Whether both have the same layout and dtypes, so that all bits must be the same.
         differ: The names of tensors that differ, or that only one of them has.
         equal: How many are the same.
+        converted: How many of these have another precision.
         quantised: How many weights were not compared, because they are quantised.
     """
 
     is_same_form: bool
     differ: list[str]
     equal: int = 0
+    converted: int = 0
     quantised: int = 0
 
     @property
     def is_same(self) -> bool:
         return not self.differ and self.equal > 0
+
+    @property
+    def is_exact(self) -> bool:
+        return self.is_same and not self.converted and not self.quantised
 
     def left_out(self) -> str:
         if not self.quantised:
@@ -120,14 +136,19 @@ def _compare(
         is_same_form = all((halves[name] is None) == (own in packed) for name, own in names.items())
     dtypes = [getattr(torch, dtype) for dtype in form["dtypes"]]
     found = _Comparison(is_same_form, [name for name in there if name not in names and halves[name] is not None])
+    if form["layout"] == OF_A_FILE:
+        found.differ = []
     for (name, own), exact in zip(names.items(), here["digests"], strict=True):
+        if form["layout"] == OF_A_FILE and name not in there:
+            continue
         known = halves.get(name) or []
         if not is_same_form and (own in packed or halves.get(name, []) is None):
             found.quantised += own in view.parameters
-        elif name in there and (
-            exact == there[name] or _is_converted(view, own, tensors[own], exact, there[name], known, dtypes)
-        ):
+        elif name in there and exact == there[name]:
             found.equal += 1
+        elif name in there and _is_converted(view, own, tensors[own], exact, there[name], known, dtypes):
+            found.equal += 1
+            found.converted += 1
         else:
             found.differ.append(own)
     return found
@@ -188,7 +209,7 @@ def _difference(
 ) -> str:
     """What is different. The first sentence says how much, the others what to do."""
     title, packed = type(view.model).__name__, quantised_names(view) or None in form.get("rounded", {}).values()
-    if form["layout"] != here["layout"] and (found is None or not packed):
+    if form["layout"] not in (here["layout"], OF_A_FILE) and (found is None or not packed):
         return (
             f"These adapters were trained on another architecture: their base has {len(form['digests'])} frozen "
             f"tensors, {title} has {len(here['digests'])}, and names or shapes differ.{_example(view, shapes)} Build "
@@ -202,6 +223,12 @@ def _difference(
             "is nothing to compare. Load it as it was loaded for training, or pass check_base=False to load_adapter."
         )
     how_many = f"{len(found.differ)} of {counted} frozen tensors of {title} differ, such as {listed(found.differ, 3)}"
+    if form["layout"] == OF_A_FILE:
+        return (
+            f"These adapters were trained on another base: {how_many}, also after a conversion of their "
+            f"precision{found.left_out()}. Load the pretrained weights that they were trained on. If lightning-lora "
+            "import wrote the file, these must be the weights that were passed to it as --base."
+        )
     if found.is_same_form:
         return (
             f"These adapters were trained on another base: {how_many}. Load the pretrained weights that they were "

@@ -32,7 +32,7 @@ from lightning_lora.storage.checkpoint import (
 from lightning_lora.storage.description import KEY, stored_config
 from lightning_lora.storage.disk import check_path, check_whole, local_path, opened, reading, trusts_all_files, writing
 from lightning_lora.storage.fingerprint import base_dtypes, fingerprint
-from lightning_lora.storage.run_state import check_resumable
+from lightning_lora.storage.run_state import check_resumable, has_run
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad
@@ -195,9 +195,10 @@ class Watch:
                 check_resumable(checkpoint, checkpoint_path)
             complete_copies(self.module, checkpoint)
             return checkpoint
-        rank_zero_info(
-            f"{checkpoint_path} holds a full model and no adapters: it is loaded as the base of the fine-tune."
-        )
+        what = "a full model and no adapters"
+        if not has_run(checkpoint):
+            what = "a full model, no adapters and no state of a run, as save_merged writes it"
+        rank_zero_info(f"{checkpoint_path} holds {what}: it is loaded as the base of the fine-tune.")
         return as_base(checkpoint)
 
     def _adapt_for(self, checkpoint: dict[str, Any], path: Any) -> None:
@@ -213,8 +214,9 @@ class Watch:
         check_path(path)
         if str(path).endswith(".safetensors"):
             raise AdapterFileError(
-                f"{path} is no Trainer's checkpoint. If save_adapter wrote it, call load_adapter(model, path), and use "
-                "the Trainer without ckpt_path."
+                f"{path} is no Trainer's checkpoint. If save_adapter wrote it, call load_adapter(model, path). If "
+                "save_merged wrote it, call safetensors.torch.load_model(model, path). Then use the Trainer without "
+                "ckpt_path."
             )
         is_trusted = False in (*args, kwargs.get("weights_only")) or trusts_all_files()
         by_torch = self._is_of_torch()

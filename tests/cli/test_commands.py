@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from lightning_lora import LoRAConfig, inject_adapters, load_adapter, merge_adapters, save_adapter
+from lightning_lora import LoRAConfig, export_peft, inject_adapters, load_adapter, merge_adapters, save_adapter
 from lightning_lora.cli.main import main
 from tests.models import LitTiny, randomise
 
@@ -88,7 +89,7 @@ def test_merge_writes_the_merged_model(files: list[str], tmp_path: Path, capsys:
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in load_file(out).items())
 
 
-@pytest.mark.parametrize("command", ["inspect", "merge", "export", "compare", "combine"])
+@pytest.mark.parametrize("command", ["inspect", "merge", "import", "export", "compare", "combine"])
 def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])
@@ -144,3 +145,113 @@ def test_export_writes_what_peft_reads(tmp_path: Path, capsys: pytest.CaptureFix
         there = peft.PeftModel.from_pretrained(LitTiny(), tmp_path / "peft")
         torch.testing.assert_close(there(torch.arange(4)), model(torch.arange(4)), rtol=1e-5, atol=1e-6)
     assert main(["export", str(tmp_path / "a.safetensors"), str(tmp_path / "peft"), "--root", "none"]) == 1
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query_projection, self.value_projection = nn.Linear(8, 8), nn.Linear(8, 8)
+
+
+class Stacks(nn.Module):
+    """Two stacks of blocks with long names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.language_model = nn.ModuleDict()
+        for name, size in (("encoder", 3), ("decoder", 2)):
+            blocks = [
+                nn.ModuleDict({"self_attention": Attention(), "mlp": nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 8))})
+                for _ in range(size)
+            ]
+            self.language_model[name] = nn.ModuleDict({"transformer_blocks": nn.ModuleList(blocks)})
+
+
+@pytest.mark.parametrize("width", [44, 80])
+def test_rows_of_layers_with_long_names_differ_at_their_whole_ends(
+    tmp_path: Path, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    model, one = Stacks(), "encoder.transformer_blocks.1.self_attention.query_projection"
+    inject_adapters(model, LoRAConfig(r=4, rank_pattern={one: 2}))
+    paths = [str(tmp_path / f"{seed}.safetensors") for seed in (1, 2)]
+    for seed, path in enumerate(paths):
+        randomise(model, seed)
+        save_adapter(model, path)
+    for arguments, most in ((["inspect", paths[0]], 3), (["compare", *paths], 5)):
+        assert main(arguments) == 0
+        table = [
+            line for line in capsys.readouterr().out.splitlines() if not line.startswith(("Configuration", "Base"))
+        ]
+        assert all(len(line) <= width for line in table)
+        names = [line.strip("│ ").partition("  ")[0].partition(" │")[0] for line in table]
+        found = "".join(name if name.endswith(".") else f"{name}\n" for name in names)
+        assert all(part in found for part in ("…encoder.", "…decoder."))
+        rows = [name for name in found.splitlines() if name.startswith("…")]
+        assert len(rows) == len(set(rows)) and sum("query_projection" in row for row in rows) == most
+        assert sum("value_projection" in row for row in rows) == (2 if most == 3 else 5)
+
+
+def test_inspect_has_a_row_for_each_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    model = nn.ModuleDict({"blocks": nn.ModuleList(Attention() for _ in range(4))})
+    inject_adapters(model, LoRAConfig(r=4, rank_pattern={"1.query_projection": 2}))
+    save_adapter(model, tmp_path / "a.safetensors")
+    assert main(["inspect", str(tmp_path / "a.safetensors")]) == 0
+    shown = capsys.readouterr().out
+    for name in ("blocks.0,2-3.query_projection (×3)", "blocks.1.query_projection", "blocks.*.value_projection (×4)"):
+        assert f"│ {name} " in shown
+
+
+@pytest.fixture
+def peft_folder(tmp_path: Path) -> Path:
+    """A folder as PEFT writes it, with the file of its base beside it."""
+    model = adapted(1)
+    export_peft(model, tmp_path / "peft")
+    save_file(LitTiny().state_dict(), tmp_path / "base.safetensors")
+    return tmp_path / "peft"
+
+
+def test_import_writes_a_file_that_the_other_commands_take(
+    peft_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, out = str(tmp_path / "base.safetensors"), str(tmp_path / "imported.safetensors")
+    assert main(["import", str(peft_folder), out, "--base", base]) == 0
+    assert capsys.readouterr().out == f"Imported 2 layers and 2 other tensors into {out}.\n"
+    here, there = LitTiny(), LitTiny()
+    load_adapter(here, out)
+    load_adapter(there, peft_folder)
+    assert torch.equal(here(torch.arange(4)), there(torch.arange(4)))
+    assert main(["merge", base, out, str(tmp_path / "merged.safetensors")]) == 0
+    assert main(["inspect", out]) == 0 and main(["compare", out, out]) == 0
+    assert main(["export", out, str(tmp_path / "again")]) == 0
+    capsys.readouterr()
+    assert main(["import", str(peft_folder), out, "--base", base, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"file": out, "layers": ["q_proj", "v_proj"], "beside": ["head.bias", "head.weight"], "base": 4}
+
+
+def test_import_fails_in_one_line_and_writes_nothing(
+    peft_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "imported.safetensors"
+    with pytest.raises(SystemExit) as done:
+        main(["import", str(peft_folder), str(out)])
+    assert done.value.code == 2 and "base" in capsys.readouterr().err
+    assert main(["import", str(peft_folder), str(out), "--base", str(tmp_path / "nothing.safetensors")]) == 1
+    error = capsys.readouterr().err
+    assert (
+        error.startswith("error: ") and "nothing.safetensors does not exist" in error and len(error.splitlines()) == 1
+    )
+    assert not out.exists()
+
+
+def test_commands_name_import_for_a_folder_of_peft(peft_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(peft_folder)
+    for path in (folder, f"{folder}/adapter_model.safetensors"):
+        for arguments in (["inspect", path], ["compare", path, path], ["export", path, f"{folder}/out"]):
+            assert main(arguments) == 1
+            says = " ".join(capsys.readouterr().err.split())
+            assert f"{path} holds adapters of PEFT." in says and f"lightning-lora import {folder} " in says

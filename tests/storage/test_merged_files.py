@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from lightning_lora import (
     LoRAWarning,
     disable_adapters,
     inject_adapters,
+    load_adapter,
+    load_from_checkpoint,
     merge_adapters,
     save_merged,
 )
@@ -336,3 +339,35 @@ def test_quantised_weights_are_refused(tmp_path: Path) -> None:
     inject_adapters(model, LoRAConfig(r=2))
     with pytest.raises(AdapterStateError, match="are quantised"):
         save_merged(model, tmp_path / "a.safetensors")
+
+
+OTHERS: dict[str, tuple[str, str]] = {
+    "ckpt": ("merged.ckpt", r"6 tensors.*no adapters.*a whole model, such as save_merged.*load_from_checkpoint"),
+    "safetensors": ("merged.safetensors", r"6 tensors.*'embed.weight'.*safetensors.torch.load_model\(model, path\)"),
+    "state dict": ("state.pt", r"6 tensors.*a whole model.*load_state_dict"),
+}
+
+
+@pytest.mark.parametrize("reads", [lambda path: load_adapter(LitTiny(), path), partial(load_from_checkpoint, LitTiny)])
+@pytest.mark.parametrize(("name", "says"), OTHERS.values(), ids=OTHERS)
+def test_readers_of_adapters_say_what_the_file_is(
+    tmp_path: Path, name: str, says: str, reads: Callable[[Path], Any]
+) -> None:
+    model = trained()
+    for file in ("merged.ckpt", "merged.safetensors"):
+        save_merged(model, tmp_path / file)
+    torch.save(LitTiny().state_dict(), tmp_path / "state.pt")
+    with pytest.raises(AdapterFileError, match=says):
+        reads(tmp_path / name)
+
+
+def test_a_fit_says_that_the_file_is_its_base_and_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = trained()
+    save_merged(model, tmp_path / "merged.ckpt")
+    save_merged(model, tmp_path / "merged.safetensors")
+    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1, enable_checkpointing=False)
+    with caplog.at_level("INFO"):
+        t.fit(LitTiny(), data(), ckpt_path=tmp_path / "merged.ckpt")
+    assert "merged.ckpt holds a full model, no adapters and no state of a run, as save_merged writes it" in caplog.text
+    with pytest.raises(AdapterFileError, match=r"If save_merged wrote it, .*safetensors.torch.load_model"):
+        t.fit(LitTiny(), data(), ckpt_path=tmp_path / "merged.safetensors")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, LoRAWarning, listed
@@ -19,6 +19,9 @@ from lightning_lora.storage.layout import StoredLayer
 from lightning_lora.storage.renaming import Renaming, by_whole_names, common_lead
 from lightning_lora.tensors.names import join
 from lightning_lora.tensors.values import same_bits
+
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+"""Modules that PEFT does not train in full: only what is inside of them."""
 
 
 class Foreign(NamedTuple):
@@ -190,7 +193,7 @@ def assembled(
     whole, single, biases = _trained(view, kept, saved)
     names = {*single, *biases, *view.buffers}
     kept = {name: value for name, value in kept.items() if name in names or _is_below(name, whole)}
-    _check_ties(view, kept)
+    check_ties(view, kept)
     owners = {name.rpartition(".")[0] for name in frozen}
     only = all(name.rpartition(".")[0] in owners for name in biases)
     config = by_whole_names(
@@ -256,14 +259,26 @@ def _trained(view: View, rest: Mapping[str, Tensor], saved: Collection[str]) -> 
     """The modules, the single parameters and the biases that train, by the names of tensors in the file."""
     entries = [*view.base, *view.buffers]
     total, held = (Counter(prefix for name in names for prefix in _above(name)) for names in (entries, rest))
-    covered = [prefix for prefix in held if held[prefix] == total[prefix]]
-    whole = [prefix for prefix in covered if not any(above in covered for above in _above(prefix))]
+    covered = [prefix for prefix in held if held[prefix] == total[prefix] and not _is_container(view, prefix)]
+    named = _outermost(prefix for prefix in covered if any(prefix.endswith(entry) for entry in saved))
+    around = {above for prefix in named for above in _above(prefix)}
+    whole = _outermost(prefix for prefix in covered if prefix not in around and not _is_below(prefix, named))
     moved = {name for name, value in rest.items() if not _is_the_base(view, name, value)}
     asked = {name for name in rest if any(above.endswith(entry) for above in _above(name) for entry in saved)}
     whole = [module for module in whole if any(_is_below(name, [module]) for name in moved | asked)]
     left = [name for name in rest if name in view.base and not _is_below(name, whole)]
     biases = [name for name in left if "bias" in name.rpartition(".")[2]]
     return whole, [name for name in left if name not in biases and name in moved], biases
+
+
+def _is_container(view: View, name: str) -> bool:
+    return isinstance(view.modules.get(name), CONTAINERS)
+
+
+def _outermost(prefixes: Iterable[str]) -> list[str]:
+    """The prefixes that are in no other one."""
+    known = dict.fromkeys(prefixes)
+    return [prefix for prefix in known if not any(above in known for above in _above(prefix))]
 
 
 def _above(name: str) -> list[str]:
@@ -280,8 +295,18 @@ def uses_of(view: View, name: str) -> list[str]:
     return [other for other, p in view.base.items() if p is own]
 
 
-def _check_ties(view: View, rest: Mapping[str, Tensor]) -> None:
-    """Refuse new values for one use of a tied weight: here they would change the others too."""
+def check_ties(view: View, rest: Mapping[str, Tensor]) -> None:
+    """Refuse new values for one use of a tied weight.
+
+    Here they would change its other uses too.
+
+    Args:
+        view: The model.
+        rest: The tensors of the file beside adapters, by their names in the model.
+
+    Raises:
+        AdapterMismatchError: there are such values.
+    """
     for name, value in rest.items():
         others = uses_of(view, name) if name in view.base else []
         alike = all(other in rest and same_bits(value, rest[other]) for other in others)

@@ -13,7 +13,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError, listed
 from lightning_lora.functional.combine import Factors, concatenated, dare, factored, ties, truncated
 from lightning_lora.storage.description import FORMAT, sealed
-from lightning_lora.storage.layout import StoredLayer
+from lightning_lora.storage.layout import OF_A_FILE, StoredLayer
 from lightning_lora.storage.offline.stored import StoredAdapters
 from lightning_lora.storage.own_files import check_place, write_adapter_file
 from lightning_lora.storage.renaming import by_whole_names, targets_of
@@ -107,8 +107,7 @@ def _check_alike(files: list[StoredAdapters]) -> None:
                 f"{file.path} also holds {listed(beside)}, trained in full: they cannot be combined. Train without "
                 "modules_to_save and bias, or merge one of the files first."
             )
-        same_base = any(form in first.description["base"] for form in file.description["base"])
-        if not same_base or file.description.get("root") != first.description.get("root"):
+        if not _is_same_base(first, file) or file.description.get("root") != first.description.get("root"):
             raise BaseMismatchError(f"{first.path} and {file.path} were trained on different bases. Use one base.")
     for file in files:
         for name, layer in file.layers.items():
@@ -119,6 +118,19 @@ def _check_alike(files: list[StoredAdapters]) -> None:
                         f"{name!r} is adapted in other parts in {file.path} than in {other.path}. Use the same "
                         "target_slices and target_parameters."
                     )
+
+
+def _is_same_base(one: StoredAdapters, other: StoredAdapters) -> bool:
+    """Whether two files have a form of the base in common. Of an imported one, the tensors that both name decide."""
+    forms = [(a, b) for a in one.description["base"] for b in other.description["base"]]
+    return any(a == b or (OF_A_FILE in (a["layout"], b["layout"]) and _agree(a, b)) for a, b in forms)
+
+
+def _agree(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether the tensors that two fingerprints have in common are the same."""
+    first, second = (dict(zip(form.get("rounded", ()), form["digests"], strict=False)) for form in (a, b))
+    common = first.keys() & second.keys()
+    return bool(common) and all(first[name] == second[name] for name in common)
 
 
 def _form(layer: StoredLayer) -> Any:

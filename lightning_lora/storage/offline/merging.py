@@ -12,11 +12,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, LoRAWarning, listed
+from lightning_lora.errors import (
+    AdapterFileError,
+    AdapterMismatchError,
+    BaseMismatchError,
+    LoRAWarning,
+    MergePrecisionWarning,
+    listed,
+)
+from lightning_lora.layers.embedding import LoRAEmbedding
+from lightning_lora.model.merge_warnings import lost_to_rounding
 from lightning_lora.storage.checkpoint import as_base
 from lightning_lora.storage.disk import writing
+from lightning_lora.storage.layout import is_imported
 from lightning_lora.storage.offline.stored import StoredAdapters
 from lightning_lora.storage.offline.tensor_files import INDEX, Entry, TensorFiles, write_tensors
+from lightning_lora.storage.renaming import common_lead
 from lightning_lora.storage.same_base import is_converted
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join
@@ -43,6 +54,10 @@ def merge_files(base: Path, adapter: Path, out: Path, progress: Progress = str) 
         AdapterFileError: a file cannot be read or written, or ``out`` is of another kind or exists.
         AdapterMismatchError: the base lacks weights, or they have other shapes, or are tied.
         BaseMismatchError: the adapters were trained on another base.
+
+    Warns:
+        LoRAWarning: the base has another precision than that of the training.
+        MergePrecisionWarning: rounding lost much of an update.
     """
     if not out.parent.is_dir():
         raise FileNotFoundError(f"The folder {out.parent} does not exist. Make it first.")
@@ -62,6 +77,12 @@ def merge_files(base: Path, adapter: Path, out: Path, progress: Progress = str) 
     else:
         kinds = ".safetensors" if files.checkpoint is None else ".safetensors or .ckpt"
         raise AdapterFileError(f"{out} is of another kind than the base, {base}. Name a file that ends in {kinds}.")
+    if loss := lost_to_rounding(job.lost, str(base)):
+        warnings.warn(
+            f"{loss} Merge into the base in float32, or keep the adapters in their own file (load_adapter).",
+            MergePrecisionWarning,
+            stacklevel=2,
+        )
     return len(job.weights)
 
 
@@ -71,6 +92,7 @@ class _Merge:
     def __init__(self, files: TensorFiles, stored: StoredAdapters) -> None:
         self.files, self.stored = files, stored
         self.names = list(files.file_of)
+        self.lost: dict[str, float] = {}  # the share of each layer's update that rounding took, as far as written
         weights = [(name, weight) for name, layer in stored.layers.items() for weight in layer.shapes]
         self.name_in_base = _renaming(stored, [join(*each) for each in weights], files)
         self.weights = {self.name_in_base(join(*each)): each for each in weights}
@@ -107,7 +129,25 @@ class _Merge:
                 f"{listed(tied)} are tied to other layers, which a file cannot show: whoever loads it would tie them "
                 "again. Merge in memory: load_adapter(model, path), then merge_adapters(model)."
             )
+        if is_imported(self.stored.description):
+            self._check_embeddings()
         self._check_base()
+
+    def _check_embeddings(self) -> None:
+        """Refuse embeddings of which no file shows whether an output layer shares them."""
+        classes = {name: self.stored.layers[layer].adapter_class for name, (layer, _) in self.weights.items()}
+        alone = []
+        for name in (name for name, kind in classes.items() if kind and issubclass(kind, LoRAEmbedding)):
+            own = self.files.get(name)
+            others = (self.files.get(other) for other in self.names if other != name)
+            if not any(other.shape == own.shape and other.data_ptr() != own.data_ptr() for other in others):
+                alone.append(name)
+        if alone:
+            raise AdapterMismatchError(
+                f"{listed(alone)} may be tied to an output layer: {self.files.path} holds no other weight of this "
+                f"shape, and {self.stored.path} was imported from PEFT, whose files do not say it. Merge in memory: "
+                "load_adapter(model, path), then merge_adapters(model)."
+            )
 
     def _check_base(self) -> None:
         """Compare every frozen tensor that both sides have.
@@ -171,7 +211,8 @@ class _Merge:
             return base
         layer, weight = self.weights[name]
         with torch.no_grad():
-            merged, _ = self.stored.adapted(layer, {weight: base}).lora_merged_weight(weight)
+            merged, lost = self.stored.adapted(layer, {weight: base}).lora_merged_weight(weight)
+        self.lost[layer] = max(lost, self.lost.get(layer, 0.0))
         if not merged.isfinite().all() and base.isfinite().all():
             raise AdapterMismatchError(
                 f"{name} with its update does not fit {base.dtype}: values overflow. Use a base of a wider dtype."
@@ -197,7 +238,9 @@ def _renaming(stored: StoredAdapters, weights: list[str], files: TensorFiles) ->
     inside = f"{root}." if root and all(name.startswith(f"{root}.") for name in weights) else ""
     endings = ("." + weights[0].removeprefix(inside), "." + weights[0])
     prefixes = [name.removesuffix(end) + "." for end in endings for name in files.file_of if name.endswith(end)]
-    for ways in ([("", "")], [(inside, "")], [(cut, prefix) for cut in ("", inside) for prefix in prefixes]):
+    off = ["", inside, *(f"{lead}." for lead in common_lead(list(stored.layers)) if lead)]
+    added = [(cut, prefix) for cut in ("", inside) for prefix in prefixes]
+    for ways in (*([(cut, "")] for cut in off), added):
         fitting = {way for way in ways if all(way[1] + name.removeprefix(way[0]) in files.file_of for name in weights)}
         places = {tuple(add + name.removeprefix(strip) for name in weights) for strip, add in fitting}
         if len(places) > 1:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lightning_lora import (
     BaseMismatchError,
     LoRAConfig,
     LoRAWarning,
+    MergePrecisionWarning,
     inject_adapters,
     load_adapter,
     merge_adapters,
@@ -336,3 +338,24 @@ def test_entries_that_are_not_tensors_are_not_lost(tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match=r"'_extra_state' in .* not tensors"):
         merge_files(tmp_path / "base.safetensors", tmp_path / "a.ckpt", tmp_path / "merged.safetensors")
     assert untouched(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_update_that_is_rounded_away_is_told_as_by_merge_adapters(tmp_path: Path, dtype: torch.dtype) -> None:
+    base, adapter = tmp_path / "base.safetensors", tmp_path / "adapter.safetensors"
+    model = TinyLM(tied=False).to(dtype)
+    save_file(model.state_dict(), base)
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model, scale=1e-3)
+    save_adapter(model, adapter)
+    told: list[list[str]] = []
+    for merge in (lambda: merge_adapters(model), lambda: merge_files(base, adapter, tmp_path / "merged.safetensors")):
+        with warnings.catch_warnings(record=True) as noticed:
+            warnings.simplefilter("always")
+            merge()
+        told.append([str(each.message) for each in noticed if each.category is MergePrecisionWarning])
+    in_memory, of_files = told
+    assert len(in_memory) == len(of_files) == (dtype is torch.bfloat16)
+    for one, other in zip(in_memory, of_files, strict=True):
+        assert other.startswith(one.replace("TinyLM", str(base)).partition(" Keep")[0])
+        assert other.endswith("Merge into the base in float32, or keep the adapters in their own file (load_adapter).")

@@ -19,10 +19,8 @@ from lightning_lora.storage.disk import check_path, writing
 from lightning_lora.storage.foreign.peft.pieces import Piece, attention_rest, pieces_of, uniform
 from lightning_lora.storage.foreign.peft.refusals import check_exportable, is_bias
 from lightning_lora.storage.foreign.peft.source import Source, source_of
+from lightning_lora.storage.libraries import PEFT_CONFIG, PEFT_WEIGHTS
 from lightning_lora.tensors.names import join
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-"""The names of PEFT's two files."""
 
 ORIGIN = "lightning_lora_origin"
 """The entry of the weights' metadata with our own description: the base's fingerprints, layers and configuration."""
@@ -81,7 +79,8 @@ def export_peft(
         pieces = _made_uniform(pieces)
     config = _config(source, pieces, uniform=uniform)
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in _tensors(source, pieces).items()}
-    contents = save(tensors, metadata={"format": "pt", ORIGIN: json.dumps(source.description)})
+    origin = {**source.description, "root": source.root}
+    contents = save(tensors, metadata={"format": "pt", ORIGIN: json.dumps(origin)})
     _warn_of_encoders(source)
     _write(Path(directory).expanduser(), contents, json.dumps(config, indent=2))
 
@@ -209,12 +208,12 @@ def _write(directory: Path, weights: bytes, config: str) -> None:
     if not directory.parent.is_dir():
         raise FileNotFoundError(f"The folder {directory.parent} does not exist. Make it first.")
     directory.mkdir(exist_ok=True)
-    place = directory / CONFIG
+    place = directory / PEFT_CONFIG
     before = None
     try:
         with writing(place) as config_part:
             config_part.write_text(config)
-            with writing(directory / WEIGHTS) as weights_part:
+            with writing(directory / PEFT_WEIGHTS[0]) as weights_part:
                 weights_part.write_bytes(weights)
                 before = place.read_bytes() if place.exists() else None
                 place.unlink(missing_ok=True)
@@ -224,6 +223,6 @@ def _write(directory: Path, weights: bytes, config: str) -> None:
             place.write_bytes(before)
         if is_new:
             with suppress(OSError):
-                (directory / WEIGHTS).unlink(missing_ok=True)
+                (directory / PEFT_WEIGHTS[0]).unlink(missing_ok=True)
                 directory.rmdir()
         raise

@@ -30,8 +30,11 @@ def sorted_by_layer(tensors: Mapping[str, Tensor], path: object) -> PeftTensors:
     """Sort the tensors of a PEFT file by layer.
 
     Raises:
-        AdapterFileError: there are tensors of a method that is not supported.
+        AdapterFileError: there are tensors of a method that is not supported, or entries that are no tensors.
     """
+    odd = [f"{name!r} ({type(value).__name__})" for name, value in tensors.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise AdapterFileError(f"{path} holds {odd[0]}, which is not a tensor: it is damaged or was changed.")
     found, unknown = PeftTensors(), []
     for key, value in tensors.items():
         name = key.removeprefix(PREFIX)

@@ -10,9 +10,6 @@ from typing import Any
 
 from lightning_lora.errors import AdapterFileError, listed
 
-CONFIG = "adapter_config.json"
-"""The file with the configuration, beside the tensors."""
-
 _CHANGES_MORE = (
     "layer_replication",
     "alora_invocation_tokens",
@@ -32,11 +29,12 @@ _NEEDS_NOTHING = {
     # read here
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias",
     "init_lora_weights", "target_parameters", "modules_to_save", "trainable_token_indices", "lora_bias",
+    "fan_in_fan_out",
     # which layers: the names of the tensors say it
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying",
     # about the base, the task, the training and the package
     "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
-    "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config", "velora_config", "loftq_config",
+    "megatron_core", "qalora_group_size", "runtime_config", "velora_config", "loftq_config",
     "eva_config", "corda_config", "lora_ga_config",
 }  # fmt: skip
 
@@ -56,6 +54,7 @@ class Numbers:
         target_parameters: The parameters of modules that are adapted.
         tokens: The rows of embeddings that train: a list, or lists by the name of the embedding.
         modules_to_save: The modules trained in full.
+        fan_in_fan_out: Whether the adapted layers are transformers' Conv1D, with a weight (in, out).
     """
 
     r: int = 8
@@ -68,6 +67,7 @@ class Numbers:
     target_parameters: tuple[str, ...] = ()
     tokens: Any = None
     modules_to_save: tuple[str, ...] = ()
+    fan_in_fan_out: bool = False
 
     def rank(self, name: str) -> int:
         """Return the rank of a layer, by its name there."""
@@ -162,6 +162,7 @@ def _numbers(stored: dict[str, Any], path: Path) -> Numbers:
         target_parameters=tuple(given["target_parameters"]),
         tokens=given["trainable_token_indices"],
         modules_to_save=tuple(given["modules_to_save"]),
+        fan_in_fan_out=given["fan_in_fan_out"],
     )
 
 
@@ -218,6 +219,7 @@ _DEFAULTS: dict[str, Any] = {
     "modules_to_save": [],
     "trainable_token_indices": [],
     "init_lora_weights": True,
+    "fan_in_fan_out": False,
 }
 _VALID: dict[str, Any] = {
     "r": _is_rank,
@@ -232,4 +234,5 @@ _VALID: dict[str, Any] = {
         _is_indices(value) or (isinstance(value, dict) and all(map(_is_indices, value.values())))
     ),
     "init_lora_weights": lambda value: isinstance(value, bool | str),
+    "fan_in_fan_out": lambda value: type(value) is bool,
 }

@@ -15,12 +15,10 @@ from lightning_lora.errors import AdapterFileError, AdapterMismatchError, LoRAWa
 from lightning_lora.model.view import View
 from lightning_lora.storage.foreign.contents import Foreign, Update, assembled, base_value, place_of, uses_of
 from lightning_lora.storage.foreign.peft.keys import plain, sorted_by_layer
-from lightning_lora.storage.foreign.peft.numbers import CONFIG, read_numbers
+from lightning_lora.storage.foreign.peft.numbers import read_numbers
 from lightning_lora.storage.foreign.peft.updates import updates_in, with_rows
+from lightning_lora.storage.libraries import PEFT_CONFIG, PEFT_WEIGHTS
 from lightning_lora.tensors.names import join
-
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-"""The files that PEFT writes its tensors into, the newer form first."""
 
 
 def weights_of(path: Path) -> Path:
@@ -33,11 +31,11 @@ def weights_of(path: Path) -> Path:
     """
     if not os.path.isdir(path):  # noqa: PTH112  # Path raises if a name is too long
         return path
-    found = [path / name for name in WEIGHTS if (path / name).is_file()]
+    found = [path / name for name in PEFT_WEIGHTS if (path / name).is_file()]
     if not found:
         raise AdapterFileError(
-            f"{path} is not a file, and as a folder it holds no adapters of PEFT. Expected {CONFIG} and {WEIGHTS[0]}. "
-            "Otherwise pass a .safetensors file or a Trainer's .ckpt file."
+            f"{path} is not a file, and as a folder it holds no adapters of PEFT. Expected {PEFT_CONFIG} and "
+            f"{PEFT_WEIGHTS[0]}. Otherwise pass a .safetensors file or a Trainer's .ckpt file."
         )
     return found[0]
 
@@ -58,7 +56,7 @@ def read_peft(view: View, tensors: Mapping[str, Tensor], path: Path) -> Foreign:
     Warns:
         LoRAWarning: it is not clear which alpha a layer was trained with.
     """
-    numbers = read_numbers(path.parent / CONFIG)
+    numbers = read_numbers(path.parent / PEFT_CONFIG)
     found = sorted_by_layer(tensors, path)
     place = place_of(view, [plain(name) for name in found.layers], list(found.rest))
     unclear = [name for name in map(plain, found.layers) if numbers.is_unclear(name)]

@@ -6,7 +6,7 @@ Each is refused by name before anything is written.
 import re
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lora.errors import ExportError, listed
 from lightning_lora.layers import ADAPTERS, LoRALayer, LoRAParameters
@@ -16,6 +16,7 @@ from lightning_lora.layers.convolution import LoRAConvNd, LoRAConvTransposeNd
 from lightning_lora.layers.embedding import LoRAEmbeddingBag
 from lightning_lora.layers.parts import MAGNITUDE
 from lightning_lora.layers.recurrent import LoRARecurrent
+from lightning_lora.storage.foreign.contents import CONTAINERS
 from lightning_lora.storage.foreign.peft.source import Source
 from lightning_lora.storage.layout import ALSO, StoredLayer
 from lightning_lora.tensors.names import join
@@ -165,7 +166,7 @@ def _check_saved(source: Source) -> None:
     for module in source.description.get("saved", {}):
         own = source.own_name(module)
         found = source.modules.get(own)
-        if isinstance(found, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
+        if isinstance(found, CONTAINERS):
             raise ExportError(
                 f"modules_to_save names {module!r}, a {type(found).__name__}, which PEFT cannot save. Train with the "
                 "names of the modules inside it."

@@ -91,12 +91,7 @@ def _as_matrices(
             f"The file has an update of {there!r}. In this model it is a {layer_class.__name__}, which PEFT does not "
             "adapt in this form. Pass the model that the file was trained on."
         )
-    if not cast(type[LoRALayer], combined(kind, layer_class))._lora_is_additive and not hasattr(layer, "embed_scale"):
-        raise AdapterMismatchError(
-            f"{there!r} is a {layer_class.__name__} with a forward of its own. PEFT adds the update to its output; "
-            "here the layer runs on the updated weight, which may give other numbers. Merge it with PEFT, and use the "
-            "merged model."
-        )
+    check_computes_alike(there, layer, kind)
     if "embedding_A" in tensors or "embedding_B" in tensors:
         return _pair(there, tensors, "embedding_")
     a, b = _pair(there, tensors)
@@ -110,15 +105,37 @@ def _as_matrices(
     if kind is LoRAConv1D and _is_named(there, numbers):  # likewise: a matrix (in, out)
         return b.T, a.T
     if issubclass(kind, LoRAConvNd):
-        if any(step != 1 for step in layer.dilation) or layer.padding_mode != "zeros":
-            raise AdapterMismatchError(
-                f"{there!r} has dilation={layer.dilation} and padding_mode={layer.padding_mode!r}. PEFT's update of it "
-                "has neither, so it is no update of its weight. It cannot be read."
-            )
         if layer.groups == 1:
             a = a.flatten(1)
         b = b.flatten(1)
     return a, b
+
+
+def check_computes_alike(name: str, layer: Any, kind: type[LoRALayer]) -> None:
+    """Refuse a layer with which PEFT computes something else.
+
+    Args:
+        name: The name of the layer.
+        layer: The layer, which may be adapted already.
+        kind: Its adapter class.
+
+    Raises:
+        AdapterMismatchError: PEFT's update of its output is no update of its weight.
+    """
+    layer_class = layer.overlaid[1] if isinstance(layer, LoRALayer) else type(layer)
+    if issubclass(kind, LoRAAttention):
+        return
+    if not cast(type[LoRALayer], combined(kind, layer_class))._lora_is_additive and not hasattr(layer, "embed_scale"):
+        raise AdapterMismatchError(
+            f"{name!r} is a {layer_class.__name__} with a forward of its own. PEFT adds the update to its output; "
+            "here the layer runs on the updated weight, which may give other numbers. Merge it with PEFT, and use the "
+            "merged model."
+        )
+    if issubclass(kind, LoRAConvNd) and (any(step != 1 for step in layer.dilation) or layer.padding_mode != "zeros"):
+        raise AdapterMismatchError(
+            f"{name!r} has dilation={layer.dilation} and padding_mode={layer.padding_mode!r}. PEFT's update of it "
+            "has neither, so it is no update of its weight. It cannot be read."
+        )
 
 
 def _pair(there: str, tensors: Tensors, prefix: str = "") -> tuple[Tensor, Tensor]:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from lightning_lora import LoRAWarning, load_adapter, save_adapter
+from lightning_lora import LoRAWarning, export_peft, load_adapter, save_adapter
 from tests.storage.foreign.peft.reading_cases import (
     Attending,
     Expert,
@@ -126,3 +127,26 @@ def test_where_the_order_of_keys_is_lost_a_warning_says_so(tmp_path: Path) -> No
     with pytest.warns(LoRAWarning, match=r"Several keys of alpha_pattern fit 'c_proj'"):
         load_adapter(loaded, tmp_path)
     assert gap(loaded(INDEX), read_by_peft(tmp_path, built(Mixed))(INDEX)) < 2e-6
+
+
+class Heads(nn.Module):
+    """Two heads in an nn.ModuleDict, which PEFT cannot save whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(8, 8)
+        self.heads = nn.ModuleDict({"de": nn.Linear(8, 3), "fr": nn.Linear(8, 3)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads["de"](self.q(x)) + self.heads["fr"](x)
+
+
+@pytest.mark.parametrize("saved", [["de", "fr"], ["heads.fr"]])
+def test_modules_inside_of_a_container_are_saved_by_their_own_names(tmp_path: Path, saved: list[str]) -> None:
+    write_peft(tmp_path / "there", built(Heads), target_modules=["q"], modules_to_save=saved)
+    model = built(Heads)
+    load_adapter(model, tmp_path / "there")
+    export_peft(model, tmp_path / "here")
+    there, here = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("there", "here"))
+    assert there.keys() == here.keys() and all(torch.equal(there[name], here[name]) for name in there)
+    assert torch.equal(read_by_peft(tmp_path / "here", built(Heads))(TOKENS), model(TOKENS))

@@ -360,8 +360,9 @@ def test_both_spellings_of_the_magnitude(tmp_path: Path) -> None:
 
 def test_other_readers_say_what_it_is(tmp_path: Path) -> None:
     written(tmp_path)
-    with pytest.raises(AdapterFileError, match="adapters of another library"):
-        read_adapter_file(tmp_path / "adapter_model.safetensors")
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        with pytest.raises(AdapterFileError, match=rf"adapters of PEFT.*lightning-lora import {tmp_path} .*--base"):
+            read_adapter_file(path)
     with pytest.raises(AdapterFileError, match="Build the model, then call load_adapter"):
         load_from_checkpoint(LitTiny, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ConfigError, match="alpha and target_slices are for files of loralib"):
