@@ -93,7 +93,8 @@ def _show(found: dict[str, Any]) -> None:
     }
     if narrow:
         del columns["Type"], columns["scaling"]
-    title = f"{found['file']}: {decimal(found['bytes'])}, {len(found['layers'])} adapted layers"
+    count = len(found["layers"])
+    title = f"{found['file']}: {decimal(found['bytes'])}, {count} adapted {'layer' if count == 1 else 'layers'}"
     console.print(layer_table(title, names, columns, console.width))
     if found["beside"]:
         console.print(

@@ -35,4 +35,9 @@ def run(arguments: Any) -> None:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Merging", total=len(TensorFiles(base).file_of))
         merged = merge_files(base, adapter, out, lambda name: bar.update(task, advance=1, description=name))
-    Console().print(f"Merged {merged} weights into {out}.", highlight=False, markup=False, soft_wrap=True)
+    Console().print(
+        f"Merged {merged} {'weight' if merged == 1 else 'weights'} into {out}.",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )

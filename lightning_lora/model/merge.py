@@ -175,7 +175,7 @@ def tied_weights(view: View) -> dict[str, list[str]]:
 
 
 def spread_ties(view: View) -> list[str]:
-    """Return the layers with a tied weight that is spread over processes.
+    """Return the layers with a tied, spread weight.
 
     FSDP2 keeps it one weight, so no update can be merged into one of its uses.
     """

@@ -82,7 +82,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def is_note(name: object) -> bool:
-    """Whether an entry is the note, of this version or an earlier one."""
+    """Whether an entry is the note, of any version."""
     return isinstance(name, str) and name.startswith(_NOTE_START)
 
 

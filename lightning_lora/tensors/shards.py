@@ -109,7 +109,7 @@ def split_as(factor: Tensor, weight: Tensor, dim: int | None) -> Tensor:
 
 
 def split_over_data(tensor: Tensor) -> bool:
-    """Whether a tensor is split over processes with different data, as FSDP2 does it."""
+    """Whether a tensor is split over processes with different data."""
     if not is_spread(tensor):
         return False
     names = _names(tensor)

@@ -45,7 +45,10 @@ class ShardedWatch(Watch):
     """Whether the running backward pass only accumulates gradients."""
 
     def own_method(self, name: str) -> Any:
-        """Return a method of the strategy's class, or of the base class where the strategy shards files."""
+        """Return a method of the strategy's class.
+
+        Where that shards files, it is the one of the base class of all strategies.
+        """
         kind = type(self.strategy)
         if name in ("load_checkpoint", "save_checkpoint", "optimizer_state", "load_optimizer_state_dict"):
             kind = next(base for base in kind.__mro__ if base.__name__ == "Strategy")
@@ -55,7 +58,10 @@ class ShardedWatch(Watch):
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Keep adapters that the module already has out of the shards, while ``configure_model`` runs."""
+        """Keep adapters from before out of the shards.
+
+        They are off their layers while ``configure_model`` runs.
+        """
         record = find_record(self.module)
         adapters = {} if record is None or record.is_merged else detach_adapters(View(self.module))
         try:
@@ -97,7 +103,10 @@ class ShardedWatch(Watch):
 
     @once
     def on_train_start(self) -> None:
-        """Take the base's fingerprint, and start with the same adapters in every process."""
+        """Take the base's fingerprint, and share the first adapters.
+
+        Every process starts with those of the first one.
+        """
         self._note_base()
         with torch.no_grad():
             for p in view_of(self.module).adapters.values():
@@ -118,7 +127,10 @@ class ShardedWatch(Watch):
 
     @once
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
-        """Load what training changed, and the optimizers' states, which Lightning leaves to this strategy."""
+        """Load what training changed, and the optimizers' states.
+
+        Lightning leaves both to this strategy.
+        """
         super().load_model_state_dict(checkpoint, strict)
         is_fit = not self.stage.is_over and self.module.trainer.state.fn == "fit"
         if is_fit and checkpoint.get("optimizer_states"):
@@ -154,7 +166,10 @@ class ShardedWatch(Watch):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Note that a backward pass only accumulates. FSDP2 does not send its gradients then, either."""
+        """Note that a backward pass only accumulates.
+
+        FSDP2 does not send its gradients then, either.
+        """
         roots = [module for module in self.module.modules() if hasattr(module, "set_requires_gradient_sync")]
         self._set_blocked(roots, True)
         try:
@@ -174,9 +189,9 @@ class ShardedWatch(Watch):
 
 
 class ShardedGradients(Gradients):
-    """Watches the gradients of a sharded run, and averages those that FSDP2 does not.
+    """Watches the gradients of a sharded run, and averages them.
 
-    A layer that one process leaves out gets a gradient of zero there.
+    FSDP2 averages those of its own parameters, and no others. A layer that one process leaves out gets a gradient of zero there.
     """
 
     def __init__(self, watch: ShardedWatch) -> None:

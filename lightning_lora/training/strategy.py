@@ -49,7 +49,10 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def once(method: _Method) -> _Method:
-    """Let a method of :class:`Watch` act once, though code that wrapped it is wrapped by it too."""
+    """Let a method of :class:`Watch` act once.
+
+    Code that wrapped it may be wrapped by it too.
+    """
     name = method.__name__
 
     @wraps(method)

@@ -31,7 +31,7 @@ def watch(strategy: "Strategy", stage: Stage) -> Watch:
 
 
 def watch_of(strategy: "Strategy") -> Watch | None:
-    """Return what :func:`watch` has set on ``strategy``, if it was called."""
+    """Return what :func:`watch` has set, or None."""
     found: Watch | None = vars(strategy).get(_ATTRIBUTE)
     return found
 

@@ -1,4 +1,4 @@
-"""Write an adapter file from a PEFT file, without the model."""
+"""Write an adapter file from a PEFT file."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""A model with the layers of a base, without its code.
+"""A model with the layers of a base.
 
 A file of the base says which tensors there are. A PEFT file says which layers it adapts, and the shapes say what these
 layers are. So a PEFT file can be read as for the model itself.
