@@ -172,7 +172,7 @@ def _check_exact(title: str, argument: str, entries: Sequence[str] | None, names
 
 
 def check_present(model: nn.Module, state: Mapping[str, Any], config: LoRAConfig) -> None:
-    """Refuse a file with modules that the model does not have.
+    """Refuse a file with modules that the model lacks.
 
     Args:
         model: The model, adapted or not.

@@ -191,7 +191,8 @@ class ShardedWatch(Watch):
 class ShardedGradients(Gradients):
     """Watches the gradients of a sharded run, and averages them.
 
-    FSDP2 averages those of its own parameters, and no others. A layer that one process leaves out gets a gradient of zero there.
+    FSDP2 averages those of its own parameters, and no others. A layer that one process leaves out gets a gradient of
+    zero there.
     """
 
     def __init__(self, watch: ShardedWatch) -> None:
