@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from packaging.version import Version
+
+has_shards = Version(torch.__version__) >= Version("2.7")  # FSDP2 on CPUs, and DTensors that are made without messages
 
 _PATIENCE = 60  # seconds until processes that wait for each other are ended
 

@@ -2,6 +2,9 @@
 
 from typing import TYPE_CHECKING
 
+import torch
+from packaging.version import Version
+
 from lightning_lora.errors import StrategyError
 from lightning_lora.training.sharded import ShardedWatch
 from lightning_lora.training.stage import Stage
@@ -39,6 +42,8 @@ def watch_of(strategy: "Strategy") -> Watch | None:
 def _kind_for(strategy: "Strategy") -> type[Watch]:
     names = [base.__name__ for base in type(strategy).__mro__]  # in both Lightning packages
     if "ModelParallelStrategy" in names:
+        if Version(torch.__version__) < Version("2.7"):
+            raise StrategyError(f"ModelParallelStrategy with LoRACallback needs torch 2.7. Found {torch.__version__}.")
         return ShardedWatch
     if strategy.restore_checkpoint_after_setup:
         raise StrategyError(

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import tensor as dtensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lightning_lora.tensors import digests as hashing
 from lightning_lora.tensors.digests import digest, digests, digests_as
-from tests.ranks import join_group, run_ranks
+from tests.ranks import has_shards, join_group, run_ranks
+
+pytestmark = pytest.mark.skipif(not has_shards, reason="torch 2.7")
 
 SHAPES = [(5,), (1,), (7, 3), (1, 9), (6, 5, 4), (3, 2, 2, 5), (3, 200_000), (700, 1000), (0, 4), ()]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.complex64]
@@ -30,10 +32,10 @@ def spread_over_a_line() -> list[tuple[str, int, int]]:
     join_group()
     mesh, found = init_device_mesh("cpu", (3,)), []
     for tensor in tensors():
-        for placement in (Shard(0), Shard(1), Shard(2), Replicate()):
-            if isinstance(placement, Shard) and placement.dim >= tensor.dim():
+        for placement in (dtensor.Shard(0), dtensor.Shard(1), dtensor.Shard(2), dtensor.Replicate()):
+            if isinstance(placement, dtensor.Shard) and placement.dim >= tensor.dim():
                 continue
-            spread = distribute_tensor(tensor, mesh, [placement])
+            spread = dtensor.distribute_tensor(tensor, mesh, [placement], src_data_rank=None)
             found.append((f"{tuple(tensor.shape)} {tensor.dtype} {placement}", digest(spread), digest(tensor)))
     return found
 
@@ -41,13 +43,18 @@ def spread_over_a_line() -> list[tuple[str, int, int]]:
 def spread_over_a_square() -> list[tuple[str, int, int]]:
     join_group()
     mesh, found = init_device_mesh("cpu", (2, 2)), []
-    pairs = [(Shard(0), Shard(1)), (Shard(1), Shard(0)), (Shard(2), Shard(1)), (Shard(0), Shard(0))]
-    pairs += [(Replicate(), Shard(1)), (Shard(0), Replicate())]
+    pairs = [
+        (dtensor.Shard(0), dtensor.Shard(1)),
+        (dtensor.Shard(1), dtensor.Shard(0)),
+        (dtensor.Shard(2), dtensor.Shard(1)),
+        (dtensor.Shard(0), dtensor.Shard(0)),
+    ]
+    pairs += [(dtensor.Replicate(), dtensor.Shard(1)), (dtensor.Shard(0), dtensor.Replicate())]
     for tensor in tensors():
         for placements in pairs:
-            if any(isinstance(each, Shard) and each.dim >= tensor.dim() for each in placements):
+            if any(isinstance(each, dtensor.Shard) and each.dim >= tensor.dim() for each in placements):
                 continue
-            spread = distribute_tensor(tensor, mesh, placements)
+            spread = dtensor.distribute_tensor(tensor, mesh, placements, src_data_rank=None)
             found.append((f"{tuple(tensor.shape)} {tensor.dtype} {placements}", digest(spread), digest(tensor)))
     return found
 
@@ -63,7 +70,10 @@ def many_layouts() -> tuple[bool, int, bool]:
     join_group()
     mesh = init_device_mesh("cpu", (2,))
     made = [tensor for tensor in tensors() if tensor.dim() > 1]
-    spread = [distribute_tensor(tensor, mesh, [Shard(place % 2)]) for place, tensor in enumerate(made)]
+    spread = [
+        dtensor.distribute_tensor(tensor, mesh, [dtensor.Shard(place % 2)], src_data_rank=None)
+        for place, tensor in enumerate(made)
+    ]
     messages, own = [0], torch.distributed.all_reduce
 
     def counting(*args: Any, **kwargs: Any) -> Any:
@@ -87,7 +97,7 @@ def changed_in_the_last_part() -> bool:
     mesh = init_device_mesh("cpu", (2,))
     whole = torch.randn(9, 4)
     torch.distributed.broadcast(whole, 0)
-    spread = distribute_tensor(whole, mesh, [Shard(0)])
+    spread = dtensor.distribute_tensor(whole, mesh, [dtensor.Shard(0)], src_data_rank=None)
     before = digest(spread)
     if torch.distributed.get_rank() == 1:
         spread._local_tensor[-1, -1] += 1

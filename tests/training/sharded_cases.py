@@ -4,14 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed import fsdp
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback
+from tests.ranks import has_shards
+
+if not has_shards:
+    pytest.skip("torch 2.7", allow_module_level=True)
+fully_shard: Any = fsdp.fully_shard
 
 WIDTH, CLASSES = 16, 3
 

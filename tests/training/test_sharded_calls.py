@@ -11,7 +11,6 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import (
@@ -30,7 +29,7 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from tests.ranks import run_ranks
-from tests.training.sharded_cases import LitNet, data, lora, pretrained, trainer_of, whole_state
+from tests.training.sharded_cases import LitNet, data, fully_shard, lora, pretrained, trainer_of, whole_state
 from tests.training.test_sharded import assert_alike, assert_same
 
 X = torch.arange(64.0).reshape(4, 16).sin()

@@ -12,7 +12,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import fully_shard
 
 from lightning_lora import BaseMismatchError, LoRACallback, LoRAConfig, inject_adapters
 from tests.ranks import RankError, run_ranks
@@ -22,6 +21,7 @@ from tests.training.sharded_cases import (
     LitNet,
     Net,
     data,
+    fully_shard,
     lora,
     pretrained,
     shard,
