@@ -21,6 +21,7 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_checkpoint_state
 from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.summary import fitting_console, summarize
+from lightning_lora.tensors.shards import reshard
 from lightning_lora.training.advice import advise
 from lightning_lora.training.averaging import drop_averages, share_base
 from lightning_lora.training.companions import (
@@ -210,6 +211,7 @@ class LoRACallback(Callback):
             FreshLayerWarning: layers look untrained, and would stay random.
             LoRAWarning: other layers train too little.
         """
+        reshard(pl_module)
         check_weights(trainer, pl_module, self.merge)
         if trainer.is_global_zero and wants_summary(trainer):
             table = summarize(pl_module).table(trained_only=True, optimizers=trainer.optimizers)

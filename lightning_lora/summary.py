@@ -20,9 +20,9 @@ from torch.optim import Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 from lightning_lora.layer_names import Indices, Template, short_names, spelled
 from lightning_lora.layers import LoRALayer, count
 from lightning_lora.model.view import View
-from lightning_lora.storage.state import adapter_state_dict
+from lightning_lora.storage.state import without_base
 from lightning_lora.tensors.inplace import InPlace
-from lightning_lora.tensors.names import submodule
+from lightning_lora.tensors.names import state_dict, submodule
 
 _ADAM_MOMENTS = 2
 """Tensors that Adam and similar optimizers keep for each trained parameter."""
@@ -257,7 +257,7 @@ def _with_costs(view: View, groups: tuple[LayerGroup, ...]) -> LoRASummary:
     frozen = [p for p in model.parameters() if not p.requires_grad]
     added = {id(p) for p in view.adapters.values()}
     base = [p for p in model.parameters() if id(p) not in added]
-    state = adapter_state_dict(model) if view.is_adapted else model.state_dict()
+    state = without_base(view, state_dict(model)) if view.is_adapted else model.state_dict()
     return LoRASummary(
         title=type(model).__name__,
         groups=groups,

@@ -10,8 +10,8 @@ from lightning_lora.layers import Adapter, LoRALayer, attach
 from lightning_lora.model.record import Record
 from lightning_lora.model.remember import recall_record, record_of
 from lightning_lora.tensors.digests import digest
-from lightning_lora.tensors.names import join, named_modules, parameters_of
-from lightning_lora.tensors.shards import is_spread
+from lightning_lora.tensors.names import join, named_modules, named_parameters, parameters_of
+from lightning_lora.tensors.shards import agreed, is_spread
 from lightning_lora.tensors.values import replace_values
 
 
@@ -37,13 +37,20 @@ def check_as_merged(model: nn.Module) -> None:
 def is_as_merged(model: nn.Module, record: Record) -> bool:
     """Whether a merged model still has its merged weights.
 
-    They may have been moved or converted. It is True for a model that is not merged.
+    They may have been moved or converted. It is True for a model that is not merged. Collective for a merged model that
+    is spread over processes: if one process sees a change, all do.
 
     Raises:
         AdapterStateError: merged layers have the adapters of another model that shares them.
     """
     if not record.is_merged:
         return True
+    parameters = list(named_parameters(model).values())
+    return not any(agreed([not _is_as_merged_here(model, record)], parameters))
+
+
+def _is_as_merged_here(model: nn.Module, record: Record) -> bool:
+    """Whether the own parts of this process are as merged."""
     modules = named_modules(model, remove_duplicate=False)
     check_own(model, modules, record)
     parameters = parameters_of(modules)

@@ -17,6 +17,7 @@ from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.storage.run_state import check_run, check_types, check_version, run_checksums
 from lightning_lora.storage.state import NOTE, is_note, without_base, write_state
 from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
+from lightning_lora.tensors.shards import all_whole, is_spread
 
 
 def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later: bool = False) -> dict[str, Any]:
@@ -40,6 +41,8 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
         if key in checkpoint:
             states[key] = {name: _alone(value) for name, value in without_base(view, checkpoint[key]).items()}
     held = {**rest, **states}
+    if any(is_spread(p) for p in view.parameters.values()):
+        held = all_whole(held)
     if written_later:
         held = _copied(held)
     about = describe(view, held["state_dict"], base, copies=places, run=run_checksums(_run(held)))

@@ -54,7 +54,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
         ['0.lora_A', '0.lora_B']
     """
     check_as_merged(model)
-    return without_base(view_of(model), state_dict(model))
+    return {name: whole(value) for name, value in without_base(view_of(model), state_dict(model)).items()}
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -111,7 +111,7 @@ def without_base(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
     for name in trained:
         if name in held and view.parameters[name] is not trained[name]:  # tied and merged: its other use trains
             kept[name] = trained[name].detach()
-    return {name: whole(value) for name, value in kept.items()}
+    return kept
 
 
 def _aliases(view: View) -> set[str]:

@@ -4,13 +4,15 @@ FSDP2 and tensor parallelism make them. Each process holds its own part. Calls m
 every process, in the same order.
 """
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 
 def is_spread(tensor: object) -> bool:
@@ -38,14 +40,26 @@ def in_one_piece(tensor: Tensor) -> Tensor:
     return local
 
 
-def whole(tensor: Tensor) -> Tensor:
+_Value = TypeVar("_Value")
+
+
+def whole(value: _Value) -> _Value:
     """Return the whole tensor, gathered from all processes.
 
-    Collective for a spread tensor. Another one is returned unchanged.
+    Collective for a spread tensor. Anything else is returned unchanged.
     """
-    if not is_spread(tensor):
-        return tensor
-    gathered: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
+    if not is_spread(value):
+        return value
+    gathered: _Value = value.detach().full_tensor()  # type: ignore[attr-defined]
+    return gathered
+
+
+def all_whole(values: _Value) -> _Value:
+    """Return containers of any depth with whole tensors in them.
+
+    Collective if there are spread tensors.
+    """
+    gathered: _Value = tree_map(whole, values)
     return gathered
 
 
@@ -114,6 +128,13 @@ def split_over_data(tensor: Tensor) -> bool:
         return False
     names = _names(tensor)
     return any(dim >= len(names) or names[dim] != TENSOR_PARALLEL for dim in split_dims(tensor))
+
+
+def data_processes(tensor: Tensor) -> int:
+    """Return over how many processes with different data a tensor is spread."""
+    spread: Any = tensor
+    names = _names(tensor) or ("",) * spread.device_mesh.ndim
+    return math.prod(spread.device_mesh.size(dim) for dim, name in enumerate(names) if name != TENSOR_PARALLEL)
 
 
 def _names(tensor: Tensor) -> tuple[str, ...]:

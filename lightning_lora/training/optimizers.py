@@ -67,6 +67,43 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         _CHECKED.pop(optimizer, None)
 
 
+def check_layouts(optimizer: Optimizer, view: View, *, clips: bool) -> None:
+    """Refuse an optimizer that torch cannot run on sharded parameters.
+
+    Args:
+        optimizer: It holds only what trains.
+        view: The adapted model.
+        clips: Whether the Trainer clips gradients.
+
+    Raises:
+        OptimizerError: it is LBFGS, or parameters of different layouts would meet in one call of torch.
+    """
+    names = {id(p): name for name, p in _named_once(view).items()}
+    layouts: dict[Any, list[str]] = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            layouts.setdefault(getattr(p, "device_mesh", None), []).append(names.get(id(p), "a parameter"))
+    title = f"{type(optimizer).__name__} of {type(view.model).__name__}"
+    if isinstance(optimizer, torch.optim.LBFGS) and layouts.keys() - {None}:
+        raise OptimizerError(
+            f"{title} joins all parameters to one vector, and some are sharded. Use another optimizer."
+        )
+    joins = clips or any(_joins(group) for group in optimizer.param_groups)
+    if len(layouts) > 1 and joins:
+        here, there, *_ = layouts.values()
+        raise OptimizerError(
+            f"{title} holds {listed(here)}, which are not sharded as {listed(there)} are. Torch takes no mixture to "
+            "clip gradients, nor in foreach or fused steps. Shard the modules that hold them alike; or leave them out "
+            "of modules_to_save and bias; or set foreach=False and do not clip."
+        )
+
+
+def _joins(group: dict[str, Any]) -> bool:
+    """Whether an optimizer passes all parameters of a group to torch in one call."""
+    on_cuda = group["params"] and group["params"][0].is_cuda and "foreach" in group and group["foreach"] is None
+    return bool(group.get("foreach") or group.get("fused") or on_cuda)
+
+
 def check_frozen(model: nn.Module, optimizer: Optimizer) -> None:
     """Refuse frozen weights that were added to an optimizer.
 

@@ -5,7 +5,7 @@ every step their gradients are averaged with one message, as ``DistributedDataPa
 any other strategy: the base is never gathered, and nothing depends on ``save_distributed_checkpoint``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +13,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterFileError, StrategyError, listed
+from lightning_lora.errors import AdapterFileError, ConfigError, StrategyError, TargetError, listed
 from lightning_lora.model.attach import attach_adapters, detach_adapters
 from lightning_lora.model.record import find_record
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.disk import local_path
 from lightning_lora.tensors.names import named_parameters, set_parameter
-from lightning_lora.tensors.shards import is_spread, own_part, replicated, reshard, split_over_data, spread_as, whole
+from lightning_lora.tensors.shards import (
+    all_whole,
+    data_processes,
+    is_spread,
+    own_part,
+    replicated,
+    reshard,
+    split_over_data,
+    spread_as,
+    whole,
+)
 from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.gradients import Gradients
-from lightning_lora.training.optimizers import train_adapters
+from lightning_lora.training.optimizers import check_layouts, train_adapters
 from lightning_lora.training.strategy import Watch, once
 
 if TYPE_CHECKING:
@@ -72,12 +82,42 @@ class ShardedWatch(Watch):
 
     @once
     def setup(self, trainer: "Trainer") -> None:
-        """Adapt the sharded module."""
+        """Adapt the sharded module.
+
+        What is not sharded is the same in every process from then on, as under DDP.
+        """
         reshard(self.module)
+        self._check_mesh()
         super().setup(trainer)
+        _share(t for t in (*self.module.parameters(), *self.module.buffers()) if not is_spread(t))
+        _share_adapters(view_of(self.module))
+
+    @once
+    def setup_optimizers(self, trainer: "Trainer") -> None:
+        """Let the optimizers train the adapters, and refuse those that torch cannot run on shards."""
+        super().setup_optimizers(trainer)
+        for optimizer in self.strategy.optimizers:
+            check_layouts(optimizer, view_of(self.module), clips=bool(trainer.gradient_clip_val))
+
+    def _check_mesh(self) -> None:
+        """Refuse a module that is sharded over other processes than those that get their own batches."""
+        mesh: Any = self.strategy.device_mesh["data_parallel"]  # type: ignore[attr-defined]
+        for name, p in named_parameters(self.module).items():
+            if split_over_data(p) and data_processes(p) != mesh.size():
+                raise StrategyError(
+                    f"{name!r} of {type(self.module).__name__} is sharded over {data_processes(p)} processes, but the "
+                    f'mesh "data_parallel" has {mesh.size()}. Call fully_shard(module, mesh=self.device_mesh'
+                    '["data_parallel"]), with ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=...).'
+                )
 
     def _adapt(self) -> None:
-        super()._adapt()
+        try:
+            super()._adapt()
+        except (ConfigError, TargetError) as error:
+            raise type(error)(
+                f"{error} (A sharded module is adapted before a checkpoint is read. If the arguments are those of a "
+                "checkpoint, give them to LoRACallback.)"
+            ) from error
         self._check_whole()
         view = view_of(self.module)
         spread = [p for p in (*view.adapters.values(), *view.trained.values()) if is_spread(p)]
@@ -103,16 +143,12 @@ class ShardedWatch(Watch):
 
     @once
     def on_train_start(self) -> None:
-        """Take the base's fingerprint, and share the first adapters.
+        """Take the fingerprint of a base that was loaded late.
 
-        Every process starts with those of the first one.
+        Adapters that start from it are those of the first process.
         """
         self._note_base()
-        with torch.no_grad():
-            for p in view_of(self.module).adapters.values():
-                values = whole(p).detach()
-                dist.broadcast(values, 0)
-                replace_values(p, spread_as(values, p))
+        _share_adapters(view_of(self.module))
         self.inner("on_train_start")
 
     # Files
@@ -147,9 +183,8 @@ class ShardedWatch(Watch):
     @once
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return the state of an optimizer, whole."""
-        state: dict[str, Any] = self.inner("optimizer_state", optimizer)
-        held = {key: {n: _whole(v) for n, v in values.items()} for key, values in state["state"].items()}
-        return {**state, "state": held}
+        state: dict[str, Any] = all_whole(self.inner("optimizer_state", optimizer))
+        return state
 
     @once
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -192,7 +227,7 @@ class ShardedGradients(Gradients):
     """Watches the gradients of a sharded run, and averages them.
 
     FSDP2 averages those of its own parameters, and no others. A layer that one process leaves out gets a gradient of
-    zero there.
+    zero there. Running statistics of norms that train are those of the first process, as under DDP.
     """
 
     def __init__(self, watch: ShardedWatch) -> None:
@@ -203,6 +238,8 @@ class ShardedGradients(Gradients):
         for p in named_parameters(watch.module).values():
             if p.requires_grad and not split_over_data(p):
                 self.averaged.setdefault(p.dtype, []).append(p)
+        saved = view_of(watch.module).saved
+        self.statistics = [buffer for module in saved for buffer in module.buffers() if not is_spread(buffer)]
 
     def end_backward(self) -> None:
         """Average the gradients, unless the pass only accumulates."""
@@ -211,6 +248,7 @@ class ShardedGradients(Gradients):
         if not self.watch.is_blocked and self.mesh.size() > 1:
             for parameters in self.averaged.values():
                 self._average(parameters)
+            _share(self.statistics)
         super().end_backward()
 
     def _average(self, parameters: list[nn.Parameter]) -> None:
@@ -227,8 +265,20 @@ class ShardedGradients(Gradients):
                     grad.copy_(mean.view_as(grad))
 
 
-def _whole(value: Any) -> Any:
-    return whole(value) if isinstance(value, Tensor) else value
+def _share(tensors: Iterable[Tensor]) -> None:
+    """Give every process the values of the first one."""
+    with torch.no_grad():
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), 0)
+
+
+def _share_adapters(view: View) -> None:
+    """Give every process the adapters of the first one, or its own part of them."""
+    with torch.no_grad():
+        for p in view.adapters.values():
+            values = whole(p.detach())
+            _share([values])
+            replace_values(p, spread_as(values, p))
 
 
 def _spread_state(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:

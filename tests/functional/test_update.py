@@ -1,5 +1,6 @@
 """Merging adds the update, and is rounded once."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from lightning_lora import (
 )
 from lightning_lora.functional import update
 from tests.models import randomise, same, state
+from tests.ranks import has_shards
 
 
 def test_merging_asks_no_device_for_float64() -> None:
@@ -39,16 +41,21 @@ def test_merging_asks_no_device_for_float64() -> None:
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.skipif(not hasattr(dist.tensor, "distribute_tensor"), reason="torch has no public DTensor")
-def test_merging_into_distributed_weights_is_refused() -> None:
+@pytest.mark.skipif(not has_shards, reason="torch 2.7")
+def test_merging_into_distributed_weights_is_the_merge_of_the_whole() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     inject_adapters(model, LoRAConfig(r=2))
+    nn.init.normal_(model[0].lora_B)
+    expected = copy.deepcopy(model)
     mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-    for name, p in list(model[0].named_parameters()):
-        spread = dist.tensor.distribute_tensor(p.detach(), mesh, [dist.tensor.Shard(0)])
-        setattr(model[0], name, nn.Parameter(spread, p.requires_grad))
-    with pytest.raises(AdapterStateError, match="are distributed"):
-        merge_adapters(model)
+    spread = dist.tensor.distribute_tensor(model[0].weight.detach(), mesh, [dist.tensor.Shard(0)])
+    model[0].weight = nn.Parameter(spread, requires_grad=False)
+    base = model[0].weight.full_tensor()
+    merge_adapters(model)
+    merge_adapters(expected)
+    assert torch.equal(model[0].weight.full_tensor(), expected[0].weight)
+    unmerge_adapters(model)
+    assert torch.equal(model[0].weight.full_tensor(), base)
 
 
 def test_merging_weights_without_values_is_refused() -> None:

@@ -109,6 +109,7 @@ def lora(**kwargs: Any) -> LoRACallback:
 def trainer_of(kind: str, folder: Path, callbacks: list[L.Callback], **kwargs: Any) -> L.Trainer:
     """A Trainer of two processes ("ddp" or "sharded"), or of one ("one")."""
     options: dict[str, Any] = {"max_epochs": 2, "logger": False, "enable_checkpointing": False}
+    options["enable_model_summary"] = False
     if kind != "one":
         options |= {"devices": 2, "strategy": strategy_of(kind)}
     return L.Trainer(
@@ -116,7 +117,6 @@ def trainer_of(kind: str, folder: Path, callbacks: list[L.Callback], **kwargs: A
         callbacks=callbacks,
         default_root_dir=folder,
         enable_progress_bar=False,
-        enable_model_summary=False,
         **{**options, **kwargs},
     )
 

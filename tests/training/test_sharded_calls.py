@@ -1,5 +1,6 @@
 """Calls on a model while it is sharded, and what is refused there."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelSummary, StochasticWeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -17,6 +19,9 @@ from lightning_lora import (
     AdapterFileError,
     AdapterStateError,
     ConfigError,
+    LoRACallback,
+    LoRAError,
+    StrategyError,
     adapter_state_dict,
     disable_adapters,
     export_peft,
@@ -30,7 +35,7 @@ from lightning_lora import (
 )
 from tests.ranks import run_ranks
 from tests.training.sharded_cases import LitNet, data, fully_shard, lora, pretrained, trainer_of, whole_state
-from tests.training.test_sharded import assert_alike, assert_same
+from tests.training.test_sharded import Saves, assert_alike, assert_same, path_of
 
 X = torch.arange(64.0).reshape(4, 16).sin()
 
@@ -211,3 +216,197 @@ def tied(folder: Path, merge: Any) -> str:
 @pytest.mark.parametrize("merge", ["last", False])
 def test_tied_weights_are_not_merged_on_shards(tmp_path: Path, merge: Any) -> None:
     assert "FSDP2 keeps" in run_ranks(tied, tmp_path, merge)[0]
+
+
+# What one process sees alone
+
+
+def changed_on_one(folder: Path) -> tuple[str, list[str]]:
+    """A merged bias of which one process holds all is changed, then adapters are asked back."""
+    module = fitted(folder, merge="last", exclude_modules=["head"])
+    with torch.no_grad():
+        if dist.get_rank() == 0:
+            module.model.layers[0].norm.bias._local_tensor.fill_(9)
+    message = message_of(AdapterStateError, unmerge_adapters, module)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer_of("sharded", folder, [lora(exclude_modules=["head"])], max_epochs=1).fit(module, data())
+    return message, [str(each.message) for each in found if "replaced" in str(each.message)]
+
+
+def test_a_change_that_one_process_sees_counts_in_all(tmp_path: Path) -> None:
+    for message, warned in run_ranks(changed_on_one, tmp_path):
+        assert "were changed since its adapters were merged" in message
+        assert len(warned) == 1
+
+
+class Example(LitNet):
+    """Its summary runs it once, before the adapters' own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.example_input_array = X
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+class Summarizes(L.Callback):
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            summarize(pl_module)
+
+
+def alone(folder: Path, kwargs: dict[str, Any]) -> None:
+    callbacks = [ModelSummary(), lora(**kwargs), Summarizes()]
+    trainer_of("sharded", folder, callbacks, max_epochs=1, enable_model_summary=True).fit(Example(), data(), data())
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"modules_to_save": ["head"]}], ids=str)
+def test_one_process_may_look_while_weights_are_gathered(tmp_path: Path, kwargs: dict[str, Any]) -> None:
+    run_ranks(alone, tmp_path, kwargs)
+
+
+# What is not sharded
+
+
+class Unseeded(LitNet):
+    """Its head is not sharded, and every process has drawn another one."""
+
+    def built(self) -> Any:
+        net = super().built()
+        torch.manual_seed(dist.get_rank())
+        nn.init.normal_(net.head.weight)
+        return net
+
+    def shard(self) -> None:
+        for layer in self.model.layers:
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+def unseeded(folder: Path, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    module = Unseeded()
+    trainer_of("sharded", folder, [lora(**kwargs), Saves(folder, "sharded")]).fit(module, data(), data())
+    state = whole_state(module)
+    again = Unseeded()
+    file = path_of(folder, "sharded", 1)
+    trainer_of("sharded", folder, [lora(**kwargs)], max_epochs=3).fit(again, data(), ckpt_path=file, weights_only=True)
+    return state
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"modules_to_save": ["head"]}], ids=str)
+def test_what_is_not_sharded_is_that_of_the_first_process(tmp_path: Path, kwargs: dict[str, Any]) -> None:
+    first, second = run_ranks(unseeded, tmp_path, kwargs)
+    assert_same(second, first)
+
+
+class WithNorm(LitNet):
+    """A norm whose statistics are those of each process's batches."""
+
+    def built(self) -> Any:
+        net = super().built()
+        net.layers[1].norm = nn.BatchNorm1d(16)
+        return net
+
+
+def test_running_statistics_are_those_of_ddp(tmp_path: Path) -> None:
+    state = assert_alike(tmp_path, WithNorm, {"modules_to_save": ["layers.1.norm"]})
+    assert state["model.layers.1.norm.running_mean"].any()
+
+
+# What files hold
+
+
+class Keeps(L.Callback):
+    """Keeps copies of what trains, and of the base, in the checkpoint."""
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["kept"] = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+
+
+def kept(kind: str, folder: Path) -> dict[str, Any]:
+    L.seed_everything(1, verbose=False)
+    callbacks = [lora(modules_to_save=["head"]), Keeps(), Saves(folder, kind)]
+    trainer_of(kind, folder, callbacks).fit(LitNet(), data())
+    callbacks = [lora(modules_to_save=["head"]), Keeps(), reads := Reads()]
+    file = path_of(folder, kind, 0)
+    trainer_of(kind, folder, callbacks).fit(LitNet(), data(), ckpt_path=file, weights_only=True)
+    return reads.kept
+
+
+class Reads(L.Callback):
+    kept: dict[str, Any]
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.kept = checkpoint["kept"]
+
+
+def test_copies_in_a_checkpoint_are_whole_and_without_the_base(tmp_path: Path) -> None:
+    expected, found = run_ranks(kept, "ddp", tmp_path)[0], run_ranks(kept, "sharded", tmp_path)[1]
+    assert_same(found, expected)
+    sizes = [path_of(tmp_path, kind, 1).stat().st_size for kind in ("ddp", "sharded")]
+    assert abs(sizes[0] - sizes[1]) < 200
+
+
+# What torch cannot run
+
+
+class Optimized(LitNet):
+    def __init__(self, kind: type[torch.optim.Optimizer], **kwargs: Any) -> None:
+        super().__init__()
+        self.kind, self.kwargs = kind, kwargs
+
+    def configure_optimizers(self) -> Any:
+        return self.kind(self.parameters(), lr=0.1, **self.kwargs)
+
+
+class HeadLeftOut(Optimized):
+    shard = Unseeded.shard
+
+
+def refusal(folder: Path, module: LitNet, kwargs: dict[str, Any], clips: float | None) -> str:
+    t = trainer_of("sharded", folder, [lora(**kwargs)], max_steps=1, gradient_clip_val=clips)
+    return message_of(LoRAError, t.fit, module, data())
+
+
+@pytest.mark.parametrize(
+    ("module", "clips", "message"),
+    [
+        (Optimized(torch.optim.LBFGS), None, "LBFGS of Optimized joins all parameters"),
+        (HeadLeftOut(torch.optim.AdamW), 0.1, "'model.head.bias' are. Torch takes no mixture"),
+        (HeadLeftOut(torch.optim.AdamW, foreach=True), None, "'model.head.bias' are. Torch takes no mixture"),
+        (HeadLeftOut(torch.optim.AdamW), None, ""),
+    ],
+    ids=["lbfgs", "clips", "foreach", "alone"],
+)
+def test_optimizers_that_torch_cannot_run_on_shards_are_refused(
+    tmp_path: Path, module: LitNet, clips: float | None, message: str
+) -> None:
+    for found in run_ranks(refusal, tmp_path, module, {"bias": "all"}, clips):
+        assert message in found and bool(message) == bool(found)
+
+
+class WithoutMesh(LitNet):
+    def shard(self) -> None:
+        for layer in self.model.layers:
+            fully_shard(layer)
+
+
+def default_strategy(folder: Path) -> str:
+    t = trainer_of("one", folder, [lora()], devices=2, strategy=ModelParallelStrategy())
+    return message_of(StrategyError, t.fit, WithoutMesh(), data())
+
+
+def test_shards_over_other_processes_than_the_batches_are_refused(tmp_path: Path) -> None:
+    for message in run_ranks(default_strategy, tmp_path):
+        assert 'sharded over 2 processes, but the mesh "data_parallel" has 1' in message
+
+
+def without_arguments(folder: Path) -> str:
+    t = trainer_of("sharded", folder, [LoRACallback()], max_steps=1)
+    return message_of(ConfigError, t.fit, LitNet(), data(), None, None, folder / "a.ckpt")
+
+
+def test_arguments_that_come_too_late_are_asked_for(tmp_path: Path) -> None:
+    for message in run_ranks(without_arguments, tmp_path):
+        assert "before a checkpoint is read" in message
