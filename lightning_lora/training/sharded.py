@@ -94,7 +94,10 @@ class ShardedWatch(Watch):
 
     @once
     def setup_optimizers(self, trainer: "Trainer") -> None:
-        """Let the optimizers train the adapters, and refuse those that torch cannot run on shards."""
+        """Let the optimizers train the adapters.
+
+        Optimizers that torch cannot run on shards are refused.
+        """
         super().setup_optimizers(trainer)
         for optimizer in self.strategy.optimizers:
             check_layouts(optimizer, view_of(self.module), clips=bool(trainer.gradient_clip_val))
