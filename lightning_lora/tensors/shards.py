@@ -131,7 +131,10 @@ def split_over_data(tensor: Tensor) -> bool:
 
 
 def data_processes(tensor: Tensor) -> int:
-    """Return over how many processes with different data a tensor is spread."""
+    """Return the number of processes with different data.
+
+    The tensor is spread over them.
+    """
     spread: Any = tensor
     names = _names(tensor) or ("",) * spread.device_mesh.ndim
     return math.prod(spread.device_mesh.size(dim) for dim, name in enumerate(names) if name != TENSOR_PARALLEL)
