@@ -16,6 +16,7 @@ from tests.benchmarks.life import life
 from tests.benchmarks.measure import Bench
 from tests.benchmarks.memory import memory
 from tests.benchmarks.report import machine, table, write
+from tests.benchmarks.sharded import sharded
 from tests.benchmarks.steps import layers, whole_models
 from tests.benchmarks.sweeps import sweeps
 from tests.benchmarks.trainer import trainer
@@ -28,6 +29,7 @@ CASES = {
     "calls": calls,
     "trainer": trainer,
     "life": life,
+    "sharded": sharded,
     "sweeps": sweeps,
 }
 
@@ -41,7 +43,7 @@ def main() -> None:
         prog="python -m tests.benchmarks",
         description=f"{__doc__}\n\ncases:\n{cases}",
         epilog="Goals are this project's own. A ✗ marks a goal that is missed. The last column shows every method\n"
-        "relative to the baseline: the frozen model, or peft if no frozen model is measured.",
+        "relative to the baseline (the frozen model, or peft if no frozen model is measured), or in the row's unit.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("cases", nargs="*", metavar="case", help="the cases to measure (all by default)")
@@ -49,7 +51,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="number of torch threads (1 by default)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--compiled", metavar="MODE", help="also measure compiled steps: default, reduce-overhead, ...")
-    parser.add_argument("--output", type=Path, help="a folder for results.json and the plots of memory and sweeps")
+    parser.add_argument("--output", type=Path, help="a folder for results.json and the plots")
     asked = parser.parse_args()
     unknown = [name for name in asked.cases if name not in CASES]
     if unknown:

@@ -17,8 +17,8 @@ from tests.benchmarks.ways import OURS
 
 
 def table(title: str, rows: Iterable[Row]) -> Table:
-    """Make a table for a terminal: each value, its goal, and all methods relative to the baseline."""
-    made = Table("case", "measure", "ours", "middle half", "goal", "", "all, relative to the baseline", title=title)
+    """Make a table for a terminal: each value, its goal, and all methods."""
+    made = Table("case", "measure", "ours", "middle half", "goal", "", "all methods", title=title)
     for row in rows:
         spread = "" if row.spread is None else f"{row.spread[0]:.3g} – {row.spread[1]:.3g}"
         goal = "" if row.goal is None else f"≤ {row.goal:g}"
@@ -50,7 +50,7 @@ def _lines(path: str) -> list[str]:
 
 
 def write(rows: list[Row], bench: Bench, folder: Path) -> None:
-    """Write ``results.json``, and plots of sweeps, memory and the life of a fit."""
+    """Write ``results.json``, and plots of sweeps, memory, processes and the life of a fit."""
     folder.mkdir(parents=True, exist_ok=True)
     results = {"machine": machine(bench), "rows": [row.as_dict() for row in rows]}
     (folder / "results.json").write_text(json.dumps(results, indent=1))
@@ -69,7 +69,12 @@ def write(rows: list[Row], bench: Bench, folder: Path) -> None:
         _life(moments, folder / "life.png")
     kept = [row for row in rows if row.case.startswith("kept for backward")]
     if kept:
-        _bars("bytes kept for backward besides x, as a share of x", kept, folder / "memory.png")
+        prefix = "kept for backward beyond x, d=768, "
+        _bars("bytes kept for backward besides x, as a share of x", "share of x", prefix, kept, folder / "memory.png")
+    prefix = "2 processes, "
+    held = [row for row in rows if row.case.startswith((f"{prefix}held", f"{prefix}a step:"))]
+    if held:
+        _bars("what a process holds, and sends in a step", "MB", prefix, held, folder / "sharded.png")
 
 
 def _plot(title: str, points: list[Row], path: Path) -> None:
@@ -98,16 +103,15 @@ def _life(moments: dict[str, list[Row]], path: Path) -> None:
     save(path)
 
 
-def _bars(title: str, rows: list[Row], path: Path) -> None:
+def _bars(title: str, unit: str, prefix: str, rows: list[Row], path: Path) -> None:
     names = list(rows[-1].details)  # the last rows are in half precision, with more methods
     axes, save = _axes()
     for place, name in enumerate(names):
         at = [i + (place - (len(names) - 1) / 2) * 0.2 for i in range(len(rows)) if name in rows[i].details]
         bars = axes.bar(at, [row.details[name] for row in rows if name in row.details], width=0.18, label=name)
-        axes.bar_label(bars, fmt="%.2f", fontsize=7)
-    labels = [row.case.removeprefix("kept for backward beyond x, d=768, ") for row in rows]
-    axes.set_xticks(range(len(rows)), labels)
-    axes.set(ylabel="share of x", title=title[0].upper() + title[1:])
+        axes.bar_label(bars, fmt="%.3g", fontsize=7)
+    axes.set_xticks(range(len(rows)), [row.case.removeprefix(prefix).replace(": ", "\n") for row in rows])
+    axes.set(ylabel=unit, title=title[0].upper() + title[1:])
     save(path)
 
 

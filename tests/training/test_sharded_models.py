@@ -12,12 +12,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_lora import BaseMismatchError, LoRACallback, LoRAConfig, inject_adapters
 from tests.ranks import RankError, run_ranks
 from tests.training.sharded_cases import (
-    CLASSES,
-    WIDTH,
     LitNet,
     Net,
     data,
@@ -291,30 +290,6 @@ def test_arguments_come_from_the_file(tmp_path: Path) -> None:
     assert_same(run_ranks(arguments_of_the_file, tmp_path / "b", path_of(tmp_path, "sharded", 0))[0], whole)
 
 
-def gathered(folder: Path, kwargs: dict[str, Any]) -> tuple[int, int]:
-    """How many values of parameters a save gathers from this process, and how many messages it sends."""
-    found: list[Any] = []
-
-    class Counts(L.Callback):
-        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            with torch.profiler.profile(record_shapes=True) as profile:
-                trainer.save_checkpoint(folder / "a.ckpt")
-            found.extend(event for event in profile.events() if "c10d" in event.name)
-
-    trainer_of("sharded", folder, [lora(**kwargs), Counts()], max_epochs=1).fit(LitNet(), data())
-    shapes = [event.input_shapes[0] for event in found if event.name == "_c10d_functional::all_gather_into_tensor"]
-    return sum(torch.Size(shape).numel() for shape in shapes), sum(event.name.startswith("c10d::") for event in found)
-
-
-def test_frozen_weights_are_never_gathered_for_a_file(tmp_path: Path) -> None:
-    values, messages = run_ranks(gathered, tmp_path, {})[0]
-    assert values == 0
-    assert messages <= 6  # random states, whether the base has changed, and its digests in half precision
-    values, _ = run_ranks(gathered, tmp_path, {"modules_to_save": ["head"]})[0]
-    of_head = (WIDTH + 1) * (CLASSES + 1) // 2  # the larger part, padded
-    assert values == 3 * of_head  # its values and Adam's two states
-
-
 class Unused(LitNet):
     """A layer that no batch reaches."""
 
@@ -341,3 +316,22 @@ class New(LitNet):
 def test_untrained_layer_is_named_on_shards(tmp_path: Path) -> None:
     with pytest.raises(RankError, match=r"FreshLayerWarning: .*model.layers.1.up"):
         run_ranks(fit, "sharded", tmp_path, New, {}, {})
+
+
+class InPairs(LitNet):
+    """Shards in each pair of processes, and holds the same in all pairs (HSDP)."""
+
+    def shard(self) -> None:
+        shard(self.model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+
+
+def in_four_processes(kind: str, folder: Path, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    strategy = ModelParallelStrategy(data_parallel_size=4, tensor_parallel_size=1) if kind == "sharded" else "ddp"
+    return fit("one", folder, InPairs, {"devices": 4, "strategy": strategy}, kwargs)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"modules_to_save": ["head"], "merge": "last"}], ids=str)
+def test_base_that_is_sharded_in_groups_of_processes_trains_alike(tmp_path: Path, kwargs: dict[str, Any]) -> None:
+    ddp = run_ranks(in_four_processes, "ddp", tmp_path, kwargs, size=4)[0]
+    for found in run_ranks(in_four_processes, "sharded", tmp_path, kwargs, size=4):
+        torch.testing.assert_close(found, ddp, rtol=1e-5, atol=1e-6)  # four gradients are added in another order

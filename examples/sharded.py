@@ -1,0 +1,249 @@
+"""Train a Llama that is sharded over processes (FSDP2): first all of it, then adapters.
+
+python examples/sharded.py           # about a minute on two CPU cores
+python examples/sharded.py --fast    # some seconds on a few batches, to see that it runs
+
+It starts a process for each GPU, or two on a CPU. All weights train on film reviews. Then adapters train on Python
+code. The table shows what a process holds and sends in both.
+"""
+
+import argparse
+import gzip
+import inspect
+import logging
+import tarfile
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.strategies import ModelParallelStrategy
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightning_lora import LoRACallback, load_adapter
+
+REVIEWS = Path(__file__).parent / "data" / "movie_snippets.tsv.gz"
+SHAPE = LlamaConfig(
+    vocab_size=256,  # it reads bytes
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    use_cache=False,
+)
+LENGTH = 64  # bytes in a row of text
+STEPS = 120
+
+
+class ShardedLlama(LightningModule):
+    """A Llama that is made, and sharded, when the Trainer asks for it.
+
+    Args:
+        lr: Learning rate.
+        base: A checkpoint with pretrained weights.
+    """
+
+    def __init__(self, lr: float = 0.0, base: Path | None = None) -> None:
+        super().__init__()
+        self.lr, self.base = lr, base
+        self.model: Any = None
+
+    def configure_model(self) -> None:
+        """Make the model, load it, and shard it if the strategy has a mesh of processes."""
+        if self.model is not None:
+            return
+        self.model = LlamaForCausalLM(SHAPE)
+        if self.base is not None:
+            self.load_state_dict(torch.load(self.base, map_location="cpu", weights_only=True)["state_dict"])
+        if self.device_mesh is not None:
+            mesh = self.device_mesh["data_parallel"]
+            for layer in self.model.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Return the loss of predicting each next byte."""
+        loss: Tensor = self.model(input_ids=text, labels=text).loss
+        return loss
+
+    def training_step(self, text: Tensor) -> Any:
+        """Return the loss."""
+        return self(text)
+
+    def validation_step(self, text: Tensor) -> None:
+        """Log the mean loss of all processes."""
+        self.log("loss", self(text), sync_dist=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW over all parameters; LoRACallback keeps those that train."""
+        return torch.optim.AdamW(self.parameters(), self.lr)
+
+
+def reviews() -> Tensor:
+    """Return rows of film reviews."""
+    with gzip.open(REVIEWS, "rt", encoding="utf-8") as file:
+        return rows("".join(line.rpartition("\t")[2] for line in file))
+
+
+def code() -> Tensor:
+    """Return rows of Python code, from Python's own library."""
+    return rows("".join(map(inspect.getsource, (argparse, inspect, tarfile))))
+
+
+def rows(text: str) -> Tensor:
+    """Cut text into rows of bytes."""
+    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+    return data[: len(data) // LENGTH * LENGTH].view(-1, LENGTH)
+
+
+def batches(text: Tensor, *, shuffle: bool = False) -> DataLoader[Tensor]:
+    """Return batches of rows. The Trainer gives each process its own."""
+    return DataLoader(text, batch_size=16, shuffle=shuffle)  # type: ignore[arg-type]
+
+
+class Traffic(TorchDispatchMode):
+    """Counts bytes that are sent. A message counts whole: what an all-gather returns, what others begin with."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # what is done to its parts comes here too
+        if func.namespace == "c10d":
+            self.bytes[func.__name__.partition(".")[0]] += max(size_of(tree_leaves(arg)) for arg in args)
+        return func(*args, **(kwargs or {}))
+
+
+class Meter(Callback):
+    """Counts what a process sends in the second step, and what it holds then."""
+
+    def __init__(self) -> None:
+        self.counting, self.sent = ExitStack(), Traffic()
+        self.held: dict[str, int] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Begin to count."""
+        if trainer.global_step == 1:
+            self.counting.enter_context(self.sent)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """End the count."""
+        if trainer.global_step == 2:
+            self.counting.close()
+            adapters = size_of(p for name, p in pl_module.named_parameters() if "lora_" in name)
+            self.held["weights"] = size_of(pl_module.parameters()) - adapters
+            self.held["adapters"] = adapters
+            self.held["optimizer"] = size_of(tree_leaves([dict(each.state) for each in trainer.optimizers]))
+
+    def rows(self) -> dict[str, int]:
+        """Return what was counted, with names for a table."""
+        return {
+            "Held: its part of the model": self.held["weights"],
+            "Held: adapters": self.held["adapters"],
+            "Held: optimizer's state": self.held["optimizer"],
+            "Sent, weights: all-gather": self.sent.bytes["_allgather_base_"],
+            "Sent, gradients: reduce-scatter": self.sent.bytes["_reduce_scatter_base_"],
+            "Sent, gradients: all-reduce": self.sent.bytes["allreduce_"],
+        }
+
+
+def size_of(values: Iterable[Any]) -> int:
+    """Add up the bytes of tensors, those of which a process holds a part by its part."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+
+
+def make_trainer(callbacks: list[Callback], *, steps: int) -> Trainer:
+    """Return a Trainer with a process for each GPU, or two on a CPU."""
+    on_gpu = torch.cuda.is_available()
+    devices = torch.cuda.device_count() if on_gpu else 2
+    strategy = ModelParallelStrategy(
+        data_parallel_size=devices,
+        tensor_parallel_size=1,
+        save_distributed_checkpoint=False,  # the pretrained model in one file too, as adapters always are
+    )
+    return Trainer(
+        accelerator="gpu" if on_gpu else "cpu",
+        devices=devices,
+        strategy=strategy,
+        max_epochs=1,
+        limit_train_batches=steps,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+
+
+def run(folder: Path, *, fast: bool) -> None:
+    """Pretrain, train adapters, and load their file in one process. Every process runs this."""
+    seed_everything(0)
+    steps, seen, unseen = 4 if fast else STEPS, code()[:-256], code()[-256:]
+
+    of_all = Meter()
+    trainer = make_trainer([of_all], steps=steps)
+    pretrained = ShardedLlama(lr=3e-3)
+    trainer.fit(pretrained, batches(reviews(), shuffle=True))
+    folder = trainer.strategy.broadcast(folder)  # the first process's, for all
+    base, adapters = folder / "base.ckpt", folder / "adapters.ckpt"
+    trainer.save_checkpoint(base, weights_only=True)
+    before = trainer.validate(pretrained, batches(unseen), verbose=False)[0]["loss"]
+
+    of_lora = Meter()
+    trainer = make_trainer([LoRACallback(r=8, merge=False), of_lora], steps=steps)
+    module = ShardedLlama(lr=1e-2, base=base)
+    trainer.fit(module, batches(seen, shuffle=True))
+    trainer.save_checkpoint(adapters, weights_only=True)
+    after = trainer.validate(module, batches(unseen), verbose=False)[0]["loss"]
+
+    if trainer.is_global_zero:
+        table = Table("Bytes of a process", "all weights", "LoRA", title=f"{trainer.world_size} processes, second step")
+        for name, size in of_all.rows().items():
+            table.add_row(name, f"{size:,}", f"{of_lora.rows()[name]:,}")
+        table.add_row("Checkpoint, weights only", *(f"{path.stat().st_size:,}" for path in (base, adapters)))
+        table.add_section()
+        table.add_row("Loss on new code, not a size", f"{before:.2f}", f"{after:.2f}")
+        Console().print(table)
+        check_in_one_process(base, adapters, unseen, after)
+    trainer.strategy.barrier()  # then the folder may be deleted
+
+
+def check_in_one_process(base: Path, adapters: Path, text: Tensor, expected: float) -> None:
+    """Load both files into a whole model, as on a single device."""
+    module = ShardedLlama(base=base)
+    module.configure_model()
+    load_adapter(module, adapters)
+    with torch.no_grad():
+        assert abs(float(module.eval()(text)) - expected) < 1e-3, "one process computes another loss"
+
+
+def quiet() -> None:
+    """Show progress bars and the table, without Lightning's own messages."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (".*does not have many workers", ".*no `val_dataloader`", "Using `Distrib", ".*is deprecated, use"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="a few batches only")
+    parser.add_argument("--output", type=Path, help="keep the files in this folder; otherwise they are deleted")
+    options = parser.parse_args()
+    quiet()
+    with tempfile.TemporaryDirectory() as temporary:
+        run(options.output or Path(temporary), fast=options.fast)

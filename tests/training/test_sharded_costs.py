@@ -1,0 +1,112 @@
+"""What a sharded run sends and holds beside what FSDP2 does: the adapters."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from tests.ranks import run_ranks
+from tests.traffic import Messages, Traffic, sizes_of
+from tests.training.sharded_cases import LitNet, Net, data, lora, trainer_of
+
+
+class Counts(L.Callback):
+    """Counts the messages of each batch, of two saves and of the end of a fit, and what this process holds."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.traffic = folder, Traffic()
+        self.batches: list[Messages] = []
+        self.saves: list[Messages] = []
+        self.end: Messages = []
+        self.held: dict[str, int] = {}
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.traffic.__enter__()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.batches.append(self.traffic.leave())
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for number in range(2):
+            self.traffic.__enter__()
+            trainer.save_checkpoint(self.folder / f"{number}.ckpt")
+            self.saves.append(self.traffic.leave())
+        self.held = {
+            "parameters": own_bytes(pl_module.parameters()),
+            "adapters": own_bytes(p for name, p in pl_module.named_parameters() if "lora_" in name),
+            "optimizer": own_bytes(tree_leaves(dict(trainer.optimizers[0].state))),
+        }
+        self.traffic.__enter__()
+
+    def on_fit_end(self, *_: Any) -> None:  # after LoRACallback's
+        self.end = self.traffic.leave()
+
+
+def own_bytes(values: Any) -> int:
+    """The bytes that this process holds of tensors. AdamW's steps are not counted: numbers without dimensions."""
+    found = (getattr(value, "_local_tensor", value) for value in values if isinstance(value, Tensor) and value.ndim)
+    return sum(value.nbytes for value in found)
+
+
+def fit(kind: str, folder: Path, adapted: bool, kwargs: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    counts = Counts(folder / f"{adapted}")
+    callbacks = [lora(**kwargs), counts] if adapted else [counts]
+    trainer_of(kind, folder, callbacks, max_epochs=1, **options).fit(LitNet(), data())
+    return {name: getattr(counts, name) for name in ("batches", "saves", "end", "held")}
+
+
+def counted(kind: str, folder: Path, *, adapted: bool = True, kwargs: Any = None, **options: Any) -> list[Any]:
+    """Count in each of two processes."""
+    return run_ranks(fit, kind, folder, adapted, kwargs or {}, options)
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "bf16-true"}], ids=str)
+def test_a_step_sends_the_adapters_once_beside_the_messages_of_fsdp2(tmp_path: Path, options: dict[str, Any]) -> None:
+    of_all = counted("sharded", tmp_path, adapted=False, **options)[1]
+    found = counted("sharded", tmp_path, **options)[1]
+    for batch, plain in zip(found["batches"], of_all["batches"], strict=True):
+        gathers = [message for message in plain if message[0] == "all-gather"]
+        assert batch == [*gathers, ("all-reduce", found["held"]["adapters"])]
+
+
+def test_ddp_sends_the_same_message(tmp_path: Path) -> None:
+    found = counted("ddp", tmp_path)[1]
+    assert found["batches"][2:] == [[("all-reduce", found["held"]["adapters"])]] * 2
+
+
+def test_batches_that_only_accumulate_send_no_gradients(tmp_path: Path) -> None:
+    kwargs = {"modules_to_save": ["head"]}
+    batches = counted("sharded", tmp_path, kwargs=kwargs, accumulate_grad_batches=2)[1]["batches"]
+    kinds = [{kind for kind, _ in batch} for batch in batches]
+    assert kinds == [{"all-gather"}, {"all-gather", "reduce-scatter", "all-reduce"}] * 2
+
+
+def test_a_process_holds_its_part_of_the_base_and_all_adapters(tmp_path: Path) -> None:
+    one, other = (found["held"] for found in counted("sharded", tmp_path))
+    base = sum(p.nbytes for p in Net().parameters())
+    assert one["parameters"] + other["parameters"] == base + 2 * one["adapters"]
+    assert one["parameters"] < 0.6 * base + one["adapters"]
+    assert one["optimizer"] == 2 * one["adapters"]
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"modules_to_save": ["head"]}], ids=str)
+def test_frozen_weights_are_never_gathered_for_a_file(tmp_path: Path, kwargs: dict[str, Any]) -> None:
+    first, later = counted("sharded", tmp_path, kwargs=kwargs)[1]["saves"]
+    rows = 4  # of the head: three, in two equal parts
+    head = [4 * rows * 16, 4 * rows] if kwargs else []
+    random_states = 2 * torch.get_rng_state().nbytes
+    tensors = len(list(Net().parameters()))
+    for save, for_each in ((first, 17), (later, 1)):  # whether each has changed; once, two digests of 8 bytes
+        assert sorted(sizes_of(save, "all-gather")) == sorted([*head, *head, *head, random_states])  # AdamW has two
+        others = [size for kind, size in save if kind != "all-gather"]
+        assert sum(others) <= for_each * tensors and len(others) <= 5
+
+
+def test_a_merge_gathers_each_adapted_weight_once(tmp_path: Path) -> None:
+    end = counted("sharded", tmp_path, kwargs={"merge": "last", "exclude_modules": ["head"]})[1]["end"]
+    adapted = [module.weight for module in Net().layers.modules() if isinstance(module, nn.Linear)]
+    assert sorted(sizes_of(end, "all-gather")) == sorted(weight.nbytes for weight in adapted)
