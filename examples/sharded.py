@@ -212,7 +212,8 @@ def run(folder: Path, *, fast: bool) -> None:
     after = trainer.validate(module, batches(unseen), verbose=False)[0]["loss"]
 
     if trainer.is_global_zero:
-        table = Table("Bytes of a process", "all weights", "LoRA", title=f"{trainer.world_size} processes, second step")
+        table = Table("Bytes of a process", "all weights", "LoRA")
+        table.title = f"The second step. Processes: {trainer.world_size}"
         for name, size in of_all.rows().items():
             table.add_row(name, f"{size:,}", f"{of_lora.rows()[name]:,}")
         table.add_row("Checkpoint, weights only", *(f"{path.stat().st_size:,}" for path in (base, adapters)))

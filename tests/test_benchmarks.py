@@ -1,5 +1,7 @@
 """The benchmarks measure correctly, whatever their timings."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ pytest.importorskip("transformers")
 from tests.benchmarks import report
 from tests.benchmarks.measure import Bench, overheads, ratios, row, saved_bytes
 from tests.benchmarks.models import Bert, Llama, Projections, step
+from tests.benchmarks.sharded import LARGE, PLACES, Sizes
 from tests.benchmarks.ways import ARITHMETIC, FLOOR, OURS, each_way, linear_names
 
 BENCH = Bench(torch.device("cpu"), rounds=5)
@@ -68,3 +71,19 @@ def test_the_arithmetic_alone_is_what_an_adapted_model_computes(tokens: int) -> 
         with torch.no_grad():
             torch.testing.assert_close(torch.stack(each(x)), outputs)
     torch.testing.assert_close(found[OURS], found[ARITHMETIC])
+
+
+def test_shapes_of_the_estimates_are_llamas() -> None:
+    seven, seventy = (Sizes.of(shape) for shape in LARGE.values())
+    assert seven.layers + seven.rest == 6_738_415_616 and seventy.layers + seventy.rest == 68_976_648_192
+    assert seven.adapters == 32 * 16 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+
+
+def test_page_shows_what_the_estimates_give() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "sharded.md").read_text()
+    for shape in LARGE.values():
+        sizes = Sizes.of(shape)
+        for cards, group in PLACES:
+            for lora in (True, False):
+                gigabytes = [f"{value / 1e9:.3g}" for value in sizes.card(cards, group, lora=lora).values()]
+                assert f" | {' | '.join(gigabytes)} |\n" in page

@@ -18,6 +18,7 @@ import lightning_lora
 from lightning_lora import LoRACallback, LoRAConfig, inject_adapters, save_adapter
 from lightning_lora.cli.main import main
 from tests.models import randomise
+from tests.ranks import has_shards
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md")}
@@ -44,7 +45,7 @@ def sections(page: str) -> dict[str, list[str]]:
 
 
 MODULE = blocks("first-steps")[0]
-STARTED = ("command-line", "launchers")
+STARTED = ("command-line", "launchers", "sharded")
 """Pages with a program that is started in another way."""
 
 
@@ -108,11 +109,24 @@ def test_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.Monk
 def test_code_of_a_launcher_runs_in_two_processes(section: str, tmp_path: Path) -> None:
     if section == "Ray Train":
         pytest.importorskip("ray.train.lightning")
-    path = written(tmp_path, [NAMES, *sections("launchers")[section]])
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, path], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    said = started(written(tmp_path, [NAMES, *sections("launchers")[section]]))
+    assert section == "Ray Train" or "MEMBER: 2/2" in said  # which Lightning does not say of Ray's processes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_shards, reason="torch 2.7")
+def test_code_of_a_sharded_model_runs_in_two_processes(tmp_path: Path) -> None:
+    assert "MEMBER: 2/2" in started(program(tmp_path, "sharded"))
+    assert (tmp_path / "adapter.safetensors").exists()
+
+
+def started(path: Path) -> str:
+    """Run a program in a process of its own, and return what it says beside its output."""
+    folder = path.parent
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(folder)}
+    done = subprocess.run([sys.executable, path], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert section == "Ray Train" or "MEMBER: 2/2" in done.stderr  # which Lightning does not say of Ray's processes
+    return done.stderr
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's, about LightningCLI

@@ -111,6 +111,7 @@ def _bars(title: str, unit: str, prefix: str, rows: list[Row], path: Path) -> No
         bars = axes.bar(at, [row.details[name] for row in rows if name in row.details], width=0.18, label=name)
         axes.bar_label(bars, fmt="%.3g", fontsize=7)
     axes.set_xticks(range(len(rows)), [row.case.removeprefix(prefix).replace(": ", "\n") for row in rows])
+    axes.tick_params(axis="x", labelsize=8)
     axes.set(ylabel=unit, title=title[0].upper() + title[1:])
     save(path)
 

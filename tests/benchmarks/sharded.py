@@ -18,7 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
+from torch.distributed import fsdp
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -58,6 +58,10 @@ LARGE: dict[str, dict[str, int]] = {
 }
 
 
+PLACES = ((8, 8), (1000, 1000), (1000, 8))
+"""For estimates: the number of cards, and of those over which the model is sharded."""
+
+
 def sharded(bench: Bench) -> Iterator[Row]:
     """Bytes held and sent under DDP and FSDP2 (two processes), and estimates for 7B and 70B."""
     small = Sizes.of(SMALL)
@@ -88,8 +92,8 @@ class Task(LightningModule):
         if self.device_mesh is not None:
             mesh = self.device_mesh["data_parallel"]
             for layer in self.model.model.layers:
-                fully_shard(layer, mesh=mesh)
-            fully_shard(self.model, mesh=mesh)
+                fsdp.fully_shard(layer, mesh=mesh)
+            fsdp.fully_shard(self.model, mesh=mesh)
 
     def training_step(self, batch: Tensor) -> Tensor:
         return self.model(input_ids=batch, labels=batch).loss
@@ -253,7 +257,7 @@ class Sizes:
 
 
 def _estimates(name: str, sizes: Sizes) -> Iterator[Row]:
-    for cards, group in ((8, 8), (1000, 1000), (1000, 8)):
+    for cards, group in PLACES:
         where = f"{cards:,} cards" + (f" in groups of {group}" if group < cards else "")
         for way in (FSDP2, FSDP2_LORA):
             each = {part: value / 1e9 for part, value in sizes.card(cards, group, lora=way == FSDP2_LORA).items()}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed import fsdp
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback
@@ -96,6 +97,13 @@ class LitNet(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
+class InPairs(LitNet):
+    """Shards in each pair of processes, and holds the same in all pairs (HSDP)."""
+
+    def shard(self) -> None:
+        shard(self.model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+
+
 def data() -> DataLoader[Any]:
     draws = torch.Generator().manual_seed(0)
     x, y = torch.randn(32, WIDTH, generator=draws), torch.randint(0, CLASSES, (32,), generator=draws)
@@ -121,11 +129,11 @@ def trainer_of(kind: str, folder: Path, callbacks: list[L.Callback], **kwargs: A
     )
 
 
-def strategy_of(kind: str) -> Any:
+def strategy_of(kind: str, size: int = 2) -> Any:
     if kind == "ddp":
         return DDPStrategy(process_group_backend="gloo")
     return ModelParallelStrategy(
-        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=kind == "sharded"
+        data_parallel_size=size, tensor_parallel_size=1, save_distributed_checkpoint=kind == "sharded"
     )
 
 

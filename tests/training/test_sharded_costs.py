@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.ranks import run_ranks
 from tests.traffic import Messages, Traffic, sizes_of
-from tests.training.sharded_cases import LitNet, Net, data, lora, trainer_of
+from tests.training.sharded_cases import InPairs, LitNet, Net, data, lora, strategy_of, trainer_of
 
 
 class Counts(L.Callback):
@@ -55,13 +55,14 @@ def own_bytes(values: Any) -> int:
 def fit(kind: str, folder: Path, adapted: bool, kwargs: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     counts = Counts(folder / f"{adapted}")
     callbacks = [lora(**kwargs), counts] if adapted else [counts]
-    trainer_of(kind, folder, callbacks, max_epochs=1, **options).fit(LitNet(), data())
+    in_pairs = options.get("devices") == 4
+    trainer_of(kind, folder, callbacks, max_epochs=1, **options).fit(InPairs() if in_pairs else LitNet(), data())
     return {name: getattr(counts, name) for name in ("batches", "saves", "end", "held")}
 
 
 def counted(kind: str, folder: Path, *, adapted: bool = True, kwargs: Any = None, **options: Any) -> list[Any]:
-    """Count in each of two processes."""
-    return run_ranks(fit, kind, folder, adapted, kwargs or {}, options)
+    """Count in each process: two, or four in two pairs."""
+    return run_ranks(fit, kind, folder, adapted, kwargs or {}, options, size=options.get("devices", 2))
 
 
 @pytest.mark.parametrize("options", [{}, {"precision": "bf16-true"}], ids=str)
@@ -91,6 +92,14 @@ def test_a_process_holds_its_part_of_the_base_and_all_adapters(tmp_path: Path) -
     assert one["parameters"] + other["parameters"] == base + 2 * one["adapters"]
     assert one["parameters"] < 0.6 * base + one["adapters"]
     assert one["optimizer"] == 2 * one["adapters"]
+
+
+def test_a_pair_of_four_processes_gathers_and_holds_what_two_alone_do(tmp_path: Path) -> None:
+    two = counted("sharded", tmp_path)
+    four = counted("sharded", tmp_path, devices=4, strategy=strategy_of("sharded", 4))
+    for rank, found in enumerate(four):
+        assert found["batches"][1] == two[rank % 2]["batches"][1]
+        assert found["held"] == two[rank % 2]["held"]
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"modules_to_save": ["head"]}], ids=str)

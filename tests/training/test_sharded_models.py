@@ -12,11 +12,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_lora import BaseMismatchError, LoRACallback, LoRAConfig, inject_adapters
 from tests.ranks import RankError, run_ranks
 from tests.training.sharded_cases import (
+    InPairs,
     LitNet,
     Net,
     data,
@@ -24,6 +24,7 @@ from tests.training.sharded_cases import (
     lora,
     pretrained,
     shard,
+    strategy_of,
     trainer_of,
     whole_state,
 )
@@ -318,16 +319,9 @@ def test_untrained_layer_is_named_on_shards(tmp_path: Path) -> None:
         run_ranks(fit, "sharded", tmp_path, New, {}, {})
 
 
-class InPairs(LitNet):
-    """Shards in each pair of processes, and holds the same in all pairs (HSDP)."""
-
-    def shard(self) -> None:
-        shard(self.model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
-
-
 def in_four_processes(kind: str, folder: Path, kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    strategy = ModelParallelStrategy(data_parallel_size=4, tensor_parallel_size=1) if kind == "sharded" else "ddp"
-    return fit("one", folder, InPairs, {"devices": 4, "strategy": strategy}, kwargs)
+    options = {"devices": 4, "strategy": strategy_of(kind, 4)}
+    return fit("one", folder, InPairs, options, kwargs)
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"modules_to_save": ["head"], "merge": "last"}], ids=str)
