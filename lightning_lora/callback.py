@@ -323,10 +323,9 @@ class LoRACallback(Callback):
         if stage.has_begun or (trainer.state.fn == "fit" and stage.has_loaded):
             if not waits:
                 note_changed(pl_module)
-        elif stage.was_merged and waits:
-            pass  # the adapters stay on their layers
         elif stage.was_merged:
-            merge(pl_module)
+            if not waits:  # otherwise the adapters stay on their layers
+                merge(pl_module)
         elif not stage.was_adapted:
             record.layers = tuple(View(pl_module).layers)  # code in the fit may have replaced the others
             remove_adapters(pl_module)

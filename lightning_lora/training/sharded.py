@@ -19,6 +19,7 @@ from lightning_lora.model.record import find_record
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.disk import local_path
+from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.tensors.names import named_parameters, set_parameter
 from lightning_lora.tensors.shards import (
     all_whole,
@@ -88,6 +89,9 @@ class ShardedWatch(Watch):
         """
         reshard(self.module)
         self._check_mesh()
+        record = find_record(self.module)
+        if record is not None and record.is_trained:
+            note_changed(self.module)  # a fit that failed has left this to the next set-up
         super().setup(trainer)
         _share(t for t in (*self.module.parameters(), *self.module.buffers()) if not is_spread(t))
         _share_adapters(view_of(self.module))

@@ -33,6 +33,7 @@ from lightning_lora import (
     summarize,
     unmerge_adapters,
 )
+from tests.cases import StopError, held
 from tests.ranks import run_ranks
 from tests.training.sharded_cases import LitNet, data, fully_shard, lora, pretrained, trainer_of, whole_state
 from tests.training.test_sharded import Saves, assert_alike, assert_same, path_of
@@ -410,3 +411,29 @@ def without_arguments(folder: Path) -> str:
 def test_arguments_that_come_too_late_are_asked_for(tmp_path: Path) -> None:
     for message in run_ranks(without_arguments, tmp_path):
         assert "before a checkpoint is read" in message
+
+
+# After an error
+
+
+class Changes(L.Callback):
+    """Changes a frozen weight, and fails."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        with torch.no_grad():
+            pl_module.model.layers[0].norm.weight.mul_(2)
+        raise StopError
+
+
+def fails_and_goes_on(kind: str, folder: Path) -> dict[str, Tensor]:
+    L.seed_everything(1, verbose=False)
+    module = LitNet()
+    message_of(StopError, trainer_of(kind, folder, [lora(), Changes()]).fit, module, data())
+    trainer_of(kind, folder, [lora(), Saves(folder, kind)], max_epochs=1).fit(module, data())
+    return held(torch.load(path_of(folder, kind, 0), weights_only=True))
+
+
+def test_what_a_failed_run_changed_is_in_the_next_file(tmp_path: Path) -> None:
+    ddp, sharded = (run_ranks(fails_and_goes_on, kind, tmp_path)[0] for kind in ("ddp", "sharded"))
+    assert "model.layers.0.norm.weight" in sharded
+    assert_same(sharded, ddp)
