@@ -30,6 +30,7 @@ from lightning_lora.training.companions import (
     is_trial,
     judge_of,
     loads_in_hooks,
+    loads_late,
     states_are_read,
     wants_summary,
 )
@@ -216,7 +217,7 @@ class LoRACallback(Callback):
         if trainer.is_global_zero and wants_summary(trainer):
             table = summarize(pl_module).table(trained_only=True, optimizers=trainer.optimizers)
             fitting_console().print(table)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not loads_late(trainer):
             advise(pl_module)
         set_random_state(trainer, self._stage.random)  # the last hook before the data loaders draw their sample order
         self._stage.random = None
@@ -230,6 +231,8 @@ class LoRACallback(Callback):
             AdapterStateError: a selected layer has no adapter.
         """
         check_adapted(pl_module)
+        if trainer.is_global_zero and loads_late(trainer):
+            advise(pl_module)
         self._stage.has_begun = True
         view = view_of(pl_module)
         view.follow_base()  # hooks may have loaded the base late
@@ -350,7 +353,7 @@ class LoRACallback(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the stored random states until training starts."""
         self._stage.random = checkpoint.get(RANDOM)
-        if _watch_of(trainer).adapts_late and trainer.state.fn == "fit":  # on_fit_start is over
+        if loads_late(trainer) and trainer.state.fn == "fit":  # on_fit_start is over
             set_random_state(trainer, self._stage.random)
 
 

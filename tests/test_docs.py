@@ -96,7 +96,7 @@ def config_of(call: str) -> LoRAConfig:
     return callback.config
 
 
-@pytest.mark.filterwarnings("ignore:The names in the file begin with:lightning_lora.LoRAWarning")
+@pytest.mark.filterwarnings("ignore:The names in the file:lightning_lora.LoRAWarning")
 @pytest.mark.filterwarnings("ignore:.*are layers of nn.TransformerEncoder:lightning_lora.LoRAWarning")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page not in STARTED])
 def test_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from lightning_lora.cli.output import print_json
+from lightning_lora.errors import AdapterFileError
 from lightning_lora.storage.offline.importing import import_peft
 
 
@@ -24,13 +25,18 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("folder", type=str, help="the folder with adapter_config.json and the tensors")
     parser.add_argument("file", type=str, help="the new .safetensors file")
     parser.add_argument(
-        "--base", type=str, required=True, help="a .safetensors file, a folder with such files, or a checkpoint"
+        "--base", type=str, help="required: a .safetensors file, a folder with such files, or a checkpoint"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(arguments: Any) -> None:
     """Import the folder, and say what was written."""
+    if arguments.base is None:
+        raise AdapterFileError(
+            f"{arguments.folder} does not say what its layers are, nor what base it was trained on. Pass --base FILE. "
+            "See lightning-lora import --help."
+        )
     found = import_peft(Path(arguments.folder), Path(arguments.file), Path(arguments.base))
     if arguments.json:
         print_json({"file": arguments.file, "layers": found.layers, "beside": found.beside, "base": found.base})

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from jsonargparse import ArgumentParser
     except ImportError:
-        return _fail("This command needs jsonargparse. Install it: pip install 'lightning-lora[cli]'.")
+        return _fail("This command needs jsonargparse. Install it: pip install jsonargparse[signatures].")
     parser = ArgumentParser(
         prog="lightning-lora",
         description="Work with files of LoRA adapters, without the model.",
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subcommands(required=True, dest="command")
     for name, module in _COMMANDS.items():
         summary, _, rest = (module.__doc__ or "").partition("\n")
-        command = ArgumentParser(description=f"{summary}\n{rest}".strip())
+        command = ArgumentParser(description=f"{summary}\n{rest}".replace("::\n", ":\n").strip())
         module.add_arguments(command)
         commands.add_subcommand(name, command, help=summary)
     parsed = parser.parse_args(arguments)
@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except FileNotFoundError as error:
+        return _fail(f"{error.filename} does not exist." if error.filename else str(error))
     except (LoRAError, OSError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:

@@ -132,8 +132,8 @@ def renamed(
             f"which {title} does not have. Load it onto the whole model that it was saved from, and take its {there!r}."
         )
     warnings.warn(
-        f"The names in the file begin with {there!r}; in {title} they begin with {here!r}. "
-        "They are taken for the same model.",
+        f"The names in the file {beginning(there)}; in {title} they {beginning(here)}. They are taken for the same "
+        "model.",
         LoRAWarning,
         stacklevel=4,
     )
@@ -151,6 +151,11 @@ def renamed(
     changed = [renaming.name_here(name) for name in description["changed"]]
     new = {renaming.name_here(name): value for name, value in state.items()}
     return new, {**description, "config": exact.to_dict(), "changed": changed}
+
+
+def beginning(prefix: str) -> str:
+    """Return how names with this prefix begin, for a message."""
+    return f"begin with {prefix!r}" if prefix else "have no prefix"
 
 
 def _saved_here(renaming: Renaming, config: LoRAConfig, names: Iterable[str]) -> list[str]:

@@ -122,6 +122,11 @@ def split_as(factor: Tensor, weight: Tensor, dim: int | None) -> Tensor:
     return distribute_tensor(factor, mesh[TENSOR_PARALLEL], [placement], src_data_rank=None)
 
 
+def is_split(tensor: Tensor) -> bool:
+    """Whether this process holds only a part of a tensor."""
+    return is_spread(tensor) and own_part(tensor).numel() < tensor.numel()
+
+
 def split_over_data(tensor: Tensor) -> bool:
     """Whether a tensor is split over processes with different data."""
     if not is_spread(tensor):

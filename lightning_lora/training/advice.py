@@ -53,8 +53,8 @@ def _warn_of_fresh(view: View, fresh: Fresh) -> None:
         remedy += ', and adapt other layers, for example by target_modules="all"'
     else:
         found = (
-            f"{listed(fresh.random)} of {title} look untrained. Their weights are frozen: they would stay random. No "
-            "file of adapters holds random weights, so it would load onto no model that is built anew."
+            f"Layers of {title} that look untrained: {listed(fresh.random)}. Their weights are frozen: they would stay "
+            "random. A saved file does not contain them, so it could not be loaded into a newly built model."
         )
     warnings.warn(
         f"{found} Their values are those of an initialisation. {remedy}. (If they are random on purpose, ignore "

@@ -84,6 +84,11 @@ def wants_summary(trainer: Trainer) -> bool:
     return any("ModelSummary" in base.__name__ for callback in callbacks_of(trainer) for base in type(callback).__mro__)
 
 
+def loads_late(trainer: Trainer) -> bool:
+    """Whether a checkpoint is loaded after ``on_fit_start``."""
+    return bool(trainer.strategy.restore_checkpoint_after_setup)
+
+
 def loads_in_hooks(pl_module: LightningModule) -> bool:
     """Whether the module has hooks that may load weights.
 

@@ -5,6 +5,7 @@ every step their gradients are averaged with one message, as ``DistributedDataPa
 any other strategy: the base is never gathered, and nothing depends on ``save_distributed_checkpoint``.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterFileError, ConfigError, StrategyError, TargetError, listed
+from lightning_lora.errors import AdapterFileError, ConfigError, LoRAWarning, StrategyError, TargetError, listed
 from lightning_lora.model.attach import attach_adapters, detach_adapters
 from lightning_lora.model.record import find_record
 from lightning_lora.model.remember import view_of
@@ -24,6 +25,7 @@ from lightning_lora.tensors.names import named_parameters, set_parameter
 from lightning_lora.tensors.shards import (
     all_whole,
     data_processes,
+    is_split,
     is_spread,
     own_part,
     replicated,
@@ -93,6 +95,7 @@ class ShardedWatch(Watch):
         if record is not None and record.is_trained:
             note_changed(self.module)  # a fit that failed has left this to the next set-up
         super().setup(trainer)
+        self._tell_of_whole_model()
         _share(t for t in (*self.module.parameters(), *self.module.buffers()) if not is_spread(t))
         _share_adapters(view_of(self.module))
 
@@ -105,6 +108,19 @@ class ShardedWatch(Watch):
         super().setup_optimizers(trainer)
         for optimizer in self.strategy.optimizers:
             check_layouts(optimizer, view_of(self.module), clips=bool(trainer.gradient_clip_val))
+
+    def _tell_of_whole_model(self) -> None:
+        """Warn that each process holds the whole model, and perhaps reads the same data."""
+        if self.strategy.is_global_zero and not any(map(is_split, self.module.parameters())):
+            size = self.strategy.device_mesh["data_parallel"].size()  # type: ignore[attr-defined]
+            warnings.warn(
+                f"Nothing of {type(self.module).__name__} is sharded: each process holds the whole model, and "
+                f"{size} of {self.strategy.world_size} read their own data. "  # type: ignore[attr-defined]
+                "Call fully_shard in configure_model, with both sizes: ModelParallelStrategy(data_parallel_size=..., "
+                "tensor_parallel_size=1). Or use strategy='ddp'.",
+                LoRAWarning,
+                stacklevel=1,
+            )
 
     def _check_mesh(self) -> None:
         """Refuse a module that is sharded over other processes than those that get their own batches."""

@@ -32,7 +32,7 @@ def fit(folder: Path, model: L.LightningModule, t: L.Trainer | None = None, **op
 
 
 def test_a_new_head_is_named_with_the_list_that_trains_it(tmp_path: Path) -> None:
-    with pytest.warns(FreshLayerWarning, match="'head' of LitTiny look untrained. Their weights are frozen"):
+    with pytest.warns(FreshLayerWarning, match="LitTiny that look untrained: 'head'. Their weights are frozen"):
         trainer(tmp_path, [LoRACallback(**TARGETS)], max_epochs=1).fit(new_head(), data())
     (said,) = fit(tmp_path, new_head(), **TARGETS, modules_to_save=None)
     (listed,) = re.findall(r"modules_to_save=\['head'\]", said)
@@ -46,7 +46,7 @@ def test_a_new_head_that_alone_is_adapted_is_named(tmp_path: Path) -> None:
     assert said.startswith("FreshLayerWarning: The only layers of LitTiny that are adapted look untrained: 'head'.")
     assert "modules_to_save=['head'], and adapt other layers" in said
     (said,) = fit(tmp_path, new_head(), r=2)  # with all others, it is adapted, and no file holds its random weights
-    assert "'head' of LitTiny look untrained" in said and "No file of adapters holds random weights" in said
+    assert "LitTiny that look untrained: 'head'." in said and "A saved file does not contain them" in said
 
 
 def test_trained_adapters_are_not_asked_again(tmp_path: Path) -> None:

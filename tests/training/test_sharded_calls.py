@@ -21,6 +21,7 @@ from lightning_lora import (
     ConfigError,
     LoRACallback,
     LoRAError,
+    LoRAWarning,
     StrategyError,
     adapter_state_dict,
     disable_adapters,
@@ -437,3 +438,38 @@ def test_what_a_failed_run_changed_is_in_the_next_file(tmp_path: Path) -> None:
     ddp, sharded = (run_ranks(fails_and_goes_on, kind, tmp_path)[0] for kind in ("ddp", "sharded"))
     assert "model.layers.0.norm.weight" in sharded
     assert_same(sharded, ddp)
+
+
+class Whole(LitNet):
+    def shard(self) -> None:
+        pass
+
+
+class OnOneProcess(LitNet):
+    """Shards over the mesh of a default strategy, which has one process."""
+
+    def shard(self) -> None:
+        fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+
+def told(folder: Path, module: LitNet, strategy: ModelParallelStrategy) -> list[str]:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer_of("one", folder, [lora()], devices=2, strategy=strategy, max_steps=1).fit(module, data())
+    return [str(each.message) for each in found if each.category is LoRAWarning]
+
+
+@pytest.mark.parametrize(
+    ("module", "strategy", "count"),
+    [(Whole(), lambda: ModelParallelStrategy(2, 1), 2), (OnOneProcess(), ModelParallelStrategy, 1)],
+    ids=["not sharded", "default strategy"],
+)
+def test_a_model_that_is_not_sharded_is_named(
+    tmp_path: Path, module: LitNet, strategy: Callable[[], ModelParallelStrategy], count: int
+) -> None:
+    def run() -> list[str]:
+        return told(tmp_path, module, strategy())
+
+    first, second = run_ranks(run)
+    assert len(first) == 1 and not second
+    assert first[0].startswith(f"Nothing of {type(module).__name__} is sharded") and f"{count} of 2 read" in first[0]

@@ -16,7 +16,7 @@ from lightning_lora.layers import MAGNITUDE, LoRALayer, Part
 from lightning_lora.model.root import root_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.layout import StoredLayer
-from lightning_lora.storage.renaming import Renaming, by_whole_names, common_lead
+from lightning_lora.storage.renaming import Renaming, beginning, by_whole_names, common_lead
 from lightning_lora.tensors.names import join
 from lightning_lora.tensors.values import same_bits
 
@@ -148,8 +148,8 @@ def _told(view: View, place: Renaming) -> Renaming:
     """Warn if a prefix was exchanged that is not the path of the one model inside."""
     if place.there or place.here not in ("", root_of(view.model)):
         warnings.warn(
-            f"The names in the file begin with {place.there!r}; in {type(view.model).__name__} they begin with "
-            f"{place.here!r}. They are taken for the same model.",
+            f"The names in the file {beginning(place.there)}; in {type(view.model).__name__} they "
+            f"{beginning(place.here)}. They are taken for the same model.",
             LoRAWarning,
             stacklevel=7,
         )

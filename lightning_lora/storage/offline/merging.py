@@ -76,7 +76,7 @@ def merge_files(base: Path, adapter: Path, out: Path, progress: Progress = str) 
             torch.save({**as_base(files.checkpoint), "state_dict": state}, part)
     else:
         kinds = ".safetensors" if files.checkpoint is None else ".safetensors or .ckpt"
-        raise AdapterFileError(f"{out} is of another kind than the base, {base}. Name a file that ends in {kinds}.")
+        raise AdapterFileError(f"{out} cannot be written from {base}. Name a file that ends in {kinds}.")
     if loss := lost_to_rounding(job.lost, str(base)):
         warnings.warn(
             f"{loss} Merge into the base in float32, or keep the adapters in their own file (load_adapter).",

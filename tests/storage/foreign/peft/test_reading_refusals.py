@@ -279,13 +279,13 @@ def test_names_that_fit_in_several_places(tmp_path: Path) -> None:
     with refused(model, AdapterMismatchError, "below 'a', 'b'. Pass one of these"):
         load_adapter(model, tmp_path)
     load_adapter(model.get_submodule("b"), tmp_path)
-    with pytest.warns(LoRAWarning, match=r"begin with ''; in ModuleDict they begin with 'x.y'"):
+    with pytest.warns(LoRAWarning, match=r"have no prefix; in ModuleDict they begin with 'x.y'"):
         load_adapter(nn.ModuleDict({"x": nn.ModuleDict({"y": make()["a"]})}), tmp_path)
 
 
 def test_a_prefix_too_many_is_left_out(tmp_path: Path) -> None:
     written(tmp_path, lambda: nn.ModuleDict({"model": Mixed()}))
-    with pytest.warns(LoRAWarning, match=r"begin with 'model'; in Mixed they begin with ''"):
+    with pytest.warns(LoRAWarning, match=r"begin with 'model'; in Mixed they have no prefix"):
         load_adapter(built(Mixed), tmp_path)
 
 
