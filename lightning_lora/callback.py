@@ -350,7 +350,7 @@ class LoRACallback(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the stored random states until training starts."""
         self._stage.random = checkpoint.get(RANDOM)
-        if _watch_of(trainer).adapts_late and trainer.state.fn == "fit":  # on_fit_start is over
+        if trainer.strategy.restore_checkpoint_after_setup and trainer.state.fn == "fit":  # on_fit_start is over
             set_random_state(trainer, self._stage.random)
 
 
