@@ -216,6 +216,11 @@ def check_whole(path: Any, source: Any = None, *, may_be_old: bool = False) -> N
         return
     if local is not None and not os.path.exists(local):  # noqa: PTH110  # Path raises if a name is too long
         return
+    if local is not None and (local / "checkpoint").is_dir():  # as Lightning calls it
+        raise AdapterFileError(
+            f"{source} is a folder of DeepSpeed. Make it one file, by convert_zero_checkpoint_to_fp32_state_dict of "
+            "lightning.pytorch.utilities.deepspeed, and pass that."
+        )
     if local is not None and not local.is_file():
         raise AdapterFileError(f"{source} is not a file. Pass a .safetensors file or a Trainer's .ckpt file.")
     with opened(path) as file:

@@ -58,12 +58,11 @@ class Gradients:
         """
         self.has_begun = True
         self._keep_frozen()
-        if self.waiting is None:
-            return
-        idle = [p for key, p in self.trained.items() if key not in self.now]
         self.ever |= self.now
-        if idle and self.waiting.require_backward_grad_sync:
-            _give_zero_gradients(idle)
+        if self.waiting is not None and self.waiting.require_backward_grad_sync:
+            idle = [p for key, p in self.trained.items() if key not in self.now]
+            if idle:
+                _give_zero_gradients(idle)
         self.now.clear()
 
     def _keep_frozen(self) -> None:
@@ -80,7 +79,7 @@ class Gradients:
         if not self.has_begun or any(optimizer is seen for seen in self.optimizers):
             return
         self.optimizers.append(optimizer)
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = {id(p) for p in self.parameters_of(optimizer)}
         dead = []
         for name, layer in self.layers.items():
             trained = [p for parameters in layer.lora_trained().values() for p in parameters.values()]
@@ -96,6 +95,10 @@ class Gradients:
                 DeadAdapterWarning,
                 stacklevel=1,
             )
+
+    def parameters_of(self, optimizer: Optimizer) -> list[nn.Parameter]:
+        """Return the parameters that an optimizer trains."""
+        return [p for group in optimizer.param_groups for p in group["params"]]
 
     def _was_reached(self, parameter: nn.Parameter) -> bool:
         return id(parameter) in self.ever if self.notes else parameter.grad is not None

@@ -14,12 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterFileError, ConfigError, LoRAWarning, StrategyError, TargetError, listed
+from lightning_lora.errors import LoRAWarning, StrategyError, listed
 from lightning_lora.model.attach import attach_adapters, detach_adapters
 from lightning_lora.model.record import find_record
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
-from lightning_lora.storage.disk import local_path
 from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.tensors.names import named_parameters, set_parameter
 from lightning_lora.tensors.shards import (
@@ -36,6 +35,7 @@ from lightning_lora.tensors.shards import (
 )
 from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.gradients import Gradients
+from lightning_lora.training.late import LateWatch
 from lightning_lora.training.optimizers import check_layouts, train_adapters
 from lightning_lora.training.strategy import Watch, once
 
@@ -43,29 +43,17 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
-class ShardedWatch(Watch):
-    """The methods of :class:`Watch`, for ModelParallelStrategy.
-
-    It restores checkpoints after its set-up, and does it itself. Here, files are read and written as by the other
-    strategies.
-    """
+class ShardedWatch(LateWatch):
+    """The methods of :class:`Watch`, for ModelParallelStrategy."""
 
     METHODS = (*Watch.METHODS, "model_sharded_context", "block_backward_sync", "optimizer_state", "on_train_start")
+
+    OF_FILES = ("load_checkpoint", "save_checkpoint", "optimizer_state", "load_optimizer_state_dict")
 
     adapts_late = True
 
     is_blocked = False
     """Whether the running backward pass only accumulates gradients."""
-
-    def own_method(self, name: str) -> Any:
-        """Return a method of the strategy's class.
-
-        Where that shards files, it is the one of the base class of all strategies.
-        """
-        kind = type(self.strategy)
-        if name in ("load_checkpoint", "save_checkpoint", "optimizer_state", "load_optimizer_state_dict"):
-            kind = next(base for base in kind.__mro__ if base.__name__ == "Strategy")
-        return getattr(kind, name)
 
     # Set up
 
@@ -134,13 +122,7 @@ class ShardedWatch(Watch):
                 )
 
     def _adapt(self) -> None:
-        try:
-            super()._adapt()
-        except (ConfigError, TargetError) as error:
-            raise type(error)(
-                f"{error} (A sharded module is adapted before a checkpoint is read. If the arguments are those of a "
-                "checkpoint, give them to LoRACallback.)"
-            ) from error
+        super()._adapt()
         self._check_whole()
         view = view_of(self.module)
         spread = [p for p in (*view.adapters.values(), *view.trained.values()) if is_spread(p)]
@@ -185,17 +167,6 @@ class ShardedWatch(Watch):
             train_adapters(self.module, self.strategy.optimizers)
 
     @once
-    def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
-        """Load what training changed, and the optimizers' states.
-
-        Lightning leaves both to this strategy.
-        """
-        super().load_model_state_dict(checkpoint, strict)
-        is_fit = not self.stage.is_over and self.module.trainer.state.fn == "fit"
-        if is_fit and checkpoint.get("optimizer_states"):
-            self.load_optimizer_state_dict(checkpoint)
-
-    @once
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Load the optimizers' states, each process its own part."""
         states = checkpoint["optimizer_states"]
@@ -208,17 +179,6 @@ class ShardedWatch(Watch):
         """Return the state of an optimizer, whole."""
         state: dict[str, Any] = all_whole(self.inner("optimizer_state", optimizer))
         return state
-
-    @once
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write one file, as the other strategies do."""
-        path = local_path(filepath)
-        if path is not None and path.is_dir():
-            raise AdapterFileError(
-                f"{filepath} is a folder, perhaps a sharded checkpoint. A run with adapters writes one file: give it "
-                "another name."
-            )
-        super().save_checkpoint(checkpoint, filepath, storage_options)
 
     # Gradients
 

@@ -160,10 +160,14 @@ class Watch:
 
     @once
     def setup_optimizers(self, trainer: "Trainer") -> None:
-        """Build the user's optimizers, then let them train the adapters.
+        """Build the user's optimizers, then let them train the adapters."""
+        with self.building_optimizers():
+            self.inner("setup_optimizers", trainer)
+        train_adapters(self.module, self.strategy.optimizers)
 
-        The user's code sees a trainable base, as it expects.
-        """
+    @contextmanager
+    def building_optimizers(self) -> Iterator[None]:
+        """Show the user's code a trainable base, as it expects."""
         view = view_of(self.module)
         unfreeze(view)
         for layer in view.layers.values():
@@ -171,10 +175,9 @@ class Watch:
                 weight = own_parameter(layer, name)
                 set_requires_grad(weight, weight.is_floating_point())  # a quantised weight cannot require a gradient
         try:
-            self.inner("setup_optimizers", trainer)
+            yield
         finally:
             freeze(view_of(self.module))
-        train_adapters(self.module, self.strategy.optimizers)
 
     # Load
 

@@ -115,7 +115,7 @@ def lora(**kwargs: Any) -> LoRACallback:
 
 
 def trainer_of(kind: str, folder: Path, callbacks: list[L.Callback], **kwargs: Any) -> L.Trainer:
-    """A Trainer of two processes ("ddp" or "sharded"), or of one ("one")."""
+    """A Trainer of two processes ("ddp", "sharded", "zero1" or "zero2"), or of one ("one")."""
     options: dict[str, Any] = {"max_epochs": 2, "logger": False, "enable_checkpointing": False}
     options["enable_model_summary"] = False
     if kind != "one":
@@ -132,6 +132,10 @@ def trainer_of(kind: str, folder: Path, callbacks: list[L.Callback], **kwargs: A
 def strategy_of(kind: str, size: int = 2) -> Any:
     if kind == "ddp":
         return DDPStrategy(process_group_backend="gloo")
+    if kind.startswith("zero"):
+        from tests.training.deepspeed_cases import CpuDeepSpeed
+
+        return CpuDeepSpeed(stage=int(kind[-1]))
     return ModelParallelStrategy(
         data_parallel_size=size, tensor_parallel_size=1, save_distributed_checkpoint=kind == "sharded"
     )

@@ -1,0 +1,101 @@
+"""Parts of parameter groups make up what an optimizer of the whole parameters has."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_lora.training.partitions import Partition, own_state, whole_state
+from tests.ranks import join_group, run_ranks
+
+VALUES = [torch.tensor([[0.5, -0.0, math.nan], [2.0, -3.0, 4.0]]), torch.tensor(7.0), torch.tensor([8.0])]
+"""Of 8 numbers: the first process has 4 of them, and 4 are left for the second."""
+
+PLACES = [[(0, 0, 4), (0, 0, 0), (0, 0, 0)], [(4, 0, 2), (0, 2, 1), (0, 3, 1)]]
+
+
+def partition_of(rank: int) -> Partition:
+    flat = torch.cat([value.reshape(-1) for value in VALUES]).view(2, 4)[rank]
+    return Partition([nn.Parameter(value.clone()) for value in VALUES], flat.clone(), PLACES[rank])
+
+
+def bits(values: list[Tensor]) -> list[list[int]]:
+    return [value.reshape(-1).view(torch.int32).tolist() for value in values]
+
+
+def wholes() -> list[list[int]]:
+    join_group()
+    partition = partition_of(dist.get_rank())
+    whole = partition.whole(partition.part, torch.device("cpu"))
+    assert bits([partition.part_of(whole)]) == bits([partition.part])
+    return bits(whole)
+
+
+def test_parts_make_up_the_whole_to_the_bit() -> None:
+    assert run_ranks(wholes) == [bits(VALUES)] * 2
+
+
+def states() -> dict[str, Any]:
+    """The state after two steps, and that it comes back."""
+    join_group()
+    partitions = [partition_of(dist.get_rank()), Partition([], torch.zeros(2), [])]
+    parts = [nn.Parameter(partition.part) for partition in partitions]
+    partitions[0].part, partitions[1].part = parts
+    optimizer = torch.optim.SGD([{"params": [part], "lr": 0.1 * n} for n, part in enumerate(parts)], momentum=0.9)
+    parts[0].grad = torch.ones(4)
+    optimizer.step()
+    state = whole_state(partitions, optimizer, torch.device("cpu"))
+    found, expected = own_state(partitions, state), optimizer.state_dict()
+    assert found["param_groups"] == expected["param_groups"]
+    torch.testing.assert_close(found["state"], expected["state"])
+    return state
+
+
+def test_state_is_that_of_an_optimizer_of_the_parameters() -> None:
+    parameters = [nn.Parameter(value) for value in VALUES]
+    optimizer = torch.optim.SGD(
+        [{"params": parameters, "lr": 0.0}, {"params": [nn.Parameter(torch.ones(1))], "lr": 0.1}], momentum=0.9
+    )
+    optimizer.param_groups[1]["params"].clear()
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for found in run_ranks(states):
+        assert found["param_groups"] == optimizer.state_dict()["param_groups"]
+        torch.testing.assert_close(found["state"], optimizer.state_dict()["state"])
+
+
+def test_each_parameter_gets_its_own_number_of_steps() -> None:
+    first, second, *_ = partition_of(0).whole_states({"step": torch.tensor(3.0)}, torch.device("cpu"))
+    first["step"] += 1
+    assert second["step"] == 3
+
+
+def test_parameters_without_a_state_start_at_zero() -> None:
+    moments = {"step": torch.tensor(2.0), "exp_avg": torch.ones(2, 3)}
+    found = partition_of(0).own_state([moments, {}, {"exp_avg": None}])
+    assert found["step"] == 2 and found["exp_avg"].tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("state", "text"),
+    [
+        ({"state": {}, "param_groups": [{"params": [0, 1]}]}, r"its groups have \[2\] parameters, .* have \[3\]"),
+        ({"state": {0: {"rows": torch.ones(2)}}, "param_groups": [{"params": [0, 1, 2]}]}, "'rows' has other shapes"),
+    ],
+)
+def test_state_of_other_parameters_is_refused(state: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        own_state([partition_of(0)], state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_part_follows_what_is_not_itself_rounded(dtype: torch.dtype) -> None:
+    parameter = nn.Parameter(torch.tensor([1.0, 2.0, 3.0], dtype=dtype))
+    part = torch.tensor([1.001, 2.001, 9.0])
+    Partition([parameter], part, [(0, 0, 3)]).follow()
+    kept = dtype is torch.bfloat16
+    assert part.tolist() == torch.tensor([1.001, 2.001, 3.0] if kept else [1.0, 2.0, 3.0]).tolist()
