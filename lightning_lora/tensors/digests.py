@@ -138,7 +138,11 @@ def _integers(values: Tensor) -> Tensor:
 
 def _digest_of_integers(integers: Tensor) -> int:
     """The hash of a vector of integers. A device is waited for once."""
-    return _total(_sums(integers), integers.numel()) if integers.numel() else 0
+    count = integers.numel()
+    if 0 < count <= _CHUNK:  # one chunk, as in every look at a tensor: to stack it would take longer than to hash it
+        multipliers = _multipliers(integers.device)
+        return (count + int(_sum_of_products(integers, multipliers[:count]) * multipliers[-1])) % (1 << 63)
+    return _total(_sums(integers), count) if count else 0
 
 
 def _sums(integers: Tensor) -> list[Tensor]:
