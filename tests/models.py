@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import lightning.pytorch.callbacks as bundled
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -18,10 +19,11 @@ from lightning_lora.model.view import View
 
 WORDS, WIDTH, CLASSES = 20, 8, 4
 
-exact = pytest.mark.skipif(
-    Version(L.__version__) < Version("2.6"), reason="Lightning itself does not restore the random numbers"
+keeps_random = Version(L.__version__) >= Version("2.6")
+exact = pytest.mark.skipif(not keeps_random, reason="Lightning itself does not restore the random numbers")
+needs_averaging = pytest.mark.skipif(
+    not hasattr(bundled, "EMAWeightAveraging"), reason="Lightning 2.6 brought weight averaging"
 )
-
 
 unties = pytest.mark.filterwarnings("ignore:.*was tied to another layer:lightning_lora.LoRAWarning")
 

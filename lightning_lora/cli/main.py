@@ -33,15 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from jsonargparse import ArgumentParser
     except ImportError:
         return _fail("This command needs jsonargparse. Install it: pip install jsonargparse[signatures].")
+    formatter = _formatter()
     parser = ArgumentParser(
         prog="lightning-lora",
         description="Work with files of LoRA adapters, without the model.",
-        formatter_class=_formatter(),
+        formatter_class=formatter,
     )
     commands = parser.add_subcommands(required=True, dest="command")
     for name, module in _COMMANDS.items():
         summary, _, rest = (module.__doc__ or "").partition("\n")
-        command = ArgumentParser(description=f"{summary}\n{rest}".replace("::\n", ":\n").strip())
+        about = f"{summary}\n{rest}".replace("::\n", ":\n").strip()
+        command = ArgumentParser(description=about, formatter_class=formatter)
         module.add_arguments(command)
         commands.add_subcommand(name, command, help=summary)
     parsed = parser.parse_args(arguments)

@@ -28,8 +28,8 @@ _CHECKED: "WeakKeyDictionary[Optimizer, list[int]]" = WeakKeyDictionary()
 def _count_fused_step(optimizer: Optimizer, *_: Any) -> None:
     """Count the changes of a fused step, as torch counts those of other optimizers."""
     for group in optimizer.param_groups:
-        for p in group["params"] if group.get("fused") else ():
-            torch.autograd.graph.increment_version(p)  # torch 2.4 takes one at a time
+        if group.get("fused"):
+            torch.autograd.graph.increment_version(group["params"])
 
 
 register_optimizer_step_post_hook(_count_fused_step)

@@ -17,6 +17,7 @@ from lightning_lora.functional import linear
 from lightning_lora.functional.linear import adapted_linear
 from tests.functional.cases import composed, goes_by_hand, inputs
 from tests.models import randomise
+from tests.ranks import has_shards
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # which torch's own rules for second derivatives use
@@ -124,7 +125,7 @@ def test_tensors_without_values_or_of_other_classes_are_composed() -> None:
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.skipif(not hasattr(dist.tensor, "distribute_tensor"), reason="torch has no public DTensor")
+@pytest.mark.skipif(not has_shards, reason="torch 2.7")
 def test_distributed_tensors_are_composed() -> None:
     mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
     tensors = [t.detach() for t in inputs(3, 6, dtype=torch.float32)]
@@ -169,7 +170,6 @@ def test_operations_are_counted_in_full(tokens: int) -> None:
     assert flops[0] == flops[1]
 
 
-@pytest.mark.skipif(not hasattr(torch.utils.checkpoint, "create_selective_checkpoint_contexts"), reason="older torch")
 @pytest.mark.parametrize("tokens", [4, 400])
 def test_selective_checkpointing_keeps_what_it_is_told_to(tokens: int) -> None:
     x, weight, bias, a, b = inputs(tokens, 8, out=8)

@@ -64,8 +64,9 @@ KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "fp4": lambda linear: four_bits(linear, "fp4"),
     "int8": eight_bits,
     "torchao int8": lambda linear: by_torchao(linear, torchao.Int8WeightOnlyConfig()),
-    "torchao int4": lambda linear: by_torchao(linear, torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4)),
 }
+if hasattr(torchao, "IntxWeightOnlyConfig"):  # torchao 0.10 has no four bits for a CPU
+    KINDS["torchao int4"] = lambda linear: by_torchao(linear, torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4))
 
 
 def build(kind: str, scale: float = 1.0, seed: int = 0) -> nn.Sequential:

@@ -98,7 +98,9 @@ def test_a_weight_that_is_part_of_a_larger_tensor_goes_alone_into_the_file(tmp_p
     t.fit(model, data())
     t.save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
     assert (tmp_path / "a.ckpt").stat().st_size < 20_000
-    assert torch.equal(torch.load(tmp_path / "a.ckpt")["state_dict"]["head.weight"], model.head.weight)
+    assert torch.equal(
+        torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]["head.weight"], model.head.weight
+    )
 
 
 class Compiled(LitTiny):

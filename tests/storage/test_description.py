@@ -76,7 +76,7 @@ def flip(content: bytes, flips: list[tuple[float, int]]) -> bytes:
 @KINDS
 def test_flipped_bits_are_refused_or_change_nothing(tmp_path: Path, good: Path, kind: str) -> None:
     content, path = (good / f"good.{kind}").read_bytes(), tmp_path / f"flipped.{kind}"
-    written = torch.load(good / "good.pt")
+    written = torch.load(good / "good.pt", weights_only=True)
 
     @settings(database=None, max_examples=150)
     @given(flips=FLIPS)
@@ -226,7 +226,7 @@ def test_adapters_that_diverged_are_refused_though_their_file_is_whole(
 
     forge(tmp_path / "a.ckpt", good, change)
     refused(tmp_path / "a.ckpt")
-    written = torch.load(tmp_path / "a.ckpt")
+    written = torch.load(tmp_path / "a.ckpt", weights_only=True)
     said = {"lightning_lora": json.dumps(written["lightning_lora"])}
     save_file(held(written), tmp_path / "a.safetensors", said)
     refused(tmp_path / "a.safetensors", "load_adapter")

@@ -96,7 +96,7 @@ def test_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: Pa
             load_adapter(LitTiny(), path)  # every file with a final name is whole
     assert len(newest(killed)) > 2
     assert fork(lambda: torch.save(run(killed), tmp_path / "end.pt")) == 0
-    assert same(torch.load(tmp_path / "end.pt"), run(tmp_path / "through"))
+    assert same(torch.load(tmp_path / "end.pt", weights_only=True), run(tmp_path / "through"))
 
 
 def part_disks(crossing: Callable[[], None]) -> None:

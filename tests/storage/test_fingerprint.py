@@ -23,7 +23,7 @@ from lightning_lora import (
     save_adapter,
     unmerge_adapters,
 )
-from tests.models import LitTiny, best, data, lora, same, state, trainer
+from tests.models import LitTiny, best, data, lora, needs_averaging, same, state, trainer
 from tests.storage.cases import refused, trained
 
 
@@ -218,11 +218,6 @@ def test_adapters_of_a_base_fit_it_in_the_wider_dtype_that_a_trainer_converts_it
     wide = trainer(tmp_path, [lora()], precision="64-true")
     tested = wide.test(LitTiny(), data(), ckpt_path=tmp_path / "single.ckpt", verbose=False)
     assert tested[0]["test_loss"] == pytest.approx(expected)
-
-
-needs_averaging = pytest.mark.skipif(
-    not hasattr(bundled, "EMAWeightAveraging"), reason="Lightning 2.6 brought weight averaging"
-)
 
 
 @needs_averaging

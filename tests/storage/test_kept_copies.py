@@ -14,7 +14,7 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.description import describe
 from lightning_lora.storage.fingerprint import forms_of_base
 from tests.cases import held
-from tests.models import LitTiny, best, data, lora, same, state, trainer
+from tests.models import LitTiny, best, data, lora, needs_averaging, same, state, trainer
 from tests.storage.faults import adapted
 
 
@@ -57,7 +57,7 @@ def test_a_frozen_weight_that_changed_is_in_the_file_wherever_it_is_kept(tmp_pat
     assert all(torch.equal(again.kept[name], p) for name, p in model.named_parameters())
 
 
-@pytest.mark.skipif(not hasattr(bundled, "EMAWeightAveraging"), reason="Lightning 2.6 brought weight averaging")
+@needs_averaging
 def test_an_average_beside_a_frozen_weight_that_changes_resumes_to_the_same_bits(tmp_path: Path) -> None:
     def run(epochs: int, ckpt_path: Path | None = None) -> tuple[Drifts, Path]:
         torch.manual_seed(5)

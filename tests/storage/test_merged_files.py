@@ -245,7 +245,9 @@ def test_folder_by_a_model_of_another_library(tmp_path: Path) -> None:
     randomise(model)
     (tmp_path / "a").mkdir()
     save_merged(model, tmp_path / "a")
-    assert same(torch.load(tmp_path / "a" / "weights.pt"), merged(model)) and "lora_A" in str(list(model.state_dict()))
+    assert same(torch.load(tmp_path / "a" / "weights.pt", weights_only=True), merged(model)) and "lora_A" in str(
+        list(model.state_dict())
+    )
 
 
 def test_folder_is_there_complete_or_not_at_all(tmp_path: Path) -> None:

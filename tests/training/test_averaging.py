@@ -68,7 +68,7 @@ def test_files_beside_an_average_hold_adapters_alone(tmp_path: Path, average: st
     t.save_checkpoint(tmp_path / "light.ckpt", weights_only=True)
     assert files_hold_adapters_alone(tmp_path)
     for name in ("after", "light"):
-        assert same_parts(held(torch.load(tmp_path / f"{name}.ckpt")), trained(model))
+        assert same_parts(held(torch.load(tmp_path / f"{name}.ckpt", weights_only=True)), trained(model))
 
 
 outside_fit = pytest.mark.filterwarnings("ignore:.*outside the 'fit' stage:UserWarning")
@@ -84,7 +84,7 @@ def test_best_is_what_validation_saw_of_the_average(tmp_path: Path, average: str
     t.fit(model, data(), data())
     path, score = worst.best_model_path, pytest.approx(worst.best_model_score.item())  # type: ignore[union-attr]
     assert path.endswith("epoch=0.ckpt") and outcome(t, "test", model).item() != score
-    torch.testing.assert_close(held(torch.load(path)), seen(steps.after))
+    torch.testing.assert_close(held(torch.load(path, weights_only=True)), seen(steps.after))
     predicted = outcome(trainer(tmp_path), "predict", loaded(path))
     new = [(trainer(tmp_path, callbacks), LitTiny()) for callbacks in (beside(make(), first), [lora()])]
     for stages, module in ((t, model), *new):
@@ -119,7 +119,7 @@ def test_resumed_average_has_the_same_bits(tmp_path: Path, average: str, first: 
         saves = ModelCheckpoint(tmp_path / str(model is through), "{step}", save_top_k=-1, every_n_train_steps=steps)
         callbacks = [*beside(AVERAGES[average][0](), first), saves]
         trainer(tmp_path, callbacks, max_epochs=4).fit(model, Stateful(), data(), ckpt_path=path)
-    a, b = (torch.load(tmp_path / str(each) / end) for each in (True, False))
+    a, b = (torch.load(tmp_path / str(each) / end, weights_only=True) for each in (True, False))
     for checkpoint in (a, b):
         del checkpoint["callbacks"][saves.state_key]  # which names its folder
         del checkpoint["lightning_lora"]["run"]["callbacks"], checkpoint["lightning_lora"]["checksum"]

@@ -98,6 +98,7 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in .scheduler.step:UserWarning")  # older torch, of its own call
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_scheduler_leads_the_adapters_as_in_a_plain_loop(tmp_path: Path, name: str) -> None:
     def configure(parameters: Any) -> Any:

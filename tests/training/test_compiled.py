@@ -10,15 +10,17 @@ from torch import nn
 from lightning_lora import (
     LoRAConfig,
     adapter_state_dict,
+    disable_adapters,
     inject_adapters,
     load_adapter,
     load_adapter_state_dict,
     merge_adapters,
+    remove_adapters,
     save_adapter,
     unmerge_adapters,
 )
 from tests.cases import Three, held, three
-from tests.models import WORDS, LitTiny, best, data, lora, same, state, trainer
+from tests.models import WORDS, LitTiny, best, data, lora, randomise, same, state, trainer
 
 X = torch.arange(WORDS)
 
@@ -104,6 +106,26 @@ def test_no_step_compiles_again(kind: str) -> None:
         torch.testing.assert_close(compiled(X), expected)
         unmerge_adapters(model)
         torch.testing.assert_close(compiled(X), expected)
+
+
+def test_model_that_was_compiled_and_called_first_computes_with_what_it_has_now() -> None:
+    torch._dynamo.reset()
+    model = Three()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    base = compiled(X)
+    inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
+    randomise(model, scale=0.3)
+    adapted = model(X)
+    torch.testing.assert_close(compiled(X), adapted)
+    with disable_adapters(model):
+        torch.testing.assert_close(compiled(X), base)
+    torch.testing.assert_close(compiled(X), adapted)
+    merge_adapters(model)
+    torch.testing.assert_close(compiled(X), adapted)
+    unmerge_adapters(model)
+    torch.testing.assert_close(compiled(X), adapted)
+    remove_adapters(model)
+    torch.testing.assert_close(compiled(X), base)
 
 
 def test_model_that_is_compiled_itself_is_the_model_inside() -> None:

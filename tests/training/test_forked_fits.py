@@ -52,7 +52,7 @@ def test_a_static_graph_trains_the_layers_that_it_reaches_and_leaves_the_others(
         for options in ({"static_graph": True}, {"find_unused_parameters": True}):
             torch.manual_seed(5)
             forked(tmp_path, [lora(), KeepsState(tmp_path)], **options).fit(Skips(), data())
-            first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+            first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
             assert same(first, second)
             states.append(first)
     assert states[0]["q_proj.lora_B"].any() and not states[0]["unused.lora_B"].any()
@@ -78,7 +78,9 @@ def test_an_adapter_that_the_user_froze_stands_still_beside_those_that_train(tmp
         forked(tmp_path, [lora(), KeepsState(tmp_path)], max_steps=steps).fit(model, data())
     assert torch.equal(model.v_proj.weight, LitTiny().v_proj.weight)
     assert not torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
-    assert same(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)))  # of the mean of both gradients
+    assert same(
+        *(torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    )  # of the mean of both gradients
 
 
 X = torch.arange(20)
@@ -96,7 +98,7 @@ def test_each_file_holds_the_adapters_of_the_fit_before_it(tmp_path: Path, caplo
     assert not torch.allclose(merged[0], merged[1])
     assert caplog.text.count("gets its base and its adapters back") == 2  # once for each fit, not for each file
     for number in range(2):
-        assert set(held(torch.load(tmp_path / f"{number}.ckpt"))) == set(TRAINED)
+        assert set(held(torch.load(tmp_path / f"{number}.ckpt", weights_only=True))) == set(TRAINED)
         again = LitTiny()  # which takes the adapters of its own base alone
         load_adapter(again, tmp_path / f"{number}.ckpt")
         torch.testing.assert_close(again(X), merged[number])

@@ -199,7 +199,7 @@ def test_processes_do_not_wait_for_layers_that_a_batch_leaves_out(tmp_path: Path
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeadAdapterWarning)  # of the other process's layers
         trainer(tmp_path, [callback], strategy="ddp_fork", devices=2, **options).fit(copy.deepcopy(model), data())
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert same(first, second)
 
     by_hand = two_processes_by_hand(Recorded, accumulate)

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_lora import load_adapter
-from tests.models import WORDS, LitTiny, data, lora, same, state, trainer
+from tests.models import WORDS, LitTiny, data, lora, needs_averaging, same, state, trainer
 from tests.training.cases import Stateful
 
 X = torch.arange(WORDS)
@@ -46,7 +46,7 @@ def test_a_second_resume_is_exact_as_the_guide_says(tmp_path: Path, cls: type[Li
             assert same(run(tmp_path / file.stem / second.stem, second)[0], expected)
 
 
-@pytest.mark.skipif(not hasattr(bundled, "EMAWeightAveraging"), reason="lightning 2.6")
+@needs_averaging
 def test_the_last_file_of_a_killed_run_holds_its_averages(tmp_path: Path) -> None:
     model, saves = LitTiny(), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     trainer(tmp_path, [lora(), bundled.EMAWeightAveraging(decay=0.5), saves]).fit(model, data(), data())

@@ -84,6 +84,6 @@ def test_a_frozen_norm_stands_still_when_it_is_made_a_synchronised_one(tmp_path:
     before = state(model.norm)
     trainer(tmp_path, [lora(), Looks()], **options).fit(model, data())
     for rank in range(2):
-        seen = torch.load(tmp_path / f"{rank}.pt")
+        seen = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert seen["is"] and same(seen["state"], before)
     assert same(state(model.norm), before) and not torch.equal(model.q_proj.weight, Normed().q_proj.weight)

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import lightning.pytorch.callbacks as bundled
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelSummary, StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from tests.cases import StopError, held
+from tests.models import needs_averaging
 from tests.ranks import run_ranks
 from tests.training.sharded_cases import LitNet, data, fully_shard, lora, pretrained, trainer_of, whole_state
 from tests.training.test_sharded import Saves, assert_alike, assert_same, path_of
@@ -162,7 +164,13 @@ def averages(folder: Path, callback: L.Callback) -> str:
     return message_of(ConfigError, trainer_of("sharded", folder, [lora(), callback]).fit, LitNet(), data())
 
 
-@pytest.mark.parametrize("kind", [EMAWeightAveraging, lambda: StochasticWeightAveraging(swa_lrs=0.1)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(lambda: bundled.EMAWeightAveraging(), marks=needs_averaging),
+        lambda: bundled.StochasticWeightAveraging(swa_lrs=0.1),
+    ],
+)
 def test_averages_are_refused_by_name(tmp_path: Path, kind: Callable[[], L.Callback]) -> None:
     for message in run_ranks(averages, tmp_path, kind()):
         assert "WeightAveraging copies the module" in message

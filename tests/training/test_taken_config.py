@@ -4,9 +4,9 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch.callbacks as bundled
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
 from lightning_lora import (
@@ -19,7 +19,7 @@ from lightning_lora import (
     remove_adapters,
 )
 from lightning_lora.model.remember import view_of
-from tests.models import WIDTH, LitTiny, best, data, is_plain, lora, same, state, trainer
+from tests.models import WIDTH, LitTiny, best, data, is_plain, lora, needs_averaging, same, state, trainer
 
 ARGUMENTS: dict[str, Any] = {
     "r": 3,
@@ -184,14 +184,15 @@ def test_trained_adapters_do_not_go_for_a_best_file_of_another_fit(tmp_path: Pat
     assert not torch.equal(state(model)["v_proj.weight"], before["v_proj.weight"])
 
 
+@needs_averaging
 @pytest.mark.parametrize("first", [True, False])
 def test_averages_begin_from_the_arguments_of_the_file(tmp_path: Path, first: bool) -> None:
-    t = trainer(tmp_path, [lora(r=4, merge=False), EMAWeightAveraging()], enable_checkpointing=False)
+    t = trainer(tmp_path, [lora(r=4, merge=False), bundled.EMAWeightAveraging()], enable_checkpointing=False)
     t.fit(LitTiny(), data())
     t.save_checkpoint(tmp_path / "a.ckpt")
 
     def resumed(callback: LoRACallback) -> dict[str, Tensor]:
-        model, both = LitTiny(), [callback, EMAWeightAveraging()]
+        model, both = LitTiny(), [callback, bundled.EMAWeightAveraging()]
         t = trainer(tmp_path, both if first else both[::-1], max_epochs=4, enable_checkpointing=False)
         t.fit(model, data(), ckpt_path=tmp_path / "a.ckpt")
         return state(model)
