@@ -252,7 +252,10 @@ def _share(tensors: Iterable[Tensor]) -> None:
     """Give every process the values of the first one."""
     with torch.no_grad():
         for tensor in tensors:
-            dist.broadcast(tensor.detach(), 0)
+            values = tensor.detach().contiguous()
+            dist.broadcast(values.view(-1).view(torch.uint8), 0)  # as bytes: gloo of torch 2.7 takes not all dtypes
+            if values.data_ptr() != tensor.data_ptr():
+                tensor.copy_(values)
 
 
 def _share_adapters(view: View) -> None:

@@ -481,3 +481,27 @@ def test_a_model_that_is_not_sharded_is_named(
     first, second = run_ranks(run)
     assert len(first) == 1 and not second
     assert first[0].startswith(f"Nothing of {type(module).__name__} is sharded") and f"{count} of 2 read" in first[0]
+
+
+class Odd(Unseeded):
+    """What is not sharded has other layouts and dtypes than broadcasts take as they are."""
+
+    def built(self) -> Any:
+        net = super().built()
+        net.head.weight = nn.Parameter(torch.randn(16, 3).t())
+        net.register_buffer("mask", torch.tensor([dist.get_rank() == 0, True]))
+        net.register_buffer("turn", torch.full((2,), 1j * dist.get_rank()))
+        net.register_buffer("count", torch.tensor(dist.get_rank()))
+        return net
+
+
+def odd(folder: Path) -> dict[str, Tensor]:
+    module = Odd()
+    trainer_of("sharded", folder, [lora()], max_steps=1).fit(module, data())
+    return whole_state(module)
+
+
+def test_every_layout_and_dtype_is_shared(tmp_path: Path) -> None:
+    first, second = run_ranks(odd, tmp_path)
+    assert_same(second, first)
+    assert first["model.mask"].all() and not first["model.turn"].any() and not first["model.count"]
