@@ -37,6 +37,7 @@ from lightning_lora.training.companions import (
 from lightning_lora.training.gradients import Gradients, gradients_pass
 from lightning_lora.training.merge_checks import check_arguments, check_weights
 from lightning_lora.training.optimizers import check_frozen
+from lightning_lora.training.packing import packing
 from lightning_lora.training.randomness import RANDOM, random_states, set_random_state
 from lightning_lora.training.spawned import receive_record, send_record
 from lightning_lora.training.stage import Stage
@@ -91,6 +92,8 @@ class LoRACallback(Callback):
         use_rslora: Scale by ``alpha / sqrt(r)`` instead.
         use_dora: Train a magnitude for each output feature too, separate from the direction (DoRA).
         autocast_adapter_dtype: Keep adapters in float32 if the base is in half precision.
+        pack_base: Train faster on a CPU, for more memory: keep copies of the adapted weights in the processor's layout
+            until the end of training. See ``LoRAConfig``.
         merge: What to do with the adapters at the end of ``fit``. ``"last"`` merges them as they are. ``"best"`` merges
             those of ModelCheckpoint's best file. ``False`` leaves them on the model. A ``fast_dev_run`` merges nothing,
             but refuses what a fit would refuse.
@@ -135,6 +138,7 @@ class LoRACallback(Callback):
         use_rslora: bool = False,
         use_dora: bool = False,
         autocast_adapter_dtype: bool = True,
+        pack_base: bool = False,
         merge: Merge = "last",
     ) -> None:
         if merge is not False and merge not in ("last", "best"):
@@ -155,6 +159,7 @@ class LoRACallback(Callback):
             use_rslora=use_rslora,
             use_dora=use_dora,
             autocast_adapter_dtype=autocast_adapter_dtype,
+            pack_base=pack_base,
         )
         self.merge: Merge = merge
         _join_other_package()
@@ -240,6 +245,7 @@ class LoRACallback(Callback):
         share_base(callbacks_of(trainer), pl_module)
         self._gradients = self._training.enter_context(closing(_watch_of(trainer).gradients()))
         self._training.enter_context(gradients_pass())
+        self._training.enter_context(packing(trainer, pl_module))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep frozen weights frozen.

@@ -285,3 +285,16 @@ def test_a_changed_input_is_noticed_before_a_wrong_gradient() -> None:
         a.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6), (2, 400, 6)])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_an_activation_may_change_the_output_in_place(shape: tuple[int, ...], dropout: float) -> None:
+    tensors = inputs(*shape, out=5)
+    gradients = []
+    for activation in (F.relu, F.relu_):
+        torch.manual_seed(0)
+        output = activation(adapted_linear(*tensors, 1.0, dropout))
+        gradients.append([output, *torch.autograd.grad(output.square().sum(), tensors)])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)

@@ -1,0 +1,92 @@
+"""Packed copies of a frozen weight.
+
+oneDNN, torch's library for CPUs, computes with weights in a layout of its own. Torch brings a weight into this layout in
+every call. The weight of a frozen layer does not change, so this can be done once.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Pack = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+_SAMPLES = 64
+
+
+class PackedWeight:
+    """A weight in oneDNN's layout, for both passes.
+
+    It is empty at first. The copies are made at the first use, and again after the weight has changed or moved. Code
+    that writes through ``.data`` or numpy hides the change from torch. It is noticed if it reaches one of some sixty
+    values, spread over the weight.
+
+    A copy, by deepcopy or pickle, is None. So no file and no copy of a model holds packed weights.
+
+    Example:
+        >>> import copy
+        >>> weight, packed, calls = torch.ones(2, 2), PackedWeight(), []
+        >>> def pack(matrix):
+        ...     calls.append(1)
+        ...     return matrix, matrix.T
+        >>> for _ in range(2):
+        ...     forward, backward = packed.copies(weight, torch.bfloat16, pack)
+        >>> len(calls), forward.dtype, copy.deepcopy(packed)
+        (1, torch.bfloat16, None)
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether there are copies now."""
+        return self._copies is not None
+
+    def clear(self) -> None:
+        """Free the copies."""
+        self._copies: tuple[Tensor, Tensor] | None = None
+        self._seen: tuple[Any, ...] = ()
+        self._some: Tensor | None = None
+
+    def copies(self, weight: Tensor, dtype: torch.dtype, pack: Pack) -> tuple[Tensor, Tensor]:
+        """Return the copies for the forward and for the backward pass.
+
+        Args:
+            weight: The weight, as :func:`can_be_packed` allows.
+            dtype: The dtype to compute in.
+            pack: Makes both copies of a weight in this dtype.
+        """
+        seen, some = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype, dtype), None
+        if self._copies is not None and self._seen == seen:
+            some = _samples(weight)
+            if self._some is not None and torch.equal(some, self._some):
+                return self._copies
+        self.clear()
+        with torch.no_grad():
+            copies = pack(weight.detach().to(dtype))
+        self._copies, self._seen, self._some = copies, seen, _samples(weight).clone()
+        return copies
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
+def can_be_packed(weight: Tensor) -> bool:
+    """Whether a weight is frozen and lies in memory without gaps."""
+    return (
+        not weight.requires_grad
+        and not weight.is_inference()
+        and (weight.is_contiguous() or (weight.dim() == 2 and weight.T.is_contiguous()) or _is_channels_last(weight))
+    )
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    return weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _samples(weight: Tensor) -> Tensor:
+    """Some values of a weight, in the order in which they lie in memory."""
+    values = weight.detach().as_strided((weight.numel(),), (1,))
+    return values[:: weight.numel() // _SAMPLES + 1]

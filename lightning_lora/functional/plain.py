@@ -1,0 +1,47 @@
+"""Where gradients may be computed explicitly."""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+# These checks run in every call. After a product of large matrices the caches are cold, so every torch function that is
+# not called saves some microseconds.
+
+_PLAIN = {Tensor, nn.Parameter, type(None)}
+
+
+def are_plain(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether explicit gradients are safe.
+
+    They are where no other code needs to see the single operations: outside ``torch.func``, forward-mode
+    differentiation, tracing and modes, and for torch's own tensor class. ``torch.compile`` must be asked for before.
+    """
+    return (
+        _PLAIN.issuperset(map(type, (x, *others)))
+        and (x.is_cpu or x.is_cuda)
+        and x.is_floating_point()
+        and not x.is_nested
+        and x.layout is torch.strided
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()  # modes that count, trace or store operations
+        and forward_ad._current_level < 0
+        and not torch._C._is_tracing()
+        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())  # a replay would use the same seed again
+    )
+
+
+def is_autocast_enabled(tensor: Tensor) -> bool:
+    """Whether autocast is enabled for a tensor's device."""
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(tensor.device.type)
+
+
+def dtype_for(tensor: Tensor) -> torch.dtype:
+    """Return the dtype that a layer computes in: that of its input, or of autocast."""
+    if is_autocast_enabled(tensor) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(tensor.device.type)
+    return tensor.dtype
+
+
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert a tensor, if necessary."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)

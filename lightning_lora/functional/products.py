@@ -1,0 +1,110 @@
+"""Products with a frozen matrix, in the form that is fastest.
+
+On a CPU, torch computes products in float32 with MKL, and in bfloat16 with oneDNN. MKL is slower on AMD's processors. A
+layer that trains can use oneDNN for float32 too, because its matrix is frozen: both passes only multiply by it.
+"""
+
+import functools
+import platform
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_lora.functional.packing import PackedWeight, can_be_packed
+
+FEW_ROWS = 16
+"""With fewer rows, only torch's own products are used: laying out the matrix would cost more than the product."""
+
+
+class Products(NamedTuple):
+    r"""How a linear layer multiplies by its matrix W.
+
+    Args:
+        output: Returns :math:`x W^T + b`, given x, W and b.
+        gradient: Returns :math:`\partial y \, W`, given :math:`\partial y` and W.
+        is_packed: Whether both use packed copies, and ignore the W that they are given.
+    """
+
+    output: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]
+    is_packed: bool = False
+
+
+def _linear(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """oneDNN's product. As a gradient it must not be a view, or torch would not add to it in place."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(rows, matrix, bias, "none", [], "")
+    return y.view(*x.shape[:-1], y.shape[-1]).data
+
+
+BY_TORCH = Products(F.linear, torch.matmul)
+BY_ONEDNN = Products(_linear, lambda grad, matrix: _linear(grad, matrix.T))
+
+
+def products_for(x: Tensor, matrix: Tensor, packed: PackedWeight | None = None) -> Products:
+    """Choose how a layer that trains multiplies by its frozen matrix.
+
+    In float32, oneDNN is faster than torch's default on AMD's processors, and packed copies of the matrix are faster
+    still. In bfloat16, torch uses oneDNN itself, and packed copies are faster on all processors. The choice depends on
+    the processor, the dtype and the number of rows alone, so it is the same on every rank and after a resume.
+
+    Args:
+        x: The input, in the dtype to compute in.
+        matrix: The frozen matrix (out, in).
+        packed: Where to keep packed copies, or None to make none.
+    """
+    wins = is_amd() if x.dtype is torch.float32 else x.dtype is torch.bfloat16 and packed is not None
+    if not wins or not x.is_cpu or x.numel() < FEW_ROWS * x.shape[-1]:
+        return BY_TORCH
+    if not has_onednn(x.dtype) or not can_be_packed(matrix):
+        return BY_TORCH
+    return BY_ONEDNN if packed is None else _by_copies(*packed.copies(matrix, x.dtype, _pack))
+
+
+def _by_copies(forward: Tensor, backward: Tensor) -> Products:
+    return Products(
+        lambda x, _, bias: _linear(x, forward, bias), lambda grad, _: _linear(grad, backward), is_packed=True
+    )
+
+
+def _pack(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    pack = torch.ops.mkldnn._reorder_linear_weight
+    return pack(matrix.contiguous()), pack(matrix.T.contiguous())
+
+
+# The processor
+
+
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether torch has oneDNN's operators for this dtype, and may use them."""
+    return torch._C._get_mkldnn_enabled() and _has_operators() and (dtype is torch.float32 or _has_bfloat16())
+
+
+@functools.cache
+def _has_operators() -> bool:
+    has = partial(hasattr, torch.ops.mkldnn)
+    packing = has("_reorder_linear_weight") and has("_reorder_convolution_weight")
+    computing = has("_linear_pointwise") and has("_convolution_pointwise") and has("_convolution_transpose_pointwise")
+    return torch.backends.mkldnn.is_available() and packing and computing
+
+
+@functools.cache
+def _has_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@functools.cache
+def is_amd() -> bool:
+    """Whether the processor is one of AMD's."""
+    about = platform.processor()  # Windows tells it here, and Linux in a file
+    try:
+        with Path("/proc/cpuinfo").open() as file:
+            about += file.read(1000)
+    except OSError:
+        pass
+    return "AuthenticAMD" in about
