@@ -12,7 +12,7 @@ from lightning_lora.functional.products import has_onednn
 
 
 class Geometry(NamedTuple):
-    """How a kernel moves over images: torch's arguments, for height and width."""
+    """How a kernel moves: torch's arguments, for height and width."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -23,10 +23,10 @@ class Geometry(NamedTuple):
 def frozen_convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, packed: PackedWeight
 ) -> Tensor | None:
-    r"""Return the output of a frozen convolution, or None if it cannot be packed.
+    r"""Convolve with packed copies, or return None.
 
     Packed are convolutions of images in the memory format ``torch.channels_last``, in float32 and bfloat16. The output
-    has this format and the bits of torch's own convolution. Gradients may differ from torch's by rounding.
+    has this format too. It may differ by rounding from that of torch's own convolution.
 
     Args:
         x: The images.
@@ -34,6 +34,9 @@ def frozen_convolution(
         bias: The bias, or None.
         geometry: How the kernel moves.
         packed: Where to keep the copies.
+
+    Returns:
+        The output, or None for what cannot be packed: use torch's own convolution then.
 
     Shape:
         ``x``: (N, in, H, W), ``weight``: (out, in / groups, \*kernel), ``bias``: (out). Returns (N, out, H', W').

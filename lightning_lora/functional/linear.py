@@ -146,7 +146,7 @@ def adapted_linear(
         x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if bias is None else bias.to(x.dtype)
     trains = training or (differentiates and packed is not None)
-    fits = casts or x.dtype is weight.dtype  # if not, torch's own product raises an error
+    fits = casts or (x.dtype is weight.dtype and (bias is None or x.dtype is bias.dtype))  # else torch decides
     products = products_for(x, weight, packed) if trains and fits else BY_TORCH
     if casts and not products.is_packed:
         weight = weight.to(x.dtype)

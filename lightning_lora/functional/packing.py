@@ -1,7 +1,7 @@
 """Packed copies of a frozen weight.
 
-oneDNN, torch's library for CPUs, computes with weights in a layout of its own. Torch brings a weight into this layout in
-every call. The weight of a frozen layer does not change, so this can be done once.
+Torch's library for CPUs, oneDNN, computes with weights in a layout of its own. Torch brings a weight into this layout
+in every call. The weight of a frozen layer does not change, so this can be done once.
 """
 
 from collections.abc import Callable
@@ -44,6 +44,11 @@ class PackedWeight:
         """Whether there are copies now."""
         return self._copies is not None
 
+    @property
+    def nbytes(self) -> int:
+        """The size of the copies in bytes."""
+        return sum(copy.nbytes for copy in self._copies or ())
+
     def clear(self) -> None:
         """Free the copies."""
         self._copies: tuple[Tensor, Tensor] | None = None
@@ -51,12 +56,12 @@ class PackedWeight:
         self._some: Tensor | None = None
 
     def copies(self, weight: Tensor, dtype: torch.dtype, pack: Pack) -> tuple[Tensor, Tensor]:
-        """Return the copies for the forward and for the backward pass.
+        """Return the copies for both passes.
 
         Args:
-            weight: The weight, as :func:`can_be_packed` allows.
+            weight: The weight, for which :func:`can_be_packed` is true.
             dtype: The dtype to compute in.
-            pack: Makes both copies of a weight in this dtype.
+            pack: Makes the copies for the forward and for the backward pass, given the weight in this dtype.
         """
         seen, some = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype, dtype), None
         if self._copies is not None and self._seen == seen:
@@ -74,7 +79,7 @@ class PackedWeight:
 
 
 def can_be_packed(weight: Tensor) -> bool:
-    """Whether a weight is frozen and lies in memory without gaps."""
+    """Whether a weight is frozen and without gaps in memory."""
     return (
         not weight.requires_grad
         and not weight.is_inference()

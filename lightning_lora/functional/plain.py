@@ -35,13 +35,6 @@ def is_autocast_enabled(tensor: Tensor) -> bool:
     return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(tensor.device.type)
 
 
-def dtype_for(tensor: Tensor) -> torch.dtype:
-    """Return the dtype that a layer computes in: that of its input, or of autocast."""
-    if is_autocast_enabled(tensor) and tensor.dtype != torch.float64:
-        return torch.get_autocast_dtype(tensor.device.type)
-    return tensor.dtype
-
-
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert a tensor, if necessary."""
     return tensor if tensor.dtype is dtype else tensor.to(dtype)

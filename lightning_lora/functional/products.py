@@ -1,4 +1,4 @@
-"""Products with a frozen matrix, in the form that is fastest.
+"""Products with a frozen matrix, in the fastest form.
 
 On a CPU, torch computes products in float32 with MKL, and in bfloat16 with oneDNN. MKL is slower on AMD's processors. A
 layer that trains can use oneDNN for float32 too, because its matrix is frozen: both passes only multiply by it.
@@ -36,7 +36,7 @@ class Products(NamedTuple):
 
 
 def _linear(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """oneDNN's product. As a gradient it must not be a view, or torch would not add to it in place."""
+    """Multiply by oneDNN. The result is no view, or torch would not add other gradients to it in place."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     y: Tensor = torch.ops.mkldnn._linear_pointwise(rows, matrix, bias, "none", [], "")
     return y.view(*x.shape[:-1], y.shape[-1]).data
@@ -47,7 +47,7 @@ BY_ONEDNN = Products(_linear, lambda grad, matrix: _linear(grad, matrix.T))
 
 
 def products_for(x: Tensor, matrix: Tensor, packed: PackedWeight | None = None) -> Products:
-    """Choose how a layer that trains multiplies by its frozen matrix.
+    """Choose how to multiply by a frozen matrix in training.
 
     In float32, oneDNN is faster than torch's default on AMD's processors, and packed copies of the matrix are faster
     still. In bfloat16, torch uses oneDNN itself, and packed copies are faster on all processors. The choice depends on
@@ -81,7 +81,7 @@ def _pack(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def has_onednn(dtype: torch.dtype) -> bool:
-    """Whether torch has oneDNN's operators for this dtype, and may use them."""
+    """Whether oneDNN can be used for this dtype."""
     return torch._C._get_mkldnn_enabled() and _has_operators() and (dtype is torch.float32 or _has_bfloat16())
 
 

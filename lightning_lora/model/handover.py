@@ -8,7 +8,6 @@ The folder belongs to one program. Only its user may read it or write to it, and
 runs no code.
 """
 
-import atexit
 import multiprocessing
 import os
 import shutil
@@ -18,6 +17,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from multiprocessing import util
 from threading import Lock
 from typing import Any
 from uuid import uuid4
@@ -56,7 +56,7 @@ def make_folder() -> None:
         except OSError:  # most fits need no folder: the others give a warning
             return
         _MADE[folder] = os.getpid()
-        atexit.register(_delete, folder)
+        util.Finalize(None, _delete, args=(folder,), exitpriority=-100)  # at exit, in forked workers too
         os.environ[_FOLDER] = str(folder)
 
 

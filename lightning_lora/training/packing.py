@@ -13,7 +13,7 @@ from lightning_lora.model.view import View
 
 @contextmanager
 def packing(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Let the layers keep packed copies, if the configuration asks for it, and drop them at the end.
+    """Keep packed copies inside this context, if ``pack_base`` is True.
 
     Warns:
         LoRAWarning: in training, there was nothing to pack.

@@ -1,13 +1,14 @@
 """What a fit elsewhere remembers is found by its weights, and is safe to read."""
 
-import atexit
 import copy
 import errno
+import multiprocessing
 import os
 import pickle
 import tempfile
 import warnings
 from collections.abc import Callable
+from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +267,11 @@ def test_the_program_deletes_what_it_has_read_and_its_workers_leave_it(
 def test_the_folder_goes_with_the_process_that_made_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(MEMORY)
     at_exit: list[Callable[[], object]] = []
-    monkeypatch.setattr(atexit, "register", lambda f, *arguments: at_exit.append(lambda: f(*arguments)))
+
+    def finalize(_: None, function: Callable[..., object], args: tuple[Path], exitpriority: int) -> None:  # noqa: ARG001
+        at_exit.append(lambda: function(*args))
+
+    monkeypatch.setattr(util, "Finalize", finalize)
     make_folder()
     made = Path(os.environ[MEMORY])
     assert len(at_exit) == 1 and made.stat().st_mode & 0o777 == 0o700
@@ -274,6 +279,27 @@ def test_the_folder_goes_with_the_process_that_made_it_alone(monkeypatch: pytest
     assert made.exists()
     at_exit[0]()
     assert not made.exists()
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_a_worker_of_a_program_without_a_folder_deletes_its_own(
+    start: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv(MEMORY)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    context = multiprocessing.get_context(start)
+    messages = context.Queue()
+    worker = context.Process(target=_tell_folder, args=(messages,))
+    worker.start()
+    told = Path(messages.get(timeout=60))
+    worker.join()
+    assert told.parent == tmp_path and not told.exists()
+
+
+def _tell_folder(messages: Any) -> None:
+    make_folder()
+    messages.put(os.environ[MEMORY])
 
 
 def test_a_program_that_another_one_started_makes_a_folder_of_its_own(

@@ -1,0 +1,80 @@
+"""Training steps with the base's weights packed once (``pack_base``), on a CPU."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from types import MappingProxyType
+
+import torch
+from torch import nn
+
+from lightning_lora.functional.packing import PackedWeight
+from lightning_lora.functional.products import is_amd
+from lightning_lora.layers import LoRALayer
+from tests.benchmarks.measure import Bench, Row, Run, row
+from tests.benchmarks.models import Bert, Bottlenecks, Llama, step
+from tests.benchmarks.ways import FLOOR, OURS, PACKED, each_way, half, linear_names
+
+
+def packing(bench: Bench) -> Iterator[Row]:
+    """Training steps with packed weights, and their memory (CPU only)."""
+    if bench.device.type != "cpu":
+        return
+    bert, llama = Bert(), Llama().bfloat16()
+    text, half_text = torch.randn(8, 128, 768), torch.randn(4, 256, 768, dtype=torch.bfloat16)
+    yield from _steps(bench, "BERT-base fp32", bert, text, {OURS: 1.01, PACKED: 0.97})
+    yield from _steps(bench, "BERT-base fp32, dropout 0.1", bert, text, {OURS: 1.07}, dropout=0.1)
+    yield from _steps(bench, "BERT-base fp32, autocast to bf16", bert, text, autocast=True)
+    yield from _steps(bench, "Llama bf16", llama, half_text, {PACKED: 1.01})
+    yield from _steps(bench, "Llama bf16, dropout 0.05", llama, half_text, {PACKED: 1.08}, dropout=0.05)
+    yield from _steps(bench, "Llama bf16, 128 tokens", llama, half_text[:1, :128])
+    for dtype in (torch.float32, torch.bfloat16):
+        images = torch.randn(8, 256, 28, 28, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        yield from _steps(bench, f"convolutions {half(dtype)}, channels last", Bottlenecks().to(dtype), images)
+    held, adapted = _held(llama, half_text)
+    yield Row("Llama bf16: held by pack_base", "share of the adapted weights", held / adapted, 2.0)
+
+
+def _steps(
+    bench: Bench,
+    title: str,
+    model: nn.Module,
+    x: torch.Tensor,
+    goals: Mapping[str, float] = MappingProxyType({}),
+    *,
+    dropout: float = 0.0,
+    autocast: bool = False,
+) -> Iterator[Row]:
+    """The default and ``pack_base`` over the frozen model. The goals are for AMD's processors."""
+    x = x.detach().requires_grad_()
+    runs: dict[str, Run] = {}
+    for name, each in each_way(model, _names(model), dropout=dropout, only=[FLOOR, OURS, PACKED]).items():
+        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+            run = step(each.train(), x)
+        runs[name] = _autocast(run) if autocast else run
+    times = bench.take_turns(runs)
+    reached = goals if is_amd() else {}
+    if OURS in reached:
+        yield row(title, times, OURS, FLOOR, FLOOR, reached[OURS])
+    yield row(f"{title}, pack_base", times, PACKED, FLOOR, FLOOR, reached.get(PACKED))
+
+
+def _autocast(run: Run) -> Run:
+    def inside() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            run()
+
+    return inside
+
+
+def _names(model: nn.Module) -> list[str]:
+    convolutions = [name for name, module in model.named_modules() if type(module) is nn.Conv2d]
+    return linear_names(model) + convolutions
+
+
+def _held(model: nn.Module, x: torch.Tensor) -> tuple[int, int]:
+    """The bytes of all packed copies after a step, and of the weights that they are made of."""
+    packed = each_way(model, _names(model), only=[PACKED])[PACKED]
+    step(packed.train(), x.detach().requires_grad_())()
+    layers = [layer for layer in packed.modules() if isinstance(layer, LoRALayer)]
+    held = [layer.lora_packed.nbytes for layer in layers if isinstance(layer.lora_packed, PackedWeight)]
+    return sum(held), sum(layer.weight.nbytes for layer in layers)  # type: ignore[misc]  # a tensor
