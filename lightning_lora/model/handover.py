@@ -16,8 +16,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from multiprocessing import util
+from pathlib import Path
 from threading import Lock
 from typing import Any
 from uuid import uuid4

@@ -8,8 +8,8 @@ import pickle
 import tempfile
 import warnings
 from collections.abc import Callable
-from multiprocessing import util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +27,7 @@ from lightning_lora import (
 )
 from lightning_lora.errors import LoRAWarning
 from lightning_lora.layers import ADAPTERS, LoRALayer, register_adapter
+from lightning_lora.model import handover
 from lightning_lora.model.handover import make_folder
 from lightning_lora.model.plain import as_plain, as_record
 from lightning_lora.model.record import Record, find_record
@@ -268,10 +269,10 @@ def test_the_folder_goes_with_the_process_that_made_it_alone(monkeypatch: pytest
     monkeypatch.delenv(MEMORY)
     at_exit: list[Callable[[], object]] = []
 
-    def finalize(_: None, function: Callable[..., object], args: tuple[Path], exitpriority: int) -> None:  # noqa: ARG001
+    def finalize(_: None, function: Callable[..., object], args: tuple[Path], exitpriority: int) -> None:
         at_exit.append(lambda: function(*args))
 
-    monkeypatch.setattr(util, "Finalize", finalize)
+    monkeypatch.setattr(handover, "util", SimpleNamespace(Finalize=finalize))
     make_folder()
     made = Path(os.environ[MEMORY])
     assert len(at_exit) == 1 and made.stat().st_mode & 0o777 == 0o700
