@@ -251,15 +251,17 @@ CHANGES: dict[str, Callable[[torch.nn.Parameter], object]] = {
     "one value": lambda w: w[3, 5].add_(1),
     "by data": lambda w: w.data.mul_(2),
     "new data": lambda w: setattr(w, "data", w.data * 2),
+    "new data, one row": lambda w: setattr(w, "data", w.data.index_fill(0, torch.tensor(3), 0)),
     "by numpy": lambda w: w.detach().numpy().__imul__(2),
     "loaded": lambda w: w.copy_(w * 2),
-    "transposed": lambda w: setattr(w, "data", w.data.T.contiguous().T),
+    "laid out anew": lambda w: setattr(w, "data", w.data.T.contiguous().T),
+    "transposed": lambda w: setattr(w, "data", w.data.T),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_copies_are_made_anew_when_the_weight_changes_or_moves(change: Callable[[torch.nn.Parameter], object]) -> None:
-    weight, packed = torch.nn.Parameter(torch.randn(96, 64), requires_grad=False), PackedWeight()
+    weight, packed = torch.nn.Parameter(torch.randn(64, 64), requires_grad=False), PackedWeight()
     assert len(counted(packed, weight)) == 1 and not counted(packed, weight)
     with torch.no_grad():
         change(weight)
