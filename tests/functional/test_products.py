@@ -251,7 +251,9 @@ CHANGES: dict[str, Callable[[torch.nn.Parameter], object]] = {
     "one value": lambda w: w[3, 5].add_(1),
     "by data": lambda w: w.data.mul_(2),
     "new data": lambda w: setattr(w, "data", w.data * 2),
-    "new data, one row": lambda w: setattr(w, "data", w.data.index_fill(0, torch.tensor(3), 0)),
+    "new data, one value": lambda w: setattr(
+        w, "data", w.data.index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(9.0))
+    ),
     "by numpy": lambda w: w.detach().numpy().__imul__(2),
     "loaded": lambda w: w.copy_(w * 2),
     "laid out anew": lambda w: setattr(w, "data", w.data.T.contiguous().T),
