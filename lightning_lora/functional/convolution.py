@@ -109,7 +109,6 @@ def _transposed(grad: Tensor, copy: Tensor, kernel: torch.Size, shape: torch.Siz
             shape[2:], grad.shape[2:], stride, padding, dilation, kernel[2:], strict=True
         )
     ]
-    grad = grad.contiguous(memory_format=torch.channels_last)
     result: Tensor = torch.ops.mkldnn._convolution_transpose_pointwise(
         grad, copy, None, padding, rest, stride, dilation, groups, "none", [], ""
     )
