@@ -87,9 +87,6 @@ class _FrozenConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of x and of the bias."""
-        if is_autocast_enabled(grad):  # forward has settled the dtypes
-            with torch.autocast(grad.device.type, enabled=False):
-                return _FrozenConvolution.backward(ctx, grad)
         (weight,) = ctx.saved_tensors
         for_x, _, for_bias, *_ = ctx.needs_input_grad
         grad_x = None

@@ -120,3 +120,18 @@ def test_a_changed_kernel_is_noticed() -> None:
     torch.testing.assert_close(again, F.conv2d(x, weight, bias, *moves), rtol=1e-4, atol=1e-4)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+
+
+def test_autocast_around_the_backward_pass_rounds_nothing() -> None:
+    moves, size = GEOMETRIES["3 × 3"]
+    x, weight, bias = case(moves, size, dtype=torch.float32)
+    results = []
+    for output in (frozen_convolution(x, weight, bias, moves, PackedWeight()), F.conv2d(x, weight, bias, *moves)):
+        assert output is not None
+        loss = output.square().sum()
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(torch.autograd.grad(loss, (x, bias), retain_graph=True))
+            results.append(torch.autograd.grad(loss, (x, bias), create_graph=True))
+    for found in results[:2]:
+        for one, other in zip(found, results[2], strict=True):
+            assert (one - other).norm() <= 16 * torch.finfo(torch.float32).eps * other.norm()
