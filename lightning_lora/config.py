@@ -108,10 +108,9 @@ class LoRAConfig:
             Weight-Decomposed Low-Rank Adaptation"). For linear, embedding and convolution layers.
         autocast_adapter_dtype: Keep adapters in float32 if the base is in half precision, which would round away most
             optimizer steps. They are cast to the input's dtype when they are used, so computing stays fast.
-        pack_base: Train faster on a CPU, for more memory: keep two copies of each adapted weight in the layout that the
-            processor computes with. For linear layers in bfloat16 (in float32 too, on AMD's processors), and for
-            convolutions of images in ``torch.channels_last``. The copies are made in the first training step. A fit
-            drops them at its end. They are in no file, nor is this argument.
+        pack_base: Train faster on a CPU, with more memory: during a fit, keep two copies of each adapted weight in the
+            processor's own layout. For linear layers in bfloat16 (on AMD's processors in float32 too), and for
+            convolutions of images in ``torch.channels_last``. No file holds the copies, or this argument.
 
     Raises:
         ConfigError: an argument has an invalid value.
@@ -167,10 +166,8 @@ class LoRAConfig:
                 raise ConfigError(f"{field}={getattr(self, field)!r} is a string. Expected a list of names.")
         for field in ("exclude_modules", "modules_to_save", "target_parameters"):
             self._keep(field, _patterns(field, getattr(self, field)) if _given(getattr(self, field)) else None)
-        if _given(self.target_modules) or self.target_parameters is None:
-            self._keep("target_modules", _patterns("target_modules", self.target_modules))
-        else:
-            self._keep("target_modules", ())
+        needed = _given(self.target_modules) or self.target_parameters is None
+        self._keep("target_modules", _patterns("target_modules", self.target_modules) if needed else ())
         self._keep("target_slices", _slices(self.target_slices) if _given(self.target_slices) else None)
         for field, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
             self._keep(field, _values(field, getattr(self, field), check) if _given(getattr(self, field)) else None)
@@ -228,16 +225,16 @@ class LoRAConfig:
         return dataclasses.replace(self, **{name: getattr(stored, name) for name in left})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the arguments as plain types.
+        """Return the arguments as plain types, which every file can hold.
 
-        Every file format can hold them. ``pack_base`` is left out: it says how to compute, not what.
+        ``pack_base`` is left out: it says how to compute, not what.
 
         Example:
             >>> LoRAConfig.from_dict(LoRAConfig(target_modules=["q", "v"]).to_dict()).target_modules
             ('q', 'v')
         """
-        names = [field.name for field in dataclasses.fields(self) if field.name != "pack_base"]
-        return {name: _as_plain(getattr(self, name)) for name in names}
+        names = (field.name for field in dataclasses.fields(self))
+        return {name: _as_plain(getattr(self, name)) for name in names if name != "pack_base"}
 
     @classmethod
     def from_dict(cls, arguments: Mapping[str, Any]) -> "LoRAConfig":
@@ -351,13 +348,10 @@ def _patterns(name: str, value: object) -> str | tuple[str, ...]:
     if isinstance(value, str) and value:
         _check_expression(name, value)
         return value
-    if (
-        not isinstance(value, Sequence | Set)
-        or not value
-        or not all(isinstance(entry, str) and entry for entry in value)
-    ):
+    entries = value if isinstance(value, Sequence | Set) else ()
+    if not entries or not all(isinstance(entry, str) and entry for entry in entries):
         raise ConfigError(f"{name}={_brief(value)} is not valid. Expected a regular expression or a list of names.")
-    return tuple(map(str, sorted(value) if isinstance(value, Set) else value))
+    return tuple(map(str, sorted(entries) if isinstance(entries, Set) else entries))
 
 
 def _values(name: str, value: object, check: Any) -> dict[str, Any]:

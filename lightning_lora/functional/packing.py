@@ -42,20 +42,20 @@ class PackedWeight:
     @property
     def is_filled(self) -> bool:
         """Whether there are copies now."""
-        return self._copies is not None
+        return bool(self._copies)
 
     @property
     def nbytes(self) -> int:
         """The size of the copies in bytes."""
-        return sum(copy.nbytes for copy in self._copies or ())
+        return sum(copy.nbytes for copy in self._copies)
 
     def clear(self) -> None:
         """Free the copies."""
-        self._copies: tuple[Tensor, Tensor] | None = None
+        self._copies: tuple[Tensor, ...] = ()
         self._seen: tuple[Any, ...] = ()
-        self._some: Tensor | None = None
+        self._some = torch.empty(0)
 
-    def copies(self, weight: Tensor, dtype: torch.dtype, pack: Pack) -> tuple[Tensor, Tensor]:
+    def copies(self, weight: Tensor, dtype: torch.dtype, pack: Pack) -> tuple[Tensor, ...]:
         """Return the copies for both passes.
 
         Args:
@@ -63,16 +63,13 @@ class PackedWeight:
             dtype: The dtype to compute in.
             pack: Makes the copies for the forward and for the backward pass, given the weight in this dtype.
         """
-        seen, some = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype, dtype), None
-        if self._copies is not None and self._seen == seen:
-            some = _samples(weight)
-            if self._some is not None and torch.equal(some, self._some):
-                return self._copies
-        self.clear()
-        with torch.no_grad():
-            copies = pack(weight.detach().to(dtype))
-        self._copies, self._seen, self._some = copies, seen, _samples(weight).clone()
-        return copies
+        seen = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype, dtype)
+        if self._seen != seen or not torch.equal(_samples(weight), self._some):
+            self.clear()
+            with torch.no_grad():
+                self._copies = pack(weight.detach().to(dtype))
+            self._seen, self._some = seen, _samples(weight).clone()
+        return self._copies
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
