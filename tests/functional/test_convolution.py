@@ -90,7 +90,7 @@ def test_under_autocast_the_copies_have_its_dtype() -> None:
         assert one.dtype is torch.float32 and (one - other).norm() <= 0.02 * other.norm()
 
 
-def test_what_does_not_fit_is_left_to_torch() -> None:
+def test_what_does_not_fit_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     moves, size = GEOMETRIES["3 × 3"]
     x, weight, bias = case(moves, size, dtype=torch.float32)
     pixel = torch.randn(4, 8, 1, 1)
@@ -106,6 +106,8 @@ def test_what_does_not_fit_is_left_to_torch() -> None:
     for about, tensors in others.items():
         packed = PackedWeight()
         assert frozen_convolution(*tensors, moves, packed) is None and not packed.is_filled, about
+    monkeypatch.setattr(products, "_has_operators", lambda: False)
+    assert frozen_convolution(x, weight, bias, moves, PackedWeight()) is None
 
 
 def test_a_changed_kernel_is_noticed() -> None:
