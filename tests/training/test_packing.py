@@ -1,6 +1,7 @@
 """Packed copies of the base live in a fit's steps, and nowhere else."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +236,20 @@ def test_evaluation_changes_no_bit_by_a_fresh_adapter() -> None:
     with torch.no_grad():
         assert torch.equal(model(x), before)
     torch.testing.assert_close(model.train()(x), before, rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_fit_packs_again(tmp_path: Path) -> None:
+    model = fitted(tmp_path, lora(merge=False))
+    model.packed.clear()
+    trainer(tmp_path, [lora(merge=False)], max_steps=1, enable_checkpointing=False).fit(model, images())
+    assert "conv" in model.packed[0] and not packed(model)
+
+
+def test_a_fit_that_fails_before_its_first_step_does_not_complain_of_packing(tmp_path: Path) -> None:
+    class Fails(LitConv):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            raise StopError
+
+    with pytest.raises(StopError), warnings.catch_warnings(record=True) as caught:
+        trainer(tmp_path, [lora()], enable_checkpointing=False).fit(Fails(), images())
+    assert not [warning for warning in caught if "pack_base" in str(warning.message)]
