@@ -41,7 +41,7 @@ def frozen_convolution(
     Shape:
         ``x``: (N, in, H, W), ``weight``: (out, in / groups, \*kernel), ``bias``: (out). Returns (N, out, H', W').
     """
-    if torch.compiler.is_compiling() or not are_plain(x, weight, bias) or not _are_images(x):
+    if not are_plain(x, weight, bias) or not _are_images(x):
         return None
     casts = is_autocast_enabled(x) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype("cpu") if casts else x.dtype

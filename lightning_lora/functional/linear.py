@@ -139,7 +139,7 @@ def adapted_linear(
     differentiates = torch.is_grad_enabled()
     if not (dropout or differentiates or torch._C._get_tracing_state()) and x.numel() <= lora_A.numel():
         return _added(F.linear(x, weight, bias), x, lora_A, lora_B, scaling)
-    if torch.compiler.is_compiling() or not are_plain(x, weight, bias, lora_A, lora_B):
+    if not are_plain(x, weight, bias, lora_A, lora_B):
         return _composed(x, F.dropout(x, dropout), weight, bias, lora_A, lora_B, scaling)
     casts = is_autocast_enabled(x) and x.dtype != torch.float64
     if casts:

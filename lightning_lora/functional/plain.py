@@ -13,11 +13,12 @@ _PLAIN = {Tensor, nn.Parameter, type(None)}
 def are_plain(x: Tensor, *others: Tensor | None) -> bool:
     """Whether explicit gradients are safe.
 
-    They are where no other code needs to see the single operations: outside ``torch.func``, forward-mode
-    differentiation, tracing and modes, and for torch's own tensor class. ``torch.compile`` must be asked for before.
+    They are where no other code needs to see the single operations: outside ``torch.compile``, ``torch.func``,
+    forward-mode differentiation, tracing and modes, and for torch's own tensor class.
     """
     return (
-        _PLAIN.issuperset(map(type, (x, *others)))
+        not torch.compiler.is_compiling()
+        and _PLAIN.issuperset(map(type, (x, *others)))
         and (x.is_cpu or x.is_cuda)
         and x.is_floating_point()
         and not x.is_nested

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lora.functional.packing import PackedWeight
+from lightning_lora.functional.plain import are_plain
 from lightning_lora.functional.update import added, delta_weight, lost_share, magnitude_scale, merged, wide
 from lightning_lora.layers.contract import LayerKind
 from lightning_lora.layers.parts import MAGNITUDE, Adapter, Part, Settings
@@ -62,7 +63,9 @@ class LoRALayer(LayerKind):
                 kwargs[self.lora_input] = F.dropout(kwargs[self.lora_input], settings.dropout)
         lora_A, lora_B = self.lora_factors("weight")
         update = self.lora_update(lora_A, lora_B, *args, **kwargs).to(output.dtype)
-        return self._lora_with_magnitude(output, update) if settings.use_dora else output + update
+        if settings.use_dora:
+            return self._lora_with_magnitude(output, update)
+        return output.add_(update) if self.lora_output_is_new and are_plain(output, update) else output + update
 
     def _lora_with_magnitude(self, output: Tensor, update: Tensor) -> Tensor:
         """DoRA: add the update and scale each feature to its magnitude. The bias is not scaled."""

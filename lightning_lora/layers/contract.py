@@ -43,6 +43,9 @@ class LayerKind(InPlace, nn.Module):
     lora_drops_input: ClassVar[bool] = True
     """Whether the input has features that dropout can drop."""
 
+    lora_output_is_new: ClassVar[bool] = False
+    """Whether the output is a new tensor that nothing else uses, so that the update is added in place."""
+
     lora_zero: ClassVar[str] = "B"
     """The factor that starts at zero."""
 

@@ -30,6 +30,7 @@ class LoRAConvNd(LoRALayer):
     lora_layer_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     lora_methods = ("forward", "_conv_forward")
     lora_fits_dora = True
+    lora_output_is_new = True
     lora_options = ("groups", "dilation", "padding_mode")
     weight: nn.Parameter
     groups: int
@@ -59,9 +60,13 @@ class LoRAConvNd(LoRALayer):
         own: Any = self
         a, b = lora_A.to(input.dtype), lora_B.to(input.dtype) * self.lora_settings.scaling
         kernel = own.weight.shape[1:]
+        dims = len(kernel) - 1
         if self.groups > 1:
             return own._conv_forward(input, (b @ a).view(own.weight.shape), None)  # type: ignore[no-any-return]
-        return _pointwise(own._conv_forward(input, a.view(-1, *kernel), None), b, len(kernel) - 1)
+        pads = not isinstance(own.padding, str) and any(own.padding)
+        if kernel.numel() == kernel[0] and set(own.stride) == {1} and not pads:
+            return _pointwise(_pointwise(input, a, dims), b, dims)
+        return _pointwise(own._conv_forward(input, a.view(-1, *kernel), None), b, dims)
 
 
 class LoRAConvTransposeNd(LoRALayer):
@@ -81,6 +86,7 @@ class LoRAConvTransposeNd(LoRALayer):
 
     lora_layer_types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     lora_writes_rows = False
+    lora_output_is_new = True
     lora_options = ("groups", "dilation", "padding_mode")
     groups: int
     weight: nn.Parameter
@@ -116,6 +122,14 @@ class LoRAConvTransposeNd(LoRALayer):
 
 
 def _pointwise(x: Tensor, matrix: Tensor, dims: int) -> Tensor:
-    r"""Convolve (N, in, \*size) or (in, \*size) with a kernel of size 1, given as a matrix (out, in)."""
-    convolve = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
-    return convolve(x, matrix.view(*matrix.shape, *(1,) * dims))
+    r"""Convolve (N, in, \*size) or (in, \*size) with a kernel of size 1, given as a matrix (out, in).
+
+    One product of matrices is faster than torch's convolution, in either memory format.
+    """
+    channels = x.dim() - dims - 1
+    last = x.movedim(channels, -1)
+    if last.is_contiguous():
+        return F.linear(last, matrix).movedim(-1, channels)
+    columns = x.flatten(-dims)
+    product = torch.bmm(matrix.expand(len(x), *matrix.shape), columns) if channels else matrix @ columns
+    return product.view(*product.shape[:-1], *x.shape[-dims:])

@@ -102,3 +102,33 @@ def test_only_the_layers_own_weight_is_packed_and_only_once(monkeypatch: pytest.
         model(x)
     model(x)
     assert [weight is adapted.weight for weight in seen] == [True, True]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 4)])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_the_output_has_the_memory_format_of_the_layers_own(
+    kernel: int, channels_last: bool, size: tuple[int, int]
+) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, kernel, padding=kernel // 2))
+    x = torch.randn(3, *size, 4).movedim(-1, 1) if channels_last else torch.randn(3, 4, *size)
+    expected = model(x)
+    inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
+    found = model(x)
+    assert torch.equal(found, expected) and found.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 1), nn.Conv2d(4, 6, 3), nn.ConvTranspose2d(4, 6, 3)])
+def test_many_adapters_of_one_convolution_are_computed_by_vmap(layer: nn.Module) -> None:
+    model = nn.Sequential(copy.deepcopy(layer)).double()
+    inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
+    many = {
+        name: torch.randn(3, *p.shape, dtype=torch.float64) for name, p in model.named_parameters() if p.requires_grad
+    }
+
+    def compute(factors: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(model, factors, (PLANE,))  # type: ignore[no-any-return]
+
+    found = torch.func.vmap(compute)(many)
+    one_by_one = torch.stack([compute({name: t[i] for name, t in many.items()}) for i in range(3)])
+    torch.testing.assert_close(found, one_by_one)
