@@ -8,7 +8,8 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from tests.benchmarks import report
+from lightning_lora.functional.products import has_onednn
+from tests.benchmarks import packing, report
 from tests.benchmarks.measure import Bench, overheads, ratios, row, saved_bytes
 from tests.benchmarks.models import Bert, Llama, Projections, step
 from tests.benchmarks.sharded import LARGE, PLACES, Sizes
@@ -71,6 +72,13 @@ def test_the_arithmetic_alone_is_what_an_adapted_model_computes(tokens: int) -> 
         with torch.no_grad():
             torch.testing.assert_close(torch.stack(each(x)), outputs)
     torch.testing.assert_close(found[OURS], found[ARITHMETIC])
+
+
+@pytest.mark.skipif(not has_onednn(torch.bfloat16), reason="this processor has no products in bfloat16")
+def test_packed_copies_take_twice_the_memory_of_the_weights() -> None:
+    x = torch.randn(2, 16, 32, dtype=torch.bfloat16)
+    held, adapted = packing.held(Projections(32, 2).bfloat16(), x)
+    assert held == 2 * adapted == 2 * 2 * 32 * 32 * 2
 
 
 def test_shapes_of_the_estimates_are_llamas() -> None:

@@ -30,8 +30,8 @@ def packing(bench: Bench) -> Iterator[Row]:
     for dtype in (torch.float32, torch.bfloat16):
         images = torch.randn(8, 256, 28, 28, dtype=dtype).contiguous(memory_format=torch.channels_last)
         yield from _steps(bench, f"convolutions {half(dtype)}, channels last", Bottlenecks().to(dtype), images)
-    held, adapted = _held(llama, half_text)
-    yield Row("Llama bf16: held by pack_base", "share of the adapted weights", held / adapted, 2.0)
+    copies, adapted = held(llama, half_text)
+    yield Row("Llama bf16: held by pack_base", "share of the adapted weights", copies / adapted, 2.0)
 
 
 def _steps(
@@ -71,10 +71,10 @@ def _names(model: nn.Module) -> list[str]:
     return linear_names(model) + convolutions
 
 
-def _held(model: nn.Module, x: torch.Tensor) -> tuple[int, int]:
-    """The bytes of all packed copies after a step, and of the weights that they are made of."""
+def held(model: nn.Module, x: torch.Tensor) -> tuple[int, int]:
+    """Return the bytes of all packed copies after a step, and of the weights that they are made of."""
     packed = each_way(model, _names(model), only=[PACKED])[PACKED]
     step(packed.train(), x.detach().requires_grad_())()
     layers = [layer for layer in packed.modules() if isinstance(layer, LoRALayer)]
-    held = [layer.lora_packed.nbytes for layer in layers if isinstance(layer.lora_packed, PackedWeight)]
-    return sum(held), sum(layer.weight.nbytes for layer in layers)  # type: ignore[misc]  # a tensor
+    copies = [layer.lora_packed.nbytes for layer in layers if isinstance(layer.lora_packed, PackedWeight)]
+    return sum(copies), sum(layer.weight.nbytes for layer in layers)  # type: ignore[misc]  # a tensor
