@@ -8,12 +8,12 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from lightning_lora.functional.products import has_onednn
 from tests.benchmarks import packing, report
 from tests.benchmarks.measure import Bench, overheads, ratios, row, saved_bytes
 from tests.benchmarks.models import Bert, Llama, Projections, step
 from tests.benchmarks.sharded import LARGE, PLACES, Sizes
 from tests.benchmarks.ways import ARITHMETIC, FLOOR, OURS, each_way, linear_names
+from tests.functional.cases import PACKS_BFLOAT16
 
 BENCH = Bench(torch.device("cpu"), rounds=5)
 
@@ -74,7 +74,7 @@ def test_the_arithmetic_alone_is_what_an_adapted_model_computes(tokens: int) -> 
     torch.testing.assert_close(found[OURS], found[ARITHMETIC])
 
 
-@pytest.mark.skipif(not has_onednn(torch.bfloat16), reason="this processor has no products in bfloat16")
+@pytest.mark.skipif(not PACKS_BFLOAT16, reason="linear layers in bfloat16 are not packed on this processor")
 def test_packed_copies_take_twice_the_memory_of_the_weights() -> None:
     x = torch.randn(2, 16, 32, dtype=torch.bfloat16)
     held, adapted = packing.held(Projections(32, 2).bfloat16(), x)

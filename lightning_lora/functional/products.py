@@ -5,6 +5,7 @@ layer that trains can use oneDNN for float32 too, because its matrix is frozen: 
 """
 
 import functools
+import os
 import platform
 from collections.abc import Callable
 from functools import partial
@@ -50,15 +51,16 @@ def products_for(x: Tensor, matrix: Tensor, packed: PackedWeight | None = None) 
     """Choose how to multiply by a frozen matrix in training.
 
     In float32, oneDNN is faster than torch's default on AMD's processors, and packed copies of the matrix are faster
-    still. In bfloat16, torch uses oneDNN itself, and packed copies are faster on all processors. The choice depends on
-    the processor, the dtype and the number of rows alone, so it is the same on every rank and after a resume.
+    still. In bfloat16, torch uses oneDNN itself, and packed copies are faster, except where the processor has AMX:
+    there, this operator of oneDNN writes beyond its tensors (seen with torch 2.13). The choice depends on the
+    processor, the dtype and the number of rows alone, so it is the same on every rank and after a resume.
 
     Args:
         x: The input, in the dtype to compute in.
         matrix: The frozen matrix (out, in).
         packed: Where to keep packed copies, or None to make none.
     """
-    wins = is_amd() if x.dtype is torch.float32 else x.dtype is torch.bfloat16 and packed is not None
+    wins = is_amd() if x.dtype is torch.float32 else x.dtype is torch.bfloat16 and packed is not None and not has_amx()
     if not wins or not x.is_cpu or x.numel() < FEW_ROWS * x.shape[-1]:
         return BY_TORCH
     if not has_onednn(x.dtype) or not can_be_packed(matrix):
@@ -96,6 +98,17 @@ def _has_operators() -> bool:
 @functools.cache
 def _has_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether oneDNN may use AMX.
+
+    It may where the processor has it (or torch cannot tell), unless the variable ``ONEDNN_MAX_CPU_ISA`` forbids it.
+    """
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    is_allowed = most in ("", "ALL", "DEFAULT") or "AMX" in most
+    return is_allowed and bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)())
 
 
 @functools.cache

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from lightning_lora.functional import products
 from lightning_lora.functional.linear import adapted_linear
 from lightning_lora.functional.packing import PackedWeight
-from lightning_lora.functional.products import BY_ONEDNN, BY_TORCH, FEW_ROWS, is_amd, products_for
-from tests.functional.cases import composed, goes_by_hand, inputs
+from lightning_lora.functional.products import BY_ONEDNN, BY_TORCH, FEW_ROWS, has_amx, is_amd, products_for
+from tests.functional.cases import PACKS_BFLOAT16, composed, goes_by_hand, inputs
 
 needs_onednn = pytest.mark.skipif(not products._has_operators(), reason="this torch has no oneDNN")
 
@@ -45,8 +45,8 @@ FORMS: dict[str, tuple[torch.dtype, Callable[[], dict[str, Any]]]] = {
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, on_amd: None) -> tuple[torch.dtype, dict[str, Any]]:
     dtype, options = FORMS[request.param]
-    if not products.has_onednn(dtype):
-        pytest.skip("this processor has no products in bfloat16")
+    if dtype is torch.bfloat16 and not PACKS_BFLOAT16:
+        pytest.skip("linear layers in bfloat16 are not packed on this processor")
     return dtype, options()
 
 
@@ -139,8 +139,8 @@ def test_recomputed_regions_compute_the_same_bits(
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @needs_onednn
 def test_under_autocast_the_copies_have_its_dtype(weights: torch.dtype) -> None:
-    if not products.has_onednn(torch.bfloat16):
-        pytest.skip("this processor has no products in bfloat16")
+    if not PACKS_BFLOAT16:
+        pytest.skip("linear layers in bfloat16 are not packed on this processor")
     packed = PackedWeight()
     tensors = [t.to(weights) if i in (1, 2) else t for i, t in enumerate(case(4, 16, 24, out=20))]
     results = []
@@ -165,6 +165,8 @@ def test_under_autocast_the_copies_have_its_dtype(weights: torch.dtype) -> None:
 @needs_onednn
 def test_the_form_follows_from_processor_dtype_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_has_bfloat16", lambda: True)
+    monkeypatch.setattr(products, "has_amx", lambda: False)
+    monkeypatch.setattr(PackedWeight, "copies", lambda *_: (torch.empty(0), torch.empty(0)))
 
     def chosen(amd: bool, dtype: torch.dtype, rows: int, pack: bool) -> str:
         monkeypatch.setattr(products, "is_amd", lambda: amd)
@@ -181,8 +183,9 @@ def test_the_form_follows_from_processor_dtype_and_rows(monkeypatch: pytest.Monk
     for amd in (False, True):
         assert chosen(amd, torch.float32, FEW_ROWS - 1, pack=True) == "torch"
         assert chosen(amd, torch.bfloat16, FEW_ROWS, pack=False) == "torch"
-        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            assert chosen(amd, torch.bfloat16, FEW_ROWS, pack=True) == "packed"
+        assert chosen(amd, torch.bfloat16, FEW_ROWS, pack=True) == "packed"
+    monkeypatch.setattr(products, "has_amx", lambda: True)
+    assert chosen(False, torch.bfloat16, FEW_ROWS, pack=True) == "torch"  # where it would write beyond its tensors
 
 
 def test_only_frozen_weights_on_a_cpu_with_onednn_are_packed(on_amd: None) -> None:
@@ -213,6 +216,20 @@ def test_the_processor_is_told_by_the_system(monkeypatch: pytest.MonkeyPatch, tm
     assert told("", linux.format("AuthenticAMD")) and not told("x86_64", linux.format("GenuineIntel"))
     assert told("AMD64 Family 25 Model 33 Stepping 0, AuthenticAMD", None)
     assert not told("Intel64 Family 6 Model 158, GenuineIntel", None) and not told("arm", None)
+
+
+@pytest.mark.parametrize("most", ["", "ALL", "DEFAULT", "AVX512_CORE_AMX", "avx10_1_512_amx_fp16"])
+def test_amx_is_the_processors_unless_a_variable_forbids_it(most: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+    assert has_amx.__wrapped__()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+    assert not has_amx.__wrapped__()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert not has_amx.__wrapped__()
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert has_amx.__wrapped__()
 
 
 # Evaluation
