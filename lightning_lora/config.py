@@ -109,8 +109,8 @@ class LoRAConfig:
         autocast_adapter_dtype: Keep adapters in float32 if the base is in half precision, which would round away most
             optimizer steps. They are cast to the input's dtype when they are used, so computing stays fast.
         pack_base: Train faster on a CPU, with more memory: during a fit, keep two copies of each adapted weight in the
-            processor's own layout. For linear layers in bfloat16 (on AMD's processors in float32 too), and for
-            convolutions of images in ``torch.channels_last``. No file holds the copies, or this argument.
+            processor's own layout. For linear layers (in bfloat16 without AMX, in float32 on AMD's processors), and for
+            ``nn.Conv2d`` in float32 on ``torch.channels_last`` images. No file holds the copies, or this argument.
 
     Raises:
         ConfigError: an argument has an invalid value.

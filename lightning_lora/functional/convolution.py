@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input
 
 from lightning_lora.functional.packing import PackedWeight, can_be_packed
-from lightning_lora.functional.plain import are_plain, as_dtype, is_autocast_enabled
+from lightning_lora.functional.plain import are_plain, is_autocast_enabled
 from lightning_lora.functional.products import has_onednn
 
 
@@ -25,8 +25,8 @@ def frozen_convolution(
 ) -> Tensor | None:
     r"""Convolve with packed copies, or return None.
 
-    Packed are convolutions of images in the memory format ``torch.channels_last``, in float32 and bfloat16. The output
-    has this format too. It may differ by rounding from that of torch's own convolution.
+    Packed are convolutions in float32 of images in the memory format ``torch.channels_last``. The output has this
+    format too. It may differ by rounding from that of torch's own convolution.
 
     Args:
         x: The images.
@@ -41,17 +41,13 @@ def frozen_convolution(
     Shape:
         ``x``: (N, in, H, W), ``weight``: (out, in / groups, \*kernel), ``bias``: (out). Returns (N, out, H', W').
     """
-    if not are_plain(x, weight, bias) or not _are_images(x):
+    if not are_plain(x, weight, bias) or not _are_images(x) or is_autocast_enabled(x):
         return None
-    casts = is_autocast_enabled(x) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype("cpu") if casts else x.dtype
-    if dtype not in (torch.float32, torch.bfloat16) or not has_onednn(dtype) or not can_be_packed(weight):
+    if not all(t is None or t.dtype is torch.float32 for t in (x, weight, bias)):
         return None
-    if casts:
-        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    elif any(t is not None and t.dtype is not dtype for t in (weight, bias)):  # torch's own raises an error
+    if not has_onednn(torch.float32) or not can_be_packed(weight):
         return None
-    copies = packed.copies(weight, dtype, lambda kernel: _pack(kernel, geometry))
+    copies = packed.copies(weight, torch.float32, lambda kernel: _pack(kernel, geometry))
     return _FrozenConvolution.apply(x, weight, bias, geometry, copies)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -91,7 +87,7 @@ class _FrozenConvolution(torch.autograd.Function):
         for_x, _, for_bias, *_ = ctx.needs_input_grad
         grad_x = None
         if for_x and torch.is_grad_enabled():
-            grad_x = conv2d_input(ctx.shape, as_dtype(weight, grad.dtype), grad, *ctx.geometry)
+            grad_x = conv2d_input(ctx.shape, weight, grad, *ctx.geometry)
         elif for_x:
             grad_x = _transposed(grad, ctx.copy, weight.shape, ctx.shape, ctx.geometry)
         return grad_x, None, grad.sum((0, 2, 3)) if for_bias else None, None, None

@@ -28,8 +28,9 @@ def packing(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         if asked and trainer.global_step and not has_packed(view):
             warnings.warn(
                 "pack_base=True had no effect: no layer could use packed weights. They are for a CPU: linear layers in "
-                "bfloat16 (in float32 only on AMD's processors) with at least 16 rows in a batch and without DoRA, and "
-                "nn.Conv2d with images in torch.channels_last. Leave pack_base out.",
+                "bfloat16 (only on processors without AMX) or float32 (only on AMD's processors) with at least 16 rows "
+                "in a batch and without DoRA, and nn.Conv2d in float32 with images in torch.channels_last. Leave "
+                "pack_base out.",
                 LoRAWarning,
                 stacklevel=2,
             )
