@@ -225,9 +225,9 @@ class LoRAConfig:
         return dataclasses.replace(self, **{name: getattr(stored, name) for name in left})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the arguments as plain types, which every file can hold.
+        """Return the arguments as plain types.
 
-        ``pack_base`` is left out: it says how to compute, not what.
+        Every file can hold them. ``pack_base`` is left out: it says how to compute, not what.
 
         Example:
             >>> LoRAConfig.from_dict(LoRAConfig(target_modules=["q", "v"]).to_dict()).target_modules
