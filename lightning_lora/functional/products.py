@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.functional.packing import PackedWeight, can_be_packed
+from lightning_lora.functional.plain import as_dtype, is_batched
 
 FEW_ROWS = 16
 """With fewer rows, only torch's own products are used: laying out the matrix would cost more than the product."""
@@ -43,8 +44,13 @@ def _linear(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.view(*x.shape[:-1], y.shape[-1]).data
 
 
+def _gradient(grad: Tensor, matrix: Tensor, laid_out: Tensor) -> Tensor:
+    """Multiply a gradient by a matrix, which oneDNN takes in another layout. It cannot take batched gradients."""
+    return grad @ as_dtype(matrix, grad.dtype) if is_batched(grad) else _linear(grad, laid_out)
+
+
 BY_TORCH = Products(F.linear, torch.matmul)
-BY_ONEDNN = Products(_linear, lambda grad, matrix: _linear(grad, matrix.T))
+BY_ONEDNN = Products(_linear, lambda grad, matrix: _gradient(grad, matrix, matrix.T))
 
 
 def products_for(x: Tensor, matrix: Tensor, packed: PackedWeight | None = None) -> Products:
@@ -70,7 +76,9 @@ def products_for(x: Tensor, matrix: Tensor, packed: PackedWeight | None = None) 
 
 def _by_copies(forward: Tensor, backward: Tensor) -> Products:
     return Products(
-        lambda x, _, bias: _linear(x, forward, bias), lambda grad, _: _linear(grad, backward), is_packed=True
+        lambda x, _, bias: _linear(x, forward, bias),
+        lambda grad, matrix: _gradient(grad, matrix, backward),
+        is_packed=True,
     )
 
 

@@ -159,6 +159,29 @@ def test_under_autocast_the_copies_have_its_dtype(weights: torch.dtype) -> None:
     assert torch.autograd.grad(output.float().square().sum(), tensors[3], create_graph=True)[0].requires_grad
 
 
+@pytest.mark.parametrize("tokens", [20, 400])
+def test_every_form_takes_batches_of_gradients(form: tuple[torch.dtype, dict[str, Any]], tokens: int) -> None:
+    dtype, options = form
+    x, *others = case(tokens, 6, out=5, dtype=dtype)
+    found, expected = (adapted_linear(x, *others, 0.5, **each) for each in (options, {}))
+    batch = torch.randn(3, *found.shape, dtype=dtype)
+    inputs = [x, *others[2:]]
+    for one, other in zip(
+        *(torch.autograd.grad(y, inputs, batch, is_grads_batched=True, retain_graph=True) for y in (found, expected)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2 if dtype is torch.bfloat16 else 1e-4)
+    by_vmap = torch.func.vmap(lambda v: torch.autograd.grad(found, x, v, retain_graph=True)[0])(batch)
+    one_by_one = torch.stack([torch.autograd.grad(found, x, v, retain_graph=True)[0] for v in batch])
+    torch.testing.assert_close(by_vmap, one_by_one, rtol=2e-2, atol=2e-2)
+    if tokens == 20:
+        jacobians = [
+            torch.autograd.functional.jacobian(lambda x: adapted_linear(x, *others, 0.5, **each), x, vectorize=True)  # noqa: B023
+            for each in (options, {})
+        ]
+        torch.testing.assert_close(*jacobians, rtol=2e-2, atol=2e-2)
+
+
 # The choice
 
 
