@@ -159,6 +159,7 @@ def test_under_autocast_the_copies_have_its_dtype(weights: torch.dtype) -> None:
     assert torch.autograd.grad(output.float().square().sum(), tensors[3], create_graph=True)[0].requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop because:UserWarning")
 @pytest.mark.parametrize("tokens", [20, 400])
 def test_every_form_takes_batches_of_gradients(form: tuple[torch.dtype, dict[str, Any]], tokens: int) -> None:
     dtype, options = form
