@@ -21,6 +21,11 @@ from lightning_lora.functional.plain import as_dtype, is_batched
 
 FEW_ROWS = 16
 """With fewer rows, only torch's own products are used: laying out the matrix would cost more than the product."""
+ROWS_TO_COPY = 512
+"""From this number of rows for each thread, copying a transposed matrix costs less than oneDNN saves.
+
+oneDNN can read a transposed matrix in place, but it is then up to four times slower. Torch copies with one thread.
+"""
 
 
 class Products(NamedTuple):
@@ -44,13 +49,18 @@ def _linear(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.view(*x.shape[:-1], y.shape[-1]).data
 
 
-def _gradient(grad: Tensor, matrix: Tensor, laid_out: Tensor) -> Tensor:
-    """Multiply a gradient by a matrix, which oneDNN takes in another layout. It cannot take batched gradients."""
-    return grad @ as_dtype(matrix, grad.dtype) if is_batched(grad) else _linear(grad, laid_out)
+def _linear_in_rows(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply by oneDNN, which needs the rows of the matrix one after another in memory."""
+    if matrix.is_contiguous() or x.numel() >= ROWS_TO_COPY * torch.get_num_threads() * x.shape[-1]:
+        return _linear(x, matrix.contiguous(), bias)
+    return F.linear(x, matrix, bias)
 
 
 BY_TORCH = Products(F.linear, torch.matmul)
-BY_ONEDNN = Products(_linear, lambda grad, matrix: _gradient(grad, matrix, matrix.T))
+BY_ONEDNN = Products(
+    _linear_in_rows,
+    lambda grad, matrix: grad @ matrix if is_batched(grad) else _linear_in_rows(grad, matrix.T),
+)
 
 
 def products_for(x: Tensor, matrix: Tensor, packed: PackedWeight | None = None) -> Products:
@@ -59,7 +69,8 @@ def products_for(x: Tensor, matrix: Tensor, packed: PackedWeight | None = None) 
     In float32, oneDNN is faster than torch's default on AMD's processors, and packed copies of the matrix are faster
     still. In bfloat16, torch uses oneDNN itself, and packed copies are faster, except where the processor has AMX:
     there, this operator of oneDNN writes beyond its tensors (seen with torch 2.13). The choice depends on the
-    processor, the dtype and the number of rows alone, so it is the same on every rank and after a resume.
+    processor, its threads, the dtype, the layout of the matrix and the number of rows alone. So it is the same on
+    every rank and after a resume.
 
     Args:
         x: The input, in the dtype to compute in.
@@ -77,7 +88,7 @@ def products_for(x: Tensor, matrix: Tensor, packed: PackedWeight | None = None) 
 def _by_copies(forward: Tensor, backward: Tensor) -> Products:
     return Products(
         lambda x, _, bias: _linear(x, forward, bias),
-        lambda grad, matrix: _gradient(grad, matrix, backward),
+        lambda grad, matrix: grad @ as_dtype(matrix, grad.dtype) if is_batched(grad) else _linear(grad, backward),
         is_packed=True,
     )
 

@@ -18,7 +18,15 @@ from torch.utils.checkpoint import checkpoint
 from lightning_lora.functional import products
 from lightning_lora.functional.linear import adapted_linear
 from lightning_lora.functional.packing import PackedWeight
-from lightning_lora.functional.products import BY_ONEDNN, BY_TORCH, FEW_ROWS, has_amx, is_amd, products_for
+from lightning_lora.functional.products import (
+    BY_ONEDNN,
+    BY_TORCH,
+    FEW_ROWS,
+    ROWS_TO_COPY,
+    has_amx,
+    is_amd,
+    products_for,
+)
 from tests.functional.cases import PACKS_BFLOAT16, composed, goes_by_hand, inputs
 
 needs_onednn = pytest.mark.skipif(not products._has_operators(), reason="this torch has no oneDNN")
@@ -210,6 +218,25 @@ def test_the_form_follows_from_processor_dtype_and_rows(monkeypatch: pytest.Monk
         assert chosen(amd, torch.bfloat16, FEW_ROWS, pack=True) == "packed"
     monkeypatch.setattr(products, "has_amx", lambda: True)
     assert chosen(False, torch.bfloat16, FEW_ROWS, pack=True) == "torch"  # where it would write beyond its tensors
+
+
+@needs_onednn
+def test_onednn_reads_no_transposed_matrix_and_copies_it_only_for_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[bool] = []
+    monkeypatch.setattr(
+        products,
+        "_linear",
+        lambda x, matrix, bias=None: read.append(matrix.is_contiguous()) or F.linear(x, matrix, bias),
+    )
+    many = ROWS_TO_COPY * torch.get_num_threads()
+    by_rows, by_columns = torch.randn(3, 4), torch.randn(4, 3).T
+    for rows in (many - 1, many):
+        for matrix in (by_rows, by_columns):
+            x, grad = torch.randn(rows, 4), torch.randn(rows, 3)
+            torch.testing.assert_close(BY_ONEDNN.output(x, matrix, None), x @ matrix.T)
+            torch.testing.assert_close(BY_ONEDNN.gradient(grad, matrix), grad @ matrix)
+    few = [True, True]  # the output by rows, and the gradient by columns
+    assert read == few + [True] * 4
 
 
 def test_only_frozen_weights_on_a_cpu_with_onednn_are_packed(on_amd: None) -> None:
