@@ -1,6 +1,6 @@
 """Fine-tune a sentence encoder on film reviews with LoRA.
 
-python examples/sentiment.py           # about three minutes on two CPU cores
+python examples/sentiment.py           # some minutes on two CPU cores
 python examples/sentiment.py --fast    # some seconds on a few hundred texts, to see that it runs
 """
 

@@ -37,7 +37,7 @@ from lightning_lora.training.companions import (
 from lightning_lora.training.gradients import Gradients, gradients_pass
 from lightning_lora.training.merge_checks import check_arguments, check_weights
 from lightning_lora.training.optimizers import check_frozen
-from lightning_lora.training.packing import packing
+from lightning_lora.training.packing import Packing
 from lightning_lora.training.randomness import RANDOM, random_states, set_random_state
 from lightning_lora.training.spawned import receive_record, send_record
 from lightning_lora.training.stage import Stage
@@ -166,6 +166,7 @@ class LoRACallback(Callback):
         make_folder()
         self._stage = Stage(self.config, is_over=True)
         self._gradients: Gradients | None = None
+        self._packing: Packing | None = None
         self._training = ExitStack()
 
     # Set-up
@@ -245,7 +246,7 @@ class LoRACallback(Callback):
         share_base(callbacks_of(trainer), pl_module)
         self._gradients = self._training.enter_context(closing(_watch_of(trainer).gradients()))
         self._training.enter_context(gradients_pass())
-        self._training.enter_context(packing(trainer, pl_module))
+        self._packing = self._training.enter_context(closing(Packing(pl_module)))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep frozen weights frozen.
@@ -258,7 +259,8 @@ class LoRACallback(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check that the optimizer trains adapters and nothing frozen.
 
-        Once for each optimizer, a warning names the adapters that received no gradient.
+        Once for each optimizer, a warning names the adapters that received no gradient. With ``pack_base``, the first
+        step says what was packed.
 
         Raises:
             OptimizerError: frozen weights were added to the optimizer in training.
@@ -266,6 +268,8 @@ class LoRACallback(Callback):
         check_frozen(pl_module, optimizer)
         if self._gradients is not None:
             self._gradients.check(optimizer)
+        if self._packing is not None:
+            self._packing.report()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop watching gradients."""
@@ -273,7 +277,7 @@ class LoRACallback(Callback):
 
     def _end_training(self) -> None:
         self._training.close()
-        self._gradients = None
+        self._gradients = self._packing = None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the updates into the weights.

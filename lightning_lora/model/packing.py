@@ -10,6 +10,6 @@ def set_packing(view: View, allowed: bool) -> None:
         vars(layer)["lora_packed"] = PackedWeight() if allowed else None
 
 
-def has_packed(view: View) -> bool:
-    """Whether any layer has packed copies now."""
-    return any(layer.lora_packed is not None and layer.lora_packed.is_filled for layer in view.layers.values())
+def packed_layers(view: View) -> list[PackedWeight]:
+    """Return the copies of the layers that have some now."""
+    return [layer.lora_packed for layer in view.layers.values() if layer.lora_packed and layer.lora_packed.is_filled]

@@ -1,37 +1,63 @@
 """Packed weights during a fit."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-from lightning.pytorch import LightningModule, Trainer
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.errors import LoRAWarning
-from lightning_lora.model.packing import has_packed, set_packing
+from lightning_lora.functional.products import has_amx, has_onednn, is_amd
+from lightning_lora.model.packing import packed_layers, set_packing
 from lightning_lora.model.view import View
 
 
-@contextmanager
-def packing(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Keep packed copies inside this context, if ``pack_base`` is True.
+class Packing:
+    """Packed copies of frozen weights while a module trains, if ``pack_base`` is True."""
 
-    Warns:
-        LoRAWarning: in training, there was nothing to pack.
-    """
-    view = View(pl_module)
-    asked = view.config.pack_base
-    set_packing(view, asked)
-    try:
-        yield
-    finally:
+    def __init__(self, pl_module: LightningModule) -> None:
+        self._module = pl_module
         view = View(pl_module)
-        if asked and trainer.global_step and not has_packed(view):
-            warnings.warn(
-                "pack_base=True had no effect: no layer could use packed weights. They are for a CPU: linear layers in "
-                "bfloat16 (only on processors without AMX) or float32 (only on AMD's processors) with at least 16 rows "
-                "in a batch and without DoRA, and nn.Conv2d in float32 with images in torch.channels_last. Leave "
-                "pack_base out.",
-                LoRAWarning,
-                stacklevel=2,
-            )
-        set_packing(view, allowed=False)
+        self._is_new = view.config.pack_base
+        set_packing(view, allowed=view.config.pack_base)
+
+    def report(self) -> None:
+        """After the first backward pass, say how many layers were packed.
+
+        Warns:
+            LoRAWarning: there was nothing to pack.
+        """
+        if not self._is_new:
+            return
+        self._is_new = False
+        view = View(self._module)
+        packed = packed_layers(view)
+        if not packed:
+            warnings.warn(_nothing_packed(self._module.device), LoRAWarning, stacklevel=1)
+            return
+        megabytes = sum(copies.nbytes for copies in packed) / 1e6
+        rank_zero_info(
+            f"LoRACallback packed the weights of {len(packed)} of {len(view.layers)} adapted layers: "
+            f"{megabytes:,.1f} MB of copies."
+        )
+
+    def close(self) -> None:
+        """Drop the copies."""
+        set_packing(View(self._module), allowed=False)
+
+
+def _nothing_packed(device: torch.device) -> str:
+    found = "pack_base=True has no effect: no adapted layer uses packed weights."
+    if device.type != "cpu":
+        return f"{found} They are for a CPU, and the model is on {device}. Leave pack_base out."
+    if not has_onednn(torch.float32):
+        return f"{found} They need oneDNN, which this torch does not have or does not use. Leave pack_base out."
+    kinds = ["nn.Conv2d in float32, if the images are in torch.channels_last"]
+    if has_onednn(torch.bfloat16) and not has_amx():
+        kinds.insert(0, "linear layers in bfloat16")
+    if is_amd():
+        kinds.insert(0, "linear layers in float32")
+    return (
+        f"{found} On this processor, these can: {'; '.join(kinds)}. Not those with DoRA, in a compiled model, or with "
+        "fewer than 16 rows (all tokens of a batch together). Leave pack_base out if you have no such layers."
+    )

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_lora import LoRACallback, LoRAConfig, LoRAWarning, inject_adapters, merge_adapters, remove_adapters
 from lightning_lora.functional import products
 from lightning_lora.layers import LoRALayer
+from lightning_lora.training.packing import _nothing_packed
 from tests.cases import StopError, held
 from tests.functional.cases import PACKS_BFLOAT16
 from tests.models import exact, is_plain, same, state, trainer
@@ -174,12 +175,47 @@ def test_a_weight_that_a_hook_changes_trains_with_its_new_values(tmp_path: Path)
     torch.testing.assert_close(*states, rtol=1e-3, atol=1e-4)
 
 
-def test_a_fit_with_nothing_to_pack_says_so(tmp_path: Path, processor: str) -> None:
-    options: dict[str, Any] = {"target_modules": ["mix"], "modules_to_save": ["head"]}
-    if processor == "AMD":
-        options["use_dora"] = True
-    with pytest.warns(LoRAWarning, match="pack_base=True had no effect"):
-        fitted(tmp_path, lora(**options))
+class Stops(L.Callback):
+    """Stop after the first step."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        raise StopError
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_the_first_step_says_that_nothing_was_packed_and_what_can_be(
+    tmp_path: Path, processor: str, amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_lora.training.packing.is_amd", products.is_amd)
+    monkeypatch.setattr("lightning_lora.training.packing.has_amx", lambda: amx)
+    monkeypatch.setattr("lightning_lora.training.packing.has_onednn", lambda _: True)
+    callback = lora(target_modules=["mix"], use_dora=processor == "AMD")
+    with pytest.warns(LoRAWarning, match="pack_base=True has no effect") as caught, pytest.raises(StopError):
+        trainer(tmp_path, [callback, Stops()], enable_checkpointing=False).fit(LitConv(), images())
+    said = [str(warning.message) for warning in caught if "pack_base" in str(warning.message)]
+    assert len(said) == 1 and "nn.Conv2d in float32, if the images are in torch.channels_last" in said[0]
+    assert ("linear layers in float32" in said[0]) == (processor == "AMD")
+    assert ("linear layers in bfloat16" in said[0]) == (not amx)
+
+
+def test_without_a_cpu_or_onednn_the_warning_says_that(tmp_path: Path) -> None:
+    assert "the model is on cuda:1" in _nothing_packed(torch.device("cuda:1"))
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with pytest.warns(LoRAWarning, match="need oneDNN"):
+            fitted(tmp_path, lora())
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+
+
+def test_the_first_step_says_how_much_was_packed(
+    tmp_path: Path, processor: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"), pytest.raises(StopError):
+        trainer(tmp_path, [lora(), Stops()], enable_checkpointing=False).fit(LitConv(), images())
+    said = [record.getMessage() for record in caplog.records if "packed" in record.getMessage()]
+    assert len(said) == 1 and f"packed the weights of {2 if processor == 'AMD' else 1} of 2 adapted layers" in said[0]
+    assert " MB of copies" in said[0]
 
 
 def test_processes_pack_their_own_copies_and_train_alike(tmp_path: Path) -> None:
@@ -222,7 +258,7 @@ def test_a_compiled_model_computes_the_same(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = LitConv()
     t = trainer(tmp_path, [lora(merge=False)], enable_checkpointing=False)
-    with pytest.warns(LoRAWarning, match="had no effect"):
+    with pytest.warns(LoRAWarning, match="has no effect"):
         t.fit(torch.compile(model, backend="aot_eager"), images())  # type: ignore[arg-type]  # Lightning takes it
     plain = fitted(tmp_path, lora(merge=False, pack_base=False))
     torch.testing.assert_close(state(model), state(plain), rtol=1e-3, atol=1e-4)
