@@ -1,7 +1,8 @@
 """Show what a file of adapters holds.
 
 For each group of layers: the rank, the scaling, the norm of the update, and how many of its directions count (effective
-rank). Then what the file holds besides adapters, and the base they were trained on.
+rank). A weight that holds several projections, such as q, k and v, counts as one, so its effective rank can be above r.
+Then what the file holds besides adapters, and the base they were trained on.
 
 examples::
 
