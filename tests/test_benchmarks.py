@@ -76,8 +76,8 @@ def test_the_arithmetic_alone_is_what_an_adapted_model_computes(tokens: int) -> 
 
 @pytest.mark.skipif(not PACKS_BFLOAT16, reason="linear layers in bfloat16 are not packed on this processor")
 def test_packed_copies_take_twice_the_memory_of_the_weights() -> None:
-    x = torch.randn(2, 16, 32, dtype=torch.bfloat16)
-    assert packing.held(Projections(32, 2).bfloat16(), x) == 2.0
+    x = torch.randn(2, 16, 64, dtype=torch.bfloat16)
+    assert packing.held(Projections(64, 2).bfloat16(), x) == 2.0
 
 
 def test_shapes_of_the_estimates_are_llamas() -> None:

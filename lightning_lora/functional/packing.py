@@ -5,7 +5,7 @@ in every call. The weight of a frozen layer does not change, so this can be done
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,18 @@ Pack = Callable[[Tensor], tuple[Tensor, Tensor]]
 _SAMPLES = 64
 
 
+class _Entry(NamedTuple):
+    """What was packed, and what the weight was then.
+
+    It keeps the weight's memory, so that no other tensor can have this address and be taken for the weight.
+    """
+
+    weight: Tensor
+    seen: tuple[Any, ...]
+    some: Tensor
+    copies: tuple[Tensor, ...]
+
+
 class PackedWeight:
     """A weight in oneDNN's layout, for both passes.
 
@@ -22,7 +34,8 @@ class PackedWeight:
     that writes through ``.data`` or numpy hides the change from torch. It is noticed if it reaches one of some sixty
     values, spread over the weight.
 
-    A copy, by deepcopy or pickle, is None. So no file and no copy of a model holds packed weights.
+    A copy, by deepcopy or pickle, is None. So no file and no copy of a model holds packed weights. Several threads may
+    use one object: each gets the copies of the weight that it gave.
 
     Example:
         >>> import copy
@@ -42,18 +55,16 @@ class PackedWeight:
     @property
     def is_filled(self) -> bool:
         """Whether there are copies now."""
-        return bool(self._copies)
+        return self._entry is not None
 
     @property
     def nbytes(self) -> int:
         """The size of the copies in bytes."""
-        return sum(copy.nbytes for copy in self._copies)
+        return sum(_size(copy) for copy in self._entry.copies) if self._entry else 0
 
     def clear(self) -> None:
         """Free the copies."""
-        self._copies: tuple[Tensor, ...] = ()
-        self._seen: tuple[Any, ...] = ()
-        self._some = torch.empty(0)
+        self._entry: _Entry | None = None
 
     def copies(self, weight: Tensor, dtype: torch.dtype, pack: Pack) -> tuple[Tensor, ...]:
         """Return the copies for both passes.
@@ -64,12 +75,14 @@ class PackedWeight:
             pack: Makes the copies for the forward and for the backward pass, given the weight in this dtype.
         """
         seen = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype, dtype)
-        if self._seen != seen or not torch.equal(_samples(weight), self._some):
+        entry = self._entry
+        if entry is None or entry.seen != seen or not torch.equal(_samples(weight), entry.some):
             self.clear()
+            entry = None  # the old copies, before there are new ones
             with torch.no_grad():
-                self._copies = pack(weight.detach().to(dtype))
-            self._seen, self._some = seen, _samples(weight).clone()
-        return self._copies
+                copies = pack(weight.detach().to(dtype))
+            entry = self._entry = _Entry(weight.detach(), seen, _samples(weight).clone(), copies)
+        return entry.copies
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
@@ -86,6 +99,10 @@ def can_be_packed(weight: Tensor) -> bool:
 
 def _is_channels_last(weight: Tensor) -> bool:
     return weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _size(copy: Tensor) -> int:
+    return int(torch.ops.mkldnn._nbytes(copy)) if copy.is_mkldnn else copy.nbytes
 
 
 def _samples(weight: Tensor) -> Tensor:

@@ -28,6 +28,13 @@ oneDNN can read a transposed matrix in place, but it is then up to four times sl
 """
 
 
+ISAS_WITHOUT_AMX = (
+    *("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"),
+    *("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512"),
+)
+"""oneDNN's names for sets of instructions. All others, known or not, leave AMX on."""
+
+
 class Products(NamedTuple):
     r"""How a linear layer multiplies by its matrix W.
 
@@ -123,10 +130,10 @@ def _has_bfloat16() -> bool:
 def has_amx() -> bool:
     """Whether oneDNN may use AMX.
 
-    It may where the processor has it (or torch cannot tell), unless the variable ``ONEDNN_MAX_CPU_ISA`` forbids it.
+    It may where the processor has it (or torch cannot tell), unless the variable ``ONEDNN_MAX_CPU_ISA`` names a set of
+    instructions without it. oneDNN ignores names that it does not know.
     """
-    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    is_allowed = most in ("", "ALL", "DEFAULT") or "AMX" in most
+    is_allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() not in ISAS_WITHOUT_AMX
     return is_allowed and bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)())
 
 

@@ -1,5 +1,6 @@
 """Convolutions and transposed convolutions with a low-rank update."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -37,11 +38,12 @@ class LoRAConvNd(LoRALayer):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
         """Convolve as the layer itself does, with packed copies of its own weight if there are any."""
-        packed, own = self.lora_packed, cast("nn.Conv2d", self)
-        if packed is not None and weight is own.weight and (self.training or torch.is_grad_enabled()):
-            is_simple = own.padding_mode == "zeros" and not isinstance(own.padding, str)
-            geometry = Geometry(own.stride, cast("tuple[int, ...]", own.padding), own.dilation, own.groups)
-            output = frozen_convolution(input, weight, bias, geometry, packed) if is_simple else None
+        packed, own = self.lora_packed, cast(Any, self)
+        is_simple = own.padding_mode == "zeros" and not isinstance(own.padding, str)
+        is_used = weight is own.weight and (self.training or torch.is_grad_enabled())
+        if packed is not None and is_simple and is_used:
+            geometry = Geometry(_each(own.stride), _each(own.padding), _each(own.dilation), own.groups)
+            output = frozen_convolution(input, weight, bias, geometry, packed)
             if output is not None:
                 return output
         return super()._conv_forward(input, weight, bias)  # type: ignore[misc]  # of the layer's class
@@ -63,8 +65,8 @@ class LoRAConvNd(LoRALayer):
         dims = len(kernel) - 1
         if self.groups > 1:
             return own._conv_forward(input, (b @ a).view(own.weight.shape), None)  # type: ignore[no-any-return]
-        pads = not isinstance(own.padding, str) and any(own.padding)
-        if kernel.numel() == kernel[0] and set(own.stride) == {1} and not pads:
+        pads = not isinstance(own.padding, str) and any(_each(own.padding))
+        if kernel.numel() == kernel[0] and set(_each(own.stride)) == {1} and not pads:
             return _pointwise(_pointwise(input, a, dims), b, dims)
         return _pointwise(own._conv_forward(input, a.view(-1, *kernel), None), b, dims)
 
@@ -119,6 +121,12 @@ class LoRAConvTransposeNd(LoRALayer):
         kernel = kernel.reshape(-1, *self.weight.shape[1:])
         output: Tensor = self.lora_run_on({"weight": kernel, "bias": None}, hidden, *args, **kwargs)
         return output
+
+
+def _each(value: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the values for height and width. Torch takes one number for both, if it is set later."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return 2 * values if len(values) == 1 else values
 
 
 def _pointwise(x: Tensor, matrix: Tensor, dims: int) -> Tensor:

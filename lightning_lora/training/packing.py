@@ -58,6 +58,7 @@ def _nothing_packed(device: torch.device) -> str:
     if is_amd():
         kinds.insert(0, "linear layers in float32")
     return (
-        f"{found} On this processor, these can: {'; '.join(kinds)}. Not those with DoRA, in a compiled model, or with "
-        "fewer than 16 rows (all tokens of a batch together). Leave pack_base out if you have no such layers."
+        f"{found} On this processor, these can: {'; '.join(kinds)}. Not those with DoRA, in a compiled or sharded "
+        "model, or with fewer than 16 rows (all tokens of a batch together). Leave pack_base out if you have no such "
+        "layers."
     )

@@ -3,6 +3,8 @@
 import copy
 import pickle
 import platform
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -270,13 +272,14 @@ def test_the_processor_is_told_by_the_system(monkeypatch: pytest.MonkeyPatch, tm
     assert not told("Intel64 Family 6 Model 158, GenuineIntel", None) and not told("arm", None)
 
 
-@pytest.mark.parametrize("most", ["", "ALL", "DEFAULT", "AVX512_CORE_AMX", "avx10_1_512_amx_fp16"])
+@pytest.mark.parametrize("most", ["", "ALL", "DEFAULT", "AVX512_CORE_AMX", "avx10_1_512_amx_fp16", "AVX512_BF16"])
 def test_amx_is_the_processors_unless_a_variable_forbids_it(most: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
     assert has_amx.__wrapped__()
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
-    assert not has_amx.__wrapped__()
+    for without in ("AVX512_CORE_BF16", "avx2"):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", without)
+        assert not has_amx.__wrapped__()
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert not has_amx.__wrapped__()
@@ -353,6 +356,48 @@ def test_a_changed_weight_trains_with_its_new_values(on_amd: None) -> None:
     weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+
+
+def test_another_tensor_at_the_address_of_a_freed_weight_is_not_taken_for_it() -> None:
+    base, packed = torch.randn(256, 2304), PackedWeight()
+    for row in range(20):
+        weight = base.clone()
+        weight[row, 1] = 9.0  # none of the values that are compared
+        assert len(counted(packed, weight)) == 1
+        del weight
+
+
+def test_threads_get_the_copies_of_their_own_weight() -> None:
+    packed, wrong = PackedWeight(), []
+
+    def use(value: float) -> None:
+        weight = torch.full((4, 4), value)
+        for _ in range(500):
+            copies = packed.copies(weight, torch.float32, lambda matrix: (matrix.clone(), matrix.clone()))
+            if len(copies) != 2 or not torch.equal(copies[0], weight):
+                wrong.append(value)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=use, args=(float(i),)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+@needs_onednn
+def test_the_size_counts_what_onednn_fills_up() -> None:
+    packed, kernel, whole = PackedWeight(), torch.ones(64, 3, 7, 7), torch.ones(64, 64)
+    layout = torch.ops.mkldnn._reorder_convolution_weight
+    packed.copies(kernel, torch.float32, lambda k: (layout(k, (0, 0), (1, 1), (1, 1), 1), k))
+    assert packed.nbytes >= 2 * kernel.nbytes
+    packed.copies(whole, torch.float32, products._pack)
+    assert packed.nbytes == 2 * whole.nbytes
 
 
 def test_no_copy_and_no_file_has_packed_weights() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, TargetError, adapter_state_dict, inject_adapters
+from lightning_lora import LoRAConfig, TargetError, adapter_state_dict, inject_adapters, merge_adapters
 from lightning_lora.functional.products import has_onednn
 from tests.models import randomise
 
@@ -102,6 +102,26 @@ def test_only_the_layers_own_weight_is_packed_and_only_once(monkeypatch: pytest.
         model(x)
     model(x)
     assert [weight is adapted.weight for weight in seen] == [True, True]
+
+
+@pytest.mark.parametrize("pack_base", [False, True])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("change", [{"stride": 2}, {"padding": 1}, {"padding": 0}, {"dilation": 2}, {"stride": (2,)}])
+def test_a_geometry_that_is_set_later_may_be_one_number(
+    change: dict[str, Any], kernel: int, pack_base: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, kernel))
+    for name, value in change.items():
+        monkeypatch.setattr(model[0], name, value)
+    plain, x = copy.deepcopy(model), torch.randn(2, 4, 7, 6).contiguous(memory_format=torch.channels_last)
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["0"], pack_base=pack_base))
+    torch.testing.assert_close(model(x), plain(x))
+    randomise(model)
+    output = model(x)
+    output.sum().backward()
+    merge_adapters(model)
+    torch.testing.assert_close(output, model(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 4)])

@@ -274,6 +274,21 @@ def test_evaluation_changes_no_bit_by_a_fresh_adapter() -> None:
     torch.testing.assert_close(model.train()(x), before, rtol=1e-5, atol=1e-5)
 
 
+def test_evaluation_after_a_fit_packs_nothing(tmp_path: Path) -> None:
+    callback = lora(merge=False)
+    model = fitted(tmp_path, callback)
+    trainer(tmp_path, [callback], enable_checkpointing=False).validate(model, images(), verbose=False)
+    assert all(layer.lora_packed is None for layer in model.modules() if isinstance(layer, LoRALayer))
+
+
+def test_a_layer_that_is_spread_over_processes_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LitConv()
+    monkeypatch.setattr("lightning_lora.model.packing.is_spread", lambda tensor: tensor is model.mix.weight)
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["conv", "mix"], pack_base=True))
+    model.train()(next(iter(images()))[0]).sum().backward()
+    assert packed(model) == {"conv"} and isinstance(model.mix, LoRALayer) and model.mix.lora_packed is None
+
+
 def test_a_second_fit_packs_again(tmp_path: Path) -> None:
     model = fitted(tmp_path, lora(merge=False))
     model.packed.clear()
