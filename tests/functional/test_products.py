@@ -359,11 +359,12 @@ def test_a_changed_weight_trains_with_its_new_values(on_amd: None) -> None:
 
 
 def test_another_tensor_at_the_address_of_a_freed_weight_is_not_taken_for_it() -> None:
-    base, packed = torch.randn(256, 2304), PackedWeight()
+    base, packed = torch.randn(64, 64), PackedWeight()
     for row in range(20):
         weight = base.clone()
-        weight[row, 1] = 9.0  # none of the values that are compared
-        assert len(counted(packed, weight)) == 1
+        weight[row, 2] = 9.0  # seldom one of the values that are compared
+        copies = packed.copies(weight, torch.float32, lambda matrix: (matrix.clone(), matrix.T.clone()))
+        assert torch.equal(copies[0], weight)
         del weight
 
 
@@ -393,9 +394,9 @@ def test_threads_get_the_copies_of_their_own_weight() -> None:
 @needs_onednn
 def test_the_size_counts_what_onednn_fills_up() -> None:
     packed, kernel, whole = PackedWeight(), torch.ones(64, 3, 7, 7), torch.ones(64, 64)
-    layout = torch.ops.mkldnn._reorder_convolution_weight
-    packed.copies(kernel, torch.float32, lambda k: (layout(k, (0, 0), (1, 1), (1, 1), 1), k))
-    assert packed.nbytes >= 2 * kernel.nbytes
+    layout = torch.ops.mkldnn._reorder_convolution_transpose_weight
+    packed.copies(kernel, torch.float32, lambda k: (k, layout(k, (3, 3), (0, 0), (1, 1), (1, 1), 1)))
+    assert packed.nbytes > 2 * kernel.nbytes
     packed.copies(whole, torch.float32, products._pack)
     assert packed.nbytes == 2 * whole.nbytes
 
