@@ -13,7 +13,10 @@ from lightning_lora.model.view import View
 
 
 class Packing:
-    """Packed copies of frozen weights while a module trains, if ``pack_base`` is True."""
+    """Packed copies of frozen weights while a module trains.
+
+    There are none unless ``pack_base`` is True.
+    """
 
     def __init__(self, pl_module: LightningModule) -> None:
         self._module = pl_module
@@ -22,7 +25,9 @@ class Packing:
         set_packing(view, allowed=view.config.pack_base)
 
     def report(self) -> None:
-        """After the first backward pass, say how many layers were packed.
+        """Say how many layers were packed.
+
+        Called before each step of an optimizer, it says so once.
 
         Warns:
             LoRAWarning: there was nothing to pack.
