@@ -114,7 +114,7 @@ def test_code_of_a_launcher_runs_in_two_processes(section: str, tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_shards, reason="torch 2.7")
+@pytest.mark.skipif(not has_shards, reason="models are sharded with torch 2.7 and later")
 def test_code_of_a_sharded_model_runs_in_two_processes(tmp_path: Path) -> None:
     assert "MEMBER: 2/2" in started(program(tmp_path, "sharded"))
     assert (tmp_path / "adapter.safetensors").exists()

@@ -84,7 +84,7 @@ def products_for(x: Tensor, matrix: Tensor, packed: PackedWeight | None = None) 
         matrix: The frozen matrix (out, in).
         packed: Where to keep packed copies, or None to make none.
     """
-    wins = is_amd() if x.dtype is torch.float32 else x.dtype is torch.bfloat16 and packed is not None and not has_amx()
+    wins = packing_wins(x.dtype) and (packed is not None or x.dtype is torch.float32)
     if not wins or not x.is_cpu or x.numel() < FEW_ROWS * x.shape[-1]:
         return BY_TORCH
     if not has_onednn(x.dtype) or not can_be_packed(matrix):
@@ -106,6 +106,13 @@ def _pack(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # The processor
+
+
+def packing_wins(dtype: torch.dtype) -> bool:
+    """Whether packed copies beat torch's own products on this processor."""
+    if dtype is torch.float32:
+        return is_amd()
+    return dtype is torch.bfloat16 and not has_amx()
 
 
 def has_onednn(dtype: torch.dtype) -> bool:

@@ -39,9 +39,13 @@ class LoRAConvNd(LoRALayer):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
         """Convolve as the layer itself does, with packed copies of its own weight if there are any."""
         packed, own = self.lora_packed, cast(Any, self)
-        is_simple = own.padding_mode == "zeros" and not isinstance(own.padding, str)
-        is_used = weight is own.weight and (self.training or torch.is_grad_enabled())
-        if packed is not None and is_simple and is_used:
+        if (
+            packed is not None
+            and weight is own.weight
+            and (self.training or torch.is_grad_enabled())
+            and own.padding_mode == "zeros"
+            and not isinstance(own.padding, str)
+        ):
             geometry = Geometry(_each(own.stride), _each(own.padding), _each(own.dilation), own.groups)
             output = frozen_convolution(input, weight, bias, geometry, packed)
             if output is not None:

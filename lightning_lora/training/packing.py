@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.errors import LoRAWarning
-from lightning_lora.functional.products import has_amx, has_onednn, is_amd
+from lightning_lora.functional.products import has_onednn, packing_wins
 from lightning_lora.model.packing import packed_layers, set_packing
 from lightning_lora.model.view import View
 
@@ -58,10 +58,9 @@ def _nothing_packed(device: torch.device) -> str:
     if not has_onednn(torch.float32):
         return f"{found} They need oneDNN, which this torch does not have or does not use. Leave pack_base out."
     kinds = ["nn.Conv2d in float32, if the images are in torch.channels_last"]
-    if has_onednn(torch.bfloat16) and not has_amx():
-        kinds.insert(0, "linear layers in bfloat16")
-    if is_amd():
-        kinds.insert(0, "linear layers in float32")
+    for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
+        if has_onednn(dtype) and packing_wins(dtype):
+            kinds.append(f"linear layers in {name}")
     return (
         f"{found} On this processor, these can: {'; '.join(kinds)}. Not those with DoRA, in a compiled or sharded "
         "model, or with fewer than 16 rows (all tokens of a batch together). Leave pack_base out if you have no such "

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_lora.functional import products
 
-PACKS_BFLOAT16 = products.has_onednn(torch.bfloat16) and not products.has_amx()
+PACKS_BFLOAT16 = products.has_onednn(torch.bfloat16) and products.packing_wins(torch.bfloat16)
 """Whether linear layers in bfloat16 are packed on this processor."""
 
 

@@ -125,7 +125,7 @@ def test_tensors_without_values_or_of_other_classes_are_composed() -> None:
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.skipif(not has_shards, reason="torch 2.7")
+@pytest.mark.skipif(not has_shards, reason="models are sharded with torch 2.7 and later")
 def test_distributed_tensors_are_composed() -> None:
     mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
     tensors = [t.detach() for t in inputs(3, 6, dtype=torch.float32)]

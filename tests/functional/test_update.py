@@ -41,7 +41,7 @@ def test_merging_asks_no_device_for_float64() -> None:
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.skipif(not has_shards, reason="torch 2.7")
+@pytest.mark.skipif(not has_shards, reason="models are sharded with torch 2.7 and later")
 def test_merging_into_distributed_weights_is_the_merge_of_the_whole() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     inject_adapters(model, LoRAConfig(r=2))
