@@ -37,7 +37,6 @@ from lightning_lora.training.companions import (
 from lightning_lora.training.gradients import Gradients, gradients_pass
 from lightning_lora.training.merge_checks import check_arguments, check_weights
 from lightning_lora.training.optimizers import check_frozen
-from lightning_lora.training.packing import Packing
 from lightning_lora.training.randomness import RANDOM, random_states, set_random_state
 from lightning_lora.training.spawned import receive_record, send_record
 from lightning_lora.training.stage import Stage
@@ -92,11 +91,10 @@ class LoRACallback(Callback):
         use_rslora: Scale by ``alpha / sqrt(r)`` instead.
         use_dora: Train a magnitude for each output feature too, separate from the direction (DoRA).
         autocast_adapter_dtype: Keep adapters in float32 if the base is in half precision.
-        pack_base: Train faster on a CPU, for more memory: keep copies of the adapted weights in the processor's layout
-            until the end of training. See ``LoRAConfig``.
         merge: What to do with the adapters at the end of ``fit``. ``"last"`` merges them as they are. ``"best"`` merges
             those of ModelCheckpoint's best file. ``False`` leaves them on the model. A ``fast_dev_run`` merges nothing,
             but refuses what a fit would refuse.
+        pack_base: Has no effect. It is accepted so that older configuration files load.
 
     Raises:
         ConfigError: an argument has an invalid value.
@@ -138,8 +136,8 @@ class LoRACallback(Callback):
         use_rslora: bool = False,
         use_dora: bool = False,
         autocast_adapter_dtype: bool = True,
-        pack_base: bool = False,
         merge: Merge = "last",
+        pack_base: bool = False,
     ) -> None:
         if merge is not False and merge not in ("last", "best"):
             raise ConfigError(f"merge={merge!r} is not valid. Expected 'last', 'best' or False.")
@@ -159,14 +157,12 @@ class LoRACallback(Callback):
             use_rslora=use_rslora,
             use_dora=use_dora,
             autocast_adapter_dtype=autocast_adapter_dtype,
-            pack_base=pack_base,
         )
         self.merge: Merge = merge
         _join_other_package()
         make_folder()
         self._stage = Stage(self.config, is_over=True)
         self._gradients: Gradients | None = None
-        self._packing: Packing | None = None
         self._training = ExitStack()
 
     # Set-up
@@ -246,7 +242,6 @@ class LoRACallback(Callback):
         share_base(callbacks_of(trainer), pl_module)
         self._gradients = self._training.enter_context(closing(_watch_of(trainer).gradients()))
         self._training.enter_context(gradients_pass())
-        self._packing = self._training.enter_context(closing(Packing(pl_module)))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep frozen weights frozen.
@@ -259,8 +254,7 @@ class LoRACallback(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check that the optimizer trains adapters and nothing frozen.
 
-        Once for each optimizer, a warning names the adapters that received no gradient. With ``pack_base``, the first
-        step says what was packed.
+        Once for each optimizer, a warning names the adapters that received no gradient.
 
         Raises:
             OptimizerError: frozen weights were added to the optimizer in training.
@@ -268,8 +262,6 @@ class LoRACallback(Callback):
         check_frozen(pl_module, optimizer)
         if self._gradients is not None:
             self._gradients.check(optimizer)
-        if self._packing is not None:
-            self._packing.report()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop watching gradients."""
@@ -277,7 +269,7 @@ class LoRACallback(Callback):
 
     def _end_training(self) -> None:
         self._training.close()
-        self._gradients = self._packing = None
+        self._gradients = None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the updates into the weights.

@@ -41,6 +41,9 @@ _IN_PEFT = {
 }
 """Arguments of PEFT's LoraConfig that have another name here, or none, and what to do."""
 
+_DROPPED = ("pack_base",)
+"""Arguments of earlier versions that have no effect any more. A file may name them."""
+
 
 def explains_peft(cls: _Class) -> _Class:
     """Refuse arguments that are named as in PEFT, with hints.
@@ -108,9 +111,6 @@ class LoRAConfig:
             Weight-Decomposed Low-Rank Adaptation"). For linear, embedding and convolution layers.
         autocast_adapter_dtype: Keep adapters in float32 if the base is in half precision, which would round away most
             optimizer steps. They are cast to the input's dtype when they are used, so computing stays fast.
-        pack_base: Train faster on a CPU, with more memory: during a fit, keep two copies of each adapted weight in the
-            processor's own layout. For linear layers (in bfloat16 without AMX, in float32 on AMD's processors), and for
-            ``nn.Conv2d`` in float32 on ``torch.channels_last`` images. No file holds the copies, or this argument.
 
     Raises:
         ConfigError: an argument has an invalid value.
@@ -144,7 +144,6 @@ class LoRAConfig:
     use_rslora: bool = False
     use_dora: bool = False
     autocast_adapter_dtype: bool = True
-    pack_base: bool = False
 
     def __post_init__(self) -> None:
         """Check every argument, and keep copies of mutable ones as plain types."""
@@ -159,7 +158,7 @@ class LoRAConfig:
         self._keep("dropout", _plain(self.dropout))
         _check_choice("bias", self.bias, get_args(Bias))
         _check_choice("init", self.init, get_args(Init))
-        for field in ("use_rslora", "use_dora", "autocast_adapter_dtype", "pack_base"):
+        for field in ("use_rslora", "use_dora", "autocast_adapter_dtype"):
             _check_choice(field, getattr(self, field), (False, True))
         for field in ("modules_to_save", "target_parameters"):
             if isinstance(getattr(self, field), str):
@@ -227,14 +226,13 @@ class LoRAConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the arguments as plain types.
 
-        Every file can hold them. ``pack_base`` is left out: it says how to compute, not what.
+        Every file can hold them.
 
         Example:
             >>> LoRAConfig.from_dict(LoRAConfig(target_modules=["q", "v"]).to_dict()).target_modules
             ('q', 'v')
         """
-        names = (field.name for field in dataclasses.fields(self))
-        return {name: _as_plain(getattr(self, name)) for name in names if name != "pack_base"}
+        return {field.name: _as_plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, arguments: Mapping[str, Any]) -> "LoRAConfig":
@@ -243,14 +241,14 @@ class LoRAConfig:
         Raises:
             ConfigError: an argument is unknown or has an invalid value.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
+        known = {*_DROPPED, *(field.name for field in dataclasses.fields(cls))}
         unknown = [name for name in arguments if name not in known]
         if unknown:
             raise ConfigError(
                 f"LoRAConfig got unknown arguments {_brief(unknown)}. A newer version of lightning-lora may have "
                 "written them: update the package, or remove them."
             )
-        return cls(**arguments)
+        return cls(**{name: value for name, value in arguments.items() if name not in _DROPPED})
 
 
 def matches(entry: str, name: str) -> bool:

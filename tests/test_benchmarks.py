@@ -8,12 +8,11 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from tests.benchmarks import packing, report
+from tests.benchmarks import report
 from tests.benchmarks.measure import Bench, overheads, ratios, row, saved_bytes
 from tests.benchmarks.models import Bert, Llama, Projections, step
 from tests.benchmarks.sharded import LARGE, PLACES, Sizes
 from tests.benchmarks.ways import ARITHMETIC, FLOOR, OURS, each_way, linear_names
-from tests.functional.cases import PACKS_BFLOAT16
 
 BENCH = Bench(torch.device("cpu"), rounds=5)
 
@@ -72,12 +71,6 @@ def test_the_arithmetic_alone_is_what_an_adapted_model_computes(tokens: int) -> 
         with torch.no_grad():
             torch.testing.assert_close(torch.stack(each(x)), outputs)
     torch.testing.assert_close(found[OURS], found[ARITHMETIC])
-
-
-@pytest.mark.skipif(not PACKS_BFLOAT16, reason="linear layers in bfloat16 are not packed on this processor")
-def test_packed_copies_take_twice_the_memory_of_the_weights() -> None:
-    x = torch.randn(2, 16, 64, dtype=torch.bfloat16)
-    assert packing.held(Projections(64, 2).bfloat16(), x) == 2.0
 
 
 def test_shapes_of_the_estimates_are_llamas() -> None:

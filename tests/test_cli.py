@@ -9,7 +9,7 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_lora import LoRACallback
+from lightning_lora import LoRACallback, LoRAConfig
 from tests.models import LitTiny, data, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's, about LightningCLI
@@ -81,6 +81,13 @@ def test_yaml_fits_resumes_and_tests(tmp_path: Path) -> None:
     assert float(test.trainer.callback_metrics["test_loss"]) == pytest.approx(expected)
     resume = run(tmp_path, "fit", f"--config={tmp_path / 'config.yaml'}", f"--ckpt_path={tmp_path / 'end.ckpt'}")
     assert resume.trainer.global_step == 4
+
+
+def test_a_config_and_a_file_of_earlier_versions_load(tmp_path: Path) -> None:
+    callback = {"class_path": "lightning_lora.LoRACallback", "init_args": {"r": 2, "pack_base": True}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    cli = run(tmp_path, "fit", *OPTIMIZER, f"--config={tmp_path / 'config.yaml'}")
+    assert callback_of(cli).config == LoRAConfig.from_dict({"r": 2, "pack_base": True}) == LoRAConfig(r=2)
 
 
 def test_cli_built_optimizer_trains_in_two_fits(tmp_path: Path) -> None:

@@ -8,9 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.functional.dropout import drops, new_seed
-from lightning_lora.functional.packing import PackedWeight
 from lightning_lora.functional.plain import are_plain, as_dtype, is_autocast_enabled
-from lightning_lora.functional.products import BY_TORCH, Products, products_for
 
 
 def low_rank_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -78,9 +76,6 @@ def adapted_linear(
     lora_B: Tensor,
     scaling: float,
     dropout: float = 0.0,
-    *,
-    training: bool = False,
-    packed: PackedWeight | None = None,
 ) -> Tensor:
     r"""Return the output of a linear layer with its update.
 
@@ -105,10 +100,6 @@ def adapted_linear(
     With many more tokens than features, both passes multiply by the sum :math:`W + s B A` instead, unless this would
     round small updates away.
 
-    A layer that trains multiplies by its frozen weight in the form that is fastest on this processor
-    (:func:`.products_for`). Evaluation always uses torch's own products, so a new adapter changes no bit there. In
-    training, it may change float32 by rounding.
-
     These explicit gradients are for plain tensors. Torch's autograd takes over under ``torch.compile``,
     ``torch.func``, forward-mode differentiation and tracing, for other tensor classes (quantised, distributed, nested),
     and for second derivatives.
@@ -121,8 +112,6 @@ def adapted_linear(
         lora_B: The factor that writes the output.
         scaling: The factor :math:`s`, alpha over r.
         dropout: The probability in [0, 1) of dropping an element of ``x``, in the update only.
-        training: Whether the layer is in training mode.
-        packed: Where to keep packed copies of a frozen weight while gradients are computed, or None to make none.
 
     Shape:
         ``x``: (\*, in), ``weight``: (out, in), ``bias``: (out), ``lora_A``: (r, in), ``lora_B``: (out, r).
@@ -141,18 +130,12 @@ def adapted_linear(
         return _added(F.linear(x, weight, bias), x, lora_A, lora_B, scaling)
     if not are_plain(x, weight, bias, lora_A, lora_B):
         return _composed(x, F.dropout(x, dropout), weight, bias, lora_A, lora_B, scaling)
-    casts = is_autocast_enabled(x) and x.dtype != torch.float64
-    if casts:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-        bias = None if bias is None else bias.to(x.dtype)
-    trains = training or (differentiates and packed is not None)
-    fits = casts or (x.dtype is weight.dtype and (bias is None or x.dtype is bias.dtype))  # else torch decides
-    products = products_for(x, weight, packed) if trains and fits else BY_TORCH
-    if casts and not products.is_packed:
-        weight = weight.to(x.dtype)
+    if is_autocast_enabled(x) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if not differentiates:
-        return _AdaptedLinear.run(x, weight, bias, lora_A, lora_B, scaling, dropout, products)[0]
-    return _AdaptedLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout, products)  # type: ignore[no-any-return, no-untyped-call]
+        return _AdaptedLinear.run(x, weight, bias, lora_A, lora_B, scaling, dropout)[0]
+    return _AdaptedLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _composed(
@@ -206,12 +189,11 @@ class _AdaptedLinear(torch.autograd.Function):
         lora_B: Tensor,
         scaling: float,
         dropout: float,
-        products: Products,
     ) -> tuple[Tensor, Tensor | None, int]:
         """Return y, h (None if unused) and the seed."""
         rows, a, b = x.reshape(-1, x.shape[-1]), as_dtype(lora_A, x.dtype), as_dtype(lora_B, x.dtype)
-        if not products.is_packed and _pays_to_update(rows, weight, dropout):
-            return products.output(x, _updated(weight, a, b, scaling), bias), None, 0
+        if _pays_to_update(rows, weight, dropout):
+            return F.linear(x, _updated(weight, a, b, scaling), bias), None, 0
         seed = new_seed() if dropout else 0
         if dropout:
             h = a.new_empty(len(a), len(rows))
@@ -219,14 +201,14 @@ class _AdaptedLinear(torch.autograd.Function):
                 h[:, block] = a @ drop(rows[block].clone(memory_format=torch.contiguous_format)).T
         else:
             h = a @ rows.T
-        y = products.output(x, weight, bias).contiguous()  # here x is still in the cache, and then y is for addmm_
+        y = F.linear(x, weight, bias).contiguous()  # here x is still in the cache, and then y is for addmm_
         y.view(-1, y.shape[-1]).addmm_(h.T, b.T, alpha=scaling / (1 - dropout))
         return y, h, seed
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         """Compute y."""
-        x, weight, bias, lora_A, lora_B, scaling, ctx.dropout, ctx.products = args
+        x, weight, bias, lora_A, lora_B, scaling, ctx.dropout = args
         y, h, ctx.seed = _AdaptedLinear.run(*args)
         ctx.scaling = scaling / (1 - ctx.dropout)
         ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None, bias, lora_A, lora_B, h)
@@ -253,7 +235,7 @@ class _AdaptedLinear(torch.autograd.Function):
         grad_x = grad_A = None
         if for_x:
             matrix = _updated(weight, a, b, scaling) if updates else weight
-            result = ctx.products.gradient(out.view(grad.shape), matrix)  # no view: torch may add to it in place
+            result = out.view(grad.shape) @ matrix  # no view: torch may add to it in place
             grad_x = result.view(rows.shape)
         if ctx.dropout:
             grad_A = torch.zeros_like(a)
@@ -276,7 +258,6 @@ class _AdaptedLinear(torch.autograd.Function):
             grad_B,
             None,
             None,
-            None,
         )
 
     @staticmethod
@@ -291,12 +272,11 @@ class _AdaptedLinear(torch.autograd.Function):
         if weight is None:  # no gradient depends on it
             weight = x.new_zeros(len(lora_B), x.shape[-1], requires_grad=ctx.needs_input_grad[1])
             inputs[1] = weight
-        matrix = as_dtype(weight, x.dtype)  # under autocast, packed copies are made of the weight as it is
         kept = torch.ones_like(x, memory_format=torch.contiguous_format)
         rows = kept.view(-1, x.shape[-1])
         for block, drop in drops(rows, ctx.dropout, ctx.seed) if ctx.dropout else ():
             drop(rows[block])
-        y = _composed(x, x * kept, matrix, bias, lora_A, lora_B, ctx.scaling)
+        y = _composed(x, x * kept, weight, bias, lora_A, lora_B, ctx.scaling)
         wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
         gradients = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
         return tuple(next(gradients) if needed else None for needed in ctx.needs_input_grad)

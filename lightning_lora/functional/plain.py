@@ -31,15 +31,6 @@ def are_plain(x: Tensor, *others: Tensor | None) -> bool:
     )
 
 
-def is_batched(tensor: Tensor) -> bool:
-    """Whether vmap computes with a batch of tensors here.
-
-    A backward pass may get such a gradient from ``is_grads_batched`` or from a vectorised Jacobian.
-    """
-    functorch = torch._C._functorch
-    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
-
-
 def is_autocast_enabled(tensor: Tensor) -> bool:
     """Whether autocast is enabled for a tensor's device."""
     return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(tensor.device.type)

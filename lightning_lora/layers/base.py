@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lora.functional.packing import PackedWeight
 from lightning_lora.functional.plain import are_plain
 from lightning_lora.functional.update import added, delta_weight, lost_share, magnitude_scale, merged, wide
 from lightning_lora.layers.contract import LayerKind
@@ -32,7 +31,6 @@ class LoRALayer(LayerKind):
     lora_settings: Settings
     lora_started_on: dict[str, int]
     lora_enabled: bool
-    lora_packed: PackedWeight | None = None
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
@@ -218,7 +216,6 @@ class LoRALayer(LayerKind):
         for name in parameters:
             delattr(self, name)
         del state["lora_enabled"]
-        state.pop("lora_packed", None)
         adapter = Adapter(
             kind=self.overlaid[0],
             settings=state.pop("lora_settings"),
@@ -277,8 +274,6 @@ class LoRALayer(LayerKind):
         """Move and convert as nn.Module does, without rounding an adapter to half precision and back."""
         before = {name: (p.data, p.grad) for name, p in self.lora_parameters().items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
-        if self.lora_packed is not None:
-            self.lora_packed.clear()
         now = self.lora_parameters()
         if any(data.is_meta for data, _ in before.values()) and not any(p.is_meta for p in now.values()):
             self.lora_restart()  # to_empty leaves arbitrary values

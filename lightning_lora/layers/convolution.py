@@ -1,13 +1,12 @@
 """Convolutions and transposed convolutions with a low-rank update."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lora.functional.convolution import Geometry, frozen_convolution
 from lightning_lora.layers.base import LoRALayer
 
 
@@ -33,24 +32,7 @@ class LoRAConvNd(LoRALayer):
     lora_fits_dora = True
     lora_output_is_new = True
     lora_options = ("groups", "dilation", "padding_mode")
-    weight: nn.Parameter
     groups: int
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-        """Convolve as the layer itself does, with packed copies of its own weight if there are any."""
-        packed, own = self.lora_packed, cast(Any, self)
-        if (
-            packed is not None
-            and weight is own.weight
-            and (self.training or torch.is_grad_enabled())
-            and own.padding_mode == "zeros"
-            and not isinstance(own.padding, str)
-        ):
-            geometry = Geometry(_each(own.stride), _each(own.padding), _each(own.dilation), own.groups)
-            output = frozen_convolution(input, weight, bias, geometry, packed)
-            if output is not None:
-                return output
-        return super()._conv_forward(input, weight, bias)  # type: ignore[misc]  # of the layer's class
 
     @staticmethod
     def lora_as_matrix(weight: Tensor) -> Tensor:

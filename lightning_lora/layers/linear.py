@@ -42,10 +42,7 @@ class LoRALinear(LoRALayer):
             a, b = self.lora_A, self.lora_B
             if type(a) is not nn.Parameter:
                 a, b = self.lora_factors("weight")
-        matrix, training, packed = self.lora_as_matrix(self.weight), self.training, self.lora_packed
-        return adapted_linear(
-            input, matrix, self.bias, a, b, settings.scaling, dropout, training=training, packed=packed
-        )
+        return adapted_linear(input, self.lora_as_matrix(self.weight), self.bias, a, b, settings.scaling, dropout)
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, input: Tensor) -> Tensor:
         """Compute the update: multiply by A, then by B."""

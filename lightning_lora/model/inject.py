@@ -15,7 +15,6 @@ from lightning_lora.model.attach import attach_adapters, check_weights, detach_a
 from lightning_lora.model.freeze import freeze, unfreeze
 from lightning_lora.model.handover import forget
 from lightning_lora.model.originals import keep_originals, restore_originals
-from lightning_lora.model.packing import set_packing
 from lightning_lora.model.record import Record, find_record
 from lightning_lora.model.remember import absorb_inner_records, forget_record, keep_record, record_of, view_of
 from lightning_lora.model.undo import records_in, undone_on_error
@@ -81,7 +80,6 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
         view = View(model)
         view.follow_base()
         freeze(view)
-        set_packing(view, config.pack_base)
         record.layers = tuple(view.layers)
         if adapters or view.is_fresh():  # later, trained values would be taken for the base's
             keep_originals(view)

@@ -10,7 +10,6 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import unmerge
 from lightning_lora.model.originals import keep_originals
-from lightning_lora.model.packing import set_packing
 from lightning_lora.model.record import Record, find_record
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
@@ -98,7 +97,6 @@ class Stage:
         if record is not None and record.is_merged:
             return
         inject_adapters(pl_module, self.config)
-        set_packing(View(pl_module), allowed=False)  # until training starts
         if not self.has_averages:  # later, a checkpoint's averages would be lost
             copy_adapted(
                 callbacks_of(pl_module.trainer), pl_module, anew=loads_in_hooks(pl_module) or self.was_replaced

@@ -15,7 +15,6 @@ from tests.benchmarks.inference import inference
 from tests.benchmarks.life import life
 from tests.benchmarks.measure import Bench
 from tests.benchmarks.memory import memory
-from tests.benchmarks.packing import packing
 from tests.benchmarks.report import machine, table, write
 from tests.benchmarks.sharded import sharded
 from tests.benchmarks.steps import layers, whole_models
@@ -25,7 +24,6 @@ from tests.benchmarks.trainer import trainer
 CASES = {
     "models": whole_models,
     "layers": layers,
-    "packing": packing,
     "memory": memory,
     "inference": inference,
     "calls": calls,

@@ -51,24 +51,6 @@ class Projections(nn.Module):
         return tuple(layer(x) for layer in self.layers)
 
 
-class Bottlenecks(nn.Module):
-    """Convolutions as in a stage of ResNet-50: 256 channels, 64 inside, with a skip."""
-
-    def __init__(self, blocks: int = 4) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(256, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 256, 1)
-            )
-            for _ in range(blocks)
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        for block in self.blocks:
-            images = images + block(images)
-        return images
-
-
 def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
     """Return a function for one forward and backward pass.
 

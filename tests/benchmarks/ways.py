@@ -17,7 +17,6 @@ from lightning_lora import LoRAConfig, inject_adapters
 FLOOR, OURS, PEFT, LORALIB = "frozen", "lightning_lora", "peft", "loralib"
 PEFT_SAME = "peft, adapters in bf16"
 """peft with autocast_adapter_dtype=False."""
-PACKED = "lightning_lora, pack_base"
 ARITHMETIC = "arithmetic alone"
 """Only an adapter's matrix products, added to the layer's output: no switch, no check, one dtype, no dropout.
 
@@ -30,13 +29,9 @@ def frozen(model: nn.Module, names: list[str], r: int, dropout: float) -> nn.Mod
     return model.requires_grad_(False)
 
 
-def ours(model: nn.Module, names: list[str], r: int, dropout: float, *, pack_base: bool = False) -> nn.Module:
-    inject_adapters(model, LoRAConfig(r=r, dropout=dropout, target_modules=names, pack_base=pack_base))
+def ours(model: nn.Module, names: list[str], r: int, dropout: float) -> nn.Module:
+    inject_adapters(model, LoRAConfig(r=r, dropout=dropout, target_modules=names))
     return model
-
-
-def ours_packed(model: nn.Module, names: list[str], r: int, dropout: float) -> nn.Module:
-    return ours(model, names, r, dropout, pack_base=True)
 
 
 def peft(model: nn.Module, names: list[str], r: int, dropout: float, *, autocast: bool = True) -> nn.Module:
@@ -115,7 +110,6 @@ class _Products(torch.autograd.Function):
 WAYS: dict[str, Callable[[nn.Module, list[str], int, float], nn.Module]] = {
     FLOOR: frozen,
     OURS: ours,
-    PACKED: ours_packed,
     PEFT: peft,
     PEFT_SAME: peft_same,
     LORALIB: loralib,
@@ -125,7 +119,7 @@ WAYS: dict[str, Callable[[nn.Module, list[str], int, float], nn.Module]] = {
 
 def ways_in(dtype: torch.dtype) -> list[str]:
     """Return the methods that differ for a base of this dtype."""
-    left_out = {PACKED, ARITHMETIC, PEFT_SAME} if dtype is torch.float32 else {PACKED, ARITHMETIC}
+    left_out = {ARITHMETIC, PEFT_SAME} if dtype is torch.float32 else {ARITHMETIC}
     return [name for name in WAYS if name not in left_out]
 
 

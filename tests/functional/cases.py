@@ -6,11 +6,6 @@ import torch.distributed.tensor
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lora.functional import products
-
-PACKS_BFLOAT16 = products.has_onednn(torch.bfloat16) and products.packing_wins(torch.bfloat16)
-"""Whether linear layers in bfloat16 are packed on this processor."""
-
 
 def composed(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return F.linear(x, weight, bias) + scaling * F.linear(F.linear(x, a), b)

@@ -15,6 +15,24 @@ from tests.layers.cases import Scaled, adapted, config
 from tests.models import randomise
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("rows", [1, 20, 400])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layer", [nn.Linear(64, 48), nn.Conv2d(64, 48, 3), nn.Conv2d(64, 48, 1)], ids=repr)
+def test_a_fresh_adapter_changes_no_bit_in_training(
+    layer: nn.Module, dtype: torch.dtype, rows: int, dropout: float
+) -> None:
+    model = nn.Sequential(copy.deepcopy(layer)).to(dtype)
+    x = torch.randn(rows, 64, *(() if isinstance(layer, nn.Linear) else (5, 5)), dtype=dtype, requires_grad=True)
+    results = []
+    for _ in range(2):
+        output = model.train()(x)
+        results.append((output, *torch.autograd.grad(output.float().square().sum(), x)))
+        inject_adapters(model, LoRAConfig(r=4, target_modules="all", dropout=dropout))
+    for before, after in zip(*results, strict=True):
+        assert torch.equal(before, after)
+
+
 def test_dropout_drops_only_inputs_of_a_and_only_in_training() -> None:
     model = nn.Sequential(nn.Linear(1000, 3))
     x = torch.ones(1, 1000)

@@ -1,4 +1,4 @@
-"""Slices of a convolution are channels that it writes, and packed ones compute the same."""
+"""Slices of a convolution are channels that it writes, and its update has its layout."""
 
 import copy
 from typing import Any
@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, TargetError, adapter_state_dict, inject_adapters, merge_adapters
-from lightning_lora.functional.products import has_onednn
 from tests.models import randomise
 
 PLANE = torch.linspace(-1, 1, 200, dtype=torch.float64).view(2, 4, 5, 5)
@@ -54,68 +53,17 @@ def test_a_transposed_convolution_has_its_bias_once(groups: int, batched: bool) 
     torch.testing.assert_close(model(x), plain(x))
 
 
-PACKED: dict[str, tuple[type[nn.Module], dict[str, Any], bool]] = {
-    "plain": (nn.Conv2d, {"padding": 1}, True),
-    "strided": (nn.Conv2d, {"stride": 2, "padding": (1, 0)}, True),
-    "groups": (nn.Conv2d, {"groups": 2, "padding": 1}, True),
-    "same": (nn.Conv2d, {"padding": "same"}, False),
-    "circular": (nn.Conv2d, {"padding": 1, "padding_mode": "circular"}, False),
-    "transposed": (nn.ConvTranspose2d, {}, False),
-}
-
-
-@pytest.mark.skipif(not has_onednn(torch.float32), reason="this torch has no oneDNN")
-@pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("case", PACKED.values(), ids=PACKED)
-def test_packed_convolutions_compute_what_the_others_compute(
-    case: tuple[type[nn.Module], dict[str, Any], bool], use_dora: bool
-) -> None:
-    kind, options, fits = case
-    if use_dora and kind is nn.ConvTranspose2d:
-        pytest.skip("DoRA is not for transposed convolutions")
-    torch.manual_seed(0)
-    layer: Any = kind(4, 6, 3, **options)
-    x = torch.randn(2, 4, 9, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
-    results = []
-    for pack in (False, True):
-        model = nn.Sequential(copy.deepcopy(layer))
-        inject_adapters(model, LoRAConfig(r=2, target_modules="all", use_dora=use_dora, pack_base=pack))
-        randomise(model)
-        output = model(x)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        results.append([output, *torch.autograd.grad(output.square().sum(), [x, *trained])])
-        adapted: Any = model[0]
-        assert pack is False or adapted.lora_packed.is_filled is fits
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.skipif(not has_onednn(torch.float32), reason="this torch has no oneDNN")
-def test_only_the_layers_own_weight_is_packed_and_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))
-    inject_adapters(model, LoRAConfig(r=2, target_modules="all", pack_base=True))
-    adapted: Any = model[0]
-    seen, own = [], adapted.lora_packed.copies
-    monkeypatch.setattr(adapted.lora_packed, "copies", lambda weight, *rest: seen.append(weight) or own(weight, *rest))
-    x = torch.randn(2, 4, 9, 8).contiguous(memory_format=torch.channels_last)
-    with torch.no_grad():  # as in the first pass of a reentrant checkpoint
-        model(x)
-    model(x)
-    assert [weight is adapted.weight for weight in seen] == [True, True]
-
-
-@pytest.mark.parametrize("pack_base", [False, True])
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("change", [{"stride": 2}, {"padding": 1}, {"padding": 0}, {"dilation": 2}, {"stride": (2,)}])
 def test_a_geometry_that_is_set_later_may_be_one_number(
-    change: dict[str, Any], kernel: int, pack_base: bool, monkeypatch: pytest.MonkeyPatch
+    change: dict[str, Any], kernel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 6, kernel))
     for name, value in change.items():
         monkeypatch.setattr(model[0], name, value)
     plain, x = copy.deepcopy(model), torch.randn(2, 4, 7, 6).contiguous(memory_format=torch.channels_last)
-    inject_adapters(model, LoRAConfig(r=2, target_modules=["0"], pack_base=pack_base))
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["0"]))
     torch.testing.assert_close(model(x), plain(x))
     randomise(model)
     output = model(x)
