@@ -3,7 +3,7 @@
 import sys
 import warnings
 from contextlib import ExitStack, closing
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -44,6 +44,7 @@ from lightning_lora.training.strategy import Watch
 from lightning_lora.training.watch import watch, watch_of
 
 Merge = Literal["last", "best", False]
+Save = Literal["adapters", "model"]
 
 _LAST = "the last adapters"
 
@@ -94,6 +95,9 @@ class LoRACallback(Callback):
         merge: What to do with the adapters at the end of ``fit``. ``"last"`` merges them as they are. ``"best"`` merges
             those of ModelCheckpoint's best file. ``False`` leaves them on the model. A ``fast_dev_run`` merges nothing,
             but refuses what a fit would refuse.
+        save: What every file of the Trainer holds. ``"adapters"``: only what training changed, some megabytes, which
+            this package reads. ``"model"``: the whole merged model too, under its plain names, which any code reads
+            (Lightning's ``load_from_checkpoint``, ``load_state_dict``). A run resumes exactly from both.
         pack_base: Has no effect. It is accepted so that older configuration files load.
 
     Raises:
@@ -137,10 +141,13 @@ class LoRACallback(Callback):
         use_dora: bool = False,
         autocast_adapter_dtype: bool = True,
         merge: Merge = "last",
+        save: Save = "adapters",
         pack_base: bool = False,
     ) -> None:
         if merge is not False and merge not in ("last", "best"):
             raise ConfigError(f"merge={merge!r} is not valid. Expected 'last', 'best' or False.")
+        if save not in get_args(Save):
+            raise ConfigError(f"save={save!r} is not valid. Expected 'adapters' or 'model'.")
         self.config = LoRAConfig(
             r=r,
             alpha=alpha,
@@ -159,9 +166,10 @@ class LoRACallback(Callback):
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
         self.merge: Merge = merge
+        self.save: Save = save
         _join_other_package()
         make_folder()
-        self._stage = Stage(self.config, is_over=True)
+        self._stage = Stage(self.config, save=save, is_over=True)
         self._gradients: Gradients | None = None
         self._training = ExitStack()
 
@@ -198,7 +206,9 @@ class LoRACallback(Callback):
             return  # the strategy tries again
 
     def _new_stage(self, trainer: Trainer) -> Stage:
-        return Stage(self.config, self.given, states_are_read=states_are_read(callbacks_of(trainer), LoRACallback))
+        return Stage(
+            self.config, self.given, self.save, states_are_read=states_are_read(callbacks_of(trainer), LoRACallback)
+        )
 
     # Fit
 
@@ -215,7 +225,7 @@ class LoRACallback(Callback):
             LoRAWarning: other layers train too little.
         """
         reshard(pl_module)
-        check_weights(trainer, pl_module, self.merge)
+        check_weights(trainer, pl_module, self.merge, self.save)
         if trainer.is_global_zero and wants_summary(trainer):
             table = summarize(pl_module).table(trained_only=True, optimizers=trainer.optimizers)
             fitting_console().print(table)

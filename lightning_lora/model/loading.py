@@ -13,16 +13,19 @@ from lightning_lora.model.view import View
 from lightning_lora.tensors.names import join, plain_name
 from lightning_lora.tensors.values import copy_to_host
 
+HAS_UPDATES = "has_lora_updates"
+"""The note on a state dict that its weights hold merged updates, among torch's own notes on the model itself."""
 
-def before_load(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+
+def before_load(model: nn.Module, state: Mapping[str, Any], prefix: str, notes: Mapping[str, Any], *_: Any) -> None:
     """Check a state dict before torch loads it.
 
     It may contain a new base: then the record takes over its values, and a warning is shown if the adapters are
     trained. It may also contain adapters for a merged model, which torch could not load.
 
     Raises:
-        AdapterStateError: the adapters are merged, and ``state`` contains adapters. Nothing is loaded into ``model``
-            then.
+        AdapterStateError: the adapters are merged, and ``state`` contains adapters. Or they are trained, on their
+            layers, and ``state`` contains updates too, which would count twice. Nothing is loaded into ``model`` then.
     """
     record = find_record(model)
     if record is None:
@@ -33,11 +36,17 @@ def before_load(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any
     if record.is_merged:
         if adapters:
             raise AdapterStateError(
-                f"The adapters of {type(model).__name__} are merged into its weights, and this state holds "
-                f"{listed(adapters)}: only half of it could be loaded. Call unmerge_adapters(model) first, or "
-                "load_adapter(model, path)."
+                f"This state holds only adapters ({listed(adapters)}), and those of {type(model).__name__} are merged "
+                "into its weights. Call load_adapter(model, path) with the file instead, or unmerge_adapters(model) "
+                "first."
             )
         return
+    if notes.get(HAS_UPDATES) and not view.is_fresh():
+        raise AdapterStateError(
+            f"The weights in this state hold merged updates, and {type(model).__name__} has trained adapters on its "
+            "layers: both would count. Call load_adapter(model, path) with the file instead, or "
+            "remove_adapters(model) first."
+        )
     frozen = [name in given for name in view.base if name not in record.originals]
     if adapters and all(frozen):
         _follow_norms(view, given)

@@ -14,10 +14,14 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.base_copies import MOVED, leave_out_base, put_base_back
 from lightning_lora.storage.description import KEY, check_checksum, check_fits, describe, stored_config
 from lightning_lora.storage.fingerprint import note_changed
+from lightning_lora.storage.merged_state import merged_state
 from lightning_lora.storage.run_state import check_run, check_types, check_version, run_checksums
 from lightning_lora.storage.state import NOTE, is_note, without_base, write_state
 from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
 from lightning_lora.tensors.shards import all_whole, is_spread
+
+ADAPTERS = "adapters"
+"""The part of this package's entry that holds what training changed, beside a merged model."""
 
 
 def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later: bool = False) -> dict[str, Any]:
@@ -49,15 +53,44 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
     return {**held, "state_dict": {NOTE: torch.empty(0), **held["state_dict"]}, KEY: about}
 
 
-def drop_note(checkpoint: object) -> None:
-    """Remove the note for readers without this package.
+def leave_adapters(checkpoint: object) -> None:
+    """Leave only what training changed, as the description says.
 
-    The description of the file does not count it.
+    That is without the note for readers without this package, and without the merged model that is written for them.
     """
-    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(checkpoint, dict):
+        return
+    about = checkpoint.get(KEY)
+    if isinstance(about, dict) and ADAPTERS in about:
+        checkpoint["state_dict"] = about.pop(ADAPTERS)
+    state = checkpoint.get("state_dict")
     if isinstance(state, dict):
         for name in [name for name in state if is_note(name)]:
             del state[name]
+
+
+def with_merged_model(
+    model: nn.Module, checkpoint: Mapping[str, Any], *, written_later: bool = False
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return a checkpoint with the whole merged model.
+
+    Any code can read its state. The adapters are in the entry of this package.
+
+    Args:
+        model: The adapted model.
+        checkpoint: What :func:`adapter_only` returned.
+        written_later: As for :func:`adapter_only`.
+
+    Returns:
+        The checkpoint, and the share of each layer's update that is lost to rounding.
+
+    Raises:
+        AdapterStateError: the updates cannot be merged.
+    """
+    state = {name: value for name, value in checkpoint["state_dict"].items() if not is_note(name)}
+    merged, lost = merged_state(view_of(model), state)
+    held = _copied({"state_dict": merged}) if written_later else {"state_dict": merged}
+    return {**checkpoint, **held, KEY: {**checkpoint[KEY], ADAPTERS: state}}, lost
 
 
 def _run(checkpoint: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -141,7 +174,7 @@ def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole
     Raises:
         AdapterMismatchError, BaseMismatchError, AdapterFileError: it does not fit. Then nothing was written.
     """
-    drop_note(checkpoint)  # the strategy's own method leaves it
+    leave_adapters(checkpoint)  # the strategy's own method does not
     state = checkpoint["state_dict"]
     if KEY not in checkpoint:
         _load_base(model, state)

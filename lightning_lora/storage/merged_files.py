@@ -16,17 +16,14 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterFileError, AdapterStateError, listed
-from lightning_lora.model.attach import check_weights
-from lightning_lora.model.merge import check_mergeable, tied_weights
+from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.model.merge_warnings import warn_of_merge
-from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.root import root_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.disk import check_path, writing
-from lightning_lora.tensors.names import join, plain_module, plain_name, submodule
-from lightning_lora.tensors.shards import is_spread
+from lightning_lora.storage.merged_state import check_finite, merged_state, untied
+from lightning_lora.tensors.names import plain_module, submodule
 
 
 def save_merged(model: nn.Module, path: str | Path) -> None:
@@ -80,75 +77,11 @@ def save_merged(model: nn.Module, path: str | Path) -> None:
     (write or _write_folder)(view_of(model), path)
 
 
-# The state
-
-
-def merged_state(view: View) -> dict[str, Any]:
-    """Return the state dict that a model has after ``merge_adapters``.
-
-    The model does not change. Merged weights are in the host's memory.
-
-    Raises:
-        AdapterStateError: the updates cannot be merged, or adapters or merged weights hold NaN or infinite values.
-    """
-    model = view.model
-    if any(is_spread(p) for p in view.parameters.values()):
-        raise AdapterStateError(
-            f"{type(model).__name__} is spread over processes, so none of them holds all its weights. Call "
-            "save_adapter(model, path) in each process. Then merge the file into the base: lightning-lora merge BASE "
-            "FILE OUT."
-        )
-    if broken := view.diverged():
-        raise AdapterStateError(
-            f"{listed(broken)} of {type(model).__name__} hold NaN or infinite values: the training has diverged. Train "
-            "again with a lower learning rate, or use an earlier checkpoint."
-        )
-    if view.is_merged:
-        check_as_merged(model)
-        return dict(plain_module(model).state_dict())
-    check_weights(view)
-    check_mergeable(view)
-    merged, lost = _merged_weights(view)
-    added = {id(p) for p in view.adapters.values()}
-    held = plain_module(model).state_dict(keep_vars=True)
-    state = {name: value for name, value in held.items() if id(value) not in added}
-    own = {plain_name(name): name for name in state}
-    if absent := [name for name in merged if name not in own]:
-        raise AdapterStateError(
-            f"The state dict of {type(model).__name__} does not hold {listed(absent)} under their own names, so that "
-            "no update can be put there. Call merge_adapters(model) and save its state dict."
-        )
-    for name, value in state.items():
-        state[name] = value.detach() if isinstance(value, Tensor) else value
-    state |= {own[name]: value for name, value in merged.items()}
-    warn_of_merge(model, lost, _untied(view))
+def _merged(view: View) -> dict[str, Any]:
+    state, lost = merged_state(view)
+    check_finite(view, state)
+    warn_of_merge(view.model, lost, untied(view))
     return state
-
-
-def _merged_weights(view: View) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The merged weights under all of their names, and the share of each layer's update that is lost to rounding."""
-    merged, lost = dict[str, Tensor](), dict[str, float]()
-    with torch.inference_mode(False), torch.no_grad():
-        for first, layer in view.layers.items():
-            names = [name for name, module in view.modules.items() if module is layer]
-            for weight in layer.lora_weights():
-                values, share = layer.lora_merged_weight(weight)
-                lost[first] = max(share, lost.get(first, 0.0))
-                if not values.isfinite().all():
-                    raise AdapterStateError(
-                        f"Merged, {join(first, weight)!r} would hold values that {values.dtype} cannot. Convert the "
-                        "model first: model.to(torch.float32)."
-                    )
-                host = values.detach().cpu()
-                merged |= {join(name, weight): host for name in names}
-    return merged, lost
-
-
-def _untied(view: View) -> list[str]:
-    """The layers whose weights a merge unties from those of other layers."""
-    if view.is_merged:
-        return [weight.layer for weight in view.merged if isinstance(weight.base, nn.Parameter)]
-    return [name for name, weights in tied_weights(view).items() if weights]
 
 
 # A file
@@ -166,7 +99,7 @@ def _write_checkpoint(view: View, path: Path) -> None:
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": sys.modules[package].__version__,
-        "state_dict": merged_state(view),
+        "state_dict": _merged(view),
         **_hyperparameters(model),
     }
     model.on_save_checkpoint(checkpoint)
@@ -199,7 +132,7 @@ class _Held(nn.Module):
 
 
 def _write_safetensors(view: View, path: Path) -> None:
-    state = merged_state(view)
+    state = _merged(view)
     if odd := [name for name, value in state.items() if not isinstance(value, Tensor)]:
         raise AdapterFileError(
             f"{listed(odd)} are not tensors, which is all that safetensors holds. Use a name that ends in .ckpt, or "
@@ -230,13 +163,13 @@ def _write_folder(view: View, path: Path) -> None:
             f"save_pretrained writes {root!r} of {title} alone, and {listed(outside)} were trained outside of it. Use "
             "a name that ends in .ckpt or .safetensors."
         )
-    untied = _untied(view)
-    if untied and getattr(getattr(inner, "config", None), "tie_word_embeddings", False):
+    own_weights = untied(view)
+    if own_weights and getattr(getattr(inner, "config", None), "tie_word_embeddings", False):
         raise AdapterFileError(
-            f"The weight of {listed(untied)} in {title} is tied to another layer's and has an update of its own, and "
-            "from_pretrained would tie it again. Set config.tie_word_embeddings = False on the model before saving."
+            f"The weight of {listed(own_weights)} in {title} is tied to another layer's and has an update of its own, "
+            "and from_pretrained would tie it again. Set config.tie_word_embeddings = False on the model before saving."
         )
-    state = {name.removeprefix(prefix): value for name, value in merged_state(view).items() if name.startswith(prefix)}
+    state = {name.removeprefix(prefix): value for name, value in _merged(view).items() if name.startswith(prefix)}
     with _writing_folder(path) as beside:
         if "state_dict" in inspect.signature(save).parameters:
             save(beside, state_dict=state)

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, listed
-from lightning_lora.storage.checkpoint import drop_note
+from lightning_lora.storage.checkpoint import leave_adapters
 from lightning_lora.storage.description import KEY, check_checksum, check_entries, stored_config
 from lightning_lora.storage.disk import (
     check_path,
@@ -112,7 +112,7 @@ def read_contents(path: str | Path | IO[bytes], *, weights_only: bool = True) ->
                 if is_archive(file):
                     file.seek(0)
                     contents = torch.load(file, map_location="cpu", weights_only=weights_only)
-                    drop_note(contents)
+                    leave_adapters(contents)
                     return contents
                 try:
                     contents = _read_tensors(local, path)

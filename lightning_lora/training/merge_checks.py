@@ -3,8 +3,9 @@
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_lora.errors import ConfigError, listed
-from lightning_lora.model.merge import quantised_layers, spread_ties
+from lightning_lora.model.merge import quantised_layers, spread_ties, tied_weights
 from lightning_lora.model.view import View
+from lightning_lora.tensors.shards import is_spread
 from lightning_lora.training.companions import judge_of
 from lightning_lora.training.spawned import check_untied, returns_state_only
 
@@ -33,20 +34,23 @@ def check_arguments(trainer: Trainer, merge: object, *, was_adapted: bool) -> No
         )
 
 
-def check_weights(trainer: Trainer, pl_module: LightningModule, merge: object) -> None:
+def check_weights(trainer: Trainer, pl_module: LightningModule, merge: object, save: str) -> None:
     """Refuse weights that no update can be merged into.
 
     Args:
         trainer: The Trainer of the fit.
         pl_module: The adapted module.
-        merge: The callback's argument. Nothing is refused if it is False.
+        merge: The callback's argument. If it is False, nothing is merged at the end.
+        save: The callback's argument. If it is ``"model"``, the weights of each file are merged.
 
     Raises:
         ConfigError: there are such weights.
     """
+    view = View(pl_module)
+    if save == "model":
+        _check_files(view)
     if not merge:
         return
-    view = View(pl_module)
     if quantised := quantised_layers(view):
         raise ConfigError(
             f"merge={merge!r} is not possible: the weights of {listed(quantised)} are quantised. Set merge=False: then "
@@ -60,3 +64,23 @@ def check_weights(trainer: Trainer, pl_module: LightningModule, merge: object) -
             "them one weight. Leave the layer out with exclude_modules. Or set merge=False, and merge the file into "
             "the model on one device."
         )
+
+
+def _check_files(view: View) -> None:
+    """Refuse files of the merged model that could not be written, or would be read wrongly."""
+    tied = [name for name, weights in tied_weights(view).items() if weights]
+    spread = [name for name, p in view.parameters.items() if is_spread(p)]
+    for names, why in (
+        (quantised_layers(view), "the weights of {} are quantised, so no update can be merged into them."),
+        (spread, "{} are spread over processes (FSDP2), and each save would gather the whole model."),
+        (
+            tied,
+            "a weight of {} is tied to another layer's and has an update of its own. A model in which they are one "
+            "weight would load only one of the two: leave the layer out with exclude_modules.",
+        ),
+    ):
+        if names:
+            raise ConfigError(
+                f"save='model' is not possible: {why.format(listed(names))} Or set save='adapters': then files "
+                "hold the adapters alone, and this package loads and merges them."
+            )

@@ -25,6 +25,7 @@ class Stage:
     Args:
         config: The configuration of the adapters.
         given: The names of arguments that the user gave.
+        save: What files hold: ``"adapters"`` or ``"model"``.
         was_adapted: Whether the module had adapters on its layers before.
         was_merged: Whether the module was merged before, so that the stage took the updates out of its weights.
         dropped: The record of a merged module whose weights were changed, so that the stage took them as a new base.
@@ -42,6 +43,7 @@ class Stage:
 
     config: LoRAConfig
     given: frozenset[str] = frozenset()
+    save: str = "adapters"
     was_adapted: bool = False
     was_merged: bool = False
     dropped: Record | None = None

@@ -5,6 +5,7 @@ creation of the optimizers and their first use. Its checkpoint hooks are skipped
 Trainer always calls the strategy at these moments.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -15,9 +16,12 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_lora.errors import AdapterFileError, OptimizerError
+from lightning_lora.errors import AdapterFileError, MergePrecisionWarning, OptimizerError
 from lightning_lora.model.attach import move_adapters
 from lightning_lora.model.freeze import freeze, unfreeze
+from lightning_lora.model.merge import unmerge
+from lightning_lora.model.merge_warnings import lost_to_rounding
+from lightning_lora.model.merged import is_as_merged
 from lightning_lora.model.record import find_record
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
@@ -26,8 +30,9 @@ from lightning_lora.storage.checkpoint import (
     as_base,
     check_readable,
     complete_copies,
-    drop_note,
+    leave_adapters,
     load_checkpoint_state,
+    with_merged_model,
 )
 from lightning_lora.storage.description import KEY, stored_config
 from lightning_lora.storage.disk import check_path, check_whole, local_path, opened, reading, trusts_all_files, writing
@@ -189,7 +194,7 @@ class Watch:
         stage, the module does not change.
         """
         checkpoint: dict[str, Any] = self._read(checkpoint_path, *args, **kwargs)
-        drop_note(checkpoint)
+        leave_adapters(checkpoint)
         check_readable(checkpoint, checkpoint_path, whole=True)
         if not self.stage.is_over:
             self._adapt_for(checkpoint, checkpoint_path)
@@ -304,7 +309,7 @@ class Watch:
 
         The base is never gathered, not even with ``save_weights_only``.
         """
-        if find_record(self.module) is None:
+        if not self._has_adapters():
             state: dict[str, Any] = self.inner("lightning_module_state_dict")
             return state
         return adapter_state_dict(self.module)
@@ -313,20 +318,46 @@ class Watch:
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint with only the adapters, and their description.
 
-        Base weights that another callback put back are removed. A method that other code has set gets the path itself.
+        Base weights that another callback put back are removed. With ``save="model"``, the whole merged model is added.
+        A method that other code has set gets the path itself.
         """
         writes_at_once = self._is_of_torch() and not self.others["save_checkpoint"]
-        if find_record(self.module) is not None:
+        if self._has_adapters():
             checkpoint = adapter_only(self.module, checkpoint, written_later=not writes_at_once)
+            if self.stage.save == "model" and self.strategy.is_global_zero:
+                checkpoint, lost = with_merged_model(self.module, checkpoint, written_later=not writes_at_once)
+                _warn_of_rounding(lost, self.module)
         beside = writes_at_once and self.strategy.is_global_zero and local_path(filepath) is not None
         with writing(filepath, beside=beside) as path:
             self.inner("save_checkpoint", checkpoint, path, storage_options)
+
+    def _has_adapters(self) -> bool:
+        """Whether there is anything of this package to write.
+
+        With ``save="model"``, other code loads files of the fit into the merged module. Then it is a plain one.
+        """
+        record = find_record(self.module)
+        if self.stage.save == "model" and record is not None and not is_as_merged(self.module, record):
+            unmerge(self.module)  # drops the record, and says so
+        return find_record(self.module) is not None
 
     # Gradients
 
     def gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""
         return Gradients(self.module, self.strategy.model)
+
+
+def _warn_of_rounding(lost: dict[str, float], module: LightningModule) -> None:
+    """Warn of files whose merged weights lack much of an update. The text is always the same: Python shows it once."""
+    if lost_to_rounding(lost, type(module).__name__):
+        warnings.warn(
+            f'With save="model", files hold merged weights of {type(module).__name__}, and half precision rounds much '
+            "of the update away. Code that reads only these weights has lost this part of the fine-tuning. Set "
+            'save="adapters", or convert the model to float32 first.',
+            MergePrecisionWarning,
+            stacklevel=1,
+        )
 
 
 @contextmanager

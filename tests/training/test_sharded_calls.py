@@ -160,6 +160,15 @@ def test_a_folder_is_not_overwritten(tmp_path: Path) -> None:
     assert "is a folder" in run_ranks(saves_onto_a_folder, tmp_path)[0]
 
 
+def whole_files(folder: Path) -> str:
+    return message_of(ConfigError, trainer_of("sharded", folder, [lora(save="model")]).fit, LitNet(), data())
+
+
+def test_files_of_the_whole_model_are_refused_by_name(tmp_path: Path) -> None:
+    for message in run_ranks(whole_files, tmp_path):
+        assert "save='model' is not possible" in message and "each save would gather the whole model" in message
+
+
 def averages(folder: Path, callback: L.Callback) -> str:
     return message_of(ConfigError, trainer_of("sharded", folder, [lora(), callback]).fit, LitNet(), data())
 

@@ -12,7 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_lora import AdapterFileError
-from lightning_lora.storage.checkpoint import check_readable, drop_note
+from lightning_lora.storage.checkpoint import check_readable, leave_adapters
 from tests.models import LitTiny, best, data, lora, same, state, trainer
 
 
@@ -110,7 +110,7 @@ def test_an_entry_that_cannot_be_copied_is_written_as_it_is_and_the_others_are_c
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert torch.equal(checkpoint["state_dict"]["q_proj.lora_A"], before) and before.any()
     assert len(checkpoint["second"]["also"]) == 2
-    drop_note(checkpoint)
+    leave_adapters(checkpoint)
     check_readable(checkpoint, tmp_path / "a.ckpt", whole=True)
 
 

@@ -1,0 +1,139 @@
+"""The state dict of the merged model, without merging the model."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.errors import AdapterStateError, listed
+from lightning_lora.model.attach import check_weights
+from lightning_lora.model.loading import HAS_UPDATES
+from lightning_lora.model.merge import check_mergeable, tied_weights
+from lightning_lora.model.merged import check_as_merged
+from lightning_lora.model.view import View
+from lightning_lora.tensors.names import join, plain_module, plain_name
+from lightning_lora.tensors.shards import is_spread
+from lightning_lora.tensors.values import replace_values
+
+
+def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return the state dict that a model has after ``merge_adapters``.
+
+    The model does not change. Merged weights are in the host's memory.
+
+    Args:
+        view: A model with adapters, merged or not.
+        changed: What training changed, by name, if it is not to be read from the model: averages, for example.
+
+    Returns:
+        The state dict, and the share of each layer's update that is lost to rounding. The state dict has a note, by
+        which :func:`.before_load` keeps it out of a model with trained adapters on its layers.
+
+    Raises:
+        AdapterStateError: the updates cannot be merged.
+    """
+    model = plain_module(view.model)
+    if view.is_merged:
+        check_as_merged(view.model)
+        return _noted(model.state_dict()), {}
+    _check_mergeable(view)
+    changed = changed or {}
+    with _showing(view, changed):
+        merged, lost = _merged_weights(view)
+    added = {id(p) for p in view.adapters.values()}
+    state: Any = model.state_dict(keep_vars=True)
+    for name in [name for name, value in state.items() if id(value) in added]:
+        del state[name]
+    own = {plain_name(name): name for name in state}
+    if absent := [name for name in merged if name not in own]:
+        raise AdapterStateError(
+            f"The state dict of {type(model).__name__} does not hold {listed(absent)} under their own names, so that "
+            "no update can be put there. Call merge_adapters(model) and save its state dict."
+        )
+    others = {name: value for name, value in changed.items() if name not in view.adapters}
+    state.update({own.get(name, name): value for name, value in {**others, **merged}.items()})
+    for name, value in state.items():
+        state[name] = value.detach() if isinstance(value, Tensor) else value
+    return _noted(state), lost
+
+
+def _noted(state: Any) -> dict[str, Any]:
+    """Add a note to torch's own notes on a state dict: its weights hold updates."""
+    noted = OrderedDict(state)
+    notes = getattr(state, "_metadata", {})
+    noted._metadata = {**notes, "": {**notes.get("", {}), HAS_UPDATES: True}}  # type: ignore[attr-defined]
+    return noted
+
+
+@contextmanager
+def _showing(view: View, changed: Mapping[str, Any]) -> Iterator[None]:
+    """Give the adapters other values, and their own ones back."""
+    with ExitStack() as undo, torch.no_grad():
+        for name, p in view.adapters.items():
+            value = changed.get(name, p)
+            if value.data_ptr() != p.data_ptr():
+                undo.callback(replace_values, p, p.data)
+                replace_values(p, value.to(p))
+        yield
+
+
+def _merged_weights(view: View) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The merged weights under all of their names, and the share of each layer's update that is lost to rounding."""
+    merged, lost = dict[str, Tensor](), dict[str, float]()
+    with torch.inference_mode(False), torch.no_grad():
+        for first, layer in view.layers.items():
+            names = [name for name, module in view.modules.items() if module is layer]
+            for weight in layer.lora_weights():
+                values, share = layer.lora_merged_weight(weight)
+                lost[first] = max(share, lost.get(first, 0.0))
+                host = values.detach().cpu()
+                merged |= {join(name, weight): host for name in names}
+    return merged, lost
+
+
+def untied(view: View) -> list[str]:
+    """Return the layers with tied weights that a merge unties."""
+    if view.is_merged:
+        return [weight.layer for weight in view.merged if isinstance(weight.base, nn.Parameter)]
+    return [name for name, weights in tied_weights(view).items() if weights]
+
+
+# Checks
+
+
+def _check_mergeable(view: View) -> None:
+    if any(is_spread(p) for p in view.parameters.values()):
+        raise AdapterStateError(
+            f"{type(view.model).__name__} is spread over processes, so none of them holds all its weights. Call "
+            "save_adapter(model, path) in each process. Then merge the file into the base: lightning-lora merge BASE "
+            "FILE OUT."
+        )
+    check_weights(view)
+    check_mergeable(view)
+
+
+def check_finite(view: View, state: Mapping[str, Any]) -> None:
+    """Refuse NaN and infinite adapters and merged weights.
+
+    Args:
+        view: A model with adapters.
+        state: Its merged state.
+
+    Raises:
+        AdapterStateError: there are such values.
+    """
+    if broken := view.diverged():
+        raise AdapterStateError(
+            f"{listed(broken)} of {type(view.model).__name__} hold NaN or infinite values: the training has diverged. "
+            "Train again with a lower learning rate, or use an earlier checkpoint."
+        )
+    weights = {join(name, part.weight) for name, parts in view.adapted_parts.items() for part in parts}
+    for name, value in state.items():
+        if plain_name(name) in weights and not value.isfinite().all():
+            raise AdapterStateError(
+                f"Merged, {plain_name(name)!r} would hold values that {value.dtype} cannot. Convert the model first: "
+                "model.to(torch.float32)."
+            )

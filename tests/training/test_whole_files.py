@@ -1,0 +1,246 @@
+"""With ``save="model"``, any code reads the files, and a run goes on from them."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import lightning.pytorch.callbacks as bundled
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+
+from lightning_lora import (
+    AdapterStateError,
+    BaseMismatchError,
+    ConfigError,
+    LoRACallback,
+    LoRAConfig,
+    LoRAWarning,
+    MergePrecisionWarning,
+    adapter_state_dict,
+    inject_adapters,
+    load_adapter,
+    load_from_checkpoint,
+    merge_adapters,
+    remove_adapters,
+    unmerge_adapters,
+)
+from lightning_lora.cli.main import main
+from tests.cases import At, StopError, held, stop
+from tests.models import TRAINED, WORDS, LitTiny, TinyLM, best, data, lora, needs_averaging, same, state, trainer
+from tests.training.test_writers import WritesLater
+
+X = torch.arange(WORDS)
+
+
+def whole(**kwargs: Any) -> LoRACallback:
+    return lora(save="model", **kwargs)
+
+
+def read(path: Path) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+    return checkpoint
+
+
+def merged_at(path: Path) -> dict[str, Any]:
+    """The state of a base with the adapters of a file merged, by this package."""
+    load_adapter(model := LitTiny(), path)
+    merge_adapters(model)
+    remove_adapters(model)
+    return state(model)
+
+
+def test_every_file_holds_the_merged_model_and_the_adapters(tmp_path: Path) -> None:
+    t = trainer(
+        tmp_path,
+        [
+            whole(),
+            At(2, lambda t, m: t.save_checkpoint(tmp_path / "during.ckpt")),
+            At(3, lambda t, m: t.save_checkpoint(tmp_path / "light.ckpt", weights_only=True)),
+            At(7, stop),
+            best(tmp_path, save_last=True),
+            ModelCheckpoint(tmp_path / "weights", save_weights_only=True, every_n_train_steps=2),
+            OnExceptionCheckpoint(tmp_path, "failed"),
+        ],
+    )
+    with pytest.raises(StopError):
+        t.fit(LitTiny(), data(), data())
+    files = sorted(tmp_path.rglob("*.ckpt"))
+    assert len(files) == 6
+    for file in files:
+        checkpoint = read(file)
+        assert same(checkpoint["state_dict"], merged_at(file)), file
+        assert sorted(checkpoint["lightning_lora"]["adapters"]) == sorted(TRAINED)
+        assert same(state(LitTiny.load_from_checkpoint(file)), checkpoint["state_dict"])
+
+
+def fit(folder: Path, callback: LoRACallback, *others: L.Callback, epochs: int = 2, **kwargs: Any) -> LitTiny:
+    """A fit whose last file is ``last.ckpt``, and whose best one is ``best.ckpt``."""
+    options = {name: kwargs.pop(name) for name in ("strategy", "devices", "plugins", "precision") if name in kwargs}
+    torch.manual_seed(5)
+    saves = best(folder, filename="best", save_last=True)
+    model = LitTiny(lr=kwargs.pop("lr", 0.05))
+    trainer(folder, [callback, saves, *others], max_epochs=epochs, **options).fit(model, data(), data(), **kwargs)
+    return model
+
+
+def test_the_best_state_loads_into_a_plain_and_into_the_merged_module(tmp_path: Path) -> None:
+    model = fit(tmp_path, whole())
+    file = read(tmp_path / "best.ckpt")
+    for module in (LitTiny(), model):
+        module.load_state_dict(file["state_dict"])
+        assert same(state(module), file["state_dict"])
+        built = LitTiny.load_from_checkpoint(tmp_path / "best.ckpt")
+        tested = trainer(tmp_path, [whole()]).test(module, data(), verbose=False)
+        assert tested == trainer(tmp_path).test(built, data(), verbose=False)
+
+
+def test_a_module_that_other_code_gave_the_best_weights_is_saved_as_it_is(tmp_path: Path) -> None:
+    t = trainer(tmp_path, [whole(), best(tmp_path, filename="best")])
+    t.fit(model := LitTiny(), data(), data())
+    model.load_state_dict({name: value + 1 for name, value in read(tmp_path / "best.ckpt")["state_dict"].items()})
+    with pytest.warns(LoRAWarning, match="were replaced"):
+        t.save_checkpoint(tmp_path / "after.ckpt")
+    assert same(read(tmp_path / "after.ckpt")["state_dict"], state(model))
+
+
+@pytest.mark.parametrize("written", ["adapters", "model"])
+@pytest.mark.parametrize("resumed", ["adapters", "model"])
+def test_a_run_goes_on_from_it_to_the_bit(tmp_path: Path, written: Any, resumed: Any) -> None:
+    unbroken = fit(tmp_path / "a", lora(dropout=0.3))
+    fit(tmp_path / "b", lora(dropout=0.3, save=written), epochs=1)
+    torch.manual_seed(99)
+    model = fit(tmp_path / "b", lora(dropout=0.3, save=resumed), ckpt_path=tmp_path / "b" / "last.ckpt")
+    assert same(state(model), state(unbroken))
+    unmerge_adapters(model)
+    unmerge_adapters(unbroken)
+    assert same(state(model), state(unbroken))
+
+
+def test_our_own_readers_take_the_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = fit(tmp_path, whole(merge="best"))
+    file = tmp_path / "best.ckpt"
+    assert same(state(model), read(file)["state_dict"])
+    unmerge_adapters(model)
+    adapted = load_from_checkpoint(LitTiny, file)
+    assert same(adapter_state_dict(adapted), adapter_state_dict(model))
+    assert trainer(tmp_path, [LoRACallback()]).test(LitTiny(), data(), ckpt_path=file, verbose=False)
+    main(["inspect", str(file)])
+    assert "q_proj" in capsys.readouterr().out
+
+
+@needs_averaging
+def test_averages_are_merged_and_the_run_goes_on_from_the_weights_themselves(tmp_path: Path) -> None:
+    states = {}
+    for save in ("adapters", "model"):
+        folder = tmp_path / save
+        fit(folder, lora(save=save), bundled.EMAWeightAveraging(decay=0.5), epochs=1)
+        file = read(folder / "last.ckpt")
+        if save == "model":
+            assert same(file["state_dict"], merged_at(folder / "last.ckpt"))
+        states[save] = state(
+            fit(folder, lora(save=save), bundled.EMAWeightAveraging(decay=0.5), ckpt_path=folder / "last.ckpt")
+        )
+    assert same(states["adapters"], states["model"])
+
+
+def test_processes_write_the_file_of_one(tmp_path: Path) -> None:
+    fit(tmp_path / "one", whole(), epochs=1)
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
+    fit(tmp_path / "two", whole(), epochs=1, strategy=strategy, devices=2)
+    one, two = (read(tmp_path / name / "last.ckpt") for name in ("one", "two"))
+    assert same(two["state_dict"], merged_at(tmp_path / "two" / "last.ckpt"))
+    assert list(one["state_dict"]) == list(two["state_dict"])
+
+
+def test_a_file_that_is_written_later_is_of_the_moment_of_its_save(tmp_path: Path) -> None:
+    class Moves(LitTiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("moved", torch.zeros(()))
+
+        def training_step(self, *args: Any) -> Any:
+            self.moved += self.current_epoch  # in the second epoch alone: until then, it is the base's
+            return super().training_step(*args)
+
+    t = trainer(tmp_path, [whole(), best(tmp_path, filename="{epoch}", save_top_k=-1)], plugins=[WritesLater()])
+    t.fit(Moves(), data(), data())
+    assert [read(tmp_path / f"epoch={epoch}.ckpt")["state_dict"]["moved"].item() for epoch in range(2)] == [0, 4]
+
+
+def test_an_update_is_never_counted_twice(tmp_path: Path) -> None:
+    model = fit(tmp_path, whole())
+    file = read(tmp_path / "last.ckpt")
+    unmerge_adapters(model)
+    before = state(model)
+    with pytest.raises(AdapterStateError, match=r"hold merged updates.*load_adapter\(model, path\)"):
+        model.load_state_dict(file["state_dict"], strict=False)
+    assert same(state(model), before)
+    again = LitTiny()
+    again.load_state_dict(file["state_dict"])
+    with pytest.raises(BaseMismatchError, match="whose adapters were merged is another base"):
+        load_adapter(again, tmp_path / "last.ckpt")
+    inject_adapters(fresh := LitTiny(), LoRAConfig(r=2))
+    fresh.load_state_dict(file["state_dict"], strict=False)  # a new fine-tune on the merged model
+    assert torch.equal(fresh(X), again(X))
+
+
+def test_names_of_compiled_parts_are_those_of_the_module(tmp_path: Path) -> None:
+    class Compiled(LitTiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj = torch.compile(self.q_proj, backend="eager")
+
+    t = trainer(tmp_path, [whole()], max_epochs=1, enable_checkpointing=False)
+    t.fit(Compiled(), data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    Compiled().load_state_dict(read(tmp_path / "a.ckpt")["state_dict"])
+
+
+class Tied(LitTiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = TinyLM()
+
+
+def quantised() -> LitTiny:
+    bnb = pytest.importorskip("bitsandbytes")
+    model = LitTiny(width=64)
+    model.q_proj = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32).to("cpu")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "match"),
+    [
+        (Tied, {"target_modules": ["embed"]}, "a weight of 'net.embed' is tied"),
+        (quantised, {"merge": False}, "'q_proj' are quantised"),
+    ],
+)
+def test_what_could_not_be_read_rightly_is_refused_before_training(
+    tmp_path: Path, make: Callable[[], LitTiny], arguments: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"save='model' is not possible.*{match}.*Or set save='adapters'"):
+        trainer(tmp_path, [LoRACallback(r=2, save="model", **arguments)]).fit(make(), data())
+    with pytest.raises(ConfigError, match="save='all' is not valid"):
+        LoRACallback(save="all")  # type: ignore[arg-type]
+
+
+def test_rounding_of_much_of_an_update_is_said_once(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        fit(tmp_path, whole(merge=False), precision="bf16-true", lr=1e-4)
+    assert [str(w.message)[:20] for w in caught if w.category is MergePrecisionWarning] == ['With save="model", f']
+
+
+def test_a_plain_loader_is_told_what_a_file_of_adapters_is(tmp_path: Path) -> None:
+    model = fit(tmp_path, lora())
+    file = read(tmp_path / "best.ckpt")
+    assert sorted(held(file)) == sorted(TRAINED)
+    with pytest.raises(AdapterStateError, match=r"^This state holds only adapters.*load_adapter\(model, path\)"):
+        model.load_state_dict(file["state_dict"])
+    with pytest.raises(RuntimeError, match=r"this file holds only adapters: load it with lightning_lora.load_from_"):
+        LitTiny().load_state_dict(file["state_dict"])
