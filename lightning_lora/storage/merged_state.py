@@ -1,4 +1,4 @@
-"""The state dict of the merged model, without merging the model."""
+"""The state dict of the merged model, without a merge."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
