@@ -80,8 +80,7 @@ class LoRACallback(Callback):
         exclude_modules: Modules to leave without adapters, with all their submodules. Give a regular expression or a
             list, as for ``target_modules``.
         modules_to_save: Names of modules, or of single parameters, to train in full. They take precedence over
-            ``target_modules``. List every new layer here: no file holds a frozen layer with random weights, so it
-            could not be built again.
+            ``target_modules``. List every new layer here: a frozen layer with random weights learns nothing.
         rank_pattern: Layers with another rank than ``r``. The keys are names, last parts of names, or regular
             expressions for the end of a name. A parameter in ``target_parameters`` is meant by its own name, such as
             ``"experts.gate_up_proj"``, or by that of its module.
@@ -229,8 +228,8 @@ class LoRACallback(Callback):
         if trainer.is_global_zero and wants_summary(trainer):
             table = summarize(pl_module).table(trained_only=True, optimizers=trainer.optimizers)
             fitting_console().print(table)
-        if trainer.is_global_zero and not loads_late(trainer):
-            advise(pl_module)
+        if not loads_late(trainer):
+            advise(pl_module, aloud=trainer.is_global_zero)
         set_random_state(trainer, self._stage.random)  # the last hook before the data loaders draw their sample order
         self._stage.random = None
 
@@ -243,8 +242,8 @@ class LoRACallback(Callback):
             AdapterStateError: a selected layer has no adapter.
         """
         check_adapted(pl_module)
-        if trainer.is_global_zero and loads_late(trainer):
-            advise(pl_module)
+        if loads_late(trainer):
+            advise(pl_module, aloud=trainer.is_global_zero)
         self._stage.has_begun = True
         view = view_of(pl_module)
         view.follow_base()  # hooks may have loaded the base late

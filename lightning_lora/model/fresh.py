@@ -15,9 +15,12 @@ from lightning_lora.layers import adapter_for
 from lightning_lora.model.view import View
 from lightning_lora.tensors.drawn import FEWEST, block_of, is_normal, is_uniform
 from lightning_lora.tensors.names import join, own_parameter, owner_of, starts_of
-from lightning_lora.tensors.shards import is_spread, own_part
+from lightning_lora.tensors.shards import agreed, is_spread, own_part
 
 Weights = dict[str, nn.Parameter]
+
+MOST = 0.5
+"""More than this share of the weights is most of a model."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Fresh:
     Args:
         layers: Their names. Layers that are trained in full are not among them.
         random: Those whose weights would stay random, as ``modules_to_save`` would name them. An adapter changes only
-            a small part of a random layer, and no file holds the rest.
+            a small part of a random layer.
         adapted: The adapted layers, if all of them look untrained.
         share: Their share of the weights of all layers that were looked at.
     """
@@ -66,6 +69,26 @@ def find_fresh(view: View) -> Fresh:
         adapted=tuple(adapted) if all_adapted else (),
         share=sizes[True] / max(sum(sizes.values()), 1),
     )
+
+
+def random_weights(view: View, found: Fresh | None = None) -> tuple[str, ...]:
+    """Return the frozen weights that look untrained.
+
+    No file of the base gives them again, so files of adapters hold them. There are none in a model that looks untrained
+    as a whole. The record remembers them. Collective for a model that is spread over processes.
+
+    Args:
+        view: An adapted model.
+        found: What :func:`find_fresh` has found, if it was called.
+    """
+    record = view.record
+    if record.random is None:
+        found = found or find_fresh(view)
+        modules = () if found.share > MOST else found.random
+        inside = [any(name.startswith(f"{module}.") for module in modules) for name in view.frozen]
+        inside = agreed(inside, list(view.frozen.values()))
+        record.random = tuple(name for name, is_random in zip(view.frozen, inside, strict=True) if is_random)
+    return record.random
 
 
 def _layers(view: View) -> Iterator[tuple[str, Weights]]:

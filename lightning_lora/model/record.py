@@ -55,6 +55,7 @@ class Record:
         tied_weights: The base of those that were tied, which another layer uses, as they were at the merge.
         other_weights: The other parameters as they were at the merge, to notice if they change.
         untied: Parameters that a merge made for tied weights, to show the same ones at the next merge.
+        random: Frozen weights that look untrained, which files hold. None: they have not been looked for.
         layers: The names of the layers that have, or had, its adapters.
         read: The base's tensors as they were when they were last read in full, with their digests.
         rounded: The digests of the base's tensors in half precision, by the digest in their own dtype.
@@ -72,6 +73,7 @@ class Record:
     tied_weights: dict[str, Seen] = field(default_factory=dict)
     other_weights: dict[str, Seen] = field(default_factory=dict)
     untied: dict[str, nn.Parameter] = field(default_factory=dict)
+    random: tuple[str, ...] | None = None
     layers: tuple[str, ...] = ()
     read: dict[str, Reading] = field(default_factory=dict)
     rounded: dict[int, list[int]] = field(default_factory=dict)

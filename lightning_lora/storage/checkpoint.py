@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, BaseMismatchError, listed
+from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.merge import unmerged
 from lightning_lora.model.remember import record_of, view_of
 from lightning_lora.model.view import View
@@ -40,10 +41,11 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
     """
     base, view = note_changed(model, anew=False), view_of(model)
     rest, places = leave_out_base(view, checkpoint)
-    states = {}
+    states, random = {}, random_weights(view)
     for key in ("state_dict", MOVED):
         if key in checkpoint:
-            states[key] = {name: _alone(value) for name, value in without_base(view, checkpoint[key]).items()}
+            changed = without_base(view, checkpoint[key], random)
+            states[key] = {name: _alone(value) for name, value in changed.items()}
     held = {**rest, **states}
     if any(is_spread(p) for p in view.parameters.values()):
         held = all_whole(held)

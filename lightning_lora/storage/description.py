@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError, listed
 from lightning_lora.layers import FROM_BASE, LoRAParameters
+from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.root import root_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.base_copies import is_places
@@ -40,9 +41,9 @@ def describe(view: View, state: Mapping[str, Any], base: list[dict[str, Any]], *
         **more: Further entries, in plain types.
 
     Returns:
-        The format, the configuration, the base, the names of frozen weights that changed, the number of entries in
-        ``state``, the adapted layers, the path of the one model inside, the entries of each module in
-        ``modules_to_save``, and a checksum of ``state`` and all of these.
+        The format, the configuration, the base, the names of frozen weights in ``state``, the number of entries in
+        ``state``, the names of frozen weights that look untrained, the adapted layers, the path of the one model
+        inside, the entries of each module in ``modules_to_save``, and a checksum of ``state`` and all of these.
 
     Raises:
         ConfigError: the description is too long to be stored.
@@ -53,6 +54,7 @@ def describe(view: View, state: Mapping[str, Any], base: list[dict[str, Any]], *
         "base": with_halves(view, base),
         "changed": [name for name in state if name in view.frozen],
         "entries": len(state),
+        "random": list(random_weights(view)),
         "layers": [layer.to_dict() for layer in layers_of(view)],
         "root": root_of(view.model),
         "saved": saved_entries(view),
@@ -120,10 +122,14 @@ def check_fits(
     _check_settings(view, config)
     check_names(view, entries, state, changed, config)
     shapes = {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
-    is_converted = check_base(view, description["base"], shapes, anew=anew, renaming=renaming, refuse=refuse_base)
+    random = tuple(description.get("random", ()))
+    is_converted = check_base(
+        view, description["base"], shapes, random, anew=anew, renaming=renaming, refuse=refuse_base
+    )
     check_tensors(view, entries, state, converting=is_converted)
     _check_finite(view, state)
     _check_lost(view, changed)
+    view.record.random = random
 
 
 def check_foreign_fits(view: View, state: Mapping[str, Any], config: LoRAConfig) -> None:
@@ -224,7 +230,7 @@ def _is_plain(description: dict[Any, Any]) -> bool:
     """Whether each entry has the expected type, so that it is safe to use."""
     known = ("format", "config", "base", "changed", "entries", "checksum")
     _, config, base, changed, entries, checksum = (description.get(key) for key in known)
-    copies, layers, root, run, saved = (description.get(key, default) for key, default in _OPTIONAL.items())
+    copies, layers, random, root, run, saved = (description.get(key, default) for key, default in _OPTIONAL.items())
     return (
         description.keys() <= {*known, *_OPTIONAL}
         and isinstance(config, dict)
@@ -233,6 +239,7 @@ def _is_plain(description: dict[Any, Any]) -> bool:
         and type(entries) is type(checksum) is int
         and is_places(copies)
         and is_layers(layers)
+        and _is_names(random)
         and isinstance(root, str)
         and is_checksums(run)
         and isinstance(saved, dict)
@@ -241,7 +248,7 @@ def _is_plain(description: dict[Any, Any]) -> bool:
     )
 
 
-_OPTIONAL: dict[str, Any] = {"copies": [], "layers": [], "root": "", "run": {}, "saved": {}}
+_OPTIONAL: dict[str, Any] = {"copies": [], "layers": [], "random": [], "root": "", "run": {}, "saved": {}}
 
 
 def _is_names(value: object) -> bool:

@@ -148,9 +148,11 @@ def renamed(
     exact = by_whole_names(moved, ranks, settings, modules.keys())
     _check_exact(title, "modules_to_save", exact.modules_to_save, [*modules, *parameters])
     _check_exact(title, "target_parameters", exact.target_parameters, parameters)
-    changed = [renaming.name_here(name) for name in description["changed"]]
+    names = {
+        entry: [renaming.name_here(name) for name in description.get(entry, ())] for entry in ("changed", "random")
+    }
     new = {renaming.name_here(name): value for name, value in state.items()}
-    return new, {**description, "config": exact.to_dict(), "changed": changed}
+    return new, {**description, "config": exact.to_dict(), **names}
 
 
 def beginning(prefix: str) -> str:

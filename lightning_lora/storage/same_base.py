@@ -4,7 +4,7 @@ It may have been converted to another floating-point dtype, or quantised, since 
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ def check_base(
     view: View,
     stored: Sequence[Mapping[str, Any]],
     shapes: Mapping[str, Sequence[int]],
+    random: Collection[str] = (),
     *,
     anew: bool = True,
     renaming: Renaming | None = None,
@@ -47,6 +48,7 @@ def check_base(
         view: The adapted model that receives the adapters.
         stored: The fingerprints of their base: as it was loaded, and as a Trainer converted it.
         shapes: The shapes of the trained tensors, by name.
+        random: Weights that looked untrained: the file holds them, so they may differ.
         anew: Read every weight again, as for :func:`fingerprint`.
         renaming: How the names in the file became those of the model.
         refuse: Raise an error for another base. Otherwise only warn.
@@ -61,6 +63,7 @@ def check_base(
         LoRAWarning: the base has another precision, or differs.
     """
     here, known = fingerprint(view, anew=anew, renaming=renaming), view.record.fingerprints
+    stored = [_with_digests_of(random, view, form, here, renaming or Renaming()) for form in stored]
     forms = [{key: form[key] for key in _EXACT} for form in stored]
     if here in forms or (here in known and any(form in forms for form in known)):  # as it is, or as it was
         return False
@@ -77,6 +80,19 @@ def check_base(
         raise BaseMismatchError(message)
     _warn(f"{message[: message.index('. ') + 1]} They were loaded all the same, because of check_base=False.")
     return bool(here["dtypes"] != stored[nearest]["dtypes"])
+
+
+def _with_digests_of(
+    names: Collection[str], view: View, form: Mapping[str, Any], here: Mapping[str, Any], renaming: Renaming
+) -> dict[str, Any]:
+    """A stored form with this model's digests for some weights: the file holds their values."""
+    own = {renaming.name_there(name): number for name, number in zip(base_tensors(view), here["digests"], strict=True)}
+    taken = {name: own[name] for name in map(renaming.name_there, names) if name in own}
+    there = form.get("rounded") or (own if form["layout"] == here["layout"] else ())
+    if not taken or not there:
+        return dict(form)
+    digests = [taken.get(name, number) for name, number in zip(there, form["digests"], strict=True)]
+    return {**form, "digests": digests}
 
 
 def _warn(message: str) -> None:

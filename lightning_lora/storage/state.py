@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, listed
+from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.merge import check_as_merged, unmerged
 from lightning_lora.model.originals import keep_frozen, restore_originals
 from lightning_lora.model.remember import view_of
@@ -54,7 +55,9 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
         ['0.lora_A', '0.lora_B']
     """
     check_as_merged(model)
-    return {name: whole(value) for name, value in without_base(view_of(model), state_dict(model)).items()}
+    view = view_of(model)
+    state = without_base(view, state_dict(model), random_weights(view))
+    return {name: whole(value) for name, value in state.items()}
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -86,18 +89,19 @@ def is_note(name: object) -> bool:
     return isinstance(name, str) and name.startswith(_NOTE_START)
 
 
-def without_base(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
+def without_base(view: View, state: Mapping[str, Any], random: Collection[str] = ()) -> dict[str, Any]:
     """Remove the base's values from a state of the model.
 
     These are frozen weights, and buffers with the same values as in the base. Frozen weights that code other than an
-    optimizer changed are kept, or added. Missing trained tensors are added too, because user code may drop everything
-    that it considers the base.
+    optimizer changed are kept, or added, and so are those in ``random``, which look untrained. Missing trained tensors
+    are added too, because user code may drop everything that it considers the base.
     """
     record, trained = view.record, view.trained
     originals = {name: value for name, value in record.originals.items() if name not in trained}
     dropped = {*view.frozen, *view.entries, *_aliases(view)}
     values = view.frozen_values
-    held: dict[str, Any] = {name: values[name].detach() for name in (*record.changed, *originals) if name in values}
+    added = (*record.changed, *originals, *random)
+    held: dict[str, Any] = {name: values[name].detach() for name in added if name in values}
     for name, value in state.items():
         name = plain_name(name)
         if name not in dropped:
@@ -105,7 +109,7 @@ def without_base(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
     kept: dict[str, Any] = {name: p.detach() for name, p in _required(view).items()}
     for name, value in held.items():
         is_own = isinstance(value, Tensor) and not is_spread(value)
-        if name in originals and is_own and same_bits(value.detach(), originals[name]):
+        if name in originals and name not in random and is_own and same_bits(value.detach(), originals[name]):
             continue
         kept[name] = value
     for name in trained:

@@ -6,22 +6,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_lora.errors import FreshLayerWarning, LoRAWarning, listed
-from lightning_lora.model.fresh import Fresh, find_fresh
+from lightning_lora.model.fresh import MOST, Fresh, find_fresh, random_weights
 from lightning_lora.model.leftovers import left_alone, left_trainable
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
 
-_MOST = 0.5
-"""More than this share of the weights is most of a model."""
 
-
-def advise(model: nn.Module) -> None:
+def advise(model: nn.Module, *, aloud: bool = True) -> None:
     """Warn of layers that train too little for the task.
 
     Nothing is said about a model whose adapters are trained already.
 
     Args:
         model: The adapted module, before its first step.
+        aloud: Whether this process warns. Otherwise it only remembers which layers look untrained, as the others do.
 
     Warns:
         FreshLayerWarning: layers look untrained, and would stay random.
@@ -31,7 +29,10 @@ def advise(model: nn.Module) -> None:
     if not view.is_fresh():
         return
     fresh = find_fresh(view)
-    if fresh.share > _MOST:
+    random_weights(view, fresh)
+    if not aloud:
+        return
+    if fresh.share > MOST:
         _tell_of_random_model(view, fresh)
     elif fresh.random:
         _warn_of_fresh(view, fresh)
@@ -41,8 +42,8 @@ def advise(model: nn.Module) -> None:
 
 def _tell_of_random_model(view: View, fresh: Fresh) -> None:
     rank_zero_info(
-        f"{fresh.share:.0%} of the weights of {type(view.model).__name__} look untrained. Adapters on random weights "
-        "learn little: load pretrained weights first, or train without LoRACallback."
+        f"{fresh.share:.0%} of the weights of {type(view.model).__name__} look untrained. If they are, adapters learn "
+        "little: load pretrained weights first, or train without LoRACallback."
     )
 
 
@@ -54,11 +55,11 @@ def _warn_of_fresh(view: View, fresh: Fresh) -> None:
     else:
         found = (
             f"Layers of {title} that look untrained: {listed(fresh.random)}. Their weights are frozen: they would stay "
-            "random. A saved file does not contain them, so it could not be loaded into a newly built model."
+            "as they are."
         )
     warnings.warn(
-        f"{found} Their values are those of an initialisation. {remedy}. (If they are random on purpose, ignore "
-        "FreshLayerWarning.)",
+        f"{found} Their values look like those of an initialisation. {remedy}. (If they are random on purpose, ignore "
+        "FreshLayerWarning: the files hold them as they are.)",
         FreshLayerWarning,
         stacklevel=1,
     )
@@ -77,7 +78,7 @@ def _warn_of_left_trainable(view: View, fresh: Fresh) -> None:
 
 def _warn_of_left_alone(view: View) -> None:
     layers, kinds, share = left_alone(view)
-    if share > _MOST:
+    if share > MOST:
         warnings.warn(
             f'target_modules="all-linear" leaves {share:.0%} of the weights of {type(view.model).__name__} without '
             f"adapters. They are in {', '.join(kinds)} layers, which can be adapted too: {listed(layers)}. Use "

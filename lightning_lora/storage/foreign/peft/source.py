@@ -4,15 +4,23 @@ Both are described in the same way.
 """
 
 import os
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, ExportError, listed
+from lightning_lora.errors import (
+    AdapterFileError,
+    AdapterStateError,
+    ConfigError,
+    ExportError,
+    LoRAWarning,
+    listed,
+)
 from lightning_lora.model.remember import view_of
 from lightning_lora.storage.description import FORMAT, describe, stored_config
 from lightning_lora.storage.fingerprint import forms_of_base
@@ -112,6 +120,7 @@ def source_of(model_or_file: object, root: str | None) -> Source:
             f"export_peft got a {type(model_or_file).__name__}. Expected a model with adapters, or the path of a file "
             "that save_adapter or a Trainer wrote."
         )
+    source = _without_random(source)
     if root is None:
         return source
     held = [name for name in (layer.name for layer in source.layers) if not root or f"{name}.".startswith(f"{root}.")]
@@ -120,7 +129,24 @@ def source_of(model_or_file: object, root: str | None) -> Source:
             f"root={root!r} holds no adapted layer. Expected the name of the module that the reader has, such as "
             f"{source.root!r}; the adapted layers are {listed(layer.name for layer in source.layers)}."
         )
-    return Source(source.title, root, source.description, source.state, source.model)
+    return replace(source, root=root)
+
+
+def _without_random(source: Source) -> Source:
+    """Leave out frozen weights that look untrained, for which PEFT's format has no place."""
+    random = source.description.get("random", [])
+    if not random:
+        return source
+    warnings.warn(
+        f"{listed(random)} look untrained and stayed frozen, and PEFT's format has no place for them: whoever loads "
+        "the folder has other values there. Name their modules in modules_to_save and train again, or save the whole "
+        "model: save_merged(model, path).",
+        LoRAWarning,
+        stacklevel=4,
+    )
+    changed = [name for name in source.description["changed"] if name not in random]
+    state = {name: value for name, value in source.state.items() if name not in random}
+    return replace(source, description={**source.description, "changed": changed}, state=state)
 
 
 def _from_model(model: nn.Module) -> Source:

@@ -1,0 +1,130 @@
+"""A layer that looks untrained and stays frozen is in every file: no run is lost."""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+
+from lightning_lora import (
+    BaseMismatchError,
+    FreshLayerWarning,
+    LoRACallback,
+    LoRAConfig,
+    LoRAWarning,
+    adapter_state_dict,
+    export_peft,
+    inject_adapters,
+    load_adapter,
+    load_from_checkpoint,
+    merge_adapters,
+    remove_adapters,
+    save_adapter,
+    unmerge_adapters,
+)
+from tests.cases import tensors
+from tests.models import LitTiny, aged, best, data, randomise, same, state, trainer
+
+HEAD = {"head.weight", "head.bias"}
+X = torch.arange(20)
+
+
+@pytest.fixture(autouse=True)
+def ignored() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FreshLayerWarning)
+        yield
+
+
+class NewHead(LitTiny):
+    """A pretrained model whose head is random, in each process and each time another one."""
+
+    def __init__(self) -> None:
+        super().__init__(width=64)
+        for layer in (self.embed, self.q_proj, self.v_proj):
+            aged(layer)
+        self.head.reset_parameters()
+
+
+def callback(**kwargs: Any) -> LoRACallback:
+    return LoRACallback(**({"r": 2, "target_modules": ["q_proj", "v_proj"]} | kwargs))
+
+
+def fit(folder: Path, model: LitTiny, callback: LoRACallback, epochs: int = 2, **kwargs: Any) -> LitTiny:
+    options = {name: kwargs.pop(name) for name in ("strategy", "devices") if name in kwargs}
+    t = trainer(folder, [callback, best(folder, filename="{epoch}", save_top_k=-1)], max_epochs=epochs, **options)
+    t.fit(model, data(), data(), **kwargs)
+    return model
+
+
+@pytest.mark.parametrize("save", ["adapters", "model"])
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear", ["head"]], ids=str)
+def test_a_run_with_a_forgotten_head_is_evaluated_and_goes_on(tmp_path: Path, targets: Any, save: Any) -> None:
+    model = fit(tmp_path, NewHead(), callback(target_modules=targets, save=save))
+    last, first = tmp_path / "epoch=1.ckpt", tmp_path / "epoch=0.ckpt"
+    tested = trainer(tmp_path).test(model, data(), verbose=False)
+    (found,) = trainer(tmp_path, [LoRACallback()]).test(NewHead(), data(), ckpt_path=last, verbose=False)
+    assert found == pytest.approx(tested[0])
+    torch.testing.assert_close(load_from_checkpoint(NewHead, last, merge=True)(X), model(X))
+    again = fit(tmp_path / "again", NewHead(), callback(target_modules=targets), ckpt_path=first)
+    assert same(state(again), state(model))
+    unmerge_adapters(again)
+    unmerge_adapters(model)
+    assert {*tensors(tmp_path / "again" / "epoch=1.ckpt")} >= HEAD
+
+
+def test_the_own_head_comes_back_when_the_adapters_go(tmp_path: Path) -> None:
+    inject_adapters(model := NewHead(), LoRAConfig(r=2, target_modules=["q_proj"]))
+    randomise(model)
+    save_adapter(model, tmp_path / "a.safetensors")
+    before = state(other := NewHead())
+    load_adapter(other, tmp_path / "a.safetensors")
+    assert torch.equal(other(X), model(X))
+    merge_adapters(other)
+    save_adapter(other, tmp_path / "b.safetensors")
+    load_adapter(third := NewHead(), tmp_path / "b.safetensors")
+    assert torch.equal(third(X), model(X))
+    unmerge_adapters(other)
+    remove_adapters(other)
+    assert same(state(other), before)
+
+
+def test_another_base_is_refused_as_ever(tmp_path: Path) -> None:
+    fit(tmp_path, NewHead(), callback(), epochs=1)
+    other = NewHead()
+    with torch.no_grad():
+        other.embed.weight[0, 0] += 1
+    with pytest.raises(BaseMismatchError, match=r"1 of \d frozen tensors of NewHead differ, such as 'embed.weight'"):
+        load_adapter(other, tmp_path / "epoch=0.ckpt")
+
+
+def test_another_precision_is_recognised(tmp_path: Path) -> None:
+    model = fit(tmp_path, NewHead(), callback(merge=False), epochs=1)
+    other = NewHead().bfloat16()
+    with pytest.warns(LoRAWarning, match="It is the same base, converted"):
+        load_adapter(other, tmp_path / "epoch=0.ckpt")
+    torch.testing.assert_close(other(X).float(), model(X), atol=0.1, rtol=0.1)
+
+
+def test_processes_write_the_same_head(tmp_path: Path) -> None:
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
+    model = fit(tmp_path, NewHead(), callback(), epochs=1, strategy=strategy, devices=2)
+    assert {*tensors(tmp_path / "epoch=0.ckpt")} >= HEAD
+    remove_adapters(model)  # forgets what the processes left
+    fit(tmp_path / "one", NewHead(), callback(), ckpt_path=tmp_path / "epoch=0.ckpt")
+
+
+def test_pretrained_layers_and_models_that_are_random_as_a_whole_are_not_in_it(tmp_path: Path) -> None:
+    aged(pretrained := NewHead())
+    for model in (pretrained, LitTiny(width=64)):
+        inject_adapters(model, LoRAConfig(r=2, target_modules=["q_proj"]))
+        assert {*adapter_state_dict(model)} == {"q_proj.lora_A", "q_proj.lora_B"}
+
+
+def test_an_export_to_peft_names_what_it_leaves_out(tmp_path: Path) -> None:
+    inject_adapters(model := NewHead(), LoRAConfig(r=2, target_modules=["q_proj"]))
+    with pytest.warns(LoRAWarning, match=r"'head.weight', 'head.bias' look untrained.*PEFT's format has no place"):
+        export_peft(model, tmp_path / "peft")
