@@ -168,9 +168,27 @@ class LoRACallback(Callback):
         self.save: Save = save
         _join_other_package()
         make_folder()
-        self._stage = Stage(self.config, save=save, is_over=True)
+        self._start()
+
+    def _start(self) -> None:
+        self._stage = Stage(self.config, save=self.save, is_over=True)
         self._gradients: Gradients | None = None
         self._training = ExitStack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep the arguments alone, as plain types.
+
+        Some modules have their callbacks as hyperparameters, which go into every file. What a fit adds would bring the
+        whole module there.
+        """
+        added = ("_stage", "_gradients", "_training", "log", "log_dict")  # the last two by Lightning
+        kept = {name: value for name, value in vars(self).items() if name not in added}
+        return {**kept, "config": self.config.to_dict(), "given": sorted(self.given)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        given, config = frozenset(state["given"]), LoRAConfig.from_dict(state["config"])
+        vars(self).update({**state, "config": config, "given": given})
+        self._start()
 
     # Set-up
 

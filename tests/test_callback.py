@@ -231,6 +231,19 @@ def test_model_merged_by_hand_is_unmerged_to_train(tmp_path: Path) -> None:
     assert not is_plain(model) and model.q_proj.lora_B.any()  # type: ignore[union-attr, operator]
 
 
+def test_the_callback_can_be_saved_in_the_middle_of_fit_and_is_its_arguments_alone(tmp_path: Path) -> None:
+    """As a module saves it that has its callbacks among its hyperparameters."""
+    callback, file = lora(merge=False, alpha=3), tmp_path / "callback.pt"
+    save = At(2, lambda t, m: torch.save({"callbacks": [callback]}, file))
+    trainer(tmp_path, [callback, save], max_epochs=1).fit(LitTiny(), data())
+    assert file.stat().st_size < 3000
+    with torch.serialization.safe_globals([LoRACallback]):
+        (loaded,) = torch.load(file, weights_only=True)["callbacks"]
+    assert (loaded.config, loaded.merge, loaded.given) == (callback.config, False, callback.given)
+    trainer(tmp_path, [loaded], max_epochs=1).fit(model := LitTiny(), data())
+    assert model.q_proj.lora_B.any()
+
+
 def test_module_can_be_copied_and_pickled_in_the_middle_of_fit(tmp_path: Path) -> None:
     copies: list[nn.Module] = []
     take = At(2, lambda t, m: copies.extend([copy.deepcopy(m), pickle.loads(pickle.dumps(m))]))

@@ -4,7 +4,7 @@ Each has its own file and an entry in ``ADAPTERS``. A layer knows its own weight
 depends on models or configurations.
 """
 
-from lightning_lora.layers.base import LoRALayer, attach
+from lightning_lora.layers.base import HAS_UPDATE, LoRALayer, attach
 from lightning_lora.layers.experts import LoRAParameters
 from lightning_lora.layers.kinds import ADAPTERS, adapter_for, kind_named, name_of_kind, register_adapter
 from lightning_lora.layers.parts import FROM_BASE, MAGNITUDE, Adapter, Part, Settings
@@ -14,6 +14,7 @@ from lightning_lora.layers.start import new_adapter
 __all__ = [
     "ADAPTERS",
     "FROM_BASE",
+    "HAS_UPDATE",
     "MAGNITUDE",
     "Adapter",
     "LoRALayer",

@@ -19,6 +19,9 @@ from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.shards import in_one_piece, is_spread, own_part, spread_as, whole
 from lightning_lora.tensors.values import replace_values
 
+HAS_UPDATE = "has_lora_update"
+"""A note on a layer in a state dict, beside torch's own: an update is merged into its weights."""
+
 
 class LoRALayer(LayerKind):
     """Base class of all adapted layers.
@@ -288,13 +291,18 @@ class LoRALayer(LayerKind):
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Load as nn.Module does. A checkpoint of the base, which has no adapters, is accepted too."""
+        """Load as nn.Module does. A checkpoint of the base, which has no adapters, is accepted too.
+
+        Weights with an update become the base, and the adapter begins anew: the update would count twice.
+        """
         super()._load_from_state_dict(state_dict, prefix, *args)
         factors = self.lora_parameters()
         own = {prefix + name for name in factors}
         if not own.isdisjoint(state_dict):
             return
         weight = own_parameter(self, self.lora_parts[0].weight)
+        if args[0].get(HAS_UPDATE):
+            self.lora_restart()
         if any(p.is_meta for p in factors.values()) and not weight.is_meta:  # the base was loaded with assign=True
             for name, p in factors.items():
                 setattr(self, name, nn.Parameter(torch.empty_like(p, device=weight.device), p.requires_grad))

@@ -7,14 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, LoRAWarning, listed
+from lightning_lora.layers import HAS_UPDATE
 from lightning_lora.model.norms import FrozenNorm
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import join, plain_name
 from lightning_lora.tensors.values import copy_to_host
-
-HAS_UPDATES = "has_lora_updates"
-"""The note on a state dict that its weights hold merged updates, among torch's own notes on the model itself."""
 
 
 def before_load(model: nn.Module, state: Mapping[str, Any], prefix: str, notes: Mapping[str, Any], *_: Any) -> None:
@@ -24,8 +22,8 @@ def before_load(model: nn.Module, state: Mapping[str, Any], prefix: str, notes: 
     trained. It may also contain adapters for a merged model, which torch could not load.
 
     Raises:
-        AdapterStateError: the adapters are merged, and ``state`` contains adapters. Or they are trained, on their
-            layers, and ``state`` contains updates too, which would count twice. Nothing is loaded into ``model`` then.
+        AdapterStateError: the adapters are merged, and ``state`` contains adapters. Nothing is loaded into ``model``
+            then.
     """
     record = find_record(model)
     if record is None:
@@ -37,29 +35,31 @@ def before_load(model: nn.Module, state: Mapping[str, Any], prefix: str, notes: 
         if adapters:
             raise AdapterStateError(
                 f"This state holds only adapters ({listed(adapters)}), and those of {type(model).__name__} are merged "
-                "into its weights. Call load_adapter(model, path) with the file instead, or unmerge_adapters(model) "
-                "first."
+                "into its weights. Call load_adapter(model, path) with the file, or unmerge_adapters(model) first. If "
+                "other code loads the file, let it hold the whole model: LoRACallback(save='model')."
             )
         return
-    if notes.get(HAS_UPDATES) and not view.is_fresh():
-        raise AdapterStateError(
-            f"The weights in this state hold merged updates, and {type(model).__name__} has trained adapters on its "
-            "layers: both would count. Call load_adapter(model, path) with the file instead, or "
-            "remove_adapters(model) first."
-        )
     frozen = [name in given for name in view.base if name not in record.originals]
     if adapters and all(frozen):
         _follow_norms(view, given)
     if adapters or not any(frozen):
         return  # only parts that train: not a base
     if not view.is_fresh():
-        warnings.warn(
-            f"A state of the base was loaded into {type(model).__name__}, and its adapters stay as they are, trained. "
-            "Call remove_adapters(model) before loading, to start anew.",
-            LoRAWarning,
-            stacklevel=5,
-        )
+        warnings.warn(_what_happens(model, is_merged=HAS_UPDATE in notes), LoRAWarning, stacklevel=5)
     _follow_base(view, given)
+
+
+def _what_happens(model: nn.Module, *, is_merged: bool) -> str:
+    title = type(model).__name__
+    if is_merged:
+        return (
+            f"The weights loaded into {title} hold merged updates. They are its base now, and its adapters begin anew. "
+            "To go on with the adapters of the file, call load_adapter(model, path) instead."
+        )
+    return (
+        f"A state of the base was loaded into {title}, and its adapters stay as they are, trained. Call "
+        "remove_adapters(model) before loading, to start anew."
+    )
 
 
 def _without_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:

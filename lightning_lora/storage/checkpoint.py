@@ -14,8 +14,8 @@ from lightning_lora.model.remember import record_of, view_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.base_copies import MOVED, leave_out_base, put_base_back
 from lightning_lora.storage.description import KEY, check_checksum, check_fits, describe, stored_config
-from lightning_lora.storage.fingerprint import note_changed
-from lightning_lora.storage.merged_state import merged_state
+from lightning_lora.storage.fingerprint import fingerprint, note_changed
+from lightning_lora.storage.merged_state import merged_state, take_updates_out
 from lightning_lora.storage.run_state import check_run, check_types, check_version, run_checksums
 from lightning_lora.storage.state import NOTE, is_note, without_base, write_state
 from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
@@ -55,20 +55,24 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
     return {**held, "state_dict": {NOTE: torch.empty(0), **held["state_dict"]}, KEY: about}
 
 
-def leave_adapters(checkpoint: object) -> None:
+def leave_adapters(checkpoint: object) -> dict[str, Any]:
     """Leave only what training changed, as the description says.
 
     That is without the note for readers without this package, and without the merged model that is written for them.
+
+    Returns:
+        The state of the merged model. It is empty if there was none.
     """
     if not isinstance(checkpoint, dict):
-        return
-    about = checkpoint.get(KEY)
+        return {}
+    about, merged = checkpoint.get(KEY), None
     if isinstance(about, dict) and ADAPTERS in about:
-        checkpoint["state_dict"] = about.pop(ADAPTERS)
+        merged, checkpoint["state_dict"] = checkpoint.get("state_dict"), about.pop(ADAPTERS)
     state = checkpoint.get("state_dict")
     if isinstance(state, dict):
         for name in [name for name in state if is_note(name)]:
             del state[name]
+    return merged if isinstance(merged, dict) else {}
 
 
 def with_merged_model(
@@ -161,6 +165,26 @@ def complete_copies(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     The model's own states are not completed.
     """
     put_base_back(view_of(model), checkpoint, checkpoint[KEY].get("copies", ()))
+
+
+def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> bool:
+    """Make the base again from a model that holds the merged weights of a checkpoint.
+
+    Code that knows nothing of adapters loads these weights before it goes on with a run.
+
+    Args:
+        model: The adapted model.
+        merged: What :func:`leave_adapters` returned.
+        checkpoint: The checkpoint. Its base is that of ``model`` then.
+
+    Returns:
+        Whether ``model`` held these weights. The base is exact up to rounding.
+    """
+    view = view_of(model)
+    if not merged or not take_updates_out(view, merged, checkpoint["state_dict"]):
+        return False
+    checkpoint[KEY]["base"] = [fingerprint(view)]
+    return True
 
 
 def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole: bool = False) -> None:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, listed
+from lightning_lora.functional.update import wide
+from lightning_lora.layers import HAS_UPDATE
 from lightning_lora.model.attach import check_weights
-from lightning_lora.model.loading import HAS_UPDATES
 from lightning_lora.model.merge import check_mergeable, tied_weights
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.view import View
-from lightning_lora.tensors.names import join, plain_module, plain_name
+from lightning_lora.tensors.names import join, own_parameter, plain_module, plain_name
 from lightning_lora.tensors.shards import is_spread
 from lightning_lora.tensors.values import replace_values
 
@@ -29,8 +30,8 @@ def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[
         changed: What training changed, by name, if it is not to be read from the model: averages, for example.
 
     Returns:
-        The state dict, and the share of each layer's update that is lost to rounding. The state dict has a note, by
-        which :func:`.before_load` keeps it out of a model with trained adapters on its layers.
+        The state dict, and the share of each layer's update that is lost to rounding. In the state dict is a note on
+        each merged layer, so that an adapted layer that loads it does not count the update twice.
 
     Raises:
         AdapterStateError: the updates cannot be merged.
@@ -38,7 +39,7 @@ def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[
     model = plain_module(view.model)
     if view.is_merged:
         check_as_merged(view.model)
-        return _noted(model.state_dict()), {}
+        return _noted(view, model.state_dict()), {}
     _check_mergeable(view)
     changed = changed or {}
     with _showing(view, changed):
@@ -57,15 +58,17 @@ def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[
     state.update({own.get(name, name): value for name, value in {**others, **merged}.items()})
     for name, value in state.items():
         state[name] = value.detach() if isinstance(value, Tensor) else value
-    return _noted(state), lost
+    return _noted(view, state), lost
 
 
-def _noted(state: Any) -> dict[str, Any]:
-    """Add a note to torch's own notes on a state dict: its weights hold updates."""
-    noted = OrderedDict(state)
-    notes = getattr(state, "_metadata", {})
-    noted._metadata = {**notes, "": {**notes.get("", {}), HAS_UPDATES: True}}  # type: ignore[attr-defined]
-    return noted
+def _noted(view: View, state: Any) -> dict[str, Any]:
+    """Add a note on each merged layer, and on the model, to torch's own notes in a state dict."""
+    noted: Any = OrderedDict(state)
+    merged, notes = {"", *view.adapted_parts}, getattr(state, "_metadata", {})
+    noted._metadata = {
+        name: {**note, HAS_UPDATE: True} if plain_name(name) in merged else note for name, note in notes.items()
+    }
+    return noted  # type: ignore[no-any-return]  # a dict
 
 
 @contextmanager
@@ -99,6 +102,39 @@ def untied(view: View) -> list[str]:
     if view.is_merged:
         return [weight.layer for weight in view.merged if isinstance(weight.base, nn.Parameter)]
     return [name for name, weights in tied_weights(view).items() if weights]
+
+
+# The base again
+
+
+def take_updates_out(view: View, merged: Mapping[str, Any], changed: Mapping[str, Any]) -> bool:
+    """Take the updates of a file out of a model that holds its merged weights.
+
+    The weights are the base's then, up to rounding.
+
+    Args:
+        view: A model with new adapters.
+        merged: The merged state in the file.
+        changed: What training changed, in the file.
+
+    Returns:
+        Whether the model holds exactly the merged weights, so that they were taken out. Otherwise it does not change.
+    """
+    merged = {plain_name(name): value for name, value in merged.items()}
+    fits = changed.keys() >= view.adapters.keys() and all(changed[n].shape == p.shape for n, p in view.adapters.items())
+    additive = not any(layer.lora_settings.use_dora for layer in view.layers.values())
+    if not fits or not additive or not view.is_fresh() or any(is_spread(p) for p in view.parameters.values()):
+        return False
+    if not all(name in merged and torch.equal(p.cpu(), merged[name].cpu()) for name, p in view.base.items()):
+        return False
+    with _showing(view, changed), torch.no_grad():
+        for layer in view.layers.values():
+            for name in layer.lora_weights():
+                own = own_parameter(layer, name)
+                update = layer.lora_effective_weight(name).sub_(own)
+                replace_values(own, (own.to(wide(own.dtype)) - update).to(own.dtype))
+            layer.lora_weights_changed()
+    return True
 
 
 # Checks

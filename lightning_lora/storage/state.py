@@ -26,7 +26,7 @@ _NOTE_START = "this file holds only adapters"
 
 NOTE = (
     f"{_NOTE_START}: load it with lightning_lora.load_from_checkpoint(cls, path), or into a model with "
-    "lightning_lora.load_adapter(model, path)"
+    "lightning_lora.load_adapter(model, path); or write files that any code loads: LoRACallback(save='model')"
 )
 """An entry of a checkpoint's state, without values. Whoever loads the file as a full one is told this name."""
 

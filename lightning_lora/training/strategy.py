@@ -30,6 +30,7 @@ from lightning_lora.storage.checkpoint import (
     as_base,
     check_readable,
     complete_copies,
+    find_base_in,
     leave_adapters,
     load_checkpoint_state,
     with_merged_model,
@@ -194,10 +195,11 @@ class Watch:
         stage, the module does not change.
         """
         checkpoint: dict[str, Any] = self._read(checkpoint_path, *args, **kwargs)
-        leave_adapters(checkpoint)
+        merged = leave_adapters(checkpoint)
         check_readable(checkpoint, checkpoint_path, whole=True)
         if not self.stage.is_over:
             self._adapt_for(checkpoint, checkpoint_path)
+            self._find_base(merged, checkpoint, checkpoint_path)
         if find_record(self.module) is None:  # outside of a stage
             return checkpoint
         if KEY in checkpoint:
@@ -219,6 +221,14 @@ class Watch:
         if KEY in checkpoint and not self.stage.has_begun:  # later, the adapters are trained
             self.stage.take_config(self.module, stored_config(checkpoint[KEY]), path)
         self._adapt()
+
+    def _find_base(self, merged: dict[str, Any], checkpoint: dict[str, Any], path: Any) -> None:
+        """Take the updates out of a module that holds the merged weights of the file."""
+        if find_base_in(self.module, merged, checkpoint):
+            rank_zero_info(
+                f"{type(self.module).__name__} holds the merged weights of {path}. Their updates are taken out, so the "
+                "base is that of the earlier run up to rounding. For the same bits, load the base's own weights."
+            )
 
     def _read(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         """Let the strategy read a file, of plain types only unless the user trusts it."""
