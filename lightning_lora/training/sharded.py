@@ -36,7 +36,7 @@ from lightning_lora.tensors.shards import (
 from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.late import LateWatch
-from lightning_lora.training.optimizers import check_layouts, train_adapters
+from lightning_lora.training.optimizers import check_layouts
 from lightning_lora.training.strategy import Watch, once
 
 if TYPE_CHECKING:
@@ -159,12 +159,9 @@ class ShardedWatch(LateWatch):
     # Files
 
     def _adapt_for(self, checkpoint: dict[str, Any], path: Any) -> None:
-        before = View(self.module).adapters
         super()._adapt_for(checkpoint, path)
-        if self.stage.was_replaced:  # the optimizers exist already, and hold the adapters from before
-            for p in before.values():
-                p.requires_grad_(False)
-            train_adapters(self.module, self.strategy.optimizers)
+        if self.stage.was_replaced and self.is_fit:  # the optimizers exist already, and hold the adapters from before
+            self.setup_optimizers(self.module.trainer)
 
     @once
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:

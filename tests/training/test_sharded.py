@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lightning_lora import load_adapter, merge_adapters, unmerge_adapters
+from lightning_lora import LoRACallback, load_adapter, merge_adapters, unmerge_adapters
 from tests.ranks import run_ranks
 from tests.training.sharded_cases import LitNet, data, lora, pretrained, trainer_of, whole_state
 
@@ -152,6 +152,36 @@ def test_one_process_reads_the_file_and_goes_on(tmp_path: Path) -> None:
     t.fit(one, data(), data())
     L.seed_everything(1, verbose=False)
     run_ranks(fit_and_save, "sharded", tmp_path, LitNet, {}, path_of(tmp_path, "one", 0))
+
+
+class InGroups(LitNet):
+    """Has a rate for A, and another for B."""
+
+    def configure_optimizers(self) -> Any:
+        a, b = ([p for n, p in self.named_parameters() if name in n] for name in ("lora_A", "lora_B"))
+        return torch.optim.AdamW([{"params": a}, {"params": b, "lr": 0.1}, {"params": self.others()}], lr=0.01)
+
+    def others(self) -> list[Any]:
+        return [p for name, p in self.named_parameters() if "lora_" not in name]
+
+
+def resumed_without_arguments(kind: str, folder: Path) -> tuple[State, State, list[int]]:
+    states, sizes = [], []
+    for options, file in (({"r": 3, "dropout": 0.1}, None), ({}, path_of(folder, kind, 0))):
+        L.seed_everything(1, verbose=False)
+        module, callback = InGroups(), LoRACallback(exclude_modules=["head"], merge=False, **options)
+        t = trainer_of(kind, folder, [callback, Saves(folder if file is None else folder / "b", kind)])
+        t.fit(module, data(), ckpt_path=file, weights_only=True)
+        states.append(whole_state(module))
+        sizes += [len(group["params"]) for group in t.optimizers[0].param_groups]
+    return states[0], states[1], sizes
+
+
+@pytest.mark.parametrize("kind", ["ddp", "sharded"])
+def test_groups_are_the_users_when_the_arguments_come_from_a_file(tmp_path: Path, kind: str) -> None:
+    for through, resumed, sizes in run_ranks(resumed_without_arguments, kind, tmp_path):
+        assert sizes == [6, 6, 0, 6, 6, 0]
+        assert_same(resumed, through)
 
 
 # Merging
