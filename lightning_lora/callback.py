@@ -16,7 +16,7 @@ from lightning_lora.model.inject import check_adapted, inject_adapters, remove_a
 from lightning_lora.model.merge import merge, merge_adapters
 from lightning_lora.model.merged import check_own
 from lightning_lora.model.record import find_record
-from lightning_lora.model.remember import keep_record, view_of
+from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_checkpoint_state
 from lightning_lora.storage.fingerprint import note_changed
@@ -54,8 +54,8 @@ class LoRACallback(Callback):
 
     At set-up, the callback freezes the base model and adds adapters to its layers. The optimizers train only the
     adapters, and every file that the Trainer writes holds only the adapters. At the end of ``fit``, the updates are
-    merged into the weights, and the module is a plain model again. A stage that only evaluates leaves the adapters on
-    the module; if the module was merged before, it is merged again.
+    merged into the weights, and the module is a plain model again. A stage that only evaluates adds nothing to a plain
+    module. If it loads adapters from a file, they stay on the module. A merged module ends merged.
 
     Arguments that are not given are taken from the checkpoint that a Trainer loads (``ckpt_path``), or from adapters
     that the module has. So ``LoRACallback()`` is enough to evaluate one. From a command line, which gives all, those
@@ -170,11 +170,12 @@ class LoRACallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Add adapters to the module's layers.
 
-        A merged module gets its exact base back first, unless it is only evaluated: then it runs as it is, until a
-        checkpoint is loaded. Layers that the module's own hooks create later are adapted by the strategy.
+        For an evaluation, a plain module gets adapters only from a checkpoint. A merged module gets its exact base back
+        first, unless it is only evaluated: then it runs as it is, until a checkpoint is loaded. Layers that the
+        module's own hooks create later are adapted by the strategy.
         """
         callbacks = callbacks_of(trainer)
-        self._stage = self._new_stage(trainer)
+        self._stage = self._new_stage(trainer, is_fit=stage == "fit")
         self._stage.was_adapted = bool(View(pl_module).layers)
         adapts_late = watch(trainer.strategy, self._stage).adapts_late
         check_companions(callbacks, LoRACallback, stage, is_sharded=adapts_late)
@@ -190,15 +191,16 @@ class LoRACallback(Callback):
         record = find_record(pl_module)
         if record is not None:
             self._stage.take_config(pl_module, record.config, f"the adapters of {type(pl_module).__name__}")
-        if adapts_late:
-            return  # configure_model would shard them
+        if adapts_late or not self._stage.adapts(pl_module):
+            return  # configure_model would shard them; a plain module gets none for an evaluation
         try:
             inject_adapters(pl_module, self._stage.config)
         except LoRAError:  # setup or configure_model may still create the layers, and a file may have other arguments
             return  # the strategy tries again
 
-    def _new_stage(self, trainer: Trainer) -> Stage:
-        return Stage(self.config, self.given, states_are_read=states_are_read(callbacks_of(trainer), LoRACallback))
+    def _new_stage(self, trainer: Trainer, *, is_fit: bool = False) -> Stage:
+        reads = states_are_read(callbacks_of(trainer), LoRACallback)
+        return Stage(self.config, self.given, is_fit, states_are_read=reads)
 
     # Fit
 
@@ -322,10 +324,13 @@ class LoRACallback(Callback):
         stage, record = self._stage, find_record(pl_module)
         was_over, stage.is_over = stage.is_over, True
         self._end_training()
-        if was_over or record is None or record.is_merged:
+        if was_over or (record is not None and record.is_merged):
+            return
+        if record is None:
+            stage.remember_dropped(pl_module)
             return
         waits = _watch_of(trainer).adapts_late  # for the other processes, if they have not failed too
-        if stage.has_begun or (trainer.state.fn == "fit" and stage.has_loaded):
+        if stage.has_begun or (stage.is_fit and stage.has_loaded):
             if not waits:
                 note_changed(pl_module)
         elif stage.was_merged:
@@ -334,8 +339,7 @@ class LoRACallback(Callback):
         elif not stage.was_adapted:
             record.layers = tuple(View(pl_module).layers)  # code in the fit may have replaced the others
             remove_adapters(pl_module)
-            if stage.dropped is not None:  # the merged model was changed, and is as it was
-                keep_record(pl_module, stage.dropped)
+            stage.remember_dropped(pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the states of the random number generators.

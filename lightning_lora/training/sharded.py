@@ -20,7 +20,7 @@ from lightning_lora.model.record import find_record
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.fingerprint import note_changed
-from lightning_lora.tensors.names import named_parameters, set_parameter
+from lightning_lora.tensors.names import load_state_dict, named_parameters, set_parameter
 from lightning_lora.tensors.shards import (
     all_whole,
     data_processes,
@@ -55,6 +55,10 @@ class ShardedWatch(LateWatch):
     is_blocked = False
     """Whether the running backward pass only accumulates gradients."""
 
+    def own_method(self, name: str) -> Any:
+        """Return a method of the strategy's class, or another."""
+        return _load_whole if name == "load_model_state_dict" else super().own_method(name)
+
     # Set up
 
     @contextmanager
@@ -83,6 +87,8 @@ class ShardedWatch(LateWatch):
         if record is not None and record.is_trained:
             note_changed(self.module)  # a fit that failed has left this to the next set-up
         super().setup(trainer)
+        if find_record(self.module) is None:  # a plain module is only evaluated
+            return
         self._tell_of_whole_model()
         _share(t for t in (*self.module.parameters(), *self.module.buffers()) if not is_spread(t))
         _share_adapters(view_of(self.module))
@@ -123,6 +129,8 @@ class ShardedWatch(LateWatch):
 
     def _adapt(self) -> None:
         super()._adapt()
+        if find_record(self.module) is None:
+            return
         self._check_whole()
         view = view_of(self.module)
         spread = [p for p in (*view.adapters.values(), *view.trained.values()) if is_spread(p)]
@@ -243,6 +251,11 @@ class ShardedGradients(Gradients):
                 if p.grad is not None:
                     grad = own_part(p.grad)
                     grad.copy_(mean.view_as(grad))
+
+
+def _load_whole(strategy: Any, checkpoint: dict[str, Any], strict: bool = True) -> None:
+    """Load the state of a plain model: Lightning's own method leaves that to ``load_checkpoint``."""
+    load_state_dict(strategy.lightning_module, checkpoint["state_dict"], strict=strict)
 
 
 def _share(tensors: Iterable[Tensor]) -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_lora import LoRACallback, load_adapter, merge_adapters, unmerge_adapters
+from lightning_lora.model.record import find_record
 from tests.ranks import run_ranks
 from tests.training.sharded_cases import LitNet, data, lora, pretrained, trainer_of, whole_state
 
@@ -182,6 +183,37 @@ def test_groups_are_the_users_when_the_arguments_come_from_a_file(tmp_path: Path
     for through, resumed, sizes in run_ranks(resumed_without_arguments, kind, tmp_path):
         assert sizes == [6, 6, 0, 6, 6, 0]
         assert_same(resumed, through)
+
+
+# Evaluations
+
+
+def evaluated(kind: str, folder: Path) -> tuple[list[float], list[bool], State]:
+    """Evaluate a plain model, a full checkpoint and adapters of it, which come from a file alone."""
+    L.seed_everything(1, verbose=False)
+    full, adapters = folder / "full.ckpt", folder / "adapters.ckpt"
+    for path, callbacks in ((full, []), (adapters, [lora(r=3, dropout=0.0)])):
+        t = trainer_of("ddp", folder, callbacks, max_epochs=1)
+        t.fit(LitNet(), data())
+        t.save_checkpoint(path)
+    module, numbers, plain = LitNet(), [], []
+    for path in (None, full, adapters, None):
+        if path == adapters:
+            module = LitNet()
+        t = trainer_of(kind, folder, [LoRACallback()])
+        (losses,) = t.test(module, data(), ckpt_path=path, verbose=False, weights_only=True)
+        numbers.append(losses["loss"])
+        plain.append(find_record(module) is None and all(p.requires_grad for p in module.parameters()))
+    return numbers, plain, whole_state(module)
+
+
+@pytest.mark.filterwarnings("ignore:.*Using `DistributedSampler`:UserWarning")
+def test_evaluation_on_shards_adds_what_a_file_has(tmp_path: Path) -> None:
+    of_ddp = run_ranks(evaluated, "ddp", tmp_path / "ddp")[0]
+    for numbers, plain, state in run_ranks(evaluated, "sharded", tmp_path / "sharded"):
+        assert numbers == pytest.approx(of_ddp[0]) and len(set(numbers)) == 3
+        assert plain == of_ddp[1] == [True, True, False, False]
+        assert_same(state, of_ddp[2])
 
 
 # Merging
