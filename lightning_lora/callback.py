@@ -37,7 +37,7 @@ from lightning_lora.training.companions import (
 from lightning_lora.training.gradients import Gradients, gradients_pass
 from lightning_lora.training.merge_checks import check_arguments, check_weights
 from lightning_lora.training.optimizers import check_frozen
-from lightning_lora.training.randomness import RANDOM, random_states, set_random_state
+from lightning_lora.training.randomness import RANDOM, random_states, restart_loaders
 from lightning_lora.training.spawned import receive_record, send_record
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.strategy import Watch
@@ -223,8 +223,7 @@ class LoRACallback(Callback):
             fitting_console().print(table)
         if trainer.is_global_zero and not loads_late(trainer):
             advise(pl_module)
-        set_random_state(trainer, self._stage.random)  # the last hook before the data loaders draw their sample order
-        self._stage.random = None
+        self._stage.set_random_state(trainer)  # the last hook before the data loaders draw their sample order
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to watch gradients.
@@ -235,6 +234,8 @@ class LoRACallback(Callback):
             AdapterStateError: a selected layer has no adapter.
         """
         check_adapted(pl_module)
+        if self._stage.drew_early:
+            restart_loaders(trainer)
         if trainer.is_global_zero and loads_late(trainer):
             advise(pl_module)
         self._stage.has_begun = True
@@ -360,7 +361,7 @@ class LoRACallback(Callback):
         """Keep the stored random states until training starts."""
         self._stage.random = checkpoint.get(RANDOM)
         if loads_late(trainer) and trainer.state.fn == "fit":  # on_fit_start is over
-            set_random_state(trainer, self._stage.random)
+            self._stage.set_random_state(trainer)
 
 
 def _watch_of(trainer: Trainer) -> Watch:

@@ -33,12 +33,16 @@ def _of_all_processes(trainer: Trainer, state: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def set_random_state(trainer: Trainer, states: object) -> None:
+def set_random_state(trainer: Trainer, states: object) -> bool:
     """Set this process's generators from stored states.
 
     Args:
         trainer: The Trainer of the run.
         states: What :func:`random_states` returned. Ignored if the number of processes has changed.
+
+    Returns:
+        Whether the data loaders come too early for these states, so that :func:`restart_loaders` must be called. A
+        module that reads ``trainer.estimated_stepping_batches`` in ``configure_optimizers`` starts them.
     """
     device = trainer.strategy.root_device
     for name, rows in states.items() if isinstance(states, Mapping) else ():
@@ -48,3 +52,15 @@ def set_random_state(trainer: Trainer, states: object) -> None:
         if rows.dtype == now.dtype and rows.shape == (trainer.world_size, len(now)):
             state = rows[trainer.global_rank].clone()  # torch crashes on a row that is a view
             torch.set_rng_state(state) if name == "cpu" else torch.cuda.set_rng_state(state, device)
+    return states is not None and trainer.train_dataloader is not None
+
+
+def restart_loaders(trainer: Trainer) -> None:
+    """Let the data loaders start anew, with their own states and the present random numbers.
+
+    To be called when a resumed fit begins, after Lightning has read the loaders' states from the checkpoint. Lightning
+    itself does not give them to loaders that have started before.
+    """
+    loop = trainer.fit_loop
+    loop._load_combined_loader_states()
+    iter(loop._data_fetcher)  # type: ignore[arg-type]  # it exists if the loaders do

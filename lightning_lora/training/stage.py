@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.config import LoRAConfig
@@ -15,6 +15,7 @@ from lightning_lora.model.remember import keep_record, view_of
 from lightning_lora.model.view import View
 from lightning_lora.training.averaging import copy_adapted
 from lightning_lora.training.companions import callbacks_of, loads_in_hooks
+from lightning_lora.training.randomness import set_random_state
 from lightning_lora.training.spawned import receive_record
 
 
@@ -40,6 +41,7 @@ class Stage:
         has_begun: Whether training has begun.
         is_over: Whether the stage has ended.
         random: The states of random number generators from a checkpoint.
+        drew_early: Whether the data loaders have drawn numbers before these states came back.
     """
 
     config: LoRAConfig
@@ -59,6 +61,7 @@ class Stage:
     has_begun: bool = False
     is_over: bool = False
     random: Any = None
+    drew_early: bool = False
 
     def unmerge(self, pl_module: LightningModule) -> None:
         """Unmerge the module.
@@ -124,3 +127,8 @@ class Stage:
             view.record.originals = {}
             keep_originals(view)
             self.base_is_open = False
+
+    def set_random_state(self, trainer: Trainer) -> None:
+        """Set the random number generators to the states from a checkpoint, if there are any."""
+        self.drew_early = set_random_state(trainer, self.random)
+        self.random = None

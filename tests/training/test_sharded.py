@@ -138,6 +138,20 @@ def test_run_resumes_to_the_same_bits(tmp_path: Path, written: str, resumed: str
     assert not [name for name, value in expected.items() if "optimizer" in name and not same(found[name], value)]
 
 
+class WarmsUp(LitNet):
+    """Asks for the number of steps, so that Lightning starts the data loaders early."""
+
+    def configure_optimizers(self) -> Any:
+        assert self.trainer.estimated_stepping_batches == 8
+        return super().configure_optimizers()
+
+
+def test_run_that_asks_for_its_steps_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    whole = run_ranks(fit_and_save, "sharded", tmp_path, WarmsUp, {})
+    again = run_ranks(fit_and_save, "sharded", tmp_path / "b", WarmsUp, {}, path_of(tmp_path, "sharded", 0))
+    assert_same(again[1], whole[0])
+
+
 def test_one_process_reads_the_file_and_goes_on(tmp_path: Path) -> None:
     expected = run_ranks(fit_and_save, "sharded", tmp_path, LitNet, {})[0]
     module = LitNet()
