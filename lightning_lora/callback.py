@@ -16,7 +16,7 @@ from lightning_lora.model.inject import check_adapted, inject_adapters, remove_a
 from lightning_lora.model.merge import merge, merge_adapters
 from lightning_lora.model.merged import check_own
 from lightning_lora.model.record import find_record
-from lightning_lora.model.remember import keep_record, view_of
+from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_checkpoint_state
 from lightning_lora.storage.fingerprint import note_changed
@@ -37,7 +37,7 @@ from lightning_lora.training.companions import (
 from lightning_lora.training.gradients import Gradients, gradients_pass
 from lightning_lora.training.merge_checks import check_arguments, check_weights
 from lightning_lora.training.optimizers import check_frozen
-from lightning_lora.training.randomness import RANDOM, random_states, set_random_state
+from lightning_lora.training.randomness import RANDOM, random_states, restore_random_state
 from lightning_lora.training.spawned import receive_record, send_record
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.strategy import Watch
@@ -55,8 +55,8 @@ class LoRACallback(Callback):
 
     At set-up, the callback freezes the base model and adds adapters to its layers. The optimizers train only the
     adapters, and every file that the Trainer writes holds only the adapters. At the end of ``fit``, the updates are
-    merged into the weights, and the module is a plain model again. A stage that only evaluates leaves the adapters on
-    the module; if the module was merged before, it is merged again.
+    merged into the weights, and the module is a plain model again. A stage that only evaluates adds nothing to a plain
+    module. If it loads adapters from a file, they stay on the module. A merged module ends merged.
 
     Arguments that are not given are taken from the checkpoint that a Trainer loads (``ckpt_path``), or from adapters
     that the module has. So ``LoRACallback()`` is enough to evaluate one. From a command line, which gives all, those
@@ -195,11 +195,12 @@ class LoRACallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Add adapters to the module's layers.
 
-        A merged module gets its exact base back first, unless it is only evaluated: then it runs as it is, until a
-        checkpoint is loaded. Layers that the module's own hooks create later are adapted by the strategy.
+        For an evaluation, a plain module gets adapters only from a checkpoint. A merged module gets its exact base back
+        first, unless it is only evaluated: then it runs as it is, until a checkpoint is loaded. Layers that the
+        module's own hooks create later are adapted by the strategy.
         """
         callbacks = callbacks_of(trainer)
-        self._stage = self._new_stage(trainer)
+        self._stage = self._new_stage(trainer, is_fit=stage == "fit")
         self._stage.was_adapted = bool(View(pl_module).layers)
         adapts_late = watch(trainer.strategy, self._stage).adapts_late
         check_companions(callbacks, LoRACallback, stage, is_sharded=adapts_late)
@@ -215,24 +216,21 @@ class LoRACallback(Callback):
         record = find_record(pl_module)
         if record is not None:
             self._stage.take_config(pl_module, record.config, f"the adapters of {type(pl_module).__name__}")
-        if adapts_late:
-            return  # configure_model would shard them
+        if adapts_late or not self._stage.adapts(pl_module):
+            return  # configure_model would shard them; a plain module gets none for an evaluation
         try:
             inject_adapters(pl_module, self._stage.config)
         except LoRAError:  # setup or configure_model may still create the layers, and a file may have other arguments
             return  # the strategy tries again
 
-    def _new_stage(self, trainer: Trainer) -> Stage:
-        return Stage(
-            self.config, self.given, self.save, states_are_read=states_are_read(callbacks_of(trainer), LoRACallback)
-        )
+    def _new_stage(self, trainer: Trainer, *, is_fit: bool = False) -> Stage:
+        reads = states_are_read(callbacks_of(trainer), LoRACallback)
+        return Stage(self.config, self.given, self.save, is_fit, states_are_read=reads)
 
     # Fit
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the summary and check that merging is possible.
-
-        A resumed run also gets its random numbers back.
 
         Raises:
             ConfigError: the updates cannot be merged at the end.
@@ -248,13 +246,12 @@ class LoRACallback(Callback):
             fitting_console().print(table)
         if not loads_late(trainer):
             advise(pl_module, aloud=trainer.is_global_zero)
-        set_random_state(trainer, self._stage.random)  # the last hook before the data loaders draw their sample order
-        self._stage.random = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to watch gradients.
 
-        From now on, the adapters stay on the module after an exception: they may be worth keeping.
+        A resumed run gets its random numbers back. From now on, the adapters stay on the module after an exception:
+        they may be worth keeping.
 
         Raises:
             AdapterStateError: a selected layer has no adapter.
@@ -269,6 +266,8 @@ class LoRACallback(Callback):
         share_base(callbacks_of(trainer), pl_module)
         self._gradients = self._training.enter_context(closing(_watch_of(trainer).gradients()))
         self._training.enter_context(gradients_pass())
+        restore_random_state(trainer, self._stage.resumed)  # now, as on_fit_start of other code may draw or seed
+        self._stage.resumed = {}
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep frozen weights frozen.
@@ -349,10 +348,13 @@ class LoRACallback(Callback):
         stage, record = self._stage, find_record(pl_module)
         was_over, stage.is_over = stage.is_over, True
         self._end_training()
-        if was_over or record is None or record.is_merged:
+        if was_over or (record is not None and record.is_merged):
+            return
+        if record is None:
+            stage.remember_dropped(pl_module)
             return
         waits = _watch_of(trainer).adapts_late  # for the other processes, if they have not failed too
-        if stage.has_begun or (trainer.state.fn == "fit" and stage.has_loaded):
+        if stage.has_begun or (stage.is_fit and stage.has_loaded):
             if not waits:
                 note_changed(pl_module)
         elif stage.was_merged:
@@ -361,8 +363,7 @@ class LoRACallback(Callback):
         elif not stage.was_adapted:
             record.layers = tuple(View(pl_module).layers)  # code in the fit may have replaced the others
             remove_adapters(pl_module)
-            if stage.dropped is not None:  # the merged model was changed, and is as it was
-                keep_record(pl_module, stage.dropped)
+            stage.remember_dropped(pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the states of the random number generators.
@@ -381,9 +382,7 @@ class LoRACallback(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the stored random states until training starts."""
-        self._stage.random = checkpoint.get(RANDOM)
-        if loads_late(trainer) and trainer.state.fn == "fit":  # on_fit_start is over
-            set_random_state(trainer, self._stage.random)
+        self._stage.resumed = {name: checkpoint.get(name) for name in (RANDOM, "loops")}
 
 
 def _watch_of(trainer: Trainer) -> Watch:

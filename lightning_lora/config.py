@@ -58,7 +58,10 @@ def explains_peft(cls: _Class) -> _Class:
             raise ConfigError(f"{cls.__name__} got arguments with PEFT's names. {'; '.join(found)}.")
         ratio = kwargs.pop("loraplus_lr_ratio", None)  # reserved: accepted as None, and shown nowhere
         if ratio is not None:
-            raise ConfigError(f"loraplus_lr_ratio={ratio!r} is not available in this version. Leave it out.")
+            raise ConfigError(
+                f"loraplus_lr_ratio={ratio!r} is not available in this version. Leave it out, "
+                "and give lora_A and lora_B groups of their own in configure_optimizers."
+            )
         init(self, *args, **kwargs)
         names = [name for name in parameters if name != "self"]
         given = {*names[: len(args)], *kwargs}

@@ -180,8 +180,7 @@ def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mappin
     Returns:
         Whether ``model`` held these weights. The base is exact up to rounding.
     """
-    view = view_of(model)
-    if not merged or not take_updates_out(view, merged, checkpoint["state_dict"]):
+    if not merged or not take_updates_out(view := view_of(model), merged, checkpoint["state_dict"]):
         return False
     checkpoint[KEY]["base"] = [fingerprint(view)]
     return True

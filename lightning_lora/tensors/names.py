@@ -152,11 +152,11 @@ def state_dict(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
     return {plain_name(name): value for name, value in model.state_dict(keep_vars=keep_vars).items()}
 
 
-def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = False) -> None:
     """Load a state dict with plain names into ``model``.
 
-    ``model`` may have entries that are missing in the state. Of a tensor that is spread over processes there, each
-    process takes its own part.
+    ``model`` may have entries that are missing in the state, unless ``strict`` is True. Of a tensor that is spread over
+    processes there, each process takes its own part.
     """
     present = model.state_dict(keep_vars=True)
     own = {plain_name(name): name for name in present}
@@ -164,4 +164,4 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for plain, value in state.items():
         name = own.get(plain, plain)
         loaded[name] = spread_as(value, present[name]) if is_spread(present.get(name)) else value
-    model.load_state_dict(loaded, strict=False)
+    model.load_state_dict(loaded, strict=strict)

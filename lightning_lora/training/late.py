@@ -26,11 +26,6 @@ class LateWatch(Watch):
             kind = next(base for base in kind.__mro__ if base.__name__ == "Strategy")
         return getattr(kind, name)
 
-    @property
-    def is_fit(self) -> bool:
-        """Whether a fit is running."""
-        return not self.stage.is_over and self.module.trainer.state.fn == "fit"
-
     def _adapt(self) -> None:
         try:
             super()._adapt()

@@ -38,9 +38,10 @@ register_optimizer_step_post_hook(_count_fused_step)
 def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Replace base weights with their adapters in the optimizers' groups.
 
-    Each adapter goes into the group of its base weight, and frozen weights are removed. The lists of the groups are
-    edited in place, because optimizers (LBFGS) and schedulers keep references to them. The number of groups does not
-    change, so schedulers with one rate per group still fit.
+    An adapter stays in the group that the user has put it into. One that is in no optimizer goes into the group of its
+    base weight. Frozen weights are removed. The lists of the groups are edited in place, because optimizers (LBFGS) and
+    schedulers keep references to them. The number of groups does not change, so schedulers with one rate per group
+    still fit.
 
     Args:
         model: The adapted model, frozen.
@@ -56,11 +57,13 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         for weight, trained in layer.lora_trained().items():
             followers.setdefault(id(own_parameter(layer, weight)), []).extend(trained.values())
     built = [_built_groups(optimizer) for optimizer in optimizers]
-    edited = [_edit(groups, followers) for groups in built]
+    chosen = {id(parameter) for groups in built for group in groups for parameter in group}
+    edited = [_edit(groups, followers, chosen) for groups in built]
     _place_rest(view, edited)
     for number, (optimizer, before, after) in enumerate(zip(optimizers, built, edited, strict=True)):
         if not any(after):
-            _check_emptied(view, f"Optimizer {number} of {type(model).__name__} ({type(optimizer).__name__})", before)
+            title = f"Optimizer {number} of {type(model).__name__} ({type(optimizer).__name__})"
+            _check_emptied(view, title, {id(parameter) for group in before for parameter in group}, followers)
     for optimizer, before, after in zip(optimizers, built, edited, strict=True):
         _write(view, optimizer, after)
         _EDITED[optimizer] = (before, after)
@@ -136,20 +139,21 @@ def _ids(groups: list[Params]) -> list[list[int]]:
     return [[id(parameter) for parameter in group] for group in groups]
 
 
-def _edit(groups: list[Params], followers: dict[int, Params]) -> list[Params]:
-    """One optimizer's groups, with adapters in place of base weights.
+def _edit(groups: list[Params], followers: dict[int, Params], chosen: set[int]) -> list[Params]:
+    """One optimizer's groups without frozen weights, and with the adapters that nobody has put elsewhere.
 
-    An adapter stays where it is if its base weight is in another optimizer.
+    An adapter stands where its base weight stood, if one group has both: files keep this order.
     """
-    here = {id(parameter) for group in groups for parameter in group}
-    follow = {id(adapter) for weight, adapters in followers.items() if weight in here for adapter in adapters}
     placed: set[int] = set()
     edited: list[Params] = []
     for group in groups:
+        here = {id(parameter) for parameter in group}
+        follow = {id(adapter) for weight in here for adapter in followers.get(weight, [])}
         edited.append([])
         for parameter in group:
+            arrives = [each for each in followers.get(id(parameter), []) if id(each) in here or id(each) not in chosen]
             stays = [parameter] if parameter.requires_grad and id(parameter) not in follow else []
-            for each in [*followers.get(id(parameter), []), *stays]:
+            for each in [*arrives, *stays]:
                 if id(each) not in placed:
                     placed.add(id(each))
                     edited[-1].append(each)
@@ -166,18 +170,22 @@ def _place_rest(view: View, edited: list[list[Params]]) -> None:
     elif rest:
         raise OptimizerError(
             f"No optimizer trains {listed(rest)}: none of the {len(groups)} parameter groups from configure_optimizers "
-            f"holds the weights that they adapt. Give {type(view.model).__name__}.parameters() to one of its "
+            f"holds them or the weights that they adapt. Give {type(view.model).__name__}.parameters() to one of its "
             "optimizers, or target only layers whose weights an optimizer holds."
         )
 
 
-def _check_emptied(view: View, optimizer: str, before: list[Params]) -> None:
+def _check_emptied(view: View, optimizer: str, held: set[int], followers: dict[int, Params]) -> None:
     """Refuse an optimizer that has lost all its parameters. What the user froze was never trained by it."""
-    held = {id(parameter) for group in before for parameter in group}
     lost = [name for name, p in view.base.items() if id(p) in held and view.record.requires_grad.get(name)]
     if lost:
         shared = _common_owner(lost)
         networks = [shared] if shared else list(dict.fromkeys(owner_of(name) or name for name in lost))
+        if held & followers.keys():
+            raise OptimizerError(
+                f"{optimizer} would train nothing: it holds only frozen weights of {listed(networks)}, and their "
+                "adapters are in another optimizer. Leave this optimizer out."
+            )
         raise OptimizerError(
             f"{optimizer} would train nothing: it holds only weights of {listed(networks)}, which are neither adapted "
             "nor trained in full. A loss of theirs could not be minimised. Adapt their layers (target_modules), or "

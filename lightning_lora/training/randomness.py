@@ -1,6 +1,7 @@
 """A resumed run continues with the same random numbers."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,18 +34,28 @@ def _of_all_processes(trainer: Trainer, state: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def set_random_state(trainer: Trainer, states: object) -> None:
-    """Set this process's generators from stored states.
+def restore_random_state(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
+    """Set this process's generators, and start its data loaders, as a checkpoint says.
+
+    To be called when a resumed fit begins. The loaders have started before, with other random numbers: Lightning starts
+    them at the first use of ``trainer.estimated_stepping_batches``, or before ``on_train_start``.
 
     Args:
         trainer: The Trainer of the run.
-        states: What :func:`random_states` returned. Ignored if the number of processes has changed.
+        checkpoint: The checkpoint that the run goes on from. If it is of another number of processes, or has no random
+            states, nothing is done.
     """
-    device = trainer.strategy.root_device
-    for name, rows in states.items() if isinstance(states, Mapping) else ():
+    states, device = checkpoint.get(RANDOM), trainer.strategy.root_device
+    if not isinstance(states, Mapping):
+        return
+    for name, rows in states.items():
         if name not in ("cpu", device.type) or not isinstance(rows, Tensor):
             continue
         now = torch.get_rng_state() if name == "cpu" else torch.cuda.get_rng_state(device)
         if rows.dtype == now.dtype and rows.shape == (trainer.world_size, len(now)):
             state = rows[trainer.global_rank].clone()  # torch crashes on a row that is a view
             torch.set_rng_state(state) if name == "cpu" else torch.cuda.set_rng_state(state, device)
+    loop: Any = trainer.fit_loop
+    loop._combined_loader_states_to_load = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+    loop._load_combined_loader_states()
+    iter(loop._data_fetcher)

@@ -20,7 +20,7 @@ from lightning_lora.model.record import find_record
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.fingerprint import note_changed
-from lightning_lora.tensors.names import named_parameters, set_parameter
+from lightning_lora.tensors.names import load_state_dict, named_parameters, set_parameter
 from lightning_lora.tensors.shards import (
     all_whole,
     data_processes,
@@ -36,7 +36,7 @@ from lightning_lora.tensors.shards import (
 from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.late import LateWatch
-from lightning_lora.training.optimizers import check_layouts, train_adapters
+from lightning_lora.training.optimizers import check_layouts
 from lightning_lora.training.strategy import Watch, once
 
 if TYPE_CHECKING:
@@ -54,6 +54,10 @@ class ShardedWatch(LateWatch):
 
     is_blocked = False
     """Whether the running backward pass only accumulates gradients."""
+
+    def own_method(self, name: str) -> Any:
+        """Return a method of the strategy's class, or another."""
+        return _load_whole if name == "load_model_state_dict" else super().own_method(name)
 
     # Set up
 
@@ -83,6 +87,8 @@ class ShardedWatch(LateWatch):
         if record is not None and record.is_trained:
             note_changed(self.module)  # a fit that failed has left this to the next set-up
         super().setup(trainer)
+        if find_record(self.module) is None:  # a plain module is only evaluated
+            return
         self._tell_of_whole_model()
         _share(t for t in (*self.module.parameters(), *self.module.buffers()) if not is_spread(t))
         _share_adapters(view_of(self.module))
@@ -123,6 +129,8 @@ class ShardedWatch(LateWatch):
 
     def _adapt(self) -> None:
         super()._adapt()
+        if find_record(self.module) is None:
+            return
         self._check_whole()
         view = view_of(self.module)
         spread = [p for p in (*view.adapters.values(), *view.trained.values()) if is_spread(p)]
@@ -159,12 +167,9 @@ class ShardedWatch(LateWatch):
     # Files
 
     def _adapt_for(self, checkpoint: dict[str, Any], path: Any) -> None:
-        before = View(self.module).adapters
         super()._adapt_for(checkpoint, path)
-        if self.stage.was_replaced:  # the optimizers exist already, and hold the adapters from before
-            for p in before.values():
-                p.requires_grad_(False)
-            train_adapters(self.module, self.strategy.optimizers)
+        if self.stage.was_replaced and self.is_fit:  # the optimizers exist already, and hold the adapters from before
+            self.setup_optimizers(self.module.trainer)
 
     @once
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
@@ -246,6 +251,11 @@ class ShardedGradients(Gradients):
                 if p.grad is not None:
                     grad = own_part(p.grad)
                     grad.copy_(mean.view_as(grad))
+
+
+def _load_whole(strategy: Any, checkpoint: dict[str, Any], strict: bool = True) -> None:
+    """Load the state of a plain model: Lightning's own method leaves that to ``load_checkpoint``."""
+    load_state_dict(strategy.lightning_module, checkpoint["state_dict"], strict=strict)
 
 
 def _share(tensors: Iterable[Tensor]) -> None:

@@ -1,6 +1,6 @@
 """State of a Trainer's stage, from set-up to teardown."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -11,7 +11,7 @@ from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import unmerge
 from lightning_lora.model.originals import keep_originals
 from lightning_lora.model.record import Record, find_record
-from lightning_lora.model.remember import view_of
+from lightning_lora.model.remember import keep_record, view_of
 from lightning_lora.model.view import View
 from lightning_lora.training.averaging import copy_adapted
 from lightning_lora.training.companions import callbacks_of, loads_in_hooks
@@ -26,10 +26,12 @@ class Stage:
         config: The configuration of the adapters.
         given: The names of arguments that the user gave.
         save: What files hold: ``"adapters"`` or ``"model"``.
+        is_fit: Whether it trains.
         was_adapted: Whether the module had adapters on its layers before.
         was_merged: Whether the module was merged before, so that the stage took the updates out of its weights.
         dropped: The record of a merged module whose weights were changed, so that the stage took them as a new base.
         runs_merged: Whether an evaluation runs the merged module as it is.
+        reads_adapters: Whether it has read a file of adapters.
         has_averages: Whether averaging callbacks have copied the adapted module.
         was_replaced: Whether adapters with default arguments were removed for those of a file.
         base_is_open: Whether nothing was trained yet, so that weights which the module's hooks load become the base.
@@ -38,16 +40,18 @@ class Stage:
         has_loaded: Whether adapters were loaded from a checkpoint.
         has_begun: Whether training has begun.
         is_over: Whether the stage has ended.
-        random: The states of random number generators from a checkpoint.
+        resumed: The states of random number generators and loops from a checkpoint.
     """
 
     config: LoRAConfig
     given: frozenset[str] = frozenset()
     save: str = "adapters"
+    is_fit: bool = False
     was_adapted: bool = False
     was_merged: bool = False
     dropped: Record | None = None
     runs_merged: bool = False
+    reads_adapters: bool = False
     has_averages: bool = False
     was_replaced: bool = False
     base_is_open: bool = False
@@ -56,7 +60,7 @@ class Stage:
     has_loaded: bool = False
     has_begun: bool = False
     is_over: bool = False
-    random: Any = None
+    resumed: dict[str, Any] = field(default_factory=dict)
 
     def unmerge(self, pl_module: LightningModule) -> None:
         """Unmerge the module.
@@ -70,6 +74,11 @@ class Stage:
         self.dropped = record if find_record(pl_module) is None else None
         record = find_record(pl_module)
         self.base_is_open = View(pl_module).is_fresh() and not (record is not None and record.is_trained)
+
+    def remember_dropped(self, pl_module: LightningModule) -> None:
+        """Give a merged module back the record that the stage has dropped."""
+        if self.dropped is not None:
+            keep_record(pl_module, self.dropped)
 
     def take_config(self, pl_module: LightningModule, stored: LoRAConfig, path: object) -> None:
         """Take arguments that were not given from elsewhere.
@@ -89,14 +98,22 @@ class Stage:
             remove_adapters(pl_module)
             self.was_replaced = True
 
+    def adapts(self, pl_module: LightningModule) -> bool:
+        """Whether the module gets adapters, or has some.
+
+        An evaluation adds none to a plain module, unless they come from a file.
+        """
+        record = find_record(pl_module)
+        if record is not None:
+            return not record.is_merged  # it is only evaluated, or its fit has ended
+        return self.is_fit or self.was_adapted or self.reads_adapters
+
     def adapt(self, pl_module: LightningModule) -> None:
         """Adapt the module after its own hooks have run.
 
-        The weights that the hooks have loaded until now become the base. A merged module stays as it is: it is only
-        evaluated, or its fit has ended.
+        The weights that the hooks have loaded until now become the base.
         """
-        record = find_record(pl_module)
-        if record is not None and record.is_merged:
+        if not self.adapts(pl_module):
             return
         inject_adapters(pl_module, self.config)
         if not self.has_averages:  # later, a checkpoint's averages would be lost

@@ -131,6 +131,11 @@ class Watch:
         assert module is not None
         return module
 
+    @property
+    def is_fit(self) -> bool:
+        """Whether a fit is running."""
+        return self.stage.is_fit and not self.stage.is_over
+
     # Set up
 
     @once
@@ -143,6 +148,9 @@ class Watch:
             self._setup_merged(trainer)
             return
         self._adapt()
+        if find_record(self.module) is None:  # a plain module is only evaluated
+            self.inner("setup", trainer)
+            return
         self._note_base()
         self.stage.base_is_noted = False
         with keeping_adapters(self.strategy.precision_plugin):
@@ -200,11 +208,10 @@ class Watch:
         if not self.stage.is_over:
             self._adapt_for(checkpoint, checkpoint_path)
             self._find_base(merged, checkpoint, checkpoint_path)
-        if find_record(self.module) is None:  # outside of a stage
+        if find_record(self.module) is None:  # outside of a stage, or in the evaluation of a plain module
             return checkpoint
         if KEY in checkpoint:
-            is_fit = not self.stage.is_over and self.module.trainer.state.fn == "fit"
-            if is_fit and not self.stage.has_begun:
+            if self.is_fit and not self.stage.has_begun:
                 check_resumable(checkpoint, checkpoint_path)
             complete_copies(self.module, checkpoint)
             return checkpoint
@@ -218,6 +225,7 @@ class Watch:
         """Adapt the module as its arguments and the file say."""
         if self.stage.runs_merged:
             self.stage.unmerge(self.module)
+        self.stage.reads_adapters = KEY in checkpoint
         if KEY in checkpoint and not self.stage.has_begun:  # later, the adapters are trained
             self.stage.take_config(self.module, stored_config(checkpoint[KEY]), path)
         self._adapt()
@@ -262,7 +270,7 @@ class Watch:
 
         Base keys may be missing. Adapter keys may not, even with ``strict=False``.
         """
-        if find_record(self.module) is None and KEY not in checkpoint:  # outside of a stage
+        if find_record(self.module) is None and KEY not in checkpoint:  # as in load_checkpoint
             self.inner("load_model_state_dict", checkpoint, strict=strict)
             return
         self._note_base()

@@ -1,4 +1,4 @@
-"""An optimizer holds exactly what trains, in its weight's group."""
+"""An optimizer holds exactly what trains, in the group of the user's choice or of its weight."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,15 +7,14 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from packaging.version import Version
 from torch import Tensor, nn
 
-from lightning_lora import (
-    OptimizerError,
-    remove_adapters,
-)
+from lightning_lora import OptimizerError, remove_adapters
 from lightning_lora.model.view import View
-from tests.models import ADAPTERS, CLASSES, TRAINED, WORDS, LitTiny, data, is_plain, lora, trainer
+from tests.models import ADAPTERS, CLASSES, TRAINED, WORDS, LitTiny, data, is_plain, lora, same, state, trainer
+from tests.training.cases import adapted, by_hand
 
 X = torch.arange(WORDS)
 
@@ -79,7 +78,7 @@ def test_adapters_take_the_group_of_their_weight_and_schedulers_keep_theirs(tmp_
         def make() -> Any:
             mine = {id(m.v_proj.weight), id(m.head.weight)}
             groups = [
-                {"params": [p for p in m.parameters() if id(p) not in mine], "lr": 0.01},
+                {"params": [p for n, p in m.named_parameters() if id(p) not in mine and "lora_" not in n], "lr": 0.01},
                 {"params": [m.v_proj.weight], "lr": 0.02},
                 {"params": [m.head.weight], "lr": 0.03},
             ]
@@ -99,19 +98,106 @@ def test_adapters_take_the_group_of_their_weight_and_schedulers_keep_theirs(tmp_
     assert [group["lr"] for group in t.optimizers[0].param_groups] == pytest.approx([0.01, 0.01, 0.003])
 
 
-def test_groups_chosen_by_names_follow_the_weight_too(tmp_path: Path) -> None:
-    def configure(m: LitTiny) -> Any:
-        def make() -> Any:
-            decayed = [p for name, p in m.named_parameters() if name.endswith("weight")]
-            others = [p for name, p in m.named_parameters() if not name.endswith("weight")]
-            return torch.optim.AdamW(
-                [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-            )
+class Grouped(LitTiny):
+    """A module whose groups the user has chosen."""
 
-        return make
+    def __init__(self, habit: str) -> None:
+        super().__init__()
+        self.habit = habit
 
-    t, model = fit_with(tmp_path, configure)
-    assert [names_in(model, group) for group in optimizer_of(t)] == [[*ADAPTERS, "head.weight"], ["head.bias"]]
+    def configure_optimizers(self) -> Any:
+        return HABITS[self.habit][0](self)
+
+
+def by_names(model: nn.Module) -> Any:
+    """A, B and the rest, as for LoRA+."""
+    a = [p for name, p in model.named_parameters() if "lora_A" in name]
+    b = [p for name, p in model.named_parameters() if "lora_B" in name]
+    rest = [p for name, p in model.named_parameters() if "lora_" not in name]
+    optimizer = torch.optim.AdamW([{"params": a}, {"params": b, "lr": 0.16}, {"params": rest, "lr": 0.02}], lr=0.01)
+    rates = [lambda _: 1.0, lambda _: 0.5, lambda _: 0.1]
+    return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, rates)]
+
+
+def by_layers(model: LitTiny) -> Any:
+    """A rate for each layer."""
+    layers = [model.embed, model.q_proj, model.v_proj, model.head]
+    return adam([{"params": layer.parameters(), "lr": 0.1 * 0.5**number} for number, layer in enumerate(layers)])
+
+
+def by_decay(model: nn.Module) -> Any:
+    """Weights decay, and nothing else does."""
+    decayed = [p for name, p in model.named_parameters() if p.requires_grad and name.endswith("weight")]
+    others = [p for name, p in model.named_parameters() if p.requires_grad and not name.endswith("weight")]
+    return adam([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}])
+
+
+def first_half(model: nn.Module) -> Any:
+    """Some adapters in one group, and all weights in another."""
+    weights = [p for name, p in model.named_parameters() if "lora_" not in name]
+    return adam([{"params": weights}, {"params": [p for n, p in model.named_parameters() if n == "v_proj.lora_B"]}])
+
+
+def as_peft(model: Any) -> Any:
+    """PEFT's own LoRA+."""
+    optimizers = pytest.importorskip("peft.optimizers")
+    return optimizers.create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16)
+
+
+A, B = ADAPTERS[::2], ADAPTERS[1::2]
+HABITS: dict[str, tuple[Callable[[Any], Any], list[list[str]]]] = {
+    "by names": (by_names, [A, B, ["head.weight", "head.bias"]]),
+    "by layers": (by_layers, [[], ADAPTERS[:2], ADAPTERS[2:], ["head.weight", "head.bias"]]),
+    "by decay": (by_decay, [["head.weight"], [*ADAPTERS, "head.bias"]]),
+    "first half": (first_half, [[*ADAPTERS[:3], "head.weight", "head.bias"], ["v_proj.lora_B"]]),
+    "as peft": (as_peft, [[*A, "head.weight"], [], B, ["head.bias"]]),
+}
+"""What users write in configure_optimizers, and what each group trains."""
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_an_adapter_stays_in_the_group_that_the_user_has_put_it_into(tmp_path: Path, habit: str) -> None:
+    model, t = Grouped(habit), trainer(tmp_path, [lora(merge=False)], max_epochs=3)
+    torch.manual_seed(5)
+    t.fit(model, data())
+    assert [names_in(model, group) for group in optimizer_of(t)] == HABITS[habit][1]
+    expected = adapted()
+    made = HABITS[habit][0](expected)
+    optimizer = made[0][0] if isinstance(made, tuple) else made
+    for group, names in zip(optimizer.param_groups, HABITS[habit][1], strict=True):
+        group["params"] = [expected.get_parameter(name) for name in names]
+    by_hand(optimizer, expected)
+    assert same(state(model), state(expected))
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_a_run_with_groups_resumes_to_the_bit(tmp_path: Path, habit: str) -> None:
+    through, resumed = Grouped(habit), Grouped(habit)
+    every = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    trainer(tmp_path, [lora(merge=False), every], max_epochs=3).fit(through, data())
+    trainer(tmp_path, [lora(merge=False)], max_epochs=3).fit(resumed, data(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert same(state(resumed), state(through))
+
+
+class HoldsGroups(L.Callback):
+    """Compares the groups in every process."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        assert [names_in(pl_module, group) for group in optimizer_of(trainer)] == HABITS[pl_module.habit][1]
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_groups_are_the_users_in_every_process(tmp_path: Path, habit: str) -> None:
+    t = trainer(tmp_path, [lora(), HoldsGroups()], strategy="ddp_fork", devices=2, enable_checkpointing=False)
+    t.fit(Grouped(habit), data())
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_adapters_stand_where_their_weight_stood(tmp_path: Path, bias: Any) -> None:
+    t, model = fit_with(tmp_path, lambda m: lambda: adam(m.parameters()), use_dora=True, bias=bias)
+    q_proj, v_proj = ([f"{layer}.lora_{name}" for name in ("A", "B", "magnitude")] for layer in ("q_proj", "v_proj"))
+    order = [*q_proj, *(["q_proj.bias"] if bias == "all" else []), *v_proj, "head.weight", "head.bias"]
+    assert names_in(model, optimizer_of(t)[0]) == order  # files hold the optimizer's state in this order
 
 
 class TwoOptimizers(LitTiny):
@@ -132,6 +218,54 @@ class TwoOptimizers(LitTiny):
         first = adam([*self.embed.parameters(), *self.q_proj.parameters()])
         second = adam([*self.v_proj.parameters(), *self.head.parameters()])
         return [first, second], [torch.optim.lr_scheduler.StepLR(each, 1) for each in (first, second)]
+
+
+class Chosen(TwoOptimizers):
+    """Two optimizers over what the user has chosen."""
+
+    def __init__(self, *chosen: Callable[[str], bool]) -> None:
+        super().__init__()
+        self.chosen = chosen
+
+    def configure_optimizers(self) -> Any:
+        made = [adam([p for name, p in self.named_parameters() if choose(name)]) for choose in self.chosen]
+        return made, [torch.optim.lr_scheduler.StepLR(each, 1) for each in made]
+
+
+def everything(name: str) -> bool:
+    return True
+
+
+def is_base(name: str) -> bool:
+    return "lora_" not in name
+
+
+Q, V = ADAPTERS[:2], ADAPTERS[2:]
+CHOICES: dict[str, tuple[tuple[Callable[[str], bool], ...], list[list[str]]]] = {
+    "a network each": (
+        (lambda n: n.startswith(("embed", "q_")), lambda n: n.startswith(("v_", "head"))),
+        [Q, [*V, *TRAINED[4:]]],
+    ),
+    "both hold all": ((everything, everything), [TRAINED, TRAINED]),
+    "both hold the base": ((is_base, is_base), [TRAINED, TRAINED]),
+    "some adapters apart": ((is_base, lambda n: n in V), [[*Q, *TRAINED[4:]], V]),
+    "some with another weight": ((is_base, lambda n: n in V or n == "q_proj.weight"), [[*Q, *TRAINED[4:]], [*Q, *V]]),
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_an_adapter_stays_in_the_optimizer_that_the_user_has_put_it_into(tmp_path: Path, choice: str) -> None:
+    chosen, expected = CHOICES[choice]
+    model, t = Chosen(*chosen), trainer(tmp_path, [lora(merge=False)], max_epochs=1)
+    t.fit(model, data())
+    assert [names_in(model, *optimizer_of(t, number)) for number in range(2)] == expected
+
+
+def test_an_optimizer_whose_adapters_are_all_in_another_is_named(tmp_path: Path) -> None:
+    model = Chosen(lambda name: name in TRAINED, lambda name: name in ("q_proj.weight", "v_proj.weight"))
+    with pytest.raises(OptimizerError, match=r"Optimizer 1 .*'v_proj'.*adapters are in another optimizer.* Leave"):
+        trainer(tmp_path, [lora()]).fit(model, data())
+    assert is_plain(model)
 
 
 def test_several_optimizers_under_manual_optimization(tmp_path: Path) -> None:

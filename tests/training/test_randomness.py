@@ -27,19 +27,53 @@ def test_resumed_run_ends_with_the_same_bits(tmp_path: Path, options: dict[str, 
     assert same(state(resumed), state(through)) and t.global_step == 16
 
 
-def shuffled() -> DataLoader[Any]:
-    return DataLoader(data().dataset, batch_size=4, shuffle=True)
+def shuffled(**options: Any) -> DataLoader[Any]:
+    return DataLoader(data().dataset, batch_size=4, shuffle=True, **options)
+
+
+class WarmsUp(LitTiny):
+    """A module that asks for the number of steps, so that Lightning starts the data loaders early."""
+
+    def configure_optimizers(self) -> Any:
+        steps = self.trainer.estimated_stepping_batches
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (step + 1) / steps))
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+class Seeds(LitTiny):
+    """A module that seeds the generators itself, after the hooks of all callbacks."""
+
+    def on_fit_start(self) -> None:
+        torch.manual_seed(1)
 
 
 @exact
-def test_resumed_run_drops_and_shuffles_as_the_one_that_never_stopped(tmp_path: Path) -> None:
-    through, resumed = LitTiny(), LitTiny()
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1}], ids=str)
+@pytest.mark.parametrize("cls", [LitTiny, WarmsUp, Seeds])
+def test_resumed_run_drops_and_shuffles_as_the_one_that_never_stopped(
+    tmp_path: Path, cls: type[LitTiny], options: dict[str, Any]
+) -> None:
+    through, resumed = cls(), cls()
     every = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     torch.manual_seed(5)
-    trainer(tmp_path, [lora(merge=False, dropout=0.3), every], max_epochs=4).fit(through, shuffled(), data())
+    t = trainer(tmp_path, [lora(merge=False, dropout=0.3), every], max_epochs=4)
+    t.fit(through, shuffled(**options), data())
     torch.manual_seed(6)
     t = trainer(tmp_path, [lora(merge=False, dropout=0.3)], max_epochs=4)
-    t.fit(resumed, shuffled(), data(), ckpt_path=tmp_path / "epoch=1.ckpt")
+    t.fit(resumed, shuffled(**options), data(), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert same(state(resumed), state(through))
+
+
+@exact
+@pytest.mark.parametrize("cls", [LitTiny, WarmsUp])
+def test_every_process_drops_and_shuffles_as_before(tmp_path: Path, cls: type[LitTiny]) -> None:
+    through, resumed = cls(), cls()
+    every = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    for model, callbacks, path in ((through, [every], None), (resumed, [], tmp_path / "epoch=1.ckpt")):
+        torch.manual_seed(6 if callbacks else 5)
+        options = {"strategy": "ddp_fork", "devices": 2, "max_epochs": 4, "enable_checkpointing": bool(callbacks)}
+        trainer(tmp_path, [lora(dropout=0.3), *callbacks], **options).fit(model, shuffled(), ckpt_path=path)
     assert same(state(resumed), state(through))
 
 
@@ -64,13 +98,16 @@ def test_random_states_of_another_machine_are_ignored(tmp_path: Path, states: An
     assert t.global_step == 8
 
 
+@exact
+@pytest.mark.parametrize("cls", [LitTiny, WarmsUp])
 @pytest.mark.parametrize("step", [1, 6, 8, 11])
-def test_run_resumed_at_any_step_ends_with_the_same_bits(tmp_path: Path, step: int) -> None:
-    through, resumed = LitTiny(), LitTiny()
+def test_run_resumed_at_any_step_ends_with_the_same_bits(tmp_path: Path, step: int, cls: type[LitTiny]) -> None:
+    through, resumed = cls(), cls()
     every = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
     torch.manual_seed(5)
-    t = trainer(tmp_path, [lora(merge=False), every], max_epochs=3)
+    t = trainer(tmp_path, [lora(merge=False, dropout=0.3), every], max_epochs=3)
     t.fit(through, Stateful())
-    t = trainer(tmp_path, [lora(merge=False)], max_epochs=3)
+    torch.manual_seed(6)
+    t = trainer(tmp_path, [lora(merge=False, dropout=0.3)], max_epochs=3)
     t.fit(resumed, Stateful(), ckpt_path=tmp_path / f"step={step}.ckpt")
     assert t.global_step == 12 and same(state(resumed), state(through))

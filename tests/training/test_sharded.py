@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lightning_lora import load_adapter, merge_adapters, unmerge_adapters
+from lightning_lora import LoRACallback, load_adapter, merge_adapters, unmerge_adapters
+from lightning_lora.model.record import find_record
 from tests.ranks import run_ranks
 from tests.training.sharded_cases import LitNet, data, lora, pretrained, trainer_of, whole_state
 
@@ -137,6 +138,20 @@ def test_run_resumes_to_the_same_bits(tmp_path: Path, written: str, resumed: str
     assert not [name for name, value in expected.items() if "optimizer" in name and not same(found[name], value)]
 
 
+class WarmsUp(LitNet):
+    """Asks for the number of steps, so that Lightning starts the data loaders early."""
+
+    def configure_optimizers(self) -> Any:
+        assert self.trainer.estimated_stepping_batches == 8
+        return super().configure_optimizers()
+
+
+def test_run_that_asks_for_its_steps_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    whole = run_ranks(fit_and_save, "sharded", tmp_path, WarmsUp, {})
+    again = run_ranks(fit_and_save, "sharded", tmp_path / "b", WarmsUp, {}, path_of(tmp_path, "sharded", 0))
+    assert_same(again[1], whole[0])
+
+
 def test_one_process_reads_the_file_and_goes_on(tmp_path: Path) -> None:
     expected = run_ranks(fit_and_save, "sharded", tmp_path, LitNet, {})[0]
     module = LitNet()
@@ -152,6 +167,67 @@ def test_one_process_reads_the_file_and_goes_on(tmp_path: Path) -> None:
     t.fit(one, data(), data())
     L.seed_everything(1, verbose=False)
     run_ranks(fit_and_save, "sharded", tmp_path, LitNet, {}, path_of(tmp_path, "one", 0))
+
+
+class InGroups(LitNet):
+    """Has a rate for A, and another for B."""
+
+    def configure_optimizers(self) -> Any:
+        a, b = ([p for n, p in self.named_parameters() if name in n] for name in ("lora_A", "lora_B"))
+        return torch.optim.AdamW([{"params": a}, {"params": b, "lr": 0.1}, {"params": self.others()}], lr=0.01)
+
+    def others(self) -> list[Any]:
+        return [p for name, p in self.named_parameters() if "lora_" not in name]
+
+
+def resumed_without_arguments(kind: str, folder: Path) -> tuple[State, State, list[int]]:
+    states, sizes = [], []
+    for options, file in (({"r": 3, "dropout": 0.1}, None), ({}, path_of(folder, kind, 0))):
+        L.seed_everything(1, verbose=False)
+        module, callback = InGroups(), LoRACallback(exclude_modules=["head"], merge=False, **options)
+        t = trainer_of(kind, folder, [callback, Saves(folder if file is None else folder / "b", kind)])
+        t.fit(module, data(), ckpt_path=file, weights_only=True)
+        states.append(whole_state(module))
+        sizes += [len(group["params"]) for group in t.optimizers[0].param_groups]
+    return states[0], states[1], sizes
+
+
+@pytest.mark.parametrize("kind", ["ddp", "sharded"])
+def test_groups_are_the_users_when_the_arguments_come_from_a_file(tmp_path: Path, kind: str) -> None:
+    for through, resumed, sizes in run_ranks(resumed_without_arguments, kind, tmp_path):
+        assert sizes == [6, 6, 0, 6, 6, 0]
+        assert_same(resumed, through)
+
+
+# Evaluations
+
+
+def evaluated(kind: str, folder: Path) -> tuple[list[float], list[bool], State]:
+    """Evaluate a plain model, a full checkpoint and adapters of it, which come from a file alone."""
+    L.seed_everything(1, verbose=False)
+    full, adapters = folder / "full.ckpt", folder / "adapters.ckpt"
+    for path, callbacks in ((full, []), (adapters, [lora(r=3, dropout=0.0)])):
+        t = trainer_of("ddp", folder, callbacks, max_epochs=1)
+        t.fit(LitNet(), data())
+        t.save_checkpoint(path)
+    module, numbers, plain = LitNet(), [], []
+    for path in (None, full, adapters, None):
+        if path == adapters:
+            module = LitNet()
+        t = trainer_of(kind, folder, [LoRACallback()])
+        (losses,) = t.test(module, data(), ckpt_path=path, verbose=False, weights_only=True)
+        numbers.append(losses["loss"])
+        plain.append(find_record(module) is None and all(p.requires_grad for p in module.parameters()))
+    return numbers, plain, whole_state(module)
+
+
+@pytest.mark.filterwarnings("ignore:.*Using `DistributedSampler`:UserWarning")
+def test_evaluation_on_shards_adds_what_a_file_has(tmp_path: Path) -> None:
+    of_ddp = run_ranks(evaluated, "ddp", tmp_path / "ddp")[0]
+    for numbers, plain, state in run_ranks(evaluated, "sharded", tmp_path / "sharded"):
+        assert numbers == pytest.approx(of_ddp[0]) and len(set(numbers)) == 3
+        assert plain == of_ddp[1] == [True, True, False, False]
+        assert_same(state, of_ddp[2])
 
 
 # Merging
