@@ -66,7 +66,7 @@ class LoRACallback(Callback):
     error.
 
     Args:
-        r: Rank of the update, from 1 to the smaller side of every adapted weight.
+        r: Rank of the update. A layer whose smaller side is less gets its largest rank, with the same scaling.
         alpha: The update is scaled by ``alpha / r``. ``None`` means ``alpha = r``, a scaling of one.
         dropout: Probability of dropping an input of ``lora_A`` in training, in [0, 1).
         target_modules: The layers to adapt. ``"all-linear"`` means every linear layer except a language model's output
