@@ -36,6 +36,7 @@ from lightning_lora.storage.run_state import check_resumable, has_run
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad
+from lightning_lora.training.dropout import Dropout
 from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.optimizers import train_adapters
 from lightning_lora.training.stage import Stage
@@ -78,12 +79,14 @@ class Watch:
         "setup_optimizers",
         "lightning_module_state_dict",
         "save_checkpoint",
+        "training_step",
     )
 
     adapts_late = False
     """Whether adapters are added, and files are read, only after ``configure_model``."""
 
     stage: Stage
+    dropout: Dropout
 
     def __init__(self, strategy: "Strategy") -> None:
         self.strategy = strategy
@@ -93,7 +96,7 @@ class Watch:
 
     def install(self, stage: Stage) -> None:
         """Set the methods on the strategy."""
-        self.stage = stage
+        self.stage, self.dropout = stage, Dropout()
         for name in self.METHODS:
             found = vars(self.strategy).get(name)
             if found is None:
@@ -322,7 +325,13 @@ class Watch:
         with writing(filepath, beside=beside) as path:
             self.inner("save_checkpoint", checkpoint, path, storage_options)
 
-    # Gradients
+    # Training
+
+    @once
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a training step, in which dropout acts."""
+        self.dropout.begin_step(self.module)
+        return self.inner("training_step", *args, **kwargs)
 
     def gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""
