@@ -67,7 +67,7 @@ class LoRACallback(Callback):
     error.
 
     Args:
-        r: Rank of the update, from 1 to the smaller side of every adapted weight.
+        r: Rank of the update. A layer whose smaller side is less gets its largest rank, with the same scaling.
         alpha: The update is scaled by ``alpha / r``. ``None`` means ``alpha = r``, a scaling of one.
         dropout: Probability of dropping an input of ``lora_A`` in training, in [0, 1).
         target_modules: The layers to adapt. ``"all-linear"`` means every linear layer except a language model's output
@@ -289,13 +289,20 @@ class LoRACallback(Callback):
         if self._gradients is not None:
             self._gradients.check(optimizer)
 
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """End dropout: what comes until the next training step is evaluation."""
+        _watch_of(trainer).dropout.end_step()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop watching gradients."""
-        self._end_training()
+        self._end_training(trainer)
 
-    def _end_training(self) -> None:
+    def _end_training(self, trainer: Trainer) -> None:
         self._training.close()
         self._gradients = None
+        found = watch_of(trainer.strategy)
+        if found is not None:  # setup may have failed
+            found.dropout.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the updates into the weights.
@@ -337,7 +344,7 @@ class LoRACallback(Callback):
         if self._stage.was_merged and not self._stage.has_begun and find_record(pl_module) is not None:
             merge(pl_module)
         self._stage.is_over = True
-        self._end_training()
+        self._end_training(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the module, or keep adapters that may be trained.
@@ -347,7 +354,7 @@ class LoRACallback(Callback):
         """
         stage, record = self._stage, find_record(pl_module)
         was_over, stage.is_over = stage.is_over, True
-        self._end_training()
+        self._end_training(trainer)
         if was_over or (record is not None and record.is_merged):
             return
         if record is None:

@@ -80,7 +80,7 @@ class LoRAConfig:
     The names of the arguments are those of PEFT and of the paper.
 
     Args:
-        r: Rank of the update, from 1 to the smaller side of every adapted weight.
+        r: Rank of the update. A layer whose smaller side is less gets its largest rank, with the same scaling.
         alpha: The update is scaled by ``alpha / r``. ``None`` means ``alpha = r``, a scaling of one.
         dropout: Probability of dropping an input of ``lora_A`` in training, in ``[0, 1)``.
         target_modules: The layers to adapt. ``"all-linear"`` means every linear layer except a language model's output
@@ -178,7 +178,7 @@ class LoRAConfig:
         object.__setattr__(self, field, value)
 
     def rank(self, name: str, parameter: str = "") -> int:
-        """Return the rank of a layer, or of a parameter.
+        """Return the rank that is asked for a layer, or for a parameter.
 
         ``parameter`` is its full name. A pattern means it by this name, or by ``name``, that of its module.
         """
@@ -192,11 +192,15 @@ class LoRAConfig:
         r = self.rank(name, parameter)
         return self.alpha_of(name, parameter) / (math.sqrt(r) if self.use_rslora else r)
 
-    def alpha_of(self, name: str, parameter: str = "") -> float:
-        """Return ``alpha`` of the layer ``name``, as ``rank`` does."""
-        default = self.rank(name, parameter) if self.alpha is None else self.alpha
-        alpha: float = _lookup(self.alpha_pattern, (parameter, name), default)
-        return alpha
+    def alpha_of(self, name: str, parameter: str = "", *, r: int | None = None) -> float:
+        """Return ``alpha`` of a layer, named as in ``rank``.
+
+        With another rank ``r``, it is the one that keeps the scaling.
+        """
+        asked = self.rank(name, parameter)
+        alpha: float = _lookup(self.alpha_pattern, (parameter, name), asked if self.alpha is None else self.alpha)
+        growth = (r or asked) / asked
+        return alpha * math.sqrt(growth) if self.use_rslora else alpha * growth
 
     def slices(self, name: str) -> tuple[str, ...] | dict[str, tuple[int, int]] | None:
         """Return which parts of the layer ``name`` are adapted.

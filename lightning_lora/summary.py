@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.optim import Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 
 from lightning_lora.layer_names import Indices, Template, short_names, spelled
-from lightning_lora.layers import LoRALayer, count
+from lightning_lora.layers import LoRALayer, LoRAParameters, count
 from lightning_lora.model.view import View
 from lightning_lora.storage.state import without_base
 from lightning_lora.tensors.inplace import InPlace
-from lightning_lora.tensors.names import state_dict, submodule
+from lightning_lora.tensors.names import join, state_dict, submodule
 
 _ADAM_MOMENTS = 2
 """Tensors that Adam and similar optimizers keep for each trained parameter."""
@@ -33,6 +33,9 @@ _PLAIN = (nn.Parameter, Tensor)
 
 _NARROW = 72
 """Below this width, a table has no column of types, and rounded numbers."""
+
+_MOST = 8
+"""The number of layers that a line names."""
 
 _LOG_WIDTH = 120
 """The width of a table that is not printed to a terminal."""
@@ -77,6 +80,7 @@ class LoRASummary:
         adapters: Number of adapters.
         merged: Whether the updates are merged into the weights.
         plain: Whether the model has only its own classes and parameters: it was never adapted, or it is merged.
+        smaller: Names of layers that are too small for the rank asked, each with the rank that it has.
     """
 
     title: str
@@ -90,6 +94,7 @@ class LoRASummary:
     adapters: int
     merged: bool
     plain: bool
+    smaller: tuple[tuple[str, int], ...] = ()
 
     @property
     def share(self) -> float:
@@ -145,6 +150,10 @@ class SummaryTable:
         narrow = options.max_width < _NARROW
         yield Text(self.summary.headline(), style="bold")
         yield self._layers(options.max_width, narrow)
+        if self.summary.smaller:
+            names = [f"{name} (r={r})" for name, r in self.summary.smaller]
+            more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
+            yield Text(f"Layers smaller than r have their largest rank: {', '.join(names[:_MOST])}{more}")
         if not self.summary.plain:
             yield self._costs("full" if narrow else "full fine-tuning")
 
@@ -226,14 +235,16 @@ def summarize(model: nn.Module) -> LoRASummary:
             trained = sum(count(p) for p in own if p.requires_grad)
             frozen = sum(count(p) for p in own) - trained
             template, indices = _template(name, view.modules)
-            layers.setdefault((template, *_about(module)), []).append((indices, trained, frozen))
-    groups = []
-    for (template, kind, r, parts), rows in layers.items():
+            key = (template, *_about(module), _smaller(view, name))
+            layers.setdefault(key, []).append((indices, trained, frozen))
+    groups, smaller = list[LayerGroup](), list[tuple[str, int]]()
+    for (template, kind, r, parts, weights), rows in layers.items():
         others = [key for key in layers if key[0] == template]
         name = spelled(template, [indices for indices, _, _ in rows], exactly=len(others) > 1)
         trained, frozen = sum(row[1] for row in rows), sum(row[2] for row in rows)
         groups.append(LayerGroup(name, len(rows), kind, r, trained, frozen, parts))
-    return _with_costs(view, tuple(groups))
+        smaller += [(join(name, weight), rank) for weight, rank in weights]
+    return _with_costs(view, tuple(groups), tuple(smaller))
 
 
 def _about(module: nn.Module) -> tuple[str, int | None, tuple[str, ...]]:
@@ -244,6 +255,20 @@ def _about(module: nn.Module) -> tuple[str, int | None, tuple[str, ...]]:
     return kind, module.lora_settings.r, tuple(part.name for part in module.lora_parts if part.name)
 
 
+def _smaller(view: View, name: str) -> tuple[tuple[str, int], ...]:
+    """A layer's weights that are too small for the rank asked, with their ranks. One name is empty for all of them."""
+    layer, found = view.layers.get(name), dict[str, int]()
+    if layer is None or not view.is_adapted:
+        return ()
+    for part in layer.lora_parts:
+        target = join(name, part.weight) if isinstance(layer, LoRAParameters) else name
+        r = part.rank(layer.lora_settings.r)
+        if r < view.config.rank(name, target):
+            found[part.weight] = r
+    are_all = len(found) == len(layer.lora_weights()) and len({*found.values()}) == 1
+    return (("", next(iter(found.values()))),) if are_all else tuple(found.items())
+
+
 def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
     """A layer's parameters, with those of the layers inside it whose weights its adapter updates."""
     weights = module.lora_weights() if isinstance(module, LoRALayer) else ()
@@ -251,7 +276,7 @@ def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [p for holder in {module: None, **holders} for p in holder.parameters(recurse=False)]
 
 
-def _with_costs(view: View, groups: tuple[LayerGroup, ...]) -> LoRASummary:
+def _with_costs(view: View, groups: tuple[LayerGroup, ...], smaller: tuple[tuple[str, int], ...]) -> LoRASummary:
     model, merged = view.model, len(view.adapted_parts) if view.is_merged else 0
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -270,6 +295,7 @@ def _with_costs(view: View, groups: tuple[LayerGroup, ...]) -> LoRASummary:
         adapters=merged or len(view.layers),
         merged=view.is_merged,
         plain=not view.layers,
+        smaller=smaller,
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from lightning_lora import LoRAConfig, inject_adapters, merge_adapters, summarize
+from lightning_lora import LoRACallback, LoRAConfig, inject_adapters, merge_adapters, summarize
 from lightning_lora.summary import LayerGroup, LoRASummary, _short_names
 from tests.models import WIDTH, WORDS, LitTiny, TinyLM, data, lora, trainer
 
@@ -198,3 +198,23 @@ def test_the_optimizer_has_its_own_name_or_no_row(tmp_path: Path, kind: Any, nam
     assert "Weights in a checkpoint" in shown and (named or "Weights") in shown
     assert named is not None or ("State of" not in shown and "moments" not in shown)
     assert "Adam" not in str(summarize(model))
+
+
+def test_the_table_shows_the_rank_that_a_layer_has_and_one_line_names_the_smaller_ones() -> None:
+    model = nn.ModuleDict({"lstm": nn.LSTM(1, 16), "body": nn.Linear(16, 16), "attention": nn.MultiheadAttention(2, 1)})
+    model["heads"] = nn.ModuleList(nn.Linear(16, 1) for _ in range(3))
+    inject_adapters(model, LoRAConfig(r=4, target_modules="all"))
+    summary = summarize(model)
+    assert {group.name: group.r for group in summary.groups if group.r} == {
+        "lstm": 4, "body": 4, "attention": 2, "heads.*": 1,
+    }  # fmt: skip
+    expected = "Layers smaller than r have their largest rank: lstm.weight_ih_l0 (r=1), attention (r=2), "
+    for text in (str(summary), printed(summary, 120, trained_only=True)):
+        assert text.count(expected + "heads.* (r=1)") == 1
+    inject_adapters(large := nn.ModuleDict({"body": nn.Linear(16, 16)}), LoRAConfig(r=4))
+    assert not summarize(large).smaller and "smaller than r" not in str(summarize(large))
+
+
+def test_a_fit_says_once_which_layers_are_too_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer(tmp_path, [LoRACallback(r=6)], enable_model_summary=True).fit(LitTiny(), data())
+    assert capsys.readouterr().out.count("have their largest rank: head (r=4)") == 1

@@ -34,6 +34,8 @@ class LoRALayer(LayerKind):
     lora_settings: Settings
     lora_started_on: dict[str, int]
     lora_enabled: bool
+    lora_in_step: bool = False
+    """Whether a Trainer's training step runs. In it, dropout acts whatever mode the layer is in."""
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
@@ -56,15 +58,15 @@ class LoRALayer(LayerKind):
 
         With DoRA, the sum is scaled to its magnitude.
         """
-        output, settings = super().forward(*args, **kwargs), self.lora_settings
-        if settings.dropout and self.training and self.lora_drops_input:
+        output, dropout = super().forward(*args, **kwargs), self.lora_dropout()
+        if dropout:
             if args:
-                args = (F.dropout(args[0], settings.dropout), *args[1:])
+                args = (F.dropout(args[0], dropout), *args[1:])
             else:
-                kwargs[self.lora_input] = F.dropout(kwargs[self.lora_input], settings.dropout)
+                kwargs[self.lora_input] = F.dropout(kwargs[self.lora_input], dropout)
         lora_A, lora_B = self.lora_factors("weight")
         update = self.lora_update(lora_A, lora_B, *args, **kwargs).to(output.dtype)
-        if settings.use_dora:
+        if self.lora_settings.use_dora:
             return self._lora_with_magnitude(output, update)
         return output.add_(update) if self.lora_output_is_new and are_plain(output, update) else output + update
 
@@ -91,6 +93,14 @@ class LoRALayer(LayerKind):
     def lora_run_on(self, values: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:
         """Run the layer's own forward on other weights."""
         return run_on(self, self.overlaid[1], values, self.lora_twins_own, *args, **kwargs)
+
+    def lora_dropout(self) -> float:
+        """Return the probability of dropping an input of A now.
+
+        It is zero in evaluation.
+        """
+        p = self.lora_settings.dropout
+        return p if p and self.lora_drops_input and (self.training or self.lora_in_step) else 0.0
 
     # The update
 
@@ -161,9 +171,9 @@ class LoRALayer(LayerKind):
             dropping: Whether to apply dropout in training. It drops whole features of A, as the input is not available.
         """
         own = self.lora_values(self, self._lora_own(name) if own is None else own)
-        p = self.lora_settings.dropout if dropping and self.training and self.lora_drops_input else 0.0
+        dropout = self.lora_dropout() if dropping else 0.0
         with torch.autocast(own.device.type, enabled=False):
-            effective = added(own, self._lora_delta(name, own, p))
+            effective = added(own, self._lora_delta(name, own, dropout))
             if not self.lora_settings.use_dora:
                 return effective
             matrix = self.lora_as_matrix(effective)
@@ -218,7 +228,7 @@ class LoRALayer(LayerKind):
         parameters = self.lora_parameters()
         for name in parameters:
             delattr(self, name)
-        del state["lora_enabled"]
+        del state["lora_enabled"], state["lora_in_step"]
         adapter = Adapter(
             kind=self.overlaid[0],
             settings=state.pop("lora_settings"),
@@ -272,6 +282,14 @@ class LoRALayer(LayerKind):
         self.lora_restart()
 
     # Methods of nn.Module
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode as nn.Module does.
+
+        A mode that is set in a training step decides until the next one.
+        """
+        self.lora_in_step = False
+        return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move and convert as nn.Module does, without rounding an adapter to half precision and back."""
@@ -340,4 +358,5 @@ def attach(layer: nn.Module, adapter: Adapter) -> None:
         lora_parts=adapter.parts,
         lora_started_on=adapter.started_on,
         lora_enabled=True,
+        lora_in_step=False,
     )

@@ -35,7 +35,7 @@ class LoRALinear(LoRALayer):
         settings = self.lora_settings
         if settings.use_dora:
             return super().lora_forward(input)
-        dropout = settings.dropout if self.training else 0.0
+        dropout = settings.dropout and self.lora_dropout()
         if self.lora_parts[0].name or settings.starts_from_base:
             a, b = self.lora_factors("weight")
         else:  # most layers: skips calls whose time counts with a few tokens

@@ -41,7 +41,7 @@ class Settings:
     """The settings of one layer's adapter.
 
     Args:
-        r: The rank of the updates. In a layer with several matrices, the rank of a smaller matrix is its smaller side.
+        r: The rank of the updates. In a layer with several matrices, a smaller one has its largest rank.
         scaling: The factor of ``B @ A``.
         dropout: The probability of dropping an input of A in training.
         init: The initialisation of the factors.
@@ -111,12 +111,17 @@ class Part:
         """
         return f"lora_{letter}_{self.name}" if self.name else f"lora_{letter}"
 
+    @property
+    def largest_rank(self) -> int:
+        """The smaller side of the matrix: no update of it has a larger rank."""
+        return min(self.reads, self.writes)
+
     def rank(self, r: int) -> int:
         """Return the rank of its update.
 
-        It is ``r`` or its own, or the smaller side of the matrix if that is less.
+        It is ``r`` or its own, or the largest rank if that is less.
         """
-        return min(self.r or r, self.reads, self.writes)
+        return min(self.r or r, self.largest_rank)
 
 
 @dataclass

@@ -42,7 +42,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
 
     Raises:
         TargetError: a pattern matches nothing, or a layer that cannot be adapted.
-        ConfigError: a layer is too small for its rank.
+        ConfigError: a layer is too small for its rank in ``rank_pattern``.
         AdapterMismatchError: ``model`` is already adapted, with another configuration.
 
     After an error, the model is unchanged.

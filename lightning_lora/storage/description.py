@@ -1,6 +1,7 @@
 """Descriptions of stored adapters, and checks before they are used."""
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -171,9 +172,9 @@ def _check_settings(view: View, config: LoRAConfig) -> None:
         settings = layer.lora_settings
         for part in layer.lora_parts:
             parameter = join(name, part.weight) if isinstance(layer, LoRAParameters) else ""
-            r, scaling = config.rank(name, parameter), config.scaling(name, parameter)
-            here, scaled = part.r or settings.r, part.scaling or settings.scaling
-            if (r, scaling) != (here, scaled):
+            r, scaling = min(config.rank(name, parameter), part.largest_rank), config.scaling(name, parameter)
+            here, scaled = part.rank(settings.r), part.scaling or settings.scaling
+            if r != here or not math.isclose(scaling, scaled):
                 raise AdapterMismatchError(
                     f"These adapters were trained with r={r} and a scaling of {scaling:g} in {parameter or name!r}; "
                     f"here it has r={here} and a scaling of {scaled:g}. Adapt the model as they were trained: "

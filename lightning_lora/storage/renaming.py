@@ -208,10 +208,11 @@ def check_present(model: nn.Module, state: Mapping[str, Any], config: LoRAConfig
 def _ranks(config: LoRAConfig, layer: StoredLayer) -> Iterator[tuple[str, tuple[int, float]]]:
     """The name of a layer, or of each of its parameters, with the rank and alpha."""
     if layer.kind != LoRAParameters.__name__:
-        yield layer.name, (config.rank(layer.name), config.alpha_of(layer.name))
+        yield layer.name, (layer.r, config.alpha_of(layer.name, r=layer.r))
         return
-    for name in _parameters(layer):
-        yield name, (config.rank(layer.name, name), config.alpha_of(layer.name, name))
+    for name, part in zip(_parameters(layer), layer.parts, strict=True):
+        r = part.rank(layer.r)
+        yield name, (r, config.alpha_of(layer.name, name, r=r))
 
 
 def targets_of(layer: StoredLayer) -> list[str]:

@@ -1,13 +1,14 @@
 """Checks of a selection of layers, with errors that explain."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.config import LoRAConfig, matches_pattern
 from lightning_lora.errors import ConfigError, TargetError, listed
-from lightning_lora.layers import FROM_BASE, LoRAParameters, Part, adapter_for
+from lightning_lora.layers import FROM_BASE, LoRAParameters, adapter_for
 from lightning_lora.targets.choice import Choice
 from lightning_lora.targets.lookup import SEE_ALL, Names, supported_types, why_not
 from lightning_lora.tensors.names import join, plain_module
@@ -185,45 +186,29 @@ def check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
         )
 
 
-def check_ranks(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
-    """Raise an error if a layer's rank is too large.
+def check_rank_pattern(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
+    """Raise an error if an entry of ``rank_pattern`` is too large for a layer.
 
-    In a layer with several matrices, only the one with the largest possible rank counts. The rank of a smaller one is
-    reduced.
+    In a layer with several matrices, it may be as large as the largest of them allows.
 
     Raises:
-        ConfigError: there is such a layer.
+        ConfigError: there is such an entry.
     """
-    groups = [group for name, choice in choices.items() for group in _with_ranks(name, choice)]
-    limits, ranks = {}, {}
-    for own, r, parts in groups:
-        most = max(min(part.reads, part.writes) for part in parts)
-        if r > most:
-            limits[own], ranks[own] = most, r
-    if not limits:
-        return
-    first = dict(list(limits.items())[:_SHOWN])
-    shown = ", ".join(f"{name!r} (r={ranks[name]}, at most {most})" for name, most in first.items())
-    more = f" and {len(limits) - _SHOWN} more" if len(limits) > _SHOWN else ""
-    lowered = f"Lower {'r' if config.r in ranks.values() else 'their ranks in rank_pattern'} to {min(limits.values())}"
-    if len(limits) == len(groups):
-        raise ConfigError(f"The rank is too large for every layer of {names.title}: {shown}{more}. {lowered}.")
-    others = f"set rank_pattern={first}, or exclude_modules={list(first)}"
-    if len(limits) == 1:
-        whole = f"modules_to_save={[*(config.modules_to_save or ()), *first]}"
+    asked = replace(config, r=1)  # which is never too large: only entries can be
+    found: dict[str, tuple[int, int]] = {}
+    for name, choice in choices.items():
+        limits: dict[int, dict[str, int]] = {}
+        for part in choice.parts:
+            target = join(name, part.weight) if choice.kind is LoRAParameters else name
+            held = limits.setdefault(asked.rank(name, target), {})
+            held[target] = max(held.get(target, 0), part.largest_rank)
+        for r, held in limits.items():
+            if r > max(held.values()):
+                found |= {target: (r, most) for target, most in held.items()}
+    if found:
+        shown = ", ".join(f"{name!r} (r={r}, at most {most})" for name, (r, most) in list(found.items())[:_SHOWN])
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise ConfigError(
-            f"The rank is too large for {shown}. Train a new layer, such as a head, in full: {whole}. Otherwise "
-            f"{others}, or lower r."
+            f"rank_pattern is too large for {shown}{more} of {names.title}. Lower these entries, or remove them: with "
+            "r alone, a smaller layer gets its largest rank."
         )
-    raise ConfigError(
-        f"The rank is too large for {len(limits)} of {len(choices)} layers of {names.title}: {shown}{more}. "
-        f"{lowered}, which fits them all. Or {others}. Those that are new, such as heads, can train in full: name them "
-        "in modules_to_save."
-    )
-
-
-def _with_ranks(name: str, choice: Choice) -> list[tuple[str, int, list[Part]]]:
-    """The matrices that have one rank together, with its name and value."""
-    shared = [part for part in choice.parts if part.r is None]
-    own = [(join(name, part.weight), part.r, [part]) for part in choice.parts if part.r is not None]
-    return [*([(name, choice.settings.r, shared)] if shared else []), *own]

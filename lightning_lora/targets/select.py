@@ -13,7 +13,7 @@ from lightning_lora.targets.checks import (
     check_methods,
     check_names,
     check_patterns,
-    check_ranks,
+    check_rank_pattern,
     check_shapes,
     check_supported,
 )
@@ -30,7 +30,7 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
 
     Raises:
         TargetError: an entry of a pattern matches nothing, or a layer that cannot be adapted, or no layer is left.
-        ConfigError: a layer is too small for its rank, or has no shape yet.
+        ConfigError: a layer is too small for its rank in ``rank_pattern``, or has no shape yet.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
@@ -63,7 +63,7 @@ adapted end in '0', '2'. Correct target_modules; print(summarize(model)) shows e
     check_any(names, config, choices)
     check_patterns(names, config, choices)
     check_names(choices)
-    check_ranks(names, config, choices)
+    check_rank_pattern(names, config, choices)
     check_methods(config, choices)
     return choices
 
@@ -164,14 +164,23 @@ def _parts(
 
 def _choice(config: LoRAConfig, name: str, layer: nn.Module, kind: type[LoRALayer], parts: tuple[Part, ...]) -> Choice:
     """The adapter for these parts. Patterns may give each parameter its own rank and scaling."""
-    if kind is not LoRAParameters:
-        return Choice(layer, kind, parts, _settings(config, name))
-    settings = _settings(config, name, join(name, parts[0].weight))
-    own = []
+    asked = []
     for part in parts:
-        r, scaling = config.rank(name, join(name, part.weight)), config.scaling(name, join(name, part.weight))
-        differs = (r, scaling) != (settings.r, settings.scaling)
-        own.append(replace(part, r=r, scaling=scaling) if differs else part)
+        target = join(name, part.weight) if kind is LoRAParameters else name
+        asked.append((part.rank(config.rank(name, target)), config.scaling(name, target)))
+    r, scaling = max(rank for rank, _ in asked), asked[0][1]
+    own = [
+        part if each == (part.rank(r), scaling) else replace(part, r=each[0], scaling=each[1])
+        for part, each in zip(parts, asked, strict=True)
+    ]
+    settings = Settings(
+        r=r,
+        scaling=scaling,
+        dropout=config.dropout,
+        init=config.init,
+        use_dora=config.use_dora,
+        autocast_dtype=config.autocast_adapter_dtype,
+    )
     return Choice(layer, kind, tuple(own), settings)
 
 
@@ -184,17 +193,6 @@ def _without(name: str, parts: tuple[Part, ...], left_out: Set[str]) -> tuple[Pa
         if own_names.isdisjoint(left_out):
             kept.append(part)
     return tuple(kept)
-
-
-def _settings(config: LoRAConfig, name: str, parameter: str = "") -> Settings:
-    return Settings(
-        r=config.rank(name, parameter),
-        scaling=config.scaling(name, parameter),
-        dropout=config.dropout,
-        init=config.init,
-        use_dora=config.use_dora,
-        autocast_dtype=config.autocast_adapter_dtype,
-    )
 
 
 def _output_heads(names: Names) -> set[int]:

@@ -42,6 +42,7 @@ from lightning_lora.storage.run_state import check_resumable, has_run
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad
+from lightning_lora.training.dropout import Dropout
 from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.optimizers import train_adapters
 from lightning_lora.training.stage import Stage
@@ -84,12 +85,14 @@ class Watch:
         "setup_optimizers",
         "lightning_module_state_dict",
         "save_checkpoint",
+        "training_step",
     )
 
     adapts_late = False
     """Whether adapters are added, and files are read, only after ``configure_model``."""
 
     stage: Stage
+    dropout: Dropout
 
     def __init__(self, strategy: "Strategy") -> None:
         self.strategy = strategy
@@ -99,7 +102,7 @@ class Watch:
 
     def install(self, stage: Stage) -> None:
         """Set the methods on the strategy."""
-        self.stage = stage
+        self.stage, self.dropout = stage, Dropout()
         for name in self.METHODS:
             found = vars(self.strategy).get(name)
             if found is None:
@@ -359,7 +362,13 @@ class Watch:
             unmerge(self.module)  # drops the record, and says so
         return find_record(self.module) is not None
 
-    # Gradients
+    # Training
+
+    @once
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a training step, in which dropout acts."""
+        self.dropout.begin_step(self.module)
+        return self.inner("training_step", *args, **kwargs)
 
     def gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""

@@ -46,9 +46,9 @@ def test_each_projection_has_the_rank_asked_for_or_the_most_it_can_have(init: An
 
 
 def test_a_rank_that_none_of_its_projections_can_have_is_refused() -> None:
-    inject_adapters(Attends(), LoRAConfig(r=6))
+    inject_adapters(Attends(), LoRAConfig(r=1, rank_pattern={"attention": 6}))
     with pytest.raises(ConfigError, match=r"'attention' \(r=7, at most 6\)"):
-        inject_adapters(Attends(), LoRAConfig(r=7))
+        inject_adapters(Attends(), LoRAConfig(r=1, rank_pattern={"attention": 7}))
 
 
 def test_an_output_projection_that_is_excluded_leaves_the_other_three() -> None:

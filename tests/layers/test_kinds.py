@@ -201,6 +201,17 @@ def test_base_checkpoint_loads_strictly_before_and_after_injection(case: tuple[n
         model.load_state_dict({**base, factor: model.state_dict()[factor]})
 
 
+def test_dropout_acts_in_a_training_step_whatever_the_layers_own_mode(case: tuple[nn.Sequential, Any]) -> None:
+    model, x = case
+    inject_adapters(model, config(model, dropout=0.5))
+    randomise(model)
+    layer: Any = model.eval()[0]
+    layer.lora_in_step = True  # as the Trainer's strategy sets it
+    assert torch.equal(model(x), model(x)) is not layer.lora_drops_input and not layer.training
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
 def test_dropout_acts_in_training_alone_and_takes_nothing_away_on_average(case: tuple[nn.Sequential, Any]) -> None:
     model, x = case
     plain = copy.deepcopy(model)

@@ -137,19 +137,16 @@ def _pieces(layer: StoredLayer, source: Source) -> list[Piece]:
         weight = layer.parts[0].weight
         a, b = _factors(layer, weight, source)
         magnitude = source.state.get(join(layer.name, MAGNITUDE))
-        return [Piece(name, layer, a, b, _alpha(layer, a, source), layer.scaling, magnitude=magnitude)]
+        r = a.shape[-2] * layer.options.get("groups", 1)
+        alpha = source.config.alpha_of(layer.name, r=r)
+        return [Piece(name, layer, a, b, alpha, layer.scaling, magnitude=magnitude)]
     pieces = []
     for part in layer.parts:
         a, b = _factors(layer, part.weight, source)
-        pieces.append(Piece(name, layer, a, b, _alpha(layer, a, source), layer.scaling, part.weight))
+        parameter = join(layer.name, part.weight) if issubclass(kind, LoRAParameters) else ""
+        alpha = source.config.alpha_of(layer.name, parameter, r=a.shape[-2])
+        pieces.append(Piece(name, layer, a, b, alpha, part.scaling or layer.scaling, part.weight))
     return pieces
-
-
-def _alpha(layer: StoredLayer, a: Tensor, source: Source) -> float:
-    """The alpha that keeps the scaling when the rank has become another one."""
-    groups = layer.options.get("groups", 1)
-    growth = a.shape[-2] * groups / layer.r
-    return source.config.alpha_of(layer.name) * (math.sqrt(growth) if source.config.use_rslora else growth)
 
 
 def _factors(layer: StoredLayer, weight: str, source: Source) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,9 @@ class Layers(nn.Module):
         {"target_modules": ["q", "conv1d", "head"], "init": "pissa", "alpha": 5},
         {"target_modules": ["q", "conv1d"], "init": "olora", "use_rslora": True},
         {"target_modules": "all", "use_dora": True, "alpha": 5, "rank_pattern": {"head": 1}},
+        {"target_modules": "all", "r": 9, "alpha": 5},
+        {"target_modules": "all", "r": 64, "alpha": 7, "use_rslora": True, "rank_pattern": {"q": 3}},
+        {"target_modules": ["q", "head"], "r": 7, "init": "olora", "alpha": 3},
         {"target_modules": ["q"], "use_dora": True, "init": "pissa"},
         {"target_modules": ["q"], "bias": "lora_only"},
         {"target_modules": ["q"], "bias": "all"},
@@ -83,7 +86,9 @@ class Convolutions(nn.Module):
         {"use_dora": True},
         {"alpha": 3, "rank_pattern": {"c2": 3}, "use_rslora": True},
         {"init": "pissa", "bias": "lora_only"},
+        {"r": 9, "alpha": 5},
         {"target_slices": {"c2": {"a": (0, 3), "b": (4, 7)}}},
+        {"r": 5, "alpha": 5, "use_rslora": True, "target_slices": {"c2": {"a": (0, 3), "b": (4, 8)}}},
         {"modules_to_save": ["norm"]},
     ],
 )
@@ -109,11 +114,13 @@ class Attention(nn.Module):
         return self.linear(self.self_attn(x, x, x, need_weights=False)[0])
 
 
+@pytest.mark.filterwarnings("ignore:The exported rank is")
 @pytest.mark.parametrize("parts", [["q"], ["v", "k"], ["q", "k", "v"]])
-@pytest.mark.parametrize("more", [{}, {"bias": "lora_only"}, {"bias": "all", "init": "olora", "alpha": 3}])
+@pytest.mark.parametrize("more", [{}, {"bias": "lora_only"}, {"bias": "all", "init": "olora", "alpha": 3}, {"r": 20}])
 def test_attention(parts: list[str], more: dict[str, Any], tmp_path: Path) -> None:
     x = torch.randn(2, 5, WIDTH)
-    config = LoRAConfig(r=2, target_modules=["self_attn", "linear"], target_slices={"self_attn": parts}, **more)
+    how: dict[str, Any] = {"target_modules": ["self_attn", "linear"], "target_slices": {"self_attn": parts}}
+    config = LoRAConfig(**{"r": 2, **how, **more})
     check_read(Attention(), config, lambda model: model(x), tmp_path)
 
 
@@ -136,6 +143,7 @@ class Recurrent(nn.Module):
         (Recurrent(nn.GRU), {"target_slices": {"rnn": ["hh_l0", "ih_l0"]}, "use_rslora": True}),
         (Recurrent(nn.RNN), {"target_slices": {"rnn": ["hh_l0"]}, "bias": "all"}),
         (Recurrent(nn.GRU), {"target_modules": ["rnn"], "init": "pissa"}),
+        (Recurrent(nn.GRU), {"r": 30, "alpha": 7, "use_rslora": True}),
     ],
 )
 def test_recurrent_layers(model: Recurrent, config: dict[str, Any], tmp_path: Path) -> None:
@@ -169,6 +177,13 @@ class Experts(nn.Module):
         {"target_parameters": ["experts.down", "experts.up"], "init": "pissa", "use_rslora": True},
         {"target_parameters": ["experts.up", "mix"], "target_modules": ["fc"], "rank_pattern": {"fc": 1}},
         {"target_parameters": ["experts.up"], "target_modules": ["fc"], "bias": "all", "dropout": 0.5},
+        {"target_parameters": ["experts.up", "mix"], "r": 30, "alpha": 7},
+        {
+            "target_parameters": ["experts.up", "experts.down", "mix"],
+            "rank_pattern": {"up": 1, "mix": 3},
+            "alpha_pattern": {"down": 5},
+            "alpha": 3,
+        },
     ],
 )
 def test_experts(config: dict[str, Any], is_transposed: bool, tmp_path: Path) -> None:
@@ -211,13 +226,14 @@ def test_one_expert(tmp_path: Path) -> None:
     check_read(Around(Experts(1)), config, lambda m: m(x), tmp_path)
 
 
+@pytest.mark.parametrize("r", [2, 100])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_layers(bits: int, tmp_path: Path) -> None:
+def test_quantised_layers(bits: int, r: int, tmp_path: Path) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     wide = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32)
     layer = wide if bits == 4 else bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
     base = nn.Sequential(nn.Embedding(WORDS, 64), layer, nn.Linear(64, 3)).to("cpu")  # which quantises it
-    config = LoRAConfig(r=2, target_modules="all", rank_pattern={"1": 3})
+    config = LoRAConfig(r=r, alpha=r, target_modules="all", rank_pattern={"1": 3} if r == 2 else None)
     model = trained(base, config)
     save_adapter(model, tmp_path / "adapter.safetensors")
     for i, source in enumerate((model, tmp_path / "adapter.safetensors")):

@@ -1,0 +1,234 @@
+"""A layer smaller than ``r`` gets its largest rank, with the scaling that was asked."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_lora import (
+    AdapterMismatchError,
+    LoRACallback,
+    LoRAConfig,
+    adapter_state_dict,
+    export_peft,
+    inject_adapters,
+    load_adapter,
+    load_from_checkpoint,
+    merge_adapters,
+    save_adapter,
+    unmerge_adapters,
+)
+from lightning_lora.cli.main import main
+from tests.cases import At, StopError, stop
+from tests.layers.cases import LAYERS, Model, config, factors
+from tests.layers.test_kinds import reference
+from tests.models import best, randomise, same, state, trainer
+from tests.storage.foreign.peft.export_cases import check_read
+from tests.storage.foreign.peft.reading_cases import write_peft
+
+
+class Curve(L.LightningModule):
+    """A regression of one variable on one variable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.net = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
+        return nn.functional.mse_loss(self(x), x.sin())
+
+    def validation_step(self, x: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", self.training_step(x, batch_idx))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), 0.01)
+
+
+X = torch.linspace(-2, 2, 32).view(8, 4, 1)
+
+
+def points() -> DataLoader[Any]:
+    return DataLoader(X.flatten(0, 1), batch_size=4)  # type: ignore[arg-type]
+
+
+RANKS = {"net.0": 1, "net.2": 4, "net.4": 1}
+
+
+def ranks(model: Any) -> dict[str, int]:
+    return {name[:-7]: len(a) for name, a in adapter_state_dict(model).items() if name.endswith("lora_A")}
+
+
+def trained(**arguments: Any) -> Curve:
+    model = Curve()
+    inject_adapters(model, LoRAConfig(**{"r": 4, **arguments}))
+    randomise(model, scale=0.5)
+    return model
+
+
+@pytest.mark.parametrize(("build", "x"), LAYERS.values(), ids=LAYERS)
+def test_every_kind_of_layer_takes_a_rank_above_its_sides(build: Any, x: Any) -> None:
+    torch.manual_seed(0)
+    model = Model(build()).double()
+    inject_adapters(model, config(model, r=64, alpha=96))
+    layer: Any = model[0]
+    for part in layer.lora_parts:
+        assert getattr(layer, part.factor("A")).shape[-2] == min(part.reads, part.writes)
+    randomise(model)
+    output = model(x)
+    torch.testing.assert_close(output, reference(model, factors(layer), x))  # with a scaling of 96 / 64
+    merge_adapters(model)
+    torch.testing.assert_close(model(x), output)
+    unmerge_adapters(model)
+    assert torch.equal(model(x), output)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "scaling"),
+    [({}, 1), ({"alpha": 6}, 6 / 4), ({"alpha": 6, "use_rslora": True}, 3), ({"use_rslora": True}, 2)],
+)
+def test_the_scaling_is_that_of_the_rank_that_was_asked(arguments: Any, scaling: float) -> None:
+    model = trained(**arguments)
+    assert ranks(model) == RANKS
+    assert [model.get_submodule(name).lora_settings.scaling for name in RANKS] == 3 * [scaling]  # type: ignore[union-attr]
+    assert "r=1, " in repr(model.net[0])
+
+
+@pytest.mark.parametrize("init", ["gaussian", "pissa", "olora"])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_layer_of_one_feature_starts_and_trains_by_every_method(init: Any, use_dora: bool, tmp_path: Path) -> None:
+    plain, model = Curve(), Curve()
+    inject_adapters(model, LoRAConfig(r=4, init=init, use_dora=use_dora))
+    torch.testing.assert_close(model(X), plain(X))
+    trainer(tmp_path, [LoRACallback(merge=False)]).fit(model, points())
+    output = model(X)
+    assert not torch.allclose(output, plain(X))
+    save_adapter(model, tmp_path / "a.safetensors")
+    load_adapter(plain, tmp_path / "a.safetensors")
+    assert torch.equal(plain(X), output)
+    merge_adapters(model)
+    torch.testing.assert_close(model(X), output)
+
+
+def test_a_fit_of_the_default_rank_and_its_files(tmp_path: Path) -> None:
+    model, file = Curve(), best(tmp_path, filename="best")
+    t = trainer(tmp_path, [LoRACallback(), file])
+    t.fit(model, points(), points())
+    path, output = tmp_path / "best.ckpt", model(X)
+    for again in (load_from_checkpoint(Curve, path), load_from_checkpoint(Curve, path, merge=True)):
+        torch.testing.assert_close(again(X), output)
+    (found,) = trainer(tmp_path, [LoRACallback()]).validate(Curve(), points(), ckpt_path=path, verbose=False)
+    assert found["val_loss"] == pytest.approx(float(t.callback_metrics["val_loss"]))
+
+
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    def callbacks() -> list[L.Callback]:
+        return [LoRACallback(r=4, alpha=6, use_rslora=True), best(tmp_path, filename="{epoch}", save_top_k=-1)]
+
+    whole, killed = Curve(), Curve()
+    torch.manual_seed(0)
+    trainer(tmp_path, callbacks()).fit(whole, points(), points())
+    torch.manual_seed(0)
+    with pytest.raises(StopError):
+        trainer(tmp_path, [*callbacks(), At(10, stop)]).fit(killed, points(), points())
+    resumed = Curve()
+    trainer(tmp_path, callbacks()).fit(resumed, points(), points(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert same(state(resumed), state(whole))
+
+
+def test_a_larger_rank_that_gives_the_same_adapters_reads_the_same_file(tmp_path: Path) -> None:
+    save_adapter(trained(target_modules=["0", "4"]), tmp_path / "small.safetensors")
+    model = trained(target_modules=["0", "4"], r=8)
+    load_adapter(model, tmp_path / "small.safetensors")
+    assert same(adapter_state_dict(model), adapter_state_dict(trained(target_modules=["0", "4"])))
+    save_adapter(trained(alpha=6), tmp_path / "scaled.safetensors")
+    with pytest.raises(AdapterMismatchError, match=r"r=1 and a scaling of 1.5 in 'net.0'; here it has r=1 .* of 1\."):
+        load_adapter(trained(), tmp_path / "scaled.safetensors")
+
+
+def test_a_file_loads_onto_the_model_inside_with_the_same_numbers(tmp_path: Path) -> None:
+    """There its layers have other names, so its patterns are written anew."""
+    model = trained(alpha=3, use_rslora=True, rank_pattern={"2": 7}, alpha_pattern={"4": 5})
+    save_adapter(model, tmp_path / "a.safetensors")
+    inner = Curve().net
+    with pytest.warns(UserWarning, match="begin with 'net'"):
+        load_adapter(inner, tmp_path / "a.safetensors")
+    torch.testing.assert_close(inner(X), model(X))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"alpha": 6},
+        {"alpha": 5, "use_rslora": True, "rank_pattern": {"2": 3}},
+        {"alpha": 5, "init": "pissa"},
+        {"use_dora": True, "alpha": 7},
+    ],
+)
+def test_peft_computes_the_same_from_an_export(arguments: dict[str, Any], tmp_path: Path) -> None:
+    check_read(Curve().net, LoRAConfig(**{"r": 6, **arguments}), lambda model: model(X), tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [{"alpha": 6}, {"alpha": 6, "use_rslora": True}, {"alpha": 6, "use_dora": True}])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_an_export_is_read_again_with_the_same_numbers(arguments: Any, uniform: bool, tmp_path: Path) -> None:
+    model = trained(r=5, **arguments)
+    export_peft(model, tmp_path / "peft", uniform=uniform)
+    plain = Curve()
+    load_adapter(plain, tmp_path / "peft")
+    torch.testing.assert_close(plain(X), model(X))
+    if not uniform:  # otherwise alpha is another one, and B too
+        adapted = trained(r=5, **arguments)
+        randomise(adapted, seed=9)
+        load_adapter(adapted, tmp_path / "peft")
+        torch.testing.assert_close(adapted(X), model(X))
+
+
+def test_pefts_own_files_with_such_a_rank_load_onto_an_adapted_model(tmp_path: Path) -> None:
+    peft = write_peft(tmp_path, Curve().net, r=5, lora_alpha=7, use_rslora=True, target_modules="0|2|4")
+    model = trained(r=5, alpha=7, use_rslora=True).net
+    load_adapter(model, tmp_path)
+    torch.testing.assert_close(model(X), peft(X))
+
+
+def test_the_console_reads_the_rank_that_a_layer_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(tmp_path / name) for name in ("a.safetensors", "b.safetensors")]
+    models = [trained(alpha=6), trained(alpha=3, r=8)]
+    for model, file in zip(models, files, strict=True):
+        save_adapter(model, file)
+    assert main(["inspect", files[0], "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["layers"]
+    assert [(layer["name"], layer["r"], layer["scaling"]) for layer in found] == [(n, r, 1.5) for n, r in RANKS.items()]
+    assert main(["compare", *files]) == 0
+    assert main(["combine", *files, "--out", str(tmp_path / "sum.safetensors"), "--weights", "1", "1"]) == 0
+    plain = Curve()
+    load_adapter(plain, tmp_path / "sum.safetensors")
+    base = state(Curve())
+    for layer in ("0", "2", "4"):
+        found_update = plain.net.get_submodule(layer).lora_effective_weight("weight") - base[f"net.{layer}.weight"]  # type: ignore[operator]
+        deltas = [
+            model.net.get_submodule(layer).lora_effective_weight("weight") - base[f"net.{layer}.weight"]  # type: ignore[operator]
+            for model in models
+        ]
+        torch.testing.assert_close(found_update, sum(deltas))
+
+
+def test_a_run_takes_the_rank_of_a_file(tmp_path: Path) -> None:
+    """``LoRACallback()`` has another one, at its default."""
+    file = best(tmp_path, filename="best")
+    trainer(tmp_path, [LoRACallback(r=4, alpha=6, merge=False), file]).fit(Curve(), points(), points())
+    model = Curve()
+    trainer(tmp_path, [LoRACallback(merge=False)]).validate(
+        model, points(), ckpt_path=tmp_path / "best.ckpt", verbose=False
+    )
+    assert ranks(model) == RANKS

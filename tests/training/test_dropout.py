@@ -1,0 +1,277 @@
+"""Dropout acts in training steps alone, whatever mode the frozen layers are in."""
+
+import copy
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.tuner import Tuner
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_lora import LoRACallback, LoRAConfig, inject_adapters
+from tests.cases import At, StopError, stop
+from tests.models import WIDTH, LitTiny, best, data, exact, randomise, same, state, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
+
+
+class Loaded(nn.Module):
+    """A model in eval mode, as ``from_pretrained`` returns it, with dropout and a norm of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = LitTiny()
+        self.embed, self.q_proj, self.v_proj, self.head = inner.embed, inner.q_proj, inner.v_proj, inner.head
+        self.norm, self.dropout = nn.BatchNorm1d(WIDTH), nn.Dropout(0.5)
+        self.eval()
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.head(self.hidden(self.embed(index)))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return self.dropout(self.norm(self.q_proj(x).tanh() + self.v_proj(x)))
+
+
+class Lit(LitTiny):
+    """A module around it. It notes in which hooks two passes differ, the losses, and the modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.embed, self.q_proj, self.v_proj, self.head
+        self.model = Loaded()
+        self.acts: dict[str, set[bool]] = {}
+        self.count: Counter[str] = Counter()
+        self.losses: list[float] = []
+        self.modes: list[dict[str, bool]] = []
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.model(index)
+
+    def note(self, hook: str, batch: list[Tensor]) -> None:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            self.acts.setdefault(hook, set()).add(not torch.equal(self(batch[0]), self(batch[0])))
+            self.count[hook] += 1
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.note("train", batch)
+        self.modes.append(modes(self))
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.note("sanity" if self.trainer.sanity_checking else "validate", batch)
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        super().test_step(batch, batch_idx)
+        self.note("test", batch)
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.note("predict", batch)
+        return self(batch[0])
+
+    def on_train_batch_end(self, outputs: Any, batch: list[Tensor], batch_idx: int) -> None:
+        self.note("between", batch)
+
+
+def modes(module: nn.Module) -> dict[str, bool]:
+    return {name: each.training for name, each in module.named_modules()}
+
+
+def lora(**options: Any) -> LoRACallback:
+    return LoRACallback(**{"r": 2, "dropout": 0.9, "merge": False, "target_modules": ["q_proj", "v_proj"], **options})
+
+
+def adapted(cls: type[Lit] = Lit, **options: Any) -> Any:
+    """A module whose update is not zero any more."""
+    model = cls()
+    inject_adapters(model, lora(**options).config)
+    randomise(model, scale=1)
+    return model
+
+
+def test_it_changes_the_losses_of_a_fit_and_nothing_of_evaluations(tmp_path: Path) -> None:
+    losses = {}
+    for dropout in (0.0, 0.9):
+        model = adapted(dropout=dropout)
+        t = trainer(tmp_path, [lora(dropout=dropout)], val_check_interval=2, max_epochs=1)
+        before = t.validate(model, data(), verbose=False)
+        t.fit(model, data(), data())
+        losses[dropout] = before, model.losses
+    assert losses[0.0][0] == losses[0.9][0] and losses[0.0][1][0] != losses[0.9][1][0]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"val_check_interval": 2}, {"accumulate_grad_batches": 3}, {"num_sanity_val_steps": 0}], ids=str
+)
+def test_it_acts_in_every_training_step_and_in_no_evaluation(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = adapted()
+    before = modes(model)
+    t = trainer(tmp_path, [lora()], **options)
+    t.fit(model, data(), data())
+    t.test(model, data(), verbose=False)
+    t.predict(model, data())
+    t.validate(model, data(), verbose=False)
+    expected = {"train": {True}} | {hook: {False} for hook in ("between", "sanity", "validate", "test", "predict")}
+    if "num_sanity_val_steps" in options:
+        del expected["sanity"]
+    assert model.acts == expected and model.count["train"] == 8
+    assert modes(model) == before and all(each == before for each in model.modes)
+    assert torch.equal(model(torch.arange(8)), model(torch.arange(8)))
+
+
+@exact
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    whole, killed, resumed = Lit(), Lit(), Lit()
+    for model, more in ((whole, []), (killed, [At(5, stop)])):
+        torch.manual_seed(0)
+        t = trainer(tmp_path, [lora(), best(tmp_path, filename="{epoch}", save_top_k=-1), *more])
+        if more:
+            with pytest.raises(StopError):
+                t.fit(model, data(), data())
+            assert torch.equal(killed(torch.arange(8)), killed(torch.arange(8)))  # also after an exception in a step
+        else:
+            t.fit(model, data(), data())
+    trainer(tmp_path, [lora()]).fit(resumed, data(), data(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert resumed.acts["train"] == {True} and same(state(resumed), state(whole))
+
+
+def test_an_exception_in_a_training_step_ends_it(tmp_path: Path) -> None:
+    class Fails(Lit):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            raise StopError
+
+    model = adapted(Fails)
+    with pytest.raises(StopError):
+        trainer(tmp_path, [lora()]).fit(model, data())
+    assert torch.equal(model(torch.arange(8)), model(torch.arange(8)))
+
+
+class Manual(Lit):
+    """A module that steps by hand, twice in each training step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        for _ in range(2):
+            self.optimizers().zero_grad()  # type: ignore[union-attr]
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.optimizers().step()  # type: ignore[union-attr]
+
+
+class Recomputed(Lit):
+    """A module that computes layers again in the backward pass."""
+
+    reentrant = False
+
+    def forward(self, index: Tensor) -> Tensor:
+        hidden = checkpoint(self.model.hidden, self.model.embed(index), use_reentrant=self.reentrant)
+        return self.model.head(hidden)
+
+
+class Reentrant(Recomputed):
+    reentrant = True
+
+
+class Backbone(Lit):
+    """A module that keeps its model in eval mode, as is usual for a frozen one."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.model.eval()
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        self.model.eval()
+        return self
+
+
+class Compiled(Lit):
+    """A module whose model is compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = torch.compile(self.model, backend="eager")  # type: ignore[assignment]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch, as it compiles any linear layer
+@pytest.mark.parametrize("cls", [Manual, Backbone, Compiled])
+def test_it_acts_however_the_module_trains(tmp_path: Path, cls: type[Lit]) -> None:
+    model = adapted(cls)
+    trainer(tmp_path, [lora()]).fit(model, data(), data())
+    assert model.acts == {"train": {True}, "between": {False}, "sanity": {False}, "validate": {False}}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("cls", [Recomputed, Reentrant])
+def test_a_model_that_is_recomputed_drops_the_same_again(tmp_path: Path, cls: type[Lit]) -> None:
+    states = []
+    for each in (Lit, cls):
+        model = each()
+        torch.manual_seed(0)
+        trainer(tmp_path, [lora(merge="last")]).fit(model, data(), data())
+        states.append(state(model))
+    assert same(*states)
+
+
+def test_it_acts_in_a_tuners_trial(tmp_path: Path) -> None:
+    """There, the Trainer has no other callbacks."""
+    model = adapted()
+    Tuner(trainer(tmp_path, [lora()])).lr_find(model, data(), data(), num_training=4, early_stop_threshold=None)
+    assert model.acts["train"] == {True} and torch.equal(model(torch.arange(8)), model(torch.arange(8)))
+
+
+class Noted(L.Callback):
+    """Checks in every process what the module has noted."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert pl_module.acts == {"train": {True}, "between": {False}, "sanity": {False}, "validate": {False}}
+
+
+def test_it_acts_in_forked_processes(tmp_path: Path) -> None:
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
+    t = trainer(tmp_path, [lora(), Noted()], strategy=strategy, devices=2)
+    t.fit(adapted(), data(), data())
+
+
+def test_eval_by_hand_turns_it_off_until_the_next_step(tmp_path: Path) -> None:
+    """For example, for the labels that a module predicts for itself."""
+
+    class Labels(Lit):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.model.eval()
+            self.note("labels", batch)
+            copied = copy.deepcopy(self.model)
+            assert torch.equal(copied(batch[0]), copied(batch[0]))
+            return loss
+
+    model = adapted(Labels)
+    trainer(tmp_path, [lora()]).fit(model, data())
+    assert model.acts["labels"] == {False} and model.acts["train"] == {True}
+
+
+def test_without_a_trainer_the_mode_decides(tmp_path: Path) -> None:
+    model = Loaded()
+    inject_adapters(model, LoRAConfig(r=2, dropout=0.9))
+    randomise(model)
+    index = torch.arange(8)
+    assert torch.equal(model(index), model(index))
+    model.q_proj.train()
+    assert not torch.equal(model(index), model(index))
+    model.eval()
+    assert torch.equal(model(index), model(index))
+
+
+def test_a_model_in_train_mode_stays_so(tmp_path: Path) -> None:
+    model = adapted()
+    model.train()
+    trainer(tmp_path, [lora()]).fit(model, data(), data())
+    assert model.acts["train"] == {True} and model.acts["validate"] == {False} and all(modes(model).values())
