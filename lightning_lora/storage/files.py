@@ -28,7 +28,14 @@ from lightning_lora.storage.foreign.peft.imported import check_imported
 from lightning_lora.storage.foreign.peft.reading import read_peft, weights_of
 from lightning_lora.storage.layout import is_imported
 from lightning_lora.storage.libraries import is_loralib, is_peft
-from lightning_lora.storage.own_files import adapters_in, check_place, is_foreign, read_contents, write_adapter_file
+from lightning_lora.storage.own_files import (
+    adapters_in,
+    check_place,
+    is_foreign,
+    read_checkpoint,
+    read_contents,
+    write_adapter_file,
+)
 from lightning_lora.storage.renaming import Renaming, check_present, renamed, renaming_for
 from lightning_lora.storage.state import adapter_state_dict, write_state
 from lightning_lora.tensors.shards import is_spread
@@ -94,6 +101,7 @@ def load_adapter(
 
     It reads files of this package, of PEFT and of loralib. Files of PEFT and loralib do not say which base they were
     trained on, so it cannot be checked: load the right weights first. After an error, the model is as it was before.
+    Only tensors are read: a checkpoint may hold objects of any class, and no code in it is run.
 
     Args:
         model: The base model that the adapters were trained on. If it has no adapters yet, it is adapted as the file
@@ -242,7 +250,7 @@ def load_from_checkpoint(
         AdapterFileError: the file is truncated, was changed, or is of another kind.
         BaseMismatchError: the model that ``cls`` builds is not the base that the adapters were trained on.
     """
-    checkpoint = read_contents(path, weights_only=weights_only)
+    checkpoint = read_checkpoint(path, weights_only=weights_only)
     names = checkpoint if isinstance(checkpoint, dict) else {}
     if is_foreign(names) or {"state_dict", KEY} == names.keys():
         raise AdapterFileError(f"{path} is an adapter file. Build the model, then call load_adapter(model, path).")
