@@ -200,7 +200,7 @@ class Watch:
         """
         checkpoint: dict[str, Any] = self._read(checkpoint_path, *args, **kwargs)
         drop_note(checkpoint)
-        check_readable(checkpoint, checkpoint_path, whole=True)
+        check_readable(checkpoint, checkpoint_path)
         if not self.stage.is_over:
             self._adapt_for(checkpoint, checkpoint_path)
         if find_record(self.module) is None:  # outside of a stage
