@@ -64,13 +64,17 @@ def record_of(model: nn.Module) -> Record:
     reshard(model)
     record = find_record(model) or recall_record(model)
     if record is None:
-        raise AdapterStateError(f"{type(model).__name__} has no adapters{_instead(model)}")
+        raise AdapterStateError(f"{_title(model)} has no adapters{_instead(model)}")
     if record.disabled:
         raise AdapterStateError(
-            f"The adapters of {type(model).__name__} are disabled. Do this after the block of disable_adapters. (A "
+            f"The adapters of {_title(model)} are disabled. Do this after the block of disable_adapters. (A "
             "copy that was made inside the block stays disabled: copy the model outside.)"
         )
     return record
+
+
+def _title(model: nn.Module) -> str:
+    return type(plain_module(model)).__name__
 
 
 def _instead(model: nn.Module) -> str:
@@ -98,7 +102,7 @@ def view_of(model: nn.Module) -> View:
     lost = [name for name in record.layers if name in view.modules and not _is_adapted(view, name)]
     if lost:
         raise AdapterStateError(
-            f"{listed(lost)} of {type(model).__name__} no longer have their adapters: the layers were replaced, or "
+            f"{listed(lost)} of {_title(model)} no longer have their adapters: the layers were replaced, or "
             "merged by a call on another module that shares them. Call unmerge_adapters on that module, or "
             "inject_adapters(model, config) to give the layers new adapters."
         )

@@ -154,7 +154,7 @@ def _load_adapters(file: Any) -> Any:
     """The contents of an archive, of which the adapters must be plain."""
     contents = load_plain(file)
     names = contents if isinstance(contents, dict) else {}
-    parts = list(names.values()) if is_peft(names) else [names.get("state_dict"), names.get(KEY)]
+    parts = list(names.values()) if is_peft(names) else [names.get(key) for key in ("state_dict", KEY, "model")]
     if unread := unread_in(parts):
         raise AdapterFileError(
             f"Objects of {listed(unread)} are among the adapters, which must be plain tensors. Pass a file that "
@@ -201,11 +201,12 @@ def _instead(contents: dict[Any, Any], path: object) -> str:
         return _in_peft(path)
     if is_loralib(contents):
         return "adapters of loralib, which only load_adapter(model, path, alpha=...) reads."
-    state = contents.get("state_dict", contents)
+    key = next((key for key in ("state_dict", "model") if isinstance(contents.get(key), dict)), "")
+    state = contents[key] if key else contents
     names = [name for name in state if isinstance(name, str)] if isinstance(state, dict) else []
     if not names:
         return "no adapters. Pass a file that save_adapter or a Trainer wrote."
-    reader = "model.load_state_dict(torch.load(path))"
+    reader = f"model.load_state_dict(torch.load(path){f'[{key!r}]' if key else ''})"
     if str(path).endswith(".safetensors"):
         reader = "safetensors.torch.load_model(model, path)"
     elif VERSION in contents:
