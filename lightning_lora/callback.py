@@ -324,7 +324,7 @@ class LoRACallback(Callback):
         try:
             if not path:
                 raise FileNotFoundError("ModelCheckpoint wrote none")
-            load_checkpoint_state(pl_module, trainer.strategy.load_checkpoint(path))
+            load_checkpoint_state(pl_module, _watch_of(trainer).read_adapters(path))
         except (OSError, LoRAError) as error:
             warnings.warn(
                 f"merge='best' could not load a best checkpoint ({error}). The last adapters are merged instead.",

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, AdapterStateError, ConfigError, listed
@@ -44,6 +45,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
         TargetError: a pattern matches nothing, or a layer that cannot be adapted.
         ConfigError: a layer is too small for its rank in ``rank_pattern``.
         AdapterMismatchError: ``model`` is already adapted, with another configuration.
+        AdapterStateError: DistributedDataParallel has wrapped ``model`` before it was adapted.
 
     After an error, the model is unchanged.
 
@@ -69,6 +71,8 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
     before = View(model, config)
     _check_same(before, choices)
     adapters = _new_adapters(choices)
+    if adapters:
+        _check_not_parallel(model)
     with undone_on_error(before):
         record = find_record(model)
         if record is None or record.is_merged:
@@ -84,6 +88,17 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
         if adapters or view.is_fresh():  # later, trained values would be taken for the base's
             keep_originals(view)
     return tuple(choices)
+
+
+def _check_not_parallel(model: nn.Module) -> None:
+    """Refuse new adapters in a model whose gradients DistributedDataParallel averages: it would not know them."""
+    wrapped = model._modules.get("_forward_module", model)  # which Fabric's wrapper holds
+    if isinstance(wrapped, DistributedDataParallel):
+        raise AdapterStateError(
+            "The model is wrapped by DistributedDataParallel already, which averages the gradients of the parameters "
+            "that it was given. New adapters would train apart in each process. Call inject_adapters or load_adapter "
+            "before fabric.setup, or before DistributedDataParallel(model)."
+        )
 
 
 def check_adapted(model: nn.Module) -> None:

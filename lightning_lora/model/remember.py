@@ -1,5 +1,7 @@
 """Set, find and delete the record of a model."""
 
+import gc
+
 from torch import nn
 
 from lightning_lora.errors import AdapterStateError, listed
@@ -9,7 +11,7 @@ from lightning_lora.model.loading import before_load
 from lightning_lora.model.record import ATTRIBUTE, Record, find_record, inner_records
 from lightning_lora.model.view import View
 from lightning_lora.tensors.digests import digest
-from lightning_lora.tensors.names import join, plain_module, submodule
+from lightning_lora.tensors.names import join, named_modules, plain_module, submodule
 from lightning_lora.tensors.shards import reshard
 
 
@@ -62,17 +64,32 @@ def record_of(model: nn.Module) -> Record:
     reshard(model)
     record = find_record(model) or recall_record(model)
     if record is None:
-        inner = next(iter(inner_records(model)), None)
-        remedy = "Call inject_adapters and train it, or load_adapter."
-        if inner:
-            remedy = f"They are in its {inner!r}: pass that module."
-        raise AdapterStateError(f"{type(model).__name__} has no adapters. {remedy}")
+        raise AdapterStateError(f"{_title(model)} has no adapters{_instead(model)}")
     if record.disabled:
         raise AdapterStateError(
-            f"The adapters of {type(model).__name__} are disabled. Do this after the block of disable_adapters. (A "
+            f"The adapters of {_title(model)} are disabled. Do this after the block of disable_adapters. (A "
             "copy that was made inside the block stays disabled: copy the model outside.)"
         )
     return record
+
+
+def _title(model: nn.Module) -> str:
+    return type(plain_module(model)).__name__
+
+
+def _instead(model: nn.Module) -> str:
+    """Where the adapters of a model without a record are: in a part of it, or kept by a module around it."""
+    inner = next(iter(inner_records(model)), None)
+    if inner:
+        return f". They are in its {inner!r}: pass that module."
+    for each in gc.get_objects():  # a part does not know what is around it
+        if issubclass(type(each), nn.Module) and (record := vars(each).get(ATTRIBUTE)) is not None:
+            names = (name for name, module in named_modules(each).items() if module is plain_module(model))
+            name = next(names, None)
+            if name and any(f"{layer}.".startswith(f"{name}.") for layer in record.layers):
+                around = f"{type(each).__name__}, in which it is {name!r}"
+                return f" of its own. {around}, keeps them: pass that module. (After a fit, trainer.lightning_module.)"
+    return ". Call inject_adapters and train it, or load_adapter."
 
 
 def view_of(model: nn.Module) -> View:
@@ -85,7 +102,7 @@ def view_of(model: nn.Module) -> View:
     lost = [name for name in record.layers if name in view.modules and not _is_adapted(view, name)]
     if lost:
         raise AdapterStateError(
-            f"{listed(lost)} of {type(model).__name__} no longer have their adapters: the layers were replaced, or "
+            f"{listed(lost)} of {_title(model)} no longer have their adapters: the layers were replaced, or "
             "merged by a call on another module that shares them. Call unmerge_adapters on that module, or "
             "inject_adapters(model, config) to give the layers new adapters."
         )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer, Part, quantised_entries
 from lightning_lora.model.record import Record, find_record
-from lightning_lora.tensors.names import join, named_modules, own_parameter, parameters_of, submodule
+from lightning_lora.tensors.names import join, named_modules, own_parameter, parameters_of, plain_module, submodule
 from lightning_lora.tensors.shards import is_spread, own_part
 
 
@@ -34,12 +34,12 @@ class View:
     the plain model. A shared module or parameter has several names.
 
     Args:
-        model: Any module.
+        model: Any module. Of a wrapped one, it is the module inside.
         config: The configuration of its adapters, if it differs from the one in the record.
     """
 
     def __init__(self, model: nn.Module, config: LoRAConfig | None = None) -> None:
-        self.model = model
+        self.model = plain_module(model)
         self.modules = named_modules(model, remove_duplicate=False)
         self._record = find_record(model)
         self._config = config

@@ -16,7 +16,7 @@ from lightning_lora.storage.base_copies import MOVED, leave_out_base, put_base_b
 from lightning_lora.storage.description import KEY, check_checksum, check_fits, describe, stored_config
 from lightning_lora.storage.fingerprint import fingerprint, note_changed
 from lightning_lora.storage.merged_state import merged_state, take_updates_out
-from lightning_lora.storage.run_state import check_run, check_types, check_version, run_checksums
+from lightning_lora.storage.run_state import check_types, check_version
 from lightning_lora.storage.state import NOTE, is_note, without_base, write_state
 from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
 from lightning_lora.tensors.shards import all_whole, is_spread
@@ -28,7 +28,7 @@ ADAPTERS = "adapters"
 def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later: bool = False) -> dict[str, Any]:
     """Return ``checkpoint`` without the base, ready to be written.
 
-    Of the model, it holds only what training changed, and a description of it, with checksums of all entries. If code
+    Of the model, it holds only what training changed, and a description of it, with a checksum. If code
     other than an optimizer changes a frozen weight after the run began, the weight is stored from then on.
 
     Args:
@@ -51,7 +51,7 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
         held = all_whole(held)
     if written_later:
         held = _copied(held)
-    about = describe(view, held["state_dict"], base, copies=places, run=run_checksums(_run(held)))
+    about = describe(view, held["state_dict"], base, copies=places)
     return {**held, "state_dict": {NOTE: torch.empty(0), **held["state_dict"]}, KEY: about}
 
 
@@ -99,11 +99,6 @@ def with_merged_model(
     return {**checkpoint, **held, KEY: {**checkpoint[KEY], ADAPTERS: state}}, lost
 
 
-def _run(checkpoint: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Everything except the model's state, which has a checksum of its own, and the description."""
-    return {key: value for key, value in checkpoint.items() if key not in ("state_dict", KEY)}
-
-
 def _copied(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Copy all entries. One that Python cannot copy, such as a tensor with a graph, stays as it is."""
     copies: dict[str, Any] = {}
@@ -125,16 +120,15 @@ def _alone(value: Any) -> Any:
     return value if exact else value.clone(memory_format=torch.contiguous_format)
 
 
-def check_readable(checkpoint: object, path: object, *, whole: bool = False) -> None:
+def check_readable(checkpoint: object, path: object) -> None:
     """Refuse what is not a valid Lightning checkpoint.
 
     Args:
         checkpoint: What was read.
         path: The file.
-        whole: Also refuse a file of adapters without some of the entries that were written.
 
     Raises:
-        AdapterFileError: ``checkpoint`` is not a Lightning checkpoint, or it is not as it was written.
+        AdapterFileError: ``checkpoint`` is not a Lightning checkpoint, or its adapters are not as they were written.
     """
     if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("state_dict"), Mapping):
         raise AdapterFileError(
@@ -145,8 +139,6 @@ def check_readable(checkpoint: object, path: object, *, whole: bool = False) -> 
         stored_config(checkpoint[KEY])
         check_checksum(checkpoint["state_dict"], checkpoint[KEY], path)
         check_types(checkpoint, path)
-        if "run" in checkpoint[KEY]:  # files of earlier versions have no such entry
-            check_run(_run(checkpoint), checkpoint[KEY]["run"], path, whole=whole)
 
 
 def as_base(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from lightning_lora.storage.base_copies import is_places
 from lightning_lora.storage.fingerprint import is_fingerprints, with_halves
 from lightning_lora.storage.layout import is_layers, layers_of
 from lightning_lora.storage.renaming import Renaming
-from lightning_lora.storage.run_state import is_checksums
 from lightning_lora.storage.same_base import check_base
 from lightning_lora.storage.state import check_names, check_tensors, entries_of
 from lightning_lora.tensors.digests import digest
@@ -242,7 +241,8 @@ def _is_plain(description: dict[Any, Any]) -> bool:
         and is_layers(layers)
         and _is_names(random)
         and isinstance(root, str)
-        and is_checksums(run)
+        and isinstance(run, dict)
+        and all(type(name) is str and type(number) is int for name, number in run.items())
         and isinstance(saved, dict)
         and _is_names([*saved])
         and all(map(_is_names, saved.values()))
@@ -250,6 +250,7 @@ def _is_plain(description: dict[Any, Any]) -> bool:
 
 
 _OPTIONAL: dict[str, Any] = {"copies": [], "layers": [], "random": [], "root": "", "run": {}, "saved": {}}
+"""Entries that some files do not have. Earlier versions wrote ``run``, which is no longer used."""
 
 
 def _is_names(value: object) -> bool:

@@ -9,6 +9,7 @@ import itertools
 import os
 import pickletools
 import platform
+import re
 import shutil
 import zipfile
 import zlib
@@ -161,13 +162,14 @@ def on_this_machine(source: Any) -> Iterator[Path]:
 
 
 @contextmanager
-def reading(source: Any) -> Iterator[None]:
+def reading(source: Any, remedy: str = "") -> Iterator[None]:
     """Read a file that torch or safetensors wrote.
 
     Errors inside the block become :class:`AdapterFileError`.
 
     Args:
         source: The file.
+        remedy: What to do if it holds objects of classes.
 
     Raises:
         FileNotFoundError, PermissionError: as the reader raises them.
@@ -178,10 +180,10 @@ def reading(source: Any) -> Iterator[None]:
     except (AdapterFileError, FileNotFoundError, PermissionError):
         raise
     except UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))  # torch says much else first
         raise AdapterFileError(
-            f"{source} holds more than plain types, and loading it could run code: {_first_line(error)} If you trust "
-            f"it, pass weights_only=False (with lightning before 2.6, set {_TRUST}=1), or name the types in "
-            "torch.serialization.add_safe_globals."
+            f"{source} holds more than plain types, such as {found[1] if found else _first_line(error)}: reading it "
+            f"could run code. {remedy}"
         ) from error
     except Exception as error:
         raise AdapterFileError(
@@ -190,14 +192,16 @@ def reading(source: Any) -> Iterator[None]:
         ) from error
 
 
-_TRUST = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+TRUST = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+"""torch's variable that allows all files to run code."""
+
 _TRUE = ("1", "y", "yes", "true")
 """Values of this variable that torch reads as true."""
 
 
 def trusts_all_files() -> bool:
     """Whether torch's variable allows all files to run code."""
-    return os.environ.get(_TRUST, "0").lower() in _TRUE
+    return os.environ.get(TRUST, "0").lower() in _TRUE
 
 
 def check_whole(path: Any, source: Any = None, *, may_be_old: bool = False) -> None:

@@ -23,12 +23,20 @@ from lightning_lora.storage.description import KEY, check_fits, check_foreign_fi
 from lightning_lora.storage.disk import check_path, local_path
 from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.storage.foreign.contents import Foreign, completed
+from lightning_lora.storage.foreign.fabric import read_state, state_in
 from lightning_lora.storage.foreign.loralib import read_loralib, tensors_in
 from lightning_lora.storage.foreign.peft.imported import check_imported
 from lightning_lora.storage.foreign.peft.reading import read_peft, weights_of
 from lightning_lora.storage.layout import is_imported
 from lightning_lora.storage.libraries import is_loralib, is_peft
-from lightning_lora.storage.own_files import adapters_in, check_place, is_foreign, read_contents, write_adapter_file
+from lightning_lora.storage.own_files import (
+    adapters_in,
+    check_place,
+    is_foreign,
+    read_checkpoint,
+    read_contents,
+    write_adapter_file,
+)
 from lightning_lora.storage.renaming import Renaming, check_present, renamed, renaming_for
 from lightning_lora.storage.state import adapter_state_dict, write_state
 from lightning_lora.tensors.shards import is_spread
@@ -94,6 +102,7 @@ def load_adapter(
 
     It reads files of this package, of PEFT and of loralib. Files of PEFT and loralib do not say which base they were
     trained on, so it cannot be checked: load the right weights first. After an error, the model is as it was before.
+    Only tensors are read: a checkpoint may hold objects of any class, and no code in it is run.
 
     Args:
         model: The base model that the adapters were trained on. If it has no adapters yet, it is adapted as the file
@@ -102,7 +111,8 @@ def load_adapter(
         path: A file that ``save_adapter`` or a Trainer with ``LoRACallback`` wrote: its path, a URL that fsspec
             can read, or the open file, in binary mode. Or a folder that PEFT wrote, or the ``.safetensors`` or ``.bin``
             file in it, with ``adapter_config.json`` beside it. Or what loralib's ``lora_state_dict`` returned, saved
-            with ``torch.save``.
+            with ``torch.save``. Or what ``fabric.save(path, {"model": model})`` wrote of an adapted model: such a
+            file does not say how the model was adapted, so here it must be adapted already.
         check_base: Refuse another base than the one that the adapters were trained on. The same weights in another
             precision are accepted. If False, names and shapes of what was trained must fit, and a warning counts the
             frozen tensors that differ.
@@ -118,6 +128,7 @@ def load_adapter(
         BaseMismatchError: the adapters were trained on another base.
         AdapterMismatchError: ``model`` is already adapted in another way, or the adapters do not fit it. For example,
             it lacks modules that were trained.
+        AdapterStateError: ``model`` has no adapters, and the file does not say which ones it needs.
         ConfigError: ``alpha`` is missing for a file of loralib, or given for another file.
 
     Warns:
@@ -141,14 +152,16 @@ def load_adapter(
     local = local_path(path)
     file = path if local is None else weights_of(local)
     contents = read_contents(file)
-    foreign = _foreign(contents, file, alpha, target_slices)
+    foreign = _foreign(contents, file, alpha, target_slices, check_base=check_base)
     if foreign:
         _put_foreign(model, foreign)
     else:
         _put(model, *adapters_in(contents, path), check_base=check_base)
 
 
-def _foreign(contents: Any, path: Any, alpha: float | None, slices: Slices | None) -> Reader | None:
+def _foreign(
+    contents: Any, path: Any, alpha: float | None, slices: Slices | None, *, check_base: bool
+) -> Reader | None:
     """How to read these contents of a file, if another library wrote them."""
     names = contents if isinstance(contents, dict) else {}
     is_ours = KEY in names or "pytorch-lightning_version" in names
@@ -159,6 +172,8 @@ def _foreign(contents: Any, path: Any, alpha: float | None, slices: Slices | Non
             f"alpha and target_slices are for files of loralib, and {path} is none: it says itself how it was trained. "
             "Leave them out."
         )
+    if not is_ours and (state := state_in(names)):
+        return lambda view: read_state(view, state, path, check_base=check_base)
     if not is_peft(names):
         return None
     if not isinstance(path, Path):
@@ -242,7 +257,7 @@ def load_from_checkpoint(
         AdapterFileError: the file is truncated, was changed, or is of another kind.
         BaseMismatchError: the model that ``cls`` builds is not the base that the adapters were trained on.
     """
-    checkpoint = read_contents(path, weights_only=weights_only)
+    checkpoint = read_checkpoint(path, weights_only=weights_only)
     names = checkpoint if isinstance(checkpoint, dict) else {}
     if is_foreign(names) or {"state_dict", KEY} == names.keys():
         raise AdapterFileError(f"{path} is an adapter file. Build the model, then call load_adapter(model, path).")

@@ -1,7 +1,8 @@
 """Read and write the adapter files of this package."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -25,6 +26,7 @@ from lightning_lora.storage.disk import (
     writing,
 )
 from lightning_lora.storage.libraries import PEFT_CONFIG, is_loralib, is_peft
+from lightning_lora.storage.pickles import load_plain, unread_in
 from lightning_lora.storage.run_state import VERSION
 
 # Write
@@ -98,20 +100,44 @@ def read_adapter_file(path: str | Path | IO[bytes]) -> tuple[dict[str, Any], dic
     return adapters_in(read_contents(path), path)
 
 
-def read_contents(path: str | Path | IO[bytes], *, weights_only: bool = True) -> Any:
-    """Return the contents of a file.
+def read_contents(path: str | Path | IO[bytes]) -> Any:
+    """Return the contents of a file, of which only the adapters are needed.
 
     They have the form of a checkpoint. Tensors of another library are returned by their names. Of a model's own
-    tensors, only the names are returned.
+    tensors, only the names are returned. Objects of classes, such as hyperparameters, are not read, and no code in the
+    file is run.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        AdapterFileError: it cannot be read, or the adapters are objects of classes.
     """
+    return _read(path, _load_adapters)
+
+
+def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
+    """Return the contents of a file, all of which are needed.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        AdapterFileError: it cannot be read, or holds objects of classes, with ``weights_only``.
+    """
+    remedy = (
+        "If you trust it, pass weights_only=False to load_from_checkpoint. If not, build the model yourself, and call "
+        "load_adapter(model, path): it reads only the adapters."
+    )
+    return _read(path, partial(torch.load, map_location="cpu", weights_only=weights_only), remedy)
+
+
+def _read(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str = "") -> Any:
+    """The contents of a file. An archive of torch is read by ``load``."""
     check_path(path, may_be_open=True)
-    with reading(path), on_this_machine(path) as local:
+    with reading(path, remedy), on_this_machine(path) as local:
         check_whole(local, path, may_be_old=True)
         while True:
             with local.open("rb") as file:
                 if is_archive(file):
                     file.seek(0)
-                    contents = torch.load(file, map_location="cpu", weights_only=weights_only)
+                    contents = load(file)
                     leave_adapters(contents)
                     return contents
                 try:
@@ -122,6 +148,19 @@ def read_contents(path: str | Path | IO[bytes], *, weights_only: bool = True) ->
                 else:
                     if is_still(local, file):  # safetensors opens it twice, and may have found another one
                         return contents
+
+
+def _load_adapters(file: Any) -> Any:
+    """The contents of an archive, of which the adapters must be plain."""
+    contents = load_plain(file)
+    names = contents if isinstance(contents, dict) else {}
+    parts = list(names.values()) if is_peft(names) else [names.get(key) for key in ("state_dict", KEY, "model")]
+    if unread := unread_in(parts):
+        raise AdapterFileError(
+            f"Objects of {listed(unread)} are among the adapters, which must be plain tensors. Pass a file that "
+            "save_adapter or a Trainer with LoRACallback wrote."
+        )
+    return contents
 
 
 def _read_tensors(local: Path, path: object) -> dict[str, Any]:
@@ -162,11 +201,12 @@ def _instead(contents: dict[Any, Any], path: object) -> str:
         return _in_peft(path)
     if is_loralib(contents):
         return "adapters of loralib, which only load_adapter(model, path, alpha=...) reads."
-    state = contents.get("state_dict", contents)
+    key = next((key for key in ("state_dict", "model") if isinstance(contents.get(key), dict)), "")
+    state = contents[key] if key else contents
     names = [name for name in state if isinstance(name, str)] if isinstance(state, dict) else []
     if not names:
         return "no adapters. Pass a file that save_adapter or a Trainer wrote."
-    reader = "model.load_state_dict(torch.load(path))"
+    reader = f"model.load_state_dict(torch.load(path){f'[{key!r}]' if key else ''})"
     if str(path).endswith(".safetensors"):
         reader = "safetensors.torch.load_model(model, path)"
     elif VERSION in contents:

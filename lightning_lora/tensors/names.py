@@ -1,8 +1,9 @@
-"""Names of modules and parameters, without torch's wrappers.
+"""Names of modules and parameters, without wrappers.
 
 ``torch.compile`` and torch's ``checkpoint_wrapper`` put a wrapper around a submodule, which adds ``_orig_mod.`` or
-``_checkpoint_wrapped_module.`` to every name inside it. Patterns, checkpoints and errors use the names without it. So a
-checkpoint of a wrapped model loads into one that is not wrapped, and the other way round.
+``_checkpoint_wrapped_module.`` to every name inside it. ``Fabric.setup`` puts a wrapper around a model. Patterns,
+checkpoints and errors use the names without it. So a checkpoint of a wrapped model loads into one that is not wrapped,
+and the other way round.
 """
 
 from collections.abc import Mapping
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from lightning_lora.tensors.shards import is_spread, spread_as
 
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+
+_OF_FABRIC = ("_forward_module", "_original_module")
+"""What Fabric's wrapper holds: the model as the strategy wraps it, and the model itself."""
 
 
 def plain_name(name: str) -> str:
@@ -28,14 +32,18 @@ def plain_name(name: str) -> str:
 
 
 def plain_module(module: nn.Module) -> nn.Module:
-    """Return the module inside torch's wrappers.
+    """Return the module inside the wrappers of torch and Fabric.
 
     Other modules are returned unchanged.
     """
+    children = module._modules
     for name in _WRAPPED:
-        inner = module._modules.get(name)
+        inner = children.get(name)
         if inner is not None:
             return plain_module(inner)
+    if all(name in children for name in _OF_FABRIC):
+        inner = children["_original_module"]
+        return module if inner is None else plain_module(inner)
     return module
 
 
@@ -51,14 +59,15 @@ def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> dict[st
 
 def _walk(module: nn.Module, name: str, named: dict[str, nn.Module], seen: set[nn.Module] | None) -> None:
     """Add ``module`` and all modules inside it, in torch's order. This is faster than torch's generators."""
+    module = plain_module(module)
     if seen is not None:
         if module in seen:
             return
         seen.add(module)
-    named[name] = module  # replaces its wrapper
+    named[name] = module
     for child, inner in module._modules.items():
         if inner is not None:
-            _walk(inner, name if child in _WRAPPED else f"{name}.{child}" if name else child, named, seen)
+            _walk(inner, f"{name}.{child}" if name else child, named, seen)
 
 
 def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:

@@ -1,9 +1,11 @@
-"""Tell the user what trains too little in a fit."""
+"""Tell the user what trains too little in a fit, and what makes its files large."""
 
 import warnings
+from collections.abc import Mapping
 
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.errors import FreshLayerWarning, LoRAWarning, listed
 from lightning_lora.model.fresh import MOST, Fresh, find_fresh, random_weights
@@ -11,11 +13,14 @@ from lightning_lora.model.leftovers import left_alone, left_trainable
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
 
+_LARGE = 1_000_000
+"""From this many bytes on, a hyperparameter makes a file of adapters large."""
 
-def advise(model: nn.Module, *, aloud: bool = True) -> None:
-    """Warn of layers that train too little for the task.
 
-    Nothing is said about a model whose adapters are trained already.
+def advise(model: LightningModule, *, aloud: bool = True) -> None:
+    """Warn of layers that train too little for the task, and of large hyperparameters.
+
+    Nothing is said about the layers of a model whose adapters are trained already.
 
     Args:
         model: The adapted module, before its first step.
@@ -23,8 +28,11 @@ def advise(model: nn.Module, *, aloud: bool = True) -> None:
 
     Warns:
         FreshLayerWarning: layers look untrained, and would stay random.
-        LoRAWarning: what the user left trainable is frozen, or the targets leave most of the weights alone.
+        LoRAWarning: what the user left trainable is frozen, or the targets leave most of the weights alone, or a
+            hyperparameter is a network.
     """
+    if aloud:
+        _warn_of_large_hyperparameters(model)
     view = view_of(model)
     if not view.is_fresh():
         return
@@ -86,6 +94,30 @@ def _warn_of_left_alone(view: View) -> None:
             LoRAWarning,
             stacklevel=1,
         )
+
+
+def _warn_of_large_hyperparameters(model: LightningModule) -> None:
+    sizes = {name: _bytes_in(value) for name, value in model.hparams.items()}
+    large = {name: size for name, size in sizes.items() if size >= _LARGE}
+    if large:
+        title = type(model).__name__
+        names = ", ".join(f"{name!r} ({size / 1e6:.1f} MB)" for name, size in large.items())
+        warnings.warn(
+            f"Hyperparameters of {title} hold weights: {names}. Every checkpoint stores them whole, beside the "
+            f"adapters. Leave them out: self.save_hyperparameters(ignore={list(large)}). Then pass them when you load: "
+            f"load_from_checkpoint({title}, path, {', '.join(f'{name}=...' for name in large)}).",
+            LoRAWarning,
+            stacklevel=1,
+        )
+
+
+def _bytes_in(value: object) -> int:
+    """The bytes of the networks and tensors in a hyperparameter."""
+    if isinstance(value, nn.Module):
+        return sum(tensor.nbytes for tensor in (*value.parameters(), *value.buffers()))
+    if isinstance(value, Mapping | list | tuple):
+        return sum(map(_bytes_in, value.values() if isinstance(value, Mapping) else value))
+    return value.nbytes if isinstance(value, Tensor) else 0
 
 
 def _to_save(view: View, names: list[str] | tuple[str, ...]) -> str:

@@ -36,8 +36,18 @@ from lightning_lora.storage.checkpoint import (
     with_merged_model,
 )
 from lightning_lora.storage.description import KEY, stored_config
-from lightning_lora.storage.disk import check_path, check_whole, local_path, opened, reading, trusts_all_files, writing
+from lightning_lora.storage.disk import (
+    TRUST,
+    check_path,
+    check_whole,
+    local_path,
+    opened,
+    reading,
+    trusts_all_files,
+    writing,
+)
 from lightning_lora.storage.fingerprint import base_dtypes, fingerprint
+from lightning_lora.storage.own_files import read_adapter_file
 from lightning_lora.storage.run_state import check_resumable, has_run
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.tensors.names import own_parameter
@@ -207,7 +217,7 @@ class Watch:
         """
         checkpoint: dict[str, Any] = self._read(checkpoint_path, *args, **kwargs)
         merged = leave_adapters(checkpoint)
-        check_readable(checkpoint, checkpoint_path, whole=True)
+        check_readable(checkpoint, checkpoint_path)
         if not self.stage.is_over:
             self._adapt_for(checkpoint, checkpoint_path)
             self._find_base(merged, checkpoint, checkpoint_path)
@@ -252,16 +262,28 @@ class Watch:
             )
         is_trusted = False in (*args, kwargs.get("weights_only")) or trusts_all_files()
         by_torch = self._is_of_torch()
-        with reading(path):
+        may_be_told = "weights_only" in signature(type(self.strategy).load_checkpoint).parameters  # since Lightning 2.6
+        trust = "pass weights_only=False too, as in trainer.fit(model, ckpt_path=..., weights_only=False)"
+        remedy = f"If you trust it, {trust if may_be_told else f'set {TRUST}=1'}. Or load only its adapters, which are "
+        with reading(path, f"{remedy}plain: load_adapter(model, path)."):
             check_whole(path, may_be_old=is_trusted or not by_torch)
             if is_trusted:
                 return self.inner("load_checkpoint", path, *args, **kwargs)
-            if "weights_only" in signature(type(self.strategy).load_checkpoint).parameters:
+            if may_be_told:
                 return self.inner("load_checkpoint", path, weights_only=True)
             if not by_torch or self.others["load_checkpoint"]:
                 return self.inner("load_checkpoint", path)
             with opened(path) as file:  # Lightning before 2.6 cannot be told to accept only plain types
                 return torch.load(file, map_location="cpu", weights_only=True)
+
+    def read_adapters(self, path: Any) -> dict[str, Any]:
+        """Read a file of this run, of which only the adapters are needed."""
+        try:
+            checkpoint: dict[str, Any] = self.strategy.load_checkpoint(path)
+        except AdapterFileError:  # perhaps because its hyperparameters are objects of classes
+            state, description = read_adapter_file(path)
+            checkpoint = {"state_dict": state, KEY: description}
+        return checkpoint
 
     def _is_of_torch(self) -> bool:
         """Whether files are written and read by torch.save and torch.load, at once."""

@@ -1,8 +1,10 @@
 """A model and its parts remember their own base."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -14,9 +16,13 @@ from lightning_lora import (
     LoRAConfig,
     adapter_state_dict,
     disable_adapters,
+    export_peft,
     inject_adapters,
     load_adapter_state_dict,
+    merge_adapters,
     remove_adapters,
+    save_adapter,
+    save_merged,
     unmerge_adapters,
 )
 from lightning_lora.layers import LoRALayer
@@ -37,6 +43,47 @@ def test_adapters_injected_in_a_part_belong_to_the_whole_afterwards() -> None:
     remove_adapters(model)
     assert all(p.requires_grad for p in model.parameters())
     assert not any(isinstance(module, LoRALayer) for module in model.modules())
+
+
+class Plan(L.LightningModule):
+    """Trains a network that its users hold, as scvi's plans do."""
+
+    def __init__(self, module: LitTiny) -> None:
+        super().__init__()
+        self.module = module
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.module.loss(batch)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+CALLS: dict[str, Callable[[nn.Module, Path], object]] = {
+    "save_adapter": lambda part, folder: save_adapter(part, folder / "a.safetensors"),
+    "unmerge_adapters": lambda part, _: unmerge_adapters(part),
+    "merge_adapters": lambda part, _: merge_adapters(part),
+    "remove_adapters": lambda part, _: remove_adapters(part),
+    "disable_adapters": lambda part, _: disable_adapters(part).__enter__(),
+    "adapter_state_dict": lambda part, _: adapter_state_dict(part),
+    "save_merged": lambda part, folder: save_merged(part, folder / "a.ckpt"),
+    "export_peft": lambda part, folder: export_peft(part, folder / "peft"),
+}
+
+
+@pytest.mark.parametrize("merge", ["last", False])
+@pytest.mark.parametrize("call", CALLS)
+def test_the_part_that_a_user_holds_names_the_module_that_was_trained(tmp_path: Path, merge: Any, call: str) -> None:
+    net, keeps = LitTiny(), r"no adapters of its own. Plan, in which it is"
+    t = trainer(tmp_path, [lora(modules_to_save=None, merge=merge)], max_epochs=1, enable_checkpointing=False)
+    t.fit(Plan(net), data())
+    with pytest.raises(AdapterStateError, match=rf"LitTiny has {keeps} 'module', .* trainer.lightning_module"):
+        CALLS[call](net, tmp_path)
+    with pytest.raises(AdapterStateError, match=rf"Linear has {keeps} 'module.q_proj', keeps them"):
+        CALLS[call](net.q_proj, tmp_path)
+    with pytest.raises(AdapterStateError, match=r"Embedding has no adapters. Call inject_adapters"):
+        CALLS[call](net.embed, tmp_path)
+    CALLS[call](t.lightning_module, tmp_path)
 
 
 def test_a_whole_with_a_part_that_is_trained_is_trained() -> None:

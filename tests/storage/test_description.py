@@ -3,11 +3,13 @@
 import json
 import struct
 import sys
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_lora import AdapterFileError, AdapterMismatchError, BaseMismatchError, LoRAError, load_adapter
+from lightning_lora.cli.main import main
 from lightning_lora.model.view import View
 from lightning_lora.storage.description import FORMAT, describe
 from lightning_lora.storage.fingerprint import forms_of_base
@@ -26,6 +29,7 @@ from tests.cases import held
 from tests.models import LitTiny, same, state
 from tests.storage.faults import (
     ONE,
+    WAYS,
     A,
     adapted,
     endless,
@@ -109,6 +113,37 @@ def test_flipped_bits_are_refused_or_the_resumed_run_is_the_same(tmp_path: Path,
             assert same(resumed(path), through)
 
     check()
+
+
+def records_of(path: Path) -> dict[str, tuple[int, int]]:
+    """The places of an archive's records in their file: the first byte of each, and the one after the last."""
+    places = {}
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for record in archive.infolist():
+            file.seek(record.header_offset + 26)
+            name, extra = struct.unpack("<HH", file.read(4))
+            start = record.header_offset + 30 + name + extra
+            places[record.filename] = (start, start + record.file_size)
+    return places
+
+
+def test_one_bit_of_any_record_is_noticed_by_every_reader(
+    tmp_path: Path, good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The optimizer's tensors are among these records, and nothing but the archive's own checksums covers them."""
+    content, path = (good / "good.ckpt").read_bytes(), tmp_path / "a.ckpt"
+    records, random = records_of(good / "good.ckpt"), Random(5)
+    tensors = [name for name in records if "/data/" in name]
+    assert len(tensors) > 20 and sum(end - start for start, end in records.values()) > len(content) / 2
+    for start, end in records.values():
+        for _ in range(3 if end > start else 0):
+            changed = bytearray(content)
+            changed[random.randrange(start, end)] ^= 1 << random.randrange(8)
+            path.write_bytes(changed)
+            for way in ("fit", "load_adapter"):
+                with pytest.raises(AdapterFileError, match="is damaged"):
+                    WAYS[way](LitTiny(), path)
+            assert main(["inspect", str(path)]) == 1 and "is damaged" in capsys.readouterr().err
 
 
 # Forged files

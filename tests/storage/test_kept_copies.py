@@ -9,13 +9,8 @@ import torch
 from lightning.pytorch import callbacks as bundled
 from torch import Tensor
 
-from lightning_lora import AdapterFileError, LoRAError
-from lightning_lora.model.view import View
-from lightning_lora.storage.description import describe
-from lightning_lora.storage.fingerprint import forms_of_base
-from tests.cases import held
+from lightning_lora import LoRAError
 from tests.models import LitTiny, best, data, lora, needs_averaging, same, state, trainer
-from tests.storage.faults import adapted
 
 
 class Drifts(LitTiny):
@@ -102,7 +97,7 @@ def kept_file(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("cut", ["all callbacks", "one callback", "one value"])
-def test_a_file_that_was_cut_by_hand_is_refused_or_without_checksums_stays_cut(tmp_path: Path, cut: str) -> None:
+def test_a_file_that_was_cut_by_hand_stays_cut(tmp_path: Path, cut: str) -> None:
     file = kept_file(tmp_path)
     checkpoint = torch.load(file, weights_only=True)
     if cut == "all callbacks":
@@ -112,12 +107,6 @@ def test_a_file_that_was_cut_by_hand_is_refused_or_without_checksums_stays_cut(t
     else:
         del checkpoint["callbacks"]["Keeps"]["kept"]["embed.weight"]
     torch.save(checkpoint, file)
-    for stage in ("fit", "validate"):
-        with pytest.raises(AdapterFileError, match=r"'callbacks' (was changed|is missing)"):
-            getattr(trainer(tmp_path, [lora(merge=False), Keeps()]), stage)(LitTiny(), data(), ckpt_path=file)
-    copies, view = checkpoint["lightning_lora"]["copies"], View(adapted())
-    about = describe(view, held(checkpoint), forms_of_base(view), copies=copies)
-    torch.save(checkpoint | {"lightning_lora": about}, file)  # as earlier versions wrote it
     callbacks = [lora(merge=False), keeps := Keeps()]
     t = trainer(tmp_path, callbacks, enable_checkpointing=False)
     if cut == "all callbacks":

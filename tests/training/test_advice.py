@@ -9,8 +9,8 @@ import lightning as L
 import pytest
 from torch import Tensor, nn
 
-from lightning_lora import FreshLayerWarning, LoRACallback, LoRAWarning
-from tests.models import LitTiny, aged, data, trainer
+from lightning_lora import FreshLayerWarning, LoRACallback, LoRAWarning, load_from_checkpoint, unmerge_adapters
+from tests.models import LitTiny, aged, data, same, state, trainer
 
 TARGETS = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 
@@ -103,3 +103,45 @@ def test_most_weights_left_alone_by_the_default_targets_are_named(tmp_path: Path
     assert "'conv'" in said and 'Use target_modules="all"' in said
     assert fit(tmp_path, Convolved(), r=2, target_modules="all") == []
     assert fit(tmp_path, Convolved(), r=2, modules_to_save=["conv"]) == []
+
+
+class HoldsNetwork(LitTiny):
+    """A module that keeps the network which it was given as a hyperparameter, as rl4co's do."""
+
+    def __init__(self, policy: Any, ignored: bool = False) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["policy"] if ignored else [])
+        self.policy = policy
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'policy' is an instance:UserWarning")
+@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: {"nets": [net]}], ids=["itself", "inside"])
+def test_a_network_among_the_hyperparameters_is_named_once(tmp_path: Path, wrap: Any) -> None:
+    policy = nn.Linear(1000, 500)
+    model = HoldsNetwork(wrap(policy))
+    said = fit(tmp_path, model, **TARGETS, modules_to_save=["head"])
+    assert [text for text in said if "policy" in text] == [
+        "LoRAWarning: Hyperparameters of HoldsNetwork hold weights: 'policy' (2.0 MB). Every checkpoint stores them "
+        "whole, beside the adapters. Leave them out: self.save_hyperparameters(ignore=['policy']). Then pass them when "
+        "you load: load_from_checkpoint(HoldsNetwork, path, policy=...)."
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'policy' is an instance:UserWarning")
+def test_what_the_warning_of_a_large_hyperparameter_says_works(tmp_path: Path) -> None:
+    policy = nn.Linear(1000, 500)
+    sizes = {}
+    for ignored in (False, True):
+        model, t = HoldsNetwork(policy, ignored), trainer(tmp_path, [LoRACallback(**TARGETS)], max_epochs=1)
+        said = fit(tmp_path, model, t)
+        assert bool([text for text in said if "policy" in text]) is not ignored
+        t.save_checkpoint(path := tmp_path / "a.ckpt")
+        sizes[ignored] = path.stat().st_size
+    assert sizes[False] > 2_000_000 and sizes[True] < 100_000
+    unmerge_adapters(model)
+    assert same(state(load_from_checkpoint(HoldsNetwork, path, policy=policy)), state(model))
+
+
+def test_small_hyperparameters_are_not_named(tmp_path: Path) -> None:
+    model = HoldsNetwork([3, "a", Tensor([1.0]), {"b": (None, Path())}])
+    assert not [text for text in fit(tmp_path, model, **TARGETS) if "policy" in text]

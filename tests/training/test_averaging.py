@@ -122,7 +122,6 @@ def test_resumed_average_has_the_same_bits(tmp_path: Path, average: str, first: 
     a, b = (torch.load(tmp_path / str(each) / end, weights_only=True) for each in (True, False))
     for checkpoint in (a, b):
         del checkpoint["callbacks"][saves.state_key]  # which names its folder
-        del checkpoint["lightning_lora"]["run"]["callbacks"], checkpoint["lightning_lora"]["checksum"]
     assert same_parts(a, b)
     assert same(trained(resumed), trained(through)) and same(state(resumed), state(through))
     assert base_is_whole(resumed)

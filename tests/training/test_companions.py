@@ -69,8 +69,6 @@ def fit_and_resume(
         t.fit(model, data(), data(), ckpt_path=path)
     a, b = (torch.load(tmp_path / str(each) / "epoch=2.ckpt", weights_only=True) for each in (True, False))
     assert same(state(resumed), state(through)) and files_hold_adapters_alone(tmp_path)
-    for each in (a, b):  # checksums of what names a folder, or tells the time
-        del each["lightning_lora"]["run"], each["lightning_lora"]["checksum"]
     for key in ("optimizer_states", "lr_schedulers", "lightning_lora"):
         assert same_parts(a[key], b[key]), key
     assert base_is_whole(through)

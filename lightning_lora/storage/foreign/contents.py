@@ -233,7 +233,7 @@ def base_value(view: View, name: str) -> Tensor:
     return (view.base[name] if name in view.base else view.buffers[name]).detach()
 
 
-def _is_the_base(view: View, name: str, value: Tensor) -> bool:
+def is_the_base(view: View, name: str, value: Tensor) -> bool:
     """Whether a value is the base's, in the narrower of the two dtypes."""
     own = base_value(view, name).cpu()
     return own.is_meta or (own.shape == value.shape and (same_bits(own, value) or same_bits(value, own)))
@@ -241,7 +241,7 @@ def _is_the_base(view: View, name: str, value: Tensor) -> bool:
 
 def _check_same_weight(view: View, name: str, value: Tensor) -> None:
     """Refuse a copy of an adapted weight that is not the model's."""
-    if _is_the_base(view, name, value):
+    if is_the_base(view, name, value):
         return
     title, own = type(view.model).__name__, view.base[name]
     if own.shape != value.shape:
@@ -263,7 +263,7 @@ def _trained(view: View, rest: Mapping[str, Tensor], saved: Collection[str]) -> 
     named = _outermost(prefix for prefix in covered if any(prefix.endswith(entry) for entry in saved))
     around = {above for prefix in named for above in _above(prefix)}
     whole = _outermost(prefix for prefix in covered if prefix not in around and not _is_below(prefix, named))
-    moved = {name for name, value in rest.items() if not _is_the_base(view, name, value)}
+    moved = {name for name, value in rest.items() if not is_the_base(view, name, value)}
     asked = {name for name in rest if any(above.endswith(entry) for above in _above(name) for entry in saved)}
     whole = [module for module in whole if any(_is_below(name, [module]) for name in moved | asked)]
     left = [name for name in rest if name in view.base and not _is_below(name, whole)]
@@ -310,7 +310,7 @@ def check_ties(view: View, rest: Mapping[str, Tensor]) -> None:
     for name, value in rest.items():
         others = uses_of(view, name) if name in view.base else []
         alike = all(other in rest and same_bits(value, rest[other]) for other in others)
-        if not alike and not _is_the_base(view, name, value):
+        if not alike and not is_the_base(view, name, value):
             raise AdapterMismatchError(
                 f"The file holds new values for {name!r}, which is tied to {listed(set(others) - {name})} in "
                 f"{type(view.model).__name__}: they would change too. Untie them first, with a copy of the parameter."

@@ -27,6 +27,7 @@ from lightning_lora.storage.disk import writing
 from lightning_lora.storage.layout import is_imported
 from lightning_lora.storage.offline.stored import StoredAdapters
 from lightning_lora.storage.offline.tensor_files import INDEX, Entry, TensorFiles, write_tensors
+from lightning_lora.storage.pickles import unread_in
 from lightning_lora.storage.renaming import common_lead
 from lightning_lora.storage.same_base import is_converted
 from lightning_lora.tensors.digests import digest
@@ -71,6 +72,12 @@ def merge_files(base: Path, adapter: Path, out: Path, progress: Progress = str) 
         with writing(out) as part:
             write_tensors(part, job.entries(job.names, progress, new=True), files.metadata(base))
     elif out.suffix == ".ckpt" and files.checkpoint is not None:
+        if unread := unread_in(as_base(files.checkpoint)):
+            raise AdapterFileError(
+                f"{base} holds objects of {listed(dict.fromkeys(unread))}, which are not read, and would be lost in "
+                f"{out}. Name a file that ends in .safetensors, or merge in memory: load_adapter(model, path), then "
+                "save_merged."
+            )
         state = {entry.name: entry.make() for entry in job.entries(job.names, progress, new=True)}
         with writing(out) as part:
             torch.save({**as_base(files.checkpoint), "state_dict": state}, part)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError
 from lightning_lora.storage.disk import reading
+from lightning_lora.storage.pickles import load_plain
 
 INDEX = "model.safetensors.index.json"
 """The file in a folder that says which of its files holds which tensor."""
@@ -57,7 +58,7 @@ class TensorFiles:
             self.file_of = dict.fromkeys(_names_in(path), path)
         else:
             with reading(path):
-                loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                loaded = load_plain(path, mmap=True)
             self.checkpoint = loaded if isinstance(loaded, dict) else {}
             self.file_of = {name: path for name, value in self._state.items() if isinstance(value, Tensor)}
         if not self.file_of:

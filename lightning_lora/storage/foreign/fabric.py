@@ -1,0 +1,64 @@
+"""Read the state of an adapted model, as Fabric's users save it.
+
+``fabric.save(path, {"model": model})`` writes the whole state dict of an adapted model. It does not say how the model
+was adapted, so the model that loads it must be adapted already.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_lora.errors import AdapterStateError, BaseMismatchError, listed
+from lightning_lora.model.view import View
+from lightning_lora.storage.foreign.contents import Foreign, is_the_base
+from lightning_lora.storage.state import check_names, entries_of
+from lightning_lora.tensors.names import plain_name
+
+
+def state_in(contents: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the state of an adapted model in a file's contents, or nothing.
+
+    Example:
+        >>> state_in({"model": {"net.lora_A": 1, "net.lora_B": 2}}), state_in({"model": {"net.weight": 1}})
+        ({'net.lora_A': 1, 'net.lora_B': 2}, {})
+    """
+    held = contents.get("model")
+    state = {plain_name(str(name)): value for name, value in held.items()} if isinstance(held, Mapping) else {}
+    has_adapters = any(name.rpartition(".")[2].startswith("lora_A") for name in state)
+    return state if has_adapters else {}
+
+
+def read_state(view: View, state: Mapping[str, Any], path: object, *, check_base: bool) -> Foreign:
+    """Return what training changed in a state of an adapted model.
+
+    Args:
+        view: The model, which is not merged.
+        state: The state, with or without the base's values.
+        path: The file.
+        check_base: Whether to compare the base's values, if the state has them.
+
+    Raises:
+        AdapterStateError: the model has no adapters.
+        AdapterMismatchError: the state lacks adapters, or has others.
+        BaseMismatchError: frozen weights in the state are not those of the model.
+    """
+    title = type(view.model).__name__
+    if not view.is_adapted:
+        raise AdapterStateError(
+            f"{path} holds the state of an adapted model, but does not say how it was adapted, and {title} has no "
+            "adapters. Call inject_adapters(model, config) first, as for the training. (A file that save_adapter "
+            "writes says it.)"
+        )
+    held = [name for name in view.frozen if isinstance(state.get(name), Tensor)]
+    differ = [name for name in held if not is_the_base(view, name, state[name])]
+    if differ and check_base:
+        raise BaseMismatchError(
+            f"{path} holds another base: {len(differ)} of {len(held)} frozen weights of {title} differ, such as "
+            f"{listed(differ)}. Load the pretrained weights that the adapters were trained on."
+        )
+    trains = view.adapters.keys() | view.trained.keys()
+    base = (view.parameters.keys() | view.entries.keys()) - trains
+    rest = {name: value for name, value in state.items() if name not in base}
+    check_names(view, entries_of(view), rest, config=view.config)
+    return Foreign(view.config, rest)

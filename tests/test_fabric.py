@@ -1,0 +1,192 @@
+"""Training loops of Fabric: its wrapper is seen through, and the files of its users are read."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import (
+    AdapterFileError,
+    AdapterMismatchError,
+    AdapterStateError,
+    BaseMismatchError,
+    LoRAConfig,
+    LoRAError,
+    adapter_state_dict,
+    disable_adapters,
+    export_peft,
+    inject_adapters,
+    load_adapter,
+    load_adapter_state_dict,
+    merge_adapters,
+    remove_adapters,
+    save_adapter,
+    save_merged,
+    summarize,
+    unmerge_adapters,
+)
+from tests.models import TRAINED, WORDS, LitTiny, data, is_plain, same, state
+from tests.ranks import run_ranks
+from tests.storage.faults import unchanged
+
+CONFIG = LoRAConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["head"])
+X = torch.arange(WORDS)
+
+
+def adapted(config: LoRAConfig = CONFIG) -> LitTiny:
+    torch.manual_seed(0)
+    inject_adapters(model := LitTiny(), config)
+    return model
+
+
+def fabric(**kwargs: Any) -> L.Fabric:
+    return L.Fabric(accelerator="cpu", **({"devices": 1} | kwargs))
+
+
+def fit(fabric: L.Fabric, model: nn.Module) -> tuple[Any, Any]:
+    """Train as Fabric's pages do; return the model and the optimizer as Fabric wraps them."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    wrapped, optimizer = fabric.setup(model, torch.optim.Adam(trained, lr=0.01))
+    for index, labels in fabric.setup_dataloaders(data()):
+        optimizer.zero_grad()
+        fabric.backward(nn.functional.cross_entropy(wrapped(index), labels))
+        optimizer.step()
+    return wrapped, optimizer
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_call_sees_the_model_inside(tmp_path: Path, compiled: bool) -> None:
+    model = adapted()
+    wrapped, _ = fit(fabric(), torch.compile(model, backend="eager") if compiled else model)
+    trained, base = state(model), LitTiny()(X)
+    assert type(wrapped).__name__ != type(model).__name__ and list(adapter_state_dict(wrapped)) == TRAINED
+    assert summarize(wrapped).title == "LitTiny" and summarize(wrapped).trained == summarize(model).trained
+    load_adapter_state_dict(wrapped, adapter_state_dict(model))
+    save_adapter(wrapped, tmp_path / "a.safetensors")
+    load_adapter(again := LitTiny(), tmp_path / "a.safetensors")
+    assert same(state(again), trained)
+    load_adapter(other := fabric().setup(LitTiny()), tmp_path / "a.safetensors")
+    assert same(state(other), trained)
+    with disable_adapters(wrapped):
+        assert torch.equal(wrapped(X), base)
+    export_peft(wrapped, tmp_path / "peft")
+    save_merged(wrapped, tmp_path / "merged.ckpt")
+    merge_adapters(wrapped)
+    assert is_plain(model) and same(LitTiny.load_from_checkpoint(tmp_path / "merged.ckpt").state_dict(), state(model))
+    unmerge_adapters(wrapped)
+    assert same(state(model), trained)
+    remove_adapters(wrapped)
+    assert torch.equal(wrapped(X), base)
+    with pytest.raises(AdapterStateError, match="LitTiny has no adapters"):
+        save_adapter(wrapped, tmp_path / "b.safetensors")
+
+
+# Files
+
+ONLY_TRAINED = {"model": lambda name, _: name in TRAINED}
+SAVES: dict[str, Callable[[Any, Any, Any, Path], None]] = {
+    "everything": lambda fabric, model, optimizer, path: fabric.save(
+        path, {"model": model, "optimizer": optimizer, "step": 4}
+    ),
+    "filtered": lambda fabric, model, _, path: fabric.save(path, {"model": model}, filter=ONLY_TRAINED),
+    "state of adapters": lambda fabric, model, _, path: fabric.save(path, {"model": adapter_state_dict(model)}),
+    "beside a class": lambda fabric, model, _, path: fabric.save(path, {"model": model, "settings": LoRAConfig}),
+}
+
+
+@pytest.mark.parametrize("save", SAVES.values(), ids=SAVES)
+@pytest.mark.parametrize("setup", [lambda model: model, lambda model: fabric().setup(model)], ids=["plain", "wrapped"])
+def test_files_of_fabric_are_loaded_onto_an_adapted_model(tmp_path: Path, save: Any, setup: Any) -> None:
+    f = fabric()
+    wrapped, optimizer = fit(f, model := adapted())
+    save(f, wrapped, optimizer, path := tmp_path / "a.ckpt")
+    load_adapter(setup(again := adapted()), path)
+    assert same(state(again), state(model)) and not same(state(again), state(adapted()))
+    merge_adapters(again)
+    load_adapter(again, path)  # onto its base, as ever
+    assert same(state(again), state(model))
+
+
+def whole(model: nn.Module) -> dict[str, Any]:
+    return {"model": model.state_dict()}
+
+
+def changed(**values: Any) -> dict[str, Any]:
+    found = whole(adapted())
+    found["model"] |= {name.replace("__", "."): value for name, value in values.items()}
+    return found
+
+
+def without(name: str) -> dict[str, Any]:
+    found = whole(adapted())
+    del found["model"][name]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("contents", "build", "error", "says"),
+    [
+        (whole(adapted()), LitTiny, AdapterStateError, r"LitTiny has no adapters. Call inject_adapters\(model"),
+        (whole(LitTiny()), LitTiny, AdapterFileError, r"6 tensors.*no adapters.*torch.load\(path\)\['model'\]"),
+        (without("q_proj.lora_B"), adapted, AdapterMismatchError, "missing 'q_proj.lora_B'"),
+        (without("head.bias"), adapted, AdapterMismatchError, "missing 'head.bias'"),
+        (changed(other__lora_A=torch.ones(2, 8)), adapted, AdapterMismatchError, "unexpected 'other.lora_A'"),
+        (changed(q_proj__lora_A=torch.ones(3, 8)), adapted, AdapterMismatchError, r"\(3, 8\).*\(2, 8\)"),
+        (changed(q_proj__lora_A=torch.full((2, 8), torch.nan)), adapted, AdapterFileError, "NaN"),
+        (changed(q_proj__weight=torch.ones(8, 8)), adapted, BaseMismatchError, "1 of 4 frozen.*'q_proj.weight'"),
+        (changed(q_proj__lora_A=LoRAConfig), adapted, AdapterFileError, "LoRAConfig.*must be plain tensors"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    tmp_path: Path, contents: Any, build: Any, error: type[LoRAError], says: str
+) -> None:
+    torch.save(contents, path := tmp_path / "a.ckpt")
+    with unchanged(model := build()), pytest.raises(error, match=says):
+        load_adapter(model, path)
+
+
+def test_another_base_is_taken_if_it_is_asked_for(tmp_path: Path) -> None:
+    torch.save(changed(embed__weight=torch.ones(WORDS, 8), head__bias=torch.ones(4)), path := tmp_path / "a.ckpt")
+    load_adapter(model := adapted(), path, check_base=False)
+    assert same({"w": model.embed.weight, "b": model.head.bias}, {"w": LitTiny().embed.weight, "b": torch.ones(4)})
+
+
+# Several processes
+
+
+def train_in_two(folder: Path) -> dict[str, Tensor]:
+    f = fabric(devices=2, strategy="ddp")
+    f.launch()
+    wrapped, _ = fit(f, adapted())
+    assert type(wrapped._forward_module).__name__ == "DistributedDataParallel"
+    save_adapter(wrapped, folder / "a.safetensors")
+    f.save(folder / "a.ckpt", {"model": wrapped})
+    return adapter_state_dict(wrapped)
+
+
+def test_two_processes_train_the_same_adapters_and_write_one_file(tmp_path: Path) -> None:
+    first, second = run_ranks(train_in_two, tmp_path)
+    assert same(first, second) and first["q_proj.lora_B"].any()
+    for path, build in ((tmp_path / "a.safetensors", LitTiny), (tmp_path / "a.ckpt", adapted)):
+        load_adapter(model := build(), path)
+        assert same(adapter_state_dict(model), first)
+
+
+def adapt_late() -> None:
+    f = fabric(devices=2, strategy="ddp")
+    f.launch()
+    with pytest.raises(AdapterStateError, match=r"before fabric.setup"):
+        inject_adapters(model := f.setup(LitTiny()), CONFIG)
+    assert is_plain(model)
+    with pytest.raises(AdapterStateError, match="before DistributedDataParallel"):
+        inject_adapters(nn.parallel.DistributedDataParallel(LitTiny()), LoRAConfig(r=2))
+    inject_adapters(f.setup(adapted()), CONFIG)  # which has them already
+
+
+def test_adapters_that_come_after_the_processes_were_joined_are_refused() -> None:
+    run_ranks(adapt_late)
