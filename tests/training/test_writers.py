@@ -11,7 +11,6 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-from lightning_lora import AdapterFileError
 from lightning_lora.storage.checkpoint import check_readable, drop_note
 from tests.models import LitTiny, best, data, lora, same, state, trainer
 
@@ -111,7 +110,7 @@ def test_an_entry_that_cannot_be_copied_is_written_as_it_is_and_the_others_are_c
     assert torch.equal(checkpoint["state_dict"]["q_proj.lora_A"], before) and before.any()
     assert len(checkpoint["second"]["also"]) == 2
     drop_note(checkpoint)
-    check_readable(checkpoint, tmp_path / "a.ckpt", whole=True)
+    check_readable(checkpoint, tmp_path / "a.ckpt")
 
 
 def written_to(files: list[Any]) -> Callable[..., None]:
@@ -137,34 +136,17 @@ def test_a_file_that_is_written_at_once_is_not_copied_first(tmp_path: Path, monk
 
 
 class Notes(TorchCheckpointIO):
-    """A CheckpointIO that writes down where the code was, or forgets or changes an entry."""
-
-    def __init__(self, change: Callable[[dict[str, Any]], object]) -> None:
-        self.change = change
+    """A CheckpointIO that writes down where the code was."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        self.change(checkpoint)
-        super().save_checkpoint(checkpoint, *args, **kwargs)
+        super().save_checkpoint({**checkpoint, "git": "abc"}, *args, **kwargs)
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (lambda checkpoint: checkpoint.update(git="abc"), None),
-        (lambda checkpoint: checkpoint.pop("lightning_lora_random"), "'lightning_lora_random' is missing"),
-        (lambda checkpoint: checkpoint.update(epoch=7), "'epoch' was changed"),
-    ],
-)
-def test_an_entry_of_a_writers_own_is_not_the_runs_and_the_runs_own_must_all_be_there(
-    tmp_path: Path, change: Callable[[dict[str, Any]], object], says: str | None
-) -> None:
-    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1, enable_checkpointing=False, plugins=[Notes(change)])
+def test_an_entry_of_a_writers_own_does_no_harm(tmp_path: Path) -> None:
+    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1, enable_checkpointing=False, plugins=[Notes()])
     t.fit(LitTiny(), data())
     t.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["git"] == "abc"
     again = trainer(tmp_path, [lora(merge=False)], enable_checkpointing=False)
-    if says is None:
-        again.fit(LitTiny(), data(), ckpt_path=tmp_path / "a.ckpt")
-        assert again.global_step == 8
-        return
-    with pytest.raises(AdapterFileError, match=says):
-        again.fit(LitTiny(), data(), ckpt_path=tmp_path / "a.ckpt")
+    again.fit(LitTiny(), data(), ckpt_path=tmp_path / "a.ckpt")
+    assert again.global_step == 8
