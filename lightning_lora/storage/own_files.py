@@ -101,7 +101,7 @@ def read_adapter_file(path: str | Path | IO[bytes]) -> tuple[dict[str, Any], dic
 
 
 def read_contents(path: str | Path | IO[bytes]) -> Any:
-    """Return the contents of a file, of which only the adapters are needed.
+    """Return the contents of a file with adapters.
 
     They have the form of a checkpoint. Tensors of another library are returned by their names. Of a model's own
     tensors, only the names are returned. Objects of classes, such as hyperparameters, are not read, and no code in the
@@ -115,7 +115,7 @@ def read_contents(path: str | Path | IO[bytes]) -> Any:
 
 
 def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
-    """Return the contents of a file, all of which are needed.
+    """Return the contents of a checkpoint, hyperparameters and all.
 
     Raises:
         FileNotFoundError: the file does not exist.

@@ -1,4 +1,4 @@
-"""Read the plain values and tensors of a checkpoint, and nothing else.
+"""Read a checkpoint's plain values and tensors, and nothing else.
 
 A checkpoint may hold objects of classes, for example as hyperparameters. ``torch.load`` refuses it, or imports these
 classes and runs their code. Adapters are plain tensors. So this reader goes through the pickle by itself, step by step.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Unread:
-    """Stands for an object that only its own code could make.
+    """An object that only its own code could make.
 
     Args:
         name: What the file calls its class or function.
@@ -120,11 +120,11 @@ class _Reader:
             self.stack[-1].update((key, value) for key, value in pairs if type(key) in _KEYS)
 
     def make(self, arguments: Any) -> None:
-        """Replace a name on the stack by what is made with it."""
+        """Make an object with the name on the stack."""
         self.push(_made(self.pop(), arguments))
 
     def load_storage(self, place: Any) -> None:
-        """Push the values of a storage, as a tensor of one dimension."""
+        """Push a storage, as a tensor of one dimension."""
         if not isinstance(place, tuple) or place[0] != "storage" or place[1].name not in _DTYPES:
             self.push(Unread("a storage"))
             return

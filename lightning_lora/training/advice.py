@@ -1,4 +1,4 @@
-"""Tell the user what trains too little in a fit, and what makes its files large."""
+"""Tell what trains too little, and what makes files large."""
 
 import warnings
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _LARGE = 1_000_000
 
 
 def advise(model: LightningModule, *, aloud: bool = True) -> None:
-    """Warn of layers that train too little for the task, and of large hyperparameters.
+    """Warn of layers that train too little, and large hyperparameters.
 
     Nothing is said about the layers of a model whose adapters are trained already.
 

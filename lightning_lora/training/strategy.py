@@ -277,7 +277,10 @@ class Watch:
                 return torch.load(file, map_location="cpu", weights_only=True)
 
     def read_adapters(self, path: Any) -> dict[str, Any]:
-        """Read a file of this run, of which only the adapters are needed."""
+        """Read the adapters in a file of this run.
+
+        Hyperparameters may be objects of any class.
+        """
         try:
             checkpoint: dict[str, Any] = self.strategy.load_checkpoint(path)
         except AdapterFileError:  # perhaps because its hyperparameters are objects of classes

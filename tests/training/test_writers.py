@@ -146,6 +146,7 @@ def test_a_writer_may_add_an_entry_of_its_own(tmp_path: Path) -> None:
     t = trainer(tmp_path, [lora(merge=False)], max_epochs=1, enable_checkpointing=False, plugins=[Notes()])
     t.fit(LitTiny(), data())
     t.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["git"] == "abc"
     again = trainer(tmp_path, [lora(merge=False)], enable_checkpointing=False)
     again.fit(LitTiny(), data(), ckpt_path=tmp_path / "a.ckpt")
     assert again.global_step == 8

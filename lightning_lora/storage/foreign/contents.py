@@ -234,7 +234,10 @@ def base_value(view: View, name: str) -> Tensor:
 
 
 def is_the_base(view: View, name: str, value: Tensor) -> bool:
-    """Whether a value is the base's, in the narrower of the two dtypes."""
+    """Whether a value is the base's.
+
+    They are compared in the narrower of the two dtypes.
+    """
     own = base_value(view, name).cpu()
     return own.is_meta or (own.shape == value.shape and (same_bits(own, value) or same_bits(value, own)))
 

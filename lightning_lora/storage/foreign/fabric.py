@@ -1,4 +1,4 @@
-"""Read the state of an adapted model, as Fabric's users save it.
+"""Read the states of adapted models that Fabric saves.
 
 ``fabric.save(path, {"model": model})`` writes the whole state dict of an adapted model. It does not say how the model
 was adapted, so the model that loads it must be adapted already.
@@ -17,7 +17,7 @@ from lightning_lora.tensors.names import plain_name
 
 
 def state_in(contents: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the state of an adapted model in a file's contents, or nothing.
+    """Return the state of an adapted model, or nothing.
 
     Example:
         >>> state_in({"model": {"net.lora_A": 1, "net.lora_B": 2}}), state_in({"model": {"net.weight": 1}})
@@ -30,7 +30,7 @@ def state_in(contents: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def read_state(view: View, state: Mapping[str, Any], path: object, *, check_base: bool) -> Foreign:
-    """Return what training changed in a state of an adapted model.
+    """Return what training changed in such a state.
 
     Args:
         view: The model, which is not merged.
