@@ -1,15 +1,16 @@
-"""Read a checkpoint's plain values and tensors, and nothing else.
+"""Read what is plain in a checkpoint, whatever else is in it.
 
 A checkpoint may hold objects of classes, for example as hyperparameters. ``torch.load`` refuses it, or imports these
-classes and runs their code. Adapters are plain tensors. So this reader goes through the pickle by itself, step by step.
-It makes containers, numbers, text and tensors. An :class:`Unread` stands for everything else. Nothing that the file
-names is imported or called.
+classes and runs their code. Adapters are plain tensors. So here an :class:`Unread` stands for everything but
+containers, numbers, text and tensors. Nothing that the file names is imported or called.
 """
 
-import pickletools
-import zipfile
-from collections.abc import Callable, Sequence
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from pickle import UnpicklingError
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,14 +18,22 @@ from torch import Tensor
 
 
 class Unread:
-    """An object that only its own code could make.
+    """Stands for an object that only its own code could make, or for its class."""
 
-    Args:
-        name: What the file calls its class or function.
-    """
+    name: str
+    """What the file calls the class or function."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Take whatever the object would have been made from."""
+
+    def __call__(self, *_: Any, **__: Any) -> "Unread":
+        """Stand for what a call would return too."""
+        return self
+
+    def _ignore(self, *_: Any) -> None:
+        """What a pickle does with an object that it has made."""
+
+    append = extend = add = __setitem__ = __setstate__ = _ignore
 
 
 def load_plain(source: Any, **options: Any) -> Any:
@@ -39,16 +48,9 @@ def load_plain(source: Any, **options: Any) -> Any:
     try:
         return torch.load(source, map_location="cpu", weights_only=True, **options)
     except UnpicklingError:
-        return read_plain(source)
-
-
-def read_plain(file: Any) -> Any:
-    """Return containers, numbers, text and strided tensors of an archive.
-
-    Everything else becomes :class:`Unread`, sets and bytes too.
-    """
-    with zipfile.ZipFile(file) as archive:
-        return _Reader(archive).read()
+        if hasattr(source, "seek"):
+            source.seek(0)
+        return torch.load(source, map_location="cpu", weights_only=False, pickle_module=_PLAIN, **options)
 
 
 def unread_in(value: Any) -> list[str]:
@@ -59,191 +61,42 @@ def unread_in(value: Any) -> list[str]:
         if id(each) in seen:
             continue
         seen.add(id(each))
-        if isinstance(each, Unread):
-            found.append(each.name[:80])
+        kind = each if isinstance(each, type) else type(each)
+        if issubclass(kind, Unread):
+            found.append(kind.name[:80])
         elif isinstance(each, dict):
             inside += each.values()
-        elif isinstance(each, list | tuple):
+        elif isinstance(each, list | tuple | set):
             inside += each
     return found
 
 
-class _Reader:
-    """The state of a pickle that is being read: a stack, and what is remembered.
-
-    Source:
-        Python's ``pickletools``, which says of each operation what it does to the stack.
-    """
-
-    def __init__(self, archive: zipfile.ZipFile) -> None:
-        self.archive = archive
-        self.folder = archive.namelist()[0].partition("/")[0]
-        self.stack: list[Any] = []
-        self.below: list[list[Any]] = []  # what is below each mark
-        self.memo: dict[int, Any] = {}
-        self.storages: dict[str, Tensor] = {}
-
-    def read(self) -> Any:
-        for operation, argument, _ in pickletools.genops(self._record("data.pkl")):
-            _STEPS[operation.name](self, argument)
-        return self.stack.pop()
-
-    def _record(self, name: str) -> bytes:
-        return self.archive.read(f"{self.folder}/{name}")
-
-    def push(self, value: Any) -> None:
-        self.stack.append(value)
-
-    def pop(self) -> Any:
-        return self.stack.pop()
-
-    def mark(self) -> None:
-        self.below.append(self.stack)
-        self.stack = []
-
-    def pop_to_mark(self) -> list[Any]:
-        items, self.stack = self.stack, self.below.pop()
-        return items
-
-    # Steps: each takes the operation's argument
-
-    def remember(self, place: int | None) -> None:
-        self.memo[len(self.memo) if place is None else place] = self.stack[-1]
-
-    def extend(self, items: Sequence[Any]) -> None:
-        if type(self.stack[-1]) is list:
-            self.stack[-1] += items
-
-    def set_items(self, items: Sequence[Any]) -> None:
-        if type(self.stack[-1]) is dict:
-            pairs = zip(items[::2], items[1::2], strict=True)
-            self.stack[-1].update((key, value) for key, value in pairs if type(key) in _KEYS)
-
-    def make(self, arguments: Any) -> None:
-        """Make an object with the name on the stack."""
-        self.push(_made(self.pop(), arguments))
-
-    def load_storage(self, place: Any) -> None:
-        """Push a storage, as a tensor of one dimension."""
-        if not isinstance(place, tuple) or place[0] != "storage" or place[1].name not in _DTYPES:
-            self.push(Unread("a storage"))
-            return
-        key = str(place[2])
-        if key not in self.storages:
-            contents, dtype = bytearray(self._record(f"data/{key}")), _DTYPES[place[1].name]
-            self.storages[key] = torch.frombuffer(contents, dtype=dtype) if contents else torch.empty(0, dtype=dtype)
-        self.push(self.storages[key])
+def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    """A tensor as torch builds it, but never beyond its storage."""
+    return torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage).as_strided(size, stride, offset)
 
 
-_KEYS = (str, int, float, bool, type(None))
-"""The types of keys. A nested tuple could take for ever to be hashed."""
+def _parameter(data: Tensor, *_: Any) -> Tensor:
+    return data
 
-_DTYPES = {
-    "torch.DoubleStorage": torch.float64,
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.LongStorage": torch.int64,
-    "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16,
-    "torch.CharStorage": torch.int8,
-    "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool,
-    "torch.ComplexFloatStorage": torch.complex64,
-    "torch.ComplexDoubleStorage": torch.complex128,
+
+_KNOWN: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": OrderedDict,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
 }
-"""The dtypes of torch's storages."""
+"""What makes the values that are read, by its name in a file."""
 
 
-def _made(kind: Any, arguments: Any) -> Any:
-    """What a class or function would return, if it is one of a dictionary, a tensor or a parameter."""
-    name = kind.name if isinstance(kind, Unread) else type(kind).__name__
-    if name == "collections.OrderedDict":
-        return {}
-    first = arguments[0] if isinstance(arguments, tuple) and arguments else None
-    if isinstance(first, Tensor):
-        if name == "torch._utils._rebuild_tensor_v2":
-            _, offset, shape, strides, *_ = arguments
-            return first.as_strided(shape, strides, offset)
-        if name in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
-            return first
-    return Unread(name)
+class _Unpickler(pickle.Unpickler):
+    """An unpickler that finds no class or function of anybody's."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what stands for a class or function: made anew each time, because a pickle may change it."""
+        called = f"{module}.{name}"
+        return partial(_KNOWN[called]) if called in _KNOWN else type("Unread", (Unread,), {"name": called})
 
 
-def _tuple_of(count: int) -> Callable[[_Reader, Any], None]:
-    def step(reader: _Reader, _: Any) -> None:
-        items = tuple(reader.stack[-count:])
-        del reader.stack[-count:]
-        reader.push(items)
-
-    return step
-
-
-def _make_with_keywords(reader: _Reader, _: Any) -> None:
-    reader.pop()
-    reader.make(reader.pop())
-
-
-def _set_from_mark(reader: _Reader, _: Any) -> None:
-    items = reader.pop_to_mark()
-    reader.push({})
-    reader.set_items(items)
-
-
-def _name_on_stack(reader: _Reader, _: Any) -> None:
-    name, module = reader.pop(), reader.pop()
-    reader.push(Unread(f"{module}.{name}"))
-
-
-def _unread(name: str, pops: int = 0, *, to_mark: bool = False) -> Callable[[_Reader, Any], None]:
-    def step(reader: _Reader, argument: Any) -> None:
-        if to_mark:
-            reader.pop_to_mark()
-        del reader.stack[len(reader.stack) - pops :]
-        reader.push(Unread(name or str(argument).replace(" ", ".")))
-
-    return step
-
-
-_STEPS: dict[str, Callable[[_Reader, Any], Any]] = {
-    # numbers and text are the arguments of their operations; those with other arguments follow
-    **{operation.name: _Reader.push for operation in pickletools.opcodes if operation.arg},
-    **dict.fromkeys(("PROTO", "FRAME", "STOP", "READONLY_BUFFER"), lambda *_: None),
-    "NONE": lambda reader, _: reader.push(None),
-    "NEWTRUE": lambda reader, _: reader.push(True),
-    "NEWFALSE": lambda reader, _: reader.push(False),
-    # containers
-    "MARK": lambda reader, _: reader.mark(),
-    "EMPTY_LIST": lambda reader, _: reader.push([]),
-    "LIST": lambda reader, _: reader.push(reader.pop_to_mark()),
-    "APPEND": lambda reader, _: reader.extend([reader.pop()]),
-    "APPENDS": lambda reader, _: reader.extend(reader.pop_to_mark()),
-    "EMPTY_TUPLE": lambda reader, _: reader.push(()),
-    "TUPLE": lambda reader, _: reader.push(tuple(reader.pop_to_mark())),
-    **{f"TUPLE{count}": _tuple_of(count) for count in (1, 2, 3)},
-    "EMPTY_DICT": lambda reader, _: reader.push({}),
-    "DICT": _set_from_mark,
-    "SETITEM": lambda reader, _: reader.set_items([reader.pop(), reader.pop()][::-1]),
-    "SETITEMS": lambda reader, _: reader.set_items(reader.pop_to_mark()),
-    "EMPTY_SET": _unread("builtins.set"),
-    "FROZENSET": _unread("builtins.frozenset", to_mark=True),
-    "ADDITEMS": lambda reader, _: reader.pop_to_mark(),
-    # the stack, and what is remembered
-    "POP": lambda reader, _: reader.pop() if reader.stack else reader.pop_to_mark(),
-    "POP_MARK": lambda reader, _: reader.pop_to_mark(),
-    "DUP": lambda reader, _: reader.push(reader.stack[-1]),
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _Reader.remember),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda reader, place: reader.push(reader.memo[place])),
-    # names, and objects made with them
-    "GLOBAL": _unread(""),
-    "STACK_GLOBAL": _name_on_stack,
-    **dict.fromkeys(("EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "PERSID"), _unread("an object elsewhere")),
-    "INST": _unread("", to_mark=True),
-    "OBJ": _unread("an object", to_mark=True),
-    "REDUCE": lambda reader, _: reader.make(reader.pop()),
-    "NEWOBJ": lambda reader, _: reader.make(reader.pop()),
-    "NEWOBJ_EX": _make_with_keywords,
-    "BUILD": lambda reader, _: reader.pop(),
-    "BINPERSID": lambda reader, _: reader.load_storage(reader.pop()),
-}
-"""What each operation of a pickle does, by its name in ``pickletools``."""
+_PLAIN = SimpleNamespace(__name__="plain", Unpickler=_Unpickler)
+"""The module that ``torch.load`` takes for ``pickle``."""

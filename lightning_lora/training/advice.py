@@ -13,9 +13,6 @@ from lightning_lora.model.leftovers import left_alone, left_trainable
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
 
-_LARGE = 1_000_000
-"""From this many bytes on, a hyperparameter makes a file of adapters large."""
-
 
 def advise(model: LightningModule, *, aloud: bool = True) -> None:
     """Warn of layers that train too little, and large hyperparameters.
@@ -31,9 +28,9 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
         LoRAWarning: what the user left trainable is frozen, or the targets leave most of the weights alone, or a
             hyperparameter is a network.
     """
-    if aloud:
-        _warn_of_large_hyperparameters(model)
     view = view_of(model)
+    if aloud:
+        _warn_of_large_hyperparameters(model, view)
     if not view.is_fresh():
         return
     fresh = find_fresh(view)
@@ -96,12 +93,14 @@ def _warn_of_left_alone(view: View) -> None:
         )
 
 
-def _warn_of_large_hyperparameters(model: LightningModule) -> None:
+def _warn_of_large_hyperparameters(model: LightningModule, view: View) -> None:
+    """Name hyperparameters that are larger than the adapters."""
+    adapters = sum(p.nbytes for p in view.adapters.values())
     sizes = {name: _bytes_in(value) for name, value in model.hparams.items()}
-    large = {name: size for name, size in sizes.items() if size >= _LARGE}
+    large = {name: size for name, size in sizes.items() if size > adapters}
     if large:
         title = type(model).__name__
-        names = ", ".join(f"{name!r} ({size / 1e6:.1f} MB)" for name, size in large.items())
+        names = ", ".join(f"{name!r} ({size / 1e6:,.1f} MB)" for name, size in large.items())
         warnings.warn(
             f"Hyperparameters of {title} hold weights: {names}. Every checkpoint stores them whole, beside the "
             f"adapters. Leave them out: self.save_hyperparameters(ignore={list(large)}). Then pass them when you load: "
