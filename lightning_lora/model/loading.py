@@ -1,7 +1,8 @@
 """Handle state dicts that other code loads into adapted models."""
 
+import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,19 +15,45 @@ from lightning_lora.model.view import View
 from lightning_lora.tensors.names import join, plain_name
 from lightning_lora.tensors.values import copy_to_host
 
+ON_BASES = "lightning_lora_bases"
+"""A note on the state dict in a file of adapters, beside torch's own: numbers of the base that they were trained on."""
 
-def before_load(model: nn.Module, state: Mapping[str, Any], prefix: str, notes: Mapping[str, Any], *_: Any) -> None:
+_load_adapters: Callable[[nn.Module, Mapping[str, Any]], None] | None = None
+"""How adapters are loaded. The package of files sets it, as it knows how to check them."""
+
+
+def loads_adapters(function: Callable[[nn.Module, Mapping[str, Any]], None]) -> Callable[..., None]:
+    """Use this function for files of adapters that other code loads."""
+    global _load_adapters
+    _load_adapters = function
+    return function
+
+
+def base_number(form: Mapping[str, Any]) -> int:
+    """Return one number for a fingerprint of a base."""
+    text = f"{form['layout']} {form['dtypes']} {form['digests']}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any], *_: Any) -> None:
     """Check a state dict before torch loads it.
 
     It may contain a new base: then the record takes over its values, and a warning is shown if the adapters are
-    trained. It may also contain adapters for a merged model, which torch could not load.
+    trained. It may be that of a file of adapters, which torch could not load alone: if they were trained on this base,
+    they are loaded here, and ``state`` becomes the model's own.
 
     Raises:
-        AdapterStateError: the adapters are merged, and ``state`` contains adapters. Nothing is loaded into ``model``
-            then.
+        AdapterMismatchError: these adapters do not fit. Nothing is loaded into ``model`` then.
+        AdapterStateError: the adapters are merged, and ``state`` contains adapters of another base, or of none that is
+            known. Nothing is loaded into ``model`` then.
     """
     record = find_record(model)
     if record is None:
+        return
+    if _load_adapters and not {*notes.get(ON_BASES, ())}.isdisjoint(map(base_number, record.fingerprints)):
+        _load_adapters(model, dict(state))
+        state.clear()
+        state.update(model.state_dict())
         return
     view = View(model)
     given = _without_prefix(state, plain_name(prefix))
@@ -35,8 +62,7 @@ def before_load(model: nn.Module, state: Mapping[str, Any], prefix: str, notes: 
         if adapters:
             raise AdapterStateError(
                 f"This state holds only adapters ({listed(adapters)}), and those of {type(model).__name__} are merged "
-                "into its weights. Call load_adapter(model, path) with the file, or unmerge_adapters(model) first. If "
-                "other code loads the file, let it hold the whole model: LoRACallback(save='model')."
+                "into its weights. Call load_adapter(model, path) with the file, or unmerge_adapters(model) first."
             )
         return
     frozen = [name in given for name in view.base if name not in record.originals]

@@ -1,5 +1,6 @@
 """Trainer checkpoints: adapter-only when written, completed when read."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, BaseMismatchError, listed
 from lightning_lora.model.fresh import random_weights
+from lightning_lora.model.loading import ON_BASES, base_number
 from lightning_lora.model.merge import unmerged
 from lightning_lora.model.remember import record_of, view_of
 from lightning_lora.model.view import View
@@ -52,7 +54,9 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
     if written_later:
         held = _copied(held)
     about = describe(view, held["state_dict"], base, copies=places)
-    return {**held, "state_dict": {NOTE: torch.empty(0), **held["state_dict"]}, KEY: about}
+    state: Any = OrderedDict({NOTE: torch.empty(0), **held["state_dict"]})
+    state._metadata = {"": {ON_BASES: [base_number(form) for form in base]}}
+    return {**held, "state_dict": state, KEY: about}
 
 
 def leave_adapters(checkpoint: object) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import (
+    AdapterMismatchError,
     AdapterStateError,
     BaseMismatchError,
     LoRAConfig,
@@ -109,6 +110,33 @@ def test_a_state_of_adapters_is_not_half_loaded_into_the_merged_module(tmp_path:
     unmerge_adapters(model)
     model.load_state_dict(stored, strict=False)
     assert same({name: state(model)[name] for name in stored}, stored)
+
+
+def test_other_code_loads_the_best_file_of_a_run_into_its_module(tmp_path: Path) -> None:
+    model, checkpoint = LitTiny(), best(tmp_path)
+    trainer(tmp_path, [lora(), checkpoint], max_epochs=3).fit(model, data(), data())
+    stored = torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"]
+    load_adapter(expected := LitTiny(), checkpoint.best_model_path)
+    merge_adapters(expected)
+    before = state(model)
+    wrong = copy.copy(stored)
+    wrong["head.weight"] = torch.ones(3)
+    with pytest.raises(AdapterMismatchError, match=r"'head.weight' is \(3,\)"):
+        model.load_state_dict(wrong)
+    assert same(state(model), before)
+    model.load_state_dict(stored)
+    assert same(state(model), state(expected))
+    for each in (model, expected):
+        unmerge_adapters(each)
+    assert same(state(model), state(expected))
+    randomise(model)
+    model.load_state_dict(stored)  # on its layers, too
+    assert same(state(model), state(expected))
+    other = LitTiny()
+    torch.nn.init.ones_(other.embed.weight)
+    trainer(tmp_path, [lora()], max_epochs=1).fit(other, data())
+    with pytest.raises(AdapterStateError, match="holds only adapters"):  # of another base
+        other.load_state_dict(stored)
 
 
 CONFIG = LoRAConfig(r=2, target_modules=["q_proj", "v_proj"])
