@@ -56,10 +56,11 @@ def set_random_state(trainer: Trainer, states: object) -> bool:
 
 
 def restart_loaders(trainer: Trainer) -> None:
-    """Let the data loaders start anew, with their own states and the present random numbers.
+    """Let the data loaders start anew.
 
-    To be called when a resumed fit begins, after Lightning has read the loaders' states from the checkpoint. Lightning
-    itself does not give them to loaders that have started before.
+    They take their own states and the present random numbers. To be called when a resumed fit begins, after Lightning
+    has read the loaders' states from the checkpoint. Lightning itself does not give them to loaders that have started
+    before.
     """
     loop = trainer.fit_loop
     loop._load_combined_loader_states()

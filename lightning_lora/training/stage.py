@@ -77,7 +77,7 @@ class Stage:
         self.base_is_open = View(pl_module).is_fresh() and not (record is not None and record.is_trained)
 
     def remember_dropped(self, pl_module: LightningModule) -> None:
-        """Give a merged module back the record that the stage has dropped."""
+        """Give the module back the record that :meth:`unmerge` dropped."""
         if self.dropped is not None:
             keep_record(pl_module, self.dropped)
 
@@ -129,6 +129,6 @@ class Stage:
             self.base_is_open = False
 
     def set_random_state(self, trainer: Trainer) -> None:
-        """Set the random number generators to the states from a checkpoint, if there are any."""
+        """Set the random number generators as a checkpoint has them."""
         self.drew_early = set_random_state(trainer, self.random)
         self.random = None
