@@ -14,7 +14,6 @@ from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError
 from lightning_lora.model.handover import make_folder
 from lightning_lora.model.inject import check_adapted, inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge, merge_adapters
-from lightning_lora.model.merged import check_own
 from lightning_lora.model.record import find_record
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
@@ -38,7 +37,8 @@ from lightning_lora.training.gradients import Gradients, gradients_pass
 from lightning_lora.training.merge_checks import check_arguments, check_weights
 from lightning_lora.training.optimizers import check_frozen
 from lightning_lora.training.randomness import RANDOM, random_states, restore_random_state
-from lightning_lora.training.spawned import receive_record, send_record
+from lightning_lora.training.records import log_arguments
+from lightning_lora.training.spawned import is_merged, receive_record, send_record
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.strategy import Watch
 from lightning_lora.training.watch import watch, watch_of
@@ -65,6 +65,9 @@ class LoRACallback(Callback):
     The running statistics of norms are frozen too, unless ``modules_to_save`` names the norms. EMA and SWA average only
     the adapters and other weights that train. ``BaseFinetuning`` and ``ModelPruning`` change the base, so they raise an
     error.
+
+    When a fit begins, the Trainer's loggers get the arguments as hyperparameters (``lora/r``), with the share of
+    parameters that train and a digest of the base.
 
     Args:
         r: Rank of the update. A layer whose smaller side is less gets its largest rank, with the same scaling.
@@ -209,7 +212,7 @@ class LoRACallback(Callback):
         if stage == "fit":
             receive_record(pl_module)
             check_arguments(trainer, self.merge, was_adapted=self._stage.was_adapted)
-        elif _is_merged(pl_module) and not loads_in_hooks(pl_module):
+        elif is_merged(pl_module) and not loads_in_hooks(pl_module):
             self._stage.runs_merged = True
             return
         self._stage.unmerge(pl_module)
@@ -245,7 +248,14 @@ class LoRACallback(Callback):
             table = summarize(pl_module).table(trained_only=True, optimizers=trainer.optimizers)
             fitting_console().print(table)
         if not loads_late(trainer):
-            advise(pl_module, aloud=trainer.is_global_zero)
+            self._report(trainer, pl_module)
+
+    def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of what trains too little, and tell the loggers how it trains, once a checkpoint is loaded."""
+        advise(pl_module, aloud=trainer.is_global_zero)
+        if trainer.is_global_zero:
+            share = summarize(pl_module).share
+            log_arguments(trainer, pl_module, merge=self.merge, save=self.save, trained_share=share)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to watch gradients.
@@ -258,7 +268,7 @@ class LoRACallback(Callback):
         """
         check_adapted(pl_module)
         if loads_late(trainer):
-            advise(pl_module, aloud=trainer.is_global_zero)
+            self._report(trainer, pl_module)
         self._stage.has_begun = True
         view = view_of(pl_module)
         view.follow_base()  # hooks may have loaded the base late
@@ -397,20 +407,6 @@ def _watch_of(trainer: Trainer) -> Watch:
     found = watch_of(trainer.strategy)
     assert found is not None
     return found
-
-
-def _is_merged(pl_module: LightningModule) -> bool:
-    """Whether the module is merged, here or by a fit in other processes.
-
-    Raises:
-        AdapterStateError: its layers have the adapters of another model.
-    """
-    receive_record(pl_module)
-    record = find_record(pl_module)
-    if record is None or not record.is_merged:
-        return False
-    check_own(pl_module, View(pl_module).modules, record)
-    return True
 
 
 def _join_other_package() -> None:

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.errors import ConfigError
-from lightning_lora.model.merged import is_as_merged
+from lightning_lora.model.merged import check_own, is_as_merged
 from lightning_lora.model.record import find_record
 from lightning_lora.model.remember import leave_record, recall_record
 from lightning_lora.model.view import View
@@ -40,6 +40,22 @@ def receive_record(pl_module: LightningModule) -> None:
             f"{type(pl_module).__name__} has the weights that a fit in other processes merged: it gets its base and "
             "its adapters back. (To use these weights as a new base, call remove_adapters on it first.)"
         )
+
+
+def is_merged(pl_module: LightningModule) -> bool:
+    """Whether the module is merged.
+
+    A fit in other processes may have merged it.
+
+    Raises:
+        AdapterStateError: its layers have the adapters of another model.
+    """
+    receive_record(pl_module)
+    record = find_record(pl_module)
+    if record is None or not record.is_merged:
+        return False
+    check_own(pl_module, View(pl_module).modules, record)
+    return True
 
 
 def check_untied(pl_module: LightningModule) -> None:

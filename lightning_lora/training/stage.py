@@ -76,7 +76,7 @@ class Stage:
         self.base_is_open = View(pl_module).is_fresh() and not (record is not None and record.is_trained)
 
     def remember_dropped(self, pl_module: LightningModule) -> None:
-        """Give a merged module back the record that the stage has dropped."""
+        """Give the module back the record that :meth:`unmerge` dropped."""
         if self.dropped is not None:
             keep_record(pl_module, self.dropped)
 

@@ -14,6 +14,7 @@ from lightning_lora import LoRACallback, load_adapter, merge_adapters, unmerge_a
 from lightning_lora.model.record import find_record
 from tests.ranks import run_ranks
 from tests.training.sharded_cases import LitNet, data, lora, pretrained, trainer_of, whole_state
+from tests.training.test_records import Notes
 
 State = dict[str, Tensor]
 
@@ -197,6 +198,20 @@ def test_groups_are_the_users_when_the_arguments_come_from_a_file(tmp_path: Path
     for through, resumed, sizes in run_ranks(resumed_without_arguments, kind, tmp_path):
         assert sizes == [6, 6, 0, 6, 6, 0]
         assert_same(resumed, through)
+
+
+# Records
+
+
+def logged(kind: str, folder: Path) -> list[dict[str, Any]]:
+    notes = Notes()
+    trainer_of(kind, folder, [lora()], max_steps=1, logger=notes, log_every_n_steps=1).fit(LitNet(), data())
+    return notes.ours
+
+
+def test_the_first_process_logs_what_one_process_would(tmp_path: Path) -> None:
+    (expected,) = logged("one", tmp_path)
+    assert "lora/base" in expected and run_ranks(logged, "sharded", tmp_path) == [[expected], []]
 
 
 # Evaluations
