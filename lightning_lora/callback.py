@@ -300,7 +300,7 @@ class LoRACallback(Callback):
             self._gradients.check(optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """End dropout: what comes until the next training step is evaluation."""
+        """End dropout until the next training step."""
         _watch_of(trainer).dropout.end_step()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -178,7 +178,7 @@ class LoRAConfig:
         object.__setattr__(self, field, value)
 
     def rank(self, name: str, parameter: str = "") -> int:
-        """Return the rank that is asked for a layer, or for a parameter.
+        """Return the rank asked of a layer or parameter.
 
         ``parameter`` is its full name. A pattern means it by this name, or by ``name``, that of its module.
         """

@@ -113,7 +113,7 @@ class Part:
 
     @property
     def largest_rank(self) -> int:
-        """The smaller side of the matrix: no update of it has a larger rank."""
+        """The smaller side of the matrix."""
         return min(self.reads, self.writes)
 
     def rank(self, r: int) -> int:

@@ -187,7 +187,7 @@ def check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
 
 
 def check_rank_pattern(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
-    """Raise an error if an entry of ``rank_pattern`` is too large for a layer.
+    """Raise an error if ``rank_pattern`` has too large ranks.
 
     In a layer with several matrices, it may be as large as the largest of them allows.
 

@@ -1,6 +1,7 @@
-"""Dropout in training steps, whatever mode the frozen layers are in.
+"""Dropout of adapters in training steps.
 
-A model from ``from_pretrained`` is in eval mode, and Lightning keeps it so in a fit. The modes do not change.
+It acts whatever mode the frozen layers are in. A model from ``from_pretrained`` is in eval mode, and Lightning keeps it
+so in a fit. The modes do not change.
 """
 
 from torch import nn
@@ -10,20 +11,26 @@ from lightning_lora.model.view import View
 
 
 class Dropout:
-    """Lets the dropout of adapters act in the training steps of one fit."""
+    """Lets dropout act in the training steps of a fit."""
 
     def __init__(self) -> None:
         self._layers: list[LoRALayer] | None = None
 
     def begin_step(self, model: nn.Module) -> None:
-        """Let it act in ``model`` until the step has ended, or ``eval()`` is called."""
+        """Let it act in ``model``.
+
+        It ends with the step, or where ``eval()`` is called.
+        """
         if self._layers is None:
             self._layers = [layer for layer in View(model).layers.values() if layer.lora_settings.dropout]
         for layer in self._layers:
             vars(layer)["lora_in_step"] = True
 
     def end_step(self) -> None:
-        """End a step: its backward pass, which may compute layers again, is over too."""
+        """End a step.
+
+        Its backward pass, which may compute layers again, is over too.
+        """
         for layer in self._layers or ():
             vars(layer)["lora_in_step"] = False
 

@@ -24,6 +24,7 @@ from lightning_lora import (
     LoRAError,
     LoRAWarning,
     StrategyError,
+    TargetError,
     adapter_state_dict,
     disable_adapters,
     export_peft,
@@ -422,8 +423,8 @@ def test_shards_over_other_processes_than_the_batches_are_refused(tmp_path: Path
 
 
 def without_arguments(folder: Path) -> str:
-    t = trainer_of("sharded", folder, [LoRACallback()], max_steps=1)
-    return message_of(ConfigError, t.fit, LitNet(), data(), None, None, folder / "a.ckpt")
+    t = trainer_of("sharded", folder, [LoRACallback(target_modules="all-liner")], max_steps=1)
+    return message_of(TargetError, t.fit, LitNet(), data(), None, None, folder / "a.ckpt")
 
 
 def test_arguments_that_come_too_late_are_asked_for(tmp_path: Path) -> None:

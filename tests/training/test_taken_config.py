@@ -19,7 +19,7 @@ from lightning_lora import (
     remove_adapters,
 )
 from lightning_lora.model.remember import view_of
-from tests.models import WIDTH, LitTiny, best, data, is_plain, lora, needs_averaging, same, state, trainer
+from tests.models import CLASSES, WIDTH, LitTiny, best, data, is_plain, lora, needs_averaging, same, state, trainer
 
 ARGUMENTS: dict[str, Any] = {
     "r": 3,
@@ -102,12 +102,22 @@ def test_an_argument_that_was_given_must_agree(file: Path, given: dict[str, Any]
     assert is_plain(model) and same(state(model), before)
 
 
-def test_a_default_rank_that_is_too_large_is_no_error_before_the_file_is_read(tmp_path: Path) -> None:
-    model = LitTiny(width=4)
-    t = trainer(tmp_path, [lora(merge=False)])
-    t.fit(model, data())
-    t.save_checkpoint(tmp_path / "narrow.ckpt")
-    trainer(tmp_path, [LoRACallback()]).test(LitTiny(width=4), data(), ckpt_path=tmp_path / "narrow.ckpt")
+class Words(LitTiny):
+    """A module without any linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.q_proj, self.v_proj, self.head
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.embed(index)[:, :CLASSES]
+
+
+def test_default_targets_that_select_nothing_are_no_error_before_the_file_is_read(tmp_path: Path) -> None:
+    t = trainer(tmp_path, [LoRACallback(target_modules="all", merge=False)])
+    t.fit(Words(), data())
+    t.save_checkpoint(tmp_path / "words.ckpt")
+    trainer(tmp_path, [LoRACallback()]).test(Words(), data(), ckpt_path=tmp_path / "words.ckpt", verbose=False)
 
 
 def test_a_base_that_a_hook_loads_is_kept(tmp_path: Path) -> None:
@@ -124,7 +134,7 @@ def test_a_base_that_a_hook_loads_is_kept(tmp_path: Path) -> None:
     t.fit(Late(), data())
     t.save_checkpoint(tmp_path / "a.ckpt")
     model = Late()
-    callback = LoRACallback(modules_to_save=["head"])  # its rank fits, so that adapters are there before the hook
+    callback = LoRACallback(modules_to_save=["head"])
     trainer(tmp_path, [callback]).test(model, data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
     remove_adapters(model)
     assert torch.equal(model.norm.running_mean, torch.full((WIDTH,), 0.5))  # type: ignore[arg-type]
