@@ -116,8 +116,9 @@ class _Reader:
 
     def set_items(self, items: Sequence[Any]) -> None:
         if type(self.stack[-1]) is dict:
-            pairs = zip(items[::2], items[1::2], strict=True)
-            self.stack[-1].update((key, value) for key, value in pairs if type(key) in _KEYS)
+            for key, value in zip(items[::2], items[1::2], strict=True):
+                other = Unread(f"a {type(key).__name__} as a key")
+                self.stack[-1] |= {key: value} if type(key) in _KEYS else {other: other}
 
     def make(self, arguments: Any) -> None:
         """Make an object with the name on the stack."""
@@ -195,11 +196,12 @@ def _name_on_stack(reader: _Reader, _: Any) -> None:
     reader.push(Unread(f"{module}.{name}"))
 
 
-def _unread(name: str, pops: int = 0, *, to_mark: bool = False) -> Callable[[_Reader, Any], None]:
+def _unread(name: str = "", *, to_mark: bool = False) -> Callable[[_Reader, Any], None]:
+    """A step that pushes an object of this name, or of the name that is the operation's argument."""
+
     def step(reader: _Reader, argument: Any) -> None:
         if to_mark:
             reader.pop_to_mark()
-        del reader.stack[len(reader.stack) - pops :]
         reader.push(Unread(name or str(argument).replace(" ", ".")))
 
     return step
@@ -235,10 +237,10 @@ _STEPS: dict[str, Callable[[_Reader, Any], Any]] = {
     **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _Reader.remember),
     **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda reader, place: reader.push(reader.memo[place])),
     # names, and objects made with them
-    "GLOBAL": _unread(""),
+    "GLOBAL": _unread(),
     "STACK_GLOBAL": _name_on_stack,
     **dict.fromkeys(("EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "PERSID"), _unread("an object elsewhere")),
-    "INST": _unread("", to_mark=True),
+    "INST": _unread(to_mark=True),
     "OBJ": _unread("an object", to_mark=True),
     "REDUCE": lambda reader, _: reader.make(reader.pop()),
     "NEWOBJ": lambda reader, _: reader.make(reader.pop()),
