@@ -180,10 +180,10 @@ def reading(source: Any, remedy: str = "") -> Iterator[None]:
     except (AdapterFileError, FileNotFoundError, PermissionError):
         raise
     except UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))  # torch says much else first
+        named = re.search(r"GLOBAL (\S+)", str(error))  # torch says much else first
+        found = named[1] if named else _first_line(error)
         raise AdapterFileError(
-            f"{source} holds more than plain types, such as {found[1] if found else _first_line(error)}: reading it "
-            f"could run code. {remedy}"
+            f"{source} holds more than plain types, such as {found!r}: reading it could run code. {remedy}"
         ) from error
     except Exception as error:
         raise AdapterFileError(

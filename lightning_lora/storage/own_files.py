@@ -111,7 +111,7 @@ def read_contents(path: str | Path | IO[bytes]) -> Any:
         FileNotFoundError: the file does not exist.
         AdapterFileError: it cannot be read, or the adapters are objects of classes.
     """
-    return _read(path, _load_adapters)
+    return _read(path, partial(_load_adapters, path))
 
 
 def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
@@ -150,14 +150,14 @@ def _read(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str 
                         return contents
 
 
-def _load_adapters(file: Any) -> Any:
+def _load_adapters(path: object, file: Any) -> Any:
     """The contents of an archive, of which the adapters must be plain."""
     contents = load_plain(file)
     names = contents if isinstance(contents, dict) else {}
     parts = list(names.values()) if is_peft(names) else [names.get(key) for key in ("state_dict", KEY, "model")]
     if unread := unread_in(parts):
         raise AdapterFileError(
-            f"Objects of {listed(unread)} are among the adapters, which must be plain tensors. Pass a file that "
+            f"{path} holds {listed(unread)} among its adapters, which must be plain tensors. Pass a file that "
             "save_adapter or a Trainer with LoRACallback wrote."
         )
     return contents

@@ -37,6 +37,8 @@ def plain_module(module: nn.Module) -> nn.Module:
     Other modules are returned unchanged.
     """
     children = module._modules
+    if not children:
+        return module
     for name in _WRAPPED:
         inner = children.get(name)
         if inner is not None:

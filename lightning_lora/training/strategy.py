@@ -263,9 +263,10 @@ class Watch:
         is_trusted = False in (*args, kwargs.get("weights_only")) or trusts_all_files()
         by_torch = self._is_of_torch()
         may_be_told = "weights_only" in signature(type(self.strategy).load_checkpoint).parameters  # since Lightning 2.6
-        trust = "pass weights_only=False too, as in trainer.fit(model, ckpt_path=..., weights_only=False)"
-        remedy = f"If you trust it, {trust if may_be_told else f'set {TRUST}=1'}. Or load only its adapters, which are "
-        with reading(path, f"{remedy}plain: load_adapter(model, path)."):
+        trust = "pass weights_only=False too, as in trainer.fit(model, ckpt_path=path, weights_only=False)"
+        if not may_be_told:
+            trust = f"set {TRUST}=1"
+        with reading(path, f"If you trust it, {trust}. Or load only its adapters: load_adapter(model, path)."):
             check_whole(path, may_be_old=is_trusted or not by_torch)
             if is_trusted:
                 return self.inner("load_checkpoint", path, *args, **kwargs)
