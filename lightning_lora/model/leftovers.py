@@ -8,7 +8,8 @@ from torch import nn
 
 from lightning_lora.layers import adapter_for
 from lightning_lora.model.view import View
-from lightning_lora.targets.lookup import Names, why_not
+from lightning_lora.targets.lookup import AUTOMATIC, Names, is_computed, why_not
+from lightning_lora.targets.select import automatic_targets
 from lightning_lora.tensors.names import join, owner_of, starts_of
 
 
@@ -44,6 +45,23 @@ def left_trainable(view: View) -> list[str]:
             if (outermost if outermost != name else owner_of(name)) not in busy:
                 found.append(outermost)
     return list(dict.fromkeys(found))
+
+
+def left_computed(view: View) -> list[str]:
+    """Return layers without adapters because their weight is computed.
+
+    ``"all-linear"`` and ``"all"`` leave them out. What the user excluded or trains in full is not among them.
+    """
+    if view.config.target_modules not in AUTOMATIC:
+        return []
+    names = Names(view.model)
+    meant = automatic_targets(names, str(view.config.target_modules)).values()
+    by_user = {
+        *names.find("exclude_modules", view.config.exclude_modules),
+        *names.find("modules_to_save", view.config.modules_to_save),
+    }
+    layers = names.first_names({layer for layer in meant if is_computed(layer)})
+    return [name for name in layers if by_user.isdisjoint(starts_of(name))]
 
 
 def left_alone(view: View) -> LeftAlone:

@@ -37,7 +37,7 @@ def check_shapes(names: Names) -> None:
         )
 
 
-def check_any(names: Names, config: LoRAConfig, layers: Collection[str]) -> None:
+def check_any(names: Names, config: LoRAConfig, layers: Collection[str], untouched: Collection[nn.Module]) -> None:
     """Raise an error if no layer is selected.
 
     Raises:
@@ -45,13 +45,19 @@ def check_any(names: Names, config: LoRAConfig, layers: Collection[str]) -> None
     """
     if layers:
         return
-    fit: dict[str, str] = {}
-    for name, layer in names.modules.items():
+    fit: dict[str, list[str]] = {}
+    for name, layer in names.first_names(set(names.modules.values()) - {*untouched}).items():
         if not why_not(names, name, layer):
-            fit[type(layer).__name__] = name
+            fit.setdefault(type(layer).__name__, []).append(name)
     if config.target_modules == "all-linear" and fit:
-        others = ", ".join(f"{kind} ({name!r})" for kind, name in list(fit.items())[:_SHOWN])
-        hint = f"It has others that can be adapted: {others}. Set target_modules='all', or name them."
+        number = sum(map(len, fit.values()))
+        kinds = ", ".join(
+            f"{len(found)} {kind} ({listed(found, most=1)})" for kind, found in list(fit.items())[:_SHOWN]
+        )
+        hint = (
+            f'"all" would adapt {number} layer{"s" if number > 1 else ""}: {kinds}. Set target_modules="all", or name '
+            "some of them."
+        )
     else:
         hint = f"Expected at least one {supported_types()} layer. Correct target_modules."
     raise TargetError(

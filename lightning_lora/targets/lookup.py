@@ -16,6 +16,8 @@ from lightning_lora.tensors.names import named_modules, own_parameter, parameter
 AUTOMATIC = ("all-linear", "all")
 """The keywords that ``target_modules`` accepts, besides regular expressions and lists."""
 
+COMPUTED = "computed (weight_norm, spectral_norm, parametrize or prune)"
+
 SEE_ALL = "print(summarize(model)) shows every layer"
 
 
@@ -191,17 +193,24 @@ def why_not(names: Names, name: str, layer: nn.Module) -> str | None:
 
 def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str | None:
     """Return why a weight of ``layer`` cannot have an update, or None."""
-    try:
-        parts = kind.lora_parts_of(layer)
-    except AttributeError:  # a weight is not a parameter
-        return "its weight is computed (weight_norm, spectral_norm, parametrize or prune), so no update can be merged"
-    for name in dict.fromkeys(part.weight for part in parts):
+    if is_computed(layer):
+        return f"its weight is {COMPUTED}, so no update can be merged"
+    for name in dict.fromkeys(part.weight for part in kind.lora_parts_of(layer)):
         dtype = kind.lora_dtype(layer, own_parameter(layer, name))
         if not dtype.is_floating_point:
             return f"its {name} is {dtype}, not floating point"
         if dtype.itemsize == 1:
             return f"its {name} is {dtype}, with which torch does not compute"
     return None
+
+
+def is_computed(layer: nn.Module) -> bool:
+    """Whether a weight of a layer is computed from others."""
+    kind = adapter_for(layer)
+    try:
+        return kind is not None and not kind.lora_parts_of(layer)
+    except AttributeError:  # a weight is not a parameter
+        return True
 
 
 def supported_types() -> str:

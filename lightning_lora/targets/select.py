@@ -18,7 +18,7 @@ from lightning_lora.targets.checks import (
     check_supported,
 )
 from lightning_lora.targets.choice import Choice
-from lightning_lora.targets.lookup import AUTOMATIC, Names, is_attention, why_not
+from lightning_lora.targets.lookup import AUTOMATIC, Names, is_attention, is_computed, why_not
 from lightning_lora.targets.slices import sliced
 from lightning_lora.tensors.names import join, submodule
 
@@ -60,7 +60,7 @@ adapted end in '0', '2'. Correct target_modules; print(summarize(model)) shows e
         parts = _without(name, _parts(names, config, name, kind, holders.get(layer)), left_out)
         if parts:
             choices[name] = _choice(config, name, layer, kind, parts)
-    check_any(names, config, choices)
+    check_any(names, config, choices, untouched)
     check_patterns(names, config, choices)
     check_names(choices)
     check_rank_pattern(names, config, choices)
@@ -86,16 +86,23 @@ def _targets(names: Names, config: LoRAConfig) -> dict[str, nn.Module]:
         if isinstance(targets, str):  # an expression may also match containers and norms: leave them out
             return {name: layer for name, layer in found.items() if adapter_for(layer)} or found
         return found
-    left = _output_heads(names) if targets == "all-linear" else set()
+    found = automatic_targets(names, str(targets))
+    return {name: layer for name, layer in found.items() if not is_computed(layer)} or found
+
+
+def automatic_targets(names: Names, word: str) -> dict[str, nn.Module]:
+    """Return the layers that ``"all-linear"`` or ``"all"`` means.
+
+    Those whose weight is computed are left out later, if there are others.
+    """
+    left = _output_heads(names) if word == "all-linear" else set()
     for module in names.modules.values():
         if is_attention(module):
             left |= {id(inner) for inner in module.modules() if inner is not module}
-    kinds = {kind for kind in ADAPTERS.values() if targets == "all" or kind.lora_is_linear}
-    found = {}
-    for name, layer in names.modules.items():
-        if adapter_for(layer) in kinds and id(layer) not in left:
-            found[name] = layer
-    return found
+    kinds = {kind for kind in ADAPTERS.values() if word == "all" or kind.lora_is_linear}
+    return {
+        name: layer for name, layer in names.modules.items() if adapter_for(layer) in kinds and id(layer) not in left
+    }
 
 
 def _holders(names: Names, config: LoRAConfig) -> dict[nn.Module, list[str]]:

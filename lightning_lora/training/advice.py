@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import FreshLayerWarning, LoRAWarning, listed
 from lightning_lora.model.fresh import MOST, Fresh, find_fresh, random_weights
-from lightning_lora.model.leftovers import left_alone, left_trainable
+from lightning_lora.model.leftovers import left_alone, left_computed, left_trainable
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
+from lightning_lora.targets.lookup import COMPUTED
 
 
 def advise(model: LightningModule, *, aloud: bool = True) -> None:
@@ -25,8 +26,8 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
 
     Warns:
         FreshLayerWarning: layers look untrained, and would stay random.
-        LoRAWarning: what the user left trainable is frozen, or the targets leave most of the weights alone, or a
-            hyperparameter is a network.
+        LoRAWarning: what the user left trainable is frozen, or the targets leave most of the weights alone, or layers
+            whose weight is computed, or a hyperparameter is a network.
     """
     view = view_of(model)
     if aloud:
@@ -43,6 +44,7 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
         _warn_of_fresh(view, fresh)
     _warn_of_left_trainable(view, fresh)
     _warn_of_left_alone(view)
+    _warn_of_computed(view)
 
 
 def _tell_of_random_model(view: View, fresh: Fresh) -> None:
@@ -88,6 +90,18 @@ def _warn_of_left_alone(view: View) -> None:
             f'target_modules="all-linear" leaves {share:.0%} of the weights of {type(view.model).__name__} without '
             f"adapters. They are in {', '.join(kinds)} layers, which can be adapted too: {listed(layers)}. Use "
             'target_modules="all", or name the layers to adapt.',
+            LoRAWarning,
+            stacklevel=1,
+        )
+
+
+def _warn_of_computed(view: View) -> None:
+    left = left_computed(view)
+    if left:
+        warnings.warn(
+            f"{listed(left)} of {type(view.model).__name__} have no adapter, because their weight is {COMPUTED}: no "
+            "update could be merged into it. They stay frozen. To adapt them, undo that first. To train them in full: "
+            f"{_to_save(view, left)}.",
             LoRAWarning,
             stacklevel=1,
         )

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_lora import ConfigError, LoRAConfig, TargetError, adapter_state_dict, inject_adapters, remove_adapters
 from tests.models import randomise
@@ -16,6 +17,26 @@ def test_only_unsupported_layers_is_an_error_that_lists_the_supported() -> None:
     for targets in ("all-linear", "all", ["0"], "0|1"):
         with pytest.raises(TargetError, match=r"Linear, Linear4bit, .*Conv1D, Embedding"):
             adapted(model, target_modules=targets)
+
+
+class Net(nn.Module):
+    """A small U-Net: convolutions alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in ((3, 8), (8, 16), (16, 32)))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(i, o, 2, stride=2) for i, o in ((32, 16), (16, 8)))
+        self.norm, self.head = nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)
+
+
+def test_a_model_without_linear_layers_is_told_what_all_would_adapt() -> None:
+    with pytest.raises(
+        TargetError, match=r'"all" would adapt 6 layers: 4 Conv2d \(.down\.0. and 3 more\), 2 ConvTranspose2d \(.up\.0.'
+    ):
+        adapted(Net())
+    with pytest.raises(TargetError, match=r'"all" would adapt 1 layer: 1 Conv2d \(.head.\)'):
+        adapted(Net(), exclude_modules=["up"], modules_to_save=["down"])
+    assert len(adapted(Net(), target_modules="all")) == 6
 
 
 def test_an_entry_of_rank_pattern_above_a_layers_smaller_side_is_refused_by_name() -> None:
@@ -121,3 +142,29 @@ def test_layer_that_cannot_be_adapted_is_refused_by_name(build: Any) -> None:
     with pytest.raises(TargetError, match=r"\('1': .*Name other layers"):
         inject_adapters(model, LoRAConfig(r=1, target_modules=["1"]))
     assert type(model[0]) is nn.Linear and type(model[1]) is cls and list(model.state_dict()) == keys
+
+
+COMPUTED = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+    "old weight_norm": nn.utils.weight_norm,
+    "old spectral_norm": nn.utils.spectral_norm,
+    "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("targets", ["all", "all-linear"])
+@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
+def test_automatic_targets_leave_out_layers_whose_weight_is_computed(compute: Any, targets: str) -> None:
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "computed": compute(nn.Linear(4, 4))})
+    keys = [key for key in model.state_dict() if "computed" in key]
+    for _ in range(2):
+        assert adapted(model, target_modules=targets) == ("body",)
+    assert [key for key in model.state_dict() if "computed" in key] == keys
+    for named in (["computed"], "computed", ["body", "computed"]):
+        with pytest.raises(TargetError, match="'computed': its weight is computed"):
+            adapted(nn.ModuleDict({"body": nn.Linear(4, 4), "computed": model["computed"]}), target_modules=named)
+    with pytest.raises(TargetError, match=r"'computed': its weight is computed .*prune\), so no update can be merged"):
+        adapted(nn.ModuleDict({"computed": model["computed"]}), target_modules=targets)

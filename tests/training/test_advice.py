@@ -7,10 +7,11 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from torch import Tensor, nn
 
 from lightning_lora import FreshLayerWarning, LoRACallback, LoRAWarning, load_from_checkpoint, unmerge_adapters
-from tests.models import LitTiny, aged, data, same, state, trainer
+from tests.models import LitTiny, aged, best, data, same, state, trainer
 
 TARGETS = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 
@@ -145,3 +146,43 @@ def test_what_the_warning_of_a_large_hyperparameter_says_works(tmp_path: Path) -
 def test_small_hyperparameters_are_not_named(tmp_path: Path) -> None:
     model = HoldsNetwork([3, "a", Tensor([1.0]), {"b": (None, Path())}])
     assert not [text for text in fit(tmp_path, model, **TARGETS) if "policy" in text]
+
+
+class Normed(LitTiny):
+    """Its largest layers have weight_norm, as in a TCN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 21, padding=10))
+        self.v_proj = nn.utils.parametrizations.weight_norm(self.v_proj)
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.conv(self.embed(index).T).T
+        return self.head(self.q_proj(x) + self.v_proj(x))
+
+
+def test_layers_whose_weight_is_computed_are_named_once(tmp_path: Path) -> None:
+    (said,) = fit(tmp_path, Normed(), r=2, target_modules="all")
+    assert said.startswith("LoRAWarning: 'v_proj', 'conv' of Normed have no adapter, because their weight is computed")
+    assert "modules_to_save=['v_proj', 'conv']" in said
+    (said,) = fit(tmp_path, Normed(), r=2)
+    assert said.startswith("LoRAWarning: 'v_proj' of Normed have no adapter")
+    assert fit(tmp_path, Normed(), r=2, target_modules="all", modules_to_save=["conv", "v_proj"]) == []
+    assert fit(tmp_path, Normed(), r=2, target_modules="all", exclude_modules=["conv", "v_proj"]) == []
+    assert fit(tmp_path, Normed(), r=2, target_modules=["q_proj"]) == []
+
+
+def test_a_run_beside_weight_norm_resumes_merges_and_loads(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LoRAWarning)
+        whole, resumed = Normed(), Normed()
+        trainer(tmp_path, [LoRACallback(target_modules="all"), best(tmp_path, filename="{epoch}", save_top_k=-1)]).fit(
+            whole, data(), data()
+        )
+        t = trainer(tmp_path, [LoRACallback(target_modules="all")])
+        t.fit(resumed, data(), data(), ckpt_path=tmp_path / "epoch=0.ckpt")
+        assert same(state(resumed), state(whole)) and list(state(whole)) == list(Normed().state_dict())
+        again = load_from_checkpoint(Normed, tmp_path / "epoch=1.ckpt", merge=True)
+    assert same(state(again), state(whole))
