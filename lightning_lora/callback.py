@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from lightning_lora.config import Bias, Init, LoRAConfig, explains_peft
 from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError
 from lightning_lora.model.handover import make_folder
-from lightning_lora.model.inject import check_adapted, inject_adapters, remove_adapters
-from lightning_lora.model.merge import merge, merge_adapters
+from lightning_lora.model.inject import check_adapted, inject_adapters
+from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.record import find_record
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
@@ -351,9 +351,7 @@ class LoRACallback(Callback):
 
         This is for a module that was merged before, for example after a tuner's trial.
         """
-        if self._stage.was_merged and not self._stage.has_begun and find_record(pl_module) is not None:
-            merge(pl_module)
-        self._stage.is_over = True
+        self._stage.end(pl_module)
         self._end_training(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -362,25 +360,9 @@ class LoRACallback(Callback):
         If a fit has loaded adapters or has begun to train, they stay, so that training can go on. Otherwise the module
         becomes what it was before the stage.
         """
-        stage, record = self._stage, find_record(pl_module)
-        was_over, stage.is_over = stage.is_over, True
         self._end_training(trainer)
-        if was_over or (record is not None and record.is_merged):
-            return
-        if record is None:
-            stage.remember_dropped(pl_module)
-            return
-        waits = _watch_of(trainer).adapts_late  # for the other processes, if they have not failed too
-        if stage.has_begun or (stage.is_fit and stage.has_loaded):
-            if not waits:
-                note_changed(pl_module)
-        elif stage.was_merged:
-            if not waits:  # otherwise the adapters stay on their layers
-                merge(pl_module)
-        elif not stage.was_adapted:
-            record.layers = tuple(View(pl_module).layers)  # code in the fit may have replaced the others
-            remove_adapters(pl_module)
-            stage.remember_dropped(pl_module)
+        found = watch_of(trainer.strategy)
+        self._stage.fail(pl_module, is_alone=found is not None and found.adapts_late)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the states of the random number generators.

@@ -8,11 +8,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.inject import inject_adapters, remove_adapters
-from lightning_lora.model.merge import unmerge
+from lightning_lora.model.merge import merge, unmerge
 from lightning_lora.model.originals import keep_originals
 from lightning_lora.model.record import Record, find_record
 from lightning_lora.model.remember import keep_record, view_of
 from lightning_lora.model.view import View
+from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.training.averaging import copy_adapted
 from lightning_lora.training.companions import callbacks_of, loads_in_hooks
 from lightning_lora.training.spawned import receive_record
@@ -75,11 +76,6 @@ class Stage:
         record = find_record(pl_module)
         self.base_is_open = View(pl_module).is_fresh() and not (record is not None and record.is_trained)
 
-    def remember_dropped(self, pl_module: LightningModule) -> None:
-        """Give the module back the record that :meth:`unmerge` dropped."""
-        if self.dropped is not None:
-            keep_record(pl_module, self.dropped)
-
     def take_config(self, pl_module: LightningModule, stored: LoRAConfig, path: object) -> None:
         """Take arguments that were not given from elsewhere.
 
@@ -126,3 +122,33 @@ class Stage:
             view.record.originals = {}
             keep_originals(view)
             self.base_is_open = False
+
+    def end(self, pl_module: LightningModule) -> None:
+        """Merge again, if the stage trained nothing."""
+        if self.was_merged and not self.has_begun and find_record(pl_module) is not None:
+            merge(pl_module)
+        self.is_over = True
+
+    def fail(self, pl_module: LightningModule, *, is_alone: bool) -> None:
+        """Restore the module after an exception, or keep adapters that may be trained.
+
+        Args:
+            pl_module: The module.
+            is_alone: Whether nothing collective may be called: perhaps only this process has failed.
+        """
+        was_over, self.is_over = self.is_over, True
+        record = find_record(pl_module)
+        if was_over or (record is not None and record.is_merged):
+            return
+        if record is not None and (self.has_begun or (self.is_fit and self.has_loaded)):
+            if not is_alone:
+                note_changed(pl_module)
+        elif record is not None and self.was_merged:
+            if not is_alone:  # otherwise the adapters stay on their layers
+                merge(pl_module)
+        elif record is None or not self.was_adapted:
+            if record is not None:
+                record.layers = tuple(View(pl_module).layers)  # code in the fit may have replaced the others
+                remove_adapters(pl_module)
+            if self.dropped is not None:
+                keep_record(pl_module, self.dropped)
