@@ -147,7 +147,7 @@ def check_foreign_fits(view: View, state: Mapping[str, Any], config: LoRAConfig)
         AdapterMismatchError: a tensor does not fit, or rank, scaling or start differ.
         BaseMismatchError: the base's frozen weights have changed in training.
     """
-    entries = entries_of(view)
+    entries = entries_of(view, view.record.random or ())
     _check_settings(view, config)
     _check_start(view, config)
     check_names(view, entries, state, config=config)

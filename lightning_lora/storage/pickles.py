@@ -80,8 +80,19 @@ def _parameter(data: Tensor, *_: Any) -> Tensor:
     return data
 
 
+def _class(name: str) -> type[Unread]:
+    """What stands for a class: a new one each time, because a pickle may change it."""
+    return type("Unread", (Unread,), {"name": name})
+
+
+def _class_inside(owner: Any, name: str) -> type[Unread]:
+    return _class(f"{getattr(owner, 'name', '')}.{name}")
+
+
 _KNOWN: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": OrderedDict,
+    "builtins.getattr": _class_inside,
+    "__builtin__.getattr": _class_inside,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
@@ -93,9 +104,9 @@ class _Unpickler(pickle.Unpickler):
     """An unpickler that finds no class or function of anybody's."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for a class or function: made anew each time, because a pickle may change it."""
+        """Return what stands for a class or function, made anew each time."""
         called = f"{module}.{name}"
-        return partial(_KNOWN[called]) if called in _KNOWN else type("Unread", (Unread,), {"name": called})
+        return partial(_KNOWN[called]) if called in _KNOWN else _class(called)
 
 
 _PLAIN = SimpleNamespace(__name__="plain", Unpickler=_Unpickler)

@@ -79,7 +79,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     """
     check_as_merged(model)
     view = view_of(model)
-    entries = entries_of(view)
+    entries = entries_of(view, random_weights(view))
     state = {name: value for name, value in state.items() if not is_note(name)}
     check_names(view, entries, state)
     check_tensors(view, entries, state)
@@ -169,9 +169,9 @@ class Entries(NamedTuple):
     optional: dict[str, Any]
 
 
-def entries_of(view: View) -> Entries:
-    """Return the entries of an adapted model's stored state."""
-    now = without_base(view, state_dict(view.model))
+def entries_of(view: View, random: Collection[str] = ()) -> Entries:
+    """Return the entries of an adapted model's stored state, with weights that look untrained as optional ones."""
+    now = without_base(view, state_dict(view.model), random)
     return Entries(_required(view), {**now, **view.buffers, **view.kept})
 
 

@@ -32,6 +32,11 @@ class Settings:
     mode: Mode
 
 
+class Outer:
+    class Inner:
+        pass
+
+
 class Holds(LitTiny):
     """A module with what frameworks put into hyperparameters."""
 
@@ -47,6 +52,7 @@ HELD: dict[str, Any] = {
     "enum": Mode.FAST,
     "dataclass": Settings(0.1, Mode.FAST),
     "path": Path("a"),
+    "class inside": Outer.Inner(),
     "set": {1, 2},
     "loss": nn.CrossEntropyLoss(torch.ones(4)),
     "network": nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)),

@@ -19,6 +19,7 @@ from lightning_lora import (
     export_peft,
     inject_adapters,
     load_adapter,
+    load_adapter_state_dict,
     load_from_checkpoint,
     merge_adapters,
     remove_adapters,
@@ -90,6 +91,18 @@ def test_the_own_head_comes_back_when_the_adapters_go(tmp_path: Path) -> None:
     unmerge_adapters(other)
     remove_adapters(other)
     assert same(state(other), before)
+
+
+def test_a_state_without_a_file_holds_the_head_too(tmp_path: Path) -> None:
+    inject_adapters(model := NewHead(), LoRAConfig(r=2, target_modules=["q_proj"]))
+    randomise(model)
+    inject_adapters(other := NewHead(), LoRAConfig(r=2, target_modules=["q_proj"]))
+    load_adapter_state_dict(other, adapter_state_dict(model))
+    assert torch.equal(other(X), model(X))
+    torch.save({"model": model.state_dict()}, tmp_path / "fabric.ckpt")  # as Fabric does
+    inject_adapters(third := NewHead(), LoRAConfig(r=2, target_modules=["q_proj"]))
+    load_adapter(third, tmp_path / "fabric.ckpt")
+    assert torch.equal(third(X), model(X))
 
 
 def test_another_base_is_refused_as_ever(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lora.errors import AdapterStateError, BaseMismatchError, listed
+from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.view import View
 from lightning_lora.storage.foreign.contents import Foreign, is_the_base
 from lightning_lora.storage.state import check_names, entries_of
@@ -50,7 +51,8 @@ def read_state(view: View, state: Mapping[str, Any], path: object, *, check_base
             "adapters. Call inject_adapters(model, config) first, as for the training. (A file that save_adapter "
             "writes says it.)"
         )
-    held = [name for name in view.frozen if isinstance(state.get(name), Tensor)]
+    random = random_weights(view)
+    held = [name for name in view.frozen if name not in random and isinstance(state.get(name), Tensor)]
     differ = [name for name in held if not is_the_base(view, name, state[name])]
     if differ and check_base:
         raise BaseMismatchError(
@@ -58,7 +60,7 @@ def read_state(view: View, state: Mapping[str, Any], path: object, *, check_base
             f"{listed(differ)}. Load the pretrained weights that the adapters were trained on."
         )
     trains = view.adapters.keys() | view.trained.keys()
-    base = (view.parameters.keys() | view.entries.keys()) - trains
+    base = (view.parameters.keys() | view.entries.keys()) - trains - {*random}
     rest = {name: value for name, value in state.items() if name not in base}
-    check_names(view, entries_of(view), rest, config=view.config)
+    check_names(view, entries_of(view, random), rest, config=view.config)
     return Foreign(view.config, rest)
