@@ -6,7 +6,7 @@ gradient. Reentrant gradient checkpointing would stop gradients behind a frozen 
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock, get_ident
 from typing import Any
@@ -47,6 +47,9 @@ class Gradients:
         trained = [p for p in model.parameters() if p.requires_grad] if self.notes else []
         self.trained = {id(p): p for p in trained}
         self.hooks = [p.register_post_accumulate_grad_hook(self._note) for p in trained]
+        if waits:
+            thin = [p for p in view.adapters.values() if 1 in p.shape and p.requires_grad]
+            self.hooks += [p.register_hook(_flat_like(p)) for p in thin]
 
     def _note(self, parameter: Tensor) -> None:
         self.now.add(id(parameter))
@@ -109,6 +112,16 @@ class Gradients:
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
+
+
+def _flat_like(parameter: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a function that gives a gradient the parameter's strides.
+
+    The gradient of a row may have the strides of a column, or the other way round: in memory, both are the same.
+    ``DistributedDataParallel`` warns of it.
+    """
+    shape = parameter.shape
+    return lambda grad: grad.reshape(-1).view(shape)
 
 
 def _give_zero_gradients(parameters: list[nn.Parameter]) -> None:

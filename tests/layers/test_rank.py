@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -130,6 +131,13 @@ def test_a_fit_of_the_default_rank_and_its_files(tmp_path: Path) -> None:
     assert found["val_loss"] == pytest.approx(float(t.callback_metrics["val_loss"]))
 
 
+def test_forked_processes_train_and_merge_it(tmp_path: Path) -> None:
+    model, strategy = Curve(), DDPStrategy(start_method="fork", process_group_backend="gloo")
+    trainer(tmp_path, [LoRACallback()], strategy=strategy, devices=2).fit(model, points())
+    assert list(state(model)) == list(state(Curve()))
+    assert all(not torch.equal(model.net[i].weight, Curve().net[i].weight) for i in (0, 2, 4))
+
+
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     def callbacks() -> list[L.Callback]:
         return [LoRACallback(r=4, alpha=6, use_rslora=True), best(tmp_path, filename="{epoch}", save_top_k=-1)]
@@ -157,7 +165,7 @@ def test_a_larger_rank_that_gives_the_same_adapters_reads_the_same_file(tmp_path
 
 def test_a_file_loads_onto_the_model_inside_with_the_same_numbers(tmp_path: Path) -> None:
     """There its layers have other names, so its patterns are written anew."""
-    model = trained(alpha=3, use_rslora=True, rank_pattern={"2": 7}, alpha_pattern={"4": 5})
+    model = trained(alpha=3, use_rslora=True, target_modules=["2", "4"], rank_pattern={"2": 7}, alpha_pattern={"4": 5})
     save_adapter(model, tmp_path / "a.safetensors")
     inner = Curve().net
     with pytest.warns(UserWarning, match="begin with 'net'"):
