@@ -1,5 +1,6 @@
 """The base class of all adapted layers."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_lora.errors import LoRAWarning
 from lightning_lora.functional.plain import are_plain
 from lightning_lora.functional.update import added, delta_weight, lost_share, magnitude_scale, merged, wide
 from lightning_lora.layers.contract import LayerKind
@@ -17,10 +19,23 @@ from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.inplace import overlay, uncover
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.shards import in_one_piece, is_spread, own_part, spread_as, whole
-from lightning_lora.tensors.values import replace_values
+from lightning_lora.tensors.values import replace_values, same_bits
 
 HAS_UPDATE = "has_lora_update"
 """A note on a layer in a state dict, beside torch's own: an update is merged into its weights."""
+
+
+class Step:
+    """Whether a Trainer's training step runs.
+
+    In it, dropout acts whatever mode the layer is in. A copy of the layer is in no step.
+    """
+
+    def __init__(self) -> None:
+        self.runs = False
+
+    def __reduce__(self) -> tuple[type["Step"], tuple[()]]:
+        return Step, ()
 
 
 class LoRALayer(LayerKind):
@@ -34,8 +49,7 @@ class LoRALayer(LayerKind):
     lora_settings: Settings
     lora_started_on: dict[str, int]
     lora_enabled: bool
-    lora_in_step: bool = False
-    """Whether a Trainer's training step runs. In it, dropout acts whatever mode the layer is in."""
+    lora_step: "Step"
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
@@ -100,7 +114,7 @@ class LoRALayer(LayerKind):
         It is zero in evaluation.
         """
         p = self.lora_settings.dropout
-        return p if p and self.lora_drops_input and (self.training or self.lora_in_step) else 0.0
+        return p if p and self.lora_drops_input and (self.training or self.lora_step.runs) else 0.0
 
     # The update
 
@@ -228,7 +242,7 @@ class LoRALayer(LayerKind):
         parameters = self.lora_parameters()
         for name in parameters:
             delattr(self, name)
-        del state["lora_enabled"], state["lora_in_step"]
+        del state["lora_enabled"], state["lora_step"]
         adapter = Adapter(
             kind=self.overlaid[0],
             settings=state.pop("lora_settings"),
@@ -288,7 +302,7 @@ class LoRALayer(LayerKind):
 
         A mode that is set in a training step decides until the next one.
         """
-        self.lora_in_step = False
+        self.lora_step.runs = False
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -313,10 +327,13 @@ class LoRALayer(LayerKind):
 
         Weights with an update become the base, and the adapter begins anew: the update would count twice.
         """
-        super()._load_from_state_dict(state_dict, prefix, *args)
         factors = self.lora_parameters()
         own = {prefix + name for name in factors}
-        if not own.isdisjoint(state_dict):
+        holds_adapter = not own.isdisjoint(state_dict)
+        if not holds_adapter and not args[0].get(HAS_UPDATE):
+            self._lora_warn_of(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if holds_adapter:
             return
         weight = own_parameter(self, self.lora_parts[0].weight)
         if args[0].get(HAS_UPDATE):
@@ -328,6 +345,19 @@ class LoRALayer(LayerKind):
         self.lora_follow_base()
         missing: list[str] = args[2]
         missing[:] = [key for key in missing if key not in own]
+
+    def _lora_warn_of(self, state_dict: Any, prefix: str) -> None:
+        """Warn of other weights below an adapter that is trained: always in the same words, so Python does it once."""
+        given = {name: state_dict.get(prefix + name) for name in self.lora_weights()}
+        replaced = [isinstance(t, Tensor) and not same_bits(own_parameter(self, name), t) for name, t in given.items()]
+        if any(replaced) and not self.lora_is_fresh():
+            warnings.warn(
+                "A state of the base was loaded below trained adapters, which stay as they are, trained. If its "
+                "weights hold merged updates, these count twice now. Call remove_adapters(model) before loading, to "
+                "start anew. For a file of this package, call load_adapter(model, path).",
+                LoRAWarning,
+                stacklevel=2,
+            )
 
     def extra_repr(self) -> str:
         """Return the layer's own description and the adapter's."""
@@ -358,5 +388,5 @@ def attach(layer: nn.Module, adapter: Adapter) -> None:
         lora_parts=adapter.parts,
         lora_started_on=adapter.started_on,
         lora_enabled=True,
-        lora_in_step=False,
+        lora_step=Step(),
     )

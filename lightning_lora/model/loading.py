@@ -13,16 +13,17 @@ from lightning_lora.model.norms import FrozenNorm
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import join, plain_name
-from lightning_lora.tensors.values import copy_to_host
+from lightning_lora.tensors.values import copy_to_host, same_bits
 
-ON_BASES = "lightning_lora_bases"
-"""A note on the state dict in a file of adapters, beside torch's own: numbers of the base that they were trained on."""
+DESCRIPTION = "lightning_lora"
+"""A note on the state dict in a file of adapters, beside torch's own: the description of the adapters."""
 
-_load_adapters: Callable[[nn.Module, Mapping[str, Any]], None] | None = None
-"""How adapters are loaded. The package of files sets it, as it knows how to check them."""
+_Load = Callable[[nn.Module, dict[str, Any], dict[str, Any]], None]
+_load_adapters: _Load | None = None
+"""How a model loads the state and the description in a file. The package of files sets it: it can check them."""
 
 
-def loads_adapters(function: Callable[[nn.Module, Mapping[str, Any]], None]) -> Callable[..., None]:
+def loads_adapters(function: _Load) -> _Load:
     """Use this function for files of adapters that other code loads."""
     global _load_adapters
     _load_adapters = function
@@ -38,20 +39,19 @@ def base_number(form: Mapping[str, Any]) -> int:
 def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any], *_: Any) -> None:
     """Check a state dict before torch loads it.
 
-    It may contain a new base: then the record takes over its values, and a warning is shown if the adapters are
-    trained. It may be that of a file of adapters, which torch could not load alone: if they were trained on this base,
-    they are loaded here, and ``state`` becomes the model's own.
+    It may contain a new base, or a merged model: then the record takes over its values. It may be that of a file of
+    adapters, which torch could not load alone: they are loaded here, and ``state`` becomes the model's own.
 
     Raises:
-        AdapterMismatchError: these adapters do not fit. Nothing is loaded into ``model`` then.
-        AdapterStateError: the adapters are merged, and ``state`` contains adapters of another base, or of none that is
-            known. Nothing is loaded into ``model`` then.
+        LoRAError: the adapters of the file do not fit. Nothing is loaded into ``model`` then.
+        AdapterStateError: the adapters are merged, and ``state`` contains adapters without a description. Nothing is
+            loaded into ``model`` then.
     """
     record = find_record(model)
     if record is None:
         return
-    if _load_adapters and not {*notes.get(ON_BASES, ())}.isdisjoint(map(base_number, record.fingerprints)):
-        _load_adapters(model, dict(state))
+    if _load_adapters and DESCRIPTION in notes:
+        _load_adapters(model, dict(state), notes[DESCRIPTION])
         state.clear()
         state.update(model.state_dict())
         return
@@ -70,22 +70,24 @@ def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Map
         _follow_norms(view, given)
     if adapters or not any(frozen):
         return  # only parts that train: not a base
-    if not view.is_fresh():
-        warnings.warn(_what_happens(model, is_merged=HAS_UPDATE in notes), LoRAWarning, stacklevel=5)
+    if not view.is_fresh() and (HAS_UPDATE in notes or _holds_updates(view, given)):
+        warnings.warn(
+            f"The weights loaded into {type(model).__name__} hold merged updates. They are its base now, and its "
+            "adapters begin anew. To go on with the adapters of the file, call load_adapter(model, path) instead.",
+            LoRAWarning,
+            stacklevel=5,
+        )
+        for layer in view.layers.values():
+            layer.lora_restart()
     _follow_base(view, given)
 
 
-def _what_happens(model: nn.Module, *, is_merged: bool) -> str:
-    title = type(model).__name__
-    if is_merged:
-        return (
-            f"The weights loaded into {title} hold merged updates. They are its base now, and its adapters begin anew. "
-            "To go on with the adapters of the file, call load_adapter(model, path) instead."
-        )
-    return (
-        f"A state of the base was loaded into {title}, and its adapters stay as they are, trained. Call "
-        "remove_adapters(model) before loading, to start anew."
-    )
+def _holds_updates(view: View, given: Mapping[str, Any]) -> bool:
+    """Whether a full state is the base with other values in adapted weights alone: a merged model, most likely."""
+    adapted = {join(name, weight) for name, layer in view.layers.items() for weight in layer.lora_weights()}
+    same = {name: isinstance(given.get(name), Tensor) and same_bits(p, given[name]) for name, p in view.frozen.items()}
+    rest = [is_same for name, is_same in same.items() if name not in adapted]
+    return bool(rest) and all(rest) and not all(same.values())
 
 
 def _without_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -102,6 +104,7 @@ def _follow_base(view: View, given: Mapping[str, Any]) -> None:
     """Use the values of a loaded base as the originals, under whichever name of a shared tensor they are stored."""
     record = view.record
     record.changed = {name: digests for name, digests in record.changed.items() if name not in given}
+    record.random = None
     present: dict[str, Tensor] = {**view.base, **view.buffers}
     loaded = {id(tensor): given[name] for name, tensor in present.items() if name in given}
     for name, original in record.originals.items():

@@ -50,6 +50,8 @@ class Record:
             full, biases, persistent buffers, and frozen weights for which a file had other values.
         changed: Frozen weights that were changed in a run by other code than an optimizer. The values are two digests:
             of the values last seen, and of the base's values, which are lost.
+        rounded_base: Base weights that were computed again from merged ones, with rounding. The values are two digests:
+            of these weights, and of the base's own, for which they stand.
         merged: The adapters by layer, while the updates are merged into the weights.
         merged_weights: The merged weights as the merge left them, to notice if they change.
         tied_weights: The base of those that were tied, which another layer uses, as they were at the merge.
@@ -68,6 +70,7 @@ class Record:
     requires_grad: dict[str, bool] = field(default_factory=dict)
     originals: dict[str, Tensor] = field(default_factory=dict)
     changed: dict[str, tuple[int, int]] = field(default_factory=dict)
+    rounded_base: dict[str, tuple[int, int]] = field(default_factory=dict)
     merged: dict[str, Adapter] = field(default_factory=dict)
     merged_weights: dict[str, Seen] = field(default_factory=dict)
     tied_weights: dict[str, Seen] = field(default_factory=dict)

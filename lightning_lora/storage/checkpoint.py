@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, BaseMismatchError, listed
 from lightning_lora.model.fresh import random_weights
-from lightning_lora.model.loading import ON_BASES, base_number
+from lightning_lora.model.loading import DESCRIPTION, loads_adapters
 from lightning_lora.model.merge import unmerged
 from lightning_lora.model.remember import record_of, view_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.base_copies import MOVED, leave_out_base, put_base_back
 from lightning_lora.storage.description import KEY, check_checksum, check_fits, describe, stored_config
-from lightning_lora.storage.fingerprint import fingerprint, note_changed
+from lightning_lora.storage.fingerprint import base_tensors, fingerprint, note_changed
 from lightning_lora.storage.merged_state import merged_state, take_updates_out
 from lightning_lora.storage.run_state import check_types, check_version
 from lightning_lora.storage.state import NOTE, is_note, without_base, write_state
@@ -55,7 +55,7 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
         held = _copied(held)
     about = describe(view, held["state_dict"], base, copies=places)
     state: Any = OrderedDict({NOTE: torch.empty(0), **held["state_dict"]})
-    state._metadata = {"": {ON_BASES: [base_number(form) for form in base]}}
+    state._metadata = {"": {DESCRIPTION: about}}  # for the module itself, if other code loads it
     return {**held, "state_dict": state, KEY: about}
 
 
@@ -171,14 +171,22 @@ def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mappin
     Args:
         model: The adapted model.
         merged: What :func:`leave_adapters` returned.
-        checkpoint: The checkpoint. Its base is that of ``model`` then.
+        checkpoint: The checkpoint.
 
     Returns:
-        Whether ``model`` held these weights. The base is exact up to rounding.
+        Whether ``model`` held these weights. The base is exact up to rounding, and stands for the true one in files.
     """
-    if not merged or not take_updates_out(view := view_of(model), merged, checkpoint["state_dict"]):
+    if not merged:
         return False
-    checkpoint[KEY]["base"] = [fingerprint(view)]
+    view, stored = view_of(model), checkpoint[KEY]["base"]
+    here = fingerprint(view, anew=False)
+    forms = [form for form in stored if form["layout"] == here["layout"] and form["dtypes"] == here["dtypes"]]
+    if not forms or not take_updates_out(view, merged, checkpoint["state_dict"]):
+        return False
+    now = fingerprint(view, anew=False)
+    for name, own, base in zip(base_tensors(view), now["digests"], forms[0]["digests"], strict=True):
+        if own != base:
+            view.record.rounded_base[name] = (own, base)
     return True
 
 
@@ -208,6 +216,16 @@ def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole
             if key in checkpoint:
                 checkpoint[key] = _completed(model, checkpoint[key], base)
     write_state(model, state)
+
+
+@loads_adapters
+def _load_described(model: nn.Module, state: dict[str, Any], description: dict[str, Any]) -> None:
+    """Load the state in a file that other code gives to an adapted or merged model."""
+    state = {name: value for name, value in state.items() if not is_note(name)}
+    stored_config(description)
+    with unmerged(model):
+        check_fits(view_of(model), state, description)
+        write_state(model, state)
 
 
 def _completed(model: nn.Module, state: Mapping[str, Any], base: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def fingerprint(view: View, *, anew: bool = True, renaming: Renaming | None = No
     first = {name: tensors[name] for name in tensors if once[id(tensors[name])] == name}
     known = view.record.digests({name: tensor for name, tensor in first.items() if not tensor.is_meta}, anew=anew)
     digests = {name: known.get(once[id(tensor)], 0) for name, tensor in tensors.items()}
-    for name, (changed, was) in view.record.changed.items():
+    for name, (changed, was) in [*view.record.changed.items(), *view.record.rounded_base.items()]:
         if digests.get(name) == changed:
             digests[name] = was
     return {

@@ -118,12 +118,14 @@ def take_updates_out(view: View, merged: Mapping[str, Any], changed: Mapping[str
         changed: What training changed, in the file.
 
     Returns:
-        Whether the model holds exactly the merged weights, so that they were taken out. Otherwise it does not change.
+        Whether the model holds exactly the merged weights, so that they were taken out. Otherwise it does not change:
+        so with DoRA, which loses the weights' norms, and in half precision, which would round too much.
     """
     merged = {plain_name(name): value for name, value in merged.items()}
     fits = changed.keys() >= view.adapters.keys() and all(changed[n].shape == p.shape for n, p in view.adapters.items())
-    additive = not any(layer.lora_settings.use_dora for layer in view.layers.values())
-    if not fits or not additive or not view.is_fresh() or any(is_spread(p) for p in view.parameters.values()):
+    is_exact = not any(layer.lora_settings.use_dora for layer in view.layers.values())
+    is_exact &= not any(is_spread(p) or (p.is_floating_point() and p.element_size() < 4) for p in view.base.values())
+    if not fits or not is_exact or not view.is_fresh():
         return False
     if not all(name in merged and torch.equal(p.cpu(), merged[name].cpu()) for name, p in view.base.items()):
         return False

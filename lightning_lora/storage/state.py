@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, listed
 from lightning_lora.model.fresh import random_weights
-from lightning_lora.model.loading import loads_adapters
 from lightning_lora.model.merge import check_as_merged, unmerged
 from lightning_lora.model.originals import keep_frozen, restore_originals
 from lightning_lora.model.remember import view_of
@@ -61,7 +60,6 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
     return {name: whole(value) for name, value in state.items()}
 
 
-@loads_adapters
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Write back what ``adapter_state_dict`` returned.
 

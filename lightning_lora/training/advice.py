@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -126,11 +127,19 @@ def _warn_of_large_hyperparameters(model: LightningModule, view: View) -> None:
 
 def _bytes_in(value: object) -> int:
     """The bytes of the networks and tensors in a hyperparameter."""
-    if isinstance(value, nn.Module):
-        return sum(tensor.nbytes for tensor in (*value.parameters(), *value.buffers()))
-    if isinstance(value, Mapping | list | tuple):
-        return sum(map(_bytes_in, value.values() if isinstance(value, Mapping) else value))
-    return value.nbytes if isinstance(value, Tensor) else 0
+    total, inside, seen = 0, [value], set[int]()
+    while inside:
+        each = inside.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, nn.Module):
+            inside += [*each.parameters(), *each.buffers()]
+        elif isinstance(each, Mapping | list | tuple):
+            inside += each.values() if isinstance(each, Mapping) else each
+        elif isinstance(each, Tensor) and each.layout is torch.strided:
+            total += each.nbytes
+    return total
 
 
 def _to_save(view: View, names: list[str] | tuple[str, ...]) -> str:

@@ -24,7 +24,7 @@ class Dropout:
         if self._layers is None:
             self._layers = [layer for layer in View(model).layers.values() if layer.lora_settings.dropout]
         for layer in self._layers:
-            vars(layer)["lora_in_step"] = True
+            layer.lora_step.runs = True
 
     def end_step(self) -> None:
         """End a step.
@@ -32,7 +32,7 @@ class Dropout:
         Its backward pass, which may compute layers again, is over too.
         """
         for layer in self._layers or ():
-            vars(layer)["lora_in_step"] = False
+            layer.lora_step.runs = False
 
     def close(self) -> None:
         """End the last step, also one that failed."""

@@ -1,10 +1,14 @@
 """Refuse a merge that will not be possible, before training."""
 
+import warnings
+
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_lora.errors import ConfigError, listed
+from lightning_lora.errors import ConfigError, MergePrecisionWarning, listed
 from lightning_lora.model.merge import quantised_layers, spread_ties, tied_weights
+from lightning_lora.model.merge_warnings import lost_to_rounding
 from lightning_lora.model.view import View
+from lightning_lora.tensors.names import join, state_dict
 from lightning_lora.tensors.shards import is_spread
 from lightning_lora.training.companions import judge_of
 from lightning_lora.training.spawned import check_untied, returns_state_only
@@ -70,7 +74,13 @@ def _check_files(view: View) -> None:
     """Refuse files of the merged model that could not be written, or would be read wrongly."""
     tied = [name for name, weights in tied_weights(view).items() if weights]
     spread = [name for name, p in view.parameters.items() if is_spread(p)]
+    adapted = [join(name, weight) for name, layer in view.layers.items() for weight in layer.lora_weights()]
+    held = state_dict(view.model, keep_vars=True)
     for names, why in (
+        (
+            [name for name in adapted if name not in held],
+            "the module's own state_dict does not hold {}.",
+        ),
         (quantised_layers(view), "the weights of {} are quantised, so no update can be merged into them."),
         (spread, "{} are spread over processes (FSDP2), and each save would gather the whole model."),
         (
@@ -84,3 +94,22 @@ def _check_files(view: View) -> None:
                 f"save='model' is not possible: {why.format(listed(names))} Or set save='adapters': then files "
                 "hold the adapters alone, and this package loads and merges them."
             )
+
+
+def warn_of_rounding(lost: dict[str, float], module: LightningModule) -> None:
+    """Warn of files whose merged weights lack much of an update.
+
+    The text is always the same, so Python shows it once.
+
+    Args:
+        lost: The share of each layer's update that is lost to rounding.
+        module: The adapted module.
+    """
+    if lost_to_rounding(lost, type(module).__name__):
+        warnings.warn(
+            f'With save="model", files hold merged weights of {type(module).__name__}, and half precision rounds much '
+            "of the update away. Code that reads only these weights has lost this part of the fine-tuning. Set "
+            'save="adapters", or convert the model to float32 first.',
+            MergePrecisionWarning,
+            stacklevel=1,
+        )

@@ -5,7 +5,6 @@ creation of the optimizers and their first use. Its checkpoint hooks are skipped
 Trainer always calls the strategy at these moments.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -16,15 +15,12 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_lora.errors import AdapterFileError, MergePrecisionWarning, OptimizerError
-from lightning_lora.model.attach import move_adapters
+from lightning_lora.errors import AdapterFileError, OptimizerError
 from lightning_lora.model.freeze import freeze, unfreeze
 from lightning_lora.model.merge import unmerge
-from lightning_lora.model.merge_warnings import lost_to_rounding
 from lightning_lora.model.merged import is_as_merged
 from lightning_lora.model.record import find_record
 from lightning_lora.model.remember import view_of
-from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import (
     adapter_only,
     as_base,
@@ -52,14 +48,17 @@ from lightning_lora.storage.run_state import check_resumable, has_run
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad
+from lightning_lora.training.averaging import drop_averages
+from lightning_lora.training.companions import callbacks_of
 from lightning_lora.training.dropout import Dropout
 from lightning_lora.training.gradients import Gradients
+from lightning_lora.training.merge_checks import warn_of_rounding
 from lightning_lora.training.optimizers import train_adapters
+from lightning_lora.training.precision import keeping_adapters
 from lightning_lora.training.stage import Stage
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
-    from lightning.pytorch.plugins import Precision
     from lightning.pytorch.strategies import Strategy
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -96,6 +95,7 @@ class Watch:
         "lightning_module_state_dict",
         "save_checkpoint",
         "training_step",
+        "backward",
     )
 
     adapts_late = False
@@ -218,6 +218,9 @@ class Watch:
         checkpoint: dict[str, Any] = self._read(checkpoint_path, *args, **kwargs)
         merged = leave_adapters(checkpoint)
         check_readable(checkpoint, checkpoint_path)
+        if merged and not self.is_fit and find_record(self.module) is None:
+            checkpoint["state_dict"], merged = merged, {}  # the evaluation of a plain module
+            del checkpoint[KEY]
         if not self.stage.is_over:
             self._adapt_for(checkpoint, checkpoint_path)
             self._find_base(merged, checkpoint, checkpoint_path)
@@ -373,7 +376,7 @@ class Watch:
             checkpoint = adapter_only(self.module, checkpoint, written_later=not writes_at_once)
             if self.stage.save == "model" and self.strategy.is_global_zero:
                 checkpoint, lost = with_merged_model(self.module, checkpoint, written_later=not writes_at_once)
-                _warn_of_rounding(lost, self.module)
+                warn_of_rounding(lost, self.module)
         beside = writes_at_once and self.strategy.is_global_zero and local_path(filepath) is not None
         with writing(filepath, beside=beside) as path:
             self.inner("save_checkpoint", checkpoint, path, storage_options)
@@ -386,52 +389,31 @@ class Watch:
         record = find_record(self.module)
         if self.stage.save == "model" and record is not None and not is_as_merged(self.module, record):
             unmerge(self.module)  # drops the record, and says so
+            drop_averages(callbacks_of(self.module.trainer))  # of the adapted module
         return find_record(self.module) is not None
 
     # Training
 
     @once
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a training step, in which dropout acts."""
+        """Run a training step, in which dropout acts.
+
+        With automatic optimisation, its backward pass may compute layers again.
+        """
         self.dropout.begin_step(self.module)
-        return self.inner("training_step", *args, **kwargs)
+        output = self.inner("training_step", *args, **kwargs)
+        if not self.module.automatic_optimization:
+            self.dropout.end_step()
+        return output
+
+    @once
+    def backward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a backward pass. What comes until the next step is evaluation, such as a callback's."""
+        loss = self.inner("backward", *args, **kwargs)
+        if self.module.automatic_optimization:
+            self.dropout.end_step()
+        return loss
 
     def gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""
         return Gradients(self.module, self.strategy.model)
-
-
-def _warn_of_rounding(lost: dict[str, float], module: LightningModule) -> None:
-    """Warn of files whose merged weights lack much of an update. The text is always the same: Python shows it once."""
-    if lost_to_rounding(lost, type(module).__name__):
-        warnings.warn(
-            f'With save="model", files hold merged weights of {type(module).__name__}, and half precision rounds much '
-            "of the update away. Code that reads only these weights has lost this part of the fine-tuning. Set "
-            'save="adapters", or convert the model to float32 first.',
-            MergePrecisionWarning,
-            stacklevel=1,
-        )
-
-
-@contextmanager
-def keeping_adapters(precision: "Precision") -> Iterator[None]:
-    """Keep adapters when ``precision`` replaces their layers.
-
-    They move to the new layers. For example, BitsandbytesPrecision replaces layers.
-    """
-    own, known = precision.convert_module, vars(precision).copy()
-
-    def convert_module(module: Any) -> Any:
-        before = View(module).layers
-        converted = own(module)
-        move_adapters(converted, before)
-        return converted
-
-    precision.convert_module = convert_module  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if "convert_module" in known:
-            precision.convert_module = own  # type: ignore[method-assign]
-        else:
-            del precision.convert_module

@@ -206,7 +206,7 @@ def test_dropout_acts_in_a_training_step_whatever_the_layers_own_mode(case: tupl
     inject_adapters(model, config(model, dropout=0.5))
     randomise(model)
     layer: Any = model.eval()[0]
-    layer.lora_in_step = True  # as the Trainer's strategy sets it
+    layer.lora_step.runs = True  # as the Trainer's strategy sets it
     assert torch.equal(model(x), model(x)) is not layer.lora_drops_input and not layer.training
     model.eval()
     assert torch.equal(model(x), model(x))

@@ -135,8 +135,16 @@ def test_other_code_loads_the_best_file_of_a_run_into_its_module(tmp_path: Path)
     other = LitTiny()
     torch.nn.init.ones_(other.embed.weight)
     trainer(tmp_path, [lora()], max_epochs=1).fit(other, data())
-    with pytest.raises(AdapterStateError, match="holds only adapters"):  # of another base
+    with pytest.raises(BaseMismatchError, match="another base"):
         other.load_state_dict(stored)
+    scaled = LitTiny()
+    trainer(tmp_path, [lora(alpha=16)], max_epochs=1).fit(scaled, data())
+    with pytest.raises(AdapterMismatchError, match="trained with r=2 and a scaling of 1 in"):
+        scaled.load_state_dict(stored)
+    with torch.no_grad():
+        model.embed.weight.mul_(1.5)
+    with pytest.raises(BaseMismatchError, match="another base"):
+        model.load_state_dict(stored)
 
 
 CONFIG = LoRAConfig(r=2, target_modules=["q_proj", "v_proj"])

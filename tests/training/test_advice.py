@@ -144,7 +144,9 @@ def test_what_the_warning_of_a_large_hyperparameter_says_works(tmp_path: Path) -
 
 
 def test_small_hyperparameters_are_not_named(tmp_path: Path) -> None:
-    model = HoldsNetwork([3, "a", Tensor([1.0]), {"b": (None, Path())}])
+    inside: list[Any] = [torch.eye(2).to_sparse()]
+    inside.append(inside)
+    model = HoldsNetwork([3, "a", Tensor([1.0]), {"b": (None, Path())}, inside])
     assert not [text for text in fit(tmp_path, model, **TARGETS) if "policy" in text]
 
 

@@ -41,6 +41,7 @@ from tests.models import (
     keeps_random,
     lora,
     needs_averaging,
+    randomise,
     same,
     state,
     trainer,
@@ -201,6 +202,46 @@ def test_an_update_is_never_counted_twice(tmp_path: Path) -> None:
     assert torch.equal(fresh(X), again(X))
 
 
+def test_an_update_is_not_counted_twice_where_the_notes_are_lost(tmp_path: Path) -> None:
+    merged = fit(tmp_path, whole())
+    file = {name: value.clone() for name, value in read(tmp_path / "last.ckpt")["state_dict"].items()}
+    for given in (file, merged.state_dict()):
+        model = fit(tmp_path / "b", whole(merge=False))
+        with pytest.warns(LoRAWarning, match=r"hold merged updates.*its adapters begin anew"):
+            model.load_state_dict(given)
+        torch.testing.assert_close(model(X), merged(X))
+    model = fit(tmp_path / "b", whole(merge=False))
+    part = {"weight": file["q_proj.weight"], "bias": file["q_proj.bias"]}
+    with pytest.warns(LoRAWarning, match="below trained adapters.*these count twice"):
+        model.q_proj.load_state_dict(part)  # only the whole module can tell a merged layer from another base
+
+
+def test_files_of_a_run_that_went_on_from_merged_weights_fit_the_base(tmp_path: Path) -> None:
+    fit(tmp_path / "a", whole(), epochs=1)
+    for save in ("adapters", "model"):
+        built = LitTiny.load_from_checkpoint(tmp_path / "a" / "last.ckpt")
+        model = fit(tmp_path / save, lora(save=save), model=built, ckpt_path=tmp_path / "a" / "last.ckpt")
+        load_adapter(again := LitTiny(), tmp_path / save / "last.ckpt")
+        torch.testing.assert_close(again(X), model(X))
+        assert (tmp_path / save / "last.ckpt").stat().st_size < 40_000
+
+
+def test_a_whole_file_is_evaluated_as_any_checkpoint(tmp_path: Path) -> None:
+    model = fit(tmp_path, whole(use_dora=True))
+    other = LitTiny()
+    nn.init.ones_(other.embed.weight)  # not its base: it need not be there
+    (tested,) = trainer(tmp_path, [LoRACallback()]).test(other, data(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert tested == pytest.approx(trainer(tmp_path).test(model, data(), verbose=False)[0])
+    assert same(state(other), state(model))
+
+
+class Renames(LitTiny):
+    """A module whose own state dict has other names."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {f"mine.{name}": value for name, value in super().state_dict(*args, **kwargs).items()}
+
+
 class Holds(LitTiny):
     """A module that keeps a network as a hyperparameter: as it is at the save, with its adapters."""
 
@@ -273,6 +314,7 @@ def quantised() -> LitTiny:
     [
         (Tied, {"target_modules": ["embed"]}, "a weight of 'net.embed' is tied"),
         (quantised, {"merge": False}, "'q_proj' are quantised"),
+        (Renames, {}, "own state_dict does not hold 'q_proj.weight'"),
     ],
 )
 def test_what_could_not_be_read_rightly_is_refused_before_training(
