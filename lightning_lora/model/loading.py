@@ -24,7 +24,7 @@ _load_adapters: _Load | None = None
 
 
 def loads_adapters(function: _Load) -> _Load:
-    """Use this function for files of adapters that other code loads."""
+    """Use this function for files that other code loads."""
     global _load_adapters
     _load_adapters = function
     return function

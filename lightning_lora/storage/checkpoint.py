@@ -164,7 +164,7 @@ def complete_copies(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
 
 
 def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> bool:
-    """Make the base again from a model that holds the merged weights of a checkpoint.
+    """Make the base from the merged weights of a checkpoint.
 
     Code that knows nothing of adapters loads these weights before it goes on with a run.
 

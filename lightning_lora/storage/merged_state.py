@@ -108,7 +108,7 @@ def untied(view: View) -> list[str]:
 
 
 def take_updates_out(view: View, merged: Mapping[str, Any], changed: Mapping[str, Any]) -> bool:
-    """Take the updates of a file out of a model that holds its merged weights.
+    """Take a file's updates out of its merged weights.
 
     The weights are the base's then, up to rounding.
 

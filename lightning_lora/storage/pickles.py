@@ -1,4 +1,4 @@
-"""Read what is plain in a checkpoint, whatever else is in it.
+"""Read the plain values and tensors of a checkpoint.
 
 A checkpoint may hold objects of classes, for example as hyperparameters. ``torch.load`` refuses it, or imports these
 classes and runs their code. Adapters are plain tensors. So here an :class:`Unread` stands for everything but
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class Unread:
-    """Stands for an object that only its own code could make, or for its class."""
+    """Stands for an object, or for its class."""
 
     name: str
     """What the file calls the class or function."""
@@ -104,7 +104,7 @@ class _Unpickler(pickle.Unpickler):
     """An unpickler that finds no class or function of anybody's."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for a class or function, made anew each time."""
+        """Return what stands for a class or function."""
         called = f"{module}.{name}"
         return partial(_KNOWN[called]) if called in _KNOWN else _class(called)
 

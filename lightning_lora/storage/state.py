@@ -100,8 +100,8 @@ def without_base(view: View, state: Mapping[str, Any], random: Collection[str] =
     originals = {name: value for name, value in record.originals.items() if name not in trained}
     dropped = {*view.frozen, *view.entries, *_aliases(view)}
     values = view.frozen_values
-    added = (*record.changed, *originals, *random)
-    held: dict[str, Any] = {name: values[name].detach() for name in added if name in values}
+    added = {*record.changed, *originals, *random}
+    held: dict[str, Any] = {name: value.detach() for name, value in values.items() if name in added}
     for name, value in state.items():
         name = plain_name(name)
         if name not in dropped:
@@ -168,7 +168,10 @@ class Entries(NamedTuple):
 
 
 def entries_of(view: View, random: Collection[str] = ()) -> Entries:
-    """Return the entries of an adapted model's stored state, with weights that look untrained as optional ones."""
+    """Return the entries of an adapted model's stored state.
+
+    Weights in ``random``, which look untrained, are optional.
+    """
     now = without_base(view, state_dict(view.model), random)
     return Entries(_required(view), {**now, **view.buffers, **view.kept})
 

@@ -97,7 +97,7 @@ def _check_files(view: View) -> None:
 
 
 def warn_of_rounding(lost: dict[str, float], module: LightningModule) -> None:
-    """Warn of files whose merged weights lack much of an update.
+    """Warn of merged weights that lack much of an update.
 
     The text is always the same, so Python shows it once.
 

@@ -35,10 +35,11 @@ def _of_all_processes(trainer: Trainer, state: Tensor) -> Tensor:
 
 
 def restore_random_state(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
-    """Set this process's generators, and start its data loaders, as a checkpoint says.
+    """Set this process's generators as a checkpoint says.
 
-    To be called when a resumed fit begins. The loaders have started before, with other random numbers: Lightning starts
-    them at the first use of ``trainer.estimated_stepping_batches``, or before ``on_train_start``.
+    Its data loaders start anew. To be called when a resumed fit begins. The loaders have started before, with other
+    random numbers: Lightning starts them at the first use of ``trainer.estimated_stepping_batches``, or before
+    ``on_train_start``.
 
     Args:
         trainer: The Trainer of the run.

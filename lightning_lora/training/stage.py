@@ -130,7 +130,7 @@ class Stage:
         self.is_over = True
 
     def fail(self, pl_module: LightningModule, *, is_alone: bool) -> None:
-        """Restore the module after an exception, or keep adapters that may be trained.
+        """Restore the module, or keep adapters that may be trained.
 
         Args:
             pl_module: The module.

@@ -408,7 +408,10 @@ class Watch:
 
     @once
     def backward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a backward pass. What comes until the next step is evaluation, such as a callback's."""
+        """Run a backward pass.
+
+        What comes until the next step is evaluation, such as a callback's.
+        """
         loss = self.inner("backward", *args, **kwargs)
         if self.module.automatic_optimization:
             self.dropout.end_step()

@@ -17,6 +17,8 @@ from lightning_lora import LoRACallback, LoRAConfig, inject_adapters
 from tests.cases import At, StopError, stop
 from tests.models import WIDTH, LitTiny, best, data, exact, randomise, same, state, trainer
 
+X = torch.arange(20)
+
 pytestmark = pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
 
 
@@ -256,6 +258,28 @@ def test_eval_by_hand_turns_it_off_until_the_next_step(tmp_path: Path) -> None:
     model = adapted(Labels)
     trainer(tmp_path, [lora()]).fit(model, data())
     assert model.acts["labels"] == {False} and model.acts["train"] == {True}
+
+
+class Copies(Lit):
+    """A module that copies its network in a step, as a mean teacher does."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.__dict__["teacher"] = copy.deepcopy(self.model)
+        return super().training_step(batch, batch_idx)
+
+
+class Evaluates(L.Callback):
+    """A callback that evaluates the module after each step, listed before ours."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        assert torch.equal(pl_module.model(X), pl_module.model(X))
+
+
+def test_copies_and_callbacks_evaluate_without_it(tmp_path: Path) -> None:
+    t = trainer(tmp_path, [Evaluates(), lora(dropout=0.9, merge=False)], max_epochs=1)
+    t.fit(model := Copies(), data())
+    teacher = vars(model)["teacher"]
+    assert torch.equal(teacher(X), teacher(X))
 
 
 def test_without_a_trainer_the_mode_decides(tmp_path: Path) -> None:

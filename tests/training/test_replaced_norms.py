@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.plugins import LayerSync, Precision
 from torch import Tensor, nn
 
+from lightning_lora import inject_adapters
 from tests.models import LitTiny, data, lora, same, state, trainer
 
 
@@ -41,7 +42,7 @@ class Replaces(Precision):
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test"])
 def test_a_norm_that_a_precision_replaced_is_of_the_frozen_base(tmp_path: Path, stage: str) -> None:
-    model = Normed()
+    inject_adapters(model := Normed(), lora().config)
     before = state(model.norm)
     t = trainer(tmp_path, [lora(merge=False)], plugins=[Replaces()], enable_checkpointing=False)
     getattr(t, stage)(model, data())

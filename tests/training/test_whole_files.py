@@ -41,7 +41,6 @@ from tests.models import (
     keeps_random,
     lora,
     needs_averaging,
-    randomise,
     same,
     state,
     trainer,
