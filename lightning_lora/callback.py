@@ -1,5 +1,6 @@
 """The plugin: a callback that fine-tunes any LightningModule with LoRA."""
 
+import inspect
 import sys
 import warnings
 from contextlib import ExitStack, closing
@@ -9,7 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
-from lightning_lora.config import Bias, Init, LoRAConfig, explains_peft
+from lightning_lora.argument_names import explains_arguments
+from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError
 from lightning_lora.model.handover import make_folder
 from lightning_lora.model.inject import check_adapted, inject_adapters
@@ -43,13 +45,13 @@ from lightning_lora.training.stage import Stage
 from lightning_lora.training.strategy import Watch
 from lightning_lora.training.watch import watch, watch_of
 
-Merge = Literal["last", "best", False]
+Merge = Literal["last", "best"] | Literal[False]  # as one, jsonargparse would expect "a bool"
 Save = Literal["adapters", "model"]
 
 _LAST = "the last adapters"
 
 
-@explains_peft
+@explains_arguments
 class LoRACallback(Callback):
     """Fine-tune any LightningModule with low-rank adapters.
 
@@ -113,8 +115,9 @@ class LoRACallback(Callback):
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> model = BoringModel()  # its layer is nn.Linear(32, 2)
         >>> trainer = Trainer(
-        ...     callbacks=[LoRACallback(r=2)], max_steps=1, logger=False, enable_checkpointing=False,
-        ...     enable_model_summary=False, enable_progress_bar=False, accelerator="cpu",
+        ...     callbacks=[LoRACallback(r=2)], max_steps=1, accelerator="cpu",
+        ...     logger=False, enable_checkpointing=False,
+        ...     enable_model_summary=False, enable_progress_bar=False,
         ... )
         >>> trainer.fit(model)
         >>> model.layer
@@ -172,6 +175,13 @@ class LoRACallback(Callback):
         _join_other_package()
         make_folder()
         self._start()
+
+    def __repr__(self) -> str:
+        """Show the arguments that are not at their defaults."""
+        defaults = inspect.signature(LoRACallback).parameters
+        values = {**self.config.to_dict(), "merge": self.merge, "save": self.save}
+        changed = [f"{name}={value!r}" for name, value in values.items() if value != defaults[name].default]
+        return f"{type(self).__name__}({', '.join(changed)})"
 
     def _start(self) -> None:
         self._stage = Stage(self.config, save=self.save, is_over=True)

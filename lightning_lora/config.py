@@ -1,78 +1,26 @@
 """The arguments of LoRA, and their validation."""
 
 import dataclasses
-import functools
-import inspect
 import math
 import re
 import reprlib
 import sys
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
+from lightning_lora.argument_names import explains_arguments
 from lightning_lora.errors import ConfigError
 
 Bias = Literal["none", "all", "lora_only"]
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 Slices = Mapping[str, Sequence[str] | Mapping[str, Sequence[int]]]
 
-_Class = TypeVar("_Class", bound=type)
-
-_NEEDLESS = "leave it out: nothing here depends on it"
-_EXPRESSION = r"give target_modules an expression, such as r'.*layers\.(8|9)\..*_proj'"
-_IN_PEFT = {
-    "lora_alpha": "it is alpha here",
-    "lora_dropout": "it is dropout here",
-    "init_lora_weights": "it is init here, one of 'kaiming', 'gaussian', 'pissa', 'olora'",
-    "task_type": _NEEDLESS,
-    "peft_type": _NEEDLESS,
-    "inference_mode": _NEEDLESS,
-    "base_model_name_or_path": _NEEDLESS,
-    "fan_in_fan_out": _NEEDLESS,
-    "layers_to_transform": _EXPRESSION,
-    "layers_pattern": _EXPRESSION,
-    "trainable_token_indices": "name the embedding in modules_to_save: all its rows train",
-    "ensure_weight_tying": "leave it out: a tied weight in modules_to_save stays tied",
-    "lora_bias": "set bias='lora_only' to train the biases of the adapted layers",
-    "layer_replication": "repeat the layers in your model first",
-    "loftq_config": "it is not available here",
-    "use_qalora": "it is not available here",
-}
-"""Arguments of PEFT's LoraConfig that have another name here, or none, and what to do."""
-
 _DROPPED = ("pack_base",)
 """Arguments of earlier versions that have no effect any more. A file may name them."""
 
 
-def explains_peft(cls: _Class) -> _Class:
-    """Refuse arguments that are named as in PEFT, with hints.
-
-    This decorates a class. Its signature stays as it is written, for type checkers and LightningCLI.
-    """
-    init = cls.__init__  # type: ignore[misc]  # of this very class
-
-    @functools.wraps(init)
-    def explained(self: Any, *args: Any, **kwargs: Any) -> None:
-        if found := [f"{name}: {_IN_PEFT[name]}" for name in kwargs if name in _IN_PEFT]:
-            raise ConfigError(f"{cls.__name__} got arguments with PEFT's names. {'; '.join(found)}.")
-        ratio = kwargs.pop("loraplus_lr_ratio", None)  # reserved: accepted as None, and shown nowhere
-        if ratio is not None:
-            raise ConfigError(
-                f"loraplus_lr_ratio={ratio!r} is not available in this version. Leave it out, "
-                "and give lora_A and lora_B groups of their own in configure_optimizers."
-            )
-        init(self, *args, **kwargs)
-        names = [name for name in parameters if name != "self"]
-        given = {*names[: len(args)], *kwargs}
-        vars(self)["given"] = frozenset() if given >= {*names} else frozenset(given)  # a command line gives them all
-
-    parameters = list(inspect.signature(init).parameters)
-    cls.__init__ = explained  # type: ignore[misc]
-    return cls
-
-
-@explains_peft
+@explains_arguments
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
     """Which layers get adapters, and how the adapters train.
@@ -129,7 +77,8 @@ class LoRAConfig:
         >>> LoRAConfig(r=0)
         Traceback (most recent call last):
             ...
-        lightning_lora.errors.ConfigError: r=0 is not a valid rank. Expected an integer of at least 1, such as r=8.
+        lightning_lora.errors.ConfigError: r=0 is not a valid rank.
+            Expected an integer of at least 1, such as r=8.
     """
 
     r: int = 8
@@ -236,7 +185,8 @@ class LoRAConfig:
         Every file can hold them.
 
         Example:
-            >>> LoRAConfig.from_dict(LoRAConfig(target_modules=["q", "v"]).to_dict()).target_modules
+            >>> stored = LoRAConfig(target_modules=["q", "v"]).to_dict()
+            >>> LoRAConfig.from_dict(stored).target_modules
             ('q', 'v')
         """
         return {field.name: _as_plain(getattr(self, field.name)) for field in dataclasses.fields(self)}

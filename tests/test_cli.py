@@ -105,17 +105,33 @@ def test_cli_built_optimizer_trains_in_two_fits(tmp_path: Path) -> None:
     assert not torch.equal(outputs[0], CLIModule()(x)) and not torch.equal(outputs[0], outputs[1])
 
 
-@pytest.mark.parametrize("bad", ["r=0", "r=two", "merge=first", "bias=some", "rank=2"])
+@pytest.mark.parametrize("bad", ["r=0", "r=two", "rank=2"])
 def test_bad_flag_is_refused_by_name(tmp_path: Path, bad: str, capsys: Any) -> None:
+    flags = ["--trainer.callbacks+=lightning_lora.LoRACallback", f"--trainer.callbacks.{bad}"]
     with pytest.raises((SystemExit, ValueError)) as error:
-        run(
-            tmp_path,
-            "fit",
-            *OPTIMIZER,
-            "--trainer.callbacks+=lightning_lora.LoRACallback",
-            f"--trainer.callbacks.{bad}",
-        )
+        run(tmp_path, "fit", *OPTIMIZER, *flags)
     assert bad.partition("=")[0] in capsys.readouterr().err + str(error.value)
+
+
+CHOICES = {
+    "merge": ["'last'", "'best'", "False"],
+    "save": ["'adapters'", "'model'"],
+    "bias": ["'none'", "'all'", "'lora_only'"],
+    "init": ["'kaiming'", "'gaussian'", "'pissa'", "'olora'"],
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("place", ["a list of callbacks", "a section", "a flag"])
+def test_a_mistyped_choice_is_refused_with_the_choices(tmp_path: Path, name: str, place: str, capsys: Any) -> None:
+    listed = {"class_path": "lightning_lora.LoRACallback", "init_args": {name: "bset"}}
+    settings = {"a list of callbacks": {"trainer": {"callbacks": [listed]}}, "a section": {"lora": {name: "bset"}}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings.get(place)))
+    wrong = f"--lora.{name}=bset" if place == "a flag" else f"--config={tmp_path / 'config.yaml'}"
+    with pytest.raises(SystemExit):
+        LoRACLI(CLIModule, args=["fit", *OPTIMIZER, *QUIET, wrong], save_config_callback=None)
+    said = capsys.readouterr().err.partition("error: ")[2]
+    assert name in said and "bset" in said and [choice for choice in CHOICES[name] if choice not in said] == []
 
 
 def test_help_explains_every_option(capsys: Any) -> None:

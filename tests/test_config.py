@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from lightning_lora import ConfigError, LoRACallback, LoRAConfig
-from lightning_lora.config import _IN_PEFT, matches, matches_pattern
+from lightning_lora.argument_names import ELSEWHERE
+from lightning_lora.config import matches, matches_pattern
 
 BAD: list[dict[str, Any]] = [
     {"r": 0},
@@ -119,9 +120,14 @@ def test_config_survives_plain_types_and_keeps_no_reference_to_its_arguments() -
         LoRAConfig.from_dict({"r": 8, "rank": 8})
 
 
-IN_PEFT = {
-    "lora_alpha": "it is alpha here", "lora_dropout": "it is dropout", "init_lora_weights": "it is init",
-    "task_type": "leave it out", "inference_mode": "leave it out", "layers_to_transform": "give target_modules",
+HINTS = {
+    "lora_alpha": "it is alpha here", "lora_dropout": "it is dropout here", "init_lora_weights": "it is init here",
+    "inference_mode": "leave it out", "layers_to_transform": "give target_modules", "rank": "it is r here",
+    "lora_r": "it is r here", "lora_rank": "it is r here", "targets": "it is target_modules here",
+    "target_layers": "it is target_modules here", "target_module": "nearest names: target_modules",
+    "module_to_save": "nearest names: modules_to_save", "dora": "nearest names: use_dora",
+    "rslora": "nearest names: use_rslora", "learning_rate": "your configure_optimizers sets it",
+    "ranks": "no name is like it",
 }  # fmt: skip
 
 
@@ -132,27 +138,31 @@ class Named(LoRACallback):
         super().__init__(**kwargs)
 
 
-@pytest.mark.parametrize("name", IN_PEFT)
+@pytest.mark.parametrize("name", HINTS)
 @pytest.mark.parametrize("cls", [LoRAConfig, LoRACallback, Named])
-def test_arguments_with_the_names_of_peft_are_refused_with_those_to_use(cls: Any, name: str) -> None:
-    with pytest.raises(
-        ConfigError, match=f"PEFT's names.*task_type: .*{name}: {IN_PEFT[name]}|{name}: {IN_PEFT[name]}"
-    ):
+def test_unknown_arguments_are_refused_with_those_to_use(cls: Any, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown arguments. task_type: leave it out.*; {name}: {HINTS[name]}"):
         cls(**{"r": 8, "task_type": "CAUSAL_LM", name: 1})
     assert cls(r=4) is not None
 
 
-def test_other_unknown_arguments_are_errors_of_python() -> None:
-    for cls in (LoRAConfig, LoRACallback, Named):
-        with pytest.raises(TypeError, match="'ranks'"):
-            cls(ranks=8)
+def test_arguments_of_the_callback_alone_are_explained_to_the_config() -> None:
+    with pytest.raises(ConfigError, match="merge: it is an argument of LoRACallback"):
+        LoRAConfig(merge="last")  # type: ignore[call-arg]
+
+
+def test_a_callback_shows_the_arguments_that_are_not_at_their_defaults() -> None:
+    assert repr(LoRACallback()) == repr(LoRACallback(8, bias="none", exclude_modules=[])) == "LoRACallback()"
+    shown = "LoRACallback(r=4, modules_to_save=['head'], rank_pattern={'q': 2}, merge=False, save='model')"
+    assert repr(eval(shown)) == shown
+    assert repr(Named("mine", r=4)) == "Named(r=4)"
 
 
 def test_hints_leave_signatures_as_they_are_written() -> None:
     for cls in (LoRAConfig, LoRACallback):
         parameters = inspect.signature(cls).parameters
         assert parameters["alpha"].default is None and "kwargs" not in parameters
-        assert not parameters.keys() & _IN_PEFT.keys()
+        assert not parameters.keys() & ELSEWHERE.keys() - {"merge", "save", "pack_base"}
     assert dataclasses.replace(LoRAConfig(r=2), alpha=4) == LoRAConfig(r=2, alpha=4)
 
 
@@ -162,7 +172,8 @@ def test_every_argument_of_peft_is_one_here_or_has_a_hint() -> None:
     rare |= {"alora_invocation_tokens", "qalora_group_size"}
     for field in dataclasses.fields(peft.LoraConfig):
         if field.name not in rare and not field.name.endswith("_config"):
-            assert field.name in inspect.signature(LoRAConfig).parameters or field.name in _IN_PEFT, field.name
+            known = {*inspect.signature(LoRAConfig).parameters, *ELSEWHERE}
+            assert known & {field.name, field.name.removeprefix("lora_")}, field.name
 
 
 @pytest.mark.parametrize("cls", [LoRACallback, Named])

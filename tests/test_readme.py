@@ -29,6 +29,10 @@ def test_readme_is_short_and_begins_with_what_one_does() -> None:
         assert command in README.split("## Results")[0]
 
 
+def test_code_of_the_readme_fits_its_column_on_github() -> None:
+    assert [line for text in BLOCKS for line in text.splitlines() if len(line) > 98] == []
+
+
 @pytest.mark.parametrize("page", ["README.md", *PAGES])
 def test_links_lead_to_files(page: str) -> None:
     path = ROOT / page if page == "README.md" else ROOT / "docs" / page

@@ -56,7 +56,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
         >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
         >>> inject_adapters(model, LoRAConfig(r=2))
         ('0', '2')
-        >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        >>> [name for name, p in model.named_parameters() if p.requires_grad]
         ['0.lora_A', '0.lora_B', '2.lora_A', '2.lora_B']
         >>> model[0]
         LoRALinear(in_features=16, out_features=16, bias=True, r=2, scaling=1)

@@ -54,7 +54,8 @@ def save_merged(model: nn.Module, path: str | Path) -> None:
         >>> import tempfile
         >>> from safetensors.torch import load_model
         >>> from lightning_lora import LoRAConfig, inject_adapters
-        >>> model, plain = nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> plain = nn.Sequential(nn.Linear(4, 4))
         >>> names = inject_adapters(model, LoRAConfig(r=2))
         >>> _ = nn.init.ones_(model[0].lora_B)
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,80 @@
+"""Help for arguments that are named otherwise here."""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Collection
+from typing import Any, TypeVar
+
+from lightning_lora.errors import ConfigError
+
+_Class = TypeVar("_Class", bound=type)
+
+_NEEDLESS = "leave it out: nothing here depends on it"
+_EXPRESSION = r"give target_modules an expression, such as r'.*layers\.(8|9)\..*_proj'"
+_TARGETS = "it is target_modules here"
+_RATE = "your configure_optimizers sets it"
+_OF_CALLBACK = "it is an argument of LoRACallback"
+ELSEWHERE = {
+    "rank": "it is r here",
+    "targets": _TARGETS,
+    "target_layers": _TARGETS,
+    "scaling": "set alpha: the scaling is alpha / r",
+    "lr": _RATE,
+    "learning_rate": _RATE,
+    "merge": _OF_CALLBACK,
+    "save": _OF_CALLBACK,
+    "pack_base": _NEEDLESS,
+    "init_lora_weights": "it is init here, one of 'kaiming', 'gaussian', 'pissa', 'olora'",
+    "task_type": _NEEDLESS,
+    "peft_type": _NEEDLESS,
+    "inference_mode": _NEEDLESS,
+    "base_model_name_or_path": _NEEDLESS,
+    "fan_in_fan_out": _NEEDLESS,
+    "layers_to_transform": _EXPRESSION,
+    "layers_pattern": _EXPRESSION,
+    "trainable_token_indices": "name the embedding in modules_to_save: all its rows train",
+    "ensure_weight_tying": "leave it out: a tied weight in modules_to_save stays tied",
+    "lora_bias": "set bias='lora_only' to train the biases of the adapted layers",
+    "layer_replication": "repeat the layers in your model first",
+    "loftq_config": "it is not available here",
+    "use_qalora": "it is not available here",
+}
+"""Arguments of PEFT's LoraConfig and others that have another name here, or none, and what to do."""
+
+
+def explains_arguments(cls: _Class) -> _Class:
+    """Refuse unknown arguments with the names to use.
+
+    This decorates a class. Its signature stays as it is written, for type checkers and LightningCLI.
+    """
+    init = cls.__init__  # type: ignore[misc]  # of this very class
+    names = [name for name in inspect.signature(init).parameters if name != "self"]
+
+    @functools.wraps(init)
+    def explained(self: Any, *args: Any, **kwargs: Any) -> None:
+        ratio = kwargs.pop("loraplus_lr_ratio", None)  # reserved: accepted as None, and shown nowhere
+        if ratio is not None:
+            raise ConfigError(
+                f"loraplus_lr_ratio={ratio!r} is not available in this version. Leave it out, "
+                "and give lora_A and lora_B groups of their own in configure_optimizers."
+            )
+        if unknown := [f"{name}: {_hint(name, names)}" for name in kwargs if name not in names]:
+            raise ConfigError(f"{cls.__name__} got unknown arguments. {'; '.join(unknown)}.")
+        init(self, *args, **kwargs)
+        given = {*names[: len(args)], *kwargs}
+        vars(self)["given"] = frozenset() if given >= {*names} else frozenset(given)  # a command line gives them all
+
+    cls.__init__ = explained  # type: ignore[misc]
+    return cls
+
+
+def _hint(name: str, names: Collection[str]) -> str:
+    """What to write in place of an unknown argument."""
+    short = name.removeprefix("lora_")
+    if name in ELSEWHERE or short in ELSEWHERE:
+        return ELSEWHERE.get(name) or ELSEWHERE[short]
+    if short in names:
+        return f"it is {short} here"
+    near = difflib.get_close_matches(short, names, n=2)
+    return f"nearest names: {', '.join(near)}" if near else "no name is like it; help(LoRACallback) explains all"
