@@ -1,5 +1,7 @@
 """The pages show code that runs, and the site has them all."""
 
+import ast
+import inspect
 import os
 import re
 import runpy
@@ -37,6 +39,11 @@ def blocks_in(text: str, language: str = "python") -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
+def commands(page: str) -> list[str]:
+    """The lines that one types. A line that ends in a backslash goes on in the next one."""
+    return "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+
+
 def sections(page: str) -> dict[str, list[str]]:
     """The code below each heading that has some."""
     _, *parts = re.split(r"^## (.*)\n", PAGES[page], flags=re.MULTILINE)
@@ -47,6 +54,8 @@ def sections(page: str) -> dict[str, list[str]]:
 MODULE = blocks("first-steps")[0]
 STARTED = ("command-line", "launchers", "sharded")
 """Pages with a program that is started in another way."""
+BY_HAND = ("frameworks",)
+"""Pages with code for packages that are no dependencies. It was run by hand, and the page says when."""
 
 
 BEFORE = {
@@ -91,6 +100,10 @@ def module() -> Any:
     return known["MyModule"]()
 
 
+def calls_in(code: str) -> list[str]:
+    return re.findall(r"LoRACallback\((?:[^()]|\([^()]*\))+\)", code)
+
+
 def config_of(call: str) -> LoRAConfig:
     callback: LoRACallback = eval(call, {"LoRACallback": LoRACallback})
     return callback.config
@@ -98,7 +111,7 @@ def config_of(call: str) -> LoRAConfig:
 
 @pytest.mark.filterwarnings("ignore:The names in the file:lightning_lora.LoRAWarning")
 @pytest.mark.filterwarnings("ignore:.*are layers of nn.TransformerEncoder:lightning_lora.LoRAWarning")
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page not in STARTED])
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page not in (*STARTED, *BY_HAND)])
 def test_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(program(tmp_path, page)))
@@ -131,7 +144,7 @@ def started(path: Path) -> str:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's, about LightningCLI
 def test_program_with_a_command_line_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (line,) = [line for text in blocks("command-line", "sh") for line in text.splitlines() if line.startswith("python")]
+    (line,) = [line for line in commands("command-line") if line.startswith("python")]
     quiet = ["accelerator=cpu", "logger=false", "enable_progress_bar=false", "enable_model_summary=false"]
     flags = [*(f"--trainer.{each}" for each in quiet), "--seed_everything=0"]
     monkeypatch.chdir(tmp_path)
@@ -157,7 +170,7 @@ def test_commands_of_the_page_run(
         inject_adapters(model, LoRAConfig(r=2, target_modules=["linear1"]))
         randomise(model, seed)
         save_adapter(model, f"{name}.safetensors")
-    lines = [line for text in blocks("command-line", "sh") for line in text.splitlines() if "lightning-lora" in line]
+    lines = [line for line in commands("command-line") if line.startswith("lightning-lora")]
     assert len(lines) == 8
     for line in lines:
         assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
@@ -165,11 +178,17 @@ def test_commands_of_the_page_run(
 
 
 def test_every_callback_of_the_pages_finds_its_layers() -> None:
-    code = "".join(text for page in PAGES for text in blocks(page))
-    calls = re.findall(r"LoRACallback\((?:[^()]|\([^()]*\))+\)", code)
+    calls = calls_in("".join(text for page in PAGES if page not in BY_HAND for text in blocks(page)))
     assert len(calls) >= 15
     for call in calls:
         assert inject_adapters(module(), config_of(call)), call
+
+
+@pytest.mark.parametrize("page", BY_HAND)
+def test_code_that_was_run_by_hand_is_python_and_its_callbacks_can_be_made(page: str) -> None:
+    code = "".join(blocks(page))
+    ast.parse(code)
+    assert len(calls_in(code)) >= 5 and all(config_of(call) for call in calls_in(code))
 
 
 def test_the_last_eight_blocks_are_eight() -> None:
@@ -183,10 +202,31 @@ def test_reference_has_every_public_name_once() -> None:
     assert sorted(shown) == sorted(lightning_lora.__all__)
 
 
+def docstrings() -> Iterator[str]:
+    """Those of the public names, and of their own methods."""
+    for name in lightning_lora.__all__:
+        one = getattr(lightning_lora, name)
+        for each in (one, *(getattr(value, "__func__", value) for value in vars(one).values())):
+            yield (inspect.getdoc(each) or "") if callable(each) else ""
+
+
 def test_public_docstrings_are_markdown() -> None:
-    public = [getattr(lightning_lora, name) for name in lightning_lora.__all__]
-    texts = [each.__doc__ or "" for one in public for each in (one, *vars(one).values()) if callable(each)]
-    assert [text for text in texts if re.search(r":\w+:`", text)] == []
+    assert [text for text in docstrings() if re.search(r":\w+:`", text)] == []
+
+
+COLUMN = 80
+"""The number of characters that the site shows of a line of code, in a window of 1440 pixels."""
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_of_a_page_fits_its_column(page: str) -> None:
+    code = re.findall(r"^```\w+\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
+    assert [line for text in code for line in text.splitlines() if len(line) > COLUMN] == []
+
+
+def test_examples_of_the_reference_fit_their_column() -> None:
+    lines = [line for text in docstrings() for line in text.partition("Example:\n")[2].splitlines()]
+    assert len(lines) > 100 and [line for line in lines if len(line) > COLUMN + len("    ")] == []
 
 
 def leaves(tree: Any) -> Iterator[str]:
@@ -198,3 +238,14 @@ def leaves(tree: Any) -> Iterator[str]:
 def test_every_page_is_in_the_site() -> None:
     settings = yaml.safe_load((ROOT / ".mkdocs.yml").read_text())
     assert sorted(leaves(settings["nav"])) == sorted(f"{page}.md" for page in PAGES)
+
+
+def test_the_first_page_leads_to_every_page() -> None:
+    assert {*re.findall(r"\]\(([\w-]+)\.md\)", PAGES["index"])} == PAGES.keys() - {"index"}
+
+
+def test_the_search_of_the_site_needs_no_network_and_no_server() -> None:
+    settings = yaml.safe_load((ROOT / ".mkdocs.yml").read_text())
+    assert "offline" in settings["plugins"]  # it puts the index into a script: pages in a folder may read no other file
+    (worker,) = settings["extra"]["polyfills"]
+    assert "iframe-worker" in worker and (ROOT / "docs" / worker).exists()  # by this name, the plugin knows it
