@@ -9,13 +9,12 @@ from types import ModuleType
 from rich.console import Console
 from rich.markup import escape
 
-from lightning_lora.cli import combine, compare, export, import_peft, inspect, merge
+from lightning_lora.cli import combine, compare, export, inspect, merge
 from lightning_lora.errors import LoRAError, LoRAWarning
 
 _COMMANDS: dict[str, ModuleType] = {
     "inspect": inspect,
     "merge": merge,
-    "import": import_peft,
     "export": export,
     "compare": compare,
     "combine": combine,

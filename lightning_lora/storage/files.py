@@ -25,9 +25,7 @@ from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.storage.foreign.contents import Foreign, completed
 from lightning_lora.storage.foreign.fabric import read_state, state_in
 from lightning_lora.storage.foreign.loralib import read_loralib, tensors_in
-from lightning_lora.storage.foreign.peft.imported import check_imported
 from lightning_lora.storage.foreign.peft.reading import read_peft, weights_of
-from lightning_lora.storage.layout import is_imported
 from lightning_lora.storage.libraries import is_loralib, is_peft
 from lightning_lora.storage.own_files import (
     adapters_in,
@@ -37,7 +35,7 @@ from lightning_lora.storage.own_files import (
     read_contents,
     write_adapter_file,
 )
-from lightning_lora.storage.renaming import Renaming, check_present, renamed, renaming_for
+from lightning_lora.storage.renaming import check_present, renamed, renaming_for
 from lightning_lora.storage.state import adapter_state_dict, write_state
 from lightning_lora.tensors.shards import is_spread
 
@@ -195,8 +193,6 @@ def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any], *
         if find_record(model) is None:  # no adapters, or only those of a submodule
             inject_adapters(model, config)
         view = view_of(model)
-        if is_imported(description):
-            check_imported(view, state, description, renaming or Renaming())
         check_fits(view, state, description, renaming=renaming, refuse_base=check_base)
         write_state(model, state)
 

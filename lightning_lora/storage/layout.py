@@ -3,7 +3,6 @@
 With it, a file can be merged, exported and inspected without the model's code.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,9 +10,6 @@ from lightning_lora.layers import ADAPTERS, Adapter, LoRALayer, LoRAParameters, 
 from lightning_lora.model.view import View
 from lightning_lora.tensors.inplace import combined
 from lightning_lora.tensors.names import join, own_parameter, submodule
-
-OF_A_FILE = ""
-"""The layout of a base of which only a file was seen. The model may have more tensors, or fewer."""
 
 ALSO = "also"
 """The option that holds the other names of a layer that is used in several places."""
@@ -75,11 +71,6 @@ class StoredLayer:
         shapes = {weight: tuple(shape) for weight, shape in stored["shapes"].items()}
         tied = {weight: tuple(names) for weight, names in stored["tied"].items()}
         return cls(**{**stored, "parts": parts, "shapes": shapes, "tied": tied})
-
-
-def is_imported(description: Mapping[str, Any]) -> bool:
-    """Whether adapters were imported: no model has seen their base."""
-    return any(form["layout"] == OF_A_FILE for form in description["base"])
 
 
 def _plain_part(part: Part) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def read_adapter_file(path: str | Path | IO[bytes]) -> tuple[dict[str, Any], dic
     """
     local = local_path(path)
     if local is not None and (local / PEFT_CONFIG).is_file():
-        raise AdapterFileError(f"{path} holds {_in_peft(path)}")
+        raise AdapterFileError(f"{path} holds {_IN_PEFT}")
     return adapters_in(read_contents(path), path)
 
 
@@ -198,7 +198,7 @@ def adapters_in(contents: Any, path: object) -> tuple[dict[str, Any], dict[str, 
 def _instead(contents: dict[Any, Any], path: object) -> str:
     """What a file without adapters of this package holds, and what reads it."""
     if is_peft(contents):
-        return _in_peft(path)
+        return _IN_PEFT
     if is_loralib(contents):
         return "adapters of loralib, which only load_adapter(model, path, alpha=...) reads."
     key = next((key for key in ("state_dict", "model") if isinstance(contents.get(key), dict)), "")
@@ -217,11 +217,8 @@ def _instead(contents: dict[Any, Any], path: object) -> str:
     )
 
 
-def _in_peft(path: object) -> str:
-    """What PEFT's files hold, and what reads them."""
-    local = local_path(path)
-    folder = "FOLDER" if local is None else local if local.is_dir() else local.parent
-    return (
-        "adapters of PEFT. load_adapter(model, path) reads them. Without the model, write a file of this package "
-        f"first: lightning-lora import {folder} adapter.safetensors --base BASE"
-    )
+_IN_PEFT = (
+    "adapters of PEFT, and only their model tells what their layers are. Load them onto it, and write a file of this "
+    "package: load_adapter(model, path), then save_adapter(model, 'adapter.safetensors')."
+)
+"""What PEFT's files hold, and what reads them."""

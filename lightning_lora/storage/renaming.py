@@ -17,7 +17,7 @@ from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.attention import LoRAAttention
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.model.root import root_of
-from lightning_lora.storage.layout import StoredLayer, is_imported
+from lightning_lora.storage.layout import StoredLayer
 from lightning_lora.tensors.names import join, named_modules, owner_of, parameters_of, state_dict
 
 
@@ -69,7 +69,7 @@ def renaming_for(model: nn.Module, description: Mapping[str, Any]) -> Renaming |
         return all(renaming.name_here(name) in modules for name in names)
 
     roots = Renaming(description.get("root", ""), root_of(model))
-    if (roots.there or is_imported(description)) and fits(roots):
+    if roots.there and fits(roots):
         return roots
     outward = [place for place in (Renaming("", name) for name in modules if name) if fits(place)]
     inward = [place for place in (Renaming(lead, "") for lead in common_lead(names) if lead) if fits(place)]

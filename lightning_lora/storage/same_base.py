@@ -21,7 +21,6 @@ from lightning_lora.storage.fingerprint import (
     is_lost,
     quantised_names,
 )
-from lightning_lora.storage.layout import OF_A_FILE
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.tensors.digests import digest, digests_as
 
@@ -41,8 +40,7 @@ def check_base(
     """Refuse adapters that were trained on another base.
 
     The same weights in another dtype are accepted: if each tensor here, converted to the dtype there, has the bits
-    there, or the other way round. Quantised weights, which other weights have no bits in common with, are left out. If
-    only a file of the base was seen, the tensors that the file and the model have in common are compared.
+    there, or the other way round. Quantised weights, which other weights have no bits in common with, are left out.
 
     Args:
         view: The adapted model that receives the adapters.
@@ -152,11 +150,7 @@ def _compare(
         is_same_form = all((halves[name] is None) == (own in packed) for name, own in names.items())
     dtypes = [getattr(torch, dtype) for dtype in form["dtypes"]]
     found = _Comparison(is_same_form, [name for name in there if name not in names and halves[name] is not None])
-    if form["layout"] == OF_A_FILE:
-        found.differ = []
     for (name, own), exact in zip(names.items(), here["digests"], strict=True):
-        if form["layout"] == OF_A_FILE and name not in there:
-            continue
         known = halves.get(name) or []
         if not is_same_form and (own in packed or halves.get(name, []) is None):
             found.quantised += own in view.parameters
@@ -225,7 +219,7 @@ def _difference(
 ) -> str:
     """What is different. The first sentence says how much, the others what to do."""
     title, packed = type(view.model).__name__, quantised_names(view) or None in form.get("rounded", {}).values()
-    if form["layout"] not in (here["layout"], OF_A_FILE) and (found is None or not packed):
+    if form["layout"] != here["layout"] and (found is None or not packed):
         return (
             f"These adapters were trained on another architecture: their base has {len(form['digests'])} frozen "
             f"tensors, {title} has {len(here['digests'])}, and names or shapes differ.{_example(view, shapes)} Build "
@@ -239,12 +233,6 @@ def _difference(
             "is nothing to compare. Load it as it was loaded for training, or pass check_base=False to load_adapter."
         )
     how_many = f"{len(found.differ)} of {counted} frozen tensors of {title} differ, such as {listed(found.differ, 3)}"
-    if form["layout"] == OF_A_FILE:
-        return (
-            f"These adapters were trained on another base: {how_many}, also after a conversion of their "
-            f"precision{found.left_out()}. Load the pretrained weights that they were trained on. If lightning-lora "
-            "import wrote the file, these must be the weights that were passed to it as --base."
-        )
     if found.is_same_form:
         return (
             f"These adapters were trained on another base: {how_many}. Load the pretrained weights that they were "

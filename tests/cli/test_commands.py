@@ -89,7 +89,7 @@ def test_merge_writes_the_merged_model(files: list[str], tmp_path: Path, capsys:
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in load_file(out).items())
 
 
-@pytest.mark.parametrize("command", ["inspect", "merge", "import", "export", "compare", "combine"])
+@pytest.mark.parametrize("command", ["inspect", "merge", "export", "compare", "combine"])
 def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])
@@ -214,43 +214,10 @@ def peft_folder(tmp_path: Path) -> Path:
     return tmp_path / "peft"
 
 
-def test_import_writes_a_file_that_the_other_commands_take(
-    peft_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base, out = str(tmp_path / "base.safetensors"), str(tmp_path / "imported.safetensors")
-    assert main(["import", str(peft_folder), out, "--base", base]) == 0
-    assert capsys.readouterr().out == f"Imported 2 layers and 2 other tensors into {out}.\n"
-    here, there = LitTiny(), LitTiny()
-    load_adapter(here, out)
-    load_adapter(there, peft_folder)
-    assert torch.equal(here(torch.arange(4)), there(torch.arange(4)))
-    assert main(["merge", base, out, str(tmp_path / "merged.safetensors")]) == 0
-    assert main(["inspect", out]) == 0 and main(["compare", out, out]) == 0
-    assert main(["export", out, str(tmp_path / "again")]) == 0
-    capsys.readouterr()
-    assert main(["import", str(peft_folder), out, "--base", base, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found == {"file": out, "layers": ["q_proj", "v_proj"], "beside": ["head.bias", "head.weight"], "base": 4}
-
-
-def test_import_fails_in_one_line_and_writes_nothing(
-    peft_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "imported.safetensors"
-    assert main(["import", str(peft_folder), str(out)]) == 1
-    assert "Pass --base FILE. See lightning-lora import --help" in capsys.readouterr().err
-    assert main(["import", str(peft_folder), str(out), "--base", str(tmp_path / "nothing.safetensors")]) == 1
-    error = capsys.readouterr().err
-    assert (
-        error.startswith("error: ") and "nothing.safetensors does not exist" in error and len(error.splitlines()) == 1
-    )
-    assert not out.exists()
-
-
-def test_commands_name_import_for_a_folder_of_peft(peft_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_say_what_a_folder_of_peft_needs(peft_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(peft_folder)
     for path in (folder, f"{folder}/adapter_model.safetensors"):
         for arguments in (["inspect", path], ["compare", path, path], ["export", path, f"{folder}/out"]):
             assert main(arguments) == 1
             says = " ".join(capsys.readouterr().err.split())
-            assert f"{path} holds adapters of PEFT." in says and f"lightning-lora import {folder} " in says
+            assert f"{path} holds adapters of PEFT" in says and "save_adapter(model, 'adapter.safetensors')" in says

@@ -13,7 +13,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError, listed
 from lightning_lora.functional.combine import Factors, concatenated, dare, factored, ties, truncated
 from lightning_lora.storage.description import FORMAT, sealed
-from lightning_lora.storage.layout import OF_A_FILE, StoredLayer
+from lightning_lora.storage.layout import StoredLayer
 from lightning_lora.storage.offline.stored import StoredAdapters
 from lightning_lora.storage.own_files import check_place, write_adapter_file
 from lightning_lora.storage.renaming import by_whole_names, targets_of
@@ -121,16 +121,8 @@ def _check_alike(files: list[StoredAdapters]) -> None:
 
 
 def _is_same_base(one: StoredAdapters, other: StoredAdapters) -> bool:
-    """Whether two files have a form of the base in common. Of an imported one, the tensors that both name decide."""
-    forms = [(a, b) for a in one.description["base"] for b in other.description["base"]]
-    return any(a == b or (OF_A_FILE in (a["layout"], b["layout"]) and _agree(a, b)) for a, b in forms)
-
-
-def _agree(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether the tensors that two fingerprints have in common are the same."""
-    first, second = (dict(zip(form.get("rounded", ()), form["digests"], strict=False)) for form in (a, b))
-    common = first.keys() & second.keys()
-    return bool(common) and all(first[name] == second[name] for name in common)
+    """Whether two files have a form of the base in common."""
+    return any(form in other.description["base"] for form in one.description["base"])
 
 
 def _form(layer: StoredLayer) -> Any:

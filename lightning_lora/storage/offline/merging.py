@@ -20,11 +20,9 @@ from lightning_lora.errors import (
     MergePrecisionWarning,
     listed,
 )
-from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.model.merge_warnings import lost_to_rounding
 from lightning_lora.storage.checkpoint import as_base
 from lightning_lora.storage.disk import writing
-from lightning_lora.storage.layout import is_imported
 from lightning_lora.storage.offline.stored import StoredAdapters
 from lightning_lora.storage.offline.tensor_files import INDEX, Entry, TensorFiles, write_tensors
 from lightning_lora.storage.pickles import unread_in
@@ -136,25 +134,7 @@ class _Merge:
                 f"{listed(tied)} are tied to other layers, which a file cannot show: whoever loads it would tie them "
                 "again. Merge in memory: load_adapter(model, path), then merge_adapters(model)."
             )
-        if is_imported(self.stored.description):
-            self._check_embeddings()
         self._check_base()
-
-    def _check_embeddings(self) -> None:
-        """Refuse embeddings of which no file shows whether an output layer shares them."""
-        classes = {name: self.stored.layers[layer].adapter_class for name, (layer, _) in self.weights.items()}
-        alone = []
-        for name in (name for name, kind in classes.items() if kind and issubclass(kind, LoRAEmbedding)):
-            own = self.files.get(name)
-            others = (self.files.get(other) for other in self.names if other != name)
-            if not any(other.shape == own.shape and other.data_ptr() != own.data_ptr() for other in others):
-                alone.append(name)
-        if alone:
-            raise AdapterMismatchError(
-                f"{listed(alone)} may be tied to an output layer: {self.files.path} holds no other weight of this "
-                f"shape, and {self.stored.path} was imported from PEFT, whose files do not say it. Merge in memory: "
-                "load_adapter(model, path), then merge_adapters(model)."
-            )
 
     def _check_base(self) -> None:
         """Compare every frozen tensor that both sides have.

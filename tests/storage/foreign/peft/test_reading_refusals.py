@@ -361,7 +361,7 @@ def test_both_spellings_of_the_magnitude(tmp_path: Path) -> None:
 def test_other_readers_say_what_it_is(tmp_path: Path) -> None:
     written(tmp_path)
     for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
-        with pytest.raises(AdapterFileError, match=rf"adapters of PEFT.*lightning-lora import {tmp_path} .*--base"):
+        with pytest.raises(AdapterFileError, match=r"adapters of PEFT.*load_adapter\(model, path\), then save_adapter"):
             read_adapter_file(path)
     with pytest.raises(AdapterFileError, match="Build the model, then call load_adapter"):
         load_from_checkpoint(LitTiny, tmp_path / "adapter_model.safetensors")
