@@ -174,7 +174,7 @@ def test_commands_of_the_page_run(
     assert len(lines) == 8
     for line in lines:
         assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
-    assert {path.stem for path in tmp_path.iterdir()} >= {"merged", "both", "small", "peft_folder", "imported"}
+    assert {path.stem for path in tmp_path.iterdir()} >= {"merged", "both", "small", "peft_folder"}
 
 
 def test_every_callback_of_the_pages_finds_its_layers() -> None:
