@@ -2,7 +2,6 @@
 
 import inspect
 import sys
-import warnings
 from contextlib import ExitStack, closing
 from typing import Any, Literal, get_args
 
@@ -12,24 +11,23 @@ from torch.optim import Optimizer
 
 from lightning_lora.argument_names import explains_arguments
 from lightning_lora.config import Bias, Init, LoRAConfig
-from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError
+from lightning_lora.errors import ConfigError, LoRAError
 from lightning_lora.model.handover import make_folder
 from lightning_lora.model.inject import check_adapted, inject_adapters
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.record import find_record
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
-from lightning_lora.storage.checkpoint import load_checkpoint_state
 from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.summary import fitting_console, summarize
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training.advice import advise
 from lightning_lora.training.averaging import drop_averages, share_base
+from lightning_lora.training.best import LAST, load_best
 from lightning_lora.training.companions import (
     callbacks_of,
     check_companions,
     is_trial,
-    judge_of,
     loads_in_hooks,
     loads_late,
     states_are_read,
@@ -47,8 +45,6 @@ from lightning_lora.training.watch import watch, watch_of
 
 Merge = Literal["last", "best"] | Literal[False]  # as one, jsonargparse would expect "a bool"
 Save = Literal["adapters", "model"]
-
-_LAST = "the last adapters"
 
 
 @explains_arguments
@@ -332,27 +328,12 @@ class LoRACallback(Callback):
         note_changed(pl_module)
         if not self.merge or is_trial(trainer):
             return
-        which = self._load_best(trainer, pl_module) if self.merge == "best" else _LAST
+        which = load_best(trainer, pl_module, _watch_of(trainer).read_adapters) if self.merge == "best" else LAST
         count = len(View(pl_module).layers)
         layers = "1 layer" if count == 1 else f"{count} layers"
         merge_adapters(pl_module)
         send_record(trainer, pl_module)
         rank_zero_info(f"LoRACallback merged {which} into {layers}: {type(pl_module).__name__} is a plain model again.")
-
-    def _load_best(self, trainer: Trainer, pl_module: LightningModule) -> str:
-        path = getattr(judge_of(trainer), "best_model_path", "")
-        try:
-            if not path:
-                raise FileNotFoundError("ModelCheckpoint wrote none")
-            load_checkpoint_state(pl_module, _watch_of(trainer).read_adapters(path))
-        except (OSError, LoRAError) as error:
-            warnings.warn(
-                f"merge='best' could not load a best checkpoint ({error}). The last adapters are merged instead.",
-                BestCheckpointWarning,
-                stacklevel=1,
-            )
-            return _LAST
-        return f"the best adapters ({path})"
 
     # Afterwards
 
