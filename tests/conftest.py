@@ -13,3 +13,4 @@ torch.set_num_threads(1)  # a process that has started OpenMP's threads cannot b
 def seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # a test of the CLI sets it, and new processes obey it
+    monkeypatch.delenv("LIGHTNING_LORA_MEMORY", raising=False)  # what forked fits of another test have left
