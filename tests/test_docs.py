@@ -155,7 +155,7 @@ def test_program_with_a_command_line_runs(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_settings_of_the_command_line_are_the_callbacks() -> None:
     own, listed = [yaml.safe_load(text) for text in blocks("command-line", "yaml")]
-    assert LoRACallback(**own["lora"]).merge == "best"
+    assert LoRACallback(**own["lora"]).merge == "last"
     (entry,) = listed["trainer"]["callbacks"]
     assert entry["class_path"] == "lightning_lora.LoRACallback" and LoRACallback(**entry["init_args"])
 

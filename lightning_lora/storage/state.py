@@ -26,7 +26,8 @@ _NOTE_START = "this file holds only adapters"
 
 NOTE = (
     f"{_NOTE_START}: load it with lightning_lora.load_from_checkpoint(cls, path), or into a model with "
-    "lightning_lora.load_adapter(model, path); or write files that any code loads: LoRACallback(save='model')"
+    "lightning_lora.load_adapter(model, path); or give the Trainer a LoRACallback(); or write files that any code "
+    "loads: LoRACallback(save='model')"
 )
 """An entry of a checkpoint's state, without values. Whoever loads the file as a full one is told this name."""
 
@@ -262,7 +263,7 @@ def _check_tensor(name: str, value: object, expected: Tensor, *, converting: boo
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise AdapterMismatchError(
             f"{name!r} is {found}, but this model has {tuple(expected.shape)}. Build the model as it was built for "
-            "training, and adapt it with the same r."
+            "training, with the same head, and adapt it with the same r."
         )
     if value.layout != expected.layout or (value.is_meta and not expected.is_meta):
         raise AdapterMismatchError(

@@ -65,46 +65,42 @@ def _warn_of_fresh(view: View, fresh: Fresh) -> None:
             f"Layers of {title} that look untrained: {listed(fresh.random)}. Their weights are frozen: they would stay "
             "as they are."
         )
-    warnings.warn(
+    _warn(
         f"{found} Their values look like those of an initialisation. {remedy}. (If they are random on purpose, ignore "
         "FreshLayerWarning: the files hold them as they are.)",
         FreshLayerWarning,
-        stacklevel=1,
     )
 
 
 def _warn_of_left_trainable(view: View, fresh: Fresh) -> None:
     left = [name for name in left_trainable(view) if name not in fresh.random]
     if left:
-        warnings.warn(
+        _warn(
             f"You have frozen most of {type(view.model).__name__}, but not {listed(left)}. Now these are frozen too, "
             f"because no adapter is inside them. To train them in full: {_to_save(view, left)}.",
             LoRAWarning,
-            stacklevel=1,
         )
 
 
 def _warn_of_left_alone(view: View) -> None:
     layers, kinds, share = left_alone(view)
     if share > MOST:
-        warnings.warn(
+        _warn(
             f'target_modules="all-linear" leaves {share:.0%} of the weights of {type(view.model).__name__} without '
             f"adapters. They are in {', '.join(kinds)} layers, which can be adapted too: {listed(layers)}. Use "
             'target_modules="all", or name the layers to adapt.',
             LoRAWarning,
-            stacklevel=1,
         )
 
 
 def _warn_of_computed(view: View) -> None:
     left = left_computed(view)
     if left:
-        warnings.warn(
-            f"{listed(left)} of {type(view.model).__name__} have no adapter, because their weight is {COMPUTED}: no "
-            "update could be merged into it. They stay frozen. To adapt them, undo that first. To train them in full: "
+        _warn(
+            f"No adapter for {listed(left)} of {type(view.model).__name__}, because the weight is {COMPUTED}: no "
+            "update could be merged into it, and it stays frozen. To adapt it, undo that first. To train it in full: "
             f"{_to_save(view, left)}.",
             LoRAWarning,
-            stacklevel=1,
         )
 
 
@@ -116,12 +112,11 @@ def _warn_of_large_hyperparameters(model: LightningModule, view: View) -> None:
     if large:
         title = type(model).__name__
         names = ", ".join(f"{name!r} ({size / 1e6:,.1f} MB)" for name, size in large.items())
-        warnings.warn(
+        _warn(
             f"Hyperparameters of {title} hold weights: {names}. Every checkpoint stores them whole, beside the "
             f"adapters. Leave them out: self.save_hyperparameters(ignore={list(large)}). Then pass them when you load: "
             f"load_from_checkpoint({title}, path, {', '.join(f'{name}=...' for name in large)}).",
             LoRAWarning,
-            stacklevel=1,
         )
 
 
@@ -145,3 +140,8 @@ def _bytes_in(value: object) -> int:
 def _to_save(view: View, names: list[str] | tuple[str, ...]) -> str:
     """The argument to write, with what it already lists."""
     return f"modules_to_save={list(dict.fromkeys([*(view.config.modules_to_save or ()), *names]))}"
+
+
+def _warn(message: str, category: type[LoRAWarning]) -> None:
+    """Warn in every fit: Python shows the same text once in a program, and a notebook is one program."""
+    warnings.warn_explicit(message, category, __file__, 1, registry={})

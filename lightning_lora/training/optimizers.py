@@ -6,6 +6,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -167,6 +168,7 @@ def _place_rest(view: View, edited: list[list[Params]]) -> None:
     groups = [group for optimizer in edited for group in optimizer]
     if rest and len(groups) == 1:
         groups[0].extend(rest.values())
+        rank_zero_info(f"No optimizer held {listed(rest)} or their weights: they train in its only parameter group.")
     elif rest:
         raise OptimizerError(
             f"No optimizer trains {listed(rest)}: none of the {len(groups)} parameter groups from configure_optimizers "

@@ -35,6 +35,11 @@ def fit(folder: Path, model: L.LightningModule, t: L.Trainer | None = None, **op
 def test_a_new_head_is_named_with_the_list_that_trains_it(tmp_path: Path) -> None:
     with pytest.warns(FreshLayerWarning, match="LitTiny that look untrained: 'head'. Their weights are frozen"):
         trainer(tmp_path, [LoRACallback(**TARGETS)], max_epochs=1).fit(new_head(), data())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            trainer(tmp_path, [LoRACallback(**TARGETS)], max_epochs=1).fit(new_head(), data())
+    assert [w.category for w in caught].count(FreshLayerWarning) == 2  # in every fit
     (said,) = fit(tmp_path, new_head(), **TARGETS, modules_to_save=None)
     (listed,) = re.findall(r"modules_to_save=\['head'\]", said)
     assert fit(tmp_path, new_head(), **TARGETS, modules_to_save=eval(listed.partition("=")[2])) == []
@@ -167,10 +172,10 @@ class Normed(LitTiny):
 
 def test_layers_whose_weight_is_computed_are_named_once(tmp_path: Path) -> None:
     (said,) = fit(tmp_path, Normed(), r=2, target_modules="all")
-    assert said.startswith("LoRAWarning: 'v_proj', 'conv' of Normed have no adapter, because their weight is computed")
+    assert said.startswith("LoRAWarning: No adapter for 'v_proj', 'conv' of Normed, because the weight is computed")
     assert "modules_to_save=['v_proj', 'conv']" in said
     (said,) = fit(tmp_path, Normed(), r=2)
-    assert said.startswith("LoRAWarning: 'v_proj' of Normed have no adapter")
+    assert said.startswith("LoRAWarning: No adapter for 'v_proj' of Normed")
     assert fit(tmp_path, Normed(), r=2, target_modules="all", modules_to_save=["conv", "v_proj"]) == []
     assert fit(tmp_path, Normed(), r=2, target_modules="all", exclude_modules=["conv", "v_proj"]) == []
     assert fit(tmp_path, Normed(), r=2, target_modules=["q_proj"]) == []

@@ -53,8 +53,10 @@ def read_loralib(
     """
     if alpha is None:
         raise ConfigError(
-            f"{path} holds adapters of loralib. Their alpha is in no file: pass the lora_alpha that they were trained "
-            "with, load_adapter(model, path, alpha=16)."
+            f"{path} holds adapters of loralib, or the state_dict() of a model that was adapted here. The alpha of "
+            "loralib's is in no file: pass the one of the training, load_adapter(model, path, alpha=...). For a "
+            "state_dict(), call inject_adapters(model, config) as for the training, then "
+            "model.load_state_dict(torch.load(path))."
         )
     settings = LoRAConfig(alpha=alpha, target_slices=target_slices)
     layers: dict[str, dict[str, Tensor]] = {}
