@@ -30,8 +30,8 @@ ADAPTERS = "adapters"
 def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later: bool = False) -> dict[str, Any]:
     """Return ``checkpoint`` without the base, ready to be written.
 
-    Of the model, it holds only what training changed, and a description of it, with a checksum. If code
-    other than an optimizer changes a frozen weight after the run began, the weight is stored from then on.
+    Of the model, it holds only what training changed, and a description of it, with a checksum. If code other than an
+    optimizer changes a frozen weight after the run began, the weight is stored from then on.
 
     Args:
         model: The adapted model.

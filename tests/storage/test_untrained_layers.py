@@ -93,6 +93,13 @@ def test_the_own_head_comes_back_when_the_adapters_go(tmp_path: Path) -> None:
     assert same(state(other), before)
 
 
+def test_a_base_that_is_loaded_later_is_looked_at_again() -> None:
+    inject_adapters(model := LitTiny(width=64), LoRAConfig(r=2, target_modules=["q_proj"]))
+    assert not HEAD & {*adapter_state_dict(model)}  # random as a whole
+    model.load_state_dict(NewHead().state_dict(), strict=False)
+    assert {*adapter_state_dict(model)} >= HEAD
+
+
 def test_a_state_without_a_file_holds_the_head_too(tmp_path: Path) -> None:
     inject_adapters(model := NewHead(), LoRAConfig(r=2, target_modules=["q_proj"]))
     randomise(model)

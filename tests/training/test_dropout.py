@@ -264,7 +264,9 @@ class Copies(Lit):
     """A module that copies its network in a step, as a mean teacher does."""
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        self.__dict__["teacher"] = copy.deepcopy(self.model)
+        self.__dict__["teacher"] = teacher = copy.deepcopy(self.model)
+        if self.model.q_proj.lora_B.any():  # type: ignore[union-attr, operator]
+            assert torch.equal(teacher(X), teacher(X)) and not torch.equal(self.model(X), self.model(X))
         return super().training_step(batch, batch_idx)
 
 

@@ -121,6 +121,16 @@ def test_a_module_that_other_code_gave_the_best_weights_is_saved_as_it_is(tmp_pa
     assert same(read(tmp_path / "after.ckpt")["state_dict"], state(model))
 
 
+@needs_averaging
+def test_averages_of_the_adapted_module_are_not_saved_for_a_plain_one(tmp_path: Path) -> None:
+    t = trainer(tmp_path, [whole(), bundled.EMAWeightAveraging(decay=0.5), best(tmp_path, filename="best")])
+    t.fit(model := LitTiny(), data(), data())
+    model.load_state_dict({name: value + 1 for name, value in read(tmp_path / "best.ckpt")["state_dict"].items()})
+    with pytest.warns(LoRAWarning, match="were replaced"):
+        t.save_checkpoint(tmp_path / "after.ckpt")
+    assert same(read(tmp_path / "after.ckpt")["state_dict"], state(model))
+
+
 @pytest.mark.parametrize("written", ["adapters", "model"])
 @pytest.mark.parametrize("resumed", ["adapters", "model"])
 def test_a_run_goes_on_from_it_to_the_bit(tmp_path: Path, written: Any, resumed: Any) -> None:
