@@ -24,7 +24,7 @@ from lightning_lora.tensors.shards import reshard
 from lightning_lora.training.advice import advise
 from lightning_lora.training.averaging import drop_averages, share_base
 from lightning_lora.training.best import LAST, load_best
-from lightning_lora.training.companions import (
+from lightning_lora.training.compatibility import (
     callbacks_of,
     check_companions,
     is_trial,

@@ -252,7 +252,7 @@ def _about(module: nn.Module) -> tuple[str, int | None, tuple[str, ...]]:
     kind = module.overlaid[1].__name__ if isinstance(module, InPlace) else type(module).__name__
     if not isinstance(module, LoRALayer):
         return kind, None, ()
-    return kind, module.lora_settings.r, tuple(part.name for part in module.lora_parts if part.name)
+    return kind, module.lora_settings.r, tuple(part.name for part in module.lora_matrices if part.name)
 
 
 def _smaller(view: View, name: str) -> tuple[tuple[str, int], ...]:
@@ -260,7 +260,7 @@ def _smaller(view: View, name: str) -> tuple[tuple[str, int], ...]:
     layer, found = view.layers.get(name), dict[str, int]()
     if layer is None or not view.is_adapted:
         return ()
-    for part in layer.lora_parts:
+    for part in layer.lora_matrices:
         target = join(name, part.weight) if isinstance(layer, LoRAParameters) else name
         r = part.rank(layer.lora_settings.r)
         if r < view.config.rank(name, target):

@@ -63,7 +63,7 @@ def inspect(stored: StoredAdapters) -> dict[str, Any]:
 def _layer(stored: StoredAdapters, name: str) -> dict[str, Any]:
     """One layer: what it is, and the size of its update."""
     layer, norms, ranks = stored.layers[name], [], []
-    scalings = {part.weight: part.scaling or layer.scaling for part in layer.parts}
+    scalings = {part.weight: part.scaling or layer.scaling for part in layer.matrices}
     for weight, (a, b) in stored.factors(name).items():
         values = singular_values(a, b, scalings[weight])
         norms.append(values.norm().item())
@@ -71,7 +71,7 @@ def _layer(stored: StoredAdapters, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "class": layer.layer_class,
-        "parts": [part.name for part in layer.parts if part.name],
+        "parts": [part.name for part in layer.matrices if part.name],
         "r": layer.r,
         "scaling": layer.scaling,
         "shapes": {weight: list(shape) for weight, shape in layer.shapes.items()},

@@ -6,20 +6,20 @@ depends on models or configurations.
 
 from lightning_lora.layers.base import HAS_UPDATE, LoRALayer, attach
 from lightning_lora.layers.experts import LoRAParameters
+from lightning_lora.layers.init import new_adapter
 from lightning_lora.layers.kinds import ADAPTERS, adapter_for, kind_named, name_of_kind, register_adapter
-from lightning_lora.layers.parts import FROM_BASE, MAGNITUDE, Adapter, Part, Settings
+from lightning_lora.layers.matrices import FROM_BASE, MAGNITUDE, AdaptedMatrix, Adapter, Settings
 from lightning_lora.layers.quantized import count, is_quantised, quantised_entries, repacks, unpack
-from lightning_lora.layers.start import new_adapter
 
 __all__ = [
     "ADAPTERS",
     "FROM_BASE",
     "HAS_UPDATE",
     "MAGNITUDE",
+    "AdaptedMatrix",
     "Adapter",
     "LoRALayer",
     "LoRAParameters",
-    "Part",
     "Settings",
     "adapter_for",
     "attach",

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.parts import Part
+from lightning_lora.layers.matrices import AdaptedMatrix
 from lightning_lora.tensors.names import own_parameter
 
 
@@ -28,14 +28,14 @@ class LoRAAttention(LoRALayer):
     lora_is_linear = True
 
     @classmethod
-    def lora_parts_of(cls, layer: Any) -> tuple[Part, ...]:
+    def lora_matrices_of(cls, layer: Any) -> tuple[AdaptedMatrix, ...]:
         """Return the four projections: q, k, v, out."""
         width = layer.embed_dim
         if layer._qkv_same_embed_dim:
             rows = len(own_parameter(layer, "in_proj_weight"))
-            qkv = [Part("in_proj_weight", width, width, i * width, rows, name) for i, name in enumerate("qkv")]
+            qkv = [AdaptedMatrix("in_proj_weight", width, width, i * width, rows, name) for i, name in enumerate("qkv")]
         else:
             weights = {name: f"{name}_proj_weight" for name in "qkv"}
-            qkv = [Part(w, own_parameter(layer, w).shape[1], width, name=name) for name, w in weights.items()]
+            qkv = [AdaptedMatrix(w, own_parameter(layer, w).shape[1], width, name=name) for name, w in weights.items()]
         rows = len(own_parameter(layer, "out_proj.weight"))
-        return (*qkv, Part("out_proj.weight", width, rows, name="out"))
+        return (*qkv, AdaptedMatrix("out_proj.weight", width, rows, name="out"))

@@ -12,13 +12,13 @@ from lightning_lora.errors import LoRAWarning
 from lightning_lora.functional.plain import are_plain
 from lightning_lora.functional.update import added, delta_weight, lost_share, magnitude_scale, merged, wide
 from lightning_lora.layers.contract import LayerKind
-from lightning_lora.layers.parts import MAGNITUDE, Adapter, Part, Settings
-from lightning_lora.layers.start import names_of, start
-from lightning_lora.layers.twin import run_on
+from lightning_lora.layers.functional_call import run_on
+from lightning_lora.layers.init import names_of, start
+from lightning_lora.layers.matrices import MAGNITUDE, AdaptedMatrix, Adapter, Settings
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.inplace import overlay, uncover
 from lightning_lora.tensors.names import own_parameter
-from lightning_lora.tensors.shards import in_one_piece, is_spread, own_part, spread_as, whole
+from lightning_lora.tensors.shards import distributed_as, full_tensor, is_dtensor, to_local, without_dtensor
 from lightning_lora.tensors.values import replace_values, same_bits
 
 HAS_UPDATE = "has_lora_update"
@@ -45,7 +45,7 @@ class LoRALayer(LayerKind):
     ``lora_A`` and ``lora_B``. What differs between kinds of layers is in :class:`LayerKind`.
     """
 
-    lora_parts: tuple[Part, ...]
+    lora_matrices: tuple[AdaptedMatrix, ...]
     lora_settings: Settings
     lora_started_on: dict[str, int]
     lora_enabled: bool
@@ -120,7 +120,7 @@ class LoRALayer(LayerKind):
 
     def lora_weights(self) -> tuple[str, ...]:
         """Return the names of the weights that have updates."""
-        return tuple(dict.fromkeys(part.weight for part in self.lora_parts))
+        return tuple(dict.fromkeys(part.weight for part in self.lora_matrices))
 
     def lora_factors(self, name: str) -> tuple[Tensor, Tensor]:
         r"""Return the factors of a weight's update as one pair.
@@ -140,7 +140,7 @@ class LoRALayer(LayerKind):
 
     def _lora_stacked(self, name: str, start: str = "") -> tuple[Tensor, Tensor]:
         """The factors of all parts of a weight as one pair: A stacked by rows, B by columns."""
-        parts = [part for part in self.lora_parts if part.weight == name]
+        parts = [part for part in self.lora_matrices if part.weight == name]
         if len(parts) == 1 and parts[0].is_whole:
             return tuple(self._lora_factor(parts[0].factor(letter + start), name) for letter in "AB")  # type: ignore[return-value]
         reading, writing = [], []
@@ -153,20 +153,20 @@ class LoRALayer(LayerKind):
     def _lora_factor(self, name: str, weight: str) -> Tensor:
         """A parameter of the adapter, to compute with. Beside a plain weight, it is without its DTensor."""
         factor: Tensor = getattr(self, name)
-        return factor if is_spread(self._lora_own(weight)) else in_one_piece(factor)
+        return factor if is_dtensor(self._lora_own(weight)) else without_dtensor(factor)
 
     def _lora_delta(self, name: str, own: Tensor, dropout: float = 0.0) -> Tensor:
         """The update of a weight, in the layout of ``own``, in float32 or wider."""
         a, b = self.lora_factors(name)
-        if not is_spread(own):
-            a, b = whole(a), whole(b)
+        if not is_dtensor(own):
+            a, b = full_tensor(a), full_tensor(b)
         if dropout:
             a = a * F.dropout(torch.ones_like(a[..., :1, :]), dropout)
         return self.lora_as_weight(delta_weight(a, b, self._lora_scaling(name)), own)
 
     def _lora_scaling(self, name: str) -> float:
         """The scaling of a weight's update."""
-        own = next(part.scaling for part in self.lora_parts if part.weight == name)
+        own = next(part.scaling for part in self.lora_matrices if part.weight == name)
         return own or self.lora_settings.scaling
 
     def _lora_own(self, name: str) -> Tensor:
@@ -192,7 +192,9 @@ class LoRALayer(LayerKind):
                 return effective
             matrix = self.lora_as_matrix(effective)
             magnitude = self._lora_factor(MAGNITUDE, "weight")
-            scaled = matrix * magnitude_scale(magnitude if is_spread(own) else whole(magnitude), matrix).unsqueeze(-1)
+            scaled = matrix * magnitude_scale(
+                magnitude if is_dtensor(own) else full_tensor(magnitude), matrix
+            ).unsqueeze(-1)
             return self.lora_as_weight(scaled, own)
 
     def lora_merged_weight(self, name: str) -> tuple[Tensor, float]:
@@ -202,23 +204,23 @@ class LoRALayer(LayerKind):
         gathered meanwhile, so that the sum is the same to the last bit as on one process.
         """
         own = own_parameter(self, name)
-        weight = whole(own)
+        weight = full_tensor(own)
         is_plain = type(weight.data) is Tensor and weight.dim() == 2
         if self._lora_is_matrix and is_plain and not self.lora_settings.use_dora:
             with torch.autocast(weight.device.type, enabled=False):
                 a, b = self.lora_factors(name)
-                values, share = merged(weight, whole(a), whole(b), self._lora_scaling(name))
+                values, share = merged(weight, full_tensor(a), full_tensor(b), self._lora_scaling(name))
         else:
             effective = self.lora_effective_weight(name, weight)
             values = effective.to(weight.dtype)
             share = lost_share(weight, effective, values)
-        return spread_as(values, own), share
+        return distributed_as(values, own), share
 
     # The parameters
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
         """Return the adapter's parameters, by name in the layer."""
-        return {name: own_parameter(self, name) for name in names_of(self.lora_parts, self.lora_settings)}
+        return {name: own_parameter(self, name) for name in names_of(self.lora_matrices, self.lora_settings)}
 
     def lora_trained(self) -> dict[str, dict[str, nn.Parameter]]:
         """Return the adapter's trainable parameters for each adapted weight.
@@ -226,7 +228,7 @@ class LoRALayer(LayerKind):
         Both the weights and the parameters have their names in the layer.
         """
         trained: dict[str, dict[str, nn.Parameter]] = {name: {} for name in self.lora_weights()}
-        for part in self.lora_parts:
+        for part in self.lora_matrices:
             for name in (part.factor("A"), part.factor("B")):
                 trained[part.weight][name] = own_parameter(self, name)
         if self.lora_settings.use_dora:
@@ -246,7 +248,7 @@ class LoRALayer(LayerKind):
         adapter = Adapter(
             kind=self.overlaid[0],
             settings=state.pop("lora_settings"),
-            parts=state.pop("lora_parts"),
+            matrices=state.pop("lora_matrices"),
             parameters=parameters,
             started_on=state.pop("lora_started_on"),
         )
@@ -257,24 +259,24 @@ class LoRALayer(LayerKind):
 
     def lora_restart(self) -> None:
         """Initialise the adapter again, with an update of zero."""
-        adapter = Adapter(type(self), self.lora_settings, self.lora_parts, self.lora_parameters())
+        adapter = Adapter(type(self), self.lora_settings, self.lora_matrices, self.lora_parameters())
         start(self, adapter)
         self.lora_started_on = adapter.started_on
 
     def lora_is_fresh(self) -> bool:
         """Whether the update is still zero."""
-        for part in self.lora_parts:
-            a, b = (own_part(own_parameter(self, part.factor(letter))) for letter in ("A", "B"))
+        for part in self.lora_matrices:
+            a, b = (to_local(own_parameter(self, part.factor(letter))) for letter in ("A", "B"))
             if a.is_meta:
                 continue
             if self.lora_settings.starts_from_base:
-                a0, b0 = (own_part(own_parameter(self, part.factor(letter))) for letter in ("A0", "B0"))
+                a0, b0 = (to_local(own_parameter(self, part.factor(letter))) for letter in ("A0", "B0"))
                 if not (torch.equal(a, a0) and torch.equal(b, b0)):
                     return False
             elif a.any() and b.any():
                 return False
         started = self.lora_started_on.get(MAGNITUDE)
-        return started is None or started == digest(own_part(own_parameter(self, MAGNITUDE)).float())
+        return started is None or started == digest(to_local(own_parameter(self, MAGNITUDE)).float())
 
     def lora_follow_base(self) -> None:
         """Initialise the adapter again if its base has changed.
@@ -335,7 +337,7 @@ class LoRALayer(LayerKind):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if holds_adapter:
             return
-        weight = own_parameter(self, self.lora_parts[0].weight)
+        weight = own_parameter(self, self.lora_matrices[0].weight)
         if args[0].get(HAS_UPDATE):
             self.lora_restart()
         if any(p.is_meta for p in factors.values()) and not weight.is_meta:  # the base was loaded with assign=True
@@ -364,7 +366,7 @@ class LoRALayer(LayerKind):
         return f"{super().extra_repr()}, {self._lora_about()}".removeprefix(", ")
 
     def _lora_about(self) -> str:
-        settings, parts = self.lora_settings, [part.name for part in self.lora_parts if part.name]
+        settings, parts = self.lora_settings, [part.name for part in self.lora_matrices if part.name]
         more = ", use_dora=True" if settings.use_dora else f", init={settings.init!r}" * settings.starts_from_base
         return f"r={settings.r}, scaling={settings.scaling:g}{more}" + (f", parts={parts}" if parts else "")
 
@@ -385,7 +387,7 @@ def attach(layer: nn.Module, adapter: Adapter) -> None:
     layer._parameters.update(adapter.parameters)
     vars(layer).update(
         lora_settings=adapter.settings,
-        lora_parts=adapter.parts,
+        lora_matrices=adapter.matrices,
         lora_started_on=adapter.started_on,
         lora_enabled=True,
         lora_step=Step(),

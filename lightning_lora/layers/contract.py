@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.layers.parts import Part
+from lightning_lora.layers.matrices import AdaptedMatrix
 from lightning_lora.tensors.inplace import InPlace
 from lightning_lora.tensors.names import own_parameter
 
@@ -17,8 +17,8 @@ class LayerKind(InPlace, nn.Module):
     """What an adapter class declares about its layers.
 
     A subclass lists the layer types that it adapts (:attr:`lora_layer_types`) and may define which matrices of a layer
-    are adapted (:meth:`lora_parts_of`). By default an adapted layer runs on ``W + ΔW``. A subclass can also compute the
-    update from the two factors, which is cheaper (:meth:`lora_update`). All names begin with ``lora_``, because the
+    are adapted (:meth:`lora_matrices_of`). By default an adapted layer runs on ``W + ΔW``. A subclass can also compute
+    the update from the two factors, which is cheaper (:meth:`lora_update`). All names begin with ``lora_``, because the
     layer's own class may use any other name.
     """
 
@@ -75,10 +75,10 @@ class LayerKind(InPlace, nn.Module):
         return layer_class in kinds or f"{layer_class.__module__}.{layer_class.__qualname__}" in kinds
 
     @classmethod
-    def lora_parts_of(cls, layer: Any) -> tuple[Part, ...]:
+    def lora_matrices_of(cls, layer: Any) -> tuple[AdaptedMatrix, ...]:
         """Return the matrices in ``layer`` that can be adapted."""
         rows, columns = cls.lora_as_matrix(own_parameter(layer, "weight")).shape
-        return (Part("weight", columns, rows, rows=rows),)
+        return (AdaptedMatrix("weight", columns, rows, rows=rows),)
 
     @staticmethod
     def lora_refusal(layer: Any) -> str | None:  # noqa: ARG004  # for subclasses

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.contract import LayerTypes
-from lightning_lora.layers.parts import Part
+from lightning_lora.layers.matrices import AdaptedMatrix
 from lightning_lora.tensors.names import own_parameter
 
 
@@ -34,12 +34,12 @@ class LoRAParameters(LoRALayer):
     lora_options = ("is_transposed",)
 
     @staticmethod
-    def lora_part(layer: nn.Module, name: str) -> Part:
-        """Return a :class:`.Part` for one parameter.
+    def lora_part(layer: nn.Module, name: str) -> AdaptedMatrix:
+        """Return a :class:`.AdaptedMatrix` for one parameter.
 
         Args:
             layer: The module.
             name: The parameter's name in it: its own, or that of a layer inside it. It is a matrix or a stack of them.
         """
         *stack, writes, reads = own_parameter(layer, name).shape
-        return Part(name, reads, writes, rows=writes, name=name.replace(".", "_"), stack=tuple(stack))
+        return AdaptedMatrix(name, reads, writes, rows=writes, name=name.replace(".", "_"), stack=tuple(stack))

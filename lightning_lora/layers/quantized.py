@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.contract import LayerTypes
 from lightning_lora.layers.linear import LoRALinear
-from lightning_lora.layers.parts import Part
+from lightning_lora.layers.matrices import AdaptedMatrix
 
 
 class LoRALinear4bit(LoRALinear):
@@ -31,9 +31,9 @@ class LoRALinear4bit(LoRALinear):
     lora_forward = LoRALayer.lora_forward  # only the layer itself can read its weight
 
     @classmethod
-    def lora_parts_of(cls, layer: Any) -> tuple[Part, ...]:
+    def lora_matrices_of(cls, layer: Any) -> tuple[AdaptedMatrix, ...]:
         """Return the matrix that the packed weight represents."""
-        return (Part("weight", layer.in_features, layer.out_features, rows=layer.out_features),)
+        return (AdaptedMatrix("weight", layer.in_features, layer.out_features, rows=layer.out_features),)
 
     @staticmethod
     def lora_is_quantised(layer: Any) -> bool:  # noqa: ARG004  # all of this type are

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.parts import Part
+from lightning_lora.layers.matrices import AdaptedMatrix
 from lightning_lora.tensors.names import own_parameter
 
 
@@ -28,7 +28,7 @@ class LoRARecurrent(LoRALayer):
     lora_layer_types = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 
     @classmethod
-    def lora_parts_of(cls, layer: Any) -> tuple[Part, ...]:
+    def lora_matrices_of(cls, layer: Any) -> tuple[AdaptedMatrix, ...]:
         """Return all weight matrices.
 
         They have the names of the parameters, without ``weight_``.
@@ -36,7 +36,7 @@ class LoRARecurrent(LoRALayer):
         names = getattr(layer, "_flat_weights_names", ("weight_ih", "weight_hh"))
         weights = {name: own_parameter(layer, name) for name in names if name.startswith("weight_")}
         return tuple(
-            Part(name, reads=p.shape[1], writes=p.shape[0], name=name.removeprefix("weight_"))
+            AdaptedMatrix(name, reads=p.shape[1], writes=p.shape[0], name=name.removeprefix("weight_"))
             for name, p in weights.items()
         )
 

@@ -10,7 +10,7 @@ from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.record import find_record
 from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
-from lightning_lora.tensors.shards import is_spread, reshard
+from lightning_lora.tensors.shards import is_dtensor, reshard
 from lightning_lora.tensors.values import replace_values, set_aside
 
 
@@ -67,11 +67,11 @@ def _show_base(view: View, back: ExitStack) -> None:
         _, base = values.get(id(weight.base), (None, weight.base))  # a tied weight's other use may have trained
         values[id(weight.shown)] = weight.shown, base.detach().to(weight.shown)
     for name, seen in (*view.record.merged_weights.items(), *view.record.other_weights.items()):
-        if is_spread(view.parameters.get(name)):
+        if is_dtensor(view.parameters.get(name)):
             seen.digest()  # the values are written into the same memory: later, only their digest tells them apart
     back.callback(torch.clear_autocast_cache)  # it may hold copies of the other values
     for tensor, base in values.values():
-        back.callback(_put_back, tensor, set_aside(tensor) if is_spread(tensor) else tensor.data)
+        back.callback(_put_back, tensor, set_aside(tensor) if is_dtensor(tensor) else tensor.data)
         replace_values(tensor, base)
     torch.clear_autocast_cache()
 

@@ -15,7 +15,7 @@ from lightning_lora.layers import adapter_for
 from lightning_lora.model.view import View
 from lightning_lora.tensors.drawn import FEWEST, block_of, is_normal, is_uniform
 from lightning_lora.tensors.names import join, own_parameter, owner_of, starts_of
-from lightning_lora.tensors.shards import agreed, is_spread, own_part
+from lightning_lora.tensors.shards import agreed, is_dtensor, to_local
 
 Weights = dict[str, nn.Parameter]
 
@@ -106,8 +106,8 @@ def _layers(view: View) -> Iterator[tuple[str, Weights]]:
 
 
 def _can_be_judged(weight: nn.Parameter) -> bool:
-    plain = (type(weight) is nn.Parameter or is_spread(weight)) and not weight.is_meta
-    return plain and weight.is_floating_point() and weight.element_size() > 1 and own_part(weight).numel() >= FEWEST
+    plain = (type(weight) is nn.Parameter or is_dtensor(weight)) and not weight.is_meta
+    return plain and weight.is_floating_point() and weight.element_size() > 1 and to_local(weight).numel() >= FEWEST
 
 
 # One layer
@@ -117,11 +117,11 @@ def _looks_fresh(view: View, name: str, weights: Weights) -> bool:
     """Whether all weights of a layer look as torch, torchvision or transformers initialise them."""
     layer = view.modules[name]
     biases = [p for leaf, p in layer._parameters.items() if p is not None and "bias" in leaf]
-    has_bias = any(own_part(bias).any() for bias in biases)
+    has_bias = any(to_local(bias).any() for bias in biases)
     for weight in weights.values():
-        block = block_of(own_part(weight))
+        block = block_of(to_local(weight))
         if block.numel() < FEWEST:  # the others are zero
-            if has_bias or not isinstance(layer, nn.Linear) or own_part(weight).any():
+            if has_bias or not isinstance(layer, nn.Linear) or to_local(weight).any():
                 return False
         elif not any(is_uniform(block, bound) for bound in _bounds(layer, weight)) and (
             has_bias or not any(is_normal(block, each) for each in _deviations(view, name, weight))
@@ -188,7 +188,7 @@ def _largest(name: str, known: set[str]) -> str:
 
 def _is_blank(parameter: nn.Parameter) -> bool:
     """Whether all values are one, or all are zero."""
-    values = own_part(parameter)
+    values = to_local(parameter)
     if values.dim() != 1 or values.is_meta or not len(values):
         return False
     return values[0].item() in (0, 1) and bool((values == values[0]).all())

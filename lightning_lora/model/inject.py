@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, AdapterStateError, ConfigError, listed
-from lightning_lora.layers import Adapter, LoRALayer, Part, Settings, new_adapter
+from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, Settings, new_adapter
 from lightning_lora.model.attach import attach_adapters, check_weights, detach_adapters
 from lightning_lora.model.freeze import freeze, unfreeze
 from lightning_lora.model.handover import forget
@@ -126,7 +126,7 @@ def _new_adapters(choices: Mapping[str, Choice]) -> dict[str, Adapter]:
         for name, choice in choices.items():
             if not isinstance(choice.layer, LoRALayer):
                 combined(choice.kind, type(choice.layer))  # if this fails, then before the model is changed
-                adapters[name] = new_adapter(choice.kind, choice.layer, choice.parts, choice.settings)
+                adapters[name] = new_adapter(choice.kind, choice.layer, choice.matrices, choice.settings)
     return adapters
 
 
@@ -176,7 +176,7 @@ def _check_same(view: View, choices: Mapping[str, Choice]) -> None:
                 "remove_adapters(model) first, or target it too."
             )
         asked = choices[name]
-        found, wanted = _about(layer.lora_settings, layer.lora_parts), _about(asked.settings, asked.parts)
+        found, wanted = _about(layer.lora_settings, layer.lora_matrices), _about(asked.settings, asked.matrices)
         differ = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
         if differ:
             here, there = (", ".join(f"{key}={each.get(key)}" for key in differ) for each in (found, wanted))
@@ -203,7 +203,7 @@ def _check_same_trained(view: View, prefix: str) -> None:
         )
 
 
-def _about(settings: Settings, parts: tuple[Part, ...]) -> dict[str, Any]:
+def _about(settings: Settings, parts: tuple[AdaptedMatrix, ...]) -> dict[str, Any]:
     """An adapter's settings and matrices, by the names of the arguments that set them."""
     names = {"scaling": "alpha / r", "autocast_dtype": "autocast_adapter_dtype"}
     named = {names.get(name, name): value for name, value in asdict(settings).items()}
@@ -212,6 +212,6 @@ def _about(settings: Settings, parts: tuple[Part, ...]) -> dict[str, Any]:
     return {**named, "parts": [_about_part(part) for part in parts]}
 
 
-def _about_part(part: Part) -> tuple[object, ...]:
+def _about_part(part: AdaptedMatrix) -> tuple[object, ...]:
     own = (part.r, part.scaling)
     return (part.name or part.weight, part.first, part.writes, *(own if any(own) else ()))

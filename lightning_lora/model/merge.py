@@ -26,7 +26,7 @@ from lightning_lora.model.remember import forget_record, record_of, view_of
 from lightning_lora.model.undo import undone_on_error
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import join, own_parameter, set_parameter, submodule
-from lightning_lora.tensors.shards import is_spread
+from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import Seen, replace_values, set_aside, set_requires_grad
 
 
@@ -181,7 +181,7 @@ def spread_ties(view: View) -> list[str]:
     """
     found = []
     for name, weights in tied_weights(view).items():
-        if any(is_spread(own_parameter(view.layers[name], weight)) for weight in weights):
+        if any(is_dtensor(own_parameter(view.layers[name], weight)) for weight in weights):
             found.append(name)
     return found
 
@@ -246,7 +246,7 @@ def _see(view: View, bases: dict[str, dict[str, Tensor]]) -> tuple[dict[str, See
     others = {}
     for name, p in view.parameters.items():
         if id(p) not in known:  # a shared layer has several names
-            others[name] = Seen(p, None if p.is_meta or is_spread(p) else view.record.digests({name: p})[name])
+            others[name] = Seen(p, None if p.is_meta or is_dtensor(p) else view.record.digests({name: p})[name])
     present = {id(p) for p in view.parameters.values()}
     merged, tied = {}, {}
     for name, base in names:
@@ -330,7 +330,7 @@ def unmerge(model: nn.Module) -> bool:
     with undone_on_error(plain), torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for name, adapter in adapters.items():
             layer = submodule(model, name)
-            _follow_layer(layer, adapter, weights[join(name, adapter.parts[0].weight)].dtype, undo)
+            _follow_layer(layer, adapter, weights[join(name, adapter.matrices[0].weight)].dtype, undo)
             _show_base(record, name, layer, adapter, undo)
         record.merged, record.merged_weights, record.other_weights, record.tied_weights = {}, {}, {}, {}
         record.requires_grad = {**record.requires_grad, **{n: p.requires_grad for n, p in plain.parameters.items()}}
@@ -370,7 +370,7 @@ def _put_back(tensor: Tensor, values: Tensor, device: torch.device) -> None:
 
 def _follow_layer(layer: nn.Module, adapter: Adapter, was: torch.dtype, undo: ExitStack) -> None:
     """Move and convert an adapter to its layer's device and dtype: a plain model does not move merged adapters."""
-    weight = own_parameter(layer, adapter.parts[0].weight)
+    weight = own_parameter(layer, adapter.matrices[0].weight)
     for name, factor in adapter.parameters.items():
         dtype = factor.dtype
         if weight.dtype != was:

@@ -11,7 +11,7 @@ from lightning_lora.model.record import Record
 from lightning_lora.model.remember import recall_record, record_of
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join, named_modules, named_parameters, parameters_of
-from lightning_lora.tensors.shards import agreed, is_spread
+from lightning_lora.tensors.shards import agreed, is_dtensor
 from lightning_lora.tensors.values import replace_values
 
 
@@ -112,7 +112,7 @@ def _are_merged_anew(
     record: Record, layer: nn.Module, name: str, adapter: Adapter, weights: Mapping[str, nn.Parameter]
 ) -> bool:
     """Whether a layer's weights are what a merge gives, perhaps converted: merge again, and compare."""
-    if any(weight.is_meta or is_spread(weight) for weight in weights.values()):
+    if any(weight.is_meta or is_dtensor(weight) for weight in weights.values()):
         return False
     shown = {weight: value.data for weight, value in weights.items()}
     with torch.inference_mode(False), torch.no_grad():

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError
-from lightning_lora.layers import Adapter, Part, Settings, kind_named, name_of_kind
+from lightning_lora.layers import AdaptedMatrix, Adapter, Settings, kind_named, name_of_kind
 from lightning_lora.model.record import Reading, Record
 from lightning_lora.tensors.values import Seen
 
@@ -42,8 +42,8 @@ def as_record(plain: Mapping[str, Any]) -> Record:
 
 def _plain_adapter(adapter: Adapter) -> dict[str, Any]:
     plain = _fields(adapter)
-    parts = [asdict(part) for part in adapter.parts]
-    return {**plain, "kind": name_of_kind(adapter.kind), "settings": asdict(adapter.settings), "parts": parts}
+    parts = [asdict(part) for part in adapter.matrices]
+    return {**plain, "kind": name_of_kind(adapter.kind), "settings": asdict(adapter.settings), "matrices": parts}
 
 
 def _adapter(plain: Mapping[str, Any]) -> Adapter:
@@ -53,8 +53,8 @@ def _adapter(plain: Mapping[str, Any]) -> Adapter:
             f"The weights of this model were merged in another process, with adapters of the class {plain['kind']}, "
             "which is not known here. Call register_adapter in the main program too, before fit."
         )
-    parts = tuple(Part(**part) for part in plain["parts"])
-    return Adapter(**{**plain, "kind": kind, "settings": Settings(**plain["settings"]), "parts": parts})
+    parts = tuple(AdaptedMatrix(**part) for part in plain["matrices"])
+    return Adapter(**{**plain, "kind": kind, "settings": Settings(**plain["settings"]), "matrices": parts})
 
 
 def _fields(value: Any) -> dict[str, Any]:

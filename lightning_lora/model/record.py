@@ -15,7 +15,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import Adapter
 from lightning_lora.tensors.digests import digests, digests_as
 from lightning_lora.tensors.names import named_modules, plain_module
-from lightning_lora.tensors.shards import agreed, is_spread
+from lightning_lora.tensors.shards import agreed, is_dtensor
 from lightning_lora.tensors.values import Seen
 
 ATTRIBUTE = "_lora"
@@ -95,7 +95,7 @@ class Record:
             changed = agreed(changed, list(tensors.values()))
         again = {name: tensor for (name, tensor), is_new in zip(tensors.items(), changed, strict=True) if is_new}
         for (name, tensor), number in zip(again.items(), digests(list(again.values())), strict=True):
-            self.read[name] = Reading(Seen(tensor, None if is_spread(tensor) else number), number)
+            self.read[name] = Reading(Seen(tensor, None if is_dtensor(tensor) else number), number)
         return {name: self.read[name].number for name in tensors}
 
     def _is_known(self, name: str, tensor: Tensor) -> bool:
@@ -118,7 +118,7 @@ class Record:
         Args:
             tensors: The base's tensors, by their digests in their own dtype.
         """
-        new = {known: t for known, t in tensors.items() if known not in self.rounded and is_spread(t)}
+        new = {known: t for known, t in tensors.items() if known not in self.rounded and is_dtensor(t)}
         columns = [digests(list(new.values()), dtype) for dtype in HALVES]
         for known, *numbers in zip(new, *columns, strict=True):
             self.rounded[known] = numbers
@@ -127,7 +127,7 @@ class Record:
         """Replace one of the base's tensors by its copy."""
         known = self.read.pop(name, None)
         if known is not None and known.seen.is_unchanged(tensor) and copy.dtype == tensor.dtype:
-            self.read[name] = Reading(Seen(copy, None if is_spread(copy) else known.number), known.number)
+            self.read[name] = Reading(Seen(copy, None if is_dtensor(copy) else known.number), known.number)
 
     @property
     def is_merged(self) -> bool:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers import LoRALayer, Part, quantised_entries
+from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries
 from lightning_lora.model.record import Record, find_record
 from lightning_lora.tensors.names import join, named_modules, own_parameter, parameters_of, plain_module, submodule
-from lightning_lora.tensors.shards import is_spread, own_part
+from lightning_lora.tensors.shards import is_dtensor, to_local
 
 
 class MergedWeight(NamedTuple):
@@ -82,11 +82,11 @@ class View:
         return layers
 
     @cached_property
-    def adapted_parts(self) -> dict[str, tuple[Part, ...]]:
+    def adapted_parts(self) -> dict[str, tuple[AdaptedMatrix, ...]]:
         """The adapted matrices of each layer, merged or not."""
-        parts = {name: layer.lora_parts for name, layer in self.layers.items()}
+        parts = {name: layer.lora_matrices for name, layer in self.layers.items()}
         if self.is_merged:
-            parts |= {name: adapter.parts for name, adapter in self.record.merged.items()}
+            parts |= {name: adapter.matrices for name, adapter in self.record.merged.items()}
         return parts
 
     @cached_property
@@ -174,7 +174,7 @@ class View:
         If no parameter is trainable, that says nothing about a single one, and the set is empty.
         """
         flags = self.record.requires_grad
-        base = {name: p for name, p in self.base.items() if type(p) is nn.Parameter or is_spread(p)}
+        base = {name: p for name, p in self.base.items() if type(p) is nn.Parameter or is_dtensor(p)}
         plain = [name for name, p in base.items() if p.is_floating_point()]
         frozen = {name for name in plain if not flags.get(name, True)}
         return frozen if len(frozen) < len(plain) else set()
@@ -233,7 +233,7 @@ class View:
 
     def diverged(self) -> list[str]:
         """The names of adapters that hold NaN or infinite values."""
-        return [name for name, p in self.adapters.items() if not p.is_meta and not own_part(p).isfinite().all()]
+        return [name for name, p in self.adapters.items() if not p.is_meta and not to_local(p).isfinite().all()]
 
     def follow_base(self) -> None:
         """Initialise adapters again whose base has changed.

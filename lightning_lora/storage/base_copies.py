@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_lora.model.view import View
 from lightning_lora.tensors.digests import digest
-from lightning_lora.tensors.shards import is_spread, whole
+from lightning_lora.tensors.shards import full_tensor, is_dtensor
 
 MOVED = "current_model_state"
 """Lightning's WeightAveraging moves the strategy's state to this entry. It is already without the base."""
@@ -42,7 +42,7 @@ def leave_out_base(view: View, checkpoint: Mapping[str, Any]) -> tuple[dict[str,
     done: dict[int, Any] = {}  # a value that is held twice is walked once, and stays one value in the file
 
     def without(value: Any, place: Place) -> Any:
-        if type(value) in (Tensor, nn.Parameter) or is_spread(value):
+        if type(value) in (Tensor, nn.Parameter) or is_dtensor(value):
             name = known.name_of(value)
             if name is None:
                 return value
@@ -78,7 +78,7 @@ def put_base_back(view: View, checkpoint: Mapping[str, Any], places: Iterable[Pl
         for key in path:
             holder = _inside(holder, key)
         if _inside(holder, last, missing=...) is None and name in base:  # otherwise the entry was removed from the file
-            value = whole(base[name]).detach().to("cpu", getattr(torch, dtype), copy=True)
+            value = full_tensor(base[name]).detach().to("cpu", getattr(torch, dtype), copy=True)
             holder[last] = nn.Parameter(value, requires_grad=False) if kind == "Parameter" else value
 
 
@@ -110,7 +110,7 @@ class _Known:
             if (
                 name not in view.record.changed
                 and value.layout is torch.strided
-                and (type(value) in (Tensor, nn.Parameter) or is_spread(value))
+                and (type(value) in (Tensor, nn.Parameter) or is_dtensor(value))
             ):
                 self.by_form.setdefault((value.shape, value.dtype), {})[name] = value
         self.digests: dict[Any, dict[int, str]] = {}

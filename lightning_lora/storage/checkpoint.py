@@ -21,7 +21,7 @@ from lightning_lora.storage.merged_state import merged_state, take_updates_out
 from lightning_lora.storage.run_state import check_types, check_version
 from lightning_lora.storage.state import NOTE, is_note, without_base, write_state
 from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
-from lightning_lora.tensors.shards import all_whole, is_spread
+from lightning_lora.tensors.shards import full_tensors, is_dtensor
 
 ADAPTERS = "adapters"
 """The part of this package's entry that holds what training changed, beside a merged model."""
@@ -49,8 +49,8 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
             changed = without_base(view, checkpoint[key], random)
             states[key] = {name: _alone(value) for name, value in changed.items()}
     held = {**rest, **states}
-    if any(is_spread(p) for p in view.parameters.values()):
-        held = all_whole(held)
+    if any(is_dtensor(p) for p in view.parameters.values()):
+        held = full_tensors(held)
     if written_later:
         held = _copied(held)
     about = describe(view, held["state_dict"], base, copies=places)

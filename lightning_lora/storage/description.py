@@ -169,7 +169,7 @@ def _check_settings(view: View, config: LoRAConfig) -> None:
     """Refuse adapters that were trained with another rank or scaling: they would give another update."""
     for name, layer in view.layers.items():
         settings = layer.lora_settings
-        for part in layer.lora_parts:
+        for part in layer.lora_matrices:
             parameter = join(name, part.weight) if isinstance(layer, LoRAParameters) else ""
             r, scaling = min(config.rank(name, parameter), part.largest_rank), config.scaling(name, parameter)
             here, scaled = part.rank(settings.r), part.scaling or settings.scaling

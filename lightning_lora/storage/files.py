@@ -37,7 +37,7 @@ from lightning_lora.storage.own_files import (
 )
 from lightning_lora.storage.renaming import check_present, renamed, renaming_for
 from lightning_lora.storage.state import adapter_state_dict, write_state
-from lightning_lora.tensors.shards import is_spread
+from lightning_lora.tensors.shards import is_dtensor
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -81,7 +81,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     if any(value.is_meta for value in state.values()):
         raise AdapterStateError("The adapters are on the meta device and have no values. Call model.to_empty first.")
     about = describe(view, state, forms_of_base(view))
-    is_shared = any(is_spread(p) for p in view.parameters.values())
+    is_shared = any(is_dtensor(p) for p in view.parameters.values())
     if not is_shared or dist.get_rank() == 0:
         write_adapter_file(path, state, about)
     if is_shared:

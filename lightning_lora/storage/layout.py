@@ -6,7 +6,7 @@ With it, a file can be merged, exported and inspected without the model's code.
 from dataclasses import dataclass
 from typing import Any, cast
 
-from lightning_lora.layers import ADAPTERS, Adapter, LoRALayer, LoRAParameters, Part
+from lightning_lora.layers import ADAPTERS, AdaptedMatrix, Adapter, LoRALayer, LoRAParameters
 from lightning_lora.model.view import View
 from lightning_lora.tensors.inplace import combined
 from lightning_lora.tensors.names import join, own_parameter, submodule
@@ -25,7 +25,7 @@ class StoredLayer:
         kind: The name of its adapter class, such as ``"LoRALinear"``.
         r: The rank, where a matrix does not have its own.
         scaling: The factor of ``B @ A``, where a matrix does not have its own.
-        parts: The adapted matrices.
+        matrices: The adapted matrices.
         shapes: The shapes of the weights, by their names in the layer.
         tied: Other names of these weights in the model, by their names in the layer.
         options: What the update depends on beside the weights, such as the groups of a convolution.
@@ -37,7 +37,7 @@ class StoredLayer:
     kind: str
     r: int
     scaling: float
-    parts: tuple[Part, ...]
+    matrices: tuple[AdaptedMatrix, ...]
     shapes: dict[str, tuple[int, ...]]
     tied: dict[str, tuple[str, ...]]
     options: dict[str, Any]
@@ -57,7 +57,7 @@ class StoredLayer:
             "kind": self.kind,
             "r": self.r,
             "scaling": self.scaling,
-            "parts": [_plain_part(part) for part in self.parts],
+            "parts": [_plain_part(part) for part in self.matrices],
             "shapes": {weight: list(shape) for weight, shape in self.shapes.items()},
             "tied": {weight: list(names) for weight, names in self.tied.items()},
             "options": {name: _as_list(value) for name, value in self.options.items()},
@@ -67,13 +67,14 @@ class StoredLayer:
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "StoredLayer":
         """Build it from what :meth:`to_dict` returned."""
-        parts = tuple(Part(**{**part, "stack": tuple(part["stack"])}) for part in stored["parts"])
+        parts = tuple(AdaptedMatrix(**{**part, "stack": tuple(part["stack"])}) for part in stored["parts"])
         shapes = {weight: tuple(shape) for weight, shape in stored["shapes"].items()}
         tied = {weight: tuple(names) for weight, names in stored["tied"].items()}
-        return cls(**{**stored, "parts": parts, "shapes": shapes, "tied": tied})
+        named = {key: value for key, value in stored.items() if key != "parts"}
+        return cls(**{**named, "matrices": parts, "shapes": shapes, "tied": tied})
 
 
-def _plain_part(part: Part) -> dict[str, Any]:
+def _plain_part(part: AdaptedMatrix) -> dict[str, Any]:
     scaling = None if part.scaling is None else float(part.scaling)
     return {**vars(part), "stack": list(part.stack), "scaling": scaling}
 
@@ -143,10 +144,10 @@ def _describe(view: View, name: str, adapter: Adapter | LoRALayer, uses: dict[in
     layer = submodule(view.model, name)
     if isinstance(adapter, LoRALayer):
         mixin, layer_class = adapter.overlaid
-        parts, settings = adapter.lora_parts, adapter.lora_settings
+        parts, settings = adapter.lora_matrices, adapter.lora_settings
     else:
         mixin, layer_class = adapter.kind, type(layer)
-        parts, settings = adapter.parts, adapter.settings
+        parts, settings = adapter.matrices, adapter.settings
     kind = cast(type[LoRALayer], mixin)
     shapes, tied = {}, {}
     for weight in dict.fromkeys(part.weight for part in parts):
@@ -166,7 +167,7 @@ def _describe(view: View, name: str, adapter: Adapter | LoRALayer, uses: dict[in
         kind=kind.__name__,
         r=settings.r,
         scaling=float(settings.scaling),
-        parts=parts,
+        matrices=parts,
         shapes=shapes,
         tied=tied,
         options=options,

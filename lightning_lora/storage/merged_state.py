@@ -16,7 +16,7 @@ from lightning_lora.model.merge import check_mergeable, tied_weights
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import join, own_parameter, plain_module, plain_name
-from lightning_lora.tensors.shards import is_spread
+from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import replace_values
 
 
@@ -124,7 +124,7 @@ def take_updates_out(view: View, merged: Mapping[str, Any], changed: Mapping[str
     merged = {plain_name(name): value for name, value in merged.items()}
     fits = changed.keys() >= view.adapters.keys() and all(changed[n].shape == p.shape for n, p in view.adapters.items())
     is_exact = not any(layer.lora_settings.use_dora for layer in view.layers.values())
-    is_exact &= not any(is_spread(p) or (p.is_floating_point() and p.element_size() < 4) for p in view.base.values())
+    is_exact &= not any(is_dtensor(p) or (p.is_floating_point() and p.element_size() < 4) for p in view.base.values())
     if not fits or not is_exact or not view.is_fresh():
         return False
     if not all(name in merged and torch.equal(p.cpu(), merged[name].cpu()) for name, p in view.base.items()):
@@ -143,7 +143,7 @@ def take_updates_out(view: View, merged: Mapping[str, Any], changed: Mapping[str
 
 
 def _check_mergeable(view: View) -> None:
-    if any(is_spread(p) for p in view.parameters.values()):
+    if any(is_dtensor(p) for p in view.parameters.values()):
         raise AdapterStateError(
             f"{type(view.model).__name__} is spread over processes, so none of them holds all its weights. Call "
             "save_adapter(model, path) in each process. Then merge the file into the base: lightning-lora merge BASE "

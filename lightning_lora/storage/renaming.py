@@ -210,7 +210,7 @@ def _ranks(config: LoRAConfig, layer: StoredLayer) -> Iterator[tuple[str, tuple[
     if layer.kind != LoRAParameters.__name__:
         yield layer.name, (layer.r, config.alpha_of(layer.name, r=layer.r))
         return
-    for name, part in zip(_parameters(layer), layer.parts, strict=True):
+    for name, part in zip(_parameters(layer), layer.matrices, strict=True):
         r = part.rank(layer.r)
         yield name, (r, config.alpha_of(layer.name, name, r=r))
 
@@ -224,7 +224,7 @@ def targets_of(layer: StoredLayer) -> list[str]:
 
 
 def _parameters(layer: StoredLayer) -> list[str]:
-    return [join(layer.name, part.weight) for part in layer.parts]
+    return [join(layer.name, part.weight) for part in layer.matrices]
 
 
 def by_whole_names(
@@ -247,7 +247,7 @@ def by_whole_names(
             parameters += _parameters(layer)
             continue
         modules.append(layer.name)
-        if all(part.name for part in layer.parts):
+        if all(part.name for part in layer.matrices):
             slices[layer.name] = _slices(layer)
     r, alpha = next(iter(ranks.values()))
     return replace(
@@ -266,8 +266,8 @@ def by_whole_names(
 def _slices(layer: StoredLayer) -> Any:
     """The value of ``target_slices`` for a layer: names, or names with their rows."""
     if layer.kind in (LoRAAttention.__name__, LoRARecurrent.__name__):
-        return [part.name for part in layer.parts]
-    return {part.name: [part.first, part.first + part.writes] for part in layer.parts}
+        return [part.name for part in layer.matrices]
+    return {part.name: [part.first, part.first + part.writes] for part in layer.matrices}
 
 
 def _exactly(names: list[str], present: Collection[str]) -> list[str] | str:

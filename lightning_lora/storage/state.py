@@ -19,7 +19,7 @@ from lightning_lora.model.remember import view_of
 from lightning_lora.model.view import View
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
-from lightning_lora.tensors.shards import is_spread, whole
+from lightning_lora.tensors.shards import full_tensor, is_dtensor
 from lightning_lora.tensors.values import same_bits
 
 _NOTE_START = "this file holds only adapters"
@@ -58,7 +58,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
     check_as_merged(model)
     view = view_of(model)
     state = without_base(view, state_dict(model), random_weights(view))
-    return {name: whole(value) for name, value in state.items()}
+    return {name: full_tensor(value) for name, value in state.items()}
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -109,7 +109,7 @@ def without_base(view: View, state: Mapping[str, Any], random: Collection[str] =
             held[name] = value
     kept: dict[str, Any] = {name: p.detach() for name, p in _required(view).items()}
     for name, value in held.items():
-        is_own = isinstance(value, Tensor) and not is_spread(value)
+        is_own = isinstance(value, Tensor) and not is_dtensor(value)
         if name in originals and name not in random and is_own and same_bits(value.detach(), originals[name]):
             continue
         kept[name] = value

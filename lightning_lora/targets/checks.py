@@ -108,7 +108,7 @@ def check_patterns(names: Names, config: LoRAConfig, choices: Mapping[str, Choic
     parameters = {
         join(name, part.weight): name
         for name, choice in choices.items()
-        for part in choice.parts
+        for part in choice.matrices
         if choice.kind is LoRAParameters
     }
     for argument in ("rank_pattern", "alpha_pattern", "target_slices"):
@@ -159,8 +159,8 @@ def check_names(choices: Mapping[str, Choice]) -> None:
         TargetError: there are such parameters.
     """
     for name, choice in choices.items():
-        own = [part.name for part in choice.parts]
-        twice = [part.weight for part in choice.parts if own.count(part.name) > 1]
+        own = [part.name for part in choice.matrices]
+        twice = [part.weight for part in choice.matrices if own.count(part.name) > 1]
         if twice:
             raise TargetError(
                 f"{listed(twice)} of {name!r} cannot be adapted together: their factors would have the same name."
@@ -176,7 +176,7 @@ def check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
         TargetError: there is such a layer.
     """
     if config.use_dora:
-        unfit = [n for n, c in choices.items() if not (c.kind.lora_fits_dora and c.parts[0].is_whole)]
+        unfit = [n for n, c in choices.items() if not (c.kind.lora_fits_dora and c.matrices[0].is_whole)]
         what, where = "use_dora=True", "linear, embedding and convolution layers without target_slices"
     elif config.init in FROM_BASE:
         unfit = [name for name, choice in choices.items() if not choice.kind.lora_drops_input]
@@ -204,7 +204,7 @@ def check_rank_pattern(names: Names, config: LoRAConfig, choices: Mapping[str, C
     found: dict[str, tuple[int, int]] = {}
     for name, choice in choices.items():
         limits: dict[int, dict[str, int]] = {}
-        for part in choice.parts:
+        for part in choice.matrices:
             target = join(name, part.weight) if choice.kind is LoRAParameters else name
             held = limits.setdefault(asked.rank(name, target), {})
             held[target] = max(held.get(target, 0), part.largest_rank)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_lora.layers import LoRALayer, Part, Settings
+from lightning_lora.layers import AdaptedMatrix, LoRALayer, Settings
 
 
 @dataclass(frozen=True)
@@ -14,11 +14,11 @@ class Choice:
     Args:
         layer: The layer.
         kind: The adapter class.
-        parts: The matrices to adapt.
+        matrices: The matrices to adapt.
         settings: The adapter's settings.
     """
 
     layer: nn.Module
     kind: type[LoRALayer]
-    parts: tuple[Part, ...]
+    matrices: tuple[AdaptedMatrix, ...]
     settings: Settings

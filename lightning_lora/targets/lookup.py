@@ -195,7 +195,7 @@ def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str | None:
     """Return why a weight of ``layer`` cannot have an update, or None."""
     if is_computed(layer):
         return f"its weight is {COMPUTED}, so no update can be merged"
-    for name in dict.fromkeys(part.weight for part in kind.lora_parts_of(layer)):
+    for name in dict.fromkeys(part.weight for part in kind.lora_matrices_of(layer)):
         dtype = kind.lora_dtype(layer, own_parameter(layer, name))
         if not dtype.is_floating_point:
             return f"its {name} is {dtype}, not floating point"
@@ -208,7 +208,7 @@ def is_computed(layer: nn.Module) -> bool:
     """Whether a weight of a layer is computed from others."""
     kind = adapter_for(layer)
     try:
-        return kind is not None and not kind.lora_parts_of(layer)
+        return kind is not None and not kind.lora_matrices_of(layer)
     except AttributeError:  # a weight is not a parameter
         return True
 

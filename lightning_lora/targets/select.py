@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError
-from lightning_lora.layers import ADAPTERS, LoRALayer, LoRAParameters, Part, Settings, adapter_for
+from lightning_lora.layers import ADAPTERS, AdaptedMatrix, LoRALayer, LoRAParameters, Settings, adapter_for
 from lightning_lora.targets.checks import (
     check_any,
     check_methods,
@@ -147,7 +147,7 @@ def _why_not_in_model(names: Names, name: str) -> str:
     kind = adapter_for(names.modules[layer]) if layer else None
     if kind is None:
         return "it belongs to the model itself, whose other methods may read it: move it into a module"
-    parts = [] if why_not(names, layer, names.modules[layer]) else kind.lora_parts_of(names.modules[layer])
+    parts = [] if why_not(names, layer, names.modules[layer]) else kind.lora_matrices_of(names.modules[layer])
     meant = [part.name for part in parts if part.weight == leaf]
     if not meant:
         return f"no update of {leaf!r} of a {type(names.modules[layer]).__name__} is possible"
@@ -160,16 +160,18 @@ def _why_not_in_model(names: Names, name: str) -> str:
 
 def _parts(
     names: Names, config: LoRAConfig, name: str, kind: type[LoRALayer], parameters: list[str] | None
-) -> tuple[Part, ...]:
+) -> tuple[AdaptedMatrix, ...]:
     """The matrices of a layer, or these parameters of a module."""
     layer, slices = names.modules[name], config.slices(name)
     if parameters is not None:
         return tuple(LoRAParameters.lora_part(layer, leaf) for leaf in parameters)
-    parts = kind.lora_parts_of(layer)
+    parts = kind.lora_matrices_of(layer)
     return sliced(names, name, kind, parts, slices) if slices else parts
 
 
-def _choice(config: LoRAConfig, name: str, layer: nn.Module, kind: type[LoRALayer], parts: tuple[Part, ...]) -> Choice:
+def _choice(
+    config: LoRAConfig, name: str, layer: nn.Module, kind: type[LoRALayer], parts: tuple[AdaptedMatrix, ...]
+) -> Choice:
     """The adapter for these parts. Patterns may give each parameter its own rank and scaling."""
     asked = []
     for part in parts:
@@ -191,7 +193,7 @@ def _choice(config: LoRAConfig, name: str, layer: nn.Module, kind: type[LoRALaye
     return Choice(layer, kind, tuple(own), settings)
 
 
-def _without(name: str, parts: tuple[Part, ...], left_out: Set[str]) -> tuple[Part, ...]:
+def _without(name: str, parts: tuple[AdaptedMatrix, ...], left_out: Set[str]) -> tuple[AdaptedMatrix, ...]:
     """The parts of a layer, except those that are excluded by name, on their own or with a module inside the layer."""
     kept = []
     for part in parts:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from lightning_lora.errors import TargetError, listed
-from lightning_lora.layers import LoRALayer, Part
+from lightning_lora.layers import AdaptedMatrix, LoRALayer
 from lightning_lora.targets.fused_rows import Rows, fused_rows
 from lightning_lora.targets.lookup import Names
 
@@ -11,7 +11,9 @@ Slices = tuple[str, ...] | dict[str, tuple[int, int]]
 """Names of parts, or names with their ranges of rows."""
 
 
-def sliced(names: Names, name: str, kind: type[LoRALayer], parts: tuple[Part, ...], slices: Slices) -> tuple[Part, ...]:
+def sliced(
+    names: Names, name: str, kind: type[LoRALayer], parts: tuple[AdaptedMatrix, ...], slices: Slices
+) -> tuple[AdaptedMatrix, ...]:
     """Return the parts of a layer that ``target_slices`` selects.
 
     Args:
@@ -31,7 +33,7 @@ def sliced(names: Names, name: str, kind: type[LoRALayer], parts: tuple[Part, ..
     return tuple(part for part in known.values() if part.name in slices)
 
 
-def _named_parts(name: str, parts: tuple[Part, ...], slices: Slices) -> dict[str, Part]:
+def _named_parts(name: str, parts: tuple[AdaptedMatrix, ...], slices: Slices) -> dict[str, AdaptedMatrix]:
     """The parts of a layer with several weights, by name."""
     known = {part.name: part for part in parts}
     if isinstance(slices, dict):
@@ -42,7 +44,9 @@ def _named_parts(name: str, parts: tuple[Part, ...], slices: Slices) -> dict[str
     return known
 
 
-def _rows_of(names: Names, name: str, kind: type[LoRALayer], whole: Part, slices: Slices) -> dict[str, Part]:
+def _rows_of(
+    names: Names, name: str, kind: type[LoRALayer], whole: AdaptedMatrix, slices: Slices
+) -> dict[str, AdaptedMatrix]:
     """The parts of a layer with one weight: ranges of rows, by name."""
     if not kind.lora_writes_rows:
         raise TargetError(f"{name!r} is a {type(names.modules[name]).__name__}, which has no parts for target_slices.")
@@ -58,11 +62,11 @@ def _rows_of(names: Names, name: str, kind: type[LoRALayer], whole: Part, slices
         raise TargetError(f"target_slices of {name!r} end beyond its {whole.writes} rows: {listed(beyond)}.")
     parts = {}
     for part, (first, end) in rows.items():
-        parts[part] = Part(whole.weight, whole.reads, end - first, first, whole.writes, part)
+        parts[part] = AdaptedMatrix(whole.weight, whole.reads, end - first, first, whole.writes, part)
     return parts
 
 
-def _known_rows(names: Names, name: str, whole: Part) -> Rows | None:
+def _known_rows(names: Names, name: str, whole: AdaptedMatrix) -> Rows | None:
     """The rows of q, k and v in a fused projection, if they are known."""
     *above, own = name.split(".")
     holders = [names.modules[".".join(above[:i])] for i in range(len(above), 0, -1)]

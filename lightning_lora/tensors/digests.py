@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.tensors.shards import is_spread, own_part, runs_of, split_dims
+from lightning_lora.tensors.shards import is_dtensor, runs_of, split_dims, to_local
 
 _CHUNK = 1 << 18  # elements whose products stay in a cache
 
@@ -26,7 +26,7 @@ def digest(tensor: Tensor) -> int:
         >>> digest(torch.zeros(3)) == digest(torch.zeros(3)), digest(torch.ones(3)) == digest(torch.zeros(3))
         (True, False)
     """
-    if is_spread(tensor):
+    if is_dtensor(tensor):
         return digests([tensor])[0]
     if hasattr(tensor, "__tensor_flatten__"):  # a tensor that consists of others, such as a quantised one
         total = 0
@@ -49,10 +49,10 @@ def digests(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list
         tensors: The tensors.
         dtype: The dtype to which each is converted first, or None.
     """
-    found = [0 if is_spread(tensor) else digest(tensor.to(dtype or tensor.dtype)) for tensor in tensors]
+    found = [0 if is_dtensor(tensor) else digest(tensor.to(dtype or tensor.dtype)) for tensor in tensors]
     layouts: dict[Any, list[int]] = {}
     for place, tensor in enumerate(tensors):
-        if is_spread(tensor):
+        if is_dtensor(tensor):
             layouts.setdefault((tensor.device_mesh, split_dims(tensor)), []).append(place)  # type: ignore[attr-defined]
     for (mesh, dims), places in layouts.items():
         sums = torch.stack([_own_sum(tensors[place].to(dtype or tensors[place].dtype)) for place in places])
@@ -66,7 +66,7 @@ def digests(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list
 
 def _own_sum(tensor: Tensor) -> Tensor:
     """The sum of the products of this process's own part, modulo 2**64."""
-    multipliers = _multipliers(own_part(tensor).device)
+    multipliers = _multipliers(to_local(tensor).device)
     sums, chunks = [multipliers.new_zeros(())], [0]
     for values, distance, first in runs_of(tensor):
         integers = _integers(values)

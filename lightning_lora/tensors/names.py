@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.tensors.shards import is_spread, spread_as
+from lightning_lora.tensors.shards import distributed_as, is_dtensor
 
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
@@ -174,5 +174,5 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict: bo
     loaded = {}
     for plain, value in state.items():
         name = own.get(plain, plain)
-        loaded[name] = spread_as(value, present[name]) if is_spread(present.get(name)) else value
+        loaded[name] = distributed_as(value, present[name]) if is_dtensor(present.get(name)) else value
     model.load_state_dict(loaded, strict=strict)

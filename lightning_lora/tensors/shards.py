@@ -15,26 +15,26 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 
-def is_spread(tensor: object) -> bool:
+def is_dtensor(tensor: object) -> bool:
     """Whether a tensor is a DTensor, in parts or replicated."""
     kind: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)  # imported by whoever made one
     return kind is not None and isinstance(tensor, kind)
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this process holds.
 
     It shares the tensor's memory. A tensor that is not spread is returned unchanged.
     """
-    return tensor._local_tensor.detach() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor._local_tensor.detach() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def in_one_piece(tensor: Tensor) -> Tensor:
+def without_dtensor(tensor: Tensor) -> Tensor:
     """Return a tensor without its DTensor, if that is replicated.
 
     Gradients pass. Other tensors are returned unchanged.
     """
-    if not is_spread(tensor) or split_dims(tensor):
+    if not is_dtensor(tensor) or split_dims(tensor):
         return tensor
     local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
     return local
@@ -43,27 +43,27 @@ def in_one_piece(tensor: Tensor) -> Tensor:
 _Value = TypeVar("_Value")
 
 
-def whole(value: _Value) -> _Value:
+def full_tensor(value: _Value) -> _Value:
     """Return the whole tensor, gathered from all processes.
 
     Collective for a spread tensor. Anything else is returned unchanged.
     """
-    if not is_spread(value):
+    if not is_dtensor(value):
         return value
     gathered: _Value = value.detach().full_tensor()  # type: ignore[attr-defined]
     return gathered
 
 
-def all_whole(values: _Value) -> _Value:
+def full_tensors(values: _Value) -> _Value:
     """Return containers of any depth with whole tensors in them.
 
     Collective if there are spread tensors.
     """
-    gathered: _Value = tree_map(whole, values)
+    gathered: _Value = tree_map(full_tensor, values)
     return gathered
 
 
-def spread_as(values: Tensor, like: Tensor) -> Tensor:
+def distributed_as(values: Tensor, like: Tensor) -> Tensor:
     """Return whole values in the layout of another tensor.
 
     Each process takes its own part, without communication. ``values`` are returned unchanged if they are spread, or if
@@ -72,12 +72,12 @@ def spread_as(values: Tensor, like: Tensor) -> Tensor:
     Shape:
         ``values`` and ``like`` have the same shape.
     """
-    if not is_spread(like) or is_spread(values):
+    if not is_dtensor(like) or is_dtensor(values):
         return values
     from torch.distributed.tensor import distribute_tensor
 
     spread: Any = like
-    values = values.detach().to(own_part(like).device)
+    values = values.detach().to(to_local(like).device)
     mesh, placements = spread.device_mesh, spread.placements
     return distribute_tensor(values, mesh, placements, src_data_rank=None)  # None: nothing is sent
 
@@ -99,7 +99,7 @@ TENSOR_PARALLEL = "tensor_parallel"
 
 def is_tensor_parallel(tensor: Tensor) -> bool:
     """Whether a tensor is spread for tensor parallelism."""
-    return is_spread(tensor) and TENSOR_PARALLEL in _names(tensor)
+    return is_dtensor(tensor) and TENSOR_PARALLEL in _names(tensor)
 
 
 def split_as(factor: Tensor, weight: Tensor, dim: int | None) -> Tensor:
@@ -124,12 +124,12 @@ def split_as(factor: Tensor, weight: Tensor, dim: int | None) -> Tensor:
 
 def is_split(tensor: Tensor) -> bool:
     """Whether this process holds only a part of a tensor."""
-    return is_spread(tensor) and own_part(tensor).numel() < tensor.numel()
+    return is_dtensor(tensor) and to_local(tensor).numel() < tensor.numel()
 
 
 def split_over_data(tensor: Tensor) -> bool:
     """Whether a tensor is split over processes with different data."""
-    if not is_spread(tensor):
+    if not is_dtensor(tensor):
         return False
     names = _names(tensor)
     return any(dim >= len(names) or names[dim] != TENSOR_PARALLEL for dim in split_dims(tensor))
@@ -161,7 +161,7 @@ def agreed(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
 
     Collective if one of the tensors is spread.
     """
-    meshes = {tensor.device_mesh for tensor in tensors if is_spread(tensor)}  # type: ignore[attr-defined]
+    meshes = {tensor.device_mesh for tensor in tensors if is_dtensor(tensor)}  # type: ignore[attr-defined]
     if not meshes or not flags:
         return list(flags)
     found = torch.tensor(flags, dtype=torch.uint8, device=next(iter(meshes)).device_type)
@@ -195,7 +195,7 @@ def runs_of(tensor: Tensor) -> Iterator[tuple[Tensor, int, int]]:
 
     spread: Any = tensor
     _, offsets = compute_local_shape_and_global_offset(spread.shape, spread.device_mesh, spread.placements)
-    part = own_part(tensor).resolve_conj().resolve_neg().contiguous()
+    part = to_local(tensor).resolve_conj().resolve_neg().contiguous()
     if part.numel():
         yield from _runs(part, tuple(tensor.shape), tuple(offsets), 0)
 

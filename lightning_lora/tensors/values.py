@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.tensors.digests import digest
-from lightning_lora.tensors.shards import is_spread, own_part
+from lightning_lora.tensors.shards import is_dtensor, to_local
 
 
 def copy_to_host(tensor: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def replace_values(tensor: Tensor, values: Tensor) -> None:
     It stays the same object. Nothing is copied, except for a tensor that was made in inference mode, or that is spread
     over processes: setting the data of such a tensor would change nothing.
     """
-    if is_spread(tensor):
+    if is_dtensor(tensor):
         _replace_parts(tensor, values)
         return
     if tensor.is_inference() and not values.is_inference():  # or torch would miss a version counter in every use
@@ -38,8 +38,8 @@ def replace_values(tensor: Tensor, values: Tensor) -> None:
 
 def _replace_parts(tensor: Tensor, values: Tensor) -> None:
     """Replace the values of a spread tensor in its own memory, which FSDP2 sends to the other processes."""
-    if tensor.dtype == values.dtype and own_part(tensor).shape == own_part(values).shape:
-        own_part(tensor).copy_(own_part(values))
+    if tensor.dtype == values.dtype and to_local(tensor).shape == to_local(values).shape:
+        to_local(tensor).copy_(to_local(values))
     else:
         torch.utils.swap_tensors(tensor, nn.Parameter(values, tensor.requires_grad))
 
@@ -49,7 +49,7 @@ def set_aside(tensor: Tensor) -> Tensor:
 
     The tensor can get others by :func:`replace_values` then. They are copied only if necessary.
     """
-    if is_spread(tensor):
+    if is_dtensor(tensor):
         return tensor.detach().to("cpu", copy=True)
     values = tensor.data.cpu()
     is_part = values.untyped_storage().nbytes() > values.nbytes  # of a larger memory, which others may reuse
@@ -73,7 +73,7 @@ def same_bits(tensor: Tensor, original: Tensor) -> bool:
         >>> same_bits(torch.ones(2), torch.ones(2, dtype=torch.float64)), same_bits(torch.ones(2), torch.ones(3))
         (True, False)
     """
-    tensor, original = own_part(tensor), own_part(original)
+    tensor, original = to_local(tensor), to_local(original)
     if tensor.is_meta or original.is_meta:
         return tensor.is_meta and original.is_meta
     return tensor.shape == original.shape and digest(tensor.cpu()) == digest(original.to(tensor.dtype))
@@ -131,7 +131,7 @@ class Seen:
 
     def __init__(self, tensor: Tensor, known: int | None = None) -> None:
         self._tensor: Tensor | None = tensor
-        tensor = own_part(tensor)
+        tensor = to_local(tensor)
         self._look = look(tensor)
         self._some = None if self._look is None or self._look[0] is None else _samples(tensor).to("cpu", copy=True)
         self._digest = known
@@ -139,7 +139,7 @@ class Seen:
 
     def is_unchanged(self, tensor: Tensor) -> bool:
         """Whether it is the same tensor, without visible change."""
-        return tensor is self._tensor and self._look is not None and self._look == look(own_part(tensor))
+        return tensor is self._tensor and self._look is not None and self._look == look(to_local(tensor))
 
     def is_still(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` has the same values.
@@ -151,7 +151,7 @@ class Seen:
         if self._is_kept(tensor):
             return True
         known = self.digest()
-        return known is not None and known == digest(own_part(tensor))
+        return known is not None and known == digest(to_local(tensor))
 
     def is_alike(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` has the same values, if they are known.
@@ -160,7 +160,7 @@ class Seen:
         """
         if tensor.is_meta or self.is_still(tensor):
             return True
-        tensor = own_part(tensor)
+        tensor = to_local(tensor)
         if self._some is None or hasattr(tensor, "__tensor_flatten__"):
             return self.dtype != tensor.dtype or self._digest is None
         if tensor.dtype == self.dtype and self._digest is not None:
@@ -173,7 +173,7 @@ class Seen:
 
     def _has_moved(self, tensor: Tensor) -> bool:
         """Whether the tensor is on another device, not written to since, with the same sampled values."""
-        now, then = look(own_part(tensor)), self._look
+        now, then = look(to_local(tensor)), self._look
         if now is None or then is None or then[0] is None:  # tensors inside it may have changed
             return False
         return now[2] != then[2] and (now[1], *now[3:]) == (then[1], *then[3:])
@@ -184,7 +184,7 @@ class Seen:
         It is computed when it is first asked for. If the values have changed before that, it is None.
         """
         if self._digest is None and self._tensor is not None and self._is_kept(self._tensor):
-            self._digest = digest(own_part(self._tensor))
+            self._digest = digest(to_local(self._tensor))
         return self._digest
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_lora.errors import BestCheckpointWarning, LoRAError
 from lightning_lora.storage.checkpoint import load_checkpoint_state
-from lightning_lora.training.companions import judge_of
+from lightning_lora.training.compatibility import judge_of
 
 LAST = "the last adapters"
 

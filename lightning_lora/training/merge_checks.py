@@ -9,8 +9,8 @@ from lightning_lora.model.merge import quantised_layers, spread_ties, tied_weigh
 from lightning_lora.model.merge_warnings import lost_to_rounding
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import join, state_dict
-from lightning_lora.tensors.shards import is_spread
-from lightning_lora.training.companions import judge_of
+from lightning_lora.tensors.shards import is_dtensor
+from lightning_lora.training.compatibility import judge_of
 from lightning_lora.training.spawned import check_untied, returns_state_only
 
 
@@ -73,7 +73,7 @@ def check_weights(trainer: Trainer, pl_module: LightningModule, merge: object, s
 def _check_files(view: View) -> None:
     """Refuse files of the merged model that could not be written, or would be read wrongly."""
     tied = [name for name, weights in tied_weights(view).items() if weights]
-    spread = [name for name, p in view.parameters.items() if is_spread(p)]
+    spread = [name for name, p in view.parameters.items() if is_dtensor(p)]
     adapted = [join(name, weight) for name, layer in view.layers.items() for weight in layer.lora_weights()]
     held = state_dict(view.model, keep_vars=True)
     for names, why in (

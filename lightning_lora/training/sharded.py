@@ -22,16 +22,16 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.tensors.names import load_state_dict, named_parameters, set_parameter
 from lightning_lora.tensors.shards import (
-    all_whole,
     data_processes,
+    distributed_as,
+    full_tensor,
+    full_tensors,
+    is_dtensor,
     is_split,
-    is_spread,
-    own_part,
     replicated,
     reshard,
     split_over_data,
-    spread_as,
-    whole,
+    to_local,
 )
 from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.gradients import Gradients
@@ -90,7 +90,7 @@ class ShardedWatch(LateWatch):
         if find_record(self.module) is None:  # a plain module is only evaluated
             return
         self._tell_of_whole_model()
-        _share(t for t in (*self.module.parameters(), *self.module.buffers()) if not is_spread(t))
+        _share(t for t in (*self.module.parameters(), *self.module.buffers()) if not is_dtensor(t))
         _share_adapters(view_of(self.module))
 
     @once
@@ -133,12 +133,12 @@ class ShardedWatch(LateWatch):
             return
         self._check_whole()
         view = view_of(self.module)
-        spread = [p for p in (*view.adapters.values(), *view.trained.values()) if is_spread(p)]
+        spread = [p for p in (*view.adapters.values(), *view.trained.values()) if is_dtensor(p)]
         if not spread:
             return
         for layer in view.layers.values():
             for name, factor in layer.lora_parameters().items():
-                if not is_spread(factor):
+                if not is_dtensor(factor):
                     set_parameter(layer, name, replicated(factor, spread[0].device_mesh))  # type: ignore[attr-defined]
 
     def _check_whole(self) -> None:
@@ -182,7 +182,7 @@ class ShardedWatch(LateWatch):
     @once
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return the state of an optimizer, whole."""
-        state: dict[str, Any] = all_whole(self.inner("optimizer_state", optimizer))
+        state: dict[str, Any] = full_tensors(self.inner("optimizer_state", optimizer))
         return state
 
     # Gradients
@@ -227,7 +227,7 @@ class ShardedGradients(Gradients):
             if p.requires_grad and not split_over_data(p):
                 self.averaged.setdefault(p.dtype, []).append(p)
         saved = view_of(watch.module).saved
-        self.statistics = [buffer for module in saved for buffer in module.buffers() if not is_spread(buffer)]
+        self.statistics = [buffer for module in saved for buffer in module.buffers() if not is_dtensor(buffer)]
 
     def end_backward(self) -> None:
         """Average the gradients, unless the pass only accumulates."""
@@ -242,14 +242,14 @@ class ShardedGradients(Gradients):
     def _average(self, parameters: list[nn.Parameter]) -> None:
         """Average the gradients of parameters of one dtype, with one message."""
         with torch.no_grad():
-            own = [torch.zeros_like(own_part(p)) if p.grad is None else own_part(p.grad) for p in parameters]
+            own = [torch.zeros_like(to_local(p)) if p.grad is None else to_local(p.grad) for p in parameters]
             flat = torch.cat([grad.reshape(-1) for grad in own]).mul_(1 / self.mesh.size())  # before the sum, as DDP
             dist.all_reduce(flat, group=self.mesh.get_group())
             for p, mean in zip(parameters, flat.split([grad.numel() for grad in own]), strict=True):
                 if p.grad is None and p.requires_grad:
                     p.grad = torch.zeros_like(p)
                 if p.grad is not None:
-                    grad = own_part(p.grad)
+                    grad = to_local(p.grad)
                     grad.copy_(mean.view_as(grad))
 
 
@@ -272,9 +272,9 @@ def _share_adapters(view: View) -> None:
     """Give every process the adapters of the first one, or its own part of them."""
     with torch.no_grad():
         for p in view.adapters.values():
-            values = whole(p.detach())
+            values = full_tensor(p.detach())
             _share([values])
-            replace_values(p, spread_as(values, p))
+            replace_values(p, distributed_as(values, p))
 
 
 def _spread_state(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
@@ -287,7 +287,7 @@ def _spread_state(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
     for number, p in zip(names, parameters, strict=True):
         if number in state["state"]:
             held[number] = {
-                name: spread_as(value, p) if isinstance(value, Tensor) and value.shape == p.shape else value
+                name: distributed_as(value, p) if isinstance(value, Tensor) and value.shape == p.shape else value
                 for name, value in state["state"][number].items()
             }
     return {**state, "state": held}

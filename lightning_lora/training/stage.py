@@ -15,7 +15,7 @@ from lightning_lora.model.remember import keep_record, view_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.training.averaging import copy_adapted
-from lightning_lora.training.companions import callbacks_of, loads_in_hooks
+from lightning_lora.training.compatibility import callbacks_of, loads_in_hooks
 from lightning_lora.training.spawned import receive_record
 
 

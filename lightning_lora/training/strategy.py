@@ -49,7 +49,7 @@ from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad
 from lightning_lora.training.averaging import drop_averages
-from lightning_lora.training.companions import callbacks_of
+from lightning_lora.training.compatibility import callbacks_of
 from lightning_lora.training.dropout import Dropout
 from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.merge_checks import warn_of_rounding

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoRACallback, LoRAConfig, inject_adapters
-from lightning_lora.tensors.shards import own_part
+from lightning_lora.tensors.shards import to_local
 from tests.benchmarks.life import QUIET
 from tests.benchmarks.measure import Bench, Row, in_new_process
 from tests.ranks import run_ranks
@@ -139,7 +139,7 @@ class Meter(Callback):
 
 def _held(values: Iterable[Any]) -> int:
     """The bytes that this process holds of tensors."""
-    return sum(own_part(value).nbytes for value in values if isinstance(value, Tensor))
+    return sum(to_local(value).nbytes for value in values if isinstance(value, Tensor))
 
 
 def count(way: str, folder: Path) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def test_every_kind_of_layer_takes_a_rank_above_its_sides(build: Any, x: Any) ->
     model = Model(build()).double()
     inject_adapters(model, config(model, r=64, alpha=96))
     layer: Any = model[0]
-    for part in layer.lora_parts:
+    for part in layer.lora_matrices:
         assert getattr(layer, part.factor("A")).shape[-2] == min(part.reads, part.writes)
     randomise(model)
     output = model(x)

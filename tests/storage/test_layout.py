@@ -82,9 +82,9 @@ def test_each_layer_is_described() -> None:
     assert layers["conv"].shapes == {"weight": (8, 2, 3, 3)}
     assert layers["conv"].options == {"groups": 2, "dilation": (2, 2), "padding_mode": "zeros"}
     assert layers["embed"].tied == {"weight": ("head.weight",)} and not layers["linear"].tied
-    assert [(part.name, part.first, part.rows) for part in layers["fused"].parts] == [("q", 0, 24), ("v", 16, 24)]
+    assert [(part.name, part.first, part.rows) for part in layers["fused"].matrices] == [("q", 0, 24), ("v", 16, 24)]
     assert layers["attention"].shapes == {"in_proj_weight": (24, 8), "out_proj.weight": (8, 8)}
-    assert layers["experts"].parts[0].stack == (3,) and layers["experts"].options == {"is_transposed": True}
+    assert layers["experts"].matrices[0].stack == (3,) and layers["experts"].options == {"is_transposed": True}
     assert [name for name, layer in layers.items() if not layer.is_additive] == ["attention", "experts"]
     assert layers["linear"].layer_class == "torch.nn.modules.linear.Linear"
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, LoRAWarning, listed
-from lightning_lora.layers import MAGNITUDE, LoRALayer, Part
+from lightning_lora.layers import MAGNITUDE, AdaptedMatrix, LoRALayer
 from lightning_lora.model.root import root_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.layout import StoredLayer
@@ -43,7 +43,7 @@ class Update:
     Args:
         name: The name of the layer in the model.
         kind: The adapter class.
-        parts: The matrices that it updates.
+        matrices: The matrices that it updates.
         factors: A and B of each of them, of any rank.
         scaling: The factor of ``B @ A``.
         magnitude: DoRA's magnitudes, if there are any.
@@ -51,7 +51,7 @@ class Update:
 
     name: str
     kind: type[LoRALayer]
-    parts: tuple[Part, ...]
+    matrices: tuple[AdaptedMatrix, ...]
     factors: tuple[tuple[Tensor, Tensor], ...]
     scaling: float
     magnitude: Tensor | None = None
@@ -59,13 +59,13 @@ class Update:
     @property
     def r(self) -> int:
         """The rank that the layer needs here."""
-        pairs = zip(self.parts, self.factors, strict=True)
+        pairs = zip(self.matrices, self.factors, strict=True)
         return max(part.rank(int(a.shape[-2])) for part, (a, _) in pairs)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the adapter's tensors, by name in the layer."""
         found = {}
-        for part, (a, b) in zip(self.parts, self.factors, strict=True):
+        for part, (a, b) in zip(self.matrices, self.factors, strict=True):
             found[part.factor("A")], found[part.factor("B")] = with_rank(a, b, part.rank(self.r))
         if self.magnitude is not None:
             found[MAGNITUDE] = self.magnitude.flatten()
@@ -183,7 +183,7 @@ def assembled(
     updates = list(updates)
     if not updates:
         raise AdapterFileError("The file holds no update of a layer. Load what it trains in full yourself.")
-    frozen = {join(update.name, part.weight) for update in updates for part in update.parts}
+    frozen = {join(update.name, part.weight) for update in updates for part in update.matrices}
     kept = {}
     for name, value in rest.items():
         if name in frozen:
@@ -213,7 +213,7 @@ def assembled(
 
 def _stored(update: Update) -> StoredLayer:
     return StoredLayer(
-        update.name, "", update.kind.__name__, update.r, update.scaling, update.parts, {}, {}, {}, is_additive=False
+        update.name, "", update.kind.__name__, update.r, update.scaling, update.matrices, {}, {}, {}, is_additive=False
     )
 
 
@@ -333,7 +333,7 @@ def completed(view: View, state: Mapping[str, Tensor], *, fresh: bool) -> dict[s
     added: dict[str, Tensor] = {}
     for name, layer in view.layers.items():
         if layer.lora_settings.starts_from_base:
-            for part in layer.lora_parts:
+            for part in layer.lora_matrices:
                 for letter in ("A0", "B0"):
                     added[join(name, part.factor(letter))] = getattr(layer, part.factor(letter)).detach()
     for name in view.trained:

@@ -98,7 +98,7 @@ def _update(view: View, name: str, a: Tensor, b: Tensor, settings: LoRAConfig) -
             f"a {type(layer).__name__} in this model. loralib does not adapt it so. Pass the model of the training."
         )
     assert alpha is not None
-    (whole,) = kind.lora_parts_of(layer)
+    (whole,) = kind.lora_matrices_of(layer)
     slices = settings.slices(name)
     if slices:
         return _parts(view, name, kind, (a, b), settings)
@@ -126,7 +126,7 @@ def _parts(view: View, name: str, kind: type[LoRALayer], pair: tuple[Tensor, Ten
     assert slices is not None
     assert settings.alpha is not None
     layer = view.modules[name]
-    parts = sliced(Names(view.model), name, kind, kind.lora_parts_of(layer), slices)
+    parts = sliced(Names(view.model), name, kind, kind.lora_matrices_of(layer), slices)
     parts = tuple(sorted(parts, key=lambda part: part.first))
     n, r = len(parts), b.shape[1]
     sizes = {part.writes for part in parts}

@@ -84,7 +84,7 @@ def combine_files(paths: Sequence[Path], out: Path, how: How) -> int:
         for name in dict.fromkeys(name for file in files for name in file.layers):
             combined = _combined(files, name, how, generator)
             layers.append(_layer(next(file.layers[name] for file in files if name in file.layers), combined))
-            for part in layers[-1].parts:
+            for part in layers[-1].matrices:
                 a, b = combined[part.name]
                 state |= {join(name, part.factor("A")): a, join(name, part.factor("B")): b}
     write_adapter_file(out, state, _description(files[0], layers, state))
@@ -126,7 +126,7 @@ def _is_same_base(one: StoredAdapters, other: StoredAdapters) -> bool:
 
 
 def _form(layer: StoredLayer) -> Any:
-    return layer.kind, layer.shapes, [(part.name, part.weight, part.first, part.writes) for part in layer.parts]
+    return layer.kind, layer.shapes, [(part.name, part.weight, part.first, part.writes) for part in layer.matrices]
 
 
 def _combined(files: list[StoredAdapters], name: str, how: How, generator: torch.Generator) -> dict[str, Factors]:
@@ -170,8 +170,8 @@ def _of_one_rank(result: dict[str, Factors]) -> dict[str, Factors]:
 def _layer(like: StoredLayer, combined: dict[str, Factors]) -> StoredLayer:
     """Describe a layer of the new file: its scaling is one."""
     r = max(a.shape[-2] for a, _ in combined.values())
-    parts = tuple(replace(part, r=None, scaling=None) for part in like.parts)
-    return replace(like, r=r, scaling=1.0, parts=parts)
+    parts = tuple(replace(part, r=None, scaling=None) for part in like.matrices)
+    return replace(like, r=r, scaling=1.0, matrices=parts)
 
 
 def _description(like: StoredAdapters, layers: list[StoredLayer], state: dict[str, Tensor]) -> dict[str, Any]:

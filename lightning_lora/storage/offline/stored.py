@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.layers import FROM_BASE, Adapter, LoRALayer, Settings, attach
-from lightning_lora.layers.start import names_of
+from lightning_lora.layers.init import names_of
 from lightning_lora.storage.description import stored_config
 from lightning_lora.storage.layout import StoredLayer
 from lightning_lora.storage.own_files import read_adapter_file
@@ -60,7 +60,7 @@ class StoredAdapters:
 
     def _names(self, name: str) -> list[str]:
         """The names of a layer's adapter parameters in the state."""
-        return [join(name, factor) for factor in names_of(self.layers[name].parts, self._settings(name))]
+        return [join(name, factor) for factor in names_of(self.layers[name].matrices, self._settings(name))]
 
     def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor]]:
         r"""Return A and B of a layer's weights.
@@ -86,7 +86,7 @@ class StoredAdapters:
             (\*, r, in) and (\*, out, r), by the name of the part.
         """
         layer, found = self.layers[name], {}
-        for part in layer.parts:
+        for part in layer.matrices:
             a, b, *starts = (self.state[join(name, part.factor(letter))] for letter in self._letters)
             if starts:  # the update is the difference from the start
                 a0, b0 = starts
@@ -109,7 +109,7 @@ class StoredAdapters:
         kind = cast(type[LoRALayer], stored.adapter_class)
         settings = self._settings(name)
         shell = nn.Module()
-        for part in stored.parts:
+        for part in stored.matrices:
             *inside, leaf = part.weight.split(".")
             holder = shell
             for child in inside:
@@ -118,9 +118,9 @@ class StoredAdapters:
                 holder = holder.get_submodule(child)
             holder.register_parameter(leaf, nn.Parameter(weights.get(part.weight, torch.empty(0)), requires_grad=False))
         parameters = {}
-        for factor in names_of(stored.parts, settings):
+        for factor in names_of(stored.matrices, settings):
             parameters[factor] = nn.Parameter(self.state[join(name, factor)], requires_grad=False)
-        attach(shell, Adapter(kind, settings, stored.parts, parameters))
+        attach(shell, Adapter(kind, settings, stored.matrices, parameters))
         return cast(LoRALayer, shell)
 
     def beside(self) -> dict[str, Tensor]:

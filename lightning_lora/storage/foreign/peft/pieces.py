@@ -20,7 +20,7 @@ from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.attention import LoRAAttention
 from lightning_lora.layers.convolution import LoRAConvNd
 from lightning_lora.layers.embedding import LoRAEmbedding
-from lightning_lora.layers.parts import FROM_BASE, MAGNITUDE
+from lightning_lora.layers.matrices import FROM_BASE, MAGNITUDE
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.storage.foreign.peft.source import Source
 from lightning_lora.storage.layout import StoredLayer
@@ -85,7 +85,7 @@ class Piece:
         kind, a, b = self.layer.adapter_class, self.a, self.b
         assert kind is not None
         letters = ("lora_A.weight", "lora_B.weight")
-        shape = self.layer.shapes[self.layer.parts[0].weight]
+        shape = self.layer.shapes[self.layer.matrices[0].weight]
         magnitude = self.magnitude
         if issubclass(kind, LoRAEmbedding):
             letters = ("lora_embedding_A", "lora_embedding_B")
@@ -134,14 +134,14 @@ def _pieces(layer: StoredLayer, source: Source) -> list[Piece]:
     kind, name = layer.adapter_class, source.own_name(layer.name)
     assert kind is not None
     if not issubclass(kind, LoRAParameters | LoRARecurrent):
-        weight = layer.parts[0].weight
+        weight = layer.matrices[0].weight
         a, b = _factors(layer, weight, source)
         magnitude = source.state.get(join(layer.name, MAGNITUDE))
         r = a.shape[-2] * layer.options.get("groups", 1)
         alpha = source.config.alpha_of(layer.name, r=r)
         return [Piece(name, layer, a, b, alpha, layer.scaling, magnitude=magnitude)]
     pieces = []
-    for part in layer.parts:
+    for part in layer.matrices:
         a, b = _factors(layer, part.weight, source)
         parameter = join(layer.name, part.weight) if issubclass(kind, LoRAParameters) else ""
         alpha = source.config.alpha_of(layer.name, parameter, r=a.shape[-2])
@@ -161,7 +161,7 @@ def _factors(layer: StoredLayer, weight: str, source: Source) -> tuple[Tensor, T
 
 def _stacked(layer: StoredLayer, weight: str, state: Mapping[str, Any], start: str = "") -> tuple[Tensor, Tensor]:
     """The factors of all parts of a weight: A stacked by rows, B by columns."""
-    parts = [part for part in layer.parts if part.weight == weight]
+    parts = [part for part in layer.matrices if part.weight == weight]
     reading = [state[join(layer.name, part.factor("A" + start))].detach().cpu() for part in parts]
     writing = [state[join(layer.name, part.factor("B" + start))].detach().cpu() for part in parts]
     if len(parts) == 1 and parts[0].is_whole:

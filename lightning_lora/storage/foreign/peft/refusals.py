@@ -14,7 +14,7 @@ from lightning_lora.layers.attention import LoRAAttention
 from lightning_lora.layers.bilinear import LoRABilinear
 from lightning_lora.layers.convolution import LoRAConvNd, LoRAConvTransposeNd
 from lightning_lora.layers.embedding import LoRAEmbeddingBag
-from lightning_lora.layers.parts import MAGNITUDE
+from lightning_lora.layers.matrices import MAGNITUDE
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.storage.foreign.contents import CONTAINERS
 from lightning_lora.storage.foreign.peft.source import Source
@@ -128,9 +128,9 @@ def _each(value: Any) -> tuple[Any, ...]:
 
 
 def _why_not_attention(layer: StoredLayer) -> str | None:
-    if any(part.weight not in ("in_proj_weight", "out_proj.weight") for part in layer.parts):
+    if any(part.weight not in ("in_proj_weight", "out_proj.weight") for part in layer.matrices):
         return f"PEFT does not support kdim and vdim. {_LEAVE_OUT}"
-    if any(part.weight == "out_proj.weight" for part in layer.parts):
+    if any(part.weight == "out_proj.weight" for part in layer.matrices):
         own = layer.name.rpartition(".")[2]
         return (
             f"PEFT 0.21 adds the update of an attention's output projection twice. Train with target_slices={{{own!r}: "
@@ -147,15 +147,15 @@ def _why_not_inside(layer: StoredLayer, source: Source) -> str | None:
 
 
 def _why_not_parameters(layer: StoredLayer) -> str | None:
-    inside = [part.weight for part in layer.parts if "." in part.weight]
+    inside = [part.weight for part in layer.matrices if "." in part.weight]
     if inside:
         return (
             f"{listed(inside)} belong to layers inside it. PEFT would update them where the layers are called, not "
             f"where {layer.name!r} reads them. {_LEAVE_OUT}"
         )
-    if any(len(part.stack) > 1 for part in layer.parts):
+    if any(len(part.stack) > 1 for part in layer.matrices):
         return f"PEFT adapts matrices and stacks of matrices, not stacks of stacks. {_LEAVE_OUT}"
-    if any(part.stack == (1,) for part in layer.parts) and layer.options.get("is_transposed"):
+    if any(part.stack == (1,) for part in layer.matrices) and layer.options.get("is_transposed"):
         return f"PEFT adds the update of one transposed expert the wrong way round. {_LEAVE_OUT}"
     return None
 
@@ -218,7 +218,7 @@ def _check_rest(source: Source) -> None:
 
 def _own_of(layer: StoredLayer) -> list[str]:
     """The names that the parameters of an adapter may have."""
-    return [part.factor(letter) for part in layer.parts for letter in ("A", "B", "A0", "B0")] + [MAGNITUDE]
+    return [part.factor(letter) for part in layer.matrices for letter in ("A", "B", "A0", "B0")] + [MAGNITUDE]
 
 
 def is_bias(name: str, source: Source) -> bool:

@@ -67,7 +67,7 @@ def _update(view: View, there: str, wrapped: Mapping[str, Tensors], numbers: Num
     if "tokens" in tensors:
         return _tokens(view, there, name, tensors, numbers)
     a, b = _as_matrices(layer, kind, there, tensors, numbers)
-    parts = kind.lora_parts_of(layer)
+    parts = kind.lora_matrices_of(layer)
     said = f"{there}.weight" if _is_named(there, numbers) else there  # patterns mean a parameter by its own name
     _rank(said, a, numbers, most=min(parts[0].reads, parts[0].writes))
     if isinstance(layer, nn.modules.conv._ConvNd) and layer.groups > 1:
@@ -189,7 +189,7 @@ def _attention(view: View, there: str, wrapped: Mapping[str, Tensors], numbers: 
     """
     name = place.name_here(there)
     layer: Any = view.modules[name]
-    parts = {part.name: part for part in LoRAAttention.lora_parts_of(layer)}
+    parts = {part.name: part for part in LoRAAttention.lora_matrices_of(layer)}
     width, used, factors = layer.embed_dim, [], []
     for wrapper, tensors in wrapped.items():
         a, b = _pair(wrapper, tensors)
@@ -224,7 +224,7 @@ def _tokens(view: View, there: str, name: str, tensors: Tensors, numbers: Number
     a[torch.arange(len(indices)), torch.tensor(indices)] = 1
     kind = adapter_for(layer)
     assert kind is not None
-    return Update(name, kind, kind.lora_parts_of(layer), ((a, b[:, indices].float()),), 1.0)
+    return Update(name, kind, kind.lora_matrices_of(layer), ((a, b[:, indices].float()),), 1.0)
 
 
 def _indices(there: str, numbers: Numbers) -> list[int]:
@@ -292,7 +292,7 @@ def _parameters(view: View, there: str, wrapped: Mapping[str, Tensors], numbers:
         factors = [(a, b * (scaling / scalings[0])) for (a, b), scaling in zip(factors, scalings, strict=True)]
     kind = adapter_for(layer)
     if kind is LoRARecurrent:
-        by_weight = {part.weight: part for part in kind.lora_parts_of(layer)}
+        by_weight = {part.weight: part for part in kind.lora_matrices_of(layer)}
         return Update(name, kind, tuple(by_weight[leaf] for leaf in named), tuple(factors), scalings[0])
     parts = tuple(LoRAParameters.lora_part(layer, leaf) for leaf in named)
     return Update(name, LoRAParameters, parts, tuple(factors), scalings[0])

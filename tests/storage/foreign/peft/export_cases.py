@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, export_peft, inject_adapters, merge_adapters, save_adapter
-from lightning_lora.layers.parts import MAGNITUDE
+from lightning_lora.layers.matrices import MAGNITUDE
 from lightning_lora.model.view import View
 from tests.models import randomise, same
 

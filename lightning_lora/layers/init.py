@@ -4,14 +4,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.functional.update import row_norms, wide
-from lightning_lora.layers.parts import MAGNITUDE, Adapter, Kind, Part, Settings
+from lightning_lora.layers.matrices import MAGNITUDE, AdaptedMatrix, Adapter, Kind, Settings
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import own_parameter
-from lightning_lora.tensors.shards import is_spread, split_as, spread_as, whole
+from lightning_lora.tensors.shards import distributed_as, full_tensor, is_dtensor, split_as
 from lightning_lora.tensors.values import replace_values
 
 
-def names_of(parts: tuple[Part, ...], settings: Settings) -> list[str]:
+def names_of(parts: tuple[AdaptedMatrix, ...], settings: Settings) -> list[str]:
     """Return the names of an adapter's parameters."""
     return [part.factor(letter) for part in parts for letter in _letters(settings)] + [MAGNITUDE] * settings.use_dora
 
@@ -28,9 +28,9 @@ def start(layer: nn.Module, adapter: Adapter) -> None:
     settings = adapter.settings
     values: dict[str, Tensor] = {}
     for name, p in adapter.parameters.items():  # each process draws whole factors, and keeps its part
-        values[name] = torch.empty(p.shape, dtype=p.dtype, device=p.device) if is_spread(p) else p
+        values[name] = torch.empty(p.shape, dtype=p.dtype, device=p.device) if is_dtensor(p) else p
     if not settings.starts_from_base:
-        for part in adapter.parts:
+        for part in adapter.matrices:
             a, b = values[part.factor("A")], values[part.factor("B")]
             if not a.is_meta:
                 init_factors(*((a, b) if adapter.kind.lora_zero == "B" else (b, a)), settings.init)
@@ -38,17 +38,17 @@ def start(layer: nn.Module, adapter: Adapter) -> None:
     if settings.starts_from_base or settings.use_dora:
         _start_from_base(layer, adapter, values)
     for name, p in adapter.parameters.items():
-        if is_spread(p):
-            replace_values(p, spread_as(values[name], p))
+        if is_dtensor(p):
+            replace_values(p, distributed_as(values[name], p))
 
 
 def _start_from_base(layer: nn.Module, adapter: Adapter, parameters: dict[str, Tensor]) -> None:
     """Initialise the parameters that depend on the weights: factors and magnitudes."""
     kind, settings = adapter.kind, adapter.settings
     with torch.no_grad():
-        for part in adapter.parts:
+        for part in adapter.matrices:
             weight = own_parameter(layer, part.weight)
-            matrix = kind.lora_as_matrix(kind.lora_values(layer, whole(weight)).detach())
+            matrix = kind.lora_as_matrix(kind.lora_values(layer, full_tensor(weight)).detach())
             if settings.starts_from_base:
                 rows = matrix.narrow(-2, part.first, part.writes)
                 if weight.is_meta or not rows.isfinite().all():  # uninitialised memory has arbitrary values
@@ -64,7 +64,7 @@ def _start_from_base(layer: nn.Module, adapter: Adapter, parameters: dict[str, T
                     adapter.started_on[MAGNITUDE] = digest(parameters[MAGNITUDE].float())
 
 
-def new_adapter(kind: type[Kind], layer: nn.Module, parts: tuple[Part, ...], settings: Settings) -> Adapter:
+def new_adapter(kind: type[Kind], layer: nn.Module, parts: tuple[AdaptedMatrix, ...], settings: Settings) -> Adapter:
     """Create an adapter with an update of zero.
 
     It is on the device of the layer's weights and has their dtype. With ``settings.autocast_dtype``, float32 replaces a
@@ -90,7 +90,7 @@ def new_adapter(kind: type[Kind], layer: nn.Module, parts: tuple[Part, ...], set
 
 def _follow_weights(layer: nn.Module, adapter: Adapter) -> None:
     """Split an adapter's parameters as tensor parallelism has split their weights."""
-    for part in adapter.parts:
+    for part in adapter.matrices:
         weight = own_parameter(layer, part.weight)
         dims = {part.factor(letter): -1 if letter.startswith("A") else 0 for letter in _letters(adapter.settings)}
         if adapter.settings.use_dora:

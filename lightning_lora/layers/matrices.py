@@ -66,7 +66,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Part:
+class AdaptedMatrix:
     """One matrix with its own update.
 
     It is a weight of a layer, or some rows of it.
@@ -83,7 +83,7 @@ class Part:
         scaling: Its own scaling, if it is not that of the layer's settings.
 
     Example:
-        >>> q = Part("in_proj_weight", reads=8, writes=8, first=0, rows=24, name="q")
+        >>> q = AdaptedMatrix("in_proj_weight", reads=8, writes=8, first=0, rows=24, name="q")
         >>> q.factor("A"), q.is_whole, q.rank(16)
         ('lora_A_q', False, 8)
     """
@@ -133,7 +133,7 @@ class Adapter:
     Args:
         kind: The adapter class, such as ``LoRALinear``.
         settings: Its settings.
-        parts: The matrices that it updates.
+        matrices: The matrices that it updates.
         parameters: Its factors (and DoRA's magnitude), by name in the layer.
         started_on: Digests of the weights that its parameters were initialised from, if any.
         bases: The base's values of the weights, by name in the layer, while the update is merged.
@@ -141,7 +141,7 @@ class Adapter:
 
     kind: type[Kind]
     settings: Settings
-    parts: tuple[Part, ...]
+    matrices: tuple[AdaptedMatrix, ...]
     parameters: dict[str, nn.Parameter]
     started_on: dict[str, int] = field(default_factory=dict)
     bases: dict[str, Tensor] = field(default_factory=dict)
