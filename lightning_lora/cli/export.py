@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lightning_lora.storage.foreign.peft.export import export_peft
+from lightning_lora.storage.formats.peft_write import export_peft
 
 
 def add_arguments(parser: Any) -> None:

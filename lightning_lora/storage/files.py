@@ -22,10 +22,10 @@ from lightning_lora.storage.checkpoint import check_readable
 from lightning_lora.storage.description import KEY, check_fits, check_foreign_fits, describe, stored_config
 from lightning_lora.storage.disk import check_path, local_path
 from lightning_lora.storage.fingerprint import forms_of_base
-from lightning_lora.storage.foreign.contents import Foreign, completed
-from lightning_lora.storage.foreign.fabric import read_state, state_in
-from lightning_lora.storage.foreign.loralib import read_loralib, tensors_in
-from lightning_lora.storage.foreign.peft.reading import read_peft, weights_of
+from lightning_lora.storage.formats.fabric import read_state, state_in
+from lightning_lora.storage.formats.loralib import read_loralib, tensors_in
+from lightning_lora.storage.formats.peft_read import read_peft, weights_of
+from lightning_lora.storage.formats.updates import Foreign, completed
 from lightning_lora.storage.libraries import is_loralib, is_peft
 from lightning_lora.storage.own_files import (
     adapters_in,

@@ -29,8 +29,8 @@ from tests.cases import At, StopError, stop
 from tests.layers.cases import LAYERS, Model, config, factors
 from tests.layers.test_kinds import reference
 from tests.models import best, randomise, same, state, trainer
-from tests.storage.foreign.peft.export_cases import check_read
-from tests.storage.foreign.peft.reading_cases import write_peft
+from tests.storage.formats.export_cases import check_read
+from tests.storage.formats.reading_cases import write_peft
 
 
 class Curve(L.LightningModule):

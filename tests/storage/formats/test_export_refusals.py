@@ -28,7 +28,7 @@ from lightning_lora.layers import ADAPTERS
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.model.view import View
 from tests.models import LitTiny, TinyLM, same, state
-from tests.storage.foreign.peft.export_cases import trained
+from tests.storage.formats.export_cases import trained
 from tests.storage.test_layout import write
 
 

@@ -22,7 +22,7 @@ from lightning_lora.layers.convolution import LoRAConvNd
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.matrices import FROM_BASE, MAGNITUDE
 from lightning_lora.layers.recurrent import LoRARecurrent
-from lightning_lora.storage.foreign.peft.source import Source
+from lightning_lora.storage.formats.peft_source import Source
 from lightning_lora.storage.layout import StoredLayer
 from lightning_lora.tensors.names import join
 

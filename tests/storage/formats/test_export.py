@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, LoRAWarning, adapter_state_dict, export_peft, save_adapter
-from lightning_lora.storage.foreign.peft.export import ORIGIN
+from lightning_lora.storage.formats.peft_write import ORIGIN
 from tests.models import WIDTH, WORDS, TinyLM
-from tests.storage.foreign.peft.export_cases import check_equal, check_read, read, trained
+from tests.storage.formats.export_cases import check_equal, check_read, read, trained
 
 INDEX = torch.arange(12).view(3, 4) % WORDS
 

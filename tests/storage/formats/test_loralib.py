@@ -24,7 +24,7 @@ from lightning_lora import (
 from lightning_lora.model.view import View
 from tests.models import randomise
 from tests.storage.cases import refused
-from tests.storage.foreign.peft.reading_cases import Lit, built, gap
+from tests.storage.formats.reading_cases import Lit, built, gap
 
 INDEX = torch.arange(12).view(2, 6)
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_lora import LoRAWarning, export_peft, load_adapter, save_adapter
-from tests.storage.foreign.peft.reading_cases import (
+from tests.storage.formats.reading_cases import (
     Attending,
     Expert,
     Images,

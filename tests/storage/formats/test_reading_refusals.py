@@ -26,8 +26,8 @@ from lightning_lora import (
 from lightning_lora.storage.own_files import read_adapter_file
 from tests.models import LitTiny, same, state
 from tests.storage.cases import refused
-from tests.storage.foreign.peft.reading_cases import Attending, Expert, Images, Mixed, built, gap, write_peft
-from tests.storage.foreign.peft.test_reading import IMAGES, INDEX
+from tests.storage.formats.peft.test_reading import IMAGES, INDEX
+from tests.storage.formats.reading_cases import Attending, Expert, Images, Mixed, built, gap, write_peft
 
 PRE = "base_model.model."
 

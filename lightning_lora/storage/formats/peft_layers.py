@@ -17,9 +17,9 @@ from lightning_lora.layers.embedding import LoRAEmbedding, LoRAEmbeddingBag
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.model.view import View
-from lightning_lora.storage.foreign.contents import Update, base_value
-from lightning_lora.storage.foreign.peft.keys import PeftTensors, plain
-from lightning_lora.storage.foreign.peft.numbers import Numbers
+from lightning_lora.storage.formats.peft_config import Numbers
+from lightning_lora.storage.formats.peft_keys import PeftTensors, plain
+from lightning_lora.storage.formats.updates import Update, base_value
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.tensors.inplace import combined
 from lightning_lora.tensors.names import join

@@ -16,8 +16,8 @@ from lightning_lora.layers.convolution import LoRAConvNd, LoRAConvTransposeNd
 from lightning_lora.layers.embedding import LoRAEmbeddingBag
 from lightning_lora.layers.matrices import MAGNITUDE
 from lightning_lora.layers.recurrent import LoRARecurrent
-from lightning_lora.storage.foreign.contents import CONTAINERS
-from lightning_lora.storage.foreign.peft.source import Source
+from lightning_lora.storage.formats.peft_source import Source
+from lightning_lora.storage.formats.updates import CONTAINERS
 from lightning_lora.storage.layout import ALSO, StoredLayer
 from lightning_lora.tensors.names import join
 

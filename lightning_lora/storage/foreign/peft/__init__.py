@@ -1,4 +1,0 @@
-"""PEFT's files, to read and to write.
-
-Nothing here imports ``peft``.
-"""
