@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from rich.console import Console
 
-from lightning_lora.storage.offline.combining import How, Method, combine_files
+from lightning_lora.storage.offline.combine import How, Method, combine_files
 
 
 def add_arguments(parser: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from lightning_lora.storage.offline.merging import merge_files
+from lightning_lora.storage.offline.merge import merge_files
 from lightning_lora.storage.offline.tensor_files import TensorFiles
 
 

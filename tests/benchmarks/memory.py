@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, inject_adapters, merge_adapters, save_adapter
 from lightning_lora.model.view import View
-from lightning_lora.storage.offline.merging import merge_files
+from lightning_lora.storage.offline.merge import merge_files
 from tests.benchmarks.life import QUIET, Stack
 from tests.benchmarks.measure import Bench, Row, in_new_process, peak_growth, saved_bytes
 from tests.benchmarks.models import Bert, Llama, Projections, step

@@ -28,7 +28,7 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from lightning_lora.model.view import View
-from lightning_lora.storage.offline.merging import merge_files
+from lightning_lora.storage.offline.merge import merge_files
 from tests.models import LitTiny, TinyLM, best, data, lora, randomise, same, state, trainer
 
 
