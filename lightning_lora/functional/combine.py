@@ -5,10 +5,13 @@ update's A with another's B.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lora.functional.update import wide
+
 Factors = tuple[Tensor, Tensor]
-"""A and B of one update, with its scaling in B."""
+"""A and B of one update."""
 
 
 def concatenated(updates: list[Factors], weights: list[float]) -> Factors:
@@ -28,6 +31,66 @@ def concatenated(updates: list[Factors], weights: list[float]) -> Factors:
     reading = torch.cat([a for a, _ in updates], dim=-2)
     writing = torch.cat([weight * b for (_, b), weight in zip(updates, weights, strict=True)], dim=-1)
     return reading, writing
+
+
+def difference(update: Factors, other: Factors) -> Factors:
+    r"""Return the exact difference of two updates, :math:`B A - B_0 A_0`.
+
+    It may be a small difference of large products. To avoid rounding errors, it is computed from the differences of the
+    factors: :math:`(B - B_0) A + B_0 (A - A_0)`.
+
+    Shape:
+        A: (\*, r, in), B: (\*, out, r) for both. Returns the same with 2 · r.
+    """
+    (a, b), (a0, b0) = update, other
+    return torch.cat([a, a - a0], dim=-2), torch.cat([b - b0, b0], dim=-1)
+
+
+def in_rows(updates: list[Factors], first: list[int], rows: int) -> Factors:
+    """Return one update of a weight from updates of some of its rows.
+
+    Args:
+        updates: The updates.
+        first: The first row of each.
+        rows: The number of rows of the weight.
+
+    Shape:
+        A: (r, in), B: (some rows, r) for each. Returns the same with the sum of all r and all rows.
+
+    Example:
+        >>> update = torch.ones(1, 3), torch.ones(2, 1)
+        >>> A, B = in_rows([update, update], [0, 3], rows=5)
+        >>> (B @ A)[:, 0]
+        tensor([1., 1., 0., 1., 1.])
+    """
+    writing = []
+    for (_, b), start in zip(updates, first, strict=True):
+        writing.append(F.pad(b, (0, 0, start, rows - start - b.shape[-2])))
+    return torch.cat([a for a, _ in updates], dim=-2), torch.cat(writing, dim=-1)
+
+
+def with_rank(update: Factors, r: int) -> Factors:
+    r"""Return the same update with this rank.
+
+    Args:
+        update: The update.
+        r: The rank: at least that of the factors, or the smaller side of their product.
+
+    Shape:
+        A: (\*, R, in), B: (\*, out, R). Returns the same with r, in float32 or wider.
+
+    Example:
+        >>> a, b = with_rank((torch.ones(3, 5), torch.ones(2, 3)), 2)
+        >>> a.shape, b.shape, (b @ a)[0, 0]
+        (torch.Size([2, 5]), torch.Size([2, 2]), tensor(3.))
+    """
+    a, b = (factor.to(wide(factor.dtype)) for factor in update)
+    missing = r - a.shape[-2]
+    if missing >= 0:
+        return (F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))) if missing else (a, b)
+    product = (b.double() @ a.double()).to(a.dtype)
+    one = torch.eye(r, dtype=a.dtype).expand(*product.shape[:-2], r, r)
+    return (product, one) if product.shape[-2] == r else (one, product)
 
 
 def truncated(update: Factors, r: int) -> Factors:

@@ -8,28 +8,42 @@ from lightning_lora.layers.base import HAS_UPDATE, LoRALayer, attach
 from lightning_lora.layers.experts import LoRAParameters
 from lightning_lora.layers.init import new_adapter
 from lightning_lora.layers.kinds import ADAPTERS, adapter_for, kind_named, name_of_kind, register_adapter
-from lightning_lora.layers.matrices import FROM_BASE, MAGNITUDE, AdaptedMatrix, Adapter, Settings
+from lightning_lora.layers.matrices import (
+    FROM_BASE,
+    AdaptedMatrix,
+    Adapter,
+    AdapterParameter,
+    Role,
+    Settings,
+    adapter_parameters,
+    matrix_factors,
+    weight_factors,
+)
 from lightning_lora.layers.quantized import count, is_quantised, quantised_entries, repacks, unpack
 
 __all__ = [
     "ADAPTERS",
     "FROM_BASE",
     "HAS_UPDATE",
-    "MAGNITUDE",
     "AdaptedMatrix",
     "Adapter",
+    "AdapterParameter",
     "LoRALayer",
     "LoRAParameters",
+    "Role",
     "Settings",
     "adapter_for",
+    "adapter_parameters",
     "attach",
     "count",
     "is_quantised",
     "kind_named",
+    "matrix_factors",
     "name_of_kind",
     "new_adapter",
     "quantised_entries",
     "register_adapter",
     "repacks",
     "unpack",
+    "weight_factors",
 ]

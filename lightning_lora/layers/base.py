@@ -1,7 +1,8 @@
 """The base class of all adapted layers."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,11 +11,19 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import LoRAWarning
 from lightning_lora.functional.plain import are_plain
-from lightning_lora.functional.update import added, delta_weight, lost_share, magnitude_scale, merged, wide
+from lightning_lora.functional.update import added, delta_weight, lost_share, magnitude_scale, merged
 from lightning_lora.layers.contract import LayerKind
 from lightning_lora.layers.functional_call import run_on
-from lightning_lora.layers.init import names_of, start
-from lightning_lora.layers.matrices import MAGNITUDE, AdaptedMatrix, Adapter, Settings
+from lightning_lora.layers.init import initialise
+from lightning_lora.layers.matrices import (
+    AdaptedMatrix,
+    Adapter,
+    AdapterParameter,
+    Role,
+    Settings,
+    adapter_parameters,
+    weight_factors,
+)
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.inplace import overlay, uncover
 from lightning_lora.tensors.names import own_parameter
@@ -90,7 +99,7 @@ class LoRALayer(LayerKind):
             with torch.no_grad():
                 own = self.lora_values(self, self._lora_own("weight"))
                 matrix = added(own, self._lora_delta("weight", own))
-            scale = magnitude_scale(self._lora_factor(MAGNITUDE, "weight"), self.lora_as_matrix(matrix))
+            scale = magnitude_scale(self._lora_magnitude(), self.lora_as_matrix(matrix))
         after = (1,) * (self.weight.dim() - 2)  # type: ignore[operator]  # dimensions of the output after its features
         scale, bias = scale.view(-1, *after), getattr(self, "bias", None)
         unbiased = output if bias is None else output - bias.view(-1, *after).to(output.dtype)
@@ -125,35 +134,21 @@ class LoRALayer(LayerKind):
     def lora_factors(self, name: str) -> tuple[Tensor, Tensor]:
         r"""Return the factors of a weight's update as one pair.
 
-        They are A and B in :math:`\Delta W = s \, B A`. The factors of several parts are stacked. Factors that started
-        from the weight, as :math:`A_0, B_0`, give :math:`B A - B_0 A_0`, a small difference of large products. To avoid
-        rounding errors, it is computed from the differences of the factors: :math:`(B - B_0) A + B_0 (A - A_0)`.
+        They are A and B in :math:`\Delta W = s \, B A`, as :func:`.weight_factors` returns them.
 
         Shape:
             (\*, r', in) and (\*, out, r'), with r' the sum of the ranks.
         """
-        a, b = self._lora_stacked(name)
-        if self.lora_settings.starts_from_base:
-            a0, b0 = self._lora_stacked(name, start="0")
-            return torch.cat([a, a - a0], dim=-2), torch.cat([b - b0, b0], dim=-1)
-        return a, b
+        return weight_factors(name, self.lora_matrices, self.lora_settings, self._lora_readable(name))
 
-    def _lora_stacked(self, name: str, start: str = "") -> tuple[Tensor, Tensor]:
-        """The factors of all parts of a weight as one pair: A stacked by rows, B by columns."""
-        parts = [part for part in self.lora_matrices if part.weight == name]
-        if len(parts) == 1 and parts[0].is_whole:
-            return tuple(self._lora_factor(parts[0].factor(letter + start), name) for letter in "AB")  # type: ignore[return-value]
-        reading, writing = [], []
-        for part in parts:
-            b = self._lora_factor(part.factor("B" + start), name)
-            reading.append(self._lora_factor(part.factor("A" + start), name))
-            writing.append(F.pad(b, (0, 0, part.first, part.rows - part.first - part.writes)))
-        return torch.cat(reading), torch.cat(writing, dim=1)
+    def _lora_readable(self, weight: str) -> Callable[[str], Tensor]:
+        """How to read the adapter's parameters to compute with: beside a plain weight, without their DTensors."""
+        if is_dtensor(self._lora_own(weight)):
+            return partial(getattr, self)
+        return lambda name: without_dtensor(getattr(self, name))
 
-    def _lora_factor(self, name: str, weight: str) -> Tensor:
-        """A parameter of the adapter, to compute with. Beside a plain weight, it is without its DTensor."""
-        factor: Tensor = getattr(self, name)
-        return factor if is_dtensor(self._lora_own(weight)) else without_dtensor(factor)
+    def _lora_magnitude(self) -> Tensor:
+        return self._lora_readable("weight")(self.lora_matrices[0].parameter(Role.MAGNITUDE))
 
     def _lora_delta(self, name: str, own: Tensor, dropout: float = 0.0) -> Tensor:
         """The update of a weight, in the layout of ``own``, in float32 or wider."""
@@ -191,7 +186,7 @@ class LoRALayer(LayerKind):
             if not self.lora_settings.use_dora:
                 return effective
             matrix = self.lora_as_matrix(effective)
-            magnitude = self._lora_factor(MAGNITUDE, "weight")
+            magnitude = self._lora_magnitude()
             scaled = matrix * magnitude_scale(
                 magnitude if is_dtensor(own) else full_tensor(magnitude), matrix
             ).unsqueeze(-1)
@@ -218,22 +213,17 @@ class LoRALayer(LayerKind):
 
     # The parameters
 
+    def lora_roles(self) -> dict[str, AdapterParameter]:
+        """Return what each of the adapter's parameters is, by name in the layer."""
+        return adapter_parameters(self.lora_matrices, self.lora_settings)
+
     def lora_parameters(self) -> dict[str, nn.Parameter]:
         """Return the adapter's parameters, by name in the layer."""
-        return {name: own_parameter(self, name) for name in names_of(self.lora_matrices, self.lora_settings)}
+        return {name: own_parameter(self, name) for name in self.lora_roles()}
 
-    def lora_trained(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Return the adapter's trainable parameters for each adapted weight.
-
-        Both the weights and the parameters have their names in the layer.
-        """
-        trained: dict[str, dict[str, nn.Parameter]] = {name: {} for name in self.lora_weights()}
-        for part in self.lora_matrices:
-            for name in (part.factor("A"), part.factor("B")):
-                trained[part.weight][name] = own_parameter(self, name)
-        if self.lora_settings.use_dora:
-            trained["weight"][MAGNITUDE] = own_parameter(self, MAGNITUDE)
-        return trained
+    def lora_trained(self) -> list[nn.Parameter]:
+        """Return the adapter's trainable parameters."""
+        return [own_parameter(self, name) for name, about in self.lora_roles().items() if about.role.trains]
 
     def lora_detach(self) -> Adapter:
         """Remove the adapter from the layer and return it.
@@ -260,23 +250,23 @@ class LoRALayer(LayerKind):
     def lora_restart(self) -> None:
         """Initialise the adapter again, with an update of zero."""
         adapter = Adapter(type(self), self.lora_settings, self.lora_matrices, self.lora_parameters())
-        start(self, adapter)
+        initialise(self, adapter)
         self.lora_started_on = adapter.started_on
 
     def lora_is_fresh(self) -> bool:
         """Whether the update is still zero."""
-        for part in self.lora_matrices:
-            a, b = (to_local(own_parameter(self, part.factor(letter))) for letter in ("A", "B"))
+        values = {name: to_local(p) for name, p in self.lora_parameters().items()}
+        for matrix in self.lora_matrices:
+            a, b, *others = (values[matrix.parameter(role)] for role in self.lora_settings.roles)
             if a.is_meta:
                 continue
             if self.lora_settings.starts_from_base:
-                a0, b0 = (to_local(own_parameter(self, part.factor(letter))) for letter in ("A0", "B0"))
-                if not (torch.equal(a, a0) and torch.equal(b, b0)):
+                if not (torch.equal(a, others[0]) and torch.equal(b, others[1])):
                     return False
             elif a.any() and b.any():
                 return False
-        started = self.lora_started_on.get(MAGNITUDE)
-        return started is None or started == digest(to_local(own_parameter(self, MAGNITUDE)).float())
+        noted = [name for name in self.lora_started_on if name in values]
+        return all(self.lora_started_on[name] == digest(values[name].float()) for name in noted)
 
     def lora_follow_base(self) -> None:
         """Initialise the adapter again if its base has changed.
@@ -284,8 +274,8 @@ class LoRALayer(LayerKind):
         This applies only to an adapter that started from the base's weights and has not been trained yet.
         """
         if self.lora_started_on and self.lora_is_fresh():
-            names = [name for name in self.lora_started_on if name != MAGNITUDE]
-            if any(digest(own_parameter(self, name)) != self.lora_started_on[name] for name in names):
+            noted = {name: own_parameter(self, name) for name in self.lora_weights() if name in self.lora_started_on}
+            if any(digest(weight) != self.lora_started_on[name] for name, weight in noted.items()):
                 self.lora_restart()
 
     def reset_parameters(self) -> None:
@@ -309,13 +299,14 @@ class LoRALayer(LayerKind):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move and convert as nn.Module does, without rounding an adapter to half precision and back."""
+        roles = self.lora_roles()
         before = {name: (p.data, p.grad) for name, p in self.lora_parameters().items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
         now = self.lora_parameters()
         if any(data.is_meta for data, _ in before.values()) and not any(p.is_meta for p in now.values()):
             self.lora_restart()  # to_empty leaves arbitrary values
         for name, p in now.items():
-            dtype = wide(p.dtype) if self.lora_settings.autocast_dtype or name == MAGNITUDE else p.dtype
+            dtype = roles[name].dtype(p.dtype, self.lora_settings)
             if p.dtype != dtype:
                 data, grad = before[name]
                 p.grad = None

@@ -4,101 +4,76 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.functional.update import row_norms, wide
-from lightning_lora.layers.matrices import MAGNITUDE, AdaptedMatrix, Adapter, Kind, Settings
+from lightning_lora.layers.contract import LayerKind
+from lightning_lora.layers.matrices import AdaptedMatrix, Adapter, Role, Settings
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.shards import distributed_as, full_tensor, is_dtensor, split_as
 from lightning_lora.tensors.values import replace_values
 
 
-def names_of(parts: tuple[AdaptedMatrix, ...], settings: Settings) -> list[str]:
-    """Return the names of an adapter's parameters."""
-    return [part.factor(letter) for part in parts for letter in _letters(settings)] + [MAGNITUDE] * settings.use_dora
-
-
-def _letters(settings: Settings) -> tuple[str, ...]:
-    return ("A", "B", "A0", "B0") if settings.starts_from_base else ("A", "B")
-
-
-def start(layer: nn.Module, adapter: Adapter) -> None:
-    """Initialise an adapter for a layer.
-
-    If it starts from the layer's weights, it remembers their digests.
-    """
-    settings = adapter.settings
-    values: dict[str, Tensor] = {}
-    for name, p in adapter.parameters.items():  # each process draws whole factors, and keeps its part
-        values[name] = torch.empty(p.shape, dtype=p.dtype, device=p.device) if is_dtensor(p) else p
-    if not settings.starts_from_base:
-        for part in adapter.matrices:
-            a, b = values[part.factor("A")], values[part.factor("B")]
-            if not a.is_meta:
-                init_factors(*((a, b) if adapter.kind.lora_zero == "B" else (b, a)), settings.init)
-    adapter.started_on = {}
-    if settings.starts_from_base or settings.use_dora:
-        _start_from_base(layer, adapter, values)
-    for name, p in adapter.parameters.items():
-        if is_dtensor(p):
-            replace_values(p, distributed_as(values[name], p))
-
-
-def _start_from_base(layer: nn.Module, adapter: Adapter, parameters: dict[str, Tensor]) -> None:
-    """Initialise the parameters that depend on the weights: factors and magnitudes."""
-    kind, settings = adapter.kind, adapter.settings
-    with torch.no_grad():
-        for part in adapter.matrices:
-            weight = own_parameter(layer, part.weight)
-            matrix = kind.lora_as_matrix(kind.lora_values(layer, full_tensor(weight)).detach())
-            if settings.starts_from_base:
-                rows = matrix.narrow(-2, part.first, part.writes)
-                if weight.is_meta or not rows.isfinite().all():  # uninitialised memory has arbitrary values
-                    rows = torch.zeros_like(rows)
-                starts = principal_factors(rows, part.rank(settings.r), part.scaling or settings.scaling, settings.init)
-                for letter, values in zip(_letters(settings), starts * 2, strict=True):
-                    parameters[part.factor(letter)].copy_(values)
-            if settings.use_dora:
-                parameters[MAGNITUDE].copy_(row_norms(matrix))
-            if not weight.is_meta:
-                adapter.started_on[part.weight] = digest(weight)
-                if settings.use_dora:
-                    adapter.started_on[MAGNITUDE] = digest(parameters[MAGNITUDE].float())
-
-
-def new_adapter(kind: type[Kind], layer: nn.Module, parts: tuple[AdaptedMatrix, ...], settings: Settings) -> Adapter:
+def new_adapter(
+    kind: type[LayerKind], layer: nn.Module, matrices: tuple[AdaptedMatrix, ...], settings: Settings
+) -> Adapter:
     """Create an adapter with an update of zero.
 
     It is on the device of the layer's weights and has their dtype. With ``settings.autocast_dtype``, float32 replaces a
     narrower dtype; for magnitudes it always does.
     """
-    parameters = {}
-    for part in parts:
-        weight, r = own_parameter(layer, part.weight), part.rank(settings.r)
-        dtype, device = kind.lora_dtype(layer, weight), weight.device
-        kept = wide(dtype) if settings.autocast_dtype else dtype
-        for letter in _letters(settings):
-            shape = (r, part.reads) if letter.startswith("A") else (part.writes, r)
-            values = torch.empty(*part.stack, *shape, dtype=kept, device=device)
-            parameters[part.factor(letter)] = nn.Parameter(values, requires_grad=letter in ("A", "B"))
-        if settings.use_dora:
-            magnitude = torch.empty(part.writes, dtype=wide(dtype), device=device)
-            parameters[MAGNITUDE] = nn.Parameter(magnitude)
-    adapter = Adapter(kind, settings, parts, parameters)
-    start(layer, adapter)
-    _follow_weights(layer, adapter)
+    adapter = Adapter(kind, settings, matrices, {})
+    for name, about in adapter.roles.items():
+        weight = own_parameter(layer, about.matrix.weight)
+        dtype = about.dtype(kind.lora_dtype(layer, weight), settings)
+        values = torch.empty(about.shape(settings.r), dtype=dtype, device=weight.device)
+        adapter.parameters[name] = nn.Parameter(values, requires_grad=about.role.trains)
+    initialise(layer, adapter)
+    for name, about in adapter.roles.items():  # as tensor parallelism has split the weight
+        p = adapter.parameters[name]
+        values = split_as(p.detach(), own_parameter(layer, about.matrix.weight), about.split_dim)
+        adapter.parameters[name] = nn.Parameter(values, p.requires_grad)
     return adapter
 
 
-def _follow_weights(layer: nn.Module, adapter: Adapter) -> None:
-    """Split an adapter's parameters as tensor parallelism has split their weights."""
-    for part in adapter.matrices:
-        weight = own_parameter(layer, part.weight)
-        dims = {part.factor(letter): -1 if letter.startswith("A") else 0 for letter in _letters(adapter.settings)}
-        if adapter.settings.use_dora:
-            dims[MAGNITUDE] = 0
-        for name, dim in dims.items():
-            p = adapter.parameters[name]
-            values = split_as(p.detach(), weight, dim if part.is_whole or dim else None)
-            adapter.parameters[name] = nn.Parameter(values, p.requires_grad)
+def initialise(layer: nn.Module, adapter: Adapter) -> None:
+    """Initialise an adapter for a layer. If it starts from the layer's weights, it remembers their digests."""
+    values: dict[str, Tensor] = {}
+    for name, p in adapter.parameters.items():  # each process draws full factors, and keeps its shard
+        values[name] = torch.empty(p.shape, dtype=p.dtype, device=p.device) if is_dtensor(p) else p
+    if not adapter.settings.starts_from_base:
+        for matrix in adapter.matrices:
+            a, b = values[matrix.parameter(Role.A)], values[matrix.parameter(Role.B)]
+            if not a.is_meta:
+                init_factors(*((a, b) if adapter.kind.lora_zero == "B" else (b, a)), adapter.settings.init)
+    adapter.started_on = {}
+    if adapter.settings.starts_from_base or adapter.settings.use_dora:
+        _initialise_from_base(layer, adapter, values)
+    for name, p in adapter.parameters.items():
+        if is_dtensor(p):
+            replace_values(p, distributed_as(values[name], p))
+
+
+@torch.no_grad()
+def _initialise_from_base(layer: nn.Module, adapter: Adapter, values: dict[str, Tensor]) -> None:
+    """Initialise the parameters that depend on the weights: factors and magnitudes."""
+    kind, settings = adapter.kind, adapter.settings
+    for matrix in adapter.matrices:
+        weight = own_parameter(layer, matrix.weight)
+        full = kind.lora_as_matrix(kind.lora_values(layer, full_tensor(weight)).detach())
+        if settings.starts_from_base:
+            rows = full.narrow(-2, matrix.first, matrix.writes)
+            if weight.is_meta or not rows.isfinite().all():  # uninitialised memory has arbitrary values
+                rows = torch.zeros_like(rows)
+            scaling = matrix.scaling or settings.scaling
+            a, b = principal_factors(rows, matrix.rank(settings.r), scaling, settings.init)
+            for role, factor in ((Role.A, a), (Role.B, b), (Role.A0, a), (Role.B0, b)):
+                values[matrix.parameter(role)].copy_(factor)
+        if not weight.is_meta:
+            adapter.started_on[matrix.weight] = digest(weight)
+        if settings.use_dora:
+            magnitude = matrix.parameter(Role.MAGNITUDE)
+            values[magnitude].copy_(row_norms(full))
+            if not weight.is_meta:
+                adapter.started_on[magnitude] = digest(values[magnitude].float())
 
 
 # The factors

@@ -1,39 +1,49 @@
-"""An adapter and its components: matrices, settings, parameters."""
+"""An adapter and its components: matrices, settings, parameters and their roles."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-MAGNITUDE = "lora_magnitude"
-"""The name of DoRA's parameter in a layer."""
+from lightning_lora.functional.combine import Factors, difference, in_rows
+from lightning_lora.functional.update import wide
+
+if TYPE_CHECKING:
+    from lightning_lora.layers.contract import LayerKind
 
 FROM_BASE = ("pissa", "olora")
 """Initialisations that start from the weight."""
 
 
-class Kind(Protocol):
-    """The part of ``LoRALayer``'s interface that initialisation needs."""
+class Role(Enum):
+    """What a parameter of an adapter is.
 
-    lora_zero: ClassVar[str]
+    The value is in the parameter's name: ``lora_A``, or ``lora_A_q`` in a layer with several matrices.
+    """
 
-    @staticmethod
-    def lora_dtype(layer: Any, weight: Tensor) -> torch.dtype:
-        """Return the dtype that the layer computes in."""
+    A = "A"
+    """The factor that reads the input."""
 
-    @staticmethod
-    def lora_values(layer: Any, weight: Tensor) -> Tensor:
-        """Return the values of a weight, dequantised if necessary."""
+    B = "B"
+    """The factor that writes the output."""
 
-    @staticmethod
-    def lora_as_matrix(weight: Tensor) -> Tensor:
-        """Return a weight as a matrix.
+    A0 = "A0"
+    """The initial values of A, if the update is the difference from them."""
 
-        Shape:
-            Returns (out, in), or a stack of such matrices.
-        """
+    B0 = "B0"
+    """The initial values of B, if the update is the difference from them."""
+
+    MAGNITUDE = "magnitude"
+    """DoRA's magnitudes, one for each output feature of the layer."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether an optimizer changes it."""
+        return self not in (Role.A0, Role.B0)
 
 
 @dataclass(frozen=True)
@@ -58,18 +68,19 @@ class Settings:
 
     @cached_property
     def starts_from_base(self) -> bool:
-        """Whether the factors start from the weight (PiSSA, OLoRA).
-
-        Their start values are then subtracted from the update.
-        """
+        """Whether the factors start from the weight (PiSSA, OLoRA). The update is the difference from their start."""
         return self.init in FROM_BASE
+
+    @cached_property
+    def roles(self) -> tuple[Role, ...]:
+        """The roles of the parameters that each matrix has."""
+        initial = (Role.A0, Role.B0) if self.starts_from_base else ()
+        return (Role.A, Role.B, *initial, *((Role.MAGNITUDE,) if self.use_dora else ()))
 
 
 @dataclass(frozen=True)
 class AdaptedMatrix:
-    """One matrix with its own update.
-
-    It is a weight of a layer, or some rows of it.
+    """One matrix with its own update: a weight of a layer, or some rows of it.
 
     Args:
         weight: The parameter's name in the layer, such as ``"weight"`` or ``"out_proj.weight"``.
@@ -84,7 +95,7 @@ class AdaptedMatrix:
 
     Example:
         >>> q = AdaptedMatrix("in_proj_weight", reads=8, writes=8, first=0, rows=24, name="q")
-        >>> q.factor("A"), q.is_whole, q.rank(16)
+        >>> q.parameter(Role.A), q.is_whole, q.rank(16)
         ('lora_A_q', False, 8)
     """
 
@@ -100,16 +111,18 @@ class AdaptedMatrix:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the matrix is the whole weight."""
+        """Whether it has all rows of the weight."""
         return self.rows in (0, self.writes)
 
-    def factor(self, letter: str) -> str:
-        """Return the name of a factor in the layer.
+    def parameter(self, role: Role) -> str:
+        """Return the name of one of its parameters in the layer."""
+        if self.name and role is not Role.MAGNITUDE:
+            return f"lora_{role.value}_{self.name}"
+        return f"lora_{role.value}"
 
-        Args:
-            letter: ``"A"`` or ``"B"``; ``"A0"`` or ``"B0"`` for its start values.
-        """
-        return f"lora_{letter}_{self.name}" if self.name else f"lora_{letter}"
+    def named(self, factors: Factors) -> dict[str, Tensor]:
+        """Return A and B of its update by their names in the layer."""
+        return {self.parameter(role): factor for role, factor in zip((Role.A, Role.B), factors, strict=True)}
 
     @property
     def largest_rank(self) -> int:
@@ -117,31 +130,114 @@ class AdaptedMatrix:
         return min(self.reads, self.writes)
 
     def rank(self, r: int) -> int:
-        """Return the rank of its update.
-
-        It is ``r`` or its own, or the largest rank if that is less.
-        """
+        """Return the rank of its update: ``r`` or its own, or the largest rank if that is less."""
         return min(self.r or r, self.largest_rank)
+
+
+class AdapterParameter(NamedTuple):
+    """What one parameter of an adapter is.
+
+    Args:
+        role: Its role.
+        matrix: The matrix to whose update it belongs.
+    """
+
+    role: Role
+    matrix: AdaptedMatrix
+
+    def shape(self, r: int) -> tuple[int, ...]:
+        """Return its shape, for the rank in the layer's settings."""
+        matrix = self.matrix
+        if self.role is Role.MAGNITUDE:
+            return (matrix.writes,)
+        rank = matrix.rank(r)
+        sides = (rank, matrix.reads) if self.role in (Role.A, Role.A0) else (matrix.writes, rank)
+        return (*matrix.stack, *sides)
+
+    def dtype(self, weight: torch.dtype, settings: Settings) -> torch.dtype:
+        """Return its dtype beside a weight of another dtype. A magnitude in half precision would lose small steps."""
+        return wide(weight) if settings.autocast_dtype or self.role is Role.MAGNITUDE else weight
+
+    @property
+    def split_dim(self) -> int | None:
+        """Its dimension that is split as that of the weight is (tensor parallelism). None: it is not split."""
+        if self.role in (Role.A, Role.A0):
+            return -1
+        return 0 if self.matrix.is_whole else None
+
+
+def adapter_parameters(matrices: Iterable[AdaptedMatrix], settings: Settings) -> dict[str, AdapterParameter]:
+    """Return the parameters of an adapter, by name in the layer. Nothing else builds or reads such names.
+
+    Example:
+        >>> q, k = (AdaptedMatrix("weight", reads=8, writes=8, rows=16, name=name) for name in "qk")
+        >>> list(adapter_parameters([q, k], Settings(r=2, scaling=1.0)))
+        ['lora_A_q', 'lora_B_q', 'lora_A_k', 'lora_B_k']
+    """
+    return {matrix.parameter(role): AdapterParameter(role, matrix) for matrix in matrices for role in settings.roles}
+
+
+def matrix_factors(matrix: AdaptedMatrix, settings: Settings, tensor: Callable[[str], Tensor]) -> Factors:
+    r"""Return A and B of a matrix's update :math:`s \, B A`.
+
+    Factors that started from the weight, as :math:`A_0, B_0`, give :math:`B A - B_0 A_0` as one pair.
+
+    Args:
+        matrix: The matrix.
+        settings: The settings of its layer's adapter.
+        tensor: Gives a parameter of the adapter by its name in the layer.
+
+    Shape:
+        (\*, r, in) and (\*, out, r).
+    """
+    factors = tensor(matrix.parameter(Role.A)), tensor(matrix.parameter(Role.B))
+    if settings.starts_from_base:
+        return difference(factors, (tensor(matrix.parameter(Role.A0)), tensor(matrix.parameter(Role.B0))))
+    return factors
+
+
+def weight_factors(
+    weight: str, matrices: Iterable[AdaptedMatrix], settings: Settings, tensor: Callable[[str], Tensor]
+) -> Factors:
+    r"""Return A and B of a weight's update :math:`s \, B A`. Those of several matrices are stacked.
+
+    Args:
+        weight: The name of the weight in the layer.
+        matrices: The matrices of the layer.
+        settings: The settings of the layer's adapter.
+        tensor: Gives a parameter of the adapter by its name in the layer.
+
+    Shape:
+        (\*, r', in) and (\*, out, r'), with r' the sum of the ranks.
+    """
+    adapted = [matrix for matrix in matrices if matrix.weight == weight]
+    updates = [matrix_factors(matrix, settings, tensor) for matrix in adapted]
+    if len(adapted) == 1 and adapted[0].is_whole:
+        return updates[0]
+    return in_rows(updates, [matrix.first for matrix in adapted], adapted[0].rows)
 
 
 @dataclass
 class Adapter:
-    """An adapter that is not attached to a layer.
-
-    :func:`attach` attaches it.
+    """An adapter that is not attached to a layer. :func:`attach` attaches it.
 
     Args:
         kind: The adapter class, such as ``LoRALinear``.
         settings: Its settings.
         matrices: The matrices that it updates.
-        parameters: Its factors (and DoRA's magnitude), by name in the layer.
-        started_on: Digests of the weights that its parameters were initialised from, if any.
+        parameters: Its parameters, by name in the layer.
+        started_on: Digests of what it was initialised from, if it depends on the weights.
         bases: The base's values of the weights, by name in the layer, while the update is merged.
     """
 
-    kind: type[Kind]
+    kind: "type[LayerKind]"
     settings: Settings
     matrices: tuple[AdaptedMatrix, ...]
     parameters: dict[str, nn.Parameter]
     started_on: dict[str, int] = field(default_factory=dict)
     bases: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def roles(self) -> dict[str, AdapterParameter]:
+        """What each parameter is, by name in the layer."""
+        return adapter_parameters(self.matrices, self.settings)

@@ -19,9 +19,8 @@ def freeze(view: View) -> None:
     for name, parameter in view.base.items():
         set_requires_grad(parameter, name in view.trained and _can_train(parameter))
     for layer in view.layers.values():
-        for trained in layer.lora_trained().values():
-            for parameter in trained.values():  # other code may have frozen them
-                set_requires_grad(parameter, True)
+        for parameter in layer.lora_trained():  # other code may have frozen them
+            set_requires_grad(parameter, True)
     freeze_norms(view.modules.values(), view.saved)
 
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, LoRAWarning, listed
-from lightning_lora.functional.update import wide
-from lightning_lora.layers import MAGNITUDE, Adapter, LoRALayer
+from lightning_lora.layers import Adapter, LoRALayer
 from lightning_lora.model.attach import attach_adapters, check_weights, detach_adapters
 from lightning_lora.model.freeze import freeze, unfreeze
 from lightning_lora.model.handover import forget
@@ -371,10 +370,8 @@ def _put_back(tensor: Tensor, values: Tensor, device: torch.device) -> None:
 def _follow_layer(layer: nn.Module, adapter: Adapter, was: torch.dtype, undo: ExitStack) -> None:
     """Move and convert an adapter to its layer's device and dtype: a plain model does not move merged adapters."""
     weight = own_parameter(layer, adapter.matrices[0].weight)
+    roles = adapter.roles
     for name, factor in adapter.parameters.items():
-        dtype = factor.dtype
-        if weight.dtype != was:
-            is_wide = adapter.settings.autocast_dtype or name == MAGNITUDE
-            dtype = wide(weight.dtype) if is_wide else weight.dtype
+        dtype = factor.dtype if weight.dtype == was else roles[name].dtype(weight.dtype, adapter.settings)
         undo.callback(replace_values, factor, factor.data)
         replace_values(factor, factor.data.to(weight.device, dtype))

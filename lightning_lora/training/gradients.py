@@ -85,8 +85,7 @@ class Gradients:
         held = {id(p) for p in self.parameters_of(optimizer)}
         dead = []
         for name, layer in self.layers.items():
-            trained = [p for parameters in layer.lora_trained().values() for p in parameters.values()]
-            if any(id(p) in held and not self._was_reached(p) for p in trained):
+            if any(id(p) in held and not self._was_reached(p) for p in layer.lora_trained()):
                 dead.append(name)
         if dead:
             warnings.warn(

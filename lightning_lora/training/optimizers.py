@@ -55,8 +55,10 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     view = view_of(model)
     followers: dict[int, Params] = {}
     for layer in view.layers.values():
-        for weight, trained in layer.lora_trained().items():
-            followers.setdefault(id(own_parameter(layer, weight)), []).extend(trained.values())
+        for name, about in layer.lora_roles().items():
+            if about.role.trains:
+                weight = own_parameter(layer, about.matrix.weight)
+                followers.setdefault(id(weight), []).append(own_parameter(layer, name))
     built = [_built_groups(optimizer) for optimizer in optimizers]
     chosen = {id(parameter) for groups in built for group in groups for parameter in group}
     edited = [_edit(groups, followers, chosen) for groups in built]

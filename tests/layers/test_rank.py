@@ -25,6 +25,7 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from lightning_lora.cli.main import main
+from lightning_lora.layers import Role
 from tests.cases import At, StopError, stop
 from tests.layers.cases import LAYERS, Model, config, factors
 from tests.layers.test_kinds import reference
@@ -83,7 +84,7 @@ def test_every_kind_of_layer_takes_a_rank_above_its_sides(build: Any, x: Any) ->
     inject_adapters(model, config(model, r=64, alpha=96))
     layer: Any = model[0]
     for part in layer.lora_matrices:
-        assert getattr(layer, part.factor("A")).shape[-2] == min(part.reads, part.writes)
+        assert getattr(layer, part.parameter(Role.A)).shape[-2] == min(part.reads, part.writes)
     randomise(model)
     output = model(x)
     torch.testing.assert_close(output, reference(model, factors(layer), x))  # with a scaling of 96 / 64

@@ -6,10 +6,8 @@ the rank.
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +18,7 @@ from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.attention import LoRAAttention
 from lightning_lora.layers.convolution import LoRAConvNd
 from lightning_lora.layers.embedding import LoRAEmbedding
-from lightning_lora.layers.matrices import FROM_BASE, MAGNITUDE
+from lightning_lora.layers.matrices import Role, Settings, weight_factors
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.storage.formats.peft_source import Source
 from lightning_lora.storage.layout import StoredLayer
@@ -136,7 +134,7 @@ def _pieces(layer: StoredLayer, source: Source) -> list[Piece]:
     if not issubclass(kind, LoRAParameters | LoRARecurrent):
         weight = layer.matrices[0].weight
         a, b = _factors(layer, weight, source)
-        magnitude = source.state.get(join(layer.name, MAGNITUDE))
+        magnitude = source.state.get(join(layer.name, layer.matrices[0].parameter(Role.MAGNITUDE)))
         r = a.shape[-2] * layer.options.get("groups", 1)
         alpha = source.config.alpha_of(layer.name, r=r)
         return [Piece(name, layer, a, b, alpha, layer.scaling, magnitude=magnitude)]
@@ -151,23 +149,13 @@ def _pieces(layer: StoredLayer, source: Source) -> list[Piece]:
 
 def _factors(layer: StoredLayer, weight: str, source: Source) -> tuple[Tensor, Tensor]:
     """The factors of a weight's update as one pair, as ``LoRALayer.lora_factors`` returns them."""
-    a, b = _stacked(layer, weight, source.state)
-    if source.config.init in FROM_BASE:
-        a0, b0 = _stacked(layer, weight, source.state, start="0")
-        a, b, a0, b0 = (factor.to(wide(factor.dtype)) for factor in (a, b, a0, b0))
-        return torch.cat([a, a - a0], dim=-2), torch.cat([b - b0, b0], dim=-1)
-    return a, b
+    settings = Settings(layer.r, layer.scaling, init=source.config.init)
 
+    def tensor(name: str) -> Tensor:
+        factor: Tensor = source.state[join(layer.name, name)].detach().cpu()
+        return factor.to(wide(factor.dtype)) if settings.starts_from_base else factor
 
-def _stacked(layer: StoredLayer, weight: str, state: Mapping[str, Any], start: str = "") -> tuple[Tensor, Tensor]:
-    """The factors of all parts of a weight: A stacked by rows, B by columns."""
-    parts = [part for part in layer.matrices if part.weight == weight]
-    reading = [state[join(layer.name, part.factor("A" + start))].detach().cpu() for part in parts]
-    writing = [state[join(layer.name, part.factor("B" + start))].detach().cpu() for part in parts]
-    if len(parts) == 1 and parts[0].is_whole:
-        return reading[0], writing[0]
-    rows = [(0, 0, part.first, part.rows - part.first - part.writes) for part in parts]
-    return torch.cat(reading), torch.cat([F.pad(b, pad) for b, pad in zip(writing, rows, strict=True)], dim=1)
+    return weight_factors(weight, layer.matrices, settings, tensor)
 
 
 def uniform(pieces: list[Piece]) -> list[Piece]:

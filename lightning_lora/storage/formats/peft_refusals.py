@@ -14,7 +14,7 @@ from lightning_lora.layers.attention import LoRAAttention
 from lightning_lora.layers.bilinear import LoRABilinear
 from lightning_lora.layers.convolution import LoRAConvNd, LoRAConvTransposeNd
 from lightning_lora.layers.embedding import LoRAEmbeddingBag
-from lightning_lora.layers.matrices import MAGNITUDE
+from lightning_lora.layers.matrices import Role
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.storage.formats.peft_source import Source
 from lightning_lora.storage.formats.updates import CONTAINERS
@@ -84,7 +84,7 @@ def _why_not(layer: StoredLayer, source: Source) -> str | None:
         )
     if issubclass(kind, LoRAConvNd) and (why := _why_not_convolution(layer, source)):
         return why
-    magnitude = source.state.get(join(layer.name, MAGNITUDE))
+    magnitude = source.state.get(join(layer.name, layer.matrices[0].parameter(Role.MAGNITUDE)))
     if isinstance(magnitude, Tensor) and (magnitude == 0).any():
         return f"PEFT scales an output whose magnitude is zero by zero; here it is not scaled. {_LEAVE_OUT}"
     return None
@@ -218,7 +218,7 @@ def _check_rest(source: Source) -> None:
 
 def _own_of(layer: StoredLayer) -> list[str]:
     """The names that the parameters of an adapter may have."""
-    return [part.factor(letter) for part in layer.matrices for letter in ("A", "B", "A0", "B0")] + [MAGNITUDE]
+    return [matrix.parameter(role) for matrix in layer.matrices for role in Role]
 
 
 def is_bias(name: str, source: Source) -> bool:

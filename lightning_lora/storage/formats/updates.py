@@ -7,17 +7,17 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, LoRAWarning, listed
-from lightning_lora.layers import MAGNITUDE, AdaptedMatrix, LoRALayer
+from lightning_lora.functional.combine import with_rank
+from lightning_lora.layers import AdaptedMatrix, LoRALayer, Role
 from lightning_lora.model.root import root_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.layout import StoredLayer
 from lightning_lora.storage.renaming import Renaming, beginning, by_whole_names, common_lead
-from lightning_lora.tensors.names import join
+from lightning_lora.tensors.names import join, own_parameter
 from lightning_lora.tensors.values import same_bits
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -64,38 +64,12 @@ class Update:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the adapter's tensors, by name in the layer."""
-        found = {}
+        found = dict[str, Tensor]()
         for part, (a, b) in zip(self.matrices, self.factors, strict=True):
-            found[part.factor("A")], found[part.factor("B")] = with_rank(a, b, part.rank(self.r))
+            found |= part.named(with_rank((a, b), part.rank(self.r)))
         if self.magnitude is not None:
-            found[MAGNITUDE] = self.magnitude.flatten()
+            found[self.matrices[0].parameter(Role.MAGNITUDE)] = self.magnitude.flatten()
         return {name: value.contiguous() for name, value in found.items()}
-
-
-def with_rank(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    r"""Return factors of this rank with the same product.
-
-    Args:
-        lora_A: The first factor.
-        lora_B: The second factor.
-        rank: The rank: at least that of the factors, or the smaller side of their product.
-
-    Shape:
-        ``lora_A``: (\*, r, in); ``lora_B``: (\*, out, r).
-
-    Example:
-        >>> a, b = with_rank(torch.ones(3, 5), torch.ones(2, 3), 2)
-        >>> a.shape, b.shape, (b @ a)[0, 0]
-        (torch.Size([2, 5]), torch.Size([2, 2]), tensor(3.))
-    """
-    a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (lora_A, lora_B))
-    missing = rank - a.shape[-2]
-    if missing >= 0:
-        pad = torch.nn.functional.pad
-        return (pad(a, (0, 0, 0, missing)), pad(b, (0, missing))) if missing else (a, b)
-    product = (b.double() @ a.double()).to(a.dtype)
-    one = torch.eye(rank, dtype=a.dtype).expand(*product.shape[:-2], rank, rank)
-    return (product, one) if product.shape[-2] == rank else (one, product)
 
 
 # Names
@@ -332,10 +306,9 @@ def completed(view: View, state: Mapping[str, Tensor], *, fresh: bool) -> dict[s
     """
     added: dict[str, Tensor] = {}
     for name, layer in view.layers.items():
-        if layer.lora_settings.starts_from_base:
-            for part in layer.lora_matrices:
-                for letter in ("A0", "B0"):
-                    added[join(name, part.factor(letter))] = getattr(layer, part.factor(letter)).detach()
+        for parameter, about in layer.lora_roles().items():
+            if not about.role.trains:
+                added[join(name, parameter)] = own_parameter(layer, parameter).detach()
     for name in view.trained:
         if fresh or "bias" in name.rpartition(".")[2]:
             added[name] = base_value(view, name)

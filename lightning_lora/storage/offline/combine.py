@@ -85,8 +85,8 @@ def combine_files(paths: Sequence[Path], out: Path, how: How) -> int:
             combined = _combined(files, name, how, generator)
             layers.append(_layer(next(file.layers[name] for file in files if name in file.layers), combined))
             for part in layers[-1].matrices:
-                a, b = combined[part.name]
-                state |= {join(name, part.factor("A")): a, join(name, part.factor("B")): b}
+                for factor, value in part.named(combined[part.name]).items():
+                    state[join(name, factor)] = value
     write_adapter_file(out, state, _description(files[0], layers, state))
     return len(layers)
 

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, listed
-from lightning_lora.layers import FROM_BASE, Adapter, LoRALayer, Settings, attach
-from lightning_lora.layers.init import names_of
+from lightning_lora.layers import Adapter, LoRALayer, Settings, adapter_parameters, attach, matrix_factors
 from lightning_lora.storage.description import stored_config
 from lightning_lora.storage.layout import StoredLayer
 from lightning_lora.storage.own_files import read_adapter_file
@@ -60,7 +59,7 @@ class StoredAdapters:
 
     def _names(self, name: str) -> list[str]:
         """The names of a layer's adapter parameters in the state."""
-        return [join(name, factor) for factor in names_of(self.layers[name].matrices, self._settings(name))]
+        return [join(name, factor) for factor in adapter_parameters(self.layers[name].matrices, self._settings(name))]
 
     def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor]]:
         r"""Return A and B of a layer's weights.
@@ -87,16 +86,9 @@ class StoredAdapters:
         """
         layer, found = self.layers[name], {}
         for part in layer.matrices:
-            a, b, *starts = (self.state[join(name, part.factor(letter))] for letter in self._letters)
-            if starts:  # the update is the difference from the start
-                a0, b0 = starts
-                a, b = torch.cat([a, a - a0], dim=-2), torch.cat([b - b0, b0], dim=-1)
+            a, b = matrix_factors(part, self._settings(name), lambda factor: self.state[join(name, factor)])
             found[part.name] = (a, b * (part.scaling or layer.scaling))
         return found
-
-    @property
-    def _letters(self) -> tuple[str, ...]:
-        return ("A", "B", "A0", "B0") if self.config.init in FROM_BASE else ("A", "B")
 
     def adapted(self, name: str, weights: Mapping[str, Tensor]) -> LoRALayer:
         """Return a layer that can compute its merged weights.
@@ -118,7 +110,7 @@ class StoredAdapters:
                 holder = holder.get_submodule(child)
             holder.register_parameter(leaf, nn.Parameter(weights.get(part.weight, torch.empty(0)), requires_grad=False))
         parameters = {}
-        for factor in names_of(stored.matrices, settings):
+        for factor in adapter_parameters(stored.matrices, settings):
             parameters[factor] = nn.Parameter(self.state[join(name, factor)], requires_grad=False)
         attach(shell, Adapter(kind, settings, stored.matrices, parameters))
         return cast(LoRALayer, shell)

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, export_peft, inject_adapters, merge_adapters, save_adapter
-from lightning_lora.layers.matrices import MAGNITUDE
 from lightning_lora.model.view import View
 from tests.models import randomise, same
 
@@ -27,7 +26,7 @@ def trained(base: nn.Module, config: LoRAConfig, scale: float = 0.3) -> nn.Modul
     view = View(model)
     with torch.no_grad():
         for name, p in view.adapters.items():
-            if name.endswith(MAGNITUDE):
+            if name.endswith("lora_magnitude"):
                 p.abs_().add_(0.5)
         for p in view.trained.values():
             p.add_(torch.randn_like(p), alpha=scale)
