@@ -1,6 +1,5 @@
 """The package's names, version and imports are as promised."""
 
-import ast
 import re
 from pathlib import Path
 
@@ -35,19 +34,6 @@ def test_version_is_the_projects() -> None:
     assert f"\nversion: {lightning_lora.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     section = "Unreleased" if ".dev" in lightning_lora.__version__ else lightning_lora.__version__
     assert f"## [{section}]" in (ROOT / "CHANGELOG.md").read_text()
-
-
-def test_public_docstrings_begin_with_ten_words_at_most() -> None:
-    long = []
-    for path in (ROOT / "lightning_lora").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                continue
-            name = "" if isinstance(node, ast.Module) else node.name
-            first = (ast.get_docstring(node) or "").partition("\n")[0]
-            if not name.startswith("_") and len(first.split()) > 10:
-                long.append(f"{path.name} {name}: {first}")
-    assert not long
 
 
 @pytest.mark.parametrize("module", ["peft", "transformers", "jsonargparse"])
