@@ -21,27 +21,25 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.summary import fitting_console, summarize
 from lightning_lora.tensors.shards import reshard
-from lightning_lora.training.advice import advise
-from lightning_lora.training.averaging import drop_averages, share_base
-from lightning_lora.training.best import LAST, load_best
+from lightning_lora.training.advice import advise, log_arguments
 from lightning_lora.training.compatibility import (
     callbacks_of,
     check_companions,
+    drop_averages,
     is_trial,
     loads_in_hooks,
     loads_late,
+    share_base,
     states_are_read,
     wants_summary,
 )
 from lightning_lora.training.gradients import Gradients, gradients_pass
-from lightning_lora.training.merge_checks import check_arguments, check_weights
+from lightning_lora.training.merging import LAST, check_arguments, check_weights, load_best, send_record
 from lightning_lora.training.optimizers import check_frozen
 from lightning_lora.training.randomness import RANDOM, random_states, restore_random_state
-from lightning_lora.training.records import log_arguments
-from lightning_lora.training.spawned import is_merged, receive_record, send_record
-from lightning_lora.training.stage import Stage
+from lightning_lora.training.stage import Stage, is_merged, receive_record
+from lightning_lora.training.strategies import watch, watch_of
 from lightning_lora.training.strategy import Watch
-from lightning_lora.training.watch import watch, watch_of
 
 Merge = Literal["last", "best"] | Literal[False]  # as one, jsonargparse would expect "a bool"
 Save = Literal["adapters", "model"]

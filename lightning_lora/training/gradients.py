@@ -18,7 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_lora.errors import DeadAdapterWarning, listed
+from lightning_lora.layers import LoRALayer
 from lightning_lora.model.remember import view_of
+from lightning_lora.model.view import View
 
 
 class Gradients:
@@ -179,3 +181,33 @@ class _RequiringGradients(_OWN):
             )
         function = gradients_pass()(function)  # a backward pass may recompute it in a thread of torch
         return super().apply(function, preserve_rng_state, *inputs)  # type: ignore[no-untyped-call]  # torch's own
+
+
+class Dropout:
+    """Lets dropout act in the training steps of a fit."""
+
+    def __init__(self) -> None:
+        self._layers: list[LoRALayer] | None = None
+
+    def begin_step(self, model: nn.Module) -> None:
+        """Let it act in ``model``.
+
+        It ends with the step, or where ``eval()`` is called.
+        """
+        if self._layers is None:
+            self._layers = [layer for layer in View(model).layers.values() if layer.lora_settings.dropout]
+        for layer in self._layers:
+            layer.lora_step.runs = True
+
+    def end_step(self) -> None:
+        """End a step.
+
+        Its backward pass, which may compute layers again, is over too.
+        """
+        for layer in self._layers or ():
+            layer.lora_step.runs = False
+
+    def close(self) -> None:
+        """End the last step, also one that failed."""
+        self.end_step()
+        self._layers = None

@@ -35,9 +35,8 @@ from lightning_lora.tensors.shards import (
 )
 from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.gradients import Gradients
-from lightning_lora.training.late import LateWatch
 from lightning_lora.training.optimizers import check_layouts
-from lightning_lora.training.strategy import Watch, once
+from lightning_lora.training.strategy import LateWatch, Watch, once
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

@@ -9,14 +9,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge, unmerge
+from lightning_lora.model.merged import check_own, is_as_merged
 from lightning_lora.model.originals import keep_originals
 from lightning_lora.model.record import Record, find_record
-from lightning_lora.model.remember import keep_record, view_of
+from lightning_lora.model.remember import keep_record, recall_record, view_of
 from lightning_lora.model.view import View
 from lightning_lora.storage.fingerprint import note_changed
-from lightning_lora.training.averaging import copy_adapted
-from lightning_lora.training.compatibility import callbacks_of, loads_in_hooks
-from lightning_lora.training.spawned import receive_record
+from lightning_lora.training.compatibility import callbacks_of, copy_adapted, loads_in_hooks
 
 
 @dataclass
@@ -152,3 +151,33 @@ class Stage:
                 remove_adapters(pl_module)
             if self.dropped is not None:
                 keep_record(pl_module, self.dropped)
+
+
+def receive_record(pl_module: LightningModule) -> None:
+    """Take over the record of a fit in another process.
+
+    This is done only if the module has the weights of that fit.
+    """
+    record = find_record(pl_module)
+    known = record is not None and is_as_merged(pl_module, record)
+    if not known and recall_record(pl_module):
+        rank_zero_info(
+            f"{type(pl_module).__name__} has the weights that a fit in other processes merged: it gets its base and "
+            "its adapters back. (To use these weights as a new base, call remove_adapters on it first.)"
+        )
+
+
+def is_merged(pl_module: LightningModule) -> bool:
+    """Whether the module is merged.
+
+    A fit in other processes may have merged it.
+
+    Raises:
+        AdapterStateError: its layers have the adapters of another model.
+    """
+    receive_record(pl_module)
+    record = find_record(pl_module)
+    if record is None or not record.is_merged:
+        return False
+    check_own(pl_module, View(pl_module).modules, record)
+    return True

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_lora.errors import AdapterFileError, OptimizerError
+from lightning_lora.errors import AdapterFileError, ConfigError, OptimizerError, TargetError
 from lightning_lora.model.freeze import freeze, unfreeze
 from lightning_lora.model.merge import unmerge
 from lightning_lora.model.merged import is_as_merged
@@ -48,13 +48,10 @@ from lightning_lora.storage.run_state import check_resumable, has_run
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad
-from lightning_lora.training.averaging import drop_averages
-from lightning_lora.training.compatibility import callbacks_of
-from lightning_lora.training.dropout import Dropout
-from lightning_lora.training.gradients import Gradients
-from lightning_lora.training.merge_checks import warn_of_rounding
+from lightning_lora.training.compatibility import callbacks_of, drop_averages, keeping_adapters
+from lightning_lora.training.gradients import Dropout, Gradients
+from lightning_lora.training.merging import warn_of_rounding
 from lightning_lora.training.optimizers import train_adapters
-from lightning_lora.training.precision import keeping_adapters
 from lightning_lora.training.stage import Stage
 
 if TYPE_CHECKING:
@@ -420,3 +417,53 @@ class Watch:
     def gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""
         return Gradients(self.module, self.strategy.model)
+
+
+class LateWatch(Watch):
+    """The methods of :class:`Watch`, for a strategy that restores checkpoints after its set-up.
+
+    It has files of its own. Here, it reads and writes one file, as the other strategies do.
+    """
+
+    OF_FILES: tuple[str, ...]
+    """Methods that this strategy has of its own for its files."""
+
+    def own_method(self, name: str) -> Any:
+        """Return a method of the strategy's class.
+
+        Instead of those for files, it is the one of the base class of all strategies.
+        """
+        kind = type(self.strategy)
+        if name in self.OF_FILES:
+            kind = next(base for base in kind.__mro__ if base.__name__ == "Strategy")
+        return getattr(kind, name)
+
+    def _adapt(self) -> None:
+        try:
+            super()._adapt()
+        except (ConfigError, TargetError) as error:
+            raise type(error)(
+                f"{error} (Under {type(self.strategy).__name__}, a module is adapted before a checkpoint is read. If "
+                "the arguments are those of a checkpoint, give them to LoRACallback.)"
+            ) from error
+
+    @once
+    def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
+        """Load what training changed, and the optimizers' states.
+
+        Lightning leaves both to this strategy.
+        """
+        super().load_model_state_dict(checkpoint, strict)
+        if self.is_fit and checkpoint.get("optimizer_states"):
+            self.load_optimizer_state_dict(checkpoint)
+
+    @once
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write one file, as the other strategies do."""
+        path = local_path(filepath)
+        if path is not None and path.is_dir():  # found by every process: none waits for the others
+            raise AdapterFileError(
+                f"{filepath} is a folder, perhaps a sharded checkpoint. A run with adapters writes one file: give it "
+                "another name."
+            )
+        super().save_checkpoint(checkpoint, filepath, storage_options)

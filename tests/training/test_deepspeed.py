@@ -28,7 +28,7 @@ from lightning_lora import (
 )
 from lightning_lora.training.deepspeed import DeepSpeedWatch
 from lightning_lora.training.stage import Stage
-from lightning_lora.training.watch import watch
+from lightning_lora.training.strategies import watch
 from tests.ranks import RankError, run_ranks
 from tests.training.deepspeed_cases import CpuDeepSpeed
 from tests.training.sharded_cases import LitNet, Net, data, lora, pretrained, trainer_of, whole_state

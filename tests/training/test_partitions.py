@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_lora.training.partitions import Partition, own_state, whole_state
+from lightning_lora.training.deepspeed import Partition, own_state, whole_state
 from tests.ranks import join_group, run_ranks
 
 VALUES = [torch.tensor([[0.5, -0.0, math.nan], [2.0, -3.0, 4.0]]), torch.tensor(7.0), torch.tensor([8.0])]

@@ -9,8 +9,8 @@ from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from lightning_lora import LoRAConfig, StrategyError
 from lightning_lora.training.deepspeed import DeepSpeedWatch
 from lightning_lora.training.stage import Stage
+from lightning_lora.training.strategies import watch
 from lightning_lora.training.strategy import Watch
-from lightning_lora.training.watch import watch
 from tests.models import LitTiny, data, is_plain, lora, same, state, trainer
 
 

@@ -1,17 +1,20 @@
-"""Refuse a merge that will not be possible, before training."""
+"""The merge at the end of a fit: what would make it impossible, and which adapters are merged."""
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_lora.errors import ConfigError, MergePrecisionWarning, listed
+from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError, MergePrecisionWarning, listed
 from lightning_lora.model.merge import quantised_layers, spread_ties, tied_weights
 from lightning_lora.model.merge_warnings import lost_to_rounding
+from lightning_lora.model.remember import leave_record
 from lightning_lora.model.view import View
-from lightning_lora.tensors.names import join, state_dict
+from lightning_lora.storage.checkpoint import load_checkpoint_state
+from lightning_lora.tensors.names import join, own_parameter, state_dict
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.training.compatibility import judge_of
-from lightning_lora.training.spawned import check_untied, returns_state_only
 
 
 def check_arguments(trainer: Trainer, merge: object, *, was_adapted: bool) -> None:
@@ -113,3 +116,74 @@ def warn_of_rounding(lost: dict[str, float], module: LightningModule) -> None:
             MergePrecisionWarning,
             stacklevel=1,
         )
+
+
+LAST = "the last adapters"
+
+
+def load_best(trainer: Trainer, pl_module: LightningModule, read: Callable[[str], dict[str, Any]]) -> str:
+    """Load the adapters of ModelCheckpoint's best file.
+
+    Args:
+        trainer: The Trainer of the fit.
+        pl_module: The adapted module.
+        read: Reads the adapters in a file.
+
+    Returns:
+        What the module has now, in words.
+
+    Warns:
+        BestCheckpointWarning: they could not be loaded.
+    """
+    path = getattr(judge_of(trainer), "best_model_path", "")
+    try:
+        if not path:
+            raise FileNotFoundError("ModelCheckpoint wrote none")
+        load_checkpoint_state(pl_module, read(path))
+    except (OSError, LoRAError) as error:
+        warnings.warn(
+            f"merge='best' could not load a best checkpoint ({error}). The last adapters are merged instead.",
+            BestCheckpointWarning,
+            stacklevel=1,
+        )
+        return LAST
+    return f"the best adapters ({path})"
+
+
+def returns_state_only(trainer: Trainer) -> bool:
+    """Whether the strategy's processes send back only a state dict."""
+    return getattr(trainer.strategy, "_start_method", "popen") != "popen"
+
+
+def send_record(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Leave the module's record for the main process.
+
+    This is done at the end of a fit, and only in processes that send back only a state dict.
+    """
+    if returns_state_only(trainer) and trainer.is_global_zero:
+        leave_record(pl_module)
+
+
+def check_untied(pl_module: LightningModule) -> None:
+    """Refuse to adapt only one use of a tied weight.
+
+    This is for processes that send the merged model back as a state dict. The main process would load two different
+    values into the same weight.
+
+    Raises:
+        ConfigError: an adapted weight is tied to another use.
+    """
+    view = View(pl_module)
+    owners: dict[int, list[str]] = {}
+    for name, parameter in view.parameters.items():
+        owners.setdefault(id(parameter), []).append(name)
+    for layer in view.layers.values():
+        for weight in layer.lora_weights():
+            tied = owners[id(own_parameter(layer, weight))]
+            if len(tied) == 1:
+                continue
+            raise ConfigError(
+                f"{' and '.join(map(repr, tied))} are one tied weight, and a merge changes only one use of it. The "
+                "processes of this strategy send back a state dict, which cannot hold both. Use strategy='ddp', or "
+                "leave the layer out with exclude_modules."
+            )
