@@ -1,4 +1,4 @@
-"""Tell what trains too little, what makes files large, and the loggers how a run trains."""
+"""What is told to users and to the loggers."""
 
 import json
 import warnings

@@ -1,4 +1,4 @@
-"""What other callbacks and plugins of a Trainer need beside adapters."""
+"""What other callbacks and plugins need beside adapters."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

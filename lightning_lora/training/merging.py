@@ -1,4 +1,4 @@
-"""The merge at the end of a fit: what would make it impossible, and which adapters are merged."""
+"""The merge at the end of a fit, and its conditions."""
 
 import warnings
 from collections.abc import Callable

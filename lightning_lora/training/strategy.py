@@ -420,7 +420,7 @@ class Watch:
 
 
 class LateWatch(Watch):
-    """The methods of :class:`Watch`, for a strategy that restores checkpoints after its set-up.
+    """The methods, where checkpoints are restored after the set-up.
 
     It has files of its own. Here, it reads and writes one file, as the other strategies do.
     """
