@@ -12,12 +12,11 @@ from torch.optim import Optimizer
 from lightning_lora.argument_names import explains_arguments
 from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import ConfigError, LoRAError
-from lightning_lora.model.handover import make_folder
 from lightning_lora.model.inject import check_adapted, inject_adapters
 from lightning_lora.model.merge import merge_adapters
-from lightning_lora.model.record import find_record
-from lightning_lora.model.remember import view_of
-from lightning_lora.model.view import View
+from lightning_lora.model.sending import make_folder
+from lightning_lora.model.state import find_record
+from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.summary import fitting_console, summarize
 from lightning_lora.tensors.shards import reshard

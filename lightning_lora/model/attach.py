@@ -1,15 +1,20 @@
-"""Attach adapters to a model's layers, and detach them."""
+"""Attach adapters to a model and freeze its base; detach them; restore the model if a change fails."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 from torch import nn
 
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import Adapter, LoRALayer, adapter_for, attach, repacks, unpack
+from lightning_lora.model.norms import FrozenNorm, freeze_norms, unfreeze_norms
+from lightning_lora.model.state import ATTRIBUTE, Record, forget_record, keep_record
 from lightning_lora.model.view import View
-from lightning_lora.tensors.inplace import is_overlaid
+from lightning_lora.tensors.inplace import is_overlaid, overlay
 from lightning_lora.tensors.names import named_modules, submodule
+from lightning_lora.tensors.values import set_requires_grad
 
 
 def attach_adapters(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
@@ -132,3 +137,81 @@ def _inference_path(module: nn.Module) -> tuple[str, Any] | None:
     if repacks(module):
         return "support_avx512bf16_for_cpu", False
     return None
+
+
+def freeze(view: View) -> None:
+    """Freeze all parameters that do not train.
+
+    Only the adapters, and what ``modules_to_save`` and ``bias`` add, require gradients. The record remembers which
+    parameters required gradients before. Running statistics of norms are frozen too.
+    """
+    record = view.record
+    for name, parameter in view.base.items():  # first read all flags: a tied parameter has several names
+        record.requires_grad.setdefault(name, parameter.requires_grad)
+    for name, parameter in view.base.items():
+        set_requires_grad(parameter, name in view.trained and _can_train(parameter))
+    for layer in view.layers.values():
+        for parameter in layer.lora_trained():  # other code may have frozen them
+            set_requires_grad(parameter, True)
+    freeze_norms(view.modules.values(), view.saved)
+
+
+def unfreeze(view: View) -> None:
+    """Make the base trainable again, as it was before.
+
+    This includes every parameter and the running statistics of every norm.
+    """
+    flags = view.record.requires_grad
+    for name, parameter in view.parameters.items():
+        if name in flags:
+            set_requires_grad(parameter, flags[name] and _can_train(parameter))
+    unfreeze_norms(view.modules.values())
+
+
+def _can_train(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
+
+
+@contextmanager
+def undone_on_error(before: View) -> Iterator[None]:
+    """Restore a model's adapters and record after an error.
+
+    If the code in the ``with`` block fails, adapters, records, frozen norms and ``requires_grad`` are as before.
+
+    Args:
+        before: A view of the model, made before the block.
+    """
+    model = before.model
+    flags = {p: p.requires_grad for p in before.parameters.values()}
+    layers = set(before.layers)
+    norms = [module for module in before.modules.values() if isinstance(module, FrozenNorm)]
+    records = {}
+    for name, known in records_in(before).items():
+        records[name] = record = copy(known)
+        record.requires_grad, record.originals = dict(record.requires_grad), dict(record.originals)
+        record.changed = dict(record.changed)
+    try:
+        yield
+    except BaseException:
+        now = View(model)
+        detach_adapters(now, now.layers.keys() - layers)
+        unfreeze_norms(now.modules.values(), but=norms)
+        for norm in norms:
+            if not isinstance(norm, FrozenNorm):
+                overlay(norm, FrozenNorm)
+        for p, flag in flags.items():
+            set_requires_grad(p, flag)
+        forget_record(model)
+        for name, record in records.items():
+            keep_record(submodule(model, name), record)
+        raise
+
+
+def records_in(view: View) -> dict[str, Record]:
+    """The records of a model and its modules, by name."""
+    found: dict[str, Record] = {}
+    for name, module in view.modules.items():
+        record = vars(module).get(ATTRIBUTE)
+        if record is not None and not any(record is other for other in found.values()):
+            found[name] = record
+    return found

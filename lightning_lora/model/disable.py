@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.model.merged import check_as_merged
-from lightning_lora.model.record import find_record
-from lightning_lora.model.remember import view_of
-from lightning_lora.model.view import View
+from lightning_lora.model.state import find_record
+from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.shards import is_dtensor, reshard
 from lightning_lora.tensors.values import replace_values, set_aside
 

@@ -12,14 +12,18 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, AdapterStateError, ConfigError, listed
 from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, Settings, new_adapter
-from lightning_lora.model.attach import attach_adapters, check_weights, detach_adapters
-from lightning_lora.model.freeze import freeze, unfreeze
-from lightning_lora.model.handover import forget
-from lightning_lora.model.originals import keep_originals, restore_originals
-from lightning_lora.model.record import Record, find_record
-from lightning_lora.model.remember import absorb_inner_records, forget_record, keep_record, record_of, view_of
-from lightning_lora.model.undo import records_in, undone_on_error
-from lightning_lora.model.view import View
+from lightning_lora.model.attach import (
+    attach_adapters,
+    check_weights,
+    detach_adapters,
+    freeze,
+    records_in,
+    undone_on_error,
+    unfreeze,
+)
+from lightning_lora.model.sending import delete_sent
+from lightning_lora.model.state import Record, absorb_inner_records, find_record, forget_record, keep_record, record_of
+from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
 from lightning_lora.targets.choice import Choice
 from lightning_lora.targets.select import select
 from lightning_lora.tensors.inplace import combined
@@ -163,7 +167,7 @@ def remove_adapters(model: nn.Module) -> None:
             undo.pop_all()
         detach_adapters(view)
     forget_record(model)
-    forget(model)
+    delete_sent(model)
 
 
 def _check_same(view: View, choices: Mapping[str, Choice]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterStateError, LoRAWarning, listed
 from lightning_lora.layers import HAS_UPDATE
 from lightning_lora.model.norms import FrozenNorm
-from lightning_lora.model.record import find_record
+from lightning_lora.model.state import find_record, on_load
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import join, plain_name
 from lightning_lora.tensors.values import copy_to_host, same_bits
@@ -36,7 +36,8 @@ def base_number(form: Mapping[str, Any]) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any], *_: Any) -> None:
+@on_load
+def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any]) -> None:
     """Check a state dict before torch loads it.
 
     It may contain a new base, or a merged model: then the record takes over its values. It may be that of a file of
@@ -72,7 +73,7 @@ def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Map
         return  # only parts that train: not a base
     if not view.is_fresh():
         is_merged = HAS_UPDATE in notes or _holds_updates(view, given)
-        warnings.warn(_what_happens(model, is_merged=is_merged), LoRAWarning, stacklevel=5)
+        warnings.warn(_what_happens(model, is_merged=is_merged), LoRAWarning, stacklevel=6)
         for layer in view.layers.values() if is_merged else ():
             layer.lora_restart()
     _follow_base(view, given)

@@ -15,15 +15,18 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, LoRAWarning, listed
 from lightning_lora.layers import Adapter, LoRALayer
-from lightning_lora.model.attach import attach_adapters, check_weights, detach_adapters
-from lightning_lora.model.freeze import freeze, unfreeze
-from lightning_lora.model.handover import forget
-from lightning_lora.model.merge_warnings import warn_of_divergence, warn_of_merge
-from lightning_lora.model.merged import check_as_merged, is_as_merged
-from lightning_lora.model.record import Record, find_record
-from lightning_lora.model.remember import forget_record, record_of, view_of
-from lightning_lora.model.undo import undone_on_error
-from lightning_lora.model.view import View
+from lightning_lora.model.attach import (
+    attach_adapters,
+    check_weights,
+    detach_adapters,
+    freeze,
+    undone_on_error,
+    unfreeze,
+)
+from lightning_lora.model.merged import check_as_merged, is_as_merged, warn_of_divergence, warn_of_merge
+from lightning_lora.model.sending import delete_sent
+from lightning_lora.model.state import Record, find_record, forget_record, record_of
+from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import join, own_parameter, set_parameter, submodule
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import Seen, replace_values, set_aside, set_requires_grad
@@ -160,7 +163,7 @@ def _merge_for_good(model: nn.Module) -> tuple[dict[str, float], list[str]]:
         unfreeze(now)
         detach_adapters(now)  # there are none any more: inference paths are switched on again
     forget_record(model)
-    forget(model)
+    delete_sent(model)
     return {name: lost[name] for name in view.layers if name in lost}, [name for name in tied if tied[name]]
 
 

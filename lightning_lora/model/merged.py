@@ -1,14 +1,16 @@
-"""Whether a merged model is as the merge left it."""
+"""A merged model: what the merge lost, and whether its weights are as the merge left them."""
 
-from collections.abc import Mapping
+import math
+import warnings
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
-from lightning_lora.errors import AdapterStateError, listed
+from lightning_lora.errors import AdapterStateError, LoRAWarning, MergePrecisionWarning, listed
 from lightning_lora.layers import Adapter, LoRALayer, attach
-from lightning_lora.model.record import Record
-from lightning_lora.model.remember import recall_record, record_of
+from lightning_lora.model.state import Record, receive, record_of
+from lightning_lora.model.view import View
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join, named_modules, named_parameters, parameters_of
 from lightning_lora.tensors.shards import agreed, is_dtensor
@@ -25,7 +27,7 @@ def check_as_merged(model: nn.Module) -> None:
     record = record_of(model)
     if is_as_merged(model, record):
         return
-    newer = recall_record(model)  # of a later fit in other processes
+    newer = receive(model)  # of a later fit in other processes
     if newer is None or not is_as_merged(model, newer):
         raise AdapterStateError(
             f"The weights of {type(model).__name__} were changed since its adapters were merged into them (replaced, "
@@ -136,3 +138,82 @@ def move_adapter(adapter: Adapter, device: torch.device) -> None:
     """Move an adapter that is not on its layer."""
     for factor in adapter.parameters.values():
         replace_values(factor, factor.data.to(device))
+
+
+_MUCH = 0.25
+"""A warning is shown if a larger share of an update (in norm) is lost. In bfloat16, 0.1 to 0.2 is common."""
+
+
+def warn_of_divergence(view: View) -> None:
+    """Warn of adapters that hold NaN or infinite values.
+
+    Warns:
+        LoRAWarning: there are such adapters.
+    """
+    if broken := view.diverged():
+        warnings.warn(
+            f"{listed(broken)} of {type(view.model).__name__} hold NaN or infinite values: the training has diverged. "
+            "The merged weights hold them too. Call unmerge_adapters(model) for the base, and train again with a lower "
+            "learning rate.",
+            LoRAWarning,
+            stacklevel=4,
+        )
+
+
+def warn_of_merge(model: nn.Module, lost: Mapping[str, float], untied: Sequence[str]) -> None:
+    """Warn of problems in a merge.
+
+    Args:
+        model: The merged model.
+        lost: The share of each layer's update that is lost to rounding.
+        untied: The layers whose weights are no longer tied.
+
+    Warns:
+        LoRAWarning: a tied weight is no longer tied.
+        MergePrecisionWarning: values overflowed, or rounding lost much of an update.
+    """
+    title = type(model).__name__
+    if untied:
+        warnings.warn(
+            f"The weight of {listed(untied)} in {title} was tied to another layer's. The merge does not change the "
+            "other layer, so they are two weights now. Their state dict loads correctly only into a model where they "
+            "are not tied (in transformers, config.tie_word_embeddings=False).",
+            LoRAWarning,
+            stacklevel=3,
+        )
+    overflown = [name for name, share in lost.items() if not share < math.inf]
+    if overflown:
+        warnings.warn(
+            f"Merging gave values that the dtype of {listed(overflown)} in {title} cannot hold: the weights are "
+            "infinite now. Call unmerge_adapters(model), and convert the model to float32 or bfloat16 before merging.",
+            MergePrecisionWarning,
+            stacklevel=3,
+        )
+    if loss := lost_to_rounding(lost, title):
+        warnings.warn(
+            f"{loss} Keep the adapters on their layers (merge=False, unmerge_adapters), or convert the model to "
+            "float32 before merging.",
+            MergePrecisionWarning,
+            stacklevel=3,
+        )
+
+
+def lost_to_rounding(lost: Mapping[str, float], title: str) -> str:
+    """Return what a warning says of rounded updates.
+
+    Args:
+        lost: The share of each layer's update that is lost to rounding.
+        title: What was merged into.
+
+    Returns:
+        Two sentences, or nothing if rounding took little.
+    """
+    much = {name: share for name, share in lost.items() if _MUCH < share < math.inf}
+    if not much:
+        return ""
+    worst = max(much, key=much.__getitem__)
+    return (
+        f"Merging rounded away {much[worst]:.0%} of the update of {worst!r} in {title}, and more than {_MUCH:.0%} in "
+        f"{len(much)} of {len(lost)} layers: half-precision weights cannot hold changes so small. The merged model has "
+        "lost this part of the fine-tuning."
+    )

@@ -1,16 +1,19 @@
 """A model's layers, adapters and base, by name."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries
-from lightning_lora.model.record import Record, find_record
+from lightning_lora.model.state import Record, find_record, record_of
 from lightning_lora.tensors.names import join, named_modules, own_parameter, parameters_of, plain_module, submodule
 from lightning_lora.tensors.shards import is_dtensor, to_local
+from lightning_lora.tensors.values import copy_to_host, replace_values, same_bits
 
 
 class MergedWeight(NamedTuple):
@@ -242,3 +245,106 @@ class View:
         """
         for layer in self.layers.values():
             layer.lora_follow_base()
+
+
+def view_of(model: nn.Module) -> View:
+    """Return a :class:`View` of an adapted model.
+
+    Raises:
+        AdapterStateError: ``model`` has no adapters, or they are disabled now, or some are no longer on their layers.
+    """
+    record, view = record_of(model), View(model)
+    lost = [name for name in record.layers if name in view.modules and not _is_adapted(view, name)]
+    if lost:
+        raise AdapterStateError(
+            f"{listed(lost)} of {type(view.model).__name__} no longer have their adapters: the layers were replaced, "
+            "or merged by a call on another module that shares them. Call unmerge_adapters on that module, or "
+            "inject_adapters(model, config) to give the layers new adapters."
+        )
+    return view
+
+
+def _is_adapted(view: View, name: str) -> bool:
+    return isinstance(view.modules[name], LoRALayer) or name in view.record.merged
+
+
+def keep_originals(view: View) -> None:
+    """Copy to CPU memory the values that training may change.
+
+    Values that were copied before are kept.
+    """
+    record = view.record
+    changing = {**view.trained, **view.buffers}
+    changing |= {name: view.base[name] for name in record.originals if name in view.base}  # replaced by a file's
+    originals = {}
+    for name, tensor in changing.items():
+        known = record.originals.get(name)
+        originals[name] = known if known is not None and known.shape == tensor.shape else copy_to_host(tensor)
+    record.originals = originals
+
+
+def keep_frozen(view: View, names: Iterable[str]) -> None:
+    """Copy frozen weights to CPU memory before they change.
+
+    Weights whose base values are already copied or lost are skipped.
+    """
+    record = view.record
+    for name in names:
+        if name not in record.originals and name not in record.changed:
+            record.originals[name] = copy_to_host(view.base[name])
+
+
+def restore_originals(view: View, names: Iterable[str], undo: ExitStack) -> None:
+    """Write the base's original values of ``names`` back.
+
+    Args:
+        view: The adapted model.
+        names: What to write.
+        undo: Gets callbacks that write the current values again.
+    """
+    originals, present = view.record.originals, view.kept
+    for name in names:
+        original, tensor = originals[name], present[name].data
+        if original.is_meta or same_bits(tensor, original):
+            continue
+        if tensor.shape == original.shape:
+            undo.callback(tensor.copy_, tensor.clone())
+            tensor.copy_(original)
+        else:  # a buffer that has grown
+            undo.callback(replace_values, present[name], tensor)
+            replace_values(present[name], original.to(tensor, copy=True))
+
+
+_MODELS = ("PreTrainedModel", "ModelMixin")
+"""The base classes of transformers' and diffusers' models."""
+
+
+def root_of(model: nn.Module) -> str:
+    """Return the name of the one model inside ``model``.
+
+    It is the outermost model of transformers or diffusers, if there is one. Else it is the only module that holds
+    weights, if ``model`` is a LightningModule. Otherwise it is ``""``, which means ``model`` itself.
+
+    Example:
+        >>> root_of(nn.Sequential(nn.Linear(2, 2)))
+        ''
+    """
+    outermost: list[str] = []
+    for name, module in named_modules(model).items():
+        if _is_a(module, *_MODELS) and not any(_is_inside(name, other) for other in outermost):
+            outermost.append(name)
+    if outermost:
+        return outermost[0] if len(outermost) == 1 else ""
+    plain = plain_module(model)
+    if not _is_a(plain, "LightningModule") or any(True for _ in plain.parameters(recurse=False)):
+        return ""
+    holders = [name for name, child in plain.named_children() if any(True for _ in child.parameters())]
+    return holders[0] if len(holders) == 1 else ""
+
+
+def _is_a(module: nn.Module, *names: str) -> bool:
+    return any(base.__name__ in names for base in type(module).__mro__)
+
+
+def _is_inside(name: str, other: str) -> bool:
+    return not other or name.startswith(f"{other}.")

@@ -12,8 +12,8 @@ from lightning_lora.errors import AdapterFileError, BaseMismatchError, listed
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.loading import DESCRIPTION, loads_adapters
 from lightning_lora.model.merge import unmerged
-from lightning_lora.model.remember import record_of, view_of
-from lightning_lora.model.view import View
+from lightning_lora.model.state import record_of
+from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.base_copies import MOVED, leave_out_base, put_base_back
 from lightning_lora.storage.description import KEY, check_checksum, check_fits, describe, stored_config
 from lightning_lora.storage.fingerprint import base_tensors, fingerprint, note_changed

@@ -13,8 +13,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError, listed
 from lightning_lora.layers import FROM_BASE, LoRAParameters
 from lightning_lora.model.fresh import random_weights
-from lightning_lora.model.root import root_of
-from lightning_lora.model.view import View
+from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.base_copies import is_places
 from lightning_lora.storage.fingerprint import is_fingerprints, with_halves
 from lightning_lora.storage.layout import is_layers, layers_of

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from lightning_lora.config import Slices
 from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, listed
+from lightning_lora.model.attach import undone_on_error
 from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge, merge_adapters, unmerge
-from lightning_lora.model.record import find_record
-from lightning_lora.model.remember import keep_record, recall_record, view_of
-from lightning_lora.model.undo import undone_on_error
-from lightning_lora.model.view import View
+from lightning_lora.model.state import find_record, keep_record, receive
+from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.build import build
 from lightning_lora.storage.checkpoint import check_readable
 from lightning_lora.storage.description import KEY, check_fits, check_foreign_fits, describe, stored_config
@@ -212,7 +211,7 @@ def _put_foreign(model: nn.Module, read: Reader) -> None:
 @contextmanager
 def _unmerged_and_undone(model: nn.Module) -> Iterator[None]:
     """Unmerge a model for a change. Undo all of it after an error."""
-    record, was_merged = find_record(model) or recall_record(model), False
+    record, was_merged = find_record(model) or receive(model), False
     try:
         was_merged = unmerge(model)
         with undone_on_error(View(model)):

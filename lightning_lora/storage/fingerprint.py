@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers import is_quantised, quantised_entries, repacks
-from lightning_lora.model.record import HALVES
-from lightning_lora.model.remember import view_of
-from lightning_lora.model.view import View
+from lightning_lora.model.state import HALVES
+from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.renaming import Renaming
 from lightning_lora.tensors.names import join
 

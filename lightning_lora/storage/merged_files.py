@@ -17,10 +17,8 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, listed
-from lightning_lora.model.merge_warnings import warn_of_merge
-from lightning_lora.model.remember import view_of
-from lightning_lora.model.root import root_of
-from lightning_lora.model.view import View
+from lightning_lora.model.merged import warn_of_merge
+from lightning_lora.model.view import View, root_of, view_of
 from lightning_lora.storage.disk import check_path, writing
 from lightning_lora.storage.merged_state import check_finite, merged_state, untied
 from lightning_lora.tensors.names import plain_module, submodule

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.errors import BaseMismatchError, LoRAWarning, listed
-from lightning_lora.model.record import HALVES
+from lightning_lora.model.state import HALVES
 from lightning_lora.model.view import View
 from lightning_lora.storage.fingerprint import (
     base_tensors,

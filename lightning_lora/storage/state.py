@@ -14,9 +14,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, listed
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.merge import check_as_merged, unmerged
-from lightning_lora.model.originals import keep_frozen, restore_originals
-from lightning_lora.model.remember import view_of
-from lightning_lora.model.view import View
+from lightning_lora.model.view import View, keep_frozen, restore_originals, view_of
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
 from lightning_lora.tensors.shards import full_tensor, is_dtensor

@@ -14,8 +14,7 @@ from lightning_lora.errors import FreshLayerWarning, LoRAWarning, listed
 from lightning_lora.model.fresh import MOST, Fresh, find_fresh, random_weights
 from lightning_lora.model.leftovers import left_alone, left_computed, left_trainable
 from lightning_lora.model.loading import base_number
-from lightning_lora.model.remember import view_of
-from lightning_lora.model.view import View
+from lightning_lora.model.view import View, view_of
 from lightning_lora.targets.lookup import COMPUTED
 
 

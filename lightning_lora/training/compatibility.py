@@ -16,8 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn, get_swa_multi_a
 from lightning_lora.errors import ConfigError
 from lightning_lora.model.attach import move_adapters
 from lightning_lora.model.norms import FrozenNorm
-from lightning_lora.model.remember import view_of
-from lightning_lora.model.view import View
+from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import named_parameters
 from lightning_lora.tensors.values import replace_values
 

@@ -19,8 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.errors import DeadAdapterWarning, listed
 from lightning_lora.layers import LoRALayer
-from lightning_lora.model.remember import view_of
-from lightning_lora.model.view import View
+from lightning_lora.model.view import View, view_of
 
 
 class Gradients:

@@ -8,8 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError, MergePrecisionWarning, listed
 from lightning_lora.model.merge import quantised_layers, spread_ties, tied_weights
-from lightning_lora.model.merge_warnings import lost_to_rounding
-from lightning_lora.model.remember import leave_record
+from lightning_lora.model.merged import lost_to_rounding
+from lightning_lora.model.state import send
 from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_checkpoint_state
 from lightning_lora.tensors.names import join, own_parameter, state_dict
@@ -161,7 +161,7 @@ def send_record(trainer: Trainer, pl_module: LightningModule) -> None:
     This is done at the end of a fit, and only in processes that send back only a state dict.
     """
     if returns_state_only(trainer) and trainer.is_global_zero:
-        leave_record(pl_module)
+        send(pl_module)
 
 
 def check_untied(pl_module: LightningModule) -> None:

@@ -12,8 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_lora.errors import OptimizerError, listed
-from lightning_lora.model.remember import view_of
-from lightning_lora.model.view import View
+from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import own_parameter, owner_of, parameters_of
 
 Params = list[nn.Parameter]

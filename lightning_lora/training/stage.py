@@ -10,10 +10,8 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge, unmerge
 from lightning_lora.model.merged import check_own, is_as_merged
-from lightning_lora.model.originals import keep_originals
-from lightning_lora.model.record import Record, find_record
-from lightning_lora.model.remember import keep_record, recall_record, view_of
-from lightning_lora.model.view import View
+from lightning_lora.model.state import Record, find_record, keep_record, receive
+from lightning_lora.model.view import View, keep_originals, view_of
 from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.training.compatibility import callbacks_of, copy_adapted, loads_in_hooks
 
@@ -160,7 +158,7 @@ def receive_record(pl_module: LightningModule) -> None:
     """
     record = find_record(pl_module)
     known = record is not None and is_as_merged(pl_module, record)
-    if not known and recall_record(pl_module):
+    if not known and receive(pl_module):
         rank_zero_info(
             f"{type(pl_module).__name__} has the weights that a fit in other processes merged: it gets its base and "
             "its adapters back. (To use these weights as a new base, call remove_adapters on it first.)"

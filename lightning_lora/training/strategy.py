@@ -16,11 +16,11 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.errors import AdapterFileError, ConfigError, OptimizerError, TargetError
-from lightning_lora.model.freeze import freeze, unfreeze
+from lightning_lora.model.attach import freeze, unfreeze
 from lightning_lora.model.merge import unmerge
 from lightning_lora.model.merged import is_as_merged
-from lightning_lora.model.record import find_record
-from lightning_lora.model.remember import view_of
+from lightning_lora.model.state import find_record
+from lightning_lora.model.view import view_of
 from lightning_lora.storage.checkpoint import (
     adapter_only,
     as_base,

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject_adapters
-from lightning_lora.model.fresh import Fresh, find_fresh
+from lightning_lora.model.fresh import Fresh, block_of, find_fresh, is_normal, is_uniform
 from lightning_lora.model.view import View
-from lightning_lora.tensors.drawn import block_of, is_normal, is_uniform
 from tests.models import aged
 
 transformers = pytest.importorskip("transformers")

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig
-from lightning_lora.model.record import Record
+from lightning_lora.model.state import Record
 from lightning_lora.tensors import digests as hashing
 from lightning_lora.tensors.digests import digest
 

@@ -26,7 +26,7 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from lightning_lora.layers import LoRALayer
-from lightning_lora.model.record import find_record
+from lightning_lora.model.state import find_record
 from tests.model.cases import flags, unfreezable
 from tests.models import LitTiny, best, data, lora, randomise, same, state, trainer
 

@@ -19,8 +19,7 @@ from lightning_lora import (
 )
 from lightning_lora.layers.convolution import LoRAConvNd
 from lightning_lora.layers.linear import LoRALinear
-from lightning_lora.model.root import root_of
-from lightning_lora.model.view import View
+from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.description import KEY, _checksum, describe
 from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.storage.layout import StoredLayer, layers_of

@@ -26,7 +26,7 @@ from lightning_lora import (
     merge_adapters,
     save_merged,
 )
-from lightning_lora.model.record import find_record
+from lightning_lora.model.state import find_record
 from tests.cases import three
 from tests.models import LitTiny, TinyLM, data, lora, randomise, same, state, trainer
 from tests.storage.cases import refused, trained

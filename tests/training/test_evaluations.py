@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRACallback, LoRAWarning, inject_adapters, unmerge_adapters
-from lightning_lora.model.record import find_record
+from lightning_lora.model.state import find_record
 from tests.cases import StopError
 from tests.models import LitTiny, data, is_plain, lora, same, state, trainer
 from tests.training.cases import BornInConfigureModel, BornInSetup, BuiltAnew, outcome

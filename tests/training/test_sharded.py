@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_lora import LoRACallback, load_adapter, merge_adapters, unmerge_adapters
-from lightning_lora.model.record import find_record
+from lightning_lora.model.state import find_record
 from tests.ranks import run_ranks
 from tests.training.sharded_cases import LitNet, data, lora, pretrained, trainer_of, whole_state
 from tests.training.test_records import Notes

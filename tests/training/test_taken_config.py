@@ -18,7 +18,7 @@ from lightning_lora import (
     load_adapter,
     remove_adapters,
 )
-from lightning_lora.model.remember import view_of
+from lightning_lora.model.view import view_of
 from tests.models import CLASSES, WIDTH, LitTiny, best, data, is_plain, lora, needs_averaging, same, state, trainer
 
 ARGUMENTS: dict[str, Any] = {

@@ -21,7 +21,7 @@ from lightning_lora.errors import (
     LoRAWarning,
     listed,
 )
-from lightning_lora.model.remember import view_of
+from lightning_lora.model.view import view_of
 from lightning_lora.storage.description import FORMAT, describe, stored_config
 from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.storage.layout import StoredLayer

@@ -13,8 +13,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, LoRAWarning, listed
 from lightning_lora.functional.combine import with_rank
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, Role
-from lightning_lora.model.root import root_of
-from lightning_lora.model.view import View
+from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.layout import StoredLayer
 from lightning_lora.storage.renaming import Renaming, beginning, by_whole_names, common_lead
 from lightning_lora.tensors.names import join, own_parameter

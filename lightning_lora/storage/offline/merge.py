@@ -20,7 +20,7 @@ from lightning_lora.errors import (
     MergePrecisionWarning,
     listed,
 )
-from lightning_lora.model.merge_warnings import lost_to_rounding
+from lightning_lora.model.merged import lost_to_rounding
 from lightning_lora.storage.checkpoint import as_base
 from lightning_lora.storage.disk import writing
 from lightning_lora.storage.offline.stored import StoredAdapters

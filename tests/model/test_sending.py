@@ -27,11 +27,9 @@ from lightning_lora import (
 )
 from lightning_lora.errors import LoRAWarning
 from lightning_lora.layers import ADAPTERS, LoRALayer, register_adapter
-from lightning_lora.model import handover
-from lightning_lora.model.handover import make_folder
-from lightning_lora.model.plain import as_plain, as_record
-from lightning_lora.model.record import Record, find_record
-from lightning_lora.model.remember import forget_record, leave_record, recall_record
+from lightning_lora.model import sending
+from lightning_lora.model.sending import make_folder
+from lightning_lora.model.state import Record, as_plain, as_record, find_record, forget_record, receive, send
 from tests.cases import Three
 from tests.models import LitTiny, data, is_plain, lora, randomise, same, state, trainer
 from tests.storage.faults import fork
@@ -55,7 +53,7 @@ def left(model: nn.Module, **config: Any) -> nn.Module:
     randomise(model)
     adapted = copy.deepcopy(model)
     merge_adapters(model)
-    leave_record(model)
+    send(model)
     forget_record(model)
     return adapted
 
@@ -171,7 +169,7 @@ def test_a_class_that_the_main_process_does_not_know_is_named(monkeypatch: pytes
 
 
 def is_found(home: nn.Module) -> bool:
-    return recall_record(copy.deepcopy(home)) is not None
+    return receive(copy.deepcopy(home)) is not None
 
 
 class RunsCode:
@@ -272,7 +270,7 @@ def test_the_folder_goes_with_the_process_that_made_it_alone(monkeypatch: pytest
     def finalize(_: None, function: Callable[..., object], args: tuple[Path], exitpriority: int) -> None:
         at_exit.append(lambda: function(*args))
 
-    monkeypatch.setattr(handover, "util", SimpleNamespace(Finalize=finalize))
+    monkeypatch.setattr(sending, "util", SimpleNamespace(Finalize=finalize))
     make_folder()
     made = Path(os.environ[MEMORY])
     assert len(at_exit) == 1 and made.stat().st_mode & 0o777 == 0o700
@@ -306,7 +304,7 @@ def _tell_folder(messages: Any) -> None:
 def test_a_program_that_another_one_started_makes_a_folder_of_its_own(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_lora.model.handover._MADE", {})  # as in a new process
+    monkeypatch.setattr("lightning_lora.model.sending._MADE", {})  # as in a new process
     make_folder()
     mine = Path(os.environ[MEMORY])
     assert mine != folder and mine.is_dir() and folder.is_dir()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lora.tensors.drawn import FEWEST, block_of, is_normal, is_uniform
+from lightning_lora.model.fresh import FEWEST, block_of, is_normal, is_uniform
 
 SHAPES = [(2, 384), (10, 768), (32, 27), (64, 64), (3072, 768), (40_000, 16), (64, 3, 7, 7)]
 

@@ -15,21 +15,21 @@ import stat
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import util
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch
 from torch import nn
 
 from lightning_lora.errors import LoRAWarning
-from lightning_lora.model.plain import as_plain, as_record
-from lightning_lora.model.record import Record
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import named_parameters
+
+_Built = TypeVar("_Built")
 
 _FOLDER = "LIGHTNING_LORA_MEMORY"
 """The environment variable with the folder's path, which worker processes inherit."""
@@ -84,11 +84,11 @@ def _delete(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def leave(record: Record, weights: Mapping[str, int]) -> None:
+def send(record: Mapping[str, Any], weights: Mapping[str, int]) -> None:
     """Store a model's record in the temporary folder.
 
     Args:
-        record: The record.
+        record: The record, as plain types and tensors.
         weights: Digests of the model's merged parameters, by name.
 
     Warns:
@@ -98,7 +98,7 @@ def leave(record: Record, weights: Mapping[str, int]) -> None:
         folder = _folder()
         if folder is None:
             raise FileNotFoundError("there is no temporary folder that only this user can write to")
-        _write(folder, {"weights": dict(weights), "record": as_plain(record)})
+        _write(folder, {"weights": dict(weights), "record": dict(record)})
     except Exception as error:
         warnings.warn(
             f"The fit is complete, and the main process gets the merged weights, but not the adapters and the base "
@@ -128,20 +128,20 @@ def _load(path: Path, *, mmap: bool = True) -> dict[str, Any]:
     return entry
 
 
-def recall(model: nn.Module) -> Record | None:
-    """Return the stored record for this model's weights, or None.
+def receive(model: nn.Module, build: Callable[[Mapping[str, Any]], _Built]) -> _Built | None:
+    """Return the record that was sent for this model's weights, built by ``build``, or None.
 
     The program that made the folder then deletes the file. Its worker processes leave it for the main process.
     """
     for path in _about(model):
-        record = as_record(_load(path, mmap=False)["record"])
+        record = build(_load(path, mmap=False)["record"])
         if _is_owner(path.parent):
             path.unlink(missing_ok=True)
         return record
     return None
 
 
-def forget(model: nn.Module) -> None:
+def delete_sent(model: nn.Module) -> None:
     """Delete the stored records for this model's weights."""
     for path in _about(model):
         path.unlink(missing_ok=True)
