@@ -10,7 +10,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_lora import LoRACallback, LoRAConfig
-from tests.models import LitTiny, data, trainer
+from tests.support.models import LitTiny, data, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's, about LightningCLI
 

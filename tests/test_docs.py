@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 import lightning_lora
 from lightning_lora import LoRACallback, LoRAConfig, inject_adapters, save_adapter
 from lightning_lora.cli.main import main
-from tests.models import randomise
-from tests.ranks import has_shards
+from tests.support.models import randomise
+from tests.support.ranks import has_shards
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md")}

@@ -29,9 +29,9 @@ from lightning_lora import (
     summarize,
     unmerge_adapters,
 )
-from tests.models import TRAINED, WORDS, LitTiny, data, is_plain, same, state
-from tests.ranks import run_ranks
-from tests.storage.faults import unchanged
+from tests.support.faults import unchanged
+from tests.support.models import TRAINED, WORDS, LitTiny, data, is_plain, same, state
+from tests.support.ranks import run_ranks
 
 CONFIG = LoRAConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["head"])
 X = torch.arange(WORDS)

@@ -37,8 +37,8 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from lightning_lora.model.view import View
-from tests.models import is_plain, randomise, same, state, trainer
-from tests.train import LeaveTheGroup
+from tests.support.models import is_plain, randomise, same, state, trainer
+from tests.support.train import LeaveTheGroup
 
 IDS = torch.arange(12).view(2, 6) % 11 + 3
 ANSWERS = torch.tensor([0, 1])

@@ -13,7 +13,7 @@ from torch import nn
 
 import lightning_lora
 from lightning_lora import LoRACallback, LoRAConfig, inject_adapters
-from tests.models import LitTiny, best, data, lora, trainer
+from tests.support.models import LitTiny, best, data, lora, trainer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

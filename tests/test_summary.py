@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, inject_adapters, merge_adapters, summarize
 from lightning_lora.summary import LayerGroup, LoRASummary, _short_names
-from tests.models import WIDTH, WORDS, LitTiny, TinyLM, data, lora, trainer
+from tests.support.models import WIDTH, WORDS, LitTiny, TinyLM, data, lora, trainer
 
 
 def test_summary_counts_groups_and_costs() -> None:

@@ -27,8 +27,8 @@ from lightning_lora import LoRACallback, LoRAConfig, inject_adapters
 from lightning_lora.tensors.shards import to_local
 from tests.benchmarks.life import QUIET
 from tests.benchmarks.measure import Bench, Row, in_new_process
-from tests.ranks import run_ranks
-from tests.traffic import Traffic, sizes_of
+from tests.support.ranks import run_ranks
+from tests.support.traffic import Traffic, sizes_of
 
 DDP, DDP_LORA, FSDP2, FSDP2_LORA = "DDP", "DDP, LoRA", "FSDP2", "FSDP2, LoRA"
 WAYS = (DDP, DDP_LORA, FSDP2, FSDP2_LORA)

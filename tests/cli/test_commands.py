@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, export_peft, inject_adapters, load_adapter, merge_adapters, save_adapter
 from lightning_lora.cli.main import main
-from tests.models import LitTiny, randomise
+from tests.support.models import LitTiny, randomise
 
 CONFIG = LoRAConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj"], modules_to_save=["head"])
 

@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_lora import LoRAConfig, inject_adapters
 from lightning_lora.functional import linear
 from lightning_lora.functional.linear import adapted_linear
-from tests.functional.cases import composed, goes_by_hand, inputs
-from tests.models import randomise
-from tests.ranks import has_shards
+from tests.support.functional import composed, goes_by_hand, inputs
+from tests.support.models import randomise
+from tests.support.ranks import has_shards
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # which torch's own rules for second derivatives use

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lora.functional.dropout import drops
 from lightning_lora.functional.linear import adapted_linear
-from tests.functional.cases import composed, inputs
+from tests.support.functional import composed, inputs
 
 
 @pytest.mark.parametrize("p", [0.001, 0.05, 0.1, 0.5, 0.9, 0.999])

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lightning_lora import LoRAConfig, inject_adapters
 from lightning_lora.functional import linear
 from lightning_lora.functional.linear import adapted_linear
-from tests.functional.cases import composed, goes_by_hand, inputs
-from tests.models import randomise
+from tests.support.functional import composed, goes_by_hand, inputs
+from tests.support.models import randomise
 
 LAYOUTS: dict[str, Callable[[], Tensor]] = {
     "transposed matrix": lambda: torch.randn(3, 4).T,

@@ -21,8 +21,8 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from lightning_lora.functional import update
-from tests.models import randomise, same, state
-from tests.ranks import has_shards
+from tests.support.models import randomise, same, state
+from tests.support.ranks import has_shards
 
 
 def test_merging_asks_no_device_for_float64() -> None:

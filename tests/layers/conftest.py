@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.layers.cases import LAYERS, Model
+from tests.support.layers import LAYERS, Model
 
 
 @pytest.fixture(params=LAYERS, ids=str)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import ConfigError, LoRAConfig, TargetError, adapter_state_dict, inject_adapters
-from tests.models import randomise
+from tests.support.models import randomise
 
 
 class Attends(nn.Module):

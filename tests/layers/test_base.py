@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, inject_adapters, merge_adapters
-from tests.layers.cases import Scaled, adapted, config
-from tests.models import randomise
+from tests.support.layers import Scaled, adapted, config
+from tests.support.models import randomise
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

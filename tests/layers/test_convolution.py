@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, TargetError, adapter_state_dict, inject_adapters, merge_adapters
-from tests.models import randomise
+from tests.support.models import randomise
 
 PLANE = torch.linspace(-1, 1, 200, dtype=torch.float64).view(2, 4, 5, 5)
 SLICES = {"0": {"few": [1, 3], "last": [5, 6]}}

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRAWarning, TargetError, disable_adapters, inject_adapters
-from tests.layers.cases import LAYERS, Model, config
-from tests.models import LitTiny, data, lora, randomise, trainer
+from tests.support.layers import LAYERS, Model, config
+from tests.support.models import LitTiny, data, lora, randomise, trainer
 
 
 def test_magnitudes_are_the_norms_of_the_rows_and_rslora_scales_by_the_root() -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, TargetError, adapter_state_dict, inject_adapters, merge_adapters
-from tests.layers.cases import ScaledEmbedding, adapted
-from tests.models import randomise
+from tests.support.layers import ScaledEmbedding, adapted
+from tests.support.models import randomise
 
 INDEX = torch.tensor([[3, 3, 3, 1], [0, 1, 2, 4]])
 

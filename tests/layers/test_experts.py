@@ -20,8 +20,8 @@ from lightning_lora import (
     save_adapter,
     summarize,
 )
-from tests.layers.cases import LAYERS, train
-from tests.models import state
+from tests.support.layers import LAYERS, train
+from tests.support.models import state
 
 
 class Mixture(nn.Module):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import AdapterMismatchError, LoRAConfig, adapter_state_dict, inject_adapters, merge_adapters
-from tests.cases import Three, three
-from tests.models import WIDTH, WORDS, randomise, same
+from tests.support.cases import Three, three
+from tests.support.models import WIDTH, WORDS, randomise, same
 
 FLOATS = torch.linspace(-1, 1, 30).reshape(2, 3, 5)
 PLANE = torch.linspace(-1, 1, 200).view(2, 4, 5, 5)

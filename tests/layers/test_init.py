@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, TargetError, adapter_state_dict, inject_adapters
-from tests.layers.cases import config
-from tests.models import randomise
+from tests.support.layers import config
+from tests.support.models import randomise
 
 
 class Experts(nn.Module):

@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import disable_adapters, inject_adapters, merge_adapters, remove_adapters, unmerge_adapters
 from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for
-from tests.layers.cases import Factors, Recursive, config, factors, reference_weights
-from tests.models import randomise, same, state
+from tests.support.layers import Factors, Recursive, config, factors, reference_weights
+from tests.support.models import randomise, same, state
 
 
 def test_conv1d_is_found_without_importing_transformers_and_every_type_is_one_entry() -> None:

@@ -18,8 +18,8 @@ from lightning_lora import (
     save_adapter,
     unmerge_adapters,
 )
-from tests.layers.cases import LAYERS, Factors, Model, config, factors, reference_weights, train
-from tests.models import same, state
+from tests.support.layers import LAYERS, Factors, Model, config, factors, reference_weights, train
+from tests.support.models import same, state
 
 EMBEDDINGS = [name for name in LAYERS if "embedding" in name or "bag" in name]
 CONVOLUTIONS = [name for name in LAYERS if "convolution" in name and "transposed" not in name]

@@ -30,8 +30,8 @@ from lightning_lora import (
     summarize,
 )
 from lightning_lora.layers import LoRALayer
-from tests.cases import held
-from tests.models import randomise, same, trainer
+from tests.support.cases import held
+from tests.support.models import randomise, same, trainer
 
 bnb = pytest.importorskip("bitsandbytes")
 torchao = pytest.importorskip("torchao.quantization")

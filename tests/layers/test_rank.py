@@ -26,12 +26,12 @@ from lightning_lora import (
 )
 from lightning_lora.cli.main import main
 from lightning_lora.layers import Role
-from tests.cases import At, StopError, stop
-from tests.layers.cases import LAYERS, Model, config, factors
 from tests.layers.test_kinds import reference
-from tests.models import best, randomise, same, state, trainer
-from tests.storage.formats.export_cases import check_read
-from tests.storage.formats.reading_cases import write_peft
+from tests.support.cases import At, StopError, stop
+from tests.support.layers import LAYERS, Model, config, factors
+from tests.support.models import best, randomise, same, state, trainer
+from tests.support.peft_export import check_read
+from tests.support.peft_reading import write_peft
 
 
 class Curve(L.LightningModule):

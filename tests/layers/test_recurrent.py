@@ -16,7 +16,7 @@ from lightning_lora import (
     remove_adapters,
     unmerge_adapters,
 )
-from tests.models import randomise
+from tests.support.models import randomise
 
 SEQUENCE = torch.linspace(-1, 1, 30, dtype=torch.float64).reshape(2, 3, 5)
 EVERY = LoRAConfig(r=2, target_modules="all")

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from lightning_lora import AdapterStateError, LoRAConfig, inject_adapters, merge_adapters, remove_adapters
-from tests.layers.cases import config
-from tests.models import randomise
+from tests.support.layers import config
+from tests.support.models import randomise
 
 
 @pytest.mark.parametrize("norm_first", [False, True])

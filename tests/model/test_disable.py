@@ -18,8 +18,8 @@ from lightning_lora import (
     remove_adapters,
     unmerge_adapters,
 )
-from tests.layers.cases import CONFIG, config
-from tests.models import same, state
+from tests.support.layers import CONFIG, config
+from tests.support.models import same, state
 
 
 def test_running_the_base_in_training_mode_leaves_no_trace() -> None:

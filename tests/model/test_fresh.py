@@ -13,7 +13,7 @@ from torch import nn
 from lightning_lora import LoRAConfig, inject_adapters
 from lightning_lora.model.fresh import Fresh, block_of, find_fresh, is_normal, is_uniform
 from lightning_lora.model.view import View
-from tests.models import aged
+from tests.support.models import aged
 
 transformers = pytest.importorskip("transformers")
 models = pytest.importorskip("torchvision.models")

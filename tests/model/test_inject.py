@@ -22,10 +22,10 @@ from lightning_lora import (
     summarize,
     unmerge_adapters,
 )
-from tests.model.cases import flags, unfreezable
-from tests.model.faults import FailsOnce
-from tests.models import LitTiny, randomise, same, state
-from tests.storage.cases import trained
+from tests.support.fails_once import FailsOnce
+from tests.support.model import flags, unfreezable
+from tests.support.models import LitTiny, randomise, same, state
+from tests.support.storage import trained
 
 
 def test_injection_is_idempotent_and_takes_in_new_layers() -> None:

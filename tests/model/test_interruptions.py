@@ -23,7 +23,7 @@ from lightning_lora import (
     save_adapter,
     unmerge_adapters,
 )
-from tests.models import TinyLM, randomise, same, state
+from tests.support.models import TinyLM, randomise, same, state
 
 
 class Model(nn.Module):

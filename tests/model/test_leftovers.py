@@ -6,7 +6,7 @@ from torch import nn
 from lightning_lora import LoRAConfig, inject_adapters
 from lightning_lora.model.leftovers import left_alone, left_trainable
 from lightning_lora.model.view import View
-from tests.models import TinyLM
+from tests.support.models import TinyLM
 
 
 class Pair(nn.Module):

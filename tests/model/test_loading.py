@@ -23,8 +23,8 @@ from lightning_lora import (
     save_adapter,
     unmerge_adapters,
 )
-from tests.cases import held
-from tests.models import LitTiny, TinyLM, best, data, is_plain, lora, randomise, same, state, trainer, unties
+from tests.support.cases import held
+from tests.support.models import LitTiny, TinyLM, best, data, is_plain, lora, randomise, same, state, trainer, unties
 
 
 def test_base_loaded_after_injection_is_the_base() -> None:

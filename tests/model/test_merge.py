@@ -29,9 +29,9 @@ from lightning_lora import (
 from lightning_lora.functional import update
 from lightning_lora.model.view import View
 from tests.benchmarks.measure import peak_growth
-from tests.layers.cases import config
-from tests.model.faults import FailsOnce
-from tests.models import LitTiny, TinyLM, is_plain, randomise, same, state, unties
+from tests.support.fails_once import FailsOnce
+from tests.support.layers import config
+from tests.support.models import LitTiny, TinyLM, is_plain, randomise, same, state, unties
 
 
 @unties

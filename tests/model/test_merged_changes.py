@@ -26,7 +26,7 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from lightning_lora.functional import update
-from tests.models import LitTiny, TinyLM, data, is_plain, lora, randomise, same, state, trainer, unties
+from tests.support.models import LitTiny, TinyLM, data, is_plain, lora, randomise, same, state, trainer, unties
 
 CHANGED = "changed since its adapters were merged"
 

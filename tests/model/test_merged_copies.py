@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import AdapterStateError, LoRAConfig, inject_adapters, merge_adapters, unmerge_adapters
-from tests.models import randomise, same, state, unties
+from tests.support.models import randomise, same, state, unties
 
 CHANGED = "changed since its adapters were merged"
 

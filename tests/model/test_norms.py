@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, inject_adapters, remove_adapters
-from tests.models import LitTiny, data, lora, randomise, same, state, trainer
+from tests.support.models import LitTiny, data, lora, randomise, same, state, trainer
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from lightning_lora import (
     save_adapter,
     unmerge_adapters,
 )
-from tests.models import is_plain, same
+from tests.support.models import is_plain, same
 
 WORDS, WIDTH = 5, 3
 INDEX = torch.arange(WORDS)

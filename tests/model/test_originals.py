@@ -24,7 +24,7 @@ from lightning_lora import (
 )
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
-from tests.models import LitTiny, best, data, lora, randomise, same, state, trainer
+from tests.support.models import LitTiny, best, data, lora, randomise, same, state, trainer
 
 
 def test_buffers_are_the_bases_as_they_are_while_something_is_new() -> None:

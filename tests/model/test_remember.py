@@ -27,8 +27,8 @@ from lightning_lora import (
 )
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.state import find_record
-from tests.model.cases import flags, unfreezable
-from tests.models import LitTiny, best, data, lora, randomise, same, state, trainer
+from tests.support.model import flags, unfreezable
+from tests.support.models import LitTiny, best, data, lora, randomise, same, state, trainer
 
 
 def test_adapters_injected_in_a_part_belong_to_the_whole_afterwards() -> None:

@@ -30,9 +30,9 @@ from lightning_lora.layers import ADAPTERS, LoRALayer, register_adapter
 from lightning_lora.model import sending
 from lightning_lora.model.sending import make_folder
 from lightning_lora.model.state import Record, as_plain, as_record, find_record, forget_record, receive, send
-from tests.cases import Three
-from tests.models import LitTiny, data, is_plain, lora, randomise, same, state, trainer
-from tests.storage.faults import fork
+from tests.support.cases import Three
+from tests.support.faults import fork
+from tests.support.models import LitTiny, data, is_plain, lora, randomise, same, state, trainer
 
 MEMORY = "LIGHTNING_LORA_MEMORY"
 

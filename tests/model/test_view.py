@@ -23,7 +23,7 @@ from lightning_lora import (
 )
 from lightning_lora.model.view import View
 from lightning_lora.tensors import names
-from tests.models import TinyLM, randomise
+from tests.support.models import TinyLM, randomise
 
 
 class Model(nn.Module):

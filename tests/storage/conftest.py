@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lightning_lora import save_adapter
-from tests.models import LitTiny, data, lora, state, trainer
-from tests.storage.cases import trained
-from tests.storage.faults import adapted
+from tests.support.faults import adapted
+from tests.support.models import LitTiny, data, lora, state, trainer
+from tests.support.storage import trained
 
 
 @pytest.fixture

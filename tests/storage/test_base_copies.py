@@ -14,8 +14,8 @@ from torch.optim import swa_utils
 
 from lightning_lora import adapter_state_dict
 from lightning_lora.storage.checkpoint import adapter_only, complete_copies
-from tests.models import LitTiny, data, lora, state, trainer
-from tests.storage.faults import adapted, endless, frugal, laughs
+from tests.support.faults import adapted, endless, frugal, laughs
+from tests.support.models import LitTiny, data, lora, state, trainer
 
 FROZEN = ("embed.weight", "q_proj.weight", "q_proj.bias", "v_proj.weight")
 

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_lora import adapter_state_dict, inject_adapters, load_adapter_state_dict, load_from_checkpoint
 from lightning_lora.storage.state import NOTE
-from tests.cases import held
-from tests.models import TRAINED, LitTiny, data, lora, same, state, trainer
+from tests.support.cases import held
+from tests.support.models import TRAINED, LitTiny, data, lora, same, state, trainer
 
 OLD_NOTE = "this file holds only adapters: load it with lightning_lora.load_from_checkpoint(cls, path)"
 

@@ -17,8 +17,8 @@ from lightning_lora import (
     disable_adapters,
     load_adapter,
 )
-from tests.cases import At, StopError, held, stop, tensors
-from tests.models import TRAINED, WORDS, LitTiny, best, data, is_plain, lora, state, trainer
+from tests.support.cases import At, StopError, held, stop, tensors
+from tests.support.models import TRAINED, WORDS, LitTiny, best, data, is_plain, lora, state, trainer
 
 
 def test_every_file_is_adapter_only_and_loads_safely(tmp_path: Path) -> None:

@@ -25,9 +25,8 @@ from lightning_lora.cli.main import main
 from lightning_lora.model.view import View
 from lightning_lora.storage.description import FORMAT, describe
 from lightning_lora.storage.fingerprint import forms_of_base
-from tests.cases import held
-from tests.models import LitTiny, same, state
-from tests.storage.faults import (
+from tests.support.cases import held
+from tests.support.faults import (
     ONE,
     WAYS,
     A,
@@ -41,6 +40,7 @@ from tests.storage.faults import (
     unchanged,
     with_trainer,
 )
+from tests.support.models import LitTiny, same, state
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits what a process may write"),

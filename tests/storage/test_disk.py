@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import AdapterFileError, LoRAConfig, LoRAError, inject_adapters, load_adapter, save_adapter
 from lightning_lora.storage.disk import writing
-from tests.models import LitTiny, data, exact, lora, same, state, trainer
-from tests.storage.faults import FORK, adapted, contents, fork, kinds, limit, unchanged
+from tests.support.faults import FORK, adapted, contents, fork, kinds, limit, unchanged
+from tests.support.models import LitTiny, data, exact, lora, same, state, trainer
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits what a process may write"),

@@ -27,9 +27,9 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.storage import own_files
-from tests.cases import held
-from tests.models import TRAINED, LitTiny, data, is_plain, lora, randomise, same, state, trainer
-from tests.storage.cases import CONFIG, refused, trained
+from tests.support.cases import held
+from tests.support.models import TRAINED, LitTiny, data, is_plain, lora, randomise, same, state, trainer
+from tests.support.storage import CONFIG, refused, trained
 
 X = torch.arange(20)
 

@@ -23,8 +23,8 @@ from lightning_lora import (
     save_adapter,
     unmerge_adapters,
 )
-from tests.models import LitTiny, best, data, lora, needs_averaging, same, state, trainer
-from tests.storage.cases import refused, trained
+from tests.support.models import LitTiny, best, data, lora, needs_averaging, same, state, trainer
+from tests.support.storage import refused, trained
 
 
 def test_adapters_need_their_own_base(file: Path) -> None:

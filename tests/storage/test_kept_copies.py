@@ -10,7 +10,7 @@ from lightning.pytorch import callbacks as bundled
 from torch import Tensor
 
 from lightning_lora import LoRAError
-from tests.models import LitTiny, best, data, lora, needs_averaging, same, state, trainer
+from tests.support.models import LitTiny, best, data, lora, needs_averaging, same, state, trainer
 
 
 class Drifts(LitTiny):

@@ -23,8 +23,8 @@ from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.description import KEY, _checksum, describe
 from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.storage.layout import StoredLayer, layers_of
-from tests.cases import Three, three
-from tests.models import LitTiny, TinyLM, data, lora, randomise, same, state, trainer, unties
+from tests.support.cases import Three, three
+from tests.support.models import LitTiny, TinyLM, data, lora, randomise, same, state, trainer, unties
 
 
 class Every(nn.Module):

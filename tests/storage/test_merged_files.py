@@ -27,9 +27,9 @@ from lightning_lora import (
     save_merged,
 )
 from lightning_lora.model.state import find_record
-from tests.cases import three
-from tests.models import LitTiny, TinyLM, data, lora, randomise, same, state, trainer
-from tests.storage.cases import refused, trained
+from tests.support.cases import three
+from tests.support.models import LitTiny, TinyLM, data, lora, randomise, same, state, trainer
+from tests.support.storage import refused, trained
 
 X = torch.arange(20)
 

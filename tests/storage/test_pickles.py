@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from lightning_lora import AdapterFileError, load_adapter, load_from_checkpoint, merge_adapters
 from lightning_lora.cli.main import main
 from lightning_lora.storage.pickles import Unread, load_plain, unread_in
-from tests.models import LitTiny, best, data, lora, same, state, trainer
-from tests.storage.faults import frugal, laughs, unchanged
+from tests.support.faults import frugal, laughs, unchanged
+from tests.support.models import LitTiny, best, data, lora, same, state, trainer
 
 
 class Mode(enum.Enum):

@@ -13,8 +13,8 @@ from lightning_lora import (
     load_from_checkpoint,
     save_adapter,
 )
-from tests.models import LitTiny, data, lora, same, state, trainer
-from tests.storage.cases import refused, trained
+from tests.support.models import LitTiny, data, lora, same, state, trainer
+from tests.support.storage import refused, trained
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import AdapterFileError, load_adapter
-from tests.models import LitTiny, data, lora, trainer
-from tests.storage.faults import WAYS, frugal, refused, unchanged
+from tests.support.faults import WAYS, frugal, refused, unchanged
+from tests.support.models import LitTiny, data, lora, trainer
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits what a process may write"),

@@ -20,7 +20,7 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.model.view import View
-from tests.models import WIDTH, WORDS, LitTiny, TinyLM, data, is_plain, randomise, same, state, trainer
+from tests.support.models import WIDTH, WORDS, LitTiny, TinyLM, data, is_plain, randomise, same, state, trainer
 
 INDEX = torch.arange(WORDS)
 

@@ -13,9 +13,9 @@ from lightning_lora import AdapterFileError, LoRAError, OptimizerError
 from lightning_lora.model.view import View
 from lightning_lora.storage.description import describe
 from lightning_lora.storage.fingerprint import forms_of_base
-from tests.cases import held
-from tests.models import LitTiny, best, data, lora, trainer
-from tests.storage.faults import adapted, unchanged
+from tests.support.cases import held
+from tests.support.faults import adapted, unchanged
+from tests.support.models import LitTiny, best, data, lora, trainer
 
 
 class Scheduled(LitTiny):

@@ -19,8 +19,8 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.storage import description
-from tests.models import LitTiny, best, data, lora, randomise, same, state, trainer
-from tests.storage.cases import CONFIG, refused, trained
+from tests.support.models import LitTiny, best, data, lora, randomise, same, state, trainer
+from tests.support.storage import CONFIG, refused, trained
 
 X = torch.arange(20)
 CONVERTED = "trained on a base in .* is in .* It is the same base, converted"

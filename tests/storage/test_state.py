@@ -21,8 +21,8 @@ from lightning_lora import (
     save_adapter,
     unmerge_adapters,
 )
-from tests.models import ADAPTERS, LitTiny, TinyLM, data, lora, randomise, same, state, trainer, unties
-from tests.storage.cases import CONFIG, refused, trained
+from tests.support.models import ADAPTERS, LitTiny, TinyLM, data, lora, randomise, same, state, trainer, unties
+from tests.support.storage import CONFIG, refused, trained
 
 
 def test_state_holds_what_training_changed_and_nothing_else() -> None:

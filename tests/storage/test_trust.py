@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.strategies import Strategy
 
 from lightning_lora import AdapterFileError, LoRAError, load_adapter, load_from_checkpoint, save_adapter
-from tests.models import WORDS, LitTiny, data, lora, same, state, trainer
+from tests.support.models import WORDS, LitTiny, data, lora, same, state, trainer
 
 FORCE, TRUST = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 

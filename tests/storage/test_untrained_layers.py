@@ -26,8 +26,8 @@ from lightning_lora import (
     save_adapter,
     unmerge_adapters,
 )
-from tests.cases import tensors
-from tests.models import LitTiny, aged, best, data, randomise, same, state, trainer
+from tests.support.cases import tensors
+from tests.support.models import LitTiny, aged, best, data, randomise, same, state, trainer
 
 HEAD = {"head.weight", "head.bias"}
 X = torch.arange(20)

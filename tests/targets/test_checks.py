@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lightning_lora import ConfigError, LoRAConfig, TargetError, adapter_state_dict, inject_adapters, remove_adapters
-from tests.models import randomise
-from tests.targets.cases import Table, adapted
+from tests.support.models import randomise
+from tests.support.targets import Table, adapted
 
 
 def test_only_unsupported_layers_is_an_error_that_lists_the_supported() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, TargetError, inject_adapters
-from tests.models import randomise
+from tests.support.models import randomise
 
 
 class Attention(nn.Module):

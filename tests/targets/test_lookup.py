@@ -8,8 +8,8 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, TargetError, inject_adapters
 from lightning_lora.layers import LoRALayer
-from tests.models import LitTiny, same, state
-from tests.targets.cases import Table, adapted
+from tests.support.models import LitTiny, same, state
+from tests.support.targets import Table, adapted
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     (

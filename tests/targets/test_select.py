@@ -18,8 +18,8 @@ from lightning_lora import (
     remove_adapters,
     unmerge_adapters,
 )
-from tests.models import LitTiny, TinyLM, data, lora, same, state, trainer, unties
-from tests.targets.cases import Table, adapted
+from tests.support.models import LitTiny, TinyLM, data, lora, same, state, trainer, unties
+from tests.support.targets import Table, adapted
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from lightning_lora import (
     save_adapter,
     unmerge_adapters,
 )
-from tests.models import randomise, same, state
+from tests.support.models import randomise, same, state
 
 
 class Fused(nn.Module):

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_lora.tensors import digests as hashing
 from lightning_lora.tensors.digests import digest, digests, digests_as
-from tests.ranks import has_shards, join_group, run_ranks
+from tests.support.ranks import has_shards, join_group, run_ranks
 
 pytestmark = pytest.mark.skipif(not has_shards, reason="models are sharded with torch 2.7 and later")
 

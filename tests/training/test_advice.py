@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import FreshLayerWarning, LoRACallback, LoRAWarning, load_from_checkpoint, unmerge_adapters
-from tests.models import LitTiny, aged, best, data, same, state, trainer
+from tests.support.models import LitTiny, aged, best, data, same, state, trainer
 
 TARGETS = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from tests.models import LitTiny, data, lora, trainer
+from tests.support.models import LitTiny, data, lora, trainer
 
 pytestmark = pytest.mark.skipif(not hasattr(bundled, "WeightAveraging"), reason="Lightning averages no buffers")
 

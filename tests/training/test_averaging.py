@@ -12,9 +12,9 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from lightning_lora import inject_adapters
-from tests.cases import held
-from tests.models import TRAINED, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
-from tests.training.cases import (
+from tests.support.cases import held
+from tests.support.models import TRAINED, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
+from tests.support.training import (
     AVERAGES,
     BornInConfigureModel,
     BornInSetup,

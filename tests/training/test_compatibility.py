@@ -22,8 +22,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
-from tests.models import LitTiny, best, data, is_plain, lora, same, state, trainer
-from tests.training.cases import (
+from tests.support.models import LitTiny, best, data, is_plain, lora, same, state, trainer
+from tests.support.training import (
     PLAIN_SWALR,
     adam,
     adapted,

@@ -19,8 +19,8 @@ from lightning_lora import (
     save_adapter,
     unmerge_adapters,
 )
-from tests.cases import Three, held, three
-from tests.models import WORDS, LitTiny, best, data, lora, randomise, same, state, trainer
+from tests.support.cases import Three, held, three
+from tests.support.models import WORDS, LitTiny, best, data, lora, randomise, same, state, trainer
 
 X = torch.arange(WORDS)
 

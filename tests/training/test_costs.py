@@ -14,8 +14,8 @@ from lightning_lora import BaseMismatchError, LoRAWarning, load_adapter, save_ad
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model import record
 from lightning_lora.tensors import digests as hashing
-from tests.cases import StopError
-from tests.models import LitTiny, best, data, is_plain, lora, same, state, trainer
+from tests.support.cases import StopError
+from tests.support.models import LitTiny, best, data, is_plain, lora, same, state, trainer
 
 WIDTH = 128
 BASE = 2 * WIDTH * WIDTH

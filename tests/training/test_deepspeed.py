@@ -29,9 +29,9 @@ from lightning_lora import (
 from lightning_lora.training.deepspeed import DeepSpeedWatch
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.strategies import watch
-from tests.ranks import RankError, run_ranks
-from tests.training.deepspeed_cases import CpuDeepSpeed
-from tests.training.sharded_cases import LitNet, Net, data, lora, pretrained, trainer_of, whole_state
+from tests.support.cpu_deepspeed import CpuDeepSpeed
+from tests.support.ranks import RankError, run_ranks
+from tests.support.sharded import LitNet, Net, data, lora, pretrained, trainer_of, whole_state
 from tests.training.test_sharded import Saves, State, assert_same, fit, fit_and_save, path_of, read, same, whole_life
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of DeepSpeed

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRACallback, LoRAConfig, inject_adapters
-from tests.cases import At, StopError, stop
-from tests.models import WIDTH, LitTiny, best, data, exact, randomise, same, state, trainer
+from tests.support.cases import At, StopError, stop
+from tests.support.models import WIDTH, LitTiny, best, data, exact, randomise, same, state, trainer
 
 X = torch.arange(20)
 

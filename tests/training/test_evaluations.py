@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRACallback, LoRAWarning, inject_adapters, unmerge_adapters
 from lightning_lora.model.state import find_record
-from tests.cases import StopError
-from tests.models import LitTiny, data, is_plain, lora, same, state, trainer
-from tests.training.cases import BornInConfigureModel, BornInSetup, BuiltAnew, outcome
+from tests.support.cases import StopError
+from tests.support.models import LitTiny, data, is_plain, lora, same, state, trainer
+from tests.support.training import BornInConfigureModel, BornInSetup, BuiltAnew, outcome
 
 STAGES = ["validate", "test", "predict"]
 

@@ -14,8 +14,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lightning_lora import DeadAdapterWarning, inject_adapters, load_adapter
-from tests.cases import held
-from tests.models import TRAINED, LitTiny, best, data, lora, same, state, trainer
+from tests.support.cases import held
+from tests.support.models import TRAINED, LitTiny, best, data, lora, same, state, trainer
 
 
 class Skips(LitTiny):
@@ -170,7 +170,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from lightning_lora import remove_adapters
-from tests.models import LitTiny, data, lora, trainer
+from tests.support.models import LitTiny, data, lora, trainer
 
 os.umask(0)
 model = LitTiny()

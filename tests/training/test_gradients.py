@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import DeadAdapterWarning, LoRACallback, OptimizerError, inject_adapters
 from lightning_lora.training.gradients import gradients_pass
-from tests.models import ADAPTERS, LitTiny, data, lora, randomise, same, state, trainer
+from tests.support.models import ADAPTERS, LitTiny, data, lora, randomise, same, state, trainer
 
 
 class Recomputed(LitTiny):

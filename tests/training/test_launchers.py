@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.models import LitTiny, exact, same
-from tests.training.cases import files_hold_adapters_alone
+from tests.support.models import LitTiny, exact, same
+from tests.support.training import files_hold_adapters_alone
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 180.0
@@ -75,7 +75,7 @@ Launcher = Callable[[Path], list[Start]]
 
 
 def program(folder: Path, *options: str) -> list[str]:
-    return ["-m", "tests.training.launched", str(folder), *options]
+    return ["-m", "tests.support.launched", str(folder), *options]
 
 
 def forking(folder: Path) -> list[Start]:
@@ -110,7 +110,7 @@ def kubeflow(folder: Path) -> list[Start]:
 
 
 def ray(folder: Path) -> list[Start]:
-    return [Start(["-m", "tests.training.launched_by_ray", str(folder)])]
+    return [Start(["-m", "tests.support.launched_by_ray", str(folder)])]
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_lora import load_adapter
-from tests.models import WORDS, LitTiny, data, lora, needs_averaging, same, state, trainer
-from tests.training.cases import Stateful
+from tests.support.models import WORDS, LitTiny, data, lora, needs_averaging, same, state, trainer
+from tests.support.training import Stateful
 
 X = torch.arange(WORDS)
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lightning_lora import OptimizerError, remove_adapters
 from lightning_lora.model.view import View
-from tests.models import ADAPTERS, CLASSES, TRAINED, WORDS, LitTiny, data, is_plain, lora, same, state, trainer
-from tests.training.cases import adapted, by_hand
+from tests.support.models import ADAPTERS, CLASSES, TRAINED, WORDS, LitTiny, data, is_plain, lora, same, state, trainer
+from tests.support.training import adapted, by_hand
 
 X = torch.arange(WORDS)
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_lora.training.deepspeed import Partition, own_state, whole_state
-from tests.ranks import join_group, run_ranks
+from tests.support.ranks import join_group, run_ranks
 
 VALUES = [torch.tensor([[0.5, -0.0, math.nan], [2.0, -3.0, 4.0]]), torch.tensor(7.0), torch.tensor([8.0])]
 """Of 8 numbers: the first process has 4 of them, and 4 are left for the second."""

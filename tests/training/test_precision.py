@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lightning_lora import LoRAWarning, MergePrecisionWarning
-from tests.cases import held
-from tests.models import ADAPTERS, TRAINED, LitTiny, best, data, exact, is_plain, lora, same, state, trainer
+from tests.support.cases import held
+from tests.support.models import ADAPTERS, TRAINED, LitTiny, best, data, exact, is_plain, lora, same, state, trainer
 
 
 @exact

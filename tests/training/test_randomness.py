@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from tests.models import LitTiny, data, exact, lora, same, state, trainer
-from tests.training.cases import Stateful
+from tests.support.models import LitTiny, data, exact, lora, same, state, trainer
+from tests.support.training import Stateful
 
 
 @pytest.mark.parametrize(

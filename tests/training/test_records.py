@@ -12,8 +12,8 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lightning_lora import LoRACallback, LoRAWarning, inject_adapters, summarize
-from tests.models import LitTiny, data, lora, trainer
-from tests.training.cases import adapted
+from tests.support.models import LitTiny, data, lora, trainer
+from tests.support.training import adapted
 
 ARGUMENTS: dict[str, Any] = {
     "lora/r": 2,

@@ -10,7 +10,7 @@ from lightning.pytorch.plugins import LayerSync, Precision
 from torch import Tensor, nn
 
 from lightning_lora import inject_adapters
-from tests.models import LitTiny, data, lora, same, state, trainer
+from tests.support.models import LitTiny, data, lora, same, state, trainer
 
 
 class Normed(LitTiny):

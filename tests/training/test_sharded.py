@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_lora import LoRACallback, load_adapter, merge_adapters, unmerge_adapters
 from lightning_lora.model.state import find_record
-from tests.ranks import run_ranks
-from tests.training.sharded_cases import LitNet, data, lora, pretrained, trainer_of, whole_state
+from tests.support.ranks import run_ranks
+from tests.support.sharded import LitNet, data, lora, pretrained, trainer_of, whole_state
 from tests.training.test_records import Notes
 
 State = dict[str, Tensor]

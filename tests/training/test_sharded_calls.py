@@ -36,10 +36,10 @@ from lightning_lora import (
     summarize,
     unmerge_adapters,
 )
-from tests.cases import StopError, held
-from tests.models import needs_averaging
-from tests.ranks import run_ranks
-from tests.training.sharded_cases import LitNet, data, fully_shard, lora, pretrained, trainer_of, whole_state
+from tests.support.cases import StopError, held
+from tests.support.models import needs_averaging
+from tests.support.ranks import run_ranks
+from tests.support.sharded import LitNet, data, fully_shard, lora, pretrained, trainer_of, whole_state
 from tests.training.test_sharded import Saves, assert_alike, assert_same, path_of
 
 X = torch.arange(64.0).reshape(4, 16).sin()

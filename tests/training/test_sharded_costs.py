@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tests.ranks import run_ranks
-from tests.traffic import Messages, Traffic, sizes_of
-from tests.training.sharded_cases import InPairs, LitNet, Net, data, lora, strategy_of, trainer_of
+from tests.support.ranks import run_ranks
+from tests.support.sharded import InPairs, LitNet, Net, data, lora, strategy_of, trainer_of
+from tests.support.traffic import Messages, Traffic, sizes_of
 
 
 class Counts(L.Callback):

@@ -14,8 +14,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from lightning_lora import BaseMismatchError, LoRACallback, LoRAConfig, inject_adapters
-from tests.ranks import RankError, run_ranks
-from tests.training.sharded_cases import (
+from tests.support.ranks import RankError, run_ranks
+from tests.support.sharded import (
     InPairs,
     LitNet,
     Net,

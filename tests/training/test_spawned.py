@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from lightning_lora import load_adapter
-from tests.cases import held
-from tests.models import LitTiny, data, same, trainer
+from tests.support.cases import held
+from tests.support.models import LitTiny, data, same, trainer
 
 ROOT = Path(__file__).parents[2]
 TRAINED = {"q_proj.lora_A", "q_proj.lora_B", "v_proj.lora_A", "v_proj.lora_B", "head.weight", "head.bias"}
 
 
 def train(folder: Path, strategy: str, devices: int, *options: str, ok: bool = True) -> Any:
-    """Run tests.train; return its result, or what it printed if it is to fail."""
-    command = [sys.executable, "-m", "tests.train", str(folder), strategy, str(devices), *options]
+    """Run tests.support.train; return its result, or what it printed if it is to fail."""
+    command = [sys.executable, "-m", "tests.support.train", str(folder), strategy, str(devices), *options]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (run.returncode == 0) is ok, run.stderr[-3000:]
     return torch.load(folder / "result.pt", weights_only=True) if ok else run.stderr

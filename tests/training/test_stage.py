@@ -23,9 +23,9 @@ from lightning_lora import (
     save_adapter,
     unmerge_adapters,
 )
-from tests.cases import StopError
-from tests.models import ADAPTERS, LitTiny, best, data, is_plain, lora, same, state, trainer
-from tests.training.cases import (
+from tests.support.cases import StopError
+from tests.support.models import ADAPTERS, LitTiny, best, data, is_plain, lora, same, state, trainer
+from tests.support.training import (
     adam,
     base_is_whole,
     by_hand,

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lightning_lora import AdapterStateError, StrategyError, load_adapter, remove_adapters
 from lightning_lora.training.strategy import Watch
-from tests.cases import StopError, held, stop, tensors
-from tests.models import TRAINED, WIDTH, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
-from tests.training.cases import (
+from tests.support.cases import StopError, held, stop, tensors
+from tests.support.models import TRAINED, WIDTH, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
+from tests.support.training import (
     ON_EXCEPTION,
     BornInConfigureModel,
     BornInSetup,

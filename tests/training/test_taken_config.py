@@ -19,7 +19,19 @@ from lightning_lora import (
     remove_adapters,
 )
 from lightning_lora.model.view import view_of
-from tests.models import CLASSES, WIDTH, LitTiny, best, data, is_plain, lora, needs_averaging, same, state, trainer
+from tests.support.models import (
+    CLASSES,
+    WIDTH,
+    LitTiny,
+    best,
+    data,
+    is_plain,
+    lora,
+    needs_averaging,
+    same,
+    state,
+    trainer,
+)
 
 ARGUMENTS: dict[str, Any] = {
     "r": 3,

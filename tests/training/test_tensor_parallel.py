@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_lora import load_adapter
-from tests.ranks import run_ranks
-from tests.training.sharded_cases import LitNet, data, lora, pretrained, trainer_of, whole_state
+from tests.support.ranks import run_ranks
+from tests.support.sharded import LitNet, data, lora, pretrained, trainer_of, whole_state
 from tests.training.test_sharded import Saves, assert_same, path_of
 
 PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from lightning_lora import inject_adapters
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.state import find_record
-from tests.cases import At
-from tests.models import TRAINED, WORDS, LitTiny, data, exact, is_plain, lora, same, state, trainer
-from tests.training.cases import AVERAGES, base_is_whole, files_hold_adapters_alone, trained
+from tests.support.cases import At
+from tests.support.models import TRAINED, WORDS, LitTiny, data, exact, is_plain, lora, same, state, trainer
+from tests.support.training import AVERAGES, base_is_whole, files_hold_adapters_alone, trained
 
 
 class OwnData(LitTiny):

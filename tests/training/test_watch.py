@@ -11,7 +11,7 @@ from lightning_lora.training.deepspeed import DeepSpeedWatch
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.strategies import watch
 from lightning_lora.training.strategy import Watch
-from tests.models import LitTiny, data, is_plain, lora, same, state, trainer
+from tests.support.models import LitTiny, data, is_plain, lora, same, state, trainer
 
 
 class DeepSpeedStrategy(SingleDeviceStrategy):

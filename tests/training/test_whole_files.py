@@ -30,8 +30,8 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from lightning_lora.cli.main import main
-from tests.cases import At, StopError, held, stop
-from tests.models import (
+from tests.support.cases import At, StopError, held, stop
+from tests.support.models import (
     TRAINED,
     WORDS,
     LitTiny,

@@ -12,7 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_lora.storage.checkpoint import check_readable, leave_adapters
-from tests.models import LitTiny, best, data, lora, same, state, trainer
+from tests.support.models import LitTiny, best, data, lora, same, state, trainer
 
 
 class WritesLater(TorchCheckpointIO):

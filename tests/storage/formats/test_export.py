@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, LoRAWarning, adapter_state_dict, export_peft, save_adapter
 from lightning_lora.storage.formats.peft_write import ORIGIN
-from tests.models import WIDTH, WORDS, TinyLM
-from tests.storage.formats.export_cases import check_equal, check_read, read, trained
+from tests.support.models import WIDTH, WORDS, TinyLM
+from tests.support.peft_export import check_equal, check_read, read, trained
 
 INDEX = torch.arange(12).view(3, 4) % WORDS
 

@@ -16,8 +16,8 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from lightning_lora import ExportError, LoRACallback, LoRAConfig, export_peft
-from tests.models import trainer
-from tests.storage.formats.export_cases import check_equal, check_read, exports, read, trained
+from tests.support.models import trainer
+from tests.support.peft_export import check_equal, check_read, exports, read, trained
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 DECODER = {**SMALL, "vocab_size": 60, "num_key_value_heads": 2, "max_position_embeddings": 64}

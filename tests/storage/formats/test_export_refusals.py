@@ -27,9 +27,9 @@ from lightning_lora import (
 from lightning_lora.layers import ADAPTERS
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.model.view import View
-from tests.models import LitTiny, TinyLM, same, state
-from tests.storage.formats.export_cases import trained
 from tests.storage.test_layout import write
+from tests.support.models import LitTiny, TinyLM, same, state
+from tests.support.peft_export import trained
 
 
 @contextmanager

@@ -22,9 +22,9 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.model.view import View
-from tests.models import randomise
-from tests.storage.cases import refused
-from tests.storage.formats.reading_cases import Lit, built, gap
+from tests.support.models import randomise
+from tests.support.peft_reading import Lit, built, gap
+from tests.support.storage import refused
 
 INDEX = torch.arange(12).view(2, 6)
 

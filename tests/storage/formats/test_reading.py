@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_lora import LoRAWarning, export_peft, load_adapter, save_adapter
-from tests.storage.formats.reading_cases import (
+from tests.support.peft_reading import (
     Attending,
     Expert,
     Images,

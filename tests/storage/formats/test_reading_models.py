@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from lightning_lora import AdapterMismatchError, LoRAWarning, load_adapter
-from tests.storage.cases import refused
-from tests.storage.formats.reading_cases import Lit, built, gap, read_by_peft, write_peft
+from tests.support.peft_reading import Lit, built, gap, read_by_peft, write_peft
+from tests.support.storage import refused
 
 INDEX = torch.arange(12).view(2, 6) + 2
 BERT = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}

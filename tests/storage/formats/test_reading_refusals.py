@@ -24,10 +24,10 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from lightning_lora.storage.own_files import read_adapter_file
-from tests.models import LitTiny, same, state
-from tests.storage.cases import refused
-from tests.storage.formats.peft.test_reading import IMAGES, INDEX
-from tests.storage.formats.reading_cases import Attending, Expert, Images, Mixed, built, gap, write_peft
+from tests.storage.formats.test_reading import IMAGES, INDEX
+from tests.support.models import LitTiny, same, state
+from tests.support.peft_reading import Attending, Expert, Images, Mixed, built, gap, write_peft
+from tests.support.storage import refused
 
 PRE = "base_model.model."
 

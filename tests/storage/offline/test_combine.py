@@ -23,7 +23,7 @@ from lightning_lora.functional.combine import ties
 from lightning_lora.storage.description import sealed
 from lightning_lora.storage.offline.combine import How, combine_files
 from lightning_lora.storage.own_files import read_adapter_file, write_adapter_file
-from tests.models import randomise, state
+from tests.support.models import randomise, state
 
 
 class Several(nn.Module):

@@ -29,7 +29,7 @@ from lightning_lora import (
 )
 from lightning_lora.model.view import View
 from lightning_lora.storage.offline.merge import merge_files
-from tests.models import LitTiny, TinyLM, best, data, lora, randomise, same, state, trainer
+from tests.support.models import LitTiny, TinyLM, best, data, lora, randomise, same, state, trainer
 
 
 class Mixed(nn.Module):

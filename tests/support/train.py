@@ -1,7 +1,7 @@
 """A training run in its own process, for tests that kill, spawn and resume.
 
-Usage: python -m tests.train FOLDER STRATEGY DEVICES [--resume] [--kill-at STEP] [--merge WHICH] [--tied] [--shares]
-    [--wide] [--again]
+Usage: python -m tests.support.train FOLDER STRATEGY DEVICES [--resume] [--kill-at STEP] [--merge WHICH]
+    [--tied] [--shares] [--wide] [--again]
 Writes FOLDER/result.pt: the module's state after fit, and results of later stages and files.
 """
 
@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_lora import LoRACallback
-from tests.models import LitTiny, data, keeps_random, state, trainer
+from tests.support.models import LitTiny, data, keeps_random, state, trainer
 
 
 class KillAt(L.Callback):

@@ -1,6 +1,6 @@
 """A fit in one of the processes that a launcher has started.
 
-Usage: python -m tests.training.launched FOLDER [--strategy NAME] [--devices N] [--nodes N] [--environment NAME]
+Usage: python -m tests.support.launched FOLDER [--strategy NAME] [--devices N] [--nodes N] [--environment NAME]
     [--requeue]
 """
 
@@ -16,8 +16,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import environments
 
-from tests.models import LitTiny, data, lora, state, trainer
-from tests.train import LeaveTheGroup
+from tests.support.models import LitTiny, data, lora, state, trainer
+from tests.support.train import LeaveTheGroup
 
 LIMIT = 60
 """Seconds after which a process that waits for another one ends, and says where it waited."""

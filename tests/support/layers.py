@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, inject_adapters
-from tests.models import randomise
+from tests.support.models import randomise
 
 
 class Scaled(nn.Linear):

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback
-from tests.ranks import has_shards
+from tests.support.ranks import has_shards
 
 if not has_shards:
     pytest.skip("torch 2.7", allow_module_level=True)
@@ -133,7 +133,7 @@ def strategy_of(kind: str, size: int = 2) -> Any:
     if kind == "ddp":
         return DDPStrategy(process_group_backend="gloo")
     if kind.startswith("zero"):
-        from tests.training.deepspeed_cases import CpuDeepSpeed
+        from tests.support.cpu_deepspeed import CpuDeepSpeed
 
         return CpuDeepSpeed(stage=int(kind[-1]))
     return ModelParallelStrategy(

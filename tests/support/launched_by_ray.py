@@ -1,6 +1,6 @@
 """A fit in two processes that Ray Train starts.
 
-Usage: python -m tests.training.launched_by_ray FOLDER
+Usage: python -m tests.support.launched_by_ray FOLDER
 """
 
 import sys
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import lightning as L
 
-from tests.models import trainer
-from tests.training.launched import fit_and_resume
+from tests.support.launched import fit_and_resume
+from tests.support.models import trainer
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject_adapters
-from tests.models import LitTiny, randomise, same, state
+from tests.support.models import LitTiny, randomise, same, state
 
 CONFIG = LoRAConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj"], modules_to_save=["head"], bias="lora_only")
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAError, inject_adapters, load_adapter, load_from_checkpoint
-from tests.models import LitTiny, data, lora, randomise, same, state, trainer
+from tests.support.models import LitTiny, data, lora, randomise, same, state, trainer
 
 FORK: Any = multiprocessing.get_context("fork")
 OURS = (LoRAError, FileNotFoundError, PermissionError)

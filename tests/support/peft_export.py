@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, export_peft, inject_adapters, merge_adapters, save_adapter
 from lightning_lora.model.view import View
-from tests.models import randomise, same
+from tests.support.models import randomise, same
 
 Run = Callable[[Any], Tensor]
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora import adapter_state_dict, inject_adapters, load_adapter, unmerge_adapters
-from tests.cases import StopError, held
-from tests.models import TRAINED, LitTiny, data, lora
+from tests.support.cases import StopError, held
+from tests.support.models import TRAINED, LitTiny, data, lora
 
 
 class BornInSetup(LitTiny):

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, inject_adapters
 from lightning_lora.storage.state import NOTE
-from tests.models import WIDTH, WORDS, randomise
+from tests.support.models import WIDTH, WORDS, randomise
 
 
 class At(L.Callback):

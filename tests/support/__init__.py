@@ -1,0 +1,1 @@
+"""What the tests share: tiny models, faults, processes, and other libraries' adapters."""
