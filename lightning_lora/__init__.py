@@ -23,10 +23,11 @@ from lightning_lora.layers import register_adapter
 from lightning_lora.model.disable import disable_adapters
 from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge_adapters, unmerge_adapters
+from lightning_lora.storage.apply import load_adapter_state_dict
 from lightning_lora.storage.files import load_adapter, load_from_checkpoint, save_adapter
 from lightning_lora.storage.formats.peft_write import export_peft
-from lightning_lora.storage.merged_files import save_merged
-from lightning_lora.storage.state import adapter_state_dict, load_adapter_state_dict
+from lightning_lora.storage.merged_model import save_merged
+from lightning_lora.storage.stored import adapter_state_dict
 from lightning_lora.summary import summarize
 
 __version__ = "0.2.0.dev0"

@@ -1,8 +1,11 @@
 """Save and load adapters without a Trainer."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace, new_class
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -16,17 +19,14 @@ from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge, merge_adapters, unmerge
 from lightning_lora.model.state import find_record, keep_record, receive
 from lightning_lora.model.view import View, view_of
-from lightning_lora.storage.build import build
-from lightning_lora.storage.checkpoint import check_readable
-from lightning_lora.storage.description import KEY, check_fits, check_foreign_fits, describe, stored_config
+from lightning_lora.storage.apply import check_fits, check_foreign_fits, write_state
+from lightning_lora.storage.base import forms_of_base
+from lightning_lora.storage.checkpoint import check_readable, complete_copies
 from lightning_lora.storage.disk import check_path, local_path
-from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.storage.formats.fabric import read_state, state_in
+from lightning_lora.storage.formats.libraries import is_loralib, is_peft
 from lightning_lora.storage.formats.loralib import read_loralib, tensors_in
-from lightning_lora.storage.formats.peft_read import read_peft, weights_of
-from lightning_lora.storage.formats.updates import Foreign, completed
-from lightning_lora.storage.libraries import is_loralib, is_peft
-from lightning_lora.storage.own_files import (
+from lightning_lora.storage.formats.own import (
     adapters_in,
     check_place,
     is_foreign,
@@ -34,8 +34,10 @@ from lightning_lora.storage.own_files import (
     read_contents,
     write_adapter_file,
 )
-from lightning_lora.storage.renaming import check_present, renamed, renaming_for
-from lightning_lora.storage.state import adapter_state_dict, write_state
+from lightning_lora.storage.formats.peft_read import read_peft, weights_of
+from lightning_lora.storage.formats.updates import Foreign, completed
+from lightning_lora.storage.names import check_present, renamed, renaming_for
+from lightning_lora.storage.stored import KEY, StoredAdapters, adapter_state_dict, stored_config
 from lightning_lora.tensors.shards import is_dtensor
 
 if TYPE_CHECKING:
@@ -79,10 +81,10 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         )
     if any(value.is_meta for value in state.values()):
         raise AdapterStateError("The adapters are on the meta device and have no values. Call model.to_empty first.")
-    about = describe(view, state, forms_of_base(view))
+    stored = StoredAdapters.from_view(view, state, forms_of_base(view))
     is_shared = any(is_dtensor(p) for p in view.parameters.values())
     if not is_shared or dist.get_rank() == 0:
-        write_adapter_file(path, state, about)
+        write_adapter_file(path, stored)
     if is_shared:
         dist.barrier()
 
@@ -268,3 +270,60 @@ def load_from_checkpoint(
         merge_adapters(model)
         remove_adapters(model)
     return model.to(map_location) if isinstance(map_location, str | torch.device) else model
+
+
+# A LightningModule from a checkpoint
+
+
+def build(cls: "type[Module]", checkpoint: dict[str, Any], **options: Any) -> "tuple[Module, Any]":
+    """Build a module as Lightning does.
+
+    Args:
+        cls: The class of the module.
+        checkpoint: A checkpoint with adapters. The module's ``on_load_checkpoint`` sees all of it.
+        **options: Further arguments of Lightning's ``load_from_checkpoint``.
+
+    Returns:
+        The module, and the state to load into it, which its ``on_load_checkpoint`` may have changed.
+    """
+    if "_class_path" in checkpoint.get("hyper_parameters", {}):  # of LightningCLI, which builds another class
+        return _built_by_cli(cls, checkpoint, options), checkpoint["state_dict"]
+    kind, states = _that_loads_nothing(cls)
+    model = kind.load_from_checkpoint(_stored(checkpoint), map_location="cpu", **options)
+    del model.load_state_dict
+    model.__class__ = cls
+    return model, states.pop()
+
+
+def _that_loads_nothing(cls: "type[Module]") -> "tuple[type[Module], list[Any]]":
+    """A subclass whose instances keep the state that Lightning loads first after their hook, and the list of these."""
+    states: list[Any] = []
+
+    def load_state_dict(state: Any, *_: Any, **__: Any) -> Any:
+        states.append(state)
+        return SimpleNamespace(missing_keys=[], unexpected_keys=[])
+
+    def on_load_checkpoint(self: "Module", checkpoint: dict[str, Any]) -> None:
+        if checkpoint[KEY].get("copies"):
+            inject_adapters(self, stored_config(checkpoint[KEY]))
+            complete_copies(self, checkpoint)
+        cls.on_load_checkpoint(self, checkpoint)
+        self.load_state_dict = load_state_dict  # type: ignore[assignment,method-assign]
+
+    body = {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(body)), states
+
+
+def _built_by_cli(cls: "type[Module]", checkpoint: dict[str, Any], options: dict[str, Any]) -> "Module":
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(Found keys|The state dict)")
+        shell = _stored({**checkpoint, "state_dict": {}})
+        return cls.load_from_checkpoint(shell, map_location="cpu", **options, strict=False)
+
+
+def _stored(checkpoint: dict[str, Any]) -> BytesIO:
+    """The checkpoint as a file, which is all that Lightning reads."""
+    file = BytesIO()
+    torch.save(checkpoint, file)
+    file.seek(0)
+    return file

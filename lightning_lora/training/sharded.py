@@ -18,7 +18,7 @@ from lightning_lora.errors import LoRAWarning, StrategyError, listed
 from lightning_lora.model.attach import attach_adapters, detach_adapters
 from lightning_lora.model.state import find_record
 from lightning_lora.model.view import View, view_of
-from lightning_lora.storage.fingerprint import note_changed
+from lightning_lora.storage.base import note_changed
 from lightning_lora.tensors.names import load_state_dict, named_parameters, set_parameter
 from lightning_lora.tensors.shards import (
     data_processes,

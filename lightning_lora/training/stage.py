@@ -12,7 +12,7 @@ from lightning_lora.model.merge import merge, unmerge
 from lightning_lora.model.merged import check_own, is_as_merged
 from lightning_lora.model.state import Record, find_record, keep_record, receive
 from lightning_lora.model.view import View, keep_originals, view_of
-from lightning_lora.storage.fingerprint import note_changed
+from lightning_lora.storage.base import note_changed
 from lightning_lora.training.compatibility import callbacks_of, copy_adapted, loads_in_hooks
 
 

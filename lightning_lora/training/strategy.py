@@ -21,17 +21,19 @@ from lightning_lora.model.merge import unmerge
 from lightning_lora.model.merged import is_as_merged
 from lightning_lora.model.state import find_record
 from lightning_lora.model.view import view_of
+from lightning_lora.storage.base import base_dtypes, fingerprint
 from lightning_lora.storage.checkpoint import (
     adapter_only,
     as_base,
     check_readable,
+    check_resumable,
     complete_copies,
     find_base_in,
+    has_run,
     leave_adapters,
     load_checkpoint_state,
     with_merged_model,
 )
-from lightning_lora.storage.description import KEY, stored_config
 from lightning_lora.storage.disk import (
     TRUST,
     check_path,
@@ -42,10 +44,8 @@ from lightning_lora.storage.disk import (
     trusts_all_files,
     writing,
 )
-from lightning_lora.storage.fingerprint import base_dtypes, fingerprint
-from lightning_lora.storage.own_files import read_adapter_file
-from lightning_lora.storage.run_state import check_resumable, has_run
-from lightning_lora.storage.state import adapter_state_dict
+from lightning_lora.storage.formats.own import read_adapter_file
+from lightning_lora.storage.stored import KEY, adapter_state_dict, stored_config
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad
 from lightning_lora.training.compatibility import callbacks_of, drop_averages, keeping_adapters
@@ -285,8 +285,8 @@ class Watch:
         try:
             checkpoint: dict[str, Any] = self.strategy.load_checkpoint(path)
         except AdapterFileError:  # perhaps because its hyperparameters are objects of classes
-            state, description = read_adapter_file(path)
-            checkpoint = {"state_dict": state, KEY: description}
+            stored = read_adapter_file(path)
+            checkpoint = {"state_dict": stored.state, KEY: stored.description()}
         return checkpoint
 
     def _is_of_torch(self) -> bool:

@@ -23,8 +23,8 @@ from torch import Tensor
 from lightning_lora import AdapterFileError, AdapterMismatchError, BaseMismatchError, LoRAError, load_adapter
 from lightning_lora.cli.main import main
 from lightning_lora.model.view import View
-from lightning_lora.storage.description import FORMAT, describe
-from lightning_lora.storage.fingerprint import forms_of_base
+from lightning_lora.storage.base import forms_of_base
+from lightning_lora.storage.stored import FORMAT, StoredAdapters
 from tests.support.cases import held
 from tests.support.faults import (
     ONE,
@@ -257,7 +257,8 @@ def test_adapters_that_diverged_are_refused_though_their_file_is_whole(
 ) -> None:
     def change(checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"][name] = value
-        checkpoint["lightning_lora"] = describe(view := View(adapted()), held(checkpoint), forms_of_base(view))
+        stored = StoredAdapters.from_view(view := View(adapted()), held(checkpoint), forms_of_base(view))
+        checkpoint["lightning_lora"] = stored.description()
 
     forge(tmp_path / "a.ckpt", good, change)
     refused(tmp_path / "a.ckpt")

@@ -26,7 +26,7 @@ from lightning_lora import (
     load_from_checkpoint,
     save_adapter,
 )
-from lightning_lora.storage import own_files
+from lightning_lora.storage.formats import own as own_format
 from tests.support.cases import held
 from tests.support.models import TRAINED, LitTiny, data, is_plain, lora, randomise, same, state, trainer
 from tests.support.storage import CONFIG, refused, trained
@@ -352,7 +352,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Safetensors opens it for the description, and once more for the tensors."""
-    newer, own, at = LitTiny(), own_files.safe_open, [0]
+    newer, own, at = LitTiny(), own_format.safe_open, [0]
     inject_adapters(newer, CONFIG)
     randomise(newer, seed=9)
 
@@ -363,6 +363,6 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
             save_adapter(newer, file)
         return found
 
-    monkeypatch.setattr(own_files, "safe_open", opening)
+    monkeypatch.setattr(own_format, "safe_open", opening)
     load_adapter(model := LitTiny(), file)
     assert at == [2] and same(state(model), state(newer))

@@ -20,9 +20,9 @@ from lightning_lora import (
 from lightning_lora.layers.convolution import LoRAConvNd
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.model.view import View, root_of
-from lightning_lora.storage.description import KEY, _checksum, describe
-from lightning_lora.storage.fingerprint import forms_of_base
-from lightning_lora.storage.layout import StoredLayer, layers_of
+from lightning_lora.storage.base import forms_of_base
+from lightning_lora.storage.stored import KEY, StoredAdapters, _checksum
+from lightning_lora.storage.stored_layers import StoredLayer, layers_of
 from tests.support.cases import Three, three
 from tests.support.models import LitTiny, TinyLM, data, lora, randomise, same, state, trainer, unties
 
@@ -121,7 +121,7 @@ def test_both_kinds_of_files_hold_the_descriptions(tmp_path: Path) -> None:
 def write(path: Path, model: nn.Module, **fields: Any) -> Path:
     """Write a checkpoint whose description has other fields, with its checksum."""
     view, adapters = View(model), {name: p.detach() for name, p in View(model).adapters.items()}
-    about = describe(view, adapters, forms_of_base(view))
+    about = StoredAdapters.from_view(view, adapters, forms_of_base(view)).description()
     changed = {name: value for name, value in {**about, **fields}.items() if value is not None}
     changed["checksum"] = _checksum(adapters, changed)
     torch.save({"state_dict": adapters, KEY: changed}, path)

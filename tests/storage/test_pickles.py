@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_lora import AdapterFileError, load_adapter, load_from_checkpoint, merge_adapters
 from lightning_lora.cli.main import main
-from lightning_lora.storage.pickles import Unread, load_plain, unread_in
+from lightning_lora.storage.disk import Unread, load_plain, unread_in
 from tests.support.faults import frugal, laughs, unchanged
 from tests.support.models import LitTiny, best, data, lora, same, state, trainer
 

@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_lora import AdapterFileError, LoRAError, OptimizerError
 from lightning_lora.model.view import View
-from lightning_lora.storage.description import describe
-from lightning_lora.storage.fingerprint import forms_of_base
+from lightning_lora.storage.base import forms_of_base
+from lightning_lora.storage.stored import StoredAdapters, _checksum
 from tests.support.cases import held
 from tests.support.faults import adapted, unchanged
 from tests.support.models import LitTiny, best, data, lora, trainer
@@ -114,8 +114,9 @@ def test_a_file_of_an_earlier_version_resumes(written: Path, tmp_path: Path) -> 
 
     def add(checkpoint: dict[str, Any]) -> None:
         view = View(adapted())
-        forms = forms_of_base(view)
-        checkpoint["lightning_lora"] = describe(view, held(checkpoint), forms, run={"noted": 1, "loops": 2})
+        about = StoredAdapters.from_view(view, held(checkpoint), forms_of_base(view)).description()
+        about["run"] = {"noted": 1, "loops": 2}
+        checkpoint["lightning_lora"] = {**about, "checksum": _checksum(held(checkpoint), about)}
 
     path = edited(written, tmp_path / "a.ckpt", add)
     t = trainer(tmp_path, callbacks(), max_epochs=2)

@@ -1,4 +1,4 @@
-"""Files of other libraries: PEFT and loralib.
+"""File formats: what reads a file into ``StoredAdapters`` or writes one from it.
 
-Nothing here imports those libraries.
+Nothing here imports PEFT or loralib.
 """

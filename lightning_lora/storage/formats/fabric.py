@@ -12,8 +12,8 @@ from torch import Tensor
 from lightning_lora.errors import AdapterStateError, BaseMismatchError, listed
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.view import View
+from lightning_lora.storage.apply import check_names, entries_of
 from lightning_lora.storage.formats.updates import Foreign, is_the_base
-from lightning_lora.storage.state import check_names, entries_of
 from lightning_lora.tensors.names import plain_name
 
 

@@ -16,8 +16,8 @@ from lightning_lora.layers.convolution import LoRAConvNd
 from lightning_lora.layers.embedding import LoRAEmbedding, LoRAEmbeddingBag
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.model.view import View
+from lightning_lora.storage.formats.libraries import LORALIB
 from lightning_lora.storage.formats.updates import Foreign, Update, assembled, place_of
-from lightning_lora.storage.libraries import LORALIB
 from lightning_lora.targets.lookup import Names
 from lightning_lora.targets.slices import sliced
 

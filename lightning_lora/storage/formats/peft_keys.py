@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, listed
-from lightning_lora.storage.libraries import peft_name
+from lightning_lora.storage.formats.libraries import peft_name
 
 PREFIX = "base_model.model."
 """PEFT writes this before every name of the base."""

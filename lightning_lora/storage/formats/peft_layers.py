@@ -20,7 +20,7 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.formats.peft_config import Numbers
 from lightning_lora.storage.formats.peft_keys import PeftTensors, plain
 from lightning_lora.storage.formats.updates import Update, base_value
-from lightning_lora.storage.renaming import Renaming
+from lightning_lora.storage.names import Renaming
 from lightning_lora.tensors.inplace import combined
 from lightning_lora.tensors.names import join
 

@@ -21,7 +21,7 @@ from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.matrices import Role, Settings, weight_factors
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.storage.formats.peft_source import Source
-from lightning_lora.storage.layout import StoredLayer
+from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.names import join
 
 

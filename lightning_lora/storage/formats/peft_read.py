@@ -13,11 +13,11 @@ from torch import Tensor
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, LoRAWarning, listed
 from lightning_lora.model.view import View
+from lightning_lora.storage.formats.libraries import PEFT_CONFIG, PEFT_WEIGHTS
 from lightning_lora.storage.formats.peft_config import read_numbers
 from lightning_lora.storage.formats.peft_keys import plain, sorted_by_layer
 from lightning_lora.storage.formats.peft_layers import updates_in, with_rows
 from lightning_lora.storage.formats.updates import Foreign, Update, assembled, base_value, place_of, uses_of
-from lightning_lora.storage.libraries import PEFT_CONFIG, PEFT_WEIGHTS
 from lightning_lora.tensors.names import join
 
 

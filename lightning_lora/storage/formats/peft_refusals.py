@@ -18,7 +18,7 @@ from lightning_lora.layers.matrices import Role
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.storage.formats.peft_source import Source
 from lightning_lora.storage.formats.updates import CONTAINERS
-from lightning_lora.storage.layout import ALSO, StoredLayer
+from lightning_lora.storage.stored_layers import ALSO, StoredLayer
 from lightning_lora.tensors.names import join
 
 _LEAVE_OUT = "Train without it (exclude_modules), or call merge_adapters and save the whole model."

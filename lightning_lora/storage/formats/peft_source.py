@@ -13,21 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import (
-    AdapterFileError,
-    AdapterStateError,
-    ConfigError,
-    ExportError,
-    LoRAWarning,
-    listed,
-)
+from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, ExportError, LoRAWarning, listed
 from lightning_lora.model.view import view_of
-from lightning_lora.storage.description import FORMAT, describe, stored_config
-from lightning_lora.storage.fingerprint import forms_of_base
-from lightning_lora.storage.layout import StoredLayer
-from lightning_lora.storage.own_files import read_adapter_file
-from lightning_lora.storage.renaming import Renaming
-from lightning_lora.storage.state import adapter_state_dict
+from lightning_lora.storage.base import forms_of_base
+from lightning_lora.storage.formats.own import read_adapter_file
+from lightning_lora.storage.names import Renaming
+from lightning_lora.storage.stored import StoredAdapters, adapter_state_dict, stored_config
+from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.names import named_modules, submodule
 
 
@@ -153,19 +145,20 @@ def _from_model(model: nn.Module) -> Source:
     state, view, title = adapter_state_dict(model), view_of(model), type(model).__name__
     if any(isinstance(value, Tensor) and value.is_meta for value in state.values()):
         raise AdapterStateError("The adapters are on the meta device and have no values. Call model.to_empty first.")
-    description = describe(view, state, forms_of_base(view))
+    description = StoredAdapters.from_view(view, state, forms_of_base(view)).description()
     return Source(title, description["root"], description, state, model)
 
 
 def _from_file(path: Path) -> Source:
-    state, description = read_adapter_file(path)
-    if description["format"] != FORMAT:
+    stored = read_adapter_file(path)
+    state, description = stored.state, stored.description()
+    if not stored.layers:
         raise AdapterFileError(
-            f"{path} has format {description['format']}, which does not say what the adapted layers are. Load it onto "
+            f"{path} has format 2, which does not say what the adapted layers are. Load it onto "
             "its model with load_adapter, then export the model, or save it again with save_adapter."
         )
-    config = stored_config(description)
-    if config.modules_to_save and "saved" not in description:
+    config = stored.config
+    if config.modules_to_save and not stored.saved:
         raise AdapterFileError(
             f"{path} does not say what belongs to {listed(config.modules_to_save)}. Load it onto its model with "
             "load_adapter, and export the model."

@@ -16,10 +16,10 @@ from lightning_lora.errors import AdapterFileError, LoRAWarning, listed
 from lightning_lora.layers.conv1d import LoRAConv1D
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.storage.disk import check_path, writing
+from lightning_lora.storage.formats.libraries import PEFT_CONFIG, PEFT_WEIGHTS
 from lightning_lora.storage.formats.peft_pieces import Piece, attention_rest, pieces_of, uniform
 from lightning_lora.storage.formats.peft_refusals import check_exportable, is_bias
 from lightning_lora.storage.formats.peft_source import Source, source_of
-from lightning_lora.storage.libraries import PEFT_CONFIG, PEFT_WEIGHTS
 from lightning_lora.tensors.names import join
 
 ORIGIN = "lightning_lora_origin"

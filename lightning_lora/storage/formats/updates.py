@@ -14,8 +14,8 @@ from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMi
 from lightning_lora.functional.combine import with_rank
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, Role
 from lightning_lora.model.view import View, root_of
-from lightning_lora.storage.layout import StoredLayer
-from lightning_lora.storage.renaming import Renaming, beginning, by_whole_names, common_lead
+from lightning_lora.storage.names import Renaming, beginning, by_whole_names, common_lead
+from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.names import join, own_parameter
 from lightning_lora.tensors.values import same_bits
 

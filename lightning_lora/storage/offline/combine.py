@@ -12,11 +12,11 @@ from torch import Tensor
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError, listed
 from lightning_lora.functional.combine import Factors, concatenated, dare, factored, ties, truncated
-from lightning_lora.storage.description import FORMAT, sealed
-from lightning_lora.storage.layout import StoredLayer
+from lightning_lora.storage.formats.own import check_place, write_adapter_file
+from lightning_lora.storage.names import by_whole_names, targets_of
 from lightning_lora.storage.offline.stored import StoredAdapters
-from lightning_lora.storage.own_files import check_place, write_adapter_file
-from lightning_lora.storage.renaming import by_whole_names, targets_of
+from lightning_lora.storage.stored import StoredAdapters as Combined
+from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.names import join
 
 Method = Literal["cat", "svd", "ties", "dare"]
@@ -87,7 +87,7 @@ def combine_files(paths: Sequence[Path], out: Path, how: How) -> int:
             for part in layers[-1].matrices:
                 for factor, value in part.named(combined[part.name]).items():
                     state[join(name, factor)] = value
-    write_adapter_file(out, state, _description(files[0], layers, state))
+    write_adapter_file(out, _described(files[0], layers, state))
     return len(layers)
 
 
@@ -174,18 +174,15 @@ def _layer(like: StoredLayer, combined: dict[str, Factors]) -> StoredLayer:
     return replace(like, r=r, scaling=1.0, matrices=parts)
 
 
-def _description(like: StoredAdapters, layers: list[StoredLayer], state: dict[str, Tensor]) -> dict[str, Any]:
+def _described(like: StoredAdapters, layers: list[StoredLayer], state: dict[str, Tensor]) -> Combined:
     """Describe the new file, with each layer named in full."""
     ranks = {target: (layer.r, layer.r) for layer in layers for target in targets_of(layer)}
     names = [name for form in like.description["base"] for name in form.get("rounded", ())]
     present = {name.rpartition(".")[0] for name in names} | {layer.name for layer in layers}
-    about = {
-        "format": FORMAT,
-        "config": by_whole_names(layers, ranks, LoRAConfig(), present).to_dict(),
-        "base": like.description["base"],
-        "changed": [],
-        "entries": len(state),
-        "layers": [layer.to_dict() for layer in layers],
-        "root": like.description["root"],
-    }
-    return sealed(state, about)
+    return Combined(
+        config=by_whole_names(layers, ranks, LoRAConfig(), present),
+        state=state,
+        layers={layer.name: layer for layer in layers},
+        base=like.description["base"],
+        root=like.description["root"],
+    )

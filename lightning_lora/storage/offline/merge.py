@@ -21,13 +21,12 @@ from lightning_lora.errors import (
     listed,
 )
 from lightning_lora.model.merged import lost_to_rounding
+from lightning_lora.storage.base import is_converted
 from lightning_lora.storage.checkpoint import as_base
-from lightning_lora.storage.disk import writing
+from lightning_lora.storage.disk import unread_in, writing
+from lightning_lora.storage.names import common_lead
 from lightning_lora.storage.offline.stored import StoredAdapters
 from lightning_lora.storage.offline.tensor_files import INDEX, Entry, TensorFiles, write_tensors
-from lightning_lora.storage.pickles import unread_in
-from lightning_lora.storage.renaming import common_lead
-from lightning_lora.storage.same_base import is_converted
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.layers import Adapter, LoRALayer, Settings, adapter_parameters, attach, matrix_factors
-from lightning_lora.storage.description import stored_config
-from lightning_lora.storage.layout import StoredLayer
-from lightning_lora.storage.own_files import read_adapter_file
+from lightning_lora.storage.formats.own import read_adapter_file
+from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.names import join
 
 
@@ -35,9 +34,9 @@ class StoredAdapters:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.state, self.description = read_adapter_file(path)
-        self.config = stored_config(self.description)
-        self.layers = {layer["name"]: StoredLayer.from_dict(layer) for layer in self.description.get("layers", ())}
+        stored = read_adapter_file(path)
+        self.state, self.description = stored.state, stored.description()
+        self.config, self.layers = stored.config, stored.layers
         if not self.layers:
             raise AdapterFileError(
                 f"{path} does not say what its layers are: an earlier version wrote it. Load it with load_adapter onto "

@@ -11,8 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError
-from lightning_lora.storage.disk import reading
-from lightning_lora.storage.pickles import load_plain
+from lightning_lora.storage.disk import load_plain, reading
 
 INDEX = "model.safetensors.index.json"
 """The file in a folder that says which of its files holds which tensor."""

@@ -23,7 +23,7 @@ from lightning_lora import (
     merge_adapters,
     unmerge_adapters,
 )
-from lightning_lora.storage.own_files import read_adapter_file
+from lightning_lora.storage.formats.own import read_adapter_file
 from tests.storage.formats.test_reading import IMAGES, INDEX
 from tests.support.models import LitTiny, same, state
 from tests.support.peft_reading import Attending, Expert, Images, Mixed, built, gap, write_peft

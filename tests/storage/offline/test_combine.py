@@ -20,9 +20,8 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.functional.combine import ties
-from lightning_lora.storage.description import sealed
+from lightning_lora.storage.formats.own import read_adapter_file, write_adapter_file
 from lightning_lora.storage.offline.combine import How, combine_files
-from lightning_lora.storage.own_files import read_adapter_file, write_adapter_file
 from tests.support.models import randomise, state
 
 
@@ -159,8 +158,8 @@ def test_files_of_two_bases_are_refused(tmp_path: Path) -> None:
 
 def test_diverged_files_are_refused(tmp_path: Path) -> None:
     (one, other), _ = saved(tmp_path, [{"target_modules": ["linear"]}] * 2)
-    state, description = read_adapter_file(other)
-    state["linear.lora_B"].fill_(torch.nan)
-    write_adapter_file(other, state, sealed(state, {**description, "entries": len(state)}))
+    stored = read_adapter_file(other)
+    stored.state["linear.lora_B"].fill_(torch.nan)
+    write_adapter_file(other, stored)
     with pytest.raises(AdapterFileError, match=r"'linear.lora_B' in .* hold NaN"):
         combine_files([one, other], tmp_path / "sum.safetensors", How("cat", (1.0, 1.0)))

@@ -1,62 +1,29 @@
-"""Read what training changed, and write it back.
+"""Put stored adapters on a model.
 
 Everything is checked before anything is written.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterMismatchError, listed
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed
+from lightning_lora.layers import FROM_BASE, LoRAParameters
 from lightning_lora.model.fresh import random_weights
-from lightning_lora.model.merge import check_as_merged, unmerged
+from lightning_lora.model.merge import unmerged
+from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.view import View, keep_frozen, restore_originals, view_of
+from lightning_lora.storage.base import check_base
+from lightning_lora.storage.names import Renaming
+from lightning_lora.storage.stored import is_note, required, stored_config, without_base
 from lightning_lora.tensors.digests import digest
-from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
-from lightning_lora.tensors.shards import full_tensor, is_dtensor
-from lightning_lora.tensors.values import same_bits
-
-_NOTE_START = "this file holds only adapters"
-
-NOTE = (
-    f"{_NOTE_START}: load it with lightning_lora.load_from_checkpoint(cls, path), or into a model with "
-    "lightning_lora.load_adapter(model, path); or give the Trainer a LoRACallback(); or write files that any code "
-    "loads: LoRACallback(save='model')"
-)
-"""An entry of a checkpoint's state, without values. Whoever loads the file as a full one is told this name."""
-
-
-def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
-    """Return everything that training changed, and nothing else.
-
-    These are the adapters, and the biases and modules that train in addition to them. Buffers and frozen weights are
-    included if they no longer have the base's values. Everything that a module's own code adds to its state dict is
-    included too. Of a model that is spread over processes, each process must call it, and gets whole tensors.
-
-    Args:
-        model: A model with adapters: on its layers, or merged by ``merge_adapters`` or a finished fit.
-
-    Returns:
-        Tensors by the names they have in the state dict of the adapted model.
-
-    Raises:
-        AdapterStateError: ``model`` has no adapters.
-
-    Example:
-        >>> from lightning_lora import LoRAConfig, inject_adapters
-        >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-        >>> names = inject_adapters(model, LoRAConfig(r=2))
-        >>> list(adapter_state_dict(model))
-        ['0.lora_A', '0.lora_B']
-    """
-    check_as_merged(model)
-    view = view_of(model)
-    state = without_base(view, state_dict(model), random_weights(view))
-    return {name: full_tensor(value) for name, value in state.items()}
+from lightning_lora.tensors.names import join, load_state_dict, state_dict
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -81,46 +48,6 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     check_names(view, entries, state)
     check_tensors(view, entries, state)
     write_state(model, state)
-
-
-def is_note(name: object) -> bool:
-    """Whether an entry is the note, of any version."""
-    return isinstance(name, str) and name.startswith(_NOTE_START)
-
-
-def without_base(view: View, state: Mapping[str, Any], random: Collection[str] = ()) -> dict[str, Any]:
-    """Remove the base's values from a state of the model.
-
-    These are frozen weights, and buffers with the same values as in the base. Frozen weights that code other than an
-    optimizer changed are kept, or added, and so are those in ``random``, which look untrained. Missing trained tensors
-    are added too, because user code may drop everything that it considers the base.
-    """
-    record, trained = view.record, view.trained
-    originals = {name: value for name, value in record.originals.items() if name not in trained}
-    dropped = {*view.frozen, *view.entries, *_aliases(view)}
-    values = view.frozen_values
-    added = {*record.changed, *originals, *random}
-    held: dict[str, Any] = {name: value.detach() for name, value in values.items() if name in added}
-    for name, value in state.items():
-        name = plain_name(name)
-        if name not in dropped:
-            held[name] = value
-    kept: dict[str, Any] = {name: p.detach() for name, p in _required(view).items()}
-    for name, value in held.items():
-        is_own = isinstance(value, Tensor) and not is_dtensor(value)
-        if name in originals and name not in random and is_own and same_bits(value.detach(), originals[name]):
-            continue
-        kept[name] = value
-    for name in trained:
-        if name in held and view.parameters[name] is not trained[name]:  # tied and merged: its other use trains
-            kept[name] = trained[name].detach()
-    return kept
-
-
-def _aliases(view: View) -> set[str]:
-    """The further names of adapters on shared layers."""
-    ids = {id(p) for p in view.adapters.values()}
-    return {name for name, p in view.parameters.items() if id(p) in ids and name not in view.adapters}
 
 
 def write_state(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -172,11 +99,7 @@ def entries_of(view: View, random: Collection[str] = ()) -> Entries:
     Weights in ``random``, which look untrained, are optional.
     """
     now = without_base(view, state_dict(view.model), random)
-    return Entries(_required(view), {**now, **view.buffers, **view.kept})
-
-
-def _required(view: View) -> dict[str, Tensor]:
-    return {**view.adapters, **view.trained}
+    return Entries(required(view), {**now, **view.buffers, **view.kept})
 
 
 def check_names(
@@ -277,3 +200,126 @@ def _check_tensor(name: str, value: object, expected: Tensor, *, converting: boo
             f"{name!r} is {value.dtype}, but this model has {expected.dtype}, which cannot hold the same values. "
             f"Convert the model first: model.to({value.dtype})."
         )
+
+
+def check_fits(
+    view: View,
+    state: Mapping[str, Any],
+    description: Mapping[str, Any],
+    *,
+    anew: bool = True,
+    renaming: Renaming | None = None,
+    refuse_base: bool = True,
+) -> None:
+    """Refuse stored adapters that do not fit an adapted model.
+
+    Args:
+        view: The adapted model.
+        state: The stored tensors, by the names of the model.
+        description: What the file says of them.
+        anew: Read every weight again, as for :func:`fingerprint`.
+        renaming: How the names in the file became those of the model.
+        refuse_base: Refuse another base. Otherwise only warn.
+
+    Raises:
+        AdapterFileError: the description cannot be read, or values are NaN or infinite.
+        AdapterMismatchError: a tensor does not fit, or rank or scaling differ, which would give another update.
+        BaseMismatchError: the adapters were trained on another base.
+    """
+    config, changed = stored_config(description), description.get("changed", ())
+    entries = entries_of(view)
+    _check_settings(view, config)
+    check_names(view, entries, state, changed, config)
+    shapes = {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
+    random = tuple(description.get("random", ()))
+    is_converted = check_base(
+        view, description["base"], shapes, random, anew=anew, renaming=renaming, refuse=refuse_base
+    )
+    check_tensors(view, entries, state, converting=is_converted)
+    _check_finite(view, state)
+    _check_lost(view, changed)
+    view.record.random = random
+
+
+def check_foreign_fits(view: View, state: Mapping[str, Any], config: LoRAConfig) -> None:
+    """Refuse adapters of another library that do not fit.
+
+    Their base is not known, so it is not checked.
+
+    Args:
+        view: The adapted model.
+        state: The tensors, by the names of the model.
+        config: The configuration that adapts the model in the same way.
+
+    Raises:
+        AdapterFileError: values are NaN or infinite.
+        AdapterMismatchError: a tensor does not fit, or rank, scaling or start differ.
+        BaseMismatchError: the base's frozen weights have changed in training.
+    """
+    entries = entries_of(view, view.record.random or ())
+    _check_settings(view, config)
+    _check_start(view, config)
+    check_names(view, entries, state, config=config)
+    check_tensors(view, entries, state)
+    _check_finite(view, state)
+    _check_lost(view, ())
+
+
+def _check_lost(view: View, changed: Collection[str]) -> None:
+    lost = sorted(view.record.changed.keys() - set(changed))
+    if lost:
+        raise BaseMismatchError(
+            f"Frozen weights of {type(view.model).__name__} have changed in training since these adapters were stored, "
+            f"and their earlier values are in no file: {listed(lost)}. Build the model anew, then load."
+        )
+
+
+def _check_settings(view: View, config: LoRAConfig) -> None:
+    """Refuse adapters that were trained with another rank or scaling: they would give another update."""
+    for name, layer in view.layers.items():
+        settings = layer.lora_settings
+        for part in layer.lora_matrices:
+            parameter = join(name, part.weight) if isinstance(layer, LoRAParameters) else ""
+            r, scaling = min(config.rank(name, parameter), part.largest_rank), config.scaling(name, parameter)
+            here, scaled = part.rank(settings.r), part.scaling or settings.scaling
+            if r != here or not math.isclose(scaling, scaled):
+                raise AdapterMismatchError(
+                    f"These adapters were trained with r={r} and a scaling of {scaling:g} in {parameter or name!r}; "
+                    f"here it has r={here} and a scaling of {scaled:g}. Adapt the model as they were trained: "
+                    f"r={config.r}, alpha={config.alpha}, use_rslora={config.use_rslora}, "
+                    f"rank_pattern={config.rank_pattern}, alpha_pattern={config.alpha_pattern}."
+                )
+
+
+def _check_start(view: View, config: LoRAConfig) -> None:
+    """Refuse adapters with another start, which is a part of the update."""
+    for name, layer in view.layers.items():
+        found, expected = (init if init in FROM_BASE else "kaiming" for init in (layer.lora_settings.init, config.init))
+        if found != expected:
+            raise AdapterMismatchError(
+                f"These adapters were trained with init={config.init!r}; here {name!r} has "
+                f"init={layer.lora_settings.init!r}. Call remove_adapters(model) first: loading adapts it as they were "
+                "trained."
+            )
+
+
+def _check_finite(view: View, state: Mapping[str, Any]) -> None:
+    """Refuse NaN and infinite values, which a diverged run leaves."""
+    statistics = set[str]()
+    for name, module in view.modules.items():
+        if isinstance(module, _NormBase):
+            statistics |= {join(name, "running_mean"), join(name, "running_var")}
+    checked = [*view.adapters, *view.trained, *(name for name in state if name in statistics)]
+    originals = view.record.originals
+    broken = [name for name in checked if not _is_sound(state[name], originals.get(name))]
+    if broken:
+        raise AdapterFileError(
+            f"{listed(broken)} hold NaN or infinite values: the training that wrote them had diverged. Use an earlier "
+            "checkpoint, or train again with a lower learning rate."
+        )
+
+
+def _is_sound(value: Tensor, original: Tensor | None) -> bool:
+    """Whether ``value`` is finite, except where the base has the same infinite value, as a mask may."""
+    odd = ~value.isfinite()
+    return not odd.any() or (original is not None and bool((value[odd].cpu() == original[odd.cpu()]).all()))

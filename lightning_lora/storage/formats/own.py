@@ -1,7 +1,7 @@
 """Read and write the adapter files of this package."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -10,40 +10,39 @@ import fsspec
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, listed
-from lightning_lora.storage.checkpoint import leave_adapters
-from lightning_lora.storage.description import KEY, check_checksum, check_entries, stored_config
+from lightning_lora.storage.checkpoint import VERSION, leave_adapters
 from lightning_lora.storage.disk import (
     check_path,
     check_whole,
     is_archive,
     is_still,
+    load_plain,
     local_path,
     on_this_machine,
     reading,
+    unread_in,
     writing,
 )
-from lightning_lora.storage.libraries import PEFT_CONFIG, is_loralib, is_peft
-from lightning_lora.storage.pickles import load_plain, unread_in
-from lightning_lora.storage.run_state import VERSION
+from lightning_lora.storage.formats.libraries import PEFT_CONFIG, is_loralib, is_peft
+from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum, check_entries, stored_config
 
 # Write
 
 
-def write_adapter_file(path: str | Path, state: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
-    """Write a state and its description as one ``.safetensors`` file.
+def write_adapter_file(path: str | Path, stored: StoredAdapters) -> None:
+    """Write adapters as one ``.safetensors`` file.
 
     Raises:
         AdapterFileError: a tensor is of a kind that the format does not have, or the file cannot be written.
     """
     local = local_path(path)
     try:
-        tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
-        contents = save(tensors, metadata={"format": "pt", KEY: json.dumps(description)})
+        tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in stored.state.items()}
+        contents = save(tensors, metadata={"format": "pt", KEY: json.dumps(stored.description())})
     except Exception as error:
-        kinds = listed(f"{name} ({value.dtype}, {value.layout})" for name, value in state.items())
+        kinds = listed(f"{name} ({value.dtype}, {value.layout})" for name, value in stored.state.items())
         raise AdapterFileError(
             f"safetensors cannot hold one of {kinds}: {type(error).__name__}: {error}. Save with the Trainer instead."
         ) from error
@@ -85,8 +84,8 @@ def _check_name(given: str | Path, local: Path | None) -> None:
 # Read
 
 
-def read_adapter_file(path: str | Path | IO[bytes]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the state and the description in a file.
+def read_adapter_file(path: str | Path | IO[bytes]) -> StoredAdapters:
+    """Return the adapters in a file of this package.
 
     No code in the file is run.
 
@@ -97,7 +96,8 @@ def read_adapter_file(path: str | Path | IO[bytes]) -> tuple[dict[str, Any], dic
     local = local_path(path)
     if local is not None and (local / PEFT_CONFIG).is_file():
         raise AdapterFileError(f"{path} holds {_IN_PEFT}")
-    return adapters_in(read_contents(path), path)
+    state, description = adapters_in(read_contents(path), path)
+    return StoredAdapters.from_file(state, description, path)
 
 
 def read_contents(path: str | Path | IO[bytes]) -> Any:

@@ -17,7 +17,7 @@ from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.attention import LoRAAttention
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.model.view import root_of
-from lightning_lora.storage.layout import StoredLayer
+from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.names import join, named_modules, owner_of, parameters_of, state_dict
 
 

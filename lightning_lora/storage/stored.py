@@ -1,0 +1,339 @@
+"""Adapters outside of a model: what training changed, and what a file says of it."""
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import AdapterFileError, ConfigError, listed
+from lightning_lora.model.fresh import random_weights
+from lightning_lora.model.merged import check_as_merged
+from lightning_lora.model.view import View, root_of, view_of
+from lightning_lora.storage.base import is_fingerprints, with_halves
+from lightning_lora.storage.base_copies import is_places
+from lightning_lora.storage.stored_layers import StoredLayer, is_layers, layers_of
+from lightning_lora.tensors.digests import digest
+from lightning_lora.tensors.names import plain_name, state_dict
+from lightning_lora.tensors.shards import full_tensor, is_dtensor
+from lightning_lora.tensors.values import same_bits
+
+KEY = "lightning_lora"
+"""The entry of a Lightning checkpoint, or of a safetensors file's metadata, that describes the adapters."""
+
+FORMAT = 3
+"""The version of the format of that entry. Format 2, without ``layers`` and ``root``, is read too."""
+
+
+@dataclass(frozen=True)
+class StoredAdapters:
+    """Adapters outside of a model: every file format reads into this or writes from it.
+
+    Args:
+        config: The configuration that adapts a model in the same way.
+        state: Everything that training changed, by its name in the adapted model.
+        layers: The adapted layers by name. Files of format 2 do not say them.
+        base: The fingerprints of the base, one for each form in which it was seen. Empty if the format has none.
+        changed: The frozen weights in ``state``.
+        random: The frozen weights in ``state`` that look untrained.
+        saved: All entries of each module in ``modules_to_save``. ``state`` leaves out buffers with the base's values.
+        root: The path of the one model inside, or "".
+        copies: The places in a checkpoint where other callbacks had values of the base.
+        source: What the adapters are from, for messages: a file, or the class of a model.
+    """
+
+    config: LoRAConfig
+    state: dict[str, Any]
+    layers: dict[str, StoredLayer] = field(default_factory=dict)
+    base: list[dict[str, Any]] = field(default_factory=list)
+    changed: tuple[str, ...] = ()
+    random: tuple[str, ...] = ()
+    saved: dict[str, list[str]] = field(default_factory=dict)
+    root: str = ""
+    copies: list[Any] = field(default_factory=list)
+    source: str = ""
+
+    @classmethod
+    def from_view(
+        cls, view: View, state: dict[str, Any], base: list[dict[str, Any]], copies: Iterable[Any] = ()
+    ) -> "StoredAdapters":
+        """Return ``state`` of an adapted model and what a file says of it. ``base`` are its fingerprints."""
+        return cls(
+            config=view.config,
+            state=state,
+            layers={layer.name: layer for layer in layers_of(view)},
+            base=with_halves(view, base),
+            changed=tuple(name for name in state if name in view.frozen),
+            random=tuple(random_weights(view)),
+            saved=saved_entries(view),
+            root=root_of(view.model),
+            copies=list(copies),
+            source=type(view.model).__name__,
+        )
+
+    @classmethod
+    def from_file(cls, state: dict[str, Any], description: dict[str, Any], source: object) -> "StoredAdapters":
+        """Return what a file holds.
+
+        Raises:
+            AdapterFileError: ``description`` is not one that :meth:`description` made.
+        """
+        config = stored_config(description)
+        layers = [StoredLayer.from_dict(layer) for layer in description.get("layers", ())]
+        return cls(
+            config=config,
+            state=state,
+            layers={layer.name: layer for layer in layers},
+            base=description["base"],
+            changed=tuple(description.get("changed", ())),
+            random=tuple(description.get("random", ())),
+            saved=description.get("saved", {}),
+            root=description.get("root", ""),
+            copies=description.get("copies", []),
+            source=str(source),
+        )
+
+    def description(self) -> dict[str, Any]:
+        """Return all but the state in plain types, with a checksum of both.
+
+        Raises:
+            ConfigError: it is too long to be stored.
+        """
+        about = {
+            "format": FORMAT,
+            "config": self.config.to_dict(),
+            "base": self.base,
+            "changed": list(self.changed),
+            "entries": len(self.state),
+            "random": list(self.random),
+            "layers": [layer.to_dict() for layer in self.layers.values()],
+            "root": self.root,
+            "saved": self.saved,
+        }
+        if self.copies:
+            about["copies"] = self.copies
+        if not _is_bounded(about):
+            raise ConfigError(
+                "The configuration is too long to be stored. Name many layers by one expression, such as "
+                "target_modules=r'.*\\.q_proj'."
+            )
+        return {**about, "checksum": _checksum(self.state, about)}
+
+
+def saved_entries(view: View) -> dict[str, list[str]]:
+    """Return the names of all entries of modules trained whole.
+
+    A state leaves out buffers that have the base's values, so it does not say whether it holds all of a module.
+    """
+    saved: dict[str, list[str]] = {}
+    for name in view.modules:
+        if view.config.is_saved(name) and not any(name.startswith(f"{outer}.") for outer in saved):
+            held = [*view.parameters, *view.buffers]
+            saved[name] = [entry for entry in held if entry.startswith(f"{name}.")]
+    return saved
+
+
+def stored_config(description: object) -> LoRAConfig:
+    """Return the configuration of stored adapters.
+
+    Raises:
+        AdapterFileError: ``description`` is not one that :func:`describe` made.
+    """
+    foreign = AdapterFileError(f"This package did not write the file's {KEY!r} entry, or the file is damaged.")
+    if not isinstance(description, dict) or type(description.get("format")) is not int or not _is_bounded(description):
+        raise foreign
+    if description["format"] not in (2, FORMAT):
+        raise AdapterFileError(
+            f"The file has format {description['format']}; expected 2 or {FORMAT}. Use the version that wrote it."
+        )
+    if not _is_plain(description):
+        raise foreign
+    try:
+        return LoRAConfig.from_dict(description["config"])
+    except ConfigError as error:
+        raise AdapterFileError(f"The file's configuration cannot be used: {error}") from error
+
+
+def _is_bounded(value: object, most: int = 1 << 24) -> bool:
+    """Whether ``value`` is short enough as text: a small pickle can repeat one entry millions of times."""
+    left, inside = most, [value]
+    while inside and left > 0:
+        each = inside.pop()
+        left -= 16 * len(each) if isinstance(each, list | dict) else len(each) if isinstance(each, str) else 16
+        if left > 0 and isinstance(each, list | dict):
+            inside += [*each, *each.values()] if isinstance(each, dict) else each
+    return left > 0
+
+
+def _is_plain(description: dict[Any, Any]) -> bool:
+    """Whether each entry has the expected type, so that it is safe to use."""
+    known = ("format", "config", "base", "changed", "entries", "checksum")
+    _, config, base, changed, entries, checksum = (description.get(key) for key in known)
+    copies, layers, random, root, run, saved = (description.get(key, default) for key, default in _OPTIONAL.items())
+    return (
+        description.keys() <= {*known, *_OPTIONAL}
+        and isinstance(config, dict)
+        and is_fingerprints(base)
+        and _is_names(changed)
+        and type(entries) is type(checksum) is int
+        and is_places(copies)
+        and is_layers(layers)
+        and _is_names(random)
+        and isinstance(root, str)
+        and isinstance(run, dict)
+        and all(type(name) is str and type(number) is int for name, number in run.items())
+        and isinstance(saved, dict)
+        and _is_names([*saved])
+        and all(map(_is_names, saved.values()))
+    )
+
+
+_OPTIONAL: dict[str, Any] = {"copies": [], "layers": [], "random": [], "root": "", "run": {}, "saved": {}}
+"""Entries that some files do not have. Earlier versions wrote ``run``, which is no longer used."""
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:
+    """One number for the names and contents of all tensors, and for their description."""
+    said = {name: value for name, value in about.items() if name != "checksum"}
+    names = sorted(name for name, value in state.items() if isinstance(value, Tensor) and not value.is_meta)
+    kinds = [[name, str(state[name].dtype), list(state[name].shape)] for name in names]
+    text = json.dumps([said, kinds], sort_keys=True).encode()
+    total = digest(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    for name in names:
+        total = (total * 1_000_003 + digest(state[name])) % (1 << 63)
+    return total
+
+
+def check_entries(names: Collection[str], description: Mapping[str, Any], path: object) -> None:
+    """Refuse a file with more or fewer entries than written.
+
+    This check comes before anything is done with the entries.
+
+    Raises:
+        AdapterFileError: the numbers differ.
+    """
+    if len(names) != description["entries"]:
+        raise AdapterFileError(
+            f"{path} has {len(names)} entries, and {description['entries']} were written: it is damaged or was changed."
+        )
+
+
+def check_checksum(state: Mapping[str, Any], description: Mapping[str, Any], path: object) -> None:
+    """Refuse adapters that were changed after they were written.
+
+    Raises:
+        AdapterFileError: ``state`` or ``description`` was changed.
+    """
+    check_entries(state, description, path)
+    odd = [name for name, value in state.items() if isinstance(name, str) and not _is_stored(value)]
+    odd += [f"a name of type {type(name).__name__}" for name in state if not isinstance(name, str)]
+    if odd:
+        raise AdapterFileError(
+            f"{path} holds entries that this package does not write: {listed(odd)}. The file is damaged or was changed."
+        )
+    if _checksum(state, description) != description["checksum"]:
+        raise AdapterFileError(
+            f"The adapters in {path} are not as they were written: the file is damaged or was changed."
+        )
+
+
+def _is_stored(value: object) -> bool:
+    """Whether ``value`` is no tensor, or a plain one whose memory holds all its elements."""
+    if not isinstance(value, Tensor) or value.is_meta or value.layout is not torch.strided:
+        return True
+    plain = not value.is_quantized and not value.is_nested
+    return plain and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
+# What training changed
+
+
+_NOTE_START = "this file holds only adapters"
+
+NOTE = (
+    f"{_NOTE_START}: load it with lightning_lora.load_from_checkpoint(cls, path), or into a model with "
+    "lightning_lora.load_adapter(model, path); or give the Trainer a LoRACallback(); or write files that any code "
+    "loads: LoRACallback(save='model')"
+)
+"""An entry of a checkpoint's state, without values. Whoever loads the file as a full one is told this name."""
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
+    """Return everything that training changed, and nothing else.
+
+    These are the adapters, and the biases and modules that train in addition to them. Buffers and frozen weights are
+    included if they no longer have the base's values. Everything that a module's own code adds to its state dict is
+    included too. Of a model that is spread over processes, each process must call it, and gets whole tensors.
+
+    Args:
+        model: A model with adapters: on its layers, or merged by ``merge_adapters`` or a finished fit.
+
+    Returns:
+        Tensors by the names they have in the state dict of the adapted model.
+
+    Raises:
+        AdapterStateError: ``model`` has no adapters.
+
+    Example:
+        >>> from lightning_lora import LoRAConfig, inject_adapters
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        >>> names = inject_adapters(model, LoRAConfig(r=2))
+        >>> list(adapter_state_dict(model))
+        ['0.lora_A', '0.lora_B']
+    """
+    check_as_merged(model)
+    view = view_of(model)
+    state = without_base(view, state_dict(model), random_weights(view))
+    return {name: full_tensor(value) for name, value in state.items()}
+
+
+def is_note(name: object) -> bool:
+    """Whether an entry is the note, of any version."""
+    return isinstance(name, str) and name.startswith(_NOTE_START)
+
+
+def without_base(view: View, state: Mapping[str, Any], random: Collection[str] = ()) -> dict[str, Any]:
+    """Remove the base's values from a state of the model.
+
+    These are frozen weights, and buffers with the same values as in the base. Frozen weights that code other than an
+    optimizer changed are kept, or added, and so are those in ``random``, which look untrained. Missing trained tensors
+    are added too, because user code may drop everything that it considers the base.
+    """
+    record, trained = view.record, view.trained
+    originals = {name: value for name, value in record.originals.items() if name not in trained}
+    dropped = {*view.frozen, *view.entries, *_aliases(view)}
+    values = view.frozen_values
+    added = {*record.changed, *originals, *random}
+    held: dict[str, Any] = {name: value.detach() for name, value in values.items() if name in added}
+    for name, value in state.items():
+        name = plain_name(name)
+        if name not in dropped:
+            held[name] = value
+    kept: dict[str, Any] = {name: p.detach() for name, p in required(view).items()}
+    for name, value in held.items():
+        is_own = isinstance(value, Tensor) and not is_dtensor(value)
+        if name in originals and name not in random and is_own and same_bits(value.detach(), originals[name]):
+            continue
+        kept[name] = value
+    for name in trained:
+        if name in held and view.parameters[name] is not trained[name]:  # tied and merged: its other use trains
+            kept[name] = trained[name].detach()
+    return kept
+
+
+def required(view: View) -> dict[str, Tensor]:
+    """Return everything that trains, by name."""
+    return {**view.adapters, **view.trained}
+
+
+def _aliases(view: View) -> set[str]:
+    """The further names of adapters on shared layers."""
+    ids = {id(p) for p in view.adapters.values()}
+    return {name for name, p in view.parameters.items() if id(p) in ids and name not in view.adapters}
