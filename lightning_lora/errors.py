@@ -32,9 +32,13 @@ def listed(names: Iterable[str], most: int = 5) -> str:
         >>> listed(["a", "b", "c"], most=2)
         "'a', 'b' and 1 more"
     """
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(repr, names[:most])) + more
+    return shortened(map(repr, names), most)
+
+
+def shortened(texts: Iterable[str], most: int = 5) -> str:
+    """Return the first of some texts, and the number of the others."""
+    texts = list(texts)
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
 
 class LoRAError(Exception):
@@ -50,10 +54,7 @@ class TargetError(LoRAError, ValueError):
 
 
 class AdapterStateError(LoRAError, RuntimeError):
-    """The model is in the wrong state for this call.
-
-    For example, it has no adapters.
-    """
+    """The model is in the wrong state for this call, for example without adapters."""
 
 
 class AdapterMismatchError(LoRAError, ValueError):
@@ -61,10 +62,7 @@ class AdapterMismatchError(LoRAError, ValueError):
 
 
 class BaseMismatchError(LoRAError, ValueError):
-    """Adapters were trained on another base model.
-
-    Or a full checkpoint, loaded as the base, does not fit the model.
-    """
+    """Adapters were trained on another base model, or a full checkpoint does not fit the model as its base."""
 
 
 class AdapterFileError(LoRAError, ValueError):
@@ -72,10 +70,7 @@ class AdapterFileError(LoRAError, ValueError):
 
 
 class ExportError(LoRAError, ValueError):
-    """Another library's format cannot hold these adapters.
-
-    Or its reader would compute something else with them.
-    """
+    """Another library's format cannot hold these adapters, or its reader would compute something else with them."""
 
 
 class OptimizerError(LoRAError, RuntimeError):

@@ -24,8 +24,7 @@ from lightning_lora.model.attach import (
 from lightning_lora.model.sending import delete_sent
 from lightning_lora.model.state import Record, absorb_inner_records, find_record, forget_record, keep_record, record_of
 from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
-from lightning_lora.targets.choice import Choice
-from lightning_lora.targets.select import select
+from lightning_lora.targets.select import Choice, select
 from lightning_lora.tensors.inplace import combined
 from lightning_lora.tensors.names import submodule
 

@@ -1,4 +1,1 @@
-"""Select the layers of a model to adapt.
-
-A name that matches nothing is an error that shows similar names. Nothing here changes a model.
-"""
+"""Select the layers of a model to adapt. Nothing here changes a model. A name that matches nothing is an error."""

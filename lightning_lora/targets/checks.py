@@ -1,15 +1,14 @@
 """Checks of a selection of layers, with errors that explain."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.config import LoRAConfig, matches_pattern
-from lightning_lora.errors import ConfigError, TargetError, listed
-from lightning_lora.layers import FROM_BASE, LoRAParameters, adapter_for
-from lightning_lora.targets.choice import Choice
+from lightning_lora.errors import ConfigError, TargetError, listed, shortened
+from lightning_lora.layers import FROM_BASE, AdaptedMatrix, LoRALayer, LoRAParameters, Settings, adapter_for
 from lightning_lora.targets.lookup import SEE_ALL, Names, supported_types, why_not
 from lightning_lora.tensors.names import join, plain_module
 
@@ -17,14 +16,22 @@ _SHOWN = 5
 """The number of layers that an error names."""
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A layer to adapt, the class of its adapter, the matrices to adapt, and the adapter's settings."""
+
+    layer: nn.Module
+    kind: type[LoRALayer]
+    matrices: tuple[AdaptedMatrix, ...]
+    settings: Settings
+
+    def name_of(self, name: str, matrix: AdaptedMatrix) -> str:
+        """Return the name by which patterns mean a matrix of the layer ``name``: a parameter has its own."""
+        return join(name, matrix.weight) if self.kind is LoRAParameters else name
+
+
 def check_shapes(names: Names) -> None:
-    """Raise an error if the model has lazy layers.
-
-    Lazy layers get their shapes from the first batch.
-
-    Raises:
-        ConfigError: there are lazy layers.
-    """
+    """Refuse lazy layers, which get their shapes from the first batch."""
     lazy = [name for name, parameter in names.parameters.items() if is_lazy(parameter)]
     for prefix, module in {"": plain_module(names.model), **names.modules}.items():
         for name, buffer in module._buffers.items():
@@ -38,11 +45,7 @@ def check_shapes(names: Names) -> None:
 
 
 def check_any(names: Names, config: LoRAConfig, layers: Collection[str], untouched: Collection[nn.Module]) -> None:
-    """Raise an error if no layer is selected.
-
-    Raises:
-        TargetError: no layer is selected.
-    """
+    """Refuse a selection of no layer."""
     if layers:
         return
     fit: dict[str, list[str]] = {}
@@ -51,12 +54,10 @@ def check_any(names: Names, config: LoRAConfig, layers: Collection[str], untouch
             fit.setdefault(type(layer).__name__, []).append(name)
     if config.target_modules == "all-linear" and fit:
         number = sum(map(len, fit.values()))
-        kinds = ", ".join(
-            f"{len(found)} {kind} ({listed(found, most=1)})" for kind, found in list(fit.items())[:_SHOWN]
-        )
+        kinds = [f"{len(found)} {kind} ({listed(found, most=1)})" for kind, found in fit.items()]
         hint = (
-            f'"all" would adapt {number} layer{"s" if number > 1 else ""}: {kinds}. Set target_modules="all", or name '
-            "some of them."
+            f'"all" would adapt {number} layer{"s" if number > 1 else ""}: {", ".join(kinds[:_SHOWN])}. Set '
+            'target_modules="all", or name some of them.'
         )
     else:
         hint = f"Expected at least one {supported_types()} layer. Correct target_modules."
@@ -69,16 +70,9 @@ def check_any(names: Names, config: LoRAConfig, layers: Collection[str], untouch
 def check_supported(
     names: Names, config: LoRAConfig, layers: Mapping[str, nn.Module], targets: Collection[nn.Module]
 ) -> None:
-    """Raise an error if a target cannot be adapted.
-
-    Raises:
-        TargetError: there are such targets.
-    """
-    refused = {}
-    for name, layer in layers.items():
-        why = why_not(names, name, layer) if layer in targets else None
-        if why:
-            refused[name] = why
+    """Refuse targets that cannot be adapted."""
+    refused = {name: why_not(names, name, layer) for name, layer in layers.items() if layer in targets}
+    refused = {name: why for name, why in refused.items() if why}
     if not refused:
         return
     reasons = "; ".join(f"{name!r}: {why}" for name, why in list(refused.items())[:_SHOWN])
@@ -97,34 +91,25 @@ def _shown(config: LoRAConfig) -> object:
 
 
 def check_patterns(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
-    """Raise an error if a pattern's key has no effect.
-
-    Such a key matches no adapted layer, or earlier keys match all of its layers: the first match decides.
-
-    Raises:
-        TargetError: there are such keys.
-    """
+    """Refuse a pattern's key without effect: it matches no adapted layer, or earlier keys match all of its layers."""
     layers = [name for name, choice in choices.items() if choice.kind is not LoRAParameters]
-    parameters = {
-        join(name, part.weight): name
-        for name, choice in choices.items()
-        for part in choice.matrices
-        if choice.kind is LoRAParameters
-    }
+    parameters: dict[str, str] = {}
+    for name, choice in choices.items():
+        if choice.kind is LoRAParameters:
+            parameters |= {choice.name_of(name, matrix): name for matrix in choice.matrices}
     for argument in ("rank_pattern", "alpha_pattern", "target_slices"):
         held = {} if argument == "target_slices" else parameters  # parameters have no slices
         matched = {}
         for key in getattr(config, argument) or {}:
-            meant = [
-                name for name, module in held.items() if matches_pattern(key, name) or matches_pattern(key, module)
-            ]
-            matched[key] = [name for name in layers if matches_pattern(key, name)] + meant
+            matched[key] = [name for name in layers if matches_pattern(key, name)]
+            for name, module in held.items():
+                if matches_pattern(key, name) or matches_pattern(key, module):
+                    matched[key].append(name)
         _check_matched(names, argument, matched, [*layers, *held, *held.values()])
         _check_order(names, argument, matched)
 
 
 def _check_matched(names: Names, argument: str, matched: Mapping[str, list[str]], layers: list[str]) -> None:
-    """Raise an error if a key matches no adapted layer."""
     missing = [key for key, found in matched.items() if not found]
     for known, what, where in (
         (names.modules, "layers", "target_modules"),
@@ -140,7 +125,7 @@ def _check_matched(names: Names, argument: str, matched: Mapping[str, list[str]]
 
 
 def _check_order(names: Names, argument: str, matched: Mapping[str, list[str]]) -> None:
-    """Raise an error if earlier keys match all layers of a key: the first match decides."""
+    """Refuse a key whose layers all match earlier keys: the first match decides."""
     keys = list(matched)
     for place, key in enumerate(keys):
         before = [other for other in keys[:place] if set(matched[key]) & set(matched[other])]
@@ -153,14 +138,10 @@ def _check_order(names: Names, argument: str, matched: Mapping[str, list[str]]) 
 
 
 def check_names(choices: Mapping[str, Choice]) -> None:
-    """Raise an error if two factors have the same name.
-
-    Raises:
-        TargetError: there are such parameters.
-    """
+    """Refuse matrices of a layer whose factors would have the same name."""
     for name, choice in choices.items():
-        own = [part.name for part in choice.matrices]
-        twice = [part.weight for part in choice.matrices if own.count(part.name) > 1]
+        endings = [matrix.name for matrix in choice.matrices]
+        twice = [matrix.weight for matrix in choice.matrices if endings.count(matrix.name) > 1]
         if twice:
             raise TargetError(
                 f"{listed(twice)} of {name!r} cannot be adapted together: their factors would have the same name."
@@ -168,13 +149,7 @@ def check_names(choices: Mapping[str, Choice]) -> None:
 
 
 def check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
-    """Raise an error if a layer does not support DoRA.
-
-    The same applies to PiSSA and OLoRA.
-
-    Raises:
-        TargetError: there is such a layer.
-    """
+    """Refuse layers that do not support DoRA, PiSSA or OLoRA."""
     if config.use_dora:
         unfit = [n for n, c in choices.items() if not (c.kind.lora_fits_dora and c.matrices[0].is_whole)]
         what, where = "use_dora=True", "linear, embedding and convolution layers without target_slices"
@@ -184,37 +159,28 @@ def check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     else:
         return
     if unfit:
-        shown = ", ".join(f"{name!r} ({type(choices[name].layer).__name__})" for name in unfit[:_SHOWN])
-        more = f" and {len(unfit) - _SHOWN} more" if len(unfit) > _SHOWN else ""
+        shown = shortened(f"{name!r} ({type(choices[name].layer).__name__})" for name in unfit)
         raise TargetError(
-            f"{what} is for {where}; targeted too: {shown}{more}. Leave {what} out, or exclude these: "
+            f"{what} is for {where}; targeted too: {shown}. Leave {what} out, or exclude these: "
             f"exclude_modules={unfit[:_SHOWN]}."
         )
 
 
 def check_rank_pattern(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
-    """Raise an error if ``rank_pattern`` has too large ranks.
-
-    In a layer with several matrices, it may be as large as the largest of them allows.
-
-    Raises:
-        ConfigError: there is such an entry.
-    """
-    asked = replace(config, r=1)  # which is never too large: only entries can be
-    found: dict[str, tuple[int, int]] = {}
+    """Refuse a rank in ``rank_pattern`` that is larger than each matrix of its layer allows."""
+    entries = replace(config, r=1)  # which is never too large
+    found: dict[str, str] = {}
     for name, choice in choices.items():
         limits: dict[int, dict[str, int]] = {}
-        for part in choice.matrices:
-            target = join(name, part.weight) if choice.kind is LoRAParameters else name
-            held = limits.setdefault(asked.rank(name, target), {})
-            held[target] = max(held.get(target, 0), part.largest_rank)
+        for matrix in choice.matrices:
+            target = choice.name_of(name, matrix)
+            held = limits.setdefault(entries.rank(name, target), {})
+            held[target] = max(held.get(target, 0), matrix.largest_rank)
         for r, held in limits.items():
             if r > max(held.values()):
-                found |= {target: (r, most) for target, most in held.items()}
+                found |= {target: f"{target!r} (r={r}, at most {most})" for target, most in held.items()}
     if found:
-        shown = ", ".join(f"{name!r} (r={r}, at most {most})" for name, (r, most) in list(found.items())[:_SHOWN])
-        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise ConfigError(
-            f"rank_pattern is too large for {shown}{more} of {names.title}. Lower these entries, or remove them: with "
-            "r alone, a smaller layer gets its largest rank."
+            f"rank_pattern is too large for {shortened(found.values())} of {names.title}. Lower these entries, or "
+            "remove them: with r alone, a smaller layer gets its largest rank."
         )

@@ -1,7 +1,4 @@
-"""Look up a model's layers by name.
-
-It also finds out which layers can be adapted, and suggests similar names for a wrong one.
-"""
+"""A model's layers by name: which can be adapted, and which names are similar to a wrong one."""
 
 import difflib
 import re
@@ -22,13 +19,7 @@ SEE_ALL = "print(summarize(model)) shows every layer"
 
 
 class Names:
-    """The modules and parameters of a model by name.
-
-    A shared module appears under each of its names.
-
-    Args:
-        model: Any module.
-    """
+    """The modules and parameters of a model by name. A shared module appears under each of its names."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -38,29 +29,19 @@ class Names:
         self.modules = {name: module for name, module in modules.items() if name}
 
     def find(self, argument: str, pattern: object) -> list[str]:
-        """Return every name that a pattern matches.
+        """Return every name that the pattern of an argument matches: an expression for full names, or a list of names.
 
-        A pattern is a regular expression for full names, or a list of names. ``modules_to_save`` also accepts names of
-        parameters, because a parameter may not belong to a layer. ``target_parameters`` accepts only names of
-        parameters.
-
-        Args:
-            argument: The argument that the pattern belongs to, such as ``"target_modules"``.
-            pattern: The pattern, or None.
+        ``modules_to_save`` may name parameters too, and ``target_parameters`` names nothing else.
 
         Raises:
             TargetError: the expression, or an entry of the list, matches nothing.
         """
         if pattern is None:
             return []
-        known: Mapping[str, object] = self.modules
+        known: Mapping[str, object] = self.parameters if argument == "target_parameters" else self.modules
         if argument == "modules_to_save":
             known = {**known, **self.parameters}
-        if argument == "target_parameters":
-            known = self.parameters
-        meant: Iterable[str] = known
-        if argument == "target_modules":
-            meant = [name for name, layer in self.modules.items() if not why_not(self, name, layer)]
+        meant = self._fit() if argument == "target_modules" else list(known)
         if isinstance(pattern, str):
             found = [name for name in known if re.fullmatch(pattern, name)]
             if not found and any(pattern in _ends_of(name) for name in known):
@@ -79,28 +60,15 @@ class Names:
         return [name for name, meant_by in found_by.items() if meant_by]
 
     def first_names(self, modules: Collection[nn.Module]) -> dict[str, nn.Module]:
-        """Return these modules by the first of their names.
-
-        They are in the model's order. Modules that are not in the model are left out.
-        """
-        found: dict[str, nn.Module] = {}
-        seen = set[int]()
+        """Return these modules by the first of their names, in the model's order."""
+        first: dict[nn.Module, str] = {}
         for name, module in self.modules.items():
-            if module in modules and id(module) not in seen:
-                seen.add(id(module))
-                found[name] = module
-        return found
+            if module in modules:
+                first.setdefault(module, name)
+        return {name: module for module, name in first.items()}
 
     def require(self, argument: str, missing: Mapping[str, Iterable[str]]) -> None:
-        """Raise an error if entries of a pattern match nothing.
-
-        Args:
-            argument: The argument that the pattern belongs to.
-            missing: The entries that match nothing, each with the names that it could mean.
-
-        Raises:
-            TargetError: there are such entries.
-        """
+        """Raise an error if there are entries that match nothing; each comes with the names that it could mean."""
         if not missing:
             return
         entries = list(missing)
@@ -116,14 +84,13 @@ class Names:
             f"{argument} {entries} match no {what} of {self.title}. {hint} Correct {argument}; {SEE_ALL}."
         )
 
+    def _fit(self) -> list[str]:
+        return [name for name, layer in self.modules.items() if not why_not(self, name, layer)]
+
     def _endings(self) -> str:
-        """A sentence with the last parts of the names of all layers that can be adapted."""
-        endings = dict.fromkeys(
-            name.rpartition(".")[2] for name, layer in self.modules.items() if not why_not(self, name, layer)
-        )
-        if not endings:
-            return "It has no layer to adapt."
-        return f"Layers that can be adapted end in {listed(endings, most=8)}."
+        endings = dict.fromkeys(name.rpartition(".")[2] for name in self._fit())
+        some = f"Layers that can be adapted end in {listed(endings, most=8)}."
+        return some if endings else "It has no layer to adapt."
 
     def _hint_of_parameters(self, entries: list[str]) -> str:
         held = [name for name in self.parameters if _ends_with(name, entries)]
@@ -136,7 +103,7 @@ def _hint_of_words(entries: list[str]) -> str:
 
 
 def _nearest(missing: Mapping[str, Iterable[str]]) -> list[str]:
-    """Names, or their last parts, that are similar to the missing entries. Each name appears once."""
+    """Names, or their last parts, that are similar to the missing entries, each once."""
     near, shown = list[str](), set[str]()
     for entry, known in missing.items():
         names: dict[str, list[str]] = {}
@@ -145,7 +112,8 @@ def _nearest(missing: Mapping[str, Iterable[str]]) -> list[str]:
                 names.setdefault(part, []).append(name)
         for part in difflib.get_close_matches(entry, names, n=3, cutoff=0.5):
             if not shown.issuperset(names[part]):
-                near.append(_one_or_many(part, names[part]))
+                first, number = names[part][0], len(names[part])
+                near.append(repr(first) if number == 1 else f"{part!r} ({number} of them, such as {first!r})")
                 shown.update(names[part])
     return near
 
@@ -160,10 +128,6 @@ def _ends_with(name: str, entries: Iterable[str]) -> bool:
     return not set(_ends_of(name)).isdisjoint(entries)
 
 
-def _one_or_many(part: str, names: list[str]) -> str:
-    return repr(names[0]) if len(names) == 1 else f"{part!r} ({len(names)} of them, such as {names[0]!r})"
-
-
 def why_not(names: Names, name: str, layer: nn.Module) -> str | None:
     """Return why ``layer`` cannot be adapted, or None."""
     kind = adapter_for(layer)
@@ -172,13 +136,12 @@ def why_not(names: Names, name: str, layer: nn.Module) -> str | None:
     if kind is None:
         inside = (f"{name}.{inner}" for inner in named_modules(layer) if inner)
         fit = [inner for inner in inside if not why_not(names, inner, names.modules[inner])]
-        own = [f"{name}.{leaf}" for leaf, p in layer._parameters.items() if p is not None and p.dim() in (2, 3)]
-        inner = f" (layers inside it are: {listed(fit)})" if fit else ""
-        return f"a {type(layer).__name__} is not supported{inner}" + (
-            f", but target_parameters can adapt its {listed(own)}" if own else ""
-        )
-    if is_attention(names.modules.get(name.rpartition(".")[0])):
-        outer = name.rpartition(".")[0]
+        held = [f"{name}.{leaf}" for leaf, p in layer._parameters.items() if p is not None and p.dim() in (2, 3)]
+        layers = f" (layers inside it are: {listed(fit)})" if fit else ""
+        parameters = f", but target_parameters can adapt its {listed(held)}" if held else ""
+        return f"a {type(layer).__name__} is not supported{layers}{parameters}"
+    outer = name.rpartition(".")[0]
+    if is_attention(names.modules.get(outer)):
         return (
             f"its nn.MultiheadAttention reads the weight and never calls the layer: name {outer!r}, with "
             f"target_slices={{{outer!r}: ['out']}} if nothing else of it is to be adapted"
@@ -192,7 +155,6 @@ def why_not(names: Names, name: str, layer: nn.Module) -> str | None:
 
 
 def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str | None:
-    """Return why a weight of ``layer`` cannot have an update, or None."""
     if is_computed(layer):
         return f"its weight is {COMPUTED}, so no update can be merged"
     for name in dict.fromkeys(part.weight for part in kind.lora_matrices_of(layer)):
@@ -219,8 +181,5 @@ def supported_types() -> str:
 
 
 def is_attention(module: nn.Module | None) -> bool:
-    """Whether ``module`` is an nn.MultiheadAttention.
-
-    It reads the weights of the layers inside it without calling them.
-    """
+    """Whether ``module`` is an nn.MultiheadAttention, which reads weights of layers inside it without calling them."""
     return isinstance(module, nn.MultiheadAttention)

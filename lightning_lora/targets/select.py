@@ -9,6 +9,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError
 from lightning_lora.layers import ADAPTERS, AdaptedMatrix, LoRALayer, LoRAParameters, Settings, adapter_for
 from lightning_lora.targets.checks import (
+    Choice,
     check_any,
     check_methods,
     check_names,
@@ -17,16 +18,13 @@ from lightning_lora.targets.checks import (
     check_shapes,
     check_supported,
 )
-from lightning_lora.targets.choice import Choice
 from lightning_lora.targets.lookup import AUTOMATIC, Names, is_attention, is_computed, why_not
 from lightning_lora.targets.slices import sliced
-from lightning_lora.tensors.names import join, submodule
+from lightning_lora.tensors.names import starts_of, submodule
 
 
 def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
-    """Return the layers that ``config`` adapts, by name.
-
-    They are in the model's order. A shared layer appears once.
+    """Return the layers that ``config`` adapts, by name and in the model's order. A shared layer appears once.
 
     Raises:
         TargetError: an entry of a pattern matches nothing, or a layer that cannot be adapted, or no layer is left.
@@ -57,9 +55,9 @@ adapted end in '0', '2'. Correct target_modules; print(summarize(model)) shows e
     choices = {}
     for name, layer in layers.items():
         kind = LoRAParameters if layer in holders else adapter_for(layer) or LoRALayer
-        parts = _without(name, _parts(names, config, name, kind, holders.get(layer)), left_out)
-        if parts:
-            choices[name] = _choice(config, name, layer, kind, parts)
+        matrices = _without(name, _matrices(names, config, name, kind, holders.get(layer)), left_out)
+        if matrices:
+            choices[name] = _choice(config, name, layer, kind, matrices)
     check_any(names, config, choices, untouched)
     check_patterns(names, config, choices)
     check_names(choices)
@@ -69,7 +67,7 @@ adapted end in '0', '2'. Correct target_modules; print(summarize(model)) shows e
 
 
 def _modules_below(names: Names, left_out: Set[str]) -> set[nn.Module]:
-    """The named modules and all modules inside them. For the name of a weight, it is the layer."""
+    """The named modules, or the layers of named weights, and all modules inside them."""
     below = set[nn.Module]()
     for name in left_out:
         module = names.modules.get(name.removesuffix(".weight"))
@@ -91,28 +89,21 @@ def _targets(names: Names, config: LoRAConfig) -> dict[str, nn.Module]:
 
 
 def automatic_targets(names: Names, word: str) -> dict[str, nn.Module]:
-    """Return the layers that ``"all-linear"`` or ``"all"`` means.
-
-    Those whose weight is computed are left out later, if there are others.
-    """
-    left = _output_heads(names) if word == "all-linear" else set()
+    """Return the layers that ``"all-linear"`` or ``"all"`` means, with those whose weight is computed."""
+    left_out = _output_heads(names) if word == "all-linear" else set[object]()
     for module in names.modules.values():
         if is_attention(module):
-            left |= {id(inner) for inner in module.modules() if inner is not module}
+            left_out |= {*module.modules()} - {module}
     kinds = {kind for kind in ADAPTERS.values() if word == "all" or kind.lora_is_linear}
     return {
-        name: layer for name, layer in names.modules.items() if adapter_for(layer) in kinds and id(layer) not in left
+        name: layer for name, layer in names.modules.items() if adapter_for(layer) in kinds and layer not in left_out
     }
 
 
 def _holders(names: Names, config: LoRAConfig) -> dict[nn.Module, list[str]]:
     """The modules that read the parameters in ``target_parameters``, with the names of the parameters in them.
 
-    Usually, this is the module that holds the parameter. For a layer's weight, it is the module that holds the layer,
-    because that module may read the weight without calling the layer.
-
-    Raises:
-        TargetError: an entry matches no parameter, or one that cannot be adapted there.
+    A layer's weight is read by the module around the layer, which may not call the layer.
     """
     holders: dict[nn.Module, list[str]] = {}
     for name in names.find("target_parameters", config.target_parameters):
@@ -128,7 +119,6 @@ def _holders(names: Names, config: LoRAConfig) -> dict[nn.Module, list[str]]:
 
 
 def _why_not_there(names: Names, name: str, owner: str) -> str | None:
-    """Return why a parameter cannot be adapted in the module ``owner``, or None."""
     if not owner:
         return _why_not_in_model(names, name)
     holder, shape = names.modules[owner], tuple(names.parameters[name].shape)
@@ -142,79 +132,78 @@ def _why_not_there(names: Names, name: str, owner: str) -> str | None:
 
 
 def _why_not_in_model(names: Names, name: str) -> str:
-    """Return why a parameter that the model itself would read cannot be adapted there."""
     layer, _, leaf = name.rpartition(".")
     kind = adapter_for(names.modules[layer]) if layer else None
     if kind is None:
         return "it belongs to the model itself, whose other methods may read it: move it into a module"
-    parts = [] if why_not(names, layer, names.modules[layer]) else kind.lora_matrices_of(names.modules[layer])
-    meant = [part.name for part in parts if part.weight == leaf]
+    matrices = () if why_not(names, layer, names.modules[layer]) else kind.lora_matrices_of(names.modules[layer])
+    meant = [matrix.name for matrix in matrices if matrix.weight == leaf]
     if not meant:
         return f"no update of {leaf!r} of a {type(names.modules[layer]).__name__} is possible"
-    slices = f", with target_slices={{{layer!r}: {meant}}}" if len(parts) > 1 else ""
+    slices = f", with target_slices={{{layer!r}: {meant}}}" if len(matrices) > 1 else ""
     return (
         f"it is a weight of a layer: name {layer!r} in target_modules{slices}. If {names.title} reads the weight "
         "without calling the layer, move both into a module"
     )
 
 
-def _parts(
+def _matrices(
     names: Names, config: LoRAConfig, name: str, kind: type[LoRALayer], parameters: list[str] | None
 ) -> tuple[AdaptedMatrix, ...]:
     """The matrices of a layer, or these parameters of a module."""
     layer, slices = names.modules[name], config.slices(name)
     if parameters is not None:
         return tuple(LoRAParameters.lora_part(layer, leaf) for leaf in parameters)
-    parts = kind.lora_matrices_of(layer)
-    return sliced(names, name, kind, parts, slices) if slices else parts
+    matrices = kind.lora_matrices_of(layer)
+    return sliced(names, name, kind, matrices, slices) if slices else matrices
 
 
 def _choice(
-    config: LoRAConfig, name: str, layer: nn.Module, kind: type[LoRALayer], parts: tuple[AdaptedMatrix, ...]
+    config: LoRAConfig, name: str, layer: nn.Module, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...]
 ) -> Choice:
-    """The adapter for these parts. Patterns may give each parameter its own rank and scaling."""
-    asked = []
-    for part in parts:
-        target = join(name, part.weight) if kind is LoRAParameters else name
-        asked.append((part.rank(config.rank(name, target)), config.scaling(name, target)))
-    r, scaling = max(rank for rank, _ in asked), asked[0][1]
-    own = [
-        part if each == (part.rank(r), scaling) else replace(part, r=each[0], scaling=each[1])
-        for part, each in zip(parts, asked, strict=True)
-    ]
+    """The adapter for these matrices. Patterns may give each parameter its own rank and scaling."""
     settings = Settings(
-        r=r,
-        scaling=scaling,
+        r=1,
+        scaling=1.0,
         dropout=config.dropout,
         init=config.init,
         use_dora=config.use_dora,
         autocast_dtype=config.autocast_adapter_dtype,
     )
-    return Choice(layer, kind, tuple(own), settings)
+    choice = Choice(layer, kind, matrices, settings)
+    asked = []
+    for matrix in matrices:
+        target = choice.name_of(name, matrix)
+        asked.append((matrix.rank(config.rank(name, target)), config.scaling(name, target)))
+    r, scaling = max(rank for rank, _ in asked), asked[0][1]
+    ranked = []
+    for matrix, (rank, factor) in zip(matrices, asked, strict=True):
+        is_usual = (rank, factor) == (matrix.rank(r), scaling)
+        ranked.append(matrix if is_usual else replace(matrix, r=rank, scaling=factor))
+    return replace(choice, matrices=tuple(ranked), settings=replace(settings, r=r, scaling=scaling))
 
 
-def _without(name: str, parts: tuple[AdaptedMatrix, ...], left_out: Set[str]) -> tuple[AdaptedMatrix, ...]:
-    """The parts of a layer, except those that are excluded by name, on their own or with a module inside the layer."""
+def _without(name: str, matrices: tuple[AdaptedMatrix, ...], left_out: Set[str]) -> tuple[AdaptedMatrix, ...]:
+    """The matrices of a layer, except those that are left out by name, or with a module inside the layer."""
     kept = []
-    for part in parts:
-        below = part.weight.split(".")
-        own_names = {".".join([name, *below[: i + 1]]) for i in range(len(below))}
-        if own_names.isdisjoint(left_out):
-            kept.append(part)
+    for matrix in matrices:
+        inside = starts_of(f"{name}.{matrix.weight}")[len(starts_of(name)) :]
+        if left_out.isdisjoint(inside):
+            kept.append(matrix)
     return tuple(kept)
 
 
-def _output_heads(names: Names) -> set[int]:
+def _output_heads(names: Names) -> set[object]:
     """The output heads of language models: from ``get_output_embeddings`` of transformers, or tied to an embedding."""
     # not read as attributes: a computed weight (spectral_norm, for example) may change when it is read
     weights = {module: module._parameters.get("weight") for module in names.modules.values()}
-    embeddings = {id(weight) for module, weight in weights.items() if isinstance(module, nn.Embedding)} - {id(None)}
-    heads = set[int]()
+    embeddings = {weight for module, weight in weights.items() if isinstance(module, nn.Embedding)} - {None}
+    heads = set[object]()
     for module, weight in weights.items():
-        if isinstance(module, nn.Linear) and id(weight) in embeddings:
-            heads.add(id(module))
+        if isinstance(module, nn.Linear) and weight in embeddings:
+            heads.add(module)
     for module in (names.model, *names.modules.values()):
         head = getattr(module, "get_output_embeddings", None)
         if callable(head):
-            heads.add(id(head()))
+            heads.add(head())
     return heads
