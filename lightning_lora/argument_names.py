@@ -1,4 +1,4 @@
-"""Help for arguments that are named otherwise here."""
+"""Help for arguments that have another name here."""
 
 import difflib
 import functools
@@ -44,10 +44,7 @@ ELSEWHERE = {
 
 
 def explains_arguments(cls: _Class) -> _Class:
-    """Refuse unknown arguments with the names to use.
-
-    This decorates a class. Its signature stays as it is written, for type checkers and LightningCLI.
-    """
+    """Let a class refuse unknown arguments with the names to use. Its signature stays, for mypy and LightningCLI."""
     init = cls.__init__  # type: ignore[misc]  # of this very class
     names = [name for name in inspect.signature(init).parameters if name != "self"]
 
@@ -70,7 +67,6 @@ def explains_arguments(cls: _Class) -> _Class:
 
 
 def _hint(name: str, names: Collection[str]) -> str:
-    """What to write in place of an unknown argument."""
     short = name.removeprefix("lora_")
     if name in ELSEWHERE or short in ELSEWHERE:
         return ELSEWHERE.get(name) or ELSEWHERE[short]

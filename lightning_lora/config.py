@@ -34,29 +34,25 @@ class LoRAConfig:
         target_modules: The layers to adapt. ``"all-linear"`` means every linear layer except a language model's output
             head. ``"all"`` means every supported layer. Any other string is a regular expression that must match the
             full dotted name. Or give a list of names, or of the last parts of names.
-        target_slices: Parts of fused layers to adapt; the other parts of these layers do not change. The keys are
-            names of layers, or the last parts of names. The values are names of parts: ``{"attn": ["q", "v"]}`` for
-            nn.MultiheadAttention, which has q, k, v and out. ``{"c_attn": ["q", "v"]}`` is for a projection that
-            computes q, k and v one after the other (grouped queries too). For any other layer, give a range of its
-            output features: ``{"proj": {"a": [0, 64]}}``.
-        target_parameters: Matrices, or stacks of matrices, that are parameters of a module and not layers of their own,
-            such as expert weights. Give their names or the last parts of names. They are adapted in addition to
-            ``target_modules``, which may be empty then.
+        target_slices: Parts of fused layers to adapt; their other parts do not change. The keys are names of layers, or
+            their last parts. The values are names of parts: ``{"attn": ["q", "v"]}`` for nn.MultiheadAttention (q, k, v
+            and out), or for a projection that computes q, k and v one after the other (grouped queries too). For any
+            other layer, give a range of its output features: ``{"proj": {"a": [0, 64]}}``.
+        target_parameters: Matrices, or stacks of them, that are parameters of a module and not layers of their own, such
+            as expert weights, by their names or last parts. ``target_modules`` may be empty then.
         exclude_modules: Modules to leave without adapters, with all their submodules. Give a regular expression or a
             list, as for ``target_modules``.
         modules_to_save: Names of modules, or of single parameters, to train in full, such as a new head. They take
             precedence over ``target_modules``.
-        rank_pattern: Layers with another rank than ``r``. The keys are names, last parts of names, or regular
-            expressions for the end of a name. A parameter in ``target_parameters`` is meant by its own name, such as
-            ``"experts.gate_up_proj"``, or by that of its module.
+        rank_pattern: Layers with another rank than ``r``. The keys are names, their last parts, or expressions for the
+            end of a name. A parameter in ``target_parameters`` is meant by its own name, or by that of its module.
         alpha_pattern: Layers with another ``alpha``, with the same kind of keys.
         bias: Which biases train too: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
         init: How the adapters are initialised. With ``"kaiming"`` (uniform, as nn.Linear) and ``"gaussian"`` (standard
             deviation ``1 / r``), ``lora_A`` is random and ``lora_B`` is zero, so a new adapter changes nothing. In an
-            embedding, ``lora_A`` is zero and ``lora_B`` is random, so tokens never seen in training never change.
-            With ``"pissa"`` (Meng et al. 2024) and ``"olora"`` (Büyükakyüz 2024), both matrices start from the
-            strongest part of the weight. The adapter keeps this start, and the update is the difference from it. The
-            base weight does not change.
+            embedding it is the other way round, so tokens never seen in training never change. With ``"pissa"`` (Meng
+            et al. 2024) and ``"olora"`` (Büyükakyüz 2024), both come from the strongest part of the weight. The adapter
+            keeps these values, and the update is the difference from them. The base weight does not change.
         use_rslora: Scale by ``alpha / sqrt(r)`` (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor").
         use_dora: Train a magnitude for each output feature too, separate from the direction (Liu et al. 2024, "DoRA:
             Weight-Decomposed Low-Rank Adaptation"). For linear, embedding and convolution layers.
@@ -115,59 +111,41 @@ class LoRAConfig:
         for field in ("modules_to_save", "target_parameters"):
             if isinstance(getattr(self, field), str):
                 raise ConfigError(f"{field}={getattr(self, field)!r} is a string. Expected a list of names.")
-        for field in ("exclude_modules", "modules_to_save", "target_parameters"):
-            self._keep(field, _patterns(field, getattr(self, field)) if _given(getattr(self, field)) else None)
+        for field, checked in _PATTERNS.items():
+            given = getattr(self, field)
+            self._keep(field, checked(field, given) if _given(given) else None)
         needed = _given(self.target_modules) or self.target_parameters is None
-        self._keep("target_modules", _patterns("target_modules", self.target_modules) if needed else ())
-        self._keep("target_slices", _slices(self.target_slices) if _given(self.target_slices) else None)
-        for field, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
-            self._keep(field, _values(field, getattr(self, field), check) if _given(getattr(self, field)) else None)
+        self._keep("target_modules", _names("target_modules", self.target_modules) if needed else ())
 
     def _keep(self, field: str, value: object) -> None:
         object.__setattr__(self, field, value)
 
     def rank(self, name: str, parameter: str = "") -> int:
-        """Return the rank asked of a layer or parameter.
-
-        ``parameter`` is its full name. A pattern means it by this name, or by ``name``, that of its module.
-        """
+        """Return the rank asked of the layer ``name``, or of a parameter in it, which patterns mean by both names."""
         return int(_lookup(self.rank_pattern, (parameter, name), self.r))
 
     def scaling(self, name: str, parameter: str = "") -> float:
-        """Return the scaling of an update, named as in ``rank``.
-
-        The factor of ``B @ A`` is ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``.
-        """
+        """Return the factor of ``B @ A``: ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``."""
         r = self.rank(name, parameter)
         return self.alpha_of(name, parameter) / (math.sqrt(r) if self.use_rslora else r)
 
     def alpha_of(self, name: str, parameter: str = "", *, r: int | None = None) -> float:
-        """Return ``alpha`` of a layer, named as in ``rank``.
-
-        With another rank ``r``, it is the one that keeps the scaling.
-        """
+        """Return ``alpha`` of a layer. With another rank ``r``, it is the one that keeps the scaling."""
         asked = self.rank(name, parameter)
         alpha: float = _lookup(self.alpha_pattern, (parameter, name), asked if self.alpha is None else self.alpha)
         growth = (r or asked) / asked
         return alpha * math.sqrt(growth) if self.use_rslora else alpha * growth
 
     def slices(self, name: str) -> tuple[str, ...] | dict[str, tuple[int, int]] | None:
-        """Return which parts of the layer ``name`` are adapted.
-
-        Returns:
-            The names of the parts, or a dict of names and rows. ``None`` means the full layer.
-        """
-        parts: tuple[str, ...] | dict[str, tuple[int, int]] | None = _lookup(self.target_slices, (name,), None)
-        return parts
+        """Return which parts of a layer are adapted: names, or names and rows. ``None`` means the full layer."""
+        return _lookup(self.target_slices, (name,), None)  # type: ignore[no-any-return]
 
     def is_saved(self, name: str) -> bool:
         """Whether ``modules_to_save`` lists the module or parameter ``name``."""
         return any(matches(entry, name) for entry in self.modules_to_save or ())
 
     def completed(self, stored: "LoRAConfig", given: Set[str] = frozenset()) -> "LoRAConfig":
-        """Take the arguments at their defaults from ``stored``.
-
-        Those in ``given`` stay as they are.
+        """Take the arguments that are at their defaults, and not in ``given``, from ``stored``.
 
         Example:
             >>> config = LoRAConfig(r=4).completed(LoRAConfig(r=16, alpha=32))
@@ -180,9 +158,7 @@ class LoRAConfig:
         return dataclasses.replace(self, **{name: getattr(stored, name) for name in left})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the arguments as plain types.
-
-        Every file can hold them.
+        """Return the arguments as plain types, which every file can hold.
 
         Example:
             >>> stored = LoRAConfig(target_modules=["q", "v"]).to_dict()
@@ -209,9 +185,7 @@ class LoRAConfig:
 
 
 def matches(entry: str, name: str) -> bool:
-    """Whether a list entry matches the module ``name``.
-
-    The entry must be the full name, or its last parts.
+    """Whether a list entry is the full name of a module, or its last parts.
 
     Example:
         >>> matches("query", "layer.0.query"), matches("0.query", "layer.10.query")
@@ -221,15 +195,11 @@ def matches(entry: str, name: str) -> bool:
 
 
 def matches_pattern(key: str, name: str) -> bool:
-    """Whether a key of ``rank_pattern`` matches the layer ``name``.
-
-    The key is a full name, its last parts, or a regular expression for the end of the name.
-    """
+    """Whether a pattern's key is a layer's full name, its last parts, or an expression for the end of its name."""
     return matches(key, name) or re.fullmatch(rf"(?:.*\.)?(?:{key})", name) is not None
 
 
 def _lookup(pattern: Mapping[str, Any] | None, names: tuple[str, ...], default: Any) -> Any:
-    """The value of the first key that matches one of ``names``."""
     for key, value in (pattern or {}).items():
         if any(matches_pattern(key, name) for name in names if name):
             return value
@@ -237,29 +207,23 @@ def _lookup(pattern: Mapping[str, Any] | None, names: tuple[str, ...], default: 
 
 
 def _is_number(value: object) -> bool:
-    most = sys.float_info.max
-    return isinstance(value, int | float) and not isinstance(value, bool) and -most <= value <= most
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _plain(value: float) -> float:
-    """Convert a number to Python's own type: files that are loaded safely cannot hold numpy's."""
+    """Make a number Python's own: files that are loaded safely cannot hold numpy's."""
     return value if type(value) is int else float(value)
 
 
 def _as_plain(value: Any) -> Any:
-    """Convert tuples to lists, in dicts too."""
     if isinstance(value, dict):
         return {key: _as_plain(entry) for key, entry in value.items()}
     return [_as_plain(entry) for entry in value] if isinstance(value, tuple) else value
 
 
-def _brief(value: object) -> str:
-    """Shorten a value for an error text."""
-    return _BRIEF.repr(value)
-
-
-_BRIEF = reprlib.Repr()
-_BRIEF.maxstring = _BRIEF.maxother = 200
+_shortener = reprlib.Repr()
+_shortener.maxstring = _shortener.maxother = 200
+_brief = _shortener.repr
 
 
 def _check_rank(name: str, value: object) -> None:
@@ -298,8 +262,8 @@ def _given(value: object) -> bool:
     return value is not None and not (isinstance(value, Sequence | Mapping | Set) and not value)
 
 
-def _patterns(name: str, value: object) -> str | tuple[str, ...]:
-    """Keep a regular expression as it is; make a list of names a tuple."""
+def _names(name: str, value: object) -> str | tuple[str, ...]:
+    """A regular expression as it is, or names as a tuple."""
     if isinstance(value, str) and value:
         _check_expression(name, value)
         return value
@@ -309,25 +273,24 @@ def _patterns(name: str, value: object) -> str | tuple[str, ...]:
     return tuple(map(str, sorted(entries) if isinstance(entries, Set) else entries))
 
 
-def _values(name: str, value: object, check: Any) -> dict[str, Any]:
+def _check_keys(name: str, value: object, values: str) -> None:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) and key for key in value):
-        raise ConfigError(
-            f"{name}={_brief(value)} is not valid. Expected a dict from names to values, such as {{'query': 4}}."
-        )
+        raise ConfigError(f"{name}={_brief(value)} is not valid. Expected a dict from names to {values}.")
+
+
+def _numbers(name: str, value: Any) -> dict[str, Any]:
+    _check_keys(name, value, "values, such as {'query': 4}")
     for key, entry in value.items():
+        check = _check_rank if name == "rank_pattern" else _check_alpha
         check(f"{name}[{key!r}]", entry)
         _check_expression(name, key)
     return {str(key): _plain(entry) for key, entry in value.items()}
 
 
-def _slices(value: object) -> dict[str, Any]:
-    """A dict from layers to the names of their parts, as tuples, or to names and rows."""
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) and key for key in value):
-        raise ConfigError(
-            f"target_slices={_brief(value)} is not valid. Expected a dict from names to parts, such as "
-            "{'c_attn': ['q', 'v']}."
-        )
-    return {str(key): _parts(f"target_slices[{key!r}]", parts) for key, parts in value.items()}
+def _slices(name: str, value: Any) -> dict[str, Any]:
+    """Layers with the names of their parts, as tuples, or with names and rows."""
+    _check_keys(name, value, "parts, such as {'c_attn': ['q', 'v']}")
+    return {str(key): _parts(f"{name}[{key!r}]", parts) for key, parts in value.items()}
 
 
 def _parts(name: str, parts: Any) -> Any:
@@ -350,3 +313,14 @@ def _parts(name: str, parts: Any) -> Any:
             raise ConfigError(f"{name}={_brief(parts)} has parts that share rows. Expected ranges without overlap.")
         taken.append(pair)
     return dict(zip(parts, taken, strict=True))
+
+
+_PATTERNS = {
+    "exclude_modules": _names,
+    "modules_to_save": _names,
+    "target_parameters": _names,
+    "target_slices": _slices,
+    "rank_pattern": _numbers,
+    "alpha_pattern": _numbers,
+}
+"""The optional arguments that mean layers, with what checks them."""
