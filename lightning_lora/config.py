@@ -38,8 +38,8 @@ class LoRAConfig:
             their last parts. The values are names of parts: ``{"attn": ["q", "v"]}`` for nn.MultiheadAttention (q, k, v
             and out), or for a projection that computes q, k and v one after the other (grouped queries too). For any
             other layer, give a range of its output features: ``{"proj": {"a": [0, 64]}}``.
-        target_parameters: Matrices, or stacks of them, that are parameters of a module and not layers of their own, such
-            as expert weights, by their names or last parts. ``target_modules`` may be empty then.
+        target_parameters: Matrices, or stacks of them, that are parameters of a module and not layers of their own,
+            such as expert weights, by their names or last parts. ``target_modules`` may be empty then.
         exclude_modules: Modules to leave without adapters, with all their submodules. Give a regular expression or a
             list, as for ``target_modules``.
         modules_to_save: Names of modules, or of single parameters, to train in full, such as a new head. They take

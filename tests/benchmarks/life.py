@@ -1,9 +1,11 @@
 """Cost of the callback around the steps: start, save, evaluation, end of a fit."""
 
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,20 +14,17 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_lora import LoRACallback
-from tests.benchmarks.measure import Bench, Row
+from lightning_lora import LoRACallback, LoRAConfig, inject_adapters
+from tests.benchmarks.measure import Bench, Row, middle_half
+from tests.benchmarks.models import Bert
+from tests.benchmarks.ways import OURS
 
 _BASES = {"85 M": (12, 768), "300 M": (24, 1024)}
 """Layers and width, as in transformer encoders."""
 
 _GOALS = {
-    "set-up of fit": 0.4,
-    "first save": 1.0,
-    "save": 0.05,
-    "end of fit": 1.6,
-    "validate": 0.05,
-    "test a file": 2.5,
-}
+    "set-up of fit": 0.4, "first save": 1.0, "save": 0.05, "end of fit": 1.6, "validate": 0.05, "test a file": 2.5,
+}  # fmt: skip
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -43,21 +42,13 @@ class Stack(LightningModule):
 
     def __init__(self, layers: int, width: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList()
+        self.layers, self.width = nn.Sequential(), width
         for _ in range(layers):
-            block = nn.ModuleDict({name: nn.Linear(width, width, bias=False) for name in ("q", "k", "v", "o")})
-            block["up"], block["down"] = (
-                nn.Linear(width, 4 * width, bias=False),
-                nn.Linear(4 * width, width, bias=False),
-            )
-            self.blocks.append(block)
-        self.width = width
+            sizes = [width] * 5 + [4 * width, width]  # q, k, v, o, up and down
+            self.layers.extend(nn.Linear(*each, bias=False) for each in itertools.pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            for name in ("q", "k", "v", "o", "up", "down"):
-                x = block[name](x)  # type: ignore[index]
-        return x
+        return self.layers(x)
 
     def training_step(self, batch: Tensor) -> Tensor:
         return self(batch).square().mean()
@@ -138,3 +129,38 @@ def _seconds(run: Callable[[], object]) -> float:
     before = time.perf_counter()
     run()
     return time.perf_counter() - before
+
+
+class Encoder(LightningModule):
+    """BERT-base with a meaningless loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bert = Bert()
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        return self.bert(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-4)
+
+
+def checkpoints(bench: Bench) -> Iterator[Row]:
+    """Checkpoints of BERT-base and AdamW, compared with a plain Trainer's."""
+    data, sizes, times, arithmetic = DataLoader(torch.randn(2, 4, 768), batch_size=1), {}, {}, 0
+    for name, callbacks in (("plain", []), (OURS, [LoRACallback(r=8, merge=False)])):
+        task = Encoder()
+        if not callbacks:
+            inject_adapters(task, LoRAConfig(r=8))
+        it = Trainer(callbacks=callbacks, **QUIET, enable_checkpointing=False)
+        it.fit(task, data)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "file.ckpt"
+            times[name] = bench.take_turns({name: lambda it=it, path=path: it.save_checkpoint(path)})[name]
+            sizes[name] = path.stat().st_size
+        arithmetic = 3 * sum(p.nbytes for p in task.parameters() if p.requires_grad)  # AdamW keeps two values for each
+    case = "checkpoint of BERT-base, all linear"
+    yield Row(case, "bytes over adapters and their AdamW state", sizes[OURS] / arithmetic, 1.05)
+    yield Row(case, "bytes over a plain Trainer's", sizes[OURS] / sizes["plain"])
+    values = [a / b for a, b in zip(times[OURS], times["plain"], strict=True)]
+    yield Row(case, "time over a plain Trainer's", median(values), None, middle_half(values))

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -27,9 +27,6 @@ class Row:
     """One line of a report.
 
     Args:
-        case: What was measured.
-        measure: The meaning of the value.
-        value: The value.
         goal: The largest value that meets the goal.
         spread: The middle half of the values of single rounds.
         details: The values of all methods, relative to the same baseline.
@@ -42,19 +39,10 @@ class Row:
     spread: tuple[float, float] | None = None
     details: Mapping[str, float] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Bench:
-    """The settings of a measurement.
-
-    Args:
-        device: The device of the models.
-        rounds: The number of rounds. Each method runs once in a round.
-        compiled: A mode of ``torch.compile``, to measure compiled training steps too.
-    """
+    """The settings of a measurement. With a mode in ``compiled``, compiled training steps are measured too."""
 
     device: torch.device
     rounds: int

@@ -1,7 +1,4 @@
-"""Memory use of training and of merged models.
-
-It measures the bytes kept for the backward pass, the growth of a process, and the memory for an exact unmerge.
-"""
+"""Memory: bytes kept for the backward pass, growth of a process, and what an exact unmerge needs."""
 
 import json
 import sys

@@ -40,22 +40,15 @@ CASE = "2 processes"
 
 RANK = 16
 SMALL: dict[str, int] = {
-    "hidden_size": 512,
-    "intermediate_size": 1376,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "vocab_size": 4096,
-}
+    "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 4096,
+}  # fmt: skip
 LARGE: dict[str, dict[str, int]] = {
     "Llama-2-7B": {},  # LlamaConfig's defaults
     "Llama-2-70B": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
         "num_key_value_heads": 8,
     },
-}
+}  # fmt: skip
 
 
 PLACES = ((8, 8), (1000, 1000), (1000, 8))
@@ -215,7 +208,6 @@ class Sizes:
         return cls(layers, rest, sum(p.numel() for p in model.parameters() if p.requires_grad))
 
     def row(self, name: str) -> Row:
-        """Return a line of a report."""
         numbers = {part: number / 1e6 for part, number in asdict(self).items()}
         return Row(f"{name}: parameters", "millions", (self.layers + self.rest) / 1e6, details=numbers)
 
@@ -229,14 +221,9 @@ class Sizes:
     def card(self, cards: int, group: int, *, lora: bool) -> dict[str, float]:
         """Estimate the bytes of one card.
 
-        LoRA: a base in bfloat16; adapters, their gradients and Adam's two values in float32. Otherwise all weights
-        train in float32, and are gathered in bfloat16. In a ring of n, a card sends (n - 1)/n of what is gathered or
-        scattered, and twice that of what is reduced for all.
-
-        Args:
-            cards: All cards.
-            group: The cards over which the model is sharded. Each group holds all of it.
-            lora: Train adapters, not all weights.
+        Each group of cards holds the whole model. LoRA: a base in bfloat16; adapters, their gradients and Adam's two
+        values in float32. Otherwise all weights train in float32, and are gathered in bfloat16. In a ring of n, a card
+        sends (n - 1)/n of what is gathered or scattered, and twice that of what is reduced for all.
         """
         base, in_group, in_all = self.layers + self.rest, (group - 1) / group, (cards - 1) / cards
         gathered = in_group * self.gathered(width=2)

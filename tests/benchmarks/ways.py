@@ -25,7 +25,7 @@ A practical lower bound, not a usable method.
 
 
 def frozen(model: nn.Module, names: list[str], r: int, dropout: float) -> nn.Module:
-    """Train nothing. This is the baseline: the other methods also need the gradients through the model."""
+    """The baseline: the other methods need the gradients through the model too."""
     return model.requires_grad_(False)
 
 
@@ -51,15 +51,8 @@ def loralib(model: nn.Module, names: list[str], r: int, dropout: float) -> nn.Mo
 
     for name in names:
         old: Any = model.get_submodule(name)
-        new = Linear(
-            old.in_features,
-            old.out_features,
-            r=r,
-            lora_alpha=r,
-            lora_dropout=dropout,
-            merge_weights=False,
-            bias=old.bias is not None,
-        )
+        how = {"r": r, "lora_alpha": r, "lora_dropout": dropout, "bias": old.bias is not None}
+        new = Linear(old.in_features, old.out_features, merge_weights=False, **how)
         new.to(old.weight.device, old.weight.dtype)
         new.weight, new.bias = old.weight, old.bias
         model.set_submodule(name, new)
@@ -118,7 +111,6 @@ WAYS: dict[str, Callable[[nn.Module, list[str], int, float], nn.Module]] = {
 
 
 def ways_in(dtype: torch.dtype) -> list[str]:
-    """Return the methods that differ for a base of this dtype."""
     left_out = {ARITHMETIC, PEFT_SAME} if dtype is torch.float32 else {ARITHMETIC}
     return [name for name in WAYS if name not in left_out]
 
@@ -128,9 +120,8 @@ def each_way(
 ) -> dict[str, nn.Module]:
     """Adapt copies of ``model`` with every method. All factors are random, as after training: none is zero."""
     models = {}
-    shared = {
-        id(t): t for t in (*model.parameters(), *model.buffers())
-    }  # one base for all, so that no method has it in the cache before another
+    # one base for all, so that no method has it in the cache before another
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     for name in only:
         models[name] = WAYS[name](copy.deepcopy(model, dict(shared)), names, r, dropout)
         for parameter in models[name].parameters():
