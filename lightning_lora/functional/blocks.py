@@ -1,7 +1,4 @@
-"""Split a matrix into blocks of rows.
-
-Intermediate results of one block are small enough to stay in the cache.
-"""
+"""Blocks of rows of a matrix, whose intermediate results stay in the cache."""
 
 from collections.abc import Iterator
 
@@ -11,9 +8,7 @@ _ON_CPU, _ON_DEVICE = 1 << 18, 1 << 26  # elements
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Yield the rows of a matrix in blocks, as slices.
-
-    In float32, a block is about one megabyte on a CPU, and about 256 megabytes on other devices.
+    """Yield the rows of a matrix in blocks. In float32, each has a megabyte on a CPU, 256 megabytes elsewhere.
 
     Example:
         >>> import torch

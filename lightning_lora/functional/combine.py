@@ -1,7 +1,6 @@
-"""Combine several updates of one weight into one.
+"""Combine several updates B A of one weight into one.
 
-The result is always about the updates themselves, B A. Adding up the factors instead would also add the products of one
-update's A with another's B.
+Adding up the factors would also add the products of one update's A with another's B.
 """
 
 import torch
@@ -15,9 +14,7 @@ Factors = tuple[Tensor, Tensor]
 
 
 def concatenated(updates: list[Factors], weights: list[float]) -> Factors:
-    r"""Return the exact weighted sum.
-
-    Its rank is the sum of the ranks.
+    r"""Return the exact weighted sum. Its rank is the sum of the ranks.
 
     Shape:
         A: (\*, r, in), B: (\*, out, r) for each update. Returns the same with the sum of all r.
@@ -47,12 +44,7 @@ def difference(update: Factors, other: Factors) -> Factors:
 
 
 def in_rows(updates: list[Factors], first: list[int], rows: int) -> Factors:
-    """Return one update of a weight from updates of some of its rows.
-
-    Args:
-        updates: The updates.
-        first: The first row of each.
-        rows: The number of rows of the weight.
+    """Return one update of a weight of ``rows`` rows, from updates of some of its rows that begin at ``first``.
 
     Shape:
         A: (r, in), B: (some rows, r) for each. Returns the same with the sum of all r and all rows.
@@ -70,11 +62,7 @@ def in_rows(updates: list[Factors], first: list[int], rows: int) -> Factors:
 
 
 def with_rank(update: Factors, r: int) -> Factors:
-    r"""Return the same update with this rank.
-
-    Args:
-        update: The update.
-        r: The rank: at least that of the factors, or the smaller side of their product.
+    r"""Return the same update with rank r: at least its own, or the smaller side of the weight.
 
     Shape:
         A: (\*, R, in), B: (\*, out, R). Returns the same with r, in float32 or wider.
@@ -94,9 +82,7 @@ def with_rank(update: Factors, r: int) -> Factors:
 
 
 def truncated(update: Factors, r: int) -> Factors:
-    r"""Return the best approximation of an update with rank r.
-
-    It is computed from the QR decompositions of the factors, so that B A is never formed.
+    r"""Return the best approximation of an update with rank r, without forming B A.
 
     Shape:
         A: (\*, R, in), B: (\*, out, R). Returns the same with r, or with fewer if no more are needed.
@@ -114,24 +100,17 @@ def truncated(update: Factors, r: int) -> Factors:
 
 
 def factored(delta: Tensor, r: int) -> Factors:
-    r"""Return the best approximation of a matrix as two factors.
-
-    Shape:
-        (\*, out, in). Returns (\*, r, in) and (\*, out, r).
-    """
+    r"""Return the best approximation of a matrix (\*, out, in) as A, (\*, r, in), and B, (\*, out, r)."""
     u, s, v = torch.linalg.svd(delta, full_matrices=False)
     root = s[..., :r].sqrt()
     return root.unsqueeze(-1) * v[..., :r, :], u[..., :r] * root.unsqueeze(-2)
 
 
 def ties(deltas: list[Tensor], weights: list[float], density: float) -> Tensor:
-    """Combine updates where they agree about the sign.
+    """Combine updates of the same shape where they agree about the sign.
 
     Of each update, the share ``density`` with the largest values is kept. Each element takes the sign of the weighted
     sum, and the mean of the values that have this sign.
-
-    Shape:
-        All have the same shape.
 
     Source:
         Yadav et al. 2023, "TIES-Merging: Resolving Interference When Merging Models", section 4.2.
@@ -154,12 +133,9 @@ def _largest(delta: Tensor, density: float) -> Tensor:
 
 
 def dare(deltas: list[Tensor], weights: list[float], density: float, generator: torch.Generator) -> Tensor:
-    """Add up a random share of each update.
+    """Add up a random share of each update. All have the same shape.
 
     The share ``density`` is kept and divided by it, so that the expected sum stays the same.
-
-    Shape:
-        All have the same shape.
 
     Source:
         Yu et al. 2024, "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",

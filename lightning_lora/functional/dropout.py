@@ -1,7 +1,4 @@
-"""Dropout that stores a seed instead of a mask.
-
-The backward pass draws the same dropped positions again from the seed.
-"""
+"""Dropout that stores a seed instead of a mask: the backward pass draws the same positions again."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -14,37 +11,22 @@ from lightning_lora.functional.blocks import row_blocks
 
 
 def new_seed() -> int:
-    """Draw a seed from torch's random number generator.
-
-    ``torch.manual_seed`` therefore makes the dropout reproducible.
-
-    Example:
-        >>> _ = torch.manual_seed(0)
-        >>> first, second = new_seed(), new_seed()
-        >>> _ = torch.manual_seed(0)
-        >>> new_seed() == first, first == second
-        (True, False)
-    """
+    """Draw a seed from torch's generator, so that ``torch.manual_seed`` makes the dropout reproducible."""
     return int(torch.randint(1 << 62, (), device="cpu"))
 
 
 def drops(rows: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
-    r"""Drop elements of a matrix, block by block.
+    r"""Drop elements of a matrix, each with probability ``p`` in (0, 1), in blocks of rows.
 
-    A block is some rows of the matrix. Each element is dropped with probability ``p``, independently of all others.
+    Only the shape and the device of ``rows`` are used. The same seed always drops the same elements.
 
     On a CPU, drawing random numbers is the main cost of dropout. The number of kept elements between two dropped ones
     has a geometric distribution, :math:`P(k) = (1 - p)^k p`. Drawing these gaps takes only ``p`` random numbers per
     element. The distribution has no memory, so each block can start with a new gap.
 
-    Args:
-        rows: A matrix. Only its shape and device are used.
-        p: The probability of dropping an element, in (0, 1).
-        seed: The random seed. The same seed always drops the same elements.
-
     Yields:
-        The rows of a block, and a function. The function takes a contiguous matrix of the block's shape and sets the
-        dropped elements to zero, in place.
+        The rows of a block, and a function that sets the dropped elements of a contiguous matrix of the block's shape
+        to zero, in place.
 
     Source:
         Batagelj and Brandes 2005, "Efficient Generation of Large Random Networks", section II (the geometric gaps).

@@ -16,12 +16,6 @@ def low_rank_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -
 
     The update is :math:`s \, B A x`. The scaling is applied between the two products, where the tensor is smallest.
 
-    Args:
-        x: The layer's input.
-        lora_A: The factor that reads the input.
-        lora_B: The factor that writes the output.
-        scaling: The factor :math:`s`, alpha over r.
-
     Shape:
         ``x``: (\*, in), ``lora_A``: (r, in), ``lora_B``: (out, r). Returns (\*, out), in the dtype of ``x``.
 
@@ -45,17 +39,9 @@ def low_rank_lookup(
     padding_idx: int | None = None,
     scale_grad_by_freq: bool = False,
 ) -> Tensor:
-    r"""Return the update to an embedding's output.
+    r"""Return the update to an embedding's output: the columns ``index`` of :math:`s \, B A`.
 
-    It consists of the columns ``index`` of :math:`s \, B A`.
-
-    Args:
-        index: The tokens to look up.
-        lora_A: One column for each row of the embedding.
-        lora_B: The factor that writes the output.
-        scaling: The factor :math:`s`, alpha over r.
-        padding_idx: A token whose column gets no gradient.
-        scale_grad_by_freq: Whether to divide a column's gradient by the number of times its token occurs.
+    The last two arguments are those of nn.Embedding.
 
     Shape:
         ``index``: (\*), ``lora_A``: (r, num_embeddings), ``lora_B``: (embedding_dim, r).
@@ -94,7 +80,7 @@ def adapted_linear(
 
     The update is added in place to the frozen layer's result. The backward pass needs only ``x``, which other
     operations keep too, and ``h``. The dropped elements are drawn again from a seed (:mod:`.dropout`). ``h`` and ``g``
-    have the layout (r, tokens), because products with it are several times faster than with (tokens, r). Operations
+    have the shape (r, tokens), because products with it are several times faster than with (tokens, r). Operations
     that read the same matrix follow one another, so that it may still be in the cache.
 
     With many more tokens than features, both passes multiply by the sum :math:`W + s B A` instead, unless this would
@@ -103,15 +89,6 @@ def adapted_linear(
     These explicit gradients are for plain tensors. Torch's autograd takes over under ``torch.compile``,
     ``torch.func``, forward-mode differentiation and tracing, for other tensor classes (quantised, distributed, nested),
     and for second derivatives.
-
-    Args:
-        x: The layer's input.
-        weight: The layer's weight.
-        bias: The layer's bias, or None.
-        lora_A: The factor that reads the input.
-        lora_B: The factor that writes the output.
-        scaling: The factor :math:`s`, alpha over r.
-        dropout: The probability in [0, 1) of dropping an element of ``x``, in the update only.
 
     Shape:
         ``x``: (\*, in), ``weight``: (out, in), ``bias``: (out), ``lora_A``: (r, in), ``lora_B``: (out, r).
@@ -264,8 +241,8 @@ class _AdaptedLinear(torch.autograd.Function):
     def differentiable(ctx: Any, grad: Tensor, inputs: Sequence[Any]) -> tuple[Tensor | None, ...]:
         """Compute gradients that can be differentiated again.
 
-        Torch differentiates the separate operations, with the same dropped elements. The inputs are treated as
-        independent, because x may depend on A if a layer is used twice.
+        Torch differentiates the separate operations, with the same dropped elements. The inputs count as independent:
+        x may depend on A if a layer is used twice.
         """
         inputs = [None if t is None else t.view_as(t) for t in inputs]
         x, weight, bias, lora_A, lora_B = inputs

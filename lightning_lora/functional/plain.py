@@ -11,11 +11,7 @@ _PLAIN = {Tensor, nn.Parameter, type(None)}
 
 
 def are_plain(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether explicit gradients are safe.
-
-    They are where no other code needs to see the single operations: outside ``torch.compile``, ``torch.func``,
-    forward-mode differentiation, tracing and modes, and for torch's own tensor class.
-    """
+    """Whether explicit gradients are safe: where no other code needs to see the single operations."""
     return (
         not torch.compiler.is_compiling()
         and _PLAIN.issuperset(map(type, (x, *others)))

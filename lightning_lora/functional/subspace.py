@@ -1,16 +1,11 @@
-"""Singular values, norms and subspaces of updates.
-
-An update B A has rank r. So everything here is computed from matrices of r rows and columns, never from B A itself.
-"""
+"""Singular values, norms and subspaces of updates, computed without forming B A."""
 
 import torch
 from torch import Tensor
 
 
 def singular_values(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    r"""Return the singular values of an update.
-
-    The update is :math:`s \, B A`.
+    r"""Return the singular values of an update :math:`s \, B A`.
 
     Shape:
         ``lora_A``: (\*, r, in), ``lora_B``: (\*, out, r). Returns (\*, min(r, in, out)), the largest first, in float64.
@@ -69,11 +64,7 @@ def subspace_similarity(one: Tensor, other: Tensor) -> Tensor:
 
 
 def cosine(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
-    r"""Return the cosine of the angle between two updates.
-
-    Args:
-        one: The factors A and B of one update.
-        other: Those of the other. A scaling makes no difference.
+    r"""Return the cosine of the angle between two updates, given as A and B. A scaling makes no difference.
 
     Shape:
         A: (\*, r, in), B: (\*, out, r). Returns (\*), from -1 to 1. It is 0 if one update is zero.

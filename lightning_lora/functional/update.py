@@ -9,9 +9,7 @@ from lightning_lora.functional.blocks import row_blocks
 
 
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    r"""Return the update of a weight.
-
-    The update is :math:`\Delta W = s \, B A`, in float32 or wider. So it is rounded only once, later.
+    r"""Return the update of a weight, :math:`\Delta W = s \, B A`, in float32 or wider: it is rounded once, later.
 
     Shape:
         ``lora_A``: (r, in), ``lora_B``: (out, r). Returns (out, in).
@@ -28,25 +26,12 @@ def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype, or float32 if that is wider.
-
-    A narrower dtype would lose small updates.
-
-    Example:
-        >>> wide(torch.bfloat16), wide(torch.float64)
-        (torch.float32, torch.float64)
-    """
+    """Return the dtype, or float32 if that is wider. A narrower dtype would lose small updates."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def added(weight: Tensor, delta: Tensor) -> Tensor:
-    r"""Return a weight plus its update.
-
-    The sum :math:`W + \Delta W` has the wider of the two dtypes, so that it is rounded only once, later.
-
-    Shape:
-        ``weight``, ``delta`` and the result have the same shape.
-    """
+    r"""Return the sum :math:`W + \Delta W` in the wider of the two dtypes, so that it is rounded only once, later."""
     return weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
 
 
@@ -55,12 +40,6 @@ def merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tu
 
     The sum :math:`W + s \, B A` is computed in float32 or wider, a few rows at a time. It is rounded once, to the dtype
     of :math:`W`. :func:`lost_share` defines the share.
-
-    Args:
-        weight: The base's weight.
-        lora_A: The factor that reads the input.
-        lora_B: The factor that writes the output.
-        scaling: The factor :math:`s`, alpha over r.
 
     Shape:
         ``weight``: (out, in), ``lora_A``: (r, in), ``lora_B``: (out, r). Returns (out, in), and a number.
@@ -91,13 +70,9 @@ def lost_share(weight: Tensor, effective: Tensor, merged: Tensor) -> float:
     It is the norm of the rounding error, divided by the norm of the update. It is 1 if every change was smaller than
     half a step of the weight's dtype: then nothing of the update is left.
 
-    Args:
-        weight: The base's weight.
-        effective: The weight with its update, in a wider dtype.
-        merged: The same values, rounded to the dtype of ``weight``.
-
     Shape:
-        All have the same shape. Returns a number from 0 to about 1. An update of zero gives 0.
+        ``weight``, the weight with its update in a wider dtype and the same rounded: all have the same shape. Returns a
+        number from 0 to about 1. An update of zero gives 0.
 
     Example:
         >>> weight, effective = torch.ones(4).bfloat16(), torch.full((4,), 1.001)

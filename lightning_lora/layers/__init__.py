@@ -1,7 +1,6 @@
-"""The layer types that can be adapted.
+"""The layer types that can be adapted. Each has its own file and an entry in ``ADAPTERS``.
 
-Each has its own file and an entry in ``ADAPTERS``. A layer knows its own weights and its own adapter. Nothing here
-depends on models or configurations.
+A layer knows its own weights and its own adapter. Nothing here depends on models or configurations.
 """
 
 from lightning_lora.layers.base import HAS_UPDATE, LoRALayer, attach

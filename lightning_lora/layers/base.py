@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, reduce
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,7 @@ from lightning_lora.errors import LoRAWarning
 from lightning_lora.functional.plain import are_plain
 from lightning_lora.functional.update import added, delta_weight, lost_share, magnitude_scale, merged
 from lightning_lora.layers.contract import LayerKind
-from lightning_lora.layers.functional_call import run_on
+from lightning_lora.layers.functional_call import functional_call
 from lightning_lora.layers.init import initialise
 from lightning_lora.layers.matrices import (
     AdaptedMatrix,
@@ -35,10 +35,7 @@ HAS_UPDATE = "has_lora_update"
 
 
 class Step:
-    """Whether a Trainer's training step runs.
-
-    In it, dropout acts whatever mode the layer is in. A copy of the layer is in no step.
-    """
+    """Whether a Trainer's training step runs: then dropout acts in any mode. A copy of the layer is in no step."""
 
     def __init__(self) -> None:
         self.runs = False
@@ -58,9 +55,7 @@ class LoRALayer(LayerKind):
     lora_settings: Settings
     lora_started_on: dict[str, int]
     lora_enabled: bool
-    lora_step: "Step"
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
+    lora_step: Step
 
     # Forward
 
@@ -77,10 +72,7 @@ class LoRALayer(LayerKind):
         return self.lora_forward_on_sum(*args, **kwargs)
 
     def lora_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the layer's output and add the update.
-
-        With DoRA, the sum is scaled to its magnitude.
-        """
+        """Compute the layer's output and add the update. With DoRA, the sum is scaled to its magnitude."""
         output, dropout = super().forward(*args, **kwargs), self.lora_dropout()
         if dropout:
             if args:
@@ -97,8 +89,8 @@ class LoRALayer(LayerKind):
         """DoRA: add the update and scale each feature to its magnitude. The bias is not scaled."""
         with torch.autocast(output.device.type, enabled=False):
             with torch.no_grad():
-                own = self.lora_values(self, self._lora_own("weight"))
-                matrix = added(own, self._lora_delta("weight", own))
+                weight = self.lora_values(self, self._lora_weight("weight"))
+                matrix = added(weight, self._lora_delta("weight", weight))
             scale = magnitude_scale(self._lora_magnitude(), self.lora_as_matrix(matrix))
         after = (1,) * (self.weight.dim() - 2)  # type: ignore[operator]  # dimensions of the output after its features
         scale, bias = scale.view(-1, *after), getattr(self, "bias", None)
@@ -109,19 +101,16 @@ class LoRALayer(LayerKind):
         """Run the layer's own forward on ``W + ΔW``."""
         weights = {}
         for name in self.lora_weights():
-            dtype = self.lora_dtype(self, self._lora_own(name))
+            dtype = self.lora_dtype(self, self._lora_weight(name))
             weights[name] = self.lora_effective_weight(name, dropping=True).to(dtype)
         return self.lora_run_on(weights, *args, **kwargs)
 
-    def lora_run_on(self, values: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:
+    def lora_run_on(self, weights: Mapping[str, Tensor | None], *args: Any, **kwargs: Any) -> Any:
         """Run the layer's own forward on other weights."""
-        return run_on(self, self.overlaid[1], values, self.lora_twins_own, *args, **kwargs)
+        return functional_call(self, self.overlaid[1], weights, self.lora_from_weights, *args, **kwargs)
 
     def lora_dropout(self) -> float:
-        """Return the probability of dropping an input of A now.
-
-        It is zero in evaluation.
-        """
+        """Return the probability of dropping an input of A now: zero in evaluation."""
         p = self.lora_settings.dropout
         return p if p and self.lora_drops_input and (self.training or self.lora_step.runs) else 0.0
 
@@ -129,87 +118,78 @@ class LoRALayer(LayerKind):
 
     def lora_weights(self) -> tuple[str, ...]:
         """Return the names of the weights that have updates."""
-        return tuple(dict.fromkeys(part.weight for part in self.lora_matrices))
+        return tuple(dict.fromkeys(matrix.weight for matrix in self.lora_matrices))
 
     def lora_factors(self, name: str) -> tuple[Tensor, Tensor]:
-        r"""Return the factors of a weight's update as one pair.
-
-        They are A and B in :math:`\Delta W = s \, B A`, as :func:`.weight_factors` returns them.
+        r"""Return A and B of a weight's update :math:`\Delta W = s \, B A` (see :func:`.weight_factors`).
 
         Shape:
             (\*, r', in) and (\*, out, r'), with r' the sum of the ranks.
         """
-        return weight_factors(name, self.lora_matrices, self.lora_settings, self._lora_readable(name))
+        return weight_factors(name, self.lora_matrices, self.lora_settings, self._lora_reader(name))
 
-    def _lora_readable(self, weight: str) -> Callable[[str], Tensor]:
+    def _lora_reader(self, weight: str) -> Callable[[str], Tensor]:
         """How to read the adapter's parameters to compute with: beside a plain weight, without their DTensors."""
-        if is_dtensor(self._lora_own(weight)):
+        if is_dtensor(self._lora_weight(weight)):
             return partial(getattr, self)
         return lambda name: without_dtensor(getattr(self, name))
 
     def _lora_magnitude(self) -> Tensor:
-        return self._lora_readable("weight")(self.lora_matrices[0].parameter(Role.MAGNITUDE))
+        return self._lora_reader("weight")(self.lora_matrices[0].parameter(Role.MAGNITUDE))
 
-    def _lora_delta(self, name: str, own: Tensor, dropout: float = 0.0) -> Tensor:
-        """The update of a weight, in the layout of ``own``, in float32 or wider."""
+    def _lora_delta(self, name: str, weight: Tensor, dropout: float = 0.0) -> Tensor:
+        """The update of a weight, in its shape, in float32 or wider."""
         a, b = self.lora_factors(name)
-        if not is_dtensor(own):
+        if not is_dtensor(weight):
             a, b = full_tensor(a), full_tensor(b)
         if dropout:
             a = a * F.dropout(torch.ones_like(a[..., :1, :]), dropout)
-        return self.lora_as_weight(delta_weight(a, b, self._lora_scaling(name)), own)
+        return self.lora_as_weight(delta_weight(a, b, self._lora_scaling(name)), weight)
 
     def _lora_scaling(self, name: str) -> float:
-        """The scaling of a weight's update."""
-        own = next(part.scaling for part in self.lora_matrices if part.weight == name)
-        return own or self.lora_settings.scaling
+        scaling = next(matrix.scaling for matrix in self.lora_matrices if matrix.weight == name)
+        return scaling or self.lora_settings.scaling
 
-    def _lora_own(self, name: str) -> Tensor:
+    def _lora_weight(self, name: str) -> Tensor:
         """A weight without its update. Read as an attribute: replicas of a module have no parameters."""
-        holder: Any = self
-        for part in name.split("."):
-            holder = getattr(holder, part)
-        return holder  # type: ignore[no-any-return]  # a tensor
+        return reduce(getattr, name.split("."), self)  # type: ignore[return-value]  # a tensor at the end
 
-    def lora_effective_weight(self, name: str, own: Tensor | None = None, *, dropping: bool = False) -> Tensor:
+    def lora_effective_weight(self, name: str, weight: Tensor | None = None, *, dropping: bool = False) -> Tensor:
         """Return a weight with its update, in float32 or wider.
 
         Args:
             name: The weight's name in the layer.
-            own: The weight, if it is not to be read from the layer.
+            weight: The weight, if it is not to be read from the layer.
             dropping: Whether to apply dropout in training. It drops whole features of A, as the input is not available.
         """
-        own = self.lora_values(self, self._lora_own(name) if own is None else own)
+        weight = self.lora_values(self, self._lora_weight(name) if weight is None else weight)
         dropout = self.lora_dropout() if dropping else 0.0
-        with torch.autocast(own.device.type, enabled=False):
-            effective = added(own, self._lora_delta(name, own, dropout))
+        with torch.autocast(weight.device.type, enabled=False):
+            effective = added(weight, self._lora_delta(name, weight, dropout))
             if not self.lora_settings.use_dora:
                 return effective
-            matrix = self.lora_as_matrix(effective)
-            magnitude = self._lora_magnitude()
-            scaled = matrix * magnitude_scale(
-                magnitude if is_dtensor(own) else full_tensor(magnitude), matrix
-            ).unsqueeze(-1)
-            return self.lora_as_weight(scaled, own)
+            matrix, magnitude = self.lora_as_matrix(effective), self._lora_magnitude()
+            scale = magnitude_scale(magnitude if is_dtensor(weight) else full_tensor(magnitude), matrix)
+            return self.lora_as_weight(matrix * scale.unsqueeze(-1), weight)
 
     def lora_merged_weight(self, name: str) -> tuple[Tensor, float]:
-        """Return a merged weight and the share lost to rounding.
+        """Return a merged weight, with the dtype and the shape of the weight, and the share lost to rounding.
 
-        The merged weight has the dtype and the layout of the weight itself. A weight that is spread over processes is
-        gathered meanwhile, so that the sum is the same to the last bit as on one process.
+        A weight that is distributed over processes is gathered meanwhile, so that the sum is the same to the last bit
+        as on one process.
         """
-        own = own_parameter(self, name)
-        weight = full_tensor(own)
-        is_plain = type(weight.data) is Tensor and weight.dim() == 2
+        weight = own_parameter(self, name)
+        full = full_tensor(weight)
+        is_plain = type(full.data) is Tensor and full.dim() == 2
         if self._lora_is_matrix and is_plain and not self.lora_settings.use_dora:
-            with torch.autocast(weight.device.type, enabled=False):
+            with torch.autocast(full.device.type, enabled=False):
                 a, b = self.lora_factors(name)
-                values, share = merged(weight, full_tensor(a), full_tensor(b), self._lora_scaling(name))
+                values, share = merged(full, full_tensor(a), full_tensor(b), self._lora_scaling(name))
         else:
-            effective = self.lora_effective_weight(name, weight)
-            values = effective.to(weight.dtype)
-            share = lost_share(weight, effective, values)
-        return distributed_as(values, own), share
+            effective = self.lora_effective_weight(name, full)
+            values = effective.to(full.dtype)
+            share = lost_share(full, effective, values)
+        return distributed_as(values, weight), share
 
     # The parameters
 
@@ -226,10 +206,7 @@ class LoRALayer(LayerKind):
         return [own_parameter(self, name) for name, about in self.lora_roles().items() if about.role.trains]
 
     def lora_detach(self) -> Adapter:
-        """Remove the adapter from the layer and return it.
-
-        The layer has its own class and its own state dict keys again.
-        """
+        """Remove the adapter from the layer, which has its class and its state dict keys of before again."""
         state = self.__dict__
         parameters = self.lora_parameters()
         for name in parameters:
@@ -269,20 +246,14 @@ class LoRALayer(LayerKind):
         return all(self.lora_started_on[name] == digest(values[name].float()) for name in noted)
 
     def lora_follow_base(self) -> None:
-        """Initialise the adapter again if its base has changed.
-
-        This applies only to an adapter that started from the base's weights and has not been trained yet.
-        """
+        """Initialise an adapter that started from the base's weights again, if they have changed before it trained."""
         if self.lora_started_on and self.lora_is_fresh():
             noted = {name: own_parameter(self, name) for name in self.lora_weights() if name in self.lora_started_on}
             if any(digest(weight) != self.lora_started_on[name] for name, weight in noted.items()):
                 self.lora_restart()
 
     def reset_parameters(self) -> None:
-        """Initialise the layer's own parameters and the adapter again.
-
-        It is usually called after ``to_empty``.
-        """
+        """Initialise the base's parameters and the adapter again. It is usually called after ``to_empty``."""
         if hasattr(self.overlaid[1], "reset_parameters"):
             super().reset_parameters()  # type: ignore[misc]  # checked above
         self.lora_restart()
@@ -290,10 +261,7 @@ class LoRALayer(LayerKind):
     # Methods of nn.Module
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode as nn.Module does.
-
-        A mode that is set in a training step decides until the next one.
-        """
+        """Set the mode as nn.Module does. A mode that is set in a training step decides until the next one."""
         self.lora_step.runs = False
         return super().train(mode)
 
@@ -320,9 +288,9 @@ class LoRALayer(LayerKind):
 
         Weights with an update become the base, and the adapter begins anew: the update would count twice.
         """
-        factors = self.lora_parameters()
-        own = {prefix + name for name in factors}
-        holds_adapter = not own.isdisjoint(state_dict)
+        parameters = self.lora_parameters()
+        keys = {prefix + name for name in parameters}
+        holds_adapter = not keys.isdisjoint(state_dict)
         if not holds_adapter and not args[0].get(HAS_UPDATE):
             self._lora_warn_of(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -331,13 +299,13 @@ class LoRALayer(LayerKind):
         weight = own_parameter(self, self.lora_matrices[0].weight)
         if args[0].get(HAS_UPDATE):
             self.lora_restart()
-        if any(p.is_meta for p in factors.values()) and not weight.is_meta:  # the base was loaded with assign=True
-            for name, p in factors.items():
+        if any(p.is_meta for p in parameters.values()) and not weight.is_meta:  # the base was loaded with assign=True
+            for name, p in parameters.items():
                 setattr(self, name, nn.Parameter(torch.empty_like(p, device=weight.device), p.requires_grad))
             self.lora_restart()
         self.lora_follow_base()
         missing: list[str] = args[2]
-        missing[:] = [key for key in missing if key not in own]
+        missing[:] = [key for key in missing if key not in keys]
 
     def _lora_warn_of(self, state_dict: Any, prefix: str) -> None:
         """Warn of other weights below an adapter that is trained: always in the same words, so Python does it once."""
@@ -353,13 +321,13 @@ class LoRALayer(LayerKind):
             )
 
     def extra_repr(self) -> str:
-        """Return the layer's own description and the adapter's."""
+        """Describe the layer and the adapter."""
         return f"{super().extra_repr()}, {self._lora_about()}".removeprefix(", ")
 
     def _lora_about(self) -> str:
-        settings, parts = self.lora_settings, [part.name for part in self.lora_matrices if part.name]
+        settings, names = self.lora_settings, [matrix.name for matrix in self.lora_matrices if matrix.name]
         more = ", use_dora=True" if settings.use_dora else f", init={settings.init!r}" * settings.starts_from_base
-        return f"r={settings.r}, scaling={settings.scaling:g}{more}" + (f", parts={parts}" if parts else "")
+        return f"r={settings.r}, scaling={settings.scaling:g}{more}" + (f", parts={names}" if names else "")
 
     def __repr__(self) -> str:
         """Describe the adapter too, even if the layer overrides ``__repr__``."""
@@ -370,10 +338,7 @@ class LoRALayer(LayerKind):
 
 
 def attach(layer: nn.Module, adapter: Adapter) -> None:
-    """Attach an adapter to a layer.
-
-    The layer stays the same object. From now on it computes with ``W + ΔW``.
-    """
+    """Attach an adapter to a layer. The layer stays the same object and computes with ``W + ΔW`` from now on."""
     overlay(layer, cast(type[LoRALayer], adapter.kind))
     layer._parameters.update(adapter.parameters)
     vars(layer).update(

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.layers.matrices import AdaptedMatrix
+from lightning_lora.layers.matrices import AdaptedMatrix, Role
 from lightning_lora.tensors.inplace import InPlace
 from lightning_lora.tensors.names import own_parameter
 
@@ -24,35 +24,25 @@ class LayerKind(InPlace, nn.Module):
 
     lora_layer_types: ClassVar[LayerTypes] = ()
     """The layer classes that it adapts."""
-
     lora_methods: ClassVar[tuple[str, ...]] = ("forward",)
     """The methods that compute the output. If a subclass of the layer overrides one, the layer runs on ``W + ΔW``."""
-
     lora_is_linear: ClassVar[bool] = False
     """Whether ``"all-linear"`` includes it."""
-
     lora_fits_dora: ClassVar[bool] = False
     """Whether DoRA is possible: there is one matrix, and each of its rows is an output feature."""
-
     lora_writes_rows: ClassVar[bool] = True
     """Whether ``target_slices`` can name rows: each row of its one matrix is an output feature."""
-
     lora_input: ClassVar[str] = "input"
     """The name of the first argument of ``forward``."""
-
     lora_drops_input: ClassVar[bool] = True
     """Whether the input has features that dropout can drop."""
-
     lora_output_is_new: ClassVar[bool] = False
     """Whether the output is a new tensor that nothing else uses, so that the update is added in place."""
-
-    lora_zero: ClassVar[str] = "B"
-    """The factor that starts at zero."""
-
+    lora_zero: ClassVar[Role] = Role.B
+    """The factor that is zero at first."""
     lora_options: ClassVar[tuple[str, ...]] = ()
     """Attributes of the layer that decide, beside the weights, what the update computes. Files hold them."""
-
-    lora_twins_own: ClassVar[tuple[str, ...]] = ()
+    lora_from_weights: ClassVar[tuple[str, ...]] = ()
     """Attributes that ``forward`` sets from the weights."""
 
     _lora_is_additive: ClassVar[bool]
@@ -82,18 +72,12 @@ class LayerKind(InPlace, nn.Module):
 
     @staticmethod
     def lora_refusal(layer: Any) -> str | None:  # noqa: ARG004  # for subclasses
-        """Return why this layer cannot be adapted, or None.
-
-        Its type is supported, but this one layer may have options that are not.
-        """
+        """Return why this one layer cannot be adapted although its type is supported, or None."""
         return None
 
     @staticmethod
     def lora_is_quantised(layer: Any) -> bool:
-        """Whether the weight is quantised.
-
-        No update can be merged into a quantised weight.
-        """
+        """Whether the weight is quantised. No update can be merged into it then."""
         weight = layer._parameters.get("weight")
         return weight is not None and type(weight).dequantize is not Tensor.dequantize
 
@@ -109,27 +93,18 @@ class LayerKind(InPlace, nn.Module):
 
     @staticmethod
     def lora_as_matrix(weight: Tensor) -> Tensor:
-        """Return a weight as a matrix.
-
-        Shape:
-            Returns (out, in), or a stack of such matrices.
-        """
+        """Return a weight as a matrix of shape (out, in), or as a stack of such matrices."""
         return weight
 
     @staticmethod
     def lora_as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
-        """Return a matrix in the layout of ``weight``.
-
-        Shape:
-            ``matrix``: (out, in). Returns the shape of ``weight``.
-        """
+        """Return a matrix of shape (out, in) in the shape of ``weight``."""
         return matrix.reshape(weight.shape)
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the update of the output.
+        """Compute the update of the output, from the arguments of ``forward``. Dropout was applied to the input before.
 
-        Optional: without it, the layer runs on W + ΔW, and this is never called. The other arguments are those of
-        ``forward``. Dropout has already been applied to the input.
+        Optional: without it, the layer runs on W + ΔW, and this is never called.
         """
         raise NotImplementedError
 

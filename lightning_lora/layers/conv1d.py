@@ -1,7 +1,4 @@
-"""transformers' Conv1D, a linear layer, with a low-rank update.
-
-GPT-2 uses this layer. Its weight has the layout (in, out).
-"""
+"""transformers' Conv1D with a low-rank update: GPT-2's linear layer, whose weight has the shape (in, out)."""
 
 from typing import Any
 
@@ -35,8 +32,5 @@ class LoRAConv1D(LoRALinear):
         return matrix.T
 
     def lora_forward(self, x: Tensor) -> Any:
-        """Compute the output and its update.
-
-        Without DoRA, one function computes both.
-        """
+        """Compute the output and its update. The argument has its name in Conv1D."""
         return super().lora_forward(x)

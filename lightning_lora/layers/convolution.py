@@ -36,11 +36,7 @@ class LoRAConvNd(LoRALayer):
 
     @staticmethod
     def lora_as_matrix(weight: Tensor) -> Tensor:
-        r"""Return the weight as a matrix.
-
-        Shape:
-            ``weight``: (out, in / groups, \*kernel). Returns (out, in / groups · kernel).
-        """
+        """Return the weight as a matrix of shape (out, in / groups · kernel)."""
         return weight.flatten(1)
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, input: Tensor) -> Tensor:
@@ -81,20 +77,12 @@ class LoRAConvTransposeNd(LoRALayer):
 
     @staticmethod
     def lora_as_matrix(weight: Tensor) -> Tensor:
-        r"""Return the weight as a matrix.
-
-        Shape:
-            ``weight``: (in, out / groups, \*kernel). Returns (out / groups · kernel, in).
-        """
+        """Return the weight as a matrix of shape (out / groups · kernel, in)."""
         return weight.flatten(1).T
 
     @staticmethod
     def lora_as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
-        r"""Return a matrix in the layout of the weight.
-
-        Shape:
-            ``matrix``: (out / groups · kernel, in). Returns (in, out / groups, \*kernel).
-        """
+        """Return a matrix of shape (out / groups · kernel, in) in the shape of the weight."""
         return matrix.T.reshape(weight.shape)
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -110,7 +98,7 @@ class LoRAConvTransposeNd(LoRALayer):
 
 
 def _each(value: int | Sequence[int]) -> tuple[int, ...]:
-    """Return the values for height and width. Torch takes one number for both, if it is set later."""
+    """The values for height and width. Torch takes one number for both, if it is set later."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return 2 * values if len(values) == 1 else values
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lightning_lora.functional.linear import low_rank_lookup
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.contract import LayerTypes
+from lightning_lora.layers.matrices import Role
 
 
 class LoRAEmbedding(LoRALayer):
@@ -27,7 +28,7 @@ class LoRAEmbedding(LoRALayer):
     lora_layer_types: ClassVar[LayerTypes] = (nn.Embedding,)
     lora_fits_dora = True
     lora_drops_input = False
-    lora_zero = "A"
+    lora_zero = Role.A
     padding_idx: int | None
     scale_grad_by_freq: bool
 
@@ -35,8 +36,7 @@ class LoRAEmbedding(LoRALayer):
     def lora_refusal(layer: Any) -> str | None:
         """Return why this embedding cannot be adapted, or None.
 
-        ``max_norm`` is not supported: it would rescale the rows of W without their update. Sparse gradients are not
-        supported either: A cannot have them.
+        ``max_norm`` would rescale the rows of W without their update. A cannot have sparse gradients.
         """
         if layer.max_norm is not None:
             return f"max_norm={layer.max_norm:g} rewrites its weight in every forward"
@@ -44,20 +44,12 @@ class LoRAEmbedding(LoRALayer):
 
     @staticmethod
     def lora_as_matrix(weight: Tensor) -> Tensor:
-        """Return the weight as a matrix.
-
-        Shape:
-            ``weight``: (num_embeddings, embedding_dim). Returns (embedding_dim, num_embeddings).
-        """
+        """Return the weight as a matrix of shape (embedding_dim, num_embeddings)."""
         return weight.T
 
     @staticmethod
     def lora_as_weight(matrix: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG004
-        """Return a matrix in the layout of the weight.
-
-        Shape:
-            ``matrix``: (embedding_dim, num_embeddings). Returns (num_embeddings, embedding_dim).
-        """
+        """Return a matrix of shape (embedding_dim, num_embeddings) as the weight."""
         return matrix.T
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, input: Tensor) -> Tensor:
@@ -86,10 +78,7 @@ class LoRAEmbeddingBag(LoRAEmbedding):
     weight: nn.Parameter
 
     def lora_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the bags with their update.
-
-        A sum or a mean is linear in the weight, so the update is added to it. A maximum runs on ``W + ΔW``.
-        """
+        """Compute the bags with their update. A maximum is not linear in the weight: it runs on ``W + ΔW``."""
         forward = self.lora_forward_on_sum if self.mode == "max" else super().lora_forward
         return forward(*args, **kwargs)
 

@@ -1,7 +1,4 @@
-"""Low-rank updates for single parameters of a module.
-
-An example is the stacked weights of experts, which a module reads directly instead of calling layers.
-"""
+"""Low-rank updates for parameters that a module reads directly, such as the stacked weights of experts."""
 
 from typing import ClassVar
 
@@ -35,11 +32,6 @@ class LoRAParameters(LoRALayer):
 
     @staticmethod
     def lora_part(layer: nn.Module, name: str) -> AdaptedMatrix:
-        """Return a :class:`.AdaptedMatrix` for one parameter.
-
-        Args:
-            layer: The module.
-            name: The parameter's name in it: its own, or that of a layer inside it. It is a matrix or a stack of them.
-        """
+        """Return the matrix, or the stack of matrices, that is a parameter of the module or of a layer inside it."""
         *stack, writes, reads = own_parameter(layer, name).shape
         return AdaptedMatrix(name, reads, writes, rows=writes, name=name.replace(".", "_"), stack=tuple(stack))

@@ -15,11 +15,7 @@ from lightning_lora.tensors.values import replace_values
 def new_adapter(
     kind: type[LayerKind], layer: nn.Module, matrices: tuple[AdaptedMatrix, ...], settings: Settings
 ) -> Adapter:
-    """Create an adapter with an update of zero.
-
-    It is on the device of the layer's weights and has their dtype. With ``settings.autocast_dtype``, float32 replaces a
-    narrower dtype; for magnitudes it always does.
-    """
+    """Create an adapter with an update of zero, on the device of the layer's weights."""
     adapter = Adapter(kind, settings, matrices, {})
     for name, about in adapter.roles.items():
         weight = own_parameter(layer, about.matrix.weight)
@@ -35,7 +31,7 @@ def new_adapter(
 
 
 def initialise(layer: nn.Module, adapter: Adapter) -> None:
-    """Initialise an adapter for a layer. If it starts from the layer's weights, it remembers their digests."""
+    """Initialise an adapter for a layer. If it depends on the layer's weights, it remembers their digests."""
     values: dict[str, Tensor] = {}
     for name, p in adapter.parameters.items():  # each process draws full factors, and keeps its shard
         values[name] = torch.empty(p.shape, dtype=p.dtype, device=p.device) if is_dtensor(p) else p
@@ -43,7 +39,7 @@ def initialise(layer: nn.Module, adapter: Adapter) -> None:
         for matrix in adapter.matrices:
             a, b = values[matrix.parameter(Role.A)], values[matrix.parameter(Role.B)]
             if not a.is_meta:
-                init_factors(*((a, b) if adapter.kind.lora_zero == "B" else (b, a)), adapter.settings.init)
+                init_factors(*((a, b) if adapter.kind.lora_zero == Role.B else (b, a)), adapter.settings.init)
     adapter.started_on = {}
     if adapter.settings.starts_from_base or adapter.settings.use_dora:
         _initialise_from_base(layer, adapter, values)
@@ -79,14 +75,10 @@ def _initialise_from_base(layer: nn.Module, adapter: Adapter, values: dict[str, 
 # The factors
 
 
-def init_factors(reading: Tensor, writing: Tensor, init: str) -> None:
-    """Initialise two factors in place, with a zero product.
+def init_factors(random: Tensor, zero: Tensor, init: str) -> None:
+    """Initialise two factors in place: ``random`` and ``zero``.
 
-    Args:
-        reading: The factor with random values. ``"kaiming"`` draws them as nn.Linear does; ``"gaussian"`` draws them
-            with a standard deviation of 1 / r.
-        writing: The factor that is set to zero.
-        init: ``"kaiming"`` or ``"gaussian"``.
+    ``"kaiming"`` draws random values as nn.Linear does, ``"gaussian"`` with a standard deviation of 1 / r.
 
     Shape:
         (*, r, in) and (*, out, r), or the other way round.
@@ -96,27 +88,20 @@ def init_factors(reading: Tensor, writing: Tensor, init: str) -> None:
     """
     with torch.no_grad():
         if init == "gaussian":
-            reading.normal_(std=1 / min(reading.shape[-2:]))
+            random.normal_(std=1 / min(random.shape[-2:]))
         else:
-            bound = reading.shape[-1] ** -0.5
-            reading.uniform_(-bound, bound)
-        writing.zero_()
+            bound = random.shape[-1] ** -0.5
+            random.uniform_(-bound, bound)
+        zero.zero_()
 
 
 def principal_factors(matrix: Tensor, r: int, scaling: float, init: str) -> tuple[Tensor, Tensor]:
     r"""Return the initial factors of PiSSA or OLoRA.
 
-    Their product :math:`B_0 A_0` is the strongest part of a weight. The update is :math:`s (B A - B_0 A_0)`. It is zero
-    at the start, and the base is not changed. (The papers subtract :math:`s B_0 A_0` from the base instead, with the
-    same result.)
-
-    Args:
-        matrix: The weight.
-        r: The rank.
-        scaling: The factor :math:`s` of the update.
-        init: ``"pissa"`` or ``"olora"``. PiSSA takes the leading singular values and vectors, so that
-            :math:`s B_0 A_0` is the best approximation of the weight with this rank. Beyond the weight's own rank, it
-            initialises as :func:`init_factors` does. OLoRA takes the first rows and columns of a QR decomposition.
+    The update is :math:`s (B A - B_0 A_0)`: zero at first, and the base is not changed. (The papers subtract
+    :math:`s B_0 A_0` from the base instead, with the same result.) PiSSA takes the leading singular values and vectors
+    of the weight, so that :math:`s B_0 A_0` is its best approximation with rank r. Beyond the weight's own rank, it
+    initialises as :func:`init_factors` does. OLoRA takes the first rows and columns of a QR decomposition.
 
     Shape:
         ``matrix``: (\*, out, in). Returns (\*, r, in) and (\*, out, r).

@@ -35,9 +35,7 @@ ADAPTERS: dict[type[nn.Module] | str, type[LoRALayer]] = {
 
 
 def adapter_for(layer: nn.Module) -> type[LoRALayer] | None:
-    """Return the adapter class for a layer, or None.
-
-    It belongs to the layer's type, or to the nearest base class that has one.
+    """Return the adapter class of a layer's type, or of the nearest base class that has one, or None.
 
     Example:
         >>> adapter_for(nn.Linear(2, 2)).__name__
@@ -53,17 +51,12 @@ def adapter_for(layer: nn.Module) -> type[LoRALayer] | None:
 
 
 def name_of_kind(kind: type) -> str:
-    """Return the full name of an adapter class.
-
-    A spawned process knows the main module under another name.
-    """
+    """Return the full name of an adapter class. A spawned process knows the main module under another name."""
     return f"{kind.__module__}.{kind.__qualname__}".replace("__mp_main__", "__main__")
 
 
 def kind_named(name: str) -> type[LoRALayer] | None:
-    """Return the adapter class with this full name.
-
-    It is None if no such class is known.
+    """Return the adapter class with this full name, or None if no such class is known.
 
     Example:
         >>> kind_named("lightning_lora.layers.linear.LoRALinear").__name__, kind_named("os.system")
@@ -79,8 +72,7 @@ def register_adapter(layer_class: type[nn.Module], adapter_class: type[LoRALayer
     ``lightning_lora.layers.LoRALayer``. By default it runs the layer on ``W + ΔW``, with the layer's
     ``weight`` as a matrix (out, in). Override ``lora_update`` for a cheaper way to compute the update,
     ``lora_as_matrix`` and ``lora_as_weight`` for a weight of another shape, and ``lora_matrices_of`` for several
-    weights.
-    ``"all"`` includes these layers. ``"all-linear"`` includes them too if ``lora_is_linear`` is True.
+    weights. ``"all"`` includes these layers. ``"all-linear"`` includes them too if ``lora_is_linear`` is True.
 
     Args:
         layer_class: The class of the layers. An adapter class that was registered for it before is replaced.

@@ -26,12 +26,11 @@ class LoRALinear(LoRALayer):
     lora_fits_dora = True
     weight: nn.Parameter
     bias: nn.Parameter | None
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
 
     def lora_forward(self, input: Tensor) -> Any:
-        """Compute the output and its update.
-
-        Without DoRA, one function computes both.
-        """
+        """Compute the output and its update. Without DoRA, one function computes both."""
         settings = self.lora_settings
         if settings.use_dora:
             return super().lora_forward(input)

@@ -25,20 +25,11 @@ class Role(Enum):
     The value is in the parameter's name: ``lora_A``, or ``lora_A_q`` in a layer with several matrices.
     """
 
-    A = "A"
-    """The factor that reads the input."""
-
-    B = "B"
-    """The factor that writes the output."""
-
-    A0 = "A0"
-    """The initial values of A, if the update is the difference from them."""
-
+    A = "A"  # the factor that reads the input
+    B = "B"  # the factor that writes the output
+    A0 = "A0"  # the initial values of A and B, if the update is the difference from them
     B0 = "B0"
-    """The initial values of B, if the update is the difference from them."""
-
-    MAGNITUDE = "magnitude"
-    """DoRA's magnitudes, one for each output feature of the layer."""
+    MAGNITUDE = "magnitude"  # DoRA's: one for each output feature of the layer
 
     @property
     def trains(self) -> bool:
@@ -135,12 +126,7 @@ class AdaptedMatrix:
 
 
 class AdapterParameter(NamedTuple):
-    """What one parameter of an adapter is.
-
-    Args:
-        role: Its role.
-        matrix: The matrix to whose update it belongs.
-    """
+    """What one parameter of an adapter is: its role in the update of a matrix."""
 
     role: Role
     matrix: AdaptedMatrix
@@ -180,12 +166,8 @@ def adapter_parameters(matrices: Iterable[AdaptedMatrix], settings: Settings) ->
 def matrix_factors(matrix: AdaptedMatrix, settings: Settings, tensor: Callable[[str], Tensor]) -> Factors:
     r"""Return A and B of a matrix's update :math:`s \, B A`.
 
-    Factors that started from the weight, as :math:`A_0, B_0`, give :math:`B A - B_0 A_0` as one pair.
-
-    Args:
-        matrix: The matrix.
-        settings: The settings of its layer's adapter.
-        tensor: Gives a parameter of the adapter by its name in the layer.
+    Factors that started from the weight, as :math:`A_0, B_0`, give :math:`B A - B_0 A_0` as one pair. ``tensor`` gives
+    a parameter of the adapter by its name in the layer.
 
     Shape:
         (\*, r, in) and (\*, out, r).
@@ -199,13 +181,9 @@ def matrix_factors(matrix: AdaptedMatrix, settings: Settings, tensor: Callable[[
 def weight_factors(
     weight: str, matrices: Iterable[AdaptedMatrix], settings: Settings, tensor: Callable[[str], Tensor]
 ) -> Factors:
-    r"""Return A and B of a weight's update :math:`s \, B A`. Those of several matrices are stacked.
+    r"""Return A and B of a weight's update :math:`s \, B A`. Those of several matrices in the weight are stacked.
 
-    Args:
-        weight: The name of the weight in the layer.
-        matrices: The matrices of the layer.
-        settings: The settings of the layer's adapter.
-        tensor: Gives a parameter of the adapter by its name in the layer.
+    ``tensor`` gives a parameter of the adapter by its name in the layer.
 
     Shape:
         (\*, r', in) and (\*, out, r'), with r' the sum of the ranks.

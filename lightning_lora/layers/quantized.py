@@ -1,7 +1,4 @@
-"""Quantised linear layers with a low-rank update (QLoRA).
-
-The update is not quantised.
-"""
+"""Quantised linear layers with a low-rank update (QLoRA). The update is not quantised."""
 
 from typing import Any, ClassVar
 
@@ -57,10 +54,7 @@ class LoRALinear4bit(LoRALinear):
 
     @staticmethod
     def lora_as_weight(matrix: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG004
-        """Return the matrix unchanged.
-
-        An update has no packed form.
-        """
+        """Return the matrix unchanged: an update is not packed."""
         return matrix
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, x: Tensor) -> Tensor:
@@ -98,10 +92,7 @@ class LoRALinear8bit(LoRALinear4bit):
 
 
 def quantised_entries(module: nn.Module) -> dict[str, Tensor]:
-    """Return the extra state dict entries of a quantised layer.
-
-    They are values such as the scales. They belong to the base, like the weight.
-    """
+    """Return the extra state dict entries of a quantised layer, such as its scales. They belong to the base."""
     weight: Any = module._parameters.get("weight")
     if _is_a(module, LoRALinear4bit) and weight.quant_state is not None:
         return {f"weight.{name}": value for name, value in weight.quant_state.as_dict(packed=True).items()}
@@ -127,17 +118,13 @@ def count(parameter: Any) -> int:
 def repacks(module: nn.Module) -> bool:
     """Whether a 4-bit layer may repack its weight for inference.
 
-    bitsandbytes does this on some CPUs as soon as the layer runs in eval mode. After that, the layer passes no
-    gradient.
+    bitsandbytes does this on some CPUs when the layer first runs in eval mode. After that, it passes no gradient.
     """
     return "support_avx512bf16_for_cpu" in vars(module) and _is_a(module, LoRALinear4bit)
 
 
 def unpack(module: Any) -> None:
-    """Undo the repacking for inference, if there is one.
-
-    bitsandbytes itself undoes it when a state dict is made.
-    """
+    """Undo the repacking for inference, as bitsandbytes itself does when a state dict is made."""
     if repacks(module) and getattr(module.weight.quant_state, "packing_format_for_cpu", False):
         module.state_dict()
 

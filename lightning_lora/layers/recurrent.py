@@ -29,10 +29,7 @@ class LoRARecurrent(LoRALayer):
 
     @classmethod
     def lora_matrices_of(cls, layer: Any) -> tuple[AdaptedMatrix, ...]:
-        """Return all weight matrices.
-
-        They have the names of the parameters, without ``weight_``.
-        """
+        """Return all weight matrices. They have the names of the parameters, without ``weight_``."""
         names = getattr(layer, "_flat_weights_names", ("weight_ih", "weight_hh"))
         weights = {name: own_parameter(layer, name) for name in names if name.startswith("weight_")}
         return tuple(
@@ -40,7 +37,7 @@ class LoRARecurrent(LoRALayer):
             for name, p in weights.items()
         )
 
-    lora_twins_own = ("_flat_weights", "_flat_weight_refs")  # forward sets them again if weights have changed
+    lora_from_weights = ("_flat_weights", "_flat_weight_refs")  # forward sets them again if weights have changed
 
     def lora_weights_changed(self) -> None:
         """Put the weights into cuDNN's memory layout."""

@@ -1,15 +1,16 @@
 """Hashes of tensors, to tell their contents apart."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_lora.tensors.shards import is_dtensor, runs_of, split_dims, to_local
+from lightning_lora.tensors.shards import is_dtensor, local_runs, split_dims, to_local
 
-_CHUNK = 1 << 18  # elements whose products stay in a cache
+_BITS = 18
+_CHUNK = 1 << _BITS  # elements whose products stay in a cache
 
 
 def digest(tensor: Tensor) -> int:
@@ -20,7 +21,7 @@ def digest(tensor: Tensor) -> int:
     probability of about ``2**-63``. The cost is about one pass over the tensor. It guards against mistakes, not against
     forged weights.
 
-    Collective for a tensor that is spread over processes: it is the hash of the whole tensor.
+    Collective for a DTensor: it is the hash of the full tensor.
 
     Example:
         >>> digest(torch.zeros(3)) == digest(torch.zeros(3)), digest(torch.ones(3)) == digest(torch.zeros(3))
@@ -36,84 +37,57 @@ def digest(tensor: Tensor) -> int:
     if tensor.layout is not torch.strided:
         sparse = tensor.detach().to_sparse_coo().coalesce()  # the dense form may be too large
         return (3 * digest(sparse.indices()) + digest(sparse.values())) % (1 << 63)
-    return _digest_of_integers(_integers(tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)))
+    return _digest_of_integers(_integers(_flat(tensor)))
 
 
 def digests(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[int]:
-    """Return the digests of several tensors.
+    """Return the digests of several tensors, each converted to ``dtype`` first, if that is given.
 
-    Collective for those that are spread over processes: each process reads its own parts, and the sums are added, with
-    one message for each layout. Nothing is gathered.
-
-    Args:
-        tensors: The tensors.
-        dtype: The dtype to which each is converted first, or None.
+    Collective for DTensors: each process reads its own shards, and the sums are added, with one message for each
+    kind of placement. Nothing is gathered.
     """
     found = [0 if is_dtensor(tensor) else digest(tensor.to(dtype or tensor.dtype)) for tensor in tensors]
-    layouts: dict[Any, list[int]] = {}
+    placed: dict[Any, list[int]] = {}
     for place, tensor in enumerate(tensors):
         if is_dtensor(tensor):
-            layouts.setdefault((tensor.device_mesh, split_dims(tensor)), []).append(place)  # type: ignore[attr-defined]
-    for (mesh, dims), places in layouts.items():
-        sums = torch.stack([_own_sum(tensors[place].to(dtype or tensors[place].dtype)) for place in places])
+            placed.setdefault((tensor.device_mesh, split_dims(tensor)), []).append(place)  # type: ignore[attr-defined]
+    for (mesh, dims), places in placed.items():
+        sums = torch.stack([_local_sum(tensors[place].to(dtype or tensors[place].dtype)) for place in places])
         sums = sums.to(mesh.device_type)
         for dim in dims:
             torch.distributed.all_reduce(sums, group=mesh.get_group(dim))
         for place, total in zip(places, sums.tolist(), strict=True):
-            found[place] = (_count(tensors[place], dtype) + total) % (1 << 63)
+            itemsize = (dtype or tensors[place].dtype).itemsize
+            found[place] = (tensors[place].numel() * max(1, itemsize // 4) + total) % (1 << 63)
     return found
 
 
-def _own_sum(tensor: Tensor) -> Tensor:
-    """The sum of the products of this process's own part, modulo 2**64."""
-    multipliers = _multipliers(to_local(tensor).device)
-    sums, chunks = [multipliers.new_zeros(())], [0]
-    for values, distance, first in runs_of(tensor):
-        integers = _integers(values)
-        size = integers.numel() // values.numel()
-        for total, chunk in _sums_of_runs(integers, distance * size, first * size, multipliers):
-            sums.append(total)
-            chunks.append(chunk)
-    return (torch.stack(sums) * multipliers[-1 - torch.tensor(chunks)]).sum()
-
-
-def _sums_of_runs(integers: Tensor, distance: int, first: int, multipliers: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """The sums of runs in each chunk of the whole tensor, and the numbers of the chunks.
-
-    Args:
-        integers: One run in each row.
-        distance: The distance between the starts of two runs in the whole tensor.
-        first: The position of the first one.
-        multipliers: The numbers of a chunk.
-    """
-    rows, run = integers.shape
-    row = 0
-    while row < rows:
-        chunk, offset = divmod(first + row * distance, _CHUNK)
-        count = min(rows - row, max(0, _CHUNK - offset - run + distance) // distance)  # runs that end in this chunk
-        if count:
-            factors = multipliers.as_strided((count, run), (distance, 1), offset)
-            yield (integers[row : row + count] * factors).sum(), chunk
-            row += count
-            continue
-        start = 0
-        while start < run:
-            length = min(run - start, _CHUNK - offset)
-            piece = integers[row, start : start + length]
-            yield _sum_of_products(piece, multipliers[offset : offset + length]), chunk
-            start, chunk, offset = start + length, chunk + 1, 0
-        row += 1
-
-
-def _count(tensor: Tensor, dtype: torch.dtype | None) -> int:
-    """The number of integers of a whole tensor."""
-    return tensor.numel() * max(1, (dtype or tensor.dtype).itemsize // 4)
+def _local_sum(tensor: Tensor) -> Tensor:
+    """The sum of the products of a DTensor's local shard, modulo 2**64."""
+    local, starts, run = to_local(tensor), *local_runs(tensor)
+    integers, multipliers = _integers(_flat(local)), _multipliers(local.device)
+    size = max(1, local.element_size() // 4)
+    total = multipliers.new_zeros(())
+    if not len(integers):
+        return total
+    if len(starts) == 1:  # one run of neighbours, as FSDP2 makes them
+        place = int(starts) * size
+        for piece in (integers[: -place % _CHUNK], *integers[-place % _CHUNK :].split(_CHUNK)):
+            chunk, offset = divmod(place, _CHUNK)
+            total += _sum_of_products(piece, multipliers[offset : offset + len(piece)]) * multipliers[-1 - chunk]
+            place += len(piece)
+        return total
+    rows = max(1, (_CHUNK if local.is_cpu else _CHUNK << 6) // (run * size))
+    columns = torch.arange(run * size, device=local.device)
+    for some, first in zip(integers.split(rows * len(columns)), starts.split(rows), strict=True):
+        places = (first.unsqueeze(1) * size + columns).flatten()  # in the full tensor
+        factors = multipliers[places & (_CHUNK - 1)] * multipliers[-1 - (places >> _BITS)]
+        total += (some * factors).sum()
+    return total
 
 
 def digests_as(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> list[int]:
-    """Return a floating-point tensor's digests in other dtypes.
-
-    Values are converted a chunk at a time, in one walk over the tensor. So no copy of it is made.
+    """Return a floating-point tensor's digests in other dtypes, in one walk over the tensor and without a copy of it.
 
     Example:
         >>> third = torch.tensor([1 / 3])
@@ -129,6 +103,10 @@ def digests_as(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> list[int]:
             sums[dtype] += _sums(integers)
             counts[dtype] += integers.numel()
     return [_total(sums[dtype], counts[dtype]) for dtype in dtypes]
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
 
 
 def _integers(values: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ every process, in the same order.
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -182,39 +182,21 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def runs_of(tensor: Tensor) -> Iterator[tuple[Tensor, int, int]]:
-    """Yield the own part of a spread tensor, in runs.
+def local_runs(tensor: Tensor) -> tuple[Tensor, int]:
+    """Return where the local shard of a DTensor lies in the full tensor, as runs of neighbours.
 
-    A run consists of neighbours in the whole tensor.
-
-    Yields:
-        A matrix of values, one run in each row; the distance between the starts of two runs in the whole tensor; and
-        the position of the first run. Both are in elements.
+    Returns:
+        The position of each run's first element, and the number of elements in a run.
     """
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     spread: Any = tensor
-    _, offsets = compute_local_shape_and_global_offset(spread.shape, spread.device_mesh, spread.placements)
-    part = to_local(tensor).resolve_conj().resolve_neg().contiguous()
-    if part.numel():
-        yield from _runs(part, tuple(tensor.shape), tuple(offsets), 0)
-
-
-def _runs(
-    part: Tensor, shape: tuple[int, ...], offsets: tuple[int, ...], first: int
-) -> Iterator[tuple[Tensor, int, int]]:
-    split = [dim for dim, length in enumerate(part.shape) if length != shape[dim]]
-    strides = [1]
-    for length in reversed(shape[1:]):
-        strides.insert(0, strides[0] * length)
-    if not split or split == [0]:
-        yield part.reshape(1, -1), part.numel(), first + (offsets[0] * strides[0] if offsets else 0)
-        return
-    last = split[-1]
-    if set(split) <= {0, last}:  # between the first and the last split dimension, nothing is missing
-        start = first + sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
-        run = part[(0,) * last].numel()
-        yield part.reshape(-1, run), strides[last] * shape[last], start
-        return
-    for index, inner in enumerate(part):
-        yield from _runs(inner, shape[1:], offsets[1:], first + (offsets[0] + index) * strides[0])
+    shape, offsets = compute_local_shape_and_global_offset(spread.shape, spread.device_mesh, spread.placements)
+    last = max((dim for dim, length in enumerate(shape) if length != spread.shape[dim]), default=0)
+    starts, stride = torch.zeros(1, dtype=torch.int64, device=to_local(tensor).device), 1
+    for dim in reversed(range(len(shape))):
+        if dim <= last:
+            steps = torch.arange(shape[dim] if dim < last else 1, device=starts.device) + offsets[dim]
+            starts = (steps.unsqueeze(1) * stride + starts).flatten()
+        stride *= spread.shape[dim]
+    return starts, math.prod(shape[last:])
