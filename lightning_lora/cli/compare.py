@@ -20,7 +20,8 @@ from lightning_lora.cli.output import print_json
 from lightning_lora.errors import AdapterFileError
 from lightning_lora.functional.combine import Factors
 from lightning_lora.functional.subspace import cosine, subspace_similarity
-from lightning_lora.storage.offline.stored import StoredAdapters
+from lightning_lora.storage.offline.layers import read_layers, updates
+from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tables import fitting_console, layer_table
 
 
@@ -35,7 +36,7 @@ def run(arguments: Any) -> None:
     """Read the files, compare each pair, and print the result."""
     if len(arguments.files) < 2:
         raise AdapterFileError("compare got one file. Expected at least two.")
-    files = [StoredAdapters(file) for file in arguments.files]
+    files = [read_layers(file) for file in arguments.files]
     found = [compare(one, other) for one, other in combinations(files, 2)]
     if arguments.picture:
         _draw(found, arguments.picture)
@@ -54,17 +55,17 @@ def compare(one: StoredAdapters, other: StoredAdapters) -> dict[str, Any]:
     """
     layers = list[dict[str, Any]]()
     for name in one.layers:
-        second = other.parts(name) if name in other.layers else {}
-        for part, first in one.parts(name).items():
+        second = updates(other, name) if name in other.layers else {}
+        for part, first in updates(one, name).items():
             if part in second and _sides(first) == _sides(second[part]):
                 layers.append({"name": name, "part": part, **_numbers(first, second[part])})
     if not layers:
         raise AdapterFileError(
-            f"{one.path} and {other.path} adapt no layer in common, such as {next(iter(one.layers))!r} and "
+            f"{one.source} and {other.source} adapt no layer in common, such as {next(iter(one.layers))!r} and "
             f"{next(iter(other.layers))!r}. Compare files of the same model."
         )
     only = [[name for name in a.layers if name not in b.layers] for a, b in ((one, other), (other, one))]
-    return {"files": [str(one.path), str(other.path)], "layers": layers, "only_in": only}
+    return {"files": [one.source, other.source], "layers": layers, "only_in": only}
 
 
 def _sides(factors: Factors) -> tuple[int, int]:

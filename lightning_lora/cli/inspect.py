@@ -11,6 +11,7 @@ examples::
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from rich.text import Text
 
 from lightning_lora.cli.output import print_json
 from lightning_lora.functional.subspace import effective_rank, singular_values
-from lightning_lora.storage.offline.stored import StoredAdapters
+from lightning_lora.storage.offline.layers import besides, read_layers, updates
+from lightning_lora.storage.stored import FORMAT, StoredAdapters
 from lightning_lora.tables import fitting_console, grouped, layer_table
 
 
@@ -31,7 +33,7 @@ def add_arguments(parser: Any) -> None:
 
 def run(arguments: Any) -> None:
     """Read the file and print what it holds."""
-    found = inspect(StoredAdapters(arguments.file))
+    found = inspect(read_layers(arguments.file))
     if arguments.json:
         print_json(found)
     else:
@@ -40,18 +42,18 @@ def run(arguments: Any) -> None:
 
 def inspect(stored: StoredAdapters) -> dict[str, Any]:
     """Return what a file holds, in plain types."""
-    base = stored.description["base"][0]
+    base = stored.base[0]
     return {
-        "file": str(stored.path),
-        "bytes": stored.path.expanduser().stat().st_size,
-        "format": stored.description["format"],
-        "root": stored.description.get("root", ""),
+        "file": stored.source,
+        "bytes": Path(stored.source).expanduser().stat().st_size,
+        "format": FORMAT,
+        "root": stored.root,
         "base": {"tensors": len(base["digests"]), "dtypes": base["dtypes"]},
         "config": stored.config.to_dict(),
         "layers": [_layer(stored, name) for name in stored.layers],
         "beside": {
             name: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-            for name, value in stored.beside().items()
+            for name, value in besides(stored).items()
             if isinstance(value, torch.Tensor)
         },
     }
@@ -60,7 +62,7 @@ def inspect(stored: StoredAdapters) -> dict[str, Any]:
 def _layer(stored: StoredAdapters, name: str) -> dict[str, Any]:
     """One layer: what it is, and the size of its update."""
     layer = stored.layers[name]
-    values = [singular_values(a, b, 1.0) for a, b in stored.parts(name).values()]
+    values = [singular_values(a, b, 1.0) for a, b in updates(stored, name).values()]
     return {
         "name": name,
         "class": layer.layer_class,
