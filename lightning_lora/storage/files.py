@@ -1,7 +1,7 @@
 """Save and load adapters without a Trainer."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -23,9 +23,7 @@ from lightning_lora.storage.apply import check_fits, check_foreign_fits, write_s
 from lightning_lora.storage.base import forms_of_base
 from lightning_lora.storage.checkpoint import check_readable, complete_copies
 from lightning_lora.storage.disk import check_path, local_path
-from lightning_lora.storage.formats.fabric import read_state, state_in
-from lightning_lora.storage.formats.libraries import is_loralib, is_peft
-from lightning_lora.storage.formats.loralib import read_loralib, tensors_in
+from lightning_lora.storage.formats import fabric, loralib, peft_read
 from lightning_lora.storage.formats.own import (
     adapters_in,
     check_place,
@@ -34,8 +32,7 @@ from lightning_lora.storage.formats.own import (
     read_contents,
     write_adapter_file,
 )
-from lightning_lora.storage.formats.peft_read import read_peft, weights_of
-from lightning_lora.storage.formats.updates import Foreign, completed
+from lightning_lora.storage.formats.reading import Asked, Reader, completed
 from lightning_lora.storage.names import check_present, renamed, renaming_for
 from lightning_lora.storage.stored import KEY, StoredAdapters, adapter_state_dict, stored_config
 from lightning_lora.tensors.shards import is_dtensor
@@ -45,8 +42,8 @@ if TYPE_CHECKING:
 
     Module = TypeVar("Module", bound=LightningModule)
 
-Reader = Callable[[View], Foreign]
-"""Reads adapters of another library for a model."""
+READERS = (loralib.reader, fabric.reader, peft_read.reader)
+"""Readers of other libraries' files. Each returns None for the contents of a file of another format."""
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:
@@ -149,38 +146,31 @@ def load_adapter(
     """
     check_path(path, may_be_open=True)
     local = local_path(path)
-    file = path if local is None else weights_of(local)
+    file = path if local is None else peft_read.weights_of(local)
     contents = read_contents(file)
-    foreign = _foreign(contents, file, alpha, target_slices, check_base=check_base)
-    if foreign:
-        _put_foreign(model, foreign)
+    read = _reader(contents, file, Asked(alpha, target_slices, check_base))
+    if read:
+        _put_foreign(model, read)
     else:
         _put(model, *adapters_in(contents, path), check_base=check_base)
 
 
-def _foreign(
-    contents: Any, path: Any, alpha: float | None, slices: Slices | None, *, check_base: bool
-) -> Reader | None:
+def _reader(contents: Any, path: Any, asked: Asked) -> Reader | None:
     """How to read these contents of a file, if another library wrote them."""
     names = contents if isinstance(contents, dict) else {}
     is_ours = KEY in names or "pytorch-lightning_version" in names
-    if not is_ours and is_loralib(tensors_in(names)):
-        return lambda view: read_loralib(view, tensors_in(names), path, alpha, slices)
-    if alpha is not None or slices is not None:
+    found = None
+    for reader in () if is_ours else READERS:
+        read = reader(names, path, asked)
+        if read is not None:
+            found = reader
+            break
+    if found is not loralib.reader and (asked.alpha is not None or asked.target_slices is not None):
         raise ConfigError(
             f"alpha and target_slices are for files of loralib, and {path} is none: it says itself how it was trained. "
             "Leave them out."
         )
-    if not is_ours and (state := state_in(names)):
-        return lambda view: read_state(view, state, path, check_base=check_base)
-    if not is_peft(names):
-        return None
-    if not isinstance(path, Path):
-        raise AdapterFileError(
-            f"{path} holds adapters of PEFT, and their configuration is in a file beside it. Copy the whole folder to "
-            "this machine, and pass its path."
-        )
-    return lambda view: read_peft(view, names, path)
+    return read if found else None
 
 
 def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any], *, check_base: bool) -> None:

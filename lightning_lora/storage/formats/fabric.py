@@ -1,7 +1,6 @@
-"""Read the states of adapted models that Fabric saves.
+"""Read the states of adapted models that Fabric saves: ``fabric.save(path, {"model": model})``.
 
-``fabric.save(path, {"model": model})`` writes the whole state dict of an adapted model. It does not say how the model
-was adapted, so the model that loads it must be adapted already.
+They do not say how the model was adapted, so the model that loads one must be adapted already.
 """
 
 from collections.abc import Mapping
@@ -13,37 +12,21 @@ from lightning_lora.errors import AdapterStateError, BaseMismatchError, listed
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.view import View
 from lightning_lora.storage.apply import check_names, entries_of
-from lightning_lora.storage.formats.updates import Foreign, is_the_base
+from lightning_lora.storage.formats.reading import Asked, Reader, is_the_base
+from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.names import plain_name
 
 
-def state_in(contents: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the state of an adapted model, or nothing.
-
-    Example:
-        >>> state_in({"model": {"net.lora_A": 1, "net.lora_B": 2}}), state_in({"model": {"net.weight": 1}})
-        ({'net.lora_A': 1, 'net.lora_B': 2}, {})
-    """
+def reader(contents: Mapping[Any, Any], path: object, asked: Asked) -> Reader | None:
+    """Return how to read these contents of a file, if they are the state of an adapted model."""
     held = contents.get("model")
     state = {plain_name(str(name)): value for name, value in held.items()} if isinstance(held, Mapping) else {}
-    has_adapters = any(name.rpartition(".")[2].startswith("lora_A") for name in state)
-    return state if has_adapters else {}
+    if not any(name.rpartition(".")[2].startswith("lora_A") for name in state):
+        return None
+    return lambda view: _read(view, state, path, check_base=asked.check_base)
 
 
-def read_state(view: View, state: Mapping[str, Any], path: object, *, check_base: bool) -> Foreign:
-    """Return what training changed in such a state.
-
-    Args:
-        view: The model, which is not merged.
-        state: The state, with or without the base's values.
-        path: The file.
-        check_base: Whether to compare the base's values, if the state has them.
-
-    Raises:
-        AdapterStateError: the model has no adapters.
-        AdapterMismatchError: the state lacks adapters, or has others.
-        BaseMismatchError: frozen weights in the state are not those of the model.
-    """
+def _read(view: View, state: Mapping[str, Any], path: object, *, check_base: bool) -> StoredAdapters:
     title = type(view.model).__name__
     if not view.is_adapted:
         raise AdapterStateError(
@@ -63,4 +46,4 @@ def read_state(view: View, state: Mapping[str, Any], path: object, *, check_base
     base = (view.parameters.keys() | view.entries.keys()) - trains - {*random}
     rest = {name: value for name, value in state.items() if name not in base}
     check_names(view, entries_of(view, random), rest, config=view.config)
-    return Foreign(view.config, rest)
+    return StoredAdapters(view.config, rest)

@@ -1,160 +1,125 @@
 """Read loralib's files, for a model of plain layers.
 
-loralib's ``lora_state_dict`` holds tensors only. Its alpha, and the parts of a ``MergedLinear``, are in no file.
+loralib's ``lora_state_dict`` holds tensors only. Its alpha, and the slices of a ``MergedLinear``, are in no file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_lora.config import LoRAConfig, Slices, matches_pattern
+from lightning_lora.config import LoRAConfig, matches_pattern
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, ConfigError, TargetError, listed
+from lightning_lora.functional.combine import Factors
 from lightning_lora.layers import LoRALayer, adapter_for
-from lightning_lora.layers.convolution import LoRAConvNd
-from lightning_lora.layers.embedding import LoRAEmbedding, LoRAEmbeddingBag
+from lightning_lora.layers.conv1d import LoRAConv1D
+from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.model.view import View
-from lightning_lora.storage.formats.libraries import LORALIB
-from lightning_lora.storage.formats.updates import Foreign, Update, assembled, place_of
+from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of, described, place_of
+from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.targets.lookup import Names
 from lightning_lora.targets.slices import sliced
 
+_ENDS = (".lora_A", ".lora_B")
+"""The ends of the names of an adapter's tensors."""
 
-def tensors_in(contents: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a loralib file."""
+_KINDS: tuple[type[LoRALayer], ...] = (LoRALinear, LoRAConv1D, LoRAEmbedding)
+"""Our adapters of the layers that loralib adapts."""
+
+
+def is_loralib(names: Iterable[object]) -> bool:
+    """Whether these are names of a loralib file.
+
+    Example:
+        >>> is_loralib(["q.lora_A", "q.lora_B", "q.bias"]), is_loralib(["q.weight", "q.bias"])
+        (True, False)
+    """
+    return any(isinstance(name, str) and name.endswith(_ENDS) for name in names)
+
+
+def reader(contents: Mapping[str, Any], path: object, asked: Asked) -> Reader | None:
+    """Return how to read these contents of a file, if loralib wrote it."""
     for key in ("model_state_dict", "state_dict"):
         if isinstance(contents.get(key), Mapping):
             contents = contents[key]
     tensors = {name: value for name, value in contents.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    return tensors
+    return (lambda view: _read(view, tensors, path, asked)) if is_loralib(tensors) else None
 
 
-def read_loralib(
-    view: View, tensors: Mapping[str, Tensor], path: object, alpha: float | None, target_slices: Slices | None
-) -> Foreign:
-    """Return what a loralib file is in this package.
-
-    Args:
-        view: The model, which is not merged.
-        tensors: The tensors of the file.
-        path: The file.
-        alpha: The ``lora_alpha`` of its layers.
-        target_slices: The parts that its ``MergedLinear`` layers adapt, in the order of their rows.
-
-    Raises:
-        ConfigError: ``alpha`` is missing or invalid.
-        TargetError: ``target_slices`` name layers or parts that are not there.
-        AdapterFileError: the file is damaged.
-        AdapterMismatchError: it does not fit the model.
-    """
-    if alpha is None:
+def _read(view: View, tensors: Mapping[str, Tensor], path: object, asked: Asked) -> StoredAdapters:
+    if asked.alpha is None:
         raise ConfigError(
             f"{path} holds adapters of loralib, or the state_dict() of a model that was adapted here. The alpha of "
             "loralib's is in no file: pass the one of the training, load_adapter(model, path, alpha=...). For a "
             "state_dict(), call inject_adapters(model, config) as for the training, then "
             "model.load_state_dict(torch.load(path))."
         )
-    settings = LoRAConfig(alpha=alpha, target_slices=target_slices)
-    layers: dict[str, dict[str, Tensor]] = {}
-    others = {}
+    settings = LoRAConfig(alpha=asked.alpha, target_slices=asked.target_slices)
+    pairs: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        if name.endswith(LORALIB):
-            layers.setdefault(name[:-7], {})[name[-1]] = value
-        else:
-            others[name] = value
-    broken = [name for name, pair in layers.items() if len(pair) != 2]
+        if name.endswith(_ENDS):
+            pairs.setdefault(name[:-7], {})[name[-1]] = value
+    broken = [name for name, pair in pairs.items() if len(pair) != 2]
     if broken:
         raise AdapterFileError(f"{path} holds only one of lora_A and lora_B of {listed(broken)}: it is damaged.")
-    rest = {_without_wrapper(name, layers): value for name, value in others.items()}
-    place = place_of(view, list(layers), list(rest))
-    pairs = {place.name_here(name): (pair["A"], pair["B"]) for name, pair in layers.items()}
-    unused = [key for key in settings.target_slices or {} if not any(matches_pattern(key, name) for name in pairs)]
+    rest = {name: value for name, value in tensors.items() if not name.endswith(_ENDS)}
+    place = place_of(view, list(pairs), list(rest))
+    factors = {place.name_here(name): (pair["A"], pair["B"]) for name, pair in pairs.items()}
+    unused = [key for key in settings.target_slices or {} if not any(matches_pattern(key, name) for name in factors)]
     if unused:
-        raise TargetError(f"target_slices {unused} match no layer of the file. It has {listed(pairs)}.")
-    updates = [_update(view, name, *pair, settings) for name, pair in pairs.items()]
+        raise TargetError(f"target_slices {unused} match no layer of the file. It has {listed(factors)}.")
+    updates = [_update(view, name, pair, settings) for name, pair in factors.items()]
     rest = {place.name_here(name): value for name, value in rest.items()}
-    return assembled(view, updates, rest, LoRAConfig())
+    return adapters_of(view, updates, rest, LoRAConfig())
 
 
-def _without_wrapper(name: str, layers: Mapping[str, object]) -> str:
-    """A name without loralib's ``conv``: its convolutions hold a plain one inside."""
-    owner, _, leaf = name.rpartition(".")
-    outer = owner.removesuffix(".conv")
-    return f"{outer}.{leaf}" if outer != owner and outer in layers else name
-
-
-def _update(view: View, name: str, a: Tensor, b: Tensor, settings: LoRAConfig) -> Update:
+def _update(view: View, name: str, factors: Factors, settings: LoRAConfig) -> Update:
     """The update of one layer. Its kind decides how loralib has laid it out."""
-    layer, alpha = view.modules[name], settings.alpha
+    layer, (a, b) = view.modules[name], factors
     kind = adapter_for(layer)
-    is_known = kind is not None and issubclass(kind, LoRALinear | LoRAEmbedding | LoRAConvNd)
-    if kind is None or not is_known or issubclass(kind, LoRAEmbeddingBag) or not a.dim() == b.dim() == 2:
+    if kind not in _KINDS or not a.dim() == b.dim() == 2:
         raise AdapterMismatchError(
             f"The file has factors {tuple(a.shape)} and {tuple(b.shape)} for {name!r}, which is "
-            f"a {type(layer).__name__} in this model. loralib does not adapt it so. Pass the model of the training."
+            f"a {type(layer).__name__} in this model. Of loralib's, Linear, MergedLinear and Embedding can be read. "
+            "Pass the model of the training."
         )
-    assert alpha is not None
-    (whole,) = kind.lora_matrices_of(layer)
+    assert kind is not None
+    assert settings.alpha is not None
+    about = described(view, name, kind, kind.lora_matrices_of(layer))
+    (matrix,), r = about.matrices, a.shape[0]
+    pairs: tuple[Factors, ...] = (factors,)
     slices = settings.slices(name)
     if slices:
-        return _parts(view, name, kind, (a, b), settings)
-    if issubclass(kind, LoRAConvNd):
-        r, (a, b) = _convolution(name, layer, a, b)
-        return Update(name, kind, (whole,), ((a, b),), alpha / r)
-    if (a.shape[1], b.shape[0], a.shape[0]) != (whole.reads, whole.writes, b.shape[1]):
-        merged = a.shape[1] == whole.reads and b.shape[1] and a.shape[0] % b.shape[1] == 0
+        matrices = sliced(Names(view.model), name, kind, about.matrices, slices)
+        about = replace(about, matrices=tuple(sorted(matrices, key=lambda matrix: matrix.first)))
+        r, pairs = b.shape[1], _merged_linear(about, factors)
+    elif (a.shape[1], b.shape[0], r) != (matrix.reads, matrix.writes, b.shape[1]):
         hint = "Pass the model that they were trained on."
-        if merged:
+        if a.shape[1] == matrix.reads and b.shape[1] and r % b.shape[1] == 0:
             hint = (
-                f"If it was a MergedLinear, name the parts that it adapted (enable_lora): target_slices={{{name!r}: "
+                f"If it was a MergedLinear, name the slices that it adapted (enable_lora): target_slices={{{name!r}: "
                 "['q', 'v']}."
             )
         raise AdapterMismatchError(
             f"The factors of {name!r} are {tuple(a.shape)} and {tuple(b.shape)}. This {type(layer).__name__} reads "
-            f"{whole.reads} features and writes {whole.writes}. {hint}"
+            f"{matrix.reads} features and writes {matrix.writes}. {hint}"
         )
-    return Update(name, kind, (whole,), ((a, b),), alpha / a.shape[0])
+    return Update(replace(about, scaling=settings.alpha / r), pairs)
 
 
-def _parts(view: View, name: str, kind: type[LoRALayer], pair: tuple[Tensor, Tensor], settings: LoRAConfig) -> Update:
-    """A ``MergedLinear``: A of all parts stacked, their rows of B stacked."""
-    (a, b), slices = pair, settings.slices(name)
-    assert slices is not None
-    assert settings.alpha is not None
-    layer = view.modules[name]
-    parts = sliced(Names(view.model), name, kind, kind.lora_matrices_of(layer), slices)
-    parts = tuple(sorted(parts, key=lambda part: part.first))
-    n, r = len(parts), b.shape[1]
-    sizes = {part.writes for part in parts}
-    if (a.shape[0], a.shape[1]) != (n * r, parts[0].reads) or sizes != {len(b) // n} or len(b) % n:
+def _merged_linear(about: StoredLayer, factors: Factors) -> tuple[Factors, ...]:
+    """A of all slices stacked, their rows of B stacked."""
+    (a, b), n = factors, len(about.matrices)
+    r, sizes = b.shape[1], {matrix.writes for matrix in about.matrices}
+    if a.shape != (n * r, about.matrices[0].reads) or sizes != {len(b) // n} or len(b) % n:
         raise AdapterMismatchError(
-            f"The factors of {name!r} are {tuple(a.shape)} and {tuple(b.shape)}: rank {r}, {a.shape[0] / r:g} parts. "
-            f"target_slices name {n}, {listed(part.name for part in parts)}, of {sorted(sizes)} rows. Name the parts "
-            "that enable_lora had."
+            f"The factors of {about.name!r} are {tuple(a.shape)} and {tuple(b.shape)}: rank {r}, {a.shape[0] / r:g} "
+            f"slices. target_slices name {n}, {listed(matrix.name for matrix in about.matrices)}, of {sorted(sizes)} "
+            "rows. Name the slices that enable_lora had."
         )
-    pairs = tuple(zip(a.chunk(n), b.chunk(n), strict=True))
-    return Update(name, kind, parts, pairs, settings.alpha / r)
-
-
-def _convolution(name: str, layer: nn.Module, a: Tensor, b: Tensor) -> tuple[int, tuple[Tensor, Tensor]]:
-    """The rank there, and the factors here. There, ``B A`` has the weight's elements, in another shape."""
-    own: Any = layer
-    weight, k = own.weight, own.kernel_size[0]
-    if a.shape[0] != b.shape[1] or a.shape[0] % k or b.shape[0] * a.shape[1] != weight.numel():
-        raise AdapterMismatchError(
-            f"The factors of {name!r} are {tuple(a.shape)} and {tuple(b.shape)}, whose product cannot be the weight "
-            f"{tuple(weight.shape)} of this {type(layer).__name__}. Pass the model that they were trained on."
-        )
-    wide = a.to(torch.promote_types(a.dtype, torch.float32))
-    blocks = len(b) // len(weight)
-    if blocks * len(weight) == len(b):  # a row of the weight is made of this many rows of B A
-        return a.shape[0] // k, (
-            torch.block_diag(*[wide] * blocks),
-            torch.cat([b[i::blocks] for i in range(blocks)], dim=1),
-        )
-    product = (b.double() @ a.double()).reshape(len(weight), -1).to(wide.dtype)
-    return a.shape[0] // k, (product, torch.eye(len(weight), dtype=wide.dtype))
+    return tuple(zip(a.chunk(n), b.chunk(n), strict=True))

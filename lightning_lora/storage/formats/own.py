@@ -25,7 +25,8 @@ from lightning_lora.storage.disk import (
     unread_in,
     writing,
 )
-from lightning_lora.storage.formats.libraries import PEFT_CONFIG, is_loralib, is_peft
+from lightning_lora.storage.formats.loralib import is_loralib
+from lightning_lora.storage.formats.peft_config import PEFT_CONFIG, is_peft
 from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum, check_entries, stored_config
 
 # Write

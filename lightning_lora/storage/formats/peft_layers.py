@@ -1,312 +1,266 @@
-"""The updates in a PEFT file, as this package's factors."""
+"""What PEFT has: one table of our adapters and of PEFT's counterparts.
+
+An adapter that is not in the table is refused, so a new one has to be put into it before it is written or read.
+"""
 
 import math
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lightning_lora.config import matches
-from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
-from lightning_lora.layers import LoRALayer, LoRAParameters, adapter_for
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import ExportError, listed
+from lightning_lora.functional.combine import Factors
+from lightning_lora.layers import ADAPTERS, LoRALayer, LoRAParameters
 from lightning_lora.layers.attention import LoRAAttention
 from lightning_lora.layers.conv1d import LoRAConv1D
 from lightning_lora.layers.convolution import LoRAConvNd
-from lightning_lora.layers.embedding import LoRAEmbedding, LoRAEmbeddingBag
+from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRALinear
+from lightning_lora.layers.matrices import Role, Settings, adapter_parameters
+from lightning_lora.layers.quantized import LoRALinear4bit, LoRALinear8bit
 from lightning_lora.layers.recurrent import LoRARecurrent
-from lightning_lora.model.view import View
-from lightning_lora.storage.formats.peft_config import Numbers
-from lightning_lora.storage.formats.peft_keys import PeftTensors, plain
-from lightning_lora.storage.formats.updates import Update, base_value
 from lightning_lora.storage.names import Renaming
-from lightning_lora.tensors.inplace import combined
+from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.stored_layers import ALSO, StoredLayer
 from lightning_lora.tensors.names import join
 
-Tensors = Mapping[str, Tensor]
+Shape = tuple[int, ...]
+Options = Mapping[str, Any]
 
 
-def updates_in(view: View, found: PeftTensors, numbers: Numbers, place: Renaming) -> list[Update]:
-    """Return the updates of a PEFT file.
-
-    Args:
-        view: The model, which may be adapted already.
-        found: The tensors of the file.
-        numbers: What its configuration says.
-        place: How its names become those of the model.
-
-    Raises:
-        AdapterMismatchError: a layer of the model is of another kind or shape.
-        AdapterFileError: the file contradicts its configuration, or holds what this package does not have.
-    """
-    wrappers: dict[str, dict[str, Tensors]] = {}
-    for wrapper, tensors in found.layers.items():
-        wrappers.setdefault(_layer_of(view, plain(wrapper), place), {})[wrapper] = tensors
-    return [_update(view, name, wrapped, numbers, place) for name, wrapped in wrappers.items()]
+def _same(factors: Factors, _: Shape, __: Options) -> Factors:
+    return factors
 
 
-def _layer_of(view: View, name: str, place: Renaming) -> str:
-    """The plain name of the layer. An attention's output projection belongs to the attention."""
-    outer, _, inner = name.rpartition(".")
-    above = view.modules.get(place.name_here(outer))
-    return outer if inner == "out_proj" and isinstance(above, nn.MultiheadAttention) else name
-
-
-def _update(view: View, there: str, wrapped: Mapping[str, Tensors], numbers: Numbers, place: Renaming) -> Update:
-    name = place.name_here(there)
-    layer = view.modules[name]
-    kind, own_class = adapter_for(layer), layer.overlaid[0] if isinstance(layer, LoRALayer) else None
-    if own_class is LoRAParameters or kind is None or kind is LoRARecurrent:
-        return _parameters(view, there, wrapped, numbers, place)
-    if kind is LoRAAttention:
-        return _attention(view, there, wrapped, numbers, place)
-    if len(wrapped) != 1:
-        raise AdapterFileError(f"The file holds {listed(wrapped)}: two updates of one {type(layer).__name__}.")
-    (tensors,) = wrapped.values()
-    if "tokens" in tensors:
-        return _tokens(view, there, name, tensors, numbers)
-    a, b = _as_matrices(layer, kind, there, tensors, numbers)
-    parts = kind.lora_matrices_of(layer)
-    said = f"{there}.weight" if _is_named(there, numbers) else there  # patterns mean a parameter by its own name
-    _rank(said, a, numbers, most=min(parts[0].reads, parts[0].writes))
-    if isinstance(layer, nn.modules.conv._ConvNd) and layer.groups > 1:
-        a = _shared_by_groups(layer, there, a)
-    _check_shapes(name, layer, (parts[0].reads, parts[0].writes), a, b)
-    return Update(name, kind, parts, ((a, b),), numbers.scaling(said), tensors.get("magnitude"))
-
-
-def _is_named(there: str, numbers: Numbers) -> bool:
-    """Whether ``target_parameters`` names the weight of this layer."""
-    return any(matches(entry, f"{there}.weight") for entry in numbers.target_parameters)
-
-
-def _as_matrices(
-    layer: Any, kind: type[LoRALayer], there: str, tensors: Tensors, numbers: Numbers
-) -> tuple[Tensor, Tensor]:
-    """A and B of a layer, as matrices."""
-    layer_class = layer.overlaid[1] if isinstance(layer, LoRALayer) else type(layer)
-    if not issubclass(kind, LoRALinear | LoRAEmbedding | LoRAConvNd) or issubclass(kind, LoRAEmbeddingBag):
-        raise AdapterMismatchError(
-            f"The file has an update of {there!r}. In this model it is a {layer_class.__name__}, which PEFT does not "
-            "adapt in this form. Pass the model that the file was trained on."
-        )
-    check_computes_alike(there, layer, kind)
-    if "embedding_A" in tensors or "embedding_B" in tensors:
-        return _pair(there, tensors, "embedding_")
-    a, b = _pair(there, tensors)
-    if issubclass(kind, LoRAEmbedding):  # named in target_parameters: a matrix (num, dim)
-        return b.T, a.T
-    if kind is LoRAConv1D and numbers.init == "olora":
-        raise AdapterMismatchError(
-            f"{there!r} is a Conv1D, trained with init_lora_weights='olora'. PEFT starts it from another matrix "
-            "than its weight, so its update cannot be computed again. Merge it with PEFT, and use the merged model."
-        )
-    if kind is LoRAConv1D and _is_named(there, numbers):  # likewise: a matrix (in, out)
-        return b.T, a.T
-    if issubclass(kind, LoRAConvNd):
-        if layer.groups == 1:
-            a = a.flatten(1)
-        b = b.flatten(1)
-    return a, b
-
-
-def check_computes_alike(name: str, layer: Any, kind: type[LoRALayer]) -> None:
-    """Refuse a layer with which PEFT computes something else.
+@dataclass(frozen=True)
+class PeftLayer:
+    """PEFT's counterpart of one of our adapters.
 
     Args:
-        name: The name of the layer.
-        layer: The layer, which may be adapted already.
-        kind: Its adapter class.
-
-    Raises:
-        AdapterMismatchError: PEFT's update of its output is no update of its weight.
+        why_not: Why PEFT computes something else for one such layer, or None.
+        there: Our factors of a weight as PEFT has them, by the shape of the weight and the options of its layer.
+        here: PEFT's factors as ours, likewise.
+        keys: The ends of the names of A and B.
+        is_parameter: Whether PEFT wraps a parameter (``target_parameters``), not a layer. One module may have several.
     """
-    layer_class = layer.overlaid[1] if isinstance(layer, LoRALayer) else type(layer)
-    if issubclass(kind, LoRAAttention):
-        return
-    if not cast(type[LoRALayer], combined(kind, layer_class))._lora_is_additive and not hasattr(layer, "embed_scale"):
-        raise AdapterMismatchError(
-            f"{name!r} is a {layer_class.__name__} with a forward of its own. PEFT adds the update to its output; "
-            "here the layer runs on the updated weight, which may give other numbers. Merge it with PEFT, and use the "
-            "merged model."
+
+    why_not: Callable[[StoredLayer], str | None]
+    there: Callable[[Factors, Shape, Options], Factors] = _same
+    here: Callable[[Factors, Shape, Options], Factors] = _same
+    keys: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
+    is_parameter: bool = False
+
+
+def why_not(layer: StoredLayer) -> str | None:
+    """Return why PEFT has no counterpart for a layer's adapter, or computes something else, or None."""
+    own, title = peft_layer(layer), layer.layer_class.rpartition(".")[2]
+    if own is None or layer.layer_class in _registered():
+        return f"PEFT has no counterpart for our adapter of {title}."
+    if layer.options.get(ALSO):
+        return f"the layer is used as {listed(layer.options[ALSO])} too, and PEFT would adapt the first use alone."
+    return own.why_not(layer)
+
+
+def peft_layer(layer: StoredLayer) -> PeftLayer | None:
+    """Return PEFT's counterpart for a layer's adapter, if it has one."""
+    return _PEFT_LAYERS.get(layer.adapter_class) if layer.adapter_class else None
+
+
+def _registered() -> set[str]:
+    """The names of layer classes that a user has registered."""
+    known = ("torch.", "transformers.", "bitsandbytes.")
+    names = {f"{cls.__module__}.{cls.__qualname__}" for cls in ADAPTERS if isinstance(cls, type)}
+    return {name for name in names if not name.startswith(known)}
+
+
+# Layers whose output PEFT adds its update to
+
+
+def _added(layer: StoredLayer) -> str | None:
+    if not layer.is_additive:
+        title = layer.layer_class.rpartition(".")[2]
+        return f"{title} has a forward of its own, and PEFT adds the update outside of it, with other results."
+    return None
+
+
+def _convolution(layer: StoredLayer) -> str | None:
+    options = layer.options
+    dilation = options.get("dilation", 1)
+    if any(step != 1 for step in (dilation if isinstance(dilation, list | tuple) else [dilation])):
+        return f"it has dilation={dilation}, with which PEFT fails."
+    if options.get("padding_mode", "zeros") != "zeros":
+        return f"it has padding_mode={options['padding_mode']!r}, which PEFT ignores."
+    if options.get("groups", 1) > 1:
+        return f"it has groups={options['groups']}. PEFT's A reads the channels of all groups; here, those of one."
+    return _added(layer)
+
+
+def _with_kernel(factors: Factors, shape: Shape, _: Options) -> Factors:
+    a, b = factors
+    return a.view(-1, *shape[1:]), b.view(*b.shape, *(1,) * (len(shape) - 2))
+
+
+def _without_kernel(factors: Factors, _: Shape, __: Options) -> Factors:
+    a, b = factors
+    return a.flatten(1), b.flatten(1)
+
+
+# Attention: q, k and v share A, and lie one after the other in B
+
+
+def _attention(layer: StoredLayer) -> str | None:
+    if any(matrix.weight not in ("in_proj_weight", "out_proj.weight") for matrix in layer.matrices):
+        return "PEFT does not support an attention with kdim or vdim."
+    return None
+
+
+# Parameters of modules: matrices and stacks of matrices
+
+
+def _parameters(layer: StoredLayer) -> str | None:
+    inside = [matrix.weight for matrix in layer.matrices if "." in matrix.weight]
+    if inside:
+        return (
+            f"{inside} belong to layers inside it. PEFT would update them where the layers are called, not where "
+            f"{layer.name!r} reads them."
         )
-    if issubclass(kind, LoRAConvNd) and (any(step != 1 for step in layer.dilation) or layer.padding_mode != "zeros"):
-        raise AdapterMismatchError(
-            f"{name!r} has dilation={layer.dilation} and padding_mode={layer.padding_mode!r}. PEFT's update of it "
-            "has neither, so it is no update of its weight. It cannot be read."
-        )
+    if any(len(matrix.stack) > 1 for matrix in layer.matrices):
+        return "PEFT adapts matrices and stacks of matrices, not stacks of stacks."
+    if any(matrix.stack == (1,) for matrix in layer.matrices) and layer.options.get("is_transposed"):
+        return "PEFT adds the update of one transposed expert the wrong way round."
+    return None
 
 
-def _pair(there: str, tensors: Tensors, prefix: str = "") -> tuple[Tensor, Tensor]:
-    """A and B of one wrapper."""
-    pair = tensors.get(f"{prefix}A"), tensors.get(f"{prefix}B")
-    if pair[0] is None or pair[1] is None:
-        raise AdapterFileError(f"The file holds only one of A and B of {there!r}: it is damaged or was changed.")
-    return pair[0], pair[1]
+def _stack_there(factors: Factors, shape: Shape, options: Options) -> Factors:
+    """A by experts, B with the expert running fastest. In a transposed stack, each weight is (in, out)."""
+    if len(shape) == 2:
+        return factors
+    a, b = _swapped(factors) if options.get("is_transposed") else factors
+    return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
 
 
-def _rank(pattern_name: str, a: Tensor, numbers: Numbers, *, most: int, stack: int = 1) -> int:
-    """The rank of A, after a check that the configuration says the same."""
-    rank, said = a.shape[0] // stack, numbers.rank(pattern_name)
-    cut = min(said, most) if numbers.init in ("pissa", "olora") else said  # their start has no more
-    if a.shape[0] != rank * stack or rank not in (said, cut):
-        raise AdapterFileError(
-            f"lora_A of {pattern_name!r} has rank {a.shape[0] / stack:g}, but the configuration says {said}: the "
-            "scaling is not known. Use the adapter_config.json that was written with these tensors."
-        )
-    return rank
+def _stack_here(factors: Factors, shape: Shape, options: Options) -> Factors:
+    if len(shape) == 2:
+        return factors
+    a, b = factors
+    experts = math.prod(shape[:-2])
+    a, b = a.reshape(experts, -1, a.shape[-1]), b.reshape(len(b), -1, experts).permute(2, 0, 1)
+    return _swapped((a, b)) if options.get("is_transposed") else (a, b)
 
 
-def _check_shapes(name: str, layer: nn.Module, sizes: tuple[int, int], a: Tensor, b: Tensor) -> None:
-    reads, writes = sizes
-    fits = a.dim() == b.dim() == 2 and (a.shape[1], b.shape[0]) == (reads, writes) and a.shape[0] == b.shape[1]
-    if not fits:
-        raise AdapterMismatchError(
-            f"The file's update of {name!r} has factors {tuple(a.shape)} and {tuple(b.shape)}. This "
-            f"{type(layer).__name__} reads {reads} features and writes {writes}. Pass the model that it was trained on."
-        )
+def _swapped(factors: Factors) -> tuple[Tensor, Tensor]:
+    a, b = factors
+    return b.mT, a.mT
 
 
-def _shared_by_groups(layer: Any, there: str, a: Tensor) -> Tensor:
-    """A of a grouped convolution. PEFT's reads all channels; here, one A reads those of each group."""
-    groups, width = layer.groups, layer.in_channels // layer.groups
-    r = a.shape[0] // groups
-    blocks = [a[i * r : (i + 1) * r, i * width : (i + 1) * width] for i in range(groups)]
-    same = a.shape[0] == r * groups and all(torch.equal(block, blocks[0]) for block in blocks)
-    if not same or int(a.count_nonzero()) != sum(int(block.count_nonzero()) for block in blocks):
-        raise AdapterMismatchError(
-            f"{there!r} is a convolution with groups={groups}, and its lora_A reads the channels of all groups. "
-            "Here each group reads its own, so this update cannot be kept. Train it here, or use it with PEFT."
-        )
-    return blocks[0].flatten(1)
+_PEFT_LAYERS: dict[type[LoRALayer], PeftLayer] = {
+    LoRALinear: PeftLayer(_added),
+    LoRALinear4bit: PeftLayer(_added),
+    LoRALinear8bit: PeftLayer(_added),
+    LoRAConv1D: PeftLayer(_added),
+    LoRAEmbedding: PeftLayer(_added, keys=("lora_embedding_A", "lora_embedding_B")),
+    LoRAConvNd: PeftLayer(_convolution, _with_kernel, _without_kernel),
+    LoRAAttention: PeftLayer(_attention),
+    LoRARecurrent: PeftLayer(_parameters, is_parameter=True),
+    LoRAParameters: PeftLayer(_parameters, _stack_there, _stack_here, is_parameter=True),
+}
 
 
-def _attention(view: View, there: str, wrapped: Mapping[str, Tensors], numbers: Numbers, place: Renaming) -> Update:
-    """An nn.MultiheadAttention: q, k and v share A, and lie one after the other in B.
+# What PEFT's files cannot hold
 
-    PEFT adds the output projection's update twice, in its forward and in its merge.
-    """
-    name = place.name_here(there)
-    layer: Any = view.modules[name]
-    parts = {part.name: part for part in LoRAAttention.lora_matrices_of(layer)}
-    width, used, factors = layer.embed_dim, [], []
-    for wrapper, tensors in wrapped.items():
-        a, b = _pair(wrapper, tensors)
-        if "magnitude" in tensors or "bias" in tensors or not layer._qkv_same_embed_dim:
-            raise AdapterMismatchError(
-                f"{there!r} is an nn.MultiheadAttention with DoRA, lora_bias, kdim or vdim, which PEFT does not adapt. "
-                "Pass the model that the file was trained on."
-            )
-        _rank(there, a, numbers, most=width)
-        is_out = wrapper.endswith(".base_layer.out_proj")
-        if plain(wrapper) != there and not is_out:
-            raise AdapterMismatchError(
-                f"The file has an update of {wrapper!r}, which its nn.MultiheadAttention never calls. PEFT ignores it. "
-                f"Train {there!r} instead."
-            )
-        _check_shapes(name, layer, (width, width if is_out else 3 * width), a, b)
-        if is_out:
-            used.append(parts["out"])
-            factors.append((a, 2 * b))
-        else:
-            used += [parts[letter] for letter in "qkv"]
-            factors += [(a, block) for block in b.chunk(3)]
-    return Update(name, LoRAAttention, tuple(used), tuple(factors), numbers.scaling(there))
+_LEAVE_OUT = "Train without it (exclude_modules), or call merge_adapters and save the whole model."
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
-def _tokens(view: View, there: str, name: str, tensors: Tensors, numbers: Numbers) -> Update:
-    """Rows of an embedding that train: an update with one rank for each of them."""
-    layer, weight = view.modules[name], base_value(view, join(name, "weight")).cpu()
-    b = (with_rows(view, there, name, tensors, numbers).double() - weight.double()).T
-    indices = _indices(there, numbers)
-    a = torch.zeros(len(indices), len(weight))
-    a[torch.arange(len(indices)), torch.tensor(indices)] = 1
-    kind = adapter_for(layer)
-    assert kind is not None
-    return Update(name, kind, kind.lora_matrices_of(layer), ((a, b[:, indices].float()),), 1.0)
-
-
-def _indices(there: str, numbers: Numbers) -> list[int]:
-    """The rows of an embedding that train."""
-    rows: list[int] | dict[str, list[int]] = numbers.tokens
-    if isinstance(rows, dict):
-        return next((value for key, value in rows.items() if there.endswith(key)), [])
-    return rows
-
-
-def with_rows(view: View, there: str, name: str, tensors: Tensors, numbers: Numbers) -> Tensor:
-    """Return an embedding's weight with the file's rows in it.
+def check_exportable(stored: StoredAdapters, modules: Mapping[str, nn.Module], saved: Collection[str]) -> None:
+    """Refuse what PEFT cannot hold, or would compute otherwise.
 
     Args:
-        view: The model.
-        there: The name of the embedding in the file.
-        name: Its name in the model.
-        tensors: Its tensors in the file.
-        numbers: What the configuration says.
+        stored: The adapters.
+        modules: The modules that the reader has, by its names, if they are known.
+        saved: The entries of modules that are trained whole.
 
     Raises:
-        AdapterMismatchError: they are not rows of this embedding.
-        AdapterFileError: the embedding has another update too.
+        ExportError: there is something of that kind.
     """
-    layer, rows = view.modules[name], tensors["tokens"]
-    if len(tensors) > 1 or not isinstance(layer, nn.Embedding):
-        raise AdapterFileError(f"{there!r} trains single rows, and has another update too. That cannot be read.")
-    indices = _indices(there, numbers)
-    weight = base_value(view, join(name, "weight")).cpu()
-    in_range = all(0 <= index < len(weight) for index in indices)
-    if len(indices) != len(rows) or rows.shape[1:] != weight.shape[1:] or not in_range:
-        raise AdapterMismatchError(
-            f"The file holds {len(rows)} rows of {there!r}, and the configuration names {len(indices)} for an "
-            f"embedding of {tuple(weight.shape)}. Pass the model and the adapter_config.json of the training."
+    outside = [name for name in stored.state if stored.root and not name.startswith(f"{stored.root}.")]
+    if outside:
+        raise ExportError(
+            f"{listed(outside)} were trained outside of {stored.root!r}, and a file for that module cannot hold them. "
+            'Pass root="" for a file that fits the whole module: PeftModel.from_pretrained(module, directory).'
         )
-    weight = weight.to(torch.promote_types(weight.dtype, rows.dtype), copy=True)
-    weight[indices] = rows.to(weight.dtype)
-    return weight
-
-
-# Parameters of modules
-
-
-def _parameters(view: View, there: str, wrapped: Mapping[str, Tensors], numbers: Numbers, place: Renaming) -> Update:
-    """Parameters of a module.
-
-    PEFT wraps the module once for each of them, in the module's own order, so the last one is outermost.
-    """
-    name = place.name_here(there)
-    layer = view.modules[name]
-    own = [leaf for leaf, p in layer._parameters.items() if p is not None and not leaf.startswith("lora_")]
-    named = [leaf for leaf in own if any(matches(entry, f"{there}.{leaf}") for entry in numbers.target_parameters)]
-    inside_out = sorted(wrapped, key=len, reverse=True)
-    if len(named) != len(wrapped):
-        raise AdapterMismatchError(
-            f"The file has {len(wrapped)} updates of {there!r}, a {type(layer).__name__} in this model, and "
-            f"target_parameters in its configuration name {named or 'no parameter of it'}. Pass the model that it was "
-            "trained on."
+    wrong: dict[str, list[str]] = {}
+    for layer in stored.layers.values():
+        if why := why_not(layer) or _why_not_there(layer, stored):
+            wrong.setdefault(why, []).append(layer.name)
+    if wrong:
+        reasons = [f"{listed(names)}: {why}" for why, names in wrong.items()]
+        raise ExportError(
+            f"PEFT's format cannot hold all adapters of {stored.source}. {' '.join(reasons)} {_LEAVE_OUT}"
         )
-    factors, scalings = [], []
-    for leaf, wrapper in zip(named, inside_out, strict=True):
-        factors.append(_stacked(layer, there, leaf, _pair(wrapper, wrapped[wrapper]), numbers))
-        scalings.append(numbers.scaling(f"{there}.{leaf}"))
-    if len(set(scalings)) > 1:
-        factors = [(a, b * (scaling / scalings[0])) for (a, b), scaling in zip(factors, scalings, strict=True)]
-    kind = adapter_for(layer)
-    if kind is LoRARecurrent:
-        by_weight = {part.weight: part for part in kind.lora_matrices_of(layer)}
-        return Update(name, kind, tuple(by_weight[leaf] for leaf in named), tuple(factors), scalings[0])
-    parts = tuple(LoRAParameters.lora_part(layer, leaf) for leaf in named)
-    return Update(name, LoRAParameters, parts, tuple(factors), scalings[0])
+    for module in stored.saved:
+        if why := _why_not_saved(module, stored, modules):
+            raise ExportError(f"modules_to_save names {module!r}, {why}")
+    adapters = set[str]()
+    for layer in stored.layers.values():
+        names = adapter_parameters(layer.matrices, settings_of(layer, stored.config))
+        adapters |= {join(layer.name, name) for name in names}
+    left = [name for name in stored.state if name not in adapters and name not in saved]
+    left = [name for name in left if name in stored.changed or not is_bias(name, stored)]
+    if left:
+        raise ExportError(
+            f"PEFT's format has no place for {listed(left)}: buffers or frozen weights that changed in training, "
+            "single parameters in modules_to_save, a weight tied to one of a module there, or what is no tensor. Name "
+            "whole modules in modules_to_save, or call merge_adapters and save the whole model."
+        )
+    broken = [name for name, value in stored.state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise ExportError(
+            f"{listed(broken)} hold NaN or infinite values: the training has diverged. Train again with a lower "
+            "learning rate, or use an earlier checkpoint."
+        )
 
 
-def _stacked(
-    layer: nn.Module, there: str, leaf: str, pair: tuple[Tensor, Tensor], numbers: Numbers
-) -> tuple[Tensor, Tensor]:
-    """A and B of a parameter. In a stack, A holds expert after expert; in B, the expert runs fastest."""
-    (a, b), (*stack, writes, reads) = pair, layer.get_parameter(leaf).shape
-    experts, swapped = math.prod(stack), bool(stack) and getattr(layer, "is_transposed", False)
-    r = _rank(f"{there}.{leaf}", a, numbers, most=min(writes, reads), stack=experts)
-    _check_shapes(f"{there}.{leaf}", layer, (writes, reads) if swapped else (reads, writes), a, b)
-    if not stack:
-        return a, b
-    a, b = a.reshape(experts, r, -1), b.reshape(-1, r, experts).permute(2, 0, 1)
-    return (b.transpose(-1, -2), a.transpose(-1, -2)) if swapped else (a, b)
+def _why_not_there(layer: StoredLayer, stored: StoredAdapters) -> str | None:
+    """Why PEFT adapts no layer in its place, or with its values."""
+    if layer.name == stored.root:
+        return 'PEFT adapts layers inside a module, not the module itself. Pass root="", or the module around it.'
+    if any(matrix.weight == "out_proj.weight" for matrix in layer.matrices):
+        return (
+            "PEFT 0.21 adds the update of an attention's output projection twice. Train with "
+            f"target_slices={{{layer.name.rpartition('.')[2]!r}: ['q', 'k', 'v']}}."
+        )
+    around, own = [name for name in stored.layers if layer.name.startswith(f"{name}.")], peft_layer(layer)
+    if around and own is not None and own.is_parameter:
+        return f"PEFT finds no parameters inside of {around[0]!r}, whose parameters are adapted too."
+    magnitude = stored.state.get(join(layer.name, layer.matrices[0].parameter(Role.MAGNITUDE)))
+    if magnitude is not None and (magnitude == 0).any():
+        return "PEFT scales an output whose magnitude is zero by zero; here it is not scaled."
+    return None
+
+
+def _why_not_saved(module: str, stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> str | None:
+    """Why PEFT would not find a module that is trained whole, or find others too."""
+    name = Renaming(stored.root, "").name_here(module)
+    if isinstance(modules.get(name), _CONTAINERS):
+        return f"a {type(modules[name]).__name__}, which PEFT cannot save. Name the modules inside it, and train again."
+    if any(module.startswith(f"{layer}.") for layer in stored.layers):
+        return f"inside of a module whose parameters are adapted: PEFT would not find it. {_LEAVE_OUT}"
+    alike = [other for other in modules if other.endswith(name) and other != name]
+    if alike:
+        return f"and PEFT would also save {listed(alike)}, because these names end alike. Rename one of them."
+    return None
+
+
+def is_bias(name: str, stored: StoredAdapters) -> bool:
+    """Whether an entry is a bias that was trained."""
+    return stored.config.bias != "none" and "bias" in name.rpartition(".")[2]
+
+
+def settings_of(layer: StoredLayer, config: LoRAConfig) -> Settings:
+    """Return the settings of a stored layer's adapter."""
+    return Settings(layer.r, layer.scaling, init=config.init, use_dora=config.use_dora)

@@ -1,30 +1,56 @@
-"""Read a PEFT adapter for a model.
+"""Read PEFT's files: the layers come from the names of the tensors, the numbers from the configuration."""
 
-The layers come from the names of the tensors, the numbers from the configuration.
-"""
-
+import math
 import os
-import warnings
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterFileError, AdapterMismatchError, LoRAWarning, listed
+from lightning_lora.config import LoRAConfig, matches
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
+from lightning_lora.functional.combine import Factors
+from lightning_lora.layers import FROM_BASE, AdaptedMatrix, LoRALayer, LoRAParameters, adapter_for
+from lightning_lora.layers.attention import LoRAAttention
+from lightning_lora.layers.conv1d import LoRAConv1D
+from lightning_lora.layers.embedding import LoRAEmbedding
+from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.model.view import View
-from lightning_lora.storage.formats.libraries import PEFT_CONFIG, PEFT_WEIGHTS
-from lightning_lora.storage.formats.peft_config import read_numbers
-from lightning_lora.storage.formats.peft_keys import plain, sorted_by_layer
-from lightning_lora.storage.formats.peft_layers import updates_in, with_rows
-from lightning_lora.storage.formats.updates import Foreign, Update, assembled, base_value, place_of, uses_of
+from lightning_lora.storage.formats.peft_config import (
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    PREFIX,
+    PeftConfig,
+    is_peft,
+    peft_key,
+    read_config,
+)
+from lightning_lora.storage.formats.peft_layers import peft_layer, why_not
+from lightning_lora.storage.formats.reading import (
+    Asked,
+    Reader,
+    Update,
+    adapters_of,
+    base_value,
+    described,
+    place_of,
+    uses_of,
+)
+from lightning_lora.storage.names import Renaming
+from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.names import join
+
+Tensors = Mapping[str, Tensor]
+"""The tensors of one adapter: ``"A"``, ``"B"``, ``"magnitude"``, ``"tokens"``."""
 
 
 def weights_of(path: Path) -> Path:
-    """Return the file with the tensors.
-
-    It is ``path`` itself, or in the folder ``path``.
+    """Return the file with the tensors: ``path`` itself, or in the folder ``path``.
 
     Raises:
         AdapterFileError: the folder holds no adapters.
@@ -40,63 +66,248 @@ def weights_of(path: Path) -> Path:
     return found[0]
 
 
-def read_peft(view: View, tensors: Mapping[str, Tensor], path: Path) -> Foreign:
-    """Return what a PEFT file is in this package.
+def reader(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
+    """Return how to read these contents of a file, if PEFT wrote it."""
+    if not is_peft(contents):
+        return None
+    if not isinstance(path, Path):
+        raise AdapterFileError(
+            f"{path} holds adapters of PEFT, and their configuration is in a file beside it. Copy the whole folder to "
+            "this machine, and pass its path."
+        )
+    return lambda view: _read(view, contents, path)
+
+
+def _read(view: View, tensors: Mapping[str, Any], path: Path) -> StoredAdapters:
+    config = read_config(path.parent / PEFT_CONFIG)
+    adapters, rest = _sorted(tensors, path)
+    place = place_of(view, [_plain(name) for name in adapters], list(rest))
+    layers = _Layers(view, config, place)
+    rest = {place.name_here(name): value for name, value in rest.items()}
+    for name in [name for name in adapters if layers.are_tied_tokens(name, adapters[name])]:
+        weight = layers.with_rows(name, adapters.pop(name))
+        rest |= dict.fromkeys(uses_of(view, join(place.name_here(name), "weight")), weight)
+    settings = LoRAConfig(dropout=config.lora_dropout, init=config.init, use_rslora=config.use_rslora)  # type: ignore[arg-type]  # one of ours
+    return adapters_of(view, layers.updates(adapters), rest, settings, config.modules_to_save)
+
+
+def _sorted(tensors: Mapping[str, Any], path: object) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The tensors of each adapter, by the name of what PEFT wraps, and the others, by their names in the base."""
+    odd = [f"{name!r} ({type(value).__name__})" for name, value in tensors.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise AdapterFileError(f"{path} holds {odd[0]}, which is not a tensor: it is damaged or was changed.")
+    adapters, rest, unknown = dict[str, dict[str, Tensor]](), dict[str, Tensor](), list[str]()
+    for key, value in tensors.items():
+        name = key.removeprefix(PREFIX)
+        parts = peft_key(name)
+        if parts:
+            wrapped, what = parts
+            adapters.setdefault(wrapped, {})[what] = value
+        elif any(part.startswith(("lora_", "trainable_tokens")) for part in name.split(".")):
+            unknown.append(key)
+        elif ".original_module." not in name:  # the base's own values, of a module that is trained in full
+            rest[_plain(name)] = value
+    if unknown:
+        raise AdapterFileError(
+            f"{path} holds {listed(unknown)}, which belong to a method of PEFT that this package does not have. Merge "
+            "it with PEFT (merge_and_unload), and use the merged model."
+        )
+    return adapters, rest
+
+
+def _plain(name: str) -> str:
+    """A name of the base, without PEFT's wrappers inside."""
+    wrappers = ("base_layer", "token_adapter", "modules_to_save")
+    return ".".join(part for part in name.split(".") if part not in wrappers)
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """The layers of a model to which the adapters of a PEFT file belong.
 
     Args:
-        view: The model, which is not merged.
-        tensors: The tensors of the file.
-        path: The file. Its configuration is beside it.
-
-    Raises:
-        AdapterFileError: the file or its configuration cannot be used.
-        AdapterMismatchError: it does not fit the model.
-        BaseMismatchError: it holds frozen weights that are not those of the model.
-
-    Warns:
-        LoRAWarning: it is not clear which alpha a layer was trained with.
+        view: The model, which may be adapted already.
+        config: PEFT's configuration.
+        place: How the file's names become those of the model.
     """
-    numbers = read_numbers(path.parent / PEFT_CONFIG)
-    found = sorted_by_layer(tensors, path)
-    place = place_of(view, [plain(name) for name in found.layers], list(found.rest))
-    unclear = [name for name in map(plain, found.layers) if numbers.is_unclear(name)]
-    if unclear:
-        warnings.warn(
-            f"Several keys of alpha_pattern fit {listed(unclear)}. The first one in the file is used, as in "
-            "PEFT. But PEFT sorts the keys when it saves: in training, it may have been another one.",
-            LoRAWarning,
-            stacklevel=6,
+
+    view: View
+    config: PeftConfig
+    place: Renaming
+
+    def updates(self, adapters: Mapping[str, Tensors]) -> list[Update]:
+        """Return the updates of the layers.
+
+        Raises:
+            AdapterMismatchError: a layer of the model is of another kind or shape.
+            AdapterFileError: the file contradicts its configuration, or holds what this package does not have.
+        """
+        of_layer: dict[str, dict[str, Tensors]] = {}
+        for wrapped, tensors in adapters.items():
+            outer, _, inner = _plain(wrapped).rpartition(".")
+            above = self.view.modules.get(self.place.name_here(outer))
+            is_inside = inner == "out_proj" and isinstance(above, nn.MultiheadAttention)
+            of_layer.setdefault(outer if is_inside else _plain(wrapped), {})[wrapped] = tensors
+        return [self._update(there, wrapped) for there, wrapped in of_layer.items()]
+
+    def _update(self, there: str, wrapped: Mapping[str, Tensors]) -> Update:
+        layer = self._module(there)
+        kind = adapter_for(layer)
+        if (
+            kind is None
+            or kind is LoRARecurrent
+            or (isinstance(layer, LoRALayer) and layer.overlaid[0] is LoRAParameters)
+        ):
+            return self._parameters(there, wrapped)
+        about = self._described(there, kind, kind.lora_matrices_of(layer))
+        if kind is LoRAAttention:
+            return self._attention(there, about, wrapped)
+        if len(wrapped) != 1:
+            raise AdapterFileError(f"The file holds {listed(wrapped)}: two updates of one {type(layer).__name__}.")
+        (tensors,) = wrapped.values()
+        if "tokens" in tensors:
+            return self._tokens(there, about, tensors)
+        if kind is LoRAConv1D and self.config.init == "olora":
+            raise AdapterMismatchError(
+                f"{there!r} is a Conv1D, trained with init_lora_weights='olora'. PEFT starts it from another matrix "
+                "than its weight, so its update cannot be computed again. Merge it with PEFT, and use the merged model."
+            )
+        (matrix,), said, factors = about.matrices, there, _pair(there, tensors)
+        if self._is_named(f"{there}.weight"):
+            said = f"{there}.weight"  # patterns mean a parameter by its own name
+            if kind in (LoRAEmbedding, LoRAConv1D):  # this parameter is (in, out)
+                factors = factors[1].T, factors[0].T
+        factors = self._factors(about, matrix, factors, said)
+        return Update(replace(about, scaling=self.config.scaling(said)), (factors,), tensors.get("magnitude"))
+
+    def _module(self, there: str) -> Any:
+        return self.view.modules[self.place.name_here(there)]
+
+    def _described(self, there: str, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...]) -> StoredLayer:
+        """The layer with this adapter, if PEFT computes the same."""
+        about = described(self.view, self.place.name_here(there), kind, matrices)
+        if hasattr(self._module(there), "embed_scale"):  # PEFT applies it too
+            about = replace(about, is_additive=True)
+        if why := why_not(about):
+            raise AdapterMismatchError(
+                f"The file has an update of {there!r}, which cannot be read: {why} Pass the model that the file was "
+                "trained on, or merge it with PEFT, and use the merged model."
+            )
+        return about
+
+    def _is_named(self, parameter: str) -> bool:
+        return any(matches(entry, parameter) for entry in self.config.target_parameters)
+
+    def _factors(self, about: StoredLayer, matrix: AdaptedMatrix, factors: Factors, said: str) -> Factors:
+        """A and B of one matrix as they are here, after a check of their rank and their shapes."""
+        (a, b), stack, own = factors, math.prod(matrix.stack), peft_layer(about)
+        assert own is not None
+        rank, asked = (a.shape[0] if a.dim() else 0) // stack, self.config.rank(said)
+        most = min(asked, matrix.largest_rank) if self.config.init in FROM_BASE else asked  # their start has no more
+        if rank not in (asked, most):
+            raise AdapterFileError(
+                f"lora_A of {said!r} has rank {rank}, but the configuration says {asked}: the scaling is not known. "
+                "Use the adapter_config.json that was written with these tensors."
+            )
+        expected = [(*matrix.stack, rank, matrix.reads), (*matrix.stack, matrix.writes, rank)]
+        with suppress(IndexError, RuntimeError):  # other shapes
+            a, b = own.here(factors, about.shapes[matrix.weight], about.options)
+        if [a.shape, b.shape] != expected:
+            raise AdapterMismatchError(
+                f"The file's update of {said!r} has factors {tuple(factors[0].shape)} and {tuple(factors[1].shape)}. "
+                f"This {about.layer_class.rpartition('.')[2]} reads {matrix.reads} features and writes "
+                f"{matrix.writes}. Pass the model that it was trained on."
+            )
+        return a, b
+
+    def _attention(self, there: str, about: StoredLayer, wrapped: Mapping[str, Tensors]) -> Update:
+        """q, k and v share A, and lie one after the other in B.
+
+        PEFT adds the output projection's update twice, in its forward and in its merge.
+        """
+        *qkv, out = about.matrices
+        matrices, factors = list[AdaptedMatrix](), list[Factors]()
+        for name, tensors in wrapped.items():
+            a, b = _pair(name, tensors)
+            if "magnitude" in tensors:
+                raise AdapterMismatchError(f"{there!r} is an attention, which PEFT does not adapt with DoRA.")
+            if _plain(name) == there:
+                matrices += qkv
+                factors += [
+                    self._factors(about, matrix, (a, block), there)
+                    for matrix, block in zip(qkv, b.chunk(3), strict=True)
+                ]
+            elif name.endswith(".base_layer.out_proj"):
+                matrices.append(out)
+                factors.append(self._factors(about, out, (a, 2 * b), there))
+            else:
+                raise AdapterMismatchError(
+                    f"The file has an update of {name!r}, which its nn.MultiheadAttention never calls. PEFT ignores "
+                    f"it. Train {there!r} instead."
+                )
+        return Update(replace(about, scaling=self.config.scaling(there), matrices=tuple(matrices)), tuple(factors))
+
+    def _parameters(self, there: str, wrapped: Mapping[str, Tensors]) -> Update:
+        """Parameters of a module. PEFT wraps it once for each, in the module's own order: the last one is outermost."""
+        layer = self._module(there)
+        ours = layer.lora_roles() if isinstance(layer, LoRALayer) else {}
+        named = [leaf for leaf in layer._parameters if leaf not in ours and self._is_named(f"{there}.{leaf}")]
+        if len(named) != len(wrapped):
+            raise AdapterMismatchError(
+                f"The file has {len(wrapped)} updates of {there!r}, a {type(layer).__name__} in this model, and "
+                f"target_parameters in its configuration name {named or 'no parameter of it'}. Pass the model that it "
+                "was trained on."
+            )
+        kind: type[LoRALayer] = LoRARecurrent if adapter_for(layer) is LoRARecurrent else LoRAParameters
+        matrices = tuple(LoRAParameters.lora_part(layer, leaf) for leaf in named)
+        if kind is LoRARecurrent:
+            matrices = tuple(matrix for matrix in kind.lora_matrices_of(layer) if matrix.weight in named)
+        about, factors = self._described(there, kind, matrices), list[Factors]()
+        scaling = self.config.scaling(f"{there}.{named[0]}")
+        for matrix, name in zip(matrices, sorted(wrapped, key=len, reverse=True), strict=True):
+            said = f"{there}.{matrix.weight}"
+            a, b = self._factors(about, matrix, _pair(name, wrapped[name]), said)
+            factors.append((a, b * (self.config.scaling(said) / scaling)))
+        return Update(replace(about, scaling=scaling), tuple(factors))
+
+    # Rows of an embedding that train
+
+    def are_tied_tokens(self, there: str, tensors: Tensors) -> bool:
+        """Whether these are rows of an embedding that PEFT trains in its other use too."""
+        tied = len(uses_of(self.view, join(self.place.name_here(_plain(there)), "weight"))) > 1
+        configs = [getattr(module, "config", None) for module in self.view.modules.values()]
+        return "tokens" in tensors and tied and any(getattr(config, "tie_word_embeddings", False) for config in configs)
+
+    def with_rows(self, there: str, tensors: Tensors) -> Tensor:
+        """Return an embedding's weight with the file's rows in it."""
+        there, rows = _plain(there), tensors["tokens"]
+        if len(tensors) > 1 or not isinstance(self._module(there), nn.Embedding):
+            raise AdapterFileError(f"{there!r} trains single rows, and has another update too. That cannot be read.")
+        weight, indices = (
+            base_value(self.view, join(self.place.name_here(there), "weight")).cpu(),
+            self.config.token_rows(there),
         )
-    rows: dict[str, Tensor] = {}
-    for name, tensors_of_layer in list(found.layers.items()):
-        tied = uses_of(view, join(place.name_here(name), "weight"))
-        if "tokens" in tensors_of_layer and len(tied) > 1 and _is_tied_there(view):
-            rows |= dict.fromkeys(tied, with_rows(view, name, place.name_here(name), found.layers.pop(name), numbers))
-    updates = updates_in(view, found, numbers, place)
-    rest = rows | {place.name_here(name): value for name, value in found.rest.items()}
-    by_name = {update.name: update for update in updates}
-    for name, tensors_of_layer in found.layers.items():
-        if "bias" in tensors_of_layer:
-            rest |= _with_bias(view, by_name.get(place.name_here(name)), tensors_of_layer["bias"], rest)
-    settings = LoRAConfig(dropout=numbers.dropout, init=numbers.init, use_rslora=numbers.use_rslora)
-    return assembled(view, updates, rest, settings, numbers.modules_to_save)
+        is_valid = all(0 <= index < len(weight) for index in indices)
+        if len(indices) != len(rows) or rows.shape[1:] != weight.shape[1:] or not is_valid:
+            raise AdapterMismatchError(
+                f"The file holds {len(rows)} rows of {there!r}, and the configuration names {len(indices)} for an "
+                f"embedding of {tuple(weight.shape)}. Pass the model and the adapter_config.json of the training."
+            )
+        weight = weight.to(torch.promote_types(weight.dtype, rows.dtype), copy=True)
+        weight[indices] = rows.to(weight.dtype)
+        return weight
+
+    def _tokens(self, there: str, about: StoredLayer, tensors: Tensors) -> Update:
+        """An update with one rank for each row."""
+        weight, indices = base_value(self.view, join(about.name, "weight")).cpu(), self.config.token_rows(there)
+        change = self.with_rows(there, tensors).double() - weight.double()
+        a = torch.zeros(len(indices), len(weight))
+        a[torch.arange(len(indices)), torch.tensor(indices)] = 1
+        return Update(about, ((a, change[indices].T.float()),))
 
 
-def _is_tied_there(view: View) -> bool:
-    """Whether PEFT trains rows of an embedding in its other use too: in models that say that both are tied."""
-    return any(
-        getattr(getattr(module, "config", None), "tie_word_embeddings", False) for module in view.modules.values()
-    )
-
-
-def _with_bias(view: View, update: Update | None, bias: Tensor, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The layer's own bias, with that of B (PEFT's ``lora_bias``) in it."""
-    name = join(update.name, "bias") if update else ""
-    if update is None or update.magnitude is not None or name not in view.base:
-        raise AdapterMismatchError(
-            f"lora_B of {update.name if update else 'a layer'!r} has a bias (lora_bias=True), which can only become a "
-            "part of the layer's own bias. The layer has none, or has DoRA. Merge it with PEFT, and use the merged "
-            "model."
-        )
-    own = rest.get(name, base_value(view, name)).cpu()
-    return {name: own + (update.scaling * bias.double()).to(own.dtype)}
+def _pair(there: str, tensors: Tensors) -> Factors:
+    """A and B of one wrapper."""
+    if "A" not in tensors or "B" not in tensors:
+        raise AdapterFileError(f"The file holds only one of A and B of {there!r}: it is damaged or was changed.")
+    return tensors["A"], tensors["B"]

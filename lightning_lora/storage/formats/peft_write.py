@@ -1,31 +1,43 @@
 """Write adapters as PEFT's files."""
 
 import json
+import os
 import re
 import warnings
 from collections import Counter
 from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from lightning_lora.config import matches
-from lightning_lora.errors import AdapterFileError, LoRAWarning, listed
+from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, ExportError, LoRAWarning, listed
+from lightning_lora.functional.combine import Factors, with_rank
+from lightning_lora.functional.update import wide
+from lightning_lora.layers import LoRAParameters
+from lightning_lora.layers.attention import LoRAAttention
 from lightning_lora.layers.conv1d import LoRAConv1D
 from lightning_lora.layers.linear import LoRALinear
+from lightning_lora.layers.matrices import Role, Settings, weight_factors
+from lightning_lora.model.view import view_of
+from lightning_lora.storage.base import forms_of_base
 from lightning_lora.storage.disk import check_path, writing
-from lightning_lora.storage.formats.libraries import PEFT_CONFIG, PEFT_WEIGHTS
-from lightning_lora.storage.formats.peft_pieces import Piece, attention_rest, pieces_of, uniform
-from lightning_lora.storage.formats.peft_refusals import check_exportable, is_bias
-from lightning_lora.storage.formats.peft_source import Source, source_of
-from lightning_lora.tensors.names import join
+from lightning_lora.storage.formats.own import read_adapter_file
+from lightning_lora.storage.formats.peft_config import PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
+from lightning_lora.storage.formats.peft_layers import PeftLayer, check_exportable, is_bias, peft_layer, settings_of
+from lightning_lora.storage.names import Renaming
+from lightning_lora.storage.stored import StoredAdapters, adapter_state_dict
+from lightning_lora.storage.stored_layers import StoredLayer
+from lightning_lora.tensors.names import join, named_modules, submodule
 
 ORIGIN = "lightning_lora_origin"
 """The entry of the weights' metadata with our own description: the base's fingerprints, layers and configuration."""
 
-_PREFIX = "base_model.model"
 _MOST = 16
 """vLLM's default for the largest rank."""
 
@@ -72,79 +84,219 @@ def export_peft(
         (2, 4, ['0', '2'])
     """
     check_path(directory)
-    source = source_of(model_or_file, root)
-    check_exportable(source)
-    pieces = pieces_of(source)
+    source = _source(model_or_file, root)
+    check_exportable(source.stored, source.modules, source.saved)
+    updates = _updates(source)
     if uniform:
-        pieces = _made_uniform(pieces)
-    config = _config(source, pieces, uniform=uniform)
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in _tensors(source, pieces).items()}
-    origin = {**source.description, "root": source.root}
-    contents = save(tensors, metadata={"format": "pt", ORIGIN: json.dumps(origin)})
+        updates = _made_uniform(updates)
+    config = _config(source, updates, uniform=uniform)
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in _tensors(source, updates).items()}
+    contents = save(tensors, metadata={"format": "pt", ORIGIN: json.dumps(source.stored.description())})
     _warn_of_encoders(source)
     _write(Path(directory).expanduser(), contents, json.dumps(config, indent=2))
 
 
-def _made_uniform(pieces: list[Piece]) -> list[Piece]:
-    pieces = uniform(pieces)
-    if pieces[0].rank > _MOST:
+# What to export
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Adapters to export, and the model that they are from, or None for a file."""
+
+    stored: StoredAdapters
+    model: nn.Module | None = None
+
+    def name_there(self, name: str) -> str:
+        """Return a name in the module that the reader has: without the root's prefix."""
+        return Renaming(self.stored.root, "").name_here(name)
+
+    @cached_property
+    def inner(self) -> nn.Module | None:
+        """The module that the reader has."""
+        return None if self.model is None else submodule(self.model, self.stored.root)
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules inside it, by their names there. A file has none."""
+        return {} if self.inner is None else named_modules(self.inner, remove_duplicate=False)
+
+    @cached_property
+    def saved(self) -> dict[str, Tensor]:
+        """All entries of modules that are trained whole, unchanged ones too."""
+        present = dict(self.stored.state)
+        if self.model is not None:
+            view = view_of(self.model)
+            present = {**view.parameters, **view.buffers, **present}
+        names = [name for entries in self.stored.saved.values() for name in entries]
+        if missing := [name for name in names if name not in present]:
+            raise ExportError(
+                f"{self.stored.source} does not hold {listed(missing)}, which have the base's values, and PEFT's "
+                "format needs all of a module in modules_to_save. Load the file onto its model, and export the model."
+            )
+        return {name: present[name] for name in names}
+
+
+def _source(model_or_file: object, root: str | None) -> _Source:
+    if isinstance(model_or_file, nn.Module):
+        state, view = adapter_state_dict(model_or_file), view_of(model_or_file)
+        if any(isinstance(value, Tensor) and value.is_meta for value in state.values()):
+            raise AdapterStateError(
+                "The adapters are on the meta device and have no values. Call model.to_empty first."
+            )
+        stored, model = StoredAdapters.from_view(view, state, forms_of_base(view)), model_or_file
+    elif isinstance(model_or_file, str | os.PathLike):
+        stored, model = read_adapter_file(Path(model_or_file)), None
+    else:
+        raise ConfigError(
+            f"export_peft got a {type(model_or_file).__name__}. Expected a model with adapters, or the path of a file "
+            "that save_adapter or a Trainer wrote."
+        )
+    if model is None and (not stored.layers or (stored.config.modules_to_save and not stored.saved)):
+        raise AdapterFileError(
+            f"{stored.source} does not say what the adapted layers are, or what belongs to modules_to_save: an earlier "
+            "version wrote it. Load it onto its model with load_adapter, and export the model."
+        )
+    if stored.random:
         warnings.warn(
-            f"The exported rank is {pieces[0].rank}. vLLM takes at most {_MOST} unless it is started with a larger "
+            f"{listed(stored.random)} look untrained and stayed frozen, and PEFT's format has no place for them: "
+            "whoever loads the folder has other values there. Name their modules in modules_to_save and train again, "
+            "or save the whole model: save_merged(model, path).",
+            LoRAWarning,
+            stacklevel=3,
+        )
+        state = {name: value for name, value in stored.state.items() if name not in stored.random}
+        changed = tuple(name for name in stored.changed if name not in stored.random)
+        stored = replace(stored, state=state, changed=changed)
+    if root is not None:
+        if root and not any(name == root or name.startswith(f"{root}.") for name in stored.layers):
+            raise ConfigError(
+                f"root={root!r} holds no adapted layer. Expected the name of the module that the reader has, such as "
+                f"{stored.root!r}; the adapted layers are {listed(stored.layers)}."
+            )
+        stored = replace(stored, root=root)
+    return _Source(stored, model)
+
+
+# The updates as PEFT has them
+
+
+@dataclass(frozen=True)
+class _Update:
+    r"""What PEFT keeps for one layer, or for one parameter of a module.
+
+    Args:
+        layer: Our layer.
+        name: The layer's name for the reader.
+        weight: The parameter's name in the layer.
+        factors: A and B of all that is adapted of it.
+        alpha: PEFT's ``lora_alpha``.
+        scaling: The factor of ``B @ A``.
+        magnitude: DoRA's magnitudes, if any.
+    """
+
+    layer: StoredLayer
+    name: str
+    weight: str
+    factors: Factors
+    alpha: float
+    scaling: float
+    magnitude: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """The rank."""
+        return int(self.factors[0].shape[-2])
+
+    @property
+    def target(self) -> str:
+        """The name that PEFT's patterns have to match."""
+        return join(self.name, self.weight) if _counterpart(self.layer).is_parameter else self.name
+
+    @property
+    def rest(self) -> dict[str, Tensor]:
+        """The factors of zero of an attention's output projection, which PEFT adapts with the others."""
+        a = torch.zeros_like(self.factors[0])
+        return {"lora_A.weight": a, "lora_B.weight": a.T.clone()} if self.layer.adapter_class is LoRAAttention else {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return PEFT's tensors, by the ends of their names."""
+        own = _counterpart(self.layer)
+        factors = own.there(self.factors, self.layer.shapes[self.weight], self.layer.options)
+        found = dict(zip(own.keys, factors, strict=True))
+        if self.magnitude is not None:  # without .weight in its name, transformers would ignore it
+            after = (1,) * (factors[1].dim() - 2)
+            found["lora_magnitude_vector.weight"] = self.magnitude.view(1, -1, *after) if after else self.magnitude
+        return found
+
+
+def _counterpart(layer: StoredLayer) -> PeftLayer:
+    own = peft_layer(layer)
+    assert own is not None  # else it was refused
+    return own
+
+
+def _updates(source: _Source) -> list[_Update]:
+    found, config = list[_Update](), source.stored.config
+    for layer in source.stored.layers.values():
+        settings = settings_of(layer, config)
+
+        def tensor(name: str, layer: StoredLayer = layer, settings: Settings = settings) -> Tensor:
+            value: Tensor = source.stored.state[join(layer.name, name)].detach().cpu()
+            return value.to(wide(value.dtype)) if settings.starts_from_base else value
+
+        for weight in layer.shapes:
+            factors = weight_factors(weight, layer.matrices, settings, tensor)
+            parameter = join(layer.name, weight) if layer.adapter_class is LoRAParameters else ""
+            alpha = config.alpha_of(layer.name, parameter, r=factors[0].shape[-2])
+            scalings = [matrix.scaling for matrix in layer.matrices if matrix.weight == weight]
+            magnitude = tensor(layer.matrices[0].parameter(Role.MAGNITUDE)) if settings.use_dora else None
+            name = source.name_there(layer.name)
+            found.append(_Update(layer, name, weight, factors, alpha, scalings[0] or layer.scaling, magnitude))
+    return found
+
+
+def _made_uniform(updates: list[_Update]) -> list[_Update]:
+    """Give all the same rank, with zeros, and the same scaling: B takes over what differs."""
+    rank = max(update.rank for update in updates)
+    if rank > _MOST:
+        warnings.warn(
+            f"The exported rank is {rank}. vLLM takes at most {_MOST} unless it is started with a larger "
             "max_lora_rank.",
             LoRAWarning,
             stacklevel=3,
         )
-    return pieces
+    scaling = Counter(update.scaling for update in updates).most_common(1)[0][0]
+    found = []
+    for update in updates:
+        a, b = with_rank(update.factors, rank)
+        factors = a, b * (update.scaling / scaling)
+        found.append(replace(update, factors=factors, alpha=scaling * rank, scaling=scaling))
+    return found
 
 
-def _warn_of_encoders(source: Source) -> None:
-    encoders = [name for name, module in source.modules.items() if isinstance(module, nn.TransformerEncoderLayer)]
-    names = [source.own_name(layer.name) for layer in source.layers]
-    held = [encoder for encoder in encoders if any(name.startswith(f"{encoder}.") for name in names)]
-    if held:
-        warnings.warn(
-            f"{listed(held)} are layers of nn.TransformerEncoder. In eval mode they read weights past PEFT's layers: "
-            "a PeftModel computes the base there. Call its merge_and_unload(), which is right.",
-            LoRAWarning,
-            stacklevel=3,
-        )
-
-
-# The tensors
-
-
-def _tensors(source: Source, pieces: list[Piece]) -> dict[str, Tensor]:
+def _tensors(source: _Source, updates: list[_Update]) -> dict[str, Tensor]:
     """All tensors, by PEFT's names."""
-    wrappers = _wrappers(pieces)
+    wrappers = Counter(update.name for update in updates)
+    wrappers |= Counter(join(update.name, "out_proj") for update in updates if update.rest)
     found: dict[str, Tensor] = {}
-    for i, piece in enumerate(pieces):
-        later = sum(other.name == piece.name for other in pieces[i + 1 :])
-        name = ".".join([_inside(piece.name, wrappers), *["base_layer"] * later])
-        found |= {f"{name}.{end}": value for end, value in piece.tensors().items()}
-        rest = _inside(join(piece.name, "out_proj"), wrappers)
-        found |= {f"{rest}.{end}": value for end, value in attention_rest(piece).items()}
-    saved = {name: value for entries in source.saved().values() for name, value in entries.items()}
-    for name, value in source.state.items():
-        if is_bias(name, source) and name not in saved:
-            found[_inside(source.own_name(name), wrappers)] = value
-    found |= {source.own_name(name): value for name, value in saved.items()}
-    return {join(_PREFIX, name): value for name, value in found.items()}
+    for i, update in enumerate(updates):
+        later = sum(other.name == update.name for other in updates[i + 1 :])
+        name = ".".join([_inside(update.name, wrappers), *["base_layer"] * later])
+        found |= {f"{name}.{end}": value for end, value in update.tensors().items()}
+        rest = _inside(join(update.name, "out_proj"), wrappers)
+        found |= {f"{rest}.{end}": value for end, value in update.rest.items()}
+    for name, value in source.stored.state.items():
+        if is_bias(name, source.stored) and name not in source.saved:
+            found[_inside(source.name_there(name), wrappers)] = value
+    found |= {source.name_there(name): value for name, value in source.saved.items()}
+    return {PREFIX + name: value for name, value in found.items()}
 
 
-def _wrappers(pieces: list[Piece]) -> dict[str, int]:
-    """How many modules PEFT puts around each module."""
-    wrappers = dict(Counter(piece.name for piece in pieces))
-    for piece in pieces:
-        if attention_rest(piece):
-            wrappers[join(piece.name, "out_proj")] = 1
-    return wrappers
-
-
-def _inside(name: str, wrappers: dict[str, int]) -> str:
-    """The name of something that lies inside of modules that PEFT wraps."""
+def _inside(name: str, wrappers: Counter[str]) -> str:
+    """The name of something that lies inside of modules that PEFT wraps, one or more times each."""
     parts, path = list[str](), ""
     for part in name.split("."):
-        parts += ["base_layer"] * wrappers.get(path, 0)
+        parts += ["base_layer"] * wrappers[path]
         path = join(path, part)
         parts.append(part)
     return ".".join(parts)
@@ -153,13 +305,15 @@ def _inside(name: str, wrappers: dict[str, int]) -> str:
 # The configuration
 
 
-def _config(source: Source, pieces: list[Piece], *, uniform: bool) -> dict[str, Any]:
+def _config(source: _Source, updates: list[_Update], *, uniform: bool) -> dict[str, Any]:
     """The contents of ``adapter_config.json``."""
-    ranks, alphas = Counter(piece.rank for piece in pieces), Counter(_number(piece.alpha) for piece in pieces)
-    r, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
-    layers, parameters = [p for p in pieces if not p.parameter], [p.target for p in pieces if p.parameter]
-    linear = [kind for p in layers if (kind := p.layer.adapter_class) and issubclass(kind, LoRALinear)]
-    own, inner = source.config, source.inner
+    r = Counter(update.rank for update in updates).most_common(1)[0][0]
+    alpha = Counter(_number(update.alpha) for update in updates).most_common(1)[0][0]
+    layers = [update for update in updates if not _counterpart(update.layer).is_parameter]
+    parameters = [update.target for update in updates if _counterpart(update.layer).is_parameter]
+    kinds = {update.layer.adapter_class for update in layers}
+    linear = {kind for kind in kinds if kind is not None and issubclass(kind, LoRALinear)}
+    own, inner = source.stored.config, source.inner
     base = getattr(getattr(inner, "config", None), "_name_or_path", "") or None
     auto = {"base_model_class": type(inner).__name__, "parent_library": type(inner).__module__} if base else None
     return {
@@ -174,13 +328,13 @@ def _config(source: Source, pieces: list[Piece], *, uniform: bool) -> dict[str, 
         "use_rslora": own.use_rslora and not uniform,
         "use_dora": own.use_dora,
         "bias": "none" if parameters and own.bias == "lora_only" else own.bias,  # PEFT stops at an LSTM's bias=True
-        "fan_in_fan_out": bool(linear) and all(issubclass(kind, LoRAConv1D) for kind in linear) and not parameters,
+        "fan_in_fan_out": linear == {LoRAConv1D} and not parameters,
         "init_lora_weights": True,
-        "target_modules": _exactly([piece.name for piece in layers], source),
+        "target_modules": _exactly([update.name for update in layers], source),
         **({"target_parameters": parameters} if parameters else {}),
-        "modules_to_save": [source.own_name(name) for name in source.description.get("saved", {})] or None,
-        "rank_pattern": {f"^{re.escape(p.target)}": p.rank for p in pieces if p.rank != r},
-        "alpha_pattern": {f"^{re.escape(p.target)}": _number(p.alpha) for p in pieces if _number(p.alpha) != alpha},
+        "modules_to_save": [source.name_there(name) for name in source.stored.saved] or None,
+        "rank_pattern": {f"^{re.escape(p.target)}": p.rank for p in updates if p.rank != r},
+        "alpha_pattern": {f"^{re.escape(p.target)}": _number(p.alpha) for p in updates if _number(p.alpha) != alpha},
     }
 
 
@@ -188,7 +342,7 @@ def _number(value: float) -> float:
     return int(value) if float(value).is_integer() else value
 
 
-def _exactly(names: list[str], source: Source) -> list[str] | str:
+def _exactly(names: list[str], source: _Source) -> list[str] | str:
     """The names, or an expression where a name may also be the end of another module's name."""
     others = set(source.modules) - set(names)
     ends = any(other.endswith(name) and matches(name, other) for name in names for other in others)
@@ -198,6 +352,19 @@ def _exactly(names: list[str], source: Source) -> list[str] | str:
 
 
 # The files
+
+
+def _warn_of_encoders(source: _Source) -> None:
+    encoders = [name for name, module in source.modules.items() if isinstance(module, nn.TransformerEncoderLayer)]
+    names = [source.name_there(name) for name in source.stored.layers]
+    held = [encoder for encoder in encoders if any(name.startswith(f"{encoder}.") for name in names)]
+    if held:
+        warnings.warn(
+            f"{listed(held)} are layers of nn.TransformerEncoder. In eval mode they read weights past PEFT's layers: "
+            "a PeftModel computes the base there. Call its merge_and_unload(), which is right.",
+            LoRAWarning,
+            stacklevel=3,
+        )
 
 
 def _write(directory: Path, weights: bytes, config: str) -> None:

@@ -24,7 +24,7 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from lightning_lora.storage.formats.own import read_adapter_file
-from tests.storage.formats.test_reading import IMAGES, INDEX
+from tests.storage.formats.test_reading import INDEX
 from tests.support.models import LitTiny, same, state
 from tests.support.peft_reading import Attending, Expert, Images, Mixed, built, gap, write_peft
 from tests.support.storage import refused
@@ -53,7 +53,7 @@ def hold(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
 FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "another method": ({"peft_type": "IA3"}, r"peft_type='IA3'"),
     "no method": ({"peft_type": None}, r"peft_type=None"),
-    "layer_replication": ({"layer_replication": [[0, 2]]}, r"'layer_replication'.*does not have"),
+    "layer_replication": ({"layer_replication": [[0, 2]]}, r"'layer_replication'"),
     "alora_invocation_tokens": ({"alora_invocation_tokens": [1]}, "'alora_invocation_tokens'"),
     "kasa_config": ({"kasa_config": {"beta": 1}}, "'kasa_config'"),
     "use_bdlora": ({"use_bdlora": {"nblocks": 2}}, "'use_bdlora'"),
@@ -61,14 +61,15 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "arrow_config": ({"arrow_config": {"top_k": 1}}, "'arrow_config'"),
     "monteclora_config": ({"monteclora_config": {"num_samples": 2}}, "'monteclora_config'"),
     "megatron_config": ({"megatron_config": {"a": 1}}, "'megatron_config'"),
-    "an unknown field": ({"use_more": True}, "'use_more', which this package does not know"),
+    "lora_bias": ({"lora_bias": True}, "'lora_bias'"),
+    "an unknown field": ({"use_more": True}, "'use_more'.*remove it from the file"),
     "pissa_niter": ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4'.*cannot be computed again"),
     "corda": ({"init_lora_weights": "corda"}, "'corda'"),
     "loftq": ({"init_lora_weights": "loftq"}, "'loftq'"),
     "r": ({"r": 0}, "r=0"),
-    "alpha": ({"lora_alpha": "8"}, "lora_alpha='8'"),
-    "a negative alpha": ({"lora_alpha": -8}, "lora_alpha=-8"),
-    "dropout": ({"lora_dropout": 1.0}, "lora_dropout"),
+    "alpha": ({"lora_alpha": "8"}, "alpha='8'"),
+    "a negative alpha": ({"lora_alpha": -8}, "alpha=-8"),
+    "dropout": ({"lora_dropout": 1.0}, "dropout=1.0"),
     "patterns": ({"rank_pattern": {"(": 2}}, "rank_pattern"),
     "no patterns": ({"alpha_pattern": [2]}, "alpha_pattern"),
     "parameters": ({"target_parameters": "up"}, "target_parameters"),
@@ -185,7 +186,7 @@ def test_layers_that_peft_does_not_adapt(tmp_path: Path) -> None:
     written(tmp_path)
     model = built(Mixed)
     model.linear = nn.Bilinear(8, 8, 8)
-    with refused(model, AdapterMismatchError, "'linear'.*a Bilinear, which PEFT does not adapt"):
+    with refused(model, AdapterMismatchError, "'linear'.*no counterpart for our adapter of Bilinear"):
         load_adapter(model, tmp_path)
 
 
@@ -195,26 +196,14 @@ def test_convolutions_of_which_peft_loses_something(tmp_path: Path, layer: dict[
         return nn.ModuleDict({"linear": nn.Conv2d(2, 2, 3, **layer)})
 
     written(tmp_path, make)
-    with refused(model := built(make), AdapterMismatchError, "dilation=.*padding_mode="):
+    with refused(model := built(make), AdapterMismatchError, "dilation=|padding_mode="):
         load_adapter(model, tmp_path)
 
 
 def test_grouped_convolutions(tmp_path: Path) -> None:
-    peft = written(tmp_path, Images, target_modules=["grouped"])
-    model = built(Images)
-    with refused(model, AdapterMismatchError, "groups=2.*reads the channels of all groups"):
+    written(tmp_path, Images, target_modules=["grouped"])
+    with refused(model := built(Images), AdapterMismatchError, "groups=2.*reads the channels of all groups"):
         load_adapter(model, tmp_path)
-    a = peft.base_model.model.grouped.lora_A.default.weight  # (2, 4, 1, 1): one row for each group
-    with torch.no_grad():
-        a[0, 2:] = a[1, :2] = 0
-    peft.save_pretrained(tmp_path)
-    with refused(model, AdapterMismatchError, "groups=2"):  # each group has an A of its own
-        load_adapter(model, tmp_path)
-    with torch.no_grad():
-        a.zero_()[0, :2] = a[1, 2:] = torch.tensor([1.0, 2.0]).view(2, 1, 1)
-    peft.save_pretrained(tmp_path)
-    load_adapter(model, tmp_path)
-    assert gap(model(IMAGES), peft(IMAGES)) < 2e-6
 
 
 def test_what_peft_itself_ignores(tmp_path: Path) -> None:
@@ -227,14 +216,6 @@ def test_parameters_that_are_not_named(tmp_path: Path) -> None:
     written(tmp_path, Expert, target_modules=[], target_parameters=["experts.up", "experts.down"])
     say(tmp_path, target_parameters=["experts.up"])
     with refused(model := built(Expert), AdapterMismatchError, r"2 updates of 'experts'.*name \['up'\]"):
-        load_adapter(model, tmp_path)
-
-
-def test_a_bias_of_b_without_a_bias(tmp_path: Path) -> None:
-    written(tmp_path, lora_bias=True)
-    model = built(Mixed)
-    model.linear = nn.Linear(8, 8, bias=False)
-    with refused(model, AdapterMismatchError, r"'linear' has a bias \(lora_bias=True\)"):
         load_adapter(model, tmp_path)
 
 

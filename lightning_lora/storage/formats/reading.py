@@ -1,0 +1,289 @@
+"""What the readers of other libraries' files share: from updates of layers to adapters of this package.
+
+A reader of a format is a function ``reader(contents, path, asked)``. It returns None if these contents of a file are of
+another format, else a function from a view of the model to :class:`StoredAdapters`.
+"""
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_lora.config import LoRAConfig, Slices
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, LoRAWarning, listed
+from lightning_lora.functional.combine import Factors, with_rank
+from lightning_lora.layers import AdaptedMatrix, LoRALayer
+from lightning_lora.layers.matrices import Role
+from lightning_lora.model.view import View, root_of
+from lightning_lora.storage.names import Renaming, beginning, by_whole_names, common_lead
+from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.stored_layers import StoredLayer
+from lightning_lora.tensors.inplace import combined
+from lightning_lora.tensors.names import join, own_parameter, starts_of
+from lightning_lora.tensors.values import same_bits
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+"""Modules that no library trains in full: only what is inside of them."""
+
+Reader = Callable[[View], StoredAdapters]
+"""Reads adapters for a model."""
+
+
+class Asked(NamedTuple):
+    """The arguments of ``load_adapter`` that some formats need."""
+
+    alpha: float | None = None
+    target_slices: Slices | None = None
+    check_base: bool = True
+
+
+@dataclass(frozen=True)
+class Update:
+    """The update of one layer.
+
+    Args:
+        layer: The layer, with the scaling of the update.
+        factors: A and B of each of its matrices, of any rank.
+        magnitude: DoRA's magnitudes, if there are any.
+    """
+
+    layer: StoredLayer
+    factors: tuple[Factors, ...]
+    magnitude: Tensor | None = None
+
+    @property
+    def r(self) -> int:
+        """The rank that the layer needs here."""
+        pairs = zip(self.layer.matrices, self.factors, strict=True)
+        return max(matrix.rank(int(a.shape[-2])) for matrix, (a, _) in pairs)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the adapter's tensors, by name in the model."""
+        found: dict[str, Tensor] = {}
+        for matrix, factors in zip(self.layer.matrices, self.factors, strict=True):
+            found |= matrix.named(with_rank(factors, matrix.rank(self.r)))
+        if self.magnitude is not None:
+            found[self.layer.matrices[0].parameter(Role.MAGNITUDE)] = self.magnitude.flatten()
+        return {join(self.layer.name, name): value.contiguous() for name, value in found.items()}
+
+
+def described(view: View, name: str, kind: type[LoRALayer], matrices: Iterable[AdaptedMatrix]) -> StoredLayer:
+    """Describe a layer of a model with an adapter that it need not have yet."""
+    layer, matrices = view.modules[name], tuple(matrices)
+    layer_class = layer.overlaid[1] if isinstance(layer, LoRALayer) else type(layer)
+    shapes = {matrix.weight: tuple(own_parameter(layer, matrix.weight).shape) for matrix in matrices}
+    options = {option: getattr(layer, option) for option in kind.lora_options if hasattr(layer, option)}
+    is_additive = combined(kind, layer_class)._lora_is_additive  # type: ignore[attr-defined]  # a LoRALayer
+    title = f"{layer_class.__module__}.{layer_class.__qualname__}"
+    return StoredLayer(name, title, kind.__name__, 1, 1.0, matrices, shapes, {}, options, is_additive)
+
+
+# Names
+
+
+def place_of(view: View, layers: Collection[str], entries: Collection[str]) -> Renaming:
+    """Return how a file's names of layers and other tensors become those of the model.
+
+    The names may lack a prefix that the model has, or have one that it lacks. If it is not the path of the one model
+    inside, a warning names it.
+
+    Raises:
+        AdapterMismatchError: no prefix makes all of them names of the model, or several do.
+    """
+    known = {*view.base, *view.buffers}
+    root, title = root_of(view.model), type(view.model).__name__
+
+    def fits(place: Renaming) -> bool:
+        return all(place.name_here(name) in view.modules for name in layers) and all(
+            place.name_here(name) in known for name in entries
+        )
+
+    usual = [Renaming(there, here) for there in common_lead([*layers, *entries]) for here in ("", root)]
+    found = [place for place in usual if fits(place)][:1]
+    found = found or [place for place in (Renaming("", name) for name in view.modules if name) if fits(place)]
+    if len(found) > 1:
+        raise AdapterMismatchError(
+            f"The names in the file fit in {title} below {listed(place.here for place in found)}. Pass one of these "
+            "modules instead of the whole model."
+        )
+    if not found:
+        missing = [name for name in layers if name not in view.modules] + [
+            name for name in entries if name not in known
+        ]
+        hint = "Pass the model that they were trained on."
+        if any(re.search(r"\bexperts\.\d+\.", name) for name in missing):
+            hint = (
+                "They name single experts, as models of transformers 4 had them. Save them again with transformers 5."
+            )
+        raise AdapterMismatchError(f"These adapters do not fit {title}: it has no {listed(missing)}. {hint}")
+    (place,) = found
+    if place.there or place.here not in ("", root):
+        warnings.warn(
+            f"The names in the file {beginning(place.there)}; in {title} they {beginning(place.here)}. They are taken "
+            "for the same model.",
+            LoRAWarning,
+            stacklevel=6,
+        )
+    return place
+
+
+# The configuration and the tensors
+
+
+def adapters_of(
+    view: View,
+    updates: Iterable[Update],
+    rest: Mapping[str, Tensor],
+    settings: LoRAConfig,
+    saved: Collection[str] | None = None,
+) -> StoredAdapters:
+    """Return the configuration and the state of these updates.
+
+    Args:
+        view: The model.
+        updates: The updates of its layers.
+        rest: Other tensors in the file, by their names in the model.
+        settings: The arguments that are the same for all layers.
+        saved: The ends of the names of modules that train. None: all those of which the file holds each tensor.
+
+    Raises:
+        AdapterFileError: there are no updates.
+        AdapterMismatchError: a tensor of the base cannot be used.
+        BaseMismatchError: a frozen weight in the file is not the model's.
+    """
+    updates = list(updates)
+    if not updates:
+        raise AdapterFileError("The file holds no update of a layer. Load what it trains in full yourself.")
+    frozen = {join(update.layer.name, weight) for update in updates for weight in update.layer.shapes}
+    for name in frozen & rest.keys():
+        _check_same_weight(view, name, rest[name])
+    rest = {name: value for name, value in rest.items() if name not in frozen}
+    modules, single, biases = _trained(view, rest, saved)
+    kept = {*single, *biases, *view.buffers, *_below(rest, modules)}
+    rest = {name: value for name, value in rest.items() if name in kept}
+    check_ties(view, rest)
+    owners = {name.rpartition(".")[0] for name in frozen}
+    only = all(name.rpartition(".")[0] in owners for name in biases)
+    ranks = {}
+    for update in updates:
+        growth = update.r**0.5 if settings.use_rslora else update.r
+        ranks[update.layer.name] = update.r, update.layer.scaling * growth
+    config = by_whole_names(
+        [update.layer for update in updates],
+        ranks,
+        replace(
+            settings,
+            modules_to_save=[*modules, *single] or None,
+            bias="none" if not biases else "lora_only" if only else "all",
+            use_dora=any(update.magnitude is not None for update in updates),
+        ),
+        view.modules.keys(),
+    )
+    state = dict(rest)
+    for update in updates:
+        state |= update.tensors()
+    return StoredAdapters(config, state)
+
+
+def _trained(
+    view: View, rest: Mapping[str, Tensor], saved: Collection[str] | None
+) -> tuple[list[str], list[str], list[str]]:
+    """The modules, the single parameters and the biases that train, by the names of tensors in the file."""
+    total = Counter(above for name in (*view.base, *view.buffers) for above in starts_of(name)[:-1])
+    held = Counter(above for name in rest for above in starts_of(name)[:-1])
+    moved = [name for name, value in rest.items() if not is_the_base(view, name, value)]
+    modules = list[str]()
+    for module in held:  # outer ones come first
+        is_named = saved is None or any(module.endswith(entry) for entry in saved)
+        is_whole = held[module] == total[module] and not isinstance(view.modules.get(module), _CONTAINERS)
+        if is_named and is_whole and not any(above in modules for above in starts_of(module)):
+            modules.append(module)
+    if saved is None:
+        modules = [module for module in modules if _below(moved, [module])]
+    inside = _below(rest, modules)
+    left = [name for name in rest if name in view.base and name not in inside]
+    biases = [name for name in left if "bias" in name.rpartition(".")[2]]
+    return modules, [name for name in left if name not in biases and name in moved], biases
+
+
+def _below(names: Iterable[str], modules: Collection[str]) -> set[str]:
+    return {name for name in names if any(name.startswith(f"{module}.") for module in modules)}
+
+
+# The base
+
+
+def base_value(view: View, name: str) -> Tensor:
+    """Return the base's value of a parameter or buffer."""
+    known = view.record.originals.get(name) if view.is_adapted else None
+    if known is not None:
+        return known
+    return (view.base[name] if name in view.base else view.buffers[name]).detach()
+
+
+def is_the_base(view: View, name: str, value: Tensor) -> bool:
+    """Whether a value is the base's, in the narrower of the two dtypes."""
+    own = base_value(view, name).cpu()
+    return own.is_meta or (own.shape == value.shape and (same_bits(own, value) or same_bits(value, own)))
+
+
+def _check_same_weight(view: View, name: str, value: Tensor) -> None:
+    """Refuse a copy of an adapted weight that is not the model's."""
+    title, own = type(view.model).__name__, view.base[name]
+    if own.shape != value.shape:
+        raise BaseMismatchError(
+            f"The file holds {name!r} as {tuple(value.shape)}, but in {title} it is {tuple(own.shape)}. If tokens were "
+            "added in training, resize the model's embeddings first, and load the base with the new rows."
+        )
+    if not is_the_base(view, name, value):
+        raise BaseMismatchError(
+            f"The file holds a copy of {name!r}, the base of its update, and it differs from that of {title}. Load the "
+            "weights that the adapters were trained on."
+        )
+
+
+def uses_of(view: View, name: str) -> list[str]:
+    """Return all names of a parameter of the base: a tied weight has several."""
+    own = view.base.get(name)
+    return [other for other, p in view.base.items() if p is own]
+
+
+def check_ties(view: View, rest: Mapping[str, Tensor]) -> None:
+    """Refuse new values for one use of a tied weight: here they would change its other uses too.
+
+    Raises:
+        AdapterMismatchError: there are such values.
+    """
+    for name, value in rest.items():
+        others = uses_of(view, name) if name in view.base else []
+        alike = all(other in rest and same_bits(value, rest[other]) for other in others)
+        if not alike and not is_the_base(view, name, value):
+            raise AdapterMismatchError(
+                f"The file holds new values for {name!r}, which is tied to {listed(set(others) - {name})} in "
+                f"{type(view.model).__name__}: they would change too. Untie them first, with a copy of the parameter."
+            )
+
+
+def completed(view: View, state: Mapping[str, Tensor], *, fresh: bool) -> dict[str, Tensor]:
+    """Add what a file of another library does not hold to a state.
+
+    That is the initial values of adapters that start from the base, and the base's values of biases.
+
+    Args:
+        view: The adapted model.
+        state: The tensors of the file.
+        fresh: Whether it was adapted for this file. Then everything else that trains has the base's values too.
+    """
+    added: dict[str, Tensor] = {}
+    for name, layer in view.layers.items():
+        for parameter, about in layer.lora_roles().items():
+            if not about.role.trains:
+                added[join(name, parameter)] = own_parameter(layer, parameter).detach()
+    for name in view.trained:
+        if fresh or "bias" in name.rpartition(".")[2]:
+            added[name] = base_value(view, name)
+    return {**added, **state}
