@@ -221,7 +221,7 @@ class LoRACallback(Callback):
         self._stage.unmerge(pl_module)
         record = find_record(pl_module)
         if record is not None:
-            self._stage.take_config(pl_module, record.config, f"the adapters of {type(pl_module).__name__}")
+            self._stage.take_config(pl_module, record.adapter.config, f"the adapters of {type(pl_module).__name__}")
         if adapts_late or not self._stage.adapts(pl_module):
             return  # configure_model would shard them; a plain module gets none for an evaluation
         try:
@@ -275,7 +275,7 @@ class LoRACallback(Callback):
         self._stage.has_begun = True
         view = view_of(pl_module)
         view.follow_base()  # hooks may have loaded the base late
-        view.record.is_trained = True
+        view.adapter.was_trained()
         share_base(callbacks_of(trainer), pl_module)
         self._gradients = self._training.enter_context(closing(_watch_of(trainer).gradients()))
         self._training.enter_context(gradients_pass())

@@ -277,7 +277,7 @@ def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _with_costs(view: View, groups: tuple[LayerGroup, ...], smaller: tuple[tuple[str, int], ...]) -> LoRASummary:
-    model, merged = view.model, len(view.adapted_parts) if view.is_merged else 0
+    model, merged = view.model, len(view.matrices) if view.is_merged else 0
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     added = {id(p) for p in view.adapters.values()}

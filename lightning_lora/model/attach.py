@@ -2,28 +2,22 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from typing import Any
 
 from torch import nn
 
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import Adapter, LoRALayer, adapter_for, attach, repacks, unpack
-from lightning_lora.model.norms import FrozenNorm, freeze_norms, unfreeze_norms
-from lightning_lora.model.state import ATTRIBUTE, Record, forget_record, keep_record
+from lightning_lora.model.norms import FrozenNorm, freeze_norms, set_frozen
+from lightning_lora.model.state import forget_record, keep_record, records_in
 from lightning_lora.model.view import View
-from lightning_lora.tensors.inplace import is_overlaid, overlay
+from lightning_lora.tensors.inplace import is_overlaid
 from lightning_lora.tensors.names import named_modules, submodule
 from lightning_lora.tensors.values import set_requires_grad
 
 
 def attach_adapters(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
-    """Attach adapters to layers of a model.
-
-    Args:
-        model: The model.
-        adapters: The adapters, by the names of their layers.
-    """
+    """Attach adapters to layers of a model, by the names of the layers."""
     modules = named_modules(model, remove_duplicate=False)
     for name, adapter in adapters.items():
         attach(modules[name], adapter)
@@ -31,15 +25,7 @@ def attach_adapters(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
 
 
 def detach_adapters(view: View, names: Collection[str] | None = None) -> dict[str, Adapter]:
-    """Remove adapters from their layers and return them.
-
-    Args:
-        view: The model.
-        names: The names of the layers, or None for all adapted layers.
-
-    Returns:
-        The adapters, by the names of their layers.
-    """
+    """Remove adapters from these layers, or from all, and return them by the names of their layers."""
     check_weights(view)
     adapters = {}
     for name, layer in view.layers.items():
@@ -50,11 +36,7 @@ def detach_adapters(view: View, names: Collection[str] | None = None) -> dict[st
 
 
 def move_adapters(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
-    """Move adapters from replaced layers to the new layers.
-
-    Args:
-        model: The model.
-        layers: The adapted layers before the replacement, by name.
+    """Move the adapters of layers that were replaced since to the new layers.
 
     Raises:
         AdapterStateError: a new layer cannot be adapted.
@@ -75,13 +57,7 @@ def move_adapters(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
 
 
 def check_weights(view: View) -> None:
-    """Raise an error if an adapted weight is now computed.
-
-    Functions such as prune, parametrize and weight_norm replace a weight by computed values.
-
-    Raises:
-        AdapterStateError: there are such weights.
-    """
+    """Refuse adapted weights that are computed now: prune, parametrize, weight_norm and the like replace them."""
     changed = [name for name, layer in view.layers.items() if not is_overlaid(layer) or not _has_weights(layer)]
     if changed:
         raise AdapterStateError(
@@ -140,14 +116,11 @@ def _inference_path(module: nn.Module) -> tuple[str, Any] | None:
 
 
 def freeze(view: View) -> None:
-    """Freeze all parameters that do not train.
+    """Freeze all parameters that do not train, and the running statistics of norms.
 
-    Only the adapters, and what ``modules_to_save`` and ``bias`` add, require gradients. The record remembers which
-    parameters required gradients before. Running statistics of norms are frozen too.
+    Only the adapters, and what ``modules_to_save`` and ``bias`` add, require gradients.
     """
-    record = view.record
-    for name, parameter in view.base.items():  # first read all flags: a tied parameter has several names
-        record.requires_grad.setdefault(name, parameter.requires_grad)
+    view.record.base_was_frozen(view.base)  # before any flag changes: a tied parameter has several names
     for name, parameter in view.base.items():
         set_requires_grad(parameter, name in view.trained and _can_train(parameter))
     for layer in view.layers.values():
@@ -157,15 +130,13 @@ def freeze(view: View) -> None:
 
 
 def unfreeze(view: View) -> None:
-    """Make the base trainable again, as it was before.
-
-    This includes every parameter and the running statistics of every norm.
-    """
+    """Make the base trainable again, as it was before: every parameter, and the running statistics of every norm."""
     flags = view.record.requires_grad
     for name, parameter in view.parameters.items():
         if name in flags:
             set_requires_grad(parameter, flags[name] and _can_train(parameter))
-    unfreeze_norms(view.modules.values())
+    for module in view.modules.values():
+        set_frozen(module, False)
 
 
 def _can_train(parameter: nn.Parameter) -> bool:
@@ -174,44 +145,22 @@ def _can_train(parameter: nn.Parameter) -> bool:
 
 @contextmanager
 def undone_on_error(before: View) -> Iterator[None]:
-    """Restore a model's adapters and record after an error.
-
-    If the code in the ``with`` block fails, adapters, records, frozen norms and ``requires_grad`` are as before.
-
-    Args:
-        before: A view of the model, made before the block.
-    """
+    """If the ``with`` block fails, restore adapters, records, frozen norms and ``requires_grad`` as in ``before``."""
     model = before.model
     flags = {p: p.requires_grad for p in before.parameters.values()}
     layers = set(before.layers)
-    norms = [module for module in before.modules.values() if isinstance(module, FrozenNorm)]
-    records = {}
-    for name, known in records_in(before).items():
-        records[name] = record = copy(known)
-        record.requires_grad, record.originals = dict(record.requires_grad), dict(record.originals)
-        record.changed = dict(record.changed)
+    norms = {module for module in before.modules.values() if isinstance(module, FrozenNorm)}
+    records = {name: record.snapshot() for name, record in records_in(before.modules).items()}
     try:
         yield
     except BaseException:
         now = View(model)
         detach_adapters(now, now.layers.keys() - layers)
-        unfreeze_norms(now.modules.values(), but=norms)
-        for norm in norms:
-            if not isinstance(norm, FrozenNorm):
-                overlay(norm, FrozenNorm)
+        for module in {*now.modules.values(), *norms}:
+            set_frozen(module, module in norms)
         for p, flag in flags.items():
             set_requires_grad(p, flag)
         forget_record(model)
         for name, record in records.items():
             keep_record(submodule(model, name), record)
         raise
-
-
-def records_in(view: View) -> dict[str, Record]:
-    """The records of a model and its modules, by name."""
-    found: dict[str, Record] = {}
-    for name, module in view.modules.items():
-        record = vars(module).get(ATTRIBUTE)
-        if record is not None and not any(record is other for other in found.values()):
-            found[name] = record
-    return found

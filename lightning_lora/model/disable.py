@@ -39,7 +39,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         False
     """
     record = find_record(model)
-    if record is not None and record.disabled:
+    if record is not None and record.is_disabled:
         yield
         return
     check_as_merged(model)
@@ -49,8 +49,8 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         for layer in view.layers.values():
             back.callback(setattr, layer, "lora_enabled", True)
             layer.lora_enabled = False
-        back.callback(setattr, view.record, "disabled", False)
-        view.record.disabled = True
+        back.callback(view.record.was_disabled, False)
+        view.record.was_disabled(True)
         back.callback(reshard, model)  # so that the next forward pass gathers what is put back
         yield
 
@@ -59,13 +59,14 @@ def _show_base(view: View, back: ExitStack) -> None:
     """Let merged weights, and what was trained beside the adapters, hold the base's values for a while."""
     values: dict[int, tuple[Tensor, Tensor]] = {}
     for name, tensor in view.kept.items():
-        original = view.record.originals[name].to(tensor, copy=True)
+        original = view.adapter.originals[name].to(tensor, copy=True)
         if not original.is_meta:  # the model was adapted before it had values
             values[id(tensor)] = tensor, original
     for weight in view.merged:
         _, base = values.get(id(weight.base), (None, weight.base))  # a tied weight's other use may have trained
         values[id(weight.shown)] = weight.shown, base.detach().to(weight.shown)
-    for name, seen in (*view.record.merged_weights.items(), *view.record.other_weights.items()):
+    merge = view.record.merge
+    for name, seen in {**merge.weights, **merge.others}.items() if merge else ():
         if is_dtensor(view.parameters.get(name)):
             seen.digest()  # the values are written into the same memory: later, only their digest tells them apart
     back.callback(torch.clear_autocast_cache)  # it may hold copies of the other values

@@ -1,8 +1,9 @@
-"""Find layers that look untrained.
+"""Layers that look untrained, as a new head on a pretrained model.
 
-Their values are those of an initialisation, as in a new head on a pretrained model. Only layers that could be adapted
-are looked at. A layer counts as untrained only if that is clear: not every initialisation is known here. Of a weight
-that is spread over processes, this process's own part is looked at.
+Initialisations draw all values of a weight from one uniform or normal distribution. In a trained weight, the range, the
+deviation or the shape of the distribution is another one, or some rows or columns are larger than others. Only layers
+that could be adapted are looked at, and not every initialisation is known: a layer counts as untrained only if that is
+clear. Of a weight that is spread over processes, the local values are looked at.
 """
 
 import math
@@ -21,6 +22,9 @@ Weights = dict[str, nn.Parameter]
 
 MOST = 0.5
 """More than this share of the weights is most of a model."""
+
+FEWEST = 256
+"""With fewer values than this, a trained weight may look drawn by chance."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,10 @@ class Fresh:
 
 
 def find_fresh(view: View) -> Fresh:
-    """Find the layers that look untrained.
+    """Find the layers of a model with new adapters that look untrained.
 
     Layers that the user froze count in the share alone, if there are others that the user left trainable: they are
     random on purpose. So do embeddings: training changes values as large as theirs too slowly to be seen.
-
-    Args:
-        view: An adapted model whose adapters are new.
     """
     sizes, fresh = {True: 0, False: 0}, {}
     for name, weights in _layers(view):
@@ -57,38 +58,32 @@ def find_fresh(view: View) -> Fresh:
         frozen_by_user = any(join(name, leaf) in view.frozen_by_user for leaf in weights)
         if is_fresh and not frozen_by_user and not isinstance(view.modules[name], nn.Embedding | nn.EmbeddingBag):
             fresh[name] = weights
-    of_adapters = set()
-    for layer, parts in view.adapted_parts.items():
-        of_adapters |= {id(own_parameter(view.modules[layer], part.weight)) for part in parts}
-    drawn = {id(weight) for weights in fresh.values() for weight in weights.values()}
-    adapted = [name for name, weights in fresh.items() if not of_adapters.isdisjoint(map(id, weights.values()))]
-    all_adapted = of_adapters <= drawn
+    adapted_weights = set()
+    for layer, matrices in view.matrices.items():
+        adapted_weights |= {id(own_parameter(view.modules[layer], matrix.weight)) for matrix in matrices}
+    untrained = {id(weight) for weights in fresh.values() for weight in weights.values()}
+    adapted = [name for name, weights in fresh.items() if not adapted_weights.isdisjoint(map(id, weights.values()))]
     return Fresh(
         layers=tuple(fresh),
-        random=tuple(_as_modules(view, fresh, list(fresh))),
-        adapted=tuple(adapted) if all_adapted else (),
+        random=tuple(_as_modules(view, fresh)),
+        adapted=tuple(adapted) if adapted_weights <= untrained else (),
         share=sizes[True] / max(sum(sizes.values()), 1),
     )
 
 
 def random_weights(view: View, found: Fresh | None = None) -> tuple[str, ...]:
-    """Return the frozen weights that look untrained.
+    """Return the frozen weights that look untrained, of what :func:`find_fresh` has found or finds now.
 
     No file of the base gives them again, so files of adapters hold them. There are none in a model that looks untrained
     as a whole. The record remembers them. Collective for a model that is spread over processes.
-
-    Args:
-        view: An adapted model.
-        found: What :func:`find_fresh` has found, if it was called.
     """
-    record = view.record
-    if record.random is None:
+    if view.adapter.random is None:
         found = found or find_fresh(view)
         modules = () if found.share > MOST else found.random
         inside = [any(name.startswith(f"{module}.") for module in modules) for name in view.frozen]
         inside = agreed(inside, list(view.frozen.values()))
-        record.random = tuple(name for name, is_random in zip(view.frozen, inside, strict=True) if is_random)
-    return record.random
+        view.adapter.look_untrained(name for name, is_random in zip(view.frozen, inside, strict=True) if is_random)
+    return view.adapter.random or ()
 
 
 def _layers(view: View) -> Iterator[tuple[str, Weights]]:
@@ -97,9 +92,8 @@ def _layers(view: View) -> Iterator[tuple[str, Weights]]:
     for name, module in view.modules.items():
         if not name or adapter_for(module) is None:
             continue
-        weights = {
-            leaf: p for leaf, p in module._parameters.items() if p is not None and p.dim() > 1 and id(p) not in seen
-        }
+        named = {leaf: p for leaf, p in module._parameters.items() if p is not None and p.dim() > 1}
+        weights = {leaf: p for leaf, p in named.items() if id(p) not in seen}
         seen.update(map(id, weights.values()))
         if weights and all(_can_be_judged(weight) for weight in weights.values()):
             yield name, weights
@@ -108,9 +102,6 @@ def _layers(view: View) -> Iterator[tuple[str, Weights]]:
 def _can_be_judged(weight: nn.Parameter) -> bool:
     plain = (type(weight) is nn.Parameter or is_dtensor(weight)) and not weight.is_meta
     return plain and weight.is_floating_point() and weight.element_size() > 1 and to_local(weight).numel() >= FEWEST
-
-
-# One layer
 
 
 def _looks_fresh(view: View, name: str, weights: Weights) -> bool:
@@ -141,13 +132,11 @@ def _bounds(layer: nn.Module, weight: nn.Parameter) -> set[float]:
 
 def _deviations(view: View, name: str, weight: nn.Parameter) -> tuple[float, ...]:
     """The deviations of normal initialisations: that of the nearest ``config`` of transformers, or usual ones."""
-    layer, outer = view.modules[name], name
-    while outer:
-        outer = owner_of(outer)
+    for outer in reversed(["", *starts_of(name)[:-1]]):
         deviation = getattr(vars(view.modules[outer]).get("config"), "initializer_range", None)
         if isinstance(deviation, float) and deviation > 0:
             return (deviation,)
-    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+    if isinstance(view.modules[name], nn.Embedding | nn.EmbeddingBag):
         return 1.0, 0.02
     kaiming = (math.sqrt(2 / fan) for fan in _fans(weight))  # of torchvision's convolutions
     return 0.02, 0.01, *kaiming
@@ -158,32 +147,24 @@ def _fans(weight: nn.Parameter) -> tuple[int, int]:
     return weight.shape[1:].numel(), weight.shape[0] * weight.shape[2:].numel()
 
 
-# Names for modules_to_save
-
-
-def _as_modules(view: View, fresh: Mapping[str, Weights], wanted: list[str]) -> list[str]:
+def _as_modules(view: View, fresh: Mapping[str, Weights]) -> list[str]:
     """The names of these layers, or of the largest modules that consist of untrained layers alone.
 
     A norm as it was made counts as untrained only beside an untrained layer.
     """
-    if not wanted:
+    if not fresh:
         return []
-    own: dict[str, list[nn.Parameter]] = {}
+    held: dict[str, list[nn.Parameter]] = {}
     for name, parameter in view.base.items():
-        own.setdefault(owner_of(name), []).append(parameter)
+        held.setdefault(owner_of(name), []).append(parameter)
     trained = {id(p) for p in view.trained.values()}
-    norms = {name for name, held in own.items() if all(_is_blank(p) and id(p) not in trained for p in held)}
-    known = {outer for name in own if name not in fresh and name not in norms for outer in starts_of(name)}
+    norms = {name for name, own in held.items() if all(_is_blank(p) and id(p) not in trained for p in own)}
+    known = {outer for name in held if name not in fresh and name not in norms for outer in starts_of(name)}
     found = []
-    for name in wanted:
+    for name in fresh:
         beside = sorted(norm for norm in norms if owner_of(norm) == owner_of(name))
-        found += [_largest(each, known) for each in (name, *beside)]
+        found += [next((outer for outer in starts_of(each) if outer not in known), each) for each in (name, *beside)]
     return list(dict.fromkeys(found))
-
-
-def _largest(name: str, known: set[str]) -> str:
-    """The largest module around ``name`` without a trained part. It is ``name`` itself if that has one inside."""
-    return next((outer for outer in starts_of(name) if outer not in known), name)
 
 
 def _is_blank(parameter: nn.Parameter) -> bool:
@@ -194,8 +175,7 @@ def _is_blank(parameter: nn.Parameter) -> bool:
     return values[0].item() in (0, 1) and bool((values == values[0]).all())
 
 
-FEWEST = 256
-"""With fewer values than this, a trained weight may look drawn by chance."""
+# Initial values
 
 _MOST = 10_000
 """The number of values that are tested in a large weight."""
@@ -206,11 +186,13 @@ _ROUNDING = 0.004
 _SPREAD = 4.0
 """How many standard errors a moment may be away from its expected value."""
 
+_UNIFORM = ((1, 0, 1 / 3), (2, 1 / 3, 4 / 45), (3, 0, 1 / 7), (4, 1 / 5, 16 / 225))
+_NORMAL = ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170))
+"""Powers of a value drawn from [-1, 1], or normally with deviation 1: the mean of each power, and its variance."""
+
 
 def block_of(weight: Tensor) -> Tensor:
-    """Return rows and columns of a weight to test.
-
-    They are evenly spaced, with about 10,000 values. Rows of zeros (padding) are left out.
+    """Return rows and columns of a weight to test: evenly spaced, about 10,000 values, without rows of zeros (padding).
 
     Shape:
         ``weight``: (rows, ...). Returns (some rows, some columns), in float32 on the CPU.
@@ -235,10 +217,9 @@ def is_uniform(block: Tensor, bound: float) -> bool:
         >>> is_uniform(block_of(fresh), 1 / 8), is_uniform(block_of(fresh + 0.01 * fresh.sign()), 1 / 8)
         (True, False)
     """
-    count, largest = block.numel(), block.abs().max().item()
-    if not (1 - 10 / count - _ROUNDING) * bound <= largest <= (1 + _ROUNDING) * bound:
-        return False
-    return _distance((block / bound + 1) / 2) <= 2.2 / math.sqrt(count) and _is_even(block)
+    largest = block.abs().max().item() / bound
+    reaches_bound = 1 - 10 / block.numel() - _ROUNDING <= largest <= 1 + _ROUNDING
+    return reaches_bound and _has_moments(block / bound, _UNIFORM) and _is_even(block)
 
 
 def is_normal(block: Tensor, deviation: float) -> bool:
@@ -249,19 +230,14 @@ def is_normal(block: Tensor, deviation: float) -> bool:
         >>> is_normal(block_of(fresh), 1.0), is_normal(block_of(fresh), 0.9), is_normal(block_of(fresh**3), 3.9)
         (True, False, False)
     """
-    count, scaled = block.numel(), block / deviation
-    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (4, 3, 96)):
-        if abs(scaled.pow(power).mean().item() - moment) > _SPREAD * math.sqrt(variance / count):
+    return _has_moments(block / deviation, _NORMAL) and _is_even(block)
+
+
+def _has_moments(scaled: Tensor, moments: tuple[tuple[int, float, float], ...]) -> bool:
+    for power, moment, variance in moments:
+        if abs(scaled.pow(power).mean().item() - moment) > _SPREAD * math.sqrt(variance / scaled.numel()):
             return False
-    return _distance(torch.special.ndtr(scaled)) <= 2 / math.sqrt(count) and _is_even(block)
-
-
-def _distance(probabilities: Tensor) -> float:
-    """The Kolmogorov-Smirnov distance of these values to a uniform distribution over [0, 1]."""
-    ordered = probabilities.flatten().sort().values
-    count = len(ordered)
-    below = torch.arange(count) / count
-    return max((ordered - below).max().item(), (below + 1 / count - ordered).max().item())
+    return True
 
 
 def _is_even(block: Tensor) -> bool:

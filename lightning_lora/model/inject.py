@@ -17,12 +17,18 @@ from lightning_lora.model.attach import (
     check_weights,
     detach_adapters,
     freeze,
-    records_in,
     undone_on_error,
     unfreeze,
 )
 from lightning_lora.model.sending import delete_sent
-from lightning_lora.model.state import Record, absorb_inner_records, find_record, forget_record, keep_record, record_of
+from lightning_lora.model.state import (
+    absorb_inner_records,
+    begin_record,
+    find_record,
+    forget_record,
+    record_of,
+    records_in,
+)
 from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
 from lightning_lora.targets.select import Choice, select
 from lightning_lora.tensors.inplace import combined
@@ -77,17 +83,12 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
     if adapters:
         _check_not_parallel(model)
     with undone_on_error(before):
-        record = find_record(model)
-        if record is None or record.is_merged:
-            record = Record(config)
-            keep_record(model, record)
-        record.config = config
-        absorb_inner_records(model, record)
+        record = begin_record(model, config)
         attach_adapters(model, adapters)
         view = View(model)
         view.follow_base()
         freeze(view)
-        record.layers = tuple(view.layers)
+        record.adapter.is_on(view.layers)
         if adapters or view.is_fresh():  # later, trained values would be taken for the base's
             keep_originals(view)
     return tuple(choices)
@@ -105,12 +106,7 @@ def _check_not_parallel(model: nn.Module) -> None:
 
 
 def check_adapted(model: nn.Module) -> None:
-    """Raise an error if a selected layer is not adapted.
-
-    Raises:
-        AdapterStateError: layers were added or replaced since :func:`inject_adapters` was called.
-        TargetError: a pattern of the configuration matches nothing any more.
-    """
+    """Refuse a model in which selected layers have no adapters: they were added or replaced after the injection."""
     view = view_of(model)
     choices = select(model, view.config)
     missing = [name for name, choice in choices.items() if not isinstance(choice.layer, LoRALayer)]
@@ -123,7 +119,6 @@ def check_adapted(model: nn.Module) -> None:
 
 
 def _new_adapters(choices: Mapping[str, Choice]) -> dict[str, Adapter]:
-    """New adapters for the selected layers that have none."""
     adapters = {}
     with torch.inference_mode(False):  # parameters created in inference mode cannot train
         for name, choice in choices.items():
@@ -170,7 +165,6 @@ def remove_adapters(model: nn.Module) -> None:
 
 
 def _check_same(view: View, choices: Mapping[str, Choice]) -> None:
-    """Raise an error if the model is already adapted, with another configuration."""
     title = type(view.model).__name__
     for name, layer in view.layers.items():
         if name not in choices:
@@ -188,13 +182,13 @@ def _check_same(view: View, choices: Mapping[str, Choice]) -> None:
                 f"this configuration asks for {there}. Use the same one. Or start again from the base: call "
                 "unmerge_adapters(model) if the updates are merged, then remove_adapters(model)."
             )
-    for prefix, record in records_in(view).items():
-        if not record.is_merged and record.config != view.config:
+    for prefix, record in records_in(view.modules).items():
+        if not record.is_merged and record.adapter.config != view.config:
             _check_same_trained(view, prefix)
 
 
 def _check_same_trained(view: View, prefix: str) -> None:
-    """Raise an error if the module ``prefix`` already trains other biases or full modules than this configuration."""
+    """Refuse if the module ``prefix`` trains other biases or modules in full than this configuration."""
     inside = f"{prefix}." if prefix else ""
     theirs = {inside + name for name in View(submodule(view.model, prefix)).trained}
     ours = {name for name in view.trained if name.startswith(inside)}
@@ -206,15 +200,15 @@ def _check_same_trained(view: View, prefix: str) -> None:
         )
 
 
-def _about(settings: Settings, parts: tuple[AdaptedMatrix, ...]) -> dict[str, Any]:
+def _about(settings: Settings, matrices: tuple[AdaptedMatrix, ...]) -> dict[str, Any]:
     """An adapter's settings and matrices, by the names of the arguments that set them."""
     names = {"scaling": "alpha / r", "autocast_dtype": "autocast_adapter_dtype"}
     named = {names.get(name, name): value for name, value in asdict(settings).items()}
     if not settings.starts_from_base:
-        del named["init"]  # otherwise the start makes no difference later
-    return {**named, "parts": [_about_part(part) for part in parts]}
+        del named["init"]  # otherwise it makes no difference later
+    return {**named, "matrices": [_about_matrix(matrix) for matrix in matrices]}
 
 
-def _about_part(part: AdaptedMatrix) -> tuple[object, ...]:
-    own = (part.r, part.scaling)
-    return (part.name or part.weight, part.first, part.writes, *(own if any(own) else ()))
+def _about_matrix(matrix: AdaptedMatrix) -> tuple[object, ...]:
+    own = (matrix.r, matrix.scaling)
+    return (matrix.name or matrix.weight, matrix.first, matrix.writes, *(own if any(own) else ()))

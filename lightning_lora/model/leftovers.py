@@ -10,7 +10,7 @@ from lightning_lora.layers import adapter_for
 from lightning_lora.model.view import View
 from lightning_lora.targets.lookup import AUTOMATIC, Names, is_computed, why_not
 from lightning_lora.targets.select import automatic_targets
-from lightning_lora.tensors.names import join, owner_of, starts_of
+from lightning_lora.tensors.names import owner_of, starts_of
 
 
 class LeftAlone(NamedTuple):
@@ -36,7 +36,7 @@ def left_trainable(view: View) -> list[str]:
     by_user = view.frozen_by_user
     if 2 * _size(view, by_user) <= _size(view, view.base):
         return []
-    busy = {outer for name in _trained_weights(view) for outer in starts_of(name)}
+    busy = {outer for name in [*view.adapted_weights, *view.trained] for outer in starts_of(name)}
     closed = {outer for name in by_user for outer in starts_of(name)}
     found = []
     for name, flag in view.record.requires_grad.items():
@@ -85,12 +85,6 @@ def left_alone(view: View) -> LeftAlone:
     kinds = Counter(type(found[name]).__name__ for name in layers)
     share = _size(view, weights) / max(_size(view, view.base), 1)
     return LeftAlone(layers, [kind for kind, _ in kinds.most_common()], share)
-
-
-def _trained_weights(view: View) -> list[str]:
-    """The names of all weights that are adapted or trained in full."""
-    adapted = [join(name, part.weight) for name, parts in view.adapted_parts.items() for part in parts]
-    return [*adapted, *view.trained]
 
 
 def _size(view: View, names: Iterable[str]) -> int:

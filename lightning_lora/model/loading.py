@@ -1,6 +1,5 @@
 """Handle state dicts that other code loads into adapted models."""
 
-import hashlib
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,8 +11,8 @@ from lightning_lora.layers import HAS_UPDATE
 from lightning_lora.model.norms import FrozenNorm
 from lightning_lora.model.state import find_record, on_load
 from lightning_lora.model.view import View
-from lightning_lora.tensors.names import join, plain_name
-from lightning_lora.tensors.values import copy_to_host, same_bits
+from lightning_lora.tensors.names import join, owner_of, plain_name
+from lightning_lora.tensors.values import same_bits
 
 DESCRIPTION = "lightning_lora"
 """A note on the state dict in a file of adapters, beside torch's own: the description of the adapters."""
@@ -30,23 +29,13 @@ def loads_adapters(function: _Load) -> _Load:
     return function
 
 
-def base_number(form: Mapping[str, Any]) -> int:
-    """Return one number for a fingerprint of a base."""
-    text = f"{form['layout']} {form['dtypes']} {form['digests']}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-
-
 @on_load
 def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any]) -> None:
     """Check a state dict before torch loads it.
 
     It may contain a new base, or a merged model: then the record takes over its values. It may be that of a file of
-    adapters, which torch could not load alone: they are loaded here, and ``state`` becomes the model's own.
-
-    Raises:
-        LoRAError: the adapters of the file do not fit. Nothing is loaded into ``model`` then.
-        AdapterStateError: the adapters are merged, and ``state`` contains adapters without a description. Nothing is
-            loaded into ``model`` then.
+    adapters, which torch could not load alone: they are loaded here, and ``state`` becomes the model's own. What does
+    not fit is refused, and nothing is loaded then.
     """
     record = find_record(model)
     if record is None:
@@ -66,9 +55,9 @@ def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Map
                 "into its weights. Call load_adapter(model, path) with the file, or unmerge_adapters(model) first."
             )
         return
-    frozen = [name in given for name in view.base if name not in record.originals]
+    frozen = [name in given for name in view.base if name not in record.adapter.originals]
     if adapters and all(frozen):
-        _follow_norms(view, given)
+        view.adapter.base_holds(_loaded(view, given, _statistics(view)))
     if adapters or not any(frozen):
         return  # only parts that train: not a base
     if not view.is_fresh():
@@ -76,7 +65,7 @@ def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Map
         warnings.warn(_what_happens(model, is_merged=is_merged), LoRAWarning, stacklevel=6)
         for layer in view.layers.values() if is_merged else ():
             layer.lora_restart()
-    _follow_base(view, given)
+    record.base_was_loaded(given, _loaded(view, given, view.adapter.originals))
 
 
 def _holds_updates(view: View, given: Mapping[str, Any]) -> bool:
@@ -110,27 +99,19 @@ def _without_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return given
 
 
-def _follow_base(view: View, given: Mapping[str, Any]) -> None:
-    """Use the values of a loaded base as the originals, under whichever name of a shared tensor they are stored."""
-    record = view.record
-    record.changed = {name: digests for name, digests in record.changed.items() if name not in given}
-    record.random = None
+def _loaded(view: View, given: Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is loaded for these tensors, as the model will hold it, under whichever name of a shared tensor it is."""
     present: dict[str, Tensor] = {**view.base, **view.buffers}
     loaded = {id(tensor): given[name] for name, tensor in present.items() if name in given}
-    for name, original in record.originals.items():
+    found = {}
+    for name, tensor in own.items():
         value = loaded.get(id(present.get(name)))
-        if isinstance(value, Tensor) and value.shape == original.shape:
-            record.originals[name] = copy_to_host(value.to(original.dtype))  # as the model will hold it
+        if isinstance(value, Tensor) and value.shape == tensor.shape:
+            found[name] = value.to(tensor.dtype)
+    return found
 
 
-def _follow_norms(view: View, given: Mapping[str, Any]) -> None:
-    """Use values loaded into frozen norms as the base's: training cannot have changed them."""
-    present: dict[str, Tensor] = {**view.base, **view.buffers}
-    loaded = {id(tensor): given[name] for name, tensor in present.items() if name in given}
-    for prefix, module in view.modules.items():
-        if not isinstance(module, FrozenNorm):
-            continue
-        for kind, buffer in module._buffers.items():
-            value = loaded.get(id(buffer))
-            if isinstance(value, Tensor) and buffer is not None and value.shape == buffer.shape:
-                view.record.originals[join(prefix, kind)] = copy_to_host(value.to(buffer.dtype))
+def _statistics(view: View) -> dict[str, Tensor]:
+    """The buffers of frozen norms, which training cannot have changed."""
+    owners = {name for name, module in view.modules.items() if isinstance(module, FrozenNorm)}
+    return {name: buffer for name, buffer in view.buffers.items() if owner_of(name) in owners}

@@ -25,7 +25,7 @@ from lightning_lora.model.attach import (
 )
 from lightning_lora.model.merged import check_as_merged, is_as_merged, warn_of_divergence, warn_of_merge
 from lightning_lora.model.sending import delete_sent
-from lightning_lora.model.state import Record, find_record, forget_record, record_of
+from lightning_lora.model.state import Merge, Record, find_record, forget_record, record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import join, own_parameter, set_parameter, submodule
 from lightning_lora.tensors.shards import is_dtensor
@@ -92,13 +92,7 @@ def unmerge_adapters(model: nn.Module) -> None:
 
 @contextmanager
 def unmerged(model: nn.Module) -> Iterator[None]:
-    """Unmerge a model inside a ``with`` block.
-
-    At the end it is merged again, if it was merged before.
-
-    Raises:
-        AdapterStateError: ``model`` has no adapters, or its merged weights have changed.
-    """
+    """Unmerge a model inside a ``with`` block. At the end it is merged again, if it was merged before."""
     check_as_merged(model)
     was_merged = unmerge(model)
     try:
@@ -120,10 +114,7 @@ def merge(model: nn.Module) -> tuple[dict[str, float], list[str]]:
     view = view_of(model)
     if view.is_merged:
         return {}, []
-    check_weights(view)
-    check_mergeable(view)
-    warn_of_divergence(view)
-    tied = tied_weights(view)
+    tied = _check(view)
     bases: dict[str, dict[str, Tensor]] = {name: {} for name in view.layers}
     lost: dict[str, float] = {}
     with ExitStack() as undo:
@@ -138,33 +129,38 @@ def merge(model: nn.Module) -> tuple[dict[str, float], list[str]]:
         undo.pop_all()
     for name, adapter in adapters.items():
         adapter.bases = bases[name]
-    record = view.record
-    record.merged, (record.merged_weights, record.tied_weights, record.other_weights) = adapters, seen
+    view.record.was_merged(Merge(adapters, *seen))
     return lost, [name for name in tied if tied[name]]
 
 
 def _merge_for_good(model: nn.Module) -> tuple[dict[str, float], list[str]]:
     """Merge layer by layer, keeping nothing, and forget the adapters."""
     view, lost = view_of(model), dict[str, float]()
-    tied = tied_weights(view)
+    tied: dict[str, list[str]] = {}
     if not view.is_merged:
-        check_weights(view)
-        check_mergeable(view)
-        warn_of_divergence(view)
+        tied = _check(view)
         sizes = {name: own_parameter(layer, layer.lora_weights()[0]).numel() for name, layer in view.layers.items()}
         for name in sorted(sizes, key=sizes.__getitem__, reverse=True):  # if memory is short, the first one fails
             layer = view.layers[name]
             lost[name] = _merge_layer(view.record, name, layer, tied[name], None)
             layer.lora_weights_changed()
             layer.lora_detach()
-            view.record.layers = tuple(other for other in view.record.layers if other != name)
+            view.adapter.is_on(other for other in view.adapter.layers if other != name)
         torch.clear_autocast_cache()
         now = View(model)
         unfreeze(now)
         detach_adapters(now)  # there are none any more: inference paths are switched on again
     forget_record(model)
     delete_sent(model)
-    return {name: lost[name] for name in view.layers if name in lost}, [name for name in tied if tied[name]]
+    return {name: lost[name] for name in tied}, [name for name in tied if tied[name]]
+
+
+def _check(view: View) -> dict[str, list[str]]:
+    """Refuse what cannot be merged, and return the weights that another layer uses too, by layer."""
+    check_weights(view)
+    check_mergeable(view)
+    warn_of_divergence(view)
+    return tied_weights(view)
 
 
 def tied_weights(view: View) -> dict[str, list[str]]:
@@ -177,10 +173,7 @@ def tied_weights(view: View) -> dict[str, list[str]]:
 
 
 def spread_ties(view: View) -> list[str]:
-    """Return the layers with a tied, spread weight.
-
-    FSDP2 keeps it one weight, so no update can be merged into one of its uses.
-    """
+    """Return the layers with a tied, spread weight: FSDP2 keeps it one, so no update fits into one of its uses."""
     found = []
     for name, weights in tied_weights(view).items():
         if any(is_dtensor(own_parameter(view.layers[name], weight)) for weight in weights):
@@ -191,18 +184,10 @@ def spread_ties(view: View) -> list[str]:
 def _merge_layer(
     record: Record, name: str, layer: LoRALayer, tied: list[str], bases: dict[str, Tensor] | None
 ) -> float:
-    """Set a layer's weights to ``W + ΔW``.
+    """Set a layer's weights to ``W + ΔW``, and return the largest share of an update that is lost to rounding.
 
-    Args:
-        record: The record of the model.
-        name: The name of the layer.
-        layer: An adapted layer.
-        tied: The names of weights that another layer uses too. They must not change there, so this layer gets
-            parameters of its own for them.
-        bases: Filled with the base's values by weight, each before its weight changes. None: they are not kept.
-
-    Returns:
-        The largest share of an update that is lost to rounding.
+    Weights in ``tied`` must not change in the other layer, so this one gets parameters of its own for them. ``bases``
+    is filled with the base's values by weight, each before its weight changes. None: they are not kept.
     """
     values, shares = {}, []
     with torch.inference_mode(False), torch.no_grad():
@@ -214,14 +199,17 @@ def _merge_layer(
             if weight in tied:
                 if bases is not None:
                     bases[weight] = own
-                shown = record.untied.setdefault(join(name, weight), nn.Parameter(merged, requires_grad=False))
+                key = join(name, weight)
+                if key not in record.untied:
+                    record.was_untied(key, nn.Parameter(merged, requires_grad=False))
+                shown = record.untied[key]
                 replace_values(shown, merged)
                 set_requires_grad(shown, own.requires_grad)
                 set_parameter(layer, weight, shown)
                 continue
             if bases is not None:
                 base = set_aside(own)  # saves GPU memory
-                record.hand_on(join(name, weight), own, base)
+                record.base_was_copied(join(name, weight), own, base)
                 bases[weight] = base
             replace_values(own, merged)
     return max(shares, key=lambda share: (not share < math.inf, share))
@@ -242,7 +230,7 @@ def _show_bases(view: View, bases: dict[str, dict[str, Tensor]]) -> None:
 
 
 def _see(view: View, bases: dict[str, dict[str, Tensor]]) -> tuple[dict[str, Seen], dict[str, Seen], dict[str, Seen]]:
-    """Look at all weights after a merge: the merged ones, the bases of tied ones, the others."""
+    """Look at all weights after a merge, as a :class:`Merge` holds them."""
     names = [(join(layer, weight), base) for layer, values in bases.items() for weight, base in values.items()]
     known = {id(view.parameters[name]) for name, _ in names} | {id(p) for p in view.adapters.values()}
     others = {}
@@ -259,11 +247,7 @@ def _see(view: View, bases: dict[str, dict[str, Tensor]]) -> tuple[dict[str, See
 
 
 def check_mergeable(view: View) -> None:
-    """Refuse weights that no update can be merged into.
-
-    Raises:
-        AdapterStateError: there are such weights.
-    """
+    """Refuse weights that no update can be merged into."""
     empty = []
     for name, layer in view.layers.items():
         if any(own_parameter(layer, weight).is_meta for weight in layer.lora_weights()):
@@ -287,10 +271,7 @@ def check_mergeable(view: View) -> None:
 
 
 def quantised_layers(view: View) -> list[str]:
-    """Return the names of adapted layers with quantised weights.
-
-    No update can be merged into them.
-    """
+    """Return the names of adapted layers with quantised weights, into which no update can be merged."""
     return [name for name, layer in view.layers.items() if layer.lora_is_quantised(layer)]
 
 
@@ -306,17 +287,11 @@ def _weights_have_changed(view: View) -> None:
 def unmerge(model: nn.Module) -> bool:
     """Undo a merge, and return whether there was one.
 
-    If the weights were replaced (for example, other weights were loaded), they become a new base. The record is dropped
-    then. After an error the model is as it was.
-
-    Raises:
-        AdapterStateError: layers have adapters of another model that shares them.
-
-    Warns:
-        LoRAWarning: the merged weights were replaced.
+    If the weights were replaced (for example, other weights were loaded), they become a new base: the record is dropped
+    then, with a warning. After an error the model is as it was.
     """
     record = find_record(model)
-    if record is None or not record.is_merged:
+    if record is None or record.merge is None:
         return False
     record_of(model)  # refuses a model whose adapters are disabled
     if not is_as_merged(model, record):
@@ -328,14 +303,13 @@ def unmerge(model: nn.Module) -> bool:
             stacklevel=2,
         )
         return False
-    adapters, weights, plain = record.merged, record.merged_weights, View(model)
+    adapters, weights, plain = record.merge.adapters, record.merge.weights, View(model)
     with undone_on_error(plain), torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for name, adapter in adapters.items():
             layer = submodule(model, name)
             _follow_layer(layer, adapter, weights[join(name, adapter.matrices[0].weight)].dtype, undo)
             _show_base(record, name, layer, adapter, undo)
-        record.merged, record.merged_weights, record.other_weights, record.tied_weights = {}, {}, {}, {}
-        record.requires_grad = {**record.requires_grad, **{n: p.requires_grad for n, p in plain.parameters.items()}}
+        record.was_unmerged(plain.parameters)
         attach_adapters(model, adapters)
         view = View(model)
         _weights_have_changed(view)
@@ -359,10 +333,10 @@ def _show_base(record: Record, name: str, layer: nn.Module, adapter: Adapter, un
             set_requires_grad(base, shown.requires_grad)
             set_parameter(layer, weight, base)
             replace_values(shown, shown.data.new_empty(0))  # kept for the next merge, without its memory
-            record.untied[join(name, weight)] = shown
+            record.was_untied(join(name, weight), shown)
         else:
             replace_values(shown, base.to(shown))
-            record.hand_on(join(name, weight), base, shown)
+            record.base_was_copied(join(name, weight), base, shown)
 
 
 def _put_back(tensor: Tensor, values: Tensor, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""A merged model: what the merge lost, and whether its weights are as the merge left them."""
+"""A merged model: whether its weights are as the merge left them, and what the merge lost."""
 
 import math
 import warnings
@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_lora.errors import AdapterStateError, LoRAWarning, MergePrecisionWarning, listed
 from lightning_lora.layers import Adapter, LoRALayer, attach
-from lightning_lora.model.state import Record, receive, record_of
+from lightning_lora.model.state import Merge, Record, receive, record_of
 from lightning_lora.model.view import View
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join, named_modules, named_parameters, parameters_of
@@ -45,41 +45,15 @@ def is_as_merged(model: nn.Module, record: Record) -> bool:
     Raises:
         AdapterStateError: merged layers have the adapters of another model that shares them.
     """
-    if not record.is_merged:
+    if record.merge is None:
         return True
     parameters = list(named_parameters(model).values())
-    return not any(agreed([not _is_as_merged_here(model, record)], parameters))
+    return not any(agreed([not _is_as_merged_here(model, record.merge)], parameters))
 
 
-def _is_as_merged_here(model: nn.Module, record: Record) -> bool:
-    """Whether the own parts of this process are as merged."""
-    modules = named_modules(model, remove_duplicate=False)
-    check_own(model, modules, record)
-    parameters = parameters_of(modules)
-    for name, seen in record.other_weights.items():
-        if name not in parameters or not seen.is_alike(parameters[name]):
-            return False
-    present = {id(p) for p in parameters.values()}
-    for name, adapter in record.merged.items():
-        if any(join(name, weight) not in parameters for weight in adapter.bases):  # prune or weight_norm computes it
-            return False
-        weights = {weight: parameters[join(name, weight)] for weight in adapter.bases}
-        if not _are_tied_alike(record, name, adapter, weights, present):
-            return False
-        if not _are_still(record, name, adapter, weights) and not _are_merged_anew(
-            record, modules[name], name, adapter, weights
-        ):
-            return False
-    return True
-
-
-def check_own(model: nn.Module, modules: Mapping[str, nn.Module], record: Record) -> None:
-    """Raise an error if merged layers have other adapters.
-
-    Raises:
-        AdapterStateError: another model shares the layers, and its adapters are on them.
-    """
-    taken = [name for name in record.merged if isinstance(modules.get(name), LoRALayer)]
+def check_own(model: nn.Module, modules: Mapping[str, nn.Module], merged: Mapping[str, Adapter]) -> None:
+    """Refuse merged layers that another model shares, and whose adapters are on them."""
+    taken = [name for name in merged if isinstance(modules.get(name), LoRALayer)]
     if taken:
         raise AdapterStateError(
             f"{listed(taken)} of {type(model).__name__} have the adapters of another model that shares them, and "
@@ -87,41 +61,53 @@ def check_own(model: nn.Module, modules: Mapping[str, nn.Module], record: Record
         )
 
 
-def _are_tied_alike(
-    record: Record, name: str, adapter: Adapter, weights: Mapping[str, nn.Parameter], present: set[int]
+def _is_as_merged_here(model: nn.Module, merge: Merge) -> bool:
+    """Whether the weights are as merged. Of spread ones, those of this process are."""
+    modules = named_modules(model, remove_duplicate=False)
+    check_own(model, modules, merge.adapters)
+    parameters = parameters_of(modules)
+    for name, seen in merge.others.items():
+        if name not in parameters or not seen.is_alike(parameters[name]):
+            return False
+    present = {id(p) for p in parameters.values()}
+    return all(_is_layer_as_merged(merge, name, modules, parameters, present) for name in merge.adapters)
+
+
+def _is_layer_as_merged(
+    merge: Merge,
+    name: str,
+    modules: Mapping[str, nn.Module],
+    parameters: Mapping[str, nn.Parameter],
+    present: set[int],
 ) -> bool:
-    """Whether the other uses of tied weights are still there, on the same device and in the same dtype."""
-    for weight, value in weights.items():
-        base = adapter.bases[weight]
-        alike = id(base) in present and base.dtype == value.dtype and base.device == value.device
-        if join(name, weight) in record.tied_weights and not alike:
-            return False
-    return True
-
-
-def _are_still(record: Record, name: str, adapter: Adapter, weights: Mapping[str, nn.Parameter]) -> bool:
-    """Whether a layer's merged weights, and the base of those that were tied, have not changed."""
-    for weight, value in weights.items():
+    adapter, is_still, weights = merge.adapters[name], True, dict[str, nn.Parameter]()
+    for weight, base in adapter.bases.items():
         key = join(name, weight)
-        if not record.merged_weights[key].is_still(value):
+        if key not in parameters:  # prune or weight_norm computes it
             return False
-        if key in record.tied_weights and not record.tied_weights[key].is_still(adapter.bases[weight]):
-            return False
-    return True
+        value = weights[weight] = parameters[key]
+        if key in merge.tied:  # its other use must still be there
+            if id(base) not in present or base.dtype != value.dtype or base.device != value.device:
+                return False
+            is_still = is_still and merge.tied[key].is_still(base)
+        is_still = is_still and merge.weights[key].is_still(value)
+    return is_still or _is_merged_anew(merge, modules[name], name, adapter, weights)
 
 
-def _are_merged_anew(
-    record: Record, layer: nn.Module, name: str, adapter: Adapter, weights: Mapping[str, nn.Parameter]
+def _is_merged_anew(
+    merge: Merge, layer: nn.Module, name: str, adapter: Adapter, weights: Mapping[str, nn.Parameter]
 ) -> bool:
     """Whether a layer's weights are what a merge gives, perhaps converted: merge again, and compare."""
     if any(weight.is_meta or is_dtensor(weight) for weight in weights.values()):
         return False
     shown = {weight: value.data for weight, value in weights.items()}
+    device = next(iter(weights.values())).device
     with torch.inference_mode(False), torch.no_grad():
-        move_adapter(adapter, next(iter(weights.values())).device)
+        for parameter in adapter.parameters.values():
+            replace_values(parameter, parameter.data.to(device))
         try:
             for weight, value in weights.items():
-                dtype = record.merged_weights[join(name, weight)].dtype
+                dtype = merge.weights[join(name, weight)].dtype
                 replace_values(value, adapter.bases[weight].data.to(value.device, dtype))
             attach(layer, adapter)
             try:
@@ -134,22 +120,14 @@ def _are_merged_anew(
     return all(digest(anew[weight].to(value.dtype)) == digest(value) for weight, value in shown.items())
 
 
-def move_adapter(adapter: Adapter, device: torch.device) -> None:
-    """Move an adapter that is not on its layer."""
-    for factor in adapter.parameters.values():
-        replace_values(factor, factor.data.to(device))
-
+# What a merge lost
 
 _MUCH = 0.25
 """A warning is shown if a larger share of an update (in norm) is lost. In bfloat16, 0.1 to 0.2 is common."""
 
 
 def warn_of_divergence(view: View) -> None:
-    """Warn of adapters that hold NaN or infinite values.
-
-    Warns:
-        LoRAWarning: there are such adapters.
-    """
+    """Warn of adapters that hold NaN or infinite values."""
     if broken := view.diverged():
         warnings.warn(
             f"{listed(broken)} of {type(view.model).__name__} hold NaN or infinite values: the training has diverged. "
@@ -161,17 +139,7 @@ def warn_of_divergence(view: View) -> None:
 
 
 def warn_of_merge(model: nn.Module, lost: Mapping[str, float], untied: Sequence[str]) -> None:
-    """Warn of problems in a merge.
-
-    Args:
-        model: The merged model.
-        lost: The share of each layer's update that is lost to rounding.
-        untied: The layers whose weights are no longer tied.
-
-    Warns:
-        LoRAWarning: a tied weight is no longer tied.
-        MergePrecisionWarning: values overflowed, or rounding lost much of an update.
-    """
+    """Warn of a merge with what :func:`merge` returned: broken ties, values that overflowed, lost updates."""
     title = type(model).__name__
     if untied:
         warnings.warn(
@@ -199,14 +167,9 @@ def warn_of_merge(model: nn.Module, lost: Mapping[str, float], untied: Sequence[
 
 
 def lost_to_rounding(lost: Mapping[str, float], title: str) -> str:
-    """Return what a warning says of rounded updates.
+    """Return what a warning says of rounded updates: two sentences, or nothing if rounding took little.
 
-    Args:
-        lost: The share of each layer's update that is lost to rounding.
-        title: What was merged into.
-
-    Returns:
-        Two sentences, or nothing if rounding took little.
+    ``lost`` is the share of each layer's update that is lost to rounding, and ``title`` what was merged into.
     """
     much = {name: share for name, share in lost.items() if _MUCH < share < math.inf}
     if not much:

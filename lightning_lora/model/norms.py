@@ -14,10 +14,7 @@ from lightning_lora.tensors.inplace import InPlace, overlay, uncover
 
 
 class FrozenNorm(InPlace, nn.Module):
-    """A frozen norm.
-
-    It gives the same results in training as in evaluation.
-    """
+    """A frozen norm. It gives the same results in training as in evaluation."""
 
     overlaid_prefix = "Frozen"
 
@@ -31,27 +28,16 @@ class FrozenNorm(InPlace, nn.Module):
 
 
 def freeze_norms(modules: Iterable[nn.Module], trained: Iterable[nn.Module]) -> None:
-    """Freeze the running statistics of norms.
-
-    Args:
-        modules: The modules among which norms are frozen.
-        trained: Modules that are trained in full. Norms inside them are not frozen.
-    """
+    """Freeze the running statistics of norms, but not inside modules that are trained in full."""
     moving = {id(inner) for module in trained for inner in module.modules()}
     for module in modules:
-        has_statistics = isinstance(module, _NormBase) and module.track_running_stats
-        if has_statistics and id(module) not in moving and not isinstance(module, FrozenNorm):
-            overlay(module, FrozenNorm)
+        if isinstance(module, _NormBase) and module.track_running_stats and id(module) not in moving:
+            set_frozen(module, True)
 
 
-def unfreeze_norms(modules: Iterable[nn.Module], *, but: Iterable[nn.Module] = ()) -> None:
-    """Unfreeze the running statistics of norms.
-
-    Args:
-        modules: The modules among which norms are unfrozen.
-        but: Norms that stay frozen.
-    """
-    left = {id(module) for module in but}
-    for module in modules:
-        if isinstance(module, FrozenNorm) and id(module) not in left:
-            uncover(module)
+def set_frozen(norm: nn.Module, frozen: bool) -> None:
+    """Freeze a norm, or unfreeze it."""
+    if frozen and not isinstance(norm, FrozenNorm):
+        overlay(norm, FrozenNorm)
+    if not frozen and isinstance(norm, FrozenNorm):
+        uncover(norm)

@@ -1,4 +1,4 @@
-"""Pass a model's record to the main process.
+"""Send a model's record from a worker process to the main process.
 
 Strategies that spawn or fork processes send back only a state dict, and call no hook when it arrives. It contains the
 merged weights. A worker process stores the record, with the exact base and the adapters, in a temporary folder. The
@@ -29,7 +29,7 @@ from lightning_lora.errors import LoRAWarning
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import named_parameters
 
-_Built = TypeVar("_Built")
+_Record = TypeVar("_Record")
 
 _FOLDER = "LIGHTNING_LORA_MEMORY"
 """The environment variable with the folder's path, which worker processes inherit."""
@@ -37,7 +37,15 @@ _FOLDER = "LIGHTNING_LORA_MEMORY"
 _MADE: dict[Path, int] = {}
 """The folders that were made here, and the process that made each one: a fork has its parent's entries."""
 
+_ALLOWED: list[Any] = []
+"""The classes of which a record consists. Torch reads no others."""
+
 _LOCK = Lock()
+
+
+def allow(*classes: type) -> None:
+    """Allow objects of these classes in a record. Reading one sets its attributes, and calls nothing of it."""
+    _ALLOWED.extend(classes)
 
 
 def make_folder() -> None:
@@ -84,21 +92,20 @@ def _delete(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def send(record: Mapping[str, Any], weights: Mapping[str, int]) -> None:
-    """Store a model's record in the temporary folder.
-
-    Args:
-        record: The record, as plain types and tensors.
-        weights: Digests of the model's merged parameters, by name.
-
-    Warns:
-        LoRAWarning: the record could not be stored. The weights are not affected.
-    """
+def send(record: object, weights: Mapping[str, int]) -> None:
+    """Store the record of a model with these merged weights (their digests by name), or warn if that fails."""
     try:
         folder = _folder()
         if folder is None:
             raise FileNotFoundError("there is no temporary folder that only this user can write to")
-        _write(folder, {"weights": dict(weights), "record": dict(record)})
+        name = f"{time.time_ns():020}_{uuid4().hex}"
+        unfinished = folder / f"{name}.part"
+        try:
+            torch.save({"weights": dict(weights), "record": record}, unfinished)
+            _load(unfinished)
+            unfinished.replace(folder / f"{name}.pt")
+        finally:
+            unfinished.unlink(missing_ok=True)
     except Exception as error:
         warnings.warn(
             f"The fit is complete, and the main process gets the merged weights, but not the adapters and the base "
@@ -110,26 +117,15 @@ def send(record: Mapping[str, Any], weights: Mapping[str, int]) -> None:
         )
 
 
-def _write(folder: Path, entry: dict[str, Any]) -> None:
-    """Write an entry beside its place, and move it there once it can be read."""
-    name = f"{time.time_ns():020}_{uuid4().hex}"
-    part = folder / f"{name}.part"
-    try:
-        torch.save(entry, part)
-        _load(part)
-        part.replace(folder / f"{name}.pt")
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _load(path: Path, *, mmap: bool = True) -> dict[str, Any]:
     """Read an entry. With ``mmap``, the tensors stay in the file."""
-    entry: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    with torch.serialization.safe_globals(_ALLOWED):
+        entry: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     return entry
 
 
-def receive(model: nn.Module, build: Callable[[Mapping[str, Any]], _Built]) -> _Built | None:
-    """Return the record that was sent for this model's weights, built by ``build``, or None.
+def receive(model: nn.Module, build: Callable[[Any], _Record]) -> _Record | None:
+    """Return the record that was sent for this model's weights, as ``build`` makes it, or None.
 
     The program that made the folder then deletes the file. Its worker processes leave it for the main process.
     """
@@ -142,7 +138,7 @@ def receive(model: nn.Module, build: Callable[[Mapping[str, Any]], _Built]) -> _
 
 
 def delete_sent(model: nn.Module) -> None:
-    """Delete the stored records for this model's weights."""
+    """Delete the records that were sent for this model's weights."""
     for path in _about(model):
         path.unlink(missing_ok=True)
 

@@ -1,12 +1,14 @@
-"""What an adapted model remembers: its record. Only this module writes it.
+"""What an adapted model remembers: its record. Only this module writes it: the others say what has happened.
 
-The record is an attribute of the model itself and consists of plain types. So it survives copy and pickle. Other code
-that gets the model later (another Trainer, another callback, ``load_adapter``) knows its state.
+The record is an attribute of the model itself. So it survives copy and pickle, and other code that gets the model later
+(another Trainer, another callback, ``load_adapter``) knows its state. All keys in it are names as in
+``named_parameters``.
 """
 
+import copy
 import gc
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,27 +16,90 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError
-from lightning_lora.layers import AdaptedMatrix, Adapter, Settings, kind_named, name_of_kind
+from lightning_lora.layers import AdaptedMatrix, Adapter, Role, Settings, kind_named, name_of_kind
 from lightning_lora.model import sending
 from lightning_lora.tensors.digests import digest, digests, digests_as
 from lightning_lora.tensors.names import join, named_modules, named_parameters, plain_module, submodule
 from lightning_lora.tensors.shards import agreed, is_dtensor, reshard
-from lightning_lora.tensors.values import Seen
+from lightning_lora.tensors.values import Seen, copy_to_host
 
-ATTRIBUTE = "_lora"
+_ATTRIBUTE = "_lora"
 """The attribute of a model that holds its record."""
 
 HALVES = (torch.bfloat16, torch.float16)
 """The dtypes of :attr:`Record.rounded`."""
 
 
-class Reading(NamedTuple):
-    """A tensor of the base, when last read in full.
+@dataclass
+class AdapterState:
+    """What a model remembers of one adapter: another adapter on the same base would be another object.
 
     Args:
-        seen: The tensor then.
-        number: Its digest.
+        config: Its configuration.
+        layers: The names of the layers that have it, or had it.
+        originals: The base's values of everything besides the adapter that training may change: modules trained in
+            full, biases, persistent buffers, and frozen weights for which a file had other values.
+        random: Frozen weights that look untrained, which files hold. None: they have not been looked for.
+        is_trained: Whether a Trainer has begun to train it, or it was loaded.
     """
+
+    config: LoRAConfig
+    layers: tuple[str, ...] = ()
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    random: tuple[str, ...] | None = None
+    is_trained: bool = False
+
+    def was_trained(self) -> None:
+        """A Trainer begins to train it."""
+        self.is_trained = True
+
+    def is_on(self, layers: Iterable[str]) -> None:
+        """It is on these layers, and on no others."""
+        self.layers = tuple(layers)
+
+    def look_untrained(self, names: Iterable[str]) -> None:
+        """These frozen weights look untrained: files hold them."""
+        self.random = tuple(names)
+
+    def keep_originals(self, values: Mapping[str, Tensor]) -> None:
+        """Copy these values of the base to CPU memory, before training changes them.
+
+        Copies of values with the same shape are kept, and copies of all others are dropped.
+        """
+        known, self.originals = self.originals, {}
+        for name, tensor in values.items():
+            is_known = name in known and known[name].shape == tensor.shape
+            self.originals[name] = known[name] if is_known else copy_to_host(tensor)
+
+    def base_holds(self, values: Mapping[str, Tensor]) -> None:
+        """These are the base's values, whatever the model holds now."""
+        for name, value in values.items():
+            self.originals[name] = copy_to_host(value)
+
+    def forget_originals(self) -> None:
+        """The base may have been loaded since: what the model holds now is the base."""
+        self.originals = {}
+
+
+@dataclass
+class Merge:
+    """A merge that can be undone.
+
+    Args:
+        adapters: The adapters by layer. They hold the base's values.
+        weights: The merged weights as the merge left them, to notice if they change.
+        tied: The base of those that were tied, which another layer uses, as they were at the merge.
+        others: The other parameters as they were at the merge, to notice if they change.
+    """
+
+    adapters: dict[str, Adapter]
+    weights: dict[str, Seen]
+    tied: dict[str, Seen]
+    others: dict[str, Seen]
+
+
+class Reading(NamedTuple):
+    """A tensor of the base and its digest, when it was last read in full."""
 
     seen: Seen
     number: int
@@ -42,50 +107,105 @@ class Reading(NamedTuple):
 
 @dataclass
 class Record:
-    """The memory of one adapted model.
-
-    All keys are names as in ``named_parameters``.
+    """What a model remembers of its base and its adapter.
 
     Args:
-        config: The configuration of its adapters.
+        adapter: The adapter.
         requires_grad: Whether each parameter of the base required a gradient before.
-        originals: The base's values of everything besides the adapters that training may change: modules trained in
-            full, biases, persistent buffers, and frozen weights for which a file had other values.
         changed: Frozen weights that were changed in a run by other code than an optimizer. The values are two digests:
             of the values last seen, and of the base's values, which are lost.
         rounded_base: Base weights that were computed again from merged ones, with rounding. The values are two digests:
             of these weights, and of the base's own, for which they stand.
-        merged: The adapters by layer, while the updates are merged into the weights.
-        merged_weights: The merged weights as the merge left them, to notice if they change.
-        tied_weights: The base of those that were tied, which another layer uses, as they were at the merge.
-        other_weights: The other parameters as they were at the merge, to notice if they change.
+        merge: The merge, while the updates are merged into the weights.
         untied: Parameters that a merge made for tied weights, to show the same ones at the next merge.
-        random: Frozen weights that look untrained, which files hold. None: they have not been looked for.
-        layers: The names of the layers that have, or had, its adapters.
         read: The base's tensors as they were when they were last read in full, with their digests.
         rounded: The digests of the base's tensors in half precision, by the digest in their own dtype.
         fingerprints: The forms of this base seen so far: as loaded, and as converted by a Trainer's precision.
-        is_trained: Whether a Trainer has begun to train the model, or adapters were loaded into it.
-        disabled: Whether the adapters are disabled now, inside ``disable_adapters``.
+        is_disabled: Whether the adapter is disabled now, inside ``disable_adapters``.
     """
 
-    config: LoRAConfig
+    adapter: AdapterState
     requires_grad: dict[str, bool] = field(default_factory=dict)
-    originals: dict[str, Tensor] = field(default_factory=dict)
     changed: dict[str, tuple[int, int]] = field(default_factory=dict)
     rounded_base: dict[str, tuple[int, int]] = field(default_factory=dict)
-    merged: dict[str, Adapter] = field(default_factory=dict)
-    merged_weights: dict[str, Seen] = field(default_factory=dict)
-    tied_weights: dict[str, Seen] = field(default_factory=dict)
-    other_weights: dict[str, Seen] = field(default_factory=dict)
+    merge: Merge | None = None
     untied: dict[str, nn.Parameter] = field(default_factory=dict)
-    random: tuple[str, ...] | None = None
-    layers: tuple[str, ...] = ()
     read: dict[str, Reading] = field(default_factory=dict)
     rounded: dict[int, list[int]] = field(default_factory=dict)
     fingerprints: list[dict[str, Any]] = field(default_factory=list)
-    is_trained: bool = False
-    disabled: bool = False
+    is_disabled: bool = False
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the updates are merged into the weights."""
+        return self.merge is not None
+
+    @property
+    def merged(self) -> dict[str, Adapter]:
+        """The merged adapters by layer, if there are any."""
+        return self.merge.adapters if self.merge else {}
+
+    # The base
+
+    def base_was_frozen(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """The base is to be frozen, for the first time or with new parameters: remember what trains before."""
+        for name, parameter in parameters.items():
+            self.requires_grad.setdefault(name, parameter.requires_grad)
+
+    def base_was_loaded(self, names: Iterable[str], originals: Mapping[str, Tensor]) -> None:
+        """Other code loads these tensors as the base, some of which the adapter has copied."""
+        for name in names:
+            self.changed.pop(name, None)
+        self.adapter.random = None
+        self.adapter.base_holds(originals)
+
+    def base_was_replaced(self) -> None:
+        """The whole base was loaded anew, and the adapter begins anew."""
+        self.fingerprints, self.adapter.is_trained = [], False
+
+    def base_was_read(self, form: dict[str, Any]) -> None:
+        """The base has this fingerprint before it is trained. If it is another one, it is another base."""
+        if form not in self.fingerprints:
+            self.fingerprints, self.changed = [form], {}
+
+    def base_was_converted(self, form: dict[str, Any]) -> None:
+        """The same base has this fingerprint in the dtypes of a Trainer's precision."""
+        self.fingerprints.append(form)
+
+    def base_was_rounded(self, name: str, now: int, was: int) -> None:
+        """A weight was computed again from a merged one. It stands for the base's, with another digest."""
+        self.rounded_base[name] = (now, was)
+
+    def base_was_changed(self, name: str, now: int, was: int) -> None:
+        """Other code than an optimizer has changed a frozen weight."""
+        self.changed[name] = (now, was)
+
+    def values_were_loaded(self, base: Mapping[str, Tensor]) -> None:
+        """The adapter was loaded, with the values of changed weights."""
+        self.adapter.is_trained = True
+        for name, (_, was) in self.changed.items():
+            self.changed[name] = (digest(base[name]), was)
+
+    # Merge
+
+    def was_merged(self, merge: Merge) -> None:
+        """The updates are in the weights now."""
+        self.merge = merge
+
+    def was_unmerged(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """The updates are out of the weights. What trains by itself is what trained in the merged model."""
+        self.merge = None
+        self.requires_grad = {**self.requires_grad, **{name: p.requires_grad for name, p in parameters.items()}}
+
+    def was_untied(self, name: str, parameter: nn.Parameter) -> None:
+        """A merge shows this parameter in place of a tied one, now and later."""
+        self.untied[name] = parameter
+
+    def was_disabled(self, disabled: bool) -> None:
+        """The adapter is disabled for a while, or enabled again."""
+        self.is_disabled = disabled
+
+    # Digests of the base's tensors
 
     def digests(self, tensors: Mapping[str, Tensor], *, anew: bool = False) -> dict[str, int]:
         """Return the digests of the base's tensors, by name.
@@ -105,111 +225,34 @@ class Record:
         return name in self.read and self.read[name].seen.is_unchanged(tensor)
 
     def halves(self, known: int, tensor: Tensor) -> list[int]:
-        """Return a base tensor's digests in half precision.
-
-        They are remembered. ``known`` is its digest in its own dtype.
-        """
+        """Return a base tensor's digests in half precision, by its digest in its own dtype. They are remembered."""
         if known not in self.rounded:
             self.rounded[known] = digests_as(tensor, HALVES)
         return self.rounded[known]
 
     def prepare_halves(self, tensors: Mapping[int, Tensor]) -> None:
-        """Compute the digests that :meth:`halves` will look up.
+        """Compute the digests that :meth:`halves` will look up, for tensors that are spread over processes.
 
-        Only for tensors that are spread over processes: together they take one message for each dtype and layout.
-
-        Args:
-            tensors: The base's tensors, by their digests in their own dtype.
+        Together they take one message for each dtype and layout.
         """
         new = {known: t for known, t in tensors.items() if known not in self.rounded and is_dtensor(t)}
         columns = [digests(list(new.values()), dtype) for dtype in HALVES]
         for known, *numbers in zip(new, *columns, strict=True):
             self.rounded[known] = numbers
 
-    def hand_on(self, name: str, tensor: Tensor, copy: Tensor) -> None:
-        """Replace one of the base's tensors by its copy."""
+    def base_was_copied(self, name: str, tensor: Tensor, copied: Tensor) -> None:
+        """A copy takes the place of one of the base's tensors."""
         known = self.read.pop(name, None)
-        if known is not None and known.seen.is_unchanged(tensor) and copy.dtype == tensor.dtype:
-            self.read[name] = Reading(Seen(copy, None if is_dtensor(copy) else known.number), known.number)
+        if known is not None and known.seen.is_unchanged(tensor) and copied.dtype == tensor.dtype:
+            self.read[name] = Reading(Seen(copied, None if is_dtensor(copied) else known.number), known.number)
 
-    @property
-    def is_merged(self) -> bool:
-        """Whether the updates are merged into the weights."""
-        return bool(self.merged)
-
-
-def find_record(model: nn.Module) -> Record | None:
-    """Return the record of ``model``, or None.
-
-    A model without a record has no adapters.
-    """
-    record: Record | None = vars(plain_module(model)).get(ATTRIBUTE)
-    return record
+    def snapshot(self) -> "Record":
+        """Return a copy that later events do not change. Tensors are not copied."""
+        adapter = replace(self.adapter, originals=dict(self.adapter.originals))
+        return replace(self, adapter=adapter, requires_grad=dict(self.requires_grad), changed=dict(self.changed))
 
 
-def inner_records(model: nn.Module) -> dict[str, Record]:
-    """Return the records of modules inside ``model``, by name.
-
-    A module inside has a record if it was adapted on its own.
-    """
-    found = {}
-    for name, module in named_modules(model).items():
-        record = vars(module).get(ATTRIBUTE) if name else None
-        if record is not None:
-            found[name] = record
-    return found
-
-
-_SEEN = ("merged_weights", "tied_weights", "other_weights")
-"""The fields of a record that hold tensors as they were."""
-
-
-def as_plain(record: Record) -> dict[str, Any]:
-    """Return a record as plain types and tensors."""
-    plain = _fields(record)
-    plain["config"] = record.config.to_dict()
-    plain["merged"] = {name: _plain_adapter(adapter) for name, adapter in record.merged.items()}
-    for key in _SEEN:
-        plain[key] = {name: seen.__getstate__() for name, seen in plain[key].items()}
-    plain["read"] = {name: (seen.__getstate__(), number) for name, (seen, number) in record.read.items()}
-    return plain
-
-
-def as_record(plain: Mapping[str, Any]) -> Record:
-    """Build a record from what :func:`as_plain` returned.
-
-    Raises:
-        AdapterStateError: an adapter class is not registered in this process.
-    """
-    built = dict(plain)
-    built["config"] = LoRAConfig.from_dict(plain["config"])
-    built["merged"] = {name: _adapter(adapter) for name, adapter in plain["merged"].items()}
-    for key in _SEEN:
-        built[key] = {name: Seen.restored(state) for name, state in plain[key].items()}
-    built["read"] = {name: Reading(Seen.restored(state), number) for name, (state, number) in plain["read"].items()}
-    return Record(**built)
-
-
-def _plain_adapter(adapter: Adapter) -> dict[str, Any]:
-    plain = _fields(adapter)
-    parts = [asdict(part) for part in adapter.matrices]
-    return {**plain, "kind": name_of_kind(adapter.kind), "settings": asdict(adapter.settings), "matrices": parts}
-
-
-def _adapter(plain: Mapping[str, Any]) -> Adapter:
-    kind = kind_named(plain["kind"])
-    if kind is None:
-        raise AdapterStateError(
-            f"The weights of this model were merged in another process, with adapters of the class {plain['kind']}, "
-            "which is not known here. Call register_adapter in the main program too, before fit."
-        )
-    parts = tuple(AdaptedMatrix(**part) for part in plain["matrices"])
-    return Adapter(**{**plain, "kind": kind, "settings": Settings(**plain["settings"]), "matrices": parts})
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    return {field.name: getattr(value, field.name) for field in fields(value)}
-
+# The record of a model
 
 _LoadHook = Callable[[nn.Module, dict[str, Any], str, Mapping[str, Any]], None]
 _on_load: _LoadHook | None = None
@@ -227,35 +270,75 @@ def _before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Ma
         _on_load(model, state, prefix, notes)
 
 
+def find_record(model: nn.Module) -> Record | None:
+    """Return the record of ``model``, or None if it has no adapters."""
+    record: Record | None = vars(plain_module(model)).get(_ATTRIBUTE)
+    return record
+
+
+def records_in(modules: Mapping[str, nn.Module]) -> dict[str, Record]:
+    """Return the records of these modules by name. A module inside a model has one if it was adapted on its own."""
+    found: dict[str, Record] = {}
+    for name, module in modules.items():
+        record = vars(module).get(_ATTRIBUTE)
+        if record is not None and not any(record is other for other in found.values()):
+            found[name] = record
+    return found
+
+
 def keep_record(model: nn.Module, record: Record) -> None:
     """Set the record of ``model``."""
     model = plain_module(model)
     forget_record(model)
     model._register_load_state_dict_pre_hook(_before_load, with_module=True)
-    vars(model)[ATTRIBUTE] = record
+    vars(model)[_ATTRIBUTE] = record
 
 
 def forget_record(model: nn.Module) -> None:
     """Delete the record of ``model``, if it has one."""
     model = plain_module(model)
-    vars(model).pop(ATTRIBUTE, None)
+    vars(model).pop(_ATTRIBUTE, None)
     hooks = model._load_state_dict_pre_hooks  # found without handles: a copy has the hooks, but no handles
     for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _before_load]:
         del hooks[key]
 
 
-def send(model: nn.Module) -> None:
-    """Send the record of a merged model to another process, which finds it by the merged weights."""
-    record, parameters = record_of(model), named_parameters(model, remove_duplicate=False)
-    sending.send(as_plain(record), {name: digest(parameters[name]) for name in record.merged_weights})
+def begin_record(model: nn.Module, config: LoRAConfig) -> Record:
+    """Return the record for adapters that are added now: the one of ``model``, or a new one if it is plain or merged.
 
-
-def receive(model: nn.Module) -> Record | None:
-    """Set the record that a fit in another process has sent for exactly this model's weights, if there is one."""
-    record = sending.receive(model, as_record)
-    if record is not None:
+    It takes over the records of modules inside.
+    """
+    record = find_record(model)
+    if record is None or record.is_merged:
+        record = Record(AdapterState(config))
         keep_record(model, record)
+    record.adapter.config = config
+    absorb_inner_records(model, record)
     return record
+
+
+def absorb_inner_records(model: nn.Module, record: Record) -> None:
+    """Move the records of modules inside ``model`` into ``record``.
+
+    Values that ``record`` already has are kept. A merged module is itself a base now, so its earlier values are not
+    taken over.
+    """
+    for prefix, inner in _inner_records(model).items():
+        _add(record.requires_grad, prefix, inner.requires_grad)
+        if not inner.is_merged:
+            record.adapter.is_trained |= inner.adapter.is_trained
+            _add(record.adapter.originals, prefix, inner.adapter.originals)
+            _add(record.changed, prefix, inner.changed)
+        forget_record(submodule(model, prefix))
+
+
+def _inner_records(model: nn.Module) -> dict[str, Record]:
+    return records_in({name: module for name, module in named_modules(model).items() if name})
+
+
+def _add(known: dict[str, Any], prefix: str, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        known.setdefault(join(prefix, name), value)
 
 
 def record_of(model: nn.Module) -> Record:
@@ -269,48 +352,68 @@ def record_of(model: nn.Module) -> Record:
     """
     reshard(model)
     record = find_record(model) or receive(model)
+    title = type(plain_module(model)).__name__
     if record is None:
-        raise AdapterStateError(f"{_title(model)} has no adapters{_instead(model)}")
-    if record.disabled:
+        raise AdapterStateError(f"{title} has no adapters{_instead(model)}")
+    if record.is_disabled:
         raise AdapterStateError(
-            f"The adapters of {_title(model)} are disabled. Do this after the block of disable_adapters. (A "
+            f"The adapters of {title} are disabled. Do this after the block of disable_adapters. (A "
             "copy that was made inside the block stays disabled: copy the model outside.)"
         )
     return record
 
 
-def _title(model: nn.Module) -> str:
-    return type(plain_module(model)).__name__
-
-
 def _instead(model: nn.Module) -> str:
-    """Where the adapters of a model without a record are: in a part of it, or kept by a module around it."""
-    inner = next(iter(inner_records(model)), None)
+    """Where the adapters of a model without a record are: in a module inside it, or kept by a module around it."""
+    inner = next(iter(_inner_records(model)), None)
     if inner:
         return f". They are in its {inner!r}: pass that module."
-    for each in gc.get_objects():  # a part does not know what is around it
-        if issubclass(type(each), nn.Module) and (record := vars(each).get(ATTRIBUTE)) is not None:
+    for each in gc.get_objects():  # a module does not know what is around it
+        if issubclass(type(each), nn.Module) and (record := vars(each).get(_ATTRIBUTE)) is not None:
             names = (name for name, module in named_modules(each).items() if module is plain_module(model))
             name = next(names, None)
-            if name and any(f"{layer}.".startswith(f"{name}.") for layer in record.layers):
+            if name and any(f"{layer}.".startswith(f"{name}.") for layer in record.adapter.layers):
                 around = f"{type(each).__name__}, in which it is {name!r}"
                 return f" of its own. {around}, keeps them: pass that module. (After a fit, trainer.lightning_module.)"
     return ". Call inject_adapters and train it, or load_adapter."
 
 
-def absorb_inner_records(model: nn.Module, record: Record) -> None:
-    """Move the records of modules inside ``model`` into ``record``.
+# To another process
 
-    Values that ``record`` already has are kept. A merged module is itself a base now, so its earlier values are not
-    taken over.
+sending.allow(Record, AdapterState, Merge, Reading, Seen, Adapter, AdaptedMatrix, Settings, LoRAConfig, Role, frozenset)
+
+
+def send(model: nn.Module) -> None:
+    """Send the record of a merged model to another process, which finds it by the merged weights."""
+    record, parameters = record_of(model), named_parameters(model, remove_duplicate=False)
+    assert record.merge is not None
+    adapters: dict[str, Any] = {name: copy.copy(adapter) for name, adapter in record.merged.items()}
+    for adapter in adapters.values():
+        adapter.kind = name_of_kind(adapter.kind)  # a class cannot be sent
+    sent = replace(record, merge=replace(record.merge, adapters=adapters))
+    sending.send(sent, {name: digest(parameters[name]) for name in record.merge.weights})
+
+
+def receive(model: nn.Module) -> Record | None:
+    """Set the record that a fit in another process has sent for exactly this model's weights, if there is one.
+
+    Raises:
+        AdapterStateError: an adapter class is not registered in this process.
     """
-    for prefix, inner in inner_records(model).items():
-        for name, flag in inner.requires_grad.items():
-            record.requires_grad.setdefault(join(prefix, name), flag)
-        if not inner.is_merged:
-            record.is_trained |= inner.is_trained
-            for name, value in inner.originals.items():
-                record.originals.setdefault(join(prefix, name), value)
-            for name, digests in inner.changed.items():
-                record.changed.setdefault(join(prefix, name), digests)
-        forget_record(submodule(model, prefix))
+    record = sending.receive(model, _with_classes)
+    if record is not None:
+        keep_record(model, record)
+    return record
+
+
+def _with_classes(record: Record) -> Record:
+    for adapter in record.merged.values():
+        name: Any = adapter.kind
+        kind = kind_named(name)
+        if kind is None:
+            raise AdapterStateError(
+                f"The weights of this model were merged in another process, with adapters of the class {name}, which "
+                "is not known here. Call register_adapter in the main program too, before fit."
+            )
+        adapter.kind = kind
+    return record

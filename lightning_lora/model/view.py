@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries
-from lightning_lora.model.state import Record, find_record, record_of
+from lightning_lora.model.state import AdapterState, Record, find_record, record_of
 from lightning_lora.tensors.names import join, named_modules, own_parameter, parameters_of, plain_module, submodule
 from lightning_lora.tensors.shards import is_dtensor, to_local
-from lightning_lora.tensors.values import copy_to_host, replace_values, same_bits
+from lightning_lora.tensors.values import replace_values, same_bits
 
 
 class MergedWeight(NamedTuple):
@@ -54,9 +54,14 @@ class View:
         return self._record
 
     @property
+    def adapter(self) -> AdapterState:
+        """What the record holds of the adapter."""
+        return self.record.adapter
+
+    @property
     def config(self) -> LoRAConfig:
         """The configuration of the adapters."""
-        return self._config or self.record.config
+        return self._config or self.adapter.config
 
     @property
     def is_adapted(self) -> bool:
@@ -85,12 +90,17 @@ class View:
         return layers
 
     @cached_property
-    def adapted_parts(self) -> dict[str, tuple[AdaptedMatrix, ...]]:
+    def matrices(self) -> dict[str, tuple[AdaptedMatrix, ...]]:
         """The adapted matrices of each layer, merged or not."""
-        parts = {name: layer.lora_matrices for name, layer in self.layers.items()}
+        matrices = {name: layer.lora_matrices for name, layer in self.layers.items()}
         if self.is_merged:
-            parts |= {name: adapter.matrices for name, adapter in self.record.merged.items()}
-        return parts
+            matrices |= {name: adapter.matrices for name, adapter in self.record.merged.items()}
+        return matrices
+
+    @cached_property
+    def adapted_weights(self) -> list[str]:
+        """The names of the weights that have an update, merged or not."""
+        return [join(name, matrix.weight) for name, matrices in self.matrices.items() for matrix in matrices]
 
     @cached_property
     def saved(self) -> list[nn.Module]:
@@ -139,10 +149,7 @@ class View:
 
     @cached_property
     def trained(self) -> dict[str, nn.Parameter]:
-        """The base's parameters that train.
-
-        They are the parameters of modules trained in full, and biases.
-        """
+        """The base's parameters that train: those of modules trained in full, and biases."""
         if not self.trains_base:
             return {}
         trained = {id(p) for module in self.saved for p in module.parameters()}
@@ -160,8 +167,7 @@ class View:
         if self.config.bias == "all":
             yield from (p for name, p in self.base.items() if "bias" in name.rpartition(".")[2])
         if self.config.bias == "lora_only":
-            weights = (join(name, part.weight) for name, parts in self.adapted_parts.items() for part in parts)
-            for owner in {weight.rpartition(".")[0] for weight in weights}:
+            for owner in {weight.rpartition(".")[0] for weight in self.adapted_weights}:
                 holder = submodule(self.model, owner)
                 yield from (p for name, p in holder._parameters.items() if p is not None and "bias" in name)
 
@@ -207,7 +213,7 @@ class View:
     def kept(self) -> dict[str, Tensor]:
         """The tensors whose base values are in the record."""
         present = {**self.base, **self.buffers}
-        return {name: present[name] for name in self.record.originals if name in present}
+        return {name: present[name] for name in self.adapter.originals if name in present}
 
     @property
     def frozen_values(self) -> dict[str, Tensor]:
@@ -227,7 +233,7 @@ class View:
         values = self.frozen_values
         for name, tensor in self.kept.items():
             if name not in self.trained:
-                values[name] = self.record.originals[name].to(tensor.dtype)
+                values[name] = self.adapter.originals[name].to(tensor.dtype)
         return {**values, **self.entries}
 
     def is_fresh(self) -> bool:
@@ -239,10 +245,7 @@ class View:
         return [name for name, p in self.adapters.items() if not p.is_meta and not to_local(p).isfinite().all()]
 
     def follow_base(self) -> None:
-        """Initialise adapters again whose base has changed.
-
-        This applies only to adapters that start from the base's weights and have not been trained yet.
-        """
+        """Initialise adapters again that start from the base's weights, if these have changed before training."""
         for layer in self.layers.values():
             layer.lora_follow_base()
 
@@ -254,7 +257,8 @@ def view_of(model: nn.Module) -> View:
         AdapterStateError: ``model`` has no adapters, or they are disabled now, or some are no longer on their layers.
     """
     record, view = record_of(model), View(model)
-    lost = [name for name in record.layers if name in view.modules and not _is_adapted(view, name)]
+    present = [name for name in record.adapter.layers if name in view.modules]
+    lost = [name for name in present if not isinstance(view.modules[name], LoRALayer) and name not in record.merged]
     if lost:
         raise AdapterStateError(
             f"{listed(lost)} of {type(view.model).__name__} no longer have their adapters: the layers were replaced, "
@@ -264,45 +268,27 @@ def view_of(model: nn.Module) -> View:
     return view
 
 
-def _is_adapted(view: View, name: str) -> bool:
-    return isinstance(view.modules[name], LoRALayer) or name in view.record.merged
+# The base's values of what training may change
 
 
-def keep_originals(view: View) -> None:
-    """Copy to CPU memory the values that training may change.
-
-    Values that were copied before are kept.
-    """
-    record = view.record
+def keep_originals(view: View, *, anew: bool = False) -> None:
+    """Copy to CPU memory the values that training may change. Values that were copied before are kept, or made anew."""
+    if anew:
+        view.adapter.forget_originals()
     changing = {**view.trained, **view.buffers}
-    changing |= {name: view.base[name] for name in record.originals if name in view.base}  # replaced by a file's
-    originals = {}
-    for name, tensor in changing.items():
-        known = record.originals.get(name)
-        originals[name] = known if known is not None and known.shape == tensor.shape else copy_to_host(tensor)
-    record.originals = originals
+    changing |= {name: view.base[name] for name in view.adapter.originals if name in view.base}  # replaced by a file's
+    view.adapter.keep_originals(changing)
 
 
 def keep_frozen(view: View, names: Iterable[str]) -> None:
-    """Copy frozen weights to CPU memory before they change.
-
-    Weights whose base values are already copied or lost are skipped.
-    """
-    record = view.record
-    for name in names:
-        if name not in record.originals and name not in record.changed:
-            record.originals[name] = copy_to_host(view.base[name])
+    """Copy frozen weights to CPU memory before they change, unless the base's are already copied or lost."""
+    known = view.adapter.originals.keys() | view.record.changed.keys()
+    view.adapter.base_holds({name: view.base[name] for name in names if name not in known})
 
 
 def restore_originals(view: View, names: Iterable[str], undo: ExitStack) -> None:
-    """Write the base's original values of ``names`` back.
-
-    Args:
-        view: The adapted model.
-        names: What to write.
-        undo: Gets callbacks that write the current values again.
-    """
-    originals, present = view.record.originals, view.kept
+    """Write the base's original values of ``names`` back. ``undo`` gets callbacks that write the current values."""
+    originals, present = view.adapter.originals, view.kept
     for name in names:
         original, tensor = originals[name], present[name].data
         if original.is_meta or same_bits(tensor, original):
@@ -315,6 +301,8 @@ def restore_originals(view: View, names: Iterable[str], undo: ExitStack) -> None
             replace_values(present[name], original.to(tensor, copy=True))
 
 
+# The one model inside a LightningModule
+
 _MODELS = ("PreTrainedModel", "ModelMixin")
 """The base classes of transformers' and diffusers' models."""
 
@@ -324,14 +312,11 @@ def root_of(model: nn.Module) -> str:
 
     It is the outermost model of transformers or diffusers, if there is one. Else it is the only module that holds
     weights, if ``model`` is a LightningModule. Otherwise it is ``""``, which means ``model`` itself.
-
-    Example:
-        >>> root_of(nn.Sequential(nn.Linear(2, 2)))
-        ''
     """
     outermost: list[str] = []
     for name, module in named_modules(model).items():
-        if _is_a(module, *_MODELS) and not any(_is_inside(name, other) for other in outermost):
+        inside = any(not other or name.startswith(f"{other}.") for other in outermost)
+        if _is_a(module, *_MODELS) and not inside:
             outermost.append(name)
     if outermost:
         return outermost[0] if len(outermost) == 1 else ""
@@ -344,7 +329,3 @@ def root_of(model: nn.Module) -> str:
 
 def _is_a(module: nn.Module, *names: str) -> bool:
     return any(base.__name__ in names for base in type(module).__mro__)
-
-
-def _is_inside(name: str, other: str) -> bool:
-    return not other or name.startswith(f"{other}.")

@@ -22,7 +22,6 @@ from lightning_lora.model.view import View, keep_frozen, restore_originals, view
 from lightning_lora.storage.base import check_base
 from lightning_lora.storage.names import Renaming
 from lightning_lora.storage.stored import is_note, required, stored_config, without_base
-from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join, load_state_dict, state_dict
 
 
@@ -57,15 +56,12 @@ def write_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     with unmerged(model):
         now = View(model)
         _write(now, state)
-        now.record.is_trained = True
-        changed = now.record.changed
-        for name, (_, was) in changed.items():
-            changed[name] = (digest(now.base[name]), was)
+        now.record.values_were_loaded(now.base)
 
 
 def _write(view: View, state: Mapping[str, Any]) -> None:
     """Write into an adapted model. If a module's own loading fails, restore the old values."""
-    model, originals = view.model, view.record.originals
+    model, originals = view.model, view.adapter.originals
     before = {}
     for name, value in state_dict(model).items():
         if isinstance(value, Tensor) and (name in state or name in originals):
@@ -238,7 +234,7 @@ def check_fits(
     check_tensors(view, entries, state, converting=is_converted)
     _check_finite(view, state)
     _check_lost(view, changed)
-    view.record.random = random
+    view.adapter.look_untrained(random)
 
 
 def check_foreign_fits(view: View, state: Mapping[str, Any], config: LoRAConfig) -> None:
@@ -256,7 +252,7 @@ def check_foreign_fits(view: View, state: Mapping[str, Any], config: LoRAConfig)
         AdapterMismatchError: a tensor does not fit, or rank, scaling or start differ.
         BaseMismatchError: the base's frozen weights have changed in training.
     """
-    entries = entries_of(view, view.record.random or ())
+    entries = entries_of(view, view.adapter.random or ())
     _check_settings(view, config)
     _check_start(view, config)
     check_names(view, entries, state, config=config)
@@ -310,7 +306,7 @@ def _check_finite(view: View, state: Mapping[str, Any]) -> None:
         if isinstance(module, _NormBase):
             statistics |= {join(name, "running_mean"), join(name, "running_var")}
     checked = [*view.adapters, *view.trained, *(name for name in state if name in statistics)]
-    originals = view.record.originals
+    originals = view.adapter.originals
     broken = [name for name in checked if not _is_sound(state[name], originals.get(name))]
     if broken:
         raise AdapterFileError(

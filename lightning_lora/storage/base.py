@@ -139,7 +139,7 @@ def note_changed(model: nn.Module, *, anew: bool = True) -> list[dict[str, Any]]
         return [now]
     for name, was, changed in zip(base_tensors(view), same_form[0]["digests"], now["digests"], strict=True):
         if was != changed:
-            record.changed[name] = (changed, was)
+            record.base_was_changed(name, changed, was)
     return record.fingerprints
 
 

@@ -194,7 +194,7 @@ def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mappin
     now = fingerprint(view, anew=False)
     for name, own, base in zip(base_tensors(view), now["digests"], forms[0]["digests"], strict=True):
         if own != base:
-            view.record.rounded_base[name] = (own, base)
+            view.record.base_was_rounded(name, own, base)
     return True
 
 
@@ -253,8 +253,7 @@ def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
             layer.lora_restart()
         load_state_dict(model, state)
         View(model).follow_base()
-    record = record_of(model)
-    record.fingerprints, record.is_trained = [], False
+    record_of(model).base_was_replaced()
 
 
 def _check_base_fits(model: nn.Module, state: Mapping[str, Any]) -> None:

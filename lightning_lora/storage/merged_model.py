@@ -252,7 +252,7 @@ def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[
 def _noted(view: View, state: Any) -> dict[str, Any]:
     """Add a note on each merged layer, and on the model, to torch's own notes in a state dict."""
     noted: Any = OrderedDict(state)
-    merged, notes = {"", *view.adapted_parts}, getattr(state, "_metadata", {})
+    merged, notes = {"", *view.matrices}, getattr(state, "_metadata", {})
     noted._metadata = {
         name: {**note, HAS_UPDATE: True} if plain_name(name) in merged else note for name, note in notes.items()
     }
@@ -356,7 +356,7 @@ def check_finite(view: View, state: Mapping[str, Any]) -> None:
             f"{listed(broken)} of {type(view.model).__name__} hold NaN or infinite values: the training has diverged. "
             "Train again with a lower learning rate, or use an earlier checkpoint."
         )
-    weights = {join(name, part.weight) for name, parts in view.adapted_parts.items() for part in parts}
+    weights = set(view.adapted_weights)
     for name, value in state.items():
         if plain_name(name) in weights and not value.isfinite().all():
             raise AdapterStateError(

@@ -307,7 +307,7 @@ def without_base(view: View, state: Mapping[str, Any], random: Collection[str] =
     are added too, because user code may drop everything that it considers the base.
     """
     record, trained = view.record, view.trained
-    originals = {name: value for name, value in record.originals.items() if name not in trained}
+    originals = {name: value for name, value in record.adapter.originals.items() if name not in trained}
     dropped = {*view.frozen, *view.entries, *_aliases(view)}
     values = view.frozen_values
     added = {*record.changed, *originals, *random}

@@ -1,5 +1,6 @@
 """What is told to users and to the loggers."""
 
+import hashlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from lightning_lora.errors import FreshLayerWarning, LoRAWarning, listed
 from lightning_lora.model.fresh import MOST, Fresh, find_fresh, random_weights
 from lightning_lora.model.leftovers import left_alone, left_computed, left_trainable
-from lightning_lora.model.loading import base_number
 from lightning_lora.model.view import View, view_of
 from lightning_lora.targets.lookup import COMPUTED
 
@@ -169,10 +169,10 @@ def log_arguments(trainer: Trainer, pl_module: LightningModule, **others: Any) -
     if not getattr(trainer, "enable_autolog_hparams", True):  # older versions of Lightning have no such option
         return
     record = view_of(pl_module).record
-    values = {**record.config.to_dict(), **others}
-    values["alpha"] = record.config.alpha or record.config.r
+    values = {**record.adapter.config.to_dict(), **others}
+    values["alpha"] = record.adapter.config.alpha or record.adapter.config.r
     if record.fingerprints:
-        values["base"] = f"{base_number(record.fingerprints[0]):016x}"
+        values["base"] = f"{_base_number(record.fingerprints[0]):016x}"
     named = {_PREFIX + name: _plain(value) for name, value in values.items() if value is not None}
     for logger in trainer.loggers:
         shown = {**_own(trainer, pl_module), **named} if _shows_first(logger) else named
@@ -202,3 +202,9 @@ def _own(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     sources: list[Any] = [pl_module, trainer.datamodule]  # type: ignore[attr-defined]  # set outside the class
     saved = [source.hparams_initial for source in sources if source is not None and source._log_hyperparams]
     return {name: value for each in saved for name, value in each.items() if name != "_class_path"}
+
+
+def _base_number(form: Mapping[str, Any]) -> int:
+    """One number for a fingerprint of a base."""
+    text = f"{form['layout']} {form['dtypes']} {form['digests']}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

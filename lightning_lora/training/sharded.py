@@ -82,7 +82,7 @@ class ShardedWatch(LateWatch):
         reshard(self.module)
         self._check_mesh()
         record = find_record(self.module)
-        if record is not None and record.is_trained:
+        if record is not None and record.adapter.is_trained:
             note_changed(self.module)  # a fit that failed has left this to the next set-up
         super().setup(trainer)
         if find_record(self.module) is None:  # a plain module is only evaluated

@@ -71,7 +71,7 @@ class Stage:
         self.was_merged = unmerge(pl_module)
         self.dropped = record if find_record(pl_module) is None else None
         record = find_record(pl_module)
-        self.base_is_open = View(pl_module).is_fresh() and not (record is not None and record.is_trained)
+        self.base_is_open = View(pl_module).is_fresh() and not (record is not None and record.adapter.is_trained)
 
     def take_config(self, pl_module: LightningModule, stored: LoRAConfig, path: object) -> None:
         """Take arguments that were not given from elsewhere.
@@ -87,7 +87,7 @@ class Stage:
         self.config = config
         if find_record(pl_module) is not None and not self.was_adapted and not self.was_merged:
             if self.base_is_open:  # the module's hooks may have loaded it since the adapters were added
-                view_of(pl_module).record.originals = {}
+                view_of(pl_module).adapter.forget_originals()
             remove_adapters(pl_module)
             self.was_replaced = True
 
@@ -115,9 +115,7 @@ class Stage:
             )
             self.has_averages = True
         if self.base_is_open:
-            view = view_of(pl_module)
-            view.record.originals = {}
-            keep_originals(view)
+            keep_originals(view_of(pl_module), anew=True)
             self.base_is_open = False
 
     def end(self, pl_module: LightningModule) -> None:
@@ -145,7 +143,7 @@ class Stage:
                 merge(pl_module)
         elif record is None or not self.was_adapted:
             if record is not None:
-                record.layers = tuple(View(pl_module).layers)  # code in the fit may have replaced the others
+                record.adapter.is_on(View(pl_module).layers)  # code in the fit may have replaced the others
                 remove_adapters(pl_module)
             if self.dropped is not None:
                 keep_record(pl_module, self.dropped)
@@ -177,5 +175,5 @@ def is_merged(pl_module: LightningModule) -> bool:
     record = find_record(pl_module)
     if record is None or not record.is_merged:
         return False
-    check_own(pl_module, View(pl_module).modules, record)
+    check_own(pl_module, View(pl_module).modules, record.merged)
     return True

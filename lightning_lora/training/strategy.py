@@ -333,9 +333,7 @@ class Watch:
         if self.stage.base_is_noted:
             return
         view = view_of(self.module)
-        record, loaded = view.record, fingerprint(view)
-        if loaded not in record.fingerprints:
-            record.fingerprints, record.changed = [loaded], {}
+        view.record.base_was_read(fingerprint(view))
         self.stage.base_is_noted = True
         precision = self.strategy.precision_plugin
         if str(precision.precision) == "64-true":  # otherwise a checkpoint's float64 values would be rounded
@@ -346,7 +344,7 @@ class Watch:
         view = view_of(self.module)
         known, dtypes = view.record.fingerprints, base_dtypes(view)
         if known and all(form["dtypes"] != dtypes for form in known):
-            known.append(fingerprint(view))
+            view.record.base_was_converted(fingerprint(view))
 
     # Save
 

@@ -33,7 +33,7 @@ def test_buffers_are_the_bases_as_they_are_while_something_is_new() -> None:
     def kept_when_added(name: str) -> bool:
         model[0].register_buffer(name, torch.ones(2))
         inject_adapters(model, LoRAConfig(r=2))
-        return f"0.{name}" in View(model).record.originals
+        return f"0.{name}" in View(model).adapter.originals
 
     assert kept_when_added("at_first") and kept_when_added("before_training")
     randomise(model)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig
-from lightning_lora.model.state import Record
+from lightning_lora.model.state import AdapterState, Record
 from lightning_lora.tensors import digests as hashing
 from lightning_lora.tensors.digests import digest
 
@@ -29,7 +29,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
 
 
 def test_a_weight_is_read_once_and_again_when_it_changes(reads: Reads) -> None:
-    record, weight = Record(LoRAConfig()), nn.Parameter(torch.randn(100, 100))
+    record, weight = Record(AdapterState(LoRAConfig())), nn.Parameter(torch.randn(100, 100))
     first = record.digests({"weight": weight})["weight"]
     once = reads.count
     assert record.digests({"weight": weight})["weight"] == first and reads.count - once < 3000
@@ -42,7 +42,7 @@ def test_a_weight_is_read_once_and_again_when_it_changes(reads: Reads) -> None:
 
 
 def test_a_write_that_torch_does_not_count_is_seen_in_the_samples_or_when_read_anew() -> None:
-    record, weight = Record(LoRAConfig()), nn.Parameter(torch.randn(100, 100))
+    record, weight = Record(AdapterState(LoRAConfig())), nn.Parameter(torch.randn(100, 100))
     first = record.digests({"weight": weight})["weight"]
     weight.data.mul_(2)
     second = record.digests({"weight": weight})["weight"]
@@ -54,18 +54,18 @@ def test_a_write_that_torch_does_not_count_is_seen_in_the_samples_or_when_read_a
 
 @pytest.mark.parametrize("change", ["changed before", "converted"])
 def test_a_digest_is_not_handed_to_a_copy_with_other_values(change: str) -> None:
-    record, weight = Record(LoRAConfig()), torch.randn(100, 100)
+    record, weight = Record(AdapterState(LoRAConfig())), torch.randn(100, 100)
     record.digests({"weight": weight})["weight"]
     if change == "changed before":
         weight[0, 1] += 1
     copy = weight.double() if change == "converted" else weight.clone()
-    record.hand_on("weight", weight, copy)
+    record.base_was_copied("weight", weight, copy)
     assert record.digests({"weight": copy})["weight"] == digest(copy)
 
 
 def test_a_copy_may_be_handed_a_known_digest(reads: Reads) -> None:
-    record, weight = Record(LoRAConfig()), torch.randn(100, 100)
+    record, weight = Record(AdapterState(LoRAConfig())), torch.randn(100, 100)
     first = record.digests({"weight": weight})["weight"]
     other, before = weight.clone(), reads.count
-    record.hand_on("weight", weight, other)
+    record.base_was_copied("weight", weight, other)
     assert record.digests({"weight": other})["weight"] == first and reads.count - before < 10_000

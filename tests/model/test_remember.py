@@ -92,7 +92,7 @@ def test_a_whole_with_a_part_that_is_trained_is_trained() -> None:
     load_adapter_state_dict(model["body"], adapter_state_dict(model["body"]))
     inject_adapters(model, config)
     record = find_record(model)
-    assert record is not None and record.is_trained
+    assert record is not None and record.adapter.is_trained
 
 
 def test_two_modules_that_share_layers_do_not_take_them_from_each_other(tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def _below(names: Iterable[str], modules: Collection[str]) -> set[str]:
 
 def base_value(view: View, name: str) -> Tensor:
     """Return the base's value of a parameter or buffer."""
-    known = view.record.originals.get(name) if view.is_adapted else None
+    known = view.adapter.originals.get(name) if view.is_adapted else None
     if known is not None:
         return known
     return (view.base[name] if name in view.base else view.buffers[name]).detach()
