@@ -97,19 +97,6 @@ def test_an_update_of_one_projection_alone_is_in_its_own_rows() -> None:
     torch.testing.assert_close(model["attention"](X, X, X)[0], plain(X, X, X)[0])
 
 
-@pytest.mark.parametrize("sizes", [{"kdim": 2}, {"vdim": 3}, {"kdim": 6, "vdim": 3}, {"kdim": 6, "vdim": 6}], ids=str)
-def test_only_keys_or_only_values_may_have_other_features(sizes: dict[str, int]) -> None:
-    torch.manual_seed(0)
-    model = nn.ModuleDict({"attention": nn.MultiheadAttention(6, 2, **sizes)}).double()
-    inputs = (X, X[..., : sizes.get("kdim", 6)], X[..., : sizes.get("vdim", 6)])
-    before = model["attention"](*inputs)[0]
-    inject_adapters(model, LoRAConfig(r=2))
-    assert torch.equal(model["attention"](*inputs)[0], before)
-    factors = adapter_state_dict(model)
-    reads = {part: factors[f"attention.lora_A_{part}"].shape[1] for part in ("q", "k", "v", "out")}
-    assert reads == {"q": 6, "k": sizes.get("kdim", 6), "v": sizes.get("vdim", 6), "out": 6}
-
-
 def test_each_projection_starts_from_what_is_strongest_in_its_own_rows() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(6, 2)}).double()

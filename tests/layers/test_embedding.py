@@ -2,14 +2,13 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, TargetError, adapter_state_dict, inject_adapters, merge_adapters
-from tests.support.layers import ScaledEmbedding, adapted
+from tests.support.layers import adapted
 from tests.support.models import randomise
 
 INDEX = torch.tensor([[3, 3, 3, 1], [0, 1, 2, 4]])
@@ -49,25 +48,6 @@ def test_slices_of_an_embedding_are_features_that_it_writes() -> None:
     torch.testing.assert_close(model(INDEX), plain(INDEX))
 
 
-def test_a_fresh_embedding_has_zeros_for_every_token() -> None:
-    for layer in (nn.Embedding(6, 4), nn.EmbeddingBag(6, 4)):
-        model = nn.Sequential(layer)
-        inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
-        factors = adapter_state_dict(model)
-        assert not factors["0.lora_A"].any() and factors["0.lora_B"].all()
-
-
-@pytest.mark.parametrize("bag", [False, True])
-def test_a_padding_token_is_never_trained(bag: bool) -> None:
-    torch.manual_seed(0)
-    layer: nn.Module = nn.EmbeddingBag(6, 4, mode="sum", padding_idx=3) if bag else nn.Embedding(6, 4, padding_idx=3)
-    model = nn.Sequential(layer)
-    inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
-    model(INDEX).sum().backward()
-    gradient = model.get_parameter("0.lora_A").grad
-    assert gradient is not None and gradient.any(dim=0).tolist() == [True, True, True, False, True, False]
-
-
 def test_unseen_tokens_of_an_embedding_never_change() -> None:
     model = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(4, 2))
     inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
@@ -80,15 +60,6 @@ def test_unseen_tokens_of_an_embedding_never_change() -> None:
     merge_adapters(model)
     changed = (model[0].weight != before).any(dim=1)
     assert changed.tolist() == [index in (1, 2) for index in range(10)]
-
-
-@pytest.mark.parametrize("build", [lambda: ScaledEmbedding(6, 4), lambda: nn.EmbeddingBag(6, 4, mode="max")])
-def test_embeddings_of_any_kind_drop_nothing(build: Any) -> None:
-    model = nn.Sequential(build())
-    inject_adapters(model, LoRAConfig(r=2, target_modules="all", dropout=0.5))
-    randomise(model)
-    index = torch.arange(6).view(6, 1)
-    assert torch.equal(model.train()(index), model.eval()(index))
 
 
 PADDED: dict[str, Callable[[], nn.Module]] = {

@@ -5,56 +5,35 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from lightning_lora import AdapterMismatchError, LoRAConfig, adapter_state_dict, inject_adapters, merge_adapters
 from tests.support.cases import Three, three
+from tests.support.layers import LAYERS, Model, config
 from tests.support.models import WIDTH, WORDS, randomise, same
 
-FLOATS = torch.linspace(-1, 1, 30).reshape(2, 3, 5)
-PLANE = torch.linspace(-1, 1, 200).view(2, 4, 5, 5)
-INDEX = torch.tensor([[0, 3, 1], [4, 4, 2]])
-KINDS: dict[str, tuple[Any, tuple[Tensor, ...]]] = {
-    "linear": (lambda: nn.Linear(5, 4), (FLOATS,)),
-    "conv1d": (lambda: Conv1D(4, 5), (FLOATS,)),
-    "embedding": (lambda: nn.Embedding(5, 4), (INDEX,)),
-    "bag": (lambda: nn.EmbeddingBag(5, 4, mode="sum"), (INDEX,)),
-    "bag of weighted sums": (lambda: nn.EmbeddingBag(5, 4, mode="sum"), (INDEX[0], INDEX[1, 2:] - 2, FLOATS[0, 0, :3])),
-    "bag of maxima": (lambda: nn.EmbeddingBag(5, 4, mode="max"), (INDEX,)),
-    "convolution": (lambda: nn.Conv2d(4, 6, 3), (PLANE,)),
-    "grouped convolution": (lambda: nn.Conv2d(4, 6, 3, groups=2), (PLANE,)),
-    "transposed convolution": (lambda: nn.ConvTranspose2d(4, 6, 3), (PLANE,)),
-    "grouped transposed convolution": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), (PLANE,)),
-    "bilinear": (lambda: nn.Bilinear(5, 5, 6), (FLOATS, FLOATS)),
-    "lstm": (lambda: nn.LSTM(5, 4), (FLOATS,)),
-    "gru cell": (lambda: nn.GRUCell(5, 4), (FLOATS[0],)),
-    "attention": (lambda: nn.MultiheadAttention(5, 1), (FLOATS, FLOATS, FLOATS)),
-}
+KINDS = [name for name in LAYERS if name not in ("packed lstm", "lstm with projections")]
 
 
-class Holder(nn.Module):
-    """One layer, of which the first output counts."""
+def made(name: str) -> tuple[Model, Any]:
+    """A layer in half precision, and its input."""
+    torch.manual_seed(0)
+    build, x = LAYERS[name]
+    return Model(build()).bfloat16(), tree_map(lambda t: t.bfloat16() if is_float(t) else t, x)
 
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        output = self.layer(*args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+def is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_it_computes_in_the_bases_dtype_nearly_what_float32_does_and_trains_in_float32(name: str) -> None:
-    torch.manual_seed(0)
-    build, inputs = KINDS[name]
-    model = Holder(build()).bfloat16()
-    inject_adapters(model, LoRAConfig(r=2, alpha=3, target_modules="all"))
+    model, x = made(name)
+    inject_adapters(model, config(model))
     randomise(model, scale=0.5)
-    inputs = tuple(x.bfloat16() if x.is_floating_point() else x for x in inputs)
     exact = copy.deepcopy(model).float()
-    output, expected = model(*inputs), exact(*(x.float() if x.is_floating_point() else x for x in inputs))
+    output, expected = model(x), exact(tree_map(lambda t: t.float() if is_float(t) else t, x))
     assert output.dtype is torch.bfloat16
     assert (output.float() - expected).norm() < 0.02 * expected.norm()
     output.float().square().sum().backward()
@@ -69,8 +48,8 @@ def test_it_computes_in_the_bases_dtype_nearly_what_float32_does_and_trains_in_f
 
 @pytest.mark.parametrize("name", KINDS)
 def test_adapters_are_made_in_the_bases_dtype_if_asked(name: str) -> None:
-    model = Holder(KINDS[name][0]()).bfloat16()
-    inject_adapters(model, LoRAConfig(r=2, target_modules="all", autocast_adapter_dtype=False))
+    model, _ = made(name)
+    inject_adapters(model, config(model, autocast_adapter_dtype=False))
     assert {p.dtype for p in adapter_state_dict(model).values()} == {torch.bfloat16}
 
 

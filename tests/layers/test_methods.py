@@ -112,37 +112,6 @@ def test_saved_it_loads_onto_the_untouched_base(adapted: tuple[Model, Any, LoRAC
     assert same(state(other), state(model)) and torch.equal(other(x), model(x))
 
 
-@pytest.mark.parametrize("arguments", [{"use_dora": True}, {"init": "pissa"}], ids=str)
-def test_base_that_is_loaded_after_injection_is_the_one_it_starts_from(arguments: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    pretrained, model, x = nn.Sequential(nn.Linear(6, 5)), nn.Sequential(nn.Linear(6, 5)), torch.randn(3, 6)
-    inject_adapters(model, LoRAConfig(r=2, **arguments))
-    model.load_state_dict(pretrained.state_dict())
-    assert torch.equal(model(x), pretrained(x))
-    inject_adapters(pretrained, LoRAConfig(r=2, **arguments))
-    for name in ("lora_magnitude",) if "use_dora" in arguments else ("lora_A", "lora_B", "lora_A0", "lora_B0"):
-        assert torch.equal(getattr(model[0], name), getattr(pretrained[0], name))
-    with torch.no_grad():
-        model[0].weight.copy_(torch.randn(5, 6))
-    inject_adapters(model, LoRAConfig(r=2, **arguments))  # as a Trainer does before it trains
-    expected = nn.functional.linear(x, model[0].weight, model[0].bias)
-    assert torch.equal(model(x), expected)
-
-
-@pytest.mark.parametrize("arguments", [{"use_dora": True}, {"init": "pissa"}, {"init": "olora"}], ids=str)
-def test_model_without_memory_starts_when_it_has_some(arguments: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    pretrained, x = nn.Sequential(nn.Linear(6, 5)), torch.randn(3, 6)
-    for assign in (True, False):
-        with torch.device("meta"):
-            model = nn.Sequential(nn.Linear(6, 5))
-        inject_adapters(model, LoRAConfig(r=2, **arguments))
-        if not assign:
-            model.to_empty(device="cpu")
-        model.load_state_dict(pretrained.state_dict(), assign=assign)
-        assert torch.equal(model(x), pretrained(x))
-
-
 def test_rows_and_directions_of_zeros_train_as_without_the_method() -> None:
     """A projection that starts at zero, as some do, has neither a direction nor anything that is strongest in it."""
     for arguments in ({"use_dora": True}, {"init": "pissa"}):

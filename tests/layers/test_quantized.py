@@ -343,7 +343,6 @@ def test_adapters_survive_a_precision_that_replaces_their_layers(tmp_path: Path,
 def test_adapters_of_four_bits_have_the_dtype_that_the_layer_computes_in(
     compute: torch.dtype | None, stored: torch.dtype
 ) -> None:
-    bnb = pytest.importorskip("bitsandbytes")
     model = nn.Sequential(bnb.nn.Linear4bit(64, 64, compute_dtype=compute).to(stored))
     assert model.to("cpu")[0].weight.dtype is torch.uint8  # which is when it is quantised
     inject_adapters(model, LoRAConfig(r=2, autocast_adapter_dtype=False))
@@ -352,7 +351,6 @@ def test_adapters_of_four_bits_have_the_dtype_that_the_layer_computes_in(
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_adapters_of_eight_bits_are_half_precision_or_kept_in_full(autocast: bool) -> None:
-    bnb = pytest.importorskip("bitsandbytes")
     model = nn.Sequential(bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)).to("cpu")
     inject_adapters(model, LoRAConfig(r=2, autocast_adapter_dtype=autocast))
     assert model[0].lora_A.dtype is model[0].lora_B.dtype is (torch.float32 if autocast else torch.float16)

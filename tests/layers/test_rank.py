@@ -7,7 +7,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -19,7 +18,6 @@ from lightning_lora import (
     export_peft,
     inject_adapters,
     load_adapter,
-    load_from_checkpoint,
     merge_adapters,
     save_adapter,
     unmerge_adapters,
@@ -27,7 +25,6 @@ from lightning_lora import (
 from lightning_lora.cli.main import main
 from lightning_lora.layers import Role
 from tests.layers.test_kinds import reference
-from tests.support.cases import At, StopError, stop
 from tests.support.layers import LAYERS, Model, config, factors
 from tests.support.models import best, randomise, same, state, trainer
 from tests.support.peft_export import check_read
@@ -119,39 +116,6 @@ def test_a_layer_of_one_feature_starts_and_trains_by_every_method(init: Any, use
     assert torch.equal(plain(X), output)
     merge_adapters(model)
     torch.testing.assert_close(model(X), output)
-
-
-def test_a_fit_of_the_default_rank_and_its_files(tmp_path: Path) -> None:
-    model, file = Curve(), best(tmp_path, filename="best")
-    t = trainer(tmp_path, [LoRACallback(), file])
-    t.fit(model, points(), points())
-    path, output = tmp_path / "best.ckpt", model(X)
-    for again in (load_from_checkpoint(Curve, path), load_from_checkpoint(Curve, path, merge=True)):
-        torch.testing.assert_close(again(X), output)
-    (found,) = trainer(tmp_path, [LoRACallback()]).validate(Curve(), points(), ckpt_path=path, verbose=False)
-    assert found["val_loss"] == pytest.approx(float(t.callback_metrics["val_loss"]))
-
-
-def test_forked_processes_train_and_merge_it(tmp_path: Path) -> None:
-    model, strategy = Curve(), DDPStrategy(start_method="fork", process_group_backend="gloo")
-    trainer(tmp_path, [LoRACallback()], strategy=strategy, devices=2).fit(model, points())
-    assert list(state(model)) == list(state(Curve()))
-    assert all(not torch.equal(model.net[i].weight, Curve().net[i].weight) for i in (0, 2, 4))
-
-
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
-    def callbacks() -> list[L.Callback]:
-        return [LoRACallback(r=4, alpha=6, use_rslora=True), best(tmp_path, filename="{epoch}", save_top_k=-1)]
-
-    whole, killed = Curve(), Curve()
-    torch.manual_seed(0)
-    trainer(tmp_path, callbacks()).fit(whole, points(), points())
-    torch.manual_seed(0)
-    with pytest.raises(StopError):
-        trainer(tmp_path, [*callbacks(), At(10, stop)]).fit(killed, points(), points())
-    resumed = Curve()
-    trainer(tmp_path, callbacks()).fit(resumed, points(), points(), ckpt_path=tmp_path / "epoch=0.ckpt")
-    assert same(state(resumed), state(whole))
 
 
 def test_a_larger_rank_that_gives_the_same_adapters_reads_the_same_file(tmp_path: Path) -> None:

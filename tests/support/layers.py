@@ -112,6 +112,7 @@ LAYERS: dict[str, tuple[Build, Any]] = {
     "transposed in three": (lambda: nn.ConvTranspose3d(4, 6, (1, 2, 3)), SPACE),
     "transposed to a size": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), (PLANE, [12, 11])),
     "grouped transposed convolution": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2, stride=2), PLANE),
+    "unbatched transposed convolution": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), PLANE[0]),
     "bilinear": (lambda: nn.Bilinear(5, 4, 6), (FLOATS, FLOATS[..., :4])),
     "lstm": (lambda: nn.LSTM(5, 4, num_layers=2, bidirectional=True), FLOATS),
     "lstm with projections": (lambda: nn.LSTM(5, 4, proj_size=3, batch_first=True), FLOATS),
