@@ -18,7 +18,8 @@ from lightning_lora.model.sending import make_folder
 from lightning_lora.model.state import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.base import note_changed
-from lightning_lora.summary import fitting_console, summarize
+from lightning_lora.summary import summarize
+from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training.advice import advise, log_arguments
 from lightning_lora.training.compatibility import (

@@ -1,26 +1,20 @@
-"""Summary of a model: what trains, and what it costs.
+"""Summary of a model: what trains, and what it costs beside full fine-tuning."""
 
-The costs are compared with those of full fine-tuning.
-"""
-
-import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
-from rich.console import Console, ConsoleOptions
+from rich.console import Group, RenderableType
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 from torch.optim import Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 
-from lightning_lora.layer_names import Indices, Template, short_names, spelled
 from lightning_lora.layers import LoRALayer, LoRAParameters, count
 from lightning_lora.model.view import View
 from lightning_lora.storage.stored import without_base
+from lightning_lora.tables import fitting_console, grouped, layer_table
 from lightning_lora.tensors.inplace import InPlace
 from lightning_lora.tensors.names import join, state_dict, submodule
 
@@ -31,14 +25,8 @@ _LIKE_ADAM = (Adam, Adamax, AdamW, NAdam, RAdam)
 
 _PLAIN = (nn.Parameter, Tensor)
 
-_NARROW = 72
-"""Below this width, a table has no column of types, and rounded numbers."""
-
 _MOST = 8
 """The number of layers that a line names."""
-
-_LOG_WIDTH = 120
-"""The width of a table that is not printed to a terminal."""
 
 
 @dataclass(frozen=True)
@@ -101,16 +89,21 @@ class LoRASummary:
         """Share of parameters that train, from 0 to 1."""
         return self.trained / max(self.trained + self.frozen, 1)
 
-    def table(self, *, trained_only: bool = False, optimizers: Sequence[Optimizer] = ()) -> "SummaryTable":
-        """Return the summary as a table for rich.
-
-        Two lines of costs follow below it, unless the model is plain.
+    def table(self, *, trained_only: bool = False, optimizers: Sequence[Optimizer] = ()) -> Group:
+        """Return the summary for rich: a headline, a table, and the costs unless the model is plain.
 
         Args:
             trained_only: Put all groups without trained parameters into one row.
             optimizers: The optimizers that train the model. Their state is shown only if they keep what Adam keeps.
         """
-        return SummaryTable(self, trained_only, tuple(optimizers))
+        parts: list[RenderableType] = [Text(self.headline(), style="bold"), self._layers(trained_only)]
+        if self.smaller:
+            names = [f"{name} (r={r})" for name, r in self.smaller]
+            more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
+            parts.append(Text(f"Layers smaller than r have their largest rank: {', '.join(names[:_MOST])}{more}"))
+        if not self.plain:
+            parts.append(self._costs(optimizers))
+        return Group(*parts)
 
     def headline(self) -> str:
         """Return the title of the table."""
@@ -119,7 +112,33 @@ class LoRASummary:
             return f"{self.title} is a plain model" + (f", with {adapters} merged into it" if self.adapters else "")
         return f"LoRA: {self.title} trains {self.share:.2%} of its parameters"
 
-    def __rich__(self) -> "SummaryTable":
+    def _layers(self, trained_only: bool) -> Table:
+        table = layer_table("Layers", "Type", "r", "Trained", "Frozen")
+        shown = [group for group in self.groups if group.trained or not trained_only]
+        for group in shown:
+            parts = f" [{','.join(group.parts)}]" if group.parts else ""
+            times = f" (×{group.layers})" if group.layers > 1 else ""
+            r = "–" if group.r is None else str(group.r)
+            table.add_row(Text(group.name + parts + times), group.kind, r, f"{group.trained:,}", f"{group.frozen:,}")
+        if others := sum(group.layers for group in self.groups) - sum(group.layers for group in shown):
+            frozen = self.frozen - sum(group.frozen for group in shown)
+            table.add_row(f"{others} other layer{'s' if others > 1 else ''}", "", "–", "0", f"{frozen:,}")
+        table.add_section()
+        table.add_row("Total", "", "", f"{self.trained:,}", f"{self.frozen:,}", style="bold")
+        return table
+
+    def _costs(self, optimizers: Sequence[Optimizer]) -> Table:
+        costs = Table.grid(padding=(0, 2))
+        kinds = ", ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers))
+        rows = [("Weights in a checkpoint", self.checkpoint_bytes, self.full_checkpoint_bytes)]
+        if all(isinstance(optimizer, _LIKE_ADAM) for optimizer in optimizers):
+            what = f"State of {kinds}" if kinds else "Optimizer, two moments"
+            rows.insert(0, (what, self.optimizer_bytes, self.full_optimizer_bytes))
+        for what, ours, full in rows:
+            costs.add_row(what, decimal(ours), f"full fine-tuning: {decimal(full)}")
+        return costs
+
+    def __rich__(self) -> Group:
         """Print as a table with rich."""
         return self.table()
 
@@ -129,81 +148,6 @@ class LoRASummary:
         with console.capture() as capture:
             console.print(self)
         return capture.get()
-
-
-@dataclass(frozen=True)
-class SummaryTable:
-    """The table of a summary, for any width.
-
-    Args:
-        summary: What it shows.
-        trained_only: Put all groups without trained parameters into one row.
-        optimizers: The optimizers that train the model.
-    """
-
-    summary: LoRASummary
-    trained_only: bool = False
-    optimizers: tuple[Optimizer, ...] = ()
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | Text]:
-        """Lay out the table, then the costs."""
-        narrow = options.max_width < _NARROW
-        yield Text(self.summary.headline(), style="bold")
-        yield self._layers(options.max_width, narrow)
-        if self.summary.smaller:
-            names = [f"{name} (r={r})" for name, r in self.summary.smaller]
-            more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
-            yield Text(f"Layers smaller than r have their largest rank: {', '.join(names[:_MOST])}{more}")
-        if not self.summary.plain:
-            yield self._costs("full" if narrow else "full fine-tuning")
-
-    def _layers(self, width: int, narrow: bool) -> Table:
-        summary, number = self.summary, _rounded if narrow else "{:,}".format
-        shown = [group for group in summary.groups if group.trained or not self.trained_only]
-        rest = [group for group in summary.groups if group not in shown]
-        cells = [(g.kind, "–" if g.r is None else str(g.r), number(g.trained), number(g.frozen)) for g in shown]
-        if rest:
-            cells.append(("", "–", "0", number(sum(group.frozen for group in rest))))
-        cells.append(("", "", number(summary.trained), number(summary.frozen)))
-        headings = ("Type", "r", "Trained", "Frozen")
-        columns = range(1 if narrow else 0, 4)
-        taken = sum(3 + max(len(row[i]) for row in (headings, *cells)) for i in columns)
-        names = _short_names(shown, width - taken - (0 if narrow else 4))
-        if rest:
-            layers = sum(group.layers for group in rest)
-            names.append(f"{layers} other layer{'s' if layers > 1 else ''}")
-        table = Table(show_edge=not narrow, pad_edge=not narrow)
-        table.box = box.SIMPLE_HEAD if narrow else box.HEAVY_HEAD
-        table.add_column("Layers", overflow="fold")
-        for i in columns:
-            table.add_column(headings[i], justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
-        for name, row in zip(names, cells[:-1], strict=True):
-            table.add_row(Text(name), *(row[i] for i in columns))
-        table.add_section()
-        table.add_row("Total", *(cells[-1][i] for i in columns), style="bold")
-        return table
-
-    def _costs(self, full_name: str) -> Table:
-        summary, costs = self.summary, Table.grid(padding=(0, 2))
-        kinds = ", ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in self.optimizers))
-        rows = [("Weights in a checkpoint", summary.checkpoint_bytes, summary.full_checkpoint_bytes)]
-        if all(isinstance(optimizer, _LIKE_ADAM) for optimizer in self.optimizers):
-            what = f"State of {kinds}" if kinds else "Optimizer, two moments"
-            rows.insert(0, (what, summary.optimizer_bytes, summary.full_optimizer_bytes))
-        for what, ours, full in rows:
-            costs.add_row(what, decimal(ours), f"{full_name}: {decimal(full)}")
-        return costs
-
-
-def fitting_console(**options: Any) -> Console:
-    """Return a console of the terminal's width.
-
-    A log file has no width of its own, so that names are not cut there.
-    """
-    console = Console(**options)
-    if not (console.is_terminal or console.is_jupyter or "COLUMNS" in os.environ):
-        console = Console(width=_LOG_WIDTH, **options)
-    return console
 
 
 def summarize(model: nn.Module) -> LoRASummary:
@@ -225,34 +169,30 @@ def summarize(model: nn.Module) -> LoRASummary:
         >>> summary.trained, summary.frozen, [group.name for group in summary.groups]
         (128, 544, ['0', '2'])
     """
-    view = View(model)
-    layers: dict[tuple[Any, ...], list[tuple[Indices, int, int]]] = {}
-    seen: set[int] = set()
+    view, seen = View(model), set[int]()
+    counts, kinds = dict[str, tuple[int, int]](), dict[str, tuple[Any, ...]]()
     for name, module in view.modules.items():
-        own = [p for p in _own_parameters(module) if id(p) not in seen]
-        seen.update(map(id, own))
-        if own:
-            trained = sum(count(p) for p in own if p.requires_grad)
-            frozen = sum(count(p) for p in own) - trained
-            template, indices = _template(name, view.modules)
-            key = (template, *_about(module), _smaller(view, name))
-            layers.setdefault(key, []).append((indices, trained, frozen))
+        parameters = [p for p in _parameters(module) if id(p) not in seen]
+        seen.update(map(id, parameters))
+        if parameters:
+            trained = sum(count(p) for p in parameters if p.requires_grad)
+            counts[name] = trained, sum(map(count, parameters)) - trained
+            kinds[name] = (*_about(module), _smaller(view, name))
     groups, smaller = list[LayerGroup](), list[tuple[str, int]]()
-    for (template, kind, r, parts, weights), rows in layers.items():
-        others = [key for key in layers if key[0] == template]
-        name = spelled(template, [indices for indices, _, _ in rows], exactly=len(others) > 1)
-        trained, frozen = sum(row[1] for row in rows), sum(row[2] for row in rows)
-        groups.append(LayerGroup(name, len(rows), kind, r, trained, frozen, parts))
-        smaller += [(join(name, weight), rank) for weight, rank in weights]
+    for group, names in grouped(kinds):
+        kind, r, parts, weights = kinds[names[0]]
+        trained, frozen = (sum(each) for each in zip(*(counts[name] for name in names), strict=True))
+        groups.append(LayerGroup(group, len(names), kind, r, trained, frozen, parts))
+        smaller += [(join(group, weight), rank) for weight, rank in weights]
     return _with_costs(view, tuple(groups), tuple(smaller))
 
 
 def _about(module: nn.Module) -> tuple[str, int | None, tuple[str, ...]]:
-    """A layer's own class, and the rank and the parts of its adapter."""
+    """A layer's own class, and the rank and the names of its adapted matrices."""
     kind = module.overlaid[1].__name__ if isinstance(module, InPlace) else type(module).__name__
     if not isinstance(module, LoRALayer):
         return kind, None, ()
-    return kind, module.lora_settings.r, tuple(part.name for part in module.lora_matrices if part.name)
+    return kind, module.lora_settings.r, tuple(matrix.name for matrix in module.lora_matrices if matrix.name)
 
 
 def _smaller(view: View, name: str) -> tuple[tuple[str, int], ...]:
@@ -269,7 +209,7 @@ def _smaller(view: View, name: str) -> tuple[tuple[str, int], ...]:
     return (("", next(iter(found.values()))),) if are_all else tuple(found.items())
 
 
-def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
+def _parameters(module: nn.Module) -> list[nn.Parameter]:
     """A layer's parameters, with those of the layers inside it whose weights its adapter updates."""
     weights = module.lora_weights() if isinstance(module, LoRALayer) else ()
     holders = dict.fromkeys(submodule(module, weight.rpartition(".")[0]) for weight in weights)
@@ -312,48 +252,3 @@ def _bytes(values: Iterable[Any]) -> int:
 def _full_bytes(parameters: Iterable[nn.Parameter]) -> int:
     """Bytes of the parameters in full fine-tuning; quantised ones would train as float32."""
     return sum(p.nbytes if type(p) in _PLAIN and p.is_floating_point() else 4 * count(p) for p in parameters)
-
-
-def _rounded(number: int) -> str:
-    """A number of parameters in three digits."""
-    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}" if number < 999.5 * size else f"{number / size:.0f} {unit}"
-    return str(number)
-
-
-# Names
-
-
-def _template(name: str, modules: Mapping[str, nn.Module]) -> tuple[Template, Indices]:
-    """Split a name into what it has in common with other blocks, and its indices.
-
-    An index is a number in place of a name, or at the end of a block's name. The number of a layer in an nn.Sequential,
-    or at the end of a layer's own name, says which layer it is.
-    """
-    parts = name.split(".")
-    template: list[tuple[str, str | None]] = []
-    indices = []
-    for place, part in enumerate(parts):
-        path, parent = ".".join(parts[: place + 1]), ".".join(parts[:place])
-        text, number = re.fullmatch(r"(.*?)(\d*)", part).groups()  # type: ignore[union-attr]  # it always matches
-        is_block = place < len(parts) - 1
-        is_item = not text and not isinstance(modules.get(parent), nn.Sequential)
-        if number and (is_block or is_item):
-            template.append((text, type(modules[path]).__name__ if is_block else ""))
-            indices.append(int(number))
-        else:
-            template.append((part, None))
-    return tuple(template), tuple(indices)
-
-
-def _short_names(groups: Sequence[LayerGroup], room: int) -> list[str]:
-    """Names that fit into a column, with the parts and the number of layers behind them."""
-    tails = [f" (×{group.layers})" if group.layers > 1 else "" for group in groups]
-    texts = []
-    for group, name, tail in zip(
-        groups, short_names([group.name for group in groups], room, tails), tails, strict=True
-    ):
-        parts = f" [{','.join(group.parts)}]" if group.parts else ""
-        texts.append(name + (parts if len(parts) <= room else "") + tail)
-    return texts

@@ -14,18 +14,14 @@ examples::
 from pathlib import Path
 from typing import Any, get_args
 
-from rich.console import Console
-
 from lightning_lora.storage.offline.combine import How, Method, combine_files
 
 
 def add_arguments(parser: Any) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("files", type=str, nargs="+", help="two or more files with adapters")
-    parser.add_argument("--out", type=str, required=True, help="the new .safetensors file")
-    parser.add_argument(
-        "--weights", type=float, nargs="+", help="a weight for each file; by default, equal shares of 1"
-    )
+    parser.add_argument("files", type=Path, nargs="+", help="two or more files with adapters")
+    parser.add_argument("--out", type=Path, required=True, help="the new .safetensors file")
+    parser.add_argument("--weights", type=float, nargs="+", help="one for each file; by default, equal shares of 1")
     parser.add_argument("--method", choices=get_args(Method), default="cat", help="how updates are combined")
     parser.add_argument("--rank", type=int, help="the rank of the result, except with cat; by default, the largest")
     parser.add_argument("--density", type=float, default=0.2, help="the share of values that ties and dare keep")
@@ -34,11 +30,8 @@ def add_arguments(parser: Any) -> None:
 
 def run(arguments: Any) -> None:
     """Combine the files, and say what was written."""
-    files = [Path(file) for file in arguments.files]
+    files = arguments.files
     weights = tuple(arguments.weights or [1 / len(files)] * len(files))
     how = How(arguments.method, weights, arguments.rank, arguments.density, arguments.seed)
-    count = combine_files(files, Path(arguments.out), how)
-    layers = "1 layer" if count == 1 else f"{count} layers"
-    Console().print(
-        f"Combined {len(files)} files, {layers}, into {arguments.out}.", highlight=False, markup=False, soft_wrap=True
-    )
+    count = combine_files(files, arguments.out, how)
+    print(f"Combined {len(files)} files, {count} {'layer' if count == 1 else 'layers'}, into {arguments.out}.")

@@ -10,37 +10,36 @@ examples::
   lightning-lora compare a.ckpt b.ckpt c.ckpt --picture cosines.png
 """
 
-from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from rich.text import Text
-from torch import Tensor
 
-from lightning_lora.cli.output import NARROW, layer_table, print_json
+from lightning_lora.cli.output import print_json
 from lightning_lora.errors import AdapterFileError
+from lightning_lora.functional.combine import Factors
 from lightning_lora.functional.subspace import cosine, subspace_similarity
-from lightning_lora.storage.offline.stored import StoredAdapters
-from lightning_lora.summary import fitting_console
-from lightning_lora.tensors.names import join
+from lightning_lora.storage.offline.layers import read_layers, updates
+from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.tables import fitting_console, layer_table
 
 
 def add_arguments(parser: Any) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("files", type=str, nargs="+", help="two or more files with adapters")
+    parser.add_argument("files", nargs="+", help="two or more files with adapters")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--picture", type=str, help="also draw the cosines into this .png file (needs matplotlib)")
+    parser.add_argument("--picture", type=Path, help="also draw the cosines into this .png file (needs matplotlib)")
 
 
 def run(arguments: Any) -> None:
     """Read the files, compare each pair, and print the result."""
     if len(arguments.files) < 2:
         raise AdapterFileError("compare got one file. Expected at least two.")
-    files = [StoredAdapters(file) for file in arguments.files]
+    files = [read_layers(file) for file in arguments.files]
     found = [compare(one, other) for one, other in combinations(files, 2)]
     if arguments.picture:
-        _draw(found, Path(arguments.picture))
+        _draw(found, arguments.picture)
     if arguments.json:
         print_json(found)
     else:
@@ -54,29 +53,26 @@ def compare(one: StoredAdapters, other: StoredAdapters) -> dict[str, Any]:
     Raises:
         AdapterFileError: they have no layer in common.
     """
-    layers = [layer for name in one.layers if name in other.layers for layer in _layers(name, one, other)]
+    layers = list[dict[str, Any]]()
+    for name in one.layers:
+        second = updates(other, name) if name in other.layers else {}
+        for part, first in updates(one, name).items():
+            if part in second and _sides(first) == _sides(second[part]):
+                layers.append({"name": name, "part": part, **_numbers(first, second[part])})
     if not layers:
         raise AdapterFileError(
-            f"{one.path} and {other.path} adapt no layer in common, such as {next(iter(one.layers))!r} and "
+            f"{one.source} and {other.source} adapt no layer in common, such as {next(iter(one.layers))!r} and "
             f"{next(iter(other.layers))!r}. Compare files of the same model."
         )
     only = [[name for name in a.layers if name not in b.layers] for a, b in ((one, other), (other, one))]
-    return {"files": [str(one.path), str(other.path)], "layers": layers, "only_in": only}
+    return {"files": [one.source, other.source], "layers": layers, "only_in": only}
 
 
-def _layers(name: str, one: StoredAdapters, other: StoredAdapters) -> Iterator[dict[str, Any]]:
-    """The numbers of one layer, for each of its weights."""
-    first, second = one.factors(name), other.factors(name)
-    for weight, (a, b) in first.items():
-        if weight in second and _sides(a, b) == _sides(*second[weight]):
-            yield {"name": name, "weight": weight, **_numbers((a, b), second[weight])}
+def _sides(factors: Factors) -> tuple[int, int]:
+    return factors[0].shape[-1], factors[1].shape[-2]
 
 
-def _sides(a: Tensor, b: Tensor) -> tuple[int, int]:
-    return a.shape[-1], b.shape[-2]
-
-
-def _numbers(first: Any, second: Any) -> dict[str, float]:
+def _numbers(first: Factors, second: Factors) -> dict[str, float]:
     (a1, b1), (a2, b2) = first, second
     return {
         "cosine": cosine(first, second).mean().item(),
@@ -85,28 +81,27 @@ def _numbers(first: Any, second: Any) -> dict[str, float]:
     }
 
 
+def _label(layer: dict[str, Any]) -> str:
+    return f"{layer['name']} [{layer['part']}]" if layer["part"] else str(layer["name"])
+
+
 def _show(pair: dict[str, Any]) -> None:
-    console, layers = fitting_console(), pair["layers"]
-    names = [each["name"] if each["weight"] == "weight" else join(each["name"], each["weight"]) for each in layers]
-    headings, digits = ("cosine\nof ΔW", "similarity\nof A", "of B"), 3
-    if console.width < NARROW:
-        headings, digits = ("cos.\nof ΔW", "sim.\nof A", "of B"), 2
-    columns = {}
-    for heading, key in zip(headings, ("cosine", "similarity_A", "similarity_B"), strict=True):
-        columns[heading] = [_coloured(layer[key], digits) for layer in layers]
+    console = fitting_console()
     title = " and ".join(pair["files"])
-    console.print(layer_table(title, [(name, "") for name in names], columns, console.width))
+    table = layer_table("Layers", "cosine\nof ΔW", "similarity\nof A", "of B", title=title)
+    for layer in pair["layers"]:
+        cells = [_coloured(layer[key]) for key in ("cosine", "similarity_A", "similarity_B")]
+        table.add_row(Text(_label(layer)), *cells)
+    console.print(table)
     for file, only in zip(pair["files"], pair["only_in"], strict=True):
         if only:
             console.print(f"Only in {file}: {', '.join(only)}", markup=False)
 
 
-def _coloured(value: float, digits: int) -> Text:
+def _coloured(value: float) -> Text:
     """A number with a background that is the stronger, the nearer to 1 it is."""
     strength = round(min(abs(value), 1) * 160)
-    return Text(
-        f"{value:+.{digits}f}", style=f"on rgb({40},{40 + strength},{40 + strength // 2})" if strength > 8 else ""
-    )
+    return Text(f"{value:+.3f}", style=f"on rgb(40,{40 + strength},{40 + strength // 2})" if strength > 8 else "")
 
 
 def _draw(found: list[dict[str, Any]], path: Path) -> None:
@@ -115,18 +110,14 @@ def _draw(found: list[dict[str, Any]], path: Path) -> None:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise AdapterFileError("--picture needs matplotlib. Install it: pip install matplotlib.") from error
-    names = list(dict.fromkeys(layer["name"] for pair in found for layer in pair["layers"]))
-    values = [[_cosine_of(pair, name) for pair in found] for name in names]
-    figure, axes = plt.subplots(figsize=(3 + len(found), 1 + 0.25 * len(names)), layout="constrained")
+    cosines = [{_label(layer): layer["cosine"] for layer in pair["layers"]} for pair in found]
+    labels = list(dict.fromkeys(label for pair in cosines for label in pair))
+    values = [[pair.get(label, float("nan")) for pair in cosines] for label in labels]
+    figure, axes = plt.subplots(figsize=(3 + len(found), 1 + 0.25 * len(labels)), layout="constrained")
     image = axes.imshow(values, vmin=-1, vmax=1, cmap="RdBu", aspect="auto")
-    axes.set_yticks(range(len(names)), names, fontsize=7)
-    labels = ["\n".join(Path(file).name for file in pair["files"]) for pair in found]
-    axes.set_xticks(range(len(found)), labels, fontsize=7)
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    pairs = ["\n".join(Path(file).name for file in pair["files"]) for pair in found]
+    axes.set_xticks(range(len(found)), pairs, fontsize=7)
     figure.colorbar(image, label="cosine of the updates")
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def _cosine_of(pair: dict[str, Any], name: str) -> float:
-    found = [layer["cosine"] for layer in pair["layers"] if layer["name"] == name]
-    return sum(found) / len(found) if found else float("nan")

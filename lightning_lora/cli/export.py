@@ -12,20 +12,18 @@ examples::
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from lightning_lora.storage.formats.peft_write import export_peft
 
 
 def add_arguments(parser: Any) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("file", type=str, help="a file with adapters")
-    parser.add_argument("folder", type=str, help="the folder for adapter_config.json and adapter_model.safetensors")
-    parser.add_argument("--root", type=str, help="the module that the reader has; by default, the one model inside")
+    parser.add_argument("file", help="a file with adapters")
+    parser.add_argument("folder", type=Path, help="the folder for adapter_config.json and adapter_model.safetensors")
+    parser.add_argument("--root", help="the module that the reader has; by default, the one model inside")
     parser.add_argument("--uniform", action="store_true", help="write one rank and one alpha for all layers")
 
 
 def run(arguments: Any) -> None:
     """Export the file, and say where."""
-    export_peft(arguments.file, Path(arguments.folder), root=arguments.root, uniform=arguments.uniform)
-    Console().print(f"Wrote PEFT's files into {arguments.folder}.", highlight=False, markup=False, soft_wrap=True)
+    export_peft(arguments.file, arguments.folder, root=arguments.root, uniform=arguments.uniform)
+    print(f"Wrote PEFT's files into {arguments.folder}.")

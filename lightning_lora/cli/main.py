@@ -1,5 +1,6 @@
 """Read the command line and run one command."""
 
+import argparse
 import os
 import sys
 import warnings
@@ -19,7 +20,7 @@ _COMMANDS: dict[str, ModuleType] = {
     "compare": compare,
     "combine": combine,
 }
-"""Each module has a docstring, ``add_arguments(parser)`` and ``run(arguments)``."""
+"""Each module has a docstring, which is its help, ``add_arguments(parser)`` and ``run(arguments)``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,28 +29,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0: done. 1: an error, which is one line on the standard error. 2: the command line is not valid.
     """
-    try:
-        from jsonargparse import ArgumentParser
-    except ImportError:
-        return _fail("This command needs jsonargparse. Install it: pip install jsonargparse[signatures].")
-    formatter = _formatter()
-    parser = ArgumentParser(
-        prog="lightning-lora",
-        description="Work with files of LoRA adapters, without the model.",
-        formatter_class=formatter,
-    )
-    commands = parser.add_subcommands(required=True, dest="command")
+    about = "Work with files of LoRA adapters, without the model."
+    parser = argparse.ArgumentParser(prog="lightning-lora", description=about)
+    commands = parser.add_subparsers(required=True, metavar="command")
     for name, module in _COMMANDS.items():
-        summary, _, rest = (module.__doc__ or "").partition("\n")
-        about = f"{summary}\n{rest}".replace("::\n", ":\n").strip()
-        command = ArgumentParser(description=about, formatter_class=formatter)
+        text = module.__doc__ or ""
+        command = commands.add_parser(
+            name,
+            help=text.partition("\n")[0],
+            description=text.replace("::\n", ":\n").strip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the examples' lines
+        )
         module.add_arguments(command)
-        commands.add_subcommand(name, command, help=summary)
+        command.set_defaults(run=module.run)
     parsed = parser.parse_args(arguments)
     try:
         with warnings.catch_warnings(record=True) as noticed:
             warnings.simplefilter("always")
-            _COMMANDS[parsed.command].run(parsed[parsed.command])
+            parsed.run(parsed)
         for each in noticed:
             if issubclass(each.category, LoRAWarning):
                 _say("[bold yellow]warning:[/]", str(each.message))
@@ -64,17 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("Stopped. Nothing was written.")
     return 0
-
-
-def _formatter() -> type:
-    """Keep the examples in a description as they are."""
-    from jsonargparse import DefaultHelpFormatter
-
-    class Formatter(DefaultHelpFormatter):
-        def _fill_text(self, text: str, width: int, indent: str) -> str:
-            return "\n".join(indent + line for line in text.splitlines())
-
-    return Formatter
 
 
 def _fail(message: str) -> int:

@@ -22,22 +22,16 @@ from lightning_lora.storage.offline.tensor_files import TensorFiles
 
 def add_arguments(parser: Any) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("base", type=str, help="a .safetensors file, a folder with such files, or a checkpoint")
-    parser.add_argument("adapter", type=str, help="a file with adapters")
-    parser.add_argument("out", type=str, help="the merged model, of the same kind as the base")
+    parser.add_argument("base", type=Path, help="a .safetensors file, a folder with such files, or a checkpoint")
+    parser.add_argument("adapter", type=Path, help="a file with adapters")
+    parser.add_argument("out", type=Path, help="the merged model, of the same kind as the base")
 
 
 def run(arguments: Any) -> None:
     """Merge, with a progress bar on the standard error."""
-    base, adapter, out = Path(arguments.base), Path(arguments.adapter), Path(arguments.out)
-    console = Console(stderr=True)
+    base, out, console = arguments.base, arguments.out, Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Merging", total=len(TensorFiles(base).file_of))
-        merged = merge_files(base, adapter, out, lambda name: bar.update(task, advance=1, description=name))
-    Console().print(
-        f"Merged {merged} {'weight' if merged == 1 else 'weights'} into {out}.",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+        merged = merge_files(base, arguments.adapter, out, lambda name: bar.update(task, advance=1, description=name))
+    print(f"Merged {merged} {'weight' if merged == 1 else 'weights'} into {out}.")

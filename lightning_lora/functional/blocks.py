@@ -8,13 +8,7 @@ _ON_CPU, _ON_DEVICE = 1 << 18, 1 << 26  # elements
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Yield the rows of a matrix in blocks. In float32, each has a megabyte on a CPU, 256 megabytes elsewhere.
-
-    Example:
-        >>> import torch
-        >>> list(row_blocks(torch.empty(600, 1024)))
-        [slice(0, 256, None), slice(256, 512, None), slice(512, 600, None)]
-    """
+    """Yield the rows of a matrix in blocks. In float32, each has a megabyte on a CPU, 256 megabytes elsewhere."""
     rows, width = matrix.shape
     step = max(1, (_ON_CPU if matrix.device.type == "cpu" else _ON_DEVICE) // max(1, width))
     for start in range(0, rows, step):

@@ -92,11 +92,8 @@ def truncated(update: Factors, r: int) -> Factors:
     """
     a, b = update
     reading, writing = torch.linalg.qr(a.double().mT), torch.linalg.qr(b.double())
-    u, s, v = torch.linalg.svd(writing.R @ reading.R.mT, full_matrices=False)
-    root = s[..., :r].sqrt()
-    new_a = root.unsqueeze(-1) * (v[..., :r, :] @ reading.Q.mT)
-    new_b = (writing.Q @ u[..., :r]) * root.unsqueeze(-2)
-    return new_a.to(a.dtype), new_b.to(b.dtype)
+    small_a, small_b = factored(writing.R @ reading.R.mT, r)
+    return (small_a @ reading.Q.mT).to(a.dtype), (writing.Q @ small_b).to(b.dtype)
 
 
 def factored(delta: Tensor, r: int) -> Factors:

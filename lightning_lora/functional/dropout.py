@@ -30,13 +30,6 @@ def drops(rows: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Callable[[
 
     Source:
         Batagelj and Brandes 2005, "Efficient Generation of Large Random Networks", section II (the geometric gaps).
-
-    Example:
-        >>> rows = torch.ones(1000, 100)
-        >>> for block, drop in drops(rows, p=0.25, seed=0):
-        ...     _ = drop(rows[block])
-        >>> round(float(rows.mean()), 2)
-        0.75
     """
     generator = torch.Generator(rows.device).manual_seed(seed)
     for block in row_blocks(rows):

@@ -35,14 +35,7 @@ ADAPTERS: dict[type[nn.Module] | str, type[LoRALayer]] = {
 
 
 def adapter_for(layer: nn.Module) -> type[LoRALayer] | None:
-    """Return the adapter class of a layer's type, or of the nearest base class that has one, or None.
-
-    Example:
-        >>> adapter_for(nn.Linear(2, 2)).__name__
-        'LoRALinear'
-        >>> adapter_for(nn.ReLU()) is None
-        True
-    """
+    """Return the adapter class of a layer's type, or of the nearest base class that has one, or None."""
     for base in type(layer).__mro__:
         adapter = ADAPTERS.get(base) or ADAPTERS.get(f"{base.__module__}.{base.__qualname__}")
         if adapter is not None:

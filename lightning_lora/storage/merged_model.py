@@ -175,7 +175,7 @@ def _write_folder(view: View, path: Path) -> None:
             "and from_pretrained would tie it again. Set config.tie_word_embeddings = False on the model before saving."
         )
     state = {name.removeprefix(prefix): value for name, value in _merged(view).items() if name.startswith(prefix)}
-    with _writing_folder(path) as beside:
+    with writing_folder(path) as beside:
         if "state_dict" in inspect.signature(save).parameters:
             save(beside, state_dict=state)
         else:  # it asks the model
@@ -187,7 +187,7 @@ def _write_folder(view: View, path: Path) -> None:
 
 
 @contextmanager
-def _writing_folder(path: Path) -> Iterator[Path]:
+def writing_folder(path: Path) -> Iterator[Path]:
     """Fill a temporary folder, then move it to its place, which must be free."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise AdapterFileError(f"{path} already exists and is not an empty folder. Choose another name.")

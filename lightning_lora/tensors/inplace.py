@@ -1,33 +1,14 @@
-"""Change the class of an object, and change it back.
-
-The new class is a subclass of the object's own class, so the object stays the same object.
-"""
+"""Change the class of an object to a subclass of its class, and back. It stays the same object."""
 
 import copyreg
 from typing import Any, ClassVar
 
 
 class InPlace:
-    """A mixin for the class of an existing object.
+    """A mixin for the class of an existing object. :func:`overlay` adds it and :func:`uncover` removes it.
 
-    :func:`overlay` adds it and :func:`uncover` removes it. The object stays the same object, keeps its attributes, and
-    every ``isinstance`` test gives the same result. ``super()`` in the mixin calls the original class. Copying and
-    pickling work, although the combined class cannot be imported by name.
-
-    Example:
-        >>> class Loud(InPlace):
-        ...     def speak(self):
-        ...         return super().speak().upper()
-        >>> class Cat:
-        ...     def speak(self):
-        ...         return "meow"
-        >>> cat = Cat()
-        >>> overlay(cat, Loud)
-        >>> cat.speak(), isinstance(cat, Cat)
-        ('MEOW', True)
-        >>> uncover(cat)
-        >>> type(cat) is Cat
-        True
+    The object keeps its attributes, and every ``isinstance`` test gives the same result. ``super()`` in the mixin calls
+    the original class. Copying and pickling work, although the combined class cannot be imported by name.
     """
 
     overlaid: ClassVar[tuple[type, type]]
@@ -48,10 +29,7 @@ _COMBINED: "dict[tuple[type[InPlace], type], type]" = {}
 
 
 def combined(mixin: "type[InPlace]", base: type) -> type:
-    """Return the class that combines ``mixin`` and ``base``.
-
-    The same pair always gives the same class.
-    """
+    """Return the class that combines ``mixin`` and ``base``: always the same one for the same pair."""
     if (mixin, base) not in _COMBINED:
         namespace = {"overlaid": (mixin, base), "__module__": mixin.__module__, "__doc__": mixin.__doc__}
         made = type(f"{mixin.overlaid_prefix}{base.__name__}", (mixin, base), namespace)
@@ -65,10 +43,7 @@ def overlay(instance: object, mixin: type[InPlace]) -> None:
 
 
 def is_overlaid(instance: InPlace) -> bool:
-    """Whether ``instance`` still has its combined class.
-
-    It is False if other code has changed the class since.
-    """
+    """Whether ``instance`` still has its combined class: other code may have changed it since."""
     return type(instance) is _COMBINED.get(instance.overlaid)
 
 

@@ -1,9 +1,8 @@
 """Names of modules and parameters, without wrappers.
 
 ``torch.compile`` and torch's ``checkpoint_wrapper`` put a wrapper around a submodule, which adds ``_orig_mod.`` or
-``_checkpoint_wrapped_module.`` to every name inside it. ``Fabric.setup`` puts a wrapper around a model. Patterns,
-checkpoints and errors use the names without it. So a checkpoint of a wrapped model loads into one that is not wrapped,
-and the other way round.
+``_checkpoint_wrapped_module.`` to every name inside it. ``Fabric.setup`` puts one around a model. Patterns, checkpoints
+and errors use the names without wrappers. So a checkpoint of a wrapped model loads into a plain one, and vice versa.
 """
 
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from lightning_lora.tensors.shards import distributed_as, is_dtensor
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 _OF_FABRIC = ("_forward_module", "_original_module")
-"""What Fabric's wrapper holds: the model as the strategy wraps it, and the model itself."""
+"""The modules in Fabric's wrapper: the model as the strategy wraps it, and the model itself."""
 
 
 def plain_name(name: str) -> str:
@@ -32,10 +31,7 @@ def plain_name(name: str) -> str:
 
 
 def plain_module(module: nn.Module) -> nn.Module:
-    """Return the module inside the wrappers of torch and Fabric.
-
-    Other modules are returned unchanged.
-    """
+    """Return the module inside the wrappers of torch and Fabric. Other modules are returned unchanged."""
     children = module._modules
     if not children:
         return module
@@ -50,10 +46,7 @@ def plain_module(module: nn.Module) -> nn.Module:
 
 
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> dict[str, nn.Module]:
-    """Return the modules of ``model`` by name.
-
-    For a wrapped module, it returns the module inside.
-    """
+    """Return the modules of ``model`` by name. In place of a wrapped module, it is the module inside."""
     named: dict[str, nn.Module] = {}
     _walk(model, "", named, set() if remove_duplicate else None)
     return named
@@ -78,10 +71,7 @@ def named_parameters(model: nn.Module, *, remove_duplicate: bool = True) -> dict
 
 
 def parameters_of(modules: Mapping[str, nn.Module], *, remove_duplicate: bool = False) -> dict[str, nn.Parameter]:
-    """Return the parameters of these modules by name.
-
-    Parameters of modules inside them are not included.
-    """
+    """Return the parameters of these modules by name, without those of modules inside them."""
     named, seen = {}, set[nn.Parameter]()
     for prefix, module in modules.items():
         for name, parameter in module._parameters.items():
@@ -93,12 +83,7 @@ def parameters_of(modules: Mapping[str, nn.Module], *, remove_duplicate: bool = 
 
 
 def join(prefix: str, name: str) -> str:
-    """Return the dotted name of ``name`` in the module ``prefix``.
-
-    Example:
-        >>> join("encoder", "weight"), join("", "weight")
-        ('encoder.weight', 'weight')
-    """
+    """Return the dotted name of ``name`` in the module ``prefix``, which may be the model itself: ``""``."""
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
@@ -114,21 +99,12 @@ def starts_of(name: str) -> list[str]:
 
 
 def owner_of(parameter: str) -> str:
-    """Return the name of the module that holds a parameter.
-
-    Example:
-        >>> owner_of("encoder.layer.weight"), owner_of("scale")
-        ('encoder.layer', '')
-    """
+    """Return the name of the module that holds a parameter."""
     return parameter.rpartition(".")[0]
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:
-    """Return a submodule by its name in :func:`named_modules`.
-
-    Raises:
-        AttributeError: there is no such module.
-    """
+    """Return a submodule by its name in :func:`named_modules`."""
     module = plain_module(model)
     for part in name.split(".") if name else ():
         module = plain_module(module.get_submodule(part))
@@ -139,9 +115,6 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
     """Return the parameter that ``module`` holds under ``name``.
 
     It is not read as an attribute, because an attribute may be computed from other parameters.
-
-    Raises:
-        AttributeError: ``module`` has no such parameter.
     """
     parameter = module._parameters.get(name)
     if parameter is None:
@@ -164,10 +137,9 @@ def state_dict(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
 
 
 def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = False) -> None:
-    """Load a state dict with plain names into ``model``.
+    """Load a state dict with plain names into ``model``, full tensors into its DTensors too.
 
-    ``model`` may have entries that are missing in the state, unless ``strict`` is True. Of a tensor that is spread over
-    processes there, each process takes its own part.
+    ``model`` may have entries that are missing in the state, unless ``strict`` is True.
     """
     present = model.state_dict(keep_vars=True)
     own = {plain_name(name): name for name in present}

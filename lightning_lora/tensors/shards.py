@@ -1,7 +1,6 @@
-"""Tensors that are spread over several processes (DTensor).
+"""Tensors that are distributed over several processes (DTensor), as FSDP2 and tensor parallelism make them.
 
-FSDP2 and tensor parallelism make them. Each process holds its own part. Calls marked as collective must be made by
-every process, in the same order.
+Calls marked as collective must be made by every process, in the same order.
 """
 
 import math
@@ -16,24 +15,18 @@ from torch.utils._pytree import tree_map
 
 
 def is_dtensor(tensor: object) -> bool:
-    """Whether a tensor is a DTensor, in parts or replicated."""
+    """Whether a tensor is a DTensor, sharded or replicated."""
     kind: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)  # imported by whoever made one
     return kind is not None and isinstance(tensor, kind)
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that this process holds.
-
-    It shares the tensor's memory. A tensor that is not spread is returned unchanged.
-    """
+    """Return the local shard of a DTensor, which shares its memory. Other tensors are returned unchanged."""
     return tensor._local_tensor.detach() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def without_dtensor(tensor: Tensor) -> Tensor:
-    """Return a tensor without its DTensor, if that is replicated.
-
-    Gradients pass. Other tensors are returned unchanged.
-    """
+    """Return the local tensor of a replicated DTensor. Gradients pass. Other tensors are returned unchanged."""
     if not is_dtensor(tensor) or split_dims(tensor):
         return tensor
     local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
@@ -44,10 +37,7 @@ _Value = TypeVar("_Value")
 
 
 def full_tensor(value: _Value) -> _Value:
-    """Return the whole tensor, gathered from all processes.
-
-    Collective for a spread tensor. Anything else is returned unchanged.
-    """
+    """Return the full tensor, gathered from all processes (collective). Anything else is returned unchanged."""
     if not is_dtensor(value):
         return value
     gathered: _Value = value.detach().full_tensor()  # type: ignore[attr-defined]
@@ -55,22 +45,15 @@ def full_tensor(value: _Value) -> _Value:
 
 
 def full_tensors(values: _Value) -> _Value:
-    """Return containers of any depth with whole tensors in them.
-
-    Collective if there are spread tensors.
-    """
+    """Return containers of any depth with full tensors in them. Collective if there are DTensors."""
     gathered: _Value = tree_map(full_tensor, values)
     return gathered
 
 
 def distributed_as(values: Tensor, like: Tensor) -> Tensor:
-    """Return whole values in the layout of another tensor.
+    """Return full values, distributed as ``like`` is, without communication.
 
-    Each process takes its own part, without communication. ``values`` are returned unchanged if they are spread, or if
-    ``like`` is not.
-
-    Shape:
-        ``values`` and ``like`` have the same shape.
+    They are returned unchanged if ``like`` is no DTensor or they are one.
     """
     if not is_dtensor(like) or is_dtensor(values):
         return values
@@ -83,10 +66,7 @@ def distributed_as(values: Tensor, like: Tensor) -> Tensor:
 
 
 def replicated(parameter: nn.Parameter, mesh: Any) -> nn.Parameter:
-    """Return a parameter as a DTensor in one piece.
-
-    Every process of the mesh holds it whole. Optimizers and gradient clipping take no mixture of DTensors and others.
-    """
+    """Return a parameter as a replicated DTensor: optimizers and gradient clipping take no mixture with others."""
     from torch.distributed.tensor import DTensor, Replicate
 
     values = DTensor.from_local(parameter.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
@@ -98,18 +78,15 @@ TENSOR_PARALLEL = "tensor_parallel"
 
 
 def is_tensor_parallel(tensor: Tensor) -> bool:
-    """Whether a tensor is spread for tensor parallelism."""
+    """Whether a tensor is distributed for tensor parallelism."""
     return is_dtensor(tensor) and TENSOR_PARALLEL in _names(tensor)
 
 
 def split_as(factor: Tensor, weight: Tensor, dim: int | None) -> Tensor:
-    """Return a factor, split as a tensor-parallel weight is.
+    """Return a full factor, distributed as a tensor-parallel weight is.
 
-    Args:
-        factor: The whole factor.
-        weight: The weight that it follows.
-        dim: The dimension that both have: 0 for what writes the output, -1 for what reads the input. None: the factor
-            is not split.
+    ``dim`` is the dimension that both have: 0 for what writes the output, -1 for what reads the input. If it is None,
+    the factor is replicated.
     """
     if not is_tensor_parallel(weight):
         return factor
@@ -123,12 +100,12 @@ def split_as(factor: Tensor, weight: Tensor, dim: int | None) -> Tensor:
 
 
 def is_split(tensor: Tensor) -> bool:
-    """Whether this process holds only a part of a tensor."""
+    """Whether this process holds only some values of a tensor."""
     return is_dtensor(tensor) and to_local(tensor).numel() < tensor.numel()
 
 
 def split_over_data(tensor: Tensor) -> bool:
-    """Whether a tensor is split over processes with different data."""
+    """Whether a tensor is sharded over processes with different data."""
     if not is_dtensor(tensor):
         return False
     names = _names(tensor)
@@ -136,31 +113,25 @@ def split_over_data(tensor: Tensor) -> bool:
 
 
 def data_processes(tensor: Tensor) -> int:
-    """Return the number of processes with different data.
-
-    The tensor is spread over them.
-    """
+    """Return the number of processes with different data that a DTensor is distributed over."""
     spread: Any = tensor
     names = _names(tensor) or ("",) * spread.device_mesh.ndim
     return math.prod(spread.device_mesh.size(dim) for dim, name in enumerate(names) if name != TENSOR_PARALLEL)
 
 
 def _names(tensor: Tensor) -> tuple[str, ...]:
-    """The names of the dimensions of a spread tensor's mesh."""
+    """The names of the dimensions of a DTensor's mesh."""
     return tensor.device_mesh.mesh_dim_names or ()  # type: ignore[attr-defined]
 
 
 def split_dims(tensor: Tensor) -> tuple[int, ...]:
-    """Return the dimensions of its mesh that split a tensor."""
+    """Return the dimensions of its mesh that split a DTensor."""
     spread: Any = tensor
     return tuple(i for i, placement in enumerate(spread.placements) if not placement.is_replicate())
 
 
 def agreed(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
-    """Return which of these flags are set in any process.
-
-    Collective if one of the tensors is spread.
-    """
+    """Return which of these flags are set in any process. Collective if one of the tensors is a DTensor."""
     meshes = {tensor.device_mesh for tensor in tensors if is_dtensor(tensor)}  # type: ignore[attr-defined]
     if not meshes or not flags:
         return list(flags)
@@ -170,10 +141,7 @@ def agreed(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let FSDP2 give up the whole parameters it has gathered.
-
-    After an evaluation, the outermost module still shows them in place of its own parts.
-    """
+    """Let FSDP2 give up gathered parameters, which the outermost module still shows after an evaluation."""
     if not (dist.is_available() and dist.is_initialized()):
         return
     kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)

@@ -1,7 +1,4 @@
-"""Values of tensors: copy, replace and compare them.
-
-The other packages read and replace weights with these functions.
-"""
+"""Values of tensors: copy, replace and compare them."""
 
 import math
 from typing import Any
@@ -14,21 +11,14 @@ from lightning_lora.tensors.shards import is_dtensor, to_local
 
 
 def copy_to_host(tensor: Tensor) -> Tensor:
-    """Return a copy in CPU memory.
-
-    The copy of a meta tensor, which has no values, stays on the meta device.
-    """
+    """Return a copy in CPU memory, or on the meta device if the tensor has no values."""
     return tensor.detach().clone() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
 
 
 def replace_values(tensor: Tensor, values: Tensor) -> None:
-    """Replace the values of a tensor.
-
-    It stays the same object. Nothing is copied, except for a tensor that was made in inference mode, or that is spread
-    over processes: setting the data of such a tensor would change nothing.
-    """
+    """Replace the values of a tensor, which stays the same object. Nothing is copied, but to a DTensor."""
     if is_dtensor(tensor):
-        _replace_parts(tensor, values)
+        _replace_local(tensor, values)
         return
     if tensor.is_inference() and not values.is_inference():  # or torch would miss a version counter in every use
         with torch.inference_mode():
@@ -36,8 +26,8 @@ def replace_values(tensor: Tensor, values: Tensor) -> None:
     tensor.data = values
 
 
-def _replace_parts(tensor: Tensor, values: Tensor) -> None:
-    """Replace the values of a spread tensor in its own memory, which FSDP2 sends to the other processes."""
+def _replace_local(tensor: Tensor, values: Tensor) -> None:
+    """Replace the values of a DTensor in its memory, which FSDP2 sends to the other processes."""
     if tensor.dtype == values.dtype and to_local(tensor).shape == to_local(values).shape:
         to_local(tensor).copy_(to_local(values))
     else:
@@ -45,15 +35,12 @@ def _replace_parts(tensor: Tensor, values: Tensor) -> None:
 
 
 def set_aside(tensor: Tensor) -> Tensor:
-    """Return values to keep, in CPU memory.
-
-    The tensor can get others by :func:`replace_values` then. They are copied only if necessary.
-    """
+    """Return values to keep, in CPU memory, before :func:`replace_values`. They are copied only if necessary."""
     if is_dtensor(tensor):
         return tensor.detach().to("cpu", copy=True)
     values = tensor.data.cpu()
-    is_part = values.untyped_storage().nbytes() > values.nbytes  # of a larger memory, which others may reuse
-    return values.clone() if is_part else values
+    is_view = values.untyped_storage().nbytes() > values.nbytes  # of a larger memory, which others may reuse
+    return values.clone() if is_view else values
 
 
 def set_requires_grad(tensor: Tensor, flag: bool) -> None:
@@ -66,12 +53,7 @@ def set_requires_grad(tensor: Tensor, flag: bool) -> None:
 def same_bits(tensor: Tensor, original: Tensor) -> bool:
     """Whether two tensors have the same bits.
 
-    ``original`` is converted to the dtype of ``tensor`` first. Of spread tensors, only this process's own parts are
-    compared.
-
-    Example:
-        >>> same_bits(torch.ones(2), torch.ones(2, dtype=torch.float64)), same_bits(torch.ones(2), torch.ones(3))
-        (True, False)
+    ``original`` is converted to the dtype of ``tensor`` first. Of DTensors, only the local shards are compared.
     """
     tensor, original = to_local(tensor), to_local(original)
     if tensor.is_meta or original.is_meta:
@@ -85,19 +67,18 @@ _SAMPLES = 1024
 
 
 def look(tensor: Tensor) -> tuple[Any, ...] | None:
-    """Return what can be seen of a tensor quickly.
+    """Return what can be seen of a tensor quickly: address, version, device, dtype, shape and about a thousand values.
 
-    That is its address, version, device, dtype, shape and about a thousand values. Two looks differ after almost every
-    change. Code that writes through ``.data``, numpy or torch.distributed changes no version: such a change is missed
-    if it also misses every sample. It is None for tensors that must be read in full.
+    Two looks differ after almost every change. Code that writes through ``.data``, numpy or torch.distributed changes
+    no version: such a change is missed if it also misses every sample. None: the tensor must be read in full.
     """
     if hasattr(tensor, "__tensor_flatten__"):
         inner = [look(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
         return None if None in inner else (None, tensor._version, *inner)
     if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_inference():
         return None
-    form = (str(tensor.device), tensor.dtype, tuple(tensor.shape))
-    return tensor.data_ptr(), tensor._version, *form, digest(_samples(tensor))
+    seen = (str(tensor.device), tensor.dtype, tuple(tensor.shape), digest(_samples(tensor)))
+    return tensor.data_ptr(), tensor._version, *seen
 
 
 def _samples(tensor: Tensor) -> Tensor:
@@ -113,20 +94,10 @@ def _samples(tensor: Tensor) -> Tensor:
 
 
 class Seen:
-    """A tensor as it was at one moment.
-
-    Of a tensor that is spread over processes, it is this process's own part.
+    """A tensor, or the local shard of a DTensor, as it was at one moment.
 
     It knows the tensor itself, but not by a weak reference: torch refuses to swap tensors that have one. A copy of it
     (by deepcopy or pickle) knows only the values.
-
-    Example:
-        >>> weight = torch.ones(3)
-        >>> seen = Seen(weight)
-        >>> before = seen.is_still(weight)
-        >>> _ = weight.mul_(2)
-        >>> before, seen.is_still(weight)
-        (True, False)
     """
 
     def __init__(self, tensor: Tensor, known: int | None = None) -> None:
@@ -142,10 +113,7 @@ class Seen:
         return tensor is self._tensor and self._look is not None and self._look == look(to_local(tensor))
 
     def is_still(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` has the same values.
-
-        It may have moved to another device.
-        """
+        """Whether ``tensor`` has the same values. It may have moved to another device."""
         if tensor.is_meta or tensor.dtype != self.dtype:
             return False
         if self._is_kept(tensor):
@@ -154,10 +122,7 @@ class Seen:
         return known is not None and known == digest(to_local(tensor))
 
     def is_alike(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` has the same values, if they are known.
-
-        It may have been moved or converted: then about a thousand values are compared.
-        """
+        """Whether ``tensor`` has the same values, or about a thousand of them if it was moved or converted."""
         if tensor.is_meta or self.is_still(tensor):
             return True
         tensor = to_local(tensor)
@@ -179,10 +144,7 @@ class Seen:
         return now[2] != then[2] and (now[1], *now[3:]) == (then[1], *then[3:])
 
     def digest(self) -> int | None:
-        """Return the digest of the values at that moment.
-
-        It is computed when it is first asked for. If the values have changed before that, it is None.
-        """
+        """Return the digest of the values at that moment, or None if they changed before anyone asked for it."""
         if self._digest is None and self._tensor is not None and self._is_kept(self._tensor):
             self._digest = digest(to_local(self._tensor))
         return self._digest
@@ -192,11 +154,7 @@ class Seen:
 
     @classmethod
     def restored(cls, state: dict[str, Any]) -> "Seen":
-        """Return a copy that knows only the values.
-
-        Args:
-            state: What ``__getstate__`` returned.
-        """
+        """Return a copy that knows only the values, from what ``__getstate__`` returned."""
         seen = cls.__new__(cls)
         vars(seen).update(state)
         return seen

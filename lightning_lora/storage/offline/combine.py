@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError, listed
-from lightning_lora.functional.combine import Factors, concatenated, dare, factored, ties, truncated
+from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, ConfigError, listed
+from lightning_lora.functional.combine import Factors, concatenated, dare, factored, ties, truncated, with_rank
+from lightning_lora.layers import AdaptedMatrix
 from lightning_lora.storage.formats.own import check_place, write_adapter_file
 from lightning_lora.storage.names import by_whole_names, targets_of
-from lightning_lora.storage.offline.stored import StoredAdapters
-from lightning_lora.storage.stored import StoredAdapters as Combined
+from lightning_lora.storage.offline.layers import besides, check_finite, read_layers, updates
+from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.names import join
 
@@ -76,113 +77,75 @@ def combine_files(paths: Sequence[Path], out: Path, how: How) -> int:
     check_place(out)
     if len(paths) < 2 or len(how.weights) != len(paths):
         raise ConfigError(f"Got {len(paths)} files and {len(how.weights)} weights. Expected at least two, and as many.")
-    files = [StoredAdapters(path) for path in paths]
-    _check_alike(files)
+    files = [read_layers(path) for path in paths]
+    known = _check_alike(files)
     generator = torch.Generator().manual_seed(how.seed)
-    layers, state = list[StoredLayer](), dict[str, Tensor]()
+    layers, state = dict[str, StoredLayer](), dict[str, Tensor]()
     with torch.no_grad():
-        for name in dict.fromkeys(name for file in files for name in file.layers):
-            combined = _combined(files, name, how, generator)
-            layers.append(_layer(next(file.layers[name] for file in files if name in file.layers), combined))
-            for part in layers[-1].matrices:
-                for factor, value in part.named(combined[part.name]).items():
-                    state[join(name, factor)] = value
-    write_adapter_file(out, _described(files[0], layers, state))
+        for name, layer in known.items():
+            holding = [
+                (updates(file, name), w) for file, w in zip(files, how.weights, strict=True) if name in file.layers
+            ]
+            combined = {
+                matrix: _combined(matrix, [(found[matrix.name], w) for found, w in holding], how, generator)
+                for matrix in layer.matrices
+            }
+            r = max(a.shape[-2] for a, _ in combined.values())
+            layers[name] = replace(layer, r=r)
+            for matrix, update in combined.items():
+                factors = matrix.named(with_rank(update, matrix.rank(r)))
+                state |= {join(name, parameter): factor.contiguous() for parameter, factor in factors.items()}
+    base = files[0].base
+    config = _config(list(layers.values()), base)
+    write_adapter_file(out, StoredAdapters(config, state, layers, base, root=files[0].root))
     return len(layers)
 
 
-def _check_alike(files: list[StoredAdapters]) -> None:
-    """Refuse files whose updates cannot be added."""
+def _check_alike(files: list[StoredAdapters]) -> dict[str, StoredLayer]:
+    """Refuse files whose updates cannot be added. Return the layers of all, each with a scaling of one."""
     first = files[0]
+    layers, holder = dict[str, StoredLayer](), dict[str, StoredAdapters]()
     for file in files:
-        broken = [
-            name for name, value in file.state.items() if isinstance(value, Tensor) and not value.isfinite().all()
-        ]
-        if broken:
-            raise AdapterFileError(f"{listed(broken)} in {file.path} hold NaN or infinite values: use an earlier file.")
+        check_finite(file)
         if file.config.use_dora:
-            raise AdapterMismatchError(f"{file.path} uses DoRA: its updates depend on the base and cannot be added.")
-        if beside := file.beside():
+            raise AdapterMismatchError(f"{file.source} uses DoRA: its updates depend on the base and cannot be added.")
+        if beside := besides(file):
             raise AdapterMismatchError(
-                f"{file.path} also holds {listed(beside)}, trained in full: they cannot be combined. Train without "
+                f"{file.source} also holds {listed(beside)}, trained in full: they cannot be combined. Train without "
                 "modules_to_save and bias, or merge one of the files first."
             )
-        if not _is_same_base(first, file) or file.description.get("root") != first.description.get("root"):
-            raise BaseMismatchError(f"{first.path} and {file.path} were trained on different bases. Use one base.")
-    for file in files:
+        if not any(form in file.base for form in first.base) or file.root != first.root:
+            raise BaseMismatchError(f"{first.source} and {file.source} were trained on different bases. Use one base.")
         for name, layer in file.layers.items():
-            for other in files:
-                found = other.layers.get(name, layer)
-                if _form(found) != _form(layer):
-                    raise AdapterMismatchError(
-                        f"{name!r} is adapted in other parts in {file.path} than in {other.path}. Use the same "
-                        "target_slices and target_parameters."
-                    )
+            matrices = tuple(replace(matrix, r=None, scaling=None) for matrix in layer.matrices)
+            found = layers.setdefault(name, replace(layer, scaling=1.0, matrices=matrices))
+            other = holder.setdefault(name, file)
+            if (found.kind, found.shapes, found.matrices) != (layer.kind, layer.shapes, matrices):
+                raise AdapterMismatchError(
+                    f"{name!r} is adapted in other parts in {other.source} than in {file.source}. Use the same "
+                    "target_slices and target_parameters."
+                )
+    return layers
 
 
-def _is_same_base(one: StoredAdapters, other: StoredAdapters) -> bool:
-    """Whether two files have a form of the base in common."""
-    return any(form in other.description["base"] for form in one.description["base"])
+def _combined(
+    matrix: AdaptedMatrix, weighted: list[tuple[Factors, float]], how: How, generator: torch.Generator
+) -> Factors:
+    """Combine the updates of one matrix, each with its weight."""
+    found, weights = [update for update, _ in weighted], [weight for _, weight in weighted]
+    r = matrix.rank(how.r or max(a.shape[-2] for a, _ in found))
+    if how.method == "ties":
+        return factored(ties([b @ a for a, b in found], weights, how.density), r)
+    if how.method == "dare":
+        return factored(dare([b @ a for a, b in found], weights, how.density, generator), r)
+    update = concatenated(found, weights)
+    most = matrix.largest_rank if how.method == "cat" else r
+    return update if update[0].shape[-2] <= most else truncated(update, most)
 
 
-def _form(layer: StoredLayer) -> Any:
-    return layer.kind, layer.shapes, [(part.name, part.weight, part.first, part.writes) for part in layer.matrices]
-
-
-def _combined(files: list[StoredAdapters], name: str, how: How, generator: torch.Generator) -> dict[str, Factors]:
-    """Combine one layer's updates, by the name of the part."""
-    holding = [
-        (file.parts(name), weight) for file, weight in zip(files, how.weights, strict=True) if name in file.layers
-    ]
-    result = {}
-    for part in holding[0][0]:
-        updates, weights = [parts[part] for parts, _ in holding], [weight for _, weight in holding]
-        r = how.r or max(a.shape[-2] for a, _ in updates)
-        if how.method in ("cat", "svd"):
-            a, b = concatenated(updates, weights)
-            most = min(a.shape[-1], b.shape[-2])
-            wanted = most if how.method == "cat" else min(r, most)
-            result[part] = (a, b) if a.shape[-2] <= wanted else truncated((a, b), wanted)
-            continue
-        deltas = [b @ a for a, b in updates]
-        delta = (
-            ties(deltas, weights, how.density)
-            if how.method == "ties"
-            else dare(deltas, weights, how.density, generator)
-        )
-        result[part] = factored(delta, min(r, *delta.shape[-2:]))
-    return {part: (a.contiguous(), b.contiguous()) for part, (a, b) in _of_one_rank(result).items()}
-
-
-def _of_one_rank(result: dict[str, Factors]) -> dict[str, Factors]:
-    """Pad the factors of a layer's parts with zeros to the rank that each has in a layer of the largest rank."""
-    largest = max(a.shape[-2] for a, _ in result.values())
-    padded = {}
-    for part, (a, b) in result.items():
-        more = min(largest, a.shape[-1], b.shape[-2]) - a.shape[-2]
-        padded[part] = (
-            torch.nn.functional.pad(a, (0, 0, 0, more)),
-            torch.nn.functional.pad(b, (0, more)),
-        )
-    return padded
-
-
-def _layer(like: StoredLayer, combined: dict[str, Factors]) -> StoredLayer:
-    """Describe a layer of the new file: its scaling is one."""
-    r = max(a.shape[-2] for a, _ in combined.values())
-    parts = tuple(replace(part, r=None, scaling=None) for part in like.matrices)
-    return replace(like, r=r, scaling=1.0, matrices=parts)
-
-
-def _described(like: StoredAdapters, layers: list[StoredLayer], state: dict[str, Tensor]) -> Combined:
-    """Describe the new file, with each layer named in full."""
+def _config(layers: list[StoredLayer], base: list[dict[str, Any]]) -> LoRAConfig:
+    """A configuration that names each layer in full."""
     ranks = {target: (layer.r, layer.r) for layer in layers for target in targets_of(layer)}
-    names = [name for form in like.description["base"] for name in form.get("rounded", ())]
+    names = [name for form in base for name in form.get("rounded", ())]
     present = {name.rpartition(".")[0] for name in names} | {layer.name for layer in layers}
-    return Combined(
-        config=by_whole_names(layers, ranks, LoRAConfig(), present),
-        state=state,
-        layers={layer.name: layer for layer in layers},
-        base=like.description["base"],
-        root=like.description["root"],
-    )
+    return by_whole_names(layers, ranks, LoRAConfig(), present)

@@ -1,11 +1,9 @@
 """Merge adapters into files of the base."""
 
 import json
-import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +22,11 @@ from lightning_lora.model.merged import lost_to_rounding
 from lightning_lora.storage.base import is_converted
 from lightning_lora.storage.checkpoint import as_base
 from lightning_lora.storage.disk import unread_in, writing
+from lightning_lora.storage.merged_model import writing_folder
 from lightning_lora.storage.names import common_lead
-from lightning_lora.storage.offline.stored import StoredAdapters
+from lightning_lora.storage.offline.layers import besides, check_finite, layer_on, read_layers
 from lightning_lora.storage.offline.tensor_files import INDEX, Entry, TensorFiles, write_tensors
+from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join
 
@@ -59,25 +59,27 @@ def merge_files(base: Path, adapter: Path, out: Path, progress: Progress = str) 
     """
     if not out.parent.is_dir():
         raise FileNotFoundError(f"The folder {out.parent} does not exist. Make it first.")
-    files, stored = TensorFiles(base), StoredAdapters(adapter)
-    job = _Merge(files, stored)
+    files = TensorFiles(base)
+    job = _Merge(files, read_layers(adapter), progress)
     job.check()
     if base.is_dir():
-        with _whole_folder(out) as folder:
-            _write_folder(job, folder, progress)
+        with writing_folder(out) as folder:
+            folder.mkdir()
+            _write_folder(job, folder)
     elif out.suffix == ".safetensors":
         with writing(out) as part:
-            write_tensors(part, job.entries(job.names, progress, new=True), files.metadata(base))
+            write_tensors(part, job.entries(job.places), files.metadata(base))
     elif out.suffix == ".ckpt" and files.checkpoint is not None:
-        if unread := unread_in(as_base(files.checkpoint)):
+        checkpoint = as_base(files.checkpoint)
+        if unread := unread_in(checkpoint):
             raise AdapterFileError(
                 f"{base} holds objects of {listed(dict.fromkeys(unread))}, which are not read, and would be lost in "
                 f"{out}. Name a file that ends in .safetensors, or merge in memory: load_adapter(model, path), then "
                 "save_merged."
             )
-        state = {entry.name: entry.make() for entry in job.entries(job.names, progress, new=True)}
+        state = {entry.name: entry.make() for entry in job.entries(job.places)}
         with writing(out) as part:
-            torch.save({**as_base(files.checkpoint), "state_dict": state}, part)
+            torch.save({**checkpoint, "state_dict": state}, part)
     else:
         kinds = ".safetensors" if files.checkpoint is None else ".safetensors or .ckpt"
         raise AdapterFileError(f"{out} cannot be written from {base}. Name a file that ends in {kinds}.")
@@ -91,29 +93,25 @@ def merge_files(base: Path, adapter: Path, out: Path, progress: Progress = str) 
 
 
 class _Merge:
-    """The adapters of one file, and the weights of the base that they change."""
+    """The adapters of one file, and the weights of the base that they change, by their names in the base."""
 
-    def __init__(self, files: TensorFiles, stored: StoredAdapters) -> None:
-        self.files, self.stored = files, stored
-        self.names = list(files.file_of)
+    def __init__(self, files: TensorFiles, stored: StoredAdapters, progress: Progress) -> None:
+        self.files, self.stored, self.progress = files, stored, progress
         self.lost: dict[str, float] = {}  # the share of each layer's update that rounding took, as far as written
         weights = [(name, weight) for name, layer in stored.layers.items() for weight in layer.shapes]
         self.name_in_base = _renaming(stored, [join(*each) for each in weights], files)
         self.weights = {self.name_in_base(join(*each)): each for each in weights}
-        self.beside = {self.name_in_base(name): value for name, value in stored.beside().items() if _is_tensor(value)}
+        self.beside = {self.name_in_base(name): value for name, value in besides(stored).items()}
+        self.places, last = dict(files.file_of), list(files.file_of.values())[-1]
+        for name in self.beside:
+            self.places.setdefault(name, last)
 
     def check(self) -> None:
         """Refuse what does not fit, before anything is written."""
-        broken = [name for name, value in self.stored.state.items() if _is_tensor(value) and not value.isfinite().all()]
-        if broken:
+        check_finite(self.stored)
+        if odd := [name for name, value in self.beside.items() if not isinstance(value, Tensor)]:
             raise AdapterFileError(
-                f"{listed(broken)} in {self.stored.path} hold NaN or infinite values: the training diverged. Use an "
-                "earlier file."
-            )
-        odd = [name for name, value in self.stored.beside().items() if not _is_tensor(value)]
-        if odd:
-            raise AdapterFileError(
-                f"{listed(odd)} in {self.stored.path} are not tensors (get_extra_state), and would be lost. Merge in "
+                f"{listed(odd)} in {self.stored.source} are not tensors (get_extra_state), and would be lost. Merge in "
                 "memory: load_adapter(model, path), then save_merged."
             )
         wrong, tied = [], []
@@ -121,12 +119,13 @@ class _Merge:
             shape = self.stored.layers[layer].shapes[weight]
             if name not in self.files.file_of or tuple(self.files.get(name).shape) != shape:
                 wrong.append(f"{name} {list(shape)}")
-            tied += [name] if weight in self.stored.layers[layer].tied else []
+            if weight in self.stored.layers[layer].tied:
+                tied.append(name)
         if wrong:
             raise AdapterMismatchError(
-                f"{self.files.path} lacks weights that {self.stored.path} adapts, or has them in another shape: "
-                f"{listed(wrong)}. Its names are such as {listed(self.names)}. Pass the base that the adapters were "
-                "trained on, not quantised."
+                f"{self.files.path} lacks weights that {self.stored.source} adapts, or has them in another shape: "
+                f"{listed(wrong)}. Its names are such as {listed(self.files.file_of)}. Pass the base that the adapters "
+                "were trained on, not quantised."
             )
         if tied:
             raise AdapterMismatchError(
@@ -136,18 +135,14 @@ class _Merge:
         self._check_base()
 
     def _check_base(self) -> None:
-        """Compare every frozen tensor that both sides have.
-
-        The same values in another precision are accepted.
-        """
-        changed, forms = set(self.stored.description["changed"]), self.stored.description["base"]
-        compared = [self._compare(form, changed) for form in forms if "rounded" in form]
+        """Compare every frozen tensor that both sides have. The same values in another precision are accepted."""
+        compared = [self._compare(form) for form in self.stored.base if "rounded" in form]
         found = min(compared, key=lambda each: len(each.differ), default=_Comparison([], [], 0))
         if found.differ or not found.equal:
             raise BaseMismatchError(
-                f"The adapters in {self.stored.path} were trained on another base: {len(found.differ)} frozen tensors "
-                f"in {self.files.path} differ, such as {listed(found.differ)}, and {found.equal} are the same. Pass "
-                "the weights that they were trained on."
+                f"The adapters in {self.stored.source} were trained on another base: {len(found.differ)} frozen "
+                f"tensors in {self.files.path} differ, such as {listed(found.differ)}, and {found.equal} are the same. "
+                "Pass the weights that they were trained on."
             )
         if found.converted:
             warnings.warn(
@@ -157,14 +152,14 @@ class _Merge:
                 stacklevel=4,
             )
 
-    def _compare(self, form: dict[str, Any], changed: set[str]) -> "_Comparison":
+    def _compare(self, form: dict[str, Any]) -> "_Comparison":
         """Compare the base with one form of it that the training has seen."""
         dtypes = [getattr(torch, dtype) for dtype in form["dtypes"]]
         differ, converted, equal = [], [], 0
         for (name, halves), exact in zip(form["rounded"].items(), form["digests"], strict=True):
             place = self.name_in_base(name)
-            if name in changed or halves is None or place not in self.files.file_of:  # None: it was quantised
-                continue
+            if name in self.stored.changed or halves is None or place not in self.files.file_of:
+                continue  # None: it was quantised
             tensor = self.files.get(place)
             if digest(tensor) == exact:
                 equal += 1
@@ -175,29 +170,25 @@ class _Merge:
                 differ.append(place)
         return _Comparison(differ, converted, equal)
 
-    def entries(self, names: list[str], progress: Progress, *, new: bool) -> Iterator[Entry]:
-        """Yield the tensors of a file of the merged model.
+    def entries(self, names: Iterable[str]) -> Iterator[Entry]:
+        """Yield these tensors of the merged model."""
+        for name in names:
+            like = self._value(name)
+            yield Entry(name, like.dtype, tuple(like.shape), lambda name=name: self._merged(name))  # type: ignore[misc]
 
-        Args:
-            names: The tensors of the base that belong to it.
-            progress: Called with the name of each tensor before it is made.
-            new: Whether to add the tensors that the base does not have.
-        """
-        more = [name for name in self.beside if name not in self.files.file_of] if new else []
-        for name in [*names, *more]:
-            like = self.beside.get(name)
-            if like is None:
-                like = self.files.get(name)
-            yield Entry(name, like.dtype, tuple(like.shape), lambda name=name: self._values(name, progress))  # type: ignore[misc]
+    def _value(self, name: str) -> Tensor:
+        """A tensor without updates: that of the training, or of the base."""
+        value: Tensor = self.beside[name] if name in self.beside else self.files.get(name)
+        return value
 
-    def _values(self, name: str, progress: Progress) -> Tensor:
-        progress(name)
-        base = self.beside[name] if name in self.beside else self.files.get(name)
+    def _merged(self, name: str) -> Tensor:
+        self.progress(name)
+        base = self._value(name)
         if name not in self.weights:
             return base
         layer, weight = self.weights[name]
         with torch.no_grad():
-            merged, lost = self.stored.adapted(layer, {weight: base}).lora_merged_weight(weight)
+            merged, lost = layer_on(self.stored, layer, {weight: base}).lora_merged_weight(weight)
         self.lost[layer] = max(lost, self.lost.get(layer, 0.0))
         if not merged.isfinite().all() and base.isfinite().all():
             raise AdapterMismatchError(
@@ -214,13 +205,9 @@ class _Comparison(NamedTuple):
     equal: int
 
 
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
-
-
 def _renaming(stored: StoredAdapters, weights: list[str], files: TensorFiles) -> Callable[[str], str]:
     """Return how names in the adapters' file become names in the base: one prefix may come off, or be added."""
-    root = stored.description.get("root", "")
+    root = stored.root
     inside = f"{root}." if root and all(name.startswith(f"{root}.") for name in weights) else ""
     endings = ("." + weights[0].removeprefix(inside), "." + weights[0])
     prefixes = [name.removesuffix(end) + "." for end in endings for name in files.file_of if name.endswith(end)]
@@ -231,53 +218,32 @@ def _renaming(stored: StoredAdapters, weights: list[str], files: TensorFiles) ->
         places = {tuple(add + name.removeprefix(strip) for name in weights) for strip, add in fitting}
         if len(places) > 1:
             raise AdapterMismatchError(
-                f"The weights that {stored.path} adapts are in {files.path} in several places: "
+                f"The weights that {stored.source} adapts are in {files.path} in several places: "
                 f"{listed(place[0] for place in sorted(places))}. Pass a base that holds the model once."
             )
         for strip, add in fitting:
-            outside = [name for name in stored.beside() if not name.startswith(strip)]
+            outside = [name for name in besides(stored) if not name.startswith(strip)]
             if outside:
                 raise AdapterMismatchError(
-                    f"{stored.path} also holds {listed(outside)}, trained outside of {strip[:-1]!r}, for which "
+                    f"{stored.source} also holds {listed(outside)}, trained outside of {strip[:-1]!r}, for which "
                     f"{files.path} has no place. Merge in memory: load_adapter(model, path), then save_merged."
                 )
             return lambda name: add + name.removeprefix(strip) if name.startswith(strip) else f" outside: {name}"
     return lambda name: name
 
 
-def _write_folder(job: _Merge, folder: Path, progress: Progress) -> None:
+def _write_folder(job: _Merge, folder: Path) -> None:
     """Write the merged model into an empty folder, divided as the base is, with the base's other files."""
-    base, sizes, places = job.files.path, 0, dict[str, str]()
-    files = list(dict.fromkeys(job.files.file_of.values()))
-    for file in files:
-        names = [name for name, place in job.files.file_of.items() if place == file]
-        entries = list(job.entries(names, progress, new=file == files[-1]))
-        write_tensors(folder / file.name, entries, job.files.metadata(file))
-        places |= {entry.name: file.name for entry in entries}
-        sizes += sum(torch.Size(entry.shape).numel() * entry.dtype.itemsize for entry in entries)
+    base, size = job.files.path, 0
+    for file in dict.fromkeys(job.places.values()):
+        names = [name for name, place in job.places.items() if place == file]
+        size += write_tensors(folder / file.name, job.entries(names), job.files.metadata(file))
     if (base / INDEX).is_file():
         index: dict[str, Any] = json.loads((base / INDEX).read_text())
-        index["weight_map"] = places
-        index["metadata"] = {**index.get("metadata", {}), "total_size": sizes}
+        index["weight_map"] = {name: file.name for name, file in job.places.items()}
+        index["metadata"] = {**index.get("metadata", {}), "total_size": size}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
+    weights = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".h5")
     for other in base.iterdir():
-        if other.is_file() and not other.name.endswith(
-            (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".h5")
-        ):
+        if other.is_file() and not other.name.endswith(weights):
             shutil.copy2(other, folder / other.name)
-
-
-@contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
-    """Yield a folder beside ``out`` that becomes ``out`` when all is written."""
-    if out.exists():
-        raise AdapterFileError(f"{out} exists already. Choose another name.")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"The folder {out.parent} does not exist. Make it first.")
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    part.mkdir()
-    try:
-        yield part
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -4,10 +4,11 @@ import json
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError
@@ -18,20 +19,6 @@ INDEX = "model.safetensors.index.json"
 
 _ONE = "model.safetensors"
 """The only file of weights in a folder that is not divided."""
-
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""safetensors' names of dtypes."""
 
 
 class TensorFiles:
@@ -101,46 +88,39 @@ def _names_in(path: Path) -> list[str]:
 
 
 class Entry(NamedTuple):
-    """One tensor to be written.
-
-    Args:
-        name: Its name.
-        dtype: Its dtype.
-        shape: Its shape.
-        make: Returns its values, when their turn has come.
-    """
+    """One tensor to be written: ``make`` returns its values, when their turn has come."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
 
+    @property
+    def nbytes(self) -> int:
+        """The size of its values."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
-def write_tensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> None:
-    """Write a ``.safetensors`` file, one tensor at a time.
+
+def write_tensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> int:
+    """Write a ``.safetensors`` file, one tensor at a time. Return the size of all tensors.
 
     Source:
         The format's own description, https://github.com/huggingface/safetensors#format.
     """
-    entries = list(entries)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    end = 0
+    entries, header, end = list(entries), dict[str, Any](__metadata__={"format": "pt", **metadata}), 0
     for entry in entries:
-        size = torch.Size(entry.shape).numel() * entry.dtype.itemsize
-        header[entry.name] = {
-            "dtype": _NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [end, end + size],
-        }
-        end += size
+        place = [end, end := end + entry.nbytes]
+        header[entry.name] = {"dtype": _name_of(entry.dtype), "shape": entry.shape, "data_offsets": place}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for entry in entries:
-            _write_values(file, entry)
+            values = entry.make().detach().to("cpu", entry.dtype).contiguous().reshape(-1)
+            file.write(values.view(torch.uint8).numpy().data if values.numel() else b"")
+    return end
 
 
-def _write_values(file: BinaryIO, entry: Entry) -> None:
-    values = entry.make().detach().to("cpu", entry.dtype).contiguous().reshape(-1)
-    file.write(values.view(torch.uint8).numpy().data if values.numel() else b"")
+def _name_of(dtype: torch.dtype) -> Any:
+    """The name of a dtype in the format, as safetensors itself writes it after the eight bytes of a header's size."""
+    return json.loads(save({"": torch.empty(0, dtype=dtype)})[8:])[""]["dtype"]

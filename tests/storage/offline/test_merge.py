@@ -258,7 +258,8 @@ def test_a_folder_that_exists_is_not_overwritten(tmp_path: Path) -> None:
     inject_adapters(model, LoRAConfig(r=2))
     save_adapter(model, tmp_path / "adapter.safetensors")
     (tmp_path / "merged").mkdir()
-    with pytest.raises(AdapterFileError, match="exists already"):
+    (tmp_path / "merged" / "mine.txt").touch()
+    with pytest.raises(AdapterFileError, match="already exists"):
         merge_files(tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "merged")
 
 

@@ -1,0 +1,103 @@
+"""The layers of a file of adapters, without their model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.errors import AdapterFileError, listed
+from lightning_lora.functional.combine import Factors
+from lightning_lora.layers import Adapter, LoRALayer, Settings, adapter_parameters, attach, matrix_factors
+from lightning_lora.storage.formats.own import read_adapter_file
+from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.tensors.names import join
+
+
+def read_layers(path: str | Path) -> StoredAdapters:
+    """Return the adapters in a file that describes its layers.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        AdapterFileError: it cannot be read, or an earlier version wrote it, or it has layers of your own kind.
+    """
+    stored = read_adapter_file(path)
+    if not stored.layers:
+        raise AdapterFileError(
+            f"{path} does not say what its layers are: an earlier version wrote it. Load it with load_adapter onto its "
+            "model, and save it again with save_adapter."
+        )
+    for name, layer in stored.layers.items():
+        if layer.adapter_class is None:
+            raise AdapterFileError(
+                f"Layer {name!r} in {path} is a {layer.layer_class}, adapted by your own class {layer.kind}. Only the "
+                "model itself can read it: load_adapter(model, path)."
+            )
+    if missing := [name for name in _parameters(stored) if name not in stored.state]:
+        raise AdapterFileError(f"{path} lacks {listed(missing)}: it is damaged or was changed.")
+    return stored
+
+
+def _settings(stored: StoredAdapters, name: str) -> Settings:
+    layer = stored.layers[name]
+    return Settings(layer.r, layer.scaling, init=stored.config.init, use_dora=stored.config.use_dora)
+
+
+def _parameters(stored: StoredAdapters) -> list[str]:
+    """The names of all adapter parameters that the layers have."""
+    names = list[str]()
+    for name, layer in stored.layers.items():
+        names += [join(name, parameter) for parameter in adapter_parameters(layer.matrices, _settings(stored, name))]
+    return names
+
+
+def besides(stored: StoredAdapters) -> dict[str, Any]:
+    """Return what a file holds besides adapters: trained modules, biases, buffers."""
+    parameters = set(_parameters(stored))
+    return {name: value for name, value in stored.state.items() if name not in parameters}
+
+
+def updates(stored: StoredAdapters, name: str) -> dict[str, Factors]:
+    r"""Return A and B of a layer's updates, with the scaling in B, by the names of its matrices.
+
+    Shape:
+        (\*, r, in) and (\*, out, r).
+    """
+    layer, found = stored.layers[name], dict[str, Factors]()
+    for matrix in layer.matrices:
+        a, b = matrix_factors(matrix, _settings(stored, name), lambda parameter: stored.state[join(name, parameter)])
+        found[matrix.name] = a, b * (layer.scaling if matrix.scaling is None else matrix.scaling)
+    return found
+
+
+def layer_on(stored: StoredAdapters, name: str, weights: Mapping[str, Tensor]) -> LoRALayer:
+    """Return an adapted layer with these weights of the base, which can compute its merged weights."""
+    layer, shell = stored.layers[name], nn.Module()
+    for matrix in layer.matrices:
+        *owners, leaf = matrix.weight.split(".")
+        owner = shell
+        for child in owners:
+            if child not in owner._modules:
+                owner.add_module(child, nn.Module())
+            owner = owner.get_submodule(child)
+        owner.register_parameter(leaf, _frozen(weights.get(matrix.weight, torch.empty(0))))
+    settings, parameters = _settings(stored, name), dict[str, nn.Parameter]()
+    for parameter in adapter_parameters(layer.matrices, settings):
+        parameters[parameter] = _frozen(stored.state[join(name, parameter)])
+    attach(shell, Adapter(cast(type[LoRALayer], layer.adapter_class), settings, layer.matrices, parameters))
+    return cast(LoRALayer, shell)
+
+
+def _frozen(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
+
+
+def check_finite(stored: StoredAdapters) -> None:
+    """Refuse adapters that hold NaN or infinite values."""
+    tensors = {name: value for name, value in stored.state.items() if isinstance(value, Tensor)}
+    if broken := [name for name, value in tensors.items() if not value.isfinite().all()]:
+        raise AdapterFileError(
+            f"{listed(broken)} in {stored.source} hold NaN or infinite values: the training diverged. Use an earlier "
+            "file."
+        )

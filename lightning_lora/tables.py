@@ -1,0 +1,75 @@
+"""Tables of layers, for a terminal of any width."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_LOG_WIDTH = 120
+"""The width of a table that is not printed to a terminal."""
+
+
+def layer_table(*headings: str, title: str = "") -> Table:
+    """Return a table without rows. Names are whole, in several lines if needed; numbers stay in one."""
+    table = Table(title=Text(title) if title else None)
+    for heading in headings:
+        is_text = heading in ("Layers", "Type")
+        table.add_column(heading, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
+    return table
+
+
+def fitting_console(**options: Any) -> Console:
+    """Return a console of the terminal's width.
+
+    A log file has no width of its own, so that names are not cut there.
+    """
+    console = Console(**options)
+    if not (console.is_terminal or console.is_jupyter or "COLUMNS" in os.environ):
+        console = Console(width=_LOG_WIDTH, **options)
+    return console
+
+
+_BLOCK = re.compile(r"\d+(?=\.)")
+"""The number of a block in a layer's name. A number at its end says which layer it is."""
+
+
+def grouped(kinds: Mapping[str, Hashable]) -> Iterator[tuple[str, list[str]]]:
+    """Group layers of one kind whose names differ only in the numbers of blocks.
+
+    Args:
+        kinds: What layers of one group have in common, by their names.
+
+    Yields:
+        A name for each group, and the names in it. A number that differs is ``*``, or a range if there are more groups
+        of the same name.
+
+    Example:
+        >>> ranks = {"layers.0.q": 2, "layers.1.q": 2, "layers.2.q": 4, "layers.0.v": 4, "layers.1.v": 4}
+        >>> [group for group, names in grouped(ranks)]
+        ['layers.0-1.q', 'layers.2.q', 'layers.*.v']
+    """
+    groups: dict[tuple[str, Hashable], list[str]] = {}
+    for name, kind in kinds.items():
+        groups.setdefault((_BLOCK.sub("*", name), kind), []).append(name)
+    alike = Counter(pattern for pattern, _ in groups)
+    for (pattern, _), names in groups.items():
+        columns = zip(*(map(int, _BLOCK.findall(name)) for name in names), strict=True)
+        numbers = [_ranges(column) if alike[pattern] > 1 or len({*column}) == 1 else "*" for column in columns]
+        texts = zip(_BLOCK.split(names[0]), [*numbers, ""], strict=True)
+        yield "".join(text + number for text, number in texts) or "(root)", names
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Numbers as text, such as "0,2-5"."""
+    runs = list[list[int]]()
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(map(str, run)) for run in runs)
