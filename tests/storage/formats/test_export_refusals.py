@@ -211,7 +211,7 @@ def test_buffers_and_frozen_weights_that_changed(tmp_path: Path) -> None:
     with refused("no place for 'norm.running_mean'", tmp_path) as directory:
         export_peft(model, directory)
     model = trained(base, LoRAConfig(r=2))
-    View(model).record.originals["norm.weight"] = base.norm.weight.detach() + 1  # as after a load
+    View(model).record.adapter.originals["norm.weight"] = base.norm.weight.detach() + 1  # as after a load
     with refused("no place for 'norm.weight'.*frozen weights that changed", tmp_path) as directory:
         export_peft(model, directory)
 
