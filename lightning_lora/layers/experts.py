@@ -31,7 +31,7 @@ class LoRAParameters(LoRALayer):
     lora_options = ("is_transposed",)
 
     @staticmethod
-    def lora_part(layer: nn.Module, name: str) -> AdaptedMatrix:
+    def lora_matrix_of(layer: nn.Module, name: str) -> AdaptedMatrix:
         """Return the matrix, or the stack of matrices, that is a parameter of the module or of a layer inside it."""
         *stack, writes, reads = own_parameter(layer, name).shape
         return AdaptedMatrix(name, reads, writes, rows=writes, name=name.replace(".", "_"), stack=tuple(stack))

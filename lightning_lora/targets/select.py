@@ -153,7 +153,7 @@ def _matrices(
     """The matrices of a layer, or these parameters of a module."""
     layer, slices = names.modules[name], config.slices(name)
     if parameters is not None:
-        return tuple(LoRAParameters.lora_part(layer, leaf) for leaf in parameters)
+        return tuple(LoRAParameters.lora_matrix_of(layer, leaf) for leaf in parameters)
     matrices = kind.lora_matrices_of(layer)
     return sliced(names, name, kind, matrices, slices) if slices else matrices
 

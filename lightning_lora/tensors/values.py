@@ -151,10 +151,3 @@ class Seen:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"dtype": self.dtype, "_tensor": None, "_look": None, "_some": self._some, "_digest": self.digest()}
-
-    @classmethod
-    def restored(cls, state: dict[str, Any]) -> "Seen":
-        """Return a copy that knows only the values, from what ``__getstate__`` returned."""
-        seen = cls.__new__(cls)
-        vars(seen).update(state)
-        return seen

@@ -259,7 +259,7 @@ class _Layers:
                 "was trained on."
             )
         kind: type[LoRALayer] = LoRARecurrent if adapter_for(layer) is LoRARecurrent else LoRAParameters
-        matrices = tuple(LoRAParameters.lora_part(layer, leaf) for leaf in named)
+        matrices = tuple(LoRAParameters.lora_matrix_of(layer, leaf) for leaf in named)
         if kind is LoRARecurrent:
             matrices = tuple(matrix for matrix in kind.lora_matrices_of(layer) if matrix.weight in named)
         about, factors = self._described(there, kind, matrices), list[Factors]()
