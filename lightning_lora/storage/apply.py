@@ -1,11 +1,10 @@
-"""Put stored adapters on a model.
-
-Everything is checked before anything is written.
-"""
+"""Put stored adapters on a model: everything is checked before anything is written."""
 
 import math
-from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,16 +12,67 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, LoRAWarning, listed
 from lightning_lora.layers import FROM_BASE, LoRAParameters
+from lightning_lora.model.attach import undone_on_error
 from lightning_lora.model.fresh import random_weights
-from lightning_lora.model.merge import unmerged
+from lightning_lora.model.inject import inject_adapters
+from lightning_lora.model.merge import merge, unmerge, unmerged
 from lightning_lora.model.merged import check_as_merged
-from lightning_lora.model.view import View, keep_frozen, restore_originals, view_of
-from lightning_lora.storage.base import check_base
-from lightning_lora.storage.names import Renaming
-from lightning_lora.storage.stored import is_note, required, stored_config, without_base
-from lightning_lora.tensors.names import join, load_state_dict, state_dict
+from lightning_lora.model.state import find_record, keep_record, receive
+from lightning_lora.model.view import View, keep_frozen, restore_originals, root_of, view_of
+from lightning_lora.storage.base import base_value, check_base
+from lightning_lora.storage.names import find_renamings, is_inside, renamed_config
+from lightning_lora.storage.stored import DIVERGED, StoredAdapters, is_note, required, without_base
+from lightning_lora.tensors.names import join, load_state_dict, named_modules, own_parameter, owner_of, state_dict
+
+
+def apply(model: nn.Module, read: Callable[[View], StoredAdapters], *, check_base: bool = True) -> None:
+    """Put stored adapters on a model, which is adapted first if it has none.
+
+    Args:
+        model: The model. A merged one gets its base back. After an error, it is as it was before.
+        read: Returns the adapters, by the names of the model that it is given.
+        check_base: Refuse another base, if the adapters say which one is theirs. Otherwise only warn.
+    """
+    with _unmerged_and_undone(model):
+        stored, is_new = read(View(model)), find_record(model) is None
+        if is_new:  # no adapters, or only those of a submodule
+            inject_adapters(model, stored.config)
+        view = view_of(model)
+        if not stored.base:
+            stored = replace(stored, state=_completed(view, stored.state, is_new=is_new))
+        check_fits(view, stored, refuse_base=check_base)
+        write_state(model, stored.state)
+
+
+@contextmanager
+def _unmerged_and_undone(model: nn.Module) -> Iterator[None]:
+    """Unmerge a model for a change. Undo all of it after an error."""
+    record, was_merged = find_record(model) or receive(model), False
+    try:
+        was_merged = unmerge(model)
+        with undone_on_error(View(model)):
+            yield
+    except BaseException:
+        if was_merged:
+            merge(model)
+        elif record is not None and record.is_merged:  # its weights were replaced: it is as it was
+            keep_record(model, record)
+        raise
+
+
+def _completed(view: View, state: Mapping[str, Any], *, is_new: bool) -> dict[str, Any]:
+    """Add what files of other libraries do not hold: base values of what trains, and start values from the base."""
+    added: dict[str, Any] = {}
+    for name, layer in view.layers.items():
+        for parameter, about in layer.lora_roles().items():
+            if not about.role.trains:
+                added[join(name, parameter)] = own_parameter(layer, parameter).detach()
+    for name in view.trained:
+        if is_new or "bias" in name.rpartition(".")[2]:
+            added[name] = base_value(view, name)
+    return {**added, **state}
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -45,7 +95,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     entries = entries_of(view, random_weights(view))
     state = {name: value for name, value in state.items() if not is_note(name)}
     check_names(view, entries, state)
-    check_tensors(view, entries, state)
+    _check_tensors(view, entries, state)
     write_state(model, state)
 
 
@@ -73,7 +123,140 @@ def _write(view: View, state: Mapping[str, Any]) -> None:
         undo.pop_all()
 
 
+# Other names
+
+
+def with_names_of(model: nn.Module, stored: StoredAdapters) -> StoredAdapters:
+    """Return adapters of a file of this package by the names of ``model``, if they differ by one prefix.
+
+    Raises:
+        AdapterMismatchError: the file is for a part of ``model``, or holds what ``model`` does not have, or ``model``
+            has further parts with the same names.
+
+    Warns:
+        LoRAWarning: names the two prefixes.
+    """
+    modules, title = named_modules(model), type(model).__name__
+    found = find_renamings(list(stored.layers), modules, root_there=stored.root, root_here=root_of(model))
+    if len(found) == 1 and _holds_all(model, found[0].here):
+        stored = stored if found[0] == stored.renaming else _renamed(model, replace(stored, renaming=found[0]))
+    elif places := [way.here for way in found if way.here]:
+        raise AdapterMismatchError(
+            f"The names in the file fit in {title} below {listed(places)}, and {title} holds other weights too. Load "
+            f"it onto that part: load_adapter(model.get_submodule({places[0]!r}), path)."
+        )
+    _check_present(model, stored)
+    return stored
+
+
+def _holds_all(model: nn.Module, prefix: str) -> bool:
+    return all(is_inside(name, prefix) for name in state_dict(model, keep_vars=True))
+
+
+def _renamed(model: nn.Module, stored: StoredAdapters) -> StoredAdapters:
+    title, renaming = type(model).__name__, stored.renaming
+    outside = dict.fromkeys(owner_of(name) or name for name in stored.state if not is_inside(name, renaming.there))
+    if outside:
+        raise AdapterMismatchError(
+            f"The file's adapters fit {title}, but it also holds {listed(outside)}, trained outside of "
+            f"{renaming.there!r}, which {title} does not have. Load it onto the whole model that it was saved from, "
+            f"and take its {renaming.there!r}."
+        )
+    warnings.warn(renaming.told(title), LoRAWarning, stacklevel=5)
+    return replace(
+        stored,
+        config=renamed_config(stored.config, stored.layers.values(), renaming, model),
+        state={renaming.name_here(name): value for name, value in stored.state.items()},
+        changed=tuple(map(renaming.name_here, stored.changed)),
+        random=tuple(map(renaming.name_here, stored.random)),
+    )
+
+
+def _check_present(model: nn.Module, stored: StoredAdapters) -> None:
+    """Refuse a file with modules that the model lacks, before it is adapted."""
+    modules, own = named_modules(model, remove_duplicate=False), state_dict(model, keep_vars=True)
+    absent: dict[str, None] = {}
+    for name in stored.state:
+        owner = owner_of(name)
+        if name not in own and owner not in modules:
+            absent[owner] = None
+        elif name not in own and stored.config.is_saved(name):
+            absent[name] = None
+    if absent:
+        title = type(model).__name__
+        raise AdapterMismatchError(
+            f"The file does not fit {title}: it holds {listed(absent)}, which {title} does not have. Load it onto the "
+            "model that it was saved from, or one with the same names."
+        )
+
+
 # Checks
+
+
+def check_fits(view: View, stored: StoredAdapters, *, anew: bool = True, refuse_base: bool = True) -> None:
+    """Refuse stored adapters that do not fit an adapted model.
+
+    Args:
+        view: The adapted model.
+        stored: The adapters, by its names. If they do not say which base is theirs, it is not compared.
+        anew: Read every weight again, as for :func:`fingerprint`.
+        refuse_base: Refuse another base. Otherwise only warn.
+
+    Raises:
+        AdapterFileError: values are NaN or infinite.
+        AdapterMismatchError: a tensor does not fit, or rank, scaling or initialisation differ, which would give another
+            update.
+        BaseMismatchError: the adapters were trained on another base.
+    """
+    config, state, is_converted = stored.config, stored.state, False
+    entries = entries_of(view, () if stored.base else view.adapter.random or ())
+    _check_settings(view, config)
+    if not stored.base:
+        _check_init(view, config)
+    check_names(view, entries, state, stored.changed, config)
+    if stored.base:
+        shapes = {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
+        is_converted = check_base(
+            view, stored.base, shapes, stored.random, anew=anew, renaming=stored.renaming, refuse=refuse_base
+        )
+    _check_tensors(view, entries, state, converting=is_converted)
+    _check_finite(view, state)
+    if lost := sorted(view.record.changed.keys() - set(stored.changed)):
+        raise BaseMismatchError(
+            f"Frozen weights of {type(view.model).__name__} have changed in training since these adapters were stored, "
+            f"and their earlier values are in no file: {listed(lost)}. Build the model anew, then load."
+        )
+    if stored.base:
+        view.adapter.look_untrained(stored.random)
+
+
+def _check_settings(view: View, config: LoRAConfig) -> None:
+    """Refuse adapters that were trained with another rank or scaling: they would give another update."""
+    for name, layer in view.layers.items():
+        settings = layer.lora_settings
+        for matrix in layer.lora_matrices:
+            parameter = join(name, matrix.weight) if isinstance(layer, LoRAParameters) else ""
+            r, scaling = min(config.rank(name, parameter), matrix.largest_rank), config.scaling(name, parameter)
+            here, scaled = matrix.rank(settings.r), matrix.scaling or settings.scaling
+            if r != here or not math.isclose(scaling, scaled):
+                raise AdapterMismatchError(
+                    f"These adapters were trained with r={r} and a scaling of {scaling:g} in {parameter or name!r}; "
+                    f"here it has r={here} and a scaling of {scaled:g}. Adapt the model as they were trained: "
+                    f"r={config.r}, alpha={config.alpha}, use_rslora={config.use_rslora}, "
+                    f"rank_pattern={config.rank_pattern}, alpha_pattern={config.alpha_pattern}."
+                )
+
+
+def _check_init(view: View, config: LoRAConfig) -> None:
+    """Refuse adapters with another initialisation, of which the update is the difference."""
+    for name, layer in view.layers.items():
+        found, expected = (init if init in FROM_BASE else "kaiming" for init in (layer.lora_settings.init, config.init))
+        if found != expected:
+            raise AdapterMismatchError(
+                f"These adapters were trained with init={config.init!r}; here {name!r} has "
+                f"init={layer.lora_settings.init!r}. Call remove_adapters(model) first: loading adapts it as they were "
+                "trained."
+            )
 
 
 class Entries(NamedTuple):
@@ -90,10 +273,7 @@ class Entries(NamedTuple):
 
 
 def entries_of(view: View, random: Collection[str] = ()) -> Entries:
-    """Return the entries of an adapted model's stored state.
-
-    Weights in ``random``, which look untrained, are optional.
-    """
+    """Return the entries of an adapted model's stored state. Weights in ``random`` are optional."""
     now = without_base(view, state_dict(view.model), random)
     return Entries(required(view), {**now, **view.buffers, **view.kept})
 
@@ -113,14 +293,11 @@ def check_names(
         state: The state to be written into it.
         changed: Names of frozen weights for which ``state`` has new values.
         config: The configuration with which ``state`` was trained, if known.
-
-    Raises:
-        AdapterMismatchError: names are missing or unexpected.
     """
-    required = dict.fromkeys([*entries.required, *(name for name in changed if name in view.base)])
+    needed = dict.fromkeys([*entries.required, *(name for name in changed if name in view.base)])
     wrong = {
-        "missing": [name for name in required if name not in state],
-        "unexpected": [name for name in state if name not in required and name not in entries.optional],
+        "missing": [name for name in needed if name not in state],
+        "unexpected": [name for name in state if name not in needed and name not in entries.optional],
     }
     if not any(wrong.values()):
         return
@@ -134,9 +311,9 @@ def check_names(
 
 def _selecting(config: LoRAConfig) -> str:
     """The arguments that decide what trains, without those at their defaults."""
-    default = LoRAConfig()
-    shown = [f"target_modules={_as_list(config.target_modules)!r}"]
+    default, shown = LoRAConfig(), list[str]()
     for name in (
+        "target_modules",
         "target_slices",
         "target_parameters",
         "exclude_modules",
@@ -146,28 +323,15 @@ def _selecting(config: LoRAConfig) -> str:
         "use_dora",
     ):
         value = getattr(config, name)
-        if value != getattr(default, name):
-            shown.append(f"{name}={_as_list(value)!r}")
+        if value != getattr(default, name) or name == "target_modules":
+            shown.append(f"{name}={list(value) if isinstance(value, tuple) else value!r}")
     return ", ".join(shown)
 
 
-def _as_list(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def check_tensors(view: View, entries: Entries, state: Mapping[str, Any], *, converting: bool = False) -> None:
+def _check_tensors(view: View, entries: Entries, state: Mapping[str, Any], *, converting: bool = False) -> None:
     """Refuse tensors of another shape or kind than the model's.
 
-    The names in ``state`` must have been checked before.
-
-    Args:
-        view: The adapted model.
-        entries: The entries of its stored state.
-        state: The state to be written into it.
-        converting: Allow all but the adapters to be rounded, as ``model.to(dtype)`` rounds the rest of the model.
-
-    Raises:
-        AdapterMismatchError: there is such a tensor.
+    ``converting``: allow all but the adapters to be rounded, as ``model.to(dtype)`` rounds the rest of the model.
     """
     known = {**view.base, **entries.optional, **entries.required}
     for name, value in state.items():
@@ -198,121 +362,17 @@ def _check_tensor(name: str, value: object, expected: Tensor, *, converting: boo
         )
 
 
-def check_fits(
-    view: View,
-    state: Mapping[str, Any],
-    description: Mapping[str, Any],
-    *,
-    anew: bool = True,
-    renaming: Renaming | None = None,
-    refuse_base: bool = True,
-) -> None:
-    """Refuse stored adapters that do not fit an adapted model.
-
-    Args:
-        view: The adapted model.
-        state: The stored tensors, by the names of the model.
-        description: What the file says of them.
-        anew: Read every weight again, as for :func:`fingerprint`.
-        renaming: How the names in the file became those of the model.
-        refuse_base: Refuse another base. Otherwise only warn.
-
-    Raises:
-        AdapterFileError: the description cannot be read, or values are NaN or infinite.
-        AdapterMismatchError: a tensor does not fit, or rank or scaling differ, which would give another update.
-        BaseMismatchError: the adapters were trained on another base.
-    """
-    config, changed = stored_config(description), description.get("changed", ())
-    entries = entries_of(view)
-    _check_settings(view, config)
-    check_names(view, entries, state, changed, config)
-    shapes = {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
-    random = tuple(description.get("random", ()))
-    is_converted = check_base(
-        view, description["base"], shapes, random, anew=anew, renaming=renaming, refuse=refuse_base
-    )
-    check_tensors(view, entries, state, converting=is_converted)
-    _check_finite(view, state)
-    _check_lost(view, changed)
-    view.adapter.look_untrained(random)
-
-
-def check_foreign_fits(view: View, state: Mapping[str, Any], config: LoRAConfig) -> None:
-    """Refuse adapters of another library that do not fit.
-
-    Their base is not known, so it is not checked.
-
-    Args:
-        view: The adapted model.
-        state: The tensors, by the names of the model.
-        config: The configuration that adapts the model in the same way.
-
-    Raises:
-        AdapterFileError: values are NaN or infinite.
-        AdapterMismatchError: a tensor does not fit, or rank, scaling or start differ.
-        BaseMismatchError: the base's frozen weights have changed in training.
-    """
-    entries = entries_of(view, view.adapter.random or ())
-    _check_settings(view, config)
-    _check_start(view, config)
-    check_names(view, entries, state, config=config)
-    check_tensors(view, entries, state)
-    _check_finite(view, state)
-    _check_lost(view, ())
-
-
-def _check_lost(view: View, changed: Collection[str]) -> None:
-    lost = sorted(view.record.changed.keys() - set(changed))
-    if lost:
-        raise BaseMismatchError(
-            f"Frozen weights of {type(view.model).__name__} have changed in training since these adapters were stored, "
-            f"and their earlier values are in no file: {listed(lost)}. Build the model anew, then load."
-        )
-
-
-def _check_settings(view: View, config: LoRAConfig) -> None:
-    """Refuse adapters that were trained with another rank or scaling: they would give another update."""
-    for name, layer in view.layers.items():
-        settings = layer.lora_settings
-        for part in layer.lora_matrices:
-            parameter = join(name, part.weight) if isinstance(layer, LoRAParameters) else ""
-            r, scaling = min(config.rank(name, parameter), part.largest_rank), config.scaling(name, parameter)
-            here, scaled = part.rank(settings.r), part.scaling or settings.scaling
-            if r != here or not math.isclose(scaling, scaled):
-                raise AdapterMismatchError(
-                    f"These adapters were trained with r={r} and a scaling of {scaling:g} in {parameter or name!r}; "
-                    f"here it has r={here} and a scaling of {scaled:g}. Adapt the model as they were trained: "
-                    f"r={config.r}, alpha={config.alpha}, use_rslora={config.use_rslora}, "
-                    f"rank_pattern={config.rank_pattern}, alpha_pattern={config.alpha_pattern}."
-                )
-
-
-def _check_start(view: View, config: LoRAConfig) -> None:
-    """Refuse adapters with another start, which is a part of the update."""
-    for name, layer in view.layers.items():
-        found, expected = (init if init in FROM_BASE else "kaiming" for init in (layer.lora_settings.init, config.init))
-        if found != expected:
-            raise AdapterMismatchError(
-                f"These adapters were trained with init={config.init!r}; here {name!r} has "
-                f"init={layer.lora_settings.init!r}. Call remove_adapters(model) first: loading adapts it as they were "
-                "trained."
-            )
-
-
 def _check_finite(view: View, state: Mapping[str, Any]) -> None:
     """Refuse NaN and infinite values, which a diverged run leaves."""
-    statistics = set[str]()
+    checked = [*view.adapters, *view.trained]
     for name, module in view.modules.items():
         if isinstance(module, _NormBase):
-            statistics |= {join(name, "running_mean"), join(name, "running_var")}
-    checked = [*view.adapters, *view.trained, *(name for name in state if name in statistics)]
+            statistics = (join(name, "running_mean"), join(name, "running_var"))
+            checked += [name for name in statistics if name in state]
     originals = view.adapter.originals
     broken = [name for name in checked if not _is_sound(state[name], originals.get(name))]
     if broken:
-        raise AdapterFileError(
-            f"{listed(broken)} hold NaN or infinite values: the training that wrote them had diverged. Use an earlier "
-            "checkpoint, or train again with a lower learning rate."
-        )
+        raise AdapterFileError(f"{listed(broken)} hold NaN or infinite values: {DIVERGED}.")
 
 
 def _is_sound(value: Tensor, original: Tensor | None) -> bool:

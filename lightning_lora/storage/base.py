@@ -1,12 +1,14 @@
-"""Fingerprints of base models, to tell one from another.
+"""Fingerprints of base models, and the comparison of a base with those of stored adapters.
 
-A fingerprint covers the names, shapes and contents of everything that training does not change.
+A fingerprint covers the names, shapes and contents of everything that training does not change. It has a form: the
+dtypes in which the base was seen. The same base may be compared in another form: converted, or quantised.
 """
 
 import hashlib
 import warnings
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +24,10 @@ from lightning_lora.tensors.names import join
 
 
 def fingerprint(view: View, *, anew: bool = True, renaming: Renaming | None = None) -> dict[str, Any]:
-    """Return the fingerprint of an adapted model's base.
+    """Return the fingerprint of an adapted model's base, in plain types.
 
-    It has only plain types. It costs one pass over the weights. Collective for a model that is spread over processes:
-    the result is that of the whole model.
+    It costs one pass over the weights. Collective for a model that is spread over processes: the result is that of the
+    whole model.
 
     Args:
         view: A model with adapters, merged or not. Its base is the model without them.
@@ -45,124 +47,24 @@ def fingerprint(view: View, *, anew: bool = True, renaming: Renaming | None = No
         if digests.get(name) == changed:
             digests[name] = was
     return {
-        "layout": _layout(tensors, renaming),
+        "layout": _layout(tensors, renaming or Renaming()),
         "dtypes": _dtypes(tensors),
         "digests": list(digests.values()),
     }
 
 
-def _layout(tensors: Mapping[str, Tensor], renaming: Renaming | None = None) -> str:
-    said = renaming or Renaming()
-    lines = (f"{said.name_there(name)} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+def _layout(tensors: Mapping[str, Tensor], renaming: Renaming) -> str:
+    lines = (f"{renaming.name_there(name)} {tuple(tensor.shape)}" for name, tensor in tensors.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def with_halves(view: View, forms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Add the base's digests in half precision to its fingerprints.
-
-    So its files are recognised by a base that was converted from it. The first call costs a pass over the weights.
-    Later calls look the digests up.
-
-    Args:
-        view: The adapted model.
-        forms: The fingerprints of its base, as :func:`note_changed` or :func:`forms_of_base` returns them.
-
-    Returns:
-        The fingerprints. Those with the current layout have an entry ``rounded``. It has a list for each tensor, by
-        name in order: the digests in bfloat16 and float16. The list is empty for integers, and for values from before
-        a change that are no longer known. It is None for quantised values.
-    """
-    tensors, packed = base_tensors(view), quantised_names(view)
-    layout, dtypes = _layout(tensors), _dtypes(tensors)
-    floating = {
-        name: t for name, t in tensors.items() if t.is_floating_point() and not t.is_meta and name not in packed
-    }
-    described = []
-    for form in map(dict, forms):
-        if form["layout"] == layout:
-            known = dict(zip(tensors, form["digests"], strict=True))
-            rounded = {name: None if name in packed else view.record.rounded.get(known[name], []) for name in tensors}
-            if form["dtypes"] == dtypes:
-                kept = {known[name]: t for name, t in floating.items() if not is_lost(view, name, known[name])}
-                view.record.prepare_halves(kept)
-                rounded |= {name: halves_of(view, name, t, known[name]) for name, t in floating.items()}
-            form["rounded"] = rounded
-        described.append(form)
-    return described
-
-
-def halves_of(view: View, name: str, tensor: Tensor, known: int) -> list[int]:
-    """Return a base tensor's digests in half precision.
-
-    The list is empty if its values are no longer there.
-    """
-    if is_lost(view, name, known):
-        return view.record.rounded.get(known, [])
-    return view.record.halves(known, tensor)
-
-
-def is_lost(view: View, name: str, known: int) -> bool:
-    """Whether the run has changed the values with this digest."""
-    return name in view.record.changed and view.record.changed[name][1] == known
-
-
-def quantised_names(view: View) -> set[str]:
-    """Return the names of quantised weights and their entries."""
-    names = set[str]()
-    for prefix, module in view.modules.items():
-        names |= {join(prefix, name) for name in module._parameters if is_quantised(module, name)}
-        names |= {join(prefix, name) for name in quantised_entries(module)}
-    return names
-
-
-def note_changed(model: nn.Module, *, anew: bool = True) -> list[dict[str, Any]]:
-    """Note frozen weights that have changed since the run began.
-
-    Files must hold them from now on.
-
-    Args:
-        model: The adapted model.
-        anew: Read every weight again, as for :func:`fingerprint`.
-
-    Returns:
-        The forms in which the base was seen, as files store them.
-
-    Raises:
-        AdapterStateError: ``model`` has no adapters.
-    """
-    view = view_of(model)
-    record, now = view.record, fingerprint(view, anew=anew)
-    if now in record.fingerprints:
-        return record.fingerprints
-    same_form = [form for form in record.fingerprints if _shape(form) == _shape(now)]
-    if not same_form:
-        return [now]
-    for name, was, changed in zip(base_tensors(view), same_form[0]["digests"], now["digests"], strict=True):
-        if was != changed:
-            record.base_was_changed(name, changed, was)
-    return record.fingerprints
-
-
-def _shape(form: Mapping[str, Any]) -> tuple[Any, ...]:
-    return form["layout"], form["dtypes"], len(form["digests"])
-
-
-def forms_of_base(view: View) -> list[dict[str, Any]]:
-    """Return the fingerprints of the base in all known forms.
-
-    If the base is no longer the one that the run has seen, return only the current fingerprint.
-    """
-    known, now = view.record.fingerprints, fingerprint(view)
-    return known if now in known else [now]
+def _dtypes(tensors: Mapping[str, Tensor]) -> list[str]:
+    return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
 
 
 def base_dtypes(view: View) -> list[str]:
     """Return the names of the base's dtypes."""
     return _dtypes(base_tensors(view))
-
-
-def _dtypes(tensors: Mapping[str, Tensor]) -> list[str]:
-    return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
 
 
 def base_tensors(view: View) -> dict[str, Tensor]:
@@ -172,8 +74,7 @@ def base_tensors(view: View) -> dict[str, Tensor]:
     ``max_norm`` are left out: their own forward rescales the rows, always to the same values. The scales of four-bit
     weights are left out too: bitsandbytes may round them when it changes a weight's layout for inference and back.
     """
-    rewritten = set[int]()
-    left_out = set[str]()
+    rewritten, left_out = set[int](), set[str]()
     for prefix, module in view.modules.items():
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             rewritten.add(id(module.weight))
@@ -183,49 +84,190 @@ def base_tensors(view: View) -> dict[str, Tensor]:
     return {name: value for name, value in view.base_values.items() if name not in left_out}
 
 
-_MOST_FORMS = 8
+def base_value(view: View, name: str) -> Tensor:
+    """Return the base's value of a parameter or buffer."""
+    known = view.adapter.originals.get(name) if view.is_adapted else None
+    if known is not None:
+        return known
+    return (view.base[name] if name in view.base else view.buffers[name]).detach()
 
 
-def is_fingerprints(stored: object) -> bool:
-    """Whether ``stored`` is a list of fingerprints of one base.
+def note_changed(model: nn.Module, *, anew: bool = True) -> list[dict[str, Any]]:
+    """Note frozen weights that have changed since the run began, which files must hold from now on.
 
-    A base has only a few forms, so a longer list is refused.
+    Returns:
+        The forms in which the base was seen, as in :attr:`Record.fingerprints`.
     """
-    return isinstance(stored, list) and 0 < len(stored) <= _MOST_FORMS and all(map(_is_fingerprint, stored))
+    view = view_of(model)
+    record, now = view.record, fingerprint(view, anew=anew)
+    if now in record.fingerprints:
+        return record.fingerprints
+    same_form = [known for known in record.fingerprints if _form(known) == _form(now)]
+    if not same_form:
+        return [now]
+    for name, was, changed in zip(base_tensors(view), same_form[0]["digests"], now["digests"], strict=True):
+        if was != changed:
+            record.base_was_changed(name, changed, was)
+    return record.fingerprints
 
 
-def _is_fingerprint(form: object) -> bool:
-    return (
-        isinstance(form, dict)
-        and form.keys() - {"rounded"} == {"layout", "dtypes", "digests"}
-        and isinstance(form["layout"], str)
-        and isinstance(form["dtypes"], list)
-        and all(isinstance(dtype, str) for dtype in form["dtypes"])
-        and all(isinstance(getattr(torch, dtype, None), torch.dtype) for dtype in form["dtypes"])
-        and _are_digests(form["digests"])
-        and _are_rounded(form.get("rounded", {}), len(form["digests"]))
-    )
+def _form(known: Mapping[str, Any]) -> tuple[Any, ...]:
+    return known["layout"], known["dtypes"], len(known["digests"])
 
 
-def _are_digests(value: object) -> bool:
-    return isinstance(value, list) and all(type(number) is int and 0 <= number < 1 << 63 for number in value)
+def forms_of_base(view: View) -> list[dict[str, Any]]:
+    """Return the fingerprints of the base in all known forms, as files hold them.
+
+    If the base is no longer the one that the run has seen, return only the current fingerprint.
+    """
+    known, now = view.record.fingerprints, fingerprint(view)
+    return with_halves(view, known if now in known else [now])
 
 
-def _are_rounded(value: object, count: int) -> bool:
-    return isinstance(value, dict) and (not value or len(value) == count) and all(map(_is_rounded, value.items()))
+def with_halves(view: View, forms: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Add the base's digests in half precision to its fingerprints, so that a converted base is recognised.
+
+    The first call costs a pass over the weights. Later calls look the digests up.
+
+    Returns:
+        The fingerprints. Those with the current layout have an entry ``rounded``. It has a list for each tensor, by
+        name in order: the digests in bfloat16 and float16. The list is empty for integers, and for values from before
+        a change that are no longer known. It is None for quantised values.
+    """
+    tensors, packed = base_tensors(view), _quantised_names(view)
+    layout, dtypes = _layout(tensors, Renaming()), _dtypes(tensors)
+    floating = {
+        name: t for name, t in tensors.items() if t.is_floating_point() and not t.is_meta and name not in packed
+    }
+    described = []
+    for form in map(dict, forms):
+        if form["layout"] == layout:
+            known = dict(zip(tensors, form["digests"], strict=True))
+            rounded = {name: None if name in packed else view.record.rounded.get(known[name], []) for name in tensors}
+            if form["dtypes"] == dtypes:
+                kept = {known[name]: t for name, t in floating.items() if not _is_lost(view, name, known[name])}
+                view.record.prepare_halves(kept)
+                rounded |= {name: _halves_of(view, name, t, known[name]) for name, t in floating.items()}
+            form["rounded"] = rounded
+        described.append(form)
+    return described
 
 
-def _is_rounded(entry: tuple[object, object]) -> bool:
-    name, halves = entry
-    return isinstance(name, str) and (
-        halves is None or (_are_digests(halves) and len(halves) in (0, len(HALVES)))  # type: ignore[arg-type]
-    )
+def _halves_of(view: View, name: str, tensor: Tensor, known: int) -> list[int]:
+    """A base tensor's digests in half precision, or an empty list if its values are no longer there."""
+    if _is_lost(view, name, known):
+        return view.record.rounded.get(known, [])
+    return view.record.halves(known, tensor)
+
+
+def _is_lost(view: View, name: str, known: int) -> bool:
+    """Whether the run has changed the values with this digest."""
+    return name in view.record.changed and view.record.changed[name][1] == known
+
+
+def _quantised_names(view: View) -> set[str]:
+    """The names of quantised weights and their entries."""
+    names = set[str]()
+    for prefix, module in view.modules.items():
+        names |= {join(prefix, name) for name in module._parameters if is_quantised(module, name)}
+        names |= {join(prefix, name) for name in quantised_entries(module)}
+    return names
 
 
 # The comparison
 
 
-_EXACT = ("layout", "dtypes", "digests")
+@dataclass
+class BaseTensor:
+    """A tensor of a base, to be compared with its digests in a fingerprint.
+
+    Args:
+        name: Its name in the fingerprint.
+        title: Its name in the base at hand.
+        tensor: The tensor.
+        exact: The digest of its bits.
+        halves: Returns its digests in bfloat16 and float16.
+        is_packed: Whether it is quantised.
+        is_lost: Whether the values with this digest are no longer there.
+    """
+
+    name: str
+    title: str
+    tensor: Tensor
+    exact: int
+    halves: Callable[[], Sequence[int]]
+    is_packed: bool = False
+    is_lost: bool = False
+
+    @classmethod
+    def of_file(cls, name: str, title: str, tensor: Tensor) -> "BaseTensor":
+        """Return a tensor of a file."""
+        return cls(name, title, tensor, digest(tensor), lambda: digests_as(tensor, HALVES))
+
+
+@dataclass
+class Comparison:
+    """What a comparison of a base with a fingerprint has found.
+
+    Args:
+        differ: The names of tensors that differ, or that only one of them has.
+        converted: The names of those that are the same in another precision.
+        equal: How many are the same, converted or not.
+        quantised: The names of those that were not compared, because they are quantised.
+        is_same_form: Whether the base has the same form, so that all bits must be the same.
+    """
+
+    differ: list[str] = field(default_factory=list)
+    converted: list[str] = field(default_factory=list)
+    equal: int = 0
+    quantised: list[str] = field(default_factory=list)
+    is_same_form: bool = False
+
+    @property
+    def is_same(self) -> bool:
+        """Whether it is the same base."""
+        return not self.differ and self.equal > 0
+
+
+def compare(form: Mapping[str, Any], tensors: Iterable[BaseTensor], *, is_same_form: bool = False) -> Comparison:
+    """Compare a base with one fingerprint, tensor by tensor.
+
+    Args:
+        form: The fingerprint of a file.
+        tensors: The tensors of the base. What only the fingerprint has is not compared.
+        is_same_form: Whether the base has the same form, so that all bits must be the same, of quantised weights too.
+    """
+    rounded = form["rounded"]
+    there = dict(zip(rounded, form["digests"], strict=True))
+    dtypes = [getattr(torch, dtype) for dtype in form["dtypes"]]
+    found = Comparison(is_same_form=is_same_form)
+    for each in tensors:
+        if not is_same_form and (each.is_packed or rounded.get(each.name, []) is None):
+            found.quantised.append(each.title)
+        elif each.name not in there:
+            found.differ.append(each.title)
+        elif each.exact == there[each.name]:
+            found.equal += 1
+        elif _is_converted(each, there[each.name], rounded[each.name] or [], dtypes):
+            found.equal += 1
+            found.converted.append(each.title)
+        else:
+            found.differ.append(each.title)
+    return found
+
+
+def _is_converted(here: BaseTensor, there: int, halves: Sequence[int], dtypes: Iterable[torch.dtype]) -> bool:
+    """Whether one of two tensors is the other, converted to another floating-point dtype."""
+    tensor = here.tensor
+    others = [dtype for dtype in dtypes if dtype.is_floating_point and dtype != tensor.dtype]
+    if not tensor.is_floating_point() or tensor.is_meta or not others:
+        return False
+    if halves and tensor.dtype in HALVES and here.exact == halves[HALVES.index(tensor.dtype)]:
+        return True
+    if any(dtype in HALVES for dtype in others) and there in here.halves():
+        return True
+    wider = [dtype for dtype in others if dtype not in HALVES]
+    return not here.is_lost and there in digests_as(tensor, wider)
 
 
 def check_base(
@@ -261,172 +303,81 @@ def check_base(
     Warns:
         LoRAWarning: the base has another precision, or differs.
     """
-    here, known = fingerprint(view, anew=anew, renaming=renaming), view.record.fingerprints
-    stored = [_with_digests_of(random, view, form, here, renaming or Renaming()) for form in stored]
-    forms = [{key: form[key] for key in _EXACT} for form in stored]
+    renaming, known = renaming or Renaming(), view.record.fingerprints
+    here = fingerprint(view, anew=anew, renaming=renaming)
+    forms = [{key: form[key] for key in here} for form in stored]
     if here in forms or (here in known and any(form in forms for form in known)):  # as it is, or as it was
         return False
-    compared = [_compare(view, form, here, renaming) for form in stored]
+    compared = [_compare(view, form, here, random, renaming) for form in stored]
+    title, now = type(view.model).__name__, " and ".join(here["dtypes"])
     for form, found in zip(stored, compared, strict=True):
         if found is not None and found.is_same:
-            if found.is_exact:
+            if not found.converted and not found.quantised:
                 return False
-            _warn(f"{_precisions(view, form, here)} {found.verdict()}")
+            verdict = "It is the same base, converted."
+            if found.quantised:
+                verdict = (
+                    f"What is not quantised is the same{_left_out(found)}: make sure that the base is the right one."
+                )
+            trained = f"These adapters were trained on a base in {' and '.join(form['dtypes'])}"
+            warnings.warn(f"{trained}; {title} is in {now}. {verdict}", LoRAWarning, stacklevel=6)
             return True
     nearest = next((i for i, form in enumerate(stored) if form["dtypes"] == here["dtypes"]), 0)
     message = _difference(view, stored[nearest], here, compared[nearest], shapes)
     if refuse:
         raise BaseMismatchError(message)
-    _warn(f"{message[: message.index('. ') + 1]} They were loaded all the same, because of check_base=False.")
+    message = f"{message[: message.index('. ') + 1]} They were loaded all the same, because of check_base=False."
+    warnings.warn(message, LoRAWarning, stacklevel=6)
     return bool(here["dtypes"] != stored[nearest]["dtypes"])
 
 
-def _with_digests_of(
-    names: Collection[str], view: View, form: Mapping[str, Any], here: Mapping[str, Any], renaming: Renaming
-) -> dict[str, Any]:
-    """A stored form with this model's digests for some weights: the file holds their values."""
-    own = {renaming.name_there(name): number for name, number in zip(base_tensors(view), here["digests"], strict=True)}
-    taken = {name: own[name] for name in map(renaming.name_there, names) if name in own}
-    there = form.get("rounded") or (own if form["layout"] == here["layout"] else ())
-    if not taken or not there:
-        return dict(form)
-    digests = [taken.get(name, number) for name, number in zip(there, form["digests"], strict=True)]
-    return {**form, "digests": digests}
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, LoRAWarning, stacklevel=6)
-
-
-@dataclass
-class _Comparison:
-    """What a comparison of two forms of a base has found.
-
-    Args:
-        is_same_form: Whether both have the same layout and dtypes, so that all bits must be the same.
-        differ: The names of tensors that differ, or that only one of them has.
-        equal: How many are the same.
-        converted: How many of these have another precision.
-        quantised: How many weights were not compared, because they are quantised.
-    """
-
-    is_same_form: bool
-    differ: list[str]
-    equal: int = 0
-    converted: int = 0
-    quantised: int = 0
-
-    @property
-    def is_same(self) -> bool:
-        return not self.differ and self.equal > 0
-
-    @property
-    def is_exact(self) -> bool:
-        return self.is_same and not self.converted and not self.quantised
-
-    def left_out(self) -> str:
-        if not self.quantised:
-            return ""
-        weights = "1 quantised weight was" if self.quantised == 1 else f"{self.quantised} quantised weights were"
-        return f"; {weights} not compared"
-
-    def verdict(self) -> str:
-        if not self.quantised:
-            return "It is the same base, converted."
-        return f"What is not quantised is the same{self.left_out()}: make sure that the base is the right one."
-
-
 def _compare(
-    view: View, form: Mapping[str, Any], here: Mapping[str, Any], renaming: Renaming | None
-) -> _Comparison | None:
-    """Compare tensor by tensor, or return None if the file does not say which names it has."""
-    said, tensors, packed = renaming or Renaming(), base_tensors(view), quantised_names(view)
-    names = {said.name_there(name): name for name in tensors}
-    if form["layout"] != here["layout"] and "rounded" not in form:
+    view: View, form: Mapping[str, Any], here: Mapping[str, Any], random: Collection[str], renaming: Renaming
+) -> Comparison | None:
+    """Compare a model with a fingerprint, or return None if the file does not say which names it has."""
+    if "rounded" not in form and form["layout"] != here["layout"]:
         return None
-    halves = form.get("rounded") or {name: [] for name in names}
-    there = dict(zip(halves, form["digests"], strict=True))
+    tensors, packed = base_tensors(view), _quantised_names(view)
+    names = {name: renaming.name_there(name) for name in tensors}
+    halves: dict[str, Any] = form.get("rounded") or {there: [] for there in names.values()}
     is_same_form = form["layout"] == here["layout"] and form["dtypes"] == here["dtypes"]
     if is_same_form and "rounded" in form:
-        is_same_form = all((halves[name] is None) == (own in packed) for name, own in names.items())
-    dtypes = [getattr(torch, dtype) for dtype in form["dtypes"]]
-    found = _Comparison(is_same_form, [name for name in there if name not in names and halves[name] is not None])
-    for (name, own), exact in zip(names.items(), here["digests"], strict=True):
-        known = halves.get(name) or []
-        if not is_same_form and (own in packed or halves.get(name, []) is None):
-            found.quantised += own in view.parameters
-        elif name in there and exact == there[name]:
-            found.equal += 1
-        elif name in there and _is_converted(view, own, tensors[own], exact, there[name], known, dtypes):
-            found.equal += 1
-            found.converted += 1
-        else:
-            found.differ.append(own)
+        is_same_form = all((halves[there] is None) == (name in packed) for name, there in names.items())
+    compared = []
+    for (name, tensor), exact in zip(tensors.items(), here["digests"], strict=True):
+        if name not in random:
+            known = partial(_halves_of, view, name, tensor, exact)
+            lost = _is_lost(view, name, exact)
+            compared.append(BaseTensor(names[name], name, tensor, exact, known, name in packed, lost))
+    found = compare({**form, "rounded": halves}, compared, is_same_form=is_same_form)
+    absent = halves.keys() - names.values()
+    found.differ = [name for name in halves if name in absent and halves[name] is not None] + found.differ
+    found.quantised = [name for name in found.quantised if name in view.parameters]
     return found
 
 
-def _is_converted(
-    view: View, name: str, tensor: Tensor, here: int, there: int, halves: Sequence[int], dtypes: list[torch.dtype]
-) -> bool:
-    """Whether one of two tensors is the other, converted to another floating-point dtype."""
-    others = [dtype for dtype in dtypes if dtype.is_floating_point and dtype != tensor.dtype]
-    if not tensor.is_floating_point() or tensor.is_meta or not others:
-        return False
-    if halves and tensor.dtype in HALVES and here == halves[HALVES.index(tensor.dtype)]:
-        return True
-    if any(dtype in HALVES for dtype in others) and there in halves_of(view, name, tensor, here):
-        return True
-    wider = [dtype for dtype in others if dtype not in HALVES]
-    return not is_lost(view, name, here) and there in digests_as(tensor, wider)
-
-
-def is_converted(tensor: Tensor, exact: int, halves: Sequence[int], dtypes: Sequence[torch.dtype]) -> bool:
-    """Whether a tensor of a file is another one, converted.
-
-    Args:
-        tensor: The tensor.
-        exact: The digest of the other one.
-        halves: Its digests in half precision, if they are known.
-        dtypes: The dtypes of its model, one of which it has.
-    """
-    others = [dtype for dtype in dtypes if dtype.is_floating_point and dtype != tensor.dtype]
-    if not tensor.is_floating_point() or not others:
-        return False
-    if halves and tensor.dtype in HALVES and digest(tensor) == halves[HALVES.index(tensor.dtype)]:
-        return True
-    return exact in digests_as(tensor, others)
-
-
-# What is said
-
-
-def _precisions(view: View, form: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    title = type(view.model).__name__
-    return (
-        f"These adapters were trained on a base in {_listed(form['dtypes'])}; {title} is in {_listed(here['dtypes'])}."
-    )
-
-
-def _listed(dtypes: Sequence[str]) -> str:
-    return " and ".join(dtypes)
+def _left_out(found: Comparison) -> str:
+    count = len(found.quantised)
+    if not count:
+        return ""
+    return f"; {count} quantised weight{' was' if count == 1 else 's were'} not compared"
 
 
 def _difference(
     view: View,
     form: Mapping[str, Any],
     here: Mapping[str, Any],
-    found: _Comparison | None,
+    found: Comparison | None,
     shapes: Mapping[str, Sequence[int]],
 ) -> str:
     """What is different. The first sentence says how much, the others what to do."""
-    title, packed = type(view.model).__name__, quantised_names(view) or None in form.get("rounded", {}).values()
-    if form["layout"] != here["layout"] and (found is None or not packed):
+    title, packed = type(view.model).__name__, _quantised_names(view) or None in form.get("rounded", {}).values()
+    if found is None or (form["layout"] != here["layout"] and not packed):
         return (
             f"These adapters were trained on another architecture: their base has {len(form['digests'])} frozen "
             f"tensors, {title} has {len(here['digests'])}, and names or shapes differ.{_example(view, shapes)} Build "
             "the model as it was built for training, with the same modules_to_save and bias."
         )
-    assert found is not None  # the names are known
     counted = len(found.differ) + found.equal
     if not counted:
         return (
@@ -440,11 +391,12 @@ def _difference(
             "trained on. New layers have no pretrained weights: train them in full with modules_to_save. A model whose "
             "adapters were merged is another base too."
         )
+    there, now = (" and ".join(dtypes) for dtypes in (form["dtypes"], here["dtypes"]))
     return (
-        f"These adapters were trained on another base, in {_listed(form['dtypes'])}: {how_many}, also after a "
-        f"conversion from {_listed(here['dtypes'])}{found.left_out()}. Load the pretrained weights that they were "
-        f"trained on, in {_listed(form['dtypes'])}, and convert the model afterwards if you wish. One that was rounded "
-        "twice, or to float16 there and to bfloat16 here, cannot be recognised."
+        f"These adapters were trained on another base, in {there}: {how_many}, also after a conversion from "
+        f"{now}{_left_out(found)}. Load the pretrained weights that they were trained on, in {there}, and convert the "
+        "model afterwards if you wish. One that was rounded twice, or to float16 there and to bfloat16 here, cannot be "
+        "recognised."
     )
 
 

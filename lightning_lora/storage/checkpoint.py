@@ -1,38 +1,27 @@
 """Trainer checkpoints: adapter-only when written, completed when read."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
 import torch
-from packaging.version import InvalidVersion, Version
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterFileError, BaseMismatchError, listed
+from lightning_lora.errors import BaseMismatchError, listed
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.loading import DESCRIPTION, loads_adapters
 from lightning_lora.model.merge import unmerged
 from lightning_lora.model.state import record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.apply import check_fits, write_state
-from lightning_lora.storage.base import base_tensors, fingerprint, note_changed
+from lightning_lora.storage.base import base_tensors, fingerprint, note_changed, with_halves
 from lightning_lora.storage.base_copies import MOVED, leave_out_base, put_base_back
+from lightning_lora.storage.formats.own import ADAPTERS, leave_adapters
 from lightning_lora.storage.merged_model import merged_state, take_updates_out
-from lightning_lora.storage.stored import (
-    KEY,
-    NOTE,
-    StoredAdapters,
-    check_checksum,
-    is_note,
-    stored_config,
-    without_base,
-)
+from lightning_lora.storage.stored import KEY, NOTE, StoredAdapters, is_note, without_base
 from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
 from lightning_lora.tensors.shards import full_tensors, is_dtensor
-
-ADAPTERS = "adapters"
-"""The part of this package's entry that holds what training changed, beside a merged model."""
 
 
 def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later: bool = False) -> dict[str, Any]:
@@ -49,7 +38,7 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
     Raises:
         AdapterStateError: ``model`` has no adapters.
     """
-    base, view = note_changed(model, anew=False), view_of(model)
+    forms, view = note_changed(model, anew=False), view_of(model)
     rest, places = leave_out_base(view, checkpoint)
     states, random = {}, random_weights(view)
     for key in ("state_dict", MOVED):
@@ -61,30 +50,10 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
         held = full_tensors(held)
     if written_later:
         held = _copied(held)
-    about = StoredAdapters.from_view(view, held["state_dict"], base, places).description()
+    about = StoredAdapters.from_view(view, held["state_dict"], with_halves(view, forms), places).description()
     state: Any = OrderedDict({NOTE: torch.empty(0), **held["state_dict"]})
     state._metadata = {"": {DESCRIPTION: about}}  # for the module itself, if other code loads it
     return {**held, "state_dict": state, KEY: about}
-
-
-def leave_adapters(checkpoint: object) -> dict[str, Any]:
-    """Leave only what training changed, as the description says.
-
-    That is without the note for readers without this package, and without the merged model that is written for them.
-
-    Returns:
-        The state of the merged model. It is empty if there was none.
-    """
-    if not isinstance(checkpoint, dict):
-        return {}
-    about, merged = checkpoint.get(KEY), None
-    if isinstance(about, dict) and ADAPTERS in about:
-        merged, checkpoint["state_dict"] = checkpoint.get("state_dict"), about.pop(ADAPTERS)
-    state = checkpoint.get("state_dict")
-    if isinstance(state, dict):
-        for name in [name for name in state if is_note(name)]:
-            del state[name]
-    return merged if isinstance(merged, dict) else {}
 
 
 def with_merged_model(
@@ -130,37 +99,6 @@ def _alone(value: Any) -> Any:
         return value
     exact = value.untyped_storage().nbytes() == value.numel() * value.element_size()
     return value if exact else value.clone(memory_format=torch.contiguous_format)
-
-
-def check_readable(checkpoint: object, path: object) -> None:
-    """Refuse what is not a valid Lightning checkpoint.
-
-    Args:
-        checkpoint: What was read.
-        path: The file.
-
-    Raises:
-        AdapterFileError: ``checkpoint`` is not a Lightning checkpoint, or its adapters are not as they were written.
-    """
-    if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("state_dict"), Mapping):
-        raise AdapterFileError(
-            f"{path} is not a Lightning checkpoint: it has no 'state_dict'. Pass one that a Trainer wrote."
-        )
-    check_version(checkpoint, path)
-    if KEY in checkpoint:
-        stored_config(checkpoint[KEY])
-        check_checksum(checkpoint["state_dict"], checkpoint[KEY], path)
-        check_types(checkpoint, path)
-
-
-def as_base(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a full checkpoint as the base of a fine-tune.
-
-    Its weights are kept. The state of the run that wrote it is dropped.
-    """
-    run = {"callbacks", "optimizer_states", "lr_schedulers", "loops", "epoch", "global_step", MOVED, "averaging_state"}
-    kept = {key: value for key, value in checkpoint.items() if key not in run}
-    return {**kept, "epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": []}
 
 
 def complete_copies(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
@@ -217,7 +155,9 @@ def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole
         _load_base(model, state)
         return
     view = view_of(model)
-    check_fits(view, state, checkpoint[KEY], anew=False)  # the stage or the end of fit has just read the base
+    check_fits(
+        view, StoredAdapters.from_file(state, checkpoint[KEY], ""), anew=False
+    )  # the stage or the end of fit has just read the base
     if whole:
         base = {name: value.detach().clone() for name, value in view.base_values.items()}
         for key in ("state_dict", MOVED):
@@ -230,9 +170,9 @@ def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole
 def _load_described(model: nn.Module, state: dict[str, Any], description: dict[str, Any]) -> None:
     """Load the state in a file that other code gives to an adapted or merged model."""
     state = {name: value for name, value in state.items() if not is_note(name)}
-    stored_config(description)
+    stored = StoredAdapters.from_file(state, description, "")
     with unmerged(model):
-        check_fits(view_of(model), state, description)
+        check_fits(view_of(model), stored)
         write_state(model, state)
 
 
@@ -282,96 +222,3 @@ def _check_base_fits(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 def _shape(value: object) -> tuple[int, ...] | None:
     return tuple(value.shape) if isinstance(value, Tensor) else None
-
-
-# The state of a run
-
-
-VERSION = "pytorch-lightning_version"
-"""Lightning's entry with the version that wrote a checkpoint."""
-
-_RESUMED: dict[str, type[Any]] = {"optimizer_states": list, "lr_schedulers": list, "loops": Mapping}
-"""The entries without which a fit cannot go on."""
-
-_TYPES: dict[str, type[Any]] = {
-    **_RESUMED,
-    "callbacks": Mapping,
-    "hyper_parameters": Mapping,
-    "epoch": int,
-    "global_step": int,
-}
-"""Lightning's entries, and their types."""
-
-
-def check_version(checkpoint: Mapping[Any, Any], path: object) -> None:
-    """Refuse a checkpoint without Lightning's version.
-
-    Raises:
-        AdapterFileError: there is none, or it cannot be read.
-    """
-    if VERSION not in checkpoint:
-        raise AdapterFileError(
-            f"{path} is not a Lightning checkpoint: it has no version. Pass one that a Trainer wrote."
-        )
-    try:
-        Version(checkpoint[VERSION])
-    except (InvalidVersion, TypeError) as error:
-        raise AdapterFileError(
-            f"{path} is damaged or was changed: {str(checkpoint[VERSION])[:50]!r} is no version of Lightning. Use "
-            "another checkpoint."
-        ) from error
-
-
-def check_types(checkpoint: Mapping[Any, Any], path: object) -> None:
-    """Refuse a checkpoint in which entries have wrong types.
-
-    Raises:
-        AdapterFileError: an entry of Lightning's own is of another type than Lightning writes.
-    """
-    wrong = [name for name, kind in _TYPES.items() if name in checkpoint and not isinstance(checkpoint[name], kind)]
-    if "loops" not in wrong and not all(isinstance(state, Mapping) for state in checkpoint.get("loops", {}).values()):
-        wrong.append("loops")
-    if wrong:
-        raise AdapterFileError(
-            f"{path} is damaged or was changed: Lightning did not write its {listed(wrong)}. Use another checkpoint."
-        )
-
-
-def has_run(checkpoint: Mapping[Any, Any]) -> bool:
-    """Whether a checkpoint holds the state of a run."""
-    return all(name in checkpoint for name in _RESUMED)
-
-
-def check_resumable(checkpoint: Mapping[Any, Any], path: object) -> None:
-    """Refuse a checkpoint from which a fit cannot go on.
-
-    Raises:
-        AdapterFileError: it holds no state of a run, or an optimizer's state is NaN or infinite.
-    """
-    if not has_run(checkpoint):
-        missing = [name for name in _RESUMED if name not in checkpoint]
-        raise AdapterFileError(
-            f"{path} has no {listed(missing)}, so a fit cannot go on from it: it may have been written with "
-            "save_weights_only=True. Load its adapters with load_adapter(model, path), and call fit without ckpt_path."
-        )
-    for state in checkpoint["optimizer_states"]:
-        if not isinstance(state, Mapping) or not isinstance(state.get("param_groups"), list):
-            raise AdapterFileError(f"{path} is damaged or was changed: it has no state of an optimizer where one was.")
-        if not all(_is_finite(value) for value in _tensors_in(state.get("state"))):
-            raise AdapterFileError(
-                f"The optimizer's state in {path} holds NaN or infinite values: the training that wrote it had "
-                "diverged. Use an earlier checkpoint, or train again with a lower learning rate."
-            )
-
-
-def _tensors_in(state: object) -> Iterable[Tensor]:
-    """The tensors in an optimizer's state: of each parameter, or lists of them, as LBFGS has."""
-    for named in state.values() if isinstance(state, Mapping) else ():
-        for value in named.values() if isinstance(named, Mapping) else ():
-            for each in value if isinstance(value, list | tuple) else (value,):
-                if isinstance(each, Tensor):
-                    yield each
-
-
-def _is_finite(value: Tensor) -> bool:
-    return value.is_meta or not value.is_floating_point() or bool(value.isfinite().all())

@@ -1,8 +1,7 @@
 """Save and load adapters without a Trainer."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace, new_class
@@ -14,16 +13,15 @@ from torch import Tensor, nn
 
 from lightning_lora.config import Slices
 from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, listed
-from lightning_lora.model.attach import undone_on_error
 from lightning_lora.model.inject import inject_adapters, remove_adapters
-from lightning_lora.model.merge import merge, merge_adapters, unmerge
-from lightning_lora.model.state import find_record, keep_record, receive
-from lightning_lora.model.view import View, view_of
-from lightning_lora.storage.apply import check_fits, check_foreign_fits, write_state
+from lightning_lora.model.merge import merge_adapters
+from lightning_lora.model.view import view_of
+from lightning_lora.storage.apply import apply, with_names_of
 from lightning_lora.storage.base import forms_of_base
-from lightning_lora.storage.checkpoint import check_readable, complete_copies
+from lightning_lora.storage.base_copies import put_base_back
 from lightning_lora.storage.disk import check_path, local_path
 from lightning_lora.storage.formats import fabric, loralib, peft_read
+from lightning_lora.storage.formats.lightning import VERSION, check_readable
 from lightning_lora.storage.formats.own import (
     adapters_in,
     check_place,
@@ -32,8 +30,7 @@ from lightning_lora.storage.formats.own import (
     read_contents,
     write_adapter_file,
 )
-from lightning_lora.storage.formats.reading import Asked, Reader, completed
-from lightning_lora.storage.names import check_present, renamed, renaming_for
+from lightning_lora.storage.formats.reading import Asked, Reader
 from lightning_lora.storage.stored import KEY, StoredAdapters, adapter_state_dict, stored_config
 from lightning_lora.tensors.shards import is_dtensor
 
@@ -41,6 +38,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
     Module = TypeVar("Module", bound=LightningModule)
+
 
 READERS = (loralib.reader, fabric.reader, peft_read.reader)
 """Readers of other libraries' files. Each returns None for the contents of a file of another format."""
@@ -149,71 +147,29 @@ def load_adapter(
     file = path if local is None else peft_read.weights_of(local)
     contents = read_contents(file)
     read = _reader(contents, file, Asked(alpha, target_slices, check_base))
-    if read:
-        _put_foreign(model, read)
-    else:
-        _put(model, *adapters_in(contents, path), check_base=check_base)
+    apply(model, read or _reader_of(adapters_in(contents, path)), check_base=check_base)
 
 
 def _reader(contents: Any, path: Any, asked: Asked) -> Reader | None:
     """How to read these contents of a file, if another library wrote them."""
     names = contents if isinstance(contents, dict) else {}
-    is_ours = KEY in names or "pytorch-lightning_version" in names
-    found = None
+    is_ours = KEY in names or VERSION in names
     for reader in () if is_ours else READERS:
         read = reader(names, path, asked)
         if read is not None:
-            found = reader
             break
-    if found is not loralib.reader and (asked.alpha is not None or asked.target_slices is not None):
+    else:
+        read = reader = None
+    if reader is not loralib.reader and (asked.alpha is not None or asked.target_slices is not None):
         raise ConfigError(
             f"alpha and target_slices are for files of loralib, and {path} is none: it says itself how it was trained. "
             "Leave them out."
         )
-    return read if found else None
+    return read
 
 
-def _put(model: nn.Module, state: dict[str, Any], description: dict[str, Any], *, check_base: bool) -> None:
-    """Put stored adapters into ``model``."""
-    renaming = renaming_for(model, description)
-    if renaming:
-        state, description = renamed(model, renaming, state, description)
-    config = stored_config(description)
-    check_present(model, state, config)
-    with _unmerged_and_undone(model):
-        if find_record(model) is None:  # no adapters, or only those of a submodule
-            inject_adapters(model, config)
-        view = view_of(model)
-        check_fits(view, state, description, renaming=renaming, refuse_base=check_base)
-        write_state(model, state)
-
-
-def _put_foreign(model: nn.Module, read: Reader) -> None:
-    """Put adapters of another library into ``model``."""
-    with _unmerged_and_undone(model):
-        foreign, fresh = read(View(model)), find_record(model) is None
-        if fresh:
-            inject_adapters(model, foreign.config)
-        view = view_of(model)
-        state = completed(view, foreign.state, fresh=fresh)
-        check_foreign_fits(view, state, foreign.config)
-        write_state(model, state)
-
-
-@contextmanager
-def _unmerged_and_undone(model: nn.Module) -> Iterator[None]:
-    """Unmerge a model for a change. Undo all of it after an error."""
-    record, was_merged = find_record(model) or receive(model), False
-    try:
-        was_merged = unmerge(model)
-        with undone_on_error(View(model)):
-            yield
-    except BaseException:
-        if was_merged:
-            merge(model)
-        elif record is not None and record.is_merged:  # its weights were replaced: it is as it was
-            keep_record(model, record)
-        raise
+def _reader_of(stored: StoredAdapters) -> Reader:
+    return lambda view: with_names_of(view.model, stored)
 
 
 def load_from_checkpoint(
@@ -248,30 +204,20 @@ def load_from_checkpoint(
     names = checkpoint if isinstance(checkpoint, dict) else {}
     if is_foreign(names) or {"state_dict", KEY} == names.keys():
         raise AdapterFileError(f"{path} is an adapter file. Build the model, then call load_adapter(model, path).")
-    if KEY not in names:
-        adapters_in(checkpoint, path)  # says what the file is
+    stored = adapters_in(checkpoint, path)
     check_readable(checkpoint, path)
-    state, description = adapters_in(checkpoint, path)
     kwargs.pop("strict", None)
     options = kwargs if weights_only else {**kwargs, "weights_only": False}
-    model, state = build(cls, {**checkpoint, "state_dict": state}, **options)
-    _put(model, state, description, check_base=check_base)
+    model, state = _build(cls, {**checkpoint, "state_dict": stored.state}, options)
+    apply(model, _reader_of(replace(stored, state=state)), check_base=check_base)
     if merge:
         merge_adapters(model)
         remove_adapters(model)
     return model.to(map_location) if isinstance(map_location, str | torch.device) else model
 
 
-# A LightningModule from a checkpoint
-
-
-def build(cls: "type[Module]", checkpoint: dict[str, Any], **options: Any) -> "tuple[Module, Any]":
-    """Build a module as Lightning does.
-
-    Args:
-        cls: The class of the module.
-        checkpoint: A checkpoint with adapters. The module's ``on_load_checkpoint`` sees all of it.
-        **options: Further arguments of Lightning's ``load_from_checkpoint``.
+def _build(cls: "type[Module]", checkpoint: dict[str, Any], options: dict[str, Any]) -> "tuple[Module, Any]":
+    """Build a module as Lightning does, with hyperparameters and hooks, but without its strict loading of a full state.
 
     Returns:
         The module, and the state to load into it, which its ``on_load_checkpoint`` may have changed.
@@ -279,7 +225,7 @@ def build(cls: "type[Module]", checkpoint: dict[str, Any], **options: Any) -> "t
     if "_class_path" in checkpoint.get("hyper_parameters", {}):  # of LightningCLI, which builds another class
         return _built_by_cli(cls, checkpoint, options), checkpoint["state_dict"]
     kind, states = _that_loads_nothing(cls)
-    model = kind.load_from_checkpoint(_stored(checkpoint), map_location="cpu", **options)
+    model = kind.load_from_checkpoint(_as_file(checkpoint), map_location="cpu", **options)
     del model.load_state_dict
     model.__class__ = cls
     return model, states.pop()
@@ -294,9 +240,9 @@ def _that_loads_nothing(cls: "type[Module]") -> "tuple[type[Module], list[Any]]"
         return SimpleNamespace(missing_keys=[], unexpected_keys=[])
 
     def on_load_checkpoint(self: "Module", checkpoint: dict[str, Any]) -> None:
-        if checkpoint[KEY].get("copies"):
+        if places := checkpoint[KEY].get("copies"):
             inject_adapters(self, stored_config(checkpoint[KEY]))
-            complete_copies(self, checkpoint)
+            put_base_back(view_of(self), checkpoint, places)
         cls.on_load_checkpoint(self, checkpoint)
         self.load_state_dict = load_state_dict  # type: ignore[assignment,method-assign]
 
@@ -307,11 +253,11 @@ def _that_loads_nothing(cls: "type[Module]") -> "tuple[type[Module], list[Any]]"
 def _built_by_cli(cls: "type[Module]", checkpoint: dict[str, Any], options: dict[str, Any]) -> "Module":
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(Found keys|The state dict)")
-        shell = _stored({**checkpoint, "state_dict": {}})
+        shell = _as_file({**checkpoint, "state_dict": {}})
         return cls.load_from_checkpoint(shell, map_location="cpu", **options, strict=False)
 
 
-def _stored(checkpoint: dict[str, Any]) -> BytesIO:
+def _as_file(checkpoint: dict[str, Any]) -> BytesIO:
     """The checkpoint as a file, which is all that Lightning reads."""
     file = BytesIO()
     torch.save(checkpoint, file)

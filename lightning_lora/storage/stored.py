@@ -12,10 +12,11 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, ConfigError, listed
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.merged import check_as_merged
+from lightning_lora.model.state import HALVES
 from lightning_lora.model.view import View, root_of, view_of
-from lightning_lora.storage.base import is_fingerprints, with_halves
-from lightning_lora.storage.base_copies import is_places
-from lightning_lora.storage.stored_layers import StoredLayer, is_layers, layers_of
+from lightning_lora.storage.names import Renaming
+from lightning_lora.storage.schema import fits
+from lightning_lora.storage.stored_layers import StoredLayer, layers_of
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import plain_name, state_dict
 from lightning_lora.tensors.shards import full_tensor, is_dtensor
@@ -26,6 +27,11 @@ KEY = "lightning_lora"
 
 FORMAT = 3
 """The version of the format of that entry. Format 2, without ``layers`` and ``root``, is read too."""
+
+DIVERGED = (
+    "the training that wrote them had diverged. Use an earlier checkpoint, or train again with a lower learning rate"
+)
+"""What is said of NaN and infinite values in a file."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +46,10 @@ class StoredAdapters:
         changed: The frozen weights in ``state``.
         random: The frozen weights in ``state`` that look untrained.
         saved: All entries of each module in ``modules_to_save``. ``state`` leaves out buffers with the base's values.
-        root: The path of the one model inside, or "".
+        root: The path of the one model inside, or ``""``.
         copies: The places in a checkpoint where other callbacks had values of the base.
         source: What the adapters are from, for messages: a file, or the class of a model.
+        renaming: How the names of the base in ``base`` become those in ``state``.
     """
 
     config: LoRAConfig
@@ -55,20 +62,24 @@ class StoredAdapters:
     root: str = ""
     copies: list[Any] = field(default_factory=list)
     source: str = ""
+    renaming: Renaming = field(default_factory=Renaming)
 
     @classmethod
     def from_view(
         cls, view: View, state: dict[str, Any], base: list[dict[str, Any]], copies: Iterable[Any] = ()
     ) -> "StoredAdapters":
-        """Return ``state`` of an adapted model and what a file says of it. ``base`` are its fingerprints."""
+        """Return ``state`` of an adapted model, and what a file says of it."""
+        held = [*view.parameters, *view.buffers]
+        modules = [name for name in view.modules if view.config.is_saved(name)]
+        outer = [name for name in modules if not any(name.startswith(f"{other}.") for other in modules)]
         return cls(
             config=view.config,
             state=state,
             layers={layer.name: layer for layer in layers_of(view)},
-            base=with_halves(view, base),
+            base=base,
             changed=tuple(name for name in state if name in view.frozen),
-            random=tuple(random_weights(view)),
-            saved=saved_entries(view),
+            random=random_weights(view),
+            saved={module: [name for name in held if name.startswith(f"{module}.")] for module in outer},
             root=root_of(view.model),
             copies=list(copies),
             source=type(view.model).__name__,
@@ -88,7 +99,7 @@ class StoredAdapters:
             state=state,
             layers={layer.name: layer for layer in layers},
             base=description["base"],
-            changed=tuple(description.get("changed", ())),
+            changed=tuple(description["changed"]),
             random=tuple(description.get("random", ())),
             saved=description.get("saved", {}),
             root=description.get("root", ""),
@@ -122,25 +133,25 @@ class StoredAdapters:
             )
         return {**about, "checksum": _checksum(self.state, about)}
 
+    def check_finite(self) -> None:
+        """Refuse NaN and infinite values, for whoever has no model to compare them with.
 
-def saved_entries(view: View) -> dict[str, list[str]]:
-    """Return the names of all entries of modules trained whole.
+        Raises:
+            AdapterFileError: there are such values.
+        """
+        tensors = {name: value for name, value in self.state.items() if isinstance(value, Tensor)}
+        if broken := [name for name, value in tensors.items() if not value.isfinite().all()]:
+            raise AdapterFileError(f"{listed(broken)} in {self.source} hold NaN or infinite values: {DIVERGED}.")
 
-    A state leaves out buffers that have the base's values, so it does not say whether it holds all of a module.
-    """
-    saved: dict[str, list[str]] = {}
-    for name in view.modules:
-        if view.config.is_saved(name) and not any(name.startswith(f"{outer}.") for outer in saved):
-            held = [*view.parameters, *view.buffers]
-            saved[name] = [entry for entry in held if entry.startswith(f"{name}.")]
-    return saved
+
+# What a file may say
 
 
 def stored_config(description: object) -> LoRAConfig:
-    """Return the configuration of stored adapters.
+    """Return the configuration in a file's description, after a check of all of it.
 
     Raises:
-        AdapterFileError: ``description`` is not one that :func:`describe` made.
+        AdapterFileError: ``description`` is not one that :meth:`StoredAdapters.description` made.
     """
     foreign = AdapterFileError(f"This package did not write the file's {KEY!r} entry, or the file is damaged.")
     if not isinstance(description, dict) or type(description.get("format")) is not int or not _is_bounded(description):
@@ -149,7 +160,7 @@ def stored_config(description: object) -> LoRAConfig:
         raise AdapterFileError(
             f"The file has format {description['format']}; expected 2 or {FORMAT}. Use the version that wrote it."
         )
-    if not _is_plain(description):
+    if not fits(description, _DESCRIPTION):
         raise foreign
     try:
         return LoRAConfig.from_dict(description["config"])
@@ -168,35 +179,88 @@ def _is_bounded(value: object, most: int = 1 << 24) -> bool:
     return left > 0
 
 
-def _is_plain(description: dict[Any, Any]) -> bool:
-    """Whether each entry has the expected type, so that it is safe to use."""
-    known = ("format", "config", "base", "changed", "entries", "checksum")
-    _, config, base, changed, entries, checksum = (description.get(key) for key in known)
-    copies, layers, random, root, run, saved = (description.get(key, default) for key, default in _OPTIONAL.items())
-    return (
-        description.keys() <= {*known, *_OPTIONAL}
-        and isinstance(config, dict)
-        and is_fingerprints(base)
-        and _is_names(changed)
-        and type(entries) is type(checksum) is int
-        and is_places(copies)
-        and is_layers(layers)
-        and _is_names(random)
-        and isinstance(root, str)
-        and isinstance(run, dict)
-        and all(type(name) is str and type(number) is int for name, number in run.items())
-        and isinstance(saved, dict)
-        and _is_names([*saved])
-        and all(map(_is_names, saved.values()))
-    )
+def _is_digest(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
 
 
-_OPTIONAL: dict[str, Any] = {"copies": [], "layers": [], "random": [], "root": "", "run": {}, "saved": {}}
-"""Entries that some files do not have. Earlier versions wrote ``run``, which is no longer used."""
+def _is_dtype(value: object) -> bool:
+    return type(value) is str and isinstance(getattr(torch, value, None), torch.dtype)
 
 
-def _is_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+def _are_halves(value: object) -> bool:
+    return fits(value, [_is_digest]) and len(value) in (0, len(HALVES))  # type: ignore[arg-type]
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+_FINGERPRINT = {
+    "layout": str,
+    "dtypes": [_is_dtype],
+    "digests": [_is_digest],
+    "rounded?": {str: (None, _are_halves)},
+}
+
+
+_LAYER = {
+    "name": str,
+    "layer_class": str,
+    "kind": str,
+    "r": int,
+    "scaling": float,
+    "parts": [
+        {
+            "weight": str,
+            "reads": _is_size,
+            "writes": _is_size,
+            "first": _is_size,
+            "rows": _is_size,
+            "name": str,
+            "stack": [_is_size],
+            "r": (int, None),
+            "scaling": (float, None),
+        }
+    ],
+    "shapes": {str: [_is_size]},
+    "tied": {str: [str]},
+    "options": dict,
+    "is_additive": bool,
+}
+
+
+def _is_layer(stored: object) -> bool:
+    """Whether ``stored`` is what :meth:`StoredLayer.to_dict` returns."""
+    return fits(stored, _LAYER) and stored["shapes"].keys() == {part["weight"] for part in stored["parts"]}  # type: ignore[index]
+
+
+def _is_fingerprint(value: object) -> bool:
+    return fits(value, _FINGERPRINT) and len(value.get("rounded") or value["digests"]) == len(value["digests"])  # type: ignore[attr-defined,index]
+
+
+def _are_fingerprints(value: object) -> bool:
+    return fits(value, [_is_fingerprint]) and 0 < len(value) <= 8  # type: ignore[arg-type]  # a base has few forms
+
+
+def _is_place(value: object) -> bool:
+    """Whether ``value`` is the place of a copy of the base: keys, then its name, its dtype and its class."""
+    return fits(value, [(str, int)]) and len(value) > 3 and fits(value[-3:], [str]) and _is_dtype(value[-2])  # type: ignore[arg-type,index]
+
+
+_DESCRIPTION = {
+    "format": int,
+    "config": dict,
+    "base": _are_fingerprints,
+    "changed": [str],
+    "entries": int,
+    "checksum": int,
+    "copies?": [_is_place],
+    "layers?": [_is_layer],
+    "random?": [str],
+    "root?": str,
+    "run?": {str: int},  # earlier versions wrote it
+    "saved?": {str: [str]},
+}
 
 
 def _checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:
@@ -212,13 +276,7 @@ def _checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:
 
 
 def check_entries(names: Collection[str], description: Mapping[str, Any], path: object) -> None:
-    """Refuse a file with more or fewer entries than written.
-
-    This check comes before anything is done with the entries.
-
-    Raises:
-        AdapterFileError: the numbers differ.
-    """
+    """Refuse a file with more or fewer entries than written, before anything is done with them."""
     if len(names) != description["entries"]:
         raise AdapterFileError(
             f"{path} has {len(names)} entries, and {description['entries']} were written: it is damaged or was changed."
@@ -232,8 +290,8 @@ def check_checksum(state: Mapping[str, Any], description: Mapping[str, Any], pat
         AdapterFileError: ``state`` or ``description`` was changed.
     """
     check_entries(state, description, path)
-    odd = [name for name, value in state.items() if isinstance(name, str) and not _is_stored(value)]
-    odd += [f"a name of type {type(name).__name__}" for name in state if not isinstance(name, str)]
+    odd = [f"a name of type {type(name).__name__}" for name in state if not isinstance(name, str)]
+    odd += [name for name, value in state.items() if isinstance(name, str) and not _is_stored(value)]
     if odd:
         raise AdapterFileError(
             f"{path} holds entries that this package does not write: {listed(odd)}. The file is damaged or was changed."

@@ -74,54 +74,9 @@ class StoredLayer:
         return cls(**{**named, "matrices": parts, "shapes": shapes, "tied": tied})
 
 
-def _plain_part(part: AdaptedMatrix) -> dict[str, Any]:
-    scaling = None if part.scaling is None else float(part.scaling)
-    return {**vars(part), "stack": list(part.stack), "scaling": scaling}
-
-
-def is_layers(stored: object) -> bool:
-    """Whether ``stored`` is a list of what :meth:`StoredLayer.to_dict` returns."""
-    return isinstance(stored, list) and all(isinstance(layer, dict) and _is_layer(layer) for layer in stored)
-
-
-_TYPES = {
-    "name": str,
-    "layer_class": str,
-    "kind": str,
-    "r": int,
-    "scaling": float,
-    "parts": list,
-    "shapes": dict,
-    "tied": dict,
-    "options": dict,
-    "is_additive": bool,
-}
-_PART = {"weight": str, "reads": int, "writes": int, "first": int, "rows": int, "name": str, "stack": list}
-_OWN = {"r": (int, type(None)), "scaling": (float, type(None))}
-
-
-def _is_layer(layer: dict[Any, Any]) -> bool:
-    if {key: type(value) for key, value in layer.items()} != _TYPES:
-        return False
-    weights = set()
-    for part in layer["parts"]:
-        if not isinstance(part, dict) or part.keys() != {*_PART, *_OWN}:
-            return False
-        if any(type(part[key]) is not kind for key, kind in _PART.items()):
-            return False
-        if any(type(part[key]) not in kinds for key, kinds in _OWN.items()):
-            return False
-        if not _are_sizes(part["stack"]) or not _are_sizes([part[key] for key in ("reads", "writes", "first", "rows")]):
-            return False
-        weights.add(part["weight"])
-    named = all(
-        isinstance(names, list) and all(type(name) is str for name in names) for names in layer["tied"].values()
-    )
-    return layer["shapes"].keys() == weights and all(map(_are_sizes, layer["shapes"].values())) and named
-
-
-def _are_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+def _plain_part(matrix: AdaptedMatrix) -> dict[str, Any]:
+    scaling = None if matrix.scaling is None else float(matrix.scaling)
+    return {**vars(matrix), "stack": list(matrix.stack), "scaling": scaling}
 
 
 def _as_list(value: Any) -> Any:

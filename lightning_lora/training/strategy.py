@@ -24,13 +24,8 @@ from lightning_lora.model.view import view_of
 from lightning_lora.storage.base import base_dtypes, fingerprint
 from lightning_lora.storage.checkpoint import (
     adapter_only,
-    as_base,
-    check_readable,
-    check_resumable,
     complete_copies,
     find_base_in,
-    has_run,
-    leave_adapters,
     load_checkpoint_state,
     with_merged_model,
 )
@@ -44,7 +39,8 @@ from lightning_lora.storage.disk import (
     trusts_all_files,
     writing,
 )
-from lightning_lora.storage.formats.own import read_adapter_file
+from lightning_lora.storage.formats.lightning import as_base, check_readable, check_resumable, has_run
+from lightning_lora.storage.formats.own import leave_adapters, read_adapter_file
 from lightning_lora.storage.stored import KEY, adapter_state_dict, stored_config
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad

@@ -18,7 +18,7 @@ from lightning_lora import (
     load_from_checkpoint,
     save_adapter,
 )
-from lightning_lora.storage import stored
+from lightning_lora.storage import base
 from tests.support.models import LitTiny, best, data, lora, randomise, same, state, trainer
 from tests.support.storage import CONFIG, refused, trained
 
@@ -128,7 +128,7 @@ def test_what_was_trained_in_full_is_converted_but_not_to_infinity(tmp_path: Pat
 def test_a_file_that_does_not_say_what_its_base_is_in_half_precision_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stored, "with_halves", lambda view, forms: forms)
+    monkeypatch.setattr(base, "with_halves", lambda view, forms: forms)
     trained_in(torch.float32, one := tmp_path / "one.safetensors")
     trained_in(torch.bfloat16, half := tmp_path / "half.safetensors")
     load_adapter(LitTiny(), one)

@@ -11,7 +11,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-from lightning_lora.storage.checkpoint import check_readable, leave_adapters
+from lightning_lora.storage.formats.lightning import check_readable
+from lightning_lora.storage.formats.own import leave_adapters
 from tests.support.models import LitTiny, best, data, lora, same, state, trainer
 
 

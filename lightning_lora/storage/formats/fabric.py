@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lora.errors import AdapterStateError, BaseMismatchError, listed
+from lightning_lora.errors import AdapterMismatchError, AdapterStateError, BaseMismatchError, listed
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.view import View
-from lightning_lora.storage.apply import check_names, entries_of
 from lightning_lora.storage.formats.reading import Asked, Reader, is_the_base
-from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.stored import StoredAdapters, required
 from lightning_lora.tensors.names import plain_name
 
 
@@ -45,5 +44,8 @@ def _read(view: View, state: Mapping[str, Any], path: object, *, check_base: boo
     trains = view.adapters.keys() | view.trained.keys()
     base = (view.parameters.keys() | view.entries.keys()) - trains - {*random}
     rest = {name: value for name, value in state.items() if name not in base}
-    check_names(view, entries_of(view, random), rest, config=view.config)
+    if missing := [name for name in required(view) if name not in rest]:
+        raise AdapterMismatchError(
+            f"The state in {path} does not fit {title}: missing {listed(missing)}. Adapt it as for the training."
+        )
     return StoredAdapters(view.config, rest)

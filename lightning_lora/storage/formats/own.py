@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from lightning_lora.errors import AdapterFileError, listed
-from lightning_lora.storage.checkpoint import VERSION, leave_adapters
 from lightning_lora.storage.disk import (
     check_path,
     check_whole,
@@ -25,9 +24,14 @@ from lightning_lora.storage.disk import (
     unread_in,
     writing,
 )
+from lightning_lora.storage.formats.lightning import VERSION
 from lightning_lora.storage.formats.loralib import is_loralib
 from lightning_lora.storage.formats.peft_config import PEFT_CONFIG, is_peft
-from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum, check_entries, stored_config
+from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum, check_entries, is_note, stored_config
+
+ADAPTERS = "adapters"
+"""The part of this package's entry that holds what training changed, beside a merged model."""
+
 
 # Write
 
@@ -97,8 +101,7 @@ def read_adapter_file(path: str | Path | IO[bytes]) -> StoredAdapters:
     local = local_path(path)
     if local is not None and (local / PEFT_CONFIG).is_file():
         raise AdapterFileError(f"{path} holds {_IN_PEFT}")
-    state, description = adapters_in(read_contents(path), path)
-    return StoredAdapters.from_file(state, description, path)
+    return adapters_in(read_contents(path), path)
 
 
 def read_contents(path: str | Path | IO[bytes]) -> Any:
@@ -181,8 +184,8 @@ def is_foreign(names: Iterable[str]) -> bool:
     return is_peft(names) or is_loralib(names)
 
 
-def adapters_in(contents: Any, path: object) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the state and the description, if unchanged.
+def adapters_in(contents: Any, path: object) -> StoredAdapters:
+    """Return the adapters in the contents of a file, if they are as they were written.
 
     Raises:
         AdapterFileError: these are no contents of an adapter file, or they were changed.
@@ -191,9 +194,9 @@ def adapters_in(contents: Any, path: object) -> tuple[dict[str, Any], dict[str, 
     state, description = held.get("state_dict"), held.get(KEY)
     if not isinstance(state, dict) or description is None:
         raise AdapterFileError(f"{path} holds {_instead(held, path)}")
-    stored_config(description)
+    stored = StoredAdapters.from_file(state, description, path)
     check_checksum(state, description, path)
-    return state, description
+    return stored
 
 
 def _instead(contents: dict[Any, Any], path: object) -> str:
@@ -223,3 +226,23 @@ _IN_PEFT = (
     "package: load_adapter(model, path), then save_adapter(model, 'adapter.safetensors')."
 )
 """What PEFT's files hold, and what reads them."""
+
+
+def leave_adapters(checkpoint: object) -> dict[str, Any]:
+    """Leave only what training changed, as the description says.
+
+    That is without the note for readers without this package, and without the merged model that is written for them.
+
+    Returns:
+        The state of the merged model. It is empty if there was none.
+    """
+    if not isinstance(checkpoint, dict):
+        return {}
+    about, merged = checkpoint.get(KEY), None
+    if isinstance(about, dict) and ADAPTERS in about:
+        merged, checkpoint["state_dict"] = checkpoint.get("state_dict"), about.pop(ADAPTERS)
+    state = checkpoint.get("state_dict")
+    if isinstance(state, dict):
+        for name in [name for name in state if is_note(name)]:
+            del state[name]
+    return merged if isinstance(merged, dict) else {}

@@ -20,6 +20,7 @@ from lightning_lora.layers.conv1d import LoRAConv1D
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.model.view import View
+from lightning_lora.storage.base import base_value
 from lightning_lora.storage.formats.peft_config import (
     PEFT_CONFIG,
     PEFT_WEIGHTS,
@@ -30,16 +31,7 @@ from lightning_lora.storage.formats.peft_config import (
     read_config,
 )
 from lightning_lora.storage.formats.peft_layers import peft_layer, why_not
-from lightning_lora.storage.formats.reading import (
-    Asked,
-    Reader,
-    Update,
-    adapters_of,
-    base_value,
-    described,
-    place_of,
-    uses_of,
-)
+from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of, described, place_of, uses_of
 from lightning_lora.storage.names import Renaming
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer

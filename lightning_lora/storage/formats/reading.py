@@ -19,7 +19,8 @@ from lightning_lora.functional.combine import Factors, with_rank
 from lightning_lora.layers import AdaptedMatrix, LoRALayer
 from lightning_lora.layers.matrices import Role
 from lightning_lora.model.view import View, root_of
-from lightning_lora.storage.names import Renaming, beginning, by_whole_names, common_lead
+from lightning_lora.storage.base import base_value
+from lightning_lora.storage.names import Renaming, by_whole_names, find_renamings
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.inplace import combined
@@ -94,26 +95,16 @@ def place_of(view: View, layers: Collection[str], entries: Collection[str]) -> R
     Raises:
         AdapterMismatchError: no prefix makes all of them names of the model, or several do.
     """
-    known = {*view.base, *view.buffers}
+    known = {**view.modules, **view.base, **view.buffers}
     root, title = root_of(view.model), type(view.model).__name__
-
-    def fits(place: Renaming) -> bool:
-        return all(place.name_here(name) in view.modules for name in layers) and all(
-            place.name_here(name) in known for name in entries
-        )
-
-    usual = [Renaming(there, here) for there in common_lead([*layers, *entries]) for here in ("", root)]
-    found = [place for place in usual if fits(place)][:1]
-    found = found or [place for place in (Renaming("", name) for name in view.modules if name) if fits(place)]
+    found = find_renamings([*layers, *entries], known, root_here=root)
     if len(found) > 1:
         raise AdapterMismatchError(
             f"The names in the file fit in {title} below {listed(place.here for place in found)}. Pass one of these "
             "modules instead of the whole model."
         )
     if not found:
-        missing = [name for name in layers if name not in view.modules] + [
-            name for name in entries if name not in known
-        ]
+        missing = [name for name in [*layers, *entries] if name not in known]
         hint = "Pass the model that they were trained on."
         if any(re.search(r"\bexperts\.\d+\.", name) for name in missing):
             hint = (
@@ -122,12 +113,7 @@ def place_of(view: View, layers: Collection[str], entries: Collection[str]) -> R
         raise AdapterMismatchError(f"These adapters do not fit {title}: it has no {listed(missing)}. {hint}")
     (place,) = found
     if place.there or place.here not in ("", root):
-        warnings.warn(
-            f"The names in the file {beginning(place.there)}; in {title} they {beginning(place.here)}. They are taken "
-            "for the same model.",
-            LoRAWarning,
-            stacklevel=6,
-        )
+        warnings.warn(place.told(title), LoRAWarning, stacklevel=7)
     return place
 
 
@@ -217,14 +203,6 @@ def _below(names: Iterable[str], modules: Collection[str]) -> set[str]:
 # The base
 
 
-def base_value(view: View, name: str) -> Tensor:
-    """Return the base's value of a parameter or buffer."""
-    known = view.adapter.originals.get(name) if view.is_adapted else None
-    if known is not None:
-        return known
-    return (view.base[name] if name in view.base else view.buffers[name]).detach()
-
-
 def is_the_base(view: View, name: str, value: Tensor) -> bool:
     """Whether a value is the base's, in the narrower of the two dtypes."""
     own = base_value(view, name).cpu()
@@ -266,24 +244,3 @@ def check_ties(view: View, rest: Mapping[str, Tensor]) -> None:
                 f"The file holds new values for {name!r}, which is tied to {listed(set(others) - {name})} in "
                 f"{type(view.model).__name__}: they would change too. Untie them first, with a copy of the parameter."
             )
-
-
-def completed(view: View, state: Mapping[str, Tensor], *, fresh: bool) -> dict[str, Tensor]:
-    """Add what a file of another library does not hold to a state.
-
-    That is the initial values of adapters that start from the base, and the base's values of biases.
-
-    Args:
-        view: The adapted model.
-        state: The tensors of the file.
-        fresh: Whether it was adapted for this file. Then everything else that trains has the base's values too.
-    """
-    added: dict[str, Tensor] = {}
-    for name, layer in view.layers.items():
-        for parameter, about in layer.lora_roles().items():
-            if not about.role.trains:
-                added[join(name, parameter)] = own_parameter(layer, parameter).detach()
-    for name in view.trained:
-        if fresh or "bias" in name.rpartition(".")[2]:
-            added[name] = base_value(view, name)
-    return {**added, **state}

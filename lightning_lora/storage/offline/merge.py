@@ -5,7 +5,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +19,14 @@ from lightning_lora.errors import (
     listed,
 )
 from lightning_lora.model.merged import lost_to_rounding
-from lightning_lora.storage.base import is_converted
-from lightning_lora.storage.checkpoint import as_base
+from lightning_lora.storage.base import BaseTensor, Comparison, compare
 from lightning_lora.storage.disk import unread_in, writing
+from lightning_lora.storage.formats.lightning import as_base
 from lightning_lora.storage.merged_model import writing_folder
-from lightning_lora.storage.names import common_lead
+from lightning_lora.storage.names import Renaming, find_renamings, is_inside
 from lightning_lora.storage.offline.layers import besides, check_finite, layer_on, read_layers
 from lightning_lora.storage.offline.tensor_files import INDEX, Entry, TensorFiles, write_tensors
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join
 
 Progress = Callable[[str], object]
@@ -137,7 +136,7 @@ class _Merge:
     def _check_base(self) -> None:
         """Compare every frozen tensor that both sides have. The same values in another precision are accepted."""
         compared = [self._compare(form) for form in self.stored.base if "rounded" in form]
-        found = min(compared, key=lambda each: len(each.differ), default=_Comparison([], [], 0))
+        found = min(compared, key=lambda each: len(each.differ), default=Comparison())
         if found.differ or not found.equal:
             raise BaseMismatchError(
                 f"The adapters in {self.stored.source} were trained on another base: {len(found.differ)} frozen "
@@ -152,23 +151,14 @@ class _Merge:
                 stacklevel=4,
             )
 
-    def _compare(self, form: dict[str, Any]) -> "_Comparison":
+    def _compare(self, form: dict[str, Any]) -> Comparison:
         """Compare the base with one form of it that the training has seen."""
-        dtypes = [getattr(torch, dtype) for dtype in form["dtypes"]]
-        differ, converted, equal = [], [], 0
-        for (name, halves), exact in zip(form["rounded"].items(), form["digests"], strict=True):
+        tensors = []
+        for name, halves in form["rounded"].items():
             place = self.name_in_base(name)
-            if name in self.stored.changed or halves is None or place not in self.files.file_of:
-                continue  # None: it was quantised
-            tensor = self.files.get(place)
-            if digest(tensor) == exact:
-                equal += 1
-            elif is_converted(tensor, exact, halves, dtypes):
-                converted.append(place)
-                equal += 1
-            else:
-                differ.append(place)
-        return _Comparison(differ, converted, equal)
+            if halves is not None and name not in self.stored.changed and place in self.files.file_of:
+                tensors.append((name, place))  # None: it was quantised
+        return compare(form, (BaseTensor.of_file(name, place, self.files.get(place)) for name, place in tensors))
 
     def entries(self, names: Iterable[str]) -> Iterator[Entry]:
         """Yield these tensors of the merged model."""
@@ -197,39 +187,21 @@ class _Merge:
         return merged
 
 
-class _Comparison(NamedTuple):
-    """The names of tensors that differ, and of those that were converted, and how many are the same."""
-
-    differ: list[str]
-    converted: list[str]
-    equal: int
-
-
 def _renaming(stored: StoredAdapters, weights: list[str], files: TensorFiles) -> Callable[[str], str]:
     """Return how names in the adapters' file become names in the base: one prefix may come off, or be added."""
-    root = stored.root
-    inside = f"{root}." if root and all(name.startswith(f"{root}.") for name in weights) else ""
-    endings = ("." + weights[0].removeprefix(inside), "." + weights[0])
-    prefixes = [name.removesuffix(end) + "." for end in endings for name in files.file_of if name.endswith(end)]
-    off = ["", inside, *(f"{lead}." for lead in common_lead(list(stored.layers)) if lead)]
-    added = [(cut, prefix) for cut in ("", inside) for prefix in prefixes]
-    for ways in (*([(cut, "")] for cut in off), added):
-        fitting = {way for way in ways if all(way[1] + name.removeprefix(way[0]) in files.file_of for name in weights)}
-        places = {tuple(add + name.removeprefix(strip) for name in weights) for strip, add in fitting}
-        if len(places) > 1:
-            raise AdapterMismatchError(
-                f"The weights that {stored.source} adapts are in {files.path} in several places: "
-                f"{listed(place[0] for place in sorted(places))}. Pass a base that holds the model once."
-            )
-        for strip, add in fitting:
-            outside = [name for name in besides(stored) if not name.startswith(strip)]
-            if outside:
-                raise AdapterMismatchError(
-                    f"{stored.source} also holds {listed(outside)}, trained outside of {strip[:-1]!r}, for which "
-                    f"{files.path} has no place. Merge in memory: load_adapter(model, path), then save_merged."
-                )
-            return lambda name: add + name.removeprefix(strip) if name.startswith(strip) else f" outside: {name}"
-    return lambda name: name
+    found = find_renamings(weights, files.file_of, root_there=stored.root)
+    if len(found) > 1:
+        raise AdapterMismatchError(
+            f"The weights that {stored.source} adapts are in {files.path} in several places: "
+            f"{listed(sorted(way.name_here(weights[0]) for way in found))}. Pass a base that holds the model once."
+        )
+    renaming = found[0] if found else Renaming()
+    if outside := [name for name in besides(stored) if not is_inside(name, renaming.there)]:
+        raise AdapterMismatchError(
+            f"{stored.source} also holds {listed(outside)}, trained outside of {renaming.there!r}, for which "
+            f"{files.path} has no place. Merge in memory: load_adapter(model, path), then save_merged."
+        )
+    return lambda name: renaming.name_here(name) if is_inside(name, renaming.there) else f" outside: {name}"
 
 
 def _write_folder(job: _Merge, folder: Path) -> None:
