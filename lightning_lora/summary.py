@@ -66,7 +66,6 @@ class LoRASummary:
         checkpoint_bytes: Size of the weights in a checkpoint.
         full_checkpoint_bytes: Size of the weights in a checkpoint of full fine-tuning.
         adapters: Number of adapters.
-        merged: Whether the updates are merged into the weights.
         plain: Whether the model has only its own classes and parameters: it was never adapted, or it is merged.
         smaller: Names of layers that are too small for the rank asked, each with the rank that it has.
     """
@@ -80,7 +79,6 @@ class LoRASummary:
     checkpoint_bytes: int
     full_checkpoint_bytes: int
     adapters: int
-    merged: bool
     plain: bool
     smaller: tuple[tuple[str, int], ...] = ()
 
@@ -151,9 +149,7 @@ class LoRASummary:
 
 
 def summarize(model: nn.Module) -> LoRASummary:
-    """Count the trained parameters of ``model``, and their costs.
-
-    The costs are compared with those of full fine-tuning.
+    """Count the trained parameters of ``model``, and their costs beside those of full fine-tuning.
 
     Args:
         model: Any module, with or without adapters. Print the summary of a plain model to see the names of its layers.
@@ -217,7 +213,7 @@ def _parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _with_costs(view: View, groups: tuple[LayerGroup, ...], smaller: tuple[tuple[str, int], ...]) -> LoRASummary:
-    model, merged = view.model, len(view.matrices) if view.is_merged else 0
+    model = view.model
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     added = {id(p) for p in view.adapters.values()}
@@ -232,8 +228,7 @@ def _with_costs(view: View, groups: tuple[LayerGroup, ...], smaller: tuple[tuple
         full_optimizer_bytes=_ADAM_MOMENTS * _full_bytes(base),
         checkpoint_bytes=_bytes(state.values()),
         full_checkpoint_bytes=_full_bytes(base) + _bytes(view.buffers.values()),
-        adapters=merged or len(view.layers),
-        merged=view.is_merged,
+        adapters=len(view.matrices),
         plain=not view.layers,
         smaller=smaller,
     )

@@ -24,14 +24,10 @@ def layer_table(*headings: str, title: str = "") -> Table:
 
 
 def fitting_console(**options: Any) -> Console:
-    """Return a console of the terminal's width.
-
-    A log file has no width of its own, so that names are not cut there.
-    """
+    """Return a console of the terminal's width, or of a log file's, which has none of its own."""
     console = Console(**options)
-    if not (console.is_terminal or console.is_jupyter or "COLUMNS" in os.environ):
-        console = Console(width=_LOG_WIDTH, **options)
-    return console
+    has_width = console.is_terminal or console.is_jupyter or "COLUMNS" in os.environ
+    return console if has_width else Console(width=_LOG_WIDTH, **options)
 
 
 _BLOCK = re.compile(r"\d+(?=\.)")
@@ -39,14 +35,9 @@ _BLOCK = re.compile(r"\d+(?=\.)")
 
 
 def grouped(kinds: Mapping[str, Hashable]) -> Iterator[tuple[str, list[str]]]:
-    """Group layers of one kind whose names differ only in the numbers of blocks.
+    """Group layers of one kind whose names differ only in the numbers of blocks. Yield the group's name, and its names.
 
-    Args:
-        kinds: What layers of one group have in common, by their names.
-
-    Yields:
-        A name for each group, and the names in it. A number that differs is ``*``, or a range if there are more groups
-        of the same name.
+    A number that differs is ``*``, or a range if groups of several kinds differ only in such numbers.
 
     Example:
         >>> ranks = {"layers.0.q": 2, "layers.1.q": 2, "layers.2.q": 4, "layers.0.v": 4, "layers.1.v": 4}

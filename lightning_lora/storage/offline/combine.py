@@ -25,22 +25,13 @@ Method = Literal["cat", "svd", "ties", "dare"]
 
 @dataclass(frozen=True)
 class How:
-    """How files are combined.
+    """How files are combined: the method, the weight of each file, and the numbers of the methods."""
 
-    Args:
-        method: ``"cat"``: the exact sum, of rank Σr. ``"svd"``: its best approximation with rank r. ``"ties"`` and
-            ``"dare"``: sums of a share of the values, approximated with rank r.
-        weights: The weight of each file.
-        r: The rank of the result, for all methods but ``"cat"``. None: the largest rank of the files.
-        density: The share of the values that ``"ties"`` and ``"dare"`` keep.
-        seed: For ``"dare"``, which draws the values.
-    """
-
-    method: Method
+    method: Method  # the exact sum, of rank Σr; its best approximation with rank r; or of a share of the values
     weights: tuple[float, ...]
-    r: int | None = None
-    density: float = 0.2
-    seed: int = 0
+    r: int | None = None  # the rank of the result, but for "cat"; None: the largest rank of the files
+    density: float = 0.2  # the share of the values that "ties" and "dare" keep
+    seed: int = 0  # for "dare", which draws the values
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -55,24 +46,9 @@ class How:
 
 
 def combine_files(paths: Sequence[Path], out: Path, how: How) -> int:
-    r"""Combine files of adapters into one file.
+    r"""Write :math:`\sum_i w_i \, \Delta W_i`, or what ``how`` makes of it. Return the number of layers.
 
-    The result is :math:`\sum_i w_i \, \Delta W_i`, or what ``how`` makes of it. A layer that a file does not adapt
-    counts as an update of zero.
-
-    Args:
-        paths: Two or more files of the same base.
-        out: The new file. Its name ends in ``.safetensors``.
-        how: The method and its numbers.
-
-    Returns:
-        The number of layers.
-
-    Raises:
-        ConfigError: there is not one weight for each file.
-        AdapterFileError: a file cannot be read or written.
-        BaseMismatchError: the files are of different bases.
-        AdapterMismatchError: updates cannot be added: DoRA, modules trained in full, or other parts of a layer.
+    A layer that a file does not adapt counts as an update of zero.
     """
     check_place(out)
     if len(paths) < 2 or len(how.weights) != len(paths):

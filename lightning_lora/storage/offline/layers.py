@@ -16,12 +16,7 @@ from lightning_lora.tensors.names import join
 
 
 def read_layers(path: str | Path) -> StoredAdapters:
-    """Return the adapters in a file that describes its layers.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        AdapterFileError: it cannot be read, or an earlier version wrote it, or it has layers of your own kind.
-    """
+    """Return the adapters in a file, with layers that need no model."""
     stored = read_adapter_file(path)
     if not stored.layers:
         raise AdapterFileError(
@@ -59,11 +54,7 @@ def besides(stored: StoredAdapters) -> dict[str, Any]:
 
 
 def updates(stored: StoredAdapters, name: str) -> dict[str, Factors]:
-    r"""Return A and B of a layer's updates, with the scaling in B, by the names of its matrices.
-
-    Shape:
-        (\*, r, in) and (\*, out, r).
-    """
+    """Return A and B of a layer's updates, with the scaling in B, by the names of its matrices."""
     layer, found = stored.layers[name], dict[str, Factors]()
     for matrix in layer.matrices:
         a, b = matrix_factors(matrix, _settings(stored, name), lambda parameter: stored.state[join(name, parameter)])

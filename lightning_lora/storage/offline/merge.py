@@ -3,7 +3,7 @@
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lightning_lora.storage.formats.lightning import as_base
 from lightning_lora.storage.merged_model import writing_folder
 from lightning_lora.storage.names import Renaming, find_renamings, is_inside
 from lightning_lora.storage.offline.layers import besides, check_finite, layer_on, read_layers
-from lightning_lora.storage.offline.tensor_files import INDEX, Entry, TensorFiles, write_tensors
+from lightning_lora.storage.offline.tensor_files import INDEX, TensorFiles, write_tensors
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.names import join
 
@@ -34,27 +34,10 @@ Progress = Callable[[str], object]
 
 
 def merge_files(base: Path, adapter: Path, out: Path, progress: Progress = str) -> int:
-    """Merge adapters into a file, one tensor at a time.
+    """Merge adapters into a base, one tensor at a time. Return the number of merged weights.
 
-    Args:
-        base: The base: a ``.safetensors`` file, a folder with such files, or a checkpoint.
-        adapter: The file with the adapters.
-        out: The merged model: a ``.safetensors`` file; a folder, if the base is one; or a ``.ckpt`` file, if the base
-            is a checkpoint (then the merged weights are held in memory). It appears when it is complete.
-        progress: Called with the name of each tensor before it is written.
-
-    Returns:
-        The number of merged weights.
-
-    Raises:
-        FileNotFoundError: a file does not exist.
-        AdapterFileError: a file cannot be read or written, or ``out`` is of another kind or exists.
-        AdapterMismatchError: the base lacks weights, or they have other shapes, or are tied.
-        BaseMismatchError: the adapters were trained on another base.
-
-    Warns:
-        LoRAWarning: the base has another precision than that of the training.
-        MergePrecisionWarning: rounding lost much of an update.
+    The merged model appears when it is complete. It is a folder if the base is one, and may be a checkpoint if the base
+    is one; only then are the merged weights held in memory.
     """
     if not out.parent.is_dir():
         raise FileNotFoundError(f"The folder {out.parent} does not exist. Make it first.")
@@ -67,7 +50,7 @@ def merge_files(base: Path, adapter: Path, out: Path, progress: Progress = str) 
             _write_folder(job, folder)
     elif out.suffix == ".safetensors":
         with writing(out) as part:
-            write_tensors(part, job.entries(job.places), files.metadata(base))
+            job.write(part, job.places, files.metadata(base))
     elif out.suffix == ".ckpt" and files.checkpoint is not None:
         checkpoint = as_base(files.checkpoint)
         if unread := unread_in(checkpoint):
@@ -76,7 +59,7 @@ def merge_files(base: Path, adapter: Path, out: Path, progress: Progress = str) 
                 f"{out}. Name a file that ends in .safetensors, or merge in memory: load_adapter(model, path), then "
                 "save_merged."
             )
-        state = {entry.name: entry.make() for entry in job.entries(job.places)}
+        state = {name: job.merged(name) for name in job.places}
         with writing(out) as part:
             torch.save({**checkpoint, "state_dict": state}, part)
     else:
@@ -160,18 +143,17 @@ class _Merge:
                 tensors.append((name, place))  # None: it was quantised
         return compare(form, (BaseTensor.of_file(name, place, self.files.get(place)) for name, place in tensors))
 
-    def entries(self, names: Iterable[str]) -> Iterator[Entry]:
-        """Yield these tensors of the merged model."""
-        for name in names:
-            like = self._value(name)
-            yield Entry(name, like.dtype, tuple(like.shape), lambda name=name: self._merged(name))  # type: ignore[misc]
+    def write(self, path: Path, names: Iterable[str], metadata: dict[str, str]) -> int:
+        """Write these tensors of the merged model into a file. Return their size."""
+        return write_tensors(path, names, self._value, self.merged, metadata)
 
     def _value(self, name: str) -> Tensor:
         """A tensor without updates: that of the training, or of the base."""
         value: Tensor = self.beside[name] if name in self.beside else self.files.get(name)
         return value
 
-    def _merged(self, name: str) -> Tensor:
+    def merged(self, name: str) -> Tensor:
+        """Return a tensor of the merged model."""
         self.progress(name)
         base = self._value(name)
         if name not in self.weights:
@@ -209,7 +191,7 @@ def _write_folder(job: _Merge, folder: Path) -> None:
     base, size = job.files.path, 0
     for file in dict.fromkeys(job.places.values()):
         names = [name for name, place in job.places.items() if place == file]
-        size += write_tensors(folder / file.name, job.entries(names), job.files.metadata(file))
+        size += job.write(folder / file.name, names, job.files.metadata(file))
     if (base / INDEX).is_file():
         index: dict[str, Any] = json.loads((base / INDEX).read_text())
         index["weight_map"] = {name: file.name for name, file in job.places.items()}

@@ -4,7 +4,7 @@ import json
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -22,15 +22,7 @@ _ONE = "model.safetensors"
 
 
 class TensorFiles:
-    """The tensors of a model in one or several files.
-
-    Args:
-        path: A ``.safetensors`` file, a folder with such files, or a checkpoint of torch or Lightning.
-
-    Raises:
-        FileNotFoundError: it does not exist.
-        AdapterFileError: it cannot be read, or holds no weights.
-    """
+    """The tensors of a model: a ``.safetensors`` file, a folder of them, or a checkpoint of torch or Lightning."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -87,37 +79,29 @@ def _names_in(path: Path) -> list[str]:
         return list(file.keys())
 
 
-class Entry(NamedTuple):
-    """One tensor to be written: ``make`` returns its values, when their turn has come."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    make: Callable[[], Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        """The size of its values."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-def write_tensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> int:
+def write_tensors(
+    path: Path, names: Iterable[str], base: Callable[[str], Tensor], values: Callable[[str], Tensor], metadata: Any
+) -> int:
     """Write a ``.safetensors`` file, one tensor at a time. Return the size of all tensors.
+
+    ``base`` gives a tensor of the shape and dtype of each, ``values`` what is written.
 
     Source:
         The format's own description, https://github.com/huggingface/safetensors#format.
     """
-    entries, header, end = list(entries), dict[str, Any](__metadata__={"format": "pt", **metadata}), 0
-    for entry in entries:
-        place = [end, end := end + entry.nbytes]
-        header[entry.name] = {"dtype": _name_of(entry.dtype), "shape": entry.shape, "data_offsets": place}
+    header, dtypes, end = {"__metadata__": {"format": "pt", **metadata}}, dict[str, torch.dtype](), 0
+    for name in names:
+        tensor = base(name)
+        place = [end, end := end + tensor.nbytes]
+        header[name] = {"dtype": _name_of(tensor.dtype), "shape": list(tensor.shape), "data_offsets": place}
+        dtypes[name] = tensor.dtype
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for entry in entries:
-            values = entry.make().detach().to("cpu", entry.dtype).contiguous().reshape(-1)
-            file.write(values.view(torch.uint8).numpy().data if values.numel() else b"")
+        for name, dtype in dtypes.items():
+            tensor = values(name).detach().to("cpu", dtype).contiguous().reshape(-1)
+            file.write(tensor.view(torch.uint8).numpy().data if tensor.numel() else b"")
     return end
 
 
