@@ -1,6 +1,7 @@
 """Combined files are tested against the updates themselves."""
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class Experts(nn.Module):
 
 
 BASE = Several()
+LINEAR: dict[str, Any] = {"target_modules": ["linear"]}
 CONFIGS: dict[str, list[dict[str, Any]]] = {
     "all": [{"target_modules": "all"}, {"target_modules": "all", "r": 3, "alpha": 5, "use_rslora": True}],
     "ranks": [
@@ -76,48 +78,37 @@ def saved(folder: Path, configs: list[dict[str, Any]]) -> tuple[list[Path], list
     return paths, deltas
 
 
-def loaded(path: Path) -> dict[str, Tensor]:
-    """The update that a file makes of the base."""
+def combined(paths: list[Path], how: How) -> dict[str, Tensor]:
+    """The update that the combined file makes of the base."""
+    out = paths[0].with_name("sum.safetensors")
+    combine_files(paths, out, how)
     model = copy.deepcopy(BASE)
-    load_adapter(model, path)
+    load_adapter(model, out)
     merge_adapters(model)
     return {name: value - BASE.state_dict()[name] for name, value in state(model).items()}
 
 
+@pytest.mark.parametrize("method", ["cat", "svd"])
 @pytest.mark.parametrize("configs", CONFIGS.values(), ids=CONFIGS)
-def test_cat_is_the_exact_sum(tmp_path: Path, configs: list[dict[str, Any]]) -> None:
+def test_cat_is_the_exact_sum_and_so_is_svd_where_the_rank_suffices(
+    tmp_path: Path, configs: list[dict[str, Any]], method: Any
+) -> None:
     paths, (one, other) = saved(tmp_path, configs)
-    combine_files(paths, tmp_path / "sum.safetensors", How("cat", (0.7, -0.4)))
-    found = loaded(tmp_path / "sum.safetensors")
+    found = combined(paths, How(method, (0.7, -0.4), r=12 if method == "svd" else None))
     for name in found:
         torch.testing.assert_close(found[name], 0.7 * one[name] - 0.4 * other[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("configs", CONFIGS.values(), ids=CONFIGS)
-def test_svd_is_exact_where_the_rank_suffices(tmp_path: Path, configs: list[dict[str, Any]]) -> None:
-    paths, (one, other) = saved(tmp_path, configs)
-    combine_files(paths, tmp_path / "sum.safetensors", How("svd", (1.0, 2.0), r=12))
-    found = loaded(tmp_path / "sum.safetensors")
-    for name in found:
-        torch.testing.assert_close(found[name], one[name] + 2 * other[name], rtol=1e-3, atol=1e-4)
-
-
-def test_svd_is_the_best_of_its_rank(tmp_path: Path) -> None:
-    paths, (one, other) = saved(tmp_path, [{"target_modules": ["linear"]}] * 2)
-    combine_files(paths, tmp_path / "sum.safetensors", How("svd", (1.0, 1.0)))
-    u, s, v = torch.linalg.svd(one["linear.weight"] + other["linear.weight"])
-    best = (u[:, :2] * s[:2]) @ v[:2]
-    torch.testing.assert_close(loaded(tmp_path / "sum.safetensors")["linear.weight"], best, rtol=1e-3, atol=1e-4)
-
-
-def test_ties_and_dare_are_those_of_the_updates(tmp_path: Path) -> None:
-    paths, (one, other) = saved(tmp_path, [{"target_modules": ["linear"]}] * 2)
-    combine_files(paths, tmp_path / "ties.safetensors", How("ties", (1.0, 0.5), r=8, density=0.5))
-    expected = ties([one["linear.weight"], other["linear.weight"]], [1.0, 0.5], 0.5)
-    torch.testing.assert_close(loaded(tmp_path / "ties.safetensors")["linear.weight"], expected, rtol=1e-3, atol=1e-3)
-    combine_files(paths, tmp_path / "dare.safetensors", How("dare", (1.0, 0.5), r=8, density=1.0))
-    total = one["linear.weight"] + 0.5 * other["linear.weight"]
-    torch.testing.assert_close(loaded(tmp_path / "dare.safetensors")["linear.weight"], total, rtol=1e-3, atol=1e-4)
+def test_svd_is_the_best_of_its_rank_and_ties_and_dare_are_those_of_the_updates(tmp_path: Path) -> None:
+    paths, deltas = saved(tmp_path, [LINEAR] * 2)
+    one, other = (delta["linear.weight"] for delta in deltas)
+    u, s, v = torch.linalg.svd(one + other)
+    for how, expected in (
+        (How("svd", (1.0, 1.0)), (u[:, :2] * s[:2]) @ v[:2]),
+        (How("ties", (1.0, 0.5), r=8, density=0.5), ties([one, other], [1.0, 0.5], 0.5)),
+        (How("dare", (1.0, 0.5), r=8, density=1.0), one + 0.5 * other),
+    ):
+        torch.testing.assert_close(combined(paths, how)["linear.weight"], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_what_cannot_be_added_is_refused(tmp_path: Path) -> None:
@@ -127,39 +118,36 @@ def test_what_cannot_be_added_is_refused(tmp_path: Path) -> None:
             combine_files(paths, tmp_path / "sum.safetensors", how or How("cat", (1.0,) * len(configs)))
         assert not (tmp_path / "sum.safetensors").exists()
 
-    linear: dict[str, Any] = {"target_modules": ["linear"]}
-    refused([linear, {**linear, "use_dora": True}], AdapterMismatchError, "DoRA")
-    refused([linear, {**linear, "bias": "all"}], AdapterMismatchError, "trained in full")
-    refused([linear, {**linear, "target_slices": {"linear": {"a": (0, 4)}}}], AdapterMismatchError, "in other parts")
-    refused([linear], ConfigError, "at least two")
-    refused([linear] * 2, ConfigError, "3 weights", How("cat", (1.0,) * 3))
-    paths, _ = saved(tmp_path, [linear] * 2)
+    refused([LINEAR, {**LINEAR, "use_dora": True}], AdapterMismatchError, "DoRA")
+    refused([LINEAR, {**LINEAR, "bias": "all"}], AdapterMismatchError, "trained in full")
+    refused([LINEAR, {**LINEAR, "target_slices": {"linear": {"a": (0, 4)}}}], AdapterMismatchError, "in other parts")
+    refused([LINEAR], ConfigError, "at least two")
+    refused([LINEAR] * 2, ConfigError, "3 weights", How("cat", (1.0,) * 3))
+    (one, other), _ = saved(tmp_path, [LINEAR] * 2)
     with pytest.raises(AdapterFileError, match=r"end in \.safetensors"):
-        combine_files(paths, tmp_path / "sum.ckpt", How("cat", (1.0, 1.0)))
-    for wrong in (
-        {"r": 2},
-        {"method": "svd", "r": 0},
-        {"method": "ties", "density": 0.0},
-        {"density": 1.5},
-        {"weights": (1.0, float("nan"))},
-    ):
-        with pytest.raises(ConfigError, match="not valid"):
-            How(**{"method": "cat", "weights": (1.0, 1.0), **wrong})  # type: ignore[arg-type]
-
-
-def test_files_of_two_bases_are_refused(tmp_path: Path) -> None:
-    paths, _ = saved(tmp_path, [{"target_modules": ["linear"]}] * 2)
-    other = Several()
-    inject_adapters(other, LoRAConfig(r=2, target_modules=["linear"]))
-    save_adapter(other, tmp_path / "other.safetensors")
-    with pytest.raises(BaseMismatchError, match="different bases"):
-        combine_files([paths[0], tmp_path / "other.safetensors"], tmp_path / "sum.safetensors", How("cat", (1.0, 1.0)))
-
-
-def test_diverged_files_are_refused(tmp_path: Path) -> None:
-    (one, other), _ = saved(tmp_path, [{"target_modules": ["linear"]}] * 2)
+        combine_files([one, other], tmp_path / "sum.ckpt", How("cat", (1.0, 1.0)))
     stored = read_adapter_file(other)
     stored.state["linear.lora_B"].fill_(torch.nan)
     write_adapter_file(other, stored)
     with pytest.raises(AdapterFileError, match=r"'linear.lora_B' in .* hold NaN"):
-        combine_files([one, other], tmp_path / "sum.safetensors", How("cat", (1.0, 1.0)))
+        combined([one, other], How("cat", (1.0, 1.0)))
+    model = Several()
+    inject_adapters(model, LoRAConfig(r=2, **LINEAR))
+    save_adapter(model, other)
+    with pytest.raises(BaseMismatchError, match="different bases"):
+        combined([one, other], How("cat", (1.0, 1.0)))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"r": 2},
+        {"method": "svd", "r": 0},
+        {"method": "ties", "density": 0.0},
+        {"density": 1.5},
+        {"weights": (math.nan,)},
+    ],
+)
+def test_wrong_numbers_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="not valid"):
+        How(**{"method": "cat", "weights": (1.0, 1.0), **wrong})
