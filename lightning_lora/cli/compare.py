@@ -48,17 +48,13 @@ def run(arguments: Any) -> None:
 
 
 def compare(one: StoredAdapters, other: StoredAdapters) -> dict[str, Any]:
-    """Compare two files.
-
-    Raises:
-        AdapterFileError: they have no layer in common.
-    """
+    """Return the numbers of each layer that two files have in common."""
     layers = list[dict[str, Any]]()
     for name in one.layers:
-        second = updates(other, name) if name in other.layers else {}
-        for part, first in updates(one, name).items():
-            if part in second and _sides(first) == _sides(second[part]):
-                layers.append({"name": name, "part": part, **_numbers(first, second[part])})
+        theirs = updates(other, name) if name in other.layers else {}
+        for matrix, update in updates(one, name).items():
+            if matrix in theirs:
+                layers.append({"name": name, "part": matrix.name, **_numbers(update, theirs[matrix])})
     if not layers:
         raise AdapterFileError(
             f"{one.source} and {other.source} adapt no layer in common, such as {next(iter(one.layers))!r} and "
@@ -66,10 +62,6 @@ def compare(one: StoredAdapters, other: StoredAdapters) -> dict[str, Any]:
         )
     only = [[name for name in a.layers if name not in b.layers] for a, b in ((one, other), (other, one))]
     return {"files": [one.source, other.source], "layers": layers, "only_in": only}
-
-
-def _sides(factors: Factors) -> tuple[int, int]:
-    return factors[0].shape[-1], factors[1].shape[-2]
 
 
 def _numbers(first: Factors, second: Factors) -> dict[str, float]:

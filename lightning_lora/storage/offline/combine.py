@@ -15,7 +15,7 @@ from lightning_lora.functional.combine import Factors, concatenated, dare, facto
 from lightning_lora.layers import AdaptedMatrix
 from lightning_lora.storage.formats.own import check_place, write_adapter_file
 from lightning_lora.storage.names import by_whole_names, targets_of
-from lightning_lora.storage.offline.layers import besides, check_finite, read_layers, updates
+from lightning_lora.storage.offline.layers import bare, besides, check_finite, read_layers, updates
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.names import join
@@ -63,7 +63,7 @@ def combine_files(paths: Sequence[Path], out: Path, how: How) -> int:
                 (updates(file, name), w) for file, w in zip(files, how.weights, strict=True) if name in file.layers
             ]
             combined = {
-                matrix: _combined(matrix, [(found[matrix.name], w) for found, w in holding], how, generator)
+                matrix: _combined(matrix, [(found[matrix], w) for found, w in holding], how, generator)
                 for matrix in layer.matrices
             }
             r = max(a.shape[-2] for a, _ in combined.values())
@@ -93,7 +93,7 @@ def _check_alike(files: list[StoredAdapters]) -> dict[str, StoredLayer]:
         if not any(form in file.base for form in first.base) or file.root != first.root:
             raise BaseMismatchError(f"{first.source} and {file.source} were trained on different bases. Use one base.")
         for name, layer in file.layers.items():
-            matrices = tuple(replace(matrix, r=None, scaling=None) for matrix in layer.matrices)
+            matrices = tuple(map(bare, layer.matrices))
             found = layers.setdefault(name, replace(layer, scaling=1.0, matrices=matrices))
             other = holder.setdefault(name, file)
             if (found.kind, found.shapes, found.matrices) != (layer.kind, layer.shapes, matrices):

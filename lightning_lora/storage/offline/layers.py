@@ -1,6 +1,7 @@
 """The layers of a file of adapters, without their model."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,7 +10,15 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.functional.combine import Factors
-from lightning_lora.layers import Adapter, LoRALayer, Settings, adapter_parameters, attach, matrix_factors
+from lightning_lora.layers import (
+    AdaptedMatrix,
+    Adapter,
+    LoRALayer,
+    Settings,
+    adapter_parameters,
+    attach,
+    matrix_factors,
+)
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.names import join
@@ -53,12 +62,17 @@ def besides(stored: StoredAdapters) -> dict[str, Any]:
     return {name: value for name, value in stored.state.items() if name not in parameters}
 
 
-def updates(stored: StoredAdapters, name: str) -> dict[str, Factors]:
-    """Return A and B of a layer's updates, with the scaling in B, by the names of its matrices."""
-    layer, found = stored.layers[name], dict[str, Factors]()
+def bare(matrix: AdaptedMatrix) -> AdaptedMatrix:
+    """Return a matrix without a rank and a scaling of its own, which files may have different."""
+    return replace(matrix, r=None, scaling=None)
+
+
+def updates(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, Factors]:
+    """Return A and B of a layer's updates, with the scaling in B, by their :func:`bare` matrices."""
+    layer, found = stored.layers[name], dict[AdaptedMatrix, Factors]()
     for matrix in layer.matrices:
         a, b = matrix_factors(matrix, _settings(stored, name), lambda parameter: stored.state[join(name, parameter)])
-        found[matrix.name] = a, b * (layer.scaling if matrix.scaling is None else matrix.scaling)
+        found[bare(matrix)] = a, b * (layer.scaling if matrix.scaling is None else matrix.scaling)
     return found
 
 
