@@ -36,11 +36,7 @@ def detach_adapters(view: View, names: Collection[str] | None = None) -> dict[st
 
 
 def move_adapters(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
-    """Move the adapters of layers that were replaced since to the new layers.
-
-    Raises:
-        AdapterStateError: a new layer cannot be adapted.
-    """
+    """Move the adapters of layers that were replaced since to the new layers."""
     for name, layer in layers.items():
         new = submodule(model, name)
         if isinstance(new, LoRALayer):  # not replaced, or its adapter has already moved
@@ -68,11 +64,8 @@ def check_weights(view: View) -> None:
 
 
 def _has_weights(layer: LoRALayer) -> bool:
-    for name in layer.lora_weights():
-        owner, _, leaf = name.rpartition(".")
-        if leaf not in layer.get_submodule(owner)._parameters:
-            return False
-    return True
+    names = [name.rpartition(".") for name in layer.lora_weights()]
+    return all(leaf in layer.get_submodule(owner)._parameters for owner, _, leaf in names)
 
 
 # Inference paths that bypass adapted layers
@@ -101,10 +94,9 @@ def _switch_inference_paths(modules: Mapping[str, nn.Module]) -> None:
 def _inference_path(module: nn.Module) -> tuple[str, Any] | None:
     """The attribute that switches a module's inference path, and its value for off.
 
-    An encoder layer has a fast path in eval mode. It reads the weights of linear1 and linear2 without calling these
-    layers, so it would ignore their adapters. An encoder packs a padded batch for this path, and layers without the
-    path cannot read packed batches. On some processors, bitsandbytes repacks its weights for inference, and then passes
-    no gradient to earlier layers.
+    In eval mode, an encoder layer reads the weights of linear1 and linear2 without calling these layers. An encoder
+    packs a padded batch for this, which layers without the path cannot read. On some processors, bitsandbytes repacks
+    its weights for inference, and then passes no gradient to earlier layers.
     """
     if isinstance(module, nn.TransformerEncoderLayer):
         return "activation_relu_or_gelu", 0

@@ -48,8 +48,8 @@ class Fresh:
 def find_fresh(view: View) -> Fresh:
     """Find the layers of a model with new adapters that look untrained.
 
-    Layers that the user froze count in the share alone, if there are others that the user left trainable: they are
-    random on purpose. So do embeddings: training changes values as large as theirs too slowly to be seen.
+    In the share alone count layers that the user froze among others, which are random on purpose, and embeddings:
+    training changes values as large as theirs too slowly to be seen.
     """
     sizes, fresh = {True: 0, False: 0}, {}
     for name, weights in _layers(view):
@@ -95,13 +95,10 @@ def _layers(view: View) -> Iterator[tuple[str, Weights]]:
         named = {leaf: p for leaf, p in module._parameters.items() if p is not None and p.dim() > 1}
         weights = {leaf: p for leaf, p in named.items() if id(p) not in seen}
         seen.update(map(id, weights.values()))
-        if weights and all(_can_be_judged(weight) for weight in weights.values()):
+        plain = [p for p in weights.values() if (type(p) is nn.Parameter or is_dtensor(p)) and not p.is_meta]
+        large = [p for p in plain if p.is_floating_point() and p.element_size() > 1 and to_local(p).numel() >= FEWEST]
+        if weights and len(large) == len(weights):
             yield name, weights
-
-
-def _can_be_judged(weight: nn.Parameter) -> bool:
-    plain = (type(weight) is nn.Parameter or is_dtensor(weight)) and not weight.is_meta
-    return plain and weight.is_floating_point() and weight.element_size() > 1 and to_local(weight).numel() >= FEWEST
 
 
 def _looks_fresh(view: View, name: str, weights: Weights) -> bool:
@@ -112,11 +109,12 @@ def _looks_fresh(view: View, name: str, weights: Weights) -> bool:
     for weight in weights.values():
         block = block_of(to_local(weight))
         if block.numel() < FEWEST:  # the others are zero
-            if has_bias or not isinstance(layer, nn.Linear) or to_local(weight).any():
-                return False
-        elif not any(is_uniform(block, bound) for bound in _bounds(layer, weight)) and (
-            has_bias or not any(is_normal(block, each) for each in _deviations(view, name, weight))
-        ):
+            looks_fresh = isinstance(layer, nn.Linear) and not has_bias and not to_local(weight).any()
+        else:
+            looks_fresh = any(is_uniform(block, bound) for bound in _bounds(layer, weight))
+            if not looks_fresh and not has_bias:
+                looks_fresh = any(is_normal(block, each) for each in _deviations(view, name, weight))
+        if not looks_fresh:
             return False
     return True
 
@@ -177,14 +175,9 @@ def _is_blank(parameter: nn.Parameter) -> bool:
 
 # Initial values
 
-_MOST = 10_000
-"""The number of values that are tested in a large weight."""
-
-_ROUNDING = 0.004
-"""The relative error of bfloat16."""
-
-_SPREAD = 4.0
-"""How many standard errors a moment may be away from its expected value."""
+_MOST = 10_000  # values that are tested in a large weight
+_ROUNDING = 0.004  # the relative error of bfloat16
+_SPREAD = 4.0  # how many standard errors a moment may be away from its expected value
 
 _UNIFORM = ((1, 0, 1 / 3), (2, 1 / 3, 4 / 45), (3, 0, 1 / 7), (4, 1 / 5, 16 / 225))
 _NORMAL = ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170))
@@ -192,11 +185,7 @@ _NORMAL = ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170))
 
 
 def block_of(weight: Tensor) -> Tensor:
-    """Return rows and columns of a weight to test: evenly spaced, about 10,000 values, without rows of zeros (padding).
-
-    Shape:
-        ``weight``: (rows, ...). Returns (some rows, some columns), in float32 on the CPU.
-    """
+    """Return evenly spaced rows and columns of a weight, about 10,000 values, without rows of zeros (padding)."""
     rows, columns = weight.shape[0], weight[0].numel()
     most_rows = min(rows, max(100, _MOST // columns))
     columns_taken = min(columns, _MOST // most_rows)

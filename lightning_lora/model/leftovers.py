@@ -14,13 +14,7 @@ from lightning_lora.tensors.names import owner_of, starts_of
 
 
 class LeftAlone(NamedTuple):
-    """Layers that could be adapted, but are not.
-
-    Args:
-        layers: Their names.
-        kinds: The names of their classes, the most frequent first.
-        share: Their share of the model's weights.
-    """
+    """Layers that could be adapted, but are not: names, classes (the most frequent first), share of all weights."""
 
     layers: list[str]
     kinds: list[str]
@@ -28,10 +22,9 @@ class LeftAlone(NamedTuple):
 
 
 def left_trainable(view: View) -> list[str]:
-    """Return modules that were left trainable, but are frozen now.
+    """Return modules that are frozen now, though the user froze most of the model, but not them.
 
-    The user has frozen most of the model, but not these modules. Nothing inside them is adapted or trained in full.
-    They are named as for ``modules_to_save``.
+    Nothing inside them is adapted or trained in full. They are named as for ``modules_to_save``.
     """
     by_user = view.frozen_by_user
     if 2 * _size(view, by_user) <= _size(view, view.base):
@@ -48,9 +41,9 @@ def left_trainable(view: View) -> list[str]:
 
 
 def left_computed(view: View) -> list[str]:
-    """Return layers without adapters because their weight is computed.
+    """Return layers that ``"all-linear"`` and ``"all"`` leave out because their weight is computed.
 
-    ``"all-linear"`` and ``"all"`` leave them out. What the user excluded or trains in full is not among them.
+    What the user excluded or trains in full is not among them.
     """
     if view.config.target_modules not in AUTOMATIC:
         return []
@@ -65,10 +58,9 @@ def left_computed(view: View) -> list[str]:
 
 
 def left_alone(view: View) -> LeftAlone:
-    """Return layers that ``"all-linear"`` leaves without adapters.
+    """Return layers that ``"all"`` would adapt, and ``"all-linear"`` leaves without adapters.
 
-    ``"all"`` would adapt them. Embeddings are not counted, nor what the user excluded or froze. Other targets are the
-    user's choice: then there are no such layers.
+    Embeddings are not counted, nor what the user excluded or froze. Other targets are the user's choice.
     """
     found: dict[str, nn.Module] = {}
     if view.config.target_modules == "all-linear":

@@ -23,7 +23,7 @@ _load_adapters: _Load | None = None
 
 
 def loads_adapters(function: _Load) -> _Load:
-    """Use this function for files that other code loads."""
+    """Load files by this function when other code loads them into a model."""
     global _load_adapters
     _load_adapters = function
     return function

@@ -174,11 +174,8 @@ def tied_weights(view: View) -> dict[str, list[str]]:
 
 def spread_ties(view: View) -> list[str]:
     """Return the layers with a tied, spread weight: FSDP2 keeps it one, so no update fits into one of its uses."""
-    found = []
-    for name, weights in tied_weights(view).items():
-        if any(is_dtensor(own_parameter(view.layers[name], weight)) for weight in weights):
-            found.append(name)
-    return found
+    tied = tied_weights(view).items()
+    return [name for name, weights in tied if any(is_dtensor(own_parameter(view.layers[name], w)) for w in weights)]
 
 
 def _merge_layer(
@@ -199,13 +196,7 @@ def _merge_layer(
             if weight in tied:
                 if bases is not None:
                     bases[weight] = own
-                key = join(name, weight)
-                if key not in record.untied:
-                    record.was_untied(key, nn.Parameter(merged, requires_grad=False))
-                shown = record.untied[key]
-                replace_values(shown, merged)
-                set_requires_grad(shown, own.requires_grad)
-                set_parameter(layer, weight, shown)
+                set_parameter(layer, weight, nn.Parameter(merged, own.requires_grad))
                 continue
             if bases is not None:
                 base = set_aside(own)  # saves GPU memory
@@ -248,10 +239,8 @@ def _see(view: View, bases: dict[str, dict[str, Tensor]]) -> tuple[dict[str, See
 
 def check_mergeable(view: View) -> None:
     """Refuse weights that no update can be merged into."""
-    empty = []
-    for name, layer in view.layers.items():
-        if any(own_parameter(layer, weight).is_meta for weight in layer.lora_weights()):
-            empty.append(name)
+    weights = {name: [own_parameter(layer, w) for w in layer.lora_weights()] for name, layer in view.layers.items()}
+    empty = [name for name, parameters in weights.items() if any(p.is_meta for p in parameters)]
     for names, why in (
         (
             quantised_layers(view),
@@ -271,7 +260,7 @@ def check_mergeable(view: View) -> None:
 
 
 def quantised_layers(view: View) -> list[str]:
-    """Return the names of adapted layers with quantised weights, into which no update can be merged."""
+    """Return the names of adapted layers with quantised weights."""
     return [name for name, layer in view.layers.items() if layer.lora_is_quantised(layer)]
 
 
@@ -332,8 +321,6 @@ def _show_base(record: Record, name: str, layer: nn.Module, adapter: Adapter, un
             replace_values(base, base.data.to(shown))  # where all its uses are adapted, it was in no model meanwhile
             set_requires_grad(base, shown.requires_grad)
             set_parameter(layer, weight, base)
-            replace_values(shown, shown.data.new_empty(0))  # kept for the next merge, without its memory
-            record.was_untied(join(name, weight), shown)
         else:
             replace_values(shown, base.to(shown))
             record.base_was_copied(join(name, weight), base, shown)

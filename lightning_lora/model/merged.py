@@ -18,12 +18,7 @@ from lightning_lora.tensors.values import replace_values
 
 
 def check_as_merged(model: nn.Module) -> None:
-    """Raise an error if a merged model's weights have changed.
-
-    Raises:
-        AdapterStateError: ``model`` has no adapters, or its weights have changed since the merge, or its layers have
-            the adapters of another model.
-    """
+    """Raise an error if a merged model's weights have changed, or if the model has no adapters."""
     record = record_of(model)
     if is_as_merged(model, record):
         return
@@ -37,13 +32,10 @@ def check_as_merged(model: nn.Module) -> None:
 
 
 def is_as_merged(model: nn.Module, record: Record) -> bool:
-    """Whether a merged model still has its merged weights.
+    """Whether a merged model still has its merged weights, perhaps moved or converted. True if it is not merged.
 
-    They may have been moved or converted. It is True for a model that is not merged. Collective for a merged model that
-    is spread over processes: if one process sees a change, all do.
-
-    Raises:
-        AdapterStateError: merged layers have the adapters of another model that shares them.
+    Collective for a merged model that is spread over processes: if one process sees a change, all do. Raises an error
+    if merged layers have the adapters of another model that shares them.
     """
     if record.merge is None:
         return True

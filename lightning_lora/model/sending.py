@@ -49,10 +49,9 @@ def allow(*classes: type) -> None:
 
 
 def make_folder() -> None:
-    """Make the temporary folder of this program.
+    """Make the temporary folder of this program, before any worker process starts: workers use that of their program.
 
-    Call it before any worker process starts. A worker process uses the folder of its program. The folder is deleted
-    when the process that made it ends.
+    The folder is deleted when the process that made it ends.
     """
     with _LOCK:
         folder = _folder()
@@ -127,7 +126,7 @@ def _load(path: Path, *, mmap: bool = True) -> dict[str, Any]:
 def receive(model: nn.Module, build: Callable[[Any], _Record]) -> _Record | None:
     """Return the record that was sent for this model's weights, as ``build`` makes it, or None.
 
-    The program that made the folder then deletes the file. Its worker processes leave it for the main process.
+    The program that made the folder deletes the file then. Its worker processes leave it to the main process.
     """
     for path in _about(model):
         record = build(_load(path, mmap=False)["record"])

@@ -24,7 +24,7 @@ from lightning_lora.tensors.shards import agreed, is_dtensor, reshard
 from lightning_lora.tensors.values import Seen, copy_to_host
 
 _ATTRIBUTE = "_lora"
-"""The attribute of a model that holds its record."""
+"""The attribute that holds a model's record."""
 
 HALVES = (torch.bfloat16, torch.float16)
 """The dtypes of :attr:`Record.rounded`."""
@@ -62,10 +62,7 @@ class AdapterState:
         self.random = tuple(names)
 
     def keep_originals(self, values: Mapping[str, Tensor]) -> None:
-        """Copy these values of the base to CPU memory, before training changes them.
-
-        Copies of values with the same shape are kept, and copies of all others are dropped.
-        """
+        """Copy these values of the base to CPU memory, unless they were copied before, and drop all other copies."""
         known, self.originals = self.originals, {}
         for name, tensor in values.items():
             is_known = name in known and known[name].shape == tensor.shape
@@ -83,13 +80,13 @@ class AdapterState:
 
 @dataclass
 class Merge:
-    """A merge that can be undone.
+    """A merge that can be undone: the adapters, which hold the base's values, and the weights as the merge left them.
 
     Args:
-        adapters: The adapters by layer. They hold the base's values.
-        weights: The merged weights as the merge left them, to notice if they change.
-        tied: The base of those that were tied, which another layer uses, as they were at the merge.
-        others: The other parameters as they were at the merge, to notice if they change.
+        adapters: The adapters by layer.
+        weights: The merged weights.
+        tied: The base of those that were tied, which another layer uses.
+        others: The other parameters.
     """
 
     adapters: dict[str, Adapter]
@@ -117,7 +114,6 @@ class Record:
         rounded_base: Base weights that were computed again from merged ones, with rounding. The values are two digests:
             of these weights, and of the base's own, for which they stand.
         merge: The merge, while the updates are merged into the weights.
-        untied: Parameters that a merge made for tied weights, to show the same ones at the next merge.
         read: The base's tensors as they were when they were last read in full, with their digests.
         rounded: The digests of the base's tensors in half precision, by the digest in their own dtype.
         fingerprints: The forms of this base seen so far: as loaded, and as converted by a Trainer's precision.
@@ -129,7 +125,6 @@ class Record:
     changed: dict[str, tuple[int, int]] = field(default_factory=dict)
     rounded_base: dict[str, tuple[int, int]] = field(default_factory=dict)
     merge: Merge | None = None
-    untied: dict[str, nn.Parameter] = field(default_factory=dict)
     read: dict[str, Reading] = field(default_factory=dict)
     rounded: dict[int, list[int]] = field(default_factory=dict)
     fingerprints: list[dict[str, Any]] = field(default_factory=list)
@@ -197,10 +192,6 @@ class Record:
         self.merge = None
         self.requires_grad = {**self.requires_grad, **{name: p.requires_grad for name, p in parameters.items()}}
 
-    def was_untied(self, name: str, parameter: nn.Parameter) -> None:
-        """A merge shows this parameter in place of a tied one, now and later."""
-        self.untied[name] = parameter
-
     def was_disabled(self, disabled: bool) -> None:
         """The adapter is disabled for a while, or enabled again."""
         self.is_disabled = disabled
@@ -208,21 +199,17 @@ class Record:
     # Digests of the base's tensors
 
     def digests(self, tensors: Mapping[str, Tensor], *, anew: bool = False) -> dict[str, int]:
-        """Return the digests of the base's tensors, by name.
+        """Return the digests of the base's tensors by name, and remember them.
 
-        They are remembered. A tensor is read again if a quick look shows a change, or if ``anew`` is True. Collective
-        for those that are spread over processes: if one process sees a change, all read the tensor again.
+        A tensor is read again if a quick look shows a change, or if ``anew`` is True. Collective for those that are
+        spread over processes: if one process sees a change, all read the tensor again.
         """
-        changed = [anew or not self._is_known(name, tensor) for name, tensor in tensors.items()]
-        if not anew:
-            changed = agreed(changed, list(tensors.values()))
+        known = [name in self.read and self.read[name].seen.is_unchanged(tensor) for name, tensor in tensors.items()]
+        changed = [True] * len(known) if anew else agreed([not same for same in known], list(tensors.values()))
         again = {name: tensor for (name, tensor), is_new in zip(tensors.items(), changed, strict=True) if is_new}
         for (name, tensor), number in zip(again.items(), digests(list(again.values())), strict=True):
             self.read[name] = Reading(Seen(tensor, None if is_dtensor(tensor) else number), number)
         return {name: self.read[name].number for name in tensors}
-
-    def _is_known(self, name: str, tensor: Tensor) -> bool:
-        return name in self.read and self.read[name].seen.is_unchanged(tensor)
 
     def halves(self, known: int, tensor: Tensor) -> list[int]:
         """Return a base tensor's digests in half precision, by its digest in its own dtype. They are remembered."""
@@ -231,10 +218,7 @@ class Record:
         return self.rounded[known]
 
     def prepare_halves(self, tensors: Mapping[int, Tensor]) -> None:
-        """Compute the digests that :meth:`halves` will look up, for tensors that are spread over processes.
-
-        Together they take one message for each dtype and layout.
-        """
+        """Compute what :meth:`halves` will look up for spread tensors: one message for each dtype and layout."""
         new = {known: t for known, t in tensors.items() if known not in self.rounded and is_dtensor(t)}
         columns = [digests(list(new.values()), dtype) for dtype in HALVES]
         for known, *numbers in zip(new, *columns, strict=True):
@@ -304,10 +288,7 @@ def forget_record(model: nn.Module) -> None:
 
 
 def begin_record(model: nn.Module, config: LoRAConfig) -> Record:
-    """Return the record for adapters that are added now: the one of ``model``, or a new one if it is plain or merged.
-
-    It takes over the records of modules inside.
-    """
+    """Return the record for adapters that are added now: a new one if ``model`` is plain or merged, or its own."""
     record = find_record(model)
     if record is None or record.is_merged:
         record = Record(AdapterState(config))
@@ -318,17 +299,18 @@ def begin_record(model: nn.Module, config: LoRAConfig) -> Record:
 
 
 def absorb_inner_records(model: nn.Module, record: Record) -> None:
-    """Move the records of modules inside ``model`` into ``record``.
+    """Move the records of modules inside ``model`` into ``record``, which keeps the values that it has already.
 
-    Values that ``record`` already has are kept. A merged module is itself a base now, so its earlier values are not
-    taken over.
+    A merged module is itself a base now, so its earlier values are not taken over.
     """
     for prefix, inner in _inner_records(model).items():
-        _add(record.requires_grad, prefix, inner.requires_grad)
+        values: list[tuple[dict[str, Any], Mapping[str, Any]]] = [(record.requires_grad, inner.requires_grad)]
         if not inner.is_merged:
             record.adapter.is_trained |= inner.adapter.is_trained
-            _add(record.adapter.originals, prefix, inner.adapter.originals)
-            _add(record.changed, prefix, inner.changed)
+            values += [(record.adapter.originals, inner.adapter.originals), (record.changed, inner.changed)]
+        for ours, theirs in values:
+            for name, value in theirs.items():
+                ours.setdefault(join(prefix, name), value)
         forget_record(submodule(model, prefix))
 
 
@@ -336,29 +318,17 @@ def _inner_records(model: nn.Module) -> dict[str, Record]:
     return records_in({name: module for name, module in named_modules(model).items() if name})
 
 
-def _add(known: dict[str, Any], prefix: str, values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        known.setdefault(join(prefix, name), value)
-
-
 def record_of(model: nn.Module) -> Record:
-    """Return the record of ``model``.
-
-    If FSDP2 shows whole weights after an evaluation, it takes them back first: what the caller reads and writes are the
-    model's own.
-
-    Raises:
-        AdapterStateError: ``model`` has no adapters, or they are disabled now.
-    """
-    reshard(model)
+    """Return the record of ``model``, or raise an error if it has no adapters, or they are disabled now."""
+    reshard(model)  # FSDP2 may show full weights after an evaluation, and the caller wants the model's own
     record = find_record(model) or receive(model)
     title = type(plain_module(model)).__name__
     if record is None:
         raise AdapterStateError(f"{title} has no adapters{_instead(model)}")
     if record.is_disabled:
         raise AdapterStateError(
-            f"The adapters of {title} are disabled. Do this after the block of disable_adapters. (A "
-            "copy that was made inside the block stays disabled: copy the model outside.)"
+            f"The adapters of {title} are disabled. Do this after the block of disable_adapters. (A copy that was made "
+            "inside the block stays disabled: copy the model outside.)"
         )
     return record
 
@@ -395,11 +365,7 @@ def send(model: nn.Module) -> None:
 
 
 def receive(model: nn.Module) -> Record | None:
-    """Set the record that a fit in another process has sent for exactly this model's weights, if there is one.
-
-    Raises:
-        AdapterStateError: an adapter class is not registered in this process.
-    """
+    """Set the record that a fit in another process has sent for exactly this model's weights, if there is one."""
     record = sending.receive(model, _with_classes)
     if record is not None:
         keep_record(model, record)

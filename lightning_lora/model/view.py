@@ -17,12 +17,9 @@ from lightning_lora.tensors.values import replace_values, same_bits
 
 
 class MergedWeight(NamedTuple):
-    """A weight with an update merged into it.
+    """A weight with an update merged into it: its layer's name, the layer's parameter, and the base's values.
 
-    Args:
-        layer: The name of its layer.
-        shown: The layer's current parameter.
-        base: The base's values: a tensor, or, if the weight was tied, the parameter that the other layer still has.
+    The base is a tensor, or, if the weight was tied, the parameter that the other layer still has.
     """
 
     layer: str
@@ -34,11 +31,8 @@ class View:
     """The layers, adapters, parameters and buffers of a model.
 
     Make a view for one call, and a new one after classes or parameters of the model have changed. Names are those of
-    the plain model. A shared module or parameter has several names.
-
-    Args:
-        model: Any module. Of a wrapped one, it is the module inside.
-        config: The configuration of its adapters, if it differs from the one in the record.
+    the plain model, which is inside its wrappers. A shared module or parameter has several names. ``config`` is that of
+    the adapters, if it differs from the one in the record.
     """
 
     def __init__(self, model: nn.Module, config: LoRAConfig | None = None) -> None:
@@ -77,25 +71,19 @@ class View:
 
     @cached_property
     def layers(self) -> dict[str, LoRALayer]:
-        """The adapted layers, by name.
-
-        A shared layer appears once, under its first name. A merged model has no adapted layers.
-        """
-        layers = {}
-        seen = set[int]()
+        """The adapted layers: a shared one under its first name, and none in a merged model."""
+        layers: dict[LoRALayer, str] = {}
         for name, module in self.modules.items():
-            if isinstance(module, LoRALayer) and id(module) not in seen:
-                seen.add(id(module))
-                layers[name] = module
-        return layers
+            if isinstance(module, LoRALayer):
+                layers.setdefault(module, name)
+        return {name: layer for layer, name in layers.items()}
 
     @cached_property
     def matrices(self) -> dict[str, tuple[AdaptedMatrix, ...]]:
         """The adapted matrices of each layer, merged or not."""
+        merged = self.record.merged if self.is_merged else {}
         matrices = {name: layer.lora_matrices for name, layer in self.layers.items()}
-        if self.is_merged:
-            matrices |= {name: adapter.matrices for name, adapter in self.record.merged.items()}
-        return matrices
+        return matrices | {name: adapter.matrices for name, adapter in merged.items()}
 
     @cached_property
     def adapted_weights(self) -> list[str]:
@@ -105,9 +93,8 @@ class View:
     @cached_property
     def saved(self) -> list[nn.Module]:
         """The modules in ``modules_to_save``."""
-        if not self.config.modules_to_save:
-            return []
-        return [module for name, module in self.modules.items() if self.config.is_saved(name)]
+        named = self.modules.items() if self.config.modules_to_save else ()
+        return [module for name, module in named if self.config.is_saved(name)]
 
     # Parameters
 
@@ -128,10 +115,8 @@ class View:
     @cached_property
     def merged(self) -> list[MergedWeight]:
         """The weights with an update merged into them."""
-        if not self.is_merged:
-            return []
         found = []
-        for name, adapter in self.record.merged.items():
+        for name, adapter in self.record.merged.items() if self.is_merged else ():
             layer = submodule(self.model, name)
             for weight, base in adapter.bases.items():
                 found.append(MergedWeight(name, own_parameter(layer, weight), base))
@@ -139,10 +124,7 @@ class View:
 
     @cached_property
     def base(self) -> dict[str, nn.Parameter]:
-        """The base's own parameters.
-
-        For a tied weight that was merged, it is the parameter that the other layer still has.
-        """
+        """The base's own parameters: of a tied weight that was merged, the one that the other layer still has."""
         tied = {id(weight.shown): weight.base for weight in self.merged if isinstance(weight.base, nn.Parameter)}
         adapters = set(map(id, self.adapters.values()))
         return {name: tied.get(id(p), p) for name, p in self.parameters.items() if id(p) not in adapters}
@@ -178,10 +160,7 @@ class View:
 
     @cached_property
     def frozen_by_user(self) -> set[str]:
-        """The parameters that the user froze, but not all.
-
-        If no parameter is trainable, that says nothing about a single one, and the set is empty.
-        """
+        """The parameters that the user froze. If all are frozen, that says nothing about a single one: none."""
         flags = self.record.requires_grad
         base = {name: p for name, p in self.base.items() if type(p) is nn.Parameter or is_dtensor(p)}
         plain = [name for name, p in base.items() if p.is_floating_point()]
@@ -203,11 +182,8 @@ class View:
     @cached_property
     def entries(self) -> dict[str, Tensor]:
         """The extra state dict entries of quantised layers."""
-        found = {}
-        for prefix, module in self.modules.items():
-            for name, value in quantised_entries(module).items():
-                found[join(prefix, name)] = value
-        return found
+        entries = {prefix: quantised_entries(module) for prefix, module in self.modules.items()}
+        return {join(prefix, name): value for prefix, named in entries.items() for name, value in named.items()}
 
     @property
     def kept(self) -> dict[str, Tensor]:
@@ -225,9 +201,8 @@ class View:
 
     @property
     def base_values(self) -> dict[str, Tensor]:
-        """The values of the base.
+        """The values of the base: frozen weights without updates, buffers and other tensors as they were before.
 
-        They are the frozen weights without updates, and the base's values of buffers and other changed tensors.
         Parameters of the base that train are not included.
         """
         values = self.frozen_values
