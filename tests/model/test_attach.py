@@ -1,6 +1,5 @@
 """Adapted encoders compute the same in every mode."""
 
-import copy
 from typing import Any
 
 import pytest
@@ -9,6 +8,7 @@ from torch import nn
 
 from lightning_lora import AdapterStateError, LoRAConfig, inject_adapters, merge_adapters, remove_adapters
 from tests.support.layers import config
+from tests.support.model import as_trained
 from tests.support.models import randomise
 
 
@@ -22,8 +22,7 @@ def test_encoders_are_adapted_in_eval_and_inference_mode(targets: Any, norm_firs
     padding = torch.arange(5).expand(3, 5) >= torch.tensor([[5], [3], [4]]) if padded else None
     kept = ~padding if padding is not None else slice(None)
     base = model(x, src_key_padding_mask=padding)[kept]
-    inject_adapters(model, LoRAConfig(r=2, target_modules=targets))
-    randomise(model)
+    as_trained(model, target_modules=targets)
     expected = model(x, src_key_padding_mask=padding)[kept]
     assert not torch.allclose(expected, base)
     model.eval()
@@ -33,25 +32,6 @@ def test_encoders_are_adapted_in_eval_and_inference_mode(targets: Any, norm_firs
     merge_adapters(model)
     with torch.no_grad():
         torch.testing.assert_close(model(x, src_key_padding_mask=padding)[kept], expected)
-
-
-def test_transformer_encoder_layer_computes_the_same_in_every_mode() -> None:
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    model = nn.TransformerEncoder(layer, 2)
-    x, padding = torch.randn(2, 3, 8), torch.tensor([[False, False, True], [False, False, False]])
-    inject_adapters(model, LoRAConfig(r=2))
-    randomise(model, scale=0.5)
-    expected = model.train()(x, src_key_padding_mask=padding)[~padding]
-    model.eval()
-    with torch.no_grad():
-        torch.testing.assert_close(model(x, src_key_padding_mask=padding)[~padding], expected)
-    copied = copy.deepcopy(model)
-    with torch.inference_mode():
-        torch.testing.assert_close(copied(x, src_key_padding_mask=padding)[~padding], expected)
-    remove_adapters(model)
-    assert [vars(each)["activation_relu_or_gelu"] for each in model.layers] == [1, 1]
-    assert not [name for each in model.layers for name in vars(each) if "lora" in name]
 
 
 def encoder() -> nn.TransformerEncoder:

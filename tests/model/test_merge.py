@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_lora import (
@@ -20,7 +18,6 @@ from lightning_lora import (
     adapter_state_dict,
     disable_adapters,
     inject_adapters,
-    load_adapter_state_dict,
     merge_adapters,
     remove_adapters,
     save_adapter,
@@ -31,16 +28,15 @@ from lightning_lora.model.view import View
 from tests.benchmarks.measure import peak_growth
 from tests.support.fails_once import FailsOnce
 from tests.support.layers import config
-from tests.support.models import LitTiny, TinyLM, is_plain, randomise, same, state, unties
+from tests.support.model import as_merged, as_trained
+from tests.support.models import TinyLM, is_plain, randomise, same, state, unties
 
 
 @unties
 @pytest.mark.parametrize("tied", [False, True])
 def test_unmerge_follows_a_model_that_was_converted_in_between(tied: bool) -> None:
     torch.manual_seed(0)
-    model = TinyLM(tied=tied)
-    inject_adapters(model, LoRAConfig(r=2, target_modules=["lm_head"]))
-    randomise(model)
+    model = as_trained(TinyLM(tied=tied), target_modules=["lm_head"])
     base = model.lm_head.weight.detach().clone()
     merge_adapters(model)
     model.double()
@@ -49,47 +45,17 @@ def test_unmerge_follows_a_model_that_was_converted_in_between(tied: bool) -> No
     assert (model.lm_head.weight is model.embed.weight) is tied
 
 
-def test_merged_model_trains_as_a_plain_one_and_then_has_no_way_back() -> None:
-    model = nn.Sequential(nn.Linear(4, 4))
-    inject_adapters(model, LoRAConfig(r=2))
-    randomise(model)
-    merge_adapters(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model.train()(torch.ones(4)).sum().backward()
-    optimizer.step()
-    trained = state(model)
-    with pytest.raises(AdapterStateError, match="changed since its adapters were merged"):
-        unmerge_adapters(model)
-    assert same(state(model), trained)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", [{}, {"use_dora": True}, {"init": "pissa"}], ids=str)
 def test_merged_model_that_was_converted_comes_back_on_its_converted_base(
     dtype: torch.dtype, method: dict[str, Any]
 ) -> None:
-    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
-    inject_adapters(model, LoRAConfig(r=2, **method))
-    randomise(model)
+    model = as_trained(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), **method)
     converted = copy.deepcopy(model).to(dtype)
     merge_adapters(model)
     model.to(dtype)
     unmerge_adapters(model)
     assert same(state(model), state(converted))
-
-
-def test_merged_model_that_was_converted_and_changed_does_not_come_back() -> None:
-    model = nn.Sequential(nn.Linear(6, 6))
-    inject_adapters(model, LoRAConfig(r=2))
-    randomise(model)
-    merge_adapters(model)
-    model.bfloat16()
-    with torch.no_grad():
-        model[0].weight[0, 0] += 1
-    now = state(model)
-    with pytest.raises(AdapterStateError, match="converted in a way that cannot be repeated"):
-        unmerge_adapters(model)
-    assert same(state(model), now) and is_plain(model)
 
 
 @unties
@@ -104,51 +70,12 @@ def test_flags_and_stored_names_of_tied_weights_do_not_depend_on_merging(head_fi
             self.head.weight = self.embed.weight
 
     for saved in (None, ["embed"]):
-        model = Tied()
-        inject_adapters(model, LoRAConfig(r=2, target_modules=["head", "body"], modules_to_save=saved))
-        randomise(model)
+        model = as_trained(Tied(), target_modules=["head", "body"], modules_to_save=saved)
         before = {name: value.clone() for name, value in adapter_state_dict(model).items()}
         merge_adapters(model)
         assert same(adapter_state_dict(model), before)
         remove_adapters(model)
         assert all(p.requires_grad for p in model.parameters())
-
-
-@settings(max_examples=40)
-@given(
-    r=st.integers(1, 3),
-    alpha=st.floats(0.1, 32),
-    calls=st.lists(st.sampled_from(["merge", "unmerge", "disable", "reload", "copy"]), max_size=8),
-    seed=st.integers(0, 99),
-)
-def test_any_order_of_calls_computes_one_function(r: int, alpha: float, calls: list[str], seed: int) -> None:
-    torch.manual_seed(seed)
-    model: nn.Module = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
-    x = torch.randn(5, 4, dtype=torch.float64)
-    base = state(model)
-    inject_adapters(model, LoRAConfig(r=r, alpha=alpha))
-    randomise(model, seed)
-    factors = adapter_state_dict(model)
-    w = [base[f"{i}.weight"] + alpha / r * factors[f"{i}.lora_B"] @ factors[f"{i}.lora_A"] for i in (0, 2)]
-    expected = torch.tanh(x @ w[0].T + base["0.bias"]) @ w[1].T + base["2.bias"]
-    for call in calls:
-        if call == "merge":
-            merge_adapters(model)
-        elif call == "unmerge":
-            unmerge_adapters(model)
-        elif call == "copy":
-            model = copy.deepcopy(model)
-        elif call == "disable":
-            with disable_adapters(model):
-                torch.testing.assert_close(
-                    model(x), torch.tanh(x @ base["0.weight"].T + base["0.bias"]) @ base["2.weight"].T + base["2.bias"]
-                )
-        else:
-            load_adapter_state_dict(model, adapter_state_dict(model))
-        torch.testing.assert_close(model(x), expected)
-    unmerge_adapters(model)
-    remove_adapters(model)
-    assert same(state(model), base)
 
 
 CHANGES: dict[str, Callable[[nn.Parameter], Any]] = {
@@ -189,27 +116,8 @@ def test_merge_that_unties_or_overflows_says_so() -> None:
     unmerge_adapters(half)
 
 
-def test_device_without_room_for_merged_weights_keeps_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))).bfloat16()
-    inject_adapters(model, LoRAConfig(r=2))
-    randomise(model)
-    before, calls = state(model), iter(range(100))
-
-    def fills(*args: Any) -> Any:
-        if next(calls) == 2:
-            raise torch.OutOfMemoryError("no memory is left")
-        return update.merged(*args)
-
-    monkeypatch.setattr("lightning_lora.layers.base.merged", fills)
-    with pytest.raises(torch.OutOfMemoryError):
-        merge_adapters(model)
-    assert same(state(model), before) and not is_plain(model)
-
-
 def test_merged_model_remembers_its_base_in_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    inject_adapters(model, LoRAConfig(r=2))
-    randomise(model)
+    model = as_trained(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
     before, moved, cpu = state(model), list[Tensor](), Tensor.cpu
 
     def host(tensor: Tensor) -> Tensor:
@@ -224,28 +132,8 @@ def test_merged_model_remembers_its_base_in_the_hosts_memory(monkeypatch: pytest
     assert same(state(model), before)
 
 
-X = torch.arange(20)
-
-
-@unties
-def test_merging_a_tied_head_leaves_the_embedding_alone() -> None:
-    torch.manual_seed(0)
-    model = TinyLM()
-    inject_adapters(model, LoRAConfig(r=2, target_modules=["lm_head"]))
-    randomise(model)
-    adapted, embedding = model(X), model.embed.weight.detach().clone()
-    merge_adapters(model)
-    torch.testing.assert_close(model(X), adapted)
-    assert torch.equal(model.embed.weight, embedding)
-    unmerge_adapters(model)
-    assert model.lm_head.weight is model.embed.weight
-
-
 def test_merge_inside_autocast_is_the_merge() -> None:
-    model = nn.Sequential(nn.Linear(6, 6))
-    inject_adapters(model, LoRAConfig(r=2))
-    randomise(model)
-    merge_adapters(model)
+    model = as_merged(nn.Sequential(nn.Linear(6, 6)))
     merged = state(model[0].cpu())
     weight = model[0].weight.detach().clone()
     unmerge_adapters(model)
@@ -257,27 +145,10 @@ def test_merge_inside_autocast_is_the_merge() -> None:
     assert torch.equal(model[0].weight, weight) and same(state(model[0]), merged)
 
 
-CONFIG = LoRAConfig(r=2, target_modules=["q_proj", "v_proj"])
-
-
-def test_values_written_into_a_merged_weight_are_not_lost_by_unmerging() -> None:
-    model = LitTiny()
-    inject_adapters(model, CONFIG)
-    randomise(model)
-    merge_adapters(model)
-    with torch.no_grad():
-        model.v_proj.weight.fill_(0.5)
-    with pytest.raises(AdapterStateError):
-        unmerge_adapters(model)
-    assert bool((model.v_proj.weight == 0.5).all())
-
-
 @pytest.mark.parametrize("error", [RuntimeError("no room"), KeyboardInterrupt()], ids=["error", "interrupt"])
 def test_a_merge_that_fails_at_the_second_layer_merges_nothing(error: BaseException) -> None:
     base, x = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6)).double(), torch.randn(3, 4, dtype=torch.float64)
-    model = copy.deepcopy(base)
-    inject_adapters(model, LoRAConfig(r=2))
-    randomise(model)
+    model = as_trained(copy.deepcopy(base))
     values, expected = state(model), model(x)
     with FailsOnce((6, 5), error) as merging, pytest.raises(type(error)):
         merge_adapters(model)
@@ -303,9 +174,7 @@ def test_a_merge_that_fails_at_the_second_layer_merges_nothing(error: BaseExcept
 def test_what_trains_of_a_tied_weight_is_the_same_after_a_merge_and_its_undoing(
     targets: list[str], saved: list[str] | None
 ) -> None:
-    model = TinyLM()
-    inject_adapters(model, LoRAConfig(r=2, target_modules=targets, modules_to_save=saved))
-    randomise(model)
+    model = as_trained(TinyLM(), target_modules=targets, modules_to_save=saved)
     before, values = {name: p.requires_grad for name, p in model.named_parameters()}, state(model)
     assert before["embed.weight"] is bool(saved)
     merge_adapters(model)
@@ -331,9 +200,7 @@ def test_a_merge_of_what_has_no_values_is_refused_and_changes_nothing() -> None:
 @unties
 @pytest.mark.parametrize("merged_before", [False, True])
 def test_a_merge_that_keeps_nothing_is_a_merge_and_a_removal(merged_before: bool) -> None:
-    model = TinyLM()
-    inject_adapters(model, LoRAConfig(r=2, target_modules=["q_proj", "lm_head"], modules_to_save=["norm"]))
-    randomise(model)
+    model = as_trained(TinyLM(), target_modules=["q_proj", "lm_head"], modules_to_save=["norm"])
     expected = copy.deepcopy(model)
     merge_adapters(expected)
     remove_adapters(expected)
@@ -352,9 +219,7 @@ def test_a_merge_that_keeps_nothing_is_a_merge_and_a_removal(merged_before: bool
 def test_a_merge_that_keeps_nothing_takes_the_memory_of_one_layer() -> None:
     def grown(**how: Any) -> float:
         # Above 32 MiB, glibc gives a tensor pages of its own, so that memory freed by earlier tests does not count.
-        model = nn.Sequential(*(nn.Linear(3072, 3072, bias=False) for _ in range(8)))
-        inject_adapters(model, LoRAConfig(r=2))
-        randomise(model)
+        model = as_trained(nn.Sequential(*(nn.Linear(3072, 3072, bias=False) for _ in range(8))))
         return peak_growth(lambda: merge_adapters(model, **how)) / (4 * 3072**2)  # in layers
 
     assert grown(keep_base=False) < 2 < 7 < grown()
@@ -364,8 +229,7 @@ def test_a_merge_that_keeps_nothing_and_fails_midway_leaves_a_model_that_compute
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), torch.randn(2, 8)
-    inject_adapters(model, LoRAConfig(r=2))
-    randomise(model)
+    as_trained(model)
     output, calls, own = model(x), iter(range(100)), update.merged
 
     def fails(*args: Any) -> Any:
@@ -378,13 +242,15 @@ def test_a_merge_that_keeps_nothing_and_fails_midway_leaves_a_model_that_compute
         merge_adapters(model, keep_base=False)
     torch.testing.assert_close(model(x), output)
     assert [type(layer) is nn.Linear for layer in model] == [True, True, False, False]
+    merge_adapters(model, keep_base=False)  # again, which ends it
+    torch.testing.assert_close(model(x), output)
+    assert is_plain(model) and all(p.requires_grad for p in model.parameters())
 
 
 def test_a_base_that_was_made_in_inference_mode_is_merged_and_given_back() -> None:
     with torch.inference_mode():
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    inject_adapters(model, LoRAConfig(r=2))
-    randomise(model)
+    as_trained(model)
     values, x = state(model), torch.randn(3, 4)
     with torch.no_grad():
         output = model(x)
@@ -398,9 +264,7 @@ def test_a_base_that_was_made_in_inference_mode_is_merged_and_given_back() -> No
 def test_adapters_of_a_diverged_training_are_named_when_they_are_merged_or_saved(
     tmp_path: Path, keep_base: bool
 ) -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    inject_adapters(model, LoRAConfig(r=2))
-    randomise(model)
+    model = as_trained(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
     with torch.no_grad():
         model[1].lora_B[0, 0] = float("nan")
     with pytest.raises(AdapterStateError, match=r"'1\.lora_B' of Sequential hold NaN"):

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import prune
 
 from lightning_lora import (
     AdapterStateError,
@@ -25,7 +24,7 @@ from lightning_lora import (
     save_adapter,
     unmerge_adapters,
 )
-from lightning_lora.functional import update
+from tests.support.model import as_merged, as_trained
 from tests.support.models import LitTiny, TinyLM, data, is_plain, lora, randomise, same, state, trainer, unties
 
 CHANGED = "changed since its adapters were merged"
@@ -62,10 +61,7 @@ def test_an_adapted_weight_that_a_run_changed_is_stored_without_its_update(tmp_p
 def test_adapters_of_a_merged_and_converted_model_load_onto_the_converted_base(
     tmp_path: Path, dtype: torch.dtype
 ) -> None:
-    model = LitTiny()
-    inject_adapters(model, LoRAConfig(r=2))
-    randomise(model)
-    merge_adapters(model)
+    model = as_merged(LitTiny())
     model.to(dtype)
     save_adapter(model, tmp_path / "a.safetensors")
     base = LitTiny().to(dtype)
@@ -77,9 +73,7 @@ def test_adapters_of_a_merged_and_converted_model_load_onto_the_converted_base(
 
 
 def test_loading_into_a_merged_model_that_changed_is_refused_and_keeps_its_adapters(tmp_path: Path) -> None:
-    model = LitTiny()
-    inject_adapters(model, LoRAConfig(r=2))
-    randomise(model)
+    model = as_trained(LitTiny())
     stored = adapter_state_dict(model)
     save_adapter(model, tmp_path / "a.safetensors")
     merge_adapters(model)
@@ -97,10 +91,7 @@ def test_loading_into_a_merged_model_that_changed_is_refused_and_keeps_its_adapt
 
 @pytest.mark.parametrize("changed", ["embed.weight", "head.bias", "q_proj.bias"])
 def test_a_merged_model_that_trained_beside_its_adapted_weights_has_no_way_back(changed: str) -> None:
-    model = LitTiny()
-    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"], bias="lora_only"))
-    randomise(model)
-    merge_adapters(model)
+    model = as_merged(LitTiny(), modules_to_save=["head"], bias="lora_only")
     with torch.no_grad():
         model.get_parameter(changed).add_(1)
     with pytest.raises(AdapterStateError, match=CHANGED):
@@ -119,10 +110,7 @@ TIED: dict[str, Callable[[TinyLM], Any]] = {
 @unties
 @pytest.mark.parametrize("change", TIED)
 def test_changes_of_a_tied_weight_that_was_merged_are_noticed(change: str) -> None:
-    model = TinyLM()
-    inject_adapters(model, LoRAConfig(r=2, target_modules=["lm_head"]))
-    randomise(model)
-    merge_adapters(model)
+    model = as_merged(TinyLM(), target_modules=["lm_head"])
     TIED[change](model)
     before = state(model)
     with pytest.raises(AdapterStateError, match=CHANGED):
@@ -131,31 +119,12 @@ def test_changes_of_a_tied_weight_that_was_merged_are_noticed(change: str) -> No
 
 
 @unties
-def test_a_small_change_of_a_large_weight_that_was_tied_is_noticed() -> None:
-    model = nn.Sequential(nn.Embedding(300, 8), nn.Linear(8, 300, bias=False))
-    model[1].weight = model[0].weight
-    inject_adapters(model, LoRAConfig(r=2, target_modules=["1"]))
-    randomise(model)
-    merge_adapters(model)
-    with torch.no_grad():
-        model[0].weight[0, 1] += 1  # between the samples of a quick look
-    with pytest.raises(AdapterStateError, match=CHANGED):
-        unmerge_adapters(model)
-
-
-@unties
-def test_a_tied_weight_that_was_merged_is_one_parameter_through_all_merges() -> None:
-    model = TinyLM()
-    inject_adapters(model, LoRAConfig(r=2, target_modules=["lm_head"]))
-    randomise(model)
-    merge_adapters(model)
-    shown = model.lm_head.weight
+def test_a_tied_weight_that_was_merged_is_one_parameter_again_without_the_updates() -> None:
+    model = as_merged(TinyLM(), target_modules=["lm_head"])
     with disable_adapters(model):
         assert torch.equal(model.lm_head.weight, model.embed.weight)
     unmerge_adapters(model)
     assert model.lm_head.weight is model.embed.weight
-    merge_adapters(model)
-    assert model.lm_head.weight is shown
 
 
 @unties
@@ -163,8 +132,7 @@ def test_a_tied_weight_that_was_merged_is_one_parameter_through_all_merges() -> 
 def test_a_disabled_merged_model_is_the_base_though_a_tied_weight_trains_in_full(target: str, saved: str) -> None:
     model, index = TinyLM(), torch.arange(5)
     base = model(index)
-    inject_adapters(model, LoRAConfig(r=2, target_modules=[target], modules_to_save=[saved]))
-    randomise(model)
+    as_trained(model, target_modules=[target], modules_to_save=[saved])
     with torch.no_grad():
         model.embed.weight.mul_(2)
     merge_adapters(model)
@@ -174,10 +142,7 @@ def test_a_disabled_merged_model_is_the_base_though_a_tied_weight_trains_in_full
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_disabling_the_adapters_of_a_merged_model_changes_no_bit_of_it(dtype: torch.dtype) -> None:
-    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
-    inject_adapters(model, LoRAConfig(r=2))
-    randomise(model)
-    merge_adapters(model)
+    model = as_merged(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)))
     model.to(dtype)
     before, parameters = state(model), list(model.parameters())
     with disable_adapters(model):
@@ -195,10 +160,7 @@ def test_a_model_converted_while_its_adapters_are_disabled_is_of_one_dtype() -> 
 
 
 def test_an_unmerged_model_trains_though_it_was_unmerged_in_inference_mode() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    inject_adapters(model, LoRAConfig(r=2))
-    randomise(model)
-    merge_adapters(model)
+    model = as_merged(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
     model.double()
     with torch.inference_mode():
         unmerge_adapters(model)
@@ -260,9 +222,7 @@ def test_an_evaluation_does_not_run_the_adapters_of_another_model(tmp_path: Path
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_few_rows_that_trained_after_a_merge_are_noticed(adapted: bool, fused: bool) -> None:
     model = nn.Sequential(nn.Embedding(20_000, 64), nn.Linear(64, 4))
-    inject_adapters(model, LoRAConfig(r=2, target_modules=["0", "1"] if adapted else ["1"]))
-    randomise(model)
-    merge_adapters(model)
+    as_merged(model, target_modules=["0", "1"] if adapted else ["1"])
     optimizer = torch.optim.SGD(model[0].parameters(), lr=1.0, fused=fused)
     model(torch.tensor([3, 70, 9_999])).sum().backward()
     optimizer.step()
@@ -270,33 +230,20 @@ def test_a_few_rows_that_trained_after_a_merge_are_noticed(adapted: bool, fused:
         unmerge_adapters(model)
 
 
-def test_pruning_of_a_merged_layer_is_noticed() -> None:
-    model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 4))
-    inject_adapters(model, LoRAConfig(r=2))
-    randomise(model)
-    merge_adapters(model)
-    prune.l1_unstructured(model[0], "weight", amount=100)
-    prune.remove(model[0], "weight")
-    with pytest.raises(AdapterStateError, match=CHANGED):
-        unmerge_adapters(model)
-
-
-def test_a_merged_model_that_trains_after_a_conversion_is_not_unmerged() -> None:
-    model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 4))
-    inject_adapters(model, LoRAConfig(r=2))
-    randomise(model)
-    merge_adapters(model)
-    model.double()
+@pytest.mark.parametrize("name", ["0.weight", "1.weight"], ids=["beside the adapters", "merged"])
+def test_a_merged_model_that_changed_after_a_conversion_is_not_unmerged(name: str) -> None:
+    model = as_merged(nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 4)))
+    model.bfloat16()
     with torch.no_grad():
-        model[0].weight.mul_(2)
-    with pytest.raises(AdapterStateError, match=CHANGED):
+        model.get_parameter(name)[0, 0] += 1
+    now = state(model)
+    with pytest.raises(AdapterStateError, match="converted in a way that cannot be repeated"):
         unmerge_adapters(model)
+    assert same(state(model), now) and is_plain(model)
 
 
 def test_own_weights_loaded_again_or_laid_out_otherwise_are_no_change() -> None:
-    model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 4))
-    inject_adapters(model, LoRAConfig(r=2, target_modules=["0"]))
-    randomise(model)
+    model = as_trained(nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 4)), target_modules=["0"])
     before = state(model)
     merge_adapters(model)
     model.load_state_dict(state(model))
@@ -322,31 +269,11 @@ def test_a_merged_model_with_disabled_adapters_is_refused_where_it_would_be_unme
     assert same(state(model), before) and torch.equal(model(index), output)
 
 
-def test_a_final_merge_that_failed_midway_can_be_called_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), torch.randn(2, 8)
-    inject_adapters(model, LoRAConfig(r=2))
-    randomise(model)
-    output, calls, own = model(x), iter(range(100)), update.merged
-
-    def fails(*args: Any) -> Any:
-        if next(calls) == 1:
-            raise MemoryError
-        return own(*args)
-
-    monkeypatch.setattr("lightning_lora.layers.base.merged", fails)
-    with pytest.raises(MemoryError):
-        merge_adapters(model, keep_base=False)
-    merge_adapters(model, keep_base=False)
-    torch.testing.assert_close(model(x), output)
-    assert is_plain(model) and all(p.requires_grad for p in model.parameters())
-
-
 def test_a_base_that_is_part_of_a_larger_memory_is_kept_apart_from_it() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     nn.utils.vector_to_parameters(flat, model.parameters())
-    inject_adapters(model, LoRAConfig(r=2, bias="all"))
-    randomise(model)
+    as_trained(model, bias="all")
     before = state(model)
     merge_adapters(model)
     merged = state(model)

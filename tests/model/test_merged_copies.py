@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import AdapterStateError, LoRAConfig, inject_adapters, merge_adapters, unmerge_adapters
-from tests.support.models import randomise, same, state, unties
+from lightning_lora import AdapterStateError, merge_adapters, unmerge_adapters
+from tests.support.model import as_trained
+from tests.support.models import same, state, unties
 
 CHANGED = "changed since its adapters were merged"
 
@@ -44,9 +45,7 @@ class Model(nn.Module):
 
 def merged() -> tuple[Model, dict[str, Tensor]]:
     """A merged model, and its state before."""
-    model = Model()
-    inject_adapters(model, LoRAConfig(r=2, target_modules=["head", "q", "rnn"], modules_to_save=["other"]))
-    randomise(model)
+    model = as_trained(Model(), target_modules=["head", "q", "rnn"], modules_to_save=["other"])
     before = state(model)
     merge_adapters(model)
     return model, before

@@ -9,7 +9,6 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,13 +61,6 @@ def sent_home() -> tuple[nn.Module, LitTiny]:
     """A module as it was adapted in another process, and a plain one with nothing but the merged weights."""
     home = LitTiny()
     return left(home, modules_to_save=["head"]), home
-
-
-def test_calls_find_what_was_left(sent_home: tuple[nn.Module, LitTiny]) -> None:
-    adapted, home = sent_home
-    assert is_plain(home)
-    unmerge_adapters(home)
-    assert same(state(home), state(adapted))
 
 
 def test_a_new_base_is_one_once_its_memory_is_removed(sent_home: tuple[nn.Module, LitTiny]) -> None:
@@ -133,7 +125,6 @@ def test_nothing_of_a_record_is_lost_on_the_way() -> None:
     assert record is not None and record.merge is not None
     record.base_was_changed("embed.weight", 1 << 62, 3)
     record.base_was_read({"layout": "a", "digests": [1]})
-    record.was_untied("q_proj.weight", nn.Parameter(torch.ones(2), requires_grad=False))
     record.merge.tied.update(record.merge.weights)
     copied = copy.deepcopy(record)
     send(model)
@@ -226,13 +217,6 @@ def test_a_folder_that_another_user_may_have_made_is_not_used(
     assert sorted(folder.parent.rglob("*")) == before
 
 
-def test_a_record_without_weights_is_about_no_model(folder: Path, sent_home: tuple[nn.Module, LitTiny]) -> None:
-    _, home = sent_home
-    (entry,) = folder.iterdir()
-    torch.save(sending._load(entry, mmap=False) | {"weights": {}}, entry)
-    assert not is_found(home) and not is_found(nn.Linear(2, 2))
-
-
 def test_a_record_that_is_half_written_is_skipped(
     folder: Path, sent_home: tuple[nn.Module, LitTiny], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,23 +254,6 @@ def test_the_program_deletes_what_it_has_read_and_its_workers_leave_it(
     assert len(list(folder.iterdir())) == 1
     unmerge_adapters(home)
     assert not list(folder.iterdir())
-
-
-def test_the_folder_goes_with_the_process_that_made_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(MEMORY)
-    at_exit: list[Callable[[], object]] = []
-
-    def finalize(_: None, function: Callable[..., object], args: tuple[Path], exitpriority: int) -> None:
-        at_exit.append(lambda: function(*args))
-
-    monkeypatch.setattr(sending, "util", SimpleNamespace(Finalize=finalize))
-    make_folder()
-    made = Path(os.environ[MEMORY])
-    assert len(at_exit) == 1 and made.stat().st_mode & 0o777 == 0o700
-    assert fork(at_exit[0]) == 0
-    assert made.exists()
-    at_exit[0]()
-    assert not made.exists()
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])

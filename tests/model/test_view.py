@@ -21,9 +21,8 @@ from lightning_lora import (
     summarize,
     unmerge_adapters,
 )
-from lightning_lora.model.view import View
 from lightning_lora.tensors import names
-from tests.support.models import TinyLM, randomise
+from tests.support.models import randomise
 
 
 class Model(nn.Module):
@@ -88,25 +87,3 @@ def test_walks_over_a_model_do_not_grow_with_its_layers(tmp_path: Path, monkeypa
     few, many = (walks(blocks, tmp_path, monkeypatch) for blocks in (2, 24))
     assert few == many
     assert max(few.values()) <= 16 and few["inject"] <= 5 and few["save_adapter"] <= 4 and few["merge"] <= 4
-
-
-def test_view_names_what_a_model_is_made_of() -> None:
-    model = TinyLM()
-    inject_adapters(model, LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"], bias="lora_only"))
-    view = View(model)
-    assert list(view.layers) == ["q_proj"] and list(view.adapters) == ["q_proj.lora_A", "q_proj.lora_B"]
-    assert set(view.trained) == {"norm.weight", "norm.bias", "q_proj.bias"}
-    assert {*view.trained, *view.frozen} == set(view.base) == set(TinyLM().state_dict())
-    assert "lm_head.weight" in view.frozen and "embed.weight" in view.frozen  # one weight, by both its names
-
-
-def test_view_of_a_merged_model_has_its_adapters_and_its_base() -> None:
-    model = TinyLM()
-    inject_adapters(model, LoRAConfig(r=2, target_modules=["q_proj"]))
-    randomise(model)
-    before = {name: value.clone() for name, value in View(model).base_values.items()}
-    merge_adapters(model)
-    view = View(model)
-    assert view.is_merged and not view.layers and len(view.adapters) == 2
-    assert all(torch.equal(view.base_values[name], value) for name, value in before.items())
-    assert not torch.equal(view.parameters["q_proj.weight"], before["q_proj.weight"])
