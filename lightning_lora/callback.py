@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -30,16 +30,15 @@ from lightning_lora.training.compatibility import (
     loads_in_hooks,
     loads_late,
     share_base,
-    states_are_read,
     wants_summary,
 )
 from lightning_lora.training.gradients import Gradients, gradients_pass
 from lightning_lora.training.merging import LAST, check_arguments, check_weights, load_best, send_record
 from lightning_lora.training.optimizers import check_frozen
 from lightning_lora.training.randomness import RANDOM, random_states, restore_random_state
-from lightning_lora.training.stage import Stage, is_merged, receive_record
-from lightning_lora.training.strategies import watch, watch_of
-from lightning_lora.training.strategy import Watch
+from lightning_lora.training.stage import Phase, Stage, is_merged, receive_record
+from lightning_lora.training.strategies import overlay_strategy
+from lightning_lora.training.strategy import LoRAStrategy
 
 Merge = Literal["last", "best"] | Literal[False]  # as one, jsonargparse would expect "a bool"
 Save = Literal["adapters", "model"]
@@ -178,7 +177,7 @@ class LoRACallback(Callback):
         return f"{type(self).__name__}({', '.join(changed)})"
 
     def _start(self) -> None:
-        self._stage = Stage(self.config, save=self.save, is_over=True)
+        self._stage = Stage(self.config, save=self.save, phase=Phase.OVER)
         self._gradients: Gradients | None = None
         self._training = ExitStack()
 
@@ -206,33 +205,27 @@ class LoRACallback(Callback):
         first, unless it is only evaluated: then it runs as it is, until a checkpoint is loaded. Layers that the
         module's own hooks create later are adapted by the strategy.
         """
-        callbacks = callbacks_of(trainer)
-        self._stage = self._new_stage(trainer, is_fit=stage == "fit")
-        self._stage.was_adapted = bool(View(pl_module).layers)
-        adapts_late = watch(trainer.strategy, self._stage).adapts_late
-        check_companions(callbacks, LoRACallback, stage, is_sharded=adapts_late)
-        if stage != "fit":
-            drop_averages(callbacks)
-        if stage == "fit":
+        callbacks, is_fit = callbacks_of(trainer), stage == "fit"
+        self._stage = Stage(self.config, self.given, self.save, is_fit)
+        adapts_late = overlay_strategy(trainer.strategy, self._stage).lora_adapts_late
+        check_companions(callbacks, stage, is_sharded=adapts_late)
+        if View(pl_module).layers:
+            self._stage.came = "adapted"
+        if is_fit:
             receive_record(pl_module)
-            check_arguments(trainer, self.merge, was_adapted=self._stage.was_adapted)
-        elif is_merged(pl_module) and not loads_in_hooks(pl_module):
-            self._stage.runs_merged = True
-            return
-        self._stage.unmerge(pl_module)
+            check_arguments(trainer, self.merge, was_adapted=self._stage.came == "adapted")
+        else:
+            drop_averages(callbacks)
+            if is_merged(pl_module) and not loads_in_hooks(pl_module):
+                return  # it runs as it is
+        self._stage.begin(pl_module)
         record = find_record(pl_module)
         if record is not None:
             self._stage.take_config(pl_module, record.adapter.config, f"the adapters of {type(pl_module).__name__}")
         if adapts_late or not self._stage.adapts(pl_module):
             return  # configure_model would shard them; a plain module gets none for an evaluation
-        try:
+        with suppress(LoRAError):  # setup or configure_model may still create the layers, and the file say more
             inject_adapters(pl_module, self._stage.config)
-        except LoRAError:  # setup or configure_model may still create the layers, and a file may have other arguments
-            return  # the strategy tries again
-
-    def _new_stage(self, trainer: Trainer, *, is_fit: bool = False) -> Stage:
-        reads = states_are_read(callbacks_of(trainer), LoRACallback)
-        return Stage(self.config, self.given, self.save, is_fit, states_are_read=reads)
 
     # Fit
 
@@ -273,12 +266,12 @@ class LoRACallback(Callback):
         check_adapted(pl_module)
         if loads_late(trainer):
             self._report(trainer, pl_module)
-        self._stage.has_begun = True
+        self._stage.phase = Phase.TRAINING
         view = view_of(pl_module)
         view.follow_base()  # hooks may have loaded the base late
         view.adapter.was_trained()
         share_base(callbacks_of(trainer), pl_module)
-        self._gradients = self._training.enter_context(closing(_watch_of(trainer).gradients()))
+        self._gradients = self._training.enter_context(closing(_strategy_of(trainer).lora_gradients()))
         self._training.enter_context(gradients_pass())
         restore_random_state(trainer, self._stage.resumed)  # now, as on_fit_start of other code may draw or seed
         self._stage.resumed = {}
@@ -305,18 +298,16 @@ class LoRACallback(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """End dropout until the next training step."""
-        _watch_of(trainer).dropout.end_step()
+        self._stage.dropout.end_step()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop watching gradients."""
-        self._end_training(trainer)
+        self._end_training()
 
-    def _end_training(self, trainer: Trainer) -> None:
+    def _end_training(self) -> None:
         self._training.close()
         self._gradients = None
-        found = watch_of(trainer.strategy)
-        if found is not None:  # setup may have failed
-            found.dropout.close()
+        self._stage.dropout.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the updates into the weights.
@@ -326,7 +317,9 @@ class LoRACallback(Callback):
         note_changed(pl_module)
         if not self.merge or is_trial(trainer):
             return
-        which = load_best(trainer, pl_module, _watch_of(trainer).read_adapters) if self.merge == "best" else LAST
+        which = (
+            load_best(trainer, pl_module, _strategy_of(trainer).lora_read_adapters) if self.merge == "best" else LAST
+        )
         count = len(View(pl_module).layers)
         layers = "1 layer" if count == 1 else f"{count} layers"
         merge_adapters(pl_module)
@@ -341,7 +334,7 @@ class LoRACallback(Callback):
         This is for a module that was merged before, for example after a tuner's trial.
         """
         self._stage.end(pl_module)
-        self._end_training(trainer)
+        self._end_training()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the module, or keep adapters that may be trained.
@@ -349,9 +342,9 @@ class LoRACallback(Callback):
         If a fit has loaded adapters or has begun to train, they stay, so that training can go on. Otherwise the module
         becomes what it was before the stage.
         """
-        self._end_training(trainer)
-        found = watch_of(trainer.strategy)
-        self._stage.fail(pl_module, is_alone=found is not None and found.adapts_late)
+        self._end_training()
+        strategy = trainer.strategy
+        self._stage.fail(pl_module, is_alone=isinstance(strategy, LoRAStrategy) and strategy.lora_adapts_late)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the states of the random number generators.
@@ -363,21 +356,18 @@ class LoRACallback(Callback):
         if find_record(pl_module) is None:
             return
         checkpoint[RANDOM] = random_states(trainer)
-        if watch_of(trainer.strategy) is None:
-            stage = self._new_stage(trainer)
-            stage.is_over = True
-            watch(trainer.strategy, stage)
+        if not isinstance(trainer.strategy, LoRAStrategy):
+            overlay_strategy(trainer.strategy, self._stage)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the stored random states until training starts."""
         self._stage.resumed = {name: checkpoint.get(name) for name in (RANDOM, "loops")}
 
 
-def _watch_of(trainer: Trainer) -> Watch:
-    """What ``setup`` has set on the strategy."""
-    found = watch_of(trainer.strategy)
-    assert found is not None
-    return found
+def _strategy_of(trainer: Trainer) -> LoRAStrategy:
+    """The Trainer's strategy, with what ``setup`` has added to it."""
+    assert isinstance(trainer.strategy, LoRAStrategy)
+    return trainer.strategy
 
 
 def _join_other_package() -> None:

@@ -24,26 +24,20 @@ if TYPE_CHECKING:
     from lightning.pytorch.plugins import Precision
 
 
-def check_companions(callbacks: list[Callback], kind: type[Callback], stage: str, *, is_sharded: bool) -> None:
+def check_companions(callbacks: list[Callback], stage: str, *, is_sharded: bool) -> None:
     """Refuse callbacks that do not work with adapters.
-
-    Args:
-        callbacks: All callbacks of the Trainer.
-        kind: The class of ours.
-        stage: The stage that begins.
-        is_sharded: Whether the strategy shards the module.
 
     Raises:
         ConfigError: there is one, or there are two of ours.
     """
-    ours = [callback for callback in callbacks if isinstance(callback, kind)]
-    if len(ours) > 1:
+    ours = sum(_is_ours(callback) for callback in callbacks)
+    if ours > 1:
         raise ConfigError(
-            f"The Trainer has {len(ours)} LoRACallbacks. Expected one. Put all target_modules into one callback, and "
+            f"The Trainer has {ours} LoRACallbacks. Expected one. Put all target_modules into one callback, and "
             "use rank_pattern and alpha_pattern for different ranks and scalings."
         )
     for callback in callbacks if stage == "fit" else ():
-        kinds = {base.__name__ for base in type(callback).__mro__}  # names, as two Lightning packages exist
+        kinds = _kinds(callback)
         if "BaseFinetuning" in kinds:
             raise ConfigError(
                 f"{type(callback).__name__} unfreezes base weights in training, but LoRACallback keeps them frozen. "
@@ -61,6 +55,15 @@ def check_companions(callbacks: list[Callback], kind: type[Callback], stage: str
             )
 
 
+def _is_ours(callback: Callback) -> bool:
+    return any(base.__module__ == "lightning_lora.callback" for base in type(callback).__mro__)
+
+
+def _kinds(callback: Callback) -> set[str]:
+    """The names of a callback's classes: names, as there are two Lightning packages."""
+    return {base.__name__ for base in type(callback).__mro__}
+
+
 def callbacks_of(trainer: Trainer) -> list[Callback]:
     """Return the callbacks of a Trainer."""
     return trainer.callbacks  # type: ignore[attr-defined,no-any-return]  # Lightning sets it outside the class
@@ -75,22 +78,10 @@ def judge_of(trainer: Trainer) -> Callback | None:
     return next(judges, None)
 
 
-def states_are_read(callbacks: list[Callback], kind: type[Callback]) -> bool:
-    """Whether other callbacks read checkpoints.
-
-    They may need the model's full state.
-
-    Args:
-        callbacks: All callbacks of the Trainer.
-        kind: The class of ours.
-    """
-    for callback in callbacks:
-        if isinstance(callback, kind):
-            continue
-        for cls in type(callback).__mro__:
-            if cls.__name__ != "Callback" and "on_load_checkpoint" in vars(cls):
-                return True
-    return False
+def states_are_read(callbacks: list[Callback]) -> bool:
+    """Whether other callbacks read checkpoints: they may need the model's full state."""
+    kinds = {kind for callback in callbacks if not _is_ours(callback) for kind in type(callback).__mro__}
+    return any("on_load_checkpoint" in vars(kind) and kind.__name__ != "Callback" for kind in kinds)
 
 
 def is_trial(trainer: Trainer) -> bool:
@@ -100,7 +91,7 @@ def is_trial(trainer: Trainer) -> bool:
 
 def wants_summary(trainer: Trainer) -> bool:
     """Whether the Trainer shows model summaries."""
-    return any("ModelSummary" in base.__name__ for callback in callbacks_of(trainer) for base in type(callback).__mro__)
+    return any("ModelSummary" in kind for callback in callbacks_of(trainer) for kind in _kinds(callback))
 
 
 def loads_late(trainer: Trainer) -> bool:

@@ -15,9 +15,10 @@ from lightning_lora.model.state import find_record, keep_record
 from lightning_lora.model.view import View
 from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.optimizers import train_adapters
-from lightning_lora.training.strategy import LateWatch, Watch, once
+from lightning_lora.training.strategy import LateStrategy, LoRAStrategy
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
     from torch.optim import Optimizer
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -144,126 +145,106 @@ def own_state(partitions: Sequence[Partition], state: State) -> State:
     return {"state": {number: found for number, found in held.items() if found}, "param_groups": groups}
 
 
-class DeepSpeedWatch(LateWatch):
-    """The methods of :class:`Watch`, for DeepSpeedStrategy."""
+class LoRADeepSpeedStrategy(LateStrategy):
+    """The methods for DeepSpeedStrategy."""
 
-    METHODS = (
-        *(name for name in Watch.METHODS if name != "setup_optimizers"),  # it makes none
-        "_init_optimizers",
-        "init_deepspeed",
-        "on_train_start",
-        "optimizer_state",
-        "teardown",
-    )
-
-    OF_FILES = ("load_checkpoint", "load_model_state_dict", "save_checkpoint")
-
-    def __init__(self, strategy: Any) -> None:
-        super().__init__(strategy)
-        self.partitions: list[Partition] = []
-
-    def own_method(self, name: str) -> Any:
-        """Return a method of the strategy's class, or another."""
-        if name == "load_optimizer_state_dict":
-            return lambda _, checkpoint: self._load_states(checkpoint["optimizer_states"])
-        return super().own_method(name)
+    lora_skipped = ("load_checkpoint", "load_model_state_dict", "save_checkpoint")
 
     # Set up
 
-    @once
+    def setup_optimizers(self, trainer: "Trainer") -> None:
+        """Make none yet: ``_init_optimizers`` does."""
+        super(LoRAStrategy, self).setup_optimizers(trainer)
+
     def _init_optimizers(self) -> Any:
         """Build the user's optimizer, then let it train the adapters."""
-        with self.building_optimizers():
-            optimizer, scheduler = self.inner("_init_optimizers")
-        train_adapters(self.module, [optimizer])
+        with self.lora_building_optimizers():
+            optimizer, scheduler = super()._init_optimizers()  # type: ignore[misc]
+        train_adapters(self.lora_module, [optimizer])
         for number, group in enumerate(optimizer.param_groups):
             if not group["params"]:  # DeepSpeed would remove it, and a scheduler give its rate to another group
                 idle = nn.Parameter(torch.zeros(2 * dist.get_world_size()))  # some for each process
-                self.module.register_parameter(f"{_IDLE}{number}", idle)
+                self.lora_module.register_parameter(f"{_IDLE}{number}", idle)
                 group["params"].append(idle)
         return optimizer, scheduler
 
-    @once
     def init_deepspeed(self) -> None:
         """Build the engine, and find this process's part of it."""
-        self._check_dtypes()
+        self._lora_check_dtypes()
         try:
-            self.inner("init_deepspeed")
+            super().init_deepspeed()  # type: ignore[misc]
         finally:
-            own = self.module._parameters
+            own = self.lora_module._parameters
             idle = {id(own.pop(name)) for name in list(own) if name.startswith(_IDLE)}
-        record = find_record(self.module)
+        record = find_record(self.lora_module)
         if record is not None:
-            keep_record(self.module, record)  # for an evaluation, Lightning removes all hooks
-        if self.is_fit:
-            (optimizer,) = self.strategy.optimizers
-            self.partitions = _partitions_of(optimizer, idle)
+            keep_record(self.lora_module, record)  # for an evaluation, Lightning removes all hooks
+        if self.lora_stage.is_fitting:
+            (optimizer,) = self.optimizers
+            self.lora_stage.partitions = _partitions_of(optimizer, idle)
 
-    def _check_dtypes(self) -> None:
+    def _lora_check_dtypes(self) -> None:
         """Refuse adapters in float32 where DeepSpeed would take all that trains for float32."""
-        config: Any = self.strategy.config  # type: ignore[attr-defined]
+        config: Any = self.config  # type: ignore[attr-defined]
         in_float16, in_bfloat16 = (config.get(name, {}).get("enabled") for name in ("fp16", "bf16"))
-        view = View(self.module)
+        view = View(self.lora_module)
         settings = [layer.lora_settings for layer in view.layers.values()]
         uses_dora = any(each.use_dora for each in settings)
         is_wide = uses_dora or any(each.autocast_dtype for each in settings)
-        if self.is_fit and is_wide and (in_float16 or (in_bfloat16 and view.trained)):
+        if self.lora_stage.is_fitting and is_wide and (in_float16 or (in_bfloat16 and view.trained)):
             raise StrategyError(
                 "In half precision, DeepSpeed trains all parameters in the dtype of the adapters, which is float32 "
                 f"here. Set autocast_adapter_dtype=False{' and use_dora=False' * uses_dora}: DeepSpeed itself trains "
                 "copies in float32, so no step is rounded away."
             )
 
-    @once
     def on_train_start(self) -> None:
         """Copy what was loaded since the engine was built."""
-        for partition in self.partitions:
+        for partition in self.lora_stage.partitions:
             partition.follow()
-        self.inner("on_train_start")
+        super().on_train_start()
 
-    @once
     def teardown(self) -> None:
-        """End the engine.
+        """End the engine: otherwise its hooks would act in the module's next fit."""
+        super().teardown()
+        self._lora_end_engine()
 
-        Otherwise its hooks would act in the module's next fit.
-        """
-        self.inner("teardown")
-        self._end_engine()
-
-    def _end_engine(self) -> None:
-        engine: Any = self.strategy.model
+    def _lora_end_engine(self) -> None:
+        engine: Any = self.model
         if not hasattr(engine, "destroy"):  # the set-up has failed before
             return
         engine.destroy()
-        for optimizer in self.strategy.optimizers:
-            for partition, group in zip(self.partitions, optimizer.param_groups, strict=False):
+        for optimizer in self.optimizers:
+            for partition, group in zip(self.lora_stage.partitions, optimizer.param_groups, strict=False):
                 group["params"] = partition.parameters  # a module may return the same optimizer in its next fit
 
     # Files
 
-    def _adapt_for(self, checkpoint: dict[str, Any], path: Any) -> None:
-        super()._adapt_for(checkpoint, path)
-        if self.stage.was_replaced and self.is_fit:  # the engine exists already, with the adapters from before
-            self._end_engine()
-            self.strategy.model = self.module
+    def lora_adapt_for(self, checkpoint: dict[str, Any], path: Any) -> bool:
+        """Adapt the module, and build the engine again for new adapters."""
+        replaced = super().lora_adapt_for(checkpoint, path)
+        if replaced and self.lora_stage.is_fitting:
+            self._lora_end_engine()
+            self.model = self.lora_module
             self.init_deepspeed()
+        return replaced
 
-    def _load_states(self, states: list[dict[str, Any]]) -> None:
-        for optimizer, state in zip(self.strategy.optimizers, states, strict=True):
+    def lora_load_states(self, checkpoint: Any) -> None:
+        """Load the optimizer's state, each process its own part."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             zero: Any = optimizer
-            zero.optimizer.load_state_dict(own_state(self.partitions, state))
-            for partition, values in zip(self.partitions, state.get(_COPIES, ()), strict=False):
+            zero.optimizer.load_state_dict(own_state(self.lora_stage.partitions, state))
+            for partition, values in zip(self.lora_stage.partitions, state.get(_COPIES, ()), strict=False):
                 partition.part.detach().copy_(partition.part_of(values))
             if _SCALE in state and hasattr(zero, "loss_scaler"):
                 vars(zero.loss_scaler).update(state[_SCALE])
 
-    @once
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Return the state of the optimizer, whole."""
-        device = self.strategy.root_device
-        state = whole_state(self.partitions, optimizer, device)
-        if any(p.dtype != partition.part.dtype for partition in self.partitions for p in partition.parameters):
-            state[_COPIES] = [partition.whole(partition.part.detach(), device) for partition in self.partitions]
+        """Return the state of the optimizer, made full."""
+        partitions, device = self.lora_stage.partitions, self.root_device
+        state = whole_state(partitions, optimizer, device)
+        if any(p.dtype != partition.part.dtype for partition in partitions for p in partition.parameters):
+            state[_COPIES] = [partition.whole(partition.part.detach(), device) for partition in partitions]
         scaler = vars(optimizer).get("loss_scaler")
         if scaler is not None and scaler.dynamic:
             state[_SCALE] = {name: value for name, value in vars(scaler).items() if type(value) in (int, float, bool)}
@@ -271,17 +252,17 @@ class DeepSpeedWatch(LateWatch):
 
     # Gradients
 
-    def gradients(self) -> Gradients:
+    def lora_gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""
-        return CopiedGradients(self)
+        return CopiedGradients(self.lora_module, self.model, self.lora_stage.partitions)
 
 
 class CopiedGradients(Gradients):
     """Watches gradients where the optimizer trains copies of the parameters."""
 
-    def __init__(self, watch: DeepSpeedWatch) -> None:
-        super().__init__(watch.module, watch.strategy.model, notes=True)
-        self.partitions = watch.partitions
+    def __init__(self, model: nn.Module, wrapped: Any, partitions: list[Partition]) -> None:
+        super().__init__(model, wrapped, notes=True)
+        self.partitions = partitions
 
     def parameters_of(self, optimizer: "Optimizer") -> list[nn.Parameter]:
         """Return the parameters that an optimizer trains."""

@@ -19,6 +19,7 @@ from lightning_lora.model.attach import attach_adapters, detach_adapters
 from lightning_lora.model.state import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.base import note_changed
+from lightning_lora.storage.stored import KEY
 from lightning_lora.tensors.names import load_state_dict, named_parameters, set_parameter
 from lightning_lora.tensors.shards import (
     data_processes,
@@ -35,27 +36,17 @@ from lightning_lora.tensors.shards import (
 from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.optimizers import check_layouts
-from lightning_lora.training.strategy import LateWatch, Watch, once
+from lightning_lora.training.stage import Stage
+from lightning_lora.training.strategy import LateStrategy
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
-class ShardedWatch(LateWatch):
-    """The methods of :class:`Watch`, for ModelParallelStrategy."""
+class LoRAShardedStrategy(LateStrategy):
+    """The methods for ModelParallelStrategy."""
 
-    METHODS = (*Watch.METHODS, "model_sharded_context", "block_backward_sync", "optimizer_state", "on_train_start")
-
-    OF_FILES = ("load_checkpoint", "save_checkpoint", "optimizer_state", "load_optimizer_state_dict")
-
-    adapts_late = True
-
-    is_blocked = False
-    """Whether the running backward pass only accumulates gradients."""
-
-    def own_method(self, name: str) -> Any:
-        """Return a method of the strategy's class, or another."""
-        return _load_whole if name == "load_model_state_dict" else super().own_method(name)
+    lora_skipped = ("load_checkpoint", "save_checkpoint", "optimizer_state", "load_optimizer_state_dict")
 
     # Set up
 
@@ -65,72 +56,80 @@ class ShardedWatch(LateWatch):
 
         They are off their layers while ``configure_model`` runs.
         """
-        record = find_record(self.module)
-        adapters = {} if record is None or record.is_merged else detach_adapters(View(self.module))
+        record = find_record(self.lora_module)
+        adapters = {} if record is None or record.is_merged else detach_adapters(View(self.lora_module))
         try:
-            with self.inner("model_sharded_context"):
+            with super().model_sharded_context():
                 yield
         finally:
-            attach_adapters(self.module, adapters)
+            attach_adapters(self.lora_module, adapters)
 
-    @once
     def setup(self, trainer: "Trainer") -> None:
         """Adapt the sharded module.
 
         What is not sharded is the same in every process from then on, as under DDP.
         """
-        reshard(self.module)
-        self._check_mesh()
-        record = find_record(self.module)
+        module = self.lora_module
+        reshard(module)
+        self._lora_check_mesh()
+        record = find_record(module)
         if record is not None and record.adapter.is_trained:
-            note_changed(self.module)  # a fit that failed has left this to the next set-up
+            note_changed(module)  # a fit that failed has left this to the next set-up
         super().setup(trainer)
-        if find_record(self.module) is None:  # a plain module is only evaluated
+        if find_record(module) is None:  # a plain module is only evaluated
             return
-        self._tell_of_whole_model()
-        _share(t for t in (*self.module.parameters(), *self.module.buffers()) if not is_dtensor(t))
-        _share_adapters(view_of(self.module))
+        self._lora_warn_of_whole_model()
+        _share(t for t in (*module.parameters(), *module.buffers()) if not is_dtensor(t))
+        _share_adapters(view_of(module))
 
-    @once
     def setup_optimizers(self, trainer: "Trainer") -> None:
         """Let the optimizers train the adapters.
 
         Optimizers that torch cannot run on shards are refused.
         """
         super().setup_optimizers(trainer)
-        for optimizer in self.strategy.optimizers:
-            check_layouts(optimizer, view_of(self.module), clips=bool(trainer.gradient_clip_val))
+        for optimizer in self.optimizers:
+            check_layouts(optimizer, view_of(self.lora_module), clips=bool(trainer.gradient_clip_val))
 
-    def _tell_of_whole_model(self) -> None:
+    def _lora_mesh(self) -> Any:
+        """The processes that get their own batches."""
+        return self.device_mesh["data_parallel"]  # type: ignore[attr-defined]
+
+    def _lora_warn_of_whole_model(self) -> None:
         """Warn that each process holds the whole model, and perhaps reads the same data."""
-        if self.strategy.is_global_zero and not any(map(is_split, self.module.parameters())):
-            size = self.strategy.device_mesh["data_parallel"].size()  # type: ignore[attr-defined]
+        if self.is_global_zero and not any(map(is_split, self.lora_module.parameters())):
             warnings.warn(
-                f"Nothing of {type(self.module).__name__} is sharded: each process holds the whole model, and "
-                f"{size} of {self.strategy.world_size} read their own data. "  # type: ignore[attr-defined]
+                f"Nothing of {type(self.lora_module).__name__} is sharded: each process holds the whole model, and "
+                f"{self._lora_mesh().size()} of {self.world_size} read their own data. "  # type: ignore[attr-defined]
                 "Call fully_shard in configure_model, with both sizes: ModelParallelStrategy(data_parallel_size=..., "
                 "tensor_parallel_size=1). Or use strategy='ddp'.",
                 LoRAWarning,
                 stacklevel=1,
             )
 
-    def _check_mesh(self) -> None:
+    def _lora_check_mesh(self) -> None:
         """Refuse a module that is sharded over other processes than those that get their own batches."""
-        mesh: Any = self.strategy.device_mesh["data_parallel"]  # type: ignore[attr-defined]
-        for name, p in named_parameters(self.module).items():
-            if split_over_data(p) and data_processes(p) != mesh.size():
+        size = self._lora_mesh().size()
+        for name, p in named_parameters(self.lora_module).items():
+            if split_over_data(p) and data_processes(p) != size:
                 raise StrategyError(
-                    f"{name!r} of {type(self.module).__name__} is sharded over {data_processes(p)} processes, but the "
-                    f'mesh "data_parallel" has {mesh.size()}. Call fully_shard(module, mesh=self.device_mesh'
+                    f"{name!r} of {type(self.lora_module).__name__} is sharded over {data_processes(p)} processes, but "
+                    f'the mesh "data_parallel" has {size}. Call fully_shard(module, mesh=self.device_mesh'
                     '["data_parallel"]), with ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=...).'
                 )
 
-    def _adapt(self) -> None:
-        super()._adapt()
-        if find_record(self.module) is None:
+    def lora_adapt(self, **options: Any) -> None:
+        """Adapt the module, beside its shards."""
+        super().lora_adapt(**options)
+        if find_record(self.lora_module) is None:
             return
-        self._check_whole()
-        view = view_of(self.module)
+        view = view_of(self.lora_module)
+        split = [name for name, p in view.adapters.items() if split_over_data(p)]
+        if split:
+            raise StrategyError(
+                f"{listed(split)} of {type(self.lora_module).__name__} were sharded with the base. Do not call "
+                "inject_adapters or load_adapter in configure_model: LoRACallback adds the adapters after it."
+            )
         spread = [p for p in (*view.adapters.values(), *view.trained.values()) if is_dtensor(p)]
         if not spread:
             return
@@ -139,74 +138,70 @@ class ShardedWatch(LateWatch):
                 if not is_dtensor(factor):
                     set_parameter(layer, name, replicated(factor, spread[0].device_mesh))  # type: ignore[attr-defined]
 
-    def _check_whole(self) -> None:
-        """Refuse adapters that ``configure_model`` has sharded with the base."""
-        split = [name for name, p in view_of(self.module).adapters.items() if split_over_data(p)]
-        if split:
-            raise StrategyError(
-                f"{listed(split)} of {type(self.module).__name__} were sharded with the base. Do not call "
-                "inject_adapters or load_adapter in configure_model: LoRACallback adds the adapters after it."
-            )
+    def lora_note_base(self, *, anew: bool = True) -> None:
+        """Take the base's fingerprint, unless it is loaded later."""
+        if not any(p.is_meta for p in View(self.lora_module).base.values()):
+            super().lora_note_base(anew=anew)
 
-    def _note_base(self) -> None:
-        if not any(p.is_meta for p in View(self.module).base.values()):  # otherwise it is loaded later
-            super()._note_base()
-
-    @once
     def on_train_start(self) -> None:
         """Take the fingerprint of a base that was loaded late.
 
         Adapters that start from it are those of the first process.
         """
-        self._note_base()
-        _share_adapters(view_of(self.module))
-        self.inner("on_train_start")
+        self.lora_note_base(anew=False)
+        _share_adapters(view_of(self.lora_module))
+        super().on_train_start()
 
     # Files
 
-    def _adapt_for(self, checkpoint: dict[str, Any], path: Any) -> None:
-        super()._adapt_for(checkpoint, path)
-        if self.stage.was_replaced and self.is_fit:  # the optimizers exist already, and hold the adapters from before
-            self.setup_optimizers(self.module.trainer)
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        """Load what training changed, or a plain model: Lightning leaves that to its own ``load_checkpoint``."""
+        if find_record(self.lora_module) is None and KEY not in checkpoint:
+            load_state_dict(self.lora_module, checkpoint["state_dict"], strict=strict)
+        else:
+            super().load_model_state_dict(checkpoint, strict)
 
-    @once
-    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+    def lora_adapt_for(self, checkpoint: dict[str, Any], path: Any) -> bool:
+        """Adapt the module, and let its optimizers train the new adapters."""
+        replaced = super().lora_adapt_for(checkpoint, path)
+        if replaced and self.lora_stage.is_fitting:  # they exist already, and hold the adapters from before
+            self.setup_optimizers(self.lora_module.trainer)
+        return replaced
+
+    def lora_load_states(self, checkpoint: Any) -> None:
         """Load the optimizers' states, each process its own part."""
-        states = checkpoint["optimizer_states"]
-        if len(states) == len(self.strategy.optimizers):
-            states = [_spread_state(*pair) for pair in zip(states, self.strategy.optimizers, strict=True)]
-        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+        states = map(_spread_state, checkpoint["optimizer_states"], self.optimizers)
+        super().lora_load_states({**checkpoint, "optimizer_states": list(states)})
 
-    @once
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Return the state of an optimizer, whole."""
-        state: dict[str, Any] = full_tensors(self.inner("optimizer_state", optimizer))
+        """Return the state of an optimizer, made full."""
+        state: dict[str, Any] = full_tensors(super().optimizer_state(optimizer))
         return state
 
     # Gradients
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Note that a backward pass only accumulates.
+        """Average nothing after a backward pass that only accumulates.
 
         FSDP2 does not send its gradients then, either.
         """
-        roots = [module for module in self.module.modules() if hasattr(module, "set_requires_gradient_sync")]
-        self._set_blocked(roots, True)
+        roots = [module for module in self.lora_module.modules() if hasattr(module, "set_requires_gradient_sync")]
+        self._lora_set_sync(roots, False)
         try:
-            with self.inner("block_backward_sync"):
+            with super().block_backward_sync():  # type: ignore[misc]  # of parallel strategies
                 yield
         finally:
-            self._set_blocked(roots, False)
+            self._lora_set_sync(roots, True)
 
-    def _set_blocked(self, roots: list[Any], flag: bool) -> None:
-        self.is_blocked = flag
+    def _lora_set_sync(self, roots: list[Any], flag: bool) -> None:
+        self.lora_stage.averages_gradients = flag
         for module in roots:
-            module.set_requires_gradient_sync(not flag, recurse=False)
+            module.set_requires_gradient_sync(flag, recurse=False)
 
-    def gradients(self) -> Gradients:
+    def lora_gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""
-        return ShardedGradients(self)
+        return ShardedGradients(self.lora_module, self.model, self.lora_stage, self._lora_mesh())
 
 
 class ShardedGradients(Gradients):
@@ -216,22 +211,21 @@ class ShardedGradients(Gradients):
     zero there. Running statistics of norms that train are those of the first process, as under DDP.
     """
 
-    def __init__(self, watch: ShardedWatch) -> None:
-        super().__init__(watch.module, watch.strategy.model, notes=True)
-        self.watch = watch
-        self.mesh = watch.strategy.device_mesh["data_parallel"]  # type: ignore[attr-defined]
+    def __init__(self, model: nn.Module, wrapped: Any, stage: Stage, mesh: Any) -> None:
+        super().__init__(model, wrapped, notes=True)
+        self.stage, self.mesh = stage, mesh
         self.averaged: dict[torch.dtype, list[nn.Parameter]] = {}
-        for p in named_parameters(watch.module).values():
+        for p in named_parameters(model).values():
             if p.requires_grad and not split_over_data(p):
                 self.averaged.setdefault(p.dtype, []).append(p)
-        saved = view_of(watch.module).saved
+        saved = view_of(model).saved
         self.statistics = [buffer for module in saved for buffer in module.buffers() if not is_dtensor(buffer)]
 
     def end_backward(self) -> None:
         """Average the gradients, unless the pass only accumulates."""
         self.ever |= self.now
         self.now.clear()
-        if not self.watch.is_blocked and self.mesh.size() > 1:
+        if self.stage.averages_gradients and self.mesh.size() > 1:
             for parameters in self.averaged.values():
                 self._average(parameters)
             _share(self.statistics)
@@ -249,11 +243,6 @@ class ShardedGradients(Gradients):
                 if p.grad is not None:
                     grad = to_local(p.grad)
                     grad.copy_(mean.view_as(grad))
-
-
-def _load_whole(strategy: Any, checkpoint: dict[str, Any], strict: bool = True) -> None:
-    """Load the state of a plain model: Lightning's own method leaves that to ``load_checkpoint``."""
-    load_state_dict(strategy.lightning_module, checkpoint["state_dict"], strict=strict)
 
 
 def _share(tensors: Iterable[Tensor]) -> None:

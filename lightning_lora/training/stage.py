@@ -1,7 +1,9 @@
-"""State of a Trainer's stage, from set-up to teardown."""
+"""One stage of a Trainer: fit, validate, test or predict."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
-from typing import Any
+from enum import Enum
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -10,88 +12,103 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge, unmerge
 from lightning_lora.model.merged import check_own, is_as_merged
-from lightning_lora.model.state import Record, find_record, keep_record, receive
+from lightning_lora.model.state import find_record, keep_record, receive
 from lightning_lora.model.view import View, keep_originals, view_of
 from lightning_lora.storage.base import note_changed
 from lightning_lora.training.compatibility import callbacks_of, copy_adapted, loads_in_hooks
+from lightning_lora.training.gradients import Dropout
+
+
+class Phase(Enum):
+    """How far a stage has come. Until training begins, an error undoes what the stage did to the module."""
+
+    SET_UP = "set up"
+    LOADED = "loaded"
+    TRAINING = "training"
+    OVER = "over"
 
 
 @dataclass
 class Stage:
-    """One stage: fit, validate, test or predict.
+    """One stage, and what it does to the module.
 
     Args:
         config: The configuration of the adapters.
         given: The names of arguments that the user gave.
         save: What files hold: ``"adapters"`` or ``"model"``.
         is_fit: Whether it trains.
-        was_adapted: Whether the module had adapters on its layers before.
-        was_merged: Whether the module was merged before, so that the stage took the updates out of its weights.
-        dropped: The record of a merged module whose weights were changed, so that the stage took them as a new base.
-        runs_merged: Whether an evaluation runs the merged module as it is.
-        reads_adapters: Whether it has read a file of adapters.
-        has_averages: Whether averaging callbacks have copied the adapted module.
-        was_replaced: Whether adapters with default arguments were removed for those of a file.
-        base_is_open: Whether nothing was trained yet, so that weights which the module's hooks load become the base.
-        states_are_read: Whether another callback reads checkpoints, and so may need the model's full state.
-        base_is_noted: Whether the base's fingerprint was taken in this stage.
-        has_loaded: Whether adapters were loaded from a checkpoint.
-        has_begun: Whether training has begun.
-        is_over: Whether the stage has ended.
+        came: How the module came: plain, with adapters on its layers, or merged.
+        phase: How far it has come. It is ``LOADED`` when adapters were loaded from a checkpoint.
+        undo: Gives the module back as it came.
+        dropout: Dropout of the adapters.
         resumed: The states of random number generators and loops from a checkpoint.
+        averages_gradients: For a sharded module, whether the running backward pass does more than accumulate.
+        partitions: For DeepSpeed, what this process trains of each group.
     """
 
     config: LoRAConfig
     given: frozenset[str] = frozenset()
     save: str = "adapters"
     is_fit: bool = False
-    was_adapted: bool = False
-    was_merged: bool = False
-    dropped: Record | None = None
-    runs_merged: bool = False
-    reads_adapters: bool = False
-    has_averages: bool = False
-    was_replaced: bool = False
-    base_is_open: bool = False
-    states_are_read: bool = False
-    base_is_noted: bool = False
-    has_loaded: bool = False
-    has_begun: bool = False
-    is_over: bool = False
+    came: Literal["plain", "adapted", "merged"] = "plain"
+    phase: Phase = Phase.SET_UP
+    undo: ExitStack = field(default_factory=ExitStack)
+    dropout: Dropout = field(default_factory=Dropout)
     resumed: dict[str, Any] = field(default_factory=dict)
+    averages_gradients: bool = True
+    partitions: list[Any] = field(default_factory=list)
 
-    def unmerge(self, pl_module: LightningModule) -> None:
-        """Unmerge the module.
+    @property
+    def is_fitting(self) -> bool:
+        """Whether a fit is running."""
+        return self.is_fit and self.phase is not Phase.OVER
 
-        It needs its adapters to train, or to load a checkpoint.
-        """
+    def begin(self, pl_module: LightningModule) -> None:
+        """Unmerge the module: it needs its adapters to train, or to load a checkpoint."""
         receive_record(pl_module)
-        self.runs_merged = False
         record = find_record(pl_module)
-        self.was_merged = unmerge(pl_module)
-        self.dropped = record if find_record(pl_module) is None else None
+        if unmerge(pl_module):
+            self.came = "merged"
+            self.undo.callback(merge, pl_module)
+            return
+        if record is not None and find_record(pl_module) is None:  # its weights were changed: they are a new base
+            self.undo.callback(keep_record, pl_module, record)
+        if self.came == "plain":
+            self.undo.callback(_remove_all, pl_module)
+
+    def begin_merged(self, pl_module: LightningModule) -> None:
+        """Unmerge a module that is evaluated as it is, before it reads a file."""
         record = find_record(pl_module)
-        self.base_is_open = View(pl_module).is_fresh() and not (record is not None and record.adapter.is_trained)
+        if record is not None and record.is_merged and not self.is_fit:
+            self.begin(pl_module)
 
-    def take_config(self, pl_module: LightningModule, stored: LoRAConfig, path: object) -> None:
-        """Take arguments that were not given from elsewhere.
+    def take_config(self, pl_module: LightningModule, stored: LoRAConfig, source: object) -> bool:
+        """Take arguments that were not given from a file, or from adapters that the module has.
 
-        Adapters that the stage has added with the defaults are removed.
+        Returns:
+            Whether adapters that the stage had added with the defaults were removed.
         """
         config = self.config.completed(stored, self.given)
         names = (field.name for field in fields(config))
         taken = [f"{n}={getattr(config, n)!r}" for n in names if getattr(config, n) != getattr(self.config, n)]
         if not taken:
-            return
-        rank_zero_info(f"LoRACallback takes {', '.join(taken)} from {path}, instead of the defaults.")
+            return False
+        rank_zero_info(f"LoRACallback takes {', '.join(taken)} from {source}, instead of the defaults.")
         self.config = config
-        if find_record(pl_module) is not None and not self.was_adapted and not self.was_merged:
-            if self.base_is_open:  # the module's hooks may have loaded it since the adapters were added
-                view_of(pl_module).adapter.forget_originals()
-            remove_adapters(pl_module)
-            self.was_replaced = True
+        if find_record(pl_module) is None or self.came != "plain":
+            return False
+        if self._is_base_open(pl_module):  # the module's hooks may have loaded it since the adapters were added
+            view_of(pl_module).adapter.forget_originals()
+        remove_adapters(pl_module)
+        return True
 
-    def adapts(self, pl_module: LightningModule) -> bool:
+    def _is_base_open(self, pl_module: LightningModule) -> bool:
+        """Whether nothing was trained or loaded yet, so that weights from the module's hooks become the base."""
+        record = find_record(pl_module)
+        is_trained = record is not None and record.adapter.is_trained
+        return self.phase is Phase.SET_UP and not is_trained and View(pl_module).is_fresh()
+
+    def adapts(self, pl_module: LightningModule, *, for_file: bool = False) -> bool:
         """Whether the module gets adapters, or has some.
 
         An evaluation adds none to a plain module, unless they come from a file.
@@ -99,61 +116,60 @@ class Stage:
         record = find_record(pl_module)
         if record is not None:
             return not record.is_merged  # it is only evaluated, or its fit has ended
-        return self.is_fit or self.was_adapted or self.reads_adapters
+        return self.is_fit or self.came == "adapted" or for_file
 
-    def adapt(self, pl_module: LightningModule) -> None:
+    def adapt(self, pl_module: LightningModule, *, for_file: bool = False, replaced: bool = False) -> None:
         """Adapt the module after its own hooks have run.
 
         The weights that the hooks have loaded until now become the base.
+
+        Args:
+            pl_module: The module.
+            for_file: Whether adapters are to be loaded from a file.
+            replaced: Whether they come in place of others.
         """
-        if not self.adapts(pl_module):
+        if not self.adapts(pl_module, for_file=for_file):
             return
         inject_adapters(pl_module, self.config)
-        if not self.has_averages:  # later, a checkpoint's averages would be lost
-            copy_adapted(
-                callbacks_of(pl_module.trainer), pl_module, anew=loads_in_hooks(pl_module) or self.was_replaced
-            )
-            self.has_averages = True
-        if self.base_is_open:
+        if self.phase is not Phase.SET_UP:  # the callbacks' averages and the base are those of a checkpoint
+            return
+        copy_adapted(callbacks_of(pl_module.trainer), pl_module, anew=loads_in_hooks(pl_module) or replaced)
+        if self._is_base_open(pl_module):
             keep_originals(view_of(pl_module), anew=True)
-            self.base_is_open = False
 
     def end(self, pl_module: LightningModule) -> None:
         """Merge again, if the stage trained nothing."""
-        if self.was_merged and not self.has_begun and find_record(pl_module) is not None:
+        was, self.phase = self.phase, Phase.OVER
+        if was in (Phase.SET_UP, Phase.LOADED) and self.came == "merged" and find_record(pl_module) is not None:
             merge(pl_module)
-        self.is_over = True
 
     def fail(self, pl_module: LightningModule, *, is_alone: bool) -> None:
-        """Restore the module, or keep adapters that may be trained.
+        """Give the module back as it came, or keep adapters that may be trained.
 
         Args:
             pl_module: The module.
             is_alone: Whether nothing collective may be called: perhaps only this process has failed.
         """
-        was_over, self.is_over = self.is_over, True
+        was, self.phase = self.phase, Phase.OVER
         record = find_record(pl_module)
-        if was_over or (record is not None and record.is_merged):
+        if was is Phase.OVER or (record is not None and record.is_merged):
             return
-        if record is not None and (self.has_begun or (self.is_fit and self.has_loaded)):
+        if record is not None and (was is Phase.TRAINING or (self.is_fit and was is Phase.LOADED)):
             if not is_alone:
                 note_changed(pl_module)
-        elif record is not None and self.was_merged:
-            if not is_alone:  # otherwise the adapters stay on their layers
-                merge(pl_module)
-        elif record is None or not self.was_adapted:
-            if record is not None:
-                record.adapter.is_on(View(pl_module).layers)  # code in the fit may have replaced the others
-                remove_adapters(pl_module)
-            if self.dropped is not None:
-                keep_record(pl_module, self.dropped)
+        elif not (is_alone and self.came == "merged"):  # where a merge is collective, the adapters stay on their layers
+            self.undo.close()
+
+
+def _remove_all(pl_module: LightningModule) -> None:
+    record = find_record(pl_module)
+    if record is not None:
+        record.adapter.is_on(View(pl_module).layers)  # code in the fit may have replaced the others
+        remove_adapters(pl_module)
 
 
 def receive_record(pl_module: LightningModule) -> None:
-    """Take over the record of a fit in another process.
-
-    This is done only if the module has the weights of that fit.
-    """
+    """Take over the record of a fit in another process, if the module has the weights of that fit."""
     record = find_record(pl_module)
     known = record is not None and is_as_merged(pl_module, record)
     if not known and receive(pl_module):
@@ -164,9 +180,7 @@ def receive_record(pl_module: LightningModule) -> None:
 
 
 def is_merged(pl_module: LightningModule) -> bool:
-    """Whether the module is merged.
-
-    A fit in other processes may have merged it.
+    """Whether the module is merged, perhaps by a fit in other processes.
 
     Raises:
         AdapterStateError: its layers have the adapters of another model.

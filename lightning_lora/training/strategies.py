@@ -1,56 +1,66 @@
-"""Choose what is set on a strategy."""
+"""Choose what is added to a strategy."""
 
-from typing import TYPE_CHECKING, Any
+from functools import cache, partialmethod
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from packaging.version import Version
 
 from lightning_lora.errors import StrategyError
-from lightning_lora.training.deepspeed import DeepSpeedWatch
-from lightning_lora.training.sharded import ShardedWatch
+from lightning_lora.tensors.inplace import overlay
+from lightning_lora.training.deepspeed import LoRADeepSpeedStrategy
+from lightning_lora.training.sharded import LoRAShardedStrategy
 from lightning_lora.training.stage import Stage
-from lightning_lora.training.strategy import Watch
+from lightning_lora.training.strategy import LoRAStrategy
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
 
-_ATTRIBUTE = "_lora_watch"
-"""The attribute of a strategy that holds its :class:`Watch`."""
 
+def overlay_strategy(strategy: "Strategy", stage: Stage) -> LoRAStrategy:
+    """Add the methods of :class:`LoRAStrategy` to a strategy, once, and let them act in ``stage``.
 
-def watch(strategy: "Strategy", stage: Stage) -> Watch:
-    """Set the methods of a :class:`Watch` on ``strategy``.
-
-    They stay there after the stage, so files are adapter-only after a fit and after an exception too.
+    Methods that other code has set on the strategy before are called by these methods. Those that it sets later come
+    first, and call these.
 
     Raises:
         StrategyError: the strategy shards or restores the model in a way that is not supported.
     """
-    found: Watch | None = watch_of(strategy)
-    if found is None:
-        found = _kind_for(strategy)(strategy)
-        vars(strategy)[_ATTRIBUTE] = found
-    found.install(stage)
+    if not isinstance(strategy, LoRAStrategy):
+        mixin, held = _mixin_for(strategy), vars(strategy)
+        others = {name: held.pop(name) for name in list(held) if hasattr(mixin, name)}
+        held["lora_others"] = others
+        strategy.__class__ = _calling(type(strategy), mixin, tuple(others))
+        overlay(strategy, mixin)
+    found = cast(LoRAStrategy, strategy)
+    found.lora_stage = stage
     return found
 
 
-def watch_of(strategy: "Strategy") -> Watch | None:
-    """Return what :func:`watch` has set, or None."""
-    found: Watch | None = vars(strategy).get(_ATTRIBUTE)
-    return found
+@cache
+def _calling(kind: type, mixin: type[LoRAStrategy], others: tuple[str, ...]) -> type:
+    """A subclass of a strategy's class with the methods that ``super()`` in ``mixin`` finds."""
+    plain = next(base for base in kind.__mro__ if base.__name__ == "Strategy")  # in both Lightning packages
+    skipped = {name: getattr(plain, name) for name in mixin.lora_skipped}
+    called = {name: partialmethod(_call_other, name) for name in others}
+    return type(kind.__name__, (kind,), {"lora_kind": kind, "__module__": kind.__module__, **skipped, **called})
 
 
-def _kind_for(strategy: "Strategy") -> type[Watch]:
+def _call_other(strategy: LoRAStrategy, name: str, *args: Any, **kwargs: Any) -> Any:
+    return strategy.lora_others[name](*args, **kwargs)
+
+
+def _mixin_for(strategy: "Strategy") -> type[LoRAStrategy]:
     names = [base.__name__ for base in type(strategy).__mro__]  # in both Lightning packages
     called = type(strategy).__name__
     if "ModelParallelStrategy" in names:
         if Version(torch.__version__) < Version("2.7"):
             raise StrategyError(f"ModelParallelStrategy with LoRACallback needs torch 2.7. Found {torch.__version__}.")
-        return ShardedWatch
+        return LoRAShardedStrategy
     if "DeepSpeedStrategy" in names:
         stage = _zero_stage(strategy)
         if stage in (1, 2):
-            return DeepSpeedWatch
+            return LoRADeepSpeedStrategy
         if stage == 0:
             raise StrategyError(f"{called} without ZeRO shards nothing. Use strategy='ddp', or ZeRO stage 1 or 2.")
         called += f" with ZeRO stage {stage}"
@@ -59,7 +69,7 @@ def _kind_for(strategy: "Strategy") -> type[Watch]:
             f"{called} shards the model in a way that LoRACallback does not support. Use ModelParallelStrategy, and "
             "shard the model in configure_model:\n" + CONFIGURE_MODEL
         )
-    return Watch
+    return LoRAStrategy
 
 
 def _zero_stage(strategy: Any) -> int:

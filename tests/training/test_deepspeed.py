@@ -26,9 +26,9 @@ from lightning_lora import (
     load_adapter,
     merge_adapters,
 )
-from lightning_lora.training.deepspeed import DeepSpeedWatch
+from lightning_lora.training.deepspeed import LoRADeepSpeedStrategy
 from lightning_lora.training.stage import Stage
-from lightning_lora.training.strategies import watch
+from lightning_lora.training.strategies import overlay_strategy
 from tests.support.cpu_deepspeed import CpuDeepSpeed
 from tests.support.ranks import RankError, run_ranks
 from tests.support.sharded import LitNet, Net, data, lora, pretrained, trainer_of, whole_state
@@ -410,9 +410,9 @@ def test_stage_3_is_refused_however_it_is_asked_for(tmp_path: Path, name: str, m
     registered = name.startswith("deepspeed")
     strategy = StrategyRegistry.get(name) if registered else DeepSpeedStrategy(config=config)
     with pytest.raises(StrategyError, match="DeepSpeedStrategy with ZeRO stage 3 shards the model"):
-        watch(strategy, Stage(LoRAConfig()))
+        overlay_strategy(strategy, Stage(LoRAConfig()))
 
 
 @pytest.mark.parametrize("name", ["deepspeed", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload"])
 def test_stages_1_and_2_are_accepted(name: str) -> None:
-    assert type(watch(StrategyRegistry.get(name), Stage(LoRAConfig()))) is DeepSpeedWatch
+    assert isinstance(overlay_strategy(StrategyRegistry.get(name), Stage(LoRAConfig())), LoRADeepSpeedStrategy)

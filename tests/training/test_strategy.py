@@ -1,5 +1,6 @@
 """The strategy loads and saves adapters at the right moments."""
 
+import copy
 import pickle
 from collections import Counter
 from datetime import timedelta
@@ -10,10 +11,10 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from lightning_lora import AdapterStateError, StrategyError, load_adapter, remove_adapters
-from lightning_lora.training.strategy import Watch
 from tests.support.cases import StopError, held, stop, tensors
 from tests.support.models import TRAINED, WIDTH, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
 from tests.support.training import (
@@ -248,10 +249,23 @@ class Counts:
         return self.inner(*args, **kwargs)
 
 
+METHODS = (
+    "load_checkpoint",
+    "load_model_state_dict",
+    "load_optimizer_state_dict",
+    "setup",
+    "setup_optimizers",
+    "lightning_module_state_dict",
+    "save_checkpoint",
+    "training_step",
+    "backward",
+)
+
+
 def count(strategy: Any) -> "Counter[str]":
     """Wrap the methods of a strategy, as another plugin would."""
     calls = Counter[str]()
-    for name in Watch.METHODS:
+    for name in METHODS:
         setattr(strategy, name, Counts(calls, name, getattr(strategy, name)))
     return calls
 
@@ -292,10 +306,10 @@ def test_methods_that_others_set_on_the_strategy_are_called_once_each(tmp_path: 
     assert torch.equal(keeps.back, LitTiny().embed.weight)
 
 
-def test_a_method_that_replaces_ours_after_a_fit_is_wrapped_by_the_next(tmp_path: Path) -> None:
+def test_a_method_that_replaces_ours_after_a_fit_gets_what_training_changed(tmp_path: Path) -> None:
     t, model, seen = trainer(tmp_path, [lora()], max_epochs=1), LitTiny(), []
     t.fit(model, data())
-    t.strategy.save_checkpoint = lambda checkpoint, *_: seen.append(set(held(checkpoint)))  # type: ignore[method-assign]
+    t.strategy.save_checkpoint = lambda checkpoint, *_, **__: seen.append(set(held(checkpoint)))  # type: ignore[method-assign]
     for _ in range(2):
         t.test(model, data(), verbose=False)
         t.save_checkpoint(tmp_path / "a.ckpt")
@@ -306,16 +320,21 @@ def test_a_method_that_replaces_ours_after_a_fit_is_wrapped_by_the_next(tmp_path
     assert len(seen) == 2 and set(tensors(tmp_path / "a.ckpt")) == set(TRAINED)
 
 
-def test_a_pickled_strategy_has_its_methods_and_those_of_others(tmp_path: Path) -> None:
-    t, model = trainer(tmp_path, [lora()], enable_checkpointing=False, max_epochs=1), LitTiny()
-    calls = Counter[str]()
-    t.strategy.save_checkpoint = Counts(calls, "save_checkpoint", t.strategy.save_checkpoint)  # type: ignore[method-assign]
-    t.fit(model, data())
-    again = pickle.loads(pickle.dumps(t.strategy))
-    for name in Watch.METHODS:
-        assert getattr(again, name).__self__.strategy is again
-    again.save_checkpoint({"state_dict": {}, "pytorch-lightning_version": L.__version__}, tmp_path / "a.ckpt")
-    assert files_hold_adapters_alone(tmp_path) and again.save_checkpoint.__self__.others["save_checkpoint"]
+def test_a_pickled_strategy_is_as_it_was_and_gets_the_methods_around_those_of_others_again(tmp_path: Path) -> None:
+    t, kind = trainer(tmp_path, [lora()], enable_checkpointing=False, max_epochs=1), SingleDeviceStrategy
+    count(t.strategy)
+    t.fit(LitTiny(), data())
+    assert isinstance(t.strategy, kind) and type(t.strategy) is not kind
+    for again in (pickle.loads(pickle.dumps(t)), copy.deepcopy(t)):  # as spawned processes get it
+        assert type(again.strategy) is kind
+        calls = again.strategy.save_checkpoint.calls
+        calls.clear()
+        again.test(LitTiny(), data(), verbose=False)
+        again.fit_loop.max_epochs = 2
+        again.fit(model := LitTiny(), data())
+        again.save_checkpoint(tmp_path / "a.ckpt")
+        assert calls["save_checkpoint"] == 1 and calls["setup"] == 2 and calls["training_step"] == 4
+        assert files_hold_adapters_alone(tmp_path) and base_is_whole(model)
 
 
 def test_a_method_that_others_set_on_the_precision_is_called_and_stays(tmp_path: Path) -> None:
