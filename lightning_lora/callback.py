@@ -206,7 +206,7 @@ class LoRACallback(Callback):
         module's own hooks create later are adapted by the strategy.
         """
         callbacks, is_fit = callbacks_of(trainer), stage == "fit"
-        self._stage = Stage(self.config, self.given, self.save, is_fit)
+        self._stage = Stage(self.config, self.given, self.save, is_fit, callbacks)
         adapts_late = overlay_strategy(trainer.strategy, self._stage).lora_adapts_late
         check_companions(callbacks, stage, is_sharded=adapts_late)
         if View(pl_module).layers:
@@ -357,6 +357,7 @@ class LoRACallback(Callback):
             return
         checkpoint[RANDOM] = random_states(trainer)
         if not isinstance(trainer.strategy, LoRAStrategy):
+            self._stage.callbacks = callbacks_of(trainer)
             overlay_strategy(trainer.strategy, self._stage)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.config import LoRAConfig
@@ -15,7 +15,7 @@ from lightning_lora.model.merged import check_own, is_as_merged
 from lightning_lora.model.state import find_record, keep_record, receive
 from lightning_lora.model.view import View, keep_originals, view_of
 from lightning_lora.storage.base import note_changed
-from lightning_lora.training.compatibility import callbacks_of, copy_adapted, loads_in_hooks
+from lightning_lora.training.compatibility import copy_adapted, loads_in_hooks
 from lightning_lora.training.gradients import Dropout
 
 
@@ -37,6 +37,7 @@ class Stage:
         given: The names of arguments that the user gave.
         save: What files hold: ``"adapters"`` or ``"model"``.
         is_fit: Whether it trains.
+        callbacks: All callbacks of the Trainer.
         came: How the module came: plain, with adapters on its layers, or merged.
         phase: How far it has come. It is ``LOADED`` when adapters were loaded from a checkpoint.
         undo: Gives the module back as it came.
@@ -50,6 +51,7 @@ class Stage:
     given: frozenset[str] = frozenset()
     save: str = "adapters"
     is_fit: bool = False
+    callbacks: list[Callback] = field(default_factory=list)
     came: Literal["plain", "adapted", "merged"] = "plain"
     phase: Phase = Phase.SET_UP
     undo: ExitStack = field(default_factory=ExitStack)
@@ -133,7 +135,7 @@ class Stage:
         inject_adapters(pl_module, self.config)
         if self.phase is not Phase.SET_UP:  # the callbacks' averages and the base are those of a checkpoint
             return
-        copy_adapted(callbacks_of(pl_module.trainer), pl_module, anew=loads_in_hooks(pl_module) or replaced)
+        copy_adapted(self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced)
         if self._is_base_open(pl_module):
             keep_originals(view_of(pl_module), anew=True)
 

@@ -45,7 +45,7 @@ from lightning_lora.storage.stored import KEY, adapter_state_dict, stored_config
 from lightning_lora.tensors.inplace import InPlace
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad
-from lightning_lora.training.compatibility import callbacks_of, drop_averages, keeping_adapters, states_are_read
+from lightning_lora.training.compatibility import drop_averages, keeping_adapters, states_are_read
 from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.merging import warn_of_rounding
 from lightning_lora.training.optimizers import train_adapters
@@ -258,7 +258,7 @@ class LoRAStrategy(Strategy, InPlace):
             super().load_model_state_dict(checkpoint, strict=strict)
             return
         self.lora_note_base()
-        load_checkpoint_state(module, checkpoint, whole=states_are_read(callbacks_of(module.trainer)))
+        load_checkpoint_state(module, checkpoint, whole=states_are_read(stage.callbacks))
         if KEY in checkpoint and stage.phase is Phase.SET_UP:
             stage.phase = Phase.LOADED
 
@@ -322,7 +322,7 @@ class LoRAStrategy(Strategy, InPlace):
         record = find_record(module)
         if self.lora_stage.save == "model" and record is not None and not is_as_merged(module, record):
             unmerge(module)  # drops the record, and says so
-            drop_averages(callbacks_of(module.trainer))  # of the adapted module
+            drop_averages(self.lora_stage.callbacks)  # of the adapted module
         return find_record(module) is not None
 
     # Training
