@@ -18,16 +18,9 @@ def concatenated(updates: list[Factors], weights: list[float]) -> Factors:
 
     Shape:
         A: (\*, r, in), B: (\*, out, r) for each update. Returns the same with the sum of all r.
-
-    Example:
-        >>> a, b = torch.ones(1, 2), torch.ones(3, 1)
-        >>> A, B = concatenated([(a, b), (2 * a, b)], [1.0, -0.5])
-        >>> A.shape, (B @ A).abs().sum()
-        (torch.Size([2, 2]), tensor(0.))
     """
-    reading = torch.cat([a for a, _ in updates], dim=-2)
-    writing = torch.cat([weight * b for (_, b), weight in zip(updates, weights, strict=True)], dim=-1)
-    return reading, writing
+    scaled = [weight * b for (_, b), weight in zip(updates, weights, strict=True)]
+    return torch.cat([a for a, _ in updates], dim=-2), torch.cat(scaled, dim=-1)
 
 
 def difference(update: Factors, other: Factors) -> Factors:

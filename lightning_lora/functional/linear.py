@@ -21,37 +21,9 @@ def low_rank_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -
 
     Source:
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1, equation 3.
-
-    Example:
-        >>> x, a, b = torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0], [0.0], [2.0]])
-        >>> low_rank_update(x, a, b, scaling=0.5)
-        tensor([1.5000, 0.0000, 3.0000])
     """
     hidden = F.linear(x, lora_A.to(x.dtype))
     return F.linear(hidden * scaling, lora_B.to(hidden.dtype))
-
-
-def low_rank_lookup(
-    index: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    padding_idx: int | None = None,
-    scale_grad_by_freq: bool = False,
-) -> Tensor:
-    r"""Return the update to an embedding's output: the columns ``index`` of :math:`s \, B A`.
-
-    The last two arguments are those of nn.Embedding.
-
-    Shape:
-        ``index``: (\*), ``lora_A``: (r, num_embeddings), ``lora_B``: (embedding_dim, r).
-        Returns (\*, embedding_dim), in the dtype of the factors.
-
-    Source:
-        Hu et al. 2021, section 4.1, with a one-hot input.
-    """
-    columns = F.embedding(index, lora_A.T, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
-    return F.linear(columns * scaling, lora_B)
 
 
 def adapted_linear(

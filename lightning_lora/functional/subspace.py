@@ -53,10 +53,6 @@ def subspace_similarity(one: Tensor, other: Tensor) -> Tensor:
 
     Source:
         Hu et al. 2021, section 7.2, equation 4, with all directions.
-
-    Example:
-        >>> subspace_similarity(torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
-        tensor(1., dtype=torch.float64)
     """
     first, second = (torch.linalg.qr(matrix.double().mT).Q for matrix in (one, other))
     overlap: Tensor = (first.mT @ second).square().sum((-2, -1)) / min(first.shape[-1], second.shape[-1])
@@ -68,11 +64,6 @@ def cosine(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
 
     Shape:
         A: (\*, r, in), B: (\*, out, r). Returns (\*), from -1 to 1. It is 0 if one update is zero.
-
-    Example:
-        >>> a, b = torch.ones(1, 2), torch.ones(3, 1)
-        >>> cosine((a, b), (a, -b))
-        tensor(-1., dtype=torch.float64)
     """
     product = _inner(one, other)
     norms = (_inner(one, one) * _inner(other, other)).sqrt()
@@ -80,6 +71,5 @@ def cosine(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _inner(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
-    """The sum of the products of all elements of two updates."""
     (a1, b1), (a2, b2) = ((a.double(), b.double()) for a, b in (one, other))
     return ((b2.mT @ b1).mT * (a1 @ a2.mT)).sum((-2, -1))

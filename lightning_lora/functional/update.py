@@ -13,13 +13,6 @@ def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
 
     Shape:
         ``lora_A``: (r, in), ``lora_B``: (out, r). Returns (out, in).
-
-    Source:
-        Hu et al. 2021, section 4.1.
-
-    Example:
-        >>> delta_weight(torch.ones(1, 2), torch.ones(3, 1), scaling=2.0).tolist()
-        [[2.0, 2.0], [2.0, 2.0], [2.0, 2.0]]
     """
     dtype = wide(torch.promote_types(lora_A.dtype, lora_B.dtype))
     return (lora_B.to(dtype) @ lora_A.to(dtype)).mul_(scaling)
@@ -46,10 +39,6 @@ def merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tu
 
     Source:
         Hu et al. 2021, section 4.1, "No Additional Inference Latency".
-
-    Example:
-        >>> merged(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1, 1), scaling=0.5)
-        (tensor([[1.5000, 1.5000]]), 0.0)
     """
     values, norms = torch.empty_like(weight), list[Tensor]()
     for rows in row_blocks(weight):
@@ -65,19 +54,10 @@ def merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tu
 
 
 def lost_share(weight: Tensor, effective: Tensor, merged: Tensor) -> float:
-    r"""Return the share of an update lost to rounding.
+    """Return the share of an update lost to rounding: the norm of the rounding error over that of the update.
 
-    It is the norm of the rounding error, divided by the norm of the update. It is 1 if every change was smaller than
-    half a step of the weight's dtype: then nothing of the update is left.
-
-    Shape:
-        ``weight``, the weight with its update in a wider dtype and the same rounded: all have the same shape. Returns a
-        number from 0 to about 1. An update of zero gives 0.
-
-    Example:
-        >>> weight, effective = torch.ones(4).bfloat16(), torch.full((4,), 1.001)
-        >>> lost_share(weight, effective, effective.bfloat16())
-        1.0
+    It is 1 if every change was smaller than half a step of the weight's dtype: then nothing of the update is left. An
+    update of zero gives 0. The arguments are the weight, the weight with its update, and the same rounded.
     """
     if weight.dtype == effective.dtype:
         return 0.0
@@ -93,12 +73,7 @@ def _share(norms: list[Tensor]) -> float:
 
 
 def row_norms(matrix: Tensor) -> Tensor:
-    r"""Return the norm of each row, in float32 or wider.
-
-    DoRA trains these magnitudes separately from the directions.
-
-    Shape:
-        ``matrix``: (out, in). Returns (out).
+    r"""Return the norm of each row of a matrix, in float32 or wider: DoRA's first magnitudes.
 
     Source:
         Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", section 4.1. The paper's

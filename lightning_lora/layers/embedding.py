@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lora.functional.linear import low_rank_lookup
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.contract import LayerTypes
 from lightning_lora.layers.matrices import Role
@@ -54,8 +53,8 @@ class LoRAEmbedding(LoRALayer):
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, input: Tensor) -> Tensor:
         """Look up columns of A, then multiply by B."""
-        scaling = self.lora_settings.scaling
-        return low_rank_lookup(input, lora_A, lora_B, scaling, self.padding_idx, self.scale_grad_by_freq)
+        columns = F.embedding(input, lora_A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+        return F.linear(columns * self.lora_settings.scaling, lora_B)
 
 
 class LoRAEmbeddingBag(LoRAEmbedding):

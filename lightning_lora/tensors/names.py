@@ -19,12 +19,7 @@ _OF_FABRIC = ("_forward_module", "_original_module")
 
 
 def plain_name(name: str) -> str:
-    """Return a dotted name without the prefixes of torch's wrappers.
-
-    Example:
-        >>> plain_name("encoder._orig_mod.query.weight"), plain_name("_orig_mod")
-        ('encoder.query.weight', '')
-    """
+    """Return a dotted name without the prefixes of torch's wrappers: ``q.weight`` for ``q._orig_mod.weight``."""
     if not any(wrapped in name for wrapped in _WRAPPED):
         return name
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)

@@ -77,18 +77,13 @@ TENSOR_PARALLEL = "tensor_parallel"
 """Lightning's name for the dimension of a mesh that splits matrices."""
 
 
-def is_tensor_parallel(tensor: Tensor) -> bool:
-    """Whether a tensor is distributed for tensor parallelism."""
-    return is_dtensor(tensor) and TENSOR_PARALLEL in _names(tensor)
-
-
 def split_as(factor: Tensor, weight: Tensor, dim: int | None) -> Tensor:
     """Return a full factor, distributed as a tensor-parallel weight is.
 
     ``dim`` is the dimension that both have: 0 for what writes the output, -1 for what reads the input. If it is None,
     the factor is replicated.
     """
-    if not is_tensor_parallel(weight):
+    if not is_dtensor(weight) or TENSOR_PARALLEL not in _names(weight):
         return factor
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
