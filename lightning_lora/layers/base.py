@@ -53,7 +53,7 @@ class LoRALayer(LayerKind):
 
     lora_matrices: tuple[AdaptedMatrix, ...]
     lora_settings: Settings
-    lora_started_on: dict[str, int]
+    lora_init_digests: dict[str, int]
     lora_enabled: bool
     lora_step: Step
 
@@ -217,7 +217,7 @@ class LoRALayer(LayerKind):
             settings=state.pop("lora_settings"),
             matrices=state.pop("lora_matrices"),
             parameters=parameters,
-            started_on=state.pop("lora_started_on"),
+            init_digests=state.pop("lora_init_digests"),
         )
         uncover(self)
         return adapter
@@ -228,7 +228,7 @@ class LoRALayer(LayerKind):
         """Initialise the adapter again, with an update of zero."""
         adapter = Adapter(type(self), self.lora_settings, self.lora_matrices, self.lora_parameters())
         initialise(self, adapter)
-        self.lora_started_on = adapter.started_on
+        self.lora_init_digests = adapter.init_digests
 
     def lora_is_fresh(self) -> bool:
         """Whether the update is still zero."""
@@ -237,19 +237,19 @@ class LoRALayer(LayerKind):
             a, b, *others = (values[matrix.parameter(role)] for role in self.lora_settings.roles)
             if a.is_meta:
                 continue
-            if self.lora_settings.starts_from_base:
+            if self.lora_settings.inits_from_base:
                 if not (torch.equal(a, others[0]) and torch.equal(b, others[1])):
                     return False
             elif a.any() and b.any():
                 return False
-        noted = [name for name in self.lora_started_on if name in values]
-        return all(self.lora_started_on[name] == digest(values[name].float()) for name in noted)
+        noted = [name for name in self.lora_init_digests if name in values]
+        return all(self.lora_init_digests[name] == digest(values[name].float()) for name in noted)
 
     def lora_follow_base(self) -> None:
-        """Initialise an adapter that started from the base's weights again, if they have changed before it trained."""
-        if self.lora_started_on and self.lora_is_fresh():
-            noted = {name: own_parameter(self, name) for name in self.lora_weights() if name in self.lora_started_on}
-            if any(digest(weight) != self.lora_started_on[name] for name, weight in noted.items()):
+        """Initialise an adapter that depends on the base's weights again, if they have changed before it trained."""
+        if self.lora_init_digests and self.lora_is_fresh():
+            noted = {name: own_parameter(self, name) for name in self.lora_weights() if name in self.lora_init_digests}
+            if any(digest(weight) != self.lora_init_digests[name] for name, weight in noted.items()):
                 self.lora_restart()
 
     def reset_parameters(self) -> None:
@@ -326,7 +326,7 @@ class LoRALayer(LayerKind):
 
     def _lora_about(self) -> str:
         settings, names = self.lora_settings, [matrix.name for matrix in self.lora_matrices if matrix.name]
-        more = ", use_dora=True" if settings.use_dora else f", init={settings.init!r}" * settings.starts_from_base
+        more = ", use_dora=True" if settings.use_dora else f", init={settings.init!r}" * settings.inits_from_base
         return f"r={settings.r}, scaling={settings.scaling:g}{more}" + (f", parts={names}" if names else "")
 
     def __repr__(self) -> str:
@@ -344,7 +344,7 @@ def attach(layer: nn.Module, adapter: Adapter) -> None:
     vars(layer).update(
         lora_settings=adapter.settings,
         lora_matrices=adapter.matrices,
-        lora_started_on=adapter.started_on,
+        lora_init_digests=adapter.init_digests,
         lora_enabled=True,
         lora_step=Step(),
     )

@@ -35,13 +35,13 @@ def initialise(layer: nn.Module, adapter: Adapter) -> None:
     values: dict[str, Tensor] = {}
     for name, p in adapter.parameters.items():  # each process draws full factors, and keeps its shard
         values[name] = torch.empty(p.shape, dtype=p.dtype, device=p.device) if is_dtensor(p) else p
-    if not adapter.settings.starts_from_base:
+    if not adapter.settings.inits_from_base:
         for matrix in adapter.matrices:
             a, b = values[matrix.parameter(Role.A)], values[matrix.parameter(Role.B)]
             if not a.is_meta:
                 init_factors(*((a, b) if adapter.kind.lora_zero == Role.B else (b, a)), adapter.settings.init)
-    adapter.started_on = {}
-    if adapter.settings.starts_from_base or adapter.settings.use_dora:
+    adapter.init_digests = {}
+    if adapter.settings.inits_from_base or adapter.settings.use_dora:
         _initialise_from_base(layer, adapter, values)
     for name, p in adapter.parameters.items():
         if is_dtensor(p):
@@ -55,7 +55,7 @@ def _initialise_from_base(layer: nn.Module, adapter: Adapter, values: dict[str, 
     for matrix in adapter.matrices:
         weight = own_parameter(layer, matrix.weight)
         full = kind.lora_as_matrix(kind.lora_values(layer, full_tensor(weight)).detach())
-        if settings.starts_from_base:
+        if settings.inits_from_base:
             rows = full.narrow(-2, matrix.first, matrix.writes)
             if weight.is_meta or not rows.isfinite().all():  # uninitialised memory has arbitrary values
                 rows = torch.zeros_like(rows)
@@ -64,12 +64,12 @@ def _initialise_from_base(layer: nn.Module, adapter: Adapter, values: dict[str, 
             for role, factor in ((Role.A, a), (Role.B, b), (Role.A0, a), (Role.B0, b)):
                 values[matrix.parameter(role)].copy_(factor)
         if not weight.is_meta:
-            adapter.started_on[matrix.weight] = digest(weight)
+            adapter.init_digests[matrix.weight] = digest(weight)
         if settings.use_dora:
             magnitude = matrix.parameter(Role.MAGNITUDE)
             values[magnitude].copy_(row_norms(full))
             if not weight.is_meta:
-                adapter.started_on[magnitude] = digest(values[magnitude].float())
+                adapter.init_digests[magnitude] = digest(values[magnitude].float())
 
 
 # The factors

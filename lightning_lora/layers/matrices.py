@@ -58,14 +58,14 @@ class Settings:
     autocast_dtype: bool = True
 
     @cached_property
-    def starts_from_base(self) -> bool:
-        """Whether the factors start from the weight (PiSSA, OLoRA). The update is the difference from their start."""
+    def inits_from_base(self) -> bool:
+        """Whether the factors depend on the weight at first (PiSSA, OLoRA). The update is the difference from then."""
         return self.init in FROM_BASE
 
     @cached_property
     def roles(self) -> tuple[Role, ...]:
         """The roles of the parameters that each matrix has."""
-        initial = (Role.A0, Role.B0) if self.starts_from_base else ()
+        initial = (Role.A0, Role.B0) if self.inits_from_base else ()
         return (Role.A, Role.B, *initial, *((Role.MAGNITUDE,) if self.use_dora else ()))
 
 
@@ -86,7 +86,7 @@ class AdaptedMatrix:
 
     Example:
         >>> q = AdaptedMatrix("in_proj_weight", reads=8, writes=8, first=0, rows=24, name="q")
-        >>> q.parameter(Role.A), q.is_whole, q.rank(16)
+        >>> q.parameter(Role.A), q.has_all_rows, q.rank(16)
         ('lora_A_q', False, 8)
     """
 
@@ -101,8 +101,8 @@ class AdaptedMatrix:
     scaling: float | None = None
 
     @property
-    def is_whole(self) -> bool:
-        """Whether it has all rows of the weight."""
+    def has_all_rows(self) -> bool:
+        """Whether it is not only some rows of the weight."""
         return self.rows in (0, self.writes)
 
     def parameter(self, role: Role) -> str:
@@ -149,7 +149,7 @@ class AdapterParameter(NamedTuple):
         """Its dimension that is split as that of the weight is (tensor parallelism). None: it is not split."""
         if self.role in (Role.A, Role.A0):
             return -1
-        return 0 if self.matrix.is_whole else None
+        return 0 if self.matrix.has_all_rows else None
 
 
 def adapter_parameters(matrices: Iterable[AdaptedMatrix], settings: Settings) -> dict[str, AdapterParameter]:
@@ -166,14 +166,14 @@ def adapter_parameters(matrices: Iterable[AdaptedMatrix], settings: Settings) ->
 def matrix_factors(matrix: AdaptedMatrix, settings: Settings, tensor: Callable[[str], Tensor]) -> Factors:
     r"""Return A and B of a matrix's update :math:`s \, B A`.
 
-    Factors that started from the weight, as :math:`A_0, B_0`, give :math:`B A - B_0 A_0` as one pair. ``tensor`` gives
+    Factors with initial values, :math:`A_0, B_0`, give :math:`B A - B_0 A_0` as one pair. ``tensor`` gives
     a parameter of the adapter by its name in the layer.
 
     Shape:
         (\*, r, in) and (\*, out, r).
     """
     factors = tensor(matrix.parameter(Role.A)), tensor(matrix.parameter(Role.B))
-    if settings.starts_from_base:
+    if settings.inits_from_base:
         return difference(factors, (tensor(matrix.parameter(Role.A0)), tensor(matrix.parameter(Role.B0))))
     return factors
 
@@ -190,7 +190,7 @@ def weight_factors(
     """
     adapted = [matrix for matrix in matrices if matrix.weight == weight]
     updates = [matrix_factors(matrix, settings, tensor) for matrix in adapted]
-    if len(adapted) == 1 and adapted[0].is_whole:
+    if len(adapted) == 1 and adapted[0].has_all_rows:
         return updates[0]
     return in_rows(updates, [matrix.first for matrix in adapted], adapted[0].rows)
 
@@ -204,7 +204,7 @@ class Adapter:
         settings: Its settings.
         matrices: The matrices that it updates.
         parameters: Its parameters, by name in the layer.
-        started_on: Digests of what it was initialised from, if it depends on the weights.
+        init_digests: Digests of what it was initialised from, if it depends on the weights.
         bases: The base's values of the weights, by name in the layer, while the update is merged.
     """
 
@@ -212,7 +212,7 @@ class Adapter:
     settings: Settings
     matrices: tuple[AdaptedMatrix, ...]
     parameters: dict[str, nn.Parameter]
-    started_on: dict[str, int] = field(default_factory=dict)
+    init_digests: dict[str, int] = field(default_factory=dict)
     bases: dict[str, Tensor] = field(default_factory=dict)
 
     @property

@@ -205,7 +205,7 @@ def _about(settings: Settings, matrices: tuple[AdaptedMatrix, ...]) -> dict[str,
     """An adapter's settings and matrices, by the names of the arguments that set them."""
     names = {"scaling": "alpha / r", "autocast_dtype": "autocast_adapter_dtype"}
     named = {names.get(name, name): value for name, value in asdict(settings).items()}
-    if not settings.starts_from_base:
+    if not settings.inits_from_base:
         del named["init"]  # otherwise it makes no difference later
     return {**named, "matrices": [_about_matrix(matrix) for matrix in matrices]}
 

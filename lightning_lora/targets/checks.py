@@ -151,7 +151,7 @@ def check_names(choices: Mapping[str, Choice]) -> None:
 def check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """Refuse layers that do not support DoRA, PiSSA or OLoRA."""
     if config.use_dora:
-        unfit = [n for n, c in choices.items() if not (c.kind.lora_fits_dora and c.matrices[0].is_whole)]
+        unfit = [n for n, c in choices.items() if not (c.kind.lora_fits_dora and c.matrices[0].has_all_rows)]
         what, where = "use_dora=True", "linear, embedding and convolution layers without target_slices"
     elif config.init in FROM_BASE:
         unfit = [name for name, choice in choices.items() if not choice.kind.lora_drops_input]

@@ -46,7 +46,7 @@ def digests(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list
     placed: dict[Any, list[int]] = {}
     for place, tensor in enumerate(tensors):
         if is_dtensor(tensor):
-            placed.setdefault((tensor.device_mesh, split_dims(tensor)), []).append(place)  # type: ignore[attr-defined]
+            placed.setdefault((tensor.device_mesh, split_dims(tensor)), []).append(place)
     for (mesh, dims), places in placed.items():
         sums = torch.stack([_local_sum(tensors[place].to(dtype or tensors[place].dtype)) for place in places])
         sums = sums.to(mesh.device_type)

@@ -6,7 +6,7 @@ Calls marked as collective must be made by every process, in the same order.
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 
-def is_dtensor(tensor: object) -> bool:
+def is_dtensor(tensor: object) -> TypeGuard[Any]:
     """Whether a tensor is a DTensor, sharded or replicated."""
     kind: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)  # imported by whoever made one
     return kind is not None and isinstance(tensor, kind)
@@ -22,14 +22,14 @@ def is_dtensor(tensor: object) -> bool:
 
 def to_local(tensor: Tensor) -> Tensor:
     """Return the local shard of a DTensor, which shares its memory. Other tensors are returned unchanged."""
-    return tensor._local_tensor.detach() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor._local_tensor.detach() if is_dtensor(tensor) else tensor
 
 
 def without_dtensor(tensor: Tensor) -> Tensor:
     """Return the local tensor of a replicated DTensor. Gradients pass. Other tensors are returned unchanged."""
     if not is_dtensor(tensor) or split_dims(tensor):
         return tensor
-    local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    local: Tensor = tensor.to_local()
     return local
 
 
@@ -40,7 +40,7 @@ def full_tensor(value: _Value) -> _Value:
     """Return the full tensor, gathered from all processes (collective). Anything else is returned unchanged."""
     if not is_dtensor(value):
         return value
-    gathered: _Value = value.detach().full_tensor()  # type: ignore[attr-defined]
+    gathered: _Value = value.detach().full_tensor()
     return gathered
 
 
@@ -59,10 +59,8 @@ def distributed_as(values: Tensor, like: Tensor) -> Tensor:
         return values
     from torch.distributed.tensor import distribute_tensor
 
-    spread: Any = like
     values = values.detach().to(to_local(like).device)
-    mesh, placements = spread.device_mesh, spread.placements
-    return distribute_tensor(values, mesh, placements, src_data_rank=None)  # None: nothing is sent
+    return distribute_tensor(values, like.device_mesh, like.placements, src_data_rank=None)  # None: nothing is sent
 
 
 def replicated(parameter: nn.Parameter, mesh: Any) -> nn.Parameter:
@@ -87,11 +85,10 @@ def split_as(factor: Tensor, weight: Tensor, dim: int | None) -> Tensor:
         return factor
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    spread: Any = weight
-    mesh, place = spread.device_mesh, spread.placements[_names(weight).index(TENSOR_PARALLEL)]
+    place = weight.placements[_names(weight).index(TENSOR_PARALLEL)]
     follows = dim is not None and place.is_shard(dim % weight.dim())
     placement = Shard(dim % factor.dim()) if follows else Replicate()  # type: ignore[operator]
-    return distribute_tensor(factor, mesh[TENSOR_PARALLEL], [placement], src_data_rank=None)
+    return distribute_tensor(factor, weight.device_mesh[TENSOR_PARALLEL], [placement], src_data_rank=None)
 
 
 def is_split(tensor: Tensor) -> bool:
@@ -107,27 +104,25 @@ def split_over_data(tensor: Tensor) -> bool:
     return any(dim >= len(names) or names[dim] != TENSOR_PARALLEL for dim in split_dims(tensor))
 
 
-def data_processes(tensor: Tensor) -> int:
+def data_processes(tensor: Any) -> int:
     """Return the number of processes with different data that a DTensor is distributed over."""
-    spread: Any = tensor
-    names = _names(tensor) or ("",) * spread.device_mesh.ndim
-    return math.prod(spread.device_mesh.size(dim) for dim, name in enumerate(names) if name != TENSOR_PARALLEL)
+    names = _names(tensor) or ("",) * tensor.device_mesh.ndim
+    return math.prod(tensor.device_mesh.size(dim) for dim, name in enumerate(names) if name != TENSOR_PARALLEL)
 
 
-def _names(tensor: Tensor) -> tuple[str, ...]:
+def _names(tensor: Any) -> tuple[str, ...]:
     """The names of the dimensions of a DTensor's mesh."""
-    return tensor.device_mesh.mesh_dim_names or ()  # type: ignore[attr-defined]
+    return tensor.device_mesh.mesh_dim_names or ()
 
 
-def split_dims(tensor: Tensor) -> tuple[int, ...]:
+def split_dims(tensor: Any) -> tuple[int, ...]:
     """Return the dimensions of its mesh that split a DTensor."""
-    spread: Any = tensor
-    return tuple(i for i, placement in enumerate(spread.placements) if not placement.is_replicate())
+    return tuple(i for i, placement in enumerate(tensor.placements) if not placement.is_replicate())
 
 
 def agreed(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
     """Return which of these flags are set in any process. Collective if one of the tensors is a DTensor."""
-    meshes = {tensor.device_mesh for tensor in tensors if is_dtensor(tensor)}  # type: ignore[attr-defined]
+    meshes = {tensor.device_mesh for tensor in tensors if is_dtensor(tensor)}
     if not meshes or not flags:
         return list(flags)
     found = torch.tensor(flags, dtype=torch.uint8, device=next(iter(meshes)).device_type)
@@ -145,7 +140,7 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def local_runs(tensor: Tensor) -> tuple[Tensor, int]:
+def local_runs(tensor: Any) -> tuple[Tensor, int]:
     """Return where the local shard of a DTensor lies in the full tensor, as runs of neighbours.
 
     Returns:
@@ -153,13 +148,12 @@ def local_runs(tensor: Tensor) -> tuple[Tensor, int]:
     """
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    spread: Any = tensor
-    shape, offsets = compute_local_shape_and_global_offset(spread.shape, spread.device_mesh, spread.placements)
-    last = max((dim for dim, length in enumerate(shape) if length != spread.shape[dim]), default=0)
+    shape, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    last = max((dim for dim, length in enumerate(shape) if length != tensor.shape[dim]), default=0)
     starts, stride = torch.zeros(1, dtype=torch.int64, device=to_local(tensor).device), 1
     for dim in reversed(range(len(shape))):
         if dim <= last:
             steps = torch.arange(shape[dim] if dim < last else 1, device=starts.device) + offsets[dim]
             starts = (steps.unsqueeze(1) * stride + starts).flatten()
-        stride *= spread.shape[dim]
+        stride *= tensor.shape[dim]
     return starts, math.prod(shape[last:])

@@ -37,7 +37,7 @@ def _replace_local(tensor: Tensor, values: Tensor) -> None:
 def set_aside(tensor: Tensor) -> Tensor:
     """Return values to keep, in CPU memory, before :func:`replace_values`. They are copied only if necessary."""
     if is_dtensor(tensor):
-        return tensor.detach().to("cpu", copy=True)
+        return copy_to_host(tensor)
     values = tensor.data.cpu()
     is_view = values.untyped_storage().nbytes() > values.nbytes  # of a larger memory, which others may reuse
     return values.clone() if is_view else values

@@ -136,7 +136,7 @@ class LoRAShardedStrategy(LateStrategy):
         for layer in view.layers.values():
             for name, factor in layer.lora_parameters().items():
                 if not is_dtensor(factor):
-                    set_parameter(layer, name, replicated(factor, spread[0].device_mesh))  # type: ignore[attr-defined]
+                    set_parameter(layer, name, replicated(factor, spread[0].device_mesh))
 
     def lora_note_base(self, *, anew: bool = True) -> None:
         """Take the base's fingerprint, unless it is loaded later."""
