@@ -6,7 +6,16 @@ With it, a file can be merged, exported and inspected without the model's code.
 from dataclasses import dataclass
 from typing import Any, cast
 
-from lightning_lora.layers import ADAPTERS, AdaptedMatrix, Adapter, LoRALayer, LoRAParameters
+from lightning_lora.config import LoRAConfig
+from lightning_lora.layers import (
+    ADAPTERS,
+    AdaptedMatrix,
+    Adapter,
+    LoRALayer,
+    LoRAParameters,
+    Settings,
+    adapter_parameters,
+)
 from lightning_lora.model.view import View
 from lightning_lora.tensors.inplace import combined
 from lightning_lora.tensors.names import join, own_parameter, submodule
@@ -48,6 +57,14 @@ class StoredLayer:
         """The adapter class, or None for a user's own."""
         known: dict[str, type[LoRALayer]] = {cls.__name__: cls for cls in (*ADAPTERS.values(), LoRAParameters)}
         return known.get(self.kind)
+
+    def settings(self, config: LoRAConfig) -> Settings:
+        """Return the settings of its adapter."""
+        return Settings(self.r, self.scaling, init=config.init, use_dora=config.use_dora)
+
+    def parameters(self, config: LoRAConfig) -> dict[str, str]:
+        """Return the names of its adapter's parameters in the file, by their names in the layer."""
+        return {name: join(self.name, name) for name in adapter_parameters(self.matrices, self.settings(config))}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types, which every file format can hold."""

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ExportError, listed
 from lightning_lora.functional.combine import Factors
 from lightning_lora.layers import ADAPTERS, LoRALayer, LoRAParameters
@@ -19,7 +18,7 @@ from lightning_lora.layers.conv1d import LoRAConv1D
 from lightning_lora.layers.convolution import LoRAConvNd
 from lightning_lora.layers.embedding import LoRAEmbedding
 from lightning_lora.layers.linear import LoRALinear
-from lightning_lora.layers.matrices import Role, Settings, adapter_parameters
+from lightning_lora.layers.matrices import Role
 from lightning_lora.layers.quantized import LoRALinear4bit, LoRALinear8bit
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.storage.names import Renaming
@@ -207,8 +206,7 @@ def check_exportable(stored: StoredAdapters, modules: Mapping[str, nn.Module], s
             raise ExportError(f"modules_to_save names {module!r}, {why}")
     adapters = set[str]()
     for layer in stored.layers.values():
-        names = adapter_parameters(layer.matrices, settings_of(layer, stored.config))
-        adapters |= {join(layer.name, name) for name in names}
+        adapters.update(layer.parameters(stored.config).values())
     left = [name for name in stored.state if name not in adapters and name not in saved]
     left = [name for name in left if name in stored.changed or not is_bias(name, stored)]
     if left:
@@ -259,8 +257,3 @@ def _why_not_saved(module: str, stored: StoredAdapters, modules: Mapping[str, nn
 def is_bias(name: str, stored: StoredAdapters) -> bool:
     """Whether an entry is a bias that was trained."""
     return stored.config.bias != "none" and "bias" in name.rpartition(".")[2]
-
-
-def settings_of(layer: StoredLayer, config: LoRAConfig) -> Settings:
-    """Return the settings of a stored layer's adapter."""
-    return Settings(layer.r, layer.scaling, init=config.init, use_dora=config.use_dora)

@@ -29,7 +29,7 @@ from lightning_lora.storage.base import forms_of_base
 from lightning_lora.storage.disk import check_path, writing
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.formats.peft_config import PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
-from lightning_lora.storage.formats.peft_layers import PeftLayer, check_exportable, is_bias, peft_layer, settings_of
+from lightning_lora.storage.formats.peft_layers import PeftLayer, check_exportable, is_bias, peft_layer
 from lightning_lora.storage.names import Renaming
 from lightning_lora.storage.stored import StoredAdapters, adapter_state_dict
 from lightning_lora.storage.stored_layers import StoredLayer
@@ -238,7 +238,7 @@ def _counterpart(layer: StoredLayer) -> PeftLayer:
 def _updates(source: _Source) -> list[_Update]:
     found, config = list[_Update](), source.stored.config
     for layer in source.stored.layers.values():
-        settings = settings_of(layer, config)
+        settings = layer.settings(config)
 
         def tensor(name: str, layer: StoredLayer = layer, settings: Settings = settings) -> Tensor:
             value: Tensor = source.stored.state[join(layer.name, name)].detach().cpu()

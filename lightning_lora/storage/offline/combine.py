@@ -15,7 +15,7 @@ from lightning_lora.functional.combine import Factors, concatenated, dare, facto
 from lightning_lora.layers import AdaptedMatrix
 from lightning_lora.storage.formats.own import check_place, write_adapter_file
 from lightning_lora.storage.names import by_whole_names, targets_of
-from lightning_lora.storage.offline.layers import bare, besides, check_finite, read_layers, updates
+from lightning_lora.storage.offline.layers import bare, besides, read_layers, updates
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.names import join
@@ -82,7 +82,7 @@ def _check_alike(files: list[StoredAdapters]) -> dict[str, StoredLayer]:
     first = files[0]
     layers, holder = dict[str, StoredLayer](), dict[str, StoredAdapters]()
     for file in files:
-        check_finite(file)
+        file.check_finite()
         if file.config.use_dora:
             raise AdapterMismatchError(f"{file.source} uses DoRA: its updates depend on the base and cannot be added.")
         if beside := besides(file):

@@ -10,15 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.functional.combine import Factors
-from lightning_lora.layers import (
-    AdaptedMatrix,
-    Adapter,
-    LoRALayer,
-    Settings,
-    adapter_parameters,
-    attach,
-    matrix_factors,
-)
+from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, attach, matrix_factors
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.names import join
@@ -43,17 +35,9 @@ def read_layers(path: str | Path) -> StoredAdapters:
     return stored
 
 
-def _settings(stored: StoredAdapters, name: str) -> Settings:
-    layer = stored.layers[name]
-    return Settings(layer.r, layer.scaling, init=stored.config.init, use_dora=stored.config.use_dora)
-
-
 def _parameters(stored: StoredAdapters) -> list[str]:
     """The names of all adapter parameters that the layers have."""
-    names = list[str]()
-    for name, layer in stored.layers.items():
-        names += [join(name, parameter) for parameter in adapter_parameters(layer.matrices, _settings(stored, name))]
-    return names
+    return [name for layer in stored.layers.values() for name in layer.parameters(stored.config).values()]
 
 
 def besides(stored: StoredAdapters) -> dict[str, Any]:
@@ -71,7 +55,8 @@ def updates(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, Factors]:
     """Return A and B of a layer's updates, with the scaling in B, by their :func:`bare` matrices."""
     layer, found = stored.layers[name], dict[AdaptedMatrix, Factors]()
     for matrix in layer.matrices:
-        a, b = matrix_factors(matrix, _settings(stored, name), lambda parameter: stored.state[join(name, parameter)])
+        settings = layer.settings(stored.config)
+        a, b = matrix_factors(matrix, settings, lambda parameter: stored.state[join(name, parameter)])
         found[bare(matrix)] = a, b * (layer.scaling if matrix.scaling is None else matrix.scaling)
     return found
 
@@ -87,22 +72,12 @@ def layer_on(stored: StoredAdapters, name: str, weights: Mapping[str, Tensor]) -
                 owner.add_module(child, nn.Module())
             owner = owner.get_submodule(child)
         owner.register_parameter(leaf, _frozen(weights.get(matrix.weight, torch.empty(0))))
-    settings, parameters = _settings(stored, name), dict[str, nn.Parameter]()
-    for parameter in adapter_parameters(layer.matrices, settings):
-        parameters[parameter] = _frozen(stored.state[join(name, parameter)])
-    attach(shell, Adapter(cast(type[LoRALayer], layer.adapter_class), settings, layer.matrices, parameters))
+    names = layer.parameters(stored.config)
+    parameters = {parameter: _frozen(stored.state[name]) for parameter, name in names.items()}
+    kind, settings = cast(type[LoRALayer], layer.adapter_class), layer.settings(stored.config)
+    attach(shell, Adapter(kind, settings, layer.matrices, parameters))
     return cast(LoRALayer, shell)
 
 
 def _frozen(value: Tensor) -> nn.Parameter:
     return nn.Parameter(value, requires_grad=False)
-
-
-def check_finite(stored: StoredAdapters) -> None:
-    """Refuse adapters that hold NaN or infinite values."""
-    tensors = {name: value for name, value in stored.state.items() if isinstance(value, Tensor)}
-    if broken := [name for name, value in tensors.items() if not value.isfinite().all()]:
-        raise AdapterFileError(
-            f"{listed(broken)} in {stored.source} hold NaN or infinite values: the training diverged. Use an earlier "
-            "file."
-        )

@@ -24,20 +24,17 @@ from lightning_lora.storage.disk import unread_in, writing
 from lightning_lora.storage.formats.lightning import as_base
 from lightning_lora.storage.merged_model import writing_folder
 from lightning_lora.storage.names import Renaming, find_renamings, is_inside
-from lightning_lora.storage.offline.layers import besides, check_finite, layer_on, read_layers
+from lightning_lora.storage.offline.layers import besides, layer_on, read_layers
 from lightning_lora.storage.offline.tensor_files import INDEX, TensorFiles, write_tensors
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.names import join
 
-Progress = Callable[[str], object]
-"""Called with the name of each tensor before it is written."""
 
-
-def merge_files(base: Path, adapter: Path, out: Path, progress: Progress = str) -> int:
+def merge_files(base: Path, adapter: Path, out: Path, progress: Callable[[str], object] = str) -> int:
     """Merge adapters into a base, one tensor at a time. Return the number of merged weights.
 
     The merged model appears when it is complete. It is a folder if the base is one, and may be a checkpoint if the base
-    is one; only then are the merged weights held in memory.
+    is one; only then are the merged weights held in memory. ``progress`` is called with the name of each tensor.
     """
     if not out.parent.is_dir():
         raise FileNotFoundError(f"The folder {out.parent} does not exist. Make it first.")
@@ -77,7 +74,7 @@ def merge_files(base: Path, adapter: Path, out: Path, progress: Progress = str) 
 class _Merge:
     """The adapters of one file, and the weights of the base that they change, by their names in the base."""
 
-    def __init__(self, files: TensorFiles, stored: StoredAdapters, progress: Progress) -> None:
+    def __init__(self, files: TensorFiles, stored: StoredAdapters, progress: Callable[[str], object]) -> None:
         self.files, self.stored, self.progress = files, stored, progress
         self.lost: dict[str, float] = {}  # the share of each layer's update that rounding took, as far as written
         weights = [(name, weight) for name, layer in stored.layers.items() for weight in layer.shapes]
@@ -90,7 +87,7 @@ class _Merge:
 
     def check(self) -> None:
         """Refuse what does not fit, before anything is written."""
-        check_finite(self.stored)
+        self.stored.check_finite()
         if odd := [name for name, value in self.beside.items() if not isinstance(value, Tensor)]:
             raise AdapterFileError(
                 f"{listed(odd)} in {self.stored.source} are not tensors (get_extra_state), and would be lost. Merge in "

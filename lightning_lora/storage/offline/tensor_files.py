@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class TensorFiles:
         self.path = path
         self.checkpoint: dict[str, Any] | None = None
         self.file_of: dict[str, Path] = {}
+        self._tensors: dict[str, Tensor] = {}  # a checkpoint's own
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist.")
         if path.is_dir():
@@ -38,7 +39,8 @@ class TensorFiles:
             with reading(path):
                 loaded = load_plain(path, mmap=True)
             self.checkpoint = loaded if isinstance(loaded, dict) else {}
-            self.file_of = {name: path for name, value in self._state.items() if isinstance(value, Tensor)}
+            self._tensors = self.checkpoint.get("state_dict", self.checkpoint)
+            self.file_of = {name: path for name, value in self._tensors.items() if isinstance(value, Tensor)}
         if not self.file_of:
             raise AdapterFileError(f"{path} holds no weights. Pass a .safetensors file, a folder of them, or a .ckpt.")
 
@@ -54,15 +56,10 @@ class TensorFiles:
                 f"{self.path} has neither {_ONE} nor {INDEX}. Save the base with save_pretrained, or pass its file."
             )
 
-    @property
-    def _state(self) -> Mapping[str, Any]:
-        state: Mapping[str, Any] = (self.checkpoint or {}).get("state_dict", self.checkpoint or {})
-        return state
-
     def get(self, name: str) -> Tensor:
         """Return one tensor."""
-        if self.checkpoint is not None:
-            return self._state[name]  # type: ignore[no-any-return]
+        if name in self._tensors:
+            return self._tensors[name]
         with reading(self.file_of[name]), safe_open(self.file_of[name], "pt") as file:
             return file.get_tensor(name)  # type: ignore[no-any-return]
 

@@ -131,7 +131,8 @@ def test_what_cannot_be_added_is_refused(tmp_path: Path) -> None:
     write_adapter_file(other, stored)
     with pytest.raises(AdapterFileError, match=r"'linear.lora_B' in .* hold NaN"):
         combined([one, other], How("cat", (1.0, 1.0)))
-    model = Several()
+    model = copy.deepcopy(BASE)
+    model.embed.weight.data += 1
     inject_adapters(model, LoRAConfig(r=2, **LINEAR))
     save_adapter(model, other)
     with pytest.raises(BaseMismatchError, match="different bases"):
