@@ -1,4 +1,4 @@
-"""The pages show code that runs, and the site has them all."""
+"""README and pages show code that runs, and links that lead somewhere; the site has all pages."""
 
 import ast
 import inspect
@@ -12,18 +12,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
+import torch
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
 from safetensors.torch import save_file
+from torch import nn
 
 import lightning_lora
 from lightning_lora import LoRACallback, LoRAConfig, inject_adapters, save_adapter
 from lightning_lora.cli.main import main
-from tests.support.models import randomise
+from tests.support.models import LitTiny, best, data, lora, randomise, trainer
 from tests.support.ranks import has_shards
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+README = (ROOT / "README.md").read_text()
 NAMES = f"""
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_lora import {", ".join(lightning_lora.__all__)}
@@ -51,6 +57,7 @@ def sections(page: str) -> dict[str, list[str]]:
     return {heading: found for heading, found in code.items() if found}
 
 
+BLOCKS = blocks_in(README)
 MODULE = blocks("first-steps")[0]
 STARTED = ("command-line", "launchers", "sharded")
 """Pages with a program that is started in another way."""
@@ -182,6 +189,8 @@ def test_every_callback_of_the_pages_finds_its_layers() -> None:
     assert len(calls) >= 15
     for call in calls:
         assert inject_adapters(module(), config_of(call)), call
+    recipes = calls_in("\n".join(BLOCKS))
+    assert len(recipes) >= 7 and all(config_of(call) for call in recipes)
 
 
 @pytest.mark.parametrize("page", BY_HAND)
@@ -215,18 +224,14 @@ def test_public_docstrings_are_markdown() -> None:
 
 
 COLUMN = 80
-"""The number of characters that the site shows of a line of code, in a window of 1440 pixels."""
+"""The number of characters that the site shows of a line of code, in a window of 1440 pixels. GitHub shows 98."""
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_code_of_a_page_fits_its_column(page: str) -> None:
-    code = re.findall(r"^```\w+\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
-    assert [line for text in code for line in text.splitlines() if len(line) > COLUMN] == []
-
-
-def test_examples_of_the_reference_fit_their_column() -> None:
-    lines = [line for text in docstrings() for line in text.partition("Example:\n")[2].splitlines()]
-    assert len(lines) > 100 and [line for line in lines if len(line) > COLUMN + len("    ")] == []
+def test_code_fits_its_column() -> None:
+    code = [line for page in PAGES for text in blocks(page, r"\w+") for line in text.splitlines()]
+    examples = [line[4:] for text in docstrings() for line in text.partition("Example:\n")[2].splitlines()]
+    assert len(examples) > 100 and [line for line in code + examples if len(line) > COLUMN] == []
+    assert [line for text in BLOCKS for line in text.splitlines() if len(line) > 98] == []
 
 
 def leaves(tree: Any) -> Iterator[str]:
@@ -235,17 +240,126 @@ def leaves(tree: Any) -> Iterator[str]:
             yield from [value] if isinstance(value, str) else leaves(value)
 
 
-def test_every_page_is_in_the_site() -> None:
-    settings = yaml.safe_load((ROOT / ".mkdocs.yml").read_text())
-    assert sorted(leaves(settings["nav"])) == sorted(f"{page}.md" for page in PAGES)
+SITE = yaml.safe_load((ROOT / ".mkdocs.yml").read_text())
 
 
-def test_the_first_page_leads_to_every_page() -> None:
+def test_every_page_is_in_the_site_and_on_its_first_page() -> None:
+    assert sorted(leaves(SITE["nav"])) == sorted(f"{page}.md" for page in PAGES)
     assert {*re.findall(r"\]\(([\w-]+)\.md\)", PAGES["index"])} == PAGES.keys() - {"index"}
 
 
 def test_the_search_of_the_site_needs_no_network_and_no_server() -> None:
-    settings = yaml.safe_load((ROOT / ".mkdocs.yml").read_text())
-    assert "offline" in settings["plugins"]  # it puts the index into a script: pages in a folder may read no other file
-    (worker,) = settings["extra"]["polyfills"]
+    assert "offline" in SITE["plugins"]  # it puts the index into a script: pages in a folder may read no other file
+    (worker,) = SITE["extra"]["polyfills"]
     assert "iframe-worker" in worker and (ROOT / "docs" / worker).exists()  # by this name, the plugin knows it
+
+
+# README
+
+
+def test_readme_is_short_and_begins_with_what_one_does() -> None:
+    assert len(README.split()) <= 1300
+    headings = re.findall(r"^## (.*)$", README, re.MULTILINE)
+    assert headings[:3] == ["Install", "Results", "Recipes"]
+    for command in ("pip install -e '.[examples]' && python examples/sentiment.py", "pip install -e '.[dev]' && "):
+        assert command in README.split("## Results")[0]
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}.md" for page in PAGES)])
+def test_links_lead_to_files(page: str) -> None:
+    path = ROOT / page
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text()):
+        assert (path.parent / link).exists(), link
+
+
+def test_rooms_that_the_readme_lists_are_all_there_are() -> None:
+    package = ROOT / "lightning_lora"
+    listed = set(re.findall(r"`(\w+\.py|\w+/)`", README))
+    there = {f"{path.name}/" if path.is_dir() else path.name for path in package.iterdir() if "__" not in path.name}
+    assert listed == there - {"py.typed"}
+
+
+def test_tests_that_guard_hazards_are_there() -> None:
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", PAGES["hazards"])
+    assert len(named) > 30 and [name for name in named if f"def {name}(" not in tests] == []
+
+
+class MyModule(LitTiny):
+    """The module of the recipes."""
+
+
+def names(model: nn.Module) -> dict[str, Any]:
+    """What the recipes take as imported, and as the reader's own."""
+    own = {"L": L, "torch": torch, "ModelCheckpoint": ModelCheckpoint, "MyModule": MyModule, "model": model}
+    return {name: getattr(lightning_lora, name) for name in lightning_lora.__all__} | own
+
+
+def block(start: str) -> str:
+    return next(text for text in BLOCKS if text.startswith(start))
+
+
+def test_recipe_of_a_notebook_runs(tmp_path: Path) -> None:
+    model = LitTiny()
+    trainer(tmp_path, [lora()]).fit(model, data())
+    exec(block("unmerge_adapters(model)"), names(model))
+    assert all(torch.equal(value, LitTiny().state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_recipe_of_a_file_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MyModule()
+    trainer(tmp_path, [lora(), best(tmp_path, filename="best")]).fit(model, data(), data())
+    monkeypatch.chdir(tmp_path)
+    known = names(model) | {"fresh_model": MyModule()}
+    exec(block("save_adapter(model"), known)
+    plain = MyModule.load_from_checkpoint("merged.ckpt")
+    assert torch.equal(plain(torch.arange(4)), known["model"](torch.arange(4)))
+
+
+def test_recipes_without_a_trainer_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(block("from lightning_lora import LoRAConfig"), names(nn.Sequential(nn.Linear(16, 16))))
+    model = MyModule()
+    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"]))
+    exec(block("export_peft(model"), names(model))
+    assert {path.name for path in Path("adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+@pytest.mark.filterwarnings("ignore:.*:jsonargparse._deprecated.JsonargparseDeprecationWarning")
+def test_recipe_of_the_command_line_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    known = names(MyModule()) | {"LightningCLI": LightningCLI}
+    exec(block("class LoRACLI"), known)
+    monkeypatch.setattr("sys.argv", ["main.py", "--lora.r", "16", "--trainer.logger=false"])
+    found = known["LoRACLI"](MyModule, run=False, seed_everything_default=1)
+    assert next(c for c in found.trainer.callbacks if isinstance(c, LoRACallback)).config.r == 16
+
+
+def test_recipe_of_resuming_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Module(LitTiny):
+        def train_dataloader(self) -> Any:
+            return data()
+
+    monkeypatch.chdir(tmp_path)
+    code = block("trainer = L.Trainer(callbacks=[LoRACallback(r=8), ModelCheckpoint")
+    small = code.replace("r=8", "r=2, modules_to_save=['head']")
+    small = small.replace("L.Trainer(", "L.Trainer(accelerator='cpu', logger=False, max_epochs=1, ")
+    with pytest.warns(UserWarning, match="no last checkpoint"):
+        exec(small, names(Module()))
+    exec(small.replace("max_epochs=1", "max_epochs=2"), names(Module()))
+
+
+def test_first_lines_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Module(LitTiny):
+        def __init__(self) -> None:
+            super().__init__(width=16)
+            self.head = nn.Linear(16, 16)
+
+        def train_dataloader(self) -> Any:
+            return data()
+
+        test_dataloader = train_dataloader
+
+    monkeypatch.chdir(tmp_path)
+    code = block("import lightning").replace("L.Trainer(", "L.Trainer(accelerator='cpu', logger=False, max_epochs=1, ")
+    exec(code, {"model": Module()})

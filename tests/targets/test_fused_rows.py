@@ -99,15 +99,3 @@ def test_the_nearest_configuration_with_heads_counts() -> None:
     assert rows(between, "qkv", "k") == list(range(8, 12))
     far = Block(Block(Attention("qkv", 16), {"hidden_size": 8}), shares)
     assert rows(far, "qkv", "k") == list(range(8, 12))
-
-
-def test_rows_that_are_given_may_go_to_the_last_one() -> None:
-    model, x = nn.Sequential(nn.Linear(8, 6)), torch.ones(1, 8)
-    before = model(x)
-    slices = {"0": {"end": [4, 6], "start": [0, 1]}}
-    inject_adapters(model, LoRAConfig(r=1, target_modules=["0"], target_slices=slices))
-    randomise(model)
-    assert (model(x) != before)[0].tolist() == [True, False, False, False, True, True]
-    beyond = {"0": {"end": [4, 7]}}
-    with pytest.raises(TargetError, match="end beyond its 6 rows: 'end'"):
-        inject_adapters(nn.Sequential(nn.Linear(8, 6)), LoRAConfig(r=1, target_modules=["0"], target_slices=beyond))
