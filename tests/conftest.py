@@ -9,6 +9,10 @@ settings.load_profile("any machine")
 torch.set_num_threads(1)  # a process that has started OpenMP's threads cannot be forked; and tiny tensors need none
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("processes") is not None)
+
+
 @pytest.fixture(autouse=True)
 def seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)

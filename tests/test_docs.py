@@ -124,7 +124,7 @@ def test_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.Monk
     runpy.run_path(str(program(tmp_path, page)))
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("section", sections("launchers"))
 def test_code_of_a_launcher_runs_in_two_processes(section: str, tmp_path: Path) -> None:
     if section == "Ray Train":
@@ -133,7 +133,7 @@ def test_code_of_a_launcher_runs_in_two_processes(section: str, tmp_path: Path) 
     assert section == "Ray Train" or "MEMBER: 2/2" in said  # which Lightning does not say of Ray's processes
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.skipif(not has_shards, reason="models are sharded with torch 2.7 and later")
 def test_code_of_a_sharded_model_runs_in_two_processes(tmp_path: Path) -> None:
     assert "MEMBER: 2/2" in started(program(tmp_path, "sharded"))

@@ -169,6 +169,7 @@ def train_in_two(folder: Path) -> dict[str, Tensor]:
     return adapter_state_dict(wrapped)
 
 
+@pytest.mark.processes
 def test_two_processes_train_the_same_adapters_and_write_one_file(tmp_path: Path) -> None:
     first, second = run_ranks(train_in_two, tmp_path)
     assert same(first, second) and first["q_proj.lora_B"].any()
@@ -188,5 +189,6 @@ def adapt_late() -> None:
     inject_adapters(f.setup(adapted()), CONFIG)  # which has them already
 
 
+@pytest.mark.processes
 def test_adapters_that_come_after_the_processes_were_joined_are_refused() -> None:
     run_ranks(adapt_late)

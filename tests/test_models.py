@@ -354,7 +354,7 @@ def trained_in_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_train_and_bring_back_a_plain_model(name: str, trained_in_two_processes: Path) -> None:
     after, model = torch.load(trained_in_two_processes / f"{name}.pt", weights_only=True), Lit(name)
     before, output = state(model), run(model)

@@ -112,6 +112,7 @@ def test_errors_are_one_line_and_a_code(tmp_path: Path, capsys: pytest.CaptureFi
         assert done.value.code == 2
 
 
+@pytest.mark.processes
 def test_a_module_and_a_pipe(files: list[str]) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = f"{sys.executable} -m lightning_lora inspect {files[0]} --json | head -n 1; exit ${{PIPESTATUS[0]}}"

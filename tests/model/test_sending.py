@@ -241,6 +241,7 @@ def test_a_record_that_is_half_written_is_skipped(
 # Its life
 
 
+@pytest.mark.processes
 def test_the_program_deletes_what_it_has_read_and_its_workers_leave_it(
     folder: Path, sent_home: tuple[nn.Module, LitTiny]
 ) -> None:
@@ -256,6 +257,7 @@ def test_the_program_deletes_what_it_has_read_and_its_workers_leave_it(
     assert not list(folder.iterdir())
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_a_worker_of_a_program_without_a_folder_deletes_its_own(
     start: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -288,6 +290,7 @@ def test_a_program_that_another_one_started_makes_a_folder_of_its_own(
     assert Path(os.environ[MEMORY]) == mine
 
 
+@pytest.mark.processes
 def test_a_worker_whose_program_has_ended_stores_nothing_where_its_folder_was(folder: Path) -> None:
     folder.rmdir()
 
@@ -302,6 +305,7 @@ def test_a_worker_whose_program_has_ended_stores_nothing_where_its_folder_was(fo
     assert not folder.exists()
 
 
+@pytest.mark.processes
 def test_a_fit_without_a_temporary_folder_gives_its_weights_and_says_what_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,6 +126,7 @@ def test_what_others_keep_comes_back_as_it_was_and_is_their_own(tmp_path: Path, 
     assert all(torch.equal(model.state_dict()[name], base[name]) for name in FROZEN)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("make", [laughs, endless])

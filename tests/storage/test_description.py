@@ -190,6 +190,7 @@ FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
 }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("change", FORGED.values(), ids=FORGED)
 def test_forged_checkpoint_is_refused_at_no_cost(tmp_path: Path, good: Path, change: Any) -> None:
     forge(tmp_path / "forged.ckpt", good, change)
@@ -203,6 +204,7 @@ JUNK: list[Any] = [
 ]  # fmt: skip
 
 
+@pytest.mark.processes
 def test_description_of_wrong_types_is_refused(tmp_path: Path, good: Path) -> None:
     def work() -> None:
         said = torch.load(good / "good.ckpt", weights_only=True)["lightning_lora"]
@@ -237,6 +239,7 @@ METADATA: dict[str, str] = {
 }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("text", METADATA.values(), ids=METADATA)
 def test_metadata_of_wrong_types_is_refused(tmp_path: Path, good: Path, text: str) -> None:
     save_file(load_file(good / "good.safetensors"), tmp_path / "a.safetensors", {"lightning_lora": text})
@@ -271,6 +274,7 @@ def test_adapters_that_diverged_are_refused_though_their_file_is_whole(
 MANY = 1_000_000
 
 
+@pytest.mark.processes
 def test_million_keys_are_refused_in_bounded_time_and_memory(tmp_path: Path, good: Path) -> None:
     with safe_open(good / "good.safetensors", "pt") as opened:
         entries = ['"__metadata__":' + json.dumps(opened.metadata())]

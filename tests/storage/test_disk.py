@@ -82,6 +82,7 @@ def run(folder: Path, *callbacks: L.Callback, epochs: int = EPOCHS) -> dict[str,
     return state(model)
 
 
+@pytest.mark.processes
 @exact
 def test_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
     killed, moments = tmp_path / "killed", random.Random(11)
@@ -138,6 +139,7 @@ SAVERS = savers()
 saver = pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
 
 
+@pytest.mark.processes
 @saver
 @pytest.mark.parametrize("moment", ["writing", "moving"])
 def test_file_is_the_old_or_the_new_one_wherever_its_writer_is_killed(tmp_path: Path, save: Any, moment: str) -> None:
@@ -192,6 +194,7 @@ def says(path: Path) -> str:
     return rf"(?s){re.escape(path.name)}.*\. (Free|Make|Choose|Pass|Give|Save|Write)\b"
 
 
+@pytest.mark.processes
 @saver
 @fault
 @pytest.mark.parametrize("again", [False, True], ids=["new", "over an old file"])
@@ -216,6 +219,7 @@ def test_file_that_cannot_be_written_is_an_error_and_changes_nothing(
     assert fork(work) == 0
 
 
+@pytest.mark.processes
 @saver
 def test_disk_that_is_full_behind_the_temporary_folder_costs_no_file(
     tmp_path: Path, temporary: Path, save: Any
@@ -234,6 +238,7 @@ def test_disk_that_is_full_behind_the_temporary_folder_costs_no_file(
     assert fork(work) == 0
 
 
+@pytest.mark.processes
 @exact
 @fault
 @pytest.mark.parametrize("go_on", ["same trainer", "new trainer", "saved elsewhere"])
@@ -269,6 +274,7 @@ def test_run_whose_checkpoint_cannot_be_written_can_go_on(tmp_path: Path, fault:
 # Many at once
 
 
+@pytest.mark.processes
 def test_several_writers_of_one_file_leave_a_whole_one(tmp_path: Path) -> None:
     model = LitTiny()
     inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"]))

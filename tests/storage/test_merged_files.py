@@ -77,7 +77,7 @@ def test_checkpoint_builds_the_module_from_its_hyperparameters(tmp_path: Path) -
     assert tested == trainer(tmp_path).test(model, data(), verbose=False)
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_checkpoint_is_read_without_this_package(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import lightning as L\nfrom torch import nn\n"

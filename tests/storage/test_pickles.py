@@ -209,6 +209,7 @@ def test_nothing_in_a_file_runs_or_is_imported(tmp_path: Path, good: Path, attac
     assert dict(vars(Tensor)) == tensor and torch._utils._rebuild_tensor_v2.__defaults__ is defaults
 
 
+@pytest.mark.processes
 def test_what_is_small_in_a_file_is_small_in_memory(tmp_path: Path, good: Path) -> None:
     checkpoint = torch.load(good / "good.ckpt", weights_only=True)
     nested: Any = ()

@@ -25,6 +25,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.processes
 def test_what_is_no_file_of_adapters_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.ckpt")
     (tmp_path / "folder.ckpt").mkdir()
@@ -70,6 +71,7 @@ def test_code_in_a_file_does_not_run(tmp_path: Path, good: Path, key: str) -> No
         assert not mark.exists()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("where", ["data.pkl", "data/0"])
 def test_compressed_bomb_is_refused_before_it_bursts(tmp_path: Path, good: Path, where: str) -> None:
     with (
@@ -106,6 +108,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
 @pytest.mark.parametrize("tail", [b"", b"PK\5\6" + bytes(18)], ids=["bare", "with the end of an archive"])
 def test_bare_pickle_is_refused_before_it_is_unpickled(tmp_path: Path, bomb: bytes, tail: bytes) -> None:

@@ -13,7 +13,10 @@ from lightning_lora.tensors import digests as hashing
 from lightning_lora.tensors.digests import digest, digests, digests_as
 from tests.support.ranks import has_shards, join_group, run_ranks
 
-pytestmark = pytest.mark.skipif(not has_shards, reason="models are sharded with torch 2.7 and later")
+pytestmark = [
+    pytest.mark.skipif(not has_shards, reason="models are sharded with torch 2.7 and later"),
+    pytest.mark.processes,
+]
 
 SHAPES = [(5,), (1,), (7, 3), (1, 9), (6, 5, 4), (3, 2, 2, 5), (3, 200_000), (700, 1000), (0, 4), ()]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.complex64]

@@ -34,7 +34,11 @@ from tests.support.ranks import RankError, run_ranks
 from tests.support.sharded import LitNet, Net, data, lora, pretrained, trainer_of, whole_state
 from tests.training.test_sharded import Saves, State, assert_same, fit, fit_and_save, path_of, read, same, whole_life
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of DeepSpeed
+# The warnings are DeepSpeed's own
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.processes,
+]
 
 STAGES = pytest.mark.parametrize("stage", ["zero1", "zero2"])
 

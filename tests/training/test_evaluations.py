@@ -117,6 +117,7 @@ class Sees(L.Callback):
         assert trainer.world_size == 2
 
 
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:.*Using `DistributedSampler`:UserWarning")
 def test_every_process_stays_plain(tmp_path: Path) -> None:
     model, t = LitTiny(), trainer(tmp_path, [lora(), Sees()], strategy="ddp_fork", devices=2)

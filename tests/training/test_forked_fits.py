@@ -17,6 +17,8 @@ from lightning_lora import DeadAdapterWarning, inject_adapters, load_adapter
 from tests.support.cases import held
 from tests.support.models import TRAINED, LitTiny, best, data, lora, same, state, trainer
 
+pytestmark = pytest.mark.processes
+
 
 class Skips(LitTiny):
     """A module that calls a layer on which no loss depends."""

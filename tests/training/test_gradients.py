@@ -181,6 +181,7 @@ def two_processes_by_hand(cls: type[Skips], accumulate: int) -> dict[str, Tensor
     return state(model)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_processes_do_not_wait_for_layers_that_a_batch_leaves_out(tmp_path: Path, accumulate: int) -> None:
     """Two processes' gradients are the mean of theirs, where a layer that was left out has a gradient of zero."""
@@ -208,6 +209,7 @@ def test_processes_do_not_wait_for_layers_that_a_batch_leaves_out(tmp_path: Path
     assert not torch.equal(first["v_proj.lora_B"], torch.zeros(8, 2))
 
 
+@pytest.mark.processes
 def test_processes_name_layers_that_no_batch_reaches(tmp_path: Path) -> None:
     class Noted(Skips):
         def on_train_start(self) -> None:

@@ -18,6 +18,8 @@ import torch
 from tests.support.models import LitTiny, exact, same
 from tests.support.training import files_hold_adapters_alone
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
 LIMIT = 180.0
 """Seconds for one launcher."""
@@ -160,13 +162,11 @@ def differing(a: Path, b: Path) -> list[str]:
     return [name for name in WRITTEN if (a / name).read_bytes() != (b / name).read_bytes()]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [lightning, torchrun, torchrun_on_two_nodes, slurm, kubeflow])
 def test_launchers_give_the_same_bits(launcher: Launcher, results: Path, forked: Path) -> None:
     assert differing(result(results, launcher), forked) == []
 
 
-@pytest.mark.slow
 def test_ray_gives_the_same_bits_and_reports_adapters_alone(results: Path, forked: Path) -> None:
     pytest.importorskip("ray.train.lightning")
     given = result(results, ray)
@@ -176,7 +176,6 @@ def test_ray_gives_the_same_bits_and_reports_adapters_alone(results: Path, forke
 
 
 @exact
-@pytest.mark.slow
 def test_a_job_that_slurm_requeues_goes_on_to_the_same_bits(results: Path, forked: Path) -> None:
     def requeued(folder: Path) -> list[Start]:
         return slurm(folder, "--requeue")

@@ -186,6 +186,7 @@ class HoldsGroups(L.Callback):
         assert [names_in(pl_module, group) for group in optimizer_of(trainer)] == HABITS[pl_module.habit][1]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("habit", HABITS)
 def test_groups_are_the_users_in_every_process(tmp_path: Path, habit: str) -> None:
     t = trainer(tmp_path, [lora(), HoldsGroups()], strategy="ddp_fork", devices=2, enable_checkpointing=False)

@@ -34,6 +34,7 @@ def wholes() -> list[list[int]]:
     return bits(whole)
 
 
+@pytest.mark.processes
 def test_parts_make_up_the_whole_to_the_bit() -> None:
     assert run_ranks(wholes) == [bits(VALUES)] * 2
 
@@ -54,6 +55,7 @@ def states() -> dict[str, Any]:
     return state
 
 
+@pytest.mark.processes
 def test_state_is_that_of_an_optimizer_of_the_parameters() -> None:
     parameters = [nn.Parameter(value) for value in VALUES]
     optimizer = torch.optim.SGD(

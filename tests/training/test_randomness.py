@@ -65,6 +65,7 @@ def test_resumed_run_drops_and_shuffles_as_the_one_that_never_stopped(
     assert same(state(resumed), state(through))
 
 
+@pytest.mark.processes
 @exact
 @pytest.mark.parametrize("cls", [LitTiny, WarmsUp])
 def test_every_process_drops_and_shuffles_as_before(tmp_path: Path, cls: type[LitTiny]) -> None:

@@ -125,6 +125,7 @@ class Counts(L.Callback):
         assert len(trainer.logger.ours) == (1 if trainer.is_global_zero else 0)  # type: ignore[union-attr]
 
 
+@pytest.mark.processes
 def test_one_process_logs(tmp_path: Path) -> None:
     t = trainer(tmp_path, [lora(), Counts()], logger=Notes(), strategy="ddp_fork", devices=2, log_every_n_steps=1)
     t.fit(LitTiny(), data())

@@ -73,6 +73,7 @@ class Synchronises(LayerSync):
         return model
 
 
+@pytest.mark.processes
 def test_a_frozen_norm_stands_still_when_it_is_made_a_synchronised_one(tmp_path: Path) -> None:
     class Looks(L.Callback):
         def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -16,6 +16,8 @@ from tests.support.ranks import run_ranks
 from tests.support.sharded import LitNet, data, lora, pretrained, trainer_of, whole_state
 from tests.training.test_records import Notes
 
+pytestmark = pytest.mark.processes
+
 State = dict[str, Tensor]
 
 

@@ -42,6 +42,8 @@ from tests.support.ranks import run_ranks
 from tests.support.sharded import LitNet, data, fully_shard, lora, pretrained, trainer_of, whole_state
 from tests.training.test_sharded import Saves, assert_alike, assert_same, path_of
 
+pytestmark = pytest.mark.processes
+
 X = torch.arange(64.0).reshape(4, 16).sin()
 
 

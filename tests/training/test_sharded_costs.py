@@ -13,6 +13,8 @@ from tests.support.ranks import run_ranks
 from tests.support.sharded import InPairs, LitNet, Net, data, lora, strategy_of, trainer_of
 from tests.support.traffic import Messages, Traffic, sizes_of
 
+pytestmark = pytest.mark.processes
+
 
 class Counts(L.Callback):
     """Counts the messages of each batch, of two saves and of the end of a fit, and what this process holds."""

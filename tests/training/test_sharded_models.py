@@ -30,6 +30,8 @@ from tests.support.sharded import (
 )
 from tests.training.test_sharded import assert_alike, assert_same, fit, fit_and_save, path_of
 
+pytestmark = pytest.mark.processes
+
 
 class Before(LitNet):
     """Shards its model before it belongs to the module."""

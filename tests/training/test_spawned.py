@@ -13,6 +13,8 @@ from lightning_lora import load_adapter
 from tests.support.cases import held
 from tests.support.models import LitTiny, data, same, trainer
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
 TRAINED = {"q_proj.lora_A", "q_proj.lora_B", "v_proj.lora_A", "v_proj.lora_B", "head.weight", "head.bias"}
 
@@ -31,12 +33,7 @@ def adapters(path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("strategy", "devices"),
-    [
-        ("single", 1),
-        ("ddp_fork", 2),
-        pytest.param("ddp", 2, marks=pytest.mark.slow),
-        pytest.param("ddp_spawn", 2, marks=pytest.mark.slow),
-    ],
+    [("single", 1), ("ddp_fork", 2), ("ddp", 2), ("ddp_spawn", 2)],
 )
 def test_killed_and_resumed_ends_with_the_same_adapters(tmp_path: Path, strategy: str, devices: int) -> None:
     through = train(tmp_path / "through", strategy, devices)

