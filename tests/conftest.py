@@ -1,5 +1,7 @@
 """Every test starts from the same random numbers, whichever ran before it, may fork, and takes the time it needs."""
 
+import gc
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -7,6 +9,10 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 torch.set_num_threads(1)  # a process that has started OpenMP's threads cannot be forked; and tiny tensors need none
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported is no garbage: Lightning's tuners collect often, and each time looked through all of it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
