@@ -12,7 +12,7 @@ torch.set_num_threads(1)  # a process that has started OpenMP's threads cannot b
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # what was imported is no garbage: Lightning's tuners collect often, and each time looked through all of it
+    gc.freeze()  # what was imported is no garbage: whatever collects, as Lightning's tuners do, need not look at it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,8 +1,8 @@
 """A training run in its own process, for tests that kill, spawn and resume.
 
-Usage: python -m tests.support.train FOLDER STRATEGY DEVICES [--resume] [--kill-at STEP] [--merge WHICH]
-    [--tied] [--shares] [--wide] [--again]
-Writes FOLDER/result.pt: the module's state after fit, and results of later stages and files.
+Usage: python -m tests.support.train FOLDER STRATEGY DEVICES [--resume] [--kill-at STEP] [--merge WHICH] [--module NAME]
+    [--again] [--test]
+Writes FOLDER/result.pt: the module's state after fit, and what tests of the best file give.
 """
 
 import argparse
@@ -67,7 +67,7 @@ class Shares(LitTiny):
         return self.loss([part[self.global_rank :: self.trainer.world_size] for part in batch])
 
 
-def main() -> None:
+def main(*argv: str) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("strategy")
@@ -75,18 +75,17 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--kill-at", type=int)
     parser.add_argument("--merge", default="last")
-    parser.add_argument("--tied", action="store_true")
-    parser.add_argument("--shares", action="store_true")
-    parser.add_argument("--wide", action="store_true")
+    parser.add_argument("--module", default="LitTiny")
     parser.add_argument("--again", action="store_true")
-    arguments = parser.parse_args()
+    parser.add_argument("--test", action="store_true")
+    arguments = parser.parse_args(argv or None)
 
     L.seed_everything(7, verbose=False)
-    modules = {Tied: arguments.tied, Shares: arguments.shares, Wide: arguments.wide}
-    model = next((module for module, asked in modules.items() if asked), LitTiny)()
+    shares = arguments.module == "Shares"
+    model = {module.__name__: module for module in (LitTiny, Tied, Shares, Wide)}[arguments.module]()
     checkpoint = ModelCheckpoint(arguments.folder, monitor="val_loss", filename="{epoch}", save_top_k=-1)
     merge: Any = False if arguments.merge == "none" else arguments.merge
-    dropout = 0.3 if keeps_random and not arguments.shares else 0.0  # in two processes it differs from that in one
+    dropout = 0.3 if keeps_random and not shares else 0.0  # in two processes it differs from that in one
     callbacks: list[L.Callback] = [
         LoRACallback(r=2, modules_to_save=["head"], merge=merge, dropout=dropout),
         checkpoint,
@@ -101,7 +100,7 @@ def main() -> None:
         strategy=strategy,
         devices=arguments.devices,
         max_epochs=4,
-        use_distributed_sampler=not arguments.shares,
+        use_distributed_sampler=not shares,
     )
     resume = max(arguments.folder.glob("epoch=*.ckpt"), key=lambda path: path.name) if arguments.resume else None
     t.fit(model, data(), data(), ckpt_path=resume)
@@ -113,7 +112,7 @@ def main() -> None:
     result: dict[str, Any] = {"state": state(model), "val_loss": float(t.callback_metrics["val_loss"])}
     result["classes"] = [type(module).__name__ for module in model.modules()]
     t.save_checkpoint(arguments.folder / "after.ckpt")
-    for _ in range(2):
+    if arguments.test:
         result["tested"] = t.test(model, data(), ckpt_path="best", verbose=False)[0]["test_loss"]
         t.save_checkpoint(arguments.folder / "again.ckpt")
     result["best"] = checkpoint.best_model_path
