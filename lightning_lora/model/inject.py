@@ -30,8 +30,7 @@ from lightning_lora.model.state import (
     records_in,
 )
 from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
-from lightning_lora.targets.checks import Choice
-from lightning_lora.targets.select import select
+from lightning_lora.targets.select import Choice, select
 from lightning_lora.tensors.inplace import combined
 from lightning_lora.tensors.names import submodule
 

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,7 @@ from lightning_lora.tensors.names import join, load_state_dict, named_modules, o
 
 
 def apply(model: nn.Module, read: Callable[[View], StoredAdapters], *, check_base: bool = True) -> None:
-    """Put stored adapters on a model, which is adapted first if it has none.
-
-    Args:
-        model: The model. A merged one gets its base back. After an error, it is as it was before.
-        read: Returns the adapters, by the names of the model that it is given.
-        check_base: Refuse another base, if the adapters say which one is theirs. Otherwise only warn.
-    """
+    """Put what ``read`` returns on a model, which is adapted first if it has no adapters. An error changes nothing."""
     with _unmerged_and_undone(model):
         stored, is_new = read(View(model)), find_record(model) is None
         if is_new:  # no adapters, or only those of a submodule
@@ -127,15 +121,7 @@ def _write(view: View, state: Mapping[str, Any]) -> None:
 
 
 def with_names_of(model: nn.Module, stored: StoredAdapters) -> StoredAdapters:
-    """Return adapters of a file of this package by the names of ``model``, if they differ by one prefix.
-
-    Raises:
-        AdapterMismatchError: the file is for a part of ``model``, or holds what ``model`` does not have, or ``model``
-            has further parts with the same names.
-
-    Warns:
-        LoRAWarning: names the two prefixes.
-    """
+    """Return adapters of a file of this package by the names of ``model``, if they differ by one prefix."""
     modules, title = named_modules(model), type(model).__name__
     found = find_renamings(list(stored.layers), modules, root_there=stored.root, root_here=root_of(model))
     if len(found) == 1 and _holds_all(model, found[0].here):
@@ -167,8 +153,8 @@ def _renamed(model: nn.Module, stored: StoredAdapters) -> StoredAdapters:
         stored,
         config=renamed_config(stored.config, stored.layers.values(), renaming, model),
         state={renaming.name_here(name): value for name, value in stored.state.items()},
-        changed=tuple(map(renaming.name_here, stored.changed)),
-        random=tuple(map(renaming.name_here, stored.random)),
+        changed=[renaming.name_here(name) for name in stored.changed],
+        random=[renaming.name_here(name) for name in stored.random],
     )
 
 
@@ -194,20 +180,7 @@ def _check_present(model: nn.Module, stored: StoredAdapters) -> None:
 
 
 def check_fits(view: View, stored: StoredAdapters, *, anew: bool = True, refuse_base: bool = True) -> None:
-    """Refuse stored adapters that do not fit an adapted model.
-
-    Args:
-        view: The adapted model.
-        stored: The adapters, by its names. If they do not say which base is theirs, it is not compared.
-        anew: Read every weight again, as for :func:`fingerprint`.
-        refuse_base: Refuse another base. Otherwise only warn.
-
-    Raises:
-        AdapterFileError: values are NaN or infinite.
-        AdapterMismatchError: a tensor does not fit, or rank, scaling or initialisation differ, which would give another
-            update.
-        BaseMismatchError: the adapters were trained on another base.
-    """
+    """Refuse stored adapters that do not fit an adapted model."""
     config, state, is_converted = stored.config, stored.state, False
     entries = entries_of(view, () if stored.base else view.adapter.random or ())
     _check_settings(view, config)
@@ -227,7 +200,7 @@ def check_fits(view: View, stored: StoredAdapters, *, anew: bool = True, refuse_
             f"and their earlier values are in no file: {listed(lost)}. Build the model anew, then load."
         )
     if stored.base:
-        view.adapter.look_untrained(stored.random)
+        view.adapter.look_untrained(tuple(stored.random))
 
 
 def _check_settings(view: View, config: LoRAConfig) -> None:
@@ -259,23 +232,15 @@ def _check_init(view: View, config: LoRAConfig) -> None:
             )
 
 
-class Entries(NamedTuple):
-    """The entries of a model's stored state.
-
-    Args:
-        required: Entries that must be there: adapters, and everything else that trains.
-        optional: Entries that may be there: buffers, frozen weights that changed, and everything that a module's own
-            code adds to its state.
-    """
-
-    required: dict[str, Tensor]
-    optional: dict[str, Any]
+Entries = tuple[dict[str, Tensor], dict[str, Any]]
+"""What must be in a state: adapters and all else that trains. And what may be: changed buffers and frozen weights, and
+everything that a module's own code adds to its state."""
 
 
 def entries_of(view: View, random: Collection[str] = ()) -> Entries:
     """Return the entries of an adapted model's stored state. Weights in ``random`` are optional."""
     now = without_base(view, state_dict(view.model), random)
-    return Entries(required(view), {**now, **view.buffers, **view.kept})
+    return required(view), {**now, **view.buffers, **view.kept}
 
 
 def check_names(
@@ -285,19 +250,11 @@ def check_names(
     changed: Collection[str] = (),
     config: LoRAConfig | None = None,
 ) -> None:
-    """Refuse a state with missing or unexpected names.
-
-    Args:
-        view: The adapted model.
-        entries: The entries of its stored state.
-        state: The state to be written into it.
-        changed: Names of frozen weights for which ``state`` has new values.
-        config: The configuration with which ``state`` was trained, if known.
-    """
-    needed = dict.fromkeys([*entries.required, *(name for name in changed if name in view.base)])
+    """Refuse a state with missing or unexpected names."""
+    needed = dict.fromkeys([*entries[0], *(name for name in changed if name in view.base)])
     wrong = {
         "missing": [name for name in needed if name not in state],
-        "unexpected": [name for name in state if name not in needed and name not in entries.optional],
+        "unexpected": [name for name in state if name not in needed and name not in entries[1]],
     }
     if not any(wrong.values()):
         return
@@ -311,21 +268,10 @@ def check_names(
 
 def _selecting(config: LoRAConfig) -> str:
     """The arguments that decide what trains, without those at their defaults."""
-    default, shown = LoRAConfig(), list[str]()
-    for name in (
-        "target_modules",
-        "target_slices",
-        "target_parameters",
-        "exclude_modules",
-        "modules_to_save",
-        "bias",
-        "init",
-        "use_dora",
-    ):
-        value = getattr(config, name)
-        if value != getattr(default, name) or name == "target_modules":
-            shown.append(f"{name}={list(value) if isinstance(value, tuple) else value!r}")
-    return ", ".join(shown)
+    default, fixed = LoRAConfig().to_dict(), ("r", "alpha", "dropout", "rank_pattern", "alpha_pattern", "use_rslora")
+    shown = {name: value for name, value in config.to_dict().items() if value != default.get(name)}
+    shown = {"target_modules": config.to_dict()["target_modules"], **shown}
+    return ", ".join(f"{name}={value!r}" for name, value in shown.items() if name not in fixed)
 
 
 def _check_tensors(view: View, entries: Entries, state: Mapping[str, Any], *, converting: bool = False) -> None:
@@ -333,7 +279,7 @@ def _check_tensors(view: View, entries: Entries, state: Mapping[str, Any], *, co
 
     ``converting``: allow all but the adapters to be rounded, as ``model.to(dtype)`` rounds the rest of the model.
     """
-    known = {**view.base, **entries.optional, **entries.required}
+    known = {**view.base, **entries[1], **entries[0]}
     for name, value in state.items():
         if isinstance(known[name], Tensor):
             _check_tensor(name, value, known[name], converting=converting and name not in view.adapters)

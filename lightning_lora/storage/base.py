@@ -28,15 +28,6 @@ def fingerprint(view: View, *, anew: bool = True, renaming: Renaming | None = No
 
     It costs one pass over the weights. Collective for a model that is spread over processes: the result is that of the
     whole model.
-
-    Args:
-        view: A model with adapters, merged or not. Its base is the model without them.
-        anew: Read every weight again. Otherwise a weight is read again only if a quick look shows a change.
-        renaming: Compute it with the names that this renaming has in a file.
-
-    Returns:
-        ``layout``, a hash of the names and shapes; ``dtypes``; and ``digests``, one number for each tensor in order.
-        Tensors on the meta device have no contents: their digest is 0.
     """
     tensors = base_tensors(view)
     once = {id(tensor): name for name, tensor in reversed(tensors.items())}  # tied weights are hashed once
@@ -93,11 +84,7 @@ def base_value(view: View, name: str) -> Tensor:
 
 
 def note_changed(model: nn.Module, *, anew: bool = True) -> list[dict[str, Any]]:
-    """Note frozen weights that have changed since the run began, which files must hold from now on.
-
-    Returns:
-        The forms in which the base was seen, as in :attr:`Record.fingerprints`.
-    """
+    """Note frozen weights that have changed since the run began, which files must hold from now on."""
     view = view_of(model)
     record, now = view.record, fingerprint(view, anew=anew)
     if now in record.fingerprints:
@@ -128,11 +115,6 @@ def with_halves(view: View, forms: Iterable[Mapping[str, Any]]) -> list[dict[str
     """Add the base's digests in half precision to its fingerprints, so that a converted base is recognised.
 
     The first call costs a pass over the weights. Later calls look the digests up.
-
-    Returns:
-        The fingerprints. Those with the current layout have an entry ``rounded``. It has a list for each tensor, by
-        name in order: the digests in bfloat16 and float16. The list is empty for integers, and for values from before
-        a change that are no longer known. It is None for quantised values.
     """
     tensors, packed = base_tensors(view), _quantised_names(view)
     layout, dtypes = _layout(tensors, Renaming()), _dtypes(tensors)
@@ -230,13 +212,7 @@ class Comparison:
 
 
 def compare(form: Mapping[str, Any], tensors: Iterable[BaseTensor], *, is_same_form: bool = False) -> Comparison:
-    """Compare a base with one fingerprint, tensor by tensor.
-
-    Args:
-        form: The fingerprint of a file.
-        tensors: The tensors of the base. What only the fingerprint has is not compared.
-        is_same_form: Whether the base has the same form, so that all bits must be the same, of quantised weights too.
-    """
+    """Compare a base with one fingerprint, tensor by tensor."""
     rounded = form["rounded"]
     there = dict(zip(rounded, form["digests"], strict=True))
     dtypes = [getattr(torch, dtype) for dtype in form["dtypes"]]
@@ -284,24 +260,6 @@ def check_base(
 
     The same weights in another dtype are accepted: if each tensor here, converted to the dtype there, has the bits
     there, or the other way round. Quantised weights, which other weights have no bits in common with, are left out.
-
-    Args:
-        view: The adapted model that receives the adapters.
-        stored: The fingerprints of their base: as it was loaded, and as a Trainer converted it.
-        shapes: The shapes of the trained tensors, by name.
-        random: Weights that looked untrained: the file holds them, so they may differ.
-        anew: Read every weight again, as for :func:`fingerprint`.
-        renaming: How the names in the file became those of the model.
-        refuse: Raise an error for another base. Otherwise only warn.
-
-    Returns:
-        Whether the base has another precision here.
-
-    Raises:
-        BaseMismatchError: the base of the model matches none of the fingerprints.
-
-    Warns:
-        LoRAWarning: the base has another precision, or differs.
     """
     renaming, known = renaming or Renaming(), view.record.fingerprints
     here = fingerprint(view, anew=anew, renaming=renaming)

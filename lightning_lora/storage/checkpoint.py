@@ -29,14 +29,6 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
 
     Of the model, it holds only what training changed, and a description of it, with a checksum. If code other than an
     optimizer changes a frozen weight after the run began, the weight is stored from then on.
-
-    Args:
-        model: The adapted model.
-        checkpoint: The checkpoint that a Trainer is about to write. It is not changed.
-        written_later: Whether training may go on before the file is written. Then what is returned is a copy.
-
-    Raises:
-        AdapterStateError: ``model`` has no adapters.
     """
     forms, view = note_changed(model, anew=False), view_of(model)
     rest, places = leave_out_base(view, checkpoint)
@@ -62,17 +54,6 @@ def with_merged_model(
     """Return a checkpoint with the whole merged model.
 
     Any code can read its state. The adapters are in the entry of this package.
-
-    Args:
-        model: The adapted model.
-        checkpoint: What :func:`adapter_only` returned.
-        written_later: As for :func:`adapter_only`.
-
-    Returns:
-        The checkpoint, and the share of each layer's update that is lost to rounding.
-
-    Raises:
-        AdapterStateError: the updates cannot be merged.
     """
     state = {name: value for name, value in checkpoint["state_dict"].items() if not is_note(name)}
     merged, lost = merged_state(view_of(model), state)
@@ -102,10 +83,7 @@ def _alone(value: Any) -> Any:
 
 
 def complete_copies(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Put base values back that :func:`adapter_only` left out.
-
-    The model's own states are not completed.
-    """
+    """Put base values back that :func:`adapter_only` left out. The model's own states are not completed."""
     put_base_back(view_of(model), checkpoint, checkpoint[KEY].get("copies", ()))
 
 
@@ -113,14 +91,6 @@ def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mappin
     """Make the base from the merged weights of a checkpoint.
 
     Code that knows nothing of adapters loads these weights before it goes on with a run.
-
-    Args:
-        model: The adapted model.
-        merged: What :func:`leave_adapters` returned.
-        checkpoint: The checkpoint.
-
-    Returns:
-        Whether ``model`` held these weights. The base is exact up to rounding, and stands for the true one in files.
     """
     if not merged:
         return False
@@ -137,27 +107,15 @@ def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mappin
 
 
 def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole: bool = False) -> None:
-    """Load a Trainer checkpoint into an adapted model.
-
-    The weights of a full checkpoint become the base.
-
-    Args:
-        model: The adapted model.
-        checkpoint: The checkpoint.
-        whole: Complete the model's states in ``checkpoint`` with the base, for the callbacks that read it next.
-
-    Raises:
-        AdapterMismatchError, BaseMismatchError, AdapterFileError: it does not fit. Then nothing was written.
-    """
+    """Load a Trainer checkpoint into an adapted model. The weights of a full checkpoint become the base."""
     leave_adapters(checkpoint)  # the strategy's own method does not
     state = checkpoint["state_dict"]
     if KEY not in checkpoint:
         _load_base(model, state)
         return
     view = view_of(model)
-    check_fits(
-        view, StoredAdapters.from_file(state, checkpoint[KEY], ""), anew=False
-    )  # the stage or the end of fit has just read the base
+    stored = StoredAdapters.from_file(state, checkpoint[KEY], "")
+    check_fits(view, stored, anew=False)  # the stage or the end of fit has just read the base
     if whole:
         base = {name: value.detach().clone() for name, value in view.base_values.items()}
         for key in ("state_dict", MOVED):
@@ -197,20 +155,14 @@ def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def _check_base_fits(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Refuse a full state that does not fit this model.
-
-    Raises:
-        BaseMismatchError: names are missing or unexpected, or shapes differ.
-    """
+    """Refuse a full state that does not fit this model."""
     adapters = {id(p) for p in view_of(model).adapters.values()}
-    expected = state_dict(model, keep_vars=True)
-    expected = {name: value for name, value in expected.items() if id(value) not in adapters}
+    expected = {name: p for name, p in state_dict(model, keep_vars=True).items() if id(p) not in adapters}
+    both = [name for name in expected if isinstance(expected[name], Tensor) and isinstance(state.get(name), Tensor)]
     wrong = {
         "missing": [name for name in expected if name not in state],
         "unexpected": [name for name in state if name not in expected],
-        "of another shape": [
-            name for name in expected if _shape(state.get(name)) not in (None, _shape(expected[name]))
-        ],
+        "of another shape": [name for name in both if state[name].shape != expected[name].shape],
     }
     if any(wrong.values()):
         found = ", ".join(f"{what} {listed(names)}" for what, names in wrong.items() if names)
@@ -218,7 +170,3 @@ def _check_base_fits(model: nn.Module, state: Mapping[str, Any]) -> None:
             f"This checkpoint has no adapters of this package, and as a base it does not fit {type(model).__name__}: "
             f"{found}. Pass a checkpoint of the same model, trained with or without LoRACallback."
         )
-
-
-def _shape(value: object) -> tuple[int, ...] | None:
-    return tuple(value.shape) if isinstance(value, Tensor) else None

@@ -34,35 +34,48 @@ from lightning_lora.errors import AdapterFileError, LoRAError
 
 @contextmanager
 def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
-    """Write a temporary file, then move it to its place.
-
-    So there is always a complete file, the old one or the new one, whatever happens.
-
-    Args:
-        path: The place of the file.
-        beside: Whether to write a temporary file. If not, or if ``path`` is on another machine, ``path`` itself is
-            written, and only errors are handled.
-
-    Yields:
-        The path to write to.
-
-    Raises:
-        AdapterFileError: the file cannot be written. A file that was there before does not change.
-    """
+    """Yield a temporary file, then move it to its place: there is always a whole file, the old one or the new one."""
     check_path(path)
     local = local_path(path) if beside else None
-    target = local.resolve() if local else None  # the target of a link, so that the link stays
-    part = target.with_name(f"{_part_prefix(target)}{os.getpid()}.{next(_PARTS)}.part") if target else None
-    if target and target.exists() and not target.is_file():
+    if local is None:
+        with _write_errors(path):
+            yield path
+        return
+    target = local.resolve()  # the target of a link, so that the link stays
+    if target.exists() and not target.is_file():
         raise AdapterFileError(f"{path} already exists and is not a file. Choose another name.")
-    if target:
-        _clear_parts(target)
+    part = target.with_name(f"{_part_prefix(target)}{os.getpid()}.{next(_PARTS)}.part")
+    _clear_parts(target)
     try:
-        yield part or path
-        if part and target:
+        with _write_errors(path):
+            yield part
             if not part.exists():  # Lightning gives no error when it has no permission to write
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target.parent))
             part.replace(target)
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+@contextmanager
+def writing_folder(path: Path) -> Iterator[Path]:
+    """Yield a name for a temporary folder, then move it to its place, which must be free."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise AdapterFileError(f"{path} already exists and is not an empty folder. Choose another name.")
+    beside = path.with_name(f".{path.name[:64]}.{os.getpid()}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        with _write_errors(path):
+            yield beside
+            beside.replace(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def _write_errors(path: Any) -> Iterator[None]:
+    try:
+        yield
     except LoRAError:
         raise
     except (OSError, RuntimeError, ImportError, ValueError) as error:  # as torch and fsspec report a failed write
@@ -70,10 +83,6 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
             f"{path} could not be written ({type(error).__name__}: {error}). The model and its training are as they "
             "were. Free space on the disk, or choose a folder that can be written, and save again."
         ) from error
-    finally:
-        if part:
-            with suppress(OSError):
-                part.unlink()
 
 
 _PARTS = itertools.count()
@@ -96,23 +105,15 @@ def _clear_parts(target: Path) -> None:
                 part.unlink()
 
 
+# Places
+
+
 def check_path(path: Any, *, may_be_open: bool = False) -> None:
-    """Refuse what is not a path, such as a model.
-
-    Args:
-        path: A path or a URL.
-        may_be_open: Whether an open binary file is also right.
-
-    Raises:
-        AdapterFileError: ``path`` is not a path.
-    """
+    """Refuse what is not a path, a URL or, if it ``may_be_open``, an open file: such as a model."""
     if not isinstance(path, str | os.PathLike) and not (may_be_open and hasattr(path, "read")):
         raise AdapterFileError(
             f"Expected a path, but a {type(path).__name__} was given. Pass the model first, then the path."
         )
-
-
-# Places
 
 
 def local_path(path: Any) -> Path | None:
@@ -132,27 +133,18 @@ def local_path(path: Any) -> Path | None:
 
 @contextmanager
 def opened(source: Any) -> Iterator[Any]:
-    """Open a path or a URL to read bytes.
-
-    An open file is yielded as it is.
-    """
+    """Open a path or a URL to read bytes. An open file is yielded as it is."""
     local = local_path(source)
     if hasattr(source, "read"):
         yield source
-    elif local is not None:
-        with local.open("rb") as file:
-            yield file
-    else:
-        with fsspec.open(os.fspath(source), "rb") as file:
-            yield file
+        return
+    with local.open("rb") if local is not None else fsspec.open(os.fspath(source), "rb") as file:
+        yield file
 
 
 @contextmanager
 def on_this_machine(source: Any) -> Iterator[Path]:
-    """Yield the path of a local file.
-
-    It is a temporary copy if ``source`` is a URL or an open file.
-    """
+    """Yield the path of a local file: a temporary copy, if ``source`` is a URL or an open file."""
     local = local_path(source)
     if local is not None:
         yield local
@@ -169,17 +161,9 @@ def on_this_machine(source: Any) -> Iterator[Path]:
 
 @contextmanager
 def reading(source: Any, remedy: str = "") -> Iterator[None]:
-    """Read a file that torch or safetensors wrote.
+    """Turn errors of torch and safetensors into :class:`AdapterFileError`, but for files that do not exist.
 
-    Errors inside the block become :class:`AdapterFileError`.
-
-    Args:
-        source: The file.
-        remedy: What to do if it holds objects of classes.
-
-    Raises:
-        FileNotFoundError, PermissionError: as the reader raises them.
-        AdapterFileError: it is not a file, is truncated or damaged, or holds more than plain types.
+    ``remedy`` says what to do if the file holds objects of classes.
     """
     try:
         yield
@@ -201,26 +185,14 @@ def reading(source: Any, remedy: str = "") -> Iterator[None]:
 TRUST = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 """torch's variable that allows all files to run code."""
 
-_TRUE = ("1", "y", "yes", "true")
-"""Values of this variable that torch reads as true."""
-
 
 def trusts_all_files() -> bool:
     """Whether torch's variable allows all files to run code."""
-    return os.environ.get(TRUST, "0").lower() in _TRUE
+    return os.environ.get(TRUST, "0").lower() in ("1", "y", "yes", "true")  # what torch reads as true
 
 
 def check_whole(path: Any, source: Any = None, *, may_be_old: bool = False) -> None:
-    """Refuse a damaged archive, which torch itself would read.
-
-    Args:
-        path: The file. What does not exist, or is downloaded by torch (http), is left to the reader.
-        source: What errors call it, if ``path`` is a copy.
-        may_be_old: Whether the file may be of another kind than an archive, such as the format of torch before 1.6.
-
-    Raises:
-        AdapterFileError: it is not a file, its checksums do not match, or it would unpack to more than its size.
-    """
+    """Refuse a damaged archive, which torch itself would read."""
     local, source = local_path(path), path if source is None else source
     if local is None and str(path).startswith("http"):
         return
@@ -246,10 +218,7 @@ def check_whole(path: Any, source: Any = None, *, may_be_old: bool = False) -> N
 
 
 def is_archive(file: Any) -> bool:
-    """Whether torch will read an open file as an archive.
-
-    Otherwise it would read it in its old format.
-    """
+    """Whether torch will read an open file as an archive. Otherwise it would read it in its old format."""
     return bool(file.read(4) == b"PK\3\4")
 
 
@@ -301,7 +270,9 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "no details")
 
 
-# Pickles
+# Pickles: a checkpoint may hold objects of classes, for example as hyperparameters. torch.load refuses it, or imports
+# these classes and runs their code. Adapters are plain tensors, so here an Unread stands for everything but containers,
+# numbers, text and tensors. Nothing that the file names is imported or called.
 
 
 class Unread:
@@ -324,14 +295,7 @@ class Unread:
 
 
 def load_plain(source: Any, **options: Any) -> Any:
-    """Return the contents of an archive of torch.
-
-    If they are more than plain types, what is plain of them is returned, and the rest is :class:`Unread`.
-
-    Args:
-        source: A path or an open file.
-        **options: Further arguments of ``torch.load``.
-    """
+    """Return what is plain in an archive of torch, a path or an open file, and :class:`Unread` for the rest."""
     try:
         return torch.load(source, map_location="cpu", weights_only=True, **options)
     except UnpicklingError:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_lora.config import Slices
-from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, listed
+from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError
 from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.view import view_of
@@ -22,16 +22,17 @@ from lightning_lora.storage.base_copies import put_base_back
 from lightning_lora.storage.disk import check_path, local_path
 from lightning_lora.storage.formats import fabric, loralib, peft_read
 from lightning_lora.storage.formats.lightning import VERSION, check_readable
+from lightning_lora.storage.formats.loralib import is_loralib
 from lightning_lora.storage.formats.own import (
     adapters_in,
     check_place,
-    is_foreign,
     read_checkpoint,
     read_contents,
     write_adapter_file,
 )
+from lightning_lora.storage.formats.peft_config import is_peft
 from lightning_lora.storage.formats.reading import Asked, Reader
-from lightning_lora.storage.stored import KEY, StoredAdapters, adapter_state_dict, stored_config
+from lightning_lora.storage.stored import KEY, StoredAdapters, adapter_state_dict, check_not_diverged, stored_config
 from lightning_lora.tensors.shards import is_dtensor
 
 if TYPE_CHECKING:
@@ -69,11 +70,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
             f"{odd[:3]} are not tensors, which is all that safetensors holds. Save with the Trainer instead."
         )
     view = view_of(model)
-    if broken := view.diverged():
-        raise AdapterStateError(
-            f"{listed(broken)} of {type(model).__name__} hold NaN or infinite values: the training has diverged, and "
-            "no model would load the file. Train again with a lower learning rate, or use an earlier checkpoint."
-        )
+    check_not_diverged(view)
     if any(value.is_meta for value in state.values()):
         raise AdapterStateError("The adapters are on the meta device and have no values. Call model.to_empty first.")
     stored = StoredAdapters.from_view(view, state, forms_of_base(view))
@@ -202,7 +199,7 @@ def load_from_checkpoint(
     """
     checkpoint = read_checkpoint(path, weights_only=weights_only)
     names = checkpoint if isinstance(checkpoint, dict) else {}
-    if is_foreign(names) or {"state_dict", KEY} == names.keys():
+    if is_peft(names) or is_loralib(names) or {"state_dict", KEY} == names.keys():
         raise AdapterFileError(f"{path} is an adapter file. Build the model, then call load_adapter(model, path).")
     stored = adapters_in(checkpoint, path)
     check_readable(checkpoint, path)
@@ -217,11 +214,7 @@ def load_from_checkpoint(
 
 
 def _build(cls: "type[Module]", checkpoint: dict[str, Any], options: dict[str, Any]) -> "tuple[Module, Any]":
-    """Build a module as Lightning does, with hyperparameters and hooks, but without its strict loading of a full state.
-
-    Returns:
-        The module, and the state to load into it, which its ``on_load_checkpoint`` may have changed.
-    """
+    """Build a module as Lightning does, but without its strict loading. Return it and its state, after its own hook."""
     if "_class_path" in checkpoint.get("hyper_parameters", {}):  # of LightningCLI, which builds another class
         return _built_by_cli(cls, checkpoint, options), checkpoint["state_dict"]
     kind, states = _that_loads_nothing(cls)

@@ -4,8 +4,6 @@ Code that does not know adapters can read it.
 """
 
 import inspect
-import os
-import shutil
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -24,7 +22,8 @@ from lightning_lora.model.attach import check_weights
 from lightning_lora.model.merge import check_mergeable, tied_weights
 from lightning_lora.model.merged import check_as_merged, warn_of_merge
 from lightning_lora.model.view import View, root_of, view_of
-from lightning_lora.storage.disk import check_path, writing
+from lightning_lora.storage.disk import check_path, writing, writing_folder
+from lightning_lora.storage.stored import check_not_diverged
 from lightning_lora.tensors.names import join, own_parameter, plain_module, plain_name, submodule
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import replace_values
@@ -186,25 +185,6 @@ def _write_folder(view: View, path: Path) -> None:
                 del vars(inner)["state_dict"]
 
 
-@contextmanager
-def writing_folder(path: Path) -> Iterator[Path]:
-    """Fill a temporary folder, then move it to its place, which must be free."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise AdapterFileError(f"{path} already exists and is not an empty folder. Choose another name.")
-    beside = path.with_name(f".{path.name[:64]}.{os.getpid()}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        yield beside
-        beside.replace(path)
-    except OSError as error:
-        raise AdapterFileError(
-            f"{path} could not be written ({type(error).__name__}: {error}). The model is as it was. Free space on the "
-            "disk, or choose a folder that can be written, and save again."
-        ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
 # The state
 
 
@@ -212,17 +192,6 @@ def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[
     """Return the state dict that a model has after ``merge_adapters``.
 
     The model does not change. Merged weights are in the host's memory.
-
-    Args:
-        view: A model with adapters, merged or not.
-        changed: What training changed, by name, if it is not to be read from the model: averages, for example.
-
-    Returns:
-        The state dict, and the share of each layer's update that is lost to rounding. In the state dict is a note on
-        each merged layer, so that an adapted layer that loads it does not count the update twice.
-
-    Raises:
-        AdapterStateError: the updates cannot be merged.
     """
     model = plain_module(view.model)
     if view.is_merged:
@@ -296,19 +265,7 @@ def untied(view: View) -> list[str]:
 
 
 def take_updates_out(view: View, merged: Mapping[str, Any], changed: Mapping[str, Any]) -> bool:
-    """Take a file's updates out of its merged weights.
-
-    The weights are the base's then, up to rounding.
-
-    Args:
-        view: A model with new adapters.
-        merged: The merged state in the file.
-        changed: What training changed, in the file.
-
-    Returns:
-        Whether the model holds exactly the merged weights, so that they were taken out. Otherwise it does not change:
-        so with DoRA, which loses the weights' norms, and in half precision, which would round too much.
-    """
+    """Take a file's updates out of its merged weights. The weights are the base's then, up to rounding."""
     merged = {plain_name(name): value for name, value in merged.items()}
     fits = changed.keys() >= view.adapters.keys() and all(changed[n].shape == p.shape for n, p in view.adapters.items())
     is_exact = not any(layer.lora_settings.use_dora for layer in view.layers.values())
@@ -342,20 +299,8 @@ def _check_mergeable(view: View) -> None:
 
 
 def check_finite(view: View, state: Mapping[str, Any]) -> None:
-    """Refuse NaN and infinite adapters and merged weights.
-
-    Args:
-        view: A model with adapters.
-        state: Its merged state.
-
-    Raises:
-        AdapterStateError: there are such values.
-    """
-    if broken := view.diverged():
-        raise AdapterStateError(
-            f"{listed(broken)} of {type(view.model).__name__} hold NaN or infinite values: the training has diverged. "
-            "Train again with a lower learning rate, or use an earlier checkpoint."
-        )
+    """Refuse NaN and infinite adapters and merged weights."""
+    check_not_diverged(view)
     weights = set(view.adapted_weights)
     for name, value in state.items():
         if plain_name(name) in weights and not value.isfinite().all():

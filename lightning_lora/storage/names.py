@@ -66,16 +66,6 @@ def find_renamings(
 ) -> list[Renaming]:
     """Return the ways in which all names of a file become known names, if one prefix is exchanged.
 
-    Args:
-        names: The names in the file.
-        known: The names here.
-        root_there: The path of the one model inside, in the file.
-        root_here: The same here.
-
-    Returns:
-        Only the names as they are, or with one root in place of the other, if one of these fits. Otherwise each other
-        way that fits: none of them is certain if there are several.
-
     Example:
         >>> find_renamings(["model.q", "model.v"], ["net.q", "net.v"], root_there="model")
         [Renaming(there='model', here='net')]
@@ -117,14 +107,7 @@ def by_whole_names(
     settings: LoRAConfig,
     present: Collection[str],
 ) -> LoRAConfig:
-    """Return a configuration that names each layer in full.
-
-    Args:
-        layers: The layers to adapt.
-        ranks: The rank and alpha of each of them, or of each adapted parameter, by its name.
-        settings: The other arguments.
-        present: The names of all modules of the model.
-    """
+    """Return a configuration that names each layer in full."""
     modules, parameters, slices = [], [], dict[str, Any]()
     for layer in layers:
         if layer.kind == LoRAParameters.__name__:
@@ -176,11 +159,7 @@ def _list_or_expression(names: list[str], present: Collection[str]) -> list[str]
 def renamed_config(
     config: LoRAConfig, layers: Iterable[StoredLayer], renaming: Renaming, model: nn.Module
 ) -> LoRAConfig:
-    """Return the configuration of a file for a model with other names.
-
-    Raises:
-        AdapterMismatchError: ``model`` has further modules or parameters of which a list of names would mean the ends.
-    """
+    """Return the configuration of a file for a model with other names."""
     modules = named_modules(model, remove_duplicate=False)
     parameters = parameters_of(modules)
     inside = [name for name in (*modules, *parameters) if is_inside(name, renaming.here) and name != renaming.here]

@@ -1,7 +1,7 @@
 """Adapters outside of a model: what training changed, and what a file says of it."""
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterFileError, ConfigError, listed
+from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, listed
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.state import HALVES
@@ -34,6 +34,10 @@ DIVERGED = (
 """What is said of NaN and infinite values in a file."""
 
 
+_PLAIN = ("base", "changed", "random", "saved", "root", "copies")
+"""The entries of a file's description that :class:`StoredAdapters` has as they are."""
+
+
 @dataclass(frozen=True)
 class StoredAdapters:
     """Adapters outside of a model: every file format reads into this or writes from it.
@@ -56,8 +60,8 @@ class StoredAdapters:
     state: dict[str, Any]
     layers: dict[str, StoredLayer] = field(default_factory=dict)
     base: list[dict[str, Any]] = field(default_factory=list)
-    changed: tuple[str, ...] = ()
-    random: tuple[str, ...] = ()
+    changed: Sequence[str] = field(default_factory=list)
+    random: Sequence[str] = field(default_factory=list)
     saved: dict[str, list[str]] = field(default_factory=dict)
     root: str = ""
     copies: list[Any] = field(default_factory=list)
@@ -66,7 +70,7 @@ class StoredAdapters:
 
     @classmethod
     def from_view(
-        cls, view: View, state: dict[str, Any], base: list[dict[str, Any]], copies: Iterable[Any] = ()
+        cls, view: View, state: dict[str, Any], base: list[dict[str, Any]], copies: list[Any] | None = None
     ) -> "StoredAdapters":
         """Return ``state`` of an adapted model, and what a file says of it."""
         held = [*view.parameters, *view.buffers]
@@ -77,55 +81,27 @@ class StoredAdapters:
             state=state,
             layers={layer.name: layer for layer in layers_of(view)},
             base=base,
-            changed=tuple(name for name in state if name in view.frozen),
-            random=random_weights(view),
+            changed=[name for name in state if name in view.frozen],
+            random=list(random_weights(view)),
             saved={module: [name for name in held if name.startswith(f"{module}.")] for module in outer},
             root=root_of(view.model),
-            copies=list(copies),
+            copies=copies or [],
             source=type(view.model).__name__,
         )
 
     @classmethod
     def from_file(cls, state: dict[str, Any], description: dict[str, Any], source: object) -> "StoredAdapters":
-        """Return what a file holds.
-
-        Raises:
-            AdapterFileError: ``description`` is not one that :meth:`description` made.
-        """
+        """Return what a file holds."""
         config = stored_config(description)
         layers = [StoredLayer.from_dict(layer) for layer in description.get("layers", ())]
-        return cls(
-            config=config,
-            state=state,
-            layers={layer.name: layer for layer in layers},
-            base=description["base"],
-            changed=tuple(description["changed"]),
-            random=tuple(description.get("random", ())),
-            saved=description.get("saved", {}),
-            root=description.get("root", ""),
-            copies=description.get("copies", []),
-            source=str(source),
-        )
+        plain = {name: description[name] for name in _PLAIN if name in description}
+        return cls(config, state, {layer.name: layer for layer in layers}, source=str(source), **plain)
 
     def description(self) -> dict[str, Any]:
-        """Return all but the state in plain types, with a checksum of both.
-
-        Raises:
-            ConfigError: it is too long to be stored.
-        """
-        about = {
-            "format": FORMAT,
-            "config": self.config.to_dict(),
-            "base": self.base,
-            "changed": list(self.changed),
-            "entries": len(self.state),
-            "random": list(self.random),
-            "layers": [layer.to_dict() for layer in self.layers.values()],
-            "root": self.root,
-            "saved": self.saved,
-        }
-        if self.copies:
-            about["copies"] = self.copies
+        """Return all but the state in plain types, with a checksum of both."""
+        about = {name: getattr(self, name) for name in _PLAIN if name != "copies" or self.copies}
+        about |= {"format": FORMAT, "config": self.config.to_dict(), "entries": len(self.state)}
+        about["layers"] = [layer.to_dict() for layer in self.layers.values()]
         if not _is_bounded(about):
             raise ConfigError(
                 "The configuration is too long to be stored. Name many layers by one expression, such as "
@@ -134,11 +110,7 @@ class StoredAdapters:
         return {**about, "checksum": _checksum(self.state, about)}
 
     def check_finite(self) -> None:
-        """Refuse NaN and infinite values, for whoever has no model to compare them with.
-
-        Raises:
-            AdapterFileError: there are such values.
-        """
+        """Refuse NaN and infinite values, for whoever has no model to compare them with."""
         tensors = {name: value for name, value in self.state.items() if isinstance(value, Tensor)}
         if broken := [name for name, value in tensors.items() if not value.isfinite().all()]:
             raise AdapterFileError(f"{listed(broken)} in {self.source} hold NaN or infinite values: {DIVERGED}.")
@@ -148,11 +120,7 @@ class StoredAdapters:
 
 
 def stored_config(description: object) -> LoRAConfig:
-    """Return the configuration in a file's description, after a check of all of it.
-
-    Raises:
-        AdapterFileError: ``description`` is not one that :meth:`StoredAdapters.description` made.
-    """
+    """Return the configuration in a file's description, after a check of all of it."""
     foreign = AdapterFileError(f"This package did not write the file's {KEY!r} entry, or the file is damaged.")
     if not isinstance(description, dict) or type(description.get("format")) is not int or not _is_bounded(description):
         raise foreign
@@ -180,7 +148,7 @@ def _is_bounded(value: object, most: int = 1 << 24) -> bool:
 
 
 def _is_digest(value: object) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
+    return _is_size(value) and value < 1 << 63  # type: ignore[operator]
 
 
 def _is_dtype(value: object) -> bool:
@@ -284,11 +252,7 @@ def check_entries(names: Collection[str], description: Mapping[str, Any], path: 
 
 
 def check_checksum(state: Mapping[str, Any], description: Mapping[str, Any], path: object) -> None:
-    """Refuse adapters that were changed after they were written.
-
-    Raises:
-        AdapterFileError: ``state`` or ``description`` was changed.
-    """
+    """Refuse adapters that were changed after they were written."""
     check_entries(state, description, path)
     odd = [f"a name of type {type(name).__name__}" for name in state if not isinstance(name, str)]
     odd += [name for name, value in state.items() if isinstance(name, str) and not _is_stored(value)]
@@ -384,6 +348,15 @@ def without_base(view: View, state: Mapping[str, Any], random: Collection[str] =
         if name in held and view.parameters[name] is not trained[name]:  # tied and merged: its other use trains
             kept[name] = trained[name].detach()
     return kept
+
+
+def check_not_diverged(view: View) -> None:
+    """Refuse to write adapters with NaN or infinite values, which nothing would load."""
+    if broken := view.diverged():
+        raise AdapterStateError(
+            f"{listed(broken)} of {type(view.model).__name__} hold NaN or infinite values: the training has diverged. "
+            "Train again with a lower learning rate, or use an earlier checkpoint."
+        )
 
 
 def required(view: View) -> dict[str, Tensor]:

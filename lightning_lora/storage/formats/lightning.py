@@ -12,56 +12,30 @@ from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.base_copies import MOVED
-from lightning_lora.storage.stored import KEY, check_checksum, stored_config
+from lightning_lora.storage.schema import fits
+from lightning_lora.storage.stored import DIVERGED, KEY, check_checksum, stored_config
 
 VERSION = "pytorch-lightning_version"
 """Lightning's entry with the version that wrote a checkpoint."""
 
-_RESUMED: dict[str, type[Any]] = {"optimizer_states": list, "lr_schedulers": list, "loops": Mapping}
+_RESUMED = ("optimizer_states", "lr_schedulers", "loops")
 """The entries without which a fit cannot go on."""
 
-_TYPES: dict[str, type[Any]] = {
-    **_RESUMED,
-    "callbacks": Mapping,
-    "hyper_parameters": Mapping,
+
+def _is_mapping(value: object) -> bool:
+    return isinstance(value, Mapping)
+
+
+_TYPES = {
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "loops": {str: _is_mapping},
+    "callbacks": _is_mapping,
+    "hyper_parameters": _is_mapping,
     "epoch": int,
     "global_step": int,
 }
-"""Lightning's entries, and their types."""
-
-
-def check_version(checkpoint: Mapping[Any, Any], path: object) -> None:
-    """Refuse a checkpoint without Lightning's version.
-
-    Raises:
-        AdapterFileError: there is none, or it cannot be read.
-    """
-    if VERSION not in checkpoint:
-        raise AdapterFileError(
-            f"{path} is not a Lightning checkpoint: it has no version. Pass one that a Trainer wrote."
-        )
-    try:
-        Version(checkpoint[VERSION])
-    except (InvalidVersion, TypeError) as error:
-        raise AdapterFileError(
-            f"{path} is damaged or was changed: {str(checkpoint[VERSION])[:50]!r} is no version of Lightning. Use "
-            "another checkpoint."
-        ) from error
-
-
-def check_types(checkpoint: Mapping[Any, Any], path: object) -> None:
-    """Refuse a checkpoint in which entries have wrong types.
-
-    Raises:
-        AdapterFileError: an entry of Lightning's own is of another type than Lightning writes.
-    """
-    wrong = [name for name, kind in _TYPES.items() if name in checkpoint and not isinstance(checkpoint[name], kind)]
-    if "loops" not in wrong and not all(isinstance(state, Mapping) for state in checkpoint.get("loops", {}).values()):
-        wrong.append("loops")
-    if wrong:
-        raise AdapterFileError(
-            f"{path} is damaged or was changed: Lightning did not write its {listed(wrong)}. Use another checkpoint."
-        )
+"""Lightning's entries, and their forms."""
 
 
 def has_run(checkpoint: Mapping[Any, Any]) -> bool:
@@ -70,11 +44,7 @@ def has_run(checkpoint: Mapping[Any, Any]) -> bool:
 
 
 def check_resumable(checkpoint: Mapping[Any, Any], path: object) -> None:
-    """Refuse a checkpoint from which a fit cannot go on.
-
-    Raises:
-        AdapterFileError: it holds no state of a run, or an optimizer's state is NaN or infinite.
-    """
+    """Refuse a checkpoint from which a fit cannot go on."""
     if not has_run(checkpoint):
         missing = [name for name in _RESUMED if name not in checkpoint]
         raise AdapterFileError(
@@ -84,20 +54,16 @@ def check_resumable(checkpoint: Mapping[Any, Any], path: object) -> None:
     for state in checkpoint["optimizer_states"]:
         if not isinstance(state, Mapping) or not isinstance(state.get("param_groups"), list):
             raise AdapterFileError(f"{path} is damaged or was changed: it has no state of an optimizer where one was.")
-        if not all(_is_finite(value) for value in _tensors_in(state.get("state"))):
-            raise AdapterFileError(
-                f"The optimizer's state in {path} holds NaN or infinite values: the training that wrote it had "
-                "diverged. Use an earlier checkpoint, or train again with a lower learning rate."
-            )
+        if not all(map(_is_finite, _tensors_in(state.get("state")))):
+            raise AdapterFileError(f"The optimizer's state in {path} holds NaN or infinite values: {DIVERGED}.")
 
 
 def _tensors_in(state: object) -> Iterable[Tensor]:
     """The tensors in an optimizer's state: of each parameter, or lists of them, as LBFGS has."""
     for named in state.values() if isinstance(state, Mapping) else ():
         for value in named.values() if isinstance(named, Mapping) else ():
-            for each in value if isinstance(value, list | tuple) else (value,):
-                if isinstance(each, Tensor):
-                    yield each
+            several = value if isinstance(value, list | tuple) else (value,)
+            yield from (each for each in several if isinstance(each, Tensor))
 
 
 def _is_finite(value: Tensor) -> bool:
@@ -105,24 +71,27 @@ def _is_finite(value: Tensor) -> bool:
 
 
 def check_readable(checkpoint: object, path: object) -> None:
-    """Refuse what is not a valid Lightning checkpoint.
-
-    Args:
-        checkpoint: What was read.
-        path: The file.
-
-    Raises:
-        AdapterFileError: ``checkpoint`` is not a Lightning checkpoint, or its adapters are not as they were written.
-    """
+    """Refuse what is not a Lightning checkpoint, or not as it was written."""
     if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("state_dict"), Mapping):
         raise AdapterFileError(
             f"{path} is not a Lightning checkpoint: it has no 'state_dict'. Pass one that a Trainer wrote."
         )
-    check_version(checkpoint, path)
+    if VERSION not in checkpoint:
+        raise AdapterFileError(
+            f"{path} is not a Lightning checkpoint: it has no version. Pass one that a Trainer wrote."
+        )
+    damaged = f"{path} is damaged or was changed: "
+    try:
+        Version(checkpoint[VERSION])
+    except (InvalidVersion, TypeError) as error:
+        raise AdapterFileError(
+            f"{damaged}{str(checkpoint[VERSION])[:50]!r} is no version of Lightning. Use another checkpoint."
+        ) from error
     if KEY in checkpoint:
         stored_config(checkpoint[KEY])
         check_checksum(checkpoint["state_dict"], checkpoint[KEY], path)
-        check_types(checkpoint, path)
+        if wrong := [name for name in _TYPES if name in checkpoint and not fits(checkpoint[name], _TYPES[name])]:
+            raise AdapterFileError(f"{damaged}Lightning did not write its {listed(wrong)}. Use another checkpoint.")
 
 
 def as_base(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

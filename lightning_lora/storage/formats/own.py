@@ -1,7 +1,8 @@
 """Read and write the adapter files of this package."""
 
 import json
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -33,16 +34,8 @@ ADAPTERS = "adapters"
 """The part of this package's entry that holds what training changed, beside a merged model."""
 
 
-# Write
-
-
 def write_adapter_file(path: str | Path, stored: StoredAdapters) -> None:
-    """Write adapters as one ``.safetensors`` file.
-
-    Raises:
-        AdapterFileError: a tensor is of a kind that the format does not have, or the file cannot be written.
-    """
-    local = local_path(path)
+    """Write adapters as one ``.safetensors`` file."""
     try:
         tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in stored.state.items()}
         contents = save(tensors, metadata={"format": "pt", KEY: json.dumps(stored.description())})
@@ -51,53 +44,28 @@ def write_adapter_file(path: str | Path, stored: StoredAdapters) -> None:
         raise AdapterFileError(
             f"safetensors cannot hold one of {kinds}: {type(error).__name__}: {error}. Save with the Trainer instead."
         ) from error
-    with writing(path, beside=local is not None) as place:
-        if local is not None:
-            place.write_bytes(contents)
-        else:
-            with fsspec.open(place, "wb") as file:
-                file.write(contents)
+    with writing(path) as place, fsspec.open(os.fspath(place), "wb") as file:
+        file.write(contents)
 
 
 def check_place(path: str | Path) -> None:
-    """Refuse a place where no adapter file can be written.
-
-    Raises:
-        AdapterFileError: the name has another ending.
-        FileNotFoundError: the folder does not exist.
-    """
+    """Refuse a name that would hide the format from other programs, and a folder that does not exist."""
     check_path(path)
     local = local_path(path)
-    _check_name(path, local)
+    if not str(path).endswith(".safetensors"):
+        place = local or PurePosixPath(str(path).rpartition("/")[2])
+        stem = place.stem if place.suffix in (".ckpt", ".pt", ".pth", ".bin") else place.name
+        is_folder = local is not None and local.is_dir()
+        name = place / "adapter.safetensors" if is_folder else place.with_name(f"{stem}.safetensors")
+        raise AdapterFileError(
+            f"Adapters are written as safetensors, and {str(path)!r} does not end in .safetensors. Use {str(name)!r}."
+        )
     if local is not None and not local.parent.is_dir():
         raise FileNotFoundError(f"The folder {local.parent} does not exist. Make it first.")
 
 
-def _check_name(given: str | Path, local: Path | None) -> None:
-    """Refuse a name that would hide the format from other programs."""
-    if str(given).endswith(".safetensors"):
-        return
-    path = local or PurePosixPath(str(given).rpartition("/")[2])
-    stem = path.stem if path.suffix in (".ckpt", ".pt", ".pth", ".bin") else path.name
-    is_folder = local is not None and local.is_dir()
-    name = path / "adapter.safetensors" if is_folder else path.with_name(f"{stem}.safetensors")
-    raise AdapterFileError(
-        f"Adapters are written as safetensors, and {str(given)!r} does not end in .safetensors. Use {str(name)!r}."
-    )
-
-
-# Read
-
-
 def read_adapter_file(path: str | Path | IO[bytes]) -> StoredAdapters:
-    """Return the adapters in a file of this package.
-
-    No code in the file is run.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        AdapterFileError: the file is truncated, was changed, or is of another kind.
-    """
+    """Return the adapters in a file of this package. No code in the file is run."""
     local = local_path(path)
     if local is not None and (local / PEFT_CONFIG).is_file():
         raise AdapterFileError(f"{path} holds {_IN_PEFT}")
@@ -110,21 +78,12 @@ def read_contents(path: str | Path | IO[bytes]) -> Any:
     They have the form of a checkpoint. Tensors of another library are returned by their names. Of a model's own
     tensors, only the names are returned. Objects of classes, such as hyperparameters, are not read, and no code in the
     file is run.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        AdapterFileError: it cannot be read, or the adapters are objects of classes.
     """
     return _read(path, partial(_load_adapters, path))
 
 
 def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
-    """Return the contents of a checkpoint, hyperparameters and all.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        AdapterFileError: it cannot be read, or holds objects of classes, with ``weights_only``.
-    """
+    """Return the contents of a checkpoint, hyperparameters and all."""
     remedy = (
         "If you trust it, pass weights_only=False to load_from_checkpoint. If not, build the model yourself, and call "
         "load_adapter(model, path): it reads only the adapters."
@@ -179,17 +138,8 @@ def _read_tensors(local: Path, path: object) -> dict[str, Any]:
         return {"state_dict": {name: file.get_tensor(name) for name in names}, KEY: description}
 
 
-def is_foreign(names: Iterable[str]) -> bool:
-    """Whether names of tensors are those of another library."""
-    return is_peft(names) or is_loralib(names)
-
-
 def adapters_in(contents: Any, path: object) -> StoredAdapters:
-    """Return the adapters in the contents of a file, if they are as they were written.
-
-    Raises:
-        AdapterFileError: these are no contents of an adapter file, or they were changed.
-    """
+    """Return the adapters in the contents of a file, if they are as they were written."""
     held = contents if isinstance(contents, dict) else {}
     state, description = held.get("state_dict"), held.get(KEY)
     if not isinstance(state, dict) or description is None:
@@ -232,9 +182,6 @@ def leave_adapters(checkpoint: object) -> dict[str, Any]:
     """Leave only what training changed, as the description says.
 
     That is without the note for readers without this package, and without the merged model that is written for them.
-
-    Returns:
-        The state of the merged model. It is empty if there was none.
     """
     if not isinstance(checkpoint, dict):
         return {}
