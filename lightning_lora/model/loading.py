@@ -1,7 +1,7 @@
 """Handle state dicts that other code loads into adapted models."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,43 +9,21 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterStateError, LoRAWarning, listed
 from lightning_lora.layers import HAS_UPDATE
 from lightning_lora.model.norms import FrozenNorm
-from lightning_lora.model.state import find_record, on_load
+from lightning_lora.model.state import on_load
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import join, owner_of, plain_name
 from lightning_lora.tensors.values import same_bits
 
-DESCRIPTION = "lightning_lora"
-"""A note on the state dict in a file of adapters, beside torch's own: the description of the adapters."""
-
-_Load = Callable[[nn.Module, dict[str, Any], dict[str, Any]], None]
-_load_adapters: _Load | None = None
-"""How a model loads the state and the description in a file. The package of files sets it: it can check them."""
-
-
-def loads_adapters(function: _Load) -> _Load:
-    """Load files by this function when other code loads them into a model."""
-    global _load_adapters
-    _load_adapters = function
-    return function
-
 
 @on_load
-def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any]) -> None:
+def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any]) -> bool:
     """Check a state dict before torch loads it.
 
-    It may contain a new base, or a merged model: then the record takes over its values. It may be that of a file of
-    adapters, which torch could not load alone: they are loaded here, and ``state`` becomes the model's own. What does
-    not fit is refused, and nothing is loaded then.
+    It may contain a new base, or a merged model: then the record takes over its values. Adapters for a merged model are
+    refused, and nothing is loaded then.
     """
-    record = find_record(model)
-    if record is None:
-        return
-    if _load_adapters and DESCRIPTION in notes:
-        _load_adapters(model, dict(state), notes[DESCRIPTION])
-        state.clear()
-        state.update(model.state_dict())
-        return
     view = View(model)
+    record = view.record
     given = _without_prefix(state, plain_name(prefix))
     adapters = [name for name in view.adapters if name in given]
     if record.is_merged:
@@ -54,18 +32,19 @@ def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Map
                 f"This state holds only adapters ({listed(adapters)}), and those of {type(model).__name__} are merged "
                 "into its weights. Call load_adapter(model, path) with the file, or unmerge_adapters(model) first."
             )
-        return
+        return False
     frozen = [name in given for name in view.base if name not in record.adapter.originals]
     if adapters and all(frozen):
         view.adapter.base_holds(_loaded(view, given, _statistics(view)))
     if adapters or not any(frozen):
-        return  # only parts that train: not a base
+        return False  # only what trains: not a base
     if not view.is_fresh():
         is_merged = HAS_UPDATE in notes or _holds_updates(view, given)
         warnings.warn(_what_happens(model, is_merged=is_merged), LoRAWarning, stacklevel=6)
         for layer in view.layers.values() if is_merged else ():
             layer.lora_restart()
     record.base_was_loaded(given, _loaded(view, given, view.adapter.originals))
+    return False
 
 
 def _holds_updates(view: View, given: Mapping[str, Any]) -> bool:

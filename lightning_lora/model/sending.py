@@ -34,11 +34,8 @@ _Record = TypeVar("_Record")
 _FOLDER = "LIGHTNING_LORA_MEMORY"
 """The environment variable with the folder's path, which worker processes inherit."""
 
-_MADE: dict[Path, int] = {}
-"""The folders that were made here, and the process that made each one: a fork has its parent's entries."""
-
-_ALLOWED: list[Any] = []
-"""The classes of which a record consists. Torch reads no others."""
+_MADE: dict[Path, int] = {}  # by which process each folder was made: a fork has its parent's entries
+_ALLOWED: list[Any] = []  # the classes of which a record consists: torch reads no others
 
 _LOCK = Lock()
 
@@ -70,16 +67,12 @@ def make_folder() -> None:
 def _folder() -> Path | None:
     """The folder, if it exists and no other user could have put anything into it."""
     folder = Path(os.environ.get(_FOLDER) or os.devnull)
-    return folder if _is_private(folder) else None
-
-
-def _is_private(folder: Path) -> bool:
     try:
         found = folder.lstat()
     except OSError:
-        return False
+        return None
     is_ours = os.name != "posix" or (found.st_uid == os.geteuid() and not found.st_mode & 0o077)
-    return stat.S_ISDIR(found.st_mode) and is_ours
+    return folder if stat.S_ISDIR(found.st_mode) and is_ours else None
 
 
 def _is_owner(folder: Path) -> bool:
@@ -87,7 +80,7 @@ def _is_owner(folder: Path) -> bool:
 
 
 def _delete(folder: Path) -> None:
-    if _is_owner(folder) and _is_private(folder):
+    if _is_owner(folder):
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -145,7 +138,9 @@ def delete_sent(model: nn.Module) -> None:
 def _about(model: nn.Module) -> Iterator[Path]:
     """The files about this model's weights, the newest first."""
     folder = _folder()
-    for path in sorted(folder.glob("*.pt"), reverse=True) if folder else ():
+    paths = sorted(folder.glob("*.pt"), reverse=True) if folder else []
+    parameters = named_parameters(model, remove_duplicate=False) if paths else {}
+    for path in paths:
         try:
             weights = _load(path)["weights"]
         except FileNotFoundError:  # another process was faster
@@ -153,13 +148,6 @@ def _about(model: nn.Module) -> Iterator[Path]:
         except Exception as error:
             warnings.warn(f"{path} cannot be read, and is skipped ({type(error).__name__}).", LoRAWarning, stacklevel=2)
             continue
-        if _has_weights(model, weights):
+        found = {name: parameters[name] for name in weights if name in parameters and not parameters[name].is_meta}
+        if len(found) == len(weights) and all(digest(parameter) == weights[name] for name, parameter in found.items()):
             yield path
-
-
-def _has_weights(model: nn.Module, digests: Mapping[str, int]) -> bool:
-    """Whether the parameters of ``model`` have these digests, of which there is at least one."""
-    parameters = named_parameters(model, remove_duplicate=False)
-    if not digests or any(name not in parameters or parameters[name].is_meta for name in digests):
-        return False
-    return all(digest(parameters[name]) == known for name, known in digests.items())

@@ -32,22 +32,21 @@ HALVES = (torch.bfloat16, torch.float16)
 
 @dataclass
 class AdapterState:
-    """What a model remembers of one adapter: another adapter on the same base would be another object.
-
-    Args:
-        config: Its configuration.
-        layers: The names of the layers that have it, or had it.
-        originals: The base's values of everything besides the adapter that training may change: modules trained in
-            full, biases, persistent buffers, and frozen weights for which a file had other values.
-        random: Frozen weights that look untrained, which files hold. None: they have not been looked for.
-        is_trained: Whether a Trainer has begun to train it, or it was loaded.
-    """
+    """What a model remembers of one adapter: another adapter on the same base would be another object."""
 
     config: LoRAConfig
     layers: tuple[str, ...] = ()
+    """The layers that have it, or had it."""
+
     originals: dict[str, Tensor] = field(default_factory=dict)
+    """The base's values of everything besides the adapter that training may change: modules trained in full, biases,
+    persistent buffers, and frozen weights for which a file had other values."""
+
     random: tuple[str, ...] | None = None
+    """Frozen weights that look untrained, which files hold. None: they have not been looked for."""
+
     is_trained: bool = False
+    """Whether a Trainer has begun to train it, or it was loaded."""
 
     def was_trained(self) -> None:
         """A Trainer begins to train it."""
@@ -80,19 +79,12 @@ class AdapterState:
 
 @dataclass
 class Merge:
-    """A merge that can be undone: the adapters, which hold the base's values, and the weights as the merge left them.
+    """A merge that can be undone. All tensors are as the merge left them, to notice if they change."""
 
-    Args:
-        adapters: The adapters by layer.
-        weights: The merged weights.
-        tied: The base of those that were tied, which another layer uses.
-        others: The other parameters.
-    """
-
-    adapters: dict[str, Adapter]
-    weights: dict[str, Seen]
-    tied: dict[str, Seen]
-    others: dict[str, Seen]
+    adapters: dict[str, Adapter]  # by layer: they hold the base's values
+    weights: dict[str, Seen]  # the merged ones
+    tied: dict[str, Seen]  # the base of those that were tied, which another layer uses
+    others: dict[str, Seen]  # the other parameters
 
 
 class Reading(NamedTuple):
@@ -104,31 +96,28 @@ class Reading(NamedTuple):
 
 @dataclass
 class Record:
-    """What a model remembers of its base and its adapter.
-
-    Args:
-        adapter: The adapter.
-        requires_grad: Whether each parameter of the base required a gradient before.
-        changed: Frozen weights that were changed in a run by other code than an optimizer. The values are two digests:
-            of the values last seen, and of the base's values, which are lost.
-        rounded_base: Base weights that were computed again from merged ones, with rounding. The values are two digests:
-            of these weights, and of the base's own, for which they stand.
-        merge: The merge, while the updates are merged into the weights.
-        read: The base's tensors as they were when they were last read in full, with their digests.
-        rounded: The digests of the base's tensors in half precision, by the digest in their own dtype.
-        fingerprints: The forms of this base seen so far: as loaded, and as converted by a Trainer's precision.
-        is_disabled: Whether the adapter is disabled now, inside ``disable_adapters``.
-    """
+    """What a model remembers of its base and its adapter."""
 
     adapter: AdapterState
+
     requires_grad: dict[str, bool] = field(default_factory=dict)
+    """Whether each parameter of the base required a gradient before."""
+
     changed: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Frozen weights that other code than an optimizer changed: the digests of the last and of the base's values."""
+
     rounded_base: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Base weights that were computed again from merged ones: their digests, and of those for which they stand."""
+
     merge: Merge | None = None
+    is_disabled: bool = False
+
+    fingerprints: list[dict[str, Any]] = field(default_factory=list)
+    """The forms of this base seen so far: as loaded, and as converted by a Trainer's precision."""
+
     read: dict[str, Reading] = field(default_factory=dict)
     rounded: dict[int, list[int]] = field(default_factory=dict)
-    fingerprints: list[dict[str, Any]] = field(default_factory=list)
-    is_disabled: bool = False
+    """The digests of the base's tensors in half precision, by the digest in their own dtype."""
 
     @property
     def is_merged(self) -> bool:
@@ -238,20 +227,23 @@ class Record:
 
 # The record of a model
 
-_LoadHook = Callable[[nn.Module, dict[str, Any], str, Mapping[str, Any]], None]
-_on_load: _LoadHook | None = None
+_LoadHook = Callable[[nn.Module, dict[str, Any], str, Mapping[str, Any]], bool]
+_HOOKS: list[_LoadHook] = []
 
 
 def on_load(hook: _LoadHook) -> _LoadHook:
-    """Call this function before torch loads a state dict into a model with a record."""
-    global _on_load
-    _on_load = hook
+    """Call this before torch loads a state dict into a model with a record; the latest hook first, until one says True.
+
+    A hook gets the model, the state dict, the prefix of the model's names in it, and torch's notes on it.
+    """
+    _HOOKS.insert(0, hook)
     return hook
 
 
 def _before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any], *_: Any) -> None:
-    if _on_load is not None:
-        _on_load(model, state, prefix, notes)
+    for hook in _HOOKS if find_record(model) else ():
+        if hook(model, state, prefix, notes):
+            return
 
 
 def find_record(model: nn.Module) -> Record | None:

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import BaseMismatchError, listed
 from lightning_lora.model.fresh import random_weights
-from lightning_lora.model.loading import DESCRIPTION, loads_adapters
 from lightning_lora.model.merge import unmerged
-from lightning_lora.model.state import record_of
+from lightning_lora.model.state import on_load, record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.apply import check_fits, write_state
 from lightning_lora.storage.base import base_tensors, fingerprint, note_changed, with_halves
@@ -44,7 +43,7 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
         held = _copied(held)
     about = StoredAdapters.from_view(view, held["state_dict"], with_halves(view, forms), places).description()
     state: Any = OrderedDict({NOTE: torch.empty(0), **held["state_dict"]})
-    state._metadata = {"": {DESCRIPTION: about}}  # for the module itself, if other code loads it
+    state._metadata = {"": {KEY: about}}  # for the module itself, if other code loads it
     return {**held, "state_dict": state, KEY: about}
 
 
@@ -124,14 +123,19 @@ def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole
     write_state(model, state)
 
 
-@loads_adapters
-def _load_described(model: nn.Module, state: dict[str, Any], description: dict[str, Any]) -> None:
-    """Load the state in a file that other code gives to an adapted or merged model."""
-    state = {name: value for name, value in state.items() if not is_note(name)}
-    stored = StoredAdapters.from_file(state, description, "")
+@on_load
+def _load_described(model: nn.Module, state: dict[str, Any], _: str, notes: Mapping[str, Any]) -> bool:
+    """Load the state in a file that other code gives to an adapted or merged model; torch gets the model's own."""
+    if KEY not in notes:
+        return False
+    held = {name: value for name, value in state.items() if not is_note(name)}
+    stored = StoredAdapters.from_file(held, notes[KEY], "")
     with unmerged(model):
         check_fits(view_of(model), stored)
-        write_state(model, state)
+        write_state(model, held)
+    state.clear()
+    state.update(model.state_dict())
+    return True
 
 
 def _completed(model: nn.Module, state: Mapping[str, Any], base: Mapping[str, Tensor]) -> dict[str, Any]:
