@@ -51,7 +51,8 @@ def fit_and_resume(make: Make, folder: Path) -> None:
     fit(make, folder, "resumed", folder / "through" / "epoch=0.ckpt")
 
 
-def main() -> None:
+def main(*argv: str) -> None:
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--strategy", default="ddp")
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--environment")
     parser.add_argument("--requeue", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv or None)
 
     def make(callbacks: list[L.Callback]) -> L.Trainer:
         return trainer(
@@ -78,5 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(LIMIT, exit=True)
     main()

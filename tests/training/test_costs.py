@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lora import BaseMismatchError, LoRAWarning, load_adapter, save_adapter, unmerge_adapters
 from lightning_lora.layers import LoRALayer
-from lightning_lora.model import record
+from lightning_lora.model import state as record
 from lightning_lora.tensors import digests as hashing
 from tests.support.cases import StopError
 from tests.support.models import LitTiny, best, data, is_plain, lora, same, state, trainer

@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tests.support.faults import FORK
+from tests.support.launched import main
 from tests.support.models import LitTiny, exact, same
 from tests.support.training import files_hold_adapters_alone
 
@@ -25,45 +27,72 @@ LIMIT = 180.0
 """Seconds for one launcher."""
 
 
-@dataclass(frozen=True)
-class Start:
-    """A command, and the variables that a launcher sets for it."""
+class Command:
+    """A new process, with the variables that a launcher sets."""
 
-    command: list[str]
-    variables: dict[str, str] = field(default_factory=dict)
+    def __init__(self, *command: str, **variables: str) -> None:
+        self.command = command
+        self.environment = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
+        self.environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # and nothing that another one has set
+        self.environment |= variables
 
-    def run(self, log: Path) -> subprocess.Popen[bytes]:
-        environment = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
-        environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # and nothing that another launcher has set
+    def start(self, log: Path) -> None:
         with log.open("wb") as file:
-            return subprocess.Popen(
-                [sys.executable, *self.command],
-                cwd=ROOT,
-                env=environment | self.variables,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            how: dict[str, Any] = {"stdout": file, "stderr": file, "start_new_session": True}
+            self.process = subprocess.Popen([sys.executable, *self.command], cwd=ROOT, env=self.environment, **how)
+
+    def code(self) -> int | None:
+        return self.process.poll()
+
+    def end(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # and its children
+        self.process.wait()
 
 
-def run(folder: Path, starts: Sequence[Start]) -> None:
+class Program(Command):
+    """A fork that does what ``python -m tests.support.launched`` does, which need not import all anew."""
+
+    def start(self, log: Path) -> None:
+        self.fork = FORK.Process(target=self.work, args=(log,))
+        self.fork.start()
+
+    def work(self, log: Path) -> None:
+        os.setsid()
+        os.environ.clear()
+        os.environ.update(self.environment)
+        with log.open("wb") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        main(*self.command)
+
+    def code(self) -> int | None:
+        return self.fork.exitcode  # type: ignore[no-any-return]
+
+    def end(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.fork.pid, signal.SIGKILL)
+        self.fork.join()
+
+
+def run(folder: Path, commands: Sequence[Command]) -> None:
     """Run commands side by side, and show what they printed if one of them fails or does not end.
 
     Then none of them is waited for any longer.
     """
-    logs = [folder / f"{number}.log" for number in range(len(starts))]
-    processes = [start.run(log) for start, log in zip(starts, logs, strict=True)]
+    logs = [folder / f"{number}.log" for number in range(len(commands))]
+    for command, log in zip(commands, logs, strict=True):
+        command.start(log)
     over = time.monotonic() + LIMIT
     try:
-        while None in (codes := [process.poll() for process in processes]) and not any(codes):
+        while None in (codes := [command.code() for command in commands]) and not any(codes):
             if time.monotonic() > over:
                 break
             time.sleep(0.05)
     finally:
-        for process in processes:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and its children
-            process.wait()
+        for command in commands:
+            command.end()
     assert not any(codes) and None not in codes, "\n".join(log.read_text() for log in logs)
 
 
@@ -73,46 +102,44 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-Launcher = Callable[[Path], list[Start]]
+Launcher = Callable[[Path], list[Command]]
+LAUNCHED = ("-m", "tests.support.launched")
+TORCHRUN = ("-m", "torch.distributed.run")
 
 
-def program(folder: Path, *options: str) -> list[str]:
-    return ["-m", "tests.support.launched", str(folder), *options]
+def forking(folder: Path) -> list[Command]:
+    return [Program(str(folder), "--strategy=ddp_fork")]
 
 
-def forking(folder: Path) -> list[Start]:
-    return [Start(program(folder, "--strategy=ddp_fork"))]
+def lightning(folder: Path) -> list[Command]:
+    return [Command(*LAUNCHED, str(folder))]
 
 
-def lightning(folder: Path) -> list[Start]:
-    return [Start(program(folder))]
+def torchrun(folder: Path) -> list[Command]:
+    return [Command(*TORCHRUN, "--standalone", "--nproc_per_node=2", *LAUNCHED, str(folder))]
 
 
-def torchrun(folder: Path) -> list[Start]:
-    return [Start(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *program(folder)])]
-
-
-def torchrun_on_two_nodes(folder: Path) -> list[Start]:
+def torchrun_on_two_nodes(folder: Path) -> list[Command]:
     options = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    command = program(folder, "--nodes=2", "--devices=1")
-    return [Start(["-m", "torch.distributed.run", *options, f"--node_rank={node}", *command]) for node in range(2)]
+    program = [*LAUNCHED, str(folder), "--nodes=2", "--devices=1"]
+    return [Command(*TORCHRUN, *options, f"--node_rank={node}", *program) for node in range(2)]
 
 
-def slurm(folder: Path, *options: str) -> list[Start]:
+def slurm(folder: Path, *options: str) -> list[Command]:
     job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "fit", "SLURM_NODELIST": "localhost", "MASTER_PORT": free_port()}
     job |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
     ranks = [{"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)} for task in range(2)]
-    return [Start(program(folder, *options), job | rank) for rank in ranks]
+    return [Program(str(folder), *options, **job, **rank) for rank in ranks]
 
 
-def kubeflow(folder: Path) -> list[Start]:
+def kubeflow(folder: Path) -> list[Command]:
     job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-    command = program(folder, "--nodes=2", "--devices=1", "--environment=KubeflowEnvironment")
-    return [Start(command, job | {"RANK": str(pod)}) for pod in range(2)]
+    options = ["--nodes=2", "--devices=1", "--environment=KubeflowEnvironment"]
+    return [Program(str(folder), *options, **job, RANK=str(pod)) for pod in range(2)]
 
 
-def ray(folder: Path) -> list[Start]:
-    return [Start(["-m", "tests.support.launched_by_ray", str(folder)])]
+def ray(folder: Path) -> list[Command]:
+    return [Command("-m", "tests.support.launched_by_ray", str(folder))]
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +204,7 @@ def test_ray_gives_the_same_bits_and_reports_adapters_alone(results: Path, forke
 
 @exact
 def test_a_job_that_slurm_requeues_goes_on_to_the_same_bits(results: Path, forked: Path) -> None:
-    def requeued(folder: Path) -> list[Start]:
+    def requeued(folder: Path) -> list[Command]:
         return slurm(folder, "--requeue")
 
     given = result(results, requeued, requeued)
@@ -186,5 +213,6 @@ def test_a_job_that_slurm_requeues_goes_on_to_the_same_bits(results: Path, forke
 
 
 def test_a_command_that_fails_ends_the_others_and_is_shown(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="out of order"):
-        run(tmp_path, [Start(["-c", "import time; time.sleep(600)"]), Start(["-c", "exit('out of order')"])])
+    for fails, says in (Command("-c", "exit('out of order')"), "out of order"), (Program("--x"), "required: folder"):
+        with pytest.raises(AssertionError, match=says):
+            run(tmp_path, [Command("-c", "import time; time.sleep(600)"), fails])
