@@ -23,7 +23,7 @@ from lightning_lora import (
     summarize,
     unmerge_adapters,
 )
-from tests.support.fails_once import FailsOnce
+from tests.support.faults import FailsOnce
 from tests.support.model import flags, unfreezable
 from tests.support.models import LitTiny, randomise, same, state
 from tests.support.storage import trained

@@ -26,7 +26,7 @@ from lightning_lora import (
 from lightning_lora.functional import update
 from lightning_lora.model.view import View
 from tests.benchmarks.measure import peak_growth
-from tests.support.fails_once import FailsOnce
+from tests.support.faults import FailsOnce
 from tests.support.layers import config
 from tests.support.model import as_merged, as_trained
 from tests.support.models import TinyLM, is_plain, randomise, same, state, unties

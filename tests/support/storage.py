@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject_adapters
-from tests.support.models import LitTiny, randomise, same, state
+from tests.support.faults import unchanged
+from tests.support.models import LitTiny, randomise
 
 CONFIG = LoRAConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj"], modules_to_save=["head"], bias="lora_only")
 
@@ -28,13 +28,5 @@ def trained() -> LitTiny:
 @contextmanager
 def refused(model: nn.Module, error: type[Exception], match: str) -> Iterator[None]:
     """Expect an error, and the model exactly as it was."""
-
-    def kinds() -> list[Any]:
-        return [(type(module), module.training) for module in model.modules()] + [
-            p.requires_grad for p in model.parameters()
-        ]
-
-    before, kinds_before = state(model), kinds()
-    with pytest.raises(error, match=match):
+    with unchanged(model), pytest.raises(error, match=match):
         yield
-    assert same(state(model), before) and kinds() == kinds_before
