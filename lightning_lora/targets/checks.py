@@ -71,8 +71,11 @@ def check_supported(
     names: Names, config: LoRAConfig, layers: Mapping[str, nn.Module], targets: Collection[nn.Module]
 ) -> None:
     """Refuse targets that cannot be adapted."""
-    refused = {name: why_not(names, name, layer) for name, layer in layers.items() if layer in targets}
-    refused = {name: why for name, why in refused.items() if why}
+    refused = {}
+    for name, layer in layers.items():
+        why = why_not(names, name, layer) if layer in targets else None
+        if why:
+            refused[name] = why
     if not refused:
         return
     reasons = "; ".join(f"{name!r}: {why}" for name, why in list(refused.items())[:_SHOWN])
@@ -92,20 +95,19 @@ def _shown(config: LoRAConfig) -> object:
 
 def check_patterns(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """Refuse a pattern's key without effect: it matches no adapted layer, or earlier keys match all of its layers."""
-    layers = [name for name, choice in choices.items() if choice.kind is not LoRAParameters]
-    parameters: dict[str, str] = {}
+    layers, parameters = dict[str, str](), dict[str, str]()  # each with the other name that a pattern may mean it by
     for name, choice in choices.items():
-        if choice.kind is LoRAParameters:
-            parameters |= {choice.name_of(name, matrix): name for matrix in choice.matrices}
+        for matrix in choice.matrices:
+            (parameters if choice.kind is LoRAParameters else layers)[choice.name_of(name, matrix)] = name
     for argument in ("rank_pattern", "alpha_pattern", "target_slices"):
-        held = {} if argument == "target_slices" else parameters  # parameters have no slices
-        matched = {}
+        meant = layers if argument == "target_slices" else layers | parameters  # parameters have no slices
+        matched: dict[str, list[str]] = {}
         for key in getattr(config, argument) or {}:
-            matched[key] = [name for name in layers if matches_pattern(key, name)]
-            for name, module in held.items():
+            matched[key] = []
+            for name, module in meant.items():
                 if matches_pattern(key, name) or matches_pattern(key, module):
                     matched[key].append(name)
-        _check_matched(names, argument, matched, [*layers, *held, *held.values()])
+        _check_matched(names, argument, matched, [*meant, *meant.values()])
         _check_order(names, argument, matched)
 
 

@@ -53,11 +53,16 @@ class Names:
             self.require(argument, {} if found else {pattern: meant})
             return found
         assert isinstance(pattern, tuple)
+        found, missing = [], dict.fromkeys(pattern, meant)
         entries = set(pattern)
-        found_by = {name: entries.intersection(_ends_of(name)) for name in known}
-        matched = set[str]().union(*found_by.values())
-        self.require(argument, {entry: meant for entry in pattern if entry not in matched})
-        return [name for name, meant_by in found_by.items() if meant_by]
+        for name in known:
+            matching = entries.intersection(_ends_of(name))
+            for entry in matching:
+                missing.pop(entry, None)
+            if matching:
+                found.append(name)
+        self.require(argument, missing)
+        return found
 
     def first_names(self, modules: Collection[nn.Module]) -> dict[str, nn.Module]:
         """Return these modules by the first of their names, in the model's order."""
@@ -120,8 +125,10 @@ def _nearest(missing: Mapping[str, Iterable[str]]) -> list[str]:
 
 def _ends_of(name: str) -> list[str]:
     """All list entries that would match ``name``: the full name and its last parts."""
-    parts = name.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts))]
+    ends = [name]
+    while "." in ends[-1]:
+        ends.append(ends[-1].partition(".")[2])
+    return ends
 
 
 def _ends_with(name: str, entries: Iterable[str]) -> bool:

@@ -79,13 +79,18 @@ def _modules_below(names: Names, left_out: Set[str]) -> set[nn.Module]:
 def _targets(names: Names, config: LoRAConfig) -> dict[str, nn.Module]:
     """The modules that ``target_modules`` names, supported or not."""
     targets = config.target_modules
-    if targets not in AUTOMATIC:
+    if targets in AUTOMATIC:
+        found = automatic_targets(names, str(targets))
+    else:
         found = {name: names.modules[name] for name in names.find("target_modules", targets)}
-        if isinstance(targets, str):  # an expression may also match containers and norms: leave them out
-            return {name: layer for name, layer in found.items() if adapter_for(layer)} or found
+    if not isinstance(targets, str):
         return found
-    found = automatic_targets(names, str(targets))
-    return {name: layer for name, layer in found.items() if not is_computed(layer)} or found
+    # a word leaves out computed weights, an expression containers and norms: unless there is nothing else
+    is_automatic = targets in AUTOMATIC
+    fit = {
+        name: layer for name, layer in found.items() if adapter_for(layer) and not (is_automatic and is_computed(layer))
+    }
+    return fit or found
 
 
 def automatic_targets(names: Names, word: str) -> dict[str, nn.Module]:
