@@ -77,7 +77,7 @@ def test_slices_choose_among_the_parts_of_a_layer_and_drop_the_rest() -> None:
     )
     assert names == ("self_attn",)
     assert list(adapter_state_dict(model)) == [f"self_attn.lora_{f}_{p}" for p in "qv" for f in "AB"]
-    with pytest.raises(AdapterMismatchError, match="parts="):
+    with pytest.raises(AdapterMismatchError, match="matrices="):
         inject_adapters(model, LoRAConfig(r=2, target_modules=["self_attn"]))
 
 
