@@ -104,10 +104,6 @@ def ties(deltas: list[Tensor], weights: list[float], density: float) -> Tensor:
 
     Source:
         Yadav et al. 2023, "TIES-Merging: Resolving Interference When Merging Models", section 4.2.
-
-    Example:
-        >>> ties([torch.tensor([3.0, 1.0]), torch.tensor([-1.0, 2.0])], [1.0, 1.0], density=1.0)
-        tensor([3.0000, 1.5000])
     """
     kept = torch.stack([weight * _largest(d, density) for d, weight in zip(deltas, weights, strict=True)])
     sign = kept.sum(0).sign()

@@ -9,10 +9,6 @@ def singular_values(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
 
     Shape:
         ``lora_A``: (\*, r, in), ``lora_B``: (\*, out, r). Returns (\*, min(r, in, out)), the largest first, in float64.
-
-    Example:
-        >>> singular_values(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]), scaling=2.0)
-        tensor([10.], dtype=torch.float64)
     """
     reading = torch.linalg.qr(lora_A.double().mT, mode="r").R
     writing = torch.linalg.qr(lora_B.double(), mode="r").R
@@ -31,10 +27,6 @@ def effective_rank(values: Tensor) -> Tensor:
 
     Source:
         Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality", section 2.
-
-    Example:
-        >>> effective_rank(torch.tensor([[1.0, 1.0, 1.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
-        tensor([3., 1., 0.])
     """
     total = values.sum(-1, keepdim=True)
     shares = values / total.clamp_min(torch.finfo(values.dtype).tiny)

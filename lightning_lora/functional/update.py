@@ -95,10 +95,6 @@ def magnitude_scale(magnitude: Tensor, matrix: Tensor) -> Tensor:
 
     Source:
         Liu et al. 2024, sections 4.1 (equation 5) and 4.3 (the constant).
-
-    Example:
-        >>> magnitude_scale(torch.tensor([10.0, 1.0]), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
-        tensor([2., 1.])
     """
     norms = row_norms(matrix.detach())
     scale = magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny)

@@ -155,12 +155,9 @@ class LoRALayer(LayerKind):
         return reduce(getattr, name.split("."), self)  # type: ignore[return-value]  # a tensor at the end
 
     def lora_effective_weight(self, name: str, weight: Tensor | None = None, *, dropping: bool = False) -> Tensor:
-        """Return a weight with its update, in float32 or wider.
+        """Return a weight, or what is given as its values, with its update, in float32 or wider.
 
-        Args:
-            name: The weight's name in the layer.
-            weight: The weight, if it is not to be read from the layer.
-            dropping: Whether to apply dropout in training. It drops whole features of A, as the input is not available.
+        With ``dropping``, dropout in training acts on features of A, as there is no input.
         """
         weight = self.lora_values(self, self._lora_weight(name) if weight is None else weight)
         dropout = self.lora_dropout() if dropping else 0.0
@@ -175,8 +172,7 @@ class LoRALayer(LayerKind):
     def lora_merged_weight(self, name: str) -> tuple[Tensor, float]:
         """Return a merged weight, with the dtype and the shape of the weight, and the share lost to rounding.
 
-        A weight that is distributed over processes is gathered meanwhile, so that the sum is the same to the last bit
-        as on one process.
+        A DTensor is gathered meanwhile, so that the sum is the same to the last bit as on one process.
         """
         weight = own_parameter(self, name)
         full = full_tensor(weight)
@@ -224,7 +220,7 @@ class LoRALayer(LayerKind):
 
     # Initialisation
 
-    def lora_restart(self) -> None:
+    def lora_initialise(self) -> None:
         """Initialise the adapter again, with an update of zero."""
         adapter = Adapter(type(self), self.lora_settings, self.lora_matrices, self.lora_parameters())
         initialise(self, adapter)
@@ -250,13 +246,13 @@ class LoRALayer(LayerKind):
         if self.lora_init_digests and self.lora_is_fresh():
             noted = {name: own_parameter(self, name) for name in self.lora_weights() if name in self.lora_init_digests}
             if any(digest(weight) != self.lora_init_digests[name] for name, weight in noted.items()):
-                self.lora_restart()
+                self.lora_initialise()
 
     def reset_parameters(self) -> None:
         """Initialise the base's parameters and the adapter again. It is usually called after ``to_empty``."""
         if hasattr(self.overlaid[1], "reset_parameters"):
             super().reset_parameters()  # type: ignore[misc]  # checked above
-        self.lora_restart()
+        self.lora_initialise()
 
     # Methods of nn.Module
 
@@ -272,7 +268,7 @@ class LoRALayer(LayerKind):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
         now = self.lora_parameters()
         if any(data.is_meta for data, _ in before.values()) and not any(p.is_meta for p in now.values()):
-            self.lora_restart()  # to_empty leaves arbitrary values
+            self.lora_initialise()  # to_empty leaves arbitrary values
         for name, p in now.items():
             dtype = roles[name].dtype(p.dtype, self.lora_settings)
             if p.dtype != dtype:
@@ -298,11 +294,11 @@ class LoRALayer(LayerKind):
             return
         weight = own_parameter(self, self.lora_matrices[0].weight)
         if args[0].get(HAS_UPDATE):
-            self.lora_restart()
+            self.lora_initialise()
         if any(p.is_meta for p in parameters.values()) and not weight.is_meta:  # the base was loaded with assign=True
             for name, p in parameters.items():
                 setattr(self, name, nn.Parameter(torch.empty_like(p, device=weight.device), p.requires_grad))
-            self.lora_restart()
+            self.lora_initialise()
         self.lora_follow_base()
         missing: list[str] = args[2]
         missing[:] = [key for key in missing if key not in keys]

@@ -23,13 +23,8 @@ def functional_call(
     The forward runs on a temporary copy that shares all attributes except the weights. ``module`` itself does not
     change during the call, so other threads may run it too. Attributes that forward sets are copied back at the end.
 
-    Args:
-        module: Any module.
-        cls: The class whose forward runs.
-        weights: The weights by name. A name may be that of a weight in a module inside.
-        derived: Attributes that forward sets from the weights. They are not copied back.
-        *args: Arguments of forward.
-        **kwargs: Keyword arguments of forward.
+    ``cls`` is the class whose forward runs. A weight's name may be that of a weight in a module inside. Attributes in
+    ``derived``, which forward sets from the weights, are not copied back.
     """
     made: list[Made] = []
     output = _with_weights(module, cls, weights, made).forward(*args, **kwargs)

@@ -63,12 +63,7 @@ class LoRALinear4bit(LoRALinear):
 
 
 class LoRALinear8bit(LoRALinear4bit):
-    r"""An 8-bit linear layer of bitsandbytes with a low-rank update.
-
-    The update :math:`s \, \mathrm{dropout}(x) A^T B^T` is added to the output of bitsandbytes.
-
-    Shape:
-        weight: (out, in) of int8; lora_A: (r, in); lora_B: (out, r). Input (\*, in), output (\*, out).
+    """An 8-bit linear layer of bitsandbytes with a low-rank update, as for 4 bits.
 
     Source:
         Dettmers et al. 2023, section 3, applied to the layers of Dettmers et al. 2022, "LLM.int8()".

@@ -42,7 +42,7 @@ def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Map
         is_merged = HAS_UPDATE in notes or _holds_updates(view, given)
         warnings.warn(_what_happens(model, is_merged=is_merged), LoRAWarning, stacklevel=6)
         for layer in view.layers.values() if is_merged else ():
-            layer.lora_restart()
+            layer.lora_initialise()
     record.base_was_loaded(given, _loaded(view, given, view.adapter.originals))
     return False
 

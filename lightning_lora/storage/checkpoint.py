@@ -152,7 +152,7 @@ def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
     _check_base_fits(model, state)
     with unmerged(model):
         for layer in View(model).layers.values():
-            layer.lora_restart()
+            layer.lora_initialise()
         load_state_dict(model, state)
         View(model).follow_base()
     record_of(model).base_was_replaced()

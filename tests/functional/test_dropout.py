@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lora.functional.dropout import drops
 from lightning_lora.functional.linear import adapted_linear
-from tests.support.functional import composed, inputs
+from tests.support.functional import inputs
 
 
 @pytest.mark.parametrize("p", [0.001, 0.05, 0.1, 0.5, 0.9, 0.999])
@@ -42,14 +42,6 @@ def test_what_is_dropped_follows_from_the_seed_and_differs_from_call_to_call() -
     assert torch.equal(update(), first) and torch.equal(update(), second) and not torch.equal(first, second)
     torch.manual_seed(1)
     assert not torch.equal(update(), first)
-
-
-def test_dropout_is_as_torchs_in_the_mean() -> None:
-    torch.manual_seed(0)
-    x, weight, bias, a, b = inputs(20, 30, out=8)
-    mean = torch.stack([adapted_linear(x, weight, bias, a, b, 1.0, 0.3).detach() for _ in range(4000)]).mean(0)
-    deviation = (mean - composed(x, weight, bias, a, b, 1.0)).norm() / composed(x, weight, bias, a, b, 1.0).norm()
-    assert deviation < 0.02
 
 
 def backward(output: Tensor, *inputs: Any) -> list[Tensor]:

@@ -26,7 +26,7 @@ from lightning_lora.cli.main import main
 from lightning_lora.layers import Role
 from tests.layers.test_kinds import reference
 from tests.support.layers import LAYERS, Model, config, factors
-from tests.support.models import best, randomise, same, state, trainer
+from tests.support.models import randomise, same, state, trainer
 from tests.support.peft_export import check_read
 from tests.support.peft_reading import write_peft
 
@@ -45,9 +45,6 @@ class Curve(L.LightningModule):
 
     def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
         return nn.functional.mse_loss(self(x), x.sin())
-
-    def validation_step(self, x: Tensor, batch_idx: int) -> None:
-        self.log("val_loss", self.training_step(x, batch_idx))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), 0.01)
@@ -128,16 +125,6 @@ def test_a_larger_rank_that_gives_the_same_adapters_reads_the_same_file(tmp_path
         load_adapter(trained(), tmp_path / "scaled.safetensors")
 
 
-def test_a_file_loads_onto_the_model_inside_with_the_same_numbers(tmp_path: Path) -> None:
-    """There its layers have other names, so its patterns are written anew."""
-    model = trained(alpha=3, use_rslora=True, target_modules=["2", "4"], rank_pattern={"2": 7}, alpha_pattern={"4": 5})
-    save_adapter(model, tmp_path / "a.safetensors")
-    inner = Curve().net
-    with pytest.warns(UserWarning, match="begin with 'net'"):
-        load_adapter(inner, tmp_path / "a.safetensors")
-    torch.testing.assert_close(inner(X), model(X))
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -194,14 +181,3 @@ def test_the_console_reads_the_rank_that_a_layer_has(tmp_path: Path, capsys: pyt
             for model in models
         ]
         torch.testing.assert_close(found_update, sum(deltas))
-
-
-def test_a_run_takes_the_rank_of_a_file(tmp_path: Path) -> None:
-    """``LoRACallback()`` has another one, at its default."""
-    file = best(tmp_path, filename="best")
-    trainer(tmp_path, [LoRACallback(r=4, alpha=6, merge=False), file]).fit(Curve(), points(), points())
-    model = Curve()
-    trainer(tmp_path, [LoRACallback(merge=False)]).validate(
-        model, points(), ckpt_path=tmp_path / "best.ckpt", verbose=False
-    )
-    assert ranks(model) == RANKS
