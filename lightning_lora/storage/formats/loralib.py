@@ -13,9 +13,7 @@ from lightning_lora.config import LoRAConfig, matches_pattern
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, ConfigError, TargetError, listed
 from lightning_lora.functional.combine import Factors
 from lightning_lora.layers import LoRALayer, adapter_for
-from lightning_lora.layers.conv1d import LoRAConv1D
-from lightning_lora.layers.embedding import LoRAEmbedding
-from lightning_lora.layers.linear import LoRALinear
+from lightning_lora.layers.kinds import LoRAConv1D, LoRAEmbedding, LoRALinear
 from lightning_lora.model.view import View
 from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of, described, place_of
 from lightning_lora.storage.stored import StoredAdapters

@@ -112,11 +112,7 @@ def _fits(key: str, name: str) -> bool:
 
 
 def read_config(path: Path) -> PeftConfig:
-    """Read PEFT's configuration.
-
-    Raises:
-        AdapterFileError: there is no such file, it cannot be read, or it asks for what this package does not have.
-    """
+    """Read PEFT's configuration, and refuse what it asks for and this package does not have."""
     if not path.is_file():
         raise AdapterFileError(
             f"These are adapters of PEFT, and {path} is not there. It holds their rank and scaling: put it beside the "
@@ -156,16 +152,9 @@ def read_config(path: Path) -> PeftConfig:
 
 def _check(config: PeftConfig) -> None:
     """Refuse values that are not valid here either."""
-    LoRAConfig(
-        r=config.r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        use_rslora=config.use_rslora,
-        rank_pattern=config.rank_pattern,
-        alpha_pattern=config.alpha_pattern,
-        target_parameters=config.target_parameters,
-        modules_to_save=config.modules_to_save,
-    )
+    same = ("r", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters", "modules_to_save")
+    ours = {name: getattr(config, name) for name in same}
+    LoRAConfig(alpha=config.lora_alpha, dropout=config.lora_dropout, **ours)
     rows = config.trainable_token_indices
     each = list(rows.values()) if isinstance(rows, dict) else [rows]
     if not all(isinstance(indices, list) and all(type(index) is int for index in indices) for indices in each):

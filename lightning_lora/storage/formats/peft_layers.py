@@ -12,15 +12,8 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import ExportError, listed
 from lightning_lora.functional.combine import Factors
-from lightning_lora.layers import ADAPTERS, LoRALayer, LoRAParameters
-from lightning_lora.layers.attention import LoRAAttention
-from lightning_lora.layers.conv1d import LoRAConv1D
-from lightning_lora.layers.convolution import LoRAConvNd
-from lightning_lora.layers.embedding import LoRAEmbedding
-from lightning_lora.layers.linear import LoRALinear
+from lightning_lora.layers import kinds
 from lightning_lora.layers.matrices import Role
-from lightning_lora.layers.quantized import LoRALinear4bit, LoRALinear8bit
-from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.storage.names import Renaming
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import ALSO, StoredLayer
@@ -71,7 +64,7 @@ def peft_layer(layer: StoredLayer) -> PeftLayer | None:
 def _registered() -> set[str]:
     """The names of layer classes that a user has registered."""
     known = ("torch.", "transformers.", "bitsandbytes.")
-    names = {f"{cls.__module__}.{cls.__qualname__}" for cls in ADAPTERS if isinstance(cls, type)}
+    names = {f"{cls.__module__}.{cls.__qualname__}" for cls in kinds.ADAPTERS if isinstance(cls, type)}
     return {name for name in names if not name.startswith(known)}
 
 
@@ -155,16 +148,16 @@ def _swapped(factors: Factors) -> tuple[Tensor, Tensor]:
     return b.mT, a.mT
 
 
-_PEFT_LAYERS: dict[type[LoRALayer], PeftLayer] = {
-    LoRALinear: PeftLayer(_added),
-    LoRALinear4bit: PeftLayer(_added),
-    LoRALinear8bit: PeftLayer(_added),
-    LoRAConv1D: PeftLayer(_added),
-    LoRAEmbedding: PeftLayer(_added, keys=("lora_embedding_A", "lora_embedding_B")),
-    LoRAConvNd: PeftLayer(_convolution, _with_kernel, _without_kernel),
-    LoRAAttention: PeftLayer(_attention),
-    LoRARecurrent: PeftLayer(_parameters, is_parameter=True),
-    LoRAParameters: PeftLayer(_parameters, _stack_there, _stack_here, is_parameter=True),
+_PEFT_LAYERS: dict[type[kinds.LoRALayer], PeftLayer] = {
+    kinds.LoRALinear: PeftLayer(_added),
+    kinds.LoRALinear4bit: PeftLayer(_added),
+    kinds.LoRALinear8bit: PeftLayer(_added),
+    kinds.LoRAConv1D: PeftLayer(_added),
+    kinds.LoRAEmbedding: PeftLayer(_added, keys=("lora_embedding_A", "lora_embedding_B")),
+    kinds.LoRAConvNd: PeftLayer(_convolution, _with_kernel, _without_kernel),
+    kinds.LoRAAttention: PeftLayer(_attention),
+    kinds.LoRARecurrent: PeftLayer(_parameters, is_parameter=True),
+    kinds.LoRAParameters: PeftLayer(_parameters, _stack_there, _stack_here, is_parameter=True),
 }
 
 
@@ -172,19 +165,11 @@ _PEFT_LAYERS: dict[type[LoRALayer], PeftLayer] = {
 
 _LEAVE_OUT = "Train without it (exclude_modules), or call merge_adapters and save the whole model."
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-
 
 def check_exportable(stored: StoredAdapters, modules: Mapping[str, nn.Module], saved: Collection[str]) -> None:
     """Refuse what PEFT cannot hold, or would compute otherwise.
 
-    Args:
-        stored: The adapters.
-        modules: The modules that the reader has, by its names, if they are known.
-        saved: The entries of modules that are trained whole.
-
-    Raises:
-        ExportError: there is something of that kind.
+    ``modules`` are those that the reader has, if they are known. ``saved`` are the entries of modules trained whole.
     """
     outside = [name for name in stored.state if stored.root and not name.startswith(f"{stored.root}.")]
     if outside:
@@ -244,8 +229,6 @@ def _why_not_there(layer: StoredLayer, stored: StoredAdapters) -> str | None:
 def _why_not_saved(module: str, stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> str | None:
     """Why PEFT would not find a module that is trained whole, or find others too."""
     name = Renaming(stored.root, "").name_here(module)
-    if isinstance(modules.get(name), _CONTAINERS):
-        return f"a {type(modules[name]).__name__}, which PEFT cannot save. Name the modules inside it, and train again."
     if any(module.startswith(f"{layer}.") for layer in stored.layers):
         return f"inside of a module whose parameters are adapted: PEFT would not find it. {_LEAVE_OUT}"
     alike = [other for other in modules if other.endswith(name) and other != name]

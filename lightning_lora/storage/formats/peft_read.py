@@ -15,10 +15,7 @@ from lightning_lora.config import LoRAConfig, matches
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
 from lightning_lora.functional.combine import Factors
 from lightning_lora.layers import FROM_BASE, AdaptedMatrix, LoRALayer, LoRAParameters, adapter_for
-from lightning_lora.layers.attention import LoRAAttention
-from lightning_lora.layers.conv1d import LoRAConv1D
-from lightning_lora.layers.embedding import LoRAEmbedding
-from lightning_lora.layers.recurrent import LoRARecurrent
+from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRAEmbedding, LoRARecurrent
 from lightning_lora.model.view import View
 from lightning_lora.storage.base import base_value
 from lightning_lora.storage.formats.peft_config import (
@@ -42,11 +39,7 @@ Tensors = Mapping[str, Tensor]
 
 
 def weights_of(path: Path) -> Path:
-    """Return the file with the tensors: ``path`` itself, or in the folder ``path``.
-
-    Raises:
-        AdapterFileError: the folder holds no adapters.
-    """
+    """Return the file with the tensors: ``path`` itself, or in the folder ``path``."""
     if not os.path.isdir(path):  # noqa: PTH112  # Path raises if a name is too long
         return path
     found = [path / name for name in PEFT_WEIGHTS if (path / name).is_file()]
@@ -115,25 +108,14 @@ def _plain(name: str) -> str:
 
 @dataclass(frozen=True)
 class _Layers:
-    """The layers of a model to which the adapters of a PEFT file belong.
-
-    Args:
-        view: The model, which may be adapted already.
-        config: PEFT's configuration.
-        place: How the file's names become those of the model.
-    """
+    """The layers of a model, which may be adapted already, by the names of a PEFT file."""
 
     view: View
     config: PeftConfig
     place: Renaming
 
     def updates(self, adapters: Mapping[str, Tensors]) -> list[Update]:
-        """Return the updates of the layers.
-
-        Raises:
-            AdapterMismatchError: a layer of the model is of another kind or shape.
-            AdapterFileError: the file contradicts its configuration, or holds what this package does not have.
-        """
+        """Return the updates of the layers."""
         of_layer: dict[str, dict[str, Tensors]] = {}
         for wrapped, tensors in adapters.items():
             outer, _, inner = _plain(wrapped).rpartition(".")

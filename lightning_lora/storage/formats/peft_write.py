@@ -20,9 +20,7 @@ from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigErr
 from lightning_lora.functional.combine import Factors, with_rank
 from lightning_lora.functional.update import wide
 from lightning_lora.layers import LoRAParameters
-from lightning_lora.layers.attention import LoRAAttention
-from lightning_lora.layers.conv1d import LoRAConv1D
-from lightning_lora.layers.linear import LoRALinear
+from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRALinear
 from lightning_lora.layers.matrices import Role, Settings, weight_factors
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.base import forms_of_base
@@ -182,17 +180,7 @@ def _source(model_or_file: object, root: str | None) -> _Source:
 
 @dataclass(frozen=True)
 class _Update:
-    r"""What PEFT keeps for one layer, or for one parameter of a module.
-
-    Args:
-        layer: Our layer.
-        name: The layer's name for the reader.
-        weight: The parameter's name in the layer.
-        factors: A and B of all that is adapted of it.
-        alpha: PEFT's ``lora_alpha``.
-        scaling: The factor of ``B @ A``.
-        magnitude: DoRA's magnitudes, if any.
-    """
+    """What PEFT keeps for one weight of a layer. The reader has the layer under ``name``."""
 
     layer: StoredLayer
     name: str

@@ -4,7 +4,6 @@ A reader of a format is a function ``reader(contents, path, asked)``. It returns
 another format, else a function from a view of the model to :class:`StoredAdapters`.
 """
 
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -44,13 +43,7 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class Update:
-    """The update of one layer.
-
-    Args:
-        layer: The layer, with the scaling of the update.
-        factors: A and B of each of its matrices, of any rank.
-        magnitude: DoRA's magnitudes, if there are any.
-    """
+    """The update of one layer, which has its scaling: A and B of each matrix, of any rank, and DoRA's magnitudes."""
 
     layer: StoredLayer
     factors: tuple[Factors, ...]
@@ -59,8 +52,7 @@ class Update:
     @property
     def r(self) -> int:
         """The rank that the layer needs here."""
-        pairs = zip(self.layer.matrices, self.factors, strict=True)
-        return max(matrix.rank(int(a.shape[-2])) for matrix, (a, _) in pairs)
+        return max(matrix.rank(a.shape[-2]) for matrix, (a, _) in zip(self.layer.matrices, self.factors, strict=True))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the adapter's tensors, by name in the model."""
@@ -87,14 +79,7 @@ def described(view: View, name: str, kind: type[LoRALayer], matrices: Iterable[A
 
 
 def place_of(view: View, layers: Collection[str], entries: Collection[str]) -> Renaming:
-    """Return how a file's names of layers and other tensors become those of the model.
-
-    The names may lack a prefix that the model has, or have one that it lacks. If it is not the path of the one model
-    inside, a warning names it.
-
-    Raises:
-        AdapterMismatchError: no prefix makes all of them names of the model, or several do.
-    """
+    """Return how a file's names of layers and other tensors become those of the model: by one prefix."""
     known = {**view.modules, **view.base, **view.buffers}
     root, title = root_of(view.model), type(view.model).__name__
     found = find_renamings([*layers, *entries], known, root_here=root)
@@ -104,13 +89,10 @@ def place_of(view: View, layers: Collection[str], entries: Collection[str]) -> R
             "modules instead of the whole model."
         )
     if not found:
-        missing = [name for name in [*layers, *entries] if name not in known]
-        hint = "Pass the model that they were trained on."
-        if any(re.search(r"\bexperts\.\d+\.", name) for name in missing):
-            hint = (
-                "They name single experts, as models of transformers 4 had them. Save them again with transformers 5."
-            )
-        raise AdapterMismatchError(f"These adapters do not fit {title}: it has no {listed(missing)}. {hint}")
+        missing = [name for name in (*layers, *entries) if name not in known]
+        raise AdapterMismatchError(
+            f"These adapters do not fit {title}: it has no {listed(missing)}. Pass the model that they were trained on."
+        )
     (place,) = found
     if place.there or place.here not in ("", root):
         warnings.warn(place.told(title), LoRAWarning, stacklevel=7)
@@ -122,26 +104,15 @@ def place_of(view: View, layers: Collection[str], entries: Collection[str]) -> R
 
 def adapters_of(
     view: View,
-    updates: Iterable[Update],
+    updates: Collection[Update],
     rest: Mapping[str, Tensor],
     settings: LoRAConfig,
     saved: Collection[str] | None = None,
 ) -> StoredAdapters:
-    """Return the configuration and the state of these updates.
+    """Return adapters with these updates and settings, and with the rest of a file, by its names in the model.
 
-    Args:
-        view: The model.
-        updates: The updates of its layers.
-        rest: Other tensors in the file, by their names in the model.
-        settings: The arguments that are the same for all layers.
-        saved: The ends of the names of modules that train. None: all those of which the file holds each tensor.
-
-    Raises:
-        AdapterFileError: there are no updates.
-        AdapterMismatchError: a tensor of the base cannot be used.
-        BaseMismatchError: a frozen weight in the file is not the model's.
+    The names of modules that train end in one of ``saved``. None: those of which the file holds each tensor.
     """
-    updates = list(updates)
     if not updates:
         raise AdapterFileError("The file holds no update of a layer. Load what it trains in full yourself.")
     frozen = {join(update.layer.name, weight) for update in updates for weight in update.layer.shapes}
@@ -151,7 +122,7 @@ def adapters_of(
     modules, single, biases = _trained(view, rest, saved)
     kept = {*single, *biases, *view.buffers, *_below(rest, modules)}
     rest = {name: value for name, value in rest.items() if name in kept}
-    check_ties(view, rest)
+    _check_ties(view, rest)
     owners = {name.rpartition(".")[0] for name in frozen}
     only = all(name.rpartition(".")[0] in owners for name in biases)
     ranks = {}
@@ -211,16 +182,11 @@ def is_the_base(view: View, name: str, value: Tensor) -> bool:
 
 def _check_same_weight(view: View, name: str, value: Tensor) -> None:
     """Refuse a copy of an adapted weight that is not the model's."""
-    title, own = type(view.model).__name__, view.base[name]
-    if own.shape != value.shape:
-        raise BaseMismatchError(
-            f"The file holds {name!r} as {tuple(value.shape)}, but in {title} it is {tuple(own.shape)}. If tokens were "
-            "added in training, resize the model's embeddings first, and load the base with the new rows."
-        )
     if not is_the_base(view, name, value):
         raise BaseMismatchError(
-            f"The file holds a copy of {name!r}, the base of its update, and it differs from that of {title}. Load the "
-            "weights that the adapters were trained on."
+            f"The file holds a copy of {name!r}, the base of its update, {tuple(value.shape)}, and it differs from that "
+            f"of {type(view.model).__name__}, {tuple(view.base[name].shape)}. Load the weights that the adapters were "
+            "trained on. If tokens were added in training, resize the model's embeddings first."
         )
 
 
@@ -230,12 +196,8 @@ def uses_of(view: View, name: str) -> list[str]:
     return [other for other, p in view.base.items() if p is own]
 
 
-def check_ties(view: View, rest: Mapping[str, Tensor]) -> None:
-    """Refuse new values for one use of a tied weight: here they would change its other uses too.
-
-    Raises:
-        AdapterMismatchError: there are such values.
-    """
+def _check_ties(view: View, rest: Mapping[str, Tensor]) -> None:
+    """Refuse new values for one use of a tied weight: here they would change its other uses too."""
     for name, value in rest.items():
         others = uses_of(view, name) if name in view.base else []
         alike = all(other in rest and same_bits(value, rest[other]) for other in others)
