@@ -121,7 +121,7 @@ def by_whole_names(
         settings,
         r=r,
         alpha=alpha,
-        target_modules=_list_or_expression(modules, present),
+        target_modules=list_or_expression(modules, present),
         target_parameters=parameters or None,
         target_slices=slices or None,
         exclude_modules=None,
@@ -148,12 +148,14 @@ def _slices(layer: StoredLayer) -> Any:
     return {matrix.name: [matrix.first, matrix.first + matrix.writes] for matrix in layer.matrices}
 
 
-def _list_or_expression(names: list[str], present: Collection[str]) -> list[str] | str:
-    """A list of names, or an expression if a name is also the end of another module's name."""
-    others = set(present) - set(names)
-    if any(matches(name, other) for name in names for other in others if other.endswith(name)):
-        return "|".join(map(re.escape, names))
-    return names
+def list_or_expression(names: list[str], present: Collection[str] | None) -> list[str] | str:
+    """Return a list of names, or an expression if one may also be the end of another module's name.
+
+    ``present`` are the names of all modules, if they are known.
+    """
+    others = set(present or ()) - set(names)
+    is_clear = not any(matches(name, other) for name in names for other in others if other.endswith(name))
+    return names if not names or (is_clear and present is not None) else "|".join(map(re.escape, names))
 
 
 def renamed_config(

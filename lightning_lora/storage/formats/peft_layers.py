@@ -200,12 +200,7 @@ def check_exportable(stored: StoredAdapters, modules: Mapping[str, nn.Module], s
             "single parameters in modules_to_save, a weight tied to one of a module there, or what is no tensor. Name "
             "whole modules in modules_to_save, or call merge_adapters and save the whole model."
         )
-    broken = [name for name, value in stored.state.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        raise ExportError(
-            f"{listed(broken)} hold NaN or infinite values: the training has diverged. Train again with a lower "
-            "learning rate, or use an earlier checkpoint."
-        )
+    stored.check_finite()
 
 
 def _why_not_there(layer: StoredLayer, stored: StoredAdapters) -> str | None:

@@ -22,7 +22,7 @@ from lightning_lora.storage.formats.peft_config import (
     PEFT_CONFIG,
     PEFT_WEIGHTS,
     PREFIX,
-    PeftConfig,
+    Tokens,
     is_peft,
     peft_key,
     read_config,
@@ -53,27 +53,19 @@ def weights_of(path: Path) -> Path:
 
 def reader(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
     """Return how to read these contents of a file, if PEFT wrote it."""
-    if not is_peft(contents):
-        return None
-    if not isinstance(path, Path):
-        raise AdapterFileError(
-            f"{path} holds adapters of PEFT, and their configuration is in a file beside it. Copy the whole folder to "
-            "this machine, and pass its path."
-        )
-    return lambda view: _read(view, contents, path)
+    return (lambda view: _read(view, contents, path)) if is_peft(contents) else None
 
 
-def _read(view: View, tensors: Mapping[str, Any], path: Path) -> StoredAdapters:
-    config = read_config(path.parent / PEFT_CONFIG)
+def _read(view: View, tensors: Mapping[str, Any], path: Any) -> StoredAdapters:
+    config, token_rows = read_config(path)
     adapters, rest = _sorted(tensors, path)
     place = place_of(view, [_plain(name) for name in adapters], list(rest))
-    layers = _Layers(view, config, place)
+    layers = _Layers(view, config, token_rows, place)
     rest = {place.name_here(name): value for name, value in rest.items()}
     for name in [name for name in adapters if layers.are_tied_tokens(name, adapters[name])]:
         weight = layers.with_rows(name, adapters.pop(name))
         rest |= dict.fromkeys(uses_of(view, join(place.name_here(name), "weight")), weight)
-    settings = LoRAConfig(dropout=config.lora_dropout, init=config.init, use_rslora=config.use_rslora)  # type: ignore[arg-type]  # one of ours
-    return adapters_of(view, layers.updates(adapters), rest, settings, config.modules_to_save)
+    return adapters_of(view, layers.updates(adapters), rest, config, config.modules_to_save or ())
 
 
 def _sorted(tensors: Mapping[str, Any], path: object) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
@@ -111,7 +103,8 @@ class _Layers:
     """The layers of a model, which may be adapted already, by the names of a PEFT file."""
 
     view: View
-    config: PeftConfig
+    config: LoRAConfig
+    token_rows: Tokens
     place: Renaming
 
     def updates(self, adapters: Mapping[str, Tensors]) -> list[Update]:
@@ -127,12 +120,10 @@ class _Layers:
     def _update(self, there: str, wrapped: Mapping[str, Tensors]) -> Update:
         layer = self._module(there)
         kind = adapter_for(layer)
-        if (
-            kind is None
-            or kind is LoRARecurrent
-            or (isinstance(layer, LoRALayer) and layer.overlaid[0] is LoRAParameters)
-        ):
+        adapted_as = layer.overlaid[0] if isinstance(layer, LoRALayer) else None
+        if kind in (None, LoRARecurrent) or adapted_as is LoRAParameters:
             return self._parameters(there, wrapped)
+        assert kind is not None
         about = self._described(there, kind, kind.lora_matrices_of(layer))
         if kind is LoRAAttention:
             return self._attention(there, about, wrapped)
@@ -170,7 +161,7 @@ class _Layers:
         return about
 
     def _is_named(self, parameter: str) -> bool:
-        return any(matches(entry, parameter) for entry in self.config.target_parameters)
+        return any(matches(entry, parameter) for entry in self.config.target_parameters or ())
 
     def _factors(self, about: StoredLayer, matrix: AdaptedMatrix, factors: Factors, said: str) -> Factors:
         """A and B of one matrix as they are here, after a check of their rank and their shapes."""
@@ -207,10 +198,8 @@ class _Layers:
                 raise AdapterMismatchError(f"{there!r} is an attention, which PEFT does not adapt with DoRA.")
             if _plain(name) == there:
                 matrices += qkv
-                factors += [
-                    self._factors(about, matrix, (a, block), there)
-                    for matrix, block in zip(qkv, b.chunk(3), strict=True)
-                ]
+                for matrix, block in zip(qkv, torch.atleast_1d(b).tensor_split(3), strict=True):
+                    factors.append(self._factors(about, matrix, (a, block), there))
             elif name.endswith(".base_layer.out_proj"):
                 matrices.append(out)
                 factors.append(self._factors(about, out, (a, 2 * b), there))
@@ -252,15 +241,17 @@ class _Layers:
         configs = [getattr(module, "config", None) for module in self.view.modules.values()]
         return "tokens" in tensors and tied and any(getattr(config, "tie_word_embeddings", False) for config in configs)
 
+    def _rows(self, there: str) -> list[int]:
+        if isinstance(self.token_rows, list):
+            return self.token_rows
+        return next((rows for end, rows in self.token_rows.items() if there.endswith(end)), [])
+
     def with_rows(self, there: str, tensors: Tensors) -> Tensor:
         """Return an embedding's weight with the file's rows in it."""
         there, rows = _plain(there), tensors["tokens"]
         if len(tensors) > 1 or not isinstance(self._module(there), nn.Embedding):
             raise AdapterFileError(f"{there!r} trains single rows, and has another update too. That cannot be read.")
-        weight, indices = (
-            base_value(self.view, join(self.place.name_here(there), "weight")).cpu(),
-            self.config.token_rows(there),
-        )
+        weight, indices = base_value(self.view, join(self.place.name_here(there), "weight")).cpu(), self._rows(there)
         is_valid = all(0 <= index < len(weight) for index in indices)
         if len(indices) != len(rows) or rows.shape[1:] != weight.shape[1:] or not is_valid:
             raise AdapterMismatchError(
@@ -273,7 +264,7 @@ class _Layers:
 
     def _tokens(self, there: str, about: StoredLayer, tensors: Tensors) -> Update:
         """An update with one rank for each row."""
-        weight, indices = base_value(self.view, join(about.name, "weight")).cpu(), self.config.token_rows(there)
+        weight, indices = base_value(self.view, join(about.name, "weight")).cpu(), self._rows(there)
         change = self.with_rows(there, tensors).double() - weight.double()
         a = torch.zeros(len(indices), len(weight))
         a[torch.arange(len(indices)), torch.tensor(indices)] = 1

@@ -1,7 +1,6 @@
 """Write adapters as PEFT's files."""
 
 import json
-import os
 import re
 import warnings
 from collections import Counter
@@ -15,7 +14,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lightning_lora.config import matches
 from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, ExportError, LoRAWarning, listed
 from lightning_lora.functional.combine import Factors, with_rank
 from lightning_lora.functional.update import wide
@@ -28,13 +26,10 @@ from lightning_lora.storage.disk import check_path, writing
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.formats.peft_config import PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
 from lightning_lora.storage.formats.peft_layers import PeftLayer, check_exportable, is_bias, peft_layer
-from lightning_lora.storage.names import Renaming
+from lightning_lora.storage.names import Renaming, list_or_expression
 from lightning_lora.storage.stored import StoredAdapters, adapter_state_dict
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.names import join, named_modules, submodule
-
-ORIGIN = "lightning_lora_origin"
-"""The entry of the weights' metadata with our own description: the base's fingerprints, layers and configuration."""
 
 _MOST = 16
 """vLLM's default for the largest rank."""
@@ -83,13 +78,13 @@ def export_peft(
     """
     check_path(directory)
     source = _source(model_or_file, root)
-    check_exportable(source.stored, source.modules, source.saved)
+    check_exportable(source.stored, source.modules or {}, source.saved)
     updates = _updates(source)
     if uniform:
         updates = _made_uniform(updates)
     config = _config(source, updates, uniform=uniform)
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in _tensors(source, updates).items()}
-    contents = save(tensors, metadata={"format": "pt", ORIGIN: json.dumps(source.stored.description())})
+    contents = save(tensors, metadata={"format": "pt"})
     _warn_of_encoders(source)
     _write(Path(directory).expanduser(), contents, json.dumps(config, indent=2))
 
@@ -114,9 +109,9 @@ class _Source:
         return None if self.model is None else submodule(self.model, self.stored.root)
 
     @cached_property
-    def modules(self) -> dict[str, nn.Module]:
-        """The modules inside it, by their names there. A file has none."""
-        return {} if self.inner is None else named_modules(self.inner, remove_duplicate=False)
+    def modules(self) -> dict[str, nn.Module] | None:
+        """The modules inside it, by their names there. Those of a file are not known."""
+        return None if self.inner is None else named_modules(self.inner, remove_duplicate=False)
 
     @cached_property
     def saved(self) -> dict[str, Tensor]:
@@ -134,7 +129,7 @@ class _Source:
         return {name: present[name] for name in names}
 
 
-def _source(model_or_file: object, root: str | None) -> _Source:
+def _source(model_or_file: nn.Module | str | Path, root: str | None) -> _Source:
     if isinstance(model_or_file, nn.Module):
         state, view = adapter_state_dict(model_or_file), view_of(model_or_file)
         if any(isinstance(value, Tensor) and value.is_meta for value in state.values()):
@@ -142,13 +137,8 @@ def _source(model_or_file: object, root: str | None) -> _Source:
                 "The adapters are on the meta device and have no values. Call model.to_empty first."
             )
         stored, model = StoredAdapters.from_view(view, state, forms_of_base(view)), model_or_file
-    elif isinstance(model_or_file, str | os.PathLike):
-        stored, model = read_adapter_file(Path(model_or_file)), None
     else:
-        raise ConfigError(
-            f"export_peft got a {type(model_or_file).__name__}. Expected a model with adapters, or the path of a file "
-            "that save_adapter or a Trainer wrote."
-        )
+        stored, model = read_adapter_file(model_or_file), None
     if model is None and (not stored.layers or (stored.config.modules_to_save and not stored.saved)):
         raise AdapterFileError(
             f"{stored.source} does not say what the adapted layers are, or what belongs to modules_to_save: an earlier "
@@ -318,7 +308,7 @@ def _config(source: _Source, updates: list[_Update], *, uniform: bool) -> dict[s
         "bias": "none" if parameters and own.bias == "lora_only" else own.bias,  # PEFT stops at an LSTM's bias=True
         "fan_in_fan_out": linear == {LoRAConv1D} and not parameters,
         "init_lora_weights": True,
-        "target_modules": _exactly([update.name for update in layers], source),
+        "target_modules": list_or_expression([update.name for update in layers], source.modules),
         **({"target_parameters": parameters} if parameters else {}),
         "modules_to_save": [source.name_there(name) for name in source.stored.saved] or None,
         "rank_pattern": {f"^{re.escape(p.target)}": p.rank for p in updates if p.rank != r},
@@ -330,22 +320,14 @@ def _number(value: float) -> float:
     return int(value) if float(value).is_integer() else value
 
 
-def _exactly(names: list[str], source: _Source) -> list[str] | str:
-    """The names, or an expression where a name may also be the end of another module's name."""
-    others = set(source.modules) - set(names)
-    ends = any(other.endswith(name) and matches(name, other) for name in names for other in others)
-    if names and (ends or source.model is None):
-        return "|".join(map(re.escape, names))
-    return names
-
-
 # The files
 
 
 def _warn_of_encoders(source: _Source) -> None:
-    encoders = [name for name, module in source.modules.items() if isinstance(module, nn.TransformerEncoderLayer)]
-    names = [source.name_there(name) for name in source.stored.layers]
-    held = [encoder for encoder in encoders if any(name.startswith(f"{encoder}.") for name in names)]
+    held, names = list[str](), [source.name_there(name) for name in source.stored.layers]
+    for encoder, module in (source.modules or {}).items():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(name.startswith(f"{encoder}.") for name in names):
+            held.append(encoder)
     if held:
         warnings.warn(
             f"{listed(held)} are layers of nn.TransformerEncoder. In eval mode they read weights past PEFT's layers: "
@@ -360,8 +342,6 @@ def _write(directory: Path, weights: bytes, config: str) -> None:
     is_new = not directory.exists()
     if not is_new and not directory.is_dir():
         raise AdapterFileError(f"{directory} is a file. Pass a directory.")
-    if not directory.parent.is_dir():
-        raise FileNotFoundError(f"The folder {directory.parent} does not exist. Make it first.")
     directory.mkdir(exist_ok=True)
     place = directory / PEFT_CONFIG
     before = None

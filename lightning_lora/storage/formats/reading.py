@@ -184,8 +184,8 @@ def _check_same_weight(view: View, name: str, value: Tensor) -> None:
     """Refuse a copy of an adapted weight that is not the model's."""
     if not is_the_base(view, name, value):
         raise BaseMismatchError(
-            f"The file holds a copy of {name!r}, the base of its update, {tuple(value.shape)}, and it differs from that "
-            f"of {type(view.model).__name__}, {tuple(view.base[name].shape)}. Load the weights that the adapters were "
+            f"The file holds a copy of {name!r}, the base of its update, {tuple(value.shape)}. It differs from that of "
+            f"{type(view.model).__name__}, {tuple(view.base[name].shape)}. Load the weights that the adapters were "
             "trained on. If tokens were added in training, resize the model's embeddings first."
         )
 

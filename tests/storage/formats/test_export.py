@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, LoRAWarning, adapter_state_dict, export_peft, save_adapter
-from lightning_lora.storage.formats.peft_write import ORIGIN
 from tests.support.models import WIDTH, WORDS, TinyLM
 from tests.support.peft_export import check_equal, check_read, read, trained
 
@@ -293,13 +291,3 @@ def test_uniform_has_one_rank_and_one_alpha(tmp_path: Path) -> None:
     wide = trained(nn.Sequential(nn.Linear(32, 32)), LoRAConfig(r=24))
     with pytest.warns(LoRAWarning, match=r"rank is 24.*max_lora_rank"):
         export_peft(wide, tmp_path / "wide", uniform=True)
-
-
-def test_files_say_where_they_are_from(tmp_path: Path) -> None:
-    export_peft(trained(Layers(), LoRAConfig(r=2)), tmp_path / "peft")
-    with safe_open(tmp_path / "peft" / "adapter_model.safetensors", "pt") as file:
-        metadata = file.metadata()
-    origin = json.loads(metadata[ORIGIN])
-    assert metadata["format"] == "pt" and origin["base"][0]["layout"] and len(origin["layers"]) == 4
-    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    assert config["init_lora_weights"] is True and config["inference_mode"] is True and "lightning" not in str(config)

@@ -115,7 +115,7 @@ def test_files_that_are_missing(tmp_path: Path) -> None:
     written(tmp_path)
     model = built(Mixed)
     (tmp_path / "adapter_config.json").rename(tmp_path / "other.json")
-    with refused(model, AdapterFileError, r"adapters of PEFT, and .*adapter_config\.json is not there"):
+    with refused(model, AdapterFileError, r"adapters of PEFT.*adapter_config\.json, which is not there"):
         load_adapter(model, tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
     with refused(model, AdapterFileError, r"as a folder it holds no adapters of PEFT"):
@@ -140,9 +140,6 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], None], type[Exception], s
     "unknown": (add("linear.lora_diag", torch.ones(2)), AdapterFileError, r"'base_model.model.linear.lora_diag'"),
     "no layer": (add("w.lora_A.weight", torch.ones(2, 2)), AdapterMismatchError, "it has no 'w'"),
     "no entry": (add("w.weight", torch.ones(2, 2)), AdapterMismatchError, r"it has no 'w\.weight'"),
-    "experts of transformers 4": (
-        add("experts.0.w1.lora_A.weight", torch.ones(2, 2)), AdapterMismatchError, "models of transformers 4",
-    ),
     "another shape": (add("linear.lora_A.weight", torch.ones(2, 5)), AdapterMismatchError, r"factors \(2, 5\) and"),
     "nan": (add("linear.lora_A.weight", torch.full((2, 8), torch.nan)), AdapterFileError, "NaN"),
     "another head": (add("head.weight", torch.ones(2, 12)), AdapterMismatchError, r"'head.weight' is \(2, 12\)"),
