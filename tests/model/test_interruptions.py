@@ -121,25 +121,12 @@ def test_a_call_that_fails_anywhere_leaves_the_model_as_it_was(name: str, file: 
     assert place > 30
 
 
-@pytest.mark.parametrize("place", ["second weight", "afterwards"])
 @pytest.mark.filterwarnings("ignore::lightning_lora.LoRAWarning")
-def test_a_merge_that_fails_between_the_weights_of_a_layer_counts_no_update_twice(
-    place: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merge_that_fails_after_its_last_weight_counts_no_update_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(merged=False)
-    before, output, calls = state(model), model(INDEX), itertools.count()
-    own = Tensor.cpu
-
-    def fails(tensor: Tensor, *args: Any) -> Any:
-        if next(calls) == 1:
-            raise MemoryError("no memory is left")
-        return own(tensor, *args)
-
-    if place == "second weight":
-        monkeypatch.setattr(Tensor, "cpu", fails)
-    else:
-        monkeypatch.setattr(nn.LSTM, "flatten_parameters", fails_always)
-    with pytest.raises((MemoryError, RuntimeError), match="no memory"):
+    before, output = state(model), model(INDEX)
+    monkeypatch.setattr(nn.LSTM, "flatten_parameters", fails_always)
+    with pytest.raises(RuntimeError, match="no memory"):
         merge_adapters(model)
     monkeypatch.undo()
     assert same(state(model), before) and torch.equal(model(INDEX), output)

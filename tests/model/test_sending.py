@@ -27,7 +27,7 @@ from lightning_lora.errors import LoRAWarning
 from lightning_lora.layers import ADAPTERS, LoRALayer, register_adapter
 from lightning_lora.model import sending
 from lightning_lora.model.sending import make_folder
-from lightning_lora.model.state import find_record, forget_record, receive, send
+from lightning_lora.model.state import forget_record, receive, send
 from tests.support.cases import Three
 from tests.support.faults import fork
 from tests.support.models import LitTiny, data, is_plain, lora, randomise, same, state, trainer
@@ -115,35 +115,6 @@ def test_every_kind_of_adapter_comes_back(case: str) -> None:
     remove_adapters(home)
     remove_adapters(adapted)
     assert same(state(home), state(adapted))
-
-
-def test_nothing_of_a_record_is_lost_on_the_way() -> None:
-    model = LitTiny()
-    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"], target_slices={"v_proj": {"a": [0, 4]}}))
-    merge_adapters(model)
-    record = find_record(model)
-    assert record is not None and record.merge is not None
-    record.base_was_changed("embed.weight", 1 << 62, 3)
-    record.base_was_read({"layout": "a", "digests": [1]})
-    record.merge.tied.update(record.merge.weights)
-    copied = copy.deepcopy(record)
-    send(model)
-    forget_record(model)
-    assert described(receive(model)) == described(copied)
-
-
-def described(value: Any) -> Any:
-    """All that an object holds, as plain types."""
-    if isinstance(value, torch.Tensor):
-        return type(value), value.requires_grad, value.tolist()
-    if isinstance(value, dict):
-        return {name: described(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value), [described(each) for each in value]
-    if isinstance(value, type) or not hasattr(value, "__dict__"):
-        return value
-    state = value.__getstate__() if hasattr(type(value), "__getstate__") else vars(value)
-    return type(value), described(state)
 
 
 def test_a_class_that_the_main_process_does_not_know_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A model and its parts remember their own base."""
+"""A model and its parts remember their own base, and read its tensors once."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora import (
     AdapterMismatchError,
@@ -26,7 +26,9 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from lightning_lora.layers import LoRALayer
-from lightning_lora.model.state import find_record
+from lightning_lora.model.state import AdapterState, Record, find_record
+from lightning_lora.tensors import digests as hashing
+from lightning_lora.tensors.digests import digest
 from tests.support.model import flags, unfreezable
 from tests.support.models import LitTiny, best, data, lora, randomise, same, state, trainer
 
@@ -134,14 +136,7 @@ def part_and_whole() -> tuple[nn.Sequential, nn.Sequential, LoRAConfig]:
     return part, nn.Sequential(nn.Linear(4, 4), part), config
 
 
-def test_the_flags_of_a_part_that_was_adapted_first_are_given_back_by_the_whole() -> None:
-    _, model, config = part_and_whole()
-    inject_adapters(model, config)
-    remove_adapters(model)
-    assert {name for name, trains in flags(model).items() if not trains} == {"1.1.weight", "1.1.bias"}
-
-
-def test_the_values_of_a_part_that_was_adapted_and_trained_first_are_given_back_by_the_whole() -> None:
+def test_the_values_and_flags_of_a_part_that_was_trained_first_are_given_back_by_the_whole() -> None:
     part, model, config = part_and_whole()
     inject_adapters(model, config)
     assert (part[0].bias == 1).all()
@@ -149,6 +144,7 @@ def test_the_values_of_a_part_that_was_adapted_and_trained_first_are_given_back_
         assert (part[0].bias == 0).all()
     remove_adapters(model)
     assert (part[0].bias == 0).all()
+    assert {name for name, trains in flags(model).items() if not trains} == {"1.1.weight", "1.1.bias"}
 
 
 def test_a_frozen_weight_of_a_part_that_its_fit_changed_is_stored_with_the_whole(tmp_path: Path) -> None:
@@ -197,3 +193,64 @@ def test_the_whole_remembers_nothing_of_a_part_when_adapting_both_fails() -> Non
     nn.init.constant_(part[0].bias, 2)  # another base
     remove_adapters(model)
     assert (part[0].bias == 2).all()
+
+
+class Reads:
+    """Counts the integers that digests read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, own = 0, hashing._digest_of_integers
+
+        def counting(integers: Tensor) -> int:
+            self.count += integers.numel()
+            return own(integers)
+
+        monkeypatch.setattr(hashing, "_digest_of_integers", counting)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    return Reads(monkeypatch)
+
+
+def test_a_weight_is_read_once_and_again_when_it_changes(reads: Reads) -> None:
+    record, weight = Record(AdapterState(LoRAConfig())), nn.Parameter(torch.randn(100, 100))
+    first = record.digests({"weight": weight})["weight"]
+    once = reads.count
+    assert record.digests({"weight": weight})["weight"] == first and reads.count - once < 3000
+    with torch.no_grad():
+        weight[0, 1] += 1  # between two samples, but torch counts it
+    assert record.digests({"weight": weight})["weight"] == digest(weight) != first
+    before = reads.count
+    record.digests({"weight": weight}, anew=True)["weight"]
+    assert reads.count - before >= 10_000
+
+
+def test_a_write_that_torch_does_not_count_is_seen_in_the_samples_or_when_read_anew() -> None:
+    record, weight = Record(AdapterState(LoRAConfig())), nn.Parameter(torch.randn(100, 100))
+    first = record.digests({"weight": weight})["weight"]
+    weight.data.mul_(2)
+    second = record.digests({"weight": weight})["weight"]
+    assert second != first
+    weight.data[0, 1] += 1  # between two samples: this is what escapes
+    assert record.digests({"weight": weight})["weight"] == second
+    assert record.digests({"weight": weight}, anew=True)["weight"] == digest(weight) != second
+
+
+@pytest.mark.parametrize("change", ["changed before", "converted"])
+def test_a_digest_is_not_handed_to_a_copy_with_other_values(change: str) -> None:
+    record, weight = Record(AdapterState(LoRAConfig())), torch.randn(100, 100)
+    record.digests({"weight": weight})["weight"]
+    if change == "changed before":
+        weight[0, 1] += 1
+    copy = weight.double() if change == "converted" else weight.clone()
+    record.base_was_copied("weight", weight, copy)
+    assert record.digests({"weight": copy})["weight"] == digest(copy)
+
+
+def test_a_copy_may_be_handed_a_known_digest(reads: Reads) -> None:
+    record, weight = Record(AdapterState(LoRAConfig())), torch.randn(100, 100)
+    first = record.digests({"weight": weight})["weight"]
+    other, before = weight.clone(), reads.count
+    record.base_was_copied("weight", weight, other)
+    assert record.digests({"weight": other})["weight"] == first and reads.count - before < 10_000
