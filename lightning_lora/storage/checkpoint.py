@@ -15,7 +15,7 @@ from lightning_lora.model.state import on_load, record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.apply import check_fits, write_state
 from lightning_lora.storage.base import base_tensors, fingerprint, note_changed, with_halves
-from lightning_lora.storage.base_copies import MOVED, leave_out_base, put_base_back
+from lightning_lora.storage.formats.lightning import AVERAGE, MOVED
 from lightning_lora.storage.formats.own import ADAPTERS, leave_adapters
 from lightning_lora.storage.merged_model import merged_state, take_updates_out
 from lightning_lora.storage.stored import KEY, NOTE, StoredAdapters, is_note, without_base
@@ -30,18 +30,20 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
     optimizer changes a frozen weight after the run began, the weight is stored from then on.
     """
     forms, view = note_changed(model, anew=False), view_of(model)
-    rest, places = leave_out_base(view, checkpoint)
-    states, random = {}, random_weights(view)
+    held = dict(checkpoint)
     for key in ("state_dict", MOVED):
-        if key in checkpoint:
-            changed = without_base(view, checkpoint[key], random)
-            states[key] = {name: _alone(value) for name, value in changed.items()}
-    held = {**rest, **states}
+        if key in held:
+            held[key] = _small(view, held[key])
+    if "callbacks" in held:
+        held["callbacks"] = dict(held["callbacks"])
+        for key, own in held["callbacks"].items():
+            if _has_average(own):
+                held["callbacks"][key] = {**own, AVERAGE: _small(view, own[AVERAGE])}
     if any(is_dtensor(p) for p in view.parameters.values()):
         held = full_tensors(held)
     if written_later:
         held = _copied(held)
-    about = StoredAdapters.from_view(view, held["state_dict"], with_halves(view, forms), places).description()
+    about = StoredAdapters.from_view(view, held["state_dict"], with_halves(view, forms)).description()
     state: Any = OrderedDict({NOTE: torch.empty(0), **held["state_dict"]})
     state._metadata = {"": {KEY: about}}  # for the module itself, if other code loads it
     return {**held, "state_dict": state, KEY: about}
@@ -73,6 +75,15 @@ def _copied(entries: Mapping[str, Any]) -> dict[str, Any]:
     return copies
 
 
+def _small(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _alone(value) for name, value in without_base(view, state, random_weights(view)).items()}
+
+
+def _has_average(own: object) -> bool:
+    """Whether a callback's own state holds a full model, as that of Lightning's StochasticWeightAveraging does."""
+    return isinstance(own, Mapping) and isinstance(own.get(AVERAGE), Mapping)
+
+
 def _alone(value: Any) -> Any:
     """Copy a tensor that shares a larger memory: torch would write all of that memory into the file."""
     if not isinstance(value, Tensor) or value.is_meta or value.layout is not torch.strided:
@@ -81,9 +92,11 @@ def _alone(value: Any) -> Any:
     return value if exact else value.clone(memory_format=torch.contiguous_format)
 
 
-def complete_copies(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Put base values back that :func:`adapter_only` left out. The model's own states are not completed."""
-    put_base_back(view_of(model), checkpoint, checkpoint[KEY].get("copies", ()))
+def complete_averages(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Put the base's values back into averages that :func:`adapter_only` made small."""
+    for own in checkpoint.get("callbacks", {}).values():
+        if _has_average(own):
+            own[AVERAGE] = _completed(model, own[AVERAGE], view_of(model).base_values)
 
 
 def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> bool:
@@ -140,7 +153,7 @@ def _load_described(model: nn.Module, state: dict[str, Any], _: str, notes: Mapp
 
 def _completed(model: nn.Module, state: Mapping[str, Any], base: Mapping[str, Tensor]) -> dict[str, Any]:
     """Add the base's values to a state, and use the model's own names and order."""
-    held = {**base, **{plain_name(name): value for name, value in state.items()}}
+    held = {**base, **{plain_name(name): value for name, value in state.items() if value is not None}}
     own = {plain_name(name): name for name in model.state_dict(keep_vars=True)}
     order = {**{name: None for name in own if name in held}, **held}  # callbacks may rely on the model's order
     return {own.get(name, name): held[name] for name in order}

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from lightning_lora.config import Slices
 from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError
-from lightning_lora.model.inject import inject_adapters, remove_adapters
+from lightning_lora.model.inject import remove_adapters
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.apply import apply, with_names_of
 from lightning_lora.storage.base import forms_of_base
-from lightning_lora.storage.base_copies import put_base_back
 from lightning_lora.storage.disk import check_path, local_path
 from lightning_lora.storage.formats import fabric, loralib, peft_read
 from lightning_lora.storage.formats.lightning import VERSION, check_readable
@@ -32,7 +31,7 @@ from lightning_lora.storage.formats.own import (
 )
 from lightning_lora.storage.formats.peft_config import is_peft
 from lightning_lora.storage.formats.reading import Asked, Reader
-from lightning_lora.storage.stored import KEY, StoredAdapters, adapter_state_dict, check_not_diverged, stored_config
+from lightning_lora.storage.stored import KEY, StoredAdapters, adapter_state_dict, check_not_diverged
 from lightning_lora.tensors.shards import is_dtensor
 
 if TYPE_CHECKING:
@@ -233,9 +232,6 @@ def _that_loads_nothing(cls: "type[Module]") -> "tuple[type[Module], list[Any]]"
         return SimpleNamespace(missing_keys=[], unexpected_keys=[])
 
     def on_load_checkpoint(self: "Module", checkpoint: dict[str, Any]) -> None:
-        if places := checkpoint[KEY].get("copies"):
-            inject_adapters(self, stored_config(checkpoint[KEY]))
-            put_base_back(view_of(self), checkpoint, places)
         cls.on_load_checkpoint(self, checkpoint)
         self.load_state_dict = load_state_dict  # type: ignore[assignment,method-assign]
 

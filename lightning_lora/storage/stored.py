@@ -34,7 +34,7 @@ DIVERGED = (
 """What is said of NaN and infinite values in a file."""
 
 
-_PLAIN = ("base", "changed", "random", "saved", "root", "copies")
+_PLAIN = ("base", "changed", "random", "saved", "root")
 """The entries of a file's description that :class:`StoredAdapters` has as they are."""
 
 
@@ -51,7 +51,6 @@ class StoredAdapters:
         random: The frozen weights in ``state`` that look untrained.
         saved: All entries of each module in ``modules_to_save``. ``state`` leaves out buffers with the base's values.
         root: The path of the one model inside, or ``""``.
-        copies: The places in a checkpoint where other callbacks had values of the base.
         source: What the adapters are from, for messages: a file, or the class of a model.
         renaming: How the names of the base in ``base`` become those in ``state``.
     """
@@ -64,14 +63,11 @@ class StoredAdapters:
     random: Sequence[str] = field(default_factory=list)
     saved: dict[str, list[str]] = field(default_factory=dict)
     root: str = ""
-    copies: list[Any] = field(default_factory=list)
     source: str = ""
     renaming: Renaming = field(default_factory=Renaming)
 
     @classmethod
-    def from_view(
-        cls, view: View, state: dict[str, Any], base: list[dict[str, Any]], copies: list[Any] | None = None
-    ) -> "StoredAdapters":
+    def from_view(cls, view: View, state: dict[str, Any], base: list[dict[str, Any]]) -> "StoredAdapters":
         """Return ``state`` of an adapted model, and what a file says of it."""
         held = [*view.parameters, *view.buffers]
         modules = [name for name in view.modules if view.config.is_saved(name)]
@@ -85,7 +81,6 @@ class StoredAdapters:
             random=list(random_weights(view)),
             saved={module: [name for name in held if name.startswith(f"{module}.")] for module in outer},
             root=root_of(view.model),
-            copies=copies or [],
             source=type(view.model).__name__,
         )
 
@@ -99,7 +94,7 @@ class StoredAdapters:
 
     def description(self) -> dict[str, Any]:
         """Return all but the state in plain types, with a checksum of both."""
-        about = {name: getattr(self, name) for name in _PLAIN if name != "copies" or self.copies}
+        about = {name: getattr(self, name) for name in _PLAIN}
         about |= {"format": FORMAT, "config": self.config.to_dict(), "entries": len(self.state)}
         about["layers"] = [layer.to_dict() for layer in self.layers.values()]
         if not _is_bounded(about):
@@ -210,11 +205,6 @@ def _are_fingerprints(value: object) -> bool:
     return fits(value, [_is_fingerprint]) and 0 < len(value) <= 8  # type: ignore[arg-type]  # a base has few forms
 
 
-def _is_place(value: object) -> bool:
-    """Whether ``value`` is the place of a copy of the base: keys, then its name, its dtype and its class."""
-    return fits(value, [(str, int)]) and len(value) > 3 and fits(value[-3:], [str]) and _is_dtype(value[-2])  # type: ignore[arg-type,index]
-
-
 _DESCRIPTION = {
     "format": int,
     "config": dict,
@@ -222,7 +212,7 @@ _DESCRIPTION = {
     "changed": [str],
     "entries": int,
     "checksum": int,
-    "copies?": [_is_place],
+    "copies?": list,  # earlier versions wrote it
     "layers?": [_is_layer],
     "random?": [str],
     "root?": str,

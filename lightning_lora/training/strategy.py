@@ -24,7 +24,7 @@ from lightning_lora.model.view import view_of
 from lightning_lora.storage.base import base_dtypes, fingerprint
 from lightning_lora.storage.checkpoint import (
     adapter_only,
-    complete_copies,
+    complete_averages,
     find_base_in,
     load_checkpoint_state,
     with_merged_model,
@@ -193,7 +193,7 @@ class LoRAStrategy(Strategy, InPlace):
         if KEY in checkpoint:
             if stage.is_fitting and stage.phase is not Phase.TRAINING:
                 check_resumable(checkpoint, checkpoint_path)
-            complete_copies(module, checkpoint)
+            complete_averages(module, checkpoint)
             return checkpoint
         what = "a full model and no adapters"
         if not has_run(checkpoint):

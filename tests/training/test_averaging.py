@@ -13,7 +13,19 @@ from torch import Tensor, nn
 
 from lightning_lora import inject_adapters
 from tests.support.cases import held
-from tests.support.models import TRAINED, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
+from tests.support.models import (
+    TRAINED,
+    WORDS,
+    LitTiny,
+    best,
+    data,
+    is_plain,
+    lora,
+    needs_averaging,
+    same,
+    state,
+    trainer,
+)
 from tests.support.training import (
     AVERAGES,
     BornInConfigureModel,
@@ -243,3 +255,31 @@ def test_an_average_without_updates_is_the_module_as_it_began(tmp_path: Path, fi
     model = Watches()
     trainer(tmp_path, beside(average, first), enable_checkpointing=False).fit(model, data(), data())
     assert torch.equal(model.head.weight, seen[0])
+
+
+class Drifts(LitTiny):
+    """Its own code changes a frozen weight in each step."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        with torch.no_grad():
+            self.embed.weight.mul_(0.99)
+
+
+@needs_averaging
+def test_an_average_beside_a_frozen_weight_that_changes_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    def run(epochs: int, ckpt_path: Path | None = None) -> tuple[Drifts, Path]:
+        torch.manual_seed(5)
+        model, folder = Drifts(), tmp_path / f"{epochs}{ckpt_path is None}"
+        saves = best(folder, monitor=None, filename="{epoch}", save_top_k=-1)
+        callbacks = [lora(merge=False), bundled.EMAWeightAveraging(decay=0.5), saves]
+        trainer(tmp_path, callbacks, max_epochs=epochs).fit(model, data(), ckpt_path=ckpt_path)
+        return model, folder
+
+    whole, files = run(3)
+    resumed, again = run(3, files / "epoch=1.ckpt")
+    assert same(state(resumed), state(whole))
+    a, b = (torch.load(folder / "epoch=2.ckpt", weights_only=True) for folder in (files, again))
+    for key in ("state_dict", "current_model_state", "averaging_state"):
+        assert same(a[key], b[key])
+    first = torch.load(files / "epoch=0.ckpt", weights_only=True)["current_model_state"]
+    torch.testing.assert_close(first["embed.weight"], LitTiny().embed.weight.detach() * 0.99**4)

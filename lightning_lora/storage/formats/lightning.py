@@ -11,7 +11,6 @@ from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, listed
-from lightning_lora.storage.base_copies import MOVED
 from lightning_lora.storage.schema import fits
 from lightning_lora.storage.stored import DIVERGED, KEY, check_checksum, stored_config
 
@@ -20,6 +19,12 @@ VERSION = "pytorch-lightning_version"
 
 _RESUMED = ("optimizer_states", "lr_schedulers", "loops")
 """The entries without which a fit cannot go on."""
+
+MOVED = "current_model_state"
+"""Lightning's WeightAveraging moves the module's own state to this entry: ``state_dict`` holds the average."""
+
+AVERAGE = "average_model_state"
+"""Lightning's StochasticWeightAveraging has the average's state in this entry of its own."""
 
 
 def _is_mapping(value: object) -> bool:
