@@ -59,11 +59,6 @@ def with_rank(update: Factors, r: int) -> Factors:
 
     Shape:
         A: (\*, R, in), B: (\*, out, R). Returns the same with r, in float32 or wider.
-
-    Example:
-        >>> a, b = with_rank((torch.ones(3, 5), torch.ones(2, 3)), 2)
-        >>> a.shape, b.shape, (b @ a)[0, 0]
-        (torch.Size([2, 5]), torch.Size([2, 2]), tensor(3.))
     """
     a, b = (factor.to(wide(factor.dtype)) for factor in update)
     missing = r - a.shape[-2]

@@ -68,11 +68,6 @@ def adapted_linear(
 
     Source:
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1, equation 3.
-
-    Example:
-        >>> x, weight = torch.tensor([1.0, 2.0]), torch.eye(2)
-        >>> adapted_linear(x, weight, None, torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0], [0.0]]), scaling=0.5)
-        tensor([2.5000, 2.0000])
     """
     differentiates = torch.is_grad_enabled()
     if not (dropout or differentiates or torch._C._get_tracing_state()) and x.numel() <= lora_A.numel():

@@ -83,12 +83,7 @@ def join(prefix: str, name: str) -> str:
 
 
 def starts_of(name: str) -> list[str]:
-    """Return the modules around ``name``, the outermost first, and itself.
-
-    Example:
-        >>> starts_of("encoder.layer.weight")
-        ['encoder', 'encoder.layer', 'encoder.layer.weight']
-    """
+    """Return the modules around ``name``, the outermost first, and itself: ``a``, ``a.b``, ``a.b.c`` for ``a.b.c``."""
     parts = name.split(".")
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
