@@ -3,7 +3,7 @@
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ class _Merge:
                 tensors.append((name, place))  # None: it was quantised
         return compare(form, (BaseTensor.of_file(name, place, self.files.get(place)) for name, place in tensors))
 
-    def write(self, path: Path, names: Iterable[str], metadata: dict[str, str]) -> int:
+    def write(self, path: Path, names: Collection[str], metadata: dict[str, str]) -> int:
         """Write these tensors of the merged model into a file. Return their size."""
         return write_tensors(path, names, self._value, self.merged, metadata)
 

@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -77,31 +77,34 @@ def _names_in(path: Path) -> list[str]:
 
 
 def write_tensors(
-    path: Path, names: Iterable[str], base: Callable[[str], Tensor], values: Callable[[str], Tensor], metadata: Any
+    path: Path, names: Collection[str], base: Callable[[str], Tensor], values: Callable[[str], Tensor], metadata: Any
 ) -> int:
-    """Write a ``.safetensors`` file, one tensor at a time. Return the size of all tensors.
+    """Write a ``.safetensors`` file with one tensor in memory at a time. Return the size of all tensors.
 
     ``base`` gives a tensor of the shape and dtype of each, ``values`` what is written.
 
     Source:
         The format's own description, https://github.com/huggingface/safetensors#format.
     """
-    header, dtypes, end = {"__metadata__": {"format": "pt", **metadata}}, dict[str, torch.dtype](), 0
+    header, end = {"__metadata__": {"format": "pt", **metadata}}, 0
     for name in names:
-        tensor = base(name)
-        place = [end, end := end + tensor.nbytes]
-        header[name] = {"dtype": _name_of(tensor.dtype), "shape": list(tensor.shape), "data_offsets": place}
-        dtypes[name] = tensor.dtype
+        header[name] = _entry(base(name), end)
+        end = header[name]["data_offsets"][1]
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for name, dtype in dtypes.items():
-            tensor = values(name).detach().to("cpu", dtype).contiguous().reshape(-1)
-            file.write(tensor.view(torch.uint8).numpy().data if tensor.numel() else b"")
+        for name in names:
+            file.write(_bytes(values(name)))
     return end
 
 
-def _name_of(dtype: torch.dtype) -> Any:
-    """The name of a dtype in the format, as safetensors itself writes it after the eight bytes of a header's size."""
-    return json.loads(save({"": torch.empty(0, dtype=dtype)})[8:])[""]["dtype"]
+def _entry(tensor: Tensor, start: int) -> dict[str, Any]:
+    """What a header says of a tensor. safetensors itself names the dtype, in the header of an empty file."""
+    empty = json.loads(save({"": torch.empty(0, dtype=tensor.dtype)})[8:])[""]
+    return {**empty, "shape": list(tensor.shape), "data_offsets": [start, start + tensor.nbytes]}
+
+
+def _bytes(tensor: Tensor) -> Any:
+    values = tensor.detach().cpu().contiguous().reshape(-1)
+    return values.view(torch.uint8).numpy().data if values.numel() else b""
