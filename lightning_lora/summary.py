@@ -94,21 +94,18 @@ class LoRASummary:
             trained_only: Put all groups without trained parameters into one row.
             optimizers: The optimizers that train the model. Their state is shown only if they keep what Adam keeps.
         """
-        parts: list[RenderableType] = [Text(self.headline(), style="bold"), self._layers(trained_only)]
+        headline = f"LoRA: {self.title} trains {self.share:.2%} of its parameters"
+        if self.plain:
+            merged = f", with {self.adapters} adapter{'' if self.adapters == 1 else 's'} merged into it"
+            headline = f"{self.title} is a plain model{merged if self.adapters else ''}"
+        shown: list[RenderableType] = [Text(headline, style="bold"), self._layers(trained_only)]
         if self.smaller:
             names = [f"{name} (r={r})" for name, r in self.smaller]
             more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
-            parts.append(Text(f"Layers smaller than r have their largest rank: {', '.join(names[:_MOST])}{more}"))
+            shown.append(Text(f"Layers smaller than r have their largest rank: {', '.join(names[:_MOST])}{more}"))
         if not self.plain:
-            parts.append(self._costs(optimizers))
-        return Group(*parts)
-
-    def headline(self) -> str:
-        """Return the title of the table."""
-        adapters = f"{self.adapters} adapter{'' if self.adapters == 1 else 's'}"
-        if self.plain:
-            return f"{self.title} is a plain model" + (f", with {adapters} merged into it" if self.adapters else "")
-        return f"LoRA: {self.title} trains {self.share:.2%} of its parameters"
+            shown.append(self._costs(optimizers))
+        return Group(*shown)
 
     def _layers(self, trained_only: bool) -> Table:
         table = layer_table("Layers", "Type", "r", "Trained", "Frozen")
@@ -196,11 +193,11 @@ def _smaller(view: View, name: str) -> tuple[tuple[str, int], ...]:
     layer, found = view.layers.get(name), dict[str, int]()
     if layer is None or not view.is_adapted:
         return ()
-    for part in layer.lora_matrices:
-        target = join(name, part.weight) if isinstance(layer, LoRAParameters) else name
-        r = part.rank(layer.lora_settings.r)
+    for matrix in layer.lora_matrices:
+        target = join(name, matrix.weight) if isinstance(layer, LoRAParameters) else name
+        r = matrix.rank(layer.lora_settings.r)
         if r < view.config.rank(name, target):
-            found[part.weight] = r
+            found[matrix.weight] = r
     are_all = len(found) == len(layer.lora_weights()) and len({*found.values()}) == 1
     return (("", next(iter(found.values()))),) if are_all else tuple(found.items())
 

@@ -10,9 +10,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-_LOG_WIDTH = 120
-"""The width of a table that is not printed to a terminal."""
-
 
 def layer_table(*headings: str, title: str = "") -> Table:
     """Return a table without rows. Names are whole, in several lines if needed; numbers stay in one."""
@@ -27,7 +24,7 @@ def fitting_console(**options: Any) -> Console:
     """Return a console of the terminal's width, or of a log file's, which has none of its own."""
     console = Console(**options)
     has_width = console.is_terminal or console.is_jupyter or "COLUMNS" in os.environ
-    return console if has_width else Console(width=_LOG_WIDTH, **options)
+    return console if has_width else Console(width=120, **options)
 
 
 _BLOCK = re.compile(r"\d+(?=\.)")

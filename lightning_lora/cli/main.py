@@ -5,7 +5,6 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from types import ModuleType
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,29 +12,19 @@ from rich.markup import escape
 from lightning_lora.cli import combine, compare, export, inspect, merge
 from lightning_lora.errors import LoRAError, LoRAWarning
 
-_COMMANDS: dict[str, ModuleType] = {
-    "inspect": inspect,
-    "merge": merge,
-    "export": export,
-    "compare": compare,
-    "combine": combine,
-}
-"""Each module has a docstring, which is its help, ``add_arguments(parser)`` and ``run(arguments)``."""
+_COMMANDS = (inspect, merge, export, compare, combine)
+"""Each module has a name, a docstring, which is its help, ``add_arguments(parser)`` and ``run(arguments)``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code.
-
-    Returns:
-        0: done. 1: an error, which is one line on the standard error. 2: the command line is not valid.
-    """
+    """Run one command. Return 0 if done, 1 after an error, which is one line; a wrong command line exits with 2."""
     about = "Work with files of LoRA adapters, without the model."
     parser = argparse.ArgumentParser(prog="lightning-lora", description=about)
     commands = parser.add_subparsers(required=True, metavar="command")
-    for name, module in _COMMANDS.items():
+    for module in _COMMANDS:
         text = module.__doc__ or ""
         command = commands.add_parser(
-            name,
+            module.__name__.rpartition(".")[2],
             help=text.partition("\n")[0],
             description=text.replace("::\n", ":\n").strip(),
             formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the examples' lines
@@ -55,15 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except FileNotFoundError as error:
-        return _fail(f"{error.filename} does not exist." if error.filename else str(error))
+        message = f"{error.filename} does not exist." if error.filename else str(error)
     except (LoRAError, OSError) as error:
-        return _fail(str(error))
+        message = str(error)
     except KeyboardInterrupt:
-        return _fail("Stopped. Nothing was written.")
-    return 0
-
-
-def _fail(message: str) -> int:
+        message = "Stopped. Nothing was written."
+    else:
+        return 0
     _say("[bold red]error:[/]", message)
     return 1
 

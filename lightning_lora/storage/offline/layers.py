@@ -71,13 +71,11 @@ def layer_on(stored: StoredAdapters, name: str, weights: Mapping[str, Tensor]) -
             if child not in owner._modules:
                 owner.add_module(child, nn.Module())
             owner = owner.get_submodule(child)
-        owner.register_parameter(leaf, _frozen(weights.get(matrix.weight, torch.empty(0))))
-    names = layer.parameters(stored.config)
-    parameters = {parameter: _frozen(stored.state[name]) for parameter, name in names.items()}
+        value = weights.get(matrix.weight, torch.empty(0))
+        owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+    parameters = dict[str, nn.Parameter]()
+    for parameter, stored_name in layer.parameters(stored.config).items():
+        parameters[parameter] = nn.Parameter(stored.state[stored_name], requires_grad=False)
     kind, settings = cast(type[LoRALayer], layer.adapter_class), layer.settings(stored.config)
     attach(shell, Adapter(kind, settings, layer.matrices, parameters))
     return cast(LoRALayer, shell)
-
-
-def _frozen(value: Tensor) -> nn.Parameter:
-    return nn.Parameter(value, requires_grad=False)

@@ -46,8 +46,8 @@ def merge_files(base: Path, adapter: Path, out: Path, progress: Callable[[str], 
             folder.mkdir()
             _write_folder(job, folder)
     elif out.suffix == ".safetensors":
-        with writing(out) as part:
-            job.write(part, job.places, files.metadata(base))
+        with writing(out) as place:
+            job.write(place, job.places, files.metadata(base))
     elif out.suffix == ".ckpt" and files.checkpoint is not None:
         checkpoint = as_base(files.checkpoint)
         if unread := unread_in(checkpoint):
@@ -57,8 +57,8 @@ def merge_files(base: Path, adapter: Path, out: Path, progress: Callable[[str], 
                 "save_merged."
             )
         state = {name: job.merged(name) for name in job.places}
-        with writing(out) as part:
-            torch.save({**checkpoint, "state_dict": state}, part)
+        with writing(out) as place:
+            torch.save({**checkpoint, "state_dict": state}, place)
     else:
         kinds = ".safetensors" if files.checkpoint is None else ".safetensors or .ckpt"
         raise AdapterFileError(f"{out} cannot be written from {base}. Name a file that ends in {kinds}.")
