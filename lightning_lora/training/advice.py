@@ -22,15 +22,6 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
     """Warn of layers that train too little, and large hyperparameters.
 
     Nothing is said about the layers of a model whose adapters are trained already.
-
-    Args:
-        model: The adapted module, before its first step.
-        aloud: Whether this process warns. Otherwise it only remembers which layers look untrained, as the others do.
-
-    Warns:
-        FreshLayerWarning: layers look untrained, and would stay random.
-        LoRAWarning: what the user left trainable is frozen, or the targets leave most of the weights alone, or layers
-            whose weight is computed, or a hyperparameter is a network.
     """
     view = view_of(model)
     if aloud:
@@ -157,14 +148,6 @@ def log_arguments(trainer: Trainer, pl_module: LightningModule, **others: Any) -
 
     Their names begin with ``lora/``. Call it in one process, after the base's fingerprint was taken. Nothing is logged
     with ``Trainer(enable_autolog_hparams=False)``.
-
-    Args:
-        trainer: The Trainer of the fit.
-        pl_module: The adapted module.
-        others: More values to log.
-
-    Warns:
-        LoRAWarning: a logger raised an error, for example because it has logged another value for a name before.
     """
     if not getattr(trainer, "enable_autolog_hparams", True):  # older versions of Lightning have no such option
         return

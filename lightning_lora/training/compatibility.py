@@ -25,11 +25,7 @@ if TYPE_CHECKING:
 
 
 def check_companions(callbacks: list[Callback], stage: str, *, is_sharded: bool) -> None:
-    """Refuse callbacks that do not work with adapters.
-
-    Raises:
-        ConfigError: there is one, or there are two of ours.
-    """
+    """Refuse callbacks that do not work with adapters."""
     ours = sum(_is_ours(callback) for callback in callbacks)
     if ours > 1:
         raise ConfigError(
@@ -70,10 +66,7 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
 
 
 def judge_of(trainer: Trainer) -> Callback | None:
-    """Return the first ModelCheckpoint with a monitor.
-
-    It decides which file is best.
-    """
+    """Return the first ModelCheckpoint with a monitor. It decides which file is best."""
     judges = (each for each in callbacks_of(trainer) if hasattr(each, "best_model_path") and vars(each).get("monitor"))
     return next(judges, None)
 
@@ -100,10 +93,7 @@ def loads_late(trainer: Trainer) -> bool:
 
 
 def loads_in_hooks(pl_module: LightningModule) -> bool:
-    """Whether the module has hooks that may load weights.
-
-    They would load the base's weights over merged ones.
-    """
+    """Whether the module has hooks that may load weights. They would load the base's weights over merged ones."""
     for hook in ("setup", "configure_model"):
         owner = next(cls for cls in type(pl_module).__mro__ if hook in vars(cls))
         if not owner.__module__.startswith(("lightning.", "pytorch_lightning.")):
@@ -116,11 +106,6 @@ def copy_adapted(callbacks: list[Callback], pl_module: LightningModule, *, anew:
 
     The callbacks copied it before it was adapted, or before its hooks made all its layers. Their own ``setup`` is not
     called again: it would call ``configure_model``, which may replace adapted layers.
-
-    Args:
-        callbacks: All callbacks of the Trainer.
-        pl_module: The adapted module.
-        anew: Whether hooks may have changed values since. Otherwise a copy with the same names is kept.
     """
     for callback, copy in _averages(callbacks):
         if hasattr(callback, "reset_batch_norm_and_save_state"):
@@ -135,10 +120,7 @@ def copy_adapted(callbacks: list[Callback], pl_module: LightningModule, *, anew:
 
 
 def share_base(callbacks: list[Callback], pl_module: LightningModule) -> None:
-    """Share the module's frozen weights with the averages.
-
-    Then average only the tensors that differ.
-    """
+    """Share the module's frozen weights with the averages. Then average only the tensors that differ."""
     frozen = view_of(pl_module).frozen
     for callback, copy in _averages(callbacks):
         theirs = View(copy).base

@@ -88,11 +88,7 @@ class Partition:
         return states
 
     def own_state(self, states: Sequence[State]) -> State:
-        """Return the optimizer's state of this part.
-
-        Raises:
-            ValueError: an entry has no part of it.
-        """
+        """Return the optimizer's state of this part."""
         found: State = {}
         for name in dict.fromkeys(name for state in states for name, value in state.items() if value is not None):
             values = [state.get(name) for state in states]
@@ -108,13 +104,7 @@ class Partition:
 
 
 def whole_state(partitions: Sequence[Partition], optimizer: Any, device: torch.device) -> State:
-    """Return the state of an optimizer of the whole parameters.
-
-    Args:
-        partitions: Its groups.
-        optimizer: It has one part in each group.
-        device: Where the parts of all processes meet.
-    """
+    """Return the state of an optimizer of the whole parameters."""
     held: list[State] = []
     groups = []
     for partition, group in zip(partitions, optimizer.param_groups, strict=True):
@@ -126,15 +116,7 @@ def whole_state(partitions: Sequence[Partition], optimizer: Any, device: torch.d
 
 
 def own_state(partitions: Sequence[Partition], state: State) -> State:
-    """Return the state of an optimizer of this process's parts.
-
-    Args:
-        partitions: Its groups.
-        state: The state of an optimizer of the whole parameters.
-
-    Raises:
-        ValueError: ``state`` is of other groups.
-    """
+    """Return the state of an optimizer of this process's parts."""
     saved, own = [len(group["params"]) for group in state["param_groups"]], [len(p.parameters) for p in partitions]
     if saved != own:
         raise ValueError(f"its groups have {saved} parameters, and the module's have {own}")

@@ -56,10 +56,7 @@ class Gradients:
         self.now.add(id(parameter))
 
     def end_backward(self) -> None:
-        """Remove the gradients of frozen weights.
-
-        Under DDP, give unused adapters a zero gradient.
-        """
+        """Remove the gradients of frozen weights. Under DDP, give unused adapters a zero gradient."""
         self.has_begun = True
         self._keep_frozen()
         self.ever |= self.now
@@ -189,20 +186,14 @@ class Dropout:
         self._layers: list[LoRALayer] | None = None
 
     def begin_step(self, model: nn.Module) -> None:
-        """Let it act in ``model``.
-
-        It ends with the step, or where ``eval()`` is called.
-        """
+        """Let it act in ``model``. It ends with the step, or where ``eval()`` is called."""
         if self._layers is None:
             self._layers = [layer for layer in View(model).layers.values() if layer.lora_settings.dropout]
         for layer in self._layers:
             layer.lora_step.runs = True
 
     def end_step(self) -> None:
-        """End a step.
-
-        Its backward pass, which may compute layers again, is over too.
-        """
+        """End a step. Its backward pass, which may compute layers again, is over too."""
         for layer in self._layers or ():
             layer.lora_step.runs = False
 

@@ -18,16 +18,7 @@ from lightning_lora.training.compatibility import judge_of
 
 
 def check_arguments(trainer: Trainer, merge: object, *, was_adapted: bool) -> None:
-    """Refuse a merge that this Trainer cannot make.
-
-    Args:
-        trainer: The Trainer of the fit.
-        merge: The callback's argument.
-        was_adapted: Whether the module had adapters before the fit.
-
-    Raises:
-        ConfigError: nothing says which file is the best, or the adapters would be lost.
-    """
+    """Refuse a merge that this Trainer cannot make."""
     if merge == "best" and judge_of(trainer) is None:
         raise ConfigError(
             "merge='best' needs a ModelCheckpoint with a monitor, and the Trainer has none. Add "
@@ -42,17 +33,7 @@ def check_arguments(trainer: Trainer, merge: object, *, was_adapted: bool) -> No
 
 
 def check_weights(trainer: Trainer, pl_module: LightningModule, merge: object, save: str) -> None:
-    """Refuse weights that no update can be merged into.
-
-    Args:
-        trainer: The Trainer of the fit.
-        pl_module: The adapted module.
-        merge: The callback's argument. If it is False, nothing is merged at the end.
-        save: The callback's argument. If it is ``"model"``, the weights of each file are merged.
-
-    Raises:
-        ConfigError: there are such weights.
-    """
+    """Refuse weights that no update can be merged into."""
     view = View(pl_module)
     if save == "model":
         _check_files(view)
@@ -100,14 +81,7 @@ def _check_files(view: View) -> None:
 
 
 def warn_of_rounding(lost: dict[str, float], module: LightningModule) -> None:
-    """Warn of merged weights that lack much of an update.
-
-    The text is always the same, so Python shows it once.
-
-    Args:
-        lost: The share of each layer's update that is lost to rounding.
-        module: The adapted module.
-    """
+    """Warn of merged weights that lack much of an update. The text is always the same, so Python shows it once."""
     if lost_to_rounding(lost, type(module).__name__):
         warnings.warn(
             f'With save="model", files hold merged weights of {type(module).__name__}, and half precision rounds much '
@@ -122,19 +96,7 @@ LAST = "the last adapters"
 
 
 def load_best(trainer: Trainer, pl_module: LightningModule, read: Callable[[str], dict[str, Any]]) -> str:
-    """Load the adapters of ModelCheckpoint's best file.
-
-    Args:
-        trainer: The Trainer of the fit.
-        pl_module: The adapted module.
-        read: Reads the adapters in a file.
-
-    Returns:
-        What the module has now, in words.
-
-    Warns:
-        BestCheckpointWarning: they could not be loaded.
-    """
+    """Load the adapters of ModelCheckpoint's best file."""
     path = getattr(judge_of(trainer), "best_model_path", "")
     try:
         if not path:
@@ -169,9 +131,6 @@ def check_untied(pl_module: LightningModule) -> None:
 
     This is for processes that send the merged model back as a state dict. The main process would load two different
     values into the same weight.
-
-    Raises:
-        ConfigError: an adapted weight is tied to another use.
     """
     view = View(pl_module)
     owners: dict[int, list[str]] = {}

@@ -42,14 +42,6 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     base weight. Frozen weights are removed. The lists of the groups are edited in place, because optimizers (LBFGS) and
     schedulers keep references to them. The number of groups does not change, so schedulers with one rate per group
     still fit.
-
-    Args:
-        model: The adapted model, frozen.
-        optimizers: Its optimizers, built in any way.
-
-    Raises:
-        OptimizerError: a trained parameter is in no optimizer, and there is not exactly one group to put it into. Or
-            nothing would be left in an optimizer.
     """
     view = view_of(model)
     followers: dict[int, Params] = {}
@@ -73,16 +65,7 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
 
 
 def check_layouts(optimizer: Optimizer, view: View, *, clips: bool) -> None:
-    """Refuse an optimizer that torch cannot run on sharded parameters.
-
-    Args:
-        optimizer: It holds only what trains.
-        view: The adapted model.
-        clips: Whether the Trainer clips gradients.
-
-    Raises:
-        OptimizerError: it is LBFGS, or parameters of different layouts would meet in one call of torch.
-    """
+    """Refuse an optimizer that torch cannot run on sharded parameters."""
     names = {id(p): name for name, p in _named_once(view).items()}
     layouts: dict[Any, list[str]] = {}
     for group in optimizer.param_groups:
@@ -113,9 +96,6 @@ def check_frozen(model: nn.Module, optimizer: Optimizer) -> None:
     """Refuse frozen weights that were added to an optimizer.
 
     They were added in training, after the optimizer's set-up.
-
-    Raises:
-        OptimizerError: there are such weights.
     """
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     if sizes == _CHECKED.get(optimizer):

@@ -13,11 +13,7 @@ RANDOM = "lightning_lora_random"
 
 
 def random_states(trainer: Trainer) -> dict[str, Tensor]:
-    """Return the states of torch's generators in all processes.
-
-    Returns:
-        A tensor for each device type, with one row for each process.
-    """
+    """Return the states of torch's generators in all processes."""
     device = trainer.strategy.root_device
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
@@ -40,11 +36,6 @@ def restore_random_state(trainer: Trainer, checkpoint: Mapping[str, Any]) -> Non
     Its data loaders start anew. To be called when a resumed fit begins. The loaders have started before, with other
     random numbers: Lightning starts them at the first use of ``trainer.estimated_stepping_batches``, or before
     ``on_train_start``.
-
-    Args:
-        trainer: The Trainer of the run.
-        checkpoint: The checkpoint that the run goes on from. If it is of another number of processes, or has no random
-            states, nothing is done.
     """
     states, device = checkpoint.get(RANDOM), trainer.strategy.root_device
     if not isinstance(states, Mapping):

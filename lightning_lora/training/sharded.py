@@ -52,10 +52,7 @@ class LoRAShardedStrategy(LateStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Keep adapters from before out of the shards.
-
-        They are off their layers while ``configure_model`` runs.
-        """
+        """Keep adapters from before out of the shards. They are off their layers while ``configure_model`` runs."""
         record = find_record(self.lora_module)
         adapters = {} if record is None or record.is_merged else detach_adapters(View(self.lora_module))
         try:
@@ -65,10 +62,7 @@ class LoRAShardedStrategy(LateStrategy):
             attach_adapters(self.lora_module, adapters)
 
     def setup(self, trainer: "Trainer") -> None:
-        """Adapt the sharded module.
-
-        What is not sharded is the same in every process from then on, as under DDP.
-        """
+        """Adapt the sharded module. What is not sharded is the same in every process from then on, as under DDP."""
         module = self.lora_module
         reshard(module)
         self._lora_check_mesh()
@@ -83,10 +77,7 @@ class LoRAShardedStrategy(LateStrategy):
         _share_adapters(view_of(module))
 
     def setup_optimizers(self, trainer: "Trainer") -> None:
-        """Let the optimizers train the adapters.
-
-        Optimizers that torch cannot run on shards are refused.
-        """
+        """Let the optimizers train the adapters. Optimizers that torch cannot run on shards are refused."""
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
             check_layouts(optimizer, view_of(self.lora_module), clips=bool(trainer.gradient_clip_val))

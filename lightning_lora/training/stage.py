@@ -85,11 +85,7 @@ class Stage:
             self.begin(pl_module)
 
     def take_config(self, pl_module: LightningModule, stored: LoRAConfig, source: object) -> bool:
-        """Take arguments that were not given from a file, or from adapters that the module has.
-
-        Returns:
-            Whether adapters that the stage had added with the defaults were removed.
-        """
+        """Take arguments that were not given from a file, or from adapters that the module has."""
         config = self.config.completed(stored, self.given)
         names = (field.name for field in fields(config))
         taken = [f"{n}={getattr(config, n)!r}" for n in names if getattr(config, n) != getattr(self.config, n)]
@@ -124,11 +120,6 @@ class Stage:
         """Adapt the module after its own hooks have run.
 
         The weights that the hooks have loaded until now become the base.
-
-        Args:
-            pl_module: The module.
-            for_file: Whether adapters are to be loaded from a file.
-            replaced: Whether they come in place of others.
         """
         if not self.adapts(pl_module, for_file=for_file):
             return
@@ -146,12 +137,7 @@ class Stage:
             merge(pl_module)
 
     def fail(self, pl_module: LightningModule, *, is_alone: bool) -> None:
-        """Give the module back as it came, or keep adapters that may be trained.
-
-        Args:
-            pl_module: The module.
-            is_alone: Whether nothing collective may be called: perhaps only this process has failed.
-        """
+        """Give the module back as it came, or keep adapters that may be trained."""
         was, self.phase = self.phase, Phase.OVER
         record = find_record(pl_module)
         if was is Phase.OVER or (record is not None and record.is_merged):
@@ -182,11 +168,7 @@ def receive_record(pl_module: LightningModule) -> None:
 
 
 def is_merged(pl_module: LightningModule) -> bool:
-    """Whether the module is merged, perhaps by a fit in other processes.
-
-    Raises:
-        AdapterStateError: its layers have the adapters of another model.
-    """
+    """Whether the module is merged, perhaps by a fit in other processes."""
     receive_record(pl_module)
     record = find_record(pl_module)
     if record is None or not record.is_merged:

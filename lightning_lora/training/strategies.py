@@ -22,9 +22,6 @@ def overlay_strategy(strategy: "Strategy", stage: Stage) -> LoRAStrategy:
 
     Methods that other code has set on the strategy before are called by these methods. Those that it sets later come
     first, and call these.
-
-    Raises:
-        StrategyError: the strategy shards or restores the model in a way that is not supported.
     """
     if not isinstance(strategy, LoRAStrategy):
         mixin, held = _mixin_for(strategy), vars(strategy)

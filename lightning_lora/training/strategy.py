@@ -249,10 +249,7 @@ class LoRAStrategy(Strategy, InPlace):
         return type(self.checkpoint_io).__name__ == "TorchCheckpointIO"  # in both Lightning packages
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        """Load what training changed.
-
-        Base keys may be missing. Adapter keys may not, even with ``strict=False``.
-        """
+        """Load what training changed. Base keys may be missing. Adapter keys may not, even with ``strict=False``."""
         module, stage = self.lora_module, self.lora_stage
         if find_record(module) is None and KEY not in checkpoint:  # as in load_checkpoint
             super().load_model_state_dict(checkpoint, strict=strict)
@@ -266,9 +263,6 @@ class LoRAStrategy(Strategy, InPlace):
         """Load the optimizers' states, if they fit.
 
         Lightning leaves out optimizers or states that have no counterpart.
-
-        Raises:
-            OptimizerError: the optimizers are not those that the states are from.
         """
         states = checkpoint["optimizer_states"]
         try:
@@ -291,10 +285,7 @@ class LoRAStrategy(Strategy, InPlace):
     # Save
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return what training changed.
-
-        The base is never gathered, not even with ``save_weights_only``.
-        """
+        """Return what training changed. The base is never gathered, not even with ``save_weights_only``."""
         return adapter_state_dict(self.lora_module) if self._lora_saves() else super().lightning_module_state_dict()
 
     def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
@@ -339,10 +330,7 @@ class LoRAStrategy(Strategy, InPlace):
         return output
 
     def backward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a backward pass.
-
-        What comes until the next step is evaluation, such as a callback's.
-        """
+        """Run a backward pass. What comes until the next step is evaluation, such as a callback's."""
         loss = super().backward(*args, **kwargs)
         if self.lora_module.automatic_optimization:
             self.lora_stage.dropout.end_step()
