@@ -26,9 +26,7 @@ from lightning_lora.training.compatibility import (
     callbacks_of,
     check_companions,
     drop_averages,
-    is_trial,
     loads_in_hooks,
-    loads_late,
     share_base,
     wants_summary,
 )
@@ -244,7 +242,7 @@ class LoRACallback(Callback):
         if trainer.is_global_zero and wants_summary(trainer):
             table = summarize(pl_module).table(trained_only=True, optimizers=trainer.optimizers)
             fitting_console().print(table)
-        if not loads_late(trainer):
+        if not _strategy_of(trainer).lora_adapts_late:
             self._report(trainer, pl_module)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -264,7 +262,7 @@ class LoRACallback(Callback):
             AdapterStateError: a selected layer has no adapter.
         """
         check_adapted(pl_module)
-        if loads_late(trainer):
+        if _strategy_of(trainer).lora_adapts_late:  # a checkpoint was loaded after on_fit_start
             self._report(trainer, pl_module)
         self._stage.phase = Phase.TRAINING
         view = view_of(pl_module)
@@ -315,7 +313,7 @@ class LoRACallback(Callback):
         The module is plain again, and remembers its base and its adapters.
         """
         note_changed(pl_module)
-        if not self.merge or is_trial(trainer):
+        if not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             return
         which = (
             load_best(trainer, pl_module, _strategy_of(trainer).lora_read_adapters) if self.merge == "best" else LAST

@@ -33,19 +33,15 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
     if not aloud:
         return
     if fresh.share > MOST:
-        _tell_of_random_model(view, fresh)
+        rank_zero_info(
+            f"{fresh.share:.0%} of the weights of {type(view.model).__name__} look untrained. If they are, adapters "
+            "learn little: load pretrained weights first, or train without LoRACallback."
+        )
     elif fresh.random:
         _warn_of_fresh(view, fresh)
     _warn_of_left_trainable(view, fresh)
     _warn_of_left_alone(view)
     _warn_of_computed(view)
-
-
-def _tell_of_random_model(view: View, fresh: Fresh) -> None:
-    rank_zero_info(
-        f"{fresh.share:.0%} of the weights of {type(view.model).__name__} look untrained. If they are, adapters learn "
-        "little: load pretrained weights first, or train without LoRACallback."
-    )
 
 
 def _warn_of_fresh(view: View, fresh: Fresh) -> None:
@@ -70,8 +66,7 @@ def _warn_of_left_trainable(view: View, fresh: Fresh) -> None:
     if left:
         _warn(
             f"You have frozen most of {type(view.model).__name__}, but not {listed(left)}. Now these are frozen too, "
-            f"because no adapter is inside them. To train them in full: {_to_save(view, left)}.",
-            LoRAWarning,
+            f"because no adapter is inside them. To train them in full: {_to_save(view, left)}."
         )
 
 
@@ -81,8 +76,7 @@ def _warn_of_left_alone(view: View) -> None:
         _warn(
             f'target_modules="all-linear" leaves {share:.0%} of the weights of {type(view.model).__name__} without '
             f"adapters. They are in {', '.join(kinds)} layers, which can be adapted too: {listed(layers)}. Use "
-            'target_modules="all", or name the layers to adapt.',
-            LoRAWarning,
+            'target_modules="all", or name the layers to adapt.'
         )
 
 
@@ -92,8 +86,7 @@ def _warn_of_computed(view: View) -> None:
         _warn(
             f"No adapter for {listed(left)} of {type(view.model).__name__}, because the weight is {COMPUTED}: no "
             "update could be merged into it, and it stays frozen. To adapt it, undo that first. To train it in full: "
-            f"{_to_save(view, left)}.",
-            LoRAWarning,
+            f"{_to_save(view, left)}."
         )
 
 
@@ -108,8 +101,7 @@ def _warn_of_large_hyperparameters(model: LightningModule, view: View) -> None:
         _warn(
             f"Hyperparameters of {title} hold weights: {names}. Every checkpoint stores them whole, beside the "
             f"adapters. Leave them out: self.save_hyperparameters(ignore={list(large)}). Then pass them when you load: "
-            f"load_from_checkpoint({title}, path, {', '.join(f'{name}=...' for name in large)}).",
-            LoRAWarning,
+            f"load_from_checkpoint({title}, path, {', '.join(f'{name}=...' for name in large)})."
         )
 
 
@@ -135,12 +127,9 @@ def _to_save(view: View, names: list[str] | tuple[str, ...]) -> str:
     return f"modules_to_save={list(dict.fromkeys([*(view.config.modules_to_save or ()), *names]))}"
 
 
-def _warn(message: str, category: type[LoRAWarning]) -> None:
+def _warn(message: str, category: type[LoRAWarning] = LoRAWarning) -> None:
     """Warn in every fit: Python shows the same text once in a program, and a notebook is one program."""
     warnings.warn_explicit(message, category, __file__, 1, registry={})
-
-
-_PREFIX = "lora/"
 
 
 def log_arguments(trainer: Trainer, pl_module: LightningModule, **others: Any) -> None:
@@ -156,7 +145,7 @@ def log_arguments(trainer: Trainer, pl_module: LightningModule, **others: Any) -
     values["alpha"] = record.adapter.config.alpha or record.adapter.config.r
     if record.fingerprints:
         values["base"] = f"{_base_number(record.fingerprints[0]):016x}"
-    named = {_PREFIX + name: _plain(value) for name, value in values.items() if value is not None}
+    named = {f"lora/{name}": _plain(value) for name, value in values.items() if value is not None}
     for logger in trainer.loggers:
         shown = {**_own(trainer, pl_module), **named} if _shows_first(logger) else named
         try:

@@ -32,23 +32,17 @@ def check_companions(callbacks: list[Callback], stage: str, *, is_sharded: bool)
             f"The Trainer has {ours} LoRACallbacks. Expected one. Put all target_modules into one callback, and "
             "use rank_pattern and alpha_pattern for different ranks and scalings."
         )
+    copies = "copies the module, which FSDP2 does not allow. Remove it, or train with strategy='ddp'."
+    refused = {
+        "BaseFinetuning": "unfreezes base weights in training, but LoRACallback keeps them frozen. Use only one of the "
+        "two. To train modules in full beside the adapters, list them in modules_to_save.",
+        "ModelPruning": "masks base weights in training, but LoRACallback does not change them. Use only one of the "
+        "two. Prune the model before fit, or after it, when the updates are merged.",
+        **({"WeightAveraging": copies, "StochasticWeightAveraging": copies} if is_sharded else {}),
+    }
     for callback in callbacks if stage == "fit" else ():
-        kinds = _kinds(callback)
-        if "BaseFinetuning" in kinds:
-            raise ConfigError(
-                f"{type(callback).__name__} unfreezes base weights in training, but LoRACallback keeps them frozen. "
-                "Use only one of the two. To train modules in full beside the adapters, list them in modules_to_save."
-            )
-        if is_sharded and kinds & {"WeightAveraging", "StochasticWeightAveraging"}:
-            raise ConfigError(
-                f"{type(callback).__name__} copies the module, which FSDP2 does not allow. Remove it, or train with "
-                "strategy='ddp'."
-            )
-        if "ModelPruning" in kinds:
-            raise ConfigError(
-                f"{type(callback).__name__} masks base weights in training, but LoRACallback does not change them. "
-                "Use only one of the two. Prune the model before fit, or after it, when the updates are merged."
-            )
+        for kind in _kinds(callback) & refused.keys():
+            raise ConfigError(f"{type(callback).__name__} {refused[kind]}")
 
 
 def _is_ours(callback: Callback) -> bool:
@@ -77,19 +71,9 @@ def states_are_read(callbacks: list[Callback]) -> bool:
     return any("on_load_checkpoint" in vars(kind) and kind.__name__ != "Callback" for kind in kinds)
 
 
-def is_trial(trainer: Trainer) -> bool:
-    """Whether the run is only a trial."""
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # Lightning sets it outside the class
-
-
 def wants_summary(trainer: Trainer) -> bool:
     """Whether the Trainer shows model summaries."""
     return any("ModelSummary" in kind for callback in callbacks_of(trainer) for kind in _kinds(callback))
-
-
-def loads_late(trainer: Trainer) -> bool:
-    """Whether a checkpoint is loaded after ``on_fit_start``."""
-    return bool(trainer.strategy.restore_checkpoint_after_setup)
 
 
 def loads_in_hooks(pl_module: LightningModule) -> bool:
@@ -123,10 +107,9 @@ def share_base(callbacks: list[Callback], pl_module: LightningModule) -> None:
     """Share the module's frozen weights with the averages. Then average only the tensors that differ."""
     frozen = view_of(pl_module).frozen
     for callback, copy in _averages(callbacks):
-        theirs = View(copy).base
-        for name, p in frozen.items():
-            if theirs[name].device == p.device:  # an average may be on another device
-                replace_values(theirs[name], p.data)
+        for name, theirs in View(copy).base.items():
+            if name in frozen and theirs.device == frozen[name].device:  # an average may be on another device
+                replace_values(theirs, frozen[name].data)
         average: Any = vars(callback)["_average_model"]
         if not isinstance(average, AveragedModel):
             callback._avg_fn = _only_changed(callback._avg_fn)  # type: ignore[attr-defined]
@@ -195,10 +178,7 @@ def _without_frozen_norms(method: Callable[[Any], Any], pl_module: LightningModu
 
 @contextmanager
 def keeping_adapters(precision: "Precision") -> Iterator[None]:
-    """Keep adapters when ``precision`` replaces their layers.
-
-    They move to the new layers. For example, BitsandbytesPrecision replaces layers.
-    """
+    """Move adapters to the layers with which ``precision`` replaces theirs, as BitsandbytesPrecision does."""
     own, known = precision.convert_module, vars(precision).copy()
 
     def convert_module(module: Any) -> Any:

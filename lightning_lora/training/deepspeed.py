@@ -1,14 +1,15 @@
 """DeepSpeed with ZeRO stage 1 or 2.
 
 Each process holds all weights. The optimizer is split: it trains copies of the parameters, in float32, and each process
-has a part of them. Files are those of any other strategy: one file, with the optimizer's state made whole.
+has a part of them. Files are those of any other strategy: one file, with the optimizer's state made full.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.errors import StrategyError
 from lightning_lora.model.state import find_record, keep_record
@@ -20,10 +21,6 @@ from lightning_lora.training.strategy import LateStrategy, LoRAStrategy
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from torch.optim import Optimizer
-
-from collections.abc import Iterable, Iterator, Sequence
-
-from torch import Tensor
 
 _COPIES, _SCALE = "float32", "loss_scaler"
 """Entries of an optimizer's state in half precision: DeepSpeed's copies, and how it scales the loss in float16."""
@@ -46,14 +43,14 @@ class Partition:
     """
 
     def __init__(self, parameters: list[nn.Parameter], part: Tensor, places: list[tuple[int, int, int]]) -> None:
-        self.parameters, self.part, self.places = parameters, part, places
+        self.parameters, self.local, self.places = parameters, part, places
 
     def _shared(self, values: Iterable[Tensor], part: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The pieces that are here: of the values of each parameter, and of a part."""
         for value, (first, own, count) in zip(values, self.places, strict=True):
             yield value.reshape(-1)[first : first + count], part[own : own + count]
 
-    def whole(self, part: Tensor, device: torch.device) -> list[Tensor]:
+    def full(self, part: Tensor, device: torch.device) -> list[Tensor]:
         """Return the values of all parameters, from all parts."""
         values = [torch.zeros(p.shape, dtype=part.dtype, device=device) for p in self.parameters]
         for value, own in self._shared(values, part):
@@ -62,32 +59,32 @@ class Partition:
             dist.all_reduce(value.view(-1).view(torch.uint8))  # as bytes: a sum of numbers loses the sign of zero
         return values
 
-    def part_of(self, values: Iterable[Tensor]) -> Tensor:
+    def local_of(self, values: Iterable[Tensor]) -> Tensor:
         """Return this process's part of the values of all parameters."""
-        part = torch.zeros_like(self.part)
+        part = torch.zeros_like(self.local)
         for value, own in self._shared(values, part):
             own.copy_(value)
         return part
 
     def follow(self) -> None:
         """Copy the parameters, except those that are this part rounded."""
-        for value, own in self._shared([p.detach() for p in self.parameters], self.part.detach()):
+        for value, own in self._shared([p.detach() for p in self.parameters], self.local.detach()):
             now = value.to(own.device)
             own.copy_(torch.where(own.to(now.dtype) == now, own, now.to(own.dtype)))
 
-    def whole_states(self, state: State, device: torch.device) -> list[State]:
+    def full_states(self, state: State, device: torch.device) -> list[State]:
         """Return the optimizer's state of each parameter."""
         states: list[State] = [{} for _ in self.parameters]
         for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == self.part.shape:
-                values: list[Any] = self.whole(value, device)
+            if isinstance(value, Tensor) and value.shape == self.local.shape:
+                values: list[Any] = self.full(value, device)
             else:  # one for all, as the number of steps: each gets its own
                 values = [value.clone() if isinstance(value, Tensor) else value for _ in states]
             for held, each in zip(states, values, strict=True):
                 held[name] = each
         return states
 
-    def own_state(self, states: Sequence[State]) -> State:
+    def local_state(self, states: Sequence[State]) -> State:
         """Return the optimizer's state of this part."""
         found: State = {}
         for name in dict.fromkeys(name for state in states for name, value in state.items() if value is not None):
@@ -95,7 +92,7 @@ class Partition:
             given = [(value, p) for value, p in zip(values, self.parameters, strict=True) if value is not None]
             if all(isinstance(value, Tensor) and value.shape == p.shape for value, p in given):
                 pairs = zip(values, self.parameters, strict=True)
-                found[name] = self.part_of(torch.zeros_like(p) if value is None else value for value, p in pairs)
+                found[name] = self.local_of(torch.zeros_like(p) if value is None else value for value, p in pairs)
             elif any(isinstance(value, Tensor) and value.dim() for value, _ in given):
                 raise ValueError(f"its entry {name!r} has other shapes than the parameters")
             else:
@@ -103,26 +100,26 @@ class Partition:
         return found
 
 
-def whole_state(partitions: Sequence[Partition], optimizer: Any, device: torch.device) -> State:
-    """Return the state of an optimizer of the whole parameters."""
+def full_state(partitions: Sequence[Partition], optimizer: Any, device: torch.device) -> State:
+    """Return the state of an optimizer of the full parameters."""
     held: list[State] = []
     groups = []
     for partition, group in zip(partitions, optimizer.param_groups, strict=True):
         first = len(held)
-        held += partition.whole_states(optimizer.state.get(partition.part, {}), device)
+        held += partition.full_states(optimizer.state.get(partition.local, {}), device)
         rest = {name: value for name, value in group.items() if name != "params"}
         groups.append({**rest, "params": list(range(first, len(held)))})
     return {"state": {number: state for number, state in enumerate(held) if state}, "param_groups": groups}
 
 
-def own_state(partitions: Sequence[Partition], state: State) -> State:
+def local_state(partitions: Sequence[Partition], state: State) -> State:
     """Return the state of an optimizer of this process's parts."""
     saved, own = [len(group["params"]) for group in state["param_groups"]], [len(p.parameters) for p in partitions]
     if saved != own:
         raise ValueError(f"its groups have {saved} parameters, and the module's have {own}")
     held, groups = {}, []
     for number, (partition, group) in enumerate(zip(partitions, state["param_groups"], strict=True)):
-        held[number] = partition.own_state([state["state"].get(key, {}) for key in group["params"]])
+        held[number] = partition.local_state([state["state"].get(key, {}) for key in group["params"]])
         groups.append({**group, "params": [number]})
     return {"state": {number: found for number, found in held.items() if found}, "param_groups": groups}
 
@@ -215,18 +212,18 @@ class LoRADeepSpeedStrategy(LateStrategy):
         """Load the optimizer's state, each process its own part."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             zero: Any = optimizer
-            zero.optimizer.load_state_dict(own_state(self.lora_stage.partitions, state))
+            zero.optimizer.load_state_dict(local_state(self.lora_stage.partitions, state))
             for partition, values in zip(self.lora_stage.partitions, state.get(_COPIES, ()), strict=False):
-                partition.part.detach().copy_(partition.part_of(values))
+                partition.local.detach().copy_(partition.local_of(values))
             if _SCALE in state and hasattr(zero, "loss_scaler"):
                 vars(zero.loss_scaler).update(state[_SCALE])
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return the state of the optimizer, made full."""
         partitions, device = self.lora_stage.partitions, self.root_device
-        state = whole_state(partitions, optimizer, device)
-        if any(p.dtype != partition.part.dtype for partition in partitions for p in partition.parameters):
-            state[_COPIES] = [partition.whole(partition.part.detach(), device) for partition in partitions]
+        state = full_state(partitions, optimizer, device)
+        if any(p.dtype != partition.local.dtype for partition in partitions for p in partition.parameters):
+            state[_COPIES] = [partition.full(partition.local.detach(), device) for partition in partitions]
         scaler = vars(optimizer).get("loss_scaler")
         if scaler is not None and scaler.dynamic:
             state[_SCALE] = {name: value for name, value in vars(scaler).items() if type(value) in (int, float, bool)}

@@ -73,10 +73,7 @@ class Gradients:
                 p.grad = None
 
     def check(self, optimizer: Optimizer) -> None:
-        """Warn about adapters that received no gradient.
-
-        This checks the adapters in ``optimizer``, once, at its first step.
-        """
+        """Warn about adapters in ``optimizer`` that received no gradient, once, at its first step."""
         if not self.has_begun or any(optimizer is seen for seen in self.optimizers):
             return
         self.optimizers.append(optimizer)

@@ -61,10 +61,7 @@ def _check_files(view: View) -> None:
     adapted = [join(name, weight) for name, layer in view.layers.items() for weight in layer.lora_weights()]
     held = state_dict(view.model, keep_vars=True)
     for names, why in (
-        (
-            [name for name in adapted if name not in held],
-            "the module's own state_dict does not hold {}.",
-        ),
+        ([name for name in adapted if name not in held], "the module's own state_dict does not hold {}."),
         (quantised_layers(view), "the weights of {} are quantised, so no update can be merged into them."),
         (spread, "{} are spread over processes (FSDP2), and each save would gather the whole model."),
         (
@@ -118,10 +115,7 @@ def returns_state_only(trainer: Trainer) -> bool:
 
 
 def send_record(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Leave the module's record for the main process.
-
-    This is done at the end of a fit, and only in processes that send back only a state dict.
-    """
+    """Leave the module's record for the main process, if only a state dict is sent back to it."""
     if returns_state_only(trainer) and trainer.is_global_zero:
         send(pl_module)
 
@@ -139,10 +133,9 @@ def check_untied(pl_module: LightningModule) -> None:
     for layer in view.layers.values():
         for weight in layer.lora_weights():
             tied = owners[id(own_parameter(layer, weight))]
-            if len(tied) == 1:
-                continue
-            raise ConfigError(
-                f"{' and '.join(map(repr, tied))} are one tied weight, and a merge changes only one use of it. The "
-                "processes of this strategy send back a state dict, which cannot hold both. Use strategy='ddp', or "
-                "leave the layer out with exclude_modules."
-            )
+            if len(tied) > 1:
+                raise ConfigError(
+                    f"{' and '.join(map(repr, tied))} are one tied weight, and a merge changes only one use of it. The "
+                    "processes of this strategy send back a state dict, which cannot hold both. Use strategy='ddp', or "
+                    "leave the layer out with exclude_modules."
+                )

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_lora.training.deepspeed import Partition, own_state, whole_state
+from lightning_lora.training.deepspeed import Partition, full_state, local_state
 from tests.support.ranks import join_group, run_ranks
 
 VALUES = [torch.tensor([[0.5, -0.0, math.nan], [2.0, -3.0, 4.0]]), torch.tensor(7.0), torch.tensor([8.0])]
@@ -29,8 +29,8 @@ def bits(values: list[Tensor]) -> list[list[int]]:
 def wholes() -> list[list[int]]:
     join_group()
     partition = partition_of(dist.get_rank())
-    whole = partition.whole(partition.part, torch.device("cpu"))
-    assert bits([partition.part_of(whole)]) == bits([partition.part])
+    whole = partition.full(partition.part, torch.device("cpu"))
+    assert bits([partition.local_of(whole)]) == bits([partition.part])
     return bits(whole)
 
 
@@ -48,8 +48,8 @@ def states() -> dict[str, Any]:
     optimizer = torch.optim.SGD([{"params": [part], "lr": 0.1 * n} for n, part in enumerate(parts)], momentum=0.9)
     parts[0].grad = torch.ones(4)
     optimizer.step()
-    state = whole_state(partitions, optimizer, torch.device("cpu"))
-    found, expected = own_state(partitions, state), optimizer.state_dict()
+    state = full_state(partitions, optimizer, torch.device("cpu"))
+    found, expected = local_state(partitions, state), optimizer.state_dict()
     assert found["param_groups"] == expected["param_groups"]
     torch.testing.assert_close(found["state"], expected["state"])
     return state
@@ -71,14 +71,14 @@ def test_state_is_that_of_an_optimizer_of_the_parameters() -> None:
 
 
 def test_each_parameter_gets_its_own_number_of_steps() -> None:
-    first, second, *_ = partition_of(0).whole_states({"step": torch.tensor(3.0)}, torch.device("cpu"))
+    first, second, *_ = partition_of(0).full_states({"step": torch.tensor(3.0)}, torch.device("cpu"))
     first["step"] += 1
     assert second["step"] == 3
 
 
 def test_parameters_without_a_state_start_at_zero() -> None:
     moments = {"step": torch.tensor(2.0), "exp_avg": torch.ones(2, 3)}
-    found = partition_of(0).own_state([moments, {}, {"exp_avg": None}])
+    found = partition_of(0).local_state([moments, {}, {"exp_avg": None}])
     assert found["step"] == 2 and found["exp_avg"].tolist() == [1.0] * 4
 
 
@@ -91,7 +91,7 @@ def test_parameters_without_a_state_start_at_zero() -> None:
 )
 def test_state_of_other_parameters_is_refused(state: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        own_state([partition_of(0)], state)
+        local_state([partition_of(0)], state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
