@@ -118,9 +118,9 @@ def merge(model: nn.Module) -> tuple[dict[str, float], list[str]]:
     bases: dict[str, dict[str, Tensor]] = {name: {} for name in view.layers}
     lost: dict[str, float] = {}
     with ExitStack() as undo:
-        undo.callback(_show_bases, view, bases)
+        undo.callback(lambda: freeze(View(model)))
         for name, layer in view.layers.items():
-            lost[name] = _merge_layer(view.record, name, layer, tied[name], bases[name])
+            lost[name] = _merge_layer(view.record, name, layer, tied[name], bases[name], undo)
         _weights_have_changed(view)
         now = View(model)
         unfreeze(now)  # tied weights have new parameters
@@ -142,7 +142,7 @@ def _merge_for_good(model: nn.Module) -> tuple[dict[str, float], list[str]]:
         sizes = {name: own_parameter(layer, layer.lora_weights()[0]).numel() for name, layer in view.layers.items()}
         for name in sorted(sizes, key=sizes.__getitem__, reverse=True):  # if memory is short, the first one fails
             layer = view.layers[name]
-            lost[name] = _merge_layer(view.record, name, layer, tied[name], None)
+            lost[name] = _merge_layer(view.record, name, layer, tied[name])
             layer.lora_weights_changed()
             layer.lora_detach()
             view.adapter.is_on(other for other in view.adapter.layers if other != name)
@@ -179,12 +179,17 @@ def spread_ties(view: View) -> list[str]:
 
 
 def _merge_layer(
-    record: Record, name: str, layer: LoRALayer, tied: list[str], bases: dict[str, Tensor] | None
+    record: Record,
+    name: str,
+    layer: LoRALayer,
+    tied: list[str],
+    bases: dict[str, Tensor] | None = None,
+    undo: ExitStack | None = None,
 ) -> float:
     """Set a layer's weights to ``W + ΔW``, and return the largest share of an update that is lost to rounding.
 
-    Weights in ``tied`` must not change in the other layer, so this one gets parameters of its own for them. ``bases``
-    is filled with the base's values by weight, each before its weight changes. None: they are not kept.
+    Weights in ``tied`` must not change in the other layer, so this one gets parameters of its own for them. The base's
+    values are put into ``bases`` by weight. Without ``undo``, they are not kept.
     """
     values, shares = {}, []
     with torch.inference_mode(False), torch.no_grad():
@@ -193,31 +198,25 @@ def _merge_layer(
             shares.append(share)
         for weight, merged in values.items():
             own = own_parameter(layer, weight)
+            base: Tensor = own
             if weight in tied:
-                if bases is not None:
-                    bases[weight] = own
+                if undo is not None:
+                    undo.callback(set_parameter, layer, weight, own)
                 set_parameter(layer, weight, nn.Parameter(merged, own.requires_grad))
-                continue
+            else:
+                if undo is not None:
+                    base = set_aside(own)  # saves GPU memory
+                    undo.callback(_put_back, own, base, own.device)
+                    record.base_was_copied(join(name, weight), own, base)
+                replace_values(own, merged)
             if bases is not None:
-                base = set_aside(own)  # saves GPU memory
-                record.base_was_copied(join(name, weight), own, base)
                 bases[weight] = base
-            replace_values(own, merged)
     return max(shares, key=lambda share: (not share < math.inf, share))
 
 
-def _show_bases(view: View, bases: dict[str, dict[str, Tensor]]) -> None:
-    """Undo a merge that failed: show the base's values again on layers that still have their adapters."""
-    for name, layer in view.layers.items():
-        for weight, base in bases[name].items():
-            if isinstance(base, nn.Parameter):
-                set_parameter(layer, weight, base)
-            else:
-                shown = own_parameter(layer, weight)
-                device = shown.device
-                replace_values(shown, base)  # the merged values make room first
-                replace_values(shown, base.to(device))
-    freeze(View(view.model))
+def _put_back(tensor: Tensor, values: Tensor, device: torch.device) -> None:
+    replace_values(tensor, values)  # the other values make room first
+    replace_values(tensor, values.to(device))
 
 
 def _see(view: View, bases: dict[str, dict[str, Tensor]]) -> tuple[dict[str, Seen], dict[str, Seen], dict[str, Seen]]:
@@ -324,11 +323,6 @@ def _show_base(record: Record, name: str, layer: nn.Module, adapter: Adapter, un
         else:
             replace_values(shown, base.to(shown))
             record.base_was_copied(join(name, weight), base, shown)
-
-
-def _put_back(tensor: Tensor, values: Tensor, device: torch.device) -> None:
-    replace_values(tensor, values)
-    replace_values(tensor, values.to(device))
 
 
 def _follow_layer(layer: nn.Module, adapter: Adapter, was: torch.dtype, undo: ExitStack) -> None:
