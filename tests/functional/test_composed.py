@@ -138,6 +138,23 @@ def test_distributed_tensors_are_composed() -> None:
 
 
 @pytest.mark.usefixtures("alone")
+@pytest.mark.skipif(not has_shards, reason="models are sharded with torch 2.7 and later")
+@pytest.mark.parametrize(
+    ("dim", "rows", "a_split", "b_split"), [(0, 8, False, True), (1, 8, True, False), (0, 4, False, False)]
+)
+def test_adapters_are_split_as_tensor_parallelism_splits_their_weights(
+    dim: int, rows: int, a_split: bool, b_split: bool
+) -> None:
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,), mesh_dim_names=("tensor_parallel",))
+    layer = nn.Linear(6, 8, bias=False)
+    layer.weight = nn.Parameter(dist.tensor.distribute_tensor(layer.weight.detach(), mesh, [dist.tensor.Shard(dim)]))
+    slices = {"0": {"some": [0, rows]}}
+    inject_adapters(nn.Sequential(layer), LoRAConfig(r=2, target_modules=["0"], target_slices=slices))
+    for factor, split in ((layer.lora_A_some, a_split), (layer.lora_B_some, b_split)):
+        assert factor.placements[0].is_shard(dim) is split
+
+
+@pytest.mark.usefixtures("alone")
 @pytest.mark.skipif(not hasattr(dist.fsdp, "fully_shard"), reason="torch has no public fully_shard")
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_parameters_that_are_sharded_between_passes_get_the_same_gradients(dropout: float) -> None:

@@ -14,55 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, inject_adapters
 from lightning_lora.functional import linear
 from lightning_lora.functional.linear import adapted_linear
 from tests.support.functional import composed, goes_by_hand, inputs
-from tests.support.models import randomise
+from tests.support.layers import adapted
 
-LAYOUTS: dict[str, Callable[[], Tensor]] = {
-    "transposed matrix": lambda: torch.randn(3, 4).T,
-    "transposed batch": lambda: torch.randn(3, 2, 5).transpose(0, 1),
-    "features first": lambda: torch.randn(2, 3, 4).mT,
-    "every second": lambda: torch.randn(4, 6)[:, ::2],
-    "expanded": lambda: torch.randn(1, 3).expand(4, 3),
-}
-
-
-def adapted(x: Tensor, dropout: float) -> Any:
-    layer = nn.Linear(x.shape[-1], 4).double()
-    inject_adapters(nn.Sequential(layer), LoRAConfig(r=2, dropout=dropout))
-    randomise(layer, scale=1)
-    return layer
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("build", LAYOUTS.values(), ids=LAYOUTS)
-def test_second_derivatives_are_right_however_the_input_is_laid_out(
-    build: Callable[[], Tensor], dropout: float
-) -> None:
-    x = build().double().requires_grad_()
-    layer = adapted(x, dropout)
-
-    def compute(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        torch.manual_seed(1)
-        return torch.func.functional_call(layer, {"lora_A": a, "lora_B": b}, (x,))
-
-    assert torch.autograd.gradgradcheck(compute, (x, layer.lora_A, layer.lora_B))
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("build", LAYOUTS.values(), ids=LAYOUTS)
-def test_gradients_with_gradients_drop_what_those_without_drop(build: Callable[[], Tensor], dropout: float) -> None:
-    x = build().double().requires_grad_()
-    layer = adapted(x, dropout)
-    inputs, output = (x, layer.lora_A, layer.lora_B), layer(x).square().sum()
-    first = torch.autograd.grad(output, inputs, retain_graph=True)
-    for one, other in zip(torch.autograd.grad(output, inputs, create_graph=True), first, strict=True):
-        torch.testing.assert_close(one, other)
-
-
-NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
+LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "every second")
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:
@@ -76,12 +33,39 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("layout", [each for each in LAYOUTS if each != "expanded"])  # which torch's check refuses
+def test_second_derivatives_are_right_however_the_input_is_laid_out(layout: str, dropout: float) -> None:
+    x = layouts(torch.randn(2, 3, 4).double())[layout].requires_grad_()
+    layer = adapted(nn.Linear(4, 4), dropout=dropout)
+
+    def compute(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return torch.func.functional_call(layer, {"lora_A": a, "lora_B": b}, (x,))
+
+    assert torch.autograd.gradgradcheck(compute, (x, layer.lora_A, layer.lora_B))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_with_gradients_drop_what_those_without_drop(layout: str, dropout: float) -> None:
+    x = layouts(torch.randn(2, 3, 4).double())[layout].requires_grad_()
+    layer = adapted(nn.Linear(4, 4), dropout=dropout)
+    inputs, output = (x, layer.lora_A, layer.lora_B), layer(x).square().sum()
+    first = torch.autograd.grad(output, inputs, retain_graph=True)
+    for one, other in zip(torch.autograd.grad(output, inputs, create_graph=True), first, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
+
+
 @given(
     shape=st.lists(st.integers(0, 4), max_size=4).flatmap(lambda s: st.tuples(*map(st.just, s), st.integers(1, 6))),
     out=st.integers(1, 6),
     r=st.integers(1, 4),
     scaling=st.floats(-3, 3, width=16),
-    layout=st.sampled_from(["contiguous", "transposed", "sliced", "expanded", "every second"]),
+    layout=st.sampled_from(LAYOUTS),
     trained=st.sets(st.sampled_from(NAMES), min_size=1),
     with_bias=st.booleans(),
 )

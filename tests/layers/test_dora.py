@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, LoRAWarning, TargetError, disable_adapters, inject_adapters
+from lightning_lora import LoRAConfig, LoRAWarning, TargetError, adapter_state_dict, disable_adapters, inject_adapters
 from tests.support.layers import LAYERS, Model, config
 from tests.support.models import LitTiny, data, lora, randomise, trainer
 
@@ -26,6 +26,13 @@ def test_dora_is_refused_where_it_has_no_meaning(name: str) -> None:
     model = Model(LAYERS[name][0]()).double()
     with pytest.raises(TargetError, match=r"use_dora=True is for .* '0' .*exclude_modules"):
         inject_adapters(model, config(model, use_dora=True))
+
+
+def test_all_rows_with_a_name_have_one_magnitude_without_it() -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    how = LoRAConfig(r=2, use_dora=True, target_modules=["0"], target_slices={"0": {"all": [0, 5]}})
+    inject_adapters(model, how)
+    assert list(adapter_state_dict(model)) == ["0.lora_A_all", "0.lora_B_all", "0.lora_magnitude"]
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])

@@ -202,14 +202,6 @@ def test_a_layer_whose_parameters_are_reset_starts_its_adapter_anew() -> None:
     assert model[0].lora_A.any() and not model[0].lora_B.any()
 
 
-def test_an_embedding_without_memory_starts_anew_the_other_way_round() -> None:
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Embedding(6, 4))
-    inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
-    model.to_empty(device="cpu")
-    assert not model[0].lora_A.any() and model[0].lora_B.isfinite().all() and model[0].lora_B.any(dim=0).all()
-
-
 def test_pissa_starts_from_the_best_approximation_and_olora_from_an_orthonormal_one() -> None:
     torch.manual_seed(0)
     weight = torch.randn(7, 6, dtype=torch.float64)

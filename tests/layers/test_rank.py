@@ -26,7 +26,7 @@ from lightning_lora.cli.main import main
 from lightning_lora.layers import Role
 from tests.layers.test_kinds import reference
 from tests.support.layers import LAYERS, Model, config, factors
-from tests.support.models import randomise, same, state, trainer
+from tests.support.models import randomise, same, trainer
 from tests.support.peft_export import check_read
 from tests.support.peft_reading import write_peft
 
@@ -139,19 +139,12 @@ def test_peft_computes_the_same_from_an_export(arguments: dict[str, Any], tmp_pa
     check_read(Curve().net, LoRAConfig(**{"r": 6, **arguments}), lambda model: model(X), tmp_path)
 
 
-@pytest.mark.parametrize("arguments", [{"alpha": 6}, {"alpha": 6, "use_rslora": True}, {"alpha": 6, "use_dora": True}])
 @pytest.mark.parametrize("uniform", [False, True])
-def test_an_export_is_read_again_with_the_same_numbers(arguments: Any, uniform: bool, tmp_path: Path) -> None:
-    model = trained(r=5, **arguments)
+def test_an_export_is_read_again_with_the_same_numbers(uniform: bool, tmp_path: Path) -> None:
+    model, plain = trained(r=5, alpha=6, use_rslora=True), Curve()
     export_peft(model, tmp_path / "peft", uniform=uniform)
-    plain = Curve()
     load_adapter(plain, tmp_path / "peft")
     torch.testing.assert_close(plain(X), model(X))
-    if not uniform:  # otherwise alpha is another one, and B too
-        adapted = trained(r=5, **arguments)
-        randomise(adapted, seed=9)
-        load_adapter(adapted, tmp_path / "peft")
-        torch.testing.assert_close(adapted(X), model(X))
 
 
 def test_pefts_own_files_with_such_a_rank_load_onto_an_adapted_model(tmp_path: Path) -> None:
@@ -171,13 +164,8 @@ def test_the_console_reads_the_rank_that_a_layer_has(tmp_path: Path, capsys: pyt
     assert [(layer["name"], layer["r"], layer["scaling"]) for layer in found] == [(n, r, 1.5) for n, r in RANKS.items()]
     assert main(["compare", *files]) == 0
     assert main(["combine", *files, "--out", str(tmp_path / "sum.safetensors"), "--weights", "1", "1"]) == 0
-    plain = Curve()
+    plain, inputs = Curve(), (X, X.new_ones(4, 16), X.new_ones(4, 16))
     load_adapter(plain, tmp_path / "sum.safetensors")
-    base = state(Curve())
-    for layer in ("0", "2", "4"):
-        found_update = plain.net.get_submodule(layer).lora_effective_weight("weight") - base[f"net.{layer}.weight"]  # type: ignore[operator]
-        deltas = [
-            model.net.get_submodule(layer).lora_effective_weight("weight") - base[f"net.{layer}.weight"]  # type: ignore[operator]
-            for model in models
-        ]
-        torch.testing.assert_close(found_update, sum(deltas))
+    for layer, x in zip((0, 2, 4), inputs, strict=True):
+        both = models[0].net[layer](x) + models[1].net[layer](x) - Curve().net[layer](x)
+        torch.testing.assert_close(plain.net[layer](x), both)

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.distributed import tensor as dtensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from lightning_lora.tensors import digests as hashing
 from lightning_lora.tensors.digests import digest, digests, digests_as
 from tests.support.ranks import has_shards, join_group, run_ranks
 
@@ -93,23 +92,3 @@ def many_layouts() -> tuple[bool, int, bool]:
 
 def test_many_digests_take_one_message() -> None:
     assert run_ranks(many_layouts) == [(True, 1, True)] * 2
-
-
-def changed_in_the_last_part() -> bool:
-    join_group()
-    mesh = init_device_mesh("cpu", (2,))
-    whole = torch.randn(9, 4)
-    torch.distributed.broadcast(whole, 0)
-    spread = dtensor.distribute_tensor(whole, mesh, [dtensor.Shard(0)], src_data_rank=None)
-    before = digest(spread)
-    if torch.distributed.get_rank() == 1:
-        spread._local_tensor[-1, -1] += 1
-    return digest(spread) != before
-
-
-def test_a_change_in_one_process_changes_the_digest_in_all() -> None:
-    assert run_ranks(changed_in_the_last_part) == [True, True]
-
-
-def test_long_runs_cross_chunks() -> None:
-    assert max(torch.Size(shape).numel() for shape in SHAPES) > 2 * hashing._CHUNK
