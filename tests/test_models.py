@@ -316,7 +316,8 @@ def test_merging_and_a_file_keep_what_the_adapters_compute(name: str, config: Lo
     unmerge_adapters(model)
     assert same(state(model), before) and torch.equal(run(model), adapted)
     load_adapter(other, tmp_path / "adapter.safetensors")
-    assert same(adapter_state_dict(other), adapter_state_dict(model)) and torch.equal(run(other), adapted)
+    assert same(adapter_state_dict(other), adapter_state_dict(model))
+    torch.testing.assert_close(run(other), adapted)  # processors round other copies of a weight in other ways
 
 
 # Experts, statistics, recurrence, and weights that other code reads
