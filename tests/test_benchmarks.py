@@ -8,7 +8,6 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from tests.benchmarks import report
 from tests.benchmarks.measure import Bench, overheads, ratios, row, saved_bytes
 from tests.benchmarks.models import Bert, Llama, Projections, step
 from tests.benchmarks.sharded import LARGE, PLACES, Sizes
@@ -32,12 +31,6 @@ def test_a_row_shows_medians_and_the_best_peer() -> None:
     assert against.details == {"ours": pytest.approx(1.1), "good": pytest.approx(1.2), "bad": 3.0}
     share = overheads("case", times, "ours", ["bad", "good"], "floor")
     assert share.value == pytest.approx(0.5) and share.measure == "overhead over that of good"
-
-
-def test_a_report_names_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "version", lambda name: "1.0")  # peers need not be installed here
-    found = report.machine(BENCH)
-    assert found["device"] and found["rounds"] == 5 and found["versions"]["torch"] == "1.0"
 
 
 def test_bytes_that_autograd_keeps_are_counted_once() -> None:
