@@ -205,7 +205,7 @@ def _output_heads(names: Names) -> set[object]:
     embeddings = {weight for module, weight in weights.items() if isinstance(module, nn.Embedding)} - {None}
     heads = set[object]()
     for module, weight in weights.items():
-        if isinstance(module, nn.Linear) and weight in embeddings:
+        if weight in embeddings:
             heads.add(module)
     for module in (names.model, *names.modules.values()):
         head = getattr(module, "get_output_embeddings", None)

@@ -54,6 +54,18 @@ def test_an_entry_of_rank_pattern_above_a_layers_smaller_side_is_refused_by_name
         adapted(model(), r=16, rank_pattern={".*": 16})
 
 
+def test_a_rank_for_several_matrices_may_be_what_the_largest_of_them_allows() -> None:
+    def build() -> nn.Module:
+        model = nn.ModuleDict({"rnn": nn.LSTM(4, 8), "experts": Table()})
+        model["experts"].large = nn.Parameter(torch.randn(9, 8))
+        return model
+
+    how: dict[str, Any] = {"target_modules": ["rnn"], "target_parameters": ["table", "large"]}
+    assert adapted(build(), **how, rank_pattern={"rnn|experts": 8}) == ("rnn", "experts")
+    with pytest.raises(ConfigError, match=r"'rnn' \(r=9, at most 8\), 'experts.table' \(r=9, at most 4\), 'experts.l"):
+        adapted(build(), **how, rank_pattern={"rnn|experts": 9})
+
+
 @pytest.mark.parametrize("argument", ["rank_pattern", "alpha_pattern"])
 def test_a_key_whose_layers_are_decided_by_several_before_it_is_refused(argument: str) -> None:
     def build() -> nn.ModuleDict:
