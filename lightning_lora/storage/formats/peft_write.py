@@ -139,10 +139,10 @@ def _source(model_or_file: nn.Module | str | Path, root: str | None) -> _Source:
         stored, model = StoredAdapters.from_view(view, state, forms_of_base(view)), model_or_file
     else:
         stored, model = read_adapter_file(model_or_file), None
-    if model is None and (not stored.layers or (stored.config.modules_to_save and not stored.saved)):
+    if not stored.layers:
         raise AdapterFileError(
-            f"{stored.source} does not say what the adapted layers are, or what belongs to modules_to_save: an earlier "
-            "version wrote it. Load it onto its model with load_adapter, and export the model."
+            f"{stored.source} does not say what the adapted layers are: an earlier version wrote it. Load it onto its "
+            "model with load_adapter, and export the model."
         )
     if stored.random:
         warnings.warn(

@@ -2,8 +2,6 @@
 
 import errno
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +29,10 @@ from tests.support.models import LitTiny, TinyLM, same, state
 from tests.support.peft_export import trained
 
 
-@contextmanager
-def refused(match: str, folder: Path, error: type[Exception] = ExportError) -> Iterator[Path]:
+def check_refused(source: Any, folder: Path, match: str, error: type[Exception] = ExportError, **how: Any) -> None:
     """Expect an error, and no directory."""
     with pytest.raises(error, match=match):
-        yield folder / "peft"
+        export_peft(source, folder / "peft", **how)
     assert not (folder / "peft").exists()
 
 
@@ -53,44 +50,54 @@ class Stacks(nn.Module):
     def __init__(self, *shape: int, is_transposed: bool = False) -> None:
         super().__init__()
         self.up, self.is_transposed, self.fc = nn.Parameter(torch.randn(shape)), is_transposed, nn.Linear(4, 4)
+        self.rnn = nn.GRU(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.up
 
 
-@pytest.mark.parametrize(
-    ("layer", "config", "match"),
-    [
-        (nn.ConvTranspose1d(4, 4, 3), {}, "no counterpart for our adapter of ConvTranspose1d"),
-        (nn.EmbeddingBag(4, 4), {}, "no counterpart for our adapter of EmbeddingBag"),
-        (nn.Bilinear(4, 4, 4), {}, "no counterpart for our adapter of Bilinear"),
-        (nn.Conv2d(4, 4, 3, dilation=(1, 2)), {}, r"dilation=.*1, 2.*exclude_modules"),
-        (nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular"), {}, "padding_mode='circular'"),
-        (nn.Conv2d(4, 4, 3, groups=2), {}, "groups=2.*the channels of all groups"),
-        (Scaled(4, 4), {}, "Scaled has a forward of its own"),
-        (ScaledEmbedding(4, 4), {}, "ScaledEmbedding has a forward of its own"),
-        (nn.MultiheadAttention(4, 2), {}, r"twice.*target_slices=\{'layer': \['q', 'k', 'v'\]\}"),
-        (nn.MultiheadAttention(4, 2, kdim=3), {"target_slices": {"layer": ["q"]}}, "kdim or vdim"),
-        (Stacks(4, 4), {"target_parameters": ["fc.weight"]}, r"fc.weight.*belong to layers inside"),
-        (Stacks(1, 4, 4, is_transposed=True), {"target_parameters": ["up"]}, "wrong way round"),
-    ],
-)
-def test_layers_that_peft_lacks_or_computes_otherwise(
+class Counting(nn.Linear):
+    def get_extra_state(self) -> Any:
+        return {"count": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+UP: dict[str, Any] = {"target_modules": ["other"], "target_parameters": ["up"]}
+OTHER: dict[str, Any] = {"target_modules": ["other"]}
+SHARED = nn.Linear(4, 4)
+CASES: list[tuple[nn.Module, dict[str, Any], str]] = [
+    (nn.ConvTranspose1d(4, 4, 3), {}, "'layer': .*no counterpart for our adapter of ConvTranspose1d"),
+    (nn.EmbeddingBag(4, 4), {}, "'layer': .*no counterpart for our adapter of EmbeddingBag"),
+    (nn.Bilinear(4, 4, 4), {}, "'layer': .*no counterpart for our adapter of Bilinear"),
+    (nn.Conv2d(4, 4, 3, dilation=(1, 2)), {}, r"'layer': .*dilation=.*1, 2.*exclude_modules"),
+    (nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular"), {}, "'layer': .*padding_mode='circular'"),
+    (nn.Conv2d(4, 4, 3, groups=2), {}, "'layer': .*groups=2.*the channels of all groups"),
+    (Scaled(4, 4), {}, "'layer': .*Scaled has a forward of its own"),
+    (ScaledEmbedding(4, 4), {}, "'layer': .*ScaledEmbedding has a forward of its own"),
+    (nn.MultiheadAttention(4, 2), {}, r"'layer': .*twice.*target_slices=\{'layer': \['q', 'k', 'v'\]\}"),
+    (nn.MultiheadAttention(4, 2, kdim=3), {"target_slices": {"layer": ["q"]}}, "'layer': .*kdim or vdim"),
+    (Stacks(4, 4), {**OTHER, "target_parameters": ["fc.weight"]}, r"'layer': .*fc.weight.*belong to layers inside"),
+    (Stacks(1, 4, 4, is_transposed=True), UP, "'layer': .*wrong way round"),
+    (Stacks(4, 4), {**UP, "target_modules": ["rnn"]}, "'layer.rnn': PEFT finds no parameters inside of 'layer'"),
+    (nn.Sequential(SHARED, SHARED), {}, "'layer.0': the layer is used as 'layer.1' too"),
+    (Stacks(4, 4), {**UP, "modules_to_save": ["fc"]}, "'layer.fc', inside of a module whose parameters"),
+    (nn.Linear(4, 4), {**OTHER, "modules_to_save": ["layer.weight"]}, "no place for 'layer.weight'.*single parameters"),
+    (Counting(4, 4), OTHER, "no place for 'layer._extra_state'"),
+]
+
+
+@pytest.mark.parametrize(("layer", "config", "match"), CASES)
+def test_what_peft_lacks_or_computes_otherwise(
     layer: nn.Module, config: dict[str, Any], match: str, tmp_path: Path
 ) -> None:
     base = nn.ModuleDict({"layer": layer, "other": nn.Linear(4, 4)})
-    targets = "all" if "target_parameters" not in config else ["other"]
-    model = trained(base, LoRAConfig(r=2, target_modules=targets, **config))
-    save_adapter(model, tmp_path / "adapter.safetensors")
-    for source in (model, tmp_path / "adapter.safetensors"):
-        with refused(f"'layer': .*({match})", tmp_path) as directory:
-            export_peft(source, directory)
-
-
-class Outer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.x = Stacks(4, 4), nn.Linear(4, 4)
+    model = trained(base, LoRAConfig(**{"r": 2, "target_modules": "all", **config}))
+    check_refused(model, tmp_path, match)
+    if not isinstance(layer, Counting):
+        save_adapter(model, tmp_path / "adapter.safetensors")
+        check_refused(tmp_path / "adapter.safetensors", tmp_path, match)
 
 
 class Own(nn.Module):
@@ -107,155 +114,71 @@ class LoRAOwn(LoRALinear):
 
 
 @pytest.mark.parametrize(("layer_class", "adapter_class"), [(Own, LoRALinear), (Own, LoRAOwn), (nn.Linear, LoRAOwn)])
-def test_what_a_user_has_registered(layer_class: Any, adapter_class: Any, tmp_path: Path) -> None:
+def test_what_a_user_has_registered(
+    layer_class: Any, adapter_class: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """PEFT has adapters for some of ours: another one is refused until it is known."""
-    layer = Own() if layer_class is Own else nn.Linear(4, 4)
-    with registered(layer_class, adapter_class):
-        model = trained(nn.Sequential(layer), LoRAConfig(r=2, target_modules="all"))
-        save_adapter(model, tmp_path / "adapter.safetensors")
-        for source in (model, tmp_path / "adapter.safetensors"):
-            with refused(
-                f"'0': PEFT has no counterpart for .*{layer_class.__name__}.*merge_adapters", tmp_path
-            ) as directory:
-                export_peft(source, directory)
-
-
-@contextmanager
-def registered(layer_class: Any, adapter_class: Any) -> Iterator[None]:
-    """Register an adapter class for a while."""
-    before, types = dict(ADAPTERS), adapter_class.__dict__.get("lora_layer_types", ())
+    for known in (LoRALinear, LoRAOwn):
+        monkeypatch.setattr(known, "lora_layer_types", (nn.Linear,))
+    for known_class in (Own, nn.Linear):
+        monkeypatch.setitem(ADAPTERS, known_class, LoRALinear)
     register_adapter(layer_class, adapter_class)
-    try:
-        yield
-    finally:
-        ADAPTERS.clear()
-        ADAPTERS.update(before)
-        adapter_class.lora_layer_types = types
-
-
-def test_a_layer_that_is_used_twice(tmp_path: Path) -> None:
-    shared = nn.Linear(4, 4)
-    model = trained(nn.Sequential(shared, shared), LoRAConfig(r=2))
+    model = trained(nn.Sequential(Own() if layer_class is Own else nn.Linear(4, 4)), LoRAConfig(r=2))
     save_adapter(model, tmp_path / "adapter.safetensors")
     for source in (model, tmp_path / "adapter.safetensors"):
-        with refused("'0': the layer is used as '1' too", tmp_path) as directory:
-            export_peft(source, directory)
+        check_refused(source, tmp_path, f"'0': PEFT has no counterpart for .*{layer_class.__name__}.*merge_adapters")
 
 
-def test_parameters_inside_of_a_module_with_parameters(tmp_path: Path) -> None:
-    base = nn.Sequential(Stacks(4, 4))
-    base[0].rnn = nn.GRU(4, 4)
-    config = LoRAConfig(r=2, target_modules=["rnn"], target_parameters=["up"])
-    with refused("'0.rnn': PEFT finds no parameters inside of '0'", tmp_path) as directory:
-        export_peft(trained(base, config), directory)
-
-
-def test_a_magnitude_of_zero(tmp_path: Path) -> None:
-    base = nn.Sequential(nn.Linear(4, 4))
-    model = trained(base, LoRAConfig(r=2, use_dora=True))
-    with torch.no_grad():
-        View(model).adapters["0.lora_magnitude"][1] = 0
-    with refused("'0': .*magnitude is zero", tmp_path) as directory:
-        export_peft(model, directory)
-
-
-def test_the_root_itself(tmp_path: Path) -> None:
-    base = nn.Sequential(nn.Linear(4, 4))
-    with refused("not the module itself", tmp_path) as directory:
-        export_peft(trained(base, LoRAConfig(r=2)), directory, root="0")
-    with refused(r"root='1' holds no adapted layer", tmp_path, ConfigError) as directory:
-        export_peft(trained(base, LoRAConfig(r=2)), directory, root="1")
-    with refused("Expected a path", tmp_path, AdapterFileError) as directory:
-        export_peft(3, directory)  # type: ignore[arg-type]
-    with refused("has no adapters", tmp_path, AdapterStateError) as directory:
-        export_peft(base, directory)
-
-
-@pytest.mark.parametrize(
-    ("names", "saved", "match"),
-    [
-        (("fc", "out_fc"), ["fc"], "'fc', and PEFT would also save 'out_fc'"),
-        (("x", "fc"), ["fc.weight"], "no place for 'fc.weight'.*single parameters"),
-    ],
-)
-def test_modules_to_save_that_peft_reads_otherwise(
-    names: tuple[str, ...], saved: list[str], match: str, tmp_path: Path
-) -> None:
-    base = nn.ModuleDict({name: nn.Linear(4, 4) for name in (*names, "q")})
-    model = trained(base, LoRAConfig(r=2, target_modules=["q"], modules_to_save=saved))
-    with refused(match, tmp_path) as directory:
-        export_peft(model, directory)
-
-
-def test_modules_to_save_inside_of_a_module_with_parameters(tmp_path: Path) -> None:
-    config = LoRAConfig(r=2, target_modules=["x"], target_parameters=["inner.up"], modules_to_save=["fc"])
-    with refused("'inner.fc', inside of a module whose parameters", tmp_path) as directory:
-        export_peft(trained(Outer(), config), directory)
-
-
-def test_a_tied_head_that_is_trained_whole(tmp_path: Path) -> None:
+def test_names_in_modules_to_save_that_peft_reads_otherwise(tmp_path: Path) -> None:
+    base = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("fc", "out_fc", "q")})
+    model = trained(base, LoRAConfig(r=2, target_modules=["q"], modules_to_save=["fc"]))
+    check_refused(model, tmp_path, "'fc', and PEFT would also save 'out_fc'")
     model = trained(TinyLM(), LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    with refused("no place for 'embed.weight'.*tied", tmp_path) as directory:
-        export_peft(model, directory)
+    check_refused(model, tmp_path, "no place for 'embed.weight'.*tied")
 
 
-def test_buffers_and_frozen_weights_that_changed(tmp_path: Path) -> None:
+def test_values_that_peft_cannot_hold(tmp_path: Path) -> None:
     base = nn.ModuleDict({"q": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)})
     model = trained(base, LoRAConfig(r=2))
     with torch.no_grad():
         model.norm.running_mean.add_(1)
-    with refused("no place for 'norm.running_mean'", tmp_path) as directory:
-        export_peft(model, directory)
+    check_refused(model, tmp_path, "no place for 'norm.running_mean'")
     model = trained(base, LoRAConfig(r=2))
     View(model).record.adapter.originals["norm.weight"] = base.norm.weight.detach() + 1  # as after a load
-    with refused("no place for 'norm.weight'.*frozen weights that changed", tmp_path) as directory:
-        export_peft(model, directory)
-
-
-def test_entries_that_are_no_tensors(tmp_path: Path) -> None:
-    class Counting(nn.Linear):
-        def get_extra_state(self) -> Any:
-            return {"count": 3}
-
-        def set_extra_state(self, state: Any) -> None:
-            pass
-
-    model = trained(nn.ModuleDict({"q": nn.Linear(4, 4), "x": Counting(4, 4)}), LoRAConfig(r=2, target_modules=["q"]))
-    with refused("'x._extra_state'", tmp_path) as directory:
-        export_peft(model, directory)
-
-
-def test_values_that_are_not_finite_or_not_there(tmp_path: Path) -> None:
-    model = trained(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2))
+    check_refused(model, tmp_path, "no place for 'norm.weight'.*frozen weights that changed")
+    model = trained(base, LoRAConfig(r=2, use_dora=True))
     with torch.no_grad():
-        View(model).adapters["0.lora_A"][0, 0] = torch.nan
-    with refused("'0.lora_A' in Sequential hold NaN", tmp_path, AdapterFileError) as directory:
-        export_peft(model, directory)
+        View(model).adapters["q.lora_magnitude"][1] = 0
+    check_refused(model, tmp_path, "'q': .*magnitude is zero")
+    with torch.no_grad():
+        View(model).adapters["q.lora_A"][0, 0] = torch.nan
+        View(model).adapters["q.lora_magnitude"][1] = 1
+    check_refused(model, tmp_path, "'q.lora_A' in ModuleDict hold NaN", AdapterFileError)
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 4))
     inject_adapters(model, LoRAConfig(r=2))
-    with refused("meta device", tmp_path, AdapterStateError) as directory:
-        export_peft(model, directory)
+    check_refused(model, tmp_path, "meta device", AdapterStateError)
+
+
+def test_the_root_itself(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(4, 4))
+    model = trained(base, LoRAConfig(r=2))
+    check_refused(model, tmp_path, "not the module itself", root="0")
+    check_refused(model, tmp_path, r"root='1' holds no adapted layer", ConfigError, root="1")
+    check_refused(3, tmp_path, "Expected a path", AdapterFileError)
+    check_refused(base, tmp_path, "has no adapters", AdapterStateError)
 
 
 def test_files_that_say_too_little(tmp_path: Path) -> None:
     model = trained(LitTiny(), LoRAConfig(r=2, target_modules=["q_proj"]))
     old = write(tmp_path / "old.ckpt", model, format=2, layers=None, root=None, saved=None)
-    with refused(
-        "does not say what the adapted layers are.*Load it onto its model", tmp_path, AdapterFileError
-    ) as directory:
-        export_peft(old, directory)
-    model = trained(LitTiny(), LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["head"]))
-    with refused("what belongs to modules_to_save", tmp_path, AdapterFileError) as directory:
-        export_peft(write(tmp_path / "saved.ckpt", model, saved=None), directory)
+    check_refused(old, tmp_path, "does not say what the adapted layers are.*Load it onto its model", AdapterFileError)
     base = nn.ModuleDict({"q": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)})
     inject_adapters(base, LoRAConfig(r=2, modules_to_save=["norm"]))
     save_adapter(base, tmp_path / "fresh.safetensors")
-    with refused("does not hold 'norm.running_mean'.*export the model", tmp_path) as directory:
-        export_peft(tmp_path / "fresh.safetensors", directory)
+    check_refused(tmp_path / "fresh.safetensors", tmp_path, "does not hold 'norm.running_mean'.*export the model")
+    check_refused(tmp_path / "none.safetensors", tmp_path, "none.safetensors", FileNotFoundError)
     export_peft(base, tmp_path / "peft")
-    with pytest.raises(FileNotFoundError):
-        export_peft(tmp_path / "none.safetensors", tmp_path / "other")
 
 
 # Writing

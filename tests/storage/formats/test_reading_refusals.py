@@ -79,25 +79,23 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def check_refused(folder: Path, model: nn.Module, error: type[Exception], match: str) -> None:
+    with refused(model, error, match):
+        load_adapter(model, folder)
+
+
 @pytest.mark.parametrize(("fields", "match"), FIELDS.values(), ids=FIELDS)
 def test_what_the_configuration_asks_for(tmp_path: Path, fields: dict[str, Any], match: str) -> None:
     written(tmp_path)
     say(tmp_path, **fields)
-    model = built(Mixed)
-    with refused(model, AdapterFileError, match):
-        load_adapter(model, tmp_path)
+    check_refused(tmp_path, built(Mixed), AdapterFileError, match)
 
 
-def test_harmless_fields_are_ignored(tmp_path: Path) -> None:
-    written(tmp_path)
-    say(tmp_path, velora_config={"scale": 2}, loftq_config={"loftq_bits": 4}, use_less=False, runtime_config={"a": 1})
-    load_adapter(built(Mixed), tmp_path)
-
-
-def test_missing_numbers_are_those_of_peft(tmp_path: Path) -> None:
+def test_harmless_fields_are_ignored_and_missing_ones_are_those_of_peft(tmp_path: Path) -> None:
     expected = written(tmp_path, r=8)(INDEX)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({"peft_type": "LORA", "target_modules": ["linear"]}))
+    harmless = {"velora_config": {"scale": 2}, "loftq_config": {"loftq_bits": 4}, "use_less": False}
+    config = {"peft_type": "LORA", "target_modules": ["linear"], "runtime_config": {"a": 1}, **harmless}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     model = built(Mixed)
     load_adapter(model, tmp_path)
     assert gap(model(INDEX), expected) < 2e-6
@@ -107,21 +105,19 @@ def test_missing_numbers_are_those_of_peft(tmp_path: Path) -> None:
 def test_a_configuration_that_is_none(tmp_path: Path, text: str) -> None:
     written(tmp_path)
     (tmp_path / "adapter_config.json").write_text(text)
-    with refused(model := built(Mixed), AdapterFileError, r"adapter_config\.json"):
-        load_adapter(model, tmp_path)
+    check_refused(tmp_path, built(Mixed), AdapterFileError, r"adapter_config\.json")
 
 
 def test_files_that_are_missing(tmp_path: Path) -> None:
     written(tmp_path)
-    model = built(Mixed)
     (tmp_path / "adapter_config.json").rename(tmp_path / "other.json")
-    with refused(model, AdapterFileError, r"adapters of PEFT.*adapter_config\.json, which is not there"):
-        load_adapter(model, tmp_path)
+    says = r"adapters of PEFT.*adapter_config\.json, which is not there"
+    check_refused(tmp_path, built(Mixed), AdapterFileError, says)
+    with (tmp_path / "adapter_model.safetensors").open("rb") as file, pytest.raises(AdapterFileError, match=says):
+        load_adapter(built(Mixed), file)
     (tmp_path / "adapter_model.safetensors").unlink()
-    with refused(model, AdapterFileError, r"as a folder it holds no adapters of PEFT"):
-        load_adapter(model, tmp_path)
-    with refused(model, FileNotFoundError, "nowhere"):
-        load_adapter(model, tmp_path / "nowhere")
+    check_refused(tmp_path, built(Mixed), AdapterFileError, "as a folder it holds no adapters of PEFT")
+    check_refused(tmp_path / "nowhere", built(Mixed), FileNotFoundError, "nowhere")
 
 
 def drop(name: str) -> Callable[[dict[str, Tensor]], None]:
@@ -161,59 +157,12 @@ def test_what_the_tensors_are(
 ) -> None:
     written(tmp_path)
     hold(tmp_path, change)
-    with refused(model := built(Mixed), error, match):
-        load_adapter(model, tmp_path)
+    check_refused(tmp_path, built(Mixed), error, match)
 
 
 class Scaled(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return 2 * super().forward(input)
-
-
-def test_layers_with_a_forward_of_their_own(tmp_path: Path) -> None:
-    def make() -> nn.Module:
-        return nn.ModuleDict({"linear": Scaled(4, 4)})
-
-    written(tmp_path, make)
-    with refused(model := built(make), AdapterMismatchError, "forward of its own"):
-        load_adapter(model, tmp_path)
-
-
-def test_layers_that_peft_does_not_adapt(tmp_path: Path) -> None:
-    written(tmp_path)
-    model = built(Mixed)
-    model.linear = nn.Bilinear(8, 8, 8)
-    with refused(model, AdapterMismatchError, "'linear'.*no counterpart for our adapter of Bilinear"):
-        load_adapter(model, tmp_path)
-
-
-@pytest.mark.parametrize("layer", [{"dilation": 2}, {"padding_mode": "circular", "padding": 1}])
-def test_convolutions_of_which_peft_loses_something(tmp_path: Path, layer: dict[str, Any]) -> None:
-    def make() -> nn.Module:
-        return nn.ModuleDict({"linear": nn.Conv2d(2, 2, 3, **layer)})
-
-    written(tmp_path, make)
-    with refused(model := built(make), AdapterMismatchError, "dilation=|padding_mode="):
-        load_adapter(model, tmp_path)
-
-
-def test_grouped_convolutions(tmp_path: Path) -> None:
-    written(tmp_path, Images, target_modules=["grouped"])
-    with refused(model := built(Images), AdapterMismatchError, "groups=2.*reads the channels of all groups"):
-        load_adapter(model, tmp_path)
-
-
-def test_what_peft_itself_ignores(tmp_path: Path) -> None:
-    written(tmp_path, Attending, target_modules=["out_proj"])
-    with refused(model := built(Attending), AdapterMismatchError, "its nn.MultiheadAttention never calls"):
-        load_adapter(model, tmp_path)
-
-
-def test_parameters_that_are_not_named(tmp_path: Path) -> None:
-    written(tmp_path, Expert, target_modules=[], target_parameters=["experts.up", "experts.down"])
-    say(tmp_path, target_parameters=["experts.up"])
-    with refused(model := built(Expert), AdapterMismatchError, r"2 updates of 'experts'.*name \['up'\]"):
-        load_adapter(model, tmp_path)
 
 
 class Tied(nn.Module):
@@ -228,23 +177,47 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.linear(self.embed(index))))
 
 
-def test_a_tied_head_that_peft_has_untied(tmp_path: Path) -> None:
-    written(tmp_path, Tied, modules_to_save=["head"])
-    with refused(model := built(Tied), AdapterMismatchError, r"'head.weight', which is tied to 'embed.weight'"):
-        load_adapter(model, tmp_path)
+def only(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: nn.ModuleDict({"linear": make()})
+
+
+ROWS: dict[str, Any] = {"trainable_token_indices": {"embed": [1, 2]}}
+BOTH: dict[str, Any] = {"target_modules": [], "target_parameters": ["experts.up", "experts.down"]}
+MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any], str]] = {
+    "a forward of its own": (only(lambda: Scaled(4, 4)), {}, {}, "forward of its own"),
+    "dilation": (only(lambda: nn.Conv2d(2, 2, 3, dilation=2)), {}, {}, "dilation="),
+    "padding": (only(lambda: nn.Conv2d(2, 2, 3, padding_mode="circular", padding=1)), {}, {}, "padding_mode="),
+    "groups": (Images, {"target_modules": ["grouped"]}, {}, "groups=2.*reads the channels of all groups"),
+    "never called": (Attending, {"target_modules": ["out_proj"]}, {}, "its nn.MultiheadAttention never calls"),
+    "not named": (Expert, BOTH, {"target_parameters": ["experts.up"]}, r"2 updates of 'experts'.*name \['up'\]"),
+    "a tied head": (Tied, {"modules_to_save": ["head"]}, {}, "'head.weight', which is tied to 'embed.weight'"),
+    "rows out of range": (Tied, ROWS, {"trainable_token_indices": {"embed": [1, 99]}}, "2 rows of 'embed'"),
+    "other rows": (Tied, ROWS, {"trainable_token_indices": {"embed": [1, 2, 3]}}, "configuration names 3"),
+    "olora": (Mixed, {"target_modules": ["c_proj"], "init_lora_weights": "olora"}, {}, "'c_proj' is a Conv1D, trained"),
+}
+
+
+@pytest.mark.parametrize(("make", "config", "said", "match"), MODELS.values(), ids=MODELS)
+def test_what_the_model_is(
+    tmp_path: Path, make: Callable[[], nn.Module], config: dict[str, Any], said: dict[str, Any], match: str
+) -> None:
+    written(tmp_path, make, **config)
+    say(tmp_path, **said)
+    check_refused(tmp_path, built(make), AdapterMismatchError, match)
+
+
+def test_layers_that_peft_does_not_adapt(tmp_path: Path) -> None:
+    written(tmp_path)
+    model = built(Mixed)
+    model.linear = nn.Bilinear(8, 8, 8)
+    check_refused(tmp_path, model, AdapterMismatchError, "'linear'.*no counterpart for our adapter of Bilinear")
 
 
 def test_rows_of_an_embedding(tmp_path: Path) -> None:
-    expected = written(tmp_path, Tied, trainable_token_indices={"embed": [1, 2]})(INDEX)
+    expected = written(tmp_path, Tied, **ROWS)(INDEX)
     model = built(Tied)  # not a model of transformers: the head keeps its rows, there and here
     load_adapter(model, tmp_path)
     assert gap(model(INDEX), expected) < 2e-6
-    say(tmp_path, trainable_token_indices={"embed": [1, 99]})
-    with refused(model := built(Tied), AdapterMismatchError, "2 rows of 'embed'"):
-        load_adapter(model, tmp_path)
-    say(tmp_path, trainable_token_indices={"embed": [1, 2, 3]})
-    with refused(model, AdapterMismatchError, "configuration names 3"):
-        load_adapter(model, tmp_path)
 
 
 def test_names_that_fit_in_several_places(tmp_path: Path) -> None:
@@ -254,17 +227,13 @@ def test_names_that_fit_in_several_places(tmp_path: Path) -> None:
         return nn.ModuleDict({name: nn.ModuleDict({"linear": nn.Linear(4, 4)}) for name in "ab"})
 
     model = built(make)
-    with refused(model, AdapterMismatchError, "below 'a', 'b'. Pass one of these"):
-        load_adapter(model, tmp_path)
+    check_refused(tmp_path, model, AdapterMismatchError, "below 'a', 'b'. Pass one of these")
     load_adapter(model.get_submodule("b"), tmp_path)
     with pytest.warns(LoRAWarning, match=r"have no prefix; in ModuleDict they begin with 'x.y'"):
         load_adapter(nn.ModuleDict({"x": nn.ModuleDict({"y": make()["a"]})}), tmp_path)
-
-
-def test_a_prefix_too_many_is_left_out(tmp_path: Path) -> None:
-    written(tmp_path, lambda: nn.ModuleDict({"model": Mixed()}))
+    written(tmp_path / "deep", lambda: nn.ModuleDict({"model": Mixed()}))
     with pytest.warns(LoRAWarning, match=r"begin with 'model'; in Mixed they have no prefix"):
-        load_adapter(built(Mixed), tmp_path)
+        load_adapter(built(Mixed), tmp_path / "deep")
 
 
 def test_adapters_of_another_kind(tmp_path: Path) -> None:
@@ -272,8 +241,7 @@ def test_adapters_of_another_kind(tmp_path: Path) -> None:
     for config, match in (({"r": 3}, "r=2"), ({"r": 2, "alpha": 8}, "init='pissa'")):
         model = built(Mixed)
         inject_adapters(model, LoRAConfig(target_modules=["linear"], **config))
-        with refused(model, AdapterMismatchError, match):
-            load_adapter(model, tmp_path)
+        check_refused(tmp_path, model, AdapterMismatchError, match)
 
 
 def test_a_second_file_takes_the_place_of_the_first(tmp_path: Path) -> None:
@@ -302,8 +270,7 @@ def test_an_error_leaves_a_merged_model_merged(tmp_path: Path) -> None:
     load_adapter(model, tmp_path)
     merge_adapters(model)
     say(tmp_path, r=4)
-    with refused(model, AdapterFileError, "rank"):
-        load_adapter(model, tmp_path)
+    check_refused(tmp_path, model, AdapterFileError, "rank")
 
 
 def test_older_files_and_half_precision(tmp_path: Path) -> None:
@@ -354,17 +321,5 @@ def test_single_tensors_of_the_base_train(tmp_path: Path) -> None:
     load_adapter(model, tmp_path)
     assert model.get_parameter("norm.weight").eq(2).all() and model.get_parameter("norm.weight").requires_grad
     assert not model.get_parameter("norm.bias").requires_grad
-
-
-def test_no_update_of_a_layer(tmp_path: Path) -> None:
-    written(tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    save_file({f"{PRE}head.weight": torch.ones(3, 12)}, path)
-    with pytest.raises(AdapterFileError):
-        load_adapter(built(Mixed), tmp_path)
-
-
-def test_olora_of_a_conv1d_is_refused(tmp_path: Path) -> None:
-    write_peft(tmp_path, built(Mixed), target_modules=["c_proj"], init_lora_weights="olora")
-    with pytest.raises(AdapterMismatchError, match="'c_proj' is a Conv1D, trained with init_lora_weights='olora'"):
-        load_adapter(built(Mixed), tmp_path)
+    save_file({f"{PRE}head.weight": torch.ones(3, 12)}, tmp_path / "adapter_model.safetensors")
+    check_refused(tmp_path, built(Mixed), AdapterFileError, "no adapters of this package")
