@@ -58,17 +58,22 @@ class Attending(nn.Module):
 
 
 class Experts(nn.Module):
-    """Matrices, and stacks of them, that a module reads itself."""
+    """Matrices, and stacks of them, that a module reads itself, and a layer inside."""
 
-    def __init__(self, *, is_transposed: bool = False) -> None:
+    def __init__(self, *, is_transposed: bool = False, experts: int = 3) -> None:
         super().__init__()
         up, down = (6, 8), (8, 6)
-        self.up = nn.Parameter(0.3 * torch.randn(3, *(up[::-1] if is_transposed else up)))
-        self.down = nn.Parameter(0.3 * torch.randn(3, *(down[::-1] if is_transposed else down)))
-        self.gate = nn.Parameter(torch.randn(3, 8))
+        self.up = nn.Parameter(0.3 * torch.randn(experts, *(up[::-1] if is_transposed else up)))
+        self.down = nn.Parameter(0.3 * torch.randn(experts, *(down[::-1] if is_transposed else down)))
+        self.gate, self.fc, self.bias = (
+            nn.Parameter(torch.randn(experts, 8)),
+            nn.Linear(8, 8),
+            nn.Parameter(torch.ones(8)),
+        )
         self.is_transposed = is_transposed
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x) + self.bias
         up, down = (w.transpose(1, 2) if self.is_transposed else w for w in (self.up, self.down))
         each = torch.einsum("eoh,...eh->...eo", down, torch.tanh(torch.einsum("ehi,...i->...eh", up, x)))
         return torch.einsum("...e,...eo->...o", (x @ self.gate.T).softmax(-1), each)

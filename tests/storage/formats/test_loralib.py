@@ -129,15 +129,6 @@ def test_gpt2_as_loralibs_own_code_has_it(tmp_path: Path) -> None:
     assert gap(model(INDEX), expected(INDEX)) < 1e-5
 
 
-def test_alpha_is_asked_for(tmp_path: Path) -> None:
-    torch.save(loralib.lora_state_dict(trained(Theirs(), built(Plain))), tmp_path / "a.bin")
-    model = built(Plain)
-    with refused(model, ConfigError, r"is in no file: pass the one of the training.*inject_adapters"):
-        load_adapter(model, tmp_path / "a.bin", target_slices=SLICES)
-    with refused(model, ConfigError, "alpha=0"):
-        load_adapter(model, tmp_path / "a.bin", alpha=0, target_slices=SLICES)
-
-
 def test_alpha_of_our_own_files_is_in_them(tmp_path: Path) -> None:
     model = built(Plain)
     inject_adapters(model, LoRAConfig(r=2))
@@ -149,37 +140,27 @@ def test_alpha_of_our_own_files_is_in_them(tmp_path: Path) -> None:
         load_adapter(fresh, tmp_path / "a.safetensors", target_slices=SLICES)
 
 
-REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "no parts": ({"target_slices": None}, AdapterMismatchError, r"MergedLinear.*enable_lora.*'c_attn'"),
-    "other parts": ({"target_slices": {"c_attn": ["q", "k", "v"]}}, AdapterMismatchError, "rank 2, 2 slices.*name 3"),
-    "no such parts": ({"target_slices": {"c_attn": ["a"]}}, TargetError, "'a'"),
-    "no such layer": ({"target_slices": {**SLICES, "c_proj": ["q"]}}, TargetError, "c_proj"),
+SAID: dict[str, Any] = {"alpha": 6, "target_slices": SLICES}
+CASES: dict[str, tuple[dict[str, Tensor], dict[str, Any], type[Exception], str]] = {
+    "no alpha": ({}, {"alpha": None}, ConfigError, r"is in no file: pass the one of the training.*inject_adapters"),
+    "alpha": ({}, {"alpha": 0}, ConfigError, "alpha=0"),
+    "no slices": ({}, {"target_slices": None}, AdapterMismatchError, r"MergedLinear.*enable_lora.*'c_attn'"),
+    "other slices": ({}, {"target_slices": {"c_attn": ["q", "k", "v"]}}, AdapterMismatchError, "2 slices.*name 3"),
+    "no such slices": ({}, {"target_slices": {"c_attn": ["a"]}}, TargetError, "'a'"),
+    "no such layer": ({}, {"target_slices": {**SLICES, "c_proj": ["q"]}}, TargetError, "c_proj"),
+    "half": ({"head.lora_A": torch.ones(2, 36)}, {}, AdapterFileError, "only one of lora_A and lora_B of 'head'"),
+    "no layer": ({f"w.lora_{x}": torch.ones(2, 2) for x in "AB"}, {}, AdapterMismatchError, "it has no 'w'"),
+    "another kind": ({"linear.lora_A": torch.ones(2, 8, 1)}, {}, AdapterMismatchError, "MergedLinear and Embedding"),
+    "another shape": ({"linear.lora_A": torch.ones(2, 7)}, {}, AdapterMismatchError, "reads 8 features"),
+    "another base": ({"linear.weight": torch.ones(8, 8)}, {}, BaseMismatchError, "'linear.weight'"),
+    "nan": ({"linear.lora_A": torch.full((2, 8), torch.nan)}, {}, AdapterFileError, "NaN"),
 }
 
 
-@pytest.mark.parametrize(("arguments", "error", "match"), REFUSED.values(), ids=REFUSED)
-def test_parts_that_do_not_fit(tmp_path: Path, arguments: Any, error: type[Exception], match: str) -> None:
-    torch.save(loralib.lora_state_dict(trained(Theirs(), built(Plain))), tmp_path / "a.bin")
-    with refused(model := built(Plain), error, match):
-        load_adapter(model, tmp_path / "a.bin", alpha=6, **arguments)
-
-
-CHANGES: dict[str, tuple[dict[str, Tensor], type[Exception], str]] = {
-    "half": ({"head.lora_A": torch.ones(2, 36)}, AdapterFileError, "only one of lora_A and lora_B of 'head'"),
-    "no layer": ({f"w.lora_{x}": torch.ones(2, 2) for x in "AB"}, AdapterMismatchError, "it has no 'w'"),
-    "another kind": (
-        {"linear.lora_A": torch.ones(2, 8, 1)},
-        AdapterMismatchError,
-        "Linear, MergedLinear and Embedding",
-    ),
-    "another shape": ({"linear.lora_A": torch.ones(2, 7)}, AdapterMismatchError, "reads 8 features"),
-    "another base": ({"linear.weight": torch.ones(8, 8)}, BaseMismatchError, "'linear.weight'"),
-    "nan": ({"linear.lora_A": torch.full((2, 8), torch.nan)}, AdapterFileError, "NaN"),
-}
-
-
-@pytest.mark.parametrize(("change", "error", "match"), CHANGES.values(), ids=CHANGES)
-def test_tensors_that_do_not_fit(tmp_path: Path, change: Any, error: type[Exception], match: str) -> None:
+@pytest.mark.parametrize(("change", "arguments", "error", "match"), CASES.values(), ids=CASES)
+def test_what_does_not_fit(
+    tmp_path: Path, change: Any, arguments: dict[str, Any], error: type[Exception], match: str
+) -> None:
     torch.save({**loralib.lora_state_dict(trained(Theirs(), built(Plain))), **change}, tmp_path / "a.bin")
     with refused(model := built(Plain), error, match):
-        load_adapter(model, tmp_path / "a.bin", alpha=6, target_slices=SLICES)
+        load_adapter(model, tmp_path / "a.bin", **{**SAID, **arguments})
