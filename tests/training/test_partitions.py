@@ -29,8 +29,8 @@ def bits(values: list[Tensor]) -> list[list[int]]:
 def wholes() -> list[list[int]]:
     join_group()
     partition = partition_of(dist.get_rank())
-    whole = partition.full(partition.part, torch.device("cpu"))
-    assert bits([partition.local_of(whole)]) == bits([partition.part])
+    whole = partition.full(partition.local, torch.device("cpu"))
+    assert bits([partition.local_of(whole)]) == bits([partition.local])
     return bits(whole)
 
 
@@ -43,8 +43,8 @@ def states() -> dict[str, Any]:
     """The state after two steps, and that it comes back."""
     join_group()
     partitions = [partition_of(dist.get_rank()), Partition([], torch.zeros(2), [])]
-    parts = [nn.Parameter(partition.part) for partition in partitions]
-    partitions[0].part, partitions[1].part = parts
+    parts = [nn.Parameter(partition.local) for partition in partitions]
+    partitions[0].local, partitions[1].local = parts
     optimizer = torch.optim.SGD([{"params": [part], "lr": 0.1 * n} for n, part in enumerate(parts)], momentum=0.9)
     parts[0].grad = torch.ones(4)
     optimizer.step()
