@@ -3,6 +3,7 @@
 import inspect
 import sys
 from contextlib import ExitStack, closing, suppress
+from dataclasses import fields
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -140,27 +141,12 @@ class LoRACallback(Callback):
         save: Save = "adapters",
         pack_base: bool = False,
     ) -> None:
+        arguments = locals()
         if merge is not False and merge not in ("last", "best"):
             raise ConfigError(f"merge={merge!r} is not valid. Expected 'last', 'best' or False.")
         if save not in get_args(Save):
             raise ConfigError(f"save={save!r} is not valid. Expected 'adapters' or 'model'.")
-        self.config = LoRAConfig(
-            r=r,
-            alpha=alpha,
-            dropout=dropout,
-            target_modules=target_modules,
-            target_slices=target_slices,
-            target_parameters=target_parameters,
-            exclude_modules=exclude_modules,
-            modules_to_save=modules_to_save,
-            rank_pattern=rank_pattern,
-            alpha_pattern=alpha_pattern,
-            bias=bias,
-            init=init,
-            use_rslora=use_rslora,
-            use_dora=use_dora,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-        )
+        self.config = LoRAConfig(**{field.name: arguments[field.name] for field in fields(LoRAConfig)})
         self.merge: Merge = merge
         self.save: Save = save
         _join_other_package()
@@ -228,15 +214,7 @@ class LoRACallback(Callback):
     # Fit
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the summary and check that merging is possible.
-
-        Raises:
-            ConfigError: the updates cannot be merged at the end.
-
-        Warns:
-            FreshLayerWarning: layers look untrained, and would stay random.
-            LoRAWarning: other layers train too little.
-        """
+        """Show the summary and check that merging is possible."""
         reshard(pl_module)
         check_weights(trainer, pl_module, self.merge, self.save)
         if trainer.is_global_zero and wants_summary(trainer):
@@ -257,9 +235,6 @@ class LoRACallback(Callback):
 
         A resumed run gets its random numbers back. From now on, the adapters stay on the module after an exception:
         they may be worth keeping.
-
-        Raises:
-            AdapterStateError: a selected layer has no adapter.
         """
         check_adapted(pl_module)
         if _strategy_of(trainer).lora_adapts_late:  # a checkpoint was loaded after on_fit_start
@@ -275,10 +250,7 @@ class LoRACallback(Callback):
         self._stage.resumed = {}
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep frozen weights frozen.
-
-        Under DDP, give unused adapters a zero gradient.
-        """
+        """Keep frozen weights frozen. Under DDP, give unused adapters a zero gradient."""
         if self._gradients is not None:
             self._gradients.end_backward()
 
@@ -286,9 +258,6 @@ class LoRACallback(Callback):
         """Check that the optimizer trains adapters and nothing frozen.
 
         Once for each optimizer, a warning names the adapters that received no gradient.
-
-        Raises:
-            OptimizerError: frozen weights were added to the optimizer in training.
         """
         check_frozen(pl_module, optimizer)
         if self._gradients is not None:
@@ -308,10 +277,7 @@ class LoRACallback(Callback):
         self._stage.dropout.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge the updates into the weights.
-
-        The module is plain again, and remembers its base and its adapters.
-        """
+        """Merge the updates into the weights. The module is plain again, and remembers its base and its adapters."""
         note_changed(pl_module)
         if not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             return
