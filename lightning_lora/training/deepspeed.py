@@ -33,17 +33,14 @@ State = dict[str, Any]
 
 
 class Partition:
-    """One group.
+    """A group of parameters that lie end to end in one vector, of which this process trains the part ``local``.
 
-    Args:
-        parameters: The parameters of the group.
-        part: The part of them that this process trains.
-        places: For each parameter, what it and the part share: the first number in the parameter, the first in the
-            part, and how many.
+    ``places`` says what each parameter shares with it: the first number in the parameter, the first in ``local``, and
+    how many.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], part: Tensor, places: list[tuple[int, int, int]]) -> None:
-        self.parameters, self.local, self.places = parameters, part, places
+    def __init__(self, parameters: list[nn.Parameter], local: Tensor, places: list[tuple[int, int, int]]) -> None:
+        self.parameters, self.local, self.places = parameters, local, places
 
     def _shared(self, values: Iterable[Tensor], part: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The pieces that are here: of the values of each parameter, and of a part."""
@@ -102,13 +99,11 @@ class Partition:
 
 def full_state(partitions: Sequence[Partition], optimizer: Any, device: torch.device) -> State:
     """Return the state of an optimizer of the full parameters."""
-    held: list[State] = []
-    groups = []
+    held, groups = list[State](), []
     for partition, group in zip(partitions, optimizer.param_groups, strict=True):
         first = len(held)
         held += partition.full_states(optimizer.state.get(partition.local, {}), device)
-        rest = {name: value for name, value in group.items() if name != "params"}
-        groups.append({**rest, "params": list(range(first, len(held)))})
+        groups.append({**group, "params": list(range(first, len(held)))})
     return {"state": {number: state for number, state in enumerate(held) if state}, "param_groups": groups}
 
 

@@ -77,11 +77,8 @@ class Gradients:
         if not self.has_begun or any(optimizer is seen for seen in self.optimizers):
             return
         self.optimizers.append(optimizer)
-        held = {id(p) for p in self.parameters_of(optimizer)}
-        dead = []
-        for name, layer in self.layers.items():
-            if any(id(p) in held and not self._was_reached(p) for p in layer.lora_trained()):
-                dead.append(name)
+        missed = {id(p) for p in self.parameters_of(optimizer) if not self._was_reached(p)}
+        dead = [name for name, layer in self.layers.items() if any(id(p) in missed for p in layer.lora_trained())]
         if dead:
             warnings.warn(
                 f"The adapters of {listed(dead)} received no gradient before the first optimizer step. They do not "
@@ -109,11 +106,7 @@ class Gradients:
 
 
 def _flat_like(parameter: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return a function that gives a gradient the parameter's strides.
-
-    The gradient of a row may have the strides of a column, or the other way round: in memory, both are the same.
-    ``DistributedDataParallel`` warns of it.
-    """
+    """Give a gradient the parameter's strides: that of a row may have those of a column, and DDP warns of it."""
     shape = parameter.shape
     return lambda grad: grad.reshape(-1).view(shape)
 

@@ -121,11 +121,7 @@ def send_record(trainer: Trainer, pl_module: LightningModule) -> None:
 
 
 def check_untied(pl_module: LightningModule) -> None:
-    """Refuse to adapt only one use of a tied weight.
-
-    This is for processes that send the merged model back as a state dict. The main process would load two different
-    values into the same weight.
-    """
+    """Refuse a tied weight where processes send the merged model back: it would be loaded with two values."""
     view = View(pl_module)
     owners: dict[int, list[str]] = {}
     for name, parameter in view.parameters.items():

@@ -93,10 +93,7 @@ def _joins(group: dict[str, Any]) -> bool:
 
 
 def check_frozen(model: nn.Module, optimizer: Optimizer) -> None:
-    """Refuse frozen weights that were added to an optimizer.
-
-    They were added in training, after the optimizer's set-up.
-    """
+    """Refuse frozen weights that were added to an optimizer after its set-up."""
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     if sizes == _CHECKED.get(optimizer):
         return

@@ -20,19 +20,8 @@ from lightning_lora.model.state import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.base import note_changed
 from lightning_lora.storage.stored import KEY
+from lightning_lora.tensors import shards
 from lightning_lora.tensors.names import load_state_dict, named_parameters, set_parameter
-from lightning_lora.tensors.shards import (
-    data_processes,
-    distributed_as,
-    full_tensor,
-    full_tensors,
-    is_dtensor,
-    is_split,
-    replicated,
-    reshard,
-    split_over_data,
-    to_local,
-)
 from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.optimizers import check_layouts
@@ -64,7 +53,7 @@ class LoRAShardedStrategy(LateStrategy):
     def setup(self, trainer: "Trainer") -> None:
         """Adapt the sharded module. What is not sharded is the same in every process from then on, as under DDP."""
         module = self.lora_module
-        reshard(module)
+        shards.reshard(module)
         self._lora_check_mesh()
         record = find_record(module)
         if record is not None and record.adapter.is_trained:
@@ -73,7 +62,7 @@ class LoRAShardedStrategy(LateStrategy):
         if find_record(module) is None:  # a plain module is only evaluated
             return
         self._lora_warn_of_whole_model()
-        _share(t for t in (*module.parameters(), *module.buffers()) if not is_dtensor(t))
+        _share(t for t in (*module.parameters(), *module.buffers()) if not shards.is_dtensor(t))
         _share_adapters(view_of(module))
 
     def setup_optimizers(self, trainer: "Trainer") -> None:
@@ -88,7 +77,7 @@ class LoRAShardedStrategy(LateStrategy):
 
     def _lora_warn_of_whole_model(self) -> None:
         """Warn that each process holds the whole model, and perhaps reads the same data."""
-        if self.is_global_zero and not any(map(is_split, self.lora_module.parameters())):
+        if self.is_global_zero and not any(map(shards.is_split, self.lora_module.parameters())):
             warnings.warn(
                 f"Nothing of {type(self.lora_module).__name__} is sharded: each process holds the whole model, and "
                 f"{self._lora_mesh().size()} of {self.world_size} read their own data. "  # type: ignore[attr-defined]
@@ -102,11 +91,12 @@ class LoRAShardedStrategy(LateStrategy):
         """Refuse a module that is sharded over other processes than those that get their own batches."""
         size = self._lora_mesh().size()
         for name, p in named_parameters(self.lora_module).items():
-            if split_over_data(p) and data_processes(p) != size:
+            count = shards.data_processes(p) if shards.split_over_data(p) else size
+            if count != size:
                 raise StrategyError(
-                    f"{name!r} of {type(self.lora_module).__name__} is sharded over {data_processes(p)} processes, but "
-                    f'the mesh "data_parallel" has {size}. Call fully_shard(module, mesh=self.device_mesh'
-                    '["data_parallel"]), with ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=...).'
+                    f"{name!r} of {type(self.lora_module).__name__} is sharded over {count} processes, but the mesh "
+                    f'"data_parallel" has {size}. Call fully_shard(module, mesh=self.device_mesh["data_parallel"]), '
+                    "with ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=...)."
                 )
 
     def lora_adapt(self, **options: Any) -> None:
@@ -115,19 +105,19 @@ class LoRAShardedStrategy(LateStrategy):
         if find_record(self.lora_module) is None:
             return
         view = view_of(self.lora_module)
-        split = [name for name, p in view.adapters.items() if split_over_data(p)]
+        split = [name for name, p in view.adapters.items() if shards.split_over_data(p)]
         if split:
             raise StrategyError(
                 f"{listed(split)} of {type(self.lora_module).__name__} were sharded with the base. Do not call "
                 "inject_adapters or load_adapter in configure_model: LoRACallback adds the adapters after it."
             )
-        spread = [p for p in (*view.adapters.values(), *view.trained.values()) if is_dtensor(p)]
+        spread = [p for p in (*view.adapters.values(), *view.trained.values()) if shards.is_dtensor(p)]
         if not spread:
             return
         for layer in view.layers.values():
             for name, factor in layer.lora_parameters().items():
-                if not is_dtensor(factor):
-                    set_parameter(layer, name, replicated(factor, spread[0].device_mesh))
+                if not shards.is_dtensor(factor):
+                    set_parameter(layer, name, shards.replicated(factor, spread[0].device_mesh))
 
     def lora_note_base(self, *, anew: bool = True) -> None:
         """Take the base's fingerprint, unless it is loaded later."""
@@ -166,7 +156,7 @@ class LoRAShardedStrategy(LateStrategy):
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return the state of an optimizer, made full."""
-        state: dict[str, Any] = full_tensors(super().optimizer_state(optimizer))
+        state: dict[str, Any] = shards.full_tensors(super().optimizer_state(optimizer))
         return state
 
     # Gradients
@@ -207,10 +197,10 @@ class ShardedGradients(Gradients):
         self.stage, self.mesh = stage, mesh
         self.averaged: dict[torch.dtype, list[nn.Parameter]] = {}
         for p in named_parameters(model).values():
-            if p.requires_grad and not split_over_data(p):
+            if p.requires_grad and not shards.split_over_data(p):
                 self.averaged.setdefault(p.dtype, []).append(p)
         saved = view_of(model).saved
-        self.statistics = [buffer for module in saved for buffer in module.buffers() if not is_dtensor(buffer)]
+        self.statistics = [buffer for module in saved for buffer in module.buffers() if not shards.is_dtensor(buffer)]
 
     def end_backward(self) -> None:
         """Average the gradients, unless the pass only accumulates."""
@@ -225,14 +215,16 @@ class ShardedGradients(Gradients):
     def _average(self, parameters: list[nn.Parameter]) -> None:
         """Average the gradients of parameters of one dtype, with one message."""
         with torch.no_grad():
-            own = [torch.zeros_like(to_local(p)) if p.grad is None else to_local(p.grad) for p in parameters]
+            own = [
+                torch.zeros_like(shards.to_local(p)) if p.grad is None else shards.to_local(p.grad) for p in parameters
+            ]
             flat = torch.cat([grad.reshape(-1) for grad in own]).mul_(1 / self.mesh.size())  # before the sum, as DDP
             dist.all_reduce(flat, group=self.mesh.get_group())
             for p, mean in zip(parameters, flat.split([grad.numel() for grad in own]), strict=True):
                 if p.grad is None and p.requires_grad:
                     p.grad = torch.zeros_like(p)
                 if p.grad is not None:
-                    grad = to_local(p.grad)
+                    grad = shards.to_local(p.grad)
                     grad.copy_(mean.view_as(grad))
 
 
@@ -250,9 +242,9 @@ def _share_adapters(view: View) -> None:
     """Give every process the adapters of the first one, or its own part of them."""
     with torch.no_grad():
         for p in view.adapters.values():
-            values = full_tensor(p.detach())
+            values = shards.full_tensor(p.detach())
             _share([values])
-            replace_values(p, distributed_as(values, p))
+            replace_values(p, shards.distributed_as(values, p))
 
 
 def _spread_state(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
@@ -265,7 +257,7 @@ def _spread_state(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
     for number, p in zip(names, parameters, strict=True):
         if number in state["state"]:
             held[number] = {
-                name: distributed_as(value, p) if isinstance(value, Tensor) and value.shape == p.shape else value
+                name: shards.distributed_as(value, p) if isinstance(value, Tensor) and value.shape == p.shape else value
                 for name, value in state["state"][number].items()
             }
     return {**state, "state": held}

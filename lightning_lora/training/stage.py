@@ -107,10 +107,7 @@ class Stage:
         return self.phase is Phase.SET_UP and not is_trained and View(pl_module).is_fresh()
 
     def adapts(self, pl_module: LightningModule, *, for_file: bool = False) -> bool:
-        """Whether the module gets adapters, or has some.
-
-        An evaluation adds none to a plain module, unless they come from a file.
-        """
+        """Whether the module gets or has adapters. An evaluation adds none to a plain module, unless for a file."""
         record = find_record(pl_module)
         if record is not None:
             return not record.is_merged  # it is only evaluated, or its fit has ended

@@ -21,6 +21,7 @@ from lightning_lora.model.merge import unmerge
 from lightning_lora.model.merged import is_as_merged
 from lightning_lora.model.state import find_record
 from lightning_lora.model.view import view_of
+from lightning_lora.storage import disk
 from lightning_lora.storage.base import base_dtypes, fingerprint
 from lightning_lora.storage.checkpoint import (
     adapter_only,
@@ -28,16 +29,6 @@ from lightning_lora.storage.checkpoint import (
     find_base_in,
     load_checkpoint_state,
     with_merged_model,
-)
-from lightning_lora.storage.disk import (
-    TRUST,
-    check_path,
-    check_whole,
-    local_path,
-    opened,
-    reading,
-    trusts_all_files,
-    writing,
 )
 from lightning_lora.storage.formats.lightning import as_base, check_readable, check_resumable, has_run
 from lightning_lora.storage.formats.own import leave_adapters, read_adapter_file
@@ -212,28 +203,28 @@ class LoRAStrategy(Strategy, InPlace):
 
     def _lora_read(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         """Let the strategy read a file, of plain types only unless the user trusts it."""
-        check_path(path)
+        disk.check_path(path)
         if str(path).endswith(".safetensors"):
             raise AdapterFileError(
                 f"{path} is no Trainer's checkpoint. If save_adapter wrote it, call load_adapter(model, path). If "
                 "save_merged wrote it, call safetensors.torch.load_model(model, path). Then use the Trainer without "
                 "ckpt_path."
             )
-        is_trusted = False in (*args, kwargs.get("weights_only")) or trusts_all_files()
+        is_trusted = False in (*args, kwargs.get("weights_only")) or disk.trusts_all_files()
         by_torch = self._lora_uses_torch()
         may_be_told = "weights_only" in signature(self.lora_kind.load_checkpoint).parameters  # since Lightning 2.6
         trust = "pass weights_only=False too, as in trainer.fit(model, ckpt_path=path, weights_only=False)"
         if not may_be_told:
-            trust = f"set {TRUST}=1"
-        with reading(path, f"If you trust it, {trust}. Or load only its adapters: load_adapter(model, path)."):
-            check_whole(path, may_be_old=is_trusted or not by_torch)
+            trust = f"set {disk.TRUST}=1"
+        with disk.reading(path, f"If you trust it, {trust}. Or load only its adapters: load_adapter(model, path)."):
+            disk.check_whole(path, may_be_old=is_trusted or not by_torch)
             if is_trusted:
                 return super().load_checkpoint(path, *args, **kwargs)
             if may_be_told:
                 return super().load_checkpoint(path, weights_only=True)
             if not by_torch or "load_checkpoint" in self.lora_others:
                 return super().load_checkpoint(path)
-            with opened(path) as file:  # Lightning before 2.6 cannot be told to accept only plain types
+            with disk.opened(path) as file:  # Lightning before 2.6 cannot be told to accept only plain types
                 return torch.load(file, map_location="cpu", weights_only=True)
 
     def lora_read_adapters(self, path: Any) -> dict[str, Any]:
@@ -300,8 +291,8 @@ class LoRAStrategy(Strategy, InPlace):
             if self.lora_stage.save == "model" and self.is_global_zero:
                 checkpoint, lost = with_merged_model(self.lora_module, checkpoint, written_later=not writes_at_once)
                 warn_of_rounding(lost, self.lora_module)
-        beside = writes_at_once and self.is_global_zero and local_path(filepath) is not None
-        with writing(filepath, beside=beside) as path:
+        beside = writes_at_once and self.is_global_zero and disk.local_path(filepath) is not None
+        with disk.writing(filepath, beside=beside) as path:
             super().save_checkpoint(checkpoint, path, storage_options)
 
     def _lora_saves(self) -> bool:
@@ -367,7 +358,7 @@ class LateStrategy(LoRAStrategy):
 
     def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
         """Write one file, as the other strategies do."""
-        path = local_path(filepath)
+        path = disk.local_path(filepath)
         if path is not None and path.is_dir():  # found by every process: none waits for the others
             raise AdapterFileError(
                 f"{filepath} is a folder, perhaps a sharded checkpoint. A run with adapters writes one file: give it "
