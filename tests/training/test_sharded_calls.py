@@ -363,7 +363,7 @@ class Reads(L.Callback):
         self.kept = checkpoint["kept"]
 
 
-def test_copies_in_a_checkpoint_are_whole_and_without_the_base(tmp_path: Path) -> None:
+def test_copies_in_a_checkpoint_are_made_full(tmp_path: Path) -> None:
     expected, found = run_ranks(kept, "ddp", tmp_path)[0], run_ranks(kept, "sharded", tmp_path)[1]
     assert_same(found, expected)
     sizes = [path_of(tmp_path, kind, 1).stat().st_size for kind in ("ddp", "sharded")]
