@@ -125,12 +125,11 @@ class LoRASummary:
     def _costs(self, optimizers: Sequence[Optimizer]) -> Table:
         costs = Table.grid(padding=(0, 2))
         kinds = ", ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers))
-        rows = [("Weights in a checkpoint", self.checkpoint_bytes, self.full_checkpoint_bytes)]
         if all(isinstance(optimizer, _LIKE_ADAM) for optimizer in optimizers):
-            what = f"State of {kinds}" if kinds else "Optimizer, two moments"
-            rows.insert(0, (what, self.optimizer_bytes, self.full_optimizer_bytes))
-        for what, ours, full in rows:
-            costs.add_row(what, decimal(ours), f"full fine-tuning: {decimal(full)}")
+            what, full = f"State of {kinds}" if kinds else "Optimizer, two moments", decimal(self.full_optimizer_bytes)
+            costs.add_row(what, decimal(self.optimizer_bytes), f"full fine-tuning: {full}")
+        full = decimal(self.full_checkpoint_bytes)
+        costs.add_row("Weights in a checkpoint", decimal(self.checkpoint_bytes), f"full fine-tuning: {full}")
         return costs
 
     def __rich__(self) -> Group:

@@ -34,14 +34,11 @@ def files(tmp_path: Path) -> list[str]:
     return [str(path) for path in paths]
 
 
-def test_inspect_shows_layers_and_what_is_beside(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_what_a_file_holds_as_tables_and_as_json(files: list[str], capsys: Any) -> None:
     assert main(["inspect", files[0]]) == 0
     shown = capsys.readouterr().out
     for text in ("q_proj", "v_proj", "Linear", "head.weight [4, 8]", "4 frozen tensors", '"modules_to_save"'):
         assert text in shown
-
-
-def test_inspect_gives_every_layer_as_json(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", files[0], "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     model = adapted(0)
