@@ -55,6 +55,10 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     ],
     "slices": [{"target_modules": ["fused"], "target_slices": {"fused": {"q": (0, 8), "v": (16, 24)}}}] * 2,
     "experts": [{"target_modules": [], "target_parameters": ["experts.up", "experts.down"]}] * 2,
+    "own ranks": [
+        {"target_modules": [], "target_parameters": ["experts.up", "experts.down"], "rank_pattern": {"experts.up": 1}}
+    ]
+    * 2,
     "pissa": [{"target_modules": ["linear"], "init": "pissa"}, {"target_modules": ["linear"]}],
 }
 
