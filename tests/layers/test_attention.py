@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import ConfigError, LoRAConfig, TargetError, adapter_state_dict, inject_adapters
+from lightning_lora.training.optimizers import train_adapters
 from tests.support.models import randomise
 
 
@@ -55,6 +56,18 @@ def test_an_output_projection_that_is_excluded_leaves_the_other_three() -> None:
     model = nn.TransformerEncoderLayer(8, 2, 16)
     inject_adapters(model, LoRAConfig(r=2, target_modules=["self_attn"], exclude_modules=["self_attn.out_proj"]))
     assert names(model) == {"q", "k", "v"}
+
+
+def test_each_adapter_is_in_the_group_of_its_own_weight() -> None:
+    attention = nn.MultiheadAttention(8, 2)
+    model = nn.ModuleDict({"attention": attention})
+    inject_adapters(model, LoRAConfig(r=2))
+    weights = (attention.in_proj_weight, attention.out_proj.weight)
+    optimizer = torch.optim.SGD([{"params": [weight]} for weight in weights], lr=0.1)
+    train_adapters(model, [optimizer])
+    names = {id(p): name for name, p in attention.named_parameters()}
+    held = [[names[id(p)][5:] for p in group["params"]] for group in optimizer.param_groups]
+    assert held == [["A_q", "B_q", "A_k", "B_k", "A_v", "B_v"], ["A_out", "B_out"]]
 
 
 def test_weights_that_train_whole_are_not_adapted_too() -> None:

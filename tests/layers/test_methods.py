@@ -1,9 +1,11 @@
 """DoRA, PiSSA and OLoRA compute what their papers say."""
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import (
     LoRAConfig,
+    LoRAWarning,
+    TargetError,
+    adapter_state_dict,
+    disable_adapters,
     inject_adapters,
     load_adapter,
     merge_adapters,
@@ -19,7 +25,7 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from tests.support.layers import LAYERS, Factors, Model, config, factors, reference_weights, train
-from tests.support.models import same, state
+from tests.support.models import LitTiny, data, lora, randomise, same, state, trainer
 
 EMBEDDINGS = [name for name in LAYERS if "embedding" in name or "bag" in name]
 CONVOLUTIONS = [name for name in LAYERS if "convolution" in name and "transposed" not in name]
@@ -126,3 +132,87 @@ def test_rows_and_directions_of_zeros_train_as_without_the_method() -> None:
             (model(x) - 1).square().sum().backward()
             optimizer.step()
         assert (model(x) - nn.functional.linear(x, model[0].weight)).abs().gt(1e-3).all()
+
+
+def test_magnitudes_are_the_norms_of_the_rows_and_rslora_scales_by_the_root() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 5))
+    inject_adapters(model, LoRAConfig(r=4, alpha=6, use_dora=True, use_rslora=True))
+    torch.testing.assert_close(model[0].lora_magnitude, model[0].weight.norm(dim=1))
+    assert model[0].lora_settings.scaling == 6 / math.sqrt(4)
+
+
+@pytest.mark.parametrize("name", ["lstm", "attention", "bilinear", "bag", "transposed convolution", "experts"])
+def test_dora_is_refused_where_it_has_no_meaning(name: str) -> None:
+    model = Model(LAYERS[name][0]()).double()
+    with pytest.raises(TargetError, match=r"use_dora=True is for .* '0' .*exclude_modules"):
+        inject_adapters(model, config(model, use_dora=True))
+
+
+def test_all_rows_with_a_name_have_one_magnitude_without_it() -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    how = LoRAConfig(r=2, use_dora=True, target_modules=["0"], target_slices={"0": {"all": [0, 5]}})
+    inject_adapters(model, how)
+    assert list(adapter_state_dict(model)) == ["0.lora_A_all", "0.lora_B_all", "0.lora_magnitude"]
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_fresh_it_changes_nothing_of_a_base_that_a_trainer_converts(tmp_path: Path, precision: Any) -> None:
+    class Look(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            with disable_adapters(pl_module), torch.no_grad():
+                base = pl_module(torch.arange(20))
+            assert torch.equal(pl_module(torch.arange(20)), base)
+            seen.append(base.dtype)
+
+    seen: list[torch.dtype] = []
+    trainer(tmp_path, [lora(use_dora=True), Look()], precision=precision).fit(LitTiny(), data())
+    assert seen == [torch.bfloat16 if precision == "bf16-true" else torch.float64]
+
+
+def test_magnitudes_of_a_half_precision_base_are_not_rounded() -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64)).bfloat16(), torch.randn(3, 64).bfloat16()
+    before = model(x)
+    inject_adapters(model, LoRAConfig(r=2, use_dora=True, autocast_adapter_dtype=False))
+    assert torch.equal(model(x), before) and model[0].lora_magnitude.dtype is torch.float32
+    assert torch.equal(model.to(torch.bfloat16)(x), before)
+
+
+@pytest.mark.parametrize(
+    ("factor", "arguments"),
+    [("lora_magnitude", {"use_dora": True}), ("lora_A", {"init": "pissa"}), ("lora_B", {"init": "olora"})],
+)
+def test_what_trained_of_an_adapter_that_depends_on_its_base_is_an_update(factor: str, arguments: Any) -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    inject_adapters(model, LoRAConfig(r=2, **arguments))
+    parameter = model.get_parameter(f"0.{factor}")
+    with torch.no_grad():
+        parameter.mul_(2)
+    trained = parameter.detach().clone()
+    with pytest.warns(LoRAWarning, match="stay as they are, trained"):
+        model.load_state_dict({"0.weight": torch.randn(5, 6), "0.bias": torch.zeros(5)})
+    assert torch.equal(parameter, trained)
+
+
+def test_base_that_a_hook_writes_is_the_one_it_starts_from(tmp_path: Path) -> None:
+    class Loads(LitTiny):
+        def on_fit_start(self) -> None:
+            with torch.no_grad():
+                self.q_proj.weight.copy_(torch.randn(8, 8, generator=torch.Generator().manual_seed(7)))
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if self.global_step == 0:
+                with disable_adapters(self):
+                    base = self(torch.arange(20))
+                assert torch.equal(self(torch.arange(20)), base)
+
+    trainer(tmp_path, [lora(use_dora=True)], max_epochs=1).fit(Loads(), data())
+
+
+def test_outputs_under_autocast_have_the_dtype_that_the_layer_gives() -> None:
+    for name in ("linear", "convolution"):
+        build, x = LAYERS[name]
+        model = Model(build())
+        inject_adapters(model, config(model, use_dora=True))
+        randomise(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x.float()).dtype is torch.bfloat16

@@ -1,7 +1,6 @@
 """All weights of recurrent layers are adapted."""
 
 import gc
-from typing import Any
 
 import pytest
 import torch
@@ -16,32 +15,21 @@ from lightning_lora import (
     remove_adapters,
     unmerge_adapters,
 )
+from tests.support.layers import FLOATS, LAYERS
 from tests.support.models import randomise
 
-SEQUENCE = torch.linspace(-1, 1, 30, dtype=torch.float64).reshape(2, 3, 5)
 EVERY = LoRAConfig(r=2, target_modules="all")
 
 
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda: nn.LSTM(5, 4, num_layers=2, bidirectional=True, proj_size=3),
-        lambda: nn.GRU(5, 4, num_layers=2, bidirectional=True),
-        lambda: nn.RNN(5, 4, bias=False),
-        lambda: nn.LSTMCell(5, 4),
-        lambda: nn.GRUCell(5, 4),
-        lambda: nn.RNNCell(5, 4, bias=False),
-    ],
-    ids=["lstm", "gru", "rnn", "lstm cell", "gru cell", "rnn cell"],
-)
-def test_every_weight_of_every_layer_and_direction_has_an_update_of_its_own(build: Any) -> None:
-    model = nn.Sequential(build())
+@pytest.mark.parametrize("name", [name for name in LAYERS if "lstm" in name or "gru" in name or "rnn" in name])
+def test_every_weight_of_every_layer_and_direction_has_an_update_of_its_own(name: str) -> None:
+    model = nn.Sequential(LAYERS[name][0]())
     weights = {name: p for name, p in model[0].named_parameters() if name.startswith("weight_")}
     inject_adapters(model, EVERY)
     shapes = {name: tuple(factor.shape) for name, factor in adapter_state_dict(model).items()}
     expected = {}
-    for name, weight in weights.items():
-        part = name.removeprefix("weight_")
+    for weight_name, weight in weights.items():
+        part = weight_name.removeprefix("weight_")
         expected[f"0.lora_A_{part}"] = (2, weight.shape[1])
         expected[f"0.lora_B_{part}"] = (weight.shape[0], 2)
     assert shapes == expected
@@ -50,16 +38,16 @@ def test_every_weight_of_every_layer_and_direction_has_an_update_of_its_own(buil
 def test_a_layer_that_ran_with_its_adapter_computes_without_it_what_it_did_before() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.LSTM(5, 4, batch_first=True)).double().requires_grad_(False)
-    before = model(SEQUENCE)[0]
+    before = model(FLOATS)[0]
     inject_adapters(model, EVERY)
     randomise(model)
     with torch.no_grad():
-        assert not torch.equal(model(SEQUENCE)[0], before)
+        assert not torch.equal(model(FLOATS)[0], before)
         with disable_adapters(model):
-            assert torch.equal(model(SEQUENCE)[0], before)
-    model(SEQUENCE)[0].sum().backward()
+            assert torch.equal(model(FLOATS)[0], before)
+    model(FLOATS)[0].sum().backward()
     remove_adapters(model)
-    assert torch.equal(model(SEQUENCE)[0], before)
+    assert torch.equal(model(FLOATS)[0], before)
 
 
 def test_running_a_layer_keeps_no_updated_weights_in_memory() -> None:
@@ -72,7 +60,7 @@ def test_running_a_layer_keeps_no_updated_weights_in_memory() -> None:
     inject_adapters(model, EVERY)
     randomise(model)
     before = held()
-    model(SEQUENCE.float())
+    model(FLOATS.float())
     assert held() == before
 
 
