@@ -40,7 +40,8 @@ BOXES = [
 ] * 2
 
 TOWER = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-TEXT = {"vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **TOWER}
+IDS_OF_TEXT = {"vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+TEXT = IDS_OF_TEXT | TOWER
 PATCHES = {"image_size": 32, "patch_size": 16, **TOWER}
 
 
@@ -54,157 +55,88 @@ class Tagger(nn.Module):
         return self.head(self.lstm(self.embed(words))[0])
 
 
-def hub(name: str, **sizes: Any) -> nn.Module:
-    """One of transformers' models."""
-    cls = getattr(transformers, name)
-    return cls(cls.config_class(**sizes))
-
-
-def vision(name: str) -> Any:
-    """One of torchvision's modules."""
-    return importlib.import_module(f"torchvision.models.{name}".rstrip("."))
-
-
-def own(output: Any) -> Tensor:
-    return output["loss"]
-
-
-def total(output: Any) -> Tensor:
-    return sum(output.values())
-
-
-def classes(output: Any) -> Tensor:
-    """That all is of class zero, by the first tensor of an output."""
-    scores = tree_leaves(output)[0].flatten(0, -2)
-    return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long))
-
-
 class Case(NamedTuple):
     build: Callable[[], nn.Module]
     inputs: dict[str, Any]
-    loss: Callable[[Any], Tensor]
-    config: dict[str, Any]
+    targets: str = "all"
+    parameters: list[str] | None = None
     dtype: torch.dtype = torch.float64
 
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"target_modules": self.targets, "target_parameters": self.parameters}
 
-LINEAR: dict[str, Any] = {"target_modules": "all-linear"}
-ALL: dict[str, Any] = {"target_modules": "all"}
+
 WORDS = {"input_ids": IDS, "labels": IDS}
+
+
+def hub(name: str, sizes: dict[str, Any], inputs: dict[str, Any] = WORDS, **case: Any) -> Case:
+    """One of transformers' models."""
+    cls = getattr(transformers, name)
+    return Case(lambda: cls(cls.config_class(**sizes)), inputs, "all-linear", **case)
+
+
+def vision(build: Callable[[Any], nn.Module], name: str = "", inputs: Any = None, **case: Any) -> Case:
+    """One of torchvision's models."""
+    module = f"torchvision.models.{name}".rstrip(".")
+    return Case(lambda: build(importlib.import_module(module)), inputs or {"x": IMAGES}, **case)
+
+
+T5 = {"d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+WHISPER = {"d_model": 8, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "num_mel_bins": 8}
+WHISPER |= {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16, "decoder_start_token_id": 1}
+WHISPER |= {"max_source_positions": 3, "max_target_positions": 8} | IDS_OF_TEXT
+WAV2VEC: dict[str, Any] = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "layerdrop": 0.0}
+WAV2VEC |= {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+MAMBA = {"vocab_size": 20, "hidden_size": 8, "state_size": 4, "num_hidden_layers": 1, "time_step_rank": 4}
+CLIP = {"text_config": TEXT, "vision_config": PATCHES, "projection_dim": 8}
+PAIRS = {"input_ids": IDS, "pixel_values": IMAGES, "return_loss": True}
 CASES = {
-    # the loss is of the words, which the pooler does not see
-    "bert": Case(
-        lambda: hub("BertModel", **TEXT), {"input_ids": IDS}, classes, LINEAR | {"exclude_modules": ["pooler"]}
-    ),
-    "gpt2": Case(
-        lambda: hub("GPT2LMHeadModel", vocab_size=20, n_embd=8, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2),
-        WORDS,
-        own,
-        LINEAR,
-    ),
-    "llama": Case(lambda: hub("LlamaForCausalLM", **TEXT), WORDS, own, LINEAR),
-    "t5": Case(
-        lambda: hub(
-            "T5ForConditionalGeneration",
-            **{"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2},
-            decoder_start_token_id=0,
-        ),
-        WORDS,
-        own,
-        LINEAR,
-    ),
-    "vit": Case(
-        lambda: hub("ViTForImageClassification", **PATCHES), {"pixel_values": IMAGES, "labels": ANSWERS}, own, LINEAR
-    ),
+    "bert": hub("BertForTokenClassification", TEXT, {"input_ids": IDS, "labels": IDS % 2}),
+    "gpt2": hub("GPT2LMHeadModel", TEXT | {"n_embd": 8, "n_layer": 1, "n_head": 2}),
+    "llama": hub("LlamaForCausalLM", TEXT),
+    "t5": hub("T5ForConditionalGeneration", {"vocab_size": 20} | T5),
+    "vit": hub("ViTForImageClassification", PATCHES, {"pixel_values": IMAGES, "labels": ANSWERS}),
     # in older versions its mask is not for float64
-    "clip": Case(
-        lambda: hub("CLIPModel", text_config=TEXT, vision_config=PATCHES, projection_dim=8),
-        {"input_ids": IDS, "pixel_values": IMAGES, "return_loss": True},
-        own,
-        LINEAR,
-        torch.float32,
+    "clip": hub("CLIPModel", CLIP, PAIRS, dtype=torch.float32),
+    "whisper": hub(
+        "WhisperForConditionalGeneration", IDS_OF_TEXT | WHISPER, {"input_features": SEQUENCE.mT, "labels": IDS}
     ),
-    "whisper": Case(
-        lambda: hub(
-            "WhisperForConditionalGeneration",
-            **{"d_model": 8, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16},
-            **{"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16, "num_mel_bins": 8},
-            **{"vocab_size": 20, "max_source_positions": 3, "max_target_positions": 8, "decoder_start_token_id": 1},
-            **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
-        ),
-        {"input_features": SEQUENCE.mT, "labels": IDS},
-        own,
-        LINEAR,
-    ),
-    "wav2vec2": Case(
-        lambda: hub(
-            "Wav2Vec2ForCTC",
-            **TEXT,
-            **{"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2},
-            **{
-                "num_conv_pos_embeddings": 4,
-                "num_conv_pos_embedding_groups": 2,
-                "mask_time_prob": 0.0,
-                "layerdrop": 0.0,
-            },
-        ),
-        {"input_values": WAVE, "labels": IDS},
-        own,
-        LINEAR,
-    ),
+    "wav2vec2": hub("Wav2Vec2ForCTC", TEXT | WAV2VEC | {"mask_time_prob": 0.0}, {"input_values": WAVE, "labels": IDS}),
     # the grouped products of its experts are not for float64
-    "mixtral": Case(
-        lambda: hub("MixtralForCausalLM", **TEXT, num_key_value_heads=1, num_local_experts=3),
-        WORDS,
-        own,
-        LINEAR | {"target_parameters": ["gate_up_proj", "down_proj"]},
-        torch.float32,
+    "mixtral": hub(
+        "MixtralForCausalLM",
+        TEXT | {"num_key_value_heads": 1, "num_local_experts": 3},
+        parameters=["gate_up_proj", "down_proj"],
+        dtype=torch.float32,
     ),
     # its mixer multiplies by the weight of dt_proj itself, and never calls that layer
-    "mamba": Case(
-        lambda: hub(
-            "MambaForCausalLM", vocab_size=20, hidden_size=8, state_size=4, num_hidden_layers=1, time_step_rank=4
-        ),
-        WORDS,
-        own,
-        LINEAR | {"target_parameters": ["dt_proj.weight"]},
-    ),
-    "torchvision resnet": Case(lambda: vision("").resnet18(num_classes=4), {"x": IMAGES}, classes, ALL),
-    "torchvision mobilenet": Case(lambda: vision("").mobilenet_v3_small(num_classes=4), {"x": IMAGES}, classes, ALL),
-    "torchvision vit": Case(
-        lambda: vision("").VisionTransformer(32, 16, 1, 2, 8, 16, num_classes=4), {"x": IMAGES}, classes, ALL
-    ),
+    "mamba": hub("MambaForCausalLM", MAMBA, parameters=["dt_proj.weight"]),
+    "torchvision resnet": vision(lambda v: v.resnet18(num_classes=4)),
+    "torchvision mobilenet": vision(lambda v: v.mobilenet_v3_small(num_classes=4)),
+    "torchvision vit": vision(lambda v: v.VisionTransformer(32, 16, 1, 2, 8, 16, num_classes=4)),
     # its attention multiplies by the weights of qkv and proj itself, and never calls these layers
-    "torchvision swin": Case(
-        lambda: vision("").SwinTransformer([4, 4], 8, [2, 1], [1, 2], [4, 4], num_classes=4),
-        {"x": IMAGES},
-        classes,
-        ALL | {"target_parameters": ["attn.qkv.weight", "attn.proj.weight"]},
+    "torchvision swin": vision(
+        lambda v: v.SwinTransformer([4, 4], 8, [2, 1], [1, 2], [4, 4], num_classes=4),
+        parameters=["attn.qkv.weight", "attn.proj.weight"],
     ),
-    "torchvision convnext": Case(
-        lambda: vision("").ConvNeXt(
-            [vision("convnext").CNBlockConfig(8, 16, 1), vision("convnext").CNBlockConfig(16, None, 1)], num_classes=4
-        ),
-        {"x": IMAGES},
-        classes,
-        ALL,
+    "torchvision convnext": vision(
+        lambda v: v.ConvNeXt([v.CNBlockConfig(8, 16, 1), v.CNBlockConfig(16, None, 1)], num_classes=4), "convnext"
     ),
-    "torchvision detection": Case(
-        lambda: vision("detection").ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3),
+    "torchvision detection": vision(
+        lambda v: v.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3),
+        "detection",
         {"images": list(IMAGES), "targets": BOXES},
-        total,
-        ALL,
     ),
     "transformer": Case(
-        lambda: nn.Transformer(8, 2, 1, 1, 16, batch_first=True), {"src": SEQUENCE, "tgt": -SEQUENCE}, classes, LINEAR
+        lambda: nn.Transformer(8, 2, 1, 1, 16, batch_first=True), {"src": SEQUENCE, "tgt": -SEQUENCE}, "all-linear"
     ),
-    "lstm tagger": Case(Tagger, {"words": IDS}, classes, ALL),
+    "lstm tagger": Case(Tagger, {"words": IDS}),
     "conv1d": Case(
         lambda: nn.Sequential(
             nn.Conv1d(8, 8, 3, padding=1), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 8, 3, groups=2), nn.Flatten()
         ).append(nn.Linear(32, 4)),
         {"input": SEQUENCE.mT},
-        classes,
-        ALL,
     ),
 }
 
@@ -232,7 +164,13 @@ class Lit(L.LightningModule):
         return self.net(**tree_map(lambda x: x.to(dtype) if _is_float(x) else x, self.case.inputs))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return self.case.loss(self())
+        output = self()
+        if type(output) is dict:  # a detection's losses
+            return sum(output.values())
+        if isinstance(output, dict) and "loss" in output:
+            return output["loss"]
+        scores = tree_leaves(output)[0].flatten(0, -2)  # that all is of class zero
+        return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long))
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=0.05)
