@@ -120,11 +120,11 @@ def test_merge_says_which_adapters_the_module_ends_with(tmp_path: Path, merge: A
     assert loss == pytest.approx(expected.item())  # type: ignore[union-attr]
 
 
-def test_merge_best_without_a_best_file_says_so(tmp_path: Path) -> None:
+def test_merge_best_without_a_best_file_says_so_as_do_two_callbacks(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ModelCheckpoint"):
         trainer(tmp_path, [lora(merge="best")], enable_checkpointing=False).fit(LitTiny(), data())
-    with pytest.raises(ConfigError, match="with a monitor"):
-        trainer(tmp_path, [lora(merge="best"), ModelCheckpoint(tmp_path)]).fit(LitTiny(), data())
+    with pytest.raises(ConfigError, match="2 LoRACallbacks"):
+        trainer(tmp_path, [lora(), lora()]).fit(LitTiny(), data())
     for callbacks in (
         [best(tmp_path, save_top_k=0)],
         [best(tmp_path), At(7, lambda t, m: [path.unlink() for path in tmp_path.glob("*.ckpt")])],
@@ -136,11 +136,17 @@ def test_merge_best_without_a_best_file_says_so(tmp_path: Path) -> None:
 
 
 def test_no_merge_in_a_fast_dev_run_after_an_exception_or_if_not_wanted(tmp_path: Path) -> None:
-    for callbacks, options in (([lora()], {"fast_dev_run": 2}), ([lora(merge=False)], {}), ([lora(), At(2, stop)], {})):
+    trial = {"fast_dev_run": 2}
+    for callbacks, options in (
+        ([lora()], trial),
+        ([lora(merge="best"), best(tmp_path)], trial),
+        ([lora(merge=False)], {}),
+        ([lora(), At(2, stop)], {}),
+    ):
         model = LitTiny()
         with suppress(StopError):
             trainer(tmp_path, callbacks, **options).fit(model, data(), data())
-        assert isinstance(model.q_proj, LoRALayer)
+        assert isinstance(model.q_proj, LoRALayer) and model.get_parameter("q_proj.lora_B").any()
         assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
 
 
@@ -197,38 +203,21 @@ def test_another_configuration_on_a_merged_model_is_refused_and_leaves_it_merged
         trainer(tmp_path, [lora(r=4)]).fit(model, data())
     assert is_plain(model) and torch.equal(model(X), output)
     remove_adapters(model)
+    assert not [name for name in vars(model) if "lora" in name] and torch.equal(model(X), output)
     trainer(tmp_path, [lora(r=4)]).fit(model, data())
     assert is_plain(model) and not torch.equal(model(X), output)
 
 
-def test_remove_adapters_forgets_a_finished_fit(tmp_path: Path) -> None:
-    model = LitTiny()
-    trainer(tmp_path, [lora()]).fit(model, data())
-    output = model(X)
-    remove_adapters(model)
-    assert not [name for name in vars(model) if "lora" in name] and torch.equal(model(X), output)
-
-
-def test_two_callbacks_are_one_too_many(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="2 LoRACallbacks"):
-        trainer(tmp_path, [lora(), lora()]).fit(LitTiny(), data())
-
-
-def test_model_adapted_by_hand_is_taken_over_or_refused(tmp_path: Path) -> None:
-    model = LitTiny()
-    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"]))
+def test_a_model_adapted_by_hand_is_taken_over_or_refused_and_a_merged_one_is_unmerged_to_train(tmp_path: Path) -> None:
+    model, merged = LitTiny(), LitTiny()
+    for each in (model, merged):
+        inject_adapters(each, LoRAConfig(r=2, modules_to_save=["head"]))
     with pytest.raises(AdapterMismatchError, match="adapted already"):
         trainer(tmp_path, [lora(r=4)]).fit(model, data())
     trainer(tmp_path, [lora()]).fit(model, data())
-    assert is_plain(model)
-
-
-def test_model_merged_by_hand_is_unmerged_to_train(tmp_path: Path) -> None:
-    model = LitTiny()
-    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"]))
-    merge_adapters(model)
-    trainer(tmp_path, [lora(merge=False)]).fit(model, data())
-    assert not is_plain(model) and model.q_proj.lora_B.any()  # type: ignore[union-attr, operator]
+    merge_adapters(merged)
+    trainer(tmp_path, [lora(merge=False)]).fit(merged, data())
+    assert is_plain(model) and not is_plain(merged) and merged.get_parameter("q_proj.lora_B").any()
 
 
 def test_the_callback_can_be_saved_in_the_middle_of_fit_and_is_its_arguments_alone(tmp_path: Path) -> None:
@@ -290,14 +279,6 @@ def test_the_other_lightning_package_works_alike(tmp_path: Path) -> None:
     assert is_plain(model) and sorted(tensors(checkpoint.best_model_path)) == sorted(TRAINED)
     tested = t.test(model, data(), ckpt_path="best", verbose=False)[0]["test_loss"]
     assert tested == pytest.approx(checkpoint.best_model_score.item())  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize("merge", ["last", "best"])
-def test_a_fast_dev_run_merges_nothing(tmp_path: Path, merge: Any) -> None:
-    model = LitTiny()
-    trainer(tmp_path, [lora(merge=merge), best(tmp_path)], fast_dev_run=2).fit(model, data(), data())
-    assert not is_plain(model) and model.get_parameter("q_proj.lora_B").any()
-    assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
 
 
 @pytest.mark.parametrize("trial", [False, 2])
