@@ -33,6 +33,15 @@ from tests.support.models import TinyLM, is_plain, randomise, same, state, untie
 
 
 @unties
+def test_merging_a_tied_head_leaves_the_embedding_alone() -> None:
+    model, x = as_trained(TinyLM(), target_modules=["lm_head"]), torch.arange(20)
+    adapted, embedding = model(x), model.embed.weight.detach().clone()
+    merge_adapters(model)
+    torch.testing.assert_close(model(x), adapted)
+    assert torch.equal(model.embed.weight, embedding)
+
+
+@unties
 @pytest.mark.parametrize("tied", [False, True])
 def test_unmerge_follows_a_model_that_was_converted_in_between(tied: bool) -> None:
     torch.manual_seed(0)
