@@ -8,6 +8,7 @@ import socket
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -27,9 +28,9 @@ class RankError(AssertionError):
     """A process failed."""
 
 
-def run_ranks(function: Callable[..., Any], *args: Any, size: int = 2) -> list[Any]:
+def run_ranks(function: Callable[..., Any], *args: Any, size: int = 2, **kwargs: Any) -> list[Any]:
     """Call a function in forked processes, and return what each returns: anything that torch can save."""
-    port, context = _free_port(), multiprocessing.get_context("fork")
+    port, context, function = _free_port(), multiprocessing.get_context("fork"), partial(function, **kwargs)
     ends, processes = [], []
     for rank in range(size):
         receiving, sending = context.Pipe(duplex=False)

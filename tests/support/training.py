@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lightning as L
@@ -9,13 +10,15 @@ import lightning.pytorch.callbacks as bundled
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora import adapter_state_dict, inject_adapters, load_adapter, unmerge_adapters
 from tests.support.cases import StopError, held
-from tests.support.models import TRAINED, LitTiny, data, lora
+from tests.support.models import TRAINED, LitTiny, data, lora, trainer
 
 
 class BornInSetup(LitTiny):
@@ -75,6 +78,59 @@ class Stateful:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.at = state["at"]
+
+
+class Notes(Logger):
+    """A logger that keeps what it gets. As in MLflow, no value may change."""
+
+    name, version = "notes", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[dict[str, Any]] = []
+
+    def log_hyperparams(self, params: Mapping[str, Any], *_: Any, **__: Any) -> None:
+        changed = [key for each in self.seen for key, value in each.items() if params.get(key, value) != value]
+        if changed:
+            raise ValueError(f"{changed} cannot be changed")
+        self.seen.append(dict(params))
+
+    def log_metrics(self, *_: Any, **__: Any) -> None:
+        pass
+
+    @property
+    def ours(self) -> list[dict[str, Any]]:
+        return [each for each in self.seen if "lora/r" in each]
+
+
+def fit(
+    folder: Path, *callbacks: L.Callback, model: Any = None, train: Any = None, ckpt_path: Any = None, **options: Any
+) -> tuple[Any, L.Trainer]:
+    """Fit a module, or a LitTiny, with these callbacks; return it and its Trainer."""
+    torch.manual_seed(5 if ckpt_path is None else 6)  # a run that goes on does not find the numbers by chance
+    model, t = LitTiny() if model is None else model, trainer(folder, callbacks, **options)
+    val = data() if is_overridden("validation_step", model) else None
+    t.fit(model, data() if train is None else train, val, ckpt_path=ckpt_path)
+    return model, t
+
+
+def through_and_resumed(
+    folder: Path,
+    build: Callable[[], Any],
+    *make: Callable[[], L.Callback],
+    at: str = "epoch=0",
+    train: Callable[[], Any] = data,
+    saving: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
+) -> tuple[Any, Any]:
+    """A run's module, and that of another run, which goes on from the first one's file ``at``; each has a folder."""
+    models = build(), build()
+    file = folder / "through" / f"{at}.ckpt"
+    for model, name, path in zip(models, ("through", "resumed"), (None, file), strict=True):
+        saves = ModelCheckpoint(folder / name, f"{{{at.partition('=')[0]}}}", save_top_k=-1, **saving)
+        callbacks = [each() for each in make]
+        fit(folder, *callbacks, saves, model=model, train=train(), ckpt_path=path, **options)
+    return models
 
 
 FROZEN = ("embed.weight", "q_proj.weight", "q_proj.bias", "v_proj.weight")

@@ -3,29 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import lightning.pytorch.callbacks as bundled
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
-from packaging.version import Version
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lightning_lora import inject_adapters
 from tests.support.cases import held
-from tests.support.models import (
-    TRAINED,
-    WORDS,
-    LitTiny,
-    best,
-    data,
-    is_plain,
-    lora,
-    needs_averaging,
-    same,
-    state,
-    trainer,
-)
+from tests.support.models import TRAINED, WORDS, LitTiny, best, is_plain, lora, needs_averaging, same, state, trainer
 from tests.support.training import (
     AVERAGES,
     BornInConfigureModel,
@@ -37,9 +24,11 @@ from tests.support.training import (
     beside,
     either_order,
     files_hold_adapters_alone,
+    fit,
     loaded,
     outcome,
     same_parts,
+    through_and_resumed,
     trained,
 )
 
@@ -58,9 +47,8 @@ def test_averages_are_those_of_the_adapters_after_each_step(
     tmp_path: Path, average: str, first: bool, cls: type[LitTiny]
 ) -> None:
     make, at_end, _ = AVERAGES[average]
-    model, steps = cls(), Steps()
-    t = trainer(tmp_path, [*beside(make(), first), steps], max_epochs=4, enable_checkpointing=False)
-    t.fit(model, data(), data())
+    callbacks = [*beside(make(), first), steps := Steps()]
+    model, _ = fit(tmp_path, *callbacks, model=cls(), max_epochs=4, enable_checkpointing=False)
     torch.testing.assert_close(trained(model), at_end(steps.after))
     assert is_plain(model)
     merged = model(X)
@@ -71,11 +59,9 @@ def test_averages_are_those_of_the_adapters_after_each_step(
 @each_average
 @either_order
 def test_files_beside_an_average_hold_adapters_alone(tmp_path: Path, average: str, first: bool) -> None:
-    model, t = LitTiny(), None
     saves = best(tmp_path, save_top_k=-1, save_last=True)
     light = ModelCheckpoint(tmp_path, "light-{step}", save_weights_only=True, every_n_train_steps=3, save_top_k=-1)
-    t = trainer(tmp_path, [*beside(AVERAGES[average][0](), first), saves, light], max_epochs=3)
-    t.fit(model, data(), data())
+    model, t = fit(tmp_path, *beside(AVERAGES[average][0](), first), saves, light, max_epochs=3)
     t.save_checkpoint(tmp_path / "after.ckpt")
     t.save_checkpoint(tmp_path / "light.ckpt", weights_only=True)
     assert files_hold_adapters_alone(tmp_path)
@@ -91,9 +77,8 @@ outside_fit = pytest.mark.filterwarnings("ignore:.*outside the 'fit' stage:UserW
 @either_order
 def test_best_is_what_validation_saw_of_the_average(tmp_path: Path, average: str, first: bool) -> None:
     make, _, seen = AVERAGES[average]
-    model, steps, worst = LitTiny(), Steps(), best(tmp_path, mode="max")  # surely not the last
-    t = trainer(tmp_path, [*beside(make(), first), steps, worst], max_epochs=4)
-    t.fit(model, data(), data())
+    steps, worst = Steps(), best(tmp_path, mode="max")  # surely not the last
+    model, t = fit(tmp_path, *beside(make(), first), steps, worst, max_epochs=4)
     path, score = worst.best_model_path, pytest.approx(worst.best_model_score.item())  # type: ignore[union-attr]
     assert path.endswith("epoch=0.ckpt") and outcome(t, "test", model).item() != score
     torch.testing.assert_close(held(torch.load(path, weights_only=True)), seen(steps.after))
@@ -110,9 +95,8 @@ def test_best_is_what_validation_saw_of_the_average(tmp_path: Path, average: str
 @each_average
 @either_order
 def test_best_of_an_average_is_merged(tmp_path: Path, average: str, first: bool) -> None:
-    model, worst = LitTiny(), best(tmp_path, mode="max")
-    callbacks = [*beside(AVERAGES[average][0](), first, merge="best"), worst]
-    trainer(tmp_path, callbacks, max_epochs=4).fit(model, data(), data())
+    worst = best(tmp_path, mode="max")
+    model, _ = fit(tmp_path, *beside(AVERAGES[average][0](), first, merge="best"), worst, max_epochs=4)
     assert is_plain(model)
     score = pytest.approx(worst.best_model_score.item())  # type: ignore[union-attr]
     assert outcome(trainer(tmp_path), "test", model).item() == score and base_is_whole(model)
@@ -123,17 +107,17 @@ def test_best_of_an_average_is_merged(tmp_path: Path, average: str, first: bool)
 @each_average
 @either_order
 def test_resumed_average_has_the_same_bits(tmp_path: Path, average: str, first: bool, cls: type[LitTiny]) -> None:
-    through, resumed = cls(), cls()
-    steps = None if average == "swa" else 5  # which Lightning itself resumes exactly at the end of an epoch alone
-    start, end = ("step=8.ckpt", "step=16.ckpt") if average == "swa" else ("step=10.ckpt", "step=15.ckpt")
-    for model, path in ((through, None), (resumed, tmp_path / "True" / start)):
-        torch.manual_seed(5)
-        saves = ModelCheckpoint(tmp_path / str(model is through), "{step}", save_top_k=-1, every_n_train_steps=steps)
-        callbacks = [*beside(AVERAGES[average][0](), first), saves]
-        trainer(tmp_path, callbacks, max_epochs=4).fit(model, Stateful(), data(), ckpt_path=path)
-    a, b = (torch.load(tmp_path / str(each) / end, weights_only=True) for each in (True, False))
+    # Lightning itself resumes SWA exactly at the end of an epoch alone
+    steps, at, end = (None, "step=8", "step=16.ckpt") if average == "swa" else (5, "step=10", "step=15.ckpt")
+    make = [AVERAGES[average][0], lora] if first else [lora, AVERAGES[average][0]]
+    through, resumed = through_and_resumed(
+        tmp_path, cls, *make, at=at, train=Stateful, saving={"every_n_train_steps": steps}, max_epochs=4
+    )
+    a, b = (torch.load(tmp_path / name / end, weights_only=True) for name in ("through", "resumed"))
     for checkpoint in (a, b):
-        del checkpoint["callbacks"][saves.state_key]  # which names its folder
+        for name in list(checkpoint["callbacks"]):
+            if name.startswith("ModelCheckpoint"):
+                del checkpoint["callbacks"][name]  # it names its folder
     assert same_parts(a, b)
     assert same(trained(resumed), trained(through)) and same(state(resumed), state(through))
     assert base_is_whole(resumed)
@@ -152,10 +136,8 @@ def test_averaging_leaves_frozen_norms_as_they_are(tmp_path: Path) -> None:
             x = self.norm(self.embed(index))
             return self.last(self.head(torch.tanh(self.q_proj(x)) + self.v_proj(x)))
 
-    model = Normed()
     callbacks = [StochasticWeightAveraging(0.1, swa_epoch_start=2), lora(modules_to_save=["head", "last"])]
-    t = trainer(tmp_path, callbacks, max_epochs=4, enable_checkpointing=False)
-    t.fit(model, data(), data())
+    model, _ = fit(tmp_path, *callbacks, model=Normed(), max_epochs=4)
     assert torch.equal(model.norm.running_mean, torch.ones(8)) and model.norm.num_batches_tracked == 0
     assert not torch.equal(model.last.running_mean, torch.zeros(4))
 
@@ -172,18 +154,18 @@ class Counts(LitTiny):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.skipif(Version(L.__version__) < Version("2.6"), reason="WeightAveraging came with 2.6")
+@needs_averaging
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
 def test_plain_average_is_taken_as_torch_takes_it(tmp_path: Path, precision: Any) -> None:
     averages = []
     for adapt in (True, False):
         torch.manual_seed(5)
-        model, average = Counts(), bundled.WeightAveraging()
-        callbacks: list[L.Callback] = [lora(merge=False), average]
-        if not adapt:  # by hand, with nothing of the callback
+        model, callbacks = Counts(), [bundled.WeightAveraging()]
+        if adapt:
+            callbacks.append(lora(merge=False))
+        else:  # by hand, with nothing of the callback
             inject_adapters(model, lora().config)
-            callbacks = [average]
-        trainer(tmp_path, callbacks, precision=precision, enable_checkpointing=False).fit(model, data())
+        fit(tmp_path, *callbacks, model=model, precision=precision, enable_checkpointing=False)
         averages.append(state(model))
     kept = {name for name in averages[0] if name in TRAINED or name == "steps"}
     adapted, by_hand = ({name: average[name].float() for name in kept} for average in averages)
@@ -198,7 +180,7 @@ def test_average_copies_frozen_layers_that_come_late(tmp_path: Path, average: st
         def setup(self, stage: str) -> None:
             self.extra = nn.LayerNorm(4)
 
-    trainer(tmp_path, beside(AVERAGES[average][0](), first), max_epochs=4).fit(Late(), data())
+    fit(tmp_path, *beside(AVERAGES[average][0](), first), model=Late(), max_epochs=4)
 
 
 class NewNames(LitTiny):
@@ -227,33 +209,26 @@ class NewNames(LitTiny):
 def test_layers_that_are_made_anew_are_adapted_beside_an_average(
     tmp_path: Path, average: str, first: bool, cls: type[LitTiny], options: dict[str, Any]
 ) -> None:
-    model = cls()
-    t = trainer(tmp_path, beside(AVERAGES[average][0](), first, merge=False, **options), enable_checkpointing=False)
-    t.fit(model, data(), data())
+    model, _ = fit(tmp_path, *beside(AVERAGES[average][0](), first, merge=False, **options), model=cls())
     factors = [p for name, p in model.named_parameters() if name.endswith("lora_B")]
     assert len(factors) == (2 if "bias" not in options else 3) and all(p.any() for p in factors)
 
 
-class RandomHead(LitTiny):
-    """A module that makes a new random head whenever ``configure_model`` is called."""
-
-    def configure_model(self) -> None:
-        self.head = nn.Linear(8, 4)
-
-
 @overrides_hook
-@pytest.mark.skipif("ema" not in AVERAGES, reason="Lightning has no EMAWeightAveraging")
+@needs_averaging
 @either_order
 def test_an_average_without_updates_is_the_module_as_it_began(tmp_path: Path, first: bool) -> None:
     seen: list[Tensor] = []
 
-    class Watches(RandomHead):
+    class RandomHead(LitTiny):
+        def configure_model(self) -> None:
+            self.head = nn.Linear(8, 4)
+
         def on_train_start(self) -> None:
             seen.append(self.head.weight.detach().clone())
 
     average = bundled.EMAWeightAveraging(update_starting_at_step=1000)
-    model = Watches()
-    trainer(tmp_path, beside(average, first), enable_checkpointing=False).fit(model, data(), data())
+    model, _ = fit(tmp_path, *beside(average, first), model=RandomHead())
     assert torch.equal(model.head.weight, seen[0])
 
 
@@ -267,19 +242,39 @@ class Drifts(LitTiny):
 
 @needs_averaging
 def test_an_average_beside_a_frozen_weight_that_changes_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    def run(epochs: int, ckpt_path: Path | None = None) -> tuple[Drifts, Path]:
-        torch.manual_seed(5)
-        model, folder = Drifts(), tmp_path / f"{epochs}{ckpt_path is None}"
-        saves = best(folder, monitor=None, filename="{epoch}", save_top_k=-1)
-        callbacks = [lora(merge=False), bundled.EMAWeightAveraging(decay=0.5), saves]
-        trainer(tmp_path, callbacks, max_epochs=epochs).fit(model, data(), ckpt_path=ckpt_path)
-        return model, folder
-
-    whole, files = run(3)
-    resumed, again = run(3, files / "epoch=1.ckpt")
-    assert same(state(resumed), state(whole))
-    a, b = (torch.load(folder / "epoch=2.ckpt", weights_only=True) for folder in (files, again))
+    make = (lambda: lora(merge=False), lambda: bundled.EMAWeightAveraging(decay=0.5))
+    through, resumed = through_and_resumed(tmp_path, Drifts, *make, at="epoch=1", max_epochs=3)
+    assert same(state(resumed), state(through))
+    a, b = (torch.load(tmp_path / name / "epoch=2.ckpt", weights_only=True) for name in ("through", "resumed"))
     for key in ("state_dict", "current_model_state", "averaging_state"):
         assert same(a[key], b[key])
-    first = torch.load(files / "epoch=0.ckpt", weights_only=True)["current_model_state"]
+    first = torch.load(tmp_path / "through" / "epoch=0.ckpt", weights_only=True)["current_model_state"]
     torch.testing.assert_close(first["embed.weight"], LitTiny().embed.weight.detach() * 0.99**4)
+
+
+MASK = torch.tensor([-torch.inf, torch.inf, -0.0, 2.0])
+OF_BUFFERS = {
+    "mean": lambda: bundled.WeightAveraging(use_buffers=True),
+    "ema": lambda: bundled.EMAWeightAveraging(decay=0.9, use_buffers=True),
+    "ema of lists": lambda: bundled.WeightAveraging(use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(0.9)),
+}
+
+
+class Masked(LitTiny):
+    """A module with infinities in a buffer, as attention masks have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", MASK.clone())
+
+    def forward(self, index: Tensor) -> Tensor:
+        return super().forward(index) + self.mask.nan_to_num(neginf=0.0, posinf=0.0)  # type: ignore[operator]
+
+
+@needs_averaging
+@pytest.mark.parametrize("merge", ["last", False])
+@pytest.mark.parametrize("average", OF_BUFFERS)
+def test_averaging_leaves_infinities_in_a_buffer(tmp_path: Path, average: str, merge: Any) -> None:
+    model, _ = fit(tmp_path, OF_BUFFERS[average](), lora(merge=merge), model=Masked())
+    assert torch.equal(model.mask.view(torch.int32), MASK.view(torch.int32))  # the bits: -0.0 equals 0.0
+    assert all(p.isfinite().all() for p in model.parameters())

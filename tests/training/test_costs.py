@@ -8,14 +8,15 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch import Tensor, nn
+from lightning.pytorch.callbacks import LambdaCallback
+from torch import Tensor
 
-from lightning_lora import BaseMismatchError, LoRAWarning, load_adapter, save_adapter, unmerge_adapters
-from lightning_lora.layers import LoRALayer
+from lightning_lora import LoRAWarning, load_adapter, save_adapter, unmerge_adapters
 from lightning_lora.model import state as record
 from lightning_lora.tensors import digests as hashing
 from tests.support.cases import StopError
 from tests.support.models import LitTiny, best, data, is_plain, lora, same, state, trainer
+from tests.support.training import fit, outcome
 
 WIDTH = 128
 BASE = 2 * WIDTH * WIDTH
@@ -73,8 +74,7 @@ class Passes(L.Callback):
 
 def test_a_fit_reads_its_base_at_the_start_and_at_the_end_and_for_its_first_file(tmp_path: Path, reads: Reads) -> None:
     for saved, training in (best(tmp_path, save_top_k=-1), 1), (best(tmp_path, every_n_epochs=9), 0):
-        marks = Passes(reads)
-        trainer(tmp_path, [lora(), saved, marks], max_epochs=4).fit(Wide(), data(), data())
+        fit(tmp_path, lora(), saved, marks := Passes(reads), model=Wide(), max_epochs=4)
         assert marks.found == {"set-up": 1, "training": training} and reads.passes() == 1
     assert len(list(tmp_path.glob("*.ckpt"))) == 4
 
@@ -82,14 +82,12 @@ def test_a_fit_reads_its_base_at_the_start_and_at_the_end_and_for_its_first_file
 def test_a_base_is_read_in_half_precision_once_however_often_it_trains_and_is_saved(
     tmp_path: Path, reads: Reads
 ) -> None:
-    model, file = Wide(), tmp_path / "a.safetensors"
-    trainer(tmp_path, [lora(), best(tmp_path)]).fit(model, data(), data())
-    marks = Passes(reads)
-    trainer(tmp_path, [lora(merge=False), best(tmp_path), marks]).fit(model, data(), data())
+    model, _ = fit(tmp_path, lora(), best(tmp_path), model=Wide())
+    fit(tmp_path, lora(merge=False), best(tmp_path), marks := Passes(reads), model=model)
     assert marks.found["training"] == 0
     reads.passes()
     for _ in range(2):
-        save_adapter(model, file)
+        save_adapter(model, file := tmp_path / "a.safetensors")
         assert reads.passes() == 1
     other = Wide().bfloat16()
     with pytest.warns(LoRAWarning, match="same base, converted"):
@@ -98,65 +96,34 @@ def test_a_base_is_read_in_half_precision_once_however_often_it_trains_and_is_sa
 
 
 def test_the_best_file_is_merged_without_another_look_at_the_base(tmp_path: Path, reads: Reads) -> None:
-    marks = Passes(reads)
-    trainer(tmp_path, [lora(merge="best"), best(tmp_path), marks]).fit(Wide(), data(), data())
+    fit(tmp_path, lora(merge="best"), best(tmp_path), Passes(reads), model=Wide())
     assert reads.passes() == 1
 
 
 def test_a_merged_model_is_evaluated_and_saved_without_a_look_at_its_base(tmp_path: Path, reads: Reads) -> None:
-    model, callback = Wide(), lora()
-    t = trainer(tmp_path, [callback])
-    t.fit(model, data())
+    seen: list[bool] = []
+    looks = LambdaCallback(on_validation_start=lambda t, m: seen.append(is_plain(m)))
+    model, t = fit(tmp_path, lora(), looks, model=Wide())
+    merged, plain = state(model), copy.deepcopy(model)
+    stages = ("validate", "test", "predict")
+    expected = [outcome(trainer(tmp_path), stage, plain) for stage in stages]
     reads.passes()
-    for run in (
-        lambda: t.validate(model, data(), verbose=False),
-        lambda: t.test(model, data(), verbose=False),
-        lambda: t.predict(model, data()),
-        lambda: t.save_checkpoint(tmp_path / "a.ckpt"),
-    ):
-        run()
-        assert reads.passes() == 0 and is_plain(model)
+    for stage, values in zip(stages, expected, strict=True):
+        assert torch.equal(outcome(t, stage, model), values)
+        assert reads.passes() == 0 and same(state(model), merged)
+    assert seen[-1]  # while it ran, too
+    t.save_checkpoint(tmp_path / "a.ckpt")
     unmerge_adapters(model)
     t.save_checkpoint(tmp_path / "b.ckpt")
-    assert reads.passes() == 0
+    assert reads.passes() == 0 and not is_plain(model)
 
 
-def test_a_file_is_tested_with_one_look_at_the_base(tmp_path: Path, reads: Reads) -> None:
-    model, saved = Wide(), best(tmp_path)
-    t = trainer(tmp_path, [lora(), saved])
-    t.fit(model, data(), data())
+def test_a_file_is_tested_with_one_look_and_what_the_user_froze_stays_frozen(tmp_path: Path, reads: Reads) -> None:
+    model, t = fit(tmp_path, lora(), best(tmp_path), model=Wide())
     reads.passes()
-    t.test(model, data(), ckpt_path="best", verbose=False)
-    assert reads.passes() <= 1
-
-
-def test_evaluation_of_a_merged_model_runs_the_merged_weights(tmp_path: Path) -> None:
-    model, kinds = LitTiny(), list[type[nn.Module]]()
-
-    class Look(L.Callback):
-        def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            kinds.extend(type(module) for module in pl_module.modules())
-
-    trainer(tmp_path, [lora()]).fit(model, data())
-    before = state(model)
-    plain = trainer(tmp_path).validate(copy.deepcopy(model), data(), verbose=False)
-    assert trainer(tmp_path, [lora(), Look()]).validate(model, data(), verbose=False) == plain
-    assert same(state(model), before) and not any(issubclass(kind, LoRALayer) for kind in kinds)
-    unmerge_adapters(model)
-    assert not is_plain(model)
-
-
-def test_a_file_is_tested_on_its_adapters_and_the_merged_model_comes_back(tmp_path: Path) -> None:
-    model, saved = LitTiny(), best(tmp_path)
-    t = trainer(tmp_path, [lora(), saved])
-    t.fit(model, data(), data())
-    t.save_checkpoint(tmp_path / "last.ckpt")
-    before, fresh = state(model), LitTiny()
-    load_adapter(fresh, tmp_path / "last.ckpt")
-    expected = trainer(tmp_path).test(fresh, data(), verbose=False)
-    found = t.test(model, data(), ckpt_path=str(tmp_path / "last.ckpt"), verbose=False)
-    assert found[0]["test_loss"] == pytest.approx(expected[0]["test_loss"])
-    assert is_plain(model) and all(torch.allclose(value, before[name]) for name, value in state(model).items())
+    model.freeze()
+    outcome(t, "test", model, ckpt_path="best")
+    assert reads.passes() <= 1 and not any(p.requires_grad for p in model.parameters())
 
 
 def test_a_frozen_weight_that_changes_between_saves_is_stored(tmp_path: Path) -> None:
@@ -165,9 +132,7 @@ def test_a_frozen_weight_that_changes_between_saves_is_stored(tmp_path: Path) ->
             if trainer.global_step == 3:
                 pl_module.embed.weight.data[0, 0] += 1  # torch counts no change, but a look sees it
 
-    model = LitTiny()
-    saved = best(tmp_path, save_top_k=-1, filename="{epoch}", monitor=None)
-    trainer(tmp_path, [lora(merge=False), saved, Changing()], max_epochs=1).fit(model, data())
+    model, _ = fit(tmp_path, lora(merge=False), best(tmp_path), Changing(), max_epochs=1)
     stored = torch.load(next(tmp_path.glob("*.ckpt")), weights_only=True)["state_dict"]
     assert torch.equal(stored["embed.weight"], model.embed.weight)
 
@@ -190,6 +155,9 @@ def test_a_change_that_no_save_has_seen_is_found_at_the_end(tmp_path: Path, fail
     assert torch.equal(stored["q_proj.weight"], model.q_proj.weight)
 
 
+WITHOUT_HEAD = {"modules_to_save": None, "exclude_modules": ["head"]}
+
+
 class LoadsInSetup(LitTiny):
     """A module that loads its pretrained weights in a hook, over whatever is there."""
 
@@ -199,49 +167,18 @@ class LoadsInSetup(LitTiny):
 
 @pytest.mark.filterwarnings("ignore:A state of the base was loaded:lightning_lora.LoRAWarning")
 def test_a_module_that_loads_its_base_in_setup_is_evaluated_with_its_adapters(tmp_path: Path) -> None:
-    model, t = LoadsInSetup(), trainer(tmp_path, [lora(modules_to_save=None, exclude_modules=["head"])])
-    t.fit(model, data())
-    before, index = state(model), torch.arange(8)
-    output = model(index)
-    found = t.validate(model, data(), verbose=False)[0]["val_loss"]
+    model, t = fit(tmp_path, lora(**WITHOUT_HEAD), model=LoadsInSetup())
+    before = state(model)
     plain = LitTiny()
     plain.load_state_dict(before)
-    assert found == pytest.approx(trainer(tmp_path).validate(plain, data(), verbose=False)[0]["val_loss"])
-    assert torch.equal(model(index), output)
+    torch.testing.assert_close(outcome(t, "validate", model), outcome(trainer(tmp_path), "validate", plain))
+    assert same(state(model), before)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 def test_a_merged_model_evaluated_in_another_precision_still_takes_its_files(tmp_path: Path, precision: Any) -> None:
-    model, how = LitTiny(), {"modules_to_save": None, "exclude_modules": ["head"]}
-    t = trainer(tmp_path, [lora(**how)])
-    t.fit(model, data())
+    model, t = fit(tmp_path, lora(**WITHOUT_HEAD))
     t.save_checkpoint(tmp_path / "a.ckpt")
-    other = trainer(tmp_path, [lora(**how)], precision=precision)
-    other.validate(model, data(), verbose=False)
-    other.test(model, data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
-
-
-def test_a_file_that_cannot_be_tested_leaves_a_changed_merged_model_its_memory(tmp_path: Path) -> None:
-    model = LitTiny()
-    t = trainer(tmp_path, [lora()])
-    t.fit(model, data())
-    t.save_checkpoint(tmp_path / "a.ckpt")
-    merged = model.q_proj.weight.detach().clone()
-    with torch.no_grad():
-        model.q_proj.weight.add_(1)
-    with pytest.warns(UserWarning, match="taken as a new base"), pytest.raises(BaseMismatchError):
-        t.test(model, data(), ckpt_path=tmp_path / "a.ckpt")
-    assert is_plain(model)
-    with torch.no_grad():
-        model.q_proj.weight.copy_(merged)
-    unmerge_adapters(model)
-    assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
-
-
-def test_what_the_user_froze_of_a_merged_model_stays_frozen_after_a_file_was_tested(tmp_path: Path) -> None:
-    model, saved = LitTiny(), best(tmp_path)
-    t = trainer(tmp_path, [lora(), saved])
-    t.fit(model, data(), data())
-    model.freeze()
-    t.test(model, data(), ckpt_path="best", verbose=False)
-    assert not any(p.requires_grad for p in model.parameters())
+    other = trainer(tmp_path, [lora(**WITHOUT_HEAD)], precision=precision)
+    outcome(other, "validate", model)
+    outcome(other, "test", model, ckpt_path=tmp_path / "a.ckpt")

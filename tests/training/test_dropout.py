@@ -13,9 +13,10 @@ from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora import LoRACallback, LoRAConfig, inject_adapters
+from lightning_lora import LoRACallback, inject_adapters
 from tests.support.cases import At, StopError, stop
-from tests.support.models import WIDTH, LitTiny, best, data, exact, randomise, same, state, trainer
+from tests.support.models import WIDTH, LitTiny, data, exact, randomise, same, state, trainer
+from tests.support.training import fit, through_and_resumed
 
 X = torch.arange(20)
 
@@ -98,25 +99,13 @@ def adapted(cls: type[Lit] = Lit, **options: Any) -> Any:
     return model
 
 
-def test_it_changes_the_losses_of_a_fit_and_nothing_of_evaluations(tmp_path: Path) -> None:
-    losses = {}
-    for dropout in (0.0, 0.9):
-        model = adapted(dropout=dropout)
-        t = trainer(tmp_path, [lora(dropout=dropout)], val_check_interval=2, max_epochs=1)
-        before = t.validate(model, data(), verbose=False)
-        t.fit(model, data(), data())
-        losses[dropout] = before, model.losses
-    assert losses[0.0][0] == losses[0.9][0] and losses[0.0][1][0] != losses[0.9][1][0]
-
-
 @pytest.mark.parametrize(
     "options", [{}, {"val_check_interval": 2}, {"accumulate_grad_batches": 3}, {"num_sanity_val_steps": 0}], ids=str
 )
 def test_it_acts_in_every_training_step_and_in_no_evaluation(tmp_path: Path, options: dict[str, Any]) -> None:
     model = adapted()
     before = modes(model)
-    t = trainer(tmp_path, [lora()], **options)
-    t.fit(model, data(), data())
+    _, t = fit(tmp_path, lora(), model=model, **options)
     t.test(model, data(), verbose=False)
     t.predict(model, data())
     t.validate(model, data(), verbose=False)
@@ -125,23 +114,22 @@ def test_it_acts_in_every_training_step_and_in_no_evaluation(tmp_path: Path, opt
         del expected["sanity"]
     assert model.acts == expected and model.count["train"] == 8
     assert modes(model) == before and all(each == before for each in model.modes)
-    assert torch.equal(model(torch.arange(8)), model(torch.arange(8)))
+    assert torch.equal(model(X), model(X))
+
+
+def test_a_model_in_train_mode_stays_so(tmp_path: Path) -> None:
+    model, _ = fit(tmp_path, lora(), model=adapted().train())
+    assert model.acts["train"] == {True} and model.acts["validate"] == {False} and all(modes(model).values())
 
 
 @exact
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
-    whole, killed, resumed = Lit(), Lit(), Lit()
-    for model, more in ((whole, []), (killed, [At(5, stop)])):
-        torch.manual_seed(0)
-        t = trainer(tmp_path, [lora(), best(tmp_path, filename="{epoch}", save_top_k=-1), *more])
-        if more:
-            with pytest.raises(StopError):
-                t.fit(model, data(), data())
-            assert torch.equal(killed(torch.arange(8)), killed(torch.arange(8)))  # also after an exception in a step
-        else:
-            t.fit(model, data(), data())
-    trainer(tmp_path, [lora()]).fit(resumed, data(), data(), ckpt_path=tmp_path / "epoch=0.ckpt")
-    assert resumed.acts["train"] == {True} and same(state(resumed), state(whole))
+    through, resumed = through_and_resumed(tmp_path, Lit, lora)
+    assert resumed.acts["train"] == {True} and same(state(resumed), state(through))
+    killed = Lit()
+    with pytest.raises(StopError):
+        fit(tmp_path, lora(), At(5, stop), model=killed)
+    assert torch.equal(killed(X), killed(X))  # also after an exception in a step
 
 
 def test_an_exception_in_a_training_step_ends_it(tmp_path: Path) -> None:
@@ -151,8 +139,8 @@ def test_an_exception_in_a_training_step_ends_it(tmp_path: Path) -> None:
 
     model = adapted(Fails)
     with pytest.raises(StopError):
-        trainer(tmp_path, [lora()]).fit(model, data())
-    assert torch.equal(model(torch.arange(8)), model(torch.arange(8)))
+        fit(tmp_path, lora(), model=model)
+    assert torch.equal(model(X), model(X))
 
 
 class Manual(Lit):
@@ -172,15 +160,8 @@ class Manual(Lit):
 class Recomputed(Lit):
     """A module that computes layers again in the backward pass."""
 
-    reentrant = False
-
     def forward(self, index: Tensor) -> Tensor:
-        hidden = checkpoint(self.model.hidden, self.model.embed(index), use_reentrant=self.reentrant)
-        return self.model.head(hidden)
-
-
-class Reentrant(Recomputed):
-    reentrant = True
+        return self.model.head(checkpoint(self.model.hidden, self.model.embed(index), use_reentrant=True))
 
 
 class Backbone(Lit):
@@ -206,20 +187,13 @@ class Compiled(Lit):
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch, as it compiles any linear layer
 @pytest.mark.parametrize("cls", [Manual, Backbone, Compiled])
 def test_it_acts_however_the_module_trains(tmp_path: Path, cls: type[Lit]) -> None:
-    model = adapted(cls)
-    trainer(tmp_path, [lora()]).fit(model, data(), data())
+    model, _ = fit(tmp_path, lora(), model=adapted(cls))
     assert model.acts == {"train": {True}, "between": {False}, "sanity": {False}, "validate": {False}}
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("cls", [Recomputed, Reentrant])
-def test_a_model_that_is_recomputed_drops_the_same_again(tmp_path: Path, cls: type[Lit]) -> None:
-    states = []
-    for each in (Lit, cls):
-        model = each()
-        torch.manual_seed(0)
-        trainer(tmp_path, [lora(merge="last")]).fit(model, data(), data())
-        states.append(state(model))
+def test_a_model_in_eval_mode_that_is_recomputed_drops_the_same_again(tmp_path: Path) -> None:
+    states = [state(fit(tmp_path, lora(merge="last"), model=cls())[0]) for cls in (Lit, Recomputed)]
     assert same(*states)
 
 
@@ -227,7 +201,7 @@ def test_it_acts_in_a_tuners_trial(tmp_path: Path) -> None:
     """There, the Trainer has no other callbacks."""
     model = adapted()
     Tuner(trainer(tmp_path, [lora()])).lr_find(model, data(), data(), num_training=4, early_stop_threshold=None)
-    assert model.acts["train"] == {True} and torch.equal(model(torch.arange(8)), model(torch.arange(8)))
+    assert model.acts["train"] == {True} and torch.equal(model(X), model(X))
 
 
 class Noted(L.Callback):
@@ -239,8 +213,7 @@ class Noted(L.Callback):
 
 def test_it_acts_in_forked_processes(tmp_path: Path) -> None:
     strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
-    t = trainer(tmp_path, [lora(), Noted()], strategy=strategy, devices=2)
-    t.fit(adapted(), data(), data())
+    fit(tmp_path, lora(), Noted(), model=adapted(), strategy=strategy, devices=2)
 
 
 def test_eval_by_hand_turns_it_off_until_the_next_step(tmp_path: Path) -> None:
@@ -255,8 +228,7 @@ def test_eval_by_hand_turns_it_off_until_the_next_step(tmp_path: Path) -> None:
             assert torch.equal(copied(batch[0]), copied(batch[0]))
             return loss
 
-    model = adapted(Labels)
-    trainer(tmp_path, [lora()]).fit(model, data())
+    model, _ = fit(tmp_path, lora(), model=adapted(Labels))
     assert model.acts["labels"] == {False} and model.acts["train"] == {True}
 
 
@@ -278,26 +250,6 @@ class Evaluates(L.Callback):
 
 
 def test_copies_and_callbacks_evaluate_without_it(tmp_path: Path) -> None:
-    t = trainer(tmp_path, [Evaluates(), lora(dropout=0.9, merge=False)], max_epochs=1)
-    t.fit(model := Copies(), data())
+    model, _ = fit(tmp_path, Evaluates(), lora(), model=Copies(), max_epochs=1)
     teacher = vars(model)["teacher"]
     assert torch.equal(teacher(X), teacher(X))
-
-
-def test_without_a_trainer_the_mode_decides(tmp_path: Path) -> None:
-    model = Loaded()
-    inject_adapters(model, LoRAConfig(r=2, dropout=0.9))
-    randomise(model)
-    index = torch.arange(8)
-    assert torch.equal(model(index), model(index))
-    model.q_proj.train()
-    assert not torch.equal(model(index), model(index))
-    model.eval()
-    assert torch.equal(model(index), model(index))
-
-
-def test_a_model_in_train_mode_stays_so(tmp_path: Path) -> None:
-    model = adapted()
-    model.train()
-    trainer(tmp_path, [lora()]).fit(model, data(), data())
-    assert model.acts["train"] == {True} and model.acts["validate"] == {False} and all(modes(model).values())

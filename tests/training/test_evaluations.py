@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import LoRACallback, LoRAWarning, inject_adapters, unmerge_adapters
+from lightning_lora import BaseMismatchError, LoRACallback, LoRAWarning, inject_adapters, unmerge_adapters
 from lightning_lora.model.state import find_record
 from tests.support.cases import StopError
 from tests.support.models import LitTiny, data, is_plain, lora, same, state, trainer
-from tests.support.training import BornInConfigureModel, BornInSetup, BuiltAnew, outcome
+from tests.support.training import BornInConfigureModel, BornInSetup, BuiltAnew, fit, outcome
 
 STAGES = ["validate", "test", "predict"]
 
@@ -65,25 +65,23 @@ def test_layers_that_are_made_late_stay_plain_too(tmp_path: Path, build: Callabl
 
 
 def test_targets_are_a_matter_of_fits_and_files(tmp_path: Path) -> None:
-    trainer(tmp_path, [LoRACallback(target_modules=["nowhere"])]).validate(LitTiny(), data(), verbose=False)
+    outcome(trainer(tmp_path, [LoRACallback(target_modules=["nowhere"])]), "validate", LitTiny())
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_full_checkpoint_is_loaded_as_lightning_does(tmp_path: Path, stage: str) -> None:
-    other, options = LitTiny(), {"ckpt_path": tmp_path / "full.ckpt"}
-    t = trainer(tmp_path, max_epochs=1)
-    t.fit(other, data())
+    other, t = fit(tmp_path, max_epochs=1)
     t.save_checkpoint(tmp_path / "full.ckpt")
+    expected = outcome(trainer(tmp_path), stage, other)
     model, t = half_frozen(), trainer(tmp_path, [lora()])
     before = looks(model)
-    assert torch.equal(outcome(t, stage, model, **options), outcome(trainer(tmp_path), stage, other))
+    assert torch.equal(outcome(t, stage, model, ckpt_path=tmp_path / "full.ckpt"), expected)
     assert looks(model) == before and same(state(model), state(other)) and find_record(model) is None
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_adapters_come_with_a_file_and_stay(tmp_path: Path, stage: str) -> None:
-    t = trainer(tmp_path, [lora(merge=False)])
-    t.fit(other := LitTiny(), data())
+    other, t = fit(tmp_path, lora(merge=False))
     t.save_checkpoint(tmp_path / "a.ckpt")
     expected, model, t = outcome(trainer(tmp_path), stage, other), LitTiny(), trainer(tmp_path, [lora()])
     plain = outcome(t, stage, model)
@@ -156,13 +154,17 @@ class Fails(LitTiny):
 
 
 def test_a_merged_model_with_other_weights_keeps_its_memory_when_an_evaluation_fails(tmp_path: Path) -> None:
-    model, t = Fails(), trainer(tmp_path, [lora()])
-    t.fit(model, data())
+    model, t = fit(tmp_path, lora(), model=Fails())
+    t.save_checkpoint(tmp_path / "a.ckpt")
     merged = state(model)
     model.load_state_dict(LitTiny().state_dict())
     with pytest.warns(LoRAWarning, match="new base"), pytest.raises(StopError):
         t.test(model, data())
     assert is_plain(model) and same(state(model), LitTiny().state_dict())
+    model.q_proj.weight.data.add_(1)
+    with pytest.warns(UserWarning, match="taken as a new base"), pytest.raises(BaseMismatchError):
+        t.test(model, data(), ckpt_path=tmp_path / "a.ckpt")
+    assert is_plain(model)
     model.load_state_dict(merged)
     unmerge_adapters(model)
     assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)

@@ -17,6 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from lightning_lora import DeadAdapterWarning, LoRACallback, OptimizerError, inject_adapters
 from lightning_lora.training.gradients import gradients_pass
 from tests.support.models import ADAPTERS, LitTiny, data, lora, randomise, same, state, trainer
+from tests.support.training import fit
+
+train = partial(fit, limit_val_batches=0)
 
 
 class Recomputed(LitTiny):
@@ -39,19 +42,16 @@ class Recomputed(LitTiny):
 @pytest.mark.parametrize("saved", [["head"], None])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recomputed_layers_train_as_others_do(tmp_path: Path, reentrant: bool, saved: Any) -> None:
-    states = []
+    states, options = [], {"modules_to_save": saved, "exclude_modules": None if saved else ["head"]}
     for model in (Recomputed(reentrant=None), Recomputed(reentrant=reentrant)):
-        torch.manual_seed(0)
-        callback = lora(merge=False, dropout=0.3, modules_to_save=saved, exclude_modules=None if saved else ["head"])
-        trainer(tmp_path, [callback]).fit(model, data())
+        train(tmp_path, lora(merge=False, dropout=0.3, **options), model=model)
         states.append(state(model))
     assert same(*states) and all(model.get_parameter(name).any() for name in ADAPTERS)
 
 
 def test_recomputation_is_torchs_own_outside_of_training(tmp_path: Path) -> None:
     own = torch.utils.checkpoint.CheckpointFunction
-    model = Recomputed(reentrant=True)
-    trainer(tmp_path, [lora()]).fit(model, data())
+    train(tmp_path, lora(), model=Recomputed(reentrant=True))
     assert torch.utils.checkpoint.CheckpointFunction is own
 
     class Stops(Recomputed):
@@ -59,7 +59,7 @@ def test_recomputation_is_torchs_own_outside_of_training(tmp_path: Path) -> None
             raise KeyboardInterrupt
 
     with pytest.raises(SystemExit):
-        trainer(tmp_path, [lora()]).fit(Stops(reentrant=True), data())
+        train(tmp_path, lora(), model=Stops(reentrant=True))
     assert torch.utils.checkpoint.CheckpointFunction is own
     with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
         checkpoint(nn.Identity(), torch.ones(2), use_reentrant=True)
@@ -86,10 +86,10 @@ def recomputed() -> Recomputed:
 def test_trainers_in_threads_let_gradients_pass_and_leave_torch_as_it_was(tmp_path: Path) -> None:
     """The second one starts before the first ends, and trains on after it."""
     own, alone = torch.utils.checkpoint.CheckpointFunction, recomputed()
-    trainer(tmp_path, [lora(merge=False)], enable_checkpointing=False).fit(alone, data())
+    train(tmp_path, lora(merge=False), model=alone)
     models, (first, second, ended) = (recomputed(), recomputed()), (Event(), Event(), Event())
 
-    def fit(model: Recomputed, turns: Turns) -> None:
+    def run(model: Recomputed, turns: Turns) -> None:
         try:
             trainer(tmp_path, [lora(merge=False), turns], enable_checkpointing=False).fit(model, data())
         finally:
@@ -97,9 +97,9 @@ def test_trainers_in_threads_let_gradients_pass_and_leave_torch_as_it_was(tmp_pa
             ended.set()
 
     with ThreadPoolExecutor(2) as pool:
-        fits = [pool.submit(fit, models[0], Turns(first, second))]
+        fits = [pool.submit(run, models[0], Turns(first, second))]
         first.wait()
-        fits += [pool.submit(fit, models[1], Turns(second, ended))]
+        fits += [pool.submit(run, models[1], Turns(second, ended))]
     assert all(each.exception() is None for each in fits)
     assert torch.utils.checkpoint.CheckpointFunction is own
     assert all(same(state(model), state(alone)) for model in models)
@@ -118,7 +118,7 @@ def test_other_threads_recompute_as_torch_does_beside_a_trainer(tmp_path: Path) 
             with ThreadPoolExecutor(1) as pool:
                 pool.submit(elsewhere).result()
 
-    trainer(tmp_path, [lora()], enable_checkpointing=False).fit(Beside(reentrant=True), data())
+    train(tmp_path, lora(), model=Beside(reentrant=True))
     assert found and not any(found)
 
 
@@ -157,7 +157,7 @@ class Skips(LitTiny):
 
 def test_adapters_that_no_gradient_reaches_are_named_once(tmp_path: Path) -> None:
     with pytest.warns(DeadAdapterWarning, match="'v_proj', 'unused' received no gradient.*exclude_modules") as caught:
-        trainer(tmp_path, [lora()]).fit(Skips(never=True), data())
+        train(tmp_path, lora(), model=Skips(never=True))
     assert len([each for each in caught if each.category is DeadAdapterWarning]) == 1
 
 
@@ -222,9 +222,7 @@ def test_processes_name_layers_that_no_batch_reaches(tmp_path: Path) -> None:
             dead = [str(note.message) for note in self.notes if issubclass(note.category, DeadAdapterWarning)]
             (tmp_path / f"{self.global_rank}.txt").write_text("\n".join(dead))
 
-    trainer(tmp_path, [lora()], strategy="ddp_fork", devices=2, enable_checkpointing=False).fit(
-        Noted(never=True), data()
-    )
+    train(tmp_path, lora(), model=Noted(never=True), strategy="ddp_fork", devices=2)
     for rank in range(2):
         text = (tmp_path / f"{rank}.txt").read_text()
         assert "'unused'" in text and "'v_proj'" in text and "'q_proj'" not in text and text.count("received") == 1
@@ -244,7 +242,7 @@ def test_frozen_weights_that_are_given_to_an_optimizer_in_training_are_refused(t
     model = Unfreezes()
     before = model.embed.weight.clone()
     with pytest.raises(OptimizerError, match=r"'embed.weight'.* of Unfreezes were added.*modules_to_save"):
-        trainer(tmp_path, [lora()]).fit(model, data())
+        train(tmp_path, lora(), model=model)
     assert torch.equal(model.embed.weight, before)
 
 
@@ -285,9 +283,7 @@ class Adversaries(L.LightningModule):
 def test_networks_that_are_switched_on_and_off_train_their_adapters_alone(tmp_path: Path) -> None:
     states = []
     for adapters_alone in (True, False):
-        model = Adversaries(adapters_alone)
-        torch.manual_seed(5)
-        trainer(tmp_path, [LoRACallback(r=2, merge=False)], enable_checkpointing=False).fit(model, data())
+        model, _ = train(tmp_path, LoRACallback(r=2, merge=False), model=Adversaries(adapters_alone))
         assert all(p.grad is None and not p.requires_grad for n, p in model.named_parameters() if "lora_" not in n)
         states.append(state(model))
     assert same(*states)
@@ -301,8 +297,9 @@ class Probe(LitTiny):
         self.when = when
 
     def freeze_body(self, when: str) -> None:
-        for name, p in self.named_parameters():
-            p.requires_grad = name.startswith("head") or when != self.when
+        if when == self.when:
+            self.requires_grad_(False)
+            self.head.requires_grad_(True)
 
     def configure_optimizers(self) -> Any:
         self.freeze_body("optimizers")
@@ -313,23 +310,19 @@ class Probe(LitTiny):
 
 
 def test_adapters_train_in_a_module_that_freezes_its_body(tmp_path: Path) -> None:
-    model = Probe("optimizers")
-    model.on_train_start = lambda: None  # type: ignore[method-assign]
-    trainer(tmp_path, [lora(merge=False)]).fit(model, data())
+    model, _ = train(tmp_path, lora(merge=False), model=Probe("optimizers"))
     assert all(model.get_parameter(name).any() for name in ADAPTERS)
-    late = Probe("start")
-    late.configure_optimizers = super(Probe, late).configure_optimizers  # type: ignore[method-assign]
     with pytest.warns(DeadAdapterWarning, match=r"frozen them \(requires_grad"):
-        trainer(tmp_path, [lora(merge=False)]).fit(late, data())
+        train(tmp_path, lora(merge=False), model=Probe("start"))
 
 
 @pytest.mark.filterwarnings("ignore:.*returned .None.")
 def test_a_first_step_without_a_loss_makes_no_adapter_dead(tmp_path: Path) -> None:
-    class Skips(LitTiny):
+    class SkipsFirst(LitTiny):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return super().training_step(batch, batch_idx) if batch_idx else None
 
-    trainer(tmp_path, [lora()]).fit(Skips(), data())
+    train(tmp_path, lora(), model=SkipsFirst())
 
 
 class Gathers(LitTiny):
@@ -353,20 +346,6 @@ class Gathers(LitTiny):
 def test_a_recomputed_layer_may_be_given_integers_and_trains_as_others_do(tmp_path: Path, dropout: float) -> None:
     states = []
     for recomputed in (False, True):
-        model = Gathers(recomputed=recomputed)
-        torch.manual_seed(0)
-        trainer(tmp_path, [lora(merge=False, dropout=dropout)]).fit(model, data())
+        model, _ = train(tmp_path, lora(merge=False, dropout=dropout), model=Gathers(recomputed=recomputed))
         states.append(state(model))
     assert same(*states) and all(states[1][name].any() for name in ADAPTERS)
-
-
-class HalfUsed(LitTiny):
-    """A module that never calls its v_proj."""
-
-    def forward(self, index: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.q_proj(self.embed(index))))
-
-
-def test_dead_adapter_is_named(tmp_path: Path) -> None:
-    with pytest.warns(DeadAdapterWarning, match="'v_proj'"):
-        trainer(tmp_path, [lora()], max_epochs=1).fit(HalfUsed(), data())

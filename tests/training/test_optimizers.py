@@ -7,14 +7,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from packaging.version import Version
 from torch import Tensor, nn
 
 from lightning_lora import OptimizerError, remove_adapters
 from lightning_lora.model.view import View
 from tests.support.models import ADAPTERS, CLASSES, TRAINED, WORDS, LitTiny, data, is_plain, lora, same, state, trainer
-from tests.support.training import adapted, by_hand
+from tests.support.training import adapted, by_hand, fit, through_and_resumed
 
 X = torch.arange(WORDS)
 
@@ -35,9 +34,8 @@ def fit_with(tmp_path: Path, configure: Callable[[LitTiny], Any], **options: Any
     model = LitTiny()
     made = configure(model)
     model.configure_optimizers = (lambda: made()) if callable(made) else (lambda: made)  # type: ignore[method-assign]
-    t = trainer(tmp_path, [lora(merge=False, **options)], max_epochs=1)
-    t.fit(model, data(), data())
-    return t, model
+    fit(tmp_path, lora(merge=False, **options), model=model, max_epochs=1)
+    return model.trainer, model
 
 
 def adam(params: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -71,31 +69,6 @@ def test_optimizer_holds_exactly_what_trains(tmp_path: Path, configure: Any) -> 
     assert all(p.any() for name, p in model.named_parameters() if name.endswith("lora_B"))
     held = t.optimizers[0].param_groups[0]
     assert "param_names" not in held or held["param_names"] == names_in(model, group)
-
-
-def test_adapters_take_the_group_of_their_weight_and_schedulers_keep_theirs(tmp_path: Path) -> None:
-    def configure(m: LitTiny) -> Any:
-        def make() -> Any:
-            mine = {id(m.v_proj.weight), id(m.head.weight)}
-            groups = [
-                {"params": [p for n, p in m.named_parameters() if id(p) not in mine and "lora_" not in n], "lr": 0.01},
-                {"params": [m.v_proj.weight], "lr": 0.02},
-                {"params": [m.head.weight], "lr": 0.03},
-            ]
-            optimizer = torch.optim.AdamW(groups)
-            return [optimizer], [
-                torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda _: 1.0, lambda _: 0.5, lambda _: 0.1])
-            ]
-
-        return make
-
-    t, model = fit_with(tmp_path, configure)
-    assert [names_in(model, group) for group in optimizer_of(t)] == [
-        ["q_proj.lora_A", "q_proj.lora_B", "head.bias"],
-        ["v_proj.lora_A", "v_proj.lora_B"],
-        ["head.weight"],
-    ]
-    assert [group["lr"] for group in t.optimizers[0].param_groups] == pytest.approx([0.01, 0.01, 0.003])
 
 
 class Grouped(LitTiny):
@@ -157,9 +130,7 @@ HABITS: dict[str, tuple[Callable[[Any], Any], list[list[str]]]] = {
 
 @pytest.mark.parametrize("habit", HABITS)
 def test_an_adapter_stays_in_the_group_that_the_user_has_put_it_into(tmp_path: Path, habit: str) -> None:
-    model, t = Grouped(habit), trainer(tmp_path, [lora(merge=False)], max_epochs=3)
-    torch.manual_seed(5)
-    t.fit(model, data())
+    model, t = fit(tmp_path, lora(merge=False), model=Grouped(habit), max_epochs=3)
     assert [names_in(model, group) for group in optimizer_of(t)] == HABITS[habit][1]
     expected = adapted()
     made = HABITS[habit][0](expected)
@@ -172,10 +143,7 @@ def test_an_adapter_stays_in_the_group_that_the_user_has_put_it_into(tmp_path: P
 
 @pytest.mark.parametrize("habit", HABITS)
 def test_a_run_with_groups_resumes_to_the_bit(tmp_path: Path, habit: str) -> None:
-    through, resumed = Grouped(habit), Grouped(habit)
-    every = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-    trainer(tmp_path, [lora(merge=False), every], max_epochs=3).fit(through, data())
-    trainer(tmp_path, [lora(merge=False)], max_epochs=3).fit(resumed, data(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    through, resumed = through_and_resumed(tmp_path, lambda: Grouped(habit), lambda: lora(merge=False), max_epochs=3)
     assert same(state(resumed), state(through))
 
 
@@ -189,8 +157,7 @@ class HoldsGroups(L.Callback):
 @pytest.mark.processes
 @pytest.mark.parametrize("habit", HABITS)
 def test_groups_are_the_users_in_every_process(tmp_path: Path, habit: str) -> None:
-    t = trainer(tmp_path, [lora(), HoldsGroups()], strategy="ddp_fork", devices=2, enable_checkpointing=False)
-    t.fit(Grouped(habit), data())
+    fit(tmp_path, lora(), HoldsGroups(), model=Grouped(habit), strategy="ddp_fork", devices=2)
 
 
 @pytest.mark.parametrize("bias", ["none", "all"])
@@ -201,11 +168,12 @@ def test_adapters_stand_where_their_weight_stood(tmp_path: Path, bias: Any) -> N
     assert names_in(model, optimizer_of(t)[0]) == order  # files hold the optimizer's state in this order
 
 
-class TwoOptimizers(LitTiny):
-    """Manual optimization by two optimizers, each with a scheduler."""
+class Chosen(LitTiny):
+    """Manual optimization by two optimizers over what the user has chosen, each with a scheduler."""
 
-    def __init__(self) -> None:
+    def __init__(self, *chosen: Callable[[str], bool]) -> None:
         super().__init__()
+        self.chosen = chosen
         self.automatic_optimization = False
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
@@ -214,19 +182,6 @@ class TwoOptimizers(LitTiny):
             self.manual_backward(self.loss(batch))
             optimizer.step()
             scheduler.step()
-
-    def configure_optimizers(self) -> Any:
-        first = adam([*self.embed.parameters(), *self.q_proj.parameters()])
-        second = adam([*self.v_proj.parameters(), *self.head.parameters()])
-        return [first, second], [torch.optim.lr_scheduler.StepLR(each, 1) for each in (first, second)]
-
-
-class Chosen(TwoOptimizers):
-    """Two optimizers over what the user has chosen."""
-
-    def __init__(self, *chosen: Callable[[str], bool]) -> None:
-        super().__init__()
-        self.chosen = chosen
 
     def configure_optimizers(self) -> Any:
         made = [adam([p for name, p in self.named_parameters() if choose(name)]) for choose in self.chosen]
@@ -257,24 +212,16 @@ CHOICES: dict[str, tuple[tuple[Callable[[str], bool], ...], list[list[str]]]] = 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_an_adapter_stays_in_the_optimizer_that_the_user_has_put_it_into(tmp_path: Path, choice: str) -> None:
     chosen, expected = CHOICES[choice]
-    model, t = Chosen(*chosen), trainer(tmp_path, [lora(merge=False)], max_epochs=1)
-    t.fit(model, data())
+    model, t = fit(tmp_path, lora(merge=False), model=Chosen(*chosen), max_epochs=1)
     assert [names_in(model, *optimizer_of(t, number)) for number in range(2)] == expected
+    assert model.q_proj.lora_B.any() and model.v_proj.lora_B.any()
 
 
 def test_an_optimizer_whose_adapters_are_all_in_another_is_named(tmp_path: Path) -> None:
     model = Chosen(lambda name: name in TRAINED, lambda name: name in ("q_proj.weight", "v_proj.weight"))
     with pytest.raises(OptimizerError, match=r"Optimizer 1 .*'v_proj'.*adapters are in another optimizer.* Leave"):
-        trainer(tmp_path, [lora()]).fit(model, data())
+        fit(tmp_path, lora(), model=model)
     assert is_plain(model)
-
-
-def test_several_optimizers_under_manual_optimization(tmp_path: Path) -> None:
-    model, t = TwoOptimizers(), trainer(tmp_path, [lora(merge=False)], max_epochs=1)
-    t.fit(model, data())
-    assert names_in(model, optimizer_of(t)[0]) == ADAPTERS[:2]
-    assert names_in(model, optimizer_of(t, 1)[0]) == [*ADAPTERS[2:], "head.weight", "head.bias"]
-    assert model.q_proj.lora_B.any() and model.v_proj.lora_B.any()
 
 
 @pytest.mark.parametrize("early", [False, True])
@@ -293,8 +240,7 @@ def test_an_optimizer_handed_out_twice_trains_in_both_fits(tmp_path: Path, early
     assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])
     remove_adapters(model)
     before = model(X)
-    t = trainer(tmp_path, [lora(r=3)], max_epochs=1)
-    t.fit(model, data())
+    fit(tmp_path, lora(r=3), model=model, max_epochs=1)
     assert not torch.equal(model(X), before)
 
 
@@ -303,10 +249,9 @@ def test_an_early_optimizer_of_groups_trains_other_adapters_later(tmp_path: Path
     groups = [{"params": [model.v_proj.weight], "lr": 0.1}, {"params": [model.q_proj.weight, *model.head.parameters()]}]
     made = adam(groups)
     model.configure_optimizers = lambda: made  # type: ignore[method-assign]
-    trainer(tmp_path, [lora()], max_epochs=1).fit(model, data())
+    fit(tmp_path, lora(), model=model, max_epochs=1)
     remove_adapters(model)
-    t = trainer(tmp_path, [lora(r=3, merge=False)], max_epochs=1)
-    t.fit(model, data())
+    _, t = fit(tmp_path, lora(r=3, merge=False), model=model, max_epochs=1)
     assert [names_in(model, group) for group in optimizer_of(t)] == [ADAPTERS[2:], [*ADAPTERS[:2], *TRAINED[4:]]]
 
 
@@ -324,16 +269,6 @@ def test_a_filter_over_what_is_now_frozen_finds_parameters_all_the_same(tmp_path
     t, model = fit_with(tmp_path, configure)
     assert [names_in(model, group) for group in optimizer_of(t)] == [[], TRAINED]
     assert not model.embed.weight.requires_grad
-
-
-def test_pre_frozen_backbone_is_adapted_all_the_same(tmp_path: Path) -> None:
-    def configure(m: LitTiny) -> Any:
-        m.q_proj.requires_grad_(False)
-        m.v_proj.requires_grad_(False)
-        return lambda: adam(p for p in m.parameters() if p.requires_grad)
-
-    t, model = fit_with(tmp_path, configure)
-    assert sorted(names_in(model, optimizer_of(t)[0])) == sorted(TRAINED)
 
 
 def test_a_filter_over_a_frozen_base_keeps_the_groups_apart(tmp_path: Path) -> None:
@@ -390,7 +325,7 @@ def test_optimizer_that_would_train_nothing_is_an_error(tmp_path: Path) -> None:
     held = [list(each.param_groups[0]["params"]) for each in optimizers]
     match = r"Optimizer 1 of Gan \(RMSprop\).*'nets\.judge'.*target_modules.*modules_to_save=\['nets\.judge'\]"
     with pytest.raises(OptimizerError, match=match):
-        trainer(tmp_path, [lora(target_modules=targets, modules_to_save=None)]).fit(model, data())
+        fit(tmp_path, lora(target_modules=targets, modules_to_save=None), model=model)
     assert is_plain(model) and list(model.state_dict()) == before
     assert [[id(p) for p in each.param_groups[0]["params"]] for each in optimizers] == [list(map(id, h)) for h in held]
 
@@ -399,13 +334,6 @@ def test_networks_that_are_saved_or_that_the_user_froze_are_no_error(tmp_path: P
     for model, saved in ((Gan(), ["nets.judge"]), (Gan(frozen=True), None)):
         before = [p.clone() for p in model.nets.parameters()]
         options = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": saved}
-        trainer(tmp_path, [lora(**options)], max_epochs=1).fit(model, data())
+        fit(tmp_path, lora(**options), model=model, max_epochs=1)
         moved = [not torch.equal(p, was) for p, was in zip(model.nets.parameters(), before, strict=True)]
         assert all(moved) if saved else not any(moved)
-
-
-def test_gradient_clipping_and_accumulation_see_only_adapters(tmp_path: Path) -> None:
-    model = LitTiny()
-    t = trainer(tmp_path, [lora()], gradient_clip_val=0.1, accumulate_grad_batches=2)
-    t.fit(model, data())
-    assert t.global_step == 4 and is_plain(model)

@@ -1,6 +1,5 @@
 """A run's loggers show how its adapters were trained."""
 
-from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,11 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_lora import LoRACallback, LoRAWarning, inject_adapters, summarize
 from tests.support.models import LitTiny, data, lora, trainer
-from tests.support.training import adapted
+from tests.support.training import Notes, adapted
 
 ARGUMENTS: dict[str, Any] = {
     "lora/r": 2,
@@ -30,29 +29,6 @@ ARGUMENTS: dict[str, Any] = {
     "lora/save": "adapters",
     "lora/trained_share": summarize(adapted()).share,
 }
-
-
-class Notes(Logger):
-    """A logger that keeps what it gets. As in MLflow, no value may change."""
-
-    name, version = "notes", 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[dict[str, Any]] = []
-
-    def log_hyperparams(self, params: Mapping[str, Any], *_: Any, **__: Any) -> None:
-        changed = [key for each in self.seen for key, value in each.items() if params.get(key, value) != value]
-        if changed:
-            raise ValueError(f"{changed} cannot be changed")
-        self.seen.append(dict(params))
-
-    def log_metrics(self, *_: Any, **__: Any) -> None:
-        pass
-
-    @property
-    def ours(self) -> list[dict[str, Any]]:
-        return [each for each in self.seen if "lora/r" in each]
 
 
 def fit(folder: Path, model: L.LightningModule, logger: Any, callback: LoRACallback | None = None) -> L.Trainer:

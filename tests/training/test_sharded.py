@@ -1,5 +1,6 @@
-"""ModelParallelStrategy with FSDP2 trains, stores and merges to the bit what DDP does."""
+"""FSDP2's ModelParallelStrategy, and DeepSpeed with ZeRO 1 and 2, train, store and merge to the bit what DDP does."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,39 +8,56 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_lora import LoRACallback, load_adapter, merge_adapters, unmerge_adapters
+from lightning_lora import LoRACallback, LoRAConfig, inject_adapters, merge_adapters, unmerge_adapters
 from lightning_lora.model.state import find_record
-from tests.support.ranks import run_ranks
-from tests.support.sharded import LitNet, data, lora, pretrained, trainer_of, whole_state
-from tests.training.test_records import Notes
+from tests.support import sharded
+from tests.support.ranks import RankError, run_ranks
+from tests.support.sharded import (
+    LitNet,
+    Net,
+    Saves,
+    State,
+    assert_same,
+    built,
+    data,
+    differing,
+    fit,
+    fit_in_processes,
+    fully_shard,
+    lora,
+    message_of,
+    path_of,
+    pretrained,
+    read,
+    shard,
+    trainer_of,
+    whole_state,
+)
+from tests.support.training import Notes
+
+if sharded.has_deepspeed:
+    import tests.support.cpu_deepspeed  # noqa: F401  # here, and not in each process
 
 pytestmark = pytest.mark.processes
 
-State = dict[str, Tensor]
+needs_deepspeed = pytest.mark.skipif(not sharded.has_deepspeed, reason="needs deepspeed")
+warns = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of DeepSpeed itself
 
 
-def fit(kind: str, folder: Path, build: Callable[[], LitNet], options: dict[str, Any], kwargs: dict[str, Any]) -> State:
-    L.seed_everything(1, verbose=False)
-    module = build()
-    trainer_of(kind, folder, [lora(**kwargs)], **options).fit(module, data(), data())
-    return whole_state(module)
+def zero(*values: Any) -> Any:
+    """A case of DeepSpeed's."""
+    return pytest.param(*values, marks=[needs_deepspeed, warns])
 
 
-def assert_same(found: State, expected: State) -> None:
-    assert found.keys() == expected.keys()
-    assert not [name for name, value in expected.items() if not torch.equal(found[name], value)]
-
-
-def assert_alike(tmp_path: Path, build: Callable[[], LitNet] = LitNet, kwargs: Any = None, **options: Any) -> State:
-    """Train with both strategies, and compare the bits."""
-    ddp = run_ranks(fit, "ddp", tmp_path, build, options, kwargs or {})
-    sharded = run_ranks(fit, "sharded", tmp_path, build, options, kwargs or {})
-    for found in sharded:
-        assert_same(found, ddp[0])
-    return ddp[0]
+# Models
 
 
 class Manual(LitNet):
@@ -57,90 +75,6 @@ class Manual(LitNet):
         optimizer.step()
 
 
-@pytest.mark.parametrize(
-    ("build", "options"),
-    [
-        (LitNet, {}),
-        (LitNet, {"gradient_clip_val": 0.1}),
-        (LitNet, {"accumulate_grad_batches": 2}),
-        (LitNet, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
-        (Manual, {}),
-    ],
-    ids=["plain", "clipped", "accumulated", "both", "manual"],
-)
-def test_two_processes_train_the_bits_of_ddp(tmp_path: Path, build: Callable[[], LitNet], options: Any) -> None:
-    state = assert_alike(tmp_path, build, **options)
-    assert all(value.any() for name, value in state.items() if name.endswith("lora_B"))
-
-
-# Files
-
-
-class Saves(L.Callback):
-    """Writes a file at the end of each epoch, as the user's code may: on every process."""
-
-    def __init__(self, folder: Path, kind: str) -> None:
-        self.folder, self.kind = folder, kind
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.save_checkpoint(path_of(self.folder, self.kind, trainer.current_epoch))
-
-
-def path_of(folder: Path, kind: str, epoch: int) -> Path:
-    return folder / f"{kind}-{epoch}.ckpt"
-
-
-def fit_and_save(
-    kind: str, folder: Path, build: Callable[[], LitNet], kwargs: Any, resumed: Path | None = None
-) -> State:
-    L.seed_everything(1, verbose=False)  # the samplers' seed
-    module = build()
-    torch.manual_seed(1 if resumed is None else 99)
-    callbacks = [lora(**kwargs), Saves(folder, kind)]
-    trainer_of(kind, folder, callbacks).fit(module, data(), data(), ckpt_path=resumed, weights_only=True)
-    return whole_state(module)
-
-
-def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """The leaves of a checkpoint, by path."""
-    if isinstance(value, dict):
-        return {k: v for key, inner in value.items() for k, v in flat(inner, f"{name}/{key}").items()}
-    if isinstance(value, list | tuple):
-        return {k: v for key, inner in enumerate(value) for k, v in flat(inner, f"{name}/{key}").items()}
-    return {name: value}
-
-
-def read(path: Path) -> dict[str, Any]:
-    return flat(torch.load(path, weights_only=True))
-
-
-@pytest.mark.parametrize("kind", ["sharded", "in one file"])
-def test_file_of_a_sharded_run_is_that_of_ddp(tmp_path: Path, kind: str) -> None:
-    for each in ("ddp", kind):
-        run_ranks(fit_and_save, each, tmp_path, LitNet, {})
-    found, expected = (read(path_of(tmp_path, each, 1)) for each in (kind, "ddp"))
-    assert found.keys() == expected.keys()
-    differ = [name for name, value in expected.items() if not same(found[name], value)]
-    assert not differ
-    assert abs(path_of(tmp_path, kind, 1).stat().st_size - path_of(tmp_path, "ddp", 1).stat().st_size) < 200
-    assert not [name for name in found if name.startswith("/state_dict/") and "lora" not in name]
-
-
-def same(one: Any, other: Any) -> bool:
-    return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
-
-
-@pytest.mark.parametrize("written", ["ddp", "sharded"])
-@pytest.mark.parametrize("resumed", ["ddp", "sharded"])
-def test_run_resumes_to_the_same_bits(tmp_path: Path, written: str, resumed: str) -> None:
-    whole = run_ranks(fit_and_save, written, tmp_path, LitNet, {})
-    assert_same(
-        run_ranks(fit_and_save, resumed, tmp_path / "b", LitNet, {}, path_of(tmp_path, written, 0))[1], whole[0]
-    )
-    found, expected = read(path_of(tmp_path / "b", resumed, 1)), read(path_of(tmp_path, written, 1))
-    assert not [name for name, value in expected.items() if "optimizer" in name and not same(found[name], value)]
-
-
 class WarmsUp(LitNet):
     """Asks for the number of steps, so that Lightning starts the data loaders early."""
 
@@ -149,38 +83,267 @@ class WarmsUp(LitNet):
         return super().configure_optimizers()
 
 
-def test_run_that_asks_for_its_steps_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    whole = run_ranks(fit_and_save, "sharded", tmp_path, WarmsUp, {})
-    again = run_ranks(fit_and_save, "sharded", tmp_path / "b", WarmsUp, {}, path_of(tmp_path, "sharded", 0))
-    assert_same(again[1], whole[0])
+class Fused(LitNet):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2, foreach=True)
 
 
-def test_one_process_reads_the_file_and_goes_on(tmp_path: Path) -> None:
-    expected = run_ranks(fit_and_save, "sharded", tmp_path, LitNet, {})[0]
-    module = LitNet()
-    module.model = module.built()
-    load_adapter(module, path_of(tmp_path, "sharded", 1))
-    assert_same(whole_state(module), expected)
-    again = LitNet()
-    t = trainer_of("one", tmp_path, [lora()], max_epochs=3)
-    t.fit(again, data(), data(), ckpt_path=path_of(tmp_path, "sharded", 1))
-    assert t.current_epoch == 3
-    one = LitNet()
-    t = trainer_of("one", tmp_path, [lora(), Saves(tmp_path, "one")], max_epochs=1)
-    t.fit(one, data(), data())
-    L.seed_everything(1, verbose=False)
-    run_ranks(fit_and_save, "sharded", tmp_path, LitNet, {}, path_of(tmp_path, "one", 0))
+class Before(LitNet):
+    """Shards its model before it belongs to the module."""
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            net = self.built()
+            if isinstance(self.trainer.strategy, ModelParallelStrategy):
+                shard(net, self.device_mesh["data_parallel"])
+            self.model = net
+
+
+class Meta(LitNet):
+    """Makes its model on the meta device, and loads it late."""
+
+    def built(self) -> Net:
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return super().built()
+        with torch.device("meta"):
+            return Net()
+
+    def on_fit_start(self) -> None:
+        self.load()
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn != "fit":
+            self.load()
+
+    def load(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            options = StateDictOptions(full_state_dict=True, strict=False)
+            set_model_state_dict(self.model, pretrained(), options=options)
+
+
+class Late(LitNet):
+    """Loads its pretrained weights in on_fit_start."""
+
+    def built(self) -> Net:
+        return Net() if isinstance(self.trainer.strategy, ModelParallelStrategy) else super().built()
+
+    on_fit_start = Meta.on_fit_start
+    load = Meta.load
+
+
+class Checkpointed(LitNet):
+    """Computes its blocks again in the backward pass."""
+
+    def built(self) -> Net:
+        net = super().built()
+        for number, layer in enumerate(net.layers):
+            net.layers[number] = checkpoint_wrapper(layer)
+        return net
+
+
+class EachLinear(LitNet):
+    """Shards each layer alone."""
+
+    def shard(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        for module in self.model.modules():
+            if isinstance(module, nn.Linear):
+                fully_shard(module, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+
+class Blocks(LitNet):
+    """Leaves its head out of the shards."""
+
+    def shard(self) -> None:
+        for layer in self.model.layers:
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+class Uneven(LitNet):
+    """One process's batches leave a layer out."""
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        x = batch[0]
+        for number, layer in enumerate(self.model.layers):
+            if number == 0 or dist.get_rank() == 0:
+                x = layer(x)
+        return self.model.head(x).square().mean()
+
+    def shard(self) -> None:
+        fully_shard(self.model.layers[0], mesh=self.device_mesh["data_parallel"])
+
+
+class WithNorm(LitNet):
+    """A norm whose statistics are those of each process's batches."""
+
+    def built(self) -> Net:
+        net = super().built()
+        net.layers[1].norm = nn.BatchNorm1d(16)
+        return net
+
+
+class Llama(LitNet):
+    """A small Llama whose head is tied to its embedding."""
+
+    def built(self) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(4)
+            sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+            heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
+            model = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+            for p in model.parameters():
+                nn.init.normal_(p, mean=0.02, std=0.3)
+            return model
+
+    def shard(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        index = batch[0].abs().mul(9).long().clamp(max=31)
+        return self.model(input_ids=index, labels=index).loss
+
+
+HEAD = {"modules_to_save": ["head"]}
+ALL = {**HEAD, "bias": "all", "use_dora": True}
+UNTRAINED = pytest.mark.filterwarnings("ignore::lightning_lora.FreshLayerWarning")
+DEAD = pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
+
+
+@pytest.mark.parametrize(
+    ("kind", "build", "kwargs", "options"),
+    [
+        ("sharded", LitNet, {}, {}),
+        ("sharded", LitNet, {}, {"gradient_clip_val": 0.1}),
+        ("sharded", LitNet, {}, {"accumulate_grad_batches": 2}),
+        ("sharded", LitNet, {}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
+        ("sharded", Manual, {}, {}),
+        ("sharded", Before, {}, {}),
+        pytest.param("sharded", Late, {}, {}, marks=UNTRAINED),
+        ("sharded", Checkpointed, {}, {}),
+        ("sharded", EachLinear, {}, {}),
+        ("sharded", Blocks, {}, {}),
+        pytest.param("sharded", Uneven, {}, {}, marks=DEAD),
+        ("sharded", WithNorm, {"modules_to_save": ["layers.1.norm"]}, {}),
+        ("sharded", Llama, {}, {}),
+        ("sharded", Llama, {"merge": "last"}, {}),
+        ("sharded", Fused, {}, {}),
+        ("sharded", Fused, HEAD, {}),
+        ("sharded", LitNet, HEAD, {}),
+        ("sharded", LitNet, {"modules_to_save": ["norm"], "target_modules": ["q"]}, {}),
+        ("sharded", LitNet, {"bias": "all"}, {}),
+        ("sharded", LitNet, {"use_dora": True, "dropout": 0.0}, {}),
+        ("sharded", LitNet, {"init": "pissa", "dropout": 0.0}, {}),
+        ("sharded", LitNet, {"init": "olora"}, {}),
+        ("sharded", LitNet, {**HEAD, "use_dora": True, "dropout": 0.0}, {}),
+        ("sharded", LitNet, {**HEAD, "init": "pissa"}, {}),
+        zero("zero1", LitNet, {}, {}),
+        zero("zero2", LitNet, {}, {}),
+        zero("zero1", LitNet, ALL, {}),
+        zero("zero2", LitNet, ALL, {}),
+    ],
+)
+def test_processes_train_the_bits_of_ddp(
+    tmp_path: Path, kind: str, build: Callable[[], LitNet], kwargs: dict[str, Any], options: dict[str, Any]
+) -> None:
+    expected = fit_in_processes("ddp", tmp_path, build, kwargs, **options)[0]
+    for found in fit_in_processes(kind, tmp_path, build, kwargs, **options):
+        assert_same(found, expected)
+    assert all(value.any() for name, value in expected.items() if name.endswith("lora_B"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "build", "kwargs", "options"),
+    [
+        ("sharded", LitNet, {**HEAD, "bias": "lora_only"}, {"gradient_clip_val": 0.1}),
+        ("sharded", LitNet, HEAD, {"precision": "bf16-true"}),
+        ("sharded", LitNet, HEAD, {"precision": "bf16-mixed"}),
+        ("sharded", sharded.InPairs, {}, {"devices": 4}),  # four gradients are added in another order
+        ("sharded", sharded.InPairs, {**HEAD, "merge": "last"}, {"devices": 4}),
+        zero("zero1", LitNet, {}, {"gradient_clip_val": 0.1}),
+        zero("zero2", LitNet, {}, {"gradient_clip_val": 0.1}),
+        zero("zero1", LitNet, {}, {"accumulate_grad_batches": 2}),
+        zero("zero2", LitNet, {}, {"accumulate_grad_batches": 2}),
+    ],
+)
+def test_processes_train_what_ddp_does_up_to_rounding(
+    tmp_path: Path, kind: str, build: Callable[[], LitNet], kwargs: dict[str, Any], options: dict[str, Any]
+) -> None:
+    expected = fit_in_processes("ddp", tmp_path, build, kwargs, **options)[0]
+    tolerance = (
+        {"rtol": 1e-4, "atol": 1e-5} if "precision" in options or kind != "sharded" else {"rtol": 1e-5, "atol": 1e-6}
+    )
+    for found in fit_in_processes(kind, tmp_path, build, kwargs, **options):
+        torch.testing.assert_close(found, expected, **tolerance)  # the dtypes too
+    assert "precision" not in options or found["model.layers.0.q.lora_A"].dtype == torch.float32
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("kind", "kwargs"), [("sharded", {}), ("in one file", {}), zero("zero1", HEAD), zero("zero2", HEAD)]
+)
+def test_file_is_that_of_ddp(tmp_path: Path, kind: str, kwargs: dict[str, Any]) -> None:
+    state = [fit_in_processes(each, tmp_path, LitNet, kwargs)[0] for each in ("ddp", kind)][1]
+    found, expected = (path_of(tmp_path, each, 1) for each in (kind, "ddp"))
+    assert differing(found, expected) == []
+    assert abs(found.stat().st_size - expected.stat().st_size) < 200
+    names = [name for name in read(found) if name.startswith("['state_dict']")]
+    assert names and all("lora" in name or "head" in name for name in names)
+    assert_same(whole_state(built(found)), state)  # on one process
+
+
+@pytest.mark.parametrize(
+    ("written", "resumed", "build", "kwargs"),
+    [
+        *((written, resumed, LitNet, {}) for written in ("ddp", "sharded") for resumed in ("ddp", "sharded")),
+        ("sharded", "sharded", WarmsUp, {}),
+        *(("sharded", resumed, build, {}) for build in (Meta, Late, Checkpointed) for resumed in ("ddp", "sharded")),
+        *(
+            (written, "sharded", LitNet, {**kwargs, "merge": "last"})
+            for kwargs in (HEAD, {"use_dora": True}, {"init": "pissa"})
+            for written in ("ddp", "sharded")
+        ),
+        *(
+            zero(written, resumed, LitNet, {})
+            for written, resumed in (("zero1",) * 2, ("zero2",) * 2, ("ddp", "zero2"), ("zero1", "ddp"))
+        ),
+        zero("zero2", "sharded", LitNet, {}),
+    ],
+)
+def test_run_resumes_to_the_same_bits(
+    tmp_path: Path, written: str, resumed: str, build: type[LitNet], kwargs: dict[str, Any]
+) -> None:
+    whole = fit_in_processes(written, tmp_path, build, kwargs)[0]
+    if resumed == "ddp" != written:  # which knows nothing of how the model was built
+        build = LitNet
+        whole = {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in whole.items()}
+    for found in fit_in_processes(resumed, tmp_path / "b", build, kwargs, path_of(tmp_path, written, 0)):
+        assert_same(found, whole)
+    assert not differing(path_of(tmp_path / "b", resumed, 1), path_of(tmp_path, written, 1), "optimizer")
+
+
+@pytest.mark.parametrize("kind", ["sharded", zero("zero2")])
+def test_one_process_goes_on_and_others_go_on_from_one(tmp_path: Path, kind: str) -> None:
+    fit_in_processes(kind, tmp_path)
+    fit("one", tmp_path, path=path_of(tmp_path, kind, 1), max_epochs=3)
+    fit("one", tmp_path, max_epochs=1)
+    fit_in_processes(kind, tmp_path, path=path_of(tmp_path, "one", 0))
 
 
 class InGroups(LitNet):
     """Has a rate for A, and another for B."""
 
     def configure_optimizers(self) -> Any:
-        a, b = ([p for n, p in self.named_parameters() if name in n] for name in ("lora_A", "lora_B"))
-        return torch.optim.AdamW([{"params": a}, {"params": b, "lr": 0.1}, {"params": self.others()}], lr=0.01)
-
-    def others(self) -> list[Any]:
-        return [p for name, p in self.named_parameters() if "lora_" not in name]
+        groups: list[list[nn.Parameter]] = [[], [], []]
+        for name, p in self.named_parameters():
+            groups[0 if "lora_A" in name else 1 if "lora_B" in name else 2].append(p)
+        a, b, others = groups
+        return torch.optim.AdamW([{"params": a}, {"params": b, "lr": 0.1}, {"params": others}], lr=0.01)
 
 
 def resumed_without_arguments(kind: str, folder: Path) -> tuple[State, State, list[int]]:
@@ -202,9 +365,6 @@ def test_groups_are_the_users_when_the_arguments_come_from_a_file(tmp_path: Path
         assert_same(resumed, through)
 
 
-# Records
-
-
 def logged(kind: str, folder: Path) -> list[dict[str, Any]]:
     notes = Notes()
     trainer_of(kind, folder, [lora()], max_steps=1, logger=notes, log_every_n_steps=1).fit(LitNet(), data())
@@ -214,9 +374,6 @@ def logged(kind: str, folder: Path) -> list[dict[str, Any]]:
 def test_the_first_process_logs_what_one_process_would(tmp_path: Path) -> None:
     (expected,) = logged("one", tmp_path)
     assert "lora/base" in expected and run_ranks(logged, "sharded", tmp_path) == [[expected], []]
-
-
-# Evaluations
 
 
 def evaluated(kind: str, folder: Path) -> tuple[list[float], list[bool], State]:
@@ -271,20 +428,135 @@ def whole_life(kind: str, folder: Path, merge: str) -> tuple[State, list[str], S
     return merged, classes, base, whole_state(module), scores
 
 
+@pytest.mark.parametrize("kind", ["sharded", zero("zero1"), zero("zero2")])
 @pytest.mark.parametrize("merge", ["last", "best"])
-def test_merge_on_shards_is_the_merge_of_one_process(tmp_path: Path, merge: str) -> None:
-    merged, classes, base, second, scores = run_ranks(whole_life, "sharded", tmp_path, merge)[1]
+def test_merge_is_that_of_ddp_and_of_one_process(tmp_path: Path, kind: str, merge: str) -> None:
+    merged, classes, base, second, scores = run_ranks(whole_life, kind, tmp_path, merge)[1]
     of_ddp = run_ranks(whole_life, "ddp", tmp_path, merge)[0]
     assert_same(merged, of_ddp[0])
     assert_same(base, {f"model.{name}": value for name, value in pretrained().items()})
     assert_same(second, of_ddp[3])
     assert scores == pytest.approx(of_ddp[4], rel=1e-5)
     assert not [name for name in classes if "LoRA" in name]
-    if merge == "best":
-        assert scores[0] == pytest.approx(scores[2], rel=1e-5)
-    module = LitNet()
-    module.model = module.built()
-    load_adapter(module, tmp_path / "sharded" / "best.ckpt")
+    module = built(tmp_path / kind / "best.ckpt")
     merge_adapters(module)
     if merge == "best":
+        assert scores[0] == pytest.approx(scores[2], rel=1e-5)
         assert_same(whole_state(module), merged)
+
+
+# Errors
+
+
+class FailsAlone(LitNet):
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        if dist.get_rank() == 1 and index == 2:
+            raise ValueError("alone")
+        return super().training_step(batch, index)
+
+
+class InjectsFirst(LitNet):
+    def shard(self) -> None:
+        inject_adapters(self.model, LoRAConfig(r=2, dropout=0.1))
+        super().shard()
+
+
+class Unused(LitNet):
+    """A layer that no batch reaches."""
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        return self.model.head(self.model.layers[0](batch[0])).square().mean()
+
+    shard = Uneven.shard
+
+
+class New(LitNet):
+    """A layer that nobody has trained, in a pretrained model."""
+
+    def built(self) -> Net:
+        net = super().built()
+        net.layers[1].up.reset_parameters()
+        return net
+
+
+NO_GRADIENT = r"DeadAdapterWarning: The adapters of 'model.layers.1.q', .* no gradient"
+
+
+@pytest.mark.parametrize(
+    ("kind", "build", "kwargs", "match"),
+    [
+        ("sharded", FailsAlone, {}, "ValueError: alone"),
+        ("sharded", FailsAlone, HEAD, "ValueError: alone"),
+        ("sharded", InjectsFirst, {}, r"StrategyError: 'model.layers.0.q.lora_A'.* were sharded with the base"),
+        ("sharded", Unused, {}, NO_GRADIENT),
+        zero("zero1", Unused, {}, NO_GRADIENT),
+        zero("zero2", Unused, {}, NO_GRADIENT),
+        ("sharded", New, {}, r"FreshLayerWarning: .*model.layers.1.up"),
+    ],
+)
+def test_what_is_wrong_is_named_and_ends_the_run(
+    tmp_path: Path, kind: str, build: Callable[[], LitNet], kwargs: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(RankError, match=match):
+        fit_in_processes(kind, tmp_path, build, kwargs)
+
+
+class OtherBase(LitNet):
+    """The last value of the last process's part differs."""
+
+    def built(self) -> Net:
+        net = super().built()
+        with torch.no_grad():
+            net.layers[1].down.weight[-1, -1] += 0.5
+        return net
+
+
+class OtherGroups(LitNet):
+    def configure_optimizers(self) -> Any:
+        heads, rest = [], []
+        for name, p in self.named_parameters():
+            (heads if "head" in name else rest).append(p)
+        return torch.optim.AdamW([{"params": heads}, {"params": rest}])
+
+
+def refused(kind: str, folder: Path, build: Callable[[], LitNet], kwargs: dict[str, Any], path: Path) -> str:
+    module = build()
+    message = message_of(trainer_of(kind, folder, [lora(**kwargs)]).fit, module, data(), data(), ckpt_path=path)
+    assert kind == "sharded" or not [name for name in module.state_dict() if "lora" in name]
+    return message
+
+
+UNEXPECTED = {"exclude_modules": ["head"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "build", "kwargs", "error", "text"),
+    [
+        ("sharded", OtherBase, {}, "BaseMismatchError", "model.layers.1.down.weight"),
+        zero("zero2", OtherBase, {}, "BaseMismatchError", "model.layers.1.down.weight"),
+        zero("zero2", LitNet, UNEXPECTED, "AdapterMismatchError", "unexpected 'model.head.lora_A'"),
+        zero("zero2", OtherGroups, {}, "OptimizerError", "groups have [14] parameters, and the module's have [2, 12]"),
+    ],
+)
+def test_file_of_another_run_is_refused_in_every_process(
+    tmp_path: Path, kind: str, build: Any, kwargs: dict[str, Any], error: str, text: str
+) -> None:
+    fit_in_processes(kind, tmp_path)
+    for message in run_ranks(refused, kind, tmp_path, build, kwargs, path_of(tmp_path, kind, 0)):
+        assert message.startswith(error) and text in message
+
+
+def adapted_before(folder: Path) -> bool:
+    """Adapters from elsewhere stay out of the shards that configure_model makes later."""
+    module = LitNet()
+    own = module.model = module.built()
+    inject_adapters(module, LoRAConfig(r=2, dropout=0.1))
+    expected = copy.deepcopy(own.layers[0].q.lora_A)
+    module.configure_model = lambda: shard(own, module.device_mesh["data_parallel"])  # type: ignore[method-assign]
+    trainer_of("sharded", folder, [lora()], max_steps=0).fit(module, data())
+    assert type(own.layers[0].q.lora_A) is nn.Parameter
+    return torch.equal(own.layers[0].q.lora_A, expected)
+
+
+def test_adapters_from_before_stay_whole(tmp_path: Path) -> None:
+    assert run_ranks(adapted_before, tmp_path) == [True, True]

@@ -1,5 +1,6 @@
 """Calls on a model while it is sharded, and what is refused there."""
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,17 +15,10 @@ from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import (
-    AdapterFileError,
-    AdapterStateError,
-    ConfigError,
     LoRACallback,
-    LoRAError,
     LoRAWarning,
-    StrategyError,
-    TargetError,
     adapter_state_dict,
     disable_adapters,
     export_peft,
@@ -39,30 +33,36 @@ from lightning_lora import (
 from tests.support.cases import StopError, held
 from tests.support.models import needs_averaging
 from tests.support.ranks import run_ranks
-from tests.support.sharded import LitNet, data, fully_shard, lora, pretrained, trainer_of, whole_state
-from tests.training.test_sharded import Saves, assert_alike, assert_same, path_of
+from tests.support.sharded import (
+    LitNet,
+    Saves,
+    State,
+    assert_same,
+    built,
+    data,
+    fully_shard,
+    lora,
+    message_of,
+    path_of,
+    pretrained,
+    trainer_of,
+    whole_state,
+)
+from tests.training.test_sharded import Blocks, Llama
 
 pytestmark = pytest.mark.processes
 
 X = torch.arange(64.0).reshape(4, 16).sin()
 
 
-def fitted(folder: Path, kind: str = "sharded", **kwargs: Any) -> LitNet:
+def fitted(folder: Path, **kwargs: Any) -> LitNet:
     L.seed_everything(1, verbose=False)
     module = LitNet()
-    trainer_of(kind, folder, [lora(**kwargs)], max_epochs=1).fit(module, data())
+    trainer_of("sharded", folder, [lora(**kwargs)], max_epochs=1).fit(module, data())
     return module.eval()
 
 
-def message_of(error: type[Exception], call: Callable[..., Any], *args: Any) -> str:
-    try:
-        call(*args)
-    except error as found:
-        return str(found)
-    return ""
-
-
-def files(folder: Path, kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+def files(folder: Path, kwargs: dict[str, Any]) -> tuple[State, State, Tensor]:
     module = fitted(folder, **kwargs)
     save_adapter(module, folder / "a.safetensors")
     assert load_file(folder / "a.safetensors").keys() == adapter_state_dict(module).keys()
@@ -81,9 +81,7 @@ def test_files_of_a_sharded_model_are_read_on_one_device(tmp_path: Path, kwargs:
     (trained, state, output), other = run_ranks(files, tmp_path, kwargs)
     assert not [name for name, value in state.items() if type(value) is not Tensor and type(value) is not nn.Parameter]
     for source in ("a.safetensors", "peft-0", "peft-1"):
-        module = LitNet()
-        module.model = module.built()
-        load_adapter(module, tmp_path / source)
+        module = built(tmp_path / source)
         assert_same({name: value for name, value in whole_state(module).items() if name in state}, state)
         assert_same(whole_state(module), trained)
         torch.testing.assert_close(module.eval().model(X), output)
@@ -93,6 +91,11 @@ def test_files_of_a_sharded_model_are_read_on_one_device(tmp_path: Path, kwargs:
 def life(folder: Path, kwargs: dict[str, Any]) -> None:
     module = fitted(folder, **kwargs)
     base = {f"model.{name}": value for name, value in pretrained().items()}
+    if dist.get_rank() == 0:
+        assert "lora" in str(summarize(module)).lower()  # needs this process alone
+    assert "is a folder" in message_of(module.trainer.save_checkpoint, folder)
+    assert "lightning-lora merge" in message_of(save_merged, module, folder / "m.safetensors")
+    assert not (folder / "m.safetensors").exists()
     with torch.no_grad():
         adapted = module.model(X)
         with disable_adapters(module):
@@ -109,8 +112,12 @@ def life(folder: Path, kwargs: dict[str, Any]) -> None:
         merge_adapters(module)
         assert_same(whole_state(module), merged)
         unmerge_adapters(module)
+    if kwargs:
         remove_adapters(module)
-    assert_same(whole_state(module), base)
+        assert_same(whole_state(module), base)
+    else:
+        merge_adapters(module, keep_base=False)
+        assert_same(whole_state(module), merged)
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"modules_to_save": ["head"]}, {"init": "pissa"}], ids=str)
@@ -118,126 +125,80 @@ def test_verbs_work_on_shards(tmp_path: Path, kwargs: dict[str, Any]) -> None:
     run_ranks(life, tmp_path, kwargs)
 
 
-def for_good(folder: Path) -> dict[str, Tensor]:
-    module = fitted(folder)
-    merge_adapters(module, keep_base=False)
-    return whole_state(module)
+# What is refused
 
 
-def test_merge_for_good_is_the_same_merge(tmp_path: Path) -> None:
-    module = fitted(tmp_path, "one", merge="last")
-    assert run_ranks(for_good, tmp_path)[0].keys() == whole_state(module).keys()
-    assert_same(run_ranks(for_good, tmp_path)[0], run_ranks(merged_at_the_end, tmp_path)[0])
+class Optimized(LitNet):
+    def __init__(self, kind: type[torch.optim.Optimizer], **kwargs: Any) -> None:
+        super().__init__()
+        self.kind, self.kwargs = kind, kwargs
+
+    def configure_optimizers(self) -> Any:
+        return self.kind(self.parameters(), lr=0.1, **self.kwargs)
 
 
-def merged_at_the_end(folder: Path) -> dict[str, Tensor]:
-    return whole_state(fitted(folder, merge="last"))
+class HeadLeftOut(Optimized):
+    shard = Blocks.shard
 
 
-def on_the_first_process(folder: Path) -> str:
-    module = fitted(folder)
-    return str(summarize(module)) if dist.get_rank() == 0 else ""
+class WithoutMesh(LitNet):
+    def shard(self) -> None:
+        for layer in self.model.layers:
+            fully_shard(layer)
 
 
-def test_summary_needs_one_process_alone(tmp_path: Path) -> None:
-    assert "lora" in run_ranks(on_the_first_process, tmp_path)[0].lower()
+def refusal(folder: Path, module: LitNet, make: Callable[[], list[L.Callback]], options: dict[str, Any]) -> str:
+    path, strategy = options.pop("ckpt_path", None), options.pop("strategy", None)
+    if strategy is not None:
+        options["strategy"] = strategy()
+    t = trainer_of("sharded", folder, make(), max_steps=1, **options)
+    return message_of(t.fit, module, data(), ckpt_path=path)
 
 
-def merged_file(folder: Path) -> str:
-    return message_of(AdapterStateError, save_merged, fitted(folder), folder / "m.safetensors")
+def biases() -> list[L.Callback]:
+    return [lora(bias="all")]
 
 
-def test_whole_model_is_written_from_files(tmp_path: Path) -> None:
-    assert "lightning-lora merge" in run_ranks(merged_file, tmp_path)[0]
-    assert not (tmp_path / "m.safetensors").exists()
-
-
-def saves_onto_a_folder(folder: Path) -> str:
-    module = LitNet()
-    t = trainer_of("sharded", folder, [lora()], max_epochs=1)
-    t.fit(module, data())
-    return message_of(AdapterFileError, t.save_checkpoint, folder)
-
-
-def test_a_folder_is_not_overwritten(tmp_path: Path) -> None:
-    assert "is a folder" in run_ranks(saves_onto_a_folder, tmp_path)[0]
-
-
-def whole_files(folder: Path) -> str:
-    return message_of(ConfigError, trainer_of("sharded", folder, [lora(save="model")]).fit, LitNet(), data())
-
-
-def test_files_of_the_whole_model_are_refused_by_name(tmp_path: Path) -> None:
-    for message in run_ranks(whole_files, tmp_path):
-        assert "save='model' is not possible" in message and "each save would gather the whole model" in message
-
-
-def averages(folder: Path, callback: L.Callback) -> str:
-    return message_of(ConfigError, trainer_of("sharded", folder, [lora(), callback]).fit, LitNet(), data())
+COPIES = "ConfigError: .*WeightAveraging copies the module"
+MIXTURE = r"\w+: .*'model.head.bias' are. Torch takes no mixture"
+OTHER_PROCESSES = 'StrategyError: .*sharded over 2 processes, but the mesh "data_parallel" has 1'
+TOO_LATE = "TargetError: .*before a checkpoint is read"
 
 
 @pytest.mark.parametrize(
-    "kind",
+    ("module", "make", "options", "message"),
     [
-        pytest.param(lambda: bundled.EMAWeightAveraging(), marks=needs_averaging),
-        lambda: bundled.StochasticWeightAveraging(swa_lrs=0.1),
+        (
+            LitNet(),
+            lambda: [lora(save="model")],
+            {},
+            "ConfigError: save='model' is not .* would gather the whole model",
+        ),
+        pytest.param(LitNet(), lambda: [lora(), bundled.EMAWeightAveraging()], {}, COPIES, marks=needs_averaging),
+        (LitNet(), lambda: [lora(), bundled.StochasticWeightAveraging(swa_lrs=0.1)], {}, COPIES),
+        (Llama(), lambda: [lora(target_modules="all", merge="last")], {}, "ConfigError: .*FSDP2 keeps"),
+        (Optimized(torch.optim.LBFGS), biases, {}, r"\w+: .*LBFGS of Optimized joins all parameters"),
+        (HeadLeftOut(torch.optim.AdamW), biases, {"gradient_clip_val": 0.1}, MIXTURE),
+        (HeadLeftOut(torch.optim.AdamW, foreach=True), biases, {}, MIXTURE),
+        (HeadLeftOut(torch.optim.AdamW), biases, {}, ""),
+        (WithoutMesh(), lambda: [lora()], {"strategy": ModelParallelStrategy}, OTHER_PROCESSES),
+        (LitNet(), lambda: [LoRACallback(target_modules="all-liner")], {"ckpt_path": "a.ckpt"}, TOO_LATE),
     ],
 )
-def test_averages_are_refused_by_name(tmp_path: Path, kind: Callable[[], L.Callback]) -> None:
-    for message in run_ranks(averages, tmp_path, kind()):
-        assert "WeightAveraging copies the module" in message
+def test_what_cannot_run_on_shards_is_refused_in_every_process(
+    tmp_path: Path, module: LitNet, make: Callable[[], list[L.Callback]], options: dict[str, Any], message: str
+) -> None:
+    for found in run_ranks(refusal, tmp_path, module, make, options):
+        assert re.search(f"(?s)^{message}", found) and bool(message) == bool(found)
 
 
-# A language model
+def tied(folder: Path) -> str:
+    trainer_of("sharded", folder, [lora(target_modules="all")], max_steps=1).fit(module := Llama(), data())
+    return message_of(merge_adapters, module)
 
 
-class Llama(LitNet):
-    """A small Llama whose head is tied to its embedding."""
-
-    def built(self) -> Any:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(4)
-            config = LlamaConfig(
-                vocab_size=32,
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                tie_word_embeddings=True,
-            )
-            model = LlamaForCausalLM(config)
-            for p in model.parameters():
-                nn.init.normal_(p, mean=0.02, std=0.3)
-            return model
-
-    def shard(self) -> None:
-        mesh = self.device_mesh["data_parallel"]
-        for layer in self.model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(self.model, mesh=mesh)
-
-    def loss(self, batch: list[Tensor]) -> Tensor:
-        index = batch[0].abs().mul(9).long().clamp(max=31)
-        return self.model(input_ids=index, labels=index).loss
-
-
-def test_llama_with_a_tied_head_trains_alike(tmp_path: Path) -> None:
-    state = assert_alike(tmp_path, Llama)
-    assert state["model.model.layers.1.mlp.down_proj.lora_B"].any()
-    assert_alike(tmp_path, Llama, {"merge": "last"})
-
-
-def tied(folder: Path, merge: Any) -> str:
-    callback = lora(target_modules="all", merge=merge)
-    module = Llama()
-    message = message_of(ConfigError, trainer_of("sharded", folder, [callback], max_steps=1).fit, module, data())
-    return message or message_of(AdapterStateError, merge_adapters, module)
-
-
-@pytest.mark.parametrize("merge", ["last", False])
-def test_tied_weights_are_not_merged_on_shards(tmp_path: Path, merge: Any) -> None:
-    assert "FSDP2 keeps" in run_ranks(tied, tmp_path, merge)[0]
+def test_tied_weights_are_not_merged_on_shards(tmp_path: Path) -> None:
+    assert "AdapterStateError" in (message := run_ranks(tied, tmp_path)[0]) and "FSDP2 keeps" in message
 
 
 # What one process sees alone
@@ -249,7 +210,7 @@ def changed_on_one(folder: Path) -> tuple[str, list[str]]:
     with torch.no_grad():
         if dist.get_rank() == 0:
             module.model.layers[0].norm.bias._local_tensor.fill_(9)
-    message = message_of(AdapterStateError, unmerge_adapters, module)
+    message = message_of(unmerge_adapters, module)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         trainer_of("sharded", folder, [lora(exclude_modules=["head"])], max_epochs=1).fit(module, data())
@@ -292,7 +253,7 @@ def test_one_process_may_look_while_weights_are_gathered(tmp_path: Path, kwargs:
 # What is not sharded
 
 
-class Unseeded(LitNet):
+class Unseeded(Blocks):
     """Its head is not sharded, and every process has drawn another one."""
 
     def built(self) -> Any:
@@ -300,199 +261,6 @@ class Unseeded(LitNet):
         torch.manual_seed(dist.get_rank())
         nn.init.normal_(net.head.weight)
         return net
-
-    def shard(self) -> None:
-        for layer in self.model.layers:
-            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
-
-
-def unseeded(folder: Path, kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    module = Unseeded()
-    trainer_of("sharded", folder, [lora(**kwargs), Saves(folder, "sharded")]).fit(module, data(), data())
-    state = whole_state(module)
-    again = Unseeded()
-    file = path_of(folder, "sharded", 1)
-    trainer_of("sharded", folder, [lora(**kwargs)], max_epochs=3).fit(again, data(), ckpt_path=file, weights_only=True)
-    return state
-
-
-@pytest.mark.parametrize("kwargs", [{}, {"modules_to_save": ["head"]}], ids=str)
-def test_what_is_not_sharded_is_that_of_the_first_process(tmp_path: Path, kwargs: dict[str, Any]) -> None:
-    first, second = run_ranks(unseeded, tmp_path, kwargs)
-    assert_same(second, first)
-
-
-class WithNorm(LitNet):
-    """A norm whose statistics are those of each process's batches."""
-
-    def built(self) -> Any:
-        net = super().built()
-        net.layers[1].norm = nn.BatchNorm1d(16)
-        return net
-
-
-def test_running_statistics_are_those_of_ddp(tmp_path: Path) -> None:
-    state = assert_alike(tmp_path, WithNorm, {"modules_to_save": ["layers.1.norm"]})
-    assert state["model.layers.1.norm.running_mean"].any()
-
-
-# What files hold
-
-
-class Keeps(L.Callback):
-    """Keeps copies of what trains, and of the base, in the checkpoint."""
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["kept"] = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
-
-
-def kept(kind: str, folder: Path) -> dict[str, Any]:
-    L.seed_everything(1, verbose=False)
-    callbacks = [lora(modules_to_save=["head"]), Keeps(), Saves(folder, kind)]
-    trainer_of(kind, folder, callbacks).fit(LitNet(), data())
-    callbacks = [lora(modules_to_save=["head"]), Keeps(), reads := Reads()]
-    file = path_of(folder, kind, 0)
-    trainer_of(kind, folder, callbacks).fit(LitNet(), data(), ckpt_path=file, weights_only=True)
-    return reads.kept
-
-
-class Reads(L.Callback):
-    kept: dict[str, Any]
-
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.kept = checkpoint["kept"]
-
-
-def test_copies_in_a_checkpoint_are_made_full(tmp_path: Path) -> None:
-    expected, found = run_ranks(kept, "ddp", tmp_path)[0], run_ranks(kept, "sharded", tmp_path)[1]
-    assert_same(found, expected)
-    sizes = [path_of(tmp_path, kind, 1).stat().st_size for kind in ("ddp", "sharded")]
-    assert abs(sizes[0] - sizes[1]) < 200
-
-
-# What torch cannot run
-
-
-class Optimized(LitNet):
-    def __init__(self, kind: type[torch.optim.Optimizer], **kwargs: Any) -> None:
-        super().__init__()
-        self.kind, self.kwargs = kind, kwargs
-
-    def configure_optimizers(self) -> Any:
-        return self.kind(self.parameters(), lr=0.1, **self.kwargs)
-
-
-class HeadLeftOut(Optimized):
-    shard = Unseeded.shard
-
-
-def refusal(folder: Path, module: LitNet, kwargs: dict[str, Any], clips: float | None) -> str:
-    t = trainer_of("sharded", folder, [lora(**kwargs)], max_steps=1, gradient_clip_val=clips)
-    return message_of(LoRAError, t.fit, module, data())
-
-
-@pytest.mark.parametrize(
-    ("module", "clips", "message"),
-    [
-        (Optimized(torch.optim.LBFGS), None, "LBFGS of Optimized joins all parameters"),
-        (HeadLeftOut(torch.optim.AdamW), 0.1, "'model.head.bias' are. Torch takes no mixture"),
-        (HeadLeftOut(torch.optim.AdamW, foreach=True), None, "'model.head.bias' are. Torch takes no mixture"),
-        (HeadLeftOut(torch.optim.AdamW), None, ""),
-    ],
-    ids=["lbfgs", "clips", "foreach", "alone"],
-)
-def test_optimizers_that_torch_cannot_run_on_shards_are_refused(
-    tmp_path: Path, module: LitNet, clips: float | None, message: str
-) -> None:
-    for found in run_ranks(refusal, tmp_path, module, {"bias": "all"}, clips):
-        assert message in found and bool(message) == bool(found)
-
-
-class WithoutMesh(LitNet):
-    def shard(self) -> None:
-        for layer in self.model.layers:
-            fully_shard(layer)
-
-
-def default_strategy(folder: Path) -> str:
-    t = trainer_of("one", folder, [lora()], devices=2, strategy=ModelParallelStrategy())
-    return message_of(StrategyError, t.fit, WithoutMesh(), data())
-
-
-def test_shards_over_other_processes_than_the_batches_are_refused(tmp_path: Path) -> None:
-    for message in run_ranks(default_strategy, tmp_path):
-        assert 'sharded over 2 processes, but the mesh "data_parallel" has 1' in message
-
-
-def without_arguments(folder: Path) -> str:
-    t = trainer_of("sharded", folder, [LoRACallback(target_modules="all-liner")], max_steps=1)
-    return message_of(TargetError, t.fit, LitNet(), data(), None, None, folder / "a.ckpt")
-
-
-def test_arguments_that_come_too_late_are_asked_for(tmp_path: Path) -> None:
-    for message in run_ranks(without_arguments, tmp_path):
-        assert "before a checkpoint is read" in message
-
-
-# After an error
-
-
-class Changes(L.Callback):
-    """Changes a frozen weight, and fails."""
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        with torch.no_grad():
-            pl_module.model.layers[0].norm.weight.mul_(2)
-        raise StopError
-
-
-def fails_and_goes_on(kind: str, folder: Path) -> dict[str, Tensor]:
-    L.seed_everything(1, verbose=False)
-    module = LitNet()
-    message_of(StopError, trainer_of(kind, folder, [lora(), Changes()]).fit, module, data())
-    trainer_of(kind, folder, [lora(), Saves(folder, kind)], max_epochs=1).fit(module, data())
-    return held(torch.load(path_of(folder, kind, 0), weights_only=True))
-
-
-def test_what_a_failed_run_changed_is_in_the_next_file(tmp_path: Path) -> None:
-    ddp, sharded = (run_ranks(fails_and_goes_on, kind, tmp_path)[0] for kind in ("ddp", "sharded"))
-    assert "model.layers.0.norm.weight" in sharded
-    assert_same(sharded, ddp)
-
-
-class Whole(LitNet):
-    def shard(self) -> None:
-        pass
-
-
-class OnOneProcess(LitNet):
-    """Shards over the mesh of a default strategy, which has one process."""
-
-    def shard(self) -> None:
-        fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
-
-
-def told(folder: Path, module: LitNet, strategy: ModelParallelStrategy) -> list[str]:
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        trainer_of("one", folder, [lora()], devices=2, strategy=strategy, max_steps=1).fit(module, data())
-    return [str(each.message) for each in found if each.category is LoRAWarning]
-
-
-@pytest.mark.parametrize(
-    ("module", "strategy", "count"),
-    [(Whole(), lambda: ModelParallelStrategy(2, 1), 2), (OnOneProcess(), ModelParallelStrategy, 1)],
-    ids=["not sharded", "default strategy"],
-)
-def test_a_model_that_is_not_sharded_is_named(
-    tmp_path: Path, module: LitNet, strategy: Callable[[], ModelParallelStrategy], count: int
-) -> None:
-    def run() -> list[str]:
-        return told(tmp_path, module, strategy())
-
-    first, second = run_ranks(run)
-    assert len(first) == 1 and not second
-    assert first[0].startswith(f"Nothing of {type(module).__name__} is sharded") and f"{count} of 2 read" in first[0]
 
 
 class Odd(Unseeded):
@@ -507,13 +275,108 @@ class Odd(Unseeded):
         return net
 
 
-def odd(folder: Path) -> dict[str, Tensor]:
-    module = Odd()
-    trainer_of("sharded", folder, [lora()], max_steps=1).fit(module, data())
-    return whole_state(module)
+def unseeded(folder: Path, build: type[LitNet], kwargs: dict[str, Any]) -> State:
+    module = build()
+    trainer_of("sharded", folder, [lora(**kwargs), Saves(folder, "sharded")]).fit(module, data(), data())
+    state = whole_state(module)
+    t = trainer_of("sharded", folder, [lora(**kwargs)], max_epochs=3)
+    t.fit(build(), data(), ckpt_path=path_of(folder, "sharded", 1), weights_only=True)
+    return state
 
 
-def test_every_layout_and_dtype_is_shared(tmp_path: Path) -> None:
-    first, second = run_ranks(odd, tmp_path)
+@pytest.mark.parametrize(
+    ("build", "kwargs"), [(Unseeded, {}), (Unseeded, {"modules_to_save": ["head"]}), (Odd, {})], ids=str
+)
+def test_what_is_not_sharded_is_that_of_the_first_process(
+    tmp_path: Path, build: type[LitNet], kwargs: dict[str, Any]
+) -> None:
+    first, second = run_ranks(unseeded, tmp_path, build, kwargs)
     assert_same(second, first)
-    assert first["model.mask"].all() and not first["model.turn"].any() and not first["model.count"]
+    if build is Odd:
+        assert first["model.mask"].all() and not first["model.turn"].any() and not first["model.count"]
+
+
+class Whole(LitNet):
+    def shard(self) -> None:
+        pass
+
+
+class OnOneProcess(LitNet):
+    """Shards over the mesh of a default strategy, which has one process."""
+
+    def shard(self) -> None:
+        fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+
+def told(folder: Path, module: LitNet, sizes: tuple[int, ...]) -> list[str]:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        t = trainer_of("one", folder, [lora()], devices=2, strategy=ModelParallelStrategy(*sizes), max_steps=1)
+        t.fit(module, data())
+    return [str(each.message) for each in found if each.category is LoRAWarning]
+
+
+@pytest.mark.parametrize(
+    ("module", "sizes", "count"),
+    [(Whole(), (2, 1), 2), (OnOneProcess(), (), 1)],
+    ids=["not sharded", "default strategy"],
+)
+def test_a_model_that_is_not_sharded_is_named(tmp_path: Path, module: LitNet, sizes: Any, count: int) -> None:
+    first, second = run_ranks(told, tmp_path, module, sizes)
+    assert len(first) == 1 and not second
+    assert first[0].startswith(f"Nothing of {type(module).__name__} is sharded") and f"{count} of 2 read" in first[0]
+
+
+# What files hold
+
+
+class Keeps(L.Callback):
+    """Keeps copies of what trains, and of the base, in the checkpoint."""
+
+    kept: dict[str, Any]
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["kept"] = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.kept = checkpoint["kept"]
+
+
+def kept(kind: str, folder: Path) -> dict[str, Any]:
+    for path in (None, path_of(folder, kind, 0)):
+        L.seed_everything(1, verbose=False)
+        callbacks = [lora(modules_to_save=["head"]), keeps := Keeps()]
+        callbacks += [Saves(folder, kind)] if path is None else []
+        trainer_of(kind, folder, callbacks).fit(LitNet(), data(), ckpt_path=path, weights_only=True)
+    return keeps.kept
+
+
+def test_copies_in_a_checkpoint_are_made_full(tmp_path: Path) -> None:
+    expected, found = run_ranks(kept, "ddp", tmp_path)[0], run_ranks(kept, "sharded", tmp_path)[1]
+    assert_same(found, expected)
+    sizes = [path_of(tmp_path, kind, 1).stat().st_size for kind in ("ddp", "sharded")]
+    assert abs(sizes[0] - sizes[1]) < 200
+
+
+class Changes(L.Callback):
+    """Changes a frozen weight, and fails."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        with torch.no_grad():
+            pl_module.model.layers[0].norm.weight.mul_(2)
+        raise StopError
+
+
+def fails_and_goes_on(kind: str, folder: Path) -> State:
+    L.seed_everything(1, verbose=False)
+    module = LitNet()
+    with pytest.raises(StopError):
+        trainer_of(kind, folder, [lora(), Changes()]).fit(module, data())
+    trainer_of(kind, folder, [lora(), Saves(folder, kind)], max_epochs=1).fit(module, data())
+    return held(torch.load(path_of(folder, kind, 0), weights_only=True))
+
+
+def test_what_a_failed_run_changed_is_in_the_next_file(tmp_path: Path) -> None:
+    ddp, sharded = (run_ranks(fails_and_goes_on, kind, tmp_path)[0] for kind in ("ddp", "sharded"))
+    assert "model.layers.0.norm.weight" in sharded
+    assert_same(sharded, ddp)

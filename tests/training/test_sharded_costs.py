@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from tests.support.ranks import run_ranks
-from tests.support.sharded import InPairs, LitNet, Net, data, lora, strategy_of, trainer_of
+from tests.support.sharded import InPairs, LitNet, Net, data, lora, trainer_of
 from tests.support.traffic import Messages, Traffic, sizes_of
 
 pytestmark = pytest.mark.processes
@@ -54,17 +54,17 @@ def own_bytes(values: Any) -> int:
     return sum(value.nbytes for value in found)
 
 
-def fit(kind: str, folder: Path, adapted: bool, kwargs: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def count(kind: str, folder: Path, *, adapted: bool = True, kwargs: Any = None, **options: Any) -> dict[str, Any]:
     counts = Counts(folder / f"{adapted}")
-    callbacks = [lora(**kwargs), counts] if adapted else [counts]
-    in_pairs = options.get("devices") == 4
-    trainer_of(kind, folder, callbacks, max_epochs=1, **options).fit(InPairs() if in_pairs else LitNet(), data())
+    callbacks = [lora(**kwargs or {}), counts] if adapted else [counts]
+    module = InPairs() if options.get("devices") == 4 else LitNet()
+    trainer_of(kind, folder, callbacks, max_epochs=1, **options).fit(module, data())
     return {name: getattr(counts, name) for name in ("batches", "saves", "end", "held")}
 
 
-def counted(kind: str, folder: Path, *, adapted: bool = True, kwargs: Any = None, **options: Any) -> list[Any]:
+def counted(kind: str, folder: Path, **options: Any) -> list[Any]:
     """Count in each process: two, or four in two pairs."""
-    return run_ranks(fit, kind, folder, adapted, kwargs or {}, options, size=options.get("devices", 2))
+    return run_ranks(count, kind, folder, size=options.get("devices", 2), **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"precision": "bf16-true"}], ids=str)
@@ -98,7 +98,7 @@ def test_a_process_holds_its_part_of_the_base_and_all_adapters(tmp_path: Path) -
 
 def test_a_pair_of_four_processes_gathers_and_holds_what_two_alone_do(tmp_path: Path) -> None:
     two = counted("sharded", tmp_path)
-    four = counted("sharded", tmp_path, devices=4, strategy=strategy_of("sharded", 4))
+    four = counted("sharded", tmp_path, devices=4)
     for rank, found in enumerate(four):
         assert found["batches"][1] == two[rank % 2]["batches"][1]
         assert found["held"] == two[rank % 2]["held"]

@@ -24,12 +24,13 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from tests.support.cases import StopError
-from tests.support.models import ADAPTERS, LitTiny, best, data, is_plain, lora, same, state, trainer
+from tests.support.models import LitTiny, best, data, is_plain, lora, same, state, trainer
 from tests.support.training import (
     adam,
     base_is_whole,
     by_hand,
     files_hold_adapters_alone,
+    fit,
     loaded,
     outcome,
     same_parts,
@@ -44,10 +45,9 @@ def test_each_file_gives_its_own_numbers_in_each_stage(tmp_path: Path, stage: st
     def saves() -> ModelCheckpoint:
         return best(tmp_path, mode="max", save_top_k=-1, save_last=True)  # the worst: surely not the last
 
-    model, first = LitTiny(lr=0.5), saves()
-    t = trainer(tmp_path, [lora(merge=merge), first], max_epochs=3)
-    t.fit(model, data(), data())
-    files = {"best": first.best_model_path, "last": first.last_model_path, "path": str(tmp_path / "best-epoch=1.ckpt")}
+    first = saves()
+    model, t = fit(tmp_path, lora(merge=merge), first, model=LitTiny(lr=0.5), max_epochs=4)
+    files = {"best": first.best_model_path, "last": first.last_model_path, "path": str(tmp_path / "best-epoch=2.ckpt")}
     files["end"] = files["best" if merge == "best" else "last"]
     plain = trainer(tmp_path, enable_checkpointing=False)
     expected = {name: outcome(plain, stage, loaded(path)) for name, path in [*files.items(), ("base", None)]}
@@ -64,6 +64,10 @@ def test_each_file_gives_its_own_numbers_in_each_stage(tmp_path: Path, stage: st
         assert files_hold_adapters_alone(tmp_path)
 
     check(t, model, "end", ["last", "best", "path"])
+    if stage == "test":
+        (numbers,) = t.test(dataloaders=data(), verbose=False)  # no model means the best
+        assert numbers["test_loss"] == pytest.approx(expected["best"].item())
+        outcome(t, stage, model, ckpt_path=files["path"])
     new = trainer(tmp_path, [lora(merge=merge), saves()])
     check(new, model, "path", ["last", "path"])
     check(trainer(tmp_path, [lora(merge=merge), saves()]), LitTiny(), "base", ["path", "last"])
@@ -73,9 +77,7 @@ def test_each_file_gives_its_own_numbers_in_each_stage(tmp_path: Path, stage: st
 @pytest.mark.parametrize("merge", ["last", False])
 @pytest.mark.parametrize("begin", ["fit", "load", "resume", "safetensors"])
 def test_fit_goes_on_from_the_adapters_that_are_there(tmp_path: Path, begin: str, merge: Any) -> None:
-    model = LitTiny()
-    t = trainer(tmp_path, [lora(merge=merge), best(tmp_path / "1")], max_epochs=1)
-    t.fit(model, data(), data())
+    model, t = fit(tmp_path, lora(merge=merge), best(tmp_path / "1"), max_epochs=1)
     t.save_checkpoint(tmp_path / "first.ckpt", weights_only=begin == "load")
     save_adapter(model, tmp_path / "first.safetensors")
     expected = loaded(tmp_path / "first.ckpt")
@@ -84,8 +86,7 @@ def test_fit_goes_on_from_the_adapters_that_are_there(tmp_path: Path, begin: str
         model = loaded(tmp_path / ("first.safetensors" if begin == "safetensors" else "first.ckpt"))
     if begin == "resume":
         trainer(tmp_path, [lora()]).validate(model, data(), ckpt_path=tmp_path / "first.ckpt", verbose=False)
-    t = trainer(tmp_path, [lora(merge=merge), best(tmp_path / "2")], max_epochs=3)
-    t.fit(model, data(), data())
+    fit(tmp_path, lora(merge=merge), best(tmp_path / "2"), model=model, max_epochs=3)
     assert is_plain(model) is bool(merge) and files_hold_adapters_alone(tmp_path)
     assert same_parts(trained(model), trained(expected)) and base_is_whole(model)
 
@@ -103,39 +104,14 @@ def test_stages_before_fit_do_not_change_what_it_learns(tmp_path: Path, new: boo
     assert same(state(models[0]), state(models[1])) and base_is_whole(model)
 
 
-def test_best_and_last_give_their_own_numbers_after_fit(tmp_path: Path) -> None:
-    model, checkpoint = (
-        LitTiny(lr=0.5),
-        best(tmp_path, save_last=True, save_top_k=-1, mode="max"),
-    )  # the worst: surely not the last
-    t = trainer(tmp_path, [lora(), checkpoint], max_epochs=4)
-    t.fit(model, data(), data())
-    last = t.callback_metrics["val_loss"].item()
-    last_path = checkpoint.last_model_path
-    worst = checkpoint.best_model_score.item()  # type: ignore[union-attr]
-    assert worst > last
-    assert t.validate(model, data(), verbose=False)[0]["val_loss"] == pytest.approx(last)
-    assert t.test(model, data(), ckpt_path="best", verbose=False)[0]["test_loss"] == pytest.approx(worst)
-    assert is_plain(model)
-    assert t.test(model, data(), verbose=False)[0]["test_loss"] == pytest.approx(
-        worst
-    )  # as plain Lightning: loaded stays
-    assert t.test(model, data(), ckpt_path="last", verbose=False)[0]["test_loss"] == pytest.approx(last)
-    assert t.validate(dataloaders=data(), verbose=False)[0]["val_loss"] == pytest.approx(worst)  # no model means best
-    predicted = t.predict(model, data(), ckpt_path=last_path)
-    torch.testing.assert_close(torch.cat(predicted), model(torch.cat([x for x, _ in data()])))  # type: ignore[arg-type]
-
-
-def test_new_trainer_and_new_callback_meet_a_merged_model(tmp_path: Path) -> None:
-    model, checkpoint = LitTiny(), best(tmp_path)
-    t = trainer(tmp_path, [lora(), checkpoint])
-    t.fit(model, data(), data())
-    score = pytest.approx(checkpoint.best_model_score.item())  # type: ignore[union-attr]
-    path = checkpoint.best_model_path
+def test_copies_of_a_merged_model_take_its_files(tmp_path: Path) -> None:
+    model, t = fit(tmp_path, lora(), best(tmp_path))
+    path = t.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+    score = pytest.approx(t.checkpoint_callback.best_model_score.item())  # type: ignore[union-attr]
     for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), LitTiny()):
-        assert trainer(tmp_path, [lora()]).test(each, data(), ckpt_path=path, verbose=False)[0]["test_loss"] == score
+        assert outcome(trainer(tmp_path, [lora()]), "test", each, ckpt_path=path).item() == score
     load_adapter(model, path)
-    assert trainer(tmp_path).test(model, data(), verbose=False)[0]["test_loss"] == score
+    assert outcome(trainer(tmp_path), "test", model).item() == score
 
 
 class Broken(LitTiny):
@@ -190,36 +166,21 @@ def test_a_stage_that_fails_before_it_is_set_up_changes_nothing(tmp_path: Path) 
     assert not is_plain(model)
 
 
-def test_stages_before_fit_change_nothing(tmp_path: Path) -> None:
-    model, t = LitTiny(), trainer(tmp_path, [lora()])
-    base = trainer(tmp_path).validate(LitTiny(), data(), verbose=False)
-    for _ in range(2):
-        assert t.validate(model, data(), verbose=False) == base
-    t.predict(model, data())
-    t.fit(model, data())
-    assert is_plain(model)
-
-
 def test_weights_replaced_after_a_merge_are_a_new_base(tmp_path: Path) -> None:
-    model, checkpoint = LitTiny(), best(tmp_path)
-    t = trainer(tmp_path, [lora(), checkpoint])
-    t.fit(model, data(), data())
+    model, t = fit(tmp_path, lora(), best(tmp_path))
     model.load_state_dict(LitTiny().state_dict())
     with pytest.warns(LoRAWarning, match="new base"):
-        tested = t.test(model, data(), ckpt_path="best", verbose=False)
-    assert tested[0]["test_loss"] == pytest.approx(checkpoint.best_model_score.item())  # type: ignore[union-attr]
+        tested = outcome(t, "test", model, ckpt_path="best")
+    assert tested.item() == pytest.approx(t.checkpoint_callback.best_model_score.item())  # type: ignore[union-attr]
 
 
 def test_a_fit_that_merges_nothing_leaves_live_adapters_on_a_module_that_an_earlier_fit_merged(tmp_path: Path) -> None:
-    model = LitTiny()
-    trainer(tmp_path, [lora()]).fit(model, data())
+    model, _ = fit(tmp_path, lora())
     assert is_plain(model)
-    t = trainer(tmp_path, [lora(merge=False)])
-    t.fit(model, data())
-    assert set(ADAPTERS) <= set(dict(model.named_parameters()))
-    assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
-    t.test(model, data(), verbose=False)
-    assert set(ADAPTERS) <= set(dict(model.named_parameters()))
+    _, t = fit(tmp_path, lora(merge=False), model=model)
+    assert not is_plain(model) and torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
+    outcome(t, "test", model)
+    assert not is_plain(model)
 
 
 class MakesNone(LitTiny):
@@ -245,18 +206,18 @@ def test_a_base_is_frozen_again_after_an_optimizer_that_could_not_be_made(tmp_pa
     before = flags(model)
     assert not before["q_proj.weight"] and before["head.weight"] and before["q_proj.lora_A"]
     with pytest.raises(ZeroDivisionError):
-        trainer(tmp_path, [lora()]).fit(model, data())
+        fit(tmp_path, lora(), model=model)
     assert flags(model) == before
     statistics = state(model.norm)
     model.train().norm(torch.ones(4, 8))
-    assert all(torch.equal(value, statistics[name]) for name, value in model.norm.state_dict().items())
+    assert same(state(model.norm), statistics)
 
 
 def test_a_module_that_came_plain_has_its_flags_back_after_an_optimizer_that_could_not_be_made(tmp_path: Path) -> None:
     model = MakesNone()
     before = flags(model)
     with pytest.raises(ZeroDivisionError):
-        trainer(tmp_path, [lora()]).fit(model, data())
+        fit(tmp_path, lora(), model=model)
     assert is_plain(model) and flags(model) == before
 
 
@@ -302,7 +263,7 @@ def test_a_fit_does_not_start_with_a_selected_layer_that_is_not_adapted(
 
     model = Changes()
     with pytest.raises(AdapterStateError, match=named):
-        trainer(tmp_path, [lora(**options)]).fit(model, data())
+        fit(tmp_path, lora(**options), model=model)
     assert is_plain(model)
     assert all(p.requires_grad for name, p in model.named_parameters() if not name.startswith("other"))
 
@@ -321,9 +282,8 @@ class TrainsItsHead(LitTiny):
 def test_a_head_that_trained_beside_fresh_adapters_is_not_the_base_of_the_next_stage(
     tmp_path: Path, stage: str, begin: str
 ) -> None:
-    model, options = TrainsItsHead(), {"merge": "last" if begin == "merged" else False}
-    t = trainer(tmp_path, [lora(**options)])
-    t.fit(model, data(), data())
+    options = {"merge": "last" if begin == "merged" else False}
+    model, t = fit(tmp_path, lora(**options), model=TrainsItsHead())
     t.save_checkpoint(tmp_path / "a.ckpt")
     head = trained(model)["head.weight"]
     assert not trained(model)["q_proj.lora_B"].any() and not torch.equal(head, LitTiny().head.weight)

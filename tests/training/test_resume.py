@@ -1,0 +1,181 @@
+"""A resumed run ends with the same bits."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import lightning.pytorch.callbacks as bundled
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader
+
+from lightning_lora import LoRAWarning, MergePrecisionWarning, load_adapter
+from tests.support.cases import held
+from tests.support.models import (
+    ADAPTERS,
+    TRAINED,
+    WORDS,
+    LitTiny,
+    data,
+    exact,
+    is_plain,
+    lora,
+    needs_averaging,
+    same,
+    state,
+    trainer,
+)
+from tests.support.training import Stateful, fit, outcome, through_and_resumed
+
+X = torch.arange(WORDS)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": "all", "alpha": 8}, {"modules_to_save": None, "target_modules": "all"}], ids=str
+)
+def test_resumed_run_ends_with_the_same_bits(tmp_path: Path, options: dict[str, Any]) -> None:
+    through, resumed = through_and_resumed(tmp_path, LitTiny, lambda: lora(merge=False, **options), max_epochs=4)
+    assert same(state(resumed), state(through))
+
+
+def shuffled(**options: Any) -> DataLoader[Any]:
+    return DataLoader(data().dataset, batch_size=4, shuffle=True, **options)
+
+
+class WarmsUp(LitTiny):
+    """A module that asks for the number of steps, so that Lightning starts the data loaders early."""
+
+    def configure_optimizers(self) -> Any:
+        steps = self.trainer.estimated_stepping_batches
+        optimizer = super().configure_optimizers()
+        scheduler = LambdaLR(optimizer, lambda step: min(1.0, 2 * (step + 1) / steps))
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+class Seeds(LitTiny):
+    """A module that seeds the generators itself, after the hooks of all callbacks."""
+
+    def on_fit_start(self) -> None:
+        torch.manual_seed(1)
+
+
+@exact
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("cls", [LitTiny, WarmsUp, Seeds])
+def test_resumed_run_drops_and_shuffles_as_the_one_that_never_stopped(
+    tmp_path: Path, cls: type[LitTiny], workers: int
+) -> None:
+    through, resumed = through_and_resumed(
+        tmp_path, cls, lambda: lora(dropout=0.3), train=lambda: shuffled(num_workers=workers), max_epochs=4
+    )
+    assert same(state(resumed), state(through))
+
+
+@pytest.mark.processes
+@exact
+@pytest.mark.parametrize("cls", [LitTiny, WarmsUp])
+def test_every_process_drops_and_shuffles_as_before(tmp_path: Path, cls: type[LitTiny]) -> None:
+    options = {"strategy": "ddp_fork", "devices": 2, "max_epochs": 4}
+    through, resumed = through_and_resumed(tmp_path, cls, lambda: lora(dropout=0.3), train=shuffled, **options)
+    assert same(state(resumed), state(through))
+
+
+@exact
+@pytest.mark.parametrize("cls", [LitTiny, WarmsUp])
+@pytest.mark.parametrize("step", [1, 6, 8, 11])
+def test_run_resumed_at_any_step_ends_with_the_same_bits(tmp_path: Path, step: int, cls: type[LitTiny]) -> None:
+    through, resumed = through_and_resumed(
+        tmp_path,
+        cls,
+        lambda: lora(merge=False, dropout=0.3),
+        at=f"step={step}",
+        train=Stateful,
+        saving={"every_n_train_steps": 1},
+        max_epochs=3,
+    )
+    assert same(state(resumed), state(through))
+
+
+class Stores(L.Callback):
+    """It replaces the random states in files."""
+
+    def __init__(self, states: Any) -> None:
+        self.states = states
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lightning_lora_random"] = self.states
+
+
+@pytest.mark.parametrize(
+    "states", [None, {}, {"cpu": 1}, {"cpu": torch.zeros(1, 3)}, {"cpu": torch.zeros(2, 5056, dtype=torch.uint8)}]
+)
+def test_random_states_of_another_machine_are_ignored(tmp_path: Path, states: Any) -> None:
+    _, t = fit(tmp_path, lora(dropout=0.3), Stores(states), train=shuffled(), max_epochs=1)
+    t.save_checkpoint(tmp_path / "odd.ckpt")
+    _, t = fit(tmp_path, lora(dropout=0.3), train=shuffled(), ckpt_path=tmp_path / "odd.ckpt")
+    assert t.global_step == 8
+
+
+@exact
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "16-true", "bf16-mixed"])
+def test_every_precision_trains_saves_resumes_and_merges(tmp_path: Path, precision: Any) -> None:
+    # Adam's epsilon is zero in float16, so that a head trained whole, which is in it, would diverge
+    head = {"modules_to_save": None, "exclude_modules": ["head"]} if precision == "16-true" else {}
+
+    def callback() -> L.Callback:
+        return lora(dropout=0.3, **head)
+
+    through, resumed = through_and_resumed(tmp_path, LitTiny, callback, at="epoch=1", max_epochs=4, precision=precision)
+    assert is_plain(through) and same(state(resumed), state(through))
+    path = tmp_path / "through" / "epoch=3.ckpt"
+    stored = torch.load(path, weights_only=True)
+    wide = torch.float64 if precision == "64-true" else torch.float32
+    assert {stored["state_dict"][name].dtype for name in ADAPTERS} == {wide}
+    assert sorted(held(stored)) == sorted(ADAPTERS if head else TRAINED)
+    t = trainer(tmp_path, [callback()], precision=precision)
+    assert outcome(t, "test", through, ckpt_path=path) == outcome(t, "test", LitTiny(), ckpt_path=path)
+
+
+def test_fit_warns_once_of_a_merge_that_loses_the_update(tmp_path: Path) -> None:
+    with pytest.warns(MergePrecisionWarning) as caught:
+        model, t = fit(tmp_path, lora(), model=LitTiny(lr=1e-7), precision="bf16-true")
+    assert len([w for w in caught if issubclass(w.category, LoRAWarning)]) == 1
+    t.validate(model, data(), verbose=False)  # merges again, and an unexpected warning is an error here
+
+
+# Where Lightning does not resume to the same bits, what docs/hazards.md says to do does
+
+
+class Plateau(LitTiny):
+    """A module whose learning rate halves in every epoch after the first."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.05)
+        scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=10.0)
+        every = {"interval": "step", "frequency": len(data())}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss", **every}}
+
+
+@pytest.mark.parametrize(("cls", "steps"), [(Plateau, None), (LitTiny, None), (LitTiny, 3)])
+def test_a_second_resume_is_exact_as_the_guide_says(tmp_path: Path, cls: type[LitTiny], steps: int | None) -> None:
+    def run(folder: Path, file: Path | None = None) -> tuple[dict[str, Any], list[Path]]:
+        saves = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=steps)
+        model, _ = fit(tmp_path, lora(), saves, model=cls(), train=Stateful(), ckpt_path=file, max_epochs=3)
+        return state(model), sorted(folder.glob("*.ckpt"))
+
+    expected, files = run(tmp_path / "through")
+    assert len(files) == 12 // (steps or 4)
+    for file in files:
+        once, again = run(tmp_path / file.stem, file)
+        assert same(once, expected)
+        for second in again:
+            assert same(run(tmp_path / file.stem / second.stem, second)[0], expected)
+
+
+@needs_averaging
+def test_the_last_file_of_a_killed_run_holds_its_averages(tmp_path: Path) -> None:
+    model, t = fit(tmp_path, lora(), bundled.EMAWeightAveraging(decay=0.5), ModelCheckpoint(tmp_path, "{epoch}"))
+    load_adapter(again := LitTiny(), t.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
+    torch.testing.assert_close(again(X), model(X))
