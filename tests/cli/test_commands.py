@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, export_peft, inject_adapters, load_adapter, merge_adapters, save_adapter
 from lightning_lora.cli.main import main
+from lightning_lora.storage.formats.own import read_adapter_file, write_adapter_file
 from tests.support.models import LitTiny, randomise, same
 
 CONFIG = LoRAConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj"], modules_to_save=["head"])
@@ -168,6 +170,14 @@ def test_rows_hold_whole_names_and_groups_differ_by_rank(
         assert all(len(line) <= width for line in table)
         names = "".join(line.split("│")[1] for line in table if line.startswith("│")).replace(" ", "")
         assert sorted(names.split("encoder.blocks.")[1:]) == sorted(expected)
+
+
+def test_layers_that_only_the_model_can_read_are_refused(files: list[str], capsys: Any) -> None:
+    stored = read_adapter_file(files[0])
+    foreign = {name: replace(layer, kind="LoRAMine") for name, layer in stored.layers.items()}
+    for layers, says in (({}, "an earlier version wrote it"), (foreign, "adapted by your own class LoRAMine")):
+        write_adapter_file(files[0], replace(stored, layers=layers))
+        assert main(["inspect", files[0]]) == 1 and says in " ".join(capsys.readouterr().err.split())
 
 
 def test_commands_say_what_a_folder_of_peft_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

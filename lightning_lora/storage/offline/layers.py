@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterFileError, listed
+from lightning_lora.errors import AdapterFileError
 from lightning_lora.functional.combine import Factors
 from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, attach, matrix_factors
 from lightning_lora.storage.formats.own import read_adapter_file
@@ -30,19 +30,12 @@ def read_layers(path: str | Path) -> StoredAdapters:
                 f"Layer {name!r} in {path} is a {layer.layer_class}, adapted by your own class {layer.kind}. Only the "
                 "model itself can read it: load_adapter(model, path)."
             )
-    if missing := [name for name in _parameters(stored) if name not in stored.state]:
-        raise AdapterFileError(f"{path} lacks {listed(missing)}: it is damaged or was changed.")
     return stored
-
-
-def _parameters(stored: StoredAdapters) -> list[str]:
-    """The names of all adapter parameters that the layers have."""
-    return [name for layer in stored.layers.values() for name in layer.parameters(stored.config).values()]
 
 
 def besides(stored: StoredAdapters) -> dict[str, Any]:
     """Return what a file holds besides adapters: trained modules, biases, buffers."""
-    parameters = set(_parameters(stored))
+    parameters = {name for layer in stored.layers.values() for name in layer.parameters(stored.config).values()}
     return {name: value for name, value in stored.state.items() if name not in parameters}
 
 

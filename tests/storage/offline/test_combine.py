@@ -47,6 +47,7 @@ class Experts(nn.Module):
 
 BASE = Several()
 LINEAR: dict[str, Any] = {"target_modules": ["linear"]}
+EXPERTS: dict[str, Any] = {"target_modules": [], "target_parameters": ["experts.up", "experts.down"]}
 CONFIGS: dict[str, list[dict[str, Any]]] = {
     "all": [{"target_modules": "all"}, {"target_modules": "all", "r": 3, "alpha": 5, "use_rslora": True}],
     "ranks": [
@@ -54,11 +55,8 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
         {"target_modules": ["conv"], "r": 4},
     ],
     "slices": [{"target_modules": ["fused"], "target_slices": {"fused": {"q": (0, 8), "v": (16, 24)}}}] * 2,
-    "experts": [{"target_modules": [], "target_parameters": ["experts.up", "experts.down"]}] * 2,
-    "own ranks": [
-        {"target_modules": [], "target_parameters": ["experts.up", "experts.down"], "rank_pattern": {"experts.up": 1}}
-    ]
-    * 2,
+    "experts": [EXPERTS] * 2,
+    "own ranks": [{**EXPERTS, "rank_pattern": {"experts.up": 1}, "alpha_pattern": {"experts.down": 7}}] * 2,
     "pissa": [{"target_modules": ["linear"], "init": "pissa"}, {"target_modules": ["linear"]}],
 }
 
@@ -86,6 +84,7 @@ def combined(paths: list[Path], how: How) -> dict[str, Tensor]:
     """The update that the combined file makes of the base."""
     out = paths[0].with_name("sum.safetensors")
     combine_files(paths, out, how)
+    assert {layer.scaling for layer in read_adapter_file(out).layers.values()} == {1.0}
     model = copy.deepcopy(BASE)
     load_adapter(model, out)
     merge_adapters(model)
