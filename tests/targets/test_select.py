@@ -1,5 +1,6 @@
 """A configuration selects the layers and parameters it means."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,78 @@ from lightning_lora import (
 )
 from tests.support.models import LitTiny, TinyLM, data, lora, same, state, trainer, unties
 from tests.support.targets import Table, adapted
+
+
+class Words(nn.Module):
+    """A model that says which of its layers turns features into words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.words = nn.Linear(4, 4), nn.Linear(4, 8)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.words
+
+
+def net(**modules: nn.Module) -> nn.ModuleDict:
+    return nn.ModuleDict(modules)
+
+
+def linear() -> nn.Linear:
+    return nn.Linear(4, 4)
+
+
+def sharing() -> nn.Module:
+    """A model with one layer in two places."""
+    shared = linear()
+    return net(a=nn.Sequential(shared), b=nn.Sequential(shared, linear()))
+
+
+def sharing_a_table() -> nn.Module:
+    model = net(a=Table(), b=Table(), c=linear())
+    model["b"].table = model["a"].table
+    return model
+
+
+def deep() -> nn.Module:
+    return net(net=net(blocks=nn.ModuleList([net(attn=net(q=linear(), k=linear()))])))
+
+
+def experts() -> nn.Module:
+    return net(body=linear(), a=Table(), head=net(b=Table()))
+
+
+WHOLE = "net.blocks.0.attn.q"
+TABLES: dict[str, Any] = {"target_parameters": ["table"]}
+SELECTED: list[tuple[Callable[[], nn.Module], dict[str, Any], tuple[str, ...]]] = [
+    (lambda: net(a=nn.Sequential(linear(), linear()), b=linear()), {"exclude_modules": ["a"]}, ("b",)),
+    (lambda: net(c=linear(), d=linear()), {"exclude_modules": "d"}, ("c",)),
+    (sharing, {"target_modules": ["b.0"]}, ("a.0",)),
+    (sharing, {"exclude_modules": ["a"]}, ("b.1",)),
+    (sharing, {"exclude_modules": ["b.0"]}, ("b.1",)),
+    (sharing_a_table, {"target_modules": [], "target_parameters": ["b.table"]}, ("b",)),
+    *(
+        (deep, {"target_modules": [q]}, ("net.blocks.0.attn.q",))
+        for q in ("q", "attn.q", "0.attn.q", "blocks.0.attn.q")
+    ),
+    (lambda: net(query=linear(), query_norm=linear(), my_query=linear()), {"target_modules": "quer."}, ("query",)),
+    (experts, TABLES | {"exclude_modules": ["head"]}, ("body", "a")),
+    (experts, TABLES | {"modules_to_save": ["head"]}, ("body", "a")),
+    (Words, {}, ("body",)),
+    (lambda: net(model=Words(), more=linear()), {}, ("model.body", "more")),
+    (Words, {"target_modules": "all"}, ("body", "words")),
+]
+
+
+@pytest.mark.parametrize(("build", "config", "expected"), SELECTED, ids=str)
+def test_what_is_selected(build: Callable[[], nn.Module], config: dict[str, Any], expected: tuple[str, ...]) -> None:
+    assert adapted(model := build(), **config) == adapted(model, **config) == expected
+
+
+def test_nothing_is_left_of_a_shared_layer_and_parts_of_names_mean_nothing() -> None:
+    for build, config in ((sharing, {"modules_to_save": ["b"]}), (deep, {"target_modules": ["locks.0.attn.q"]})):
+        with pytest.raises(TargetError):
+            adapted(build(), **config)
 
 
 @pytest.mark.parametrize(
@@ -56,12 +129,6 @@ def test_all_linear_leaves_a_transformers_output_head_out() -> None:
     )
 
 
-def test_exclude_takes_out_a_layer_or_everything_below_a_module() -> None:
-    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "b": nn.Linear(2, 2)})
-    assert adapted(model, exclude_modules=["a"]) == ("b",)
-    assert adapted(nn.ModuleDict({"c": nn.Linear(2, 2), "d": nn.Linear(2, 2)}), exclude_modules="d") == ("c",)
-
-
 def test_modules_to_save_win_over_targets_and_train_whole() -> None:
     model = LitTiny()
     assert adapted(model, modules_to_save=["head"]) == ("q_proj", "v_proj")
@@ -84,26 +151,6 @@ def test_rank_and_alpha_patterns() -> None:
     layers: Any = model
     assert (layers.q_proj.lora_A.shape, layers.v_proj.lora_A.shape) == ((2, 8), (4, 8))
     assert (layers.q_proj.lora_settings.scaling, layers.v_proj.lora_settings.scaling) == (4.0, 1.0)
-
-
-def test_shared_layer_is_adapted_once_under_either_name() -> None:
-    model = nn.ModuleDict({"a": nn.Linear(2, 2)})
-    model["b"] = model["a"]
-    assert adapted(model, target_modules=["b"]) == ("a",)
-    assert adapted(model, target_modules=["b"]) == ("a",)
-    remove_adapters(model)
-    assert adapted(model) == ("a",)
-    assert adapted(model) == ("a",)
-
-
-def test_shared_layer_is_left_out_under_either_name() -> None:
-    shared = nn.Linear(2, 2)
-    model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared, nn.Linear(2, 2))})
-    for left_out in ({"exclude_modules": ["a"]}, {"exclude_modules": ["b.0"]}):
-        assert adapted(model, **left_out) == ("b.1",)
-        remove_adapters(model)
-    with pytest.raises(TargetError):
-        adapted(model, modules_to_save=["b"])
 
 
 def test_gpt3_has_the_papers_parameter_counts() -> None:
@@ -172,43 +219,6 @@ def test_a_weight_that_trains_whole_under_its_layers_other_name_is_not_adapted()
     assert model["a"].weight.requires_grad and not model["a"].bias.requires_grad
 
 
-def test_a_parameter_is_found_under_each_of_its_names() -> None:
-    def build() -> nn.ModuleDict:
-        model = nn.ModuleDict({"a": Table(), "b": Table(), "c": nn.Linear(4, 4)})
-        model["b"].table = model["a"].table
-        return model
-
-    assert adapted(build(), target_modules=[], target_parameters=["b.table"]) == ("b",)
-    model = build()
-    adapted(model, modules_to_save=["b.table"])
-    assert model["a"].table.requires_grad
-
-
-def test_a_list_may_name_any_number_of_last_parts() -> None:
-    def build() -> nn.ModuleDict:
-        inner = nn.ModuleDict({"q": nn.Linear(4, 4), "k": nn.Linear(4, 4)})
-        return nn.ModuleDict({"net": nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"attn": inner})])})})
-
-    for entry in ("q", "attn.q", "0.attn.q", "blocks.0.attn.q", "net.blocks.0.attn.q"):
-        assert adapted(build(), target_modules=[entry]) == ("net.blocks.0.attn.q",)
-    with pytest.raises(TargetError, match="match no module"):
-        adapted(build(), target_modules=["locks.0.attn.q"])
-
-
-def test_an_expression_means_whole_names() -> None:
-    model = nn.ModuleDict({"query": nn.Linear(4, 4), "query_norm": nn.Linear(4, 4), "my_query": nn.Linear(4, 4)})
-    assert adapted(model, target_modules="quer.") == ("query",)
-
-
-# Parameters
-
-
-def test_parameters_of_an_excluded_module_are_not_adapted() -> None:
-    for argument in ("exclude_modules", "modules_to_save"):
-        model = nn.ModuleDict({"body": nn.Linear(4, 4), "a": Table(), "head": nn.ModuleDict({"b": Table()})})
-        assert adapted(model, target_parameters=["table"], **{argument: ["head"]}) == ("body", "a")
-
-
 class Silent(nn.Module):
     """A module that holds a matrix, and never computes."""
 
@@ -235,26 +245,6 @@ def test_a_matrix_that_something_else_than_its_holder_reads_is_refused() -> None
     ):
         with pytest.raises(TargetError, match="has no forward of its own, so other code reads it"):
             adapted(model, target_modules=[], target_parameters=[name])
-
-
-# Output heads
-
-
-class Words(nn.Module):
-    """A model that says which of its layers turns features into words."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.words = nn.Linear(4, 4), nn.Linear(4, 8)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.words
-
-
-def test_a_head_that_the_model_itself_or_one_inside_it_names_is_left_out() -> None:
-    assert adapted(Words()) == ("body",)
-    assert adapted(nn.ModuleDict({"model": Words(), "more": nn.Linear(4, 4)})) == ("model.body", "more")
-    assert adapted(Words(), target_modules="all") == ("body", "words")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
