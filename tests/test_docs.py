@@ -116,12 +116,17 @@ def config_of(call: str) -> LoRAConfig:
     return callback.config
 
 
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.mark.filterwarnings("ignore:The names in the file:lightning_lora.LoRAWarning")
 @pytest.mark.filterwarnings("ignore:.*are layers of nn.TransformerEncoder:lightning_lora.LoRAWarning")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page not in (*STARTED, *BY_HAND)])
-def test_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(program(tmp_path, page)))
+def test_code_of_a_page_runs(page: str, here: Path) -> None:
+    runpy.run_path(str(program(here, page)))
 
 
 @pytest.mark.processes
@@ -150,13 +155,12 @@ def started(path: Path) -> str:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's, about LightningCLI
-def test_program_with_a_command_line_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_program_with_a_command_line_runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (line,) = [line for line in commands("command-line") if line.startswith("python")]
     quiet = ["accelerator=cpu", "logger=false", "enable_progress_bar=false", "enable_model_summary=false"]
     flags = [*(f"--trainer.{each}" for each in quiet), "--seed_everything=0"]
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [*shlex.split(line)[1:], *flags])
-    runpy.run_path(str(program(tmp_path, "command-line")), run_name="__main__")
+    runpy.run_path(str(program(here, "command-line")), run_name="__main__")
     assert yaml.safe_load(Path("config.yaml").read_text())["lora"]["r"] == 2
 
 
@@ -167,10 +171,7 @@ def test_settings_of_the_command_line_are_the_callbacks() -> None:
     assert entry["class_path"] == "lightning_lora.LoRACallback" and LoRACallback(**entry["init_args"])
 
 
-def test_commands_of_the_page_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_commands_of_the_page_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file(module().state_dict(), "base.safetensors")
     for seed, name in enumerate(("adapter", "seed1", "seed2")):
         model = module()
@@ -181,21 +182,12 @@ def test_commands_of_the_page_run(
     assert len(lines) == 7
     for line in lines:
         assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
-    assert {path.stem for path in tmp_path.iterdir()} >= {"merged", "both", "small", "peft_folder"}
+    assert {path.stem for path in here.iterdir()} >= {"merged", "both", "small", "peft_folder"}
 
 
-def test_every_callback_of_the_pages_finds_its_layers() -> None:
-    calls = calls_in("".join(text for page in PAGES if page not in BY_HAND for text in blocks(page)))
-    assert len(calls) >= 15
-    for call in calls:
-        assert inject_adapters(module(), config_of(call)), call
-    recipes = calls_in("\n".join(BLOCKS))
-    assert len(recipes) >= 7 and all(config_of(call) for call in recipes)
-
-
-@pytest.mark.parametrize("page", BY_HAND)
-def test_code_that_was_run_by_hand_is_python_and_its_callbacks_can_be_made(page: str) -> None:
-    code = "".join(blocks(page))
+@pytest.mark.parametrize("found", [BLOCKS, *map(blocks, BY_HAND)], ids=["README", *BY_HAND])
+def test_code_is_python_and_its_callbacks_can_be_made(found: list[str]) -> None:
+    code = "\n".join(found)
     ast.parse(code)
     assert len(calls_in(code)) >= 5 and all(config_of(call) for call in calls_in(code))
 
@@ -248,12 +240,6 @@ def test_every_page_is_in_the_site_and_on_its_first_page() -> None:
     assert {*re.findall(r"\]\(([\w-]+)\.md\)", PAGES["index"])} == PAGES.keys() - {"index"}
 
 
-def test_the_search_of_the_site_needs_no_network_and_no_server() -> None:
-    assert "offline" in SITE["plugins"]  # it puts the index into a script: pages in a folder may read no other file
-    (worker,) = SITE["extra"]["polyfills"]
-    assert "iframe-worker" in worker and (ROOT / "docs" / worker).exists()  # by this name, the plugin knows it
-
-
 # README
 
 
@@ -288,6 +274,11 @@ def test_tests_that_guard_hazards_are_there() -> None:
 class MyModule(LitTiny):
     """The module of the recipes."""
 
+    def train_dataloader(self) -> Any:
+        return data()
+
+    test_dataloader = train_dataloader
+
 
 def names(model: nn.Module) -> dict[str, Any]:
     """What the recipes take as imported, and as the reader's own."""
@@ -306,18 +297,16 @@ def test_recipe_of_a_notebook_runs(tmp_path: Path) -> None:
     assert all(torch.equal(value, LitTiny().state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def test_recipe_of_a_file_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipe_of_a_file_runs(here: Path) -> None:
     model = MyModule()
-    trainer(tmp_path, [lora(), best(tmp_path, filename="best")]).fit(model, data(), data())
-    monkeypatch.chdir(tmp_path)
+    trainer(here, [lora(), best(here, filename="best")]).fit(model, data(), data())
     known = names(model) | {"fresh_model": MyModule()}
     exec(block("save_adapter(model"), known)
     plain = MyModule.load_from_checkpoint("merged.ckpt")
     assert torch.equal(plain(torch.arange(4)), known["model"](torch.arange(4)))
 
 
-def test_recipes_without_a_trainer_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_recipes_without_a_trainer_run(here: Path) -> None:
     exec(block("from lightning_lora import LoRAConfig"), names(nn.Sequential(nn.Linear(16, 16))))
     model = MyModule()
     inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"]))
@@ -326,8 +315,7 @@ def test_recipes_without_a_trainer_run(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.filterwarnings("ignore:.*:jsonargparse._deprecated.JsonargparseDeprecationWarning")
-def test_recipe_of_the_command_line_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_recipe_of_the_command_line_runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = names(MyModule()) | {"LightningCLI": LightningCLI}
     exec(block("class LoRACLI"), known)
     monkeypatch.setattr("sys.argv", ["main.py", "--lora.r", "16", "--trainer.logger=false"])
@@ -335,31 +323,17 @@ def test_recipe_of_the_command_line_runs(tmp_path: Path, monkeypatch: pytest.Mon
     assert next(c for c in found.trainer.callbacks if isinstance(c, LoRACallback)).config.r == 16
 
 
-def test_recipe_of_resuming_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Module(LitTiny):
-        def train_dataloader(self) -> Any:
-            return data()
-
-    monkeypatch.chdir(tmp_path)
+def test_recipe_of_resuming_runs(here: Path) -> None:
     code = block("trainer = L.Trainer(callbacks=[LoRACallback(r=8), ModelCheckpoint")
     small = code.replace("r=8", "r=2, modules_to_save=['head']")
     small = small.replace("L.Trainer(", "L.Trainer(accelerator='cpu', logger=False, max_epochs=1, ")
     with pytest.warns(UserWarning, match="no last checkpoint"):
-        exec(small, names(Module()))
-    exec(small.replace("max_epochs=1", "max_epochs=2"), names(Module()))
+        exec(small, names(MyModule()))
+    exec(small.replace("max_epochs=1", "max_epochs=2"), names(MyModule()))
 
 
-def test_first_lines_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Module(LitTiny):
-        def __init__(self) -> None:
-            super().__init__(width=16)
-            self.head = nn.Linear(16, 16)
-
-        def train_dataloader(self) -> Any:
-            return data()
-
-        test_dataloader = train_dataloader
-
-    monkeypatch.chdir(tmp_path)
+def test_first_lines_of_the_readme_run(here: Path) -> None:
+    model = MyModule(width=16)
+    model.head = nn.Linear(16, 16)
     code = block("import lightning").replace("L.Trainer(", "L.Trainer(accelerator='cpu', logger=False, max_epochs=1, ")
-    exec(code, {"model": Module()})
+    exec(code, {"model": model})
