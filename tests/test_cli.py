@@ -35,10 +35,10 @@ def no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["main.py"])  # LightningCLI warns if it finds pytest's
 
 
-def run(tmp_path: Path, *arguments: str) -> LightningCLI:
-    return LightningCLI(
-        CLIModule, args=[*arguments, *QUIET, f"--trainer.default_root_dir={tmp_path}"], save_config_callback=None
-    )
+def run(tmp_path: Path, *arguments: str, cls: type[LightningCLI] = LightningCLI) -> LightningCLI:
+    """LightningCLI with these arguments. Without a command, it runs none."""
+    args = [*arguments, *QUIET, f"--trainer.default_root_dir={tmp_path}"]
+    return cls(CLIModule, args=args, run=not arguments[0].startswith("-"), save_config_callback=None)
 
 
 def callback_of(cli: LightningCLI) -> LoRACallback:
@@ -47,19 +47,17 @@ def callback_of(cli: LightningCLI) -> LoRACallback:
 
 
 OPTIMIZER = [
-    "--optimizer=torch.optim.AdamW",
-    "--optimizer.lr=0.05",
-    "--lr_scheduler=ExponentialLR",
-    "--lr_scheduler.gamma=0.9",
-]
+    "--optimizer=torch.optim.AdamW", "--optimizer.lr=0.05", "--lr_scheduler=ExponentialLR", "--lr_scheduler.gamma=0.9",
+]  # fmt: skip
+
+
+def flags(**arguments: str) -> list[str]:
+    values = [f"--trainer.callbacks.{name}={value}" for name, value in arguments.items()]
+    return [*OPTIMIZER, "--trainer.callbacks+=lightning_lora.LoRACallback", *values]
 
 
 def test_flags(tmp_path: Path) -> None:
-    cli = run(
-        tmp_path, "fit", *OPTIMIZER, "--trainer.callbacks+=lightning_lora.LoRACallback", "--trainer.callbacks.r=2",
-        "--trainer.callbacks.modules_to_save=[head]", "--trainer.callbacks.merge=false",
-        "--trainer.callbacks.rank_pattern={v_proj: 1}",
-    )  # fmt: skip
+    cli = run(tmp_path, "fit", *flags(r="2", modules_to_save="[head]", merge="false", rank_pattern="{v_proj: 1}"))
     assert callback_of(cli).config.rank("v_proj") == 1 and callback_of(cli).merge is False
     assert all(p.any() for name, p in cli.model.named_parameters() if name.endswith("lora_B"))
     assert len(cli.trainer.optimizers[0].param_groups[0]["params"]) == 6
@@ -91,12 +89,7 @@ def test_a_config_and_a_file_of_earlier_versions_load(tmp_path: Path) -> None:
 
 
 def test_cli_built_optimizer_trains_in_two_fits(tmp_path: Path) -> None:
-    cli = LightningCLI(
-        CLIModule, run=False, save_config_callback=None,
-        args=[*OPTIMIZER, *QUIET, f"--trainer.default_root_dir={tmp_path}",
-              "--trainer.callbacks+=lightning_lora.LoRACallback", "--trainer.callbacks.r=2",
-              "--trainer.callbacks.modules_to_save=[head]"],
-    )  # fmt: skip
+    cli = run(tmp_path, *flags(r="2", modules_to_save="[head]"))
     x, outputs = torch.arange(20), []
     for epochs in (1, 2):
         cli.trainer.fit_loop.max_epochs = epochs
@@ -105,12 +98,11 @@ def test_cli_built_optimizer_trains_in_two_fits(tmp_path: Path) -> None:
     assert not torch.equal(outputs[0], CLIModule()(x)) and not torch.equal(outputs[0], outputs[1])
 
 
-@pytest.mark.parametrize("bad", ["r=0", "r=two", "rank=2"])
-def test_bad_flag_is_refused_by_name(tmp_path: Path, bad: str, capsys: Any) -> None:
-    flags = ["--trainer.callbacks+=lightning_lora.LoRACallback", f"--trainer.callbacks.{bad}"]
+@pytest.mark.parametrize("bad", [{"r": "0"}, {"r": "two"}, {"rank": "2"}])
+def test_bad_flag_is_refused_by_name(tmp_path: Path, bad: dict[str, str], capsys: Any) -> None:
     with pytest.raises((SystemExit, ValueError)) as error:
-        run(tmp_path, "fit", *OPTIMIZER, *flags)
-    assert bad.partition("=")[0] in capsys.readouterr().err + str(error.value)
+        run(tmp_path, "fit", *flags(**bad))
+    assert next(iter(bad)) in capsys.readouterr().err + str(error.value)
 
 
 CHOICES = {
@@ -129,7 +121,7 @@ def test_a_mistyped_choice_is_refused_with_the_choices(tmp_path: Path, name: str
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings.get(place)))
     wrong = f"--lora.{name}=bset" if place == "a flag" else f"--config={tmp_path / 'config.yaml'}"
     with pytest.raises(SystemExit):
-        LoRACLI(CLIModule, args=["fit", *OPTIMIZER, *QUIET, wrong], save_config_callback=None)
+        run(tmp_path, "fit", *OPTIMIZER, wrong, cls=LoRACLI)
     said = capsys.readouterr().err.partition("error: ")[2]
     assert name in said and "bset" in said and [choice for choice in CHOICES[name] if choice not in said] == []
 
@@ -160,12 +152,10 @@ class Noted(LoRACallback):
         self.note = note
 
 
-@pytest.mark.parametrize("flags", [["--lora.r=2", "--lora.merge=false"], ["--lora.r", "2", "--lora.note", "mine"]])
-def test_short_flags(tmp_path: Path, flags: list[str]) -> None:
-    arguments = ["fit", *OPTIMIZER, *QUIET, *flags, f"--trainer.default_root_dir={tmp_path}"]
-    cli = LoRACLI(CLIModule, args=arguments, save_config_callback=None)
-    callback = callback_of(cli)
+@pytest.mark.parametrize("short", [["--lora.r=2", "--lora.merge=false"], ["--lora.r", "2", "--lora.note", "mine"]])
+def test_short_flags(tmp_path: Path, short: list[str]) -> None:
+    callback = callback_of(run(tmp_path, "fit", *OPTIMIZER, *short, cls=LoRACLI))
     assert callback.config.r == 2 and callback.config.modules_to_save == ("head",)
     assert (callback.merge, getattr(callback, "note", None)) == (
-        (False, "") if "note" not in flags[-2] else ("last", "mine")
+        (False, "") if "note" not in short[-2] else ("last", "mine")
     )

@@ -30,17 +30,11 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from tests.support.faults import unchanged
-from tests.support.models import TRAINED, WORDS, LitTiny, data, is_plain, same, state
+from tests.support.models import TRAINED, WORDS, LitTiny, data, is_plain, lora, same, state
 from tests.support.ranks import run_ranks
+from tests.support.training import adapted
 
-CONFIG = LoRAConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["head"])
 X = torch.arange(WORDS)
-
-
-def adapted(config: LoRAConfig = CONFIG) -> LitTiny:
-    torch.manual_seed(0)
-    inject_adapters(model := LitTiny(), config)
-    return model
 
 
 def fabric(**kwargs: Any) -> L.Fabric:
@@ -112,20 +106,10 @@ def test_files_of_fabric_are_loaded_onto_an_adapted_model(tmp_path: Path, save: 
     assert same(state(again), state(model))
 
 
-def whole(model: nn.Module) -> dict[str, Any]:
-    return {"model": model.state_dict()}
-
-
-def changed(**values: Any) -> dict[str, Any]:
-    found = whole(adapted())
-    found["model"] |= {name.replace("__", "."): value for name, value in values.items()}
-    return found
-
-
-def without(name: str) -> dict[str, Any]:
-    found = whole(adapted())
-    del found["model"][name]
-    return found
+def whole(model: nn.Module, without: str = "", **changed: Any) -> dict[str, Any]:
+    values = {**model.state_dict(), **{name.replace("__", "."): value for name, value in changed.items()}}
+    values.pop(without, None)
+    return {"model": values}
 
 
 @pytest.mark.parametrize(
@@ -133,13 +117,18 @@ def without(name: str) -> dict[str, Any]:
     [
         (whole(adapted()), LitTiny, AdapterStateError, r"LitTiny has no adapters. Call inject_adapters\(model"),
         (whole(LitTiny()), LitTiny, AdapterFileError, r"6 tensors.*no adapters.*torch.load\(path\)\['model'\]"),
-        (without("q_proj.lora_B"), adapted, AdapterMismatchError, "missing 'q_proj.lora_B'"),
-        (without("head.bias"), adapted, AdapterMismatchError, "missing 'head.bias'"),
-        (changed(other__lora_A=torch.ones(2, 8)), adapted, AdapterMismatchError, "unexpected 'other.lora_A'"),
-        (changed(q_proj__lora_A=torch.ones(3, 8)), adapted, AdapterMismatchError, r"\(3, 8\).*\(2, 8\)"),
-        (changed(q_proj__lora_A=torch.full((2, 8), torch.nan)), adapted, AdapterFileError, "NaN"),
-        (changed(q_proj__weight=torch.ones(8, 8)), adapted, BaseMismatchError, "1 of 4 frozen.*'q_proj.weight'"),
-        (changed(q_proj__lora_A=LoRAConfig), adapted, AdapterFileError, "LoRAConfig.*must be plain tensors"),
+        (whole(adapted(), "q_proj.lora_B"), adapted, AdapterMismatchError, "missing 'q_proj.lora_B'"),
+        (whole(adapted(), "head.bias"), adapted, AdapterMismatchError, "missing 'head.bias'"),
+        (whole(adapted(), other__lora_A=torch.ones(2, 8)), adapted, AdapterMismatchError, "unexpected 'other.lora_A'"),
+        (whole(adapted(), q_proj__lora_A=torch.ones(3, 8)), adapted, AdapterMismatchError, r"\(3, 8\).*\(2, 8\)"),
+        (whole(adapted(), q_proj__lora_A=torch.full((2, 8), torch.nan)), adapted, AdapterFileError, "NaN"),
+        (
+            whole(adapted(), q_proj__weight=torch.ones(8, 8)),
+            adapted,
+            BaseMismatchError,
+            "1 of 4 frozen.*'q_proj.weight'",
+        ),
+        (whole(adapted(), q_proj__lora_A=LoRAConfig), adapted, AdapterFileError, "LoRAConfig.*must be plain tensors"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -151,7 +140,9 @@ def test_what_does_not_fit_is_refused(
 
 
 def test_another_base_is_taken_if_it_is_asked_for(tmp_path: Path) -> None:
-    torch.save(changed(embed__weight=torch.ones(WORDS, 8), head__bias=torch.ones(4)), path := tmp_path / "a.ckpt")
+    torch.save(
+        whole(adapted(), embed__weight=torch.ones(WORDS, 8), head__bias=torch.ones(4)), path := tmp_path / "a.ckpt"
+    )
     load_adapter(model := adapted(), path, check_base=False)
     assert same({"w": model.embed.weight, "b": model.head.bias}, {"w": LitTiny().embed.weight, "b": torch.ones(4)})
 
@@ -182,11 +173,11 @@ def adapt_late() -> None:
     f = fabric(devices=2, strategy="ddp")
     f.launch()
     with pytest.raises(AdapterStateError, match=r"before fabric.setup"):
-        inject_adapters(model := f.setup(LitTiny()), CONFIG)
+        inject_adapters(model := f.setup(LitTiny()), lora().config)
     assert is_plain(model)
     with pytest.raises(AdapterStateError, match="before DistributedDataParallel"):
         inject_adapters(nn.parallel.DistributedDataParallel(LitTiny()), LoRAConfig(r=2))
-    inject_adapters(f.setup(adapted()), CONFIG)  # which has them already
+    inject_adapters(f.setup(adapted()), lora().config)  # which has them already
 
 
 @pytest.mark.processes
