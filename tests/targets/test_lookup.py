@@ -1,5 +1,6 @@
-"""A mistake is named with its nearest names."""
+"""A mistake is named with its nearest names, and with what to write instead."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,54 +8,9 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, TargetError, inject_adapters
-from lightning_lora.layers import LoRALayer
-from tests.support.models import LitTiny, same, state
+from tests.support.faults import unchanged
+from tests.support.models import LitTiny, is_plain
 from tests.support.targets import Table, adapted
-
-MISTAKES: list[tuple[dict[str, Any], str]] = [
-    (
-        {"target_modules": ["q_porj"]},
-        r"target_modules \['q_porj'\] match no module of LitTiny. Nearest names: 'q_proj'",
-    ),
-    ({"target_modules": ["q_proj", "nowhere"]}, r"target_modules \['nowhere'\]"),
-    ({"target_modules": ["xyz"]}, r"Layers that can be adapted end in 'embed', 'q_proj', 'v_proj', 'head'"),
-    ({"target_modules": "q_pr"}, r"Nearest names: 'q_proj'"),
-    ({"exclude_modules": ["haed"]}, r"exclude_modules \['haed'\] .*'head'"),
-    ({"modules_to_save": ["classifier"]}, r"modules_to_save \['classifier'\]"),
-    ({"rank_pattern": {"k_proj": 2}}, r"rank_pattern \['k_proj'\] .*_proj"),
-    ({"alpha_pattern": {"embed": 2.0}}, r"alpha_pattern \['embed'\]"),
-    ({"target_modules": ["embed"], "exclude_modules": ["embed"]}, "select no layer of LitTiny"),
-    ({"target_modules": ["head"], "modules_to_save": ["head"]}, "select no layer of LitTiny"),
-]
-
-
-@pytest.mark.parametrize(("config", "message"), MISTAKES, ids=str)
-def test_mistake_is_named_and_changes_nothing(config: dict[str, Any], message: str) -> None:
-    model = LitTiny()
-    before, flags = state(model), [p.requires_grad for p in model.parameters()]
-    with pytest.raises(TargetError, match=message):
-        adapted(model, **config)
-    assert same(state(model), before) and flags == [p.requires_grad for p in model.parameters()]
-    assert not any(isinstance(module, LoRALayer) for module in model.modules())
-
-
-def test_each_near_name_is_hinted_at_once() -> None:
-    model = nn.ModuleList(nn.ModuleDict({"query": nn.Linear(2, 2)}) for _ in range(2))
-    with pytest.raises(TargetError, match=r"Nearest names: 'query' \(2 of them, such as '0.query'\)\. Correct"):
-        adapted(model, target_modules=["qurey"])
-
-
-HINTS: list[tuple[dict[str, Any], str]] = [
-    ({"target_modules": "conv"}, r"is an expression.*give a list: target_modules=\['conv'\]"),
-    ({}, r'"all" would adapt 2 layers: 1 Conv2d \(.0.conv.\), 1 LSTM \(.0.lstm.\)\. Set target_modules="all"'),
-    ({"target_modules": ["scale"]}, r"'0\.scale' is a parameter: name it in target_parameters"),
-    ({"target_parameters": ["conv"]}, r"match no parameter.*Name parameters, such as '0\.conv\.weight'"),
-    ({"target_modules": ["conv"], "rank_pattern": {"lstm": 1}}, r"\['lstm'\] match layers.*not adapted"),
-    (
-        {"target_modules": ["0"]},
-        r"a Sensor is not supported .*'0.conv', '0.lstm'\), but.* '0\.scale'",
-    ),
-]
 
 
 class Sensor(nn.Module):
@@ -68,54 +24,76 @@ class Sensor(nn.Module):
         return self.lstm(self.conv(x).flatten(2).mT)
 
 
-@pytest.mark.parametrize(("arguments", "words"), HINTS, ids=str)
-def test_refusal_says_what_to_write_instead(arguments: dict[str, Any], words: str) -> None:
-    with pytest.raises(TargetError, match=words):
-        adapted(nn.Sequential(Sensor()), **arguments)
+class Mixed(Table):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.norm, self.proj = nn.Parameter(torch.zeros(5)), nn.LayerNorm(5), nn.Linear(5, 5)
 
 
-def test_an_expression_that_means_no_layer_is_refused_for_what_it_means() -> None:
-    model = nn.ModuleDict({"norm": nn.LayerNorm(4), "body": nn.Linear(4, 4)})
-    with pytest.raises(TargetError, match="'norm': a LayerNorm is not supported"):
-        adapted(model, target_modules="no.*")
+def sensor() -> nn.Module:
+    return nn.Sequential(Sensor())
 
 
-def test_all_is_offered_only_to_those_who_asked_for_all_linear_layers() -> None:
-    model = nn.ModuleDict({"norm": nn.LayerNorm(4), "words": nn.Embedding(4, 4)})
-    with pytest.raises(TargetError, match=r'Embedding \(.words.\)\. Set target_modules="all"'):
-        adapted(model)
-    with pytest.raises(TargetError, match="Correct target_modules") as refusal:
-        adapted(model, target_modules=["words"], exclude_modules=["words"])
-    assert '"all"' not in str(refusal.value)
+def net(**modules: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: nn.ModuleDict(modules)
 
 
-def test_near_names_are_those_of_layers_that_can_be_adapted() -> None:
-    model = nn.ModuleDict({"query_norm": nn.LayerNorm(4), "query_proj": nn.Linear(4, 4)})
-    with pytest.raises(TargetError, match=r"Nearest names: 'query_proj'\. Correct"):
-        adapted(model, target_modules=["query_nrom"])
+QUERIES = nn.ModuleList(nn.ModuleDict({"query": nn.Linear(2, 2)}) for _ in range(2))
+BODY, NORMED = net(body=nn.Linear(4, 4)), net(norm=nn.LayerNorm(4), body=nn.Linear(4, 4))
+WORDS = net(norm=nn.LayerNorm(4), words=nn.Embedding(4, 4))
+MIXED = net(mixed=Mixed())
+QUERY = net(query_norm=nn.LayerNorm(4), query_proj=nn.Linear(4, 4))
+MISTAKES: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
+    (LitTiny, {"target_modules": ["q_porj"]}, r"\['q_porj'\] match no module of LitTiny. Nearest names: 'q_proj'"),
+    (LitTiny, {"target_modules": ["q_proj", "nowhere"]}, r"target_modules \['nowhere'\]"),
+    (LitTiny, {"target_modules": ["xyz"]}, r"that can be adapted end in 'embed', 'q_proj', 'v_proj', 'head'"),
+    (LitTiny, {"target_modules": "q_pr"}, r"Nearest names: 'q_proj'"),
+    (LitTiny, {"exclude_modules": ["haed"]}, r"exclude_modules \['haed'\] .*'head'"),
+    (LitTiny, {"modules_to_save": ["classifier"]}, r"modules_to_save \['classifier'\]"),
+    (LitTiny, {"rank_pattern": {"k_proj": 2}}, r"rank_pattern \['k_proj'\] .*_proj"),
+    (LitTiny, {"alpha_pattern": {"embed": 2.0}}, r"alpha_pattern \['embed'\]"),
+    (LitTiny, {"target_modules": ["embed"], "exclude_modules": ["embed"]}, "select no layer of LitTiny"),
+    (LitTiny, {"target_modules": ["head"], "modules_to_save": ["head"]}, "select no layer of LitTiny"),
+    (sensor, {"target_modules": "conv"}, r"is an expression.*give a list: target_modules=\['conv'\]"),
+    (sensor, {}, r'would adapt 2 layers: 1 Conv2d \(.0.conv.\), 1 LSTM \(.0.lstm.\)\. Set target_modules="all"'),
+    (sensor, {"target_modules": ["scale"]}, r"'0\.scale' is a parameter: name it in target_parameters"),
+    (sensor, {"target_parameters": ["conv"]}, r"match no parameter.*Name parameters, such as '0\.conv\.weight'"),
+    (sensor, {"target_modules": ["conv"], "rank_pattern": {"lstm": 1}}, r"\['lstm'\] match layers.*not adapted"),
+    (sensor, {"target_modules": ["0"]}, r"a Sensor is not supported .*'0.conv', '0.lstm'\), but.* '0\.scale'"),
+    # each near name once, and only if it can be adapted
+    (
+        lambda: QUERIES,
+        {"target_modules": ["qurey"]},
+        r"Nearest names: 'query' \(2 of them, such as '0.query'\)\. Correct",
+    ),
+    (QUERY, {"target_modules": ["query_nrom"]}, r"Nearest names: 'query_proj'\. Correct"),
+    (NORMED, {"target_modules": "no.*"}, "'norm': a LayerNorm is not supported"),
+    # "all" is offered to those who asked for all linear layers
+    (WORDS, {}, r'Embedding \(.words.\)\. Set target_modules="all"'),
+    (
+        WORDS,
+        {"target_modules": ["words"], "exclude_modules": ["words"]},
+        r"^((?!\"all\").)*Correct target_modules((?!\"all\").)*$",
+    ),
+    # words mean something in target_modules alone
+    (BODY, {"target_modules": ["all_linear"]}, "Or did you mean the word 'all-linear'"),
+    (BODY, {"exclude_modules": ["all_linear"]}, r"^((?!the word).)*$"),
+    # only matrices and layers are offered instead of a module
+    (
+        net(mixed=Mixed()),
+        {"target_modules": ["mixed"]},
+        r"inside it are: 'mixed\.proj'\), but .* its 'mixed\.table'\)\.",
+    ),
+]
 
 
-def test_a_word_that_is_misspelt_is_hinted_at_where_words_mean_something() -> None:
-    model = nn.ModuleDict({"body": nn.Linear(4, 4)})
-    with pytest.raises(TargetError, match="Or did you mean the word 'all-linear'"):
-        adapted(model, target_modules=["all_linear"])
-    with pytest.raises(TargetError) as refusal:
-        adapted(model, exclude_modules=["all_linear"])
-    assert "the word" not in str(refusal.value)
-
-
-def test_only_matrices_and_layers_are_offered_instead_of_a_module() -> None:
-    class Mixed(Table):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bias, self.norm, self.proj = nn.Parameter(torch.zeros(5)), nn.LayerNorm(5), nn.Linear(5, 5)
-
-    model = nn.ModuleDict({"mixed": Mixed()})
-    with pytest.raises(
-        TargetError, match=r"inside it are: 'mixed\.proj'\), but target_parameters can adapt its 'mixed\.table'"
-    ) as why:
-        adapted(model, target_modules=["mixed"])
-    assert "mixed.norm" not in str(why.value) and "mixed.bias" not in str(why.value)
+@pytest.mark.parametrize(("build", "config", "message"), MISTAKES, ids=str)
+def test_mistake_is_named_and_changes_nothing(
+    build: Callable[[], nn.Module], config: dict[str, Any], message: str
+) -> None:
+    with unchanged(model := build()), pytest.raises(TargetError, match=message):
+        adapted(model, **config)
+    assert is_plain(model)
 
 
 def test_projection_inside_an_attention_is_named_by_its_attention() -> None:
