@@ -40,7 +40,7 @@ def net(**modules: nn.Module) -> Callable[[], nn.Module]:
 
 QUERIES = nn.ModuleList(nn.ModuleDict({"query": nn.Linear(2, 2)}) for _ in range(2))
 BODY, NORMED = net(body=nn.Linear(4, 4)), net(norm=nn.LayerNorm(4), body=nn.Linear(4, 4))
-WORDS = net(norm=nn.LayerNorm(4), words=nn.Embedding(4, 4))
+WORDS = net(norm=nn.LayerNorm(4), words=nn.Embedding(4, 4), more=nn.Embedding(4, 4))
 MIXED = net(mixed=Mixed())
 QUERY = net(query_norm=nn.LayerNorm(4), query_proj=nn.Linear(4, 4))
 MISTAKES: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
@@ -69,7 +69,7 @@ MISTAKES: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
     (QUERY, {"target_modules": ["query_nrom"]}, r"Nearest names: 'query_proj'\. Correct"),
     (NORMED, {"target_modules": "no.*"}, "'norm': a LayerNorm is not supported"),
     # "all" is offered to those who asked for all linear layers
-    (WORDS, {}, r'Embedding \(.words.\)\. Set target_modules="all"'),
+    (WORDS, {}, r'2 Embedding \(.words. and 1 more\)\. Set target_modules="all"'),
     (
         WORDS,
         {"target_modules": ["words"], "exclude_modules": ["words"]},
@@ -79,11 +79,7 @@ MISTAKES: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
     (BODY, {"target_modules": ["all_linear"]}, "Or did you mean the word 'all-linear'"),
     (BODY, {"exclude_modules": ["all_linear"]}, r"^((?!the word).)*$"),
     # only matrices and layers are offered instead of a module
-    (
-        net(mixed=Mixed()),
-        {"target_modules": ["mixed"]},
-        r"inside it are: 'mixed\.proj'\), but .* its 'mixed\.table'\)\.",
-    ),
+    (MIXED, {"target_modules": ["mixed"]}, r"it are: 'mixed\.proj'\), but .* its 'mixed\.table', 'mixed\.codes'\)"),
 ]
 
 
