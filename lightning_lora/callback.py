@@ -220,7 +220,7 @@ class LoRACallback(Callback):
         if trainer.is_global_zero and wants_summary(trainer):
             table = summarize(pl_module).table(trained_only=True, optimizers=trainer.optimizers)
             fitting_console().print(table)
-        if not _strategy_of(trainer).lora_adapts_late:
+        if not trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -237,7 +237,7 @@ class LoRACallback(Callback):
         they may be worth keeping.
         """
         check_adapted(pl_module)
-        if _strategy_of(trainer).lora_adapts_late:  # a checkpoint was loaded after on_fit_start
+        if trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
         self._stage.phase = Phase.TRAINING
         view = view_of(pl_module)

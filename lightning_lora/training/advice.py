@@ -140,14 +140,17 @@ def log_arguments(trainer: Trainer, pl_module: LightningModule, **others: Any) -
     """
     if not getattr(trainer, "enable_autolog_hparams", True):  # older versions of Lightning have no such option
         return
-    record = view_of(pl_module).record
-    values = {**record.adapter.config.to_dict(), **others}
-    values["alpha"] = record.adapter.config.alpha or record.adapter.config.r
-    if record.fingerprints:
-        values["base"] = f"{_base_number(record.fingerprints[0]):016x}"
+    view = view_of(pl_module)
+    values = {**view.config.to_dict(), **others, "alpha": view.config.alpha or view.config.r}
+    if view.record.fingerprints:
+        form = view.record.fingerprints[0]
+        text = f"{form['layout']} {form['dtypes']} {form['digests']}"
+        values["base"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     named = {f"lora/{name}": _plain(value) for name, value in values.items() if value is not None}
     for logger in trainer.loggers:
-        shown = {**_own(trainer, pl_module), **named} if _shows_first(logger) else named
+        shown = named
+        if any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__):  # in both Lightning packages
+            shown = {**_own(trainer, pl_module), **named}  # it shows only what it gets first
         try:
             logger.log_hyperparams(shown)
         except Exception as error:  # of any library; a record is no reason to end a fit
@@ -164,19 +167,8 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str) else json.dumps(value)
 
 
-def _shows_first(logger: Any) -> bool:
-    """Whether a logger shows only what it gets first, which is ours: Lightning logs the module's own right after."""
-    return any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__)  # in both Lightning packages
-
-
 def _own(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """The hyperparameters that Lightning logs by itself."""
     sources: list[Any] = [pl_module, trainer.datamodule]  # type: ignore[attr-defined]  # set outside the class
     saved = [source.hparams_initial for source in sources if source is not None and source._log_hyperparams]
     return {name: value for each in saved for name, value in each.items() if name != "_class_path"}
-
-
-def _base_number(form: Mapping[str, Any]) -> int:
-    """One number for a fingerprint of a base."""
-    text = f"{form['layout']} {form['dtypes']} {form['digests']}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

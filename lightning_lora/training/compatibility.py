@@ -176,7 +176,8 @@ def _without_frozen_norms(method: Callable[[Any], Any], pl_module: LightningModu
 @contextmanager
 def keeping_adapters(precision: "Precision") -> Iterator[None]:
     """Move adapters to the layers with which ``precision`` replaces theirs, as BitsandbytesPrecision does."""
-    own, known = precision.convert_module, vars(precision).copy()
+    own = precision.convert_module
+    known = {name: value for name, value in vars(precision).items() if name == "convert_module"}
 
     def convert_module(module: Any) -> Any:
         before = View(module).layers
@@ -188,7 +189,5 @@ def keeping_adapters(precision: "Precision") -> Iterator[None]:
     try:
         yield
     finally:
-        if "convert_module" in known:
-            precision.convert_module = own  # type: ignore[method-assign]
-        else:
-            del precision.convert_module
+        del precision.convert_module
+        vars(precision).update(known)

@@ -124,6 +124,9 @@ class LoRADeepSpeedStrategy(LateStrategy):
 
     lora_skipped = ("load_checkpoint", "load_model_state_dict", "save_checkpoint")
 
+    lora_partitions: Sequence[Partition] = ()
+    """What this process trains of each group."""
+
     # Set up
 
     def setup_optimizers(self, trainer: "Trainer") -> None:
@@ -155,7 +158,7 @@ class LoRADeepSpeedStrategy(LateStrategy):
             keep_record(self.lora_module, record)  # for an evaluation, Lightning removes all hooks
         if self.lora_stage.is_fitting:
             (optimizer,) = self.optimizers
-            self.lora_stage.partitions = _partitions_of(optimizer, idle)
+            self.lora_partitions = _partitions_of(optimizer, idle)
 
     def _lora_check_dtypes(self) -> None:
         """Refuse adapters in float32 where DeepSpeed would take all that trains for float32."""
@@ -174,7 +177,7 @@ class LoRADeepSpeedStrategy(LateStrategy):
 
     def on_train_start(self) -> None:
         """Copy what was loaded since the engine was built."""
-        for partition in self.lora_stage.partitions:
+        for partition in self.lora_partitions:
             partition.follow()
         super().on_train_start()
 
@@ -189,7 +192,7 @@ class LoRADeepSpeedStrategy(LateStrategy):
             return
         engine.destroy()
         for optimizer in self.optimizers:
-            for partition, group in zip(self.lora_stage.partitions, optimizer.param_groups, strict=False):
+            for partition, group in zip(self.lora_partitions, optimizer.param_groups, strict=False):
                 group["params"] = partition.parameters  # a module may return the same optimizer in its next fit
 
     # Files
@@ -207,15 +210,15 @@ class LoRADeepSpeedStrategy(LateStrategy):
         """Load the optimizer's state, each process its own part."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             zero: Any = optimizer
-            zero.optimizer.load_state_dict(local_state(self.lora_stage.partitions, state))
-            for partition, values in zip(self.lora_stage.partitions, state.get(_COPIES, ()), strict=False):
+            zero.optimizer.load_state_dict(local_state(self.lora_partitions, state))
+            for partition, values in zip(self.lora_partitions, state.get(_COPIES, ()), strict=False):
                 partition.local.detach().copy_(partition.local_of(values))
             if _SCALE in state and hasattr(zero, "loss_scaler"):
                 vars(zero.loss_scaler).update(state[_SCALE])
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return the state of the optimizer, made full."""
-        partitions, device = self.lora_stage.partitions, self.root_device
+        partitions, device = self.lora_partitions, self.root_device
         state = full_state(partitions, optimizer, device)
         if any(p.dtype != partition.local.dtype for partition in partitions for p in partition.parameters):
             state[_COPIES] = [partition.full(partition.local.detach(), device) for partition in partitions]
@@ -228,13 +231,13 @@ class LoRADeepSpeedStrategy(LateStrategy):
 
     def lora_gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""
-        return CopiedGradients(self.lora_module, self.model, self.lora_stage.partitions)
+        return CopiedGradients(self.lora_module, self.model, self.lora_partitions)
 
 
 class CopiedGradients(Gradients):
     """Watches gradients where the optimizer trains copies of the parameters."""
 
-    def __init__(self, model: nn.Module, wrapped: Any, partitions: list[Partition]) -> None:
+    def __init__(self, model: nn.Module, wrapped: Any, partitions: Sequence[Partition]) -> None:
         super().__init__(model, wrapped, notes=True)
         self.partitions = partitions
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 class LoRAShardedStrategy(LateStrategy):
     """The methods for ModelParallelStrategy."""
 
+    lora_adapts_late = True
     lora_skipped = ("load_checkpoint", "save_checkpoint", "optimizer_state", "load_optimizer_state_dict")
 
     # Set up

@@ -44,7 +44,6 @@ class Stage:
         dropout: Dropout of the adapters.
         resumed: The states of random number generators and loops from a checkpoint.
         averages_gradients: For a sharded module, whether the running backward pass does more than accumulate.
-        partitions: For DeepSpeed, what this process trains of each group.
     """
 
     config: LoRAConfig
@@ -58,7 +57,6 @@ class Stage:
     dropout: Dropout = field(default_factory=Dropout)
     resumed: dict[str, Any] = field(default_factory=dict)
     averages_gradients: bool = True
-    partitions: list[Any] = field(default_factory=list)
 
     @property
     def is_fitting(self) -> bool:

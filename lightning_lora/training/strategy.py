@@ -60,7 +60,7 @@ class LoRAStrategy(Strategy, InPlace):
     """
 
     lora_adapts_late: ClassVar[bool] = False
-    """Whether adapters are added, and files are read, only after ``configure_model``."""
+    """Whether adapters are added only after ``configure_model``, which shards the module."""
 
     lora_skipped: ClassVar[tuple[str, ...]] = ()
     """Methods for which ``super()`` skips the strategy's class, and calls the base class of all strategies."""
@@ -80,7 +80,7 @@ class LoRAStrategy(Strategy, InPlace):
         The next set-up of the copy adds the methods again, also around those that other code has set.
         """
         _, _, state, *_ = super().__reduce_ex__(protocol)
-        kept = {name: value for name, value in state.items() if name not in ("lora_stage", "lora_others")}
+        kept = {name: value for name, value in state.items() if not name.startswith("lora_")}
         return object.__new__, (self.lora_kind,), {**kept, **self.lora_others}
 
     @property
@@ -337,8 +337,6 @@ class LateStrategy(LoRAStrategy):
 
     It has files of its own. Here, it reads and writes one file, as the other strategies do.
     """
-
-    lora_adapts_late = True
 
     def lora_adapt(self, **options: Any) -> None:
         """Adapt the module, and explain errors."""
