@@ -18,7 +18,7 @@ from lightning_lora.layers import (
 )
 from lightning_lora.model.view import View
 from lightning_lora.tensors.inplace import combined
-from lightning_lora.tensors.names import join, own_parameter, submodule
+from lightning_lora.tensors.names import join, own_parameter
 
 ALSO = "also"
 """The option that holds the other names of a layer that is used in several places."""
@@ -108,27 +108,32 @@ def layers_of(view: View) -> list[StoredLayer]:
     uses: dict[int, list[str]] = {}
     for name, p in view.parameters.items():
         uses.setdefault(id(p), []).append(name)
-    return [_describe(view, name, adapter, uses) for name, adapter in adapters.items()]
+    found = []
+    for name, adapter in adapters.items():
+        if isinstance(adapter, LoRALayer):
+            kind, matrices, settings = adapter.overlaid[0], adapter.lora_matrices, adapter.lora_settings
+        else:
+            kind, matrices, settings = adapter.kind, adapter.matrices, adapter.settings
+        layer = described(view, name, cast(type[LoRALayer], kind), matrices, settings.r, float(settings.scaling))
+        for weight in layer.shapes:
+            full_name = join(name, weight)
+            others = tuple(other for other in uses[id(view.parameters[full_name])] if other != full_name)
+            if others:
+                layer.tied[weight] = others
+        found.append(layer)
+    return found
 
 
-def _describe(view: View, name: str, adapter: Adapter | LoRALayer, uses: dict[int, list[str]]) -> StoredLayer:
-    """Describe one layer that has this adapter, or had it before a merge."""
-    layer = submodule(view.model, name)
-    if isinstance(adapter, LoRALayer):
-        mixin, layer_class = adapter.overlaid
-        parts, settings = adapter.lora_matrices, adapter.lora_settings
-    else:
-        mixin, layer_class = adapter.kind, type(layer)
-        parts, settings = adapter.matrices, adapter.settings
-    kind = cast(type[LoRALayer], mixin)
-    shapes, tied = {}, {}
-    for weight in dict.fromkeys(part.weight for part in parts):
-        own = own_parameter(layer, weight)
-        packed = kind.lora_is_quantised(layer)
-        shapes[weight] = (parts[0].writes, parts[0].reads) if packed else tuple(own.shape)
-        others = [other for other in uses[id(own)] if other != join(name, weight)]
-        if others:
-            tied[weight] = tuple(others)
+def described(
+    view: View, name: str, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...], r: int = 1, scaling: float = 1.0
+) -> StoredLayer:
+    """Describe a layer with an adapter that it has, had before a merge, or will get."""
+    layer = view.modules[name]
+    layer_class = layer.overlaid[1] if isinstance(layer, LoRALayer) else type(layer)
+    is_packed, shapes = kind.lora_is_quantised(layer), dict[str, tuple[int, ...]]()
+    for matrix in matrices:
+        own = own_parameter(layer, matrix.weight)
+        shapes[matrix.weight] = (matrix.writes, matrix.reads) if is_packed else tuple(own.shape)
     options = {option: getattr(layer, option) for option in kind.lora_options if hasattr(layer, option)}
     also = [other for other, module in view.modules.items() if module is layer and other != name]
     if also:
@@ -137,11 +142,11 @@ def _describe(view: View, name: str, adapter: Adapter | LoRALayer, uses: dict[in
         name=name,
         layer_class=f"{layer_class.__module__}.{layer_class.__qualname__}",
         kind=kind.__name__,
-        r=settings.r,
-        scaling=float(settings.scaling),
-        matrices=parts,
+        r=r,
+        scaling=scaling,
+        matrices=matrices,
         shapes=shapes,
-        tied=tied,
+        tied={},
         options=options,
         is_additive=cast(type[LoRALayer], combined(kind, layer_class))._lora_is_additive,
     )

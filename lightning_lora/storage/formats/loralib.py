@@ -15,9 +15,9 @@ from lightning_lora.functional.combine import Factors
 from lightning_lora.layers import LoRALayer, adapter_for
 from lightning_lora.layers.kinds import LoRAConv1D, LoRAEmbedding, LoRALinear
 from lightning_lora.model.view import View
-from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of, described, place_of
+from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of, place_of
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.storage.stored_layers import StoredLayer
+from lightning_lora.storage.stored_layers import StoredLayer, described
 from lightning_lora.targets.lookup import Names
 from lightning_lora.targets.slices import sliced
 

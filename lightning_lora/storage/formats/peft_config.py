@@ -99,16 +99,8 @@ def read_config(weights: Any) -> tuple[LoRAConfig, Tokens]:
 
 _MERGE_THERE = "Merge it with PEFT (merge_and_unload), and use the merged model."
 
-_OURS = {
-    "r": "r",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "use_rslora": "use_rslora",
-    "rank_pattern": "rank_pattern",
-    "alpha_pattern": "alpha_pattern",
-    "target_parameters": "target_parameters",
-    "modules_to_save": "modules_to_save",
-}
+_SAME = ("r", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters", "modules_to_save")
+_OURS = {"lora_alpha": "alpha", "lora_dropout": "dropout", **{name: name for name in _SAME}}
 """PEFT's fields that decide what is computed, and ours."""
 
 _INITIALISATIONS = ("pissa", "olora", "true", "false", "none", "gaussian", "orthogonal", "eva", "mica", "lora_ga")

@@ -28,10 +28,10 @@ from lightning_lora.storage.formats.peft_config import (
     read_config,
 )
 from lightning_lora.storage.formats.peft_layers import peft_layer, why_not
-from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of, described, place_of, uses_of
+from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of, place_of, uses_of
 from lightning_lora.storage.names import Renaming
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.storage.stored_layers import StoredLayer
+from lightning_lora.storage.stored_layers import StoredLayer, described
 from lightning_lora.tensors.names import join
 
 Tensors = Mapping[str, Tensor]
@@ -70,12 +70,11 @@ def _read(view: View, tensors: Mapping[str, Any], path: Any) -> StoredAdapters:
 
 def _sorted(tensors: Mapping[str, Any], path: object) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """The tensors of each adapter, by the name of what PEFT wraps, and the others, by their names in the base."""
-    odd = [f"{name!r} ({type(value).__name__})" for name, value in tensors.items() if not isinstance(value, Tensor)]
-    if odd:
-        raise AdapterFileError(f"{path} holds {odd[0]}, which is not a tensor: it is damaged or was changed.")
     adapters, rest, unknown = dict[str, dict[str, Tensor]](), dict[str, Tensor](), list[str]()
     for key, value in tensors.items():
         name = key.removeprefix(PREFIX)
+        if not isinstance(value, Tensor):
+            raise AdapterFileError(f"{path} holds {key!r}, which is not a tensor: it is damaged or was changed.")
         parts = peft_key(name)
         if parts:
             wrapped, what = parts

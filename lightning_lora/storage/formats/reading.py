@@ -15,15 +15,13 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig, Slices
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, LoRAWarning, listed
 from lightning_lora.functional.combine import Factors, with_rank
-from lightning_lora.layers import AdaptedMatrix, LoRALayer
 from lightning_lora.layers.matrices import Role
 from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.base import base_value
 from lightning_lora.storage.names import Renaming, by_whole_names, find_renamings
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.inplace import combined
-from lightning_lora.tensors.names import join, own_parameter, starts_of
+from lightning_lora.tensors.names import join, starts_of
 from lightning_lora.tensors.values import same_bits
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -62,17 +60,6 @@ class Update:
         if self.magnitude is not None:
             found[self.layer.matrices[0].parameter(Role.MAGNITUDE)] = self.magnitude.flatten()
         return {join(self.layer.name, name): value.contiguous() for name, value in found.items()}
-
-
-def described(view: View, name: str, kind: type[LoRALayer], matrices: Iterable[AdaptedMatrix]) -> StoredLayer:
-    """Describe a layer of a model with an adapter that it need not have yet."""
-    layer, matrices = view.modules[name], tuple(matrices)
-    layer_class = layer.overlaid[1] if isinstance(layer, LoRALayer) else type(layer)
-    shapes = {matrix.weight: tuple(own_parameter(layer, matrix.weight).shape) for matrix in matrices}
-    options = {option: getattr(layer, option) for option in kind.lora_options if hasattr(layer, option)}
-    is_additive = combined(kind, layer_class)._lora_is_additive  # type: ignore[attr-defined]  # a LoRALayer
-    title = f"{layer_class.__module__}.{layer_class.__qualname__}"
-    return StoredLayer(name, title, kind.__name__, 1, 1.0, matrices, shapes, {}, options, is_additive)
 
 
 # Names

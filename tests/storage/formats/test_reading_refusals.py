@@ -175,6 +175,11 @@ def only(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return lambda: nn.ModuleDict({"linear": make()})
 
 
+def used_twice() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    return nn.Sequential(layer, layer)
+
+
 ROWS: dict[str, Any] = {"trainable_token_indices": {"embed": [1, 2]}}
 BOTH: dict[str, Any] = {"target_modules": [], "target_parameters": ["experts.up", "experts.down"]}
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any], str]] = {
@@ -184,6 +189,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any],
     "groups": (Images, {"target_modules": ["grouped"]}, {}, "groups=2.*reads the channels of all groups"),
     "never called": (Attending, {"target_modules": ["out_proj"]}, {}, "its nn.MultiheadAttention never calls"),
     "not named": (Expert, BOTH, {"target_parameters": ["experts.up"]}, r"2 updates of 'experts'.*name \['up'\]"),
+    "a layer that is used twice": (used_twice, {"target_modules": ["0"]}, {}, "'0'.*the layer is used as '1' too"),
     "a tied head": (Tied, {"modules_to_save": ["head"]}, {}, "'head.weight', which is tied to 'embed.weight'"),
     "rows out of range": (Tied, ROWS, {"trainable_token_indices": {"embed": [1, 99]}}, "2 rows of 'embed'"),
     "other rows": (Tied, ROWS, {"trainable_token_indices": {"embed": [1, 2, 3]}}, "configuration names 3"),
