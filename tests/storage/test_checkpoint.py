@@ -19,6 +19,7 @@ from lightning_lora import (
 )
 from tests.support.cases import At, StopError, held, stop, tensors
 from tests.support.models import TRAINED, WORDS, LitTiny, best, data, is_plain, lora, state, trainer
+from tests.support.storage import fitted
 
 
 def test_every_file_is_adapter_only_and_loads_safely(tmp_path: Path) -> None:
@@ -80,10 +81,7 @@ class Big(LitTiny):
 
 
 def test_a_checkpoint_is_adapters_and_their_optimizer_state_and_little_more(tmp_path: Path) -> None:
-    model = Big()
-    t = trainer(tmp_path, [LoRACallback(r=8, target_modules=["q_proj", "v_proj"])], max_epochs=1)
-    t.fit(model, data())
-    t.save_checkpoint(tmp_path / "after.ckpt")
+    model = fitted(tmp_path / "after.ckpt", Big(), LoRACallback(r=8, target_modules=["q_proj", "v_proj"]))
     adapters = sum(value.nbytes for value in adapter_state_dict(model).values())
     assert adapters == 4 * 2 * 8 * 2 * 512  # fp32, two layers, r, in + out
     assert (tmp_path / "after.ckpt").stat().st_size < 3 * adapters + 16_000
@@ -167,9 +165,7 @@ def test_files_written_on_a_base_that_a_file_gave_belong_to_that_base(tmp_path: 
 
 
 def test_full_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    t = trainer(tmp_path, max_epochs=1)
-    t.fit(LitTiny(width=6), data())
-    t.save_checkpoint(tmp_path / "full.ckpt")
+    fitted(tmp_path / "full.ckpt", LitTiny(width=6), plain=True)
     with pytest.raises(BaseMismatchError, match=r"another shape 'embed.weight'"):
         trainer(tmp_path, [lora()]).fit(LitTiny(), data(), ckpt_path=tmp_path / "full.ckpt")
 

@@ -29,7 +29,7 @@ from lightning_lora import (
 from lightning_lora.storage.formats import own as own_format
 from tests.support.cases import held
 from tests.support.models import TRAINED, LitTiny, data, is_plain, lora, randomise, same, state, trainer
-from tests.support.storage import CONFIG, refused, trained
+from tests.support.storage import CONFIG, fitted, refused, trained
 
 X = torch.arange(20)
 
@@ -271,9 +271,7 @@ def test_values_are_stored_however_they_lie_in_memory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("merge", [True, False])
 def test_a_checkpoint_loads_to_where_it_is_asked_to(tmp_path: Path, merge: bool) -> None:
-    t = trainer(tmp_path, [lora()], max_epochs=1, enable_checkpointing=False)
-    t.fit(LitTiny(), data())
-    t.save_checkpoint(tmp_path / "a.ckpt")
+    fitted(tmp_path / "a.ckpt", LitTiny(), lora())
     for place in ("meta", torch.device("meta")):  # a device that every machine has
         model = load_from_checkpoint(LitTiny, tmp_path / "a.ckpt", merge=merge, map_location=place)
         assert {p.device.type for p in model.parameters()} == {"meta"}
@@ -295,10 +293,7 @@ def test_a_merge_that_rounds_much_away_is_told_while_it_is_loaded(tmp_path: Path
 
 
 def test_load_from_checkpoint_needs_no_trainer(tmp_path: Path) -> None:
-    model = LitTiny(lr=0.01)
-    t = trainer(tmp_path, [lora(merge=False)])
-    t.fit(model, data())
-    t.save_checkpoint(tmp_path / "lora.ckpt")
+    model = fitted(tmp_path / "lora.ckpt", LitTiny(lr=0.01))
     adapted = load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt")
     assert torch.equal(adapted(X), model(X)) and adapted.hparams["lr"] == 0.01
     merged = load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt", merge=True, lr=0.2)
@@ -308,22 +303,8 @@ def test_load_from_checkpoint_needs_no_trainer(tmp_path: Path) -> None:
         load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt", width=6)
 
 
-def test_adapter_file_and_checkpoint_hold_the_same(tmp_path: Path, checkpoint: Path) -> None:
-    model = LitTiny()
-    load_adapter(model, checkpoint)
-    save_adapter(model, tmp_path / "lora.safetensors")
-    t = trainer(tmp_path, [lora(merge=False)])
-    again = LitTiny()
-    load_adapter(again, tmp_path / "lora.safetensors")
-    t.validate(again, data(), verbose=False)
-    assert same(state(again), state(model))
-
-
 def test_float64_adapters_are_not_rounded_into_a_float32_model(tmp_path: Path) -> None:
-    model = LitTiny()
-    t = trainer(tmp_path, [lora(merge=False)], precision="64-true")
-    t.fit(model, data())
-    t.save_checkpoint(tmp_path / "double.ckpt")
+    fitted(tmp_path / "double.ckpt", LitTiny(), precision="64-true")
     narrow = LitTiny()
     before = state(narrow)
     with pytest.raises(AdapterMismatchError, match=r"float64.*model.to\(torch.float64\)"):

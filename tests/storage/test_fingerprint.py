@@ -18,13 +18,12 @@ from lightning_lora import (
     inject_adapters,
     load_adapter,
     load_from_checkpoint,
-    merge_adapters,
     remove_adapters,
     save_adapter,
     unmerge_adapters,
 )
 from tests.support.models import LitTiny, best, data, lora, needs_averaging, same, state, trainer
-from tests.support.storage import refused, trained
+from tests.support.storage import fitted, refused, trained
 
 
 def test_adapters_need_their_own_base(file: Path) -> None:
@@ -45,15 +44,6 @@ def test_adapters_need_their_own_base(file: Path) -> None:
         load_adapter(model, file)
 
 
-def test_a_merged_model_is_another_base(file: Path) -> None:
-    model = LitTiny()
-    load_adapter(model, file)
-    merge_adapters(model)
-    remove_adapters(model)
-    with refused(model, BaseMismatchError, "merged"):
-        load_adapter(model, file)
-
-
 def test_file_says_the_base_that_lies_under_the_adapters_now(tmp_path: Path) -> None:
     model, other = trained(), LitTiny()
     with torch.no_grad():
@@ -67,17 +57,9 @@ def test_file_says_the_base_that_lies_under_the_adapters_now(tmp_path: Path) -> 
         load_adapter(LitTiny(), tmp_path / "after.safetensors")
 
 
-def fitted(folder: Path, name: str = "a", merge: Any = False) -> tuple[LitTiny, Path]:
-    """A model after a fit, and the file of its adapters."""
-    model, t = LitTiny(), trainer(folder, [lora(merge=merge)], max_epochs=1, enable_checkpointing=False)
-    t.fit(model, data())
-    t.save_checkpoint(folder / f"{name}.ckpt")
-    return model, folder / f"{name}.ckpt"
-
-
 @pytest.mark.parametrize("merge", ["last", False])
 def test_a_frozen_weight_that_changed_after_a_fit_makes_another_base(tmp_path: Path, merge: Any) -> None:
-    model, file = fitted(tmp_path, merge=merge)
+    model = fitted(file := tmp_path / "a.ckpt", LitTiny(), lora(merge=merge))
     load_adapter(model, file)
     with torch.no_grad():
         model.embed.weight[0, 0] += 1
@@ -88,7 +70,7 @@ def test_a_frozen_weight_that_changed_after_a_fit_makes_another_base(tmp_path: P
 
 
 def test_a_base_that_is_changed_back_is_the_base_again(tmp_path: Path) -> None:
-    model, file = fitted(tmp_path)
+    model = fitted(file := tmp_path / "a.ckpt")
     trained = state(model)
     with torch.no_grad():
         model.embed.weight.neg_()
@@ -104,7 +86,7 @@ X = torch.arange(20)
 
 
 def test_a_full_checkpoint_that_became_the_base_refuses_adapters_of_the_old_one(tmp_path: Path) -> None:
-    model, file = fitted(tmp_path)
+    model = fitted(file := tmp_path / "a.ckpt")
     other, plain = LitTiny(), trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
     plain.fit(other, data())
     plain.save_checkpoint(tmp_path / "full.ckpt")
@@ -117,7 +99,7 @@ def test_a_full_checkpoint_that_became_the_base_refuses_adapters_of_the_old_one(
 
 
 def test_a_model_that_was_loaded_merged_remembers_nothing(tmp_path: Path) -> None:
-    adapted, file = fitted(tmp_path)
+    adapted = fitted(file := tmp_path / "a.ckpt")
     merged = load_from_checkpoint(LitTiny, file, merge=True)
     torch.testing.assert_close(merged(X), adapted(X))
     for verb in (unmerge_adapters, remove_adapters):
@@ -198,9 +180,7 @@ def test_a_model_that_was_converted_after_its_fit_stores_the_base_it_is_now(tmp_
 
 def test_the_form_that_a_trainer_converted_is_the_one_that_is_compared(tmp_path: Path) -> None:
     """A file of a half precision run knows its base in two dtypes; the error is about the one that is here."""
-    model, t = LitTiny(), trainer(tmp_path, [lora(merge=False)], max_epochs=1, precision="bf16-true")
-    t.fit(model, data())
-    t.save_checkpoint(tmp_path / "half.ckpt")
+    fitted(tmp_path / "half.ckpt", LitTiny(), precision="bf16-true")
     other = LitTiny().bfloat16()
     with torch.no_grad():
         other.embed.weight.neg_()

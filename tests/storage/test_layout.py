@@ -24,7 +24,8 @@ from lightning_lora.storage.base import forms_of_base
 from lightning_lora.storage.stored import KEY, StoredAdapters, _checksum
 from lightning_lora.storage.stored_layers import StoredLayer, layers_of
 from tests.support.cases import Three, three
-from tests.support.models import LitTiny, TinyLM, data, lora, randomise, same, state, trainer, unties
+from tests.support.models import LitTiny, TinyLM, randomise, same, state, unties
+from tests.support.storage import fitted
 
 
 class Every(nn.Module):
@@ -98,18 +99,8 @@ def test_a_merged_model_is_described_alike() -> None:
     assert now == before
 
 
-def test_descriptions_survive_plain_types() -> None:
-    for layer in described(every()).values():
-        read = StoredLayer.from_dict(json.loads(json.dumps(layer.to_dict())))
-        options = {name: list(value) if isinstance(value, tuple) else value for name, value in layer.options.items()}
-        assert read.options == options and read.to_dict() == layer.to_dict()
-
-
 def test_both_kinds_of_files_hold_the_descriptions(tmp_path: Path) -> None:
-    model = LitTiny()
-    t = trainer(tmp_path, [lora(merge=False)], max_steps=1)
-    t.fit(model, data())
-    t.save_checkpoint(tmp_path / "a.ckpt")
+    model = fitted(tmp_path / "a.ckpt", LitTiny(), max_steps=1)
     save_adapter(model, tmp_path / "a.safetensors")
     in_checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)[KEY]
     with safe_open(tmp_path / "a.safetensors", "pt") as file:

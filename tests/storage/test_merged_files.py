@@ -120,18 +120,15 @@ def test_tensors_of_every_kind_of_layer_are_those_of_a_merge(tmp_path: Path, opt
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode  # others may read it
 
 
-def test_norms_and_buffers_are_included_as_they_are(tmp_path: Path) -> None:
+def with_norms() -> nn.Module:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.LSTM(4, 4))
     model.register_buffer("mine", torch.ones(3))
-    inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
-    randomise(model)
-    save_merged(model, tmp_path / "a.safetensors")
-    assert same(stored(tmp_path / "a.safetensors", model), merged(model))
+    return model
 
 
-def test_half_precision_is_rounded_once(tmp_path: Path) -> None:
-    model = LitTiny().bfloat16()
-    inject_adapters(model, LoRAConfig(r=2))
+@pytest.mark.parametrize("build", [with_norms, lambda: LitTiny().bfloat16()], ids=["norms", "half precision"])
+def test_norms_are_as_they_are_and_half_precision_is_rounded_once(tmp_path: Path, build: Any) -> None:
+    inject_adapters(model := build(), LoRAConfig(r=2, target_modules="all"))
     randomise(model, scale=1.0)
     save_merged(model, tmp_path / "a.safetensors")
     assert same(stored(tmp_path / "a.safetensors", model), merged(model))

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from lightning_lora import AdapterFileError, load_adapter, load_from_checkpoint, merge_adapters
 from lightning_lora.cli.main import main
-from lightning_lora.storage.disk import Unread, load_plain, unread_in
+from lightning_lora.storage.disk import load_plain
 from tests.support.faults import frugal, laughs, unchanged
 from tests.support.models import LitTiny, best, data, lora, same, state, trainer
+from tests.support.storage import fitted
 
 
 class Mode(enum.Enum):
@@ -61,21 +62,13 @@ HELD: dict[str, Any] = {
 }
 
 
-def fitted(folder: Path, model: LitTiny, **kwargs: Any) -> Path:
-    """The file of a run."""
-    t = trainer(folder, [lora(merge=False)], max_epochs=1, enable_checkpointing=False, **kwargs)
-    t.fit(model, data(), data())
-    t.save_checkpoint(folder / "a.ckpt")
-    return folder / "a.ckpt"
-
-
 nets = pytest.mark.filterwarnings("ignore:.*is an instance of `nn.Module`:UserWarning")
 
 
 @nets
 @pytest.mark.parametrize("kind", HELD)
 def test_adapters_beside_a_hyperparameter_of_any_kind_are_read(tmp_path: Path, kind: str) -> None:
-    path = fitted(tmp_path, model := Holds(given=HELD[kind]))
+    fitted(path := tmp_path / "a.ckpt", model := Holds(given=HELD[kind]))
     again = Holds(given=HELD[kind])
     load_adapter(again, path)
     assert same(state(again), state(model))
@@ -85,7 +78,7 @@ def test_the_classes_need_not_be_there(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "made_up.py").write_text("class Plan:\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     plan = __import__("made_up").Plan()
-    path = fitted(tmp_path, model := Holds(plan=plan))
+    fitted(path := tmp_path / "a.ckpt", model := Holds(plan=plan))
     (tmp_path / "made_up.py").unlink()
     del sys.modules["made_up"]
     load_adapter(again := LitTiny(), path)
@@ -93,7 +86,8 @@ def test_the_classes_need_not_be_there(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_base_beside_objects_of_classes_is_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, base = fitted(tmp_path, Holds(given=Settings)), tmp_path / "base.ckpt"
+    path, base = tmp_path / "a.ckpt", tmp_path / "base.ckpt"
+    fitted(path, Holds(given=Settings))
     torch.save({"state_dict": LitTiny().state_dict(), "hyper_parameters": {"given": Settings}}, base)
     assert main(["merge", str(base), str(path), str(tmp_path / "merged.ckpt")]) == 1
     assert "would be lost" in capsys.readouterr().err and not (tmp_path / "merged.ckpt").exists()
@@ -106,7 +100,8 @@ def test_a_base_beside_objects_of_classes_is_merged(tmp_path: Path, capsys: pyte
 
 @pytest.mark.parametrize("command", ["inspect", "compare", "merge", "combine", "export"])
 def test_the_console_reads_them_too(tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    path = str(fitted(tmp_path, Holds(given=Settings)))
+    fitted(tmp_path / "a.ckpt", Holds(given=Settings))
+    path = str(tmp_path / "a.ckpt")
     torch.save(LitTiny().state_dict(), tmp_path / "base.ckpt")
     out = tmp_path / "out.safetensors"
     arguments = {
@@ -135,7 +130,7 @@ def test_the_best_file_of_a_run_is_merged(tmp_path: Path, recwarn: pytest.Warnin
 
 
 def test_what_needs_the_classes_names_them_and_the_argument(tmp_path: Path) -> None:
-    path = fitted(tmp_path, model := Holds(given=Settings))
+    fitted(path := tmp_path / "a.ckpt", model := Holds(given=Settings))
     with pytest.raises(AdapterFileError, match=r"such as 'tests.*.Settings': .*load_from_checkpoint"):
         load_from_checkpoint(Holds, path)
     assert same(state(load_from_checkpoint(Holds, path, weights_only=False)), state(model))
@@ -243,12 +238,3 @@ def test_tensors_are_read_as_torch_reads_them(tmp_path: Path) -> None:
         if name != "again":
             assert torch.equal(value, expected[name]) and value.stride() == expected[name].stride()
     assert read["rows"].untyped_storage().data_ptr() == read["same"].untyped_storage().data_ptr()
-
-
-@pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse|quantize)")
-def test_what_is_not_plain_is_named(tmp_path: Path) -> None:
-    odd = [{1}, b"a", torch.eye(2).to_sparse(), torch.ones(1, device="meta"), Settings, Mode.FAST]
-    torch.save(odd, path := tmp_path / "a.pt")
-    read = load_plain(path)
-    assert all(isinstance(value, Unread) or issubclass(value, Unread) for value in read)
-    assert set(unread_in(read)) >= {"__builtin__.set", "_codecs.encode", f"{__name__}.Settings", f"{__name__}.Mode"}

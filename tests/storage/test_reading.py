@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_lora import AdapterFileError, load_adapter
 from tests.support.faults import WAYS, frugal, refused, unchanged
 from tests.support.models import LitTiny, data, lora, trainer
+from tests.support.storage import fitted
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits what a process may write"),
@@ -117,9 +118,7 @@ def test_bare_pickle_is_refused_before_it_is_unpickled(tmp_path: Path, bomb: byt
 
 
 def test_file_in_the_old_format_of_torch_is_read_if_it_is_trusted(tmp_path: Path) -> None:
-    plain = trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
-    plain.fit(LitTiny(), data())
-    plain.save_checkpoint(path := tmp_path / "full.ckpt")
+    fitted(path := tmp_path / "full.ckpt", LitTiny(), plain=True)
     torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
     with pytest.raises(AdapterFileError, match=r"write it again: torch.save\(torch.load"):
         trainer(tmp_path, [lora()], max_epochs=1).fit(LitTiny(), data(), ckpt_path=path)
@@ -129,9 +128,7 @@ def test_file_in_the_old_format_of_torch_is_read_if_it_is_trusted(tmp_path: Path
 
 def test_record_that_claims_to_be_a_folder_is_refused(tmp_path: Path) -> None:
     """Torch reads nothing of it, and gives memory as it happens to be."""
-    plain = trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
-    plain.fit(LitTiny(), data())
-    plain.save_checkpoint(path := tmp_path / "full.ckpt")
+    fitted(path := tmp_path / "full.ckpt", LitTiny(), plain=True)
     whole = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         names, start = [record.filename for record in archive.infolist()], archive.start_dir

@@ -16,6 +16,7 @@ from lightning_lora.storage.stored import StoredAdapters, _checksum
 from tests.support.cases import held
 from tests.support.faults import adapted, unchanged
 from tests.support.models import LitTiny, best, data, lora, trainer
+from tests.support.storage import fitted
 
 
 class Scheduled(LitTiny):
@@ -126,9 +127,7 @@ def test_a_file_of_an_earlier_version_resumes(written: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("version", ["x", None, 3, "", "0.9"])
 def test_a_full_checkpoint_of_any_version_is_a_base_or_refused(tmp_path: Path, version: Any) -> None:
-    plain = trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
-    plain.fit(LitTiny(), data())
-    plain.save_checkpoint(tmp_path / "full.ckpt")
+    fitted(tmp_path / "full.ckpt", LitTiny(), plain=True)
     checkpoint = torch.load(tmp_path / "full.ckpt", weights_only=True) | {"pytorch-lightning_version": version}
     torch.save(checkpoint, tmp_path / "full.ckpt")
     t, model = trainer(tmp_path, [lora()], max_epochs=1), LitTiny()
@@ -154,9 +153,7 @@ def test_a_diverged_optimizer_is_refused_by_fit_and_not_read_by_test(tmp_path: P
 
 
 def test_weights_alone_are_not_resumed(tmp_path: Path) -> None:
-    t = trainer(tmp_path, [lora()], max_epochs=1)
-    t.fit(LitTiny(), data())
-    t.save_checkpoint(tmp_path / "light.ckpt", weights_only=True)
+    fitted(tmp_path / "light.ckpt", LitTiny(), lora(), weights_only=True)
     model = LitTiny()
     with unchanged(model), pytest.raises(AdapterFileError, match="save_weights_only=True"):
         trainer(tmp_path, [lora()], max_epochs=2).fit(model, data(), ckpt_path=tmp_path / "light.ckpt")

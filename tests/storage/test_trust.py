@@ -14,8 +14,9 @@ import pytest
 import torch
 from lightning.pytorch.strategies import Strategy
 
-from lightning_lora import AdapterFileError, LoRAError, load_adapter, load_from_checkpoint, save_adapter
-from tests.support.models import WORDS, LitTiny, data, lora, same, state, trainer
+from lightning_lora import AdapterFileError, load_adapter, load_from_checkpoint, save_adapter
+from tests.support.models import WORDS, LitTiny, data, lora, trainer
+from tests.support.storage import fitted
 
 FORCE, TRUST = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
@@ -31,9 +32,7 @@ class TakesAPath(LitTiny):
 @pytest.fixture
 def half(tmp_path: Path) -> Path:
     """A run's file with a hyperparameter that is no plain type, after one epoch."""
-    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
-    t.fit(TakesAPath(tmp_path), data())
-    t.save_checkpoint(tmp_path / "half.ckpt")
+    fitted(tmp_path / "half.ckpt", TakesAPath(tmp_path))
     return tmp_path / "half.ckpt"
 
 
@@ -103,9 +102,7 @@ def test_reading_leaves_the_environment_as_it_was(
 
 
 def test_no_load_changes_the_environment_of_other_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
-    t.fit(LitTiny(), data())
-    t.save_checkpoint(path := tmp_path / "a.ckpt")
+    fitted(path := tmp_path / "a.ckpt")
     own, seen = torch.load, list[Any]()
 
     def watching(*args: Any, **kwargs: Any) -> Any:
@@ -120,9 +117,7 @@ def test_no_load_changes_the_environment_of_other_threads(tmp_path: Path, monkey
 
 def test_code_does_not_run_where_lightning_cannot_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before 2.6, Lightning's strategies take no word of trust, and read files of any types."""
-    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
-    t.fit(LitTiny(), data())
-    t.save_checkpoint(path := tmp_path / "a.ckpt")
+    fitted(path := tmp_path / "a.ckpt")
 
     def load_checkpoint(self: Any, checkpoint_path: Any) -> Any:
         return torch.load(checkpoint_path, weights_only=False)
@@ -173,9 +168,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_code_in_a_file_of_the_web_does_not_run(tmp_path: Path, served: str) -> None:
-    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
-    t.fit(LitTiny(), data())
-    t.save_checkpoint(tmp_path / "served" / "good.ckpt")
+    fitted(tmp_path / "served" / "good.ckpt")
     again = trainer(tmp_path, [lora(merge=False)], max_epochs=2)
     again.fit(LitTiny(), data(), ckpt_path=f"{served}/good.ckpt")
     assert again.global_step == 8
@@ -186,71 +179,11 @@ def test_code_in_a_file_of_the_web_does_not_run(tmp_path: Path, served: str) -> 
     assert not (tmp_path / "ran").exists()
 
 
-class Placed(LitTiny):
-    """It has a hyperparameter that is of no plain type."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-
-
-def test_a_hyperparameter_of_any_type_is_loaded_from_a_file_that_is_trusted(tmp_path: Path) -> None:
-    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1, enable_checkpointing=False)
-    t.fit(model := Placed(tmp_path), data())
-    t.save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(AdapterFileError, match="weights_only=False"):
-        load_from_checkpoint(Placed, tmp_path / "a.ckpt")
-    again = load_from_checkpoint(Placed, tmp_path / "a.ckpt", weights_only=False)
-    assert again.hparams["folder"] == tmp_path and same(state(again), state(model))
-
-
-@pytest.mark.parametrize("before", [None, "0", "1"])
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_load_leaves_the_environment_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None, fails: bool
-) -> None:
-    t = trainer(tmp_path, [lora()], max_epochs=1, enable_checkpointing=False)
-    t.fit(LitTiny(), data())
-    t.save_checkpoint(tmp_path / "a.ckpt")
-    if fails:
-        (tmp_path / "a.ckpt").write_bytes(b"no checkpoint")
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    monkeypatch.delenv(name, raising=False)
-    if before is not None:
-        monkeypatch.setenv(name, before)
-    for load in (
-        lambda: load_adapter(LitTiny(), tmp_path / "a.ckpt"),
-        lambda: trainer(tmp_path, [lora()]).validate(LitTiny(), data(), ckpt_path=tmp_path / "a.ckpt", verbose=False),
-    ):
-        try:
-            load()
-        except LoRAError:
-            assert fails
-        else:
-            assert not fails
-        assert os.environ.get(name) == before
-
-
-@pytest.mark.filterwarnings("ignore:Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD:UserWarning")
-def test_a_user_who_trusts_all_files_can_load_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    t = trainer(tmp_path, [lora()], max_epochs=1, enable_checkpointing=False)
-    t.fit(model := LitTiny(), data())
-    t.save_checkpoint(tmp_path / "a.ckpt")
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    tested = [
-        trainer(tmp_path, callbacks).validate(module, data(), verbose=False, ckpt_path=path)
-        for callbacks, module, path in (([], model, None), ([lora()], LitTiny(), tmp_path / "a.ckpt"))
-    ]
-    assert tested[0][0]["val_loss"] == pytest.approx(tested[1][0]["val_loss"])
-
-
 X = torch.arange(WORDS)
 
 
 def test_load_from_checkpoint_of_other_files_says_what_to_do(tmp_path: Path) -> None:
-    model, t = TakesAPath(tmp_path), trainer(tmp_path, [lora(merge=False)])
-    t.fit(model, data())
-    t.save_checkpoint(tmp_path / "lora.ckpt")
+    model = fitted(tmp_path / "lora.ckpt", TakesAPath(tmp_path))
     with pytest.raises(AdapterFileError, match="weights_only=False"):
         load_from_checkpoint(TakesAPath, tmp_path / "lora.ckpt")
     again = load_from_checkpoint(TakesAPath, tmp_path / "lora.ckpt", weights_only=False, strict=True)

@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject_adapters
 from tests.support.faults import unchanged
-from tests.support.models import LitTiny, randomise
+from tests.support.models import LitTiny, data, lora, randomise, trainer
 
 CONFIG = LoRAConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj"], modules_to_save=["head"], bias="lora_only")
 
@@ -30,3 +33,19 @@ def refused(model: nn.Module, error: type[Exception], match: str) -> Iterator[No
     """Expect an error, and the model exactly as it was."""
     with unchanged(model), pytest.raises(error, match=match):
         yield
+
+
+def fitted(
+    file: Path,
+    model: Any = None,
+    *callbacks: L.Callback,
+    plain: bool = False,
+    weights_only: bool = False,
+    **options: Any,
+) -> Any:
+    """A model after a fit, whose Trainer wrote a file: with adapters, unless it is ``plain``."""
+    model, used = model or LitTiny(), [] if plain else list(callbacks) or [lora(merge=False)]
+    t = trainer(file.parent, used, **{"max_epochs": 1, "enable_checkpointing": False} | options)
+    t.fit(model, data())
+    t.save_checkpoint(file, weights_only=weights_only)
+    return model
