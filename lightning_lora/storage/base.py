@@ -26,8 +26,10 @@ from lightning_lora.tensors.names import join
 def fingerprint(view: View, *, anew: bool = True, renaming: Renaming | None = None) -> dict[str, Any]:
     """Return the fingerprint of an adapted model's base, in plain types.
 
-    It costs one pass over the weights. Collective for a model that is spread over processes: the result is that of the
-    whole model.
+    It has ``layout``, a hash of the names and shapes (the names that ``renaming`` has in a file); ``dtypes``; and
+    ``digests``, one number for each tensor in order, which is 0 on the meta device. It costs one pass over the weights,
+    unless ``anew`` is False: then a weight is read again only if a quick look shows a change. Collective for a model
+    that is spread over processes: the result is that of the whole model.
     """
     tensors = base_tensors(view)
     once = {id(tensor): name for name, tensor in reversed(tensors.items())}  # tied weights are hashed once
@@ -114,7 +116,9 @@ def forms_of_base(view: View) -> list[dict[str, Any]]:
 def with_halves(view: View, forms: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Add the base's digests in half precision to its fingerprints, so that a converted base is recognised.
 
-    The first call costs a pass over the weights. Later calls look the digests up.
+    Their entry ``rounded`` has a list for each tensor, by name in order: the digests in bfloat16 and float16. It is
+    empty for integers, and for values from before a change that are no longer known; and None for quantised values. The
+    first call costs a pass over the weights. Later calls look the digests up.
     """
     tensors, packed = base_tensors(view), _quantised_names(view)
     layout, dtypes = _layout(tensors, Renaming()), _dtypes(tensors)
@@ -170,7 +174,6 @@ class BaseTensor:
         exact: The digest of its bits.
         halves: Returns its digests in bfloat16 and float16.
         is_packed: Whether it is quantised.
-        is_lost: Whether the values with this digest are no longer there.
     """
 
     name: str
@@ -179,7 +182,6 @@ class BaseTensor:
     exact: int
     halves: Callable[[], Sequence[int]]
     is_packed: bool = False
-    is_lost: bool = False
 
     @classmethod
     def of_file(cls, name: str, title: str, tensor: Tensor) -> "BaseTensor":
@@ -243,7 +245,7 @@ def _is_converted(here: BaseTensor, there: int, halves: Sequence[int], dtypes: I
     if any(dtype in HALVES for dtype in others) and there in here.halves():
         return True
     wider = [dtype for dtype in others if dtype not in HALVES]
-    return not here.is_lost and there in digests_as(tensor, wider)
+    return there in digests_as(tensor, wider)
 
 
 def check_base(
@@ -305,8 +307,7 @@ def _compare(
     for (name, tensor), exact in zip(tensors.items(), here["digests"], strict=True):
         if name not in random:
             known = partial(_halves_of, view, name, tensor, exact)
-            lost = _is_lost(view, name, exact)
-            compared.append(BaseTensor(names[name], name, tensor, exact, known, name in packed, lost))
+            compared.append(BaseTensor(names[name], name, tensor, exact, known, name in packed))
     found = compare({**form, "rounded": halves}, compared, is_same_form=is_same_form)
     absent = halves.keys() - names.values()
     found.differ = [name for name in halves if name in absent and halves[name] is not None] + found.differ

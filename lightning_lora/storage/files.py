@@ -112,12 +112,10 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: the file does not exist.
-        AdapterFileError: the file is truncated, was changed, is of another kind, or holds what this package does not
-            have.
-        TargetError: layers that were adapted cannot be adapted in ``model``.
+        AdapterFileError: the file is truncated, was changed, or holds what this package does not have.
         BaseMismatchError: the adapters were trained on another base.
-        AdapterMismatchError: ``model`` is already adapted in another way, or the adapters do not fit it. For example,
-            it lacks modules that were trained.
+        AdapterMismatchError: the adapters do not fit ``model``, or it is already adapted in another way.
+        TargetError: layers that were adapted cannot be adapted in ``model``.
         AdapterStateError: ``model`` has no adapters, and the file does not say which ones it needs.
         ConfigError: ``alpha`` is missing for a file of loralib, or given for another file.
 
@@ -149,14 +147,11 @@ def load_adapter(
 def _reader(contents: Any, path: Any, asked: Asked) -> Reader | None:
     """How to read these contents of a file, if another library wrote them."""
     names = contents if isinstance(contents, dict) else {}
-    is_ours = KEY in names or VERSION in names
-    for reader in () if is_ours else READERS:
-        read = reader(names, path, asked)
-        if read is not None:
+    reader = read = None
+    for reader in READERS if KEY not in names and VERSION not in names else ():
+        if read := reader(names, path, asked):
             break
-    else:
-        read = reader = None
-    if reader is not loralib.reader and (asked.alpha is not None or asked.target_slices is not None):
+    if (read is None or reader is not loralib.reader) and (asked.alpha is not None or asked.target_slices is not None):
         raise ConfigError(
             f"alpha and target_slices are for files of loralib, and {path} is none: it says itself how it was trained. "
             "Leave them out."

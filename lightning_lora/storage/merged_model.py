@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -124,17 +125,6 @@ def _hyperparameters(model: Any) -> dict[str, Any]:
     return entries
 
 
-class _Held(nn.Module):
-    """A module with a given state dict, for functions that take a module."""
-
-    def __init__(self, state: dict[str, Any]) -> None:
-        super().__init__()
-        self.held = state
-
-    def state_dict(self, *_: Any, **__: Any) -> Any:
-        return dict(self.held)
-
-
 def _write_safetensors(view: View, path: Path) -> None:
     state = _merged(view)
     if odd := [name for name, value in state.items() if not isinstance(value, Tensor)]:
@@ -145,7 +135,8 @@ def _write_safetensors(view: View, path: Path) -> None:
     with writing(path) as beside:
         beside.touch()
         mode = beside.stat().st_mode
-        save_model(_Held(state), str(beside), metadata={"format": "pt"})
+        held: Any = SimpleNamespace(state_dict=lambda: dict(state))  # all that it asks of a model
+        save_model(held, str(beside), metadata={"format": "pt"})
         beside.chmod(mode)  # as any file: safetensors lets nobody else read its own
 
 

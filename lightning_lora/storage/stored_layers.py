@@ -68,18 +68,10 @@ class StoredLayer:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types, which every file format can hold."""
-        return {
-            "name": self.name,
-            "layer_class": self.layer_class,
-            "kind": self.kind,
-            "r": self.r,
-            "scaling": self.scaling,
-            "parts": [_plain_part(part) for part in self.matrices],
-            "shapes": {weight: list(shape) for weight, shape in self.shapes.items()},
-            "tied": {weight: list(names) for weight, names in self.tied.items()},
-            "options": {name: _as_list(value) for name, value in self.options.items()},
-            "is_additive": self.is_additive,
-        }
+        scalings = [None if matrix.scaling is None else float(matrix.scaling) for matrix in self.matrices]
+        parts = [{**vars(matrix), "scaling": scaling} for matrix, scaling in zip(self.matrices, scalings, strict=True)]
+        own = {name: value for name, value in vars(self).items() if name != "matrices"}
+        return {name: _plain(value) for name, value in {**own, "parts": parts}.items()}
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "StoredLayer":
@@ -91,13 +83,11 @@ class StoredLayer:
         return cls(**{**named, "matrices": parts, "shapes": shapes, "tied": tied})
 
 
-def _plain_part(matrix: AdaptedMatrix) -> dict[str, Any]:
-    scaling = None if matrix.scaling is None else float(matrix.scaling)
-    return {**vars(matrix), "stack": list(matrix.stack), "scaling": scaling}
-
-
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _plain(value: Any) -> Any:
+    """A value with lists in place of tuples."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def layers_of(view: View) -> list[StoredLayer]:

@@ -148,6 +148,22 @@ def test_a_description_of_another_form_is_refused(tmp_path: Path, break_it: Any)
         load_adapter(three(), write(tmp_path / "odd.ckpt", model, layers=layers))
 
 
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda form: form["rounded"].popitem(),
+        lambda form: form["digests"].append(-1),
+        lambda form: form.update(dtypes=["nn"]),
+        lambda form: form.pop("layout"),
+    ],
+)
+def test_a_fingerprint_of_another_form_is_refused(tmp_path: Path, break_it: Any) -> None:
+    (form,) = forms_of_base(View(model := three()))
+    break_it(form)
+    with pytest.raises(AdapterFileError, match="did not write"):
+        load_adapter(three(), write(tmp_path / "odd.ckpt", model, base=[form]))
+
+
 def test_the_root_is_the_one_model_inside() -> None:
     class Around(LitTiny):
         def __init__(self, *models: nn.Module) -> None:
