@@ -24,30 +24,30 @@ from lightning_lora.model.view import View, keep_frozen, restore_originals, root
 from lightning_lora.storage.base import base_value, check_base
 from lightning_lora.storage.names import find_renamings, is_inside, renamed_config
 from lightning_lora.storage.stored import DIVERGED, StoredAdapters, is_note, required, without_base
-from lightning_lora.tensors.names import join, load_state_dict, named_modules, own_parameter, owner_of, state_dict
+from lightning_lora.tensors.names import join, load_state_dict, own_parameter, owner_of, state_dict
 
 
 def apply(model: nn.Module, read: Callable[[View], StoredAdapters], *, check_base: bool = True) -> None:
     """Put what ``read`` returns on a model, which is adapted first if it has no adapters. An error changes nothing."""
-    with _unmerged_and_undone(model):
-        stored, is_new = read(View(model)), find_record(model) is None
+    with _unmerged_and_undone(model) as view:
+        stored, is_new = read(view), find_record(model) is None
         if is_new:  # no adapters, or only those of a submodule
             inject_adapters(model, stored.config)
         view = view_of(model)
         if not stored.base:
             stored = replace(stored, state=_completed(view, stored.state, is_new=is_new))
         check_fits(view, stored, refuse_base=check_base)
-        write_state(model, stored.state)
+        _write(view, stored.state)
 
 
 @contextmanager
-def _unmerged_and_undone(model: nn.Module) -> Iterator[None]:
+def _unmerged_and_undone(model: nn.Module) -> Iterator[View]:
     """Unmerge a model for a change. Undo all of it after an error."""
     record, was_merged = find_record(model) or receive(model), False
     try:
         was_merged = unmerge(model)
-        with undone_on_error(View(model)):
-            yield
+        with undone_on_error(view := View(model)):
+            yield view
     except BaseException:
         if was_merged:
             merge(model)
@@ -95,18 +95,14 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 def write_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Write a state that has been checked."""
-    view = view_of(model)
-    keep_frozen(view, [name for name in state if name in view.frozen])
     with unmerged(model):
-        now = View(model)
-        _write(now, state)
-        now.record.values_were_loaded(now.base)
+        _write(view_of(model), state)
 
 
 def _write(view: View, state: Mapping[str, Any]) -> None:
-    """Write into an adapted model. If a module's own loading fails, restore the old values."""
-    model, originals = view.model, view.adapter.originals
-    before = {}
+    """Write into a model that is not merged. If a module's own loading fails, restore the old values."""
+    keep_frozen(view, [name for name in state if name in view.frozen])
+    model, originals, before = view.model, view.adapter.originals, {}
     for name, value in state_dict(model).items():
         if isinstance(value, Tensor) and (name in state or name in originals):
             before[name] = value.clone()
@@ -115,32 +111,29 @@ def _write(view: View, state: Mapping[str, Any]) -> None:
         restore_originals(view, [name for name in originals if name not in state and name not in view.trained], undo)
         load_state_dict(model, state)
         undo.pop_all()
+    view.record.values_were_loaded(view.base)
 
 
 # Other names
 
 
-def with_names_of(model: nn.Module, stored: StoredAdapters) -> StoredAdapters:
-    """Return adapters of a file of this package by the names of ``model``, if they differ by one prefix."""
-    modules, title = named_modules(model), type(model).__name__
-    found = find_renamings(list(stored.layers), modules, root_there=stored.root, root_here=root_of(model))
-    if len(found) == 1 and _holds_all(model, found[0].here):
-        stored = stored if found[0] == stored.renaming else _renamed(model, replace(stored, renaming=found[0]))
+def with_names_of(view: View, stored: StoredAdapters) -> StoredAdapters:
+    """Return adapters of a file of this package by the names of a model, if they differ by one prefix."""
+    title = type(view.model).__name__
+    found = find_renamings(list(stored.layers), view.modules, root_there=stored.root, root_here=root_of(view.model))
+    if len(found) == 1 and all(is_inside(name, found[0].here) for name in (*view.parameters, *view.buffers)):
+        stored = stored if found[0] == stored.renaming else _renamed(view, replace(stored, renaming=found[0]))
     elif places := [way.here for way in found if way.here]:
         raise AdapterMismatchError(
             f"The names in the file fit in {title} below {listed(places)}, and {title} holds other weights too. Load "
             f"it onto that part: load_adapter(model.get_submodule({places[0]!r}), path)."
         )
-    _check_present(model, stored)
+    _check_present(view, stored)
     return stored
 
 
-def _holds_all(model: nn.Module, prefix: str) -> bool:
-    return all(is_inside(name, prefix) for name in state_dict(model, keep_vars=True))
-
-
-def _renamed(model: nn.Module, stored: StoredAdapters) -> StoredAdapters:
-    title, renaming = type(model).__name__, stored.renaming
+def _renamed(view: View, stored: StoredAdapters) -> StoredAdapters:
+    title, renaming = type(view.model).__name__, stored.renaming
     outside = dict.fromkeys(owner_of(name) or name for name in stored.state if not is_inside(name, renaming.there))
     if outside:
         raise AdapterMismatchError(
@@ -151,25 +144,20 @@ def _renamed(model: nn.Module, stored: StoredAdapters) -> StoredAdapters:
     warnings.warn(renaming.told(title), LoRAWarning, stacklevel=5)
     return replace(
         stored,
-        config=renamed_config(stored.config, stored.layers.values(), renaming, model),
+        config=renamed_config(stored.config, stored.layers.values(), renaming, view),
         state={renaming.name_here(name): value for name, value in stored.state.items()},
         changed=[renaming.name_here(name) for name in stored.changed],
         random=[renaming.name_here(name) for name in stored.random],
     )
 
 
-def _check_present(model: nn.Module, stored: StoredAdapters) -> None:
+def _check_present(view: View, stored: StoredAdapters) -> None:
     """Refuse a file with modules that the model lacks, before it is adapted."""
-    modules, own = named_modules(model, remove_duplicate=False), state_dict(model, keep_vars=True)
-    absent: dict[str, None] = {}
-    for name in stored.state:
-        owner = owner_of(name)
-        if name not in own and owner not in modules:
-            absent[owner] = None
-        elif name not in own and stored.config.is_saved(name):
-            absent[name] = None
+    present, title = {**view.parameters, **view.buffers}, type(view.model).__name__
+    owners = dict.fromkeys(owner_of(name) for name in stored.state)
+    absent = [owner for owner in owners if owner not in view.modules]
+    absent += [name for name in stored.state if name not in present and stored.config.is_saved(name)]
     if absent:
-        title = type(model).__name__
         raise AdapterMismatchError(
             f"The file does not fit {title}: it holds {listed(absent)}, which {title} does not have. Load it onto the "
             "model that it was saved from, or one with the same names."

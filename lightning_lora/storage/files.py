@@ -160,7 +160,7 @@ def _reader(contents: Any, path: Any, asked: Asked) -> Reader | None:
 
 
 def _reader_of(stored: StoredAdapters) -> Reader:
-    return lambda view: with_names_of(view.model, stored)
+    return lambda view: with_names_of(view, stored)
 
 
 def load_from_checkpoint(

@@ -5,15 +5,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
-
 from lightning_lora.config import LoRAConfig, matches
 from lightning_lora.errors import AdapterMismatchError, listed
 from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.attention import LoRAAttention
 from lightning_lora.layers.recurrent import LoRARecurrent
+from lightning_lora.model.view import View
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.names import join, named_modules, parameters_of
+from lightning_lora.tensors.names import join
 
 
 @dataclass(frozen=True)
@@ -158,12 +157,9 @@ def list_or_expression(names: list[str], present: Collection[str] | None) -> lis
     return names if not names or (is_clear and present is not None) else "|".join(map(re.escape, names))
 
 
-def renamed_config(
-    config: LoRAConfig, layers: Iterable[StoredLayer], renaming: Renaming, model: nn.Module
-) -> LoRAConfig:
+def renamed_config(config: LoRAConfig, layers: Iterable[StoredLayer], renaming: Renaming, view: View) -> LoRAConfig:
     """Return the configuration of a file for a model with other names."""
-    modules = named_modules(model, remove_duplicate=False)
-    parameters = parameters_of(modules)
+    modules, parameters = view.modules, view.parameters
     inside = [name for name in (*modules, *parameters) if is_inside(name, renaming.here) and name != renaming.here]
     saved = [name for name in inside if config.is_saved(renaming.name_there(name))]
     ranks = {renaming.name_here(target): numbers for layer in layers for target, numbers in _ranks(config, layer)}
@@ -176,8 +172,8 @@ def renamed_config(
         meant = [name for name in names if any(matches(entry, name) for entry in entries)]
         if more := [name for name in meant if not any(is_inside(name, entry) for entry in entries)]:
             raise AdapterMismatchError(
-                f"In {type(model).__name__}, {argument}={entries} would also mean {listed(more)}, which the file does "
-                "not hold. Load it onto the model that it was saved from."
+                f"In {type(view.model).__name__}, {argument}={entries} would also mean {listed(more)}, which the file "
+                "does not hold. Load it onto the model that it was saved from."
             )
     return exact
 
