@@ -27,13 +27,7 @@ def low_rank_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -
 
 
 def adapted_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout: float = 0.0,
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0
 ) -> Tensor:
     r"""Return the output of a linear layer with its update.
 
@@ -126,13 +120,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def run(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        dropout: float,
+        x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float
     ) -> tuple[Tensor, Tensor | None, int]:
         """Return y, h (None if unused) and the seed."""
         rows, a, b = x.reshape(-1, x.shape[-1]), as_dtype(lora_A, x.dtype), as_dtype(lora_B, x.dtype)
@@ -176,7 +164,7 @@ class _AdaptedLinear(torch.autograd.Function):
         if updates:
             h = a @ rows.T
         grad_B = torch.addmm(b.T, h, out, beta=0, alpha=scaling).T if for_B else None
-        grad_x = grad_A = None
+        result = grad_x = grad_A = None
         if for_x:
             matrix = _updated(weight, a, b, scaling) if updates else weight
             result = out.view(grad.shape) @ matrix  # no view: torch may add to it in place
@@ -194,15 +182,8 @@ class _AdaptedLinear(torch.autograd.Function):
                 grad_x.addmm_(g.T, a, alpha=scaling)
             if for_A:
                 grad_A = torch.addmm(a, g, rows, beta=0, alpha=scaling)
-        return (
-            result if for_x else None,
-            out.T @ rows if for_weight else None,
-            out.sum(0) if for_bias else None,
-            grad_A,  # which torch converts to the dtype of A
-            grad_B,
-            None,
-            None,
-        )
+        grad_weight, grad_bias = out.T @ rows if for_weight else None, out.sum(0) if for_bias else None
+        return result, grad_weight, grad_bias, grad_A, grad_B, None, None  # torch converts to the dtypes of A and B
 
     @staticmethod
     def differentiable(ctx: Any, grad: Tensor, inputs: Sequence[Any]) -> tuple[Tensor | None, ...]:

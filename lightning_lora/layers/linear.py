@@ -43,6 +43,7 @@ class LoRALinear(LoRALayer):
                 a, b = self.lora_factors("weight")
         return adapted_linear(input, self.lora_as_matrix(self.weight), self.bias, a, b, settings.scaling, dropout)
 
-    def lora_update(self, lora_A: Tensor, lora_B: Tensor, input: Tensor) -> Tensor:
-        """Compute the update: multiply by A, then by B."""
-        return low_rank_update(input, lora_A, lora_B, self.lora_settings.scaling)
+    def lora_update(self, lora_A: Tensor, lora_B: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Compute the update: multiply the one input by A, then by B."""
+        (x,) = (*args, *kwargs.values())
+        return low_rank_update(x, lora_A, lora_B, self.lora_settings.scaling)

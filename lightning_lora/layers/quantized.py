@@ -57,10 +57,6 @@ class LoRALinear4bit(LoRALinear):
         """Return the matrix unchanged: an update is not packed."""
         return matrix
 
-    def lora_update(self, lora_A: Tensor, lora_B: Tensor, x: Tensor) -> Tensor:
-        """Compute the update: multiply by A, then by B."""
-        return super().lora_update(lora_A, lora_B, x)
-
 
 class LoRALinear8bit(LoRALinear4bit):
     """An 8-bit linear layer of bitsandbytes with a low-rank update, as for 4 bits.
