@@ -38,8 +38,7 @@ class LayerGroup:
         layers: Number of layers.
         kind: Their class.
         r: Rank of their adapters, or None.
-        trained: Number of trained parameters in all of them.
-        frozen: Number of frozen parameters in all of them.
+        trained, frozen: Numbers of parameters in all of them.
         parts: Names of the matrices that are adapted, if a layer has several.
     """
 
@@ -59,12 +58,9 @@ class LoRASummary:
     Args:
         title: Name of the model's class.
         groups: All layers that have parameters of their own, in groups.
-        trained: Number of trained parameters.
-        frozen: Number of frozen parameters.
-        optimizer_bytes: Size of Adam's state for the trained parameters.
-        full_optimizer_bytes: Size of Adam's state for all parameters of the base.
-        checkpoint_bytes: Size of the weights in a checkpoint.
-        full_checkpoint_bytes: Size of the weights in a checkpoint of full fine-tuning.
+        trained, frozen: Numbers of parameters.
+        optimizer_bytes, full_optimizer_bytes: Size of Adam's state for what trains, and for all of the base.
+        checkpoint_bytes, full_checkpoint_bytes: Size of the weights in a checkpoint, and in one of full fine-tuning.
         adapters: Number of adapters.
         plain: Whether the model has only its own classes and parameters: it was never adapted, or it is merged.
         smaller: Names of layers that are too small for the rank asked, each with the rank that it has.

@@ -10,13 +10,13 @@ examples::
   lightning-lora compare a.ckpt b.ckpt c.ckpt --picture cosines.png
 """
 
+import json
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
-from lightning_lora.cli.output import print_json
 from lightning_lora.errors import AdapterFileError
 from lightning_lora.functional.combine import Factors
 from lightning_lora.functional.subspace import cosine, subspace_similarity
@@ -41,7 +41,7 @@ def run(arguments: Any) -> None:
     if arguments.picture:
         _draw(found, arguments.picture)
     if arguments.json:
-        print_json(found)
+        print(json.dumps(found, indent=2))
     else:
         for pair in found:
             _show(pair)
@@ -82,18 +82,12 @@ def _show(pair: dict[str, Any]) -> None:
     title = " and ".join(pair["files"])
     table = layer_table("Layers", "cosine\nof ΔW", "similarity\nof A", "of B", title=title)
     for layer in pair["layers"]:
-        cells = [_coloured(layer[key]) for key in ("cosine", "similarity_A", "similarity_B")]
-        table.add_row(Text(_label(layer)), *cells)
+        numbers = [f"{layer[key]:+.3f}" for key in ("cosine", "similarity_A", "similarity_B")]
+        table.add_row(Text(_label(layer)), *numbers)
     console.print(table)
     for file, only in zip(pair["files"], pair["only_in"], strict=True):
         if only:
             console.print(f"Only in {file}: {', '.join(only)}", markup=False)
-
-
-def _coloured(value: float) -> Text:
-    """A number with a background that is the stronger, the nearer to 1 it is."""
-    strength = round(min(abs(value), 1) * 160)
-    return Text(f"{value:+.3f}", style=f"on rgb(40,{40 + strength},{40 + strength // 2})" if strength > 8 else "")
 
 
 def _draw(found: list[dict[str, Any]], path: Path) -> None:

@@ -18,7 +18,6 @@ import torch
 from rich.filesize import decimal
 from rich.text import Text
 
-from lightning_lora.cli.output import print_json
 from lightning_lora.functional.subspace import effective_rank, singular_values
 from lightning_lora.storage.offline.layers import besides, read_layers, updates
 from lightning_lora.storage.stored import FORMAT, StoredAdapters
@@ -35,7 +34,7 @@ def run(arguments: Any) -> None:
     """Read the file and print what it holds."""
     found = inspect(read_layers(arguments.file))
     if arguments.json:
-        print_json(found)
+        print(json.dumps(found, indent=2))
     else:
         _show(found)
 

@@ -172,12 +172,21 @@ def test_rows_hold_whole_names_and_groups_differ_by_rank(
         assert sorted(names.split("encoder.blocks.")[1:]) == sorted(expected)
 
 
-def test_layers_that_only_the_model_can_read_are_refused(files: list[str], capsys: Any) -> None:
-    stored = read_adapter_file(files[0])
+def test_what_no_command_can_use_is_refused(files: list[str], tmp_path: Path, capsys: Any) -> None:
+    stored, path, out = read_adapter_file(files[0]), files[0], str(tmp_path / "out.safetensors")
     foreign = {name: replace(layer, kind="LoRAMine") for name, layer in stored.layers.items()}
-    for layers, says in (({}, "an earlier version wrote it"), (foreign, "adapted by your own class LoRAMine")):
-        write_adapter_file(files[0], replace(stored, layers=layers))
-        assert main(["inspect", files[0]]) == 1 and says in " ".join(capsys.readouterr().err.split())
+    diverged = {**stored.state, "q_proj.lora_B": stored.state["q_proj.lora_B"] * torch.nan}
+    save_file(LitTiny().state_dict(), tmp_path / "base.safetensors")
+    for changed, says in (
+        ({"layers": {}}, "an earlier version wrote it"),
+        ({"layers": foreign}, "adapted by your own class LoRAMine"),
+        ({"state": diverged}, "'q_proj.lora_B' in "),
+    ):
+        write_adapter_file(path, replace(stored, **changed))  # type: ignore[arg-type]
+        merge = ["merge", str(tmp_path / "base.safetensors"), path, out]
+        for arguments in (["inspect", path], ["compare", path, path], ["combine", path, path, "--out", out], merge):
+            assert main(arguments) == 1 and says in " ".join(capsys.readouterr().err.split())
+    assert not Path(out).exists()
 
 
 def test_commands_say_what_a_folder_of_peft_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

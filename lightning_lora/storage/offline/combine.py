@@ -82,7 +82,6 @@ def _check_alike(files: list[StoredAdapters]) -> dict[str, StoredLayer]:
     first = files[0]
     layers, holder = dict[str, StoredLayer](), dict[str, StoredAdapters]()
     for file in files:
-        file.check_finite()
         if file.config.use_dora:
             raise AdapterMismatchError(f"{file.source} uses DoRA: its updates depend on the base and cannot be added.")
         if beside := besides(file):

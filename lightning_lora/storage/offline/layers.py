@@ -17,8 +17,9 @@ from lightning_lora.tensors.names import join
 
 
 def read_layers(path: str | Path) -> StoredAdapters:
-    """Return the adapters in a file, with layers that need no model."""
+    """Return the adapters in a file, with finite values and layers that need no model."""
     stored = read_adapter_file(path)
+    stored.check_finite()
     if not stored.layers:
         raise AdapterFileError(
             f"{path} does not say what its layers are: an earlier version wrote it. Load it with load_adapter onto its "

@@ -87,7 +87,6 @@ class _Merge:
 
     def check(self) -> None:
         """Refuse what does not fit, before anything is written."""
-        self.stored.check_finite()
         if odd := [name for name, value in self.beside.items() if not isinstance(value, Tensor)]:
             raise AdapterFileError(
                 f"{listed(odd)} in {self.stored.source} are not tensors (get_extra_state), and would be lost. Merge in "

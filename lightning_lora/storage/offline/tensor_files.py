@@ -14,11 +14,8 @@ from torch import Tensor
 from lightning_lora.errors import AdapterFileError
 from lightning_lora.storage.disk import load_plain, reading
 
-INDEX = "model.safetensors.index.json"
-"""The file in a folder that says which of its files holds which tensor."""
-
-_ONE = "model.safetensors"
-"""The only file of weights in a folder that is not divided."""
+_ONE = "model.safetensors"  # the only file of weights in a folder that is not divided
+INDEX = "model.safetensors.index.json"  # says which file of a folder holds which tensor
 
 
 class TensorFiles:

@@ -21,7 +21,7 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.functional.combine import ties
-from lightning_lora.storage.formats.own import read_adapter_file, write_adapter_file
+from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.offline.combine import How, combine_files
 from tests.support.models import randomise, state
 
@@ -129,11 +129,6 @@ def test_what_cannot_be_added_is_refused(tmp_path: Path) -> None:
     (one, other), _ = saved(tmp_path, [LINEAR] * 2)
     with pytest.raises(AdapterFileError, match=r"end in \.safetensors"):
         combine_files([one, other], tmp_path / "sum.ckpt", How("cat", (1.0, 1.0)))
-    stored = read_adapter_file(other)
-    stored.state["linear.lora_B"].fill_(torch.nan)
-    write_adapter_file(other, stored)
-    with pytest.raises(AdapterFileError, match=r"'linear.lora_B' in .* hold NaN"):
-        combined([one, other], How("cat", (1.0, 1.0)))
     model = copy.deepcopy(BASE)
     model.embed.weight.data += 1
     inject_adapters(model, LoRAConfig(r=2, **LINEAR))
