@@ -25,13 +25,10 @@ from lightning_lora.model.view import View, view_of
 class Gradients:
     """Watches the gradients of one run.
 
-    Args:
-        model: The adapted module.
-        wrapped: The module, or the wrapper in which the strategy runs it. In every backward pass,
-            ``DistributedDataParallel`` waits for a gradient of every parameter. It fails if a batch does not use a
-            layer (an expert, a dropped layer, an unused pooler). Here, unused parameters get a zero gradient. So
-            ``find_unused_parameters``, which searches the graph in every step, is not needed.
-        notes: Whether to note which parameters get a gradient, as they may be given one later.
+    In every backward pass, ``DistributedDataParallel`` waits for a gradient of every parameter. It fails if a batch
+    does not use a layer (an expert, a dropped layer, an unused pooler). Here, unused parameters get a zero gradient. So
+    ``find_unused_parameters``, which searches the graph in every step, is not needed. With ``notes``, it notes which
+    parameters get a gradient, as they may be given one later.
     """
 
     def __init__(self, model: nn.Module, wrapped: Any, *, notes: bool = False) -> None:

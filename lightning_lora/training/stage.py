@@ -76,12 +76,6 @@ class Stage:
         if self.came == "plain":
             self.undo.callback(_remove_all, pl_module)
 
-    def begin_merged(self, pl_module: LightningModule) -> None:
-        """Unmerge a module that is evaluated as it is, before it reads a file."""
-        record = find_record(pl_module)
-        if record is not None and record.is_merged and not self.is_fit:
-            self.begin(pl_module)
-
     def take_config(self, pl_module: LightningModule, stored: LoRAConfig, source: object) -> bool:
         """Take arguments that were not given from a file, or from adapters that the module has."""
         config = self.config.completed(stored, self.given)

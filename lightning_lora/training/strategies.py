@@ -55,7 +55,8 @@ def _mixin_for(strategy: "Strategy") -> type[LoRAStrategy]:
             raise StrategyError(f"ModelParallelStrategy with LoRACallback needs torch 2.7. Found {torch.__version__}.")
         return LoRAShardedStrategy
     if "DeepSpeedStrategy" in names:
-        stage = _zero_stage(strategy)
+        config: Any = strategy.config or {}  # type: ignore[attr-defined]  # read from its arguments or from a file
+        stage = int((config.get("zero_optimization") or {}).get("stage", 0))
         if stage in (1, 2):
             return LoRADeepSpeedStrategy
         if stage == 0:
@@ -67,12 +68,6 @@ def _mixin_for(strategy: "Strategy") -> type[LoRAStrategy]:
             "shard the model in configure_model:\n" + CONFIGURE_MODEL
         )
     return LoRAStrategy
-
-
-def _zero_stage(strategy: Any) -> int:
-    """The stage in DeepSpeed's configuration, which the strategy has read from its arguments or from a file."""
-    zero = (strategy.config or {}).get("zero_optimization")
-    return int(zero.get("stage", 0)) if zero else 0
 
 
 CONFIGURE_MODEL = """

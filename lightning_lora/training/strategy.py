@@ -194,10 +194,11 @@ class LoRAStrategy(Strategy, InPlace):
 
     def lora_adapt_for(self, checkpoint: dict[str, Any], path: Any) -> bool:
         """Adapt the module as its arguments and the file say, and return whether adapters were replaced."""
-        self.lora_stage.begin_merged(self.lora_module)
-        replaced = False
-        if KEY in checkpoint and self.lora_stage.phase is not Phase.TRAINING:  # then, the adapters are trained
-            replaced = self.lora_stage.take_config(self.lora_module, stored_config(checkpoint[KEY]), path)
+        stage, record, replaced = self.lora_stage, find_record(self.lora_module), False
+        if record is not None and record.is_merged and not stage.is_fit:  # until now, it was evaluated as it is
+            stage.begin(self.lora_module)
+        if KEY in checkpoint and stage.phase is not Phase.TRAINING:  # then, the adapters are trained
+            replaced = stage.take_config(self.lora_module, stored_config(checkpoint[KEY]), path)
         self.lora_adapt(for_file=KEY in checkpoint, replaced=replaced)
         return replaced
 
