@@ -35,8 +35,8 @@ from lightning_lora import (
 )
 from lightning_lora.layers import LoRALayer
 from tests.support.cases import At, StopError, stop, tensors
+from tests.support.fits import beside, either_order
 from tests.support.models import ADAPTERS, TRAINED, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
-from tests.support.training import beside, either_order
 
 
 def test_only_adapters_and_modules_to_save_change(tmp_path: Path) -> None:

@@ -1,17 +1,31 @@
-"""When a fit begins, what trains too little is named."""
+"""When a fit begins, what trains too little is named, and loggers show how the adapters are trained."""
 
 import re
 import warnings
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+import yaml
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 
-from lightning_lora import FreshLayerWarning, LoRACallback, LoRAWarning, load_from_checkpoint, unmerge_adapters
-from tests.support.models import LitTiny, aged, best, data, same, state, trainer
+from lightning_lora import (
+    FreshLayerWarning,
+    LoRACallback,
+    LoRAWarning,
+    inject_adapters,
+    load_from_checkpoint,
+    summarize,
+    unmerge_adapters,
+)
+from tests.support.by_hand import adapted
+from tests.support.callbacks import Notes
+from tests.support.fits import through_and_resumed
+from tests.support.models import LitTiny, aged, data, lora, same, state, trainer
 
 TARGETS = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 
@@ -33,14 +47,13 @@ def fit(folder: Path, model: L.LightningModule, t: L.Trainer | None = None, **op
 
 
 def test_a_new_head_is_named_with_the_list_that_trains_it(tmp_path: Path) -> None:
-    with pytest.warns(FreshLayerWarning, match="LitTiny that look untrained: 'head'. Their weights are frozen"):
-        trainer(tmp_path, [LoRACallback(**TARGETS)], max_epochs=1).fit(new_head(), data())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for _ in range(2):
             trainer(tmp_path, [LoRACallback(**TARGETS)], max_epochs=1).fit(new_head(), data())
     assert [w.category for w in caught].count(FreshLayerWarning) == 2  # in every fit
     (said,) = fit(tmp_path, new_head(), **TARGETS, modules_to_save=None)
+    assert "LitTiny that look untrained: 'head'. Their weights are frozen" in said
     (listed,) = re.findall(r"modules_to_save=\['head'\]", said)
     assert fit(tmp_path, new_head(), **TARGETS, modules_to_save=eval(listed.partition("=")[2])) == []
     (said,) = fit(tmp_path, new_head(), **TARGETS, modules_to_save=["embed"])
@@ -62,10 +75,8 @@ def test_trained_adapters_are_not_asked_again(tmp_path: Path) -> None:
     t.save_checkpoint(tmp_path / "a.ckpt")
     t.fit_loop.max_epochs = 2
     assert fit(tmp_path, model, t) == []
-    resumed = trainer(tmp_path, [LoRACallback(**TARGETS)], max_epochs=2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", LoRAWarning)
-        resumed.fit(new_head(), data(), ckpt_path=tmp_path / "a.ckpt")
+    resumed = trainer(tmp_path, [LoRACallback(**TARGETS)], max_epochs=2)  # a warning would be an error
+    resumed.fit(new_head(), data(), ckpt_path=tmp_path / "a.ckpt")
 
 
 def test_a_model_that_is_random_as_a_whole_is_told_so_without_a_warning(
@@ -91,9 +102,7 @@ def test_what_the_user_left_trainable_is_named_once(tmp_path: Path) -> None:
     assert said.startswith("FreshLayerWarning")
 
 
-class Convolved(LitTiny):
-    """Most weights are in a convolution."""
-
+class Convolved(LitTiny):  # most weights are in a convolution
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv1d(8, 8, 21, padding=10)
@@ -111,39 +120,30 @@ def test_most_weights_left_alone_by_the_default_targets_are_named(tmp_path: Path
     assert fit(tmp_path, Convolved(), r=2, modules_to_save=["conv"]) == []
 
 
-class HoldsNetwork(LitTiny):
-    """A module that keeps the network which it was given as a hyperparameter, as rl4co's do."""
-
+class HoldsNetwork(LitTiny):  # that keeps the network which it was given as a hyperparameter, as rl4co's do
     def __init__(self, policy: Any, ignored: bool = False) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["policy"] if ignored else [])
         self.policy = policy
 
 
-@pytest.mark.filterwarnings("ignore:Attribute 'policy' is an instance:UserWarning")
-@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: {"nets": [net]}], ids=["itself", "inside"])
-def test_a_network_among_the_hyperparameters_is_named_once(tmp_path: Path, wrap: Any) -> None:
-    policy = nn.Linear(1000, 500)
-    model = HoldsNetwork(wrap(policy))
-    said = fit(tmp_path, model, **TARGETS, modules_to_save=["head"])
-    assert [text for text in said if "policy" in text] == [
-        "LoRAWarning: Hyperparameters of HoldsNetwork hold weights: 'policy' (2.0 MB). Every checkpoint stores them "
-        "whole, beside the adapters. Leave them out: self.save_hyperparameters(ignore=['policy']). Then pass them when "
-        "you load: load_from_checkpoint(HoldsNetwork, path, policy=...)."
-    ]
+LARGE = (
+    "LoRAWarning: Hyperparameters of HoldsNetwork hold weights: 'policy' (2.0 MB). Every checkpoint stores them whole, "
+    "beside the adapters. Leave them out: self.save_hyperparameters(ignore=['policy']). Then pass them when you load: "
+    "load_from_checkpoint(HoldsNetwork, path, policy=...)."
+)
 
 
 @pytest.mark.filterwarnings("ignore:Attribute 'policy' is an instance:UserWarning")
-def test_what_the_warning_of_a_large_hyperparameter_says_works(tmp_path: Path) -> None:
-    policy = nn.Linear(1000, 500)
-    sizes = {}
-    for ignored in (False, True):
-        model, t = HoldsNetwork(policy, ignored), trainer(tmp_path, [LoRACallback(**TARGETS)], max_epochs=1)
+def test_a_network_among_the_hyperparameters_is_named_and_what_is_said_works(tmp_path: Path) -> None:
+    policy, sizes = nn.Linear(1000, 500), []
+    for held, ignored in ((policy, False), ({"nets": [policy]}, False), (policy, True)):
+        model, t = HoldsNetwork(held, ignored), trainer(tmp_path, [LoRACallback(**TARGETS)], max_epochs=1)
         said = fit(tmp_path, model, t)
-        assert bool([text for text in said if "policy" in text]) is not ignored
+        assert [text for text in said if "policy" in text] == ([] if ignored else [LARGE])
         t.save_checkpoint(path := tmp_path / "a.ckpt")
-        sizes[ignored] = path.stat().st_size
-    assert sizes[False] > 2_000_000 and sizes[True] < 100_000
+        sizes.append(path.stat().st_size)
+    assert sizes[0] > 2_000_000 and sizes[2] < 100_000
     unmerge_adapters(model)
     assert same(state(load_from_checkpoint(HoldsNetwork, path, policy=policy)), state(model))
 
@@ -155,9 +155,7 @@ def test_small_hyperparameters_are_not_named(tmp_path: Path) -> None:
     assert not [text for text in fit(tmp_path, model, **TARGETS) if "policy" in text]
 
 
-class Normed(LitTiny):
-    """Its largest layers have weight_norm, as in a TCN."""
-
+class Normed(LitTiny):  # its largest layers have weight_norm, as in a TCN
     def __init__(self) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
@@ -184,12 +182,130 @@ def test_layers_whose_weight_is_computed_are_named_once(tmp_path: Path) -> None:
 def test_a_run_beside_weight_norm_resumes_merges_and_loads(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LoRAWarning)
-        whole, resumed = Normed(), Normed()
-        trainer(tmp_path, [LoRACallback(target_modules="all"), best(tmp_path, filename="{epoch}", save_top_k=-1)]).fit(
-            whole, data(), data()
-        )
-        t = trainer(tmp_path, [LoRACallback(target_modules="all")])
-        t.fit(resumed, data(), data(), ckpt_path=tmp_path / "epoch=0.ckpt")
-        assert same(state(resumed), state(whole)) and list(state(whole)) == list(Normed().state_dict())
-        again = load_from_checkpoint(Normed, tmp_path / "epoch=1.ckpt", merge=True)
-    assert same(state(again), state(whole))
+        through, resumed = through_and_resumed(tmp_path, Normed, lambda: LoRACallback(target_modules="all"))
+        assert same(state(resumed), state(through)) and list(state(through)) == list(Normed().state_dict())
+        again = load_from_checkpoint(Normed, tmp_path / "through" / "epoch=1.ckpt", merge=True)
+    assert same(state(again), state(through))
+
+
+# What loggers show
+
+ARGUMENTS: dict[str, Any] = {
+    "lora/r": 2,
+    "lora/alpha": 2,
+    "lora/dropout": 0.0,
+    "lora/target_modules": "all-linear",
+    "lora/modules_to_save": '["head"]',
+    "lora/bias": "none",
+    "lora/init": "kaiming",
+    "lora/use_rslora": False,
+    "lora/use_dora": False,
+    "lora/autocast_adapter_dtype": True,
+    "lora/merge": "last",
+    "lora/save": "adapters",
+    "lora/trained_share": summarize(adapted()).share,
+}
+
+
+def logged(folder: Path, model: L.LightningModule, logger: Any, callback: LoRACallback | None = None) -> L.Trainer:
+    t = trainer(folder, [callback or lora()], logger=logger, log_every_n_steps=1, max_epochs=1)
+    t.fit(model, data())
+    return t
+
+
+def test_a_logger_gets_the_arguments_the_share_and_the_base(tmp_path: Path) -> None:
+    notes = Notes()
+    logged(tmp_path, LitTiny(), notes)
+    (found,) = notes.ours
+    base = found.pop("lora/base")
+    assert found == ARGUMENTS and len(base) == 16 and int(base, 16)
+    assert [each for each in notes.seen if "lora/r" not in each] == [{"width": 8, "lr": 0.05}]
+
+
+def test_patterns_and_lists_are_text(tmp_path: Path) -> None:
+    notes, options = Notes(), {"alpha": 4, "target_modules": ["q_proj"], "rank_pattern": {r"q_\w+": 1}, "merge": False}
+    logged(tmp_path, LitTiny(), notes, lora(**options))
+    (found,) = notes.ours
+    assert found["lora/target_modules"] == '["q_proj"]' and found["lora/rank_pattern"] == r'{"q_\\w+": 1}'
+    assert found["lora/alpha"] == 4 and found["lora/merge"] is False
+    assert all(isinstance(value, bool | int | float | str) for value in found.values())
+
+
+def test_the_base_is_told_apart(tmp_path: Path) -> None:
+    bases = []
+    for change in (0.0, 0.0, 1.0):
+        model, notes = LitTiny(), Notes()
+        model.embed.weight.data += change
+        logged(tmp_path, model, notes, lora(r=1 + len(bases)))
+        bases.append(notes.ours[0]["lora/base"])
+    assert bases[0] == bases[1] != bases[2]
+
+
+def test_a_resumed_run_and_a_second_fit_say_the_same(tmp_path: Path) -> None:
+    notes, model = Notes(), LitTiny()
+    t = logged(tmp_path, model, notes)
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    logged(tmp_path, model, notes)
+    t = trainer(tmp_path, [LoRACallback()], logger=notes, log_every_n_steps=1)
+    t.fit(LitTiny(), data(), ckpt_path=tmp_path / "a.ckpt")  # it takes its arguments from the file
+    assert len(notes.ours) == 3 and notes.ours[0] == notes.ours[1] == notes.ours[2]
+
+
+def test_a_logger_that_refuses_is_named_and_the_fit_goes_on(tmp_path: Path) -> None:
+    notes = Notes()
+    logged(tmp_path, LitTiny(), notes)
+    with pytest.warns(LoRAWarning, match=r"Notes did not take .*'lora/r'.* cannot be changed"):
+        t = logged(tmp_path, LitTiny(), notes, lora(r=1))
+    assert t.global_step == 4 and len(notes.ours) == 1
+
+
+def test_nothing_is_logged_where_the_user_wants_none(tmp_path: Path) -> None:
+    notes = Notes()
+    choices: list[dict[str, Any]] = [{"logger": False}, {"logger": notes, "fast_dev_run": 1}]
+    if "enable_autolog_hparams" in signature(L.Trainer).parameters:
+        choices.append({"logger": notes, "enable_autolog_hparams": False})
+    for options in choices:
+        trainer(tmp_path, [lora()], **{"max_steps": 1, "log_every_n_steps": 1, **options}).fit(LitTiny(), data())
+    trainer(tmp_path, [lora()], logger=notes).test(LitTiny(), data(), verbose=False)
+    assert not notes.ours
+
+
+class Counts(L.Callback):  # looks at what each process has logged
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert len(trainer.logger.ours) == (1 if trainer.is_global_zero else 0)  # type: ignore[union-attr]
+
+
+@pytest.mark.processes
+def test_one_process_logs(tmp_path: Path) -> None:
+    t = trainer(tmp_path, [lora(), Counts()], logger=Notes(), strategy="ddp_fork", devices=2, log_every_n_steps=1)
+    t.fit(LitTiny(), data())
+
+
+def test_the_users_own_hyperparameters_stay(tmp_path: Path) -> None:
+    logged(tmp_path, LitTiny(lr=0.03), CSVLogger(tmp_path))
+    (file,) = tmp_path.rglob("hparams.yaml")
+    held = yaml.safe_load(file.read_text())
+    assert held["lr"] == 0.03 and {key: held[key] for key in ARGUMENTS} == ARGUMENTS
+
+
+def test_tensorboard_shows_both_in_one_row(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    logged(tmp_path, LitTiny(lr=0.03), TensorBoardLogger(tmp_path))
+    (file,) = tmp_path.rglob("hparams.yaml")
+    assert {"lr": 0.03, "lora/r": 2}.items() <= yaml.safe_load(file.read_text()).items()
+    events = EventAccumulator(str(file.parent)).Reload()
+    shown = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
+    values = shown.session_start_info.hparams
+    assert values["lr"].number_value == 0.03 and values["lora/r"].number_value == 2
+
+
+def test_adapters_that_were_there_are_logged_as_they_are(tmp_path: Path) -> None:
+    model, notes = LitTiny(), Notes()
+    inject_adapters(model, lora(r=1).config)
+    with torch.no_grad():
+        model.q_proj.lora_B.fill_(0.1)  # type: ignore[union-attr,operator]
+    logged(tmp_path, model, notes, LoRACallback())
+    assert notes.ours[0]["lora/r"] == 1

@@ -11,26 +11,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lightning_lora import inject_adapters
+from tests.support.averages import AVERAGES
 from tests.support.cases import held
+from tests.support.checks import base_is_whole, files_hold_adapters_alone, same_parts, trained
+from tests.support.fits import Stateful, Steps, beside, either_order, fit, loaded, outcome, through_and_resumed
+from tests.support.late import BornInConfigureModel, BornInSetup, BuiltAnew
 from tests.support.models import TRAINED, WORDS, LitTiny, best, is_plain, lora, needs_averaging, same, state, trainer
-from tests.support.training import (
-    AVERAGES,
-    BornInConfigureModel,
-    BornInSetup,
-    BuiltAnew,
-    Stateful,
-    Steps,
-    base_is_whole,
-    beside,
-    either_order,
-    files_hold_adapters_alone,
-    fit,
-    loaded,
-    outcome,
-    same_parts,
-    through_and_resumed,
-    trained,
-)
 
 X = torch.arange(WORDS)
 each_average = pytest.mark.parametrize("average", AVERAGES)
@@ -142,9 +128,7 @@ def test_averaging_leaves_frozen_norms_as_they_are(tmp_path: Path) -> None:
     assert not torch.equal(model.last.running_mean, torch.zeros(4))
 
 
-class Counts(LitTiny):
-    """A buffer counts the steps."""
-
+class Counts(LitTiny):  # a buffer counts the steps
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
@@ -173,19 +157,7 @@ def test_plain_average_is_taken_as_torch_takes_it(tmp_path: Path, precision: Any
     assert all(torch.allclose(adapted[name], by_hand[name], atol=tolerance) for name in kept)
 
 
-@each_average
-@either_order
-def test_average_copies_frozen_layers_that_come_late(tmp_path: Path, average: str, first: bool) -> None:
-    class Late(LitTiny):
-        def setup(self, stage: str) -> None:
-            self.extra = nn.LayerNorm(4)
-
-    fit(tmp_path, *beside(AVERAGES[average][0](), first), model=Late(), max_epochs=4)
-
-
-class NewNames(LitTiny):
-    """A module that makes new projections, with new names, whenever ``configure_model`` is called."""
-
+class NewNames(LitTiny):  # that makes new projections, with new names, whenever configure_model is called
     def __init__(self) -> None:
         super().__init__()
         del self.q_proj, self.v_proj
@@ -232,9 +204,7 @@ def test_an_average_without_updates_is_the_module_as_it_began(tmp_path: Path, fi
     assert torch.equal(model.head.weight, seen[0])
 
 
-class Drifts(LitTiny):
-    """Its own code changes a frozen weight in each step."""
-
+class Drifts(LitTiny):  # its own code changes a frozen weight in each step
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         with torch.no_grad():
             self.embed.weight.mul_(0.99)
@@ -260,9 +230,7 @@ OF_BUFFERS = {
 }
 
 
-class Masked(LitTiny):
-    """A module with infinities in a buffer, as attention masks have."""
-
+class Masked(LitTiny):  # with infinities in a buffer, as attention masks have
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mask", MASK.clone())

@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import (
     EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateMonitor,
-    ModelCheckpoint,
     Timer,
 )
 from lightning.pytorch.core.module import _jit_is_scripting
@@ -22,22 +21,13 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
-from tests.support.models import LitTiny, best, data, is_plain, lora, same, state, trainer
-from tests.support.training import (
-    adam,
-    adapted,
-    base_is_whole,
-    by_hand,
-    files_hold_adapters_alone,
-    same_parts,
-    trainable,
-    trained,
-)
+from tests.support.by_hand import adam, adapted, by_hand, trainable
+from tests.support.checks import base_is_whole, files_hold_adapters_alone, same_parts, trained
+from tests.support.fits import fit, outcome, through_and_resumed
+from tests.support.models import LitTiny, best, is_plain, lora, same, state
 
 
-class Told(LitTiny):
-    """A module that is told how to configure its optimizers, and logs what a scheduler may look at."""
-
+class Told(LitTiny):  # that is told how to configure its optimizers, and logs what a scheduler may look at
     configure: Callable[[Any], Any]
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -59,14 +49,10 @@ def fit_and_resume(
     tmp_path: Path, configure: Callable[[Any], Any], *more: Callable[[], L.Callback], **options: Any
 ) -> LitTiny:
     """Fit three epochs, and again from the file of the first two; return the module after both came to the same end."""
+    make = (lambda: lora(merge=False), *more)
     options = {"max_epochs": 3} | options
-    through, resumed = told(configure), told(configure)
-    for model, path in ((through, None), (resumed, tmp_path / "True" / "epoch=1.ckpt")):
-        torch.manual_seed(5)
-        saves = ModelCheckpoint(tmp_path / str(model is through), "{epoch}", save_top_k=-1)
-        t = trainer(tmp_path, [lora(merge=False), *(make() for make in more), saves], **options)
-        t.fit(model, data(), data(), ckpt_path=path)
-    a, b = (torch.load(tmp_path / str(each) / "epoch=2.ckpt", weights_only=True) for each in (True, False))
+    through, resumed = through_and_resumed(tmp_path, lambda: told(configure), *make, at="epoch=1", **options)
+    a, b = (torch.load(tmp_path / name / "epoch=2.ckpt", weights_only=True) for name in ("through", "resumed"))
     assert same(state(resumed), state(through)) and files_hold_adapters_alone(tmp_path)
     for key in ("optimizer_states", "lr_schedulers", "lightning_lora"):
         assert same_parts(a[key], b[key]), key
@@ -137,19 +123,13 @@ def test_early_stopping_counts_on_when_resumed(tmp_path: Path) -> None:
 
 
 def test_run_that_a_timer_stopped_goes_on(tmp_path: Path) -> None:
-    through, stopped, resumed = LitTiny(), LitTiny(), LitTiny()
     slow = bundled.LambdaCallback(on_train_batch_start=lambda *_: time.sleep(0.002))
-    t = trainer(
-        tmp_path, [lora(), slow, Timer(timedelta(milliseconds=1), interval="epoch")], enable_checkpointing=False
-    )
-    torch.manual_seed(5)
-    t.fit(stopped, data(), data())
+    stopped, t = fit(tmp_path, lora(), slow, Timer(timedelta(milliseconds=1), interval="epoch"))
     assert t.global_step == 4 and is_plain(stopped)
-    t.save_checkpoint(tmp_path / "stopped.ckpt")
-    for model, path in ((through, None), (resumed, tmp_path / "stopped.ckpt")):
-        torch.manual_seed(5)
-        t = trainer(tmp_path, [lora(), Timer(timedelta(days=1))], max_epochs=3, enable_checkpointing=False)
-        t.fit(model, data(), data(), ckpt_path=path)
+    file = tmp_path / "stopped.ckpt"
+    t.save_checkpoint(file)
+    through, _ = fit(tmp_path, lora(), Timer(timedelta(days=1)), max_epochs=3)
+    resumed, _ = fit(tmp_path, lora(), Timer(timedelta(days=1)), ckpt_path=file, max_epochs=3)
     assert same(state(resumed), state(through)) and files_hold_adapters_alone(tmp_path) and base_is_whole(resumed)
 
 
@@ -177,12 +157,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.filterwarnings("ignore:.*barebones=True:UserWarning")
 @pytest.mark.parametrize("option", OPTIONS)
 def test_trainer_options_mean_what_they_mean_without_the_callback(tmp_path: Path, option: str) -> None:
-    by_hand, model = adapted(), LitTiny()  # Lightning itself, on a module that is adapted already
     options = {"max_epochs": 3, "enable_checkpointing": False} | OPTIONS[option]
-    trainer(tmp_path, [], **options).fit(by_hand, data(), data())
-    torch.manual_seed(5)
-    t = trainer(tmp_path, [lora()], **options)
-    t.fit(model, data(), data())
+    by_hand, _ = fit(tmp_path, model=adapted(), **options)  # Lightning itself, on a module that is adapted already
+    model, t = fit(tmp_path, lora(), **options)
     assert is_plain(model) and same_parts(trained(model), trained(by_hand))
     if option != "barebones":
         t.save_checkpoint(tmp_path / "after.ckpt")
@@ -190,9 +167,7 @@ def test_trainer_options_mean_what_they_mean_without_the_callback(tmp_path: Path
     assert base_is_whole(model)
 
 
-class Writer(bundled.BasePredictionWriter):
-    """Keep what is predicted."""
-
+class Writer(bundled.BasePredictionWriter):  # keep what is predicted
     def write_on_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, predictions: Any, *_: Any) -> None:
         self.written = torch.cat(predictions)
 
@@ -210,40 +185,22 @@ ONLOOKERS: dict[str, Callable[[], L.Callback]] = {
 @pytest.mark.filterwarnings("ignore:.*flops_per_batch:UserWarning")
 @pytest.mark.parametrize("onlooker", ONLOOKERS)
 def test_onlookers_change_nothing(tmp_path: Path, onlooker: str) -> None:
-    models = LitTiny(), LitTiny()
-    for model, callbacks in zip(models, ([], [ONLOOKERS[onlooker]()]), strict=True):
-        torch.manual_seed(5)
+    states = []
+    for callbacks in ([], [ONLOOKERS[onlooker]()]):
         logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
-        t = trainer(tmp_path, [*callbacks, lora(), best(tmp_path)], logger=logger, log_every_n_steps=1)
-        t.fit(model, data(), data())
-        predicted = torch.cat(t.predict(model, data()))  # type: ignore[arg-type]
+        model, t = fit(tmp_path, *callbacks, lora(), best(tmp_path), logger=logger, log_every_n_steps=1)
+        states.append(state(model))
+        predicted = outcome(t, "predict", model)
         if onlooker == "writer" and callbacks:
             assert torch.equal(callbacks[0].written, predicted)  # type: ignore[attr-defined]
-    assert same(state(models[0]), state(models[1])) and files_hold_adapters_alone(tmp_path)
+    assert same(*states) and files_hold_adapters_alone(tmp_path)
     assert base_is_whole(model)
-
-
-def test_learning_rates_are_seen_by_group(tmp_path: Path) -> None:
-    def configure(parameters: Any) -> Any:
-        first, *others = parameters
-        optimizer = torch.optim.AdamW([{"params": [first], "lr": 0.5}, {"params": others, "name": "rest"}], lr=0.05)
-        return [optimizer], [{"scheduler": lr_scheduler.StepLR(optimizer, 2), "interval": "step"}]
-
-    monitor, logger = LearningRateMonitor("step"), CSVLogger(tmp_path)
-    t = trainer(tmp_path, [lora(), monitor], logger=logger, log_every_n_steps=1, max_epochs=1)
-    t.fit(told(configure), data())
-    assert monitor.lrs == {
-        "lr-AdamW/pg1": pytest.approx([0.5, 0.5, 0.05, 0.05]),
-        "lr-AdamW/rest": pytest.approx([0.05, 0.05, 0.005, 0.005]),
-    }
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 @pytest.mark.parametrize("tokens", [1, 16])
 def test_a_logger_draws_the_graph_of_the_adapted_module(tmp_path: Path, tokens: int) -> None:
-    class DrawsGraphs(CSVLogger):
-        """Traces the module as TensorBoardLogger(log_graph=True) does."""
-
+    class DrawsGraphs(CSVLogger):  # traces the module as TensorBoardLogger(log_graph=True) does
         def log_graph(self, model: Any, input_array: Any = None) -> None:
             model.eval()
             with _jit_is_scripting():
@@ -254,8 +211,7 @@ def test_a_logger_draws_the_graph_of_the_adapted_module(tmp_path: Path, tokens: 
     for logger in (DrawsGraphs(tmp_path), CSVLogger(tmp_path)):
         model = LitTiny()
         model.example_input_array = torch.arange(tokens)
-        torch.manual_seed(5)
-        trainer(tmp_path, [lora()], logger=logger, enable_checkpointing=False).fit(model, data())
+        fit(tmp_path, lora(), model=model, logger=logger)
         states.append(state(model))
         if isinstance(logger, DrawsGraphs):
             assert logger.graph.count('name="lora_A"') == 2

@@ -15,23 +15,19 @@ from lightning_lora import LoRAWarning, load_adapter, save_adapter, unmerge_adap
 from lightning_lora.model import state as record
 from lightning_lora.tensors import digests as hashing
 from tests.support.cases import StopError
+from tests.support.fits import fit, outcome
 from tests.support.models import LitTiny, best, data, is_plain, lora, same, state, trainer
-from tests.support.training import fit, outcome
 
 WIDTH = 128
 BASE = 2 * WIDTH * WIDTH
 
 
-class Wide(LitTiny):
-    """A module whose base is far larger than its adapters and the samples of a look."""
-
+class Wide(LitTiny):  # whose base is far larger than its adapters and the samples of a look
     def __init__(self) -> None:
         super().__init__(width=WIDTH)
 
 
-class Reads:
-    """Counts the integers of large tensors that digests read."""
-
+class Reads:  # counts the integers of large tensors that digests read
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count, own = 0, hashing._digest_of_integers
 
@@ -59,9 +55,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     return Reads(monkeypatch)
 
 
-class Passes(L.Callback):
-    """Notes the passes of the set-up, and of all that happens until training ends."""
-
+class Passes(L.Callback):  # notes the passes of the set-up, and of all that happens until training ends
     def __init__(self, reads: Reads) -> None:
         self.reads, self.found = reads, dict[str, float]()
 
@@ -158,9 +152,7 @@ def test_a_change_that_no_save_has_seen_is_found_at_the_end(tmp_path: Path, fail
 WITHOUT_HEAD = {"modules_to_save": None, "exclude_modules": ["head"]}
 
 
-class LoadsInSetup(LitTiny):
-    """A module that loads its pretrained weights in a hook, over whatever is there."""
-
+class LoadsInSetup(LitTiny):  # that loads its pretrained weights in a hook, over whatever is there
     def setup(self, stage: str) -> None:
         self.load_state_dict(LitTiny().state_dict(), strict=False)
 

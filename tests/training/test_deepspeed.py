@@ -64,9 +64,7 @@ def of_ddp(folder: Path, *args: Any, **options: Any) -> State:
     return run_ranks(fit, "ddp", folder, *args, **options)[0]
 
 
-class Groups(LitNet):
-    """Groups of which one has no weight that trains, each with a rate of its own."""
-
+class Groups(LitNet):  # groups of which one has no weight that trains, each with a rate of its own
     def configure_optimizers(self) -> Any:
         assert self.model is not None
         head = set(self.model.head.parameters())
@@ -82,9 +80,7 @@ class Groups(LitNet):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-class InConfig(LitNet):
-    """The optimizer is DeepSpeed's."""
-
+class InConfig(LitNet):  # the optimizer is DeepSpeed's
     def configure_optimizers(self) -> Any:
         raise NotImplementedError
 
@@ -173,9 +169,7 @@ def test_averages_are_those_of_ddp(tmp_path: Path) -> None:
     assert_same(trained(tmp_path, averages=True)[0], of_ddp(tmp_path, averages=True))
 
 
-class LoadsLate(LitNet):
-    """Loads its base when training starts: adapters that began from it begin again."""
-
+class LoadsLate(LitNet):  # loads its base when training starts: adapters that began from it begin again
     def built(self) -> Net:
         return Net()
 
@@ -224,9 +218,7 @@ def test_next_fit_is_not_touched_by_the_engine_of_the_last(tmp_path: Path, kinds
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-class Reused(LitNet):
-    """Returns the same optimizer in each fit."""
-
+class Reused(LitNet):  # returns the same optimizer in each fit
     def configure_optimizers(self) -> Any:
         if "kept" not in vars(self):
             vars(self)["kept"] = super().configure_optimizers()

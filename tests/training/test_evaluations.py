@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lightning_lora import BaseMismatchError, LoRACallback, LoRAWarning, inject_adapters, unmerge_adapters
 from lightning_lora.model.state import find_record
 from tests.support.cases import StopError
+from tests.support.fits import fit, outcome
+from tests.support.late import BornInConfigureModel, BornInSetup, BuiltAnew
 from tests.support.models import LitTiny, data, is_plain, lora, same, state, trainer
-from tests.support.training import BornInConfigureModel, BornInSetup, BuiltAnew, fit, outcome
 
 STAGES = ["validate", "test", "predict"]
 
@@ -43,15 +44,6 @@ def test_a_plain_model_stays_plain(tmp_path: Path, stage: str, trial: Any) -> No
     for _ in range(2):
         assert torch.equal(outcome(t, stage, model), expected)
         assert looks(model) == before and same(state(model), values) and find_record(model) is None
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_file_that_is_written_after_an_evaluation_holds_the_plain_model(tmp_path: Path, stage: str) -> None:
-    model, t = LitTiny(), trainer(tmp_path, [lora()])
-    outcome(t, stage, model)
-    t.save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
-    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
-    assert same(checkpoint["state_dict"], LitTiny().state_dict()) and not [k for k in checkpoint if "lora" in k]
 
 
 @pytest.mark.parametrize("build", [BornInSetup, BornInConfigureModel, BuiltAnew])
@@ -107,9 +99,7 @@ def test_adapters_that_are_there_are_evaluated(tmp_path: Path, part: bool) -> No
     assert not is_plain(model)
 
 
-class Sees(L.Callback):
-    """Looks at the module in each process."""
-
+class Sees(L.Callback):  # looks at the module in each process
     def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         assert is_plain(pl_module) and find_record(pl_module) is None and all(flags(pl_module).values())
         assert trainer.world_size == 2
@@ -122,30 +112,11 @@ def test_every_process_stays_plain(tmp_path: Path) -> None:
     t.test(model, data(), verbose=False)
     Sees.on_test_end(Sees(), t, model)
     t.save_checkpoint(tmp_path / "a.ckpt")
-    assert same(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"], LitTiny().state_dict())
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert same(checkpoint["state_dict"], LitTiny().state_dict()) and not [key for key in checkpoint if "lora" in key]
 
 
-class LoadsItsBase(LitTiny):
-    """A module whose ``setup`` loads weights."""
-
-    def setup(self, stage: str) -> None:
-        with torch.no_grad():
-            self.q_proj.weight.fill_(0.5)
-
-    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        assert (self.q_proj.weight == 0.5).all()
-        return super().predict_step(batch, batch_idx)
-
-
-def test_weights_that_a_hook_loads_are_those_of_the_plain_model(tmp_path: Path) -> None:
-    model = LoadsItsBase()
-    outcome(trainer(tmp_path, [lora()]), "predict", model)
-    assert is_plain(model) and find_record(model) is None and (model.q_proj.weight == 0.5).all()
-
-
-class Fails(LitTiny):
-    """A module with a ``setup`` of its own, whose test fails."""
-
+class Fails(LitTiny):  # with a setup of its own, whose test fails
     def setup(self, stage: str) -> None:
         pass
 

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.checks import files_hold_adapters_alone
 from tests.support.faults import FORK
 from tests.support.launched import main
 from tests.support.models import LitTiny, exact, same
-from tests.support.training import files_hold_adapters_alone
 
 pytestmark = pytest.mark.processes
 
@@ -27,9 +27,7 @@ LIMIT = 180.0
 """Seconds for one launcher."""
 
 
-class Command:
-    """A new process, with the variables that a launcher sets."""
-
+class Command:  # a new process, with the variables that a launcher sets
     def __init__(self, *command: str, **variables: str) -> None:
         self.command = command
         self.environment = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
@@ -50,9 +48,7 @@ class Command:
         self.process.wait()
 
 
-class Program(Command):
-    """A fork that does what ``python -m tests.support.launched`` does, which need not import all anew."""
-
+class Program(Command):  # a fork that does what python -m tests.support.launched does, which need not import all anew
     def start(self, log: Path) -> None:
         self.fork = FORK.Process(target=self.work, args=(log,))
         self.fork.start()
@@ -77,10 +73,7 @@ class Program(Command):
 
 
 def run(folder: Path, commands: Sequence[Command]) -> None:
-    """Run commands side by side, and show what they printed if one of them fails or does not end.
-
-    Then none of them is waited for any longer.
-    """
+    """Run commands side by side, and show what they printed if one of them fails or does not end."""
     logs = [folder / f"{number}.log" for number in range(len(commands))]
     for command, log in zip(commands, logs, strict=True):
         command.start(log)
@@ -149,10 +142,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def result(results: Path, *launchers: Launcher) -> Path:
-    """What one launcher gives, or several ones after each other.
-
-    All work in the same folder, because files hold its path.
-    """
+    """What one launcher gives, or several ones after each other, all in one folder: files hold its path."""
     folder = results / "now"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -210,9 +200,3 @@ def test_a_job_that_slurm_requeues_goes_on_to_the_same_bits(results: Path, forke
     given = result(results, requeued, requeued)
     assert same(weights(given / "through.pt"), weights(forked / "through.pt"))
     assert (given / "hpc_ckpt_1.ckpt").exists() and files_hold_adapters_alone(given)
-
-
-def test_a_command_that_fails_ends_the_others_and_is_shown(tmp_path: Path) -> None:
-    for fails, says in (Command("-c", "exit('out of order')"), "out of order"), (Program("--x"), "required: folder"):
-        with pytest.raises(AssertionError, match=says):
-            run(tmp_path, [Command("-c", "import time; time.sleep(600)"), fails])

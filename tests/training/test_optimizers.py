@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lightning_lora import OptimizerError, remove_adapters
 from lightning_lora.model.view import View
+from tests.support.by_hand import adapted, by_hand
+from tests.support.fits import fit, through_and_resumed
 from tests.support.models import ADAPTERS, CLASSES, TRAINED, WORDS, LitTiny, data, is_plain, lora, same, state, trainer
-from tests.support.training import adapted, by_hand, fit, through_and_resumed
 
 X = torch.arange(WORDS)
 
@@ -71,9 +72,7 @@ def test_optimizer_holds_exactly_what_trains(tmp_path: Path, configure: Any) -> 
     assert "param_names" not in held or held["param_names"] == names_in(model, group)
 
 
-class Grouped(LitTiny):
-    """A module whose groups the user has chosen."""
-
+class Grouped(LitTiny):  # whose groups the user has chosen
     def __init__(self, habit: str) -> None:
         super().__init__()
         self.habit = habit
@@ -141,23 +140,17 @@ def test_an_adapter_stays_in_the_group_that_the_user_has_put_it_into(tmp_path: P
     assert same(state(model), state(expected))
 
 
-@pytest.mark.parametrize("habit", HABITS)
-def test_a_run_with_groups_resumes_to_the_bit(tmp_path: Path, habit: str) -> None:
-    through, resumed = through_and_resumed(tmp_path, lambda: Grouped(habit), lambda: lora(merge=False), max_epochs=3)
-    assert same(state(resumed), state(through))
-
-
-class HoldsGroups(L.Callback):
-    """Compares the groups in every process."""
-
+class HoldsGroups(L.Callback):  # compares the groups in every process
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         assert [names_in(pl_module, group) for group in optimizer_of(trainer)] == HABITS[pl_module.habit][1]
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("habit", HABITS)
-def test_groups_are_the_users_in_every_process(tmp_path: Path, habit: str) -> None:
-    fit(tmp_path, lora(), HoldsGroups(), model=Grouped(habit), strategy="ddp_fork", devices=2)
+def test_groups_are_the_users_in_every_process_and_resume_to_the_bit(tmp_path: Path, habit: str) -> None:
+    options = {"strategy": "ddp_fork", "devices": 2}
+    through, resumed = through_and_resumed(tmp_path, lambda: Grouped(habit), lora, HoldsGroups, **options)
+    assert same(state(resumed), state(through))
 
 
 @pytest.mark.parametrize("bias", ["none", "all"])
@@ -168,9 +161,7 @@ def test_adapters_stand_where_their_weight_stood(tmp_path: Path, bias: Any) -> N
     assert names_in(model, optimizer_of(t)[0]) == order  # files hold the optimizer's state in this order
 
 
-class Chosen(LitTiny):
-    """Manual optimization by two optimizers over what the user has chosen, each with a scheduler."""
-
+class Chosen(LitTiny):  # manual optimization by two optimizers over what the user has chosen, each with a scheduler
     def __init__(self, *chosen: Callable[[str], bool]) -> None:
         super().__init__()
         self.chosen = chosen
@@ -255,22 +246,6 @@ def test_an_early_optimizer_of_groups_trains_other_adapters_later(tmp_path: Path
     assert [names_in(model, group) for group in optimizer_of(t)] == [ADAPTERS[2:], [*ADAPTERS[:2], *TRAINED[4:]]]
 
 
-def test_a_filter_over_what_is_now_frozen_finds_parameters_all_the_same(tmp_path: Path) -> None:
-    def configure(m: LitTiny) -> Any:
-        def make() -> Any:
-            def trainable(*modules: nn.Module) -> list[nn.Parameter]:
-                return [p for module in modules for p in module.parameters() if p.requires_grad]
-
-            assert trainable(m.embed)  # or torch would say that the optimizer got an empty parameter list
-            return adam([{"params": trainable(m.embed)}, {"params": trainable(m.q_proj, m.v_proj, m.head)}])
-
-        return make
-
-    t, model = fit_with(tmp_path, configure)
-    assert [names_in(model, group) for group in optimizer_of(t)] == [[], TRAINED]
-    assert not model.embed.weight.requires_grad
-
-
 def test_a_filter_over_a_frozen_base_keeps_the_groups_apart(tmp_path: Path) -> None:
     def configure(m: LitTiny) -> Any:
         m.q_proj.requires_grad_(False)
@@ -294,9 +269,7 @@ def test_adapters_in_no_optimizer_are_an_error(tmp_path: Path) -> None:
         fit_with(tmp_path, lambda m: lambda: None)
 
 
-class Gan(LitTiny):
-    """Two networks, each with an optimizer and a loss of its own."""
-
+class Gan(LitTiny):  # two networks, each with an optimizer and a loss of its own
     def __init__(self, *, frozen: bool = False) -> None:
         super().__init__()
         self.automatic_optimization = False

@@ -26,48 +26,37 @@ def bits(values: list[Tensor]) -> list[list[int]]:
     return [value.reshape(-1).view(torch.int32).tolist() for value in values]
 
 
-def wholes() -> list[list[int]]:
-    join_group()
-    partition = partition_of(dist.get_rank())
-    whole = partition.full(partition.local, torch.device("cpu"))
-    assert bits([partition.local_of(whole)]) == bits([partition.local])
-    return bits(whole)
-
-
-@pytest.mark.processes
-def test_parts_make_up_the_whole_to_the_bit() -> None:
-    assert run_ranks(wholes) == [bits(VALUES)] * 2
-
-
-def states() -> dict[str, Any]:
-    """The state after two steps, and that it comes back."""
+def full() -> tuple[list[list[int]], dict[str, Any]]:
+    """The parameters, and the optimizer's state after a step; both come back."""
     join_group()
     partitions = [partition_of(dist.get_rank()), Partition([], torch.zeros(2), [])]
-    parts = [nn.Parameter(partition.local) for partition in partitions]
-    partitions[0].local, partitions[1].local = parts
-    optimizer = torch.optim.SGD([{"params": [part], "lr": 0.1 * n} for n, part in enumerate(parts)], momentum=0.9)
-    parts[0].grad = torch.ones(4)
+    values = partitions[0].full(partitions[0].local, torch.device("cpu"))
+    assert bits([partitions[0].local_of(values)]) == bits([partitions[0].local])
+    for partition in partitions:
+        partition.local = nn.Parameter(partition.local)
+    groups = [{"params": [partition.local], "lr": 0.1 * n} for n, partition in enumerate(partitions)]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    partitions[0].local.grad = torch.ones(4)
     optimizer.step()
     state = full_state(partitions, optimizer, torch.device("cpu"))
     found, expected = local_state(partitions, state), optimizer.state_dict()
     assert found["param_groups"] == expected["param_groups"]
     torch.testing.assert_close(found["state"], expected["state"])
-    return state
+    return bits(values), state
 
 
 @pytest.mark.processes
-def test_state_is_that_of_an_optimizer_of_the_parameters() -> None:
+def test_parts_make_up_the_parameters_and_their_optimizers_state() -> None:
     parameters = [nn.Parameter(value) for value in VALUES]
-    optimizer = torch.optim.SGD(
-        [{"params": parameters, "lr": 0.0}, {"params": [nn.Parameter(torch.ones(1))], "lr": 0.1}], momentum=0.9
-    )
+    groups = [{"params": parameters, "lr": 0.0}, {"params": [nn.Parameter(torch.ones(1))], "lr": 0.1}]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
     optimizer.param_groups[1]["params"].clear()
     for p in parameters:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    for found in run_ranks(states):
-        assert found["param_groups"] == optimizer.state_dict()["param_groups"]
-        torch.testing.assert_close(found["state"], optimizer.state_dict()["state"])
+    for values, state in run_ranks(full):
+        assert values == bits(VALUES) and state["param_groups"] == optimizer.state_dict()["param_groups"]
+        torch.testing.assert_close(state["state"], optimizer.state_dict()["state"])
 
 
 def test_each_parameter_gets_its_own_number_of_steps() -> None:

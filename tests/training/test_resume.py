@@ -1,23 +1,32 @@
 """A resumed run ends with the same bits."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import lightning.pytorch.callbacks as bundled
+import numpy as np
 import pytest
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRAWarning, MergePrecisionWarning, load_adapter
+from lightning_lora.storage.formats.lightning import check_readable
+from lightning_lora.storage.formats.own import leave_adapters
+from tests.support.callbacks import WritesLater
 from tests.support.cases import held
+from tests.support.fits import Stateful, fit, outcome, through_and_resumed
 from tests.support.models import (
     ADAPTERS,
     TRAINED,
     WORDS,
     LitTiny,
+    best,
     data,
     exact,
     is_plain,
@@ -27,7 +36,6 @@ from tests.support.models import (
     state,
     trainer,
 )
-from tests.support.training import Stateful, fit, outcome, through_and_resumed
 
 X = torch.arange(WORDS)
 
@@ -44,9 +52,7 @@ def shuffled(**options: Any) -> DataLoader[Any]:
     return DataLoader(data().dataset, batch_size=4, shuffle=True, **options)
 
 
-class WarmsUp(LitTiny):
-    """A module that asks for the number of steps, so that Lightning starts the data loaders early."""
-
+class WarmsUp(LitTiny):  # that asks for the number of steps, so that Lightning starts the data loaders early
     def configure_optimizers(self) -> Any:
         steps = self.trainer.estimated_stepping_batches
         optimizer = super().configure_optimizers()
@@ -54,9 +60,7 @@ class WarmsUp(LitTiny):
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
-class Seeds(LitTiny):
-    """A module that seeds the generators itself, after the hooks of all callbacks."""
-
+class Seeds(LitTiny):  # that seeds the generators itself, after the hooks of all callbacks
     def on_fit_start(self) -> None:
         torch.manual_seed(1)
 
@@ -98,9 +102,7 @@ def test_run_resumed_at_any_step_ends_with_the_same_bits(tmp_path: Path, step: i
     assert same(state(resumed), state(through))
 
 
-class Stores(L.Callback):
-    """It replaces the random states in files."""
-
+class Stores(L.Callback):  # it replaces the random states in files
     def __init__(self, states: Any) -> None:
         self.states = states
 
@@ -148,9 +150,7 @@ def test_fit_warns_once_of_a_merge_that_loses_the_update(tmp_path: Path) -> None
 # Where Lightning does not resume to the same bits, what docs/hazards.md says to do does
 
 
-class Plateau(LitTiny):
-    """A module whose learning rate halves in every epoch after the first."""
-
+class Plateau(LitTiny):  # whose learning rate halves in every epoch after the first
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.05)
         scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=10.0)
@@ -179,3 +179,111 @@ def test_the_last_file_of_a_killed_run_holds_its_averages(tmp_path: Path) -> Non
     model, t = fit(tmp_path, lora(), bundled.EMAWeightAveraging(decay=0.5), ModelCheckpoint(tmp_path, "{epoch}"))
     load_adapter(again := LitTiny(), t.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
     torch.testing.assert_close(again(X), model(X))
+
+
+# Files of any CheckpointIO
+
+
+class WritesAsync(AsyncCheckpointIO):  # lightning's own, around one that is slower than the run
+    def __init__(self) -> None:
+        self.slow = WritesLater()
+        super().__init__(self.slow)
+
+    def teardown(self) -> None:
+        super().teardown()
+        self.slow.teardown()
+
+
+class Counts(L.Callback):  # a callback whose state is the object that it goes on changing
+    def __init__(self, seen: Any, add: Callable[[Any, int], object]) -> None:
+        self.seen, self.add = seen, add
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.add(self.seen, trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seen = state_dict["seen"]
+
+
+def put(values: Any, step: int) -> None:
+    values[step - 1] = step
+
+
+OBJECTS: dict[str, tuple[Callable[[], Any], Callable[[Any, int], object]]] = {
+    "set": (set, set.add),
+    "list": (list, list.append),
+    "array": (lambda: np.zeros(8), put),
+    "tensor": (lambda: torch.zeros(8), put),
+    "inside": (lambda: {"a": [(set(), [])]}, lambda value, step: value["a"][0][1].append(step)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD:UserWarning")
+@pytest.mark.parametrize("kind", OBJECTS)
+@pytest.mark.parametrize("writer", [WritesLater, WritesAsync])
+def test_a_file_that_is_written_later_is_of_the_moment_of_its_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: type[Any], kind: str
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # for the array
+    make, add = OBJECTS[kind]
+
+    def run(folder: str, plugins: list[Any], **options: Any) -> tuple[Any, LitTiny]:
+        counts, saves = Counts(make(), add), best(tmp_path / folder, save_top_k=-1)
+        model, _ = fit(tmp_path, lora(merge=False), counts, saves, plugins=plugins, **options)
+        return counts.seen, model
+
+    seen, whole = run("a", [writer()])
+    resumed_seen, resumed = run("b", [], ckpt_path=tmp_path / "a" / "best-epoch=0.ckpt")
+    assert repr(resumed_seen) == repr(seen) and same(state(resumed), state(whole))
+
+
+class Keeps(L.Callback):  # a callback that writes a tensor with a graph, which cannot be copied
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        losses = [0, torch.ones(1, requires_grad=True) * 2]
+        checkpoint.update(first=losses, second={"also": losses})
+
+
+def test_an_entry_that_cannot_be_copied_is_written_as_it_is_and_the_others_are_copied(tmp_path: Path) -> None:
+    options = {"plugins": [writer := WritesLater()], "enable_checkpointing": False}
+    model, t = fit(tmp_path, lora(merge=False), Keeps(), **options)
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    before = state(model)["q_proj.lora_A"]
+    model.get_parameter("q_proj.lora_A").data.zero_()
+    writer.teardown()
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert torch.equal(checkpoint["state_dict"]["q_proj.lora_A"], before) and before.any()
+    assert len(checkpoint["second"]["also"]) == 2
+    leave_adapters(checkpoint)
+    check_readable(checkpoint, tmp_path / "a.ckpt")
+
+
+def takes(self: Any, checkpoint: dict[str, Any], path: Any, *_: Any, **__: Any) -> None:
+    self.taken.append(checkpoint)
+    Path(path).touch()
+
+
+def test_a_file_that_is_written_at_once_is_not_copied_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", takes)
+    monkeypatch.setattr(TorchCheckpointIO, "taken", [], raising=False)
+    counts = Counts(torch.zeros(8), put)
+    model, t = fit(tmp_path, lora(merge=False), counts, max_steps=1, enable_checkpointing=False)
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    (checkpoint,) = TorchCheckpointIO.taken  # type: ignore[attr-defined]
+    assert checkpoint["callbacks"]["Counts"]["seen"] is counts.seen
+    assert checkpoint["state_dict"]["q_proj.lora_A"].data_ptr() == model.get_parameter("q_proj.lora_A").data_ptr()
+
+
+class Notes(TorchCheckpointIO):  # a CheckpointIO that writes down where the code was
+    def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().save_checkpoint({**checkpoint, "git": "abc"}, *args, **kwargs)
+
+
+def test_a_writer_may_add_an_entry_of_its_own(tmp_path: Path) -> None:
+    _, t = fit(tmp_path, lora(merge=False), max_epochs=1, plugins=[Notes()])
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["git"] == "abc"
+    _, again = fit(tmp_path, lora(merge=False), ckpt_path=tmp_path / "a.ckpt")
+    assert again.global_step == 8

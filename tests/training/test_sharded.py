@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightning_lora import LoRACallback, LoRAConfig, inject_adapters, merge_adapters, unmerge_adapters
 from lightning_lora.model.state import find_record
 from tests.support import sharded
+from tests.support.callbacks import Notes
 from tests.support.ranks import RankError, run_ranks
 from tests.support.sharded import (
     LitNet,
@@ -41,7 +42,6 @@ from tests.support.sharded import (
     trainer_of,
     whole_state,
 )
-from tests.support.training import Notes
 
 if sharded.has_deepspeed:
     import tests.support.cpu_deepspeed  # noqa: F401  # here, and not in each process
@@ -60,9 +60,7 @@ def zero(*values: Any) -> Any:
 # Models
 
 
-class Manual(LitNet):
-    """Clips and steps by itself."""
-
+class Manual(LitNet):  # clips and steps by itself
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -75,9 +73,7 @@ class Manual(LitNet):
         optimizer.step()
 
 
-class WarmsUp(LitNet):
-    """Asks for the number of steps, so that Lightning starts the data loaders early."""
-
+class WarmsUp(LitNet):  # asks for the number of steps, so that Lightning starts the data loaders early
     def configure_optimizers(self) -> Any:
         assert self.trainer.estimated_stepping_batches == 8
         return super().configure_optimizers()
@@ -88,9 +84,7 @@ class Fused(LitNet):
         return torch.optim.AdamW(self.parameters(), lr=1e-2, foreach=True)
 
 
-class Before(LitNet):
-    """Shards its model before it belongs to the module."""
-
+class Before(LitNet):  # shards its model before it belongs to the module
     def configure_model(self) -> None:
         if self.model is None:
             net = self.built()
@@ -99,9 +93,7 @@ class Before(LitNet):
             self.model = net
 
 
-class Meta(LitNet):
-    """Makes its model on the meta device, and loads it late."""
-
+class Meta(LitNet):  # makes its model on the meta device, and loads it late
     def built(self) -> Net:
         if not isinstance(self.trainer.strategy, ModelParallelStrategy):
             return super().built()
@@ -121,9 +113,7 @@ class Meta(LitNet):
             set_model_state_dict(self.model, pretrained(), options=options)
 
 
-class Late(LitNet):
-    """Loads its pretrained weights in on_fit_start."""
-
+class Late(LitNet):  # loads its pretrained weights in on_fit_start
     def built(self) -> Net:
         return Net() if isinstance(self.trainer.strategy, ModelParallelStrategy) else super().built()
 
@@ -131,9 +121,7 @@ class Late(LitNet):
     load = Meta.load
 
 
-class Checkpointed(LitNet):
-    """Computes its blocks again in the backward pass."""
-
+class Checkpointed(LitNet):  # computes its blocks again in the backward pass
     def built(self) -> Net:
         net = super().built()
         for number, layer in enumerate(net.layers):
@@ -141,9 +129,7 @@ class Checkpointed(LitNet):
         return net
 
 
-class EachLinear(LitNet):
-    """Shards each layer alone."""
-
+class EachLinear(LitNet):  # shards each layer alone
     def shard(self) -> None:
         mesh = self.device_mesh["data_parallel"]
         for module in self.model.modules():
@@ -152,17 +138,13 @@ class EachLinear(LitNet):
         fully_shard(self.model, mesh=mesh)
 
 
-class Blocks(LitNet):
-    """Leaves its head out of the shards."""
-
+class Blocks(LitNet):  # leaves its head out of the shards
     def shard(self) -> None:
         for layer in self.model.layers:
             fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
 
-class Uneven(LitNet):
-    """One process's batches leave a layer out."""
-
+class Uneven(LitNet):  # one process's batches leave a layer out
     def loss(self, batch: list[Tensor]) -> Tensor:
         x = batch[0]
         for number, layer in enumerate(self.model.layers):
@@ -174,18 +156,14 @@ class Uneven(LitNet):
         fully_shard(self.model.layers[0], mesh=self.device_mesh["data_parallel"])
 
 
-class WithNorm(LitNet):
-    """A norm whose statistics are those of each process's batches."""
-
+class WithNorm(LitNet):  # a norm whose statistics are those of each process's batches
     def built(self) -> Net:
         net = super().built()
         net.layers[1].norm = nn.BatchNorm1d(16)
         return net
 
 
-class Llama(LitNet):
-    """A small Llama whose head is tied to its embedding."""
-
+class Llama(LitNet):  # a small Llama whose head is tied to its embedding
     def built(self) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(4)
@@ -273,9 +251,8 @@ def test_processes_train_what_ddp_does_up_to_rounding(
     tmp_path: Path, kind: str, build: Callable[[], LitNet], kwargs: dict[str, Any], options: dict[str, Any]
 ) -> None:
     expected = fit_in_processes("ddp", tmp_path, build, kwargs, **options)[0]
-    tolerance = (
-        {"rtol": 1e-4, "atol": 1e-5} if "precision" in options or kind != "sharded" else {"rtol": 1e-5, "atol": 1e-6}
-    )
+    exact = kind == "sharded" and "precision" not in options
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if exact else {"rtol": 1e-4, "atol": 1e-5}
     for found in fit_in_processes(kind, tmp_path, build, kwargs, **options):
         torch.testing.assert_close(found, expected, **tolerance)  # the dtypes too
     assert "precision" not in options or found["model.layers.0.q.lora_A"].dtype == torch.float32
@@ -335,9 +312,7 @@ def test_one_process_goes_on_and_others_go_on_from_one(tmp_path: Path, kind: str
     fit_in_processes(kind, tmp_path, path=path_of(tmp_path, "one", 0))
 
 
-class InGroups(LitNet):
-    """Has a rate for A, and another for B."""
-
+class InGroups(LitNet):  # has a rate for A, and another for B
     def configure_optimizers(self) -> Any:
         groups: list[list[nn.Parameter]] = [[], [], []]
         for name, p in self.named_parameters():
@@ -461,18 +436,14 @@ class InjectsFirst(LitNet):
         super().shard()
 
 
-class Unused(LitNet):
-    """A layer that no batch reaches."""
-
+class Unused(LitNet):  # a layer that no batch reaches
     def loss(self, batch: list[Tensor]) -> Tensor:
         return self.model.head(self.model.layers[0](batch[0])).square().mean()
 
     shard = Uneven.shard
 
 
-class New(LitNet):
-    """A layer that nobody has trained, in a pretrained model."""
-
+class New(LitNet):  # a layer that nobody has trained, in a pretrained model
     def built(self) -> Net:
         net = super().built()
         net.layers[1].up.reset_parameters()
@@ -501,9 +472,7 @@ def test_what_is_wrong_is_named_and_ends_the_run(
         fit_in_processes(kind, tmp_path, build, kwargs)
 
 
-class OtherBase(LitNet):
-    """The last value of the last process's part differs."""
-
+class OtherBase(LitNet):  # the last value of the last process's part differs
     def built(self) -> Net:
         net = super().built()
         with torch.no_grad():

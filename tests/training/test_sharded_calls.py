@@ -223,9 +223,7 @@ def test_a_change_that_one_process_sees_counts_in_all(tmp_path: Path) -> None:
         assert len(warned) == 1
 
 
-class Example(LitNet):
-    """Its summary runs it once, before the adapters' own."""
-
+class Example(LitNet):  # its summary runs it once, before the adapters' own
     def __init__(self) -> None:
         super().__init__()
         self.example_input_array = X
@@ -253,9 +251,7 @@ def test_one_process_may_look_while_weights_are_gathered(tmp_path: Path, kwargs:
 # What is not sharded
 
 
-class Unseeded(Blocks):
-    """Its head is not sharded, and every process has drawn another one."""
-
+class Unseeded(Blocks):  # its head is not sharded, and every process has drawn another one
     def built(self) -> Any:
         net = super().built()
         torch.manual_seed(dist.get_rank())
@@ -263,9 +259,7 @@ class Unseeded(Blocks):
         return net
 
 
-class Odd(Unseeded):
-    """What is not sharded has other layouts and dtypes than broadcasts take as they are."""
-
+class Odd(Unseeded):  # what is not sharded has other layouts and dtypes than broadcasts take as they are
     def built(self) -> Any:
         net = super().built()
         net.head.weight = nn.Parameter(torch.randn(16, 3).t())
@@ -301,9 +295,7 @@ class Whole(LitNet):
         pass
 
 
-class OnOneProcess(LitNet):
-    """Shards over the mesh of a default strategy, which has one process."""
-
+class OnOneProcess(LitNet):  # shards over the mesh of a default strategy, which has one process
     def shard(self) -> None:
         fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
 
@@ -330,9 +322,7 @@ def test_a_model_that_is_not_sharded_is_named(tmp_path: Path, module: LitNet, si
 # What files hold
 
 
-class Keeps(L.Callback):
-    """Keeps copies of what trains, and of the base, in the checkpoint."""
-
+class Keeps(L.Callback):  # keeps copies of what trains, and of the base, in the checkpoint
     kept: dict[str, Any]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -358,9 +348,7 @@ def test_copies_in_a_checkpoint_are_made_full(tmp_path: Path) -> None:
     assert abs(sizes[0] - sizes[1]) < 200
 
 
-class Changes(L.Callback):
-    """Changes a frozen weight, and fails."""
-
+class Changes(L.Callback):  # changes a frozen weight, and fails
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         with torch.no_grad():
             pl_module.model.layers[0].norm.weight.mul_(2)

@@ -23,20 +23,11 @@ from lightning_lora import (
     save_adapter,
     unmerge_adapters,
 )
+from tests.support.by_hand import adam, by_hand, trainable
 from tests.support.cases import StopError
+from tests.support.checks import base_is_whole, files_hold_adapters_alone, same_parts, trained
+from tests.support.fits import fit, loaded, outcome
 from tests.support.models import LitTiny, best, data, is_plain, lora, same, state, trainer
-from tests.support.training import (
-    adam,
-    base_is_whole,
-    by_hand,
-    files_hold_adapters_alone,
-    fit,
-    loaded,
-    outcome,
-    same_parts,
-    trainable,
-    trained,
-)
 
 
 @pytest.mark.parametrize("merge", ["last", "best", False])
@@ -114,9 +105,7 @@ def test_copies_of_a_merged_model_take_its_files(tmp_path: Path) -> None:
     assert outcome(trainer(tmp_path), "test", model).item() == score
 
 
-class Broken(LitTiny):
-    """A module whose test fails."""
-
+class Broken(LitTiny):  # whose test fails
     def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
         raise StopError
 
@@ -146,9 +135,7 @@ def test_failed_stage_gives_the_module_back_as_it_came(tmp_path: Path) -> None:
     assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
 
 
-class FailsToPrepare(LitTiny):
-    """A module whose data are not there, when asked to."""
-
+class FailsToPrepare(LitTiny):  # whose data are not there, when asked to
     missing = False
 
     def prepare_data(self) -> None:
@@ -183,9 +170,7 @@ def test_a_fit_that_merges_nothing_leaves_live_adapters_on_a_module_that_an_earl
     assert not is_plain(model)
 
 
-class MakesNone(LitTiny):
-    """A module with a frozen norm, that raises where it should make its optimizer."""
-
+class MakesNone(LitTiny):  # with a frozen norm, that raises where it should make its optimizer
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(8)
@@ -268,9 +253,7 @@ def test_a_fit_does_not_start_with_a_selected_layer_that_is_not_adapted(
     assert all(p.requires_grad for name, p in model.named_parameters() if not name.startswith("other"))
 
 
-class TrainsItsHead(LitTiny):
-    """A module whose adapters receive no gradient."""
-
+class TrainsItsHead(LitTiny):  # whose adapters receive no gradient
     def forward(self, index: Tensor) -> Tensor:
         x = self.embed(index)
         return self.head((torch.tanh(self.q_proj(x)) + self.v_proj(x)).detach())

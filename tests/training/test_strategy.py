@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections import Counter
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,20 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.plugins import LayerSync, Precision
+from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
-from lightning_lora import AdapterStateError, StrategyError, load_adapter, remove_adapters
+from lightning_lora import AdapterStateError, LoRAConfig, StrategyError, inject_adapters, remove_adapters
+from lightning_lora.training.deepspeed import LoRADeepSpeedStrategy
+from lightning_lora.training.stage import Stage
+from lightning_lora.training.strategies import overlay_strategy
+from tests.support.callbacks import ON_EXCEPTION, Fails
 from tests.support.cases import StopError, held, stop, tensors
-from tests.support.models import TRAINED, WIDTH, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
-from tests.support.training import (
-    ON_EXCEPTION,
-    BornInConfigureModel,
-    BornInSetup,
-    Fails,
-    Stateful,
-    Steps,
-    base_is_whole,
-    files_hold_adapters_alone,
-    same_parts,
-)
+from tests.support.checks import base_is_whole, files_hold_adapters_alone, same_parts
+from tests.support.fits import Stateful, Steps, fit, loaded, outcome
+from tests.support.late import BornInConfigureModel, BornInSetup
+from tests.support.models import TRAINED, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
 
 SAVING: dict[str, dict[str, Any]] = {
     "best": {"monitor": "val_loss"},
@@ -46,82 +44,52 @@ SAVING: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("saving", SAVING)
 def test_each_file_holds_the_adapters_of_its_step_and_goes_on(tmp_path: Path, saving: str) -> None:
-    model, steps = LitTiny(), Steps()
     saves = ModelCheckpoint(tmp_path / "files", "{epoch}-{step}", **SAVING[saving])
-    torch.manual_seed(5)
-    trainer(tmp_path, [lora(), steps, saves], max_epochs=3).fit(model, Stateful(), data())
+    model, _ = fit(tmp_path, lora(), steps := Steps(), saves, train=Stateful(), max_epochs=3)
     files = sorted(tmp_path.rglob("*.ckpt"))
     assert files_hold_adapters_alone(tmp_path) is (saving != "none") is bool(files)
     for file in files[:: max(1, len(files) // 3)]:
         checkpoint = torch.load(file, weights_only=True)
-        assert same_parts(
-            held(checkpoint), {name: steps.after[checkpoint["global_step"] - 1][name] for name in TRAINED}
-        )
-        again = LitTiny()
-        t = trainer(tmp_path, [lora()], max_epochs=3, enable_checkpointing=False)
+        assert same_parts(held(checkpoint), steps.after[checkpoint["global_step"] - 1])
         if "optimizer_states" in checkpoint:
-            t.fit(again, Stateful(), data(), ckpt_path=file)
+            again, t = fit(tmp_path, lora(), train=Stateful(), ckpt_path=file, max_epochs=3)
             assert same(state(again), state(model)) and t.global_step == 12
         else:
-            t.validate(again, data(), ckpt_path=file, verbose=False)
+            outcome(trainer(tmp_path, [lora()]), "validate", again := LitTiny(), ckpt_path=file)
         assert base_is_whole(again)
     assert base_is_whole(model)
 
 
-@pytest.mark.parametrize("kind", ON_EXCEPTION)
-def test_failed_run_goes_on_from_the_file_of_its_failure(tmp_path: Path, kind: str) -> None:
-    through, failed, resumed = LitTiny(), LitTiny(), LitTiny()
-    torch.manual_seed(5)
-    trainer(tmp_path, [lora()], max_epochs=3, enable_checkpointing=False).fit(through, Stateful(), data())
-    torch.manual_seed(5)
-    t = trainer(tmp_path, [lora(), ON_EXCEPTION[kind](tmp_path), Fails()], max_epochs=3)
-    with pytest.raises(StopError):
-        t.fit(failed, Stateful(), data())
-    assert files_hold_adapters_alone(tmp_path) and base_is_whole(failed)
-    (file,) = tmp_path.rglob("on_exception*.ckpt")
-    t = trainer(tmp_path, [lora(), ON_EXCEPTION[kind](tmp_path)], max_epochs=3)
-    t.fit(resumed, Stateful(), data(), ckpt_path=None if kind == "callback" else file)
-    assert same(state(resumed), state(through)) and t.global_step == 12 and base_is_whole(resumed)
-    assert file.exists() is (kind != "callback")  # it removes its file after a fit that ends
-
-
-class Unreadable(L.LightningDataModule):
-    """Its samples cannot be loaded any more."""
-
+class Unreadable(L.LightningDataModule):  # its samples cannot be loaded any more
     def train_dataloader(self) -> Any:
         raise StopError
 
 
 @pytest.mark.parametrize("kind", ON_EXCEPTION)
-def test_resumed_run_that_fails_before_its_first_step_keeps_what_was_trained(tmp_path: Path, kind: str) -> None:
-    t = trainer(tmp_path, [lora(), ON_EXCEPTION[kind](tmp_path), Fails()], max_epochs=3)
+def test_failed_run_goes_on_from_the_file_of_its_failure(tmp_path: Path, kind: str) -> None:
+    through, _ = fit(tmp_path, lora(), train=Stateful(), max_epochs=3, enable_checkpointing=False)
+    failed = LitTiny()
     with pytest.raises(StopError):
-        t.fit(LitTiny(), Stateful(), data())
+        fit(tmp_path, lora(), ON_EXCEPTION[kind](tmp_path), Fails(), model=failed, train=Stateful(), max_epochs=3)
+    assert files_hold_adapters_alone(tmp_path) and base_is_whole(failed)
     (file,) = tmp_path.rglob("on_exception*.ckpt")
     before, model = held(torch.load(file, weights_only=True)), LitTiny()
-    t = trainer(tmp_path, [lora(), ON_EXCEPTION[kind](tmp_path)], max_epochs=3)
-    with pytest.raises(StopError):
+    t = trainer(tmp_path, [lora(), ON_EXCEPTION[kind](tmp_path / "again")], max_epochs=3)
+    with pytest.raises(StopError):  # before the first step: its file and the module keep what was trained
         t.fit(model, datamodule=Unreadable(), ckpt_path=file)
-    assert same(held(torch.load(file, weights_only=True)), before)
+    (again,) = (tmp_path / "again").rglob("*.ckpt")
+    assert same(held(torch.load(again, weights_only=True)), before)
     assert same({name: state(model)[name] for name in before}, before)
-
-
-def test_sharding_strategy_is_refused(tmp_path: Path) -> None:
-    t = trainer(tmp_path, [lora()])
-    type(t.strategy).restore_checkpoint_after_setup = property(lambda _: True)  # type: ignore[assignment]
-    try:
-        with pytest.raises(StrategyError, match="SingleDeviceStrategy shards"):
-            t.fit(LitTiny(), data())
-    finally:
-        del type(t.strategy).restore_checkpoint_after_setup
+    t, resumed = trainer(tmp_path, [lora(), ON_EXCEPTION[kind](tmp_path)], max_epochs=3), LitTiny()
+    t.fit(resumed, Stateful(), data(), ckpt_path=None if kind == "callback" else file)
+    assert same(state(resumed), state(through)) and t.global_step == 12 and base_is_whole(resumed)
+    assert file.exists() is (kind != "callback")  # it removes its file after a fit that ends
 
 
 X = torch.arange(WORDS)
 
 
-class LoadsInSetup(LitTiny):
-    """A module that loads its pretrained weights in ``setup``, strictly."""
-
+class LoadsInSetup(LitTiny):  # that loads its pretrained weights in setup, strictly
     def __init__(self) -> None:
         super().__init__()
         for p in self.parameters():
@@ -133,48 +101,16 @@ class LoadsInSetup(LitTiny):
 
 @pytest.mark.parametrize("cls", [BornInSetup, BornInConfigureModel, LoadsInSetup])
 def test_layers_and_weights_that_come_late(tmp_path: Path, cls: type[LitTiny]) -> None:
-    expected, model = LitTiny(), cls()
-    for each in (expected, model):
-        torch.manual_seed(5)
-        t = trainer(tmp_path, [lora(), best(tmp_path / cls.__name__ / str(each is model), monitor=None)])
-        t.fit(each, data(), data())
-    assert is_plain(model)
+    expected, _ = fit(tmp_path, lora())
+    model, t = fit(tmp_path, lora(), model=cls())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    assert is_plain(model) and sorted(tensors(tmp_path / "a.ckpt")) == sorted(TRAINED)
     torch.testing.assert_close(model(X), expected(X))
-    assert sorted(tensors(t.checkpoint_callback.best_model_path)) == sorted(TRAINED)  # type: ignore[union-attr]
-    new = cls()
-    trainer(tmp_path, [lora()]).test(new, data(), ckpt_path=t.checkpoint_callback.best_model_path, verbose=False)  # type: ignore[union-attr]
+    outcome(trainer(tmp_path, [lora()]), "test", new := cls(), ckpt_path=tmp_path / "a.ckpt")
     torch.testing.assert_close(new(X), expected(X))
 
 
-class LoadsBuffersInSetup(LitTiny):
-    """A module whose norm has statistics that only ``setup`` loads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(WIDTH)
-
-    def forward(self, index: Tensor) -> Tensor:
-        return self.head(self.norm(torch.tanh(self.q_proj(self.embed(index))) + self.v_proj(self.embed(index))))
-
-    def setup(self, stage: str) -> None:
-        self.norm.running_mean.fill_(0.5)  # type: ignore[union-attr]
-
-
-def test_buffers_that_come_late_belong_to_the_base(tmp_path: Path) -> None:
-    model = LoadsBuffersInSetup()
-    t = trainer(tmp_path, [lora(modules_to_save=["head", "norm"])])
-    t.fit(model, data())
-    t.save_checkpoint(tmp_path / "lora.ckpt")
-    assert "norm.running_mean" in tensors(tmp_path / "lora.ckpt")
-    base = LoadsBuffersInSetup()
-    base.setup("fit")
-    load_adapter(base, tmp_path / "lora.ckpt")
-    torch.testing.assert_close(base.eval()(X), model.eval()(X))
-
-
-class ReadsAtEnd(L.Callback):
-    """Reads a file through the strategy when the fit has ended."""
-
+class ReadsAtEnd(L.Callback):  # reads a file through the strategy when the fit has ended
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         before = state(pl_module)
         trainer.strategy.load_checkpoint(trainer.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
@@ -186,18 +122,15 @@ class ReadsAtEnd(L.Callback):
 def test_a_file_that_is_read_outside_a_stage_changes_nothing_until_it_is_loaded(
     tmp_path: Path, stage: str | None, merge: Any
 ) -> None:
-    model, worst = LitTiny(), best(tmp_path, mode="max")
-    t = trainer(tmp_path, [lora(merge=merge), worst, ReadsAtEnd()], max_epochs=3)
-    t.fit(model, data(), data())
+    worst = best(tmp_path, mode="max")
+    model, t = fit(tmp_path, lora(merge=merge), worst, ReadsAtEnd(), max_epochs=3)
     if stage is not None:
         getattr(t, stage)(model, data())
     before = state(model)
     checkpoint = t.strategy.load_checkpoint(worst.best_model_path)
     assert same(state(model), before) and is_plain(model) is bool(merge)
     t.strategy.load_model_state_dict(checkpoint)
-    expected = LitTiny()
-    load_adapter(expected, worst.best_model_path)
-    torch.testing.assert_close(model(X), expected(X))
+    torch.testing.assert_close(model(X), loaded(worst.best_model_path)(X))
     assert is_plain(model) is bool(merge) and base_is_whole(model)
     remove_adapters(model)
     plain = state(LitTiny())
@@ -238,9 +171,7 @@ def test_a_file_of_a_module_without_adapters_is_lightnings_own(tmp_path: Path, b
     assert ours.get("callbacks") == theirs.get("callbacks")
 
 
-class Counts:
-    """A method of a strategy that counts its calls, around one that was there."""
-
+class Counts:  # a method of a strategy that counts its calls, around one that was there
     def __init__(self, calls: "Counter[str]", name: str, inner: Any) -> None:
         self.calls, self.name, self.inner = calls, name, inner
 
@@ -294,15 +225,15 @@ def test_methods_that_others_set_on_the_strategy_are_called_once_each(tmp_path: 
 
 
 def test_a_method_that_replaces_ours_after_a_fit_gets_what_training_changed(tmp_path: Path) -> None:
-    t, model, seen = trainer(tmp_path, [lora()], max_epochs=1), LitTiny(), []
-    t.fit(model, data())
+    seen: list[set[str]] = []
+    model, t = fit(tmp_path, lora(), max_epochs=1)
     t.strategy.save_checkpoint = lambda checkpoint, *_, **__: seen.append(set(held(checkpoint)))  # type: ignore[method-assign]
     for _ in range(2):
-        t.test(model, data(), verbose=False)
+        outcome(t, "test", model)
         t.save_checkpoint(tmp_path / "a.ckpt")
     assert seen == [set(TRAINED)] * 2
     del t.strategy.save_checkpoint
-    t.test(model, data(), verbose=False)
+    outcome(t, "test", model)
     t.save_checkpoint(tmp_path / "a.ckpt")
     assert len(seen) == 2 and set(tensors(tmp_path / "a.ckpt")) == set(TRAINED)
 
@@ -331,3 +262,121 @@ def test_a_method_that_others_set_on_the_precision_is_called_and_stays(tmp_path:
     precision.convert_module = mine  # type: ignore[method-assign]
     t.fit(LitTiny(), data())
     assert calls["convert_module"] == 1 and precision.convert_module is mine
+
+
+# Strategies that shard the model in another way are refused by name, before anything changes
+
+
+class DeepSpeedStrategy(SingleDeviceStrategy):  # it has what Lightning's strategy of this name has before a run
+    restore_checkpoint_after_setup = True  # type: ignore[assignment]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+
+class Renamed(DeepSpeedStrategy):
+    """As in Ray, and in users' code."""
+
+
+@pytest.mark.parametrize("kind", [DeepSpeedStrategy, Renamed])
+@pytest.mark.parametrize("zero", [{"stage": 1}, {"stage": 2}, {"stage": 2, "offload_optimizer": {"device": "cpu"}}])
+def test_zero_1_and_2_are_accepted(kind: type[DeepSpeedStrategy], zero: dict[str, Any]) -> None:
+    strategy = overlay_strategy(kind({"zero_optimization": zero}), Stage(LoRAConfig()))
+    assert type(strategy).overlaid[0] is LoRADeepSpeedStrategy
+
+
+WITHOUT_ZERO = r"DeepSpeedStrategy without ZeRO .* strategy='ddp', or ZeRO stage 1 or 2"
+ZERO_3 = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
+REFUSED: list[tuple[Callable[[], Any], str]] = [
+    (lambda: Renamed(ZERO_3), r"^Renamed with ZeRO stage 3 shards .* ModelParallelStrategy.*fully_sh"),
+    (lambda: DeepSpeedStrategy(None), WITHOUT_ZERO),
+    (lambda: DeepSpeedStrategy({}), WITHOUT_ZERO),
+    (lambda: DeepSpeedStrategy({"zero_optimization": {}}), WITHOUT_ZERO),
+    (lambda: DeepSpeedStrategy({"zero_optimization": {"stage": 0}}), WITHOUT_ZERO),
+    (FSDPStrategy, r"^FSDPStrategy shards .* ModelParallelStrategy.*fully_shard\("),
+]
+
+
+@pytest.mark.parametrize(("make", "match"), REFUSED)
+def test_a_strategy_that_shards_otherwise_is_refused(make: Callable[[], Any], match: str) -> None:
+    strategy = make()
+    kind = type(strategy)
+    with pytest.raises(StrategyError, match=f"(?s){match}"):
+        overlay_strategy(strategy, Stage(LoRAConfig()))
+    assert type(strategy) is kind
+
+
+def test_nothing_changes_before_a_strategy_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StrategyError, match="Renamed with ZeRO stage 3"):
+        fit(tmp_path, lora(), model=(model := LitTiny()), strategy=Renamed(ZERO_3))
+    assert is_plain(model) and same(state(model), state(LitTiny()))
+
+
+# Norms that Lightning replaces stand still too
+
+
+class Normed(LitTiny):  # a classifier with a batch norm of the base, whose statistics are not those of its batches
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.norm.running_mean.fill_(0.3)  # type: ignore[union-attr]
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.norm(self.embed(index))
+        return self.head(torch.tanh(self.q_proj(x)) + self.v_proj(x))
+
+
+class Replaced(nn.BatchNorm1d):
+    """What takes a norm's place; torch's own SyncBatchNorm runs on a GPU alone."""
+
+
+class Replaces(Precision):
+    """A plugin that puts new norms in place of those that are there, as others do with linear layers."""
+
+    def convert_module(self, module: Any) -> Any:
+        new = Replaced(8)
+        new.load_state_dict(module.norm.state_dict())
+        module.norm = new
+        return module
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+def test_a_norm_that_a_precision_replaced_is_of_the_frozen_base(tmp_path: Path, stage: str) -> None:
+    inject_adapters(model := Normed(), lora().config)
+    before = state(model.norm)
+    t = trainer(tmp_path, [lora(merge=False)], plugins=[Replaces()], enable_checkpointing=False)
+    getattr(t, stage)(model, data())
+    assert isinstance(model.norm, Replaced)
+    model.train()(torch.arange(4))
+    assert same(state(model.norm), before)
+    assert not model.norm.weight.requires_grad and model.get_parameter("q_proj.lora_A").requires_grad
+
+
+class Synchronises(LayerSync):
+    """What ``sync_batchnorm=True`` is: it puts new norms in place of those that are there, with their tensors."""
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        for name, norm in list(model.named_modules()):
+            if isinstance(norm, nn.BatchNorm1d):
+                new = Replaced(norm.num_features)
+                for kind in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+                    setattr(new, kind, getattr(norm, kind))
+                model.set_submodule(name, new.train(norm.training))
+        return model
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        return model
+
+
+class LooksAtNorm(L.Callback):  # looks in every process
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        assert isinstance(pl_module.norm, Replaced) and same(state(pl_module.norm), state(Normed().norm))
+
+
+@pytest.mark.processes
+def test_a_frozen_norm_stands_still_when_it_is_made_a_synchronised_one(tmp_path: Path) -> None:
+    options = {"strategy": "ddp_fork", "devices": 2, "plugins": [Synchronises()]}
+    model, _ = fit(tmp_path, lora(), LooksAtNorm(), model=Normed(), **options)
+    assert same(state(model.norm), state(Normed().norm))
+    assert not torch.equal(model.q_proj.weight, Normed().q_proj.weight)

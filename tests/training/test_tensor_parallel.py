@@ -17,9 +17,7 @@ pytestmark = pytest.mark.processes
 PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
 
 
-class Parallel(LitNet):
-    """Splits the matrices of its blocks, and shards them too if there are processes for it."""
-
+class Parallel(LitNet):  # splits the matrices of its blocks, and shards them too if there are processes for it
     def shard(self) -> None:
         for layer in self.model.layers:
             parallelize_module(layer, self.device_mesh["tensor_parallel"], PLAN)

@@ -14,14 +14,14 @@ from torch.utils.data import DataLoader
 from lightning_lora import inject_adapters
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.state import find_record
+from tests.support.averages import AVERAGES
 from tests.support.cases import At
+from tests.support.checks import base_is_whole, files_hold_adapters_alone, trained
+from tests.support.fits import fit
 from tests.support.models import TRAINED, WORDS, LitTiny, data, exact, is_plain, lora, same, state, trainer
-from tests.support.training import AVERAGES, base_is_whole, files_hold_adapters_alone, trained
 
 
-class OwnData(LitTiny):
-    """A module with loaders of its own, whose batch size is to be found."""
-
+class OwnData(LitTiny):  # with loaders of its own, whose batch size is to be found
     shuffle = True
 
     def __init__(self, lr: float = 0.05, batch_size: int = 2) -> None:
@@ -37,9 +37,7 @@ class OwnData(LitTiny):
     test_dataloader = predict_dataloader = val_dataloader
 
 
-class HandsOut(OwnData):
-    """A module that built its optimizer early."""
-
+class HandsOut(OwnData):  # that built its optimizer early
     def __init__(self, lr: float = 0.05, batch_size: int = 2) -> None:
         super().__init__(lr=lr, batch_size=batch_size)
         self.made = torch.optim.AdamW(self.parameters(), lr=lr)
@@ -119,9 +117,7 @@ def test_tuning_gives_the_module_back_as_it_came(tmp_path: Path, method: Any, ca
     assert find_record(model) is None or base_is_whole(model)
 
 
-class InOrder(OwnData):
-    """The same, in order: Lightning's callbacks draw a loader's order another time."""
-
+class InOrder(OwnData):  # the same, in order: Lightning's callbacks draw a loader's order another time
     shuffle = False
 
 
@@ -139,10 +135,10 @@ def test_fit_with_a_finder_is_fit_with_what_it_finds(tmp_path: Path, finder: str
     found, plain = InOrder(), InOrder()
     for model, callbacks in ((found, [make()]), (plain, [])):
         torch.manual_seed(5)
-        saves = ModelCheckpoint(tmp_path / str(model is found), "{step}", save_top_k=-1)
-        averages = [AVERAGES[average][0]()] if average in AVERAGES else []
-        t = trainer(tmp_path, [lora(), *averages, *callbacks, saves])
-        t.fit(model)
+        callbacks.append(ModelCheckpoint(tmp_path / str(model is found), "{step}", save_top_k=-1))
+        if average != "none":
+            callbacks.append(AVERAGES[average][0]())
+        trainer(tmp_path, [lora(), *callbacks]).fit(model)
         plain.hparams[name] = found.hparams[name]
     assert found.hparams[name] != OwnData().hparams[name] and is_plain(found)
     assert same(state(found), state(plain)) and same(trained(found), trained(plain)) and base_is_whole(found)
@@ -150,25 +146,15 @@ def test_fit_with_a_finder_is_fit_with_what_it_finds(tmp_path: Path, finder: str
     assert files_hold_adapters_alone(tmp_path) and names[0] == names[1] and not list(tmp_path.glob(".*"))
 
 
-def test_learning_rate_finder_leaves_the_users_seed(tmp_path: Path) -> None:
-    callback, model = lora(), LitTiny()
-    t = trainer(tmp_path, [callback])
-    Tuner(t).lr_find(model, data(), num_training=3, update_attr=False)
+def test_learning_rate_finder_leaves_no_trace_and_the_users_seed(tmp_path: Path) -> None:
+    found, t = LitTiny(), trainer(tmp_path, [lora()])
+    torch.manual_seed(5)
+    Tuner(t).lr_find(found, data(), num_training=5, update_attr=False)
+    assert isinstance(found.q_proj, LoRALayer) and not found.q_proj.lora_B.any()
     seen: list[int] = []
     t.callbacks.append(At(0, lambda *_: seen.append(torch.initial_seed())))  # type: ignore[attr-defined]
     torch.manual_seed(123)
-    t.fit(model, data())
-    assert seen == [123]
-
-
-def test_learning_rate_finder_leaves_no_trace(tmp_path: Path) -> None:
-    found, plain = LitTiny(), LitTiny()
-    for model in (found, plain):
-        torch.manual_seed(5)
-        t = trainer(tmp_path, [lora()])
-        if model is found:
-            Tuner(t).lr_find(model, data(), num_training=5, update_attr=False)
-            assert isinstance(model.q_proj, LoRALayer) and not model.q_proj.lora_B.any()
-        t.fit(model, data())
+    t.fit(found, data(), data())
+    plain, _ = fit(tmp_path, lora())
     torch.testing.assert_close(found(X), plain(X))
-    assert is_plain(found)
+    assert seen == [123] and is_plain(found)

@@ -10,7 +10,6 @@ import lightning.pytorch.callbacks as bundled
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from lightning_lora import (
@@ -30,7 +29,10 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from lightning_lora.cli.main import main
+from tests.support import fits
+from tests.support.callbacks import WritesLater
 from tests.support.cases import At, StopError, held, stop
+from tests.support.fits import loaded, outcome
 from tests.support.models import (
     TRAINED,
     WORDS,
@@ -45,7 +47,6 @@ from tests.support.models import (
     state,
     trainer,
 )
-from tests.training.test_writers import WritesLater
 
 X = torch.arange(WORDS)
 
@@ -91,13 +92,10 @@ def test_every_file_holds_the_merged_model_and_the_adapters(tmp_path: Path) -> N
         assert same(state(LitTiny.load_from_checkpoint(file)), checkpoint["state_dict"])
 
 
-def fit(folder: Path, callback: LoRACallback, *others: L.Callback, epochs: int = 2, **kwargs: Any) -> LitTiny:
+def fit(folder: Path, *callbacks: L.Callback, **options: Any) -> LitTiny:
     """A fit whose last file is ``last.ckpt``, and whose best one is ``best.ckpt``."""
-    options = {name: kwargs.pop(name) for name in ("strategy", "devices", "plugins", "precision") if name in kwargs}
-    torch.manual_seed(5)
     saves = best(folder, filename="best", save_last=True)
-    model = kwargs.pop("model", None) or LitTiny(lr=kwargs.pop("lr", 0.05))
-    trainer(folder, [callback, saves, *others], max_epochs=epochs, **options).fit(model, data(), data(), **kwargs)
+    model: LitTiny = fits.fit(folder, *callbacks, saves, **options)[0]
     return model
 
 
@@ -112,22 +110,12 @@ def test_the_best_state_loads_into_a_plain_and_into_the_merged_module(tmp_path: 
         assert tested == trainer(tmp_path).test(built, data(), verbose=False)
 
 
-def test_a_module_that_other_code_gave_the_best_weights_is_saved_as_it_is(tmp_path: Path) -> None:
-    t = trainer(tmp_path, [whole(), best(tmp_path, filename="best")])
-    t.fit(model := LitTiny(), data(), data())
+@pytest.mark.parametrize("averages", [False, pytest.param(True, marks=needs_averaging)])
+def test_a_module_that_other_code_gave_other_weights_is_saved_as_it_is(tmp_path: Path, averages: bool) -> None:
+    model = fit(tmp_path, whole(), *([bundled.EMAWeightAveraging(decay=0.5)] if averages else []))
     model.load_state_dict({name: value + 1 for name, value in read(tmp_path / "best.ckpt")["state_dict"].items()})
     with pytest.warns(LoRAWarning, match="were replaced"):
-        t.save_checkpoint(tmp_path / "after.ckpt")
-    assert same(read(tmp_path / "after.ckpt")["state_dict"], state(model))
-
-
-@needs_averaging
-def test_averages_of_the_adapted_module_are_not_saved_for_a_plain_one(tmp_path: Path) -> None:
-    t = trainer(tmp_path, [whole(), bundled.EMAWeightAveraging(decay=0.5), best(tmp_path, filename="best")])
-    t.fit(model := LitTiny(), data(), data())
-    model.load_state_dict({name: value + 1 for name, value in read(tmp_path / "best.ckpt")["state_dict"].items()})
-    with pytest.warns(LoRAWarning, match="were replaced"):
-        t.save_checkpoint(tmp_path / "after.ckpt")
+        model.trainer.save_checkpoint(tmp_path / "after.ckpt")
     assert same(read(tmp_path / "after.ckpt")["state_dict"], state(model))
 
 
@@ -135,8 +123,7 @@ def test_averages_of_the_adapted_module_are_not_saved_for_a_plain_one(tmp_path: 
 @pytest.mark.parametrize("resumed", ["adapters", "model"])
 def test_a_run_goes_on_from_it_to_the_bit(tmp_path: Path, written: Any, resumed: Any) -> None:
     unbroken = fit(tmp_path / "a", lora(dropout=0.3))
-    fit(tmp_path / "b", lora(dropout=0.3, save=written), epochs=1)
-    torch.manual_seed(99)
+    fit(tmp_path / "b", lora(dropout=0.3, save=written), max_epochs=1)
     model = fit(tmp_path / "b", lora(dropout=0.3, save=resumed), ckpt_path=tmp_path / "b" / "last.ckpt")
     assert same(state(model), state(unbroken))
     unmerge_adapters(model)
@@ -161,20 +148,17 @@ def test_averages_are_merged_and_the_run_goes_on_from_the_weights_themselves(tmp
     states = {}
     for save in ("adapters", "model"):
         folder = tmp_path / save
-        fit(folder, lora(save=save), bundled.EMAWeightAveraging(decay=0.5), epochs=1)
-        file = read(folder / "last.ckpt")
+        fit(folder, lora(save=save), bundled.EMAWeightAveraging(decay=0.5), max_epochs=1)
+        file = folder / "last.ckpt"
         if save == "model":
-            assert same(file["state_dict"], merged_at(folder / "last.ckpt"))
-        states[save] = state(
-            fit(folder, lora(save=save), bundled.EMAWeightAveraging(decay=0.5), ckpt_path=folder / "last.ckpt")
-        )
+            assert same(read(file)["state_dict"], merged_at(file))
+        states[save] = state(fit(folder, lora(save=save), bundled.EMAWeightAveraging(decay=0.5), ckpt_path=file))
     assert same(states["adapters"], states["model"])
 
 
 def test_processes_write_the_file_of_one(tmp_path: Path) -> None:
-    fit(tmp_path / "one", whole(), epochs=1)
-    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
-    fit(tmp_path / "two", whole(), epochs=1, strategy=strategy, devices=2)
+    fit(tmp_path / "one", whole(), max_epochs=1)
+    fit(tmp_path / "two", whole(), max_epochs=1, strategy="ddp_fork", devices=2)
     one, two = (read(tmp_path / name / "last.ckpt") for name in ("one", "two"))
     assert same(two["state_dict"], merged_at(tmp_path / "two" / "last.ckpt"))
     assert list(one["state_dict"]) == list(two["state_dict"])
@@ -190,8 +174,8 @@ def test_a_file_that_is_written_later_is_of_the_moment_of_its_save(tmp_path: Pat
             self.moved += self.current_epoch  # in the second epoch alone: until then, it is the base's
             return super().training_step(*args)
 
-    t = trainer(tmp_path, [whole(), best(tmp_path, filename="{epoch}", save_top_k=-1)], plugins=[WritesLater()])
-    t.fit(Moves(), data(), data())
+    saves = best(tmp_path, filename="{epoch}", save_top_k=-1)
+    fits.fit(tmp_path, whole(), saves, model=Moves(), plugins=[WritesLater()])
     assert [read(tmp_path / f"epoch={epoch}.ckpt")["state_dict"]["moved"].item() for epoch in range(2)] == [0, 4]
 
 
@@ -226,12 +210,11 @@ def test_an_update_is_not_counted_twice_where_the_notes_are_lost(tmp_path: Path)
 
 
 def test_files_of_a_run_that_went_on_from_merged_weights_fit_the_base(tmp_path: Path) -> None:
-    fit(tmp_path / "a", whole(), epochs=1)
+    fit(tmp_path / "a", whole(), max_epochs=1)
     for save in ("adapters", "model"):
         built = LitTiny.load_from_checkpoint(tmp_path / "a" / "last.ckpt")
         model = fit(tmp_path / save, lora(save=save), model=built, ckpt_path=tmp_path / "a" / "last.ckpt")
-        load_adapter(again := LitTiny(), tmp_path / save / "last.ckpt")
-        torch.testing.assert_close(again(X), model(X))
+        torch.testing.assert_close(loaded(tmp_path / save / "last.ckpt")(X), model(X))
         assert (tmp_path / save / "last.ckpt").stat().st_size < 40_000
 
 
@@ -239,21 +222,17 @@ def test_a_whole_file_is_evaluated_as_any_checkpoint(tmp_path: Path) -> None:
     model = fit(tmp_path, whole(use_dora=True))
     other = LitTiny()
     nn.init.ones_(other.embed.weight)  # not its base: it need not be there
-    (tested,) = trainer(tmp_path, [LoRACallback()]).test(other, data(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
-    assert tested == pytest.approx(trainer(tmp_path).test(model, data(), verbose=False)[0])
+    tested = outcome(trainer(tmp_path, [LoRACallback()]), "test", other, ckpt_path=tmp_path / "last.ckpt")
+    torch.testing.assert_close(tested, outcome(trainer(tmp_path), "test", model))
     assert same(state(other), state(model))
 
 
-class Renames(LitTiny):
-    """A module whose own state dict has other names."""
-
+class Renames(LitTiny):  # whose own state dict has other names
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {f"mine.{name}": value for name, value in super().state_dict(*args, **kwargs).items()}
 
 
-class Holds(LitTiny):
-    """A module that keeps a network as a hyperparameter: as it is at the save, with its adapters."""
-
+class Holds(LitTiny):  # that keeps a network as a hyperparameter: as it is at the save, with its adapters
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -266,8 +245,7 @@ class Holds(LitTiny):
 @pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance of `nn.Module`")
 @pytest.mark.skipif(not keeps_random, reason="Lightning 2.6 brought weights_only")
 def test_an_adapted_network_in_the_hyperparameters_does_not_count_its_update_again(tmp_path: Path) -> None:
-    t = trainer(tmp_path, [whole(), best(tmp_path, filename="last")], max_epochs=1)
-    t.fit(model := Holds(nn.Linear(8, 4)), data(), data())
+    model = fit(tmp_path, whole(), model=Holds(nn.Linear(8, 4)), max_epochs=1)
     built = Holds.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=False)
     torch.testing.assert_close(built(X), model(X))
 
@@ -277,20 +255,19 @@ def test_a_run_goes_on_in_a_module_with_the_merged_weights_of_its_file(
     tmp_path: Path, init: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     unbroken = fit(tmp_path / "a", whole(init=init))
-    fit(tmp_path / "b", whole(init=init), epochs=1)
-    built = LitTiny.load_from_checkpoint(tmp_path / "b" / "last.ckpt")
-    model = fit(tmp_path / "b", whole(init=init), model=built, ckpt_path=tmp_path / "b" / "last.ckpt")
+    file = tmp_path / "b" / "last.ckpt"
+    fit(tmp_path / "b", whole(init=init), max_epochs=1)
+    built = LitTiny.load_from_checkpoint(file)
+    model = fit(tmp_path / "b", whole(init=init), model=built, ckpt_path=file)
     assert "holds the merged weights" in caplog.text and "up to rounding" in caplog.text
     torch.testing.assert_close(state(model), state(unbroken))
-    built = LitTiny.load_from_checkpoint(tmp_path / "b" / "last.ckpt")
-    (tested,) = trainer(tmp_path, [LoRACallback()]).test(
-        built, data(), ckpt_path=tmp_path / "b" / "last.ckpt", verbose=False
-    )
-    assert tested == pytest.approx(trainer(tmp_path).test(model, data(), verbose=False)[0])
-    with torch.no_grad():
-        (other := LitTiny.load_from_checkpoint(tmp_path / "b" / "last.ckpt")).embed.weight[0, 0] += 1
+    built = LitTiny.load_from_checkpoint(file)
+    tested = outcome(trainer(tmp_path, [LoRACallback()]), "test", built, ckpt_path=file)
+    torch.testing.assert_close(tested, outcome(trainer(tmp_path), "test", model))
+    other = LitTiny.load_from_checkpoint(file)
+    other.embed.weight.data[0, 0] += 1
     with pytest.raises(BaseMismatchError):
-        fit(tmp_path / "c", whole(init=init), model=other, ckpt_path=tmp_path / "b" / "last.ckpt")
+        fit(tmp_path / "c", whole(init=init), model=other, ckpt_path=file)
 
 
 def test_names_of_compiled_parts_are_those_of_the_module(tmp_path: Path) -> None:
@@ -299,10 +276,8 @@ def test_names_of_compiled_parts_are_those_of_the_module(tmp_path: Path) -> None
             super().__init__()
             self.q_proj = torch.compile(self.q_proj, backend="eager")
 
-    t = trainer(tmp_path, [whole()], max_epochs=1, enable_checkpointing=False)
-    t.fit(Compiled(), data())
-    t.save_checkpoint(tmp_path / "a.ckpt")
-    Compiled().load_state_dict(read(tmp_path / "a.ckpt")["state_dict"])
+    fit(tmp_path, whole(), model=Compiled(), max_epochs=1)
+    Compiled().load_state_dict(read(tmp_path / "last.ckpt")["state_dict"])
 
 
 class Tied(LitTiny):
@@ -338,7 +313,7 @@ def test_what_could_not_be_read_rightly_is_refused_before_training(
 def test_rounding_of_much_of_an_update_is_said_once(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
-        fit(tmp_path, whole(merge=False), precision="bf16-true", lr=1e-4)
+        fit(tmp_path, whole(merge=False), model=LitTiny(lr=1e-4), precision="bf16-true")
     assert [str(w.message)[:20] for w in caught if w.category is MergePrecisionWarning] == ['With save="model", f']
 
 

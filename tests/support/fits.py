@@ -1,0 +1,104 @@
+"""Fits and what they give."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from lightning_lora import load_adapter
+from tests.support.checks import trained
+from tests.support.models import LitTiny, data, lora, trainer
+
+
+class Stateful:
+    """A loader that knows where it is, which is what Lightning needs to go on in the middle of an epoch."""
+
+    def __init__(self) -> None:
+        self.batches, self.at = list(data()), 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.at %= len(self.batches)
+        while self.at < len(self.batches):
+            self.at += 1
+            yield self.batches[self.at - 1]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+
+class Steps(L.Callback):
+    """Keep what trains after each step."""
+
+    def __init__(self) -> None:
+        self.after: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.after.append(trained(pl_module))
+
+
+def fit(
+    folder: Path, *callbacks: L.Callback, model: Any = None, train: Any = None, ckpt_path: Any = None, **options: Any
+) -> tuple[Any, L.Trainer]:
+    """Fit a module, or one of a class, or a LitTiny, with these callbacks; return it and its Trainer."""
+    torch.manual_seed(5 if ckpt_path is None else 6)  # a run that goes on does not find the numbers by chance
+    model = (model or LitTiny)() if model is None or isinstance(model, type) else model
+    t = trainer(folder, callbacks, **options)
+    val = data() if is_overridden("validation_step", model) else None
+    t.fit(model, data() if train is None else train, val, ckpt_path=ckpt_path)
+    return model, t
+
+
+def through_and_resumed(
+    folder: Path,
+    build: Callable[[], Any],
+    *make: Callable[[], L.Callback],
+    at: str = "epoch=0",
+    train: Callable[[], Any] = data,
+    saving: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
+) -> tuple[Any, Any]:
+    """A run's module, and that of another run, which goes on from the first one's file ``at``; each has a folder."""
+    models = build(), build()
+    file = folder / "through" / f"{at}.ckpt"
+    for model, name, path in zip(models, ("through", "resumed"), (None, file), strict=True):
+        saves = ModelCheckpoint(folder / name, f"{{{at.partition('=')[0]}}}", save_top_k=-1, **saving)
+        callbacks = [each() for each in make]
+        fit(folder, *callbacks, saves, model=model, train=train(), ckpt_path=path, **options)
+    return models
+
+
+def beside(companion: L.Callback, first: bool, **options: Any) -> list[L.Callback]:
+    """The two callbacks in either order."""
+    return [companion, lora(**options)] if first else [lora(**options), companion]
+
+
+def outcome(t: L.Trainer, stage: str, model: LitTiny, **options: Any) -> Tensor:
+    """What a stage gives: predictions, or its only number."""
+    if stage == "predict":
+        return torch.cat(t.predict(model, data(), **options))  # type: ignore[arg-type]
+    (numbers,) = getattr(t, stage)(model, data(), verbose=False, **options)
+    return torch.tensor(list(numbers.values()))
+
+
+def loaded(path: Any) -> LitTiny:
+    """A new module with the adapters of a file, or without any."""
+    model = LitTiny()
+    if path is not None:
+        load_adapter(model, path)
+    return model
+
+
+either_order = pytest.mark.parametrize("first", [False, True], ids=["after", "before"])

@@ -1,0 +1,267 @@
+"""Fits in several processes bring back all they trained, and those that are killed go on."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+
+from lightning_lora import DeadAdapterWarning, inject_adapters, load_adapter
+from tests.support.cases import held
+from tests.support.faults import fork
+from tests.support.fits import fit, loaded, outcome
+from tests.support.models import TRAINED, LitTiny, best, data, lora, same, state, trainer
+from tests.support.train import main
+
+pytestmark = pytest.mark.processes
+
+
+class Skips(LitTiny):  # that calls a layer on which no loss depends
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(8, 8)
+
+    def forward(self, index: Tensor) -> Tensor:
+        self.unused(self.embed(index))
+        return super().forward(index)
+
+
+FORK: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2}
+
+
+class KeepsState(L.Callback):  # writes the module's state in every process, before anything is merged
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        torch.save(state(pl_module), self.folder / f"{trainer.global_rank}.pt")
+
+
+def test_a_static_graph_trains_the_layers_that_it_reaches_and_leaves_the_others(tmp_path: Path) -> None:
+    states = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeadAdapterWarning)
+        for options in ({"static_graph": True}, {"find_unused_parameters": True}):
+            strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", **options)
+            fit(tmp_path, lora(), KeepsState(tmp_path), model=Skips, strategy=strategy, devices=2)
+            first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+            assert same(first, second)
+            states.append(first)
+    assert states[0]["q_proj.lora_B"].any() and not states[0]["unused.lora_B"].any()
+    torch.testing.assert_close(states[0], states[1])  # unused.lora_A too: not even its weight decays
+
+
+class Freezes(LitTiny):  # that freezes an adapter of its own as training starts
+    def on_train_start(self) -> None:
+        self.v_proj.requires_grad_(False)
+        self.start: Any = self.v_proj.lora_A.detach().clone()
+
+    def on_train_end(self) -> None:
+        assert torch.equal(self.v_proj.lora_A, self.start)  # not even its weight decays
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_an_adapter_that_the_user_froze_stands_still_beside_those_that_train(tmp_path: Path, steps: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeadAdapterWarning)
+        model, _ = fit(tmp_path, lora(), KeepsState(tmp_path), model=Freezes(), max_steps=steps, **FORK)
+    assert torch.equal(model.v_proj.weight, LitTiny().v_proj.weight)
+    assert not torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert same(first, second)  # of the mean of both gradients
+
+
+X = torch.arange(20)
+
+
+def test_each_file_holds_the_adapters_of_the_fit_before_it(tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    model, merged = LitTiny(), []
+    for number in range(2):
+        _, t = fit(tmp_path, lora(), model=model, enable_checkpointing=False, **FORK)
+        for name in (f"{number}.ckpt", "again.ckpt"):
+            t.save_checkpoint(tmp_path / name)
+        merged.append(model(X))
+    assert not torch.allclose(merged[0], merged[1])
+    assert caplog.text.count("gets its base and its adapters back") == 2  # once for each fit, not for each file
+    for number in range(2):
+        assert set(adapters(tmp_path / f"{number}.ckpt")) == set(TRAINED)
+        again = loaded(tmp_path / f"{number}.ckpt")  # which takes the adapters of its own base alone
+        torch.testing.assert_close(again(X), merged[number])
+
+
+@pytest.mark.filterwarnings("ignore:.*all_gather is deprecated:FutureWarning")  # of torch, in Lightning's code
+@pytest.mark.filterwarnings("ignore:.*Using `DistributedSampler`:UserWarning")
+def test_the_main_process_reads_files_after_a_fork(tmp_path: Path) -> None:
+    first = best(tmp_path, save_top_k=-1, save_last=True)
+    model, t = fit(tmp_path, lora(), first, model=LitTiny(lr=0.5), **FORK)
+    merged = state(model)
+    checkpoint = t.strategy.load_checkpoint(first.best_model_path)
+    assert set(held(checkpoint)) == set(TRAINED)
+    says = r"only adapters: .* into a model with lightning_lora\.load_adapter\(model, path\)"
+    with pytest.raises(RuntimeError, match=says):  # torch's, as no call of ours came before
+        t.strategy.load_model_state_dict(checkpoint)
+    model.load_state_dict(merged)
+    files = {"best": first.best_model_path, str(tmp_path / "last.ckpt"): tmp_path / "last.ckpt"}
+    losses = {asked: outcome(trainer(tmp_path), "test", loaded(path)).item() for asked, path in files.items()}
+    assert len(set(losses.values())) == 2
+    for asked, loss in losses.items():
+        assert outcome(t, "validate", model, ckpt_path=asked).item() == pytest.approx(loss)
+        assert outcome(t, "test", model, ckpt_path=asked).item() == pytest.approx(loss)
+    assert same(state(model), merged)
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    t.strategy.load_checkpoint(first.best_model_path)
+    assert same(state(model), merged)
+    t.strategy.load_model_state_dict(checkpoint)
+    assert outcome(trainer(tmp_path), "test", model).item() == pytest.approx(losses["best"])
+
+
+@pytest.mark.filterwarnings("ignore:.*all_gather is deprecated:FutureWarning")  # of torch, in Lightning's code
+def test_the_main_process_loads_an_adapter_file_after_a_fork(tmp_path: Path) -> None:
+    model, t = fit(tmp_path, lora(), model=LitTiny(lr=0.5), **FORK)
+    first = t.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+    load_adapter(model, first)
+    assert same(state(model), state(loaded(first)))
+
+
+def test_the_main_process_reads_files_of_adapters_that_are_not_merged(tmp_path: Path) -> None:
+    model = LitTiny()
+    inject_adapters(model, lora().config)
+    _, t = fit(tmp_path, lora(merge=False), model=model, enable_checkpointing=False, **FORK)
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    before = state(model)
+    checkpoint = t.strategy.load_checkpoint(tmp_path / "a.ckpt")
+    assert same(state(model), before) and before["q_proj.lora_B"].any()
+    t.strategy.load_model_state_dict(checkpoint)
+    assert same(state(model), before)
+
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import os, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from lightning_lora import remove_adapters
+from tests.support.models import LitTiny, data, lora, trainer
+
+os.umask(0)
+model = LitTiny()
+
+def fit():
+    options = {"strategy": "ddp_fork", "devices": 2, "max_epochs": 1, "enable_checkpointing": False}
+    trainer(sys.argv[1], [lora()], **options).fit(model, data())
+
+fit()
+left = [path for path in Path(os.environ["TMPDIR"]).iterdir() if path.name.startswith("lightning_lora")]
+print("modes", [oct(path.stat().st_mode & 0o777) for path in left])
+print("files before", any(path.is_file() for each in left for path in each.rglob("*")))
+remove_adapters(model)
+print("files after", any(path.is_file() for each in left for path in each.rglob("*")))
+fit()
+"""
+
+
+def test_what_is_left_for_the_main_process_is_private_and_goes(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "temporary").mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LIGHTNING_LORA")}
+    environment |= {"TMPDIR": str(tmp_path / "temporary"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "run")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    said = [line for line in run.stdout.splitlines() if line.startswith(("modes", "files"))]
+    assert said == ["modes ['0o700']", "files before True", "files after False"]
+    assert not [path for path in (tmp_path / "temporary").iterdir() if "lora" in path.name]
+
+
+# Killed and resumed
+
+
+def train(folder: Path, strategy: str, devices: int, *options: str) -> Any:
+    """Run tests.support.train in a fork, or as a program if its strategy starts it again; return the result."""
+    arguments = [str(folder), strategy, str(devices), *options]
+    if strategy == "ddp":
+        command = [sys.executable, "-m", "tests.support.train", *arguments]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        assert fork(lambda: main(*arguments)) == 0, "it was killed"
+    return torch.load(folder / "result.pt", weights_only=True)
+
+
+def failing(folder: Path, strategy: str, devices: int, *options: str) -> str:
+    """What a run says that fails."""
+    with pytest.raises((AssertionError, pytest.fail.Exception)) as error:
+        train(folder, strategy, devices, *options)
+    assert not (folder / "result.pt").exists()
+    return str(error.value)
+
+
+def adapters(path: Path) -> dict[str, torch.Tensor]:
+    return held(torch.load(path, weights_only=True))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "devices"),
+    [("single", 1), ("ddp_fork", 2), ("ddp", 2), ("ddp_spawn", 2)],
+)
+def test_killed_and_resumed_ends_with_the_same_adapters(tmp_path: Path, strategy: str, devices: int) -> None:
+    through, killed = tmp_path / "through", tmp_path / "killed"
+    expected = train(through, "ddp_fork" if devices > 1 else "single", devices)
+    failing(killed, strategy, devices, "--kill-at", str(3 * 4 // devices - 1))  # in the third epoch
+    assert sorted(path.name for path in killed.glob("*.ckpt")) == ["epoch=0.ckpt", "epoch=1.ckpt"]
+    resumed = train(killed, strategy, devices, "--resume", "--test")
+    assert same(adapters(killed / "epoch=3.ckpt"), adapters(through / "epoch=3.ckpt"))
+    assert same(resumed["state"], expected["state"])
+    check(killed, resumed)
+
+
+CLASSES = ["Embedding", "Linear", "Linear", "Linear"]
+
+
+def check(folder: Path, result: dict[str, Any]) -> None:
+    """A finished run: plain and merged in the main process, right numbers later, adapters alone in every file."""
+    base, model, merged, x = LitTiny(), LitTiny().eval(), LitTiny(), torch.arange(20)
+    assert list(result["state"]) == list(base.state_dict()) and result["classes"][1:] == CLASSES
+    load_adapter(model, folder / "epoch=3.ckpt")
+    merged.load_state_dict(result["state"])
+    torch.testing.assert_close(merged(x), model(x))
+    assert not torch.equal(merged(x), base(x))
+    files = {path.name: set(adapters(path)) for path in folder.glob("*.ckpt")}
+    assert {"after.ckpt", "again.ckpt"} <= files.keys() and all(names == {*TRAINED} for names in files.values())
+    load_adapter(model, result["best"])
+    loss = trainer(folder).test(model, data(), verbose=False)[0]["test_loss"]
+    assert result["tested"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_spawning_merges_the_best_and_refuses_what_cannot_come_back(tmp_path: Path) -> None:
+    result = train(tmp_path / "best", "ddp_fork", 2, "--merge", "best")
+    model, merged = LitTiny().eval(), LitTiny()
+    load_adapter(model, result["best"])
+    merged.load_state_dict(result["state"])
+    torch.testing.assert_close(merged(torch.arange(20)), model(torch.arange(20)))
+    wide = train(tmp_path / "wide", "ddp_fork", 2, "--module", "Wide", "--merge", "best")
+    assert wide["classes"][1:] == CLASSES
+    assert "merge=False would lose the adapters" in failing(tmp_path / "none", "ddp_fork", 2, "--merge", "none")
+    assert "one tied weight" in failing(tmp_path / "tied", "ddp_fork", 2, "--module", "Tied")
+
+
+def test_another_trainer_finds_the_exact_base_too(tmp_path: Path) -> None:
+    train(tmp_path, "ddp_fork", 2, "--again")
+    load_adapter(LitTiny(), tmp_path / "again" / "again.ckpt")  # which refuses adapters of any other base
+
+
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    """DDP averages gradients: two processes on half of each batch take the steps of one on the whole."""
+    two = train(tmp_path / "two", "ddp_fork", 2, "--module", "Shares")
+    one = train(tmp_path / "one", "single", 1, "--module", "Shares")
+    torch.testing.assert_close(two["state"], one["state"], atol=1e-4, rtol=1e-3)
