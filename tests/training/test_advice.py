@@ -22,6 +22,7 @@ from lightning_lora import (
     summarize,
     unmerge_adapters,
 )
+from tests.support import fits
 from tests.support.by_hand import adapted
 from tests.support.callbacks import Notes
 from tests.support.fits import through_and_resumed
@@ -89,23 +90,24 @@ def test_a_model_that_is_random_as_a_whole_is_told_so_without_a_warning(
 
 
 def test_what_the_user_left_trainable_is_named_once(tmp_path: Path) -> None:
-    model = new_head()
-    model.requires_grad_(False)
-    aged(model.head.requires_grad_(True))
+    model, untrained = new_head(), new_head()
+    for each in (model, untrained):
+        each.requires_grad_(False)
+        each.head.requires_grad_(True)
+    aged(model.head)
     (said,) = fit(tmp_path, model, **TARGETS)
     assert said.startswith("LoRAWarning: You have frozen most of LitTiny, but not 'head'.")
     assert "modules_to_save=['head']" in said
-    model = new_head()
-    model.requires_grad_(False)
-    model.head.requires_grad_(True)
-    (said,) = fit(tmp_path, model, **TARGETS)
+    (said,) = fit(tmp_path, untrained, **TARGETS)
     assert said.startswith("FreshLayerWarning")
 
 
 class Convolved(LitTiny):  # most weights are in a convolution
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(8, 8, 21, padding=10)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.conv = nn.Conv1d(8, 8, 21, padding=10)
 
     def forward(self, index: Tensor) -> Tensor:
         x = self.conv(self.embed(index).T).T
@@ -155,17 +157,11 @@ def test_small_hyperparameters_are_not_named(tmp_path: Path) -> None:
     assert not [text for text in fit(tmp_path, model, **TARGETS) if "policy" in text]
 
 
-class Normed(LitTiny):  # its largest layers have weight_norm, as in a TCN
+class Normed(Convolved):  # its largest layers have weight_norm, as in a TCN
     def __init__(self) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            self.conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 21, padding=10))
+        self.conv = nn.utils.parametrizations.weight_norm(self.conv)
         self.v_proj = nn.utils.parametrizations.weight_norm(self.v_proj)
-
-    def forward(self, index: Tensor) -> Tensor:
-        x = self.conv(self.embed(index).T).T
-        return self.head(self.q_proj(x) + self.v_proj(x))
 
 
 def test_layers_whose_weight_is_computed_are_named_once(tmp_path: Path) -> None:
@@ -207,25 +203,28 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
-def logged(folder: Path, model: L.LightningModule, logger: Any, callback: LoRACallback | None = None) -> L.Trainer:
-    t = trainer(folder, [callback or lora()], logger=logger, log_every_n_steps=1, max_epochs=1)
-    t.fit(model, data())
-    return t
+def log(folder: Path, *callbacks: L.Callback, notes: Notes | None = None, **options: Any) -> list[dict[str, Any]]:
+    """What a logger has got in a fit."""
+    notes = notes or Notes()
+    fits.fit(folder, *(callbacks or [lora()]), logger=notes, log_every_n_steps=1, **options)
+    return notes.ours
 
 
-def test_a_logger_gets_the_arguments_the_share_and_the_base(tmp_path: Path) -> None:
+def test_loggers_get_the_arguments_the_share_and_the_base_beside_the_users_own(tmp_path: Path) -> None:
     notes = Notes()
-    logged(tmp_path, LitTiny(), notes)
+    fits.fit(tmp_path, lora(), model=LitTiny(lr=0.03), logger=[notes, CSVLogger(tmp_path)], log_every_n_steps=1)
     (found,) = notes.ours
     base = found.pop("lora/base")
     assert found == ARGUMENTS and len(base) == 16 and int(base, 16)
-    assert [each for each in notes.seen if "lora/r" not in each] == [{"width": 8, "lr": 0.05}]
+    assert [each for each in notes.seen if "lora/r" not in each] == [{"width": 8, "lr": 0.03}]
+    (file,) = tmp_path.rglob("hparams.yaml")
+    held = yaml.safe_load(file.read_text())
+    assert held["lr"] == 0.03 and {key: held[key] for key in ARGUMENTS} == ARGUMENTS
 
 
 def test_patterns_and_lists_are_text(tmp_path: Path) -> None:
-    notes, options = Notes(), {"alpha": 4, "target_modules": ["q_proj"], "rank_pattern": {r"q_\w+": 1}, "merge": False}
-    logged(tmp_path, LitTiny(), notes, lora(**options))
-    (found,) = notes.ours
+    options = {"alpha": 4, "target_modules": ["q_proj"], "rank_pattern": {r"q_\w+": 1}, "merge": False}
+    (found,) = log(tmp_path, lora(**options))
     assert found["lora/target_modules"] == '["q_proj"]' and found["lora/rank_pattern"] == r'{"q_\\w+": 1}'
     assert found["lora/alpha"] == 4 and found["lora/merge"] is False
     assert all(isinstance(value, bool | int | float | str) for value in found.values())
@@ -234,29 +233,27 @@ def test_patterns_and_lists_are_text(tmp_path: Path) -> None:
 def test_the_base_is_told_apart(tmp_path: Path) -> None:
     bases = []
     for change in (0.0, 0.0, 1.0):
-        model, notes = LitTiny(), Notes()
+        model = LitTiny()
         model.embed.weight.data += change
-        logged(tmp_path, model, notes, lora(r=1 + len(bases)))
-        bases.append(notes.ours[0]["lora/base"])
+        (found,) = log(tmp_path, lora(r=1 + len(bases)), model=model)
+        bases.append(found["lora/base"])
     assert bases[0] == bases[1] != bases[2]
 
 
 def test_a_resumed_run_and_a_second_fit_say_the_same(tmp_path: Path) -> None:
     notes, model = Notes(), LitTiny()
-    t = logged(tmp_path, model, notes)
-    t.save_checkpoint(tmp_path / "a.ckpt")
-    logged(tmp_path, model, notes)
-    t = trainer(tmp_path, [LoRACallback()], logger=notes, log_every_n_steps=1)
-    t.fit(LitTiny(), data(), ckpt_path=tmp_path / "a.ckpt")  # it takes its arguments from the file
+    log(tmp_path, notes=notes, model=model)
+    model.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    log(tmp_path, notes=notes, model=model)
+    log(tmp_path, LoRACallback(), notes=notes, ckpt_path=tmp_path / "a.ckpt")  # its arguments come from the file
     assert len(notes.ours) == 3 and notes.ours[0] == notes.ours[1] == notes.ours[2]
 
 
 def test_a_logger_that_refuses_is_named_and_the_fit_goes_on(tmp_path: Path) -> None:
-    notes = Notes()
-    logged(tmp_path, LitTiny(), notes)
+    log(tmp_path, notes=(notes := Notes()))
     with pytest.warns(LoRAWarning, match=r"Notes did not take .*'lora/r'.* cannot be changed"):
-        t = logged(tmp_path, LitTiny(), notes, lora(r=1))
-    assert t.global_step == 4 and len(notes.ours) == 1
+        assert len(log(tmp_path, lora(r=1), notes=notes, model=(model := LitTiny()))) == 1
+    assert model.trainer.global_step == 8
 
 
 def test_nothing_is_logged_where_the_user_wants_none(tmp_path: Path) -> None:
@@ -265,7 +262,7 @@ def test_nothing_is_logged_where_the_user_wants_none(tmp_path: Path) -> None:
     if "enable_autolog_hparams" in signature(L.Trainer).parameters:
         choices.append({"logger": notes, "enable_autolog_hparams": False})
     for options in choices:
-        trainer(tmp_path, [lora()], **{"max_steps": 1, "log_every_n_steps": 1, **options}).fit(LitTiny(), data())
+        fits.fit(tmp_path, lora(), **{"max_steps": 1, "log_every_n_steps": 1, **options})
     trainer(tmp_path, [lora()], logger=notes).test(LitTiny(), data(), verbose=False)
     assert not notes.ours
 
@@ -277,15 +274,7 @@ class Counts(L.Callback):  # looks at what each process has logged
 
 @pytest.mark.processes
 def test_one_process_logs(tmp_path: Path) -> None:
-    t = trainer(tmp_path, [lora(), Counts()], logger=Notes(), strategy="ddp_fork", devices=2, log_every_n_steps=1)
-    t.fit(LitTiny(), data())
-
-
-def test_the_users_own_hyperparameters_stay(tmp_path: Path) -> None:
-    logged(tmp_path, LitTiny(lr=0.03), CSVLogger(tmp_path))
-    (file,) = tmp_path.rglob("hparams.yaml")
-    held = yaml.safe_load(file.read_text())
-    assert held["lr"] == 0.03 and {key: held[key] for key in ARGUMENTS} == ARGUMENTS
+    log(tmp_path, lora(), Counts(), strategy="ddp_fork", devices=2)
 
 
 def test_tensorboard_shows_both_in_one_row(tmp_path: Path) -> None:
@@ -293,7 +282,7 @@ def test_tensorboard_shows_both_in_one_row(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-    logged(tmp_path, LitTiny(lr=0.03), TensorBoardLogger(tmp_path))
+    fits.fit(tmp_path, lora(), model=LitTiny(lr=0.03), logger=TensorBoardLogger(tmp_path), log_every_n_steps=1)
     (file,) = tmp_path.rglob("hparams.yaml")
     assert {"lr": 0.03, "lora/r": 2}.items() <= yaml.safe_load(file.read_text()).items()
     events = EventAccumulator(str(file.parent)).Reload()
@@ -303,9 +292,7 @@ def test_tensorboard_shows_both_in_one_row(tmp_path: Path) -> None:
 
 
 def test_adapters_that_were_there_are_logged_as_they_are(tmp_path: Path) -> None:
-    model, notes = LitTiny(), Notes()
+    model = LitTiny()
     inject_adapters(model, lora(r=1).config)
-    with torch.no_grad():
-        model.q_proj.lora_B.fill_(0.1)  # type: ignore[union-attr,operator]
-    logged(tmp_path, model, notes, LoRACallback())
-    assert notes.ours[0]["lora/r"] == 1
+    model.q_proj.lora_B.data.fill_(0.1)  # type: ignore[union-attr,operator]
+    assert log(tmp_path, LoRACallback(), model=model)[0]["lora/r"] == 1

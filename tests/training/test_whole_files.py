@@ -39,7 +39,6 @@ from tests.support.models import (
     LitTiny,
     TinyLM,
     best,
-    data,
     keeps_random,
     lora,
     needs_averaging,
@@ -69,20 +68,16 @@ def merged_at(path: Path) -> dict[str, Any]:
 
 
 def test_every_file_holds_the_merged_model_and_the_adapters(tmp_path: Path) -> None:
-    t = trainer(
-        tmp_path,
-        [
-            whole(),
-            At(2, lambda t, m: t.save_checkpoint(tmp_path / "during.ckpt")),
-            At(3, lambda t, m: t.save_checkpoint(tmp_path / "light.ckpt", weights_only=True)),
-            At(7, stop),
-            best(tmp_path, save_last=True),
-            ModelCheckpoint(tmp_path / "weights", save_weights_only=True, every_n_train_steps=2),
-            OnExceptionCheckpoint(tmp_path, "failed"),
-        ],
-    )
+    callbacks = [
+        At(2, lambda t, m: t.save_checkpoint(tmp_path / "during.ckpt")),
+        At(3, lambda t, m: t.save_checkpoint(tmp_path / "light.ckpt", weights_only=True)),
+        At(7, stop),
+        best(tmp_path, save_last=True),
+        ModelCheckpoint(tmp_path / "weights", save_weights_only=True, every_n_train_steps=2),
+        OnExceptionCheckpoint(tmp_path, "failed"),
+    ]
     with pytest.raises(StopError):
-        t.fit(LitTiny(), data(), data())
+        fits.fit(tmp_path, whole(), *callbacks)
     files = sorted(tmp_path.rglob("*.ckpt"))
     assert len(files) == 6
     for file in files:
@@ -106,8 +101,8 @@ def test_the_best_state_loads_into_a_plain_and_into_the_merged_module(tmp_path: 
         module.load_state_dict(file["state_dict"])
         assert same(state(module), file["state_dict"])
         built = LitTiny.load_from_checkpoint(tmp_path / "best.ckpt")
-        tested = trainer(tmp_path, [whole()]).test(module, data(), verbose=False)
-        assert tested == trainer(tmp_path).test(built, data(), verbose=False)
+        tested = outcome(trainer(tmp_path, [whole()]), "test", module)
+        assert tested == outcome(trainer(tmp_path), "test", built)
 
 
 @pytest.mark.parametrize("averages", [False, pytest.param(True, marks=needs_averaging)])
@@ -138,7 +133,7 @@ def test_our_own_readers_take_the_adapters(tmp_path: Path, capsys: pytest.Captur
     unmerge_adapters(model)
     adapted = load_from_checkpoint(LitTiny, file)
     assert same(adapter_state_dict(adapted), adapter_state_dict(model))
-    assert trainer(tmp_path, [LoRACallback()]).test(LitTiny(), data(), ckpt_path=file, verbose=False)
+    assert outcome(trainer(tmp_path, [LoRACallback()]), "test", LitTiny(), ckpt_path=file)
     main(["inspect", str(file)])
     assert "q_proj" in capsys.readouterr().out
 
@@ -209,15 +204,6 @@ def test_an_update_is_not_counted_twice_where_the_notes_are_lost(tmp_path: Path)
         model.q_proj.load_state_dict(part)  # only the whole module can tell a merged layer from another base
 
 
-def test_files_of_a_run_that_went_on_from_merged_weights_fit_the_base(tmp_path: Path) -> None:
-    fit(tmp_path / "a", whole(), max_epochs=1)
-    for save in ("adapters", "model"):
-        built = LitTiny.load_from_checkpoint(tmp_path / "a" / "last.ckpt")
-        model = fit(tmp_path / save, lora(save=save), model=built, ckpt_path=tmp_path / "a" / "last.ckpt")
-        torch.testing.assert_close(loaded(tmp_path / save / "last.ckpt")(X), model(X))
-        assert (tmp_path / save / "last.ckpt").stat().st_size < 40_000
-
-
 def test_a_whole_file_is_evaluated_as_any_checkpoint(tmp_path: Path) -> None:
     model = fit(tmp_path, whole(use_dora=True))
     other = LitTiny()
@@ -255,19 +241,21 @@ def test_a_run_goes_on_in_a_module_with_the_merged_weights_of_its_file(
     tmp_path: Path, init: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     unbroken = fit(tmp_path / "a", whole(init=init))
-    file = tmp_path / "b" / "last.ckpt"
     fit(tmp_path / "b", whole(init=init), max_epochs=1)
-    built = LitTiny.load_from_checkpoint(file)
-    model = fit(tmp_path / "b", whole(init=init), model=built, ckpt_path=file)
-    assert "holds the merged weights" in caplog.text and "up to rounding" in caplog.text
-    torch.testing.assert_close(state(model), state(unbroken))
-    built = LitTiny.load_from_checkpoint(file)
-    tested = outcome(trainer(tmp_path, [LoRACallback()]), "test", built, ckpt_path=file)
+    file = tmp_path / "b" / "last.ckpt"
+    for save in ("adapters", "model"):
+        built, again = LitTiny.load_from_checkpoint(file), tmp_path / save / "last.ckpt"
+        model = fit(tmp_path / save, lora(init=init, save=save), model=built, ckpt_path=file)
+        assert "holds the merged weights" in caplog.text and "up to rounding" in caplog.text
+        torch.testing.assert_close(state(model), state(unbroken))
+        torch.testing.assert_close(loaded(again)(X), model(X))  # on the base
+        assert again.stat().st_size < 40_000
+    built, other = LitTiny.load_from_checkpoint(again), LitTiny.load_from_checkpoint(again)
+    tested = outcome(trainer(tmp_path, [LoRACallback()]), "test", built, ckpt_path=again)
     torch.testing.assert_close(tested, outcome(trainer(tmp_path), "test", model))
-    other = LitTiny.load_from_checkpoint(file)
     other.embed.weight.data[0, 0] += 1
     with pytest.raises(BaseMismatchError):
-        fit(tmp_path / "c", whole(init=init), model=other, ckpt_path=file)
+        fit(tmp_path / "c", whole(init=init), model=other, ckpt_path=again)
 
 
 def test_names_of_compiled_parts_are_those_of_the_module(tmp_path: Path) -> None:
@@ -305,7 +293,7 @@ def test_what_could_not_be_read_rightly_is_refused_before_training(
     tmp_path: Path, make: Callable[[], LitTiny], arguments: dict[str, Any], match: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"save='model' is not possible.*{match}.*Or set save='adapters'"):
-        trainer(tmp_path, [LoRACallback(r=2, save="model", **arguments)]).fit(make(), data())
+        fits.fit(tmp_path, LoRACallback(r=2, save="model", **arguments), model=make())
     with pytest.raises(ConfigError, match="save='all' is not valid"):
         LoRACallback(save="all")  # type: ignore[arg-type]
 
