@@ -17,7 +17,7 @@ from lightning_lora.layers.matrices import Role
 from lightning_lora.storage.names import Renaming
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import ALSO, StoredLayer
-from lightning_lora.tensors.names import join
+from lightning_lora.tensors.names import join, owner_of, starts_of
 
 Shape = tuple[int, ...]
 Options = Mapping[str, Any]
@@ -63,9 +63,11 @@ def peft_layer(layer: StoredLayer) -> PeftLayer | None:
 
 def _registered() -> set[str]:
     """The names of layer classes that a user has registered."""
-    known = ("torch.", "transformers.", "bitsandbytes.")
-    names = {f"{cls.__module__}.{cls.__qualname__}" for cls in kinds.ADAPTERS if isinstance(cls, type)}
-    return {name for name in names if not name.startswith(known)}
+    found = set[str]()
+    for cls in kinds.ADAPTERS:
+        if isinstance(cls, type) and not cls.__module__.startswith(("torch.", "transformers.", "bitsandbytes.")):
+            found.add(f"{cls.__module__}.{cls.__qualname__}")
+    return found
 
 
 # Layers whose output PEFT adds its update to
@@ -81,7 +83,7 @@ def _added(layer: StoredLayer) -> str | None:
 def _convolution(layer: StoredLayer) -> str | None:
     options = layer.options
     dilation = options.get("dilation", 1)
-    if any(step != 1 for step in (dilation if isinstance(dilation, list | tuple) else [dilation])):
+    if set(dilation if isinstance(dilation, list | tuple) else [dilation]) != {1}:
         return f"it has dilation={dilation}, with which PEFT fails."
     if options.get("padding_mode", "zeros") != "zeros":
         return f"it has padding_mode={options['padding_mode']!r}, which PEFT ignores."
@@ -104,7 +106,7 @@ def _without_kernel(factors: Factors, _: Shape, __: Options) -> Factors:
 
 
 def _attention(layer: StoredLayer) -> str | None:
-    if any(matrix.weight not in ("in_proj_weight", "out_proj.weight") for matrix in layer.matrices):
+    if not {"in_proj_weight", "out_proj.weight"}.issuperset(layer.shapes):
         return "PEFT does not support an attention with kdim or vdim."
     return None
 
@@ -113,16 +115,13 @@ def _attention(layer: StoredLayer) -> str | None:
 
 
 def _parameters(layer: StoredLayer) -> str | None:
-    inside = [matrix.weight for matrix in layer.matrices if "." in matrix.weight]
-    if inside:
-        return (
-            f"{inside} belong to layers inside it. PEFT would update them where the layers are called, not where "
-            f"{layer.name!r} reads them."
-        )
-    if any(len(matrix.stack) > 1 for matrix in layer.matrices):
-        return "PEFT adapts matrices and stacks of matrices, not stacks of stacks."
-    if any(matrix.stack == (1,) for matrix in layer.matrices) and layer.options.get("is_transposed"):
-        return "PEFT adds the update of one transposed expert the wrong way round."
+    for matrix in layer.matrices:
+        if "." in matrix.weight:
+            return f"{matrix.weight!r} belongs to a layer inside it. PEFT would update it only where that is called."
+        if len(matrix.stack) > 1:
+            return "PEFT adapts matrices and stacks of matrices, not stacks of stacks."
+        if matrix.stack == (1,) and layer.options.get("is_transposed"):
+            return "PEFT adds the update of one transposed expert the wrong way round."
     return None
 
 
@@ -171,12 +170,6 @@ def check_exportable(stored: StoredAdapters, modules: Mapping[str, nn.Module], s
 
     ``modules`` are those that the reader has, if they are known. ``saved`` are the entries of modules trained whole.
     """
-    outside = [name for name in stored.state if stored.root and not name.startswith(f"{stored.root}.")]
-    if outside:
-        raise ExportError(
-            f"{listed(outside)} were trained outside of {stored.root!r}, and a file for that module cannot hold them. "
-            'Pass root="" for a file that fits the whole module: PeftModel.from_pretrained(module, directory).'
-        )
     wrong: dict[str, list[str]] = {}
     for layer in stored.layers.values():
         if why := why_not(layer) or _why_not_there(layer, stored):
@@ -189,32 +182,45 @@ def check_exportable(stored: StoredAdapters, modules: Mapping[str, nn.Module], s
     for module in stored.saved:
         if why := _why_not_saved(module, stored, modules):
             raise ExportError(f"modules_to_save names {module!r}, {why}")
-    adapters = set[str]()
+    _check_entries(stored, saved)
+    stored.check_finite()
+
+
+def _check_entries(stored: StoredAdapters, saved: Collection[str]) -> None:
+    """Refuse what lies outside of the root, and what is neither an adapter, nor a bias, nor in a module of its own."""
+    adapters, outside, left = set[str](), list[str](), list[str]()
     for layer in stored.layers.values():
         adapters.update(layer.parameters(stored.config).values())
-    left = [name for name in stored.state if name not in adapters and name not in saved]
-    left = [name for name in left if name in stored.changed or not is_bias(name, stored)]
+    for name in stored.state:
+        if stored.root and not name.startswith(f"{stored.root}."):
+            outside.append(name)
+        elif not (name in adapters or name in saved or (is_bias(name, stored) and name not in stored.changed)):
+            left.append(name)
+    if outside:
+        raise ExportError(
+            f"{listed(outside)} were trained outside of {stored.root!r}, and a file for that module cannot hold them. "
+            'Pass root="" for a file that fits the whole module: PeftModel.from_pretrained(module, directory).'
+        )
     if left:
         raise ExportError(
             f"PEFT's format has no place for {listed(left)}: buffers or frozen weights that changed in training, "
             "single parameters in modules_to_save, a weight tied to one of a module there, or what is no tensor. Name "
             "whole modules in modules_to_save, or call merge_adapters and save the whole model."
         )
-    stored.check_finite()
 
 
 def _why_not_there(layer: StoredLayer, stored: StoredAdapters) -> str | None:
     """Why PEFT adapts no layer in its place, or with its values."""
     if layer.name == stored.root:
         return 'PEFT adapts layers inside a module, not the module itself. Pass root="", or the module around it.'
-    if any(matrix.weight == "out_proj.weight" for matrix in layer.matrices):
+    if "out_proj.weight" in layer.shapes:
         return (
             "PEFT 0.21 adds the update of an attention's output projection twice. Train with "
             f"target_slices={{{layer.name.rpartition('.')[2]!r}: ['q', 'k', 'v']}}."
         )
-    around, own = [name for name in stored.layers if layer.name.startswith(f"{name}.")], peft_layer(layer)
+    around, own = stored.layers.keys() & starts_of(owner_of(layer.name)), peft_layer(layer)
     if around and own is not None and own.is_parameter:
-        return f"PEFT finds no parameters inside of {around[0]!r}, whose parameters are adapted too."
+        return f"PEFT finds no parameters inside of {listed(around)}, whose parameters are adapted too."
     magnitude = stored.state.get(join(layer.name, layer.matrices[0].parameter(Role.MAGNITUDE)))
     if magnitude is not None and (magnitude == 0).any():
         return "PEFT scales an output whose magnitude is zero by zero; here it is not scaled."
@@ -224,7 +230,7 @@ def _why_not_there(layer: StoredLayer, stored: StoredAdapters) -> str | None:
 def _why_not_saved(module: str, stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> str | None:
     """Why PEFT would not find a module that is trained whole, or find others too."""
     name = Renaming(stored.root, "").name_here(module)
-    if any(module.startswith(f"{layer}.") for layer in stored.layers):
+    if stored.layers.keys() & starts_of(owner_of(module)):
         return f"inside of a module whose parameters are adapted: PEFT would not find it. {_LEAVE_OUT}"
     alike = [other for other in modules if other.endswith(name) and other != name]
     if alike:

@@ -204,8 +204,7 @@ class _Layers:
                 factors.append(self._factors(about, out, (a, 2 * b), there))
             else:
                 raise AdapterMismatchError(
-                    f"The file has an update of {name!r}, which its nn.MultiheadAttention never calls. PEFT ignores "
-                    f"it. Train {there!r} instead."
+                    f"The file updates {name!r}, which its nn.MultiheadAttention never calls. Train {there!r} instead."
                 )
         return Update(replace(about, scaling=self.config.scaling(there), matrices=tuple(matrices)), tuple(factors))
 
@@ -216,13 +215,13 @@ class _Layers:
         named = [leaf for leaf in layer._parameters if leaf not in ours and self._is_named(f"{there}.{leaf}")]
         if len(named) != len(wrapped):
             raise AdapterMismatchError(
-                f"The file has {len(wrapped)} updates of {there!r}, a {type(layer).__name__} in this model, and "
-                f"target_parameters in its configuration name {named or 'no parameter of it'}. Pass the model that it "
-                "was trained on."
+                f"The file has {len(wrapped)} updates of {there!r}, a {type(layer).__name__} in this model, and its "
+                f"target_parameters name {named or 'no parameter of it'}. Pass the model that it was trained on."
             )
-        kind: type[LoRALayer] = LoRARecurrent if adapter_for(layer) is LoRARecurrent else LoRAParameters
+        kind: type[LoRALayer] = LoRAParameters
         matrices = tuple(LoRAParameters.lora_matrix_of(layer, leaf) for leaf in named)
-        if kind is LoRARecurrent:
+        if adapter_for(layer) is LoRARecurrent:
+            kind = LoRARecurrent
             matrices = tuple(matrix for matrix in kind.lora_matrices_of(layer) if matrix.weight in named)
         about, factors = self._described(there, kind, matrices), list[Factors]()
         scaling = self.config.scaling(f"{there}.{named[0]}")

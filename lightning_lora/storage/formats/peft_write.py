@@ -7,6 +7,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,10 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, ExportError, LoRAWarning, listed
 from lightning_lora.functional.combine import Factors, with_rank
 from lightning_lora.functional.update import wide
-from lightning_lora.layers import LoRAParameters
+from lightning_lora.layers import LoRALayer, LoRAParameters
 from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRALinear
 from lightning_lora.layers.matrices import Role, Settings, weight_factors
 from lightning_lora.model.view import view_of
-from lightning_lora.storage.base import forms_of_base
 from lightning_lora.storage.disk import check_path, writing
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.formats.peft_config import PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
@@ -29,7 +29,7 @@ from lightning_lora.storage.formats.peft_layers import PeftLayer, check_exportab
 from lightning_lora.storage.names import Renaming, list_or_expression
 from lightning_lora.storage.stored import StoredAdapters, adapter_state_dict
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.names import join, named_modules, submodule
+from lightning_lora.tensors.names import join, named_modules, starts_of, submodule
 
 _MOST = 16
 """vLLM's default for the largest rank."""
@@ -100,12 +100,11 @@ class _Source:
     model: nn.Module | None = None
 
     def name_there(self, name: str) -> str:
-        """Return a name in the module that the reader has: without the root's prefix."""
+        """A name in the module that the reader has: without the root's prefix."""
         return Renaming(self.stored.root, "").name_here(name)
 
     @cached_property
-    def inner(self) -> nn.Module | None:
-        """The module that the reader has."""
+    def inner(self) -> nn.Module | None:  # the module that the reader has
         return None if self.model is None else submodule(self.model, self.stored.root)
 
     @cached_property
@@ -120,7 +119,7 @@ class _Source:
         if self.model is not None:
             view = view_of(self.model)
             present = {**view.parameters, **view.buffers, **present}
-        names = [name for entries in self.stored.saved.values() for name in entries]
+        names = list(chain.from_iterable(self.stored.saved.values()))
         if missing := [name for name in names if name not in present]:
             raise ExportError(
                 f"{self.stored.source} does not hold {listed(missing)}, which have the base's values, and PEFT's "
@@ -133,10 +132,8 @@ def _source(model_or_file: nn.Module | str | Path, root: str | None) -> _Source:
     if isinstance(model_or_file, nn.Module):
         state, view = adapter_state_dict(model_or_file), view_of(model_or_file)
         if any(isinstance(value, Tensor) and value.is_meta for value in state.values()):
-            raise AdapterStateError(
-                "The adapters are on the meta device and have no values. Call model.to_empty first."
-            )
-        stored, model = StoredAdapters.from_view(view, state, forms_of_base(view)), model_or_file
+            raise AdapterStateError("The adapters are on the meta device, without values. Call model.to_empty first.")
+        stored, model = StoredAdapters.from_view(view, state, []), model_or_file
     else:
         stored, model = read_adapter_file(model_or_file), None
     if not stored.layers:
@@ -146,9 +143,8 @@ def _source(model_or_file: nn.Module | str | Path, root: str | None) -> _Source:
         )
     if stored.random:
         warnings.warn(
-            f"{listed(stored.random)} look untrained and stayed frozen, and PEFT's format has no place for them: "
-            "whoever loads the folder has other values there. Name their modules in modules_to_save and train again, "
-            "or save the whole model: save_merged(model, path).",
+            f"{listed(stored.random)} look untrained and stayed frozen, and PEFT's format has no place for them. Name "
+            "their modules in modules_to_save and train again, or save the whole model: save_merged(model, path).",
             LoRAWarning,
             stacklevel=3,
         )
@@ -156,7 +152,7 @@ def _source(model_or_file: nn.Module | str | Path, root: str | None) -> _Source:
         changed = tuple(name for name in stored.changed if name not in stored.random)
         stored = replace(stored, state=state, changed=changed)
     if root is not None:
-        if root and not any(name == root or name.startswith(f"{root}.") for name in stored.layers):
+        if root and root not in chain.from_iterable(map(starts_of, stored.layers)):
             raise ConfigError(
                 f"root={root!r} holds no adapted layer. Expected the name of the module that the reader has, such as "
                 f"{stored.root!r}; the adapted layers are {listed(stored.layers)}."
@@ -182,13 +178,15 @@ class _Update:
 
     @property
     def rank(self) -> int:
-        """The rank."""
         return int(self.factors[0].shape[-2])
 
     @property
-    def target(self) -> str:
-        """The name that PEFT's patterns have to match."""
-        return join(self.name, self.weight) if _counterpart(self.layer).is_parameter else self.name
+    def is_parameter(self) -> bool:
+        return _counterpart(self.layer).is_parameter
+
+    @property
+    def target(self) -> str:  # patterns have to match it
+        return join(self.name, self.weight) if self.is_parameter else self.name
 
     @property
     def rest(self) -> dict[str, Tensor]:
@@ -237,12 +235,8 @@ def _made_uniform(updates: list[_Update]) -> list[_Update]:
     """Give all the same rank, with zeros, and the same scaling: B takes over what differs."""
     rank = max(update.rank for update in updates)
     if rank > _MOST:
-        warnings.warn(
-            f"The exported rank is {rank}. vLLM takes at most {_MOST} unless it is started with a larger "
-            "max_lora_rank.",
-            LoRAWarning,
-            stacklevel=3,
-        )
+        text = f"The exported rank is {rank}. vLLM takes at most {_MOST}, or what it is started with: max_lora_rank."
+        warnings.warn(text, LoRAWarning, stacklevel=3)
     scaling = Counter(update.scaling for update in updates).most_common(1)[0][0]
     found = []
     for update in updates:
@@ -285,12 +279,16 @@ def _inside(name: str, wrappers: Counter[str]) -> str:
 
 def _config(source: _Source, updates: list[_Update], *, uniform: bool) -> dict[str, Any]:
     """The contents of ``adapter_config.json``."""
-    r = Counter(update.rank for update in updates).most_common(1)[0][0]
-    alpha = Counter(_number(update.alpha) for update in updates).most_common(1)[0][0]
-    layers = [update for update in updates if not _counterpart(update.layer).is_parameter]
-    parameters = [update.target for update in updates if _counterpart(update.layer).is_parameter]
-    kinds = {update.layer.adapter_class for update in layers}
-    linear = {kind for kind in kinds if kind is not None and issubclass(kind, LoRALinear)}
+    ranks, alphas, linear = dict[str, int](), dict[str, float](), set[type[LoRALayer]]()
+    layers, parameters = list[str](), list[str]()
+    for update in updates:
+        kind, alpha = update.layer.adapter_class, update.alpha
+        (parameters if update.is_parameter else layers).append(update.target)
+        ranks[update.target], alphas[update.target] = update.rank, int(alpha) if float(alpha).is_integer() else alpha
+        if kind is not None and issubclass(kind, LoRALinear):
+            linear.add(kind)
+    r, rank_pattern = _most_common(ranks)
+    alpha, alpha_pattern = _most_common(alphas)
     own, inner = source.stored.config, source.inner
     base = getattr(getattr(inner, "config", None), "_name_or_path", "") or None
     auto = {"base_model_class": type(inner).__name__, "parent_library": type(inner).__module__} if base else None
@@ -308,26 +306,29 @@ def _config(source: _Source, updates: list[_Update], *, uniform: bool) -> dict[s
         "bias": "none" if parameters and own.bias == "lora_only" else own.bias,  # PEFT stops at an LSTM's bias=True
         "fan_in_fan_out": linear == {LoRAConv1D} and not parameters,
         "init_lora_weights": True,
-        "target_modules": list_or_expression([update.name for update in layers], source.modules),
+        "target_modules": list_or_expression(layers, source.modules),
         **({"target_parameters": parameters} if parameters else {}),
         "modules_to_save": [source.name_there(name) for name in source.stored.saved] or None,
-        "rank_pattern": {f"^{re.escape(p.target)}": p.rank for p in updates if p.rank != r},
-        "alpha_pattern": {f"^{re.escape(p.target)}": _number(p.alpha) for p in updates if _number(p.alpha) != alpha},
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
     }
 
 
-def _number(value: float) -> float:
-    return int(value) if float(value).is_integer() else value
+def _most_common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most common value, and the other ones by expressions for exactly these names."""
+    most = Counter(values.values()).most_common(1)[0][0]
+    return most, {f"^{re.escape(name)}": value for name, value in values.items() if value != most}
 
 
 # The files
 
 
 def _warn_of_encoders(source: _Source) -> None:
-    held, names = list[str](), [source.name_there(name) for name in source.stored.layers]
-    for encoder, module in (source.modules or {}).items():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(name.startswith(f"{encoder}.") for name in names):
-            held.append(encoder)
+    held, modules = dict[str, None](), source.modules or {}
+    for name in source.stored.layers:
+        for above in starts_of(source.name_there(name))[:-1]:
+            if isinstance(modules.get(above), nn.TransformerEncoderLayer):
+                held[above] = None
     if held:
         warnings.warn(
             f"{listed(held)} are layers of nn.TransformerEncoder. In eval mode they read weights past PEFT's layers: "

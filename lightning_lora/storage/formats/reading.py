@@ -21,7 +21,7 @@ from lightning_lora.storage.base import base_value
 from lightning_lora.storage.names import Renaming, by_whole_names, find_renamings
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.names import join, starts_of
+from lightning_lora.tensors.names import join, owner_of, starts_of
 from lightning_lora.tensors.values import same_bits
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -110,8 +110,7 @@ def adapters_of(
     kept = {*single, *biases, *view.buffers, *_below(rest, modules)}
     rest = {name: value for name, value in rest.items() if name in kept}
     _check_ties(view, rest)
-    owners = {name.rpartition(".")[0] for name in frozen}
-    only = all(name.rpartition(".")[0] in owners for name in biases)
+    only = {owner_of(name) for name in biases} <= {owner_of(name) for name in frozen}
     ranks = {}
     for update in updates:
         growth = update.r**0.5 if settings.use_rslora else update.r
@@ -144,7 +143,7 @@ def _trained(
     for module in held:  # outer ones come first
         is_named = saved is None or any(module.endswith(entry) for entry in saved)
         is_whole = held[module] == total[module] and not isinstance(view.modules.get(module), _CONTAINERS)
-        if is_named and is_whole and not any(above in modules for above in starts_of(module)):
+        if is_named and is_whole and set(modules).isdisjoint(starts_of(module)):
             modules.append(module)
     if saved is None:
         modules = [module for module in modules if _below(moved, [module])]
@@ -155,7 +154,7 @@ def _trained(
 
 
 def _below(names: Iterable[str], modules: Collection[str]) -> set[str]:
-    return {name for name in names if any(name.startswith(f"{module}.") for module in modules)}
+    return {name for name in names if not set(modules).isdisjoint(starts_of(name)[:-1])}
 
 
 # The base

@@ -78,7 +78,7 @@ CASES: list[tuple[nn.Module, dict[str, Any], str]] = [
     (ScaledEmbedding(4, 4), {}, "'layer': .*ScaledEmbedding has a forward of its own"),
     (nn.MultiheadAttention(4, 2), {}, r"'layer': .*twice.*target_slices=\{'layer': \['q', 'k', 'v'\]\}"),
     (nn.MultiheadAttention(4, 2, kdim=3), {"target_slices": {"layer": ["q"]}}, "'layer': .*kdim or vdim"),
-    (Stacks(4, 4), {**OTHER, "target_parameters": ["fc.weight"]}, r"'layer': .*fc.weight.*belong to layers inside"),
+    (Stacks(4, 4), {**OTHER, "target_parameters": ["fc.weight"]}, r"'layer': .*fc.weight.*belongs to a layer inside"),
     (Stacks(1, 4, 4, is_transposed=True), UP, "'layer': .*wrong way round"),
     (Stacks(4, 4), {**UP, "target_modules": ["rnn"]}, "'layer.rnn': PEFT finds no parameters inside of 'layer'"),
     (nn.Sequential(SHARED, SHARED), {}, "'layer.0': the layer is used as 'layer.1' too"),
