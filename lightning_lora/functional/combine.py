@@ -28,9 +28,6 @@ def difference(update: Factors, other: Factors) -> Factors:
 
     It may be a small difference of large products. To avoid rounding errors, it is computed from the differences of the
     factors: :math:`(B - B_0) A + B_0 (A - A_0)`.
-
-    Shape:
-        A: (\*, r, in), B: (\*, out, r) for both. Returns the same with 2 · r.
     """
     (a, b), (a0, b0) = update, other
     return torch.cat([a, a - a0], dim=-2), torch.cat([b - b0, b0], dim=-1)

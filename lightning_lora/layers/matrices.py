@@ -168,9 +168,6 @@ def matrix_factors(matrix: AdaptedMatrix, settings: Settings, tensor: Callable[[
 
     Factors with initial values, :math:`A_0, B_0`, give :math:`B A - B_0 A_0` as one pair. ``tensor`` gives
     a parameter of the adapter by its name in the layer.
-
-    Shape:
-        (\*, r, in) and (\*, out, r).
     """
     factors = tensor(matrix.parameter(Role.A)), tensor(matrix.parameter(Role.B))
     if settings.inits_from_base:

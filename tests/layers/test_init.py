@@ -100,16 +100,10 @@ def test_starts_from_a_half_precision_base_are_those_of_its_values_in_float32(in
     found = []
     for model in (linear(weight), linear(weight.float())):
         inject_adapters(model, LoRAConfig(r=2, init=init, autocast_adapter_dtype=keep))
+        assert [name for name, p in model.named_parameters() if p.requires_grad] == ["0.lora_A", "0.lora_B"]
         factors = adapter_state_dict(model)
         found.append(factors["0.lora_B"].float() @ factors["0.lora_A"].float())
     torch.testing.assert_close(found[0], found[1], **({} if keep else {"atol": 0.05, "rtol": 0.02}))
-
-
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_only_the_factors_train_and_not_what_they_started_as(init: Any) -> None:
-    model = linear(torch.randn(7, 6))
-    inject_adapters(model, LoRAConfig(r=2, init=init))
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["0.lora_A", "0.lora_B"]
 
 
 @pytest.mark.parametrize("arguments", [{"use_dora": True}, {"init": "pissa"}, {"init": "olora"}], ids=str)

@@ -74,6 +74,7 @@ def test_gradients_are_those_of_the_merged_weight(case: tuple[nn.Sequential, Any
 
 def test_merged_computes_as_adapted_and_unmerging_is_exact(case: tuple[nn.Sequential, Any]) -> None:
     model, x = case
+    plain = copy.deepcopy(model)
     inject_adapters(model, config(model))
     randomise(model)
     before, adapted, weights = state(model), model(x), list(model.parameters())
@@ -81,25 +82,15 @@ def test_merged_computes_as_adapted_and_unmerging_is_exact(case: tuple[nn.Sequen
     merge_adapters(model)
     merge_adapters(model)
     torch.testing.assert_close(model(x), adapted)
-    assert {id(p) for p in model.parameters()} == base
-    unmerge_adapters(model)
-    assert same(state(model), before) and all(a is b for a, b in zip(model.parameters(), weights, strict=True))
-    assert torch.equal(model(x), adapted)
-
-
-def test_state_of_a_merged_model_is_that_of_the_plain_one(case: tuple[nn.Sequential, Any]) -> None:
-    model, x = case
-    plain = copy.deepcopy(model)
-    inject_adapters(model, config(model))
-    randomise(model)
-    adapted = model(x)
-    merge_adapters(model)
-    assert list(model.state_dict()) == list(plain.state_dict())
+    assert {id(p) for p in model.parameters()} == base and list(model.state_dict()) == list(plain.state_dict())
     assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
     plain.load_state_dict(model.state_dict())
     torch.testing.assert_close(plain(x), adapted)
-    remove_adapters(model)
-    assert torch.equal(model(x), plain(x))
+    remove_adapters(kept := copy.deepcopy(model))
+    assert torch.equal(kept(x), plain(x))
+    unmerge_adapters(model)
+    assert same(state(model), before) and all(a is b for a, b in zip(model.parameters(), weights, strict=True))
+    assert torch.equal(model(x), adapted)
 
 
 def test_remove_gives_back_the_very_class_and_values(case: tuple[nn.Sequential, Any]) -> None:
@@ -182,17 +173,6 @@ def test_base_checkpoint_loads_strictly_before_and_after_injection(case: tuple[n
         model.load_state_dict({**base, factor: model.state_dict()[factor]})
 
 
-def test_dropout_acts_in_a_training_step_whatever_the_layers_own_mode(case: tuple[nn.Sequential, Any]) -> None:
-    model, x = case
-    inject_adapters(model, config(model, dropout=0.5))
-    randomise(model)
-    layer: Any = model.eval()[0]
-    layer.lora_step.runs = True  # as the Trainer's strategy sets it
-    assert torch.equal(model(x), model(x)) is not layer.lora_drops_input and not layer.training
-    model.eval()
-    assert torch.equal(model(x), model(x))
-
-
 def test_dropout_acts_in_training_alone_and_takes_nothing_away_on_average(case: tuple[nn.Sequential, Any]) -> None:
     model, x = case
     plain = copy.deepcopy(model)
@@ -202,6 +182,10 @@ def test_dropout_acts_in_training_alone_and_takes_nothing_away_on_average(case: 
         randomise(each, scale=0.01)
     expected = plain.eval()(x)
     torch.testing.assert_close(model.eval()(x), expected)
+    layer: Any = model[0]
+    layer.lora_step.runs = True  # as the Trainer's strategy sets it, whatever the mode
+    assert torch.equal(model(x), model(x)) is not layer.lora_drops_input and not layer.training
+    model.eval()
     if not model[0].lora_drops_input:
         assert torch.equal(model.train()(x), model.eval()(x))
         return
