@@ -18,15 +18,9 @@ from lightning_lora.tables import fitting_console, grouped, layer_table
 from lightning_lora.tensors.inplace import InPlace
 from lightning_lora.tensors.names import join, state_dict, submodule
 
-_ADAM_MOMENTS = 2
-"""Tensors that Adam and similar optimizers keep for each trained parameter."""
-
-_LIKE_ADAM = (Adam, Adamax, AdamW, NAdam, RAdam)
-
+_LIKE_ADAM = (Adam, Adamax, AdamW, NAdam, RAdam)  # they keep two tensors for each trained parameter
 _PLAIN = (nn.Parameter, Tensor)
-
-_MOST = 8
-"""The number of layers that a line names."""
+_MOST = 8  # layers that a line names
 
 
 @dataclass(frozen=True)
@@ -216,8 +210,8 @@ def _with_costs(view: View, groups: tuple[LayerGroup, ...], smaller: tuple[tuple
         groups=groups,
         trained=sum(map(count, trained)),
         frozen=sum(map(count, frozen)),
-        optimizer_bytes=_ADAM_MOMENTS * _bytes(trained),
-        full_optimizer_bytes=_ADAM_MOMENTS * _full_bytes(base),
+        optimizer_bytes=2 * _bytes(trained),
+        full_optimizer_bytes=2 * _full_bytes(base),
         checkpoint_bytes=_bytes(state.values()),
         full_checkpoint_bytes=_full_bytes(base) + _bytes(view.buffers.values()),
         adapters=len(view.matrices),
