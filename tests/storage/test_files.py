@@ -19,7 +19,6 @@ from lightning_lora import (
     AdapterStateError,
     BaseMismatchError,
     LoRAConfig,
-    MergePrecisionWarning,
     adapter_state_dict,
     inject_adapters,
     load_adapter,
@@ -29,7 +28,7 @@ from lightning_lora import (
 from lightning_lora.storage.formats import own as own_format
 from tests.support.cases import held
 from tests.support.models import TRAINED, LitTiny, data, is_plain, lora, randomise, same, state, trainer
-from tests.support.storage import CONFIG, fitted, refused, trained
+from tests.support.storage import CONFIG, fitted, refused, trained, with_adapters
 
 X = torch.arange(20)
 
@@ -172,9 +171,7 @@ def test_failed_load_leaves_adapters_that_a_part_has(file: Path) -> None:
 
 def test_adapters_on_a_base_that_was_made_in_inference_mode_are_stored(tmp_path: Path) -> None:
     with torch.inference_mode():
-        model = LitTiny()
-    inject_adapters(model, LoRAConfig(r=2))
-    randomise(model)
+        model = with_adapters(LitTiny(), r=2)
     save_adapter(model, tmp_path / "a.safetensors")
     other = LitTiny()
     load_adapter(other, tmp_path / "a.safetensors")
@@ -225,19 +222,6 @@ def test_what_is_written_can_be_read_however_many_names_it_has(tmp_path: Path) -
     load_adapter(build(), tmp_path / "a.safetensors")
 
 
-def test_converted_model_is_of_one_dtype_in_its_files_too(tmp_path: Path) -> None:
-    def build() -> nn.Sequential:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-
-    model, again = build(), build().double()
-    inject_adapters(model, LoRAConfig(r=2))
-    randomise(model.double())
-    save_adapter(model, tmp_path / "a.safetensors")
-    load_adapter(again, tmp_path / "a.safetensors")
-    assert same(state(again), state(model))
-
-
 class Shared(LitTiny):
     """A module that uses one layer under two names, each in a part of its own."""
 
@@ -277,21 +261,6 @@ def test_a_checkpoint_loads_to_where_it_is_asked_to(tmp_path: Path, merge: bool)
         assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
-def test_a_merge_that_rounds_much_away_is_told_while_it_is_loaded(tmp_path: Path) -> None:
-    class Half(LitTiny):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bfloat16()
-
-    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1, enable_checkpointing=False)
-    t.fit(model := Half(), data())
-    randomise(model, scale=0.01)
-    t.save_checkpoint(tmp_path / "a.ckpt")
-    load_from_checkpoint(Half, tmp_path / "a.ckpt")
-    with pytest.warns(MergePrecisionWarning, match="of the update of"):
-        load_from_checkpoint(Half, tmp_path / "a.ckpt", merge=True)
-
-
 def test_load_from_checkpoint_needs_no_trainer(tmp_path: Path) -> None:
     model = fitted(tmp_path / "lora.ckpt", LitTiny(lr=0.01))
     adapted = load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt")
@@ -301,15 +270,6 @@ def test_load_from_checkpoint_needs_no_trainer(tmp_path: Path) -> None:
     torch.testing.assert_close(merged(X), model(X))
     with pytest.raises(BaseMismatchError):
         load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt", width=6)
-
-
-def test_float64_adapters_are_not_rounded_into_a_float32_model(tmp_path: Path) -> None:
-    fitted(tmp_path / "double.ckpt", LitTiny(), precision="64-true")
-    narrow = LitTiny()
-    before = state(narrow)
-    with pytest.raises(AdapterMismatchError, match=r"float64.*model.to\(torch.float64\)"):
-        load_adapter(narrow, tmp_path / "double.ckpt")
-    assert is_plain(narrow) and same(state(narrow), before)
 
 
 @pytest.mark.parametrize(

@@ -85,19 +85,6 @@ def test_a_base_that_is_changed_back_is_the_base_again(tmp_path: Path) -> None:
 X = torch.arange(20)
 
 
-def test_a_full_checkpoint_that_became_the_base_refuses_adapters_of_the_old_one(tmp_path: Path) -> None:
-    model = fitted(file := tmp_path / "a.ckpt")
-    other, plain = LitTiny(), trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
-    plain.fit(other, data())
-    plain.save_checkpoint(tmp_path / "full.ckpt")
-    t = trainer(tmp_path, [lora(merge=False)], enable_checkpointing=False)
-    t.validate(model, data(), ckpt_path=tmp_path / "full.ckpt", verbose=False)
-    with pytest.raises(BaseMismatchError, match="frozen tensors of LitTiny differ"):
-        load_adapter(model, file)
-    with disable_adapters(model):
-        assert torch.equal(model(X), other(X))
-
-
 def test_a_model_that_was_loaded_merged_remembers_nothing(tmp_path: Path) -> None:
     adapted = fitted(file := tmp_path / "a.ckpt")
     merged = load_from_checkpoint(LitTiny, file, merge=True)
@@ -190,16 +177,6 @@ def test_the_form_that_a_trainer_converted_is_the_one_that_is_compared(tmp_path:
         load_adapter(same_base, tmp_path / "half.ckpt")
 
 
-def test_adapters_of_a_base_fit_it_in_the_wider_dtype_that_a_trainer_converts_it_to(tmp_path: Path) -> None:
-    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
-    t.fit(LitTiny(), data())
-    t.save_checkpoint(tmp_path / "single.ckpt")
-    expected = t.test(t.lightning_module, data(), verbose=False)[0]["test_loss"]
-    wide = trainer(tmp_path, [lora()], precision="64-true")
-    tested = wide.test(LitTiny(), data(), ckpt_path=tmp_path / "single.ckpt", verbose=False)
-    assert tested[0]["test_loss"] == pytest.approx(expected)
-
-
 @needs_averaging
 @pytest.mark.parametrize("beside", ["nothing", "mean", "ema"])
 @pytest.mark.parametrize("full", ["mean", "ema"])
@@ -245,20 +222,3 @@ def test_sparse_values_at_other_places_are_another_base(tmp_path: Path, frozen: 
     load_adapter(Masked([[0, 1], [0, 1]], frozen=frozen), tmp_path / "a.safetensors")
     with pytest.raises(BaseMismatchError, match=r"differ, such as 'mask'"):
         load_adapter(Masked([[0, 1], [1, 0]], frozen=frozen), tmp_path / "a.safetensors")
-
-
-def test_half_precision_base_keeps_its_identity(tmp_path: Path) -> None:
-    model, checkpoint = LitTiny(), best(tmp_path)
-    t = trainer(tmp_path, [lora(), checkpoint], precision="bf16-true")
-    t.fit(model, data(), data())
-    score = pytest.approx(checkpoint.best_model_score.item())  # type: ignore[union-attr]
-    assert model.q_proj.weight.dtype is torch.bfloat16
-    assert t.test(model, data(), ckpt_path="best", verbose=False)[0]["test_loss"] == score
-    new = trainer(tmp_path, [lora()], precision="bf16-true")
-    assert new.test(LitTiny(), data(), ckpt_path=checkpoint.best_model_path, verbose=False)[0]["test_loss"] == score
-    resumed = LitTiny()
-    late = trainer(tmp_path, [lora(), best(tmp_path / "late")], precision="bf16-true")
-    late.validate(resumed, data(), verbose=False)
-    late.fit(resumed, data(), data(), ckpt_path=checkpoint.best_model_path)
-    new.test(LitTiny(), data(), ckpt_path=late.checkpoint_callback.best_model_path, verbose=False)
-    load_adapter(LitTiny(), checkpoint.best_model_path)

@@ -25,7 +25,7 @@ from lightning_lora.storage.stored import KEY, StoredAdapters, _checksum
 from lightning_lora.storage.stored_layers import StoredLayer, layers_of
 from tests.support.cases import Three, three
 from tests.support.models import LitTiny, TinyLM, randomise, same, state, unties
-from tests.support.storage import fitted
+from tests.support.storage import fitted, with_adapters
 
 
 class Every(nn.Module):
@@ -122,8 +122,7 @@ def write(path: Path, model: nn.Module, **fields: Any) -> Path:
 def test_a_file_of_the_format_before_is_read(tmp_path: Path) -> None:
     model, other = Three(), Three()
     other.load_state_dict(model.state_dict())
-    inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
-    randomise(model)
+    with_adapters(model, r=2, target_modules="all")
     load_adapter(other, write(tmp_path / "old.ckpt", model, format=2, layers=None, root=None))
     assert same(state(other), state(model))
 

@@ -98,26 +98,6 @@ def test_a_base_beside_objects_of_classes_is_merged(tmp_path: Path, capsys: pyte
     assert same({name: merged[name] for name in state(model)}, state(model))
 
 
-@pytest.mark.parametrize("command", ["inspect", "compare", "merge", "combine", "export"])
-def test_the_console_reads_them_too(tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    fitted(tmp_path / "a.ckpt", Holds(given=Settings))
-    path = str(tmp_path / "a.ckpt")
-    torch.save(LitTiny().state_dict(), tmp_path / "base.ckpt")
-    out = tmp_path / "out.safetensors"
-    arguments = {
-        "inspect": [path],
-        "compare": [path, path],
-        "merge": [str(tmp_path / "base.ckpt"), path, str(out)],
-        "combine": [path, path, "--out", str(out)],
-        "export": [path, str(tmp_path / "peft")],
-    }
-    code, said = main([command, *arguments[command]]), capsys.readouterr()
-    if command == "combine":  # of files with modules trained in full
-        assert code == 1 and "modules" in said.err
-    else:
-        assert code == 0, said.err
-
-
 def test_the_best_file_of_a_run_is_merged(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     model, judge = Holds(given=Settings), best(tmp_path, filename="a")
     trainer(tmp_path, [lora(merge="best"), judge], max_epochs=2).fit(model, data(), data())

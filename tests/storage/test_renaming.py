@@ -16,11 +16,11 @@ from lightning_lora import (
     LoRAWarning,
     inject_adapters,
     load_adapter,
-    merge_adapters,
     save_adapter,
 )
 from lightning_lora.model.view import View
-from tests.support.models import WIDTH, WORDS, LitTiny, TinyLM, data, is_plain, randomise, same, state, trainer
+from tests.support.models import WIDTH, WORDS, LitTiny, TinyLM, data, is_plain, same, state, trainer
+from tests.support.storage import with_adapters
 
 INDEX = torch.arange(WORDS)
 
@@ -71,6 +71,7 @@ def base() -> TinyLM:
 CONFIGS: dict[str, dict[str, Any]] = {
     "all-linear": {},
     "list": {"target_modules": ["q_proj", "embed"]},
+    "in full": {"target_modules": r"((model|net|0)\.)?[qv]_proj"},
     "ranks": {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 1}, "alpha_pattern": {"v_proj": 7}},
     "slices": {"target_modules": ["q_proj", "v_proj"], "target_slices": {"q_proj": {"a": (0, 4)}}},
     "saved": {"target_modules": ["q_proj"], "modules_to_save": ["v_proj"], "bias": "all"},
@@ -86,9 +87,7 @@ def test_a_file_loads_onto_the_model_inside_and_around(
     tmp_path: Path, config: dict[str, Any], outward: bool, around: type[Any]
 ) -> None:
     saved, loaded = (base(), around(base())) if outward else (around(base()), base())
-    inject_adapters(saved, LoRAConfig(r=2, **config))
-    randomise(saved)
-    save_adapter(saved, tmp_path / "a.safetensors")
+    save_adapter(with_adapters(saved, r=2, **config), tmp_path / "a.safetensors")
     with pytest.warns(LoRAWarning, match="taken for the same model"):
         load_adapter(loaded, tmp_path / "a.safetensors")
     assert torch.equal(loaded(INDEX), saved(INDEX))
@@ -97,16 +96,6 @@ def test_a_file_loads_onto_the_model_inside_and_around(
     again = type(loaded)(base()) if outward else base()  # type: ignore[arg-type]
     load_adapter(again, tmp_path / "b.safetensors")
     assert same(state(again), state(loaded))
-
-
-def test_names_in_full_are_those_of_the_other_model(tmp_path: Path) -> None:
-    saved, loaded = Around(base()), base()
-    inject_adapters(saved, LoRAConfig(r=2, target_modules=r"model\.[qv]_proj"))
-    randomise(saved)
-    save_adapter(saved, tmp_path / "a.safetensors")
-    with pytest.warns(LoRAWarning):
-        load_adapter(loaded, tmp_path / "a.safetensors")
-    assert list(View(loaded).layers) == ["q_proj", "v_proj"] and torch.equal(loaded(INDEX), saved(INDEX))
 
 
 def test_a_layer_whose_name_ends_like_another_is_not_adapted_with_it(tmp_path: Path) -> None:
@@ -154,22 +143,9 @@ def test_a_frozen_weight_that_changed_in_training_is_loaded(tmp_path: Path) -> N
 
 
 @pytest.mark.filterwarnings("ignore:The names in the file:lightning_lora.LoRAWarning")
-def test_a_merged_model_inside_is_given_the_file(tmp_path: Path) -> None:
-    saved, loaded = Around(base()), base()
-    inject_adapters(saved, LoRAConfig(r=2))
-    randomise(saved)
-    save_adapter(saved, tmp_path / "a.safetensors")
-    load_adapter(loaded, tmp_path / "a.safetensors")
-    merge_adapters(loaded)
-    load_adapter(loaded, tmp_path / "a.safetensors")
-    assert torch.equal(loaded(INDEX), saved(INDEX))
-
-
-@pytest.mark.filterwarnings("ignore:The names in the file:lightning_lora.LoRAWarning")
 def test_another_base_is_refused_as_ever(tmp_path: Path) -> None:
     saved, other = Around(base()), base()
-    inject_adapters(saved, LoRAConfig(r=2))
-    save_adapter(saved, tmp_path / "a.safetensors")
+    save_adapter(with_adapters(saved, randomly=False, r=2), tmp_path / "a.safetensors")
     with torch.no_grad():
         other.v_proj.weight[0, 0] += 1
     before = state(other)
@@ -223,8 +199,7 @@ def test_the_last_parts_of_names_mean_what_they_meant(
     tmp_path: Path, config: dict[str, Any], outward: bool, around: type[Any]
 ) -> None:
     saved, loaded = (Nested(), around(Nested())) if outward else (around(Nested()), Nested())
-    inject_adapters(saved, LoRAConfig(r=2, **config))
-    randomise(saved)
+    with_adapters(saved, r=2, **config)
     with torch.no_grad():
         for p in View(saved).trained.values():
             p.add_(1)
@@ -323,8 +298,7 @@ def test_what_the_model_has_not_is_named(tmp_path: Path, saved: str) -> None:
 )
 def test_a_part_of_a_larger_model_that_the_file_fits_is_named(tmp_path: Path, build: Any, says: str) -> None:
     saved, loaded = base(), build()
-    inject_adapters(saved, LoRAConfig(r=2))
-    save_adapter(saved, tmp_path / "a.safetensors")
+    save_adapter(with_adapters(saved, randomly=False, r=2), tmp_path / "a.safetensors")
     with pytest.raises(AdapterMismatchError, match=f"{says}, and .* onto that part"):
         load_adapter(loaded, tmp_path / "a.safetensors")
     assert is_plain(loaded)

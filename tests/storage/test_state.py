@@ -22,7 +22,7 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from tests.support.models import LitTiny, TinyLM, data, lora, randomise, same, state, trainer, unties
-from tests.support.storage import CONFIG, refused, trained
+from tests.support.storage import CONFIG, refused, trained, with_adapters
 
 
 def test_state_holds_what_training_changed_and_nothing_else() -> None:
@@ -128,8 +128,7 @@ def test_part_that_will_not_load_its_own_state_leaves_the_rest_as_it_was() -> No
                 raise ValueError("another version")
 
     model = nn.Sequential(nn.Linear(4, 4), Versioned(), nn.Linear(4, 4))
-    inject_adapters(model, LoRAConfig(r=2))
-    randomise(model)
+    with_adapters(model, r=2)
     trained, before = adapter_state_dict(model), state(nn.Sequential(model[0], nn.Identity(), model[2]))
     trained = {name: v + 1 if isinstance(v, Tensor) else v for name, v in trained.items()}
     model[1].version = 2
@@ -171,9 +170,7 @@ def test_infinities_of_the_base_are_no_sign_of_a_diverged_run(tmp_path: Path) ->
 
 
 def test_half_precision_adapters_load_into_wider_ones() -> None:
-    model = LitTiny()
-    inject_adapters(model, LoRAConfig(r=2, target_modules=["q_proj", "v_proj"]))
-    randomise(model)
+    model = with_adapters(LitTiny(), r=2, target_modules=["q_proj", "v_proj"])
     narrow = {name: value.bfloat16() for name, value in adapter_state_dict(model).items()}
     load_adapter_state_dict(model, narrow)
     assert all(torch.equal(value, narrow[name].float()) for name, value in adapter_state_dict(model).items())

@@ -74,33 +74,6 @@ def test_the_environment_may_say_that_files_are_trusted(
     assert os.environ[TRUST] == "1" and FORCE not in os.environ
 
 
-@pytest.mark.parametrize("before", [None, "0", "1"])
-@pytest.mark.parametrize("damaged", [False, True])
-def test_reading_leaves_the_environment_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None, damaged: bool
-) -> None:
-    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
-    t.fit(LitTiny(), data())
-    path = tmp_path / "a.ckpt"
-    t.save_checkpoint(path)
-    if damaged:
-        path.write_bytes(path.read_bytes()[:-100])
-    monkeypatch.delenv(FORCE, raising=False)
-    if before is not None:
-        monkeypatch.setenv(FORCE, before)
-    for read in (
-        lambda: load_adapter(LitTiny(), path),
-        lambda: load_from_checkpoint(LitTiny, path),
-        lambda: trainer(tmp_path, [lora()]).fit(LitTiny(), data(), ckpt_path=path),
-    ):
-        if damaged:
-            with pytest.raises(AdapterFileError):
-                read()
-        else:
-            read()
-        assert os.environ.get(FORCE) == before
-
-
 def test_no_load_changes_the_environment_of_other_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fitted(path := tmp_path / "a.ckpt")
     own, seen = torch.load, list[Any]()

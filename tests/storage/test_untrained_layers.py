@@ -27,7 +27,8 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from tests.support.cases import tensors
-from tests.support.models import LitTiny, aged, best, data, randomise, same, state, trainer
+from tests.support.models import LitTiny, aged, best, data, same, state, trainer
+from tests.support.storage import with_adapters
 
 HEAD = {"head.weight", "head.bias"}
 X = torch.arange(20)
@@ -78,8 +79,7 @@ def test_a_run_with_a_forgotten_head_is_evaluated_and_goes_on(tmp_path: Path, ta
 
 
 def test_the_own_head_comes_back_when_the_adapters_go(tmp_path: Path) -> None:
-    inject_adapters(model := NewHead(), LoRAConfig(r=2, target_modules=["q_proj"]))
-    randomise(model)
+    model = with_adapters(NewHead(), r=2, target_modules=["q_proj"])
     save_adapter(model, tmp_path / "a.safetensors")
     before = state(other := NewHead())
     load_adapter(other, tmp_path / "a.safetensors")
@@ -101,8 +101,7 @@ def test_a_base_that_is_loaded_later_is_looked_at_again() -> None:
 
 
 def test_a_state_without_a_file_holds_the_head_too(tmp_path: Path) -> None:
-    inject_adapters(model := NewHead(), LoRAConfig(r=2, target_modules=["q_proj"]))
-    randomise(model)
+    model = with_adapters(NewHead(), r=2, target_modules=["q_proj"])
     inject_adapters(other := NewHead(), LoRAConfig(r=2, target_modules=["q_proj"]))
     load_adapter_state_dict(other, adapter_state_dict(model))
     assert torch.equal(other(X), model(X))

@@ -35,6 +35,14 @@ def refused(model: nn.Module, error: type[Exception], match: str) -> Iterator[No
         yield
 
 
+def with_adapters(model: Any, *, randomly: bool = True, **config: Any) -> Any:
+    """The model with adapters, of random values unless it says otherwise."""
+    inject_adapters(model, LoRAConfig(**config))
+    if randomly:
+        randomise(model)
+    return model
+
+
 def fitted(
     file: Path,
     model: Any = None,
