@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -118,7 +117,7 @@ def share_base(callbacks: list[Callback], pl_module: LightningModule) -> None:
         elif average.multi_avg_fn is None and next(copy.parameters()).device.type == "cpu":
             average.avg_fn = _only_changed(get_swa_avg_fn())  # torch's choice on CPU; the other takes only float32
         else:
-            average.multi_avg_fn = partial(_average_changed, average.multi_avg_fn or get_swa_multi_avg_fn())
+            average.multi_avg_fn = _only_changed(average.multi_avg_fn or get_swa_multi_avg_fn())
 
 
 def drop_averages(callbacks: list[Callback]) -> None:
@@ -136,24 +135,16 @@ def _averages(callbacks: list[Callback]) -> Iterator[tuple[Callback, nn.Module]]
             yield callback, average.module if isinstance(average, AveragedModel) else average
 
 
-@dataclass
-class _only_changed:  # noqa: N801  # a function that can be pickled and never wraps itself
-    """Average two tensors unless they are equal: arithmetic would lose -0.0 and infinity."""
-
-    average: Callable[[Tensor, Tensor, Any], Tensor]
-
-    def __post_init__(self) -> None:
-        if isinstance(self.average, _only_changed):
-            self.average = self.average.average
-
-    def __call__(self, averaged: Tensor, current: Tensor, count: Any) -> Tensor:
-        return averaged if _is_same(averaged, current) else self.average(averaged, current, count)
+def _only_changed(average: Any) -> Any:
+    return average if getattr(average, "func", None) is _average_changed else partial(_average_changed, average)
 
 
-def _average_changed(average: Callable[..., None], averaged: list[Tensor], current: list[Tensor], count: Any) -> None:
+def _average_changed(average: Callable[..., Any], averaged: Any, current: Any, count: Any) -> Any:
+    """Average two tensors, or two lists of them, where they are not equal: arithmetic would lose -0.0 and infinity."""
+    if isinstance(averaged, Tensor):
+        return averaged if _is_same(averaged, current) else average(averaged, current, count)
     pairs = [(a, c) for a, c in zip(averaged, current, strict=True) if not _is_same(a, c)]
-    if pairs:
-        average([a for a, _ in pairs], [c for _, c in pairs], count)
+    return average([a for a, _ in pairs], [c for _, c in pairs], count) if pairs else None
 
 
 def _is_same(averaged: Tensor, current: Tensor) -> bool:
