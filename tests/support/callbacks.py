@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import Logger
 from packaging.version import Version
+from torch import Tensor
 
 from tests.support.cases import StopError
+from tests.support.models import same, state
 
 
 class Notes(Logger):
@@ -34,6 +37,22 @@ class Notes(Logger):
     @property
     def ours(self) -> list[dict[str, Any]]:
         return [each for each in self.seen if "lora/r" in each]
+
+
+class KeepsStates(L.Callback):
+    """Keeps the module's state in each of two processes, before anything is merged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = [folder / f"{rank}.pt" for rank in range(2)]
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        torch.save(state(pl_module), self.files[trainer.global_rank])
+
+    def same(self) -> dict[str, Tensor]:
+        """The state, which is the same in both."""
+        first, second = (torch.load(file, weights_only=True) for file in self.files)
+        assert same(first, second)
+        return first
 
 
 class WritesLater(TorchCheckpointIO):

@@ -1,4 +1,7 @@
-"""Modules whose projections are made late."""
+"""Modules whose projections are made late, and one with a norm."""
+
+import torch
+from torch import Tensor, nn
 
 from tests.support.models import LitTiny
 
@@ -38,3 +41,16 @@ class BuiltAnew(BornInSetup):
     def configure_model(self) -> None:
         other = LitTiny()
         self.q_proj, self.v_proj = other.q_proj, other.v_proj
+
+
+class Normed(LitTiny):
+    """A module with a batch norm of the base, whose statistics are not those of its batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.norm.running_mean.fill_(0.3)  # type: ignore[union-attr]
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.norm(self.embed(index))
+        return self.head(torch.tanh(self.q_proj(x)) + self.v_proj(x))

@@ -5,25 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import lightning.pytorch.callbacks as bundled
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
+from tests.support.versions import exact, keeps_random, needs_averaging  # noqa: F401  # for other tests
 
 WORDS, WIDTH, CLASSES = 20, 8, 4
-
-keeps_random = Version(L.__version__) >= Version("2.6")
-exact = pytest.mark.skipif(not keeps_random, reason="Lightning itself does not restore the random numbers")
-needs_averaging = pytest.mark.skipif(
-    not hasattr(bundled, "EMAWeightAveraging"), reason="Lightning 2.6 brought weight averaging"
-)
 
 unties = pytest.mark.filterwarnings("ignore:.*was tied to another layer:lightning_lora.LoRAWarning")
 

@@ -19,7 +19,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_lora import LoRACallback
-from tests.support.models import LitTiny, data, keeps_random, state, trainer
+from tests.support.models import LitTiny, data, state, trainer
+from tests.support.versions import keeps_random
 
 
 class KillAt(L.Callback):

@@ -10,12 +10,6 @@ import lightning as L
 import lightning.pytorch.callbacks as bundled
 import pytest
 import torch
-from lightning.pytorch.callbacks import (
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    LearningRateMonitor,
-    Timer,
-)
 from lightning.pytorch.core.module import _jit_is_scripting
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -88,7 +82,7 @@ TRAINING: dict[str, tuple[dict[str, Any], list[Callable[[], L.Callback]], dict[s
     "accumulate": ({"accumulate_grad_batches": 3}, [], {"every": lambda _: 3}),
     "accumulate more": (
         {},
-        [lambda: GradientAccumulationScheduler({0: 1, 1: 2})],
+        [lambda: bundled.GradientAccumulationScheduler({0: 1, 1: 2})],
         {"every": lambda epoch: 1 if epoch < 1 else 2},
     ),
     "clip norm": ({"gradient_clip_val": 0.1}, [], {"clip": lambda p: nn.utils.clip_grad_norm_(p, 0.1)}),
@@ -118,18 +112,18 @@ def test_training_is_that_of_a_plain_loop_over_the_adapters(tmp_path: Path, opti
 
 
 def test_early_stopping_counts_on_when_resumed(tmp_path: Path) -> None:
-    fit_and_resume(tmp_path, adam, lambda: EarlyStopping("val_loss", patience=2, min_delta=9), max_epochs=9)
+    fit_and_resume(tmp_path, adam, lambda: bundled.EarlyStopping("val_loss", patience=2, min_delta=9), max_epochs=9)
     assert {file.name for file in tmp_path.rglob("*.ckpt")} == {"epoch=0.ckpt", "epoch=1.ckpt", "epoch=2.ckpt"}
 
 
 def test_run_that_a_timer_stopped_goes_on(tmp_path: Path) -> None:
     slow = bundled.LambdaCallback(on_train_batch_start=lambda *_: time.sleep(0.002))
-    stopped, t = fit(tmp_path, lora(), slow, Timer(timedelta(milliseconds=1), interval="epoch"))
+    stopped, t = fit(tmp_path, lora(), slow, bundled.Timer(timedelta(milliseconds=1), interval="epoch"))
     assert t.global_step == 4 and is_plain(stopped)
     file = tmp_path / "stopped.ckpt"
     t.save_checkpoint(file)
-    through, _ = fit(tmp_path, lora(), Timer(timedelta(days=1)), max_epochs=3)
-    resumed, _ = fit(tmp_path, lora(), Timer(timedelta(days=1)), ckpt_path=file, max_epochs=3)
+    through, _ = fit(tmp_path, lora(), bundled.Timer(timedelta(days=1)), max_epochs=3)
+    resumed, _ = fit(tmp_path, lora(), bundled.Timer(timedelta(days=1)), ckpt_path=file, max_epochs=3)
     assert same(state(resumed), state(through)) and files_hold_adapters_alone(tmp_path) and base_is_whole(resumed)
 
 
@@ -173,7 +167,7 @@ class Writer(bundled.BasePredictionWriter):  # keep what is predicted
 
 
 ONLOOKERS: dict[str, Callable[[], L.Callback]] = {
-    "learning rates": lambda: LearningRateMonitor("step", log_momentum=True, log_weight_decay=True),
+    "learning rates": lambda: bundled.LearningRateMonitor("step", log_momentum=True, log_weight_decay=True),
     "throughput": lambda: bundled.ThroughputMonitor(batch_size_fn=lambda batch: len(batch[0])),
     "summary": lambda: bundled.ModelSummary(max_depth=-1),
     "rich summary": lambda: bundled.RichModelSummary(max_depth=-1),

@@ -16,7 +16,7 @@ from lightning_lora.model import state as record
 from lightning_lora.tensors import digests as hashing
 from tests.support.cases import StopError
 from tests.support.fits import fit, outcome
-from tests.support.models import LitTiny, best, data, is_plain, lora, same, state, trainer
+from tests.support.models import LitTiny, best, is_plain, lora, same, state, trainer
 
 WIDTH = 128
 BASE = 2 * WIDTH * WIDTH
@@ -140,11 +140,9 @@ def test_a_change_that_no_save_has_seen_is_found_at_the_end(tmp_path: Path, fail
                 if fails:
                     raise StopError
 
-    model = Wide()
-    t = trainer(tmp_path, [lora(merge=False), best(tmp_path, monitor=None), Hidden()])
     with pytest.raises(StopError) if fails else nullcontext():
-        t.fit(model, data())
-    t.save_checkpoint(tmp_path / "after.ckpt")
+        fit(tmp_path, lora(merge=False), best(tmp_path), Hidden(), model=(model := Wide()))
+    model.trainer.save_checkpoint(tmp_path / "after.ckpt")
     stored = torch.load(tmp_path / "after.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(stored["q_proj.weight"], model.q_proj.weight)
 

@@ -17,24 +17,10 @@ from lightning_lora.training.deepspeed import LoRADeepSpeedStrategy
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.strategies import overlay_strategy
 from tests.support.cpu_deepspeed import CpuDeepSpeed
-from tests.support.models import needs_averaging
 from tests.support.ranks import RankError, run_ranks
-from tests.support.sharded import (
-    LitNet,
-    Net,
-    State,
-    assert_same,
-    data,
-    differing,
-    fit,
-    lora,
-    message_of,
-    path_of,
-    pretrained,
-    read,
-    trainer_of,
-    whole_state,
-)
+from tests.support.sharded import LitNet, Net, data, lora, pretrained, trainer_of, whole_state
+from tests.support.sharded_fits import State, assert_same, differing, fit, message_of, path_of, read
+from tests.support.versions import needs_averaging
 
 # The warnings are DeepSpeed's own
 pytestmark = [

@@ -95,13 +95,18 @@ def adapted(cls: type[Lit] = Lit, **options: Any) -> Any:
     return model
 
 
+class Evaluates(L.Callback):  # evaluates the module after each step, listed before ours
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        assert torch.equal(pl_module.model(X), pl_module.model(X))
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"val_check_interval": 2}, {"accumulate_grad_batches": 3}, {"num_sanity_val_steps": 0}], ids=str
 )
 def test_it_acts_in_every_training_step_and_in_no_evaluation(tmp_path: Path, options: dict[str, Any]) -> None:
     model = adapted()
     before = modes(model)
-    _, t = fit(tmp_path, lora(), model=model, **options)
+    _, t = fit(tmp_path, Evaluates(), lora(), model=model, **options)
     t.test(model, data(), verbose=False)
     t.predict(model, data())
     t.validate(model, data(), verbose=False)
@@ -202,13 +207,8 @@ class Labels(Lit):  # that predicts labels for itself, and copies its network in
         return loss
 
 
-class Evaluates(L.Callback):  # evaluates the module after each step, listed before ours
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        assert torch.equal(pl_module.model(X), pl_module.model(X))
-
-
-def test_copies_callbacks_and_the_model_in_eval_mode_evaluate_without_it(tmp_path: Path) -> None:
-    model, _ = fit(tmp_path, Evaluates(), lora(), model=adapted(Labels))
+def test_copies_and_the_model_in_eval_mode_evaluate_without_it(tmp_path: Path) -> None:
+    model, _ = fit(tmp_path, lora(), model=adapted(Labels))
     assert model.acts["labels"] == {False} and model.acts["train"] == {True}
     teacher = vars(model)["teacher"]
     assert torch.equal(teacher(X), teacher(X))

@@ -18,7 +18,8 @@ import torch
 from tests.support.checks import files_hold_adapters_alone
 from tests.support.faults import FORK
 from tests.support.launched import main
-from tests.support.models import LitTiny, exact, same
+from tests.support.models import LitTiny, same
+from tests.support.versions import exact
 
 pytestmark = pytest.mark.processes
 

@@ -7,13 +7,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lightning_lora import DeadAdapterWarning, inject_adapters, load_adapter
+from tests.support.callbacks import KeepsStates
 from tests.support.cases import held
 from tests.support.faults import fork
 from tests.support.fits import fit, loaded, outcome
@@ -36,24 +36,14 @@ class Skips(LitTiny):  # that calls a layer on which no loss depends
 FORK: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2}
 
 
-class KeepsState(L.Callback):  # writes the module's state in every process, before anything is merged
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        torch.save(state(pl_module), self.folder / f"{trainer.global_rank}.pt")
-
-
 def test_a_static_graph_trains_the_layers_that_it_reaches_and_leaves_the_others(tmp_path: Path) -> None:
     states = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeadAdapterWarning)
         for options in ({"static_graph": True}, {"find_unused_parameters": True}):
             strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", **options)
-            fit(tmp_path, lora(), KeepsState(tmp_path), model=Skips, strategy=strategy, devices=2)
-            first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-            assert same(first, second)
-            states.append(first)
+            fit(tmp_path, lora(), keeps := KeepsStates(tmp_path), model=Skips, strategy=strategy, devices=2)
+            states.append(keeps.same())
     assert states[0]["q_proj.lora_B"].any() and not states[0]["unused.lora_B"].any()
     torch.testing.assert_close(states[0], states[1])  # unused.lora_A too: not even its weight decays
 
@@ -71,11 +61,10 @@ class Freezes(LitTiny):  # that freezes an adapter of its own as training starts
 def test_an_adapter_that_the_user_froze_stands_still_beside_those_that_train(tmp_path: Path, steps: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeadAdapterWarning)
-        model, _ = fit(tmp_path, lora(), KeepsState(tmp_path), model=Freezes(), max_steps=steps, **FORK)
+        model, _ = fit(tmp_path, lora(), keeps := KeepsStates(tmp_path), model=Freezes(), max_steps=steps, **FORK)
     assert torch.equal(model.v_proj.weight, LitTiny().v_proj.weight)
     assert not torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    assert same(first, second)  # of the mean of both gradients
+    assert keeps.same()  # the mean of both gradients
 
 
 X = torch.arange(20)
@@ -125,8 +114,8 @@ def test_the_main_process_reads_files_after_a_fork(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*all_gather is deprecated:FutureWarning")  # of torch, in Lightning's code
 def test_the_main_process_loads_an_adapter_file_after_a_fork(tmp_path: Path) -> None:
-    model, t = fit(tmp_path, lora(), model=LitTiny(lr=0.5), **FORK)
-    first = t.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+    model, _ = fit(tmp_path, lora(), best(tmp_path, save_top_k=-1), model=LitTiny(lr=0.5), **FORK)
+    first = tmp_path / "best-epoch=0.ckpt"
     load_adapter(model, first)
     assert same(state(model), state(loaded(first)))
 

@@ -21,21 +21,8 @@ from lightning_lora.storage.formats.own import leave_adapters
 from tests.support.callbacks import WritesLater
 from tests.support.cases import held
 from tests.support.fits import Stateful, fit, outcome, through_and_resumed
-from tests.support.models import (
-    ADAPTERS,
-    TRAINED,
-    WORDS,
-    LitTiny,
-    best,
-    data,
-    exact,
-    is_plain,
-    lora,
-    needs_averaging,
-    same,
-    state,
-    trainer,
-)
+from tests.support.models import ADAPTERS, TRAINED, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
+from tests.support.versions import exact, needs_averaging
 
 X = torch.arange(WORDS)
 

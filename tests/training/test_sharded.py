@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoRACallback, LoRAConfig, inject_adapters, merge_adapters, unmerge_adapters
@@ -21,26 +23,18 @@ from lightning_lora.model.state import find_record
 from tests.support import sharded
 from tests.support.callbacks import Notes
 from tests.support.ranks import RankError, run_ranks
-from tests.support.sharded import (
-    LitNet,
-    Net,
+from tests.support.sharded import LitNet, Net, data, fully_shard, lora, pretrained, shard, trainer_of, whole_state
+from tests.support.sharded_fits import (
     Saves,
     State,
     assert_same,
     built,
-    data,
     differing,
     fit,
     fit_in_processes,
-    fully_shard,
-    lora,
     message_of,
     path_of,
-    pretrained,
     read,
-    shard,
-    trainer_of,
-    whole_state,
 )
 
 if sharded.has_deepspeed:
@@ -529,3 +523,69 @@ def adapted_before(folder: Path) -> bool:
 
 def test_adapters_from_before_stay_whole(tmp_path: Path) -> None:
     assert run_ranks(adapted_before, tmp_path) == [True, True]
+
+
+# Tensor parallelism: factors follow their weights
+
+PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+
+
+class Parallel(LitNet):  # splits the matrices of its blocks, and shards them too if there are processes for it
+    def shard(self) -> None:
+        for layer in self.model.layers:
+            parallelize_module(layer, self.device_mesh["tensor_parallel"], PLAN)
+        if self.device_mesh["data_parallel"].size() > 1:
+            super().shard()
+
+
+def in_one_process(folder: Path, kwargs: dict[str, Any], path: Path | None = None) -> State:
+    return fit("one", folder, Parallel, {"dropout": 0.0, **kwargs}, path, use_distributed_sampler=False)
+
+
+def parallel(size: int, folder: Path, kwargs: dict[str, Any], path: Path | None = None) -> State:
+    options: dict[str, Any] = {"devices": 2 * size, "strategy": ModelParallelStrategy(size, 2)}
+    kwargs = {"dropout": 0.0, **kwargs}
+    return fit("parallel", folder, Parallel, kwargs, path, use_distributed_sampler=False, **options)
+
+
+def in_processes(size: int, folder: Path, kwargs: dict[str, Any], path: Path | None = None) -> list[State]:
+    return run_ranks(parallel, size, folder, kwargs, path, size=2 * size)
+
+
+KWARGS: list[dict[str, Any]] = [
+    {},
+    {"use_dora": True},
+    {"init": "pissa"},
+    {"modules_to_save": ["up", "norm"], "bias": "all"},
+    {"target_modules": ["up", "down"], "target_slices": {"up": {"a": [0, 24]}, "down": {"a": [0, 5], "b": [7, 12]}}},
+]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("kwargs", KWARGS, ids=str)
+def test_parallel_matrices_train_as_on_in_one_process(tmp_path: Path, size: int, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("use_dora") and Version(torch.__version__) < Version("2.13"):
+        pytest.skip("torch 2.7 cannot split what DoRA computes, and says so")
+    one = in_one_process(tmp_path, kwargs)
+    first, *others = in_processes(size, tmp_path, kwargs)
+    torch.testing.assert_close(first, one, rtol=1e-4, atol=1e-4)
+    for found in others:
+        assert_same(found, first)
+
+
+def test_processes_that_share_a_matrix_drop_the_same_features(tmp_path: Path) -> None:
+    first, second = in_processes(1, tmp_path, {"dropout": 0.3})
+    assert_same(second, first)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_they_resume_load_and_merge_anywhere(tmp_path: Path, size: int) -> None:
+    whole = in_processes(size, tmp_path, {})[0]
+    for found in in_processes(size, tmp_path / "b", {}, path_of(tmp_path, "parallel", 0)):
+        assert_same(found, whole)
+    file = path_of(tmp_path, "parallel", 1)
+    assert_same(whole_state(built(file)), whole)
+    merged = in_processes(size, tmp_path / "c", {"merge": "last"}, path_of(tmp_path, "parallel", 0))[0]
+    one = in_one_process(tmp_path / "d", {"merge": "last"}, file)
+    assert_same(merged, one)
+    assert not torch.equal(merged["model.layers.0.up.weight"], pretrained()["layers.0.up.weight"])

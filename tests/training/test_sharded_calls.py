@@ -31,23 +31,10 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from tests.support.cases import StopError, held
-from tests.support.models import needs_averaging
 from tests.support.ranks import run_ranks
-from tests.support.sharded import (
-    LitNet,
-    Saves,
-    State,
-    assert_same,
-    built,
-    data,
-    fully_shard,
-    lora,
-    message_of,
-    path_of,
-    pretrained,
-    trainer_of,
-    whole_state,
-)
+from tests.support.sharded import LitNet, data, fully_shard, lora, pretrained, trainer_of, whole_state
+from tests.support.sharded_fits import Saves, State, assert_same, built, message_of, path_of
+from tests.support.versions import needs_averaging
 from tests.training.test_sharded import Blocks, Llama
 
 pytestmark = pytest.mark.processes

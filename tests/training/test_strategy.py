@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import LayerSync, Precision
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora import AdapterStateError, LoRAConfig, StrategyError, inject_adapters, remove_adapters
 from lightning_lora.training.deepspeed import LoRADeepSpeedStrategy
@@ -24,7 +24,7 @@ from tests.support.callbacks import ON_EXCEPTION, Fails
 from tests.support.cases import StopError, held, stop, tensors
 from tests.support.checks import base_is_whole, files_hold_adapters_alone, same_parts
 from tests.support.fits import Stateful, Steps, fit, loaded, outcome
-from tests.support.late import BornInConfigureModel, BornInSetup
+from tests.support.late import BornInConfigureModel, BornInSetup, Normed
 from tests.support.models import TRAINED, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
 
 SAVING: dict[str, dict[str, Any]] = {
@@ -180,17 +180,9 @@ class Counts:  # a method of a strategy that counts its calls, around one that w
         return self.inner(*args, **kwargs)
 
 
-METHODS = (
-    "load_checkpoint",
-    "load_model_state_dict",
-    "load_optimizer_state_dict",
-    "setup",
-    "setup_optimizers",
-    "lightning_module_state_dict",
-    "save_checkpoint",
-    "training_step",
-    "backward",
-)
+LOADS = ("load_checkpoint", "load_model_state_dict", "load_optimizer_state_dict")
+SAVES = ("lightning_module_state_dict", "save_checkpoint")
+METHODS = (*LOADS, *SAVES, "setup", "setup_optimizers", "training_step", "backward")
 
 
 def count(strategy: Any) -> "Counter[str]":
@@ -314,17 +306,6 @@ def test_nothing_changes_before_a_strategy_is_refused(tmp_path: Path) -> None:
 
 
 # Norms that Lightning replaces stand still too
-
-
-class Normed(LitTiny):  # a classifier with a batch norm of the base, whose statistics are not those of its batches
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(8)
-        self.norm.running_mean.fill_(0.3)  # type: ignore[union-attr]
-
-    def forward(self, index: Tensor) -> Tensor:
-        x = self.norm(self.embed(index))
-        return self.head(torch.tanh(self.q_proj(x)) + self.v_proj(x))
 
 
 class Replaced(nn.BatchNorm1d):

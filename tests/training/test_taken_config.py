@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch.callbacks as bundled
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lora import (
     AdapterMismatchError,
@@ -20,18 +20,9 @@ from lightning_lora import (
 from lightning_lora.model.view import view_of
 from tests.support.cases import tensors
 from tests.support.fits import either_order, fit, loaded, outcome
-from tests.support.models import (
-    CLASSES,
-    WIDTH,
-    LitTiny,
-    best,
-    is_plain,
-    lora,
-    needs_averaging,
-    same,
-    state,
-    trainer,
-)
+from tests.support.late import Normed
+from tests.support.models import CLASSES, WIDTH, LitTiny, best, is_plain, lora, same, state, trainer
+from tests.support.versions import needs_averaging
 
 ARGUMENTS: dict[str, Any] = {
     "r": 3,
@@ -122,24 +113,17 @@ def test_default_targets_that_select_nothing_are_no_error_before_the_file_is_rea
     result_of(tmp_path / "words.ckpt", model=Words())
 
 
-def test_a_base_that_a_hook_loads_is_kept(tmp_path: Path) -> None:
-    class Late(LitTiny):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.BatchNorm1d(WIDTH)
-
-        def forward(self, index: Tensor) -> Tensor:
-            x = self.norm(self.embed(index))
-            return self.head(torch.tanh(self.q_proj(x)) + self.v_proj(x))
-
+@pytest.mark.parametrize("saved", [["head"], ["head", "norm"]])
+def test_a_base_that_a_hook_loads_is_kept(tmp_path: Path, saved: list[str]) -> None:
+    class Late(Normed):
         def setup(self, stage: str) -> None:
             self.norm.running_mean.fill_(0.5)  # type: ignore[union-attr,operator]
             self.head.bias.data.fill_(0.25)
 
-    trained, t = fit(tmp_path, lora(merge=False, modules_to_save=["head", "norm"]), model=Late())
+    trained, t = fit(tmp_path, lora(merge=False, modules_to_save=saved), model=Late())
     t.save_checkpoint(tmp_path / "a.ckpt")
-    assert "norm.running_mean" in tensors(tmp_path / "a.ckpt")
-    result_of(tmp_path / "a.ckpt", model=(model := Late()), modules_to_save=["head", "norm"])
+    assert ("norm.running_mean" in tensors(tmp_path / "a.ckpt")) is ("norm" in saved)
+    result_of(tmp_path / "a.ckpt", model=(model := Late()), modules_to_save=saved)
     assert same(state(model), state(trained))
     remove_adapters(model)
     assert torch.equal(model.norm.running_mean, torch.full((WIDTH,), 0.5))  # type: ignore[arg-type]

@@ -18,7 +18,8 @@ from tests.support.averages import AVERAGES
 from tests.support.cases import At
 from tests.support.checks import base_is_whole, files_hold_adapters_alone, trained
 from tests.support.fits import fit
-from tests.support.models import TRAINED, WORDS, LitTiny, data, exact, is_plain, lora, same, state, trainer
+from tests.support.models import TRAINED, WORDS, LitTiny, data, is_plain, lora, same, state, trainer
+from tests.support.versions import exact
 
 
 class OwnData(LitTiny):  # with loaders of its own, whose batch size is to be found
@@ -96,12 +97,12 @@ X = torch.arange(WORDS)
 @pytest.mark.parametrize("came", ["plain", "adapted", "merged"])
 @pytest.mark.parametrize("method", ["lr_find", "fit", "validate", "test", "predict"])
 def test_tuning_gives_the_module_back_as_it_came(tmp_path: Path, method: Any, came: str) -> None:
-    model, t = OwnData(), trainer(tmp_path, [lora()], enable_checkpointing=False)
+    model = OwnData()
     if came != "plain":
         inject_adapters(model, lora().config)
     if came == "merged":
-        t.fit(model)
-        t = trainer(tmp_path, [lora()], enable_checkpointing=False)
+        fit(tmp_path, lora(), model=model, enable_checkpointing=False)
+    t = trainer(tmp_path, [lora()], enable_checkpointing=False)
     before, kinds = state(model), [type(module) for module in model.modules()]
     flags, output = [p.requires_grad for p in model.parameters()], model(X)
     if method == "lr_find":

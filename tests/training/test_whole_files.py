@@ -33,19 +33,8 @@ from tests.support import fits
 from tests.support.callbacks import WritesLater
 from tests.support.cases import At, StopError, held, stop
 from tests.support.fits import loaded, outcome
-from tests.support.models import (
-    TRAINED,
-    WORDS,
-    LitTiny,
-    TinyLM,
-    best,
-    keeps_random,
-    lora,
-    needs_averaging,
-    same,
-    state,
-    trainer,
-)
+from tests.support.models import TRAINED, WORDS, LitTiny, TinyLM, best, lora, same, state, trainer
+from tests.support.versions import keeps_random, needs_averaging
 
 X = torch.arange(WORDS)
 
