@@ -38,11 +38,12 @@ def fit(
     path: Path | None = None,
     **options: Any,
 ) -> State:
-    """Fit with LoRACallback(**kwargs), a file after each epoch, and options of the Trainer; return the state."""
+    """Fit with ``callback``, or one of these ``kwargs``, a file after each epoch, and options of the Trainer."""
     L.seed_everything(1, verbose=False)  # the samplers' seed
     module = build()
     torch.manual_seed(1 if path is None else 99)
-    callbacks = [*options.pop("callbacks", []), lora(**kwargs or {}), Saves(folder, kind)]
+    callbacks = [*options.pop("callbacks", []), options.pop("callback", None) or lora(**kwargs or {})]
+    callbacks.append(Saves(folder, kind))
     t = trainer_of(kind, folder, callbacks, **options)
     t.fit(module, data(), data(), ckpt_path=path, weights_only=True)
     return whole_state(module)

@@ -32,7 +32,6 @@ TARGETS = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 
 
 def new_head() -> LitTiny:
-    """A trained model with a new head."""
     model = LitTiny(width=64)
     for layer in (model.embed, model.q_proj, model.v_proj):
         aged(layer)

@@ -21,21 +21,17 @@ from tests.support.fits import fit, outcome, through_and_resumed
 from tests.support.models import LitTiny, best, is_plain, lora, same, state
 
 
-class Told(LitTiny):  # that is told how to configure its optimizers, and logs what a scheduler may look at
-    configure: Callable[[Any], Any]
-
+class Logs(LitTiny):  # what a scheduler may look at
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         value = self.loss(batch)
         self.log("loss", value)
         return value
 
-    def configure_optimizers(self) -> Any:
-        return self.configure(self.parameters())
 
-
-def told(configure: Callable[[Any], Any]) -> Told:
-    model = Told()
-    model.configure = configure
+def told(configure: Callable[[Any], Any]) -> LitTiny:
+    """A module that is told how to configure its optimizers."""
+    model = Logs()
+    model.configure_optimizers = lambda: configure(model.parameters())  # type: ignore[method-assign]
     return model
 
 

@@ -135,18 +135,11 @@ def test_two_dtypes_in_half_precision_are_refused(
         trained(tmp_path, LitNet, kwargs, precision=precision)
 
 
-def without_arguments(folder: Path, path: Path) -> State:
-    L.seed_everything(1, verbose=False)
-    callbacks = [LoRACallback(merge=False, exclude_modules=["head"])]
-    t = trainer_of("ddp", folder, callbacks, strategy=CpuDeepSpeed(stage=2, reduce_bucket_size=500))
-    t.fit(module := LitNet(), data(), data(), ckpt_path=path)
-    return whole_state(module)
-
-
 def test_arguments_come_from_the_file(tmp_path: Path) -> None:
-    written = {"r": 3, "exclude_modules": ["head"], "bias": "all"}
-    expected = trained(tmp_path, LitNet, written)[0]
-    assert_same(run_ranks(without_arguments, tmp_path, path_of(tmp_path, "run", 0))[0], expected)
+    written, given = {"r": 3, "exclude_modules": ["head"], "bias": "all"}, LoRACallback(exclude_modules=["head"])
+    expected = trained(tmp_path, LitNet, {**written, "merge": "last"})[0]
+    options = {"callback": given, "zero": {"reduce_bucket_size": 500}, "path": path_of(tmp_path, "run", 0)}
+    assert_same(trained(tmp_path / "again", **options)[0], expected)
 
 
 @needs_averaging

@@ -138,7 +138,6 @@ def ray(folder: Path) -> list[Command]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of what all launchers give."""
     return tmp_path_factory.mktemp("launchers")
 
 
@@ -154,7 +153,6 @@ def result(results: Path, *launchers: Launcher) -> Path:
 
 @pytest.fixture(scope="module")
 def forked(results: Path) -> Path:
-    """What Lightning's own launcher gives that forks."""
     return result(results, forking)
 
 

@@ -25,7 +25,6 @@ from tests.support.callbacks import Notes
 from tests.support.ranks import RankError, run_ranks
 from tests.support.sharded import LitNet, Net, data, fully_shard, lora, pretrained, shard, trainer_of, whole_state
 from tests.support.sharded_fits import (
-    Saves,
     State,
     assert_same,
     built,
@@ -315,23 +314,18 @@ class InGroups(LitNet):  # has a rate for A, and another for B
         return torch.optim.AdamW([{"params": a}, {"params": b, "lr": 0.1}, {"params": others}], lr=0.01)
 
 
-def resumed_without_arguments(kind: str, folder: Path) -> tuple[State, State, list[int]]:
-    states, sizes = [], []
-    for options, file in (({"r": 3, "dropout": 0.1}, None), ({}, path_of(folder, kind, 0))):
-        L.seed_everything(1, verbose=False)
-        module, callback = InGroups(), LoRACallback(exclude_modules=["head"], merge=False, **options)
-        t = trainer_of(kind, folder, [callback, Saves(folder if file is None else folder / "b", kind)])
-        t.fit(module, data(), ckpt_path=file, weights_only=True)
-        states.append(whole_state(module))
-        sizes += [len(group["params"]) for group in t.optimizers[0].param_groups]
-    return states[0], states[1], sizes
+class HoldsGroups(L.Callback):
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert [len(group["params"]) for group in trainer.optimizers[0].param_groups] == [6, 6, 0]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "sharded"])
 def test_groups_are_the_users_when_the_arguments_come_from_a_file(tmp_path: Path, kind: str) -> None:
-    for through, resumed, sizes in run_ranks(resumed_without_arguments, kind, tmp_path):
-        assert sizes == [6, 6, 0, 6, 6, 0]
-        assert_same(resumed, through)
+    written, given = {"r": 3, "exclude_modules": ["head"]}, LoRACallback(exclude_modules=["head"], merge=False)
+    through = fit_in_processes(kind, tmp_path, InGroups, written, callbacks=[HoldsGroups()])[0]
+    options = {"callback": given, "callbacks": [HoldsGroups()], "path": path_of(tmp_path, kind, 0)}
+    for found in fit_in_processes(kind, tmp_path / "b", InGroups, **options):
+        assert_same(found, through)
 
 
 def logged(kind: str, folder: Path) -> list[dict[str, Any]]:
