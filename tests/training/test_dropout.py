@@ -8,7 +8,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -192,9 +191,9 @@ class Noted(L.Callback):  # checks in every process what the module has noted
         assert pl_module.acts == {"train": {True}, "between": {False}, "sanity": {False}, "validate": {False}}
 
 
+@pytest.mark.processes
 def test_it_acts_in_forked_processes(tmp_path: Path) -> None:
-    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
-    fit(tmp_path, lora(), Noted(), model=adapted(), strategy=strategy, devices=2)
+    fit(tmp_path, lora(), Noted(), model=adapted(), strategy="ddp_fork", devices=2)
 
 
 class Labels(Lit):  # that predicts labels for itself, and copies its network in a step, as a mean teacher does

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -139,7 +140,7 @@ class Skips(LitTiny):  # that leaves one projection out: for good, or in every o
     def __init__(self, never: bool = False) -> None:
         super().__init__()
         self.never = never
-        self.unused = nn.Linear(8, 8)
+        self.unused = LitTiny().q_proj
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         self.skips = self.never or (batch_idx + self.global_rank) % 2 == 0
@@ -211,6 +212,49 @@ def test_processes_name_layers_that_no_batch_reaches(tmp_path: Path) -> None:
             assert "'unused'" in text and "'v_proj'" in text and "'q_proj'" not in text
 
     train(tmp_path, lora(), model=Noted(never=True), strategy="ddp_fork", devices=2)
+
+
+@pytest.mark.processes
+def test_a_static_graph_trains_the_layers_that_it_reaches_and_leaves_the_others(tmp_path: Path) -> None:
+    states = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeadAdapterWarning)
+        for options in ({"static_graph": True}, {"find_unused_parameters": True}):
+            strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", **options)
+            train(
+                tmp_path, lora(), keeps := KeepsStates(tmp_path), model=Skips(never=True), strategy=strategy, devices=2
+            )
+            states.append(keeps.same())
+    assert states[0]["q_proj.lora_B"].any() and not states[0]["unused.lora_B"].any()
+    torch.testing.assert_close(states[0], states[1])  # unused.lora_A too: not even its weight decays
+
+
+class Freezes(LitTiny):  # that freezes an adapter of its own as training starts
+    def on_train_start(self) -> None:
+        self.v_proj.requires_grad_(False)
+        self.start: Any = self.v_proj.lora_A.detach().clone()
+
+    def on_train_end(self) -> None:
+        assert torch.equal(self.v_proj.lora_A, self.start)  # not even its weight decays
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("steps", [1, 4])
+def test_an_adapter_that_the_user_froze_stands_still_beside_those_that_train(tmp_path: Path, steps: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeadAdapterWarning)
+        model, _ = train(
+            tmp_path,
+            lora(),
+            keeps := KeepsStates(tmp_path),
+            model=Freezes(),
+            max_steps=steps,
+            strategy="ddp_fork",
+            devices=2,
+        )
+    assert torch.equal(model.v_proj.weight, LitTiny().v_proj.weight)
+    assert not torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
+    assert keeps.same()  # the mean of both gradients
 
 
 @pytest.mark.parametrize("new", [False, True])

@@ -19,9 +19,6 @@ from tests.support.models import ADAPTERS, CLASSES, TRAINED, WORDS, LitTiny, dat
 X = torch.arange(WORDS)
 
 
-# Optimizers
-
-
 def optimizer_of(t: L.Trainer, number: int = 0) -> list[list[nn.Parameter]]:
     return [group["params"] for group in t.optimizers[number].param_groups]
 

@@ -3,17 +3,13 @@
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor, nn
 
-from lightning_lora import DeadAdapterWarning, inject_adapters, load_adapter
-from tests.support.callbacks import KeepsStates
+from lightning_lora import inject_adapters, load_adapter
 from tests.support.cases import held
 from tests.support.faults import fork
 from tests.support.fits import fit, loaded, outcome
@@ -23,48 +19,7 @@ from tests.support.train import main
 pytestmark = pytest.mark.processes
 
 
-class Skips(LitTiny):  # that calls a layer on which no loss depends
-    def __init__(self) -> None:
-        super().__init__()
-        self.unused = nn.Linear(8, 8)
-
-    def forward(self, index: Tensor) -> Tensor:
-        self.unused(self.embed(index))
-        return super().forward(index)
-
-
 FORK: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2}
-
-
-def test_a_static_graph_trains_the_layers_that_it_reaches_and_leaves_the_others(tmp_path: Path) -> None:
-    states = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeadAdapterWarning)
-        for options in ({"static_graph": True}, {"find_unused_parameters": True}):
-            strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", **options)
-            fit(tmp_path, lora(), keeps := KeepsStates(tmp_path), model=Skips, strategy=strategy, devices=2)
-            states.append(keeps.same())
-    assert states[0]["q_proj.lora_B"].any() and not states[0]["unused.lora_B"].any()
-    torch.testing.assert_close(states[0], states[1])  # unused.lora_A too: not even its weight decays
-
-
-class Freezes(LitTiny):  # that freezes an adapter of its own as training starts
-    def on_train_start(self) -> None:
-        self.v_proj.requires_grad_(False)
-        self.start: Any = self.v_proj.lora_A.detach().clone()
-
-    def on_train_end(self) -> None:
-        assert torch.equal(self.v_proj.lora_A, self.start)  # not even its weight decays
-
-
-@pytest.mark.parametrize("steps", [1, 4])
-def test_an_adapter_that_the_user_froze_stands_still_beside_those_that_train(tmp_path: Path, steps: int) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeadAdapterWarning)
-        model, _ = fit(tmp_path, lora(), keeps := KeepsStates(tmp_path), model=Freezes(), max_steps=steps, **FORK)
-    assert torch.equal(model.v_proj.weight, LitTiny().v_proj.weight)
-    assert not torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
-    assert keeps.same()  # the mean of both gradients
 
 
 X = torch.arange(20)
