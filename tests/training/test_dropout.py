@@ -37,14 +37,13 @@ class Loaded(nn.Module):  # a model in eval mode, as from_pretrained returns it,
         return self.dropout(self.norm(self.q_proj(x).tanh() + self.v_proj(x)))
 
 
-class Lit(LitTiny):  # around it. It notes in which hooks two passes differ, the losses, and the modes
+class Lit(LitTiny):  # a module around it, which notes in which hooks two passes differ, and the modes
     def __init__(self) -> None:
         super().__init__()
         del self.embed, self.q_proj, self.v_proj, self.head
         self.model = Loaded()
         self.acts: dict[str, set[bool]] = {}
         self.count: Counter[str] = Counter()
-        self.losses: list[float] = []
         self.modes: list[dict[str, bool]] = []
 
     def forward(self, index: Tensor) -> Tensor:
@@ -58,9 +57,7 @@ class Lit(LitTiny):  # around it. It notes in which hooks two passes differ, the
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         self.note("train", batch)
         self.modes.append(modes(self))
-        loss = super().training_step(batch, batch_idx)
-        self.losses.append(float(loss.detach()))
-        return loss
+        return super().training_step(batch, batch_idx)
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
