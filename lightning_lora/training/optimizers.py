@@ -1,7 +1,7 @@
 """Make optimizers train the adapters instead of the base."""
 
-from collections.abc import Sequence
-from itertools import takewhile
+from collections.abc import Iterable, Sequence
+from itertools import chain, takewhile
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -51,13 +51,13 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
                 weight = own_parameter(layer, about.matrix.weight)
                 followers.setdefault(id(weight), []).append(own_parameter(layer, name))
     built = [_built_groups(optimizer) for optimizer in optimizers]
-    chosen = {id(parameter) for groups in built for group in groups for parameter in group}
+    chosen = _held(chain(*built))
     edited = [_edit(groups, followers, chosen) for groups in built]
     _place_rest(view, edited)
     for number, (optimizer, before, after) in enumerate(zip(optimizers, built, edited, strict=True)):
         if not any(after):
             title = f"Optimizer {number} of {type(model).__name__} ({type(optimizer).__name__})"
-            _check_emptied(view, title, {id(parameter) for group in before for parameter in group}, followers)
+            _check_emptied(view, title, _held(before), followers)
     for optimizer, before, after in zip(optimizers, built, edited, strict=True):
         _write(view, optimizer, after)
         _EDITED[optimizer] = (before, after)
@@ -114,8 +114,12 @@ def _built_groups(optimizer: Optimizer) -> list[Params]:
     return built if _ids(left) == _ids(now) else now
 
 
+def _held(groups: Iterable[Params]) -> set[int]:
+    return set(map(id, chain.from_iterable(groups)))
+
+
 def _ids(groups: list[Params]) -> list[list[int]]:
-    return [[id(parameter) for parameter in group] for group in groups]
+    return [list(map(id, group)) for group in groups]
 
 
 def _edit(groups: list[Params], followers: dict[int, Params], chosen: set[int]) -> list[Params]:
@@ -126,7 +130,7 @@ def _edit(groups: list[Params], followers: dict[int, Params], chosen: set[int]) 
     placed: set[int] = set()
     edited: list[Params] = []
     for group in groups:
-        here = {id(parameter) for parameter in group}
+        here = set(map(id, group))
         follow = {id(adapter) for weight in here for adapter in followers.get(weight, [])}
         edited.append([])
         for parameter in group:
@@ -141,9 +145,9 @@ def _edit(groups: list[Params], followers: dict[int, Params], chosen: set[int]) 
 
 def _place_rest(view: View, edited: list[list[Params]]) -> None:
     """Put trained parameters that are in no optimizer into the only group, if there is only one."""
-    placed = {id(parameter) for groups in edited for group in groups for parameter in group}
+    placed = _held(chain(*edited))
     rest = {name: p for name, p in _named_once(view).items() if p.requires_grad and id(p) not in placed}
-    groups = [group for optimizer in edited for group in optimizer]
+    groups = list(chain(*edited))
     if rest and len(groups) == 1:
         groups[0].extend(rest.values())
         rank_zero_info(f"No optimizer held {listed(rest)} or their weights: they train in its only parameter group.")
@@ -190,7 +194,7 @@ def _write(view: View, optimizer: Optimizer, groups: list[Params]) -> None:
         group["params"][:] = parameters
         if "param_names" in group:
             group["param_names"] = [names.get(id(parameter), "") for parameter in parameters]
-    kept = {id(parameter) for group in groups for parameter in group}
+    kept = _held(groups)
     state: dict[Any, Any] = optimizer.state
     for parameter in [key for key in state if isinstance(key, nn.Parameter) and id(key) not in kept]:
         del state[parameter]
