@@ -23,7 +23,7 @@ from lightning_lora.model.state import find_record, keep_record, receive
 from lightning_lora.model.view import View, keep_frozen, restore_originals, root_of, view_of
 from lightning_lora.storage.base import base_value, check_base
 from lightning_lora.storage.names import find_renamings, is_inside, renamed_config
-from lightning_lora.storage.stored import DIVERGED, StoredAdapters, is_note, required, without_base
+from lightning_lora.storage.stored import DIVERGED, StoredAdapters, required, without_base, without_notes
 from lightning_lora.tensors.names import join, load_state_dict, own_parameter, owner_of, state_dict
 
 
@@ -87,7 +87,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     check_as_merged(model)
     view = view_of(model)
     entries = entries_of(view, random_weights(view))
-    state = {name: value for name, value in state.items() if not is_note(name)}
+    state = without_notes(state)
     check_names(view, entries, state)
     _check_tensors(view, entries, state)
     write_state(model, state)
@@ -146,15 +146,15 @@ def _renamed(view: View, stored: StoredAdapters) -> StoredAdapters:
         stored,
         config=renamed_config(stored.config, stored.layers.values(), renaming, view),
         state={renaming.name_here(name): value for name, value in stored.state.items()},
-        changed=[renaming.name_here(name) for name in stored.changed],
-        random=[renaming.name_here(name) for name in stored.random],
+        changed=list(map(renaming.name_here, stored.changed)),
+        random=list(map(renaming.name_here, stored.random)),
     )
 
 
 def _check_present(view: View, stored: StoredAdapters) -> None:
     """Refuse a file with modules that the model lacks, before it is adapted."""
     present, title = {**view.parameters, **view.buffers}, type(view.model).__name__
-    owners = dict.fromkeys(owner_of(name) for name in stored.state)
+    owners = dict.fromkeys(map(owner_of, stored.state))
     absent = [owner for owner in owners if owner not in view.modules]
     absent += [name for name in stored.state if name not in present and stored.config.is_saved(name)]
     if absent:

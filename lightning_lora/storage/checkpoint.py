@@ -18,7 +18,7 @@ from lightning_lora.storage.base import base_tensors, fingerprint, note_changed,
 from lightning_lora.storage.formats.lightning import AVERAGE, MOVED
 from lightning_lora.storage.formats.own import ADAPTERS, leave_adapters
 from lightning_lora.storage.merged_model import merged_state, take_updates_out
-from lightning_lora.storage.stored import KEY, NOTE, StoredAdapters, is_note, without_base
+from lightning_lora.storage.stored import KEY, NOTE, StoredAdapters, without_base, without_notes
 from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
 from lightning_lora.tensors.shards import full_tensors, is_dtensor
 
@@ -56,7 +56,7 @@ def with_merged_model(
 
     Any code can read its state. The adapters are in the entry of this package.
     """
-    state = {name: value for name, value in checkpoint["state_dict"].items() if not is_note(name)}
+    state = without_notes(checkpoint["state_dict"])
     merged, lost = merged_state(view_of(model), state)
     held = _copied({"state_dict": merged}) if written_later else {"state_dict": merged}
     return {**checkpoint, **held, KEY: {**checkpoint[KEY], ADAPTERS: state}}, lost
@@ -141,7 +141,7 @@ def _load_described(model: nn.Module, state: dict[str, Any], _: str, notes: Mapp
     """Load the state in a file that other code gives to an adapted or merged model; torch gets the model's own."""
     if KEY not in notes:
         return False
-    held = {name: value for name, value in state.items() if not is_note(name)}
+    held = without_notes(state)
     stored = StoredAdapters.from_file(held, notes[KEY], "")
     with unmerged(model):
         check_fits(view_of(model), stored)
@@ -173,7 +173,7 @@ def _load_base(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 def _check_base_fits(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Refuse a full state that does not fit this model."""
-    adapters = {id(p) for p in view_of(model).adapters.values()}
+    adapters = set(map(id, view_of(model).adapters.values()))
     expected = {name: p for name, p in state_dict(model, keep_vars=True).items() if id(p) not in adapters}
     both = [name for name in expected if isinstance(expected[name], Tensor) and isinstance(state.get(name), Tensor)]
     wrong = {

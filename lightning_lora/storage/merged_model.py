@@ -192,7 +192,7 @@ def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[
     changed = changed or {}
     with _showing(view, changed):
         merged, lost = _merged_weights(view)
-    added = {id(p) for p in view.adapters.values()}
+    added = set(map(id, view.adapters.values()))
     state: Any = model.state_dict(keep_vars=True)
     for name in [name for name, value in state.items() if id(value) in added]:
         del state[name]

@@ -306,6 +306,11 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
     return {name: full_tensor(value) for name, value in state.items()}
 
 
+def without_notes(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state without the note, of any version."""
+    return {name: value for name, value in state.items() if not is_note(name)}
+
+
 def is_note(name: object) -> bool:
     """Whether an entry is the note, of any version."""
     return isinstance(name, str) and name.startswith(_NOTE_START)
@@ -356,5 +361,5 @@ def required(view: View) -> dict[str, Tensor]:
 
 def _aliases(view: View) -> set[str]:
     """The further names of adapters on shared layers."""
-    ids = {id(p) for p in view.adapters.values()}
+    ids = set(map(id, view.adapters.values()))
     return {name for name, p in view.parameters.items() if id(p) in ids and name not in view.adapters}

@@ -45,7 +45,7 @@ _TYPES = {
 
 def has_run(checkpoint: Mapping[Any, Any]) -> bool:
     """Whether a checkpoint holds the state of a run."""
-    return all(name in checkpoint for name in _RESUMED)
+    return checkpoint.keys() >= set(_RESUMED)
 
 
 def check_resumable(checkpoint: Mapping[Any, Any], path: object) -> None:

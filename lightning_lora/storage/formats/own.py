@@ -190,6 +190,6 @@ def leave_adapters(checkpoint: object) -> dict[str, Any]:
         merged, checkpoint["state_dict"] = checkpoint.get("state_dict"), about.pop(ADAPTERS)
     state = checkpoint.get("state_dict")
     if isinstance(state, dict):
-        for name in [name for name in state if is_note(name)]:
+        for name in list(filter(is_note, state)):
             del state[name]
     return merged if isinstance(merged, dict) else {}
