@@ -25,16 +25,7 @@ _MOST = 8  # layers that a line names
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers whose names differ only in the numbers of blocks.
-
-    Args:
-        name: Their name, with a ``*`` for a number that differs.
-        layers: Number of layers.
-        kind: Their class.
-        r: Rank of their adapters, or None.
-        trained, frozen: Numbers of parameters in all of them.
-        parts: Names of the matrices that are adapted, if a layer has several.
-    """
+    """Layers of one kind whose names differ only in the numbers of blocks. ``parts`` names a layer's adapted matrices."""
 
     name: str
     layers: int
@@ -49,15 +40,8 @@ class LayerGroup:
 class LoRASummary:
     """The result of :func:`summarize`; it prints as a table.
 
-    Args:
-        title: Name of the model's class.
-        groups: All layers that have parameters of their own, in groups.
-        trained, frozen: Numbers of parameters.
-        optimizer_bytes, full_optimizer_bytes: Size of Adam's state for what trains, and for all of the base.
-        checkpoint_bytes, full_checkpoint_bytes: Size of the weights in a checkpoint, and in one of full fine-tuning.
-        adapters: Number of adapters.
-        plain: Whether the model has only its own classes and parameters: it was never adapted, or it is merged.
-        smaller: Names of layers that are too small for the rank asked, each with the rank that it has.
+    Sizes are those of Adam's state and of a checkpoint's weights, ``full_`` those of full fine-tuning. A ``plain`` model
+    was never adapted, or is merged. ``smaller`` names layers that are too small for the rank asked, with their ranks.
     """
 
     title: str
@@ -78,11 +62,9 @@ class LoRASummary:
         return self.trained / max(self.trained + self.frozen, 1)
 
     def table(self, *, trained_only: bool = False, optimizers: Sequence[Optimizer] = ()) -> Group:
-        """Return the summary for rich: a headline, a table, and the costs unless the model is plain.
+        """Return a headline, a table and the costs, for rich.
 
-        Args:
-            trained_only: Put all groups without trained parameters into one row.
-            optimizers: The optimizers that train the model. Their state is shown only if they keep what Adam keeps.
+        With ``trained_only``, groups without trained parameters are one row. ``optimizers`` are those that train.
         """
         headline = f"LoRA: {self.title} trains {self.share:.2%} of its parameters"
         if self.plain:
@@ -99,14 +81,16 @@ class LoRASummary:
 
     def _layers(self, trained_only: bool) -> Table:
         table = layer_table("Layers", "Type", "r", "Trained", "Frozen")
-        shown = [group for group in self.groups if group.trained or not trained_only]
-        for group in shown:
+        others, frozen = sum(group.layers for group in self.groups), self.frozen
+        for group in self.groups:
+            if trained_only and not group.trained:
+                continue
             parts = f" [{','.join(group.parts)}]" if group.parts else ""
             times = f" (×{group.layers})" if group.layers > 1 else ""
             r = "–" if group.r is None else str(group.r)
             table.add_row(Text(group.name + parts + times), group.kind, r, f"{group.trained:,}", f"{group.frozen:,}")
-        if others := sum(group.layers for group in self.groups) - sum(group.layers for group in shown):
-            frozen = self.frozen - sum(group.frozen for group in shown)
+            others, frozen = others - group.layers, frozen - group.frozen
+        if others:
             table.add_row(f"{others} other layer{'s' if others > 1 else ''}", "", "–", "0", f"{frozen:,}")
         table.add_section()
         table.add_row("Total", "", "", f"{self.trained:,}", f"{self.frozen:,}", style="bold")

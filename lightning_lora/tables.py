@@ -34,12 +34,7 @@ _BLOCK = re.compile(r"\d+(?=\.)")
 def grouped(kinds: Mapping[str, Hashable]) -> Iterator[tuple[str, list[str]]]:
     """Group layers of one kind whose names differ only in the numbers of blocks. Yield the group's name, and its names.
 
-    A number that differs is ``*``, or a range if groups of several kinds differ only in such numbers.
-
-    Example:
-        >>> ranks = {"layers.0.q": 2, "layers.1.q": 2, "layers.2.q": 4, "layers.0.v": 4, "layers.1.v": 4}
-        >>> [group for group, names in grouped(ranks)]
-        ['layers.0-1.q', 'layers.2.q', 'layers.*.v']
+    A number that differs is ``*`` (``layers.*.q``), or a range if groups of several kinds differ only in it.
     """
     groups: dict[tuple[str, Hashable], list[str]] = {}
     for name, kind in kinds.items():

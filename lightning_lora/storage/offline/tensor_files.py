@@ -78,10 +78,8 @@ def write_tensors(
 ) -> int:
     """Write a ``.safetensors`` file with one tensor in memory at a time. Return the size of all tensors.
 
-    ``base`` gives a tensor of the shape and dtype of each, ``values`` what is written.
-
-    Source:
-        The format's own description, https://github.com/huggingface/safetensors#format.
+    ``base`` gives a tensor of the shape and dtype of each, ``values`` what is written. The format:
+    https://github.com/huggingface/safetensors#format.
     """
     header, end = {"__metadata__": {"format": "pt", **metadata}}, 0
     for name in names:
