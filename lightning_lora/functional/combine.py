@@ -38,12 +38,6 @@ def in_rows(updates: list[Factors], first: list[int], rows: int) -> Factors:
 
     Shape:
         A: (r, in), B: (some rows, r) for each. Returns the same with the sum of all r and all rows.
-
-    Example:
-        >>> update = torch.ones(1, 3), torch.ones(2, 1)
-        >>> A, B = in_rows([update, update], [0, 3], rows=5)
-        >>> (B @ A)[:, 0]
-        tensor([1., 1., 0., 1., 1.])
     """
     writing = []
     for (_, b), start in zip(updates, first, strict=True):

@@ -19,9 +19,6 @@ class LoRAAttention(LoRALayer):
     Shape:
         in_proj_weight: (3 · embed, embed), in three parts: lora_A_q: (r, embed); lora_B_q: (embed, r); the same for k
         and v, which read kdim and vdim features if these are set. ``out`` is the update of out_proj.weight.
-
-    Source:
-        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.2.
     """
 
     lora_layer_types = (nn.MultiheadAttention,)

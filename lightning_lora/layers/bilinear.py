@@ -16,11 +16,7 @@ class LoRABilinear(LoRALayer):
     applies to the first input: the layer is linear in it too.
 
     Shape:
-        weight: (out, in1, in2); lora_A: (r, in1 · in2); lora_B: (out, r). Inputs (\*, in1) and (\*, in2), output
-        (\*, out).
-
-    Source:
-        Hu et al. 2021, section 4.1, on the weight as this matrix.
+        weight: (out, in1, in2); lora_A: (r, in1 · in2); lora_B: (out, r). Input (\*, in1), (\*, in2); output (\*, out).
     """
 
     lora_layer_types = (nn.Bilinear,)

@@ -14,9 +14,6 @@ class LoRAConv1D(LoRALinear):
 
     Shape:
         weight: (in, out); lora_A: (r, in); lora_B: (out, r). Input (\*, in), output (\*, out).
-
-    Source:
-        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
     """
 
     lora_layer_types = ("transformers.pytorch_utils.Conv1D",)

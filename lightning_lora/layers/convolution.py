@@ -21,10 +21,6 @@ class LoRAConvNd(LoRALayer):
     Shape:
         weight: (out, in / groups, \*kernel); lora_A: (r, in / groups · kernel); lora_B: (out, r).
         Input (N, in, \*size), output (N, out, \*size').
-
-    Source:
-        Hu et al. 2021, section 4.1, on the weight as this matrix. A convolution is linear in its kernel. So a
-        convolution with :math:`B A` equals one with A and then one of size 1 with B.
     """
 
     lora_layer_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -63,9 +59,6 @@ class LoRAConvTransposeNd(LoRALayer):
     Shape:
         weight: (in, out / groups, \*kernel); lora_A: (r, in); lora_B: (out / groups · kernel, r).
         Input (N, in, \*size), output (N, out, \*size').
-
-    Source:
-        Hu et al. 2021, section 4.1, on the weight as this matrix.
     """
 
     lora_layer_types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -19,9 +19,6 @@ class LoRAEmbedding(LoRALayer):
     Shape:
         weight: (num_embeddings, embedding_dim); lora_A: (r, num_embeddings); lora_B: (embedding_dim, r).
         Input: indices (\*); output (\*, embedding_dim).
-
-    Source:
-        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1, and the authors' own code.
     """
 
     lora_layer_types: ClassVar[LayerTypes] = (nn.Embedding,)
@@ -66,9 +63,6 @@ class LoRAEmbeddingBag(LoRAEmbedding):
     Shape:
         weight: (num_embeddings, embedding_dim); lora_A: (r, num_embeddings); lora_B: (embedding_dim, r).
         Input: indices (bags, n), or (n) with offsets; output (bags, embedding_dim).
-
-    Source:
-        Hu et al. 2021, section 4.1. Sums and means are linear in the rows, so the product with B can follow them.
     """
 
     lora_layer_types = (nn.EmbeddingBag,)

@@ -21,9 +21,6 @@ class LoRAParameters(LoRALayer):
         A parameter (out, in): lora_A_name: (r, in); lora_B_name: (out, r). A stack (experts, out, in):
         lora_A_name: (experts, r, in); lora_B_name: (experts, out, r). It makes no difference to :math:`B A` which side
         is the input and which the output.
-
-    Source:
-        Hu et al. 2021, section 4.1, for each matrix. ``target_parameters`` takes the same names as in PEFT.
     """
 
     lora_layer_types: ClassVar[LayerTypes] = ()

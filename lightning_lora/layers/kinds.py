@@ -49,12 +49,7 @@ def name_of_kind(kind: type) -> str:
 
 
 def kind_named(name: str) -> type[LoRALayer] | None:
-    """Return the adapter class with this full name, or None if no such class is known.
-
-    Example:
-        >>> kind_named("lightning_lora.layers.linear.LoRALinear").__name__, kind_named("os.system")
-        ('LoRALinear', None)
-    """
+    """Return the adapter class with this full name, or None if no such class is known."""
     return next((kind for kind in (*ADAPTERS.values(), LoRAParameters) if name_of_kind(kind) == name), None)
 
 

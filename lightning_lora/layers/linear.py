@@ -16,9 +16,6 @@ class LoRALinear(LoRALayer):
 
     Shape:
         weight: (out, in); lora_A: (r, in); lora_B: (out, r). Input (\*, in), output (\*, out).
-
-    Source:
-        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
     """
 
     lora_layer_types: ClassVar[LayerTypes] = (nn.Linear,)

@@ -39,23 +39,14 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one layer's adapter.
+    """The settings of one layer's adapter."""
 
-    Args:
-        r: The rank of the updates. In a layer with several matrices, a smaller one has its largest rank.
-        scaling: The factor of ``B @ A``.
-        dropout: The probability of dropping an input of A in training.
-        init: The initialisation of the factors.
-        use_dora: Whether to train a magnitude for each row of ``W + ΔW``.
-        autocast_dtype: Whether the adapter stays in float32 if the weight is in half precision.
-    """
-
-    r: int
-    scaling: float
-    dropout: float = 0.0
+    r: int  # in a layer with several matrices, a smaller one has its largest rank
+    scaling: float  # the factor of B @ A
+    dropout: float = 0.0  # the probability of dropping an input of A in training
     init: str = "kaiming"
-    use_dora: bool = False
-    autocast_dtype: bool = True
+    use_dora: bool = False  # whether to train a magnitude for each row of W + ΔW
+    autocast_dtype: bool = True  # whether the adapter stays in float32 if the weight is in half precision
 
     @cached_property
     def inits_from_base(self) -> bool:
@@ -73,31 +64,20 @@ class Settings:
 class AdaptedMatrix:
     """One matrix with its own update: a weight of a layer, or some rows of it.
 
-    Args:
-        weight: The parameter's name in the layer, such as ``"weight"`` or ``"out_proj.weight"``.
-        reads: The number of columns: input features.
-        writes: The number of rows: output features.
-        first: The index of its first row in the weight.
-        rows: The number of rows of the weight.
-        name: The end of its factors' names, after ``lora_A_`` and ``lora_B_``. Empty if the layer has only one matrix.
-        stack: The leading dimensions of a stacked weight, such as the number of experts.
-        r: Its own rank, if it is not that of the layer's settings.
-        scaling: Its own scaling, if it is not that of the layer's settings.
-
     Example:
         >>> q = AdaptedMatrix("in_proj_weight", reads=8, writes=8, first=0, rows=24, name="q")
         >>> q.parameter(Role.A), q.has_all_rows, q.rank(16)
         ('lora_A_q', False, 8)
     """
 
-    weight: str
-    reads: int
-    writes: int
-    first: int = 0
-    rows: int = 0
-    name: str = ""
-    stack: tuple[int, ...] = ()
-    r: int | None = None
+    weight: str  # the parameter's name in the layer, such as "weight" or "out_proj.weight"
+    reads: int  # columns: input features
+    writes: int  # rows: output features
+    first: int = 0  # the index of its first row in the weight
+    rows: int = 0  # the rows of the weight
+    name: str = ""  # the end of its factors' names, after lora_A_ and lora_B_; empty if the layer has only one matrix
+    stack: tuple[int, ...] = ()  # the leading dimensions of a stacked weight, such as the number of experts
+    r: int | None = None  # its own rank and scaling, if they are not those of the layer's settings
     scaling: float | None = None
 
     @property
@@ -194,23 +174,14 @@ def weight_factors(
 
 @dataclass
 class Adapter:
-    """An adapter that is not attached to a layer. :func:`attach` attaches it.
-
-    Args:
-        kind: The adapter class, such as ``LoRALinear``.
-        settings: Its settings.
-        matrices: The matrices that it updates.
-        parameters: Its parameters, by name in the layer.
-        init_digests: Digests of what it was initialised from, if it depends on the weights.
-        bases: The base's values of the weights, by name in the layer, while the update is merged.
-    """
+    """An adapter that is not attached to a layer. :func:`attach` attaches it."""
 
     kind: "type[LayerKind]"
     settings: Settings
     matrices: tuple[AdaptedMatrix, ...]
-    parameters: dict[str, nn.Parameter]
-    init_digests: dict[str, int] = field(default_factory=dict)
-    bases: dict[str, Tensor] = field(default_factory=dict)
+    parameters: dict[str, nn.Parameter]  # by name in the layer
+    init_digests: dict[str, int] = field(default_factory=dict)  # of what it was initialised from, if that is weights
+    bases: dict[str, Tensor] = field(default_factory=dict)  # the base's weights, by name, while it is merged
 
     @property
     def roles(self) -> dict[str, AdapterParameter]:

@@ -59,11 +59,7 @@ class LoRALinear4bit(LoRALinear):
 
 
 class LoRALinear8bit(LoRALinear4bit):
-    """An 8-bit linear layer of bitsandbytes with a low-rank update, as for 4 bits.
-
-    Source:
-        Dettmers et al. 2023, section 3, applied to the layers of Dettmers et al. 2022, "LLM.int8()".
-    """
+    """An 8-bit linear layer of bitsandbytes (Dettmers et al. 2022, "LLM.int8()") with a low-rank update."""
 
     lora_layer_types: ClassVar[LayerTypes] = ("bitsandbytes.nn.modules.Linear8bitLt",)
 

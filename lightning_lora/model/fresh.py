@@ -29,20 +29,12 @@ FEWEST = 256
 
 @dataclass(frozen=True)
 class Fresh:
-    """The layers of a model that look untrained.
-
-    Args:
-        layers: Their names. Layers that are trained in full are not among them.
-        random: Those whose weights would stay random, as ``modules_to_save`` would name them. An adapter changes only
-            a small part of a random layer.
-        adapted: The adapted layers, if all of them look untrained.
-        share: Their share of the weights of all layers that were looked at.
-    """
+    """The layers of a model that look untrained. Layers that are trained in full are not among them."""
 
     layers: tuple[str, ...]
-    random: tuple[str, ...]
-    adapted: tuple[str, ...]
-    share: float
+    random: tuple[str, ...]  # those whose weights would stay random, as modules_to_save would name them
+    adapted: tuple[str, ...]  # the adapted layers, if all of them look untrained
+    share: float  # their share of the weights of all layers that were looked at
 
 
 def find_fresh(view: View) -> Fresh:
@@ -199,26 +191,14 @@ def _spaced(length: int, count: int, device: torch.device) -> Tensor:
 
 
 def is_uniform(block: Tensor, bound: float) -> bool:
-    """Whether the values look drawn uniformly from [-bound, bound].
-
-    Example:
-        >>> fresh = torch.nn.Linear(64, 64).weight
-        >>> is_uniform(block_of(fresh), 1 / 8), is_uniform(block_of(fresh + 0.01 * fresh.sign()), 1 / 8)
-        (True, False)
-    """
+    """Whether the values look drawn uniformly from [-bound, bound]."""
     largest = block.abs().max().item() / bound
     reaches_bound = 1 - 10 / block.numel() - _ROUNDING <= largest <= 1 + _ROUNDING
     return reaches_bound and _has_moments(block / bound, _UNIFORM) and _is_even(block)
 
 
 def is_normal(block: Tensor, deviation: float) -> bool:
-    """Whether the values look drawn normally, around zero.
-
-    Example:
-        >>> fresh = torch.randn(100, 100)
-        >>> is_normal(block_of(fresh), 1.0), is_normal(block_of(fresh), 0.9), is_normal(block_of(fresh**3), 3.9)
-        (True, False, False)
-    """
+    """Whether the values look drawn normally, around zero."""
     return _has_moments(block / deviation, _NORMAL) and _is_even(block)
 
 
