@@ -133,11 +133,7 @@ def _warn(message: str, category: type[LoRAWarning] = LoRAWarning) -> None:
 
 
 def log_arguments(trainer: Trainer, pl_module: LightningModule, **others: Any) -> None:
-    """Log the arguments and a digest of the base.
-
-    Their names begin with ``lora/``. Call it in one process, after the base's fingerprint was taken. Nothing is logged
-    with ``Trainer(enable_autolog_hparams=False)``.
-    """
+    """Log the arguments and a digest of the base as ``lora/...``, unless ``Trainer(enable_autolog_hparams=False)``."""
     if not getattr(trainer, "enable_autolog_hparams", True):  # older versions of Lightning have no such option
         return
     view = view_of(pl_module)

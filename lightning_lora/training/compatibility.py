@@ -85,10 +85,9 @@ def loads_in_hooks(pl_module: LightningModule) -> bool:
 
 
 def copy_adapted(callbacks: list[Callback], pl_module: LightningModule, *, anew: bool) -> None:
-    """Let averages begin from the module as it is now.
+    """Let averages begin from the module as it is now: they copied it before it was adapted, or had all its layers.
 
-    The callbacks copied it before it was adapted, or before its hooks made all its layers. Their own ``setup`` is not
-    called again: it would call ``configure_model``, which may replace adapted layers.
+    Their ``setup`` is not called again: it would call ``configure_model``, which may replace adapted layers.
     """
     for callback, copy in _averages(callbacks):
         if hasattr(callback, "reset_batch_norm_and_save_state"):

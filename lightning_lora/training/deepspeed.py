@@ -1,7 +1,6 @@
 """DeepSpeed with ZeRO stage 1 or 2.
 
-Each process holds all weights. The optimizer is split: it trains copies of the parameters, in float32, and each process
-has a part of them. Files are those of any other strategy: one file, with the optimizer's state made full.
+Each process holds all weights, and trains copies in float32 of a part of them. Files are those of any other strategy.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

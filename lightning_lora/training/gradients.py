@@ -1,8 +1,4 @@
-"""Gradients of adapters and of frozen weights in a run.
-
-Adapters without a gradient cause a warning. Frozen weights get no gradient. Under DDP, unused adapters get a zero
-gradient. Reentrant gradient checkpointing would stop gradients behind a frozen embedding; here it lets them pass.
-"""
+"""Gradients of adapters and of frozen weights, and dropout, in the steps of a run."""
 
 import warnings
 from collections import Counter
@@ -23,12 +19,10 @@ from lightning_lora.model.view import View, view_of
 
 
 class Gradients:
-    """Watches the gradients of one run.
+    """Watches the gradients of one run. With ``notes``, it notes which parameters get one: they may be given one later.
 
-    In every backward pass, ``DistributedDataParallel`` waits for a gradient of every parameter. It fails if a batch
-    does not use a layer (an expert, a dropped layer, an unused pooler). Here, unused parameters get a zero gradient. So
-    ``find_unused_parameters``, which searches the graph in every step, is not needed. With ``notes``, it notes which
-    parameters get a gradient, as they may be given one later.
+    DDP fails if a batch does not use a layer (an expert, an unused pooler). Here, unused parameters get a zero
+    gradient, so ``find_unused_parameters``, which searches the graph in every step, is not needed.
     """
 
     def __init__(self, model: nn.Module, wrapped: Any, *, notes: bool = False) -> None:
@@ -121,11 +115,9 @@ def _give_zero_gradients(parameters: list[nn.Parameter]) -> None:
 
 @contextmanager
 def gradients_pass() -> Iterator[None]:
-    """Let gradients pass reentrant checkpoints inside this context.
+    """Let gradients pass reentrant checkpoints in this thread.
 
-    ``torch.utils.checkpoint`` with ``use_reentrant=True`` passes gradients only if one of its inputs requires one. It
-    does not see the parameters inside. Behind a frozen embedding, no input requires a gradient, so nothing inside would
-    train. This applies to the current thread: in others, torch's own function runs.
+    They pass gradients only if one of their inputs requires one. Behind a frozen embedding, none does.
     """
     thread = get_ident()
     with _LOCK:

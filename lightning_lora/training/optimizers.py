@@ -36,12 +36,9 @@ register_optimizer_step_post_hook(_count_fused_step)
 
 
 def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Replace base weights with their adapters in the optimizers' groups.
+    """Replace base weights in the optimizers' groups by their adapters, which stay where the user has put them.
 
-    An adapter stays in the group that the user has put it into. One that is in no optimizer goes into the group of its
-    base weight. Frozen weights are removed. The lists of the groups are edited in place, because optimizers (LBFGS) and
-    schedulers keep references to them. The number of groups does not change, so schedulers with one rate per group
-    still fit.
+    The lists are edited in place, because LBFGS and schedulers keep references to them. The number of groups stays.
     """
     view = view_of(model)
     followers: dict[int, Params] = {}

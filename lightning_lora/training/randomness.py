@@ -31,11 +31,9 @@ def _of_all_processes(trainer: Trainer, state: Tensor) -> Tensor:
 
 
 def restore_random_state(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
-    """Set this process's generators as a checkpoint says.
+    """Set this process's generators as a checkpoint says, when a resumed fit begins.
 
-    Its data loaders start anew. To be called when a resumed fit begins. The loaders have started before, with other
-    random numbers: Lightning starts them at the first use of ``trainer.estimated_stepping_batches``, or before
-    ``on_train_start``.
+    The data loaders start anew: Lightning has started them before, with other random numbers.
     """
     states, device = checkpoint.get(RANDOM), trainer.strategy.root_device
     if not isinstance(states, Mapping):

@@ -1,8 +1,7 @@
 """ModelParallelStrategy (FSDP2): adapters beside a sharded base.
 
-The strategy shards what ``configure_model`` makes. Adapters are added after that, so each process holds them whole. In
-every step their gradients are averaged with one message, as ``DistributedDataParallel`` does it. The files are those of
-any other strategy: the base is never gathered, and nothing depends on ``save_distributed_checkpoint``.
+They are added after ``configure_model``: each process holds them in full, and one message averages their gradients.
+The files are those of any other strategy: the base is never gathered.
 """
 
 import warnings
@@ -187,10 +186,9 @@ class LoRAShardedStrategy(LateStrategy):
 
 
 class ShardedGradients(Gradients):
-    """Watches the gradients of a sharded run, and averages them.
+    """Averages the gradients of a sharded run: FSDP2 averages those of its own parameters, and no others.
 
-    FSDP2 averages those of its own parameters, and no others. A layer that one process leaves out gets a gradient of
-    zero there. Running statistics of norms that train are those of the first process, as under DDP.
+    A layer that one process leaves out gets zero there. Statistics of norms that train are the first process's.
     """
 
     def __init__(self, model: nn.Module, wrapped: Any, stage: Stage, mesh: Any) -> None:

@@ -30,20 +30,10 @@ class Phase(Enum):
 
 @dataclass
 class Stage:
-    """One stage, and what it does to the module.
+    """One stage: how the module came, how far the stage is, and what gives the module back as it came (``undo``).
 
-    Args:
-        config: The configuration of the adapters.
-        given: The names of arguments that the user gave.
-        save: What files hold: ``"adapters"`` or ``"model"``.
-        is_fit: Whether it trains.
-        callbacks: All callbacks of the Trainer.
-        came: How the module came: plain, with adapters on its layers, or merged.
-        phase: How far it has come. It is ``LOADED`` when adapters were loaded from a checkpoint.
-        undo: Gives the module back as it came.
-        dropout: Dropout of the adapters.
-        resumed: The states of random number generators and loops from a checkpoint.
-        averages_gradients: For a sharded module, whether the running backward pass does more than accumulate.
+    ``resumed`` holds the random states and loops of a checkpoint. ``averages_gradients`` is False while a sharded
+    module's backward pass only accumulates.
     """
 
     config: LoRAConfig

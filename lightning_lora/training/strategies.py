@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 def overlay_strategy(strategy: "Strategy", stage: Stage) -> LoRAStrategy:
     """Add the methods of :class:`LoRAStrategy` to a strategy, once, and let them act in ``stage``.
 
-    Methods that other code has set on the strategy before are called by these methods. Those that it sets later come
-    first, and call these.
+    Methods that other code has set on the strategy before are called by these. Those that it sets later call these.
     """
     if not isinstance(strategy, LoRAStrategy):
         mixin, held = _mixin_for(strategy), vars(strategy)

@@ -1,8 +1,7 @@
 """What a strategy does for adapters, where callbacks have no hooks.
 
-A callback has no hook between a module's ``configure_model`` and the loading of its checkpoint. It has none between the
-creation of the optimizers and their first use. Its checkpoint hooks are skipped when only weights are saved. The
-Trainer always calls the strategy at these moments.
+None lies between ``configure_model`` and the loading of a checkpoint, just after the optimizers are built; and
+their checkpoint hooks are skipped when only weights are saved. The Trainer calls the strategy at these moments.
 """
 
 from abc import ABC
@@ -52,11 +51,10 @@ else:
 
 
 class LoRAStrategy(Strategy, InPlace):
-    """Methods that are added to the class of a Trainer's strategy.
+    """Methods that are added to the class of a Trainer's strategy, and stay there: files are written after a stage, too.
 
-    ``super()`` calls the strategy's own methods, and those that other code has set on it before. They stay after the
-    stage, so files hold only adapters after a fit and after an exception too. Files of a module without adapters do not
-    change. All other names begin with ``lora_``, as the strategy's class may use any.
+    ``super()`` calls the strategy's own methods, and those that other code has set on it. Other names begin with
+    ``lora_``.
     """
 
     lora_adapts_late: ClassVar[bool] = False
@@ -159,10 +157,9 @@ class LoRAStrategy(Strategy, InPlace):
     # Load
 
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read the checkpoint, then adapt the module.
+        """Read the checkpoint, then adapt the module. Outside of a stage, it does not change.
 
-        ``setup`` and ``configure_model`` have made the layers by then. A full checkpoint becomes the base. Outside of a
-        stage, the module does not change.
+        A full checkpoint becomes the base.
         """
         stage, module = self.lora_stage, self.lora_module
         checkpoint: dict[str, Any] = self._lora_read(checkpoint_path, *args, **kwargs)
@@ -281,9 +278,8 @@ class LoRAStrategy(Strategy, InPlace):
         return adapter_state_dict(self.lora_module) if self._lora_saves() else super().lightning_module_state_dict()
 
     def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint with only the adapters, and their description.
+        """Write a checkpoint with only the adapters, and with ``save="model"`` the whole merged model.
 
-        Base weights that another callback put back are removed. With ``save="model"``, the whole merged model is added.
         A method that other code has set gets the path itself.
         """
         writes_at_once = self._lora_uses_torch() and "save_checkpoint" not in self.lora_others
