@@ -25,7 +25,7 @@ _MOST = 8  # layers that a line names
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers of one kind whose names differ only in the numbers of blocks. ``parts`` names a layer's adapted matrices."""
+    """Layers of one kind whose names differ only in the numbers of blocks; ``parts`` names adapted matrices."""
 
     name: str
     layers: int
@@ -40,7 +40,7 @@ class LayerGroup:
 class LoRASummary:
     """The result of :func:`summarize`; it prints as a table.
 
-    Sizes are those of Adam's state and of a checkpoint's weights, ``full_`` those of full fine-tuning. A ``plain`` model
+    Sizes are those of Adam's state and of a checkpoint's weights; ``full_``, of full fine-tuning. A ``plain`` model
     was never adapted, or is merged. ``smaller`` names layers that are too small for the rank asked, with their ranks.
     """
 
