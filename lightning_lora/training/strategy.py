@@ -1,7 +1,7 @@
 """What a strategy does for adapters, where callbacks have no hooks.
 
-None lies between ``configure_model`` and the loading of a checkpoint, just after the optimizers are built; and
-their checkpoint hooks are skipped when only weights are saved. The Trainer calls the strategy at these moments.
+A callback has no hook between ``configure_model`` and the loading of a checkpoint, nor just after the optimizers are
+built. Its checkpoint hooks are skipped when only weights are saved. The Trainer calls the strategy at these moments.
 """
 
 from abc import ABC
@@ -51,7 +51,7 @@ else:
 
 
 class LoRAStrategy(Strategy, InPlace):
-    """Methods that are added to the class of a Trainer's strategy, and stay there: files are written after a stage, too.
+    """Methods that are added to the class of a Trainer's strategy. They stay after a stage: files are written then too.
 
     ``super()`` calls the strategy's own methods, and those that other code has set on it. Other names begin with
     ``lora_``.
