@@ -29,10 +29,10 @@ from lightning_lora import (
     summarize,
     unmerge_adapters,
 )
+from tests.support.by_hand import adapted
 from tests.support.faults import unchanged
 from tests.support.models import TRAINED, WORDS, LitTiny, data, is_plain, lora, same, state
 from tests.support.ranks import run_ranks
-from tests.support.training import adapted
 
 X = torch.arange(WORDS)
 

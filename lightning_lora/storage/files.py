@@ -124,7 +124,7 @@ def load_adapter(
 
     Example:
         >>> import tempfile
-        >>> from lightning_lora import LoRAConfig
+        >>> from lightning_lora import LoRAConfig, inject_adapters
         >>> base = nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)
         >>> trained = nn.Sequential(nn.Linear(4, 4))
         >>> _ = trained.load_state_dict(base.state_dict())
