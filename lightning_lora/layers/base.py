@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from lightning_lora.errors import LoRAWarning
 from lightning_lora.functional.plain import are_plain
 from lightning_lora.functional.update import added, delta_weight, lost_share, magnitude_scale, merged
-from lightning_lora.layers.contract import LayerKind
+from lightning_lora.layers.contract import Adapter, LayerKind
 from lightning_lora.layers.functional_call import functional_call
 from lightning_lora.layers.init import initialise
 from lightning_lora.layers.matrices import (
     AdaptedMatrix,
-    Adapter,
     AdapterParameter,
     Role,
     Settings,

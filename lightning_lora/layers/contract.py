@@ -1,11 +1,12 @@
-"""What a kind of layer declares: types, matrices, update."""
+"""What a kind of layer declares (types, matrices, update), and an adapter of that kind."""
 
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.layers.matrices import AdaptedMatrix, Role
+from lightning_lora.layers.matrices import AdaptedMatrix, AdapterParameter, Role, Settings, adapter_parameters
 from lightning_lora.tensors.inplace import InPlace
 from lightning_lora.tensors.names import own_parameter
 
@@ -110,3 +111,20 @@ class LayerKind(InPlace, nn.Module):
 
     def lora_weights_changed(self) -> None:
         """Called after the weights got other values."""
+
+
+@dataclass
+class Adapter:
+    """An adapter that is not attached to a layer. :func:`attach` attaches it."""
+
+    kind: type[LayerKind]
+    settings: Settings
+    matrices: tuple[AdaptedMatrix, ...]
+    parameters: dict[str, nn.Parameter]  # by name in the layer
+    init_digests: dict[str, int] = field(default_factory=dict)  # of what it was initialised from, if that is weights
+    bases: dict[str, Tensor] = field(default_factory=dict)  # the base's weights, by name, while it is merged
+
+    @property
+    def roles(self) -> dict[str, AdapterParameter]:
+        """What each parameter is, by name in the layer."""
+        return adapter_parameters(self.matrices, self.settings)

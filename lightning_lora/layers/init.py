@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.functional.update import row_norms, wide
-from lightning_lora.layers.contract import LayerKind
-from lightning_lora.layers.matrices import AdaptedMatrix, Adapter, Role, Settings
+from lightning_lora.layers.contract import Adapter, LayerKind
+from lightning_lora.layers.matrices import AdaptedMatrix, Role, Settings
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.shards import distributed_as, full_tensor, is_dtensor, split_as

@@ -1,19 +1,16 @@
-"""An adapter and its components: matrices, settings, parameters and their roles."""
+"""What an adapter consists of: matrices, settings, parameters and their roles."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lora.functional.combine import Factors, difference, in_rows
 from lightning_lora.functional.update import wide
-
-if TYPE_CHECKING:
-    from lightning_lora.layers.contract import LayerKind
 
 FROM_BASE = ("pissa", "olora")
 """Initialisations that start from the weight."""
@@ -170,20 +167,3 @@ def weight_factors(
     if len(adapted) == 1 and adapted[0].has_all_rows:
         return updates[0]
     return in_rows(updates, [matrix.first for matrix in adapted], adapted[0].rows)
-
-
-@dataclass
-class Adapter:
-    """An adapter that is not attached to a layer. :func:`attach` attaches it."""
-
-    kind: "type[LayerKind]"
-    settings: Settings
-    matrices: tuple[AdaptedMatrix, ...]
-    parameters: dict[str, nn.Parameter]  # by name in the layer
-    init_digests: dict[str, int] = field(default_factory=dict)  # of what it was initialised from, if that is weights
-    bases: dict[str, Tensor] = field(default_factory=dict)  # the base's weights, by name, while it is merged
-
-    @property
-    def roles(self) -> dict[str, AdapterParameter]:
-        """What each parameter is, by name in the layer."""
-        return adapter_parameters(self.matrices, self.settings)

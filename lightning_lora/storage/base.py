@@ -165,23 +165,14 @@ def _quantised_names(view: View) -> set[str]:
 
 @dataclass
 class BaseTensor:
-    """A tensor of a base, to be compared with its digests in a fingerprint.
+    """A tensor of a base, to be compared with its digests in a fingerprint."""
 
-    Args:
-        name: Its name in the fingerprint.
-        title: Its name in the base at hand.
-        tensor: The tensor.
-        exact: The digest of its bits.
-        halves: Returns its digests in bfloat16 and float16.
-        is_packed: Whether it is quantised.
-    """
-
-    name: str
-    title: str
+    name: str  # its name in the fingerprint
+    title: str  # its name in the base at hand
     tensor: Tensor
-    exact: int
-    halves: Callable[[], Sequence[int]]
-    is_packed: bool = False
+    exact: int  # the digest of its bits
+    halves: Callable[[], Sequence[int]]  # returns its digests in bfloat16 and float16
+    is_packed: bool = False  # whether it is quantised
 
     @classmethod
     def of_file(cls, name: str, title: str, tensor: Tensor) -> "BaseTensor":
@@ -191,21 +182,13 @@ class BaseTensor:
 
 @dataclass
 class Comparison:
-    """What a comparison of a base with a fingerprint has found.
+    """What a comparison of a base with a fingerprint has found: names of tensors, and how many are the same."""
 
-    Args:
-        differ: The names of tensors that differ, or that only one of them has.
-        converted: The names of those that are the same in another precision.
-        equal: How many are the same, converted or not.
-        quantised: The names of those that were not compared, because they are quantised.
-        is_same_form: Whether the base has the same form, so that all bits must be the same.
-    """
-
-    differ: list[str] = field(default_factory=list)
-    converted: list[str] = field(default_factory=list)
-    equal: int = 0
-    quantised: list[str] = field(default_factory=list)
-    is_same_form: bool = False
+    differ: list[str] = field(default_factory=list)  # also those that only one of them has
+    converted: list[str] = field(default_factory=list)  # the same in another precision
+    equal: int = 0  # converted or not
+    quantised: list[str] = field(default_factory=list)  # not compared
+    is_same_form: bool = False  # whether the base has the same form, so that all bits must be the same
 
     @property
     def is_same(self) -> bool:

@@ -40,31 +40,18 @@ _PLAIN = ("base", "changed", "random", "saved", "root")
 
 @dataclass(frozen=True)
 class StoredAdapters:
-    """Adapters outside of a model: every file format reads into this or writes from it.
+    """Adapters outside of a model: every file format reads into this or writes from it."""
 
-    Args:
-        config: The configuration that adapts a model in the same way.
-        state: Everything that training changed, by its name in the adapted model.
-        layers: The adapted layers by name. Files of format 2 do not say them.
-        base: The fingerprints of the base, one for each form in which it was seen. Empty if the format has none.
-        changed: The frozen weights in ``state``.
-        random: The frozen weights in ``state`` that look untrained.
-        saved: All entries of each module in ``modules_to_save``. ``state`` leaves out buffers with the base's values.
-        root: The path of the one model inside, or ``""``.
-        source: What the adapters are from, for messages: a file, or the class of a model.
-        renaming: How the names of the base in ``base`` become those in ``state``.
-    """
-
-    config: LoRAConfig
-    state: dict[str, Any]
-    layers: dict[str, StoredLayer] = field(default_factory=dict)
-    base: list[dict[str, Any]] = field(default_factory=list)
-    changed: Sequence[str] = field(default_factory=list)
-    random: Sequence[str] = field(default_factory=list)
-    saved: dict[str, list[str]] = field(default_factory=dict)
-    root: str = ""
-    source: str = ""
-    renaming: Renaming = field(default_factory=Renaming)
+    config: LoRAConfig  # which adapts a model in the same way
+    state: dict[str, Any]  # everything that training changed, by its name in the adapted model
+    layers: dict[str, StoredLayer] = field(default_factory=dict)  # by name; files of format 2 do not say them
+    base: list[dict[str, Any]] = field(default_factory=list)  # fingerprints, one a form; empty if the format has none
+    changed: Sequence[str] = field(default_factory=list)  # the frozen weights in the state
+    random: Sequence[str] = field(default_factory=list)  # those of them that look untrained
+    saved: dict[str, list[str]] = field(default_factory=dict)  # all entries of each module in modules_to_save
+    root: str = ""  # the path of the one model inside
+    source: str = ""  # for messages: a file, or the class of a model
+    renaming: Renaming = field(default_factory=Renaming)  # how names of the base become those in the state
 
     @classmethod
     def from_view(cls, view: View, state: dict[str, Any], base: list[dict[str, Any]]) -> "StoredAdapters":

@@ -26,31 +26,18 @@ ALSO = "also"
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """One adapted layer, as a file describes it.
+    """One adapted layer, as a file describes it."""
 
-    Args:
-        name: The layer's name in the model that was saved.
-        layer_class: The full name of the layer's class.
-        kind: The name of its adapter class, such as ``"LoRALinear"``.
-        r: The rank, where a matrix does not have its own.
-        scaling: The factor of ``B @ A``, where a matrix does not have its own.
-        matrices: The adapted matrices.
-        shapes: The shapes of the weights, by their names in the layer.
-        tied: Other names of these weights in the model, by their names in the layer.
-        options: What the update depends on beside the weights, such as the groups of a convolution.
-        is_additive: Whether the layer adds the update to its output. Otherwise it computes on ``W + ΔW``.
-    """
-
-    name: str
-    layer_class: str
-    kind: str
-    r: int
-    scaling: float
+    name: str  # in the model that was saved
+    layer_class: str  # the full name of its class
+    kind: str  # the name of its adapter class, such as "LoRALinear"
+    r: int  # where a matrix does not have its own
+    scaling: float  # of B @ A, where a matrix does not have its own
     matrices: tuple[AdaptedMatrix, ...]
-    shapes: dict[str, tuple[int, ...]]
-    tied: dict[str, tuple[str, ...]]
-    options: dict[str, Any]
-    is_additive: bool
+    shapes: dict[str, tuple[int, ...]]  # of the weights, by their names in the layer
+    tied: dict[str, tuple[str, ...]]  # other names of these weights in the model
+    options: dict[str, Any]  # what the update depends on beside the weights, such as the groups of a convolution
+    is_additive: bool  # whether it adds the update to its output; otherwise it computes on W + ΔW
 
     @property
     def adapter_class(self) -> type[LoRALayer] | None:

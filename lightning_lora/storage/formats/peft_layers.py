@@ -29,21 +29,13 @@ def _same(factors: Factors, _: Shape, __: Options) -> Factors:
 
 @dataclass(frozen=True)
 class PeftLayer:
-    """PEFT's counterpart of one of our adapters.
+    """PEFT's counterpart of one of our adapters."""
 
-    Args:
-        why_not: Why PEFT computes something else for one such layer, or None.
-        there: Our factors of a weight as PEFT has them, by the shape of the weight and the options of its layer.
-        here: PEFT's factors as ours, likewise.
-        keys: The ends of the names of A and B.
-        is_parameter: Whether PEFT wraps a parameter (``target_parameters``), not a layer. One module may have several.
-    """
-
-    why_not: Callable[[StoredLayer], str | None]
-    there: Callable[[Factors, Shape, Options], Factors] = _same
-    here: Callable[[Factors, Shape, Options], Factors] = _same
-    keys: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
-    is_parameter: bool = False
+    why_not: Callable[[StoredLayer], str | None]  # why PEFT computes something else for one such layer
+    there: Callable[[Factors, Shape, Options], Factors] = _same  # our factors of a weight as PEFT has them
+    here: Callable[[Factors, Shape, Options], Factors] = _same  # PEFT's factors as ours
+    keys: tuple[str, str] = ("lora_A.weight", "lora_B.weight")  # the ends of the names of A and B
+    is_parameter: bool = False  # whether PEFT wraps a parameter (target_parameters), not a layer
 
 
 def why_not(layer: StoredLayer) -> str | None:
