@@ -218,7 +218,7 @@ def _plain(value: float) -> float:
 def _as_plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _as_plain(entry) for key, entry in value.items()}
-    return [_as_plain(entry) for entry in value] if isinstance(value, tuple) else value
+    return list(map(_as_plain, value)) if isinstance(value, tuple) else value
 
 
 _shortener = reprlib.Repr()

@@ -186,7 +186,7 @@ def _with_costs(view: View, groups: tuple[LayerGroup, ...], smaller: tuple[tuple
     model = view.model
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    added = {id(p) for p in view.adapters.values()}
+    added = set(map(id, view.adapters.values()))
     base = [p for p in model.parameters() if id(p) not in added]
     state = without_base(view, state_dict(model)) if view.is_adapted else model.state_dict()
     return LoRASummary(

@@ -36,7 +36,7 @@ def run(arguments: Any) -> None:
     """Read the files, compare each pair, and print the result."""
     if len(arguments.files) < 2:
         raise AdapterFileError("compare got one file. Expected at least two.")
-    files = [read_layers(file) for file in arguments.files]
+    files = list(map(read_layers, arguments.files))
     found = [compare(one, other) for one, other in combinations(files, 2)]
     if arguments.picture:
         _draw(found, arguments.picture)

@@ -80,7 +80,7 @@ def random_weights(view: View, found: Fresh | None = None) -> tuple[str, ...]:
 
 def _layers(view: View) -> Iterator[tuple[str, Weights]]:
     """The weights of each layer that can be judged, by name. A shared weight belongs to its first layer."""
-    seen = {id(p) for p in [*view.adapters.values(), *view.trained.values()]}
+    seen = set(map(id, [*view.adapters.values(), *view.trained.values()]))
     for name, module in view.modules.items():
         if not name or adapter_for(module) is None:
             continue
@@ -147,7 +147,7 @@ def _as_modules(view: View, fresh: Mapping[str, Weights]) -> list[str]:
     held: dict[str, list[nn.Parameter]] = {}
     for name, parameter in view.base.items():
         held.setdefault(owner_of(name), []).append(parameter)
-    trained = {id(p) for p in view.trained.values()}
+    trained = set(map(id, view.trained.values()))
     norms = {name for name, own in held.items() if all(_is_blank(p) and id(p) not in trained for p in own)}
     known = {outer for name in held if name not in fresh and name not in norms for outer in starts_of(name)}
     found = []

@@ -206,7 +206,7 @@ def _about(settings: Settings, matrices: tuple[AdaptedMatrix, ...]) -> dict[str,
     named = {names.get(name, name): value for name, value in asdict(settings).items()}
     if not settings.inits_from_base:
         del named["init"]  # otherwise it makes no difference later
-    return {**named, "matrices": [_about_matrix(matrix) for matrix in matrices]}
+    return {**named, "matrices": list(map(_about_matrix, matrices))}
 
 
 def _about_matrix(matrix: AdaptedMatrix) -> tuple[object, ...]:

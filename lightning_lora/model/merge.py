@@ -222,12 +222,12 @@ def _put_back(tensor: Tensor, values: Tensor, device: torch.device) -> None:
 def _see(view: View, bases: dict[str, dict[str, Tensor]]) -> tuple[dict[str, Seen], dict[str, Seen], dict[str, Seen]]:
     """Look at all weights after a merge, as a :class:`Merge` holds them."""
     names = [(join(layer, weight), base) for layer, values in bases.items() for weight, base in values.items()]
-    known = {id(view.parameters[name]) for name, _ in names} | {id(p) for p in view.adapters.values()}
+    known = {id(view.parameters[name]) for name, _ in names} | set(map(id, view.adapters.values()))
     others = {}
     for name, p in view.parameters.items():
         if id(p) not in known:  # a shared layer has several names
             others[name] = Seen(p, None if p.is_meta or is_dtensor(p) else view.record.digests({name: p})[name])
-    present = {id(p) for p in view.parameters.values()}
+    present = set(map(id, view.parameters.values()))
     merged, tied = {}, {}
     for name, base in names:
         merged[name] = Seen(view.parameters[name])  # its digest is computed only if it is asked for

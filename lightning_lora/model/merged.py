@@ -61,7 +61,7 @@ def _is_as_merged_here(model: nn.Module, merge: Merge) -> bool:
     for name, seen in merge.others.items():
         if name not in parameters or not seen.is_alike(parameters[name]):
             return False
-    present = {id(p) for p in parameters.values()}
+    present = set(map(id, parameters.values()))
     return all(_is_layer_as_merged(merge, name, modules, parameters, present) for name in merge.adapters)
 
 

@@ -136,7 +136,7 @@ class View:
             return {}
         trained = {id(p) for module in self.saved for p in module.parameters()}
         trained |= {id(p) for name, p in self.base.items() if self.config.is_saved(name)}
-        trained |= {id(p) for p in self._biases()}
+        trained |= set(map(id, self._biases()))
         return {name: p for name, p in self.base.items() if id(p) in trained}
 
     @property

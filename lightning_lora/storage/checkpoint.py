@@ -39,7 +39,7 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
         for key, own in held["callbacks"].items():
             if _has_average(own):
                 held["callbacks"][key] = {**own, AVERAGE: _small(view, own[AVERAGE])}
-    if any(is_dtensor(p) for p in view.parameters.values()):
+    if any(map(is_dtensor, view.parameters.values())):
         held = full_tensors(held)
     if written_later:
         held = _copied(held)

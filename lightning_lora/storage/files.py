@@ -73,7 +73,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     if any(value.is_meta for value in state.values()):
         raise AdapterStateError("The adapters are on the meta device and have no values. Call model.to_empty first.")
     stored = StoredAdapters.from_view(view, state, forms_of_base(view))
-    is_shared = any(is_dtensor(p) for p in view.parameters.values())
+    is_shared = any(map(is_dtensor, view.parameters.values()))
     if not is_shared or dist.get_rank() == 0:
         write_adapter_file(path, stored)
     if is_shared:

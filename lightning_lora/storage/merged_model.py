@@ -279,7 +279,7 @@ def take_updates_out(view: View, merged: Mapping[str, Any], changed: Mapping[str
 
 
 def _check_mergeable(view: View) -> None:
-    if any(is_dtensor(p) for p in view.parameters.values()):
+    if any(map(is_dtensor, view.parameters.values())):
         raise AdapterStateError(
             f"{type(view.model).__name__} is spread over processes, so none of them holds all its weights. Call "
             "save_adapter(model, path) in each process. Then merge the file into the base: lightning-lora merge BASE "

@@ -75,7 +75,7 @@ class StoredAdapters:
     def from_file(cls, state: dict[str, Any], description: dict[str, Any], source: object) -> "StoredAdapters":
         """Return what a file holds."""
         config = stored_config(description)
-        layers = [StoredLayer.from_dict(layer) for layer in description.get("layers", ())]
+        layers = list(map(StoredLayer.from_dict, description.get("layers", ())))
         plain = {name: description[name] for name in _PLAIN if name in description}
         return cls(config, state, {layer.name: layer for layer in layers}, source=str(source), **plain)
 

@@ -74,7 +74,7 @@ def _plain(value: Any) -> Any:
     """A value with lists in place of tuples."""
     if isinstance(value, dict):
         return {name: _plain(each) for name, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+    return list(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
 def layers_of(view: View) -> list[StoredLayer]:

@@ -59,7 +59,7 @@ def reader(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
 def _read(view: View, tensors: Mapping[str, Any], path: Any) -> StoredAdapters:
     config, token_rows = read_config(path)
     adapters, rest = _sorted(tensors, path)
-    place = place_of(view, [_plain(name) for name in adapters], list(rest))
+    place = place_of(view, list(map(_plain, adapters)), list(rest))
     layers = _Layers(view, config, token_rows, place)
     rest = {place.name_here(name): value for name, value in rest.items()}
     for name in [name for name in adapters if layers.are_tied_tokens(name, adapters[name])]:

@@ -308,7 +308,7 @@ def _config(source: _Source, updates: list[_Update], *, uniform: bool) -> dict[s
         "init_lora_weights": True,
         "target_modules": list_or_expression(layers, source.modules),
         **({"target_parameters": parameters} if parameters else {}),
-        "modules_to_save": [source.name_there(name) for name in source.stored.saved] or None,
+        "modules_to_save": list(map(source.name_there, source.stored.saved)) or None,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
     }

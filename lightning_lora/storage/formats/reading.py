@@ -110,7 +110,7 @@ def adapters_of(
     kept = {*single, *biases, *view.buffers, *_below(rest, modules)}
     rest = {name: value for name, value in rest.items() if name in kept}
     _check_ties(view, rest)
-    only = {owner_of(name) for name in biases} <= {owner_of(name) for name in frozen}
+    only = set(map(owner_of, biases)) <= set(map(owner_of, frozen))
     ranks = {}
     for update in updates:
         growth = update.r**0.5 if settings.use_rslora else update.r

@@ -53,7 +53,7 @@ def combine_files(paths: Sequence[Path], out: Path, how: How) -> int:
     check_place(out)
     if len(paths) < 2 or len(how.weights) != len(paths):
         raise ConfigError(f"Got {len(paths)} files and {len(how.weights)} weights. Expected at least two, and as many.")
-    files = [read_layers(path) for path in paths]
+    files = list(map(read_layers, paths))
     known = _check_alike(files)
     generator = torch.Generator().manual_seed(how.seed)
     layers, state = dict[str, StoredLayer](), dict[str, Tensor]()
