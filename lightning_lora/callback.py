@@ -25,7 +25,7 @@ from lightning_lora.tensors.shards import reshard
 from lightning_lora.training.advice import advise, log_arguments
 from lightning_lora.training.compatibility import (
     callbacks_of,
-    check_companions,
+    check_callbacks,
     drop_averages,
     loads_in_hooks,
     share_base,
@@ -192,7 +192,7 @@ class LoRACallback(Callback):
         callbacks, is_fit = callbacks_of(trainer), stage == "fit"
         self._stage = Stage(self.config, self.given, self.save, is_fit, callbacks)
         adapts_late = overlay_strategy(trainer.strategy, self._stage).lora_adapts_late
-        check_companions(callbacks, stage, is_sharded=adapts_late)
+        check_callbacks(callbacks, stage, is_sharded=adapts_late)
         if View(pl_module).layers:
             self._stage.came = "adapted"
         if is_fit:

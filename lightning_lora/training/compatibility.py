@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.plugins import Precision
 
 
-def check_companions(callbacks: list[Callback], stage: str, *, is_sharded: bool) -> None:
+def check_callbacks(callbacks: list[Callback], stage: str, *, is_sharded: bool) -> None:
     """Refuse callbacks that do not work with adapters."""
     ours = sum(_is_ours(callback) for callback in callbacks)
     if ours > 1:
