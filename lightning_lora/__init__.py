@@ -27,7 +27,7 @@ from lightning_lora.storage.apply import load_adapter_state_dict
 from lightning_lora.storage.files import load_adapter, load_from_checkpoint, save_adapter
 from lightning_lora.storage.formats.peft_write import export_peft
 from lightning_lora.storage.merged_model import save_merged
-from lightning_lora.storage.stored import adapter_state_dict
+from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.summary import summarize
 
 __version__ = "0.2.0.dev0"

@@ -13,7 +13,7 @@ from torch.optim import Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 
 from lightning_lora.layers import LoRALayer, LoRAParameters, count
 from lightning_lora.model.view import View
-from lightning_lora.storage.stored import without_base
+from lightning_lora.storage.state import without_base
 from lightning_lora.tables import fitting_console, grouped, layer_table
 from lightning_lora.tensors.inplace import InPlace
 from lightning_lora.tensors.names import join, state_dict, submodule

@@ -146,8 +146,8 @@ class LoRALayer(LayerKind):
         return self.lora_as_weight(delta_weight(a, b, self._lora_scaling(name)), weight)
 
     def _lora_scaling(self, name: str) -> float:
-        scaling = next(matrix.scaling for matrix in self.lora_matrices if matrix.weight == name)
-        return scaling or self.lora_settings.scaling
+        matrix = next(matrix for matrix in self.lora_matrices if matrix.weight == name)
+        return matrix.scale(self.lora_settings.scaling)
 
     def _lora_weight(self, name: str) -> Tensor:
         """A weight without its update. Read as an attribute: replicas of a module have no parameters."""

@@ -59,8 +59,7 @@ def _initialise_from_base(layer: nn.Module, adapter: Adapter, values: dict[str, 
             rows = full.narrow(-2, matrix.first, matrix.writes)
             if weight.is_meta or not rows.isfinite().all():  # uninitialised memory has arbitrary values
                 rows = torch.zeros_like(rows)
-            scaling = matrix.scaling or settings.scaling
-            a, b = principal_factors(rows, matrix.rank(settings.r), scaling, settings.init)
+            a, b = principal_factors(rows, matrix.rank(settings.r), matrix.scale(settings.scaling), settings.init)
             for role, factor in ((Role.A, a), (Role.B, b), (Role.A0, a), (Role.B0, b)):
                 values[matrix.parameter(role)].copy_(factor)
         if not weight.is_meta:

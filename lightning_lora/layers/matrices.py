@@ -101,6 +101,10 @@ class AdaptedMatrix:
         """Return the rank of its update: ``r`` or its own, or the largest rank if that is less."""
         return min(self.r or r, self.largest_rank)
 
+    def scale(self, scaling: float) -> float:
+        """Return the factor of its update: ``scaling`` or its own."""
+        return self.scaling or scaling
+
 
 class AdapterParameter(NamedTuple):
     """What one parameter of an adapter is: its role in the update of a matrix."""

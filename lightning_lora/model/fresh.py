@@ -74,7 +74,7 @@ def random_weights(view: View, found: Fresh | None = None) -> tuple[str, ...]:
         modules = () if found.share > MOST else found.random
         inside = [any(name.startswith(f"{module}.") for module in modules) for name in view.frozen]
         inside = agreed(inside, list(view.frozen.values()))
-        view.adapter.look_untrained(name for name, is_random in zip(view.frozen, inside, strict=True) if is_random)
+        view.adapter.set_untrained(name for name, is_random in zip(view.frozen, inside, strict=True) if is_random)
     return view.adapter.random or ()
 
 

@@ -35,7 +35,7 @@ def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Map
         return False
     frozen = [name in given for name in view.base if name not in record.adapter.originals]
     if adapters and all(frozen):
-        view.adapter.base_holds(_loaded(view, given, _statistics(view)))
+        view.adapter.set_base_values(_loaded(view, given, _statistics(view)))
     if adapters or not any(frozen):
         return False  # only what trains: not a base
     if not view.is_fresh():

@@ -145,7 +145,7 @@ def _merge_for_good(model: nn.Module) -> tuple[dict[str, float], list[str]]:
             lost[name] = _merge_layer(view.record, name, layer, tied[name])
             layer.lora_weights_changed()
             layer.lora_detach()
-            view.adapter.is_on(other for other in view.adapter.layers if other != name)
+            view.adapter.set_layers(other for other in view.adapter.layers if other != name)
         torch.clear_autocast_cache()
         now = View(model)
         unfreeze(now)

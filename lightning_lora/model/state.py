@@ -27,7 +27,7 @@ _ATTRIBUTE = "_lora"
 """The attribute that holds a model's record."""
 
 HALVES = (torch.bfloat16, torch.float16)
-"""The dtypes of :attr:`Record.rounded`."""
+"""The dtypes of :attr:`Record.half_digests`."""
 
 
 @dataclass
@@ -52,11 +52,11 @@ class AdapterState:
         """A Trainer begins to train it."""
         self.is_trained = True
 
-    def is_on(self, layers: Iterable[str]) -> None:
+    def set_layers(self, layers: Iterable[str]) -> None:
         """It is on these layers, and on no others."""
         self.layers = tuple(layers)
 
-    def look_untrained(self, names: Iterable[str]) -> None:
+    def set_untrained(self, names: Iterable[str]) -> None:
         """These frozen weights look untrained: files hold them."""
         self.random = tuple(names)
 
@@ -67,7 +67,7 @@ class AdapterState:
             is_known = name in known and known[name].shape == tensor.shape
             self.originals[name] = known[name] if is_known else copy_to_host(tensor)
 
-    def base_holds(self, values: Mapping[str, Tensor]) -> None:
+    def set_base_values(self, values: Mapping[str, Tensor]) -> None:
         """These are the base's values, whatever the model holds now."""
         for name, value in values.items():
             self.originals[name] = copy_to_host(value)
@@ -116,7 +116,7 @@ class Record:
     """The forms of this base seen so far: as loaded, and as converted by a Trainer's precision."""
 
     read: dict[str, Reading] = field(default_factory=dict)
-    rounded: dict[int, list[int]] = field(default_factory=dict)
+    half_digests: dict[int, list[int]] = field(default_factory=dict)
     """The digests of the base's tensors in half precision, by the digest in their own dtype."""
 
     @property
@@ -141,7 +141,7 @@ class Record:
         for name in names:
             self.changed.pop(name, None)
         self.adapter.random = None
-        self.adapter.base_holds(originals)
+        self.adapter.set_base_values(originals)
 
     def base_was_replaced(self) -> None:
         """The whole base was loaded anew, and the adapter begins anew."""
@@ -181,7 +181,7 @@ class Record:
         self.merge = None
         self.requires_grad = {**self.requires_grad, **{name: p.requires_grad for name, p in parameters.items()}}
 
-    def was_disabled(self, disabled: bool) -> None:
+    def set_disabled(self, disabled: bool) -> None:
         """The adapter is disabled for a while, or enabled again."""
         self.is_disabled = disabled
 
@@ -202,16 +202,16 @@ class Record:
 
     def halves(self, known: int, tensor: Tensor) -> list[int]:
         """Return a base tensor's digests in half precision, by its digest in its own dtype. They are remembered."""
-        if known not in self.rounded:
-            self.rounded[known] = digests_as(tensor, HALVES)
-        return self.rounded[known]
+        if known not in self.half_digests:
+            self.half_digests[known] = digests_as(tensor, HALVES)
+        return self.half_digests[known]
 
     def prepare_halves(self, tensors: Mapping[int, Tensor]) -> None:
         """Compute what :meth:`halves` will look up for spread tensors: one message for each dtype and layout."""
-        new = {known: t for known, t in tensors.items() if known not in self.rounded and is_dtensor(t)}
+        new = {known: t for known, t in tensors.items() if known not in self.half_digests and is_dtensor(t)}
         columns = [digests(list(new.values()), dtype) for dtype in HALVES]
         for known, *numbers in zip(new, *columns, strict=True):
-            self.rounded[known] = numbers
+            self.half_digests[known] = numbers
 
     def base_was_copied(self, name: str, tensor: Tensor, copied: Tensor) -> None:
         """A copy takes the place of one of the base's tensors."""
@@ -221,8 +221,11 @@ class Record:
 
     def snapshot(self) -> "Record":
         """Return a copy that later events do not change. Tensors are not copied."""
-        adapter = replace(self.adapter, originals=dict(self.adapter.originals))
-        return replace(self, adapter=adapter, requires_grad=dict(self.requires_grad), changed=dict(self.changed))
+        kept = replace(self, adapter=replace(self.adapter, originals=dict(self.adapter.originals)))
+        for name, value in vars(self).items():
+            if isinstance(value, dict | list):
+                vars(kept)[name] = value.copy()
+        return kept
 
 
 # The record of a model

@@ -258,7 +258,7 @@ def keep_originals(view: View, *, anew: bool = False) -> None:
 def keep_frozen(view: View, names: Iterable[str]) -> None:
     """Copy frozen weights to CPU memory before they change, unless the base's are already copied or lost."""
     known = view.adapter.originals.keys() | view.record.changed.keys()
-    view.adapter.base_holds({name: view.base[name] for name in names if name not in known})
+    view.adapter.set_base_values({name: view.base[name] for name in names if name not in known})
 
 
 def restore_originals(view: View, names: Iterable[str], undo: ExitStack) -> None:

@@ -23,7 +23,8 @@ from lightning_lora.model.state import find_record, keep_record, receive
 from lightning_lora.model.view import View, keep_frozen, restore_originals, root_of, view_of
 from lightning_lora.storage.base import base_value, check_base
 from lightning_lora.storage.names import find_renamings, is_inside, renamed_config
-from lightning_lora.storage.stored import DIVERGED, StoredAdapters, required, without_base, without_notes
+from lightning_lora.storage.state import required, without_base, without_notes
+from lightning_lora.storage.stored import DIVERGED, StoredAdapters
 from lightning_lora.tensors.names import join, load_state_dict, own_parameter, owner_of, state_dict
 
 
@@ -188,7 +189,7 @@ def check_fits(view: View, stored: StoredAdapters, *, anew: bool = True, refuse_
             f"and their earlier values are in no file: {listed(lost)}. Build the model anew, then load."
         )
     if stored.base:
-        view.adapter.look_untrained(tuple(stored.random))
+        view.adapter.set_untrained(tuple(stored.random))
 
 
 def _check_settings(view: View, config: LoRAConfig) -> None:
@@ -198,7 +199,7 @@ def _check_settings(view: View, config: LoRAConfig) -> None:
         for matrix in layer.lora_matrices:
             parameter = join(name, matrix.weight) if isinstance(layer, LoRAParameters) else ""
             r, scaling = min(config.rank(name, parameter), matrix.largest_rank), config.scaling(name, parameter)
-            here, scaled = matrix.rank(settings.r), matrix.scaling or settings.scaling
+            here, scaled = matrix.rank(settings.r), matrix.scale(settings.scaling)
             if r != here or not math.isclose(scaling, scaled):
                 raise AdapterMismatchError(
                     f"These adapters were trained with r={r} and a scaling of {scaling:g} in {parameter or name!r}; "

@@ -129,7 +129,9 @@ def with_halves(view: View, forms: Iterable[Mapping[str, Any]]) -> list[dict[str
     for form in map(dict, forms):
         if form["layout"] == layout:
             known = dict(zip(tensors, form["digests"], strict=True))
-            rounded = {name: None if name in packed else view.record.rounded.get(known[name], []) for name in tensors}
+            rounded = {
+                name: None if name in packed else view.record.half_digests.get(known[name], []) for name in tensors
+            }
             if form["dtypes"] == dtypes:
                 kept = {known[name]: t for name, t in floating.items() if not _is_lost(view, name, known[name])}
                 view.record.prepare_halves(kept)
@@ -142,7 +144,7 @@ def with_halves(view: View, forms: Iterable[Mapping[str, Any]]) -> list[dict[str
 def _halves_of(view: View, name: str, tensor: Tensor, known: int) -> list[int]:
     """A base tensor's digests in half precision, or an empty list if its values are no longer there."""
     if _is_lost(view, name, known):
-        return view.record.rounded.get(known, [])
+        return view.record.half_digests.get(known, [])
     return view.record.halves(known, tensor)
 
 

@@ -18,7 +18,8 @@ from lightning_lora.storage.base import base_tensors, fingerprint, note_changed,
 from lightning_lora.storage.formats.lightning import AVERAGE, MOVED
 from lightning_lora.storage.formats.own import ADAPTERS, leave_adapters
 from lightning_lora.storage.merged_model import merged_state, take_updates_out
-from lightning_lora.storage.stored import KEY, NOTE, StoredAdapters, without_base, without_notes
+from lightning_lora.storage.state import NOTE, without_base, without_notes
+from lightning_lora.storage.stored import KEY, StoredAdapters
 from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
 from lightning_lora.tensors.shards import full_tensors, is_dtensor
 

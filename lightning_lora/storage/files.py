@@ -31,7 +31,8 @@ from lightning_lora.storage.formats.own import (
 )
 from lightning_lora.storage.formats.peft_config import is_peft
 from lightning_lora.storage.formats.reading import Asked, Reader
-from lightning_lora.storage.stored import KEY, StoredAdapters, adapter_state_dict, check_not_diverged
+from lightning_lora.storage.state import adapter_state_dict, check_not_diverged
+from lightning_lora.storage.stored import KEY, StoredAdapters
 from lightning_lora.tensors.shards import is_dtensor
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from lightning_lora.model.merge import check_mergeable, tied_weights
 from lightning_lora.model.merged import check_as_merged, warn_of_merge
 from lightning_lora.model.view import View, root_of, view_of
 from lightning_lora.storage.disk import check_path, writing, writing_folder
-from lightning_lora.storage.stored import check_not_diverged
+from lightning_lora.storage.state import check_not_diverged
 from lightning_lora.tensors.names import join, own_parameter, plain_module, plain_name, submodule
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import replace_values

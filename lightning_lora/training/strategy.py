@@ -31,7 +31,8 @@ from lightning_lora.storage.checkpoint import (
 )
 from lightning_lora.storage.formats.lightning import as_base, check_readable, check_resumable, has_run
 from lightning_lora.storage.formats.own import leave_adapters, read_adapter_file
-from lightning_lora.storage.stored import KEY, adapter_state_dict, stored_config
+from lightning_lora.storage.state import adapter_state_dict
+from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.tensors.inplace import InPlace
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_lora import adapter_state_dict, inject_adapters, load_adapter_state_dict, load_from_checkpoint
-from lightning_lora.storage.stored import NOTE
+from lightning_lora.storage.state import NOTE
 from tests.support.cases import held
 from tests.support.models import TRAINED, LitTiny, data, lora, same, state, trainer
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, inject_adapters
-from lightning_lora.storage.stored import NOTE
+from lightning_lora.storage.state import NOTE
 from tests.support.models import WIDTH, WORDS, randomise
 
 

@@ -12,7 +12,8 @@ from lightning_lora.errors import AdapterMismatchError, AdapterStateError, BaseM
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.view import View
 from lightning_lora.storage.formats.reading import Asked, Reader, is_the_base
-from lightning_lora.storage.stored import StoredAdapters, required
+from lightning_lora.storage.state import required
+from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.names import plain_name
 
 

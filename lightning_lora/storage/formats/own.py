@@ -28,7 +28,8 @@ from lightning_lora.storage.disk import (
 from lightning_lora.storage.formats.lightning import VERSION
 from lightning_lora.storage.formats.loralib import is_loralib
 from lightning_lora.storage.formats.peft_config import PEFT_CONFIG, is_peft
-from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum, check_entries, is_note, stored_config
+from lightning_lora.storage.state import is_note
+from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum, check_entries, stored_config
 
 ADAPTERS = "adapters"
 """The part of this package's entry that holds what training changed, beside a merged model."""

@@ -27,7 +27,8 @@ from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.formats.peft_config import PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
 from lightning_lora.storage.formats.peft_layers import PeftLayer, check_exportable, is_bias, peft_layer
 from lightning_lora.storage.names import Renaming, list_or_expression
-from lightning_lora.storage.stored import StoredAdapters, adapter_state_dict
+from lightning_lora.storage.state import adapter_state_dict
+from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.names import join, named_modules, starts_of, submodule
 
@@ -224,10 +225,10 @@ def _updates(source: _Source) -> list[_Update]:
             factors = weight_factors(weight, layer.matrices, settings, tensor)
             parameter = join(layer.name, weight) if layer.adapter_class is LoRAParameters else ""
             alpha = config.alpha_of(layer.name, parameter, r=factors[0].shape[-2])
-            scalings = [matrix.scaling for matrix in layer.matrices if matrix.weight == weight]
+            scaling = next(matrix for matrix in layer.matrices if matrix.weight == weight).scale(layer.scaling)
             magnitude = tensor(layer.matrices[0].parameter(Role.MAGNITUDE)) if settings.use_dora else None
             name = source.name_there(layer.name)
-            found.append(_Update(layer, name, weight, factors, alpha, scalings[0] or layer.scaling, magnitude))
+            found.append(_Update(layer, name, weight, factors, alpha, scaling, magnitude))
     return found
 
 

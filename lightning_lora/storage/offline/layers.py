@@ -51,7 +51,7 @@ def updates(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, Factors]:
     for matrix in layer.matrices:
         settings = layer.settings(stored.config)
         a, b = matrix_factors(matrix, settings, lambda parameter: stored.state[join(name, parameter)])
-        found[bare(matrix)] = a, b * (layer.scaling if matrix.scaling is None else matrix.scaling)
+        found[bare(matrix)] = a, b * matrix.scale(layer.scaling)
     return found
 
 

@@ -1,0 +1,111 @@
+"""What training changed in a model: the state that files hold."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_lora.errors import AdapterStateError, listed
+from lightning_lora.model.fresh import random_weights
+from lightning_lora.model.merged import check_as_merged
+from lightning_lora.model.view import View, view_of
+from lightning_lora.tensors.names import plain_name, state_dict
+from lightning_lora.tensors.shards import full_tensor, is_dtensor
+from lightning_lora.tensors.values import same_bits
+
+_NOTE_START = "this file holds only adapters"
+
+NOTE = (
+    f"{_NOTE_START}: load it with lightning_lora.load_from_checkpoint(cls, path), or into a model with "
+    "lightning_lora.load_adapter(model, path); or give the Trainer a LoRACallback(); or write files that any code "
+    "loads: LoRACallback(save='model')"
+)
+"""An entry of a checkpoint's state, without values. Whoever loads the file as a full one is told this name."""
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
+    """Return everything that training changed, and nothing else.
+
+    These are the adapters, and the biases and modules that train in addition to them. Buffers and frozen weights are
+    included if they no longer have the base's values. Everything that a module's own code adds to its state dict is
+    included too. Of a model that is spread over processes, each process must call it, and gets whole tensors.
+
+    Args:
+        model: A model with adapters: on its layers, or merged by ``merge_adapters`` or a finished fit.
+
+    Returns:
+        Tensors by the names they have in the state dict of the adapted model.
+
+    Raises:
+        AdapterStateError: ``model`` has no adapters.
+
+    Example:
+        >>> from lightning_lora import LoRAConfig, inject_adapters
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        >>> names = inject_adapters(model, LoRAConfig(r=2))
+        >>> list(adapter_state_dict(model))
+        ['0.lora_A', '0.lora_B']
+    """
+    check_as_merged(model)
+    view = view_of(model)
+    state = without_base(view, state_dict(model), random_weights(view))
+    return {name: full_tensor(value) for name, value in state.items()}
+
+
+def without_notes(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state without the note, of any version."""
+    return {name: value for name, value in state.items() if not is_note(name)}
+
+
+def is_note(name: object) -> bool:
+    """Whether an entry is the note, of any version."""
+    return isinstance(name, str) and name.startswith(_NOTE_START)
+
+
+def without_base(view: View, state: Mapping[str, Any], random: Collection[str] = ()) -> dict[str, Any]:
+    """Remove the base's values from a state of the model.
+
+    These are frozen weights, and buffers with the same values as in the base. Frozen weights that code other than an
+    optimizer changed are kept, or added, and so are those in ``random``, which look untrained. Missing trained tensors
+    are added too, because user code may drop everything that it considers the base.
+    """
+    record, trained = view.record, view.trained
+    originals = {name: value for name, value in record.adapter.originals.items() if name not in trained}
+    dropped = {*view.frozen, *view.entries, *_aliases(view)}
+    values = view.frozen_values
+    added = {*record.changed, *originals, *random}
+    held: dict[str, Any] = {name: value.detach() for name, value in values.items() if name in added}
+    for name, value in state.items():
+        name = plain_name(name)
+        if name not in dropped:
+            held[name] = value
+    kept: dict[str, Any] = {name: p.detach() for name, p in required(view).items()}
+    for name, value in held.items():
+        is_own = isinstance(value, Tensor) and not is_dtensor(value)
+        if name in originals and name not in random and is_own and same_bits(value.detach(), originals[name]):
+            continue
+        kept[name] = value
+    for name in trained:
+        if name in held and view.parameters[name] is not trained[name]:  # tied and merged: its other use trains
+            kept[name] = trained[name].detach()
+    return kept
+
+
+def check_not_diverged(view: View) -> None:
+    """Refuse to write adapters with NaN or infinite values, which nothing would load."""
+    if broken := view.diverged():
+        raise AdapterStateError(
+            f"{listed(broken)} of {type(view.model).__name__} hold NaN or infinite values: the training has diverged. "
+            "Train again with a lower learning rate, or use an earlier checkpoint."
+        )
+
+
+def required(view: View) -> dict[str, Tensor]:
+    """Return everything that trains, by name."""
+    return {**view.adapters, **view.trained}
+
+
+def _aliases(view: View) -> set[str]:
+    """The further names of adapters on shared layers."""
+    ids = set(map(id, view.adapters.values()))
+    return {name for name, p in view.parameters.items() if id(p) in ids and name not in view.adapters}
