@@ -1,6 +1,8 @@
 """Choose what is added to a strategy."""
 
-from functools import cache, partialmethod
+from collections.abc import Callable
+from functools import cache, partial, partialmethod, wraps
+from inspect import isfunction
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,30 +22,72 @@ if TYPE_CHECKING:
 def overlay_strategy(strategy: "Strategy", stage: Stage) -> LoRAStrategy:
     """Add the methods of :class:`LoRAStrategy` to a strategy, once, and let them act in ``stage``.
 
-    Methods that other code has set on the strategy before are called by these. Those that it sets later call these.
+    They call methods that other code has set on the strategy since the set-up before, each once, as if set below them.
     """
+    held = vars(strategy)
     if not isinstance(strategy, LoRAStrategy):
-        mixin, held = _mixin_for(strategy), vars(strategy)
-        others = {name: held.pop(name) for name in list(held) if hasattr(mixin, name)}
-        held["lora_others"] = others
-        strategy.__class__ = _calling(type(strategy), mixin, tuple(others))
-        overlay(strategy, mixin)
+        mixin = _mixin_for(strategy)
+        held |= {"lora_others": {}, "lora_depths": {}}
+        strategy.__class__ = _calling(type(strategy), mixin)
+        overlay(strategy, _acting_once(mixin))
     found = cast(LoRAStrategy, strategy)
+    for name in _methods_of(type(found)):
+        ours, other = getattr(type(found), name).__get__(found), held.get(name)
+        if other is None:
+            found.lora_others.pop(name, None)
+        elif other != ours:
+            found.lora_others.setdefault(name, []).append(other)
+            held[name] = ours
     found.lora_stage = stage
     return found
 
 
+def _methods_of(mixin: type[LoRAStrategy]) -> list[str]:
+    """The methods of a strategy that a mixin has."""
+    found = dict[str, Any]()
+    for base in mixin.__mro__:
+        if issubclass(base, LoRAStrategy):
+            found |= vars(base)
+    return [name for name, value in found.items() if isfunction(value) and not name.startswith(("_", "lora_"))]
+
+
 @cache
-def _calling(kind: type, mixin: type[LoRAStrategy], others: tuple[str, ...]) -> type:
-    """A subclass of a strategy's class with the methods that ``super()`` in ``mixin`` finds."""
+def _calling(kind: type, mixin: type[LoRAStrategy]) -> type:
+    """A subclass of a strategy's class with the methods that ``super()`` in ``mixin`` will call."""
     plain = next(base for base in kind.__mro__ if base.__name__ == "Strategy")  # in both Lightning packages
-    skipped = {name: getattr(plain, name) for name in mixin.lora_skipped}
-    called = {name: partialmethod(_call_other, name) for name in others}
-    return type(kind.__name__, (kind,), {"lora_kind": kind, "__module__": kind.__module__, **skipped, **called})
+    methods = {name: plain if name in mixin.lora_skipped else kind for name in _methods_of(mixin)}
+    own = {name: getattr(owner, name) for name, owner in methods.items() if hasattr(owner, name)}
+    called = {name: partialmethod(_call_below, name) for name in own}
+    namespace = {"lora_kind": kind, "lora_own": own, "__module__": kind.__module__, **called}
+    return type(kind.__name__, (kind,), namespace)
 
 
-def _call_other(strategy: LoRAStrategy, name: str, *args: Any, **kwargs: Any) -> Any:
-    return strategy.lora_others[name](*args, **kwargs)
+def _call_below(strategy: LoRAStrategy, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Call what other code has set under this name, the latest first; or, below all of it, the class's own method."""
+    depth, others = strategy.lora_depths.get(name, 0), strategy.lora_others.get(name, [])
+    methods = [partial(strategy.lora_own[name], strategy), *(others if name in vars(strategy) else [])]
+    strategy.lora_depths[name] = depth + 1
+    try:
+        return methods[-1 - depth](*args, **kwargs)
+    finally:
+        strategy.lora_depths[name] = depth
+
+
+@cache
+def _acting_once(mixin: type[LoRAStrategy]) -> type[LoRAStrategy]:
+    """A mixin whose methods act once in a call, though what other code has set below them may call them again."""
+
+    def once(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def act(strategy: LoRAStrategy, *args: Any, **kwargs: Any) -> Any:
+            if strategy.lora_depths.get(name):
+                return _call_below(strategy, name, *args, **kwargs)
+            return method(strategy, *args, **kwargs)
+
+        return act
+
+    methods = {name: once(name, getattr(mixin, name)) for name in _methods_of(mixin)}
+    return type(mixin.__name__, (mixin,), {"__module__": mixin.__module__, **methods})
 
 
 def _mixin_for(strategy: "Strategy") -> type[LoRAStrategy]:

@@ -70,17 +70,28 @@ class LoRAStrategy(Strategy, InPlace):
     lora_stage: Stage
     """The stage that runs, or ran last."""
 
-    lora_others: dict[str, Any]
-    """What other code has set on the strategy, by name."""
+    lora_own: ClassVar[dict[str, Any]]
+    """The methods of that class that ``super()`` calls, by name."""
+
+    overlaid_prefix: ClassVar[str] = ""
+
+    lora_others: dict[str, list[Any]]
+    """What other code has set on the strategy, by name, the latest last."""
+
+    lora_depths: dict[str, int]
+    """How many of these, or of the class's own, are running."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy the strategy as it was.
 
         The next set-up of the copy adds the methods again, also around those that other code has set.
         """
-        _, _, state, *_ = super().__reduce_ex__(protocol)
-        kept = {name: value for name, value in state.items() if not name.startswith("lora_")}
-        return object.__new__, (self.lora_kind,), {**kept, **self.lora_others}
+        reduced = super().__reduce_ex__(protocol)
+        if reduced[1] != self.overlaid:  # the class's own way
+            return reduced
+        kept = {name: value for name, value in reduced[2].items() if not name.startswith("lora_")}
+        others = {name: others[-1] for name, others in self.lora_others.items() if name in kept}
+        return object.__new__, (self.lora_kind,), {**kept, **others}
 
     @property
     def lora_module(self) -> LightningModule:

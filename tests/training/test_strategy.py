@@ -7,6 +7,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import pytest
@@ -16,7 +17,8 @@ from lightning.pytorch.plugins import LayerSync, Precision
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from torch import nn
 
-from lightning_lora import AdapterStateError, LoRAConfig, StrategyError, inject_adapters, remove_adapters
+from lightning_lora import AdapterStateError, LoRAConfig, StrategyError, inject_adapters, load_adapter, remove_adapters
+from lightning_lora.storage.stored import KEY
 from lightning_lora.training.deepspeed import LoRADeepSpeedStrategy
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.strategies import overlay_strategy
@@ -216,18 +218,51 @@ def test_methods_that_others_set_on_the_strategy_are_called_once_each(tmp_path: 
     assert files_hold_adapters_alone(tmp_path) and base_is_whole(model)
 
 
-def test_a_method_that_replaces_ours_after_a_fit_gets_what_training_changed(tmp_path: Path) -> None:
-    seen: list[set[str]] = []
+def test_a_method_that_replaces_ours_after_a_fit_is_below_ours_in_the_next_stage(tmp_path: Path) -> None:
+    seen: list[bool] = []
     model, t = fit(tmp_path, lora(), max_epochs=1)
-    t.strategy.save_checkpoint = lambda checkpoint, *_, **__: seen.append(set(held(checkpoint)))  # type: ignore[method-assign]
+    t.strategy.save_checkpoint = lambda checkpoint, *_, **__: seen.append(KEY in checkpoint)  # type: ignore[method-assign]
     for _ in range(2):
         outcome(t, "test", model)
         t.save_checkpoint(tmp_path / "a.ckpt")
-    assert seen == [set(TRAINED)] * 2
+    assert seen == [True] * 2
     del t.strategy.save_checkpoint
     outcome(t, "test", model)
     t.save_checkpoint(tmp_path / "a.ckpt")
     assert len(seen) == 2 and set(tensors(tmp_path / "a.ckpt")) == set(TRAINED)
+
+
+def test_a_method_that_is_put_back_after_a_fit_does_not_take_ours_away(tmp_path: Path) -> None:
+    t = trainer(tmp_path, [lora(save="model")], enable_checkpointing=False, max_epochs=1)
+    found = {name: getattr(t.strategy, name) for name in METHODS}
+    count(t.strategy)  # as a profiler does
+    t.fit(model := LitTiny(), data())
+    for name, method in found.items():
+        setattr(t.strategy, name, method)
+    t.fit_loop.max_epochs = 2
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    assert same(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"], state(model))
+    load_adapter(LitTiny(), tmp_path / "a.ckpt")
+
+
+def test_a_method_that_is_patched_in_a_fit_is_the_strategys_after_it(tmp_path: Path) -> None:
+    t = trainer(tmp_path, [lora()], enable_checkpointing=False, max_epochs=1)
+    with patch.object(t.strategy, "setup", wraps=t.strategy.setup) as patched:
+        t.fit(model := LitTiny(), data())
+    outcome(t, "test", model)
+    assert patched.call_count == 1 and base_is_whole(model)
+
+
+class Rebuilt(SingleDeviceStrategy):  # a strategy that is copied in its own way
+    def __reduce__(self) -> Any:
+        return Rebuilt, ("cpu",)
+
+
+def test_a_strategy_may_be_copied_in_its_own_way(tmp_path: Path) -> None:
+    t = trainer(tmp_path, [lora()], strategy=Rebuilt("cpu"), enable_checkpointing=False, max_epochs=1)
+    t.fit(LitTiny(), data())
+    assert type(copy.deepcopy(t.strategy)) is Rebuilt and type(t.strategy).__name__ == "Rebuilt"
 
 
 def test_a_pickled_strategy_is_as_it_was_and_gets_the_methods_around_those_of_others_again(tmp_path: Path) -> None:
@@ -275,7 +310,7 @@ class Renamed(DeepSpeedStrategy):
 @pytest.mark.parametrize("zero", [{"stage": 1}, {"stage": 2}, {"stage": 2, "offload_optimizer": {"device": "cpu"}}])
 def test_zero_1_and_2_are_accepted(kind: type[DeepSpeedStrategy], zero: dict[str, Any]) -> None:
     strategy = overlay_strategy(kind({"zero_optimization": zero}), Stage(LoRAConfig()))
-    assert type(strategy).overlaid[0] is LoRADeepSpeedStrategy
+    assert isinstance(strategy, LoRADeepSpeedStrategy)
 
 
 WITHOUT_ZERO = r"DeepSpeedStrategy without ZeRO .* strategy='ddp', or ZeRO stage 1 or 2"
