@@ -31,7 +31,7 @@ from tests.support.by_hand import adam, by_hand, trainable
 from tests.support.cases import StopError
 from tests.support.checks import base_is_whole, files_hold_adapters_alone, same_parts, trained
 from tests.support.fits import fit, loaded, outcome
-from tests.support.late import BornInConfigureModel, BornInSetup, BuiltAnew
+from tests.support.late import BornInConfigureModel, BornInSetup, BuiltAnew, Normed
 from tests.support.models import LitTiny, best, data, is_plain, lora, same, state, trainer
 
 
@@ -410,3 +410,10 @@ def test_a_merged_model_with_other_weights_keeps_its_memory_when_an_evaluation_f
     model.load_state_dict(merged)
     unmerge_adapters(model)
     assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
+
+
+def test_norms_of_the_base_stand_still_in_a_fit_and_are_plain_after_it(tmp_path: Path) -> None:
+    model = Normed()
+    before = {name: value.clone() for name, value in model.norm.state_dict().items()}
+    trainer(tmp_path, [lora()], max_epochs=1).fit(model, data())
+    assert type(model.norm) is nn.BatchNorm1d and same(dict(model.norm.state_dict()), before)
