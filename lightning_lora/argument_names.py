@@ -44,7 +44,7 @@ ELSEWHERE = {
 
 
 def explains_arguments(cls: _Class) -> _Class:
-    """Let a class refuse unknown arguments with the names to use. Its signature stays, for mypy and LightningCLI."""
+    """Let a class name the right argument for an unknown one. Its signature stays, for mypy and LightningCLI."""
     init = cls.__init__  # type: ignore[misc]  # of this very class
     names = [name for name in inspect.signature(init).parameters if name != "self"]
 

@@ -277,7 +277,7 @@ class LoRACallback(Callback):
         self._stage.dropout.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge the updates into the weights. The module is plain again, and remembers its base and its adapters."""
+        """Merge the updates into the weights. The plain module remembers its base and its adapters."""
         note_changed(pl_module)
         if not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             return

@@ -121,7 +121,7 @@ class LoRAConfig:
         object.__setattr__(self, field, value)
 
     def rank(self, name: str, parameter: str = "") -> int:
-        """Return the rank asked of the layer ``name``, or of a parameter in it, which patterns mean by both names."""
+        """Return the rank of the layer ``name``. A pattern means a ``parameter`` in it by its own name too."""
         return int(_lookup(self.rank_pattern, (parameter, name), self.r))
 
     def scaling(self, name: str, parameter: str = "") -> float:
@@ -185,7 +185,7 @@ class LoRAConfig:
 
 
 def matches(entry: str, name: str) -> bool:
-    """Whether a list entry is the full name of a module, or its last parts.
+    """Whether a list entry names a module: by its full name, or by the last parts of it.
 
     Example:
         >>> matches("query", "layer.0.query"), matches("0.query", "layer.10.query")
@@ -195,7 +195,7 @@ def matches(entry: str, name: str) -> bool:
 
 
 def matches_pattern(key: str, name: str) -> bool:
-    """Whether a pattern's key is a layer's full name, its last parts, or an expression for the end of its name."""
+    """Whether a pattern's key means a layer: as :func:`matches` does, or as an expression for the end of its name."""
     return matches(key, name) or re.fullmatch(rf"(?:.*\.)?(?:{key})", name) is not None
 
 

@@ -17,7 +17,7 @@ _COMMANDS = (inspect, merge, export, compare, combine)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Return 0 if done, 1 after an error, which is one line; a wrong command line exits with 2."""
+    """Run one command. Return 0, or 1 after an error of one line. A wrong command line exits with 2."""
     about = "Work with files of LoRA adapters, without the model."
     parser = argparse.ArgumentParser(prog="lightning-lora", description=about)
     commands = parser.add_subparsers(required=True, metavar="command")
