@@ -7,12 +7,11 @@ factors of rank r in n dimensions have a similarity of about r / n.
 examples::
 
   lightning-lora compare seed1.safetensors seed2.safetensors
-  lightning-lora compare a.ckpt b.ckpt c.ckpt --picture cosines.png
+  lightning-lora compare a.ckpt b.ckpt c.ckpt --json
 """
 
 import json
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 from rich.text import Text
@@ -29,7 +28,6 @@ def add_arguments(parser: Any) -> None:
     """Add the arguments of this command."""
     parser.add_argument("files", nargs="+", help="two or more files with adapters")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--picture", type=Path, help="also draw the cosines into this .png file (needs matplotlib)")
 
 
 def run(arguments: Any) -> None:
@@ -38,8 +36,6 @@ def run(arguments: Any) -> None:
         raise AdapterFileError("compare got one file. Expected at least two.")
     files = list(map(read_layers, arguments.files))
     found = [compare(one, other) for one, other in combinations(files, 2)]
-    if arguments.picture:
-        _draw(found, arguments.picture)
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:
@@ -73,37 +69,15 @@ def _numbers(first: Factors, second: Factors) -> dict[str, float]:
     }
 
 
-def _label(layer: dict[str, Any]) -> str:
-    return f"{layer['name']} [{layer['part']}]" if layer["part"] else str(layer["name"])
-
-
 def _show(pair: dict[str, Any]) -> None:
     console = fitting_console()
     title = " and ".join(pair["files"])
     table = layer_table("Layers", "cosine\nof ΔW", "similarity\nof A", "of B", title=title)
     for layer in pair["layers"]:
         numbers = [f"{layer[key]:+.3f}" for key in ("cosine", "similarity_A", "similarity_B")]
-        table.add_row(Text(_label(layer)), *numbers)
+        label = f"{layer['name']} [{layer['part']}]" if layer["part"] else layer["name"]
+        table.add_row(Text(label), *numbers)
     console.print(table)
     for file, only in zip(pair["files"], pair["only_in"], strict=True):
         if only:
             console.print(f"Only in {file}: {', '.join(only)}", markup=False)
-
-
-def _draw(found: list[dict[str, Any]], path: Path) -> None:
-    """Draw the cosines: a row for each layer, a column for each pair of files."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise AdapterFileError("--picture needs matplotlib. Install it: pip install matplotlib.") from error
-    cosines = [{_label(layer): layer["cosine"] for layer in pair["layers"]} for pair in found]
-    labels = list(dict.fromkeys(label for pair in cosines for label in pair))
-    values = [[pair.get(label, float("nan")) for pair in cosines] for label in labels]
-    figure, axes = plt.subplots(figsize=(3 + len(found), 1 + 0.25 * len(labels)), layout="constrained")
-    image = axes.imshow(values, vmin=-1, vmax=1, cmap="RdBu", aspect="auto")
-    axes.set_yticks(range(len(labels)), labels, fontsize=7)
-    pairs = ["\n".join(Path(file).name for file in pair["files"]) for pair in found]
-    axes.set_xticks(range(len(found)), pairs, fontsize=7)
-    figure.colorbar(image, label="cosine of the updates")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -69,8 +69,6 @@ def find_renamings(
         >>> find_renamings(["model.q", "model.v"], ["net.q", "net.v"], root_there="model")
         [Renaming(there='model', here='net')]
     """
-    if not names:
-        return [Renaming()]
     lead, first = _common_lead(names), names[0]
     others = [Renaming(there, here) for there in lead for here in dict.fromkeys(("", root_here))]
     for there in dict.fromkeys(("", root_there if root_there in lead else "")):

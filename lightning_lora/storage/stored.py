@@ -22,7 +22,7 @@ KEY = "lightning_lora"
 """The entry of a Lightning checkpoint, or of a safetensors file's metadata, that describes the adapters."""
 
 FORMAT = 3
-"""The version of the format of that entry. Format 2, without ``layers`` and ``root``, is read too."""
+"""The version of the format of that entry."""
 
 DIVERGED = (
     "the training that wrote them had diverged. Use an earlier checkpoint, or train again with a lower learning rate"
@@ -40,7 +40,7 @@ class StoredAdapters:
 
     config: LoRAConfig  # which adapts a model in the same way
     state: dict[str, Any]  # everything that training changed, by its name in the adapted model
-    layers: dict[str, StoredLayer] = field(default_factory=dict)  # by name; files of format 2 do not say them
+    layers: dict[str, StoredLayer] = field(default_factory=dict)  # by name; files of other libraries do not say them
     base: list[dict[str, Any]] = field(default_factory=list)  # fingerprints, one a form; empty if the format has none
     changed: Sequence[str] = field(default_factory=list)  # the frozen weights in the state
     random: Sequence[str] = field(default_factory=list)  # those of them that look untrained
@@ -71,7 +71,7 @@ class StoredAdapters:
     def from_file(cls, state: dict[str, Any], description: dict[str, Any], source: object) -> "StoredAdapters":
         """Return what a file holds."""
         config = stored_config(description)
-        layers = list(map(StoredLayer.from_dict, description.get("layers", ())))
+        layers = list(map(StoredLayer.from_dict, description["layers"]))
         plain = {name: description[name] for name in _PLAIN if name in description}
         return cls(config, state, {layer.name: layer for layer in layers}, source=str(source), **plain)
 
@@ -102,9 +102,9 @@ def stored_config(description: object) -> LoRAConfig:
     foreign = AdapterFileError(f"This package did not write the file's {KEY!r} entry, or the file is damaged.")
     if not isinstance(description, dict) or type(description.get("format")) is not int or not _is_bounded(description):
         raise foreign
-    if description["format"] not in (2, FORMAT):
+    if description["format"] != FORMAT:
         raise AdapterFileError(
-            f"The file has format {description['format']}; expected 2 or {FORMAT}. Use the version that wrote it."
+            f"The file has format {description['format']}; expected {FORMAT}. Use the version that wrote it."
         )
     if not fits(description, _DESCRIPTION):
         raise foreign
@@ -196,7 +196,7 @@ _DESCRIPTION = {
     "entries": int,
     "checksum": int,
     "copies?": list,  # earlier versions wrote it
-    "layers?": [_is_layer],
+    "layers": [_is_layer],
     "random?": [str],
     "root?": str,
     "run?": {str: int},  # earlier versions wrote it

@@ -23,9 +23,9 @@ from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.base import forms_of_base
 from lightning_lora.storage.stored import KEY, StoredAdapters, _checksum
 from lightning_lora.storage.stored_layers import StoredLayer, layers_of
-from tests.support.cases import Three, three
-from tests.support.models import LitTiny, TinyLM, randomise, same, state, unties
-from tests.support.storage import fitted, with_adapters
+from tests.support.cases import three
+from tests.support.models import LitTiny, TinyLM, randomise, unties
+from tests.support.storage import fitted
 
 
 class Every(nn.Module):
@@ -117,14 +117,6 @@ def write(path: Path, model: nn.Module, **fields: Any) -> Path:
     changed["checksum"] = _checksum(adapters, changed)
     torch.save({"state_dict": adapters, KEY: changed}, path)
     return path
-
-
-def test_a_file_of_the_format_before_is_read(tmp_path: Path) -> None:
-    model, other = Three(), Three()
-    other.load_state_dict(model.state_dict())
-    with_adapters(model, r=2, target_modules="all")
-    load_adapter(other, write(tmp_path / "old.ckpt", model, format=2, layers=None, root=None))
-    assert same(state(other), state(model))
 
 
 @pytest.mark.parametrize(

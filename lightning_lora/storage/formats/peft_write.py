@@ -137,11 +137,6 @@ def _source(model_or_file: nn.Module | str | Path, root: str | None) -> _Source:
         stored, model = StoredAdapters.from_view(view, state, []), model_or_file
     else:
         stored, model = read_adapter_file(model_or_file), None
-    if not stored.layers:
-        raise AdapterFileError(
-            f"{stored.source} does not say what the adapted layers are: an earlier version wrote it. Load it onto its "
-            "model with load_adapter, and export the model."
-        )
     if stored.random:
         warnings.warn(
             f"{listed(stored.random)} look untrained and stayed frozen, and PEFT's format has no place for them. Name "

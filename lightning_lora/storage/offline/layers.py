@@ -20,11 +20,6 @@ def read_layers(path: str | Path) -> StoredAdapters:
     """Return the adapters in a file, with finite values and layers that need no model."""
     stored = read_adapter_file(path)
     stored.check_finite()
-    if not stored.layers:
-        raise AdapterFileError(
-            f"{path} does not say what its layers are: an earlier version wrote it. Load it with load_adapter onto its "
-            "model, and save it again with save_adapter."
-        )
     for name, layer in stored.layers.items():
         if layer.adapter_class is None:
             raise AdapterFileError(
