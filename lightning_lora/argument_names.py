@@ -68,8 +68,8 @@ def explains_arguments(cls: _Class) -> _Class:
 
 def _hint(name: str, names: Collection[str]) -> str:
     short = name.removeprefix("lora_")
-    if name in ELSEWHERE or short in ELSEWHERE:
-        return ELSEWHERE.get(name) or ELSEWHERE[short]
+    if hint := ELSEWHERE.get(name) or ELSEWHERE.get(short):
+        return hint
     if short in names:
         return f"it is {short} here"
     near = difflib.get_close_matches(short, names, n=2)

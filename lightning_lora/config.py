@@ -145,13 +145,7 @@ class LoRAConfig:
         return any(matches(entry, name) for entry in self.modules_to_save or ())
 
     def completed(self, stored: "LoRAConfig", given: Set[str] = frozenset()) -> "LoRAConfig":
-        """Take the arguments that are at their defaults, and not in ``given``, from ``stored``.
-
-        Example:
-            >>> config = LoRAConfig(r=4).completed(LoRAConfig(r=16, alpha=32))
-            >>> config.r, config.alpha
-            (4, 32)
-        """
+        """Take the arguments that are at their defaults, and not in ``given``, from ``stored``."""
         default = LoRAConfig()
         names = [field.name for field in dataclasses.fields(self)]
         left = [name for name in names if name not in given and getattr(self, name) == getattr(default, name)]
@@ -185,12 +179,7 @@ class LoRAConfig:
 
 
 def matches(entry: str, name: str) -> bool:
-    """Whether a list entry names a module: by its full name, or by the last parts of it.
-
-    Example:
-        >>> matches("query", "layer.0.query"), matches("0.query", "layer.10.query")
-        (True, False)
-    """
+    """Whether a list entry names a module: by its full name, or by the last parts of it."""
     return name == entry or name.endswith("." + entry)
 
 

@@ -26,12 +26,7 @@ from collections.abc import Iterable
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:
-    """Return a short list of quoted names for an error.
-
-    Example:
-        >>> listed(["a", "b", "c"], most=2)
-        "'a', 'b' and 1 more"
-    """
+    """Return a short list of quoted names for an error, such as ``'a', 'b' and 1 more``."""
     return shortened(map(repr, names), most)
 
 

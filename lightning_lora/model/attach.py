@@ -64,8 +64,8 @@ def check_weights(view: View) -> None:
 
 
 def _has_weights(layer: LoRALayer) -> bool:
-    names = [name.rpartition(".") for name in layer.lora_weights()]
-    return all(leaf in layer.get_submodule(owner)._parameters for owner, _, leaf in names)
+    present = dict(layer.named_parameters(remove_duplicate=False))
+    return present.keys() >= {*layer.lora_weights()}
 
 
 # Inference paths that bypass adapted layers
@@ -92,26 +92,18 @@ def _switch_inference_paths(modules: Mapping[str, nn.Module]) -> None:
 
 
 def _inference_path(module: nn.Module) -> tuple[str, Any] | None:
-    """The attribute that switches a module's inference path, and its value for off.
-
-    In eval mode, an encoder layer reads the weights of linear1 and linear2 without calling these layers. An encoder
-    packs a padded batch for this, which layers without the path cannot read. On some processors, bitsandbytes repacks
-    its weights for inference, and then passes no gradient to earlier layers.
-    """
-    if isinstance(module, nn.TransformerEncoderLayer):
+    """The attribute that switches a module's inference path, and its value for off."""
+    if isinstance(module, nn.TransformerEncoderLayer):  # in eval mode, it reads the weights of its layers itself
         return "activation_relu_or_gelu", 0
     if isinstance(module, nn.TransformerEncoder) and hasattr(module, "use_nested_tensor"):
-        return "use_nested_tensor", False
-    if repacks(module):
+        return "use_nested_tensor", False  # it packs padded batches, which layers without that path cannot read
+    if repacks(module):  # bitsandbytes repacks weights for some processors, and passes no gradient through them
         return "support_avx512bf16_for_cpu", False
     return None
 
 
 def freeze(view: View) -> None:
-    """Freeze all parameters that do not train, and the running statistics of norms.
-
-    Only the adapters, and what ``modules_to_save`` and ``bias`` add, require gradients.
-    """
+    """Freeze all parameters that do not train, and the running statistics of norms."""
     view.record.base_was_frozen(view.base)  # before any flag changes: a tied parameter has several names
     for name, parameter in view.base.items():
         set_requires_grad(parameter, name in view.trained and _can_train(parameter))

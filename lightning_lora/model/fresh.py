@@ -1,9 +1,8 @@
 """Layers that look untrained, as a new head on a pretrained model.
 
 Initialisations draw all values of a weight from one uniform or normal distribution. In a trained weight, the range, the
-deviation or the shape of the distribution is another one, or some rows or columns are larger than others. Only layers
-that could be adapted are looked at, and not every initialisation is known: a layer counts as untrained only if that is
-clear. Of a weight that is spread over processes, the local values are looked at.
+deviation or the shape of the distribution is another one, or some rows or columns are larger than others. Not every
+initialisation is known: a layer counts as untrained only if that is clear.
 """
 
 import math
@@ -40,8 +39,7 @@ class Fresh:
 def find_fresh(view: View) -> Fresh:
     """Find the layers of a model with new adapters that look untrained.
 
-    In the share alone count layers that the user froze among others, which are random on purpose, and embeddings:
-    training changes values as large as theirs too slowly to be seen.
+    Only the share counts embeddings, whose large values change slowly, and what the user froze: random on purpose.
     """
     sizes, fresh = {True: 0, False: 0}, {}
     for name, weights in _layers(view):
@@ -64,10 +62,9 @@ def find_fresh(view: View) -> Fresh:
 
 
 def random_weights(view: View, found: Fresh | None = None) -> tuple[str, ...]:
-    """Return the frozen weights that look untrained, of what :func:`find_fresh` has found or finds now.
+    """Return the frozen weights that look untrained and that files hold: none if most of the model looks untrained.
 
-    No file of the base gives them again, so files of adapters hold them. There are none in a model that looks untrained
-    as a whole. The record remembers them. Collective for a model that is spread over processes.
+    Collective for a model that is spread over processes.
     """
     if view.adapter.random is None:
         found = found or find_fresh(view)
@@ -138,10 +135,7 @@ def _fans(weight: nn.Parameter) -> tuple[int, int]:
 
 
 def _as_modules(view: View, fresh: Mapping[str, Weights]) -> list[str]:
-    """The names of these layers, or of the largest modules that consist of untrained layers alone.
-
-    A norm as it was made counts as untrained only beside an untrained layer.
-    """
+    """The names of the largest modules that consist of these layers alone, and of norms as they were made."""
     if not fresh:
         return []
     held: dict[str, list[nn.Parameter]] = {}

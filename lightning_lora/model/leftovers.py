@@ -22,10 +22,7 @@ class LeftAlone(NamedTuple):
 
 
 def left_trainable(view: View) -> list[str]:
-    """Return modules that are frozen now, though the user froze most of the model, but not them.
-
-    Nothing inside them is adapted or trained in full. They are named as for ``modules_to_save``.
-    """
+    """Return modules that nothing trains, though the user froze most of the model, but not them."""
     by_user = view.frozen_by_user
     if 2 * _size(view, by_user) <= _size(view, view.base):
         return []
@@ -41,10 +38,7 @@ def left_trainable(view: View) -> list[str]:
 
 
 def left_computed(view: View) -> list[str]:
-    """Return layers that ``"all-linear"`` and ``"all"`` leave out because their weight is computed.
-
-    What the user excluded or trains in full is not among them.
-    """
+    """Return layers that ``"all"`` and ``"all-linear"`` leave out because their weight is computed."""
     if view.config.target_modules not in AUTOMATIC:
         return []
     names = Names(view.model)
@@ -58,10 +52,7 @@ def left_computed(view: View) -> list[str]:
 
 
 def left_alone(view: View) -> LeftAlone:
-    """Return layers that ``"all"`` would adapt, and ``"all-linear"`` leaves without adapters.
-
-    Embeddings are not counted, nor what the user excluded or froze. Other targets are the user's choice.
-    """
+    """Return what ``"all"`` would adapt and ``"all-linear"`` does not, but embeddings, and what the user left out."""
     found: dict[str, nn.Module] = {}
     if view.config.target_modules == "all-linear":
         names = Names(view.model)

@@ -17,11 +17,7 @@ from lightning_lora.tensors.values import same_bits
 
 @on_load
 def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any]) -> bool:
-    """Check a state dict before torch loads it.
-
-    It may contain a new base, or a merged model: then the record takes over its values. Adapters for a merged model are
-    refused, and nothing is loaded then.
-    """
+    """Check a state dict before torch loads it: the record takes over the values of a new base, or a merged model."""
     view = View(model)
     record = view.record
     given = _without_prefix(state, plain_name(prefix))

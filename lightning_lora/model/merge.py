@@ -106,11 +106,7 @@ def unmerged(model: nn.Module) -> Iterator[None]:
 
 
 def merge(model: nn.Module) -> tuple[dict[str, float], list[str]]:
-    """Merge as :func:`merge_adapters` does, without warnings.
-
-    Returns:
-        The share of each layer's update that is lost to rounding, and the layers whose weights are no longer tied.
-    """
+    """Merge as :func:`merge_adapters` does, and return what :func:`warn_of_merge` takes."""
     view = view_of(model)
     if view.is_merged:
         return {}, []
@@ -188,8 +184,7 @@ def _merge_layer(
 ) -> float:
     """Set a layer's weights to ``W + ΔW``, and return the largest share of an update that is lost to rounding.
 
-    Weights in ``tied`` must not change in the other layer, so this one gets parameters of its own for them. The base's
-    values are put into ``bases`` by weight. Without ``undo``, they are not kept.
+    For weights in ``tied`` it gets new parameters. ``bases`` gets the base's values; without ``undo``, none are kept.
     """
     values, shares = {}, []
     with torch.inference_mode(False), torch.no_grad():
@@ -273,11 +268,7 @@ def _weights_have_changed(view: View) -> None:
 
 
 def unmerge(model: nn.Module) -> bool:
-    """Undo a merge, and return whether there was one.
-
-    If the weights were replaced (for example, other weights were loaded), they become a new base: the record is dropped
-    then, with a warning. After an error the model is as it was.
-    """
+    """Undo a merge, and return whether there was one. Weights that were replaced since are a new base: that warns."""
     record = find_record(model)
     if record is None or record.merge is None:
         return False
@@ -291,7 +282,7 @@ def unmerge(model: nn.Module) -> bool:
             stacklevel=2,
         )
         return False
-    adapters, weights, plain = record.merge.adapters, record.merge.weights, View(model)
+    adapters, weights, plain = record.merged, record.merge.weights, View(model)
     with undone_on_error(plain), torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for name, adapter in adapters.items():
             layer = submodule(model, name)

@@ -34,8 +34,7 @@ def check_as_merged(model: nn.Module) -> None:
 def is_as_merged(model: nn.Module, record: Record) -> bool:
     """Whether a merged model still has its merged weights, perhaps moved or converted. True if it is not merged.
 
-    Collective for a merged model that is spread over processes: if one process sees a change, all do. Raises an error
-    if merged layers have the adapters of another model that shares them.
+    Collective for a merged model that is spread over processes: if one process sees a change, all do.
     """
     if record.merge is None:
         return True
@@ -159,10 +158,7 @@ def warn_of_merge(model: nn.Module, lost: Mapping[str, float], untied: Sequence[
 
 
 def lost_to_rounding(lost: Mapping[str, float], title: str) -> str:
-    """Return what a warning says of rounded updates: two sentences, or nothing if rounding took little.
-
-    ``lost`` is the share of each layer's update that is lost to rounding, and ``title`` what was merged into.
-    """
+    """Return what a warning says of these shares of updates, by layer: two sentences, or nothing if they are small."""
     much = {name: share for name, share in lost.items() if _MUCH < share < math.inf}
     if not much:
         return ""

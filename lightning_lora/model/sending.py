@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import util
 from pathlib import Path
-from threading import Lock
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -37,8 +36,6 @@ _FOLDER = "LIGHTNING_LORA_MEMORY"
 _MADE: dict[Path, int] = {}  # by which process each folder was made: a fork has its parent's entries
 _ALLOWED: list[Any] = []  # the classes of which a record consists: torch reads no others
 
-_LOCK = Lock()
-
 
 def allow(*classes: type) -> None:
     """Allow objects of these classes in a record. Reading one sets its attributes, and calls nothing of it."""
@@ -50,18 +47,17 @@ def make_folder() -> None:
 
     The folder is deleted when the process that made it ends.
     """
-    with _LOCK:
-        folder = _folder()
-        if folder and (_is_owner(folder) or multiprocessing.parent_process()):
-            return
-        os.environ.pop(_FOLDER, None)  # of another program, which started this one
-        try:
-            folder = Path(tempfile.mkdtemp(prefix="lightning_lora_"))
-        except OSError:  # most fits need no folder: the others give a warning
-            return
-        _MADE[folder] = os.getpid()
-        util.Finalize(None, _delete, args=(folder,), exitpriority=-100)  # at exit, in forked workers too
-        os.environ[_FOLDER] = str(folder)
+    folder = _folder()
+    if folder and (_is_owner(folder) or multiprocessing.parent_process()):
+        return
+    os.environ.pop(_FOLDER, None)  # of another program, which started this one
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="lightning_lora_"))
+    except OSError:  # most fits need no folder: the others give a warning
+        return
+    _MADE[folder] = os.getpid()
+    util.Finalize(None, _delete, args=(folder,), exitpriority=-100)  # at exit, in forked workers too
+    os.environ[_FOLDER] = str(folder)
 
 
 def _folder() -> Path | None:
@@ -117,13 +113,10 @@ def _load(path: Path, *, mmap: bool = True) -> dict[str, Any]:
 
 
 def receive(model: nn.Module, build: Callable[[Any], _Record]) -> _Record | None:
-    """Return the record that was sent for this model's weights, as ``build`` makes it, or None.
-
-    The program that made the folder deletes the file then. Its worker processes leave it to the main process.
-    """
+    """Return the record that was sent for this model's weights, as ``build`` makes it, or None."""
     for path in _about(model):
         record = build(_load(path, mmap=False)["record"])
-        if _is_owner(path.parent):
+        if _is_owner(path.parent):  # worker processes leave it to the main process
             path.unlink(missing_ok=True)
         return record
     return None

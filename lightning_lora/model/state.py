@@ -188,10 +188,9 @@ class Record:
     # Digests of the base's tensors
 
     def digests(self, tensors: Mapping[str, Tensor], *, anew: bool = False) -> dict[str, int]:
-        """Return the digests of the base's tensors by name, and remember them.
+        """Return the digests of the base's tensors by name. One is read again if it changed, or with ``anew``.
 
-        A tensor is read again if a quick look shows a change, or if ``anew`` is True. Collective for those that are
-        spread over processes: if one process sees a change, all read the tensor again.
+        Collective for tensors that are spread over processes: if one process sees a change, all read the tensor again.
         """
         known = [name in self.read and self.read[name].seen.is_unchanged(tensor) for name, tensor in tensors.items()]
         changed = [True] * len(known) if anew else agreed([not same for same in known], list(tensors.values()))
@@ -230,15 +229,12 @@ class Record:
 
 # The record of a model
 
-_LoadHook = Callable[[nn.Module, dict[str, Any], str, Mapping[str, Any]], bool]
+_LoadHook = Callable[[nn.Module, dict[str, Any], str, Mapping[str, Any]], bool]  # model, state, prefix, torch's notes
 _HOOKS: list[_LoadHook] = []
 
 
 def on_load(hook: _LoadHook) -> _LoadHook:
-    """Call this before torch loads a state dict into a model with a record; the latest hook first, until one says True.
-
-    A hook gets the model, the state dict, the prefix of the model's names in it, and torch's notes on it.
-    """
+    """Call this before torch loads into a model with a record; the latest hook first, until one returns True."""
     _HOOKS.insert(0, hook)
     return hook
 
@@ -294,13 +290,10 @@ def begin_record(model: nn.Module, config: LoRAConfig) -> Record:
 
 
 def absorb_inner_records(model: nn.Module, record: Record) -> None:
-    """Move the records of modules inside ``model`` into ``record``, which keeps the values that it has already.
-
-    A merged module is itself a base now, so its earlier values are not taken over.
-    """
+    """Move the records of modules inside ``model`` into ``record``, which keeps the values that it has already."""
     for prefix, inner in _inner_records(model).items():
         values: list[tuple[dict[str, Any], Mapping[str, Any]]] = [(record.requires_grad, inner.requires_grad)]
-        if not inner.is_merged:
+        if not inner.is_merged:  # a merged module is itself a base now
             record.adapter.is_trained |= inner.adapter.is_trained
             values += [(record.adapter.originals, inner.adapter.originals), (record.changed, inner.changed)]
         for ours, theirs in values:

@@ -17,21 +17,17 @@ from lightning_lora.tensors.values import replace_values, same_bits
 
 
 class MergedWeight(NamedTuple):
-    """A weight with an update merged into it: its layer's name, the layer's parameter, and the base's values.
-
-    The base is a tensor, or, if the weight was tied, the parameter that the other layer still has.
-    """
+    """A weight with an update merged into it."""
 
     layer: str
     shown: nn.Parameter
-    base: Tensor
+    base: Tensor  # the base's values: if the weight was tied, the parameter that the other layer still has
 
 
 class View:
-    """The layers, adapters, parameters and buffers of a model.
+    """The layers, adapters, parameters and buffers of a model, by name. A shared one has several names.
 
-    Make a view for one call, and a new one after classes or parameters of the model have changed. Names are those of
-    the plain model, which is inside its wrappers. A shared module or parameter has several names. ``config`` is that of
+    Make a view for one call, and a new one after classes or parameters of the model have changed. ``config`` is that of
     the adapters, if it differs from the one in the record.
     """
 
@@ -132,17 +128,12 @@ class View:
     @cached_property
     def trained(self) -> dict[str, nn.Parameter]:
         """The base's parameters that train: those of modules trained in full, and biases."""
-        if not self.trains_base:
+        if not self.config.modules_to_save and self.config.bias == "none":
             return {}
         trained = {id(p) for module in self.saved for p in module.parameters()}
         trained |= {id(p) for name, p in self.base.items() if self.config.is_saved(name)}
         trained |= set(map(id, self._biases()))
         return {name: p for name, p in self.base.items() if id(p) in trained}
-
-    @property
-    def trains_base(self) -> bool:
-        """Whether anything besides the adapters trains."""
-        return bool(self.config.modules_to_save) or self.config.bias != "none"
 
     def _biases(self) -> Iterator[nn.Parameter]:
         """The biases that train. ``"lora_only"`` means those of adapted layers, also inside an attention."""
@@ -201,10 +192,7 @@ class View:
 
     @property
     def base_values(self) -> dict[str, Tensor]:
-        """The values of the base: frozen weights without updates, buffers and other tensors as they were before.
-
-        Parameters of the base that train are not included.
-        """
+        """The values of what does not train: frozen weights without updates, and buffers as they were before."""
         values = self.frozen_values
         for name, tensor in self.kept.items():
             if name not in self.trained:
@@ -226,11 +214,7 @@ class View:
 
 
 def view_of(model: nn.Module) -> View:
-    """Return a :class:`View` of an adapted model.
-
-    Raises:
-        AdapterStateError: ``model`` has no adapters, or they are disabled now, or some are no longer on their layers.
-    """
+    """Return a :class:`View` of an adapted model. Refuse one without adapters, or with disabled or lost ones."""
     record, view = record_of(model), View(model)
     present = [name for name in record.adapter.layers if name in view.modules]
     lost = [name for name in present if not isinstance(view.modules[name], LoRALayer) and name not in record.merged]
@@ -283,10 +267,9 @@ _MODELS = ("PreTrainedModel", "ModelMixin")
 
 
 def root_of(model: nn.Module) -> str:
-    """Return the name of the one model inside ``model``.
+    """Return the name of the one model inside ``model``, or ``""`` for ``model`` itself.
 
-    It is the outermost model of transformers or diffusers, if there is one. Else it is the only module that holds
-    weights, if ``model`` is a LightningModule. Otherwise it is ``""``, which means ``model`` itself.
+    It is the outermost one of transformers or diffusers, or else the only module of a LightningModule with weights.
     """
     outermost: list[str] = []
     for name, module in named_modules(model).items():

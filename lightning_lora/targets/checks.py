@@ -61,8 +61,9 @@ def check_any(names: Names, config: LoRAConfig, layers: Collection[str], untouch
         )
     else:
         hint = f"Expected at least one {supported_types()} layer. Correct target_modules."
+    meant = config.to_dict()["target_modules"]
     raise TargetError(
-        f"target_modules {_shown(config)!r} select no layer of {names.title} beyond those in exclude_modules and "
+        f"target_modules {meant!r} select no layer of {names.title} beyond those in exclude_modules and "
         f"modules_to_save. {hint} ({SEE_ALL}.)"
     )
 
@@ -71,11 +72,8 @@ def check_supported(
     names: Names, config: LoRAConfig, layers: Mapping[str, nn.Module], targets: Collection[nn.Module]
 ) -> None:
     """Refuse targets that cannot be adapted."""
-    refused = {}
-    for name, layer in layers.items():
-        why = why_not(names, name, layer) if layer in targets else None
-        if why:
-            refused[name] = why
+    whys = {name: why_not(names, name, layer) for name, layer in layers.items() if layer in targets}
+    refused = {name: why for name, why in whys.items() if why}
     if not refused:
         return
     reasons = "; ".join(f"{name!r}: {why}" for name, why in list(refused.items())[:_SHOWN])
@@ -83,14 +81,11 @@ def check_supported(
     unknown = any(adapter_for(layers[name]) is None for name in refused)
     supported = f"Supported are {supported_types()} and their subclasses. " if unknown else ""
     remedy = f", or exclude these: exclude_modules={list(refused)[:_SHOWN]}" if len(refused) < len(layers) else ""
+    meant = config.to_dict()["target_modules"]
     raise TargetError(
-        f"target_modules {_shown(config)!r} match layers of {names.title} that cannot be adapted ({reasons}{more}). "
+        f"target_modules {meant!r} match layers of {names.title} that cannot be adapted ({reasons}{more}). "
         f"{supported}Name other layers{remedy}."
     )
-
-
-def _shown(config: LoRAConfig) -> object:
-    return list(config.target_modules) if isinstance(config.target_modules, tuple) else config.target_modules
 
 
 def check_patterns(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:

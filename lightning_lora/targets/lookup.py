@@ -32,9 +32,6 @@ class Names:
         """Return every name that the pattern of an argument matches: an expression for full names, or a list of names.
 
         ``modules_to_save`` may name parameters too, and ``target_parameters`` names nothing else.
-
-        Raises:
-            TargetError: the expression, or an entry of the list, matches nothing.
         """
         if pattern is None:
             return []
@@ -81,7 +78,10 @@ class Names:
         near = _nearest(missing)
         hint = f"Nearest names: {', '.join(near[:5])}." if near else self._endings()
         if argument == "target_modules":
-            hint += self._hint_of_parameters(entries) + _hint_of_words(entries)
+            held = [name for name in self.parameters if _ends_with(name, entries)]
+            hint += f" {held[0]!r} is a parameter: name it in target_parameters." if held else ""
+            words = [word for entry in entries for word in difflib.get_close_matches(entry, AUTOMATIC, n=1)]
+            hint += f" Or did you mean the word {words[0]!r}?" if words else ""
         if argument == "target_parameters":
             held = [name for name in self.parameters if _ends_with(name.rpartition(".")[0], entries)]
             hint = f"Name parameters, such as {held[0]!r}." if held else hint
@@ -96,15 +96,6 @@ class Names:
         endings = dict.fromkeys(name.rpartition(".")[2] for name in self._fit())
         some = f"Layers that can be adapted end in {listed(endings, most=8)}."
         return some if endings else "It has no layer to adapt."
-
-    def _hint_of_parameters(self, entries: list[str]) -> str:
-        held = [name for name in self.parameters if _ends_with(name, entries)]
-        return f" {held[0]!r} is a parameter: name it in target_parameters." if held else ""
-
-
-def _hint_of_words(entries: list[str]) -> str:
-    words = [word for entry in entries for word in difflib.get_close_matches(entry, AUTOMATIC, n=1)]
-    return f" Or did you mean the word {words[0]!r}?" if words else ""
 
 
 def _nearest(missing: Mapping[str, Iterable[str]]) -> list[str]:

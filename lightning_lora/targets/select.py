@@ -24,22 +24,7 @@ from lightning_lora.tensors.names import starts_of, submodule
 
 
 def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
-    """Return the layers that ``config`` adapts, by name and in the model's order. A shared layer appears once.
-
-    Raises:
-        TargetError: an entry of a pattern matches nothing, or a layer that cannot be adapted, or no layer is left.
-        ConfigError: a layer is too small for its rank in ``rank_pattern``, or has no shape yet.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
-        >>> list(select(model, LoRAConfig(target_modules=["2"])))
-        ['2']
-        >>> select(model, LoRAConfig(target_modules=["fc"]))
-        Traceback (most recent call last):
-            ...
-        lightning_lora.errors.TargetError: target_modules ['fc'] match no module of Sequential. Layers that can be \
-adapted end in '0', '2'. Correct target_modules; print(summarize(model)) shows every layer.
-    """
+    """Return the layers that ``config`` adapts, by name and in the model's order. A shared layer appears once."""
     names = Names(model)
     check_shapes(names)
     left_out = {
@@ -55,7 +40,13 @@ adapted end in '0', '2'. Correct target_modules; print(summarize(model)) shows e
     choices = {}
     for name, layer in layers.items():
         kind = LoRAParameters if layer in holders else adapter_for(layer) or LoRALayer
-        matrices = _without(name, _matrices(names, config, name, kind, holders.get(layer)), left_out)
+        parameters = holders.get(layer)
+        if parameters is None:
+            matrices, slices = kind.lora_matrices_of(layer), config.slices(name)
+            matrices = sliced(names, name, kind, matrices, slices) if slices else matrices
+        else:
+            matrices = tuple(LoRAParameters.lora_matrix_of(layer, leaf) for leaf in parameters)
+        matrices = _without(name, matrices, left_out)
         if matrices:
             choices[name] = _choice(config, name, layer, kind, matrices)
     check_any(names, config, choices, untouched)
@@ -152,17 +143,6 @@ def _why_not_in_model(names: Names, name: str) -> str:
     )
 
 
-def _matrices(
-    names: Names, config: LoRAConfig, name: str, kind: type[LoRALayer], parameters: list[str] | None
-) -> tuple[AdaptedMatrix, ...]:
-    """The matrices of a layer, or these parameters of a module."""
-    layer, slices = names.modules[name], config.slices(name)
-    if parameters is not None:
-        return tuple(LoRAParameters.lora_matrix_of(layer, leaf) for leaf in parameters)
-    matrices = kind.lora_matrices_of(layer)
-    return sliced(names, name, kind, matrices, slices) if slices else matrices
-
-
 def _choice(
     config: LoRAConfig, name: str, layer: nn.Module, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...]
 ) -> Choice:
@@ -190,12 +170,8 @@ def _choice(
 
 def _without(name: str, matrices: tuple[AdaptedMatrix, ...], left_out: Set[str]) -> tuple[AdaptedMatrix, ...]:
     """The matrices of a layer, except those that are left out by name, or with a module inside the layer."""
-    kept = []
-    for matrix in matrices:
-        inside = starts_of(f"{name}.{matrix.weight}")[len(starts_of(name)) :]
-        if left_out.isdisjoint(inside):
-            kept.append(matrix)
-    return tuple(kept)
+    outside = len(starts_of(name))
+    return tuple(m for m in matrices if left_out.isdisjoint(starts_of(f"{name}.{m.weight}")[outside:]))
 
 
 def _output_heads(names: Names) -> set[object]:

@@ -20,11 +20,7 @@ _INTERLEAVED = ("CodeGenAttention",)
 def sliced(
     names: Names, name: str, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...], slices: Slices
 ) -> tuple[AdaptedMatrix, ...]:
-    """Return what ``target_slices`` selects of the layer ``name``, which has these matrices.
-
-    Raises:
-        TargetError: the layer has no such parts, or their rows are not known.
-    """
+    """Return what ``target_slices`` selects of the layer ``name``, which has these matrices."""
     if len(matrices) == 1:
         known = _rows_of(names, name, kind, matrices[0], slices)
     else:
