@@ -24,11 +24,7 @@ def concatenated(updates: list[Factors], weights: list[float]) -> Factors:
 
 
 def difference(update: Factors, other: Factors) -> Factors:
-    r"""Return the exact difference of two updates, :math:`B A - B_0 A_0`.
-
-    It may be a small difference of large products. To avoid rounding errors, it is computed from the differences of the
-    factors: :math:`(B - B_0) A + B_0 (A - A_0)`.
-    """
+    """Return B A - B0 A0 as (B - B0) A + B0 (A - A0): a small difference of large products would be rounded away."""
     (a, b), (a0, b0) = update, other
     return torch.cat([a, a - a0], dim=-2), torch.cat([b - b0, b0], dim=-1)
 
@@ -83,10 +79,7 @@ def factored(delta: Tensor, r: int) -> Factors:
 
 
 def ties(deltas: list[Tensor], weights: list[float], density: float) -> Tensor:
-    """Combine updates of the same shape where they agree about the sign.
-
-    Of each update, the share ``density`` with the largest values is kept. Each element takes the sign of the weighted
-    sum, and the mean of the values that have this sign.
+    """Combine the largest values of each update, a share ``density``: the mean of those with the sign of their sum.
 
     Source:
         Yadav et al. 2023, "TIES-Merging: Resolving Interference When Merging Models", section 4.2.
@@ -105,9 +98,7 @@ def _largest(delta: Tensor, density: float) -> Tensor:
 
 
 def dare(deltas: list[Tensor], weights: list[float], density: float, generator: torch.Generator) -> Tensor:
-    """Add up a random share of each update. All have the same shape.
-
-    The share ``density`` is kept and divided by it, so that the expected sum stays the same.
+    """Add up a random share ``density`` of each update, divided by it, so that the expected sum stays the same.
 
     Source:
         Yu et al. 2024, "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",

@@ -16,17 +16,13 @@ def new_seed() -> int:
 
 
 def drops(rows: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
-    r"""Drop elements of a matrix, each with probability ``p`` in (0, 1), in blocks of rows.
+    r"""Yield blocks of rows, each with a function that drops elements of a contiguous matrix of this shape in place.
 
-    Only the shape and the device of ``rows`` are used. The same seed always drops the same elements.
+    Each element is dropped with probability ``p`` in (0, 1), and always the same ones for the same seed.
 
     On a CPU, drawing random numbers is the main cost of dropout. The number of kept elements between two dropped ones
     has a geometric distribution, :math:`P(k) = (1 - p)^k p`. Drawing these gaps takes only ``p`` random numbers per
     element. The distribution has no memory, so each block can start with a new gap.
-
-    Yields:
-        The rows of a block, and a function that sets the dropped elements of a contiguous matrix of the block's shape
-        to zero, in place.
 
     Source:
         Batagelj and Brandes 2005, "Efficient Generation of Large Random Networks", section II (the geometric gaps).

@@ -12,16 +12,7 @@ from lightning_lora.functional.plain import are_plain, as_dtype, is_autocast_ena
 
 
 def low_rank_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    r"""Return the update to a linear layer's output.
-
-    The update is :math:`s \, B A x`. The scaling is applied between the two products, where the tensor is smallest.
-
-    Shape:
-        ``x``: (\*, in), ``lora_A``: (r, in), ``lora_B``: (out, r). Returns (\*, out), in the dtype of ``x``.
-
-    Source:
-        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1, equation 3.
-    """
+    """Return the update of a linear layer's output, s B A x, scaled where the tensor is smallest."""
     hidden = F.linear(x, lora_A.to(x.dtype))
     return F.linear(hidden * scaling, lora_B.to(hidden.dtype))
 
@@ -29,14 +20,11 @@ def low_rank_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -
 def adapted_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0
 ) -> Tensor:
-    r"""Return the output of a linear layer with its update.
+    r"""Return the output of a linear layer with its update, :math:`y = x W^T + b + s \, \mathrm{dropout}(x) A^T B^T`.
 
-    The output is :math:`y = x W^T + b + s \, \mathrm{dropout}(x) A^T B^T`.
-
-    With separate torch operations, each product and each sum would need new memory, and the backward pass would need a
-    dropout mask and copies of ``x``. This function therefore computes the gradients explicitly. Let :math:`\partial`
-    be the gradient of the loss, and take two thin matrices, :math:`h = \mathrm{dropout}(x) A^T` and
-    :math:`g = \partial y \, B`:
+    Separate torch operations would need new memory for each product and each sum, a dropout mask and copies of ``x``.
+    So the gradients are written out. Let :math:`\partial` be the gradient of the loss, and take two thin matrices,
+    :math:`h = \mathrm{dropout}(x) A^T` and :math:`g = \partial y \, B`:
 
     .. math::
         y &= (x W^T + b) + s \, h B^T \qquad
@@ -44,17 +32,13 @@ def adapted_linear(
         \partial A &= s \, g^T \, \mathrm{dropout}(x) \qquad
         &\partial B &= s \, \partial y^T h .
 
-    The update is added in place to the frozen layer's result. The backward pass needs only ``x``, which other
-    operations keep too, and ``h``. The dropped elements are drawn again from a seed (:mod:`.dropout`). ``h`` and ``g``
-    have the shape (r, tokens), because products with it are several times faster than with (tokens, r). Operations
-    that read the same matrix follow one another, so that it may still be in the cache.
+    The backward pass needs only ``x``, which other operations keep too, and ``h``. The dropped elements are drawn again
+    from a seed (:mod:`.dropout`). ``h`` and ``g`` have the shape (r, tokens), because products with it are several
+    times faster than with (tokens, r). With many more tokens than features, both passes multiply by the sum
+    :math:`W + s B A` instead, unless this would round small updates away (:func:`_pays_to_update`).
 
-    With many more tokens than features, both passes multiply by the sum :math:`W + s B A` instead, unless this would
-    round small updates away.
-
-    These explicit gradients are for plain tensors. Torch's autograd takes over under ``torch.compile``,
-    ``torch.func``, forward-mode differentiation and tracing, for other tensor classes (quantised, distributed, nested),
-    and for second derivatives.
+    Where other code must see the single operations (:func:`.are_plain`), and for second derivatives, torch's autograd
+    takes over.
 
     Shape:
         ``x``: (\*, in), ``weight``: (out, in), ``bias``: (out), ``lora_A``: (r, in), ``lora_B``: (out, r).
@@ -187,10 +171,9 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def differentiable(ctx: Any, grad: Tensor, inputs: Sequence[Any]) -> tuple[Tensor | None, ...]:
-        """Compute gradients that can be differentiated again.
+        """Let torch differentiate the separate operations, for gradients that can be differentiated again.
 
-        Torch differentiates the separate operations, with the same dropped elements. The inputs count as independent:
-        x may depend on A if a layer is used twice.
+        The inputs count as independent: x may depend on A if a layer is used twice.
         """
         inputs = [None if t is None else t.view_as(t) for t in inputs]
         x, weight, bias, lora_A, lora_B = inputs

@@ -5,11 +5,7 @@ from torch import Tensor
 
 
 def singular_values(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    r"""Return the singular values of an update :math:`s \, B A`.
-
-    Shape:
-        ``lora_A``: (\*, r, in), ``lora_B``: (\*, out, r). Returns (\*, min(r, in, out)), the largest first, in float64.
-    """
+    r"""Return the singular values of an update :math:`s \, B A`, the largest first, in float64."""
     reading = torch.linalg.qr(lora_A.double().mT, mode="r").R
     writing = torch.linalg.qr(lora_B.double(), mode="r").R
     values: Tensor = torch.linalg.svdvals(writing @ reading.mT)
@@ -17,13 +13,7 @@ def singular_values(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
 
 
 def effective_rank(values: Tensor) -> Tensor:
-    r"""Return how many singular values count.
-
-    It is :math:`\exp(H)` with the entropy :math:`H` of the values, divided by their sum. It is between 1, if one value
-    is all there is, and their number, if all are equal. Of an update of zero it is 0.
-
-    Shape:
-        ``values``: (\*, r). Returns (\*).
+    r"""Return how many singular values (\*, r) count, (\*): :math:`\exp` of their entropy; 0 for an update of zero.
 
     Source:
         Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality", section 2.
@@ -35,10 +25,9 @@ def effective_rank(values: Tensor) -> Tensor:
 
 
 def subspace_similarity(one: Tensor, other: Tensor) -> Tensor:
-    r"""Return how much two matrices' row spaces overlap.
+    r"""Return how much the row spaces of two matrices overlap, from 0 (orthogonal) to 1 (one contains the other).
 
     It is :math:`\phi = \lVert U_1^T U_2 \rVert_F^2 / \min(r_1, r_2)`, where the columns of U span the rows of a matrix.
-    It is 1 if one space contains the other, and 0 if they are orthogonal.
 
     Shape:
         (\*, r1, n) and (\*, r2, n). Returns (\*).
@@ -52,11 +41,7 @@ def subspace_similarity(one: Tensor, other: Tensor) -> Tensor:
 
 
 def cosine(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
-    r"""Return the cosine of the angle between two updates, given as A and B. A scaling makes no difference.
-
-    Shape:
-        A: (\*, r, in), B: (\*, out, r). Returns (\*), from -1 to 1. It is 0 if one update is zero.
-    """
+    """Return the cosine of the angle between two updates, given as A and B, without their scaling; 0 if one is zero."""
     product = _inner(one, other)
     norms = (_inner(one, one) * _inner(other, other)).sqrt()
     return torch.where(norms > 0, product / norms.clamp_min(torch.finfo(norms.dtype).tiny), 0)

@@ -29,16 +29,12 @@ def added(weight: Tensor, delta: Tensor) -> Tensor:
 
 
 def merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, float]:
-    r"""Return the merged weight and the share lost to rounding.
+    r"""Return :math:`W + s \, B A` and the share lost to rounding (:func:`lost_share`).
 
-    The sum :math:`W + s \, B A` is computed in float32 or wider, a few rows at a time. It is rounded once, to the dtype
-    of :math:`W`. :func:`lost_share` defines the share.
+    The sum is computed in float32 or wider, a few rows at a time, and rounded once, to the dtype of :math:`W`.
 
     Shape:
         ``weight``: (out, in), ``lora_A``: (r, in), ``lora_B``: (out, r). Returns (out, in), and a number.
-
-    Source:
-        Hu et al. 2021, section 4.1, "No Additional Inference Latency".
     """
     values, norms = torch.empty_like(weight), list[Tensor]()
     for rows in row_blocks(weight):
@@ -54,11 +50,7 @@ def merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tu
 
 
 def lost_share(weight: Tensor, effective: Tensor, merged: Tensor) -> float:
-    """Return the share of an update lost to rounding: the norm of the rounding error over that of the update.
-
-    It is 1 if every change was smaller than half a step of the weight's dtype: then nothing of the update is left. An
-    update of zero gives 0. The arguments are the weight, the weight with its update, and the same rounded.
-    """
+    """Return the norm of the rounding error over that of the update: 1 if nothing of the update is left."""
     if weight.dtype == effective.dtype:
         return 0.0
     return _share([torch.stack([(merged - effective).norm(), (effective - weight).norm()])])
@@ -73,22 +65,20 @@ def _share(norms: list[Tensor]) -> float:
 
 
 def row_norms(matrix: Tensor) -> Tensor:
-    r"""Return the norm of each row of a matrix, in float32 or wider: DoRA's first magnitudes.
+    """Return the norm of each row of a matrix, in float32 or wider: DoRA's first magnitudes.
 
     Source:
-        Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", section 4.1. The paper's
-        :math:`W \in \mathbb{R}^{d \times k}` is read as in the authors' code: one norm for each output.
+        Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", section 4.1, read as in the authors' code.
     """
     norms: Tensor = torch.linalg.vector_norm(matrix, dim=-1, dtype=wide(matrix.dtype))
     return norms
 
 
 def magnitude_scale(magnitude: Tensor, matrix: Tensor) -> Tensor:
-    r"""Return DoRA's scale for each row of the updated weight.
+    r"""Return DoRA's scale for each row of :math:`V = W + \Delta W`: :math:`m / \lVert V \rVert`.
 
-    For the rows of :math:`V = W + \Delta W` and the magnitudes m it is :math:`m / \lVert V \rVert`. The norm counts as
-    a constant: no gradient flows through it. A row that starts as zeros has no direction and a magnitude of zero. Its
-    scale is 1, so that it trains as without DoRA.
+    The norm counts as a constant: no gradient flows through it. A row that starts as zeros has no direction and a
+    magnitude of zero. Its scale is 1, so that it trains as without DoRA.
 
     Shape:
         ``magnitude``: (out), ``matrix``: (out, in). Returns (out).

@@ -10,11 +10,10 @@ from lightning_lora.tensors.names import own_parameter
 
 
 class LoRAAttention(LoRALayer):
-    r"""Multi-head attention with low-rank updates of its projections.
+    r"""Multi-head attention, with an update for each of :math:`W_q, W_k, W_v, W_o`.
 
-    Each of :math:`W_q, W_k, W_v, W_o` has its own update. torch computes attention in one function of all weights, and
-    in another one in eval mode. Both run unchanged on the updated weights, so that they give the same result. Dropout
-    drops features of A, the same ones for the whole batch.
+    torch computes attention in one function of all weights, and in another one in eval mode. Both run unchanged on the
+    updated weights, so that they give the same result. Dropout drops features of A, the same ones for the whole batch.
 
     Shape:
         in_proj_weight: (3 · embed, embed), in three parts: lora_A_q: (r, embed); lora_B_q: (embed, r); the same for k

@@ -44,11 +44,7 @@ class Step:
 
 
 class LoRALayer(LayerKind):
-    """Base class of all adapted layers.
-
-    It is added to the class of an existing layer. The layer keeps its state dict keys and gets new parameters such as
-    ``lora_A`` and ``lora_B``. What differs between kinds of layers is in :class:`LayerKind`.
-    """
+    """Base class of all adapted layers, added to the class of an existing layer. :class:`LayerKind` is what differs."""
 
     lora_matrices: tuple[AdaptedMatrix, ...]
     lora_settings: Settings
@@ -59,11 +55,7 @@ class LoRALayer(LayerKind):
     # Forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the layer with its update.
-
-        A layer with its own forward (for example, one that pads, scales or normalises) runs unchanged on the weight
-        ``W + ΔW``. Otherwise it would give another result when the update is merged.
-        """
+        """Compute the layer with its update. A forward of its own runs on ``W + ΔW``, as when that is merged."""
         if not self.lora_enabled:
             return super().forward(*args, **kwargs)
         if self._lora_is_additive:
@@ -120,11 +112,7 @@ class LoRALayer(LayerKind):
         return tuple(dict.fromkeys(matrix.weight for matrix in self.lora_matrices))
 
     def lora_factors(self, name: str) -> tuple[Tensor, Tensor]:
-        r"""Return A and B of a weight's update :math:`\Delta W = s \, B A` (see :func:`.weight_factors`).
-
-        Shape:
-            (\*, r', in) and (\*, out, r'), with r' the sum of the ranks.
-        """
+        """Return A and B of a weight's update, as :func:`.weight_factors` does."""
         return weight_factors(name, self.lora_matrices, self.lora_settings, self._lora_reader(name))
 
     def _lora_reader(self, weight: str) -> Callable[[str], Tensor]:
@@ -154,10 +142,7 @@ class LoRALayer(LayerKind):
         return reduce(getattr, name.split("."), self)  # type: ignore[return-value]  # a tensor at the end
 
     def lora_effective_weight(self, name: str, weight: Tensor | None = None, *, dropping: bool = False) -> Tensor:
-        """Return a weight, or what is given as its values, with its update, in float32 or wider.
-
-        With ``dropping``, dropout in training acts on features of A, as there is no input.
-        """
+        """Return a weight, or given values of it, with its update, in float32 or wider. Dropout acts on A."""
         weight = self.lora_values(self, self._lora_weight(name) if weight is None else weight)
         dropout = self.lora_dropout() if dropping else 0.0
         with torch.autocast(weight.device.type, enabled=False):
@@ -169,10 +154,7 @@ class LoRALayer(LayerKind):
             return self.lora_as_weight(matrix * scale.unsqueeze(-1), weight)
 
     def lora_merged_weight(self, name: str) -> tuple[Tensor, float]:
-        """Return a merged weight, with the dtype and the shape of the weight, and the share lost to rounding.
-
-        A DTensor is gathered meanwhile, so that the sum is the same to the last bit as on one process.
-        """
+        """Return a merged weight and the share lost to rounding. Of a DTensor, it has the bits of one process."""
         weight = own_parameter(self, name)
         full = full_tensor(weight)
         is_plain = type(full.data) is Tensor and full.dim() == 2
@@ -279,10 +261,7 @@ class LoRALayer(LayerKind):
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Load as nn.Module does. A checkpoint of the base, which has no adapters, is accepted too.
-
-        Weights with an update become the base, and the adapter begins anew: the update would count twice.
-        """
+        """Load as nn.Module does, or the base alone. Merged weights begin anew: their update would count twice."""
         parameters = self.lora_parameters()
         keys = {prefix + name for name in parameters}
         holds_adapter = not keys.isdisjoint(state_dict)
@@ -325,7 +304,7 @@ class LoRALayer(LayerKind):
         return f"r={settings.r}, scaling={settings.scaling:g}{more}" + (f", parts={names}" if names else "")
 
     def __repr__(self) -> str:
-        """Describe the adapter too, even if the layer overrides ``__repr__``."""
+        """Describe the adapter too, if the layer overrides ``__repr__``, as Conv1D does."""
         text, about, name = super().__repr__(), self._lora_about(), type(self).__name__
         if about not in text:
             text = f"{text.removesuffix(')')}, {about})"

@@ -9,11 +9,9 @@ from lightning_lora.layers.base import LoRALayer
 
 
 class LoRABilinear(LoRALayer):
-    r"""A bilinear layer with a low-rank update.
+    r"""A bilinear layer, :math:`x_1^T W x_2 + b`: A gives r bilinear products of the inputs, and B combines them.
 
-    The layer computes :math:`x_1^T W x_2 + b`. A gives r bilinear products of the inputs, and B combines them. As a
-    matrix, the weight has one row for each output feature and one column for each pair of input features. Dropout
-    applies to the first input: the layer is linear in it too.
+    Dropout applies to the first input: the layer is linear in it too.
 
     Shape:
         weight: (out, in1, in2); lora_A: (r, in1 · in2); lora_B: (out, r). Input (\*, in1), (\*, in2); output (\*, out).

@@ -113,6 +113,20 @@ class LayerKind(InPlace, nn.Module):
         """Called after the weights got other values."""
 
 
+class TransposedKind(LayerKind):
+    """A kind of layer whose weight is stored as (in, out)."""
+
+    @staticmethod
+    def lora_as_matrix(weight: Tensor) -> Tensor:
+        """Return the weight as a matrix of shape (out, in)."""
+        return weight.T
+
+    @staticmethod
+    def lora_as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
+        """Return a matrix of shape (out, in) in the shape of ``weight``."""
+        return matrix.T.reshape(weight.shape)
+
+
 @dataclass
 class Adapter:
     """An adapter that is not attached to a layer. :func:`attach` attaches it."""

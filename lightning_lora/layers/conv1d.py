@@ -4,29 +4,18 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_lora.layers.contract import TransposedKind
 from lightning_lora.layers.linear import LoRALinear
 
 
-class LoRAConv1D(LoRALinear):
-    r"""A Conv1D of transformers with a low-rank update.
-
-    It computes :math:`x W + b + s \, \mathrm{dropout}(x) A^T B^T`.
+class LoRAConv1D(TransposedKind, LoRALinear):
+    r"""A Conv1D of transformers, which computes :math:`x W + b + s \, \mathrm{dropout}(x) A^T B^T`.
 
     Shape:
         weight: (in, out); lora_A: (r, in); lora_B: (out, r). Input (\*, in), output (\*, out).
     """
 
     lora_layer_types = ("transformers.pytorch_utils.Conv1D",)
-
-    @staticmethod
-    def lora_as_matrix(weight: Tensor) -> Tensor:
-        """Return the weight, of shape (in, out), as (out, in)."""
-        return weight.T
-
-    @staticmethod
-    def lora_as_weight(matrix: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG004
-        """Return a matrix of shape (out, in) as (in, out)."""
-        return matrix.T
 
     def lora_forward(self, x: Tensor) -> Any:
         """Compute the output and its update. The argument has its name in Conv1D."""

@@ -8,15 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.contract import TransposedKind
 
 
 class LoRAConvNd(LoRALayer):
-    r"""A convolution with a low-rank update.
+    r"""A convolution: its update convolves with A, to r channels, and then with B, with a kernel of size 1.
 
-    The update is a convolution with A, which has r output channels, and then a convolution of kernel size 1 with B. As
-    a matrix, the weight has one row for each output channel. It has one column for each kernel position of each input
-    channel of a group. With ``groups``, all groups share A, and each has its own rows of B. In this case the layer
-    convolves with the product :math:`B A`, because it is smaller.
+    All groups share A, and each has its own rows of B. With several groups, the product :math:`B A` is smaller: the
+    layer convolves with that.
 
     Shape:
         weight: (out, in / groups, \*kernel); lora_A: (r, in / groups · kernel); lora_B: (out, r).
@@ -49,12 +48,8 @@ class LoRAConvNd(LoRALayer):
         return _pointwise(own._conv_forward(input, a.view(-1, *kernel), None), b, dims)
 
 
-class LoRAConvTransposeNd(LoRALayer):
-    r"""A transposed convolution with a low-rank update.
-
-    The update is a convolution of kernel size 1 with A, which has r output channels, and then a transposed convolution
-    with B. So B has the kernel, while in a convolution A has it. As a matrix, the weight has one column for each input
-    channel.
+class LoRAConvTransposeNd(TransposedKind, LoRALayer):
+    r"""A transposed convolution, in which B has the kernel, and A is a convolution of kernel size 1 to r channels.
 
     Shape:
         weight: (in, out / groups, \*kernel); lora_A: (r, in); lora_B: (out / groups · kernel, r).
@@ -72,11 +67,6 @@ class LoRAConvTransposeNd(LoRALayer):
     def lora_as_matrix(weight: Tensor) -> Tensor:
         """Return the weight as a matrix of shape (out / groups · kernel, in)."""
         return weight.flatten(1).T
-
-    @staticmethod
-    def lora_as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
-        """Return a matrix of shape (out / groups · kernel, in) in the shape of the weight."""
-        return matrix.T.reshape(weight.shape)
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Convolve with A, then with B, or with their product."""
@@ -97,10 +87,7 @@ def _each(value: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _pointwise(x: Tensor, matrix: Tensor, dims: int) -> Tensor:
-    r"""Convolve (N, in, \*size) or (in, \*size) with a kernel of size 1, given as a matrix (out, in).
-
-    One product of matrices is faster than torch's convolution, in either memory format.
-    """
+    r"""Convolve (N, in, \*size) or (in, \*size) with a kernel of size 1: as a product, faster than torch's own."""
     channels = x.dim() - dims - 1
     last = x.movedim(channels, -1)
     if last.is_contiguous():

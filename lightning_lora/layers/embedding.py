@@ -6,15 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.contract import LayerTypes
+from lightning_lora.layers.contract import LayerTypes, TransposedKind
 from lightning_lora.layers.matrices import Role
 
 
-class LoRAEmbedding(LoRALayer):
-    r"""An embedding with a low-rank update.
+class LoRAEmbedding(TransposedKind, LoRALayer):
+    r"""An embedding, which looks up rows of :math:`W + s \, (B A)^T`. An index has no features to drop.
 
-    It looks up rows of :math:`W + s \, (B A)^T`. There is no dropout, because an index has no features to drop. Here A
-    starts at zero, not B. So the column of a token that training never sees stays zero.
+    Here A starts at zero, not B. So the column of a token that training never sees stays zero.
 
     Shape:
         weight: (num_embeddings, embedding_dim); lora_A: (r, num_embeddings); lora_B: (embedding_dim, r).
@@ -30,23 +29,10 @@ class LoRAEmbedding(LoRALayer):
 
     @staticmethod
     def lora_refusal(layer: Any) -> str | None:
-        """Return why this embedding cannot be adapted, or None.
-
-        ``max_norm`` would rescale the rows of W without their update. A cannot have sparse gradients.
-        """
+        """Return why not: max_norm would rescale rows of W without their update; A has no sparse gradients."""
         if layer.max_norm is not None:
             return f"max_norm={layer.max_norm:g} rewrites its weight in every forward"
         return "its gradients are sparse" if layer.sparse else None
-
-    @staticmethod
-    def lora_as_matrix(weight: Tensor) -> Tensor:
-        """Return the weight as a matrix of shape (embedding_dim, num_embeddings)."""
-        return weight.T
-
-    @staticmethod
-    def lora_as_weight(matrix: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG004
-        """Return a matrix of shape (embedding_dim, num_embeddings) as the weight."""
-        return matrix.T
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, input: Tensor) -> Tensor:
         """Look up columns of A, then multiply by B."""
@@ -55,14 +41,10 @@ class LoRAEmbedding(LoRALayer):
 
 
 class LoRAEmbeddingBag(LoRAEmbedding):
-    r"""An embedding bag with a low-rank update.
-
-    It takes the sum, mean or maximum of bags of rows of :math:`W + s \, (B A)^T`. For sums and means, the bags are
-    taken from A and then multiplied by B. For maxima, they are taken from :math:`W + s \, (B A)^T` itself.
+    r"""An embedding bag: the sum, mean or maximum of bags of rows of :math:`W + s \, (B A)^T`.
 
     Shape:
-        weight: (num_embeddings, embedding_dim); lora_A: (r, num_embeddings); lora_B: (embedding_dim, r).
-        Input: indices (bags, n), or (n) with offsets; output (bags, embedding_dim).
+        As in LoRAEmbedding. Input: indices (bags, n), or (n) with offsets; output (bags, embedding_dim).
     """
 
     lora_layer_types = (nn.EmbeddingBag,)

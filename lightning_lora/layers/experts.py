@@ -11,16 +11,14 @@ from lightning_lora.tensors.names import own_parameter
 
 
 class LoRAParameters(LoRALayer):
-    r"""A module with low-rank updates of the parameters in ``target_parameters``.
+    r"""A module with low-rank updates of the parameters in ``target_parameters``, which runs on :math:`W + s B A`.
 
-    The module runs on :math:`W + s B A`; in a stack, each matrix has its own update. The module may use a parameter in
-    any way, so no cheaper way to compute the update is known. The parameter may also be the weight of a layer inside
-    the module. Then it is updated both where the layer is called and where the module reads it.
+    A parameter may be the weight of a layer inside the module: it is updated where the layer is called, and where the
+    module reads it.
 
     Shape:
-        A parameter (out, in): lora_A_name: (r, in); lora_B_name: (out, r). A stack (experts, out, in):
-        lora_A_name: (experts, r, in); lora_B_name: (experts, out, r). It makes no difference to :math:`B A` which side
-        is the input and which the output.
+        A parameter (out, in): lora_A_name: (r, in); lora_B_name: (out, r). A stack (experts, out, in), whose matrices
+        have their own updates: lora_A_name: (experts, r, in); lora_B_name: (experts, out, r).
     """
 
     lora_layer_types: ClassVar[LayerTypes] = ()

@@ -18,13 +18,10 @@ def functional_call(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run a module's forward with other weights.
+    """Run the forward of ``cls`` on a copy of ``module`` with other weights, some perhaps of modules inside it.
 
-    The forward runs on a temporary copy that shares all attributes except the weights. ``module`` itself does not
-    change during the call, so other threads may run it too. Attributes that forward sets are copied back at the end.
-
-    ``cls`` is the class whose forward runs. A weight's name may be that of a weight in a module inside. Attributes in
-    ``derived``, which forward sets from the weights, are not copied back.
+    ``module`` itself does not change meanwhile, so other threads may run it too. Attributes that forward sets are
+    copied back at the end, but for those in ``derived``, which it sets from the weights.
     """
     made: list[Made] = []
     output = _with_weights(module, cls, weights, made).forward(*args, **kwargs)

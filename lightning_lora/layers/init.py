@@ -77,13 +77,8 @@ def _initialise_from_base(layer: nn.Module, adapter: Adapter, values: dict[str, 
 def init_factors(random: Tensor, zero: Tensor, init: str) -> None:
     """Initialise two factors in place: ``random`` and ``zero``.
 
-    ``"kaiming"`` draws random values as nn.Linear does, ``"gaussian"`` with a standard deviation of 1 / r.
-
-    Shape:
-        (*, r, in) and (*, out, r), or the other way round.
-
-    Source:
-        Hu et al. 2021, section 4.1 ("gaussian"); the authors' code ("kaiming").
+    ``"kaiming"`` draws as nn.Linear does (the authors' code), ``"gaussian"`` with a standard deviation of 1 / r (the
+    paper: Hu et al. 2021, section 4.1). The shapes are (*, r, in) and (*, out, r), or the other way round.
     """
     with torch.no_grad():
         if init == "gaussian":
@@ -97,9 +92,8 @@ def init_factors(random: Tensor, zero: Tensor, init: str) -> None:
 def principal_factors(matrix: Tensor, r: int, scaling: float, init: str) -> tuple[Tensor, Tensor]:
     r"""Return the initial factors of PiSSA or OLoRA.
 
-    The update is :math:`s (B A - B_0 A_0)`: zero at first, and the base is not changed. (The papers subtract
-    :math:`s B_0 A_0` from the base instead, with the same result.) PiSSA takes the leading singular values and vectors
-    of the weight, so that :math:`s B_0 A_0` is its best approximation with rank r. Beyond the weight's own rank, it
+    The update is :math:`s (B A - B_0 A_0)`: the papers subtract :math:`s B_0 A_0` from the base instead, with the same
+    result. In PiSSA it is the best approximation of the weight with rank r. Beyond the weight's own rank, it
     initialises as :func:`init_factors` does. OLoRA takes the first rows and columns of a QR decomposition.
 
     Shape:

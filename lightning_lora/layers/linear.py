@@ -10,9 +10,7 @@ from lightning_lora.layers.contract import LayerTypes
 
 
 class LoRALinear(LoRALayer):
-    r"""A linear layer with a low-rank update.
-
-    It computes :math:`x W^T + b + s \, \mathrm{dropout}(x) A^T B^T`.
+    r"""A linear layer, which computes :math:`x W^T + b + s \, \mathrm{dropout}(x) A^T B^T`.
 
     Shape:
         weight: (out, in); lora_A: (r, in); lora_B: (out, r). Input (\*, in), output (\*, out).

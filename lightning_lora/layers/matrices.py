@@ -17,10 +17,7 @@ FROM_BASE = ("pissa", "olora")
 
 
 class Role(Enum):
-    """What a parameter of an adapter is.
-
-    The value is in the parameter's name: ``lora_A``, or ``lora_A_q`` in a layer with several matrices.
-    """
+    """What a parameter of an adapter is. The value is in its name, such as ``lora_A`` or ``lora_A_q``."""
 
     A = "A"  # the factor that reads the input
     B = "B"  # the factor that writes the output
@@ -59,13 +56,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class AdaptedMatrix:
-    """One matrix with its own update: a weight of a layer, or some rows of it.
-
-    Example:
-        >>> q = AdaptedMatrix("in_proj_weight", reads=8, writes=8, first=0, rows=24, name="q")
-        >>> q.parameter(Role.A), q.has_all_rows, q.rank(16)
-        ('lora_A_q', False, 8)
-    """
+    """One matrix with its own update: a weight of a layer, or some rows of it."""
 
     weight: str  # the parameter's name in the layer, such as "weight" or "out_proj.weight"
     reads: int  # columns: input features
@@ -134,22 +125,12 @@ class AdapterParameter(NamedTuple):
 
 
 def adapter_parameters(matrices: Iterable[AdaptedMatrix], settings: Settings) -> dict[str, AdapterParameter]:
-    """Return the parameters of an adapter, by name in the layer. Nothing else builds or reads such names.
-
-    Example:
-        >>> q, k = (AdaptedMatrix("weight", reads=8, writes=8, rows=16, name=name) for name in "qk")
-        >>> list(adapter_parameters([q, k], Settings(r=2, scaling=1.0)))
-        ['lora_A_q', 'lora_B_q', 'lora_A_k', 'lora_B_k']
-    """
+    """Return the parameters of an adapter, by name in the layer. Nothing else builds or reads such names."""
     return {matrix.parameter(role): AdapterParameter(role, matrix) for matrix in matrices for role in settings.roles}
 
 
 def matrix_factors(matrix: AdaptedMatrix, settings: Settings, tensor: Callable[[str], Tensor]) -> Factors:
-    r"""Return A and B of a matrix's update :math:`s \, B A`.
-
-    Factors with initial values, :math:`A_0, B_0`, give :math:`B A - B_0 A_0` as one pair. ``tensor`` gives
-    a parameter of the adapter by its name in the layer.
-    """
+    """Return A and B of a matrix's update, or of its difference from initial values, from parameters by name."""
     factors = tensor(matrix.parameter(Role.A)), tensor(matrix.parameter(Role.B))
     if settings.inits_from_base:
         return difference(factors, (tensor(matrix.parameter(Role.A0)), tensor(matrix.parameter(Role.B0))))
@@ -159,9 +140,7 @@ def matrix_factors(matrix: AdaptedMatrix, settings: Settings, tensor: Callable[[
 def weight_factors(
     weight: str, matrices: Iterable[AdaptedMatrix], settings: Settings, tensor: Callable[[str], Tensor]
 ) -> Factors:
-    r"""Return A and B of a weight's update :math:`s \, B A`. Those of several matrices in the weight are stacked.
-
-    ``tensor`` gives a parameter of the adapter by its name in the layer.
+    r"""Return A and B of a weight's update, from parameters by name. Those of several matrices are stacked.
 
     Shape:
         (\*, r', in) and (\*, out, r'), with r' the sum of the ranks.

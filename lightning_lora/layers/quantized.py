@@ -12,9 +12,7 @@ from lightning_lora.layers.matrices import AdaptedMatrix
 
 
 class LoRALinear4bit(LoRALinear):
-    r"""A 4-bit linear layer of bitsandbytes with a low-rank update.
-
-    The update :math:`s \, \mathrm{dropout}(x) A^T B^T` is added to the output of bitsandbytes.
+    r"""A 4-bit linear layer of bitsandbytes, to whose output :math:`s \, \mathrm{dropout}(x) A^T B^T` is added.
 
     Shape:
         weight: (out, in), packed; lora_A: (r, in); lora_B: (out, r). Input (\*, in), output (\*, out).
@@ -103,10 +101,7 @@ def count(parameter: Any) -> int:
 
 
 def repacks(module: nn.Module) -> bool:
-    """Whether a 4-bit layer may repack its weight for inference.
-
-    bitsandbytes does this on some CPUs when the layer first runs in eval mode. After that, it passes no gradient.
-    """
+    """Whether a 4-bit layer may repack its weight in eval mode, as on some CPUs: then it passes no gradient."""
     return "support_avx512bf16_for_cpu" in vars(module) and _is_a(module, LoRALinear4bit)
 
 

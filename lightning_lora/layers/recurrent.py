@@ -10,19 +10,17 @@ from lightning_lora.tensors.names import own_parameter
 
 
 class LoRARecurrent(LoRALayer):
-    r"""A recurrent layer with low-rank updates of its weights.
+    r"""A recurrent layer, which runs on :math:`W + s B A` for each weight of each layer and direction.
 
-    It runs on :math:`W + s B A` for each weight: all gates, layers and directions. A gate is not linear in its weights,
-    so the update cannot be added to the output. It is added to the weights, once for all time steps. Dropout drops
-    features of A, the same ones for the whole sequence, as is usual in recurrent layers.
+    A gate is not linear in its weights, so the update cannot be added to the output. Dropout drops features of A, the
+    same ones for the whole sequence.
 
     Shape:
-        weight_ih_l0: (gates · hidden, in); lora_A_ih_l0: (r, in); lora_B_ih_l0: (gates · hidden, r). The same holds for
-        weight_hh_l0 and, in an LSTM with projections, weight_hr_l0, and for every layer and direction.
+        weight_ih_l0: (gates · hidden, in); lora_A_ih_l0: (r, in); lora_B_ih_l0: (gates · hidden, r); others likewise.
 
     Source:
-        Hu et al. 2021, section 4.1, for each weight matrix; Gal and Ghahramani 2016, "A Theoretically Grounded
-        Application of Dropout in Recurrent Neural Networks", section 4 (one mask for a sequence).
+        Gal and Ghahramani 2016, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks",
+        section 4 (one mask for a sequence).
     """
 
     lora_layer_types = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)

@@ -33,15 +33,11 @@ def digest(tensor: Tensor) -> int:
     if tensor.layout is not torch.strided:
         sparse = tensor.detach().to_sparse_coo().coalesce()  # the dense form may be too large
         return (3 * digest(sparse.indices()) + digest(sparse.values())) % (1 << 63)
-    return _digest_of_integers(_integers(_flat(tensor)))
+    return _digest_of_integers(_integers(tensor))
 
 
 def digests(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[int]:
-    """Return the digests of several tensors, each converted to ``dtype`` first, if that is given.
-
-    Collective for DTensors: each process reads its own shards, and the sums are added, with one message for each
-    kind of placement. Nothing is gathered.
-    """
+    """Return the digests of several tensors, converted to ``dtype``. DTensors take one message for each placement."""
     found = [0 if is_dtensor(tensor) else digest(tensor.to(dtype or tensor.dtype)) for tensor in tensors]
     placed: dict[Any, list[int]] = {}
     for place, tensor in enumerate(tensors):
@@ -61,7 +57,7 @@ def digests(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list
 def _local_sum(tensor: Tensor) -> Tensor:
     """The sum of the products of a DTensor's local shard, modulo 2**64."""
     local, starts, run = to_local(tensor), *local_runs(tensor)
-    integers, multipliers = _integers(_flat(local)), _multipliers(local.device)
+    integers, multipliers = _integers(local), _multipliers(local.device)
     size = max(1, local.element_size() // 4)
     total = multipliers.new_zeros(())
     if not len(integers):
@@ -95,12 +91,9 @@ def digests_as(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> list[int]:
     return [_total(sums[dtype], counts[dtype]) for dtype in dtypes]
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-
-
-def _integers(values: Tensor) -> Tensor:
-    """The bits of a vector, as integers of at most 32 bits."""
+def _integers(tensor: Tensor) -> Tensor:
+    """The bits of a tensor, as a vector of integers of at most 32 bits."""
+    values = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return values.view({1: torch.uint8, 2: torch.int16}.get(values.element_size(), torch.int32))
 
 

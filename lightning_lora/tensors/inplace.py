@@ -5,10 +5,9 @@ from typing import Any, ClassVar
 
 
 class InPlace:
-    """A mixin for the class of an existing object. :func:`overlay` adds it and :func:`uncover` removes it.
+    """A mixin that :func:`overlay` adds to the class of an object. Its ``super()`` calls the original class.
 
-    The object keeps its attributes, and every ``isinstance`` test gives the same result. ``super()`` in the mixin calls
-    the original class. Copying and pickling work, although the combined class cannot be imported by name.
+    Copying and pickling work, although the combined class cannot be imported by name.
     """
 
     overlaid: ClassVar[tuple[type, type]]

@@ -102,10 +102,7 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
-    """Return the parameter that ``module`` holds under ``name``.
-
-    It is not read as an attribute, because an attribute may be computed from other parameters.
-    """
+    """Return the parameter that ``module`` holds under ``name``. An attribute may be computed from other parameters."""
     parameter = module._parameters.get(name)
     if parameter is None:
         owner, _, leaf = name.rpartition(".")
@@ -127,10 +124,7 @@ def state_dict(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
 
 
 def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = False) -> None:
-    """Load a state dict with plain names into ``model``, full tensors into its DTensors too.
-
-    ``model`` may have entries that are missing in the state, unless ``strict`` is True.
-    """
+    """Load a state dict with plain names, full tensors into DTensors too. Unless ``strict``, entries may be missing."""
     present = model.state_dict(keep_vars=True)
     own = {plain_name(name): name for name in present}
     loaded = {}

@@ -51,10 +51,7 @@ def full_tensors(values: _Value) -> _Value:
 
 
 def distributed_as(values: Tensor, like: Tensor) -> Tensor:
-    """Return full values, distributed as ``like`` is, without communication.
-
-    They are returned unchanged if ``like`` is no DTensor or they are one.
-    """
+    """Return full values, distributed as ``like`` is, without communication. A DTensor is returned unchanged."""
     if not is_dtensor(like) or is_dtensor(values):
         return values
     from torch.distributed.tensor import distribute_tensor
@@ -76,11 +73,7 @@ TENSOR_PARALLEL = "tensor_parallel"
 
 
 def split_as(factor: Tensor, weight: Tensor, dim: int | None) -> Tensor:
-    """Return a full factor, distributed as a tensor-parallel weight is.
-
-    ``dim`` is the dimension that both have: 0 for what writes the output, -1 for what reads the input. If it is None,
-    the factor is replicated.
-    """
+    """Return a full factor, split in ``dim`` if a tensor-parallel weight is (0: its output, -1: its input)."""
     if not is_dtensor(weight) or TENSOR_PARALLEL not in _names(weight):
         return factor
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -141,11 +134,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def local_runs(tensor: Any) -> tuple[Tensor, int]:
-    """Return where the local shard of a DTensor lies in the full tensor, as runs of neighbours.
-
-    Returns:
-        The position of each run's first element, and the number of elements in a run.
-    """
+    """Return where runs of the local shard of a DTensor begin in the full tensor, and how many elements each has."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)

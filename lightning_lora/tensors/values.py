@@ -18,20 +18,15 @@ def copy_to_host(tensor: Tensor) -> Tensor:
 def replace_values(tensor: Tensor, values: Tensor) -> None:
     """Replace the values of a tensor, which stays the same object. Nothing is copied, but to a DTensor."""
     if is_dtensor(tensor):
-        _replace_local(tensor, values)
+        if tensor.dtype == values.dtype and to_local(tensor).shape == to_local(values).shape:
+            to_local(tensor).copy_(to_local(values))  # FSDP2 sends this memory to the other processes
+        else:
+            torch.utils.swap_tensors(tensor, nn.Parameter(values, tensor.requires_grad))
         return
     if tensor.is_inference() and not values.is_inference():  # or torch would miss a version counter in every use
         with torch.inference_mode():
             values = values.clone()
     tensor.data = values
-
-
-def _replace_local(tensor: Tensor, values: Tensor) -> None:
-    """Replace the values of a DTensor in its memory, which FSDP2 sends to the other processes."""
-    if tensor.dtype == values.dtype and to_local(tensor).shape == to_local(values).shape:
-        to_local(tensor).copy_(to_local(values))
-    else:
-        torch.utils.swap_tensors(tensor, nn.Parameter(values, tensor.requires_grad))
 
 
 def set_aside(tensor: Tensor) -> Tensor:
@@ -51,10 +46,7 @@ def set_requires_grad(tensor: Tensor, flag: bool) -> None:
 
 
 def same_bits(tensor: Tensor, original: Tensor) -> bool:
-    """Whether two tensors have the same bits.
-
-    ``original`` is converted to the dtype of ``tensor`` first. Of DTensors, only the local shards are compared.
-    """
+    """Whether two tensors, or their local shards, have the same bits in the dtype of the first one."""
     tensor, original = to_local(tensor), to_local(original)
     if tensor.is_meta or original.is_meta:
         return tensor.is_meta and original.is_meta
@@ -94,10 +86,9 @@ def _samples(tensor: Tensor) -> Tensor:
 
 
 class Seen:
-    """A tensor, or the local shard of a DTensor, as it was at one moment.
+    """A tensor, or the local shard of a DTensor, as it was at one moment. A copy of this knows only the values.
 
-    It knows the tensor itself, but not by a weak reference: torch refuses to swap tensors that have one. A copy of it
-    (by deepcopy or pickle) knows only the values.
+    It knows the tensor itself, but not by a weak reference: torch refuses to swap tensors that have one.
     """
 
     def __init__(self, tensor: Tensor, known: int | None = None) -> None:
