@@ -1,9 +1,7 @@
-"""DeepSpeed with ZeRO stage 1 or 2.
-
-Each process holds all weights, and trains copies in float32 of a part of them. Files are those of any other strategy.
-"""
+"""DeepSpeed with ZeRO stage 1 or 2: each process holds all weights, and trains copies in float32 of a part of them."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,16 +17,14 @@ from lightning_lora.training.strategy import LateStrategy, LoRAStrategy
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
-    from torch.optim import Optimizer
+
+State = dict[str, Any]
 
 _COPIES, _SCALE = "float32", "loss_scaler"
 """Entries of an optimizer's state in half precision: DeepSpeed's copies, and how it scales the loss in float16."""
 
 _IDLE = "lora_idle_"
 """The start of the names of parameters that keep the places of groups which train nothing."""
-
-
-State = dict[str, Any]
 
 
 class Partition:
@@ -75,7 +71,7 @@ class Partition:
             if isinstance(value, Tensor) and value.shape == self.local.shape:
                 values: list[Any] = self.full(value, device)
             else:  # one for all, as the number of steps: each gets its own
-                values = [value.clone() if isinstance(value, Tensor) else value for _ in states]
+                values = [deepcopy(value) for _ in states]
             for held, each in zip(states, values, strict=True):
                 held[name] = each
         return states
@@ -84,15 +80,14 @@ class Partition:
         """Return the optimizer's state of this part."""
         found: State = {}
         for name in dict.fromkeys(name for state in states for name, value in state.items() if value is not None):
-            values = [state.get(name) for state in states]
-            given = [(value, p) for value, p in zip(values, self.parameters, strict=True) if value is not None]
-            if all(isinstance(value, Tensor) and value.shape == p.shape for value, p in given):
-                pairs = zip(values, self.parameters, strict=True)
+            given = [state.get(name) for state in states]
+            pairs = list(zip(given, self.parameters, strict=True))
+            if all(value is None or (isinstance(value, Tensor) and value.shape == p.shape) for value, p in pairs):
                 found[name] = self.local_of(torch.zeros_like(p) if value is None else value for value, p in pairs)
-            elif any(isinstance(value, Tensor) and value.dim() for value, _ in given):
+                continue
+            found[name] = next(value for value in given if value is not None)  # one for all
+            if isinstance(found[name], Tensor) and found[name].dim():
                 raise ValueError(f"its entry {name!r} has other shapes than the parameters")
-            else:
-                found[name] = given[0][0]
         return found
 
 
@@ -122,9 +117,7 @@ class LoRADeepSpeedStrategy(LateStrategy):
     """The methods for DeepSpeedStrategy."""
 
     lora_skipped = ("load_checkpoint", "load_model_state_dict", "save_checkpoint")
-
-    lora_partitions: Sequence[Partition] = ()
-    """What this process trains of each group."""
+    lora_partitions: Sequence[Partition] = ()  # what this process trains of each group
 
     # Set up
 
@@ -229,20 +222,9 @@ class LoRADeepSpeedStrategy(LateStrategy):
     # Gradients
 
     def lora_gradients(self) -> Gradients:
-        """Return what watches the gradients of a fit."""
-        return CopiedGradients(self.lora_module, self.model, self.lora_partitions)
-
-
-class CopiedGradients(Gradients):
-    """Watches gradients where the optimizer trains copies of the parameters."""
-
-    def __init__(self, model: nn.Module, wrapped: Any, partitions: Sequence[Partition]) -> None:
-        super().__init__(model, wrapped, notes=True)
-        self.partitions = partitions
-
-    def parameters_of(self, optimizer: "Optimizer") -> list[nn.Parameter]:
-        """Return the parameters that an optimizer trains."""
-        return [p for partition in self.partitions for p in partition.parameters]
+        """Return what watches the gradients of a fit, whose optimizer trains copies of the parameters."""
+        copied = [p for partition in self.lora_partitions for p in partition.parameters]
+        return Gradients(self.lora_module, self.model, notes=True, copied=copied)
 
 
 def _partitions_of(optimizer: Any, idle: set[int]) -> list[Partition]:

@@ -21,11 +21,14 @@ from lightning_lora.model.view import View, view_of
 class Gradients:
     """Watches the gradients of one run. With ``notes``, it notes which parameters get one: they may be given one later.
 
-    DDP fails if a batch does not use a layer (an expert, an unused pooler). Here, unused parameters get a zero
-    gradient, so ``find_unused_parameters``, which searches the graph in every step, is not needed.
+    ``copied`` are the parameters of which the optimizer trains copies. DDP fails if a batch does not use a layer (an
+    expert, an unused pooler). Here, unused parameters get a zero gradient, so ``find_unused_parameters``, which
+    searches the graph in every step, is not needed.
     """
 
-    def __init__(self, model: nn.Module, wrapped: Any, *, notes: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, wrapped: Any, *, notes: bool = False, copied: list[nn.Parameter] | None = None
+    ) -> None:
         waits = isinstance(wrapped, DistributedDataParallel)
         self.waiting = wrapped if waits and not (wrapped.find_unused_parameters or wrapped.static_graph) else None
         view = view_of(model)
@@ -35,6 +38,7 @@ class Gradients:
         self.now: set[int] = set()
         self.ever: set[int] = set()
         self.optimizers: list[Optimizer] = []
+        self.copied = copied
         self.notes = notes or self.waiting is not None
         trained = [p for p in model.parameters() if p.requires_grad] if self.notes else []
         self.trained = {id(p): p for p in trained}
@@ -68,7 +72,8 @@ class Gradients:
         if not self.has_begun or any(optimizer is seen for seen in self.optimizers):
             return
         self.optimizers.append(optimizer)
-        missed = {id(p) for p in self.parameters_of(optimizer) if not self._was_reached(p)}
+        held = self.copied or [p for group in optimizer.param_groups for p in group["params"]]
+        missed = {id(p) for p in held if not (id(p) in self.ever if self.notes else p.grad is not None)}
         dead = [name for name, layer in self.layers.items() if any(id(p) in missed for p in layer.lora_trained())]
         if dead:
             warnings.warn(
@@ -80,13 +85,6 @@ class Gradients:
                 DeadAdapterWarning,
                 stacklevel=1,
             )
-
-    def parameters_of(self, optimizer: Optimizer) -> list[nn.Parameter]:
-        """Return the parameters that an optimizer trains."""
-        return [p for group in optimizer.param_groups for p in group["params"]]
-
-    def _was_reached(self, parameter: nn.Parameter) -> bool:
-        return id(parameter) in self.ever if self.notes else parameter.grad is not None
 
     def close(self) -> None:
         """Remove the hooks."""

@@ -18,8 +18,7 @@ from lightning_lora.tensors.names import own_parameter, owner_of, parameters_of
 Params = list[nn.Parameter]
 
 _EDITED: "WeakKeyDictionary[Optimizer, tuple[list[Params], list[Params]]]" = WeakKeyDictionary()
-"""The groups of each optimizer as it was built, and after editing. LightningCLI returns the same optimizer in every
-fit, and from the second fit on its groups no longer hold the base weights."""
+"""The groups of each optimizer as built, and after editing: LightningCLI returns the same one in every fit."""
 
 _CHECKED: "WeakKeyDictionary[Optimizer, list[int]]" = WeakKeyDictionary()
 """The sizes of each optimizer's groups at the last check that found no frozen weight."""
@@ -159,19 +158,20 @@ def _place_rest(view: View, edited: list[list[Params]]) -> None:
 def _check_emptied(view: View, optimizer: str, held: set[int], followers: dict[int, Params]) -> None:
     """Refuse an optimizer that has lost all its parameters. What the user froze was never trained by it."""
     lost = [name for name, p in view.base.items() if id(p) in held and view.record.requires_grad.get(name)]
-    if lost:
-        shared = _common_owner(lost)
-        networks = [shared] if shared else list(dict.fromkeys(owner_of(name) or name for name in lost))
-        if held & followers.keys():
-            raise OptimizerError(
-                f"{optimizer} would train nothing: it holds only frozen weights of {listed(networks)}, and their "
-                "adapters are in another optimizer. Leave this optimizer out."
-            )
+    if not lost:
+        return
+    shared = _common_owner(lost)
+    networks = [shared] if shared else list(dict.fromkeys(owner_of(name) or name for name in lost))
+    if held & followers.keys():
         raise OptimizerError(
-            f"{optimizer} would train nothing: it holds only weights of {listed(networks)}, which are neither adapted "
-            "nor trained in full. A loss of theirs could not be minimised. Adapt their layers (target_modules), or "
-            f"train them in full: modules_to_save={networks}. Or leave this optimizer out."
+            f"{optimizer} would train nothing: it holds only frozen weights of {listed(networks)}, and their "
+            "adapters are in another optimizer. Leave this optimizer out."
         )
+    raise OptimizerError(
+        f"{optimizer} would train nothing: it holds only weights of {listed(networks)}, which are neither adapted "
+        "nor trained in full. A loss of theirs could not be minimised. Adapt their layers (target_modules), or "
+        f"train them in full: modules_to_save={networks}. Or leave this optimizer out."
+    )
 
 
 def _common_owner(parameters: list[str]) -> str:

@@ -31,10 +31,7 @@ def _of_all_processes(trainer: Trainer, state: Tensor) -> Tensor:
 
 
 def restore_random_state(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
-    """Set this process's generators as a checkpoint says, when a resumed fit begins.
-
-    The data loaders start anew: Lightning has started them before, with other random numbers.
-    """
+    """Set this process's generators as a checkpoint says, when a resumed fit begins."""
     states, device = checkpoint.get(RANDOM), trainer.strategy.root_device
     if not isinstance(states, Mapping):
         return
@@ -45,7 +42,7 @@ def restore_random_state(trainer: Trainer, checkpoint: Mapping[str, Any]) -> Non
         if rows.dtype == now.dtype and rows.shape == (trainer.world_size, len(now)):
             state = rows[trainer.global_rank].clone()  # torch crashes on a row that is a view
             torch.set_rng_state(state) if name == "cpu" else torch.cuda.set_rng_state(state, device)
-    loop: Any = trainer.fit_loop
+    loop: Any = trainer.fit_loop  # its loaders start anew: Lightning has started them with other random numbers
     loop._combined_loader_states_to_load = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
     loop._load_combined_loader_states()
     iter(loop._data_fetcher)

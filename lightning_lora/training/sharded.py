@@ -76,7 +76,6 @@ class LoRAShardedStrategy(LateStrategy):
         return self.device_mesh["data_parallel"]  # type: ignore[attr-defined]
 
     def _lora_warn_of_whole_model(self) -> None:
-        """Warn that each process holds the whole model, and perhaps reads the same data."""
         if self.is_global_zero and not any(map(shards.is_split, self.lora_module.parameters())):
             warnings.warn(
                 f"Nothing of {type(self.lora_module).__name__} is sharded: each process holds the whole model, and "
@@ -125,10 +124,7 @@ class LoRAShardedStrategy(LateStrategy):
             super().lora_note_base(anew=anew)
 
     def on_train_start(self) -> None:
-        """Take the fingerprint of a base that was loaded late.
-
-        Adapters that start from it are those of the first process.
-        """
+        """Take the fingerprint of a base that was loaded late. Adapters that start from it are the first process's."""
         self.lora_note_base(anew=False)
         _share_adapters(view_of(self.lora_module))
         super().on_train_start()
@@ -156,29 +152,26 @@ class LoRAShardedStrategy(LateStrategy):
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return the state of an optimizer, made full."""
-        state: dict[str, Any] = shards.full_tensors(super().optimizer_state(optimizer))
-        return state
+        return shards.full_tensors(super().optimizer_state(optimizer))
 
     # Gradients
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Average nothing after a backward pass that only accumulates.
-
-        FSDP2 does not send its gradients then, either.
-        """
-        roots = [module for module in self.lora_module.modules() if hasattr(module, "set_requires_gradient_sync")]
-        self._lora_set_sync(roots, False)
+        """Average nothing after a backward pass that only accumulates, and let FSDP2 send nothing."""
+        self._lora_set_sync(False)
         try:
             with super().block_backward_sync():  # type: ignore[misc]  # of parallel strategies
                 yield
         finally:
-            self._lora_set_sync(roots, True)
+            self._lora_set_sync(True)
 
-    def _lora_set_sync(self, roots: list[Any], flag: bool) -> None:
+    def _lora_set_sync(self, flag: bool) -> None:
         self.lora_stage.averages_gradients = flag
-        for module in roots:
-            module.set_requires_gradient_sync(flag, recurse=False)
+        for module in self.lora_module.modules():
+            sync: Any = getattr(module, "set_requires_gradient_sync", None)  # of FSDP2's modules
+            if sync is not None:
+                sync(flag, recurse=False)
 
     def lora_gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""
@@ -214,9 +207,7 @@ class ShardedGradients(Gradients):
     def _average(self, parameters: list[nn.Parameter]) -> None:
         """Average the gradients of parameters of one dtype, with one message."""
         with torch.no_grad():
-            own = [
-                torch.zeros_like(shards.to_local(p)) if p.grad is None else shards.to_local(p.grad) for p in parameters
-            ]
+            own = [shards.to_local(torch.zeros_like(p) if p.grad is None else p.grad) for p in parameters]
             flat = torch.cat([grad.reshape(-1) for grad in own]).mul_(1 / self.mesh.size())  # before the sum, as DDP
             dist.all_reduce(flat, group=self.mesh.get_group())
             for p, mean in zip(parameters, flat.split([grad.numel() for grad in own]), strict=True):
@@ -239,11 +230,10 @@ def _share(tensors: Iterable[Tensor]) -> None:
 
 def _share_adapters(view: View) -> None:
     """Give every process the adapters of the first one, or its own part of them."""
-    with torch.no_grad():
-        for p in view.adapters.values():
-            values = shards.full_tensor(p.detach())
-            _share([values])
-            replace_values(p, shards.distributed_as(values, p))
+    for p in view.adapters.values():
+        values = shards.full_tensor(p.detach())
+        _share([values])
+        replace_values(p, shards.distributed_as(values, p))
 
 
 def _spread_state(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:

@@ -69,8 +69,8 @@ class Stage:
     def take_config(self, pl_module: LightningModule, stored: LoRAConfig, source: object) -> bool:
         """Take arguments that were not given from a file, or from adapters that the module has."""
         config = self.config.completed(stored, self.given)
-        names = (field.name for field in fields(config))
-        taken = [f"{n}={getattr(config, n)!r}" for n in names if getattr(config, n) != getattr(self.config, n)]
+        values = [(field.name, getattr(config, field.name)) for field in fields(config)]
+        taken = [f"{name}={value!r}" for name, value in values if value != getattr(self.config, name)]
         if not taken:
             return False
         rank_zero_info(f"LoRACallback takes {', '.join(taken)} from {source}, instead of the defaults.")
@@ -96,10 +96,7 @@ class Stage:
         return self.is_fit or self.came == "adapted" or for_file
 
     def adapt(self, pl_module: LightningModule, *, for_file: bool = False, replaced: bool = False) -> None:
-        """Adapt the module after its own hooks have run.
-
-        The weights that the hooks have loaded until now become the base.
-        """
+        """Adapt the module after its own hooks have run. The weights that they have loaded become the base."""
         if not self.adapts(pl_module, for_file=for_file):
             return
         inject_adapters(pl_module, self.config)

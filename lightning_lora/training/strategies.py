@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def overlay_strategy(strategy: "Strategy", stage: Stage) -> LoRAStrategy:
     """Add the methods of :class:`LoRAStrategy` to a strategy, once, and let them act in ``stage``.
 
-    They call methods that other code has set on the strategy since the set-up before, each once, as if set below them.
+    What other code has set on the strategy since the set-up before is called once, as if set below them.
     """
     held = vars(strategy)
     if not isinstance(strategy, LoRAStrategy):

@@ -58,34 +58,17 @@ class LoRAStrategy(Strategy, InPlace):
     ``lora_``.
     """
 
-    lora_adapts_late: ClassVar[bool] = False
-    """Whether adapters are added only after ``configure_model``, which shards the module."""
-
-    lora_skipped: ClassVar[tuple[str, ...]] = ()
-    """Methods for which ``super()`` skips the strategy's class, and calls the base class of all strategies."""
-
-    lora_kind: ClassVar["type[Strategy]"]
-    """The strategy's class, as it was."""
-
-    lora_stage: Stage
-    """The stage that runs, or ran last."""
-
-    lora_own: ClassVar[dict[str, Any]]
-    """The methods of that class that ``super()`` calls, by name."""
-
     overlaid_prefix: ClassVar[str] = ""
-
-    lora_others: dict[str, list[Any]]
-    """What other code has set on the strategy, by name, the latest last."""
-
-    lora_depths: dict[str, int]
-    """How many of these, or of the class's own, are running."""
+    lora_adapts_late: ClassVar[bool] = False  # whether configure_model, which shards the module, comes first
+    lora_skipped: ClassVar[tuple[str, ...]] = ()  # for these, super() calls the base class of all strategies
+    lora_kind: ClassVar["type[Strategy]"]  # the strategy's class, as it was
+    lora_own: ClassVar[dict[str, Any]]  # the methods of that class that super() calls, by name
+    lora_stage: Stage  # the stage that runs, or ran last
+    lora_others: dict[str, list[Any]]  # what other code has set on the strategy, by name, the latest last
+    lora_depths: dict[str, int]  # how many of these, or of the class's own, are running
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle and copy the strategy as it was.
-
-        The next set-up of the copy adds the methods again, also around those that other code has set.
-        """
+        """Pickle and copy the strategy as it was: the copy's next set-up adds the methods again."""
         reduced = super().__reduce_ex__(protocol)
         if reduced[1] != self.overlaid:  # the class's own way
             return reduced
@@ -103,10 +86,7 @@ class LoRAStrategy(Strategy, InPlace):
     # Set up
 
     def setup(self, trainer: "Trainer") -> None:
-        """Adapt the module before it is converted, moved and wrapped.
-
-        The base's fingerprint is taken before and after the conversion.
-        """
+        """Adapt the module before it is converted, moved and wrapped."""
         record = find_record(self.lora_module)
         if record is not None and record.is_merged:  # it is only evaluated
             is_known = fingerprint(view_of(self.lora_module), anew=False) in record.fingerprints
@@ -169,10 +149,7 @@ class LoRAStrategy(Strategy, InPlace):
     # Load
 
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read the checkpoint, then adapt the module. Outside of a stage, it does not change.
-
-        A full checkpoint becomes the base.
-        """
+        """Read the checkpoint, then adapt the module. A full checkpoint becomes the base."""
         stage, module = self.lora_stage, self.lora_module
         checkpoint: dict[str, Any] = self._lora_read(checkpoint_path, *args, **kwargs)
         merged = leave_adapters(checkpoint)
@@ -261,10 +238,7 @@ class LoRAStrategy(Strategy, InPlace):
             stage.phase = Phase.LOADED
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        """Load the optimizers' states, if they fit.
-
-        Lightning leaves out optimizers or states that have no counterpart.
-        """
+        """Load the optimizers' states, if they fit. Lightning leaves out those that have no counterpart."""
         states = checkpoint["optimizer_states"]
         try:
             if KEY in checkpoint and len(states) != len(self.optimizers):
@@ -290,17 +264,14 @@ class LoRAStrategy(Strategy, InPlace):
         return adapter_state_dict(self.lora_module) if self._lora_saves() else super().lightning_module_state_dict()
 
     def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint with only the adapters, and with ``save="model"`` the whole merged model.
-
-        A method that other code has set gets the path itself.
-        """
+        """Write a checkpoint with only the adapters, and with ``save="model"`` the whole merged model."""
         writes_at_once = self._lora_uses_torch() and "save_checkpoint" not in self.lora_others
         if self._lora_saves():
             checkpoint = adapter_only(self.lora_module, checkpoint, written_later=not writes_at_once)
             if self.lora_stage.save == "model" and self.is_global_zero:
                 checkpoint, lost = with_merged_model(self.lora_module, checkpoint, written_later=not writes_at_once)
                 warn_of_rounding(lost, self.lora_module)
-        beside = writes_at_once and self.is_global_zero and disk.local_path(filepath) is not None
+        beside = writes_at_once and self.is_global_zero and disk.local_path(filepath) is not None  # others get the path
         with disk.writing(filepath, beside=beside) as path:
             super().save_checkpoint(checkpoint, path, storage_options)
 
@@ -319,13 +290,10 @@ class LoRAStrategy(Strategy, InPlace):
     # Training
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a training step, in which dropout acts.
-
-        With automatic optimisation, its backward pass may compute layers again.
-        """
+        """Run a training step, in which dropout acts."""
         self.lora_stage.dropout.begin_step(self.lora_module)
         output = super().training_step(*args, **kwargs)
-        if not self.lora_module.automatic_optimization:
+        if not self.lora_module.automatic_optimization:  # otherwise, a backward pass comes, which may recompute layers
             self.lora_stage.dropout.end_step()
         return output
 
@@ -342,10 +310,7 @@ class LoRAStrategy(Strategy, InPlace):
 
 
 class LateStrategy(LoRAStrategy):
-    """For a strategy that restores checkpoints after its set-up.
-
-    It has files of its own. Here, it reads and writes one file, as the other strategies do.
-    """
+    """For a strategy that restores checkpoints after its set-up. Its files are those of the other strategies."""
 
     def lora_adapt(self, **options: Any) -> None:
         """Adapt the module, and explain errors."""
