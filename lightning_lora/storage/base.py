@@ -18,32 +18,27 @@ from lightning_lora.errors import BaseMismatchError, LoRAWarning, listed
 from lightning_lora.layers import is_quantised, quantised_entries, repacks
 from lightning_lora.model.state import HALVES
 from lightning_lora.model.view import View, view_of
-from lightning_lora.storage.names import Renaming
+from lightning_lora.storage.names import SAME_NAMES, Renaming
 from lightning_lora.tensors.digests import digest, digests_as
 from lightning_lora.tensors.names import join
 
 
-def fingerprint(view: View, *, anew: bool = True, renaming: Renaming | None = None) -> dict[str, Any]:
-    """Return the fingerprint of an adapted model's base, in plain types.
+def fingerprint(view: View, *, anew: bool = True, renaming: Renaming = SAME_NAMES) -> dict[str, Any]:
+    """Return the fingerprint of an adapted model's base, in plain types. Collective for one spread over processes.
 
     It has ``layout``, a hash of the names and shapes (the names that ``renaming`` has in a file); ``dtypes``; and
     ``digests``, one number for each tensor in order, which is 0 on the meta device. It costs one pass over the weights,
-    unless ``anew`` is False: then a weight is read again only if a quick look shows a change. Collective for a model
-    that is spread over processes: the result is that of the whole model.
+    unless ``anew`` is False: then a weight is read again only if a quick look shows a change.
     """
     tensors = base_tensors(view)
     once = {id(tensor): name for name, tensor in reversed(tensors.items())}  # tied weights are hashed once
-    first = {name: tensors[name] for name in tensors if once[id(tensors[name])] == name}
-    known = view.record.digests({name: tensor for name, tensor in first.items() if not tensor.is_meta}, anew=anew)
+    first = {name: t for name, t in tensors.items() if once[id(t)] == name and not t.is_meta}
+    known = view.record.digests(first, anew=anew)
     digests = {name: known.get(once[id(tensor)], 0) for name, tensor in tensors.items()}
     for name, (changed, was) in [*view.record.changed.items(), *view.record.rounded_base.items()]:
         if digests.get(name) == changed:
             digests[name] = was
-    return {
-        "layout": _layout(tensors, renaming or Renaming()),
-        "dtypes": _dtypes(tensors),
-        "digests": list(digests.values()),
-    }
+    return {"layout": _layout(tensors, renaming), "dtypes": _dtypes(tensors), "digests": list(digests.values())}
 
 
 def _layout(tensors: Mapping[str, Tensor], renaming: Renaming) -> str:
@@ -61,11 +56,10 @@ def base_dtypes(view: View) -> list[str]:
 
 
 def base_tensors(view: View) -> dict[str, Tensor]:
-    """Return the tensors of the base by name.
+    """Return the base's tensors: frozen parameters without updates, and buffers with the values from before training.
 
-    They are frozen parameters without updates, and buffers with the values from before training. Embeddings with
-    ``max_norm`` are left out: their own forward rescales the rows, always to the same values. The scales of four-bit
-    weights are left out too: bitsandbytes may round them when it changes a weight's layout for inference and back.
+    Embeddings with ``max_norm`` are left out: their own forward rescales the rows, always to the same values. So are
+    the scales of four-bit weights: bitsandbytes may round them when it changes the layout for inference and back.
     """
     rewritten, left_out = set[int](), set[str]()
     for prefix, module in view.modules.items():
@@ -91,24 +85,22 @@ def note_changed(model: nn.Module, *, anew: bool = True) -> list[dict[str, Any]]
     record, now = view.record, fingerprint(view, anew=anew)
     if now in record.fingerprints:
         return record.fingerprints
-    same_form = [known for known in record.fingerprints if _form(known) == _form(now)]
-    if not same_form:
+    known = next((form for form in record.fingerprints if is_same_form(form, now)), None)
+    if known is None:
         return [now]
-    for name, was, changed in zip(base_tensors(view), same_form[0]["digests"], now["digests"], strict=True):
+    for name, was, changed in zip(base_tensors(view), known["digests"], now["digests"], strict=True):
         if was != changed:
             record.base_was_changed(name, changed, was)
     return record.fingerprints
 
 
-def _form(known: Mapping[str, Any]) -> tuple[Any, ...]:
-    return known["layout"], known["dtypes"], len(known["digests"])
+def is_same_form(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints are of the same names, shapes and dtypes."""
+    return bool(one["layout"] == other["layout"] and one["dtypes"] == other["dtypes"])
 
 
 def forms_of_base(view: View) -> list[dict[str, Any]]:
-    """Return the fingerprints of the base in all known forms, as files hold them.
-
-    If the base is no longer the one that the run has seen, return only the current fingerprint.
-    """
+    """Return the base's fingerprints in all known forms, as files hold them; of another base than the run's, one."""
     known, now = view.record.fingerprints, fingerprint(view)
     return with_halves(view, known if now in known else [now])
 
@@ -120,23 +112,18 @@ def with_halves(view: View, forms: Iterable[Mapping[str, Any]]) -> list[dict[str
     empty for integers, and for values from before a change that are no longer known; and None for quantised values. The
     first call costs a pass over the weights. Later calls look the digests up.
     """
-    tensors, packed = base_tensors(view), _quantised_names(view)
-    layout, dtypes = _layout(tensors, Renaming()), _dtypes(tensors)
-    floating = {
-        name: t for name, t in tensors.items() if t.is_floating_point() and not t.is_meta and name not in packed
-    }
-    described = []
+    tensors, packed, record, described = base_tensors(view), _quantised_names(view), view.record, []
+    layout, dtypes = _layout(tensors, SAME_NAMES), _dtypes(tensors)
+    floating = {n: t for n, t in tensors.items() if t.is_floating_point() and not t.is_meta and n not in packed}
     for form in map(dict, forms):
         if form["layout"] == layout:
             known = dict(zip(tensors, form["digests"], strict=True))
-            rounded = {
-                name: None if name in packed else view.record.half_digests.get(known[name], []) for name in tensors
-            }
+            halves = {name: None if name in packed else record.half_digests.get(known[name], []) for name in tensors}
             if form["dtypes"] == dtypes:
-                kept = {known[name]: t for name, t in floating.items() if not _is_lost(view, name, known[name])}
-                view.record.prepare_halves(kept)
-                rounded |= {name: _halves_of(view, name, t, known[name]) for name, t in floating.items()}
-            form["rounded"] = rounded
+                there = {n: t for n, t in floating.items() if not _is_lost(view, n, known[n])}
+                record.prepare_halves({known[name]: tensor for name, tensor in there.items()})
+                halves |= {name: record.halves(known[name], tensor) for name, tensor in there.items()}
+            form["rounded"] = halves
         described.append(form)
     return described
 
@@ -178,7 +165,7 @@ class BaseTensor:
 
     @classmethod
     def of_file(cls, name: str, title: str, tensor: Tensor) -> "BaseTensor":
-        """Return a tensor of a file."""
+        """Return a tensor of a file of the base."""
         return cls(name, title, tensor, digest(tensor), lambda: digests_as(tensor, HALVES))
 
 
@@ -240,7 +227,7 @@ def check_base(
     random: Collection[str] = (),
     *,
     anew: bool = True,
-    renaming: Renaming | None = None,
+    renaming: Renaming = SAME_NAMES,
     refuse: bool = True,
 ) -> bool:
     """Refuse adapters that were trained on another base.
@@ -248,8 +235,7 @@ def check_base(
     The same weights in another dtype are accepted: if each tensor here, converted to the dtype there, has the bits
     there, or the other way round. Quantised weights, which other weights have no bits in common with, are left out.
     """
-    renaming, known = renaming or Renaming(), view.record.fingerprints
-    here = fingerprint(view, anew=anew, renaming=renaming)
+    known, here = view.record.fingerprints, fingerprint(view, anew=anew, renaming=renaming)
     forms = [{key: form[key] for key in here} for form in stored]
     if here in forms or (here in known and any(form in forms for form in known)):  # as it is, or as it was
         return False
@@ -259,13 +245,11 @@ def check_base(
         if found is not None and found.is_same:
             if not found.converted and not found.quantised:
                 return False
-            verdict = "It is the same base, converted."
+            same = "It is the same base, converted."
             if found.quantised:
-                verdict = (
-                    f"What is not quantised is the same{_left_out(found)}: make sure that the base is the right one."
-                )
+                same = f"What is not quantised is the same{_left_out(found)}: make sure that the base is the right one."
             trained = f"These adapters were trained on a base in {' and '.join(form['dtypes'])}"
-            warnings.warn(f"{trained}; {title} is in {now}. {verdict}", LoRAWarning, stacklevel=6)
+            warnings.warn(f"{trained}; {title} is in {now}. {same}", LoRAWarning, stacklevel=6)
             return True
     nearest = next((i for i, form in enumerate(stored) if form["dtypes"] == here["dtypes"]), 0)
     message = _difference(view, stored[nearest], here, compared[nearest], shapes)
@@ -285,15 +269,13 @@ def _compare(
     tensors, packed = base_tensors(view), _quantised_names(view)
     names = {name: renaming.name_there(name) for name in tensors}
     halves: dict[str, Any] = form.get("rounded") or {there: [] for there in names.values()}
-    is_same_form = form["layout"] == here["layout"] and form["dtypes"] == here["dtypes"]
-    if is_same_form and "rounded" in form:
-        is_same_form = all((halves[there] is None) == (name in packed) for name, there in names.items())
+    same_form = is_same_form(form, here) and all((halves[names[n]] is None) == (n in packed) for n in names)
     compared = []
     for (name, tensor), exact in zip(tensors.items(), here["digests"], strict=True):
         if name not in random:
             known = partial(_halves_of, view, name, tensor, exact)
             compared.append(BaseTensor(names[name], name, tensor, exact, known, name in packed))
-    found = compare({**form, "rounded": halves}, compared, is_same_form=is_same_form)
+    found = compare({**form, "rounded": halves}, compared, is_same_form=same_form)
     absent = halves.keys() - names.values()
     found.differ = [name for name in halves if name in absent and halves[name] is not None] + found.differ
     found.quantised = [name for name in found.quantised if name in view.parameters]
@@ -302,9 +284,7 @@ def _compare(
 
 def _left_out(found: Comparison) -> str:
     count = len(found.quantised)
-    if not count:
-        return ""
-    return f"; {count} quantised weight{' was' if count == 1 else 's were'} not compared"
+    return f"; {count} quantised weight{' was' if count == 1 else 's were'} not compared" if count else ""
 
 
 def _difference(

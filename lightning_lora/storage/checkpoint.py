@@ -14,7 +14,7 @@ from lightning_lora.model.merge import unmerged
 from lightning_lora.model.state import on_load, record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.apply import check_fits, write_state
-from lightning_lora.storage.base import base_tensors, fingerprint, note_changed, with_halves
+from lightning_lora.storage.base import base_tensors, fingerprint, is_same_form, note_changed, with_halves
 from lightning_lora.storage.formats.lightning import AVERAGE, MOVED
 from lightning_lora.storage.formats.own import ADAPTERS, leave_adapters
 from lightning_lora.storage.merged_model import merged_state, take_updates_out
@@ -25,10 +25,9 @@ from lightning_lora.tensors.shards import full_tensors, is_dtensor
 
 
 def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later: bool = False) -> dict[str, Any]:
-    """Return ``checkpoint`` without the base, ready to be written.
+    """Return ``checkpoint`` ready to be written: of the model, it holds only what training changed, and a description.
 
-    Of the model, it holds only what training changed, and a description of it, with a checksum. If code other than an
-    optimizer changes a frozen weight after the run began, the weight is stored from then on.
+    If code other than an optimizer changes a frozen weight after the run began, the weight is stored from then on.
     """
     forms, view = note_changed(model, anew=False), view_of(model)
     held = dict(checkpoint)
@@ -53,10 +52,7 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
 def with_merged_model(
     model: nn.Module, checkpoint: Mapping[str, Any], *, written_later: bool = False
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Return a checkpoint with the whole merged model.
-
-    Any code can read its state. The adapters are in the entry of this package.
-    """
+    """Return a checkpoint with the whole merged model, for any code. The adapters are in the entry of this package."""
     state = without_notes(checkpoint["state_dict"])
     merged, lost = merged_state(view_of(model), state)
     held = _copied({"state_dict": merged}) if written_later else {"state_dict": merged}
@@ -101,15 +97,11 @@ def complete_averages(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
 
 
 def find_base_in(model: nn.Module, merged: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> bool:
-    """Make the base from the merged weights of a checkpoint.
-
-    Code that knows nothing of adapters loads these weights before it goes on with a run.
-    """
+    """Make the base from a checkpoint's merged weights, which code without adapters loads before it resumes a run."""
     if not merged:
         return False
-    view, stored = view_of(model), checkpoint[KEY]["base"]
-    here = fingerprint(view, anew=False)
-    forms = [form for form in stored if form["layout"] == here["layout"] and form["dtypes"] == here["dtypes"]]
+    here = fingerprint(view := view_of(model), anew=False)
+    forms = [form for form in checkpoint[KEY]["base"] if is_same_form(form, here)]
     if not forms or not take_updates_out(view, merged, checkpoint["state_dict"]):
         return False
     now = fingerprint(view, anew=False)

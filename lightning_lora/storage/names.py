@@ -17,19 +17,10 @@ from lightning_lora.tensors.names import join
 
 @dataclass(frozen=True)
 class Renaming:
-    """Names in a file and in a model.
+    """How names in a file become names in a model: one prefix takes the place of another."""
 
-    Args:
-        there: The prefix of all names in the file.
-        here: What takes its place in the model.
-
-    Example:
-        >>> Renaming("model", "").name_here("model.encoder.query")
-        'encoder.query'
-    """
-
-    there: str = ""
-    here: str = ""
+    there: str = ""  # the prefix of all names in the file
+    here: str = ""  # what takes its place in the model
 
     def name_here(self, name: str) -> str:
         """Return the model's name for a name in the file."""
@@ -60,6 +51,9 @@ def is_inside(name: str, prefix: str) -> bool:
     return not prefix or name == prefix or name.startswith(f"{prefix}.")
 
 
+SAME_NAMES = Renaming()
+
+
 def find_renamings(
     names: Sequence[str], known: Collection[str], *, root_there: str = "", root_here: str = ""
 ) -> list[Renaming]:
@@ -74,7 +68,7 @@ def find_renamings(
     for there in dict.fromkeys(("", root_there if root_there in lead else "")):
         end = "." + first.removeprefix(f"{there}.")
         others += [Renaming(there, name.removesuffix(end)) for name in known if name.endswith(end)]
-    for ways in ([Renaming()], [Renaming(root_there, root_here)], others):
+    for ways in ([SAME_NAMES], [Renaming(root_there, root_here)], others):
         fitting: dict[str, Renaming] = {}
         for way in ways:
             if all(way.name_here(name) in known for name in names):
@@ -146,10 +140,7 @@ def _slices(layer: StoredLayer) -> Any:
 
 
 def list_or_expression(names: list[str], present: Collection[str] | None) -> list[str] | str:
-    """Return a list of names, or an expression if one may also be the end of another module's name.
-
-    ``present`` are the names of all modules, if they are known.
-    """
+    """Return a list of names, or an expression if one may also be the end of a name in ``present``: of all modules."""
     others = set(present or ()) - set(names)
     is_clear = not any(matches(name, other) for name in names for other in others if other.endswith(name))
     return names if not names or (is_clear and present is not None) else "|".join(map(re.escape, names))

@@ -6,11 +6,9 @@ from typing import Any
 def fits(value: object, schema: Any) -> bool:
     """Whether ``value`` has the form that ``schema`` describes.
 
-    Args:
-        value: Plain types, as json and pickle read them.
-        schema: A type; ``None``; a function that judges the value; a tuple of alternatives; ``[schema]`` for a list;
-            ``{str: schema}`` for a dictionary with any names; or a dictionary with a schema for each key, in which a
-            key that ends in ``"?"`` may be absent.
+    A schema is a type; ``None``; a function that judges the value; a tuple of alternatives; ``[schema]`` for a list;
+    ``{str: schema}`` for a dictionary with any names; or a dictionary with a schema for each key, in which a key that
+    ends in ``"?"`` may be absent.
 
     Example:
         >>> schema = {"name": str, "sizes?": [int]}

@@ -63,22 +63,17 @@ def is_note(name: object) -> bool:
 
 
 def without_base(view: View, state: Mapping[str, Any], random: Collection[str] = ()) -> dict[str, Any]:
-    """Remove the base's values from a state of the model.
+    """Remove the base's values from a state of the model: frozen weights, and buffers with the base's values.
 
-    These are frozen weights, and buffers with the same values as in the base. Frozen weights that code other than an
-    optimizer changed are kept, or added, and so are those in ``random``, which look untrained. Missing trained tensors
-    are added too, because user code may drop everything that it considers the base.
+    Frozen weights that code other than an optimizer changed are kept, or added, and so are those in ``random``, which
+    look untrained. Missing trained tensors are added too: user code may drop everything that it considers the base.
     """
     record, trained = view.record, view.trained
     originals = {name: value for name, value in record.adapter.originals.items() if name not in trained}
     dropped = {*view.frozen, *view.entries, *_aliases(view)}
-    values = view.frozen_values
     added = {*record.changed, *originals, *random}
-    held: dict[str, Any] = {name: value.detach() for name, value in values.items() if name in added}
-    for name, value in state.items():
-        name = plain_name(name)
-        if name not in dropped:
-            held[name] = value
+    held: dict[str, Any] = {name: value.detach() for name, value in view.frozen_values.items() if name in added}
+    held |= {plain_name(name): value for name, value in state.items() if plain_name(name) not in dropped}
     kept: dict[str, Any] = {name: p.detach() for name, p in required(view).items()}
     for name, value in held.items():
         is_own = isinstance(value, Tensor) and not is_dtensor(value)

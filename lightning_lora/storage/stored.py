@@ -29,7 +29,6 @@ DIVERGED = (
 )
 """What is said of NaN and infinite values in a file."""
 
-
 _PLAIN = ("base", "changed", "random", "saved", "root")
 """The entries of a file's description that :class:`StoredAdapters` has as they are."""
 
@@ -71,7 +70,7 @@ class StoredAdapters:
     def from_file(cls, state: dict[str, Any], description: dict[str, Any], source: object) -> "StoredAdapters":
         """Return what a file holds."""
         config = stored_config(description)
-        layers = list(map(StoredLayer.from_dict, description["layers"]))
+        layers = map(StoredLayer.from_dict, description["layers"])
         plain = {name: description[name] for name in _PLAIN if name in description}
         return cls(config, state, {layer.name: layer for layer in layers}, source=str(source), **plain)
 
@@ -141,33 +140,18 @@ def _is_size(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
-_FINGERPRINT = {
-    "layout": str,
-    "dtypes": [_is_dtype],
-    "digests": [_is_digest],
-    "rounded?": {str: (None, _are_halves)},
-}
+_ROUNDED = {str: (None, _are_halves)}
+_FINGERPRINT = {"layout": str, "dtypes": [_is_dtype], "digests": [_is_digest], "rounded?": _ROUNDED}
 
-
+_SIZES = dict.fromkeys(("reads", "writes", "first", "rows"), _is_size)
+_PART = {**_SIZES, "weight": str, "name": str, "stack": [_is_size], "r": (int, None), "scaling": (float, None)}
 _LAYER = {
     "name": str,
     "layer_class": str,
     "kind": str,
     "r": int,
     "scaling": float,
-    "parts": [
-        {
-            "weight": str,
-            "reads": _is_size,
-            "writes": _is_size,
-            "first": _is_size,
-            "rows": _is_size,
-            "name": str,
-            "stack": [_is_size],
-            "r": (int, None),
-            "scaling": (float, None),
-        }
-    ],
+    "parts": [_PART],
     "shapes": {str: [_is_size]},
     "tied": {str: [str]},
     "options": dict,
@@ -176,7 +160,6 @@ _LAYER = {
 
 
 def _is_layer(stored: object) -> bool:
-    """Whether ``stored`` is what :meth:`StoredLayer.to_dict` returns."""
     return fits(stored, _LAYER) and stored["shapes"].keys() == {part["weight"] for part in stored["parts"]}  # type: ignore[index]
 
 
@@ -198,7 +181,7 @@ _DESCRIPTION = {
     "copies?": list,  # earlier versions wrote it
     "layers": [_is_layer],
     "random?": [str],
-    "root?": str,
+    "root": str,
     "run?": {str: int},  # earlier versions wrote it
     "saved?": {str: [str]},
 }

@@ -1,8 +1,6 @@
-"""What a file says of each adapted layer.
+"""What a file says of each adapted layer, so that it can be merged, exported and inspected without the model's code."""
 
-With it, a file can be merged, exported and inspected without the model's code.
-"""
-
+import json
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -58,7 +56,7 @@ class StoredLayer:
         scalings = [None if matrix.scaling is None else float(matrix.scaling) for matrix in self.matrices]
         parts = [{**vars(matrix), "scaling": scaling} for matrix, scaling in zip(self.matrices, scalings, strict=True)]
         own = {name: value for name, value in vars(self).items() if name != "matrices"}
-        return {name: _plain(value) for name, value in {**own, "parts": parts}.items()}
+        return dict(json.loads(json.dumps({**own, "parts": parts})))  # with lists in place of tuples
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "StoredLayer":
@@ -68,13 +66,6 @@ class StoredLayer:
         tied = {weight: tuple(names) for weight, names in stored["tied"].items()}
         named = {key: value for key, value in stored.items() if key != "parts"}
         return cls(**{**named, "matrices": parts, "shapes": shapes, "tied": tied})
-
-
-def _plain(value: Any) -> Any:
-    """A value with lists in place of tuples."""
-    if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    return list(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
 def layers_of(view: View) -> list[StoredLayer]:
@@ -94,8 +85,7 @@ def layers_of(view: View) -> list[StoredLayer]:
         layer = described(view, name, cast(type[LoRALayer], kind), matrices, settings.r, float(settings.scaling))
         for weight in layer.shapes:
             full_name = join(name, weight)
-            others = tuple(other for other in uses[id(view.parameters[full_name])] if other != full_name)
-            if others:
+            if others := tuple(other for other in uses[id(view.parameters[full_name])] if other != full_name):
                 layer.tied[weight] = others
         found.append(layer)
     return found
@@ -112,8 +102,7 @@ def described(
         own = own_parameter(layer, matrix.weight)
         shapes[matrix.weight] = (matrix.writes, matrix.reads) if is_packed else tuple(own.shape)
     options = {option: getattr(layer, option) for option in kind.lora_options if hasattr(layer, option)}
-    also = [other for other, module in view.modules.items() if module is layer and other != name]
-    if also:
+    if also := [other for other, module in view.modules.items() if module is layer and other != name]:
         options[ALSO] = also
     return StoredLayer(
         name=name,
