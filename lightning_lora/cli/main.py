@@ -12,8 +12,7 @@ from rich.markup import escape
 from lightning_lora.cli import combine, compare, export, inspect, merge
 from lightning_lora.errors import LoRAError, LoRAWarning
 
-_COMMANDS = (inspect, merge, export, compare, combine)
-"""Each module has a name, a docstring, which is its help, ``add_arguments(parser)`` and ``run(arguments)``."""
+_COMMANDS = (inspect, merge, export, compare, combine)  # the docstring of each is its help
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,27 +4,23 @@ That is everything but the model's own state: optimizers, schedulers, loops, cal
 and what users add. Users may edit it, for example a learning rate.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.schema import fits
 from lightning_lora.storage.stored import DIVERGED, KEY, check_checksum, stored_config
 
-VERSION = "pytorch-lightning_version"
-"""Lightning's entry with the version that wrote a checkpoint."""
+# Lightning's entries
 
-_RESUMED = ("optimizer_states", "lr_schedulers", "loops")
-"""The entries without which a fit cannot go on."""
-
-MOVED = "current_model_state"
-"""Lightning's WeightAveraging moves the module's own state to this entry: ``state_dict`` holds the average."""
-
-AVERAGE = "average_model_state"
-"""Lightning's StochasticWeightAveraging has the average's state in this entry of its own."""
+VERSION = "pytorch-lightning_version"  # which wrote the checkpoint
+MOVED = "current_model_state"  # where WeightAveraging moves the module's own state: "state_dict" holds the average
+AVERAGE = "average_model_state"  # where StochasticWeightAveraging has the average's state
+_RESUMED = ("optimizer_states", "lr_schedulers", "loops")  # without which a fit cannot go on
 
 
 def _is_mapping(value: object) -> bool:
@@ -40,7 +36,6 @@ _TYPES = {
     "epoch": int,
     "global_step": int,
 }
-"""Lightning's entries, and their forms."""
 
 
 def has_run(checkpoint: Mapping[Any, Any]) -> bool:
@@ -59,20 +54,14 @@ def check_resumable(checkpoint: Mapping[Any, Any], path: object) -> None:
     for state in checkpoint["optimizer_states"]:
         if not isinstance(state, Mapping) or not isinstance(state.get("param_groups"), list):
             raise AdapterFileError(f"{path} is damaged or was changed: it has no state of an optimizer where one was.")
-        if not all(map(_is_finite, _tensors_in(state.get("state")))):
+        if not all(map(_is_finite, tree_leaves(state.get("state")))):
             raise AdapterFileError(f"The optimizer's state in {path} holds NaN or infinite values: {DIVERGED}.")
 
 
-def _tensors_in(state: object) -> Iterable[Tensor]:
-    """The tensors in an optimizer's state: of each parameter, or lists of them, as LBFGS has."""
-    for named in state.values() if isinstance(state, Mapping) else ():
-        for value in named.values() if isinstance(named, Mapping) else ():
-            several = value if isinstance(value, list | tuple) else (value,)
-            yield from (each for each in several if isinstance(each, Tensor))
-
-
-def _is_finite(value: Tensor) -> bool:
-    return value.is_meta or not value.is_floating_point() or bool(value.isfinite().all())
+def _is_finite(value: object) -> bool:
+    if not isinstance(value, Tensor) or value.is_meta or not value.is_floating_point():
+        return True
+    return bool(value.isfinite().all())
 
 
 def check_readable(checkpoint: object, path: object) -> None:
@@ -82,9 +71,7 @@ def check_readable(checkpoint: object, path: object) -> None:
             f"{path} is not a Lightning checkpoint: it has no 'state_dict'. Pass one that a Trainer wrote."
         )
     if VERSION not in checkpoint:
-        raise AdapterFileError(
-            f"{path} is not a Lightning checkpoint: it has no version. Pass one that a Trainer wrote."
-        )
+        raise AdapterFileError(f"{path} is not a Lightning checkpoint: it has no version. Pass one of a Trainer.")
     damaged = f"{path} is damaged or was changed: "
     try:
         Version(checkpoint[VERSION])
@@ -100,10 +87,7 @@ def check_readable(checkpoint: object, path: object) -> None:
 
 
 def as_base(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a full checkpoint as the base of a fine-tune.
-
-    Its weights are kept. The state of the run that wrote it is dropped.
-    """
+    """Return a full checkpoint as the base of a fine-tune: without the state of the run that wrote it."""
     run = {"callbacks", "optimizer_states", "lr_schedulers", "loops", "epoch", "global_step", MOVED, "averaging_state"}
     kept = {key: value for key, value in checkpoint.items() if key not in run}
     return {**kept, "epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": []}

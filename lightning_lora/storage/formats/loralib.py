@@ -21,20 +21,12 @@ from lightning_lora.storage.stored_layers import StoredLayer, described
 from lightning_lora.targets.lookup import Names
 from lightning_lora.targets.slices import sliced
 
-_ENDS = (".lora_A", ".lora_B")
-"""The ends of the names of an adapter's tensors."""
-
-_KINDS: tuple[type[LoRALayer], ...] = (LoRALinear, LoRAConv1D, LoRAEmbedding)
-"""Our adapters of the layers that loralib adapts."""
+_ENDS = (".lora_A", ".lora_B")  # of the names of an adapter's tensors
+_KINDS: tuple[type[LoRALayer], ...] = (LoRALinear, LoRAConv1D, LoRAEmbedding)  # for the layers that loralib adapts
 
 
 def is_loralib(names: Iterable[object]) -> bool:
-    """Whether these are names of a loralib file.
-
-    Example:
-        >>> is_loralib(["q.lora_A", "q.lora_B", "q.bias"]), is_loralib(["q.weight", "q.bias"])
-        (True, False)
-    """
+    """Whether these are names of a loralib file."""
     return any(isinstance(name, str) and name.endswith(_ENDS) for name in names)
 
 

@@ -29,10 +29,9 @@ from lightning_lora.storage.formats.lightning import VERSION
 from lightning_lora.storage.formats.loralib import is_loralib
 from lightning_lora.storage.formats.peft_config import PEFT_CONFIG, is_peft
 from lightning_lora.storage.state import is_note
-from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum, check_entries, stored_config
+from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum
 
-ADAPTERS = "adapters"
-"""The part of this package's entry that holds what training changed, beside a merged model."""
+ADAPTERS = "adapters"  # the part of this package's entry that holds what training changed, beside a merged model
 
 
 def write_adapter_file(path: str | Path, stored: StoredAdapters) -> None:
@@ -74,11 +73,10 @@ def read_adapter_file(path: str | Path | IO[bytes]) -> StoredAdapters:
 
 
 def read_contents(path: str | Path | IO[bytes]) -> Any:
-    """Return the contents of a file with adapters.
+    """Return the contents of a file with adapters, as those of a checkpoint.
 
-    They have the form of a checkpoint. Tensors of another library are returned by their names. Of a model's own
-    tensors, only the names are returned. Objects of classes, such as hyperparameters, are not read, and no code in the
-    file is run.
+    Tensors of another library are returned by their names; of a whole model's, only the names. Objects of classes, such
+    as hyperparameters, are not read, and no code in the file is run.
     """
     return _read(path, partial(_load_adapters, path))
 
@@ -105,7 +103,7 @@ def _read(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str 
                     leave_adapters(contents)
                     return contents
                 try:
-                    contents = _read_tensors(local, path)
+                    contents = _read_tensors(local)
                 except Exception:
                     if is_still(local, file):
                         raise
@@ -117,8 +115,8 @@ def _read(path: str | Path | IO[bytes], load: Callable[[Any], Any], remedy: str 
 def _load_adapters(path: object, file: Any) -> Any:
     """The contents of an archive, of which the adapters must be plain."""
     contents = load_plain(file)
-    names = contents if isinstance(contents, dict) else {}
-    parts = list(names.values()) if is_peft(names) else [names.get(key) for key in ("state_dict", KEY, "model")]
+    held = contents if isinstance(contents, dict) else {}
+    parts = list(held.values()) if is_peft(held) else [held.get(key) for key in ("state_dict", KEY, "model")]
     if unread := unread_in(parts):
         raise AdapterFileError(
             f"{path} holds {listed(unread)} among its adapters, which must be plain tensors. Pass a file that "
@@ -127,15 +125,13 @@ def _load_adapters(path: object, file: Any) -> Any:
     return contents
 
 
-def _read_tensors(local: Path, path: object) -> dict[str, Any]:
+def _read_tensors(local: Path) -> dict[str, Any]:
     with safe_open(local, "pt") as file:
         names, description = file.keys(), json.loads((file.metadata() or {}).get(KEY, "null"))
         if is_peft(names):
             return {name: file.get_tensor(name) for name in names}
         if description is None:
             return {"state_dict": dict.fromkeys(names)}
-        stored_config(description)
-        check_entries(names, description, path)
         return {"state_dict": {name: file.get_tensor(name) for name in names}, KEY: description}
 
 
@@ -176,14 +172,10 @@ _IN_PEFT = (
     "adapters of PEFT, and only their model tells what their layers are. Load them onto it, and write a file of this "
     "package: load_adapter(model, path), then save_adapter(model, 'adapter.safetensors')."
 )
-"""What PEFT's files hold, and what reads them."""
 
 
 def leave_adapters(checkpoint: object) -> dict[str, Any]:
-    """Leave only what training changed, as the description says.
-
-    That is without the note for readers without this package, and without the merged model that is written for them.
-    """
+    """Leave only what training changed. Return what is written for readers without this package: the merged model."""
     if not isinstance(checkpoint, dict):
         return {}
     about, merged = checkpoint.get(KEY), None

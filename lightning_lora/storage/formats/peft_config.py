@@ -9,13 +9,8 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, ConfigError, listed
 
 PEFT_CONFIG = "adapter_config.json"
-"""PEFT's file with the configuration, beside the tensors."""
-
-PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-"""The files that PEFT writes its tensors into, the newer form first."""
-
-PREFIX = "base_model.model."
-"""PEFT writes this before every name of the base."""
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer form first
+PREFIX = "base_model.model."  # before every name of the base
 
 _KEYS = {
     "lora_A.weight": "A",
@@ -28,9 +23,7 @@ _KEYS = {
 }
 """The ends of the names of an adapter's tensors, and what they are."""
 
-
-Tokens = list[int] | dict[str, list[int]]
-"""The rows of embeddings that train: of all, or by the end of the embedding's name."""
+Tokens = list[int] | dict[str, list[int]]  # the rows that train: of all embeddings, or by the end of their names
 
 
 def peft_key(name: str) -> tuple[str, str] | None:
@@ -42,20 +35,12 @@ def peft_key(name: str) -> tuple[str, str] | None:
 
 
 def is_peft(names: Iterable[object]) -> bool:
-    """Whether these are names of a PEFT file.
-
-    Example:
-        >>> is_peft(["base_model.model.q.lora_A.weight"]), is_peft(["q.lora_A", "q.lora_B"])
-        (True, False)
-    """
+    """Whether these are names of a PEFT file."""
     return any(isinstance(name, str) and peft_key(name) for name in names)
 
 
 def read_config(weights: Any) -> tuple[LoRAConfig, Tokens]:
-    """Read the configuration beside a file of PEFT: what it says in our words, and the rows of embeddings that train.
-
-    Which layers are adapted is not asked of it: the names of the tensors say it. Patterns mean the same in both.
-    """
+    """Read the configuration beside a file: all but the layers, which the names of the tensors say, and the rows."""
     path = weights.parent / PEFT_CONFIG if isinstance(weights, Path) else None
     if path is None or not path.is_file():
         raise AdapterFileError(

@@ -34,8 +34,7 @@ from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
 from lightning_lora.tensors.names import join
 
-Tensors = Mapping[str, Tensor]
-"""The tensors of one adapter: ``"A"``, ``"B"``, ``"magnitude"``, ``"tokens"``."""
+Tensors = Mapping[str, Tensor]  # of one adapter: "A", "B", "magnitude", "tokens"
 
 
 def weights_of(path: Path) -> Path:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, ExportError, LoRAWarning, listed
 from lightning_lora.functional.combine import Factors, with_rank
 from lightning_lora.functional.update import wide
-from lightning_lora.layers import LoRALayer, LoRAParameters
+from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRALinear
 from lightning_lora.layers.matrices import Role, Settings, weight_factors
 from lightning_lora.model.view import view_of
@@ -31,9 +31,6 @@ from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.names import join, named_modules, starts_of, submodule
-
-_MOST = 16
-"""vLLM's default for the largest rank."""
 
 
 def export_peft(
@@ -63,8 +60,8 @@ def export_peft(
         FileNotFoundError: the file, or the folder of ``directory``, does not exist.
 
     Warns:
-        LoRAWarning: with ``uniform``, the rank is above 16, vLLM's default limit. Or an nn.TransformerEncoder, which
-            reads weights past PEFT's layers in eval mode, holds the adapted layers.
+        LoRAWarning: an nn.TransformerEncoder, which reads weights past PEFT's layers in eval mode, holds the adapted
+            layers. Or frozen layers look untrained, which PEFT's format cannot hold.
 
     Example:
         >>> import tempfile
@@ -229,12 +226,8 @@ def _updates(source: _Source) -> list[_Update]:
 
 def _made_uniform(updates: list[_Update]) -> list[_Update]:
     """Give all the same rank, with zeros, and the same scaling: B takes over what differs."""
-    rank = max(update.rank for update in updates)
-    if rank > _MOST:
-        text = f"The exported rank is {rank}. vLLM takes at most {_MOST}, or what it is started with: max_lora_rank."
-        warnings.warn(text, LoRAWarning, stacklevel=3)
+    rank, found = max(update.rank for update in updates), list[_Update]()
     scaling = Counter(update.scaling for update in updates).most_common(1)[0][0]
-    found = []
     for update in updates:
         a, b = with_rank(update.factors, rank)
         factors = a, b * (update.scaling / scaling)
@@ -275,16 +268,11 @@ def _inside(name: str, wrappers: Counter[str]) -> str:
 
 def _config(source: _Source, updates: list[_Update], *, uniform: bool) -> dict[str, Any]:
     """The contents of ``adapter_config.json``."""
-    ranks, alphas, linear = dict[str, int](), dict[str, float](), set[type[LoRALayer]]()
-    layers, parameters = list[str](), list[str]()
-    for update in updates:
-        kind, alpha = update.layer.adapter_class, update.alpha
-        (parameters if update.is_parameter else layers).append(update.target)
-        ranks[update.target], alphas[update.target] = update.rank, int(alpha) if float(alpha).is_integer() else alpha
-        if kind is not None and issubclass(kind, LoRALinear):
-            linear.add(kind)
-    r, rank_pattern = _most_common(ranks)
-    alpha, alpha_pattern = _most_common(alphas)
+    layers = [update.target for update in updates if not update.is_parameter]
+    parameters = [update.target for update in updates if update.is_parameter]
+    kinds = {update.layer.adapter_class for update in updates}
+    r, rank_pattern = _most_common({update.target: update.rank for update in updates})
+    alpha, alpha_pattern = _most_common({update.target: _short(update.alpha) for update in updates})
     own, inner = source.stored.config, source.inner
     base = getattr(getattr(inner, "config", None), "_name_or_path", "") or None
     auto = {"base_model_class": type(inner).__name__, "parent_library": type(inner).__module__} if base else None
@@ -300,7 +288,7 @@ def _config(source: _Source, updates: list[_Update], *, uniform: bool) -> dict[s
         "use_rslora": own.use_rslora and not uniform,
         "use_dora": own.use_dora,
         "bias": "none" if parameters and own.bias == "lora_only" else own.bias,  # PEFT stops at an LSTM's bias=True
-        "fan_in_fan_out": linear == {LoRAConv1D} and not parameters,
+        "fan_in_fan_out": LoRAConv1D in kinds and LoRALinear not in kinds and not parameters,
         "init_lora_weights": True,
         "target_modules": list_or_expression(layers, source.modules),
         **({"target_parameters": parameters} if parameters else {}),
@@ -308,6 +296,10 @@ def _config(source: _Source, updates: list[_Update], *, uniform: bool) -> dict[s
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
     }
+
+
+def _short(alpha: float) -> float:
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _most_common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

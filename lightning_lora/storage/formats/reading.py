@@ -24,11 +24,9 @@ from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.names import join, owner_of, starts_of
 from lightning_lora.tensors.values import same_bits
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-"""Modules that no library trains in full: only what is inside of them."""
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # only what is inside of them trains
 
 Reader = Callable[[View], StoredAdapters]
-"""Reads adapters for a model."""
 
 
 class Asked(NamedTuple):

@@ -20,9 +20,8 @@ from lightning_lora.errors import (
 )
 from lightning_lora.model.merged import lost_to_rounding
 from lightning_lora.storage.base import BaseTensor, Comparison, compare
-from lightning_lora.storage.disk import unread_in, writing
+from lightning_lora.storage.disk import unread_in, writing, writing_folder
 from lightning_lora.storage.formats.lightning import as_base
-from lightning_lora.storage.merged_model import writing_folder
 from lightning_lora.storage.names import Renaming, find_renamings, is_inside
 from lightning_lora.storage.offline.layers import besides, layer_on, read_layers
 from lightning_lora.storage.offline.tensor_files import INDEX, TensorFiles, write_tensors

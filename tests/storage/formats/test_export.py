@@ -92,7 +92,6 @@ def test_convolutions(config: dict[str, Any], tmp_path: Path) -> None:
     check_read(Convolutions(), config, lambda model: model(torch.ones(2, 4, 9).cumsum(-1) / 9), tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore:The exported rank is")
 @pytest.mark.parametrize("parts", [["q"], ["v", "k"], ["q", "k", "v"]])
 @pytest.mark.parametrize("more", [{}, {"bias": "lora_only"}, {"bias": "all", "init": "olora", "alpha": 3}, {"r": 20}])
 def test_attention(parts: list[str], more: dict[str, Any], tmp_path: Path) -> None:
@@ -245,6 +244,3 @@ def test_uniform_has_one_rank_and_one_alpha(tmp_path: Path) -> None:
     assert (config["rank_pattern"], config["alpha_pattern"], config["r"], config["use_rslora"]) == ({}, {}, 7, False)
     tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     assert {min(value.shape) for value in tensors.values()} == {7, 5}  # the head has 5 rows
-    wide = trained(nn.Sequential(nn.Linear(32, 32)), LoRAConfig(r=24))
-    with pytest.warns(LoRAWarning, match=r"rank is 24.*max_lora_rank"):
-        export_peft(wide, tmp_path / "wide", uniform=True)
