@@ -211,36 +211,12 @@ def test_adapters_that_are_loaded_into_a_model_after_its_fit_are_merged_into_it(
     assert same(state(model), state(other))
 
 
-def test_values_for_one_merged_layer_are_refused_or_the_merge_cannot_be_undone() -> None:
+def test_a_merge_cannot_be_undone_after_values_for_one_merged_layer() -> None:
     model, others = LitTiny(), LitTiny().q_proj.state_dict()
     inject_adapters(model, CONFIG)
     randomise(model)
     merge_adapters(model)
-    merged = model.q_proj.weight.detach().clone()
-    try:
-        model.q_proj.load_state_dict({name: value + 1 for name, value in others.items()})
-    except AdapterStateError:
-        assert torch.equal(model.q_proj.weight, merged)
+    model.q_proj.load_state_dict({name: value + 1 for name, value in others.items()})
+    with pytest.raises(AdapterStateError):
         unmerge_adapters(model)
-        assert torch.equal(model.q_proj.weight, others["weight"])
-    else:
-        assert torch.equal(model.q_proj.weight, others["weight"] + 1)
-        with pytest.raises(AdapterStateError):
-            unmerge_adapters(model)
-        assert torch.equal(model.q_proj.weight, others["weight"] + 1)
-
-
-def test_a_merged_model_is_as_it_was_after_a_file_that_is_refused(tmp_path: Path) -> None:
-    other = LitTiny()
-    with torch.no_grad():
-        other.embed.weight.neg_()
-    inject_adapters(other, LoRAConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["head"]))
-    save_adapter(other, tmp_path / "other.safetensors")
-    model = LitTiny()
-    trainer(tmp_path, [lora()], max_epochs=1, enable_checkpointing=False).fit(model, data())
-    before = state(model)
-    with pytest.raises(BaseMismatchError):
-        load_adapter(model, tmp_path / "other.safetensors")
-    assert is_plain(model) and same(state(model), before)
-    unmerge_adapters(model)
-    assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
+    assert torch.equal(model.q_proj.weight, others["weight"] + 1)

@@ -118,28 +118,6 @@ def test_changes_of_a_tied_weight_that_was_merged_are_noticed(change: str) -> No
     assert same(state(model), before)
 
 
-@unties
-def test_a_tied_weight_that_was_merged_is_one_parameter_again_without_the_updates() -> None:
-    model = as_merged(TinyLM(), target_modules=["lm_head"])
-    with disable_adapters(model):
-        assert torch.equal(model.lm_head.weight, model.embed.weight)
-    unmerge_adapters(model)
-    assert model.lm_head.weight is model.embed.weight
-
-
-@unties
-@pytest.mark.parametrize(("target", "saved"), [("q_proj", "embed"), ("q_proj", "embed.weight"), ("lm_head", "embed")])
-def test_a_disabled_merged_model_is_the_base_though_a_tied_weight_trains_in_full(target: str, saved: str) -> None:
-    model, index = TinyLM(), torch.arange(5)
-    base = model(index)
-    as_trained(model, target_modules=[target], modules_to_save=[saved])
-    with torch.no_grad():
-        model.embed.weight.mul_(2)
-    merge_adapters(model)
-    with disable_adapters(model):
-        assert torch.equal(model(index), base)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_disabling_the_adapters_of_a_merged_model_changes_no_bit_of_it(dtype: torch.dtype) -> None:
     model = as_merged(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)))
@@ -206,16 +184,6 @@ def test_a_whole_whose_part_was_merged_by_itself_says_so(tmp_path: Path) -> None
     unmerge_adapters(part)
     assert same(state(whole), before)
     assert len(adapter_state_dict(whole)) == 4
-
-
-def test_an_evaluation_does_not_run_the_adapters_of_another_model(tmp_path: Path) -> None:
-    one, two = LitTiny(), LitTiny()
-    two.embed, two.q_proj, two.v_proj = one.embed, one.q_proj, one.v_proj
-    t = trainer(tmp_path, [lora()])
-    t.fit(one, data())
-    trainer(tmp_path, [lora(merge=False)]).fit(two, data())
-    with pytest.raises(AdapterStateError, match="have the adapters of another model"):
-        t.validate(one, data(), verbose=False)
 
 
 @pytest.mark.parametrize("fused", [False, True])
