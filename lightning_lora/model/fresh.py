@@ -30,7 +30,6 @@ FEWEST = 256
 class Fresh:
     """The layers of a model that look untrained. Layers that are trained in full are not among them."""
 
-    layers: tuple[str, ...]
     random: tuple[str, ...]  # those whose weights would stay random, as modules_to_save would name them
     adapted: tuple[str, ...]  # the adapted layers, if all of them look untrained
     share: float  # their share of the weights of all layers that were looked at
@@ -54,7 +53,6 @@ def find_fresh(view: View) -> Fresh:
     untrained = {id(weight) for weights in fresh.values() for weight in weights.values()}
     adapted = [name for name, weights in fresh.items() if not adapted_weights.isdisjoint(map(id, weights.values()))]
     return Fresh(
-        layers=tuple(fresh),
         random=tuple(_as_modules(view, fresh)),
         adapted=tuple(adapted) if adapted_weights <= untrained else (),
         share=sizes[True] / max(sum(sizes.values()), 1),
@@ -188,7 +186,7 @@ def is_uniform(block: Tensor, bound: float) -> bool:
     """Whether the values look drawn uniformly from [-bound, bound]."""
     largest = block.abs().max().item() / bound
     reaches_bound = 1 - 10 / block.numel() - _ROUNDING <= largest <= 1 + _ROUNDING
-    return reaches_bound and _has_moments(block / bound, _UNIFORM) and _is_even(block)
+    return reaches_bound and _has_moments(block / bound, _UNIFORM)
 
 
 def is_normal(block: Tensor, deviation: float) -> bool:

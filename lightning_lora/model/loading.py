@@ -66,12 +66,8 @@ def _what_happens(model: nn.Module, *, is_merged: bool) -> str:
 
 def _without_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The entries of a state dict for this module, by their plain names in it."""
-    given = {}
-    for name, value in state.items():
-        name = plain_name(name)
-        if name.startswith(prefix):
-            given[name.removeprefix(prefix)] = value
-    return given
+    plain = {plain_name(name): value for name, value in state.items()}
+    return {name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)}
 
 
 def _loaded(view: View, given: Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -233,8 +233,8 @@ def _see(view: View, bases: dict[str, dict[str, Tensor]]) -> tuple[dict[str, See
 
 def check_mergeable(view: View) -> None:
     """Refuse weights that no update can be merged into."""
-    weights = {name: [own_parameter(layer, w) for w in layer.lora_weights()] for name, layer in view.layers.items()}
-    empty = [name for name, parameters in weights.items() if any(p.is_meta for p in parameters)]
+    used = {name: [own_parameter(layer, w) for w in layer.lora_weights()] for name, layer in view.layers.items()}
+    empty = [name for name, weights in used.items() if any(weight.is_meta for weight in weights)]
     for names, why in (
         (
             quantised_layers(view),

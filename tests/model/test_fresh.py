@@ -46,7 +46,7 @@ def resnet() -> nn.Module:
 def test_new_classifier_that_stays_frozen_is_found() -> None:
     assert fresh(bert(), target_modules=["query", "value"]).random == ("classifier",)
     assert fresh(bert()).random == ("classifier",) and fresh(bert()).adapted == ()  # it is adapted, as others are
-    assert fresh(bert(), target_modules=["query"], modules_to_save=["classifier"]).layers == ()
+    assert fresh(bert(), target_modules=["query"], modules_to_save=["classifier"]).random == ()
 
 
 def test_new_classifier_that_alone_is_adapted_is_found() -> None:
@@ -105,21 +105,21 @@ def test_ten_steps_of_adam_make_a_new_layer_a_trained_one(initialise: Callable[[
         nn.functional.cross_entropy(head(inputs), labels).backward()
         optimizer.step()
     model[1].load_state_dict(head.state_dict())
-    assert fresh(model, target_modules=["0"]).layers == ()
+    assert fresh(model, target_modules=["0"]).random == ()
 
 
 def test_deviation_is_that_of_the_nearest_config() -> None:
     model = bert(labels=100)
     nn.init.normal_(model.classifier.weight, std=0.05)
-    assert fresh(model, target_modules=["query"]).layers == ()
+    assert fresh(model, target_modules=["query"]).random == ()
     model.config.initializer_range = 0.05
-    assert fresh(model, target_modules=["query"]).layers == ("classifier",)
+    assert fresh(model, target_modules=["query"]).random == ("classifier",)
 
 
 def test_layers_that_the_user_froze_are_random_on_purpose() -> None:
     model = bert()
     model.classifier.requires_grad_(False)
-    assert fresh(model, target_modules=["query"]).layers == ()
+    assert fresh(model, target_modules=["query"]).random == ()
     model = bert()
     model.requires_grad_(False)  # a habit, which says nothing about one layer
     assert fresh(model, target_modules=["query"]).random == ("classifier",)
@@ -135,7 +135,7 @@ def test_a_new_module_around_a_trained_one_is_named_by_itself() -> None:
 def test_too_few_values_and_values_that_are_not_there_are_not_judged() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 3), nn.Linear(64, 64, device="meta"))
     aged(model[0])
-    assert fresh(model, target_modules=["0"]).layers == ()
+    assert fresh(model, target_modules=["0"]).random == ()
 
 
 def minilm(cls: str, **options: Any) -> Any:
@@ -155,14 +155,14 @@ def efficientnet() -> Any:
 @pytest.mark.parametrize("targets", ["all-linear", "all", None])
 def test_no_layer_of_a_pretrained_model_looks_new(targets: str | None, dtype: torch.dtype) -> None:
     model = efficientnet().to(dtype)
-    assert fresh(model, target_modules=targets or ["_conv_head"]).layers == ()
+    assert fresh(model, target_modules=targets or ["_conv_head"]).random == ()
     try:
         text = minilm("AutoModel", dtype=dtype)
         classifier = minilm("AutoModelForSequenceClassification", num_labels=10, dtype=dtype)
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("no pretrained text model")
-    assert fresh(text, target_modules=targets or ["query"]).layers == ()
-    assert fresh(classifier, target_modules=targets or ["query"]).layers == ("classifier",)
+    assert fresh(text, target_modules=targets or ["query"]).random == ()
+    assert fresh(classifier, target_modules=targets or ["query"]).random == ("classifier",)
 
 
 def test_no_pretrained_matrix_would_look_new_if_its_own_deviation_were_a_usual_one() -> None:

@@ -41,29 +41,18 @@ def test_merging_a_tied_head_leaves_the_embedding_alone() -> None:
 
 
 @unties
-@pytest.mark.parametrize("tied", [False, True])
-def test_unmerge_follows_a_model_that_was_converted_in_between(tied: bool) -> None:
-    torch.manual_seed(0)
-    model = as_trained(TinyLM(tied=tied), target_modules=["lm_head"])
-    base = model.lm_head.weight.detach().clone()
-    merge_adapters(model)
-    model.double()
-    unmerge_adapters(model)
-    assert model.lm_head.weight.dtype is torch.float64 and torch.equal(model.lm_head.weight, base.double())
-    assert (model.lm_head.weight is model.embed.weight) is tied
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", [{}, {"use_dora": True}, {"init": "pissa"}], ids=str)
 def test_merged_model_that_was_converted_comes_back_on_its_converted_base(
     dtype: torch.dtype, method: dict[str, Any]
 ) -> None:
-    model = as_trained(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), **method)
+    targets = ["q_proj", "lm_head"] if dtype is torch.float64 else ["q_proj"]  # a tied weight's base is rounded too
+    model = as_trained(TinyLM(), target_modules=targets, **method)
     converted = copy.deepcopy(model).to(dtype)
     merge_adapters(model)
     model.to(dtype)
     unmerge_adapters(model)
-    assert same(state(model), state(converted))
+    assert same(state(model), state(converted)) and model.lm_head.weight is model.embed.weight
 
 
 @unties
