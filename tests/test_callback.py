@@ -11,9 +11,8 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, ModelCheckpoint, ModelPruning
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from lightning_lora import (
     AdapterMismatchError,
@@ -289,39 +288,6 @@ def test_a_fast_dev_run_refuses_a_best_file_that_a_fit_would_not_find(tmp_path: 
         with pytest.raises(ConfigError, match="with a monitor"):
             trainer(tmp_path, [lora(merge="best"), *others], fast_dev_run=trial).fit(model, data(), data())
         assert is_plain(model) and same(state(model), before)
-
-
-class Quantised(L.LightningModule):
-    """A layer of eight bits and a head of full precision."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torchao = pytest.importorskip("torchao.quantization")
-        self.body = nn.Linear(64, 64).requires_grad_(False)
-        torchao.quantize_(self.body, torchao.Int8WeightOnlyConfig())
-        self.head = nn.Linear(64, 4)
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return self.head(torch.tanh(self.body(batch))).square().mean()
-
-    def train_dataloader(self) -> Any:
-        return DataLoader(torch.randn(8, 64), batch_size=4)
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=0.01)
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("trial", [False, True])
-def test_a_merge_into_a_quantised_base_is_refused_in_a_fast_dev_run_too(tmp_path: Path, trial: bool) -> None:
-    model, options = Quantised(), {"max_epochs": 1, "fast_dev_run": trial}
-    callback = LoRACallback(r=4, target_modules=["body"], modules_to_save=["head"])
-    with pytest.raises(ConfigError, match="quantised"):
-        trainer(tmp_path, [callback], **options).fit(model)
-    assert is_plain(model)
-    callback = LoRACallback(r=4, target_modules=["body"], modules_to_save=["head"], merge=False)
-    trainer(tmp_path, [callback], **options).fit(model)
-    assert not is_plain(model) and model.get_parameter("body.lora_B").any()
 
 
 class HasBackbone(LitTiny):

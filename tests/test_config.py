@@ -37,15 +37,10 @@ def test_bad_argument_is_an_error_that_names_it(name: str, bad: Any) -> None:
         LoRACallback(**{name: bad})
 
 
-@pytest.mark.parametrize(
-    "bad", [{"merge": True}, {"merge": "first"}, {"merge": None}, {"loraplus_lr_ratio": 16.0}], ids=str
-)
-def test_bad_callback_argument_is_an_error_that_names_it(bad: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(bad))):
-        LoRACallback(**bad)
-
-
-def test_a_config_for_the_callback_is_refused_with_what_to_pass() -> None:
+def test_bad_arguments_of_the_callback_alone_are_errors_that_name_them() -> None:
+    for bad in (True, "first", None):
+        with pytest.raises(ConfigError, match="merge"):
+            LoRACallback(merge=bad)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="Pass the arguments themselves"):
         LoRACallback(LoRAConfig(r=2))  # type: ignore[arg-type]
 
@@ -71,12 +66,8 @@ def test_entries_match_whole_parts_of_names() -> None:
     assert not matches_pattern("yers.0.q", "layers.0.q")
 
 
-def test_empty_optional_patterns_mean_none() -> None:
-    config = LoRAConfig(exclude_modules=[], modules_to_save=[], rank_pattern={}, alpha_pattern={})
-    assert config == LoRAConfig()
-
-
-def test_numbers_of_numpy_become_pythons_own() -> None:
+def test_empty_patterns_mean_none_and_numbers_of_numpy_become_pythons_own() -> None:
+    assert LoRAConfig(exclude_modules=[], modules_to_save=[], rank_pattern={}, alpha_pattern={}) == LoRAConfig()
     config = LoRAConfig(alpha=np.float64(4), dropout=np.float64(0.5), alpha_pattern={"q": np.float64(2)}).to_dict()
     assert {type(config[name]) for name in ("alpha", "dropout")} == {float}
     assert type(config["alpha_pattern"]["q"]) is float

@@ -12,14 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_lora import (
-    AdapterStateError,
-    LoRAConfig,
-    MergePrecisionWarning,
-    inject_adapters,
-    merge_adapters,
-    unmerge_adapters,
-)
+from lightning_lora import LoRAConfig, MergePrecisionWarning, inject_adapters, merge_adapters, unmerge_adapters
 from lightning_lora.functional import update
 from tests.support.models import randomise, same, state
 from tests.support.ranks import has_shards
@@ -58,14 +51,6 @@ def test_merging_into_distributed_weights_is_the_merge_of_the_whole() -> None:
     assert torch.equal(model[0].weight.full_tensor(), base)
 
 
-def test_merging_weights_without_values_is_refused() -> None:
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(8, 8))
-    inject_adapters(model, LoRAConfig(r=2))
-    with pytest.raises(AdapterStateError, match="no values yet"):
-        merge_adapters(model)
-
-
 HALVES = [torch.bfloat16, torch.float16]
 
 
@@ -83,14 +68,7 @@ def test_merge_says_what_share_of_the_update_rounding_took(dtype: torch.dtype) -
     with pytest.warns(MergePrecisionWarning, match=rf"{lost:.0%} of the update of '1'.* in 1 of 2 layers.*float32"):
         merge_adapters(model)
     unmerge_adapters(model)
-    merge_adapters(model.float())
-
-
-def test_small_update_of_a_float32_base_merges_in_silence() -> None:
-    model = nn.Sequential(nn.Linear(64, 64))
-    inject_adapters(model, LoRAConfig(r=4))
-    nn.init.normal_(model[0].lora_B, std=1e-6)
-    merge_adapters(model)
+    merge_adapters(model.float())  # in silence
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -31,7 +31,7 @@ from lightning_lora import (
 )
 from lightning_lora.layers import LoRALayer
 from tests.support.cases import held
-from tests.support.models import randomise, same, trainer
+from tests.support.models import is_plain, randomise, same, trainer
 
 bnb = pytest.importorskip("bitsandbytes")
 torchao = pytest.importorskip("torchao.quantization")
@@ -43,7 +43,7 @@ BATCH = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
 def four_bits(linear: nn.Linear, kind: str = "nf4") -> nn.Module:
-    layer = bnb.nn.Linear4bit(WIDTH, WIDTH, quant_type=kind, compute_dtype=torch.float32)
+    layer = bnb.nn.Linear4bit(WIDTH, WIDTH, linear.bias is not None, quant_type=kind, compute_dtype=torch.float32)
     layer.load_state_dict(linear.state_dict())
     return layer.to("cpu")  # which is when it quantises
 
@@ -69,13 +69,16 @@ if hasattr(torchao, "IntxWeightOnlyConfig"):  # torchao 0.10 has no four bits fo
     KINDS["torchao int4"] = lambda linear: by_torchao(linear, torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4))
 
 
+PLAIN = "plain"
+
+
 def build(kind: str, scale: float = 1.0, seed: int = 0) -> nn.Sequential:
-    """Two quantised layers and a head that is not, always the same."""
+    """Two quantised layers, or plain ones, and a head, always the same."""
     torch.manual_seed(seed)
     layers = [nn.Linear(WIDTH, WIDTH).requires_grad_(False) for _ in range(2)]
     layers[0].weight.mul_(scale)
-    quantised = [KINDS[kind](layer) for layer in layers]
-    return nn.Sequential(quantised[0], nn.Tanh(), quantised[1], nn.Linear(WIDTH, 4))
+    first, second = layers if kind == PLAIN else map(KINDS[kind], layers)
+    return nn.Sequential(first, nn.Tanh(), second, nn.Linear(WIDTH, 4))
 
 
 CONFIG = LoRAConfig(r=4, target_modules=["0", "2"], modules_to_save=["3"])
@@ -139,19 +142,11 @@ class Lit(L.LightningModule):
         super().__init__()
         self.net = build(kind)
 
-    def loss(self, batch: list[Tensor]) -> Tensor:
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return self.loss(batch)
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.log("val_loss", self.loss(batch))
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
     def train_dataloader(self) -> Any:
         return DataLoader(TensorDataset(BATCH, torch.arange(8) % 4), batch_size=4)
-
-    val_dataloader = train_dataloader
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=0.01)
@@ -169,7 +164,7 @@ def test_it_trains_and_resumes_to_the_same_bits(tmp_path: Path, kind: str) -> No
 
     def loss(module: Lit) -> float:
         with torch.no_grad():
-            return float(module.loss([BATCH, torch.arange(8) % 4]))
+            return float(module.training_step([BATCH, torch.arange(8) % 4], 0))
 
     whole = Lit(kind)
     frozen, before = bits(whole), loss(whole)
@@ -206,19 +201,13 @@ def test_quantised_weights_and_their_scales_are_the_base(tmp_path: Path, kind: s
             load_adapter(base, tmp_path / "a.safetensors")
 
 
-def plain(dtype: torch.dtype) -> nn.Sequential:
-    """The base that :func:`build` quantises."""
-    torch.manual_seed(0)
-    layers = [nn.Linear(WIDTH, WIDTH).requires_grad_(False) for _ in range(2)]
-    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Linear(WIDTH, 4)).to(dtype)
-
-
 @each_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_quantised_base_and_a_plain_one_agree_in_what_is_not_quantised(
     tmp_path: Path, kind: str, dtype: torch.dtype
 ) -> None:
-    for there, here in (build(kind), plain(dtype)), (plain(dtype), build(kind)):
+    for kinds in ((kind, PLAIN), (PLAIN, kind)):
+        there, here = (build(each).to(dtype) if each == PLAIN else build(each) for each in kinds)
         inject_adapters(there, CONFIG)
         save_adapter(there, tmp_path / "a.safetensors")
         other = copy.deepcopy(here)
@@ -237,17 +226,11 @@ def test_a_quantised_base_and_a_plain_one_agree_in_what_is_not_quantised(
 
 
 def test_where_all_is_quantised_nothing_says_that_it_is_the_same_base(tmp_path: Path) -> None:
-    def linear() -> nn.Linear:
-        torch.manual_seed(0)
-        return nn.Linear(WIDTH, WIDTH, bias=False)
-
-    quantised = bnb.nn.Linear4bit(WIDTH, WIDTH, bias=False, compute_dtype=torch.float32)
-    quantised.load_state_dict(linear().state_dict())
-    there = nn.Sequential(quantised.to("cpu"))
-    inject_adapters(there, LoRAConfig(r=2))
+    linear = nn.Linear(WIDTH, WIDTH, bias=False)
+    inject_adapters(there := nn.Sequential(four_bits(linear)), LoRAConfig(r=2))
     save_adapter(there, tmp_path / "a.safetensors")
     with pytest.raises(BaseMismatchError, match="nothing to compare"):
-        load_adapter(nn.Sequential(linear()), tmp_path / "a.safetensors")
+        load_adapter(nn.Sequential(linear), tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -262,13 +245,17 @@ def test_base_that_was_evaluated_first_is_the_same_base(tmp_path: Path, kind: st
 
 
 @each_kind
-def test_merging_is_refused_before_anything_is_trained(tmp_path: Path, kind: str) -> None:
-    model = build(kind)
+@pytest.mark.parametrize("trial", [False, True])
+def test_merging_is_refused_before_anything_is_trained(tmp_path: Path, kind: str, trial: bool) -> None:
+    model, lit = build(kind), Lit(kind)
     inject_adapters(model, CONFIG)
     with pytest.raises(AdapterStateError, match=r"'0', '2' in Sequential are quantised.*full precision"):
         merge_adapters(model)
     with pytest.raises(ConfigError, match=r"are quantised\. Set merge=False"):
-        trainer(tmp_path, [lora(merge="last")]).fit(Lit(kind))
+        trainer(tmp_path, [lora(merge="last")], fast_dev_run=trial).fit(lit)
+    assert is_plain(lit)
+    trainer(tmp_path, [lora()], fast_dev_run=trial, max_epochs=1).fit(lit)
+    assert lit.get_parameter("net.0.lora_B").any()
 
 
 @each_kind

@@ -32,11 +32,8 @@ class BornInConfigureModel(BornInSetup):
         self.make()
 
 
-class BuiltAnew(BornInSetup):
+class BuiltAnew(BornInConfigureModel):
     """A module that makes new projections whenever ``configure_model`` is called, though they exist already."""
-
-    def setup(self, stage: str) -> None:
-        pass
 
     def configure_model(self) -> None:
         other = LitTiny()

@@ -1,6 +1,6 @@
 """The digest of a tensor that is spread over processes is that of the whole."""
 
-from collections.abc import Callable
+import itertools
 from typing import Any
 
 import pytest
@@ -30,40 +30,27 @@ def tensors() -> list[Tensor]:
     return made
 
 
-def spread_over_a_line() -> list[tuple[str, int, int]]:
+WHOLE = None
+LINE = [(0,), (1,), (2,), (WHOLE,)]
+SQUARE = [(0, 1), (1, 0), (2, 1), (0, 0), (WHOLE, 1), (0, WHOLE)]
+
+
+def spread(shape: tuple[int, ...], splits: list[tuple[int | None, ...]]) -> list[tuple[str, int, int]]:
+    """The digests of all tensors, each split in these dimensions over a mesh of this shape, and of the whole ones."""
     join_group()
-    mesh, found = init_device_mesh("cpu", (3,)), []
-    for tensor in tensors():
-        for placement in (dtensor.Shard(0), dtensor.Shard(1), dtensor.Shard(2), dtensor.Replicate()):
-            if isinstance(placement, dtensor.Shard) and placement.dim >= tensor.dim():
-                continue
-            spread = dtensor.distribute_tensor(tensor, mesh, [placement], src_data_rank=None)
-            found.append((f"{tuple(tensor.shape)} {tensor.dtype} {placement}", digest(spread), digest(tensor)))
+    mesh, found = init_device_mesh("cpu", shape), []
+    for tensor, dims in itertools.product(tensors(), splits):
+        if any(dim is not WHOLE and dim >= tensor.dim() for dim in dims):
+            continue
+        placements = [dtensor.Replicate() if dim is WHOLE else dtensor.Shard(dim) for dim in dims]
+        of_parts = digest(dtensor.distribute_tensor(tensor, mesh, placements, src_data_rank=None))
+        found.append((f"{tuple(tensor.shape)} {tensor.dtype} {dims}", of_parts, digest(tensor)))
     return found
 
 
-def spread_over_a_square() -> list[tuple[str, int, int]]:
-    join_group()
-    mesh, found = init_device_mesh("cpu", (2, 2)), []
-    pairs = [
-        (dtensor.Shard(0), dtensor.Shard(1)),
-        (dtensor.Shard(1), dtensor.Shard(0)),
-        (dtensor.Shard(2), dtensor.Shard(1)),
-        (dtensor.Shard(0), dtensor.Shard(0)),
-    ]
-    pairs += [(dtensor.Replicate(), dtensor.Shard(1)), (dtensor.Shard(0), dtensor.Replicate())]
-    for tensor in tensors():
-        for placements in pairs:
-            if any(isinstance(each, dtensor.Shard) and each.dim >= tensor.dim() for each in placements):
-                continue
-            spread = dtensor.distribute_tensor(tensor, mesh, placements, src_data_rank=None)
-            found.append((f"{tuple(tensor.shape)} {tensor.dtype} {placements}", digest(spread), digest(tensor)))
-    return found
-
-
-@pytest.mark.parametrize(("layouts", "size"), [(spread_over_a_line, 3), (spread_over_a_square, 4)])
-def test_digest_of_parts_is_that_of_the_whole(layouts: Callable[[], Any], size: int) -> None:
-    for found in run_ranks(layouts, size=size):
+@pytest.mark.parametrize(("shape", "splits", "size"), [((3,), LINE, 3), ((2, 2), SQUARE, 4)])
+def test_digest_of_parts_is_that_of_the_whole(shape: Any, splits: Any, size: int) -> None:
+    for found in run_ranks(spread, shape, splits, size=size):
         assert len(found) > 100
         assert not [layout for layout, of_parts, of_whole in found if of_parts != of_whole]
 
