@@ -59,14 +59,11 @@ def _unmerged_and_undone(model: nn.Module) -> Iterator[View]:
 
 def _completed(view: View, state: Mapping[str, Any], *, is_new: bool) -> dict[str, Any]:
     """Add what files of other libraries do not hold: base values of what trains, and start values from the base."""
-    added: dict[str, Any] = {}
+    added = {n: base_value(view, n) for n in view.trained if is_new or "bias" in n.rpartition(".")[2]}
     for name, layer in view.layers.items():
         for parameter, about in layer.lora_roles().items():
             if not about.role.trains:
                 added[join(name, parameter)] = own_parameter(layer, parameter).detach()
-    for name in view.trained:
-        if is_new or "bias" in name.rpartition(".")[2]:
-            added[name] = base_value(view, name)
     return {**added, **state}
 
 
@@ -222,8 +219,7 @@ def _check_init(view: View, config: LoRAConfig) -> None:
 
 
 Entries = tuple[dict[str, Tensor], dict[str, Any]]
-"""What must be in a state: adapters and all else that trains. And what may be: changed buffers and frozen weights, and
-everything that a module's own code adds to its state."""
+"""What must be in a state: all that trains. And what may be: changed tensors, and what a module's own code adds."""
 
 
 def entries_of(view: View, random: Collection[str] = ()) -> Entries:
@@ -264,10 +260,7 @@ def _selecting(config: LoRAConfig) -> str:
 
 
 def _check_tensors(view: View, entries: Entries, state: Mapping[str, Any], *, converting: bool = False) -> None:
-    """Refuse tensors of another shape or kind than the model's.
-
-    ``converting``: allow all but the adapters to be rounded, as ``model.to(dtype)`` rounds the rest of the model.
-    """
+    """Refuse tensors of another shape or kind. ``converting``: all but adapters are rounded as ``model.to`` would."""
     known = {**view.base, **entries[1], **entries[0]}
     for name, value in state.items():
         if isinstance(known[name], Tensor):
@@ -282,15 +275,12 @@ def _check_tensor(name: str, value: object, expected: Tensor, *, converting: boo
             "training, with the same head, and adapt it with the same r."
         )
     if value.layout != expected.layout or (value.is_meta and not expected.is_meta):
-        raise AdapterMismatchError(
-            f"{name!r} has no values that could be written (it is {value.layout}, {value.device})."
-        )
+        raise AdapterMismatchError(f"{name!r} has no values that could be written ({value.layout}, {value.device}).")
     are_floats = value.is_floating_point() and expected.is_floating_point()
     if converting and are_floats and torch.equal(value.isfinite(), value.to(expected.dtype).isfinite()):
         return
-    if torch.promote_types(value.dtype, expected.dtype) != expected.dtype or (
-        value.is_floating_point() != expected.is_floating_point()
-    ):
+    is_held = torch.promote_types(value.dtype, expected.dtype) == expected.dtype
+    if not is_held or value.is_floating_point() != expected.is_floating_point():
         raise AdapterMismatchError(
             f"{name!r} is {value.dtype}, but this model has {expected.dtype}, which cannot hold the same values. "
             f"Convert the model first: model.to({value.dtype})."
@@ -304,9 +294,7 @@ def _check_finite(view: View, state: Mapping[str, Any]) -> None:
         if isinstance(module, _NormBase):
             statistics = (join(name, "running_mean"), join(name, "running_var"))
             checked += [name for name in statistics if name in state]
-    originals = view.adapter.originals
-    broken = [name for name in checked if not _is_sound(state[name], originals.get(name))]
-    if broken:
+    if broken := [name for name in checked if not _is_sound(state[name], view.adapter.originals.get(name))]:
         raise AdapterFileError(f"{listed(broken)} hold NaN or infinite values: {DIVERGED}.")
 
 

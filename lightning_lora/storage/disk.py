@@ -1,7 +1,4 @@
-"""Write files completely or not at all; read them safely.
-
-Reading runs no code, and takes no more memory than the file has bytes.
-"""
+"""Write files completely or not at all; read them without running code, in no more memory than they have bytes."""
 
 import errno
 import glob
@@ -117,12 +114,7 @@ def check_path(path: Any, *, may_be_open: bool = False) -> None:
 
 
 def local_path(path: Any) -> Path | None:
-    """Return the path in this machine's file system, or None.
-
-    Example:
-        >>> local_path("runs/a.ckpt"), local_path("file:///runs/a.ckpt"), local_path("s3://bucket/a.ckpt")
-        (PosixPath('runs/a.ckpt'), PosixPath('/runs/a.ckpt'), None)
-    """
+    """Return the path in this machine's file system, or None for what is elsewhere, such as ``s3://bucket/a.ckpt``."""
     if not isinstance(path, str | os.PathLike):
         return None
     place = os.fspath(path)
@@ -134,10 +126,10 @@ def local_path(path: Any) -> Path | None:
 @contextmanager
 def opened(source: Any) -> Iterator[Any]:
     """Open a path or a URL to read bytes. An open file is yielded as it is."""
-    local = local_path(source)
     if hasattr(source, "read"):
         yield source
         return
+    local = local_path(source)
     with local.open("rb") if local is not None else fsspec.open(os.fspath(source), "rb") as file:
         yield file
 
@@ -161,10 +153,7 @@ def on_this_machine(source: Any) -> Iterator[Path]:
 
 @contextmanager
 def reading(source: Any, remedy: str = "") -> Iterator[None]:
-    """Turn errors of torch and safetensors into :class:`AdapterFileError`, but for files that do not exist.
-
-    ``remedy`` says what to do if the file holds objects of classes.
-    """
+    """Turn errors of torch and safetensors into ours. ``remedy``: what to do if the file holds objects of classes."""
     try:
         yield
     except (AdapterFileError, FileNotFoundError, PermissionError):
@@ -183,7 +172,6 @@ def reading(source: Any, remedy: str = "") -> Iterator[None]:
 
 
 TRUST = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-"""torch's variable that allows all files to run code."""
 
 
 def trusts_all_files() -> bool:
@@ -196,15 +184,16 @@ def check_whole(path: Any, source: Any = None, *, may_be_old: bool = False) -> N
     local, source = local_path(path), path if source is None else source
     if local is None and str(path).startswith("http"):
         return
-    if local is not None and not os.path.exists(local):  # noqa: PTH110  # Path raises if a name is too long
-        return
-    if local is not None and (local / "checkpoint").is_dir():  # as Lightning calls it
-        raise AdapterFileError(
-            f"{source} is a folder of DeepSpeed. Make it one file, by convert_zero_checkpoint_to_fp32_state_dict of "
-            "lightning.pytorch.utilities.deepspeed, and pass that."
-        )
-    if local is not None and not local.is_file():
-        raise AdapterFileError(f"{source} is not a file. Pass a .safetensors file or a Trainer's .ckpt file.")
+    if local is not None:
+        if not os.path.exists(local):  # noqa: PTH110  # Path raises if a name is too long
+            return
+        if (local / "checkpoint").is_dir():  # as Lightning calls it
+            raise AdapterFileError(
+                f"{source} is a folder of DeepSpeed. Make it one file, by convert_zero_checkpoint_to_fp32_state_dict "
+                "of lightning.pytorch.utilities.deepspeed, and pass that."
+            )
+        if not local.is_file():
+            raise AdapterFileError(f"{source} is not a file. Pass a .safetensors file or a Trainer's .ckpt file.")
     with opened(path) as file:
         if not (may_be_old or is_archive(file)):
             raise AdapterFileError(
@@ -278,11 +267,10 @@ def _first_line(error: Exception) -> str:
 class Unread:
     """Stands for an object, or for its class."""
 
-    name: str
-    """What the file calls the class or function."""
+    name: str  # what the file calls the class or function
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        """Take whatever the object would have been made from."""
+        """Take what the object would have been made from."""
 
     def __call__(self, *_: Any, **__: Any) -> "Unread":
         """Stand for what a call would return too."""
@@ -308,8 +296,7 @@ def unread_in(value: Any) -> list[str]:
     """Return the names of all :class:`Unread` inside a value."""
     found, inside, seen = [], [value], set[int]()
     while inside:
-        each = inside.pop()
-        if id(each) in seen:
+        if id(each := inside.pop()) in seen:
             continue
         seen.add(id(each))
         kind = each if isinstance(each, type) else type(each)
@@ -327,26 +314,18 @@ def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int,
     return torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage).as_strided(size, stride, offset)
 
 
-def _parameter(data: Tensor, *_: Any) -> Tensor:
-    return data
-
-
 def _class(name: str) -> type[Unread]:
     """What stands for a class: a new one each time, because a pickle may change it."""
     return type("Unread", (Unread,), {"name": name})
 
 
-def _class_inside(owner: Any, name: str) -> type[Unread]:
-    return _class(f"{getattr(owner, 'name', '')}.{name}")
-
-
 _KNOWN: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": OrderedDict,
-    "builtins.getattr": _class_inside,
-    "__builtin__.getattr": _class_inside,
+    "builtins.getattr": lambda owner, name: _class(f"{getattr(owner, 'name', '')}.{name}"),  # a class inside a class
+    "__builtin__.getattr": lambda owner, name: _class(f"{getattr(owner, 'name', '')}.{name}"),
     "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
 }
 """What makes the values that are read, by its name in a file."""
 

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
     Module = TypeVar("Module", bound=LightningModule)
 
-
 READERS = (loralib.reader, fabric.reader, peft_read.reader)
 """Readers of other libraries' files. Each returns None for the contents of a file of another format."""
 
@@ -64,8 +63,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     """
     check_place(path)
     state = adapter_state_dict(model)
-    odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if odd:
+    if odd := [name for name, value in state.items() if not isinstance(value, Tensor)]:
         raise AdapterFileError(
             f"{odd[:3]} are not tensors, which is all that safetensors holds. Save with the Trainer instead."
         )
@@ -148,11 +146,10 @@ def load_adapter(
 def _reader(contents: Any, path: Any, asked: Asked) -> Reader | None:
     """How to read these contents of a file, if another library wrote them."""
     names = contents if isinstance(contents, dict) else {}
-    reader = read = None
-    for reader in READERS if KEY not in names and VERSION not in names else ():
-        if read := reader(names, path, asked):
-            break
-    if (read is None or reader is not loralib.reader) and (asked.alpha is not None or asked.target_slices is not None):
+    is_foreign = KEY not in names and VERSION not in names
+    found = ((reader, read) for reader in READERS if is_foreign and (read := reader(names, path, asked)))
+    reader, read = next(found, (None, None))
+    if reader is not loralib.reader and (asked.alpha is not None or asked.target_slices is not None):
         raise ConfigError(
             f"alpha and target_slices are for files of loralib, and {path} is none: it says itself how it was trained. "
             "Leave them out."

@@ -1,7 +1,4 @@
-"""Save the whole merged model.
-
-Code that does not know adapters can read it.
-"""
+"""Save the whole merged model, for code that does not know adapters."""
 
 import inspect
 import sys
@@ -84,8 +81,8 @@ def save_merged(model: nn.Module, path: str | Path) -> None:
 
 def _merged(view: View) -> dict[str, Any]:
     state, lost = merged_state(view)
-    check_finite(view, state)
-    warn_of_merge(view.model, lost, untied(view))
+    _check_finite(view, state)
+    warn_of_merge(view.model, lost, _untied(view))
     return state
 
 
@@ -158,7 +155,7 @@ def _write_folder(view: View, path: Path) -> None:
             f"save_pretrained writes {root!r} of {title} alone, and {listed(outside)} were trained outside of it. Use "
             "a name that ends in .ckpt or .safetensors."
         )
-    own_weights = untied(view)
+    own_weights = _untied(view)
     if own_weights and getattr(getattr(inner, "config", None), "tie_word_embeddings", False):
         raise AdapterFileError(
             f"The weight of {listed(own_weights)} in {title} is tied to another layer's and has an update of its own, "
@@ -180,10 +177,7 @@ def _write_folder(view: View, path: Path) -> None:
 
 
 def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, float]]:
-    """Return the state dict that a model has after ``merge_adapters``.
-
-    The model does not change. Merged weights are in the host's memory.
-    """
+    """Return the state dict that a model has after ``merge_adapters``, with merged weights in the host's memory."""
     model = plain_module(view.model)
     if view.is_merged:
         check_as_merged(view.model)
@@ -245,8 +239,8 @@ def _merged_weights(view: View) -> tuple[dict[str, Tensor], dict[str, float]]:
     return merged, lost
 
 
-def untied(view: View) -> list[str]:
-    """Return the layers with tied weights that a merge unties."""
+def _untied(view: View) -> list[str]:
+    """The layers with tied weights that a merge unties."""
     if view.is_merged:
         return [weight.layer for weight in view.merged if isinstance(weight.base, nn.Parameter)]
     return [name for name, weights in tied_weights(view).items() if weights]
@@ -289,7 +283,7 @@ def _check_mergeable(view: View) -> None:
     check_mergeable(view)
 
 
-def check_finite(view: View, state: Mapping[str, Any]) -> None:
+def _check_finite(view: View, state: Mapping[str, Any]) -> None:
     """Refuse NaN and infinite adapters and merged weights."""
     check_not_diverged(view)
     weights = set(view.adapted_weights)
