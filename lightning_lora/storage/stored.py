@@ -1,7 +1,7 @@
 """Adapters outside of a model: what training changed, and what a file says of it."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -199,17 +199,12 @@ def _checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:
     return total
 
 
-def check_entries(names: Collection[str], description: Mapping[str, Any], path: object) -> None:
-    """Refuse a file with more or fewer entries than written, before anything is done with them."""
-    if len(names) != description["entries"]:
-        raise AdapterFileError(
-            f"{path} has {len(names)} entries, and {description['entries']} were written: it is damaged or was changed."
-        )
-
-
 def check_checksum(state: Mapping[str, Any], description: Mapping[str, Any], path: object) -> None:
     """Refuse adapters that were changed after they were written."""
-    check_entries(state, description, path)
+    if len(state) != description["entries"]:
+        raise AdapterFileError(
+            f"{path} has {len(state)} entries, and {description['entries']} were written: it is damaged or was changed."
+        )
     odd = [f"a name of type {type(name).__name__}" for name in state if not isinstance(name, str)]
     odd += [name for name, value in state.items() if isinstance(name, str) and not _has_own_memory(value)]
     if odd:

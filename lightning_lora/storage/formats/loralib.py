@@ -69,7 +69,6 @@ def _read(view: View, tensors: Mapping[str, Tensor], path: object, asked: Asked)
 
 
 def _update(view: View, name: str, factors: Factors, settings: LoRAConfig) -> Update:
-    """The update of one layer. Its kind decides how loralib has laid it out."""
     layer, (a, b) = view.modules[name], factors
     kind = adapter_for(layer)
     if kind not in _KINDS or not a.dim() == b.dim() == 2:

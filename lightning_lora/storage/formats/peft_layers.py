@@ -40,7 +40,7 @@ class PeftLayer:
 
 def why_not(layer: StoredLayer) -> str | None:
     """Return why PEFT has no counterpart for a layer's adapter, or computes something else, or None."""
-    own, title = peft_layer(layer), layer.layer_class.rpartition(".")[2]
+    own, title = _PEFT_LAYERS.get(layer.adapter_class), layer.layer_class.rpartition(".")[2]
     if own is None or layer.layer_class in _registered():
         return f"PEFT has no counterpart for our adapter of {title}."
     if layer.options.get(ALSO):
@@ -48,18 +48,15 @@ def why_not(layer: StoredLayer) -> str | None:
     return own.why_not(layer)
 
 
-def peft_layer(layer: StoredLayer) -> PeftLayer | None:
-    """Return PEFT's counterpart for a layer's adapter, if it has one."""
-    return _PEFT_LAYERS.get(layer.adapter_class) if layer.adapter_class else None
+def peft_layer(layer: StoredLayer) -> PeftLayer:
+    """Return PEFT's counterpart of a layer's adapter, after :func:`why_not`."""
+    return _PEFT_LAYERS[layer.adapter_class]
 
 
 def _registered() -> set[str]:
     """The names of layer classes that a user has registered."""
-    found = set[str]()
-    for cls in kinds.ADAPTERS:
-        if isinstance(cls, type) and not cls.__module__.startswith(("torch.", "transformers.", "bitsandbytes.")):
-            found.add(f"{cls.__module__}.{cls.__qualname__}")
-    return found
+    names = {f"{cls.__module__}.{cls.__qualname__}" for cls in kinds.ADAPTERS if isinstance(cls, type)}
+    return {name for name in names if not name.startswith(("torch.", "transformers.", "bitsandbytes."))}
 
 
 # Layers whose output PEFT adds its update to
@@ -139,7 +136,7 @@ def _swapped(factors: Factors) -> tuple[Tensor, Tensor]:
     return b.mT, a.mT
 
 
-_PEFT_LAYERS: dict[type[kinds.LoRALayer], PeftLayer] = {
+_PEFT_LAYERS: dict[type[kinds.LoRALayer] | None, PeftLayer] = {  # None: a user's own adapter
     kinds.LoRALinear: PeftLayer(_added),
     kinds.LoRALinear4bit: PeftLayer(_added),
     kinds.LoRALinear8bit: PeftLayer(_added),
@@ -210,8 +207,8 @@ def _why_not_there(layer: StoredLayer, stored: StoredAdapters) -> str | None:
             "PEFT 0.21 adds the update of an attention's output projection twice. Train with "
             f"target_slices={{{layer.name.rpartition('.')[2]!r}: ['q', 'k', 'v']}}."
         )
-    around, own = stored.layers.keys() & starts_of(owner_of(layer.name)), peft_layer(layer)
-    if around and own is not None and own.is_parameter:
+    around = stored.layers.keys() & starts_of(owner_of(layer.name))
+    if around and peft_layer(layer).is_parameter:
         return f"PEFT finds no parameters inside of {listed(around)}, whose parameters are adapted too."
     magnitude = stored.state.get(join(layer.name, layer.matrices[0].parameter(Role.MAGNITUDE)))
     if magnitude is not None and (magnitude == 0).any():
@@ -224,8 +221,7 @@ def _why_not_saved(module: str, stored: StoredAdapters, modules: Mapping[str, nn
     name = Renaming(stored.root, "").name_here(module)
     if stored.layers.keys() & starts_of(owner_of(module)):
         return f"inside of a module whose parameters are adapted: PEFT would not find it. {_LEAVE_OUT}"
-    alike = [other for other in modules if other.endswith(name) and other != name]
-    if alike:
+    if alike := [other for other in modules if other.endswith(name) and other != name]:
         return f"and PEFT would also save {listed(alike)}, because these names end alike. Rename one of them."
     return None
 

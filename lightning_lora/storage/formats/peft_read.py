@@ -163,8 +163,7 @@ class _Layers:
 
     def _factors(self, about: StoredLayer, matrix: AdaptedMatrix, factors: Factors, said: str) -> Factors:
         """A and B of one matrix as they are here, after a check of their rank and their shapes."""
-        (a, b), stack, own = factors, math.prod(matrix.stack), peft_layer(about)
-        assert own is not None
+        (a, b), stack = factors, math.prod(matrix.stack)
         rank, asked = (a.shape[0] if a.dim() else 0) // stack, self.config.rank(said)
         most = min(asked, matrix.largest_rank) if self.config.init in FROM_BASE else asked  # their start has no more
         if rank not in (asked, most):
@@ -174,7 +173,7 @@ class _Layers:
             )
         expected = [(*matrix.stack, rank, matrix.reads), (*matrix.stack, matrix.writes, rank)]
         with suppress(IndexError, RuntimeError):  # other shapes
-            a, b = own.here(factors, about.shapes[matrix.weight], about.options)
+            a, b = peft_layer(about).here(factors, about.shapes[matrix.weight], about.options)
         if [a.shape, b.shape] != expected:
             raise AdapterMismatchError(
                 f"The file's update of {said!r} has factors {tuple(factors[0].shape)} and {tuple(factors[1].shape)}. "

@@ -25,7 +25,7 @@ from lightning_lora.model.view import view_of
 from lightning_lora.storage.disk import check_path, writing
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.formats.peft_config import PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
-from lightning_lora.storage.formats.peft_layers import PeftLayer, check_exportable, is_bias, peft_layer
+from lightning_lora.storage.formats.peft_layers import check_exportable, is_bias, peft_layer
 from lightning_lora.storage.names import Renaming, list_or_expression
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import StoredAdapters
@@ -175,7 +175,7 @@ class _Update:
 
     @property
     def is_parameter(self) -> bool:
-        return _counterpart(self.layer).is_parameter
+        return peft_layer(self.layer).is_parameter
 
     @property
     def target(self) -> str:  # patterns have to match it
@@ -189,19 +189,13 @@ class _Update:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return PEFT's tensors, by the ends of their names."""
-        own = _counterpart(self.layer)
+        own = peft_layer(self.layer)
         factors = own.there(self.factors, self.layer.shapes[self.weight], self.layer.options)
         found = dict(zip(own.keys, factors, strict=True))
         if self.magnitude is not None:  # without .weight in its name, transformers would ignore it
             after = (1,) * (factors[1].dim() - 2)
             found["lora_magnitude_vector.weight"] = self.magnitude.view(1, -1, *after) if after else self.magnitude
         return found
-
-
-def _counterpart(layer: StoredLayer) -> PeftLayer:
-    own = peft_layer(layer)
-    assert own is not None  # else it was refused
-    return own
 
 
 def _updates(source: _Source) -> list[_Update]:
@@ -312,11 +306,9 @@ def _most_common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def _warn_of_encoders(source: _Source) -> None:
-    held, modules = dict[str, None](), source.modules or {}
-    for name in source.stored.layers:
-        for above in starts_of(source.name_there(name))[:-1]:
-            if isinstance(modules.get(above), nn.TransformerEncoderLayer):
-                held[above] = None
+    modules = source.modules or {}
+    around = chain.from_iterable(starts_of(source.name_there(name))[:-1] for name in source.stored.layers)
+    held = [name for name in dict.fromkeys(around) if isinstance(modules.get(name), nn.TransformerEncoderLayer)]
     if held:
         warnings.warn(
             f"{listed(held)} are layers of nn.TransformerEncoder. In eval mode they read weights past PEFT's layers: "
@@ -332,8 +324,7 @@ def _write(directory: Path, weights: bytes, config: str) -> None:
     if not is_new and not directory.is_dir():
         raise AdapterFileError(f"{directory} is a file. Pass a directory.")
     directory.mkdir(exist_ok=True)
-    place = directory / PEFT_CONFIG
-    before = None
+    place, before = directory / PEFT_CONFIG, None
     try:
         with writing(place) as config_part:
             config_part.write_text(config)

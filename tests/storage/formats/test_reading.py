@@ -28,7 +28,6 @@ TOKENS = torch.linspace(-1, 1, 2 * 4 * 8).view(2, 4, 8).sin()
 
 MIXED: dict[str, dict[str, Any]] = {
     "linear": {"target_modules": ["linear", "c_proj"]},
-    "default alpha": {"r": 3, "target_modules": ["linear"]},
     "all": {"target_modules": ["embed", "conv1d", "linear", "c_proj"], "lora_alpha": 5},
     "rslora": {"target_modules": ["embed", "conv1d", "linear"], "use_rslora": True, "lora_alpha": 3},
     "dora": {"target_modules": ["embed", "conv1d", "linear", "c_proj"], "use_dora": True},
@@ -41,7 +40,6 @@ MIXED: dict[str, dict[str, Any]] = {
     },
     "saved": {"target_modules": ["linear"], "modules_to_save": ["head", "norm"]},
     "biases of its layers": {"target_modules": ["linear", "conv1d"], "bias": "lora_only"},
-    "all biases": {"target_modules": ["linear", "conv1d"], "bias": "all"},
     "all biases, saved": {"target_modules": ["linear", "conv1d"], "bias": "all", "modules_to_save": ["head"]},
     "tokens": {"target_modules": ["linear"], "trainable_token_indices": {"embed": [1, 4, 7]}},
     "many tokens": {"target_modules": ["linear"], "trainable_token_indices": {"embed": list(range(10))}},
@@ -52,10 +50,14 @@ MIXED: dict[str, dict[str, Any]] = {
     "pissa, dora": {"target_modules": ["linear"], "init_lora_weights": "pissa", "use_dora": True},
     "olora": {"target_modules": ["linear"], "init_lora_weights": "olora"},
     "gaussian": {"target_modules": ["linear", "embed"], "init_lora_weights": "gaussian"},
-    "orthogonal": {"target_modules": ["linear"], "init_lora_weights": "orthogonal"},
     "one layer of several": {"target_modules": "all-linear", "exclude_modules": ["head"]},
     "a weight as a parameter": {"target_modules": [], "target_parameters": ["linear.weight", "embed.weight"]},
-    "a Conv1D as a parameter": {"target_modules": [], "target_parameters": ["c_proj.weight"]},
+    "a weight by its own name": {
+        "target_modules": [],
+        "target_parameters": ["linear.weight", "c_proj.weight"],
+        "alpha_pattern": {"linear.weight": 32, "c_proj": 64},
+        "rank_pattern": {"c_proj.weight": 2},
+    },
 }
 ATTENDING: dict[str, dict[str, Any]] = {
     "attention": {"target_modules": ["attn", "out"]},
@@ -78,14 +80,6 @@ EXPERT: dict[str, dict[str, Any]] = {
     },
     "recurrent": {"target_modules": [], "target_parameters": ["rnn.weight_ih_l0", "rnn.weight_hh_l0"]},
     "one recurrent": {"target_modules": [], "target_parameters": ["rnn.weight_hh_l0"]},
-}
-MIXED |= {
-    "a weight by its own name": {
-        "target_modules": [],
-        "target_parameters": ["linear.weight", "c_proj.weight"],
-        "alpha_pattern": {"linear.weight": 32, "c_proj": 64},
-        "rank_pattern": {"c_proj.weight": 2},
-    },
 }
 IMAGE: dict[str, dict[str, Any]] = {
     "convolutions": {"target_modules": ["conv2d", "conv3d"]},

@@ -28,6 +28,7 @@ from lightning_lora import (
 )
 from lightning_lora.model.view import View
 from lightning_lora.storage.offline.merge import merge_files
+from tests.storage.offline.test_combine import Experts
 from tests.support.models import LitTiny, TinyLM, best, data, lora, randomise, same, state, trainer
 
 
@@ -43,15 +44,6 @@ class Mixed(nn.Module):
         self.attention = nn.MultiheadAttention(8, 2)
         self.lstm = nn.LSTM(8, 4)
         self.head, self.experts = nn.Linear(8, 3), Experts()
-
-
-class Experts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Parameter(torch.randn(3, 8, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.up
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
