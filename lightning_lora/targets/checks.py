@@ -88,7 +88,15 @@ def check_supported(
     )
 
 
-def check_patterns(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
+def check_choices(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
+    """Refuse choices that patterns or methods do not fit."""
+    _check_patterns(names, config, choices)
+    _check_names(choices)
+    _check_rank_pattern(names, config, choices)
+    _check_methods(config, choices)
+
+
+def _check_patterns(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """Refuse a pattern's key without effect: it matches no adapted layer, or earlier keys match all of its layers."""
     layers, parameters = dict[str, str](), dict[str, str]()  # each with the other name that a pattern may mean it by
     for name, choice in choices.items():
@@ -134,7 +142,7 @@ def _check_order(names: Names, argument: str, matched: Mapping[str, list[str]]) 
             )
 
 
-def check_names(choices: Mapping[str, Choice]) -> None:
+def _check_names(choices: Mapping[str, Choice]) -> None:
     """Refuse matrices of a layer whose factors would have the same name."""
     for name, choice in choices.items():
         endings = [matrix.name for matrix in choice.matrices]
@@ -145,7 +153,7 @@ def check_names(choices: Mapping[str, Choice]) -> None:
             )
 
 
-def check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
+def _check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """Refuse layers that do not support DoRA, PiSSA or OLoRA."""
     if config.use_dora:
         unfit = [n for n, c in choices.items() if not (c.kind.lora_fits_dora and c.matrices[0].has_all_rows)]
@@ -163,7 +171,7 @@ def check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
         )
 
 
-def check_rank_pattern(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
+def _check_rank_pattern(names: Names, config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
     """Refuse a rank in ``rank_pattern`` that is larger than each matrix of its layer allows."""
     entries = replace(config, r=1)  # which is never too large
     found: dict[str, str] = {}

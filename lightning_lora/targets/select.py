@@ -8,16 +8,7 @@ from torch import nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError
 from lightning_lora.layers import ADAPTERS, AdaptedMatrix, LoRALayer, LoRAParameters, Settings, adapter_for
-from lightning_lora.targets.checks import (
-    Choice,
-    check_any,
-    check_methods,
-    check_names,
-    check_patterns,
-    check_rank_pattern,
-    check_shapes,
-    check_supported,
-)
+from lightning_lora.targets.checks import Choice, check_any, check_choices, check_shapes, check_supported
 from lightning_lora.targets.lookup import AUTOMATIC, Names, is_attention, is_computed, why_not
 from lightning_lora.targets.slices import sliced
 from lightning_lora.tensors.names import starts_of, submodule
@@ -50,10 +41,7 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
         if matrices:
             choices[name] = _choice(config, name, layer, kind, matrices)
     check_any(names, config, choices, untouched)
-    check_patterns(names, config, choices)
-    check_names(choices)
-    check_rank_pattern(names, config, choices)
-    check_methods(config, choices)
+    check_choices(names, config, choices)
     return choices
 
 

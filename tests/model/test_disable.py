@@ -1,24 +1,16 @@
 """Without its adapters, the model is the base."""
 
 from contextlib import suppress
-from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_lora import (
-    AdapterStateError,
     LoRAConfig,
     adapter_state_dict,
     disable_adapters,
     inject_adapters,
-    load_adapter_state_dict,
-    merge_adapters,
-    remove_adapters,
-    unmerge_adapters,
 )
-from tests.support.layers import CONFIG, config
 from tests.support.models import same, state
 
 
@@ -26,26 +18,10 @@ def test_running_the_base_in_training_mode_leaves_no_trace() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     inject_adapters(model, LoRAConfig(r=2))
     before = state(model)
-    with disable_adapters(model):
-        model(torch.randn(5, 4))
-    assert same(state(model), before) and set(adapter_state_dict(model)) == {"0.lora_A", "0.lora_B"}
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        adapter_state_dict, merge_adapters, unmerge_adapters, remove_adapters, lambda m: inject_adapters(m, CONFIG),
-        lambda m: load_adapter_state_dict(m, {}),
-    ],
-)  # fmt: skip
-def test_no_call_while_adapters_are_disabled(call: Any) -> None:
-    model = nn.Sequential(nn.Linear(5, 4))
-    inject_adapters(model, config(model))
-    with disable_adapters(model), pytest.raises(AdapterStateError, match="disable_adapters"):
-        call(model)
     with suppress(ZeroDivisionError), disable_adapters(model):
+        model(torch.randn(5, 4))
         _ = 1 / 0
-    adapter_state_dict(model)
+    assert same(state(model), before) and set(adapter_state_dict(model)) == {"0.lora_A", "0.lora_B"}
 
 
 def test_autocast_remembers_no_weight_of_another_model() -> None:

@@ -24,8 +24,8 @@ from lightning_lora import (
     unmerge_adapters,
 )
 from tests.support.cases import held
-from tests.support.model import as_merged, as_trained
-from tests.support.models import LitTiny, TinyLM, best, data, is_plain, lora, randomise, same, state, trainer, unties
+from tests.support.model import as_merged
+from tests.support.models import LitTiny, best, data, lora, randomise, same, state, trainer
 
 
 def test_base_loaded_after_injection_is_the_base() -> None:
@@ -85,16 +85,6 @@ def test_weights_loaded_into_a_merged_model_are_a_new_base_and_no_way_back() -> 
         assert same(state(model), base)
     remove_adapters(model)
     assert same(state(model), base)
-
-
-@unties
-def test_weight_loaded_beside_a_merged_one_that_was_tied_to_it_is_noticed(tmp_path: Path) -> None:
-    model = as_trained(TinyLM(), target_modules=["q_proj", "lm_head"])
-    save_adapter(model, tmp_path / "a.safetensors")
-    merge_adapters(model)
-    model.load_state_dict({"embed.weight": torch.ones(20, 8)}, strict=False)  # the base of the merged head too
-    with pytest.raises(AdapterStateError, match="changed since its adapters were merged"):
-        unmerge_adapters(model)
 
 
 def test_a_state_of_adapters_is_not_half_loaded_into_the_merged_module(tmp_path: Path) -> None:
@@ -193,22 +183,6 @@ def test_a_buffer_that_a_failed_load_had_reset_is_given_back() -> None:
     with pytest.raises(ValueError, match="another version"):
         load_adapter_state_dict(model, state_of_other)
     assert same(tensors(model), before)
-
-
-def test_adapters_that_are_loaded_into_a_model_after_its_fit_are_merged_into_it(tmp_path: Path) -> None:
-    model, t = LitTiny(), trainer(tmp_path, [lora()], max_epochs=1, enable_checkpointing=False)
-    t.fit(model, data())
-    other = LitTiny()
-    inject_adapters(other, LoRAConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["head"]))
-    randomise(other, seed=9)
-    load_adapter_state_dict(model, adapter_state_dict(other))
-    merge_adapters(other)
-    assert is_plain(model)
-    x = torch.arange(20)
-    assert torch.equal(model(x), other(x))
-    unmerge_adapters(model)
-    unmerge_adapters(other)
-    assert same(state(model), state(other))
 
 
 def test_a_merge_cannot_be_undone_after_values_for_one_merged_layer() -> None:
