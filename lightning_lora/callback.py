@@ -32,7 +32,7 @@ from lightning_lora.training.compatibility import (
     wants_summary,
 )
 from lightning_lora.training.gradients import Gradients, gradients_pass
-from lightning_lora.training.merging import LAST, check_arguments, check_weights, load_best, send_record
+from lightning_lora.training.merging import check_arguments, check_weights, load_best, send_record
 from lightning_lora.training.optimizers import check_frozen
 from lightning_lora.training.randomness import RANDOM, random_states, restore_random_state
 from lightning_lora.training.stage import Phase, Stage, is_merged, receive_record
@@ -166,11 +166,7 @@ class LoRACallback(Callback):
         self._training = ExitStack()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Keep the arguments alone, as plain types.
-
-        Some modules have their callbacks as hyperparameters, which go into every file. What a fit adds would bring the
-        whole module there.
-        """
+        """Keep the arguments alone, as plain types: some modules have their callbacks as hyperparameters in files."""
         added = ("_stage", "_gradients", "_training", "log", "log_dict")  # the last two by Lightning
         kept = {name: value for name, value in vars(self).items() if name not in added}
         return {**kept, "config": self.config.to_dict(), "given": sorted(self.given)}
@@ -183,11 +179,10 @@ class LoRACallback(Callback):
     # Set-up
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Add adapters to the module's layers.
+        """Add adapters to the module's layers, or get its own back if it is merged.
 
-        For an evaluation, a plain module gets adapters only from a checkpoint. A merged module gets its exact base back
-        first, unless it is only evaluated: then it runs as it is, until a checkpoint is loaded. Layers that the
-        module's own hooks create later are adapted by the strategy.
+        A module that is only evaluated stays plain or merged until a checkpoint is loaded. The strategy adapts layers
+        that the module's own hooks create later.
         """
         callbacks, is_fit = callbacks_of(trainer), stage == "fit"
         self._stage = Stage(self.config, self.given, self.save, is_fit, callbacks)
@@ -231,11 +226,7 @@ class LoRACallback(Callback):
             log_arguments(trainer, pl_module, merge=self.merge, save=self.save, trained_share=share)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to watch gradients.
-
-        A resumed run gets its random numbers back. From now on, the adapters stay on the module after an exception:
-        they may be worth keeping.
-        """
+        """Start to watch gradients. From now on, the adapters stay on the module after an exception."""
         check_adapted(pl_module)
         if trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
@@ -255,10 +246,7 @@ class LoRACallback(Callback):
             self._gradients.end_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Check that the optimizer trains adapters and nothing frozen.
-
-        Once for each optimizer, a warning names the adapters that received no gradient.
-        """
+        """Check that the optimizer trains nothing frozen, and, in its first step, each of its adapters."""
         check_frozen(pl_module, optimizer)
         if self._gradients is not None:
             self._gradients.check(optimizer)
@@ -281,9 +269,9 @@ class LoRACallback(Callback):
         note_changed(pl_module)
         if not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             return
-        which = (
-            load_best(trainer, pl_module, _strategy_of(trainer).lora_read_adapters) if self.merge == "best" else LAST
-        )
+        which = "the last adapters"
+        if self.merge == "best":
+            which = load_best(trainer, pl_module, _strategy_of(trainer).lora_read_adapters) or which
         count = len(View(pl_module).layers)
         layers = "1 layer" if count == 1 else f"{count} layers"
         merge_adapters(pl_module)
@@ -293,34 +281,23 @@ class LoRACallback(Callback):
     # Afterwards
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Merge again if the stage trained nothing.
-
-        This is for a module that was merged before, for example after a tuner's trial.
-        """
+        """Merge a module again that was merged before, if the stage trained nothing, as in a tuner's trial."""
         self._stage.end(pl_module)
         self._end_training()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the module, or keep adapters that may be trained.
-
-        If a fit has loaded adapters or has begun to train, they stay, so that training can go on. Otherwise the module
-        becomes what it was before the stage.
-        """
+        """Restore the module as it was before the stage, unless a fit has loaded or trained adapters: they stay."""
         self._end_training()
         strategy = trainer.strategy
         self._stage.fail(pl_module, is_alone=isinstance(strategy, LoRAStrategy) and strategy.lora_adapts_late)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Store the states of the random number generators.
-
-        In a main process without a set-up, also make sure that files hold only the adapters. The file of a module that
-        has none is Lightning's own.
-        """
+        """Store the states of the random number generators."""
         receive_record(pl_module)
-        if find_record(pl_module) is None:
+        if find_record(pl_module) is None:  # the file is Lightning's own
             return
         checkpoint[RANDOM] = random_states(trainer)
-        if not isinstance(trainer.strategy, LoRAStrategy):
+        if not isinstance(trainer.strategy, LoRAStrategy):  # in a main process without a set-up
             self._stage.callbacks = callbacks_of(trainer)
             overlay_strategy(trainer.strategy, self._stage)
 

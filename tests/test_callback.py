@@ -10,9 +10,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, ModelCheckpoint, ModelPruning
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, ModelPruning
 from torch import nn
-from torch.optim import Optimizer
 
 from lightning_lora import (
     AdapterMismatchError,
@@ -45,21 +44,6 @@ def test_only_adapters_and_modules_to_save_change(tmp_path: Path) -> None:
     after = state(model)
     assert [name for name in before if not torch.equal(after[name], before[name])] == ["head.weight", "head.bias"]
     assert all(after[name].abs().sum() > 0 for name in ADAPTERS)
-
-
-def test_training_is_that_of_adapters_trained_by_hand(tmp_path: Path) -> None:
-    torch.manual_seed(5)
-    by_hand = LitTiny()
-    inject_adapters(by_hand, LoRAConfig(r=2, modules_to_save=["head"]))
-    optimizer = torch.optim.AdamW([p for p in by_hand.parameters() if p.requires_grad], lr=0.05)
-    for batch in [*data(), *data()]:
-        optimizer.zero_grad()
-        by_hand.loss(batch).backward()
-        optimizer.step()
-    torch.manual_seed(5)
-    model = LitTiny()
-    trainer(tmp_path, [lora(merge=False)]).fit(model, data())
-    torch.testing.assert_close(state(model), state(by_hand))
 
 
 X = torch.arange(WORDS)
@@ -95,33 +79,7 @@ def test_nothing_to_adapt_is_an_error_and_never_a_full_fine_tune(tmp_path: Path)
         trainer(tmp_path, [LoRACallback(r=1, target_modules=["q_porj"])]).fit(LitTiny(), data())
 
 
-def test_second_fit_goes_on_from_the_first(tmp_path: Path) -> None:
-    once, twice = LitTiny(), LitTiny()
-    for model, epochs in ((once, [4]), (twice, [2, 2])):
-        torch.manual_seed(5)
-        model.configure_optimizers = lambda model=model: torch.optim.SGD(model.parameters(), 0.1)  # type: ignore[method-assign]
-        t = trainer(tmp_path, [lora()], max_epochs=0)
-        for number in epochs:
-            t.fit_loop.max_epochs += number  # type: ignore[operator]
-            t.fit(model, data())
-    torch.testing.assert_close(twice(X), once(X), atol=1e-6, rtol=1e-6)
-    unmerge_adapters(twice)
-    assert torch.equal(twice.q_proj.weight, LitTiny().q_proj.weight)
-
-
-@pytest.mark.parametrize("merge", ["last", "best"])
-def test_merge_says_which_adapters_the_module_ends_with(tmp_path: Path, merge: Any) -> None:
-    model, checkpoint = LitTiny(lr=0.5), best(tmp_path, mode="max")
-    t = trainer(tmp_path, [lora(merge=merge), checkpoint], max_epochs=4)
-    t.fit(model, data(), data())
-    expected = t.callback_metrics["val_loss"] if merge == "last" else checkpoint.best_model_score
-    loss = trainer(tmp_path).validate(model, data(), verbose=False)[0]["val_loss"]
-    assert loss == pytest.approx(expected.item())  # type: ignore[union-attr]
-
-
 def test_merge_best_without_a_best_file_says_so_as_do_two_callbacks(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="ModelCheckpoint"):
-        trainer(tmp_path, [lora(merge="best")], enable_checkpointing=False).fit(LitTiny(), data())
     with pytest.raises(ConfigError, match="2 LoRACallbacks"):
         trainer(tmp_path, [lora(), lora()]).fit(LitTiny(), data())
     for callbacks in (
@@ -147,17 +105,6 @@ def test_no_merge_in_a_fast_dev_run_after_an_exception_or_if_not_wanted(tmp_path
             trainer(tmp_path, callbacks, **options).fit(model, data(), data())
         assert isinstance(model.q_proj, LoRALayer) and model.get_parameter("q_proj.lora_B").any()
         assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
-
-
-def test_training_goes_on_after_an_exception(tmp_path: Path) -> None:
-    model = LitTiny()
-    t = trainer(tmp_path, [lora(), At(2, stop)])
-    with pytest.raises(StopError):
-        t.fit(model, data())
-    t.save_checkpoint(tmp_path / "failed.ckpt")
-    assert sorted(tensors(tmp_path / "failed.ckpt")) == sorted(TRAINED)
-    trainer(tmp_path, [lora()]).fit(model, data())
-    assert is_plain(model)
 
 
 class Capped(LitTiny):
@@ -298,20 +245,8 @@ class HasBackbone(LitTiny):
         return self.q_proj
 
 
-class Thaws(BaseFinetuning):
-    """Train a part of the base from the second epoch on."""
-
-    def freeze_before_training(self, pl_module: Any) -> None:
-        self.freeze(pl_module.backbone)
-
-    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Optimizer) -> None:
-        if epoch == 1:
-            self.unfreeze_and_add_param_group(pl_module.backbone, optimizer)
-
-
 OPPOSED: dict[str, Callable[[], L.Callback]] = {
     "BackboneFinetuning": lambda: BackboneFinetuning(1),
-    "Thaws": Thaws,
     "ModelPruning": lambda: ModelPruning("l1_unstructured"),
 }
 

@@ -19,14 +19,11 @@ from lightning_lora.targets.lookup import COMPUTED
 
 
 def advise(model: LightningModule, *, aloud: bool = True) -> None:
-    """Warn of layers that train too little, and large hyperparameters.
-
-    Nothing is said about the layers of a model whose adapters are trained already.
-    """
+    """Warn of layers that train too little, and large hyperparameters."""
     view = view_of(model)
     if aloud:
         _warn_of_large_hyperparameters(model, view)
-    if not view.is_fresh():
+    if not view.is_fresh():  # its adapters are trained already
         return
     fresh = find_fresh(view)
     random_weights(view, fresh)
@@ -46,14 +43,10 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
 
 def _warn_of_fresh(view: View, fresh: Fresh) -> None:
     title, remedy = type(view.model).__name__, f"Train them in full: {_to_save(view, fresh.random)}"
+    found = f"Layers of {title} that look untrained: {listed(fresh.random)}. Their weights are frozen: they stay so."
     if fresh.adapted:
         found = f"The only layers of {title} that are adapted look untrained: {listed(fresh.adapted)}."
         remedy += ', and adapt other layers, for example by target_modules="all"'
-    else:
-        found = (
-            f"Layers of {title} that look untrained: {listed(fresh.random)}. Their weights are frozen: they would stay "
-            "as they are."
-        )
     _warn(
         f"{found} Their values look like those of an initialisation. {remedy}. (If they are random on purpose, ignore "
         "FreshLayerWarning: the files hold them as they are.)",

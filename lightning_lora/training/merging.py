@@ -12,7 +12,7 @@ from lightning_lora.model.merged import lost_to_rounding
 from lightning_lora.model.state import send
 from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_checkpoint_state
-from lightning_lora.tensors.names import join, own_parameter, state_dict
+from lightning_lora.tensors.names import join, state_dict
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.training.compatibility import judge_of
 
@@ -35,34 +35,42 @@ def check_arguments(trainer: Trainer, merge: object, *, was_adapted: bool) -> No
 def check_weights(trainer: Trainer, pl_module: LightningModule, merge: object, save: str) -> None:
     """Refuse weights that no update can be merged into."""
     view = View(pl_module)
+    quantised = quantised_layers(view)
+    tied = [name for name, weights in tied_weights(view).items() if weights]
     if save == "model":
-        _check_files(view)
+        _check_files(view, quantised, tied)
     if not merge:
         return
-    if quantised := quantised_layers(view):
-        raise ConfigError(
-            f"merge={merge!r} is not possible: the weights of {listed(quantised)} are quantised. Set merge=False: then "
-            "the adapters stay on their layers, and every checkpoint holds them."
-        )
-    if returns_state_only(trainer):
-        check_untied(pl_module)
-    if tied := spread_ties(view):
-        raise ConfigError(
-            f"merge={merge!r} is not possible: a weight of {listed(tied)} is tied to another layer, and FSDP2 keeps "
-            "them one weight. Leave the layer out with exclude_modules. Or set merge=False, and merge the file into "
-            "the model on one device."
-        )
+    for names, why in (
+        (
+            quantised,
+            "the weights of {} are quantised. Set merge=False: then the adapters stay on their layers, and every "
+            "checkpoint holds them.",
+        ),
+        (
+            tied if returns_state_only(trainer) else [],
+            "a weight of {} and another layer's are one tied weight, and a merge changes only one use of it. The "
+            "processes of this strategy send back a state dict, which cannot hold both. Use strategy='ddp', or leave "
+            "the layer out with exclude_modules.",
+        ),
+        (
+            spread_ties(view),
+            "a weight of {} is tied to another layer, and FSDP2 keeps them one weight. Leave the layer out with "
+            "exclude_modules. Or set merge=False, and merge the file into the model on one device.",
+        ),
+    ):
+        if names:
+            raise ConfigError(f"merge={merge!r} is not possible: {why.format(listed(names))}")
 
 
-def _check_files(view: View) -> None:
+def _check_files(view: View, quantised: list[str], tied: list[str]) -> None:
     """Refuse files of the merged model that could not be written, or would be read wrongly."""
-    tied = [name for name, weights in tied_weights(view).items() if weights]
     spread = [name for name, p in view.parameters.items() if is_dtensor(p)]
     adapted = [join(name, weight) for name, layer in view.layers.items() for weight in layer.lora_weights()]
     held = state_dict(view.model, keep_vars=True)
     for names, why in (
         ([name for name in adapted if name not in held], "the module's own state_dict does not hold {}."),
-        (quantised_layers(view), "the weights of {} are quantised, so no update can be merged into them."),
+        (quantised, "the weights of {} are quantised, so no update can be merged into them."),
         (spread, "{} are spread over processes (FSDP2), and each save would gather the whole model."),
         (
             tied,
@@ -89,11 +97,8 @@ def warn_of_rounding(lost: dict[str, float], module: LightningModule) -> None:
         )
 
 
-LAST = "the last adapters"
-
-
 def load_best(trainer: Trainer, pl_module: LightningModule, read: Callable[[str], dict[str, Any]]) -> str:
-    """Load the adapters of ModelCheckpoint's best file."""
+    """Load the adapters of ModelCheckpoint's best file, and say so. Nothing is said if it cannot be read."""
     path = getattr(judge_of(trainer), "best_model_path", "")
     try:
         if not path:
@@ -105,7 +110,7 @@ def load_best(trainer: Trainer, pl_module: LightningModule, read: Callable[[str]
             BestCheckpointWarning,
             stacklevel=1,
         )
-        return LAST
+        return ""
     return f"the best adapters ({path})"
 
 
@@ -118,20 +123,3 @@ def send_record(trainer: Trainer, pl_module: LightningModule) -> None:
     """Leave the module's record for the main process, if only a state dict is sent back to it."""
     if returns_state_only(trainer) and trainer.is_global_zero:
         send(pl_module)
-
-
-def check_untied(pl_module: LightningModule) -> None:
-    """Refuse a tied weight where processes send the merged model back: it would be loaded with two values."""
-    view = View(pl_module)
-    owners: dict[int, list[str]] = {}
-    for name, parameter in view.parameters.items():
-        owners.setdefault(id(parameter), []).append(name)
-    for layer in view.layers.values():
-        for weight in layer.lora_weights():
-            tied = owners[id(own_parameter(layer, weight))]
-            if len(tied) > 1:
-                raise ConfigError(
-                    f"{' and '.join(map(repr, tied))} are one tied weight, and a merge changes only one use of it. The "
-                    "processes of this strategy send back a state dict, which cannot hold both. Use strategy='ddp', or "
-                    "leave the layer out with exclude_modules."
-                )

@@ -13,7 +13,6 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
 from lightning.pytorch.utilities.deepspeed import convert_zero_checkpoint_to_fp32_state_dict
 
 from lightning_lora import AdapterStateError, LoRACallback, LoRAConfig, StrategyError
-from lightning_lora.training.deepspeed import LoRADeepSpeedStrategy
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.strategies import overlay_strategy
 from tests.support.cpu_deepspeed import CpuDeepSpeed
@@ -247,8 +246,3 @@ def test_stage_3_is_refused_however_it_is_asked_for(tmp_path: Path, name: str, m
     strategy = StrategyRegistry.get(name) if registered else DeepSpeedStrategy(config=config)
     with pytest.raises(StrategyError, match="DeepSpeedStrategy with ZeRO stage 3 shards the model"):
         overlay_strategy(strategy, Stage(LoRAConfig()))
-
-
-@pytest.mark.parametrize("name", ["deepspeed", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload"])
-def test_stages_1_and_2_are_accepted(name: str) -> None:
-    assert isinstance(overlay_strategy(StrategyRegistry.get(name), Stage(LoRAConfig())), LoRADeepSpeedStrategy)

@@ -113,8 +113,9 @@ def test_default_targets_that_select_nothing_are_no_error_before_the_file_is_rea
     result_of(tmp_path / "words.ckpt", model=Words())
 
 
+@pytest.mark.parametrize("resumed", [False, True])
 @pytest.mark.parametrize("saved", [["head"], ["head", "norm"]])
-def test_a_base_that_a_hook_loads_is_kept(tmp_path: Path, saved: list[str]) -> None:
+def test_a_base_that_a_hook_loads_is_kept(tmp_path: Path, saved: list[str], resumed: bool) -> None:
     class Late(Normed):
         def setup(self, stage: str) -> None:
             self.norm.running_mean.fill_(0.5)  # type: ignore[union-attr,operator]
@@ -123,7 +124,11 @@ def test_a_base_that_a_hook_loads_is_kept(tmp_path: Path, saved: list[str]) -> N
     trained, t = fit(tmp_path, lora(merge=False, modules_to_save=saved), model=Late())
     t.save_checkpoint(tmp_path / "a.ckpt")
     assert ("norm.running_mean" in tensors(tmp_path / "a.ckpt")) is ("norm" in saved)
-    result_of(tmp_path / "a.ckpt", model=(model := Late()), modules_to_save=saved)
+    model = Late()
+    if resumed:  # at its end
+        fit(tmp_path, LoRACallback(merge=False, modules_to_save=saved), model=model, ckpt_path=tmp_path / "a.ckpt")
+    else:
+        result_of(tmp_path / "a.ckpt", model=model, modules_to_save=saved)
     assert same(state(model), state(trained))
     remove_adapters(model)
     assert torch.equal(model.norm.running_mean, torch.full((WIDTH,), 0.5))  # type: ignore[arg-type]

@@ -12,10 +12,8 @@ from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
 from lightning_lora import inject_adapters
-from lightning_lora.layers import LoRALayer
 from lightning_lora.model.state import find_record
 from tests.support.averages import AVERAGES
-from tests.support.cases import At
 from tests.support.checks import base_is_whole, files_hold_adapters_alone, trained
 from tests.support.fits import fit
 from tests.support.models import TRAINED, WORDS, LitTiny, data, is_plain, lora, same, state, trainer
@@ -145,17 +143,3 @@ def test_fit_with_a_finder_is_fit_with_what_it_finds(tmp_path: Path, finder: str
     assert same(state(found), state(plain)) and same(trained(found), trained(plain)) and base_is_whole(found)
     names = [[file.name for file in sorted((tmp_path / str(each)).iterdir())] for each in (True, False)]
     assert files_hold_adapters_alone(tmp_path) and names[0] == names[1] and not list(tmp_path.glob(".*"))
-
-
-def test_learning_rate_finder_leaves_no_trace_and_the_users_seed(tmp_path: Path) -> None:
-    found, t = LitTiny(), trainer(tmp_path, [lora()])
-    torch.manual_seed(5)
-    Tuner(t).lr_find(found, data(), num_training=5, update_attr=False)
-    assert isinstance(found.q_proj, LoRALayer) and not found.q_proj.lora_B.any()
-    seen: list[int] = []
-    t.callbacks.append(At(0, lambda *_: seen.append(torch.initial_seed())))  # type: ignore[attr-defined]
-    torch.manual_seed(123)
-    t.fit(found, data(), data())
-    plain, _ = fit(tmp_path, lora())
-    torch.testing.assert_close(found(X), plain(X))
-    assert seen == [123] and is_plain(found)
