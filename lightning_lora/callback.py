@@ -47,10 +47,10 @@ Save = Literal["adapters", "model"]
 class LoRACallback(Callback):
     """Fine-tune any LightningModule with low-rank adapters.
 
-    At set-up, the callback freezes the base model and adds adapters to its layers. The optimizers train only the
-    adapters, and every file that the Trainer writes holds only the adapters. At the end of ``fit``, the updates are
-    merged into the weights, and the module is a plain model again. A stage that only evaluates adds nothing to a plain
-    module. If it loads adapters from a file, they stay on the module. A merged module ends merged.
+    At set-up, the callback freezes the base model and adds adapters to its layers. Only these are trained, and stored
+    in the Trainer's files. At the end of ``fit``, the updates are merged into the weights, and the module is a plain
+    model again. A stage that only evaluates adds nothing to a plain module. If it loads adapters from a file, they stay
+    on the module. A merged module ends merged.
 
     Arguments that are not given are taken from the checkpoint that a Trainer loads (``ckpt_path``), or from adapters
     that the module has. So ``LoRACallback()`` is enough to evaluate one. From a command line, which gives all, those

@@ -49,8 +49,7 @@ def _is_ours(callback: Callback) -> bool:
 
 
 def _kinds(callback: Callback) -> set[str]:
-    """The names of a callback's classes: names, as there are two Lightning packages."""
-    return {base.__name__ for base in type(callback).__mro__}
+    return {base.__name__ for base in type(callback).__mro__}  # names, as there are two Lightning packages
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -77,19 +76,13 @@ def wants_summary(trainer: Trainer) -> bool:
 
 def loads_in_hooks(pl_module: LightningModule) -> bool:
     """Whether the module has hooks that may load weights. They would load the base's weights over merged ones."""
-    for hook in ("setup", "configure_model"):
-        owner = next(cls for cls in type(pl_module).__mro__ if hook in vars(cls))
-        if not owner.__module__.startswith(("lightning.", "pytorch_lightning.")):
-            return True
-    return False
+    hooks = [getattr(type(pl_module), name) for name in ("setup", "configure_model")]
+    return any(not hook.__module__.startswith(("lightning.", "pytorch_lightning.")) for hook in hooks)
 
 
 def copy_adapted(callbacks: list[Callback], pl_module: LightningModule, *, anew: bool) -> None:
-    """Let averages begin from the module as it is now: they copied it before it was adapted, or had all its layers.
-
-    Their ``setup`` is not called again: it would call ``configure_model``, which may replace adapted layers.
-    """
-    for callback, copy in _averages(callbacks):
+    """Let averages begin from the module as it is now: they copied it before it was adapted, or had all its layers."""
+    for callback, copy in _averages(callbacks):  # their setup would call configure_model, which may replace layers
         if hasattr(callback, "reset_batch_norm_and_save_state"):
             _keep_frozen_norms(callback)
         if not anew and named_parameters(copy).keys() == named_parameters(pl_module).keys():
@@ -111,10 +104,8 @@ def share_base(callbacks: list[Callback], pl_module: LightningModule) -> None:
         average: Any = vars(callback)["_average_model"]
         if not isinstance(average, AveragedModel):
             callback._avg_fn = _only_changed(callback._avg_fn)  # type: ignore[attr-defined]
-        elif average.avg_fn is not None:
-            average.avg_fn = _only_changed(average.avg_fn)
-        elif average.multi_avg_fn is None and next(copy.parameters()).device.type == "cpu":
-            average.avg_fn = _only_changed(get_swa_avg_fn())  # torch's choice on CPU; the other takes only float32
+        elif average.avg_fn or (not average.multi_avg_fn and next(copy.parameters()).device.type == "cpu"):
+            average.avg_fn = _only_changed(average.avg_fn or get_swa_avg_fn())  # on CPU, the other takes only float32
         else:
             average.multi_avg_fn = _only_changed(average.multi_avg_fn or get_swa_multi_avg_fn())
 

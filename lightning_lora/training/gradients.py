@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock, get_ident
 from typing import Any
@@ -45,7 +45,8 @@ class Gradients:
         self.hooks = [p.register_post_accumulate_grad_hook(self._note) for p in trained]
         if waits:
             thin = [p for p in view.adapters.values() if 1 in p.shape and p.requires_grad]
-            self.hooks += [p.register_hook(_flat_like(p)) for p in thin]
+            for p in thin:  # a row's gradient may have the strides of a column, and DDP warns of it
+                self.hooks.append(p.register_hook(lambda grad, shape=p.shape: grad.reshape(-1).view(shape)))
 
     def _note(self, parameter: Tensor) -> None:
         self.now.add(id(parameter))
@@ -92,12 +93,6 @@ class Gradients:
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
-
-
-def _flat_like(parameter: Tensor) -> Callable[[Tensor], Tensor]:
-    """Give a gradient the parameter's strides: that of a row may have those of a column, and DDP warns of it."""
-    shape = parameter.shape
-    return lambda grad: grad.reshape(-1).view(shape)
 
 
 def _give_zero_gradients(parameters: list[nn.Parameter]) -> None:

@@ -1,6 +1,5 @@
 """Other callbacks and options mean what they always mean."""
 
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -112,17 +111,6 @@ def test_early_stopping_counts_on_when_resumed(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.rglob("*.ckpt")} == {"epoch=0.ckpt", "epoch=1.ckpt", "epoch=2.ckpt"}
 
 
-def test_run_that_a_timer_stopped_goes_on(tmp_path: Path) -> None:
-    slow = bundled.LambdaCallback(on_train_batch_start=lambda *_: time.sleep(0.002))
-    stopped, t = fit(tmp_path, lora(), slow, bundled.Timer(timedelta(milliseconds=1), interval="epoch"))
-    assert t.global_step == 4 and is_plain(stopped)
-    file = tmp_path / "stopped.ckpt"
-    t.save_checkpoint(file)
-    through, _ = fit(tmp_path, lora(), bundled.Timer(timedelta(days=1)), max_epochs=3)
-    resumed, _ = fit(tmp_path, lora(), bundled.Timer(timedelta(days=1)), ckpt_path=file, max_epochs=3)
-    assert same(state(resumed), state(through)) and files_hold_adapters_alone(tmp_path) and base_is_whole(resumed)
-
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "overfit": {"overfit_batches": 0.5},
     "limits": {"limit_train_batches": 3, "limit_val_batches": 1},
@@ -169,6 +157,7 @@ ONLOOKERS: dict[str, Callable[[], L.Callback]] = {
     "rich summary": lambda: bundled.RichModelSummary(max_depth=-1),
     "lambda": lambda: bundled.LambdaCallback(on_train_epoch_end=lambda t, m: t.save_checkpoint(f"{t.log_dir}/a.ckpt")),
     "writer": lambda: Writer("epoch"),
+    "timer": lambda: bundled.Timer(timedelta(days=1)),
 }
 
 
