@@ -12,14 +12,13 @@ from lightning_lora import adapter_state_dict, inject_adapters, load_adapter_sta
 from lightning_lora.storage.state import NOTE
 from tests.support.cases import held
 from tests.support.models import TRAINED, LitTiny, data, lora, same, state, trainer
+from tests.support.storage import fitted
 
 OLD_NOTE = "this file holds only adapters: load it with lightning_lora.load_from_checkpoint(cls, path)"
 
 
 def written(folder: Path, model: L.LightningModule) -> Path:
-    t = trainer(folder, [lora(merge=False)], max_epochs=1, enable_checkpointing=False)
-    t.fit(model, data())
-    t.save_checkpoint(folder / "a.ckpt")
+    fitted(folder / "a.ckpt", model)
     return folder / "a.ckpt"
 
 
@@ -145,8 +144,6 @@ class Says(L.Callback):
 def test_a_module_of_lightning_cli_is_built_as_the_file_says(tmp_path: Path, named: dict[str, str]) -> None:
     pytest.importorskip("jsonargparse")
     how = {"strict": False, **named, "_instantiator": "lightning.pytorch.cli.instantiate_module"}
-    fit = trainer(tmp_path, [lora(merge=False), Says(how)], max_epochs=1, enable_checkpointing=False)
-    fit.fit(model := Strict(strict=False), data())
-    fit.save_checkpoint(tmp_path / "a.ckpt")
+    model = fitted(tmp_path / "a.ckpt", Strict(strict=False), lora(merge=False), Says(how))
     built = load_from_checkpoint(L.LightningModule if named else Strict, tmp_path / "a.ckpt")
     assert type(built) is Strict and same(state(built), state(model))

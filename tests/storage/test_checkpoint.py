@@ -25,28 +25,14 @@ def test_every_file_is_adapter_only_and_loads_safely(tmp_path: Path) -> None:
     saves = At(2, lambda t, m: t.save_checkpoint(tmp_path / "during.ckpt"))
     light = At(3, lambda t, m: t.save_checkpoint(tmp_path / "light.ckpt", weights_only=True))
     fail = At(7, stop)
-    t = trainer(
-        tmp_path,
-        [
-            lora(),
-            saves,
-            light,
-            fail,
-            best(tmp_path / "top", save_top_k=2, save_last=True),
-            ModelCheckpoint(tmp_path / "weights", save_weights_only=True, every_n_train_steps=2),
-            OnExceptionCheckpoint(tmp_path, "failed"),
-        ],
-    )
+    top = best(tmp_path / "top", save_top_k=2, save_last=True)
+    weights = ModelCheckpoint(tmp_path / "weights", save_weights_only=True, every_n_train_steps=2)
+    callbacks = [lora(), saves, light, fail, top, weights, OnExceptionCheckpoint(tmp_path, "failed")]
     with pytest.raises(StopError):
-        t.fit(LitTiny(), data(), data())
+        trainer(tmp_path, callbacks).fit(LitTiny(), data(), data())
     files = sorted(tmp_path.rglob("*.ckpt"))
-    assert {file.name for file in files} >= {
-        "during.ckpt",
-        "light.ckpt",
-        "failed.ckpt",
-        "last.ckpt",
-        "best-epoch=0.ckpt",
-    }
+    written = {"during.ckpt", "light.ckpt", "failed.ckpt", "last.ckpt", "best-epoch=0.ckpt"}
+    assert {file.name for file in files} >= written
     assert any(file.parent.name == "weights" for file in files)
     for file in files:
         checkpoint = torch.load(file, weights_only=True)
@@ -91,13 +77,9 @@ def test_a_weight_that_is_part_of_a_larger_tensor_goes_alone_into_the_file(tmp_p
     """As those of a recurrent layer are on a GPU: torch would write the larger one."""
     model = LitTiny()
     model.head.weight.data = torch.randn(1 << 20)[: model.head.weight.numel()].view_as(model.head.weight)
-    t = trainer(tmp_path, [lora(merge=False)], enable_checkpointing=False)
-    t.fit(model, data())
-    t.save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
-    assert (tmp_path / "a.ckpt").stat().st_size < 20_000
-    assert torch.equal(
-        torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]["head.weight"], model.head.weight
-    )
+    fitted(path := tmp_path / "a.ckpt", model, weights_only=True)
+    assert path.stat().st_size < 20_000
+    assert torch.equal(torch.load(path, weights_only=True)["state_dict"]["head.weight"], model.head.weight)
 
 
 class Compiled(LitTiny):
@@ -116,9 +98,7 @@ def test_a_callback_reads_a_whole_state_and_may_do_with_it_what_it_likes(tmp_pat
             for value in checkpoint["state_dict"].values():
                 value.zero_()
 
-    model, t = cls(), trainer(tmp_path, [lora(merge=False)], max_epochs=1, enable_checkpointing=False)
-    t.fit(model, data())
-    t.save_checkpoint(tmp_path / "a.ckpt")
+    model = fitted(tmp_path / "a.ckpt", cls())
     again, t = cls(), trainer(tmp_path, [lora(), Clears()], max_epochs=1, enable_checkpointing=False)
     t.fit(again, data(), ckpt_path=tmp_path / "a.ckpt")
     for name in ("embed.weight", "head.weight"):
@@ -126,10 +106,7 @@ def test_a_callback_reads_a_whole_state_and_may_do_with_it_what_it_likes(tmp_pat
 
 
 def test_full_checkpoint_is_taken_as_the_base(tmp_path: Path) -> None:
-    plain = LitTiny()
-    t = trainer(tmp_path, max_epochs=3)
-    t.fit(plain, data())
-    t.save_checkpoint(tmp_path / "full.ckpt")
+    plain = fitted(tmp_path / "full.ckpt", plain=True, max_epochs=3)
     model = LitTiny()
     t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
     t.fit(model, data(), ckpt_path=tmp_path / "full.ckpt")
@@ -171,8 +148,7 @@ def test_full_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_resuming_on_another_base_rank_or_alpha_is_refused(tmp_path: Path, checkpoint: Path) -> None:
     other = LitTiny()
-    with torch.no_grad():
-        other.v_proj.weight[0, 0] += 1e-6
+    other.v_proj.weight.data[0, 0] += 1e-6
     for model, callback, error in (
         (other, lora(), BaseMismatchError),
         (LitTiny(), lora(r=4), AdapterMismatchError),

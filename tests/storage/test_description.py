@@ -2,7 +2,6 @@
 
 import json
 import struct
-import sys
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,6 +32,7 @@ from tests.support.faults import (
     adapted,
     endless,
     forge,
+    forks,
     frugal,
     kinds,
     laughs,
@@ -42,11 +42,7 @@ from tests.support.faults import (
 )
 from tests.support.models import LitTiny, same, state
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits what a process may write"),
-    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse|quantize)"),
-]
+pytestmark = forks
 
 
 # Damaged files

@@ -6,7 +6,6 @@ import os
 import random
 import re
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,16 +20,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_lora import AdapterFileError, LoRAConfig, LoRAError, inject_adapters, load_adapter, save_adapter
+from lightning_lora import AdapterFileError, LoRAError, load_adapter, save_adapter
 from lightning_lora.storage.disk import writing
-from tests.support.faults import FORK, adapted, contents, fork, kinds, limit, unchanged
+from tests.support.faults import FORK, adapted, contents, fork, forks, kinds, limit, unchanged
 from tests.support.models import LitTiny, data, exact, lora, same, state, trainer
+from tests.support.storage import restores
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits what a process may write"),
-    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse|quantize)"),
-]
+pytestmark = forks
 
 
 # Killed
@@ -116,26 +112,21 @@ def part_disks(crossing: Callable[[], None]) -> None:
         setattr(os, name, apart(getattr(os, name)))
 
 
-def savers() -> dict[str, Callable[[LitTiny, Path], object]]:
-    """Each way to write ``model``'s adapters to a file that is there already."""
-
-    def attached(model: LitTiny, folder: Path) -> L.Trainer:
-        t = trainer(folder, [lora(merge=False)], enable_checkpointing=False)
-        t.validate(model, data(), verbose=False)
-        return t
-
-    return {
-        "save_adapter": save_adapter,
-        "save_checkpoint": lambda model, path: attached(model, path.parent).save_checkpoint(path),
-        "weights only": lambda model, path: attached(model, path.parent).save_checkpoint(path, weights_only=True),
-    }
+def save_checkpoint(model: LitTiny, path: Path, **kwargs: Any) -> None:
+    t = trainer(path.parent, [lora(merge=False)], enable_checkpointing=False)
+    t.validate(model, data(), verbose=False)
+    t.save_checkpoint(path, **kwargs)
 
 
 def name_for(save: Any) -> str:
     return "a.safetensors" if save is save_adapter else "a.ckpt"
 
 
-SAVERS = savers()
+SAVERS: dict[str, Callable[[LitTiny, Path], object]] = {
+    "save_adapter": save_adapter,
+    "save_checkpoint": save_checkpoint,
+    "weights only": partial(save_checkpoint, weights_only=True),
+}
 saver = pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
 
 
@@ -212,9 +203,8 @@ def test_file_that_cannot_be_written_is_an_error_and_changes_nothing(
             save(model, path)
         assert contents(folder) == before
         save(model, path)
-        loaded = LitTiny()
-        load_adapter(loaded, path)
-        assert same(state(loaded), state(model)) and list(contents(folder)) == [name_for(save)]
+        restores(path, model)
+        assert list(contents(folder)) == [name_for(save)]
 
     assert fork(work) == 0
 
@@ -225,14 +215,13 @@ def test_disk_that_is_full_behind_the_temporary_folder_costs_no_file(
     tmp_path: Path, temporary: Path, save: Any
 ) -> None:
     def work() -> None:
-        path, old, new, loaded = tmp_path / name_for(save), adapted(1), adapted(2), LitTiny()
+        path, old, new = tmp_path / name_for(save), adapted(1), adapted(2)
         save(old, path)
         part_disks(partial(limit, 1000))
         with suppress(LoRAError, OSError):
             save(new, path)
             old = new
-        load_adapter(loaded, path)
-        assert same(state(loaded), state(old))
+        restores(path, old)
         assert list(contents(tmp_path)) == [name_for(save)]
 
     assert fork(work) == 0
@@ -276,9 +265,7 @@ def test_run_whose_checkpoint_cannot_be_written_can_go_on(tmp_path: Path, fault:
 
 @pytest.mark.processes
 def test_several_writers_of_one_file_leave_a_whole_one(tmp_path: Path) -> None:
-    model = LitTiny()
-    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"]))
-    path = tmp_path / "a.safetensors"
+    model, path = adapted(), tmp_path / "a.safetensors"
 
     def write() -> None:
         for _ in range(50):

@@ -253,9 +253,11 @@ def test_folder_is_there_complete_or_not_at_all(tmp_path: Path) -> None:
 # What is refused
 
 
-def plain(**options: Any) -> nn.Module:
-    model = nn.Sequential(nn.Linear(4, 4))
-    inject_adapters(model, LoRAConfig(r=2, **options))
+def plain(layer: nn.Module | None = None, value: float | None = None) -> nn.Module:
+    """A model of one layer with an adapter, perhaps of one value."""
+    model = with_adapters(nn.Sequential(layer or nn.Linear(4, 4)), r=2)
+    for factor in (model[0].lora_A, model[0].lora_B) if value is not None else ():
+        factor.data.fill_(value)
     return model
 
 
@@ -267,29 +269,9 @@ class Named(nn.Linear):
         destination[f"{prefix}kernel"] = destination.pop(f"{prefix}weight")
 
 
-def named() -> nn.Module:
-    model = nn.Sequential(Named(4, 4))
-    inject_adapters(model, LoRAConfig(r=2))
-    return model
-
-
-def diverged() -> nn.Module:
-    model = plain()
-    model[0].lora_A.data.fill_(torch.nan)  # type: ignore[index,union-attr,operator]
-    return model
-
-
 def changed() -> nn.Module:
     merge_adapters(model := trained())
     model.q_proj.weight.data.add_(1)
-    return model
-
-
-def too_large() -> nn.Module:
-    model = nn.Sequential(nn.Linear(4, 4).half())
-    inject_adapters(model, LoRAConfig(r=2))
-    model[0].lora_A.data.fill_(1e3)  # type: ignore[union-attr,operator]
-    model[0].lora_B.data.fill_(1e3)  # type: ignore[union-attr,operator]
     return model
 
 
@@ -300,10 +282,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, type[Exception], str]] = 
     "unknown ending": (trained, "a.pt", AdapterFileError, r"\.ckpt.*\.safetensors.*save_pretrained"),
     "no folder": (trained, "none/a.ckpt", FileNotFoundError, "does not exist"),
     "on meta": (lambda: plain().to("meta"), "a.safetensors", AdapterStateError, "meta device"),
-    "diverged": (diverged, "a.safetensors", AdapterStateError, "NaN"),
+    "diverged": (lambda: plain(value=torch.nan), "a.safetensors", AdapterStateError, "NaN"),
     "changed": (changed, "a.ckpt", AdapterStateError, "were changed since"),
-    "infinite": (too_large, "a.safetensors", AdapterStateError, r"'0.weight' would hold values that torch.float16"),
-    "other names": (named, "a.safetensors", AdapterStateError, "does not hold '0.weight' under their own names"),
+    "infinite": (lambda: plain(nn.Linear(4, 4).half(), 1e3), "a.safetensors", AdapterStateError, "that torch.float16"),
+    "other names": (lambda: plain(Named(4, 4)), "a.safetensors", AdapterStateError, "does not hold '0.weight' under"),
 }
 
 

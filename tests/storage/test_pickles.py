@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from lightning_lora import AdapterFileError, load_adapter, load_from_checkpoint, merge_adapters
 from lightning_lora.cli.main import main
 from lightning_lora.storage.disk import load_plain
-from tests.support.faults import frugal, laughs, unchanged
+from tests.support.faults import frugal, laughs, put_pickle, unchanged
 from tests.support.models import LitTiny, best, data, lora, same, state, trainer
-from tests.support.storage import fitted
+from tests.support.storage import fitted, restores
 
 
 class Mode(enum.Enum):
@@ -69,9 +69,7 @@ nets = pytest.mark.filterwarnings("ignore:.*is an instance of `nn.Module`:UserWa
 @pytest.mark.parametrize("kind", HELD)
 def test_adapters_beside_a_hyperparameter_of_any_kind_are_read(tmp_path: Path, kind: str) -> None:
     fitted(path := tmp_path / "a.ckpt", model := Holds(given=HELD[kind]))
-    again = Holds(given=HELD[kind])
-    load_adapter(again, path)
-    assert same(state(again), state(model))
+    restores(path, model, Holds(given=HELD[kind]))
 
 
 def test_the_classes_need_not_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,8 +79,8 @@ def test_the_classes_need_not_be_there(tmp_path: Path, monkeypatch: pytest.Monke
     fitted(path := tmp_path / "a.ckpt", model := Holds(plan=plan))
     (tmp_path / "made_up.py").unlink()
     del sys.modules["made_up"]
-    load_adapter(again := LitTiny(), path)
-    assert same(state(again), state(model)) and "made_up" not in sys.modules
+    restores(path, model)
+    assert "made_up" not in sys.modules
 
 
 def test_a_base_beside_objects_of_classes_is_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,15 +132,6 @@ def test_adapters_must_be_plain(tmp_path: Path, good: Path, where: str, deep: bo
 def pickled_in(path: Path) -> bytes:
     with zipfile.ZipFile(path) as archive:
         return archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
-
-
-def put_pickle(pickled: bytes, path: Path) -> None:
-    """Put another pickle into an archive of torch."""
-    with zipfile.ZipFile(path) as archive:
-        records = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, contents in records.items():
-            archive.writestr(name, pickled if name.endswith("data.pkl") else contents)
 
 
 def attacks(mark: Path) -> dict[str, bytes]:

@@ -7,14 +7,9 @@ from uuid import uuid4
 import fsspec
 import pytest
 
-from lightning_lora import (
-    AdapterFileError,
-    load_adapter,
-    load_from_checkpoint,
-    save_adapter,
-)
+from lightning_lora import AdapterFileError, load_adapter, load_from_checkpoint, save_adapter
 from tests.support.models import LitTiny, data, lora, same, state, trainer
-from tests.support.storage import refused, trained
+from tests.support.storage import refused, restores, trained
 
 
 @pytest.fixture
@@ -29,11 +24,9 @@ def test_adapters_are_written_and_read_wherever_fsspec_can(tmp_path: Path, elsew
         save_adapter(model, f"{folder}/a.safetensors")
         t.save_checkpoint(f"{folder}/a.ckpt")
         for name in ("a.safetensors", "a.ckpt"):
-            load_adapter(again := LitTiny(), f"{folder}/{name}")
-            assert same(state(again), state(model))
+            restores(f"{folder}/{name}", model)
             with fsspec.open(f"{folder}/{name}", "rb") as file:
-                load_adapter(again := LitTiny(), file)
-            assert same(state(again), state(model))
+                restores(file, model)
         for source in (f"{folder}/a.ckpt", BytesIO(fsspec.open(f"{folder}/a.ckpt", "rb").open().read())):
             assert same(state(load_from_checkpoint(LitTiny, source)), state(model))
         resumed = trainer(tmp_path, [lora(merge=False)], max_epochs=2, enable_checkpointing=False)

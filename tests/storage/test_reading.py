@@ -3,7 +3,6 @@
 import os
 import pickle
 import struct
-import sys
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -15,15 +14,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import AdapterFileError, load_adapter
-from tests.support.faults import WAYS, frugal, refused, unchanged
+from tests.support.faults import WAYS, Runs, forks, frugal, put_pickle, refused, unchanged
 from tests.support.models import LitTiny, data, lora, trainer
 from tests.support.storage import fitted
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits what a process may write"),
-    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse|quantize)"),
-]
+pytestmark = forks
 
 
 @pytest.mark.processes
@@ -32,26 +27,10 @@ def test_what_is_no_file_of_adapters_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.ckpt").mkdir()
     for size in (0, 1, 7, 1 << 31, 1 << 62, (1 << 64) - 1):
         (tmp_path / f"header of {size}.safetensors").write_bytes(struct.pack("<Q", size) + b"{}" + bytes(90))
-    for name, content in {
-        "empty": b"",
-        "P": b"P",
-        "PK": b"PK",
-        "end": b"PK\5\6" + bytes(18),
-        "zeros": bytes(99),
-    }.items():
-        (tmp_path / f"{name}.ckpt").write_bytes(content)
-    for path in [*tmp_path.iterdir(), tmp_path / "none.ckpt", tmp_path / ("n" * 300), tmp_path / "empty.ckpt" / "a"]:
+    for i, content in enumerate((b"", b"P", b"PK", b"PK\5\6" + bytes(18), bytes(99))):
+        (tmp_path / f"{i}.ckpt").write_bytes(content)
+    for path in [*tmp_path.iterdir(), tmp_path / "none.ckpt", tmp_path / ("n" * 300), tmp_path / "0.ckpt" / "a"]:
         frugal(partial(refused, path))
-
-
-class Runs:
-    """What a pickle runs as it is loaded."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return (os.mkdir, (str(self.mark),))
 
 
 @pytest.mark.parametrize("key", ["state_dict", "lightning_lora", "hyper_parameters", "callbacks", "loops", "more"])
@@ -93,11 +72,7 @@ def test_pickle_that_only_names_a_size_is_refused(tmp_path: Path, maker: bytes) 
     bomb = b"\x80\x02c" + maker + b"\nJ\x00\x00\x00\x70\x85R."
     path = tmp_path / "a.ckpt"
     torch.save({}, path)
-    with zipfile.ZipFile(path) as archive:
-        records = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, contents in records.items():
-            archive.writestr(name, bomb if name.endswith("data.pkl") else contents)
+    put_pickle(bomb, path)
     with pytest.raises(AdapterFileError, match=r"is damaged: .*data.pkl"):
         load_adapter(LitTiny(), path)
 

@@ -10,11 +10,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_lora import AdapterFileError, LoRAError, OptimizerError
-from lightning_lora.model.view import View
-from lightning_lora.storage.base import forms_of_base
-from lightning_lora.storage.stored import StoredAdapters, _checksum
-from tests.support.cases import held
-from tests.support.faults import adapted, unchanged
+from tests.support.faults import unchanged
 from tests.support.models import LitTiny, best, data, lora, trainer
 from tests.support.storage import fitted
 
@@ -108,21 +104,6 @@ def test_a_run_that_cannot_go_on_is_refused(written: Path, tmp_path: Path, chang
     path = edited(written, tmp_path / "a.ckpt", change)
     with unchanged(model := Scheduled()), pytest.raises(LoRAError):
         trainer(tmp_path, callbacks(), max_epochs=2).fit(model, data(), data(), ckpt_path=path)
-
-
-def test_a_file_of_an_earlier_version_resumes(written: Path, tmp_path: Path) -> None:
-    """It has checksums of the run's entries."""
-
-    def add(checkpoint: dict[str, Any]) -> None:
-        view = View(adapted())
-        about = StoredAdapters.from_view(view, held(checkpoint), forms_of_base(view)).description()
-        about["run"] = {"noted": 1, "loops": 2}
-        checkpoint["lightning_lora"] = {**about, "checksum": _checksum(held(checkpoint), about)}
-
-    path = edited(written, tmp_path / "a.ckpt", add)
-    t = trainer(tmp_path, callbacks(), max_epochs=2)
-    t.fit(Scheduled(), data(), data(), ckpt_path=path)
-    assert t.global_step == 8
 
 
 @pytest.mark.parametrize("version", ["x", None, 3, "", "0.9"])

@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -21,6 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lora import LoRAError, inject_adapters, load_adapter, load_from_checkpoint
 from tests.support.models import LitTiny, data, lora, randomise, same, state, trainer
+
+forks = [
+    pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits what a process may write"),
+    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse|quantize)"),
+]
 
 FORK: Any = multiprocessing.get_context("fork")
 OURS = (LoRAError, FileNotFoundError, PermissionError)
@@ -132,6 +139,25 @@ def forge(path: Path, good: Path, change: Callable[[dict[str, Any]], object]) ->
 
 
 ONE = torch.ones(1, 1)
+
+
+class Runs:
+    """What a pickle runs as it is loaded: it makes a folder."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (str(self.mark),))
+
+
+def put_pickle(pickled: bytes, path: Path) -> None:
+    """Put another pickle into an archive of torch."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, contents in records.items():
+            archive.writestr(name, pickled if name.endswith("data.pkl") else contents)
 
 
 def laughs(depth: int = 40) -> list[Any]:

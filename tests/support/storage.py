@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, inject_adapters
+from lightning_lora import LoRAConfig, inject_adapters, load_adapter
 from tests.support.faults import unchanged
-from tests.support.models import LitTiny, data, lora, randomise, trainer
+from tests.support.models import LitTiny, data, lora, randomise, same, state, trainer
 
 CONFIG = LoRAConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj"], modules_to_save=["head"], bias="lora_only")
 
@@ -41,6 +41,13 @@ def with_adapters(model: Any, *, randomly: bool = True, **config: Any) -> Any:
     if randomly:
         randomise(model)
     return model
+
+
+def restores(file: Any, model: Any, onto: Any = None) -> Any:
+    """A plain base, of which a file makes what ``model`` is, bit for bit."""
+    load_adapter(onto := LitTiny() if onto is None else onto, file)
+    assert same(state(onto), state(model))
+    return onto
 
 
 def fitted(
