@@ -152,10 +152,11 @@ class Noted(LoRACallback):
         self.note = note
 
 
-@pytest.mark.parametrize("short", [["--lora.r=2", "--lora.merge=false"], ["--lora.r", "2", "--lora.note", "mine"]])
-def test_short_flags(tmp_path: Path, short: list[str]) -> None:
-    callback = callback_of(run(tmp_path, "fit", *OPTIMIZER, *short, cls=LoRACLI))
+@pytest.mark.parametrize(
+    ("short", "merge", "note"), [("r=2 merge=false", False, ""), ("r=2 note=mine", "last", "mine")]
+)
+def test_short_flags(tmp_path: Path, short: str, merge: Any, note: str) -> None:
+    flags = [f"--lora.{each}" for each in short.split()]
+    callback: Any = callback_of(run(tmp_path, "fit", *OPTIMIZER, *flags, cls=LoRACLI))
     assert callback.config.r == 2 and callback.config.modules_to_save == ("head",)
-    assert (callback.merge, getattr(callback, "note", None)) == (
-        (False, "") if "note" not in short[-2] else ("last", "mine")
-    )
+    assert (callback.merge, callback.note) == (merge, note)

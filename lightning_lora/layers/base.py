@@ -36,8 +36,7 @@ HAS_UPDATE = "has_lora_update"
 class Step:
     """Whether a Trainer's training step runs: then dropout acts in any mode. A copy of the layer is in no step."""
 
-    def __init__(self) -> None:
-        self.runs = False
+    runs = False
 
     def __reduce__(self) -> tuple[type["Step"], tuple[()]]:
         return Step, ()
@@ -158,7 +157,7 @@ class LoRALayer(LayerKind):
         weight = own_parameter(self, name)
         full = full_tensor(weight)
         is_plain = type(full.data) is Tensor and full.dim() == 2
-        if self._lora_is_matrix and is_plain and not self.lora_settings.use_dora:
+        if self.lora_as_matrix is LayerKind.lora_as_matrix and is_plain and not self.lora_settings.use_dora:
             with torch.autocast(full.device.type, enabled=False):
                 a, b = self.lora_factors(name)
                 values, share = merged(full, full_tensor(a), full_tensor(b), self._lora_scaling(name))

@@ -47,7 +47,6 @@ class LayerKind(InPlace, nn.Module):
     """Attributes that ``forward`` sets from the weights."""
 
     _lora_is_additive: ClassVar[bool]
-    _lora_is_matrix: ClassVar[bool]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Decide whether the update can be added to the output: not if the layer overrides its forward."""
@@ -55,7 +54,6 @@ class LayerKind(InPlace, nn.Module):
         if "overlaid" in cls.__dict__:
             base: Any = cls.overlaid[1]
             known = next((ancestor for ancestor in base.__mro__ if cls.lora_adapts(ancestor)), base)
-            cls._lora_is_matrix = cls.lora_as_matrix is LayerKind.lora_as_matrix
             computes_itself = any(getattr(base, m, None) is not getattr(known, m, None) for m in cls.lora_methods)
             cls._lora_is_additive = cls.lora_update is not LayerKind.lora_update and not computes_itself
 

@@ -91,11 +91,6 @@ def register_adapter(layer_class: type[nn.Module], adapter_class: type[LoRALayer
             f"register_adapter got {adapter_class!r} for {layer_class.__name__}. Expected a subclass of "
             "lightning_lora.layers.LoRALayer."
         )
-    if issubclass(layer_class, LoRALayer):
-        raise ConfigError(
-            f"register_adapter got {layer_class.__name__}, an adapter, as a class of layers. Expected (layer class, "
-            "adapter class), in this order."
-        )
     if layer_class not in vars(adapter_class).get("lora_layer_types", ()):
         adapter_class.lora_layer_types = (*vars(adapter_class).get("lora_layer_types", ()), layer_class)
     ADAPTERS[layer_class] = adapter_class

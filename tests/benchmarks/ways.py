@@ -75,18 +75,20 @@ def _products(layer: Any, x: Tensor) -> Tensor:
         return _Products.apply(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B)  # type: ignore[no-any-return, no-untyped-call]
     if x.numel() <= layer.lora_A.numel():
         return F.linear(x, layer.weight, layer.bias) + F.linear(F.linear(x, layer.lora_A), layer.lora_B)
-    h = layer.lora_A @ x.reshape(-1, x.shape[-1]).T
-    y = F.linear(x, layer.weight, layer.bias)
-    y.view(-1, y.shape[-1]).addmm_(h.T, layer.lora_B.T)
-    return y
+    return _added(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B)[0]
+
+
+def _added(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    h = a @ x.reshape(-1, x.shape[-1]).T
+    y = F.linear(x, weight, bias)
+    y.view(-1, y.shape[-1]).addmm_(h.T, b.T)
+    return y, h
 
 
 class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-        h = a @ x.reshape(-1, x.shape[-1]).T
-        y = F.linear(x, weight, bias)
-        y.view(-1, y.shape[-1]).addmm_(h.T, b.T)
+        y, h = _added(x, weight, bias, a, b)
         ctx.save_for_backward(x, weight, a, b, h)
         return y
 
