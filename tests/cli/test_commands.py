@@ -138,32 +138,15 @@ def test_export_writes_what_peft_reads(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["export", str(tmp_path / "a.safetensors"), str(tmp_path / "peft"), "--root", "none"]) == 1
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.self_attention_of_this_block = nn.ModuleDict({"query": nn.Linear(8, 8), "value": nn.Linear(8, 8)})
-
-
-@pytest.mark.parametrize("width", [60, 80])
-def test_rows_hold_whole_names_and_groups_differ_by_rank(
-    tmp_path: Path, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_layers_that_differ_in_the_number_of_their_block_are_one_row_if_their_rank_is_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", str(width))
-    model = nn.ModuleDict({"encoder": nn.ModuleDict({"blocks": nn.ModuleList(Block() for _ in range(4))})})
-    inject_adapters(model, LoRAConfig(r=4, rank_pattern={r".*blocks\.1\..*query": 2}))
-    paths = [str(tmp_path / f"{seed}.safetensors") for seed in (1, 2)]
-    for seed, path in enumerate(paths):
-        randomise(model, seed)
-        save_adapter(model, path)
-    inside = "self_attention_of_this_block."
-    groups = [f"0,2-3.{inside}query(×3)", f"1.{inside}query", f"*.{inside}value(×4)"]
-    every = [f"{i}.{inside}{name}" for i in range(4) for name in ("query", "value")]
-    for arguments, expected in ((["inspect", paths[0]], groups), (["compare", *paths], every)):
-        assert main(arguments) == 0
-        table = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("│", "┃", "├"))]
-        assert all(len(line) <= width for line in table)
-        names = "".join(line.split("│")[1] for line in table if line.startswith("│")).replace(" ", "")
-        assert sorted(names.split("encoder.blocks.")[1:]) == sorted(expected)
+    model = nn.ModuleList(nn.ModuleDict({"query": nn.Linear(8, 8), "value": nn.Linear(8, 8)}) for _ in range(4))
+    inject_adapters(model, LoRAConfig(r=4, rank_pattern={r"1\.query": 2}))
+    save_adapter(model, tmp_path / "a.safetensors")
+    assert main(["inspect", str(tmp_path / "a.safetensors")]) == 0
+    shown = capsys.readouterr().out
+    assert all(group in shown for group in ("0,2-3.query (×3)", "1.query ", "*.value (×4)"))
 
 
 def test_what_no_command_can_use_is_refused(files: list[str], tmp_path: Path, capsys: Any) -> None:

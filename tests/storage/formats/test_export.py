@@ -172,10 +172,7 @@ def test_layers_inside_of_a_module_with_parameters(tmp_path: Path) -> None:
 
     x = torch.randn(2, 5, WIDTH)
     config = LoRAConfig(
-        r=2,
-        target_parameters=["experts.v", "experts.u"],
-        target_slices={"attn": ["q", "v"]},
-        bias="all",
+        r=2, target_parameters=["experts.v", "experts.u"], target_slices={"attn": ["q", "v"]}, bias="all"
     )
     check_read(around(Block()), config, lambda m: m(x), tmp_path)
 

@@ -40,11 +40,6 @@ class Scaled(nn.Linear):
         return 2 * super().forward(x)
 
 
-class ScaledEmbedding(nn.Embedding):
-    def forward(self, index: Tensor) -> Tensor:
-        return 2 * super().forward(index)
-
-
 class Stacks(nn.Module):
     def __init__(self, *shape: int, is_transposed: bool = False) -> None:
         super().__init__()
@@ -68,13 +63,11 @@ OTHER: dict[str, Any] = {"target_modules": ["other"]}
 SHARED = nn.Linear(4, 4)
 CASES: list[tuple[nn.Module, dict[str, Any], str]] = [
     (nn.ConvTranspose1d(4, 4, 3), {}, "'layer': .*no counterpart for our adapter of ConvTranspose1d"),
-    (nn.EmbeddingBag(4, 4), {}, "'layer': .*no counterpart for our adapter of EmbeddingBag"),
     (nn.Bilinear(4, 4, 4), {}, "'layer': .*no counterpart for our adapter of Bilinear"),
     (nn.Conv2d(4, 4, 3, dilation=(1, 2)), {}, r"'layer': .*dilation=.*1, 2.*exclude_modules"),
     (nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular"), {}, "'layer': .*padding_mode='circular'"),
     (nn.Conv2d(4, 4, 3, groups=2), {}, "'layer': .*groups=2.*the channels of all groups"),
     (Scaled(4, 4), {}, "'layer': .*Scaled has a forward of its own"),
-    (ScaledEmbedding(4, 4), {}, "'layer': .*ScaledEmbedding has a forward of its own"),
     (nn.MultiheadAttention(4, 2), {}, r"'layer': .*twice.*target_slices=\{'layer': \['q', 'k', 'v'\]\}"),
     (nn.MultiheadAttention(4, 2, kdim=3), {"target_slices": {"layer": ["q"]}}, "'layer': .*kdim or vdim"),
     (Stacks(4, 4), {**OTHER, "target_parameters": ["fc.weight"]}, r"'layer': .*fc.weight.*belongs to a layer inside"),

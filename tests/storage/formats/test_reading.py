@@ -10,17 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_lora import export_peft, load_adapter, save_adapter
-from tests.support.peft_reading import (
-    Attending,
-    Expert,
-    Images,
-    Lit,
-    Mixed,
-    built,
-    gap,
-    read_by_peft,
-    write_peft,
-)
+from tests.support.peft_reading import Attending, Expert, Images, Lit, Mixed, built, gap, read_by_peft, write_peft
 
 INDEX = torch.arange(12).view(2, 6)
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 9 * 9).view(2, 3, 9, 9)
