@@ -17,6 +17,7 @@ from lightning_lora import (
     merge_adapters,
     remove_adapters,
     summarize,
+    unmerge_adapters,
 )
 from tests.support.model import flags, unfreezable
 from tests.support.models import LitTiny, same, state
@@ -140,6 +141,8 @@ def test_a_base_that_was_made_in_inference_mode_is_given_back_as_it_was(fails: b
     with pytest.raises(RuntimeError, match="cannot be frozen") if fails else nullcontext():
         inject_adapters(model, LoRAConfig(r=2))
     if not fails:
+        merge_adapters(model)
+        unmerge_adapters(model)
         remove_adapters(model)
     assert flags(model) == before
     assert kinds == [type(module) for module in model.modules()] and same(state(model), values)

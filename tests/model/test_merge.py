@@ -177,19 +177,6 @@ def test_a_merge_that_keeps_nothing_and_fails_midway_leaves_a_model_that_compute
     assert is_plain(model) and all(p.requires_grad for p in model.parameters())
 
 
-def test_a_base_that_was_made_in_inference_mode_is_merged_and_given_back() -> None:
-    with torch.inference_mode():
-        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    as_trained(model)
-    values, x = state(model), torch.randn(3, 4)
-    with torch.no_grad():
-        output = model(x)
-        merge_adapters(model)
-        torch.testing.assert_close(model(x), output)
-    unmerge_adapters(model)
-    assert same(state(model), values)
-
-
 @pytest.mark.parametrize("keep_base", [True, False])
 def test_adapters_of_a_diverged_training_are_named_when_they_are_merged_or_saved(
     tmp_path: Path, keep_base: bool

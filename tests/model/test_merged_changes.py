@@ -118,6 +118,19 @@ def test_changes_of_a_tied_weight_that_was_merged_are_noticed(change: str) -> No
     assert same(state(model), before)
 
 
+@unties
+@pytest.mark.parametrize(("target", "saved"), [("q_proj", "embed"), ("q_proj", "embed.weight"), ("lm_head", "embed")])
+def test_a_disabled_merged_model_is_the_base_though_a_tied_weight_trains_in_full(target: str, saved: str) -> None:
+    model, index = TinyLM(), torch.arange(5)
+    base = model(index)
+    as_trained(model, target_modules=[target], modules_to_save=[saved])
+    with torch.no_grad():
+        model.embed.weight.mul_(2)
+    merge_adapters(model)
+    with disable_adapters(model):
+        assert torch.equal(model(index), base)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_disabling_the_adapters_of_a_merged_model_changes_no_bit_of_it(dtype: torch.dtype) -> None:
     model = as_merged(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)))

@@ -9,7 +9,6 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -304,18 +303,9 @@ def test_a_fit_without_a_temporary_folder_gives_its_weights_and_says_what_is_los
         unmerge_adapters(model)
 
 
-def test_the_folder_goes_with_the_process_that_made_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(MEMORY)
-    at_exit: list[Callable[[], object]] = []
-
-    def finalize(_: None, function: Callable[..., object], args: tuple[Path], exitpriority: int) -> None:
-        at_exit.append(lambda: function(*args))
-
-    monkeypatch.setattr(sending, "util", SimpleNamespace(Finalize=finalize))
-    make_folder()
-    made = Path(os.environ[MEMORY])
-    assert len(at_exit) == 1 and made.stat().st_mode & 0o777 == 0o700
-    assert fork(at_exit[0]) == 0
-    assert made.exists()
-    at_exit[0]()
-    assert not made.exists()
+def test_the_folder_goes_with_the_process_that_made_it_alone(folder: Path) -> None:
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert fork(lambda: sending._delete(folder)) == 0
+    assert folder.exists()
+    sending._delete(folder)
+    assert not folder.exists()

@@ -23,6 +23,8 @@ from lightning_lora import (
 )
 from tests.support.models import randomise, same, state
 
+Rows = dict[str, list[int]]
+
 
 class Fused(nn.Module):
     """An attention's projection as GPT-2 has it, and one that shares keys and values as Phi-3's does."""
@@ -41,8 +43,8 @@ def fused() -> Fused:
     return Fused()
 
 
-def changed_columns(model: nn.Module, base: nn.Module, x: Tensor) -> list[int]:
-    return (model(x) != base(x)).any(dim=0).nonzero().flatten().tolist()
+def changed(output: Tensor, before: Tensor) -> list[int]:
+    return (output != before).any(dim=0).nonzero().flatten().tolist()
 
 
 def test_slices_of_fused_projections_are_adapted_alone(tmp_path: Path) -> None:
@@ -56,7 +58,7 @@ def test_slices_of_fused_projections_are_adapted_alone(tmp_path: Path) -> None:
     ]  # fmt: skip
     randomise(model)
     output = model(x)
-    assert changed_columns(model, base, x) == [*range(8), *range(16, 24), 41, 42]
+    assert changed(output, base(x)) == [*range(8), *range(16, 24), 41, 42]
     update = model.c_attn.lora_B_v @ model.c_attn.lora_A_v
     torch.testing.assert_close(output[:, 16:24], base(x)[:, 16:24] + x @ update.T)
     merge_adapters(model)
@@ -103,59 +105,6 @@ def test_slices_that_mean_nothing_are_refused(arguments: dict[str, Any], words: 
     assert same(state(model), before)
 
 
-Rows = dict[str, list[int]]
-
-
-def sliced(rows: Rows) -> LoRAConfig:
-    return LoRAConfig(r=1, target_modules=["proj"], target_slices={"proj": rows})
-
-
-def model() -> nn.ModuleDict:
-    return nn.ModuleDict({"proj": nn.Linear(3, 6, dtype=torch.float64)})
-
-
-def changed_rows(rows: Rows) -> list[int]:
-    """Which features of a layer of six an update of these rows changes."""
-    built, x = model(), torch.randn(5, 3, dtype=torch.float64)
-    before = built["proj"](x)
-    inject_adapters(built, sliced(rows))
-    randomise(built, scale=1)
-    return (built["proj"](x) != before).any(dim=0).nonzero().flatten().tolist()
-
-
-@pytest.mark.parametrize(
-    ("rows", "changed"),
-    [
-        ({"a": [1, 3], "b": [3, 5]}, [1, 2, 3, 4]),
-        ({"a": [3, 5], "b": [1, 3]}, [1, 2, 3, 4]),
-        ({"a": [3, 4]}, [3]),
-        ({"a": [0, 6]}, [0, 1, 2, 3, 4, 5]),
-        ({"end": [4, 6], "start": [0, 1]}, [0, 4, 5]),
-    ],
-    ids=str,
-)
-def test_slices_change_their_rows_alone(rows: Rows, changed: list[int]) -> None:
-    assert changed_rows(rows) == changed
-
-
-@pytest.mark.parametrize(
-    "rows", [{"a": [1, 4], "b": [3, 5]}, {"a": [3, 5], "b": [1, 4]}, {"a": [0, 6], "b": [2, 3]}], ids=str
-)
-def test_slices_that_share_one_row_are_refused(rows: Rows) -> None:
-    with pytest.raises(ConfigError, match="parts that share rows"):
-        sliced(rows)
-
-
-def test_a_slice_of_one_row_too_many_is_refused_and_changes_nothing() -> None:
-    built = model()
-    with pytest.raises(TargetError, match="'proj' end beyond its 6 rows: 'b'"):
-        inject_adapters(built, sliced({"a": [0, 2], "b": [2, 7]}))
-    assert type(built["proj"]) is nn.Linear
-
-
-# Rows of q, k and v in a fused projection
-
-
 class Attention(nn.Module):
     """Holds a fused projection of eight features, as attentions of many models do."""
 
@@ -183,13 +132,46 @@ class Block(nn.Sequential):
             self.config = SimpleNamespace(**config)
 
 
-def rows_of(model: nn.Module, name: str, part: str) -> list[int]:
-    """The features that change if only this part of the projection is adapted."""
+def rows_of(model: nn.Module, name: str, parts: list[str] | Rows) -> list[int]:
+    """The features that change if only these parts of the projection are adapted."""
     x = torch.linspace(-1, 1, 24).view(3, 8)
     before = model(x)
-    inject_adapters(model, LoRAConfig(r=1, target_modules=[name], target_slices={name: [part]}))
+    inject_adapters(model, LoRAConfig(r=1, target_modules=[name], target_slices={name: parts}))
     randomise(model)
-    return (model(x) != before).any(dim=0).nonzero().flatten().tolist()
+    return changed(model(x), before)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ({"a": [1, 3], "b": [3, 5]}, [1, 2, 3, 4]),
+        ({"a": [3, 5], "b": [1, 3]}, [1, 2, 3, 4]),
+        ({"a": [3, 4]}, [3]),
+        ({"a": [0, 6]}, [0, 1, 2, 3, 4, 5]),
+        ({"end": [4, 6], "start": [0, 1]}, [0, 4, 5]),
+    ],
+    ids=str,
+)
+def test_slices_change_their_rows_alone(rows: Rows, expected: list[int]) -> None:
+    assert rows_of(Block(Attention("proj", 6)), "proj", rows) == expected
+
+
+@pytest.mark.parametrize(
+    "rows", [{"a": [1, 4], "b": [3, 5]}, {"a": [3, 5], "b": [1, 4]}, {"a": [0, 6], "b": [2, 3]}], ids=str
+)
+def test_slices_that_share_one_row_are_refused(rows: Rows) -> None:
+    with pytest.raises(ConfigError, match="parts that share rows"):
+        LoRAConfig(target_slices={"proj": rows})
+
+
+def test_a_slice_of_one_row_too_many_is_refused_and_changes_nothing() -> None:
+    model = Block(Attention("proj", 6))
+    with pytest.raises(TargetError, match=r"'0\.proj' end beyond its 6 rows: 'b'"):
+        rows_of(model, "proj", {"a": [0, 2], "b": [2, 7]})
+    assert type(model[0].proj) is nn.Linear
+
+
+# Rows of q, k and v in a fused projection
 
 
 HEADS = {"num_attention_heads": 4}
@@ -212,7 +194,7 @@ def test_parts_are_where_the_name_and_the_numbers_of_heads_say(
     name: str, writes: int, config: dict[str, Any] | None, parts: dict[str, range]
 ) -> None:
     for part, where in parts.items():
-        assert rows_of(Block(Attention(name, writes, config)), name, part) == list(where)
+        assert rows_of(Block(Attention(name, writes, config)), name, [part]) == list(where)
 
 
 UNKNOWN: dict[str, nn.Module] = {
@@ -239,8 +221,8 @@ def test_parts_that_are_not_known_are_not_guessed(case: str) -> None:
 def test_the_nearest_configuration_with_heads_counts() -> None:
     shares, alone = HEADS | {"num_key_value_heads": 2}, HEADS
     near = Block(Block(Attention("qkv", 16, shares), alone), alone)
-    assert rows_of(near, "qkv", "k") == list(range(8, 12))
+    assert rows_of(near, "qkv", ["k"]) == list(range(8, 12))
     between = Block(Block(Attention("qkv", 16, {"hidden_size": 8}), shares), alone)
-    assert rows_of(between, "qkv", "k") == list(range(8, 12))
+    assert rows_of(between, "qkv", ["k"]) == list(range(8, 12))
     far = Block(Block(Attention("qkv", 16), {"hidden_size": 8}), shares)
-    assert rows_of(far, "qkv", "k") == list(range(8, 12))
+    assert rows_of(far, "qkv", ["k"]) == list(range(8, 12))
