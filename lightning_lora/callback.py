@@ -116,8 +116,7 @@ class LoRACallback(Callback):
         Linear(in_features=32, out_features=2, bias=True)
     """
 
-    given: frozenset[str]
-    """The names of the arguments that the user gave."""
+    given: frozenset[str]  # the names of the arguments that the user gave
 
     def __init__(
         self,

@@ -27,8 +27,7 @@ def fitting_console(**options: Any) -> Console:
     return console if has_width else Console(width=120, **options)
 
 
-_BLOCK = re.compile(r"\d+(?=\.)")
-"""The number of a block in a layer's name. A number at its end says which layer it is."""
+_BLOCK = re.compile(r"\d+(?=\.)")  # the number of a block in a layer's name; one at its end says which layer it is
 
 
 def grouped(kinds: Mapping[str, Hashable]) -> Iterator[tuple[str, list[str]]]:

@@ -28,7 +28,6 @@ from lightning_lora import (
     merge_adapters,
     remove_adapters,
     save_adapter,
-    summarize,
     unmerge_adapters,
 )
 from lightning_lora.layers import LoRALayer
@@ -193,7 +192,6 @@ def test_table_at_the_start_and_line_at_the_end(tmp_path: Path, capsys: Any, cap
     shown = capsys.readouterr().out
     assert "q_proj" in shown and "LoRA: LitTiny trains" in shown and "full fine-tuning" in shown
     assert "merged the last adapters into 2 layers" in caplog.text
-    assert "LitTiny is a plain model, with 2 adapters merged into it" in str(summarize(model))
     trainer(tmp_path, [lora()]).fit(LitTiny(), data())
     assert "LoRA" not in capsys.readouterr().out
 

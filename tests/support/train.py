@@ -1,7 +1,6 @@
 """A training run in its own process, for tests that kill, spawn and resume.
 
-Usage: python -m tests.support.train FOLDER STRATEGY DEVICES [--resume] [--kill-at STEP] [--merge WHICH] [--module NAME]
-    [--again] [--test]
+Usage: python -m tests.support.train FOLDER STRATEGY DEVICES [OPTION ...]
 Writes FOLDER/result.pt: the module's state after fit, and what tests of the best file give.
 """
 
@@ -77,7 +76,6 @@ def main(*argv: str) -> None:
     parser.add_argument("--kill-at", type=int)
     parser.add_argument("--merge", default="last")
     parser.add_argument("--module", default="LitTiny")
-    parser.add_argument("--again", action="store_true")
     parser.add_argument("--test", action="store_true")
     arguments = parser.parse_args(argv or None)
 
@@ -105,10 +103,6 @@ def main(*argv: str) -> None:
     )
     resume = max(arguments.folder.glob("epoch=*.ckpt"), key=lambda path: path.name) if arguments.resume else None
     t.fit(model, data(), data(), ckpt_path=resume)
-    if arguments.again:  # another Trainer, on the same module
-        again = ModelCheckpoint(arguments.folder / "again", filename="again")
-        t = trainer(arguments.folder, [callbacks[0], again], strategy=strategy, devices=arguments.devices)
-        t.fit(model, data(), data())
 
     result: dict[str, Any] = {"state": state(model), "val_loss": float(t.callback_metrics["val_loss"])}
     result["classes"] = [type(module).__name__ for module in model.modules()]

@@ -199,11 +199,6 @@ def test_spawning_merges_the_best_and_refuses_what_cannot_come_back(tmp_path: Pa
     assert "one tied weight" in failing(tmp_path / "tied", "ddp_fork", 2, "--module", "Tied")
 
 
-def test_another_trainer_finds_the_exact_base_too(tmp_path: Path) -> None:
-    train(tmp_path, "ddp_fork", 2, "--again")
-    load_adapter(LitTiny(), tmp_path / "again" / "again.ckpt")  # which refuses adapters of any other base
-
-
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     """DDP averages gradients: two processes on half of each batch take the steps of one on the whole."""
     two = train(tmp_path / "two", "ddp_fork", 2, "--module", "Shares")

@@ -332,18 +332,6 @@ def test_a_full_checkpoint_is_loaded_as_lightning_does(tmp_path: Path, stage: st
     assert looks(model) == before and same(state(model), state(other)) and find_record(model) is None
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_adapters_come_with_a_file_and_stay(tmp_path: Path, stage: str) -> None:
-    other, t = fit(tmp_path, lora(merge=False))
-    t.save_checkpoint(tmp_path / "a.ckpt")
-    expected, model, t = outcome(trainer(tmp_path), stage, other), LitTiny(), trainer(tmp_path, [lora()])
-    plain = outcome(t, stage, model)
-    assert is_plain(model) and not torch.equal(plain, expected)
-    for options in ({"ckpt_path": tmp_path / "a.ckpt"}, {}):
-        assert torch.equal(outcome(t, stage, model, **options), expected)
-        assert same(state(model), state(other)) and flags(model) == flags(other)
-
-
 @pytest.mark.parametrize("part", [False, True])
 def test_adapters_that_are_there_are_evaluated(tmp_path: Path, part: bool) -> None:
     class Whole(LitTiny):
