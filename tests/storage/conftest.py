@@ -8,8 +8,8 @@ import torch
 
 from lightning_lora import save_adapter
 from tests.support.faults import adapted
-from tests.support.models import LitTiny, data, lora, state, trainer
-from tests.support.storage import trained
+from tests.support.models import LitTiny, lora, state
+from tests.support.storage import fitted, trained
 
 
 @pytest.fixture
@@ -27,10 +27,8 @@ def temporary(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a file of each kind, and what they hold."""
-    folder, model = tmp_path_factory.mktemp("good"), adapted(3)
-    t = trainer(folder, [lora(merge=False)], max_epochs=1, enable_checkpointing=False)
-    t.fit(model, data())
-    t.save_checkpoint(folder / "good.ckpt")
+    folder = tmp_path_factory.mktemp("good")
+    model = fitted(folder / "good.ckpt", adapted(3))
     save_adapter(model, folder / "good.safetensors")
     torch.save(state(model), folder / "good.pt")
     return folder
@@ -38,7 +36,5 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    t = trainer(tmp_path, [lora()], max_epochs=1)
-    t.fit(LitTiny(), data())
-    t.save_checkpoint(tmp_path / "lora.ckpt")
-    return tmp_path / "lora.ckpt"
+    fitted(path := tmp_path / "lora.ckpt", LitTiny(), lora())
+    return path

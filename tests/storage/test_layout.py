@@ -10,15 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from lightning_lora import (
-    AdapterFileError,
-    BaseMismatchError,
-    LoRAConfig,
-    inject_adapters,
-    load_adapter,
-    merge_adapters,
-    save_adapter,
-)
+from lightning_lora import AdapterFileError, BaseMismatchError, load_adapter, merge_adapters, save_adapter
 from lightning_lora.layers.convolution import LoRAConvNd
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.model.view import View, root_of
@@ -26,8 +18,8 @@ from lightning_lora.storage.base import forms_of_base
 from lightning_lora.storage.stored import KEY, StoredAdapters, _checksum
 from lightning_lora.storage.stored_layers import StoredLayer, layers_of
 from tests.support.cases import three
-from tests.support.models import LitTiny, TinyLM, randomise, unties
-from tests.support.storage import fitted
+from tests.support.models import LitTiny, TinyLM, unties
+from tests.support.storage import fitted, with_adapters
 
 
 class Every(nn.Module):
@@ -56,20 +48,15 @@ class Experts(nn.Module):
 
 
 def every() -> Every:
-    model = Every()
-    inject_adapters(
-        model,
-        LoRAConfig(
-            r=2,
-            alpha=3,
-            target_modules=["embed", "linear", "conv", "attention", "fused"],
-            target_parameters=["experts.up"],
-            target_slices={"fused": {"q": (0, 8), "v": (16, 24)}},
-            rank_pattern={"linear": 1},
-        ),
+    return with_adapters(
+        Every(),
+        r=2,
+        alpha=3,
+        target_modules=["embed", "linear", "conv", "attention", "fused"],
+        target_parameters=["experts.up"],
+        target_slices={"fused": {"q": (0, 8), "v": (16, 24)}},
+        rank_pattern={"linear": 1},
     )
-    randomise(model)
-    return model
 
 
 def described(model: nn.Module) -> dict[str, StoredLayer]:

@@ -29,7 +29,7 @@ from lightning_lora import (
 from lightning_lora.model.state import find_record
 from tests.support.cases import three
 from tests.support.models import LitTiny, TinyLM, data, lora, randomise, same, state, trainer
-from tests.support.storage import refused, trained, with_adapters
+from tests.support.storage import fitted, refused, trained, with_adapters
 
 X = torch.arange(20)
 
@@ -64,8 +64,7 @@ def test_checkpoint_is_a_plain_one_with_the_merged_weights(tmp_path: Path, is_me
 
 def test_checkpoint_builds_the_module_from_its_hyperparameters(tmp_path: Path) -> None:
     model = LitTiny(width=6)
-    t = trainer(tmp_path, [lora()], max_epochs=1, enable_checkpointing=False)
-    t.fit(model, data())
+    fitted(tmp_path / "lora.ckpt", model, lora())
     save_merged(model, tmp_path / "a.ckpt")
     stored = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert not [key for key in stored if "lora" in key] and not [
@@ -128,8 +127,7 @@ def with_norms() -> nn.Module:
 
 @pytest.mark.parametrize("build", [with_norms, lambda: LitTiny().bfloat16()], ids=["norms", "half precision"])
 def test_norms_are_as_they_are_and_half_precision_is_rounded_once(tmp_path: Path, build: Any) -> None:
-    inject_adapters(model := build(), LoRAConfig(r=2, target_modules="all"))
-    randomise(model, scale=1.0)
+    randomise(model := with_adapters(build(), r=2, target_modules="all"), scale=1.0)
     save_merged(model, tmp_path / "a.safetensors")
     assert same(stored(tmp_path / "a.safetensors", model), merged(model))
 

@@ -120,17 +120,11 @@ def test_a_full_checkpoint_of_any_version_is_a_base_or_refused(tmp_path: Path, v
         t.fit(model, data(), ckpt_path=tmp_path / "full.ckpt")
 
 
-def test_a_diverged_optimizer_is_refused_by_fit_and_not_read_by_test(tmp_path: Path) -> None:
-    class Diverges(L.Callback):
-        def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-            checkpoint["optimizer_states"][0]["state"][0]["exp_avg"].fill_(float("nan"))
-
-    saves = best(tmp_path, monitor=None, filename="a")
-    trainer(tmp_path, [lora(), Diverges(), saves], max_epochs=1).fit(LitTiny(), data())
-    model = LitTiny()
-    with unchanged(model), pytest.raises(AdapterFileError, match="had diverged"):
-        trainer(tmp_path, [lora()], max_epochs=2).fit(model, data(), ckpt_path=tmp_path / "a.ckpt")
-    trainer(tmp_path, [lora()]).test(model, data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+def test_a_diverged_optimizer_is_refused_by_fit_and_not_read_by_test(written: Path, tmp_path: Path) -> None:
+    path = edited(written, tmp_path / "a.ckpt", BROKEN["moments"])
+    with unchanged(model := Scheduled()), pytest.raises(AdapterFileError, match="had diverged"):
+        trainer(tmp_path, callbacks(), max_epochs=2).fit(model, data(), data(), ckpt_path=path)
+    trainer(tmp_path, [lora()]).test(model, data(), ckpt_path=path, verbose=False)
 
 
 def test_weights_alone_are_not_resumed(tmp_path: Path) -> None:
