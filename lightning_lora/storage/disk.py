@@ -321,8 +321,7 @@ def _class(name: str) -> type[Unread]:
 
 _KNOWN: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": OrderedDict,
-    "builtins.getattr": lambda owner, name: _class(f"{getattr(owner, 'name', '')}.{name}"),  # a class inside a class
-    "__builtin__.getattr": lambda owner, name: _class(f"{getattr(owner, 'name', '')}.{name}"),
+    "__builtin__.getattr": lambda owner, name: _class(f"{getattr(owner, 'name', '')}.{name}"),  # a class inside a class
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
