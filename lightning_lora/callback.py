@@ -22,15 +22,8 @@ from lightning_lora.storage.base import note_changed
 from lightning_lora.summary import summarize
 from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.shards import reshard
+from lightning_lora.training import compatibility
 from lightning_lora.training.advice import advise, log_arguments
-from lightning_lora.training.compatibility import (
-    callbacks_of,
-    check_callbacks,
-    drop_averages,
-    loads_in_hooks,
-    share_base,
-    wants_summary,
-)
 from lightning_lora.training.gradients import Gradients, gradients_pass
 from lightning_lora.training.merging import check_arguments, check_weights, load_best, send_record
 from lightning_lora.training.optimizers import check_frozen
@@ -183,18 +176,18 @@ class LoRACallback(Callback):
         A module that is only evaluated stays plain or merged until a checkpoint is loaded. The strategy adapts layers
         that the module's own hooks create later.
         """
-        callbacks, is_fit = callbacks_of(trainer), stage == "fit"
+        callbacks, is_fit = compatibility.callbacks_of(trainer), stage == "fit"
         self._stage = Stage(self.config, self.given, self.save, is_fit, callbacks)
         adapts_late = overlay_strategy(trainer.strategy, self._stage).lora_adapts_late
-        check_callbacks(callbacks, stage, is_sharded=adapts_late)
+        compatibility.check_callbacks(callbacks, stage, is_sharded=adapts_late)
         if View(pl_module).layers:
             self._stage.came = "adapted"
         if is_fit:
             receive_record(pl_module)
             check_arguments(trainer, self.merge, was_adapted=self._stage.came == "adapted")
         else:
-            drop_averages(callbacks)
-            if is_merged(pl_module) and not loads_in_hooks(pl_module):
+            compatibility.drop_averages(callbacks)
+            if is_merged(pl_module) and not compatibility.loads_in_hooks(pl_module):
                 return  # it runs as it is
         self._stage.begin(pl_module)
         record = find_record(pl_module)
@@ -211,7 +204,7 @@ class LoRACallback(Callback):
         """Show the summary and check that merging is possible."""
         reshard(pl_module)
         check_weights(trainer, pl_module, self.merge, self.save)
-        if trainer.is_global_zero and wants_summary(trainer):
+        if trainer.is_global_zero and compatibility.wants_summary(trainer):
             table = summarize(pl_module).table(trained_only=True, optimizers=trainer.optimizers)
             fitting_console().print(table)
         if not trainer.strategy.restore_checkpoint_after_setup:
@@ -233,7 +226,7 @@ class LoRACallback(Callback):
         view = view_of(pl_module)
         view.follow_base()  # hooks may have loaded the base late
         view.adapter.was_trained()
-        share_base(callbacks_of(trainer), pl_module)
+        compatibility.share_base(compatibility.callbacks_of(trainer), pl_module)
         self._gradients = self._training.enter_context(closing(_strategy_of(trainer).lora_gradients()))
         self._training.enter_context(gradients_pass())
         restore_random_state(trainer, self._stage.resumed)  # now, as on_fit_start of other code may draw or seed
@@ -297,7 +290,7 @@ class LoRACallback(Callback):
             return
         checkpoint[RANDOM] = random_states(trainer)
         if not isinstance(trainer.strategy, LoRAStrategy):  # in a main process without a set-up
-            self._stage.callbacks = callbacks_of(trainer)
+            self._stage.callbacks = compatibility.callbacks_of(trainer)
             overlay_strategy(trainer.strategy, self._stage)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

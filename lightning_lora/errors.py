@@ -1,26 +1,4 @@
-"""Errors and warnings of this package.
-
-Exceptions::
-
-    LoRAError
-    ├── ConfigError            an argument has an invalid value (also a ValueError)
-    ├── TargetError            a pattern matches no layer, or an unsupported one (also a ValueError)
-    ├── AdapterStateError      the model is in the wrong state, for example it has no adapters
-    ├── AdapterMismatchError   the adapters do not fit the model or the configuration
-    ├── BaseMismatchError      the adapters were trained on another base model
-    ├── AdapterFileError       a file is damaged, was changed, or is of another kind
-    ├── ExportError            another format cannot hold the adapters (also a ValueError)
-    ├── OptimizerError         an optimizer would not train the adapters
-    └── StrategyError          the Trainer's strategy is not supported
-
-Warnings::
-
-    LoRAWarning
-    ├── BestCheckpointWarning  merge="best" found no best checkpoint
-    ├── DeadAdapterWarning     some adapters received no gradient
-    ├── FreshLayerWarning      some layers are random, and would stay so
-    └── MergePrecisionWarning  merging rounded away much of the update
-"""
+"""Errors and warnings of this package: each error is a :class:`LoRAError`, each warning a :class:`LoRAWarning`."""
 
 from collections.abc import Iterable
 
@@ -61,7 +39,7 @@ class BaseMismatchError(LoRAError, ValueError):
 
 
 class AdapterFileError(LoRAError, ValueError):
-    """An adapter file or checkpoint cannot be read or written."""
+    """An adapter file or checkpoint cannot be read or written: it is damaged, was changed, or is of another kind."""
 
 
 class ExportError(LoRAError, ValueError):

@@ -19,28 +19,4 @@ from lightning_lora.layers.matrices import (
 )
 from lightning_lora.layers.quantized import count, is_quantised, quantised_entries, repacks, unpack
 
-__all__ = [
-    "ADAPTERS",
-    "FROM_BASE",
-    "HAS_UPDATE",
-    "AdaptedMatrix",
-    "Adapter",
-    "LoRALayer",
-    "LoRAParameters",
-    "Role",
-    "Settings",
-    "adapter_for",
-    "adapter_parameters",
-    "attach",
-    "count",
-    "is_quantised",
-    "kind_named",
-    "matrix_factors",
-    "name_of_kind",
-    "new_adapter",
-    "quantised_entries",
-    "register_adapter",
-    "repacks",
-    "unpack",
-    "weight_factors",
-]
+__all__ = ["LoRALayer", "register_adapter"]  # for users; the other names are for this package

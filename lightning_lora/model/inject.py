@@ -12,23 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, AdapterStateError, ConfigError, listed
 from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, Settings, new_adapter
-from lightning_lora.model.attach import (
-    attach_adapters,
-    check_weights,
-    detach_adapters,
-    freeze,
-    undone_on_error,
-    unfreeze,
-)
+from lightning_lora.model import attach, state
 from lightning_lora.model.sending import delete_sent
-from lightning_lora.model.state import (
-    absorb_inner_records,
-    begin_record,
-    find_record,
-    forget_record,
-    record_of,
-    records_in,
-)
 from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
 from lightning_lora.targets.select import Choice, select
 from lightning_lora.tensors.inplace import combined
@@ -74,20 +59,20 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
         raise ConfigError(
             f"inject_adapters got ({type(model).__name__}, {type(config).__name__}). Expected (nn.Module, LoRAConfig)."
         )
-    if find_record(model):
-        record_of(model)  # raises an error if the adapters are disabled
+    if state.find_record(model):
+        state.record_of(model)  # raises an error if the adapters are disabled
     choices = select(model, config)
     before = View(model, config)
     _check_same(before, choices)
     adapters = _new_adapters(choices)
     if adapters:
         _check_not_parallel(model)
-    with undone_on_error(before):
-        record = begin_record(model, config)
-        attach_adapters(model, adapters)
+    with attach.undone_on_error(before):
+        record = state.begin_record(model, config)
+        attach.attach_adapters(model, adapters)
         view = View(model)
         view.follow_base()
-        freeze(view)
+        attach.freeze(view)
         record.adapter.set_layers(view.layers)
         if adapters or view.is_fresh():  # later, trained values would be taken for the base's
             keep_originals(view)
@@ -151,16 +136,16 @@ def remove_adapters(model: nn.Module) -> None:
         )
     """
     record = view_of(model).record
-    absorb_inner_records(model, record)
+    state.absorb_inner_records(model, record)
     if not record.is_merged:
         view = View(model)
-        check_weights(view)
-        with undone_on_error(view), ExitStack() as undo:
+        attach.check_weights(view)
+        with attach.undone_on_error(view), ExitStack() as undo:
             restore_originals(view, view.kept, undo)
-            unfreeze(view)
+            attach.unfreeze(view)
             undo.pop_all()
-        detach_adapters(view)
-    forget_record(model)
+        attach.detach_adapters(view)
+    state.forget_record(model)
     delete_sent(model)
 
 
@@ -182,7 +167,7 @@ def _check_same(view: View, choices: Mapping[str, Choice]) -> None:
                 f"this configuration asks for {there}. Use the same one. Or start again from the base: call "
                 "unmerge_adapters(model) if the updates are merged, then remove_adapters(model)."
             )
-    for prefix, record in records_in(view.modules).items():
+    for prefix, record in state.records_in(view.modules).items():
         if not record.is_merged and record.adapter.config != view.config:
             _check_same_trained(view, prefix)
 

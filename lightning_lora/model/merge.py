@@ -15,14 +15,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, LoRAWarning, listed
 from lightning_lora.layers import Adapter, LoRALayer
-from lightning_lora.model.attach import (
-    attach_adapters,
-    check_weights,
-    detach_adapters,
-    freeze,
-    undone_on_error,
-    unfreeze,
-)
+from lightning_lora.model import attach
 from lightning_lora.model.merged import check_as_merged, is_as_merged, warn_of_divergence, warn_of_merge
 from lightning_lora.model.sending import delete_sent
 from lightning_lora.model.state import Merge, Record, find_record, forget_record, record_of
@@ -114,14 +107,14 @@ def merge(model: nn.Module) -> tuple[dict[str, float], list[str]]:
     bases: dict[str, dict[str, Tensor]] = {name: {} for name in view.layers}
     lost: dict[str, float] = {}
     with ExitStack() as undo:
-        undo.callback(lambda: freeze(View(model)))
+        undo.callback(lambda: attach.freeze(View(model)))
         for name, layer in view.layers.items():
             lost[name] = _merge_layer(view.record, name, layer, tied[name], bases[name], undo)
         _weights_have_changed(view)
         now = View(model)
-        unfreeze(now)  # tied weights have new parameters
+        attach.unfreeze(now)  # tied weights have new parameters
         seen = _see(now, bases)
-        adapters = detach_adapters(view)
+        adapters = attach.detach_adapters(view)
         undo.pop_all()
     for name, adapter in adapters.items():
         adapter.bases = bases[name]
@@ -144,8 +137,8 @@ def _merge_for_good(model: nn.Module) -> tuple[dict[str, float], list[str]]:
             view.adapter.set_layers(other for other in view.adapter.layers if other != name)
         torch.clear_autocast_cache()
         now = View(model)
-        unfreeze(now)
-        detach_adapters(now)  # there are none any more: inference paths are switched on again
+        attach.unfreeze(now)
+        attach.detach_adapters(now)  # there are none any more: inference paths are switched on again
     forget_record(model)
     delete_sent(model)
     return {name: lost[name] for name in tied}, [name for name in tied if tied[name]]
@@ -153,7 +146,7 @@ def _merge_for_good(model: nn.Module) -> tuple[dict[str, float], list[str]]:
 
 def _check(view: View) -> dict[str, list[str]]:
     """Refuse what cannot be merged, and return the weights that another layer uses too, by layer."""
-    check_weights(view)
+    attach.check_weights(view)
     check_mergeable(view)
     warn_of_divergence(view)
     return tied_weights(view)
@@ -283,16 +276,16 @@ def unmerge(model: nn.Module) -> bool:
         )
         return False
     adapters, weights, plain = record.merged, record.merge.weights, View(model)
-    with undone_on_error(plain), torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
+    with attach.undone_on_error(plain), torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for name, adapter in adapters.items():
             layer = submodule(model, name)
             _follow_layer(layer, adapter, weights[join(name, adapter.matrices[0].weight)].dtype, undo)
             _show_base(record, name, layer, adapter, undo)
         record.was_unmerged(plain.parameters)
-        attach_adapters(model, adapters)
+        attach.attach_adapters(model, adapters)
         view = View(model)
         _weights_have_changed(view)
-        freeze(view)
+        attach.freeze(view)
         view.follow_base()  # it may have been converted
         undo.pop_all()
     for adapter in adapters.values():
