@@ -13,23 +13,7 @@ import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, ModelPruning
 from torch import nn
 
-from lightning_lora import (
-    AdapterMismatchError,
-    AdapterStateError,
-    BestCheckpointWarning,
-    ConfigError,
-    LoRACallback,
-    LoRAConfig,
-    TargetError,
-    adapter_state_dict,
-    disable_adapters,
-    inject_adapters,
-    load_adapter,
-    merge_adapters,
-    remove_adapters,
-    save_adapter,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from lightning_lora.layers import LoRALayer
 from tests.support.cases import At, StopError, stop, tensors
 from tests.support.fits import beside, either_order
@@ -71,22 +55,22 @@ class NoLinear(LitTiny):
 def test_nothing_to_adapt_is_an_error_and_never_a_full_fine_tune(tmp_path: Path) -> None:
     model = NoLinear()
     before = state(model)
-    with pytest.raises(TargetError, match="NoLinear"):
-        trainer(tmp_path, [LoRACallback(r=1)]).fit(model, data())
+    with pytest.raises(ll.TargetError, match="NoLinear"):
+        trainer(tmp_path, [ll.LoRACallback(r=1)]).fit(model, data())
     assert same(state(model), before)
-    with pytest.raises(TargetError, match="'q_proj'"):
-        trainer(tmp_path, [LoRACallback(r=1, target_modules=["q_porj"])]).fit(LitTiny(), data())
+    with pytest.raises(ll.TargetError, match="'q_proj'"):
+        trainer(tmp_path, [ll.LoRACallback(r=1, target_modules=["q_porj"])]).fit(LitTiny(), data())
 
 
 def test_merge_best_without_a_best_file_says_so_as_do_two_callbacks(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="2 LoRACallbacks"):
+    with pytest.raises(ll.ConfigError, match="2 LoRACallbacks"):
         trainer(tmp_path, [lora(), lora()]).fit(LitTiny(), data())
     for callbacks in (
         [best(tmp_path, save_top_k=0)],
         [best(tmp_path), At(7, lambda t, m: [path.unlink() for path in tmp_path.glob("*.ckpt")])],
     ):
         model = LitTiny(lr=0 if len(callbacks) > 1 else 0.05)
-        with pytest.warns(BestCheckpointWarning):
+        with pytest.warns(ll.BestCheckpointWarning):
             trainer(tmp_path, [lora(merge="best"), *callbacks]).fit(model, data(), data())
         assert is_plain(model)
 
@@ -118,7 +102,7 @@ def test_an_embedding_that_rescales_itself_does_not_count_as_changed(tmp_path: P
     model, checkpoint = Capped(), best(tmp_path)
     trainer(tmp_path, [lora(merge="best"), checkpoint]).fit(model, data(), data())
     again = Capped()
-    load_adapter(again, checkpoint.best_model_path)
+    ll.load_adapter(again, checkpoint.best_model_path)
     torch.testing.assert_close(again(X), model(X))
 
 
@@ -132,22 +116,22 @@ def test_adapters_of_replaced_weights_are_not_spoken_for(tmp_path: Path, change:
         model.bfloat16().float()
     else:
         torch.nn.utils.prune.l1_unstructured(model.q_proj, "weight", 0.5)
-    for call in (unmerge_adapters, adapter_state_dict, lambda m: save_adapter(m, tmp_path / "a.safetensors")):
-        with pytest.raises(AdapterStateError, match="changed since its adapters were merged"):
+    for call in (ll.unmerge_adapters, ll.adapter_state_dict, lambda m: ll.save_adapter(m, tmp_path / "a.safetensors")):
+        with pytest.raises(ll.AdapterStateError, match="changed since its adapters were merged"):
             call(model)
-    with pytest.raises(AdapterStateError), disable_adapters(model):
+    with pytest.raises(ll.AdapterStateError), ll.disable_adapters(model):
         pass
-    remove_adapters(model)
+    ll.remove_adapters(model)
 
 
 def test_another_configuration_on_a_merged_model_is_refused_and_leaves_it_merged(tmp_path: Path) -> None:
     model = LitTiny()
     trainer(tmp_path, [lora()]).fit(model, data())
     output = model(X)
-    with pytest.raises(AdapterMismatchError, match="remove_adapters"):
+    with pytest.raises(ll.AdapterMismatchError, match="remove_adapters"):
         trainer(tmp_path, [lora(r=4)]).fit(model, data())
     assert is_plain(model) and torch.equal(model(X), output)
-    remove_adapters(model)
+    ll.remove_adapters(model)
     assert not [name for name in vars(model) if "lora" in name] and torch.equal(model(X), output)
     trainer(tmp_path, [lora(r=4)]).fit(model, data())
     assert is_plain(model) and not torch.equal(model(X), output)
@@ -156,11 +140,11 @@ def test_another_configuration_on_a_merged_model_is_refused_and_leaves_it_merged
 def test_a_model_adapted_by_hand_is_taken_over_or_refused_and_a_merged_one_is_unmerged_to_train(tmp_path: Path) -> None:
     model, merged = LitTiny(), LitTiny()
     for each in (model, merged):
-        inject_adapters(each, LoRAConfig(r=2, modules_to_save=["head"]))
-    with pytest.raises(AdapterMismatchError, match="adapted already"):
+        ll.inject_adapters(each, ll.LoRAConfig(r=2, modules_to_save=["head"]))
+    with pytest.raises(ll.AdapterMismatchError, match="adapted already"):
         trainer(tmp_path, [lora(r=4)]).fit(model, data())
     trainer(tmp_path, [lora()]).fit(model, data())
-    merge_adapters(merged)
+    ll.merge_adapters(merged)
     trainer(tmp_path, [lora(merge=False)]).fit(merged, data())
     assert is_plain(model) and not is_plain(merged) and merged.get_parameter("q_proj.lora_B").any()
 
@@ -171,7 +155,7 @@ def test_the_callback_can_be_saved_in_the_middle_of_fit_and_is_its_arguments_alo
     save = At(2, lambda t, m: torch.save({"callbacks": [callback]}, file))
     trainer(tmp_path, [callback, save], max_epochs=1).fit(LitTiny(), data())
     assert file.stat().st_size < 3000
-    with torch.serialization.safe_globals([LoRACallback]):
+    with torch.serialization.safe_globals([ll.LoRACallback]):
         (loaded,) = torch.load(file, weights_only=True)["callbacks"]
     assert (loaded.config, loaded.merge, loaded.given) == (callback.config, False, callback.given)
     trainer(tmp_path, [loaded], max_epochs=1).fit(model := LitTiny(), data())
@@ -230,7 +214,7 @@ def test_a_fast_dev_run_refuses_a_best_file_that_a_fit_would_not_find(tmp_path: 
     for others in ([], [ModelCheckpoint(tmp_path)]):
         model = LitTiny()
         before = state(model)
-        with pytest.raises(ConfigError, match="with a monitor"):
+        with pytest.raises(ll.ConfigError, match="with a monitor"):
             trainer(tmp_path, [lora(merge="best"), *others], fast_dev_run=trial).fit(model, data(), data())
         assert is_plain(model) and same(state(model), before)
 
@@ -254,7 +238,7 @@ OPPOSED: dict[str, Callable[[], L.Callback]] = {
 def test_callbacks_that_change_the_base_are_refused(tmp_path: Path, name: str, first: bool) -> None:
     model = HasBackbone()
     before = state(model)
-    with pytest.raises(ConfigError, match=name):
+    with pytest.raises(ll.ConfigError, match=name):
         trainer(tmp_path, beside(OPPOSED[name](), first)).fit(model, data(), data())
     assert is_plain(model) and same(state(model), before) and not [key for key in vars(model) if "lora" in key]
     assert first or all(p.requires_grad for p in model.parameters())  # listed first, it has frozen its part already

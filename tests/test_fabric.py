@@ -9,26 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import (
-    AdapterFileError,
-    AdapterMismatchError,
-    AdapterStateError,
-    BaseMismatchError,
-    LoRAConfig,
-    LoRAError,
-    adapter_state_dict,
-    disable_adapters,
-    export_peft,
-    inject_adapters,
-    load_adapter,
-    load_adapter_state_dict,
-    merge_adapters,
-    remove_adapters,
-    save_adapter,
-    save_merged,
-    summarize,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from tests.support.by_hand import adapted
 from tests.support.faults import unchanged
 from tests.support.models import TRAINED, WORDS, LitTiny, data, is_plain, lora, same, state
@@ -58,26 +39,26 @@ def test_every_call_sees_the_model_inside(tmp_path: Path, compiled: bool) -> Non
     model = adapted()
     wrapped, _ = fit(fabric(), torch.compile(model, backend="eager") if compiled else model)
     trained, base = state(model), LitTiny()(X)
-    assert type(wrapped).__name__ != type(model).__name__ and list(adapter_state_dict(wrapped)) == TRAINED
-    assert summarize(wrapped).title == "LitTiny" and summarize(wrapped).trained == summarize(model).trained
-    load_adapter_state_dict(wrapped, adapter_state_dict(model))
-    save_adapter(wrapped, tmp_path / "a.safetensors")
-    load_adapter(again := LitTiny(), tmp_path / "a.safetensors")
+    assert type(wrapped).__name__ != type(model).__name__ and list(ll.adapter_state_dict(wrapped)) == TRAINED
+    assert ll.summarize(wrapped).title == "LitTiny" and ll.summarize(wrapped).trained == ll.summarize(model).trained
+    ll.load_adapter_state_dict(wrapped, ll.adapter_state_dict(model))
+    ll.save_adapter(wrapped, tmp_path / "a.safetensors")
+    ll.load_adapter(again := LitTiny(), tmp_path / "a.safetensors")
     assert same(state(again), trained)
-    load_adapter(other := fabric().setup(LitTiny()), tmp_path / "a.safetensors")
+    ll.load_adapter(other := fabric().setup(LitTiny()), tmp_path / "a.safetensors")
     assert same(state(other), trained)
-    with disable_adapters(wrapped):
+    with ll.disable_adapters(wrapped):
         assert torch.equal(wrapped(X), base)
-    export_peft(wrapped, tmp_path / "peft")
-    save_merged(wrapped, tmp_path / "merged.ckpt")
-    merge_adapters(wrapped)
+    ll.export_peft(wrapped, tmp_path / "peft")
+    ll.save_merged(wrapped, tmp_path / "merged.ckpt")
+    ll.merge_adapters(wrapped)
     assert is_plain(model) and same(LitTiny.load_from_checkpoint(tmp_path / "merged.ckpt").state_dict(), state(model))
-    unmerge_adapters(wrapped)
+    ll.unmerge_adapters(wrapped)
     assert same(state(model), trained)
-    remove_adapters(wrapped)
+    ll.remove_adapters(wrapped)
     assert torch.equal(wrapped(X), base)
-    with pytest.raises(AdapterStateError, match="LitTiny has no adapters"):
-        save_adapter(wrapped, tmp_path / "b.safetensors")
+    with pytest.raises(ll.AdapterStateError, match="LitTiny has no adapters"):
+        ll.save_adapter(wrapped, tmp_path / "b.safetensors")
 
 
 # Files
@@ -88,8 +69,8 @@ SAVES: dict[str, Callable[[Any, Any, Any, Path], None]] = {
         path, {"model": model, "optimizer": optimizer, "step": 4}
     ),
     "filtered": lambda fabric, model, _, path: fabric.save(path, {"model": model}, filter=ONLY_TRAINED),
-    "state of adapters": lambda fabric, model, _, path: fabric.save(path, {"model": adapter_state_dict(model)}),
-    "beside a class": lambda fabric, model, _, path: fabric.save(path, {"model": model, "settings": LoRAConfig}),
+    "state of adapters": lambda fabric, model, _, path: fabric.save(path, {"model": ll.adapter_state_dict(model)}),
+    "beside a class": lambda fabric, model, _, path: fabric.save(path, {"model": model, "settings": ll.LoRAConfig}),
 }
 
 
@@ -99,10 +80,10 @@ def test_files_of_fabric_are_loaded_onto_an_adapted_model(tmp_path: Path, save: 
     f = fabric()
     wrapped, optimizer = fit(f, model := adapted())
     save(f, wrapped, optimizer, path := tmp_path / "a.ckpt")
-    load_adapter(setup(again := adapted()), path)
+    ll.load_adapter(setup(again := adapted()), path)
     assert same(state(again), state(model)) and not same(state(again), state(adapted()))
-    merge_adapters(again)
-    load_adapter(again, path)  # onto its base, as ever
+    ll.merge_adapters(again)
+    ll.load_adapter(again, path)  # onto its base, as ever
     assert same(state(again), state(model))
 
 
@@ -115,35 +96,45 @@ def whole(model: nn.Module, without: str = "", **changed: Any) -> dict[str, Any]
 @pytest.mark.parametrize(
     ("contents", "build", "error", "says"),
     [
-        (whole(adapted()), LitTiny, AdapterStateError, r"LitTiny has no adapters. Call inject_adapters\(model"),
-        (whole(LitTiny()), LitTiny, AdapterFileError, r"6 tensors.*no adapters.*torch.load\(path\)\['model'\]"),
-        (whole(adapted(), "q_proj.lora_B"), adapted, AdapterMismatchError, "missing 'q_proj.lora_B'"),
-        (whole(adapted(), "head.bias"), adapted, AdapterMismatchError, "missing 'head.bias'"),
-        (whole(adapted(), other__lora_A=torch.ones(2, 8)), adapted, AdapterMismatchError, "unexpected 'other.lora_A'"),
-        (whole(adapted(), q_proj__lora_A=torch.ones(3, 8)), adapted, AdapterMismatchError, r"\(3, 8\).*\(2, 8\)"),
-        (whole(adapted(), q_proj__lora_A=torch.full((2, 8), torch.nan)), adapted, AdapterFileError, "NaN"),
+        (whole(adapted()), LitTiny, ll.AdapterStateError, r"LitTiny has no adapters. Call inject_adapters\(model"),
+        (whole(LitTiny()), LitTiny, ll.AdapterFileError, r"6 tensors.*no adapters.*torch.load\(path\)\['model'\]"),
+        (whole(adapted(), "q_proj.lora_B"), adapted, ll.AdapterMismatchError, "missing 'q_proj.lora_B'"),
+        (whole(adapted(), "head.bias"), adapted, ll.AdapterMismatchError, "missing 'head.bias'"),
+        (
+            whole(adapted(), other__lora_A=torch.ones(2, 8)),
+            adapted,
+            ll.AdapterMismatchError,
+            "unexpected 'other.lora_A'",
+        ),
+        (whole(adapted(), q_proj__lora_A=torch.ones(3, 8)), adapted, ll.AdapterMismatchError, r"\(3, 8\).*\(2, 8\)"),
+        (whole(adapted(), q_proj__lora_A=torch.full((2, 8), torch.nan)), adapted, ll.AdapterFileError, "NaN"),
         (
             whole(adapted(), q_proj__weight=torch.ones(8, 8)),
             adapted,
-            BaseMismatchError,
+            ll.BaseMismatchError,
             "1 of 4 frozen.*'q_proj.weight'",
         ),
-        (whole(adapted(), q_proj__lora_A=LoRAConfig), adapted, AdapterFileError, "LoRAConfig.*must be plain tensors"),
+        (
+            whole(adapted(), q_proj__lora_A=ll.LoRAConfig),
+            adapted,
+            ll.AdapterFileError,
+            "LoRAConfig.*must be plain tensors",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(
-    tmp_path: Path, contents: Any, build: Any, error: type[LoRAError], says: str
+    tmp_path: Path, contents: Any, build: Any, error: type[ll.LoRAError], says: str
 ) -> None:
     torch.save(contents, path := tmp_path / "a.ckpt")
     with unchanged(model := build()), pytest.raises(error, match=says):
-        load_adapter(model, path)
+        ll.load_adapter(model, path)
 
 
 def test_another_base_is_taken_if_it_is_asked_for(tmp_path: Path) -> None:
     torch.save(
         whole(adapted(), embed__weight=torch.ones(WORDS, 8), head__bias=torch.ones(4)), path := tmp_path / "a.ckpt"
     )
-    load_adapter(model := adapted(), path, check_base=False)
+    ll.load_adapter(model := adapted(), path, check_base=False)
     assert same({"w": model.embed.weight, "b": model.head.bias}, {"w": LitTiny().embed.weight, "b": torch.ones(4)})
 
 
@@ -155,9 +146,9 @@ def train_in_two(folder: Path) -> dict[str, Tensor]:
     f.launch()
     wrapped, _ = fit(f, adapted())
     assert type(wrapped._forward_module).__name__ == "DistributedDataParallel"
-    save_adapter(wrapped, folder / "a.safetensors")
+    ll.save_adapter(wrapped, folder / "a.safetensors")
     f.save(folder / "a.ckpt", {"model": wrapped})
-    return adapter_state_dict(wrapped)
+    return ll.adapter_state_dict(wrapped)
 
 
 @pytest.mark.processes
@@ -165,19 +156,19 @@ def test_two_processes_train_the_same_adapters_and_write_one_file(tmp_path: Path
     first, second = run_ranks(train_in_two, tmp_path)
     assert same(first, second) and first["q_proj.lora_B"].any()
     for path, build in ((tmp_path / "a.safetensors", LitTiny), (tmp_path / "a.ckpt", adapted)):
-        load_adapter(model := build(), path)
-        assert same(adapter_state_dict(model), first)
+        ll.load_adapter(model := build(), path)
+        assert same(ll.adapter_state_dict(model), first)
 
 
 def adapt_late() -> None:
     f = fabric(devices=2, strategy="ddp")
     f.launch()
-    with pytest.raises(AdapterStateError, match=r"before fabric.setup"):
-        inject_adapters(model := f.setup(LitTiny()), lora().config)
+    with pytest.raises(ll.AdapterStateError, match=r"before fabric.setup"):
+        ll.inject_adapters(model := f.setup(LitTiny()), lora().config)
     assert is_plain(model)
-    with pytest.raises(AdapterStateError, match="before DistributedDataParallel"):
-        inject_adapters(nn.parallel.DistributedDataParallel(LitTiny()), LoRAConfig(r=2))
-    inject_adapters(f.setup(adapted()), lora().config)  # which has them already
+    with pytest.raises(ll.AdapterStateError, match="before DistributedDataParallel"):
+        ll.inject_adapters(nn.parallel.DistributedDataParallel(LitTiny()), ll.LoRAConfig(r=2))
+    ll.inject_adapters(f.setup(adapted()), lora().config)  # which has them already
 
 
 @pytest.mark.processes

@@ -16,17 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
-from lightning_lora import (
-    LoRACallback,
-    LoRAConfig,
-    adapter_state_dict,
-    inject_adapters,
-    load_adapter,
-    merge_adapters,
-    remove_adapters,
-    save_adapter,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from lightning_lora.model.view import View
 from tests.support.models import is_plain, randomise, same, state, trainer
 
@@ -211,21 +201,21 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def config(name: str) -> LoRAConfig:
-    return LoRAConfig(r=2, **CASES[name].config)
+def config(name: str) -> ll.LoRAConfig:
+    return ll.LoRAConfig(r=2, **CASES[name].config)
 
 
 def test_fresh_adapters_change_nothing_and_come_off(
-    name: str, config: LoRAConfig, monkeypatch: pytest.MonkeyPatch
+    name: str, config: ll.LoRAConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.backends.mha._is_fastpath_enabled", False)  # which rounds in its own way
     model = Lit(name).requires_grad_(False)  # likewise torch's products with weights that train
     before, output, kinds = state(model), run(model), [type(module) for module in model.modules()]
-    inject_adapters(model, config)
+    ll.inject_adapters(model, config)
     assert torch.equal(run(model), output) and same(base_of(state(model)), before)
     randomise(model)
     assert not torch.equal(run(model), output)
-    remove_adapters(model)
+    ll.remove_adapters(model)
     assert same(state(model), before) and [type(module) for module in model.modules()] == kinds
     assert torch.equal(run(model), output) and not any(p.requires_grad for p in model.parameters())
 
@@ -235,7 +225,7 @@ def test_fresh_adapters_change_nothing_and_come_off(
 def test_training_moves_adapters_alone(name: str, tmp_path: Path) -> None:
     model = Lit(name)
     before, output = state(model), run(model)
-    callback = LoRACallback(r=2, merge=False, **CASES[name].config)
+    callback = ll.LoRACallback(r=2, merge=False, **CASES[name].config)
     trainer(tmp_path, [callback], max_steps=3, enable_checkpointing=False).fit(model.train(), batches())
     after = state(model)
     assert same(base_of(after), before)
@@ -243,18 +233,18 @@ def test_training_moves_adapters_alone(name: str, tmp_path: Path) -> None:
     assert not idle and not torch.equal(run(model), output)
 
 
-def test_merging_and_a_file_keep_what_the_adapters_compute(name: str, config: LoRAConfig, tmp_path: Path) -> None:
+def test_merging_and_a_file_keep_what_the_adapters_compute(name: str, config: ll.LoRAConfig, tmp_path: Path) -> None:
     model, other = (Lit(name).to(CASES[name].dtype) for _ in range(2))
-    inject_adapters(model, config)
+    ll.inject_adapters(model, config)
     randomise(model)
-    save_adapter(model, tmp_path / "adapter.safetensors")
+    ll.save_adapter(model, tmp_path / "adapter.safetensors")
     before, adapted = state(model), run(model)
-    merge_adapters(model)
+    ll.merge_adapters(model)
     torch.testing.assert_close(run(model), adapted)
-    unmerge_adapters(model)
+    ll.unmerge_adapters(model)
     assert same(state(model), before) and torch.equal(run(model), adapted)
-    load_adapter(other, tmp_path / "adapter.safetensors")
-    assert same(adapter_state_dict(other), adapter_state_dict(model))
+    ll.load_adapter(other, tmp_path / "adapter.safetensors")
+    assert same(ll.adapter_state_dict(other), ll.adapter_state_dict(model))
     torch.testing.assert_close(run(other), adapted)  # processors round other copies of a weight in other ways
 
 
@@ -265,14 +255,14 @@ FORKED = ["bert", "gpt2", "mixtral", "mamba", "torchvision mobilenet", "torchvis
 @pytest.mark.processes
 @pytest.mark.filterwarnings("ignore::lightning_lora.FreshLayerWarning")
 @pytest.mark.parametrize("name", FORKED, indirect=True)
-def test_two_processes_train_and_bring_back_a_plain_model(name: str, config: LoRAConfig, tmp_path: Path) -> None:
+def test_two_processes_train_and_bring_back_a_plain_model(name: str, config: ll.LoRAConfig, tmp_path: Path) -> None:
     model = Lit(name)
     before, output = state(model), run(model)
-    inject_adapters(model, config)
+    ll.inject_adapters(model, config)
     adapted = {f"{layer}.{weight}" for layer, each in View(model).layers.items() for weight in each.lora_weights()}
-    remove_adapters(model)
+    ll.remove_adapters(model)
     options: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2, "enable_checkpointing": False}
-    callback = LoRACallback(r=2, **CASES[name].config)
+    callback = ll.LoRACallback(r=2, **CASES[name].config)
     trainer(tmp_path, [callback], max_steps=2, **options).fit(model.requires_grad_().train(), batches())
     after = state(model)
     moved = {key for key, value in before.items() if not torch.equal(value, after[key])}

@@ -8,18 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import (
-    AdapterMismatchError,
-    ConfigError,
-    LoRAConfig,
-    TargetError,
-    inject_adapters,
-    load_adapter,
-    merge_adapters,
-    remove_adapters,
-    save_adapter,
-    summarize,
-)
+import lightning_lora as ll
 from tests.support.layers import LAYERS, train
 from tests.support.models import state
 
@@ -37,17 +26,17 @@ class Mixture(nn.Module):
 
 def test_parameters_are_adapted_beside_layers_or_alone() -> None:
     model = Mixture()
-    how = LoRAConfig(r=2, target_modules=["router"], target_parameters=["experts.stack"])
-    assert inject_adapters(model, how) == ("router", "experts")
+    how = ll.LoRAConfig(r=2, target_modules=["router"], target_parameters=["experts.stack"])
+    assert ll.inject_adapters(model, how) == ("router", "experts")
     assert model.experts.lora_A_stack.shape == (3, 2, 5) and model.experts.lora_B_stack.shape == (3, 4, 2)
-    assert "Experts" in str(summarize(model))
-    remove_adapters(model)
-    assert inject_adapters(model, LoRAConfig(r=2, target_modules=[], target_parameters=["stack", "mix"])) == (
+    assert "Experts" in str(ll.summarize(model))
+    ll.remove_adapters(model)
+    assert ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=[], target_parameters=["stack", "mix"])) == (
         "experts",
     )
     train(model)
     output = model(x := torch.randn(2, 5))
-    merge_adapters(model)
+    ll.merge_adapters(model)
     torch.testing.assert_close(model(x), output)
 
 
@@ -65,9 +54,9 @@ class Reader(nn.Module):
 def test_weight_that_its_holder_reads_is_adapted_there() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(Reader()), torch.randn(2, 5)
-    how = LoRAConfig(r=2, target_parameters=["read.weight"])
+    how = ll.LoRAConfig(r=2, target_parameters=["read.weight"])
     base = state(model)
-    assert inject_adapters(model, how) == ("0", "0.called")
+    assert ll.inject_adapters(model, how) == ("0", "0.called")
     train(model)
     output = model(x)
     update = model[0].lora_B_read_weight @ model[0].lora_A_read_weight
@@ -79,10 +68,10 @@ def test_weight_that_its_holder_reads_is_adapted_there() -> None:
     torch.testing.assert_close(output, plain(x))
     output.sum().backward()
     assert model[0].lora_A_read_weight.grad is not None
-    merge_adapters(model)
+    ll.merge_adapters(model)
     torch.testing.assert_close(model(x), output)
     assert list(state(model)) == list(base)
-    remove_adapters(model)
+    ll.remove_adapters(model)
     torch.testing.assert_close(model(x), output)
 
 
@@ -90,13 +79,13 @@ def test_parameters_are_left_out_kept_whole_or_refused_as_layers_are() -> None:
     how: dict[str, Any] = {"r": 2, "target_modules": ["called"], "target_parameters": ["read.weight"]}
     for more in ({"exclude_modules": ["read"]}, {"modules_to_save": ["read"]}):
         model = nn.Sequential(Reader())
-        assert inject_adapters(model, LoRAConfig(**how, **more)) == ("0.called",)
-    with pytest.raises(TargetError, match="target_slices"):
-        inject_adapters(nn.Sequential(Reader()), LoRAConfig(**how, target_slices={"0": ["q"]}))
+        assert ll.inject_adapters(model, ll.LoRAConfig(**how, **more)) == ("0.called",)
+    with pytest.raises(ll.TargetError, match="target_slices"):
+        ll.inject_adapters(nn.Sequential(Reader()), ll.LoRAConfig(**how, target_slices={"0": ["q"]}))
     twice = nn.Sequential(Reader())
     twice[0].read_weight = nn.Parameter(torch.ones(5, 5))
-    with pytest.raises(TargetError, match=r"'read_weight', 'read\.weight' of '0'.*the same name"):
-        inject_adapters(twice, LoRAConfig(**how | {"target_parameters": ["read.weight", "read_weight"]}))
+    with pytest.raises(ll.TargetError, match=r"'read_weight', 'read\.weight' of '0'.*the same name"):
+        ll.inject_adapters(twice, ll.LoRAConfig(**how | {"target_parameters": ["read.weight", "read_weight"]}))
 
 
 @pytest.mark.parametrize(
@@ -113,8 +102,8 @@ def test_parameters_are_left_out_kept_whole_or_refused_as_layers_are() -> None:
 )
 def test_parameters_that_cannot_be_adapted_are_refused(name: str, words: str) -> None:
     model = Mixture()
-    with pytest.raises(TargetError, match=words):
-        inject_adapters(model, LoRAConfig(r=2, target_parameters=[name]))
+    with pytest.raises(ll.TargetError, match=words):
+        ll.inject_adapters(model, ll.LoRAConfig(r=2, target_parameters=[name]))
     assert not [n for n in model.state_dict() if "lora" in n]
 
 
@@ -125,33 +114,33 @@ def test_patterns_mean_a_parameter_by_its_own_name(init: Any, tmp_path: Path) ->
     patterns: dict[str, Any] = {"rank_pattern": {"experts.stack": 3}, "alpha_pattern": {"mix": 1}}
     model, x = Mixture(), torch.randn(2, 5)
     base = copy.deepcopy(model)
-    inject_adapters(model, LoRAConfig(**how, **patterns, init=init))
+    ll.inject_adapters(model, ll.LoRAConfig(**how, **patterns, init=init))
     assert model.experts.lora_A_stack.shape == (3, 3, 5) and len(model.experts.lora_A_mix) == 2
     torch.testing.assert_close(model(x), base(x))
     train(model)
-    save_adapter(model, tmp_path / "a.safetensors")
+    ll.save_adapter(model, tmp_path / "a.safetensors")
     for name, scaling in {"stack": 4 / 3, "mix": 1 / 2}.items() if init == "kaiming" else ():
         a, b = getattr(model.experts, f"lora_A_{name}"), getattr(model.experts, f"lora_B_{name}")
         weight = getattr(model.experts, name) + scaling * b @ a
         torch.testing.assert_close(model.experts.lora_effective_weight(name), weight)
     again, output = copy.deepcopy(base), model(x)
-    load_adapter(again, tmp_path / "a.safetensors")
+    ll.load_adapter(again, tmp_path / "a.safetensors")
     assert torch.equal(again(x), output)
-    inject_adapters(base, LoRAConfig(**how, init=init))
-    with pytest.raises(AdapterMismatchError, match=r"scaling of 1\.33333 in .experts\.stack.; here it has r=2"):
-        load_adapter(base, tmp_path / "a.safetensors")
-    merge_adapters(model)
+    ll.inject_adapters(base, ll.LoRAConfig(**how, init=init))
+    with pytest.raises(ll.AdapterMismatchError, match=r"scaling of 1\.33333 in .experts\.stack.; here it has r=2"):
+        ll.load_adapter(base, tmp_path / "a.safetensors")
+    ll.merge_adapters(model)
     torch.testing.assert_close(model(x), output)
 
 
 def test_patterns_mean_a_parameter_by_its_module_too() -> None:
     model = Mixture()
     how: dict[str, Any] = {"target_modules": [], "target_parameters": ["stack", "mix"]}
-    inject_adapters(model, LoRAConfig(r=4, **how, rank_pattern={"experts.mix": 1, "experts": 2}))
+    ll.inject_adapters(model, ll.LoRAConfig(r=4, **how, rank_pattern={"experts.mix": 1, "experts": 2}))
     assert model.experts.lora_A_stack.shape == (3, 2, 5) and len(model.experts.lora_A_mix) == 1
-    with pytest.raises(TargetError, match=r"'experts\.mix' has no effect"):
-        inject_adapters(Mixture(), LoRAConfig(r=4, **how, rank_pattern={"experts": 2, "experts.mix": 1}))
-    with pytest.raises(TargetError, match=r"match parameters of Mixture .* target_parameters too"):
-        inject_adapters(Mixture(), LoRAConfig(r=2, target_parameters=["mix"], rank_pattern={"stack": 1}))
-    with pytest.raises(ConfigError, match=r"'experts\.mix' \(r=9, at most"):
-        inject_adapters(Mixture(), LoRAConfig(r=2, **how, rank_pattern={"mix": 9}))
+    with pytest.raises(ll.TargetError, match=r"'experts\.mix' has no effect"):
+        ll.inject_adapters(Mixture(), ll.LoRAConfig(r=4, **how, rank_pattern={"experts": 2, "experts.mix": 1}))
+    with pytest.raises(ll.TargetError, match=r"match parameters of Mixture .* target_parameters too"):
+        ll.inject_adapters(Mixture(), ll.LoRAConfig(r=2, target_parameters=["mix"], rank_pattern={"stack": 1}))
+    with pytest.raises(ll.ConfigError, match=r"'experts\.mix' \(r=9, at most"):
+        ll.inject_adapters(Mixture(), ll.LoRAConfig(r=2, **how, rank_pattern={"mix": 9}))

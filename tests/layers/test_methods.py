@@ -10,19 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import (
-    LoRAConfig,
-    LoRAWarning,
-    TargetError,
-    adapter_state_dict,
-    disable_adapters,
-    inject_adapters,
-    load_adapter,
-    merge_adapters,
-    remove_adapters,
-    save_adapter,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from tests.support.layers import LAYERS, Factors, Model, config, factors, reference_weights, train
 from tests.support.models import LitTiny, data, lora, randomise, same, state, trainer
 
@@ -34,7 +22,7 @@ METHODS += [(i, {"init": i}, name) for i in ("pissa", "olora") for name in LAYER
 
 
 @pytest.fixture(params=METHODS, ids=lambda method: f"{method[0]}-{method[2]}")
-def adapted(request: pytest.FixtureRequest) -> tuple[Model, Any, LoRAConfig]:
+def adapted(request: pytest.FixtureRequest) -> tuple[Model, Any, ll.LoRAConfig]:
     """A model that is about to be adapted by one method, its input, and the configuration."""
     _, arguments, name = request.param
     build, x = LAYERS[name]
@@ -43,12 +31,12 @@ def adapted(request: pytest.FixtureRequest) -> tuple[Model, Any, LoRAConfig]:
     return model, x, config(model, **arguments)
 
 
-def test_fresh_it_changes_nothing(adapted: tuple[Model, Any, LoRAConfig]) -> None:
+def test_fresh_it_changes_nothing(adapted: tuple[Model, Any, ll.LoRAConfig]) -> None:
     model, x, how = adapted
     before, base = model(x), state(model)
-    inject_adapters(model, how)
+    ll.inject_adapters(model, how)
     assert torch.equal(model(x), before)
-    remove_adapters(model)
+    ll.remove_adapters(model)
     assert same(state(model), base)
 
 
@@ -73,15 +61,15 @@ def weights_of(layer: Any, lora: Factors) -> dict[str, Tensor]:
 
 def reference(model: Model, lora: Factors, x: Any) -> Tensor:
     plain = copy.deepcopy(model)
-    remove_adapters(plain)
+    ll.remove_adapters(plain)
     weights = {f"0.{name}": weight for name, weight in weights_of(model[0], lora).items()}
     return torch.func.functional_call(plain, weights, (x,))
 
 
-def test_trained_it_computes_what_its_paper_says(adapted: tuple[Model, Any, LoRAConfig]) -> None:
+def test_trained_it_computes_what_its_paper_says(adapted: tuple[Model, Any, ll.LoRAConfig]) -> None:
     model, x, how = adapted
     base = state(model)
-    inject_adapters(model, how)
+    ll.inject_adapters(model, how)
     train(model)
     lora = factors(model[0])
     output, expected = model(x), reference(model, lora, x)
@@ -92,22 +80,24 @@ def test_trained_it_computes_what_its_paper_says(adapted: tuple[Model, Any, LoRA
         assert (p.grad is not None) is p.requires_grad
         if p.requires_grad:
             torch.testing.assert_close(p.grad, lora[name].grad)
-    remove_adapters(model)
+    ll.remove_adapters(model)
     assert same(state(model), base)
 
 
-def test_saved_it_loads_and_merged_it_computes_the_same(adapted: tuple[Model, Any, LoRAConfig], tmp_path: Path) -> None:
+def test_saved_it_loads_and_merged_it_computes_the_same(
+    adapted: tuple[Model, Any, ll.LoRAConfig], tmp_path: Path
+) -> None:
     model, x, how = adapted
     other = copy.deepcopy(model)
-    inject_adapters(model, how)
+    ll.inject_adapters(model, how)
     train(model)
-    save_adapter(model, tmp_path / "a.safetensors")
-    load_adapter(other, tmp_path / "a.safetensors")
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    ll.load_adapter(other, tmp_path / "a.safetensors")
     before, output = state(model), model(x)
     assert same(state(other), before) and torch.equal(other(x), output)
-    merge_adapters(model)
+    ll.merge_adapters(model)
     torch.testing.assert_close(model(x), output)
-    unmerge_adapters(model)
+    ll.unmerge_adapters(model)
     assert same(state(model), before) and torch.equal(model(x), output)
 
 
@@ -117,7 +107,7 @@ def test_rows_and_directions_of_zeros_train_as_without_the_method() -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 5, bias=False))
         nn.init.zeros_(model[0].weight)
-        inject_adapters(model, LoRAConfig(r=3, **arguments))
+        ll.inject_adapters(model, ll.LoRAConfig(r=3, **arguments))
         x = torch.randn(4, 6)
         assert torch.equal(model(x), nn.functional.linear(x, model[0].weight))
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -130,22 +120,22 @@ def test_rows_and_directions_of_zeros_train_as_without_the_method() -> None:
 @pytest.mark.parametrize("name", ["lstm", "attention", "bilinear", "bag", "transposed convolution", "experts"])
 def test_dora_is_refused_where_it_has_no_meaning(name: str) -> None:
     model = Model(LAYERS[name][0]()).double()
-    with pytest.raises(TargetError, match=r"use_dora=True is for .* '0' .*exclude_modules"):
-        inject_adapters(model, config(model, use_dora=True))
+    with pytest.raises(ll.TargetError, match=r"use_dora=True is for .* '0' .*exclude_modules"):
+        ll.inject_adapters(model, config(model, use_dora=True))
 
 
 def test_all_rows_with_a_name_have_one_magnitude_without_it() -> None:
     model = nn.Sequential(nn.Linear(6, 5))
-    how = LoRAConfig(r=2, use_dora=True, target_modules=["0"], target_slices={"0": {"all": [0, 5]}})
-    inject_adapters(model, how)
-    assert list(adapter_state_dict(model)) == ["0.lora_A_all", "0.lora_B_all", "0.lora_magnitude"]
+    how = ll.LoRAConfig(r=2, use_dora=True, target_modules=["0"], target_slices={"0": {"all": [0, 5]}})
+    ll.inject_adapters(model, how)
+    assert list(ll.adapter_state_dict(model)) == ["0.lora_A_all", "0.lora_B_all", "0.lora_magnitude"]
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 def test_fresh_it_changes_nothing_of_a_base_that_a_trainer_converts(tmp_path: Path, precision: Any) -> None:
     class Look(L.Callback):
         def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-            with disable_adapters(pl_module), torch.no_grad():
+            with ll.disable_adapters(pl_module), torch.no_grad():
                 base = pl_module(torch.arange(20))
             assert torch.equal(pl_module(torch.arange(20)), base)
             seen.append(base.dtype)
@@ -158,7 +148,7 @@ def test_fresh_it_changes_nothing_of_a_base_that_a_trainer_converts(tmp_path: Pa
 def test_magnitudes_of_a_half_precision_base_are_not_rounded() -> None:
     model, x = nn.Sequential(nn.Linear(64, 64)).bfloat16(), torch.randn(3, 64).bfloat16()
     before = model(x)
-    inject_adapters(model, LoRAConfig(r=2, use_dora=True, autocast_adapter_dtype=False))
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, use_dora=True, autocast_adapter_dtype=False))
     assert torch.equal(model(x), before) and model[0].lora_magnitude.dtype is torch.float32
     assert torch.equal(model.to(torch.bfloat16)(x), before)
 
@@ -169,12 +159,12 @@ def test_magnitudes_of_a_half_precision_base_are_not_rounded() -> None:
 )
 def test_what_trained_of_an_adapter_that_depends_on_its_base_is_an_update(factor: str, arguments: Any) -> None:
     model = nn.Sequential(nn.Linear(6, 5))
-    inject_adapters(model, LoRAConfig(r=2, **arguments))
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, **arguments))
     parameter = model.get_parameter(f"0.{factor}")
     with torch.no_grad():
         parameter.mul_(2)
     trained = parameter.detach().clone()
-    with pytest.warns(LoRAWarning, match="stay as they are, trained"):
+    with pytest.warns(ll.LoRAWarning, match="stay as they are, trained"):
         model.load_state_dict({"0.weight": torch.randn(5, 6), "0.bias": torch.zeros(5)})
     assert torch.equal(parameter, trained)
 
@@ -187,7 +177,7 @@ def test_base_that_a_hook_writes_is_the_one_it_starts_from(tmp_path: Path) -> No
 
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             if self.global_step == 0:
-                with disable_adapters(self):
+                with ll.disable_adapters(self):
                     base = self(torch.arange(20))
                 assert torch.equal(self(torch.arange(20)), base)
 
@@ -198,7 +188,7 @@ def test_outputs_under_autocast_have_the_dtype_that_the_layer_gives() -> None:
     for name in ("linear", "convolution"):
         build, x = LAYERS[name]
         model = Model(build())
-        inject_adapters(model, config(model, use_dora=True))
+        ll.inject_adapters(model, config(model, use_dora=True))
         randomise(model)
         with torch.autocast("cpu", torch.bfloat16):
             assert model(x.float()).dtype is torch.bfloat16

@@ -13,22 +13,7 @@ from lightning.pytorch.plugins import BitsandbytesPrecision, Precision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lora import (
-    AdapterStateError,
-    BaseMismatchError,
-    ConfigError,
-    LoRACallback,
-    LoRAConfig,
-    LoRAWarning,
-    adapter_state_dict,
-    disable_adapters,
-    inject_adapters,
-    load_adapter,
-    merge_adapters,
-    remove_adapters,
-    save_adapter,
-    summarize,
-)
+import lightning_lora as ll
 from lightning_lora.layers import LoRALayer
 from tests.support.cases import held
 from tests.support.models import is_plain, randomise, same, trainer
@@ -81,7 +66,7 @@ def build(kind: str, scale: float = 1.0, seed: int = 0) -> nn.Sequential:
     return nn.Sequential(first, nn.Tanh(), second, nn.Linear(WIDTH, 4))
 
 
-CONFIG = LoRAConfig(r=4, target_modules=["0", "2"], modules_to_save=["3"])
+CONFIG = ll.LoRAConfig(r=4, target_modules=["0", "2"], modules_to_save=["3"])
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -95,7 +80,7 @@ def bits(model: nn.Module) -> dict[str, Any]:
 def test_adapter_computes_beside_the_quantised_weight(kind: str) -> None:
     model = build(kind)
     before, classes, frozen = model(BATCH), [type(layer) for layer in model], bits(model)
-    inject_adapters(model, CONFIG)
+    ll.inject_adapters(model, CONFIG)
     assert torch.equal(model(BATCH), before)
     randomise(model)
     for training in (True, False):
@@ -110,10 +95,10 @@ def test_adapter_computes_beside_the_quantised_weight(kind: str) -> None:
             else:
                 hidden = layer(hidden)
         torch.testing.assert_close(model(BATCH), hidden)
-    assert list(adapter_state_dict(model)) == ["0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B", "3.weight", "3.bias"]
-    assert summarize(model).frozen == 2 * (WIDTH * WIDTH + WIDTH)  # as many as the bits stand for
+    assert list(ll.adapter_state_dict(model)) == ["0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B", "3.weight", "3.bias"]
+    assert ll.summarize(model).frozen == 2 * (WIDTH * WIDTH + WIDTH)  # as many as the bits stand for
     assert str(model).count("r=4, scaling=1") == 2
-    remove_adapters(model)
+    ll.remove_adapters(model)
     assert [type(layer) for layer in model] == classes and same(bits(model), frozen)
 
 
@@ -123,7 +108,7 @@ def test_evaluation_in_between_leaves_gradients_as_they_are(kind: str) -> None:
     model = build(kind).eval()
     with torch.no_grad():
         model(BATCH)
-    inject_adapters(model, LoRAConfig(r=4, target_modules=["0"], modules_to_save=["3"]))
+    ll.inject_adapters(model, ll.LoRAConfig(r=4, target_modules=["0"], modules_to_save=["3"]))
     randomise(model)
     grads = []
     for _ in range(2):
@@ -152,9 +137,11 @@ class Lit(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
-def lora(**kwargs: Any) -> LoRACallback:
+def lora(**kwargs: Any) -> ll.LoRACallback:
     targets = ["net.0", "net.2"]
-    return LoRACallback(**{"r": 4, "target_modules": targets, "modules_to_save": ["net.3"], "merge": False, **kwargs})
+    return ll.LoRACallback(
+        **{"r": 4, "target_modules": targets, "modules_to_save": ["net.3"], "merge": False, **kwargs}
+    )
 
 
 @each_kind
@@ -173,22 +160,22 @@ def test_it_trains_and_resumes_to_the_same_bits(tmp_path: Path, kind: str) -> No
     assert loss(whole) < before
     again = Lit(kind)
     trainer(tmp_path, [lora(), saves("again-{epoch}")], max_epochs=4).fit(again, ckpt_path=tmp_path / "epoch=1.ckpt")
-    assert same(adapter_state_dict(again), adapter_state_dict(whole))
+    assert same(ll.adapter_state_dict(again), ll.adapter_state_dict(whole))
     stored = held(torch.load(tmp_path / "epoch=3.ckpt", weights_only=True))
     assert all("lora_" in name or name.startswith("net.3.") for name in stored)
-    load_adapter(other := Lit(kind), tmp_path / "epoch=3.ckpt")
+    ll.load_adapter(other := Lit(kind), tmp_path / "epoch=3.ckpt")
     assert torch.equal(other.net(BATCH), whole.net(BATCH))
 
 
 @each_kind
 def test_quantised_weights_and_their_scales_are_the_base(tmp_path: Path, kind: str) -> None:
     model = build(kind)
-    inject_adapters(model, CONFIG)
-    save_adapter(model, tmp_path / "a.safetensors")
+    ll.inject_adapters(model, CONFIG)
+    ll.save_adapter(model, tmp_path / "a.safetensors")
     other = build(kind)
     with torch.no_grad():
         other[3].bias.add_(1)  # which trains whole, and is in the file
-    load_adapter(other, tmp_path / "a.safetensors")
+    ll.load_adapter(other, tmp_path / "a.safetensors")
     same_biases = build(kind, seed=1)
     for mine, theirs in zip(same_biases, build(kind), strict=True):
         if hasattr(mine, "bias"):
@@ -197,8 +184,8 @@ def test_quantised_weights_and_their_scales_are_the_base(tmp_path: Path, kind: s
         [build(kind, scale=2.0)] if "4" not in kind or "torchao" in kind else []
     )
     for base in wrong:  # the scales of four bits may be rounded by an evaluation, and are not compared
-        with pytest.raises(BaseMismatchError, match=r"'0\."):
-            load_adapter(base, tmp_path / "a.safetensors")
+        with pytest.raises(ll.BaseMismatchError, match=r"'0\."):
+            ll.load_adapter(base, tmp_path / "a.safetensors")
 
 
 @each_kind
@@ -208,29 +195,29 @@ def test_a_quantised_base_and_a_plain_one_agree_in_what_is_not_quantised(
 ) -> None:
     for kinds in ((kind, PLAIN), (PLAIN, kind)):
         there, here = (build(each).to(dtype) if each == PLAIN else build(each) for each in kinds)
-        inject_adapters(there, CONFIG)
-        save_adapter(there, tmp_path / "a.safetensors")
+        ll.inject_adapters(there, CONFIG)
+        ll.save_adapter(there, tmp_path / "a.safetensors")
         other = copy.deepcopy(here)
         with pytest.warns(
-            LoRAWarning, match="What is not quantised is the same; 2 quantised weights were not compared"
+            ll.LoRAWarning, match="What is not quantised is the same; 2 quantised weights were not compared"
         ):
-            load_adapter(here, tmp_path / "a.safetensors")
+            ll.load_adapter(here, tmp_path / "a.safetensors")
         with torch.no_grad():
             other[2].bias[0] += 1
         with pytest.raises(
-            BaseMismatchError, match=r"1 of 2 frozen tensors .* such as '2.bias', .* 2 quantised weights"
+            ll.BaseMismatchError, match=r"1 of 2 frozen tensors .* such as '2.bias', .* 2 quantised weights"
         ):
-            load_adapter(other, tmp_path / "a.safetensors")
-        with pytest.warns(LoRAWarning, match="1 of 2 frozen tensors"):
-            load_adapter(other, tmp_path / "a.safetensors", check_base=False)
+            ll.load_adapter(other, tmp_path / "a.safetensors")
+        with pytest.warns(ll.LoRAWarning, match="1 of 2 frozen tensors"):
+            ll.load_adapter(other, tmp_path / "a.safetensors", check_base=False)
 
 
 def test_where_all_is_quantised_nothing_says_that_it_is_the_same_base(tmp_path: Path) -> None:
     linear = nn.Linear(WIDTH, WIDTH, bias=False)
-    inject_adapters(there := nn.Sequential(four_bits(linear)), LoRAConfig(r=2))
-    save_adapter(there, tmp_path / "a.safetensors")
-    with pytest.raises(BaseMismatchError, match="nothing to compare"):
-        load_adapter(nn.Sequential(linear), tmp_path / "a.safetensors")
+    ll.inject_adapters(there := nn.Sequential(four_bits(linear)), ll.LoRAConfig(r=2))
+    ll.save_adapter(there, tmp_path / "a.safetensors")
+    with pytest.raises(ll.BaseMismatchError, match="nothing to compare"):
+        ll.load_adapter(nn.Sequential(linear), tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -238,20 +225,20 @@ def test_base_that_was_evaluated_first_is_the_same_base(tmp_path: Path, kind: st
     evaluated = build(kind).eval()
     with torch.no_grad():
         evaluated(BATCH)
-    inject_adapters(evaluated, CONFIG)
+    ll.inject_adapters(evaluated, CONFIG)
     randomise(evaluated)
-    save_adapter(evaluated, tmp_path / "a.safetensors")
-    load_adapter(build(kind), tmp_path / "a.safetensors")
+    ll.save_adapter(evaluated, tmp_path / "a.safetensors")
+    ll.load_adapter(build(kind), tmp_path / "a.safetensors")
 
 
 @each_kind
 @pytest.mark.parametrize("trial", [False, True])
 def test_merging_is_refused_before_anything_is_trained(tmp_path: Path, kind: str, trial: bool) -> None:
     model, lit = build(kind), Lit(kind)
-    inject_adapters(model, CONFIG)
-    with pytest.raises(AdapterStateError, match=r"'0', '2' in Sequential are quantised.*full precision"):
-        merge_adapters(model)
-    with pytest.raises(ConfigError, match=r"are quantised\. Set merge=False"):
+    ll.inject_adapters(model, CONFIG)
+    with pytest.raises(ll.AdapterStateError, match=r"'0', '2' in Sequential are quantised.*full precision"):
+        ll.merge_adapters(model)
+    with pytest.raises(ll.ConfigError, match=r"are quantised\. Set merge=False"):
         trainer(tmp_path, [lora(merge="last")], fast_dev_run=trial).fit(lit)
     assert is_plain(lit)
     trainer(tmp_path, [lora()], fast_dev_run=trial, max_epochs=1).fit(lit)
@@ -262,8 +249,8 @@ def test_merging_is_refused_before_anything_is_trained(tmp_path: Path, kind: str
 @pytest.mark.parametrize("arguments", [{"use_dora": True}, {"init": "pissa"}, {"dropout": 0.5}], ids=str)
 def test_methods_read_what_the_weight_stands_for(kind: str, arguments: dict[str, Any]) -> None:
     model = build(kind).eval()
-    inject_adapters(model, LoRAConfig(r=4, target_modules=["0", "2"], **arguments))
-    with disable_adapters(model):
+    ll.inject_adapters(model, ll.LoRAConfig(r=4, target_modules=["0", "2"], **arguments))
+    with ll.disable_adapters(model):
         before = model(BATCH)
     torch.testing.assert_close(model(BATCH), before)
     model.train()(BATCH).sum().backward()
@@ -300,7 +287,7 @@ def test_adapters_survive_a_precision_that_replaces_their_layers(tmp_path: Path)
     resumed = Plain()
     t = trainer(tmp_path, [lora(dropout=0.1)], max_epochs=2, plugins=[Lightnings()])
     t.fit(resumed, ckpt_path=tmp_path / "epoch=1.ckpt")
-    assert same(adapter_state_dict(resumed), adapter_state_dict(model))
+    assert same(ll.adapter_state_dict(resumed), ll.adapter_state_dict(model))
 
 
 @pytest.mark.parametrize("compute", [None, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -310,12 +297,12 @@ def test_adapters_of_four_bits_have_the_dtype_that_the_layer_computes_in(
 ) -> None:
     model = nn.Sequential(bnb.nn.Linear4bit(64, 64, compute_dtype=compute).to(stored))
     assert model.to("cpu")[0].weight.dtype is torch.uint8  # which is when it is quantised
-    inject_adapters(model, LoRAConfig(r=2, autocast_adapter_dtype=False))
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, autocast_adapter_dtype=False))
     assert {model[0].lora_A.dtype, model[0].lora_B.dtype} == {compute or stored}
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_adapters_of_eight_bits_are_half_precision_or_kept_in_full(autocast: bool) -> None:
     model = nn.Sequential(bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)).to("cpu")
-    inject_adapters(model, LoRAConfig(r=2, autocast_adapter_dtype=autocast))
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, autocast_adapter_dtype=autocast))
     assert model[0].lora_A.dtype is model[0].lora_B.dtype is (torch.float32 if autocast else torch.float16)

@@ -8,17 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import (
-    AdapterMismatchError,
-    LoRAConfig,
-    adapter_state_dict,
-    export_peft,
-    inject_adapters,
-    load_adapter,
-    merge_adapters,
-    save_adapter,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from lightning_lora.cli.main import main
 from lightning_lora.layers import Role
 from tests.layers.test_kinds import reference
@@ -48,12 +38,12 @@ RANKS = {"net.0": 1, "net.2": 4, "net.4": 1}
 
 
 def ranks(model: Any) -> dict[str, int]:
-    return {name[:-7]: len(a) for name, a in adapter_state_dict(model).items() if name.endswith("lora_A")}
+    return {name[:-7]: len(a) for name, a in ll.adapter_state_dict(model).items() if name.endswith("lora_A")}
 
 
 def trained(**arguments: Any) -> Curve:
     model = Curve()
-    inject_adapters(model, LoRAConfig(**{"r": 4, **arguments}))
+    ll.inject_adapters(model, ll.LoRAConfig(**{"r": 4, **arguments}))
     randomise(model, scale=0.5)
     return model
 
@@ -62,16 +52,16 @@ def trained(**arguments: Any) -> Curve:
 def test_every_kind_of_layer_takes_a_rank_above_its_sides(build: Any, x: Any) -> None:
     torch.manual_seed(0)
     model = Model(build()).double()
-    inject_adapters(model, config(model, r=64, alpha=96))
+    ll.inject_adapters(model, config(model, r=64, alpha=96))
     layer: Any = model[0]
     for part in layer.lora_matrices:
         assert getattr(layer, part.parameter(Role.A)).shape[-2] == min(part.reads, part.writes)
     randomise(model)
     output = model(x)
     torch.testing.assert_close(output, reference(model, factors(layer), x))  # with a scaling of 96 / 64
-    merge_adapters(model)
+    ll.merge_adapters(model)
     torch.testing.assert_close(model(x), output)
-    unmerge_adapters(model)
+    ll.unmerge_adapters(model)
     assert torch.equal(model(x), output)
 
 
@@ -90,7 +80,7 @@ def test_the_scaling_is_that_of_the_rank_that_was_asked(arguments: Any, scaling:
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_a_layer_of_one_feature_starts_and_trains_by_every_method(init: Any, use_dora: bool, tmp_path: Path) -> None:
     plain, model = Curve(), Curve()
-    inject_adapters(model, LoRAConfig(r=4, init=init, use_dora=use_dora))
+    ll.inject_adapters(model, ll.LoRAConfig(r=4, init=init, use_dora=use_dora))
     torch.testing.assert_close(model(X), plain(X))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.01)
     for _ in range(16):
@@ -98,21 +88,23 @@ def test_a_layer_of_one_feature_starts_and_trains_by_every_method(init: Any, use
         optimizer.step()
     output = model(X)
     assert not torch.allclose(output, plain(X))
-    save_adapter(model, tmp_path / "a.safetensors")
-    load_adapter(plain, tmp_path / "a.safetensors")
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    ll.load_adapter(plain, tmp_path / "a.safetensors")
     assert torch.equal(plain(X), output)
-    merge_adapters(model)
+    ll.merge_adapters(model)
     torch.testing.assert_close(model(X), output)
 
 
 def test_a_larger_rank_that_gives_the_same_adapters_reads_the_same_file(tmp_path: Path) -> None:
-    save_adapter(trained(target_modules=["0", "4"]), tmp_path / "small.safetensors")
+    ll.save_adapter(trained(target_modules=["0", "4"]), tmp_path / "small.safetensors")
     model = trained(target_modules=["0", "4"], r=8)
-    load_adapter(model, tmp_path / "small.safetensors")
-    assert same(adapter_state_dict(model), adapter_state_dict(trained(target_modules=["0", "4"])))
-    save_adapter(trained(alpha=6), tmp_path / "scaled.safetensors")
-    with pytest.raises(AdapterMismatchError, match=r"r=1 and a scaling of 1.5 in 'net.0'; here it has r=1 .* of 1\."):
-        load_adapter(trained(), tmp_path / "scaled.safetensors")
+    ll.load_adapter(model, tmp_path / "small.safetensors")
+    assert same(ll.adapter_state_dict(model), ll.adapter_state_dict(trained(target_modules=["0", "4"])))
+    ll.save_adapter(trained(alpha=6), tmp_path / "scaled.safetensors")
+    with pytest.raises(
+        ll.AdapterMismatchError, match=r"r=1 and a scaling of 1.5 in 'net.0'; here it has r=1 .* of 1\."
+    ):
+        ll.load_adapter(trained(), tmp_path / "scaled.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -126,21 +118,21 @@ def test_a_larger_rank_that_gives_the_same_adapters_reads_the_same_file(tmp_path
     ],
 )
 def test_peft_computes_the_same_from_an_export(arguments: dict[str, Any], tmp_path: Path) -> None:
-    check_read(Curve().net, LoRAConfig(**{"r": 6, **arguments}), lambda model: model(X), tmp_path)
+    check_read(Curve().net, ll.LoRAConfig(**{"r": 6, **arguments}), lambda model: model(X), tmp_path)
 
 
 @pytest.mark.parametrize("uniform", [False, True])
 def test_an_export_is_read_again_with_the_same_numbers(uniform: bool, tmp_path: Path) -> None:
     model, plain = trained(r=5, alpha=6, use_rslora=True), Curve()
-    export_peft(model, tmp_path / "peft", uniform=uniform)
-    load_adapter(plain, tmp_path / "peft")
+    ll.export_peft(model, tmp_path / "peft", uniform=uniform)
+    ll.load_adapter(plain, tmp_path / "peft")
     torch.testing.assert_close(plain(X), model(X))
 
 
 def test_pefts_own_files_with_such_a_rank_load_onto_an_adapted_model(tmp_path: Path) -> None:
     peft = write_peft(tmp_path, Curve().net, r=5, lora_alpha=7, use_rslora=True, target_modules="0|2|4")
     model = trained(r=5, alpha=7, use_rslora=True).net
-    load_adapter(model, tmp_path)
+    ll.load_adapter(model, tmp_path)
     torch.testing.assert_close(model(X), peft(X))
 
 
@@ -148,14 +140,14 @@ def test_the_console_reads_the_rank_that_a_layer_has(tmp_path: Path, capsys: pyt
     files = [str(tmp_path / name) for name in ("a.safetensors", "b.safetensors")]
     models = [trained(alpha=6), trained(alpha=3, r=8)]
     for model, file in zip(models, files, strict=True):
-        save_adapter(model, file)
+        ll.save_adapter(model, file)
     assert main(["inspect", files[0], "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["layers"]
     assert [(layer["name"], layer["r"], layer["scaling"]) for layer in found] == [(n, r, 1.5) for n, r in RANKS.items()]
     assert main(["compare", *files]) == 0
     assert main(["combine", *files, "--out", str(tmp_path / "sum.safetensors"), "--weights", "1", "1"]) == 0
     plain, inputs = Curve(), (X, X.new_ones(4, 16), X.new_ones(4, 16))
-    load_adapter(plain, tmp_path / "sum.safetensors")
+    ll.load_adapter(plain, tmp_path / "sum.safetensors")
     for layer, x in zip((0, 2, 4), inputs, strict=True):
         both = models[0].net[layer](x) + models[1].net[layer](x) - Curve().net[layer](x)
         torch.testing.assert_close(plain.net[layer](x), both)

@@ -6,27 +6,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import (
-    LoRAConfig,
-    adapter_state_dict,
-    disable_adapters,
-    inject_adapters,
-    merge_adapters,
-    remove_adapters,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from tests.support.layers import FLOATS, LAYERS
 from tests.support.models import randomise
 
-EVERY = LoRAConfig(r=2, target_modules="all")
+EVERY = ll.LoRAConfig(r=2, target_modules="all")
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if "lstm" in name or "gru" in name or "rnn" in name])
 def test_every_weight_of_every_layer_and_direction_has_an_update_of_its_own(name: str) -> None:
     model = nn.Sequential(LAYERS[name][0]())
     weights = {name: p for name, p in model[0].named_parameters() if name.startswith("weight_")}
-    inject_adapters(model, EVERY)
-    shapes = {name: tuple(factor.shape) for name, factor in adapter_state_dict(model).items()}
+    ll.inject_adapters(model, EVERY)
+    shapes = {name: tuple(factor.shape) for name, factor in ll.adapter_state_dict(model).items()}
     expected = {}
     for weight_name, weight in weights.items():
         part = weight_name.removeprefix("weight_")
@@ -39,14 +31,14 @@ def test_a_layer_that_ran_with_its_adapter_computes_without_it_what_it_did_befor
     torch.manual_seed(0)
     model = nn.Sequential(nn.LSTM(5, 4, batch_first=True)).double().requires_grad_(False)
     before = model(FLOATS)[0]
-    inject_adapters(model, EVERY)
+    ll.inject_adapters(model, EVERY)
     randomise(model)
     with torch.no_grad():
         assert not torch.equal(model(FLOATS)[0], before)
-        with disable_adapters(model):
+        with ll.disable_adapters(model):
             assert torch.equal(model(FLOATS)[0], before)
     model(FLOATS)[0].sum().backward()
-    remove_adapters(model)
+    ll.remove_adapters(model)
     assert torch.equal(model(FLOATS)[0], before)
 
 
@@ -57,7 +49,7 @@ def test_running_a_layer_keeps_no_updated_weights_in_memory() -> None:
         gc.collect()
         return sum(type(each) in (Tensor, nn.Parameter) and each.shape == (92, 5) for each in gc.get_objects())
 
-    inject_adapters(model, EVERY)
+    ll.inject_adapters(model, EVERY)
     randomise(model)
     before = held()
     model(FLOATS.float())
@@ -76,10 +68,10 @@ class Counting(nn.LSTM):
 
 def test_weights_are_laid_out_for_cudnn_again_whenever_others_are_shown() -> None:
     model = nn.Sequential(Counting(5, 4))
-    inject_adapters(model, EVERY)
+    ll.inject_adapters(model, EVERY)
     randomise(model)
     before = model[0].times
-    merge_adapters(model)
+    ll.merge_adapters(model)
     merged = model[0].times
-    unmerge_adapters(model)
+    ll.unmerge_adapters(model)
     assert before < merged < model[0].times

@@ -12,18 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_lora import (
-    LoRAConfig,
-    LoRAError,
-    adapter_state_dict,
-    disable_adapters,
-    inject_adapters,
-    load_adapter,
-    merge_adapters,
-    remove_adapters,
-    save_adapter,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from tests.support.model import as_merged
 from tests.support.models import TinyLM, randomise, same, state
 
@@ -45,7 +34,7 @@ class Model(nn.Module):
         return self.extra(self.head(self.norm(self.proj(x).mT).mT))
 
 
-CONFIG = LoRAConfig(r=2, target_modules=["rnn", "proj", "head"], modules_to_save=["extra"], bias="lora_only")
+CONFIG = ll.LoRAConfig(r=2, target_modules=["rnn", "proj", "head"], modules_to_save=["extra"], bias="lora_only")
 MORE = replace(CONFIG, target_modules=["embed", "rnn", "proj", "head"])
 INDEX = torch.arange(7).view(1, 7)
 
@@ -69,12 +58,12 @@ class FailsAt(TorchFunctionMode):
 
 def build(*, merged: bool) -> Model:
     model = Model()
-    inject_adapters(model, CONFIG)
+    ll.inject_adapters(model, CONFIG)
     randomise(model)
     with torch.no_grad():
         model.extra.weight.add_(1)
     if merged:
-        merge_adapters(model)
+        ll.merge_adapters(model)
     return model.eval()
 
 
@@ -89,20 +78,20 @@ def described(model: nn.Module) -> Any:
 def file(tmp_path: Path) -> Path:
     other = build(merged=False)
     randomise(other, seed=8)
-    save_adapter(other, tmp_path / "a.safetensors")
+    ll.save_adapter(other, tmp_path / "a.safetensors")
     return tmp_path / "a.safetensors"
 
 
 CALLS: dict[str, tuple[bool, Callable[[nn.Module, Path], Any]]] = {
-    "merge": (False, lambda model, _: merge_adapters(model)),
-    "unmerge": (True, lambda model, _: unmerge_adapters(model)),
-    "remove": (False, lambda model, _: remove_adapters(model)),
-    "load": (False, lambda model, file: load_adapter(model, file)),
-    "load merged": (True, lambda model, file: load_adapter(model, file)),
-    "inject merged": (True, lambda model, _: inject_adapters(model, CONFIG)),
-    "inject more": (False, lambda model, _: inject_adapters(model, MORE)),
-    "disable": (False, lambda model, _: disable_adapters(model).__enter__()),
-    "disable merged": (True, lambda model, _: disable_adapters(model).__enter__()),
+    "merge": (False, lambda model, _: ll.merge_adapters(model)),
+    "unmerge": (True, lambda model, _: ll.unmerge_adapters(model)),
+    "remove": (False, lambda model, _: ll.remove_adapters(model)),
+    "load": (False, lambda model, file: ll.load_adapter(model, file)),
+    "load merged": (True, lambda model, file: ll.load_adapter(model, file)),
+    "inject merged": (True, lambda model, _: ll.inject_adapters(model, CONFIG)),
+    "inject more": (False, lambda model, _: ll.inject_adapters(model, MORE)),
+    "disable": (False, lambda model, _: ll.disable_adapters(model).__enter__()),
+    "disable merged": (True, lambda model, _: ll.disable_adapters(model).__enter__()),
 }
 
 
@@ -111,16 +100,16 @@ CALLS: dict[str, tuple[bool, Callable[[nn.Module, Path], Any]]] = {
 def test_a_call_that_fails_anywhere_leaves_the_model_as_it_was(name: str, file: Path) -> None:
     merged, call = CALLS[name]
     whole = build(merged=merged)
-    before, output, about, stored = state(whole), whole(INDEX), described(whole), adapter_state_dict(whole)
+    before, output, about, stored = state(whole), whole(INDEX), described(whole), ll.adapter_state_dict(whole)
     for place in itertools.count(1, 5):
         model = copy.deepcopy(whole)
         try:
             with FailsAt(place) as mode:
                 call(model, file)
-        except (MemoryError, KeyboardInterrupt, RuntimeError, LoRAError):  # torch and we may wrap it
+        except (MemoryError, KeyboardInterrupt, RuntimeError, ll.LoRAError):  # torch and we may wrap it
             assert same(state(model), before) and described(model) == about
             assert torch.equal(model(INDEX), output)
-            assert same(adapter_state_dict(model), stored)
+            assert same(ll.adapter_state_dict(model), stored)
             continue
         assert mode.left > 0  # it had fewer calls than that
         break
@@ -133,12 +122,12 @@ def test_a_merge_that_fails_after_its_last_weight_counts_no_update_twice(monkeyp
     before, output = state(model), model(INDEX)
     monkeypatch.setattr(nn.LSTM, "flatten_parameters", fails_always)
     with pytest.raises(RuntimeError, match="no memory"):
-        merge_adapters(model)
+        ll.merge_adapters(model)
     monkeypatch.undo()
     assert same(state(model), before) and torch.equal(model(INDEX), output)
-    merge_adapters(model)
+    ll.merge_adapters(model)
     torch.testing.assert_close(model(INDEX), output)
-    unmerge_adapters(model)
+    ll.unmerge_adapters(model)
     assert same(state(model), before)
 
 
@@ -153,14 +142,14 @@ def test_a_converted_model_that_fails_to_unmerge_keeps_its_exact_base_and_adapte
     as_merged(whole, target_modules=targets, autocast_adapter_dtype=False)
     whole.bfloat16()
     expected = copy.deepcopy(whole)
-    unmerge_adapters(expected)
+    ll.unmerge_adapters(expected)
     for place in itertools.count(1):
         model = copy.deepcopy(whole)
         try:
             with FailsAt(place):
-                unmerge_adapters(model)
+                ll.unmerge_adapters(model)
         except (MemoryError, KeyboardInterrupt):
-            unmerge_adapters(model)  # they were not rounded to the other dtype on the way
+            ll.unmerge_adapters(model)  # they were not rounded to the other dtype on the way
             assert same(state(model), state(expected))
             continue
         break

@@ -8,21 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import (
-    AdapterMismatchError,
-    AdapterStateError,
-    BaseMismatchError,
-    LoRAConfig,
-    adapter_state_dict,
-    disable_adapters,
-    inject_adapters,
-    load_adapter,
-    load_adapter_state_dict,
-    merge_adapters,
-    remove_adapters,
-    save_adapter,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from tests.support.cases import held
 from tests.support.model import as_merged
 from tests.support.models import LitTiny, best, data, lora, randomise, same, state, trainer
@@ -35,15 +21,15 @@ def test_base_loaded_after_injection_is_the_base() -> None:
 
     pretrained, model, x = build(0), build(1), torch.randn(5, 4)
     pretrained(x)
-    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["2"]))
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["2"]))
     nn.ModuleDict({"model": model}).load_state_dict({f"model.{k}": v for k, v in pretrained.state_dict().items()})
     randomise(model)
     with torch.no_grad():
         model[2].weight.add_(1)
     pretrained.eval(), model.eval()
-    with disable_adapters(model):
+    with ll.disable_adapters(model):
         assert torch.equal(model(x), pretrained(x))
-    remove_adapters(model)
+    ll.remove_adapters(model)
     assert same(state(model), state(pretrained)) and not model._load_state_dict_pre_hooks
 
 
@@ -54,23 +40,23 @@ def test_base_loaded_from_a_wider_dtype_is_what_the_model_holds(tmp_path: Path) 
 
     model, base = build(), build()
     wide = {name: value.double() + 1 / 3 for name, value in state(model).items()}
-    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["2"]))
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["2"]))
     for each in (model, base):
         each.load_state_dict(wide)
-    save_adapter(model, tmp_path / "a.safetensors")
-    load_adapter(copy.deepcopy(base), tmp_path / "a.safetensors")
-    remove_adapters(model.double())
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    ll.load_adapter(copy.deepcopy(base), tmp_path / "a.safetensors")
+    ll.remove_adapters(model.double())
     assert same(state(model), state(base.double()))
 
 
 def test_a_trained_part_loaded_by_itself_is_no_base() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     before = state(model)
-    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["1"]))
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["1"]))
     copied = copy.deepcopy(model)
     for each in (model, copied):
         each.load_state_dict({"1.weight": torch.ones(2, 4), "1.bias": torch.ones(2)}, strict=False)
-        remove_adapters(each)
+        ll.remove_adapters(each)
         assert same(state(each), before) and not each._load_state_dict_pre_hooks
 
 
@@ -79,11 +65,11 @@ def test_weights_loaded_into_a_merged_model_are_a_new_base_and_no_way_back() -> 
     base = state(model)
     as_merged(model)
     model.load_state_dict(base)
-    for call in (unmerge_adapters, adapter_state_dict, lambda m: disable_adapters(m).__enter__()):
-        with pytest.raises(AdapterStateError, match="changed since its adapters were merged"):
+    for call in (ll.unmerge_adapters, ll.adapter_state_dict, lambda m: ll.disable_adapters(m).__enter__()):
+        with pytest.raises(ll.AdapterStateError, match="changed since its adapters were merged"):
             call(model)
         assert same(state(model), base)
-    remove_adapters(model)
+    ll.remove_adapters(model)
     assert same(state(model), base)
 
 
@@ -91,10 +77,10 @@ def test_a_state_of_adapters_is_not_half_loaded_into_the_merged_module(tmp_path:
     model, checkpoint = LitTiny(), best(tmp_path)
     trainer(tmp_path, [lora(), checkpoint]).fit(model, data(), data())
     before, stored = state(model), held(torch.load(checkpoint.best_model_path, weights_only=True))
-    with pytest.raises(AdapterStateError, match="holds only adapters"):
+    with pytest.raises(ll.AdapterStateError, match="holds only adapters"):
         model.load_state_dict(stored, strict=False)
     assert same(state(model), before)
-    unmerge_adapters(model)
+    ll.unmerge_adapters(model)
     model.load_state_dict(stored, strict=False)
     assert same({name: state(model)[name] for name in stored}, stored)
 
@@ -103,18 +89,18 @@ def test_other_code_loads_the_best_file_of_a_run_into_its_module(tmp_path: Path)
     model, checkpoint = LitTiny(), best(tmp_path)
     trainer(tmp_path, [lora(), checkpoint], max_epochs=3).fit(model, data(), data())
     stored = torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"]
-    load_adapter(expected := LitTiny(), checkpoint.best_model_path)
-    merge_adapters(expected)
+    ll.load_adapter(expected := LitTiny(), checkpoint.best_model_path)
+    ll.merge_adapters(expected)
     before = state(model)
     wrong = copy.copy(stored)
     wrong["head.weight"] = torch.ones(3)
-    with pytest.raises(AdapterMismatchError, match=r"'head.weight' is \(3,\)"):
+    with pytest.raises(ll.AdapterMismatchError, match=r"'head.weight' is \(3,\)"):
         model.load_state_dict(wrong)
     assert same(state(model), before)
     model.load_state_dict(stored)
     assert same(state(model), state(expected))
     for each in (model, expected):
-        unmerge_adapters(each)
+        ll.unmerge_adapters(each)
     assert same(state(model), state(expected))
     randomise(model)
     model.load_state_dict(stored)  # on its layers, too
@@ -122,19 +108,19 @@ def test_other_code_loads_the_best_file_of_a_run_into_its_module(tmp_path: Path)
     other = LitTiny()
     torch.nn.init.ones_(other.embed.weight)
     trainer(tmp_path, [lora()], max_epochs=1).fit(other, data())
-    with pytest.raises(BaseMismatchError, match="another base"):
+    with pytest.raises(ll.BaseMismatchError, match="another base"):
         other.load_state_dict(stored)
     scaled = LitTiny()
     trainer(tmp_path, [lora(alpha=16)], max_epochs=1).fit(scaled, data())
-    with pytest.raises(AdapterMismatchError, match="trained with r=2 and a scaling of 1 in"):
+    with pytest.raises(ll.AdapterMismatchError, match="trained with r=2 and a scaling of 1 in"):
         scaled.load_state_dict(stored)
     with torch.no_grad():
         model.embed.weight.mul_(1.5)
-    with pytest.raises(BaseMismatchError, match="another base"):
+    with pytest.raises(ll.BaseMismatchError, match="another base"):
         model.load_state_dict(stored)
 
 
-CONFIG = LoRAConfig(r=2, target_modules=["q_proj", "v_proj"])
+CONFIG = ll.LoRAConfig(r=2, target_modules=["q_proj", "v_proj"])
 
 
 class Versioned(nn.Module):
@@ -165,10 +151,10 @@ def two_states() -> tuple[nn.Sequential, dict[str, Any]]:
     """An adapted model with an update, and adapters that it is to fail to load."""
     other, model = build(), build()
     for seed, each in enumerate((other, model)):
-        inject_adapters(each, LoRAConfig(r=2))
+        ll.inject_adapters(each, ll.LoRAConfig(r=2))
         randomise(each, seed)
     model[2].version = 2
-    return model, adapter_state_dict(other)
+    return model, ll.adapter_state_dict(other)
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -181,16 +167,16 @@ def test_a_buffer_that_a_failed_load_had_reset_is_given_back() -> None:
     model[2].bank = torch.ones(3, 4)  # it has grown
     before = tensors(model)
     with pytest.raises(ValueError, match="another version"):
-        load_adapter_state_dict(model, state_of_other)
+        ll.load_adapter_state_dict(model, state_of_other)
     assert same(tensors(model), before)
 
 
 def test_a_merge_cannot_be_undone_after_values_for_one_merged_layer() -> None:
     model, others = LitTiny(), LitTiny().q_proj.state_dict()
-    inject_adapters(model, CONFIG)
+    ll.inject_adapters(model, CONFIG)
     randomise(model)
-    merge_adapters(model)
+    ll.merge_adapters(model)
     model.q_proj.load_state_dict({name: value + 1 for name, value in others.items()})
-    with pytest.raises(AdapterStateError):
-        unmerge_adapters(model)
+    with pytest.raises(ll.AdapterStateError):
+        ll.unmerge_adapters(model)
     assert torch.equal(model.q_proj.weight, others["weight"] + 1)

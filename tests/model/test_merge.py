@@ -9,19 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import (
-    AdapterStateError,
-    LoRAConfig,
-    LoRAWarning,
-    MergePrecisionWarning,
-    adapter_state_dict,
-    disable_adapters,
-    inject_adapters,
-    merge_adapters,
-    remove_adapters,
-    save_adapter,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from lightning_lora.functional import update
 from lightning_lora.model.view import View
 from tests.benchmarks.measure import peak_growth
@@ -33,7 +21,7 @@ from tests.support.models import TinyLM, is_plain, randomise, same, state, untie
 def test_merging_a_tied_head_leaves_the_embedding_alone() -> None:
     model, x = as_trained(TinyLM(), target_modules=["lm_head"]), torch.arange(20)
     adapted, embedding = model(x), model.embed.weight.detach().clone()
-    merge_adapters(model)
+    ll.merge_adapters(model)
     torch.testing.assert_close(model(x), adapted)
     assert torch.equal(model.embed.weight, embedding)
 
@@ -47,9 +35,9 @@ def test_merged_model_that_was_converted_comes_back_on_its_converted_base(
     targets = ["q_proj", "lm_head"] if dtype is torch.float64 else ["q_proj"]  # a tied weight's base is rounded too
     model = as_trained(TinyLM(), target_modules=targets, **method)
     converted = copy.deepcopy(model).to(dtype)
-    merge_adapters(model)
+    ll.merge_adapters(model)
     model.to(dtype)
-    unmerge_adapters(model)
+    ll.unmerge_adapters(model)
     assert same(state(model), state(converted)) and model.lm_head.weight is model.embed.weight
 
 
@@ -66,24 +54,24 @@ def test_flags_and_stored_names_of_tied_weights_do_not_depend_on_merging(head_fi
 
     for saved in (None, ["embed"]):
         model = as_trained(Tied(), target_modules=["head", "body"], modules_to_save=saved)
-        before = {name: value.clone() for name, value in adapter_state_dict(model).items()}
-        merge_adapters(model)
-        assert same(adapter_state_dict(model), before)
-        remove_adapters(model)
+        before = {name: value.clone() for name, value in ll.adapter_state_dict(model).items()}
+        ll.merge_adapters(model)
+        assert same(ll.adapter_state_dict(model), before)
+        ll.remove_adapters(model)
         assert all(p.requires_grad for p in model.parameters())
 
 
 def test_merge_that_unties_or_overflows_says_so() -> None:
     model = TinyLM()
-    inject_adapters(model, LoRAConfig(r=2, target_modules=["lm_head"]))
-    with pytest.warns(LoRAWarning, match="'lm_head' in TinyLM was tied to another layer's"):
-        merge_adapters(model)
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["lm_head"]))
+    with pytest.warns(ll.LoRAWarning, match="'lm_head' in TinyLM was tied to another layer's"):
+        ll.merge_adapters(model)
     half = nn.Sequential(nn.Linear(4, 4)).half()
-    inject_adapters(half, LoRAConfig(r=1))
+    ll.inject_adapters(half, ll.LoRAConfig(r=1))
     randomise(half, scale=1e3)
-    with pytest.warns(MergePrecisionWarning, match="'0' in Sequential cannot hold: the weights are infinite"):
-        merge_adapters(half)
-    unmerge_adapters(half)
+    with pytest.warns(ll.MergePrecisionWarning, match="'0' in Sequential cannot hold: the weights are infinite"):
+        ll.merge_adapters(half)
+    ll.unmerge_adapters(half)
 
 
 def test_merged_model_remembers_its_base_in_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,10 +83,10 @@ def test_merged_model_remembers_its_base_in_the_hosts_memory(monkeypatch: pytest
         return moved[-1]
 
     monkeypatch.setattr(Tensor, "cpu", host)
-    merge_adapters(model)
+    ll.merge_adapters(model)
     held = [weight.base for weight in View(model).merged]
     assert len(held) == len(moved) == 2 and all(base is there for base, there in zip(held, moved, strict=True))
-    unmerge_adapters(model)
+    ll.unmerge_adapters(model)
     assert same(state(model), before)
 
 
@@ -106,11 +94,11 @@ def test_merge_inside_autocast_is_the_merge() -> None:
     model = as_merged(nn.Sequential(nn.Linear(6, 6)))
     merged = state(model[0].cpu())
     weight = model[0].weight.detach().clone()
-    unmerge_adapters(model)
+    ll.unmerge_adapters(model)
     with torch.autocast("cpu", torch.bfloat16):
-        merge_adapters(model)
+        ll.merge_adapters(model)
         assert torch.equal(model[0].weight, weight)
-        with disable_adapters(model):
+        with ll.disable_adapters(model):
             pass
     assert torch.equal(model[0].weight, weight) and same(state(model[0]), merged)
 
@@ -119,11 +107,11 @@ def test_a_merge_of_what_has_no_values_is_refused_and_changes_nothing() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 4))
     model.append(nn.Linear(4, 4))
-    inject_adapters(model, LoRAConfig(r=2))
+    ll.inject_adapters(model, ll.LoRAConfig(r=2))
     randomise(model[1])
     weight = model[1].weight.detach().clone()
-    with pytest.raises(AdapterStateError, match="'0' in Sequential have no values yet"):
-        merge_adapters(model)
+    with pytest.raises(ll.AdapterStateError, match="'0' in Sequential have no values yet"):
+        ll.merge_adapters(model)
     assert torch.equal(model[1].weight, weight)
 
 
@@ -132,17 +120,17 @@ def test_a_merge_of_what_has_no_values_is_refused_and_changes_nothing() -> None:
 def test_a_merge_that_keeps_nothing_is_a_merge_and_a_removal(merged_before: bool) -> None:
     model = as_trained(TinyLM(), target_modules=["q_proj", "lm_head"], modules_to_save=["norm"])
     expected = copy.deepcopy(model)
-    merge_adapters(expected)
-    remove_adapters(expected)
+    ll.merge_adapters(expected)
+    ll.remove_adapters(expected)
     if merged_before:
-        merge_adapters(model)
+        ll.merge_adapters(model)
     weight = model.q_proj.weight
-    merge_adapters(model, keep_base=False)
+    ll.merge_adapters(model, keep_base=False)
     assert same(state(model), state(expected)) and is_plain(model) and model.q_proj.weight is weight
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in expected.parameters()]
     assert not model._load_state_dict_pre_hooks
-    with pytest.raises(AdapterStateError, match="has no adapters"):
-        unmerge_adapters(model)
+    with pytest.raises(ll.AdapterStateError, match="has no adapters"):
+        ll.unmerge_adapters(model)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
@@ -150,7 +138,7 @@ def test_a_merge_that_keeps_nothing_takes_the_memory_of_one_layer() -> None:
     def grown(**how: Any) -> float:
         # Above 32 MiB, glibc gives a tensor pages of its own, so that memory freed by earlier tests does not count.
         model = as_trained(nn.Sequential(*(nn.Linear(3072, 3072, bias=False) for _ in range(8))))
-        return peak_growth(lambda: merge_adapters(model, **how)) / (4 * 3072**2)  # in layers
+        return peak_growth(lambda: ll.merge_adapters(model, **how)) / (4 * 3072**2)  # in layers
 
     assert grown(keep_base=False) < 2 < 7 < grown()
 
@@ -169,10 +157,10 @@ def test_a_merge_that_keeps_nothing_and_fails_midway_leaves_a_model_that_compute
 
     monkeypatch.setattr("lightning_lora.layers.base.merged", fails)
     with pytest.raises(KeyboardInterrupt):
-        merge_adapters(model, keep_base=False)
+        ll.merge_adapters(model, keep_base=False)
     torch.testing.assert_close(model(x), output)
     assert [type(layer) is nn.Linear for layer in model] == [True, True, False, False]
-    merge_adapters(model, keep_base=False)  # again, which ends it
+    ll.merge_adapters(model, keep_base=False)  # again, which ends it
     torch.testing.assert_close(model(x), output)
     assert is_plain(model) and all(p.requires_grad for p in model.parameters())
 
@@ -184,8 +172,8 @@ def test_adapters_of_a_diverged_training_are_named_when_they_are_merged_or_saved
     model = as_trained(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
     with torch.no_grad():
         model[1].lora_B[0, 0] = float("nan")
-    with pytest.raises(AdapterStateError, match=r"'1\.lora_B' of Sequential hold NaN"):
-        save_adapter(model, tmp_path / "a.safetensors")
+    with pytest.raises(ll.AdapterStateError, match=r"'1\.lora_B' of Sequential hold NaN"):
+        ll.save_adapter(model, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
     with pytest.warns(UserWarning, match=r"'1\.lora_B' of Sequential hold NaN"):
-        merge_adapters(model, keep_base=keep_base)
+        ll.merge_adapters(model, keep_base=keep_base)

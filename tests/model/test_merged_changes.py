@@ -9,21 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import (
-    AdapterStateError,
-    BaseMismatchError,
-    LoRAConfig,
-    LoRAWarning,
-    adapter_state_dict,
-    disable_adapters,
-    inject_adapters,
-    load_adapter,
-    load_adapter_state_dict,
-    merge_adapters,
-    remove_adapters,
-    save_adapter,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from tests.support.model import as_merged, as_trained
 from tests.support.models import LitTiny, TinyLM, data, is_plain, lora, randomise, same, state, trainer, unties
 
@@ -44,17 +30,17 @@ def test_an_adapted_weight_that_a_run_changed_is_stored_without_its_update(tmp_p
     model, index = Clips(), torch.arange(8)
     t = trainer(tmp_path, [lora(merge=merge)])
     t.fit(model, data())
-    save_adapter(model, tmp_path / "a.safetensors")
+    ll.save_adapter(model, tmp_path / "a.safetensors")
     t.save_checkpoint(tmp_path / "a.ckpt")
     for name in ("a.safetensors", "a.ckpt"):
         fresh = Clips()
-        load_adapter(fresh, tmp_path / name)
+        ll.load_adapter(fresh, tmp_path / name)
         torch.testing.assert_close(fresh(index), model(index))
     output = model(index)
-    load_adapter_state_dict(model, adapter_state_dict(model))
+    ll.load_adapter_state_dict(model, ll.adapter_state_dict(model))
     torch.testing.assert_close(model(index), output)
-    save_adapter(model, tmp_path / "b.safetensors")
-    load_adapter(Clips(), tmp_path / "b.safetensors")
+    ll.save_adapter(model, tmp_path / "b.safetensors")
+    ll.load_adapter(Clips(), tmp_path / "b.safetensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
@@ -63,30 +49,30 @@ def test_adapters_of_a_merged_and_converted_model_load_onto_the_converted_base(
 ) -> None:
     model = as_merged(LitTiny())
     model.to(dtype)
-    save_adapter(model, tmp_path / "a.safetensors")
+    ll.save_adapter(model, tmp_path / "a.safetensors")
     base = LitTiny().to(dtype)
-    load_adapter(base, tmp_path / "a.safetensors")
-    unmerge_adapters(model)
+    ll.load_adapter(base, tmp_path / "a.safetensors")
+    ll.unmerge_adapters(model)
     assert same(state(base), state(model))
-    with pytest.warns(LoRAWarning, match="the same base, converted"):
-        load_adapter(LitTiny(), tmp_path / "a.safetensors")
+    with pytest.warns(ll.LoRAWarning, match="the same base, converted"):
+        ll.load_adapter(LitTiny(), tmp_path / "a.safetensors")
 
 
 def test_loading_into_a_merged_model_that_changed_is_refused_and_keeps_its_adapters(tmp_path: Path) -> None:
     model = as_trained(LitTiny())
-    stored = adapter_state_dict(model)
-    save_adapter(model, tmp_path / "a.safetensors")
-    merge_adapters(model)
+    stored = ll.adapter_state_dict(model)
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    ll.merge_adapters(model)
     merged = model.q_proj.weight.detach().clone()
     with torch.no_grad():
         model.q_proj.weight.add_(1)
-    with pytest.raises(AdapterStateError, match=CHANGED):
-        load_adapter_state_dict(model, stored)
-    with pytest.warns(UserWarning, match="taken as a new base"), pytest.raises(BaseMismatchError):
-        load_adapter(model, tmp_path / "a.safetensors")
+    with pytest.raises(ll.AdapterStateError, match=CHANGED):
+        ll.load_adapter_state_dict(model, stored)
+    with pytest.warns(UserWarning, match="taken as a new base"), pytest.raises(ll.BaseMismatchError):
+        ll.load_adapter(model, tmp_path / "a.safetensors")
     with torch.no_grad():
         model.q_proj.weight.copy_(merged)
-    assert same(adapter_state_dict(model), stored)
+    assert same(ll.adapter_state_dict(model), stored)
 
 
 @pytest.mark.parametrize("changed", ["embed.weight", "head.bias", "q_proj.bias"])
@@ -94,8 +80,8 @@ def test_a_merged_model_that_trained_beside_its_adapted_weights_has_no_way_back(
     model = as_merged(LitTiny(), modules_to_save=["head"], bias="lora_only")
     with torch.no_grad():
         model.get_parameter(changed).add_(1)
-    with pytest.raises(AdapterStateError, match=CHANGED):
-        unmerge_adapters(model)
+    with pytest.raises(ll.AdapterStateError, match=CHANGED):
+        ll.unmerge_adapters(model)
 
 
 TIED: dict[str, Callable[[TinyLM], Any]] = {
@@ -113,8 +99,8 @@ def test_changes_of_a_tied_weight_that_was_merged_are_noticed(change: str) -> No
     model = as_merged(TinyLM(), target_modules=["lm_head"])
     TIED[change](model)
     before = state(model)
-    with pytest.raises(AdapterStateError, match=CHANGED):
-        unmerge_adapters(model)
+    with pytest.raises(ll.AdapterStateError, match=CHANGED):
+        ll.unmerge_adapters(model)
     assert same(state(model), before)
 
 
@@ -126,8 +112,8 @@ def test_a_disabled_merged_model_is_the_base_though_a_tied_weight_trains_in_full
     as_trained(model, target_modules=[target], modules_to_save=[saved])
     with torch.no_grad():
         model.embed.weight.mul_(2)
-    merge_adapters(model)
-    with disable_adapters(model):
+    ll.merge_adapters(model)
+    with ll.disable_adapters(model):
         assert torch.equal(model(index), base)
 
 
@@ -136,7 +122,7 @@ def test_disabling_the_adapters_of_a_merged_model_changes_no_bit_of_it(dtype: to
     model = as_merged(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)))
     model.to(dtype)
     before, parameters = state(model), list(model.parameters())
-    with disable_adapters(model):
+    with ll.disable_adapters(model):
         assert is_plain(model)
     assert same(state(model), before)
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
@@ -144,8 +130,8 @@ def test_disabling_the_adapters_of_a_merged_model_changes_no_bit_of_it(dtype: to
 
 def test_a_model_converted_while_its_adapters_are_disabled_is_of_one_dtype() -> None:
     model = LitTiny()
-    inject_adapters(model, LoRAConfig(r=2, bias="lora_only", modules_to_save=["head"]))
-    with disable_adapters(model):
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, bias="lora_only", modules_to_save=["head"]))
+    with ll.disable_adapters(model):
         model.double()
     assert {p.dtype for p in model.parameters()} == {torch.float64}
 
@@ -154,19 +140,19 @@ def test_an_unmerged_model_trains_though_it_was_unmerged_in_inference_mode() -> 
     model = as_merged(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
     model.double()
     with torch.inference_mode():
-        unmerge_adapters(model)
+        ll.unmerge_adapters(model)
     model(torch.ones(2, 4, dtype=torch.float64)).sum().backward()
     assert model[0].lora_B.grad is not None
 
 
 def test_a_fresh_dora_adapter_changes_nothing_of_a_base_that_was_converted_while_merged() -> None:
     model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(3, 8)
-    inject_adapters(model, LoRAConfig(r=2, use_dora=True))
-    merge_adapters(model)
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, use_dora=True))
+    ll.merge_adapters(model)
     model.bfloat16()
-    unmerge_adapters(model)
+    ll.unmerge_adapters(model)
     plain = copy.deepcopy(model)
-    remove_adapters(plain)
+    ll.remove_adapters(plain)
     assert torch.equal(model(x.bfloat16()), plain(x.bfloat16()))
 
 
@@ -175,7 +161,7 @@ def pair() -> tuple[nn.Sequential, nn.Sequential]:
     part = nn.Sequential(nn.Linear(4, 4))
     whole = nn.Sequential(part, nn.Linear(4, 4))
     for model in (whole, part):
-        inject_adapters(model, LoRAConfig(r=2))
+        ll.inject_adapters(model, ll.LoRAConfig(r=2))
     randomise(whole)
     return whole, part
 
@@ -183,20 +169,20 @@ def pair() -> tuple[nn.Sequential, nn.Sequential]:
 def test_a_whole_whose_part_was_merged_by_itself_says_so(tmp_path: Path) -> None:
     whole, part = pair()
     before = state(whole)
-    merge_adapters(part)
+    ll.merge_adapters(part)
     calls: tuple[Callable[[nn.Module], Any], ...] = (
-        adapter_state_dict,
-        merge_adapters,
-        remove_adapters,
-        lambda m: save_adapter(m, tmp_path / "a.safetensors"),
-        lambda m: disable_adapters(m).__enter__(),
+        ll.adapter_state_dict,
+        ll.merge_adapters,
+        ll.remove_adapters,
+        lambda m: ll.save_adapter(m, tmp_path / "a.safetensors"),
+        lambda m: ll.disable_adapters(m).__enter__(),
     )
     for call in calls:
-        with pytest.raises(AdapterStateError, match=r"'0\.0' of Sequential no longer have their adapters"):
+        with pytest.raises(ll.AdapterStateError, match=r"'0\.0' of Sequential no longer have their adapters"):
             call(whole)
-    unmerge_adapters(part)
+    ll.unmerge_adapters(part)
     assert same(state(whole), before)
-    assert len(adapter_state_dict(whole)) == 4
+    assert len(ll.adapter_state_dict(whole)) == 4
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -207,8 +193,8 @@ def test_a_few_rows_that_trained_after_a_merge_are_noticed(adapted: bool, fused:
     optimizer = torch.optim.SGD(model[0].parameters(), lr=1.0, fused=fused)
     model(torch.tensor([3, 70, 9_999])).sum().backward()
     optimizer.step()
-    with pytest.raises(AdapterStateError, match=CHANGED):
-        unmerge_adapters(model)
+    with pytest.raises(ll.AdapterStateError, match=CHANGED):
+        ll.unmerge_adapters(model)
 
 
 @pytest.mark.parametrize("name", ["0.weight", "1.weight"], ids=["beside the adapters", "merged"])
@@ -218,18 +204,18 @@ def test_a_merged_model_that_changed_after_a_conversion_is_not_unmerged(name: st
     with torch.no_grad():
         model.get_parameter(name)[0, 0] += 1
     now = state(model)
-    with pytest.raises(AdapterStateError, match="converted in a way that cannot be repeated"):
-        unmerge_adapters(model)
+    with pytest.raises(ll.AdapterStateError, match="converted in a way that cannot be repeated"):
+        ll.unmerge_adapters(model)
     assert same(state(model), now) and is_plain(model)
 
 
 def test_own_weights_loaded_again_or_laid_out_otherwise_are_no_change() -> None:
     model = as_trained(nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 4)), target_modules=["0"])
     before = state(model)
-    merge_adapters(model)
+    ll.merge_adapters(model)
     model.load_state_dict(state(model))
     model[1].weight.data = model[1].weight.data.t().contiguous().t()
-    unmerge_adapters(model)
+    ll.unmerge_adapters(model)
     assert same(state(model), before)
 
 
@@ -239,13 +225,13 @@ def test_a_merged_model_with_disabled_adapters_is_refused_where_it_would_be_unme
     t.fit(model, data())
     t.save_checkpoint(tmp_path / "a.ckpt")
     before, output = state(model), model(index)
-    with disable_adapters(model):
+    with ll.disable_adapters(model):
         for call in (
-            lambda: load_adapter(model, tmp_path / "a.ckpt"),
+            lambda: ll.load_adapter(model, tmp_path / "a.ckpt"),
             lambda: t.test(model, data(), ckpt_path=tmp_path / "a.ckpt"),
             lambda: t.fit(model, data()),
         ):
-            with pytest.raises(AdapterStateError, match="are disabled"):
+            with pytest.raises(ll.AdapterStateError, match="are disabled"):
                 call()
     assert same(state(model), before) and torch.equal(model(index), output)
 
@@ -256,9 +242,9 @@ def test_a_base_that_is_part_of_a_larger_memory_is_kept_apart_from_it() -> None:
     nn.utils.vector_to_parameters(flat, model.parameters())
     as_trained(model, bias="all")
     before = state(model)
-    merge_adapters(model)
+    ll.merge_adapters(model)
     merged = state(model)
     flat[:64].zero_()
     model.load_state_dict(merged)
-    unmerge_adapters(model)
+    ll.unmerge_adapters(model)
     assert torch.equal(model[0].weight, before["0.weight"])

@@ -17,24 +17,7 @@ from hypothesis.stateful import run_state_machine_as_test as run
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import (
-    AdapterMismatchError,
-    AdapterStateError,
-    BaseMismatchError,
-    ConfigError,
-    LoRAConfig,
-    LoRAError,
-    TargetError,
-    adapter_state_dict,
-    disable_adapters,
-    inject_adapters,
-    load_adapter,
-    load_adapter_state_dict,
-    merge_adapters,
-    remove_adapters,
-    save_adapter,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from tests.support.models import is_plain, same
 
 WORDS, WIDTH = 5, 3
@@ -84,22 +67,22 @@ SEEDS, BOOLS = st.integers(0, 99), st.booleans()
 Adapters = dict[str, tuple[int, float]]  # layers to rank and scaling
 
 
-def meaning(config: LoRAConfig, tied: bool) -> Adapters | type[LoRAError]:
+def meaning(config: ll.LoRAConfig, tied: bool) -> Adapters | type[ll.LoRAError]:
     """What ``config`` adapts, or the error that it is."""
     left_out = {*SAVED[config.modules_to_save], *(["head"] if tied and config.target_modules == "all-linear" else [])}
     layers = [layer for layer in TARGETS[config.target_modules] if layer not in left_out]
     pattern = config.rank_pattern or {}
     if not layers or any(not set(PATTERNS[key]) & set(layers) for key in pattern):
-        return TargetError
+        return ll.TargetError
     ranks = {layer: next((r for key, r in pattern.items() if layer in PATTERNS[key]), config.r) for layer in layers}
     if max(ranks.values()) > WIDTH:
-        return ConfigError
+        return ll.ConfigError
     return {layer: (r, (config.alpha or r) / (r**0.5 if config.use_rslora else r)) for layer, r in ranks.items()}
 
 
-def configs(*, targets: list[Any], rank_patterns: list[Any]) -> st.SearchStrategy[LoRAConfig]:
+def configs(*, targets: list[Any], rank_patterns: list[Any]) -> st.SearchStrategy[ll.LoRAConfig]:
     return st.builds(
-        LoRAConfig,
+        ll.LoRAConfig,
         r=st.integers(1, WIDTH),
         alpha=st.sampled_from([None, 1, 4.5]),
         dropout=st.sampled_from([0.0, 0.5]),
@@ -128,7 +111,7 @@ class Oracle:
     base: dict[str, Tensor]  # its own parameters and buffer
     now: dict[str, Tensor]  # the same as training left them, without any update
     training: bool = True
-    config: LoRAConfig | None = None
+    config: ll.LoRAConfig | None = None
     layers: Adapters = field(default_factory=dict)
     factors: dict[str, Tensor] = field(default_factory=dict)  # every lora_A and lora_B
     merged: set[str] = field(default_factory=set)  # the layers that hold W + ΔW, all plain
@@ -137,7 +120,7 @@ class Oracle:
         tied = self.tied and not self.merged & {"embed", "head"}
         return Oracle(self.dtype, tied, self.flags, base, dict(base), self.training)
 
-    def trained(self, config: LoRAConfig | None = None) -> set[str]:
+    def trained(self, config: ll.LoRAConfig | None = None) -> set[str]:
         """What trains beside the adapters, by this configuration or another."""
         config = config or self.config
         assert config
@@ -218,8 +201,8 @@ def wide(values: dict[str, Any]) -> dict[str, Tensor]:
 
 
 CALLS: list[Callable[[nn.Module], Any]] = [
-    merge_adapters, unmerge_adapters, remove_adapters, adapter_state_dict, lambda m: load_adapter_state_dict(m, {}),
-    lambda m: save_adapter(m, "never.safetensors"),
+    ll.merge_adapters, ll.unmerge_adapters, ll.remove_adapters, ll.adapter_state_dict,
+    lambda m: ll.load_adapter_state_dict(m, {}), lambda m: ll.save_adapter(m, "never.safetensors"),
 ]  # fmt: skip
 adapted = precondition(lambda self: self.it.layers)
 plain = precondition(lambda self: not self.it.layers)
@@ -234,7 +217,7 @@ class Orders(RuleBasedStateMachine):
     it: Oracle
 
     @initialize(seed=SEEDS, double=BOOLS, tied=BOOLS, frozen=st.sets(st.sampled_from(LAYERS)), config=VALID)
-    def build(self, seed: int, double: bool, tied: bool, frozen: set[str], config: LoRAConfig) -> None:
+    def build(self, seed: int, double: bool, tied: bool, frozen: set[str], config: ll.LoRAConfig) -> None:
         self.folder = TemporaryDirectory()
         self.files: list[tuple[Path, Oracle]] = []
         self.states: list[dict[str, Tensor]] = []
@@ -278,15 +261,15 @@ class Orders(RuleBasedStateMachine):
         return self.it.plain({name: found[name] for name in self.it.base})
 
     @rule(config=VALID | ANY)
-    def inject(self, config: LoRAConfig) -> None:
+    def inject(self, config: ll.LoRAConfig) -> None:
         it = self.settled() if self.it.merged else self.it
         layers = meaning(config, it.tied)
         if not isinstance(layers, dict):
-            return self.refused(lambda: inject_adapters(self.model, config), layers)
+            return self.refused(lambda: ll.inject_adapters(self.model, config), layers)
         extends = it.layers.items() <= layers.items()
         if it.config and (not extends or it.config.dropout != config.dropout or it.trained() != it.trained(config)):
-            return self.refused(lambda: inject_adapters(self.model, config), AdapterMismatchError)
-        assert inject_adapters(self.model, config) == tuple(layers)
+            return self.refused(lambda: ll.inject_adapters(self.model, config), ll.AdapterMismatchError)
+        assert ll.inject_adapters(self.model, config) == tuple(layers)
         found = wide(self.model.state_dict())
         for layer in layers.keys() - it.layers.keys():
             a, b = found[f"{layer}.lora_A"], found[f"{layer}.lora_B"]
@@ -304,36 +287,36 @@ class Orders(RuleBasedStateMachine):
         self.inject(replace(self.it.config, **wider))
 
     @plain
-    @rule(call=st.sampled_from([*CALLS, lambda m: disable_adapters(m).__enter__()]))
+    @rule(call=st.sampled_from([*CALLS, lambda m: ll.disable_adapters(m).__enter__()]))
     def do_without_adapters(self, call: Callable[[nn.Module], Any]) -> None:
-        self.refused(lambda: call(self.model), AdapterStateError)
+        self.refused(lambda: call(self.model), ll.AdapterStateError)
 
     @adapted
     @rule()
     def merge(self) -> None:
-        merge_adapters(self.model)
+        ll.merge_adapters(self.model)
         self.it.merged = set(self.it.layers)
 
     @adapted
     @rule()
     def unmerge(self) -> None:
-        unmerge_adapters(self.model)
+        ll.unmerge_adapters(self.model)
         self.it.merged = set()
 
     @adapted
     @rule()
     def remove(self) -> None:
         self.it = self.settled() if self.it.merged else self.it.plain(self.it.base)
-        remove_adapters(self.model)
+        ll.remove_adapters(self.model)
 
     @adapted
-    @rule(call=st.sampled_from([*CALLS, lambda m: inject_adapters(m, LoRAConfig(r=1))]))
+    @rule(call=st.sampled_from([*CALLS, lambda m: ll.inject_adapters(m, ll.LoRAConfig(r=1))]))
     def disable(self, call: Callable[[nn.Module], Any]) -> None:
-        with disable_adapters(self.model), disable_adapters(self.model):
+        with ll.disable_adapters(self.model), ll.disable_adapters(self.model):
             found = wide(shown(self.model))
             assert all(torch.equal(found[name], value) for name, value in self.it.base.items())
             assert_close(self.model(INDEX), self.it.plain(self.it.base).output())
-            self.refused(lambda: call(self.model), AdapterStateError)
+            self.refused(lambda: call(self.model), ll.AdapterStateError)
         self.it.merge_anew()
 
     @trainable
@@ -365,7 +348,7 @@ class Orders(RuleBasedStateMachine):
     @adapted
     @rule()
     def store(self) -> None:
-        stored, expected = adapter_state_dict(self.model), self.it.stored()
+        stored, expected = ll.adapter_state_dict(self.model), self.it.stored()
         assert stored.keys() == expected.keys()
         assert all(torch.equal(stored[name].double(), value) for name, value in expected.items())
         self.states.append({name: value.detach().clone() for name, value in stored.items()})
@@ -376,15 +359,15 @@ class Orders(RuleBasedStateMachine):
         stored = self.states[which % len(self.states)]
         shapes, needed = ({n: x.shape for n, x in s.items() if n != "mean"} for s in (stored, self.it.stored()))
         if shapes != needed:
-            return self.refused(lambda: load_adapter_state_dict(self.model, stored), AdapterMismatchError)
-        load_adapter_state_dict(self.model, stored)
+            return self.refused(lambda: ll.load_adapter_state_dict(self.model, stored), ll.AdapterMismatchError)
+        ll.load_adapter_state_dict(self.model, stored)
         return self.it.load(wide(stored))
 
     @adapted
     @rule()
     def save_file(self) -> None:
         path = Path(self.folder.name, f"{len(self.files)}.safetensors")
-        save_adapter(self.model, path)
+        ll.save_adapter(self.model, path)
         self.files.append((path, copy.deepcopy(self.it)))
 
     @with_files
@@ -400,8 +383,10 @@ class Orders(RuleBasedStateMachine):
         same_dtype = it.dtype == file.dtype or (it.dtype, file.dtype) == (torch.float64, torch.float32)  # converted
         as_file = same_dtype and (it.layers, it.trained()) == (file.layers, file.trained())
         if not as_file or not same(it.frozen(), file.frozen()):
-            return self.refused(lambda: load_adapter(self.model, path), AdapterMismatchError, BaseMismatchError)
-        load_adapter(self.model, path)
+            return self.refused(
+                lambda: ll.load_adapter(self.model, path), ll.AdapterMismatchError, ll.BaseMismatchError
+            )
+        ll.load_adapter(self.model, path)
         self.it = replace(it, factors=file.factors)
         return self.it.load(file.stored())
 
@@ -411,7 +396,7 @@ class Orders(RuleBasedStateMachine):
         path, file = self.files[which % len(self.files)]
         model = Model(file.dtype, tied=file.tied)
         model.load_state_dict(file.base)
-        load_adapter(model, path)
+        ll.load_adapter(model, path)
         replace(file, merged=set(), training=True).check(model)
 
     @precondition(lambda self: not self.it.merged)

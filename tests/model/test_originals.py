@@ -11,17 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_lora import (
-    BaseMismatchError,
-    LoRAConfig,
-    adapter_state_dict,
-    disable_adapters,
-    inject_adapters,
-    load_adapter,
-    load_adapter_state_dict,
-    remove_adapters,
-    save_adapter,
-)
+import lightning_lora as ll
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
 from tests.support.models import LitTiny, best, data, lora, randomise, same, state, trainer
@@ -32,7 +22,7 @@ def test_buffers_are_the_bases_as_they_are_while_something_is_new() -> None:
 
     def kept_when_added(name: str) -> bool:
         model[0].register_buffer(name, torch.ones(2))
-        inject_adapters(model, LoRAConfig(r=2))
+        ll.inject_adapters(model, ll.LoRAConfig(r=2))
         return f"0.{name}" in View(model).adapter.originals
 
     assert kept_when_added("at_first") and kept_when_added("before_training")
@@ -48,19 +38,23 @@ def test_buffers_that_changed_are_stored_and_others_are_restored(tmp_path: Path)
         return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3))
 
     model = build()
-    inject_adapters(model, LoRAConfig(r=1))
-    fresh = adapter_state_dict(model)
+    ll.inject_adapters(model, ll.LoRAConfig(r=1))
+    fresh = ll.adapter_state_dict(model)
     assert set(fresh) == {"0.lora_A", "0.lora_B"}
     fresh = {name: value.clone() for name, value in fresh.items()}
     for buffer in model[1].buffers():
         buffer.add_(1)
-    assert set(adapter_state_dict(model)) - set(fresh) == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
-    save_adapter(model, tmp_path / "a.safetensors")
+    assert set(ll.adapter_state_dict(model)) - set(fresh) == {
+        "1.running_mean",
+        "1.running_var",
+        "1.num_batches_tracked",
+    }
+    ll.save_adapter(model, tmp_path / "a.safetensors")
     again = build()
-    load_adapter(again, tmp_path / "a.safetensors")
+    ll.load_adapter(again, tmp_path / "a.safetensors")
     assert same(state(again), state(model))
-    load_adapter_state_dict(again, fresh)
-    assert torch.equal(again[1].running_mean, torch.zeros(3)) and set(adapter_state_dict(again)) == set(fresh)
+    ll.load_adapter_state_dict(again, fresh)
+    assert torch.equal(again[1].running_mean, torch.zeros(3)) and set(ll.adapter_state_dict(again)) == set(fresh)
 
 
 def test_odd_buffers_are_stored_and_restored(tmp_path: Path) -> None:
@@ -76,27 +70,27 @@ def test_odd_buffers_are_stored_and_restored(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     model = Odd()
-    inject_adapters(model, LoRAConfig(r=1))
-    assert set(adapter_state_dict(model)) == {"linear.lora_A", "linear.lora_B"}
-    fresh = copy.deepcopy(adapter_state_dict(model))
+    ll.inject_adapters(model, ll.LoRAConfig(r=1))
+    assert set(ll.adapter_state_dict(model)) == {"linear.lora_A", "linear.lora_B"}
+    fresh = copy.deepcopy(ll.adapter_state_dict(model))
     model.count += 1
-    assert set(adapter_state_dict(model)) - set(fresh) == {"count"}
-    load_adapter_state_dict(model, fresh)
+    assert set(ll.adapter_state_dict(model)) - set(fresh) == {"count"}
+    ll.load_adapter_state_dict(model, fresh)
     assert model.count == 0
-    save_adapter(model, tmp_path / "a.safetensors")
+    ll.save_adapter(model, tmp_path / "a.safetensors")
     torch.manual_seed(0)
-    load_adapter(Odd(), tmp_path / "a.safetensors")
-    remove_adapters(model)
+    ll.load_adapter(Odd(), tmp_path / "a.safetensors")
+    ll.remove_adapters(model)
 
 
 def test_buffers_that_grew_or_are_views_are_given_back() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Module())
     model[1].register_buffer("bank", torch.zeros(0, 4))
     model[1].register_buffer("waves", torch.fft.fft(torch.arange(4.0)).conj())
-    inject_adapters(model, LoRAConfig(r=2))
-    assert "1.waves" not in adapter_state_dict(model)
+    ll.inject_adapters(model, ll.LoRAConfig(r=2))
+    assert "1.waves" not in ll.adapter_state_dict(model)
     model[1].bank = torch.ones(3, 4)
-    remove_adapters(model)
+    ll.remove_adapters(model)
     assert model[1].bank.shape == (0, 4) and not isinstance(model[0], LoRALayer)
 
 
@@ -135,15 +129,15 @@ def test_what_other_code_changes_is_stored_and_restored(tmp_path: Path) -> None:
     assert {"codes", "usage", "seen", "mix.weight_u"} <= set(stored)
     assert stored.keys().isdisjoint({"embed.weight", "q_proj.weight", "mix.weight_orig"})
     again = Codebook()
-    load_adapter(again, checkpoint.best_model_path)
+    ll.load_adapter(again, checkpoint.best_model_path)
     assert same(state(again), state(model))
-    save_adapter(again, tmp_path / "again.safetensors")
+    ll.save_adapter(again, tmp_path / "again.safetensors")
     third = Codebook()
-    load_adapter(third, tmp_path / "again.safetensors")
+    ll.load_adapter(third, tmp_path / "again.safetensors")
     assert same(state(third), state(model))
-    with disable_adapters(third):
+    with ll.disable_adapters(third):
         assert torch.equal(third.codes, Codebook().codes)
-    remove_adapters(third)
+    ll.remove_adapters(third)
     assert same(state(third), state(Codebook()))
 
 
@@ -181,7 +175,7 @@ def test_values_that_are_in_no_file_are_not_made_up(tmp_path: Path) -> None:
     t.fit(model, data())
     first, second = sorted(tmp_path.glob("*.ckpt"))
     t.test(model, data(), ckpt_path=second, verbose=False)
-    with pytest.raises(BaseMismatchError, match=r"'embed.weight'.*anew"):
+    with pytest.raises(ll.BaseMismatchError, match=r"'embed.weight'.*anew"):
         t.test(model, data(), ckpt_path=first, verbose=False)
     trainer(tmp_path, [lora()]).test(LitTiny(), data(), ckpt_path=first, verbose=False)
 
@@ -271,7 +265,7 @@ def test_restoring_gives_the_full_state_whatever_the_model(
     t.fit(model, data())
     t.save_checkpoint(folder / "lora.ckpt")
     again = Anything(layers, drifting)
-    load_adapter(again, folder / "lora.ckpt")
+    ll.load_adapter(again, folder / "lora.ckpt")
     assert same(bits(again), bits(model))
     stored = torch.load(folder / "lora.ckpt", weights_only=True)["state_dict"]
     assert "layers.0.weight" not in stored and ("embed.weight" in stored) == (whole or "embed.weight" in drifting)

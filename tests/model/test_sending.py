@@ -15,14 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import (
-    AdapterStateError,
-    LoRAConfig,
-    inject_adapters,
-    merge_adapters,
-    remove_adapters,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from lightning_lora.errors import LoRAWarning
 from lightning_lora.layers import ADAPTERS, LoRALayer, register_adapter
 from lightning_lora.model import sending
@@ -47,10 +40,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def left(model: nn.Module, **config: Any) -> nn.Module:
     """The model as it was adapted; ``model`` itself becomes a plain one with nothing but the merged weights."""
-    inject_adapters(model, LoRAConfig(**({"r": 2} | config)))
+    ll.inject_adapters(model, ll.LoRAConfig(**({"r": 2} | config)))
     randomise(model)
     adapted = copy.deepcopy(model)
-    merge_adapters(model)
+    ll.merge_adapters(model)
     send(model)
     forget_record(model)
     return adapted
@@ -66,18 +59,18 @@ def sent_home() -> tuple[nn.Module, LitTiny]:
 def test_a_new_base_is_one_once_its_memory_is_removed(sent_home: tuple[nn.Module, LitTiny]) -> None:
     _, home = sent_home
     weights = state(home)
-    remove_adapters(home)
+    ll.remove_adapters(home)
     assert same(state(home), weights)
-    with pytest.raises(AdapterStateError, match="has no adapters"):
-        unmerge_adapters(home)
+    with pytest.raises(ll.AdapterStateError, match="has no adapters"):
+        ll.unmerge_adapters(home)
 
 
 def test_other_weights_remember_nothing(sent_home: tuple[nn.Module, LitTiny]) -> None:
     _, home = sent_home
     with torch.no_grad():
         home.q_proj.weight.add_(1)
-    with pytest.raises(AdapterStateError, match="has no adapters"):
-        unmerge_adapters(home)
+    with pytest.raises(ll.AdapterStateError, match="has no adapters"):
+        ll.unmerge_adapters(home)
 
 
 # Whatever a record holds
@@ -110,10 +103,10 @@ def test_every_kind_of_adapter_comes_back(case: str) -> None:
     build, config = CASES[case]
     home = build()
     adapted = left(home, **config)
-    unmerge_adapters(home)
+    ll.unmerge_adapters(home)
     assert same(state(home), state(adapted))
-    remove_adapters(home)
-    remove_adapters(adapted)
+    ll.remove_adapters(home)
+    ll.remove_adapters(adapted)
     assert same(state(home), state(adapted))
 
 
@@ -129,11 +122,13 @@ def test_a_class_that_the_main_process_does_not_know_is_named(monkeypatch: pytes
     register_adapter(Own, LoRAOwn)
     left(home)
     monkeypatch.delitem(ADAPTERS, Own)
-    with pytest.raises(AdapterStateError, match=r"of the class .*LoRAOwn, which is not known here.*register_adapter"):
-        unmerge_adapters(home)
+    with pytest.raises(
+        ll.AdapterStateError, match=r"of the class .*LoRAOwn, which is not known here.*register_adapter"
+    ):
+        ll.unmerge_adapters(home)
     monkeypatch.setitem(ADAPTERS, Own, LoRAOwn)
-    unmerge_adapters(home)
-    remove_adapters(home)
+    ll.unmerge_adapters(home)
+    ll.remove_adapters(home)
 
 
 # What others may have put there
@@ -224,7 +219,7 @@ def test_the_program_deletes_what_it_has_read_and_its_workers_leave_it(
 
     assert fork(work) == 0
     assert len(list(folder.iterdir())) == 1
-    unmerge_adapters(home)
+    ll.unmerge_adapters(home)
     assert not list(folder.iterdir())
 
 
@@ -299,8 +294,8 @@ def test_a_fit_without_a_temporary_folder_gives_its_weights_and_says_what_is_los
         trainer(tmp_path, [callback], **options).fit(model, data())
     assert is_plain(model) and not torch.equal(model.q_proj.weight, base.q_proj.weight)
     assert "The fit is complete" in (tmp_path / "said.txt").read_text()
-    with pytest.raises(AdapterStateError, match="has no adapters"):
-        unmerge_adapters(model)
+    with pytest.raises(ll.AdapterStateError, match="has no adapters"):
+        ll.unmerge_adapters(model)
 
 
 def test_the_folder_goes_with_the_process_that_made_it_alone(folder: Path) -> None:

@@ -9,22 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import (
-    AdapterMismatchError,
-    AdapterStateError,
-    LoRACallback,
-    LoRAConfig,
-    adapter_state_dict,
-    disable_adapters,
-    export_peft,
-    inject_adapters,
-    load_adapter_state_dict,
-    merge_adapters,
-    remove_adapters,
-    save_adapter,
-    save_merged,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.state import AdapterState, Record, find_record
 from lightning_lora.tensors import digests as hashing
@@ -35,14 +20,14 @@ from tests.support.models import LitTiny, best, data, lora, randomise, same, sta
 
 def test_adapters_injected_in_a_part_belong_to_the_whole_afterwards() -> None:
     model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4)), "head": nn.Linear(4, 4)})
-    config = LoRAConfig(r=2)
-    inject_adapters(model["body"], config)
-    inject_adapters(model, config)
-    inject_adapters(model["body"], config)
-    inject_adapters(model, config)
-    with pytest.raises(AdapterMismatchError, match="modules_to_save"):
-        inject_adapters(model, LoRAConfig(r=2, bias="all"))
-    remove_adapters(model)
+    config = ll.LoRAConfig(r=2)
+    ll.inject_adapters(model["body"], config)
+    ll.inject_adapters(model, config)
+    ll.inject_adapters(model["body"], config)
+    ll.inject_adapters(model, config)
+    with pytest.raises(ll.AdapterMismatchError, match="modules_to_save"):
+        ll.inject_adapters(model, ll.LoRAConfig(r=2, bias="all"))
+    ll.remove_adapters(model)
     assert all(p.requires_grad for p in model.parameters())
     assert not any(isinstance(module, LoRALayer) for module in model.modules())
 
@@ -62,14 +47,14 @@ class Plan(L.LightningModule):
 
 
 CALLS: dict[str, Callable[[nn.Module, Path], object]] = {
-    "save_adapter": lambda part, folder: save_adapter(part, folder / "a.safetensors"),
-    "unmerge_adapters": lambda part, _: unmerge_adapters(part),
-    "merge_adapters": lambda part, _: merge_adapters(part),
-    "remove_adapters": lambda part, _: remove_adapters(part),
-    "disable_adapters": lambda part, _: disable_adapters(part).__enter__(),
-    "adapter_state_dict": lambda part, _: adapter_state_dict(part),
-    "save_merged": lambda part, folder: save_merged(part, folder / "a.ckpt"),
-    "export_peft": lambda part, folder: export_peft(part, folder / "peft"),
+    "save_adapter": lambda part, folder: ll.save_adapter(part, folder / "a.safetensors"),
+    "unmerge_adapters": lambda part, _: ll.unmerge_adapters(part),
+    "merge_adapters": lambda part, _: ll.merge_adapters(part),
+    "remove_adapters": lambda part, _: ll.remove_adapters(part),
+    "disable_adapters": lambda part, _: ll.disable_adapters(part).__enter__(),
+    "adapter_state_dict": lambda part, _: ll.adapter_state_dict(part),
+    "save_merged": lambda part, folder: ll.save_merged(part, folder / "a.ckpt"),
+    "export_peft": lambda part, folder: ll.export_peft(part, folder / "peft"),
 }
 
 
@@ -79,20 +64,20 @@ def test_the_part_that_a_user_holds_names_the_module_that_was_trained(tmp_path: 
     net, keeps = LitTiny(), r"no adapters of its own. Plan, in which it is"
     t = trainer(tmp_path, [lora(modules_to_save=None, merge=merge)], max_epochs=1, enable_checkpointing=False)
     t.fit(Plan(net), data())
-    with pytest.raises(AdapterStateError, match=rf"LitTiny has {keeps} 'module', .* trainer.lightning_module"):
+    with pytest.raises(ll.AdapterStateError, match=rf"LitTiny has {keeps} 'module', .* trainer.lightning_module"):
         CALLS[call](net, tmp_path)
-    with pytest.raises(AdapterStateError, match=rf"Linear has {keeps} 'module.q_proj', keeps them"):
+    with pytest.raises(ll.AdapterStateError, match=rf"Linear has {keeps} 'module.q_proj', keeps them"):
         CALLS[call](net.q_proj, tmp_path)
-    with pytest.raises(AdapterStateError, match=r"Embedding has no adapters. Call inject_adapters"):
+    with pytest.raises(ll.AdapterStateError, match=r"Embedding has no adapters. Call inject_adapters"):
         CALLS[call](net.embed, tmp_path)
     CALLS[call](t.lightning_module, tmp_path)
 
 
 def test_a_whole_with_a_part_that_is_trained_is_trained() -> None:
-    model, config = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4)), "head": nn.Linear(4, 4)}), LoRAConfig(r=2)
-    inject_adapters(model["body"], config)
-    load_adapter_state_dict(model["body"], adapter_state_dict(model["body"]))
-    inject_adapters(model, config)
+    model, config = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4)), "head": nn.Linear(4, 4)}), ll.LoRAConfig(r=2)
+    ll.inject_adapters(model["body"], config)
+    ll.load_adapter_state_dict(model["body"], ll.adapter_state_dict(model["body"]))
+    ll.inject_adapters(model, config)
     record = find_record(model)
     assert record is not None and record.adapter.is_trained
 
@@ -104,13 +89,13 @@ def test_two_modules_that_share_layers_do_not_take_them_from_each_other(tmp_path
     t.fit(one, data(), data())
     trainer(tmp_path, [lora(merge=False)]).fit(two, data())
     before = state(two)
-    with pytest.raises(AdapterStateError, match=r"'q_proj', 'v_proj' of LitTiny have the adapters of another model"):
+    with pytest.raises(ll.AdapterStateError, match=r"'q_proj', 'v_proj' of LitTiny have the adapters of another model"):
         t.test(one, data(), ckpt_path="best", verbose=False)
-    for call in (unmerge_adapters, lambda model: t.validate(model, data(), verbose=False)):
-        with pytest.raises(AdapterStateError, match="have the adapters of another model"):
+    for call in (ll.unmerge_adapters, lambda model: t.validate(model, data(), verbose=False)):
+        with pytest.raises(ll.AdapterStateError, match="have the adapters of another model"):
             call(one)
     assert same(state(two), before)
-    remove_adapters(two)
+    ll.remove_adapters(two)
     t.test(one, data(), ckpt_path="best", verbose=False)
 
 
@@ -119,19 +104,19 @@ def test_a_merged_module_inside_another_is_a_base_as_it_is(tmp_path: Path) -> No
     trainer(tmp_path, [lora()]).fit(inner, data())
     outer.inner = inner
     before = state(outer)
-    inject_adapters(outer, LoRAConfig(r=2, modules_to_save=["head"]))
-    with disable_adapters(outer):
+    ll.inject_adapters(outer, ll.LoRAConfig(r=2, modules_to_save=["head"]))
+    with ll.disable_adapters(outer):
         assert all(torch.equal(value, before[name]) for name, value in state(outer).items() if name in before)
-    remove_adapters(outer)
+    ll.remove_adapters(outer)
     assert same(state(outer), before)
 
 
-def part_and_whole() -> tuple[nn.Sequential, nn.Sequential, LoRAConfig]:
+def part_and_whole() -> tuple[nn.Sequential, nn.Sequential, ll.LoRAConfig]:
     """A part that was adapted by itself and trained, its biases from zero to one; and the model that holds it."""
-    part, config = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), LoRAConfig(r=2, bias="all")
+    part, config = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), ll.LoRAConfig(r=2, bias="all")
     part[1].requires_grad_(False)
     nn.init.zeros_(part[0].bias)
-    inject_adapters(part, config)
+    ll.inject_adapters(part, config)
     randomise(part)
     nn.init.ones_(part[0].bias)
     return part, nn.Sequential(nn.Linear(4, 4), part), config
@@ -139,13 +124,13 @@ def part_and_whole() -> tuple[nn.Sequential, nn.Sequential, LoRAConfig]:
 
 def test_the_values_and_flags_of_a_part_that_was_trained_first_are_given_back_by_the_whole() -> None:
     part, model, config = part_and_whole()
-    inject_adapters(model, config)
-    with pytest.raises(AdapterStateError):  # it is no longer the part's to give back
-        remove_adapters(part)
+    ll.inject_adapters(model, config)
+    with pytest.raises(ll.AdapterStateError):  # it is no longer the part's to give back
+        ll.remove_adapters(part)
     assert (part[0].bias == 1).all()
-    with disable_adapters(model):
+    with ll.disable_adapters(model):
         assert (part[0].bias == 0).all()
-    remove_adapters(model)
+    ll.remove_adapters(model)
     assert (part[0].bias == 0).all()
     assert {name for name, trains in flags(model).items() if not trains} == {"1.1.weight", "1.1.bias"}
 
@@ -156,23 +141,23 @@ def test_a_frozen_weight_of_a_part_that_its_fit_changed_is_stored_with_the_whole
             nn.init.ones_(self.embed.weight)
 
     part, model = Drifting(), nn.Sequential()
-    trainer(tmp_path, [LoRACallback(r=2, target_modules=["q_proj"], merge=False)], max_epochs=1).fit(part, data())
-    assert "embed.weight" in adapter_state_dict(part)
+    trainer(tmp_path, [ll.LoRACallback(r=2, target_modules=["q_proj"], merge=False)], max_epochs=1).fit(part, data())
+    assert "embed.weight" in ll.adapter_state_dict(part)
     model.append(part)
-    inject_adapters(model, LoRAConfig(r=2, target_modules=["q_proj"]))
-    assert (adapter_state_dict(model)["0.embed.weight"] == 1).all()
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["q_proj"]))
+    assert (ll.adapter_state_dict(model)["0.embed.weight"] == 1).all()
 
 
 def test_a_part_remembers_itself_when_adapting_the_whole_fails() -> None:
     part, model, config = part_and_whole()
-    values = adapter_state_dict(part)
+    values = ll.adapter_state_dict(part)
     model.append(unfreezable())
     with pytest.raises(RuntimeError, match="cannot be frozen"):
-        inject_adapters(model, config)
-    assert same(adapter_state_dict(part), values)
-    with pytest.raises(AdapterStateError):
-        adapter_state_dict(model)
-    remove_adapters(part)
+        ll.inject_adapters(model, config)
+    assert same(ll.adapter_state_dict(part), values)
+    with pytest.raises(ll.AdapterStateError):
+        ll.adapter_state_dict(model)
+    ll.remove_adapters(part)
     assert (part[0].bias == 0).all()
     assert {name for name, trains in flags(part).items() if not trains} == {"1.weight", "1.bias"}
 
@@ -180,14 +165,14 @@ def test_a_part_remembers_itself_when_adapting_the_whole_fails() -> None:
 def test_the_whole_remembers_nothing_of_a_part_when_adapting_both_fails() -> None:
     part, _, config = part_and_whole()
     model = nn.Sequential(nn.Linear(4, 4))
-    inject_adapters(model, config)
+    ll.inject_adapters(model, config)
     model.extend([part, unfreezable()])
     with pytest.raises(RuntimeError, match="cannot be frozen"):
-        inject_adapters(model, config)
+        ll.inject_adapters(model, config)
     del model[2]
-    remove_adapters(part)
+    ll.remove_adapters(part)
     nn.init.constant_(part[0].bias, 2)  # another base
-    remove_adapters(model)
+    ll.remove_adapters(model)
     assert (part[0].bias == 2).all()
 
 
@@ -210,7 +195,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
 
 
 def test_a_weight_is_read_once_and_again_when_it_changes(reads: Reads) -> None:
-    record, weight = Record(AdapterState(LoRAConfig())), nn.Parameter(torch.randn(100, 100))
+    record, weight = Record(AdapterState(ll.LoRAConfig())), nn.Parameter(torch.randn(100, 100))
     first = record.digests({"weight": weight})["weight"]
     once = reads.count
     assert record.digests({"weight": weight})["weight"] == first and reads.count - once < 3000
@@ -223,7 +208,7 @@ def test_a_weight_is_read_once_and_again_when_it_changes(reads: Reads) -> None:
 
 
 def test_a_write_that_torch_does_not_count_is_seen_in_the_samples_or_when_read_anew() -> None:
-    record, weight = Record(AdapterState(LoRAConfig())), nn.Parameter(torch.randn(100, 100))
+    record, weight = Record(AdapterState(ll.LoRAConfig())), nn.Parameter(torch.randn(100, 100))
     first = record.digests({"weight": weight})["weight"]
     weight.data.mul_(2)
     second = record.digests({"weight": weight})["weight"]
@@ -235,7 +220,7 @@ def test_a_write_that_torch_does_not_count_is_seen_in_the_samples_or_when_read_a
 
 @pytest.mark.parametrize("change", ["changed before", "converted"])
 def test_a_digest_is_not_handed_to_a_copy_with_other_values(change: str) -> None:
-    record, weight = Record(AdapterState(LoRAConfig())), torch.randn(100, 100)
+    record, weight = Record(AdapterState(ll.LoRAConfig())), torch.randn(100, 100)
     record.digests({"weight": weight})["weight"]
     if change == "changed before":
         weight[0, 1] += 1
@@ -245,7 +230,7 @@ def test_a_digest_is_not_handed_to_a_copy_with_other_values(change: str) -> None
 
 
 def test_a_copy_may_be_handed_a_known_digest(reads: Reads) -> None:
-    record, weight = Record(AdapterState(LoRAConfig())), torch.randn(100, 100)
+    record, weight = Record(AdapterState(ll.LoRAConfig())), torch.randn(100, 100)
     first = record.digests({"weight": weight})["weight"]
     other, before = weight.clone(), reads.count
     record.base_was_copied("weight", weight, other)

@@ -8,19 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import (
-    LoRAConfig,
-    adapter_state_dict,
-    disable_adapters,
-    inject_adapters,
-    load_adapter,
-    load_adapter_state_dict,
-    merge_adapters,
-    remove_adapters,
-    save_adapter,
-    summarize,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from lightning_lora.tensors import names
 
 
@@ -56,17 +44,17 @@ class Walks:
 
 
 def walks(blocks: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    model, config, file = Model(blocks), LoRAConfig(r=2, modules_to_save=["head"]), folder / f"{blocks}.safetensors"
+    model, config, file = Model(blocks), ll.LoRAConfig(r=2, modules_to_save=["head"]), folder / f"{blocks}.safetensors"
     calls: dict[str, Callable[[], Any]] = {
-        "inject": lambda: inject_adapters(model, config),
-        "load_adapter_state_dict": lambda: load_adapter_state_dict(model, adapter_state_dict(model)),
-        "save_adapter": lambda: save_adapter(model, file),
-        "load_adapter": lambda: load_adapter(Model(blocks), file),
-        "disable": lambda: disable_adapters(model).__enter__(),
-        "merge": lambda: merge_adapters(model),
-        "summarize": lambda: summarize(model),
-        "unmerge": lambda: unmerge_adapters(model),
-        "remove": lambda: remove_adapters(model),
+        "inject": lambda: ll.inject_adapters(model, config),
+        "load_adapter_state_dict": lambda: ll.load_adapter_state_dict(model, ll.adapter_state_dict(model)),
+        "save_adapter": lambda: ll.save_adapter(model, file),
+        "load_adapter": lambda: ll.load_adapter(Model(blocks), file),
+        "disable": lambda: ll.disable_adapters(model).__enter__(),
+        "merge": lambda: ll.merge_adapters(model),
+        "summarize": lambda: ll.summarize(model),
+        "unmerge": lambda: ll.unmerge_adapters(model),
+        "remove": lambda: ll.remove_adapters(model),
     }
     with monkeypatch.context() as patch:
         counted = Walks(patch)

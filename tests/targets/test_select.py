@@ -9,13 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_lora import (
-    LoRAConfig,
-    TargetError,
-    inject_adapters,
-    load_from_checkpoint,
-    remove_adapters,
-)
+import lightning_lora as ll
 from tests.support.models import LitTiny, TinyLM, data, lora, same, state, trainer
 from tests.support.targets import Table, adapted
 
@@ -94,7 +88,7 @@ def test_what_is_selected(build: Callable[[], nn.Module], config: dict[str, Any]
 
 def test_nothing_is_left_of_a_shared_layer_and_parts_of_names_mean_nothing() -> None:
     for build, config in ((sharing, {"modules_to_save": ["b"]}), (deep, {"target_modules": ["locks.0.attn.q"]})):
-        with pytest.raises(TargetError):
+        with pytest.raises(ll.TargetError):
             adapted(build(), **config)
 
 
@@ -123,7 +117,7 @@ def test_modules_to_save_win_over_targets_and_train_whole() -> None:
 
 def test_rank_and_alpha_patterns() -> None:
     model = LitTiny()
-    inject_adapters(model, LoRAConfig(r=2, alpha=4, rank_pattern={"v_proj": 4}, alpha_pattern={"q_.*": 8.0}))
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, alpha=4, rank_pattern={"v_proj": 4}, alpha_pattern={"q_.*": 8.0}))
     layers: Any = model
     assert (layers.q_proj.lora_A.shape, layers.v_proj.lora_A.shape) == ((2, 8), (4, 8))
     assert (layers.q_proj.lora_settings.scaling, layers.v_proj.lora_settings.scaling) == (4.0, 1.0)
@@ -140,17 +134,17 @@ def test_gpt3_has_the_papers_parameter_counts() -> None:
     for r, expected in ((1, 4_718_592), (8, 37_748_736)):
         with torch.device("meta"):
             model = nn.Sequential(*(Attention() for _ in range(96)))
-        assert len(inject_adapters(model, LoRAConfig(r=r, target_modules=["q", "v"]))) == 192
+        assert len(ll.inject_adapters(model, ll.LoRAConfig(r=r, target_modules=["q", "v"]))) == 192
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
 
 
 def test_looking_for_targets_does_not_advance_a_spectral_norm() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)))
     before = state(model)
-    inject_adapters(model, LoRAConfig(r=2, target_modules="0"))
-    remove_adapters(model)
-    inject_adapters(model, LoRAConfig(r=2, exclude_modules=["1"]))
-    remove_adapters(model)
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules="0"))
+    ll.remove_adapters(model)
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, exclude_modules=["1"]))
+    ll.remove_adapters(model)
     assert same(state(model), before)
 
 
@@ -166,11 +160,11 @@ def test_parameters_of_no_layer_train_if_they_are_named(tmp_path: Path) -> None:
     model, checkpoint = Tempered(), ModelCheckpoint(tmp_path, "a")
     trainer(tmp_path, [lora(modules_to_save=["head", "temperature"]), checkpoint]).fit(model, data())
     assert model.temperature != 1
-    again = load_from_checkpoint(Tempered, tmp_path / "a.ckpt", merge=True)
+    again = ll.load_from_checkpoint(Tempered, tmp_path / "a.ckpt", merge=True)
     assert same(state(again), state(model))
-    with pytest.raises(TargetError, match=r"'temprature'.*'temperature'"):
-        inject_adapters(Tempered(), LoRAConfig(r=2, modules_to_save=["head", "temprature"]))
-    names = inject_adapters(LitTiny(), LoRAConfig(r=2, modules_to_save=["head", "q_proj.weight"]))
+    with pytest.raises(ll.TargetError, match=r"'temprature'.*'temperature'"):
+        ll.inject_adapters(Tempered(), ll.LoRAConfig(r=2, modules_to_save=["head", "temprature"]))
+    names = ll.inject_adapters(LitTiny(), ll.LoRAConfig(r=2, modules_to_save=["head", "q_proj.weight"]))
     assert names == ("v_proj",)  # its weight trains whole, and needs no adapter
 
 
@@ -208,7 +202,7 @@ def test_a_matrix_that_something_else_than_its_holder_reads_is_refused() -> None
         (nn.Sequential(Reads()), "matrix"),
         (nn.ModuleList([nn.ParameterList([torch.ones(4, 4)])]), "0.0"),
     ):
-        with pytest.raises(TargetError, match="has no forward of its own, so other code reads it"):
+        with pytest.raises(ll.TargetError, match="has no forward of its own, so other code reads it"):
             adapted(model, target_modules=[], target_parameters=[name])
 
 

@@ -9,18 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import (
-    AdapterMismatchError,
-    ConfigError,
-    LoRAConfig,
-    TargetError,
-    adapter_state_dict,
-    inject_adapters,
-    load_adapter,
-    merge_adapters,
-    save_adapter,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from tests.support.models import randomise, same, state
 
 Rows = dict[str, list[int]]
@@ -50,8 +39,8 @@ def changed(output: Tensor, before: Tensor) -> list[int]:
 def test_slices_of_fused_projections_are_adapted_alone(tmp_path: Path) -> None:
     base, model, x = fused(), fused(), torch.randn(3, 8)
     slices = {"c_attn": ["v", "q"], "other": {"first": [1, 3]}}
-    how = LoRAConfig(r=2, target_modules=["c_attn", "other"], target_slices=slices)
-    inject_adapters(model, how)
+    how = ll.LoRAConfig(r=2, target_modules=["c_attn", "other"], target_slices=slices)
+    ll.inject_adapters(model, how)
     assert torch.equal(model(x), base(x))
     assert [n for n in model.state_dict() if "lora_B" in n] == [
         "c_attn.lora_B_q", "c_attn.lora_B_v", "other.lora_B_first",
@@ -61,27 +50,27 @@ def test_slices_of_fused_projections_are_adapted_alone(tmp_path: Path) -> None:
     assert changed(output, base(x)) == [*range(8), *range(16, 24), 41, 42]
     update = model.c_attn.lora_B_v @ model.c_attn.lora_A_v
     torch.testing.assert_close(output[:, 16:24], base(x)[:, 16:24] + x @ update.T)
-    merge_adapters(model)
+    ll.merge_adapters(model)
     torch.testing.assert_close(model(x), output)
     rest = torch.ones(24, dtype=torch.bool)
     rest[:8], rest[16:] = False, False
     assert torch.equal(model.c_attn.weight[:, rest], base.c_attn.weight[:, rest])
-    unmerge_adapters(model)
+    ll.unmerge_adapters(model)
     output.sum().backward()
-    save_adapter(model, tmp_path / "a.safetensors")
-    load_adapter(base, tmp_path / "a.safetensors")
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    ll.load_adapter(base, tmp_path / "a.safetensors")
     assert torch.equal(base(x), output)
 
 
 def test_slices_choose_among_the_parts_of_a_layer_and_drop_the_rest() -> None:
     model = nn.TransformerEncoderLayer(8, 2, 16)
-    names = inject_adapters(
-        model, LoRAConfig(r=2, target_modules=["self_attn"], target_slices={"self_attn": ["q", "v"]})
+    names = ll.inject_adapters(
+        model, ll.LoRAConfig(r=2, target_modules=["self_attn"], target_slices={"self_attn": ["q", "v"]})
     )
     assert names == ("self_attn",)
-    assert list(adapter_state_dict(model)) == [f"self_attn.lora_{f}_{p}" for p in "qv" for f in "AB"]
-    with pytest.raises(AdapterMismatchError, match="matrices="):
-        inject_adapters(model, LoRAConfig(r=2, target_modules=["self_attn"]))
+    assert list(ll.adapter_state_dict(model)) == [f"self_attn.lora_{f}_{p}" for p in "qv" for f in "AB"]
+    with pytest.raises(ll.AdapterMismatchError, match="matrices="):
+        ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["self_attn"]))
 
 
 @pytest.mark.parametrize(
@@ -100,8 +89,8 @@ def test_slices_choose_among_the_parts_of_a_layer_and_drop_the_rest() -> None:
 def test_slices_that_mean_nothing_are_refused(arguments: dict[str, Any], words: str) -> None:
     model = fused()
     before = state(model)
-    with pytest.raises(TargetError, match=words):
-        inject_adapters(model, LoRAConfig(r=2, target_modules=["c_attn", "qkv_proj", "other"], **arguments))
+    with pytest.raises(ll.TargetError, match=words):
+        ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["c_attn", "qkv_proj", "other"], **arguments))
     assert same(state(model), before)
 
 
@@ -136,7 +125,7 @@ def rows_of(model: nn.Module, name: str, parts: list[str] | Rows) -> list[int]:
     """The features that change if only these parts of the projection are adapted."""
     x = torch.linspace(-1, 1, 24).view(3, 8)
     before = model(x)
-    inject_adapters(model, LoRAConfig(r=1, target_modules=[name], target_slices={name: parts}))
+    ll.inject_adapters(model, ll.LoRAConfig(r=1, target_modules=[name], target_slices={name: parts}))
     randomise(model)
     return changed(model(x), before)
 
@@ -160,13 +149,13 @@ def test_slices_change_their_rows_alone(rows: Rows, expected: list[int]) -> None
     "rows", [{"a": [1, 4], "b": [3, 5]}, {"a": [3, 5], "b": [1, 4]}, {"a": [0, 6], "b": [2, 3]}], ids=str
 )
 def test_slices_that_share_one_row_are_refused(rows: Rows) -> None:
-    with pytest.raises(ConfigError, match="parts that share rows"):
-        LoRAConfig(target_slices={"proj": rows})
+    with pytest.raises(ll.ConfigError, match="parts that share rows"):
+        ll.LoRAConfig(target_slices={"proj": rows})
 
 
 def test_a_slice_of_one_row_too_many_is_refused_and_changes_nothing() -> None:
     model = Block(Attention("proj", 6))
-    with pytest.raises(TargetError, match=r"'0\.proj' end beyond its 6 rows: 'b'"):
+    with pytest.raises(ll.TargetError, match=r"'0\.proj' end beyond its 6 rows: 'b'"):
         rows_of(model, "proj", {"a": [0, 2], "b": [2, 7]})
     assert type(model[0].proj) is nn.Linear
 
@@ -214,8 +203,8 @@ UNKNOWN["in another order, further out"][0].inner = Attention("qkv_proj", 24)
 def test_parts_that_are_not_known_are_not_guessed(case: str) -> None:
     name = next(name for name, module in UNKNOWN[case].named_modules() if type(module) is nn.Linear)
     part = "gate" if "gate" in name else "q"
-    with pytest.raises(TargetError, match=rf"The rows of '{part}' in '{name}', which has \d+, are not known"):
-        inject_adapters(UNKNOWN[case], LoRAConfig(r=1, target_modules=[name], target_slices={name: [part]}))
+    with pytest.raises(ll.TargetError, match=rf"The rows of '{part}' in '{name}', which has \d+, are not known"):
+        ll.inject_adapters(UNKNOWN[case], ll.LoRAConfig(r=1, target_modules=[name], target_slices={name: [part]}))
 
 
 def test_the_nearest_configuration_with_heads_counts() -> None:

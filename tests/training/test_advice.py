@@ -13,14 +13,7 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 
-from lightning_lora import (
-    FreshLayerWarning,
-    LoRACallback,
-    LoRAWarning,
-    load_from_checkpoint,
-    summarize,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from tests.support import fits
 from tests.support.by_hand import adapted
 from tests.support.callbacks import Notes
@@ -41,16 +34,16 @@ def fit(folder: Path, model: L.LightningModule, t: L.Trainer | None = None, **op
     """What a fit warns of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        (t or trainer(folder, [LoRACallback(**options)], max_epochs=1)).fit(model, data())
-    return [f"{each.category.__name__}: {each.message}" for each in caught if issubclass(each.category, LoRAWarning)]
+        (t or trainer(folder, [ll.LoRACallback(**options)], max_epochs=1)).fit(model, data())
+    return [f"{each.category.__name__}: {each.message}" for each in caught if issubclass(each.category, ll.LoRAWarning)]
 
 
 def test_a_new_head_is_named_with_the_list_that_trains_it(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for _ in range(2):
-            trainer(tmp_path, [LoRACallback(**TARGETS)], max_epochs=1).fit(new_head(), data())
-    assert [w.category for w in caught].count(FreshLayerWarning) == 2  # in every fit
+            trainer(tmp_path, [ll.LoRACallback(**TARGETS)], max_epochs=1).fit(new_head(), data())
+    assert [w.category for w in caught].count(ll.FreshLayerWarning) == 2  # in every fit
     (said,) = fit(tmp_path, new_head(), **TARGETS, modules_to_save=None)
     assert "LitTiny that look untrained: 'head'. Their weights are frozen" in said
     (listed,) = re.findall(r"modules_to_save=\['head'\]", said)
@@ -69,12 +62,12 @@ def test_a_new_head_that_alone_is_adapted_is_named(tmp_path: Path) -> None:
 
 def test_trained_adapters_are_not_asked_again(tmp_path: Path) -> None:
     model = new_head()
-    t = trainer(tmp_path, [LoRACallback(**TARGETS)], max_epochs=1)
+    t = trainer(tmp_path, [ll.LoRACallback(**TARGETS)], max_epochs=1)
     assert len(fit(tmp_path, model, t)) == 1
     t.save_checkpoint(tmp_path / "a.ckpt")
     t.fit_loop.max_epochs = 2
     assert fit(tmp_path, model, t) == []
-    resumed = trainer(tmp_path, [LoRACallback(**TARGETS)], max_epochs=2)  # a warning would be an error
+    resumed = trainer(tmp_path, [ll.LoRACallback(**TARGETS)], max_epochs=2)  # a warning would be an error
     resumed.fit(new_head(), data(), ckpt_path=tmp_path / "a.ckpt")
 
 
@@ -138,14 +131,14 @@ LARGE = (
 def test_a_network_among_the_hyperparameters_is_named_and_what_is_said_works(tmp_path: Path) -> None:
     policy, sizes = nn.Linear(1000, 500), []
     for held, ignored in ((policy, False), ({"nets": [policy]}, False), (policy, True)):
-        model, t = HoldsNetwork(held, ignored), trainer(tmp_path, [LoRACallback(**TARGETS)], max_epochs=1)
+        model, t = HoldsNetwork(held, ignored), trainer(tmp_path, [ll.LoRACallback(**TARGETS)], max_epochs=1)
         said = fit(tmp_path, model, t)
         assert [text for text in said if "policy" in text] == ([] if ignored else [LARGE])
         t.save_checkpoint(path := tmp_path / "a.ckpt")
         sizes.append(path.stat().st_size)
     assert sizes[0] > 2_000_000 and sizes[2] < 100_000
-    unmerge_adapters(model)
-    assert same(state(load_from_checkpoint(HoldsNetwork, path, policy=policy)), state(model))
+    ll.unmerge_adapters(model)
+    assert same(state(ll.load_from_checkpoint(HoldsNetwork, path, policy=policy)), state(model))
 
 
 def test_small_hyperparameters_are_not_named(tmp_path: Path) -> None:
@@ -175,10 +168,10 @@ def test_layers_whose_weight_is_computed_are_named_once(tmp_path: Path) -> None:
 
 def test_a_run_beside_weight_norm_resumes_merges_and_loads(tmp_path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LoRAWarning)
-        through, resumed = through_and_resumed(tmp_path, Normed, lambda: LoRACallback(target_modules="all"))
+        warnings.simplefilter("ignore", ll.LoRAWarning)
+        through, resumed = through_and_resumed(tmp_path, Normed, lambda: ll.LoRACallback(target_modules="all"))
         assert same(state(resumed), state(through)) and list(state(through)) == list(Normed().state_dict())
-        again = load_from_checkpoint(Normed, tmp_path / "through" / "epoch=1.ckpt", merge=True)
+        again = ll.load_from_checkpoint(Normed, tmp_path / "through" / "epoch=1.ckpt", merge=True)
     assert same(state(again), state(through))
 
 
@@ -197,7 +190,7 @@ ARGUMENTS: dict[str, Any] = {
     "lora/autocast_adapter_dtype": True,
     "lora/merge": "last",
     "lora/save": "adapters",
-    "lora/trained_share": summarize(adapted()).share,
+    "lora/trained_share": ll.summarize(adapted()).share,
 }
 
 
@@ -243,13 +236,13 @@ def test_a_resumed_run_and_a_second_fit_say_the_same(tmp_path: Path) -> None:
     log(tmp_path, notes=notes, model=model)
     model.trainer.save_checkpoint(tmp_path / "a.ckpt")
     log(tmp_path, notes=notes, model=model)
-    log(tmp_path, LoRACallback(), notes=notes, ckpt_path=tmp_path / "a.ckpt")  # its arguments come from the file
+    log(tmp_path, ll.LoRACallback(), notes=notes, ckpt_path=tmp_path / "a.ckpt")  # its arguments come from the file
     assert len(notes.ours) == 3 and notes.ours[0] == notes.ours[1] == notes.ours[2]
 
 
 def test_a_logger_that_refuses_is_named_and_the_fit_goes_on(tmp_path: Path) -> None:
     log(tmp_path, notes=(notes := Notes()))
-    with pytest.warns(LoRAWarning, match=r"Notes did not take .*'lora/r'.* cannot be changed"):
+    with pytest.warns(ll.LoRAWarning, match=r"Notes did not take .*'lora/r'.* cannot be changed"):
         assert len(log(tmp_path, lora(r=1), notes=notes, model=(model := LitTiny()))) == 1
     assert model.trainer.global_step == 8
 

@@ -7,18 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import (
-    LoRAConfig,
-    adapter_state_dict,
-    disable_adapters,
-    inject_adapters,
-    load_adapter,
-    load_adapter_state_dict,
-    merge_adapters,
-    remove_adapters,
-    save_adapter,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from tests.support.cases import Three, held, three
 from tests.support.fits import fit, loaded
 from tests.support.models import WORDS, LitTiny, data, lora, randomise, same, state, trainer
@@ -48,10 +37,10 @@ def test_compiled_submodule_is_adapted_and_its_keys_are_plain(tmp_path: Path, co
         ["q_proj.lora_A", "q_proj.lora_B", "head.weight", "head.bias"]
     )
     for other in (LitTiny(), Compiled()):
-        load_adapter(other, path)
+        ll.load_adapter(other, path)
         torch.testing.assert_close(other(X), plain(X))
-        load_adapter_state_dict(other, adapter_state_dict(other))
-    save_adapter(model, tmp_path / "a.safetensors")
+        ll.load_adapter_state_dict(other, ll.adapter_state_dict(other))
+    ll.save_adapter(model, tmp_path / "a.safetensors")
     torch.testing.assert_close(loaded(tmp_path / "a.safetensors")(X), plain(X))
 
 
@@ -101,25 +90,25 @@ def test_model_that_was_compiled_and_called_first_computes_with_what_it_has_now(
     model = Three()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     base = compiled(X)
-    inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules="all"))
     randomise(model, scale=0.3)
     adapted = model(X)
     torch.testing.assert_close(compiled(X), adapted)
-    with disable_adapters(model):
+    with ll.disable_adapters(model):
         torch.testing.assert_close(compiled(X), base)
     torch.testing.assert_close(compiled(X), adapted)
-    merge_adapters(model)
+    ll.merge_adapters(model)
     torch.testing.assert_close(compiled(X), adapted)
-    unmerge_adapters(model)
+    ll.unmerge_adapters(model)
     torch.testing.assert_close(compiled(X), adapted)
-    remove_adapters(model)
+    ll.remove_adapters(model)
     torch.testing.assert_close(compiled(X), base)
 
 
 def test_model_that_is_compiled_itself_is_the_model_inside() -> None:
     model = three()
     compiled = torch.compile(Three(), backend="eager")
-    assert inject_adapters(compiled, LoRAConfig(r=2, target_modules="all")) == ("embed", "linear", "conv")
-    assert list(adapter_state_dict(compiled)) == list(adapter_state_dict(compiled._orig_mod))
-    load_adapter_state_dict(compiled, adapter_state_dict(model))
-    assert same(adapter_state_dict(compiled), adapter_state_dict(model))
+    assert ll.inject_adapters(compiled, ll.LoRAConfig(r=2, target_modules="all")) == ("embed", "linear", "conv")
+    assert list(ll.adapter_state_dict(compiled)) == list(ll.adapter_state_dict(compiled._orig_mod))
+    ll.load_adapter_state_dict(compiled, ll.adapter_state_dict(model))
+    assert same(ll.adapter_state_dict(compiled), ll.adapter_state_dict(model))

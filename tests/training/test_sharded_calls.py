@@ -16,20 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_lora import (
-    LoRACallback,
-    LoRAWarning,
-    adapter_state_dict,
-    disable_adapters,
-    export_peft,
-    load_adapter,
-    merge_adapters,
-    remove_adapters,
-    save_adapter,
-    save_merged,
-    summarize,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from tests.support.cases import StopError, held
 from tests.support.ranks import run_ranks
 from tests.support.sharded import LitNet, data, fully_shard, lora, pretrained, trainer_of, whole_state
@@ -51,16 +38,16 @@ def fitted(folder: Path, **kwargs: Any) -> LitNet:
 
 def files(folder: Path, kwargs: dict[str, Any]) -> tuple[State, State, Tensor]:
     module = fitted(folder, **kwargs)
-    save_adapter(module, folder / "a.safetensors")
-    assert load_file(folder / "a.safetensors").keys() == adapter_state_dict(module).keys()
-    export_peft(module, folder / f"peft-{dist.get_rank()}")
+    ll.save_adapter(module, folder / "a.safetensors")
+    assert load_file(folder / "a.safetensors").keys() == ll.adapter_state_dict(module).keys()
+    ll.export_peft(module, folder / f"peft-{dist.get_rank()}")
     trained = whole_state(module)
     again = LitNet()
     trainer_of("sharded", folder, [lora(**kwargs)], max_steps=0).fit(again, data())
-    load_adapter(again, folder / "a.safetensors")
+    ll.load_adapter(again, folder / "a.safetensors")
     assert_same(whole_state(again), trained)
     with torch.no_grad():
-        return trained, adapter_state_dict(again), module.model(X)
+        return trained, ll.adapter_state_dict(again), module.model(X)
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"modules_to_save": ["head"]}, {"use_dora": True, "dropout": 0.0}], ids=str)
@@ -79,31 +66,31 @@ def life(folder: Path, kwargs: dict[str, Any]) -> None:
     module = fitted(folder, **kwargs)
     base = {f"model.{name}": value for name, value in pretrained().items()}
     if dist.get_rank() == 0:
-        assert "lora" in str(summarize(module)).lower()  # needs this process alone
+        assert "lora" in str(ll.summarize(module)).lower()  # needs this process alone
     assert "is a folder" in message_of(module.trainer.save_checkpoint, folder)
-    assert "lightning-lora merge" in message_of(save_merged, module, folder / "m.safetensors")
+    assert "lightning-lora merge" in message_of(ll.save_merged, module, folder / "m.safetensors")
     assert not (folder / "m.safetensors").exists()
     with torch.no_grad():
         adapted = module.model(X)
-        with disable_adapters(module):
+        with ll.disable_adapters(module):
             off = module.model(X)
         torch.testing.assert_close(module.model(X), adapted)
-        merge_adapters(module)
+        ll.merge_adapters(module)
         merged = whole_state(module)
         torch.testing.assert_close(module.model(X), adapted)
-        with disable_adapters(module):
+        with ll.disable_adapters(module):
             torch.testing.assert_close(module.model(X), off)
         assert_same(whole_state(module), merged)
-        unmerge_adapters(module)
+        ll.unmerge_adapters(module)
         torch.testing.assert_close(module.model(X), adapted)
-        merge_adapters(module)
+        ll.merge_adapters(module)
         assert_same(whole_state(module), merged)
-        unmerge_adapters(module)
+        ll.unmerge_adapters(module)
     if kwargs:
-        remove_adapters(module)
+        ll.remove_adapters(module)
         assert_same(whole_state(module), base)
     else:
-        merge_adapters(module, keep_base=False)
+        ll.merge_adapters(module, keep_base=False)
         assert_same(whole_state(module), merged)
 
 
@@ -169,7 +156,7 @@ TOO_LATE = "TargetError: .*before a checkpoint is read"
         (HeadLeftOut(torch.optim.AdamW, foreach=True), biases, {}, MIXTURE),
         (HeadLeftOut(torch.optim.AdamW), biases, {}, ""),
         (WithoutMesh(), lambda: [lora()], {"strategy": ModelParallelStrategy}, OTHER_PROCESSES),
-        (LitNet(), lambda: [LoRACallback(target_modules="all-liner")], {"ckpt_path": "a.ckpt"}, TOO_LATE),
+        (LitNet(), lambda: [ll.LoRACallback(target_modules="all-liner")], {"ckpt_path": "a.ckpt"}, TOO_LATE),
     ],
 )
 def test_what_cannot_run_on_shards_is_refused_in_every_process(
@@ -181,7 +168,7 @@ def test_what_cannot_run_on_shards_is_refused_in_every_process(
 
 def tied(folder: Path) -> str:
     trainer_of("sharded", folder, [lora(target_modules="all")], max_steps=1).fit(module := Llama(), data())
-    return message_of(merge_adapters, module)
+    return message_of(ll.merge_adapters, module)
 
 
 def test_tied_weights_are_not_merged_on_shards(tmp_path: Path) -> None:
@@ -197,7 +184,7 @@ def changed_on_one(folder: Path) -> tuple[str, list[str]]:
     with torch.no_grad():
         if dist.get_rank() == 0:
             module.model.layers[0].norm.bias._local_tensor.fill_(9)
-    message = message_of(unmerge_adapters, module)
+    message = message_of(ll.unmerge_adapters, module)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         trainer_of("sharded", folder, [lora(exclude_modules=["head"])], max_epochs=1).fit(module, data())
@@ -222,7 +209,7 @@ class Example(LitNet):  # its summary runs it once, before the adapters' own
 class Summarizes(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            summarize(pl_module)
+            ll.summarize(pl_module)
 
 
 def alone(folder: Path, kwargs: dict[str, Any]) -> None:
@@ -292,7 +279,7 @@ def told(folder: Path, module: LitNet, sizes: tuple[int, ...]) -> list[str]:
         warnings.simplefilter("always")
         t = trainer_of("one", folder, [lora()], devices=2, strategy=ModelParallelStrategy(*sizes), max_steps=1)
         t.fit(module, data())
-    return [str(each.message) for each in found if each.category is LoRAWarning]
+    return [str(each.message) for each in found if each.category is ll.LoRAWarning]
 
 
 @pytest.mark.parametrize(

@@ -12,20 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_lora import (
-    AdapterFileError,
-    AdapterStateError,
-    BaseMismatchError,
-    LoRACallback,
-    LoRAConfig,
-    LoRAWarning,
-    TargetError,
-    inject_adapters,
-    load_adapter,
-    remove_adapters,
-    save_adapter,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from lightning_lora.model.state import find_record
 from tests.support.by_hand import adam, by_hand, trainable
 from tests.support.cases import StopError
@@ -75,7 +62,7 @@ def test_each_file_gives_its_own_numbers_in_each_stage(tmp_path: Path, stage: st
 def test_fit_goes_on_from_the_adapters_that_are_there(tmp_path: Path, begin: str, merge: Any) -> None:
     model, t = fit(tmp_path, lora(merge=merge), best(tmp_path / "1"), max_epochs=1)
     t.save_checkpoint(tmp_path / "first.ckpt", weights_only=begin == "load")
-    save_adapter(model, tmp_path / "first.safetensors")
+    ll.save_adapter(model, tmp_path / "first.safetensors")
     expected = loaded(tmp_path / "first.ckpt")
     by_hand(adam(trainable(expected)), expected)
     if begin != "fit":
@@ -106,7 +93,7 @@ def test_copies_of_a_merged_model_take_its_files(tmp_path: Path) -> None:
     score = pytest.approx(t.checkpoint_callback.best_model_score.item())  # type: ignore[union-attr]
     for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), LitTiny()):
         assert outcome(trainer(tmp_path, [lora()]), "test", each, ckpt_path=path).item() == score
-    load_adapter(model, path)
+    ll.load_adapter(model, path)
     assert outcome(trainer(tmp_path), "test", model).item() == score
 
 
@@ -119,7 +106,7 @@ def test_failed_stage_gives_the_module_back_as_it_came(tmp_path: Path) -> None:
     (tmp_path / "cut.ckpt").write_bytes(b"PK")
     model = Broken()
     t = trainer(tmp_path, [lora()])
-    for options, error in (({"ckpt_path": tmp_path / "cut.ckpt"}, AdapterFileError), ({}, StopError)):
+    for options, error in (({"ckpt_path": tmp_path / "cut.ckpt"}, ll.AdapterFileError), ({}, StopError)):
         for stage in ("test", "fit") if options else ("test",):
             before = state(model)
             with pytest.raises(error):
@@ -128,15 +115,15 @@ def test_failed_stage_gives_the_module_back_as_it_came(tmp_path: Path) -> None:
     t.fit(model.train(), data())  # Lightning leaves a module in eval mode when its test fails
     merged = state(model)
     t.save_checkpoint(tmp_path / "good.ckpt")
-    for options, error in (({"ckpt_path": tmp_path / "cut.ckpt"}, AdapterFileError), ({}, StopError)):
+    for options, error in (({"ckpt_path": tmp_path / "cut.ckpt"}, ll.AdapterFileError), ({}, StopError)):
         with pytest.raises(error):
             t.test(model, data(), **options)
         assert is_plain(model) and same(state(model), merged)
-    with pytest.raises(TargetError):
+    with pytest.raises(ll.TargetError):
         trainer(tmp_path, [lora(target_modules=["nope"])]).test(model, data(), ckpt_path=tmp_path / "good.ckpt")
     assert is_plain(model) and same(state(model), merged)
     t.validate(model, data(), verbose=False)
-    unmerge_adapters(model)
+    ll.unmerge_adapters(model)
     assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
 
 
@@ -151,7 +138,7 @@ class FailsToPrepare(LitTiny):  # whose data are not there, when asked to
 def test_a_stage_that_fails_before_it_is_set_up_changes_nothing(tmp_path: Path) -> None:
     model, t = FailsToPrepare(), trainer(tmp_path, [lora(merge=False)])
     t.validate(model, data(), verbose=False)
-    inject_adapters(model, lora().config)
+    ll.inject_adapters(model, lora().config)
     model.missing = True
     with pytest.raises(StopError):
         t.test(model, data())
@@ -161,7 +148,7 @@ def test_a_stage_that_fails_before_it_is_set_up_changes_nothing(tmp_path: Path) 
 def test_weights_replaced_after_a_merge_are_a_new_base(tmp_path: Path) -> None:
     model, t = fit(tmp_path, lora(), best(tmp_path))
     model.load_state_dict(LitTiny().state_dict())
-    with pytest.warns(LoRAWarning, match="new base"):
+    with pytest.warns(ll.LoRAWarning, match="new base"):
         tested = outcome(t, "test", model, ckpt_path="best")
     assert tested.item() == pytest.approx(t.checkpoint_callback.best_model_score.item())  # type: ignore[union-attr]
 
@@ -185,7 +172,7 @@ def flags(model: nn.Module) -> dict[str, bool]:
 def test_flags_are_as_they_were_after_an_optimizer_that_could_not_be_made(tmp_path: Path, adapted: bool) -> None:
     model = MakesNone()
     if adapted:
-        inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"]))
+        ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["head"]))
     before = flags(model)
     assert before["q_proj.weight"] is not adapted and before["head.weight"]
     with pytest.raises(ZeroDivisionError):
@@ -239,7 +226,7 @@ def test_a_fit_does_not_start_with_a_selected_layer_that_is_not_adapted(
             raise AssertionError("it has begun")
 
     model = Changes()
-    with pytest.raises(AdapterStateError, match=named):
+    with pytest.raises(ll.AdapterStateError, match=named):
         fit(tmp_path, lora(**options), model=model)
     assert is_plain(model)
     assert all(p.requires_grad for name, p in model.named_parameters() if not name.startswith("other"))
@@ -265,17 +252,17 @@ def test_a_head_that_trained_beside_fresh_adapters_is_not_the_base_of_the_next_s
     if begin in ("load", "ckpt"):
         model = TrainsItsHead()
         if begin == "load":
-            load_adapter(model, tmp_path / "a.ckpt")
+            ll.load_adapter(model, tmp_path / "a.ckpt")
         else:
             trainer(tmp_path, [lora(**options)]).test(model, data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
     for _ in range(2):
         t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
         getattr(t, stage)(model, data())
-    save_adapter(model, tmp_path / "b.safetensors")
+    ll.save_adapter(model, tmp_path / "b.safetensors")
     again = loaded(tmp_path / "b.safetensors")
     assert same(trained(again), trained(model))
-    unmerge_adapters(model)
-    remove_adapters(model)
+    ll.unmerge_adapters(model)
+    ll.remove_adapters(model)
     assert same(state(model), state(LitTiny()))
 
 
@@ -318,7 +305,7 @@ def test_layers_that_are_made_late_stay_plain_too(tmp_path: Path, build: Callabl
 
 
 def test_targets_are_a_matter_of_fits_and_files(tmp_path: Path) -> None:
-    outcome(trainer(tmp_path, [LoRACallback(target_modules=["nowhere"])]), "validate", LitTiny())
+    outcome(trainer(tmp_path, [ll.LoRACallback(target_modules=["nowhere"])]), "validate", LitTiny())
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -341,7 +328,7 @@ def test_adapters_that_are_there_are_evaluated(tmp_path: Path, part: bool) -> No
 
     model = Whole()
     options = {"target_modules": ["q"], "modules_to_save": None} if part else {}
-    inject_adapters(model.body if part else model, lora(**options).config)
+    ll.inject_adapters(model.body if part else model, lora(**options).config)
     model.q_proj.lora_B.data.fill_(0.1)  # type: ignore[union-attr,operator]
     expected = outcome(trainer(tmp_path), "predict", model)
     assert torch.equal(outcome(trainer(tmp_path, [lora(**options)]), "predict", model), expected)
@@ -375,15 +362,15 @@ def test_a_merged_model_with_other_weights_keeps_its_memory_when_an_evaluation_f
     t.save_checkpoint(tmp_path / "a.ckpt")
     merged = state(model)
     model.load_state_dict(LitTiny().state_dict())
-    with pytest.warns(LoRAWarning, match="new base"), pytest.raises(StopError):
+    with pytest.warns(ll.LoRAWarning, match="new base"), pytest.raises(StopError):
         t.test(model, data())
     assert is_plain(model) and same(state(model), LitTiny().state_dict())
     model.q_proj.weight.data.add_(1)
-    with pytest.warns(UserWarning, match="taken as a new base"), pytest.raises(BaseMismatchError):
+    with pytest.warns(UserWarning, match="taken as a new base"), pytest.raises(ll.BaseMismatchError):
         t.test(model, data(), ckpt_path=tmp_path / "a.ckpt")
     assert is_plain(model)
     model.load_state_dict(merged)
-    unmerge_adapters(model)
+    ll.unmerge_adapters(model)
     assert torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
 
 

@@ -9,14 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_lora import (
-    AdapterMismatchError,
-    BestCheckpointWarning,
-    LoRACallback,
-    LoRAError,
-    TargetError,
-    remove_adapters,
-)
+import lightning_lora as ll
 from lightning_lora.model.view import view_of
 from tests.support.cases import tensors
 from tests.support.fits import either_order, fit, loaded, outcome
@@ -37,7 +30,7 @@ ARGUMENTS: dict[str, Any] = {
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    _, t = fit(tmp_path, LoRACallback(**ARGUMENTS, merge=False))
+    _, t = fit(tmp_path, ll.LoRACallback(**ARGUMENTS, merge=False))
     t.save_checkpoint(tmp_path / "last.ckpt")
     return tmp_path / "last.ckpt"
 
@@ -48,7 +41,7 @@ def numbers(file: Path) -> Tensor:
 
 def result_of(file: Path, *args: Any, model: LitTiny | None = None, **given: Any) -> Tensor:
     """What a test of the file gives with these arguments of the callback."""
-    return outcome(trainer(file.parent, [LoRACallback(*args, **given)]), "test", model or LitTiny(), ckpt_path=file)
+    return outcome(trainer(file.parent, [ll.LoRACallback(*args, **given)]), "test", model or LitTiny(), ckpt_path=file)
 
 
 def test_a_trainer_that_only_evaluates_needs_no_argument(file: Path) -> None:
@@ -75,8 +68,8 @@ def test_one_line_says_what_was_taken(file: Path, caplog: pytest.LogCaptureFixtu
 
 @pytest.mark.parametrize("merge", ["last", False])
 def test_a_fit_is_resumed_with_the_arguments_of_its_file(file: Path, merge: Any) -> None:
-    resumed, _ = fit(file.parent, LoRACallback(merge=merge), ckpt_path=file, max_epochs=4)
-    expected, _ = fit(file.parent, LoRACallback(**ARGUMENTS, merge=merge), ckpt_path=file, max_epochs=4)
+    resumed, _ = fit(file.parent, ll.LoRACallback(merge=merge), ckpt_path=file, max_epochs=4)
+    expected, _ = fit(file.parent, ll.LoRACallback(**ARGUMENTS, merge=merge), ckpt_path=file, max_epochs=4)
     assert is_plain(resumed) is bool(merge) and same(state(resumed), state(expected))
 
 
@@ -93,7 +86,7 @@ def test_a_fit_is_resumed_with_the_arguments_of_its_file(file: Path, merge: Any)
 def test_an_argument_that_was_given_must_agree(file: Path, given: dict[str, Any], says: str) -> None:
     model = LitTiny()
     before = state(model)
-    with pytest.raises((AdapterMismatchError, TargetError), match=says):
+    with pytest.raises((ll.AdapterMismatchError, ll.TargetError), match=says):
         result_of(file, model=model, **given)
     assert is_plain(model) and same(state(model), before)
 
@@ -108,7 +101,7 @@ class Words(LitTiny):  # without any linear layer
 
 
 def test_default_targets_that_select_nothing_are_no_error_before_the_file_is_read(tmp_path: Path) -> None:
-    _, t = fit(tmp_path, LoRACallback(target_modules="all", merge=False), model=Words())
+    _, t = fit(tmp_path, ll.LoRACallback(target_modules="all", merge=False), model=Words())
     t.save_checkpoint(tmp_path / "words.ckpt")
     result_of(tmp_path / "words.ckpt", model=Words())
 
@@ -126,54 +119,54 @@ def test_a_base_that_a_hook_loads_is_kept(tmp_path: Path, saved: list[str], resu
     assert ("norm.running_mean" in tensors(tmp_path / "a.ckpt")) is ("norm" in saved)
     model = Late()
     if resumed:  # at its end
-        fit(tmp_path, LoRACallback(merge=False, modules_to_save=saved), model=model, ckpt_path=tmp_path / "a.ckpt")
+        fit(tmp_path, ll.LoRACallback(merge=False, modules_to_save=saved), model=model, ckpt_path=tmp_path / "a.ckpt")
     else:
         result_of(tmp_path / "a.ckpt", model=model, modules_to_save=saved)
     assert same(state(model), state(trained))
-    remove_adapters(model)
+    ll.remove_adapters(model)
     assert torch.equal(model.norm.running_mean, torch.full((WIDTH,), 0.5))  # type: ignore[arg-type]
     assert torch.equal(model.head.bias, torch.full_like(model.head.bias, 0.25))
 
 
 def test_adapters_that_were_there_before_are_not_removed(file: Path) -> None:
-    model, _ = fit(file.parent, LoRACallback(**{**ARGUMENTS, "r": 4}, merge=False))
+    model, _ = fit(file.parent, ll.LoRACallback(**{**ARGUMENTS, "r": 4}, merge=False))
     before = state(model)
-    with pytest.raises(AdapterMismatchError, match="r=4"):
+    with pytest.raises(ll.AdapterMismatchError, match="r=4"):
         result_of(file, model=model)
     assert same(state(model), before)
 
 
 def test_an_argument_that_was_given_its_default_must_agree_too(file: Path) -> None:
-    with pytest.raises(AdapterMismatchError, match="trained with r=3"):
+    with pytest.raises(ll.AdapterMismatchError, match="trained with r=3"):
         result_of(file, model=LitTiny(width=16), r=8)
-    with pytest.raises(LoRAError, match="r=3"):
+    with pytest.raises(ll.LoRAError, match="r=3"):
         result_of(file, 8, target_modules=["q_proj", "v_proj"])
 
 
 def test_a_command_line_which_gives_every_default_takes_them(file: Path) -> None:
-    defaults = {name: each.default for name, each in inspect.signature(LoRACallback).parameters.items()}
+    defaults = {name: each.default for name, each in inspect.signature(ll.LoRACallback).parameters.items()}
     assert result_of(file, **defaults) == numbers(file)
 
 
 def test_arguments_are_taken_from_the_adapters_of_the_model(file: Path, tmp_path: Path) -> None:
     model = loaded(file)
-    assert outcome(trainer(tmp_path, [LoRACallback()]), "test", model) == numbers(file)
-    fit(tmp_path, LoRACallback(merge=False), model=model, max_epochs=1)
+    assert outcome(trainer(tmp_path, [ll.LoRACallback()]), "test", model) == numbers(file)
+    fit(tmp_path, ll.LoRACallback(merge=False), model=model, max_epochs=1)
     assert view_of(model).layers["q_proj"].lora_settings.r == 3
-    with pytest.raises(AdapterMismatchError, match="adapted already"):
-        fit(tmp_path, LoRACallback(r=2), model=model)
+    with pytest.raises(ll.AdapterMismatchError, match="adapted already"):
+        fit(tmp_path, ll.LoRACallback(r=2), model=model)
 
 
 def test_trained_adapters_do_not_go_for_a_best_file_of_another_fit(tmp_path: Path) -> None:
     saved = best(tmp_path, save_top_k=1)
-    model, _ = fit(tmp_path, LoRACallback(r=2, target_modules=["q_proj"], merge="best"), saved, max_epochs=4)
-    remove_adapters(model)
+    model, _ = fit(tmp_path, ll.LoRACallback(r=2, target_modules=["q_proj"], merge="best"), saved, max_epochs=4)
+    ll.remove_adapters(model)
     before = state(model)
     saved.best_model_score = torch.tensor(-1.0)  # nothing is better from now on
     saved.kth_value = saved.best_model_score
     saved.best_k_models = {saved.best_model_path: saved.best_model_score}
-    second = LoRACallback(target_modules=["q_proj", "v_proj"], merge="best")
-    with pytest.warns(BestCheckpointWarning, match="The last adapters are merged instead"):
+    second = ll.LoRACallback(target_modules=["q_proj", "v_proj"], merge="best")
+    with pytest.warns(ll.BestCheckpointWarning, match="The last adapters are merged instead"):
         fit(tmp_path, second, saved, model=model)
     assert not torch.equal(state(model)["v_proj.weight"], before["v_proj.weight"])
 
@@ -185,7 +178,7 @@ def test_averages_begin_from_the_arguments_of_the_file(tmp_path: Path, first: bo
     t.save_checkpoint(tmp_path / "a.ckpt")
     states = []
     for options in ({"r": 4}, {}):
-        callback = LoRACallback(**options, modules_to_save=["head"])
+        callback = ll.LoRACallback(**options, modules_to_save=["head"])
         both = [callback, bundled.EMAWeightAveraging()] if first else [bundled.EMAWeightAveraging(), callback]
         states.append(state(fit(tmp_path, *both, ckpt_path=tmp_path / "a.ckpt", max_epochs=4)[0]))
     assert same(*states)

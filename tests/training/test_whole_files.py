@@ -12,22 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 
-from lightning_lora import (
-    AdapterStateError,
-    BaseMismatchError,
-    ConfigError,
-    LoRACallback,
-    LoRAConfig,
-    LoRAWarning,
-    MergePrecisionWarning,
-    adapter_state_dict,
-    inject_adapters,
-    load_adapter,
-    load_from_checkpoint,
-    merge_adapters,
-    remove_adapters,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from lightning_lora.cli.main import main
 from tests.support import fits
 from tests.support.callbacks import WritesLater
@@ -39,7 +24,7 @@ from tests.support.versions import keeps_random, needs_averaging
 X = torch.arange(WORDS)
 
 
-def whole(**kwargs: Any) -> LoRACallback:
+def whole(**kwargs: Any) -> ll.LoRACallback:
     return lora(save="model", **kwargs)
 
 
@@ -50,9 +35,9 @@ def read(path: Path) -> dict[str, Any]:
 
 def merged_at(path: Path) -> dict[str, Any]:
     """The state of a base with the adapters of a file merged, by this package."""
-    load_adapter(model := LitTiny(), path)
-    merge_adapters(model)
-    remove_adapters(model)
+    ll.load_adapter(model := LitTiny(), path)
+    ll.merge_adapters(model)
+    ll.remove_adapters(model)
     return state(model)
 
 
@@ -98,7 +83,7 @@ def test_the_best_state_loads_into_a_plain_and_into_the_merged_module(tmp_path: 
 def test_a_module_that_other_code_gave_other_weights_is_saved_as_it_is(tmp_path: Path, averages: bool) -> None:
     model = fit(tmp_path, whole(), *([bundled.EMAWeightAveraging(decay=0.5)] if averages else []))
     model.load_state_dict({name: value + 1 for name, value in read(tmp_path / "best.ckpt")["state_dict"].items()})
-    with pytest.warns(LoRAWarning, match="were replaced"):
+    with pytest.warns(ll.LoRAWarning, match="were replaced"):
         model.trainer.save_checkpoint(tmp_path / "after.ckpt")
     assert same(read(tmp_path / "after.ckpt")["state_dict"], state(model))
 
@@ -110,8 +95,8 @@ def test_a_run_goes_on_from_it_to_the_bit(tmp_path: Path, written: Any, resumed:
     fit(tmp_path / "b", lora(dropout=0.3, save=written), max_epochs=1)
     model = fit(tmp_path / "b", lora(dropout=0.3, save=resumed), ckpt_path=tmp_path / "b" / "last.ckpt")
     assert same(state(model), state(unbroken))
-    unmerge_adapters(model)
-    unmerge_adapters(unbroken)
+    ll.unmerge_adapters(model)
+    ll.unmerge_adapters(unbroken)
     assert same(state(model), state(unbroken))
 
 
@@ -119,10 +104,10 @@ def test_our_own_readers_take_the_adapters(tmp_path: Path, capsys: pytest.Captur
     model = fit(tmp_path, whole(merge="best"))
     file = tmp_path / "best.ckpt"
     assert same(state(model), read(file)["state_dict"])
-    unmerge_adapters(model)
-    adapted = load_from_checkpoint(LitTiny, file)
-    assert same(adapter_state_dict(adapted), adapter_state_dict(model))
-    assert outcome(trainer(tmp_path, [LoRACallback()]), "test", LitTiny(), ckpt_path=file)
+    ll.unmerge_adapters(model)
+    adapted = ll.load_from_checkpoint(LitTiny, file)
+    assert same(ll.adapter_state_dict(adapted), ll.adapter_state_dict(model))
+    assert outcome(trainer(tmp_path, [ll.LoRACallback()]), "test", LitTiny(), ckpt_path=file)
     main(["inspect", str(file)])
     assert "q_proj" in capsys.readouterr().out
 
@@ -168,13 +153,15 @@ def test_an_update_is_never_counted_twice(tmp_path: Path) -> None:
     file = read(tmp_path / "last.ckpt")
     again = LitTiny()
     again.load_state_dict(file["state_dict"])
-    unmerge_adapters(model)
-    with pytest.warns(LoRAWarning, match=r"hold merged updates.*its adapters begin anew.*load_adapter\(model, path\)"):
+    ll.unmerge_adapters(model)
+    with pytest.warns(
+        ll.LoRAWarning, match=r"hold merged updates.*its adapters begin anew.*load_adapter\(model, path\)"
+    ):
         model.load_state_dict(file["state_dict"])
     assert torch.equal(model(X), again(X))
-    with pytest.raises(BaseMismatchError, match="whose adapters were merged is another base"):
-        load_adapter(again, tmp_path / "last.ckpt")
-    inject_adapters(fresh := LitTiny(), LoRAConfig(r=2))
+    with pytest.raises(ll.BaseMismatchError, match="whose adapters were merged is another base"):
+        ll.load_adapter(again, tmp_path / "last.ckpt")
+    ll.inject_adapters(fresh := LitTiny(), ll.LoRAConfig(r=2))
     fresh.load_state_dict(file["state_dict"], strict=False)  # a new fine-tune on the merged model
     assert torch.equal(fresh(X), again(X))
 
@@ -184,12 +171,12 @@ def test_an_update_is_not_counted_twice_where_the_notes_are_lost(tmp_path: Path)
     file = {name: value.clone() for name, value in read(tmp_path / "last.ckpt")["state_dict"].items()}
     for given in (file, merged.state_dict()):
         model = fit(tmp_path / "b", whole(merge=False))
-        with pytest.warns(LoRAWarning, match=r"hold merged updates.*its adapters begin anew"):
+        with pytest.warns(ll.LoRAWarning, match=r"hold merged updates.*its adapters begin anew"):
             model.load_state_dict(given)
         torch.testing.assert_close(model(X), merged(X))
     model = fit(tmp_path / "b", whole(merge=False))
     part = {"weight": file["q_proj.weight"], "bias": file["q_proj.bias"]}
-    with pytest.warns(LoRAWarning, match="below trained adapters.*these count twice"):
+    with pytest.warns(ll.LoRAWarning, match="below trained adapters.*these count twice"):
         model.q_proj.load_state_dict(part)  # only the whole module can tell a merged layer from another base
 
 
@@ -197,7 +184,7 @@ def test_a_whole_file_is_evaluated_as_any_checkpoint(tmp_path: Path) -> None:
     model = fit(tmp_path, whole(use_dora=True))
     other = LitTiny()
     nn.init.ones_(other.embed.weight)  # not its base: it need not be there
-    tested = outcome(trainer(tmp_path, [LoRACallback()]), "test", other, ckpt_path=tmp_path / "last.ckpt")
+    tested = outcome(trainer(tmp_path, [ll.LoRACallback()]), "test", other, ckpt_path=tmp_path / "last.ckpt")
     torch.testing.assert_close(tested, outcome(trainer(tmp_path), "test", model))
     assert same(state(other), state(model))
 
@@ -240,10 +227,10 @@ def test_a_run_goes_on_in_a_module_with_the_merged_weights_of_its_file(
         torch.testing.assert_close(loaded(again)(X), model(X))  # on the base
         assert again.stat().st_size < 40_000
     built, other = LitTiny.load_from_checkpoint(again), LitTiny.load_from_checkpoint(again)
-    tested = outcome(trainer(tmp_path, [LoRACallback()]), "test", built, ckpt_path=again)
+    tested = outcome(trainer(tmp_path, [ll.LoRACallback()]), "test", built, ckpt_path=again)
     torch.testing.assert_close(tested, outcome(trainer(tmp_path), "test", model))
     other.embed.weight.data[0, 0] += 1
-    with pytest.raises(BaseMismatchError):
+    with pytest.raises(ll.BaseMismatchError):
         fit(tmp_path / "c", whole(init=init), model=other, ckpt_path=again)
 
 
@@ -281,24 +268,24 @@ def quantised() -> LitTiny:
 def test_what_could_not_be_read_rightly_is_refused_before_training(
     tmp_path: Path, make: Callable[[], LitTiny], arguments: dict[str, Any], match: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"save='model' is not possible.*{match}.*Or set save='adapters'"):
-        fits.fit(tmp_path, LoRACallback(r=2, save="model", **arguments), model=make())
-    with pytest.raises(ConfigError, match="save='all' is not valid"):
-        LoRACallback(save="all")  # type: ignore[arg-type]
+    with pytest.raises(ll.ConfigError, match=f"save='model' is not possible.*{match}.*Or set save='adapters'"):
+        fits.fit(tmp_path, ll.LoRACallback(r=2, save="model", **arguments), model=make())
+    with pytest.raises(ll.ConfigError, match="save='all' is not valid"):
+        ll.LoRACallback(save="all")  # type: ignore[arg-type]
 
 
 def test_rounding_of_much_of_an_update_is_said_once(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         fit(tmp_path, whole(merge=False), model=LitTiny(lr=1e-4), precision="bf16-true")
-    assert [str(w.message)[:20] for w in caught if w.category is MergePrecisionWarning] == ['With save="model", f']
+    assert [str(w.message)[:20] for w in caught if w.category is ll.MergePrecisionWarning] == ['With save="model", f']
 
 
 def test_a_plain_loader_is_told_what_a_file_of_adapters_is(tmp_path: Path) -> None:
     model = fit(tmp_path, lora())
     file = read(tmp_path / "best.ckpt")
     assert sorted(held(file)) == sorted(TRAINED)
-    with pytest.raises(AdapterStateError, match=r"^This state holds only adapters.*load_adapter\(model, path\)"):
+    with pytest.raises(ll.AdapterStateError, match=r"^This state holds only adapters.*load_adapter\(model, path\)"):
         model.load_state_dict(held(file))
     with pytest.raises(RuntimeError, match=r"this file holds only adapters: load it with lightning_lora.load_from_"):
         LitTiny().load_state_dict(file["state_dict"])
