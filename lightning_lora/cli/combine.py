@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lightning_lora.storage.offline.combine import How, Method, combine_files
+from lightning_lora.tables import printable
 
 
 def add_arguments(parser: Any) -> None:
@@ -34,4 +35,5 @@ def run(arguments: Any) -> None:
     weights = tuple(arguments.weights or [1 / len(files)] * len(files))
     how = How(arguments.method, weights, arguments.rank, arguments.density, arguments.seed)
     count = combine_files(files, arguments.out, how)
-    print(f"Combined {len(files)} files, {count} {'layer' if count == 1 else 'layers'}, into {arguments.out}.")
+    layers = "1 layer" if count == 1 else f"{count} layers"
+    print(printable(f"Combined {len(files)} files, {layers}, into {arguments.out}."))

@@ -21,7 +21,7 @@ from lightning_lora.functional.combine import Factors
 from lightning_lora.functional.subspace import cosine, subspace_similarity
 from lightning_lora.storage.offline.layers import read_layers, updates
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tables import fitting_console, layer_table
+from lightning_lora.tables import fitting_console, layer_table, printable
 
 
 def add_arguments(parser: Any) -> None:
@@ -76,8 +76,8 @@ def _show(pair: dict[str, Any]) -> None:
     for layer in pair["layers"]:
         numbers = [f"{layer[key]:+.3f}" for key in ("cosine", "similarity_A", "similarity_B")]
         label = f"{layer['name']} [{layer['part']}]" if layer["part"] else layer["name"]
-        table.add_row(Text(label), *numbers)
+        table.add_row(Text(printable(label)), *numbers)
     console.print(table)
     for file, only in zip(pair["files"], pair["only_in"], strict=True):
         if only:
-            console.print(f"Only in {file}: {', '.join(only)}", markup=False)
+            console.print(printable(f"Only in {file}: {', '.join(only)}"), markup=False)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.storage.formats.peft_write import export_peft
+from lightning_lora.tables import printable
 
 
 def add_arguments(parser: Any) -> None:
@@ -26,4 +27,4 @@ def add_arguments(parser: Any) -> None:
 def run(arguments: Any) -> None:
     """Export the file, and say where."""
     export_peft(arguments.file, arguments.folder, root=arguments.root, uniform=arguments.uniform)
-    print(f"Wrote PEFT's files into {arguments.folder}.")
+    print(printable(f"Wrote PEFT's files into {arguments.folder}."))

@@ -21,7 +21,7 @@ from rich.text import Text
 from lightning_lora.functional.subspace import effective_rank, singular_values
 from lightning_lora.storage.offline.layers import besides, read_layers, updates
 from lightning_lora.storage.stored import FORMAT, StoredAdapters
-from lightning_lora.tables import fitting_console, grouped, layer_table
+from lightning_lora.tables import fitting_console, grouped, layer_table, printable
 
 
 def add_arguments(parser: Any) -> None:
@@ -83,12 +83,12 @@ def _show(found: dict[str, Any]) -> None:
     for group, names in grouped({name: str([layer[key] for key in settings]) for name, layer in layers.items()}):
         first, times = layers[names[0]], f" (×{len(names)})" if len(names) > 1 else ""
         numbers = [_range([layers[name][key] for name in names]) for key in ("norm", "effective_rank")]
-        kind = first["class"].rpartition(".")[2]
-        table.add_row(Text(group + times), kind, str(first["r"]), f"{first['scaling']:g}", *numbers)
+        label, kind = Text(printable(group + times)), Text(printable(first["class"].rpartition(".")[2]))
+        table.add_row(label, kind, str(first["r"]), f"{first['scaling']:g}", *numbers)
     console.print(table)
     if found["beside"]:
         beside = ", ".join(f"{name} {value['shape']}" for name, value in found["beside"].items())
-        console.print(f"Besides adapters: {beside}", markup=False)
+        console.print(printable(f"Besides adapters: {beside}"), markup=False)
     base, config = found["base"], {key: value for key, value in found["config"].items() if value not in (None, False)}
     about = f"Base: {base['tensors']} frozen tensors, {', '.join(base['dtypes'])}. Format {found['format']}."
     console.print(about, markup=False)

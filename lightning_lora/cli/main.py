@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from rich.markup import escape
 
 from lightning_lora.cli import combine, compare, export, inspect, merge
 from lightning_lora.errors import LoRAError, LoRAWarning
+from lightning_lora.tables import printable
 
 _COMMANDS = (inspect, merge, export, compare, combine)  # the docstring of each is its help
 
@@ -19,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Return 0, or 1 after an error of one line. A wrong command line exits with 2."""
     about = "Work with files of LoRA adapters, without the model."
     parser = argparse.ArgumentParser(prog="lightning-lora", description=about)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {sys.modules['lightning_lora'].__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
     for module in _COMMANDS:
         text = module.__doc__ or ""
@@ -26,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             module.__name__.rpartition(".")[2],
             help=text.partition("\n")[0],
             description=text.replace("::\n", ":\n").strip(),
-            formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the examples' lines
+            formatter_class=_Help,
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
@@ -54,6 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help at the terminal's width, but for the examples, whose lines are indented."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = [each if each.startswith("  ") else textwrap.fill(each, width) for each in text.split("\n\n")]
+        return super()._fill_text("\n\n".join(parts), width, indent)
+
+
 def _say(what: str, message: str) -> None:
     """Print one line on the standard error."""
-    Console(stderr=True, soft_wrap=True).print(what, escape(message), highlight=False)
+    lines = "\n".join(map(printable, message.splitlines()))
+    Console(stderr=True, soft_wrap=True).print(what, escape(lines), highlight=False)

@@ -12,7 +12,7 @@ import shutil
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any
 import fsspec
 import torch
 from fsspec.core import url_to_fs
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, LoRAError
@@ -35,23 +36,17 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
     check_path(path)
     local = local_path(path) if beside else None
     if local is None:
-        with _write_errors(path):
+        with write_errors(path):
             yield path
         return
     target = local.resolve()  # the target of a link, so that the link stays
     if target.exists() and not target.is_file():
         raise AdapterFileError(f"{path} already exists and is not a file. Choose another name.")
-    part = target.with_name(f"{_part_prefix(target)}{os.getpid()}.{next(_PARTS)}.part")
-    _clear_parts(target)
-    try:
-        with _write_errors(path):
-            yield part
-            if not part.exists():  # Lightning gives no error when it has no permission to write
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target.parent))
-            part.replace(target)
-    finally:
-        with suppress(OSError):
-            part.unlink()
+    with _part_of(target) as part, write_errors(path):
+        yield part
+        if not part.exists():  # Lightning gives no error when it has no permission to write
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target.parent))
+        part.replace(target)
 
 
 @contextmanager
@@ -59,47 +54,62 @@ def writing_folder(path: Path) -> Iterator[Path]:
     """Yield a name for a temporary folder, then move it to its place, which must be free."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise AdapterFileError(f"{path} already exists and is not an empty folder. Choose another name.")
-    beside = path.with_name(f".{path.name[:64]}.{os.getpid()}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        with _write_errors(path):
-            yield beside
-            beside.replace(path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    target = path.resolve()
+    with _part_of(target) as part, write_errors(path):
+        yield part
+        part.replace(target)
 
 
 @contextmanager
-def _write_errors(path: Any) -> Iterator[None]:
+def write_errors(path: Any) -> Iterator[None]:
+    """Turn what writing to ``path`` raises into one of our errors."""
     try:
         yield
     except LoRAError:
         raise
-    except (OSError, RuntimeError, ImportError, ValueError) as error:  # as torch and fsspec report a failed write
+    except (OSError, RuntimeError, ImportError, ValueError, SafetensorError) as error:  # as torch and fsspec report it
+        is_disk = isinstance(error, OSError | ImportError) or "://" in str(path) or _DISK.search(str(error))
+        advice = "Free space on the disk, or choose a folder that can be written, and save again."
         raise AdapterFileError(
             f"{path} could not be written ({type(error).__name__}: {error}). The model and its training are as they "
-            "were. Free space on the disk, or choose a folder that can be written, and save again."
+            f"were. {advice if is_disk else 'The disk is not the reason: this form cannot hold what it was given.'}"
         ) from error
 
 
+_DISK = re.compile("os error|inline_container|iostream|Parent directory")
+"""What torch and safetensors say of a write that failed, in errors of no other kind than those of a computation."""
+
 _PARTS = itertools.count()
 """Numbers for the temporary files of this process, whose threads may write one file at the same time."""
+
+
+@contextmanager
+def _part_of(target: Path) -> Iterator[Path]:
+    """Yield a name beside ``target`` for what is being written. Nothing stays there."""
+    for part in target.parent.glob(f"{glob.escape(_part_prefix(target))}*.part") if os.name == "posix" else ():
+        with suppress(OSError, ValueError):  # what killed processes of this machine have left
+            try:
+                os.kill(int(part.suffixes[-3][1:]), 0)
+            except ProcessLookupError:
+                _delete(part)
+    part = target.with_name(f"{_part_prefix(target)}{os.getpid()}.{next(_PARTS)}.part")
+    try:
+        yield part
+    finally:
+        _delete(part)
+
+
+def _delete(part: Path) -> None:
+    if part.is_dir():
+        shutil.rmtree(part, ignore_errors=True)
+    with suppress(OSError):
+        part.unlink()
 
 
 def _part_prefix(target: Path) -> str:
     """The prefix of this machine's temporary files for ``target``. It is short, because long names are refused."""
     machine = zlib.crc32(platform.node().encode())
     return f".{target.name[:32]}.{zlib.crc32(target.name.encode()):08x}.{machine:08x}."
-
-
-def _clear_parts(target: Path) -> None:
-    """Delete temporary files for ``target`` that killed processes of this machine have left."""
-    for part in target.parent.glob(f"{glob.escape(_part_prefix(target))}*.part") if os.name == "posix" else ():
-        with suppress(OSError, ValueError):
-            try:
-                os.kill(int(part.suffixes[-3][1:]), 0)
-            except ProcessLookupError:
-                part.unlink()
 
 
 # Places
@@ -111,6 +121,19 @@ def check_path(path: Any, *, may_be_open: bool = False) -> None:
         raise AdapterFileError(
             f"Expected a path, but a {type(path).__name__} was given. Pass the model first, then the path."
         )
+    if isinstance(path, str | os.PathLike) and "\0" in os.fspath(path):
+        raise AdapterFileError(f"{os.fspath(path)!r} holds a NUL character, which no path can. Pass another name.")
+
+
+def check_output(out: Any, inputs: Iterable[Any]) -> None:
+    """Refuse to write over a file that the result is made from, by any name or link, or into such a folder."""
+    local = local_path(out)
+    places = [] if local is None else [local.resolve(), *local.resolve().parents]
+    for source in filter(None, map(local_path, inputs)):
+        if any(place.exists() and place.samefile(source) for place in places):
+            raise AdapterFileError(
+                f"{out} would be written over {source}, or into it, from which it is made. Choose another place."
+            )
 
 
 def local_path(path: Any) -> Path | None:
@@ -179,8 +202,8 @@ def trusts_all_files() -> bool:
     return os.environ.get(TRUST, "0").lower() in ("1", "y", "yes", "true")  # what torch reads as true
 
 
-def check_whole(path: Any, source: Any = None, *, may_be_old: bool = False) -> None:
-    """Refuse a damaged archive, which torch itself would read."""
+def check_whole(path: Any, source: Any = None, *, may_be_old: bool = False, contents: bool = True) -> None:
+    """Refuse a damaged archive, which torch itself would read. Without ``contents``, its tensors are not read."""
     local, source = local_path(path), path if source is None else source
     if local is None and str(path).startswith("http"):
         return
@@ -201,7 +224,7 @@ def check_whole(path: Any, source: Any = None, *, may_be_old: bool = False) -> N
                 "1.6, which cannot be read safely. If you trust it, write it again: "
                 "torch.save(torch.load(path, weights_only=False), path)."
             )
-        broken = _broken(file) if zipfile.is_zipfile(file) else None
+        broken = _broken(file, contents) if zipfile.is_zipfile(file) else None
     if broken:
         raise AdapterFileError(f"{source} is damaged: {broken} cannot be what was written. Use another checkpoint.")
 
@@ -216,7 +239,7 @@ def is_still(path: Path, file: Any) -> bool:
     return os.path.samestat(path.stat(), os.fstat(file.fileno()))
 
 
-def _broken(file: Any) -> str | None:
+def _broken(file: Any, contents: bool) -> str | None:
     """The record of an archive that is not as it was written, or None."""
     size = file.seek(0, os.SEEK_END)
     with zipfile.ZipFile(file) as archive:
@@ -224,7 +247,7 @@ def _broken(file: Any) -> str | None:
         if sum(record.file_size for record in records) > size:
             return "its records"
         folders = (record.filename for record in records if record.is_dir() or record.external_attr & _FOLDER)
-        return next(folders, None) or archive.testzip() or _inflating(archive, size)
+        return next(folders, None) or (archive.testzip() if contents else None) or _inflating(archive, size)
 
 
 _FOLDER = 0x10

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_lora import LoRAConfig, export_peft, inject_adapters, load_adapter, merge_adapters, save_adapter
+from lightning_lora import (
+    LoRAConfig,
+    __version__,
+    export_peft,
+    inject_adapters,
+    load_adapter,
+    merge_adapters,
+    save_adapter,
+)
 from lightning_lora.cli.main import main
 from lightning_lora.storage.formats.own import read_adapter_file, write_adapter_file
 from tests.support.models import LitTiny, randomise, same
@@ -85,13 +95,6 @@ def test_merge_writes_the_merged_model_and_a_line_for_each_warning(
     else:
         merge_adapters(model := adapted(0))
         assert same(dict(sorted(load_file(out).items())), dict(sorted(model.state_dict().items())))
-
-
-@pytest.mark.parametrize("command", ["inspect", "merge", "export", "compare", "combine"])
-def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as done:
-        main([command, "--help"])
-    assert done.value.code == 0 and f"\n  lightning-lora {command} " in capsys.readouterr().out
 
 
 def test_errors_are_one_line_and_a_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,3 +176,43 @@ def test_commands_say_what_a_folder_of_peft_needs(tmp_path: Path, capsys: pytest
             assert main(arguments) == 1
             says = " ".join(capsys.readouterr().err.split())
             assert f"{path} holds adapters of PEFT" in says and "save_adapter(model, 'adapter.safetensors')" in says
+
+
+ESCAPES = "\x1b[31mred\x1b]0;title\x07\u202e\nline"
+
+
+def test_names_in_files_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = type(f"Linear{ESCAPES}[/x]", (nn.Linear,), {})
+    paths = [str(tmp_path / f"{seed}.safetensors") for seed in (1, 2)]
+    for path, targets in zip(paths, ("all-linear", ["plain"]), strict=True):
+        model = nn.ModuleDict({ESCAPES: odd(4, 4), "plain": nn.Linear(4, 4)})
+        inject_adapters(model, LoRAConfig(r=2, target_modules=targets, bias="all"))
+        save_adapter(model, path)
+    shows = (["inspect", paths[0]], ["compare", *paths], ["compare", paths[0], paths[0]], ["inspect", ESCAPES])
+    for arguments in shows:
+        main(arguments)
+        shown = "".join(capsys.readouterr())
+        assert all(each.isprintable() for each in shown.replace("\n", ""))
+        assert r"\x1b[31mred\x1b]0" in "".join(shown.split()).replace("│", "").replace("┃", "")
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+@pytest.mark.parametrize("command", ["inspect", "merge", "export", "compare", "combine"])
+def test_help_fits_the_terminal_and_keeps_the_lines_of_examples(
+    command: str, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    written = import_module(f"lightning_lora.cli.{command}").__doc__ or ""
+    shown, examples = capsys.readouterr().out.splitlines(), re.findall(f"^  lightning-lora {command} .*", written, re.M)
+    assert done.value.code == 0 and examples and [line for line in shown if line in examples] == examples
+    text = shown[shown.index("") : shown.index("positional arguments:")]  # what is above and below is argparse's
+    assert all(len(line) < width for line in text if line not in examples)
+    assert " ".join(written.split()).replace("::", ":") in " ".join(" ".join(shown).split())
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert (done.value.code, capsys.readouterr().out) == (0, f"lightning-lora {__version__}\n")

@@ -1,6 +1,5 @@
 """Files are written whole."""
 
-import ctypes
 import errno
 import os
 import random
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import AdapterFileError, LoRAError, load_adapter, save_adapter
 from lightning_lora.storage.disk import writing
-from tests.support.faults import FORK, adapted, contents, fork, forks, kinds, limit, unchanged
+from tests.support.faults import FORK, adapted, contents, fork, forks, kinds, limit, read_only, unchanged
 from tests.support.models import LitTiny, data, exact, lora, same, state, trainer
 from tests.support.storage import restores
 
@@ -164,17 +163,6 @@ def full(_: Path) -> Iterator[None]:
     limit(1000)
     yield
     limit(-1)
-
-
-@contextmanager
-def read_only(folder: Path) -> Iterator[None]:
-    ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())  # not even for root
-    paths = [*folder.glob("*.*"), folder]
-    for path in paths:
-        path.chmod(0o555)
-    yield
-    for path in paths:
-        path.chmod(0o755)
 
 
 fault = pytest.mark.parametrize("fault", [full, read_only])

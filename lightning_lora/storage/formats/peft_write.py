@@ -22,7 +22,7 @@ from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRALinear
 from lightning_lora.layers.matrices import Role, Settings, weight_factors
 from lightning_lora.model.view import view_of
-from lightning_lora.storage.disk import check_path, writing
+from lightning_lora.storage.disk import check_output, check_path, write_errors, writing
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.formats.peft_config import PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
 from lightning_lora.storage.formats.peft_layers import check_exportable, is_bias, peft_layer
@@ -76,6 +76,8 @@ def export_peft(
     """
     check_path(directory)
     source = _source(model_or_file, root)
+    for name in (PEFT_CONFIG, PEFT_WEIGHTS[0]):
+        check_output(Path(directory) / name, [model_or_file])
     check_exportable(source.stored, source.modules or {}, source.saved)
     updates = _updates(source)
     if uniform:
@@ -323,7 +325,10 @@ def _write(directory: Path, weights: bytes, config: str) -> None:
     is_new = not directory.exists()
     if not is_new and not directory.is_dir():
         raise AdapterFileError(f"{directory} is a file. Pass a directory.")
-    directory.mkdir(exist_ok=True)
+    if is_new and not directory.parent.is_dir():
+        raise FileNotFoundError(f"The folder {directory.parent} does not exist. Make it first.")
+    with write_errors(directory):
+        directory.mkdir(exist_ok=True)
     place, before = directory / PEFT_CONFIG, None
     try:
         with writing(place) as config_part:

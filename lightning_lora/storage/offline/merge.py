@@ -1,6 +1,7 @@
 """Merge adapters into files of the base."""
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Collection
@@ -20,11 +21,11 @@ from lightning_lora.errors import (
 )
 from lightning_lora.model.merged import lost_to_rounding
 from lightning_lora.storage.base import BaseTensor, Comparison, compare
-from lightning_lora.storage.disk import unread_in, writing, writing_folder
+from lightning_lora.storage.disk import check_output, check_path, unread_in, writing, writing_folder
 from lightning_lora.storage.formats.lightning import as_base
 from lightning_lora.storage.names import Renaming, find_renamings, is_inside
 from lightning_lora.storage.offline.layers import besides, layer_on, read_layers
-from lightning_lora.storage.offline.tensor_files import INDEX, TensorFiles, write_tensors
+from lightning_lora.storage.offline.tensor_files import INDEX, TensorFiles, is_dense, write_tensors
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.names import join
 
@@ -35,9 +36,11 @@ def merge_files(base: Path, adapter: Path, out: Path, progress: Callable[[str], 
     The merged model appears when it is complete. It is a folder if the base is one, and may be a checkpoint if the base
     is one; only then are the merged weights held in memory. ``progress`` is called with the name of each tensor.
     """
+    check_path(out)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"The folder {out.parent} does not exist. Make it first.")
     files = TensorFiles(base)
+    check_output(out, [base, adapter, *dict.fromkeys(files.file_of.values())])
     job = _Merge(files, read_layers(adapter), progress)
     job.check()
     if base.is_dir():
@@ -48,16 +51,16 @@ def merge_files(base: Path, adapter: Path, out: Path, progress: Callable[[str], 
         with writing(out) as place:
             job.write(place, job.places, files.metadata(base))
     elif out.suffix == ".ckpt" and files.checkpoint is not None:
-        checkpoint = as_base(files.checkpoint)
-        if unread := unread_in(checkpoint):
+        if unread := unread_in(files.checkpoint):
             raise AdapterFileError(
                 f"{base} holds objects of {listed(dict.fromkeys(unread))}, which are not read, and would be lost in "
                 f"{out}. Name a file that ends in .safetensors, or merge in memory: load_adapter(model, path), then "
                 "save_merged."
             )
-        state = {name: job.merged(name) for name in job.places}
+        state = files.entries | {name: job.merged(name) for name in job.places}
+        is_plain = state.keys() >= files.checkpoint.keys()  # a state dict by itself
         with writing(out) as place:
-            torch.save({**checkpoint, "state_dict": state}, place)
+            torch.save(state if is_plain else {**as_base(files.checkpoint), "state_dict": state}, place)
     else:
         kinds = ".safetensors" if files.checkpoint is None else ".safetensors or .ckpt"
         raise AdapterFileError(f"{out} cannot be written from {base}. Name a file that ends in {kinds}.")
@@ -94,15 +97,18 @@ class _Merge:
         wrong, tied = [], []
         for name, (layer, weight) in self.weights.items():
             shape = self.stored.layers[layer].shapes[weight]
-            if name not in self.files.file_of or tuple(self.files.get(name).shape) != shape:
+            value = self.files.get(name) if name in self.files.file_of else None
+            if value is None or not is_dense(value) or tuple(value.shape) != shape:
                 wrong.append(f"{name} {list(shape)}")
+            elif not value.is_floating_point() or value.element_size() == 1:
+                wrong.append(f"{name} ({value.dtype})")
             if weight in self.stored.layers[layer].tied:
                 tied.append(name)
         if wrong:
             raise AdapterMismatchError(
-                f"{self.files.path} lacks weights that {self.stored.source} adapts, or has them in another shape: "
-                f"{listed(wrong)}. Its names are such as {listed(self.files.file_of)}. Pass the base that the adapters "
-                "were trained on, not quantised."
+                f"{self.files.path} lacks weights that {self.stored.source} adapts, or has them in another shape or a "
+                f"dtype that takes no update: {listed(wrong)}. Its names are such as {listed(self.files.file_of)}. "
+                "Pass the base that the adapters were trained on, not quantised, in float32, bfloat16 or float16."
             )
         if tied:
             raise AdapterMismatchError(
@@ -183,16 +189,47 @@ def _renaming(stored: StoredAdapters, weights: list[str], files: TensorFiles) ->
 
 def _write_folder(job: _Merge, folder: Path) -> None:
     """Write the merged model into an empty folder, divided as the base is, with the base's other files."""
-    base, size = job.files.path, 0
+    base, index, size = job.files.path, job.files.index, 0
     for file in dict.fromkeys(job.places.values()):
         names = [name for name, place in job.places.items() if place == file]
-        size += job.write(folder / file.name, names, job.files.metadata(file))
-    if (base / INDEX).is_file():
-        index: dict[str, Any] = json.loads((base / INDEX).read_text())
-        index["weight_map"] = {name: file.name for name, file in job.places.items()}
-        index["metadata"] = {**index.get("metadata", {}), "total_size": size}
+        size += job.write(_place(folder / file.relative_to(base)), names, job.files.metadata(file))
+    if index is not None:
+        places = {name: file.relative_to(base).as_posix() for name, file in job.places.items()}
+        metadata = index["metadata"] if isinstance(index.get("metadata"), dict) else {}
+        index = {**index, "weight_map": places, "metadata": {**metadata, "total_size": size}}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
-    weights = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".h5")
-    for other in base.iterdir():
-        if other.is_file() and not other.name.endswith(weights):
-            shutil.copy2(other, folder / other.name)
+    if left := _copy_others(base, folder, {*job.places.values(), base / INDEX, Path(job.stored.source)}):
+        warnings.warn(
+            f"{listed(left, 12)} of {base} are not in the merged folder: other weights, links and hidden folders are "
+            "not copied. Copy yourself what the model needs.",
+            LoRAWarning,
+            stacklevel=3,
+        )
+
+
+def _copy_others(base: Path, folder: Path, known: Collection[Path]) -> list[str]:
+    """Copy all files of the base but ``known`` ones. Return what is left out, such as weights without the update."""
+    left = list[Path]()
+    for at, folders, files in os.walk(base):
+        for name in list(folders):
+            if name.startswith(".") or (Path(at) / name).is_symlink():
+                folders.remove(name)
+                left.append(Path(at) / name)
+        for file in map(Path(at).joinpath, files):
+            if not file.is_file() or file.name.lower().endswith(_WEIGHTS):
+                left.append(file)
+            elif file not in known:
+                shutil.copy2(file, _place(folder / file.relative_to(base)))
+    return sorted(str(path.relative_to(base)) for path in left if path not in known)
+
+
+_WEIGHTS = (
+    *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".gguf", ".msgpack", ".onnx", ".onnx_data"),
+    *(".npz", ".keras", ".tflite", ".pb", ".ot", ".nemo"),
+)
+"""The endings of files that hold weights, in any format."""
+
+
+def _place(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

@@ -227,7 +227,7 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(AdapterFileError, match="is a file"):
         export_peft(model, tmp_path / "file")
-    with pytest.raises(FileNotFoundError, match="No such file"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         export_peft(model, tmp_path / "none" / "peft")
     (tmp_path / "odd" / "adapter_model.safetensors").mkdir(parents=True)
     with pytest.raises(AdapterFileError, match="is not a file"):

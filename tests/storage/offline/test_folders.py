@@ -1,0 +1,189 @@
+"""Folders of a base: all that the model needs is in the merged one, and nothing is read beside the folder."""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lightning_lora import AdapterFileError, LoRAConfig, LoRAWarning, inject_adapters, merge_adapters, save_adapter
+from lightning_lora.storage.offline.merge import merge_files
+from lightning_lora.storage.offline.tensor_files import INDEX
+from tests.support.faults import contents
+from tests.support.models import randomise, same, state
+
+
+def divided(folder: Path, files: list[str]) -> dict[str, Tensor]:
+    """Write a base whose eight tensors are in these files, and adapters. Return the merged model's state."""
+    torch.manual_seed(0)
+    base = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    places = dict(zip(base.state_dict(), files, strict=True))
+    for file in places.values():
+        path = folder / "base" / file
+        path.parent.mkdir(exist_ok=True, parents=True)
+        held = {name: value for name, value in base.state_dict().items() if places[name] == file}
+        save_file(held, path, metadata={"format": "pt"})
+    (folder / "base" / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    inject_adapters(base, LoRAConfig(r=2))
+    randomise(base)
+    save_adapter(base, folder / "a.safetensors")
+    merge_adapters(base)
+    return state(base)
+
+
+def merged(folder: Path) -> dict[str, Tensor]:
+    """All tensors that are written, after a look at the index."""
+    merge_files(folder / "base", folder / "a.safetensors", folder / "out")
+    found = {str(path.relative_to(folder / "out")): load_file(path) for path in (folder / "out").rglob("*.safetensors")}
+    if (folder / "out" / INDEX).is_file():
+        places = json.loads((folder / "out" / INDEX).read_text())["weight_map"]
+        assert places == {name: file for file, tensors in found.items() for name in tensors}
+    return {name: value for tensors in found.values() for name, value in tensors.items()}
+
+
+def same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return same(dict(sorted(found.items())), dict(sorted(expected.items())))
+
+
+DIVISIONS = {
+    "one name in three folders": ["a/w.safetensors"] * 3 + ["b/w.safetensors"] * 2 + ["c/w.safetensors"] * 3,
+    "here and below": ["w.safetensors"] * 3 + ["b/w.safetensors"] * 5,
+    "deep": ["a/b/c/w.safetensors"] * 3 + ["a/b/w.safetensors"] * 5,
+}
+
+
+@pytest.mark.parametrize("files", DIVISIONS.values(), ids=DIVISIONS)
+def test_weights_in_folders_of_the_folder_stay_in_their_places(tmp_path: Path, files: list[str]) -> None:
+    expected = divided(tmp_path, files)
+    assert same_tensors(merged(tmp_path), expected)
+    assert {name for name in contents(tmp_path / "out") if "safetensors" in name} == {*files, INDEX}
+
+
+def test_a_tensor_that_the_index_leaves_out_is_kept(tmp_path: Path) -> None:
+    expected = divided(tmp_path, ["w.safetensors"] * 8)
+    index = json.loads((tmp_path / "base" / INDEX).read_text())
+    del index["weight_map"]["3.bias"]
+    (tmp_path / "base" / INDEX).write_text(json.dumps(index))
+    assert same_tensors(merged(tmp_path), expected)
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_all_other_files_are_copied_and_what_is_not_is_named(tmp_path: Path, has_index: bool) -> None:
+    expected, base = divided(tmp_path, ["model.safetensors"] * 8), tmp_path / "base"
+    if not has_index:
+        (base / INDEX).unlink()
+    kept = ["config.json", "tok/vocab.txt", "1_Pooling/config.json", ".gitattributes", "spiece.model"]
+    left = ["vision.safetensors", "old.pth", "q.GGUF", "pytorch_model.bin", "2_Dense/w.pt", "v.safetensors.index.json"]
+    for name in (*kept, *left, ".cache/x"):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(name)
+    with pytest.warns(LoRAWarning, match=r"of .*base are not in the merged folder.*Copy yourself") as told:
+        assert same_tensors(merged(tmp_path), expected)
+    (warning,) = told
+    assert all(repr(name) in str(warning.message) for name in (*left, ".cache"))
+    assert not [name for name in kept if name in str(warning.message)] and warning.filename == __file__
+    found = contents(tmp_path / "out")
+    assert found.keys() - {"model.safetensors", INDEX} == {*kept}
+    assert all(found[name] == name.encode() for name in kept)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links and pipes")
+def test_links_to_files_are_followed_and_nothing_else_is(tmp_path: Path) -> None:
+    """The cache of the hub holds links to files."""
+    expected, base = divided(tmp_path, ["w.safetensors"] * 8), tmp_path / "base"
+    (base / "w.safetensors").rename(tmp_path / "blob")
+    (base / "w.safetensors").symlink_to("../blob")
+    (tmp_path / "text").write_text("text")
+    (base / "config.json").symlink_to("../text")
+    (base / "around").symlink_to(base)
+    (base / "nothing.txt").symlink_to("gone")
+    os.mkfifo(base / "pipe")
+    with pytest.warns(LoRAWarning, match=r"'around', 'nothing.txt', 'pipe' of "):
+        assert same_tensors(merged(tmp_path), expected)
+    assert contents(tmp_path / "out").keys() == {"w.safetensors", "config.json", INDEX}
+    assert not (tmp_path / "out" / "config.json").is_symlink()
+
+
+def test_a_folder_with_adapters_in_it_is_merged_without_a_word(tmp_path: Path) -> None:
+    expected = divided(tmp_path, ["w.safetensors"] * 8)
+    (tmp_path / "a.safetensors").rename(tmp_path / "base" / "a.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge_files(tmp_path / "base", tmp_path / "base" / "a.safetensors", tmp_path / "out")
+    assert same_tensors(load_file(tmp_path / "out" / "w.safetensors"), expected)
+
+
+# An index that is damaged, or means harm
+
+
+def naming(file: object) -> Callable[[Path], bytes]:
+    def text(base: Path) -> bytes:
+        index = json.loads((base / INDEX).read_text())
+        index["weight_map"] |= dict.fromkeys(index["weight_map"], file(base) if callable(file) else file)
+        return json.dumps(index).encode()
+
+    return text
+
+
+def pipe(base: Path) -> str:
+    os.mkfifo(base / "pipe.safetensors")
+    return "pipe.safetensors"
+
+
+ODD: dict[str, tuple[Callable[[Path], bytes], str]] = {
+    "empty": (lambda _: b"", "is damaged"),
+    "no JSON": (lambda _: b"{", "is damaged"),
+    "no text": (lambda _: b"\xff\xfe\xfa", "is damaged"),
+    "deep": (lambda _: b"[" * 200_000, "is damaged"),
+    "list": (lambda _: b"[]", "is damaged"),
+    "no map": (lambda _: b"{}", "is damaged"),
+    "list as map": (lambda _: b'{"weight_map": []}', "is damaged"),
+    "number as map": (lambda _: b'{"weight_map": NaN}', "is damaged"),
+    "number": (naming(1), "is damaged"),
+    "null": (naming(None), "is damaged"),
+    "above": (naming("../w.safetensors"), "names '../w.safetensors'"),
+    "down and up": (naming("a/../../w.safetensors"), "names"),
+    "absolute": (naming(lambda base: str(base.parent / "w.safetensors")), "names"),
+    "absent": (naming("gone.safetensors"), "names 'gone.safetensors'"),
+    "folder": (naming("."), "names"),
+    "nothing": (naming(""), "names ''"),
+    "NUL": (naming("a\0b"), "names"),
+    "long": (naming("a" * 5000), "names"),
+    **({} if sys.platform == "win32" else {"pipe": (naming(pipe), "names 'pipe.safetensors'")}),
+}
+
+
+@pytest.mark.parametrize(("text", "says"), ODD.values(), ids=ODD)
+def test_an_index_that_is_damaged_or_leads_elsewhere_is_refused(tmp_path: Path, text: Any, says: str) -> None:
+    divided(tmp_path, ["w.safetensors"] * 8)
+    save_file(load_file(tmp_path / "base" / "w.safetensors"), tmp_path / "w.safetensors")
+    (tmp_path / "base" / INDEX).write_bytes(text(tmp_path / "base"))
+    with pytest.raises(AdapterFileError, match=rf"(?s)index\.json {says}.*(Get the base again|Get all files)"):
+        merged(tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("metadata", [[], None, 1, {"total_size": 1, "more": "x"}], ids=str)
+def test_what_an_index_says_besides_is_kept_if_it_has_its_form(tmp_path: Path, metadata: Any) -> None:
+    expected, path = divided(tmp_path, ["w.safetensors"] * 8), tmp_path / "base" / INDEX
+    path.write_text(json.dumps({**json.loads(path.read_text()), "metadata": metadata}))
+    assert same_tensors(merged(tmp_path), expected)
+    kept = metadata if isinstance(metadata, dict) else {}
+    size = sum(value.nbytes for value in expected.values())
+    assert json.loads((tmp_path / "out" / INDEX).read_text())["metadata"] == {**kept, "total_size": size}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes")
+@pytest.mark.parametrize("name", ["pipe.safetensors", "pipe.ckpt"])
+def test_a_pipe_as_base_is_refused(tmp_path: Path, name: str) -> None:
+    divided(tmp_path, ["w.safetensors"] * 8)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(AdapterFileError, match="is not a file"):
+        merge_files(tmp_path / name, tmp_path / "a.safetensors", tmp_path / "out.safetensors")
