@@ -72,10 +72,6 @@ class AdapterState:
         for name, value in values.items():
             self.originals[name] = copy_to_host(value)
 
-    def forget_originals(self) -> None:
-        """The base may have been loaded since: what the model holds now is the base."""
-        self.originals = {}
-
 
 @dataclass
 class Merge:

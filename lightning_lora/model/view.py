@@ -230,10 +230,8 @@ def view_of(model: nn.Module) -> View:
 # The base's values of what training may change
 
 
-def keep_originals(view: View, *, anew: bool = False) -> None:
-    """Copy to CPU memory the values that training may change. Values that were copied before are kept, or made anew."""
-    if anew:
-        view.adapter.forget_originals()
+def keep_originals(view: View) -> None:
+    """Copy to CPU memory the values that training may change. Values that were copied before are kept."""
     changing = {**view.trained, **view.buffers}
     changing |= {name: view.base[name] for name in view.adapter.originals if name in view.base}  # replaced by a file's
     view.adapter.keep_originals(changing)

@@ -12,9 +12,11 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge, unmerge
 from lightning_lora.model.merged import check_own, is_as_merged
-from lightning_lora.model.state import find_record, keep_record, receive
-from lightning_lora.model.view import View, keep_originals, view_of
+from lightning_lora.model.state import find_record, keep_record, receive, records_in
+from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.base import note_changed
+from lightning_lora.tensors.names import join
+from lightning_lora.tensors.values import Seen
 from lightning_lora.training.compatibility import copy_adapted, loads_in_hooks
 from lightning_lora.training.gradients import Dropout
 
@@ -32,8 +34,8 @@ class Phase(Enum):
 class Stage:
     """One stage: how the module came, how far the stage is, and what gives the module back as it came (``undo``).
 
-    ``resumed`` holds the random states and loops of a checkpoint. ``averages_gradients`` is False while a sharded
-    module's backward pass only accumulates.
+    ``seen`` holds the tensors that have a base value, as they came. ``resumed`` holds the random states and loops of a
+    checkpoint. ``averages_gradients`` is False while a sharded module's backward pass only accumulates.
     """
 
     config: LoRAConfig
@@ -42,6 +44,7 @@ class Stage:
     is_fit: bool = False
     callbacks: list[Callback] = field(default_factory=list)
     came: Literal["plain", "adapted", "merged"] = "plain"
+    seen: dict[str, Seen] = field(default_factory=dict)
     phase: Phase = Phase.SET_UP
     undo: ExitStack = field(default_factory=ExitStack)
     dropout: Dropout = field(default_factory=Dropout)
@@ -60,6 +63,13 @@ class Stage:
         if unmerge(pl_module):
             self.came = "merged"
             self.undo.callback(merge, pl_module)
+        view = View(pl_module)
+        present = {**view.parameters, **view.buffers}
+        for prefix, inner in records_in(view.modules).items():
+            for name, original in inner.adapter.originals.items():
+                if not original.is_meta and (whole := join(prefix, name)) in present:
+                    self.seen[whole] = Seen(present[whole])
+        if self.came == "merged":
             return
         if record is not None and find_record(pl_module) is None:  # its weights were changed: they are a new base
             self.undo.callback(keep_record, pl_module, record)
@@ -77,16 +87,18 @@ class Stage:
         self.config = config
         if find_record(pl_module) is None or self.came != "plain":
             return False
-        if self._is_base_open(pl_module):  # the module's hooks may have loaded it since the adapters were added
-            view_of(pl_module).adapter.forget_originals()
+        self._take_base(pl_module)
         remove_adapters(pl_module)
         return True
 
-    def _is_base_open(self, pl_module: LightningModule) -> bool:
-        """Whether nothing was trained or loaded yet, so that weights from the module's hooks become the base."""
-        record = find_record(pl_module)
-        is_trained = record is not None and record.adapter.is_trained
-        return self.phase is Phase.SET_UP and not is_trained and View(pl_module).is_fresh()
+    def _take_base(self, pl_module: LightningModule) -> None:
+        """What the module's hooks have changed in this stage is the base, unless something was trained or loaded."""
+        view = view_of(pl_module)
+        if self.phase is not Phase.SET_UP or view.adapter.is_trained or not view.is_fresh():
+            return
+        for name, tensor in view.kept.items():
+            if name not in self.seen or not self.seen[name].is_still(tensor):
+                view.adapter.set_base_values({name: tensor})
 
     def adapts(self, pl_module: LightningModule, *, for_file: bool = False) -> bool:
         """Whether the module gets or has adapters. An evaluation adds none to a plain module, unless for a file."""
@@ -103,8 +115,7 @@ class Stage:
         if self.phase is not Phase.SET_UP:  # the callbacks' averages and the base are those of a checkpoint
             return
         copy_adapted(self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced)
-        if self._is_base_open(pl_module):
-            keep_originals(view_of(pl_module), anew=True)
+        self._take_base(pl_module)
 
     def end(self, pl_module: LightningModule) -> None:
         """Merge again, if the stage trained nothing."""

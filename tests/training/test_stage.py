@@ -266,6 +266,91 @@ def test_a_head_that_trained_beside_fresh_adapters_is_not_the_base_of_the_next_s
     assert same(state(model), state(LitTiny()))
 
 
+def add(model: Any) -> None:
+    model.head.weight.data.add_(1)
+
+
+def train_alone(model: Any) -> None:
+    model.head.weight.sum().backward()
+    adam(model.head.parameters()).step()
+
+
+def put_another(model: Any) -> None:
+    model.head.weight = nn.Parameter(model.head.weight.detach() + 1)
+
+
+def load_part(model: Any) -> None:
+    model.head.load_state_dict({name: value + 1 for name, value in model.head.state_dict().items()})
+
+
+def add_and_merge(model: Any) -> None:
+    add(model)
+    ll.merge_adapters(model)
+
+
+@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
+@pytest.mark.parametrize("change", [add, train_alone, put_another, load_part, add_and_merge])
+@pytest.mark.parametrize("stage", ["validate", "predict", "fit"])
+def test_a_head_that_other_code_has_changed_is_not_the_base_of_the_next_stage(
+    tmp_path: Path, stage: str, change: Callable[[Any], None]
+) -> None:
+    model = TrainsItsHead()
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["head"]))
+    change(model)
+    head = model.head.weight.detach().clone()
+    getattr(trainer(tmp_path, [lora(merge=False)], max_epochs=1), stage)(model, data())
+    assert not torch.equal(head, LitTiny().head.weight) and torch.equal(head, model.head.weight) is (stage != "fit")
+    ll.unmerge_adapters(model)
+    with ll.disable_adapters(model):
+        assert torch.equal(model.head.weight, LitTiny().head.weight)
+    ll.remove_adapters(model)
+    assert same(state(model), state(LitTiny()))
+
+
+def test_a_changed_head_inside_an_adapted_part_is_not_the_base_of_the_next_stage(tmp_path: Path) -> None:
+    class Whole(LitTiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.ModuleDict({"q": self.q_proj, "head": self.head})
+
+    model, options = Whole(), {"target_modules": ["q_proj"]}
+    ll.inject_adapters(model.body, ll.LoRAConfig(r=2, target_modules=["q"], modules_to_save=["head"]))
+    add(model)
+    outcome(trainer(tmp_path, [lora(**options)]), "validate", model)
+    ll.remove_adapters(model)
+    assert torch.equal(model.head.weight, LitTiny().head.weight)
+
+
+class LoadsItsHead(LitTiny):  # whose weights come in a hook
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.zeros(1))
+
+    def setup(self, stage: str) -> None:
+        with torch.no_grad():
+            self.head.weight.fill_(0.5)
+        self.scale = torch.ones(1)
+
+
+@pytest.mark.parametrize("begin", ["plain", "adapted", "changed", "ckpt"])
+@pytest.mark.parametrize("stage", ["validate", "fit"])
+def test_what_hooks_load_in_a_stage_is_the_base(tmp_path: Path, stage: str, begin: str) -> None:
+    model, t = LoadsItsHead(), trainer(tmp_path, [ll.LoRACallback(merge=False)], max_epochs=1)
+    path = tmp_path / "a.ckpt" if begin == "ckpt" else None
+    if path:
+        fit(tmp_path, lora(merge=False), model=LoadsItsHead())[1].save_checkpoint(path)
+        t = trainer(tmp_path, [ll.LoRACallback(merge=False)], max_epochs=3)
+    if begin in ("adapted", "changed"):
+        ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["head"]))
+    if begin == "changed":
+        add(model)
+    getattr(t, stage)(model, data(), ckpt_path=path)
+    if not is_plain(model):
+        ll.remove_adapters(model)
+    assert (begin, stage) == ("plain", "fit") or (model.head.weight == 0.5).all()
+    assert (model.scale == 1).all()
+
+
 # An evaluation with nothing to load adds nothing
 
 STAGES = ["validate", "test", "predict"]
