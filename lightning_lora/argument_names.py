@@ -10,35 +10,26 @@ from lightning_lora.errors import ConfigError
 
 _Class = TypeVar("_Class", bound=type)
 
-_NEEDLESS = "leave it out: nothing here depends on it"
-_EXPRESSION = r"give target_modules an expression, such as r'.*layers\.(8|9)\..*_proj'"
-_TARGETS = "it is target_modules here"
-_RATE = "your configure_optimizers sets it"
-_OF_CALLBACK = "it is an argument of LoRACallback"
 ELSEWHERE = {
     "rank": "it is r here",
-    "targets": _TARGETS,
-    "target_layers": _TARGETS,
     "scaling": "set alpha: the scaling is alpha / r",
-    "lr": _RATE,
-    "learning_rate": _RATE,
-    "merge": _OF_CALLBACK,
-    "save": _OF_CALLBACK,
-    "pack_base": _NEEDLESS,
     "init_lora_weights": "it is init here, one of 'kaiming', 'gaussian', 'pissa', 'olora'",
-    "task_type": _NEEDLESS,
-    "peft_type": _NEEDLESS,
-    "inference_mode": _NEEDLESS,
-    "base_model_name_or_path": _NEEDLESS,
-    "fan_in_fan_out": _NEEDLESS,
-    "layers_to_transform": _EXPRESSION,
-    "layers_pattern": _EXPRESSION,
     "trainable_token_indices": "name the embedding in modules_to_save: all its rows train",
     "ensure_weight_tying": "leave it out: a tied weight in modules_to_save stays tied",
     "lora_bias": "set bias='lora_only' to train the biases of the adapted layers",
     "layer_replication": "repeat the layers in your model first",
-    "loftq_config": "it is not available here",
-    "use_qalora": "it is not available here",
+    **dict.fromkeys(("targets", "target_layers"), "it is target_modules here"),
+    **dict.fromkeys(("lr", "learning_rate"), "your configure_optimizers sets it"),
+    **dict.fromkeys(("merge", "save"), "it is an argument of LoRACallback"),
+    **dict.fromkeys(("loftq_config", "use_qalora"), "it is not available here"),
+    **dict.fromkeys(
+        ("layers_to_transform", "layers_pattern"),
+        r"give target_modules an expression, such as r'.*layers\.(8|9)\..*_proj'",
+    ),
+    **dict.fromkeys(
+        ("pack_base", "task_type", "peft_type", "inference_mode", "base_model_name_or_path", "fan_in_fan_out"),
+        "leave it out: nothing here depends on it",
+    ),
 }
 """Arguments of PEFT's LoraConfig and others that have another name here, or none, and what to do."""
 

@@ -1,11 +1,12 @@
 """The update ΔW: compute it, merge it, apply DoRA's magnitudes."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from lightning_lora.functional.blocks import row_blocks
+_ON_CPU, _ON_DEVICE = 1 << 18, 1 << 26  # elements of a block, whose intermediate results stay in the cache
 
 
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -47,6 +48,14 @@ def merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tu
         values[rows] = effective
         norms.append(torch.stack([effective.sub_(values[rows]).norm(), size]))
     return values, _share(norms)
+
+
+def row_blocks(matrix: Tensor) -> Iterator[slice]:
+    """Yield the rows of a matrix in blocks. In float32, each has a megabyte on a CPU, 256 megabytes elsewhere."""
+    rows, width = matrix.shape
+    step = max(1, (_ON_CPU if matrix.device.type == "cpu" else _ON_DEVICE) // max(1, width))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
 
 
 def lost_share(weight: Tensor, effective: Tensor, merged: Tensor) -> float:

@@ -33,6 +33,9 @@ HAS_UPDATE = "has_lora_update"
 """A note on a layer in a state dict, beside torch's own: an update is merged into its weights."""
 
 
+_OF_ADAPTER = ("lora_settings", "lora_matrices", "lora_init_digests", "lora_enabled", "lora_step")
+
+
 class Step:
     """Whether a Trainer's training step runs: then dropout acts in any mode. A copy of the layer is in no step."""
 
@@ -183,26 +186,21 @@ class LoRALayer(LayerKind):
 
     def lora_detach(self) -> Adapter:
         """Remove the adapter from the layer, which has its class and its state dict keys of before again."""
-        state = self.__dict__
-        parameters = self.lora_parameters()
-        for name in parameters:
+        adapter = self._lora_adapter()
+        for name in (*adapter.parameters, *_OF_ADAPTER):
             delattr(self, name)
-        del state["lora_enabled"], state["lora_step"]
-        adapter = Adapter(
-            kind=self.overlaid[0],
-            settings=state.pop("lora_settings"),
-            matrices=state.pop("lora_matrices"),
-            parameters=parameters,
-            init_digests=state.pop("lora_init_digests"),
-        )
         uncover(self)
         return adapter
+
+    def _lora_adapter(self) -> Adapter:
+        kind, parameters = self.overlaid[0], self.lora_parameters()
+        return Adapter(kind, self.lora_settings, self.lora_matrices, parameters, self.lora_init_digests)
 
     # Initialisation
 
     def lora_initialise(self) -> None:
         """Initialise the adapter again, with an update of zero."""
-        adapter = Adapter(type(self), self.lora_settings, self.lora_matrices, self.lora_parameters())
+        adapter = self._lora_adapter()
         initialise(self, adapter)
         self.lora_init_digests = adapter.init_digests
 

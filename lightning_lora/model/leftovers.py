@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from torch import nn
 
@@ -11,14 +10,6 @@ from lightning_lora.model.view import View
 from lightning_lora.targets.lookup import AUTOMATIC, Names, is_computed, why_not
 from lightning_lora.targets.select import automatic_targets
 from lightning_lora.tensors.names import owner_of, starts_of
-
-
-class LeftAlone(NamedTuple):
-    """Layers that could be adapted, but are not: names, classes (the most frequent first), share of all weights."""
-
-    layers: list[str]
-    kinds: list[str]
-    share: float
 
 
 def left_trainable(view: View) -> list[str]:
@@ -51,8 +42,11 @@ def left_computed(view: View) -> list[str]:
     return [name for name in layers if by_user.isdisjoint(starts_of(name))]
 
 
-def left_alone(view: View) -> LeftAlone:
-    """Return what ``"all"`` would adapt and ``"all-linear"`` does not, but embeddings, and what the user left out."""
+def left_alone(view: View) -> tuple[list[str], list[str], float]:
+    """Return what ``"all"`` would adapt and ``"all-linear"`` does not, but embeddings, and what the user left out.
+
+    It is the layers' names, their classes (the most frequent first), and their share of all weights.
+    """
     found: dict[str, nn.Module] = {}
     if view.config.target_modules == "all-linear":
         names = Names(view.model)
@@ -67,7 +61,7 @@ def left_alone(view: View) -> LeftAlone:
     layers = list(dict.fromkeys(map(owner_of, weights)))
     kinds = Counter(type(found[name]).__name__ for name in layers)
     share = _size(view, weights) / max(_size(view, view.base), 1)
-    return LeftAlone(layers, [kind for kind, _ in kinds.most_common()], share)
+    return layers, [kind for kind, _ in kinds.most_common()], share
 
 
 def _size(view: View, names: Iterable[str]) -> int:

@@ -34,10 +34,14 @@ def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Map
         view.adapter.set_base_values(_loaded(view, given, _statistics(view)))
     if adapters or not any(frozen):
         return False  # only what trains: not a base
-    if not view.is_fresh():
-        is_merged = HAS_UPDATE in notes or _holds_updates(view, given)
-        warnings.warn(_what_happens(model, is_merged=is_merged), LoRAWarning, stacklevel=6)
-        for layer in view.layers.values() if is_merged else ():
+    if not view.is_fresh() and (HAS_UPDATE in notes or _holds_updates(view, given)):
+        warnings.warn(
+            f"The weights loaded into {type(model).__name__} hold merged updates. They are its base now, and its "
+            "adapters begin anew. To go on with the adapters of the file, call load_adapter(model, path) instead.",
+            LoRAWarning,
+            stacklevel=6,
+        )
+        for layer in view.layers.values():
             layer.lora_initialise()
     record.base_was_loaded(given, _loaded(view, given, view.adapter.originals))
     return False
@@ -49,19 +53,6 @@ def _holds_updates(view: View, given: Mapping[str, Any]) -> bool:
     same = {name: isinstance(given.get(name), Tensor) and same_bits(p, given[name]) for name, p in view.frozen.items()}
     rest = [is_same for name, is_same in same.items() if name not in adapted]
     return bool(rest) and all(rest) and not all(same.values())
-
-
-def _what_happens(model: nn.Module, *, is_merged: bool) -> str:
-    title = type(model).__name__
-    if is_merged:
-        return (
-            f"The weights loaded into {title} hold merged updates. They are its base now, and its adapters begin anew. "
-            "To go on with the adapters of the file, call load_adapter(model, path) instead."
-        )
-    return (
-        f"A state of the base was loaded into {title}, and its adapters stay as they are, trained. Call "
-        "remove_adapters(model) before loading, to start anew."
-    )
 
 
 def _without_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, LoRAWarning, listed
-from lightning_lora.layers import Adapter, LoRALayer
+from lightning_lora.layers import Adapter
 from lightning_lora.model import attach
 from lightning_lora.model.merged import check_as_merged, is_as_merged, warn_of_divergence, warn_of_merge
 from lightning_lora.model.sending import delete_sent
@@ -108,8 +108,8 @@ def merge(model: nn.Module) -> tuple[dict[str, float], list[str]]:
     lost: dict[str, float] = {}
     with ExitStack() as undo:
         undo.callback(lambda: attach.freeze(View(model)))
-        for name, layer in view.layers.items():
-            lost[name] = _merge_layer(view.record, name, layer, tied[name], bases[name], undo)
+        for name in view.layers:
+            lost[name] = _merge_layer(view, name, tied[name], bases[name], undo)
         _weights_have_changed(view)
         now = View(model)
         attach.unfreeze(now)  # tied weights have new parameters
@@ -131,7 +131,7 @@ def _merge_for_good(model: nn.Module) -> tuple[dict[str, float], list[str]]:
         sizes = {name: own_parameter(layer, layer.lora_weights()[0]).numel() for name, layer in view.layers.items()}
         for name in sorted(sizes, key=sizes.__getitem__, reverse=True):  # if memory is short, the first one fails
             layer = view.layers[name]
-            lost[name] = _merge_layer(view.record, name, layer, tied[name])
+            lost[name] = _merge_layer(view, name, tied[name])
             layer.lora_weights_changed()
             layer.lora_detach()
             view.adapter.set_layers(other for other in view.adapter.layers if other != name)
@@ -168,18 +168,13 @@ def spread_ties(view: View) -> list[str]:
 
 
 def _merge_layer(
-    record: Record,
-    name: str,
-    layer: LoRALayer,
-    tied: list[str],
-    bases: dict[str, Tensor] | None = None,
-    undo: ExitStack | None = None,
+    view: View, name: str, tied: list[str], bases: dict[str, Tensor] | None = None, undo: ExitStack | None = None
 ) -> float:
     """Set a layer's weights to ``W + ΔW``, and return the largest share of an update that is lost to rounding.
 
     For weights in ``tied`` it gets new parameters. ``bases`` gets the base's values; without ``undo``, none are kept.
     """
-    values, shares = {}, []
+    layer, values, shares = view.layers[name], {}, []
     with torch.inference_mode(False), torch.no_grad():
         for weight in layer.lora_weights():  # compute all first, so that an error changes nothing
             values[weight], share = layer.lora_merged_weight(weight)
@@ -195,7 +190,7 @@ def _merge_layer(
                 if undo is not None:
                     base = set_aside(own)  # saves GPU memory
                     undo.callback(_put_back, own, base, own.device)
-                    record.base_was_copied(join(name, weight), own, base)
+                    view.record.base_was_copied(join(name, weight), own, base)
                 replace_values(own, merged)
             if bases is not None:
                 bases[weight] = base
@@ -266,7 +261,7 @@ def unmerge(model: nn.Module) -> bool:
     if record is None or record.merge is None:
         return False
     record_of(model)  # refuses a model whose adapters are disabled
-    if not is_as_merged(model, record):
+    if not is_as_merged(model):
         forget_record(model)
         warnings.warn(
             f"The weights of {type(model).__name__} were replaced after its adapters were merged into them: they are "

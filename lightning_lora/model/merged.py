@@ -8,22 +8,19 @@ import torch
 from torch import nn
 
 from lightning_lora.errors import AdapterStateError, LoRAWarning, MergePrecisionWarning, listed
-from lightning_lora.layers import Adapter, LoRALayer, attach
-from lightning_lora.model.state import Merge, Record, receive, record_of
+from lightning_lora.layers import LoRALayer, attach
+from lightning_lora.model.state import Merge, find_record, receive, record_of
 from lightning_lora.model.view import View
 from lightning_lora.tensors.digests import digest
-from lightning_lora.tensors.names import join, named_modules, named_parameters, parameters_of
+from lightning_lora.tensors.names import join
 from lightning_lora.tensors.shards import agreed, is_dtensor
 from lightning_lora.tensors.values import replace_values
 
 
 def check_as_merged(model: nn.Module) -> None:
     """Raise an error if a merged model's weights have changed, or if the model has no adapters."""
-    record = record_of(model)
-    if is_as_merged(model, record):
-        return
-    newer = receive(model)  # of a later fit in other processes
-    if newer is None or not is_as_merged(model, newer):
+    record_of(model)
+    if not is_as_merged(model) and not (receive(model) and is_as_merged(model)):  # of a later fit in other processes
         raise AdapterStateError(
             f"The weights of {type(model).__name__} were changed since its adapters were merged into them (replaced, "
             "trained, or converted in a way that cannot be repeated), so that neither its base nor its adapters can be "
@@ -31,64 +28,56 @@ def check_as_merged(model: nn.Module) -> None:
         )
 
 
-def is_as_merged(model: nn.Module, record: Record) -> bool:
+def is_as_merged(model: nn.Module) -> bool:
     """Whether a merged model still has its merged weights, perhaps moved or converted. True if it is not merged.
 
     Collective for a merged model that is spread over processes: if one process sees a change, all do.
     """
-    if record.merge is None:
+    record = find_record(model)
+    if record is None or record.merge is None:
         return True
-    parameters = list(named_parameters(model).values())
-    return not any(agreed([not _is_as_merged_here(model, record.merge)], parameters))
+    view = View(model)
+    return not any(agreed([not _is_as_merged_here(view, record.merge)], list(view.parameters.values())))
 
 
-def check_own(model: nn.Module, modules: Mapping[str, nn.Module], merged: Mapping[str, Adapter]) -> None:
+def check_own(view: View) -> None:
     """Refuse merged layers that another model shares, and whose adapters are on them."""
-    taken = [name for name in merged if isinstance(modules.get(name), LoRALayer)]
+    taken = [name for name in view.record.merged if isinstance(view.modules.get(name), LoRALayer)]
     if taken:
         raise AdapterStateError(
-            f"{listed(taken)} of {type(model).__name__} have the adapters of another model that shares them, and "
+            f"{listed(taken)} of {type(view.model).__name__} have the adapters of another model that shares them, and "
             "cannot get their own back. Call remove_adapters on that model first, or give each model layers of its own."
         )
 
 
-def _is_as_merged_here(model: nn.Module, merge: Merge) -> bool:
+def _is_as_merged_here(view: View, merge: Merge) -> bool:
     """Whether the weights are as merged. Of spread ones, those of this process are."""
-    modules = named_modules(model, remove_duplicate=False)
-    check_own(model, modules, merge.adapters)
-    parameters = parameters_of(modules)
+    check_own(view)
     for name, seen in merge.others.items():
-        if name not in parameters or not seen.is_alike(parameters[name]):
+        if name not in view.parameters or not seen.is_alike(view.parameters[name]):
             return False
-    present = set(map(id, parameters.values()))
-    return all(_is_layer_as_merged(merge, name, modules, parameters, present) for name in merge.adapters)
+    return all(_is_layer_as_merged(view, merge, name) for name in merge.adapters)
 
 
-def _is_layer_as_merged(
-    merge: Merge,
-    name: str,
-    modules: Mapping[str, nn.Module],
-    parameters: Mapping[str, nn.Parameter],
-    present: set[int],
-) -> bool:
+def _is_layer_as_merged(view: View, merge: Merge, name: str) -> bool:
     adapter, is_still, weights = merge.adapters[name], True, dict[str, nn.Parameter]()
     for weight, base in adapter.bases.items():
         key = join(name, weight)
-        if key not in parameters:  # prune or weight_norm computes it
+        if key not in view.parameters:  # prune or weight_norm computes it
             return False
-        value = weights[weight] = parameters[key]
+        value = weights[weight] = view.parameters[key]
         if key in merge.tied:  # its other use must still be there
-            if id(base) not in present or base.dtype != value.dtype or base.device != value.device:
+            is_present = any(base is p for p in view.parameters.values())
+            if not is_present or base.dtype != value.dtype or base.device != value.device:
                 return False
             is_still = is_still and merge.tied[key].is_still(base)
         is_still = is_still and merge.weights[key].is_still(value)
-    return is_still or _is_merged_anew(merge, modules[name], name, adapter, weights)
+    return is_still or _is_merged_anew(merge, name, view.modules[name], weights)
 
 
-def _is_merged_anew(
-    merge: Merge, layer: nn.Module, name: str, adapter: Adapter, weights: Mapping[str, nn.Parameter]
-) -> bool:
+def _is_merged_anew(merge: Merge, name: str, layer: nn.Module, weights: Mapping[str, nn.Parameter]) -> bool:
     """Whether a layer's weights are what a merge gives, perhaps converted: merge again, and compare."""
+    adapter = merge.adapters[name]
     if any(weight.is_meta or is_dtensor(weight) for weight in weights.values()):
         return False
     shown = {weight: value.data for weight, value in weights.items()}

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import util
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -27,8 +27,6 @@ from torch import nn
 from lightning_lora.errors import LoRAWarning
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import named_parameters
-
-_Record = TypeVar("_Record")
 
 _FOLDER = "LIGHTNING_LORA_MEMORY"
 """The environment variable with the folder's path, which worker processes inherit."""
@@ -112,7 +110,7 @@ def _load(path: Path, *, mmap: bool = True) -> dict[str, Any]:
     return entry
 
 
-def receive(model: nn.Module, build: Callable[[Any], _Record]) -> _Record | None:
+def receive(model: nn.Module, build: Callable[[Any], Any]) -> Any:
     """Return the record that was sent for this model's weights, as ``build`` makes it, or None."""
     for path in _about(model):
         record = build(_load(path, mmap=False)["record"])

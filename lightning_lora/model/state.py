@@ -350,7 +350,7 @@ def send(model: nn.Module) -> None:
 
 def receive(model: nn.Module) -> Record | None:
     """Set the record that a fit in another process has sent for exactly this model's weights, if there is one."""
-    record = sending.receive(model, _with_classes)
+    record: Record | None = sending.receive(model, _with_classes)
     if record is not None:
         keep_record(model, record)
     return record

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError, MergePrecisionWarning, listed
-from lightning_lora.model.merge import quantised_layers, spread_ties, tied_weights
+from lightning_lora.model.merge import check_mergeable, quantised_layers, tied_weights
 from lightning_lora.model.merged import lost_to_rounding
 from lightning_lora.model.state import send
 from lightning_lora.model.view import View
@@ -35,42 +35,32 @@ def check_arguments(trainer: Trainer, merge: object, *, was_adapted: bool) -> No
 def check_weights(trainer: Trainer, pl_module: LightningModule, merge: object, save: str) -> None:
     """Refuse weights that no update can be merged into."""
     view = View(pl_module)
-    quantised = quantised_layers(view)
     tied = [name for name, weights in tied_weights(view).items() if weights]
     if save == "model":
-        _check_files(view, quantised, tied)
+        _check_files(view, tied)
     if not merge:
         return
-    for names, why in (
-        (
-            quantised,
-            "the weights of {} are quantised. Set merge=False: then the adapters stay on their layers, and every "
-            "checkpoint holds them.",
-        ),
-        (
-            tied if returns_state_only(trainer) else [],
-            "a weight of {} and another layer's are one tied weight, and a merge changes only one use of it. The "
-            "processes of this strategy send back a state dict, which cannot hold both. Use strategy='ddp', or leave "
-            "the layer out with exclude_modules.",
-        ),
-        (
-            spread_ties(view),
-            "a weight of {} is tied to another layer, and FSDP2 keeps them one weight. Leave the layer out with "
-            "exclude_modules. Or set merge=False, and merge the file into the model on one device.",
-        ),
-    ):
-        if names:
-            raise ConfigError(f"merge={merge!r} is not possible: {why.format(listed(names))}")
+    try:
+        check_mergeable(view)
+    except LoRAError as error:
+        stay = "Or set merge=False: then the adapters stay on their layers, and every checkpoint holds them."
+        raise ConfigError(f"merge={merge!r} is not possible. {error} {stay}") from error
+    if tied and returns_state_only(trainer):
+        raise ConfigError(
+            f"merge={merge!r} is not possible: a weight of {listed(tied)} and another layer's are one tied weight, and "
+            "a merge changes only one use of it. The processes of this strategy send back a state dict, which cannot "
+            "hold both. Use strategy='ddp', or leave the layer out with exclude_modules."
+        )
 
 
-def _check_files(view: View, quantised: list[str], tied: list[str]) -> None:
+def _check_files(view: View, tied: list[str]) -> None:
     """Refuse files of the merged model that could not be written, or would be read wrongly."""
     spread = [name for name, p in view.parameters.items() if is_dtensor(p)]
     adapted = [join(name, weight) for name, layer in view.layers.items() for weight in layer.lora_weights()]
     held = state_dict(view.model, keep_vars=True)
     for names, why in (
         ([name for name in adapted if name not in held], "the module's own state_dict does not hold {}."),
-        (quantised, "the weights of {} are quantised, so no update can be merged into them."),
+        (quantised_layers(view), "the weights of {} are quantised, so no update can be merged into them."),
         (spread, "{} are spread over processes (FSDP2), and each save would gather the whole model."),
         (
             tied,

@@ -145,8 +145,7 @@ def _remove_all(pl_module: LightningModule) -> None:
 
 def receive_record(pl_module: LightningModule) -> None:
     """Take over the record of a fit in another process, if the module has the weights of that fit."""
-    record = find_record(pl_module)
-    known = record is not None and is_as_merged(pl_module, record)
+    known = find_record(pl_module) is not None and is_as_merged(pl_module)
     if not known and receive(pl_module):
         rank_zero_info(
             f"{type(pl_module).__name__} has the weights that a fit in other processes merged: it gets its base and "
@@ -157,8 +156,7 @@ def receive_record(pl_module: LightningModule) -> None:
 def is_merged(pl_module: LightningModule) -> bool:
     """Whether the module is merged, perhaps by a fit in other processes."""
     receive_record(pl_module)
-    record = find_record(pl_module)
-    if record is None or not record.is_merged:
-        return False
-    check_own(pl_module, View(pl_module).modules, record.merged)
-    return True
+    view = View(pl_module)
+    if view.is_merged:
+        check_own(view)
+    return view.is_merged

@@ -281,8 +281,7 @@ class LoRAStrategy(Strategy, InPlace):
         With ``save="model"``, other code loads files of the fit into the merged module. Then it is a plain one.
         """
         module = self.lora_module
-        record = find_record(module)
-        if self.lora_stage.save == "model" and record is not None and not is_as_merged(module, record):
+        if self.lora_stage.save == "model" and not is_as_merged(module):
             unmerge(module)  # drops the record, and says so
             drop_averages(self.lora_stage.callbacks)  # of the adapted module
         return find_record(module) is not None
