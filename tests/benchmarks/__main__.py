@@ -2,19 +2,22 @@
 
 import argparse
 import logging
+import platform
 import random
 import time
 import warnings
+from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
 from tests.benchmarks.calls import calls
 from tests.benchmarks.life import checkpoints, life
-from tests.benchmarks.measure import Bench
+from tests.benchmarks.measure import Bench, Row
 from tests.benchmarks.memory import memory
-from tests.benchmarks.report import machine, table, write
 from tests.benchmarks.sharded import sharded
 from tests.benchmarks.steps import inference, layers, whole_models
 
@@ -43,8 +46,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="runs of each method (at least 2; 9 by default)")
     parser.add_argument("--threads", type=int, default=1, help="number of torch threads (1 by default)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--compiled", metavar="MODE", help="also measure compiled steps: default, reduce-overhead, ...")
-    parser.add_argument("--output", type=Path, help="a file for the results, as JSON")
     asked = parser.parse_args()
     unknown = [name for name in asked.cases if name not in CASES]
     if unknown:
@@ -54,7 +55,7 @@ def main() -> None:
     random.seed(0)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    bench, console, rows = Bench(torch.device(asked.device), asked.rounds, asked.compiled), Console(width=150), []
+    bench, console = Bench(torch.device(asked.device), asked.rounds), Console(width=150)
     console.print(machine(bench))
     for name in asked.cases or CASES:
         found, start = [], time.monotonic()
@@ -63,9 +64,29 @@ def main() -> None:
                 found.append(row)
                 status.update(f"{name}: after {row.case}")
         console.print(table(f"{name} ({(time.monotonic() - start) / 60:.0f} minutes)", found))
-        rows += found
-        if asked.output:
-            write(rows, bench, asked.output)
+
+
+def table(title: str, rows: Iterable[Row]) -> Table:
+    """Make a table for a terminal: each value, its goal, and all methods."""
+    made = Table("case", "measure", "ours", "middle half", "goal", "", "all methods", title=title)
+    for row in rows:
+        spread = "" if row.spread is None else f"{row.spread[0]:.3g} – {row.spread[1]:.3g}"
+        goal = "" if row.goal is None else f"≤ {row.goal:g}"
+        met = "" if row.goal is None else "[green]✓[/]" if row.value <= row.goal else "[red]✗[/]"
+        details = " · ".join(f"{name} {value:.3f}" for name, value in row.details.items())
+        made.add_row(row.case, row.measure, f"{row.value:.4g}", spread, goal, met, details)
+    return made
+
+
+def machine(bench: Bench) -> str:
+    """Describe the machine, the settings and the package versions."""
+    device = platform.processor()
+    if bench.device.type == "cuda":
+        device = torch.cuda.get_device_name(bench.device)
+    elif (cpus := Path("/proc/cpuinfo")).exists():
+        device = next((line[12:].strip() for line in cpus.read_text().splitlines() if "model name" in line), device)
+    versions = [f"{name} {version(name)}" for name in ("torch", "lightning", "transformers", "peft", "loralib")]
+    return f"{device}, {torch.get_num_threads()} threads, {bench.rounds} rounds, {', '.join(versions)}"
 
 
 if __name__ == "__main__":

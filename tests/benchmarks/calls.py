@@ -1,9 +1,6 @@
-"""Cost of injection, merge, unmerge and import."""
+"""Cost of injection, merge and unmerge."""
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from statistics import median
 from typing import Any
 
 import torch
@@ -11,13 +8,13 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoRAConfig, inject_adapters, merge_adapters, unmerge_adapters
-from tests.benchmarks.measure import Bench, Row, middle_half, row
+from tests.benchmarks.measure import Bench, Row, row
 from tests.benchmarks.models import Projections
 from tests.benchmarks.ways import OURS, PEFT, each_way, half, linear_names, peft
 
 
 def calls(bench: Bench) -> Iterator[Row]:
-    """Injection, merge and unmerge compared with peft, and the import."""
+    """Injection, merge and unmerge compared with peft."""
 
     def seven_billion() -> nn.Module:
         with torch.device("meta"):
@@ -44,7 +41,6 @@ def calls(bench: Bench) -> Iterator[Row]:
         times = bench.take_turns({OURS: there_and_back, PEFT: in_peft, copying: base.clone})
         assert torch.equal(layers[OURS].layers[0].weight, base)
         yield row(f"merge and un-merge, d=4096, {half(dtype)}", times, OURS, PEFT, PEFT, 0.15)
-    yield _import(bench)
 
 
 def _injections(bench: Bench, make: Callable[[], nn.Module]) -> dict[str, list[float]]:
@@ -62,16 +58,3 @@ def _injections(bench: Bench, make: Callable[[], nn.Module]) -> dict[str, list[f
             fresh[:] = [make() for _ in range(3)]  # two for warm-up rounds
             times[name] += bench.take_turns({name: runs[name]}, rounds=1)[name]
     return times
-
-
-def _import(bench: Bench) -> Row:
-    """Time the import in new processes, after the import of Lightning."""
-    code = (
-        "import lightning.pytorch, time; t = time.perf_counter(); import lightning_lora; print(time.perf_counter() - t)"
-    )
-    seconds = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for _ in range(bench.rounds)
-    ]
-    ms = [1e3 * each for each in seconds]
-    return Row("import lightning_lora after lightning", "ms", median(ms), 50, middle_half(ms))

@@ -42,11 +42,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """The settings of a measurement. With a mode in ``compiled``, compiled training steps are measured too."""
+    """The settings of a measurement."""
 
     device: torch.device
     rounds: int
-    compiled: str | None = None
 
     def take_turns(self, runs: Mapping[str, Run], rounds: int | None = None) -> Times:
         """Time each run once per round, in seconds, after two warm-up rounds."""

@@ -1,4 +1,4 @@
-"""Memory: bytes kept for the backward pass, growth of a process, and what an exact unmerge needs."""
+"""Memory: bytes kept for the backward pass, and growth of a process."""
 
 import json
 import sys
@@ -12,21 +12,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, inject_adapters, merge_adapters, save_adapter
-from lightning_lora.model.view import View
 from lightning_lora.storage.offline.merge import merge_files
 from tests.benchmarks.life import QUIET, Stack
 from tests.benchmarks.measure import Bench, Row, in_new_process, peak_growth, saved_bytes
-from tests.benchmarks.models import Bert, Llama, Projections, step
-from tests.benchmarks.ways import FLOOR, LORALIB, OURS, PEFT, PEFT_SAME, WAYS, each_way, half, linear_names, ways_in
-
-_SHAPES = {
-    "BERT-base": (Bert, (8, 128, 768), torch.float32, 0.1),
-    "Llama": (Llama, (4, 256, 768), torch.bfloat16, 0.05),
-}
+from tests.benchmarks.models import Llama, Projections, step
+from tests.benchmarks.ways import FLOOR, OURS, PEFT, WAYS, each_way, half, linear_names, ways_in
 
 
 def memory(bench: Bench) -> Iterator[Row]:
-    """Bytes kept for backward, peak memory of a process, memory of merged models."""
+    """Bytes kept for backward, and peak memory of a process."""
     for dtype in (torch.float32, torch.bfloat16):
         for dropout in (0.0, 0.1):
             model = Projections(768).to(bench.device, dtype)
@@ -38,13 +32,10 @@ def memory(bench: Bench) -> Iterator[Row]:
             del kept[FLOOR]
             yield Row(case, "share of x", kept[OURS], 0.02, None, kept)
     if sys.platform == "linux":
-        for title, (_, _, dtype, dropout) in _SHAPES.items():
-            names = [FLOOR, OURS, PEFT, LORALIB] + [PEFT_SAME] * (dtype is torch.bfloat16)
-            grown = {name: in_new_process("tests.benchmarks.memory", title, name) for name in names}
-            details = {name: bytes_ / grown[FLOOR] for name, bytes_ in grown.items() if name != FLOOR}
-            goal = 0.5 if title == "Llama" else None
-            case = f"{title} {half(dtype)}, dropout {dropout}: growth of a process in a step"
-            yield Row(case, "bytes over peft", grown[OURS] / grown[PEFT], goal, None, details)
+        grown = {name: in_new_process("tests.benchmarks.memory", name) for name in ways_in(torch.bfloat16)}
+        details = {name: bytes_ / grown[FLOOR] for name, bytes_ in grown.items() if name != FLOOR}
+        case = "Llama bf16, dropout 0.05: growth of a process in a step"
+        yield Row(case, "bytes over peft", grown[OURS] / grown[PEFT], 0.5, None, details)
         grown_by, base = in_new_process("tests.benchmarks.memory", "fit")
         yield Row(
             f"fit of {base / 1e9:.1f} GB, then a merge for good: growth", "share of the base", grown_by / base, 0.1
@@ -52,25 +43,15 @@ def memory(bench: Bench) -> Iterator[Row]:
         grown_by, largest = in_new_process("tests.benchmarks.memory", "merge")
         case = f"lightning-lora merge of 2 GB, largest tensor {largest / 1e6:.0f} MB: growth of the process"
         yield Row(case, "MB beyond the largest tensor", (grown_by - largest) / 1e6, 200)
-    for dtype in (torch.float32, torch.bfloat16):
-        adapted = Projections(2048, 2).to(dtype)
-        inject_adapters(adapted, LoRAConfig(r=8))
-        for layer in adapted.layers:
-            torch.nn.init.normal_(layer.lora_B, std=0.01)
-        merge_adapters(adapted)
-        held = sum(weight.base.nbytes for weight in View(adapted).merged)
-        merged = sum(layer.weight.nbytes for layer in adapted.layers)
-        yield Row(f"held for an exact un-merge, {half(dtype)}", "share of the weights", held / merged, 0.2)
 
 
-def grow(title: str, way: str) -> int:
+def grow(way: str) -> int:
     """Return the peak memory growth of two steps of one method, in this process."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    make, shape, dtype, dropout = _SHAPES[title]
-    model = make().to(dtype)
-    adapted = WAYS[way](model, linear_names(model), 8, dropout).train()
-    run = step(adapted, torch.randn(shape, dtype=dtype, requires_grad=True))
+    model = Llama().bfloat16()
+    adapted = WAYS[way](model, linear_names(model), 8, 0.05).train()
+    run = step(adapted, torch.randn(4, 256, 768, dtype=torch.bfloat16, requires_grad=True))
     return peak_growth(lambda: (run(), run()))
 
 

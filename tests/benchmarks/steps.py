@@ -6,22 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import merge_adapters
+from tests.benchmarks import ways
 from tests.benchmarks.measure import Bench, Row, Run, Times, overheads, row
 from tests.benchmarks.models import Bert, Llama, Projections, step
-from tests.benchmarks.ways import (
-    ARITHMETIC,
-    FLOOR,
-    LORALIB,
-    OURS,
-    PEFT,
-    PEFT_SAME,
-    each_way,
-    half,
-    linear_names,
-    ways_in,
-)
+from tests.benchmarks.ways import ARITHMETIC, FLOOR, OURS, PEFT, each_way, half, linear_names, ways_in
 
-_PEERS = [PEFT, PEFT_SAME, LORALIB]
+_PEERS = [PEFT, ways.PEFT_SAME, ways.LORALIB]
 
 
 def time_steps(
@@ -31,22 +21,19 @@ def time_steps(
     names: list[str],
     *,
     dtype: torch.dtype = torch.float32,
-    r: int = 8,
     dropout: float = 0.0,
     rounds: int | None = None,
 ) -> Times:
     """Time the training steps of ``model`` with every method."""
     model = model.to(bench.device, dtype)
     x = torch.randn(shape, device=bench.device, dtype=dtype, requires_grad=True)
-    ways = ways_in(dtype) + [ARITHMETIC] * (not dropout)
-    models = each_way(model, names, r=r, dropout=dropout, only=ways)
-    if bench.compiled:
-        models |= {f"{name}, compiled": torch.compile(each, mode=bench.compiled) for name, each in models.items()}
+    only = ways_in(dtype) + [ARITHMETIC] * (not dropout)
+    models = each_way(model, names, dropout=dropout, only=only)
     return bench.take_turns({name: step(each.train(), x) for name, each in models.items()}, rounds)
 
 
 def whole_models(bench: Bench) -> Iterator[Row]:
-    """Training steps of BERT's and Llama's shape: all linear layers, with and without dropout; or q and v."""
+    """Training steps of BERT's and Llama's shape: all linear layers, with and without dropout."""
     shapes = (("BERT-base", Bert(), (8, 128, 768), torch.float32), ("Llama", Llama(), (4, 256, 768), torch.bfloat16))
     for (title, model, shape, dtype), dropout, goal in zip(
         [shapes[0], shapes[1], *shapes], [0.0, 0.0, 0.1, 0.05], [0.5, 0.6, 0.35, 0.5], strict=True
@@ -54,14 +41,6 @@ def whole_models(bench: Bench) -> Iterator[Row]:
         case = f"{title} {half(dtype)}, all linear" + (f", dropout {dropout}" if dropout else "")
         times = time_steps(bench, model, shape, linear_names(model), dtype=dtype, dropout=dropout)
         yield overheads(case, times, OURS, [name for name in _PEERS if name in times], FLOOR, goal)
-        if dtype is torch.bfloat16 and not dropout:
-            yield overheads(case, times, OURS, [PEFT], FLOOR, 0.15)
-    for title, model, shape, dtype in shapes:
-        names = [
-            name for name in linear_names(model) if name.rpartition(".")[2] in ("query", "value", "q_proj", "v_proj")
-        ]
-        times = time_steps(bench, model, shape, names, dtype=dtype)
-        yield row(f"{title} {half(dtype)}, q and v", times, OURS, PEFT, FLOOR, 1.0)
 
 
 def layers(bench: Bench) -> Iterator[Row]:
