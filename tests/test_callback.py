@@ -17,7 +17,7 @@ import lightning_lora as ll
 from lightning_lora.layers import LoRALayer
 from tests.support.cases import At, StopError, stop, tensors
 from tests.support.fits import beside, either_order
-from tests.support.models import ADAPTERS, TRAINED, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
+from tests.support.models import ADAPTERS, TRAINED, LitTiny, X, best, data, is_plain, lora, same, state, trainer
 
 
 def test_only_adapters_and_modules_to_save_change(tmp_path: Path) -> None:
@@ -27,9 +27,6 @@ def test_only_adapters_and_modules_to_save_change(tmp_path: Path) -> None:
     after = state(model)
     assert [name for name in before if not torch.equal(after[name], before[name])] == ["head.weight", "head.bias"]
     assert all(after[name].abs().sum() > 0 for name in ADAPTERS)
-
-
-X = torch.arange(WORDS)
 
 
 def test_after_fit_the_module_is_plain_and_computes_as_adapted(tmp_path: Path) -> None:

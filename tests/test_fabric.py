@@ -12,10 +12,8 @@ from torch import Tensor, nn
 import lightning_lora as ll
 from tests.support.by_hand import adapted
 from tests.support.faults import unchanged
-from tests.support.models import TRAINED, WORDS, LitTiny, data, is_plain, lora, same, state
+from tests.support.models import TRAINED, WORDS, LitTiny, X, data, is_plain, lora, same, state
 from tests.support.ranks import run_ranks
-
-X = torch.arange(WORDS)
 
 
 def fabric(**kwargs: Any) -> L.Fabric:
@@ -100,40 +98,22 @@ def whole(model: nn.Module, without: str = "", **changed: Any) -> dict[str, Any]
         (whole(LitTiny()), LitTiny, ll.AdapterFileError, r"6 tensors.*no adapters.*torch.load\(path\)\['model'\]"),
         (whole(adapted(), "q_proj.lora_B"), adapted, ll.AdapterMismatchError, "missing 'q_proj.lora_B'"),
         (whole(adapted(), "head.bias"), adapted, ll.AdapterMismatchError, "missing 'head.bias'"),
-        (
-            whole(adapted(), other__lora_A=torch.ones(2, 8)),
-            adapted,
-            ll.AdapterMismatchError,
-            "unexpected 'other.lora_A'",
-        ),
+        (whole(adapted(), other__lora_A=torch.ones(2, 8)), adapted, ll.AdapterMismatchError, "unexpected 'other.l"),
         (whole(adapted(), q_proj__lora_A=torch.ones(3, 8)), adapted, ll.AdapterMismatchError, r"\(3, 8\).*\(2, 8\)"),
         (whole(adapted(), q_proj__lora_A=torch.full((2, 8), torch.nan)), adapted, ll.AdapterFileError, "NaN"),
-        (
-            whole(adapted(), q_proj__weight=torch.ones(8, 8)),
-            adapted,
-            ll.BaseMismatchError,
-            "1 of 4 frozen.*'q_proj.weight'",
-        ),
-        (
-            whole(adapted(), q_proj__lora_A=ll.LoRAConfig),
-            adapted,
-            ll.AdapterFileError,
-            "LoRAConfig.*must be plain tensors",
-        ),
+        (whole(adapted(), q_proj__weight=torch.ones(8, 8)), adapted, ll.BaseMismatchError, "1 of 4.*'q_proj.weight'"),
+        (whole(adapted(), q_proj__lora_A=ll.LoRAConfig), adapted, ll.AdapterFileError, "LoRAConfig.* plain tensors"),
     ],
 )
-def test_what_does_not_fit_is_refused(
-    tmp_path: Path, contents: Any, build: Any, error: type[ll.LoRAError], says: str
-) -> None:
+def test_what_does_not_fit_is_refused(tmp_path: Path, contents: Any, build: Any, error: Any, says: str) -> None:
     torch.save(contents, path := tmp_path / "a.ckpt")
     with unchanged(model := build()), pytest.raises(error, match=says):
         ll.load_adapter(model, path)
 
 
 def test_another_base_is_taken_if_it_is_asked_for(tmp_path: Path) -> None:
-    torch.save(
-        whole(adapted(), embed__weight=torch.ones(WORDS, 8), head__bias=torch.ones(4)), path := tmp_path / "a.ckpt"
-    )
+    changed = whole(adapted(), embed__weight=torch.ones(WORDS, 8), head__bias=torch.ones(4))
+    torch.save(changed, path := tmp_path / "a.ckpt")
     ll.load_adapter(model := adapted(), path, check_base=False)
     assert same({"w": model.embed.weight, "b": model.head.bias}, {"w": LitTiny().embed.weight, "b": torch.ones(4)})
 

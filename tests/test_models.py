@@ -205,9 +205,7 @@ def config(name: str) -> ll.LoRAConfig:
     return ll.LoRAConfig(r=2, **CASES[name].config)
 
 
-def test_fresh_adapters_change_nothing_and_come_off(
-    name: str, config: ll.LoRAConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fresh_adapters_change_nothing_and_come_off(name: str, config: ll.LoRAConfig, monkeypatch: Any) -> None:
     monkeypatch.setattr("torch.backends.mha._is_fastpath_enabled", False)  # which rounds in its own way
     model = Lit(name).requires_grad_(False)  # likewise torch's products with weights that train
     before, output, kinds = state(model), run(model), [type(module) for module in model.modules()]

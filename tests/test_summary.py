@@ -149,9 +149,7 @@ def test_a_log_file_gets_whole_names_and_a_terminal_its_own_width(monkeypatch: p
 @pytest.mark.parametrize(
     ("kind", "named"), [(torch.optim.AdamW, "State of AdamW"), (torch.optim.SGD, None)], ids=["AdamW", "SGD"]
 )
-def test_a_fit_shows_the_optimizer_by_its_name_and_smaller_layers_once(
-    tmp_path: Path, kind: Any, named: Any, capsys: Any
-) -> None:
+def test_a_fit_names_its_optimizer_and_smaller_layers_once(tmp_path: Path, kind: Any, named: Any, capsys: Any) -> None:
     model = LitTiny()
     model.configure_optimizers = lambda: kind(model.parameters(), lr=0.1)  # type: ignore[method-assign]
     trainer(tmp_path, [LoRACallback(r=6)], max_epochs=1, enable_model_summary=True).fit(model, data())

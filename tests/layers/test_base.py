@@ -18,9 +18,7 @@ from tests.support.models import randomise
 @pytest.mark.parametrize("rows", [1, 20, 400])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layer", [nn.Linear(64, 48), nn.Conv2d(64, 48, 3), nn.Conv2d(64, 48, 1)], ids=repr)
-def test_a_fresh_adapter_changes_no_bit_in_training(
-    layer: nn.Module, dtype: torch.dtype, rows: int, dropout: float
-) -> None:
+def test_a_fresh_adapter_changes_no_bit_in_training(layer: nn.Module, dtype: Any, rows: int, dropout: float) -> None:
     model = nn.Sequential(copy.deepcopy(layer)).to(dtype)
     x = torch.randn(rows, 64, *(() if isinstance(layer, nn.Linear) else (5, 5)), dtype=dtype, requires_grad=True)
     results = []

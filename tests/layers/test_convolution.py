@@ -56,9 +56,7 @@ def test_a_geometry_that_is_set_later_may_be_one_number(change: dict[str, Any], 
 @pytest.mark.parametrize("size", [(1, 1), (5, 4)])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_the_output_has_the_memory_format_of_the_layers_own(
-    kernel: int, channels_last: bool, size: tuple[int, int]
-) -> None:
+def test_the_output_has_the_layers_own_memory_format(kernel: int, channels_last: bool, size: tuple[int, int]) -> None:
     model = nn.Sequential(nn.Conv2d(4, 6, kernel, padding=kernel // 2))
     x = torch.randn(3, *size, 4).movedim(-1, 1) if channels_last else torch.randn(3, 4, *size)
     expected = model(x)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 from lightning_lora import AdapterMismatchError, LoRAConfig, adapter_state_dict, inject_adapters, merge_adapters
 from tests.support.cases import Three, three
 from tests.support.layers import LAYERS, Model, config
-from tests.support.models import WIDTH, WORDS, randomise, same
+from tests.support.models import WIDTH, X, randomise, same
 
 KINDS = [name for name in LAYERS if name not in ("packed lstm", "lstm with projections")]
 
@@ -43,7 +43,6 @@ def test_it_computes_in_the_bases_dtype_nearly_what_float32_does_and_trains_in_f
 # What adapters are kept in
 
 
-X = torch.arange(WORDS)
 HALVES = [torch.bfloat16, torch.float16]
 
 
@@ -70,10 +69,7 @@ def test_adapters_are_kept_as_the_base_if_asked() -> None:
     inject_adapters(made, LoRAConfig(r=2, target_modules="all", autocast_adapter_dtype=False))
     model = three(autocast_adapter_dtype=False).bfloat16()
     assert {p.dtype for p in (*made.parameters(), *model.parameters())} == {torch.bfloat16}
-    with pytest.raises(
-        AdapterMismatchError,
-        match="autocast_adapter_dtype=False; this configuration asks for autocast_adapter_dtype=True",
-    ):
+    with pytest.raises(AdapterMismatchError, match=r"dtype=False; this configuration asks for .*dtype=True"):
         inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
 
 

@@ -108,9 +108,7 @@ def test_starts_from_a_half_precision_base_are_those_of_its_values_in_float32(in
 
 @pytest.mark.parametrize("arguments", [{"use_dora": True}, {"init": "pissa"}, {"init": "olora"}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_a_base_that_is_loaded_later_is_the_one_it_starts_from_in_every_dtype(
-    arguments: dict[str, Any], dtype: torch.dtype
-) -> None:
+def test_a_base_that_is_loaded_later_is_the_one_it_starts_from_in_every_dtype(arguments: Any, dtype: Any) -> None:
     torch.manual_seed(0)
     pretrained = linear(torch.randn(7, 6).to(dtype))
     model = linear(torch.randn(7, 6).to(dtype))

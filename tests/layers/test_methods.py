@@ -18,26 +18,18 @@ EMBEDDINGS = [name for name in LAYERS if "embedding" in name or "bag" in name]
 CONVOLUTIONS = [name for name in LAYERS if "convolution" in name and "transposed" not in name]
 DORA = ["linear", "linear without bias", "subclass", "conv1d", "scaled", "normalised", "embedding", *CONVOLUTIONS]
 METHODS = [("dora", {"use_dora": True}, name) for name in DORA]
+Case = tuple[Model, Any, ll.LoRAConfig]
 METHODS += [(i, {"init": i}, name) for i in ("pissa", "olora") for name in LAYERS if name not in EMBEDDINGS]
 
 
 @pytest.fixture(params=METHODS, ids=lambda method: f"{method[0]}-{method[2]}")
-def adapted(request: pytest.FixtureRequest) -> tuple[Model, Any, ll.LoRAConfig]:
+def adapted(request: pytest.FixtureRequest) -> Case:
     """A model that is about to be adapted by one method, its input, and the configuration."""
     _, arguments, name = request.param
     build, x = LAYERS[name]
     torch.manual_seed(0)
     model = Model(build()).double()
     return model, x, config(model, **arguments)
-
-
-def test_fresh_it_changes_nothing(adapted: tuple[Model, Any, ll.LoRAConfig]) -> None:
-    model, x, how = adapted
-    before, base = model(x), state(model)
-    ll.inject_adapters(model, how)
-    assert torch.equal(model(x), before)
-    ll.remove_adapters(model)
-    assert same(state(model), base)
 
 
 def as_rows(layer: Any, weight: Tensor) -> Tensor:
@@ -66,10 +58,11 @@ def reference(model: Model, lora: Factors, x: Any) -> Tensor:
     return torch.func.functional_call(plain, weights, (x,))
 
 
-def test_trained_it_computes_what_its_paper_says(adapted: tuple[Model, Any, ll.LoRAConfig]) -> None:
+def test_fresh_it_changes_nothing_and_trained_it_computes_what_its_paper_says(adapted: Case) -> None:
     model, x, how = adapted
-    base = state(model)
+    before, base = model(x), state(model)
     ll.inject_adapters(model, how)
+    assert torch.equal(model(x), before)
     train(model)
     lora = factors(model[0])
     output, expected = model(x), reference(model, lora, x)
@@ -84,9 +77,7 @@ def test_trained_it_computes_what_its_paper_says(adapted: tuple[Model, Any, ll.L
     assert same(state(model), base)
 
 
-def test_saved_it_loads_and_merged_it_computes_the_same(
-    adapted: tuple[Model, Any, ll.LoRAConfig], tmp_path: Path
-) -> None:
+def test_saved_it_loads_and_merged_it_computes_the_same(adapted: Case, tmp_path: Path) -> None:
     model, x, how = adapted
     other = copy.deepcopy(model)
     ll.inject_adapters(model, how)

@@ -190,23 +190,17 @@ def test_quantised_weights_and_their_scales_are_the_base(tmp_path: Path, kind: s
 
 @each_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_quantised_base_and_a_plain_one_agree_in_what_is_not_quantised(
-    tmp_path: Path, kind: str, dtype: torch.dtype
-) -> None:
+def test_a_quantised_base_and_a_plain_one_agree_in_what_is_plain(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     for kinds in ((kind, PLAIN), (PLAIN, kind)):
         there, here = (build(each).to(dtype) if each == PLAIN else build(each) for each in kinds)
         ll.inject_adapters(there, CONFIG)
         ll.save_adapter(there, tmp_path / "a.safetensors")
         other = copy.deepcopy(here)
-        with pytest.warns(
-            ll.LoRAWarning, match="What is not quantised is the same; 2 quantised weights were not compared"
-        ):
+        with pytest.warns(ll.LoRAWarning, match="the same; 2 quantised weights were not compared"):
             ll.load_adapter(here, tmp_path / "a.safetensors")
         with torch.no_grad():
             other[2].bias[0] += 1
-        with pytest.raises(
-            ll.BaseMismatchError, match=r"1 of 2 frozen tensors .* such as '2.bias', .* 2 quantised weights"
-        ):
+        with pytest.raises(ll.BaseMismatchError, match=r"1 of 2 .* such as '2.bias', .* 2 quantised weights"):
             ll.load_adapter(other, tmp_path / "a.safetensors")
         with pytest.warns(ll.LoRAWarning, match="1 of 2 frozen tensors"):
             ll.load_adapter(other, tmp_path / "a.safetensors", check_base=False)
@@ -292,9 +286,7 @@ def test_adapters_survive_a_precision_that_replaces_their_layers(tmp_path: Path)
 
 @pytest.mark.parametrize("compute", [None, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
-def test_adapters_of_four_bits_have_the_dtype_that_the_layer_computes_in(
-    compute: torch.dtype | None, stored: torch.dtype
-) -> None:
+def test_adapters_of_four_bits_have_the_dtype_of_their_layers_products(compute: Any, stored: torch.dtype) -> None:
     model = nn.Sequential(bnb.nn.Linear4bit(64, 64, compute_dtype=compute).to(stored))
     assert model.to("cpu")[0].weight.dtype is torch.uint8  # which is when it is quantised
     ll.inject_adapters(model, ll.LoRAConfig(r=2, autocast_adapter_dtype=False))

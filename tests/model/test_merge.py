@@ -29,9 +29,7 @@ def test_merging_a_tied_head_leaves_the_embedding_alone() -> None:
 @unties
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", [{}, {"use_dora": True}, {"init": "pissa"}], ids=str)
-def test_merged_model_that_was_converted_comes_back_on_its_converted_base(
-    dtype: torch.dtype, method: dict[str, Any]
-) -> None:
+def test_converted_merged_model_comes_back_on_its_converted_base(dtype: torch.dtype, method: dict[str, Any]) -> None:
     targets = ["q_proj", "lm_head"] if dtype is torch.float64 else ["q_proj"]  # a tied weight's base is rounded too
     model = as_trained(TinyLM(), target_modules=targets, **method)
     converted = copy.deepcopy(model).to(dtype)
@@ -143,9 +141,7 @@ def test_a_merge_that_keeps_nothing_takes_the_memory_of_one_layer() -> None:
     assert grown(keep_base=False) < 2 < 7 < grown()
 
 
-def test_a_merge_that_keeps_nothing_and_fails_midway_leaves_a_model_that_computes_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_merge_that_keeps_nothing_and_fails_midway_leaves_what_computes_the_same(monkeypatch: Any) -> None:
     model, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), torch.randn(2, 8)
     as_trained(model)
     output, calls, own = model(x), iter(range(100)), update.merged
@@ -166,9 +162,7 @@ def test_a_merge_that_keeps_nothing_and_fails_midway_leaves_a_model_that_compute
 
 
 @pytest.mark.parametrize("keep_base", [True, False])
-def test_adapters_of_a_diverged_training_are_named_when_they_are_merged_or_saved(
-    tmp_path: Path, keep_base: bool
-) -> None:
+def test_adapters_of_a_diverged_training_are_named_when_merged_or_saved(tmp_path: Path, keep_base: bool) -> None:
     model = as_trained(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
     with torch.no_grad():
         model[1].lora_B[0, 0] = float("nan")

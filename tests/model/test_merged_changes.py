@@ -44,9 +44,7 @@ def test_an_adapted_weight_that_a_run_changed_is_stored_without_its_update(tmp_p
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_adapters_of_a_merged_and_converted_model_load_onto_the_converted_base(
-    tmp_path: Path, dtype: torch.dtype
-) -> None:
+def test_adapters_of_a_merged_converted_model_load_onto_the_converted_base(tmp_path: Path, dtype: torch.dtype) -> None:
     model = as_merged(LitTiny())
     model.to(dtype)
     ll.save_adapter(model, tmp_path / "a.safetensors")

@@ -17,6 +17,7 @@ from lightning_lora.model.view import View
 from tests.support.versions import exact, keeps_random, needs_averaging  # noqa: F401  # for other tests
 
 WORDS, WIDTH, CLASSES = 20, 8, 4
+X = torch.arange(WORDS)
 
 unties = pytest.mark.filterwarnings("ignore:.*was tied to another layer:lightning_lora.LoRAWarning")
 

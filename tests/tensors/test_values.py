@@ -78,9 +78,7 @@ def test_torch_may_swap_a_tensor_that_was_seen() -> None:
     assert not seen.is_still(weight)
 
 
-def test_a_weight_that_was_moved_to_another_device_and_written_there_has_changed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_weight_that_was_moved_to_another_device_and_written_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, own = nn.Parameter(torch.randn(100, 100)), values.look
     seen = Seen(weight)
 

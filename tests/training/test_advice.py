@@ -71,9 +71,7 @@ def test_trained_adapters_are_not_asked_again(tmp_path: Path) -> None:
     resumed.fit(new_head(), data(), ckpt_path=tmp_path / "a.ckpt")
 
 
-def test_a_model_that_is_random_as_a_whole_is_told_so_without_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_model_that_is_random_as_a_whole_is_told_so_without_a_warning(tmp_path: Path, caplog: Any) -> None:
     assert fit(tmp_path, LitTiny(width=64), **TARGETS) == []
     assert "100% of the weights of LitTiny look untrained" in caplog.text
     caplog.clear()

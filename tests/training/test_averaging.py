@@ -16,10 +16,9 @@ from tests.support.cases import held
 from tests.support.checks import base_is_whole, files_hold_adapters_alone, same_parts, trained
 from tests.support.fits import Stateful, Steps, beside, either_order, fit, loaded, outcome, through_and_resumed
 from tests.support.late import BornInConfigureModel, BornInSetup, BuiltAnew, Normed
-from tests.support.models import TRAINED, WORDS, LitTiny, best, is_plain, lora, same, state, trainer
+from tests.support.models import TRAINED, LitTiny, X, best, is_plain, lora, same, state, trainer
 from tests.support.versions import needs_averaging
 
-X = torch.arange(WORDS)
 each_average = pytest.mark.parametrize("average", AVERAGES)
 
 
@@ -30,9 +29,7 @@ overrides_hook = pytest.mark.filterwarnings("ignore:.*overrides the configure_mo
 @pytest.mark.parametrize("cls", [LitTiny, BornInSetup, BornInConfigureModel, BuiltAnew])
 @each_average
 @either_order
-def test_averages_are_those_of_the_adapters_after_each_step(
-    tmp_path: Path, average: str, first: bool, cls: type[LitTiny]
-) -> None:
+def test_averages_are_those_of_adapters_after_each_step(tmp_path: Path, average: str, first: bool, cls: Any) -> None:
     make, at_end, _ = AVERAGES[average]
     callbacks = [*beside(make(), first), steps := Steps()]
     model, _ = fit(tmp_path, *callbacks, model=cls(), max_epochs=4, enable_checkpointing=False)

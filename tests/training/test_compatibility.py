@@ -34,9 +34,7 @@ def told(configure: Callable[[Any], Any]) -> LitTiny:
     return model
 
 
-def fit_and_resume(
-    tmp_path: Path, configure: Callable[[Any], Any], *more: Callable[[], L.Callback], **options: Any
-) -> LitTiny:
+def fit_and_resume(tmp_path: Path, configure: Any, *more: Callable[[], L.Callback], **options: Any) -> LitTiny:
     """Fit three epochs, and again from the file of the first two; return the module after both came to the same end."""
     make = (lambda: lora(merge=False), *more)
     options = {"max_epochs": 3} | options

@@ -73,9 +73,7 @@ def test_a_fit_reads_its_base_at_the_start_and_at_the_end_and_for_its_first_file
     assert len(list(tmp_path.glob("*.ckpt"))) == 4
 
 
-def test_a_base_is_read_in_half_precision_once_however_often_it_trains_and_is_saved(
-    tmp_path: Path, reads: Reads
-) -> None:
+def test_a_base_is_read_in_half_precision_once_in_all_fits_and_saves(tmp_path: Path, reads: Reads) -> None:
     model, _ = fit(tmp_path, lora(), best(tmp_path), model=Wide())
     fit(tmp_path, lora(merge=False), best(tmp_path), marks := Passes(reads), model=model)
     assert marks.found["training"] == 0

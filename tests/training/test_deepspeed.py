@@ -127,9 +127,7 @@ def test_half_precision_resumes_to_the_same_bits(
         ("bf16-true", {**NARROW, "use_dora": True, "bias": "all"}, "autocast_adapter_dtype=False and use_dora=False"),
     ],
 )
-def test_two_dtypes_in_half_precision_are_refused(
-    tmp_path: Path, precision: Any, kwargs: dict[str, Any], remedy: str
-) -> None:
+def test_two_dtypes_in_half_precision_are_refused(tmp_path: Path, precision: Any, kwargs: Any, remedy: str) -> None:
     with pytest.raises(RankError, match=f"StrategyError: In half precision, .*{remedy}"):
         trained(tmp_path, LitNet, kwargs, precision=precision)
 

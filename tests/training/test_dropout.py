@@ -15,9 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_lora import LoRACallback, inject_adapters
 from tests.support.cases import StopError
 from tests.support.fits import fit
-from tests.support.models import WIDTH, LitTiny, data, randomise, same, state, trainer
-
-X = torch.arange(20)
+from tests.support.models import WIDTH, LitTiny, X, data, randomise, same, state, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
 

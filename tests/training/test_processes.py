@@ -13,16 +13,13 @@ from lightning_lora import inject_adapters, load_adapter
 from tests.support.cases import held
 from tests.support.faults import fork
 from tests.support.fits import fit, loaded, outcome
-from tests.support.models import TRAINED, LitTiny, best, data, lora, same, state, trainer
+from tests.support.models import TRAINED, LitTiny, X, best, data, lora, same, state, trainer
 from tests.support.train import main
 
 pytestmark = pytest.mark.processes
 
 
 FORK: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2}
-
-
-X = torch.arange(20)
 
 
 def test_each_file_holds_the_adapters_of_the_fit_before_it(tmp_path: Path, caplog: Any) -> None:

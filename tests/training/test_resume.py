@@ -21,10 +21,8 @@ from lightning_lora.storage.formats.own import leave_adapters
 from tests.support.callbacks import WritesLater
 from tests.support.cases import held
 from tests.support.fits import Stateful, fit, outcome, through_and_resumed
-from tests.support.models import ADAPTERS, TRAINED, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
+from tests.support.models import ADAPTERS, TRAINED, LitTiny, X, best, data, is_plain, lora, same, state, trainer
 from tests.support.versions import exact, needs_averaging
-
-X = torch.arange(WORDS)
 
 
 @pytest.mark.parametrize(
@@ -55,9 +53,7 @@ class Seeds(LitTiny):  # that seeds the generators itself, after the hooks of al
 @exact
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("cls", [LitTiny, WarmsUp, Seeds])
-def test_resumed_run_drops_and_shuffles_as_the_one_that_never_stopped(
-    tmp_path: Path, cls: type[LitTiny], workers: int
-) -> None:
+def test_resumed_run_drops_and_shuffles_as_one_that_never_stopped(tmp_path: Path, cls: Any, workers: int) -> None:
     through, resumed = through_and_resumed(
         tmp_path, cls, lambda: lora(dropout=0.3), train=lambda: shuffled(num_workers=workers), max_epochs=4
     )

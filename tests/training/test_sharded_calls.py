@@ -255,9 +255,7 @@ def unseeded(folder: Path, build: type[LitNet], kwargs: dict[str, Any]) -> State
 @pytest.mark.parametrize(
     ("build", "kwargs"), [(Unseeded, {}), (Unseeded, {"modules_to_save": ["head"]}), (Odd, {})], ids=str
 )
-def test_what_is_not_sharded_is_that_of_the_first_process(
-    tmp_path: Path, build: type[LitNet], kwargs: dict[str, Any]
-) -> None:
+def test_what_is_not_sharded_is_that_of_the_first_process(tmp_path: Path, build: type[LitNet], kwargs: Any) -> None:
     first, second = run_ranks(unseeded, tmp_path, build, kwargs)
     assert_same(second, first)
     if build is Odd:

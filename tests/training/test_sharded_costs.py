@@ -88,17 +88,13 @@ def test_batches_that_only_accumulate_send_no_gradients(tmp_path: Path) -> None:
     assert kinds == [{"all-gather"}, {"all-gather", "reduce-scatter", "all-reduce"}] * 2
 
 
-def test_a_process_holds_its_part_of_the_base_and_all_adapters(tmp_path: Path) -> None:
-    one, other = (found["held"] for found in counted("sharded", tmp_path))
+def test_a_process_holds_its_part_of_the_base_and_all_adapters_as_each_pair_of_four_does(tmp_path: Path) -> None:
+    two, four = counted("sharded", tmp_path), counted("sharded", tmp_path, devices=4)
+    one, other = (found["held"] for found in two)
     base = sum(p.nbytes for p in Net().parameters())
     assert one["parameters"] + other["parameters"] == base + 2 * one["adapters"]
     assert one["parameters"] < 0.6 * base + one["adapters"]
     assert one["optimizer"] == 2 * one["adapters"]
-
-
-def test_a_pair_of_four_processes_gathers_and_holds_what_two_alone_do(tmp_path: Path) -> None:
-    two = counted("sharded", tmp_path)
-    four = counted("sharded", tmp_path, devices=4)
     for rank, found in enumerate(four):
         assert found["batches"][1] == two[rank % 2]["batches"][1]
         assert found["held"] == two[rank % 2]["held"]

@@ -207,9 +207,7 @@ CHANGES: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": None, "bias": "all"}], ids=["full", "biases"])
 @pytest.mark.parametrize("hook", ["configure_optimizers", "on_fit_start"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_fit_does_not_start_with_a_selected_layer_that_is_not_adapted(
-    tmp_path: Path, change: str, hook: str, options: dict[str, Any]
-) -> None:
+def test_no_fit_starts_while_a_selected_layer_is_plain(tmp_path: Path, change: str, hook: str, options: Any) -> None:
     act, named = CHANGES[change]
 
     class Changes(LitTiny):
@@ -241,9 +239,7 @@ class TrainsItsHead(LitTiny):  # whose adapters receive no gradient
 @pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
 @pytest.mark.parametrize("begin", ["fit", "merged", "load", "ckpt"])
 @pytest.mark.parametrize("stage", ["validate", "fit"])
-def test_a_head_that_trained_beside_fresh_adapters_is_not_the_base_of_the_next_stage(
-    tmp_path: Path, stage: str, begin: str
-) -> None:
+def test_a_head_that_trained_beside_fresh_adapters_is_not_the_next_base(tmp_path: Path, stage: str, begin: str) -> None:
     options = {"merge": "last" if begin == "merged" else False}
     model, t = fit(tmp_path, lora(**options), model=TrainsItsHead())
     t.save_checkpoint(tmp_path / "a.ckpt")

@@ -27,7 +27,7 @@ from tests.support.cases import StopError, held, stop, tensors
 from tests.support.checks import base_is_whole, files_hold_adapters_alone, same_parts
 from tests.support.fits import Stateful, Steps, fit, loaded, outcome
 from tests.support.late import BornInConfigureModel, BornInSetup, Normed
-from tests.support.models import TRAINED, WORDS, LitTiny, best, data, is_plain, lora, same, state, trainer
+from tests.support.models import TRAINED, LitTiny, X, best, data, is_plain, lora, same, state, trainer
 
 SAVING: dict[str, dict[str, Any]] = {
     "best": {"monitor": "val_loss"},
@@ -88,9 +88,6 @@ def test_failed_run_goes_on_from_the_file_of_its_failure(tmp_path: Path, kind: s
     assert file.exists() is (kind != "callback")  # it removes its file after a fit that ends
 
 
-X = torch.arange(WORDS)
-
-
 class LoadsInSetup(LitTiny):  # that loads its pretrained weights in setup, strictly
     def __init__(self) -> None:
         super().__init__()
@@ -121,9 +118,7 @@ class ReadsAtEnd(L.Callback):  # reads a file through the strategy when the fit 
 
 @pytest.mark.parametrize("merge", ["last", False])
 @pytest.mark.parametrize("stage", [None, "validate", "test", "predict"])
-def test_a_file_that_is_read_outside_a_stage_changes_nothing_until_it_is_loaded(
-    tmp_path: Path, stage: str | None, merge: Any
-) -> None:
+def test_a_file_read_outside_a_stage_changes_nothing_until_it_is_loaded(tmp_path: Path, stage: Any, merge: Any) -> None:
     worst = best(tmp_path, mode="max")
     model, t = fit(tmp_path, lora(merge=merge), worst, ReadsAtEnd(), max_epochs=3)
     if stage is not None:

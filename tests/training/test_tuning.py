@@ -16,7 +16,7 @@ from lightning_lora.model.state import find_record
 from tests.support.averages import AVERAGES
 from tests.support.checks import base_is_whole, files_hold_adapters_alone, trained
 from tests.support.fits import fit
-from tests.support.models import TRAINED, WORDS, LitTiny, data, is_plain, lora, same, state, trainer
+from tests.support.models import TRAINED, LitTiny, X, data, is_plain, lora, same, state, trainer
 from tests.support.versions import exact
 
 
@@ -87,9 +87,6 @@ def test_tuning_leaves_the_random_numbers_where_lightning_does(tmp_path: Path, t
         TUNING[tuning][0](trainer(tmp_path, callbacks, enable_checkpointing=False), model)
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
-
-
-X = torch.arange(WORDS)
 
 
 @pytest.mark.parametrize("came", ["plain", "adapted", "merged"])

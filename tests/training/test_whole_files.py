@@ -18,10 +18,9 @@ from tests.support import fits
 from tests.support.callbacks import WritesLater
 from tests.support.cases import At, StopError, held, stop
 from tests.support.fits import loaded, outcome
-from tests.support.models import TRAINED, WORDS, LitTiny, TinyLM, best, lora, same, state, trainer
+from tests.support.models import TRAINED, LitTiny, TinyLM, X, best, lora, same, state, trainer
 from tests.support.versions import keeps_random, needs_averaging
-
-X = torch.arange(WORDS)
+from tests.training.test_compiled import Compiled
 
 
 def whole(**kwargs: Any) -> ll.LoRACallback:
@@ -154,9 +153,7 @@ def test_an_update_is_never_counted_twice(tmp_path: Path) -> None:
     again = LitTiny()
     again.load_state_dict(file["state_dict"])
     ll.unmerge_adapters(model)
-    with pytest.warns(
-        ll.LoRAWarning, match=r"hold merged updates.*its adapters begin anew.*load_adapter\(model, path\)"
-    ):
+    with pytest.warns(ll.LoRAWarning, match=r"merged updates.*its adapters begin anew.*load_adapter\(model, path\)"):
         model.load_state_dict(file["state_dict"])
     assert torch.equal(model(X), again(X))
     with pytest.raises(ll.BaseMismatchError, match="whose adapters were merged is another base"):
@@ -213,9 +210,7 @@ def test_an_adapted_network_in_the_hyperparameters_does_not_count_its_update_aga
 
 
 @pytest.mark.parametrize("init", ["kaiming", "pissa"])
-def test_a_run_goes_on_in_a_module_with_the_merged_weights_of_its_file(
-    tmp_path: Path, init: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_goes_on_in_a_module_with_the_merged_weights_of_its_file(tmp_path: Path, init: Any, caplog: Any) -> None:
     unbroken = fit(tmp_path / "a", whole(init=init))
     fit(tmp_path / "b", whole(init=init), max_epochs=1)
     file = tmp_path / "b" / "last.ckpt"
@@ -235,11 +230,6 @@ def test_a_run_goes_on_in_a_module_with_the_merged_weights_of_its_file(
 
 
 def test_names_of_compiled_parts_are_those_of_the_module(tmp_path: Path) -> None:
-    class Compiled(LitTiny):
-        def __init__(self) -> None:
-            super().__init__()
-            self.q_proj = torch.compile(self.q_proj, backend="eager")
-
     fit(tmp_path, whole(), model=Compiled(), max_epochs=1)
     Compiled().load_state_dict(read(tmp_path / "last.ckpt")["state_dict"])
 
