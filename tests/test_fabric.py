@@ -63,9 +63,7 @@ def test_every_call_sees_the_model_inside(tmp_path: Path, compiled: bool) -> Non
 
 ONLY_TRAINED = {"model": lambda name, _: name in TRAINED}
 SAVES: dict[str, Callable[[Any, Any, Any, Path], None]] = {
-    "everything": lambda fabric, model, optimizer, path: fabric.save(
-        path, {"model": model, "optimizer": optimizer, "step": 4}
-    ),
+    "everything": lambda fabric, model, adam, path: fabric.save(path, {"model": model, "optimizer": adam, "step": 4}),
     "filtered": lambda fabric, model, _, path: fabric.save(path, {"model": model}, filter=ONLY_TRAINED),
     "state of adapters": lambda fabric, model, _, path: fabric.save(path, {"model": ll.adapter_state_dict(model)}),
     "beside a class": lambda fabric, model, _, path: fabric.save(path, {"model": model, "settings": ll.LoRAConfig}),

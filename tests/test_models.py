@@ -25,9 +25,7 @@ ANSWERS = torch.tensor([0, 1])
 IMAGES = torch.linspace(-300, 300, 2 * 3 * 32 * 32).sin().view(2, 3, 32, 32)
 WAVE = torch.linspace(0, 40, 2 * 400).sin().view(2, 400)
 SEQUENCE = torch.linspace(-20, 20, 2 * 6 * 8).sin().view(2, 6, 8)
-BOXES = [
-    {"boxes": torch.tensor([[0.0, 0, s, s] for s in (4, 8, 12, 16, 20, 24, 28, 32)]), "labels": torch.ones(8).long()}
-] * 2
+BOXES = [{"boxes": torch.tensor([[0.0, 0, s, s] for s in range(4, 33, 4)]), "labels": torch.ones(8).long()}] * 2
 
 TOWER = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 IDS_OF_TEXT = {"vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -57,7 +55,7 @@ class Case(NamedTuple):
         return {"target_modules": self.targets, "target_parameters": self.parameters}
 
 
-WORDS = {"input_ids": IDS, "labels": IDS}
+WORDS, PAIR = {"input_ids": IDS, "labels": IDS}, {"src": SEQUENCE, "tgt": -SEQUENCE}
 
 
 def hub(name: str, sizes: dict[str, Any], inputs: dict[str, Any] = WORDS, **case: Any) -> Case:
@@ -89,9 +87,7 @@ CASES = {
     "vit": hub("ViTForImageClassification", PATCHES, {"pixel_values": IMAGES, "labels": ANSWERS}),
     # in older versions its mask is not for float64
     "clip": hub("CLIPModel", CLIP, PAIRS, dtype=torch.float32),
-    "whisper": hub(
-        "WhisperForConditionalGeneration", IDS_OF_TEXT | WHISPER, {"input_features": SEQUENCE.mT, "labels": IDS}
-    ),
+    "whisper": hub("WhisperForConditionalGeneration", WHISPER, {"input_features": SEQUENCE.mT, "labels": IDS}),
     "wav2vec2": hub("Wav2Vec2ForCTC", TEXT | WAV2VEC | {"mask_time_prob": 0.0}, {"input_values": WAVE, "labels": IDS}),
     # the grouped products of its experts are not for float64
     "mixtral": hub(
@@ -118,9 +114,7 @@ CASES = {
         "detection",
         {"images": list(IMAGES), "targets": BOXES},
     ),
-    "transformer": Case(
-        lambda: nn.Transformer(8, 2, 1, 1, 16, batch_first=True), {"src": SEQUENCE, "tgt": -SEQUENCE}, "all-linear"
-    ),
+    "transformer": Case(lambda: nn.Transformer(8, 2, 1, 1, 16, batch_first=True), PAIR, "all-linear"),
     "lstm tagger": Case(Tagger, {"words": IDS}),
     "conv1d": Case(
         lambda: nn.Sequential(

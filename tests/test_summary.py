@@ -135,10 +135,8 @@ def test_rows_fit_and_hold_whole_names_at_any_width(width: int) -> None:
 
 def test_a_log_file_gets_whole_names_and_a_terminal_its_own_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
-    model, long = (
-        nn.Linear(4, 4),
-        ("network_inside", "encoder_of_this_network", "a_rather_long_name_of_a_part_of_a_model"),
-    )
+    long = ("network_inside", "encoder_of_this_network", "a_rather_long_name_of_a_part_of_a_model")
+    model: nn.Module = nn.Linear(4, 4)
     for name in reversed(long):
         model = nn.ModuleDict({name: model})
     assert ".".join(long) in str(summarize(model))

@@ -37,9 +37,8 @@ def memory(bench: Bench) -> Iterator[Row]:
         case = "Llama bf16, dropout 0.05: growth of a process in a step"
         yield Row(case, "bytes over peft", grown[OURS] / grown[PEFT], 0.5, None, details)
         grown_by, base = in_new_process("tests.benchmarks.memory", "fit")
-        yield Row(
-            f"fit of {base / 1e9:.1f} GB, then a merge for good: growth", "share of the base", grown_by / base, 0.1
-        )
+        case = f"fit of {base / 1e9:.1f} GB, then a merge for good: growth"
+        yield Row(case, "share of the base", grown_by / base, 0.1)
         grown_by, largest = in_new_process("tests.benchmarks.memory", "merge")
         case = f"lightning-lora merge of 2 GB, largest tensor {largest / 1e6:.0f} MB: growth of the process"
         yield Row(case, "MB beyond the largest tensor", (grown_by - largest) / 1e6, 200)
@@ -74,9 +73,8 @@ def grow_in_merge() -> tuple[int, int]:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         base, adapter, out = (Path(folder) / f"{name}.safetensors" for name in ("base", "adapter", "out"))
-        model = nn.Sequential(
-            *(nn.Linear(4096, 4096, bias=False) for _ in range(30)), nn.Linear(4096, 8192, bias=False)
-        )
+        sizes = [4096] * 30 + [8192]
+        model = nn.Sequential(*(nn.Linear(4096, size, bias=False) for size in sizes))
         save_file(model.state_dict(), base)
         inject_adapters(model, LoRAConfig(r=8))
         save_adapter(model, adapter)

@@ -12,9 +12,8 @@ class Bert(nn.Module):
 
     def __init__(self, layers: int = 12) -> None:
         super().__init__()
-        config = BertConfig(
-            num_hidden_layers=layers, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, use_cache=False
-        )
+        dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        config = BertConfig(num_hidden_layers=layers, use_cache=False, **dropout)
         self.model = BertModel(config, add_pooling_layer=False)
 
     def forward(self, embeddings: Tensor) -> Tensor:

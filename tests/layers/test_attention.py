@@ -81,11 +81,9 @@ def test_weights_that_train_whole_are_not_adapted_too() -> None:
 
 
 def test_rows_are_refused_where_the_parts_have_names() -> None:
-    slices = {"self_attn": {"q": [0, 8]}}
+    how = LoRAConfig(r=2, target_modules=["self_attn"], target_slices={"self_attn": {"q": [0, 8]}})
     with pytest.raises(TargetError, match=r"'self_attn', whose parts have names: 'q', 'k', 'v', 'out'\. Give a list"):
-        inject_adapters(
-            nn.TransformerEncoderLayer(8, 2, 16), LoRAConfig(r=2, target_modules=["self_attn"], target_slices=slices)
-        )
+        inject_adapters(nn.TransformerEncoderLayer(8, 2, 16), how)
 
 
 @pytest.mark.parametrize(("dtype", "why"), [(torch.int8, "not floating point"), (torch.float8_e4m3fn, "not compute")])

@@ -69,9 +69,8 @@ def test_the_output_has_the_layers_own_memory_format(kernel: int, channels_last:
 def test_many_adapters_of_one_convolution_are_computed_by_vmap(layer: nn.Module) -> None:
     model = nn.Sequential(copy.deepcopy(layer)).double()
     inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
-    many = {
-        name: torch.randn(3, *p.shape, dtype=torch.float64) for name, p in model.named_parameters() if p.requires_grad
-    }
+    trained = [(name, p.shape) for name, p in model.named_parameters() if p.requires_grad]
+    many = {name: torch.randn(3, *shape, dtype=torch.float64) for name, shape in trained}
 
     def compute(factors: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.func.functional_call(model, factors, (PLANE,))  # type: ignore[no-any-return]

@@ -31,9 +31,8 @@ def test_parameters_are_adapted_beside_layers_or_alone() -> None:
     assert model.experts.lora_A_stack.shape == (3, 2, 5) and model.experts.lora_B_stack.shape == (3, 4, 2)
     assert "Experts" in str(ll.summarize(model))
     ll.remove_adapters(model)
-    assert ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=[], target_parameters=["stack", "mix"])) == (
-        "experts",
-    )
+    how = ll.LoRAConfig(r=2, target_modules=[], target_parameters=["stack", "mix"])
+    assert ll.inject_adapters(model, how) == ("experts",)
     train(model)
     output = model(x := torch.randn(2, 5))
     ll.merge_adapters(model)

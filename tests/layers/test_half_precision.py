@@ -102,9 +102,7 @@ def test_outputs_and_gradients_are_those_of_float64(dtype: torch.dtype, keep: bo
         expected.square().mean().backward()
         for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
             if q.grad is not None:
-                torch.testing.assert_close(
-                    p.grad.double(), q.grad, **near, msg=lambda text, name=name: f"{name}: {text}"
-                )
+                torch.testing.assert_close(p.grad.double(), q.grad, **near, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @pytest.mark.parametrize("merged", [False, True])

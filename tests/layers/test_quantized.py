@@ -139,9 +139,7 @@ class Lit(L.LightningModule):
 
 def lora(**kwargs: Any) -> ll.LoRACallback:
     targets = ["net.0", "net.2"]
-    return ll.LoRACallback(
-        **{"r": 4, "target_modules": targets, "modules_to_save": ["net.3"], "merge": False, **kwargs}
-    )
+    return ll.LoRACallback(**{"r": 4, "target_modules": targets, "modules_to_save": ["net.3"], "merge": False} | kwargs)
 
 
 @each_kind

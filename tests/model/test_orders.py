@@ -206,6 +206,7 @@ CALLS: list[Callable[[nn.Module], Any]] = [
 ]  # fmt: skip
 adapted = precondition(lambda self: self.it.layers)
 plain = precondition(lambda self: not self.it.layers)
+OTHERS = (ll.AdapterMismatchError, ll.BaseMismatchError)
 trainable = precondition(lambda self: self.it.layers and not self.it.merged)
 with_files = precondition(lambda self: self.files)
 
@@ -383,9 +384,7 @@ class Orders(RuleBasedStateMachine):
         same_dtype = it.dtype == file.dtype or (it.dtype, file.dtype) == (torch.float64, torch.float32)  # converted
         as_file = same_dtype and (it.layers, it.trained()) == (file.layers, file.trained())
         if not as_file or not same(it.frozen(), file.frozen()):
-            return self.refused(
-                lambda: ll.load_adapter(self.model, path), ll.AdapterMismatchError, ll.BaseMismatchError
-            )
+            return self.refused(lambda: ll.load_adapter(self.model, path), *OTHERS)
         ll.load_adapter(self.model, path)
         self.it = replace(it, factors=file.factors)
         return self.it.load(file.stored())
@@ -416,7 +415,4 @@ class Orders(RuleBasedStateMachine):
 
 @pytest.mark.filterwarnings("ignore::lightning_lora.LoRAWarning")
 def test_any_order_of_calls_is_what_plain_matrices_say() -> None:
-    run(
-        Orders,
-        settings=settings(max_examples=400, stateful_step_count=25, derandomize=True),
-    )
+    run(Orders, settings=settings(max_examples=400, stateful_step_count=25, derandomize=True))

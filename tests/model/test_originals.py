@@ -44,11 +44,7 @@ def test_buffers_that_changed_are_stored_and_others_are_restored(tmp_path: Path)
     fresh = {name: value.clone() for name, value in fresh.items()}
     for buffer in model[1].buffers():
         buffer.add_(1)
-    assert set(ll.adapter_state_dict(model)) - set(fresh) == {
-        "1.running_mean",
-        "1.running_var",
-        "1.num_batches_tracked",
-    }
+    assert set(ll.adapter_state_dict(model)) - set(fresh) == {f"1.{name}" for name in model[1]._buffers}
     ll.save_adapter(model, tmp_path / "a.safetensors")
     again = build()
     ll.load_adapter(again, tmp_path / "a.safetensors")

@@ -139,9 +139,7 @@ def strategy_of(kind: str, size: int = 2) -> Any:
         from tests.support.cpu_deepspeed import CpuDeepSpeed
 
         return CpuDeepSpeed(stage=int(kind[-1]))
-    return ModelParallelStrategy(
-        data_parallel_size=size, tensor_parallel_size=1, save_distributed_checkpoint=kind == "sharded"
-    )
+    return ModelParallelStrategy(size, 1, save_distributed_checkpoint=kind == "sharded")
 
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:

@@ -22,10 +22,7 @@ from tests.support.sharded_fits import State, assert_same, differing, fit, messa
 from tests.support.versions import needs_averaging
 
 # The warnings are DeepSpeed's own
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-    pytest.mark.processes,
-]
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"), pytest.mark.processes]
 
 
 def of_zero(kind: str, folder: Path, *args: Any, zero: dict[str, Any], averages: bool = False, **options: Any) -> State:
@@ -70,10 +67,7 @@ class InConfig(LitNet):  # the optimizer is DeepSpeed's
         raise NotImplementedError
 
 
-ADAM = {
-    "zero_optimization": {"stage": 2},
-    "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
-}
+ADAM = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}}
 
 
 @pytest.mark.parametrize(
@@ -81,7 +75,7 @@ ADAM = {
     [
         (Groups, {"stage": 1}),
         (Groups, {"stage": 2}),
-        (LitNet, {"stage": 2, "offload_optimizer": True}),
+        (LitNet, {"offload_optimizer": True}),
         (InConfig, {"config": ADAM}),
     ],
     ids=["groups, stage 1", "groups", "offload", "config"],

@@ -221,9 +221,8 @@ def test_a_static_graph_trains_the_layers_that_it_reaches_and_leaves_the_others(
         warnings.simplefilter("ignore", DeadAdapterWarning)
         for options in ({"static_graph": True}, {"find_unused_parameters": True}):
             strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", **options)
-            train(
-                tmp_path, lora(), keeps := KeepsStates(tmp_path), model=Skips(never=True), strategy=strategy, devices=2
-            )
+            keeps, options = KeepsStates(tmp_path), {"strategy": strategy, "devices": 2}
+            train(tmp_path, lora(), keeps, model=Skips(never=True), **options)
             states.append(keeps.same())
     assert states[0]["q_proj.lora_B"].any() and not states[0]["unused.lora_B"].any()
     torch.testing.assert_close(states[0], states[1])  # unused.lora_A too: not even its weight decays
@@ -294,9 +293,8 @@ class Adversaries(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         x = torch.ones(4, 8) * (batch_idx + 1) / 4
-        for net, fixed, optimizer in zip(
-            (self.one, self.other), (self.other, self.one), self.optimizers(), strict=True
-        ):
+        nets = (self.one, self.other)
+        for net, fixed, optimizer in zip(nets, nets[::-1], self.optimizers(), strict=True):
             self.switch(fixed, False)
             self.switch(net, True)
             optimizer.zero_grad()

@@ -151,10 +151,7 @@ def adapters(path: Path) -> dict[str, torch.Tensor]:
     return held(torch.load(path, weights_only=True))
 
 
-@pytest.mark.parametrize(
-    ("strategy", "devices"),
-    [("single", 1), ("ddp_fork", 2), ("ddp", 2), ("ddp_spawn", 2)],
-)
+@pytest.mark.parametrize(("strategy", "devices"), [("single", 1), ("ddp_fork", 2), ("ddp", 2), ("ddp_spawn", 2)])
 def test_killed_and_resumed_ends_with_the_same_adapters(tmp_path: Path, strategy: str, devices: int) -> None:
     through, killed = tmp_path / "through", tmp_path / "killed"
     expected = train(through, "ddp_fork" if devices > 1 else "single", devices)
