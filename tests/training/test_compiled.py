@@ -10,7 +10,7 @@ from torch import nn
 import lightning_lora as ll
 from tests.support.cases import Three, held, three
 from tests.support.fits import fit, loaded
-from tests.support.models import LitTiny, X, data, lora, randomise, same, state, trainer
+from tests.support.models import TRAINED, LitTiny, X, data, lora, randomise, same, state, trainer
 
 
 class Compiled(LitTiny):  # whose q_proj was compiled before it met any adapter
