@@ -179,6 +179,7 @@ def two_processes_by_hand(accumulate: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.processes
+@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")  # of the other process's layers
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_processes_do_not_wait_for_layers_that_a_batch_leaves_out(tmp_path: Path, accumulate: int) -> None:
     """Two processes' gradients are the mean of theirs, where a layer that was left out has a gradient of zero."""
@@ -189,9 +190,7 @@ def test_processes_do_not_wait_for_layers_that_a_batch_leaves_out(tmp_path: Path
 
     callbacks = [LoRACallback(r=2, exclude_modules=["head"]), keeps := KeepsStates(tmp_path)]
     options = {"accumulate_grad_batches": accumulate, "use_distributed_sampler": False, "devices": 2}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeadAdapterWarning)  # of the other process's layers
-        train(tmp_path, *callbacks, model=Descends(), strategy="ddp_fork", **options)
+    train(tmp_path, *callbacks, model=Descends(), strategy="ddp_fork", **options)
     first, by_hand = keeps.same(), two_processes_by_hand(accumulate)
     for name in ADAPTERS:
         torch.testing.assert_close(first[name], by_hand[name], msg=lambda text, n=name: f"{n}: {text}")
@@ -215,15 +214,13 @@ def test_processes_name_layers_that_no_batch_reaches(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
+@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
 def test_a_static_graph_trains_the_layers_that_it_reaches_and_leaves_the_others(tmp_path: Path) -> None:
     states = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeadAdapterWarning)
-        for options in ({"static_graph": True}, {"find_unused_parameters": True}):
-            strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", **options)
-            keeps, options = KeepsStates(tmp_path), {"strategy": strategy, "devices": 2}
-            train(tmp_path, lora(), keeps, model=Skips(never=True), **options)
-            states.append(keeps.same())
+    for options in ({"static_graph": True}, {"find_unused_parameters": True}):
+        strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", **options)
+        train(tmp_path, lora(), keeps := KeepsStates(tmp_path), model=Skips(never=True), strategy=strategy, devices=2)
+        states.append(keeps.same())
     assert states[0]["q_proj.lora_B"].any() and not states[0]["unused.lora_B"].any()
     torch.testing.assert_close(states[0], states[1])  # unused.lora_A too: not even its weight decays
 
@@ -238,19 +235,11 @@ class Freezes(LitTiny):  # that freezes an adapter of its own as training starts
 
 
 @pytest.mark.processes
+@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
 @pytest.mark.parametrize("steps", [1, 4])
 def test_an_adapter_that_the_user_froze_stands_still_beside_those_that_train(tmp_path: Path, steps: int) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeadAdapterWarning)
-        model, _ = train(
-            tmp_path,
-            lora(),
-            keeps := KeepsStates(tmp_path),
-            model=Freezes(),
-            max_steps=steps,
-            strategy="ddp_fork",
-            devices=2,
-        )
+    options = {"max_steps": steps, "strategy": "ddp_fork", "devices": 2}
+    model, _ = train(tmp_path, lora(), keeps := KeepsStates(tmp_path), model=Freezes(), **options)
     assert torch.equal(model.v_proj.weight, LitTiny().v_proj.weight)
     assert not torch.equal(model.q_proj.weight, LitTiny().q_proj.weight)
     assert keeps.same()  # the mean of both gradients
