@@ -62,11 +62,20 @@ def _registered() -> set[str]:
 # Layers whose output PEFT adds its update to
 
 
+_COMPUTE_THE_SAME = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
+"""Layers with a forward of their own, which is that of their torch class."""
+
+
 def _added(layer: StoredLayer) -> str | None:
-    if not layer.is_additive:
+    if not (layer.is_additive or layer.layer_class in _COMPUTE_THE_SAME):
         title = layer.layer_class.rpartition(".")[2]
         return f"{title} has a forward of its own, and PEFT adds the update outside of it, with other results."
     return None
+
+
+def _embedding(layer: StoredLayer) -> str | None:
+    is_scaled = layer.layer_class.startswith("transformers.") and layer.layer_class.endswith("ScaledWordEmbedding")
+    return None if is_scaled else _added(layer)  # PEFT scales the update too
 
 
 def _convolution(layer: StoredLayer) -> str | None:
@@ -141,7 +150,7 @@ _PEFT_LAYERS: dict[type[kinds.LoRALayer] | None, PeftLayer] = {  # None: a user'
     kinds.LoRALinear4bit: PeftLayer(_added),
     kinds.LoRALinear8bit: PeftLayer(_added),
     kinds.LoRAConv1D: PeftLayer(_added),
-    kinds.LoRAEmbedding: PeftLayer(_added, keys=("lora_embedding_A", "lora_embedding_B")),
+    kinds.LoRAEmbedding: PeftLayer(_embedding, keys=("lora_embedding_A", "lora_embedding_B")),
     kinds.LoRAConvNd: PeftLayer(_convolution, _with_kernel, _without_kernel),
     kinds.LoRAAttention: PeftLayer(_attention),
     kinds.LoRARecurrent: PeftLayer(_parameters, is_parameter=True),

@@ -30,6 +30,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "DistilBert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "vocab_size": 60},
     "OPT": {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32, "vocab_size": 60},
     "GPTNeoX": {**SMALL, "vocab_size": 60},
+    "Falcon": {**SMALL, "vocab_size": 60, "bias": True},
+    "Gemma3Text": {**DECODER, "head_dim": 8},
     "GptOss": {**EXPERTS, "head_dim": 8, "sliding_window": 8},
 }
 IDS = torch.arange(2, 14).view(2, 6)
@@ -85,6 +87,8 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("DistilBert", "Model", {"target_modules": ["q_lin", "word_embeddings"], "init": "kaiming"}),
     ("OPT", "ForCausalLM", {"target_modules": ["fc1", "fc2"], "init": "pissa", "alpha": 3}),
     ("GPTNeoX", "ForCausalLM", {"target_modules": ["query_key_value"], "init": "olora", "use_rslora": True}),
+    ("Falcon", "ForCausalLM", {"target_modules": "all-linear", "use_dora": True}),  # x @ W.T + b, in its own forward
+    ("Gemma3Text", "Model", {"target_modules": ["embed_tokens", "q_proj"], "alpha": 3}),  # scaled embeddings
     ("Mixtral", "ForCausalLM", {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"]}),
     ("GptOss", "ForCausalLM", {"target_modules": [], "target_parameters": ["gate_up_proj", "down_proj"]}),
 ]

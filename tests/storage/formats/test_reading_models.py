@@ -41,6 +41,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     ),
     "gpt2": (causal(hf.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=20)), {"task_type": "CAUSAL_LM"}),
     "gpt-neox": (causal(hf.GPTNeoXConfig(**BERT)), {"task_type": "CAUSAL_LM", "use_rslora": True}),
+    "falcon": (
+        causal(hf.FalconConfig(**BERT, bias=True)),
+        {"target_modules": ["query_key_value", "dense"], "task_type": "CAUSAL_LM"},
+    ),
     "llama": (causal(hf.LlamaConfig(**LLAMA)), {"task_type": "CAUSAL_LM", "layers_to_transform": [1]}),
     "llama, embeddings": (
         causal(hf.LlamaConfig(**LLAMA)),
