@@ -190,6 +190,8 @@ class LoRACallback(Callback):
             if is_merged(pl_module) and not compatibility.loads_in_hooks(pl_module):
                 return  # it runs as it is
         self._stage.begin(pl_module)
+        if is_fit:
+            compatibility.check_rows(pl_module)
         record = find_record(pl_module)
         if record is not None:
             self._stage.take_config(pl_module, record.adapter.config, f"the adapters of {type(pl_module).__name__}")

@@ -1,12 +1,14 @@
 """What PEFT names: its files, the tensors in them, and the fields of its configuration."""
 
 import json
-from collections.abc import Iterable
+import re
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterFileError, ConfigError, listed
+from lightning_lora.config import LoRAConfig, matches
+from lightning_lora.errors import AdapterFileError, ConfigError, LoRAWarning, listed
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer form first
@@ -39,62 +41,118 @@ def is_peft(names: Iterable[object]) -> bool:
     return any(isinstance(name, str) and peft_key(name) for name in names)
 
 
-def read_config(weights: Any) -> tuple[LoRAConfig, Tokens]:
-    """Read the configuration beside a file: all but the layers, which the names of the tensors say, and the rows."""
+class PeftConfig(NamedTuple):
+    """What PEFT's configuration says. ``tokens`` are rows of embeddings that train."""
+
+    config: LoRAConfig
+    tokens: Tokens
+    layers: list[int] | None  # the only numbers in the names of adapted layers
+
+    def adapts(self, name: str) -> bool:
+        """Return whether PEFT adapts a module of its model, if it is of a kind that it adapts."""
+        if _means(self.config.exclude_modules, name) or not _means(self.config.target_modules, name):
+            return False
+        numbers = {int(part) for part in name.split(".")[2:-1] if part.isdecimal()}
+        return self.layers is None or (bool(numbers) and numbers.issubset(self.layers))
+
+
+def read_config(weights: Any) -> PeftConfig:
+    """Read the configuration beside a file."""
     path = weights.parent / PEFT_CONFIG if isinstance(weights, Path) else None
     if path is None or not path.is_file():
         raise AdapterFileError(
             f"{weights} holds adapters of PEFT. Their rank and scaling are in {PEFT_CONFIG}, which is not there: put "
             "it beside the tensors, in a folder on this machine."
         )
+    return config_of(json_object(path.read_bytes(), path), path)
+
+
+def json_object(text: str | bytes, source: object) -> dict[str, Any]:
+    """Return the fields of a configuration."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path} is not a JSON file: {error}. Use PEFT's own file.") from error
+        raise AdapterFileError(f"{source} is not a JSON file: {error}. Use PEFT's own file.") from error
     if not isinstance(stored, dict):
-        raise AdapterFileError(f"{path} holds a {type(stored).__name__}. Expected PEFT's configuration, a JSON object.")
+        raise AdapterFileError(
+            f"{source} holds a {type(stored).__name__}. Expected PEFT's configuration, a JSON object."
+        )
+    return stored
+
+
+def config_of(stored: Mapping[str, Any], source: object) -> PeftConfig:
+    """Return what these fields say. Those that are not known are ignored, with a warning."""
     if stored.get("peft_type") != "LORA":
         raise AdapterFileError(
-            f"{path} says peft_type={stored.get('peft_type')!r}. Only 'LORA' can be read. {_MERGE_THERE}"
+            f"{source} says peft_type={stored.get('peft_type')!r}. Only 'LORA' can be read. {_MERGE_THERE}"
         )
-    unknown = [name for name, value in stored.items() if value and name not in (*_OURS, *_OTHERS)]
-    if unknown:
+    if refused := [name for name in _REFUSED if stored.get(name)]:
         raise AdapterFileError(
-            f"{path} sets {listed(unknown)}, which this package does not have: the update may be another one. "
-            f"{_MERGE_THERE} If it makes no difference, remove it from the file."
+            f"{source} sets {listed(refused)}, which this package does not have: the update is another one. "
+            f"{_MERGE_THERE}"
+        )
+    if unknown := [name for name, value in stored.items() if value and name not in (*_OURS, *_OTHERS)]:
+        warnings.warn(
+            f"{source} sets {listed(unknown)}, which PEFT 0.21 does not know: ignored, as PEFT does. If a newer PEFT "
+            "wrote it, and it changes what is computed, merge the adapters there, and use the merged model.",
+            LoRAWarning,
+            stacklevel=6,
         )
     init, tokens = str(stored.get("init_lora_weights")).lower(), stored.get("trainable_token_indices") or []
     if init not in _INITIALISATIONS:
         raise AdapterFileError(
-            f"{path} says init_lora_weights={init!r}: training began from a changed base, which is not in the file and "
-            "cannot be computed again. Convert it with PEFT: save_pretrained(..., "
+            f"{source} says init_lora_weights={init!r}: training began from a changed base, which is not in the file "
+            "and cannot be computed again. Convert it with PEFT: save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...)."
         )
-    given = {ours: stored[theirs] for theirs, ours in _OURS.items() if stored.get(theirs) is not None}
+    given = {ours: stored[theirs] for theirs, ours in _OURS.items() if stored.get(theirs) not in (None, [], "")}
     start: Any = init if init in ("pissa", "olora", "gaussian") else "kaiming"
     try:
         config = LoRAConfig(**{"r": 8, "alpha": 8, "init": start, **given})
     except ConfigError as error:
-        raise AdapterFileError(f"{path} holds other values than PEFT writes there: {error}") from error
+        raise AdapterFileError(f"{source} holds other values than PEFT writes there: {error}") from error
     rows = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
-    if not all(isinstance(each, list) and all(type(row) is int for row in each) for each in rows):
-        raise AdapterFileError(f"{path} holds trainable_token_indices={tokens!r}. Expected a list of rows.")
-    return config, tokens
+    if not all(_are_numbers(each) for each in rows):
+        raise AdapterFileError(f"{source} holds trainable_token_indices={tokens!r}. Expected a list of rows.")
+    numbers = stored.get("layers_to_transform")
+    layers = [numbers] if type(numbers) is int else numbers or None
+    if layers is not None and (stored.get("layers_pattern") or not _are_numbers(layers)):
+        layers = []  # which layers it means is not known here
+    return PeftConfig(config, tokens, layers)
+
+
+def _means(entries: str | Iterable[str] | None, name: str) -> bool:
+    if isinstance(entries, str):
+        return re.fullmatch(entries, name) is not None
+    return any(matches(entry, name) for entry in entries or ())
+
+
+def _are_numbers(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int for value in values)
 
 
 _MERGE_THERE = "Merge it with PEFT (merge_and_unload), and use the merged model."
 
-_SAME = ("r", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters", "modules_to_save")
+_SAME = (
+    "r", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+    "target_modules", "exclude_modules", "target_parameters", "modules_to_save",
+)  # fmt: skip
 _OURS = {"lora_alpha": "alpha", "lora_dropout": "dropout", **{name: name for name in _SAME}}
 """PEFT's fields that decide what is computed, and ours."""
+
+_REFUSED = (
+    "alora_invocation_tokens", "use_qalora", "layer_replication", "lora_bias", "use_bdlora", "arrow_config",
+    "kasa_config", "monteclora_config", "megatron_config",
+)  # fmt: skip
+"""Those that make another update."""
 
 _INITIALISATIONS = ("pissa", "olora", "true", "false", "none", "gaussian", "orthogonal", "eva", "mica", "lora_ga")
 """Those after which the base is known. Only ``pissa`` and ``olora`` are a part of the update."""
 
 _OTHERS = {
     # read above, or from the tensors
-    "init_lora_weights", "trainable_token_indices", "peft_type", "use_dora", "bias", "fan_in_fan_out", "target_modules",
-    "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying",
+    "init_lora_weights", "trainable_token_indices", "peft_type", "bias", "fan_in_fan_out", "layers_to_transform",
+    "layers_pattern", "ensure_weight_tying",
     # about the base, the task, the training and the package
     "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
     "megatron_core", "qalora_group_size", "runtime_config", "velora_config", "loftq_config", "eva_config",

@@ -48,6 +48,11 @@ def why_not(layer: StoredLayer) -> str | None:
     return own.why_not(layer)
 
 
+def has_layer(kind: type[kinds.LoRALayer] | None) -> bool:
+    """Return whether PEFT wraps layers that have this adapter here."""
+    return kind in _PEFT_LAYERS and not _PEFT_LAYERS[kind].is_parameter
+
+
 def peft_layer(layer: StoredLayer) -> PeftLayer:
     """Return PEFT's counterpart of a layer's adapter, after :func:`why_not`."""
     return _PEFT_LAYERS[layer.adapter_class]

@@ -2,7 +2,9 @@
 
 import math
 import os
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig, matches
-from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, LoRAWarning, listed
 from lightning_lora.functional.combine import Factors
 from lightning_lora.layers import FROM_BASE, AdaptedMatrix, LoRALayer, LoRAParameters, adapter_for
 from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRAEmbedding, LoRARecurrent
@@ -22,17 +24,18 @@ from lightning_lora.storage.formats.peft_config import (
     PEFT_CONFIG,
     PEFT_WEIGHTS,
     PREFIX,
-    Tokens,
+    PeftConfig,
     is_peft,
     peft_key,
     read_config,
 )
-from lightning_lora.storage.formats.peft_layers import peft_layer, why_not
+from lightning_lora.storage.formats.peft_layers import has_layer, peft_layer, why_not
 from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of, place_of, uses_of
-from lightning_lora.storage.names import Renaming
+from lightning_lora.storage.names import Renaming, is_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
-from lightning_lora.tensors.names import join
+from lightning_lora.tensors.names import join, starts_of
+from lightning_lora.tensors.values import same_bits
 
 Tensors = Mapping[str, Tensor]  # of one adapter: "A", "B", "magnitude", "tokens"
 
@@ -52,42 +55,68 @@ def weights_of(path: Path) -> Path:
 
 def reader(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
     """Return how to read these contents of a file, if PEFT wrote it."""
-    return (lambda view: _read(view, contents, path)) if is_peft(contents) else None
+    return (lambda view: read(view, contents, read_config(path), path)) if is_peft(contents) else None
 
 
-def _read(view: View, tensors: Mapping[str, Any], path: Any) -> StoredAdapters:
-    config, token_rows = read_config(path)
+def read(view: View, tensors: Mapping[str, Any], peft: PeftConfig, path: Any) -> StoredAdapters:
+    """Return the adapters of a PEFT file for this model."""
     adapters, rest = _sorted(tensors, path)
+    _check_magnitudes(adapters, path, use_dora=peft.config.use_dora)
     place = place_of(view, list(map(_plain, adapters)), list(rest))
-    layers = _Layers(view, config, token_rows, place)
+    layers = _Layers(view, peft, place)
     rest = {place.name_here(name): value for name, value in rest.items()}
+    held, fixed = dict(adapters), dict[str, Tensor]()
     for name in [name for name in adapters if layers.are_tied_tokens(name, adapters[name])]:
         weight = layers.with_rows(name, adapters.pop(name))
-        rest |= dict.fromkeys(uses_of(view, join(place.name_here(name), "weight")), weight)
-    return adapters_of(view, layers.updates(adapters), rest, config, config.modules_to_save or ())
+        fixed |= dict.fromkeys(uses_of(view, join(place.name_here(_plain(name)), "weight")), weight)
+    updates = layers.updates(adapters)
+    layers.check_complete(held, rest, path)
+    stored = adapters_of(view, updates, rest, peft.config, peft.config.modules_to_save or ())
+    if rows := [f"{_plain(name)} ({len(each['tokens'])})" for name, each in held.items() if "tokens" in each]:
+        further = "they stay as they are" if fixed else "a fit refuses them, because it would train all rows"
+        says = f"PEFT trained single rows of {listed(rows)}. They are loaded, but cannot train further here: {further}."
+        warnings.warn(says, LoRAWarning, stacklevel=5)
+    return replace(stored, state={**stored.state, **fixed}, changed=[*fixed])
 
 
 def _sorted(tensors: Mapping[str, Any], path: object) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """The tensors of each adapter, by the name of what PEFT wraps, and the others, by their names in the base."""
     adapters, rest, unknown = dict[str, dict[str, Tensor]](), dict[str, Tensor](), list[str]()
+    if odd := [key for key, value in tensors.items() if not isinstance(value, Tensor)]:
+        raise AdapterFileError(f"{path} holds {listed(odd)}, which is not a tensor: it is damaged or was changed.")
     for key, value in tensors.items():
-        name = key.removeprefix(PREFIX)
-        if not isinstance(value, Tensor):
-            raise AdapterFileError(f"{path} holds {key!r}, which is not a tensor: it is damaged or was changed.")
-        parts = peft_key(name)
-        if parts:
+        name, copied = key.removeprefix(PREFIX), _COPY.sub("", key)
+        if parts := peft_key(name):
             wrapped, what = parts
             adapters.setdefault(wrapped, {})[what] = value
+        elif any(part in f"{name}." for part in _LEFT):
+            continue
         elif any(part.startswith(("lora_", "trainable_tokens")) for part in name.split(".")):
             unknown.append(key)
-        elif ".original_module." not in name:  # the base's own values, of a module that is trained in full
+        elif copied == key or copied not in tensors:
             rest[_plain(name)] = value
+        elif not same_bits(value, tensors[copied]):
+            raise AdapterFileError(f"{path} holds other values for {key!r} than for {copied!r}. Use PEFT's own file.")
     if unknown:
         raise AdapterFileError(
             f"{path} holds {listed(unknown)}, which belong to a method of PEFT that this package does not have. Merge "
             "it with PEFT (merge_and_unload), and use the merged model."
         )
     return adapters, rest
+
+
+_LEFT = (".original_module.", ".lora_velora_embed.")  # the base's own values of a trained module; training's own
+_COPY = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")  # bias="all" writes these biases twice
+
+
+def _check_magnitudes(adapters: Mapping[str, Tensors], path: object, *, use_dora: bool) -> None:
+    """Refuse a file that holds DoRA's magnitudes only here and there, or against its configuration."""
+    pairs = {name: "magnitude" in tensors for name, tensors in adapters.items() if "A" in tensors}
+    if odd := [name for name, has_magnitude in pairs.items() if has_magnitude != use_dora]:
+        raise AdapterFileError(
+            f"{PEFT_CONFIG} says use_dora={use_dora}, and {path} holds {'no' if use_dora else 'a'} "
+            f"lora_magnitude_vector for {listed(odd)}. Use the configuration and the tensors of one training."
+        )
 
 
 def _plain(name: str) -> str:
@@ -101,9 +130,12 @@ class _Layers:
     """The layers of a model, which may be adapted already, by the names of a PEFT file."""
 
     view: View
-    config: LoRAConfig
-    token_rows: Tokens
+    peft: PeftConfig
     place: Renaming
+
+    @property
+    def config(self) -> LoRAConfig:
+        return self.peft.config
 
     def updates(self, adapters: Mapping[str, Tensors]) -> list[Update]:
         """Return the updates of the layers."""
@@ -229,6 +261,42 @@ class _Layers:
             factors.append((a, b * (self.config.scaling(said) / scaling)))
         return Update(replace(about, scaling=scaling), tuple(factors))
 
+    # What a whole file holds
+
+    def check_complete(self, adapters: Mapping[str, Tensors], rest: Collection[str], path: object) -> None:
+        """Refuse a file without tensors for what its configuration names in this model, as PEFT reads it."""
+        wrapped = {self._module(_plain(name)) for name in adapters}
+        rows = [name for name, tensors in adapters.items() if "tokens" in tensors]
+        ends = self.peft.tokens if isinstance(self.peft.tokens, dict) else [""] * bool(self.peft.tokens)
+        lacking = [f"{end}: rows" for end in ends if not any(_plain(name).endswith(end) for name in rows)]
+        for name, module in self.view.modules.items():
+            if not is_inside(name, self.place.here) or name == self.place.here:
+                continue
+            around, there = starts_of(name), self.place.name_there(name)
+            is_wrapped = not wrapped.isdisjoint(self.view.modules[outer] for outer in around)
+            if (not is_wrapped and self._is_meant(there, module)) or not self._is_saved_whole(name, there, rest):
+                lacking.append(name)
+        if lacking:
+            raise AdapterFileError(
+                f"{PEFT_CONFIG} also names {listed(lacking)} in {type(self.view.model).__name__}, and {path} holds no "
+                "tensors for them: it is not whole, or of another model. Use all that was saved, on the model of the "
+                "training. If they are to stay as they are, name them in exclude_modules of the configuration, or "
+                "remove them from modules_to_save."
+            )
+
+    def _is_meant(self, there: str, module: nn.Module) -> bool:
+        """Whether PEFT would adapt a module, or one of its parameters."""
+        if any(map(self.config.is_saved, starts_of(there))):
+            return False
+        parameters = [join(there, leaf) for leaf in module._parameters]
+        return (self.peft.adapts(there) and has_layer(adapter_for(module))) or any(map(self._is_named, parameters))
+
+    def _is_saved_whole(self, name: str, there: str, rest: Collection[str]) -> bool:
+        """Whether the file holds each tensor of a module, if that trains whole. PEFT takes any ending of a name."""
+        if not there.endswith(tuple(self.config.modules_to_save or ())):
+            return True
+        return all(own in rest for own in (*self.view.base, *self.view.buffers) if own.startswith(f"{name}."))
+
     # Rows of an embedding that train
 
     def are_tied_tokens(self, there: str, tensors: Tensors) -> bool:
@@ -238,9 +306,9 @@ class _Layers:
         return "tokens" in tensors and tied and any(getattr(config, "tie_word_embeddings", False) for config in configs)
 
     def _rows(self, there: str) -> list[int]:
-        if isinstance(self.token_rows, list):
-            return self.token_rows
-        return next((rows for end, rows in self.token_rows.items() if there.endswith(end)), [])
+        if isinstance(self.peft.tokens, list):
+            return self.peft.tokens
+        return next((rows for end, rows in self.peft.tokens.items() if there.endswith(end)), [])
 
     def with_rows(self, there: str, tensors: Tensors) -> Tensor:
         """Return an embedding's weight with the file's rows in it."""

@@ -80,7 +80,7 @@ def place_of(view: View, layers: Collection[str], entries: Collection[str]) -> R
         )
     (place,) = found
     if place.there or place.here not in ("", root):
-        warnings.warn(place.told(title), LoRAWarning, stacklevel=7)
+        warnings.warn(place.told(title), LoRAWarning, stacklevel=6)
     return place
 
 

@@ -86,6 +86,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:PEFT trained single rows")
 @pytest.mark.parametrize(("make", "inputs", "config"), CASES.values(), ids=CASES)
 def test_outputs_are_those_of_peft(
     tmp_path: Path, make: Callable[[], nn.Module], inputs: Any, config: dict[str, Any]

@@ -35,6 +35,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
         classifier(hf.RobertaConfig(**BERT, max_position_embeddings=16)),
         {"target_modules": ["query", "value"], "task_type": "SEQ_CLS", "bias": "lora_only"},
     ),
+    "roberta, biases": (
+        classifier(hf.RobertaConfig(**BERT, max_position_embeddings=16)),
+        {"target_modules": ["query"], "modules_to_save": ["classifier"], "bias": "all"},
+    ),
     "distilbert": (
         classifier(hf.DistilBertConfig(dim=8, n_layers=2, n_heads=2, hidden_dim=16, vocab_size=20)),
         {"target_modules": ["q_lin", "v_lin"], "task_type": "SEQ_CLS", "use_dora": True},

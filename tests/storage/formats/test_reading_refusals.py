@@ -3,7 +3,9 @@
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,17 +18,19 @@ from lightning_lora import (
     AdapterMismatchError,
     BaseMismatchError,
     ConfigError,
+    LoRACallback,
     LoRAConfig,
     LoRAWarning,
     inject_adapters,
     load_adapter,
     load_from_checkpoint,
     merge_adapters,
+    save_adapter,
     unmerge_adapters,
 )
 from tests.storage.formats.test_reading import INDEX
-from tests.support.models import LitTiny, same, state
-from tests.support.peft_reading import Attending, Expert, Images, Mixed, built, gap, write_peft
+from tests.support.models import WORDS, LitTiny, TinyLM, data, same, state, trainer
+from tests.support.peft_reading import Attending, Expert, Images, Lit, Mixed, built, gap, write_peft
 from tests.support.storage import refused
 
 PRE = "base_model.model."
@@ -55,7 +59,7 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "no method": ({"peft_type": None}, r"peft_type=None"),
     "layer_replication": ({"layer_replication": [[0, 2]]}, r"'layer_replication'"),
     "lora_bias": ({"lora_bias": True}, "'lora_bias'"),
-    "an unknown field": ({"use_more": True}, "'use_more'.*remove it from the file"),
+    "magnitudes": ({"use_dora": True}, "use_dora=True, and .* no lora_magnitude_vector for 'linear'"),
     "pissa_niter": ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4'.*cannot be computed again"),
     "r": ({"r": 0}, "r=0"),
     "alpha": ({"lora_alpha": "8"}, "alpha='8'"),
@@ -79,12 +83,17 @@ def test_what_the_configuration_asks_for(tmp_path: Path, fields: dict[str, Any],
 
 def test_harmless_fields_are_ignored_and_missing_ones_are_those_of_peft(tmp_path: Path) -> None:
     expected = written(tmp_path, r=8)(INDEX)
+    hold(tmp_path, add("linear.lora_velora_embed", torch.ones(2)))  # VeLoRA's, which changes training alone
     harmless = {"velora_config": {"scale": 2}, "loftq_config": {"loftq_bits": 4}, "use_less": False}
     config = {"peft_type": "LORA", "target_modules": ["linear"], "runtime_config": {"a": 1}, **harmless}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     model = built(Mixed)
     load_adapter(model, tmp_path)
     assert gap(model(INDEX), expected) < 2e-6
+    say(tmp_path, author="me", use_more=True, note="")
+    with pytest.warns(LoRAWarning, match="sets 'author', 'use_more', which PEFT 0.21 does not know: ignored") as told:
+        load_adapter(model, tmp_path)
+    assert gap(model(INDEX), expected) < 2e-6 and told[0].filename == __file__
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "", "{" * 3, "[" * 100_000])
@@ -133,6 +142,12 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], None], type[Exception], s
         }),
         AdapterFileError, "two updates of one Linear",
     ),
+    "two values": (
+        lambda tensors: tensors.update({
+            f"{PRE}head.bias": torch.zeros(3), f"{PRE}head.modules_to_save.default.bias": torch.ones(3)
+        }),
+        AdapterFileError, "other values for '.*modules_to_save.default.bias' than for",
+    ),
     "half of DoRA": (add("norm.lora_magnitude_vector", torch.ones(12)), AdapterMismatchError, "'norm'"),
 }  # fmt: skip
 
@@ -144,6 +159,63 @@ def test_what_the_tensors_are(
     written(tmp_path)
     hold(tmp_path, change)
     check_refused(tmp_path, built(Mixed), error, match)
+
+
+class Blocks(nn.Module):
+    """Two layers in a list, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.m = nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in "ab"])})
+
+
+TWO: dict[str, Any] = {"target_modules": ["linear", "c_proj"]}
+ONE = {"target_modules": ["q"], "layers_to_transform": [1]}
+LACKING: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any], str, str]] = {
+    "a layer": (Mixed, TWO, {}, "c_proj", "'c_proj'"),
+    "of an expression": (Mixed, TWO, {"target_modules": "(linear|c_.*)"}, "c_proj", "'c_proj'"),
+    "a magnitude": (Mixed, {**TWO, "use_dora": True}, {}, r"c_proj\.lora_mag.*", "use_dora=True.*'c_proj'"),
+    "use_dora": (Mixed, {**TWO, "use_dora": True}, {"use_dora": False}, "-", "use_dora=False.*'c_proj', 'linear'"),
+    "a head": (Mixed, {"modules_to_save": ["head", "norm"]}, {}, "head", "names 'head' in"),
+    "a bias of a head": (Mixed, {"modules_to_save": ["head"]}, {}, r"head\.bias", "names 'head' in"),
+    "rows": (Mixed, {"trainable_token_indices": {"embed": [1, 4]}}, {}, "embed", "'embed: rows'"),
+    "a parameter": (
+        Expert, {"target_modules": [], "target_parameters": ["rnn.weight_hh_l0", "up"]}, {}, "rnn", "names 'rnn' in",
+    ),
+    "other blocks": (Blocks, ONE, {"layers_to_transform": None}, "-", r"'m\.h\.0\.q'"),
+    "one more block": (Blocks, ONE, {"layers_to_transform": [0, 1]}, "-", r"'m\.h\.0\.q'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "config", "said", "dropped", "match"), LACKING.values(), ids=LACKING)
+def test_a_file_that_lacks_what_its_configuration_names(
+    tmp_path: Path,
+    make: Callable[[], nn.Module],
+    config: dict[str, Any],
+    said: dict[str, Any],
+    dropped: str,
+    match: str,
+) -> None:
+    """PEFT takes start values for these, with a warning at most."""
+    written(tmp_path, make, **config)
+    say(tmp_path, **said)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = {name: value for name, value in load_file(path).items() if not re.match(f"{PRE}{dropped}\\b", name)}
+    save_file(tensors, path)
+    check_refused(tmp_path, built(make), AdapterFileError, match)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"layers_to_transform": 1}, {"layers_to_transform": [0, 1], "layers_pattern": ["h"]},
+     {"layers_to_transform": [], "exclude_modules": ["h.0.q"]}, {"layers_to_transform": None, "target_modules": None}],
+)  # fmt: skip
+def test_layers_that_the_configuration_leaves_out_are_not_missed(tmp_path: Path, fields: dict[str, Any]) -> None:
+    written(tmp_path, Blocks, **ONE)
+    say(tmp_path, **fields)
+    around = nn.ModuleDict({"model": built(Blocks), "other": nn.ModuleDict({"q": nn.Linear(4, 4)})})
+    with pytest.warns(LoRAWarning, match="they begin with 'model'"):  # what lies outside was not there
+        load_adapter(around, tmp_path)
 
 
 class Scaled(nn.Linear):
@@ -198,11 +270,41 @@ def test_what_the_model_is(
     check_refused(tmp_path, built(make), AdapterMismatchError, match)
 
 
-def test_rows_of_an_embedding(tmp_path: Path) -> None:
-    expected = written(tmp_path, Tied, **ROWS)(INDEX)
-    model = built(Tied)  # not a model of transformers: the head keeps its rows, there and here
-    load_adapter(model, tmp_path)
-    assert gap(model(INDEX), expected) < 2e-6
+class LitRows(Lit):
+    """A language model, whose head is tied to its embedding."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+@pytest.mark.parametrize("in_head", [False, True])
+def test_rows_of_an_embedding_that_peft_trained_do_not_train_further(tmp_path: Path, in_head: bool) -> None:
+    """The file's rows are in use everywhere, and no fit changes the other ones."""
+    make, targets = partial(TinyLM, tied=in_head), {"target_modules": ["q_proj"]}
+    expected = written(tmp_path / "peft", make, **ROWS, **targets)(INDEX % WORDS)
+    module, again = LitRows(built(make)).train(), LitRows(built(make)).train()
+    for model in (module.model, again.model):  # transformers says so where the head has the rows too
+        model.config = SimpleNamespace(tie_word_embeddings=in_head)
+    says = "single rows of 'embed \\(2\\)'.*" + ("they stay as they are" if in_head else "a fit refuses them")
+    with pytest.warns(LoRAWarning, match=says) as told:
+        load_adapter(module, tmp_path / "peft")
+    assert told[0].filename == __file__ and (in_head or gap(module(INDEX % WORDS), expected) < 2e-6)
+    embedded = module.model.embed(torch.arange(WORDS)).detach().clone()
+    assert not torch.equal(embedded[1:3], again.model.embed.weight[1:3])
+    if not in_head:
+        with refused(module, ConfigError, "single rows of 'model.embed', and a fit would train all its rows"):
+            trainer(tmp_path, [LoRACallback()]).fit(module, data())
+        merge_adapters(module, keep_base=False)
+    trainer(tmp_path, [LoRACallback(merge=False, **({} if in_head else targets))]).fit(module, data())
+    assert torch.equal(module.model.embed(torch.arange(WORDS)), embedded)
+    assert module.get_parameter("model.q_proj.lora_B").any()
+    if in_head:
+        save_adapter(module, tmp_path / "own.safetensors")
+        load_adapter(again, tmp_path / "own.safetensors")
+        assert torch.equal(again(INDEX % WORDS), module(INDEX % WORDS))
 
 
 def test_names_that_fit_in_several_places_or_mean_another_layer(tmp_path: Path) -> None:
