@@ -15,14 +15,7 @@ from lightning_lora.functional.update import added, delta_weight, lost_share, ma
 from lightning_lora.layers.contract import Adapter, LayerKind
 from lightning_lora.layers.functional_call import functional_call
 from lightning_lora.layers.init import initialise
-from lightning_lora.layers.matrices import (
-    AdaptedMatrix,
-    AdapterParameter,
-    Role,
-    Settings,
-    adapter_parameters,
-    weight_factors,
-)
+from lightning_lora.layers.matrices import AdaptedMatrix, Role, Roles, Settings, adapter_parameters, weight_factors
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.inplace import overlay, uncover
 from lightning_lora.tensors.names import own_parameter
@@ -172,7 +165,7 @@ class LoRALayer(LayerKind):
 
     # The parameters
 
-    def lora_roles(self) -> dict[str, AdapterParameter]:
+    def lora_roles(self) -> Roles:
         """Return what each of the adapter's parameters is, by name in the layer."""
         return adapter_parameters(self.lora_matrices, self.lora_settings)
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.layers.matrices import AdaptedMatrix, AdapterParameter, Role, Settings, adapter_parameters
+from lightning_lora.layers.matrices import AdaptedMatrix, Role, Roles, Settings, adapter_parameters
 from lightning_lora.tensors.inplace import InPlace
 from lightning_lora.tensors.names import own_parameter
 
@@ -137,6 +137,6 @@ class Adapter:
     bases: dict[str, Tensor] = field(default_factory=dict)  # the base's weights, by name, while it is merged
 
     @property
-    def roles(self) -> dict[str, AdapterParameter]:
+    def roles(self) -> Roles:
         """What each parameter is, by name in the layer."""
         return adapter_parameters(self.matrices, self.settings)

@@ -6,11 +6,10 @@ from lightning_lora.errors import ConfigError
 from lightning_lora.layers.attention import LoRAAttention
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.bilinear import LoRABilinear
-from lightning_lora.layers.conv1d import LoRAConv1D
 from lightning_lora.layers.convolution import LoRAConvNd, LoRAConvTransposeNd
 from lightning_lora.layers.embedding import LoRAEmbedding, LoRAEmbeddingBag
 from lightning_lora.layers.experts import LoRAParameters
-from lightning_lora.layers.linear import LoRALinear
+from lightning_lora.layers.linear import LoRAConv1D, LoRALinear
 from lightning_lora.layers.quantized import LoRALinear4bit, LoRALinear8bit
 from lightning_lora.layers.recurrent import LoRARecurrent
 

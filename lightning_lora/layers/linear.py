@@ -1,4 +1,4 @@
-"""nn.Linear with a low-rank update."""
+"""nn.Linear, and transformers' Conv1D, with a low-rank update."""
 
 from typing import Any, ClassVar
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lightning_lora.functional.linear import adapted_linear, low_rank_update
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.contract import LayerTypes
+from lightning_lora.layers.contract import LayerTypes, TransposedKind
 
 
 class LoRALinear(LoRALayer):
@@ -42,3 +42,17 @@ class LoRALinear(LoRALayer):
         """Compute the update: multiply the one input by A, then by B."""
         (x,) = (*args, *kwargs.values())
         return low_rank_update(x, lora_A, lora_B, self.lora_settings.scaling)
+
+
+class LoRAConv1D(TransposedKind, LoRALinear):
+    r"""Conv1D, GPT-2's linear layer, which computes :math:`x W + b + s \, \mathrm{dropout}(x) A^T B^T`.
+
+    Shape:
+        weight: (in, out); lora_A: (r, in); lora_B: (out, r). Input (\*, in), output (\*, out).
+    """
+
+    lora_layer_types = ("transformers.pytorch_utils.Conv1D",)
+
+    def lora_forward(self, x: Tensor) -> Any:
+        """Compute the output and its update. The argument has its name in Conv1D."""
+        return super().lora_forward(x)

@@ -124,7 +124,11 @@ class AdapterParameter(NamedTuple):
         return 0 if self.matrix.has_all_rows else None
 
 
-def adapter_parameters(matrices: Iterable[AdaptedMatrix], settings: Settings) -> dict[str, AdapterParameter]:
+Roles = dict[str, AdapterParameter]
+"""What the parameters of an adapter are, by name in the layer."""
+
+
+def adapter_parameters(matrices: Iterable[AdaptedMatrix], settings: Settings) -> Roles:
     """Return the parameters of an adapter, by name in the layer. Nothing else builds or reads such names."""
     return {matrix.parameter(role): AdapterParameter(role, matrix) for matrix in matrices for role in settings.roles}
 

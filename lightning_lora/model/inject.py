@@ -73,7 +73,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
         view = View(model)
         view.follow_base()
         attach.freeze(view)
-        record.adapter.set_layers(view.layers)
+        record.adapter.layers = tuple(view.layers)
         if adapters or view.is_fresh():  # later, trained values would be taken for the base's
             keep_originals(view)
     return tuple(choices)
@@ -191,9 +191,5 @@ def _about(settings: Settings, matrices: tuple[AdaptedMatrix, ...]) -> dict[str,
     named = {names.get(name, name): value for name, value in asdict(settings).items()}
     if not settings.inits_from_base:
         del named["init"]  # otherwise it makes no difference later
-    return {**named, "matrices": list(map(_about_matrix, matrices))}
-
-
-def _about_matrix(matrix: AdaptedMatrix) -> tuple[object, ...]:
-    own = (matrix.r, matrix.scaling)
-    return (matrix.name or matrix.weight, matrix.first, matrix.writes, *(own if any(own) else ()))
+    own = [(m.name or m.weight, m.first, m.writes, *filter(None, (m.r, m.scaling))) for m in matrices]
+    return {**named, "matrices": own}

@@ -134,7 +134,7 @@ def _merge_for_good(model: nn.Module) -> tuple[dict[str, float], list[str]]:
             lost[name] = _merge_layer(view, name, tied[name])
             layer.lora_weights_changed()
             layer.lora_detach()
-            view.adapter.set_layers(other for other in view.adapter.layers if other != name)
+            view.adapter.layers = tuple(other for other in view.adapter.layers if other != name)
         torch.clear_autocast_cache()
         now = View(model)
         attach.unfreeze(now)
@@ -159,12 +159,6 @@ def tied_weights(view: View) -> dict[str, list[str]]:
     for name, layer in view.layers.items():
         tied[name] = [weight for weight in layer.lora_weights() if uses[id(own_parameter(layer, weight))] > 1]
     return tied
-
-
-def spread_ties(view: View) -> list[str]:
-    """Return the layers with a tied, spread weight: FSDP2 keeps it one, so no update fits into one of its uses."""
-    tied = tied_weights(view).items()
-    return [name for name, weights in tied if any(is_dtensor(own_parameter(view.layers[name], w)) for w in weights)]
 
 
 def _merge_layer(
@@ -223,6 +217,8 @@ def check_mergeable(view: View) -> None:
     """Refuse weights that no update can be merged into."""
     used = {name: [own_parameter(layer, w) for w in layer.lora_weights()] for name, layer in view.layers.items()}
     empty = [name for name, weights in used.items() if any(weight.is_meta for weight in weights)]
+    tied = tied_weights(view).items()
+    spread = [name for name, weights in tied if any(is_dtensor(own_parameter(view.layers[name], w)) for w in weights)]
     for names, why in (
         (
             quantised_layers(view),
@@ -232,7 +228,7 @@ def check_mergeable(view: View) -> None:
         ),
         (empty, "have no values yet (they are on the meta device). Load them first."),
         (
-            spread_ties(view),
+            spread,
             "are tied to other layers, and FSDP2 keeps them one weight. Leave them out with exclude_modules; or save "
             "the adapters, and merge them into the model on one device.",
         ),

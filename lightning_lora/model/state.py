@@ -1,4 +1,4 @@
-"""What an adapted model remembers: its record. Only this module writes it: the others say what has happened.
+"""What an adapted model remembers: its record. Other modules tell its methods what has happened to the base.
 
 The record is an attribute of the model itself. So it survives copy and pickle, and other code that gets the model later
 (another Trainer, another callback, ``load_adapter``) knows its state. All keys in it are names as in
@@ -47,14 +47,6 @@ class AdapterState:
 
     is_trained: bool = False
     """Whether a Trainer has begun to train it, or it was loaded."""
-
-    def was_trained(self) -> None:
-        """A Trainer begins to train it."""
-        self.is_trained = True
-
-    def set_layers(self, layers: Iterable[str]) -> None:
-        """It is on these layers, and on no others."""
-        self.layers = tuple(layers)
 
     def set_untrained(self, names: Iterable[str]) -> None:
         """These frozen weights look untrained: files hold them."""
@@ -176,10 +168,6 @@ class Record:
         """The updates are out of the weights. What trains by itself is what trained in the merged model."""
         self.merge = None
         self.requires_grad = {**self.requires_grad, **{name: p.requires_grad for name, p in parameters.items()}}
-
-    def set_disabled(self, disabled: bool) -> None:
-        """The adapter is disabled for a while, or enabled again."""
-        self.is_disabled = disabled
 
     # Digests of the base's tensors
 

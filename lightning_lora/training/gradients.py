@@ -42,14 +42,11 @@ class Gradients:
         self.notes = notes or self.waiting is not None
         trained = [p for p in model.parameters() if p.requires_grad] if self.notes else []
         self.trained = {id(p): p for p in trained}
-        self.hooks = [p.register_post_accumulate_grad_hook(self._note) for p in trained]
+        self.hooks = [p.register_post_accumulate_grad_hook(lambda p: self.now.add(id(p))) for p in trained]
         if waits:
             thin = [p for p in view.adapters.values() if 1 in p.shape and p.requires_grad]
             for p in thin:  # a row's gradient may have the strides of a column, and DDP warns of it
                 self.hooks.append(p.register_hook(lambda grad, shape=p.shape: grad.reshape(-1).view(shape)))
-
-    def _note(self, parameter: Tensor) -> None:
-        self.now.add(id(parameter))
 
     def end_backward(self) -> None:
         """Remove the gradients of frozen weights. Under DDP, give unused adapters a zero gradient."""
