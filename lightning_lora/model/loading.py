@@ -11,7 +11,7 @@ from lightning_lora.layers import HAS_UPDATE
 from lightning_lora.model.norms import FrozenNorm
 from lightning_lora.model.state import on_load
 from lightning_lora.model.view import View
-from lightning_lora.tensors.names import join, owner_of, plain_name
+from lightning_lora.tensors.names import owner_of, plain_name
 from lightning_lora.tensors.values import same_bits
 
 
@@ -49,7 +49,7 @@ def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Map
 
 def _holds_updates(view: View, given: Mapping[str, Any]) -> bool:
     """Whether a full state is the base with other values in adapted weights alone: a merged model, most likely."""
-    adapted = {join(name, weight) for name, layer in view.layers.items() for weight in layer.lora_weights()}
+    adapted = set(view.adapted_weights)
     same = {name: isinstance(given.get(name), Tensor) and same_bits(p, given[name]) for name, p in view.frozen.items()}
     rest = [is_same for name, is_same in same.items() if name not in adapted]
     return bool(rest) and all(rest) and not all(same.values())

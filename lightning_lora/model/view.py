@@ -11,6 +11,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries
 from lightning_lora.model.state import AdapterState, Record, find_record, record_of
+from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import join, named_modules, own_parameter, parameters_of, plain_module, submodule
 from lightning_lora.tensors.shards import is_dtensor, to_local
 from lightning_lora.tensors.values import replace_values, same_bits
@@ -84,7 +85,8 @@ class View:
     @cached_property
     def adapted_weights(self) -> list[str]:
         """The names of the weights that have an update, merged or not."""
-        return [join(name, matrix.weight) for name, matrices in self.matrices.items() for matrix in matrices]
+        names = (join(name, matrix.weight) for name, matrices in self.matrices.items() for matrix in matrices)
+        return list(dict.fromkeys(names))  # several matrices may be rows of one weight
 
     @cached_property
     def saved(self) -> list[nn.Module]:
@@ -260,7 +262,7 @@ def restore_originals(view: View, names: Iterable[str], undo: ExitStack) -> None
 
 # The one model inside a LightningModule
 
-_MODELS = ("PreTrainedModel", "ModelMixin")
+_MODELS = {"PreTrainedModel", "ModelMixin"}
 """The base classes of transformers' and diffusers' models."""
 
 
@@ -272,16 +274,12 @@ def root_of(model: nn.Module) -> str:
     outermost: list[str] = []
     for name, module in named_modules(model).items():
         inside = any(not other or name.startswith(f"{other}.") for other in outermost)
-        if _is_a(module, *_MODELS) and not inside:
+        if class_names(module) & _MODELS and not inside:
             outermost.append(name)
     if outermost:
         return outermost[0] if len(outermost) == 1 else ""
     plain = plain_module(model)
-    if not _is_a(plain, "LightningModule") or any(True for _ in plain.parameters(recurse=False)):
+    if "LightningModule" not in class_names(plain) or any(True for _ in plain.parameters(recurse=False)):
         return ""
     holders = [name for name, child in plain.named_children() if any(True for _ in child.parameters())]
     return holders[0] if len(holders) == 1 else ""
-
-
-def _is_a(module: nn.Module, *names: str) -> bool:
-    return any(base.__name__ in names for base in type(module).__mro__)

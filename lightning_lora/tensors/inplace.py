@@ -36,6 +36,11 @@ def combined(mixin: "type[InPlace]", base: type) -> type:
     return _COMBINED[mixin, base]
 
 
+def class_names(value: object) -> set[str]:
+    """Return the names of an object's class and its base classes. There are two Lightning packages with the same."""
+    return {base.__name__ for base in type(value).__mro__}
+
+
 def overlay(instance: object, mixin: type[InPlace]) -> None:
     """Add ``mixin`` to the class of ``instance``."""
     object.__setattr__(instance, "__class__", combined(mixin, type(instance)))  # its own __setattr__ may interfere

@@ -16,6 +16,7 @@ from lightning_lora.model.fresh import MOST, Fresh, find_fresh, random_weights
 from lightning_lora.model.leftovers import left_alone, left_computed, left_trainable
 from lightning_lora.model.view import View, view_of
 from lightning_lora.targets.lookup import COMPUTED
+from lightning_lora.tensors.inplace import class_names
 
 
 def advise(model: LightningModule, *, aloud: bool = True) -> None:
@@ -138,7 +139,7 @@ def log_arguments(trainer: Trainer, pl_module: LightningModule, **others: Any) -
     named = {f"lora/{name}": _plain(value) for name, value in values.items() if value is not None}
     for logger in trainer.loggers:
         shown = named
-        if any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__):  # in both Lightning packages
+        if "TensorBoardLogger" in class_names(logger):
             shown = {**_own(trainer, pl_module), **named}  # it shows only what it gets first
         try:
             logger.log_hyperparams(shown)

@@ -17,6 +17,7 @@ from lightning_lora.layers.kinds import LoRAEmbedding
 from lightning_lora.model.attach import move_adapters
 from lightning_lora.model.norms import FrozenNorm
 from lightning_lora.model.view import View, view_of
+from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import named_parameters
 from lightning_lora.tensors.values import replace_values
 
@@ -51,16 +52,12 @@ def check_callbacks(callbacks: list[Callback], stage: str, *, is_sharded: bool) 
         **({"WeightAveraging": copies, "StochasticWeightAveraging": copies} if is_sharded else {}),
     }
     for callback in callbacks if stage == "fit" else ():
-        for kind in _kinds(callback) & refused.keys():
+        for kind in class_names(callback) & refused.keys():
             raise ConfigError(f"{type(callback).__name__} {refused[kind]}")
 
 
 def _is_ours(callback: Callback) -> bool:
     return any(base.__module__ == "lightning_lora.callback" for base in type(callback).__mro__)
-
-
-def _kinds(callback: Callback) -> set[str]:
-    return {base.__name__ for base in type(callback).__mro__}  # names, as there are two Lightning packages
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -82,7 +79,7 @@ def states_are_read(callbacks: list[Callback]) -> bool:
 
 def wants_summary(trainer: Trainer) -> bool:
     """Whether the Trainer shows model summaries."""
-    return any("ModelSummary" in kind for callback in callbacks_of(trainer) for kind in _kinds(callback))
+    return any("ModelSummary" in kind for callback in callbacks_of(trainer) for kind in class_names(callback))
 
 
 def loads_in_hooks(pl_module: LightningModule) -> bool:

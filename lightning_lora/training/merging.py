@@ -12,7 +12,7 @@ from lightning_lora.model.merged import lost_to_rounding
 from lightning_lora.model.state import send
 from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_checkpoint_state
-from lightning_lora.tensors.names import join, state_dict
+from lightning_lora.tensors.names import state_dict
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.training.compatibility import judge_of
 
@@ -56,10 +56,9 @@ def check_weights(trainer: Trainer, pl_module: LightningModule, merge: object, s
 def _check_files(view: View, tied: list[str]) -> None:
     """Refuse files of the merged model that could not be written, or would be read wrongly."""
     spread = [name for name, p in view.parameters.items() if is_dtensor(p)]
-    adapted = [join(name, weight) for name, layer in view.layers.items() for weight in layer.lora_weights()]
     held = state_dict(view.model, keep_vars=True)
     for names, why in (
-        ([name for name in adapted if name not in held], "the module's own state_dict does not hold {}."),
+        ([name for name in view.adapted_weights if name not in held], "the module's own state_dict does not hold {}."),
         (quantised_layers(view), "the weights of {} are quantised, so no update can be merged into them."),
         (spread, "{} are spread over processes (FSDP2), and each save would gather the whole model."),
         (

@@ -9,7 +9,7 @@ import torch
 from packaging.version import Version
 
 from lightning_lora.errors import StrategyError
-from lightning_lora.tensors.inplace import overlay
+from lightning_lora.tensors.inplace import class_names, overlay
 from lightning_lora.training.deepspeed import LoRADeepSpeedStrategy
 from lightning_lora.training.sharded import LoRAShardedStrategy
 from lightning_lora.training.stage import Stage
@@ -91,8 +91,7 @@ def _acting_once(mixin: type[LoRAStrategy]) -> type[LoRAStrategy]:
 
 
 def _mixin_for(strategy: "Strategy") -> type[LoRAStrategy]:
-    names = [base.__name__ for base in type(strategy).__mro__]  # in both Lightning packages
-    called = type(strategy).__name__
+    names, called = class_names(strategy), type(strategy).__name__
     if "ModelParallelStrategy" in names:
         if Version(torch.__version__) < Version("2.7"):
             raise StrategyError(f"ModelParallelStrategy with LoRACallback needs torch 2.7. Found {torch.__version__}.")
