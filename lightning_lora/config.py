@@ -188,6 +188,54 @@ def matches_pattern(key: str, name: str) -> bool:
     return matches(key, name) or re.fullmatch(rf"(?:.*\.)?(?:{key})", name) is not None
 
 
+def slow_expressions(arguments: Mapping[str, Any]) -> list[str]:
+    r"""Return the expressions in a file's arguments for which a search may take for ever.
+
+    Such are repeats of what repeats or has alternatives, more than five repeats, and very long ones. What a user writes
+    in code is not asked.
+
+    Example:
+        >>> slow_expressions({"target_modules": r"(a+)+b", "rank_pattern": {r".*layers\.(1|2)\..*_proj": 4}})
+        ['(a+)+b']
+    """
+    found = list[str]()
+    for argument in ("target_modules", "exclude_modules", "target_slices", "rank_pattern", "alpha_pattern"):
+        given = arguments.get(argument)
+        entries = [given] if isinstance(given, str) else given if isinstance(given, Mapping) else ()
+        found += [entry for entry in entries if isinstance(entry, str)]
+    is_long = sum(map(len, found)) > 200_000
+    return [entry for entry in found if is_long or _is_slow(entry)]
+
+
+def _is_slow(expression: str) -> bool:
+    """Whether there may be too many ways to match it: a product for each alternative, a sum of them."""
+    groups = [[0.0, 1.0, 1.0]]  # the ways of the alternatives before, of the parts before, and of the last part
+    for found in _TOKENS.finditer(expression):
+        token, (others, before, last) = found[0], groups[-1]
+        if token in _OPENING:
+            groups.append([0.0, 1.0, 1.0])
+        elif token == ")" and len(groups) > 1:
+            del groups[-1]
+            groups[-1][1:] = groups[-1][1] * groups[-1][2], others + before * last
+        elif token in (")", "(?", "["):  # what this does not read, such as flags
+            return True
+        elif token == "|":
+            groups[-1] = [others + before * last, 1.0, 1.0]
+        elif token == "?":
+            groups[-1][2] += 1
+        elif token[0] in "*+{":
+            groups[-1][2] = _REPEAT if last == 1 else math.inf
+        else:
+            groups[-1][1:] = before * last, 1.0
+    others, before, last = groups[-1]
+    return len(groups) > 1 or others + before * last > _REPEAT**5
+
+
+_REPEAT = 64.0  # as if a name had so many characters
+_OPENING = ("(", "(?:", "(?=", "(?!", "(?<=", "(?<!")
+_TOKENS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?(?:[:=!]|<[=!])?|\{[\d,]*\}|.", re.DOTALL)
+
+
 def _lookup(pattern: Mapping[str, Any] | None, names: tuple[str, ...], default: Any) -> Any:
     for key, value in (pattern or {}).items():
         if any(matches_pattern(key, name) for name in names if name):
@@ -265,6 +313,8 @@ def _names(name: str, value: object) -> str | tuple[str, ...]:
 def _check_keys(name: str, value: object, values: str) -> None:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) and key for key in value):
         raise ConfigError(f"{name}={_brief(value)} is not valid. Expected a dict from names to {values}.")
+    for key in value:
+        _check_expression(name, key)
 
 
 def _numbers(name: str, value: Any) -> dict[str, Any]:
@@ -272,7 +322,6 @@ def _numbers(name: str, value: Any) -> dict[str, Any]:
     for key, entry in value.items():
         check = _check_rank if name == "rank_pattern" else _check_alpha
         check(f"{name}[{key!r}]", entry)
-        _check_expression(name, key)
     return {str(key): _plain(entry) for key, entry in value.items()}
 
 

@@ -2,10 +2,10 @@
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, LoRAWarning, listed
-from lightning_lora.layers import FROM_BASE, LoRAParameters
+from lightning_lora.layers import FROM_BASE, AdaptedMatrix, LoRALayer
 from lightning_lora.model.attach import undone_on_error
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.inject import inject_adapters
@@ -25,6 +25,7 @@ from lightning_lora.storage.base import base_value, check_base
 from lightning_lora.storage.names import find_renamings, is_inside, renamed_config
 from lightning_lora.storage.state import required, without_base, without_notes
 from lightning_lora.storage.stored import DIVERGED, StoredAdapters
+from lightning_lora.storage.stored_layers import asked_of, bare
 from lightning_lora.tensors.names import join, load_state_dict, own_parameter, owner_of, state_dict
 
 
@@ -180,6 +181,7 @@ def check_fits(view: View, stored: StoredAdapters, *, anew: bool = True, refuse_
         )
     _check_tensors(view, entries, state, converting=is_converted)
     _check_finite(view, state)
+    _check_layers(view, stored)
     if lost := sorted(view.record.changed.keys() - set(stored.changed)):
         raise BaseMismatchError(
             f"Frozen weights of {type(view.model).__name__} have changed in training since these adapters were stored, "
@@ -194,16 +196,33 @@ def _check_settings(view: View, config: LoRAConfig) -> None:
     for name, layer in view.layers.items():
         settings = layer.lora_settings
         for matrix in layer.lora_matrices:
-            parameter = join(name, matrix.weight) if isinstance(layer, LoRAParameters) else ""
-            r, scaling = min(config.rank(name, parameter), matrix.largest_rank), config.scaling(name, parameter)
+            target, r, scaling = asked_of(config, name, matrix, layer.overlaid[0].__name__)
             here, scaled = matrix.rank(settings.r), matrix.scale(settings.scaling)
             if r != here or not math.isclose(scaling, scaled):
                 raise AdapterMismatchError(
-                    f"These adapters were trained with r={r} and a scaling of {scaling:g} in {parameter or name!r}; "
+                    f"These adapters were trained with r={r} and a scaling of {scaling:g} in {target!r}; "
                     f"here it has r={here} and a scaling of {scaled:g}. Adapt the model as they were trained: "
                     f"r={config.r}, alpha={config.alpha}, use_rslora={config.use_rslora}, "
                     f"rank_pattern={config.rank_pattern}, alpha_pattern={config.alpha_pattern}."
                 )
+
+
+def _check_layers(view: View, stored: StoredAdapters) -> None:
+    """Refuse a file of this package that describes other layers than its configuration adapts in the model."""
+    for name, layer in view.layers.items() if stored.base else ():
+        there, kind = stored.layers.get(stored.renaming.name_there(name)), layer.overlaid[0]
+        known = there and there.adapter_class
+        is_same = there is not None and {*map(bare, there.matrices)} == {*map(bare, layer.lora_matrices)}
+        if not is_same or (known and known.lora_as_matrix is not cast(type[LoRALayer], kind).lora_as_matrix):
+            found = "no such layer" if there is None else f"{there.kind} of {listed(_rows(there.matrices))}"
+            raise AdapterMismatchError(
+                f"The file describes {found} for {name!r}; here it is {kind.__name__} of "
+                f"{listed(_rows(layer.lora_matrices))}. Load it onto the model that it was saved from."
+            )
+
+
+def _rows(matrices: Iterable[AdaptedMatrix]) -> list[str]:
+    return [f"{m.weight}[{m.first}:{m.first + m.writes}]" for m in matrices]
 
 
 def _check_init(view: View, config: LoRAConfig) -> None:
@@ -279,7 +298,9 @@ def _check_tensor(name: str, value: object, expected: Tensor, *, converting: boo
     are_floats = value.is_floating_point() and expected.is_floating_point()
     if converting and are_floats and torch.equal(value.isfinite(), value.to(expected.dtype).isfinite()):
         return
-    is_held = torch.promote_types(value.dtype, expected.dtype) == expected.dtype
+    is_held = value.dtype == expected.dtype
+    with suppress(RuntimeError):  # torch promotes no type of 8 bits
+        is_held = torch.promote_types(value.dtype, expected.dtype) == expected.dtype
     if not is_held or value.is_floating_point() != expected.is_floating_point():
         raise AdapterMismatchError(
             f"{name!r} is {value.dtype}, but this model has {expected.dtype}, which cannot hold the same values. "

@@ -224,7 +224,9 @@ def check_whole(path: Any, source: Any = None, *, may_be_old: bool = False, cont
                 "1.6, which cannot be read safely. If you trust it, write it again: "
                 "torch.save(torch.load(path, weights_only=False), path)."
             )
-        broken = _broken(file, contents) if zipfile.is_zipfile(file) else None
+        is_zip = zipfile.is_zipfile(file)
+        file.seek(0)  # torch reads an archive without its end all the same
+        broken = _broken(file, contents) if is_zip else "its end" if is_archive(file) else None
     if broken:
         raise AdapterFileError(f"{source} is damaged: {broken} cannot be what was written. Use another checkpoint.")
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_lora.config import Slices
-from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError
+from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, listed
 from lightning_lora.model.inject import remove_adapters
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.view import view_of
@@ -32,7 +32,7 @@ from lightning_lora.storage.formats.own import (
 from lightning_lora.storage.formats.peft_config import is_peft
 from lightning_lora.storage.formats.reading import Asked, Reader
 from lightning_lora.storage.state import adapter_state_dict, check_not_diverged
-from lightning_lora.storage.stored import KEY, StoredAdapters
+from lightning_lora.storage.stored import KEY, StoredAdapters, has_own_memory, is_plain
 from lightning_lora.tensors.shards import is_dtensor
 
 if TYPE_CHECKING:
@@ -154,7 +154,21 @@ def _reader(contents: Any, path: Any, asked: Asked) -> Reader | None:
             f"alpha and target_slices are for files of loralib, and {path} is none: it says itself how it was trained. "
             "Leave them out."
         )
+    if read is not None:
+        _check_plain(contents, path, may_be_sparse=reader is fabric.reader)
     return read
+
+
+def _check_plain(contents: dict[Any, Any], path: Any, *, may_be_sparse: bool) -> None:
+    """Refuse tensors that would take more memory than the file has, or with which torch cannot compute."""
+    odd, may_be = list[object](), has_own_memory if may_be_sparse else is_plain
+    for held in (contents, *filter(lambda each: isinstance(each, dict), contents.values())):
+        odd += [name for name, value in held.items() if isinstance(value, Tensor) and not may_be(value)]
+    if odd:
+        raise AdapterFileError(
+            f"{path} holds {listed(map(str, odd))}, which are no plain tensors: sparse, nested, quantised, repeated, "
+            "without values, or of 8 bits. Write it again with .to_dense(), .dequantize(), .float() or .clone()."
+        )
 
 
 def _reader_of(stored: StoredAdapters) -> Reader:

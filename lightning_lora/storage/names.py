@@ -1,7 +1,7 @@
 """Names that differ by one prefix: those in a file, and those in a model or in another file."""
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,20 +93,23 @@ def _common_lead(names: Sequence[str]) -> list[str]:
 
 
 def by_whole_names(
-    layers: Iterable[StoredLayer],
-    ranks: Mapping[str, tuple[int, float]],
-    settings: LoRAConfig,
-    present: Collection[str],
+    layers: Iterable[StoredLayer], settings: LoRAConfig, present: Collection[str] | None = None
 ) -> LoRAConfig:
-    """Return a configuration that names each layer in full."""
-    modules, parameters, slices = [], [], dict[str, Any]()
+    """Return a configuration that names each layer in full, with the rank and the scaling that it has."""
+    modules, parameters, slices, ranks = list[str](), list[str](), dict[str, Any](), dict[str, tuple[int, float]]()
     for layer in layers:
-        if layer.kind == LoRAParameters.__name__:
-            parameters += targets_of(layer)
-            continue
-        modules.append(layer.name)
-        if all(matrix.name for matrix in layer.matrices):
-            slices[_exactly(layer.name)] = _slices(layer)
+        targets, is_module = targets_of(layer), layer.kind != LoRAParameters.__name__
+        for target, matrix in zip(targets, layer.matrices, strict=False):
+            r, scaling = layer.r if is_module else matrix.rank(layer.r), matrix.scale(layer.scaling)
+            growth = r**0.5 if settings.use_rslora else r
+            alpha = round(scaling * growth, 9)  # as it was given, if that is the same
+            ranks[target] = r, alpha if alpha / growth == scaling else scaling * growth
+        if is_module:
+            modules.append(layer.name)
+            if all(matrix.name for matrix in layer.matrices):
+                slices[_exactly(layer.name)] = _slices(layer)
+        else:
+            parameters += targets
     r, alpha = next(iter(ranks.values()))
     return replace(
         settings,
@@ -151,9 +154,8 @@ def renamed_config(config: LoRAConfig, layers: Iterable[StoredLayer], renaming: 
     modules, parameters = view.modules, view.parameters
     inside = [name for name in (*modules, *parameters) if is_inside(name, renaming.here) and name != renaming.here]
     saved = [name for name in inside if config.is_saved(renaming.name_there(name))]
-    ranks = {renaming.name_here(target): numbers for layer in layers for target, numbers in _ranks(config, layer)}
     moved = [replace(layer, name=renaming.name_here(layer.name)) for layer in layers]
-    exact = by_whole_names(moved, ranks, replace(config, modules_to_save=saved or None), modules.keys())
+    exact = by_whole_names(moved, replace(config, modules_to_save=saved or None), modules.keys())
     for argument, entries, names in (
         ("modules_to_save", saved, [*modules, *parameters]),
         ("target_parameters", list(exact.target_parameters or ()), list(parameters)),
@@ -165,13 +167,3 @@ def renamed_config(config: LoRAConfig, layers: Iterable[StoredLayer], renaming: 
                 "does not hold. Load it onto the model that it was saved from."
             )
     return exact
-
-
-def _ranks(config: LoRAConfig, layer: StoredLayer) -> Iterator[tuple[str, tuple[int, float]]]:
-    """The name of a layer, or of each of its parameters, with the rank and alpha."""
-    if layer.kind != LoRAParameters.__name__:
-        yield layer.name, (layer.r, config.alpha_of(layer.name, r=layer.r))
-        return
-    for name, matrix in zip(targets_of(layer), layer.matrices, strict=True):
-        r = matrix.rank(layer.r)
-        yield name, (r, config.alpha_of(layer.name, name, r=r))

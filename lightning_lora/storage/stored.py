@@ -1,22 +1,27 @@
 """Adapters outside of a model: what training changed, and what a file says of it."""
 
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import LoRAConfig, slow_expressions
 from lightning_lora.errors import AdapterFileError, ConfigError, listed
+from lightning_lora.layers import adapter_parameters
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.state import HALVES
 from lightning_lora.model.view import View, root_of
-from lightning_lora.storage.names import Renaming
+from lightning_lora.storage.names import Renaming, by_whole_names
 from lightning_lora.storage.schema import fits
-from lightning_lora.storage.stored_layers import StoredLayer, layers_of
+from lightning_lora.storage.stored_layers import StoredLayer, asked_of, layers_of
 from lightning_lora.tensors.digests import digest
+from lightning_lora.tensors.names import join
 
 KEY = "lightning_lora"
 """The entry of a Lightning checkpoint, or of a safetensors file's metadata, that describes the adapters."""
@@ -28,6 +33,12 @@ DIVERGED = (
     "the training that wrote them had diverged. Use an earlier checkpoint, or train again with a lower learning rate"
 )
 """What is said of NaN and infinite values in a file."""
+
+_MOST = 1e10
+"""Products of larger values could be infinite."""
+
+_ROLE = re.compile("lora_(A0?|B0?|magnitude)(_|$)")
+"""How names of the parameters of adapters begin."""
 
 _PLAIN = ("base", "changed", "random", "saved", "root")
 """The entries of a file's description that :class:`StoredAdapters` has as they are."""
@@ -70,9 +81,9 @@ class StoredAdapters:
     def from_file(cls, state: dict[str, Any], description: dict[str, Any], source: object) -> "StoredAdapters":
         """Return what a file holds."""
         config = stored_config(description)
-        layers = map(StoredLayer.from_dict, description["layers"])
+        layers = {layer["name"]: StoredLayer.from_dict(layer) for layer in description["layers"]}
         plain = {name: description[name] for name in _PLAIN if name in description}
-        return cls(config, state, {layer.name: layer for layer in layers}, source=str(source), **plain)
+        return cls(config, state, layers, source=str(source), **plain)
 
     def description(self) -> dict[str, Any]:
         """Return all but the state in plain types, with a checksum of both."""
@@ -86,11 +97,40 @@ class StoredAdapters:
             )
         return {**about, "checksum": _checksum(self.state, about)}
 
+    def check_agrees(self) -> None:
+        """Refuse adapters whose configuration, layers and tensors differ, because each reader uses others of them."""
+        wrong, known = dict[str, None](), {*self.changed, *chain.from_iterable(self.saved.values())}
+        for name, layer in self.layers.items():
+            for own, about in adapter_parameters(layer.matrices, layer.settings(self.config)).items():
+                known.add(stored := join(name, own))
+                value = self.state.get(stored)
+                if not is_plain(value) or not value.is_floating_point() or value.shape != about.shape(layer.r):
+                    wrong[stored] = None
+            for matrix in layer.matrices:
+                target, r, scaling = asked_of(self.config, name, matrix, layer.kind)
+                if r != matrix.rank(layer.r) or not math.isclose(scaling, matrix.scale(layer.scaling)):
+                    wrong[target] = None
+        wrong |= {name: None for name in self.state if name not in known and _ROLE.match(name.rpartition(".")[2])}
+        if wrong:
+            raise AdapterFileError(
+                f"What {self.source} says of {listed(wrong)} does not agree: its configuration, its list of layers and "
+                "its tensors say the same in a file that this package wrote. It was changed, or other code wrote it. "
+                "Use the file that save_adapter or the Trainer wrote."
+            )
+
     def check_finite(self) -> None:
         """Refuse NaN and infinite values, for whoever has no model to compare them with."""
-        tensors = {name: value for name, value in self.state.items() if isinstance(value, Tensor)}
+        tensors = {name: value for name, value in self.state.items() if is_plain(value)}
         if broken := [name for name, value in tensors.items() if not value.isfinite().all()]:
             raise AdapterFileError(f"{listed(broken)} in {self.source} hold NaN or infinite values: {DIVERGED}.")
+        huge = list[str]()
+        for layer in self.layers.values():
+            scaling = max(1, *(matrix.scale(layer.scaling) for matrix in layer.matrices))
+            for name in layer.parameters(self.config).values():
+                if name in tensors and scaling * float(tensors[name].abs().max()) > _MOST:
+                    huge.append(name)
+        if huge:
+            raise AdapterFileError(f"{listed(huge)} in {self.source} hold values above {_MOST:g}: {DIVERGED}.")
 
 
 # What a file may say
@@ -107,8 +147,14 @@ def stored_config(description: object) -> LoRAConfig:
         )
     if not fits(description, _DESCRIPTION):
         raise foreign
+    arguments, layers = description["config"], list(map(StoredLayer.from_dict, description["layers"]))
     try:
-        return LoRAConfig.from_dict(description["config"])
+        if not slow_expressions(arguments):
+            return LoRAConfig.from_dict(arguments)
+        if not layers:
+            raise foreign
+        patterns = dict.fromkeys(("exclude_modules", "target_slices", "rank_pattern", "alpha_pattern"))
+        return by_whole_names(layers, LoRAConfig.from_dict({**arguments, **patterns, "target_modules": "all"}))
     except ConfigError as error:
         raise AdapterFileError(f"The file's configuration cannot be used: {error}") from error
 
@@ -140,17 +186,32 @@ def _is_size(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
+def _is_rank(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_scaling(value: object) -> bool:
+    return type(value) is float and 0 < value < math.inf
+
+
 _ROUNDED = {str: (None, _are_halves)}
 _FINGERPRINT = {"layout": str, "dtypes": [_is_dtype], "digests": [_is_digest], "rounded?": _ROUNDED}
 
 _SIZES = dict.fromkeys(("reads", "writes", "first", "rows"), _is_size)
-_PART = {**_SIZES, "weight": str, "name": str, "stack": [_is_size], "r": (int, None), "scaling": (float, None)}
+_PART = {
+    **_SIZES,
+    "weight": str,
+    "name": str,
+    "stack": [_is_size],
+    "r": (_is_rank, None),
+    "scaling": (_is_scaling, None),
+}
 _LAYER = {
     "name": str,
     "layer_class": str,
     "kind": str,
-    "r": int,
-    "scaling": float,
+    "r": _is_rank,
+    "scaling": _is_scaling,
     "parts": [_PART],
     "shapes": {str: [_is_size]},
     "tied": {str: [str]},
@@ -161,6 +222,10 @@ _LAYER = {
 
 def _is_layer(stored: object) -> bool:
     return fits(stored, _LAYER) and stored["shapes"].keys() == {part["weight"] for part in stored["parts"]}  # type: ignore[index]
+
+
+def _are_layers(value: object) -> bool:
+    return fits(value, [_is_layer]) and len({layer["name"] for layer in value}) == len(value)  # type: ignore[attr-defined,arg-type]
 
 
 def _is_fingerprint(value: object) -> bool:
@@ -179,7 +244,7 @@ _DESCRIPTION = {
     "entries": int,
     "checksum": int,
     "copies?": list,  # earlier versions wrote it
-    "layers": [_is_layer],
+    "layers": _are_layers,
     "random?": [str],
     "root": str,
     "run?": {str: int},  # earlier versions wrote it
@@ -206,7 +271,7 @@ def check_checksum(state: Mapping[str, Any], description: Mapping[str, Any], pat
             f"{path} has {len(state)} entries, and {description['entries']} were written: it is damaged or was changed."
         )
     odd = [f"a name of type {type(name).__name__}" for name in state if not isinstance(name, str)]
-    odd += [name for name, value in state.items() if isinstance(name, str) and not _has_own_memory(value)]
+    odd += [name for name, value in state.items() if isinstance(name, str) and not has_own_memory(value)]
     if odd:
         raise AdapterFileError(
             f"{path} holds entries that this package does not write: {listed(odd)}. The file is damaged or was changed."
@@ -217,7 +282,14 @@ def check_checksum(state: Mapping[str, Any], description: Mapping[str, Any], pat
         )
 
 
-def _has_own_memory(value: object) -> bool:
+def is_plain(value: object) -> TypeGuard[Tensor]:
+    """Whether ``value`` is a tensor of the usual form, with which torch can compute."""
+    if not isinstance(value, Tensor) or value.is_meta or value.layout is not torch.strided or not has_own_memory(value):
+        return False
+    return value.dtype.itemsize > 1 or not value.is_floating_point()
+
+
+def has_own_memory(value: object) -> bool:
     """Whether ``value`` is no tensor, or a plain one whose memory holds all its elements."""
     if not isinstance(value, Tensor) or value.is_meta or value.layout is not torch.strided:
         return True

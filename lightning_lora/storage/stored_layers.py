@@ -1,7 +1,7 @@
 """What a file says of each adapted layer, so that it can be merged, exported and inspected without the model's code."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from lightning_lora.config import LoRAConfig
@@ -66,6 +66,18 @@ class StoredLayer:
         tied = {weight: tuple(names) for weight, names in stored["tied"].items()}
         named = {key: value for key, value in stored.items() if key != "parts"}
         return cls(**{**named, "matrices": parts, "shapes": shapes, "tied": tied})
+
+
+def bare(matrix: AdaptedMatrix) -> AdaptedMatrix:
+    """Return a matrix without a rank and a scaling of its own, which files may have different."""
+    return replace(matrix, r=None, scaling=None)
+
+
+def asked_of(config: LoRAConfig, name: str, matrix: AdaptedMatrix, kind: str) -> tuple[str, int, float]:
+    """Return what a configuration asks for a matrix of a layer: the name that it means, the rank and the scaling."""
+    parameter = join(name, matrix.weight) if kind == LoRAParameters.__name__ else ""
+    r, scaling = config.rank(name, parameter), config.scaling(name, parameter)
+    return parameter or name, min(r, matrix.largest_rank), scaling
 
 
 def layers_of(view: View) -> list[StoredLayer]:

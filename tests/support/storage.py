@@ -1,6 +1,7 @@
 """A trained model, and what must refuse to change it."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, inject_adapters, load_adapter
+from lightning_lora.storage.stored import KEY, _checksum
 from tests.support.faults import unchanged
 from tests.support.models import LitTiny, data, lora, randomise, same, state, trainer
 
@@ -64,3 +68,15 @@ def fitted(
     t.fit(model, data())
     t.save_checkpoint(file, weights_only=weights_only)
     return model
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], object]) -> Path:
+    """Change what an adapter file says and holds, with the right checksum."""
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()[KEY])
+    tensors = load_file(path)
+    change(about, tensors)
+    about["entries"] = len(tensors)
+    about["checksum"] = _checksum(tensors, about)
+    save_file(tensors, path, {"format": "pt", KEY: json.dumps(about)})
+    return path

@@ -109,13 +109,8 @@ def adapters_of(
     rest = {name: value for name, value in rest.items() if name in kept}
     _check_ties(view, rest)
     only = set(map(owner_of, biases)) <= set(map(owner_of, frozen))
-    ranks = {}
-    for update in updates:
-        growth = update.r**0.5 if settings.use_rslora else update.r
-        ranks[update.layer.name] = update.r, update.layer.scaling * growth
     config = by_whole_names(
-        [update.layer for update in updates],
-        ranks,
+        [replace(update.layer, r=update.r) for update in updates],
         replace(
             settings,
             modules_to_save=[*modules, *single] or None,

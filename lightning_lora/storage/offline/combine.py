@@ -15,10 +15,10 @@ from lightning_lora.functional.combine import Factors, concatenated, dare, facto
 from lightning_lora.layers import AdaptedMatrix
 from lightning_lora.storage.disk import check_output
 from lightning_lora.storage.formats.own import check_place, write_adapter_file
-from lightning_lora.storage.names import by_whole_names, targets_of
-from lightning_lora.storage.offline.layers import bare, besides, read_layers, updates
+from lightning_lora.storage.names import by_whole_names
+from lightning_lora.storage.offline.layers import besides, read_layers, updates
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.storage.stored_layers import StoredLayer
+from lightning_lora.storage.stored_layers import StoredLayer, bare
 from lightning_lora.tensors.names import join
 
 Method = Literal["cat", "svd", "ties", "dare"]
@@ -122,7 +122,6 @@ def _combined(
 
 def _config(layers: list[StoredLayer], base: list[dict[str, Any]]) -> LoRAConfig:
     """A configuration that names each layer in full."""
-    ranks = {target: (layer.r, layer.r) for layer in layers for target in targets_of(layer)}
     names = [name for form in base for name in form.get("rounded", ())]
     present = {name.rpartition(".")[0] for name in names} | {layer.name for layer in layers}
-    return by_whole_names(layers, ranks, LoRAConfig(), present)
+    return by_whole_names(layers, LoRAConfig(), present)

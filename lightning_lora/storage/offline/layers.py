@@ -1,7 +1,6 @@
 """The layers of a file of adapters, without their model."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ from lightning_lora.functional.combine import Factors
 from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, attach, matrix_factors
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.stored_layers import bare
 from lightning_lora.tensors.names import join
 
 
@@ -33,11 +33,6 @@ def besides(stored: StoredAdapters) -> dict[str, Any]:
     """Return what a file holds besides adapters: trained modules, biases, buffers."""
     parameters = {name for layer in stored.layers.values() for name in layer.parameters(stored.config).values()}
     return {name: value for name, value in stored.state.items() if name not in parameters}
-
-
-def bare(matrix: AdaptedMatrix) -> AdaptedMatrix:
-    """Return a matrix without a rank and a scaling of its own, which files may have different."""
-    return replace(matrix, r=None, scaling=None)
 
 
 def updates(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, Factors]:

@@ -1,0 +1,259 @@
+"""The configuration of a file, its list of layers and its tensors agree, and nothing in it takes for ever."""
+
+import io
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import (
+    AdapterFileError,
+    AdapterMismatchError,
+    load_adapter,
+    save_adapter,
+)
+from lightning_lora.cli.main import main
+from lightning_lora.config import slow_expressions
+from lightning_lora.errors import LoRAError
+from tests.support.faults import frugal, unchanged
+from tests.support.models import LitTiny, data, lora, trainer
+from tests.support.storage import refused, rewrite, with_adapters
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse|quantize)", "ignore:.*fork:DeprecationWarning")
+
+
+def square() -> Any:
+    """Square layers, so that no shape says what they are."""
+    torch.manual_seed(1)
+    return nn.ModuleDict({name: nn.Linear(8, 8) for name in ("a" * 40, "q_proj")})
+
+
+Q, LONG = "q_proj", "a" * 40
+
+
+def written(path: Path, **config: Any) -> Path:
+    save_adapter(with_adapters(square(), **{"r": 2, "alpha": 3, **config}), path)
+    return path
+
+
+def config(**fields: Any) -> Callable[..., object]:
+    return lambda about, _: about["config"].update(fields)
+
+
+def layers(**fields: Any) -> Callable[..., object]:
+    return lambda about, _: [layer.update(fields) for layer in about["layers"]]
+
+
+def parts(**fields: Any) -> Callable[..., object]:
+    return lambda about, _: [part.update(fields) for layer in about["layers"] for part in layer["parts"]]
+
+
+def put(value: Callable[[Tensor], Tensor]) -> Callable[..., object]:
+    return lambda _, tensors: tensors.update({f"{Q}.lora_A": value(tensors[f"{Q}.lora_A"])})
+
+
+CONTRADICTIONS: dict[str, tuple[dict[str, Any], Callable[..., object]]] = {
+    "config.alpha": ({}, config(alpha=8.0)),
+    "config.r": ({}, config(r=1)),
+    "config.use_rslora": ({}, config(use_rslora=True)),
+    "config.alpha_pattern": ({}, config(alpha_pattern={Q: 20.0})),
+    "config.rank_pattern": ({}, config(rank_pattern={Q: 1})),
+    "config.init of others": ({}, config(init="pissa")),
+    "config.init": ({"init": "pissa"}, config(init="kaiming")),
+    "config.use_dora": ({"use_dora": True}, config(use_dora=False)),
+    "scaling": ({}, layers(scaling=4.0)),
+    "infinite scaling": ({}, layers(scaling=float("inf"))),
+    "scaling that is no number": ({}, layers(scaling=float("nan"))),
+    "r": ({}, layers(r=1)),
+    "a matrix's scaling": ({}, parts(scaling=3.0)),
+    "a matrix's r": ({}, parts(r=1)),
+    "a layer is missing": ({}, lambda about, _: about["layers"].pop()),
+    "a layer has another name": ({}, lambda about, _: about["layers"][0].update(name="other")),
+    "a layer is there twice": ({}, lambda about, _: about["layers"].append({**about["layers"][0], "scaling": 5.0})),
+    "a tensor is missing": ({}, lambda _, tensors: tensors.pop(f"{Q}.lora_B")),
+    "a tensor of another shape": ({}, put(lambda value: value[0, :3].clone())),
+    "a tensor of another rank": ({}, put(lambda value: value[:1].clone())),
+    "integers": ({}, put(lambda value: value.int())),
+    "complex numbers": ({}, put(lambda value: value.to(torch.complex64))),
+    "8 bits": ({}, put(lambda value: value.to(torch.float8_e4m3fn))),
+}
+
+
+@pytest.mark.parametrize(("made", "change"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_a_file_that_contradicts_itself_is_refused_by_every_reader(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], made: dict[str, Any], change: Any
+) -> None:
+    path, model = rewrite(written(tmp_path / "a.safetensors", **made), change), square()
+    with refused(model, AdapterFileError, "does not agree|did not write"):
+        load_adapter(model, path)
+    for command in (["inspect"], ["compare", str(path)], ["combine", "--out", "c.safetensors", str(path)]):
+        assert main([*command, str(path)]) == 1
+        assert "does not agree" in (said := capsys.readouterr().err) or "did not write" in said
+
+
+OTHER_LAYERS = {
+    "kind": layers(kind="LoRAConv1D"),
+    "rows": parts(first=4, rows=12),
+    "weight": lambda about, _: [
+        (layer["parts"][0].update(weight="bias"), layer["shapes"].update(bias=layer["shapes"].pop("weight")))
+        for layer in about["layers"]
+    ],
+}
+
+
+@pytest.mark.parametrize("change", OTHER_LAYERS.values(), ids=OTHER_LAYERS)
+def test_layers_that_are_described_as_others_are_refused(tmp_path: Path, change: Any) -> None:
+    path, model = rewrite(written(tmp_path / "a.safetensors"), change), square()
+    with refused(model, AdapterMismatchError, "The file describes LoRA"):
+        load_adapter(model, path)
+
+
+# Expressions
+
+FOREVER = r"(a+)+b"
+
+EXPRESSIONS: dict[str, dict[str, Any]] = {
+    "target_modules": {"target_modules": rf"{FOREVER}|.*"},
+    "exclude_modules": {"exclude_modules": FOREVER},
+    "rank_pattern": {"rank_pattern": {FOREVER: 1}},
+    "alpha_pattern": {"alpha_pattern": {FOREVER: 1.0}},
+    "target_slices": {"target_slices": {FOREVER: {"q": [0, 2]}}},
+    "choices": {"rank_pattern": {"(a|aa)*b": 1}},
+    "many repeats": {"rank_pattern": {".*" * 12 + "b": 1}},
+    "many options": {"rank_pattern": {"a?" * 40 + "a" * 40 + "b": 1}},
+    "long": {"target_modules": "|".join(map(str, range(900_000)))},
+}
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("fields", EXPRESSIONS.values(), ids=EXPRESSIONS)
+def test_expressions_of_a_file_never_take_for_ever(tmp_path: Path, fields: dict[str, Any]) -> None:
+    path = written(tmp_path / "a.safetensors", rank_pattern={Q: 1}, alpha_pattern={LONG: 5})
+    before = square()
+    load_adapter(before, path)
+    rewrite(path, config(**fields))
+
+    def work() -> None:
+        load_adapter(model := square(), path)
+        assert all(torch.equal(model[name](torch.ones(8)), before[name](torch.ones(8))) for name in model)
+        assert main(["inspect", str(path)]) == 0
+
+    frugal(work, seconds=30)
+
+
+def test_an_honest_expression_with_repeats_still_loads(tmp_path: Path) -> None:
+    expression, model = r"(\w+\.)*q_proj", LitTiny()
+    t = trainer(tmp_path, [lora(target_modules=expression, merge=False)], max_epochs=1)
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    save_adapter(model, tmp_path / "a.safetensors")
+    for name in ("a.ckpt", "a.safetensors"):
+        load_adapter(again := LitTiny(), tmp_path / name)
+        assert torch.equal(again.q_proj.lora_A, model.q_proj.lora_A) and not hasattr(again.v_proj, "lora_A")
+    more = trainer(tmp_path, [lora(target_modules=expression, merge=False)], max_epochs=2)
+    more.fit(LitTiny(), data(), ckpt_path=tmp_path / "a.ckpt")
+    assert more.global_step == 8
+
+
+@pytest.mark.parametrize(
+    ("expression", "slow"),
+    [
+        (r".*\.layers\.(1|2)\..*(q|v)_proj", False),
+        (r"(?:.*\.)?self_attn\.[qkv]_proj", False),
+        (r"model\.layers\.\d{1,2}\.(?!mlp).*", False),
+        ("|".join(f"model.layers.{i}.q" for i in range(999)), False),
+        (r"[)(*+]+\)*\\+", False),
+        ("[]*]*[^]+]+", False),
+        (r"(x(ab)*)*", True),
+        (r"(a?){30}b", True),
+        (r"(?:a|aa)+b", True),
+        (r"(?x)(a+ # )\n)+b", True),
+        (r"(?P<x>a+)+b", True),
+        ("(a|b)" * 40, True),
+        ("[" * 10_000, True),
+        ("(", True),
+        (")", True),
+    ],
+)
+def test_which_expressions_are_slow(expression: str, slow: bool) -> None:
+    assert bool(slow_expressions({"target_modules": expression})) is slow
+
+
+# Tensors of other libraries
+
+
+ODD: dict[str, Callable[[Tensor], Tensor]] = {
+    "sparse": lambda value: value.to_sparse(),
+    "compressed rows": lambda value: value.to_sparse_csr(),
+    "nested": lambda value: torch.nested.nested_tensor(list(value)),
+    "quantised": lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8),
+    "8 bits": lambda value: value.to(torch.float8_e4m3fn),
+    "repeated": lambda value: torch.zeros(1).expand(1 << 34, 8),
+    "meta": lambda value: value.to("meta"),
+}
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("make", ODD.values(), ids=ODD)
+def test_odd_tensors_of_other_libraries_are_refused(tmp_path: Path, make: Callable[[Tensor], Tensor]) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    a, b, weight, peft = torch.ones(2, 8), torch.ones(8, 2), torch.ones(8, 8), f"base_model.model.{Q}"
+    good = {f"{peft}.lora_A.weight": a, f"{peft}.lora_B.weight": b, f"{peft}.base_layer.weight": weight}
+    files = [(good, {}), ({f"{Q}.lora_A": a, f"{Q}.lora_B": b, f"{Q}.weight": weight}, {"alpha": 2})]
+    files.append(({"model_state_dict": files[1][0]}, {"alpha": 2}))
+    fabric = with_adapters(square(), r=2).state_dict()
+
+    def work() -> None:
+        for tensors, options in files:
+            held = tensors.get("model_state_dict", tensors)
+            for name in held:
+                changed = {**held, name: make(held[name])}
+                torch.save({"model_state_dict": changed} if held is not tensors else changed, tmp_path / "a.bin")
+                with refused(model := square(), AdapterFileError, "no plain tensors"):
+                    load_adapter(model, tmp_path / "a.bin", **options)
+        for name in (f"{Q}.lora_A", f"{Q}.weight"):
+            torch.save({"model": {**fabric, name: make(fabric[name])}}, tmp_path / "a.ckpt")
+            with unchanged(model := with_adapters(square(), r=2)), pytest.raises(LoRAError):
+                load_adapter(model, tmp_path / "a.ckpt")
+
+    frugal(work)
+
+
+# What cannot be computed with
+
+
+@pytest.mark.parametrize("value", [3e38, 1e30, 1e11])
+def test_huge_values_end_every_command_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float
+) -> None:
+    path = rewrite(written(tmp_path / "a.safetensors"), put(lambda a: torch.full_like(a, value)))
+    for command in (["inspect", "--json"], ["compare", str(path)], ["combine", "--out", "c.safetensors", str(path)]):
+        assert main([*command, str(path)]) == 1
+        assert "hold values above 1e+10" in capsys.readouterr().err
+
+
+@pytest.mark.processes
+def test_an_archive_without_its_end_is_not_read(tmp_path: Path) -> None:
+    """torch finds the records of such a file, and would take a gigabyte for one of them."""
+    small = io.BytesIO()
+    torch.save({f"{Q}.lora_A": torch.zeros(1), f"{Q}.lora_B": torch.zeros(1)}, small)
+    with zipfile.ZipFile(small) as old, zipfile.ZipFile(tmp_path / "a.bin", "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            if not name.endswith("/data/0"):
+                new.writestr(name, old.read(name))
+                continue
+            with new.open(name, "w", force_zip64=True) as record:
+                for _ in range(1 << 10):
+                    record.write(bytes(1 << 20))
+    with (tmp_path / "a.bin").open("ab") as file:
+        file.write(b"PK\5\6" + bytes(14))
+
+    def work() -> None:
+        with refused(model := square(), AdapterFileError, "is damaged: its end"):
+            load_adapter(model, tmp_path / "a.bin", alpha=1)
+
+    frugal(work)
