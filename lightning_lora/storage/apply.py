@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, cast
@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, LoRAWarning, listed
-from lightning_lora.layers import FROM_BASE, AdaptedMatrix, LoRALayer
+from lightning_lora.layers import FROM_BASE, LoRALayer
 from lightning_lora.model.attach import undone_on_error
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.inject import inject_adapters
@@ -214,15 +214,10 @@ def _check_layers(view: View, stored: StoredAdapters) -> None:
         known = there and there.adapter_class
         is_same = there is not None and {*map(bare, there.matrices)} == {*map(bare, layer.lora_matrices)}
         if not is_same or (known and known.lora_as_matrix is not cast(type[LoRALayer], kind).lora_as_matrix):
-            found = "no such layer" if there is None else f"{there.kind} of {listed(_rows(there.matrices))}"
             raise AdapterMismatchError(
-                f"The file describes {found} for {name!r}; here it is {kind.__name__} of "
-                f"{listed(_rows(layer.lora_matrices))}. Load it onto the model that it was saved from."
+                f"The file describes {name!r} as {there.kind if there else 'no layer'}; here it is {kind.__name__}, or of "
+                "other rows. Load it onto the model that it was saved from."
             )
-
-
-def _rows(matrices: Iterable[AdaptedMatrix]) -> list[str]:
-    return [f"{m.weight}[{m.first}:{m.first + m.writes}]" for m in matrices]
 
 
 def _check_init(view: View, config: LoRAConfig) -> None:

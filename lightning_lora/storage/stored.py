@@ -198,14 +198,8 @@ _ROUNDED = {str: (None, _are_halves)}
 _FINGERPRINT = {"layout": str, "dtypes": [_is_dtype], "digests": [_is_digest], "rounded?": _ROUNDED}
 
 _SIZES = dict.fromkeys(("reads", "writes", "first", "rows"), _is_size)
-_PART = {
-    **_SIZES,
-    "weight": str,
-    "name": str,
-    "stack": [_is_size],
-    "r": (_is_rank, None),
-    "scaling": (_is_scaling, None),
-}
+_OWN = {"r": (_is_rank, None), "scaling": (_is_scaling, None)}
+_PART = {**_SIZES, **_OWN, "weight": str, "name": str, "stack": [_is_size]}
 _LAYER = {
     "name": str,
     "layer_class": str,

@@ -215,7 +215,7 @@ def test_odd_tensors_of_other_libraries_are_refused(tmp_path: Path, make: Callab
                 torch.save({"model_state_dict": changed} if held is not tensors else changed, tmp_path / "a.bin")
                 with refused(model := square(), AdapterFileError, "no plain tensors"):
                     load_adapter(model, tmp_path / "a.bin", **options)
-        for name in (f"{Q}.lora_A", f"{Q}.weight"):
+        for name in (f"{Q}.lora_A", f"{Q}.weight")[: 1 if make is ODD["8 bits"] else 2]:  # a base may be converted
             torch.save({"model": {**fabric, name: make(fabric[name])}}, tmp_path / "a.ckpt")
             with unchanged(model := with_adapters(square(), r=2)), pytest.raises(LoRAError):
                 load_adapter(model, tmp_path / "a.ckpt")
