@@ -208,32 +208,51 @@ def slow_expressions(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def _is_slow(expression: str) -> bool:
-    """Whether there may be too many ways to match it: a product for each alternative, a sum of them."""
-    groups = [[0.0, 1.0, 1.0]]  # the ways of the alternatives before, of the parts before, and of the last part
+    """Whether there may be too many ways to match it."""
+    groups = [_Group()]
     for found in _TOKENS.finditer(expression):
-        token, (others, before, last) = found[0], groups[-1]
+        token, group = found[0], groups[-1]
         if token in _OPENING:
-            groups.append([0.0, 1.0, 1.0])
+            group.add("")
+            groups.append(_Group())
         elif token == ")" and len(groups) > 1:
             del groups[-1]
-            groups[-1][1:] = groups[-1][1] * groups[-1][2], others + before * last
+            groups[-1].last = group.total()
         elif token in (")", "(?", "["):  # what this does not read, such as flags
             return True
         elif token == "|":
-            groups[-1] = [others + before * last, 1.0, 1.0]
-        elif token == "?":
-            groups[-1][2] += 1
+            group.total()
+        elif token[0] == "?":
+            group.last += 1
         elif token[0] in "*+{":
-            groups[-1][2] = _REPEAT if last == 1 else math.inf
+            group.last = _REPEAT if group.last == 1 else math.inf
         else:
-            groups[-1][1:] = before * last, 1.0
-    others, before, last = groups[-1]
-    return len(groups) > 1 or others + before * last > _REPEAT**5
+            group.add(token)
+    return len(groups) > 1 or groups[0].total() > _REPEAT**5
+
+
+class _Group:
+    """In how many ways a group of an expression may match: a product for its parts, a sum for like alternatives."""
+
+    def __init__(self) -> None:
+        self.ways, self.first, self.before, self.last = dict[str, float](), "", 0.0, 1.0
+
+    def add(self, token: str) -> None:
+        if self.before == 0:  # an alternative begins; those with different letters cannot both match
+            self.first, self.before = token if token.isalnum() else "", 1.0
+        self.before, self.last = self.before * self.last, 1.0
+
+    def total(self) -> float:
+        ways = max(self.before, 1.0) * self.last
+        self.ways[self.first] = self.ways.get(self.first, 0) + ways
+        self.first, self.before, self.last = "", 0.0, 1.0
+        anything = self.ways.get("", 0)
+        return anything + max((ways for first, ways in self.ways.items() if first), default=0)
 
 
 _REPEAT = 64.0  # as if a name had so many characters
 _OPENING = ("(", "(?:", "(?=", "(?!", "(?<=", "(?<!")
-_TOKENS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?(?:[:=!]|<[=!])?|\{[\d,]*\}|.", re.DOTALL)
+_TOKENS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?(?:[:=!]|<[=!])?|(?:[*+?]|\{[\d,]*\})[?+]?|.", re.DOTALL)
 
 
 def _lookup(pattern: Mapping[str, Any] | None, names: tuple[str, ...], default: Any) -> Any:

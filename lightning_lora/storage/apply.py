@@ -215,8 +215,8 @@ def _check_layers(view: View, stored: StoredAdapters) -> None:
         is_same = there is not None and {*map(bare, there.matrices)} == {*map(bare, layer.lora_matrices)}
         if not is_same or (known and known.lora_as_matrix is not cast(type[LoRALayer], kind).lora_as_matrix):
             raise AdapterMismatchError(
-                f"The file describes {name!r} as {there.kind if there else 'no layer'}; here it is {kind.__name__}, or of "
-                "other rows. Load it onto the model that it was saved from."
+                f"{name!r} is {there.kind if there else 'no layer'} in the file, and {kind.__name__} in this model, or "
+                "other rows of its weight are adapted. Load it onto the model that it was saved from."
             )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_lora.config import LoRAConfig, matches
+from lightning_lora.config import LoRAConfig, matches, slow_expressions
 from lightning_lora.errors import AdapterFileError, ConfigError, LoRAWarning, listed
 
 PEFT_CONFIG = "adapter_config.json"
@@ -104,6 +104,11 @@ def config_of(stored: Mapping[str, Any], source: object) -> PeftConfig:
             f"{source} says init_lora_weights={init!r}: training began from a changed base, which is not in the file "
             "and cannot be computed again. Convert it with PEFT: save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...)."
+        )
+    if slow := slow_expressions(stored):
+        raise AdapterFileError(
+            f"{source} holds expressions that may take for ever: {listed(each[:60] for each in slow)}. Name the layers "
+            "in full instead."
         )
     given = {ours: stored[theirs] for theirs, ours in _OURS.items() if stored.get(theirs) not in (None, [], "")}
     start: Any = init if init in ("pissa", "olora", "gaussian") else "kaiming"
