@@ -19,7 +19,7 @@ from lightning_lora.model.view import view_of
 from lightning_lora.storage.apply import apply, with_names_of
 from lightning_lora.storage.base import forms_of_base
 from lightning_lora.storage.disk import check_path, local_path
-from lightning_lora.storage.formats import fabric, loralib, peft_read
+from lightning_lora.storage.formats import diffusers, fabric, loralib, peft_read
 from lightning_lora.storage.formats.lightning import VERSION, check_readable
 from lightning_lora.storage.formats.loralib import is_loralib
 from lightning_lora.storage.formats.own import (
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     Module = TypeVar("Module", bound=LightningModule)
 
-READERS = (loralib.reader, fabric.reader, peft_read.reader)
+READERS = (loralib.reader, fabric.reader, diffusers.reader, peft_read.reader)
 """Readers of other libraries' files. Each returns None for the contents of a file of another format."""
 
 
@@ -89,7 +89,7 @@ def load_adapter(
 ) -> None:
     """Load the adapters of a file into ``model``.
 
-    It reads files of this package, of PEFT and of loralib. Files of PEFT and loralib do not say which base they were
+    It reads files of this package, of PEFT, diffusers and loralib. Files of the others do not say which base they were
     trained on, so it cannot be checked: load the right weights first. After an error, the model is as it was before.
     Only tensors are read: a checkpoint may hold objects of any class, and no code in it is run.
 
@@ -99,7 +99,8 @@ def load_adapter(
             module that was saved, or a module around the model that was saved, if that module has no other weights.
         path: A file that ``save_adapter`` or a Trainer with ``LoRACallback`` wrote: its path, a URL that fsspec
             can read, or the open file, in binary mode. Or a folder that PEFT wrote, or the ``.safetensors`` or ``.bin``
-            file in it, with ``adapter_config.json`` beside it. Or what loralib's ``lora_state_dict`` returned, saved
+            file in it, with ``adapter_config.json`` beside it. Or a folder or file that diffusers wrote: a model gets
+            the part of the pipeline that it is. Or what loralib's ``lora_state_dict`` returned, saved
             with ``torch.save``. Or what ``fabric.save(path, {"model": model})`` wrote of an adapted model: such a
             file does not say how the model was adapted, so here it must be adapted already.
         check_base: Refuse another base than the one that the adapters were trained on. The same weights in another

@@ -27,7 +27,7 @@ from lightning_lora.storage.disk import (
 )
 from lightning_lora.storage.formats.lightning import VERSION
 from lightning_lora.storage.formats.loralib import is_loralib
-from lightning_lora.storage.formats.peft_config import PEFT_CONFIG, is_peft
+from lightning_lora.storage.formats.peft_config import DIFFUSERS_WEIGHTS, METADATA, PEFT_CONFIG, is_peft
 from lightning_lora.storage.state import is_note
 from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum
 
@@ -67,7 +67,7 @@ def check_place(path: str | Path) -> None:
 def read_adapter_file(path: str | Path | IO[bytes]) -> StoredAdapters:
     """Return the adapters in a file of this package. No code in the file is run."""
     local = local_path(path)
-    if local is not None and (local / PEFT_CONFIG).is_file():
+    if local is not None and any((local / name).is_file() for name in (PEFT_CONFIG, *DIFFUSERS_WEIGHTS)):
         raise AdapterFileError(f"{path} holds {_IN_PEFT}")
     return adapters_in(read_contents(path), path)
 
@@ -127,9 +127,11 @@ def _load_adapters(path: object, file: Any) -> Any:
 
 def _read_tensors(local: Path) -> dict[str, Any]:
     with safe_open(local, "pt") as file:
-        names, description = file.keys(), json.loads((file.metadata() or {}).get(KEY, "null"))
+        names, about = file.keys(), file.metadata() or {}
+        description = json.loads(about.get(KEY, "null"))
         if is_peft(names):
-            return {name: file.get_tensor(name) for name in names}
+            header = {METADATA: about[METADATA]} if METADATA in about else {}
+            return {**{name: file.get_tensor(name) for name in names}, **header}
         if description is None:
             return {"state_dict": dict.fromkeys(names)}
         return {"state_dict": {name: file.get_tensor(name) for name in names}, KEY: description}
@@ -170,8 +172,8 @@ def _instead(contents: dict[Any, Any], path: object) -> str:
 
 
 _IN_PEFT = (
-    "adapters of PEFT, and only their model tells what their layers are. Load them onto it, and write a file of this "
-    "package: load_adapter(model, path), then save_adapter(model, 'adapter.safetensors')."
+    "adapters of PEFT, and only their model tells what their layers are. Load them onto it, and write a file "
+    "of this package: load_adapter(model, path), then save_adapter(model, 'adapter.safetensors')."
 )
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,11 @@ from lightning_lora.errors import AdapterFileError, ConfigError, LoRAWarning, li
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer form first
+OLD_CONFIG = "adapter_config.json.old"  # that of the weights that are there, while an export replaces both
 PREFIX = "base_model.model."  # before every name of the base
+
+DIFFUSERS_WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+METADATA = "lora_adapter_metadata"  # diffusers' entry for the configuration, in the header of its file
 
 _KEYS = {
     "lora_A.weight": "A",
@@ -22,6 +27,10 @@ _KEYS = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
     "token_adapter.trainable_tokens_delta": "tokens",
+    "lora.down.weight": "A",  # diffusers' older names
+    "lora.up.weight": "B",
+    "lora_linear_layer.down.weight": "A",
+    "lora_linear_layer.up.weight": "B",
 }
 """The ends of the names of an adapter's tensors, and what they are."""
 
@@ -34,6 +43,12 @@ def peft_key(name: str) -> tuple[str, str] | None:
         if name.endswith(f".{suffix}"):
             return name.removesuffix(f".{suffix}"), what
     return None
+
+
+def most_common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the most common value, and the other ones by expressions for exactly these names."""
+    most = Counter(values.values()).most_common(1)[0][0]
+    return most, {f"^{re.escape(name)}": value for name, value in values.items() if value != most}
 
 
 def is_peft(names: Iterable[object]) -> bool:
@@ -58,8 +73,9 @@ class PeftConfig(NamedTuple):
 
 def read_config(weights: Any) -> PeftConfig:
     """Read the configuration beside a file."""
-    path = weights.parent / PEFT_CONFIG if isinstance(weights, Path) else None
-    if path is None or not path.is_file():
+    places = map(weights.with_name, (PEFT_CONFIG, OLD_CONFIG)) if isinstance(weights, Path) else ()
+    path = next(filter(Path.is_file, places), None)
+    if path is None:
         raise AdapterFileError(
             f"{weights} holds adapters of PEFT. Their rank and scaling are in {PEFT_CONFIG}, which is not there: put "
             "it beside the tensors, in a folder on this machine."

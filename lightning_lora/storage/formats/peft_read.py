@@ -21,6 +21,8 @@ from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRAEmbedding
 from lightning_lora.model.view import View
 from lightning_lora.storage.base import base_value
 from lightning_lora.storage.formats.peft_config import (
+    DIFFUSERS_WEIGHTS,
+    METADATA,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
     PREFIX,
@@ -44,18 +46,20 @@ def weights_of(path: Path) -> Path:
     """Return the file with the tensors: ``path`` itself, or in the folder ``path``."""
     if not os.path.isdir(path):  # noqa: PTH112  # Path raises if a name is too long
         return path
-    found = [path / name for name in PEFT_WEIGHTS if (path / name).is_file()]
+    found = [path / name for name in (*PEFT_WEIGHTS, *DIFFUSERS_WEIGHTS) if (path / name).is_file()]
     if not found:
         raise AdapterFileError(
             f"{path} is not a file, and as a folder it holds no adapters of PEFT. Expected {PEFT_CONFIG} and "
-            f"{PEFT_WEIGHTS[0]}. Otherwise pass a .safetensors file or a Trainer's .ckpt file."
+            f"{PEFT_WEIGHTS[0]}, or {DIFFUSERS_WEIGHTS[0]}. Otherwise pass a .safetensors file or a Trainer's .ckpt "
+            "file."
         )
     return found[0]
 
 
 def reader(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
     """Return how to read these contents of a file, if PEFT wrote it."""
-    return (lambda view: read(view, contents, read_config(path), path)) if is_peft(contents) else None
+    tensors = {name: value for name, value in contents.items() if name != METADATA}
+    return (lambda view: read(view, tensors, read_config(path), path)) if is_peft(contents) else None
 
 
 def read(view: View, tensors: Mapping[str, Any], peft: PeftConfig, path: Any) -> StoredAdapters:

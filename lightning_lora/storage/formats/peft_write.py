@@ -1,7 +1,6 @@
 """Write adapters as PEFT's files."""
 
 import json
-import re
 import warnings
 from collections import Counter
 from contextlib import suppress
@@ -9,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
@@ -23,8 +22,9 @@ from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRALinear
 from lightning_lora.layers.matrices import Role, Settings, weight_factors
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.disk import check_output, check_path, write_errors, writing
+from lightning_lora.storage.formats import peft_config as peft
+from lightning_lora.storage.formats.diffusers import prefix_for
 from lightning_lora.storage.formats.own import read_adapter_file
-from lightning_lora.storage.formats.peft_config import PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
 from lightning_lora.storage.formats.peft_layers import check_exportable, is_bias, peft_layer
 from lightning_lora.storage.names import Renaming, list_or_expression
 from lightning_lora.storage.state import adapter_state_dict
@@ -34,34 +34,44 @@ from lightning_lora.tensors.names import join, named_modules, starts_of, submodu
 
 
 def export_peft(
-    model_or_file: nn.Module | str | Path, directory: str | Path, *, root: str | None = None, uniform: bool = False
+    model_or_file: nn.Module | str | Path,
+    directory: str | Path,
+    *,
+    root: str | None = None,
+    uniform: bool = False,
+    format: Literal["peft", "diffusers"] = "peft",
 ) -> None:
-    """Write adapters in PEFT's format, into a directory.
+    """Write adapters in PEFT's format, or in that of diffusers, into a directory.
 
-    ``peft``, ``transformers`` and, with ``uniform=True``, vLLM read it unchanged. They compute what the adapted model
-    computes here. Everything for which that is not so is refused before anything is written.
+    ``peft``, ``transformers`` and, with ``uniform=True``, vLLM and llama.cpp read it unchanged. They compute what the
+    adapted model computes here. Everything for which that is not so is refused before anything is written.
 
     Args:
         model_or_file: A model with adapters (on its layers, or merged), or a file that ``save_adapter`` or a Trainer
             with ``LoRACallback`` wrote.
-        directory: The directory for ``adapter_config.json`` and ``adapter_model.safetensors``. It is made if only the
-            last folder is missing. Other files in it stay.
+        directory: The directory for ``adapter_config.json`` and ``adapter_model.safetensors``, or for
+            ``pytorch_lora_weights.safetensors`` of diffusers. It is made if only the last folder is missing. Other
+            files in it stay.
         root: The name of the module that the reader has, such as ``"model"`` for the model inside a LightningModule;
             ``""`` is the whole module. By default it is the one model inside, if there is one.
-        uniform: Write one rank and one alpha for all layers, for readers that know no others, such as vLLM. The
-            factors are padded with zeros.
+        uniform: Write one rank and one alpha for all layers, without rsLoRA, for readers that know no others: vLLM,
+            llama.cpp, and PEFT's hotswap, for which all files must be uniform. The factors are padded with zeros.
+        format: ``"diffusers"`` writes what ``pipe.load_lora_weights(directory)`` reads. Names begin with the part of
+            the pipeline: the root's name if it is one, such as ``text_encoder_2``; else ``unet``, ``transformer`` or
+            ``text_encoder``, by the class of the model.
 
     Raises:
         ExportError: PEFT has no counterpart for a layer, or would compute something else, or something was trained
-            outside of ``root``.
+            outside of ``root``, or the pipeline would refuse it.
         AdapterStateError: the model has no adapters.
         AdapterFileError: the file cannot be read or does not say enough, or the directory cannot be written.
-        ConfigError: ``root`` holds no adapted layer.
+        ConfigError: ``root`` holds no adapted layer, or ``format`` is another word.
         FileNotFoundError: the file, or the folder of ``directory``, does not exist.
 
     Warns:
         LoRAWarning: an nn.TransformerEncoder, which reads weights past PEFT's layers in eval mode, holds the adapted
-            layers. Or frozen layers look untrained, which PEFT's format cannot hold.
+            layers. Or an adapted weight is tied to another one, which PEFT's merge would change too. Or frozen layers
+            look untrained, which PEFT's format cannot hold.
 
     Example:
         >>> import tempfile
@@ -75,18 +85,28 @@ def export_peft(
         (2, 4, ['0', '2'])
     """
     check_path(directory)
+    if format not in ("peft", "diffusers"):
+        raise ConfigError(f"format={format!r} is not known. Expected 'peft' or 'diffusers'.")
     source = _source(model_or_file, root)
-    for name in (PEFT_CONFIG, PEFT_WEIGHTS[0]):
+    is_peft = format == "peft"
+    place = (peft.PEFT_WEIGHTS if is_peft else peft.DIFFUSERS_WEIGHTS)[0]
+    for name in (peft.PEFT_CONFIG, place):
         check_output(Path(directory) / name, [model_or_file])
     check_exportable(source.stored, source.modules or {}, source.saved)
     updates = _updates(source)
-    if uniform:
-        updates = _made_uniform(updates)
-    config = _config(source, updates, uniform=uniform)
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in _tensors(source, updates).items()}
-    contents = save(tensors, metadata={"format": "pt"})
+    if uniform or not is_peft:  # diffusers before 0.34, and others that read its files, scale all by 1
+        scaling = Counter(update.scaling for update in updates).most_common(1)[0][0] if is_peft else 1.0
+        updates = _with_scaling(updates, scaling, max(update.rank for update in updates) if uniform else 0)
+    tensors = _tensors(source, updates)
+    config = _config(source, updates, use_rslora=source.stored.config.use_rslora and is_peft and not uniform)
+    prefix = peft.PREFIX if is_peft else prefix_for(source.inner, source.stored, tensors)
+    contents = save(
+        {prefix + name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()},
+        metadata={"format": "pt", peft.METADATA: json.dumps({prefix + name: value for name, value in config.items()})},
+    )
+    _warn_of_ties(source)
     _warn_of_encoders(source)
-    _write(Path(directory).expanduser(), contents, json.dumps(config, indent=2))
+    _write(Path(directory).expanduser(), place, contents, json.dumps(config, indent=2).encode() if is_peft else None)
 
 
 # What to export
@@ -220,19 +240,18 @@ def _updates(source: _Source) -> list[_Update]:
     return found
 
 
-def _made_uniform(updates: list[_Update]) -> list[_Update]:
-    """Give all the same rank, with zeros, and the same scaling: B takes over what differs."""
-    rank, found = max(update.rank for update in updates), list[_Update]()
-    scaling = Counter(update.scaling for update in updates).most_common(1)[0][0]
+def _with_scaling(updates: list[_Update], scaling: float, rank: int) -> list[_Update]:
+    """Give all the same scaling: B takes over what differs. And at least this rank, with zeros."""
+    found = list[_Update]()
     for update in updates:
-        a, b = with_rank(update.factors, rank)
+        a, b = with_rank(update.factors, max(rank, update.rank))
         factors = a, b * (update.scaling / scaling)
-        found.append(replace(update, factors=factors, alpha=scaling * rank, scaling=scaling))
+        found.append(replace(update, factors=factors, alpha=scaling * a.shape[-2], scaling=scaling))
     return found
 
 
 def _tensors(source: _Source, updates: list[_Update]) -> dict[str, Tensor]:
-    """All tensors, by PEFT's names."""
+    """All tensors, by PEFT's names without its prefix."""
     wrappers = Counter(update.name for update in updates)
     wrappers |= Counter(join(update.name, "out_proj") for update in updates if update.rest)
     found: dict[str, Tensor] = {}
@@ -246,7 +265,7 @@ def _tensors(source: _Source, updates: list[_Update]) -> dict[str, Tensor]:
         if is_bias(name, source.stored) and name not in source.saved:
             found[_inside(source.name_there(name), wrappers)] = value
     found |= {source.name_there(name): value for name, value in source.saved.items()}
-    return {PREFIX + name: value for name, value in found.items()}
+    return found
 
 
 def _inside(name: str, wrappers: Counter[str]) -> str:
@@ -262,13 +281,13 @@ def _inside(name: str, wrappers: Counter[str]) -> str:
 # The configuration
 
 
-def _config(source: _Source, updates: list[_Update], *, uniform: bool) -> dict[str, Any]:
+def _config(source: _Source, updates: list[_Update], *, use_rslora: bool) -> dict[str, Any]:
     """The contents of ``adapter_config.json``."""
     layers = [update.target for update in updates if not update.is_parameter]
     parameters = [update.target for update in updates if update.is_parameter]
     kinds = {update.layer.adapter_class for update in updates}
-    r, rank_pattern = _most_common({update.target: update.rank for update in updates})
-    alpha, alpha_pattern = _most_common({update.target: _short(update.alpha) for update in updates})
+    r, rank_pattern = peft.most_common({update.target: update.rank for update in updates})
+    alpha, alpha_pattern = peft.most_common({update.target: _short(update.alpha) for update in updates})
     own, inner = source.stored.config, source.inner
     base = getattr(getattr(inner, "config", None), "_name_or_path", "") or None
     auto = {"base_model_class": type(inner).__name__, "parent_library": type(inner).__module__} if base else None
@@ -281,7 +300,7 @@ def _config(source: _Source, updates: list[_Update], *, uniform: bool) -> dict[s
         "r": r,
         "lora_alpha": alpha,
         "lora_dropout": 0.0 if parameters else own.dropout,
-        "use_rslora": own.use_rslora and not uniform,
+        "use_rslora": use_rslora,
         "use_dora": own.use_dora,
         "bias": "none" if parameters and own.bias == "lora_only" else own.bias,  # PEFT stops at an LSTM's bias=True
         "fan_in_fan_out": LoRAConv1D in kinds and LoRALinear not in kinds and not parameters,
@@ -298,13 +317,20 @@ def _short(alpha: float) -> float:
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
-def _most_common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most common value, and the other ones by expressions for exactly these names."""
-    most = Counter(values.values()).most_common(1)[0][0]
-    return most, {f"^{re.escape(name)}": value for name, value in values.items() if value != most}
-
-
 # The files
+
+
+def _warn_of_ties(source: _Source) -> None:
+    layers = source.stored.layers.values()
+    others = {layer.name: list(chain.from_iterable(layer.tied.values())) for layer in layers if layer.tied}
+    if others:
+        warnings.warn(
+            f"The weights of {listed(others)} are also {listed(chain.from_iterable(others.values()))}. A PeftModel "
+            "computes right, but its merge_and_unload() changes these too. Merge with save_merged(model, path), which "
+            "writes a weight for each.",
+            LoRAWarning,
+            stacklevel=3,
+        )
 
 
 def _warn_of_encoders(source: _Source) -> None:
@@ -320,8 +346,8 @@ def _warn_of_encoders(source: _Source) -> None:
         )
 
 
-def _write(directory: Path, weights: bytes, config: str) -> None:
-    """Write both files, or none. At no moment are there weights with the configuration of others."""
+def _write(directory: Path, name: str, weights: bytes, config: bytes | None) -> None:
+    """Write one file, or PEFT's two, or none."""
     is_new = not directory.exists()
     if not is_new and not directory.is_dir():
         raise AdapterFileError(f"{directory} is a file. Pass a directory.")
@@ -329,20 +355,37 @@ def _write(directory: Path, weights: bytes, config: str) -> None:
         raise FileNotFoundError(f"The folder {directory.parent} does not exist. Make it first.")
     with write_errors(directory):
         directory.mkdir(exist_ok=True)
-    place, before = directory / PEFT_CONFIG, None
     try:
-        with writing(place) as config_part:
-            config_part.write_text(config)
-            with writing(directory / PEFT_WEIGHTS[0]) as weights_part:
-                weights_part.write_bytes(weights)
-                before = place.read_bytes() if place.exists() else None
-                place.unlink(missing_ok=True)
-            before = None  # it belongs to weights that are no longer there
+        if config is not None:
+            _write_both(directory / peft.PEFT_CONFIG, config, directory / name, weights)
+            return
+        with writing(directory / name) as part:
+            part.write_bytes(weights)
     except BaseException:
-        if before is not None:
-            place.write_bytes(before)
         if is_new:
             with suppress(OSError):
-                (directory / PEFT_WEIGHTS[0]).unlink(missing_ok=True)
+                (directory / name).unlink(missing_ok=True)
                 directory.rmdir()
         raise
+
+
+def _write_both(place: Path, config: bytes, weights_place: Path, weights: bytes) -> None:
+    """Write both files. At no moment are there weights with the configuration of others, which PEFT would read.
+
+    Meanwhile, ours is in the header of its weights, and that of others is beside theirs under another name.
+    """
+    place, is_away = place.resolve(), False
+    before = place.with_name(peft.OLD_CONFIG)
+    with writing(place) as config_part:
+        config_part.write_bytes(config)
+        try:
+            with writing(weights_place) as part:
+                part.write_bytes(weights)
+                if place.is_file() and place.read_bytes() != config:
+                    place.replace(before)
+                    is_away = True
+        except BaseException:
+            if is_away and not (weights_place.is_file() and weights_place.read_bytes() == weights):
+                before.replace(place)
+            raise
+    before.unlink(missing_ok=True)

@@ -218,9 +218,19 @@ def test_names_are_exact(tmp_path: Path) -> None:
         assert config["target_modules"] == expected
 
 
-def test_tied_weights_are_adapted_in_one_use(tmp_path: Path) -> None:
-    config = LoRAConfig(r=2, target_modules=["embed", "q_proj"])
-    check_read(TinyLM(), config, lambda model: model(INDEX), tmp_path)
+@pytest.mark.parametrize("name", ["embed", "lm_head"])
+def test_a_tied_weight_is_adapted_in_one_use_and_named(name: str, tmp_path: Path) -> None:
+    """PEFT's own merge changes both."""
+    base = TinyLM().eval()
+    model = trained(base, LoRAConfig(r=2, target_modules=[name, "q_proj"]))
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    for source in (model, tmp_path / "adapter.safetensors"):
+        with pytest.warns(LoRAWarning, match=rf"weights of '{name}' are also .* merge_and_unload\(\).* save_merged"):
+            export_peft(source, tmp_path / "peft")
+    with torch.no_grad():
+        check_equal(read(base, tmp_path / "peft")(INDEX), model(INDEX))
+        merged = read(base, tmp_path / "peft", merged=True)(INDEX)
+    assert (merged - model(INDEX)).norm() > 0.03 * merged.norm()
 
 
 def test_encoder_in_eval_mode_is_named(tmp_path: Path) -> None:

@@ -2,12 +2,18 @@
 
 import errno
 import json
+import os
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_lora import (
@@ -18,14 +24,16 @@ from lightning_lora import (
     LoRAConfig,
     export_peft,
     inject_adapters,
+    load_adapter,
     register_adapter,
     save_adapter,
 )
 from lightning_lora.layers import ADAPTERS
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.model.view import View
+from tests.support.faults import fork
 from tests.support.models import LitTiny, TinyLM, same, state
-from tests.support.peft_export import trained
+from tests.support.peft_export import read, trained
 
 
 def check_refused(source: Any, folder: Path, match: str, error: type[Exception] = ExportError, **how: Any) -> None:
@@ -184,8 +192,9 @@ def test_other_files_stay_and_a_model_does_not_change(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
-@pytest.mark.parametrize("failing", ["write_text", "write_bytes", "replace"])
-@pytest.mark.parametrize("call", [0, 1])
+@pytest.mark.parametrize(
+    ("failing", "call"), [("write_bytes", 0), ("write_bytes", 1), *(("replace", i) for i in range(3))]
+)
 def test_both_files_are_written_or_none(
     failing: str, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +229,64 @@ def _pair(directory: Path) -> tuple[bytes | None, Any]:
     config, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
     tensors = {name: value.tolist() for name, value in load_file(weights).items()} if weights.exists() else None
     return config.read_bytes() if config.exists() else None, tensors
+
+
+@pytest.mark.parametrize(("writer", "alpha"), [("peft", 30), ("this package", 30), ("this package", 3)])
+def test_a_killed_export_loses_nothing(writer: str, alpha: float, tmp_path: Path) -> None:
+    """Whatever is there loads as the old or as the new version, and PEFT never reads anything else."""
+    base, folder = TinyLM(tied=False), tmp_path / "peft"
+    old, new = (
+        trained(base, LoRAConfig(r=2, alpha=a, target_modules=["q_proj"]), scale)
+        for a, scale in ((3, 0.3), (alpha, 0.5))
+    )
+    runs = [here(model) for model in (old, new)]
+    for step in range(1, 99):
+        export_peft(old, folder)
+        if writer == "peft":  # its files have no configuration in their header
+            tensors = load_file(folder / "adapter_model.safetensors")
+            save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        is_done = fork(partial(killed, step, partial(export_peft, new, folder))) == 0
+        found = [here(loaded(base, folder))]
+        with suppress(ValueError):  # it finds no configuration
+            found.append(here(read(base, folder)))
+        assert len(found) == 2 or alpha == 30  # nothing is in the way where the configuration stays
+        for each in found:
+            assert any(torch.allclose(each, run) for run in runs)
+        export_peft(new, folder)
+        assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+        assert torch.allclose(here(read(base, folder)), runs[1])
+        if is_done:
+            break
+    assert step > 5
+
+
+def killed(step: int, work: Callable[[], object]) -> None:
+    """Do some work, and die before the so-manieth change in the folder."""
+    calls = list[str]()
+
+    def wrapped(own: Callable[..., Any]) -> Callable[..., Any]:
+        def change(*args: Any, **kwargs: Any) -> Any:
+            calls.append(own.__name__)
+            if len(calls) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return own(*args, **kwargs)
+
+        return change
+
+    for name in ("write_bytes", "replace", "unlink"):
+        setattr(Path, name, wrapped(getattr(Path, name)))
+    work()
+
+
+@torch.no_grad()
+def here(model: Any) -> Tensor:
+    return model(torch.arange(4)[None])
+
+
+def loaded(base: nn.Module, folder: Path) -> nn.Module:
+    model = deepcopy(base)
+    load_adapter(model, folder)
+    return model
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:

@@ -1,0 +1,241 @@
+"""diffusers computes what is computed here from an exported file, and its own files are read."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lightning_lora import (
+    AdapterFileError,
+    AdapterMismatchError,
+    ConfigError,
+    ExportError,
+    LoRAConfig,
+    LoRAWarning,
+    export_peft,
+    load_adapter,
+    save_adapter,
+)
+from lightning_lora.cli.main import main
+from tests.support.models import TinyLM
+from tests.support.peft_export import check_equal, trained
+
+diffusers = pytest.importorskip("diffusers", minversion="0.34", exc_type=ImportError)
+transformers = pytest.importorskip("transformers")
+WEIGHTS = "pytorch_lora_weights.safetensors"
+METADATA = "lora_adapter_metadata"
+
+
+def unet() -> Any:
+    torch.manual_seed(3)
+    return diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=8, layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=4,
+    ).eval()  # fmt: skip
+
+
+def text_encoder() -> Any:
+    torch.manual_seed(4)
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.CLIPTextConfig(vocab_size=20, max_position_embeddings=16, **sizes)
+    return transformers.CLIPTextModel(config).eval()
+
+
+def transformer() -> Any:
+    torch.manual_seed(5)
+    return diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=1, attention_head_dim=4, num_attention_heads=2,
+        joint_attention_dim=8, caption_projection_dim=8, pooled_projection_dim=8, out_channels=4, pos_embed_max_size=8,
+    ).eval()  # fmt: skip
+
+
+@torch.no_grad()
+def run(model: Any) -> Tensor:
+    torch.manual_seed(6)
+    x, words = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 8)
+    if isinstance(model, diffusers.UNet2DConditionModel):
+        return model(x, 1, words)[0]
+    if isinstance(model, diffusers.SD3Transformer2DModel):
+        return model(x, words, words[:, 0], torch.tensor([1]))[0]
+    return model(torch.arange(5)[None])[0]
+
+
+def change(model: nn.Module) -> None:
+    """Change PEFT's adapters, which are zero at first."""
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data.add_(torch.rand_like(p), alpha=0.1)
+
+
+def pipeline(part: Any) -> Any:
+    """A pipeline with this part, and others that are not adapted."""
+    if isinstance(part, diffusers.SD3Transformer2DModel):
+        return diffusers.StableDiffusion3Pipeline(part, *[None] * 8)
+    parts = {
+        "unet": unet(),
+        "text_encoder": text_encoder(),
+        "scheduler": diffusers.PNDMScheduler(steps_offset=1),
+    }
+    parts["unet" if isinstance(part, diffusers.UNet2DConditionModel) else "text_encoder"] = part
+    others = dict.fromkeys(("vae", "tokenizer", "safety_checker", "feature_extractor"))
+    return diffusers.StableDiffusionPipeline(**parts, **others, requires_safety_checker=False)
+
+
+def changed(folder: Path, change: Callable[[str], str] = str, *, metadata: bool = False) -> Path:
+    """Change the names in a file, and leave out its header."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        header = file.metadata() if metadata else None
+    save_file({change(name): value for name, value in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS, header)
+    return folder
+
+
+# Out
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "config"),
+    [
+        (unet, "unet", {"alpha": 3, "target_modules": ["to_q", "to_out.0"], "rank_pattern": {"to_q": 3}}),
+        (unet, "unet", {"alpha": 5, "target_modules": "all", "use_rslora": True}),
+        (
+            unet,
+            "unet",
+            {"target_modules": ["to_v", "conv1"], "use_dora": True, "alpha_pattern": {"to_v": 7}},
+        ),
+        (unet, "unet", {"target_modules": ["to_k"], "init": "pissa"}),
+        (transformer, "transformer", {"alpha": 5}),
+        (text_encoder, "text_encoder", {"alpha": 5, "target_modules": ["q_proj", "fc1"], "use_dora": True}),
+    ],
+)
+def test_a_pipeline_computes_the_same(
+    build: Callable[[], Any], name: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    """A pipeline without the header, as one of diffusers before 0.34, too."""
+    base, model = build(), trained(build(), LoRAConfig(r=2, **config), scale=0.1)
+    here = run(model)
+    assert (here - run(base)).norm() > 1e-3 * here.norm()
+    export_peft(model, tmp_path, uniform=name == "transformer", format="diffusers")
+    assert [path.name for path in tmp_path.iterdir()] == [WEIGHTS]
+    load_adapter(base, tmp_path)
+    check_equal(run(base), here)
+    if name != "text_encoder":
+        part = build()
+        part.load_lora_adapter(tmp_path, prefix=name, use_safetensors=True)
+        check_equal(run(part), here)
+    for folder in (tmp_path, changed(tmp_path)):
+        part = build()
+        pipeline(part).load_lora_weights(folder)
+        check_equal(run(part), here)
+
+
+def test_a_file_says_its_part_by_the_name_in_its_module(tmp_path: Path) -> None:
+    base, path = unet(), tmp_path / "adapter.safetensors"
+    module = trained(nn.ModuleDict({"unet": base}), LoRAConfig(r=2, alpha=3, target_modules=["to_q"]), scale=0.1)
+    save_adapter(module, path)
+    assert main(["export", str(path), str(tmp_path / "out"), "--root", "unet", "--format", "diffusers"]) == 0
+    pipeline(base).load_lora_weights(tmp_path / "out")
+    check_equal(run(base), run(module["unet"]))
+    save_adapter(trained(unet(), LoRAConfig(target_modules=["to_q"])), path)
+    with pytest.raises(ExportError, match=r"not known.*load it onto its model"):
+        export_peft(path, tmp_path / "none", format="diffusers")
+
+
+@pytest.mark.parametrize(
+    ("build", "config", "says"),
+    [
+        (unet, {"modules_to_save": ["conv_out"]}, "would refuse 'conv_out.weight', 'conv_out.bias'"),
+        (unet, {"target_modules": ["conv1"], "bias": "lora_only"}, "would refuse '.*conv1.base_layer.bias'"),
+        (lambda: TinyLM(tied=False), {"target_modules": ["q_proj"]}, "which one TinyLM is, is not known"),
+    ],
+)
+def test_what_a_pipeline_cannot_hold(
+    build: Callable[[], Any], config: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    model = trained(build(), LoRAConfig(**{"target_modules": ["to_q"], **config}))
+    with pytest.raises(ExportError, match=says):
+        export_peft(model, tmp_path / "out", format="diffusers")
+    with pytest.raises(ConfigError, match="format='kohya' is not known"):
+        export_peft(model, tmp_path / "out", format="kohya")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_peft_s_folder_says_its_scaling_to_diffusers(tmp_path: Path) -> None:
+    model, part = trained(unet(), LoRAConfig(r=2, alpha=8, target_modules=["to_q"]), scale=0.1), unet()
+    export_peft(model, tmp_path)
+    part.load_lora_adapter(tmp_path, prefix="base_model.model", use_safetensors=True)
+    check_equal(run(part), run(model))
+
+
+# In
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"lora_alpha": 6, "target_modules": ["to_q", "conv1"], "rank_pattern": {"to_q": 3}, "use_rslora": True},
+        {"lora_alpha": 6, "target_modules": ["to_q"], "use_dora": True},
+    ],
+)
+def test_files_that_diffusers_wrote(config: dict[str, Any], tmp_path: Path) -> None:
+    part = unet()
+    part.add_adapter(LoraConfig(r=2, **config))
+    change(part)
+    settings = part.peft_config["default"].to_dict()
+    tensors = get_peft_model_state_dict(part)
+    part.save_lora_adapter(tmp_path / "part")
+    save = diffusers.StableDiffusionPipeline.save_lora_weights
+    save(tmp_path / "pipeline", unet_lora_layers=tensors, unet_lora_adapter_metadata=settings)
+    for path in (tmp_path / "part", tmp_path / "pipeline", tmp_path / "pipeline" / WEIGHTS):
+        model = unet()
+        load_adapter(model, path)
+        check_equal(run(model), run(part))
+        assert (run(unet()) - run(part)).norm() > 1e-3 * run(part).norm()
+
+
+@pytest.mark.parametrize("ends", [(".lora_A.", ".lora_B."), (".lora.down.", ".lora.up.")])
+def test_a_file_without_a_header_is_read_as_diffusers_reads_it(ends: tuple[str, str], tmp_path: Path) -> None:
+    model, part, again = trained(unet(), LoRAConfig(r=2, target_modules=["to_q", "to_v"])), unet(), unet()
+    export_peft(model, tmp_path, format="diffusers")
+    changed(tmp_path, lambda name: name.replace(".lora_A.", ends[0]).replace(".lora_B.", ends[1]))
+    pipeline(part).load_lora_weights(tmp_path)
+    with pytest.warns(LoRAWarning, match="does not say with which lora_alpha"):
+        load_adapter(again, tmp_path)
+    check_equal(run(again), run(part))
+
+
+def test_each_model_gets_its_part_of_a_file(tmp_path: Path) -> None:
+    save = diffusers.StableDiffusionPipeline.save_lora_weights
+    models: dict[str, Any] = {"unet": unet(), "text_encoder": text_encoder()}
+    given: dict[str, Any] = {}
+    for name, model in models.items():
+        settings = LoraConfig(r=2, lora_alpha=len(name), target_modules=["to_q", "q_proj"])
+        inject_adapter_in_model(settings, model)
+        model.peft_config = {"default": settings}
+        change(model)
+        given[f"{name}_lora_layers"] = get_peft_model_state_dict(model)
+        given[f"{name}_lora_adapter_metadata"] = settings.to_dict()
+    save(tmp_path, **given)
+    for build, other in ((unet, "text_encoder"), (text_encoder, "unet")):
+        model = build()
+        with pytest.warns(LoRAWarning, match=f"also holds adapters of '{other}'"):
+            load_adapter(model, tmp_path)
+        check_equal(run(model), run(models[build.__name__]))
+    with pytest.raises(AdapterMismatchError, match="several parts of a pipeline: 'text_encoder', 'unet'"):
+        load_adapter(TinyLM(), tmp_path)
+
+
+@pytest.mark.parametrize("header", ["{", "[]", json.dumps({"unet.peft_type": "LOKR"}), json.dumps({"unet.r": "two"})])
+def test_a_header_that_says_something_else(header: str, tmp_path: Path) -> None:
+    export_peft(trained(unet(), LoRAConfig(target_modules=["to_q"])), tmp_path, format="diffusers")
+    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, {METADATA: header})
+    with pytest.raises(AdapterFileError, match=WEIGHTS):
+        load_adapter(unet(), tmp_path)
