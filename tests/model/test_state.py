@@ -7,12 +7,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.state import AdapterState, Record, find_record
-from lightning_lora.tensors import digests as hashing
 from lightning_lora.tensors.digests import digest
 from tests.support.model import flags, unfreezable
 from tests.support.models import LitTiny, best, data, lora, randomise, same, state, trainer
@@ -176,24 +175,6 @@ def test_the_whole_remembers_nothing_of_a_part_when_adapting_both_fails() -> Non
     assert (part[0].bias == 2).all()
 
 
-class Reads:
-    """Counts the integers that digests read."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count, own = 0, hashing._digest_of_integers
-
-        def counting(integers: Tensor) -> int:
-            self.count += integers.numel()
-            return own(integers)
-
-        monkeypatch.setattr(hashing, "_digest_of_integers", counting)
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
-    return Reads(monkeypatch)
-
-
 @pytest.mark.parametrize("change", ["changed before", "converted"])
 def test_a_digest_is_not_handed_to_a_copy_with_other_values(change: str) -> None:
     record, weight = Record(AdapterState(ll.LoRAConfig())), torch.randn(100, 100)
@@ -203,11 +184,3 @@ def test_a_digest_is_not_handed_to_a_copy_with_other_values(change: str) -> None
     copy = weight.double() if change == "converted" else weight.clone()
     record.base_was_copied("weight", weight, copy)
     assert record.digests({"weight": copy})["weight"] == digest(copy)
-
-
-def test_a_copy_may_be_handed_a_known_digest(reads: Reads) -> None:
-    record, weight = Record(AdapterState(ll.LoRAConfig())), torch.randn(100, 100)
-    first = record.digests({"weight": weight})["weight"]
-    other, before = weight.clone(), reads.count
-    record.base_was_copied("weight", weight, other)
-    assert record.digests({"weight": other})["weight"] == first and reads.count - before < 10_000

@@ -8,16 +8,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
-from lightning_lora import (
-    AdapterMismatchError,
-    BaseMismatchError,
-    LoRACallback,
-    adapter_state_dict,
-    disable_adapters,
-    load_adapter,
-)
+import lightning_lora as ll
 from tests.support.cases import At, StopError, held, stop, tensors
-from tests.support.models import TRAINED, WORDS, LitTiny, best, data, is_plain, lora, state, trainer
+from tests.support.models import TRAINED, LitTiny, X, best, data, is_plain, lora, state, trainer
 from tests.support.storage import fitted
 
 
@@ -42,9 +35,6 @@ def test_every_file_is_adapter_only_and_loads_safely(tmp_path: Path) -> None:
             assert len(optimizer["param_groups"][0]["params"]) == len(TRAINED)
 
 
-X = torch.arange(WORDS)
-
-
 def test_files_after_fit_are_adapter_only_and_resume(tmp_path: Path) -> None:
     model = LitTiny()
     t = trainer(tmp_path, [lora()])
@@ -66,8 +56,8 @@ class Big(LitTiny):
 
 
 def test_a_checkpoint_is_adapters_and_their_optimizer_state_and_little_more(tmp_path: Path) -> None:
-    model = fitted(tmp_path / "after.ckpt", Big(), LoRACallback(r=8, target_modules=["q_proj", "v_proj"]))
-    adapters = sum(value.nbytes for value in adapter_state_dict(model).values())
+    model = fitted(tmp_path / "after.ckpt", Big(), ll.LoRACallback(r=8, target_modules=["q_proj", "v_proj"]))
+    adapters = sum(value.nbytes for value in ll.adapter_state_dict(model).values())
     assert adapters == 4 * 2 * 8 * 2 * 512  # fp32, two layers, r, in + out
     assert (tmp_path / "after.ckpt").stat().st_size < 3 * adapters + 16_000
     assert sum(p.nbytes for p in model.parameters()) > 20 * adapters
@@ -115,10 +105,10 @@ def test_full_checkpoint_is_taken_as_the_base(tmp_path: Path) -> None:
         model.head.weight, plain.head.weight
     )
     t.save_checkpoint(tmp_path / "lora.ckpt")
-    with disable_adapters(model):
+    with ll.disable_adapters(model):
         assert torch.equal(model(X), plain(X))
     loss = trainer(tmp_path).test(plain, data(), verbose=False)[0]["test_loss"]
-    load_adapter(plain, tmp_path / "lora.ckpt")
+    ll.load_adapter(plain, tmp_path / "lora.ckpt")
     assert torch.equal(plain(X), model(X))
     tested = trainer(tmp_path, [lora()]).test(model, data(), ckpt_path=tmp_path / "full.ckpt", verbose=False)
     assert tested[0]["test_loss"] == pytest.approx(loss)  # the full file's own function: trained adapters give way
@@ -134,15 +124,15 @@ def test_files_written_on_a_base_that_a_file_gave_belong_to_that_base(tmp_path: 
     t.fit(model, data())
     t.validate(model, data(), ckpt_path=tmp_path / "other.ckpt", verbose=False)
     t.save_checkpoint(tmp_path / "lora.ckpt")
-    load_adapter(other, tmp_path / "lora.ckpt")
+    ll.load_adapter(other, tmp_path / "lora.ckpt")
     assert torch.equal(other(X), model(X))
-    with pytest.raises(BaseMismatchError):
-        load_adapter(LitTiny(), tmp_path / "lora.ckpt")
+    with pytest.raises(ll.BaseMismatchError):
+        ll.load_adapter(LitTiny(), tmp_path / "lora.ckpt")
 
 
 def test_full_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     fitted(tmp_path / "full.ckpt", LitTiny(width=6), plain=True)
-    with pytest.raises(BaseMismatchError, match=r"another shape 'embed.weight'"):
+    with pytest.raises(ll.BaseMismatchError, match=r"another shape 'embed.weight'"):
         trainer(tmp_path, [lora()]).fit(LitTiny(), data(), ckpt_path=tmp_path / "full.ckpt")
 
 
@@ -150,11 +140,11 @@ def test_resuming_on_another_base_rank_or_alpha_is_refused(tmp_path: Path, check
     other = LitTiny()
     other.v_proj.weight.data[0, 0] += 1e-6
     for model, callback, error in (
-        (other, lora(), BaseMismatchError),
-        (LitTiny(), lora(r=4), AdapterMismatchError),
-        (LitTiny(), lora(alpha=9), AdapterMismatchError),
-        (LitTiny(), lora(target_modules=["q_proj"]), AdapterMismatchError),
-        (LitTiny(), lora(bias="all"), AdapterMismatchError),
+        (other, lora(), ll.BaseMismatchError),
+        (LitTiny(), lora(r=4), ll.AdapterMismatchError),
+        (LitTiny(), lora(alpha=9), ll.AdapterMismatchError),
+        (LitTiny(), lora(target_modules=["q_proj"]), ll.AdapterMismatchError),
+        (LitTiny(), lora(bias="all"), ll.AdapterMismatchError),
     ):
         before = LitTiny().state_dict() if model is not other else state(other)
         for stage in ("fit", "test"):

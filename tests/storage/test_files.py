@@ -13,47 +13,34 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_lora import (
-    AdapterFileError,
-    AdapterMismatchError,
-    AdapterStateError,
-    BaseMismatchError,
-    LoRAConfig,
-    adapter_state_dict,
-    inject_adapters,
-    load_adapter,
-    load_from_checkpoint,
-    save_adapter,
-)
+import lightning_lora as ll
 from lightning_lora.storage.formats import own as own_format
 from tests.support.cases import held
 from tests.support.faults import adapted
-from tests.support.models import TRAINED, LitTiny, data, is_plain, lora, randomise, trainer
+from tests.support.models import TRAINED, LitTiny, X, data, is_plain, lora, randomise, trainer
 from tests.support.storage import CONFIG, fitted, refused, restores, trained, with_adapters
-
-X = torch.arange(20)
 
 
 def test_file_restores_the_trained_model_on_a_plain_base(file: Path) -> None:
     model = restores(file, trained())
-    load_adapter(model, file)
+    ll.load_adapter(model, file)
     assert torch.equal(model(X), trained()(X))
 
 
 def test_file_is_adapter_sized_and_plain(file: Path) -> None:
-    values = sum(value.nbytes for value in adapter_state_dict(trained()).values())
+    values = sum(value.nbytes for value in ll.adapter_state_dict(trained()).values())
     with safe_open(file, "pt") as opened:
         about = json.loads(opened.metadata()["lightning_lora"])
     assert file.stat().st_size < values + 4096
-    assert about["format"] == 3 and LoRAConfig.from_dict(about["config"]) == CONFIG
+    assert about["format"] == 3 and ll.LoRAConfig.from_dict(about["config"]) == CONFIG
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     (file.parent / "other").touch()
     assert file.stat().st_mode == (file.parent / "other").stat().st_mode  # as any file: others may read it
 
 
 def test_arguments_the_wrong_way_round_are_told(file: Path) -> None:
-    for call in (load_adapter, save_adapter):
-        with pytest.raises(AdapterFileError, match="a LitTiny was given"):
+    for call in (ll.load_adapter, ll.save_adapter):
+        with pytest.raises(ll.AdapterFileError, match="a LitTiny was given"):
             call(file, LitTiny())  # type: ignore[arg-type]
 
 
@@ -88,10 +75,10 @@ TAMPERED: dict[str, Callable[[Path], Any]] = {
 def test_tampered_file_is_refused_and_the_model_is_as_it_was(file: Path, tamper: Callable[[Path], Any]) -> None:
     tamper(file)
     plain, adapted = LitTiny(), trained()
-    with refused(plain, AdapterFileError, "."):
-        load_adapter(plain, file)
-    with refused(adapted, AdapterFileError, "."):
-        load_adapter(adapted, file)
+    with refused(plain, ll.AdapterFileError, "."):
+        ll.load_adapter(plain, file)
+    with refused(adapted, ll.AdapterFileError, "."):
+        ll.load_adapter(adapted, file)
 
 
 @pytest.mark.parametrize(
@@ -99,28 +86,28 @@ def test_tampered_file_is_refused_and_the_model_is_as_it_was(file: Path, tamper:
 )
 def test_adapters_of_another_function_are_refused_with_the_arguments_to_use(file: Path, option: dict[str, Any]) -> None:
     model = LitTiny()
-    inject_adapters(model, LoRAConfig(**(CONFIG.to_dict() | option)))
-    with refused(model, AdapterMismatchError, "r=2, alpha=4, use_rslora=False"):
-        load_adapter(model, file)
+    ll.inject_adapters(model, ll.LoRAConfig(**(CONFIG.to_dict() | option)))
+    with refused(model, ll.AdapterMismatchError, "r=2, alpha=4, use_rslora=False"):
+        ll.load_adapter(model, file)
 
 
 def test_file_loads_where_adapters_were_injected_in_a_part(file: Path) -> None:
     model = nn.ModuleDict({"net": LitTiny()})
-    inject_adapters(model, CONFIG)
+    ll.inject_adapters(model, CONFIG)
     randomise(model)
-    save_adapter(model, file)
+    ll.save_adapter(model, file)
     again = nn.ModuleDict({"net": LitTiny()})
-    inject_adapters(again["net"], CONFIG)
+    ll.inject_adapters(again["net"], CONFIG)
     restores(file, model, again)
 
 
 def test_missing_file_and_folder_say_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        load_adapter(LitTiny(), tmp_path / "none.safetensors")
+        ll.load_adapter(LitTiny(), tmp_path / "none.safetensors")
     with pytest.raises(FileNotFoundError, match=r"The folder .*none does not exist"):
-        save_adapter(trained(), tmp_path / "none" / "adapter.safetensors")
-    with pytest.raises(AdapterFileError, match="folder"):
-        load_adapter(LitTiny(), tmp_path)
+        ll.save_adapter(trained(), tmp_path / "none" / "adapter.safetensors")
+    with pytest.raises(ll.AdapterFileError, match="folder"):
+        ll.load_adapter(LitTiny(), tmp_path)
 
 
 def test_gpt3_adapter_file_is_the_papers_35_mb(tmp_path: Path) -> None:
@@ -128,43 +115,43 @@ def test_gpt3_adapter_file_is_the_papers_35_mb(tmp_path: Path) -> None:
     with torch.device("meta"):
         layers = ({name: nn.Linear(12288, 12288, bias=False) for name in "qv"} for _ in range(96))
         model = nn.Sequential(*map(nn.ModuleDict, layers)).half()
-    inject_adapters(model, LoRAConfig(r=4, target_modules=["q", "v"], autocast_adapter_dtype=False))
-    with pytest.raises(AdapterStateError, match="meta"):
-        save_adapter(model, tmp_path / "gpt3.safetensors")
+    ll.inject_adapters(model, ll.LoRAConfig(r=4, target_modules=["q", "v"], autocast_adapter_dtype=False))
+    with pytest.raises(ll.AdapterStateError, match="meta"):
+        ll.save_adapter(model, tmp_path / "gpt3.safetensors")
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
             for name, factor in layer.lora_parameters().items():
                 setattr(layer, name, nn.Parameter(torch.zeros_like(factor, device="cpu")))
-    save_adapter(model, tmp_path / "gpt3.safetensors")
+    ll.save_adapter(model, tmp_path / "gpt3.safetensors")
     assert (tmp_path / "gpt3.safetensors").stat().st_size == pytest.approx(37.8e6, rel=0.002)
 
 
 def test_failed_load_leaves_adapters_that_a_part_has(file: Path) -> None:
     model, other = (nn.ModuleDict({"net": LitTiny(), "rest": nn.Linear(2, 2)}) for _ in range(2))
-    inject_adapters(model, CONFIG)
-    save_adapter(model, file)
-    inject_adapters(other["net"], CONFIG)  # whose rest is another
+    ll.inject_adapters(model, CONFIG)
+    ll.save_adapter(model, file)
+    ll.inject_adapters(other["net"], CONFIG)  # whose rest is another
     flags = [p.requires_grad for p in other.parameters()]
-    with pytest.raises(BaseMismatchError):
-        load_adapter(other, file)
-    assert flags == [p.requires_grad for p in other.parameters()] and adapter_state_dict(other["net"])
+    with pytest.raises(ll.BaseMismatchError):
+        ll.load_adapter(other, file)
+    assert flags == [p.requires_grad for p in other.parameters()] and ll.adapter_state_dict(other["net"])
 
 
 def test_adapters_on_a_base_that_was_made_in_inference_mode_are_stored(tmp_path: Path) -> None:
     with torch.inference_mode():
         model = with_adapters(LitTiny(), r=2)
-    save_adapter(model, tmp_path / "a.safetensors")
+    ll.save_adapter(model, tmp_path / "a.safetensors")
     restores(tmp_path / "a.safetensors", model)
 
 
 def test_a_link_is_written_through_and_what_is_no_file_stays(tmp_path: Path) -> None:
     model = trained()
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "a.safetensors")
-    save_adapter(model, tmp_path / "link.safetensors")
+    ll.save_adapter(model, tmp_path / "link.safetensors")
     assert (tmp_path / "link.safetensors").is_symlink() and (tmp_path / "a.safetensors").is_file()
     os.mkfifo(tmp_path / "pipe.safetensors")
-    with pytest.raises(AdapterFileError, match="is not a file"):
-        save_adapter(model, tmp_path / "pipe.safetensors")
+    with pytest.raises(ll.AdapterFileError, match="is not a file"):
+        ll.save_adapter(model, tmp_path / "pipe.safetensors")
     assert (tmp_path / "pipe.safetensors").is_fifo()
 
 
@@ -178,7 +165,7 @@ def test_home_folder_and_long_names_are_what_they_are_elsewhere(
     fit.fit(model := LitTiny(), data())
     for name in ("a.ckpt", "v" * 250 + ".ckpt"):
         fit.save_checkpoint(f"~/{name}")
-    save_adapter(model, "~/a.safetensors")
+    ll.save_adapter(model, "~/a.safetensors")
     names = {"a.ckpt", "v" * 250 + ".ckpt", "a.safetensors"}
     assert {path.name for path in (tmp_path / "home").iterdir()} == names
     for name in names:
@@ -194,10 +181,10 @@ def test_what_is_written_can_be_read_however_many_names_it_has(tmp_path: Path) -
 
     model = build()
     targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    inject_adapters(model, LoRAConfig(r=1, target_modules=targets))
+    ll.inject_adapters(model, ll.LoRAConfig(r=1, target_modules=targets))
     assert sum(map(len, targets)) > 700_000
-    save_adapter(model, tmp_path / "a.safetensors")
-    load_adapter(build(), tmp_path / "a.safetensors")
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    ll.load_adapter(build(), tmp_path / "a.safetensors")
 
 
 class Shared(LitTiny):
@@ -211,8 +198,8 @@ class Shared(LitTiny):
 def test_adapters_of_a_shared_layer_are_stored_once(tmp_path: Path) -> None:
     model = fitted(tmp_path / "a.ckpt", Shared())
     assert model.again["q_proj"].lora_A is model.q_proj.lora_A and "again.q_proj.lora_A" in model.state_dict()
-    save_adapter(model, tmp_path / "a.safetensors")
-    assert set(adapter_state_dict(model)) == set(TRAINED) == set(load_file(tmp_path / "a.safetensors"))
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    assert set(ll.adapter_state_dict(model)) == set(TRAINED) == set(load_file(tmp_path / "a.safetensors"))
     assert set(held(torch.load(tmp_path / "a.ckpt", weights_only=True))) == set(TRAINED)
     for name in ("a.ckpt", "a.safetensors"):
         restores(tmp_path / name, model, Shared())
@@ -220,10 +207,10 @@ def test_adapters_of_a_shared_layer_are_stored_once(tmp_path: Path) -> None:
 
 def test_values_are_stored_however_they_lie_in_memory(tmp_path: Path) -> None:
     model = LitTiny()
-    inject_adapters(model, LoRAConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["head"]))
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["head"]))
     model.head.weight.data = torch.randn(8, 4).t()
     model.q_proj.lora_A.data = torch.randn(8, 2).t()
-    save_adapter(model, tmp_path / "a.safetensors")
+    ll.save_adapter(model, tmp_path / "a.safetensors")
     restores(tmp_path / "a.safetensors", model)
 
 
@@ -231,19 +218,19 @@ def test_values_are_stored_however_they_lie_in_memory(tmp_path: Path) -> None:
 def test_a_checkpoint_loads_to_where_it_is_asked_to(tmp_path: Path, merge: bool) -> None:
     fitted(tmp_path / "a.ckpt", LitTiny(), lora())
     for place in ("meta", torch.device("meta")):  # a device that every machine has
-        model = load_from_checkpoint(LitTiny, tmp_path / "a.ckpt", merge=merge, map_location=place)
+        model = ll.load_from_checkpoint(LitTiny, tmp_path / "a.ckpt", merge=merge, map_location=place)
         assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
 def test_load_from_checkpoint_needs_no_trainer(tmp_path: Path) -> None:
     model = fitted(tmp_path / "lora.ckpt", LitTiny(lr=0.01))
-    adapted = load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt")
+    adapted = ll.load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt")
     assert torch.equal(adapted(X), model(X)) and adapted.hparams["lr"] == 0.01
-    merged = load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt", merge=True, lr=0.2)
+    merged = ll.load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt", merge=True, lr=0.2)
     assert is_plain(merged) and merged.hparams["lr"] == 0.2
     torch.testing.assert_close(merged(X), model(X))
-    with pytest.raises(BaseMismatchError):
-        load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt", width=6)
+    with pytest.raises(ll.BaseMismatchError):
+        ll.load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt", width=6)
 
 
 MEANT = {"a.ckpt": "a.safetensors", "a": "a.safetensors", "run.v1": "run.v1.safetensors", "": "adapter.safetensors"}
@@ -251,8 +238,8 @@ MEANT = {"a.ckpt": "a.safetensors", "a": "a.safetensors", "run.v1": "run.v1.safe
 
 @pytest.mark.parametrize(("given", "meant"), MEANT.items())
 def test_a_name_of_another_format_is_refused_with_the_name_to_use(tmp_path: Path, given: str, meant: str) -> None:
-    with pytest.raises(AdapterFileError, match=re.escape(repr(str(tmp_path / meant)))):
-        save_adapter(trained(), tmp_path / given)
+    with pytest.raises(ll.AdapterFileError, match=re.escape(repr(str(tmp_path / meant)))):
+        ll.save_adapter(trained(), tmp_path / given)
     assert not list(tmp_path.iterdir())
 
 
@@ -266,7 +253,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
         found = own(*args)
         at[0] += 1
         if at[0] == 1:
-            save_adapter(newer, file)
+            ll.save_adapter(newer, file)
         return found
 
     monkeypatch.setattr(own_format, "safe_open", opening)

@@ -14,24 +14,11 @@ from safetensors.torch import load_file, load_model
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from lightning_lora import (
-    AdapterFileError,
-    AdapterStateError,
-    LoRAConfig,
-    LoRAWarning,
-    disable_adapters,
-    inject_adapters,
-    load_adapter,
-    load_from_checkpoint,
-    merge_adapters,
-    save_merged,
-)
+import lightning_lora as ll
 from lightning_lora.model.state import find_record
 from tests.support.cases import three
-from tests.support.models import LitTiny, TinyLM, data, lora, randomise, same, state, trainer
+from tests.support.models import LitTiny, TinyLM, X, data, lora, randomise, same, state, trainer
 from tests.support.storage import fitted, refused, trained, with_adapters
-
-X = torch.arange(20)
 
 
 def stored(file: Path, like: nn.Module) -> dict[str, Any]:
@@ -43,7 +30,7 @@ def stored(file: Path, like: nn.Module) -> dict[str, Any]:
 
 def merged(model: nn.Module) -> dict[str, Any]:
     """The state of a merged copy."""
-    merge_adapters(model := copy.deepcopy(model))
+    ll.merge_adapters(model := copy.deepcopy(model))
     return state(model)
 
 
@@ -52,9 +39,9 @@ def test_checkpoint_is_a_plain_one_with_the_merged_weights(tmp_path: Path, is_me
     model = trained()
     expected, output = merged(model), model(X)
     if is_merged:
-        merge_adapters(model)
+        ll.merge_adapters(model)
     before, kinds = state(model), [type(module) for module in model.modules()]
-    save_merged(model, tmp_path / "a.ckpt")
+    ll.save_merged(model, tmp_path / "a.ckpt")
     assert same(state(model), before) and [type(module) for module in model.modules()] == kinds
     plain = LitTiny.load_from_checkpoint(tmp_path / "a.ckpt")
     assert same(state(plain), expected) and find_record(plain) is None
@@ -65,7 +52,7 @@ def test_checkpoint_is_a_plain_one_with_the_merged_weights(tmp_path: Path, is_me
 def test_checkpoint_builds_the_module_from_its_hyperparameters(tmp_path: Path) -> None:
     model = LitTiny(width=6)
     fitted(tmp_path / "lora.ckpt", model, lora())
-    save_merged(model, tmp_path / "a.ckpt")
+    ll.save_merged(model, tmp_path / "a.ckpt")
     stored = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert not [key for key in stored if "lora" in key] and not [
         name for name in stored["state_dict"] if "lora" in name
@@ -89,8 +76,8 @@ def test_checkpoint_is_read_without_this_package(tmp_path: Path) -> None:
         from mine import Mine  # type: ignore[import-not-found]
     finally:
         sys.path.remove(str(tmp_path))
-    inject_adapters(model := Mine(3), LoRAConfig(r=1))
-    save_merged(model, tmp_path / "a.ckpt")
+    ll.inject_adapters(model := Mine(3), ll.LoRAConfig(r=1))
+    ll.save_merged(model, tmp_path / "a.ckpt")
     code = "from mine import Mine; Mine.load_from_checkpoint('a.ckpt'); import sys; assert 'lightning_lora' not in sys."
     subprocess.run([sys.executable, "-W", "ignore", "-c", f"{code}modules"], cwd=tmp_path, check=True)
 
@@ -103,8 +90,8 @@ def test_what_a_module_itself_adds_to_its_checkpoints_is_there(tmp_path: Path) -
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             assert checkpoint["mine"] == 1
 
-    inject_adapters(model := Adds(), LoRAConfig(r=2))
-    save_merged(model, tmp_path / "a.ckpt")
+    ll.inject_adapters(model := Adds(), ll.LoRAConfig(r=2))
+    ll.save_merged(model, tmp_path / "a.ckpt")
     Adds.load_from_checkpoint(tmp_path / "a.ckpt")
 
 
@@ -113,7 +100,7 @@ def test_tensors_of_every_kind_of_layer_are_those_of_a_merge(tmp_path: Path, opt
     (tmp_path / "other").touch()
     model = three(**options, exclude_modules=["embed"] if options else None)
     expected, output = merged(model), model(X)
-    save_merged(model, tmp_path / "a.safetensors")
+    ll.save_merged(model, tmp_path / "a.safetensors")
     assert same(stored(tmp_path / "a.safetensors", model), expected)
     assert torch.equal(model(X), output)
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode  # others may read it
@@ -128,7 +115,7 @@ def with_norms() -> nn.Module:
 @pytest.mark.parametrize("build", [with_norms, lambda: LitTiny().bfloat16()], ids=["norms", "half precision"])
 def test_norms_are_as_they_are_and_half_precision_is_rounded_once(tmp_path: Path, build: Any) -> None:
     randomise(model := with_adapters(build(), r=2, target_modules="all"), scale=1.0)
-    save_merged(model, tmp_path / "a.safetensors")
+    ll.save_merged(model, tmp_path / "a.safetensors")
     assert same(stored(tmp_path / "a.safetensors", model), merged(model))
 
 
@@ -136,7 +123,7 @@ def test_a_layer_with_two_names_is_merged_under_both(tmp_path: Path) -> None:
     layer = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": layer, "b": layer})
     with_adapters(model, r=2)
-    save_merged(model, tmp_path / "a.safetensors")
+    ll.save_merged(model, tmp_path / "a.safetensors")
     again = nn.ModuleDict({"a": (other := nn.Linear(4, 4)), "b": other})
     load_model(again, tmp_path / "a.safetensors")
     assert same(state(again), merged(model))
@@ -145,8 +132,8 @@ def test_a_layer_with_two_names_is_merged_under_both(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*was tied to another layer:lightning_lora.LoRAWarning")
 def test_a_tied_weight_with_an_update_is_written_as_its_own(tmp_path: Path) -> None:
     model = with_adapters(TinyLM(), r=2, target_modules=["lm_head"])
-    with pytest.warns(LoRAWarning, match="they are two weights now"):
-        save_merged(model, tmp_path / "a.safetensors")
+    with pytest.warns(ll.LoRAWarning, match="they are two weights now"):
+        ll.save_merged(model, tmp_path / "a.safetensors")
     load_model(again := TinyLM(tied=False), tmp_path / "a.safetensors")
     torch.testing.assert_close(again(X), model(X))
     assert model.lm_head.weight is model.embed.weight
@@ -154,7 +141,7 @@ def test_a_tied_weight_with_an_update_is_written_as_its_own(tmp_path: Path) -> N
 
 def test_tied_weights_without_updates_are_written_once(tmp_path: Path) -> None:
     model = with_adapters(TinyLM(), r=2, target_modules=["q_proj"])
-    save_merged(model, tmp_path / "a.safetensors")
+    ll.save_merged(model, tmp_path / "a.safetensors")
     assert "lm_head.weight" not in load_file(tmp_path / "a.safetensors") or "embed.weight" not in load_file(
         tmp_path / "a.safetensors"
     )
@@ -185,9 +172,9 @@ def test_folder_is_that_of_the_model_inside(tmp_path: Path, is_merged: bool) -> 
     model = with_adapters(LitGPT2(), r=2, target_modules=["c_attn", "c_proj"], modules_to_save=["ln_f"])
     output = model(X[:8])
     if is_merged:
-        merge_adapters(model)
+        ll.merge_adapters(model)
     before = state(model)
-    save_merged(model, tmp_path / "gpt2-1.0")
+    ll.save_merged(model, tmp_path / "gpt2-1.0")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2-1.0").eval()
     torch.testing.assert_close(again(X[None, :8]).logits, output)
     assert same(state(model), before) and [path.name for path in tmp_path.iterdir()] == ["gpt2-1.0"]
@@ -195,20 +182,20 @@ def test_folder_is_that_of_the_model_inside(tmp_path: Path, is_merged: bool) -> 
 
 def test_folder_would_tie_a_head_again_that_has_an_update_of_its_own(tmp_path: Path) -> None:
     model = with_adapters(LitGPT2(), r=2, target_modules=["lm_head"])
-    with refused(model, AdapterFileError, r"tie_word_embeddings = False"):
-        save_merged(model, tmp_path / "a")
+    with refused(model, ll.AdapterFileError, r"tie_word_embeddings = False"):
+        ll.save_merged(model, tmp_path / "a")
     model.model.config.tie_word_embeddings = False
-    with pytest.warns(LoRAWarning, match="they are two weights now"):
-        save_merged(model, tmp_path / "a")
+    with pytest.warns(ll.LoRAWarning, match="they are two weights now"):
+        ll.save_merged(model, tmp_path / "a")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "a").eval()
     torch.testing.assert_close(again(X[None, :8]).logits, model(X[:8]))
 
 
 def test_folder_holds_no_part_that_was_trained_outside(tmp_path: Path) -> None:
     model = LitGPT2(head=True)
-    inject_adapters(model, LoRAConfig(r=2, target_modules=["c_attn"], modules_to_save=["head"]))
-    with refused(model, AdapterFileError, "'head.weight', 'head.bias' were trained outside of it"):
-        save_merged(model, tmp_path / "a")
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["c_attn"], modules_to_save=["head"]))
+    with refused(model, ll.AdapterFileError, "'head.weight', 'head.bias' were trained outside of it"):
+        ll.save_merged(model, tmp_path / "a")
 
 
 class Own(nn.Module):
@@ -229,22 +216,22 @@ class Own(nn.Module):
 def test_folder_by_a_model_of_another_library(tmp_path: Path) -> None:
     model = with_adapters(Own(), r=2)
     (tmp_path / "a").mkdir()
-    save_merged(model, tmp_path / "a")
+    ll.save_merged(model, tmp_path / "a")
     assert same(torch.load(tmp_path / "a" / "weights.pt", weights_only=True), merged(model)) and "lora_A" in str(
         list(model.state_dict())
     )
 
 
 def test_folder_is_there_complete_or_not_at_all(tmp_path: Path) -> None:
-    inject_adapters(model := Own(), LoRAConfig(r=2))
+    ll.inject_adapters(model := Own(), ll.LoRAConfig(r=2))
     model.fails = True
-    with refused(model, AdapterFileError, "disk full"):
-        save_merged(model, tmp_path / "a")
+    with refused(model, ll.AdapterFileError, "disk full"):
+        ll.save_merged(model, tmp_path / "a")
     assert not list(tmp_path.iterdir())
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "notes.txt").touch()
-    with refused(model, AdapterFileError, "not an empty folder"):
-        save_merged(model, tmp_path / "a")
+    with refused(model, ll.AdapterFileError, "not an empty folder"):
+        ll.save_merged(model, tmp_path / "a")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["notes.txt"]
 
 
@@ -268,22 +255,22 @@ class Named(nn.Linear):
 
 
 def changed() -> nn.Module:
-    merge_adapters(model := trained())
+    ll.merge_adapters(model := trained())
     model.q_proj.weight.data.add_(1)
     return model
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str, type[Exception], str]] = {
-    "no adapters": (LitTiny, "a.ckpt", AdapterStateError, "has no adapters"),
-    "not Lightning": (plain, "a.ckpt", AdapterFileError, r"not a LightningModule.*\.safetensors.*save_pretrained"),
-    "no save_pretrained": (trained, "folder", AdapterFileError, r"no save_pretrained.*\.ckpt.*\.safetensors"),
-    "unknown ending": (trained, "a.pt", AdapterFileError, r"\.ckpt.*\.safetensors.*save_pretrained"),
+    "no adapters": (LitTiny, "a.ckpt", ll.AdapterStateError, "has no adapters"),
+    "not Lightning": (plain, "a.ckpt", ll.AdapterFileError, r"not a LightningModule.*\.safetensors.*save_pretrained"),
+    "no save_pretrained": (trained, "folder", ll.AdapterFileError, r"no save_pretrained.*\.ckpt.*\.safetensors"),
+    "unknown ending": (trained, "a.pt", ll.AdapterFileError, r"\.ckpt.*\.safetensors.*save_pretrained"),
     "no folder": (trained, "none/a.ckpt", FileNotFoundError, "does not exist"),
-    "on meta": (lambda: plain().to("meta"), "a.safetensors", AdapterStateError, "meta device"),
-    "diverged": (lambda: plain(value=torch.nan), "a.safetensors", AdapterStateError, "NaN"),
-    "changed": (changed, "a.ckpt", AdapterStateError, "were changed since"),
-    "infinite": (lambda: plain(nn.Linear(4, 4).half(), 1e3), "a.safetensors", AdapterStateError, "that torch.float16"),
-    "other names": (lambda: plain(Named(4, 4)), "a.safetensors", AdapterStateError, "does not hold '0.weight' under"),
+    "on meta": (lambda: plain().to("meta"), "a.safetensors", ll.AdapterStateError, "meta device"),
+    "diverged": (lambda: plain(value=torch.nan), "a.safetensors", ll.AdapterStateError, "NaN"),
+    "changed": (changed, "a.ckpt", ll.AdapterStateError, "were changed since"),
+    "infinite": (lambda: plain(nn.Linear(4, 4).half(), 1e3), "a.safetensors", ll.AdapterStateError, "torch.float16"),
+    "other names": (lambda: plain(Named(4, 4)), "a.safetensors", ll.AdapterStateError, "not hold '0.weight' under"),
 }
 
 
@@ -292,21 +279,21 @@ def test_what_cannot_be_written_is_refused_and_nothing_changes(tmp_path: Path, c
     make, name, error, match = case
     model = make()
     with pytest.raises(error, match=match) if name != "a.pt" else refused(model, error, match):
-        save_merged(model, tmp_path / name)
+        ll.save_merged(model, tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
 def test_disabled_adapters_are_not_merged(tmp_path: Path) -> None:
-    with disable_adapters(model := trained()), pytest.raises(AdapterStateError, match="disabled"):
-        save_merged(model, tmp_path / "a.ckpt")
+    with ll.disable_adapters(model := trained()), pytest.raises(ll.AdapterStateError, match="disabled"):
+        ll.save_merged(model, tmp_path / "a.ckpt")
 
 
 def test_quantised_weights_are_refused(tmp_path: Path) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     model = nn.Sequential(bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32)).to("cpu")
-    inject_adapters(model, LoRAConfig(r=2))
-    with pytest.raises(AdapterStateError, match="are quantised"):
-        save_merged(model, tmp_path / "a.safetensors")
+    ll.inject_adapters(model, ll.LoRAConfig(r=2))
+    with pytest.raises(ll.AdapterStateError, match="are quantised"):
+        ll.save_merged(model, tmp_path / "a.safetensors")
 
 
 OTHERS: dict[str, tuple[str, str]] = {
@@ -316,26 +303,26 @@ OTHERS: dict[str, tuple[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("reads", [lambda path: load_adapter(LitTiny(), path), partial(load_from_checkpoint, LitTiny)])
+@pytest.mark.parametrize("reads", [lambda p: ll.load_adapter(LitTiny(), p), partial(ll.load_from_checkpoint, LitTiny)])
 @pytest.mark.parametrize(("name", "says"), OTHERS.values(), ids=OTHERS)
 def test_readers_of_adapters_say_what_the_file_is(
     tmp_path: Path, name: str, says: str, reads: Callable[[Path], Any]
 ) -> None:
     model = trained()
     for file in ("merged.ckpt", "merged.safetensors"):
-        save_merged(model, tmp_path / file)
+        ll.save_merged(model, tmp_path / file)
     torch.save(LitTiny().state_dict(), tmp_path / "state.pt")
-    with pytest.raises(AdapterFileError, match=says):
+    with pytest.raises(ll.AdapterFileError, match=says):
         reads(tmp_path / name)
 
 
 def test_a_fit_says_that_the_file_is_its_base_and_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = trained()
-    save_merged(model, tmp_path / "merged.ckpt")
-    save_merged(model, tmp_path / "merged.safetensors")
+    ll.save_merged(model, tmp_path / "merged.ckpt")
+    ll.save_merged(model, tmp_path / "merged.safetensors")
     t = trainer(tmp_path, [lora(merge=False)], max_epochs=1, enable_checkpointing=False)
     with caplog.at_level("INFO"):
         t.fit(LitTiny(), data(), ckpt_path=tmp_path / "merged.ckpt")
     assert "merged.ckpt holds a full model, no adapters and no state of a run, as save_merged writes it" in caplog.text
-    with pytest.raises(AdapterFileError, match=r"If save_merged wrote it, .*safetensors.torch.load_model"):
+    with pytest.raises(ll.AdapterFileError, match=r"If save_merged wrote it, .*safetensors.torch.load_model"):
         t.fit(LitTiny(), data(), ckpt_path=tmp_path / "merged.safetensors")

@@ -8,16 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import (
-    AdapterMismatchError,
-    BaseMismatchError,
-    LoRACallback,
-    LoRAConfig,
-    LoRAWarning,
-    inject_adapters,
-    load_adapter,
-    save_adapter,
-)
+import lightning_lora as ll
 from lightning_lora.model.view import View
 from tests.support.models import WIDTH, WORDS, LitTiny, TinyLM, data, is_plain, trainer
 from tests.support.storage import refused, restores, with_adapters
@@ -88,12 +79,12 @@ def test_a_file_loads_onto_the_model_inside_and_around(
     tmp_path: Path, config: dict[str, Any], outward: bool, around: type[Any]
 ) -> None:
     saved, loaded = (base(), around(base())) if outward else (around(base()), base())
-    save_adapter(with_adapters(saved, r=2, **config), tmp_path / "a.safetensors")
-    with pytest.warns(LoRAWarning, match="taken for the same model"):
-        load_adapter(loaded, tmp_path / "a.safetensors")
+    ll.save_adapter(with_adapters(saved, r=2, **config), tmp_path / "a.safetensors")
+    with pytest.warns(ll.LoRAWarning, match="taken for the same model"):
+        ll.load_adapter(loaded, tmp_path / "a.safetensors")
     assert torch.equal(loaded(INDEX), saved(INDEX))
     assert [p.shape for p in View(loaded).adapters.values()] == [p.shape for p in View(saved).adapters.values()]
-    save_adapter(loaded, tmp_path / "b.safetensors")
+    ll.save_adapter(loaded, tmp_path / "b.safetensors")
     restores(tmp_path / "b.safetensors", loaded, around(base()) if outward else base())
 
 
@@ -104,19 +95,19 @@ def nested() -> nn.Module:
 
 def test_a_layer_whose_name_ends_like_another_is_not_adapted_with_it(tmp_path: Path) -> None:
     saved, loaded = Around(nested()), nested()
-    inject_adapters(saved, LoRAConfig(r=2, target_modules=["model.q"]))
-    save_adapter(saved, tmp_path / "a.safetensors")
-    with pytest.warns(LoRAWarning):
-        load_adapter(loaded, tmp_path / "a.safetensors")
+    ll.inject_adapters(saved, ll.LoRAConfig(r=2, target_modules=["model.q"]))
+    ll.save_adapter(saved, tmp_path / "a.safetensors")
+    with pytest.warns(ll.LoRAWarning):
+        ll.load_adapter(loaded, tmp_path / "a.safetensors")
     assert list(View(loaded).layers) == ["q"]
 
 
 def test_ranks_belong_to_names_in_full(tmp_path: Path) -> None:
     saved, loaded = Around(nested()), nested()
     patterns: dict[str, Any] = {"rank_pattern": {"model.q": 1}, "alpha_pattern": {"model.q": 5}}
-    inject_adapters(saved, LoRAConfig(r=2, alpha=3, **patterns))
-    save_adapter(saved, tmp_path / "a.safetensors")
-    load_adapter(loaded, tmp_path / "a.safetensors")
+    ll.inject_adapters(saved, ll.LoRAConfig(r=2, alpha=3, **patterns))
+    ll.save_adapter(saved, tmp_path / "a.safetensors")
+    ll.load_adapter(loaded, tmp_path / "a.safetensors")
     settings = {
         name: (layer.lora_settings.r, layer.lora_settings.scaling) for name, layer in View(loaded).layers.items()
     }
@@ -129,20 +120,20 @@ def test_a_frozen_weight_that_changed_in_training_is_loaded(tmp_path: Path) -> N
             pl_module.model.embed.weight.data[0, 0] += 1
 
     saved, loaded = Trained(), Trained().model
-    t = trainer(tmp_path, [LoRACallback(r=2, target_modules=["q_proj"], merge=False), Changing()], max_steps=1)
+    t = trainer(tmp_path, [ll.LoRACallback(r=2, target_modules=["q_proj"], merge=False), Changing()], max_steps=1)
     t.fit(saved, data())
     t.save_checkpoint(tmp_path / "a.ckpt")
-    load_adapter(loaded, tmp_path / "a.ckpt")
+    ll.load_adapter(loaded, tmp_path / "a.ckpt")
     assert torch.equal(loaded.get_parameter("embed.weight"), saved.model.get_parameter("embed.weight"))
 
 
 def test_another_base_is_refused_as_ever(tmp_path: Path) -> None:
     saved, other = Around(base()), base()
-    save_adapter(with_adapters(saved, randomly=False, r=2), tmp_path / "a.safetensors")
+    ll.save_adapter(with_adapters(saved, randomly=False, r=2), tmp_path / "a.safetensors")
     with torch.no_grad():
         other.v_proj.weight[0, 0] += 1
-    with refused(other, BaseMismatchError, r"'v_proj.weight'"):
-        load_adapter(other, tmp_path / "a.safetensors")
+    with refused(other, ll.BaseMismatchError, r"'v_proj.weight'"):
+        ll.load_adapter(other, tmp_path / "a.safetensors")
 
 
 class Nested(nn.Module):
@@ -193,8 +184,8 @@ def test_the_last_parts_of_names_mean_what_they_meant(
     with torch.no_grad():
         for p in View(saved).trained.values():
             p.add_(1)
-    save_adapter(saved, tmp_path / "a.safetensors")
-    load_adapter(loaded, tmp_path / "a.safetensors")
+    ll.save_adapter(saved, tmp_path / "a.safetensors")
+    ll.load_adapter(loaded, tmp_path / "a.safetensors")
     x = torch.randn(3, WIDTH)
     assert torch.equal(loaded(x), saved(x))
     trained = [[p.shape for p in model.parameters() if p.requires_grad] for model in (saved, loaded)]
@@ -204,9 +195,9 @@ def test_the_last_parts_of_names_mean_what_they_meant(
 def test_the_configuration_names_what_is_saved_in_full_and_nothing_outside(tmp_path: Path) -> None:
     saved, loaded = Nested(), Wrapper(Nested())
     loaded.head = nn.Dropout()
-    inject_adapters(saved, LoRAConfig(r=2, target_modules=["q"], modules_to_save=["head", "scale"]))
-    save_adapter(saved, tmp_path / "a.safetensors")
-    load_adapter(loaded, tmp_path / "a.safetensors")
+    ll.inject_adapters(saved, ll.LoRAConfig(r=2, target_modules=["q"], modules_to_save=["head", "scale"]))
+    ll.save_adapter(saved, tmp_path / "a.safetensors")
+    ll.load_adapter(loaded, tmp_path / "a.safetensors")
     assert View(loaded).config.modules_to_save == ("net.encoder.head", "net.encoder.scale")
 
 
@@ -224,10 +215,10 @@ def test_a_name_in_full_that_means_more_in_the_other_model_is_refused(tmp_path: 
         ]
     ):
         saved, loaded = Around(Twice()), Twice()
-        inject_adapters(saved, LoRAConfig(r=2, target_modules=["q"], **config))
-        save_adapter(saved, path := tmp_path / f"{number}.safetensors")
-        with pytest.warns(LoRAWarning), pytest.raises(AdapterMismatchError, match=f"In Twice, {also}"):
-            load_adapter(loaded, path)
+        ll.inject_adapters(saved, ll.LoRAConfig(r=2, target_modules=["q"], **config))
+        ll.save_adapter(saved, path := tmp_path / f"{number}.safetensors")
+        with pytest.warns(ll.LoRAWarning), pytest.raises(ll.AdapterMismatchError, match=f"In Twice, {also}"):
+            ll.load_adapter(loaded, path)
         assert is_plain(loaded)
 
 
@@ -252,12 +243,10 @@ def test_what_was_trained_outside_of_the_model_is_named(
     tmp_path: Path, model: type[TinyLM], config: dict[str, Any]
 ) -> None:
     saved = Headed(model())
-    inject_adapters(saved, LoRAConfig(r=2, target_modules=["q_proj"], **config))
-    save_adapter(saved, tmp_path / "a.safetensors")
-    with pytest.raises(
-        AdapterMismatchError, match=r"'head', .*outside of 'model'.* onto the whole model .* its 'model'"
-    ):
-        load_adapter(inner := model(), tmp_path / "a.safetensors")
+    ll.inject_adapters(saved, ll.LoRAConfig(r=2, target_modules=["q_proj"], **config))
+    ll.save_adapter(saved, tmp_path / "a.safetensors")
+    with pytest.raises(ll.AdapterMismatchError, match=r"'head', .*outside of 'model'.* onto the whole model"):
+        ll.load_adapter(inner := model(), tmp_path / "a.safetensors")
     assert is_plain(inner)
 
 
@@ -266,12 +255,10 @@ def test_what_the_model_has_not_is_named(tmp_path: Path, saved: str) -> None:
     whole, other = LitTiny(), LitTiny()
     whole.scale = nn.Parameter(torch.ones(1))
     del other.head
-    inject_adapters(whole, LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=[saved]))
-    save_adapter(whole, tmp_path / "a.safetensors")
-    with pytest.raises(
-        AdapterMismatchError, match=f"does not fit LitTiny.* holds '{saved}', which LitTiny does not have.* saved from"
-    ):
-        load_adapter(other, tmp_path / "a.safetensors")
+    ll.inject_adapters(whole, ll.LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=[saved]))
+    ll.save_adapter(whole, tmp_path / "a.safetensors")
+    with pytest.raises(ll.AdapterMismatchError, match=f"holds '{saved}', which LitTiny does not have.* saved from"):
+        ll.load_adapter(other, tmp_path / "a.safetensors")
     assert is_plain(other)
 
 
@@ -287,15 +274,15 @@ def test_what_the_model_has_not_is_named(tmp_path: Path, saved: str) -> None:
 )
 def test_a_part_of_a_larger_model_that_the_file_fits_is_named(tmp_path: Path, build: Any, says: str) -> None:
     saved, loaded = base(), build()
-    save_adapter(with_adapters(saved, randomly=False, r=2), tmp_path / "a.safetensors")
-    with pytest.raises(AdapterMismatchError, match=f"{says}, and .* onto that part"):
-        load_adapter(loaded, tmp_path / "a.safetensors")
+    ll.save_adapter(with_adapters(saved, randomly=False, r=2), tmp_path / "a.safetensors")
+    with pytest.raises(ll.AdapterMismatchError, match=f"{says}, and .* onto that part"):
+        ll.load_adapter(loaded, tmp_path / "a.safetensors")
     assert is_plain(loaded)
 
 
 def test_a_model_that_differs_by_more_than_a_prefix_is_refused(tmp_path: Path) -> None:
     saved = Around(nn.Sequential(nn.Linear(4, 4)))
-    inject_adapters(saved, LoRAConfig(r=2, target_modules=["model.0"]))
-    save_adapter(saved, tmp_path / "a.safetensors")
-    with pytest.raises(AdapterMismatchError, match=r"'model\.0', which TinyLM does not have"):
-        load_adapter(base(), tmp_path / "a.safetensors")
+    ll.inject_adapters(saved, ll.LoRAConfig(r=2, target_modules=["model.0"]))
+    ll.save_adapter(saved, tmp_path / "a.safetensors")
+    with pytest.raises(ll.AdapterMismatchError, match=r"'model\.0', which TinyLM does not have"):
+        ll.load_adapter(base(), tmp_path / "a.safetensors")

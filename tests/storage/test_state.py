@@ -9,48 +9,34 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import (
-    AdapterFileError,
-    AdapterMismatchError,
-    LoRAConfig,
-    adapter_state_dict,
-    inject_adapters,
-    load_adapter,
-    load_adapter_state_dict,
-    merge_adapters,
-    save_adapter,
-    unmerge_adapters,
-)
-from tests.support.models import LitTiny, TinyLM, lora, randomise, same, state, unties
+import lightning_lora as ll
+from tests.support.models import LitTiny, TinyLM, X, lora, randomise, same, state, unties
 from tests.support.storage import CONFIG, fitted, refused, restores, trained, with_adapters
 
 
 def test_state_holds_what_training_changed_and_nothing_else() -> None:
-    assert set(adapter_state_dict(trained())) == {
+    assert set(ll.adapter_state_dict(trained())) == {
         "q_proj.lora_A", "q_proj.lora_B", "v_proj.lora_A", "v_proj.lora_B", "q_proj.bias", "head.weight", "head.bias",
     }  # fmt: skip
 
 
 def test_state_is_the_same_merged_and_unmerged(file: Path) -> None:
     model = trained()
-    before = adapter_state_dict(model)
-    merge_adapters(model)
-    assert same(adapter_state_dict(model), before)
-    save_adapter(model, file)
+    before = ll.adapter_state_dict(model)
+    ll.merge_adapters(model)
+    assert same(ll.adapter_state_dict(model), before)
+    ll.save_adapter(model, file)
     restores(file, trained())
-
-
-X = torch.arange(20)
 
 
 def test_loading_into_a_merged_model_replaces_its_update(file: Path) -> None:
     model = LitTiny()
-    inject_adapters(model, CONFIG)
+    ll.inject_adapters(model, CONFIG)
     randomise(model, seed=5)
-    merge_adapters(model)
-    load_adapter(model, file)
+    ll.merge_adapters(model)
+    ll.load_adapter(model, file)
     torch.testing.assert_close(model(X), trained()(X))
-    unmerge_adapters(model)
+    ll.unmerge_adapters(model)
     assert same(state(model), state(trained()))
 
 
@@ -58,11 +44,11 @@ def test_tied_head_trained_whole_is_stored_once_per_name_and_restored(tmp_path: 
     torch.manual_seed(0)
     base = TinyLM()
     model = copy.deepcopy(base)
-    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["lm_head"]))
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["lm_head"]))
     with torch.no_grad():
         model.lm_head.weight.add_(1)
-    save_adapter(model, tmp_path / "a.safetensors")
-    load_adapter(base, tmp_path / "a.safetensors")
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    ll.load_adapter(base, tmp_path / "a.safetensors")
     assert base.lm_head.weight is base.embed.weight and torch.equal(base(X), model(X))
 
 
@@ -90,12 +76,12 @@ STATE_CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
 
 @pytest.mark.parametrize(("change", "message"), STATE_CHANGES.values(), ids=STATE_CHANGES)
 def test_state_that_does_not_fit_is_refused_and_nothing_is_written(change: Any, message: str) -> None:
-    bad = dict(adapter_state_dict(trained()))
+    bad = dict(ll.adapter_state_dict(trained()))
     change(bad)
     model = LitTiny()
-    inject_adapters(model, CONFIG)
-    with refused(model, AdapterMismatchError, message):
-        load_adapter_state_dict(model, bad)
+    ll.inject_adapters(model, CONFIG)
+    with refused(model, ll.AdapterMismatchError, message):
+        ll.load_adapter_state_dict(model, bad)
 
 
 def test_what_trains_is_stored_whatever_the_model_leaves_out_of_its_state(tmp_path: Path) -> None:
@@ -104,11 +90,11 @@ def test_what_trains_is_stored_whatever_the_model_leaves_out_of_its_state(tmp_pa
             return {name: value for name, value in super().state_dict(*args, **kwargs).items() if "head" in name}
 
     model = Slim()
-    inject_adapters(model, CONFIG)
+    ll.inject_adapters(model, CONFIG)
     randomise(model)
-    save_adapter(model, tmp_path / "a.safetensors")
+    ll.save_adapter(model, tmp_path / "a.safetensors")
     again = LitTiny()
-    load_adapter(again, tmp_path / "a.safetensors")
+    ll.load_adapter(again, tmp_path / "a.safetensors")
     assert torch.equal(again(torch.arange(20)), model(torch.arange(20)))
 
 
@@ -125,22 +111,22 @@ def test_part_that_will_not_load_its_own_state_leaves_the_rest_as_it_was() -> No
 
     model = nn.Sequential(nn.Linear(4, 4), Versioned(), nn.Linear(4, 4))
     with_adapters(model, r=2)
-    trained, before = adapter_state_dict(model), state(nn.Sequential(model[0], nn.Identity(), model[2]))
+    trained, before = ll.adapter_state_dict(model), state(nn.Sequential(model[0], nn.Identity(), model[2]))
     trained = {name: v + 1 if isinstance(v, Tensor) else v for name, v in trained.items()}
     model[1].version = 2
     with pytest.raises(ValueError, match="another version"):
-        load_adapter_state_dict(model, trained)
+        ll.load_adapter_state_dict(model, trained)
     assert same(state(nn.Sequential(model[0], nn.Identity(), model[2])), before)
 
 
 def test_statistics_of_a_diverged_run_are_refused(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     base = copy.deepcopy(model)
-    inject_adapters(model, LoRAConfig(r=1, modules_to_save=["1"]))
+    ll.inject_adapters(model, ll.LoRAConfig(r=1, modules_to_save=["1"]))
     model[1].running_mean.fill_(torch.nan)
-    save_adapter(model, tmp_path / "a.safetensors")
-    with pytest.raises(AdapterFileError, match=r"'1.running_mean' hold NaN"):
-        load_adapter(base, tmp_path / "a.safetensors")
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    with pytest.raises(ll.AdapterFileError, match=r"'1.running_mean' hold NaN"):
+        ll.load_adapter(base, tmp_path / "a.safetensors")
 
 
 def test_infinities_of_the_base_are_no_sign_of_a_diverged_run(tmp_path: Path) -> None:
@@ -154,21 +140,21 @@ def test_infinities_of_the_base_are_no_sign_of_a_diverged_run(tmp_path: Path) ->
         return nn.Sequential(nn.Linear(4, 4), Masked())
 
     model = build()
-    inject_adapters(model, LoRAConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
-    save_adapter(model, tmp_path / "a.safetensors")
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    ll.save_adapter(model, tmp_path / "a.safetensors")
     restores(tmp_path / "a.safetensors", model, build())
     with torch.no_grad():
         model[1].mask[0] = torch.inf
-    save_adapter(model, tmp_path / "a.safetensors")
-    with pytest.raises(AdapterFileError, match=r"'1\.mask' hold NaN or infinite"):
-        load_adapter(build(), tmp_path / "a.safetensors")
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    with pytest.raises(ll.AdapterFileError, match=r"'1\.mask' hold NaN or infinite"):
+        ll.load_adapter(build(), tmp_path / "a.safetensors")
 
 
 def test_half_precision_adapters_load_into_wider_ones() -> None:
     model = with_adapters(LitTiny(), r=2, target_modules=["q_proj", "v_proj"])
-    narrow = {name: value.bfloat16() for name, value in adapter_state_dict(model).items()}
-    load_adapter_state_dict(model, narrow)
-    assert all(torch.equal(value, narrow[name].float()) for name, value in adapter_state_dict(model).items())
+    narrow = {name: value.bfloat16() for name, value in ll.adapter_state_dict(model).items()}
+    ll.load_adapter_state_dict(model, narrow)
+    assert all(torch.equal(value, narrow[name].float()) for name, value in ll.adapter_state_dict(model).items())
 
 
 class LitTied(LitTiny):
@@ -185,10 +171,10 @@ def test_an_embedding_that_trains_whole_is_stored_as_it_is_though_its_other_use_
     callback = lora(target_modules=["head"], modules_to_save=["embed"])
     model = fitted(tmp_path / "a.ckpt", LitTied(), callback)
     assert not torch.equal(model.head.weight, model.embed.weight)
-    merged = {name: value.clone() for name, value in adapter_state_dict(model).items()}
-    save_adapter(model, tmp_path / "a.safetensors")
-    unmerge_adapters(model)
-    live = adapter_state_dict(model)
+    merged = {name: value.clone() for name, value in ll.adapter_state_dict(model).items()}
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    ll.unmerge_adapters(model)
+    live = ll.adapter_state_dict(model)
     assert merged.keys() == live.keys() and all(torch.equal(value, merged[name]) for name, value in live.items())
     again = restores(tmp_path / "a.safetensors", model, LitTied())
     assert again.head.weight is again.embed.weight

@@ -9,35 +9,18 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
-from lightning_lora import (
-    BaseMismatchError,
-    FreshLayerWarning,
-    LoRACallback,
-    LoRAConfig,
-    LoRAWarning,
-    adapter_state_dict,
-    export_peft,
-    inject_adapters,
-    load_adapter,
-    load_adapter_state_dict,
-    load_from_checkpoint,
-    merge_adapters,
-    remove_adapters,
-    save_adapter,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from tests.support.cases import tensors
-from tests.support.models import LitTiny, aged, best, data, same, state, trainer
+from tests.support.models import LitTiny, X, aged, best, data, same, state, trainer
 from tests.support.storage import with_adapters
 
 HEAD = {"head.weight", "head.bias"}
-X = torch.arange(20)
 
 
 @pytest.fixture(autouse=True)
 def ignored() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FreshLayerWarning)
+        warnings.simplefilter("ignore", ll.FreshLayerWarning)
         yield
 
 
@@ -51,11 +34,11 @@ class NewHead(LitTiny):
         self.head.reset_parameters()
 
 
-def callback(**kwargs: Any) -> LoRACallback:
-    return LoRACallback(**({"r": 2, "target_modules": ["q_proj", "v_proj"]} | kwargs))
+def callback(**kwargs: Any) -> ll.LoRACallback:
+    return ll.LoRACallback(**({"r": 2, "target_modules": ["q_proj", "v_proj"]} | kwargs))
 
 
-def fit(folder: Path, model: LitTiny, callback: LoRACallback, epochs: int = 2, **kwargs: Any) -> LitTiny:
+def fit(folder: Path, model: LitTiny, callback: ll.LoRACallback, epochs: int = 2, **kwargs: Any) -> LitTiny:
     options = {name: kwargs.pop(name) for name in ("strategy", "devices") if name in kwargs}
     t = trainer(folder, [callback, best(folder, filename="{epoch}", save_top_k=-1)], max_epochs=epochs, **options)
     t.fit(model, data(), data(), **kwargs)
@@ -68,46 +51,46 @@ def test_a_run_with_a_forgotten_head_is_evaluated_and_goes_on(tmp_path: Path, ta
     model = fit(tmp_path, NewHead(), callback(target_modules=targets, save=save))
     last, first = tmp_path / "epoch=1.ckpt", tmp_path / "epoch=0.ckpt"
     tested = trainer(tmp_path).test(model, data(), verbose=False)
-    (found,) = trainer(tmp_path, [LoRACallback()]).test(NewHead(), data(), ckpt_path=last, verbose=False)
+    (found,) = trainer(tmp_path, [ll.LoRACallback()]).test(NewHead(), data(), ckpt_path=last, verbose=False)
     assert found == pytest.approx(tested[0])
-    torch.testing.assert_close(load_from_checkpoint(NewHead, last, merge=True)(X), model(X))
+    torch.testing.assert_close(ll.load_from_checkpoint(NewHead, last, merge=True)(X), model(X))
     again = fit(tmp_path / "again", NewHead(), callback(target_modules=targets), ckpt_path=first)
     assert same(state(again), state(model))
-    unmerge_adapters(again)
-    unmerge_adapters(model)
+    ll.unmerge_adapters(again)
+    ll.unmerge_adapters(model)
     assert {*tensors(tmp_path / "again" / "epoch=1.ckpt")} >= HEAD
 
 
 def test_the_own_head_comes_back_when_the_adapters_go(tmp_path: Path) -> None:
     model = with_adapters(NewHead(), r=2, target_modules=["q_proj"])
-    save_adapter(model, tmp_path / "a.safetensors")
+    ll.save_adapter(model, tmp_path / "a.safetensors")
     before = state(other := NewHead())
-    load_adapter(other, tmp_path / "a.safetensors")
+    ll.load_adapter(other, tmp_path / "a.safetensors")
     assert torch.equal(other(X), model(X))
-    merge_adapters(other)
-    save_adapter(other, tmp_path / "b.safetensors")
-    load_adapter(third := NewHead(), tmp_path / "b.safetensors")
+    ll.merge_adapters(other)
+    ll.save_adapter(other, tmp_path / "b.safetensors")
+    ll.load_adapter(third := NewHead(), tmp_path / "b.safetensors")
     assert torch.equal(third(X), model(X))
-    unmerge_adapters(other)
-    remove_adapters(other)
+    ll.unmerge_adapters(other)
+    ll.remove_adapters(other)
     assert same(state(other), before)
 
 
 def test_a_base_that_is_loaded_later_is_looked_at_again() -> None:
-    inject_adapters(model := LitTiny(width=64), LoRAConfig(r=2, target_modules=["q_proj"]))
-    assert not HEAD & {*adapter_state_dict(model)}  # random as a whole
+    ll.inject_adapters(model := LitTiny(width=64), ll.LoRAConfig(r=2, target_modules=["q_proj"]))
+    assert not HEAD & {*ll.adapter_state_dict(model)}  # random as a whole
     model.load_state_dict(NewHead().state_dict(), strict=False)
-    assert {*adapter_state_dict(model)} >= HEAD
+    assert {*ll.adapter_state_dict(model)} >= HEAD
 
 
 def test_a_state_without_a_file_holds_the_head_too(tmp_path: Path) -> None:
     model = with_adapters(NewHead(), r=2, target_modules=["q_proj"])
-    inject_adapters(other := NewHead(), LoRAConfig(r=2, target_modules=["q_proj"]))
-    load_adapter_state_dict(other, adapter_state_dict(model))
+    ll.inject_adapters(other := NewHead(), ll.LoRAConfig(r=2, target_modules=["q_proj"]))
+    ll.load_adapter_state_dict(other, ll.adapter_state_dict(model))
     assert torch.equal(other(X), model(X))
     torch.save({"model": model.state_dict()}, tmp_path / "fabric.ckpt")  # as Fabric does
-    inject_adapters(third := NewHead(), LoRAConfig(r=2, target_modules=["q_proj"]))
-    load_adapter(third, tmp_path / "fabric.ckpt")
+    ll.inject_adapters(third := NewHead(), ll.LoRAConfig(r=2, target_modules=["q_proj"]))
+    ll.load_adapter(third, tmp_path / "fabric.ckpt")
     assert torch.equal(third(X), model(X))
 
 
@@ -116,15 +99,15 @@ def test_another_base_is_refused_as_ever(tmp_path: Path) -> None:
     other = NewHead()
     with torch.no_grad():
         other.embed.weight[0, 0] += 1
-    with pytest.raises(BaseMismatchError, match=r"1 of \d frozen tensors of NewHead differ, such as 'embed.weight'"):
-        load_adapter(other, tmp_path / "epoch=0.ckpt")
+    with pytest.raises(ll.BaseMismatchError, match=r"1 of \d frozen tensors of NewHead differ, such as 'embed.weight'"):
+        ll.load_adapter(other, tmp_path / "epoch=0.ckpt")
 
 
 def test_another_precision_is_recognised(tmp_path: Path) -> None:
     model = fit(tmp_path, NewHead(), callback(merge=False), epochs=1)
     other = NewHead().bfloat16()
-    with pytest.warns(LoRAWarning, match="It is the same base, converted"):
-        load_adapter(other, tmp_path / "epoch=0.ckpt")
+    with pytest.warns(ll.LoRAWarning, match="It is the same base, converted"):
+        ll.load_adapter(other, tmp_path / "epoch=0.ckpt")
     torch.testing.assert_close(other(X).float(), model(X), atol=0.1, rtol=0.1)
 
 
@@ -132,18 +115,18 @@ def test_processes_write_the_same_head(tmp_path: Path) -> None:
     strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
     model = fit(tmp_path, NewHead(), callback(), epochs=1, strategy=strategy, devices=2)
     assert {*tensors(tmp_path / "epoch=0.ckpt")} >= HEAD
-    remove_adapters(model)  # forgets what the processes left
+    ll.remove_adapters(model)  # forgets what the processes left
     fit(tmp_path / "one", NewHead(), callback(), ckpt_path=tmp_path / "epoch=0.ckpt")
 
 
 def test_pretrained_layers_and_models_that_are_random_as_a_whole_are_not_in_it(tmp_path: Path) -> None:
     aged(pretrained := NewHead())
     for model in (pretrained, LitTiny(width=64)):
-        inject_adapters(model, LoRAConfig(r=2, target_modules=["q_proj"]))
-        assert {*adapter_state_dict(model)} == {"q_proj.lora_A", "q_proj.lora_B"}
+        ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["q_proj"]))
+        assert {*ll.adapter_state_dict(model)} == {"q_proj.lora_A", "q_proj.lora_B"}
 
 
 def test_an_export_to_peft_names_what_it_leaves_out(tmp_path: Path) -> None:
-    inject_adapters(model := NewHead(), LoRAConfig(r=2, target_modules=["q_proj"]))
-    with pytest.warns(LoRAWarning, match=r"'head.weight', 'head.bias' look untrained.*PEFT's format has no place"):
-        export_peft(model, tmp_path / "peft")
+    ll.inject_adapters(model := NewHead(), ll.LoRAConfig(r=2, target_modules=["q_proj"]))
+    with pytest.warns(ll.LoRAWarning, match=r"'head.weight', 'head.bias' look untrained.*PEFT's format has no place"):
+        ll.export_peft(model, tmp_path / "peft")

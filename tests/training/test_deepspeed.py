@@ -104,9 +104,7 @@ NARROW = {"autocast_adapter_dtype": False}
         ("16-mixed", {"stage": 2, "initial_scale_power": 20, "loss_scale_window": 2}, NARROW, torch.float16),
     ],
 )
-def test_half_precision_resumes_to_the_same_bits(
-    tmp_path: Path, precision: Any, zero: dict[str, Any], kwargs: dict[str, Any], dtype: torch.dtype
-) -> None:
+def test_half_precision_resumes_to_its_bits(tmp_path: Path, precision: Any, zero: Any, kwargs: Any, dtype: Any) -> None:
     expected = trained(tmp_path, LitNet, kwargs, precision=precision, zero=zero)[0]
     assert expected["model.layers.0.q.lora_A"].dtype == dtype
     assert_same(resumed(tmp_path, LitNet, kwargs, precision=precision, zero=zero)[1], expected)

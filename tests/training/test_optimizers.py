@@ -14,19 +14,7 @@ from lightning_lora import OptimizerError, remove_adapters
 from lightning_lora.model.view import View
 from tests.support.by_hand import adapted, by_hand
 from tests.support.fits import fit, through_and_resumed
-from tests.support.models import (
-    ADAPTERS,
-    CLASSES,
-    TRAINED,
-    LitTiny,
-    X,
-    data,
-    is_plain,
-    lora,
-    same,
-    state,
-    trainer,
-)
+from tests.support.models import ADAPTERS, CLASSES, TRAINED, LitTiny, X, data, is_plain, lora, same, state, trainer
 
 
 def optimizer_of(t: L.Trainer, number: int = 0) -> list[list[nn.Parameter]]:

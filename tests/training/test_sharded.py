@@ -210,7 +210,7 @@ DEAD = pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
     ],
 )
 def test_processes_train_and_store_the_bits_of_ddp(
-    tmp_path: Path, kind: str, build: Callable[[], LitNet], kwargs: dict[str, Any], options: dict[str, Any]
+    tmp_path: Path, kind: str, build: Any, kwargs: Any, options: Any
 ) -> None:
     expected = fit_in_processes("ddp", tmp_path, build, kwargs, **options)[0]
     for found in fit_in_processes(kind, tmp_path, build, kwargs, **options):
@@ -238,8 +238,8 @@ def test_processes_train_and_store_the_bits_of_ddp(
         zero("zero2", LitNet, {}, {"accumulate_grad_batches": 2}),
     ],
 )
-def test_processes_train_what_ddp_does_up_to_rounding(
-    tmp_path: Path, kind: str, build: Callable[[], LitNet], kwargs: dict[str, Any], options: dict[str, Any]
+def test_processes_train_as_ddp_does_up_to_rounding(
+    tmp_path: Path, kind: str, build: Any, kwargs: Any, options: Any
 ) -> None:
     expected = fit_in_processes("ddp", tmp_path, build, kwargs, **options)[0]
     exact = kind == "sharded" and "precision" not in options
@@ -437,7 +437,7 @@ NO_GRADIENT = r"DeadAdapterWarning: The adapters of 'model.layers.1.q', .* no gr
     ],
 )
 def test_what_is_wrong_is_named_and_ends_the_run(
-    tmp_path: Path, kind: str, build: Callable[[], LitNet], kwargs: dict[str, Any], match: str
+    tmp_path: Path, kind: str, build: Any, kwargs: Any, match: str
 ) -> None:
     with pytest.raises(RankError, match=match):
         fit_in_processes(kind, tmp_path, build, kwargs)

@@ -10,17 +10,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import (
-    AdapterFileError,
-    AdapterMismatchError,
-    BaseMismatchError,
-    ConfigError,
-    LoRAConfig,
-    TargetError,
-    inject_adapters,
-    load_adapter,
-    save_adapter,
-)
+import lightning_lora as ll
 from lightning_lora.model.view import View
 from tests.support.models import randomise
 from tests.support.peft_reading import Lit, built, gap
@@ -74,11 +64,11 @@ def test_outputs_are_those_of_loralib(tmp_path: Path, enabled: tuple[bool, ...],
     loaded, around = built(Plain), Lit(built(Plain)).eval()
     slices = {"c_attn": [name for name, on in zip("qkv", enabled, strict=True) if on]}
     for model in (loaded, around):
-        load_adapter(model, tmp_path / "a.bin", alpha=6, target_slices=slices)
+        ll.load_adapter(model, tmp_path / "a.bin", alpha=6, target_slices=slices)
         assert gap(model(INDEX), theirs(INDEX)) < 1e-5
-    save_adapter(around, tmp_path / "own.safetensors")
+    ll.save_adapter(around, tmp_path / "own.safetensors")
     again = Lit(built(Plain)).eval()
-    load_adapter(again, tmp_path / "own.safetensors")
+    ll.load_adapter(again, tmp_path / "own.safetensors")
     assert torch.equal(again(INDEX), around(INDEX))
 
 
@@ -97,7 +87,7 @@ def test_biases_and_heads_come_along(tmp_path: Path, bias: str, wrap: Any) -> No
     held |= {name: value for name, value in theirs.state_dict().items() if name.startswith("head.")}
     torch.save(wrap(held), tmp_path / "a.pt")
     model = built(Plain)
-    load_adapter(model, tmp_path / "a.pt", alpha=6, target_slices=SLICES)
+    ll.load_adapter(model, tmp_path / "a.pt", alpha=6, target_slices=SLICES)
     assert gap(model(INDEX), theirs(INDEX)) < 1e-5
     assert View(model).config.modules_to_save == ("head",)
     assert View(model).config.bias == ("none" if bias == "none" else "lora_only")  # no layer has another bias
@@ -125,35 +115,35 @@ def test_gpt2_as_loralibs_own_code_has_it(tmp_path: Path) -> None:
     torch.save(held, tmp_path / "a.pt")
     around = nn.Module()
     around.transformer = model
-    load_adapter(around, tmp_path / "a.pt", alpha=4, target_slices=SLICES)
+    ll.load_adapter(around, tmp_path / "a.pt", alpha=4, target_slices=SLICES)
     assert gap(model(INDEX), expected(INDEX)) < 1e-5
 
 
 def test_alpha_of_our_own_files_is_in_them(tmp_path: Path) -> None:
     model = built(Plain)
-    inject_adapters(model, LoRAConfig(r=2))
+    ll.inject_adapters(model, ll.LoRAConfig(r=2))
     randomise(model)
-    save_adapter(model, tmp_path / "a.safetensors")
-    with refused(fresh := built(Plain), ConfigError, "Leave them out"):
-        load_adapter(fresh, tmp_path / "a.safetensors", alpha=16)
-    with refused(fresh, ConfigError, "Leave them out"):
-        load_adapter(fresh, tmp_path / "a.safetensors", target_slices=SLICES)
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    with refused(fresh := built(Plain), ll.ConfigError, "Leave them out"):
+        ll.load_adapter(fresh, tmp_path / "a.safetensors", alpha=16)
+    with refused(fresh, ll.ConfigError, "Leave them out"):
+        ll.load_adapter(fresh, tmp_path / "a.safetensors", target_slices=SLICES)
 
 
 SAID: dict[str, Any] = {"alpha": 6, "target_slices": SLICES}
 CASES: dict[str, tuple[dict[str, Tensor], dict[str, Any], type[Exception], str]] = {
-    "no alpha": ({}, {"alpha": None}, ConfigError, r"is in no file: pass the one of the training.*inject_adapters"),
-    "alpha": ({}, {"alpha": 0}, ConfigError, "alpha=0"),
-    "no slices": ({}, {"target_slices": None}, AdapterMismatchError, r"MergedLinear.*enable_lora.*'c_attn'"),
-    "other slices": ({}, {"target_slices": {"c_attn": ["q", "k", "v"]}}, AdapterMismatchError, "2 slices.*name 3"),
-    "no such slices": ({}, {"target_slices": {"c_attn": ["a"]}}, TargetError, "'a'"),
-    "no such layer": ({}, {"target_slices": {**SLICES, "c_proj": ["q"]}}, TargetError, "c_proj"),
-    "half": ({"head.lora_A": torch.ones(2, 36)}, {}, AdapterFileError, "only one of lora_A and lora_B of 'head'"),
-    "no layer": ({f"w.lora_{x}": torch.ones(2, 2) for x in "AB"}, {}, AdapterMismatchError, "it has no 'w'"),
-    "another kind": ({"linear.lora_A": torch.ones(2, 8, 1)}, {}, AdapterMismatchError, "MergedLinear and Embedding"),
-    "another shape": ({"linear.lora_A": torch.ones(2, 7)}, {}, AdapterMismatchError, "reads 8 features"),
-    "another base": ({"linear.weight": torch.ones(8, 8)}, {}, BaseMismatchError, "'linear.weight'"),
-    "nan": ({"linear.lora_A": torch.full((2, 8), torch.nan)}, {}, AdapterFileError, "NaN"),
+    "no alpha": ({}, {"alpha": None}, ll.ConfigError, r"is in no file: pass the one of the training.*inject_adapters"),
+    "alpha": ({}, {"alpha": 0}, ll.ConfigError, "alpha=0"),
+    "no slices": ({}, {"target_slices": None}, ll.AdapterMismatchError, r"MergedLinear.*enable_lora.*'c_attn'"),
+    "other slices": ({}, {"target_slices": {"c_attn": ["q", "k", "v"]}}, ll.AdapterMismatchError, "2 slices.*name 3"),
+    "no such slices": ({}, {"target_slices": {"c_attn": ["a"]}}, ll.TargetError, "'a'"),
+    "no such layer": ({}, {"target_slices": {**SLICES, "c_proj": ["q"]}}, ll.TargetError, "c_proj"),
+    "half": ({"head.lora_A": torch.ones(2, 36)}, {}, ll.AdapterFileError, "only one of lora_A and lora_B of 'head'"),
+    "no layer": ({f"w.lora_{x}": torch.ones(2, 2) for x in "AB"}, {}, ll.AdapterMismatchError, "it has no 'w'"),
+    "another kind": ({"linear.lora_A": torch.ones(2, 8, 1)}, {}, ll.AdapterMismatchError, "MergedLinear and Embedding"),
+    "another shape": ({"linear.lora_A": torch.ones(2, 7)}, {}, ll.AdapterMismatchError, "reads 8 features"),
+    "another base": ({"linear.weight": torch.ones(8, 8)}, {}, ll.BaseMismatchError, "'linear.weight'"),
+    "nan": ({"linear.lora_A": torch.full((2, 8), torch.nan)}, {}, ll.AdapterFileError, "NaN"),
 }
 
 
@@ -163,4 +153,4 @@ def test_what_does_not_fit(
 ) -> None:
     torch.save({**loralib.lora_state_dict(trained(Theirs(), built(Plain))), **change}, tmp_path / "a.bin")
     with refused(model := built(Plain), error, match):
-        load_adapter(model, tmp_path / "a.bin", **{**SAID, **arguments})
+        ll.load_adapter(model, tmp_path / "a.bin", **{**SAID, **arguments})

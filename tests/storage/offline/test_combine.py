@@ -9,17 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import (
-    AdapterFileError,
-    AdapterMismatchError,
-    BaseMismatchError,
-    ConfigError,
-    LoRAConfig,
-    inject_adapters,
-    load_adapter,
-    merge_adapters,
-    save_adapter,
-)
+import lightning_lora as ll
 from lightning_lora.functional.combine import ties
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.offline.combine import How, combine_files
@@ -63,7 +53,7 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
 
 def adapted(config: dict[str, Any], seed: int) -> nn.Module:
     model = copy.deepcopy(BASE)
-    inject_adapters(model, LoRAConfig(**{"r": 2, "alpha": 3, **config}))
+    ll.inject_adapters(model, ll.LoRAConfig(**{"r": 2, "alpha": 3, **config}))
     randomise(model, seed, scale=0.3)
     return model
 
@@ -74,8 +64,8 @@ def saved(folder: Path, configs: list[dict[str, Any]]) -> tuple[list[Path], list
     for seed, config in enumerate(configs):
         model = adapted(config, seed)
         paths.append(folder / f"{seed}.safetensors")
-        save_adapter(model, paths[-1])
-        merge_adapters(model)
+        ll.save_adapter(model, paths[-1])
+        ll.merge_adapters(model)
         deltas.append({name: value - BASE.state_dict()[name] for name, value in state(model).items()})
     return paths, deltas
 
@@ -86,8 +76,8 @@ def combined(paths: list[Path], how: How) -> dict[str, Tensor]:
     combine_files(paths, out, how)
     assert {layer.scaling for layer in read_adapter_file(out).layers.values()} == {1.0}
     model = copy.deepcopy(BASE)
-    load_adapter(model, out)
-    merge_adapters(model)
+    ll.load_adapter(model, out)
+    ll.merge_adapters(model)
     return {name: value - BASE.state_dict()[name] for name, value in state(model).items()}
 
 
@@ -121,19 +111,19 @@ def test_what_cannot_be_added_is_refused(tmp_path: Path) -> None:
             combine_files(paths, tmp_path / "sum.safetensors", how or How("cat", (1.0,) * len(configs)))
         assert not (tmp_path / "sum.safetensors").exists()
 
-    refused([LINEAR, {**LINEAR, "use_dora": True}], AdapterMismatchError, "DoRA")
-    refused([LINEAR, {**LINEAR, "bias": "all"}], AdapterMismatchError, "trained in full")
-    refused([LINEAR, {**LINEAR, "target_slices": {"linear": {"a": (0, 4)}}}], AdapterMismatchError, "in other parts")
-    refused([LINEAR], ConfigError, "at least two")
-    refused([LINEAR] * 2, ConfigError, "3 weights", How("cat", (1.0,) * 3))
+    refused([LINEAR, {**LINEAR, "use_dora": True}], ll.AdapterMismatchError, "DoRA")
+    refused([LINEAR, {**LINEAR, "bias": "all"}], ll.AdapterMismatchError, "trained in full")
+    refused([LINEAR, {**LINEAR, "target_slices": {"linear": {"a": (0, 4)}}}], ll.AdapterMismatchError, "in other parts")
+    refused([LINEAR], ll.ConfigError, "at least two")
+    refused([LINEAR] * 2, ll.ConfigError, "3 weights", How("cat", (1.0,) * 3))
     (one, other), _ = saved(tmp_path, [LINEAR] * 2)
-    with pytest.raises(AdapterFileError, match=r"end in \.safetensors"):
+    with pytest.raises(ll.AdapterFileError, match=r"end in \.safetensors"):
         combine_files([one, other], tmp_path / "sum.ckpt", How("cat", (1.0, 1.0)))
     model = copy.deepcopy(BASE)
     model.embed.weight.data += 1
-    inject_adapters(model, LoRAConfig(r=2, **LINEAR))
-    save_adapter(model, other)
-    with pytest.raises(BaseMismatchError, match="different bases"):
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, **LINEAR))
+    ll.save_adapter(model, other)
+    with pytest.raises(ll.BaseMismatchError, match="different bases"):
         combined([one, other], How("cat", (1.0, 1.0)))
 
 
@@ -148,5 +138,5 @@ def test_what_cannot_be_added_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_numbers_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="not valid"):
+    with pytest.raises(ll.ConfigError, match="not valid"):
         How(**{"method": "cat", "weights": (1.0, 1.0), **wrong})

@@ -13,19 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from lightning_lora import (
-    AdapterFileError,
-    AdapterMismatchError,
-    BaseMismatchError,
-    LoRAConfig,
-    LoRAWarning,
-    MergePrecisionWarning,
-    inject_adapters,
-    load_adapter,
-    merge_adapters,
-    save_adapter,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from lightning_lora.model.view import View
 from lightning_lora.storage.offline.merge import merge_files
 from tests.storage.offline.test_combine import Experts
@@ -63,11 +51,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def save_files(folder: Path, model: nn.Module, **config: Any) -> None:
     """Write a base and adapters with random values."""
     save_file({name: value.clone() for name, value in model.state_dict().items()}, folder / "base.safetensors")
-    inject_adapters(model, LoRAConfig(**{"r": 2, **config}))
+    ll.inject_adapters(model, ll.LoRAConfig(**{"r": 2, **config}))
     randomise(model)
     for p in View(model).trained.values():
         nn.init.uniform_(p)
-    save_adapter(model, folder / "adapter.safetensors")
+    ll.save_adapter(model, folder / "adapter.safetensors")
 
 
 def merged(folder: Path, base: str = "base.safetensors", adapter: str = "adapter.safetensors") -> dict[str, Tensor]:
@@ -86,7 +74,7 @@ def refused(folder: Path, error: type[Exception], says: str, out: str = "merged.
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_the_merged_file_has_the_bits_of_the_merged_model(tmp_path: Path, config: dict[str, Any]) -> None:
     save_files(tmp_path, model := Mixed(), **{"modules_to_save": ["norm"], **config})
-    merge_adapters(model)
+    ll.merge_adapters(model)
     found, expected = merged(tmp_path), dict(sorted(state(model).items()))
     assert same(found, expected)
     assert [value.dtype for value in found.values()] == [expected[name].dtype for name in found]
@@ -105,10 +93,10 @@ class Around(L.LightningModule):
 def test_a_folder_is_merged_as_it_is_divided(tmp_path: Path) -> None:
     model = Around()
     model.model.save_pretrained(tmp_path / "base", max_shard_size="5KB")
-    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["pooler"]))
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["pooler"]))
     randomise(model)
-    save_adapter(model, tmp_path / "adapter.safetensors")
-    merge_adapters(model)
+    ll.save_adapter(model, tmp_path / "adapter.safetensors")
+    ll.merge_adapters(model)
     merge_files(tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "merged")
     names = [sorted(file.name for file in (tmp_path / folder).iterdir()) for folder in ("base", "merged")]
     assert names[0] == names[1]
@@ -124,9 +112,9 @@ def test_a_checkpoint_is_merged_into_one_that_lightning_reads(tmp_path: Path) ->
     t.save_checkpoint(tmp_path / "base.ckpt")
     trainer(tmp_path, [lora(), keep]).fit(pretrained, data(), data())
     merge_files(tmp_path / "base.ckpt", Path(keep.best_model_path), tmp_path / "merged.ckpt")
-    unmerge_adapters(pretrained)
-    load_adapter(pretrained, keep.best_model_path)
-    merge_adapters(pretrained)
+    ll.unmerge_adapters(pretrained)
+    ll.load_adapter(pretrained, keep.best_model_path)
+    ll.merge_adapters(pretrained)
     found = LitTiny.load_from_checkpoint(tmp_path / "merged.ckpt")
     assert same(state(found), state(pretrained)) and not same(state(found), state(LitTiny()))
     assert torch.load(tmp_path / "merged.ckpt", weights_only=True).keys().isdisjoint({"lightning_lora", "callbacks"})
@@ -136,7 +124,7 @@ def test_a_new_head_is_added(tmp_path: Path) -> None:
     save_files(tmp_path, model := Mixed(), target_modules=["linear"], modules_to_save=["head"])
     base = load_file(tmp_path / "base.safetensors")
     save_file({n: v for n, v in base.items() if not n.startswith("head")}, tmp_path / "base.safetensors")
-    merge_adapters(model)
+    ll.merge_adapters(model)
     assert same(merged(tmp_path), dict(sorted(state(model).items())))
 
 
@@ -158,7 +146,7 @@ def test_the_same_base_in_another_precision_is_merged_with_a_warning(tmp_path: P
     save_files(tmp_path, model := TinyLM(tied=False).to(there))
     base = {name: value.to(here) for name, value in load_file(tmp_path / "base.safetensors").items()}
     save_file(base, tmp_path / "base.safetensors")
-    with pytest.warns(LoRAWarning, match="the same base, converted"):
+    with pytest.warns(ll.LoRAWarning, match="the same base, converted"):
         found = merged(tmp_path)
     assert found["q_proj.weight"].dtype is here and not torch.equal(found["q_proj.weight"], base["q_proj.weight"])
     delta = (model.q_proj.lora_B @ model.q_proj.lora_A).float()  # type: ignore[operator]
@@ -166,10 +154,10 @@ def test_the_same_base_in_another_precision_is_merged_with_a_warning(tmp_path: P
 
 
 OTHER_BASES: list[tuple[str, Callable[[Tensor], Tensor | None], type[Exception], str]] = [
-    ("linear.weight", lambda weight: weight + 1, BaseMismatchError, "'linear.weight'"),
-    ("embed.weight", lambda weight: weight + 1, BaseMismatchError, "'embed.weight'"),
-    ("linear.weight", lambda weight: None, AdapterMismatchError, r"linear.weight \[8, 8\]"),
-    ("linear.weight", lambda weight: weight[:4].clone(), AdapterMismatchError, r"linear.weight \[8, 8\]"),
+    ("linear.weight", lambda weight: weight + 1, ll.BaseMismatchError, "'linear.weight'"),
+    ("embed.weight", lambda weight: weight + 1, ll.BaseMismatchError, "'embed.weight'"),
+    ("linear.weight", lambda weight: None, ll.AdapterMismatchError, r"linear.weight \[8, 8\]"),
+    ("linear.weight", lambda weight: weight[:4].clone(), ll.AdapterMismatchError, r"linear.weight \[8, 8\]"),
 ]
 
 
@@ -186,7 +174,7 @@ def test_another_base_is_refused(
 
 def test_tied_weights_are_refused(tmp_path: Path) -> None:
     save_files(tmp_path, TinyLM(), target_modules=["embed"])
-    refused(tmp_path, AdapterMismatchError, r"'embed.weight' are tied.*merge_adapters")
+    refused(tmp_path, ll.AdapterMismatchError, r"'embed.weight' are tied.*merge_adapters")
 
 
 def test_what_is_no_base_is_refused(tmp_path: Path) -> None:
@@ -195,16 +183,16 @@ def test_what_is_no_base_is_refused(tmp_path: Path) -> None:
     torch.save([1], tmp_path / "list.pt")
     for wrong in ("nothing.safetensors", "nothing"):
         refused(tmp_path, FileNotFoundError, "nothing", base=wrong)
-    refused(tmp_path, AdapterFileError, "neither", base="empty", out="merged")
-    refused(tmp_path, AdapterFileError, "cannot be written from", out="merged.ckpt")
-    refused(tmp_path, AdapterFileError, "no weights", base="list.pt", out="merged.ckpt")
+    refused(tmp_path, ll.AdapterFileError, "neither", base="empty", out="merged")
+    refused(tmp_path, ll.AdapterFileError, "cannot be written from", out="merged.ckpt")
+    refused(tmp_path, ll.AdapterFileError, "no weights", base="list.pt", out="merged.ckpt")
 
 
 def test_a_folder_appears_when_it_is_complete_and_replaces_none(tmp_path: Path) -> None:
     model = Around()
     model.model.save_pretrained(tmp_path / "base")
-    inject_adapters(model, LoRAConfig(r=2))
-    save_adapter(model, tmp_path / "adapter.safetensors")
+    ll.inject_adapters(model, ll.LoRAConfig(r=2))
+    ll.save_adapter(model, tmp_path / "adapter.safetensors")
 
     def stop(name: str) -> None:
         if "layer.1" in name:
@@ -215,7 +203,7 @@ def test_a_folder_appears_when_it_is_complete_and_replaces_none(tmp_path: Path) 
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter.safetensors", "base"]
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "mine.txt").touch()
-    with pytest.raises(AdapterFileError, match="already exists"):
+    with pytest.raises(ll.AdapterFileError, match="already exists"):
         merge_files(tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "merged")
     assert [file.name for file in (tmp_path / "merged").iterdir()] == ["mine.txt"]
 
@@ -225,7 +213,7 @@ def test_a_base_that_holds_the_model_twice_is_refused(tmp_path: Path) -> None:
     net = load_file(tmp_path / "base.safetensors")
     both = {f"{part}.{name}": value.clone() for part in ("ema", "net") for name, value in net.items()}
     save_file(both, tmp_path / "base.safetensors")
-    refused(tmp_path, AdapterMismatchError, r"several places: 'ema.0.weight', 'net.0.weight'")
+    refused(tmp_path, ll.AdapterMismatchError, r"several places: 'ema.0.weight', 'net.0.weight'")
 
 
 def test_what_was_trained_outside_of_the_model_is_refused(tmp_path: Path) -> None:
@@ -233,14 +221,14 @@ def test_what_was_trained_outside_of_the_model_is_refused(tmp_path: Path) -> Non
     model.pooler = nn.Linear(16, 16)
     model.model.save_pretrained(tmp_path / "base")
     save_files(tmp_path, model, target_modules=["query"], modules_to_save=["pooler"])
-    refused(tmp_path, AdapterMismatchError, r"'pooler.weight'.*outside of 'model'", base="base", out="merged")
+    refused(tmp_path, ll.AdapterMismatchError, r"'pooler.weight'.*outside of 'model'", base="base", out="merged")
 
 
 def test_an_update_that_overflows_is_refused(tmp_path: Path) -> None:
     save_files(tmp_path, model := TinyLM(tied=False).half())
     nn.init.constant_(model.q_proj.lora_B, 1e6)  # type: ignore[arg-type]
-    save_adapter(model, tmp_path / "adapter.safetensors")
-    refused(tmp_path, AdapterMismatchError, "values overflow")
+    ll.save_adapter(model, tmp_path / "adapter.safetensors")
+    refused(tmp_path, ll.AdapterMismatchError, "values overflow")
 
 
 def test_entries_that_are_not_tensors_are_not_lost(tmp_path: Path) -> None:
@@ -255,20 +243,20 @@ def test_entries_that_are_not_tensors_are_not_lost(tmp_path: Path) -> None:
     save_file(LitTiny().state_dict(), tmp_path / "base.safetensors")
     t.fit(Counting(), data())
     t.save_checkpoint(tmp_path / "a.ckpt")
-    refused(tmp_path, AdapterFileError, r"'_extra_state' in .* not tensors", adapter="a.ckpt")
+    refused(tmp_path, ll.AdapterFileError, r"'_extra_state' in .* not tensors", adapter="a.ckpt")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_an_update_that_is_rounded_away_is_told_as_by_merge_adapters(tmp_path: Path, dtype: torch.dtype) -> None:
     save_files(tmp_path, model := TinyLM(tied=False).to(dtype))
     randomise(model, scale=1e-3)
-    save_adapter(model, tmp_path / "adapter.safetensors")
+    ll.save_adapter(model, tmp_path / "adapter.safetensors")
     told: list[list[str]] = []
-    for merge in (lambda: merge_adapters(model), lambda: merged(tmp_path)):
+    for merge in (lambda: ll.merge_adapters(model), lambda: merged(tmp_path)):
         with warnings.catch_warnings(record=True) as noticed:
             warnings.simplefilter("always")
             merge()
-        told.append([str(each.message) for each in noticed if each.category is MergePrecisionWarning])
+        told.append([str(each.message) for each in noticed if each.category is ll.MergePrecisionWarning])
     in_memory, of_files = told
     assert len(in_memory) == len(of_files) == (dtype is torch.bfloat16)
     for one, other in zip(in_memory, of_files, strict=True):
