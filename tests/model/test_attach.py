@@ -9,8 +9,7 @@ from torch import nn
 
 from lightning_lora import AdapterStateError, LoRAConfig, inject_adapters, merge_adapters, remove_adapters
 from tests.support.layers import config
-from tests.support.model import as_trained
-from tests.support.models import randomise, same, state
+from tests.support.models import as_trained, randomise, same, state
 
 
 @pytest.mark.parametrize("norm_first", [False, True])

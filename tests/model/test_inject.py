@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 import lightning_lora as ll
-from tests.support.model import flags, unfreezable
-from tests.support.models import LitTiny, same, state
+from tests.support.models import LitTiny, flags, same, state, unfreezable
 from tests.support.storage import trained
 
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import lightning_lora as ll
-from tests.support.model import as_merged
-from tests.support.models import TinyLM, randomise, same, state
+from tests.support.models import TinyLM, as_merged, randomise, same, state
 
 
 class Model(nn.Module):

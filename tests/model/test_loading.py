@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from tests.support.cases import held
-from tests.support.model import as_merged
-from tests.support.models import LitTiny, best, data, lora, randomise, same, state, trainer
+from tests.support.models import LitTiny, as_merged, best, data, lora, randomise, same, state, trainer
 
 
 def test_base_loaded_after_injection_is_the_base() -> None:

@@ -13,8 +13,7 @@ import lightning_lora as ll
 from lightning_lora.functional import update
 from lightning_lora.model.view import View
 from tests.benchmarks.measure import peak_growth
-from tests.support.model import as_merged, as_trained
-from tests.support.models import TinyLM, is_plain, randomise, same, state, unties
+from tests.support.models import TinyLM, as_merged, as_trained, is_plain, randomise, same, state, unties
 
 
 @unties

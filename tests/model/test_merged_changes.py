@@ -2,16 +2,17 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lightning_lora as ll
-from tests.support.model import as_merged, as_trained
-from tests.support.models import LitTiny, TinyLM, data, is_plain, lora, randomise, same, state, trainer, unties
+from tests.support.fits import fit
+from tests.support.models import LitTiny, TinyLM, as_merged, as_trained, data, is_plain, lora, same, state, unties
 
 CHANGED = "changed since its adapters were merged"
 
@@ -27,9 +28,7 @@ class Clips(LitTiny):
 
 @pytest.mark.parametrize("merge", ["last", False])
 def test_an_adapted_weight_that_a_run_changed_is_stored_without_its_update(tmp_path: Path, merge: Any) -> None:
-    model, index = Clips(), torch.arange(8)
-    t = trainer(tmp_path, [lora(merge=merge)])
-    t.fit(model, data())
+    (model, t), index = fit(tmp_path, lora(merge=merge), model=Clips()), torch.arange(8)
     ll.save_adapter(model, tmp_path / "a.safetensors")
     t.save_checkpoint(tmp_path / "a.ckpt")
     for name in ("a.safetensors", "a.ckpt"):
@@ -158,10 +157,9 @@ def pair() -> tuple[nn.Sequential, nn.Sequential]:
     """A whole and its part, both adapted by calls of their own."""
     part = nn.Sequential(nn.Linear(4, 4))
     whole = nn.Sequential(part, nn.Linear(4, 4))
-    for model in (whole, part):
-        ll.inject_adapters(model, ll.LoRAConfig(r=2))
-    randomise(whole)
-    return whole, part
+    ll.inject_adapters(whole, ll.LoRAConfig(r=2))
+    ll.inject_adapters(part, ll.LoRAConfig(r=2))
+    return as_trained(whole), part
 
 
 def test_a_whole_whose_part_was_merged_by_itself_says_so(tmp_path: Path) -> None:
@@ -218,9 +216,7 @@ def test_own_weights_loaded_again_or_laid_out_otherwise_are_no_change() -> None:
 
 
 def test_a_merged_model_with_disabled_adapters_is_refused_where_it_would_be_unmerged(tmp_path: Path) -> None:
-    model, index = LitTiny(), torch.arange(8)
-    t = trainer(tmp_path, [lora()])
-    t.fit(model, data())
+    (model, t), index = fit(tmp_path, lora()), torch.arange(8)
     t.save_checkpoint(tmp_path / "a.ckpt")
     before, output = state(model), model(index)
     with ll.disable_adapters(model):
@@ -246,3 +242,41 @@ def test_a_base_that_is_part_of_a_larger_memory_is_kept_apart_from_it() -> None:
     model.load_state_dict(merged)
     ll.unmerge_adapters(model)
     assert torch.equal(model[0].weight, before["0.weight"])
+
+
+# Without its adapters, the model is the base
+
+
+def test_running_the_base_in_training_mode_leaves_no_trace() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    ll.inject_adapters(model, ll.LoRAConfig(r=2))
+    before = state(model)
+    with suppress(ZeroDivisionError), ll.disable_adapters(model):
+        model(torch.randn(5, 4))
+        _ = 1 / 0
+    assert same(state(model), before) and set(ll.adapter_state_dict(model)) == {"0.lora_A", "0.lora_B"}
+
+
+def test_autocast_remembers_no_weight_of_another_model() -> None:
+    """It keeps half-precision copies of the weights it has met: not of those of the base, nor of merged ones."""
+
+    def trained() -> nn.Sequential:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+        with torch.no_grad():
+            model[0].lora_B.fill_(1), model[1].weight.fill_(5)
+        return model
+
+    def base(model: nn.Module) -> Tensor:
+        with ll.disable_adapters(model):
+            return model(x)
+
+    x = torch.randn(2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = base(trained()), trained()(x)
+    for first in (0, 1):
+        model = trained()
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = [base(model), model(x)] if first == 0 else [model(x), base(model)][::-1]
+        assert torch.equal(outputs[0], expected[0]) and torch.equal(outputs[1], expected[1])

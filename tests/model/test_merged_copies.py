@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import AdapterStateError, merge_adapters, unmerge_adapters
-from tests.support.model import as_trained
-from tests.support.models import same, state, unties
+from tests.support.models import as_trained, same, state, unties
 
 CHANGED = "changed since its adapters were merged"
 

@@ -13,8 +13,7 @@ import lightning_lora as ll
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.state import AdapterState, Record, find_record
 from lightning_lora.tensors.digests import digest
-from tests.support.model import flags, unfreezable
-from tests.support.models import LitTiny, best, data, lora, randomise, same, state, trainer
+from tests.support.models import LitTiny, best, data, flags, lora, randomise, same, state, trainer, unfreezable
 
 
 def test_adapters_injected_in_a_part_belong_to_the_whole_afterwards() -> None:

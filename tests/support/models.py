@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lora import LoRACallback
+from lightning_lora import LoRACallback, LoRAConfig, inject_adapters, merge_adapters
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View
 from tests.support.versions import exact, keeps_random, needs_averaging  # noqa: F401  # for other tests
@@ -145,3 +145,36 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether two states have the same names and bits."""
     return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Stubborn(nn.Parameter):
+    """A parameter that cannot be frozen."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        if not requires_grad:
+            raise RuntimeError("cannot be frozen")
+        return super().requires_grad_(requires_grad)
+
+
+def unfreezable() -> nn.Linear:
+    """A layer on which an injection fails, when what comes before it is frozen already."""
+    layer = nn.Linear(4, 4)
+    layer.weight = Stubborn(torch.zeros(4, 4))
+    return layer
+
+
+def flags(model: nn.Module) -> dict[str, bool]:
+    return {name: p.requires_grad for name, p in model.named_parameters() if "lora_" not in name}
+
+
+def as_trained(model: Any, **config: Any) -> Any:
+    """The same model, with adapters that are as if trained."""
+    inject_adapters(model, LoRAConfig(**{"r": 2, **config}))
+    randomise(model)
+    return model
+
+
+def as_merged(model: Any, **config: Any) -> Any:
+    """The same model, with such adapters merged into it."""
+    merge_adapters(as_trained(model, **config))
+    return model
