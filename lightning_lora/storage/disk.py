@@ -130,9 +130,9 @@ def check_output(out: Any, inputs: Iterable[Any]) -> None:
     local = local_path(out)
     places = [] if local is None else [local.resolve(), *local.resolve().parents]
     for source in filter(None, map(local_path, inputs)):
-        if any(place.exists() and place.samefile(source) for place in places):
+        if source.exists() and any(place.exists() and place.samefile(source) for place in places):
             raise AdapterFileError(
-                f"{out} would be written over {source}, or into it, from which it is made. Choose another place."
+                f"{out} would be written over {source}, or inside it, and is made from it. Choose another place."
             )
 
 

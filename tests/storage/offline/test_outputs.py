@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import lightning as L
 import pytest
@@ -250,8 +251,23 @@ def test_a_checkpoint_stays_of_its_kind_with_entries_that_are_no_tensors(folder:
     assert torch.equal(state["0.weight"], load_file(folder / "out.safetensors")["0.weight"])
 
 
+def test_a_packed_base_is_refused_before_it_is_unpacked(folder: Path) -> None:
+    torch.save({"0.weight": torch.zeros(1 << 20)}, folder / "whole.ckpt")
+    with ZipFile(folder / "whole.ckpt") as whole, ZipFile(folder / "other.ckpt", "w", ZIP_DEFLATED) as packed:
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    with pytest.raises(AdapterFileError, match="is damaged"):
+        merge(*(str(folder / name) for name in ("other.ckpt", "a.safetensors", "out.ckpt")))
+
+
 def test_a_tensor_that_repeats_a_few_values_is_refused(folder: Path) -> None:
     torch.save({**model().state_dict(), "beside": torch.zeros(1).expand(1 << 35)}, folder / "other.ckpt")
     for out in ("out.ckpt", "out.safetensors"):
         with pytest.raises(AdapterFileError, match=r"'beside' in .* larger than the file itself"):
             merge(*(str(folder / name) for name in ("other.ckpt", "a.safetensors", out)))
+
+
+def test_adapters_that_are_not_there_are_not_found(folder: Path) -> None:
+    for name in ("gone", "a\0b"):
+        with pytest.raises((FileNotFoundError, AdapterFileError)):
+            merge(f"{folder}/base.safetensors", f"{folder}/{name}", f"{folder}/out.safetensors")
