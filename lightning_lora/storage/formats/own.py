@@ -27,6 +27,7 @@ from lightning_lora.storage.disk import (
 )
 from lightning_lora.storage.formats.lightning import VERSION
 from lightning_lora.storage.formats.loralib import is_loralib
+from lightning_lora.storage.formats.others import check_tool
 from lightning_lora.storage.formats.peft_config import DIFFUSERS_WEIGHTS, METADATA, PEFT_CONFIG, is_peft
 from lightning_lora.storage.state import is_note
 from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum
@@ -67,6 +68,7 @@ def check_place(path: str | Path) -> None:
 def read_adapter_file(path: str | Path | IO[bytes]) -> StoredAdapters:
     """Return the adapters in a file of this package. No code in the file is run."""
     local = local_path(path)
+    check_tool(path)
     if local is not None and any((local / name).is_file() for name in (PEFT_CONFIG, *DIFFUSERS_WEIGHTS)):
         raise AdapterFileError(f"{path} holds {_IN_PEFT}")
     return adapters_in(read_contents(path), path)
@@ -78,7 +80,10 @@ def read_contents(path: str | Path | IO[bytes]) -> Any:
     Tensors of another library are returned by their names; of a whole model's, only the names. Objects of classes, such
     as hyperparameters, are not read, and no code in the file is run.
     """
-    return _read(path, partial(_load_adapters, path))
+    check_tool(path)
+    contents = _read(path, partial(_load_adapters, path))
+    check_tool(path, contents)
+    return contents
 
 
 def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
