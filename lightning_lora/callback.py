@@ -4,7 +4,7 @@ import inspect
 import sys
 from contextlib import ExitStack, closing, suppress
 from dataclasses import fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -229,7 +229,7 @@ class LoRACallback(Callback):
         view.follow_base()  # hooks may have loaded the base late
         view.adapter.is_trained = True
         compatibility.share_base(compatibility.callbacks_of(trainer), pl_module)
-        self._gradients = self._training.enter_context(closing(_strategy_of(trainer).lora_gradients()))
+        self._gradients = self._training.enter_context(closing(cast(LoRAStrategy, trainer.strategy).lora_gradients()))
         self._training.enter_context(gradients_pass())
         restore_random_state(trainer, self._stage.resumed)  # now, as on_fit_start of other code may draw or seed
         self._stage.resumed = {}
@@ -265,7 +265,7 @@ class LoRACallback(Callback):
             return
         which = "the last adapters"
         if self.merge == "best":
-            which = load_best(trainer, pl_module, _strategy_of(trainer).lora_read_adapters) or which
+            which = load_best(trainer, pl_module, cast(LoRAStrategy, trainer.strategy).lora_read_adapters) or which
         count = len(View(pl_module).layers)
         layers = "1 layer" if count == 1 else f"{count} layers"
         merge_adapters(pl_module)
@@ -298,12 +298,6 @@ class LoRACallback(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the stored random states until training starts."""
         self._stage.resumed = {name: checkpoint.get(name) for name in (RANDOM, "loops")}
-
-
-def _strategy_of(trainer: Trainer) -> LoRAStrategy:
-    """The Trainer's strategy, with what ``setup`` has added to it."""
-    assert isinstance(trainer.strategy, LoRAStrategy)
-    return trainer.strategy
 
 
 def _join_other_package() -> None:

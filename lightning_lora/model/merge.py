@@ -118,7 +118,7 @@ def merge(model: nn.Module) -> tuple[dict[str, float], list[str]]:
         undo.pop_all()
     for name, adapter in adapters.items():
         adapter.bases = bases[name]
-    view.record.was_merged(Merge(adapters, *seen))
+    view.record.merge = Merge(adapters, *seen)
     return lost, [name for name in tied if tied[name]]
 
 

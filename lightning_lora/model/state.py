@@ -160,10 +160,6 @@ class Record:
 
     # Merge
 
-    def was_merged(self, merge: Merge) -> None:
-        """The updates are in the weights now."""
-        self.merge = merge
-
     def was_unmerged(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """The updates are out of the weights. What trains by itself is what trained in the merged model."""
         self.merge = None

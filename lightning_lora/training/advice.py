@@ -1,9 +1,10 @@
-"""What is told to users and to the loggers."""
+"""What is told to users, such as weights that no adapter trains against expectation, and to the loggers."""
 
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_lora.errors import FreshLayerWarning, LoRAWarning, listed
+from lightning_lora.layers import adapter_for
 from lightning_lora.model.fresh import MOST, Fresh, find_fresh, random_weights
-from lightning_lora.model.leftovers import left_alone, left_computed, left_trainable
 from lightning_lora.model.view import View, view_of
-from lightning_lora.targets.lookup import COMPUTED
+from lightning_lora.targets.lookup import AUTOMATIC, COMPUTED, Names, is_computed, why_not
+from lightning_lora.targets.select import automatic_targets
 from lightning_lora.tensors.inplace import class_names
+from lightning_lora.tensors.names import owner_of, starts_of
 
 
 def advise(model: LightningModule, *, aloud: bool = True) -> None:
@@ -64,6 +67,22 @@ def _warn_of_left_trainable(view: View, fresh: Fresh) -> None:
         )
 
 
+def left_trainable(view: View) -> list[str]:
+    """Return modules that nothing trains, though the user froze most of the model, but not them."""
+    by_user = view.frozen_by_user
+    if 2 * _size(view, by_user) <= _size(view, view.base):
+        return []
+    busy = {outer for name in [*view.adapted_weights, *view.trained] for outer in starts_of(name)}
+    closed = {outer for name in by_user for outer in starts_of(name)}
+    found = []
+    for name, flag in view.record.requires_grad.items():
+        if flag and name in view.base and name not in view.trained:
+            outermost = next(outer for outer in starts_of(name) if outer not in closed)
+            if (outermost if outermost != name else owner_of(name)) not in busy:
+                found.append(outermost)
+    return list(dict.fromkeys(found))
+
+
 def _warn_of_left_alone(view: View) -> None:
     layers, kinds, share = left_alone(view)
     if share > MOST:
@@ -74,9 +93,45 @@ def _warn_of_left_alone(view: View) -> None:
         )
 
 
+def left_alone(view: View) -> tuple[list[str], list[str], float]:
+    """Return what ``"all"`` would adapt and ``"all-linear"`` does not, but embeddings, and what the user left out.
+
+    It is the layers' names, their classes (the most frequent first), and their share of all weights.
+    """
+    found: dict[str, nn.Module] = {}
+    if view.config.target_modules == "all-linear":
+        names = Names(view.model)
+        excluded = set(names.find("exclude_modules", view.config.exclude_modules))
+        for name, layer in names.first_names(set(names.modules.values())).items():
+            kind = adapter_for(layer)
+            if kind is None or kind.lora_is_linear or isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+                continue
+            if excluded.isdisjoint(starts_of(name)) and not why_not(names, name, layer):
+                found[name] = layer
+    weights = [name for name in view.frozen if owner_of(name) in found and name not in view.frozen_by_user]
+    layers = list(dict.fromkeys(map(owner_of, weights)))
+    kinds = Counter(type(found[name]).__name__ for name in layers)
+    share = _size(view, weights) / max(_size(view, view.base), 1)
+    return layers, [kind for kind, _ in kinds.most_common()], share
+
+
+def _size(view: View, names: Iterable[str]) -> int:
+    """The number of values of these parameters of the base. Tied ones count once."""
+    return sum({id(p): p.numel() for p in map(view.base.__getitem__, names)}.values())
+
+
 def _warn_of_computed(view: View) -> None:
-    left = left_computed(view)
-    if left:
+    """Name layers that ``"all"`` and ``"all-linear"`` leave out because their weight is computed."""
+    if view.config.target_modules not in AUTOMATIC:
+        return
+    names = Names(view.model)
+    meant = automatic_targets(names, str(view.config.target_modules)).values()
+    by_user = {
+        *names.find("exclude_modules", view.config.exclude_modules),
+        *names.find("modules_to_save", view.config.modules_to_save),
+    }
+    layers = names.first_names({layer for layer in meant if is_computed(layer)})
+    if left := [name for name in layers if by_user.isdisjoint(starts_of(name))]:
         _warn(
             f"No adapter for {listed(left)} of {type(view.model).__name__}, because the weight is {COMPUTED}: no "
             "update could be merged into it, and it stays frozen. To adapt it, undo that first. To train it in full: "

@@ -20,15 +20,9 @@ from lightning_lora.model.merge import unmerge
 from lightning_lora.model.merged import is_as_merged
 from lightning_lora.model.state import find_record
 from lightning_lora.model.view import view_of
+from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage import disk
 from lightning_lora.storage.base import base_dtypes, fingerprint
-from lightning_lora.storage.checkpoint import (
-    adapter_only,
-    complete_averages,
-    find_base_in,
-    load_checkpoint_state,
-    with_merged_model,
-)
 from lightning_lora.storage.formats.lightning import as_base, check_readable, check_resumable, has_run
 from lightning_lora.storage.formats.own import leave_adapters, read_adapter_file
 from lightning_lora.storage.state import adapter_state_dict
@@ -159,7 +153,7 @@ class LoRAStrategy(Strategy, InPlace):
             del checkpoint[KEY]
         if stage.phase is not Phase.OVER:
             self.lora_adapt_for(checkpoint, checkpoint_path)
-            if find_base_in(module, merged, checkpoint):
+            if checkpoints.find_base_in(module, merged, checkpoint):
                 rank_zero_info(
                     f"{type(module).__name__} holds the merged weights of {checkpoint_path}. Their updates are taken "
                     "out, so the base is that of the earlier run up to rounding. For the same bits, load the base's "
@@ -170,7 +164,7 @@ class LoRAStrategy(Strategy, InPlace):
         if KEY in checkpoint:
             if stage.is_fitting and stage.phase is not Phase.TRAINING:
                 check_resumable(checkpoint, checkpoint_path)
-            complete_averages(module, checkpoint)
+            checkpoints.complete_averages(module, checkpoint)
             return checkpoint
         what = "a full model and no adapters"
         if not has_run(checkpoint):
@@ -233,7 +227,7 @@ class LoRAStrategy(Strategy, InPlace):
             super().load_model_state_dict(checkpoint, strict=strict)
             return
         self.lora_note_base()
-        load_checkpoint_state(module, checkpoint, whole=states_are_read(stage.callbacks))
+        checkpoints.load_checkpoint_state(module, checkpoint, whole=states_are_read(stage.callbacks))
         if KEY in checkpoint and stage.phase is Phase.SET_UP:
             stage.phase = Phase.LOADED
 
@@ -265,12 +259,13 @@ class LoRAStrategy(Strategy, InPlace):
 
     def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint with only the adapters, and with ``save="model"`` the whole merged model."""
+        module = self.lora_module
         writes_at_once = self._lora_uses_torch() and "save_checkpoint" not in self.lora_others
         if self._lora_saves():
-            checkpoint = adapter_only(self.lora_module, checkpoint, written_later=not writes_at_once)
+            checkpoint = checkpoints.adapter_only(module, checkpoint, written_later=not writes_at_once)
             if self.lora_stage.save == "model" and self.is_global_zero:
-                checkpoint, lost = with_merged_model(self.lora_module, checkpoint, written_later=not writes_at_once)
-                warn_of_rounding(lost, self.lora_module)
+                checkpoint, lost = checkpoints.with_merged_model(module, checkpoint, written_later=not writes_at_once)
+                warn_of_rounding(lost, module)
         beside = writes_at_once and self.is_global_zero and disk.local_path(filepath) is not None  # others get the path
         with disk.writing(filepath, beside=beside) as path:
             super().save_checkpoint(checkpoint, path, storage_options)
