@@ -37,6 +37,7 @@ from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapte
 from lightning_lora.storage.names import Renaming, is_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
+from lightning_lora.targets.lookup import Names
 from lightning_lora.tensors.names import join, starts_of
 from lightning_lora.tensors.values import same_bits
 
@@ -151,6 +152,15 @@ class _Layers:
             above = self.view.modules.get(self.place.name_here(outer))
             is_inside = inner == "out_proj" and isinstance(above, nn.MultiheadAttention)
             of_layer.setdefault(outer if is_inside else _plain(wrapped), {})[wrapped] = tensors
+        only_read = Names(self.view.model).only_read
+        idle = [there for there in of_layer if self._module(there) in only_read]
+        for there in idle:  # PEFT could not train it
+            wrappers = of_layer.pop(there).values()
+            if self.config.init in FROM_BASE or any(each["B"].any() for each in wrappers if "B" in each):
+                raise AdapterMismatchError(
+                    f"The file has an update of {there!r}, which the model never calls: other code computes with its "
+                    "weight. PEFT does not apply the update, but its merge adds it. Train again without this layer."
+                )
         return [self._update(there, wrapped) for there, wrapped in of_layer.items()]
 
     def _update(self, there: str, wrapped: Mapping[str, Tensors]) -> Update:
