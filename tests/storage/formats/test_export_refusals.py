@@ -222,7 +222,8 @@ def test_both_files_are_written_or_none(
             except AdapterFileError:
                 assert directory == "old" or not (tmp_path / "fresh" / "adapter_config.json").exists()
         held = _pair(tmp_path / directory)
-        assert held in pairs or held[0] is None
+        may_lack = directory == "fresh" or (failing, call) == ("replace", 2)  # after the weights, which have it inside
+        assert held in pairs or (held[0] is None and may_lack)
 
 
 def _pair(directory: Path) -> tuple[bytes | None, Any]:
