@@ -11,14 +11,14 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from lightning_lora.config import LoRAConfig, slow_expressions
+from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, ConfigError, listed
 from lightning_lora.layers import adapter_parameters
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.state import HALVES
 from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.names import Renaming, by_whole_names
-from lightning_lora.storage.schema import fits
+from lightning_lora.storage.schema import fits, slow_expressions
 from lightning_lora.storage.stored_layers import StoredLayer, asked_of, layers_of
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join

@@ -19,8 +19,8 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.cli.main import main
-from lightning_lora.config import slow_expressions
 from lightning_lora.errors import LoRAError
+from lightning_lora.storage.schema import slow_expressions
 from tests.support.faults import frugal, unchanged
 from tests.support.models import LitTiny, data, lora, trainer
 from tests.support.storage import refused, rewrite, with_adapters
