@@ -37,7 +37,7 @@ ELSEWHERE = {
 def explains_arguments(cls: _Class) -> _Class:
     """Let a class name the right argument for an unknown one. Its signature stays, for mypy and LightningCLI."""
     init = cls.__init__  # type: ignore[misc]  # of this very class
-    names = [name for name in inspect.signature(init).parameters if name != "self"]
+    names = list(inspect.signature(init).parameters)[1:]  # without self
 
     @functools.wraps(init)
     def explained(self: Any, *args: Any, **kwargs: Any) -> None:

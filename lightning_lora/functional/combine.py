@@ -3,6 +3,8 @@
 Adding up the factors would also add the products of one update's A with another's B.
 """
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,8 +21,8 @@ def concatenated(updates: list[Factors], weights: list[float]) -> Factors:
     Shape:
         A: (\*, r, in), B: (\*, out, r) for each update. Returns the same with the sum of all r.
     """
-    scaled = [weight * b for (_, b), weight in zip(updates, weights, strict=True)]
-    return torch.cat([a for a, _ in updates], dim=-2), torch.cat(scaled, dim=-1)
+    reading, writing = zip(*updates, strict=True)
+    return torch.cat(reading, dim=-2), torch.cat(list(map(operator.mul, weights, writing)), dim=-1)
 
 
 def difference(update: Factors, other: Factors) -> Factors:
@@ -35,10 +37,11 @@ def in_rows(updates: list[Factors], first: list[int], rows: int) -> Factors:
     Shape:
         A: (r, in), B: (some rows, r) for each. Returns the same with the sum of all r and all rows.
     """
-    writing = []
-    for (_, b), start in zip(updates, first, strict=True):
+    reading, writing = [], []
+    for (a, b), start in zip(updates, first, strict=True):
+        reading.append(a)
         writing.append(F.pad(b, (0, 0, start, rows - start - b.shape[-2])))
-    return torch.cat([a for a, _ in updates], dim=-2), torch.cat(writing, dim=-1)
+    return torch.cat(reading, dim=-2), torch.cat(writing, dim=-1)
 
 
 def with_rank(update: Factors, r: int) -> Factors:

@@ -43,7 +43,7 @@ def find_fresh(view: View) -> Fresh:
     sizes, fresh = {True: 0, False: 0}, {}
     for name, weights in _layers(view):
         is_fresh = _looks_fresh(view, name, weights)
-        sizes[is_fresh] += sum(weight.numel() for weight in weights.values())
+        sizes[is_fresh] += sum(map(torch.numel, weights.values()))
         frozen_by_user = any(join(name, leaf) in view.frozen_by_user for leaf in weights)
         if is_fresh and not frozen_by_user and not isinstance(view.modules[name], nn.Embedding | nn.EmbeddingBag):
             fresh[name] = weights

@@ -119,7 +119,7 @@ def merge(model: nn.Module) -> tuple[dict[str, float], list[str]]:
     for name, adapter in adapters.items():
         adapter.bases = bases[name]
     view.record.merge = Merge(adapters, *seen)
-    return lost, [name for name in tied if tied[name]]
+    return lost, list(filter(tied.get, tied))
 
 
 def _merge_for_good(model: nn.Module) -> tuple[dict[str, float], list[str]]:
@@ -141,7 +141,7 @@ def _merge_for_good(model: nn.Module) -> tuple[dict[str, float], list[str]]:
         attach.detach_adapters(now)  # there are none any more: inference paths are switched on again
     forget_record(model)
     delete_sent(model)
-    return {name: lost[name] for name in tied}, [name for name in tied if tied[name]]
+    return {name: lost[name] for name in tied}, list(filter(tied.get, tied))
 
 
 def _check(view: View) -> dict[str, list[str]]:

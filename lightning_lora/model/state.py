@@ -7,6 +7,7 @@ The record is an attribute of the model itself. So it survives copy and pickle, 
 
 import copy
 import gc
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -173,7 +174,7 @@ class Record:
         Collective for tensors that are spread over processes: if one process sees a change, all read the tensor again.
         """
         known = [name in self.read and self.read[name].seen.is_unchanged(tensor) for name, tensor in tensors.items()]
-        changed = [True] * len(known) if anew else agreed([not same for same in known], list(tensors.values()))
+        changed = [True] * len(known) if anew else agreed(list(map(operator.not_, known)), list(tensors.values()))
         again = {name: tensor for (name, tensor), is_new in zip(tensors.items(), changed, strict=True) if is_new}
         for (name, tensor), number in zip(again.items(), digests(list(again.values())), strict=True):
             self.read[name] = Reading(Seen(tensor, None if is_dtensor(tensor) else number), number)

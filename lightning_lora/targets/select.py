@@ -147,7 +147,7 @@ def _choice(
     for matrix in matrices:
         target = choice.name_of(name, matrix)
         asked.append((matrix.rank(config.rank(name, target)), config.scaling(name, target)))
-    r, scaling = max(rank for rank, _ in asked), asked[0][1]
+    r, scaling = max(asked)[0], asked[0][1]
     ranked = []
     for matrix, (rank, factor) in zip(matrices, asked, strict=True):
         is_usual = (rank, factor) == (matrix.rank(r), scaling)

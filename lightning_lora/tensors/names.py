@@ -6,6 +6,7 @@ and errors use the names without wrappers. So a checkpoint of a wrapped model lo
 """
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from lightning_lora.tensors.shards import distributed_as, is_dtensor
 
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
-_OF_FABRIC = ("_forward_module", "_original_module")
+_OF_FABRIC = {"_forward_module", "_original_module"}
 """The modules in Fabric's wrapper: the model as the strategy wraps it, and the model itself."""
 
 
@@ -34,7 +35,7 @@ def plain_module(module: nn.Module) -> nn.Module:
         inner = children.get(name)
         if inner is not None:
             return plain_module(inner)
-    if all(name in children for name in _OF_FABRIC):
+    if children.keys() >= _OF_FABRIC:
         inner = children["_original_module"]
         return module if inner is None else plain_module(inner)
     return module
@@ -84,8 +85,7 @@ def join(prefix: str, name: str) -> str:
 
 def starts_of(name: str) -> list[str]:
     """Return the modules around ``name``, the outermost first, and itself: ``a``, ``a.b``, ``a.b.c`` for ``a.b.c``."""
-    parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return list(accumulate(name.split("."), "{}.{}".format))
 
 
 def owner_of(parameter: str) -> str:

@@ -120,7 +120,7 @@ def agreed(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
         return list(flags)
     found = torch.tensor(flags, dtype=torch.uint8, device=next(iter(meshes)).device_type)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return [bool(flag) for flag in found.tolist()]
+    return list(map(bool, found.tolist()))
 
 
 def reshard(model: nn.Module) -> None:

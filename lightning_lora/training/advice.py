@@ -112,7 +112,7 @@ def left_alone(view: View) -> tuple[list[str], list[str], float]:
     layers = list(dict.fromkeys(map(owner_of, weights)))
     kinds = Counter(type(found[name]).__name__ for name in layers)
     share = _size(view, weights) / max(_size(view, view.base), 1)
-    return layers, [kind for kind, _ in kinds.most_common()], share
+    return layers, list(dict(kinds.most_common())), share
 
 
 def _size(view: View, names: Iterable[str]) -> int:

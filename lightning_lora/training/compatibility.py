@@ -37,7 +37,7 @@ def check_rows(pl_module: LightningModule) -> None:
 
 def check_callbacks(callbacks: list[Callback], stage: str, *, is_sharded: bool) -> None:
     """Refuse callbacks that do not work with adapters."""
-    ours = sum(_is_ours(callback) for callback in callbacks)
+    ours = sum(map(_is_ours, callbacks))
     if ours > 1:
         raise ConfigError(
             f"The Trainer has {ours} LoRACallbacks. Expected one. Put all target_modules into one callback, and "
@@ -142,7 +142,7 @@ def _average_changed(average: Callable[..., Any], averaged: Any, current: Any, c
     if isinstance(averaged, Tensor):
         return averaged if _is_same(averaged, current) else average(averaged, current, count)
     pairs = [(a, c) for a, c in zip(averaged, current, strict=True) if not _is_same(a, c)]
-    return average([a for a, _ in pairs], [c for _, c in pairs], count) if pairs else None
+    return average(*map(list, zip(*pairs, strict=True)), count) if pairs else None
 
 
 def _is_same(averaged: Tensor, current: Tensor) -> bool:

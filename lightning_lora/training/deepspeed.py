@@ -60,7 +60,7 @@ class Partition:
 
     def follow(self) -> None:
         """Copy the parameters, except those that are this part rounded."""
-        for value, own in self._shared([p.detach() for p in self.parameters], self.local.detach()):
+        for value, own in self._shared(map(Tensor.detach, self.parameters), self.local.detach()):
             now = value.to(own.device)
             own.copy_(torch.where(own.to(now.dtype) == now, own, now.to(own.dtype)))
 
@@ -157,9 +157,10 @@ class LoRADeepSpeedStrategy(LateStrategy):
         config: Any = self.config  # type: ignore[attr-defined]
         in_float16, in_bfloat16 = (config.get(name, {}).get("enabled") for name in ("fp16", "bf16"))
         view = View(self.lora_module)
-        settings = [layer.lora_settings for layer in view.layers.values()]
-        uses_dora = any(each.use_dora for each in settings)
-        is_wide = uses_dora or any(each.autocast_dtype for each in settings)
+        uses_dora = is_wide = False
+        for layer in view.layers.values():
+            uses_dora |= layer.lora_settings.use_dora
+            is_wide |= uses_dora or layer.lora_settings.autocast_dtype
         if self.lora_stage.is_fitting and is_wide and (in_float16 or (in_bfloat16 and view.trained)):
             raise StrategyError(
                 "In half precision, DeepSpeed trains all parameters in the dtype of the adapters, which is float32 "
@@ -239,7 +240,7 @@ def _partitions_of(optimizer: Any, idle: set[int]) -> list[Partition]:
     for parameters, group in zip(held, optimizer.param_groups, strict=True):
         used = [p for p in parameters if id(p) not in idle]
         (part,) = group["params"]
-        found.append(Partition(used, part, [_place(p) for p in used]))
+        found.append(Partition(used, part, list(map(_place, used))))
     return found
 
 

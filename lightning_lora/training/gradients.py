@@ -97,7 +97,7 @@ def _give_zero_gradients(parameters: list[nn.Parameter]) -> None:
     frozen = [(p, p.grad) for p in parameters if not p.requires_grad]
     for p, _ in frozen:
         p.requires_grad_()
-    torch.autograd.backward(parameters, [torch.zeros_like(p) for p in parameters])
+    torch.autograd.backward(parameters, list(map(torch.zeros_like, parameters)))
     for p, grad in frozen:
         p.requires_grad_(False)
         p.grad = grad
@@ -138,8 +138,8 @@ class _RequiringGradients(_OWN):
     def apply(cls, function: Any, preserve_rng_state: bool, *inputs: Any) -> Any:
         if get_ident() not in _PASSING:
             return _OWN.apply(function, preserve_rng_state, *inputs)
-        tensors = [value for value in inputs if isinstance(value, Tensor)]
-        if torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in tensors):
+        requires_grad = any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+        if torch.is_grad_enabled() and not requires_grad:
             inputs = tuple(
                 value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
                 for value in inputs

@@ -46,7 +46,7 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
             if about.role.trains:
                 weight = own_parameter(layer, about.matrix.weight)
                 followers.setdefault(id(weight), []).append(own_parameter(layer, name))
-    built = [_built_groups(optimizer) for optimizer in optimizers]
+    built = list(map(_built_groups, optimizers))
     chosen = _held(chain(*built))
     edited = [_edit(groups, followers, chosen) for groups in built]
     _place_rest(view, edited)
@@ -72,7 +72,7 @@ def check_layouts(optimizer: Optimizer, view: View, *, clips: bool) -> None:
         raise OptimizerError(
             f"{title} joins all parameters to one vector, and some are sharded. Use another optimizer."
         )
-    joins = clips or any(_joins(group) for group in optimizer.param_groups)
+    joins = clips or any(map(_joins, optimizer.param_groups))
     if len(layouts) > 1 and joins:
         here, there, *_ = layouts.values()
         raise OptimizerError(

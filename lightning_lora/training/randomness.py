@@ -18,8 +18,9 @@ def random_states(trainer: Trainer) -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
-    gathered = {name: _of_all_processes(trainer, state.to(device)) for name, state in states.items()}
-    return {name: rows.reshape(-1, len(states[name])).cpu() for name, rows in gathered.items()}
+    for name, state in states.items():
+        states[name] = _of_all_processes(trainer, state.to(device)).reshape(-1, len(state)).cpu()
+    return states
 
 
 def _of_all_processes(trainer: Trainer, state: Tensor) -> Tensor:

@@ -208,9 +208,9 @@ class ShardedGradients(Gradients):
         """Average the gradients of parameters of one dtype, with one message."""
         with torch.no_grad():
             own = [shards.to_local(torch.zeros_like(p) if p.grad is None else p.grad) for p in parameters]
-            flat = torch.cat([grad.reshape(-1) for grad in own]).mul_(1 / self.mesh.size())  # before the sum, as DDP
+            flat = torch.cat(list(map(torch.ravel, own))).mul_(1 / self.mesh.size())  # before the sum, as DDP
             dist.all_reduce(flat, group=self.mesh.get_group())
-            for p, mean in zip(parameters, flat.split([grad.numel() for grad in own]), strict=True):
+            for p, mean in zip(parameters, flat.split(list(map(torch.numel, own))), strict=True):
                 if p.grad is None and p.requires_grad:
                     p.grad = torch.zeros_like(p)
                 if p.grad is not None:
