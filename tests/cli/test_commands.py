@@ -15,25 +15,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_lora import (
-    LoRAConfig,
-    __version__,
-    export_peft,
-    inject_adapters,
-    load_adapter,
-    merge_adapters,
-    save_adapter,
-)
+import lightning_lora as ll
 from lightning_lora.cli.main import main
 from lightning_lora.storage.formats.own import read_adapter_file, write_adapter_file
 from tests.support.models import LitTiny, randomise, same
 
-CONFIG = LoRAConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj"], modules_to_save=["head"])
+CONFIG = ll.LoRAConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj"], modules_to_save=["head"])
 
 
-def adapted(seed: int, config: LoRAConfig = CONFIG) -> LitTiny:
+def adapted(seed: int, config: ll.LoRAConfig = CONFIG) -> LitTiny:
     model = LitTiny()
-    inject_adapters(model, config)
+    ll.inject_adapters(model, config)
     randomise(model, seed)
     return model
 
@@ -42,7 +34,7 @@ def adapted(seed: int, config: LoRAConfig = CONFIG) -> LitTiny:
 def files(tmp_path: Path) -> list[str]:
     paths = [tmp_path / f"{seed}.safetensors" for seed in (1, 2, 3)]
     for seed, path in enumerate(paths):
-        save_adapter(adapted(seed), path)
+        ll.save_adapter(adapted(seed), path)
     return [str(path) for path in paths]
 
 
@@ -75,7 +67,7 @@ def test_compare_gives_each_pair(files: list[str], capsys: pytest.CaptureFixture
 
 def test_compare_needs_layers_in_common(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "other.safetensors"
-    save_adapter(adapted(0, LoRAConfig(r=2, target_modules=["embed"])), other)
+    ll.save_adapter(adapted(0, ll.LoRAConfig(r=2, target_modules=["embed"])), other)
     assert main(["compare", files[0], str(other)]) == 1
     assert "no layer in common, such as 'q_proj' and 'embed'" in " ".join(capsys.readouterr().err.split())
     assert main(["compare", files[0]]) == 1
@@ -93,7 +85,7 @@ def test_merge_writes_the_merged_model_and_a_line_for_each_warning(
     if dtype is torch.bfloat16:
         assert len(said.err.splitlines()) == 1 and said.err.startswith("warning: 4 tensors in")
     else:
-        merge_adapters(model := adapted(0))
+        ll.merge_adapters(model := adapted(0))
         assert same(dict(sorted(load_file(out).items())), dict(sorted(model.state_dict().items())))
 
 
@@ -117,13 +109,13 @@ def test_a_module_and_a_pipe(files: list[str]) -> None:
 
 
 def test_combine_writes_a_file_that_loads(files: list[str], tmp_path: Path, capsys: Any) -> None:
-    paths, config = files[:2], LoRAConfig(r=2, target_modules=["q_proj"])
+    paths, config = files[:2], ll.LoRAConfig(r=2, target_modules=["q_proj"])
     layers: list[Any] = [adapted(seed, config).q_proj for seed in (0, 1)]
     for seed, path in enumerate(paths):
-        save_adapter(adapted(seed, config), path)
+        ll.save_adapter(adapted(seed, config), path)
     assert main(["combine", *paths, "--weights", "1", "-2", "--out", str(tmp_path / "sum.safetensors")]) == 0
     assert "Combined 2 files, 1 layer, into" in capsys.readouterr().out
-    load_adapter(model := LitTiny(), tmp_path / "sum.safetensors")
+    ll.load_adapter(model := LitTiny(), tmp_path / "sum.safetensors")
     one, other = (layer.lora_B @ layer.lora_A for layer in layers)
     torch.testing.assert_close(model.q_proj.lora_B @ model.q_proj.lora_A, one - 2 * other)  # type: ignore[operator]
     assert main(["combine", paths[0], "--out", str(tmp_path / "one.safetensors")]) == 1
@@ -131,8 +123,8 @@ def test_combine_writes_a_file_that_loads(files: list[str], tmp_path: Path, caps
 
 def test_export_writes_what_peft_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     peft = pytest.importorskip("peft")
-    model = adapted(0, LoRAConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 1}))
-    save_adapter(model, tmp_path / "a.safetensors")
+    model = adapted(0, ll.LoRAConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 1}))
+    ll.save_adapter(model, tmp_path / "a.safetensors")
     for more in ([], ["--uniform"]):
         assert main(["export", str(tmp_path / "a.safetensors"), str(tmp_path / "peft"), *more]) == 0
         assert "Wrote files for peft into" in capsys.readouterr().out
@@ -145,8 +137,8 @@ def test_layers_that_differ_in_the_number_of_their_block_are_one_row_if_their_ra
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = nn.ModuleList(nn.ModuleDict({"query": nn.Linear(8, 8), "value": nn.Linear(8, 8)}) for _ in range(4))
-    inject_adapters(model, LoRAConfig(r=4, rank_pattern={r"1\.query": 2}))
-    save_adapter(model, tmp_path / "a.safetensors")
+    ll.inject_adapters(model, ll.LoRAConfig(r=4, rank_pattern={r"1\.query": 2}))
+    ll.save_adapter(model, tmp_path / "a.safetensors")
     assert main(["inspect", str(tmp_path / "a.safetensors")]) == 0
     shown = capsys.readouterr().out
     assert all(group in shown for group in ("0,2-3.query (×3)", "1.query ", "*.value (×4)"))
@@ -170,7 +162,7 @@ def test_what_no_command_can_use_is_refused(files: list[str], tmp_path: Path, ca
 
 def test_commands_say_what_a_folder_of_peft_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(tmp_path / "peft")
-    export_peft(adapted(1), folder)
+    ll.export_peft(adapted(1), folder)
     for path in (folder, f"{folder}/adapter_model.safetensors"):
         for arguments in (["inspect", path], ["compare", path, path], ["export", path, f"{folder}/out"]):
             assert main(arguments) == 1
@@ -186,8 +178,8 @@ def test_names_in_files_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest
     paths = [str(tmp_path / f"{seed}.safetensors") for seed in (1, 2)]
     for path, targets in zip(paths, ("all-linear", ["plain"]), strict=True):
         model = nn.ModuleDict({ESCAPES: odd(4, 4), "plain": nn.Linear(4, 4)})
-        inject_adapters(model, LoRAConfig(r=2, target_modules=targets, bias="all"))
-        save_adapter(model, path)
+        ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=targets, bias="all"))
+        ll.save_adapter(model, path)
     shows = (["inspect", paths[0]], ["compare", *paths], ["compare", paths[0], paths[0]], ["inspect", ESCAPES])
     for arguments in shows:
         main(arguments)
@@ -215,4 +207,4 @@ def test_help_fits_the_terminal_and_keeps_the_lines_of_examples(
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main(["--version"])
-    assert (done.value.code, capsys.readouterr().out) == (0, f"lightning-lora {__version__}\n")
+    assert (done.value.code, capsys.readouterr().out) == (0, f"lightning-lora {ll.__version__}\n")

@@ -12,12 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_lora import (
-    AdapterFileError,
-    AdapterMismatchError,
-    load_adapter,
-    save_adapter,
-)
+import lightning_lora as ll
 from lightning_lora.cli.main import main
 from lightning_lora.errors import LoRAError
 from lightning_lora.storage.schema import slow_expressions
@@ -38,7 +33,7 @@ Q, LONG = "q_proj", "a" * 40
 
 
 def written(path: Path, **config: Any) -> Path:
-    save_adapter(with_adapters(square(), **{"r": 2, "alpha": 3, **config}), path)
+    ll.save_adapter(with_adapters(square(), **{"r": 2, "alpha": 3, **config}), path)
     return path
 
 
@@ -90,8 +85,8 @@ def test_a_file_that_contradicts_itself_is_refused_by_every_reader(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], made: dict[str, Any], change: Any
 ) -> None:
     path, model = rewrite(written(tmp_path / "a.safetensors", **made), change), square()
-    with refused(model, AdapterFileError, "does not agree|did not write"):
-        load_adapter(model, path)
+    with refused(model, ll.AdapterFileError, "does not agree|did not write"):
+        ll.load_adapter(model, path)
     for command in (["inspect"], ["compare", str(path)], ["combine", "--out", "c.safetensors", str(path)]):
         assert main([*command, str(path)]) == 1
         assert "does not agree" in (said := capsys.readouterr().err) or "did not write" in said
@@ -110,8 +105,8 @@ OTHER_LAYERS = {
 @pytest.mark.parametrize("change", OTHER_LAYERS.values(), ids=OTHER_LAYERS)
 def test_layers_that_are_described_as_others_are_refused(tmp_path: Path, change: Any) -> None:
     path, model = rewrite(written(tmp_path / "a.safetensors"), change), square()
-    with refused(model, AdapterMismatchError, "other rows of its weight are adapted"):
-        load_adapter(model, path)
+    with refused(model, ll.AdapterMismatchError, "other rows of its weight are adapted"):
+        ll.load_adapter(model, path)
 
 
 # Expressions
@@ -136,11 +131,11 @@ EXPRESSIONS: dict[str, dict[str, Any]] = {
 def test_expressions_of_a_file_never_take_for_ever(tmp_path: Path, fields: dict[str, Any]) -> None:
     path = written(tmp_path / "a.safetensors", rank_pattern={Q: 1}, alpha_pattern={LONG: 5})
     before = square()
-    load_adapter(before, path)
+    ll.load_adapter(before, path)
     rewrite(path, config(**fields))
 
     def work() -> None:
-        load_adapter(model := square(), path)
+        ll.load_adapter(model := square(), path)
         assert all(torch.equal(model[name](torch.ones(8)), before[name](torch.ones(8))) for name in model)
         assert main(["inspect", str(path)]) == 0
 
@@ -154,8 +149,8 @@ def test_such_expressions_beside_a_file_of_peft_are_refused(tmp_path: Path, argu
     tensors = {f"base_model.model.{LONG}.lora_A.weight": torch.ones(2, 8)}
     tensors[f"base_model.model.{LONG}.lora_B.weight"] = torch.ones(8, 2)
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with refused(model := square(), AdapterFileError, "may take for ever: .* Name the layers"):
-        load_adapter(model, tmp_path)
+    with refused(model := square(), ll.AdapterFileError, "may take for ever: .* Name the layers"):
+        ll.load_adapter(model, tmp_path)
 
 
 def test_an_honest_expression_with_repeats_still_loads(tmp_path: Path) -> None:
@@ -163,9 +158,9 @@ def test_an_honest_expression_with_repeats_still_loads(tmp_path: Path) -> None:
     t = trainer(tmp_path, [lora(target_modules=expression, merge=False)], max_epochs=1)
     t.fit(model, data())
     t.save_checkpoint(tmp_path / "a.ckpt")
-    save_adapter(model, tmp_path / "a.safetensors")
+    ll.save_adapter(model, tmp_path / "a.safetensors")
     for name in ("a.ckpt", "a.safetensors"):
-        load_adapter(again := LitTiny(), tmp_path / name)
+        ll.load_adapter(again := LitTiny(), tmp_path / name)
         assert torch.equal(again.q_proj.lora_A, model.q_proj.lora_A) and not hasattr(again.v_proj, "lora_A")
     more = trainer(tmp_path, [lora(target_modules=expression, merge=False)], max_epochs=2)
     more.fit(LitTiny(), data(), ckpt_path=tmp_path / "a.ckpt")
@@ -238,12 +233,12 @@ def test_odd_tensors_of_other_libraries_are_refused(tmp_path: Path, make: Callab
             for name in held:
                 changed = {**held, name: make(held[name])}
                 torch.save({"model_state_dict": changed} if held is not tensors else changed, tmp_path / "a.bin")
-                with refused(model := square(), AdapterFileError, "no plain tensors"):
-                    load_adapter(model, tmp_path / "a.bin", **options)
+                with refused(model := square(), ll.AdapterFileError, "no plain tensors"):
+                    ll.load_adapter(model, tmp_path / "a.bin", **options)
         for name in (f"{Q}.lora_A", f"{Q}.weight")[: 1 if make is ODD["8 bits"] else 2]:  # a base may be converted
             torch.save({"model": {**fabric, name: make(fabric[name])}}, tmp_path / "a.ckpt")
             with unchanged(model := with_adapters(square(), r=2)), pytest.raises(LoRAError):
-                load_adapter(model, tmp_path / "a.ckpt")
+                ll.load_adapter(model, tmp_path / "a.ckpt")
 
     frugal(work)
 
@@ -278,7 +273,7 @@ def test_an_archive_without_its_end_is_not_read(tmp_path: Path) -> None:
         file.write(b"PK\5\6" + bytes(14))
 
     def work() -> None:
-        with refused(model := square(), AdapterFileError, "is damaged: its end"):
-            load_adapter(model, tmp_path / "a.bin", alpha=1)
+        with refused(model := square(), ll.AdapterFileError, "is damaged: its end"):
+            ll.load_adapter(model, tmp_path / "a.bin", alpha=1)
 
     frugal(work)

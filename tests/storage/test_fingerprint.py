@@ -9,19 +9,7 @@ import torch
 from lightning.pytorch import callbacks as bundled
 from torch import nn
 
-from lightning_lora import (
-    AdapterStateError,
-    BaseMismatchError,
-    LoRAConfig,
-    LoRAWarning,
-    disable_adapters,
-    inject_adapters,
-    load_adapter,
-    load_from_checkpoint,
-    remove_adapters,
-    save_adapter,
-    unmerge_adapters,
-)
+import lightning_lora as ll
 from tests.support.models import LitTiny, best, data, lora, needs_averaging, same, state, trainer
 from tests.support.storage import fitted, refused, restores, trained
 
@@ -31,37 +19,37 @@ def test_adapters_need_their_own_base(file: Path) -> None:
         model = LitTiny()
         with torch.no_grad():
             model.q_proj.weight.view(-1)[change] += 1e-6  # one element, hardly
-        with refused(model, BaseMismatchError, "q_proj.weight"):
-            load_adapter(model, file)
+        with refused(model, ll.BaseMismatchError, "q_proj.weight"):
+            ll.load_adapter(model, file)
     with refused(
-        model := LitTiny(width=6), BaseMismatchError, r"another architecture.* is \(4, 8\) there and \(4, 6\) here"
+        model := LitTiny(width=6), ll.BaseMismatchError, r"another architecture.* is \(4, 8\) there and \(4, 6\) here"
     ):
-        load_adapter(model, file)
+        ll.load_adapter(model, file)
 
 
 def test_file_says_the_base_that_lies_under_the_adapters_now(tmp_path: Path) -> None:
     model, other = trained(), LitTiny()
     with torch.no_grad():
         other.embed.weight.add_(1)
-    save_adapter(model, tmp_path / "before.safetensors")
-    with pytest.warns(LoRAWarning, match="stay as they are"):
+    ll.save_adapter(model, tmp_path / "before.safetensors")
+    with pytest.warns(ll.LoRAWarning, match="stay as they are"):
         model.load_state_dict(other.state_dict())
-    save_adapter(model, tmp_path / "after.safetensors")
-    load_adapter(other, tmp_path / "after.safetensors")
-    with pytest.raises(BaseMismatchError):
-        load_adapter(LitTiny(), tmp_path / "after.safetensors")
+    ll.save_adapter(model, tmp_path / "after.safetensors")
+    ll.load_adapter(other, tmp_path / "after.safetensors")
+    with pytest.raises(ll.BaseMismatchError):
+        ll.load_adapter(LitTiny(), tmp_path / "after.safetensors")
 
 
 @pytest.mark.parametrize("merge", ["last", False])
 def test_a_frozen_weight_that_changed_makes_another_base_until_it_is_back(tmp_path: Path, merge: Any) -> None:
     model = fitted(file := tmp_path / "a.ckpt", LitTiny(), lora(merge=merge))
-    load_adapter(model, file)
+    ll.load_adapter(model, file)
     trained = state(model)
     model.embed.weight.data.neg_()
-    with refused(model, BaseMismatchError, r"1 of 4 frozen tensors of LitTiny differ, such as 'embed.weight'"):
-        load_adapter(model, file)
+    with refused(model, ll.BaseMismatchError, r"1 of 4 frozen tensors of LitTiny differ, such as 'embed.weight'"):
+        ll.load_adapter(model, file)
     model.embed.weight.data.neg_()
-    load_adapter(model, file)
+    ll.load_adapter(model, file)
     assert same(state(model), trained)
 
 
@@ -70,14 +58,14 @@ X = torch.arange(20)
 
 def test_a_model_that_was_loaded_merged_remembers_nothing(tmp_path: Path) -> None:
     adapted = fitted(file := tmp_path / "a.ckpt")
-    merged = load_from_checkpoint(LitTiny, file, merge=True)
+    merged = ll.load_from_checkpoint(LitTiny, file, merge=True)
     torch.testing.assert_close(merged(X), adapted(X))
-    for verb in (unmerge_adapters, remove_adapters):
-        with pytest.raises(AdapterStateError, match="LitTiny has no adapters"):
+    for verb in (ll.unmerge_adapters, ll.remove_adapters):
+        with pytest.raises(ll.AdapterStateError, match="LitTiny has no adapters"):
             verb(merged)
     assert all(p.requires_grad for p in merged.parameters())
-    with pytest.raises(BaseMismatchError, match="merged is another base"):
-        load_adapter(merged, file)
+    with pytest.raises(ll.BaseMismatchError, match="merged is another base"):
+        ll.load_adapter(merged, file)
 
 
 class Drifts(LitTiny):
@@ -98,9 +86,9 @@ def drifted(folder: Path) -> tuple[Drifts, list[Path]]:
 def test_files_of_a_run_that_changed_its_base_load_in_any_order(tmp_path: Path) -> None:
     model, (first, second) = drifted(tmp_path)
     for file in (first, second, second, first):
-        load_adapter(model, file)
+        ll.load_adapter(model, file)
         fresh = restores(file, model)
-    load_adapter(fresh, second)
+    ll.load_adapter(fresh, second)
     restores(second, fresh)
 
 
@@ -116,11 +104,11 @@ def test_a_changed_base_that_is_loaded_anew_takes_all_adapters_of_its_run(tmp_pa
     model, saves = DriftsLate(), best(tmp_path / "late", monitor=None, save_top_k=-1, filename="{epoch}")
     trainer(tmp_path, [lora(merge=False), saves]).fit(model, data())
     for file in (tmp_path / "late" / "epoch=0.ckpt", tmp_path / "late" / "epoch=1.ckpt"):
-        with pytest.warns(LoRAWarning, match="stay as they are"):
+        with pytest.warns(ll.LoRAWarning, match="stay as they are"):
             model.load_state_dict(LitTiny().state_dict())
-        load_adapter(model, file)
+        ll.load_adapter(model, file)
         restores(file, model)
-    remove_adapters(model)
+    ll.remove_adapters(model)
     assert same(state(model), state(LitTiny()))
 
 
@@ -128,8 +116,8 @@ def test_a_base_that_was_changed_in_a_run_and_again_after_it_is_another(tmp_path
     model, (_, second) = drifted(tmp_path)
     with torch.no_grad():
         model.embed.weight.mul_(0.9)
-    with pytest.raises(BaseMismatchError, match=r"'embed.weight'"):
-        load_adapter(model, second)
+    with pytest.raises(ll.BaseMismatchError, match=r"'embed.weight'"):
+        ll.load_adapter(model, second)
 
 
 def test_a_model_that_was_converted_after_its_fit_stores_the_base_it_is_now(tmp_path: Path) -> None:
@@ -146,13 +134,13 @@ def test_the_form_that_a_trainer_converted_is_the_one_that_is_compared(tmp_path:
     other = LitTiny().bfloat16()
     with torch.no_grad():
         other.embed.weight.neg_()
-    with pytest.raises(BaseMismatchError, match=r"another base: 1 of 4 .* such as 'embed.weight'"):
-        load_adapter(other, tmp_path / "half.ckpt")
+    with pytest.raises(ll.BaseMismatchError, match=r"another base: 1 of 4 .* such as 'embed.weight'"):
+        ll.load_adapter(other, tmp_path / "half.ckpt")
     for same_base in (LitTiny(), LitTiny().bfloat16()):
-        load_adapter(same_base, tmp_path / "half.ckpt")
+        ll.load_adapter(same_base, tmp_path / "half.ckpt")
     for converted in (LitTiny().bfloat16().half(), LitTiny().double()):
-        with pytest.warns(LoRAWarning, match="It is the same base, converted"):
-            load_adapter(converted, tmp_path / "half.ckpt")
+        with pytest.warns(ll.LoRAWarning, match="It is the same base, converted"):
+            ll.load_adapter(converted, tmp_path / "half.ckpt")
 
 
 @needs_averaging
@@ -168,9 +156,9 @@ def test_a_full_checkpoint_of_an_average_is_the_base_of_a_fine_tune(tmp_path: Pa
     model, t = LitTiny(), trainer(tmp_path, [lora(merge=False), *companions], max_epochs=1, enable_checkpointing=False)
     t.fit(model, data(), ckpt_path=tmp_path / "full.ckpt")
     assert t.global_step == 4  # a run of its own, from the start
-    with disable_adapters(model):
+    with ll.disable_adapters(model):
         assert all(torch.equal(model.state_dict()[name], value) for name, value in average.items())
-    save_adapter(model, tmp_path / "lora.safetensors")
+    ll.save_adapter(model, tmp_path / "lora.safetensors")
     base = LitTiny()
     base.load_state_dict(average)
     restores(tmp_path / "lora.safetensors", model, base)
@@ -194,8 +182,8 @@ class Masked(nn.Module):
 @pytest.mark.parametrize("frozen", [True, False])
 def test_sparse_values_at_other_places_are_another_base(tmp_path: Path, frozen: bool) -> None:
     model = Masked([[0, 1], [0, 1]], frozen=frozen)
-    inject_adapters(model, LoRAConfig(r=2, target_modules=["linear"]))
-    save_adapter(model, tmp_path / "a.safetensors")
-    load_adapter(Masked([[0, 1], [0, 1]], frozen=frozen), tmp_path / "a.safetensors")
-    with pytest.raises(BaseMismatchError, match=r"differ, such as 'mask'"):
-        load_adapter(Masked([[0, 1], [1, 0]], frozen=frozen), tmp_path / "a.safetensors")
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["linear"]))
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    ll.load_adapter(Masked([[0, 1], [0, 1]], frozen=frozen), tmp_path / "a.safetensors")
+    with pytest.raises(ll.BaseMismatchError, match=r"differ, such as 'mask'"):
+        ll.load_adapter(Masked([[0, 1], [1, 0]], frozen=frozen), tmp_path / "a.safetensors")

@@ -15,7 +15,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora import LoRACallback
 from tests.support.models import LitTiny, data, state, trainer
@@ -60,13 +60,6 @@ class Wide(LitTiny):
         self.double = lambda x: 2 * x
 
 
-class Shares(LitTiny):
-    """A module that gets the full batch in every process and takes its own share."""
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return self.loss([part[self.global_rank :: self.trainer.world_size] for part in batch])
-
-
 def main(*argv: str) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -80,27 +73,14 @@ def main(*argv: str) -> None:
     arguments = parser.parse_args(argv or None)
 
     L.seed_everything(7, verbose=False)
-    shares = arguments.module == "Shares"
-    model = {module.__name__: module for module in (LitTiny, Tied, Shares, Wide)}[arguments.module]()
+    model = {module.__name__: module for module in (LitTiny, Tied, Wide)}[arguments.module]()
     checkpoint = ModelCheckpoint(arguments.folder, monitor="val_loss", filename="{epoch}", save_top_k=-1)
     merge: Any = False if arguments.merge == "none" else arguments.merge
-    dropout = 0.3 if keeps_random and not shares else 0.0  # in two processes it differs from that in one
-    callbacks: list[L.Callback] = [
-        LoRACallback(r=2, modules_to_save=["head"], merge=merge, dropout=dropout),
-        checkpoint,
-        LeaveTheGroup(),
-    ]
-    if arguments.kill_at:
-        callbacks.append(KillAt(arguments.kill_at))
+    dropout = 0.3 if keeps_random else 0.0
+    adapters = LoRACallback(r=2, modules_to_save=["head"], merge=merge, dropout=dropout)
+    callbacks = [adapters, checkpoint, LeaveTheGroup(), *([KillAt(arguments.kill_at)] if arguments.kill_at else [])]
     strategy = "auto" if arguments.strategy == "single" else arguments.strategy
-    t = trainer(
-        arguments.folder,
-        callbacks,
-        strategy=strategy,
-        devices=arguments.devices,
-        max_epochs=4,
-        use_distributed_sampler=not shares,
-    )
+    t = trainer(arguments.folder, callbacks, strategy=strategy, devices=arguments.devices, max_epochs=4)
     resume = max(arguments.folder.glob("epoch=*.ckpt"), key=lambda path: path.name) if arguments.resume else None
     t.fit(model, data(), data(), ckpt_path=resume)
 

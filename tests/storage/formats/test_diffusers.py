@@ -13,17 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_lora import (
-    AdapterFileError,
-    AdapterMismatchError,
-    ConfigError,
-    ExportError,
-    LoRAConfig,
-    LoRAWarning,
-    export_peft,
-    load_adapter,
-    save_adapter,
-)
+import lightning_lora as ll
 from lightning_lora.cli.main import main
 from tests.support.models import TinyLM
 from tests.support.peft_export import check_equal, read, trained
@@ -120,12 +110,12 @@ def test_a_pipeline_computes_the_same(
     build: Callable[[], Any], name: str, config: dict[str, Any], tmp_path: Path
 ) -> None:
     """A pipeline without the header, as one of diffusers before 0.34, too."""
-    base, model = build(), trained(build(), LoRAConfig(r=2, **config), scale=0.1)
+    base, model = build(), trained(build(), ll.LoRAConfig(r=2, **config), scale=0.1)
     here = run(model)
     assert (here - run(base)).norm() > 1e-3 * here.norm()
-    export_peft(model, tmp_path, uniform=name == "transformer", format="diffusers")
+    ll.export_peft(model, tmp_path, uniform=name == "transformer", format="diffusers")
     assert [path.name for path in tmp_path.iterdir()] == [WEIGHTS]
-    load_adapter(base, tmp_path)
+    ll.load_adapter(base, tmp_path)
     check_equal(run(base), here)
     if name != "text_encoder":
         part = build()
@@ -139,14 +129,14 @@ def test_a_pipeline_computes_the_same(
 
 def test_a_file_says_its_part_by_the_name_in_its_module(tmp_path: Path) -> None:
     base, path = unet(), tmp_path / "adapter.safetensors"
-    module = trained(nn.ModuleDict({"unet": base}), LoRAConfig(r=2, alpha=3, target_modules=["to_q"]), scale=0.1)
-    save_adapter(module, path)
+    module = trained(nn.ModuleDict({"unet": base}), ll.LoRAConfig(r=2, alpha=3, target_modules=["to_q"]), scale=0.1)
+    ll.save_adapter(module, path)
     assert main(["export", str(path), str(tmp_path / "out"), "--root", "unet", "--format", "diffusers"]) == 0
     pipeline(base).load_lora_weights(tmp_path / "out")
     check_equal(run(base), run(module["unet"]))
-    save_adapter(trained(unet(), LoRAConfig(target_modules=["to_q"])), path)
-    with pytest.raises(ExportError, match=r"not known.*load it onto its model"):
-        export_peft(path, tmp_path / "none", format="diffusers")
+    ll.save_adapter(trained(unet(), ll.LoRAConfig(target_modules=["to_q"])), path)
+    with pytest.raises(ll.ExportError, match=r"not known.*load it onto its model"):
+        ll.export_peft(path, tmp_path / "none", format="diffusers")
 
 
 @pytest.mark.parametrize(
@@ -160,17 +150,17 @@ def test_a_file_says_its_part_by_the_name_in_its_module(tmp_path: Path) -> None:
 def test_what_a_pipeline_cannot_hold(
     build: Callable[[], Any], config: dict[str, Any], says: str, tmp_path: Path
 ) -> None:
-    model = trained(build(), LoRAConfig(**{"target_modules": ["to_q"], **config}))
-    with pytest.raises(ExportError, match=says):
-        export_peft(model, tmp_path / "out", format="diffusers")
-    with pytest.raises(ConfigError, match="format='kohya' is not known"):
-        export_peft(model, tmp_path / "out", format="kohya")  # type: ignore[arg-type]
+    model = trained(build(), ll.LoRAConfig(**{"target_modules": ["to_q"], **config}))
+    with pytest.raises(ll.ExportError, match=says):
+        ll.export_peft(model, tmp_path / "out", format="diffusers")
+    with pytest.raises(ll.ConfigError, match="format='kohya' is not known"):
+        ll.export_peft(model, tmp_path / "out", format="kohya")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 
 def test_peft_s_folder_says_its_scaling_to_diffusers(tmp_path: Path) -> None:
-    model, part = trained(unet(), LoRAConfig(r=2, alpha=8, target_modules=["to_q"]), scale=0.1), unet()
-    export_peft(model, tmp_path)
+    model, part = trained(unet(), ll.LoRAConfig(r=2, alpha=8, target_modules=["to_q"]), scale=0.1), unet()
+    ll.export_peft(model, tmp_path)
     part.load_lora_adapter(tmp_path, prefix="base_model.model", use_safetensors=True)
     check_equal(run(part), run(model))
 
@@ -211,19 +201,19 @@ def test_files_that_diffusers_wrote(config: dict[str, Any], tmp_path: Path) -> N
     save(tmp_path / "pipeline", unet_lora_layers=tensors, unet_lora_adapter_metadata=settings)
     for path in (tmp_path / "part", tmp_path / "pipeline", tmp_path / "pipeline" / WEIGHTS):
         model = unet()
-        load_adapter(model, path)
+        ll.load_adapter(model, path)
         check_equal(run(model), run(part))
         assert (run(unet()) - run(part)).norm() > 1e-3 * run(part).norm()
 
 
 @pytest.mark.parametrize("ends", [(".lora_A.", ".lora_B."), (".lora.down.", ".lora.up.")])
 def test_a_file_without_a_header_is_read_as_diffusers_reads_it(ends: tuple[str, str], tmp_path: Path) -> None:
-    model, part, again = trained(unet(), LoRAConfig(r=2, target_modules=["to_q", "to_v"])), unet(), unet()
-    export_peft(model, tmp_path, format="diffusers")
+    model, part, again = trained(unet(), ll.LoRAConfig(r=2, target_modules=["to_q", "to_v"])), unet(), unet()
+    ll.export_peft(model, tmp_path, format="diffusers")
     changed(tmp_path, lambda name: name.replace(".lora_A.", ends[0]).replace(".lora_B.", ends[1]))
     pipeline(part).load_lora_weights(tmp_path)
-    with pytest.warns(LoRAWarning, match="does not say with which lora_alpha"):
-        load_adapter(again, tmp_path)
+    with pytest.warns(ll.LoRAWarning, match="does not say with which lora_alpha"):
+        ll.load_adapter(again, tmp_path)
     check_equal(run(again), run(part))
 
 
@@ -241,16 +231,16 @@ def test_each_model_gets_its_part_of_a_file(tmp_path: Path) -> None:
     save(tmp_path, **given)
     for build, other in ((unet, "text_encoder"), (text_encoder, "unet")):
         model = build()
-        with pytest.warns(LoRAWarning, match=f"also holds adapters of '{other}'"):
-            load_adapter(model, tmp_path)
+        with pytest.warns(ll.LoRAWarning, match=f"also holds adapters of '{other}'"):
+            ll.load_adapter(model, tmp_path)
         check_equal(run(model), run(models[build.__name__]))
-    with pytest.raises(AdapterMismatchError, match="several parts of a pipeline: 'text_encoder', 'unet'"):
-        load_adapter(TinyLM(), tmp_path)
+    with pytest.raises(ll.AdapterMismatchError, match="several parts of a pipeline: 'text_encoder', 'unet'"):
+        ll.load_adapter(TinyLM(), tmp_path)
 
 
 @pytest.mark.parametrize("header", ["{", "[]", json.dumps({"unet.peft_type": "LOKR"}), json.dumps({"unet.r": "two"})])
 def test_a_header_that_says_something_else(header: str, tmp_path: Path) -> None:
-    export_peft(trained(unet(), LoRAConfig(target_modules=["to_q"])), tmp_path, format="diffusers")
+    ll.export_peft(trained(unet(), ll.LoRAConfig(target_modules=["to_q"])), tmp_path, format="diffusers")
     save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, {METADATA: header})
-    with pytest.raises(AdapterFileError, match=WEIGHTS):
-        load_adapter(unet(), tmp_path)
+    with pytest.raises(ll.AdapterFileError, match=WEIGHTS):
+        ll.load_adapter(unet(), tmp_path)

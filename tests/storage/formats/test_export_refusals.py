@@ -16,18 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_lora import (
-    AdapterFileError,
-    AdapterStateError,
-    ConfigError,
-    ExportError,
-    LoRAConfig,
-    export_peft,
-    inject_adapters,
-    load_adapter,
-    register_adapter,
-    save_adapter,
-)
+import lightning_lora as ll
 from lightning_lora.layers import ADAPTERS
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.model.view import View
@@ -36,10 +25,10 @@ from tests.support.models import LitTiny, TinyLM, same, state
 from tests.support.peft_export import read, trained
 
 
-def check_refused(source: Any, folder: Path, match: str, error: type[Exception] = ExportError, **how: Any) -> None:
+def check_refused(source: Any, folder: Path, match: str, error: type[Exception] = ll.ExportError, **how: Any) -> None:
     """Expect an error, and no directory."""
     with pytest.raises(error, match=match):
-        export_peft(source, folder / "peft", **how)
+        ll.export_peft(source, folder / "peft", **how)
     assert not (folder / "peft").exists()
 
 
@@ -93,10 +82,10 @@ def test_what_peft_lacks_or_computes_otherwise(
     layer: nn.Module, config: dict[str, Any], match: str, tmp_path: Path
 ) -> None:
     base = nn.ModuleDict({"layer": layer, "other": nn.Linear(4, 4)})
-    model = trained(base, LoRAConfig(**{"r": 2, "target_modules": "all", **config}))
+    model = trained(base, ll.LoRAConfig(**{"r": 2, "target_modules": "all", **config}))
     check_refused(model, tmp_path, match)
     if not isinstance(layer, Counting):
-        save_adapter(model, tmp_path / "adapter.safetensors")
+        ll.save_adapter(model, tmp_path / "adapter.safetensors")
         check_refused(tmp_path / "adapter.safetensors", tmp_path, match)
 
 
@@ -121,71 +110,71 @@ def test_what_a_user_has_registered(
     for known, its_class in ((LoRALinear, Own), (LoRAOwn, nn.Linear)):
         monkeypatch.setattr(known, "lora_layer_types", (nn.Linear,))
         monkeypatch.setitem(ADAPTERS, its_class, LoRALinear)
-    register_adapter(layer_class, adapter_class)
-    model = trained(nn.Sequential(Own() if layer_class is Own else nn.Linear(4, 4)), LoRAConfig(r=2))
-    save_adapter(model, tmp_path / "adapter.safetensors")
+    ll.register_adapter(layer_class, adapter_class)
+    model = trained(nn.Sequential(Own() if layer_class is Own else nn.Linear(4, 4)), ll.LoRAConfig(r=2))
+    ll.save_adapter(model, tmp_path / "adapter.safetensors")
     for source in (model, tmp_path / "adapter.safetensors"):
         check_refused(source, tmp_path, f"'0': PEFT has no counterpart for .*{layer_class.__name__}.*merge_adapters")
 
 
 def test_names_in_modules_to_save_that_peft_reads_otherwise(tmp_path: Path) -> None:
     base = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("fc", "out_fc", "q")})
-    model = trained(base, LoRAConfig(r=2, target_modules=["q"], modules_to_save=["fc"]))
+    model = trained(base, ll.LoRAConfig(r=2, target_modules=["q"], modules_to_save=["fc"]))
     check_refused(model, tmp_path, "'fc', and PEFT would also save 'out_fc'")
-    model = trained(TinyLM(), LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model = trained(TinyLM(), ll.LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     check_refused(model, tmp_path, "no place for 'embed.weight'.*tied")
 
 
 def test_values_that_peft_cannot_hold(tmp_path: Path) -> None:
     base = nn.ModuleDict({"q": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)})
-    model = trained(base, LoRAConfig(r=2))
+    model = trained(base, ll.LoRAConfig(r=2))
     with torch.no_grad():
         model.norm.running_mean.add_(1)
     check_refused(model, tmp_path, "no place for 'norm.running_mean'")
-    model = trained(base, LoRAConfig(r=2))
+    model = trained(base, ll.LoRAConfig(r=2))
     View(model).record.adapter.originals["norm.weight"] = base.norm.weight.detach() + 1  # as after a load
     check_refused(model, tmp_path, "no place for 'norm.weight'.*frozen weights that changed")
-    model = trained(base, LoRAConfig(r=2, use_dora=True))
+    model = trained(base, ll.LoRAConfig(r=2, use_dora=True))
     with torch.no_grad():
         View(model).adapters["q.lora_magnitude"][1] = 0
     check_refused(model, tmp_path, "'q': .*magnitude is zero")
     with torch.no_grad():
         View(model).adapters["q.lora_A"][0, 0] = torch.nan
         View(model).adapters["q.lora_magnitude"][1] = 1
-    check_refused(model, tmp_path, "'q.lora_A' in ModuleDict hold NaN", AdapterFileError)
+    check_refused(model, tmp_path, "'q.lora_A' in ModuleDict hold NaN", ll.AdapterFileError)
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 4))
-    inject_adapters(model, LoRAConfig(r=2))
-    check_refused(model, tmp_path, "meta device", AdapterStateError)
+    ll.inject_adapters(model, ll.LoRAConfig(r=2))
+    check_refused(model, tmp_path, "meta device", ll.AdapterStateError)
 
 
 def test_the_root_itself(tmp_path: Path) -> None:
     base = nn.Sequential(nn.Linear(4, 4))
-    model = trained(base, LoRAConfig(r=2))
+    model = trained(base, ll.LoRAConfig(r=2))
     check_refused(model, tmp_path, "not the module itself", root="0")
-    check_refused(model, tmp_path, r"root='1' holds no adapted layer", ConfigError, root="1")
-    check_refused(3, tmp_path, "Expected a path", AdapterFileError)
-    check_refused(base, tmp_path, "has no adapters", AdapterStateError)
+    check_refused(model, tmp_path, r"root='1' holds no adapted layer", ll.ConfigError, root="1")
+    check_refused(3, tmp_path, "Expected a path", ll.AdapterFileError)
+    check_refused(base, tmp_path, "has no adapters", ll.AdapterStateError)
 
 
 def test_files_that_say_too_little(tmp_path: Path) -> None:
     base = nn.ModuleDict({"q": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)})
-    inject_adapters(base, LoRAConfig(r=2, modules_to_save=["norm"]))
-    save_adapter(base, tmp_path / "fresh.safetensors")
+    ll.inject_adapters(base, ll.LoRAConfig(r=2, modules_to_save=["norm"]))
+    ll.save_adapter(base, tmp_path / "fresh.safetensors")
     check_refused(tmp_path / "fresh.safetensors", tmp_path, "does not hold 'norm.running_mean'.*export the model")
     check_refused(tmp_path / "none.safetensors", tmp_path, "none.safetensors", FileNotFoundError)
-    export_peft(base, tmp_path / "peft")
+    ll.export_peft(base, tmp_path / "peft")
 
 
 # Writing
 
 
 def test_other_files_stay_and_a_model_does_not_change(tmp_path: Path) -> None:
-    model, other = trained(LitTiny(), LoRAConfig(r=2)), trained(LitTiny(), LoRAConfig(r=3))
+    model, other = trained(LitTiny(), ll.LoRAConfig(r=2)), trained(LitTiny(), ll.LoRAConfig(r=3))
     before = state(model)
     (tmp_path / "README.md").write_text("a card")
-    export_peft(model, tmp_path)
-    export_peft(other, tmp_path)
+    ll.export_peft(model, tmp_path)
+    ll.export_peft(other, tmp_path)
     assert same(state(model), before) and (tmp_path / "README.md").read_text() == "a card"
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 3
     names = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
@@ -199,11 +188,11 @@ def test_both_files_are_written_or_none(
     failing: str, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reader never finds weights with the configuration of others."""
-    first = trained(LitTiny(), LoRAConfig(r=2, alpha=3))
-    second = trained(LitTiny(), LoRAConfig(r=2, alpha=30), scale=0.7)
-    export_peft(first, tmp_path / "old")
+    first = trained(LitTiny(), ll.LoRAConfig(r=2, alpha=3))
+    second = trained(LitTiny(), ll.LoRAConfig(r=2, alpha=30), scale=0.7)
+    ll.export_peft(first, tmp_path / "old")
     pairs = [_pair(tmp_path / "old")]
-    export_peft(second, tmp_path / "new")
+    ll.export_peft(second, tmp_path / "new")
     pairs.append(_pair(tmp_path / "new"))
     own, calls = getattr(Path, failing), []
 
@@ -218,8 +207,8 @@ def test_both_files_are_written_or_none(
         with monkeypatch.context() as context:
             context.setattr(Path, failing, fail)
             try:
-                export_peft(second, tmp_path / directory)
-            except AdapterFileError:
+                ll.export_peft(second, tmp_path / directory)
+            except ll.AdapterFileError:
                 assert directory == "old" or not (tmp_path / "fresh" / "adapter_config.json").exists()
         held = _pair(tmp_path / directory)
         may_lack = directory == "fresh" or (failing, call) == ("replace", 2)  # after the weights, which have it inside
@@ -237,23 +226,23 @@ def test_a_killed_export_loses_nothing(writer: str, alpha: float, tmp_path: Path
     """Whatever is there loads as the old or as the new version, and PEFT never reads anything else."""
     base, folder = TinyLM(tied=False), tmp_path / "peft"
     old, new = (
-        trained(base, LoRAConfig(r=2, alpha=a, target_modules=["q_proj"]), scale)
+        trained(base, ll.LoRAConfig(r=2, alpha=a, target_modules=["q_proj"]), scale)
         for a, scale in ((3, 0.3), (alpha, 0.5))
     )
     runs = [here(model) for model in (old, new)]
     for step in range(1, 99):
-        export_peft(old, folder)
+        ll.export_peft(old, folder)
         if writer == "peft":  # its files have no configuration in their header
             tensors = load_file(folder / "adapter_model.safetensors")
             save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-        is_done = fork(partial(killed, step, partial(export_peft, new, folder))) == 0
+        is_done = fork(partial(killed, step, partial(ll.export_peft, new, folder))) == 0
         found = [here(loaded(base, folder))]
         with suppress(ValueError):  # it finds no configuration
             found.append(here(read(base, folder)))
         assert len(found) == 2 or alpha == 30  # nothing is in the way where the configuration stays
         for each in found:
             assert any(torch.allclose(each, run) for run in runs)
-        export_peft(new, folder)
+        ll.export_peft(new, folder)
         assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
         assert torch.allclose(here(read(base, folder)), runs[1])
         if is_done:
@@ -286,18 +275,18 @@ def here(model: Any) -> Tensor:
 
 def loaded(base: nn.Module, folder: Path) -> nn.Module:
     model = deepcopy(base)
-    load_adapter(model, folder)
+    ll.load_adapter(model, folder)
     return model
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
-    model = trained(LitTiny(), LoRAConfig(r=2))
+    model = trained(LitTiny(), ll.LoRAConfig(r=2))
     (tmp_path / "file").write_text("")
-    with pytest.raises(AdapterFileError, match="is a file"):
-        export_peft(model, tmp_path / "file")
+    with pytest.raises(ll.AdapterFileError, match="is a file"):
+        ll.export_peft(model, tmp_path / "file")
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        export_peft(model, tmp_path / "none" / "peft")
+        ll.export_peft(model, tmp_path / "none" / "peft")
     (tmp_path / "odd" / "adapter_model.safetensors").mkdir(parents=True)
-    with pytest.raises(AdapterFileError, match="is not a file"):
-        export_peft(model, tmp_path / "odd")
+    with pytest.raises(ll.AdapterFileError, match="is not a file"):
+        ll.export_peft(model, tmp_path / "odd")
     assert not (tmp_path / "odd" / "adapter_config.json").exists()
