@@ -167,15 +167,15 @@ def test_peft_s_folder_says_its_scaling_to_diffusers(tmp_path: Path) -> None:
 
 def test_two_formats_in_one_folder_keep_their_own_configuration(tmp_path: Path) -> None:
     """The one beside the weights is PEFT's, which may have been edited."""
-    config = LoRAConfig(r=2, alpha=8, target_modules=["to_q"])
+    config = ll.LoRAConfig(r=2, alpha=8, target_modules=["to_q"])
     one, other, base = trained(unet(), config, scale=0.1), trained(unet(), config, scale=0.2), unet()
-    export_peft(one, tmp_path, format="diffusers")
-    export_peft(other, tmp_path)
-    load_adapter(base, tmp_path / WEIGHTS)
+    ll.export_peft(one, tmp_path, format="diffusers")
+    ll.export_peft(other, tmp_path)
+    ll.load_adapter(base, tmp_path / WEIGHTS)
     check_equal(run(base), run(one))
     path, base = tmp_path / "adapter_config.json", unet()
     path.write_text(path.read_text().replace('"lora_alpha": 8', '"lora_alpha": 4'))
-    load_adapter(base, tmp_path)
+    ll.load_adapter(base, tmp_path)
     check_equal(run(base), run(read(unet(), tmp_path).get_base_model()))
     assert (run(base) - run(other)).norm() > 1e-3 * run(base).norm()
 
