@@ -297,7 +297,7 @@ class LoRACallback(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the stored random states until training starts."""
-        self._stage.resumed = {name: checkpoint.get(name) for name in (RANDOM, "loops")}
+        self._stage.resumed = {RANDOM: checkpoint.get(RANDOM), "loops": checkpoint.get("loops")}
 
 
 def _join_other_package() -> None:

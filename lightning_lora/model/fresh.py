@@ -141,7 +141,7 @@ def _as_modules(view: View, fresh: Mapping[str, Weights]) -> list[str]:
         held.setdefault(owner_of(name), []).append(parameter)
     trained = set(map(id, view.trained.values()))
     norms = {name for name, own in held.items() if all(_is_blank(p) and id(p) not in trained for p in own)}
-    known = {outer for name in held if name not in fresh and name not in norms for outer in starts_of(name)}
+    known = set[str]().union(*map(starts_of, held.keys() - fresh.keys() - norms))
     found = []
     for name in fresh:
         beside = sorted(norm for norm in norms if owner_of(norm) == owner_of(name))

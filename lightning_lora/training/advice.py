@@ -72,8 +72,8 @@ def left_trainable(view: View) -> list[str]:
     by_user = view.frozen_by_user
     if 2 * _size(view, by_user) <= _size(view, view.base):
         return []
-    busy = {outer for name in [*view.adapted_weights, *view.trained] for outer in starts_of(name)}
-    closed = {outer for name in by_user for outer in starts_of(name)}
+    busy = set[str]().union(*map(starts_of, [*view.adapted_weights, *view.trained]))
+    closed = set[str]().union(*map(starts_of, by_user))
     found = []
     for name, flag in view.record.requires_grad.items():
         if flag and name in view.base and name not in view.trained:

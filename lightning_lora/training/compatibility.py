@@ -84,7 +84,7 @@ def wants_summary(trainer: Trainer) -> bool:
 
 def loads_in_hooks(pl_module: LightningModule) -> bool:
     """Whether the module has hooks that may load weights. They would load the base's weights over merged ones."""
-    hooks = [getattr(type(pl_module), name) for name in ("setup", "configure_model")]
+    hooks = (type(pl_module).setup, type(pl_module).configure_model)
     return any(not hook.__module__.startswith(("lightning.", "pytorch_lightning.")) for hook in hooks)
 
 
