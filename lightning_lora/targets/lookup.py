@@ -3,14 +3,12 @@
 import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
-from functools import cached_property
 
 from torch import nn
 
 from lightning_lora.errors import TargetError, listed
 from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for
-from lightning_lora.targets.read import is_only_read
-from lightning_lora.tensors.names import named_modules, own_parameter, parameters_of, plain_module
+from lightning_lora.tensors.names import named_modules, own_parameter, parameters_of
 
 AUTOMATIC = ("all-linear", "all")
 """The keywords that ``target_modules`` accepts, besides regular expressions and lists."""
@@ -29,17 +27,6 @@ class Names:
         modules = named_modules(model, remove_duplicate=False)
         self.parameters = parameters_of(modules)
         self.modules = {name: module for name, module in modules.items() if name}
-
-    @cached_property
-    def only_read(self) -> set[nn.Module]:
-        """The layers that are never called, under any of their names: other code computes with their weight."""
-        read, called = set[nn.Module](), set[nn.Module]()
-        for name, module in self.modules.items():
-            outer, _, leaf = name.rpartition(".")
-            holder = self.modules.get(outer, plain_module(self.model))
-            is_read = is_only_read(holder, leaf) and not isinstance(module, LoRALayer)
-            (read if is_read else called).add(module)
-        return read - called
 
     def find(self, argument: str, pattern: object) -> list[str]:
         """Return every name that the pattern of an argument matches: an expression for full names, or a list of names.
@@ -157,11 +144,6 @@ def why_not(names: Names, name: str, layer: nn.Module) -> str | None:
             f"its nn.MultiheadAttention reads the weight and never calls the layer: name {outer!r}, with "
             f"target_slices={{{outer!r}: ['out']}} if nothing else of it is to be adapted"
         )
-    if layer in names.only_read:
-        what = "computes with the weight and never calls the layer, so an adapter would do nothing"
-        if not outer:
-            return f"{names.title} {what}: move both into a module"
-        return f"its {type(names.modules[outer]).__name__} {what}: name {name + '.weight'!r} in target_parameters"
     replaced = [method for method in kind.lora_methods if method in vars(layer)]
     if replaced:
         return f"its {replaced[0]} is replaced on the instance, which would bypass the adapter"

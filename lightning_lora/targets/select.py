@@ -64,15 +64,16 @@ def _targets(names: Names, config: LoRAConfig) -> dict[str, nn.Module]:
         found = {name: names.modules[name] for name in names.find("target_modules", targets)}
     if not isinstance(targets, str):
         return found
-    # an expression leaves out containers and norms, a word what no adapter can change: unless there is nothing else
-    fit = {name: layer for name, layer in found.items() if adapter_for(layer)}
-    if targets in AUTOMATIC:
-        fit = {name: layer for name, layer in fit.items() if not is_computed(layer) and layer not in names.only_read}
+    # a word leaves out computed weights, an expression containers and norms: unless there is nothing else
+    is_automatic = targets in AUTOMATIC
+    fit = {
+        name: layer for name, layer in found.items() if adapter_for(layer) and not (is_automatic and is_computed(layer))
+    }
     return fit or found
 
 
 def automatic_targets(names: Names, word: str) -> dict[str, nn.Module]:
-    """Return the layers that ``"all-linear"`` or ``"all"`` means, with those that no adapter can change."""
+    """Return the layers that ``"all-linear"`` or ``"all"`` means, with those whose weight is computed."""
     left_out = _output_heads(names) if word == "all-linear" else set[object]()
     for module in names.modules.values():
         if is_attention(module):

@@ -121,7 +121,7 @@ def _size(view: View, names: Iterable[str]) -> int:
 
 
 def _warn_of_computed(view: View) -> None:
-    """Name layers that ``"all"`` and ``"all-linear"`` leave out: their weight is computed, or they are never called."""
+    """Name layers that ``"all"`` and ``"all-linear"`` leave out because their weight is computed."""
     if view.config.target_modules not in AUTOMATIC:
         return
     names = Names(view.model)
@@ -129,20 +129,9 @@ def _warn_of_computed(view: View) -> None:
     by_user = {
         *names.find("exclude_modules", view.config.exclude_modules),
         *names.find("modules_to_save", view.config.modules_to_save),
-        *map(owner_of, names.find("target_parameters", view.config.target_parameters)),
     }
-    layers = names.first_names({layer for layer in meant if is_computed(layer) or layer in names.only_read})
-    left, read = list[str](), list[str]()
-    for name, layer in layers.items():
-        if by_user.isdisjoint(starts_of(name)):
-            (left if is_computed(layer) else read).append(name)
-    if read:
-        ends = list(dict.fromkeys(f"{name.rpartition('.')[2]}.weight" for name in read))
-        _warn(
-            f"No adapter for {listed(read)} of {type(view.model).__name__}, because the module around each computes "
-            f"with its weight and never calls the layer. To adapt the weight there: target_parameters={ends}."
-        )
-    if left:
+    layers = names.first_names({layer for layer in meant if is_computed(layer)})
+    if left := [name for name in layers if by_user.isdisjoint(starts_of(name))]:
         _warn(
             f"No adapter for {listed(left)} of {type(view.model).__name__}, because the weight is {COMPUTED}: no "
             "update could be merged into it, and it stays frozen. To adapt it, undo that first. To train it in full: "

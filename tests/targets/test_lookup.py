@@ -92,44 +92,6 @@ def test_mistake_is_named_and_changes_nothing(
     assert is_plain(model)
 
 
-class Reader(nn.Module):
-    """Linear layers of which the weight is read, and some are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.read, self.helped, self.called, self.fused = (nn.Linear(4, 4) for _ in range(4))
-        self.typed, self.listed = nn.Linear(4, 4), nn.Linear(4, 4)
-        nn.init.zeros_(self.typed.weight)
-
-    def forward(self, x: Any) -> Any:
-        x = self.called(x) @ self.called.weight + self.help(x.to(self.typed.weight.dtype)) @ self.read.weight.T
-        for layer in (self.listed,):
-            x = layer(x) * self.listed.weight.sum()
-        return x
-
-    def help(self, x: Any) -> Any:
-        return nn.functional.linear(x, self.helped.weight, self.helped.bias)
-
-    def fuse(self) -> Any:  # other code calls the layer
-        return self.fused.weight.data
-
-
-def test_a_layer_that_is_read_and_never_called_is_left_out_or_refused() -> None:
-    model = nn.Sequential(Reader())
-    with (
-        unchanged(model),
-        pytest.raises(TargetError, match=r"'0\.read': its Reader computes.*name '0\.read\.weight' in"),
-    ):
-        adapted(model, target_modules=["read", "called"])
-    with pytest.raises(TargetError, match=r"'read': Reader computes with the weight.*: move both into a module"):
-        adapted(Reader(), target_modules=["read"])
-    assert adapted(model) == tuple(f"0.{name}" for name in ("called", "fused", "typed", "listed"))
-    assert adapted(nn.Sequential(Reader()), target_modules=["called"], target_parameters=["read.weight"])
-    model = nn.Sequential(Reader(), nn.Identity())
-    model[1] = model[0].read  # where it is called
-    assert "0.read" in adapted(model)
-
-
 def test_projection_inside_an_attention_is_named_by_its_attention() -> None:
     model = nn.TransformerEncoderLayer(8, 2, 16)
     with pytest.raises(TargetError, match=r"name 'self_attn', with target_slices={'self_attn': \['out'\]}"):

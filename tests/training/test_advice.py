@@ -164,33 +164,6 @@ def test_layers_whose_weight_is_computed_are_named_once(tmp_path: Path) -> None:
     assert fit(tmp_path, Normed(), r=2, target_modules=["q_proj"]) == []
 
 
-class Reads(nn.Module):  # the weight of a layer that it never calls
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.inner.weight
-
-
-class HoldsReads(LitTiny):
-    def __init__(self) -> None:
-        super().__init__()
-        self.reads = Reads()
-
-    def forward(self, index: Tensor) -> Tensor:
-        output: Tensor = self.reads(super().forward(index))
-        return output
-
-
-def test_layers_that_are_never_called_are_named_and_what_is_said_works(tmp_path: Path) -> None:
-    (said,) = fit(tmp_path, HoldsReads(), r=2)
-    assert said.startswith("LoRAWarning: No adapter for 'reads.inner' of HoldsReads, because the module around each")
-    assert "target_parameters=['inner.weight']" in said
-    for options in ({"target_parameters": ["inner.weight"]}, {"exclude_modules": ["reads"]}):
-        assert fit(tmp_path, HoldsReads(), r=2, **options) == []
-
-
 def test_a_run_beside_weight_norm_resumes_merges_and_loads(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ll.LoRAWarning)

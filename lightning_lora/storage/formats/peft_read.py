@@ -37,7 +37,6 @@ from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapte
 from lightning_lora.storage.names import Renaming, is_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
-from lightning_lora.targets.lookup import Names
 from lightning_lora.tensors.names import join, starts_of
 from lightning_lora.tensors.values import same_bits
 
@@ -113,6 +112,7 @@ def _sorted(tensors: Mapping[str, Any], path: object) -> tuple[dict[str, dict[st
 
 
 _LEFT = (".original_module.", ".lora_velora_embed.")  # the base's own values of a trained module; training's own
+_MIXERS = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")  # they read the weight of dt_proj
 _COPY = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")  # bias="all" writes these biases twice
 
 
@@ -152,15 +152,6 @@ class _Layers:
             above = self.view.modules.get(self.place.name_here(outer))
             is_inside = inner == "out_proj" and isinstance(above, nn.MultiheadAttention)
             of_layer.setdefault(outer if is_inside else _plain(wrapped), {})[wrapped] = tensors
-        only_read = Names(self.view.model).only_read
-        idle = [there for there in of_layer if self._module(there) in only_read]
-        for there in idle:  # PEFT could not train it
-            wrappers = of_layer.pop(there).values()
-            if self.config.init in FROM_BASE or any(each["B"].any() for each in wrappers if "B" in each):
-                raise AdapterMismatchError(
-                    f"The file has an update of {there!r}, which the model never calls: other code computes with its "
-                    "weight. PEFT does not apply the update, but its merge adds it. Train again without this layer."
-                )
         return [self._update(there, wrapped) for there, wrapped in of_layer.items()]
 
     def _update(self, there: str, wrapped: Mapping[str, Tensors]) -> Update:
@@ -184,12 +175,22 @@ class _Layers:
                 "than its weight, so its update cannot be computed again. Merge it with PEFT, and use the merged model."
             )
         (matrix,), said, factors = about.matrices, there, _pair(there, tensors)
+        if self._is_read_alone(there) and (self.config.init in FROM_BASE or factors[1].any()):
+            raise AdapterMismatchError(
+                f"The file has an update of {there!r}, which the module around it never calls: it computes with the "
+                "weight. PEFT's model leaves the update out and its merge adds it. Train again without this layer."
+            )
         if self._is_named(f"{there}.weight"):
             said = f"{there}.weight"  # patterns mean a parameter by its own name
             if kind in (LoRAEmbedding, LoRAConv1D):  # this parameter is (in, out)
                 factors = factors[1].T, factors[0].T
         factors = self._factors(about, matrix, factors, said)
         return Update(replace(about, scaling=self.config.scaling(said)), (factors,), tensors.get("magnitude"))
+
+    def _is_read_alone(self, there: str) -> bool:
+        outer, _, leaf = there.rpartition(".")
+        around = self.view.modules.get(self.place.name_here(outer))
+        return leaf == "dt_proj" and type(around).__name__ in _MIXERS
 
     def _module(self, there: str) -> Any:
         return self.view.modules[self.place.name_here(there)]

@@ -21,7 +21,6 @@ from lightning_lora import (
     LoRACallback,
     LoRAConfig,
     LoRAWarning,
-    adapter_state_dict,
     inject_adapters,
     load_adapter,
     load_from_checkpoint,
@@ -236,20 +235,6 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.linear(self.embed(index))))
 
 
-class Reads(nn.Module):
-    """A layer, and one whose weight alone is read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear, self.read = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) @ self.read.weight
-
-
-READ: dict[str, Any] = {"target_modules": ["linear", "read"]}
-
-
 def only(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return lambda: nn.ModuleDict({"linear": make()})
 
@@ -267,8 +252,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any],
     "padding": (only(lambda: nn.Conv2d(2, 2, 3, padding_mode="circular", padding=1)), {}, {}, "padding_mode="),
     "groups": (Images, {"target_modules": ["grouped"]}, {}, "groups=2.*reads the channels of all groups"),
     "never called": (Attending, {"target_modules": ["out_proj"]}, {}, "its nn.MultiheadAttention never calls"),
-    "only read": (Reads, READ, {}, "'read', which the model never calls"),
-    "only read, pissa": (Reads, {**READ, "init_lora_weights": "pissa"}, {}, "'read', which the model never calls"),
     "not named": (Expert, BOTH, {"target_parameters": ["experts.up"]}, r"2 updates of 'experts'.*name \['up'\]"),
     "a layer that is used twice": (used_twice, {"target_modules": ["0"]}, {}, "'0'.*the layer is used as '1' too"),
     "a tied head": (Tied, {"modules_to_save": ["head"]}, {}, "'head.weight', which is tied to 'embed.weight'"),
@@ -322,19 +305,6 @@ def test_rows_of_an_embedding_that_peft_trained_do_not_train_further(tmp_path: P
         save_adapter(module, tmp_path / "own.safetensors")
         load_adapter(again, tmp_path / "own.safetensors")
         assert torch.equal(again(INDEX % WORDS), module(INDEX % WORDS))
-
-
-def test_an_update_of_a_layer_that_is_never_called_is_left_out_if_it_is_zero(tmp_path: Path) -> None:
-    def untrained(peft: Any) -> None:
-        nn.init.zeros_(peft.base_model.model.read.lora_B.default.weight)
-
-    expected, model = write_peft(tmp_path, built(Reads), untrained, **READ), built(Reads)
-    load_adapter(model, tmp_path)
-    x = torch.randn(2, 4)
-    assert gap(model(x), expected(x)) < 1e-6
-    assert list(adapter_state_dict(model)) == ["linear.lora_A", "linear.lora_B"]
-    write_peft(tmp_path, built(Reads), untrained, target_modules=["read"])
-    check_refused(tmp_path, built(Reads), AdapterFileError, "no update of a layer")
 
 
 def test_names_that_fit_in_several_places_or_mean_another_layer(tmp_path: Path) -> None:
