@@ -227,7 +227,7 @@ class LoRACallback(Callback):
         self._stage.phase = Phase.TRAINING
         view = view_of(pl_module)
         view.follow_base()  # hooks may have loaded the base late
-        view.adapter.is_trained = True
+        view.adapter.was_trained()
         compatibility.share_base(compatibility.callbacks_of(trainer), pl_module)
         self._gradients = self._training.enter_context(closing(cast(LoRAStrategy, trainer.strategy).lora_gradients()))
         self._training.enter_context(gradients_pass())

@@ -49,8 +49,8 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         for layer in view.layers.values():
             back.callback(setattr, layer, "lora_enabled", True)
             layer.lora_enabled = False
-        back.callback(setattr, view.record, "is_disabled", False)
-        view.record.is_disabled = True
+        back.callback(view.record.set_disabled, False)
+        view.record.set_disabled(True)
         back.callback(reshard, model)  # so that the next forward pass gathers what is put back
         yield
 

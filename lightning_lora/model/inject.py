@@ -73,7 +73,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
         view = View(model)
         view.follow_base()
         attach.freeze(view)
-        record.adapter.layers = tuple(view.layers)
+        record.adapter.set_layers(view.layers)
         if adapters or view.is_fresh():  # later, trained values would be taken for the base's
             keep_originals(view)
     return tuple(choices)

@@ -118,7 +118,7 @@ def merge(model: nn.Module) -> tuple[dict[str, float], list[str]]:
         undo.pop_all()
     for name, adapter in adapters.items():
         adapter.bases = bases[name]
-    view.record.merge = Merge(adapters, *seen)
+    view.record.was_merged(Merge(adapters, *seen))
     return lost, list(filter(tied.get, tied))
 
 
@@ -134,7 +134,7 @@ def _merge_for_good(model: nn.Module) -> tuple[dict[str, float], list[str]]:
             lost[name] = _merge_layer(view, name, tied[name])
             layer.lora_weights_changed()
             layer.lora_detach()
-            view.adapter.layers = tuple(other for other in view.adapter.layers if other != name)
+            view.adapter.set_layers(filter(name.__ne__, view.adapter.layers))
         torch.clear_autocast_cache()
         now = View(model)
         attach.unfreeze(now)

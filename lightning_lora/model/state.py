@@ -1,4 +1,4 @@
-"""What an adapted model remembers: its record. Other modules tell its methods what has happened to the base.
+"""What an adapted model remembers: its record. Only this module writes it: the others say what has happened.
 
 The record is an attribute of the model itself. So it survives copy and pickle, and other code that gets the model later
 (another Trainer, another callback, ``load_adapter``) knows its state. All keys in it are names as in
@@ -48,6 +48,14 @@ class AdapterState:
 
     is_trained: bool = False
     """Whether a Trainer has begun to train it, or it was loaded."""
+
+    def was_trained(self) -> None:
+        """A Trainer begins to train it."""
+        self.is_trained = True
+
+    def set_layers(self, layers: Iterable[str]) -> None:
+        """It is on these layers, and on no others."""
+        self.layers = tuple(layers)
 
     def set_untrained(self, names: Iterable[str]) -> None:
         """These frozen weights look untrained: files hold them."""
@@ -118,6 +126,10 @@ class Record:
         """The merged adapters by layer, if there are any."""
         return self.merge.adapters if self.merge else {}
 
+    def set_disabled(self, disabled: bool) -> None:
+        """The adapter is disabled for a while, or enabled again."""
+        self.is_disabled = disabled
+
     # The base
 
     def base_was_frozen(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -160,6 +172,10 @@ class Record:
             self.changed[name] = (digest(base[name]), was)
 
     # Merge
+
+    def was_merged(self, merge: Merge) -> None:
+        """The updates are in the weights."""
+        self.merge = merge
 
     def was_unmerged(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """The updates are out of the weights. What trains by itself is what trained in the merged model."""
