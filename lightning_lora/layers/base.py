@@ -20,7 +20,7 @@ from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.inplace import overlay, uncover
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.shards import distributed_as, full_tensor, is_dtensor, to_local, without_dtensor
-from lightning_lora.tensors.values import replace_values, same_bits
+from lightning_lora.tensors.values import replace_values
 
 HAS_UPDATE = "has_lora_update"
 """A note on a layer in a state dict, beside torch's own: an update is merged into its weights."""
@@ -272,10 +272,8 @@ class LoRALayer(LayerKind):
         missing[:] = [key for key in missing if key not in keys]
 
     def _lora_warn_of(self, state_dict: Any, prefix: str) -> None:
-        """Warn of other weights below an adapter that is trained: always in the same words, so Python does it once."""
-        given = {name: state_dict.get(prefix + name) for name in self.lora_weights()}
-        replaced = [isinstance(t, Tensor) and not same_bits(own_parameter(self, name), t) for name, t in given.items()]
-        if any(replaced) and not self.lora_is_fresh():
+        """Warn of weights below an adapter that is trained: always in the same words, so Python does it once."""
+        if any(prefix + name in state_dict for name in self.lora_weights()) and not self.lora_is_fresh():
             warnings.warn(
                 "A state of the base was loaded below trained adapters, which stay as they are, trained. If its "
                 "weights hold merged updates, these count twice now. Call remove_adapters(model) before loading, to "
