@@ -247,9 +247,7 @@ def test_odd_tensors_of_other_libraries_are_refused(tmp_path: Path, make: Callab
 
 
 @pytest.mark.parametrize("value", [3e38, 1e30, 1e11])
-def test_huge_values_end_every_command_in_one_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float
-) -> None:
+def test_huge_values_end_every_command_in_one_sentence(tmp_path: Path, capsys: Any, value: float) -> None:
     path = rewrite(written(tmp_path / "a.safetensors"), put(lambda a: torch.full_like(a, value)))
     for command in (["inspect", "--json"], ["compare", str(path)], ["combine", "--out", "c.safetensors", str(path)]):
         assert main([*command, str(path)]) == 1

@@ -26,9 +26,7 @@ def written(folder: Path, model: L.LightningModule) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict:UserWarning")
-def test_lightning_by_itself_says_what_the_file_is_and_what_loads_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lightning_by_itself_says_what_the_file_is_and_what_loads_it(tmp_path: Path, monkeypatch: Any) -> None:
     path = written(tmp_path, LitTiny())
     with pytest.raises(RuntimeError, match=r"only adapters: load it with lightning_lora.load_from_checkpoint"):
         LitTiny.load_from_checkpoint(path)

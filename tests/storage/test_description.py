@@ -123,9 +123,7 @@ def records_of(path: Path) -> dict[str, tuple[int, int]]:
     return places
 
 
-def test_one_bit_of_any_record_is_noticed_by_every_reader(
-    tmp_path: Path, good: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_bit_of_any_record_is_noticed_by_every_reader(tmp_path: Path, good: Path, capsys: Any) -> None:
     """The optimizer's tensors are among these records, and nothing but the archive's own checksums covers them."""
     content, path = (good / "good.ckpt").read_bytes(), tmp_path / "a.ckpt"
     records, random = records_of(good / "good.ckpt"), Random(5)

@@ -199,9 +199,7 @@ def test_file_that_cannot_be_written_is_an_error_and_changes_nothing(
 
 @pytest.mark.processes
 @saver
-def test_disk_that_is_full_behind_the_temporary_folder_costs_no_file(
-    tmp_path: Path, temporary: Path, save: Any
-) -> None:
+def test_disk_that_is_full_behind_the_temporary_folder_costs_no_file(tmp_path: Path, save: Any) -> None:
     def work() -> None:
         path, old, new = tmp_path / name_for(save), adapted(1), adapted(2)
         save(old, path)

@@ -155,9 +155,7 @@ def test_a_link_is_written_through_and_what_is_no_file_stays(tmp_path: Path) -> 
     assert (tmp_path / "pipe.safetensors").is_fifo()
 
 
-def test_home_folder_and_long_names_are_what_they_are_elsewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_home_folder_and_long_names_are_what_they_are_elsewhere(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -243,9 +241,7 @@ def test_a_name_of_another_format_is_refused_with_the_name_to_use(tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(file: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Safetensors opens it for the description, and once more for the tensors."""
     newer, own, at = adapted(9), own_format.safe_open, [0]
 

@@ -75,9 +75,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("outward", [True, False])
 @pytest.mark.parametrize("around", [Around, Wrapper, nn.Sequential])
-def test_a_file_loads_onto_the_model_inside_and_around(
-    tmp_path: Path, config: dict[str, Any], outward: bool, around: type[Any]
-) -> None:
+def test_a_file_loads_onto_the_model_inside_and_around(tmp_path: Path, config: Any, outward: bool, around: Any) -> None:
     saved, loaded = (base(), around(base())) if outward else (around(base()), base())
     ll.save_adapter(with_adapters(saved, r=2, **config), tmp_path / "a.safetensors")
     with pytest.warns(ll.LoRAWarning, match="taken for the same model"):
@@ -176,9 +174,7 @@ SHORT: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("config", SHORT.values(), ids=SHORT)
 @pytest.mark.parametrize("outward", [True, False])
 @pytest.mark.parametrize("around", [Around, Wrapper])
-def test_the_last_parts_of_names_mean_what_they_meant(
-    tmp_path: Path, config: dict[str, Any], outward: bool, around: type[Any]
-) -> None:
+def test_the_last_parts_of_names_mean_what_they_meant(tmp_path: Path, config: Any, outward: bool, around: Any) -> None:
     saved, loaded = (Nested(), around(Nested())) if outward else (around(Nested()), Nested())
     with_adapters(saved, r=2, **config)
     with torch.no_grad():
@@ -239,9 +235,7 @@ class PreTrainedModel(TinyLM):
 
 @pytest.mark.parametrize("model", [TinyLM, PreTrainedModel])
 @pytest.mark.parametrize("config", [{"modules_to_save": ["head"]}, {"modules_to_save": ["head"], "bias": "all"}])
-def test_what_was_trained_outside_of_the_model_is_named(
-    tmp_path: Path, model: type[TinyLM], config: dict[str, Any]
-) -> None:
+def test_what_was_trained_outside_of_the_model_is_named(tmp_path: Path, model: type[TinyLM], config: Any) -> None:
     saved = Headed(model())
     ll.inject_adapters(saved, ll.LoRAConfig(r=2, target_modules=["q_proj"], **config))
     ll.save_adapter(saved, tmp_path / "a.safetensors")

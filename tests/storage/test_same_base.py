@@ -28,9 +28,7 @@ def trained_in(dtype: torch.dtype, file: Path) -> LitTiny:
 
 @pytest.mark.parametrize("here", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("there", DTYPES.values(), ids=DTYPES)
-def test_a_base_is_recognised_if_one_was_converted_to_the_other(
-    tmp_path: Path, there: torch.dtype, here: torch.dtype
-) -> None:
+def test_a_base_is_recognised_if_one_was_converted_to_the_other(tmp_path: Path, there: Any, here: Any) -> None:
     model = trained_in(there, file := tmp_path / "a.safetensors")
     other = LitTiny().to(here)
     if {there, here} == {torch.bfloat16, torch.float16}:  # both were rounded, each in its way
@@ -115,9 +113,7 @@ def test_what_was_trained_in_full_is_converted_but_not_to_infinity(tmp_path: Pat
     assert torch.equal(other.q_proj.lora_A, model.q_proj.lora_A)
 
 
-def test_a_file_that_does_not_say_what_its_base_is_in_half_precision_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_does_not_say_what_its_base_is_in_half_precision_is_read(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(base, "with_halves", lambda view, forms: forms)
     trained_in(torch.float32, one := tmp_path / "one.safetensors")
     trained_in(torch.bfloat16, half := tmp_path / "half.safetensors")

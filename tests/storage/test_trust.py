@@ -37,9 +37,7 @@ def half(tmp_path: Path) -> Path:
     return tmp_path / "half.ckpt"
 
 
-def test_a_file_of_other_types_is_refused_without_a_word_of_trust(
-    tmp_path: Path, half: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_of_other_types_is_refused_without_a_word_of_trust(tmp_path: Path, half: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv(TRUST, "0")
     with pytest.raises(AdapterFileError, match="more than plain types"):
         trainer(tmp_path, [lora(merge=False)]).fit(TakesAPath(tmp_path), data(), ckpt_path=half)
@@ -63,9 +61,7 @@ def test_a_trusted_file_of_other_types_is_resumed(tmp_path: Path, half: Path) ->
 
 
 @pytest.mark.filterwarnings("ignore:.*TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected:UserWarning")  # torch says that it does
-def test_the_environment_may_say_that_files_are_trusted(
-    tmp_path: Path, half: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_environment_may_say_that_files_are_trusted(tmp_path: Path, half: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv(TRUST, "1")
     model, t = TakesAPath(tmp_path), trainer(tmp_path, [lora(merge=False)])
     t.fit(model, data(), ckpt_path=half)

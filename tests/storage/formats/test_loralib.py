@@ -148,9 +148,7 @@ CASES: dict[str, tuple[dict[str, Tensor], dict[str, Any], type[Exception], str]]
 
 
 @pytest.mark.parametrize(("change", "arguments", "error", "match"), CASES.values(), ids=CASES)
-def test_what_does_not_fit(
-    tmp_path: Path, change: Any, arguments: dict[str, Any], error: type[Exception], match: str
-) -> None:
+def test_what_does_not_fit(tmp_path: Path, change: Any, arguments: Any, error: type[Exception], match: str) -> None:
     torch.save({**loralib.lora_state_dict(trained(Theirs(), built(Plain))), **change}, tmp_path / "a.bin")
     with refused(model := built(Plain), error, match):
         ll.load_adapter(model, tmp_path / "a.bin", **{**SAID, **arguments})

@@ -88,9 +88,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any]]] = {
 
 @pytest.mark.filterwarnings("ignore:PEFT trained single rows")
 @pytest.mark.parametrize(("make", "inputs", "config"), CASES.values(), ids=CASES)
-def test_outputs_are_those_of_peft(
-    tmp_path: Path, make: Callable[[], nn.Module], inputs: Any, config: dict[str, Any]
-) -> None:
+def test_outputs_are_those_of_peft(tmp_path: Path, make: Any, inputs: Any, config: Any) -> None:
     expected = write_peft(tmp_path / "peft", built(make), **config)(inputs)
     loaded, around = built(make), Lit(built(make)).eval()
     assert gap(loaded(inputs), expected) > 1e-3

@@ -83,9 +83,7 @@ def combined(paths: list[Path], how: How) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("method", ["cat", "svd"])
 @pytest.mark.parametrize("configs", CONFIGS.values(), ids=CONFIGS)
-def test_cat_is_the_exact_sum_and_so_is_svd_where_the_rank_suffices(
-    tmp_path: Path, configs: list[dict[str, Any]], method: Any
-) -> None:
+def test_cat_is_the_exact_sum_and_so_is_svd_where_the_rank_suffices(tmp_path: Path, configs: Any, method: Any) -> None:
     paths, (one, other) = saved(tmp_path, configs)
     found = combined(paths, How(method, (0.7, -0.4), r=12 if method == "svd" else None))
     for name in found:

@@ -162,9 +162,7 @@ OTHER_BASES: list[tuple[str, Callable[[Tensor], Tensor | None], type[Exception],
 
 
 @pytest.mark.parametrize(("name", "change", "error", "says"), OTHER_BASES)
-def test_another_base_is_refused(
-    tmp_path: Path, name: str, change: Callable[[Tensor], Tensor | None], error: type[Exception], says: str
-) -> None:
+def test_another_base_is_refused(tmp_path: Path, name: str, change: Any, error: type[Exception], says: str) -> None:
     save_files(tmp_path, Mixed(), target_modules=["linear"])
     base = load_file(tmp_path / "base.safetensors")
     changed = {**base, name: change(base[name])}
