@@ -210,13 +210,12 @@ def _check_settings(view: View, config: LoRAConfig) -> None:
 def _check_layers(view: View, stored: StoredAdapters) -> None:
     """Refuse a file of this package that describes other layers than its configuration adapts in the model."""
     for name, layer in view.layers.items() if stored.base else ():
-        there, kind = stored.layers.get(stored.renaming.name_there(name)), layer.overlaid[0]
-        known = there and there.adapter_class
-        is_same = there is not None and {*map(bare, there.matrices)} == {*map(bare, layer.lora_matrices)}
-        if not is_same or (known and known.lora_as_matrix is not cast(type[LoRALayer], kind).lora_as_matrix):
+        there, kind = stored.layers[stored.renaming.name_there(name)], cast(type[LoRALayer], layer.overlaid[0])
+        is_same = (there.adapter_class or kind).lora_as_matrix is kind.lora_as_matrix
+        if not is_same or {*map(bare, there.matrices)} != {*map(bare, layer.lora_matrices)}:
             raise AdapterMismatchError(
-                f"{name!r} is {there.kind if there else 'no layer'} in the file, and {kind.__name__} in this model, or "
-                "other rows of its weight are adapted. Load it onto the model that it was saved from."
+                f"{name!r} is {there.kind} in the file, and {kind.__name__} in this model, or other rows of its weight "
+                "are adapted. Load it onto the model that it was saved from."
             )
 
 

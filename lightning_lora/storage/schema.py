@@ -41,65 +41,42 @@ def _fields_fit(value: dict[Any, Any], schema: dict[Any, Any]) -> bool:
 
 
 def slow_expressions(arguments: Mapping[str, Any]) -> list[str]:
-    r"""Return the expressions in a file's arguments for which a search may take for ever.
+    """Return the expressions in a file's arguments for which a search may take for ever.
 
-    Such are repeats of what repeats or has alternatives, more than five repeats, and very long ones. What a user writes
-    in code is not asked.
-
-    Example:
-        >>> slow_expressions({"target_modules": r"(a+)+b", "rank_pattern": {r".*layers\.(1|2)\..*_proj": 4}})
-        ['(a+)+b']
+    Such are repeats of what repeats or has alternatives, more than five repeats, and very long ones.
     """
     found = list[str]()
     for argument in ("target_modules", "exclude_modules", "target_slices", "rank_pattern", "alpha_pattern"):
         given = arguments.get(argument)
-        entries = [given] if isinstance(given, str) else given if isinstance(given, Mapping) else ()
-        found += [entry for entry in entries if isinstance(entry, str)]
-    is_long = sum(map(len, found)) > 200_000
-    return [entry for entry in found if is_long or _is_slow(entry)]
+        found += filter(_is_text, [given] if isinstance(given, str) else given if isinstance(given, Mapping) else ())
+    return found if sum(map(len, found)) > 200_000 else list(filter(_is_slow, found))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _is_slow(expression: str) -> bool:
-    """Whether there may be too many ways to match it."""
-    groups = [_Group()]
-    for found in _TOKENS.finditer(expression):
-        token, group = found[0], groups[-1]
-        if token in _OPENING:
-            group.add("")
-            groups.append(_Group())
-        elif token == ")" and len(groups) > 1:
-            del groups[-1]
-            groups[-1].last = group.total()
+    """Whether there may be too many ways to match it: a product for its parts, a sum for alternatives."""
+    around, others, ways, last = list[tuple[float, float]](), 1.0, 1.0, 1.0
+    for token in _TOKENS.findall(expression):
+        if token[0] in "*+{":
+            last = _REPEAT if last == 1 else math.inf
+        elif token[0] == "?":
+            last += 1
+        elif token == "|":
+            others, ways, last = max(2.0, others + ways * last - 1), 1.0, 1.0  # plain ones are two together
+        elif token in _OPENING:
+            around.append((others, ways * last))
+            others, ways, last = 1.0, 1.0, 1.0
+        elif token == ")" and around:
+            last = others + ways * last - 1
+            others, ways = around.pop()
         elif token in (")", "(?", "["):  # what this does not read, such as flags
             return True
-        elif token == "|":
-            group.total()
-        elif token[0] == "?":
-            group.last += 1
-        elif token[0] in "*+{":
-            group.last = _REPEAT if group.last == 1 else math.inf
         else:
-            group.add(token)
-    return len(groups) > 1 or groups[0].total() > _REPEAT**5
-
-
-class _Group:
-    """In how many ways a group of an expression may match: a product for its parts, a sum for like alternatives."""
-
-    def __init__(self) -> None:
-        self.ways, self.first, self.before, self.last = dict[str, float](), "", 0.0, 1.0
-
-    def add(self, token: str) -> None:
-        if self.before == 0:  # an alternative begins; those with different letters cannot both match
-            self.first, self.before = token if token.isalnum() else "", 1.0
-        self.before, self.last = self.before * self.last, 1.0
-
-    def total(self) -> float:
-        ways = max(self.before, 1.0) * self.last
-        self.ways[self.first] = self.ways.get(self.first, 0) + ways
-        self.first, self.before, self.last = "", 0.0, 1.0
-        anything = self.ways.get("", 0)
-        return anything + max((ways for first, ways in self.ways.items() if first), default=0)
+            ways, last = ways * last, 1.0
+    return bool(around) or others + ways * last - 1 > _REPEAT**5
 
 
 _REPEAT = 64.0  # as if a name had so many characters

@@ -139,6 +139,8 @@ def _read_tensors(local: Path) -> dict[str, Any]:
             return {**{name: file.get_tensor(name) for name in names}, **header}
         if description is None:
             return {"state_dict": dict.fromkeys(names)}
+        if not isinstance(description, dict) or description.get("entries") != len(names):  # not read, but refused
+            return {"state_dict": dict.fromkeys(names), KEY: description}
         return {"state_dict": {name: file.get_tensor(name) for name in names}, KEY: description}
 
 

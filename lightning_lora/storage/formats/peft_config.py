@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from lightning_lora.config import LoRAConfig, matches
 from lightning_lora.errors import AdapterFileError, ConfigError, LoRAWarning, listed
-from lightning_lora.storage.schema import slow_expressions
+from lightning_lora.storage.schema import fits, slow_expressions
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the same folder; the newer form first
@@ -133,12 +133,11 @@ def config_of(stored: Mapping[str, Any], source: object) -> PeftConfig:
         config = LoRAConfig(**{"r": 8, "alpha": 8, "init": start, **given})
     except ConfigError as error:
         raise AdapterFileError(f"{source} holds other values than PEFT writes there: {error}") from error
-    rows = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
-    if not all(_are_numbers(each) for each in rows):
+    if not fits(tokens, ([int], {str: [int]})):
         raise AdapterFileError(f"{source} holds trainable_token_indices={tokens!r}. Expected a list of rows.")
     numbers = stored.get("layers_to_transform")
     layers = [numbers] if type(numbers) is int else numbers or None
-    if layers is not None and (stored.get("layers_pattern") or not _are_numbers(layers)):
+    if layers is not None and (stored.get("layers_pattern") or not fits(layers, [int])):
         layers = []  # which layers it means is not known here
     return PeftConfig(config, tokens, layers)
 
@@ -147,10 +146,6 @@ def _means(entries: str | Iterable[str] | None, name: str) -> bool:
     if isinstance(entries, str):
         return re.fullmatch(entries, name) is not None
     return any(matches(entry, name) for entry in entries or ())
-
-
-def _are_numbers(values: object) -> bool:
-    return isinstance(values, list) and all(type(value) is int for value in values)
 
 
 _MERGE_THERE = "Merge it with PEFT (merge_and_unload), and use the merged model."

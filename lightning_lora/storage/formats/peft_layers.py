@@ -191,9 +191,7 @@ def check_exportable(stored: StoredAdapters, modules: Mapping[str, nn.Module], s
 
 def _check_entries(stored: StoredAdapters, saved: Collection[str]) -> None:
     """Refuse what lies outside of the root, and what is neither an adapter, nor a bias, nor in a module of its own."""
-    adapters, outside, left = set[str](), list[str](), list[str]()
-    for layer in stored.layers.values():
-        adapters.update(layer.parameters(stored.config).values())
+    adapters, outside, left = stored.adapter_names(), list[str](), list[str]()
     for name in stored.state:
         if stored.root and not name.startswith(f"{stored.root}."):
             outside.append(name)

@@ -38,7 +38,6 @@ from lightning_lora.storage.names import Renaming, is_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
 from lightning_lora.tensors.names import join, starts_of
-from lightning_lora.tensors.values import same_bits
 
 Tensors = Mapping[str, Tensor]  # of one adapter: "A", "B", "magnitude", "tokens"
 
@@ -101,8 +100,6 @@ def _sorted(tensors: Mapping[str, Any], path: object) -> tuple[dict[str, dict[st
             unknown.append(key)
         elif copied == key or copied not in tensors:
             rest[_plain(name)] = value
-        elif not same_bits(value, tensors[copied]):
-            raise AdapterFileError(f"{path} holds other values for {key!r} than for {copied!r}. Use PEFT's own file.")
     if unknown:
         raise AdapterFileError(
             f"{path} holds {listed(unknown)}, which belong to a method of PEFT that this package does not have. Merge "

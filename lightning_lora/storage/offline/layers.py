@@ -31,8 +31,8 @@ def read_layers(path: str | Path) -> StoredAdapters:
 
 def besides(stored: StoredAdapters) -> dict[str, Any]:
     """Return what a file holds besides adapters: trained modules, biases, buffers."""
-    parameters = {name for layer in stored.layers.values() for name in layer.parameters(stored.config).values()}
-    return {name: value for name, value in stored.state.items() if name not in parameters}
+    adapters = stored.adapter_names()
+    return {name: value for name, value in stored.state.items() if name not in adapters}
 
 
 def updates(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, Factors]:

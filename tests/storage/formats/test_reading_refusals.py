@@ -128,12 +128,6 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], None], type[Exception], s
         }),
         ll.AdapterFileError, "two updates of one Linear",
     ),
-    "two values": (
-        lambda tensors: tensors.update({
-            f"{PRE}head.bias": torch.zeros(3), f"{PRE}head.modules_to_save.default.bias": torch.ones(3)
-        }),
-        ll.AdapterFileError, "other values for '.*modules_to_save.default.bias' than for",
-    ),
     "half of DoRA": (add("norm.lora_magnitude_vector", torch.ones(12)), ll.AdapterMismatchError, "'norm'"),
 }  # fmt: skip
 
