@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lightning_lora.storage.offline.combine import How, Method, combine_files
-from lightning_lora.tables import printable
 
 
 def add_arguments(parser: Any) -> None:
@@ -29,11 +28,11 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="for dare, which draws the values")
 
 
-def run(arguments: Any) -> None:
+def run(arguments: Any) -> str:
     """Combine the files, and say what was written."""
     files = arguments.files
     weights = tuple(arguments.weights or [1 / len(files)] * len(files))
     how = How(arguments.method, weights, arguments.rank, arguments.density, arguments.seed)
     count = combine_files(files, arguments.out, how)
     layers = "1 layer" if count == 1 else f"{count} layers"
-    print(printable(f"Combined {len(files)} files, {layers}, into {arguments.out}."))
+    return f"Combined {len(files)} files, {layers}, into {arguments.out}."

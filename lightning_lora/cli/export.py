@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.storage.formats.peft_write import export_peft
-from lightning_lora.tables import printable
 
 
 def add_arguments(parser: Any) -> None:
@@ -26,8 +25,8 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--uniform", action="store_true", help="write one rank and one alpha for all layers")
 
 
-def run(arguments: Any) -> None:
+def run(arguments: Any) -> str:
     """Export the file, and say where."""
     options = {name: getattr(arguments, name) for name in ("root", "uniform", "format")}
     export_peft(arguments.file, arguments.folder, **options)
-    print(printable(f"Wrote files for {arguments.format} into {arguments.folder}."))
+    return f"Wrote files for {arguments.format} into {arguments.folder}."

@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings(record=True) as noticed:
             warnings.simplefilter("always")
-            parsed.run(parsed)
+            if said := parsed.run(parsed):
+                print(printable(said))
         for each in noticed:
             if issubclass(each.category, LoRAWarning):
                 _say("[bold yellow]warning:[/]", str(each.message))
@@ -62,7 +63,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         parts = [each if each.startswith("  ") else textwrap.fill(each, width) for each in text.split("\n\n")]
-        return super()._fill_text("\n\n".join(parts), width, indent)
+        return "\n\n".join(parts)
 
 
 def _say(what: str, message: str) -> None:

@@ -18,7 +18,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lightning_lora.storage.offline.merge import merge_files
 from lightning_lora.storage.offline.tensor_files import TensorFiles
-from lightning_lora.tables import printable
 
 
 def add_arguments(parser: Any) -> None:
@@ -28,13 +27,11 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("out", type=Path, help="the merged model, of the same kind as the base")
 
 
-def run(arguments: Any) -> None:
+def run(arguments: Any) -> str:
     """Merge, with a progress bar on the standard error."""
     base, out, console = arguments.base, arguments.out, Console(stderr=True)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Merging", total=len(TensorFiles(base).file_of))
-        merged = merge_files(
-            base, arguments.adapter, out, lambda name: bar.update(task, advance=1, description=printable(name))
-        )
-    print(printable(f"Merged {merged} {'weight' if merged == 1 else 'weights'} into {out}."))
+        merged = merge_files(base, arguments.adapter, out, lambda _: bar.advance(task))
+    return f"Merged {merged} {'weight' if merged == 1 else 'weights'} into {out}."

@@ -68,16 +68,11 @@ def write_errors(path: Any) -> Iterator[None]:
     except LoRAError:
         raise
     except (OSError, RuntimeError, ImportError, ValueError, SafetensorError) as error:  # as torch and fsspec report it
-        is_disk = isinstance(error, OSError | ImportError) or "://" in str(path) or _DISK.search(str(error))
-        advice = "Free space on the disk, or choose a folder that can be written, and save again."
         raise AdapterFileError(
             f"{path} could not be written ({type(error).__name__}: {error}). The model and its training are as they "
-            f"were. {advice if is_disk else 'The disk is not the reason: this form cannot hold what it was given.'}"
+            "were. Free space on the disk, choose a folder that can be written, or another ending, and save again."
         ) from error
 
-
-_DISK = re.compile("os error|inline_container|iostream|Parent directory")
-"""What torch and safetensors say of a write that failed, in errors of no other kind than those of a computation."""
 
 _PARTS = itertools.count()
 """Numbers for the temporary files of this process, whose threads may write one file at the same time."""
@@ -125,12 +120,17 @@ def check_path(path: Any, *, may_be_open: bool = False) -> None:
         raise AdapterFileError(f"{os.fspath(path)!r} holds a NUL character, which no path can. Pass another name.")
 
 
-def check_output(out: Any, inputs: Iterable[Any]) -> None:
-    """Refuse to write over a file that the result is made from, by any name or link, or into such a folder."""
+def check_output(out: Any, inputs: Iterable[Any] = (), files: Iterable[str] = ("",)) -> None:
+    """Refuse to write where no folder is, over an input by any name or link, or into one. ``files``: inside ``out``."""
+    check_path(out)
     local = local_path(out)
-    places = [] if local is None else [local.resolve(), *local.resolve().parents]
-    for source in filter(None, map(local_path, inputs)):
-        if source.exists() and any(place.exists() and place.samefile(source) for place in places):
+    if local is None:
+        return
+    if not local.parent.is_dir():
+        raise FileNotFoundError(f"The folder {local.parent} does not exist. Make it first.")
+    for source, file in itertools.product(filter(None, map(local_path, inputs)), files):
+        place = (local / file).resolve()
+        if source.exists() and any(each.exists() and each.samefile(source) for each in (place, *place.parents)):
             raise AdapterFileError(
                 f"{out} would be written over {source}, or inside it, and is made from it. Choose another place."
             )

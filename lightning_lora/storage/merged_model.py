@@ -20,7 +20,7 @@ from lightning_lora.model.attach import check_weights
 from lightning_lora.model.merge import check_mergeable, tied_weights
 from lightning_lora.model.merged import check_as_merged, warn_of_merge
 from lightning_lora.model.view import View, root_of, view_of
-from lightning_lora.storage.disk import check_path, writing, writing_folder
+from lightning_lora.storage.disk import check_output, writing, writing_folder
 from lightning_lora.storage.state import check_not_diverged
 from lightning_lora.tensors.names import join, own_parameter, plain_module, plain_name, submodule
 from lightning_lora.tensors.shards import is_dtensor
@@ -66,10 +66,8 @@ def save_merged(model: nn.Module, path: str | Path) -> None:
         >>> torch.allclose(plain(torch.ones(4)), model(torch.ones(4)), atol=1e-5)
         True
     """
-    check_path(path)
+    check_output(path)
     path = Path(path).expanduser()
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"The folder {path.parent} does not exist. Make it first.")
     write = {".ckpt": _write_checkpoint, ".safetensors": _write_safetensors}.get(path.suffix)
     if write is None and path.suffix[1:].isalpha():
         raise AdapterFileError(

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,12 +230,9 @@ def test_load_from_checkpoint_needs_no_trainer(tmp_path: Path) -> None:
         ll.load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt", width=6)
 
 
-MEANT = {"a.ckpt": "a.safetensors", "a": "a.safetensors", "run.v1": "run.v1.safetensors", "": "adapter.safetensors"}
-
-
-@pytest.mark.parametrize(("given", "meant"), MEANT.items())
-def test_a_name_of_another_format_is_refused_with_the_name_to_use(tmp_path: Path, given: str, meant: str) -> None:
-    with pytest.raises(ll.AdapterFileError, match=re.escape(repr(str(tmp_path / meant)))):
+@pytest.mark.parametrize("given", ["a.ckpt", "a", "run.v1", ""])
+def test_a_name_of_another_format_is_refused(tmp_path: Path, given: str) -> None:
+    with pytest.raises(ll.AdapterFileError, match=r"does not end in \.safetensors.*'adapter\.safetensors'"):
         ll.save_adapter(trained(), tmp_path / given)
     assert not list(tmp_path.iterdir())
 

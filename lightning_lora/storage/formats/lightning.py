@@ -66,12 +66,12 @@ def _is_finite(value: object) -> bool:
 
 def check_readable(checkpoint: object, path: object) -> None:
     """Refuse what is not a Lightning checkpoint, or not as it was written."""
-    if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("state_dict"), Mapping):
+    held = checkpoint if isinstance(checkpoint, Mapping) else {}
+    if VERSION not in held or not isinstance(held.get("state_dict"), Mapping):
         raise AdapterFileError(
-            f"{path} is not a Lightning checkpoint: it has no 'state_dict'. Pass one that a Trainer wrote."
+            f"{path} is not a Lightning checkpoint, with 'state_dict' and {VERSION!r}. Pass one that a Trainer wrote."
         )
-    if VERSION not in checkpoint:
-        raise AdapterFileError(f"{path} is not a Lightning checkpoint: it has no version. Pass one of a Trainer.")
+    checkpoint = held
     damaged = f"{path} is damaged or was changed: "
     try:
         Version(checkpoint[VERSION])

@@ -88,15 +88,10 @@ def _update(view: View, name: str, factors: Factors, settings: LoRAConfig) -> Up
         about = replace(about, matrices=tuple(sorted(matrices, key=lambda matrix: matrix.first)))
         r, pairs = b.shape[1], _merged_linear(about, factors)
     elif (a.shape[1], b.shape[0], r) != (matrix.reads, matrix.writes, b.shape[1]):
-        hint = "Pass the model that they were trained on."
-        if a.shape[1] == matrix.reads and b.shape[1] and r % b.shape[1] == 0:
-            hint = (
-                f"If it was a MergedLinear, name the slices that it adapted (enable_lora): target_slices={{{name!r}: "
-                "['q', 'v']}."
-            )
         raise AdapterMismatchError(
             f"The factors of {name!r} are {tuple(a.shape)} and {tuple(b.shape)}. This {type(layer).__name__} reads "
-            f"{matrix.reads} features and writes {matrix.writes}. {hint}"
+            f"{matrix.reads} features and writes {matrix.writes}. Pass the model that they were trained on. If it was "
+            f"a MergedLinear, name the slices that it adapted (enable_lora): target_slices={{{name!r}: ['q', 'v']}}."
         )
     return Update(replace(about, scaling=settings.alpha / r), pairs)
 

@@ -2,9 +2,9 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
 import fsspec
@@ -14,6 +14,7 @@ from safetensors.torch import save
 
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.disk import (
+    check_output,
     check_path,
     check_whole,
     is_archive,
@@ -49,20 +50,14 @@ def write_adapter_file(path: str | Path, stored: StoredAdapters) -> None:
         file.write(contents)
 
 
-def check_place(path: str | Path) -> None:
-    """Refuse a name that would hide the format from other programs, and a folder that does not exist."""
-    check_path(path)
-    local = local_path(path)
+def check_place(path: str | Path, inputs: Iterable[Path] = ()) -> None:
+    """Refuse an ending that would hide the format from other programs, and a place where no file can be."""
+    check_output(path, inputs)
     if not str(path).endswith(".safetensors"):
-        place = local or PurePosixPath(str(path).rpartition("/")[2])
-        stem = place.stem if place.suffix in (".ckpt", ".pt", ".pth", ".bin") else place.name
-        is_folder = local is not None and local.is_dir()
-        name = place / "adapter.safetensors" if is_folder else place.with_name(f"{stem}.safetensors")
         raise AdapterFileError(
-            f"Adapters are written as safetensors, and {str(path)!r} does not end in .safetensors. Use {str(name)!r}."
+            f"Adapters are written as safetensors, and {str(path)!r} does not end in .safetensors. Use a name such as "
+            "'adapter.safetensors'."
         )
-    if local is not None and not local.parent.is_dir():
-        raise FileNotFoundError(f"The folder {local.parent} does not exist. Make it first.")
 
 
 def read_adapter_file(path: str | Path | IO[bytes]) -> StoredAdapters:
@@ -149,32 +144,28 @@ def adapters_in(contents: Any, path: object) -> StoredAdapters:
     held = contents if isinstance(contents, dict) else {}
     state, description = held.get("state_dict"), held.get(KEY)
     if not isinstance(state, dict) or description is None:
-        raise AdapterFileError(f"{path} holds {_instead(held, path)}")
+        raise AdapterFileError(f"{path} holds {_instead(held)}")
     stored = StoredAdapters.from_file(state, description, path)
     check_checksum(state, description, path)
     stored.check_agrees()
     return stored
 
 
-def _instead(contents: dict[Any, Any], path: object) -> str:
+def _instead(contents: dict[Any, Any]) -> str:
     """What a file without adapters of this package holds, and what reads it."""
     if is_peft(contents):
         return _IN_PEFT
     if is_loralib(contents):
         return "adapters of loralib, which only load_adapter(model, path, alpha=...) reads."
-    key = next((key for key in ("state_dict", "model") if isinstance(contents.get(key), dict)), "")
-    state = contents[key] if key else contents
-    names = [name for name in state if isinstance(name, str)] if isinstance(state, dict) else []
+    held = (contents[key] for key in ("state_dict", "model") if isinstance(contents.get(key), dict))
+    names = list(map(str, next(held, contents)))
     if not names:
         return "no adapters. Pass a file that save_adapter or a Trainer wrote."
-    reader = f"model.load_state_dict(torch.load(path){f'[{key!r}]' if key else ''})"
-    if str(path).endswith(".safetensors"):
-        reader = "safetensors.torch.load_model(model, path)"
-    elif VERSION in contents:
-        reader = "Lightning's MyModule.load_from_checkpoint(path), or give it to a Trainer as ckpt_path, as a base"
+    of_tensors = "safetensors.torch.load_model(model, path) or model.load_state_dict(torch.load(path))"
+    reader = "MyModule.load_from_checkpoint(path)" if VERSION in contents else of_tensors
     return (
         f"{len(names)} tensors ({listed(names, 2)}) and no adapters of this package. It looks like a whole model, such "
-        f"as save_merged writes. Load it with {reader}."
+        f"as save_merged writes. Load it with {reader}, or give it to a Trainer as ckpt_path, as a base."
     )
 
 

@@ -89,11 +89,9 @@ def json_object(text: str | bytes, source: object) -> dict[str, Any]:
     try:
         stored = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{source} is not a JSON file: {error}. Use PEFT's own file.") from error
+        raise AdapterFileError(f"{source} is not a JSON object: {error}. Use the file as it was written.") from error
     if not isinstance(stored, dict):
-        raise AdapterFileError(
-            f"{source} holds a {type(stored).__name__}. Expected PEFT's configuration, a JSON object."
-        )
+        raise AdapterFileError(f"{source} is not a JSON object. Use the file as it was written.")
     return stored
 
 

@@ -21,7 +21,7 @@ from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRALinear
 from lightning_lora.layers.matrices import Role, Settings, weight_factors
 from lightning_lora.model.view import view_of
-from lightning_lora.storage.disk import check_output, check_path, write_errors, writing
+from lightning_lora.storage.disk import check_output, write_errors, writing
 from lightning_lora.storage.formats import peft_config as peft
 from lightning_lora.storage.formats.diffusers import prefix_for
 from lightning_lora.storage.formats.own import read_adapter_file
@@ -84,14 +84,12 @@ def export_peft(
         >>> config["r"], config["lora_alpha"], config["target_modules"]
         (2, 4, ['0', '2'])
     """
-    check_path(directory)
     if format not in ("peft", "diffusers"):
         raise ConfigError(f"format={format!r} is not known. Expected 'peft' or 'diffusers'.")
     source = _source(model_or_file, root)
     is_peft = format == "peft"
     place = (peft.PEFT_WEIGHTS if is_peft else peft.DIFFUSERS_WEIGHTS)[0]
-    for name in (peft.PEFT_CONFIG, place):
-        check_output(Path(directory) / name, [model_or_file])
+    check_output(directory, [model_or_file], (peft.PEFT_CONFIG, place))
     check_exportable(source.stored, source.modules or {}, source.saved)
     updates = _updates(source)
     if uniform or not is_peft:  # diffusers before 0.34, and others that read its files, scale all by 1
@@ -351,8 +349,6 @@ def _write(directory: Path, name: str, weights: bytes, config: bytes | None) -> 
     is_new = not directory.exists()
     if not is_new and not directory.is_dir():
         raise AdapterFileError(f"{directory} is a file. Pass a directory.")
-    if is_new and not directory.parent.is_dir():
-        raise FileNotFoundError(f"The folder {directory.parent} does not exist. Make it first.")
     with write_errors(directory):
         directory.mkdir(exist_ok=True)
     try:

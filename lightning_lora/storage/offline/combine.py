@@ -13,7 +13,6 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, ConfigError, listed
 from lightning_lora.functional.combine import Factors, concatenated, dare, factored, ties, truncated, with_rank
 from lightning_lora.layers import AdaptedMatrix
-from lightning_lora.storage.disk import check_output
 from lightning_lora.storage.formats.own import check_place, write_adapter_file
 from lightning_lora.storage.names import by_whole_names
 from lightning_lora.storage.offline.layers import besides, read_layers, updates
@@ -51,8 +50,7 @@ def combine_files(paths: Sequence[Path], out: Path, how: How) -> int:
 
     A layer that a file does not adapt counts as an update of zero.
     """
-    check_place(out)
-    check_output(out, paths)
+    check_place(out, paths)
     if len(paths) < 2 or len(how.weights) != len(paths):
         raise ConfigError(f"Got {len(paths)} files and {len(how.weights)} weights. Expected at least two, and as many.")
     files = list(map(read_layers, paths))

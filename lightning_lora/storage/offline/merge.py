@@ -1,7 +1,6 @@
 """Merge adapters into files of the base."""
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Collection
@@ -21,12 +20,12 @@ from lightning_lora.errors import (
 )
 from lightning_lora.model.merged import lost_to_rounding
 from lightning_lora.storage.base import BaseTensor, Comparison, compare
-from lightning_lora.storage.disk import check_output, check_path, unread_in, writing, writing_folder
+from lightning_lora.storage.disk import check_output, unread_in, writing, writing_folder
 from lightning_lora.storage.formats.lightning import as_base
 from lightning_lora.storage.names import Renaming, find_renamings, is_inside
 from lightning_lora.storage.offline.layers import besides, layer_on, read_layers
-from lightning_lora.storage.offline.tensor_files import INDEX, TensorFiles, is_dense, write_tensors
-from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.offline.tensor_files import INDEX, TensorFiles, write_tensors
+from lightning_lora.storage.stored import StoredAdapters, is_plain
 from lightning_lora.tensors.names import join
 
 
@@ -36,9 +35,6 @@ def merge_files(base: Path, adapter: Path, out: Path, progress: Callable[[str], 
     The merged model appears when it is complete. It is a folder if the base is one, and may be a checkpoint if the base
     is one; only then are the merged weights held in memory. ``progress`` is called with the name of each tensor.
     """
-    check_path(out)
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"The folder {out.parent} does not exist. Make it first.")
     files = TensorFiles(base)
     check_output(out, [base, adapter, *dict.fromkeys(files.file_of.values())])
     job = _Merge(files, read_layers(adapter), progress)
@@ -58,9 +54,9 @@ def merge_files(base: Path, adapter: Path, out: Path, progress: Callable[[str], 
                 "save_merged."
             )
         state = files.entries | {name: job.merged(name) for name in job.places}
-        is_plain = state.keys() >= files.checkpoint.keys()  # a state dict by itself
+        is_alone = state.keys() >= files.checkpoint.keys()
         with writing(out) as place:
-            torch.save(state if is_plain else {**as_base(files.checkpoint), "state_dict": state}, place)
+            torch.save(state if is_alone else {**as_base(files.checkpoint), "state_dict": state}, place)
     else:
         kinds = ".safetensors" if files.checkpoint is None else ".safetensors or .ckpt"
         raise AdapterFileError(f"{out} cannot be written from {base}. Name a file that ends in {kinds}.")
@@ -98,16 +94,15 @@ class _Merge:
         for name, (layer, weight) in self.weights.items():
             shape = self.stored.layers[layer].shapes[weight]
             value = self.files.get(name) if name in self.files.file_of else None
-            if value is None or not is_dense(value) or tuple(value.shape) != shape:
-                wrong.append(f"{name} {list(shape)}")
-            elif not value.is_floating_point() or value.element_size() == 1:
-                wrong.append(f"{name} ({value.dtype})")
+            if not is_plain(value) or not value.is_floating_point() or value.shape != shape:
+                found = "absent" if value is None else f"{value.dtype} {list(value.shape)}"
+                wrong.append(f"{name} {list(shape)}, {found}")
             if weight in self.stored.layers[layer].tied:
                 tied.append(name)
         if wrong:
             raise AdapterMismatchError(
                 f"{self.files.path} lacks weights that {self.stored.source} adapts, or has them in another shape or a "
-                f"dtype that takes no update: {listed(wrong)}. Its names are such as {listed(self.files.file_of)}. "
+                f"form that takes no update: {listed(wrong)}. Its names are such as {listed(self.files.file_of)}. "
                 "Pass the base that the adapters were trained on, not quantised, in float32, bfloat16 or float16."
             )
         if tied:
@@ -209,18 +204,16 @@ def _write_folder(job: _Merge, folder: Path) -> None:
 
 def _copy_others(base: Path, folder: Path, known: Collection[Path]) -> list[str]:
     """Copy all files of the base but ``known`` ones. Return what is left out, such as weights without the update."""
-    left = list[Path]()
-    for at, folders, files in os.walk(base):
-        for name in list(folders):
-            if name.startswith(".") or (Path(at) / name).is_symlink():
-                folders.remove(name)
-                left.append(Path(at) / name)
-        for file in map(Path(at).joinpath, files):
-            if not file.is_file() or file.name.lower().endswith(_WEIGHTS):
-                left.append(file)
-            elif file not in known:
-                shutil.copy2(file, _place(folder / file.relative_to(base)))
-    return sorted(str(path.relative_to(base)) for path in left if path not in known)
+    left = list[str]()
+    for path in sorted({*base.rglob("*")}.difference(known)):
+        place = path.relative_to(base)
+        if any(part.startswith(".") for part in place.parts[:-1]):
+            continue
+        if path.is_file() and not path.name.lower().endswith(_WEIGHTS):
+            shutil.copy2(path, _place(folder / place))
+        elif path.is_symlink() or path.name.startswith(".") or not path.is_dir():
+            left.append(str(place))
+    return left
 
 
 _WEIGHTS = (

@@ -4,7 +4,6 @@ import json
 import os
 import struct
 from collections.abc import Callable, Collection
-from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -13,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lightning_lora.errors import AdapterFileError, listed
+from lightning_lora.errors import AdapterFileError
 from lightning_lora.storage.disk import check_whole, load_plain, reading
-from lightning_lora.storage.schema import fits
+from lightning_lora.storage.formats.peft_config import json_object
+from lightning_lora.storage.stored import has_own_memory
 
 _ONE = "model.safetensors"  # the only file of weights in a folder that is not divided
 INDEX = "model.safetensors.index.json"  # says which file of a folder holds which tensor
@@ -44,9 +44,9 @@ class TensorFiles:
             state = self.checkpoint.get("state_dict", self.checkpoint)
             self.entries = state if isinstance(state, dict) else {}
             self.file_of = {name: path for name, value in self.entries.items() if isinstance(value, Tensor)}
-            large = [n for n in self.file_of if is_dense(t := self.entries[n]) and t.nbytes > path.stat().st_size]
-            if large:
-                raise AdapterFileError(f"{listed(large)} in {path} are larger than the file itself. Pass another base.")
+            for name in self.file_of:
+                if not has_own_memory(self.entries[name]) and self.entries[name].nbytes > path.stat().st_size:
+                    raise AdapterFileError(f"{name!r} in {path} is larger than the file itself. Pass another base.")
         if not self.file_of:
             raise AdapterFileError(f"{path} holds no weights. Pass a .safetensors file, a folder of them, or a .ckpt.")
 
@@ -78,33 +78,18 @@ class TensorFiles:
             return opened.metadata() or {}
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor is an array of its elements: not sparse, nested or quantised."""
-    return tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized
-
-
 def _read_index(path: Path) -> dict[str, Any]:
     """The index of a folder, which names files inside it."""
-    try:
-        index = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        index = None
-    places: Any = index.get("weight_map") if isinstance(index, dict) else None
-    if not fits(places, {str: str}):
-        raise AdapterFileError(
-            f"{path} is damaged: expected a JSON object whose 'weight_map' names the file of each tensor. Get the base "
-            "again."
-        )
-    if odd := [file for file in dict.fromkeys(places.values()) if not _is_inside(path.parent, PurePath(file))]:
-        raise AdapterFileError(
-            f"{path} names {listed(odd)}, which are no files in its folder. Expected plain names such as "
-            "'model-00001-of-00002.safetensors'. Get all files of the base."
-        )
-    return index  # type: ignore[no-any-return]
-
-
-def _is_inside(folder: Path, file: PurePath) -> bool:
-    return not file.anchor and ".." not in file.parts and os.path.isfile(folder / file)  # noqa: PTH113  # any name
+    index = json_object(path.read_bytes(), path)
+    places: Any = index.get("weight_map")
+    for file in places.values() if isinstance(places, dict) else [places]:
+        is_inside = isinstance(file, str) and not PurePath(file).anchor and ".." not in PurePath(file).parts
+        if not is_inside or not os.path.isfile(path.parent / file):  # noqa: PTH113  # Path raises for some names
+            raise AdapterFileError(
+                f"The 'weight_map' in {path} names {file!r}, which is no file in its folder. Expected names such as "
+                "'model-00001-of-00002.safetensors'. Get all files of the base."
+            )
+    return index
 
 
 def _names_in(path: Path) -> list[str]:
@@ -117,8 +102,7 @@ def write_tensors(
 ) -> int:
     """Write a ``.safetensors`` file with one tensor in memory at a time. Return the size of all tensors.
 
-    ``base`` gives a tensor of the shape and dtype of each, ``values`` what is written. The format:
-    https://github.com/huggingface/safetensors#format.
+    ``base`` gives a tensor of the shape and dtype of each, ``values`` what is written.
     """
     header, end = {"__metadata__": {"format": "pt", **metadata}}, 0
     for name in names:
@@ -134,25 +118,15 @@ def write_tensors(
 
 
 def _entry(name: str, tensor: Tensor, start: int) -> dict[str, Any]:
-    """What a header says of a tensor."""
-    dtype, values = _stored_as(tensor.dtype) if is_dense(tensor) else ("", 0)
-    if not dtype:
+    """What a header says of a tensor: what safetensors says of none of them."""
+    try:
+        none = torch.empty((0, *tensor.shape), dtype=tensor.dtype, layout=tensor.layout)
+        entry = json.loads(save({"": none})[8:])[""]
+    except Exception as error:
         raise AdapterFileError(
             f"safetensors cannot hold {name!r} ({tensor.dtype}, {tensor.layout}). Write a .ckpt, or convert the base."
-        )
-    shape = list(tensor.shape)
-    shape[-1:] = [size * values for size in shape[-1:]]
-    return {"dtype": dtype, "shape": shape, "data_offsets": [start, start + tensor.nbytes]}
-
-
-@cache
-def _stored_as(dtype: torch.dtype) -> tuple[str, int]:
-    """What safetensors calls a dtype, and how many values an element holds, as it says of an empty tensor; or ""."""
-    try:
-        entry = json.loads(save({"": torch.empty((0, 1), dtype=dtype)})[8:])[""]
-    except KeyError:
-        return "", 0
-    return entry["dtype"], entry["shape"][1]
+        ) from error
+    return {**entry, "shape": entry["shape"][1:], "data_offsets": [start, start + tensor.nbytes]}
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -154,13 +154,13 @@ def test_a_folder_of_peft_that_cannot_be_made_is_told_with_what_to_do(tmp_path: 
     assert fork(work) == 0
 
 
-def test_an_error_of_a_model_that_saves_itself_is_not_called_a_full_disk(tmp_path: Path) -> None:
+def test_an_error_of_a_model_that_saves_itself_is_told(tmp_path: Path) -> None:
     class Raises(nn.Sequential):
         def save_pretrained(self, folder: Path) -> None:
             raise RuntimeError("my own")
 
     ll.inject_adapters(saved := Raises(nn.Linear(4, 4)), ll.LoRAConfig(r=2))
-    with pytest.raises(ll.AdapterFileError, match=r"my own.*The disk is not the reason"):
+    with pytest.raises(ll.AdapterFileError, match=r"could not be written \(RuntimeError: my own\)"):
         ll.save_merged(saved, tmp_path / "out")
 
 
@@ -189,7 +189,7 @@ def of_dtype(dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint16, torch.int8], ids=str)
 def test_an_adapted_weight_that_takes_no_update_is_named(folder: Path, dtype: torch.dtype) -> None:
     save_file({**model().state_dict(), "0.weight": of_dtype(dtype)}, folder / "other.safetensors")
-    with pytest.raises(ll.AdapterMismatchError, match=rf"takes no update: '0.weight \({dtype}\)'.* float32, bfloat16"):
+    with pytest.raises(ll.AdapterMismatchError, match=rf"no update: '0.weight \[8, 8\], {dtype} .* float32, bfloat16"):
         merge(*(str(folder / name) for name in ("other.safetensors", "a.safetensors", "out.safetensors")))
     assert not (folder / "out.safetensors").exists()
 
