@@ -17,8 +17,8 @@ from lightning_lora.cli.main import main
 from lightning_lora.errors import LoRAError
 from lightning_lora.storage.schema import slow_expressions
 from tests.support.faults import frugal, unchanged
-from tests.support.models import LitTiny, data, lora, trainer
-from tests.support.storage import refused, rewrite, with_adapters
+from tests.support.models import LitTiny, lora
+from tests.support.storage import fitted, goes_on, refused, rewrite, saved, with_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse|quantize)", "ignore:.*fork:DeprecationWarning")
 
@@ -33,7 +33,7 @@ Q, LONG = "q_proj", "a" * 40
 
 
 def written(path: Path, **config: Any) -> Path:
-    ll.save_adapter(with_adapters(square(), **{"r": 2, "alpha": 3, **config}), path)
+    saved(path, square(), **{"r": 2, "alpha": 3, **config})
     return path
 
 
@@ -155,16 +155,12 @@ def test_such_expressions_beside_a_file_of_peft_are_refused(tmp_path: Path, argu
 
 def test_an_honest_expression_with_repeats_still_loads(tmp_path: Path) -> None:
     expression, model = r"(\w+\.)*q_proj", LitTiny()
-    t = trainer(tmp_path, [lora(target_modules=expression, merge=False)], max_epochs=1)
-    t.fit(model, data())
-    t.save_checkpoint(tmp_path / "a.ckpt")
+    fitted(tmp_path / "a.ckpt", model, lora(target_modules=expression, merge=False))
     ll.save_adapter(model, tmp_path / "a.safetensors")
     for name in ("a.ckpt", "a.safetensors"):
         ll.load_adapter(again := LitTiny(), tmp_path / name)
         assert torch.equal(again.q_proj.lora_A, model.q_proj.lora_A) and not hasattr(again.v_proj, "lora_A")
-    more = trainer(tmp_path, [lora(target_modules=expression, merge=False)], max_epochs=2)
-    more.fit(LitTiny(), data(), ckpt_path=tmp_path / "a.ckpt")
-    assert more.global_step == 8
+    goes_on(tmp_path / "a.ckpt", callback=lora(target_modules=expression, merge=False))
 
 
 WORDS = "self_attn|attention|attn|mlp|feed_forward|ffn|dense", "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.storage.formats import own as own_format
 from tests.support.cases import held
 from tests.support.faults import adapted
-from tests.support.models import TRAINED, LitTiny, X, data, is_plain, lora, randomise, trainer
-from tests.support.storage import CONFIG, fitted, refused, restores, trained, with_adapters
+from tests.support.models import TRAINED, LitTiny, X, data, is_plain, lora, trainer
+from tests.support.storage import CONFIG, fitted, refused, restores, rewrite, saved, trained, with_adapters
 
 
 def test_file_restores_the_trained_model_on_a_plain_base(file: Path) -> None:
@@ -43,15 +44,7 @@ def test_arguments_the_wrong_way_round_are_told(file: Path) -> None:
             call(file, LitTiny())  # type: ignore[arg-type]
 
 
-def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], Any]) -> None:
-    """Write a file again with another description or other tensors."""
-    with safe_open(path, "pt") as opened:
-        about = json.loads(opened.metadata()["lightning_lora"])
-    tensors = load_file(path)
-    change(about, tensors)
-    save_file(tensors, path, {"lightning_lora": json.dumps(about)})
-
-
+edit = partial(rewrite, checked=False)
 Q, V = "q_proj.lora_A", "v_proj.lora_A"
 
 TAMPERED: dict[str, Callable[[Path], Any]] = {
@@ -61,12 +54,12 @@ TAMPERED: dict[str, Callable[[Path], Any]] = {
     "foreign object": lambda path: torch.save([1, 2], path),
     "full checkpoint": lambda path: torch.save({"state_dict": LitTiny().state_dict()}, path),
     "description not JSON": lambda path: save_file(load_file(path), path, {"lightning_lora": "{"}),
-    "newer format": lambda path: rewrite(path, lambda about, _: about.update(format=9)),
-    "unknown option": lambda path: rewrite(path, lambda about, _: about["config"].update(rank=2)),
-    "impossible option": lambda path: rewrite(path, lambda about, _: about["config"].update(r=0)),
-    "another dtype": lambda path: rewrite(path, lambda _, tensors: tensors.update({Q: tensors[Q].view(torch.int32)})),
-    "renamed tensors": lambda path: rewrite(path, lambda _, tensors: tensors.update({Q: tensors[V], V: tensors[Q]})),
-    "another alpha": lambda path: rewrite(path, lambda about, _: about["config"].update(alpha=8)),
+    "newer format": lambda path: edit(path, lambda about, _: about.update(format=9)),
+    "unknown option": lambda path: edit(path, lambda about, _: about["config"].update(rank=2)),
+    "impossible option": lambda path: edit(path, lambda about, _: about["config"].update(r=0)),
+    "another dtype": lambda path: edit(path, lambda _, tensors: tensors.update({Q: tensors[Q].view(torch.int32)})),
+    "renamed tensors": lambda path: edit(path, lambda _, tensors: tensors.update({Q: tensors[V], V: tensors[Q]})),
+    "another alpha": lambda path: edit(path, lambda about, _: about["config"].update(alpha=8)),
 }  # fmt: skip
 
 
@@ -84,17 +77,13 @@ def test_tampered_file_is_refused_and_the_model_is_as_it_was(file: Path, tamper:
     "option", [{"alpha": 8.0}, {"use_rslora": True}, {"r": 4}, {"alpha_pattern": {"q_proj": 9.0}}], ids=str
 )
 def test_adapters_of_another_function_are_refused_with_the_arguments_to_use(file: Path, option: dict[str, Any]) -> None:
-    model = LitTiny()
-    ll.inject_adapters(model, ll.LoRAConfig(**(CONFIG.to_dict() | option)))
+    model = with_adapters(LitTiny(), **CONFIG.to_dict() | option)
     with refused(model, ll.AdapterMismatchError, "r=2, alpha=4, use_rslora=False"):
         ll.load_adapter(model, file)
 
 
 def test_file_loads_where_adapters_were_injected_in_a_part(file: Path) -> None:
-    model = nn.ModuleDict({"net": LitTiny()})
-    ll.inject_adapters(model, CONFIG)
-    randomise(model)
-    ll.save_adapter(model, file)
+    model = saved(file, nn.ModuleDict({"net": LitTiny()}), **CONFIG.to_dict())
     again = nn.ModuleDict({"net": LitTiny()})
     ll.inject_adapters(again["net"], CONFIG)
     restores(file, model, again)
@@ -127,8 +116,7 @@ def test_gpt3_adapter_file_is_the_papers_35_mb(tmp_path: Path) -> None:
 
 def test_failed_load_leaves_adapters_that_a_part_has(file: Path) -> None:
     model, other = (nn.ModuleDict({"net": LitTiny(), "rest": nn.Linear(2, 2)}) for _ in range(2))
-    ll.inject_adapters(model, CONFIG)
-    ll.save_adapter(model, file)
+    saved(file, model, **CONFIG.to_dict())
     ll.inject_adapters(other["net"], CONFIG)  # whose rest is another
     flags = [p.requires_grad for p in other.parameters()]
     with pytest.raises(ll.BaseMismatchError):
@@ -224,8 +212,13 @@ def test_load_from_checkpoint_needs_no_trainer(tmp_path: Path) -> None:
     adapted = ll.load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt")
     assert torch.equal(adapted(X), model(X)) and adapted.hparams["lr"] == 0.01
     merged = ll.load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt", merge=True, lr=0.2)
-    assert is_plain(merged) and merged.hparams["lr"] == 0.2
+    assert is_plain(merged) and all(p.requires_grad for p in merged.parameters()) and merged.hparams["lr"] == 0.2
     torch.testing.assert_close(merged(X), model(X))
+    for verb in (ll.unmerge_adapters, ll.remove_adapters):  # it remembers nothing
+        with pytest.raises(ll.AdapterStateError, match="LitTiny has no adapters"):
+            verb(merged)
+    with pytest.raises(ll.BaseMismatchError, match="merged is another base"):
+        ll.load_adapter(merged, tmp_path / "lora.ckpt")
     with pytest.raises(ll.BaseMismatchError):
         ll.load_from_checkpoint(LitTiny, tmp_path / "lora.ckpt", width=6)
 

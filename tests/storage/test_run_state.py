@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning_lora import AdapterFileError, LoRAError, OptimizerError
 from tests.support.faults import unchanged
 from tests.support.models import LitTiny, best, data, lora, trainer
-from tests.support.storage import fitted
+from tests.support.storage import fitted, goes_on
 
 
 class Scheduled(LitTiny):
@@ -122,9 +122,9 @@ def test_a_full_checkpoint_of_any_version_is_a_base_or_refused(tmp_path: Path, v
 
 def test_a_diverged_optimizer_is_refused_by_fit_and_not_read_by_test(written: Path, tmp_path: Path) -> None:
     path = edited(written, tmp_path / "a.ckpt", BROKEN["moments"])
-    with unchanged(model := Scheduled()), pytest.raises(AdapterFileError, match="had diverged"):
-        trainer(tmp_path, callbacks(), max_epochs=2).fit(model, data(), data(), ckpt_path=path)
-    trainer(tmp_path, [lora()]).test(model, data(), ckpt_path=path, verbose=False)
+    with pytest.raises(AdapterFileError, match="had diverged"):
+        goes_on(path, Scheduled())
+    trainer(tmp_path, [lora()]).test(LitTiny(), data(), ckpt_path=path, verbose=False)
 
 
 def test_weights_alone_are_not_resumed(tmp_path: Path) -> None:

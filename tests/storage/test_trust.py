@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning_lora import AdapterFileError, load_adapter, load_from_checkpoint, save_adapter
 from tests.support.faults import Runs, adapted
 from tests.support.models import LitTiny, data, lora, trainer
-from tests.support.storage import fitted
+from tests.support.storage import fitted, goes_on
 
 FORCE, TRUST = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
@@ -51,21 +51,15 @@ may_say = pytest.mark.skipif(
 
 @may_say
 def test_a_trusted_file_of_other_types_is_resumed(tmp_path: Path, half: Path) -> None:
-    model, t = TakesAPath(tmp_path), trainer(tmp_path, [lora(merge=False)])
-    t.fit(model, data(), ckpt_path=half, weights_only=False)
-    assert t.global_step == 8
-    tested = trainer(tmp_path, [lora()]).test(
-        TakesAPath(tmp_path), data(), ckpt_path=half, weights_only=False, verbose=False
-    )
-    assert tested[0]["test_loss"] > 0
+    goes_on(half, TakesAPath(tmp_path), weights_only=False)
+    trusted: dict[str, Any] = {"ckpt_path": half, "weights_only": False, "verbose": False}
+    assert trainer(tmp_path, [lora()]).test(TakesAPath(tmp_path), data(), **trusted)[0]["test_loss"] > 0
 
 
 @pytest.mark.filterwarnings("ignore:.*TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected:UserWarning")  # torch says that it does
 def test_the_environment_may_say_that_files_are_trusted(tmp_path: Path, half: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv(TRUST, "1")
-    model, t = TakesAPath(tmp_path), trainer(tmp_path, [lora(merge=False)])
-    t.fit(model, data(), ckpt_path=half)
-    assert t.global_step == 8
+    goes_on(half, TakesAPath(tmp_path))
     assert os.environ[TRUST] == "1" and FORCE not in os.environ
 
 
@@ -91,19 +85,11 @@ def test_code_does_not_run_where_lightning_cannot_be_told(tmp_path: Path, monkey
         return torch.load(checkpoint_path, weights_only=False)
 
     monkeypatch.setattr(Strategy, "load_checkpoint", load_checkpoint)
-    again = trainer(tmp_path, [lora(merge=False)], max_epochs=2)
-    watched = again.strategy
-
-    def in_fit(path: Path) -> None:
-        own = type(watched).load_checkpoint
-        assert "weights_only" not in inspect.signature(own).parameters
-        again.fit(LitTiny(), data(), ckpt_path=path)
-
-    in_fit(path)
-    assert again.global_step == 8
+    assert "weights_only" not in inspect.signature(Strategy.load_checkpoint).parameters
+    goes_on(path)
     torch.save(torch.load(path, weights_only=True) | {"more": Runs(tmp_path / "ran")}, path)
     with pytest.raises(AdapterFileError, match="more than plain types"):
-        in_fit(path)
+        goes_on(path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -127,9 +113,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_code_in_a_file_of_the_web_does_not_run(tmp_path: Path, served: str) -> None:
     fitted(tmp_path / "served" / "good.ckpt")
-    again = trainer(tmp_path, [lora(merge=False)], max_epochs=2)
-    again.fit(LitTiny(), data(), ckpt_path=f"{served}/good.ckpt")
-    assert again.global_step == 8
+    goes_on(f"{served}/good.ckpt")
     checkpoint = torch.load(tmp_path / "served" / "good.ckpt", weights_only=True)
     torch.save(checkpoint | {"more": Runs(tmp_path / "ran")}, tmp_path / "served" / "bad.ckpt")
     with pytest.raises(AdapterFileError, match="more than plain types"):

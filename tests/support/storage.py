@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_lora import LoRAConfig, inject_adapters, load_adapter
+from lightning_lora import LoRAConfig, inject_adapters, load_adapter, save_adapter
 from lightning_lora.storage.stored import KEY, _checksum
 from tests.support.faults import unchanged
 from tests.support.models import LitTiny, data, lora, randomise, same, state, trainer
@@ -54,15 +54,15 @@ def restores(file: Any, model: Any, onto: Any = None) -> Any:
     return onto
 
 
-def fitted(
-    file: Path,
-    model: Any = None,
-    *callbacks: L.Callback,
-    plain: bool = False,
-    weights_only: bool = False,
-    **options: Any,
-) -> Any:
+def saved(file: Path, model: Any, *, randomly: bool = True, **config: Any) -> Any:
+    """The model with such adapters, and their file."""
+    save_adapter(with_adapters(model, randomly=randomly, **config), file)
+    return model
+
+
+def fitted(file: Path, model: Any = None, *callbacks: L.Callback, plain: bool = False, **options: Any) -> Any:
     """A model after a fit, whose Trainer wrote a file: with adapters, unless it is ``plain``."""
+    weights_only = options.pop("weights_only", False)
     model, used = model or LitTiny(), [] if plain else list(callbacks) or [lora(merge=False)]
     t = trainer(file.parent, used, **{"max_epochs": 1, "enable_checkpointing": False} | options)
     t.fit(model, data())
@@ -70,13 +70,21 @@ def fitted(
     return model
 
 
-def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], object]) -> Path:
-    """Change what an adapter file says and holds, with the right checksum."""
+def goes_on(file: Any, model: Any = None, callback: L.Callback | None = None, **options: Any) -> None:
+    """Expect a run of one epoch to go on from its file for one more."""
+    t = trainer(".", [callback or lora(merge=False)], max_epochs=2, enable_checkpointing=False)
+    t.fit(model or LitTiny(), data(), data(), ckpt_path=file, **options)
+    assert t.global_step == 8
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], object], *, checked: bool = True) -> Path:
+    """Change what an adapter file says and holds, with the right checksum unless it says otherwise."""
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()[KEY])
     tensors = load_file(path)
     change(about, tensors)
-    about["entries"] = len(tensors)
-    about["checksum"] = _checksum(tensors, about)
+    if checked:
+        about |= {"entries": len(tensors)}
+        about["checksum"] = _checksum(tensors, about)
     save_file(tensors, path, {"format": "pt", KEY: json.dumps(about)})
     return path
