@@ -14,12 +14,11 @@ from lightning_lora import AdapterFileError, BaseMismatchError, load_adapter, me
 from lightning_lora.layers.convolution import LoRAConvNd
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.model.view import View, root_of
-from lightning_lora.storage.base import forms_of_base
-from lightning_lora.storage.stored import KEY, StoredAdapters, _checksum
+from lightning_lora.storage.stored import KEY
 from lightning_lora.storage.stored_layers import StoredLayer, layers_of
 from tests.support.cases import three
 from tests.support.models import LitTiny, TinyLM, unties
-from tests.support.storage import fitted, with_adapters
+from tests.support.storage import fitted, rewrite, with_adapters
 
 
 class Every(nn.Module):
@@ -99,13 +98,9 @@ def test_both_kinds_of_files_hold_the_descriptions(tmp_path: Path) -> None:
 
 
 def write(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
-    """Write a checkpoint of three layers whose description is changed, with its checksum."""
-    view = View(three())
-    adapters = {name: p.detach() for name, p in view.adapters.items()}
-    about = StoredAdapters.from_view(view, adapters, forms_of_base(view)).description()
-    change(about)
-    torch.save({"state_dict": adapters, KEY: about | {"checksum": _checksum(adapters, about)}}, path)
-    return path
+    """Write a file of three layers whose description is changed."""
+    save_adapter(three(), path)
+    return rewrite(path, lambda about, _: change(about))
 
 
 @pytest.mark.parametrize(
@@ -126,11 +121,11 @@ def write(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
 )
 def test_a_description_of_another_form_is_refused(tmp_path: Path, break_it: Any) -> None:
     with pytest.raises(AdapterFileError, match="did not write"):
-        load_adapter(three(), write(tmp_path / "odd.ckpt", break_it))
+        load_adapter(three(), write(tmp_path / "odd.safetensors", break_it))
 
 
 def test_entries_that_earlier_versions_wrote_are_no_damage(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.ckpt", lambda about: about.update(run={"noted": 1, "loops": 2}, copies=[]))
+    path = write(tmp_path / "a.safetensors", lambda about: about.update(run={"noted": 1, "loops": 2}, copies=[]))
     with pytest.raises(BaseMismatchError):  # which is compared last
         load_adapter(three(), path)
 

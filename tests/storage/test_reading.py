@@ -67,21 +67,16 @@ def test_compressed_bomb_is_refused_before_it_bursts(tmp_path: Path, good: Path,
     frugal(partial(refused, path), most=1 << 27)
 
 
-@pytest.mark.parametrize("maker", [b"builtins\nbytearray", b"torch\nFloatTensor"])
-def test_pickle_that_only_names_a_size_is_refused(tmp_path: Path, maker: bytes) -> None:
-    bomb = b"\x80\x02c" + maker + b"\nJ\x00\x00\x00\x70\x85R."
-    path = tmp_path / "a.ckpt"
-    torch.save({}, path)
+SIZED = [b"\x80\x02c" + maker + b"\nJ\0\0\0\x70\x85R." for maker in (b"builtins\nbytearray", b"torch\nFloatTensor")]
+BOMBS = {"bytearray": SIZED[0], "tensor": SIZED[1], "disguised": b"PK\n" + SIZED[0]}
+
+
+@pytest.mark.parametrize("bomb", SIZED)
+def test_pickle_that_only_names_a_size_is_refused(tmp_path: Path, bomb: bytes) -> None:
+    torch.save({}, path := tmp_path / "a.ckpt")
     put_pickle(bomb, path)
     with pytest.raises(AdapterFileError, match=r"is damaged: .*data.pkl"):
         load_adapter(LitTiny(), path)
-
-
-BOMBS = {
-    "bytearray": b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x70\x85R.",
-    "tensor": b"\x80\x02ctorch\nFloatTensor\nJ\x00\x00\x00\x70\x85R.",
-    "disguised": b"PK\n\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x70\x85R.",
-}
 
 
 @pytest.mark.processes

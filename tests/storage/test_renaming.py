@@ -10,22 +10,11 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.model.view import View
-from tests.support.models import WIDTH, WORDS, LitTiny, TinyLM, data, is_plain, trainer
-from tests.support.storage import refused, restores, with_adapters
+from tests.support.models import WIDTH, WORDS, Around, LitTiny, TinyLM, is_plain
+from tests.support.storage import fitted, refused, restores, saved, with_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore:The names in the file:lightning_lora.LoRAWarning")
 INDEX = torch.arange(WORDS)
-
-
-class Around(L.LightningModule):
-    """A module around a language model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, index: Tensor) -> Tensor:
-        return self.model(index)
 
 
 class Wrapper(nn.Module):
@@ -76,12 +65,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("outward", [True, False])
 @pytest.mark.parametrize("around", [Around, Wrapper, nn.Sequential])
 def test_a_file_loads_onto_the_model_inside_and_around(tmp_path: Path, config: Any, outward: bool, around: Any) -> None:
-    saved, loaded = (base(), around(base())) if outward else (around(base()), base())
-    ll.save_adapter(with_adapters(saved, r=2, **config), tmp_path / "a.safetensors")
+    there, loaded = (base(), around(base())) if outward else (around(base()), base())
+    saved(tmp_path / "a.safetensors", there, r=2, **config)
     with pytest.warns(ll.LoRAWarning, match="taken for the same model"):
         ll.load_adapter(loaded, tmp_path / "a.safetensors")
-    assert torch.equal(loaded(INDEX), saved(INDEX))
-    assert [p.shape for p in View(loaded).adapters.values()] == [p.shape for p in View(saved).adapters.values()]
+    assert torch.equal(loaded(INDEX), there(INDEX))
+    assert [p.shape for p in View(loaded).adapters.values()] == [p.shape for p in View(there).adapters.values()]
     ll.save_adapter(loaded, tmp_path / "b.safetensors")
     restores(tmp_path / "b.safetensors", loaded, around(base()) if outward else base())
 
@@ -92,24 +81,18 @@ def nested() -> nn.Module:
 
 
 def test_a_layer_whose_name_ends_like_another_is_not_adapted_with_it(tmp_path: Path) -> None:
-    saved, loaded = Around(nested()), nested()
-    ll.inject_adapters(saved, ll.LoRAConfig(r=2, target_modules=["model.q"]))
-    ll.save_adapter(saved, tmp_path / "a.safetensors")
+    saved(tmp_path / "a.safetensors", Around(nested()), r=2, target_modules=["model.q"])
     with pytest.warns(ll.LoRAWarning):
-        ll.load_adapter(loaded, tmp_path / "a.safetensors")
+        ll.load_adapter(loaded := nested(), tmp_path / "a.safetensors")
     assert list(View(loaded).layers) == ["q"]
 
 
 def test_ranks_belong_to_names_in_full(tmp_path: Path) -> None:
-    saved, loaded = Around(nested()), nested()
     patterns: dict[str, Any] = {"rank_pattern": {"model.q": 1}, "alpha_pattern": {"model.q": 5}}
-    ll.inject_adapters(saved, ll.LoRAConfig(r=2, alpha=3, **patterns))
-    ll.save_adapter(saved, tmp_path / "a.safetensors")
-    ll.load_adapter(loaded, tmp_path / "a.safetensors")
-    settings = {
-        name: (layer.lora_settings.r, layer.lora_settings.scaling) for name, layer in View(loaded).layers.items()
-    }
-    assert settings == {"inner.q": (2, 1.5), "q": (1, 5.0)}
+    saved(tmp_path / "a.safetensors", Around(nested()), r=2, alpha=3, **patterns)
+    ll.load_adapter(loaded := nested(), tmp_path / "a.safetensors")
+    settings = [layer.lora_settings for layer in View(loaded).layers.values()]
+    assert [(each.r, each.scaling) for each in settings] == [(2, 1.5), (1, 5.0)]  # of 'inner.q' and of 'q'
 
 
 def test_a_frozen_weight_that_changed_in_training_is_loaded(tmp_path: Path) -> None:
@@ -117,17 +100,15 @@ def test_a_frozen_weight_that_changed_in_training_is_loaded(tmp_path: Path) -> N
         def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
             pl_module.model.embed.weight.data[0, 0] += 1
 
-    saved, loaded = Trained(), Trained().model
-    t = trainer(tmp_path, [ll.LoRACallback(r=2, target_modules=["q_proj"], merge=False), Changing()], max_steps=1)
-    t.fit(saved, data())
-    t.save_checkpoint(tmp_path / "a.ckpt")
+    there, loaded = Trained(), Trained().model
+    fitted(tmp_path / "a.ckpt", there, ll.LoRACallback(r=2, target_modules=["q_proj"], merge=False), Changing())
     ll.load_adapter(loaded, tmp_path / "a.ckpt")
-    assert torch.equal(loaded.get_parameter("embed.weight"), saved.model.get_parameter("embed.weight"))
+    assert torch.equal(loaded.get_parameter("embed.weight"), there.model.get_parameter("embed.weight"))
 
 
 def test_another_base_is_refused_as_ever(tmp_path: Path) -> None:
-    saved, other = Around(base()), base()
-    ll.save_adapter(with_adapters(saved, randomly=False, r=2), tmp_path / "a.safetensors")
+    saved(tmp_path / "a.safetensors", Around(base()), r=2)
+    other = base()
     with torch.no_grad():
         other.v_proj.weight[0, 0] += 1
     with refused(other, ll.BaseMismatchError, r"'v_proj.weight'"):
@@ -175,24 +156,23 @@ SHORT: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("outward", [True, False])
 @pytest.mark.parametrize("around", [Around, Wrapper])
 def test_the_last_parts_of_names_mean_what_they_meant(tmp_path: Path, config: Any, outward: bool, around: Any) -> None:
-    saved, loaded = (Nested(), around(Nested())) if outward else (around(Nested()), Nested())
-    with_adapters(saved, r=2, **config)
+    there, loaded = (Nested(), around(Nested())) if outward else (around(Nested()), Nested())
+    with_adapters(there, r=2, **config)
     with torch.no_grad():
-        for p in View(saved).trained.values():
+        for p in View(there).trained.values():
             p.add_(1)
-    ll.save_adapter(saved, tmp_path / "a.safetensors")
+    ll.save_adapter(there, tmp_path / "a.safetensors")
     ll.load_adapter(loaded, tmp_path / "a.safetensors")
     x = torch.randn(3, WIDTH)
-    assert torch.equal(loaded(x), saved(x))
-    trained = [[p.shape for p in model.parameters() if p.requires_grad] for model in (saved, loaded)]
+    assert torch.equal(loaded(x), there(x))
+    trained = [[p.shape for p in model.parameters() if p.requires_grad] for model in (there, loaded)]
     assert trained[0] == trained[1]
 
 
 def test_the_configuration_names_what_is_saved_in_full_and_nothing_outside(tmp_path: Path) -> None:
-    saved, loaded = Nested(), Wrapper(Nested())
+    loaded = Wrapper(Nested())
     loaded.head = nn.Dropout()
-    ll.inject_adapters(saved, ll.LoRAConfig(r=2, target_modules=["q"], modules_to_save=["head", "scale"]))
-    ll.save_adapter(saved, tmp_path / "a.safetensors")
+    saved(tmp_path / "a.safetensors", Nested(), r=2, target_modules=["q"], modules_to_save=["head", "scale"])
     ll.load_adapter(loaded, tmp_path / "a.safetensors")
     assert View(loaded).config.modules_to_save == ("net.encoder.head", "net.encoder.scale")
 
@@ -204,17 +184,14 @@ def test_a_name_in_full_that_means_more_in_the_other_model_is_refused(tmp_path: 
             self.head, self.experts = nn.Sequential(nn.Linear(WIDTH, WIDTH)), Experts()
             self.head.head = nn.Identity()  # which is a part of it
 
-    for number, (config, also) in enumerate(
-        [
-            ({"modules_to_save": ["model.head"]}, r"modules_to_save=\['head'\] would also mean 'encoder\.head', which"),
-            ({"target_parameters": ["model.experts.w"]}, r"target_parameters=\['experts\.w'\] .*'encoder\.experts\.w'"),
-        ]
+    for argument, name, also in (
+        ("modules_to_save", "head", r"modules_to_save=\['head'\] would also mean 'encoder\.head', which"),
+        ("target_parameters", "experts.w", r"target_parameters=\['experts\.w'\] .*'encoder\.experts\.w'"),
     ):
-        saved, loaded = Around(Twice()), Twice()
-        ll.inject_adapters(saved, ll.LoRAConfig(r=2, target_modules=["q"], **config))
-        ll.save_adapter(saved, path := tmp_path / f"{number}.safetensors")
+        config: dict[str, Any] = {"target_modules": ["q"], argument: [f"model.{name}"]}
+        saved(path := tmp_path / f"{argument}.safetensors", Around(Twice()), r=2, **config)
         with pytest.warns(ll.LoRAWarning), pytest.raises(ll.AdapterMismatchError, match=f"In Twice, {also}"):
-            ll.load_adapter(loaded, path)
+            ll.load_adapter(loaded := Twice(), path)
         assert is_plain(loaded)
 
 
@@ -236,22 +213,19 @@ class PreTrainedModel(TinyLM):
 @pytest.mark.parametrize("model", [TinyLM, PreTrainedModel])
 @pytest.mark.parametrize("config", [{"modules_to_save": ["head"]}, {"modules_to_save": ["head"], "bias": "all"}])
 def test_what_was_trained_outside_of_the_model_is_named(tmp_path: Path, model: type[TinyLM], config: Any) -> None:
-    saved = Headed(model())
-    ll.inject_adapters(saved, ll.LoRAConfig(r=2, target_modules=["q_proj"], **config))
-    ll.save_adapter(saved, tmp_path / "a.safetensors")
+    saved(tmp_path / "a.safetensors", Headed(model()), r=2, target_modules=["q_proj"], **config)
     with pytest.raises(ll.AdapterMismatchError, match=r"'head', .*outside of 'model'.* onto the whole model"):
         ll.load_adapter(inner := model(), tmp_path / "a.safetensors")
     assert is_plain(inner)
 
 
-@pytest.mark.parametrize("saved", ["head", "scale"])
-def test_what_the_model_has_not_is_named(tmp_path: Path, saved: str) -> None:
+@pytest.mark.parametrize("name", ["head", "scale"])
+def test_what_the_model_has_not_is_named(tmp_path: Path, name: str) -> None:
     whole, other = LitTiny(), LitTiny()
     whole.scale = nn.Parameter(torch.ones(1))
     del other.head
-    ll.inject_adapters(whole, ll.LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=[saved]))
-    ll.save_adapter(whole, tmp_path / "a.safetensors")
-    with pytest.raises(ll.AdapterMismatchError, match=f"holds '{saved}', which LitTiny does not have.* saved from"):
+    saved(tmp_path / "a.safetensors", whole, r=2, target_modules=["q_proj"], modules_to_save=[name])
+    with pytest.raises(ll.AdapterMismatchError, match=f"holds '{name}', which LitTiny does not have.* saved from"):
         ll.load_adapter(other, tmp_path / "a.safetensors")
     assert is_plain(other)
 
@@ -267,16 +241,13 @@ def test_what_the_model_has_not_is_named(tmp_path: Path, saved: str) -> None:
     ],
 )
 def test_a_part_of_a_larger_model_that_the_file_fits_is_named(tmp_path: Path, build: Any, says: str) -> None:
-    saved, loaded = base(), build()
-    ll.save_adapter(with_adapters(saved, randomly=False, r=2), tmp_path / "a.safetensors")
+    saved(tmp_path / "a.safetensors", base(), r=2)
     with pytest.raises(ll.AdapterMismatchError, match=f"{says}, and .* onto that part"):
-        ll.load_adapter(loaded, tmp_path / "a.safetensors")
+        ll.load_adapter(loaded := build(), tmp_path / "a.safetensors")
     assert is_plain(loaded)
 
 
 def test_a_model_that_differs_by_more_than_a_prefix_is_refused(tmp_path: Path) -> None:
-    saved = Around(nn.Sequential(nn.Linear(4, 4)))
-    ll.inject_adapters(saved, ll.LoRAConfig(r=2, target_modules=["model.0"]))
-    ll.save_adapter(saved, tmp_path / "a.safetensors")
+    saved(tmp_path / "a.safetensors", Around(nn.Sequential(nn.Linear(4, 4))), r=2, target_modules=["model.0"])
     with pytest.raises(ll.AdapterMismatchError, match=r"'model\.0', which TinyLM does not have"):
         ll.load_adapter(base(), tmp_path / "a.safetensors")

@@ -94,17 +94,13 @@ def test_a_state_without_a_file_holds_the_head_too(tmp_path: Path) -> None:
     assert torch.equal(third(X), model(X))
 
 
-def test_another_base_is_refused_as_ever(tmp_path: Path) -> None:
-    fit(tmp_path, NewHead(), callback(), epochs=1)
+def test_another_base_is_refused_as_ever_and_another_precision_recognised(tmp_path: Path) -> None:
+    model = fit(tmp_path, NewHead(), callback(merge=False), epochs=1)
     other = NewHead()
     with torch.no_grad():
         other.embed.weight[0, 0] += 1
     with pytest.raises(ll.BaseMismatchError, match=r"1 of \d frozen tensors of NewHead differ, such as 'embed.weight'"):
         ll.load_adapter(other, tmp_path / "epoch=0.ckpt")
-
-
-def test_another_precision_is_recognised(tmp_path: Path) -> None:
-    model = fit(tmp_path, NewHead(), callback(merge=False), epochs=1)
     other = NewHead().bfloat16()
     with pytest.warns(ll.LoRAWarning, match="It is the same base, converted"):
         ll.load_adapter(other, tmp_path / "epoch=0.ckpt")

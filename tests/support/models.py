@@ -79,6 +79,17 @@ class LitTiny(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.hparams["lr"])
 
 
+class Around(L.LightningModule):
+    """A LightningModule around a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
 def data(samples: int = 16, batch_size: int = 4) -> DataLoader[Any]:
     """Random tokens, always the same, with labels that depend on them."""
     index = torch.randint(0, WORDS, (samples,), generator=torch.Generator().manual_seed(2))

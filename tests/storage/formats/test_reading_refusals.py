@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from tests.storage.formats.test_reading import INDEX
-from tests.support.models import WORDS, LitTiny, TinyLM, data, same, state, trainer
-from tests.support.peft_reading import Attending, Expert, Images, Lit, Mixed, built, gap, write_peft
+from tests.support.models import WORDS, Around, LitTiny, TinyLM, data, same, state, trainer
+from tests.support.peft_reading import Attending, Expert, Images, Mixed, built, gap, write_peft
 from tests.support.storage import refused
 
 PRE = "base_model.model."
@@ -240,7 +240,7 @@ def test_what_the_model_is(tmp_path: Path, make: Any, config: Any, said: Any, ma
     check_refused(tmp_path, built(make), ll.AdapterMismatchError, match)
 
 
-class LitRows(Lit):
+class LitRows(Around):
     """A language model, whose head is tied to its embedding."""
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
