@@ -171,8 +171,6 @@ def check_fits(view: View, stored: StoredAdapters, *, anew: bool = True, refuse_
     config, state, is_converted = stored.config, stored.state, False
     entries = entries_of(view, () if stored.base else view.adapter.random or ())
     _check_settings(view, config)
-    if not stored.base:
-        _check_init(view, config)
     check_names(view, entries, state, stored.changed, config)
     if stored.base:
         shapes = {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
@@ -192,17 +190,20 @@ def check_fits(view: View, stored: StoredAdapters, *, anew: bool = True, refuse_
 
 
 def _check_settings(view: View, config: LoRAConfig) -> None:
-    """Refuse adapters that were trained with another rank or scaling: they would give another update."""
+    """Refuse adapters that were trained with another rank, scaling or start: they would give another update."""
     for name, layer in view.layers.items():
         settings = layer.lora_settings
+        starts = {settings.init, config.init}
+        is_same_start = len(starts) == 1 or starts.isdisjoint(FROM_BASE)
         for matrix in layer.lora_matrices:
             target, r, scaling = asked_of(config, name, matrix, layer.overlaid[0].__name__)
             here, scaled = matrix.rank(settings.r), matrix.scale(settings.scaling)
-            if r != here or not math.isclose(scaling, scaled):
+            if r != here or not math.isclose(scaling, scaled) or not is_same_start:
                 raise AdapterMismatchError(
                     f"These adapters were trained with r={r} and a scaling of {scaling:g} in {target!r}; "
-                    f"here it has r={here} and a scaling of {scaled:g}. Adapt the model as they were trained: "
-                    f"r={config.r}, alpha={config.alpha}, use_rslora={config.use_rslora}, "
+                    f"here it has r={here}, a scaling of {scaled:g} and init={settings.init!r}. Call "
+                    "remove_adapters(model) before, or adapt it as they were trained: "
+                    f"r={config.r}, alpha={config.alpha}, use_rslora={config.use_rslora}, init={config.init!r}, "
                     f"rank_pattern={config.rank_pattern}, alpha_pattern={config.alpha_pattern}."
                 )
 
@@ -216,18 +217,6 @@ def _check_layers(view: View, stored: StoredAdapters) -> None:
             raise AdapterMismatchError(
                 f"{name!r} is {there.kind} in the file, and {kind.__name__} in this model, or other rows of its weight "
                 "are adapted. Load it onto the model that it was saved from."
-            )
-
-
-def _check_init(view: View, config: LoRAConfig) -> None:
-    """Refuse adapters with another initialisation, of which the update is the difference."""
-    for name, layer in view.layers.items():
-        found, expected = (init if init in FROM_BASE else "kaiming" for init in (layer.lora_settings.init, config.init))
-        if found != expected:
-            raise AdapterMismatchError(
-                f"These adapters were trained with init={config.init!r}; here {name!r} has "
-                f"init={layer.lora_settings.init!r}. Call remove_adapters(model) first: loading adapts it as they were "
-                "trained."
             )
 
 

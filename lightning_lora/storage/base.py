@@ -26,9 +26,8 @@ from lightning_lora.tensors.names import join
 def fingerprint(view: View, *, anew: bool = True, renaming: Renaming = SAME_NAMES) -> dict[str, Any]:
     """Return the fingerprint of an adapted model's base, in plain types. Collective for one spread over processes.
 
-    It has ``layout``, a hash of the names and shapes (the names that ``renaming`` has in a file); ``dtypes``; and
-    ``digests``, one number for each tensor in order, which is 0 on the meta device. It costs one pass over the weights,
-    unless ``anew`` is False: then a weight is read again only if a quick look shows a change.
+    ``layout`` is a hash of the names (in a file, by ``renaming``) and shapes; ``digests`` has a number for each tensor,
+    0 on the meta device. Without ``anew``, a weight is read again only if a quick look shows a change.
     """
     tensors = base_tensors(view)
     once = {id(tensor): name for name, tensor in reversed(tensors.items())}  # tied weights are hashed once
@@ -108,9 +107,8 @@ def forms_of_base(view: View) -> list[dict[str, Any]]:
 def with_halves(view: View, forms: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Add the base's digests in half precision to its fingerprints, so that a converted base is recognised.
 
-    Their entry ``rounded`` has a list for each tensor, by name in order: the digests in bfloat16 and float16. It is
-    empty for integers, and for values from before a change that are no longer known; and None for quantised values. The
-    first call costs a pass over the weights. Later calls look the digests up.
+    ``rounded`` has those in bfloat16 and float16 of each tensor: none of integers and of values from before a change
+    that are no longer known, and None of quantised values. Only the first call costs a pass over the weights.
     """
     tensors, packed, record, described = base_tensors(view), _quantised_names(view), view.record, []
     layout, dtypes = _layout(tensors, SAME_NAMES), _dtypes(tensors)

@@ -57,12 +57,7 @@ SAME_NAMES = Renaming()
 def find_renamings(
     names: Sequence[str], known: Collection[str], *, root_there: str = "", root_here: str = ""
 ) -> list[Renaming]:
-    """Return the ways in which all names of a file become known names, if one prefix is exchanged.
-
-    Example:
-        >>> find_renamings(["model.q", "model.v"], ["net.q", "net.v"], root_there="model")
-        [Renaming(there='model', here='net')]
-    """
+    """Return the ways in which all names of a file become known names, if one prefix is exchanged."""
     lead, first = _common_lead(names), names[0]
     others = [Renaming(there, here) for there in lead for here in dict.fromkeys(("", root_here))]
     for there in dict.fromkeys(("", root_there if root_there in lead else "")):

@@ -10,13 +10,7 @@ def fits(value: object, schema: Any) -> bool:
     """Whether ``value`` has the form that ``schema`` describes.
 
     A schema is a type; ``None``; a function that judges the value; a tuple of alternatives; ``[schema]`` for a list;
-    ``{str: schema}`` for a dictionary with any names; or a dictionary with a schema for each key, in which a key that
-    ends in ``"?"`` may be absent.
-
-    Example:
-        >>> schema = {"name": str, "sizes?": [int]}
-        >>> fits({"name": "a"}, schema), fits({"name": "a", "sizes": [1, "2"]}, schema), fits({"sizes": []}, schema)
-        (True, False, False)
+    ``{str: schema}`` for any names; or one for each key, where a key that ends in ``"?"`` may be absent.
     """
     if isinstance(schema, type):
         return type(value) is schema
