@@ -27,6 +27,6 @@ def add_arguments(parser: Any) -> None:
 
 def run(arguments: Any) -> str:
     """Export the file, and say where."""
-    options = {name: getattr(arguments, name) for name in ("root", "uniform", "format")}
-    export_peft(arguments.file, arguments.folder, **options)
-    return f"Wrote files for {arguments.format} into {arguments.folder}."
+    how = arguments.format
+    export_peft(arguments.file, arguments.folder, root=arguments.root, uniform=arguments.uniform, format=how)
+    return f"Wrote files for {how} into {arguments.folder}."

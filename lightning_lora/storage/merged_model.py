@@ -1,6 +1,5 @@
 """Save the whole merged model, for code that does not know adapters."""
 
-import inspect
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -78,8 +77,16 @@ def save_merged(model: nn.Module, path: str | Path) -> None:
 
 
 def _merged(view: View) -> dict[str, Any]:
+    """The state, after a check for NaN and infinite adapters and merged weights."""
     state, lost = merged_state(view)
-    _check_finite(view, state)
+    check_not_diverged(view)
+    weights = set(view.adapted_weights)
+    for name, value in state.items():
+        if plain_name(name) in weights and not value.isfinite().all():
+            raise AdapterStateError(
+                f"Merged, {plain_name(name)!r} would hold values that {value.dtype} cannot. Convert the model first: "
+                "model.to(torch.float32)."
+            )
     warn_of_merge(view.model, lost, _untied(view))
     return state
 
@@ -109,15 +116,12 @@ def _write_checkpoint(view: View, path: Path) -> None:
 
 def _hyperparameters(model: Any) -> dict[str, Any]:
     """The entries of a checkpoint from which Lightning builds the module."""
-    if not model.hparams:
-        return {}
     is_plain = isinstance(model.hparams, dict)  # otherwise omegaconf's
-    entries = {model.CHECKPOINT_HYPER_PARAMS_KEY: dict(model.hparams) if is_plain else model.hparams}
-    if not is_plain:
-        entries[model.CHECKPOINT_HYPER_PARAMS_TYPE] = type(model.hparams)
-    if hasattr(model, "_hparams_name"):
-        entries[model.CHECKPOINT_HYPER_PARAMS_NAME] = model._hparams_name
-    return entries
+    return {
+        model.CHECKPOINT_HYPER_PARAMS_KEY: dict(model.hparams) if is_plain else model.hparams,
+        model.CHECKPOINT_HYPER_PARAMS_TYPE: None if is_plain else type(model.hparams),
+        model.CHECKPOINT_HYPER_PARAMS_NAME: getattr(model, "_hparams_name", None),
+    }
 
 
 def _write_safetensors(view: View, path: Path) -> None:
@@ -161,14 +165,11 @@ def _write_folder(view: View, path: Path) -> None:
         )
     state = {name.removeprefix(prefix): value for name, value in _merged(view).items() if name.startswith(prefix)}
     with writing_folder(path) as beside:
-        if "state_dict" in inspect.signature(save).parameters:
-            save(beside, state_dict=state)
-        else:  # it asks the model
-            vars(inner)["state_dict"] = lambda *_, **__: dict(state)
-            try:
-                save(beside)
-            finally:
-                del vars(inner)["state_dict"]
+        vars(inner)["state_dict"] = lambda *_, **__: dict(state)  # it asks the model
+        try:
+            save(beside)
+        finally:
+            del vars(inner)["state_dict"]
 
 
 # The state
@@ -180,24 +181,33 @@ def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[
     if view.is_merged:
         check_as_merged(view.model)
         return _noted(view, model.state_dict()), {}
-    _check_mergeable(view)
+    if any(map(is_dtensor, view.parameters.values())):
+        raise AdapterStateError(
+            f"{type(model).__name__} is spread over processes, so none of them holds all its weights. Call "
+            "save_adapter(model, path) in each process. Then merge the file into the base: lightning-lora merge BASE "
+            "FILE OUT."
+        )
+    check_weights(view)
+    check_mergeable(view)
     changed = changed or {}
     with _showing(view, changed):
         merged, lost = _merged_weights(view)
+    values = {**changed, **merged}
+    for name in view.adapters:
+        values.pop(name, None)
     added = set(map(id, view.adapters.values()))
     state: Any = model.state_dict(keep_vars=True)
-    for name in [name for name, value in state.items() if id(value) in added]:
-        del state[name]
-    own = {plain_name(name): name for name in state}
-    if absent := [name for name in merged if name not in own]:
-        raise AdapterStateError(
-            f"The state dict of {type(model).__name__} does not hold {listed(absent)} under their own names, so that "
-            "no update can be put there. Call merge_adapters(model) and save its state dict."
-        )
-    others = {name: value for name, value in changed.items() if name not in view.adapters}
-    state.update({own.get(name, name): value for name, value in {**others, **merged}.items()})
-    for name, value in state.items():
+    for name, own in list(state.items()):
+        value = values.pop(plain_name(name), own)
         state[name] = value.detach() if isinstance(value, Tensor) else value
+        if id(own) in added:
+            del state[name]
+    if absent := merged.keys() & values.keys():
+        raise AdapterStateError(
+            f"The state dict of {type(model).__name__} does not hold {listed(sorted(absent))} under their own names, "
+            "so that no update can be put there. Call merge_adapters(model) and save its state dict."
+        )
+    state.update(values)
     return _noted(view, state), lost
 
 
@@ -265,29 +275,3 @@ def take_updates_out(view: View, merged: Mapping[str, Any], changed: Mapping[str
                 replace_values(own, (own.to(wide(own.dtype)) - update).to(own.dtype))
             layer.lora_weights_changed()
     return True
-
-
-# Checks
-
-
-def _check_mergeable(view: View) -> None:
-    if any(map(is_dtensor, view.parameters.values())):
-        raise AdapterStateError(
-            f"{type(view.model).__name__} is spread over processes, so none of them holds all its weights. Call "
-            "save_adapter(model, path) in each process. Then merge the file into the base: lightning-lora merge BASE "
-            "FILE OUT."
-        )
-    check_weights(view)
-    check_mergeable(view)
-
-
-def _check_finite(view: View, state: Mapping[str, Any]) -> None:
-    """Refuse NaN and infinite adapters and merged weights."""
-    check_not_diverged(view)
-    weights = set(view.adapted_weights)
-    for name, value in state.items():
-        if plain_name(name) in weights and not value.isfinite().all():
-            raise AdapterStateError(
-                f"Merged, {plain_name(name)!r} would hold values that {value.dtype} cannot. Convert the model first: "
-                "model.to(torch.float32)."
-            )

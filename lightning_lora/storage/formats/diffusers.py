@@ -71,7 +71,7 @@ def reader(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
 
 def _part(view: View, tensors: Mapping[str, Tensor], header: dict[str, Any], path: Any) -> tuple[dict[str, Any], Any]:
     """The tensors of the part of a pipeline that the model is, and their configuration."""
-    starts = set(map(_first, tensors))
+    starts = {name.partition(".")[0] for name in tensors}
     parts = {key.rpartition(".")[0] for key in header} or set(filter(_PARTS.fullmatch, starts)) or {""}
     if not parts & {"", peft.PREFIX.rstrip(".")}:
         parts |= starts
@@ -96,10 +96,6 @@ def _part(view: View, tensors: Mapping[str, Tensor], header: dict[str, Any], pat
             "as save_lora_weights(..., unet_lora_adapter_metadata=...)."
         )
     return found, peft.config_of({"peft_type": "LORA", **config}, path)
-
-
-def _first(name: str) -> str:
-    return name.partition(".")[0]
 
 
 def _warn(message: str) -> None:

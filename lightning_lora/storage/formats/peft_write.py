@@ -3,7 +3,7 @@
 import json
 import warnings
 from collections import Counter
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -43,19 +43,18 @@ def export_peft(
 ) -> None:
     """Write adapters in PEFT's format, or in that of diffusers, into a directory.
 
-    ``peft``, ``transformers`` and, with ``uniform=True``, vLLM and llama.cpp read it unchanged. They compute what the
-    adapted model computes here. Everything for which that is not so is refused before anything is written.
+    ``peft``, ``transformers`` and, with ``uniform=True``, vLLM and llama.cpp read it unchanged, and compute what the
+    adapted model computes here. What they would compute otherwise is refused, and nothing is written.
 
     Args:
         model_or_file: A model with adapters (on its layers, or merged), or a file that ``save_adapter`` or a Trainer
             with ``LoRACallback`` wrote.
-        directory: The directory for ``adapter_config.json`` and ``adapter_model.safetensors``, or for
-            ``pytorch_lora_weights.safetensors`` of diffusers. It is made if only the last folder is missing. Other
-            files in it stay.
+        directory: The directory for PEFT's two files, or for ``pytorch_lora_weights.safetensors`` of diffusers. It is
+            made if only the last folder is missing. Other files in it stay.
         root: The name of the module that the reader has, such as ``"model"`` for the model inside a LightningModule;
             ``""`` is the whole module. By default it is the one model inside, if there is one.
         uniform: Write one rank and one alpha for all layers, without rsLoRA, for readers that know no others: vLLM,
-            llama.cpp, and PEFT's hotswap, for which all files must be uniform. The factors are padded with zeros.
+            llama.cpp, and PEFT's hotswap (all files). The factors are padded with zeros.
         format: ``"diffusers"`` writes what ``pipe.load_lora_weights(directory)`` reads. Names begin with the part of
             the pipeline: the root's name if it is one, such as ``text_encoder_2``; else ``unet``, ``transformer`` or
             ``text_encoder``, by the class of the model.
@@ -69,9 +68,9 @@ def export_peft(
         FileNotFoundError: the file, or the folder of ``directory``, does not exist.
 
     Warns:
-        LoRAWarning: an nn.TransformerEncoder, which reads weights past PEFT's layers in eval mode, holds the adapted
-            layers. Or an adapted weight is tied to another one, which PEFT's merge would change too. Or frozen layers
-            look untrained, which PEFT's format cannot hold.
+        LoRAWarning: an nn.TransformerEncoder, which reads weights past PEFT's layers in eval mode, holds adapted
+            layers; or an adapted weight is tied to another, which PEFT's merge would change; or frozen layers look
+            untrained, which PEFT's format cannot hold.
 
     Example:
         >>> import tempfile
@@ -89,7 +88,7 @@ def export_peft(
     source = _source(model_or_file, root)
     is_peft = format == "peft"
     place = (peft.PEFT_WEIGHTS if is_peft else peft.DIFFUSERS_WEIGHTS)[0]
-    check_output(directory, [model_or_file], (peft.PEFT_CONFIG, place))
+    check_output(directory, [model_or_file], [place])
     check_exportable(source.stored, source.modules or {}, source.saved)
     updates = _updates(source)
     if uniform or not is_peft:  # diffusers before 0.34, and others that read its files, scale all by 1
@@ -102,9 +101,8 @@ def export_peft(
         {prefix + name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()},
         metadata={"format": "pt", peft.METADATA: json.dumps({prefix + name: value for name, value in config.items()})},
     )
-    _warn_of_ties(source)
-    _warn_of_encoders(source)
-    _write(Path(directory).expanduser(), place, contents, json.dumps(config, indent=2).encode() if is_peft else None)
+    _warn_of_merges(source)
+    _write(Path(directory).expanduser(), place, contents, json.dumps(config, indent=2).encode() if is_peft else b"")
 
 
 # What to export
@@ -155,15 +153,12 @@ def _source(model_or_file: nn.Module | str | Path, root: str | None) -> _Source:
     else:
         stored, model = read_adapter_file(model_or_file), None
     if stored.random:
-        warnings.warn(
+        _warn(
             f"{listed(stored.random)} look untrained and stayed frozen, and PEFT's format has no place for them. Name "
-            "their modules in modules_to_save and train again, or save the whole model: save_merged(model, path).",
-            LoRAWarning,
-            stacklevel=3,
+            "their modules in modules_to_save and train again, or save the whole model: save_merged(model, path)."
         )
         state = {name: value for name, value in stored.state.items() if name not in stored.random}
-        changed = tuple(name for name in stored.changed if name not in stored.random)
-        stored = replace(stored, state=state, changed=changed)
+        stored = replace(stored, state=state)
     if root is not None:
         if root and root not in chain.from_iterable(map(starts_of, stored.layers)):
             raise ConfigError(
@@ -201,12 +196,6 @@ class _Update:
     def target(self) -> str:  # patterns have to match it
         return join(self.name, self.weight) if self.is_parameter else self.name
 
-    @property
-    def rest(self) -> dict[str, Tensor]:
-        """The factors of zero of an attention's output projection, which PEFT adapts with the others."""
-        a = torch.zeros_like(self.factors[0])
-        return {"lora_A.weight": a, "lora_B.weight": a.T.clone()} if self.layer.adapter_class is LoRAAttention else {}
-
     def tensors(self) -> dict[str, Tensor]:
         """Return PEFT's tensors, by the ends of their names."""
         own = peft_layer(self.layer)
@@ -233,8 +222,7 @@ def _updates(source: _Source) -> list[_Update]:
             alpha = config.alpha_of(layer.name, parameter, r=factors[0].shape[-2])
             scaling = next(matrix for matrix in layer.matrices if matrix.weight == weight).scale(layer.scaling)
             magnitude = tensor(layer.matrices[0].parameter(Role.MAGNITUDE)) if settings.use_dora else None
-            name = source.name_there(layer.name)
-            found.append(_Update(layer, name, weight, factors, alpha, scaling, magnitude))
+            found.append(_Update(layer, source.name_there(layer.name), weight, factors, alpha, scaling, magnitude))
     return found
 
 
@@ -250,15 +238,18 @@ def _with_scaling(updates: list[_Update], scaling: float, rank: int) -> list[_Up
 
 def _tensors(source: _Source, updates: list[_Update]) -> dict[str, Tensor]:
     """All tensors, by PEFT's names without its prefix."""
-    wrappers = Counter(update.name for update in updates)
-    wrappers |= Counter(join(update.name, "out_proj") for update in updates if update.rest)
-    found: dict[str, Tensor] = {}
-    for i, update in enumerate(updates):
-        later = sum(other.name == update.name for other in updates[i + 1 :])
-        name = ".".join([_inside(update.name, wrappers), *["base_layer"] * later])
-        found |= {f"{name}.{end}": value for end, value in update.tensors().items()}
-        rest = _inside(join(update.name, "out_proj"), wrappers)
-        found |= {f"{rest}.{end}": value for end, value in update.rest.items()}
+    wrapped, found = list[tuple[str, dict[str, Tensor]]](), dict[str, Tensor]()
+    for update in updates:
+        wrapped.append((update.name, update.tensors()))
+        if update.layer.adapter_class is LoRAAttention:  # PEFT adapts its output projection too: by zero here
+            zero = torch.zeros_like(update.factors[0])
+            wrapped.append((join(update.name, "out_proj"), {"lora_A.weight": zero, "lora_B.weight": zero.T}))
+    wrappers = Counter(name for name, _ in wrapped)
+    left = wrappers.copy()
+    for name, tensors in wrapped:
+        left[name] -= 1
+        place = ".".join([_inside(name, wrappers), *["base_layer"] * left[name]])
+        found |= {f"{place}.{end}": value for end, value in tensors.items()}
     for name, value in source.stored.state.items():
         if is_bias(name, source.stored) and name not in source.saved:
             found[_inside(source.name_there(name), wrappers)] = value
@@ -291,7 +282,6 @@ def _config(source: _Source, updates: list[_Update], *, use_rslora: bool) -> dic
     auto = {"base_model_class": type(inner).__name__, "parent_library": type(inner).__module__} if base else None
     return {
         "peft_type": "LORA",
-        "task_type": None,
         "auto_mapping": auto,
         "base_model_name_or_path": base,
         "inference_mode": True,
@@ -302,7 +292,6 @@ def _config(source: _Source, updates: list[_Update], *, use_rslora: bool) -> dic
         "use_dora": own.use_dora,
         "bias": "none" if parameters and own.bias == "lora_only" else own.bias,  # PEFT stops at an LSTM's bias=True
         "fan_in_fan_out": LoRAConv1D in kinds and LoRALinear not in kinds and not parameters,
-        "init_lora_weights": True,
         "target_modules": list_or_expression(layers, source.modules),
         **({"target_parameters": parameters} if parameters else {}),
         "modules_to_save": list(map(source.name_there, source.stored.saved)) or None,
@@ -318,70 +307,60 @@ def _short(alpha: float) -> float:
 # The files
 
 
-def _warn_of_ties(source: _Source) -> None:
-    layers = source.stored.layers.values()
-    others = {layer.name: list(chain.from_iterable(layer.tied.values())) for layer in layers if layer.tied}
+def _warn_of_merges(source: _Source) -> None:
+    """Say where the base is not what PEFT's merge, or its model without a merge, takes it for."""
+    around, others = dict[str, nn.Module | None](), dict[str, list[str]]()
+    for layer in source.stored.layers.values():
+        if layer.tied:
+            others[layer.name] = list(chain.from_iterable(layer.tied.values()))
+        for name in starts_of(source.name_there(layer.name))[:-1]:
+            around[name] = (source.modules or {}).get(name)
     if others:
-        warnings.warn(
+        _warn(
             f"The weights of {listed(others)} are also {listed(chain.from_iterable(others.values()))}. A PeftModel "
             "computes right, but its merge_and_unload() changes these too. Merge with save_merged(model, path), which "
-            "writes a weight for each.",
-            LoRAWarning,
-            stacklevel=3,
+            "writes a weight for each."
         )
-
-
-def _warn_of_encoders(source: _Source) -> None:
-    modules = source.modules or {}
-    around = chain.from_iterable(starts_of(source.name_there(name))[:-1] for name in source.stored.layers)
-    held = [name for name in dict.fromkeys(around) if isinstance(modules.get(name), nn.TransformerEncoderLayer)]
-    if held:
-        warnings.warn(
+    if held := [name for name, module in around.items() if isinstance(module, nn.TransformerEncoderLayer)]:
+        _warn(
             f"{listed(held)} are layers of nn.TransformerEncoder. In eval mode they read weights past PEFT's layers: "
-            "a PeftModel computes the base there. Call its merge_and_unload(), which is right.",
-            LoRAWarning,
-            stacklevel=3,
+            "a PeftModel computes the base there. Call its merge_and_unload(), which is right."
         )
 
 
-def _write(directory: Path, name: str, weights: bytes, config: bytes | None) -> None:
-    """Write one file, or PEFT's two, or none."""
-    is_new = not directory.exists()
-    if not is_new and not directory.is_dir():
-        raise AdapterFileError(f"{directory} is a file. Pass a directory.")
+def _warn(message: str) -> None:
+    warnings.warn(message, LoRAWarning, stacklevel=4)
+
+
+def _write(directory: Path, name: str, weights: bytes, config: bytes) -> None:
+    """Write one file, or PEFT's two, or none.
+
+    At no moment are there weights with the configuration of others, which PEFT would read. Meanwhile, ours is in the
+    header of its weights, and that of others is beside theirs under another name.
+    """
+    is_new, is_away = not directory.exists(), False
     with write_errors(directory):
         directory.mkdir(exist_ok=True)
+    place = (directory / peft.PEFT_CONFIG).resolve()
+    before = place.with_name(peft.OLD_CONFIG)
     try:
-        if config is not None:
-            _write_both(directory / peft.PEFT_CONFIG, config, directory / name, weights)
-            return
-        with writing(directory / name) as part:
-            part.write_bytes(weights)
-    except BaseException:
-        if is_new:
-            with suppress(OSError):
+        with ExitStack() as files:
+            if config:
+                files.enter_context(writing(place)).write_bytes(config)
+            with writing(directory / name) as part:
+                part.write_bytes(weights)
+                if config and place.is_file() and place.read_bytes() != config:
+                    place.replace(before)
+                    is_away = True
+            is_away = False  # the weights that it belongs to are no longer there
+    except BaseException as error:
+        with suppress(OSError):
+            if is_away and isinstance(error, AdapterFileError):
+                before.replace(place)
+            if is_new:
                 (directory / name).unlink(missing_ok=True)
                 directory.rmdir()
         raise
-
-
-def _write_both(place: Path, config: bytes, weights_place: Path, weights: bytes) -> None:
-    """Write both files. At no moment are there weights with the configuration of others, which PEFT would read.
-
-    Meanwhile, ours is in the header of its weights, and that of others is beside theirs under another name.
-    """
-    place, is_away = place.resolve(), False
-    before = place.with_name(peft.OLD_CONFIG)
-    with writing(place) as config_part:
-        config_part.write_bytes(config)
-        try:
-            with writing(weights_place) as part:
-                part.write_bytes(weights)
-                if place.is_file() and place.read_bytes() != config:
-                    place.replace(before)
-                    is_away = True
-        except BaseException:
-            if is_away and not (weights_place.is_file() and weights_place.read_bytes() == weights):
-                before.replace(place)
-            raise
-    before.unlink(missing_ok=True)
+    if config:
+        with suppress(OSError):
+            before.unlink(missing_ok=True)

@@ -151,18 +151,3 @@ def test_minilm(tmp_path: Path) -> None:
     with torch.no_grad():
         check_equal(run(read(base, tmp_path / "peft")), run(model.model))
         check_equal(run(found), run(model.model))
-
-
-def test_a_unet_of_diffusers(tmp_path: Path) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    base = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=8, layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=4,
-    ).eval()  # fmt: skip
-    x, words = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 8)
-    config = LoRAConfig(r=2, target_modules=r".*(to_[qkv]|conv1|conv2)")
-    model = trained(Around(base), config, scale=0.1)
-    with torch.no_grad():
-        for directory in exports(model, tmp_path):
-            check_equal(read(base, directory)(x, 1, words)[0], model.model(x, 1, words)[0])
