@@ -19,13 +19,13 @@ import lightning_lora as ll
 from lightning_lora.cli.main import main
 from lightning_lora.storage.formats.own import read_adapter_file, write_adapter_file
 from tests.support.models import LitTiny, randomise, same
+from tests.support.storage import saved
 
 CONFIG = ll.LoRAConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj"], modules_to_save=["head"])
 
 
 def adapted(seed: int, config: ll.LoRAConfig = CONFIG) -> LitTiny:
-    model = LitTiny()
-    ll.inject_adapters(model, config)
+    ll.inject_adapters(model := LitTiny(), config)
     randomise(model, seed)
     return model
 
@@ -74,9 +74,7 @@ def test_compare_needs_layers_in_common(files: list[str], tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge_writes_the_merged_model_and_a_line_for_each_warning(
-    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: torch.dtype
-) -> None:
+def test_merge_writes_a_model_and_a_line_for_each_warning(files: Any, tmp_path: Path, capsys: Any, dtype: Any) -> None:
     base, out = tmp_path / "base.safetensors", tmp_path / "merged.safetensors"
     save_file({name: value.to(dtype) for name, value in LitTiny().state_dict().items()}, base)
     assert main(["merge", str(base), files[0], str(out)]) == 0
@@ -123,8 +121,8 @@ def test_combine_writes_a_file_that_loads(files: list[str], tmp_path: Path, caps
 
 def test_export_writes_what_peft_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     peft = pytest.importorskip("peft")
-    model = adapted(0, ll.LoRAConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 1}))
-    ll.save_adapter(model, tmp_path / "a.safetensors")
+    config: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 1}}
+    model = saved(tmp_path / "a.safetensors", LitTiny(), r=2, alpha=4, **config)
     for more in ([], ["--uniform"]):
         assert main(["export", str(tmp_path / "a.safetensors"), str(tmp_path / "peft"), *more]) == 0
         assert "Wrote files for peft into" in capsys.readouterr().out
@@ -133,12 +131,9 @@ def test_export_writes_what_peft_reads(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["export", str(tmp_path / "a.safetensors"), str(tmp_path / "peft"), "--root", "none"]) == 1
 
 
-def test_layers_that_differ_in_the_number_of_their_block_are_one_row_if_their_rank_is_the_same(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_layers_of_several_blocks_are_one_row_if_their_rank_is_the_same(tmp_path: Path, capsys: Any) -> None:
     model = nn.ModuleList(nn.ModuleDict({"query": nn.Linear(8, 8), "value": nn.Linear(8, 8)}) for _ in range(4))
-    ll.inject_adapters(model, ll.LoRAConfig(r=4, rank_pattern={r"1\.query": 2}))
-    ll.save_adapter(model, tmp_path / "a.safetensors")
+    saved(tmp_path / "a.safetensors", model, r=4, rank_pattern={r"1\.query": 2})
     assert main(["inspect", str(tmp_path / "a.safetensors")]) == 0
     shown = capsys.readouterr().out
     assert all(group in shown for group in ("0,2-3.query (×3)", "1.query ", "*.value (×4)"))
@@ -149,11 +144,9 @@ def test_what_no_command_can_use_is_refused(files: list[str], tmp_path: Path, ca
     foreign = {name: replace(layer, kind="LoRAMine") for name, layer in stored.layers.items()}
     diverged = {**stored.state, "q_proj.lora_B": stored.state["q_proj.lora_B"] * torch.nan}
     save_file(LitTiny().state_dict(), tmp_path / "base.safetensors")
-    for changed, says in (
-        ({"layers": foreign}, "adapted by your own class LoRAMine"),
-        ({"state": diverged}, "'q_proj.lora_B' in "),
-    ):
-        write_adapter_file(path, replace(stored, **changed))  # type: ignore[arg-type]
+    both = replace(stored, layers=foreign), replace(stored, state=diverged)
+    for changed, says in zip(both, ("adapted by your own class LoRAMine", "'q_proj.lora_B' in "), strict=True):
+        write_adapter_file(path, changed)
         merge = ["merge", str(tmp_path / "base.safetensors"), path, out]
         for arguments in (["inspect", path], ["compare", path, path], ["combine", path, path, "--out", out], merge):
             assert main(arguments) == 1 and says in " ".join(capsys.readouterr().err.split())
@@ -178,8 +171,7 @@ def test_names_in_files_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest
     paths = [str(tmp_path / f"{seed}.safetensors") for seed in (1, 2)]
     for path, targets in zip(paths, ("all-linear", ["plain"]), strict=True):
         model = nn.ModuleDict({ESCAPES: odd(4, 4), "plain": nn.Linear(4, 4)})
-        ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=targets, bias="all"))
-        ll.save_adapter(model, path)
+        saved(Path(path), model, r=2, target_modules=targets, bias="all")
     shows = (["inspect", paths[0]], ["compare", *paths], ["compare", paths[0], paths[0]], ["inspect", ESCAPES])
     for arguments in shows:
         main(arguments)

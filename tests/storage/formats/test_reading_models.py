@@ -26,62 +26,41 @@ def classifier(config: Any) -> Callable[[], nn.Module]:
     return lambda: hf.AutoModelForSequenceClassification.from_config(config)
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
-    "bert": (lambda: hf.AutoModel.from_config(hf.BertConfig(**BERT)), {"target_modules": ["query", "value"]}),
-    "bert classifier": (
-        classifier(hf.BertConfig(**BERT)),
-        {"target_modules": "all-linear", "task_type": "SEQ_CLS", "r": 4, "lora_alpha": 16},
+def t5() -> nn.Module:
+    return hf.T5EncoderModel(hf.T5Config(d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2, vocab_size=20))
+
+
+def case(make: Callable[[], nn.Module], targets: Any = None, **config: Any) -> tuple[Any, dict[str, Any]]:
+    return make, {"target_modules": targets, **config}
+
+
+CLASSES, CAUSAL = {"task_type": "SEQ_CLS"}, {"task_type": "CAUSAL_LM"}
+SHORT = {**BERT, "max_position_embeddings": 16}
+DISTIL = hf.DistilBertConfig(dim=8, n_layers=2, n_heads=2, hidden_dim=16, vocab_size=20)
+GPT2 = hf.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=20)
+TIED, UNTIED = (causal(hf.Qwen2Config(**LLAMA, tie_word_embeddings=tied)) for tied in (True, False))
+MIXTRAL = causal(hf.MixtralConfig(**LLAMA, num_local_experts=3))
+STACKS: dict[str, Any] = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+MODELS = {
+    "bert": case(lambda: hf.AutoModel.from_config(hf.BertConfig(**BERT)), ["query", "value"]),
+    "bert classifier": case(classifier(hf.BertConfig(**BERT)), "all-linear", **CLASSES, r=4, lora_alpha=16),
+    "roberta": case(classifier(hf.RobertaConfig(**SHORT)), ["query", "value"], **CLASSES, bias="lora_only"),
+    "roberta, biases": case(
+        classifier(hf.RobertaConfig(**SHORT)), ["query"], modules_to_save=["classifier"], bias="all"
     ),
-    "roberta": (
-        classifier(hf.RobertaConfig(**BERT, max_position_embeddings=16)),
-        {"target_modules": ["query", "value"], "task_type": "SEQ_CLS", "bias": "lora_only"},
-    ),
-    "roberta, biases": (
-        classifier(hf.RobertaConfig(**BERT, max_position_embeddings=16)),
-        {"target_modules": ["query"], "modules_to_save": ["classifier"], "bias": "all"},
-    ),
-    "distilbert": (
-        classifier(hf.DistilBertConfig(dim=8, n_layers=2, n_heads=2, hidden_dim=16, vocab_size=20)),
-        {"target_modules": ["q_lin", "v_lin"], "task_type": "SEQ_CLS", "use_dora": True},
-    ),
-    "gpt2": (causal(hf.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=20)), {"task_type": "CAUSAL_LM"}),
-    "gpt-neox": (causal(hf.GPTNeoXConfig(**BERT)), {"task_type": "CAUSAL_LM", "use_rslora": True}),
-    "falcon": (
-        causal(hf.FalconConfig(**BERT, bias=True)),
-        {"target_modules": ["query_key_value", "dense"], "task_type": "CAUSAL_LM"},
-    ),
-    "llama": (causal(hf.LlamaConfig(**LLAMA)), {"task_type": "CAUSAL_LM", "layers_to_transform": [1]}),
-    "llama, embeddings": (
-        causal(hf.LlamaConfig(**LLAMA)),
-        {"target_modules": ["embed_tokens", "q_proj", "lm_head"], "task_type": "CAUSAL_LM"},
-    ),
-    "llama, pissa": (
-        causal(hf.LlamaConfig(**LLAMA)),
-        {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": "pissa"},
-    ),
-    "qwen2, tokens of tied embeddings": (
-        causal(hf.Qwen2Config(**LLAMA, tie_word_embeddings=True)),
-        {"target_modules": ["q_proj"], "trainable_token_indices": [2, 5]},
-    ),
-    "qwen2, tokens": (
-        causal(hf.Qwen2Config(**LLAMA, tie_word_embeddings=False)),
-        {"target_modules": ["q_proj"], "trainable_token_indices": [2, 5]},
-    ),
-    "mixtral": (
-        causal(hf.MixtralConfig(**LLAMA, num_local_experts=3)),
-        {
-            "target_modules": ["q_proj"],
-            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
-            "rank_pattern": {"experts.down_proj": 1},
-        },
-    ),
-    "t5": (
-        lambda: hf.T5EncoderModel(hf.T5Config(d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2, vocab_size=20)),
-        {"target_modules": ["q", "v"]},
-    ),
-    "clip": (
-        lambda: hf.CLIPTextModel(hf.CLIPTextConfig(**BERT, max_position_embeddings=16)),
-        {"target_modules": ["q_proj", "k_proj"], "modules_to_save": ["final_layer_norm"]},
+    "distilbert": case(classifier(DISTIL), ["q_lin", "v_lin"], **CLASSES, use_dora=True),
+    "gpt2": case(causal(GPT2), **CAUSAL),
+    "gpt-neox": case(causal(hf.GPTNeoXConfig(**BERT)), **CAUSAL, use_rslora=True),
+    "falcon": case(causal(hf.FalconConfig(**BERT, bias=True)), ["query_key_value", "dense"], **CAUSAL),
+    "llama": case(causal(hf.LlamaConfig(**LLAMA)), **CAUSAL, layers_to_transform=[1]),
+    "llama, embeddings": case(causal(hf.LlamaConfig(**LLAMA)), ["embed_tokens", "q_proj", "lm_head"], **CAUSAL),
+    "llama, pissa": case(causal(hf.LlamaConfig(**LLAMA)), ["q_proj", "v_proj"], init_lora_weights="pissa"),
+    "qwen2, tokens of tied embeddings": case(TIED, ["q_proj"], trainable_token_indices=[2, 5]),
+    "qwen2, tokens": case(UNTIED, ["q_proj"], trainable_token_indices=[2, 5]),
+    "mixtral": case(MIXTRAL, ["q_proj"], **STACKS, rank_pattern={"experts.down_proj": 1}),
+    "t5": case(t5, ["q", "v"]),
+    "clip": case(
+        lambda: hf.CLIPTextModel(hf.CLIPTextConfig(**SHORT)), ["q_proj"], modules_to_save=["final_layer_norm"]
     ),
 }
 
@@ -97,9 +76,7 @@ def test_outputs_are_those_of_peft(tmp_path: Path, make: Callable[[], nn.Module]
 
 
 def test_adapters_of_the_model_without_its_head(tmp_path: Path) -> None:
-    def whole() -> Any:
-        return hf.AutoModelForSequenceClassification.from_config(hf.BertConfig(**BERT))
-
+    whole: Any = classifier(hf.BertConfig(**BERT))
     write_peft(tmp_path, built(lambda: whole().bert), target_modules=["query"])
     model = built(whole)
     with pytest.warns(LoRAWarning, match="they begin with 'bert'"):

@@ -18,6 +18,7 @@ from lightning_lora.model.view import View
 from lightning_lora.storage.offline.merge import merge_files
 from tests.storage.offline.test_combine import Experts
 from tests.support.models import LitTiny, TinyLM, best, data, lora, randomise, same, state, trainer
+from tests.support.storage import fitted, saved
 
 
 class Mixed(nn.Module):
@@ -38,10 +39,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "all": {"target_modules": "all"},
     "dora": {"target_modules": ["linear", "narrow", "embed"], "use_dora": True},
     "pissa": {"target_modules": ["linear", "conv"], "init": "pissa"},
-    "slices": {
-        "target_modules": ["linear", "attention"],
-        "target_slices": {"linear": {"a": (0, 4)}, "attention": ["q"]},
-    },
+    "slices": {"target_modules": ["linear"], "target_slices": {"linear": {"a": (0, 4)}}},
+    "slices of an attention": {"target_modules": ["attention"], "target_slices": {"attention": ["q"]}},
     "several matrices": {"target_modules": ["head", "lstm"]},
     "experts": {"target_modules": [], "target_parameters": ["experts.up"]},
     "biases": {"target_modules": ["linear"], "bias": "all", "use_rslora": True, "alpha": 3},
@@ -84,18 +83,14 @@ class Around(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(3)
-        config = BertConfig(
-            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=9
-        )
-        self.model = BertModel(config)
+        sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 9}
+        self.model = BertModel(BertConfig(hidden_size=16, **sizes))
 
 
 def test_a_folder_is_merged_as_it_is_divided(tmp_path: Path) -> None:
     model = Around()
     model.model.save_pretrained(tmp_path / "base", max_shard_size="5KB")
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, modules_to_save=["pooler"]))
-    randomise(model)
-    ll.save_adapter(model, tmp_path / "adapter.safetensors")
+    saved(tmp_path / "adapter.safetensors", model, r=2, modules_to_save=["pooler"])
     ll.merge_adapters(model)
     merge_files(tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "merged")
     names = [sorted(file.name for file in (tmp_path / folder).iterdir()) for folder in ("base", "merged")]
@@ -189,8 +184,7 @@ def test_what_is_no_base_is_refused(tmp_path: Path) -> None:
 def test_a_folder_appears_when_it_is_complete_and_replaces_none(tmp_path: Path) -> None:
     model = Around()
     model.model.save_pretrained(tmp_path / "base")
-    ll.inject_adapters(model, ll.LoRAConfig(r=2))
-    ll.save_adapter(model, tmp_path / "adapter.safetensors")
+    saved(tmp_path / "adapter.safetensors", model, r=2)
 
     def stop(name: str) -> None:
         if "layer.1" in name:
@@ -237,10 +231,8 @@ def test_entries_that_are_not_tensors_are_not_lost(tmp_path: Path) -> None:
         def set_extra_state(self, state: Any) -> None:
             pass
 
-    t = trainer(tmp_path, [lora(merge=False)], max_epochs=1)
     save_file(LitTiny().state_dict(), tmp_path / "base.safetensors")
-    t.fit(Counting(), data())
-    t.save_checkpoint(tmp_path / "a.ckpt")
+    fitted(tmp_path / "a.ckpt", Counting())
     refused(tmp_path, ll.AdapterFileError, r"'_extra_state' in .* not tensors", adapter="a.ckpt")
 
 
