@@ -1,5 +1,7 @@
 """Errors and warnings of this package: each error is a :class:`LoRAError`, each warning a :class:`LoRAWarning`."""
 
+import inspect
+import warnings
 from collections.abc import Iterable
 
 
@@ -72,3 +74,15 @@ class FreshLayerWarning(LoRAWarning):
 
 class MergePrecisionWarning(LoRAWarning):
     """Merging into half precision rounded away much of the update."""
+
+
+def warn(message: str, category: type[LoRAWarning] = LoRAWarning) -> None:
+    """Warn at the line that called this package."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+_INSIDE = (__name__.partition(".")[0], "contextlib", "torch")
+"""Modules whose lines are not those of a caller."""

@@ -1,6 +1,5 @@
 """The base class of all adapted layers."""
 
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial, reduce
 from typing import Any, cast
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lora.errors import LoRAWarning
+from lightning_lora.errors import warn
 from lightning_lora.functional.plain import are_plain
 from lightning_lora.functional.update import added, delta_weight, lost_share, magnitude_scale, merged
 from lightning_lora.layers.contract import Adapter, LayerKind
@@ -274,12 +273,10 @@ class LoRALayer(LayerKind):
     def _lora_warn_of(self, state_dict: Any, prefix: str) -> None:
         """Warn of weights below an adapter that is trained: always in the same words, so Python does it once."""
         if any(prefix + name in state_dict for name in self.lora_weights()) and not self.lora_is_fresh():
-            warnings.warn(
+            warn(
                 "A state of the base was loaded below trained adapters, which stay as they are, trained. If its "
                 "weights hold merged updates, these count twice now. Call remove_adapters(model) before loading, to "
-                "start anew. For a file of this package, call load_adapter(model, path).",
-                LoRAWarning,
-                stacklevel=2,
+                "start anew. For a file of this package, call load_adapter(model, path)."
             )
 
     def extra_repr(self) -> str:

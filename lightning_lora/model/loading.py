@@ -1,12 +1,11 @@
 """Handle state dicts that other code loads into adapted models."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterStateError, LoRAWarning, listed
+from lightning_lora.errors import AdapterStateError, listed, warn
 from lightning_lora.layers import HAS_UPDATE
 from lightning_lora.model.norms import FrozenNorm
 from lightning_lora.model.state import on_load
@@ -35,11 +34,9 @@ def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Map
     if adapters or not any(frozen):
         return False  # only what trains: not a base
     if not view.is_fresh() and (HAS_UPDATE in notes or _holds_updates(view, given)):
-        warnings.warn(
+        warn(
             f"The weights loaded into {type(model).__name__} hold merged updates. They are its base now, and its "
-            "adapters begin anew. To go on with the adapters of the file, call load_adapter(model, path) instead.",
-            LoRAWarning,
-            stacklevel=6,
+            "adapters begin anew. To go on with the adapters of the file, call load_adapter(model, path) instead."
         )
         for layer in view.layers.values():
             layer.lora_initialise()

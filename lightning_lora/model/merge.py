@@ -5,7 +5,6 @@ A merged model is a plain model that remembers its base. Its classes, keys and h
 """
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterStateError, LoRAWarning, listed
+from lightning_lora.errors import AdapterStateError, listed, warn
 from lightning_lora.layers import Adapter
 from lightning_lora.model import attach
 from lightning_lora.model.merged import check_as_merged, is_as_merged, warn_of_divergence, warn_of_merge
@@ -259,11 +258,9 @@ def unmerge(model: nn.Module) -> bool:
     record_of(model)  # refuses a model whose adapters are disabled
     if not is_as_merged(model):
         forget_record(model)
-        warnings.warn(
+        warn(
             f"The weights of {type(model).__name__} were replaced after its adapters were merged into them: they are "
-            "taken as a new base, and the adapters of the earlier fine-tune are dropped.",
-            LoRAWarning,
-            stacklevel=2,
+            "taken as a new base, and the adapters of the earlier fine-tune are dropped."
         )
         return False
     adapters, weights, plain = record.merged, record.merge.weights, View(model)

@@ -1,13 +1,12 @@
 """A merged model: whether its weights are as the merge left them, and what the merge lost."""
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
-from lightning_lora.errors import AdapterStateError, LoRAWarning, MergePrecisionWarning, listed
+from lightning_lora.errors import AdapterStateError, MergePrecisionWarning, listed, warn
 from lightning_lora.layers import LoRALayer, attach
 from lightning_lora.model.state import Merge, find_record, receive, record_of
 from lightning_lora.model.view import View
@@ -109,12 +108,10 @@ _MUCH = 0.25
 def warn_of_divergence(view: View) -> None:
     """Warn of adapters that hold NaN or infinite values."""
     if broken := view.diverged():
-        warnings.warn(
+        warn(
             f"{listed(broken)} of {type(view.model).__name__} hold NaN or infinite values: the training has diverged. "
             "The merged weights hold them too. Call unmerge_adapters(model) for the base, and train again with a lower "
-            "learning rate.",
-            LoRAWarning,
-            stacklevel=4,
+            "learning rate."
         )
 
 
@@ -122,27 +119,23 @@ def warn_of_merge(model: nn.Module, lost: Mapping[str, float], untied: Sequence[
     """Warn of a merge with what :func:`merge` returned: broken ties, values that overflowed, lost updates."""
     title = type(model).__name__
     if untied:
-        warnings.warn(
+        warn(
             f"The weight of {listed(untied)} in {title} was tied to another layer's. The merge does not change the "
             "other layer, so they are two weights now. Their state dict loads correctly only into a model where they "
-            "are not tied (in transformers, config.tie_word_embeddings=False).",
-            LoRAWarning,
-            stacklevel=3,
+            "are not tied (in transformers, config.tie_word_embeddings=False)."
         )
     overflown = [name for name, share in lost.items() if not share < math.inf]
     if overflown:
-        warnings.warn(
+        warn(
             f"Merging gave values that the dtype of {listed(overflown)} in {title} cannot hold: the weights are "
             "infinite now. Call unmerge_adapters(model), and convert the model to float32 or bfloat16 before merging.",
             MergePrecisionWarning,
-            stacklevel=3,
         )
     if loss := lost_to_rounding(lost, title):
-        warnings.warn(
+        warn(
             f"{loss} Keep the adapters on their layers (merge=False, unmerge_adapters), or convert the model to "
             "float32 before merging.",
             MergePrecisionWarning,
-            stacklevel=3,
         )
 
 

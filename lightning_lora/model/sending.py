@@ -14,7 +14,6 @@ import shutil
 import stat
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import util
 from pathlib import Path
@@ -24,7 +23,7 @@ from uuid import uuid4
 import torch
 from torch import nn
 
-from lightning_lora.errors import LoRAWarning
+from lightning_lora.errors import warn
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import named_parameters
 
@@ -93,13 +92,11 @@ def send(record: object, weights: Mapping[str, int]) -> None:
         finally:
             unfinished.unlink(missing_ok=True)
     except Exception as error:
-        warnings.warn(
+        warn(
             f"The fit is complete, and the main process gets the merged weights, but not the adapters and the base "
             f"({type(error).__name__}: {error}). There, the model has no adapters: it cannot be unmerged or saved as "
             "adapters, and another fit takes the merged weights as a new base. Load the adapters from a checkpoint. "
-            "For the next time, free space, or set TMPDIR to a folder that can be written.",
-            LoRAWarning,
-            stacklevel=2,
+            "For the next time, free space, or set TMPDIR to a folder that can be written."
         )
 
 
@@ -137,7 +134,7 @@ def _about(model: nn.Module) -> Iterator[Path]:
         except FileNotFoundError:  # another process was faster
             continue
         except Exception as error:
-            warnings.warn(f"{path} cannot be read, and is skipped ({type(error).__name__}).", LoRAWarning, stacklevel=2)
+            warn(f"{path} cannot be read, and is skipped ({type(error).__name__}).")
             continue
         found = {name: parameters[name] for name in weights if name in parameters and not parameters[name].is_meta}
         if len(found) == len(weights) and all(digest(parameter) == weights[name] for name, parameter in found.items()):

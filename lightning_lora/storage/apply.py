@@ -1,7 +1,6 @@
 """Put stored adapters on a model: everything is checked before anything is written."""
 
 import math
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, LoRAWarning, listed
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
 from lightning_lora.layers import FROM_BASE, LoRALayer
 from lightning_lora.model.attach import undone_on_error
 from lightning_lora.model.fresh import random_weights
@@ -140,7 +139,7 @@ def _renamed(view: View, stored: StoredAdapters) -> StoredAdapters:
             f"{renaming.there!r}, which {title} does not have. Load it onto the whole model that it was saved from, "
             f"and take its {renaming.there!r}."
         )
-    warnings.warn(renaming.told(title), LoRAWarning, stacklevel=5)
+    warn(renaming.told(title))
     return replace(
         stored,
         config=renamed_config(stored.config, stored.layers.values(), renaming, view),

@@ -5,7 +5,6 @@ dtypes in which the base was seen. The same base may be compared in another form
 """
 
 import hashlib
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import BaseMismatchError, LoRAWarning, listed
+from lightning_lora.errors import BaseMismatchError, listed, warn
 from lightning_lora.layers import is_quantised, quantised_entries, repacks
 from lightning_lora.model.state import HALVES
 from lightning_lora.model.view import View, view_of
@@ -246,14 +245,14 @@ def check_base(
             if found.quantised:
                 same = f"What is not quantised is the same{_left_out(found)}: make sure that the base is the right one."
             trained = f"These adapters were trained on a base in {' and '.join(form['dtypes'])}"
-            warnings.warn(f"{trained}; {title} is in {now}. {same}", LoRAWarning, stacklevel=6)
+            warn(f"{trained}; {title} is in {now}. {same}")
             return True
     nearest = next((i for i, form in enumerate(stored) if form["dtypes"] == here["dtypes"]), 0)
     message = _difference(view, stored[nearest], here, compared[nearest], shapes)
     if refuse:
         raise BaseMismatchError(message)
     message = f"{message[: message.index('. ') + 1]} They were loaded all the same, because of check_base=False."
-    warnings.warn(message, LoRAWarning, stacklevel=6)
+    warn(message)
     return bool(here["dtypes"] != stored[nearest]["dtypes"])
 
 

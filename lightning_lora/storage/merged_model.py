@@ -102,26 +102,19 @@ def _write_checkpoint(view: View, path: Path) -> None:
             f"{type(model).__name__} is not a LightningModule, so there is no checkpoint of it. Use a name that ends "
             "in .safetensors, or, if it has save_pretrained, one without ending."
         )
+    is_plain = isinstance(model.hparams, dict)  # otherwise omegaconf's
     checkpoint = {
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": sys.modules[package].__version__,
         "state_dict": _merged(view),
-        **_hyperparameters(model),
-    }
-    model.on_save_checkpoint(checkpoint)
-    with writing(path) as beside:
-        torch.save(checkpoint, beside)
-
-
-def _hyperparameters(model: Any) -> dict[str, Any]:
-    """The entries of a checkpoint from which Lightning builds the module."""
-    is_plain = isinstance(model.hparams, dict)  # otherwise omegaconf's
-    return {
         model.CHECKPOINT_HYPER_PARAMS_KEY: dict(model.hparams) if is_plain else model.hparams,
         model.CHECKPOINT_HYPER_PARAMS_TYPE: None if is_plain else type(model.hparams),
         model.CHECKPOINT_HYPER_PARAMS_NAME: getattr(model, "_hparams_name", None),
     }
+    model.on_save_checkpoint(checkpoint)
+    with writing(path) as beside:
+        torch.save(checkpoint, beside)
 
 
 def _write_safetensors(view: View, path: Path) -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_lora.errors import FreshLayerWarning, LoRAWarning, listed
+from lightning_lora.errors import FreshLayerWarning, LoRAWarning, listed, warn
 from lightning_lora.layers import adapter_for
 from lightning_lora.model.fresh import MOST, Fresh, find_fresh, random_weights
 from lightning_lora.model.view import View, view_of
@@ -199,11 +199,9 @@ def log_arguments(trainer: Trainer, pl_module: LightningModule, **others: Any) -
         try:
             logger.log_hyperparams(shown)
         except Exception as error:  # of any library; a record is no reason to end a fit
-            warnings.warn(
+            warn(
                 f"{type(logger).__name__} did not take {listed(named)} ({type(error).__name__}: {error}). The fit goes "
-                "on without them there.",
-                LoRAWarning,
-                stacklevel=1,
+                "on without them there."
             )
 
 

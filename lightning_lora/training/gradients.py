@@ -1,6 +1,5 @@
 """Gradients of adapters and of frozen weights, and dropout, in the steps of a run."""
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_lora.errors import DeadAdapterWarning, listed
+from lightning_lora.errors import DeadAdapterWarning, listed, warn
 from lightning_lora.layers import LoRALayer
 from lightning_lora.model.view import View, view_of
 
@@ -74,14 +73,13 @@ class Gradients:
         missed = {id(p) for p in held if not (id(p) in self.ever if self.notes else p.grad is not None)}
         dead = [name for name, layer in self.layers.items() if any(id(p) in missed for p in layer.lora_trained())]
         if dead:
-            warnings.warn(
+            warn(
                 f"The adapters of {listed(dead)} received no gradient before the first optimizer step. They do not "
                 "train, unless other batches use these layers (as with experts). Either the loss does not depend on "
                 "them; or other code reads their weights without calling the layers (name these weights in "
                 "target_parameters); or it has frozen them (requires_grad, freeze()). Find out why, or leave them out "
                 "with exclude_modules.",
                 DeadAdapterWarning,
-                stacklevel=1,
             )
 
     def close(self) -> None:

@@ -1,12 +1,11 @@
 """The merge at the end of a fit, and its conditions."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError, MergePrecisionWarning, listed
+from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError, MergePrecisionWarning, listed, warn
 from lightning_lora.model.merge import check_mergeable, quantised_layers, tied_weights
 from lightning_lora.model.merged import lost_to_rounding
 from lightning_lora.model.state import send
@@ -77,12 +76,11 @@ def _check_files(view: View, tied: list[str]) -> None:
 def warn_of_rounding(lost: dict[str, float], module: LightningModule) -> None:
     """Warn of merged weights that lack much of an update. The text is always the same, so Python shows it once."""
     if lost_to_rounding(lost, type(module).__name__):
-        warnings.warn(
+        warn(
             f'With save="model", files hold merged weights of {type(module).__name__}, and half precision rounds much '
             "of the update away. Code that reads only these weights has lost this part of the fine-tuning. Set "
             'save="adapters", or convert the model to float32 first.',
             MergePrecisionWarning,
-            stacklevel=1,
         )
 
 
@@ -94,10 +92,9 @@ def load_best(trainer: Trainer, pl_module: LightningModule, read: Callable[[str]
             raise FileNotFoundError("ModelCheckpoint wrote none")
         load_checkpoint_state(pl_module, read(path))
     except (OSError, LoRAError) as error:
-        warnings.warn(
+        warn(
             f"merge='best' could not load a best checkpoint ({error}). The last adapters are merged instead.",
             BestCheckpointWarning,
-            stacklevel=1,
         )
         return ""
     return f"the best adapters ({path})"

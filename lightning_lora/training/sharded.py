@@ -4,7 +4,6 @@ They are added after ``configure_model``: each process holds them in full, and o
 The files are those of any other strategy: the base is never gathered.
 """
 
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_lora.errors import LoRAWarning, StrategyError, listed
+from lightning_lora.errors import StrategyError, listed, warn
 from lightning_lora.model.attach import attach_adapters, detach_adapters
 from lightning_lora.model.state import find_record
 from lightning_lora.model.view import View, view_of
@@ -77,13 +76,11 @@ class LoRAShardedStrategy(LateStrategy):
 
     def _lora_warn_of_whole_model(self) -> None:
         if self.is_global_zero and not any(map(shards.is_split, self.lora_module.parameters())):
-            warnings.warn(
+            warn(
                 f"Nothing of {type(self.lora_module).__name__} is sharded: each process holds the whole model, and "
                 f"{self._lora_mesh().size()} of {self.world_size} read their own data. "  # type: ignore[attr-defined]
                 "Call fully_shard in configure_model, with both sizes: ModelParallelStrategy(data_parallel_size=..., "
-                "tensor_parallel_size=1). Or use strategy='ddp'.",
-                LoRAWarning,
-                stacklevel=1,
+                "tensor_parallel_size=1). Or use strategy='ddp'."
             )
 
     def _lora_check_mesh(self) -> None:

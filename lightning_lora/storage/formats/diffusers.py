@@ -1,14 +1,13 @@
 """The files of diffusers: PEFT's tensors, with a pipeline's part before each name, and the configuration inside."""
 
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterMismatchError, ExportError, LoRAWarning, listed
+from lightning_lora.errors import AdapterMismatchError, ExportError, listed, warn
 from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.formats import peft_config as peft
 from lightning_lora.storage.formats.peft_read import read
@@ -84,22 +83,18 @@ def _part(view: View, tensors: Mapping[str, Tensor], header: dict[str, Any], pat
                 f"{path} holds adapters of several parts of a pipeline: {listed(sorted(parts))}. Pass one of these "
                 "models."
             )
-        _warn(f"{path} also holds adapters of {listed(sorted(parts - {part}))}. Only those of {part!r} are loaded.")
+        warn(f"{path} also holds adapters of {listed(sorted(parts - {part}))}. Only those of {part!r} are loaded.")
     start = f"{part}." if part else ""
     found = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
     config = {key.removeprefix(start): value for key, value in header.items() if key.startswith(start)}
     if not config:
         config = _without_scaling(found)
-        _warn(
+        warn(
             f"{path} does not say with which lora_alpha it was trained. As diffusers does, lora_alpha is taken to be "
             "the rank. If it was another, the updates have another size: save the file again with its metadata, such "
             "as save_lora_weights(..., unet_lora_adapter_metadata=...)."
         )
     return found, peft.config_of({"peft_type": "LORA", **config}, path)
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, LoRAWarning, stacklevel=7)
 
 
 def _without_scaling(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 import json
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_lora.config import LoRAConfig, matches
-from lightning_lora.errors import AdapterFileError, ConfigError, LoRAWarning, listed
+from lightning_lora.errors import AdapterFileError, ConfigError, listed, warn
 from lightning_lora.storage.schema import fits, slow_expressions
 
 PEFT_CONFIG = "adapter_config.json"
@@ -107,11 +106,9 @@ def config_of(stored: Mapping[str, Any], source: object) -> PeftConfig:
             f"{_MERGE_THERE}"
         )
     if unknown := [name for name, value in stored.items() if value and name not in (*_OURS, *_OTHERS)]:
-        warnings.warn(
+        warn(
             f"{source} sets {listed(unknown)}, which PEFT 0.21 does not know: ignored, as PEFT does. If a newer PEFT "
-            "wrote it, and it changes what is computed, merge the adapters there, and use the merged model.",
-            LoRAWarning,
-            stacklevel=6,
+            "wrote it, and it changes what is computed, merge the adapters there, and use the merged model."
         )
     init, tokens = str(stored.get("init_lora_weights")).lower(), stored.get("trainable_token_indices") or []
     if init not in _INITIALISATIONS:

@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import warnings
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig, matches
-from lightning_lora.errors import AdapterFileError, AdapterMismatchError, LoRAWarning, listed
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed, warn
 from lightning_lora.functional.combine import Factors
 from lightning_lora.layers import FROM_BASE, AdaptedMatrix, LoRALayer, LoRAParameters, adapter_for
 from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRAEmbedding, LoRARecurrent
@@ -80,7 +79,7 @@ def read(view: View, tensors: Mapping[str, Any], peft: PeftConfig, path: Any) ->
     if rows := [f"{_plain(name)} ({len(each['tokens'])})" for name, each in held.items() if "tokens" in each]:
         further = "they stay as they are" if fixed else "a fit refuses them, because it would train all rows"
         says = f"PEFT trained single rows of {listed(rows)}. They are loaded, but cannot train further here: {further}."
-        warnings.warn(says, LoRAWarning, stacklevel=5)
+        warn(says)
     return replace(stored, state={**stored.state, **fixed}, changed=[*fixed])
 
 

@@ -1,7 +1,6 @@
 """Write adapters as PEFT's files."""
 
 import json
-import warnings
 from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, ExportError, LoRAWarning, listed
+from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, ExportError, listed, warn
 from lightning_lora.functional.combine import Factors, with_rank
 from lightning_lora.functional.update import wide
 from lightning_lora.layers import LoRAParameters
@@ -153,7 +152,7 @@ def _source(model_or_file: nn.Module | str | Path, root: str | None) -> _Source:
     else:
         stored, model = read_adapter_file(model_or_file), None
     if stored.random:
-        _warn(
+        warn(
             f"{listed(stored.random)} look untrained and stayed frozen, and PEFT's format has no place for them. Name "
             "their modules in modules_to_save and train again, or save the whole model: save_merged(model, path)."
         )
@@ -316,20 +315,16 @@ def _warn_of_merges(source: _Source) -> None:
         for name in starts_of(source.name_there(layer.name))[:-1]:
             around[name] = (source.modules or {}).get(name)
     if others:
-        _warn(
+        warn(
             f"The weights of {listed(others)} are also {listed(chain.from_iterable(others.values()))}. A PeftModel "
             "computes right, but its merge_and_unload() changes these too. Merge with save_merged(model, path), which "
             "writes a weight for each."
         )
     if held := [name for name, module in around.items() if isinstance(module, nn.TransformerEncoderLayer)]:
-        _warn(
+        warn(
             f"{listed(held)} are layers of nn.TransformerEncoder. In eval mode they read weights past PEFT's layers: "
             "a PeftModel computes the base there. Call its merge_and_unload(), which is right."
         )
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, LoRAWarning, stacklevel=4)
 
 
 def _write(directory: Path, name: str, weights: bytes, config: bytes) -> None:

@@ -4,7 +4,6 @@ A reader of a format is a function ``reader(contents, path, asked)``. It returns
 another format, else a function from a view of the model to :class:`StoredAdapters`.
 """
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig, Slices
-from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, LoRAWarning, listed
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
 from lightning_lora.functional.combine import Factors, with_rank
 from lightning_lora.layers.matrices import Role
 from lightning_lora.model.view import View, root_of
@@ -80,7 +79,7 @@ def place_of(view: View, layers: Collection[str], entries: Collection[str]) -> R
         )
     (place,) = found
     if place.there or place.here not in ("", root):
-        warnings.warn(place.told(title), LoRAWarning, stacklevel=6)
+        warn(place.told(title))
     return place
 
 

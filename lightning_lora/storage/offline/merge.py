@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from lightning_lora.errors import (
     AdapterFileError,
     AdapterMismatchError,
     BaseMismatchError,
-    LoRAWarning,
     MergePrecisionWarning,
     listed,
+    warn,
 )
 from lightning_lora.model.merged import lost_to_rounding
 from lightning_lora.storage.base import BaseTensor, Comparison, compare
@@ -61,10 +60,9 @@ def merge_files(base: Path, adapter: Path, out: Path, progress: Callable[[str], 
         kinds = ".safetensors" if files.checkpoint is None else ".safetensors or .ckpt"
         raise AdapterFileError(f"{out} cannot be written from {base}. Name a file that ends in {kinds}.")
     if loss := lost_to_rounding(job.lost, str(base)):
-        warnings.warn(
+        warn(
             f"{loss} Merge into the base in float32, or keep the adapters in their own file (load_adapter).",
             MergePrecisionWarning,
-            stacklevel=2,
         )
     return len(job.weights)
 
@@ -123,11 +121,9 @@ class _Merge:
                 "Pass the weights that they were trained on."
             )
         if found.converted:
-            warnings.warn(
+            warn(
                 f"{len(found.converted)} tensors in {self.files.path} have another precision than those that the "
-                f"adapters were trained on, such as {listed(found.converted)}. It is the same base, converted.",
-                LoRAWarning,
-                stacklevel=4,
+                f"adapters were trained on, such as {listed(found.converted)}. It is the same base, converted."
             )
 
     def _compare(self, form: dict[str, Any]) -> Comparison:
@@ -194,11 +190,9 @@ def _write_folder(job: _Merge, folder: Path) -> None:
         index = {**index, "weight_map": places, "metadata": {**metadata, "total_size": size}}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
     if left := _copy_others(base, folder, {*job.places.values(), base / INDEX, Path(job.stored.source)}):
-        warnings.warn(
+        warn(
             f"{listed(left, 12)} of {base} are not in the merged folder: other weights, links and hidden folders are "
-            "not copied. Copy yourself what the model needs.",
-            LoRAWarning,
-            stacklevel=3,
+            "not copied. Copy yourself what the model needs."
         )
 
 
