@@ -64,7 +64,7 @@ def base_tensors(view: View) -> dict[str, Tensor]:
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             rewritten.add(id(module.weight))
         if repacks(module):
-            left_out |= {join(prefix, entry) for entry in quantised_entries(module)}
+            left_out.update(map(partial(join, prefix), quantised_entries(module)))
     left_out |= {name for name, p in view.base.items() if id(p) in rewritten}
     return {name: value for name, value in view.base_values.items() if name not in left_out}
 
@@ -83,7 +83,7 @@ def note_changed(model: nn.Module, *, anew: bool = True) -> list[dict[str, Any]]
     record, now = view.record, fingerprint(view, anew=anew)
     if now in record.fingerprints:
         return record.fingerprints
-    known = next((form for form in record.fingerprints if is_same_form(form, now)), None)
+    known = next(filter(partial(is_same_form, now), record.fingerprints), None)
     if known is None:
         return [now]
     for name, was, changed in zip(base_tensors(view), known["digests"], now["digests"], strict=True):
@@ -140,8 +140,8 @@ def _quantised_names(view: View) -> set[str]:
     """The names of quantised weights and their entries."""
     names = set[str]()
     for prefix, module in view.modules.items():
-        names |= {join(prefix, name) for name in module._parameters if is_quantised(module, name)}
-        names |= {join(prefix, name) for name in quantised_entries(module)}
+        own = filter(partial(is_quantised, module), module._parameters)
+        names.update(map(partial(join, prefix), (*own, *quantised_entries(module))))
     return names
 
 
@@ -185,7 +185,7 @@ def compare(form: Mapping[str, Any], tensors: Iterable[BaseTensor], *, is_same_f
     """Compare a base with one fingerprint, tensor by tensor."""
     rounded = form["rounded"]
     there = dict(zip(rounded, form["digests"], strict=True))
-    dtypes = [getattr(torch, dtype) for dtype in form["dtypes"]]
+    dtypes = list(map(partial(getattr, torch), form["dtypes"]))
     found = Comparison(is_same_form=is_same_form)
     for each in tensors:
         if not is_same_form and (each.is_packed or rounded.get(each.name, []) is None):
@@ -205,15 +205,14 @@ def compare(form: Mapping[str, Any], tensors: Iterable[BaseTensor], *, is_same_f
 def _is_converted(here: BaseTensor, there: int, halves: Sequence[int], dtypes: Iterable[torch.dtype]) -> bool:
     """Whether one of two tensors is the other, converted to another floating-point dtype."""
     tensor = here.tensor
-    others = [dtype for dtype in dtypes if dtype.is_floating_point and dtype != tensor.dtype]
+    others = {dtype for dtype in dtypes if dtype.is_floating_point} - {tensor.dtype}
     if not tensor.is_floating_point() or tensor.is_meta or not others:
         return False
     if halves and tensor.dtype in HALVES and here.exact == halves[HALVES.index(tensor.dtype)]:
         return True
-    if any(dtype in HALVES for dtype in others) and there in here.halves():
+    if not others.isdisjoint(HALVES) and there in here.halves():
         return True
-    wider = [dtype for dtype in others if dtype not in HALVES]
-    return there in digests_as(tensor, wider)
+    return there in digests_as(tensor, list(others.difference(HALVES)))
 
 
 def check_base(

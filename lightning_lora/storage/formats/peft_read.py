@@ -58,7 +58,8 @@ def weights_of(path: Path) -> Path:
 
 def reader(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
     """Return how to read these contents of a file, if PEFT wrote it."""
-    tensors = {name: value for name, value in contents.items() if name != METADATA}
+    tensors = dict(contents)
+    tensors.pop(METADATA, None)  # diffusers' header, where PEFT's own configuration is beside the file
     return (lambda view: read(view, tensors, read_config(path), path)) if is_peft(contents) else None
 
 
@@ -194,8 +195,6 @@ class _Layers:
     def _described(self, there: str, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...]) -> StoredLayer:
         """The layer with this adapter, if PEFT computes the same."""
         about = described(self.view, self.place.name_here(there), kind, matrices)
-        if hasattr(self._module(there), "embed_scale"):  # PEFT applies it too
-            about = replace(about, is_additive=True)
         if why := why_not(about):
             raise AdapterMismatchError(
                 f"The file has an update of {there!r}, which cannot be read: {why} Pass the model that the file was "
@@ -228,10 +227,7 @@ class _Layers:
         return a, b
 
     def _attention(self, there: str, about: StoredLayer, wrapped: Mapping[str, Tensors]) -> Update:
-        """q, k and v share A, and lie one after the other in B.
-
-        PEFT adds the output projection's update twice, in its forward and in its merge.
-        """
+        """q, k and v share A, and lie one after the other in B. PEFT adds the output projection's update twice."""
         *qkv, out = about.matrices
         matrices, factors = list[AdaptedMatrix](), list[Factors]()
         for name, tensors in wrapped.items():
@@ -286,7 +282,7 @@ class _Layers:
             if not is_inside(name, self.place.here) or name == self.place.here:
                 continue
             around, there = starts_of(name), self.place.name_there(name)
-            is_wrapped = not wrapped.isdisjoint(self.view.modules[outer] for outer in around)
+            is_wrapped = not wrapped.isdisjoint(map(self.view.modules.__getitem__, around))
             if (not is_wrapped and self._is_meant(there, module)) or not self._is_saved_whole(name, there, rest):
                 lacking.append(name)
         if lacking:

@@ -133,7 +133,7 @@ def _trained(
     moved = [name for name, value in rest.items() if not is_the_base(view, name, value)]
     modules = list[str]()
     for module in held:  # outer ones come first
-        is_named = saved is None or any(module.endswith(entry) for entry in saved)
+        is_named = saved is None or module.endswith(tuple(saved))
         is_whole = held[module] == total[module] and not isinstance(view.modules.get(module), _CONTAINERS)
         if is_named and is_whole and set(modules).isdisjoint(starts_of(module)):
             modules.append(module)
