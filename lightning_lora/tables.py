@@ -36,10 +36,7 @@ _BLOCK = re.compile(r"\d+(?=\.)")  # the number of a block in a layer's name; on
 
 
 def grouped(kinds: Mapping[str, Hashable]) -> Iterator[tuple[str, list[str]]]:
-    """Group layers of one kind whose names differ only in the numbers of blocks. Yield the group's name, and its names.
-
-    A number that differs is ``*`` (``layers.*.q``), or a range if groups of several kinds differ only in it.
-    """
+    """Group layers of one kind whose names differ only in blocks: ``*`` or a range. Yield that name, and theirs."""
     groups: dict[tuple[str, Hashable], list[str]] = {}
     for name, kind in kinds.items():
         groups.setdefault((_BLOCK.sub("*", name), kind), []).append(name)

@@ -25,10 +25,7 @@ from lightning_lora.tensors.shards import full_tensors, is_dtensor
 
 
 def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later: bool = False) -> dict[str, Any]:
-    """Return ``checkpoint`` ready to be written: of the model, it holds only what training changed, and a description.
-
-    If code other than an optimizer changes a frozen weight after the run began, the weight is stored from then on.
-    """
+    """Return ``checkpoint`` to be written: of the model, it holds only what training changed, and a description."""
     forms, view = note_changed(model, anew=False), view_of(model)
     held = dict(checkpoint)
     for key in ("state_dict", MOVED):
@@ -168,15 +165,15 @@ def _check_base_fits(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Refuse a full state that does not fit this model."""
     adapters = set(map(id, view_of(model).adapters.values()))
     expected = {name: p for name, p in state_dict(model, keep_vars=True).items() if id(p) not in adapters}
-    both = [name for name in expected if isinstance(expected[name], Tensor) and isinstance(state.get(name), Tensor)]
-    wrong = {
-        "missing": [name for name in expected if name not in state],
-        "unexpected": [name for name in state if name not in expected],
-        "of another shape": [name for name in both if state[name].shape != expected[name].shape],
-    }
-    if any(wrong.values()):
-        found = ", ".join(f"{what} {listed(names)}" for what, names in wrong.items() if names)
+    wrong = [*(f"{name} is missing" for name in expected if name not in state)]
+    for name, value in state.items():
+        own = expected.get(name)
+        if name not in expected:
+            wrong.append(f"{name} is unexpected")
+        elif isinstance(value, Tensor) and isinstance(own, Tensor) and value.shape != own.shape:
+            wrong.append(f"{name} has another shape")
+    if wrong:
         raise BaseMismatchError(
             f"This checkpoint has no adapters of this package, and as a base it does not fit {type(model).__name__}: "
-            f"{found}. Pass a checkpoint of the same model, trained with or without LoRACallback."
+            f"{listed(wrong)}. Pass a checkpoint of the same model, trained with or without LoRACallback."
         )

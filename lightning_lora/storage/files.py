@@ -21,7 +21,6 @@ from lightning_lora.storage.base import forms_of_base
 from lightning_lora.storage.disk import check_path, local_path
 from lightning_lora.storage.formats import diffusers, fabric, loralib, peft_read
 from lightning_lora.storage.formats.lightning import VERSION, check_readable
-from lightning_lora.storage.formats.loralib import is_loralib
 from lightning_lora.storage.formats.own import (
     adapters_in,
     check_place,
@@ -29,7 +28,6 @@ from lightning_lora.storage.formats.own import (
     read_contents,
     write_adapter_file,
 )
-from lightning_lora.storage.formats.peft_config import is_peft
 from lightning_lora.storage.formats.reading import Asked, Reader
 from lightning_lora.storage.state import adapter_state_dict, check_not_diverged
 from lightning_lora.storage.stored import KEY, StoredAdapters, has_own_memory, is_plain
@@ -205,9 +203,6 @@ def load_from_checkpoint(
         BaseMismatchError: the model that ``cls`` builds is not the base that the adapters were trained on.
     """
     checkpoint = read_checkpoint(path, weights_only=weights_only)
-    names = checkpoint if isinstance(checkpoint, dict) else {}
-    if is_peft(names) or is_loralib(names) or {"state_dict", KEY} == names.keys():
-        raise AdapterFileError(f"{path} is an adapter file. Build the model, then call load_adapter(model, path).")
     stored = adapters_in(checkpoint, path)
     check_readable(checkpoint, path)
     kwargs.pop("strict", None)

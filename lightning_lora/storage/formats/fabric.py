@@ -1,7 +1,4 @@
-"""Read the states of adapted models that Fabric saves: ``fabric.save(path, {"model": model})``.
-
-They do not say how the model was adapted, so the model that loads one must be adapted already.
-"""
+"""Read the states of adapted models that Fabric saves, for a model that is adapted already."""
 
 from collections.abc import Mapping
 from typing import Any

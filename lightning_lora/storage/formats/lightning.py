@@ -1,8 +1,4 @@
-"""What a Lightning checkpoint holds besides the adapters: the state of a run.
-
-That is everything but the model's own state: optimizers, schedulers, loops, callbacks, random numbers, hyperparameters,
-and what users add. Users may edit it, for example a learning rate.
-"""
+"""What a Lightning checkpoint holds besides the model's state: the run's, which users may edit, and their own."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -69,7 +65,8 @@ def check_readable(checkpoint: object, path: object) -> None:
     held = checkpoint if isinstance(checkpoint, Mapping) else {}
     if VERSION not in held or not isinstance(held.get("state_dict"), Mapping):
         raise AdapterFileError(
-            f"{path} is not a Lightning checkpoint, with 'state_dict' and {VERSION!r}. Pass one that a Trainer wrote."
+            f"{path} is not a Lightning checkpoint, with 'state_dict' and {VERSION!r}. Pass one that a Trainer wrote. "
+            "With a file of adapters, build the model and call load_adapter(model, path)."
         )
     checkpoint = held
     damaged = f"{path} is damaged or was changed: "

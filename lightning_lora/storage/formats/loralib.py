@@ -1,7 +1,4 @@
-"""Read loralib's files, for a model of plain layers.
-
-loralib's ``lora_state_dict`` holds tensors only. Its alpha, and the slices of a ``MergedLinear``, are in no file.
-"""
+"""Read loralib's files, for a model of plain layers. Alpha, and the slices of a ``MergedLinear``, are in no file."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace

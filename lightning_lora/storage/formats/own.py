@@ -70,11 +70,7 @@ def read_adapter_file(path: str | Path | IO[bytes]) -> StoredAdapters:
 
 
 def read_contents(path: str | Path | IO[bytes]) -> Any:
-    """Return the contents of a file with adapters, as those of a checkpoint.
-
-    Tensors of another library are returned by their names; of a whole model's, only the names. Objects of classes, such
-    as hyperparameters, are not read, and no code in the file is run.
-    """
+    """Return a file's contents: a checkpoint's, or another library's tensors by name; no objects of classes."""
     check_tool(path)
     contents = _read(path, partial(_load_adapters, path))
     check_tool(path, contents)
@@ -161,7 +157,7 @@ def _instead(contents: dict[Any, Any]) -> str:
     names = list(map(str, next(held, contents)))
     if not names:
         return "no adapters. Pass a file that save_adapter or a Trainer wrote."
-    of_tensors = "safetensors.torch.load_model(model, path) or model.load_state_dict(torch.load(path))"
+    of_tensors = "safetensors.torch.load_model(model, path), or model.load_state_dict of the state in torch.load(path)"
     reader = "MyModule.load_from_checkpoint(path)" if VERSION in contents else of_tensors
     return (
         f"{len(names)} tensors ({listed(names, 2)}) and no adapters of this package. It looks like a whole model, such "

@@ -1,6 +1,7 @@
 """Combine several files of adapters into one."""
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,10 +47,7 @@ class How:
 
 
 def combine_files(paths: Sequence[Path], out: Path, how: How) -> int:
-    r"""Write :math:`\sum_i w_i \, \Delta W_i`, or what ``how`` makes of it. Return the number of layers.
-
-    A layer that a file does not adapt counts as an update of zero.
-    """
+    """Write the sum of all updates, or what ``how`` makes of it. Return the number of layers."""
     check_place(out, paths)
     if len(paths) < 2 or len(how.weights) != len(paths):
         raise ConfigError(f"Got {len(paths)} files and {len(how.weights)} weights. Expected at least two, and as many.")
@@ -59,13 +57,11 @@ def combine_files(paths: Sequence[Path], out: Path, how: How) -> int:
     layers, state = dict[str, StoredLayer](), dict[str, Tensor]()
     with torch.no_grad():
         for name, layer in known.items():
-            holding = [
-                (updates(file, name), w) for file, w in zip(files, how.weights, strict=True) if name in file.layers
-            ]
-            combined = {
-                matrix: _combined(matrix, [(found[matrix], w) for found, w in holding], how, generator)
-                for matrix in layer.matrices
-            }
+            held = defaultdict[AdaptedMatrix, list[tuple[Factors, float]]](list)
+            for file, weight in zip(files, how.weights, strict=True):
+                for matrix, update in updates(file, name).items() if name in file.layers else ():  # or it is zero
+                    held[matrix].append((update, weight))
+            combined = {matrix: _combined(matrix, each, how, generator) for matrix, each in held.items()}
             r = max(a.shape[-2] for a, _ in combined.values())
             layers[name] = replace(layer, r=r)
             for matrix, update in combined.items():
@@ -107,12 +103,11 @@ def _combined(
     matrix: AdaptedMatrix, weighted: list[tuple[Factors, float]], how: How, generator: torch.Generator
 ) -> Factors:
     """Combine the updates of one matrix, each with its weight."""
-    found, weights = [update for update, _ in weighted], [weight for _, weight in weighted]
+    found, weights = map(list, zip(*weighted, strict=True))
     r = matrix.rank(how.r or max(a.shape[-2] for a, _ in found))
-    if how.method == "ties":
-        return factored(ties([b @ a for a, b in found], weights, how.density), r)
-    if how.method == "dare":
-        return factored(dare([b @ a for a, b in found], weights, how.density, generator), r)
+    if how.method in ("ties", "dare"):
+        given = [b @ a for a, b in found], weights, how.density
+        return factored(ties(*given) if how.method == "ties" else dare(*given, generator), r)
     update = concatenated(found, weights)
     most = matrix.largest_rank if how.method == "cat" else r
     return update if update[0].shape[-2] <= most else truncated(update, most)

@@ -29,11 +29,7 @@ from lightning_lora.tensors.names import join
 
 
 def merge_files(base: Path, adapter: Path, out: Path, progress: Callable[[str], object] = str) -> int:
-    """Merge adapters into a base, one tensor at a time. Return the number of merged weights.
-
-    The merged model appears when it is complete. It is a folder if the base is one, and may be a checkpoint if the base
-    is one; only then are the merged weights held in memory. ``progress`` is called with the name of each tensor.
-    """
+    """Merge adapters into a base, one tensor at a time, and of a checkpoint in memory. Return how many weights."""
     files = TensorFiles(base)
     check_output(out, [base, adapter, *dict.fromkeys(files.file_of.values())])
     job = _Merge(files, read_layers(adapter), progress)
@@ -52,7 +48,7 @@ def merge_files(base: Path, adapter: Path, out: Path, progress: Callable[[str], 
                 f"{out}. Name a file that ends in .safetensors, or merge in memory: load_adapter(model, path), then "
                 "save_merged."
             )
-        state = files.entries | {name: job.merged(name) for name in job.places}
+        state = files.entries | dict(zip(job.places, map(job.merged, job.places), strict=True))
         is_alone = state.keys() >= files.checkpoint.keys()
         with writing(out) as place:
             torch.save(state if is_alone else {**as_base(files.checkpoint), "state_dict": state}, place)

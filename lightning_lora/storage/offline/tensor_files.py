@@ -100,10 +100,7 @@ def _names_in(path: Path) -> list[str]:
 def write_tensors(
     path: Path, names: Collection[str], base: Callable[[str], Tensor], values: Callable[[str], Tensor], metadata: Any
 ) -> int:
-    """Write a ``.safetensors`` file with one tensor in memory at a time. Return the size of all tensors.
-
-    ``base`` gives a tensor of the shape and dtype of each, ``values`` what is written.
-    """
+    """Write what ``values`` gives, of the shapes and dtypes that ``base`` gives, one at a time. Return their size."""
     header, end = {"__metadata__": {"format": "pt", **metadata}}, 0
     for name in names:
         header[name] = _entry(name, base(name), end)
