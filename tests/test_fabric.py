@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from tests.support.by_hand import adapted
 from tests.support.faults import unchanged
+from tests.support.fits import adapted
 from tests.support.models import TRAINED, WORDS, LitTiny, X, data, is_plain, lora, same, state
 from tests.support.ranks import run_ranks
 

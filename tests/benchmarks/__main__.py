@@ -14,12 +14,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks.calls import calls
 from tests.benchmarks.life import checkpoints, life
 from tests.benchmarks.measure import Bench, Row
 from tests.benchmarks.memory import memory
 from tests.benchmarks.sharded import sharded
-from tests.benchmarks.steps import inference, layers, whole_models
+from tests.benchmarks.steps import calls, inference, layers, whole_models
 
 CASES = {
     "models": whole_models,

@@ -1,7 +1,4 @@
-"""The methods that are compared.
-
-Each adapts the same layers in place, with the same rank.
-"""
+"""The methods that are compared: each adapts the same layers in place, with the same rank."""
 
 import copy
 from collections.abc import Callable, Collection

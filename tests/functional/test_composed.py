@@ -1,6 +1,6 @@
 """Where the composition of torch's functions is taken instead."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
@@ -110,6 +110,14 @@ def test_tensors_without_values_or_of_other_classes_are_composed() -> None:
     with torch.no_grad():
         output = adapted_linear(nested, weight, bias, a, b, 1.0)
     torch.testing.assert_close(output.unbind()[1], composed(torch.ones(3, 6), weight, bias, a, b, 1.0))
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("alone")

@@ -1,11 +1,9 @@
-"""Merging adds the update, and is rounded once."""
+"""Merging adds the update and is rounded once; combinations of updates are those of the full products."""
 
-import copy
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.fsdp
 import torch.distributed.tensor
 from torch import Tensor, nn
@@ -14,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_lora import LoRAConfig, MergePrecisionWarning, inject_adapters, merge_adapters, unmerge_adapters
 from lightning_lora.functional import update
+from lightning_lora.functional.combine import Factors, concatenated, dare, factored, ties, truncated
+from lightning_lora.functional.subspace import cosine, effective_rank, singular_values, subspace_similarity
 from tests.support.models import randomise, same, state
-from tests.support.ranks import has_shards
 
 
 def test_merging_asks_no_device_for_float64() -> None:
@@ -31,24 +30,6 @@ def test_merging_asks_no_device_for_float64() -> None:
         for dtype in (torch.float32, torch.float16):
             values, lost = update.merged(weight.to(dtype), a, b, 1.0)
             assert values.dtype is dtype and lost == 0
-
-
-@pytest.mark.usefixtures("alone")
-@pytest.mark.skipif(not has_shards, reason="models are sharded with torch 2.7 and later")
-def test_merging_into_distributed_weights_is_the_merge_of_the_whole() -> None:
-    model = nn.Sequential(nn.Linear(8, 8))
-    inject_adapters(model, LoRAConfig(r=2))
-    nn.init.normal_(model[0].lora_B)
-    expected = copy.deepcopy(model)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-    spread = dist.tensor.distribute_tensor(model[0].weight.detach(), mesh, [dist.tensor.Shard(0)])
-    model[0].weight = nn.Parameter(spread, requires_grad=False)
-    base = model[0].weight.full_tensor()
-    merge_adapters(model)
-    merge_adapters(expected)
-    assert torch.equal(model[0].weight.full_tensor(), expected[0].weight)
-    unmerge_adapters(model)
-    assert torch.equal(model[0].weight.full_tensor(), base)
 
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -86,3 +67,94 @@ def test_merge_is_rounded_once_and_unmerge_exact_in_every_dtype(dtype: torch.dty
     assert ((model[0].weight.double() - exact).abs() <= ulp / 2 + unrounded + torch.finfo(dtype).tiny).all()
     unmerge_adapters(model)
     assert same(state(model), before)
+
+
+# Combinations of updates, and numbers about them, against the full products
+
+
+def factors(seed: int, r: int = 3, stack: tuple[int, ...] = ()) -> Factors:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*stack, r, 7, generator=generator), torch.randn(*stack, 5, r, generator=generator)
+
+
+def updates(stack: tuple[int, ...] = ()) -> list[Factors]:
+    return [factors(seed, r, stack) for seed, r in enumerate((2, 3))]
+
+
+def weighted(found: list[Factors], weights: list[float]) -> Tensor:
+    total: Tensor = sum(w * (b @ a) for (a, b), w in zip(found, weights, strict=True))  # type: ignore[assignment]
+    return total
+
+
+@pytest.mark.parametrize("stack", [(), (4,)])
+def test_the_concatenation_is_the_sum(stack: tuple[int, ...]) -> None:
+    a, b = concatenated(updates(stack), [0.7, -0.3])
+    assert a.shape[-2] == 5
+    torch.testing.assert_close(b @ a, weighted(updates(stack), [0.7, -0.3]))
+
+
+@pytest.mark.parametrize("stack", [(), (4,)])
+@pytest.mark.parametrize("r", [1, 2, 4, 5, 9])
+def test_the_truncation_is_the_best_one(r: int, stack: tuple[int, ...]) -> None:
+    whole = concatenated(updates(stack), [0.7, 0.3])
+    a, b = truncated(whole, r)
+    u, s, v = torch.linalg.svd(whole[1] @ whole[0], full_matrices=False)
+    best = (u[..., :r] * s[..., :r].unsqueeze(-2)) @ v[..., :r, :]
+    assert a.shape[-2] <= r
+    torch.testing.assert_close(b @ a, best, rtol=1e-4, atol=1e-4)
+
+
+def test_a_matrix_of_low_rank_is_factored_exactly() -> None:
+    delta = weighted(updates(), [1.0, 1.0])
+    a, b = factored(delta, 5)
+    torch.testing.assert_close(b @ a, delta, rtol=1e-4, atol=1e-4)
+
+
+def test_ties_keeps_the_largest_and_the_sign_of_most() -> None:
+    one, other = torch.tensor([4.0, -3.0, 0.1, 2.0]), torch.tensor([-1.0, -5.0, 0.2, 3.0])
+    assert ties([one, other], [1.0, 1.0], density=0.5).tolist() == [4.0, -4.0, 0.0, 3.0]
+    assert ties([one, other], [1.0, 0.0], density=1.0).tolist() == pytest.approx(one.tolist())
+
+
+def test_dare_keeps_the_expected_sum() -> None:
+    one, other = torch.full((200, 200), 2.0), torch.full((200, 200), -1.0)
+    total = dare([one, other], [0.5, 1.0], 0.25, torch.Generator().manual_seed(0))
+    assert set(total.unique().tolist()) == {-4.0, 0.0, 4.0} and abs(total.mean()) < 0.05
+    again = dare([one, other], [0.5, 1.0], 0.25, torch.Generator().manual_seed(0))
+    assert torch.equal(total, again)
+    assert torch.equal(dare([one, other], [0.5, 1.0], 1.0, torch.Generator()), one * 0.5 + other)
+
+
+@pytest.mark.parametrize("stack", [(), (4,)])
+@pytest.mark.parametrize("r", [1, 3, 6])
+def test_singular_values_are_those_of_the_product(r: int, stack: tuple[int, ...]) -> None:
+    a, b = factors(0, r, stack)
+    expected = torch.linalg.svdvals(-2.0 * (b @ a).double())[..., : min(r, 5)]
+    torch.testing.assert_close(singular_values(a, b, -2.0), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_effective_rank_counts_directions() -> None:
+    assert effective_rank(torch.tensor([1.0, 1.0, 1.0, 1.0])) == pytest.approx(4)
+    assert effective_rank(torch.tensor([1.0, 1e-9])) == pytest.approx(1)
+    assert effective_rank(torch.zeros(3)) == 0
+    half = effective_rank(torch.tensor([3.0, 1.0]))  # the entropy of 3/4 and 1/4
+    assert half == pytest.approx(4 / 3**0.75)
+
+
+@pytest.mark.parametrize("stack", [(), (4,)])
+def test_cosine_is_that_of_the_products(stack: tuple[int, ...]) -> None:
+    one, other = factors(0, 3, stack), factors(1, 2, stack)
+    first, second = one[1] @ one[0], other[1] @ other[0]
+    expected = torch.nn.functional.cosine_similarity(first.flatten(-2), second.flatten(-2), dim=-1)
+    torch.testing.assert_close(cosine(one, other).float(), expected, rtol=1e-4, atol=1e-5)
+    assert not cosine((one[0], 0 * one[1]), one).any()
+
+
+def test_similarity_is_one_inside_and_zero_across() -> None:
+    a, _ = factors(0)
+    mixed = torch.randn(3, 3) @ a
+    assert subspace_similarity(a, mixed) == pytest.approx(1)
+    assert subspace_similarity(a[:1], a) == pytest.approx(1)
+    identity = torch.eye(7)
+    assert subspace_similarity(identity[:3], identity[3:]) == pytest.approx(0)
+    assert subspace_similarity(identity[:2], identity[1:3]) == pytest.approx(0.5)

@@ -13,8 +13,15 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import disable_adapters, inject_adapters, merge_adapters, remove_adapters, unmerge_adapters
 from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for
-from tests.support.layers import Factors, Recursive, config, factors, reference_weights
+from tests.support.layers import LAYERS, Factors, Model, Recursive, config, factors, reference_weights
 from tests.support.models import randomise, same, state
+
+
+@pytest.fixture(params=LAYERS, ids=str)
+def case(request: pytest.FixtureRequest) -> tuple[nn.Sequential, Any]:
+    build, x = LAYERS[request.param]
+    torch.manual_seed(0)
+    return Model(build()).double(), x
 
 
 def test_conv1d_is_found_without_importing_transformers_and_every_type_is_one_entry() -> None:
@@ -23,9 +30,11 @@ def test_conv1d_is_found_without_importing_transformers_and_every_type_is_one_en
     assert adapter_for(nn.ReLU()) is None
 
 
-def test_fresh_adapter_changes_nothing(case: tuple[nn.Sequential, Any]) -> None:
+def test_fresh_adapter_changes_nothing_and_is_removed_without_a_trace(case: tuple[nn.Sequential, Any]) -> None:
     model, x = case
+    next(model.parameters()).requires_grad_(False)
     before, layer, cls, weights = model(x), model[0], type(model[0]), list(model.parameters())
+    values, flags = state(model), [p.requires_grad for p in weights]
     keys, calls = list(model.state_dict()), list[str]()
     layer.register_forward_hook(lambda *_: calls.append("forward"))
     inject_adapters(model, config(model))
@@ -33,6 +42,11 @@ def test_fresh_adapter_changes_nothing(case: tuple[nn.Sequential, Any]) -> None:
     assert model[0] is layer and isinstance(layer, cls) and isinstance(layer, LoRALayer)
     assert [p for name, p in model.named_parameters() if "lora_" not in name] == weights
     assert [key for key in model.state_dict() if "lora_" not in key] == keys
+    randomise(model)
+    remove_adapters(model)
+    assert type(model[0]) is cls and same(state(model), values) and torch.equal(model(x), before)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert not [name for name in (*vars(model[0]), *vars(model)) if "lora" in name]
 
 
 def reference(model: nn.Sequential, lora: Factors, x: Any) -> Tensor:
@@ -91,19 +105,6 @@ def test_merged_computes_as_adapted_and_unmerging_is_exact(case: tuple[nn.Sequen
     unmerge_adapters(model)
     assert same(state(model), before) and all(a is b for a, b in zip(model.parameters(), weights, strict=True))
     assert torch.equal(model(x), adapted)
-
-
-def test_remove_gives_back_the_very_class_and_values(case: tuple[nn.Sequential, Any]) -> None:
-    model, x = case
-    next(model.parameters()).requires_grad_(False)
-    cls, before, output = type(model[0]), state(model), model(x)
-    flags = [p.requires_grad for p in model.parameters()]
-    inject_adapters(model, config(model))
-    randomise(model)
-    remove_adapters(model)
-    assert type(model[0]) is cls and same(state(model), before) and torch.equal(model(x), output)
-    assert [p.requires_grad for p in model.parameters()] == flags
-    assert not [name for name in (*vars(model[0]), *vars(model)) if "lora" in name]
 
 
 @pytest.mark.parametrize("merged", [False, True])

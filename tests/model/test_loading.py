@@ -1,6 +1,7 @@
 """State dicts that others load are the new base."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,19 @@ def test_a_trained_part_loaded_by_itself_is_no_base() -> None:
         assert same(state(each), before) and not each._load_state_dict_pre_hooks
 
 
-def test_weights_loaded_into_a_merged_model_are_a_new_base_and_no_way_back() -> None:
-    model = nn.Sequential(nn.Linear(4, 4))
-    base = state(model)
-    as_merged(model)
-    model.load_state_dict(base)
-    for call in (ll.unmerge_adapters, ll.adapter_state_dict, lambda m: ll.disable_adapters(m).__enter__()):
+REPLACED: dict[str, Callable[[LitTiny], Any]] = {
+    "loaded": lambda model: model.load_state_dict(LitTiny().state_dict()),
+    "converted there and back": lambda model: model.bfloat16().float(),
+    "pruned": lambda model: nn.utils.prune.l1_unstructured(model.q_proj, "weight", 0.5),
+}
+
+
+@pytest.mark.parametrize("replace", REPLACED.values(), ids=REPLACED)
+def test_weights_put_into_a_merged_model_are_a_new_base_and_no_way_back(tmp_path: Path, replace: Any) -> None:
+    replace(model := as_merged(LitTiny()))
+    base, file = state(model), tmp_path / "a.safetensors"
+    enter = (lambda m: ll.disable_adapters(m).__enter__(), lambda m: ll.save_adapter(m, file))
+    for call in (ll.unmerge_adapters, ll.adapter_state_dict, *enter):
         with pytest.raises(ll.AdapterStateError, match="changed since its adapters were merged"):
             call(model)
         assert same(state(model), base)

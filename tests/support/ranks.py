@@ -30,7 +30,7 @@ class RankError(AssertionError):
 
 def run_ranks(function: Callable[..., Any], *args: Any, size: int = 2, **kwargs: Any) -> list[Any]:
     """Call a function in forked processes, and return what each returns: anything that torch can save."""
-    port, context, function = _free_port(), multiprocessing.get_context("fork"), partial(function, **kwargs)
+    port, context, function = free_port(), multiprocessing.get_context("fork"), partial(function, **kwargs)
     ends, processes = [], []
     for rank in range(size):
         receiving, sending = context.Pipe(duplex=False)
@@ -59,7 +59,7 @@ def _result(end: Connection, rank: int) -> tuple[str, Any]:
         return "ended without a result", None
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return int(free.getsockname()[1])

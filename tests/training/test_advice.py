@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from tests.support import fits
-from tests.support.by_hand import adapted
 from tests.support.callbacks import Notes
-from tests.support.fits import through_and_resumed
+from tests.support.fits import adapted, through_and_resumed
 from tests.support.models import LitTiny, aged, data, lora, same, state, trainer
 
 TARGETS = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
@@ -254,16 +253,6 @@ def test_nothing_is_logged_where_the_user_wants_none(tmp_path: Path) -> None:
         fits.fit(tmp_path, lora(), **{"max_steps": 1, "log_every_n_steps": 1, **options})
     trainer(tmp_path, [lora()], logger=notes).test(LitTiny(), data(), verbose=False)
     assert not notes.ours
-
-
-class Counts(L.Callback):  # looks at what each process has logged
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert len(trainer.logger.ours) == (1 if trainer.is_global_zero else 0)  # type: ignore[union-attr]
-
-
-@pytest.mark.processes
-def test_one_process_logs(tmp_path: Path) -> None:
-    log(tmp_path, lora(), Counts(), strategy="ddp_fork", devices=2)
 
 
 def test_tensorboard_shows_both_in_one_row(tmp_path: Path) -> None:

@@ -25,10 +25,8 @@ from tests.support.versions import needs_averaging
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"), pytest.mark.processes]
 
 
-def of_zero(kind: str, folder: Path, *args: Any, zero: dict[str, Any], averages: bool = False, **options: Any) -> State:
+def of_zero(kind: str, folder: Path, *args: Any, zero: dict[str, Any], **options: Any) -> State:
     """A fit with these options of DeepSpeed."""
-    if averages:
-        options["callbacks"] = [bundled.EMAWeightAveraging(decay=0.5)]
     return fit(kind, folder, *args, strategy=CpuDeepSpeed(**{"stage": 2, **zero}), **options)
 
 
@@ -41,8 +39,6 @@ def resumed(folder: Path, build: Callable[[], LitNet], kwargs: dict[str, Any], *
 
 
 def of_ddp(folder: Path, *args: Any, **options: Any) -> State:
-    if options.pop("averages", False):
-        options["callbacks"] = [bundled.EMAWeightAveraging(decay=0.5)]
     return run_ranks(fit, "ddp", folder, *args, **options)[0]
 
 
@@ -134,7 +130,8 @@ def test_arguments_come_from_the_file(tmp_path: Path) -> None:
 @needs_averaging
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model:UserWarning")
 def test_averages_are_those_of_ddp(tmp_path: Path) -> None:
-    assert_same(trained(tmp_path, averages=True)[0], of_ddp(tmp_path, averages=True))
+    options = {"callbacks": [bundled.EMAWeightAveraging(decay=0.5)]}
+    assert_same(trained(tmp_path, **options)[0], of_ddp(tmp_path, **options))
 
 
 class LoadsLate(LitNet):  # loads its base when training starts: adapters that began from it begin again

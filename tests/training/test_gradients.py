@@ -198,22 +198,6 @@ def test_processes_do_not_wait_for_layers_that_a_batch_leaves_out(tmp_path: Path
 
 
 @pytest.mark.processes
-def test_processes_name_layers_that_no_batch_reaches(tmp_path: Path) -> None:
-    class Noted(Skips):
-        def on_train_start(self) -> None:
-            self.caught = warnings.catch_warnings(record=True)
-            self.notes = self.caught.__enter__()
-            warnings.simplefilter("always")
-
-        def on_train_end(self) -> None:
-            self.caught.__exit__(None, None, None)
-            (text,) = [str(note.message) for note in self.notes if issubclass(note.category, DeadAdapterWarning)]
-            assert "'unused'" in text and "'v_proj'" in text and "'q_proj'" not in text
-
-    train(tmp_path, lora(), model=Noted(never=True), strategy="ddp_fork", devices=2)
-
-
-@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
 def test_a_static_graph_trains_the_layers_that_it_reaches_and_leaves_the_others(tmp_path: Path) -> None:
     states = []

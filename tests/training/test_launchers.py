@@ -1,9 +1,8 @@
-"""A fit ends with the same bits, whatever starts its processes."""
+"""A fit ends with the same bits, whatever starts its processes, and those that are killed go on."""
 
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,11 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.checks import files_hold_adapters_alone
-from tests.support.faults import FORK
-from tests.support.launched import main
-from tests.support.models import LitTiny, same
-from tests.support.versions import exact
+from lightning_lora import inject_adapters, load_adapter
+from tests.support import launched
+from tests.support import train as training
+from tests.support.cases import files_hold_adapters_alone, held
+from tests.support.faults import FORK, fork
+from tests.support.fits import fit, loaded, outcome
+from tests.support.models import TRAINED, LitTiny, X, best, data, lora, same, state, trainer
+from tests.support.ranks import free_port
+from tests.support.versions import exact, keeps_random
 
 pytestmark = pytest.mark.processes
 
@@ -62,7 +65,7 @@ class Program(Command):  # a fork that does what python -m tests.support.launche
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-        main(*self.command)
+        launched.main(*self.command)
 
     def code(self) -> int | None:
         return self.fork.exitcode  # type: ignore[no-any-return]
@@ -90,12 +93,6 @@ def run(folder: Path, commands: Sequence[Command]) -> None:
     assert not any(codes) and None not in codes, "\n".join(log.read_text() for log in logs)
 
 
-def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
-
-
 Launcher = Callable[[Path], list[Command]]
 LAUNCHED = ("-m", "tests.support.launched")
 TORCHRUN = ("-m", "torch.distributed.run")
@@ -120,14 +117,19 @@ def torchrun_on_two_nodes(folder: Path) -> list[Command]:
 
 
 def slurm(folder: Path, *options: str) -> list[Command]:
-    job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "fit", "SLURM_NODELIST": "localhost", "MASTER_PORT": free_port()}
+    job = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NAME": "fit",
+        "SLURM_NODELIST": "localhost",
+        "MASTER_PORT": str(free_port()),
+    }
     job |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
     ranks = [{"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)} for task in range(2)]
     return [Program(str(folder), *options, **job, **rank) for rank in ranks]
 
 
 def kubeflow(folder: Path) -> list[Command]:
-    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     options = ["--nodes=2", "--devices=1", "--environment=KubeflowEnvironment"]
     return [Program(str(folder), *options, **job, RANK=str(pod)) for pod in range(2)]
 
@@ -160,14 +162,10 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)
 
 
-def test_forked_fit_trains_and_writes_adapters_alone(forked: Path) -> None:
+def test_forked_fit_trains_writes_adapters_alone_and_resumes_to_the_same_bits(forked: Path) -> None:
     assert not torch.equal(weights(forked / "through.pt")["q_proj.weight"], LitTiny().q_proj.weight)
     assert files_hold_adapters_alone(forked)
-
-
-@exact
-def test_resumed_fit_ends_with_the_same_bits(forked: Path) -> None:
-    assert same(weights(forked / "resumed.pt"), weights(forked / "through.pt"))
+    assert not keeps_random or same(weights(forked / "resumed.pt"), weights(forked / "through.pt"))
 
 
 WRITTEN = ("through.pt", "through/epoch=0.ckpt", "through/epoch=1.ckpt", "resumed.pt", "resumed/epoch=1.ckpt")
@@ -199,3 +197,173 @@ def test_a_job_that_slurm_requeues_goes_on_to_the_same_bits(results: Path, forke
     given = result(results, requeued, requeued)
     assert same(weights(given / "through.pt"), weights(forked / "through.pt"))
     assert (given / "hpc_ckpt_1.ckpt").exists() and files_hold_adapters_alone(given)
+
+
+# Fits in several processes bring back all they trained, and those that are killed go on
+
+
+FORKED: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2}
+
+
+def test_each_file_holds_the_adapters_of_the_fit_before_it(tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    model, merged = LitTiny(), []
+    for number in range(2):
+        _, t = fit(tmp_path, lora(), model=model, enable_checkpointing=False, **FORKED)
+        for name in (f"{number}.ckpt", "again.ckpt"):
+            t.save_checkpoint(tmp_path / name)
+        merged.append(model(X))
+    assert not torch.allclose(merged[0], merged[1])
+    assert caplog.text.count("gets its base and its adapters back") == 2  # once for each fit, not for each file
+    for number in range(2):
+        assert set(adapters(tmp_path / f"{number}.ckpt")) == set(TRAINED)
+        again = loaded(tmp_path / f"{number}.ckpt")  # which takes the adapters of its own base alone
+        torch.testing.assert_close(again(X), merged[number])
+
+
+@pytest.mark.filterwarnings("ignore:.*all_gather is deprecated:FutureWarning")  # of torch, in Lightning's code
+@pytest.mark.filterwarnings("ignore:.*Using `DistributedSampler`:UserWarning")
+def test_the_main_process_reads_files_after_a_fork(tmp_path: Path) -> None:
+    first = best(tmp_path, save_top_k=-1, save_last=True)
+    model, t = fit(tmp_path, lora(), first, model=LitTiny(lr=0.5), **FORKED)
+    merged = state(model)
+    checkpoint = t.strategy.load_checkpoint(first.best_model_path)
+    assert set(held(checkpoint)) == set(TRAINED)
+    says = r"only adapters: .* into a model with lightning_lora\.load_adapter\(model, path\)"
+    with pytest.raises(RuntimeError, match=says):  # torch's, as no call of ours came before
+        t.strategy.load_model_state_dict(checkpoint)
+    model.load_state_dict(merged)
+    files = {"best": first.best_model_path, str(tmp_path / "last.ckpt"): tmp_path / "last.ckpt"}
+    losses = {asked: outcome(trainer(tmp_path), "test", loaded(path)).item() for asked, path in files.items()}
+    assert len(set(losses.values())) == 2
+    for asked, loss in losses.items():
+        assert outcome(t, "validate", model, ckpt_path=asked).item() == pytest.approx(loss)
+        assert outcome(t, "test", model, ckpt_path=asked).item() == pytest.approx(loss)
+    assert same(state(model), merged)
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    t.strategy.load_checkpoint(first.best_model_path)
+    assert same(state(model), merged)
+    t.strategy.load_model_state_dict(checkpoint)
+    assert outcome(trainer(tmp_path), "test", model).item() == pytest.approx(losses["best"])
+    load_adapter(model, tmp_path / "best-epoch=0.ckpt")
+    assert same(state(model), state(loaded(tmp_path / "best-epoch=0.ckpt")))
+
+
+def test_the_main_process_reads_files_of_adapters_that_are_not_merged(tmp_path: Path) -> None:
+    model = LitTiny()
+    inject_adapters(model, lora().config)
+    _, t = fit(tmp_path, lora(merge=False), model=model, enable_checkpointing=False, **FORKED)
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    before = state(model)
+    checkpoint = t.strategy.load_checkpoint(tmp_path / "a.ckpt")
+    assert same(state(model), before) and before["q_proj.lora_B"].any()
+    t.strategy.load_model_state_dict(checkpoint)
+    assert same(state(model), before)
+
+
+PROGRAM = """
+import os, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from lightning_lora import remove_adapters
+from tests.support.models import LitTiny, data, lora, trainer
+
+os.umask(0)
+model = LitTiny()
+
+def fit():
+    options = {"strategy": "ddp_fork", "devices": 2, "max_epochs": 1, "enable_checkpointing": False}
+    trainer(sys.argv[1], [lora()], **options).fit(model, data())
+
+fit()
+left = [path for path in Path(os.environ["TMPDIR"]).iterdir() if path.name.startswith("lightning_lora")]
+print("modes", [oct(path.stat().st_mode & 0o777) for path in left])
+print("files before", any(path.is_file() for each in left for path in each.rglob("*")))
+remove_adapters(model)
+print("files after", any(path.is_file() for each in left for path in each.rglob("*")))
+fit()
+"""
+
+
+def test_what_is_left_for_the_main_process_is_private_and_goes(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "temporary").mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LIGHTNING_LORA")}
+    environment |= {"TMPDIR": str(tmp_path / "temporary"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "run")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    said = [line for line in run.stdout.splitlines() if line.startswith(("modes", "files"))]
+    assert said == ["modes ['0o700']", "files before True", "files after False"]
+    assert not [path for path in (tmp_path / "temporary").iterdir() if "lora" in path.name]
+
+
+# Killed and resumed
+
+
+def train(folder: Path, strategy: str, devices: int, *options: str) -> Any:
+    """Run tests.support.train in a fork, or as a program if its strategy starts it again; return the result."""
+    arguments = [str(folder), strategy, str(devices), *options]
+    if strategy == "ddp":
+        command = [sys.executable, "-m", "tests.support.train", *arguments]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        assert fork(lambda: training.main(*arguments)) == 0, "it was killed"
+    return torch.load(folder / "result.pt", weights_only=True)
+
+
+def failing(folder: Path, strategy: str, devices: int, *options: str) -> str:
+    """What a run says that fails."""
+    with pytest.raises((AssertionError, pytest.fail.Exception)) as error:
+        train(folder, strategy, devices, *options)
+    assert not (folder / "result.pt").exists()
+    return str(error.value)
+
+
+def adapters(path: Path) -> dict[str, torch.Tensor]:
+    return held(weights(path))
+
+
+@pytest.mark.parametrize(("strategy", "devices"), [("single", 1), ("ddp_fork", 2), ("ddp", 2), ("ddp_spawn", 2)])
+def test_killed_and_resumed_ends_with_the_same_adapters(tmp_path: Path, strategy: str, devices: int) -> None:
+    through, killed = tmp_path / "through", tmp_path / "killed"
+    expected = train(through, "ddp_fork" if devices > 1 else "single", devices)
+    failing(killed, strategy, devices, "--kill-at", str(3 * 4 // devices - 1))  # in the third epoch
+    assert sorted(path.name for path in killed.glob("*.ckpt")) == ["epoch=0.ckpt", "epoch=1.ckpt"]
+    resumed = train(killed, strategy, devices, "--resume", "--test")
+    assert same(adapters(killed / "epoch=3.ckpt"), adapters(through / "epoch=3.ckpt"))
+    assert same(resumed["state"], expected["state"])
+    check(killed, resumed)
+
+
+CLASSES = ["Embedding", "Linear", "Linear", "Linear"]
+
+
+def check(folder: Path, result: dict[str, Any]) -> None:
+    """A finished run: plain and merged in the main process, right numbers later, adapters alone in every file."""
+    base, model, merged, x = LitTiny(), LitTiny().eval(), LitTiny(), torch.arange(20)
+    assert list(result["state"]) == list(base.state_dict()) and result["classes"][1:] == CLASSES
+    load_adapter(model, folder / "epoch=3.ckpt")
+    merged.load_state_dict(result["state"])
+    torch.testing.assert_close(merged(x), model(x))
+    assert not torch.equal(merged(x), base(x))
+    files = {path.name: set(adapters(path)) for path in folder.glob("*.ckpt")}
+    assert {"after.ckpt", "again.ckpt"} <= files.keys() and all(names == {*TRAINED} for names in files.values())
+    load_adapter(model, result["best"])
+    loss = trainer(folder).test(model, data(), verbose=False)[0]["test_loss"]
+    assert result["tested"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_spawning_merges_the_best_and_refuses_what_cannot_come_back(tmp_path: Path) -> None:
+    result = train(tmp_path / "best", "ddp_fork", 2, "--merge", "best")
+    model, merged = LitTiny().eval(), LitTiny()
+    load_adapter(model, result["best"])
+    merged.load_state_dict(result["state"])
+    torch.testing.assert_close(merged(torch.arange(20)), model(torch.arange(20)))
+    wide = train(tmp_path / "wide", "ddp_fork", 2, "--module", "Wide", "--merge", "best")
+    assert wide["classes"][1:] == CLASSES
+    assert "merge=False would lose the adapters" in failing(tmp_path / "none", "ddp_fork", 2, "--merge", "none")
+    assert "one tied weight" in failing(tmp_path / "tied", "ddp_fork", 2, "--module", "Tied")
