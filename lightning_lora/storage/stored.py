@@ -156,7 +156,7 @@ def stored_config(description: object) -> LoRAConfig:
             raise foreign
         patterns = dict.fromkeys(("exclude_modules", "target_slices", "rank_pattern", "alpha_pattern"))
         return by_whole_names(layers, LoRAConfig.from_dict({**arguments, **patterns, "target_modules": "all"}))
-    except ConfigError as error:
+    except (ConfigError, ZeroDivisionError) as error:  # a rank of 0
         raise AdapterFileError(f"The file's configuration cannot be used: {error}") from error
 
 
@@ -187,20 +187,16 @@ def _is_size(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
-def _is_rank(value: object) -> bool:
-    return type(value) is int and value > 0
-
-
 _ROUNDED = {str: (None, _are_halves)}
 _FINGERPRINT = {"layout": str, "dtypes": [_is_dtype], "digests": [_is_digest], "rounded?": _ROUNDED}
 
 _SIZES = dict.fromkeys(("reads", "writes", "first", "rows"), _is_size)
-_PART = {**_SIZES, "weight": str, "name": str, "stack": [_is_size], "r": (_is_rank, None), "scaling": (float, None)}
+_PART = {**_SIZES, "weight": str, "name": str, "stack": [_is_size], "r": (_is_size, None), "scaling": (float, None)}
 _LAYER = {
     "name": str,
     "layer_class": str,
     "kind": str,
-    "r": _is_rank,
+    "r": _is_size,
     "scaling": float,
     "parts": [_PART],
     "shapes": {str: [_is_size]},
