@@ -48,29 +48,24 @@ def test_checkpoint_is_a_plain_one_with_the_merged_weights(tmp_path: Path, is_me
     assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
 
 
+class Adds(LitTiny):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["mine"] = 1
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert checkpoint["mine"] == 1
+
+
 def test_checkpoint_builds_the_module_from_its_hyperparameters(tmp_path: Path) -> None:
-    model = LitTiny(width=6)
+    model = Adds(width=6)
     fitted(tmp_path / "lora.ckpt", model, lora())
     ll.save_merged(model, tmp_path / "a.ckpt")
     stored = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert not any("lora" in name for name in (*stored, *stored["state_dict"]))
-    plain = LitTiny.load_from_checkpoint(tmp_path / "a.ckpt")
+    plain = Adds.load_from_checkpoint(tmp_path / "a.ckpt")
     assert plain.hparams == model.hparams and same(state(plain), state(model))
     tested = trainer(tmp_path).test(LitTiny(width=6), data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
     assert tested == trainer(tmp_path).test(model, data(), verbose=False)
-
-
-def test_what_a_module_itself_adds_to_its_checkpoints_is_there(tmp_path: Path) -> None:
-    class Adds(LitTiny):
-        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            checkpoint["mine"] = 1
-
-        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            assert checkpoint["mine"] == 1
-
-    ll.inject_adapters(model := Adds(), ll.LoRAConfig(r=2))
-    ll.save_merged(model, tmp_path / "a.ckpt")
-    Adds.load_from_checkpoint(tmp_path / "a.ckpt")
 
 
 def with_norms() -> nn.Module:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -80,11 +79,15 @@ def pipeline(part: Any) -> Any:
     return diffusers.StableDiffusionPipeline(**parts, **others, requires_safety_checker=False)
 
 
-def changed(folder: Path, change: Callable[[str], str] = str, *, metadata: bool = False) -> Path:
+def loaded(model: Any, path: Path) -> Tensor:
+    """What a base computes with adapters from a file or folder."""
+    ll.load_adapter(model, path)
+    return run(model)
+
+
+def renamed(folder: Path, change: Callable[[str], str] = str) -> Path:
     """Change the names in a file, and leave out its header."""
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        header = file.metadata() if metadata else None
-    save_file({change(name): value for name, value in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS, header)
+    save_file({change(name): value for name, value in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
     return folder
 
 
@@ -92,36 +95,29 @@ def changed(folder: Path, change: Callable[[str], str] = str, *, metadata: bool 
 
 
 @pytest.mark.parametrize(
-    ("build", "name", "config"),
+    ("build", "config"),
     [
-        (unet, "unet", {"alpha": 3, "target_modules": ["to_q", "to_out.0"], "rank_pattern": {"to_q": 3}}),
-        (unet, "unet", {"alpha": 5, "target_modules": "all", "use_rslora": True}),
-        (
-            unet,
-            "unet",
-            {"target_modules": ["to_v", "conv1"], "use_dora": True, "alpha_pattern": {"to_v": 7}},
-        ),
-        (unet, "unet", {"target_modules": ["to_k"], "init": "pissa"}),
-        (transformer, "transformer", {"alpha": 5}),
-        (text_encoder, "text_encoder", {"alpha": 5, "target_modules": ["q_proj", "fc1"], "use_dora": True}),
+        (unet, {"alpha": 3, "target_modules": ["to_q", "to_out.0"], "rank_pattern": {"to_q": 3}}),
+        (unet, {"alpha": 5, "target_modules": "all", "use_rslora": True}),
+        (unet, {"target_modules": ["to_v", "conv1"], "use_dora": True, "alpha_pattern": {"to_v": 7}}),
+        (unet, {"target_modules": ["to_k"], "init": "pissa"}),
+        (transformer, {"alpha": 5}),
+        (text_encoder, {"alpha": 5, "target_modules": ["q_proj", "fc1"], "use_dora": True}),
     ],
 )
-def test_a_pipeline_computes_the_same(
-    build: Callable[[], Any], name: str, config: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_pipeline_computes_the_same(build: Callable[[], Any], config: dict[str, Any], tmp_path: Path) -> None:
     """A pipeline without the header, as one of diffusers before 0.34, too."""
-    base, model = build(), trained(build(), ll.LoRAConfig(r=2, **config), scale=0.1)
+    model = trained(build(), ll.LoRAConfig(r=2, **config), scale=0.1)
     here = run(model)
-    assert (here - run(base)).norm() > 1e-3 * here.norm()
-    ll.export_peft(model, tmp_path, uniform=name == "transformer", format="diffusers")
+    assert (here - run(build())).norm() > 1e-3 * here.norm()
+    ll.export_peft(model, tmp_path, uniform=build is transformer, format="diffusers")
     assert [path.name for path in tmp_path.iterdir()] == [WEIGHTS]
-    ll.load_adapter(base, tmp_path)
-    check_equal(run(base), here)
-    if name != "text_encoder":
+    check_equal(loaded(build(), tmp_path), here)
+    if build is not text_encoder:
         part = build()
-        part.load_lora_adapter(tmp_path, prefix=name, use_safetensors=True)
+        part.load_lora_adapter(tmp_path, prefix=build.__name__, use_safetensors=True)
         check_equal(run(part), here)
-    for folder in (tmp_path, changed(tmp_path)):
+    for folder in (tmp_path, renamed(tmp_path)):
         part = build()
         pipeline(part).load_lora_weights(folder)
         check_equal(run(part), here)
@@ -158,26 +154,20 @@ def test_what_a_pipeline_cannot_hold(
     assert not (tmp_path / "out").exists()
 
 
-def test_peft_s_folder_says_its_scaling_to_diffusers(tmp_path: Path) -> None:
-    model, part = trained(unet(), ll.LoRAConfig(r=2, alpha=8, target_modules=["to_q"]), scale=0.1), unet()
-    ll.export_peft(model, tmp_path)
-    part.load_lora_adapter(tmp_path, prefix="base_model.model", use_safetensors=True)
-    check_equal(run(part), run(model))
-
-
 def test_two_formats_in_one_folder_keep_their_own_configuration(tmp_path: Path) -> None:
-    """The one beside the weights is PEFT's, which may have been edited."""
+    """The one beside the weights is PEFT's, which may have been edited. PEFT's weights tell diffusers their scaling."""
     config = ll.LoRAConfig(r=2, alpha=8, target_modules=["to_q"])
-    one, other, base = trained(unet(), config, scale=0.1), trained(unet(), config, scale=0.2), unet()
-    ll.export_peft(one, tmp_path, format="diffusers")
+    one, other, part = trained(unet(), config, scale=0.1), trained(unet(), config, scale=0.2), unet()
     ll.export_peft(other, tmp_path)
-    ll.load_adapter(base, tmp_path / WEIGHTS)
-    check_equal(run(base), run(one))
-    path, base = tmp_path / "adapter_config.json", unet()
+    part.load_lora_adapter(tmp_path, prefix="base_model.model", use_safetensors=True)
+    check_equal(run(part), run(other))
+    ll.export_peft(one, tmp_path, format="diffusers")
+    check_equal(loaded(unet(), tmp_path / WEIGHTS), run(one))
+    path = tmp_path / "adapter_config.json"
     path.write_text(path.read_text().replace('"lora_alpha": 8', '"lora_alpha": 4'))
-    ll.load_adapter(base, tmp_path)
-    check_equal(run(base), run(read(unet(), tmp_path).get_base_model()))
-    assert (run(base) - run(other)).norm() > 1e-3 * run(base).norm()
+    here = loaded(unet(), tmp_path)
+    check_equal(here, run(read(unet(), tmp_path).get_base_model()))
+    assert (here - run(other)).norm() > 1e-3 * here.norm()
 
 
 # In
@@ -200,21 +190,18 @@ def test_files_that_diffusers_wrote(config: dict[str, Any], tmp_path: Path) -> N
     save = diffusers.StableDiffusionPipeline.save_lora_weights
     save(tmp_path / "pipeline", unet_lora_layers=tensors, unet_lora_adapter_metadata=settings)
     for path in (tmp_path / "part", tmp_path / "pipeline", tmp_path / "pipeline" / WEIGHTS):
-        model = unet()
-        ll.load_adapter(model, path)
-        check_equal(run(model), run(part))
-        assert (run(unet()) - run(part)).norm() > 1e-3 * run(part).norm()
+        check_equal(loaded(unet(), path), run(part))
+    assert (run(unet()) - run(part)).norm() > 1e-3 * run(part).norm()
 
 
 @pytest.mark.parametrize("ends", [(".lora_A.", ".lora_B."), (".lora.down.", ".lora.up.")])
 def test_a_file_without_a_header_is_read_as_diffusers_reads_it(ends: tuple[str, str], tmp_path: Path) -> None:
-    model, part, again = trained(unet(), ll.LoRAConfig(r=2, target_modules=["to_q", "to_v"])), unet(), unet()
+    model, part = trained(unet(), ll.LoRAConfig(r=2, target_modules=["to_q", "to_v"])), unet()
     ll.export_peft(model, tmp_path, format="diffusers")
-    changed(tmp_path, lambda name: name.replace(".lora_A.", ends[0]).replace(".lora_B.", ends[1]))
+    renamed(tmp_path, lambda name: name.replace(".lora_A.", ends[0]).replace(".lora_B.", ends[1]))
     pipeline(part).load_lora_weights(tmp_path)
     with pytest.warns(ll.LoRAWarning, match="does not say with which lora_alpha"):
-        ll.load_adapter(again, tmp_path)
-    check_equal(run(again), run(part))
+        check_equal(loaded(unet(), tmp_path), run(part))
 
 
 def test_each_model_gets_its_part_of_a_file(tmp_path: Path) -> None:
@@ -230,10 +217,8 @@ def test_each_model_gets_its_part_of_a_file(tmp_path: Path) -> None:
         given[f"{name}_lora_adapter_metadata"] = settings.to_dict()
     save(tmp_path, **given)
     for build, other in ((unet, "text_encoder"), (text_encoder, "unet")):
-        model = build()
         with pytest.warns(ll.LoRAWarning, match=f"also holds adapters of '{other}'"):
-            ll.load_adapter(model, tmp_path)
-        check_equal(run(model), run(models[build.__name__]))
+            check_equal(loaded(build(), tmp_path), run(models[build.__name__]))
     with pytest.raises(ll.AdapterMismatchError, match="several parts of a pipeline: 'text_encoder', 'unet'"):
         ll.load_adapter(TinyLM(), tmp_path)
 

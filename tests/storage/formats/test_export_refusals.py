@@ -149,13 +149,15 @@ def test_values_that_peft_cannot_hold(tmp_path: Path) -> None:
     check_refused(model, tmp_path, "meta device", ll.AdapterStateError)
 
 
-def test_the_root_itself(tmp_path: Path) -> None:
+def test_what_is_asked_for_wrongly(tmp_path: Path) -> None:
     base = nn.Sequential(nn.Linear(4, 4))
     model = trained(base, ll.LoRAConfig(r=2))
     check_refused(model, tmp_path, "not the module itself", root="0")
     check_refused(model, tmp_path, r"root='1' holds no adapted layer", ll.ConfigError, root="1")
     check_refused(3, tmp_path, "Expected a path", ll.AdapterFileError)
     check_refused(base, tmp_path, "has no adapters", ll.AdapterStateError)
+    check_refused(tmp_path / "none.safetensors", tmp_path, "none.safetensors", FileNotFoundError)
+    check_refused(model, tmp_path / "none", "does not exist", FileNotFoundError)
 
 
 def test_files_that_say_too_little(tmp_path: Path) -> None:
@@ -163,7 +165,6 @@ def test_files_that_say_too_little(tmp_path: Path) -> None:
     ll.inject_adapters(base, ll.LoRAConfig(r=2, modules_to_save=["norm"]))
     ll.save_adapter(base, tmp_path / "fresh.safetensors")
     check_refused(tmp_path / "fresh.safetensors", tmp_path, "does not hold 'norm.running_mean'.*export the model")
-    check_refused(tmp_path / "none.safetensors", tmp_path, "none.safetensors", FileNotFoundError)
     ll.export_peft(base, tmp_path / "peft")
 
 
@@ -171,15 +172,20 @@ def test_files_that_say_too_little(tmp_path: Path) -> None:
 
 
 def test_other_files_stay_and_a_model_does_not_change(tmp_path: Path) -> None:
-    model, other = trained(LitTiny(), ll.LoRAConfig(r=2)), trained(LitTiny(), ll.LoRAConfig(r=3))
-    before = state(model)
+    model = trained(LitTiny(), ll.LoRAConfig(r=3))
+    before, odd = state(model), tmp_path / "odd" / "adapter_model.safetensors"
     (tmp_path / "README.md").write_text("a card")
+    ll.export_peft(trained(LitTiny(), ll.LoRAConfig(r=2)), tmp_path)
     ll.export_peft(model, tmp_path)
-    ll.export_peft(other, tmp_path)
     assert same(state(model), before) and (tmp_path / "README.md").read_text() == "a card"
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 3
-    names = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-    assert {path.name for path in tmp_path.iterdir()} == names
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    odd.mkdir(parents=True)
+    for place, says in ((tmp_path / "README.md", "could not be written"), (odd.parent, "is not a file")):
+        with pytest.raises(ll.AdapterFileError, match=says):
+            ll.export_peft(model, place)
+    assert list(odd.parent.iterdir()) == [odd]
 
 
 def die() -> None:
@@ -208,7 +214,8 @@ def test_both_files_are_written_or_none(fault: Callable[[], None], writer: str, 
             tensors = load_file(folder / "adapter_model.safetensors")
             save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
         is_done = fork(partial(interrupted, step, fault, partial(ll.export_peft, new, folder))) == 0
-        found = [here(loaded(base, folder))]
+        ll.load_adapter(ours := deepcopy(base), folder)
+        found = [here(ours)]
         with suppress(ValueError):  # it finds no configuration
             found.append(here(read(base, folder)))
         if len(found) < 2:  # nothing is in the way where the configuration stays, and an error puts it back
@@ -251,22 +258,3 @@ def interrupted(step: int, fault: Callable[[], None], work: Callable[[], object]
 @torch.no_grad()
 def here(model: Any) -> Tensor:
     return model(torch.arange(4)[None])
-
-
-def loaded(base: nn.Module, folder: Path) -> nn.Module:
-    model = deepcopy(base)
-    ll.load_adapter(model, folder)
-    return model
-
-
-def test_places_that_cannot_be_written(tmp_path: Path) -> None:
-    model = trained(LitTiny(), ll.LoRAConfig(r=2))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ll.AdapterFileError, match="could not be written"):
-        ll.export_peft(model, tmp_path / "file")
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        ll.export_peft(model, tmp_path / "none" / "peft")
-    (tmp_path / "odd" / "adapter_model.safetensors").mkdir(parents=True)
-    with pytest.raises(ll.AdapterFileError, match="is not a file"):
-        ll.export_peft(model, tmp_path / "odd")
-    assert not (tmp_path / "odd" / "adapter_config.json").exists()
