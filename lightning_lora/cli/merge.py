@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import Progress
 
 from lightning_lora.storage.offline.merge import merge_files
 from lightning_lora.storage.offline.tensor_files import TensorFiles
@@ -30,8 +30,7 @@ def add_arguments(parser: Any) -> None:
 def run(arguments: Any) -> str:
     """Merge, with a progress bar on the standard error."""
     base, out, console = arguments.base, arguments.out, Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Merging", total=len(TensorFiles(base).file_of))
         merged = merge_files(base, arguments.adapter, out, lambda _: bar.advance(task))
     return f"Merged {merged} {'weight' if merged == 1 else 'weights'} into {out}."

@@ -74,8 +74,7 @@ def write_errors(path: Any) -> Iterator[None]:
         ) from error
 
 
-_PARTS = itertools.count()
-"""Numbers for the temporary files of this process, whose threads may write one file at the same time."""
+_PARTS = itertools.count()  # for temporary files of threads that write one file at the same time
 
 
 @contextmanager
@@ -248,12 +247,9 @@ def _broken(file: Any, contents: bool) -> str | None:
         records = archive.infolist()
         if sum(record.file_size for record in records) > size:
             return "its records"
-        folders = (record.filename for record in records if record.is_dir() or record.external_attr & _FOLDER)
+        # of a folder torch reads nothing, and gives memory as it happens to be
+        folders = (record.filename for record in records if record.is_dir() or record.external_attr & 0x10)
         return next(folders, None) or (archive.testzip() if contents else None) or _inflating(archive, size)
-
-
-_FOLDER = 0x10
-"""The attribute of a folder. Torch reads nothing of such a record, and gives memory as it happens to be."""
 
 
 def _inflating(archive: zipfile.ZipFile, size: int) -> str | None:
@@ -267,17 +263,11 @@ def _inflating(archive: zipfile.ZipFile, size: int) -> str | None:
                     operation.name == "GLOBAL"
                     and (kind.endswith(" bytearray") or (kind.startswith("torch") and kind.endswith("Tensor")))
                 )
-                names_size |= isinstance(argument, int) and operation.name not in _MARKS and size < argument < _MOST
+                if isinstance(argument, int) and operation.name.rstrip("124") in ("INT", "BININT", "LONG"):
+                    names_size |= size < argument < 1 << 42  # to ask for more is an error anyway
             if makes and names_size:
                 return record
     return None
-
-
-_MOST = 1 << 42
-"""More bytes than any machine has: to ask for them is an error anyway."""
-
-_MARKS = ("PROTO", "FRAME", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "PUT", "GET", "MEMOIZE")
-"""Operations of a pickle whose numbers are not sizes of objects."""
 
 
 def _first_line(error: Exception) -> str:

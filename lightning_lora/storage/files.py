@@ -87,9 +87,8 @@ def load_adapter(
 ) -> None:
     """Load the adapters of a file into ``model``.
 
-    It reads files of this package, of PEFT, diffusers and loralib. Files of the others do not say which base they were
-    trained on, so it cannot be checked: load the right weights first. After an error, the model is as it was before.
-    Only tensors are read: a checkpoint may hold objects of any class, and no code in it is run.
+    Files of other libraries do not say which base they were trained on, so it cannot be checked: load the right weights
+    first. After an error, the model is as it was before. Only tensors are read, and no code in a file is run.
 
     Args:
         model: The base model that the adapters were trained on. If it has no adapters yet, it is adapted as the file
