@@ -205,16 +205,6 @@ def test_a_merged_model_that_changed_after_a_conversion_is_not_unmerged(name: st
     assert same(state(model), now) and is_plain(model)
 
 
-def test_own_weights_loaded_again_or_laid_out_otherwise_are_no_change() -> None:
-    model = as_trained(nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 4)), target_modules=["0"])
-    before = state(model)
-    ll.merge_adapters(model)
-    model.load_state_dict(state(model))
-    model[1].weight.data = model[1].weight.data.t().contiguous().t()
-    ll.unmerge_adapters(model)
-    assert same(state(model), before)
-
-
 def test_a_merged_model_with_disabled_adapters_is_refused_where_it_would_be_unmerged(tmp_path: Path) -> None:
     (model, t), index = fit(tmp_path, lora()), torch.arange(8)
     t.save_checkpoint(tmp_path / "a.ckpt")

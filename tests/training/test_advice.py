@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from tests.support import fits
-from tests.support.callbacks import Notes
-from tests.support.fits import adapted, through_and_resumed
+from tests.support.fits import Notes, adapted, through_and_resumed
 from tests.support.models import LitTiny, aged, data, lora, same, state, trainer
 
 TARGETS = {"r": 2, "target_modules": ["q_proj", "v_proj"]}

@@ -11,9 +11,18 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lightning_lora import inject_adapters
-from tests.support.callbacks import AVERAGES
 from tests.support.cases import base_is_whole, files_hold_adapters_alone, held, same_parts, trained
-from tests.support.fits import Stateful, Steps, beside, either_order, fit, loaded, outcome, through_and_resumed
+from tests.support.fits import (
+    AVERAGES,
+    Stateful,
+    Steps,
+    beside,
+    either_order,
+    fit,
+    loaded,
+    outcome,
+    through_and_resumed,
+)
 from tests.support.late import BornInConfigureModel, BornInSetup, BuiltAnew, Normed
 from tests.support.models import TRAINED, LitTiny, X, best, is_plain, lora, same, state, trainer
 from tests.support.versions import needs_averaging

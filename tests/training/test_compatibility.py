@@ -19,9 +19,8 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import inject_adapters
 from lightning_lora.model.state import find_record
-from tests.support.callbacks import AVERAGES
 from tests.support.cases import base_is_whole, files_hold_adapters_alone, same_parts, trained
-from tests.support.fits import adam, adapted, by_hand, fit, outcome, through_and_resumed, trainable
+from tests.support.fits import AVERAGES, adam, adapted, by_hand, fit, outcome, through_and_resumed, trainable
 from tests.support.models import TRAINED, LitTiny, X, best, data, is_plain, lora, same, state, trainer
 from tests.support.versions import exact
 

@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import DeadAdapterWarning, LoRACallback, OptimizerError, inject_adapters
 from lightning_lora.training.gradients import gradients_pass
-from tests.support.callbacks import KeepsStates
-from tests.support.fits import fit
+from tests.support.fits import KeepsStates, fit
 from tests.support.models import ADAPTERS, LitTiny, data, lora, randomise, same, state
 
 train = partial(fit, limit_val_batches=0)

@@ -18,9 +18,8 @@ from torch.utils.data import DataLoader
 from lightning_lora import LoRAWarning, MergePrecisionWarning, load_adapter
 from lightning_lora.storage.formats.lightning import check_readable
 from lightning_lora.storage.formats.own import leave_adapters
-from tests.support.callbacks import WritesLater
 from tests.support.cases import held
-from tests.support.fits import Stateful, fit, outcome, through_and_resumed
+from tests.support.fits import Stateful, WritesLater, fit, outcome, through_and_resumed
 from tests.support.models import ADAPTERS, TRAINED, LitTiny, X, best, data, is_plain, lora, same, state, trainer
 from tests.support.versions import exact, needs_averaging
 

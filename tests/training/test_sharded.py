@@ -22,7 +22,7 @@ from lightning_lora import LoRACallback, LoRAConfig, inject_adapters, merge_adap
 from lightning_lora.model.state import find_record
 from tests.support import sharded
 from tests.support import sharded_fits as fits
-from tests.support.callbacks import Notes
+from tests.support.fits import Notes
 from tests.support.ranks import RankError, run_ranks
 from tests.support.sharded import LitNet, Net, data, fully_shard, lora, pretrained, shard, trainer_of, whole_state
 from tests.support.sharded_fits import State, assert_same, built, differing, fit_in_processes, message_of, path_of, read

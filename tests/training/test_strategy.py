@@ -22,9 +22,8 @@ from lightning_lora.storage.stored import KEY
 from lightning_lora.training.deepspeed import LoRADeepSpeedStrategy
 from lightning_lora.training.stage import Stage
 from lightning_lora.training.strategies import overlay_strategy
-from tests.support.callbacks import ON_EXCEPTION, Fails
 from tests.support.cases import StopError, base_is_whole, files_hold_adapters_alone, held, same_parts, stop, tensors
-from tests.support.fits import Stateful, Steps, fit, loaded, outcome
+from tests.support.fits import ON_EXCEPTION, Fails, Stateful, Steps, fit, loaded, outcome
 from tests.support.late import BornInConfigureModel, BornInSetup, Normed
 from tests.support.models import TRAINED, LitTiny, X, best, data, is_plain, lora, same, state, trainer
 

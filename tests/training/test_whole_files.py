@@ -14,9 +14,8 @@ from torch import nn
 import lightning_lora as ll
 from lightning_lora.cli.main import main
 from tests.support import fits
-from tests.support.callbacks import WritesLater
 from tests.support.cases import At, StopError, held, stop
-from tests.support.fits import loaded, outcome
+from tests.support.fits import WritesLater, loaded, outcome
 from tests.support.models import TRAINED, LitTiny, TinyLM, X, best, lora, same, state, trainer
 from tests.support.versions import keeps_random, needs_averaging
 from tests.training.test_compiled import Compiled
