@@ -182,9 +182,7 @@ def test_names_in_files_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest
 
 @pytest.mark.parametrize("width", [40, 80, 200])
 @pytest.mark.parametrize("command", ["inspect", "merge", "export", "compare", "combine"])
-def test_help_fits_the_terminal_and_keeps_the_lines_of_examples(
-    command: str, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_help_fits_the_terminal_and_keeps_examples(command: str, width: int, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])

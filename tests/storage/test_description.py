@@ -24,25 +24,11 @@ from lightning_lora.cli.main import main
 from lightning_lora.model.view import View
 from lightning_lora.storage.base import forms_of_base
 from lightning_lora.storage.stored import FORMAT, StoredAdapters
+from tests.support import faults
 from tests.support.cases import held
-from tests.support.faults import (
-    ONE,
-    WAYS,
-    A,
-    adapted,
-    endless,
-    forge,
-    forks,
-    frugal,
-    kinds,
-    laughs,
-    refused,
-    unchanged,
-    with_trainer,
-)
 from tests.support.models import LitTiny, same, state
 
-pytestmark = forks
+pytestmark = faults.forks
 
 
 # Damaged files
@@ -57,10 +43,10 @@ def test_truncated_file_is_refused_wherever_it_is_cut(tmp_path: Path, good: Path
     size = len(content)
     for cut in {*range(12), *range(0, size, size // 40), *range(size - 70, size, 7), size - 1}:
         path.write_bytes(content[:cut])
-        refused(path, "load_adapter")
+        faults.refused(path, "load_adapter")
     for cut in (0, 1, 3, size // 3, size - 22, size - 1):
         path.write_bytes(content[:cut])
-        refused(path)
+        faults.refused(path)
 
 
 FLIPS = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7)), min_size=1, max_size=3)
@@ -83,12 +69,12 @@ def test_flipped_bits_are_refused_or_change_nothing(tmp_path: Path, good: Path, 
     def check(flips: list[tuple[float, int]]) -> None:
         path.write_bytes(flip(content, flips))
         model = LitTiny()
-        before, kinds_before = state(model), kinds(model)
+        before, kinds_before = state(model), faults.kinds(model)
         try:
             load_adapter(model, path)
             assert same(state(model), written)
         except (AdapterFileError, AdapterMismatchError, BaseMismatchError):
-            assert same(state(model), before) and kinds(model) == kinds_before
+            assert same(state(model), before) and faults.kinds(model) == kinds_before
 
     check()
 
@@ -96,7 +82,7 @@ def test_flipped_bits_are_refused_or_change_nothing(tmp_path: Path, good: Path, 
 def test_flipped_bits_are_refused_or_the_resumed_run_is_the_same(tmp_path: Path, good: Path) -> None:
     def resumed(path: Path) -> dict[str, Tensor]:
         model = LitTiny()
-        with_trainer("fit", model, path)
+        faults.with_trainer("fit", model, path)
         return state(model)
 
     content, path, through = (good / "good.ckpt").read_bytes(), tmp_path / "flipped.ckpt", resumed(good / "good.ckpt")
@@ -136,7 +122,7 @@ def test_one_bit_of_any_record_is_noticed_by_every_reader(tmp_path: Path, good: 
             path.write_bytes(changed)
             for way in ("fit", "load_adapter"):
                 with pytest.raises(AdapterFileError, match="is damaged"):
-                    WAYS[way](LitTiny(), path)
+                    faults.WAYS[way](LitTiny(), path)
             assert main(["inspect", str(path)]) == 1 and "is damaged" in capsys.readouterr().err
 
 
@@ -151,6 +137,11 @@ def say(**fields: Any) -> Callable[[dict[str, Any]], object]:
     return lambda checkpoint: checkpoint["lightning_lora"].update(fields)
 
 
+def target(modules: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda checkpoint: checkpoint["lightning_lora"]["config"].update(target_modules=modules)
+
+
+A, ONE = "q_proj.lora_A", torch.ones(1, 1)
 FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
     "dropped key": lambda checkpoint: checkpoint["state_dict"].pop(A),
     "renamed key": lambda checkpoint: checkpoint["state_dict"].update(a=checkpoint["state_dict"].pop(A)),
@@ -170,14 +161,10 @@ FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
     "more than any memory expanded from one number": put(A, lambda: ONE.expand(1 << 30, 1 << 30)),
     "sparse and giant": put(A, lambda: torch.sparse_coo_tensor(torch.zeros(2, 1), torch.ones(1), (1 << 30, 1 << 30))),
     "giant under another name": put("a", lambda: ONE.expand(1 << 16, 1 << 14)),
-    "endless base": say(base=endless()),
-    "base that explodes": say(base=laughs()),
-    "target_modules that explode": lambda checkpoint: checkpoint["lightning_lora"]["config"].update(
-        target_modules=laughs()
-    ),
-    "expression of a thousand parts": lambda checkpoint: checkpoint["lightning_lora"]["config"].update(
-        target_modules="(" * 500 + ")" * 500
-    ),
+    "endless base": say(base=faults.endless()),
+    "base that explodes": say(base=faults.laughs()),
+    "target_modules that explode": target(faults.laughs()),
+    "expression of a thousand parts": target("(" * 500 + ")" * 500),
     "no description": lambda checkpoint: checkpoint.update(lightning_lora=None),
     "tensor as description": lambda checkpoint: checkpoint.update(lightning_lora=torch.ones(2)),
     "list as state": lambda checkpoint: checkpoint.update(state_dict=[]),
@@ -187,13 +174,13 @@ FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
 @pytest.mark.processes
 @pytest.mark.parametrize("change", FORGED.values(), ids=FORGED)
 def test_forged_checkpoint_is_refused_at_no_cost(tmp_path: Path, good: Path, change: Any) -> None:
-    forge(tmp_path / "forged.ckpt", good, change)
-    frugal(partial(refused, tmp_path / "forged.ckpt"))
+    path = faults.edited(good / "good.ckpt", tmp_path / "forged.ckpt", change)
+    faults.frugal(partial(faults.refused, path))
 
 
 JUNK: list[Any] = [
     None, True, -1, 2, 10**400, 0.5, float("nan"), "x", "(", "", b"x", [], [1], [[]], [None], {}, {"a": 1},
-    {1: 2, "a": 3}, {1}, torch.ones(2), [torch.ones(2)], endless(), [{"layout": 1, "dtypes": 2, "digests": 3}],
+    {1: 2, "a": 3}, {1}, torch.ones(2), [torch.ones(2)], faults.endless(), [{"layout": 1, "dtypes": 2, "digests": 3}],
     [{"layout": torch.ones(2), "dtypes": [], "digests": [torch.ones(2)]}],
 ]  # fmt: skip
 
@@ -207,11 +194,12 @@ def test_description_of_wrong_types_is_refused(tmp_path: Path, good: Path) -> No
         for (whole, field), junk in product(places, JUNK):
             if field in whole and repr(junk) == repr(whole[field]):
                 continue  # what it said anyway
-            forge(path, good, say(**{field: junk}) if whole is said else say(config={**config, field: junk}))
-            with unchanged(model := LitTiny()), pytest.raises(LoRAError):
+            change = say(**{field: junk}) if whole is said else say(config={**config, field: junk})
+            faults.edited(good / "good.ckpt", path, change)
+            with faults.unchanged(model := LitTiny()), pytest.raises(LoRAError):
                 load_adapter(model, path)
 
-    frugal(work)
+    faults.frugal(work)
 
 
 def about(config: str = "{}", base: str = "[]", checksum: str = "1") -> str:
@@ -237,7 +225,7 @@ METADATA: dict[str, str] = {
 @pytest.mark.parametrize("text", METADATA.values(), ids=METADATA)
 def test_metadata_of_wrong_types_is_refused(tmp_path: Path, good: Path, text: str) -> None:
     save_file(load_file(good / "good.safetensors"), tmp_path / "a.safetensors", {"lightning_lora": text})
-    frugal(partial(refused, tmp_path / "a.safetensors"))
+    faults.frugal(partial(faults.refused, tmp_path / "a.safetensors"))
 
 
 DIVERGED = {
@@ -249,20 +237,20 @@ DIVERGED = {
 
 
 @pytest.mark.parametrize(("name", "value"), DIVERGED.values(), ids=DIVERGED)
-def test_adapters_that_diverged_are_refused_though_their_file_is_whole(
-    tmp_path: Path, good: Path, name: str, value: Tensor
-) -> None:
+def test_adapters_that_diverged_are_refused(tmp_path: Path, good: Path, name: str, value: Tensor) -> None:
+    """Though their file is whole."""
+
     def change(checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"][name] = value
-        stored = StoredAdapters.from_view(view := View(adapted()), held(checkpoint), forms_of_base(view))
+        stored = StoredAdapters.from_view(view := View(faults.adapted()), held(checkpoint), forms_of_base(view))
         checkpoint["lightning_lora"] = stored.description()
 
-    forge(tmp_path / "a.ckpt", good, change)
-    refused(tmp_path / "a.ckpt")
+    faults.edited(good / "good.ckpt", tmp_path / "a.ckpt", change)
+    faults.refused(tmp_path / "a.ckpt")
     written = torch.load(tmp_path / "a.ckpt", weights_only=True)
     said = {"lightning_lora": json.dumps(written["lightning_lora"])}
     save_file(held(written), tmp_path / "a.safetensors", said)
-    refused(tmp_path / "a.safetensors", "load_adapter")
+    faults.refused(tmp_path / "a.safetensors", "load_adapter")
 
 
 MANY = 1_000_000
@@ -275,6 +263,7 @@ def test_million_keys_are_refused_in_bounded_time_and_memory(tmp_path: Path, goo
     entries += [f'"k{i}":{{"dtype":"F32","shape":[1],"data_offsets":[{4 * i},{4 * i + 4}]}}' for i in range(MANY)]
     header = ("{" + ",".join(entries) + "}").encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4 * MANY))
-    forge(tmp_path / "a.ckpt", good, lambda whole: whole["state_dict"].update({f"k{i}": ONE for i in range(MANY)}))
+    more = {f"k{i}": ONE for i in range(MANY)}
+    faults.edited(good / "good.ckpt", tmp_path / "a.ckpt", lambda whole: whole["state_dict"].update(more))
     for name, way in (("a.safetensors", "load_adapter"), ("a.ckpt", "load_adapter"), ("a.ckpt", "test")):
-        frugal(partial(refused, tmp_path / name, way, builds=[LitTiny]), most=1 << 30)
+        faults.frugal(partial(faults.refused, tmp_path / name, way, builds=[LitTiny]), most=1 << 30)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import AdapterFileError, LoRAError, load_adapter, save_adapter
 from lightning_lora.storage.disk import writing
-from tests.support.faults import FORK, adapted, contents, fork, forks, kinds, limit, read_only, unchanged
+from tests.support.faults import FORK, adapted, contents, fork, forks, in_fork, kinds, limit, read_only, unchanged
 from tests.support.models import LitTiny, data, exact, lora, same, state, trainer
 from tests.support.storage import restores
 
@@ -173,77 +173,68 @@ def says(path: Path) -> str:
     return rf"(?s){re.escape(path.name)}.*\. (Free|Make|Choose|Pass|Give|Save|Write)\b"
 
 
-@pytest.mark.processes
 @saver
 @fault
 @pytest.mark.parametrize("again", [False, True], ids=["new", "over an old file"])
+@in_fork
 def test_file_that_cannot_be_written_is_an_error_and_changes_nothing(
     tmp_path: Path, fault: Any, save: Any, again: bool
 ) -> None:
-    def work() -> None:
-        folder = tmp_path / "folder"
-        folder.mkdir()
-        model, path = adapted(), folder / name_for(save)
-        if again:
-            save(adapted(1), path)
-        before = contents(folder)
-        with unchanged(model), fault(folder), pytest.raises((LoRAError, OSError), match=says(path)):
-            save(model, path)
-        assert contents(folder) == before
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    model, path = adapted(), folder / name_for(save)
+    if again:
+        save(adapted(1), path)
+    before = contents(folder)
+    with unchanged(model), fault(folder), pytest.raises((LoRAError, OSError), match=says(path)):
         save(model, path)
-        restores(path, model)
-        assert list(contents(folder)) == [name_for(save)]
+    assert contents(folder) == before
+    save(model, path)
+    restores(path, model)
+    assert list(contents(folder)) == [name_for(save)]
 
-    assert fork(work) == 0
 
-
-@pytest.mark.processes
 @saver
+@in_fork
 def test_disk_that_is_full_behind_the_temporary_folder_costs_no_file(tmp_path: Path, save: Any) -> None:
-    def work() -> None:
-        path, old, new = tmp_path / name_for(save), adapted(1), adapted(2)
-        save(old, path)
-        part_disks(partial(limit, 1000))
-        with suppress(LoRAError, OSError):
-            save(new, path)
-            old = new
-        restores(path, old)
-        assert list(contents(tmp_path)) == [name_for(save)]
-
-    assert fork(work) == 0
+    path, old, new = tmp_path / name_for(save), adapted(1), adapted(2)
+    save(old, path)
+    part_disks(partial(limit, 1000))
+    with suppress(LoRAError, OSError):
+        save(new, path)
+        old = new
+    restores(path, old)
+    assert list(contents(tmp_path)) == [name_for(save)]
 
 
-@pytest.mark.processes
 @exact
 @fault
 @pytest.mark.parametrize("go_on", ["same trainer", "new trainer", "saved elsewhere"])
+@in_fork
 def test_run_whose_checkpoint_cannot_be_written_can_go_on(tmp_path: Path, fault: Any, go_on: str) -> None:
-    def work() -> None:
-        through = run(tmp_path / "through", epochs=4)
-        folder, stack = tmp_path / "folder", ExitStack()
-        seen: dict[str, Any] = {}
+    through = run(tmp_path / "through", epochs=4)
+    folder, stack = tmp_path / "folder", ExitStack()
+    seen: dict[str, Any] = {}
 
-        def happen() -> None:
-            seen.update(files=contents(folder), state=state(model), kinds=kinds(model))
-            stack.enter_context(fault(folder))
+    def happen() -> None:
+        seen.update(files=contents(folder), state=state(model), kinds=kinds(model))
+        stack.enter_context(fault(folder))
 
-        model, every = LitTiny(), ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-        t = trainer(tmp_path, [lora(dropout=0.3), every, AtSave(3, happen)], max_epochs=4)
-        torch.manual_seed(7)
-        with stack, pytest.raises((LoRAError, OSError), match=says(folder / "epoch=2.ckpt")):
-            t.fit(model, shuffled(), data())
-        assert contents(folder) == seen["files"]
-        assert same(state(model), seen["state"]) and kinds(model) == seen["kinds"]
-        path = folder / "epoch=1.ckpt"
-        if go_on == "saved elsewhere":
-            t.save_checkpoint(path := tmp_path / "rescue.ckpt")
-        if go_on != "same trainer":
-            model, t = LitTiny(), trainer(tmp_path, [lora(dropout=0.3)], max_epochs=4)
-        torch.manual_seed(8)
-        t.fit(model, shuffled(), data(), ckpt_path=path)
-        assert same(state(model), through)
-
-    assert fork(work) == 0
+    model, every = LitTiny(), ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    t = trainer(tmp_path, [lora(dropout=0.3), every, AtSave(3, happen)], max_epochs=4)
+    torch.manual_seed(7)
+    with stack, pytest.raises((LoRAError, OSError), match=says(folder / "epoch=2.ckpt")):
+        t.fit(model, shuffled(), data())
+    assert contents(folder) == seen["files"]
+    assert same(state(model), seen["state"]) and kinds(model) == seen["kinds"]
+    path = folder / "epoch=1.ckpt"
+    if go_on == "saved elsewhere":
+        t.save_checkpoint(path := tmp_path / "rescue.ckpt")
+    if go_on != "same trainer":
+        model, t = LitTiny(), trainer(tmp_path, [lora(dropout=0.3)], max_epochs=4)
+    torch.manual_seed(8)
+    t.fit(model, shuffled(), data(), ckpt_path=path)
+    assert same(state(model), through)
 
 
 # Many at once
@@ -302,9 +293,3 @@ def test_a_file_that_another_machine_is_writing_is_left_alone(tmp_path: Path, mo
         part.write_bytes(b"whole")
     save_adapter(adapted(), path)
     assert not dead.exists()
-
-
-def test_long_names_of_any_letters_are_written(tmp_path: Path) -> None:
-    path = tmp_path / ("\U0001f40d" * 60 + ".safetensors")
-    save_adapter(adapted(), path)
-    load_adapter(LitTiny(), path)

@@ -148,10 +148,9 @@ def test_home_folder_and_long_names_are_what_they_are_elsewhere(tmp_path: Path, 
     monkeypatch.chdir(tmp_path)
     fit = trainer(tmp_path, [lora(merge=False)], enable_checkpointing=False)
     fit.fit(model := LitTiny(), data())
-    for name in ("a.ckpt", "v" * 250 + ".ckpt"):
-        fit.save_checkpoint(f"~/{name}")
-    ll.save_adapter(model, "~/a.safetensors")
-    names = {"a.ckpt", "v" * 250 + ".ckpt", "a.safetensors"}
+    names = {"a.ckpt", "v" * 250 + ".ckpt", "a.safetensors", "\U0001f40d" * 60 + ".safetensors"}
+    for name in names:
+        ll.save_adapter(model, f"~/{name}") if name.endswith(".safetensors") else fit.save_checkpoint(f"~/{name}")
     assert {path.name for path in (tmp_path / "home").iterdir()} == names
     for name in names:
         restores(f"~/{name}", model)

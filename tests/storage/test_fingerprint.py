@@ -21,9 +21,8 @@ def test_adapters_need_their_own_base(file: Path) -> None:
             model.q_proj.weight.view(-1)[change] += 1e-6  # one element, hardly
         with refused(model, ll.BaseMismatchError, "q_proj.weight"):
             ll.load_adapter(model, file)
-    with refused(
-        model := LitTiny(width=6), ll.BaseMismatchError, r"another architecture.* is \(4, 8\) there and \(4, 6\) here"
-    ):
+    says = r"another architecture.* is \(4, 8\) there and \(4, 6\) here"
+    with refused(model := LitTiny(width=6), ll.BaseMismatchError, says):
         ll.load_adapter(model, file)
 
 
@@ -73,13 +72,17 @@ def drifted(folder: Path, start: int = 0) -> tuple[Drifts, list[Path]]:
     return model, sorted((folder / "drifts").glob("*.ckpt"))
 
 
-def test_files_of_a_run_that_changed_its_base_load_in_any_order(tmp_path: Path) -> None:
+def test_files_of_a_run_that_changed_its_base_load_in_any_order_until_it_changes_again(tmp_path: Path) -> None:
     model, (first, second) = drifted(tmp_path)
     for file in (first, second, second, first):
         ll.load_adapter(model, file)
         fresh = restores(file, model)
     ll.load_adapter(fresh, second)
     restores(second, fresh)
+    with torch.no_grad():
+        model.embed.weight.mul_(0.9)
+    with pytest.raises(ll.BaseMismatchError, match=r"'embed.weight'"):
+        ll.load_adapter(model, second)
 
 
 def test_a_changed_base_that_is_loaded_anew_takes_all_adapters_of_its_run(tmp_path: Path) -> None:
@@ -92,14 +95,6 @@ def test_a_changed_base_that_is_loaded_anew_takes_all_adapters_of_its_run(tmp_pa
         restores(file, model)
     ll.remove_adapters(model)
     assert same(state(model), state(LitTiny()))
-
-
-def test_a_base_that_was_changed_in_a_run_and_again_after_it_is_another(tmp_path: Path) -> None:
-    model, (_, second) = drifted(tmp_path)
-    with torch.no_grad():
-        model.embed.weight.mul_(0.9)
-    with pytest.raises(ll.BaseMismatchError, match=r"'embed.weight'"):
-        ll.load_adapter(model, second)
 
 
 def test_a_model_that_was_converted_after_its_fit_stores_the_base_it_is_now(tmp_path: Path) -> None:

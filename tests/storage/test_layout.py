@@ -46,16 +46,13 @@ class Experts(nn.Module):
         return x @ self.up
 
 
+LAYERS = ["embed", "linear", "conv", "attention", "fused", "experts"]
+
+
 def every() -> Every:
-    return with_adapters(
-        Every(),
-        r=2,
-        alpha=3,
-        target_modules=["embed", "linear", "conv", "attention", "fused"],
-        target_parameters=["experts.up"],
-        target_slices={"fused": {"q": (0, 8), "v": (16, 24)}},
-        rank_pattern={"linear": 1},
-    )
+    slices = {"fused": {"q": (0, 8), "v": (16, 24)}}
+    parts = {"target_parameters": ["experts.up"], "target_slices": slices, "rank_pattern": {"linear": 1}}
+    return with_adapters(Every(), r=2, alpha=3, target_modules=[*LAYERS[:-1]], **parts)  # type: ignore[no-any-return]
 
 
 def described(model: nn.Module) -> dict[str, StoredLayer]:
@@ -64,7 +61,7 @@ def described(model: nn.Module) -> dict[str, StoredLayer]:
 
 def test_each_layer_is_described() -> None:
     layers = described(every())
-    assert list(layers) == ["embed", "linear", "conv", "attention", "fused", "experts"]
+    assert list(layers) == LAYERS
     assert (layers["linear"].r, layers["linear"].scaling, layers["embed"].scaling) == (1, 3.0, 1.5)
     assert layers["linear"].adapter_class is LoRALinear and layers["conv"].adapter_class is LoRAConvNd
     assert layers["conv"].shapes == {"weight": (8, 2, 3, 3)}

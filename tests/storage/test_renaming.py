@@ -28,22 +28,6 @@ class Wrapper(nn.Module):
         return self.net(index)
 
 
-class Trained(LitTiny):
-    """LitTiny with all its layers in one module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = nn.Module()
-        for name, layer in [*self.named_children()][:-1]:
-            self.model.add_module(name, layer)
-            delattr(self, name)
-
-    def forward(self, index: Tensor) -> Tensor:
-        layers: Any = self.model
-        x = layers.embed(index)
-        return layers.head(torch.tanh(layers.q_proj(x)) + layers.v_proj(x))  # type: ignore[no-any-return]
-
-
 def base() -> TinyLM:
     torch.manual_seed(5)
     return TinyLM(tied=False)
@@ -100,10 +84,10 @@ def test_a_frozen_weight_that_changed_in_training_is_loaded(tmp_path: Path) -> N
         def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
             pl_module.model.embed.weight.data[0, 0] += 1
 
-    there, loaded = Trained(), Trained().model
+    there, loaded = Around(base()), base()
     fitted(tmp_path / "a.ckpt", there, ll.LoRACallback(r=2, target_modules=["q_proj"], merge=False), Changing())
     ll.load_adapter(loaded, tmp_path / "a.ckpt")
-    assert torch.equal(loaded.get_parameter("embed.weight"), there.model.get_parameter("embed.weight"))
+    assert torch.equal(loaded.embed.weight, there.model.embed.weight)
 
 
 def test_another_base_is_refused_as_ever(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_lora import AdapterFileError, LoRAError, OptimizerError
-from tests.support.faults import unchanged
+from tests.support.faults import edited, unchanged
 from tests.support.models import LitTiny, best, data, lora, trainer
 from tests.support.storage import fitted, goes_on
 
@@ -45,14 +45,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 GONE = object()
 MUTATIONS = {"deleted": GONE, "None": None, "list": [], "dict": {}, "text": "x", "NaN": float("nan")}
-
-
-def edited(path: Path, to: Path, change: Callable[[dict[str, Any]], object]) -> Path:
-    """A file with a change, as a user makes it."""
-    checkpoint = torch.load(path, weights_only=True)
-    change(checkpoint)
-    torch.save(checkpoint, to)
-    return to
 
 
 def test_an_edited_learning_rate_is_that_of_the_resumed_run(written: Path, tmp_path: Path) -> None:
@@ -109,8 +101,7 @@ def test_a_run_that_cannot_go_on_is_refused(written: Path, tmp_path: Path, chang
 @pytest.mark.parametrize("version", ["x", None, 3, "", "0.9"])
 def test_a_full_checkpoint_of_any_version_is_a_base_or_refused(tmp_path: Path, version: Any) -> None:
     fitted(tmp_path / "full.ckpt", LitTiny(), plain=True)
-    checkpoint = torch.load(tmp_path / "full.ckpt", weights_only=True) | {"pytorch-lightning_version": version}
-    torch.save(checkpoint, tmp_path / "full.ckpt")
+    edited(tmp_path / "full.ckpt", tmp_path / "full.ckpt", put("pytorch-lightning_version", version))
     t, model = trainer(tmp_path, [lora()], max_epochs=1), LitTiny()
     if version == "0.9":
         t.fit(model, data(), ckpt_path=tmp_path / "full.ckpt")

@@ -82,10 +82,8 @@ def test_a_converted_model_is_saved_with_the_base_that_it_has(tmp_path: Path, fi
     ll.save_adapter(model, later)
     for kind in (dtype, torch.float32):
         ll.load_adapter(again := LitTiny().to(kind), later)
-        assert same(
-            ll.adapter_state_dict(again),
-            {n: v.to(again.state_dict()[n].dtype) for n, v in ll.adapter_state_dict(model).items()},
-        )
+        held = {name: v.to(again.state_dict()[name].dtype) for name, v in ll.adapter_state_dict(model).items()}
+        assert same(ll.adapter_state_dict(again), held)
 
 
 def test_what_was_trained_in_full_is_converted_but_not_to_infinity(tmp_path: Path) -> None:
@@ -93,10 +91,7 @@ def test_what_was_trained_in_full_is_converted_but_not_to_infinity(tmp_path: Pat
     with torch.no_grad():
         model.head.weight[0, 0] = 1e6
     ll.save_adapter(model, tmp_path / "a.safetensors")
-    with (
-        pytest.warns(ll.LoRAWarning, match=CONVERTED),
-        refused(other := LitTiny().half(), Exception, "'head.weight' is"),
-    ):
+    with pytest.warns(match=CONVERTED), refused(other := LitTiny().half(), Exception, "'head.weight' is"):
         ll.load_adapter(other, tmp_path / "a.safetensors")
     with pytest.warns(ll.LoRAWarning, match=CONVERTED):
         ll.load_adapter(other := LitTiny().bfloat16(), tmp_path / "a.safetensors")
@@ -193,10 +188,8 @@ def test_adapters_go_onto_whatever_fits_if_one_says_so(file: Path) -> None:
 
 
 def test_without_the_check_names_and_shapes_must_fit_still(file: Path) -> None:
-    with (
-        pytest.warns(ll.LoRAWarning, match="another architecture"),
-        refused(model := LitTiny(width=6), Exception, r"is \(2, 8\)|is \(4, 8\)|is \(8,\)|\(8, 2\)"),
-    ):
+    sizes = r"is \(2, 8\)|is \(4, 8\)|is \(8,\)|\(8, 2\)"
+    with pytest.warns(match="another architecture"), refused(model := LitTiny(width=6), Exception, sizes):
         ll.load_adapter(model, file, check_base=False)
 
 

@@ -11,7 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import partial, wraps
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,6 @@ forks = [
 
 FORK: Any = multiprocessing.get_context("fork")
 OURS = (LoRAError, FileNotFoundError, PermissionError)
-A = "q_proj.lora_A"
-
 
 HANGS = 3600
 """Seconds after which a process is killed. It stands still then: what it computes is limited by its CPU time."""
@@ -67,6 +65,23 @@ def fork(work: Callable[[], object], seconds: float = 60) -> int:
     with suppress(EOFError):
         pytest.fail(receive.recv(), pytrace=False)
     return -int(child.exitcode)
+
+
+def forking(test: Any) -> Any:
+    """A test that forks its process."""
+    for mark in (*forks, pytest.mark.processes):
+        test = mark(test)
+    return test
+
+
+def in_fork(test: Callable[..., None]) -> Any:
+    """A test that runs in a fork, where it may limit itself."""
+
+    @wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        assert fork(partial(test, *args, **kwargs)) == 0
+
+    return forking(run)
 
 
 def frugal(work: Callable[[], object], seconds: float = 60, most: int = 1 << 29) -> None:
@@ -144,14 +159,12 @@ def refused(path: Path, *ways: str, builds: Sequence[Callable[[], LitTiny]] = (L
             WAYS[way](model, path)
 
 
-def forge(path: Path, good: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Write the good checkpoint with a change, and a checksum that is as it was."""
-    checkpoint = torch.load(good / "good.ckpt", weights_only=True)
+def edited(path: Path, to: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Write a checkpoint again with a change, and a checksum that is as it was."""
+    checkpoint = torch.load(path, weights_only=True)
     change(checkpoint)
-    torch.save(checkpoint, path)
-
-
-ONE = torch.ones(1, 1)
+    torch.save(checkpoint, to)
+    return to
 
 
 class Runs:

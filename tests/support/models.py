@@ -89,6 +89,12 @@ class Around(L.LightningModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
 
 def data(samples: int = 16, batch_size: int = 4) -> DataLoader[Any]:
     """Random tokens, always the same, with labels that depend on them."""

@@ -23,9 +23,7 @@ CONFIG = LoRAConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj"], modules_t
 
 def trained() -> LitTiny:
     """A model with every kind of thing that training changes."""
-    model = LitTiny()
-    inject_adapters(model, CONFIG)
-    randomise(model)
+    model: LitTiny = with_adapters(LitTiny(), **CONFIG.to_dict())
     with torch.no_grad():
         model.head.weight.add_(1)
         model.q_proj.bias.add_(1)

@@ -36,6 +36,7 @@ def case(make: Callable[[], nn.Module], targets: Any = None, **config: Any) -> t
 
 CLASSES, CAUSAL = {"task_type": "SEQ_CLS"}, {"task_type": "CAUSAL_LM"}
 SHORT = {**BERT, "max_position_embeddings": 16}
+ROBERTA, CLIP = hf.RobertaConfig(**SHORT), hf.CLIPTextConfig(**SHORT)
 DISTIL = hf.DistilBertConfig(dim=8, n_layers=2, n_heads=2, hidden_dim=16, vocab_size=20)
 GPT2 = hf.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=20)
 TIED, UNTIED = (causal(hf.Qwen2Config(**LLAMA, tie_word_embeddings=tied)) for tied in (True, False))
@@ -44,10 +45,8 @@ STACKS: dict[str, Any] = {"target_parameters": ["experts.gate_up_proj", "experts
 MODELS = {
     "bert": case(lambda: hf.AutoModel.from_config(hf.BertConfig(**BERT)), ["query", "value"]),
     "bert classifier": case(classifier(hf.BertConfig(**BERT)), "all-linear", **CLASSES, r=4, lora_alpha=16),
-    "roberta": case(classifier(hf.RobertaConfig(**SHORT)), ["query", "value"], **CLASSES, bias="lora_only"),
-    "roberta, biases": case(
-        classifier(hf.RobertaConfig(**SHORT)), ["query"], modules_to_save=["classifier"], bias="all"
-    ),
+    "roberta": case(classifier(ROBERTA), ["query", "value"], **CLASSES, bias="lora_only"),
+    "roberta, biases": case(classifier(ROBERTA), ["query"], modules_to_save=["classifier"], bias="all"),
     "distilbert": case(classifier(DISTIL), ["q_lin", "v_lin"], **CLASSES, use_dora=True),
     "gpt2": case(causal(GPT2), **CAUSAL),
     "gpt-neox": case(causal(hf.GPTNeoXConfig(**BERT)), **CAUSAL, use_rslora=True),
@@ -59,9 +58,7 @@ MODELS = {
     "qwen2, tokens": case(UNTIED, ["q_proj"], trainable_token_indices=[2, 5]),
     "mixtral": case(MIXTRAL, ["q_proj"], **STACKS, rank_pattern={"experts.down_proj": 1}),
     "t5": case(t5, ["q", "v"]),
-    "clip": case(
-        lambda: hf.CLIPTextModel(hf.CLIPTextConfig(**SHORT)), ["q_proj"], modules_to_save=["final_layer_norm"]
-    ),
+    "clip": case(lambda: hf.CLIPTextModel(CLIP), ["q_proj", "k_proj"], modules_to_save=["final_layer_norm"]),
 }
 
 

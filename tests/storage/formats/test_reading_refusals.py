@@ -69,7 +69,7 @@ def test_what_the_configuration_asks_for(tmp_path: Path, fields: dict[str, Any],
 
 def test_harmless_fields_are_ignored_and_missing_ones_are_those_of_peft(tmp_path: Path) -> None:
     expected = written(tmp_path, r=8)(INDEX)
-    hold(tmp_path, add("linear.lora_velora_embed", torch.ones(2)))  # VeLoRA's, which changes training alone
+    hold(tmp_path, add({"linear.lora_velora_embed": torch.ones(2)}))  # VeLoRA's, which changes training alone
     harmless = {"velora_config": {"scale": 2}, "loftq_config": {"loftq_bits": 4}, "use_less": False}
     config = {"peft_type": "LORA", "target_modules": ["linear"], "runtime_config": {"a": 1}, **harmless}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
@@ -101,27 +101,25 @@ def test_files_that_are_missing(tmp_path: Path) -> None:
     check_refused(tmp_path / "nowhere", built(Mixed), FileNotFoundError, "nowhere")
 
 
-def add(name: str, value: Tensor) -> Callable[[dict[str, Tensor]], object]:
-    return lambda tensors: tensors.update({f"{PRE}{name}": value})
+def add(more: dict[str, Tensor]) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: tensors.update({f"{PRE}{name}": value for name, value in more.items()})
 
 
 TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], object], type[Exception], str]] = {
     "no B": (lambda held: held.pop(f"{PRE}linear.lora_B.weight"), ll.AdapterFileError, "only one of A and B of"),
-    "unknown": (add("linear.lora_diag", torch.ones(2)), ll.AdapterFileError, r"'base_model.model.linear.lora_diag'"),
-    "no layer": (add("w.lora_A.weight", torch.ones(2, 2)), ll.AdapterMismatchError, "it has no 'w'"),
-    "no entry": (add("w.weight", torch.ones(2, 2)), ll.AdapterMismatchError, r"it has no 'w\.weight'"),
-    "another shape": (add("linear.lora_A.weight", torch.ones(2, 5)), ll.AdapterMismatchError, r"factors \(2, 5\) and"),
-    "nan": (add("linear.lora_A.weight", torch.full((2, 8), torch.nan)), ll.AdapterFileError, "NaN"),
-    "another head": (add("head.weight", torch.ones(2, 12)), ll.AdapterMismatchError, r"'head.weight' is \(2, 12\)"),
-    "another weight": (add("linear.base_layer.weight", torch.ones(8, 8)), ll.BaseMismatchError, "differs from that"),
-    "a resized weight": (add("linear.base_layer.weight", torch.ones(9, 8)), ll.BaseMismatchError, "tokens were added"),
+    "unknown": (add({"linear.lora_diag": torch.ones(2)}), ll.AdapterFileError, r"'base_model.model.linear.lora_diag'"),
+    "no layer": (add({"w.lora_A.weight": torch.ones(2, 2)}), ll.AdapterMismatchError, "it has no 'w'"),
+    "no entry": (add({"w.weight": torch.ones(2, 2)}), ll.AdapterMismatchError, r"it has no 'w\.weight'"),
+    "another shape": (add({"linear.lora_A.weight": torch.ones(2, 5)}), ll.AdapterMismatchError, r"factors \(2, 5\)"),
+    "nan": (add({"linear.lora_A.weight": torch.full((2, 8), torch.nan)}), ll.AdapterFileError, "NaN"),
+    "another head": (add({"head.weight": torch.ones(2, 12)}), ll.AdapterMismatchError, r"'head.weight' is \(2, 12\)"),
+    "another weight": (add({"linear.base_layer.weight": torch.ones(8, 8)}), ll.BaseMismatchError, "differs from that"),
+    "a resized weight": (add({"linear.base_layer.weight": torch.ones(9, 8)}), ll.BaseMismatchError, "tokens were"),
     "two updates": (
-        lambda tensors: tensors.update({
-            f"{PRE}linear.base_layer.lora_{x}.weight": tensors[f"{PRE}linear.lora_{x}.weight"].clone() for x in "AB"
-        }),
+        add({f"linear.base_layer.lora_{x}.weight": torch.ones(shape) for x, shape in (("A", (2, 8)), ("B", (8, 2)))}),
         ll.AdapterFileError, "two updates of one Linear",
     ),
-    "half of DoRA": (add("norm.lora_magnitude_vector", torch.ones(12)), ll.AdapterMismatchError, "'norm'"),
+    "half of DoRA": (add({"norm.lora_magnitude_vector": torch.ones(12)}), ll.AdapterMismatchError, "'norm'"),
 }  # fmt: skip
 
 
@@ -231,22 +229,12 @@ def test_what_the_model_is(tmp_path: Path, make: Any, config: Any, said: Any, ma
     check_refused(tmp_path, built(make), ll.AdapterMismatchError, match)
 
 
-class LitRows(Around):
-    """A language model, whose head is tied to its embedding."""
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=1.0)
-
-
 @pytest.mark.parametrize("in_head", [False, True])
 def test_rows_of_an_embedding_that_peft_trained_do_not_train_further(tmp_path: Path, in_head: bool) -> None:
     """The file's rows are in use everywhere, and no fit changes the other ones."""
     make, targets = partial(TinyLM, tied=in_head), {"target_modules": ["q_proj"]}
     expected = written(tmp_path / "peft", make, **ROWS, **targets)(INDEX % WORDS)
-    module, again = LitRows(built(make)).train(), LitRows(built(make)).train()
+    module, again = Around(built(make)).train(), Around(built(make)).train()
     for model in (module.model, again.model):  # transformers says so where the head has the rows too
         model.config = SimpleNamespace(tie_word_embeddings=in_head)
     says = "single rows of 'embed \\(2\\)'.*" + ("they stay as they are" if in_head else "a fit refuses them")
@@ -298,9 +286,8 @@ def test_a_second_file_takes_the_place_of_the_first(tmp_path: Path) -> None:
     written(tmp_path / "a", init_lora_weights="pissa")
     pissa: dict[str, Any] = {"target_modules": ["linear"], "init_lora_weights": "pissa"}
     b = f"{PRE}linear.lora_B.default.weight"
-    expected = write_peft(tmp_path / "b", built(Mixed), lambda peft: nn.init.ones_(peft.get_parameter(b)), **pissa)(
-        INDEX
-    )
+    other = write_peft(tmp_path / "b", built(Mixed), lambda peft: nn.init.ones_(peft.get_parameter(b)), **pissa)
+    expected = other(INDEX)
     model = built(Mixed)
     before = state(model)
     ll.load_adapter(model, tmp_path / "a")
@@ -349,7 +336,7 @@ def test_other_readers_say_what_it_is(tmp_path: Path) -> None:
 
 def test_single_tensors_of_the_base_train(tmp_path: Path) -> None:
     written(tmp_path)
-    hold(tmp_path, add("norm.weight", torch.full((12,), 2.0)))
+    hold(tmp_path, add({"norm.weight": torch.full((12,), 2.0)}))
     ll.load_adapter(model := built(Mixed), tmp_path)
     assert model.get_parameter("norm.weight").eq(2).all() and model.get_parameter("norm.weight").requires_grad
     assert not model.get_parameter("norm.bias").requires_grad

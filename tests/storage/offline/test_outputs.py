@@ -17,14 +17,8 @@ from torch import nn
 import lightning_lora as ll
 from lightning_lora.storage.offline.combine import How, combine_files
 from lightning_lora.storage.offline.merge import merge_files
-from tests.support.faults import contents, fork, forks, limit, read_only
+from tests.support.faults import contents, fork, forking, in_fork, limit, read_only
 from tests.support.models import randomise
-
-
-def in_forks(test: Any) -> Any:
-    for mark in (*forks, pytest.mark.processes):
-        test = mark(test)
-    return test
 
 
 def model() -> nn.Sequential:
@@ -105,7 +99,7 @@ class Own(nn.Sequential):
             signal.raise_signal(signal.SIGPROF)
 
 
-@in_forks
+@forking
 @pytest.mark.parametrize("write", ["merge", "save_merged"])
 def test_what_a_killed_writer_of_a_folder_left_is_cleared_by_the_next(folder: Path, write: str) -> None:
     saved = Own(*model())
@@ -129,28 +123,22 @@ def test_what_a_killed_writer_of_a_folder_left_is_cleared_by_the_next(folder: Pa
 # The disk
 
 
-@in_forks
 @pytest.mark.parametrize("name", ["out.safetensors", "out.ckpt", "out"])
+@in_fork
 def test_a_full_disk_is_named_as_the_reason(tmp_path: Path, name: str) -> None:
-    def work() -> None:
-        saved = L.LightningModule()
-        saved.net = Own(nn.Linear(64, 64))
-        ll.inject_adapters(saved, ll.LoRAConfig(r=2))
-        limit(1000)
-        with pytest.raises(ll.AdapterFileError, match=rf"{re.escape(name)} could not be written .*Free space"):
-            ll.save_merged(saved, tmp_path / name)
-        assert not list(tmp_path.iterdir())
-
-    assert fork(work) == 0
+    saved = L.LightningModule()
+    saved.net = Own(nn.Linear(64, 64))
+    ll.inject_adapters(saved, ll.LoRAConfig(r=2))
+    limit(1000)
+    with pytest.raises(ll.AdapterFileError, match=rf"{re.escape(name)} could not be written .*Free space"):
+        ll.save_merged(saved, tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
-@in_forks
+@in_fork
 def test_a_folder_of_peft_that_cannot_be_made_is_told_with_what_to_do(tmp_path: Path) -> None:
-    def work() -> None:
-        with read_only(tmp_path), pytest.raises(ll.AdapterFileError, match=r"peft could not be written .*Free space"):
-            ll.export_peft(adapted(), tmp_path / "peft")
-
-    assert fork(work) == 0
+    with read_only(tmp_path), pytest.raises(ll.AdapterFileError, match=r"peft could not be written .*Free space"):
+        ll.export_peft(adapted(), tmp_path / "peft")
 
 
 def test_an_error_of_a_model_that_saves_itself_is_told(tmp_path: Path) -> None:
