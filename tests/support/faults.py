@@ -18,8 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 from lightning_lora import LoRAError, inject_adapters, load_adapter, load_from_checkpoint
 from tests.support.models import LitTiny, data, lora, randomise, same, state, trainer
@@ -198,18 +197,3 @@ def endless() -> list[Any]:
     found: list[Any] = []
     found.append(found)
     return found
-
-
-class FailsOnce(TorchDispatchMode):
-    """Let the first operation fail that makes a floating-point tensor of this shape."""
-
-    def __init__(self, shape: tuple[int, ...], error: BaseException) -> None:
-        super().__init__()
-        self.shape, self.error, self.failed = shape, error, False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if not self.failed and isinstance(made, Tensor) and made.shape == self.shape and made.is_floating_point():
-            self.failed = True
-            raise self.error
-        return made
