@@ -17,8 +17,8 @@ import lightning_lora as ll
 from lightning_lora.storage.formats import own as own_format
 from tests.support.cases import held
 from tests.support.faults import adapted
-from tests.support.models import TRAINED, LitTiny, X, data, is_plain, lora, trainer
-from tests.support.storage import CONFIG, fitted, refused, restores, rewrite, saved, trained, with_adapters
+from tests.support.models import TRAINED, LitTiny, X, as_trained, data, is_plain, lora, trainer
+from tests.support.storage import CONFIG, fitted, refused, restores, rewrite, saved, trained
 
 
 def test_file_restores_the_trained_model_on_a_plain_base(file: Path) -> None:
@@ -77,7 +77,7 @@ def test_tampered_file_is_refused_and_the_model_is_as_it_was(file: Path, tamper:
     "option", [{"alpha": 8.0}, {"use_rslora": True}, {"r": 4}, {"alpha_pattern": {"q_proj": 9.0}}], ids=str
 )
 def test_adapters_of_another_function_are_refused_with_the_arguments_to_use(file: Path, option: dict[str, Any]) -> None:
-    model = with_adapters(LitTiny(), **CONFIG.to_dict() | option)
+    model = as_trained(LitTiny(), **CONFIG.to_dict() | option)
     with refused(model, ll.AdapterMismatchError, "r=2, alpha=4, use_rslora=False"):
         ll.load_adapter(model, file)
 
@@ -126,7 +126,7 @@ def test_failed_load_leaves_adapters_that_a_part_has(file: Path) -> None:
 
 def test_adapters_on_a_base_that_was_made_in_inference_mode_are_stored(tmp_path: Path) -> None:
     with torch.inference_mode():
-        model = with_adapters(LitTiny(), r=2)
+        model = as_trained(LitTiny(), r=2)
     ll.save_adapter(model, tmp_path / "a.safetensors")
     restores(tmp_path / "a.safetensors", model)
 

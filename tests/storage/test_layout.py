@@ -17,8 +17,8 @@ from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.stored import KEY
 from lightning_lora.storage.stored_layers import StoredLayer, layers_of
 from tests.support.cases import three
-from tests.support.models import LitTiny, TinyLM, unties
-from tests.support.storage import fitted, rewrite, with_adapters
+from tests.support.models import LitTiny, TinyLM, as_trained, unties
+from tests.support.storage import fitted, rewrite
 
 
 class Every(nn.Module):
@@ -52,7 +52,7 @@ LAYERS = ["embed", "linear", "conv", "attention", "fused", "experts"]
 def every() -> Every:
     slices = {"fused": {"q": (0, 8), "v": (16, 24)}}
     parts = {"target_parameters": ["experts.up"], "target_slices": slices, "rank_pattern": {"linear": 1}}
-    return with_adapters(Every(), r=2, alpha=3, target_modules=[*LAYERS[:-1]], **parts)  # type: ignore[no-any-return]
+    return as_trained(Every(), r=2, alpha=3, target_modules=[*LAYERS[:-1]], **parts)  # type: ignore[no-any-return]
 
 
 def described(model: nn.Module) -> dict[str, StoredLayer]:

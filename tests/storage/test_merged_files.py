@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import lightning_lora as ll
 from lightning_lora.model.state import find_record
 from tests.support.cases import three
-from tests.support.models import LitTiny, TinyLM, X, data, lora, same, state, trainer
-from tests.support.storage import fitted, refused, trained, with_adapters
+from tests.support.models import LitTiny, TinyLM, X, as_trained, data, lora, same, state, trainer
+from tests.support.storage import fitted, refused, trained
 
 
 def stored(file: Path, like: nn.Module) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def test_checkpoint_builds_the_module_from_its_hyperparameters(tmp_path: Path) -
 def with_norms() -> nn.Module:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.LSTM(4, 4))
     model.register_buffer("mine", torch.ones(3))
-    return with_adapters(model, r=2, target_modules="all")
+    return as_trained(model, r=2, target_modules="all")
 
 
 BUILDS: dict[str, Callable[[], nn.Module]] = {
@@ -79,7 +79,7 @@ BUILDS: dict[str, Callable[[], nn.Module]] = {
     "DoRA": partial(three, use_dora=True, exclude_modules=["embed"]),
     "PiSSA": partial(three, init="pissa", exclude_modules=["embed"]),
     "norms": with_norms,
-    "half precision": lambda: with_adapters(LitTiny().bfloat16(), r=2, target_modules="all"),
+    "half precision": lambda: as_trained(LitTiny().bfloat16(), r=2, target_modules="all"),
 }
 
 
@@ -96,7 +96,7 @@ def test_tensors_are_those_of_a_merge(tmp_path: Path, build: Callable[[], nn.Mod
 def test_a_layer_with_two_names_is_merged_under_both(tmp_path: Path) -> None:
     layer = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": layer, "b": layer})
-    with_adapters(model, r=2)
+    as_trained(model, r=2)
     ll.save_merged(model, tmp_path / "a.safetensors")
     again = nn.ModuleDict({"a": (other := nn.Linear(4, 4)), "b": other})
     load_model(again, tmp_path / "a.safetensors")
@@ -105,7 +105,7 @@ def test_a_layer_with_two_names_is_merged_under_both(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["lm_head", "q_proj"])
 def test_a_tied_weight_is_written_once_unless_it_has_an_update(tmp_path: Path, target: str) -> None:
-    model, is_own = with_adapters(TinyLM(), r=2, target_modules=[target]), target == "lm_head"
+    model, is_own = as_trained(TinyLM(), r=2, target_modules=[target]), target == "lm_head"
     with pytest.warns(ll.LoRAWarning, match="they are two weights now") if is_own else nullcontext():
         ll.save_merged(model, tmp_path / "a.safetensors")
     assert {"lm_head.weight", "embed.weight"}.issubset(load_file(tmp_path / "a.safetensors")) == is_own
@@ -134,7 +134,7 @@ class LitGPT2(LitTiny):
 
 @pytest.mark.parametrize("is_merged", [False, True])
 def test_folder_is_that_of_the_model_inside(tmp_path: Path, is_merged: bool) -> None:
-    model = with_adapters(LitGPT2(), r=2, target_modules=["c_attn", "c_proj"], modules_to_save=["ln_f"])
+    model = as_trained(LitGPT2(), r=2, target_modules=["c_attn", "c_proj"], modules_to_save=["ln_f"])
     output = model(X[:8])
     if is_merged:
         ll.merge_adapters(model)
@@ -146,7 +146,7 @@ def test_folder_is_that_of_the_model_inside(tmp_path: Path, is_merged: bool) -> 
 
 
 def test_folder_would_tie_a_head_again_that_has_an_update_of_its_own(tmp_path: Path) -> None:
-    model = with_adapters(LitGPT2(), r=2, target_modules=["lm_head"])
+    model = as_trained(LitGPT2(), r=2, target_modules=["lm_head"])
     with refused(model, ll.AdapterFileError, r"tie_word_embeddings = False"):
         ll.save_merged(model, tmp_path / "a")
     model.model.config.tie_word_embeddings = False
@@ -179,7 +179,7 @@ class Own(nn.Module):
 
 
 def test_folder_by_a_model_of_another_library_is_there_complete_or_not_at_all(tmp_path: Path) -> None:
-    model, folder = with_adapters(Own(), r=2), tmp_path / "a"
+    model, folder = as_trained(Own(), r=2), tmp_path / "a"
     model.fails = True
     with refused(model, ll.AdapterFileError, "disk full"):
         ll.save_merged(model, folder)
@@ -199,7 +199,7 @@ def test_folder_by_a_model_of_another_library_is_there_complete_or_not_at_all(tm
 
 def plain(layer: nn.Module | None = None, value: float | None = None) -> nn.Module:
     """A model of one layer with an adapter, perhaps of one value."""
-    model = with_adapters(nn.Sequential(layer or nn.Linear(4, 4)), r=2)
+    model = as_trained(nn.Sequential(layer or nn.Linear(4, 4)), r=2)
     for factor in (model[0].lora_A, model[0].lora_B) if value is not None else ():
         factor.data.fill_(value)
     return model

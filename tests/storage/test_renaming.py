@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.model.view import View
-from tests.support.models import WIDTH, WORDS, Around, LitTiny, TinyLM, is_plain
-from tests.support.storage import fitted, refused, restores, saved, with_adapters
+from tests.support.models import WIDTH, WORDS, Around, LitTiny, TinyLM, as_trained, is_plain
+from tests.support.storage import fitted, refused, restores, saved
 
 pytestmark = pytest.mark.filterwarnings("ignore:The names in the file:lightning_lora.LoRAWarning")
 INDEX = torch.arange(WORDS)
@@ -141,7 +141,7 @@ SHORT: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("around", [Around, Wrapper])
 def test_the_last_parts_of_names_mean_what_they_meant(tmp_path: Path, config: Any, outward: bool, around: Any) -> None:
     there, loaded = (Nested(), around(Nested())) if outward else (around(Nested()), Nested())
-    with_adapters(there, r=2, **config)
+    as_trained(there, r=2, **config)
     with torch.no_grad():
         for p in View(there).trained.values():
             p.add_(1)

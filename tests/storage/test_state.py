@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from tests.support.models import LitTiny, TinyLM, X, lora, randomise, same, state, unties
-from tests.support.storage import CONFIG, fitted, refused, restores, saved, trained, with_adapters
+from tests.support.models import LitTiny, TinyLM, X, as_trained, lora, randomise, same, state, unties
+from tests.support.storage import CONFIG, fitted, refused, restores, saved, trained
 
 
 def test_state_holds_what_training_changed_and_nothing_else() -> None:
@@ -71,7 +71,7 @@ STATE_CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
 def test_state_that_does_not_fit_is_refused_and_nothing_is_written(change: Any, message: str) -> None:
     bad = dict(ll.adapter_state_dict(trained()))
     change(bad)
-    with refused(model := with_adapters(LitTiny(), **CONFIG.to_dict()), ll.AdapterMismatchError, message):
+    with refused(model := as_trained(LitTiny(), **CONFIG.to_dict()), ll.AdapterMismatchError, message):
         ll.load_adapter_state_dict(model, bad)
 
 
@@ -97,7 +97,7 @@ def test_part_that_will_not_load_its_own_state_leaves_the_rest_as_it_was() -> No
                 raise ValueError("another version")
 
     model = nn.Sequential(nn.Linear(4, 4), Versioned(), nn.Linear(4, 4))
-    with_adapters(model, r=2)
+    as_trained(model, r=2)
     trained, before = ll.adapter_state_dict(model), state(nn.Sequential(model[0], nn.Identity(), model[2]))
     trained = {name: v + 1 if isinstance(v, Tensor) else v for name, v in trained.items()}
     model[1].version = 2
@@ -136,7 +136,7 @@ def test_infinities_of_the_base_are_no_sign_of_a_diverged_run(tmp_path: Path) ->
 
 
 def test_half_precision_adapters_load_into_wider_ones() -> None:
-    model = with_adapters(LitTiny(), r=2, target_modules=["q_proj", "v_proj"])
+    model = as_trained(LitTiny(), r=2, target_modules=["q_proj", "v_proj"])
     narrow = {name: value.bfloat16() for name, value in ll.adapter_state_dict(model).items()}
     ll.load_adapter_state_dict(model, narrow)
     assert all(torch.equal(value, narrow[name].float()) for name, value in ll.adapter_state_dict(model).items())

@@ -1,7 +1,5 @@
 """A layer that looks untrained and stays frozen is in every file: no run is lost."""
 
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +9,12 @@ from lightning.pytorch.strategies import DDPStrategy
 
 import lightning_lora as ll
 from tests.support.cases import tensors
-from tests.support.models import LitTiny, X, aged, best, data, same, state, trainer
-from tests.support.storage import with_adapters
+from tests.support.models import LitTiny, X, aged, as_trained, best, data, same, state, trainer
 
 HEAD = {"head.weight", "head.bias"}
 
 
-@pytest.fixture(autouse=True)
-def ignored() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ll.FreshLayerWarning)
-        yield
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_lora.FreshLayerWarning")
 
 
 class NewHead(LitTiny):
@@ -62,7 +55,7 @@ def test_a_run_with_a_forgotten_head_is_evaluated_and_goes_on(tmp_path: Path, ta
 
 
 def test_the_own_head_comes_back_when_the_adapters_go(tmp_path: Path) -> None:
-    model = with_adapters(NewHead(), r=2, target_modules=["q_proj"])
+    model = as_trained(NewHead(), r=2, target_modules=["q_proj"])
     ll.save_adapter(model, tmp_path / "a.safetensors")
     before = state(other := NewHead())
     ll.load_adapter(other, tmp_path / "a.safetensors")
@@ -84,7 +77,7 @@ def test_a_base_that_is_loaded_later_is_looked_at_again() -> None:
 
 
 def test_a_state_without_a_file_holds_the_head_too(tmp_path: Path) -> None:
-    model = with_adapters(NewHead(), r=2, target_modules=["q_proj"])
+    model = as_trained(NewHead(), r=2, target_modules=["q_proj"])
     ll.inject_adapters(other := NewHead(), ll.LoRAConfig(r=2, target_modules=["q_proj"]))
     ll.load_adapter_state_dict(other, ll.adapter_state_dict(model))
     assert torch.equal(other(X), model(X))

@@ -13,17 +13,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_lora import LoRAConfig, inject_adapters, load_adapter, save_adapter
+from lightning_lora import LoRAConfig, load_adapter, save_adapter
 from lightning_lora.storage.stored import KEY, _checksum
 from tests.support.faults import unchanged
-from tests.support.models import LitTiny, data, lora, randomise, same, state, trainer
+from tests.support.models import LitTiny, as_trained, data, lora, same, state, trainer
 
 CONFIG = LoRAConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj"], modules_to_save=["head"], bias="lora_only")
 
 
 def trained() -> LitTiny:
     """A model with every kind of thing that training changes."""
-    model: LitTiny = with_adapters(LitTiny(), **CONFIG.to_dict())
+    model: LitTiny = as_trained(LitTiny(), **CONFIG.to_dict())
     with torch.no_grad():
         model.head.weight.add_(1)
         model.q_proj.bias.add_(1)
@@ -37,14 +37,6 @@ def refused(model: nn.Module, error: type[Exception], match: str) -> Iterator[No
         yield
 
 
-def with_adapters(model: Any, *, randomly: bool = True, **config: Any) -> Any:
-    """The model with adapters, of random values unless it says otherwise."""
-    inject_adapters(model, LoRAConfig(**config))
-    if randomly:
-        randomise(model)
-    return model
-
-
 def restores(file: Any, model: Any, onto: Any = None) -> Any:
     """A plain base, of which a file makes what ``model`` is, bit for bit."""
     load_adapter(onto := LitTiny() if onto is None else onto, file)
@@ -52,9 +44,9 @@ def restores(file: Any, model: Any, onto: Any = None) -> Any:
     return onto
 
 
-def saved(file: Path, model: Any, *, randomly: bool = True, **config: Any) -> Any:
-    """The model with such adapters, and their file."""
-    save_adapter(with_adapters(model, randomly=randomly, **config), file)
+def saved(file: Path, model: Any, **config: Any) -> Any:
+    """The same model, with adapters that are as if trained, and their file."""
+    save_adapter(as_trained(model, **config), file)
     return model
 
 

@@ -12,9 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 import lightning_lora as ll
 from lightning_lora.model.view import View
-from tests.support.models import Around, randomise
+from tests.support.models import Around
 from tests.support.peft_reading import built, gap
-from tests.support.storage import refused
+from tests.support.storage import refused, saved
 
 INDEX = torch.arange(12).view(2, 6)
 
@@ -120,14 +120,11 @@ def test_gpt2_as_loralibs_own_code_has_it(tmp_path: Path) -> None:
 
 
 def test_alpha_of_our_own_files_is_in_them(tmp_path: Path) -> None:
-    model = built(Plain)
-    ll.inject_adapters(model, ll.LoRAConfig(r=2))
-    randomise(model)
-    ll.save_adapter(model, tmp_path / "a.safetensors")
-    with refused(fresh := built(Plain), ll.ConfigError, "Leave them out"):
-        ll.load_adapter(fresh, tmp_path / "a.safetensors", alpha=16)
-    with refused(fresh, ll.ConfigError, "Leave them out"):
-        ll.load_adapter(fresh, tmp_path / "a.safetensors", target_slices=SLICES)
+    saved(tmp_path / "a.safetensors", built(Plain))
+    arguments: list[dict[str, Any]] = [{"alpha": 16}, {"target_slices": SLICES}]
+    for each in arguments:
+        with refused(fresh := built(Plain), ll.ConfigError, "Leave them out"):
+            ll.load_adapter(fresh, tmp_path / "a.safetensors", **each)
 
 
 SAID: dict[str, Any] = {"alpha": 6, "target_slices": SLICES}

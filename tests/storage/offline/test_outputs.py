@@ -18,18 +18,12 @@ import lightning_lora as ll
 from lightning_lora.storage.offline.combine import How, combine_files
 from lightning_lora.storage.offline.merge import merge_files
 from tests.support.faults import contents, fork, forking, in_fork, limit, read_only
-from tests.support.models import randomise
+from tests.support.models import as_trained
 
 
 def model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-
-
-def adapted(**config: Any) -> nn.Sequential:
-    ll.inject_adapters(changed := model(), ll.LoRAConfig(**{"r": 2, **config}))
-    randomise(changed)
-    return changed
 
 
 @pytest.fixture
@@ -43,7 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         save_file(state, tmp_path / name, metadata={"format": "pt"})
     torch.save(state, tmp_path / "base.ckpt")
     for name in ("a.safetensors", "b.safetensors", "peft/adapter_model.safetensors"):
-        ll.save_adapter(adapted(), tmp_path / name)
+        ll.save_adapter(as_trained(model()), tmp_path / name)
     for name in ("base.safetensors", "a.safetensors"):
         (tmp_path / f"link.{name}").symlink_to(name)
         os.link(tmp_path / name, tmp_path / f"hard.{name}")
@@ -138,7 +132,7 @@ def test_a_full_disk_is_named_as_the_reason(tmp_path: Path, name: str) -> None:
 @in_fork
 def test_a_folder_of_peft_that_cannot_be_made_is_told_with_what_to_do(tmp_path: Path) -> None:
     with read_only(tmp_path), pytest.raises(ll.AdapterFileError, match=r"peft could not be written .*Free space"):
-        ll.export_peft(adapted(), tmp_path / "peft")
+        ll.export_peft(as_trained(model()), tmp_path / "peft")
 
 
 def test_an_error_of_a_model_that_saves_itself_is_told(tmp_path: Path) -> None:
@@ -152,9 +146,9 @@ def test_an_error_of_a_model_that_saves_itself_is_told(tmp_path: Path) -> None:
 
 
 WRITERS: dict[str, Callable[[Path, str], object]] = {
-    "save_adapter": lambda folder, name: ll.save_adapter(adapted(), f"{folder}/{name}.safetensors"),
-    "save_merged": lambda folder, name: ll.save_merged(adapted(), f"{folder}/{name}.safetensors"),
-    "export_peft": lambda folder, name: ll.export_peft(adapted(), f"{folder}/{name}"),
+    "save_adapter": lambda folder, name: ll.save_adapter(as_trained(model()), f"{folder}/{name}.safetensors"),
+    "save_merged": lambda folder, name: ll.save_merged(as_trained(model()), f"{folder}/{name}.safetensors"),
+    "export_peft": lambda folder, name: ll.export_peft(as_trained(model()), f"{folder}/{name}"),
     "merge": lambda folder, name: merge("base.safetensors", "a.safetensors", name),
     "combine": lambda folder, name: combine(*["a.safetensors"] * 2, f"{name}.safetensors"),
 }
