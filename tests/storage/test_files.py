@@ -126,8 +126,7 @@ def test_failed_load_leaves_adapters_that_a_part_has(file: Path) -> None:
 
 def test_adapters_on_a_base_that_was_made_in_inference_mode_are_stored(tmp_path: Path) -> None:
     with torch.inference_mode():
-        model = as_trained(LitTiny(), r=2)
-    ll.save_adapter(model, tmp_path / "a.safetensors")
+        model = saved(tmp_path / "a.safetensors", LitTiny())
     restores(tmp_path / "a.safetensors", model)
 
 
@@ -165,9 +164,8 @@ def test_what_is_written_can_be_read_however_many_names_it_has(tmp_path: Path) -
 
     model = build()
     targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    ll.inject_adapters(model, ll.LoRAConfig(r=1, target_modules=targets))
     assert sum(map(len, targets)) > 700_000
-    ll.save_adapter(model, tmp_path / "a.safetensors")
+    saved(tmp_path / "a.safetensors", model, r=1, target_modules=targets)
     ll.load_adapter(build(), tmp_path / "a.safetensors")
 
 
@@ -190,8 +188,7 @@ def test_adapters_of_a_shared_layer_are_stored_once(tmp_path: Path) -> None:
 
 
 def test_values_are_stored_however_they_lie_in_memory(tmp_path: Path) -> None:
-    model = LitTiny()
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["head"]))
+    model = as_trained(LitTiny(), target_modules=["q_proj", "v_proj"], modules_to_save=["head"])
     model.head.weight.data = torch.randn(8, 4).t()
     model.q_proj.lora_A.data = torch.randn(8, 2).t()
     ll.save_adapter(model, tmp_path / "a.safetensors")

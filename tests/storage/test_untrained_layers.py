@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy
 import lightning_lora as ll
 from tests.support.cases import tensors
 from tests.support.models import LitTiny, X, aged, as_trained, best, data, same, state, trainer
+from tests.support.storage import saved
 
 HEAD = {"head.weight", "head.bias"}
 
@@ -55,8 +56,7 @@ def test_a_run_with_a_forgotten_head_is_evaluated_and_goes_on(tmp_path: Path, ta
 
 
 def test_the_own_head_comes_back_when_the_adapters_go(tmp_path: Path) -> None:
-    model = as_trained(NewHead(), r=2, target_modules=["q_proj"])
-    ll.save_adapter(model, tmp_path / "a.safetensors")
+    model = saved(tmp_path / "a.safetensors", NewHead(), target_modules=["q_proj"])
     before = state(other := NewHead())
     ll.load_adapter(other, tmp_path / "a.safetensors")
     assert torch.equal(other(X), model(X))
@@ -78,13 +78,11 @@ def test_a_base_that_is_loaded_later_is_looked_at_again() -> None:
 
 def test_a_state_without_a_file_holds_the_head_too(tmp_path: Path) -> None:
     model = as_trained(NewHead(), r=2, target_modules=["q_proj"])
-    ll.inject_adapters(other := NewHead(), ll.LoRAConfig(r=2, target_modules=["q_proj"]))
+    torch.save({"model": model.state_dict()}, path := tmp_path / "fabric.ckpt")  # as Fabric does
+    other, third = (as_trained(NewHead(), target_modules=["q_proj"]) for _ in range(2))
     ll.load_adapter_state_dict(other, ll.adapter_state_dict(model))
-    assert torch.equal(other(X), model(X))
-    torch.save({"model": model.state_dict()}, tmp_path / "fabric.ckpt")  # as Fabric does
-    ll.inject_adapters(third := NewHead(), ll.LoRAConfig(r=2, target_modules=["q_proj"]))
-    ll.load_adapter(third, tmp_path / "fabric.ckpt")
-    assert torch.equal(third(X), model(X))
+    ll.load_adapter(third, path)
+    assert torch.equal(other(X), model(X)) and torch.equal(third(X), model(X))
 
 
 def test_another_base_is_refused_as_ever_and_another_precision_recognised(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_lora import AdapterFileError, LoRAConfig, LoRAWarning, inject_adapters, merge_adapters, save_adapter
+from lightning_lora import AdapterFileError, LoRAWarning, merge_adapters
 from lightning_lora.storage.offline.merge import merge_files
 from lightning_lora.storage.offline.tensor_files import INDEX
 from tests.support.faults import contents
-from tests.support.models import randomise, same, state
+from tests.support.models import same, state
+from tests.support.storage import saved
 
 
 def divided(folder: Path, files: list[str]) -> dict[str, Tensor]:
@@ -31,10 +32,7 @@ def divided(folder: Path, files: list[str]) -> dict[str, Tensor]:
         held = {name: value for name, value in base.state_dict().items() if places[name] == file}
         save_file(held, path, metadata={"format": "pt"})
     (folder / "base" / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    inject_adapters(base, LoRAConfig(r=2))
-    randomise(base)
-    save_adapter(base, folder / "a.safetensors")
-    merge_adapters(base)
+    merge_adapters(saved(folder / "a.safetensors", base))
     return state(base)
 
 
