@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_lora import LoRAConfig, inject_adapters
 from lightning_lora.functional import linear
 from lightning_lora.functional.linear import adapted_linear
-from tests.support.functional import composed, goes_by_hand, inputs
+from tests.functional.test_linear import composed, goes_by_hand, inputs
 from tests.support.models import randomise
 from tests.support.ranks import has_shards
 

@@ -18,7 +18,20 @@ from torch.utils.checkpoint import checkpoint
 from lightning_lora.functional import linear
 from lightning_lora.functional.dropout import drops
 from lightning_lora.functional.linear import adapted_linear
-from tests.support.functional import composed, goes_by_hand, inputs
+
+
+def composed(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    return F.linear(x, weight, bias) + scaling * F.linear(F.linear(x, a), b)
+
+
+def inputs(*shape: int, out: int = 5, r: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    sizes = (shape, (out, shape[-1]), (out,), (r, shape[-1]), (out, r))
+    return [torch.randn(size, dtype=dtype, requires_grad=True) for size in sizes]
+
+
+def goes_by_hand(output: Tensor) -> bool:
+    return type(output.grad_fn).__name__ == "_AdaptedLinearBackward"
+
 
 LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "every second")
 

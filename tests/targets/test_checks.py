@@ -5,13 +5,28 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from lightning_lora import ConfigError, LoRAConfig, TargetError, adapter_state_dict, inject_adapters, remove_adapters
 from tests.support.faults import unchanged
 from tests.support.models import LitTiny, is_plain, randomise
-from tests.support.targets import Table, adapted
+
+
+def adapted(model: nn.Module, **config: Any) -> tuple[str, ...]:
+    return inject_adapters(model, LoRAConfig(**{"r": 1, **config}))
+
+
+class Table(nn.Module):
+    """A matrix that a module reads by itself, with parameters that are none beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.grid = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.randn(1, 2, 3, 4))
+        self.codes = nn.Parameter(torch.zeros(4, 5, dtype=torch.int32), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.table
 
 
 def test_only_unsupported_layers_is_an_error_that_lists_the_supported() -> None:

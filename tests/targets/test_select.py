@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from tests.support.models import LitTiny, TinyLM, data, lora, same, state, trainer
-from tests.support.targets import Table, adapted
+from tests.targets.test_checks import Table, adapted
 
 
 class Words(nn.Module):

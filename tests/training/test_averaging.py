@@ -11,23 +11,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lightning_lora import inject_adapters
+from tests.support import fits
 from tests.support.cases import base_is_whole, files_hold_adapters_alone, held, same_parts, trained
-from tests.support.fits import (
-    AVERAGES,
-    Stateful,
-    Steps,
-    beside,
-    either_order,
-    fit,
-    loaded,
-    outcome,
-    through_and_resumed,
-)
 from tests.support.late import BornInConfigureModel, BornInSetup, BuiltAnew, Normed
 from tests.support.models import TRAINED, LitTiny, X, best, is_plain, lora, same, state, trainer
 from tests.support.versions import needs_averaging
 
-each_average = pytest.mark.parametrize("average", AVERAGES)
+each_average = pytest.mark.parametrize("average", fits.AVERAGES)
 
 
 overrides_hook = pytest.mark.filterwarnings("ignore:.*overrides the configure_model:UserWarning")
@@ -36,11 +26,11 @@ overrides_hook = pytest.mark.filterwarnings("ignore:.*overrides the configure_mo
 @overrides_hook
 @pytest.mark.parametrize("cls", [LitTiny, BornInSetup, BornInConfigureModel, BuiltAnew])
 @each_average
-@either_order
+@fits.either_order
 def test_averages_are_those_of_adapters_after_each_step(tmp_path: Path, average: str, first: bool, cls: Any) -> None:
-    make, at_end, _ = AVERAGES[average]
-    callbacks = [*beside(make(), first), steps := Steps()]
-    model, _ = fit(tmp_path, *callbacks, model=cls(), max_epochs=4, enable_checkpointing=False)
+    make, at_end, _ = fits.AVERAGES[average]
+    callbacks = [*fits.beside(make(), first), steps := fits.Steps()]
+    model, _ = fits.fit(tmp_path, *callbacks, model=cls(), max_epochs=4, enable_checkpointing=False)
     torch.testing.assert_close(trained(model), at_end(steps.after))
     assert is_plain(model)
     merged = model(X)
@@ -49,11 +39,11 @@ def test_averages_are_those_of_adapters_after_each_step(tmp_path: Path, average:
 
 
 @each_average
-@either_order
+@fits.either_order
 def test_files_beside_an_average_hold_adapters_alone(tmp_path: Path, average: str, first: bool) -> None:
     saves = best(tmp_path, save_top_k=-1, save_last=True)
     light = ModelCheckpoint(tmp_path, "light-{step}", save_weights_only=True, every_n_train_steps=3, save_top_k=-1)
-    model, t = fit(tmp_path, *beside(AVERAGES[average][0](), first), saves, light, max_epochs=3)
+    model, t = fits.fit(tmp_path, *fits.beside(fits.AVERAGES[average][0](), first), saves, light, max_epochs=3)
     t.save_checkpoint(tmp_path / "after.ckpt")
     t.save_checkpoint(tmp_path / "light.ckpt", weights_only=True)
     assert files_hold_adapters_alone(tmp_path)
@@ -66,44 +56,44 @@ outside_fit = pytest.mark.filterwarnings("ignore:.*outside the 'fit' stage:UserW
 
 @outside_fit
 @each_average
-@either_order
+@fits.either_order
 def test_best_is_what_validation_saw_of_the_average(tmp_path: Path, average: str, first: bool) -> None:
-    make, _, seen = AVERAGES[average]
-    steps, worst = Steps(), best(tmp_path, mode="max")  # surely not the last
-    model, t = fit(tmp_path, *beside(make(), first), steps, worst, max_epochs=4)
+    make, _, seen = fits.AVERAGES[average]
+    steps, worst = fits.Steps(), best(tmp_path, mode="max")  # surely not the last
+    model, t = fits.fit(tmp_path, *fits.beside(make(), first), steps, worst, max_epochs=4)
     path, score = worst.best_model_path, pytest.approx(worst.best_model_score.item())  # type: ignore[union-attr]
-    assert path.endswith("epoch=0.ckpt") and outcome(t, "test", model).item() != score
+    assert path.endswith("epoch=0.ckpt") and fits.outcome(t, "test", model).item() != score
     torch.testing.assert_close(held(torch.load(path, weights_only=True)), seen(steps.after))
-    predicted = outcome(trainer(tmp_path), "predict", loaded(path))
-    new = [(trainer(tmp_path, callbacks), LitTiny()) for callbacks in (beside(make(), first), [lora()])]
+    predicted = fits.outcome(trainer(tmp_path), "predict", fits.loaded(path))
+    new = [(trainer(tmp_path, callbacks), LitTiny()) for callbacks in (fits.beside(make(), first), [lora()])]
     for stages, module in ((t, model), *new):
         for stage in ("test", "validate"):
-            assert outcome(stages, stage, module, ckpt_path=path).item() == score
-            assert outcome(stages, "test", module).item() == score  # what was loaded stays
-        torch.testing.assert_close(outcome(stages, "predict", module, ckpt_path=path), predicted)
+            assert fits.outcome(stages, stage, module, ckpt_path=path).item() == score
+            assert fits.outcome(stages, "test", module).item() == score  # what was loaded stays
+        torch.testing.assert_close(fits.outcome(stages, "predict", module, ckpt_path=path), predicted)
         assert base_is_whole(module)
 
 
 @each_average
-@either_order
+@fits.either_order
 def test_best_of_an_average_is_merged(tmp_path: Path, average: str, first: bool) -> None:
     worst = best(tmp_path, mode="max")
-    model, _ = fit(tmp_path, *beside(AVERAGES[average][0](), first, merge="best"), worst, max_epochs=4)
+    model, _ = fits.fit(tmp_path, *fits.beside(fits.AVERAGES[average][0](), first, merge="best"), worst, max_epochs=4)
     assert is_plain(model)
     score = pytest.approx(worst.best_model_score.item())  # type: ignore[union-attr]
-    assert outcome(trainer(tmp_path), "test", model).item() == score and base_is_whole(model)
+    assert fits.outcome(trainer(tmp_path), "test", model).item() == score and base_is_whole(model)
 
 
 @overrides_hook
 @pytest.mark.parametrize("cls", [LitTiny, BuiltAnew])
 @each_average
-@either_order
+@fits.either_order
 def test_resumed_average_has_the_same_bits(tmp_path: Path, average: str, first: bool, cls: type[LitTiny]) -> None:
     # Lightning itself resumes SWA exactly at the end of an epoch alone
     steps, at, end = (None, "step=8", "step=16.ckpt") if average == "swa" else (5, "step=10", "step=15.ckpt")
-    make = [AVERAGES[average][0], lora] if first else [lora, AVERAGES[average][0]]
-    through, resumed = through_and_resumed(
-        tmp_path, cls, *make, at=at, train=Stateful, saving={"every_n_train_steps": steps}, max_epochs=4
+    make = [fits.AVERAGES[average][0], lora] if first else [lora, fits.AVERAGES[average][0]]
+    through, resumed = fits.through_and_resumed(
+        tmp_path, cls, *make, at=at, train=fits.Stateful, saving={"every_n_train_steps": steps}, max_epochs=4
     )
     a, b = (torch.load(tmp_path / name / end, weights_only=True) for name in ("through", "resumed"))
     for checkpoint in (a, b):
@@ -127,7 +117,7 @@ class NormedTwice(Normed):
 def test_averaging_leaves_frozen_norms_as_they_are(tmp_path: Path) -> None:
     """SWA resets every BatchNorm's statistics, and estimates them anew in one more epoch."""
     callbacks = [StochasticWeightAveraging(0.1, swa_epoch_start=2), lora(modules_to_save=["head", "last"])]
-    model, _ = fit(tmp_path, *callbacks, model=NormedTwice(), max_epochs=4)
+    model, _ = fits.fit(tmp_path, *callbacks, model=NormedTwice(), max_epochs=4)
     assert same(state(model.norm), state(Normed().norm)) and type(model.norm) is nn.BatchNorm1d
     assert not torch.equal(model.last.running_mean, torch.zeros(4))
 
@@ -153,7 +143,7 @@ def test_plain_average_is_taken_as_torch_takes_it(tmp_path: Path, precision: Any
             callbacks.append(lora(merge=False))
         else:  # by hand, with nothing of the callback
             inject_adapters(model, lora().config)
-        fit(tmp_path, *callbacks, model=model, precision=precision, enable_checkpointing=False)
+        fits.fit(tmp_path, *callbacks, model=model, precision=precision, enable_checkpointing=False)
         averages.append(state(model))
     kept = {name for name in averages[0] if name in TRAINED or name == "steps"}
     adapted, by_hand = ({name: average[name].float() for name in kept} for average in averages)
@@ -181,18 +171,18 @@ class NewNames(LitTiny):  # that makes new projections, with new names, whenever
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": None, "bias": "all"}], ids=["full", "biases"])
 @pytest.mark.parametrize("cls", [BuiltAnew, NewNames])
 @each_average
-@either_order
+@fits.either_order
 def test_layers_that_are_made_anew_are_adapted_beside_an_average(
     tmp_path: Path, average: str, first: bool, cls: type[LitTiny], options: dict[str, Any]
 ) -> None:
-    model, _ = fit(tmp_path, *beside(AVERAGES[average][0](), first, merge=False, **options), model=cls())
+    model, _ = fits.fit(tmp_path, *fits.beside(fits.AVERAGES[average][0](), first, merge=False, **options), model=cls())
     factors = [p for name, p in model.named_parameters() if name.endswith("lora_B")]
     assert len(factors) == (2 if "bias" not in options else 3) and all(p.any() for p in factors)
 
 
 @overrides_hook
 @needs_averaging
-@either_order
+@fits.either_order
 def test_an_average_without_updates_is_the_module_as_it_began(tmp_path: Path, first: bool) -> None:
     seen: list[Tensor] = []
 
@@ -204,7 +194,7 @@ def test_an_average_without_updates_is_the_module_as_it_began(tmp_path: Path, fi
             seen.append(self.head.weight.detach().clone())
 
     average = bundled.EMAWeightAveraging(update_starting_at_step=1000)
-    model, _ = fit(tmp_path, *beside(average, first), model=RandomHead())
+    model, _ = fits.fit(tmp_path, *fits.beside(average, first), model=RandomHead())
     assert torch.equal(model.head.weight, seen[0])
 
 
@@ -217,7 +207,7 @@ class Drifts(LitTiny):  # its own code changes a frozen weight in each step
 @needs_averaging
 def test_an_average_beside_a_frozen_weight_that_changes_resumes_to_the_same_bits(tmp_path: Path) -> None:
     make = (lambda: lora(merge=False), lambda: bundled.EMAWeightAveraging(decay=0.5))
-    through, resumed = through_and_resumed(tmp_path, Drifts, *make, at="epoch=1", max_epochs=3)
+    through, resumed = fits.through_and_resumed(tmp_path, Drifts, *make, at="epoch=1", max_epochs=3)
     assert same(state(resumed), state(through))
     a, b = (torch.load(tmp_path / name / "epoch=2.ckpt", weights_only=True) for name in ("through", "resumed"))
     for key in ("state_dict", "current_model_state", "averaging_state"):
@@ -247,6 +237,6 @@ class Masked(LitTiny):  # with infinities in a buffer, as attention masks have
 @pytest.mark.parametrize("merge", ["last", False])
 @pytest.mark.parametrize("average", OF_BUFFERS)
 def test_averaging_leaves_infinities_in_a_buffer(tmp_path: Path, average: str, merge: Any) -> None:
-    model, _ = fit(tmp_path, OF_BUFFERS[average](), lora(merge=merge), model=Masked())
+    model, _ = fits.fit(tmp_path, OF_BUFFERS[average](), lora(merge=merge), model=Masked())
     assert torch.equal(model.mask.view(torch.int32), MASK.view(torch.int32))  # the bits: -0.0 equals 0.0
     assert all(p.isfinite().all() for p in model.parameters())
