@@ -19,7 +19,7 @@ from lightning_lora.model.view import view_of
 from lightning_lora.storage.apply import apply, with_names_of
 from lightning_lora.storage.base import forms_of_base
 from lightning_lora.storage.disk import check_path, local_path
-from lightning_lora.storage.formats import diffusers, fabric, loralib, peft_read
+from lightning_lora.storage.formats import diffusers, loralib, peft_read
 from lightning_lora.storage.formats.lightning import VERSION, check_readable
 from lightning_lora.storage.formats.own import (
     adapters_in,
@@ -30,7 +30,7 @@ from lightning_lora.storage.formats.own import (
 )
 from lightning_lora.storage.formats.reading import Asked, Reader
 from lightning_lora.storage.state import adapter_state_dict, check_not_diverged
-from lightning_lora.storage.stored import KEY, StoredAdapters, has_own_memory, is_plain
+from lightning_lora.storage.stored import KEY, StoredAdapters, is_plain
 from lightning_lora.tensors.shards import is_dtensor
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     Module = TypeVar("Module", bound=LightningModule)
 
-READERS = (loralib.reader, fabric.reader, diffusers.reader, peft_read.reader)
+READERS = (loralib.reader, diffusers.reader, peft_read.reader)
 """Readers of other libraries' files. Each returns None for the contents of a file of another format."""
 
 
@@ -98,8 +98,7 @@ def load_adapter(
             can read, or the open file, in binary mode. Or a folder that PEFT wrote, or the ``.safetensors`` or ``.bin``
             file in it, with ``adapter_config.json`` beside it. Or a folder or file that diffusers wrote: a model gets
             the part of the pipeline that it is. Or what loralib's ``lora_state_dict`` returned, saved
-            with ``torch.save``. Or what ``fabric.save(path, {"model": model})`` wrote of an adapted model: such a
-            file does not say how the model was adapted, so here it must be adapted already.
+            with ``torch.save``.
         check_base: Refuse another base than the one that the adapters were trained on. The same weights in another
             precision are accepted. If False, names and shapes of what was trained must fit, and a warning counts the
             frozen tensors that differ.
@@ -137,7 +136,7 @@ def load_adapter(
     local = local_path(path)
     file = path if local is None else peft_read.weights_of(local)
     contents = read_contents(file)
-    read = _reader(contents, file, Asked(alpha, target_slices, check_base))
+    read = _reader(contents, file, Asked(alpha, target_slices))
     apply(model, read or _reader_of(adapters_in(contents, path)), check_base=check_base)
 
 
@@ -153,15 +152,15 @@ def _reader(contents: Any, path: Any, asked: Asked) -> Reader | None:
             "Leave them out."
         )
     if read is not None:
-        _check_plain(contents, path, may_be_sparse=reader is fabric.reader)
+        _check_plain(contents, path)
     return read
 
 
-def _check_plain(contents: dict[Any, Any], path: Any, *, may_be_sparse: bool) -> None:
+def _check_plain(contents: dict[Any, Any], path: Any) -> None:
     """Refuse tensors that would take more memory than the file has, or with which torch cannot compute."""
-    odd, may_be = list[object](), has_own_memory if may_be_sparse else is_plain
+    odd = list[object]()
     for held in (contents, *filter(lambda each: isinstance(each, dict), contents.values())):
-        odd += [name for name, value in held.items() if isinstance(value, Tensor) and not may_be(value)]
+        odd += [name for name, value in held.items() if isinstance(value, Tensor) and not is_plain(value)]
     if odd:
         raise AdapterFileError(
             f"{path} holds {listed(map(str, odd))}, which are no plain tensors: sparse, nested, quantised, repeated, "

@@ -155,6 +155,11 @@ def _instead(contents: dict[Any, Any]) -> str:
         return "adapters of loralib, which only load_adapter(model, path, alpha=...) reads."
     held = (contents[key] for key in ("state_dict", "model") if isinstance(contents.get(key), dict))
     names = list(map(str, next(held, contents)))
+    if any(name.endswith("lora_A") for name in names):
+        return (
+            "the state of an adapted model, and does not say how it was adapted. Adapt the model as for the training, "
+            "then call load_adapter_state_dict(model, state), or model.load_state_dict if the state is whole."
+        )
     if not names:
         return "no adapters. Pass a file that save_adapter or a Trainer wrote."
     of_tensors = "safetensors.torch.load_model(model, path), or model.load_state_dict of the state in torch.load(path)"

@@ -33,7 +33,6 @@ class Asked(NamedTuple):
 
     alpha: float | None = None
     target_slices: Slices | None = None
-    check_base: bool = True
 
 
 @dataclass(frozen=True)
