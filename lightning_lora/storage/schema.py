@@ -43,15 +43,17 @@ def slow_expressions(arguments: Mapping[str, Any]) -> list[str]:
     for argument in ("target_modules", "exclude_modules", "target_slices", "rank_pattern", "alpha_pattern"):
         given = arguments.get(argument)
         found += filter(_is_text, [given] if isinstance(given, str) else given if isinstance(given, Mapping) else ())
-    return found if sum(map(len, found)) > 200_000 else list(filter(_is_slow, found))
+    if sum(map(len, found)) > 200_000 or sum(map(_ways, found)) > 16 * _MOST_WAYS:
+        return found
+    return [expression for expression in found if _ways(expression) > _MOST_WAYS]
 
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _is_slow(expression: str) -> bool:
-    """Whether there may be too many ways to match it: a product for its parts, a sum for alternatives."""
+def _ways(expression: str) -> float:
+    """About how many ways there are to match it: a product for its parts, a sum for alternatives."""
     around, others, ways, last = list[tuple[float, float]](), 1.0, 1.0, 1.0
     for token in _TOKENS.findall(expression):
         if token[0] in "*+{":
@@ -67,12 +69,13 @@ def _is_slow(expression: str) -> bool:
             last = others + ways * last - 1
             others, ways = around.pop()
         elif token in (")", "(?", "["):  # what this does not read, such as flags
-            return True
+            return math.inf
         else:
             ways, last = ways * last, 1.0
-    return bool(around) or others + ways * last - 1 > _REPEAT**5
+    return math.inf if around else others + ways * last - 1
 
 
-_REPEAT = 64.0  # as if a name had so many characters
+_REPEAT = 16.0  # ways to match a repeat in a name, if it has several: the order of their ends is known
+_MOST_WAYS = _REPEAT**5
 _OPENING = ("(", "(?:", "(?=", "(?!", "(?<=", "(?<!")
 _TOKENS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?(?:[:=!]|<[=!])?|(?:[*+?]|\{[\d,]*\})[?+]?|.", re.DOTALL)

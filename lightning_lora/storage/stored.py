@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -36,9 +35,6 @@ DIVERGED = (
 
 _MOST = 1e10
 """Products of larger values could be infinite."""
-
-_ROLE = re.compile("lora_(A0?|B0?|magnitude)(_|$)")
-"""How names of the parameters of adapters begin."""
 
 _PLAIN = ("base", "changed", "random", "saved", "root")
 """The entries of a file's description that :class:`StoredAdapters` has as they are."""
@@ -114,13 +110,19 @@ class StoredAdapters:
                 target, r, scaling = asked_of(self.config, name, matrix, layer.kind)
                 if r != matrix.rank(layer.r) or not math.isclose(scaling, matrix.scale(layer.scaling)):
                     wrong[target] = None
-        wrong |= {name: None for name in self.state if name not in known and _ROLE.match(name.rpartition(".")[2])}
+        wrong |= dict.fromkeys(filter(self._is_adapters, self.state.keys() - known))
         if wrong:
             raise AdapterFileError(
                 f"What {self.source} says of {listed(wrong)} does not agree: its configuration, its list of layers and "
                 "its tensors say the same in a file that this package wrote. It was changed, or other code wrote it. "
                 "Use the file that save_adapter or the Trainer wrote."
             )
+
+    def _is_adapters(self, name: str) -> bool:
+        """Whether an entry that no layer explains must be an adapter's. A model's own may have such a name too."""
+        owner, _, leaf = name.rpartition(".")
+        is_pair = "lora_A" in leaf and join(owner, leaf.replace("lora_A", "lora_B")) in self.state
+        return (is_pair or (leaf.startswith("lora_") and owner in self.layers)) and not self.config.is_saved(name)
 
     def check_finite(self) -> None:
         """Refuse NaN and infinite values, for whoever has no model to compare them with."""

@@ -1,5 +1,6 @@
 """The configuration of a file, its list of layers and its tensors agree, and nothing in it takes for ever."""
 
+import copy
 import io
 import json
 import re
@@ -188,6 +189,8 @@ UNSLOTH = (
         ((".*" * 5 + "a|") * 999, True),
         ("(x?a|a)" * 40, True),
         (r"(a?){30}b", True),
+        (".?" * 30 + "b", True),
+        ("(a|[a])" * 30 + "b", True),
         (r"(?:a|aa)+b", True),
         (r"(?x)(a+ # )\n)+b", True),
         (r"(?P<x>a+)+b", True),
@@ -199,6 +202,38 @@ UNSLOTH = (
 )
 def test_which_expressions_are_slow(expression: str, slow: bool) -> None:
     assert bool(slow_expressions({"target_modules": expression})) is slow
+
+
+def test_many_expressions_are_slow_together() -> None:
+    keys = [f".*.*.*.*{i:05}" for i in range(1000)]
+    assert slow_expressions({"rank_pattern": dict.fromkeys(keys, 2)})
+    assert not slow_expressions({"rank_pattern": dict.fromkeys(keys[:99], 2)})
+
+
+class Gate(nn.Module):
+    """A model's own parameters and buffers may be called as an adapter's are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.lora_A = nn.Linear(8, 8), nn.Parameter(torch.ones(8))
+        self.lora_B_bias = nn.Parameter(torch.zeros(8))
+        self.register_buffer("lora_magnitude", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q_proj(x * self.lora_A) * self.lora_magnitude + self.lora_B_bias
+
+
+def test_names_of_a_model_that_are_like_an_adapters_are_its_own(tmp_path: Path) -> None:
+    model = nn.Sequential(Gate())
+    untrained = copy.deepcopy(model)
+    settings: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["0.lora_A"], "bias": "all"}
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, **settings))
+    with torch.no_grad():
+        for value in (*model.parameters(), *model.buffers()):
+            value += 0.1 * (value.requires_grad or value is model[0].lora_magnitude)
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    ll.load_adapter(untrained, tmp_path / "a.safetensors")
+    assert torch.equal(untrained(x := torch.randn(2, 8)), model(x))
 
 
 # Tensors of other libraries
