@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from torch import Tensor, nn
+
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import (
     ADAPTERS,
@@ -83,10 +85,14 @@ def asked_of(config: LoRAConfig, name: str, matrix: AdaptedMatrix, kind: str) ->
 def layers_of(view: View) -> list[StoredLayer]:
     """Describe the adapted layers of a model, merged or not."""
     adapters: dict[str, Adapter | LoRALayer] = {**view.layers}
-    if view.is_merged:
-        adapters |= view.record.merged
+    parameters = dict[str, Tensor](view.parameters)
+    for name, merged in view.record.merged.items() if view.is_merged else ():
+        adapters[name] = merged
+        for weight, base in merged.bases.items():
+            if isinstance(base, nn.Parameter):  # it was tied
+                parameters[join(name, weight)] = base
     uses: dict[int, list[str]] = {}
-    for name, p in view.parameters.items():
+    for name, p in parameters.items():
         uses.setdefault(id(p), []).append(name)
     found = []
     for name, adapter in adapters.items():
@@ -97,7 +103,7 @@ def layers_of(view: View) -> list[StoredLayer]:
         layer = described(view, name, cast(type[LoRALayer], kind), matrices, settings.r, float(settings.scaling))
         for weight in layer.shapes:
             full_name = join(name, weight)
-            if others := tuple(other for other in uses[id(view.parameters[full_name])] if other != full_name):
+            if others := tuple(other for other in uses[id(parameters[full_name])] if other != full_name):
                 layer.tied[weight] = others
         found.append(layer)
     return found
