@@ -16,8 +16,7 @@ Bias = Literal["none", "all", "lora_only"]
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 Slices = Mapping[str, Sequence[str] | Mapping[str, Sequence[int]]]
 
-_DROPPED = ("pack_base",)
-"""Arguments of earlier versions that have no effect any more. A file may name them."""
+_DROPPED = ("pack_base",)  # arguments of earlier versions that have no effect any more; a file may name them
 
 
 @explains_arguments

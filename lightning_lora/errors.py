@@ -84,5 +84,4 @@ def warn(message: str, category: type[LoRAWarning] = LoRAWarning) -> None:
     warnings.warn(message, category, stacklevel=level)
 
 
-_INSIDE = (__name__.partition(".")[0], "contextlib", "torch")
-"""Modules whose lines are not those of a caller."""
+_INSIDE = (__name__.partition(".")[0], "contextlib", "torch")  # modules whose lines are not those of a caller

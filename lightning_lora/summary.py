@@ -62,10 +62,7 @@ class LoRASummary:
         return self.trained / max(self.trained + self.frozen, 1)
 
     def table(self, *, trained_only: bool = False, optimizers: Sequence[Optimizer] = ()) -> Group:
-        """Return a headline, a table and the costs, for rich.
-
-        With ``trained_only``, groups without trained parameters are one row. ``optimizers`` are those that train.
-        """
+        """Return a headline, a table and the costs, for rich. With ``trained_only``, what does not train is one row."""
         headline = f"LoRA: {self.title} trains {self.share:.2%} of its parameters"
         if self.plain:
             merged = f", with {self.adapters} adapter{'' if self.adapters == 1 else 's'} merged into it"

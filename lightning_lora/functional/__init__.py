@@ -1,4 +1,1 @@
-"""The mathematics of LoRA, as functions of tensors.
-
-Nothing here depends on layers or models.
-"""
+"""The mathematics of LoRA, as functions of tensors. Nothing here depends on layers or models."""

@@ -1,7 +1,4 @@
-"""Combine several updates B A of one weight into one.
-
-Adding up the factors would also add the products of one update's A with another's B.
-"""
+"""Combine updates B A of one weight into one: the sum of the factors would add one's A times another's B too."""
 
 import operator
 
@@ -11,16 +8,11 @@ from torch import Tensor
 
 from lightning_lora.functional.update import wide
 
-Factors = tuple[Tensor, Tensor]
-"""A and B of one update."""
+Factors = tuple[Tensor, Tensor]  # A and B of one update
 
 
 def concatenated(updates: list[Factors], weights: list[float]) -> Factors:
-    r"""Return the exact weighted sum. Its rank is the sum of the ranks.
-
-    Shape:
-        A: (\*, r, in), B: (\*, out, r) for each update. Returns the same with the sum of all r.
-    """
+    r"""Return the exact weighted sum of updates A: (\*, r, in), B: (\*, out, r). Its r is the sum of all r."""
     reading, writing = zip(*updates, strict=True)
     return torch.cat(reading, dim=-2), torch.cat(list(map(operator.mul, weights, writing)), dim=-1)
 
@@ -32,11 +24,7 @@ def difference(update: Factors, other: Factors) -> Factors:
 
 
 def in_rows(updates: list[Factors], first: list[int], rows: int) -> Factors:
-    """Return one update of a weight of ``rows`` rows, from updates of some of its rows that begin at ``first``.
-
-    Shape:
-        A: (r, in), B: (some rows, r) for each. Returns the same with the sum of all r and all rows.
-    """
+    """Return an update of ``rows`` rows from updates A: (r, in), B: (some rows, r) of the rows from ``first`` on."""
     reading, writing = [], []
     for (a, b), start in zip(updates, first, strict=True):
         reading.append(a)
@@ -45,11 +33,7 @@ def in_rows(updates: list[Factors], first: list[int], rows: int) -> Factors:
 
 
 def with_rank(update: Factors, r: int) -> Factors:
-    r"""Return the same update with rank r: at least its own, or the smaller side of the weight.
-
-    Shape:
-        A: (\*, R, in), B: (\*, out, R). Returns the same with r, in float32 or wider.
-    """
+    r"""Return an update A: (\*, R, in), B: (\*, out, R) with rank r (R or more, or in or out), in float32 or wider."""
     a, b = (factor.to(wide(factor.dtype)) for factor in update)
     missing = r - a.shape[-2]
     if missing >= 0:

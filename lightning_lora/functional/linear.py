@@ -171,11 +171,8 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def differentiable(ctx: Any, grad: Tensor, inputs: Sequence[Any]) -> tuple[Tensor | None, ...]:
-        """Let torch differentiate the separate operations, for gradients that can be differentiated again.
-
-        The inputs count as independent: x may depend on A if a layer is used twice.
-        """
-        inputs = [None if t is None else t.view_as(t) for t in inputs]
+        """Let torch differentiate the separate operations, for second derivatives. Inputs count as independent."""
+        inputs = [None if t is None else t.view_as(t) for t in inputs]  # x may depend on A if a layer is used twice
         x, weight, bias, lora_A, lora_B = inputs
         if weight is None:  # no gradient depends on it
             weight = x.new_zeros(len(lora_B), x.shape[-1], requires_grad=ctx.needs_input_grad[1])

@@ -10,11 +10,7 @@ _ON_CPU, _ON_DEVICE = 1 << 18, 1 << 26  # elements of a block, whose intermediat
 
 
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    r"""Return the update of a weight, :math:`\Delta W = s \, B A`, in float32 or wider: it is rounded once, later.
-
-    Shape:
-        ``lora_A``: (r, in), ``lora_B``: (out, r). Returns (out, in).
-    """
+    r"""Return :math:`s \, B A` (out, in) of A: (r, in) and B: (out, r), in float32 or wider: it is rounded later."""
     dtype = wide(torch.promote_types(lora_A.dtype, lora_B.dtype))
     return (lora_B.to(dtype) @ lora_A.to(dtype)).mul_(scaling)
 

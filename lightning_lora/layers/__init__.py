@@ -1,7 +1,4 @@
-"""The layer types that can be adapted. Each has its own file and an entry in ``ADAPTERS``.
-
-A layer knows its own weights and its own adapter. Nothing here depends on models or configurations.
-"""
+"""The layer types that can be adapted, each in its own file. Nothing here depends on models or configurations."""
 
 from lightning_lora.layers.base import HAS_UPDATE, LoRALayer, attach
 from lightning_lora.layers.contract import Adapter

@@ -12,8 +12,7 @@ from torch import Tensor
 from lightning_lora.functional.combine import Factors, difference, in_rows
 from lightning_lora.functional.update import wide
 
-FROM_BASE = ("pissa", "olora")
-"""Initialisations that start from the weight."""
+FROM_BASE = ("pissa", "olora")  # initialisations that start from the weight
 
 
 class Role(Enum):
@@ -124,8 +123,7 @@ class AdapterParameter(NamedTuple):
         return 0 if self.matrix.has_all_rows else None
 
 
-Roles = dict[str, AdapterParameter]
-"""What the parameters of an adapter are, by name in the layer."""
+Roles = dict[str, AdapterParameter]  # what the parameters of an adapter are, by name in the layer
 
 
 def adapter_parameters(matrices: Iterable[AdaptedMatrix], settings: Settings) -> Roles:
@@ -144,11 +142,7 @@ def matrix_factors(matrix: AdaptedMatrix, settings: Settings, tensor: Callable[[
 def weight_factors(
     weight: str, matrices: Iterable[AdaptedMatrix], settings: Settings, tensor: Callable[[str], Tensor]
 ) -> Factors:
-    r"""Return A and B of a weight's update, from parameters by name. Those of several matrices are stacked.
-
-    Shape:
-        (\*, r', in) and (\*, out, r'), with r' the sum of the ranks.
-    """
+    r"""Return A: (\*, r', in) and B: (\*, out, r') of a weight's update: those of its matrices, stacked."""
     adapted = [matrix for matrix in matrices if matrix.weight == weight]
     updates = [matrix_factors(matrix, settings, tensor) for matrix in adapted]
     if len(adapted) == 1 and adapted[0].has_all_rows:

@@ -1,6 +1,3 @@
-"""Functions on a model: adapt it, merge it, restore it.
-
-The only files written here are temporary: they carry data from one process to another.
-"""
+"""Functions on a model. The only files written here are temporary: they carry data from one process to another."""
 
 from lightning_lora.model import loading as loading  # it looks at each state dict that torch loads

@@ -70,8 +70,7 @@ def _has_weights(layer: LoRALayer) -> bool:
 
 # Inference paths that bypass adapted layers
 
-_SWITCHED = "_lora_switched"
-"""The attribute of a module that stores the original value of its switch."""
+_SWITCHED = "_lora_switched"  # the attribute of a module that stores the original value of its switch
 
 
 def _switch_inference_paths(modules: Mapping[str, nn.Module]) -> None:

@@ -1,8 +1,6 @@
-"""Layers that look untrained, as a new head on a pretrained model.
+"""Layers that look untrained, as a new head: their values look drawn from one uniform or normal distribution.
 
-Initialisations draw all values of a weight from one uniform or normal distribution. In a trained weight, the range, the
-deviation or the shape of the distribution is another one, or some rows or columns are larger than others. Not every
-initialisation is known: a layer counts as untrained only if that is clear.
+Not every initialisation is known: a layer counts as untrained only if that is clear.
 """
 
 import math
@@ -19,11 +17,8 @@ from lightning_lora.tensors.shards import agreed, is_dtensor, to_local
 
 Weights = dict[str, nn.Parameter]
 
-MOST = 0.5
-"""More than this share of the weights is most of a model."""
-
-FEWEST = 256
-"""With fewer values than this, a trained weight may look drawn by chance."""
+MOST = 0.5  # more than this share of the weights is most of a model
+FEWEST = 256  # with fewer values than this, a trained weight may look drawn by chance
 
 
 @dataclass(frozen=True)
@@ -36,10 +31,7 @@ class Fresh:
 
 
 def find_fresh(view: View) -> Fresh:
-    """Find the layers of a model with new adapters that look untrained.
-
-    Only the share counts embeddings, whose large values change slowly, and what the user froze: random on purpose.
-    """
+    """Find the layers that look untrained. Embeddings, and what the user froze, count only in the share."""
     sizes, fresh = {True: 0, False: 0}, {}
     for name, weights in _layers(view):
         is_fresh = _looks_fresh(view, name, weights)
@@ -60,10 +52,7 @@ def find_fresh(view: View) -> Fresh:
 
 
 def random_weights(view: View, found: Fresh | None = None) -> tuple[str, ...]:
-    """Return the frozen weights that look untrained and that files hold: none if most of the model looks untrained.
-
-    Collective for a model that is spread over processes.
-    """
+    """Return the frozen weights that look untrained, unless most of the model does. Collective for a sharded model."""
     if view.adapter.random is None:
         found = found or find_fresh(view)
         modules = () if found.share > MOST else found.random

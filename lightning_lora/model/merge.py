@@ -1,8 +1,4 @@
-"""Merge the updates into the weights, and unmerge them exactly.
-
-A merged model is a plain model that remembers its base. Its classes, keys and hooks are the base's, and its weights are
-``W + ΔW``. Its record keeps the adapters and the base's own values.
-"""
+"""Merge the updates into the weights, and unmerge them exactly: the record keeps the adapters and the base's values."""
 
 import math
 from collections import Counter

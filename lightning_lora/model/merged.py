@@ -28,10 +28,7 @@ def check_as_merged(model: nn.Module) -> None:
 
 
 def is_as_merged(model: nn.Module) -> bool:
-    """Whether a merged model still has its merged weights, perhaps moved or converted. True if it is not merged.
-
-    Collective for a merged model that is spread over processes: if one process sees a change, all do.
-    """
+    """Whether a model has its merged weights, perhaps converted, or is not merged. Collective for a sharded one."""
     record = find_record(model)
     if record is None or record.merge is None:
         return True
@@ -101,8 +98,7 @@ def _is_merged_anew(merge: Merge, name: str, layer: nn.Module, weights: Mapping[
 
 # What a merge lost
 
-_MUCH = 0.25
-"""A warning is shown if a larger share of an update (in norm) is lost. In bfloat16, 0.1 to 0.2 is common."""
+_MUCH = 0.25  # a warning is shown if a larger share of an update (in norm) is lost; in bfloat16, 0.1 to 0.2 is common
 
 
 def warn_of_divergence(view: View) -> None:

@@ -1,8 +1,4 @@
-"""Freeze the running statistics of norms in the base.
-
-Otherwise every training batch would change them, and the adapters would no longer have the base that they were trained
-on. Also, training would normalise by the statistics of each batch, while evaluation uses the running statistics.
-"""
+"""Freeze the running statistics of norms in the base: else every training batch would change them."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,10 +1,7 @@
-"""Send a model's record from a worker process to the main process.
+"""Send a model's record from a worker process to the main process: spawning strategies return only a state dict.
 
-Strategies that spawn or fork processes send back only a state dict, and call no hook when it arrives. It contains the
-merged weights. A worker process stores the record, with the exact base and the adapters, in a temporary folder. The
-main process finds it there by the digests of the merged weights.
-
-The folder belongs to one program. Only its user may read it or write to it, and it is checked before each use. Reading
+A worker stores the record in a temporary folder of the program. The main process finds it there by the digests of the
+merged weights. Only the program's user may read the folder or write to it, and it is checked before each use. Reading
 runs no code.
 """
 
@@ -27,8 +24,7 @@ from lightning_lora.errors import warn
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import named_parameters
 
-_FOLDER = "LIGHTNING_LORA_MEMORY"
-"""The environment variable with the folder's path, which worker processes inherit."""
+_FOLDER = "LIGHTNING_LORA_MEMORY"  # the environment variable with the folder's path, which worker processes inherit
 
 _MADE: dict[Path, int] = {}  # by which process each folder was made: a fork has its parent's entries
 _ALLOWED: list[Any] = []  # the classes of which a record consists: torch reads no others
@@ -40,10 +36,7 @@ def allow(*classes: type) -> None:
 
 
 def make_folder() -> None:
-    """Make the temporary folder of this program, before any worker process starts: workers use that of their program.
-
-    The folder is deleted when the process that made it ends.
-    """
+    """Make the program's temporary folder, until this process ends. A worker uses that of its program."""
     folder = _folder()
     if folder and (_is_owner(folder) or multiprocessing.parent_process()):
         return

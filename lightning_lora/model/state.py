@@ -1,8 +1,6 @@
-"""What an adapted model remembers: its record. Only this module writes it: the others say what has happened.
+"""What an adapted model remembers: its record, an attribute of the model, which so survives copy and pickle.
 
-The record is an attribute of the model itself. So it survives copy and pickle, and other code that gets the model later
-(another Trainer, another callback, ``load_adapter``) knows its state. All keys in it are names as in
-``named_parameters``.
+Only this module writes it: the others say what has happened. All keys in it are names as in ``named_parameters``.
 """
 
 import copy
@@ -24,11 +22,9 @@ from lightning_lora.tensors.names import join, named_modules, named_parameters, 
 from lightning_lora.tensors.shards import agreed, is_dtensor, reshard
 from lightning_lora.tensors.values import Seen, copy_to_host
 
-_ATTRIBUTE = "_lora"
-"""The attribute that holds a model's record."""
+_ATTRIBUTE = "_lora"  # the attribute that holds a model's record
 
-HALVES = (torch.bfloat16, torch.float16)
-"""The dtypes of :attr:`Record.half_digests`."""
+HALVES = (torch.bfloat16, torch.float16)  # the dtypes of :attr:`Record.half_digests`
 
 
 @dataclass
@@ -185,10 +181,7 @@ class Record:
     # Digests of the base's tensors
 
     def digests(self, tensors: Mapping[str, Tensor], *, anew: bool = False) -> dict[str, int]:
-        """Return the digests of the base's tensors by name. One is read again if it changed, or with ``anew``.
-
-        Collective for tensors that are spread over processes: if one process sees a change, all read the tensor again.
-        """
+        """Return digests of base tensors by name: changed ones, or all (``anew``), are read. Collective for shards."""
         known = [name in self.read and self.read[name].seen.is_unchanged(tensor) for name, tensor in tensors.items()]
         changed = [True] * len(known) if anew else agreed(list(map(operator.not_, known)), list(tensors.values()))
         again = {name: tensor for (name, tensor), is_new in zip(tensors.items(), changed, strict=True) if is_new}

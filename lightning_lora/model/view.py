@@ -262,8 +262,7 @@ def restore_originals(view: View, names: Iterable[str], undo: ExitStack) -> None
 
 # The one model inside a LightningModule
 
-_MODELS = {"PreTrainedModel", "ModelMixin"}
-"""The base classes of transformers' and diffusers' models."""
+_MODELS = {"PreTrainedModel", "ModelMixin"}  # the base classes of transformers' and diffusers' models
 
 
 def root_of(model: nn.Module) -> str:

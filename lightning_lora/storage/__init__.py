@@ -1,4 +1,1 @@
-"""Adapter files and checkpoints: contents, writing, and checks.
-
-This package may change a model through ``lightning_lora.model``. It does not import Lightning.
-"""
+"""Adapter files and checkpoints. This may change a model through ``lightning_lora.model``, and imports no Lightning."""

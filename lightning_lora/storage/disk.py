@@ -341,7 +341,6 @@ _KNOWN: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
 }
-"""What makes the values that are read, by its name in a file."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -353,5 +352,4 @@ class _Unpickler(pickle.Unpickler):
         return partial(_KNOWN[called]) if called in _KNOWN else _class(called)
 
 
-_PLAIN = SimpleNamespace(__name__="plain", Unpickler=_Unpickler)
-"""The module that ``torch.load`` takes for ``pickle``."""
+_PLAIN = SimpleNamespace(__name__="plain", Unpickler=_Unpickler)  # the module that ``torch.load`` takes for ``pickle``

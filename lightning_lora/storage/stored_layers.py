@@ -20,8 +20,7 @@ from lightning_lora.model.view import View
 from lightning_lora.tensors.inplace import combined
 from lightning_lora.tensors.names import join, own_parameter
 
-ALSO = "also"
-"""The option that holds the other names of a layer that is used in several places."""
+ALSO = "also"  # the option that holds the other names of a layer that is used in several places
 
 
 @dataclass(frozen=True)

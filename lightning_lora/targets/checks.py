@@ -12,8 +12,7 @@ from lightning_lora.layers import FROM_BASE, AdaptedMatrix, LoRALayer, LoRAParam
 from lightning_lora.targets.lookup import SEE_ALL, Names, supported_types, why_not
 from lightning_lora.tensors.names import join, plain_module
 
-_SHOWN = 5
-"""The number of layers that an error names."""
+_SHOWN = 5  # the number of layers that an error names
 
 
 @dataclass(frozen=True)

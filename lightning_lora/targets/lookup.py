@@ -10,8 +10,7 @@ from lightning_lora.errors import TargetError, listed
 from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for
 from lightning_lora.tensors.names import named_modules, own_parameter, parameters_of
 
-AUTOMATIC = ("all-linear", "all")
-"""The keywords that ``target_modules`` accepts, besides regular expressions and lists."""
+AUTOMATIC = ("all-linear", "all")  # the keywords that ``target_modules`` accepts, besides regular expressions and lists
 
 COMPUTED = "computed (weight_norm, spectral_norm, parametrize or prune)"
 
@@ -29,10 +28,7 @@ class Names:
         self.modules = {name: module for name, module in modules.items() if name}
 
     def find(self, argument: str, pattern: object) -> list[str]:
-        """Return every name that the pattern of an argument matches: an expression for full names, or a list of names.
-
-        ``modules_to_save`` may name parameters too, and ``target_parameters`` names nothing else.
-        """
+        """Return every name that an argument's pattern matches: an expression for full names, or a list of names."""
         if pattern is None:
             return []
         known: Mapping[str, object] = self.parameters if argument == "target_parameters" else self.modules

@@ -85,10 +85,7 @@ def automatic_targets(names: Names, word: str) -> dict[str, nn.Module]:
 
 
 def _holders(names: Names, config: LoRAConfig) -> dict[nn.Module, list[str]]:
-    """The modules that read the parameters in ``target_parameters``, with the names of the parameters in them.
-
-    A layer's weight is read by the module around the layer, which may not call the layer.
-    """
+    """The modules that read ``target_parameters``, with their names there: for a layer's weight, the one around it."""
     holders: dict[nn.Module, list[str]] = {}
     for name in names.find("target_parameters", config.target_parameters):
         owner, _, leaf = name.rpartition(".")

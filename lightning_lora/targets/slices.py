@@ -7,8 +7,7 @@ from lightning_lora.layers import AdaptedMatrix, LoRALayer
 from lightning_lora.targets.lookup import Names
 
 Rows = dict[str, tuple[int, int]]
-Slices = tuple[str, ...] | Rows
-"""Names of parts, or names with their ranges of rows."""
+Slices = tuple[str, ...] | Rows  # names of parts, or names with their ranges of rows
 
 _ATTENTION = ("c_attn", "qkv", "qkv_proj", "Wqkv")
 """Names of fused projections whose output is all queries, then all keys, then all values."""
@@ -59,10 +58,7 @@ def _rows_of(
 
 
 def _known_rows(names: Names, name: str, weight: AdaptedMatrix) -> Rows | None:
-    """The rows of q, k and v in a fused projection, or None if they are not known.
-
-    The nearest module around it that has a ``config`` with a number of heads tells their sizes.
-    """
+    """The rows of q, k and v in a fused projection, from the nearest ``config`` around it with heads, or None."""
     *above, leaf = name.split(".")
     if leaf == "gate_up_proj":
         return _ranges(dict.fromkeys(("gate", "up"), weight.writes // 2)) if weight.writes % 2 == 0 else None

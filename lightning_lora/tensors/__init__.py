@@ -1,4 +1,1 @@
-"""Tools for torch parameters and modules: names, classes, values.
-
-Nothing here depends on LoRA.
-"""
+"""Tools for torch parameters and modules: names, classes, values. Nothing here depends on LoRA."""

@@ -5,13 +5,9 @@ from typing import Any, ClassVar
 
 
 class InPlace:
-    """A mixin that :func:`overlay` adds to the class of an object. Its ``super()`` calls the original class.
+    """A mixin that :func:`overlay` adds to the class of an object. ``super()`` calls that. Copies and pickles work."""
 
-    Copying and pickling work, although the combined class cannot be imported by name.
-    """
-
-    overlaid: ClassVar[tuple[type, type]]
-    """The mixin and the original class."""
+    overlaid: ClassVar[tuple[type, type]]  # the mixin and the original class
 
     overlaid_prefix: ClassVar[str] = "LoRA"
     """The start of the combined class's name. The original class's name follows."""

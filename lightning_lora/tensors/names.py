@@ -1,8 +1,7 @@
-"""Names of modules and parameters, without wrappers.
+"""Names of modules and parameters, without wrappers, in patterns, checkpoints and errors.
 
 ``torch.compile`` and torch's ``checkpoint_wrapper`` put a wrapper around a submodule, which adds ``_orig_mod.`` or
-``_checkpoint_wrapped_module.`` to every name inside it. ``Fabric.setup`` puts one around a model. Patterns, checkpoints
-and errors use the names without wrappers. So a checkpoint of a wrapped model loads into a plain one, and vice versa.
+``_checkpoint_wrapped_module.`` to every name inside it. ``Fabric.setup`` puts one around a model.
 """
 
 from collections.abc import Mapping

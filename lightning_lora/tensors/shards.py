@@ -1,7 +1,4 @@
-"""Tensors that are distributed over several processes (DTensor), as FSDP2 and tensor parallelism make them.
-
-Calls marked as collective must be made by every process, in the same order.
-"""
+"""Tensors distributed over processes (DTensor). Calls marked as collective: by every process, in the same order."""
 
 import math
 import sys
@@ -68,8 +65,7 @@ def replicated(parameter: nn.Parameter, mesh: Any) -> nn.Parameter:
     return nn.Parameter(values, parameter.requires_grad)
 
 
-TENSOR_PARALLEL = "tensor_parallel"
-"""Lightning's name for the dimension of a mesh that splits matrices."""
+TENSOR_PARALLEL = "tensor_parallel"  # Lightning's name for the dimension of a mesh that splits matrices
 
 
 def split_as(factor: Tensor, weight: Tensor, dim: int | None) -> Tensor:

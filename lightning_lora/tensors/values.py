@@ -86,13 +86,10 @@ def _samples(tensor: Tensor) -> Tensor:
 
 
 class Seen:
-    """A tensor, or the local shard of a DTensor, as it was at one moment. A copy of this knows only the values.
-
-    It knows the tensor itself, but not by a weak reference: torch refuses to swap tensors that have one.
-    """
+    """A tensor, or the local shard of a DTensor, as it was at one moment. A copy of this knows only the values."""
 
     def __init__(self, tensor: Tensor, known: int | None = None) -> None:
-        self._tensor: Tensor | None = tensor
+        self._tensor: Tensor | None = tensor  # no weak reference: torch refuses to swap tensors with one
         tensor = to_local(tensor)
         self._look = look(tensor)
         self._some = None if self._look is None or self._look[0] is None else _samples(tensor).to("cpu", copy=True)

@@ -1,4 +1,1 @@
-"""Steps of a Trainer's run: optimizers, gradients, averages, checkpoints.
-
-Apart from the callback, only this package imports Lightning. It may import every other subpackage.
-"""
+"""Steps of a Trainer's run. Only this and the callback import Lightning. It may import all other subpackages."""

@@ -23,8 +23,7 @@ State = dict[str, Any]
 _COPIES, _SCALE = "float32", "loss_scaler"
 """Entries of an optimizer's state in half precision: DeepSpeed's copies, and how it scales the loss in float16."""
 
-_IDLE = "lora_idle_"
-"""The start of the names of parameters that keep the places of groups which train nothing."""
+_IDLE = "lora_idle_"  # the start of the names of parameters that keep the places of groups which train nothing
 
 
 class Partition:

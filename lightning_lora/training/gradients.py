@@ -103,10 +103,7 @@ def _give_zero_gradients(parameters: list[nn.Parameter]) -> None:
 
 @contextmanager
 def gradients_pass() -> Iterator[None]:
-    """Let gradients pass reentrant checkpoints in this thread.
-
-    They pass gradients only if one of their inputs requires one. Behind a frozen embedding, none does.
-    """
+    """Let gradients pass reentrant checkpoints in this thread, also if no input requires one (frozen embeddings)."""
     thread = get_ident()
     with _LOCK:
         if not _PASSING:

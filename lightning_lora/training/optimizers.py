@@ -35,10 +35,7 @@ register_optimizer_step_post_hook(_count_fused_step)
 
 
 def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Replace base weights in the optimizers' groups by their adapters, which stay where the user has put them.
-
-    The lists are edited in place, because LBFGS and schedulers keep references to them. The number of groups stays.
-    """
+    """Replace base weights in the groups by adapters, in place: LBFGS and schedulers keep references to these lists."""
     view = view_of(model)
     followers: dict[int, Params] = {}
     for layer in view.layers.values():
@@ -119,10 +116,7 @@ def _ids(groups: list[Params]) -> list[list[int]]:
 
 
 def _edit(groups: list[Params], followers: dict[int, Params], chosen: set[int]) -> list[Params]:
-    """One optimizer's groups without frozen weights, and with the adapters that nobody has put elsewhere.
-
-    An adapter stands where its base weight stood, if one group has both: files keep this order.
-    """
+    """One optimizer's groups with adapters, if not put elsewhere, where their weights stood: files keep this order."""
     placed: set[int] = set()
     edited: list[Params] = []
     for group in groups:

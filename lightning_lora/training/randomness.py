@@ -8,8 +8,7 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-RANDOM = "lightning_lora_random"
-"""The checkpoint entry with the states of torch's generators."""
+RANDOM = "lightning_lora_random"  # the checkpoint entry with the states of torch's generators
 
 
 def random_states(trainer: Trainer) -> dict[str, Tensor]:

@@ -1,8 +1,4 @@
-"""ModelParallelStrategy (FSDP2): adapters beside a sharded base.
-
-They are added after ``configure_model``: each process holds them in full, and one message averages their gradients.
-The files are those of any other strategy: the base is never gathered.
-"""
+"""ModelParallelStrategy (FSDP2): each process holds the adapters in full, and one message averages their gradients."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -176,10 +172,7 @@ class LoRAShardedStrategy(LateStrategy):
 
 
 class ShardedGradients(Gradients):
-    """Averages the gradients of a sharded run: FSDP2 averages those of its own parameters, and no others.
-
-    A layer that one process leaves out gets zero there. Statistics of norms that train are the first process's.
-    """
+    """Averages the gradients that FSDP2 does not. A layer that one process leaves out gets zero there."""
 
     def __init__(self, model: nn.Module, wrapped: Any, stage: Stage, mesh: Any) -> None:
         super().__init__(model, wrapped, notes=True)

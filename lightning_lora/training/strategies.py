@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 
 def overlay_strategy(strategy: "Strategy", stage: Stage) -> LoRAStrategy:
-    """Add the methods of :class:`LoRAStrategy` to a strategy, once, and let them act in ``stage``.
-
-    What other code has set on the strategy since the set-up before is called once, as if set below them.
-    """
+    """Add the methods of LoRAStrategy to a strategy, once, to act in ``stage``, above what other code has set on it."""
     held = vars(strategy)
     if not isinstance(strategy, LoRAStrategy):
         mixin = _mixin_for(strategy)

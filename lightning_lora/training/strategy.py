@@ -1,7 +1,6 @@
-"""What a strategy does for adapters, where callbacks have no hooks.
+"""What a strategy does for adapters, at moments where callbacks have no hook, or theirs is skipped.
 
-A callback has no hook between ``configure_model`` and the loading of a checkpoint, nor just after the optimizers are
-built. Its checkpoint hooks are skipped when only weights are saved. The Trainer calls the strategy at these moments.
+These are before a checkpoint is loaded, after the optimizers are built, and when only weights are saved.
 """
 
 from abc import ABC
@@ -271,12 +270,9 @@ class LoRAStrategy(Strategy, InPlace):
             super().save_checkpoint(checkpoint, path, storage_options)
 
     def _lora_saves(self) -> bool:
-        """Whether there is anything of this package to write.
-
-        With ``save="model"``, other code loads files of the fit into the merged module. Then it is a plain one.
-        """
+        """Whether there is anything of this package to write."""
         module = self.lora_module
-        if self.lora_stage.save == "model" and not is_as_merged(module):
+        if self.lora_stage.save == "model" and not is_as_merged(module):  # other code loaded a file into it
             unmerge(module)  # drops the record, and says so
             drop_averages(self.lora_stage.callbacks)  # of the adapted module
         return find_record(module) is not None

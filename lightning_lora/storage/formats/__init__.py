@@ -1,4 +1,1 @@
-"""File formats: what reads a file into ``StoredAdapters`` or writes one from it.
-
-Nothing here imports PEFT or loralib.
-"""
+"""What reads a file into ``StoredAdapters`` or writes one from it. Nothing here imports PEFT or loralib."""

@@ -16,17 +16,13 @@ from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.names import submodule
 
 _PARTS = re.compile(r"(unet|prior|transformer|text_encoder)(_\d+)?")
-"""What pipelines call the parts that can have adapters."""
 
 _OLDER_NAME = re.compile(rf"{_PARTS.pattern}\.|.*\.lora(_linear_layer)?\.(down|up)\.")
 """Names in a file of diffusers without a header."""
 
 
 def part_of(model: nn.Module | None, root: str) -> str | None:
-    """Return what a pipeline calls a model that is called ``root`` in its module, or None for no part of one.
-
-    The name itself, such as ``text_encoder_2``, or by its class: transformers is where diffusers' method looks first.
-    """
+    """Return what a pipeline calls a model, by ``root`` (its name in its module) or its class. None: it is no part."""
     name = root.rpartition(".")[2]
     if _PARTS.fullmatch(name):
         return name
