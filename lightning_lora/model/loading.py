@@ -19,7 +19,9 @@ def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Map
     """Check a state dict before torch loads it: the record takes over the values of a new base, or a merged model."""
     view = View(model)
     record = view.record
-    given = _without_prefix(state, plain_name(prefix))
+    lead = plain_name(prefix)
+    plain = {plain_name(name): value for name, value in state.items()}
+    given = {name.removeprefix(lead): value for name, value in plain.items() if name.startswith(lead)}
     adapters = [name for name in view.adapters if name in given]
     if record.is_merged:
         if adapters:
@@ -50,12 +52,6 @@ def _holds_updates(view: View, given: Mapping[str, Any]) -> bool:
     same = {name: isinstance(given.get(name), Tensor) and same_bits(p, given[name]) for name, p in view.frozen.items()}
     rest = [is_same for name, is_same in same.items() if name not in adapted]
     return bool(rest) and all(rest) and not all(same.values())
-
-
-def _without_prefix(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The entries of a state dict for this module, by their plain names in it."""
-    plain = {plain_name(name): value for name, value in state.items()}
-    return {name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)}
 
 
 def _loaded(view: View, given: Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
-"""Fingerprints of base models, and the comparison of a base with those of stored adapters.
+"""Fingerprints of base models: names, shapes and contents of everything that training does not change.
 
-A fingerprint covers the names, shapes and contents of everything that training does not change. It has a form: the
-dtypes in which the base was seen. The same base may be compared in another form: converted, or quantised.
+One has a form: the dtypes in which the base was seen. The same base may be compared converted, or quantised.
 """
 
 import hashlib

@@ -216,7 +216,11 @@ def load_from_checkpoint(
 def _build(cls: "type[Module]", checkpoint: dict[str, Any], options: dict[str, Any]) -> "tuple[Module, Any]":
     """Build a module as Lightning does, but without its strict loading. Return it and its state, after its own hook."""
     if "_class_path" in checkpoint.get("hyper_parameters", {}):  # of LightningCLI, which builds another class
-        return _built_by_cli(cls, checkpoint, options), checkpoint["state_dict"]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="(Found keys|The state dict)")
+            shell = _as_file({**checkpoint, "state_dict": {}})
+            model = cls.load_from_checkpoint(shell, map_location="cpu", **options, strict=False)
+        return model, checkpoint["state_dict"]
     kind, states = _that_loads_nothing(cls)
     model = kind.load_from_checkpoint(_as_file(checkpoint), map_location="cpu", **options)
     del model.load_state_dict
@@ -238,13 +242,6 @@ def _that_loads_nothing(cls: "type[Module]") -> "tuple[type[Module], list[Any]]"
 
     body = {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(body)), states
-
-
-def _built_by_cli(cls: "type[Module]", checkpoint: dict[str, Any], options: dict[str, Any]) -> "Module":
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="(Found keys|The state dict)")
-        shell = _as_file({**checkpoint, "state_dict": {}})
-        return cls.load_from_checkpoint(shell, map_location="cpu", **options, strict=False)
 
 
 def _as_file(checkpoint: dict[str, Any]) -> BytesIO:

@@ -70,7 +70,9 @@ def without_base(view: View, state: Mapping[str, Any], random: Collection[str] =
     """
     record, trained = view.record, view.trained
     originals = {name: value for name, value in record.adapter.originals.items() if name not in trained}
-    dropped = {*view.frozen, *view.entries, *_aliases(view)}
+    adapters = set(map(id, view.adapters.values()))
+    aliases = {name for name, p in view.parameters.items() if id(p) in adapters and name not in view.adapters}
+    dropped = {*view.frozen, *view.entries, *aliases}
     added = {*record.changed, *originals, *random}
     held: dict[str, Any] = {name: value.detach() for name, value in view.frozen_values.items() if name in added}
     held |= {plain_name(name): value for name, value in state.items() if plain_name(name) not in dropped}
@@ -98,9 +100,3 @@ def check_not_diverged(view: View) -> None:
 def required(view: View) -> dict[str, Tensor]:
     """Return everything that trains, by name."""
     return {**view.adapters, **view.trained}
-
-
-def _aliases(view: View) -> set[str]:
-    """The further names of adapters on shared layers."""
-    ids = set(map(id, view.adapters.values()))
-    return {name for name, p in view.parameters.items() if id(p) in ids and name not in view.adapters}
