@@ -32,8 +32,9 @@ def test_conv1d_is_found_without_importing_transformers_and_every_type_is_one_en
 
 def test_fresh_adapter_changes_nothing_and_is_removed_without_a_trace(case: tuple[nn.Sequential, Any]) -> None:
     model, x = case
-    next(model.parameters()).requires_grad_(False)
     before, layer, cls, weights = model(x), model[0], type(model[0]), list(model.parameters())
+    weights[0].requires_grad_(False)
+    frozen = model(x)  # torch may round differently then
     values, flags = state(model), [p.requires_grad for p in weights]
     keys, calls = list(model.state_dict()), list[str]()
     layer.register_forward_hook(lambda *_: calls.append("forward"))
@@ -44,7 +45,7 @@ def test_fresh_adapter_changes_nothing_and_is_removed_without_a_trace(case: tupl
     assert [key for key in model.state_dict() if "lora_" not in key] == keys
     randomise(model)
     remove_adapters(model)
-    assert type(model[0]) is cls and same(state(model), values) and torch.equal(model(x), before)
+    assert type(model[0]) is cls and same(state(model), values) and torch.equal(model(x), frozen)
     assert [p.requires_grad for p in model.parameters()] == flags
     assert not [name for name in (*vars(model[0]), *vars(model)) if "lora" in name]
 
