@@ -37,6 +37,7 @@ def find_fresh(view: View) -> Fresh:
         is_fresh = _looks_fresh(view, name, weights)
         sizes[is_fresh] += sum(map(torch.numel, weights.values()))
         frozen_by_user = any(join(name, leaf) in view.frozen_by_user for leaf in weights)
+        # an embedding's large values change slowly, and what the user froze is random on purpose
         if is_fresh and not frozen_by_user and not isinstance(view.modules[name], nn.Embedding | nn.EmbeddingBag):
             fresh[name] = weights
     adapted_weights = set()

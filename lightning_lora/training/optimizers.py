@@ -46,7 +46,7 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     built = list(map(_built_groups, optimizers))
     chosen = _held(chain(*built))
     edited = [_edit(groups, followers, chosen) for groups in built]
-    _place_rest(view, edited)
+    _place_rest(view, edited)  # adapters stay where the user has put them, and the number of groups stays
     for number, (optimizer, before, after) in enumerate(zip(optimizers, built, edited, strict=True)):
         if not any(after):
             title = f"Optimizer {number} of {type(model).__name__} ({type(optimizer).__name__})"

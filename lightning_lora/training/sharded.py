@@ -191,7 +191,7 @@ class ShardedGradients(Gradients):
         if self.stage.averages_gradients and self.mesh.size() > 1:
             for parameters in self.averaged.values():
                 self._average(parameters)
-            _share(self.statistics)
+            _share(self.statistics)  # of norms that train: the first process's
         super().end_backward()
 
     def _average(self, parameters: list[nn.Parameter]) -> None:

@@ -34,7 +34,7 @@ def overlay_strategy(strategy: "Strategy", stage: Stage) -> LoRAStrategy:
             found.lora_others.pop(name, None)
         elif other != ours:
             found.lora_others.setdefault(name, []).append(other)
-            held[name] = ours
+            held[name] = ours  # the other one is called below it, once
     found.lora_stage = stage
     return found
 
