@@ -131,7 +131,7 @@ def check_output(out: Any, inputs: Iterable[Any] = (), files: Iterable[str] = ("
         place = (local / file).resolve()
         if source.exists() and any(each.exists() and each.samefile(source) for each in (place, *place.parents)):
             raise AdapterFileError(
-                f"{out} would be written over {source}, or inside it, and is made from it. Choose another place."
+                f"{out} would be written over or into {source}, which it is made from. Choose another place."
             )
 
 
