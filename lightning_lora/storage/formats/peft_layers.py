@@ -38,13 +38,15 @@ class PeftLayer:
     is_parameter: bool = False  # whether PEFT wraps a parameter (target_parameters), not a layer
 
 
-def why_not(layer: StoredLayer) -> str | None:
+def why_not(layer: StoredLayer, magnitude: Tensor | None = None) -> str | None:
     """Return why PEFT has no counterpart for a layer's adapter, or computes something else, or None."""
     own, title = _PEFT_LAYERS.get(layer.adapter_class), layer.layer_class.rpartition(".")[2]
     if own is None or layer.layer_class in _registered():
         return f"PEFT has no counterpart for our adapter of {title}."
     if layer.options.get(ALSO):
         return f"the layer is used as {listed(layer.options[ALSO])} too, and PEFT would adapt the first use alone."
+    if magnitude is not None and (magnitude == 0).any():
+        return "PEFT scales an output whose magnitude is zero by zero; here it is not scaled."
     return own.why_not(layer)
 
 
@@ -175,7 +177,8 @@ def check_exportable(stored: StoredAdapters, modules: Mapping[str, nn.Module], s
     """
     wrong: dict[str, list[str]] = {}
     for layer in stored.layers.values():
-        if why := why_not(layer) or _why_not_there(layer, stored):
+        magnitude = stored.state.get(join(layer.name, layer.matrices[0].parameter(Role.MAGNITUDE)))
+        if why := why_not(layer, magnitude) or _why_not_there(layer, stored):
             wrong.setdefault(why, []).append(layer.name)
     if wrong:
         reasons = [f"{listed(names)}: {why}" for why, names in wrong.items()]
@@ -222,19 +225,16 @@ def _why_not_there(layer: StoredLayer, stored: StoredAdapters) -> str | None:
     around = stored.layers.keys() & starts_of(owner_of(layer.name))
     if around and peft_layer(layer).is_parameter:
         return f"PEFT finds no parameters inside of {listed(around)}, whose parameters are adapted too."
-    magnitude = stored.state.get(join(layer.name, layer.matrices[0].parameter(Role.MAGNITUDE)))
-    if magnitude is not None and (magnitude == 0).any():
-        return "PEFT scales an output whose magnitude is zero by zero; here it is not scaled."
     return None
 
 
 def _why_not_saved(module: str, stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> str | None:
     """Why PEFT would not find a module that is trained whole, or find others too."""
-    name = Renaming(stored.root, "").name_here(module)
+    name, *saved = map(Renaming(stored.root, "").name_here, (module, *stored.saved))
     if stored.layers.keys() & starts_of(owner_of(module)):
         return f"inside of a module whose parameters are adapted: PEFT would not find it. {_LEAVE_OUT}"
-    if alike := [other for other in modules if other.endswith(name) and other != name]:
-        return f"and PEFT would also save {listed(alike)}, because these names end alike. Rename one of them."
+    if alike := [other for other in modules if other.endswith(name) and other not in saved]:
+        return f"and PEFT would also save {listed(alike)}, because these names end alike. Name all, or rename one."
     return None
 
 

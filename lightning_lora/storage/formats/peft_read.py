@@ -36,7 +36,7 @@ from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapte
 from lightning_lora.storage.names import Renaming, is_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
-from lightning_lora.tensors.names import join, starts_of
+from lightning_lora.tensors.names import join, owner_of, starts_of
 
 Tensors = Mapping[str, Tensor]  # of one adapter: "A", "B", "magnitude", "tokens"
 
@@ -155,15 +155,14 @@ class _Layers:
         layer = self._module(there)
         kind = adapter_for(layer)
         adapted_as = layer.overlaid[0] if isinstance(layer, LoRALayer) else None
-        if kind in (None, LoRARecurrent) or adapted_as is LoRAParameters:
+        if kind is None or kind is LoRARecurrent or adapted_as is LoRAParameters:
             return self._parameters(there, wrapped)
-        assert kind is not None
-        about = self._described(there, kind, kind.lora_matrices_of(layer))
+        (tensors, *more) = wrapped.values()
+        about = self._described(there, kind, kind.lora_matrices_of(layer), tensors.get("magnitude"))
         if kind is LoRAAttention:
             return self._attention(there, about, wrapped)
-        if len(wrapped) != 1:
+        if more:
             raise AdapterFileError(f"The file holds {listed(wrapped)}: two updates of one {type(layer).__name__}.")
-        (tensors,) = wrapped.values()
         if "tokens" in tensors:
             return self._tokens(there, about, tensors)
         if kind is LoRAConv1D and self.config.init == "olora":
@@ -192,10 +191,12 @@ class _Layers:
     def _module(self, there: str) -> Any:
         return self.view.modules[self.place.name_here(there)]
 
-    def _described(self, there: str, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...]) -> StoredLayer:
+    def _described(
+        self, there: str, kind: type[LoRALayer], matrices: tuple[AdaptedMatrix, ...], magnitude: Tensor | None = None
+    ) -> StoredLayer:
         """The layer with this adapter, if PEFT computes the same."""
         about = described(self.view, self.place.name_here(there), kind, matrices)
-        if why := why_not(about):
+        if why := why_not(about, magnitude):
             raise AdapterMismatchError(
                 f"The file has an update of {there!r}, which cannot be read: {why} Pass the model that the file was "
                 "trained on, or merge it with PEFT, and use the merged model."
@@ -273,25 +274,32 @@ class _Layers:
     # What a whole file holds
 
     def check_complete(self, adapters: Mapping[str, Tensors], rest: Collection[str], path: object) -> None:
-        """Refuse a file without tensors for what its configuration names in this model, as PEFT reads it."""
-        wrapped = {self._module(_plain(name)) for name in adapters}
+        """Refuse a file that lacks some of what its configuration names, or warn: an encoder's has no decoder."""
+        names, left = [self.place.name_here(_plain(name)) for name in adapters], list[str]()
+        wrapped = set(map(self.view.modules.__getitem__, names))
+        held = {"", *(above for name in (*names, *rest) for above in starts_of(name)[:-1])}
         rows = [name for name, tensors in adapters.items() if "tokens" in tensors]
         ends = self.peft.tokens if isinstance(self.peft.tokens, dict) else [""] * bool(self.peft.tokens)
         lacking = [f"{end}: rows" for end in ends if not any(_plain(name).endswith(end) for name in rows)]
         for name, module in self.view.modules.items():
             if not is_inside(name, self.place.here) or name == self.place.here:
                 continue
-            around, there = starts_of(name), self.place.name_there(name)
-            is_wrapped = not wrapped.isdisjoint(map(self.view.modules.__getitem__, around))
-            if (not is_wrapped and self._is_meant(there, module)) or not self._is_saved_whole(name, there, rest):
+            around, there = map(self.view.modules.__getitem__, starts_of(name)), self.place.name_there(name)
+            if not self._is_saved_whole(name, there, rest):
                 lacking.append(name)
+            elif wrapped.isdisjoint(around) and self._is_meant(there, module):
+                (lacking if owner_of(name) in held else left).append(name)
+        says = (
+            f"{PEFT_CONFIG} also names {listed(lacking or left)} in {type(self.view.model).__name__}, and {path} holds "
+            "no tensors for them: it is not whole, or of another model. "
+        )
         if lacking:
             raise AdapterFileError(
-                f"{PEFT_CONFIG} also names {listed(lacking)} in {type(self.view.model).__name__}, and {path} holds no "
-                "tensors for them: it is not whole, or of another model. Use all that was saved, on the model of the "
-                "training. If they are to stay as they are, name them in exclude_modules of the configuration, or "
-                "remove them from modules_to_save."
+                f"{says}Use all that was saved, on the model of the training. If they are to stay as they are, name "
+                "them in exclude_modules of the configuration, or remove them from modules_to_save."
             )
+        if left:
+            warn(f"{says}They stay as they are. To hide this warning, name them in exclude_modules there.")
 
     def _is_meant(self, there: str, module: nn.Module) -> bool:
         """Whether PEFT would adapt a module, or one of its parameters."""

@@ -20,18 +20,18 @@ INDEX = torch.arange(12).view(3, 4) % WORDS
 
 
 class Layers(nn.Module):
-    """An embedding, linear layers, and a Conv1D, with a name that is the end of another."""
+    """An embedding, linear layers, and a Conv1D, with names that are the ends of others."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.q, self.conv1d = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WIDTH), Conv1D(12, WIDTH)
         nn.init.normal_(self.conv1d.weight, std=0.3)
         self.inner = nn.ModuleDict({"q": nn.Linear(12, WIDTH)})
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 5)
+        self.norm, self.pre_head, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 5)
 
     def forward(self, index: Tensor) -> Tensor:
         x = self.q(self.embed(index)).tanh()
-        return self.head(self.norm(self.inner["q"](self.conv1d(x).tanh())))
+        return self.head(self.pre_head(self.norm(self.inner["q"](self.conv1d(x).tanh()))))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ class Layers(nn.Module):
         {"target_modules": ["q"], "use_dora": True, "init": "pissa"},
         {"target_modules": ["q"], "bias": "lora_only"},
         {"target_modules": ["q"], "bias": "all"},
-        {"target_modules": ["q"], "modules_to_save": ["head", "norm"], "bias": "all"},
+        {"target_modules": ["q"], "modules_to_save": ["pre_head", "head", "norm"], "bias": "all"},
         {"target_modules": ["conv1d"], "target_slices": {"conv1d": {"a": (0, 3), "b": (6, 8)}}},
         {"target_modules": ["q"], "target_slices": {"q": {"a": (4, 8)}}, "init": "pissa", "use_rslora": True},
     ],
@@ -203,7 +203,7 @@ def test_names_are_exact(tmp_path: Path) -> None:
     model = trained(Layers(), LoRAConfig(r=2, target_modules="q"))
     save_adapter(model, tmp_path / "a.safetensors")
     everything = trained(Layers(), LoRAConfig(r=2, target_modules="all"))
-    names = ["embed", "q", "conv1d", "inner.q", "head"]
+    names = ["embed", "q", "conv1d", "inner.q", "pre_head", "head"]
     for source, expected in ((everything, names), (model, "q"), (tmp_path / "a.safetensors", "q")):
         export_peft(source, tmp_path / "peft")
         config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import lightning_lora as ll
 from tests.storage.formats.test_reading import INDEX
 from tests.support.models import WORDS, Around, LitTiny, TinyLM, data, same, state, trainer
-from tests.support.peft_reading import Attending, Expert, Images, Mixed, built, gap, write_peft
+from tests.support.peft_reading import Attending, Expert, Experts, Images, Mixed, built, gap, write_peft
 from tests.support.storage import refused
 
 PRE = "base_model.model."
@@ -131,11 +132,20 @@ def test_what_the_tensors_are(tmp_path: Path, change: Any, error: type[Exception
 
 
 class Blocks(nn.Module):
-    """Two layers in a list, and a head."""
+    """Two blocks in a list."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.m = nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in "ab"])})
+        self.m = nn.ModuleDict({"h": nn.ModuleList([self.block(), self.block()])})
+
+    def block(self) -> nn.Module:
+        mlp = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+        return nn.ModuleDict({"q": nn.Linear(8, 8), "k": nn.Linear(8, 8), "mlp": mlp})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.m["h"]:
+            x = block["mlp"](block["q"](x) * block["k"](x))
+        return x
 
 
 TWO: dict[str, Any] = {"target_modules": ["linear", "c_proj"]}
@@ -151,8 +161,17 @@ LACKING: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]
     "a parameter": (
         Expert, {"target_modules": [], "target_parameters": ["rnn.weight_hh_l0", "up"]}, {}, "rnn", "names 'rnn' in",
     ),
-    "other blocks": (Blocks, ONE, {"layers_to_transform": None}, "-", r"'m\.h\.0\.q'"),
-    "one more block": (Blocks, ONE, {"layers_to_transform": [0, 1]}, "-", r"'m\.h\.0\.q'"),
+    "a layer of a block": (Blocks, {"target_modules": ["q", "k"]}, {}, r"m\.h\.1\.k", r"names 'm\.h\.1\.k' in"),
+    "a layer of a list": (Blocks, {"target_modules": ["mlp.0", "mlp.2"]}, {}, r".*mlp\.2", r"'m\.h\.0\.mlp\.2'"),
+    "all but a bias": (Blocks, {**ONE, "bias": "all"}, {"layers_to_transform": None}, "-", r"names 'm\.h\.0\.q' in"),
+}  # fmt: skip
+LEFT: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any], str]] = {
+    "other blocks": (Blocks, ONE, {"layers_to_transform": None}, r"'m\.h\.0\.q'"),
+    "one more block": (Blocks, ONE, {"layers_to_transform": [0, 1]}, r"'m\.h\.0\.q'"),
+    "a parameter": (
+        lambda: nn.Sequential(*[nn.Sequential(OrderedDict(experts=Experts())) for _ in "ab"]),
+        {"target_modules": [], "target_parameters": ["0.experts.up"]}, {"target_parameters": ["up"]}, r"'1\.experts'",
+    ),
 }  # fmt: skip
 
 
@@ -164,6 +183,19 @@ def test_a_file_that_lacks_what_its_configuration_names(tmp_path: Path, case: An
     say(tmp_path, **said)
     hold(tmp_path, lambda held: [held.pop(name) for name in [*held] if re.match(f"{PRE}{dropped}\\b", name)])
     check_refused(tmp_path, built(make), ll.AdapterFileError, match)
+
+
+@pytest.mark.parametrize(("make", "config", "said", "match"), LEFT.values(), ids=LEFT)
+def test_a_file_of_another_part_than_its_configuration_names(
+    tmp_path: Path, make: Any, config: Any, said: Any, match: str
+) -> None:
+    """Such as that of an encoder, whose names are those of a decoder too."""
+    expected, model, x = written(tmp_path, make, **config), built(make), torch.linspace(-1, 1, 8)[None]
+    say(tmp_path, **said)
+    with pytest.warns(ll.LoRAWarning, match=f"also names {match} in .*They stay as they are") as told:
+        ll.load_adapter(model, tmp_path)
+    assert [warning.filename for warning in told] == [__file__]
+    assert gap(model(x), expected(x)) < 2e-6
 
 
 @pytest.mark.parametrize(
@@ -324,6 +356,8 @@ def test_both_spellings_of_the_magnitude(tmp_path: Path) -> None:
         save_file({re.sub(r"vector(\.weight)?$", end, name): value for name, value in tensors.items()}, path)
         ll.load_adapter(model := built(Mixed), tmp_path)
         assert gap(model(INDEX), expected) < 2e-6
+    hold(tmp_path, lambda held: held[f"{PRE}linear.lora_magnitude_vector.weight"][:1].zero_())
+    check_refused(tmp_path, built(Mixed), ll.AdapterMismatchError, "'linear'.*whose magnitude is zero")
 
 
 def test_other_readers_say_what_it_is(tmp_path: Path) -> None:
