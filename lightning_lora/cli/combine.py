@@ -22,9 +22,9 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("files", type=Path, nargs="+", help="two or more files with adapters")
     parser.add_argument("--out", type=Path, required=True, help="the new .safetensors file")
     parser.add_argument("--weights", type=float, nargs="+", help="one for each file; by default, equal shares of 1")
-    parser.add_argument("--method", choices=get_args(Method), default="cat", help="how updates are combined")
+    parser.add_argument("--method", choices=get_args(Method), default="cat", help="how they are combined; default: cat")
     parser.add_argument("--rank", type=int, help="the rank of the result, except with cat; by default, the largest")
-    parser.add_argument("--density", type=float, default=0.2, help="the share of values that ties and dare keep")
+    parser.add_argument("--density", type=float, default=0.2, help="the share that ties and dare keep; default: 0.2")
     parser.add_argument("--seed", type=int, default=0, help="for dare, which draws the values")
 
 

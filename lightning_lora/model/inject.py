@@ -39,7 +39,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
         TargetError: a pattern matches nothing, or a layer that cannot be adapted.
         ConfigError: a layer is too small for its rank in ``rank_pattern``.
         AdapterMismatchError: ``model`` is already adapted, with another configuration.
-        AdapterStateError: DistributedDataParallel has wrapped ``model`` before it was adapted.
+        AdapterStateError: DistributedDataParallel or PEFT has wrapped ``model`` before.
 
     After an error, the model is unchanged.
 
@@ -61,8 +61,12 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
         )
     if state.find_record(model):
         state.record_of(model)  # raises an error if the adapters are disabled
-    choices = select(model, config)
     before = View(model, config)
+    if others := [name for name, each in before.modules.items() if type(each).__module__.startswith("peft.")]:
+        raise AdapterStateError(
+            f"{type(model).__name__} has PEFT's adapters: {listed(others)}. Call PEFT's merge_and_unload() first."
+        )
+    choices = select(model, config)
     _check_same(before, choices)
     adapters = _new_adapters(choices)
     if adapters:

@@ -200,10 +200,10 @@ def _check_settings(view: View, config: LoRAConfig) -> None:
             if r != here or not math.isclose(scaling, scaled) or not is_same_start:
                 raise AdapterMismatchError(
                     f"These adapters were trained with r={r} and a scaling of {scaling:g} in {target!r}; "
-                    f"here it has r={here}, a scaling of {scaled:g} and init={settings.init!r}. Call "
-                    "remove_adapters(model) before, or adapt it as they were trained: "
-                    f"r={config.r}, alpha={config.alpha}, use_rslora={config.use_rslora}, init={config.init!r}, "
-                    f"rank_pattern={config.rank_pattern}, alpha_pattern={config.alpha_pattern}."
+                    f"here it has r={here}, a scaling of {scaled:g} and init={settings.init!r}. Use the arguments of "
+                    f"the training: r={config.r}, alpha={config.alpha}, use_rslora={config.use_rslora}, "
+                    f"init={config.init!r}, rank_pattern={config.rank_pattern}, alpha_pattern={config.alpha_pattern}; "
+                    "or LoRACallback() alone, or remove_adapters(model) before load_adapter."
                 )
 
 

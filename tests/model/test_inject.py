@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import lightning_lora as ll
+from tests.support.faults import unchanged
 from tests.support.models import LitTiny, TinyLM, as_merged, flags, randomise, same, state, unfreezable
 from tests.support.storage import trained
 
@@ -39,6 +41,18 @@ def test_another_config_on_an_adapted_model_is_refused(other: dict[str, Any]) ->
     with pytest.raises(ll.AdapterMismatchError, match="adapted already"):
         ll.inject_adapters(model, ll.LoRAConfig(**(config | other)))
     assert same(state(model), before)
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_a_model_with_pefts_adapters_is_refused(is_wrapped: bool) -> None:
+    theirs = peft.get_peft_model(LitTiny(), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["head"]))
+    model = theirs if is_wrapped else theirs.get_base_model()
+    with (
+        unchanged(model),
+        pytest.raises(ll.AdapterStateError, match=r"PEFT's adapters: .*q_proj'.*merge_and"),
+    ):
+        ll.inject_adapters(model, ll.LoRAConfig(r=2))
+    ll.inject_adapters(theirs.merge_and_unload(), ll.LoRAConfig(r=2))
 
 
 def test_injecting_something_else_is_an_error() -> None:

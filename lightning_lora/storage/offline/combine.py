@@ -50,7 +50,8 @@ def combine_files(paths: Sequence[Path], out: Path, how: How) -> int:
     """Write the sum of all updates, or what ``how`` makes of it. Return the number of layers."""
     check_place(out, paths)
     if len(paths) < 2 or len(how.weights) != len(paths):
-        raise ConfigError(f"Got {len(paths)} files and {len(how.weights)} weights. Expected at least two, and as many.")
+        found = f"Got {len(paths)} files and {len(how.weights)} weights"
+        raise ConfigError(f"{found}. Expected at least two files, and one weight for each.")
     files = list(map(read_layers, paths))
     known = _check_alike(files)
     generator = torch.Generator().manual_seed(how.seed)
