@@ -127,11 +127,7 @@ def _sum_of_products(integers: Tensor, multipliers: Tensor) -> Tensor:
 
 @functools.cache
 def _multipliers(device: torch.device) -> Tensor:
-    """Odd 64-bit numbers for the positions in a chunk, as good as random.
-
-    Source:
-        Steele et al. 2014, "Fast Splittable Pseudorandom Number Generators", section 5 (SplitMix64's mixing function).
-    """
+    """Odd 64-bit numbers, as good as random, by SplitMix64's mixing function (Steele et al. 2014, section 5)."""
     mixed = torch.arange(1, _CHUNK + 1, device=device) * -0x61C8864680B583EB
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         mixed = (mixed ^ (mixed >> shift)) * factor

@@ -69,7 +69,7 @@ def export_peft(
     Warns:
         LoRAWarning: an nn.TransformerEncoder, which reads weights past PEFT's layers in eval mode, holds adapted
             layers; or an adapted weight is tied to another, which PEFT's merge would change; or frozen layers look
-            untrained, which PEFT's format cannot hold.
+            untrained, which PEFT's format cannot hold; or llama.cpp would scale a causal language model otherwise.
 
     Example:
         >>> import tempfile
@@ -101,6 +101,9 @@ def export_peft(
         metadata={"format": "pt", peft.METADATA: json.dumps({prefix + name: value for name, value in config.items()})},
     )
     _warn_of_merges(source)
+    is_causal = type(source.inner).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    if is_peft and is_causal and (config["alpha_pattern"] or config["use_rslora"]):
+        warn("llama.cpp reads lora_alpha alone, and would scale this adapter otherwise. For it, pass uniform=True.")
     _write(Path(directory).expanduser(), place, contents, json.dumps(config, indent=2).encode() if is_peft else b"")
 
 

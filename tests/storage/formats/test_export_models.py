@@ -106,6 +106,24 @@ def test_models_inside_a_lightning_module(kind: str, head: str, config: dict[str
             check_equal(run(load_adapter(base, directory)), here)
 
 
+SCALED: list[tuple[dict[str, Any], int]] = [
+    ({"rank_pattern": {"v_proj": 1}, "alpha": 2}, 0),
+    ({"alpha_pattern": {"v_proj": 4}}, 1),
+    ({"use_rslora": True}, 1),
+]
+
+
+@pytest.mark.parametrize(("config", "warned"), SCALED)
+def test_what_llama_cpp_would_scale_otherwise_is_named(config: dict[str, Any], warned: int, tmp_path: Path) -> None:
+    model = trained(tiny("Llama", "ForCausalLM"), LoRAConfig(r=2, target_modules=["q_proj", "v_proj"], **config))
+    with warnings.catch_warnings(record=True) as noticed:
+        warnings.simplefilter("always")
+        export_peft(model, tmp_path / "uniform", uniform=True)
+        assert not noticed
+        export_peft(model, tmp_path / "peft")
+    assert ["llama.cpp" in str(each.message) for each in noticed] == [True] * warned
+
+
 def test_a_file_of_a_trainer(tmp_path: Path) -> None:
     module, index = LitTiny(), torch.arange(6)
     (t := trainer(tmp_path, [lora()])).fit(module, data())
