@@ -171,7 +171,7 @@ class LoRACallback(Callback):
     # Set-up
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Add adapters to the module's layers, or get its own back if it is merged.
+        """Add adapters to the module's layers. A merged module gets its own back.
 
         A module that is only evaluated stays plain or merged until a checkpoint is loaded. The strategy adapts layers
         that the module's own hooks create later.
@@ -220,7 +220,7 @@ class LoRACallback(Callback):
             log_arguments(trainer, pl_module, merge=self.merge, save=self.save, trained_share=share)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to watch gradients. From now on, the adapters stay on the module after an exception."""
+        """Start to watch gradients. After an exception, the adapters stay on the module from now on."""
         check_adapted(pl_module)
         if trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
@@ -240,7 +240,7 @@ class LoRACallback(Callback):
             self._gradients.end_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Check that the optimizer trains nothing frozen, and, in its first step, each of its adapters."""
+        """Check that the optimizer trains no frozen weight. In its first step, check that it trains its adapters."""
         check_frozen(pl_module, optimizer)
         if self._gradients is not None:
             self._gradients.check(optimizer)
@@ -259,7 +259,7 @@ class LoRACallback(Callback):
         self._stage.dropout.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge the updates into the weights. The plain module remembers its base and its adapters."""
+        """Merge the updates into the weights. The module is plain then, and keeps a copy of its base and adapters."""
         note_changed(pl_module)
         if not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             return
@@ -275,7 +275,7 @@ class LoRACallback(Callback):
     # Afterwards
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Merge a module again that was merged before, if the stage trained nothing, as in a tuner's trial."""
+        """Merge a module again if it came merged and nothing was trained, as in a tuner's trial."""
         self._stage.end(pl_module)
         self._end_training()
 
