@@ -230,7 +230,7 @@ class LoRACallback(Callback):
         view.adapter.was_trained()
         compatibility.share_base(compatibility.callbacks_of(trainer), pl_module)
         self._gradients = self._training.enter_context(closing(cast(LoRAStrategy, trainer.strategy).lora_gradients()))
-        self._training.enter_context(gradients_pass())
+        self._training.enter_context(gradients_pass(find_record(pl_module)))
         restore_random_state(trainer, self._stage.resumed)  # now, as on_fit_start of other code may draw or seed
         self._stage.resumed = {}
 

@@ -17,7 +17,7 @@ from lightning_lora.tensors.values import replace_values, set_aside
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Run the base model inside a ``with`` block.
 
-    The updates are off. Everything else that was trained has the base's own values.
+    The updates are off. Everything else that was trained has the base's own values, and gets no gradient.
 
     Args:
         model: The model that ``inject_adapters`` was called on, adapted or merged.
@@ -72,6 +72,9 @@ def _show_base(view: View, back: ExitStack) -> None:
     back.callback(torch.clear_autocast_cache)  # it may hold copies of the other values
     for tensor, base in values.values():
         back.callback(_put_back, tensor, set_aside(tensor) if is_dtensor(tensor) else tensor.data)
+        if tensor.requires_grad:  # a gradient at the base's values would move what was trained
+            back.callback(tensor.requires_grad_)
+            tensor.requires_grad_(False)
         replace_values(tensor, base)
     torch.clear_autocast_cache()
 

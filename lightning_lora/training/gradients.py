@@ -1,6 +1,6 @@
 """Gradients of adapters and of frozen weights, and dropout, in the steps of a run."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock, get_ident
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.errors import DeadAdapterWarning, listed, warn
 from lightning_lora.layers import LoRALayer
+from lightning_lora.model.state import Record
 from lightning_lora.model.view import View, view_of
 
 
@@ -102,18 +103,21 @@ def _give_zero_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 @contextmanager
-def gradients_pass() -> Iterator[None]:
-    """Let gradients pass reentrant checkpoints in this thread, also if no input requires one (frozen embeddings)."""
+def gradients_pass(record: Record | None = None) -> Iterator[None]:
+    """Let gradients pass reentrant checkpoints in this thread, also if no input requires one (frozen embeddings).
+
+    Not while the adapters of ``record`` are disabled: the backward pass would compute the layers with them.
+    """
     thread = get_ident()
     with _LOCK:
         if not _PASSING:
             recompute.CheckpointFunction = _RequiringGradients  # type: ignore[misc]
-        _PASSING[thread] += 1
+        _PASSING[thread].append(record)
     try:
         yield
     finally:
         with _LOCK:
-            _PASSING[thread] -= 1
+            _PASSING[thread].pop()
             if not _PASSING[thread]:
                 del _PASSING[thread]
             if not _PASSING and recompute.CheckpointFunction is _RequiringGradients:
@@ -122,8 +126,8 @@ def gradients_pass() -> Iterator[None]:
 
 _OWN = recompute.CheckpointFunction
 _LOCK = Lock()
-_PASSING: "Counter[int]" = Counter()
-"""The number of open contexts in each thread. The function is torch's own again when none is left."""
+_PASSING: "defaultdict[int, list[Record | None]]" = defaultdict(list)
+"""The open contexts in each thread. The function is torch's own again when none is left."""
 
 
 class _RequiringGradients(_OWN):
@@ -131,7 +135,8 @@ class _RequiringGradients(_OWN):
 
     @classmethod
     def apply(cls, function: Any, preserve_rng_state: bool, *inputs: Any) -> Any:
-        if get_ident() not in _PASSING:
+        open_ones = _PASSING.get(get_ident())
+        if not open_ones or (open_ones[-1] is not None and open_ones[-1].is_disabled):
             return _OWN.apply(function, preserve_rng_state, *inputs)
         requires_grad = any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
         if torch.is_grad_enabled() and not requires_grad:
@@ -139,7 +144,7 @@ class _RequiringGradients(_OWN):
                 value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
                 for value in inputs
             )
-        function = gradients_pass()(function)  # a backward pass may recompute it in a thread of torch
+        function = gradients_pass(open_ones[-1])(function)  # a backward pass may recompute it in a thread of torch
         return super().apply(function, preserve_rng_state, *inputs)  # type: ignore[no-untyped-call]  # torch's own
 
 

@@ -1,0 +1,249 @@
+"""The base as a reference: a training step reads it from the adapted model, with the bits of a second model."""
+
+import copy
+import weakref
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from lightning_lora import disable_adapters
+from lightning_lora.model.state import find_record
+from lightning_lora.model.view import View
+from tests.support.cases import trained
+from tests.support.fits import fit
+from tests.support.models import WIDTH, LitTiny, lora
+from tests.support.ranks import has_shards, run_ranks
+from tests.training.test_compiled import counted
+
+
+class Anchored:
+    """The step of a module that stays close to its base: a second model, or its own without adapters."""
+
+    second: list[nn.Module]  # in a list, so that it is no module of this one
+    comes_first, has_gradients = True, False
+
+    def reference(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.has_gradients):
+            if self.second:
+                return self.second[0](x)
+            with disable_adapters(self):
+                return self(x)
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        x, labels = batch
+        if self.comes_first:
+            reference, now = self.reference(x), self(x)
+        else:
+            now, reference = self(x), self.reference(x)
+        anchor = F.kl_div(now.log_softmax(-1), reference.log_softmax(-1), reduction="batchmean", log_target=True)
+        return F.cross_entropy(now, labels) + anchor
+
+
+class Tiny(Anchored, LitTiny):
+    """With dropout of its own, layers that are recomputed, and a compiled one."""
+
+    def __init__(
+        self, second: bool, *, width: int = WIDTH, reentrant: Any = None, backend: Any = None, **how: bool
+    ) -> None:
+        super().__init__(width)
+        vars(self).update(how)
+        self.drop, self.reentrant = nn.Dropout(0.2), reentrant
+        if backend:
+            self.q_proj = torch.compile(self.q_proj, backend=backend)
+        self.second = [copy.deepcopy(self).requires_grad_(False)] if second else []
+
+    def inner(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.q_proj(x)) + self.v_proj(x)
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.drop(self.embed(index))
+        again = partial(checkpoint, use_reentrant=self.reentrant)
+        return self.head(self.inner(x) if self.reentrant is None else again(self.inner, x))
+
+
+class Noted(L.Callback):
+    """Keeps the losses, and what trains after each step, in a file of each process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.seen = folder, list[Any]()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        self.seen.append((outputs["loss"].detach().clone(), trained(pl_module)))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        torch.save(self.seen, self.folder / f"{trainer.global_rank}.pt")
+
+
+def both(folder: Path, build: Any, kwargs: Any, ddp: Any = None, **options: Any) -> list[Any]:
+    """What two fits noted in each process: with a second model, and with the base in the first."""
+    found, size = [], 1 if ddp is None else 2
+    for second in (True, False):
+        if ddp is not None:
+            strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", **ddp)
+            options |= {"strategy": strategy, "devices": 2}
+        fit(folder, lora(dropout=0.1, **kwargs), Noted(folder), model=build(second), limit_val_batches=0, **options)
+        found.append([torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)])
+    return found
+
+
+def assert_same(one: Any, other: Any) -> None:
+    torch.testing.assert_close(other, one, rtol=0, atol=0)
+    assert not torch.equal(one[0][0][0], one[0][-1][0])  # it has trained
+
+
+NONE, BOTH = {"modules_to_save": None, "exclude_modules": ["head"]}, {"modules_to_save": ["head", "embed"]}
+
+pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # of torch
+orders = pytest.mark.parametrize("comes_first", [True, False], ids=["first", "last"])
+gradients = pytest.mark.parametrize("has_gradients", [False, True], ids=["no_grad", "grad"])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch, as it compiles any linear layer
+@gradients
+@orders
+@pytest.mark.parametrize("kwargs", [NONE, BOTH], ids=["adapters", "with head"])
+@pytest.mark.parametrize(
+    "how", [{}, {"reentrant": True}, {"reentrant": False}, {"backend": "eager"}, {"precision": "bf16-mixed"}], ids=str
+)
+def test_it_has_the_bits_of_a_second_model(
+    tmp_path: Path, how: dict[str, Any], kwargs: Any, comes_first: bool, has_gradients: bool
+) -> None:
+    how, precision = dict(how), how.get("precision")
+    how.pop("precision", None)
+    build = partial(Tiny, comes_first=comes_first, has_gradients=has_gradients, **how)
+    assert_same(*both(tmp_path, build, kwargs, precision=precision))
+
+
+@pytest.mark.processes
+@pytest.mark.filterwarnings("ignore:find_unused_parameters=True was specified")  # by torch's count, needlessly
+@pytest.mark.parametrize(
+    ("ddp", "how", "batches"),
+    [
+        ({}, {"comes_first": False, "reentrant": True}, 2),
+        ({}, {"has_gradients": True}, 1),
+        ({"find_unused_parameters": True}, {"reentrant": False}, 2),
+        ({"static_graph": True}, {"reentrant": True}, 1),
+    ],
+    ids=str,
+)
+def test_processes_have_the_bits_of_second_models(tmp_path: Path, ddp: Any, how: Any, batches: int) -> None:
+    assert_same(*both(tmp_path, partial(Tiny, **how), BOTH, ddp, accumulate_grad_batches=batches))
+
+
+if has_shards:
+    from tests.support.sharded import LitNet, Net, pretrained, trainer_of, whole_state
+    from tests.support.sharded import data as rows
+    from tests.support.sharded import lora as of_net
+
+    class Sharded(Anchored, LitNet):
+        def __init__(self, second: bool, **how: bool) -> None:
+            super().__init__()
+            vars(self).update(how)
+            self.second = [Net().requires_grad_(False)] if second else []
+            for each in self.second:
+                each.load_state_dict(pretrained())
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.model is not None
+            return self.model(x)
+
+
+def on_shards(folder: Path, how: dict[str, bool], kwargs: Any) -> list[Any]:
+    found = []
+    for second in (True, False):
+        L.seed_everything(1, verbose=False)
+        losses, module = Noted(folder), Sharded(second, **how)
+        trainer_of("sharded", folder, [of_net(**kwargs), losses]).fit(module, rows())
+        found.append((whole_state(module), [loss for loss, _ in losses.seen]))
+    return found
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not has_shards, reason="torch 2.7")
+@gradients
+@orders
+def test_shards_have_the_bits_of_second_models(tmp_path: Path, comes_first: bool, has_gradients: bool) -> None:
+    how = {"comes_first": comes_first, "has_gradients": has_gradients}
+    for second, own in run_ranks(on_shards, tmp_path, how, {"modules_to_save": ["head"]}):
+        torch.testing.assert_close(own, second, rtol=0, atol=0)
+        assert not torch.equal(second[0]["model.head.weight"], pretrained()["head.weight"])
+
+
+# What it costs, and what it draws
+
+
+class Made(TorchDispatchMode):
+    """Adds up the bytes of the storages that operations make, with the largest sum of those that live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self.peak, self.known = 0, 0, set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {id(each.untyped_storage()) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        output = func(*args, **(kwargs or {}))
+        for each in tree_leaves(output):
+            if isinstance(each, Tensor) and id(storage := each.untyped_storage()) not in before | self.known:
+                self.known.add(id(storage))
+                self.bytes += storage.nbytes()
+                weakref.finalize(storage, self.ends, id(storage), storage.nbytes())
+        self.peak = max(self.peak, self.bytes)
+        return output
+
+    def ends(self, known: int, size: int) -> None:
+        self.known.discard(known)
+        self.bytes -= size
+
+
+class Measured(Tiny):
+    """Notes the bytes of its tensors and of the copies that it keeps, and those that a reference pass makes."""
+
+    def reference(self, x: Tensor) -> Tensor:
+        kept = find_record(self).adapter.originals  # type: ignore[union-attr]
+        with Made() as made:
+            output = super().reference(x)
+        self.made, tensors = made.peak, [*self.parameters(), *kept.values()]
+        self.held = sum({id(each.untyped_storage()): each.untyped_storage().nbytes() for each in tensors}.values())
+        return output
+
+
+def test_it_takes_the_memory_of_one_model(tmp_path: Path) -> None:
+    model, _ = fit(tmp_path, lora(merge=False), model=Measured(False, width=256), max_epochs=1)
+    base, head = sum(p.nbytes for p in LitTiny(256).parameters()), sum(p.nbytes for p in model.head.parameters())
+    assert model.held == base + head + sum(p.nbytes for p in View(model).adapters.values())
+    assert 0 < model.made < base / 20  # activations, and the head's own values
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning", "ignore:Attribute 'backend' removed:UserWarning")
+def test_a_compiled_layer_is_compiled_once_for_the_policy_and_once_for_the_reference(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    backend, graphs = counted()
+    fit(tmp_path, lora(), model=Tiny(False, backend=backend), limit_val_batches=0, max_epochs=3)
+    assert len(graphs) == 2
+
+
+class Looks(Tiny):
+    """Compares two passes of the reference, and two of the policy, in each step."""
+
+    def on_train_start(self) -> None:
+        self.train(self.drops)
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        assert torch.equal(self.reference(batch[0]), self.reference(batch[0])) is not self.drops
+        assert not torch.equal(self(batch[0]), self(batch[0])) or self.global_step == 0
+        return super().training_step(batch, _)
+
+
+@pytest.mark.parametrize("drops", [True, False])
+def test_in_eval_mode_the_reference_drops_nothing_and_adapters_still_do(tmp_path: Path, drops: bool) -> None:
+    fit(tmp_path, lora(dropout=0.5), model=Looks(False, drops=drops))
