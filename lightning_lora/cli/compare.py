@@ -64,8 +64,8 @@ def _numbers(first: Factors, second: Factors) -> dict[str, float]:
     (a1, b1), (a2, b2) = first, second
     return {
         "cosine": cosine(first, second).mean().item(),
-        "similarity_A": subspace_similarity(a1, a2).mean().item(),
-        "similarity_B": subspace_similarity(b1.mT, b2.mT).mean().item(),
+        "similarity_A": subspace_similarity(a1, a2)[..., -1, -1].mean().item(),
+        "similarity_B": subspace_similarity(b1.mT, b2.mT)[..., -1, -1].mean().item(),
     }
 
 

@@ -1,15 +1,33 @@
-"""Singular values, norms and subspaces of updates, computed without forming B A."""
+"""Norms, singular values and subspaces of updates, computed in float64 without forming B A."""
 
 import torch
 from torch import Tensor
 
+from lightning_lora.functional.combine import Factors
 
-def singular_values(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    r"""Return the singular values of an update :math:`s \, B A`, the largest first, in float64."""
-    reading = torch.linalg.qr(lora_A.double().mT, mode="r").R
-    writing = torch.linalg.qr(lora_B.double(), mode="r").R
-    values: Tensor = torch.linalg.svdvals(writing @ reading.mT)
-    return values * abs(scaling)
+Directions = tuple[Tensor, Tensor, Tensor]
+r"""Left singular vectors (\*, out, r), singular values (\*, r), the largest first, right singular vectors (\*, in, r).
+The vectors are columns. Where a value is zero, there is no direction: they are zeros."""
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """Return the values in float64, without a gradient: on the CPU if their device has no such numbers."""
+    return tensor.detach().to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
+
+
+def directions(matrix: Tensor) -> Directions:
+    r"""Return the singular values and vectors of a matrix (\*, out, in)."""
+    u, sizes, v = torch.linalg.svd(precise(matrix), full_matrices=False)
+    least = max(matrix.shape[-2:]) * torch.finfo(sizes.dtype).eps * sizes[..., :1]
+    exist = (sizes > least).unsqueeze(-2)
+    return u * exist, sizes, v.mT * exist
+
+
+def update_directions(update: Factors) -> Directions:
+    r"""Return the singular values and vectors of B A, for A: (\*, r, in) and B: (\*, out, r)."""
+    reading, writing = (torch.linalg.qr(precise(factor)) for factor in (update[0].mT, update[1]))
+    u, sizes, v = directions(writing.R @ reading.R.mT)
+    return writing.Q @ u, sizes, reading.Q @ v
 
 
 def effective_rank(values: Tensor) -> Tensor:
@@ -25,28 +43,34 @@ def effective_rank(values: Tensor) -> Tensor:
 
 
 def subspace_similarity(one: Tensor, other: Tensor) -> Tensor:
-    r"""Return how much the row spaces of two matrices overlap, from 0 (orthogonal) to 1 (one contains the other).
+    r"""Return how much the top i directions that one matrix reads are among the top j of another, for all i and j.
 
-    It is :math:`\phi = \lVert U_1^T U_2 \rVert_F^2 / \min(r_1, r_2)`, where the columns of U span the rows of a matrix.
+    It is :math:`\phi(i, j) = \lVert U_1^{i\,T} U_2^j \rVert_F^2 / \min(i, j)`, from 0 (orthogonal) to 1 (one contains
+    the other), where the columns of :math:`U^i` are the right singular vectors of the i largest singular values.
 
     Shape:
-        (\*, r1, n) and (\*, r2, n). Returns (\*).
+        (\*, r1, n) and (\*, r2, n). Returns (\*, r1, r2): the entry for i and j is at [i - 1, j - 1].
 
     Source:
-        Hu et al. 2021, section 7.2, equation 4, with all directions.
+        Hu et al. 2021, section 7.2, equation 4, and appendix G.
     """
-    first, second = (torch.linalg.qr(matrix.double().mT).Q for matrix in (one, other))
-    overlap: Tensor = (first.mT @ second).square().sum((-2, -1)) / min(first.shape[-1], second.shape[-1])
-    return overlap
+    (*_, first), (*_, second) = directions(one), directions(other)
+    shared = (first.mT @ second).square().cumsum(-2).cumsum(-1)
+    i, j = (torch.arange(1, size + 1, device=shared.device) for size in shared.shape[-2:])
+    return shared / torch.minimum(i.unsqueeze(-1), j)
 
 
-def cosine(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
-    """Return the cosine of the angle between two updates, given as A and B, without their scaling; 0 if one is zero."""
-    product = _inner(one, other)
-    norms = (_inner(one, one) * _inner(other, other)).sqrt()
+def norm(update: Factors) -> Tensor:
+    r"""Return the Frobenius norm of B A, (\*), from products of r x r."""
+    return _inner(update, update).clamp_min(0).sqrt()
+
+
+def cosine(one: Factors, other: Factors) -> Tensor:
+    """Return the cosine of the angle between two updates, without their scaling; 0 if one is zero."""
+    product, norms = _inner(one, other), norm(one) * norm(other)
     return torch.where(norms > 0, product / norms.clamp_min(torch.finfo(norms.dtype).tiny), 0)
 
 
-def _inner(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
-    (a1, b1), (a2, b2) = ((a.double(), b.double()) for a, b in (one, other))
+def _inner(one: Factors, other: Factors) -> Tensor:
+    (a1, b1), (a2, b2) = (tuple(map(precise, update)) for update in (one, other))
     return ((b2.mT @ b1).mT * (a1 @ a2.mT)).sum((-2, -1))

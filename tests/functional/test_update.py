@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_lora import LoRAConfig, MergePrecisionWarning, inject_adapters, merge_adapters, unmerge_adapters
 from lightning_lora.functional import update
 from lightning_lora.functional.combine import Factors, concatenated, dare, factored, ties, truncated
-from lightning_lora.functional.subspace import cosine, effective_rank, singular_values, subspace_similarity
+from lightning_lora.functional.subspace import cosine, effective_rank, norm, subspace_similarity, update_directions
 from tests.support.models import randomise, same, state
 
 
@@ -127,10 +127,22 @@ def test_dare_keeps_the_expected_sum() -> None:
 
 @pytest.mark.parametrize("stack", [(), (4,)])
 @pytest.mark.parametrize("r", [1, 3, 6])
-def test_singular_values_are_those_of_the_product(r: int, stack: tuple[int, ...]) -> None:
+def test_directions_are_those_of_the_product(r: int, stack: tuple[int, ...]) -> None:
     a, b = factors(0, r, stack)
-    expected = torch.linalg.svdvals(-2.0 * (b @ a).double())[..., : min(r, 5)]
-    torch.testing.assert_close(singular_values(a, b, -2.0), expected, rtol=1e-5, atol=1e-5)
+    product = (b @ a).double()
+    u, sizes, v = update_directions((a, b))
+    torch.testing.assert_close(sizes, torch.linalg.svdvals(product)[..., : min(r, 5)], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(u @ torch.diag_embed(sizes) @ v.mT, product, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(norm((a, b)), torch.linalg.matrix_norm(product), rtol=1e-5, atol=1e-5)
+
+
+def test_directions_of_size_zero_are_zeros() -> None:
+    a, b = factors(0, 3)
+    b[:, 2] = b[:, 1]
+    u, _, v = update_directions((a, b))
+    assert u[:, :2].norm(dim=0) == pytest.approx([1, 1]) and not u[:, 2].any() and not v[:, 2].any()
+    u, sizes, v = update_directions((a, 0 * b))
+    assert not u.any() and not sizes.any() and not v.any()
 
 
 def test_effective_rank_counts_directions() -> None:
@@ -152,9 +164,20 @@ def test_cosine_is_that_of_the_products(stack: tuple[int, ...]) -> None:
 
 def test_similarity_is_one_inside_and_zero_across() -> None:
     a, _ = factors(0)
-    mixed = torch.randn(3, 3) @ a
-    assert subspace_similarity(a, mixed) == pytest.approx(1)
-    assert subspace_similarity(a[:1], a) == pytest.approx(1)
+    assert subspace_similarity(a, torch.randn(3, 3) @ a)[-1, -1] == pytest.approx(1)
+    assert subspace_similarity(a[:1], a)[-1, -1] == pytest.approx(1)
     identity = torch.eye(7)
-    assert subspace_similarity(identity[:3], identity[3:]) == pytest.approx(0)
-    assert subspace_similarity(identity[:2], identity[1:3]) == pytest.approx(0.5)
+    assert subspace_similarity(identity[:3], identity[3:])[-1, -1] == pytest.approx(0)
+    assert subspace_similarity(identity[:2], identity[1:3])[-1, -1] == pytest.approx(0.5)
+    assert not subspace_similarity(a, torch.zeros_like(a)).any()
+
+
+@pytest.mark.parametrize("stack", [(), (4,)])
+def test_similarity_is_equation_4_of_the_paper_for_all_i_and_j(stack: tuple[int, ...]) -> None:
+    a, other = factors(0, 3, stack)[0], factors(1, 4, stack)[0]
+    grid = subspace_similarity(a, other)
+    first, second = (torch.linalg.svd(matrix.double()).Vh.mT for matrix in (a, other))
+    for i in range(1, 4):
+        for j in range(1, 5):
+            overlap = first[..., :i].mT @ second[..., :j]
+            torch.testing.assert_close(grid[..., i - 1, j - 1], overlap.square().sum((-2, -1)) / min(i, j))
