@@ -10,7 +10,7 @@ from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.state import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.shards import is_dtensor, reshard
-from lightning_lora.tensors.values import replace_values, set_aside
+from lightning_lora.tensors.values import replace_values, set_aside, set_requires_grad
 
 
 @contextmanager
@@ -55,6 +55,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@torch.inference_mode(False)  # where a parameter would become an inference tensor, which never trains again
 def _show_base(view: View, back: ExitStack) -> None:
     """Let merged weights, and what was trained beside the adapters, hold the base's values for a while."""
     values: dict[int, tuple[Tensor, Tensor]] = {}
@@ -72,13 +73,13 @@ def _show_base(view: View, back: ExitStack) -> None:
     back.callback(torch.clear_autocast_cache)  # it may hold copies of the other values
     for tensor, base in values.values():
         back.callback(_put_back, tensor, set_aside(tensor) if is_dtensor(tensor) else tensor.data)
-        if tensor.requires_grad:  # a gradient at the base's values would move what was trained
-            back.callback(tensor.requires_grad_)
-            tensor.requires_grad_(False)
+        back.callback(set_requires_grad, tensor, tensor.requires_grad)
+        set_requires_grad(tensor, False)  # a gradient at the base's values would move what was trained
         replace_values(tensor, base)
     torch.clear_autocast_cache()
 
 
+@torch.inference_mode(False)
 def _put_back(tensor: Tensor, values: Tensor) -> None:
     if values.dtype is not tensor.dtype or values.device != tensor.device:  # converted or moved inside the block
         values = values.to(tensor)

@@ -21,7 +21,7 @@ from lightning_lora.model.state import find_record
 from lightning_lora.model.view import View
 from tests.support.cases import trained
 from tests.support.fits import fit
-from tests.support.models import WIDTH, LitTiny, lora
+from tests.support.models import WIDTH, LitTiny, data, lora, same, state
 from tests.support.ranks import has_shards, run_ranks
 from tests.training.test_compiled import counted
 
@@ -247,3 +247,21 @@ class Looks(Tiny):
 @pytest.mark.parametrize("drops", [True, False])
 def test_in_eval_mode_the_reference_drops_nothing_and_adapters_still_do(tmp_path: Path, drops: bool) -> None:
     fit(tmp_path, lora(dropout=0.5), model=Looks(False, drops=drops))
+
+
+class Evaluated(Tiny):
+    """Compares itself with the base, where Lightning evaluates in inference mode."""
+
+    def validation_step(self, batch: list[Tensor], _: int) -> None:
+        self.log("val_loss", F.mse_loss(self(batch[0]), self.reference(batch[0])))
+
+
+@pytest.mark.parametrize("merge", ["last", False])
+def test_what_an_evaluation_compared_with_the_base_trains_on(tmp_path: Path, merge: Any) -> None:
+    through, evaluated = Evaluated(False), Evaluated(False)
+    for model in (through, evaluated):
+        _, t = fit(tmp_path, lora(merge=merge, **BOTH), model=model)
+        if model is evaluated:
+            t.validate(model, data(), verbose=False)
+        fit(tmp_path, lora(merge=merge, **BOTH), model=model)
+    assert same(state(evaluated), state(through))
