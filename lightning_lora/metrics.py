@@ -27,8 +27,6 @@ from lightning_lora.storage.offline.layers import layer_on, read_layers
 from lightning_lora.tensors.names import join, own_parameter
 from lightning_lora.tensors.shards import full_tensor
 
-__all__ = ["Amplification", "EffectiveRank", "SubspaceSimilarity", "UpdateNorm"]
-
 Source = nn.Module | str | Path
 """A model with adapters, or a file of them."""
 
@@ -55,6 +53,8 @@ class Measured(NamedTuple):
         """Return the base's weight as a matrix, in float32 or wider."""
         kind, held = self.adapter.kind, self.adapter.bases.get(self.matrix.weight)
         weight = full_tensor(own_parameter(self.layer, self.matrix.weight) if held is None else held)
+        if not weight.numel():
+            raise AdapterStateError("A file of adapters has no weights of the base. Pass the model after load_adapter.")
         values: Tensor = kind.lora_as_matrix(kind.lora_values(self.layer, weight)).detach()
         return values.narrow(-2, self.matrix.first, self.matrix.writes).to(wide(values.dtype))
 
@@ -95,7 +95,7 @@ def measured(source: Source) -> dict[str, Measured]:
 
 def ratio(update: Tensor, other: Tensor) -> Tensor:
     """Return an update's norm over another norm. An update of zero gives 0."""
-    return torch.where(update > 0, update / other.to(update.device), 0)
+    return torch.where(update == 0, 0, update / other.to(update.device))
 
 
 def _known(name: str, value: str, *known: str) -> str:
@@ -221,10 +221,10 @@ class Amplification(_OfAdapters):
         u, sizes, v = matrix.directions()
         if self.of == "weight":
             u, _, v = subspace.directions(weight)
-        elif self.of == "random":  # the singular vectors of a Gaussian matrix have any direction
-            random = torch.Generator().manual_seed(0)
-            u, v = (torch.linalg.qr(torch.randn(each.shape, generator=random, dtype=each.dtype)).Q for each in (u, v))
         u, v = (vectors[..., :r].to(weight.device) for vectors in (u, v))
+        if self.of == "random":  # the singular vectors of a Gaussian matrix have any direction
+            noise = torch.Generator(weight.device).manual_seed(0)
+            u, v = (torch.linalg.qr(each.clone().normal_(generator=noise)).Q for each in (u, v))
         norms = self.norms[name] = tuple(map(torch.linalg.vector_norm, (sizes, u.mT @ weight @ v, weight)))
         return ratio(*norms[:2])
 
