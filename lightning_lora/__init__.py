@@ -20,9 +20,9 @@ from lightning_lora.errors import (
     TargetError,
 )
 from lightning_lora.layers import register_adapter
-from lightning_lora.model.disable import disable_adapters
 from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge_adapters, unmerge_adapters
+from lightning_lora.model.switch import adapters, disable_adapters, set_adapter
 from lightning_lora.storage.apply import load_adapter_state_dict
 from lightning_lora.storage.files import load_adapter, load_from_checkpoint, save_adapter
 from lightning_lora.storage.formats.peft_write import export_peft
@@ -51,6 +51,7 @@ __all__ = [
     "StrategyError",
     "TargetError",
     "adapter_state_dict",
+    "adapters",
     "disable_adapters",
     "export_peft",
     "inject_adapters",
@@ -62,6 +63,7 @@ __all__ = [
     "remove_adapters",
     "save_adapter",
     "save_merged",
+    "set_adapter",
     "summarize",
     "unmerge_adapters",
 ]

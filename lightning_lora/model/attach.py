@@ -1,19 +1,20 @@
 """Attach adapters to a model and freeze its base; detach them; restore the model if a change fails."""
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import Adapter, LoRALayer, adapter_for, attach, repacks, unpack
-from lightning_lora.model.norms import FrozenNorm, freeze_norms, set_frozen
+from lightning_lora.layers.norms import FrozenNorm, freeze_norms, set_frozen
 from lightning_lora.model.state import forget_record, keep_record, records_in
 from lightning_lora.model.view import View
 from lightning_lora.tensors.inplace import is_overlaid
-from lightning_lora.tensors.names import named_modules, submodule
-from lightning_lora.tensors.values import set_requires_grad
+from lightning_lora.tensors.names import named_modules, own_parameter, submodule
+from lightning_lora.tensors.values import replace_values, set_requires_grad
 
 
 def attach_adapters(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
@@ -33,6 +34,24 @@ def detach_adapters(view: View, names: Collection[str] | None = None) -> dict[st
             adapters[name] = layer.lora_detach()
     _switch_inference_paths(view.modules)
     return adapters
+
+
+def follow_layer(layer: nn.Module, adapter: Adapter, was: torch.dtype, undo: ExitStack) -> None:
+    """Move and convert an adapter to its layer's device and dtype: a plain model does not move what is off it."""
+    weight = own_parameter(layer, adapter.matrices[0].weight)
+    roles = adapter.roles
+    for name, factor in adapter.parameters.items():
+        dtype = factor.dtype if weight.dtype == was else roles[name].dtype(weight.dtype, adapter.settings)
+        undo.callback(replace_values, factor, factor.data)
+        follow(factor, weight.device, dtype)
+
+
+def follow(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    """Move and convert a tensor that is off its model, and its gradient."""
+    if (tensor.device, tensor.dtype) != (device, dtype):
+        gradient, tensor.grad = tensor.grad, None
+        replace_values(tensor, tensor.data.to(device, dtype))
+        tensor.grad = None if gradient is None else gradient.to(device, dtype)
 
 
 def move_adapters(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:

@@ -14,13 +14,14 @@ from lightning_lora.errors import AdapterMismatchError, AdapterStateError, Confi
 from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, Settings, new_adapter
 from lightning_lora.model import attach, state
 from lightning_lora.model.sending import delete_sent
+from lightning_lora.model.switch import check_known, check_switchable, set_adapter, shown
 from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
 from lightning_lora.targets.select import Choice, select
 from lightning_lora.tensors.inplace import combined
 from lightning_lora.tensors.names import submodule
 
 
-def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
+def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "default") -> tuple[str, ...]:
     """Adapt a model in place and freeze its base.
 
     From now on, only the adapters train, and the modules and biases that ``config`` selects. The layers stay the same
@@ -31,6 +32,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
     Args:
         model: Any module. Load its pretrained weights first, or later into the adapted model, before training.
         config: The layers to adapt, and the settings.
+        name: The adapter's name. If ``model`` has others, they rest from now on, and this one is active, new or not.
 
     Returns:
         The names of all adapted layers.
@@ -59,8 +61,18 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
         raise ConfigError(
             f"inject_adapters got ({type(model).__name__}, {type(config).__name__}). Expected (nn.Module, LoRAConfig)."
         )
-    if state.find_record(model):
-        state.record_of(model)  # raises an error if the adapters are disabled
+    if not state.find_record(model):
+        return _inject(model, config, name)
+    record = state.record_of(model)  # raises an error if the base is shown
+    if record.is_merged:
+        if record.others:
+            check_switchable(model)
+        return _inject(model, config, name)
+    with shown(model, name, stays=True):
+        return _inject(model, config, name)
+
+
+def _inject(model: nn.Module, config: LoRAConfig, name: str) -> tuple[str, ...]:
     before = View(model, config)
     if others := [name for name, each in before.modules.items() if type(each).__module__.startswith("peft.")]:
         raise AdapterStateError(
@@ -72,7 +84,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig) -> tuple[str, ...]:
     if adapters:
         _check_not_parallel(model)
     with attach.undone_on_error(before):
-        record = state.begin_record(model, config)
+        record = state.begin_record(model, config, name)
         attach.attach_adapters(model, adapters)
         view = View(model)
         view.follow_base()
@@ -117,7 +129,7 @@ def _new_adapters(choices: Mapping[str, Choice]) -> dict[str, Adapter]:
     return adapters
 
 
-def remove_adapters(model: nn.Module) -> None:
+def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     """Remove the adapters: ``model`` is a plain model again.
 
     It has its own classes and state dict keys, and the same parameters are trainable as before. If the updates are not
@@ -126,9 +138,12 @@ def remove_adapters(model: nn.Module) -> None:
 
     Args:
         model: The model that ``inject_adapters`` was called on.
+        name: Remove only the adapter of this name. If it is the active one, the others rest on, and the model shows
+            its base until ``set_adapter``.
 
     Raises:
-        AdapterStateError: ``model`` has no adapters.
+        AdapterStateError: ``model`` has no adapters, none of this name, or shows its base; or the active one of
+            several is merged.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4))
@@ -139,6 +154,17 @@ def remove_adapters(model: nn.Module) -> None:
           (0): Linear(in_features=4, out_features=4, bias=True)
         )
     """
+    record = state.find_record(model) or state.record_of(model)
+    if name is not None:
+        check_known(record, name, model)
+        if name in record.others:
+            record.was_dropped(name)
+            return
+        if record.others:
+            set_adapter(model, next(iter(record.others)))
+            record.was_dropped(name)
+            set_adapter(model, None)
+            return
     record = view_of(model).record
     state.absorb_inner_records(model, record)
     if not record.is_merged:
@@ -172,7 +198,7 @@ def _check_same(view: View, choices: Mapping[str, Choice]) -> None:
                 "unmerge_adapters(model) if the updates are merged, then remove_adapters(model)."
             )
     for prefix, record in state.records_in(view.modules).items():
-        if not record.is_merged and record.adapter.config != view.config:
+        if not record.is_merged and record.adapter.layers and record.adapter.config != view.config:
             _check_same_trained(view, prefix)
 
 

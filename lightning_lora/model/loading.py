@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, listed, warn
 from lightning_lora.layers import HAS_UPDATE
-from lightning_lora.model.norms import FrozenNorm
+from lightning_lora.layers.norms import FrozenNorm
 from lightning_lora.model.state import on_load
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import owner_of, plain_name
@@ -42,7 +42,10 @@ def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Map
         )
         for layer in view.layers.values():
             layer.lora_initialise()
-    record.base_was_loaded(given, _loaded(view, given, view.adapter.originals))
+    originals: dict[str, Tensor] = {}
+    for adapter in record.adapters.values():
+        originals |= adapter.originals
+    record.base_was_loaded(given, _loaded(view, given, originals))
     return False
 
 

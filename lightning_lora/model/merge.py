@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterStateError, listed, warn
 from lightning_lora.layers import Adapter
 from lightning_lora.model import attach
+from lightning_lora.model.adapter_state import Merge
 from lightning_lora.model.merged import check_as_merged, is_as_merged, warn_of_divergence, warn_of_merge
 from lightning_lora.model.sending import delete_sent
-from lightning_lora.model.state import Merge, Record, find_record, forget_record, record_of
+from lightning_lora.model.state import Record, find_record, forget_record, record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import join, own_parameter, set_parameter, submodule
 from lightning_lora.tensors.shards import is_dtensor
@@ -263,7 +264,7 @@ def unmerge(model: nn.Module) -> bool:
     with attach.undone_on_error(plain), torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for name, adapter in adapters.items():
             layer = submodule(model, name)
-            _follow_layer(layer, adapter, weights[join(name, adapter.matrices[0].weight)].dtype, undo)
+            attach.follow_layer(layer, adapter, weights[join(name, adapter.matrices[0].weight)].dtype, undo)
             _show_base(record, name, layer, adapter, undo)
         record.was_unmerged(plain.parameters)
         attach.attach_adapters(model, adapters)
@@ -291,13 +292,3 @@ def _show_base(record: Record, name: str, layer: nn.Module, adapter: Adapter, un
         else:
             replace_values(shown, base.to(shown))
             record.base_was_copied(join(name, weight), base, shown)
-
-
-def _follow_layer(layer: nn.Module, adapter: Adapter, was: torch.dtype, undo: ExitStack) -> None:
-    """Move and convert an adapter to its layer's device and dtype: a plain model does not move merged adapters."""
-    weight = own_parameter(layer, adapter.matrices[0].weight)
-    roles = adapter.roles
-    for name, factor in adapter.parameters.items():
-        dtype = factor.dtype if weight.dtype == was else roles[name].dtype(weight.dtype, adapter.settings)
-        undo.callback(replace_values, factor, factor.data)
-        replace_values(factor, factor.data.to(weight.device, dtype))

@@ -8,7 +8,8 @@ from torch import nn
 
 from lightning_lora.errors import AdapterStateError, MergePrecisionWarning, listed, warn
 from lightning_lora.layers import LoRALayer, attach
-from lightning_lora.model.state import Merge, find_record, receive, record_of
+from lightning_lora.model.adapter_state import Merge
+from lightning_lora.model.state import find_record, receive, record_of
 from lightning_lora.model.view import View
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join

@@ -5,6 +5,7 @@ merged weights. Only the program's user may read the folder or write to it, and 
 runs no code.
 """
 
+import copy
 import multiprocessing
 import os
 import shutil
@@ -20,7 +21,8 @@ from uuid import uuid4
 import torch
 from torch import nn
 
-from lightning_lora.errors import warn
+from lightning_lora.errors import AdapterStateError, warn
+from lightning_lora.layers import Adapter, kind_named, name_of_kind
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import named_parameters
 
@@ -98,6 +100,26 @@ def _load(path: Path, *, mmap: bool = True) -> dict[str, Any]:
     with torch.serialization.safe_globals(_ALLOWED):
         entry: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     return entry
+
+
+def without_classes(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+    """Return adapters with the names of their classes: a class cannot be sent."""
+    sent: dict[str, Any] = {name: copy.copy(adapter) for name, adapter in adapters.items()}
+    for adapter in sent.values():
+        adapter.kind = name_of_kind(adapter.kind)
+    return sent
+
+
+def with_classes(adapters: Mapping[str, Any]) -> None:
+    """Give adapters that were sent their classes back."""
+    for adapter in adapters.values():
+        name = adapter.kind
+        adapter.kind = kind_named(name)
+        if adapter.kind is None:
+            raise AdapterStateError(
+                f"The weights of this model were merged in another process, with adapters of the class {name}, which "
+                "is not known here. Call register_adapter in the main program too, before fit."
+            )
 
 
 def receive(model: nn.Module, build: Callable[[Any], Any]) -> Any:

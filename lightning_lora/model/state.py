@@ -14,70 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterStateError
-from lightning_lora.layers import AdaptedMatrix, Adapter, Role, Settings, kind_named, name_of_kind
+from lightning_lora.errors import AdapterStateError, listed
+from lightning_lora.layers import AdaptedMatrix, Adapter, Role, Settings
 from lightning_lora.model import sending
+from lightning_lora.model.adapter_state import AdapterState, Merge, Parts, Prepared
 from lightning_lora.tensors.digests import digest, digests, digests_as
 from lightning_lora.tensors.names import join, named_modules, named_parameters, plain_module, submodule
 from lightning_lora.tensors.shards import agreed, is_dtensor, reshard
-from lightning_lora.tensors.values import Seen, copy_to_host
+from lightning_lora.tensors.values import Seen
 
 _ATTRIBUTE = "_lora"  # the attribute that holds a model's record
 
 HALVES = (torch.bfloat16, torch.float16)  # the dtypes of :attr:`Record.half_digests`
-
-
-@dataclass
-class AdapterState:
-    """What a model remembers of one adapter: another adapter on the same base would be another object."""
-
-    config: LoRAConfig
-    layers: tuple[str, ...] = ()
-    """The layers that have it, or had it."""
-
-    originals: dict[str, Tensor] = field(default_factory=dict)
-    """The base's values of everything besides the adapter that training may change: modules trained in full, biases,
-    persistent buffers, and frozen weights for which a file had other values."""
-
-    random: tuple[str, ...] | None = None
-    """Frozen weights that look untrained, which files hold. None: they have not been looked for."""
-
-    is_trained: bool = False
-    """Whether a Trainer has begun to train it, or it was loaded."""
-
-    def was_trained(self) -> None:
-        """A Trainer begins to train it."""
-        self.is_trained = True
-
-    def set_layers(self, layers: Iterable[str]) -> None:
-        """It is on these layers, and on no others."""
-        self.layers = tuple(layers)
-
-    def set_untrained(self, names: Iterable[str]) -> None:
-        """These frozen weights look untrained: files hold them."""
-        self.random = tuple(names)
-
-    def keep_originals(self, values: Mapping[str, Tensor]) -> None:
-        """Copy these values of the base to CPU memory, unless they were copied before, and drop all other copies."""
-        known, self.originals = self.originals, {}
-        for name, tensor in values.items():
-            is_known = name in known and known[name].shape == tensor.shape
-            self.originals[name] = known[name] if is_known else copy_to_host(tensor)
-
-    def set_base_values(self, values: Mapping[str, Tensor]) -> None:
-        """These are the base's values, whatever the model holds now."""
-        for name, value in values.items():
-            self.originals[name] = copy_to_host(value)
-
-
-@dataclass
-class Merge:
-    """A merge that can be undone. All tensors are as the merge left them, to notice if they change."""
-
-    adapters: dict[str, Adapter]  # by layer: they hold the base's values
-    weights: dict[str, Seen]  # the merged ones
-    tied: dict[str, Seen]  # the base of those that were tied, which another layer uses
-    others: dict[str, Seen]  # the other parameters
 
 
 class Reading(NamedTuple):
@@ -89,9 +37,19 @@ class Reading(NamedTuple):
 
 @dataclass
 class Record:
-    """What a model remembers of its base and its adapter."""
+    """What a model remembers of its base and its adapters."""
 
     adapter: AdapterState
+    """The active one."""
+
+    others: dict[str, AdapterState] = field(default_factory=dict)
+    """Those that rest, by their names."""
+
+    base: dict[str, Tensor] = field(default_factory=dict)
+    """The base's own tensors that have made room for those of an adapter."""
+
+    prepared: Prepared = field(default_factory=Prepared)
+    """Switches by the names of both adapters (:mod:`.switch`). What adds to an adapter's originals clears them."""
 
     requires_grad: dict[str, bool] = field(default_factory=dict)
     """Whether each parameter of the base required a gradient before."""
@@ -103,10 +61,12 @@ class Record:
     """Base weights that were computed again from merged ones: their digests, and of those for which they stand."""
 
     merge: Merge | None = None
-    is_disabled: bool = False
 
-    fingerprints: list[dict[str, Any]] = field(default_factory=list)
-    """The forms of this base seen so far: as loaded, and as converted by a Trainer's precision."""
+    is_disabled: bool = False
+    """Whether the model shows its base: the active adapter is on its layers, but has no effect."""
+
+    aside: dict[str, tuple[Tensor, bool]] = field(default_factory=dict)
+    """While the base is shown: the values of the active adapter that made room for it, and whether they train."""
 
     read: dict[str, Reading] = field(default_factory=dict)
     half_digests: dict[int, list[int]] = field(default_factory=dict)
@@ -122,32 +82,62 @@ class Record:
         """The merged adapters by layer, if there are any."""
         return self.merge.adapters if self.merge else {}
 
-    def set_disabled(self, disabled: bool) -> None:
-        """The adapter is disabled for a while, or enabled again."""
-        self.is_disabled = disabled
+    @property
+    def adapters(self) -> dict[str, AdapterState]:
+        """All adapters by their names, the active one first."""
+        return {self.adapter.name: self.adapter, **self.others}
+
+    @property
+    def fingerprints(self) -> list[dict[str, Any]]:
+        """The forms of the base that were seen with the active adapter."""
+        return self.adapter.fingerprints
+
+    # Which adapter is shown
+
+    def base_is_shown(self, aside: dict[str, tuple[Tensor, bool]] | None) -> None:
+        """The model shows its base, with these values of the active adapter aside; or, if None, the adapter again."""
+        self.is_disabled, self.aside = aside is not None, aside or {}
+
+    def was_switched(self, parts: Parts, coming: AdapterState) -> None:
+        """The active adapter was taken off, as these parts, and another one was put on."""
+        leaving, self.adapter = self.adapter, coming
+        leaving.resting, leaving.own, leaving.dtypes = parts
+        self.others[leaving.name] = leaving
+        self.others.pop(coming.name, None)
+        coming.resting, coming.own = {}, {}
+
+    def was_dropped(self, name: str) -> None:
+        """A resting adapter was removed."""
+        del self.others[name]
+        self.prepared.clear()
 
     # The base
 
     def base_was_frozen(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """The base is to be frozen, for the first time or with new parameters: remember what trains before."""
+        self.prepared.clear()
         for name, parameter in parameters.items():
             self.requires_grad.setdefault(name, parameter.requires_grad)
 
     def base_was_loaded(self, names: Iterable[str], originals: Mapping[str, Tensor]) -> None:
-        """Other code loads these tensors as the base, some of which the adapter has copied."""
+        """Other code loads these tensors as the base, some of which the adapters have copied."""
         for name in names:
             self.changed.pop(name, None)
-        self.adapter.random = None
-        self.adapter.set_base_values(originals)
+        self.base = {}
+        self.prepared.clear()
+        for adapter in self.adapters.values():
+            adapter.random = None
+            adapter.set_base_values({name: originals[name] for name in adapter.originals if name in originals})
 
     def base_was_replaced(self) -> None:
         """The whole base was loaded anew, and the adapter begins anew."""
-        self.fingerprints, self.adapter.is_trained = [], False
+        self.adapter.fingerprints, self.adapter.is_trained, self.changed = [], False, {}
 
     def base_was_read(self, form: dict[str, Any]) -> None:
         """The base has this fingerprint before it is trained. If it is another one, it is another base."""
         if form not in self.fingerprints:
-            self.fingerprints, self.changed = [form], {}
+            self.changed = {} if self.fingerprints else self.changed  # a new adapter's fit begins on what others left
+            self.adapter.fingerprints = [form]
 
     def base_was_converted(self, form: dict[str, Any]) -> None:
         """The same base has this fingerprint in the dtypes of a Trainer's precision."""
@@ -164,6 +154,7 @@ class Record:
     def values_were_loaded(self, base: Mapping[str, Tensor]) -> None:
         """The adapter was loaded, with the values of changed weights."""
         self.adapter.is_trained = True
+        self.prepared.clear()  # more of the base may be the adapter's own now
         for name, (_, was) in self.changed.items():
             self.changed[name] = (digest(base[name]), was)
 
@@ -210,10 +201,12 @@ class Record:
 
     def snapshot(self) -> "Record":
         """Return a copy that later events do not change. Tensors are not copied."""
-        kept = replace(self, adapter=replace(self.adapter, originals=dict(self.adapter.originals)))
+        adapter = self.adapter
+        adapter = replace(adapter, originals=dict(adapter.originals), fingerprints=list(adapter.fingerprints))
+        kept = replace(self, adapter=adapter)
         for name, value in vars(self).items():
-            if isinstance(value, dict | list):
-                vars(kept)[name] = value.copy()
+            if isinstance(value, dict):
+                vars(kept)[name] = copy.copy(value)
         return kept
 
 
@@ -268,11 +261,11 @@ def forget_record(model: nn.Module) -> None:
         del hooks[key]
 
 
-def begin_record(model: nn.Module, config: LoRAConfig) -> Record:
+def begin_record(model: nn.Module, config: LoRAConfig, name: str = "default") -> Record:
     """Return the record for adapters that are added now: a new one if ``model`` is plain or merged, or its own."""
     record = find_record(model)
     if record is None or record.is_merged:
-        record = Record(AdapterState(config))
+        record = Record(AdapterState(config, name))
         keep_record(model, record)
     record.adapter.config = config
     absorb_inner_records(model, record)
@@ -281,7 +274,13 @@ def begin_record(model: nn.Module, config: LoRAConfig) -> Record:
 
 def absorb_inner_records(model: nn.Module, record: Record) -> None:
     """Move the records of modules inside ``model`` into ``record``, which keeps the values that it has already."""
-    for prefix, inner in _inner_records(model).items():
+    found = _inner_records(model)
+    if several := [f"{name}: {listed(inner.others)}" for name, inner in found.items() if inner.others]:
+        raise AdapterStateError(
+            f"Modules inside {type(plain_module(model)).__name__} have several adapters: it can take only the active "
+            f"ones ({'; '.join(several)} rest). Call remove_adapters(module, name) for the others."
+        )
+    for prefix, inner in found.items():
         values: list[tuple[dict[str, Any], Mapping[str, Any]]] = [(record.requires_grad, inner.requires_grad)]
         if not inner.is_merged:  # a merged module is itself a base now
             record.adapter.is_trained |= inner.adapter.is_trained
@@ -297,7 +296,7 @@ def _inner_records(model: nn.Module) -> dict[str, Record]:
 
 
 def record_of(model: nn.Module) -> Record:
-    """Return the record of ``model``, or raise an error if it has no adapters, or they are disabled now."""
+    """Return the record of ``model``, or raise an error if it has no adapters, or shows its base."""
     reshard(model)  # FSDP2 may show full weights after an evaluation, and the caller wants the model's own
     record = find_record(model) or receive(model)
     title = type(plain_module(model)).__name__
@@ -305,8 +304,8 @@ def record_of(model: nn.Module) -> Record:
         raise AdapterStateError(f"{title} has no adapters{_instead(model)}")
     if record.is_disabled:
         raise AdapterStateError(
-            f"The adapters of {title} are disabled. Do this after the block of disable_adapters. (A copy that was made "
-            "inside the block stays disabled: copy the model outside.)"
+            f"{title} shows its base now. Do this after the block of disable_adapters, or call "
+            f"set_adapter(model, {record.adapter.name!r}) first."
         )
     return record
 
@@ -328,17 +327,20 @@ def _instead(model: nn.Module) -> str:
 
 # To another process
 
-sending.allow(Record, AdapterState, Merge, Reading, Seen, Adapter, AdaptedMatrix, Settings, LoRAConfig, Role, frozenset)
+sending.allow(
+    Record, AdapterState, Prepared, Merge, Reading, Seen, Adapter, AdaptedMatrix, Settings, LoRAConfig, Role, frozenset
+)
 
 
 def send(model: nn.Module) -> None:
     """Send the record of a merged model to another process, which finds it by the merged weights."""
     record, parameters = record_of(model), named_parameters(model, remove_duplicate=False)
     assert record.merge is not None
-    adapters: dict[str, Any] = {name: copy.copy(adapter) for name, adapter in record.merged.items()}
-    for adapter in adapters.values():
-        adapter.kind = name_of_kind(adapter.kind)  # a class cannot be sent
-    sent = replace(record, merge=replace(record.merge, adapters=adapters))
+    others = {
+        name: replace(other, resting=sending.without_classes(other.resting)) for name, other in record.others.items()
+    }
+    merge = replace(record.merge, adapters=sending.without_classes(record.merged))
+    sent = replace(record, merge=merge, others=others, prepared=Prepared())
     sending.send(sent, {name: digest(parameters[name]) for name in record.merge.weights})
 
 
@@ -351,13 +353,6 @@ def receive(model: nn.Module) -> Record | None:
 
 
 def _with_classes(record: Record) -> Record:
-    for adapter in record.merged.values():
-        name: Any = adapter.kind
-        kind = kind_named(name)
-        if kind is None:
-            raise AdapterStateError(
-                f"The weights of this model were merged in another process, with adapters of the class {name}, which "
-                "is not known here. Call register_adapter in the main program too, before fit."
-            )
-        adapter.kind = kind
+    for adapters in (record.merged, *(other.resting for other in record.others.values())):
+        sending.with_classes(adapters)
     return record

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries
-from lightning_lora.model.state import AdapterState, Record, find_record, record_of
+from lightning_lora.model.adapter_state import AdapterState
+from lightning_lora.model.state import Record, find_record, record_of
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import join, named_modules, own_parameter, parameters_of, plain_module, submodule
 from lightning_lora.tensors.shards import is_dtensor, to_local

@@ -111,8 +111,8 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
     return parameter
 
 
-def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Replace the parameter that ``module`` holds under ``name``."""
+def set_parameter(module: nn.Module, name: str, parameter: Tensor) -> None:
+    """Replace the parameter or buffer that ``module`` holds under ``name``."""
     owner, _, leaf = name.rpartition(".")
     setattr(submodule(module, owner), leaf, parameter)
 

@@ -14,8 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn, get_swa_multi_a
 
 from lightning_lora.errors import ConfigError, listed
 from lightning_lora.layers.kinds import LoRAEmbedding
+from lightning_lora.layers.norms import FrozenNorm
 from lightning_lora.model.attach import move_adapters
-from lightning_lora.model.norms import FrozenNorm
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import named_parameters

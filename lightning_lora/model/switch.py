@@ -1,0 +1,398 @@
+"""Switch between the adapters on one base, and show the base itself."""
+
+import difflib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from operator import attrgetter, getitem, is_, setitem
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.errors import AdapterStateError, listed
+from lightning_lora.layers import Adapter, LoRALayer, Step, adapter_for
+from lightning_lora.layers.norms import freeze_norms, set_frozen
+from lightning_lora.model import attach
+from lightning_lora.model.adapter_state import AdapterState, Parts
+from lightning_lora.model.merged import check_as_merged
+from lightning_lora.model.state import Record, find_record, record_of
+from lightning_lora.model.view import View, view_of
+from lightning_lora.tensors.names import own_parameter, owner_of, plain_module, set_parameter, submodule
+from lightning_lora.tensors.shards import is_dtensor, reshard
+from lightning_lora.tensors.values import replace_values, same_bits, set_aside, set_requires_grad
+
+
+def set_adapter(model: nn.Module, name: str | None) -> AbstractContextManager[None]:
+    """Switch to another adapter of a model, or to its base.
+
+    The layers get the other adapter's parameters, and the model its own trained modules, biases and buffers. These are
+    the same objects as before, so that an optimizer keeps what it trains: no value is written or copied. The first
+    switch between two adapters walks through the model. If both adapt the same layers, later ones take microseconds.
+
+    Args:
+        model: A model with adapters, which are not merged.
+        name: The adapter's name. ``None`` shows the base, as ``disable_adapters`` does. The active adapter then stays
+            on its layers without effect.
+
+    Returns:
+        A context manager: at the end of a ``with`` block, the model shows what it did before. Else the switch stays.
+
+    Raises:
+        AdapterStateError: there is no adapter of this name, or the model is merged, sharded (FSDP2), or has lost
+            layers that the adapter is for. Nothing has changed then.
+
+    Example:
+        >>> from lightning_lora import LoRAConfig, inject_adapters
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> names = inject_adapters(model, LoRAConfig(r=2), name="de")
+        >>> names = inject_adapters(model, LoRAConfig(r=2), name="fr")
+        >>> adapters(model)
+        ('fr', 'de')
+        >>> with set_adapter(model, "de"):
+        ...     adapters(model)
+        ('de', 'fr')
+    """
+    record = find_record(model)
+    before = None if record is None or record.is_disabled else record.adapter.name
+    if record is None or not _exchange(record, name):
+        _switch(model, name)
+    return _Back(model, before)
+
+
+class _Back(AbstractContextManager[None]):
+    """Shows what a model has shown before, at the end of a ``with`` block."""
+
+    def __init__(self, model: nn.Module, name: str | None) -> None:
+        self.model, self.name = model, name
+
+    def __exit__(self, *_: object) -> None:
+        set_adapter(self.model, self.name)
+
+
+def adapters(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of a model's adapters, the active one first.
+
+    While the model shows its base, the first one is the adapter that is on its layers without effect.
+
+    Args:
+        model: Any module. One without adapters has no names.
+    """
+    record = find_record(model)
+    return tuple(record.adapters) if record else ()
+
+
+def disable_adapters(model: nn.Module) -> AbstractContextManager[None]:
+    """Run the base model inside a ``with`` block.
+
+    The updates are off. Everything else that was trained has the base's own values, and gets no gradient. It
+    is ``set_adapter(model, None)``.
+
+    Args:
+        model: The model that ``inject_adapters`` was called on, adapted or merged.
+
+    Raises:
+        AdapterStateError: ``model`` has no adapters, or its merged weights were changed.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lora import LoRAConfig, inject_adapters
+        >>> model, x = nn.Sequential(nn.Linear(4, 4)), torch.ones(4)
+        >>> base = model(x)
+        >>> names = inject_adapters(model, LoRAConfig(r=2))
+        >>> _ = nn.init.ones_(model[0].lora_B)
+        >>> with disable_adapters(model):
+        ...     torch.equal(model(x), base)
+        True
+        >>> torch.equal(model(x), base)
+        False
+    """
+    return set_adapter(model, None)
+
+
+def adapters_of(model: nn.Module, name: str) -> dict[str, Adapter]:
+    """Return the adapters of this name by layer: active, merged or resting. They share its parameters."""
+    record = record_of(model)
+    check_known(record, name, model)
+    if name in record.others:
+        return record.others[name].resting
+    return record.merged or {layer: each._lora_adapter() for layer, each in View(model).layers.items()}
+
+
+def check_known(record: Record, name: str, model: nn.Module) -> None:
+    """Refuse a name that no adapter has."""
+    if name not in record.adapters:
+        near = difflib.get_close_matches(str(name), record.adapters)
+        hint = f"Did you mean {listed(near)}?" if near else "load_adapter(model, path, name=...) loads one."
+        raise AdapterStateError(
+            f"{type(plain_module(model)).__name__} has no adapter {name!r}. It has {listed(record.adapters)}. {hint}"
+        )
+
+
+# Another adapter
+
+
+def _switch(model: nn.Module, name: str | None) -> None:
+    """Switch, where nothing is prepared."""
+    record = find_record(model)
+    if record is None or not record.is_disabled:
+        record = record_of(model)
+    if name is None:
+        if not record.is_disabled:
+            _show_base(model)
+        return
+    check_known(record, name, model)
+    if name != record.adapter.name:
+        check_switchable(model)
+        _check_present(View(model), record.others[name])
+    if record.is_disabled:
+        _show_adapter(model)
+    if name != record.adapter.name:
+        change(model, record.others[name])
+
+
+def check_switchable(model: nn.Module) -> None:
+    """Refuse to exchange adapters that are in merged weights or in shards."""
+    view, title = View(model), type(plain_module(model)).__name__
+    if view.is_merged:
+        raise AdapterStateError(
+            f"The adapter {view.adapter.name!r} is merged into the weights of {title}. Call unmerge_adapters(model) "
+            "before another one is used."
+        )
+    if any(map(is_dtensor, view.parameters.values())):
+        raise AdapterStateError(
+            f"The parameters of {title} are sharded over processes, where only set_adapter(model, None) is possible. "
+            "Switch before the model is sharded."
+        )
+
+
+def _check_present(view: View, coming: AdapterState) -> None:
+    present = {**view.modules, **view.parameters, **view.buffers}
+    if absent := [name for name in (*coming.resting, *coming.own) if name not in present]:
+        raise AdapterStateError(
+            f"{type(view.model).__name__} no longer has {listed(absent)}, for which its adapter {coming.name!r} is. "
+            "Give the model its layers back, or call remove_adapters(model, name)."
+        )
+
+
+def change(model: nn.Module, coming: AdapterState) -> None:
+    """Take the active adapter off, and put another one on: a resting one, or a new one that has no layers yet."""
+    check_switchable(model)
+    view = view_of(model)
+    attach.check_weights(view)
+    with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
+        put = _tensors_to_put(view, coming)
+        for name, adapter in coming.resting.items():
+            layer = view.modules[name]
+            adapter.kind = layer.overlaid[0] if isinstance(layer, LoRALayer) else adapter_for(layer) or adapter.kind
+            attach.follow_layer(layer, adapter, coming.dtypes[name], undo)
+        undo.pop_all()
+    before, record, own = _Contents(view, coming), view.record, view.kept
+    dtypes = {name: weight.dtype for name, weight in _weights(view).items()}
+    resting = attach.detach_adapters(view)
+    for name, tensor in put.items():
+        if name not in own:
+            record.base[name] = {**view.parameters, **view.buffers}[name]
+        set_parameter(view.model, name, tensor)
+    attach.attach_adapters(view.model, coming.resting)
+    record.was_switched((resting, own, dtypes), coming)
+    torch.clear_autocast_cache()
+    now = View(model)
+    for module in now.saved:
+        for inner in module.modules():
+            set_frozen(inner, False)
+    freeze_norms(now.modules.values(), now.saved)
+    for layer in now.layers.values():
+        layer.lora_weights_changed()
+    before.prepare(now, put)
+
+
+def _weights(view: View) -> dict[str, nn.Parameter]:
+    """The weight of each adapted layer, whose device and dtype its adapter follows."""
+    return {name: own_parameter(layer, layer.lora_matrices[0].weight) for name, layer in view.layers.items()}
+
+
+def _tensors_to_put(view: View, coming: AdapterState) -> dict[str, Tensor]:
+    """The adapter's own tensors by name, and the base's where the active one has its own."""
+    put, made = dict[str, Tensor](), dict[int, Tensor]()
+    present = {**view.parameters, **view.buffers}
+    for name, tensor in coming.own.items():
+        put[name] = tensor
+        attach.follow(tensor, present[name].device, present[name].dtype)
+    for name, tensor in view.kept.items():
+        if name not in put:
+            if id(tensor) not in made:  # a tied one has several names
+                made[id(tensor)] = _base_of(view.record.base.get(name), tensor, view.adapter.originals[name])
+            put[name] = made[id(tensor)]
+    return put
+
+
+def _base_of(known: Tensor | None, tensor: Tensor, original: Tensor) -> Tensor:
+    """The base's tensor where an adapter has ``tensor``: the one that was there before, or a new one."""
+    if original.is_meta:  # the model was adapted before it had values
+        return tensor
+    if known is not None and known is not tensor and _about(known) == _about(tensor) and same_bits(known, original):
+        return known
+    value = original.to(tensor, copy=True)
+    return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+
+
+@contextmanager
+def shown(model: nn.Module, name: str, *, stays: bool = False) -> Iterator[None]:
+    """Make another adapter active in a ``with`` block, perhaps a new one, which an error drops. It may stay."""
+    record = record_of(model)
+    before, is_new = record.adapter.name, name not in record.adapters
+    if is_new:
+        change(model, AdapterState(record.adapter.config, name))
+    else:
+        set_adapter(model, name)
+    try:
+        yield
+    except BaseException:
+        set_adapter(model, before)
+        if is_new:
+            record_of(model).was_dropped(name)
+        raise
+    if not stays:
+        set_adapter(model, before)
+
+
+# A prepared switch
+
+_Entry = tuple[dict[str, Any], str, Any]  # of a dict: this key has this value
+
+_about = attrgetter("dtype", "device")
+
+
+class _Exchange:
+    """What a switch exchanges: entries of the dicts in which modules hold their attributes, parameters and buffers.
+
+    It is of use only while the model is as it was then. So each of ``entries`` must be what it was: those that get the
+    ``new`` values, and after them each module in its parent. And each of ``anchors``, the tensors that adapters
+    follow, must have its device and dtype. If not, all exchanges are dropped, and prepared anew.
+    """
+
+    def __init__(
+        self, entries: Iterable[_Entry], new: Iterable[_Entry], anchors: Iterable[Tensor], parts: Parts
+    ) -> None:
+        self.dicts, self.keys, self.old = map(tuple, zip(*entries, strict=True))
+        self.new = tuple(value for _, _, value in new)
+        self.anchors, self.parts = tuple(anchors), parts
+        self.seen = list(map(_about, self.anchors))
+
+    def is_current(self) -> bool:
+        """Whether the model is as it was."""
+        try:
+            is_same = all(map(is_, map(getitem, self.dicts, self.keys), self.old))
+        except KeyError:
+            return False
+        return is_same and list(map(_about, self.anchors)) == self.seen
+
+
+def _exchange(record: Record, name: str | None) -> bool:
+    """Make a prepared switch, if there is one and the model is as it was when it was prepared."""
+    found: _Exchange | None = record.prepared.get((record.adapter.name, name))
+    if found is None or name is None or record.is_disabled or record.is_merged:
+        return False
+    if not found.is_current():
+        record.prepared.clear()
+        return False
+    deque(map(setitem, found.dicts, found.keys, found.new), maxlen=0)
+    record.was_switched(found.parts, record.others[name])
+    return True
+
+
+class _Contents:
+    """What the modules of a model hold before a switch: the difference to after it is what later ones exchange."""
+
+    def __init__(self, view: View, coming: AdapterState) -> None:
+        self.leaving, self.anchors = view.adapter, [*_weights(view).values(), *view.kept.values()]
+        self.parts = coming.resting, coming.own
+        self.classes = {module: type(module) for module in view.modules.values()}
+        self.held = list[tuple[dict[str, Any], dict[str, Any]]]()
+        for module in self.classes:
+            for held in (vars(module), module._parameters, module._buffers):
+                self.held.append((held, dict(held)))
+
+    def prepare(self, now: View, put: Iterable[str]) -> None:
+        """Prepare the switch that was made, and the one back, if they change no class and call no ``__setattr__``."""
+        owners = [submodule(now.model, owner_of(name)) for name in put]
+        is_plain = all(type(module) is kind for module, kind in self.classes.items())
+        if not is_plain or any(type(owner).__setattr__ is not nn.Module.__setattr__ for owner in owners):
+            return
+        before, after = list[_Entry](), list[_Entry]()
+        for held, was in self.held:
+            if held.keys() != was.keys():
+                return
+            for key in was:
+                if _differs(was[key], held[key]):
+                    before.append((held, key, was[key]))
+                    after.append((held, key, held[key]))
+        places = list[_Entry]()
+        for module in now.model.modules():
+            for key, child in module._modules.items():
+                places.append((module._modules, key, child))
+        leaving, coming, weights = self.leaving, now.adapter, _weights(now)
+        parts = *self.parts, {name: weight.dtype for name, weight in weights.items()}
+        there = _Exchange([*before, *places], after, self.anchors, (leaving.resting, leaving.own, leaving.dtypes))
+        back = _Exchange([*after, *places], before, [*weights.values(), *now.kept.values()], parts)
+        now.record.prepared.update({(leaving.name, coming.name): there, (coming.name, leaving.name): back})
+
+
+def _differs(was: object, now: object) -> bool:
+    """Whether a switch exchanges one value for the other. Equal settings need not be."""
+    if was is now or isinstance(now, Step):  # which belongs to the layer
+        return False
+    if isinstance(now, dict) and now:  # it may change in place
+        return True
+    return isinstance(now, Tensor) or was != now
+
+
+# The base
+
+
+def _show_base(model: nn.Module) -> None:
+    """Turn the updates off, and let the base's values be in merged weights, and in what was trained beside them."""
+    check_as_merged(model)
+    view = view_of(model)
+    record, values = view.record, dict[int, tuple[Tensor, Tensor]]()
+    for name, tensor in view.kept.items():
+        original = view.adapter.originals[name].to(tensor, copy=True)
+        if not original.is_meta:  # the model was adapted before it had values
+            values[id(tensor)] = tensor, original
+    for weight in view.merged:
+        _, base = values.get(id(weight.base), (None, weight.base))  # a tied weight's other use may have trained
+        values[id(weight.shown)] = weight.shown, base.detach().to(weight.shown)
+    for name, seen in {**record.merge.weights, **record.merge.others}.items() if record.merge else ():
+        if is_dtensor(view.parameters.get(name)):
+            seen.digest()  # the values are written into the same memory: later, only their digest tells them apart
+    aside, names = dict[str, tuple[Tensor, bool]](), dict[int, str]()
+    for name, tensor in {**view.buffers, **view.parameters}.items():
+        names[id(tensor)] = name
+    for key, (tensor, base) in values.items():
+        if key in names:
+            aside[names[key]] = set_aside(tensor) if is_dtensor(tensor) else tensor.data, tensor.requires_grad
+            set_requires_grad(tensor, False)  # a gradient at the base's values would move what was trained
+            replace_values(tensor, base)
+    for layer in view.layers.values():
+        layer.lora_enabled = False
+    torch.clear_autocast_cache()  # it may hold copies of the other values
+    record.base_is_shown(aside)
+
+
+def _show_adapter(model: nn.Module) -> None:
+    """Give the active adapter, or the merged weights, their effect back."""
+    reshard(model)  # so that the next forward pass gathers what is put back
+    view = View(model)
+    present: dict[str, Tensor] = {**view.buffers, **view.parameters}
+    for name, (values, trains) in view.record.aside.items():
+        if name in present:
+            tensor = present[name]
+            if values.dtype is not tensor.dtype or values.device != tensor.device:  # converted or moved since
+                values = values.to(tensor)
+            replace_values(tensor, values)
+            set_requires_grad(tensor, trains)
+    for layer in view.layers.values():
+        layer.lora_enabled = True
+    torch.clear_autocast_cache()
+    view.record.base_is_shown(None)
