@@ -82,11 +82,11 @@ def adapters(model: nn.Module) -> tuple[str, ...]:
     return tuple(record.adapters) if record else ()
 
 
-def disable_adapters(model: nn.Module) -> AbstractContextManager[None]:
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Run the base model inside a ``with`` block.
 
-    The updates are off. Everything else that was trained has the base's own values, and gets no gradient. It
-    is ``set_adapter(model, None)``.
+    The updates are off. Everything else that was trained has the base's own values, and gets no gradient.
 
     Args:
         model: The model that ``inject_adapters`` was called on, adapted or merged.
@@ -107,7 +107,8 @@ def disable_adapters(model: nn.Module) -> AbstractContextManager[None]:
         >>> torch.equal(model(x), base)
         False
     """
-    return set_adapter(model, None)
+    with set_adapter(model, None):
+        yield
 
 
 def adapters_of(model: nn.Module, name: str) -> dict[str, Adapter]:
