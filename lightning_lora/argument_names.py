@@ -19,8 +19,8 @@ ELSEWHERE = {
     "lora_bias": "set bias='lora_only' to train the biases of the adapted layers",
     "layer_replication": "repeat the layers in your model first",
     **dict.fromkeys(("targets", "target_layers"), "it is target_modules here"),
-    **dict.fromkeys(("lr", "learning_rate"), "your configure_optimizers sets it"),
-    **dict.fromkeys(("merge", "save"), "it is an argument of LoRACallback"),
+    **dict.fromkeys(("lr", "learning_rate"), "your configure_optimizers sets it; lr_scale multiplies it for adapters"),
+    **dict.fromkeys(("merge", "save", "lr_scale", "loraplus_lr_ratio"), "it is an argument of LoRACallback"),
     **dict.fromkeys(("loftq_config", "use_qalora"), "it is not available here"),
     **dict.fromkeys(
         ("layers_to_transform", "layers_pattern"),
@@ -41,12 +41,9 @@ def explains_arguments(cls: _Class) -> _Class:
 
     @functools.wraps(init)
     def explained(self: Any, *args: Any, **kwargs: Any) -> None:
-        ratio = kwargs.pop("loraplus_lr_ratio", None)  # reserved: accepted as None, and shown nowhere
+        ratio = kwargs.pop("loraplus_lr_ratio", None)  # PEFT's name; shown nowhere
         if ratio is not None:
-            raise ConfigError(
-                f"loraplus_lr_ratio={ratio!r} is not available in this version. Leave it out, "
-                "and give lora_A and lora_B groups of their own in configure_optimizers."
-            )
+            kwargs.update(_with_ratio(kwargs.get("lr_scale", 1), ratio, names))
         if unknown := [f"{name}: {_hint(name, names)}" for name in kwargs if name not in names]:
             raise ConfigError(f"{cls.__name__} got unknown arguments. {'; '.join(unknown)}.")
         init(self, *args, **kwargs)
@@ -55,6 +52,17 @@ def explains_arguments(cls: _Class) -> _Class:
 
     cls.__init__ = explained  # type: ignore[misc]
     return cls
+
+
+def _with_ratio(scale: Any, ratio: Any, names: Collection[str]) -> dict[str, Any]:
+    """PEFT's ratio of the rates of B and A, as ``lr_scale``."""
+    if "lr_scale" not in names:
+        return {"loraplus_lr_ratio": ratio}
+    if isinstance(scale, dict):
+        raise ConfigError(
+            f"lr_scale={scale!r} has the rates of A and B already. Leave out loraplus_lr_ratio={ratio!r}."
+        )
+    return {"lr_scale": {"A": scale, "B": scale * ratio}}
 
 
 def _hint(name: str, names: Collection[str]) -> str:

@@ -23,11 +23,12 @@ from lightning_lora.summary import summarize
 from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
-from lightning_lora.training.advice import advise, log_arguments
+from lightning_lora.training.advice import advise, advise_rates, log_arguments, shown_rates
 from lightning_lora.training.gradients import Gradients, gradients_pass
 from lightning_lora.training.merging import check_arguments, check_weights, load_best, send_record
 from lightning_lora.training.optimizers import check_frozen
 from lightning_lora.training.randomness import RANDOM, random_states, restore_random_state
+from lightning_lora.training.rates import scales_of
 from lightning_lora.training.stage import Phase, Stage, is_merged, receive_record
 from lightning_lora.training.strategies import overlay_strategy
 from lightning_lora.training.strategy import LoRAStrategy
@@ -87,13 +88,17 @@ class LoRACallback(Callback):
         save: What every file of the Trainer holds. ``"adapters"``: only what training changed, some megabytes, which
             this package reads. ``"model"``: the whole merged model too, under its plain names, which any code reads
             (Lightning's ``load_from_checkpoint``, ``load_state_dict``). A run resumes exactly from both.
+        lr_scale: The adapters' learning rate over that of ``configure_optimizers``, in each step of any scheduler. A
+            new head keeps the module's. Begin with 10 if the module was written for full fine-tuning.
+            ``{"A": 10, "B": 160}`` is LoRA+, as is PEFT's ``loraplus_lr_ratio=16`` beside ``lr_scale=10``.
         pack_base: Has no effect. It is accepted so that older configuration files load.
 
     Raises:
         ConfigError: an argument has an invalid value.
 
     Source:
-        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
+        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models". Hayou et al. 2024, "LoRA+: Efficient
+        Low Rank Adaptation of Large Models".
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -131,6 +136,7 @@ class LoRACallback(Callback):
         autocast_adapter_dtype: bool = True,
         merge: Merge = "last",
         save: Save = "adapters",
+        lr_scale: float | dict[str, float] = 1,
         pack_base: bool = False,
     ) -> None:
         arguments = locals()
@@ -141,6 +147,8 @@ class LoRACallback(Callback):
         self.config = LoRAConfig(**{field.name: arguments[field.name] for field in fields(LoRAConfig)})
         self.merge: Merge = merge
         self.save: Save = save
+        scales_of(lr_scale)
+        self.lr_scale = lr_scale
         _join_other_package()
         make_folder()
         self._start()
@@ -148,7 +156,7 @@ class LoRACallback(Callback):
     def __repr__(self) -> str:
         """Show the arguments that are not at their defaults."""
         defaults = inspect.signature(LoRACallback).parameters
-        values = {**self.config.to_dict(), "merge": self.merge, "save": self.save}
+        values = {**self.config.to_dict(), "merge": self.merge, "save": self.save, "lr_scale": self.lr_scale}
         changed = [f"{name}={value!r}" for name, value in values.items() if value != defaults[name].default]
         return f"{type(self).__name__}({', '.join(changed)})"
 
@@ -165,7 +173,7 @@ class LoRACallback(Callback):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         given, config = frozenset(state["given"]), LoRAConfig.from_dict(state["config"])
-        vars(self).update({**state, "config": config, "given": given})
+        vars(self).update({"lr_scale": 1, **state, "config": config, "given": given})
         self._start()
 
     # Set-up
@@ -177,7 +185,7 @@ class LoRACallback(Callback):
         that the module's own hooks create later.
         """
         callbacks, is_fit = compatibility.callbacks_of(trainer), stage == "fit"
-        self._stage = Stage(self.config, self.given, self.save, is_fit, callbacks)
+        self._stage = Stage(self.config, self.given, self.save, is_fit, callbacks, lr_scale=self.lr_scale)
         adapts_late = overlay_strategy(trainer.strategy, self._stage).lora_adapts_late
         compatibility.check_callbacks(callbacks, stage, is_sharded=adapts_late)
         if View(pl_module).layers:
@@ -207,7 +215,8 @@ class LoRACallback(Callback):
         reshard(pl_module)
         check_weights(trainer, pl_module, self.merge, self.save)
         if trainer.is_global_zero and compatibility.wants_summary(trainer):
-            table = summarize(pl_module).table(trained_only=True, optimizers=trainer.optimizers)
+            rates = shown_rates(pl_module, trainer.optimizers)
+            table = summarize(pl_module).table(trained_only=True, optimizers=trainer.optimizers, rates=rates)
             fitting_console().print(table)
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
@@ -215,9 +224,11 @@ class LoRACallback(Callback):
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of what trains too little, and tell the loggers how it trains, once a checkpoint is loaded."""
         advise(pl_module, aloud=trainer.is_global_zero)
+        if "lr_scale" not in self.given and self.lr_scale == 1:
+            advise_rates(pl_module, trainer.optimizers)
         if trainer.is_global_zero:
-            share = summarize(pl_module).share
-            log_arguments(trainer, pl_module, merge=self.merge, save=self.save, trained_share=share)
+            others = {"merge": self.merge, "save": self.save, "lr_scale": self.lr_scale}
+            log_arguments(trainer, pl_module, **others, trained_share=summarize(pl_module).share)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to watch gradients. After an exception, the adapters stay on the module from now on."""

@@ -61,7 +61,9 @@ class LoRASummary:
         """Share of parameters that train, from 0 to 1."""
         return self.trained / max(self.trained + self.frozen, 1)
 
-    def table(self, *, trained_only: bool = False, optimizers: Sequence[Optimizer] = ()) -> Group:
+    def table(
+        self, *, trained_only: bool = False, optimizers: Sequence[Optimizer] = (), rates: Sequence[str] = ()
+    ) -> Group:
         """Return a headline, a table and the costs, for rich. With ``trained_only``, what does not train is one row."""
         headline = f"LoRA: {self.title} trains {self.share:.2%} of its parameters"
         if self.plain:
@@ -73,7 +75,9 @@ class LoRASummary:
             more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
             shown.append(Text(f"Layers smaller than r have their largest rank: {', '.join(names[:_MOST])}{more}"))
         if not self.plain:
-            shown.append(self._costs(optimizers))
+            shown.append(costs := self._costs(optimizers))
+            if any(rates):
+                costs.add_row("Learning rate", *rates)
         return Group(*shown)
 
     def _layers(self, trained_only: bool) -> Table:

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_lora.errors import FreshLayerWarning, LoRAWarning, listed, warn
 from lightning_lora.layers import adapter_for
@@ -20,6 +21,7 @@ from lightning_lora.targets.lookup import AUTOMATIC, COMPUTED, Names, is_compute
 from lightning_lora.targets.select import automatic_targets
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import owner_of, starts_of
+from lightning_lora.training.rates import peak_rates
 
 
 def advise(model: LightningModule, *, aloud: bool = True) -> None:
@@ -43,6 +45,24 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
     _warn_of_left_trainable(view, fresh)
     _warn_of_left_alone(view)
     _warn_of_computed(view)
+
+
+def advise_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> None:
+    """Tell of a learning rate that is usual in full fine-tuning, and low for adapters."""
+    like_adam = [each for each in optimizers if any("Adam" in name for name in class_names(each))]
+    rates, _ = peak_rates(view_of(model), like_adam)
+    if rates and 0 < rates[-1] < 1e-4:
+        rank_zero_info(
+            f"The adapters' learning rate is {rates[-1]:g} at most, as in full fine-tuning. LoRA usually needs about "
+            "ten times as much: LoRACallback(lr_scale=10). With lr_scale=1, this line is not shown."
+        )
+
+
+def shown_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> list[str]:
+    """Return the adapters' learning rates as text, and those of the module, if they are others."""
+    found, others = peak_rates(view_of(model), optimizers)
+    texts = [" to ".join(map("{:g}".format, dict.fromkeys(each[:1] + each[-1:]))) for each in (found, others)]
+    return texts[:1] if found == others or not others else [texts[0], f"the module's: {texts[1]}"]
 
 
 def _warn_of_fresh(view: View, fresh: Fresh) -> None:

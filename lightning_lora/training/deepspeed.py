@@ -13,6 +13,7 @@ from lightning_lora.model.state import find_record, keep_record
 from lightning_lora.model.view import View
 from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.optimizers import train_adapters
+from lightning_lora.training.rates import follow, hide_groups
 from lightning_lora.training.strategy import LateStrategy, LoRAStrategy
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ class LoRADeepSpeedStrategy(LateStrategy):
         """Build the user's optimizer, then let it train the adapters."""
         with self.lora_building_optimizers():
             optimizer, scheduler = super()._init_optimizers()  # type: ignore[misc]
-        train_adapters(self.lora_module, [optimizer])
+        train_adapters(self.lora_module, [optimizer], self.lora_stage.lr_scale)
+        hide_groups([scheduler and scheduler.scheduler], self.lora_module)
         for number, group in enumerate(optimizer.param_groups):
             if not group["params"]:  # DeepSpeed would remove it, and a scheduler give its rate to another group
                 idle = nn.Parameter(torch.zeros(2 * dist.get_world_size()))  # some for each process
@@ -203,6 +205,7 @@ class LoRADeepSpeedStrategy(LateStrategy):
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             zero: Any = optimizer
             zero.optimizer.load_state_dict(local_state(self.lora_partitions, state))
+            follow(zero.optimizer)
             for partition, values in zip(self.lora_partitions, state.get(_COPIES, ()), strict=False):
                 partition.local.detach().copy_(partition.local_of(values))
             if _SCALE in state and hasattr(zero, "loss_scaler"):

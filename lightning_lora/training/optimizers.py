@@ -14,8 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import own_parameter, owner_of, parameters_of
-
-Params = list[nn.Parameter]
+from lightning_lora.training.rates import Params, Scale, check_splits, join, scales_in, split
 
 _EDITED: "WeakKeyDictionary[Optimizer, tuple[list[Params], list[Params]]]" = WeakKeyDictionary()
 """The groups of each optimizer as built, and after editing: LightningCLI returns the same one in every fit."""
@@ -34,9 +33,12 @@ def _count_fused_step(optimizer: Optimizer, *_: Any) -> None:
 register_optimizer_step_post_hook(_count_fused_step)
 
 
-def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: Scale = 1) -> None:
     """Replace base weights in the groups by adapters, in place: LBFGS and schedulers keep references to these lists."""
     view = view_of(model)
+    scales = scales_in(view, lr_scale)
+    for optimizer in optimizers:
+        join(optimizer)
     followers: dict[int, Params] = {}
     for layer in view.layers.values():
         for name, about in layer.lora_roles().items():
@@ -51,8 +53,9 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         if not any(after):
             title = f"Optimizer {number} of {type(model).__name__} ({type(optimizer).__name__})"
             _check_emptied(view, title, _held(before), followers)
+        check_splits(optimizer, after, scales)
     for optimizer, before, after in zip(optimizers, built, edited, strict=True):
-        _write(view, optimizer, after)
+        _write(view, optimizer, split(optimizer, after, scales))
         _EDITED[optimizer] = (before, after)
         _CHECKED.pop(optimizer, None)
 
@@ -111,8 +114,8 @@ def _held(groups: Iterable[Params]) -> set[int]:
     return set(map(id, chain.from_iterable(groups)))
 
 
-def _ids(groups: list[Params]) -> list[list[int]]:
-    return [list(map(id, group)) for group in groups]
+def _ids(groups: list[Params]) -> list[set[int]]:
+    return [set(map(id, group)) for group in groups]
 
 
 def _edit(groups: list[Params], followers: dict[int, Params], chosen: set[int]) -> list[Params]:

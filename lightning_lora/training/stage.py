@@ -50,6 +50,7 @@ class Stage:
     dropout: Dropout = field(default_factory=Dropout)
     resumed: dict[str, Any] = field(default_factory=dict)
     averages_gradients: bool = True
+    lr_scale: float | dict[str, float] = 1
 
     @property
     def is_fitting(self) -> bool:

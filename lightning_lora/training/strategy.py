@@ -33,6 +33,7 @@ from lightning_lora.training.compatibility import drop_averages, keeping_adapter
 from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.merging import warn_of_rounding
 from lightning_lora.training.optimizers import train_adapters
+from lightning_lora.training.rates import follow, hide_groups
 from lightning_lora.training.stage import Phase, Stage
 
 if TYPE_CHECKING:
@@ -123,7 +124,8 @@ class LoRAStrategy(Strategy, InPlace):
         """Build the user's optimizers, then let them train the adapters."""
         with self.lora_building_optimizers():
             super().setup_optimizers(trainer)
-        train_adapters(self.lora_module, self.optimizers)
+        train_adapters(self.lora_module, self.optimizers, self.lora_stage.lr_scale)
+        hide_groups([config.scheduler for config in self.lr_scheduler_configs], self.lora_module)
 
     @contextmanager
     def lora_building_optimizers(self) -> Iterator[None]:
@@ -242,13 +244,15 @@ class LoRAStrategy(Strategy, InPlace):
                 self.lora_stage.phase = Phase.SET_UP  # so that the module becomes what it was before
             raise OptimizerError(
                 f"The checkpoint is of a run with other optimizers ({type(error).__name__}: {error}). Return the same "
-                "ones from configure_optimizers. Or load the adapters only, with load_adapter(model, path), and call "
-                "fit without ckpt_path."
+                "ones from configure_optimizers, with the same kind of lr_scale: 1, another number, or A and B. Or "
+                "load the adapters only, with load_adapter(model, path), and call fit without ckpt_path."
             ) from error
 
     def lora_load_states(self, checkpoint: Any) -> None:
         """Load the optimizers' states."""
         super().load_optimizer_state_dict(checkpoint)
+        for optimizer in self.optimizers:
+            follow(optimizer)  # at the scale that is given now
 
     # Save
 
