@@ -28,7 +28,7 @@ from lightning_lora.training.gradients import Gradients, gradients_pass
 from lightning_lora.training.merging import check_arguments, check_weights, load_best, send_record
 from lightning_lora.training.optimizers import check_frozen
 from lightning_lora.training.randomness import RANDOM, random_states, restore_random_state
-from lightning_lora.training.rates import scales_of
+from lightning_lora.training.rates import follow, scales_of
 from lightning_lora.training.stage import Phase, Stage, is_merged, receive_record
 from lightning_lora.training.strategies import overlay_strategy
 from lightning_lora.training.strategy import LoRAStrategy
@@ -253,6 +253,7 @@ class LoRACallback(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check that the optimizer trains no frozen weight. In its first step, check that it trains its adapters."""
         check_frozen(pl_module, optimizer)
+        follow(getattr(optimizer, "optimizer", optimizer))  # DeepSpeed's has one inside, which sees one group in a step
         if self._gradients is not None:
             self._gradients.check(optimizer)
 

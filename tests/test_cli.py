@@ -79,6 +79,16 @@ def test_yaml_fits_resumes_and_tests(tmp_path: Path) -> None:
     assert resume.trainer.global_step == 4
 
 
+@pytest.mark.parametrize("scale", [10, 0.5, {"A": 10, "B": 160}])
+def test_a_scale_of_rates_is_a_flag_and_in_yaml(tmp_path: Path, scale: Any) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"lora": {"lr_scale": scale}}))
+    for given in (f"--lora.lr_scale={scale}", f"--config={tmp_path / 'config.yaml'}"):
+        cli = run(tmp_path, "fit", *OPTIMIZER, given, cls=LoRACLI)
+        assert callback_of(cli).lr_scale == scale
+        rates = [group["lr"] / 0.045 for group in cli.trainer.optimizers[0].param_groups]
+        assert rates == pytest.approx([1, *(scale.values() if isinstance(scale, dict) else [scale])])
+
+
 def test_a_config_and_a_file_of_earlier_versions_load(tmp_path: Path) -> None:
     callback = {"class_path": "lightning_lora.LoRACallback", "init_args": {"r": 2, "pack_base": True}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))

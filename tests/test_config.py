@@ -115,7 +115,7 @@ def test_hints_leave_signatures_as_they_are_written() -> None:
     for cls in (LoRAConfig, LoRACallback):
         parameters = inspect.signature(cls).parameters
         assert parameters["alpha"].default is None and "kwargs" not in parameters
-        assert not parameters.keys() & ELSEWHERE.keys() - {"merge", "save", "pack_base"}
+        assert not parameters.keys() & ELSEWHERE.keys() - {"merge", "save", "lr_scale", "pack_base"}
     assert dataclasses.replace(LoRAConfig(r=2), alpha=4) == LoRAConfig(r=2, alpha=4)
 
 
@@ -130,8 +130,24 @@ def test_every_argument_of_peft_is_one_here_or_has_a_hint() -> None:
 
 
 @pytest.mark.parametrize("cls", [LoRACallback, Noted])
-def test_a_reserved_argument_is_accepted_as_none_and_not_shown(cls: Any) -> None:
-    assert cls(r=2, loraplus_lr_ratio=None).config.r == 2
-    with pytest.raises(ConfigError, match=r"loraplus_lr_ratio=16\.0 is not available"):
-        cls(loraplus_lr_ratio=16.0)
-    assert "loraplus" not in str(inspect.signature(cls)) + str(LoRACallback.__doc__)
+def test_pefts_ratio_is_a_scale_for_b_and_not_shown(cls: Any) -> None:
+    assert cls(r=2, loraplus_lr_ratio=None).lr_scale == 1
+    assert cls(loraplus_lr_ratio=16).lr_scale == {"A": 1, "B": 16}
+    assert cls(lr_scale=10, loraplus_lr_ratio=16).lr_scale == {"A": 10, "B": 160}
+    with pytest.raises(
+        ConfigError, match=r"lr_scale=\{'B': 2\} has the rates of A and B already. Leave out loraplus_lr_ratio=16"
+    ):
+        cls(lr_scale={"B": 2}, loraplus_lr_ratio=16)
+    assert "loraplus" not in str(inspect.signature(cls))
+
+
+@pytest.mark.parametrize("name", ["lr_scale", "loraplus_lr_ratio"])
+def test_a_configuration_says_where_rates_belong(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: it is an argument of LoRACallback"):
+        LoRAConfig(**{name: 16})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", [0, -1.0, math.nan, math.inf, True, "10", None, {"C": 1}, {"A": 0}, {"B": "x"}, [1, 2]])
+def test_a_scale_is_above_zero_and_of_a_or_b(bad: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^lr_scale=.* is not valid. Expected a number above zero"):
+        LoRACallback(lr_scale=bad)

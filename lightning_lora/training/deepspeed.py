@@ -141,6 +141,8 @@ class LoRADeepSpeedStrategy(LateStrategy):
     def init_deepspeed(self) -> None:
         """Build the engine, and find this process's part of it."""
         self._lora_check_dtypes()
+        if self.lora_stage.is_fitting and self.lora_stage.lr_scale != 1 and "optimizer" in self.config:  # type: ignore[attr-defined]
+            raise StrategyError("DeepSpeed's own optimizer takes no lr_scale. Return one from configure_optimizers.")
         try:
             super().init_deepspeed()  # type: ignore[misc]
         finally:

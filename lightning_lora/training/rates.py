@@ -122,7 +122,7 @@ def _follow_in_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> 
 class FollowedScheduler(InPlace):
     """Added to the class of a scheduler, which sees only the module's groups from then on."""
 
-    overlaid_prefix: ClassVar[str] = ""
+    overlaid_prefix: ClassVar[str] = "_"  # LightningCLI looks up names of schedulers, but no private ones
     optimizer: Optimizer
 
     def step(self, *args: Any, **kwargs: Any) -> None:

@@ -186,6 +186,7 @@ ARGUMENTS: dict[str, Any] = {
     "lora/autocast_adapter_dtype": True,
     "lora/merge": "last",
     "lora/save": "adapters",
+    "lora/lr_scale": 1,
     "lora/trained_share": ll.summarize(adapted()).share,
 }
 

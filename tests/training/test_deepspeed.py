@@ -63,24 +63,37 @@ class InConfig(LitNet):  # the optimizer is DeepSpeed's
         raise NotImplementedError
 
 
+class WarmsUp(LitNet):  # writes one rate to all groups by hand
+    def on_train_batch_start(self, *_: Any) -> None:
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = 1e-3
+
+
 ADAM = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}}
 
 
 @pytest.mark.parametrize(
-    ("build", "zero"),
+    ("build", "zero", "kwargs"),
     [
-        (Groups, {"stage": 1}),
-        (Groups, {"stage": 2}),
-        (LitNet, {"offload_optimizer": True}),
-        (InConfig, {"config": ADAM}),
+        (Groups, {"stage": 1}, {}),
+        (Groups, {"stage": 2}, {}),
+        (Groups, {"stage": 2}, {"lr_scale": 3, "modules_to_save": ["head"]}),
+        (WarmsUp, {"stage": 2}, {"lr_scale": 3, "modules_to_save": ["head"]}),
+        (LitNet, {"offload_optimizer": True}, {}),
+        (InConfig, {"config": ADAM}, {}),
     ],
-    ids=["groups, stage 1", "groups", "offload", "config"],
+    ids=["groups, stage 1", "groups", "groups, scaled", "by hand, scaled", "offload", "config"],
 )
-def test_optimizers_in_all_forms_are_those_of_ddp(tmp_path: Path, build: type[LitNet], zero: dict[str, Any]) -> None:
-    expected = of_ddp(tmp_path, Groups if build is Groups else LitNet)
-    assert_same(trained(tmp_path, build, zero=zero)[0], expected)
+def test_optimizers_in_all_forms_are_those_of_ddp(tmp_path: Path, build: Any, zero: Any, kwargs: Any) -> None:
+    expected = of_ddp(tmp_path, LitNet if build is InConfig else build, kwargs)
+    assert_same(trained(tmp_path, build, kwargs, zero=zero)[0], expected)
     assert differing(path_of(tmp_path, "run", 1), path_of(tmp_path, "ddp", 1)) == []
-    assert_same(resumed(tmp_path, build, {}, zero=zero)[1], expected)
+    assert_same(resumed(tmp_path, build, kwargs, zero=zero)[1], expected)
+
+
+def test_the_optimizer_of_a_configuration_takes_no_scale(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="own optimizer takes no lr_scale"):
+        trained(tmp_path, InConfig, {"lr_scale": 3}, zero={"config": ADAM})
 
 
 IN_FLOAT32 = {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}

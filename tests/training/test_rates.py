@@ -1,18 +1,23 @@
 """The adapters' learning rate is a multiple of the module's, in each step."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateMonitor, StochasticWeightAveraging
+from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer, lr_scheduler
+from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 from torch.optim.swa_utils import SWALR
 
-from tests.support.fits import adapted, by_hand, fit
-from tests.support.models import ADAPTERS, TRAINED, LitTiny, lora, same, state
+from lightning_lora import OptimizerError
+from tests.support.fits import Notes, adapted, by_hand, fit, through_and_resumed
+from tests.support.models import ADAPTERS, TRAINED, LitTiny, data, lora, same, state, trainer
 
 scaled = partial(lora, merge=False, lr_scale=10)
 A, B, HEAD = ADAPTERS[::2], ADAPTERS[1::2], TRAINED[4:]
@@ -118,3 +123,294 @@ WAYS: dict[str, dict[str, Any]] = {"late": {}, "early": {"early": True}, "by han
 def test_each_scheduler_moves_the_adapters_rate_as_the_modules(tmp_path: Path, name: str, way: str) -> None:
     model, _ = fit(tmp_path, scaled(), model=Scheduled(name, **WAYS[way]), max_epochs=3)
     assert same(state(model), state(trained_by_hand(SCHEDULERS[name], TEN)))
+
+
+class Rates(L.Callback):
+    """Keep the rate of each parameter in each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        names = {id(p): name for name, p in pl_module.named_parameters()}
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        self.seen.append({names[id(p)]: float(group["lr"]) for group in groups for p in group["params"]})
+
+
+def rates_in(folder: Path, model: Any, *callbacks: L.Callback, **options: Any) -> list[dict[str, float]]:
+    told = Rates()
+    fit(folder, *(callbacks or [scaled()]), told, model=model, **{"max_epochs": 1, **options})
+    return told.seen
+
+
+def rate_of(a: float, b: float, head: float) -> dict[str, float]:
+    return {**dict.fromkeys(A, a), **dict.fromkeys(B, b), **dict.fromkeys(HEAD, head)}
+
+
+class Plain(LitTiny):
+    """Without a scheduler; in each step, its weights are those that plain SGD gives at the rates that are shown."""
+
+    def configure_optimizers(self) -> Any:
+        return SGD(self.parameters(), 0.1)
+
+
+class Moves(L.Callback):
+    """Each parameter moves by the rate that is shown, times its gradient."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.before = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        for group in trainer.optimizers[0].param_groups:
+            for name, p in pl_module.named_parameters():
+                if any(p is each for each in group["params"]):
+                    torch.testing.assert_close(p.detach(), self.before[name] - group["lr"] * p.grad)  # type: ignore[operator]
+
+
+MAGNITUDES = dict.fromkeys(("q_proj.lora_magnitude", "v_proj.lora_magnitude"), 0.2)
+GIVEN: list[tuple[dict[str, Any], dict[str, float]]] = [
+    ({"lr_scale": 10}, rate_of(1.0, 1.0, 0.1)),
+    ({"lr_scale": 0.5}, rate_of(0.05, 0.05, 0.1)),
+    ({"lr_scale": {"A": 2, "B": 8}}, rate_of(0.2, 0.8, 0.1)),
+    ({"lr_scale": {"B": 4}}, rate_of(0.1, 0.4, 0.1)),
+    ({"loraplus_lr_ratio": 4}, rate_of(0.1, 0.4, 0.1)),
+    ({"lr_scale": 2, "loraplus_lr_ratio": 4}, rate_of(0.2, 0.8, 0.1)),
+    ({"lr_scale": {"A": 2, "B": 2.0}, "bias": "lora_only"}, {**rate_of(0.2, 0.2, 0.1), "q_proj.bias": 0.1}),
+    ({"lr_scale": {"A": 2}, "use_dora": True}, {**rate_of(0.2, 0.1, 0.1), **MAGNITUDES}),
+]
+
+
+@pytest.mark.parametrize(("options", "expected"), GIVEN, ids=str)
+def test_each_parameter_moves_at_its_rate(tmp_path: Path, options: Any, expected: dict[str, float]) -> None:
+    seen = rates_in(tmp_path, Plain, lora(merge=False, **options), Moves())
+    assert seen == [pytest.approx(expected, rel=1e-12)] * 4
+
+
+def by_layer(first: float, second: float) -> dict[str, float]:
+    own, others = dict.fromkeys(ADAPTERS[:2], 10 * first), dict.fromkeys(ADAPTERS[2:], 10 * second)
+    return {**own, **others, **dict.fromkeys(HEAD, second)}
+
+
+class TwoGroups(LitTiny):
+    """Groups with names, rates and lambdas of their own, which take parameters by name."""
+
+    def configure_optimizers(self) -> Any:
+        first = [*self.embed.named_parameters("embed"), *self.q_proj.named_parameters("q_proj")]
+        second = [*self.v_proj.named_parameters("v_proj"), *self.head.named_parameters("head")]
+        groups = [{"params": first, "lr": 0.01, "name": "first"}, {"params": second, "name": "second"}]
+        optimizer = AdamW(groups, 0.1)
+        schedule = lr_scheduler.LambdaLR(optimizer, [lambda n: 0.5**n, lambda n: 0.25**n])
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def test_groups_keep_their_names_and_their_own_schedules_and_the_monitor_shows_the_rates(tmp_path: Path) -> None:
+    notes, shown = Notes(), list[Any]()
+    notes.log_metrics = lambda metrics, step=None: shown.append(metrics)  # type: ignore[method-assign]
+    callbacks, model = [scaled(), LearningRateMonitor()], TwoGroups()
+    told = rates_in(tmp_path, model, *callbacks, logger=notes, log_every_n_steps=1)
+    rates = [(0.01 * 0.5**n, 0.1 * 0.25**n) for n in range(5)]
+    assert told == [by_layer(*each) for each in rates[1:]]
+    names = ["first", "second", "first-lora", "second-lora"]
+    expected = [dict(zip(names, (one, two, 10 * one, 10 * two), strict=True)) for one, two in rates[:4]]
+    assert shown[:4] == [{f"lr-AdamW/{name}": rate for name, rate in each.items()} for each in expected]
+    (optimizer,) = model.trainer.optimizers
+    assert [group["param_names"] for group in optimizer.param_groups] == [[], HEAD, ADAPTERS[:2], ADAPTERS[2:]]
+
+
+class Alone(LitTiny):
+    """Manual optimization by two optimizers, whose schedulers the module keeps itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization, self.schedulers = False, []
+
+    def configure_optimizers(self) -> Any:
+        made = (
+            SGD([*self.embed.parameters(), *self.q_proj.parameters()], 0.1),
+            SGD([*self.v_proj.parameters(), *self.head.parameters()], 0.2),
+        )
+        self.first, self.second = (lr_scheduler.LambdaLR(each, [lambda n: 0.5**n]) for each in made)
+        return made
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        for optimizer, scheduler in zip(self.optimizers(), (self.first, self.second), strict=True):  # type: ignore[arg-type]
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+            scheduler.step()
+
+
+def test_two_optimizers_whose_schedulers_no_one_else_knows(tmp_path: Path) -> None:
+    for number, seen in enumerate(rates_in(tmp_path, Alone), 1):
+        assert seen == by_layer(0.1 * 0.5**number, 0.2 * 0.5**number)
+
+
+def write(trainer: L.Trainer, rate: float) -> None:
+    for group in trainer.optimizers[0].param_groups:
+        group["lr"] = rate
+
+
+class WarmsUp(Plain):
+    """Writes one rate to all groups by hand: before the step, or in it."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        write(self.trainer, 0.01)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self.global_step % 2:
+            write(self.trainer, 0.02)
+
+
+def test_one_rate_that_is_written_to_all_groups_is_meant_as_the_modules(tmp_path: Path) -> None:
+    seen = rates_in(tmp_path, WarmsUp, scaled(), Moves())
+    assert seen == [pytest.approx(rate_of(r, r, r / 10)) for r in (0.1, 0.2, 0.1, 0.2)]
+
+
+class OfTensors(LitTiny):
+    """Its rates are tensors that stay the same ones, as compiled steps and CUDA graphs need."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), torch.tensor(0.05))
+        self.schedule = lr_scheduler.ExponentialLR(optimizer, 0.5)
+        return [optimizer], [{"scheduler": self.schedule, "interval": "step"}]
+
+    def on_train_start(self) -> None:
+        self.tensors = [group["lr"] for group in self.trainer.optimizers[0].param_groups]
+
+    def on_train_end(self) -> None:
+        assert all(
+            group["lr"] is t for group, t in zip(self.trainer.optimizers[0].param_groups, self.tensors, strict=True)
+        )
+
+
+def test_rates_that_are_tensors(tmp_path: Path) -> None:
+    seen = rates_in(tmp_path, OfTensors)
+    assert seen == [pytest.approx(rate_of(r, r, r / 10)) for r in (0.25, 0.125, 0.0625, 0.03125)]
+
+
+KINDS = [
+    kind for kind in map(vars(torch.optim).get, torch.optim.__all__) if inspect.isclass(kind) and kind is not Optimizer
+]
+UNFIT = {"LBFGS", "SparseAdam", "Muon"}  # one rate; sparse gradients; matrices only
+
+
+@pytest.mark.parametrize("fast", [{}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.__name__ not in UNFIT])
+def test_each_optimizer_of_torch_takes_the_group_that_is_empty_then(tmp_path: Path, kind: Any, fast: Any) -> None:
+    if fast.keys() - inspect.signature(kind).parameters.keys() or (kind.__name__, fast) == ("Adafactor", {}):
+        pytest.skip("no such option")
+    model = LitTiny()
+    model.configure_optimizers = lambda: kind(model.parameters(), 1e-3, **fast)  # type: ignore[method-assign]
+    (*_, seen) = rates_in(tmp_path, model, scaled(target_modules=["q_proj"], modules_to_save=None))
+    assert seen == dict.fromkeys(ADAPTERS[:2], pytest.approx(0.01)) and model.q_proj.lora_B.any()
+    assert [len(group["params"]) for group in model.trainer.optimizers[0].param_groups] == [0, 2]
+
+
+def test_lbfgs_is_refused_by_name(tmp_path: Path) -> None:
+    model = LitTiny()
+    made = torch.optim.LBFGS(model.parameters(), 0.1)
+    model.configure_optimizers = lambda: made  # type: ignore[method-assign]
+    with pytest.raises(OptimizerError, match=r"LBFGS takes no learning rate for each group.*Leave lr_scale out"):
+        fit(tmp_path, scaled(), model=model)
+    assert len(made.param_groups) == 1
+
+
+# Fits that go on, and other fits
+
+
+@pytest.mark.parametrize("name", ["OneCycleLR", "SequentialLR", "LambdaLR"])
+def test_a_run_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
+    through, resumed = through_and_resumed(tmp_path, lambda: Scheduled(name), scaled, max_epochs=3)
+    assert same(state(resumed), state(through))
+
+
+def test_the_scale_that_is_given_counts_and_other_groups_are_refused_by_name(tmp_path: Path) -> None:
+    _, t = fit(tmp_path, scaled(), model=Plain, max_epochs=1)
+    t.save_checkpoint(file := tmp_path / "a.ckpt")
+    seen = rates_in(tmp_path, Plain, scaled(lr_scale=3), Moves(), ckpt_path=file, max_epochs=2)
+    assert seen == [pytest.approx(rate_of(0.3, 0.3, 0.1))] * 4
+    for other in (1, {"A": 2, "B": 3}):
+        with pytest.raises(OptimizerError, match=r"parameter groups.*the same kind of lr_scale"):
+            fit(tmp_path, scaled(lr_scale=other), model=Plain, ckpt_path=file)
+
+
+def test_an_optimizer_handed_out_twice_is_split_anew(tmp_path: Path) -> None:
+    model = Scheduled("ExponentialLR", early=True)
+    for scale, groups in ((10, 2), ({"A": 2, "B": 3}, 3), (1, 1), (4, 2)):
+        fit(tmp_path, lora(lr_scale=scale), model=model, max_epochs=1)
+        made = model.made["optimizer"]
+        rates = [group["lr"] / made.param_groups[0]["lr"] for group in made.param_groups]
+        assert rates == pytest.approx([1, *(list(scale.values()) if isinstance(scale, dict) else [scale])][:groups])
+        assert sum(len(group["params"]) for group in made.param_groups) == len(TRAINED)
+        assert len(made._optimizer_step_pre_hooks) == (scale != 1)
+
+
+class Searched(Plain):
+    """Keeps the rates of its groups in each step."""
+
+    def configure_optimizers(self) -> Any:
+        self.used: list[list[float]] = []
+        return SGD(self.parameters(), self.hparams["lr"])
+
+    def on_before_zero_grad(self, optimizer: Optimizer) -> None:
+        self.used.append([group["lr"] for group in optimizer.param_groups])
+
+
+def test_a_search_finds_the_modules_rate(tmp_path: Path) -> None:
+    model, t = Searched(), trainer(tmp_path, [scaled(), told := Rates()], max_epochs=10)
+    found = Tuner(t).lr_find(model, data(), min_lr=1e-5, max_lr=0.1, num_training=30, early_stop_threshold=None)
+    assert found is not None and [rates[0] for rates in model.used[:30]] == found.results["lr"][:30]
+    assert [rates[1] for rates in model.used] == [10 * rates[0] for rates in model.used]
+    t.fit(model, data())
+    rate = model.hparams["lr"]
+    assert rate == found.suggestion() and told.seen[-1] == rate_of(10 * rate, 10 * rate, rate)
+
+
+def test_swa_moves_both(tmp_path: Path) -> None:
+    runs = []
+    for callbacks in ([], [scaled()]):
+        model = Searched(lr=0.1)
+        fit(tmp_path, *callbacks, StochasticWeightAveraging(0.02, 2, annealing_epochs=2), model=model, max_epochs=4)
+        runs.append(model.used)
+    assert runs[1] == [[rate, 10 * rate] for (rate,) in runs[0]] and len({rate for (rate,) in runs[0]}) == 3
+
+
+@pytest.mark.processes
+def test_processes_resume_to_the_bit(tmp_path: Path) -> None:
+    options = {"strategy": "ddp_fork", "devices": 2, "max_epochs": 3}
+    make = partial(lora, lr_scale={"A": 2, "B": 8})
+    through, resumed = through_and_resumed(tmp_path, lambda: Scheduled("OneCycleLR"), make, **options)
+    assert same(state(resumed), state(through))
+
+
+# What is said
+
+
+SHOWN: list[tuple[dict[str, Any], float, str, bool]] = [
+    ({}, 1e-3, "0.001", False),
+    ({}, 5e-5, "5e-05", True),
+    ({"lr_scale": 1}, 5e-5, "5e-05", False),
+    ({"lr_scale": 10}, 1e-4, "0.001 the module's: 0.0001", False),
+    ({"lr_scale": {"A": 10, "B": 160}}, 1e-4, "0.001 to 0.016 the module's: 0.0001", False),
+    ({"lr_scale": 10, "modules_to_save": None}, 1e-4, "0.001 the module's: 0.0001", False),
+]
+
+
+@pytest.mark.parametrize(("options", "rate", "row", "is_low"), SHOWN, ids=str)
+def test_the_rates_are_shown_and_a_low_one_is_named(
+    tmp_path: Path, options: Any, rate: float, row: str, is_low: bool, capsys: Any, caplog: Any
+) -> None:
+    class WarmsUpLate(LitTiny):
+        def configure_optimizers(self) -> Any:
+            optimizer = AdamW(self.parameters(), rate)
+            return [optimizer], [lr_scheduler.LinearLR(optimizer, 0.01, total_iters=2)]
+
+    fit(tmp_path, lora(**options), model=WarmsUpLate, max_epochs=1, enable_model_summary=True)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Learning rate")]
+    assert " ".join(line.split()) == f"Learning rate {row}"
+    assert ("LoRACallback(lr_scale=10)" in caplog.text) == is_low
+
+
+def test_other_optimizers_than_adams_have_other_rates(tmp_path: Path, caplog: Any) -> None:
+    fit(tmp_path, lora(), model=Searched(lr=1e-5), max_epochs=1)
+    assert "lr_scale" not in caplog.text

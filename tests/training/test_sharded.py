@@ -205,6 +205,8 @@ DEAD = pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")
         ("sharded", LitNet, {"init": "olora"}, {}),
         ("sharded", LitNet, {**HEAD, "use_dora": True, "dropout": 0.0}, {}),
         ("sharded", LitNet, {**HEAD, "init": "pissa"}, {}),
+        ("sharded", LitNet, {**HEAD, "lr_scale": 10}, {}),
+        zero("zero2", LitNet, {**HEAD, "lr_scale": {"A": 2, "B": 8}}, {}),
         zero("zero1", LitNet, {}, {}),
         zero("zero2", LitNet, {}, {}),
         zero("zero1", LitNet, ALL, {}),
@@ -252,7 +254,7 @@ def test_processes_train_and_store_what_ddp_does(
         *(("sharded", resumed, build, {}) for build in (Meta, Late, Checkpointed) for resumed in ("ddp", "sharded")),
         *(
             (written, "sharded", LitNet, {**kwargs, "merge": "last"})
-            for kwargs in (HEAD, {"use_dora": True}, {"init": "pissa"})
+            for kwargs in (HEAD, {"use_dora": True}, {"init": "pissa"}, {"lr_scale": 10})
             for written in ("ddp", "sharded")
         ),
         *(
@@ -260,6 +262,7 @@ def test_processes_train_and_store_what_ddp_does(
             for written, resumed in (("zero1",) * 2, ("zero2",) * 2, ("ddp", "zero2"), ("zero1", "ddp"))
         ),
         zero("zero2", "sharded", LitNet, {}),
+        zero("zero2", "ddp", LitNet, {"lr_scale": 10}),
     ],
 )
 def test_run_resumes_to_the_same_bits(tmp_path: Path, written: str, resumed: str, build: Any, kwargs: Any) -> None:
