@@ -7,6 +7,7 @@ module's groups. The others follow.
 import math
 from collections.abc import Iterable
 from copy import deepcopy
+from itertools import chain
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -36,11 +37,10 @@ _NOTHING: tuple[slice, list[tuple[int, float]], Any] = slice(0, 0), [], None
 def scales_of(lr_scale: Scale) -> dict[str, float]:
     """Return the scale of A and that of B."""
     scales: dict[str, Any] = lr_scale if isinstance(lr_scale, dict) else {"A": lr_scale, "B": lr_scale}
-    kinds = set(map(type, scales.values()))
-    if scales.keys() - {"A", "B"} or kinds - {int, float} or not all(0 < each < math.inf for each in scales.values()):
+    numbers = [isinstance(each, int | float) and each is not True and 0 < each < math.inf for each in scales.values()]
+    if scales.keys() - {"A", "B"} or not all(numbers):
         raise ConfigError(
-            f"lr_scale={lr_scale!r} is not valid. Expected a number above zero, or one for each factor, such as "
-            "{'A': 10, 'B': 160}."
+            f"lr_scale={lr_scale!r} is not valid. Expected a number above zero, or one each, as {{'A': 10, 'B': 160}}."
         )
     return {"A": 1, "B": 1, **scales}
 
@@ -91,10 +91,9 @@ def split(optimizer: Optimizer, groups: list[Params], scales: Scales) -> list[Pa
 def join(optimizer: Optimizer) -> None:
     """Undo a split: a module may return the same optimizer in its next fit."""
     place, follows, hook = _BEHIND.pop(optimizer, _NOTHING)
-    groups = optimizer.param_groups
-    for group, (number, _) in zip(groups[place], follows, strict=True):
-        groups[number]["params"].extend(group["params"])
-    del groups[place]
+    for group, (number, _) in zip(optimizer.param_groups[place], follows, strict=True):
+        optimizer.param_groups[number]["params"].extend(group["params"])
+    del optimizer.param_groups[place]
     if hook is not None:
         hook.remove()
 
@@ -144,15 +143,13 @@ def hide_groups(schedulers: Iterable[object], model: nn.Module) -> None:
 
 
 def peak_rates(view: View, optimizers: Iterable[Optimizer]) -> tuple[list[float], list[float]]:
-    """Return the highest rate of each group that holds adapters, and of each other group of the module."""
+    """Return the highest rates of the groups that hold adapters, and of those that hold something else, or nothing."""
     adapters, found, others = set(map(id, view.adapters.values())), set[float](), set[float]()
-    for optimizer in optimizers:
-        followed = dict(_BEHIND.get(optimizer, _NOTHING)[1])
-        for number, group in enumerate(optimizer.param_groups):
-            held = set(map(id, group["params"]))
-            rate = max(float(group.get(key) or 0) for key in ("lr", "initial_lr", "max_lr"))
-            if held & adapters:
-                found.add(rate)
-            if held - adapters or number in followed:
-                others.add(rate)
+    for group in chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
+        held = set(map(id, group["params"]))
+        rate = max(float(group.get(key) or 0) for key in ("lr", "initial_lr", "max_lr"))
+        if held & adapters:
+            found.add(rate)
+        if held - adapters or not held:
+            others.add(rate)
     return sorted(found), sorted(others)
