@@ -59,8 +59,8 @@ def sections(page: str) -> dict[str, list[str]]:
 
 BLOCKS = blocks_in(README)
 MODULE = blocks("first-steps")[0]
-STARTED = ("command-line", "launchers", "sharded")
-"""Pages with a program that is started in another way."""
+STARTED = ("command-line", "launchers", "privacy", "sharded")
+"""Pages with a program that is started in another way, or in another file of tests."""
 BY_HAND = ("frameworks",)
 """Pages with code for packages that are no dependencies. It was run by hand, and the page says when."""
 

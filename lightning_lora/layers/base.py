@@ -213,7 +213,8 @@ class LoRALayer(LayerKind):
 
     def lora_follow_base(self) -> None:
         """Initialise an adapter that depends on the base's weights again, if they have changed before it trained."""
-        if self.lora_init_digests and self.lora_is_fresh():
+        has_values = not self._lora_weight(self.lora_matrices[0].weight).is_meta
+        if has_values and self.lora_init_digests and self.lora_is_fresh():
             noted = {name: own_parameter(self, name) for name in self.lora_weights() if name in self.lora_init_digests}
             if any(digest(weight) != self.lora_init_digests[name] for name, weight in noted.items()):
                 self.lora_initialise()

@@ -1,0 +1,163 @@
+"""Opacus finds the gradient that each sample gives the adapters, and a Trainer makes its private steps."""
+
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+from transformers.pytorch_utils import Conv1D
+
+import lightning_lora
+from lightning_lora import LoRACallback, LoRAConfig, inject_adapters
+from tests.support.models import randomise, trainer
+from tests.test_docs import MODULE, blocks, program
+
+opacus = pytest.importorskip("opacus", minversion="1.6")
+
+from opacus.data_loader import DPDataLoader  # noqa: E402  # there, if opacus is
+from opacus.grad_sample import GradSampleModule  # noqa: E402
+from opacus.grad_sample.utils import prepare_module  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing"),  # of torch: what comes before is frozen
+    pytest.mark.filterwarnings("ignore:Secure RNG turned off"),  # of opacus
+    pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype"),  # opacus takes tokens for half precision
+]
+
+BATCH = 5
+X = torch.randint(10, (BATCH, 4), generator=torch.Generator().manual_seed(0))
+Y = torch.arange(BATCH) % 3
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.inner, self.outer = nn.Embedding(10, 8), nn.Linear(8, 8), Conv1D(6, 8)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.outer(torch.tanh(self.inner(self.embed(index)))))).mean(1)
+
+
+def adapted(**arguments: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = Net()
+    inject_adapters(model, LoRAConfig(**{"r": 2, "alpha": 6, "modules_to_save": ["head"], **arguments}))
+    randomise(model, scale=0.5)
+    return model
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def one_by_one(model: nn.Module) -> dict[str, Tensor]:
+    """The gradients of each sample, in a batch of its own."""
+    found = []
+    for x, y in zip(X, Y, strict=True):
+        model.zero_grad()
+        F.cross_entropy(model(x[None]), y[None]).backward()
+        found.append({name: p.grad for name, p in trained(model).items()})
+    return {name: torch.stack([each[name] for each in found]) for name in found[0]}  # type: ignore[misc]
+
+
+def page(number: int) -> dict[str, Any]:
+    """What a block of the page defines, without the run at its end."""
+    known: dict[str, Any] = {name: getattr(lightning_lora, name) for name in lightning_lora.__all__}
+    exec(MODULE + blocks("privacy")[number].partition("\n\n\nlora = ")[0], known)
+    return known
+
+
+@pytest.fixture(autouse=True)
+def samplers() -> Iterator[None]:
+    """Forget the classes that opacus is told."""
+    before = dict(GradSampleModule.GRAD_SAMPLERS)
+    yield
+    GradSampleModule.GRAD_SAMPLERS.clear()
+    GradSampleModule.GRAD_SAMPLERS.update(before)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "functorch", "ghost"])
+@pytest.mark.parametrize(
+    ("arguments", "is_told"),
+    [
+        ({}, False),
+        ({}, True),
+        ({"use_dora": True}, False),
+        ({"bias": "all", "use_rslora": True}, False),
+        ({"init": "pissa"}, False),
+        ({"target_modules": "all", "modules_to_save": None}, False),
+    ],
+    ids=str,
+)
+def test_gradients_are_those_of_batches_with_one_sample(mode: str, arguments: dict[str, Any], is_told: bool) -> None:
+    if is_told:
+        page(1)
+    expected, model = one_by_one(adapted(**arguments)), adapted(**arguments)
+    F.cross_entropy(prepare_module(model, mode)(X), Y).backward()
+    found = {name: p._norm_sample if mode == "ghost" else p.grad_sample for name, p in trained(model).items()}
+    if mode == "ghost":
+        expected = {name: value.flatten(1).norm(dim=1) for name, value in expected.items()}
+    torch.testing.assert_close(found, expected)
+    assert hasattr(model.inner, "ft_compute_sample_grad") is (not is_told or mode == "functorch")
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_dropout_of_adapters_is_refused(is_told: bool) -> None:
+    if is_told:
+        page(1)
+    loss = F.cross_entropy(prepare_module(adapted(dropout=0.5, target_modules=["inner"]), "hooks")(X), Y)
+    with pytest.raises(AssertionError if is_told else RuntimeError, match="mask" if is_told else "random operation"):
+        loss.backward()
+
+
+class LitNet(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = Net()
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def test_a_step_of_the_trainer_is_the_mean_of_clipped_gradients(tmp_path: Path) -> None:
+    privacy = page(0)["Privacy"](noise_multiplier=0.0, max_grad_norm=0.1, delta=1e-5)
+    privacy.on_train_epoch_end = lambda *_: None  # without noise, no number is spent
+    model = LitNet()
+    inject_adapters(model, LoRAConfig(r=2, modules_to_save=["head"]))
+    randomise(model, scale=0.5)
+    before, gradients = {name: p.detach().clone() for name, p in trained(model.net).items()}, one_by_one(model.net)
+    model.zero_grad()
+    loader = DPDataLoader(TensorDataset(X, Y), sample_rate=1.0)  # all in one batch
+    callbacks = [LoRACallback(r=2, modules_to_save=["head"], merge=False), privacy]
+    trainer(tmp_path, callbacks, max_epochs=1).fit(model, loader)
+    norms = torch.stack([each.flatten(1).norm(dim=1) for each in gradients.values()]).norm(dim=0)
+    share = (0.1 / (norms + 1e-6)).clamp(max=1)
+    assert share.max() < 1
+    for name, p in trained(model.net).items():
+        torch.testing.assert_close(p, before[name] - 0.5 * torch.einsum("n,n...->...", share, gradients[name]) / BATCH)
+
+
+def test_code_of_the_page_runs_and_what_was_spent_is_in_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    known = runpy.run_path(str(program(tmp_path, "privacy")))
+    path, spent = known["trainer"].checkpoint_callback.best_model_path, known["privacy"].engine.accountant.history
+    assert spent == [(1.0, 0.125, 8)] and 0 < known["trainer"].callback_metrics["epsilon"] < 10
+    again = known["Privacy"](1.0, 1.0, 1e-5)
+    module, loader = known["MyModule"](), known["loader"]
+    trainer(tmp_path, [LoRACallback(), again], max_epochs=2).fit(module, loader, ckpt_path=path)
+    assert again.engine.accountant.history == [(1.0, 0.125, 16)]
+    with pytest.raises(AssertionError):
+        trainer(tmp_path, [known["lora"], again]).fit(module)  # drawn in another way
