@@ -27,7 +27,7 @@ from opacus.grad_sample.utils import prepare_module  # noqa: E402
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Full backward hook is firing"),  # of torch: what comes before is frozen
     pytest.mark.filterwarnings("ignore:Secure RNG turned off"),  # of opacus
-    pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype"),  # opacus takes tokens for half precision
+    pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype"),  # of opacus: tokens
 ]
 
 BATCH = 5
