@@ -14,7 +14,6 @@ ELSEWHERE = {
     "rank": "it is r here",
     "scaling": "set alpha: the scaling is alpha / r",
     "init_lora_weights": "it is init here, one of 'kaiming', 'gaussian', 'pissa', 'olora'",
-    "trainable_token_indices": "name the embedding in modules_to_save: all its rows train",
     "ensure_weight_tying": "leave it out: a tied weight in modules_to_save stays tied",
     "lora_bias": "set bias='lora_only' to train the biases of the adapted layers",
     "layer_replication": "repeat the layers in your model first",

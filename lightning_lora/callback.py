@@ -72,6 +72,8 @@ class LoRACallback(Callback):
             list, as for ``target_modules``.
         modules_to_save: Names of modules, or of single parameters, to train in full. They take precedence over
             ``target_modules``. List every new layer here: a frozen layer with random weights learns nothing.
+        trainable_token_indices: Rows of the input embedding to train, such as those of new tokens, or a dict of rows by
+            the names of embeddings: ``{"embed_tokens": [50257, 50258]}``.
         rank_pattern: Layers with another rank than ``r``. The keys are names, last parts of names, or regular
             expressions for the end of a name. A parameter in ``target_parameters`` is meant by its own name, such as
             ``"experts.gate_up_proj"``, or by that of its module.
@@ -127,6 +129,7 @@ class LoRACallback(Callback):
         target_parameters: list[str] | None = None,
         exclude_modules: str | list[str] | None = None,
         modules_to_save: list[str] | None = None,
+        trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
         bias: Bias = "none",
@@ -198,8 +201,6 @@ class LoRACallback(Callback):
             if is_merged(pl_module) and not compatibility.loads_in_hooks(pl_module):
                 return  # it runs as it is
         self._stage.begin(pl_module)
-        if is_fit:
-            compatibility.check_rows(pl_module)
         record = find_record(pl_module)
         if record is not None:
             self._stage.take_config(pl_module, record.adapter.config, f"the adapters of {type(pl_module).__name__}")

@@ -15,6 +15,7 @@ from lightning_lora.errors import ConfigError
 Bias = Literal["none", "all", "lora_only"]
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 Slices = Mapping[str, Sequence[str] | Mapping[str, Sequence[int]]]
+Tokens = Sequence[int] | Mapping[str, Sequence[int]]
 
 _DROPPED = ("pack_base",)  # arguments of earlier versions that have no effect any more; a file may name them
 
@@ -43,6 +44,9 @@ class LoRAConfig:
             list, as for ``target_modules``.
         modules_to_save: Names of modules, or of single parameters, to train in full, such as a new head. They take
             precedence over ``target_modules``.
+        trainable_token_indices: Rows of embeddings to train by themselves, such as those of new tokens; the other rows
+            do not change. A list means the model's input embedding; or give ``{"embed_tokens": [50257, 50258]}``. What
+            is tied to an embedding uses its rows too. ``target_modules`` may be empty then.
         rank_pattern: Layers with another rank than ``r``. The keys are names, their last parts, or expressions for the
             end of a name. A parameter in ``target_parameters`` is meant by its own name, or by that of its module.
         alpha_pattern: Layers with another ``alpha``, with the same kind of keys.
@@ -84,6 +88,7 @@ class LoRAConfig:
     target_parameters: Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
     modules_to_save: Sequence[str] | None = None
+    trainable_token_indices: Tokens | None = None
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
     bias: Bias = "none"
@@ -113,7 +118,7 @@ class LoRAConfig:
         for field, checked in _PATTERNS.items():
             given = getattr(self, field)
             self._keep(field, checked(field, given) if _given(given) else None)
-        needed = _given(self.target_modules) or self.target_parameters is None
+        needed = _given(self.target_modules) or not (self.target_parameters or self.trainable_token_indices)
         self._keep("target_modules", _names("target_modules", self.target_modules) if needed else ())
 
     def _keep(self, field: str, value: object) -> None:
@@ -304,11 +309,26 @@ def _parts(name: str, parts: Any) -> Any:
     return dict(zip(parts, taken, strict=True))
 
 
+def _tokens(name: str, value: Any) -> Any:
+    """Rows in their order, or those of each embedding by name."""
+    if isinstance(value, Mapping) and "[" not in name:
+        _check_keys(name, value, "rows, such as {'embed_tokens': [50257, 50258]}")
+        return {str(key): _tokens(f"{name}[{key!r}]", rows) for key, rows in value.items()}
+    rows = sorted(value) if isinstance(value, Sequence | Set) and all(type(row) is int for row in value) else []
+    if not rows or rows[0] < 0 or len(set(rows)) < len(rows):
+        raise ConfigError(
+            f"{name}={_brief(value)} is not valid. Expected the numbers of rows, from 0 and each once, such as "
+            "[50257, 50258]."
+        )
+    return tuple(rows)
+
+
 _PATTERNS = {
     "exclude_modules": _names,
     "modules_to_save": _names,
     "target_parameters": _names,
     "target_slices": _slices,
+    "trainable_token_indices": _tokens,
     "rank_pattern": _numbers,
     "alpha_pattern": _numbers,
 }

@@ -159,13 +159,15 @@ def _about(module: nn.Module) -> tuple[str, int | None, tuple[str, ...]]:
     kind = module.overlaid[1].__name__ if isinstance(module, InPlace) else type(module).__name__
     if not isinstance(module, LoRALayer):
         return kind, None, ()
+    if tokens := module.lora_matrices[0].tokens:
+        return kind, None, (f"{len(tokens)} rows",)
     return kind, module.lora_settings.r, tuple(matrix.name for matrix in module.lora_matrices if matrix.name)
 
 
 def _smaller(view: View, name: str) -> tuple[tuple[str, int], ...]:
     """A layer's weights that are too small for the rank asked, with their ranks. One name is empty for all of them."""
     layer, found = view.layers.get(name), dict[str, int]()
-    if layer is None or not view.is_adapted:
+    if layer is None or not view.is_adapted or layer.lora_matrices[0].tokens:
         return ()
     for matrix in layer.lora_matrices:
         target = join(name, matrix.weight) if isinstance(layer, LoRAParameters) else name

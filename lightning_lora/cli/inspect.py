@@ -49,7 +49,7 @@ def inspect(stored: StoredAdapters) -> dict[str, Any]:
         "root": stored.root,
         "base": {"tensors": len(base["digests"]), "dtypes": base["dtypes"]},
         "config": stored.config.to_dict(),
-        "layers": [_layer(stored, name) for name in stored.layers],
+        "layers": [_layer(stored, name) for name, layer in stored.layers.items() if not layer.tokens],
         "beside": {
             name: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
             for name, value in besides(stored).items()

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.contract import LayerTypes, TransposedKind
 from lightning_lora.layers.matrices import Role
-from lightning_lora.tensors.names import own_parameter
-from lightning_lora.tensors.shards import is_dtensor
 
 
 class LoRAEmbedding(TransposedKind, LoRALayer):
@@ -35,11 +33,6 @@ class LoRAEmbedding(TransposedKind, LoRALayer):
         if layer.max_norm is not None:
             return f"max_norm={layer.max_norm:g} rewrites its weight in every forward"
         return "its gradients are sparse" if layer.sparse else None
-
-    def lora_holds_rows(self) -> bool:
-        """Whether the update is of single rows, as PEFT's trained tokens are read: each row of A selects one."""
-        a = own_parameter(self, "lora_A")
-        return not (a.is_meta or is_dtensor(a)) and bool((a.count_nonzero(1) == 1).all() and (a.sum(1) == 1).all())
 
     def lora_update(self, lora_A: Tensor, lora_B: Tensor, input: Tensor) -> Tensor:
         """Look up columns of A, then multiply by B."""

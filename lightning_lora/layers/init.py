@@ -35,13 +35,14 @@ def initialise(layer: nn.Module, adapter: Adapter) -> None:
     values: dict[str, Tensor] = {}
     for name, p in adapter.parameters.items():  # each process draws full factors, and keeps its shard
         values[name] = torch.empty(p.shape, dtype=p.dtype, device=p.device) if is_dtensor(p) else p
-    if not adapter.settings.inits_from_base:
+    has_rows = any(matrix.tokens for matrix in adapter.matrices)
+    if not (adapter.settings.inits_from_base or has_rows):
         for matrix in adapter.matrices:
             a, b = values[matrix.parameter(Role.A)], values[matrix.parameter(Role.B)]
             if not a.is_meta:
                 init_factors(*((a, b) if adapter.kind.lora_zero == Role.B else (b, a)), adapter.settings.init)
     adapter.init_digests = {}
-    if adapter.settings.inits_from_base or adapter.settings.use_dora:
+    if adapter.settings.inits_from_base or adapter.settings.use_dora or has_rows:
         _initialise_from_base(layer, adapter, values)
     for name, p in adapter.parameters.items():
         if is_dtensor(p):
@@ -50,12 +51,12 @@ def initialise(layer: nn.Module, adapter: Adapter) -> None:
 
 @torch.no_grad()
 def _initialise_from_base(layer: nn.Module, adapter: Adapter, values: dict[str, Tensor]) -> None:
-    """Initialise the parameters that depend on the weights: factors and magnitudes."""
+    """Initialise the parameters that depend on the weights: factors, magnitudes and rows."""
     kind, settings = adapter.kind, adapter.settings
     for matrix in adapter.matrices:
         weight = own_parameter(layer, matrix.weight)
         full = kind.lora_as_matrix(kind.lora_values(layer, full_tensor(weight)).detach())
-        if settings.inits_from_base:
+        if settings.inits_from_base and not matrix.tokens:
             rows = full.narrow(-2, matrix.first, matrix.writes)
             if weight.is_meta or not rows.isfinite().all():  # uninitialised memory has arbitrary values
                 rows = torch.zeros_like(rows)
@@ -64,11 +65,11 @@ def _initialise_from_base(layer: nn.Module, adapter: Adapter, values: dict[str, 
                 values[matrix.parameter(role)].copy_(factor)
         if not weight.is_meta:
             adapter.init_digests[matrix.weight] = digest(weight)
-        if settings.use_dora:
-            magnitude = matrix.parameter(Role.MAGNITUDE)
-            values[magnitude].copy_(row_norms(full))
+        if settings.use_dora or matrix.tokens:
+            name = matrix.parameter(Role.ROWS if matrix.tokens else Role.MAGNITUDE)
+            values[name].copy_(full.T[list(matrix.tokens)] if matrix.tokens else row_norms(full))
             if not weight.is_meta:
-                adapter.init_digests[magnitude] = digest(values[magnitude].float())
+                adapter.init_digests[name] = digest(values[name].float())
 
 
 # The factors

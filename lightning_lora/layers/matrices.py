@@ -23,6 +23,7 @@ class Role(Enum):
     A0 = "A0"  # the initial values of A and B, if the update is the difference from them
     B0 = "B0"
     MAGNITUDE = "magnitude"  # DoRA's: one for each output feature of the layer
+    ROWS = "rows"  # single rows of an embedding, in place of A and B
 
     @property
     def trains(self) -> bool:
@@ -48,7 +49,7 @@ class Settings:
 
     @cached_property
     def roles(self) -> tuple[Role, ...]:
-        """The roles of the parameters that each matrix has."""
+        """The roles of the parameters that each matrix with A and B has."""
         initial = (Role.A0, Role.B0) if self.inits_from_base else ()
         return (Role.A, Role.B, *initial, *((Role.MAGNITUDE,) if self.use_dora else ()))
 
@@ -66,6 +67,11 @@ class AdaptedMatrix:
     stack: tuple[int, ...] = ()  # the leading dimensions of a stacked weight, such as the number of experts
     r: int | None = None  # its own rank and scaling, if they are not those of the layer's settings
     scaling: float | None = None
+    tokens: tuple[int, ...] = ()  # the rows of an embedding that train by themselves, in place of A and B
+
+    def roles(self, settings: Settings) -> tuple[Role, ...]:
+        """Return the roles of its parameters."""
+        return (Role.ROWS,) if self.tokens else settings.roles
 
     @property
     def has_all_rows(self) -> bool:
@@ -107,6 +113,8 @@ class AdapterParameter(NamedTuple):
         matrix = self.matrix
         if self.role is Role.MAGNITUDE:
             return (matrix.writes,)
+        if self.role is Role.ROWS:
+            return len(matrix.tokens), matrix.writes
         rank = matrix.rank(r)
         sides = (rank, matrix.reads) if self.role in (Role.A, Role.A0) else (matrix.writes, rank)
         return (*matrix.stack, *sides)
@@ -128,7 +136,8 @@ Roles = dict[str, AdapterParameter]  # what the parameters of an adapter are, by
 
 def adapter_parameters(matrices: Iterable[AdaptedMatrix], settings: Settings) -> Roles:
     """Return the parameters of an adapter, by name in the layer. Nothing else builds or reads such names."""
-    return {matrix.parameter(role): AdapterParameter(role, matrix) for matrix in matrices for role in settings.roles}
+    pairs = ((role, matrix) for matrix in matrices for role in matrix.roles(settings))
+    return {matrix.parameter(role): AdapterParameter(role, matrix) for role, matrix in pairs}
 
 
 def matrix_factors(matrix: AdaptedMatrix, settings: Settings, tensor: Callable[[str], Tensor]) -> Factors:

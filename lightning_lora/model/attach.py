@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, listed
-from lightning_lora.layers import Adapter, LoRALayer, adapter_for, attach, repacks, unpack
+from lightning_lora.layers import Adapter, LoRALayer, adapter_for, attach, repacks, tie_layers, unpack
 from lightning_lora.layers.norms import FrozenNorm, freeze_norms, set_frozen
 from lightning_lora.model.state import forget_record, keep_record, records_in
 from lightning_lora.model.view import View
@@ -22,6 +22,7 @@ def attach_adapters(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
     modules = named_modules(model, remove_duplicate=False)
     for name, adapter in adapters.items():
         attach(modules[name], adapter)
+    tie_layers(modules.values())
     _switch_inference_paths(modules)
 
 
@@ -32,6 +33,7 @@ def detach_adapters(view: View, names: Collection[str] | None = None) -> dict[st
     for name, layer in view.layers.items():
         if names is None or name in names:
             adapters[name] = layer.lora_detach()
+    tie_layers(view.modules.values())
     _switch_inference_paths(view.modules)
     return adapters
 

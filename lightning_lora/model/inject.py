@@ -221,5 +221,8 @@ def _about(settings: Settings, matrices: tuple[AdaptedMatrix, ...]) -> dict[str,
     named = {names.get(name, name): value for name, value in asdict(settings).items()}
     if not settings.inits_from_base:
         del named["init"]  # otherwise it makes no difference later
-    own = [(m.name or m.weight, m.first, m.writes, *filter(None, (m.r, m.scaling))) for m in matrices]
+    own = [
+        (m.name or m.weight, m.first, m.writes, *filter(None, (m.r, m.scaling, m.tokens and (m.reads, m.tokens))))
+        for m in matrices
+    ]
     return {**named, "matrices": own}

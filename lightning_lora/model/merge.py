@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, listed, warn
-from lightning_lora.layers import Adapter
+from lightning_lora.layers import Adapter, LoRATokens
 from lightning_lora.model import attach
 from lightning_lora.model.adapter_state import Merge
 from lightning_lora.model.merged import check_as_merged, is_as_merged, warn_of_divergence, warn_of_merge
@@ -153,7 +153,8 @@ def tied_weights(view: View) -> dict[str, list[str]]:
     uses = Counter(id(p) for module in {*view.modules.values()} for p in module._parameters.values() if p is not None)
     tied = {}
     for name, layer in view.layers.items():
-        tied[name] = [weight for weight in layer.lora_weights() if uses[id(own_parameter(layer, weight))] > 1]
+        weights = () if isinstance(layer, LoRATokens) else layer.lora_weights()  # all uses of its weight get its rows
+        tied[name] = [weight for weight in weights if uses[id(own_parameter(layer, weight))] > 1]
     return tied
 
 

@@ -30,16 +30,20 @@ def fingerprint(view: View, *, anew: bool = True, renaming: Renaming = SAME_NAME
     tensors = base_tensors(view)
     once = {id(tensor): name for name, tensor in reversed(tensors.items())}  # tied weights are hashed once
     first = {name: t for name, t in tensors.items() if once[id(t)] == name and not t.is_meta}
-    known = view.record.digests(first, anew=anew)
+    rows = rows_of(view)
+    known = view.record.digests({name: t for name, t in first.items() if name not in rows}, anew=anew)
+    known |= {name: digest(first[name]) for name in rows if name in first}  # copies, which nothing remembers
     digests = {name: known.get(once[id(tensor)], 0) for name, tensor in tensors.items()}
     for name, (changed, was) in [*view.record.changed.items(), *view.record.rounded_base.items()]:
         if digests.get(name) == changed:
             digests[name] = was
-    return {"layout": _layout(tensors, renaming), "dtypes": _dtypes(tensors), "digests": list(digests.values())}
+    return {"layout": _layout(view, tensors, renaming), "dtypes": _dtypes(tensors), "digests": list(digests.values())}
 
 
-def _layout(tensors: Mapping[str, Tensor], renaming: Renaming) -> str:
-    lines = (f"{renaming.name_there(name)} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+def _layout(view: View, tensors: Mapping[str, Tensor], renaming: Renaming) -> str:
+    lines, rows = list[str](), rows_of(view)
+    for name, tensor in tensors.items():
+        lines.append(f"{renaming.name_there(name)} {tuple(tensor.shape)}{rows.get(name, '')}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -65,7 +69,22 @@ def base_tensors(view: View) -> dict[str, Tensor]:
         if repacks(module):
             left_out.update(map(partial(join, prefix), quantised_entries(module)))
     left_out |= {name for name, p in view.base.items() if id(p) in rewritten}
-    return {name: value for name, value in view.base_values.items() if name not in left_out}
+    found, rows = {name: value for name, value in view.base_values.items() if name not in left_out}, rows_of(view)
+    blank = {id(found[name]): without_rows(found[name], tokens) for name, tokens in rows.items()}  # tied ones once
+    return found | {name: blank[id(found[name])] for name in rows}
+
+
+def rows_of(view: View) -> dict[str, tuple[int, ...]]:
+    """Return which rows of embeddings train by themselves, by all names of the weights."""
+    rows = dict[int, tuple[int, ...]]()
+    for name, (matrix, *_) in view.matrices.items():
+        rows[id(view.base[join(name, matrix.weight)])] = matrix.tokens
+    return {name: rows[id(p)] for name, p in view.base.items() if rows.get(id(p))}
+
+
+def without_rows(weight: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Return a weight with zeros in these rows, which other ones replace: the base may have drawn them, at random."""
+    return weight.index_fill(0, torch.tensor(tokens, device=weight.device), 0)
 
 
 def base_value(view: View, name: str) -> Tensor:
@@ -109,7 +128,7 @@ def with_halves(view: View, forms: Iterable[Mapping[str, Any]]) -> list[dict[str
     that are no longer known, and None of quantised values. Only the first call costs a pass over the weights.
     """
     tensors, packed, record, described = base_tensors(view), _quantised_names(view), view.record, []
-    layout, dtypes = _layout(tensors, SAME_NAMES), _dtypes(tensors)
+    layout, dtypes = _layout(view, tensors, SAME_NAMES), _dtypes(tensors)
     floating = {n: t for n, t in tensors.items() if t.is_floating_point() and not t.is_meta and n not in packed}
     for form in map(dict, forms):
         if form["layout"] == layout:

@@ -231,7 +231,10 @@ def _merged_weights(view: View) -> tuple[dict[str, Tensor], dict[str, float]]:
     merged, lost = dict[str, Tensor](), dict[str, float]()
     with torch.inference_mode(False), torch.no_grad():
         for first, layer in view.layers.items():
-            names = [name for name, module in view.modules.items() if module is layer]
+            names = []
+            for name, module in view.modules.items():
+                if module is layer or vars(module).get("lora_tied_to") == (layer,):
+                    names.append(name)
             for weight in layer.lora_weights():
                 values, share = layer.lora_merged_weight(weight)
                 lost[first] = max(share, lost.get(first, 0.0))

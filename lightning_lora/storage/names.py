@@ -92,6 +92,7 @@ def by_whole_names(
 ) -> LoRAConfig:
     """Return a configuration that names each layer in full, with the rank and the scaling that it has."""
     modules, parameters, slices, ranks = list[str](), list[str](), dict[str, Any](), dict[str, tuple[int, float]]()
+    tokens = dict[str, tuple[int, ...]]()
     for layer in layers:
         targets, is_module = targets_of(layer), layer.kind != LoRAParameters.__name__
         for target, matrix in zip(targets, layer.matrices, strict=False):
@@ -99,7 +100,9 @@ def by_whole_names(
             growth = r**0.5 if settings.use_rslora else r
             alpha = round(scaling * growth, 9)  # as it was given, if that is the same
             ranks[target] = r, alpha if alpha / growth == scaling else scaling * growth
-        if is_module:
+        if layer.tokens:
+            tokens[layer.name] = layer.tokens
+        elif is_module:
             modules.append(layer.name)
             if all(matrix.name for matrix in layer.matrices):
                 slices[_exactly(layer.name)] = _slices(layer)
@@ -113,6 +116,7 @@ def by_whole_names(
         target_modules=list_or_expression(modules, present),
         target_parameters=parameters or None,
         target_slices=slices or None,
+        trainable_token_indices=tokens or None,
         exclude_modules=None,
         rank_pattern={_exactly(name): rank for name, (rank, _) in ranks.items() if rank != r} or None,
         alpha_pattern={_exactly(name): own for name, (_, own) in ranks.items() if own != alpha} or None,

@@ -194,6 +194,7 @@ _FINGERPRINT = {"layout": str, "dtypes": [_is_dtype], "digests": [_is_digest], "
 
 _SIZES = dict.fromkeys(("reads", "writes", "first", "rows"), _is_size)
 _PART = {**_SIZES, "weight": str, "name": str, "stack": [_is_size], "r": (_is_size, None), "scaling": (float, None)}
+_PART |= {"tokens?": [_is_size]}  # earlier versions had none
 _LAYER = {
     "name": str,
     "layer_class": str,

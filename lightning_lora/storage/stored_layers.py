@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import (
     ADAPTERS,
+    CHOSEN,
     AdaptedMatrix,
     Adapter,
     LoRALayer,
@@ -39,9 +40,14 @@ class StoredLayer:
     is_additive: bool  # whether it adds the update to its output; otherwise it computes on W + ΔW
 
     @property
+    def tokens(self) -> tuple[int, ...]:
+        """The rows of an embedding that train by themselves."""
+        return self.matrices[0].tokens
+
+    @property
     def adapter_class(self) -> type[LoRALayer] | None:
         """The adapter class, or None for a user's own."""
-        known: dict[str, type[LoRALayer]] = {cls.__name__: cls for cls in (*ADAPTERS.values(), LoRAParameters)}
+        known: dict[str, type[LoRALayer]] = {cls.__name__: cls for cls in (*ADAPTERS.values(), *CHOSEN)}
         return known.get(self.kind)
 
     def settings(self, config: LoRAConfig) -> Settings:
@@ -62,7 +68,8 @@ class StoredLayer:
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "StoredLayer":
         """Build it from what :meth:`to_dict` returned."""
-        parts = tuple(AdaptedMatrix(**{**part, "stack": tuple(part["stack"])}) for part in stored["parts"])
+        lists = ({name: tuple(part.get(name, ())) for name in ("stack", "tokens")} for part in stored["parts"])
+        parts = tuple(AdaptedMatrix(**part | named) for part, named in zip(stored["parts"], lists, strict=True))
         shapes = {weight: tuple(shape) for weight, shape in stored["shapes"].items()}
         tied = {weight: tuple(names) for weight, names in stored["tied"].items()}
         named = {key: value for key, value in stored.items() if key != "parts"}

@@ -158,7 +158,7 @@ def _check_methods(config: LoRAConfig, choices: Mapping[str, Choice]) -> None:
         unfit = [n for n, c in choices.items() if not (c.kind.lora_fits_dora and c.matrices[0].has_all_rows)]
         what, where = "use_dora=True", "linear, embedding and convolution layers without target_slices"
     elif config.init in FROM_BASE:
-        unfit = [name for name, choice in choices.items() if not choice.kind.lora_drops_input]
+        unfit = [n for n, c in choices.items() if not (c.kind.lora_drops_input or c.matrices[0].tokens)]
         what, where = f"init={config.init!r}", "layers other than embeddings, where it would change unseen tokens"
     else:
         return

@@ -7,10 +7,19 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError
-from lightning_lora.layers import ADAPTERS, AdaptedMatrix, LoRALayer, LoRAParameters, Settings, adapter_for
+from lightning_lora.layers import (
+    ADAPTERS,
+    AdaptedMatrix,
+    LoRALayer,
+    LoRAParameters,
+    LoRATokens,
+    Settings,
+    adapter_for,
+)
 from lightning_lora.targets.checks import Choice, check_any, check_choices, check_shapes, check_supported
 from lightning_lora.targets.lookup import AUTOMATIC, Names, is_attention, is_computed, why_not
 from lightning_lora.targets.slices import sliced
+from lightning_lora.targets.tokens import check_free, token_rows
 from lightning_lora.tensors.names import starts_of, submodule
 
 
@@ -18,20 +27,26 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
     """Return the layers that ``config`` adapts, by name and in the model's order. A shared layer appears once."""
     names = Names(model)
     check_shapes(names)
-    left_out = {
-        *names.find("modules_to_save", config.modules_to_save),
-        *names.find("exclude_modules", config.exclude_modules),
-    }
+    saved = set(names.find("modules_to_save", config.modules_to_save))
+    left_out = {*saved, *names.find("exclude_modules", config.exclude_modules)}
     untouched = _modules_below(names, left_out)
     holders = {owner: leaves for owner, leaves in _holders(names, config).items() if owner not in untouched}
     read = {submodule(owner, leaf.rpartition(".")[0]) for owner, leaves in holders.items() for leaf in leaves}
     targets = set(_targets(names, config).values()) - untouched - read
-    layers = names.first_names(targets | holders.keys())
+    rows, tied = token_rows(names, config)
+    if config.target_modules in AUTOMATIC:
+        targets -= tied
+    check_free(names, tied, targets | read | _modules_below(names, saved))
+    layers = names.first_names(targets | holders.keys() | rows.keys())
     check_supported(names, config, layers, targets)
     choices = {}
     for name, layer in layers.items():
         kind = LoRAParameters if layer in holders else adapter_for(layer) or LoRALayer
         parameters = holders.get(layer)
+        if layer in rows:
+            (matrix,) = LoRATokens.lora_matrices_of(layer)
+            choices[name] = _choice(config, name, layer, LoRATokens, (replace(matrix, tokens=rows[layer]),))
+            continue
         if parameters is None:
             matrices, slices = kind.lora_matrices_of(layer), config.slices(name)
             matrices = sliced(names, name, kind, matrices, slices) if slices else matrices

@@ -12,8 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn, get_swa_multi_avg_fn
 
-from lightning_lora.errors import ConfigError, listed
-from lightning_lora.layers.kinds import LoRAEmbedding
+from lightning_lora.errors import ConfigError
 from lightning_lora.layers.norms import FrozenNorm
 from lightning_lora.model.attach import move_adapters
 from lightning_lora.model.view import View, view_of
@@ -23,16 +22,6 @@ from lightning_lora.tensors.values import replace_values
 
 if TYPE_CHECKING:
     from lightning.pytorch.plugins import Precision
-
-
-def check_rows(pl_module: LightningModule) -> None:
-    """Refuse to train rows of an embedding that PEFT trained alone."""
-    layers = View(pl_module).layers.items()
-    if rows := [name for name, layer in layers if isinstance(layer, LoRAEmbedding) and layer.lora_holds_rows()]:
-        raise ConfigError(
-            f"PEFT trained single rows of {listed(rows)}, and a fit would train all its rows. Train on in PEFT. Or "
-            "make them a part of the base first, with merge_adapters(model, keep_base=False), and train new adapters."
-        )
 
 
 def check_callbacks(callbacks: list[Callback], stage: str, *, is_sharded: bool) -> None:

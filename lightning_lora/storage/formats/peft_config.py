@@ -19,6 +19,8 @@ PREFIX = "base_model.model."  # before every name of the base
 DIFFUSERS_WEIGHTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 METADATA = "lora_adapter_metadata"  # diffusers' entry for the configuration, in the header of its file
 
+TOKENS = "token_adapter.trainable_tokens_delta"  # the end of the name of rows that train
+
 _KEYS = {
     "lora_A.weight": "A",
     "lora_B.weight": "B",
@@ -26,7 +28,7 @@ _KEYS = {
     "lora_embedding_B": "B",
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
-    "token_adapter.trainable_tokens_delta": "tokens",
+    TOKENS: "tokens",
     "lora.down.weight": "A",  # diffusers' older names
     "lora.up.weight": "B",
     "lora_linear_layer.down.weight": "A",

@@ -85,6 +85,17 @@ def _embedding(layer: StoredLayer) -> str | None:
     return None if is_scaled else _added(layer)  # PEFT scales the update too
 
 
+def why_not_rows(modules: Mapping[str, nn.Module], weight: nn.Parameter) -> str | None:
+    """Return why PEFT computes something else with rows of this weight in these modules, or None."""
+    uses = {module: name for name, module in modules.items() if module._parameters.get("weight") is weight}
+    if biased := [name for module, name in uses.items() if getattr(module, "bias", None) is not None]:
+        return f"{listed(biased)} has a bias, which PEFT leaves out with trainable_token_indices."
+    configs = [getattr(module, "config", None) for module in modules.values()]
+    if len(uses) > 1 and not any(getattr(config, "tie_word_embeddings", False) for config in configs):
+        return f"{listed(uses.values())} have one weight, and PEFT knows that only from config.tie_word_embeddings."
+    return None
+
+
 def _convolution(layer: StoredLayer) -> str | None:
     options = layer.options
     dilation = options.get("dilation", 1)
@@ -158,6 +169,7 @@ _PEFT_LAYERS: dict[type[kinds.LoRALayer] | None, PeftLayer] = {  # None: a user'
     kinds.LoRALinear8bit: PeftLayer(_added),
     kinds.LoRAConv1D: PeftLayer(_added),
     kinds.LoRAEmbedding: PeftLayer(_embedding, keys=("lora_embedding_A", "lora_embedding_B")),
+    kinds.LoRATokens: PeftLayer(_embedding),
     kinds.LoRAConvNd: PeftLayer(_convolution, _with_kernel, _without_kernel),
     kinds.LoRAAttention: PeftLayer(_attention),
     kinds.LoRARecurrent: PeftLayer(_parameters, is_parameter=True),

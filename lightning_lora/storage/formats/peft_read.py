@@ -16,9 +16,8 @@ from lightning_lora.config import LoRAConfig, matches
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed, warn
 from lightning_lora.functional.combine import Factors
 from lightning_lora.layers import FROM_BASE, AdaptedMatrix, LoRALayer, LoRAParameters, adapter_for
-from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRAEmbedding, LoRARecurrent
+from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRAEmbedding, LoRARecurrent, LoRATokens
 from lightning_lora.model.view import View
-from lightning_lora.storage.base import base_value
 from lightning_lora.storage.formats.others import check_tool
 from lightning_lora.storage.formats.peft_config import (
     DIFFUSERS_WEIGHTS,
@@ -31,8 +30,8 @@ from lightning_lora.storage.formats.peft_config import (
     peft_key,
     read_config,
 )
-from lightning_lora.storage.formats.peft_layers import has_layer, peft_layer, why_not
-from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of, place_of, uses_of
+from lightning_lora.storage.formats.peft_layers import has_layer, peft_layer, why_not, why_not_rows
+from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of, place_of
 from lightning_lora.storage.names import Renaming, is_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
@@ -70,18 +69,9 @@ def read(view: View, tensors: Mapping[str, Any], peft: PeftConfig, path: Any) ->
     place = place_of(view, list(map(_plain, adapters)), list(rest))
     layers = _Layers(view, peft, place)
     rest = {place.name_here(name): value for name, value in rest.items()}
-    held, fixed = dict(adapters), dict[str, Tensor]()
-    for name in [name for name in adapters if layers.are_tied_tokens(name, adapters[name])]:
-        weight = layers.with_rows(name, adapters.pop(name))
-        fixed |= dict.fromkeys(uses_of(view, join(place.name_here(_plain(name)), "weight")), weight)
     updates = layers.updates(adapters)
-    layers.check_complete(held, rest, path)
-    stored = adapters_of(view, updates, rest, peft.config, peft.config.modules_to_save or ())
-    if rows := [f"{_plain(name)} ({len(each['tokens'])})" for name, each in held.items() if "tokens" in each]:
-        further = "they stay as they are" if fixed else "a fit refuses them, because it would train all rows"
-        says = f"PEFT trained single rows of {listed(rows)}. They are loaded, but cannot train further here: {further}."
-        warn(says)
-    return replace(stored, state={**stored.state, **fixed}, changed=[*fixed])
+    layers.check_complete(adapters, rest, path)
+    return adapters_of(view, updates, rest, peft.config, peft.config.modules_to_save or ())
 
 
 def _sorted(tensors: Mapping[str, Any], path: object) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
@@ -158,13 +148,13 @@ class _Layers:
         if kind is None or kind is LoRARecurrent or adapted_as is LoRAParameters:
             return self._parameters(there, wrapped)
         (tensors, *more) = wrapped.values()
+        if "tokens" in tensors and not more:
+            return self._tokens(there, tensors)
         about = self._described(there, kind, kind.lora_matrices_of(layer), tensors.get("magnitude"))
         if kind is LoRAAttention:
             return self._attention(there, about, wrapped)
         if more:
             raise AdapterFileError(f"The file holds {listed(wrapped)}: two updates of one {type(layer).__name__}.")
-        if "tokens" in tensors:
-            return self._tokens(there, about, tensors)
         if kind is LoRAConv1D and self.config.init == "olora":
             raise AdapterMismatchError(
                 f"{there!r} is a Conv1D, trained with init_lora_weights='olora'. PEFT starts it from another matrix "
@@ -316,40 +306,27 @@ class _Layers:
 
     # Rows of an embedding that train
 
-    def are_tied_tokens(self, there: str, tensors: Tensors) -> bool:
-        """Whether these are rows of an embedding that PEFT trains in its other use too."""
-        tied = len(uses_of(self.view, join(self.place.name_here(_plain(there)), "weight"))) > 1
-        configs = [getattr(module, "config", None) for module in self.view.modules.values()]
-        return "tokens" in tensors and tied and any(getattr(config, "tie_word_embeddings", False) for config in configs)
-
-    def _rows(self, there: str) -> list[int]:
-        if isinstance(self.peft.tokens, list):
-            return self.peft.tokens
-        return next((rows for end, rows in self.peft.tokens.items() if there.endswith(end)), [])
-
-    def with_rows(self, there: str, tensors: Tensors) -> Tensor:
-        """Return an embedding's weight with the file's rows in it."""
-        there, rows = _plain(there), tensors["tokens"]
-        if len(tensors) > 1 or not isinstance(self._module(there), nn.Embedding):
+    def _tokens(self, there: str, tensors: Tensors) -> Update:
+        """The rows as they are: PEFT's name says delta, but they are whole."""
+        layer, rows, here = self._module(there), tensors["tokens"], self.place.name_here(there)
+        weight, indices = self.view.base[join(here, "weight")], self.peft.tokens
+        if isinstance(indices, dict):
+            indices = next((rows for end, rows in indices.items() if there.endswith(end)), [])
+        if len(tensors) > 1:
             raise AdapterFileError(f"{there!r} trains single rows, and has another update too. That cannot be read.")
-        weight, indices = base_value(self.view, join(self.place.name_here(there), "weight")).cpu(), self._rows(there)
-        is_valid = all(0 <= index < len(weight) for index in indices)
+        is_valid = all(0 <= index < len(weight) for index in indices) and len(set(indices)) == len(rows) > 0
         if len(indices) != len(rows) or rows.shape[1:] != weight.shape[1:] or not is_valid:
             raise AdapterMismatchError(
                 f"The file holds {len(rows)} rows of {there!r}, and the configuration names {len(indices)} for an "
                 f"embedding of {tuple(weight.shape)}. Pass the model and the adapter_config.json of the training."
             )
-        weight = weight.to(torch.promote_types(weight.dtype, rows.dtype), copy=True)
-        weight[indices] = rows.to(weight.dtype)
-        return weight
-
-    def _tokens(self, there: str, about: StoredLayer, tensors: Tensors) -> Update:
-        """An update with one rank for each row."""
-        weight, indices = base_value(self.view, join(about.name, "weight")).cpu(), self._rows(there)
-        change = self.with_rows(there, tensors).double() - weight.double()
-        a = torch.zeros(len(indices), len(weight))
-        a[torch.arange(len(indices)), torch.tensor(indices)] = 1
-        return Update(about, ((a, change[indices].T.float()),))
+        if why := why_not_rows(self.view.modules, weight):
+            raise AdapterMismatchError(f"The rows of {there!r} cannot be read: {why} Merge it with PEFT.")
+        order = torch.tensor(indices).argsort()
+        matrix = replace(LoRATokens.lora_matrices_of(layer)[0], tokens=tuple(sorted(indices)))
+        about = self._described(there, LoRATokens, (matrix,))
+        r, scaling = matrix.rank(self.config.rank(there)), self.config.scaling(there)
+        return Update(replace(about, r=r, scaling=scaling), (), rows=rows[order])
 
 
 def _pair(there: str, tensors: Tensors) -> Factors:

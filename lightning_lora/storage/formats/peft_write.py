@@ -24,12 +24,12 @@ from lightning_lora.storage.disk import check_output, write_errors, writing
 from lightning_lora.storage.formats import peft_config as peft
 from lightning_lora.storage.formats.diffusers import prefix_for
 from lightning_lora.storage.formats.own import read_adapter_file
-from lightning_lora.storage.formats.peft_layers import check_exportable, is_bias, peft_layer
+from lightning_lora.storage.formats.peft_layers import check_exportable, is_bias, peft_layer, why_not_rows
 from lightning_lora.storage.names import Renaming, list_or_expression
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.names import join, named_modules, starts_of, submodule
+from lightning_lora.tensors.names import join, named_modules, own_parameter, starts_of, submodule
 
 
 def export_peft(
@@ -90,6 +90,7 @@ def export_peft(
     check_output(directory, [model_or_file], [place])
     check_exportable(source.stored, source.modules or {}, source.saved)
     updates = _updates(source)
+    _check_rows(source, is_alone=uniform or not is_peft or not updates)
     if uniform or not is_peft:  # diffusers before 0.34, and others that read its files, scale all by 1
         scaling = Counter(update.scaling for update in updates).most_common(1)[0][0] if is_peft else 1.0
         updates = _with_scaling(updates, scaling, max(update.rank for update in updates) if uniform else 0)
@@ -171,6 +172,23 @@ def _source(model_or_file: nn.Module | str | Path, root: str | None) -> _Source:
     return _Source(stored, model)
 
 
+def _has_rows(layer: StoredLayer) -> bool:
+    return bool(layer.tokens)
+
+
+def _check_rows(source: _Source, *, is_alone: bool) -> None:
+    """Refuse rows of an embedding that a reader does not know, or has in other places too."""
+    for layer in filter(_has_rows, source.stored.layers.values()):
+        name, modules = source.name_there(layer.name), source.modules or {}
+        alike = [other for other in modules if other.endswith(name) and other != name]
+        why = "uniform=True, format='diffusers' and a file without other adapters have no place for them."
+        if not is_alone:
+            why = f"PEFT would take {listed(alike)} for it too, because these names end alike." if alike else ""
+            why = why or (why_not_rows(modules, own_parameter(modules[name], "weight")) if modules else None) or ""
+        if why:
+            raise ExportError(f"PEFT's format cannot hold the rows of {layer.name!r} that train: {why}")
+
+
 # The updates as PEFT has them
 
 
@@ -212,6 +230,8 @@ class _Update:
 def _updates(source: _Source) -> list[_Update]:
     found, config = list[_Update](), source.stored.config
     for layer in source.stored.layers.values():
+        if _has_rows(layer):
+            continue
         settings = layer.settings(config)
 
         def tensor(name: str, layer: StoredLayer = layer, settings: Settings = settings) -> Tensor:
@@ -252,6 +272,9 @@ def _tensors(source: _Source, updates: list[_Update]) -> dict[str, Tensor]:
         left[name] -= 1
         place = ".".join([_inside(name, wrappers), *["base_layer"] * left[name]])
         found |= {f"{place}.{end}": value for end, value in tensors.items()}
+    for layer in filter(_has_rows, source.stored.layers.values()):
+        (name,) = layer.parameters(source.stored.config).values()
+        found[f"{_inside(source.name_there(layer.name), wrappers)}.{peft.TOKENS}"] = source.stored.state[name]
     for name, value in source.stored.state.items():
         if is_bias(name, source.stored) and name not in source.saved:
             found[_inside(source.name_there(name), wrappers)] = value
@@ -280,6 +303,7 @@ def _config(source: _Source, updates: list[_Update], *, use_rslora: bool) -> dic
     r, rank_pattern = peft.most_common({update.target: update.rank for update in updates})
     alpha, alpha_pattern = peft.most_common({update.target: _short(update.alpha) for update in updates})
     own, inner = source.stored.config, source.inner
+    tokens = {source.name_there(each.name): list(each.tokens) for each in source.stored.layers.values() if each.tokens}
     base = getattr(getattr(inner, "config", None), "_name_or_path", "") or None
     auto = {"base_model_class": type(inner).__name__, "parent_library": type(inner).__module__} if base else None
     return {
@@ -296,6 +320,7 @@ def _config(source: _Source, updates: list[_Update], *, use_rslora: bool) -> dic
         "fan_in_fan_out": LoRAConv1D in kinds and LoRALinear not in kinds and not parameters,
         "target_modules": list_or_expression(layers, source.modules),
         **({"target_parameters": parameters} if parameters else {}),
+        **({"trainable_token_indices": tokens} if tokens else {}),
         "modules_to_save": list(map(source.name_there, source.stored.saved)) or None,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
@@ -313,7 +338,7 @@ def _warn_of_merges(source: _Source) -> None:
     """Say where the base is not what PEFT's merge, or its model without a merge, takes it for."""
     around, others = dict[str, nn.Module | None](), dict[str, list[str]]()
     for layer in source.stored.layers.values():
-        if layer.tied:
+        if layer.tied and not layer.tokens:
             others[layer.name] = list(chain.from_iterable(layer.tied.values()))
         for name in starts_of(source.name_there(layer.name))[:-1]:
             around[name] = (source.modules or {}).get(name)

@@ -42,16 +42,21 @@ class Update:
     layer: StoredLayer
     factors: tuple[Factors, ...]
     magnitude: Tensor | None = None
+    rows: Tensor | None = None  # in place of the factors
 
     @property
     def r(self) -> int:
         """The rank that the layer needs here."""
+        if self.rows is not None:
+            return self.layer.r
         return max(matrix.rank(a.shape[-2]) for matrix, (a, _) in zip(self.layer.matrices, self.factors, strict=True))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the adapter's tensors, by name in the model."""
         found: dict[str, Tensor] = {}
-        for matrix, factors in zip(self.layer.matrices, self.factors, strict=True):
+        if self.rows is not None:
+            found[self.layer.matrices[0].parameter(Role.ROWS)] = self.rows
+        for matrix, factors in zip(self.layer.matrices, self.factors, strict=False):
             found |= matrix.named(with_rank(factors, matrix.rank(self.r)))
         if self.magnitude is not None:
             found[self.layer.matrices[0].parameter(Role.MAGNITUDE)] = self.magnitude.flatten()

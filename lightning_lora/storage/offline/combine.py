@@ -89,6 +89,10 @@ def _check_alike(files: list[StoredAdapters]) -> dict[str, StoredLayer]:
         if not any(form in file.base for form in first.base) or file.root != first.root:
             raise BaseMismatchError(f"{first.source} and {file.source} were trained on different bases. Use one base.")
         for name, layer in file.layers.items():
+            if layer.tokens:
+                raise AdapterMismatchError(
+                    f"{file.source} trains rows of {name!r}, which cannot be combined. Merge it."
+                )
             matrices = tuple(map(bare, layer.matrices))
             found = layers.setdefault(name, replace(layer, scaling=1.0, matrices=matrices))
             other = holder.setdefault(name, file)

@@ -39,6 +39,8 @@ def updates(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, Factors]:
     """Return A and B of a layer's updates, with the scaling in B, by their :func:`bare` matrices."""
     layer, found = stored.layers[name], dict[AdaptedMatrix, Factors]()
     for matrix in layer.matrices:
+        if matrix.tokens:  # these rows are no update: the base's are not in the file
+            continue
         settings = layer.settings(stored.config)
         a, b = matrix_factors(matrix, settings, lambda parameter: stored.state[join(name, parameter)])
         found[bare(matrix)] = a, b * matrix.scale(layer.scaling)

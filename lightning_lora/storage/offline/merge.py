@@ -18,7 +18,7 @@ from lightning_lora.errors import (
     warn,
 )
 from lightning_lora.model.merged import lost_to_rounding
-from lightning_lora.storage.base import BaseTensor, Comparison, compare
+from lightning_lora.storage.base import BaseTensor, Comparison, compare, without_rows
 from lightning_lora.storage.disk import check_output, unread_in, writing, writing_folder
 from lightning_lora.storage.formats.lightning import as_base
 from lightning_lora.storage.names import Renaming, find_renamings, is_inside
@@ -72,6 +72,10 @@ class _Merge:
         weights = [(name, weight) for name, layer in stored.layers.items() for weight in layer.shapes]
         self.name_in_base = _renaming(stored, [join(*each) for each in weights], files)
         self.weights = {self.name_in_base(join(*each)): each for each in weights}
+        for name, layer in stored.layers.items():
+            for place in map(self.name_in_base, layer.tied.get("weight", ()) if layer.tokens else ()):
+                if place in files.file_of:
+                    self.weights[place] = name, "weight"
         self.beside = {self.name_in_base(name): value for name, value in besides(stored).items()}
         self.places, last = dict(files.file_of), list(files.file_of.values())[-1]
         for name in self.beside:
@@ -91,7 +95,7 @@ class _Merge:
             if not is_plain(value) or not value.is_floating_point() or value.shape != shape:
                 found = "absent" if value is None else f"{value.dtype} {list(value.shape)}"
                 wrong.append(f"{name} {list(shape)}, {found}")
-            if weight in self.stored.layers[layer].tied:
+            if weight in self.stored.layers[layer].tied and not self.stored.layers[layer].tokens:
                 tied.append(name)
         if wrong:
             raise AdapterMismatchError(
@@ -129,7 +133,12 @@ class _Merge:
             place = self.name_in_base(name)
             if halves is not None and name not in self.stored.changed and place in self.files.file_of:
                 tensors.append((name, place))  # None: it was quantised
-        return compare(form, (BaseTensor.of_file(name, place, self.files.get(place)) for name, place in tensors))
+        return compare(form, (BaseTensor.of_file(name, place, self._compared(place)) for name, place in tensors))
+
+    def _compared(self, name: str) -> Tensor:
+        """A tensor of the base, without rows that others replace."""
+        value, layer = self.files.get(name), self.stored.layers.get(self.weights.get(name, ("", ""))[0])
+        return without_rows(value, layer.tokens) if layer is not None and layer.tokens else value
 
     def write(self, path: Path, names: Collection[str], metadata: dict[str, str]) -> int:
         """Write these tensors of the merged model into a file. Return their size."""
