@@ -33,9 +33,6 @@ ADAPTERS: dict[type[nn.Module] | str, type[LoRALayer]] = {
 }
 """Maps a layer type to the adapter class for it and its subclasses. Types of optional packages are given by name."""
 
-CHOSEN: tuple[type[LoRALayer], ...] = (LoRAParameters, LoRATokens)
-"""The adapter classes that an argument of their own chooses, for any layer that fits."""
-
 
 def adapter_for(layer: nn.Module) -> type[LoRALayer] | None:
     """Return the adapter class of a layer's type, or of the nearest base class that has one, or None."""
@@ -53,7 +50,7 @@ def name_of_kind(kind: type) -> str:
 
 def kind_named(name: str) -> type[LoRALayer] | None:
     """Return the adapter class with this full name, or None if no such class is known."""
-    return next((kind for kind in (*ADAPTERS.values(), *CHOSEN) if name_of_kind(kind) == name), None)
+    return next((kind for kind in (*ADAPTERS.values(), LoRAParameters, LoRATokens) if name_of_kind(kind) == name), None)
 
 
 def register_adapter(layer_class: type[nn.Module], adapter_class: type[LoRALayer]) -> None:

@@ -231,10 +231,7 @@ def _merged_weights(view: View) -> tuple[dict[str, Tensor], dict[str, float]]:
     merged, lost = dict[str, Tensor](), dict[str, float]()
     with torch.inference_mode(False), torch.no_grad():
         for first, layer in view.layers.items():
-            names = []
-            for name, module in view.modules.items():
-                if module is layer or vars(module).get("lora_tied_to") == (layer,):
-                    names.append(name)
+            names = [n for n, m in view.modules.items() if m is layer or vars(m).get("lora_tied_to") == (layer,)]
             for weight in layer.lora_weights():
                 values, share = layer.lora_merged_weight(weight)
                 lost[first] = max(share, lost.get(first, 0.0))

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import (
     ADAPTERS,
-    CHOSEN,
     AdaptedMatrix,
     Adapter,
     LoRALayer,
     LoRAParameters,
+    LoRATokens,
     Settings,
     adapter_parameters,
 )
@@ -47,8 +47,8 @@ class StoredLayer:
     @property
     def adapter_class(self) -> type[LoRALayer] | None:
         """The adapter class, or None for a user's own."""
-        known: dict[str, type[LoRALayer]] = {cls.__name__: cls for cls in (*ADAPTERS.values(), *CHOSEN)}
-        return known.get(self.kind)
+        known: tuple[type[LoRALayer], ...] = (*ADAPTERS.values(), LoRAParameters, LoRATokens)
+        return next((cls for cls in known if cls.__name__ == self.kind), None)
 
     def settings(self, config: LoRAConfig) -> Settings:
         """Return the settings of its adapter."""

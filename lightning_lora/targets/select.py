@@ -7,15 +7,8 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import TargetError
-from lightning_lora.layers import (
-    ADAPTERS,
-    AdaptedMatrix,
-    LoRALayer,
-    LoRAParameters,
-    LoRATokens,
-    Settings,
-    adapter_for,
-)
+from lightning_lora.layers import ADAPTERS, AdaptedMatrix, LoRALayer, LoRAParameters, Settings, adapter_for
+from lightning_lora.layers.kinds import LoRATokens
 from lightning_lora.targets.checks import Choice, check_any, check_choices, check_shapes, check_supported
 from lightning_lora.targets.lookup import AUTOMATIC, Names, is_attention, is_computed, why_not
 from lightning_lora.targets.slices import sliced
@@ -44,8 +37,7 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
         kind = LoRAParameters if layer in holders else adapter_for(layer) or LoRALayer
         parameters = holders.get(layer)
         if layer in rows:
-            (matrix,) = LoRATokens.lora_matrices_of(layer)
-            choices[name] = _choice(config, name, layer, LoRATokens, (replace(matrix, tokens=rows[layer]),))
+            choices[name] = _choice(config, name, layer, LoRATokens, (rows[layer],))
             continue
         if parameters is None:
             matrices, slices = kind.lora_matrices_of(layer), config.slices(name)

@@ -85,8 +85,9 @@ def _embedding(layer: StoredLayer) -> str | None:
     return None if is_scaled else _added(layer)  # PEFT scales the update too
 
 
-def why_not_rows(modules: Mapping[str, nn.Module], weight: nn.Parameter) -> str | None:
-    """Return why PEFT computes something else with rows of this weight in these modules, or None."""
+def why_not_rows(modules: Mapping[str, nn.Module], name: str) -> str | None:
+    """Return why PEFT computes something else with rows of this layer, or None."""
+    weight = modules[name]._parameters["weight"]
     uses = {module: name for name, module in modules.items() if module._parameters.get("weight") is weight}
     if biased := [name for module, name in uses.items() if getattr(module, "bias", None) is not None]:
         return f"{listed(biased)} has a bias, which PEFT leaves out with trainable_token_indices."
@@ -190,7 +191,10 @@ def check_exportable(stored: StoredAdapters, modules: Mapping[str, nn.Module], s
     wrong: dict[str, list[str]] = {}
     for layer in stored.layers.values():
         magnitude = stored.state.get(join(layer.name, layer.matrices[0].parameter(Role.MAGNITUDE)))
-        if why := why_not(layer, magnitude) or _why_not_there(layer, stored):
+        why = why_not(layer, magnitude) or _why_not_there(layer, stored)
+        if layer.tokens and modules and not why:
+            why = why_not_rows(modules, Renaming(stored.root, "").name_here(layer.name))
+        if why:
             wrong.setdefault(why, []).append(layer.name)
     if wrong:
         reasons = [f"{listed(names)}: {why}" for why, names in wrong.items()]

@@ -308,25 +308,25 @@ class _Layers:
 
     def _tokens(self, there: str, tensors: Tensors) -> Update:
         """The rows as they are: PEFT's name says delta, but they are whole."""
-        layer, rows, here = self._module(there), tensors["tokens"], self.place.name_here(there)
-        weight, indices = self.view.base[join(here, "weight")], self.peft.tokens
+        (matrix,), rows = LoRATokens.lora_matrices_of(self._module(there)), tensors["tokens"]
+        indices = self.peft.tokens
         if isinstance(indices, dict):
             indices = next((rows for end, rows in indices.items() if there.endswith(end)), [])
         if len(tensors) > 1:
             raise AdapterFileError(f"{there!r} trains single rows, and has another update too. That cannot be read.")
-        is_valid = all(0 <= index < len(weight) for index in indices) and len(set(indices)) == len(rows) > 0
-        if len(indices) != len(rows) or rows.shape[1:] != weight.shape[1:] or not is_valid:
+        matrix = replace(matrix, tokens=tuple(sorted({*indices})))
+        is_valid = all(0 <= index < matrix.reads for index in indices) and rows.shape[1:] == (matrix.writes,)
+        if not is_valid or not len(indices) == len(rows) == len(matrix.tokens) > 0:
             raise AdapterMismatchError(
                 f"The file holds {len(rows)} rows of {there!r}, and the configuration names {len(indices)} for an "
-                f"embedding of {tuple(weight.shape)}. Pass the model and the adapter_config.json of the training."
+                f"embedding of {(matrix.reads, matrix.writes)}. Pass the model and the adapter_config.json of the "
+                "training."
             )
-        if why := why_not_rows(self.view.modules, weight):
+        if why := why_not_rows(self.view.modules, self.place.name_here(there)):
             raise AdapterMismatchError(f"The rows of {there!r} cannot be read: {why} Merge it with PEFT.")
-        order = torch.tensor(indices).argsort()
-        matrix = replace(LoRATokens.lora_matrices_of(layer)[0], tokens=tuple(sorted(indices)))
-        about = self._described(there, LoRATokens, (matrix,))
-        r, scaling = matrix.rank(self.config.rank(there)), self.config.scaling(there)
-        return Update(replace(about, r=r, scaling=scaling), (), rows=rows[order])
+        about = replace(self._described(there, LoRATokens, (matrix,)), scaling=self.config.scaling(there))
+        about = replace(about, r=matrix.rank(self.config.rank(there)))
+        return Update(about, (), rows=rows[torch.tensor(indices).argsort()])
 
 
 def _pair(there: str, tensors: Tensors) -> Factors:

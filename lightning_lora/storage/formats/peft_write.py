@@ -6,6 +6,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +25,12 @@ from lightning_lora.storage.disk import check_output, write_errors, writing
 from lightning_lora.storage.formats import peft_config as peft
 from lightning_lora.storage.formats.diffusers import prefix_for
 from lightning_lora.storage.formats.own import read_adapter_file
-from lightning_lora.storage.formats.peft_layers import check_exportable, is_bias, peft_layer, why_not_rows
+from lightning_lora.storage.formats.peft_layers import check_exportable, is_bias, peft_layer
 from lightning_lora.storage.names import Renaming, list_or_expression
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
-from lightning_lora.tensors.names import join, named_modules, own_parameter, starts_of, submodule
+from lightning_lora.tensors.names import join, named_modules, starts_of, submodule
 
 
 def export_peft(
@@ -90,7 +91,11 @@ def export_peft(
     check_output(directory, [model_or_file], [place])
     check_exportable(source.stored, source.modules or {}, source.saved)
     updates = _updates(source)
-    _check_rows(source, is_alone=uniform or not is_peft or not updates)
+    if source.stored.config.trainable_token_indices and (uniform or not is_peft or not updates):
+        raise ExportError(
+            "trainable_token_indices has no place in a file without other adapters, for uniform=True, or in diffusers' "
+            "format. Leave uniform and format out, or call save_merged(model, path)."
+        )
     if uniform or not is_peft:  # diffusers before 0.34, and others that read its files, scale all by 1
         scaling = Counter(update.scaling for update in updates).most_common(1)[0][0] if is_peft else 1.0
         updates = _with_scaling(updates, scaling, max(update.rank for update in updates) if uniform else 0)
@@ -172,23 +177,6 @@ def _source(model_or_file: nn.Module | str | Path, root: str | None) -> _Source:
     return _Source(stored, model)
 
 
-def _has_rows(layer: StoredLayer) -> bool:
-    return bool(layer.tokens)
-
-
-def _check_rows(source: _Source, *, is_alone: bool) -> None:
-    """Refuse rows of an embedding that a reader does not know, or has in other places too."""
-    for layer in filter(_has_rows, source.stored.layers.values()):
-        name, modules = source.name_there(layer.name), source.modules or {}
-        alike = [other for other in modules if other.endswith(name) and other != name]
-        why = "uniform=True, format='diffusers' and a file without other adapters have no place for them."
-        if not is_alone:
-            why = f"PEFT would take {listed(alike)} for it too, because these names end alike." if alike else ""
-            why = why or (why_not_rows(modules, own_parameter(modules[name], "weight")) if modules else None) or ""
-        if why:
-            raise ExportError(f"PEFT's format cannot hold the rows of {layer.name!r} that train: {why}")
-
-
 # The updates as PEFT has them
 
 
@@ -230,7 +218,7 @@ class _Update:
 def _updates(source: _Source) -> list[_Update]:
     found, config = list[_Update](), source.stored.config
     for layer in source.stored.layers.values():
-        if _has_rows(layer):
+        if layer.tokens:
             continue
         settings = layer.settings(config)
 
@@ -272,7 +260,7 @@ def _tensors(source: _Source, updates: list[_Update]) -> dict[str, Tensor]:
         left[name] -= 1
         place = ".".join([_inside(name, wrappers), *["base_layer"] * left[name]])
         found |= {f"{place}.{end}": value for end, value in tensors.items()}
-    for layer in filter(_has_rows, source.stored.layers.values()):
+    for layer in filter(attrgetter("tokens"), source.stored.layers.values()):
         (name,) = layer.parameters(source.stored.config).values()
         found[f"{_inside(source.name_there(layer.name), wrappers)}.{peft.TOKENS}"] = source.stored.state[name]
     for name, value in source.stored.state.items():

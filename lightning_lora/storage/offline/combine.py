@@ -90,9 +90,7 @@ def _check_alike(files: list[StoredAdapters]) -> dict[str, StoredLayer]:
             raise BaseMismatchError(f"{first.source} and {file.source} were trained on different bases. Use one base.")
         for name, layer in file.layers.items():
             if layer.tokens:
-                raise AdapterMismatchError(
-                    f"{file.source} trains rows of {name!r}, which cannot be combined. Merge it."
-                )
+                raise AdapterMismatchError(f"{file.source} trains single rows of {name!r}, which cannot be added up.")
             matrices = tuple(map(bare, layer.matrices))
             found = layers.setdefault(name, replace(layer, scaling=1.0, matrices=matrices))
             other = holder.setdefault(name, file)

@@ -83,7 +83,6 @@ CASES: dict[str, tuple[Any, Tensor, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:PEFT trained single rows")
 @pytest.mark.parametrize(("make", "inputs", "config"), CASES.values(), ids=CASES)
 def test_outputs_are_those_of_peft(tmp_path: Path, make: Any, inputs: Any, config: Any) -> None:
     expected = write_peft(tmp_path / "peft", built(make), **config)(inputs)

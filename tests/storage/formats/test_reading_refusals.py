@@ -4,9 +4,7 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from tests.storage.formats.test_reading import INDEX
-from tests.support.models import WORDS, Around, LitTiny, TinyLM, data, same, state, trainer
+from tests.support.models import LitTiny, same, state
 from tests.support.peft_reading import Attending, Expert, Experts, Images, Mixed, built, gap, write_peft
 from tests.support.storage import refused
 
@@ -259,33 +257,6 @@ def test_what_the_model_is(tmp_path: Path, make: Any, config: Any, said: Any, ma
     written(tmp_path, make, **config)
     say(tmp_path, **said)
     check_refused(tmp_path, built(make), ll.AdapterMismatchError, match)
-
-
-@pytest.mark.parametrize("in_head", [False, True])
-def test_rows_of_an_embedding_that_peft_trained_do_not_train_further(tmp_path: Path, in_head: bool) -> None:
-    """The file's rows are in use everywhere, and no fit changes the other ones."""
-    make, targets = partial(TinyLM, tied=in_head), {"target_modules": ["q_proj"]}
-    expected = written(tmp_path / "peft", make, **ROWS, **targets)(INDEX % WORDS)
-    module, again = Around(built(make)).train(), Around(built(make)).train()
-    for model in (module.model, again.model):  # transformers says so where the head has the rows too
-        model.config = SimpleNamespace(tie_word_embeddings=in_head)
-    says = "single rows of 'embed \\(2\\)'.*" + ("they stay as they are" if in_head else "a fit refuses them")
-    with pytest.warns(ll.LoRAWarning, match=says) as told:
-        ll.load_adapter(module, tmp_path / "peft")
-    assert told[0].filename == __file__ and (in_head or gap(module(INDEX % WORDS), expected) < 2e-6)
-    embedded = module.model.embed(torch.arange(WORDS)).detach().clone()
-    assert not torch.equal(embedded[1:3], again.model.embed.weight[1:3])
-    if not in_head:
-        with refused(module, ll.ConfigError, "single rows of 'model.embed', and a fit would train all its rows"):
-            trainer(tmp_path, [ll.LoRACallback()]).fit(module, data())
-        ll.merge_adapters(module, keep_base=False)
-    trainer(tmp_path, [ll.LoRACallback(merge=False, **({} if in_head else targets))]).fit(module, data())
-    assert torch.equal(module.model.embed(torch.arange(WORDS)), embedded)
-    assert module.get_parameter("model.q_proj.lora_B").any()
-    if in_head:
-        ll.save_adapter(module, tmp_path / "own.safetensors")
-        ll.load_adapter(again, tmp_path / "own.safetensors")
-        assert torch.equal(again(INDEX % WORDS), module(INDEX % WORDS))
 
 
 def test_names_that_fit_in_several_places_or_mean_another_layer(tmp_path: Path) -> None:

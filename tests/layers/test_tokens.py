@@ -1,0 +1,153 @@
+"""Rows of an embedding that train by themselves: they train to the bits of plain torch, and nothing else changes."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_lora import LoRAConfig, inject_adapters, remove_adapters
+from lightning_lora.layers import LoRATokens
+from tests.support.models import TinyLM, randomise
+
+TOKENS = (3, 7, 11)
+INDEX = torch.tensor([[3, 3, 1, 7], [0, 3, 11, 5], [7, 2, 3, 3]])
+
+
+class Scaled(nn.Embedding):
+    """With a forward of its own, as Gemma's."""
+
+    def forward(self, index: Tensor) -> Tensor:
+        return 3 * super().forward(index)
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "plain": lambda: nn.Embedding(12, 5),
+    "padding among the rows": lambda: nn.Embedding(12, 5, padding_idx=7),
+    "padding beside the rows": lambda: nn.Embedding(12, 5, padding_idx=1),
+    "by frequency": lambda: nn.Embedding(12, 5, scale_grad_by_freq=True),
+    "a forward of its own": lambda: Scaled(12, 5, padding_idx=3),
+    "half precision": lambda: nn.Embedding(12, 5, dtype=torch.bfloat16),
+}
+
+
+def adapted(layer: nn.Module, **config: Any) -> Any:
+    model = nn.ModuleDict({"embed": layer})
+    inject_adapters(model, LoRAConfig(**{"target_modules": [], "trainable_token_indices": {"embed": TOKENS}, **config}))
+    return layer
+
+
+def looked_up(layer: Any, weight: Tensor, index: Tensor) -> Tensor:
+    """What torch computes with this weight."""
+    found = F.embedding(index, weight, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
+    return 3 * found if isinstance(layer, Scaled) else found
+
+
+def trained(parameter: nn.Parameter, compute: Callable[[], Tensor]) -> None:
+    optimizer = torch.optim.AdamW([parameter], lr=0.1)
+    goal = torch.linspace(-1, 1, 60).view(3, 4, 5)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (compute().float() - goal).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_rows_train_to_the_bits_of_a_training_of_these_rows_alone(make: Callable[[], nn.Module]) -> None:
+    layer: Any = make()
+    weight, places = layer.weight.detach().clone(), torch.tensor(TOKENS)
+    rows = nn.Parameter(weight[places].float())  # as an adapter beside half precision
+    fresh = layer(INDEX)
+    adapted(layer)
+    assert torch.equal(layer(INDEX), fresh) and [*layer.lora_parameters()] == ["lora_rows"]
+    trained(rows, lambda: looked_up(layer, weight.index_copy(0, places, rows.to(weight.dtype)), INDEX))
+    trained(layer.lora_rows, lambda: layer(INDEX.int()))
+    assert not torch.equal(rows, weight[places].float())
+    assert torch.equal(layer.lora_rows, rows) and torch.equal(layer.weight, weight) and layer.weight.grad is None
+    merged, lost = layer.lora_merged_weight("weight")
+    assert torch.equal(merged, weight.index_copy(0, places, rows.to(weight.dtype))) and lost == 0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_tied_head_computes_with_the_rows_and_sends_gradients_to_them(bias: bool) -> None:
+    model = TinyLM().double()
+    if bias:
+        model.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, 20).double())
+    weight, places, fresh = model.embed.weight.detach().clone(), torch.tensor(TOKENS), model(INDEX)
+    names = inject_adapters(model, LoRAConfig(r=2, trainable_token_indices={"embed": TOKENS}))
+    assert names == ("embed", "q_proj", "v_proj") and type(model.lm_head).__name__ == "TiedLinear"
+    assert torch.equal(model(INDEX), fresh)
+    randomise(model)
+    layer: Any = model.embed
+    plain, rows = copy.deepcopy(model), layer.lora_rows.detach().clone().requires_grad_()
+    remove_adapters(plain)
+    assert type(plain.lm_head) is nn.Linear and torch.equal(plain(INDEX), fresh)
+
+    def full(inner: Any, index: Tensor) -> Tensor:
+        whole = weight.index_copy(0, places, rows)
+        x = F.embedding(index, whole)
+        x = inner.norm(torch.tanh(inner.q_proj(x)) + inner.v_proj(x))
+        return F.linear(x, whole, inner.lm_head.bias)
+
+    expected = full(model, INDEX)
+    torch.testing.assert_close(model(INDEX), expected)
+    expected.square().sum().backward()
+    expected_grads = [model.q_proj.lora_A.grad.clone(), rows.grad]
+    model.zero_grad()
+    model(INDEX).square().sum().backward()
+    torch.testing.assert_close([model.q_proj.lora_A.grad, layer.lora_rows.grad], expected_grads)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied.lm_head.lora_tied_to[0] is copied.embed and torch.equal(copied(INDEX), model(INDEX))
+
+
+def test_all_that_has_the_weight_follows_whatever_its_forward_is() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.scaled, self.head = nn.Embedding(12, 5), Scaled(12, 5), nn.Linear(5, 12)
+            self.scaled.weight = self.head.weight = self.embed.weight
+
+        def forward(self, index: Tensor) -> Any:
+            return self.embed(index), self.scaled(index), self.head(torch.ones(5))
+
+    model: Any = Model()
+    inject_adapters(model, LoRAConfig(target_modules=[], trainable_token_indices={"embed": TOKENS}))
+    randomise(model)
+    whole = model.embed.lora_effective_weight("weight")
+    one, three, head = model(INDEX)
+    assert torch.equal(one, whole[INDEX]) and torch.equal(three, 3 * whole[INDEX])
+    torch.testing.assert_close(head, F.linear(torch.ones(5), whole, model.head.bias))
+
+
+def test_rows_of_a_head_train_too() -> None:
+    head = nn.Linear(5, 12)
+    x = torch.linspace(-1, 1, 10).view(2, 5)
+    fresh, weight = head(x), head.weight.detach().clone()
+    layer = adapted(head)
+    assert torch.equal(layer(x), fresh) and isinstance(layer, LoRATokens)
+    with torch.no_grad():
+        layer.lora_rows.add_(1)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.lora_effective_weight("weight"), head.bias))
+    assert torch.equal(head.weight, weight) and layer.lora_rows.shape == (3, 5)
+
+
+@pytest.mark.parametrize("init", ["pissa", "kaiming"])
+def test_rows_that_are_fresh_follow_a_base_that_is_loaded_later(init: str) -> None:
+    model = TinyLM(tied=False)
+    config = LoRAConfig(r=2, init=init, use_dora=init == "kaiming", trainable_token_indices={"embed": TOKENS})  # type: ignore[arg-type]
+    inject_adapters(model, config)
+    other = TinyLM(tied=False)
+    model.load_state_dict(other.state_dict())
+    rows: Any = model.embed.lora_rows
+    assert torch.equal(rows, other.embed.weight[list(TOKENS)]) and torch.equal(model(INDEX), other(INDEX))
+    with torch.no_grad():
+        rows.add_(1)
+    model.half()
+    assert rows.dtype == torch.float32 and torch.equal(rows, other.embed.weight[list(TOKENS)] + 1)
+    layer: Any = model.embed
+    layer.reset_parameters()
+    assert torch.equal(layer.lora_rows, layer.weight[list(TOKENS)].float())

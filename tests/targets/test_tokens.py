@@ -1,0 +1,152 @@
+"""What ``trainable_token_indices`` means, and what it refuses."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_lora import LoRAConfig, TargetError, inject_adapters
+from lightning_lora.argument_names import ELSEWHERE
+from lightning_lora.errors import AdapterMismatchError, ConfigError
+from lightning_lora.model.view import View
+from tests.support.models import Around, TinyLM
+
+
+class Model(nn.Module):
+    """It has an input embedding, as those of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.other = nn.Embedding(10, 4), nn.Embedding(8, 4)
+        self.embed_tokens, self.inner = nn.Embedding(6, 4), nn.Linear(4, 4)
+        self.conv, self.sparse = nn.Conv2d(2, 2, 1), nn.Embedding(5, 4, sparse=True)
+        self.bounded, self.bag = nn.Embedding(5, 4, max_norm=1.0), nn.EmbeddingBag(5, 4)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.words
+
+    def forward(self, index: Tensor) -> Any:
+        return self.inner(self.words(index))
+
+
+class Plain(Model):
+    get_input_embeddings = None  # type: ignore[assignment]
+
+
+class Asks(Plain):
+    def get_input_embeddings(self) -> nn.Module:
+        raise NotImplementedError
+
+
+def rows(model: nn.Module, given: Any, **config: Any) -> dict[str, tuple[int, ...]]:
+    inject_adapters(model, LoRAConfig(**{"r": 2, "trainable_token_indices": given, **config}))
+    return {name: matrix.tokens for name, (matrix, *_) in View(model).matrices.items() if matrix.tokens}
+
+
+def test_a_list_means_the_input_embedding_and_a_dict_names_embeddings() -> None:
+    assert rows(Model(), [9, 0]) == {"words": (0, 9)}  # in order
+    assert rows(Around(Model()), range(2, 4)) == {"model.words": (2, 3)}
+    assert rows(Plain(), [1]) == rows(Asks(), [1]) == {"embed_tokens": (1,)}
+    assert rows(Around(Model()), {"other": [7], "model.words": {1}}) == {"model.words": (1,), "model.other": (7,)}
+    assert rows(TinyLM(), {"lm_head": [4], "embed": [4]}) == {"lm_head": (4,)}  # one weight: the other one follows
+    pair = nn.ModuleDict({"embed": nn.Embedding(4, 4), "x": nn.ModuleDict({"embed": nn.Embedding(4, 4)})})
+    assert rows(pair, {"embed": [1]}) == {"embed": (1,)}  # a whole name means no end of another
+
+
+def test_words_leave_the_embedding_to_its_rows_and_exclusions_do_not_matter() -> None:
+    model = TinyLM()
+    config: dict[str, Any] = {"target_modules": "all", "exclude_modules": ["embed", "norm"]}
+    assert rows(model, {"embed": [1]}, **config) == {"embed": (1,)}
+    assert [*View(model).layers] == ["embed", "q_proj", "v_proj"]
+
+
+WRONG: dict[str, Any] = {
+    "negative": [3, -1],
+    "twice": [3, 3],
+    "a flag": [True],
+    "text": "34",
+    "bytes": b"ab",
+    "one number": 3,
+    "no rows": {"embed": []},
+    "a dict of numbers": {"embed": 3},
+    "dicts in a dict": {"embed": {"a": [1]}},
+    "numbers as names": {3: [1]},
+}
+
+
+@pytest.mark.parametrize("given", WRONG.values(), ids=WRONG)
+def test_what_are_no_rows_is_refused(given: Any) -> None:
+    with pytest.raises(ConfigError, match=r"trainable_token_indices.* is not valid. Expected"):
+        LoRAConfig(trainable_token_indices=given)
+
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "out of range": ([3, 10, 12], {}, "'words' does not fit: it has 10 rows, and no \\[10, 12\\]. Resize it first"),
+    "a name that is wrong": ({"wrods": [1]}, {}, r"\['wrods'\] match no module of Model. Nearest names: 'words'"),
+    "a convolution": ({"conv": [1]}, {}, "'conv' does not fit: a Conv2d is neither an nn.Embedding nor an nn.Linear"),
+    "a bag": ({"bag": [1]}, {}, "a EmbeddingBag is neither"),
+    "sparse": ({"sparse": [1]}, {}, "its gradients are sparse"),
+    "bounded": ({"bounded": [1]}, {}, "max_norm=1 rewrites its weight"),
+    "a target too": (
+        [1],
+        {"target_modules": ["words", "inner"]},
+        "rows of the weight of 'words', which target_modules",
+    ),
+    "trained whole too": ([1], {"modules_to_save": ["words"]}, "rows of the weight of 'words', which target_modules"),
+}
+
+
+@pytest.mark.parametrize(("given", "config", "match"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_have_rows_is_refused(given: Any, config: dict[str, Any], match: str) -> None:
+    with pytest.raises(TargetError, match=match):
+        rows(Model(), given, **config)
+
+
+def test_what_shares_the_weight_must_fit_too() -> None:
+    class Holder(nn.Module):
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.model, self.own = model, model.embed.weight
+
+    with pytest.raises(TargetError, match=r"'model.embed' of Holder. '' does not fit: a Holder is neither"):
+        rows(Holder(TinyLM()), {"embed": [1]})
+    with pytest.raises(TargetError, match="other rows for 'lm_head' than for a name of the same weight"):
+        rows(TinyLM(), {"embed": [1], "lm_head": [2]})
+    for config in ({"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}):
+        with pytest.raises(TargetError, match="rows of the weight of 'lm_head', which target_modules"):
+            rows(TinyLM(), {"embed": [1]}, **config)
+    with pytest.raises(TargetError, match=r"several input embeddings. Give a dict.*'a.words', 'b.words'"):
+        rows(nn.ModuleDict({"a": Model(), "b": Model()}), [1])
+
+
+def test_other_rows_or_a_resized_embedding_are_another_adapter() -> None:
+    model: Any = Model()
+    rows(model, [1, 2])
+    with pytest.raises(AdapterMismatchError, match=r"Layer 'words' .* is adapted already.*\(1, 2\).*\(1, 3\)"):
+        rows(model, [1, 3])
+    model.words.weight.data = torch.randn(11, 4)  # as transformers does it
+    with pytest.raises(AdapterMismatchError, match=r"\(10, \(1, 2\)\).*\(11, \(1, 2\)\)"):
+        rows(model, [1, 2])
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_sharded_embedding_is_refused() -> None:
+    model = TinyLM(tied=False)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    model.embed.weight = nn.Parameter(dist.tensor.distribute_tensor(model.embed.weight.detach(), mesh))
+    with pytest.raises(TargetError, match="'embed' does not fit: its weight is sharded"):
+        rows(model, {"embed": [1]})
+
+
+def test_peft_s_name_is_ours() -> None:
+    assert "trainable_token_indices" not in ELSEWHERE

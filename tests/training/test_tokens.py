@@ -1,0 +1,172 @@
+"""New tokens, from the resized embedding to files: what a fit trains, resumes, merges and stores."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import transformers as hf
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import lightning_lora as ll
+from lightning_lora.layers import LoRATokens
+from lightning_lora.storage.state import NOTE
+from tests.support.models import exact, is_plain, same, state, trainer
+
+TOKENS = [20, 21]
+INDEX = torch.randint(0, 22, (16, 6), generator=torch.Generator().manual_seed(4))
+MODELS: dict[str, tuple[Any, str, list[str]]] = {
+    "gpt2": (
+        hf.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
+        "transformer.wte",
+        ["c_attn"],
+    ),
+    "llama": (
+        hf.LlamaConfig(
+            hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20,
+            tie_word_embeddings=False,
+        ),
+        "model.embed_tokens",
+        ["q_proj", "v_proj"],
+    ),
+}  # fmt: skip
+
+
+def resized(name: str, drawn: int = 0) -> Any:
+    """A model with the same base each time, and two new tokens, drawn anew."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = hf.AutoModelForCausalLM.from_config(copy.deepcopy(MODELS[name][0])).train()
+        torch.manual_seed(drawn)
+        model.resize_token_embeddings(22, mean_resizing=False)
+    return model
+
+
+class Lit(L.LightningModule):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.05)
+
+
+def data() -> DataLoader[Any]:
+    return DataLoader(INDEX, batch_size=4)  # type: ignore[arg-type]  # a tensor is a dataset
+
+
+def lora(name: str, **more: Any) -> ll.LoRACallback:
+    arguments = {"r": 2, "target_modules": MODELS[name][2], "trainable_token_indices": TOKENS, "merge": False}
+    L.seed_everything(0, verbose=False)
+    return ll.LoRACallback(**(arguments | more))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", MODELS)
+def test_a_fit_trains_what_peft_trains(tmp_path: Path, name: str) -> None:
+    peft: Any = get_peft_model(
+        resized(name).double(),
+        LoraConfig(r=2, lora_alpha=2, target_modules=MODELS[name][2], trainable_token_indices=TOKENS),
+    )
+    peft.save_pretrained(tmp_path / "start")
+    ours = Lit(resized(name).double())
+    ll.load_adapter(ours, tmp_path / "start")
+    optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=0.05)
+    for batch in data():
+        optimizer.zero_grad()
+        peft(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+    trainer(tmp_path, [ll.LoRACallback(merge=False)], max_epochs=1).fit(ours, data())
+    layer = ours.model.get_input_embeddings()
+    theirs = peft.get_input_embeddings().token_adapter.trainable_tokens_delta["default"]
+    assert isinstance(layer, LoRATokens) and (theirs - layer.weight[TOKENS]).abs().min() > 0.01
+    torch.testing.assert_close(layer.lora_rows, theirs)
+    torch.testing.assert_close(ours.model(input_ids=INDEX).logits, peft(input_ids=INDEX).logits)
+    ll.export_peft(ours, tmp_path / "end")
+    peft.save_pretrained(tmp_path / "peft")
+    here, there = (load_file(tmp_path / end / "adapter_model.safetensors") for end in ("end", "peft"))
+    assert here.keys() == there.keys()
+
+
+@exact
+@pytest.mark.parametrize("name", MODELS)
+def test_a_run_resumes_to_the_bit_and_its_files_hold_only_the_rows(tmp_path: Path, name: str) -> None:
+    straight, first = Lit(resized(name)), Lit(resized(name))
+    before = state(straight)
+    trainer(tmp_path, [lora(name)], max_epochs=2).fit(straight, data())
+    one = trainer(tmp_path / "one", [lora(name)], max_epochs=1)
+    one.fit(first, data())
+    file = Path(one.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
+    held = torch.load(file, weights_only=True)["state_dict"]
+    key = f"model.{MODELS[name][1]}.lora_rows"
+    assert held[key].shape == (2, 8) and all("lora_" in entry for entry in held if entry != NOTE)
+    resumed = Lit(resized(name))
+    trainer(tmp_path, [ll.LoRACallback(merge=False)], max_epochs=2).fit(resumed, data(), ckpt_path=str(file))
+    assert same(ll.adapter_state_dict(resumed), ll.adapter_state_dict(straight))
+    assert all(torch.equal(straight.state_dict()[entry], value) for entry, value in before.items() if "wte" in entry)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_merge_writes_the_rows_and_an_unmerge_gives_the_base_back(tmp_path: Path, name: str) -> None:
+    module = Lit(resized(name))
+    tied, before = module.model.config.tie_word_embeddings, state(module)
+    trainer(tmp_path, [lora(name, merge="last")], max_epochs=1).fit(module, data())
+    embedding = module.model.get_input_embeddings()
+    assert is_plain(module) and (module.model.lm_head.weight is embedding.weight) is tied
+    merged, plain = state(module), module.model(input_ids=INDEX).logits
+    ll.unmerge_adapters(module)
+    rows = embedding.lora_rows.detach().clone()
+    assert torch.equal(merged[f"model.{MODELS[name][1]}.weight"][TOKENS], rows)
+    assert (type(module.model.lm_head).__name__ == "TiedLinear") is tied
+    torch.testing.assert_close(module.model(input_ids=INDEX).logits, plain)
+    with ll.disable_adapters(module):
+        assert torch.equal(module.model(input_ids=INDEX).logits, resized(name)(input_ids=INDEX).logits)
+    ll.save_merged(module, tmp_path / "whole")
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "whole").train()
+    assert torch.equal(again(input_ids=INDEX).logits, plain)
+    ll.remove_adapters(module)
+    assert same(state(module), before) and type(module.model.lm_head) is nn.Linear
+
+
+def test_rows_that_are_replaced_are_no_part_of_the_base_and_all_others_are(tmp_path: Path) -> None:
+    """Whoever loads an adapter resizes the embedding too, which draws other rows."""
+    module = Lit(resized("gpt2"))
+    trainer(tmp_path, [lora("gpt2")], max_epochs=1).fit(module, data())
+    ll.save_adapter(module, tmp_path / "a.safetensors")
+    expected = module.model(input_ids=INDEX).logits
+    other = Lit(resized("gpt2", drawn=7))
+    assert not torch.equal(other.model.transformer.wte.weight[20:], resized("gpt2").transformer.wte.weight[20:])
+    ll.load_adapter(other, tmp_path / "a.safetensors")
+    torch.testing.assert_close(other.model(input_ids=INDEX).logits, expected)
+    ll.merge_adapters(other)
+    ll.adapter_state_dict(other)
+    for wrong in (resized("gpt2", drawn=7).half().float(), resized("gpt2")):
+        wrong.transformer.wte.weight.data[19] *= 2
+        with pytest.raises(ll.BaseMismatchError, match=r"1 of \d+|trained on another base"):
+            ll.load_adapter(Lit(wrong), tmp_path / "a.safetensors")
+    half = Lit(resized("gpt2", drawn=7).to(torch.bfloat16))
+    with pytest.warns(ll.LoRAWarning, match="It is the same base, converted"):
+        ll.load_adapter(half, tmp_path / "a.safetensors")
+    plain = resized("gpt2")
+    plain.resize_token_embeddings(23, mean_resizing=False)
+    with pytest.raises(ll.LoRAError, match="names or shapes differ"):
+        ll.load_adapter(Lit(plain), tmp_path / "a.safetensors")
+
+
+@pytest.mark.processes
+def test_processes_train_the_same_rows(tmp_path: Path) -> None:
+    alone, both = Lit(resized("gpt2")), Lit(resized("gpt2"))
+    options: dict[str, Any] = {"max_epochs": 1, "use_distributed_sampler": False}
+    trainer(tmp_path, [lora("gpt2", merge="last")], **options).fit(alone, data())
+    trainer(tmp_path, [lora("gpt2", merge="last")], strategy="ddp_fork", **(options | {"devices": 2})).fit(both, data())
+    torch.testing.assert_close(both.state_dict(), alone.state_dict())
+    ll.unmerge_adapters(both)
+    assert isinstance(both.model.transformer.wte, LoRATokens)
