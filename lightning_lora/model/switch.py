@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, listed
-from lightning_lora.layers import Adapter, LoRALayer, Step, adapter_for
+from lightning_lora.layers import ADAPTERS, Adapter, Step, adapter_for
 from lightning_lora.layers.norms import freeze_norms, set_frozen
 from lightning_lora.model import attach
 from lightning_lora.model.adapter_state import AdapterState, Parts
@@ -185,7 +185,8 @@ def change(model: nn.Module, coming: AdapterState) -> None:
         put = _tensors_to_put(view, coming)
         for name, adapter in coming.resting.items():
             layer = view.modules[name]
-            adapter.kind = layer.overlaid[0] if isinstance(layer, LoRALayer) else adapter_for(layer) or adapter.kind
+            if adapter.kind in ADAPTERS.values():  # the others are for any layer
+                adapter.kind = adapter_for(layer) or adapter.kind
             attach.follow_layer(layer, adapter, coming.dtypes[name], undo)
         undo.pop_all()
     before, record, own = _Contents(view, coming), view.record, view.kept

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, inject_adapters, remove_adapters
+from lightning_lora import LoRAConfig, disable_adapters, inject_adapters, remove_adapters, set_adapter
 from lightning_lora.layers import LoRATokens
 from tests.support.models import TinyLM, randomise
 
@@ -151,3 +151,24 @@ def test_rows_that_are_fresh_follow_a_base_that_is_loaded_later(init: str) -> No
     layer: Any = model.embed
     layer.reset_parameters()
     assert torch.equal(layer.lora_rows, layer.weight[list(TOKENS)].float())
+
+
+def test_adapters_with_other_rows_and_with_a_low_rank_update_take_turns() -> None:
+    model, alone = TinyLM(), dict[str, Tensor]()
+    configs = {
+        "some": LoRAConfig(r=2, trainable_token_indices={"embed": TOKENS}),
+        "others": LoRAConfig(r=2, target_modules=["v_proj"], trainable_token_indices={"embed": [0, 3]}),
+        "low rank": LoRAConfig(r=2, target_modules=["embed", "q_proj"]),
+    }
+    fresh, weight = model(INDEX), model.embed.weight.detach().clone()
+    for seed, (name, config) in enumerate(configs.items()):
+        inject_adapters(model, config, name=name)
+        randomise(model, seed)
+        alone[name] = model(INDEX)
+    for name in [*configs, *reversed(configs), *configs]:
+        set_adapter(model, name)
+        assert torch.equal(model(INDEX), alone[name]) and not torch.equal(alone[name], fresh)
+        assert (type(model.lm_head) is nn.Linear) is (name == "low rank")
+    with disable_adapters(model):
+        assert torch.equal(model(INDEX), fresh)
+    assert torch.equal(model.embed.weight, weight)
