@@ -23,6 +23,7 @@ from lightning_lora.layers import register_adapter
 from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge_adapters, unmerge_adapters
 from lightning_lora.model.switch import adapters, disable_adapters, set_adapter
+from lightning_lora.monitor import LoRAMonitor
 from lightning_lora.storage.apply import load_adapter_state_dict
 from lightning_lora.storage.files import load_adapter, load_from_checkpoint, save_adapter
 from lightning_lora.storage.formats.peft_write import export_peft
@@ -45,6 +46,7 @@ __all__ = [
     "LoRACallback",
     "LoRAConfig",
     "LoRAError",
+    "LoRAMonitor",
     "LoRAWarning",
     "MergePrecisionWarning",
     "OptimizerError",

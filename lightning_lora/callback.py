@@ -1,7 +1,6 @@
 """The plugin: a callback that fine-tunes any LightningModule with LoRA."""
 
 import inspect
-import sys
 from contextlib import ExitStack, closing, suppress
 from dataclasses import fields
 from typing import Any, Literal, cast, get_args
@@ -152,7 +151,7 @@ class LoRACallback(Callback):
         self.save: Save = save
         scales_of(lr_scale)
         self.lr_scale = lr_scale
-        _join_other_package()
+        compatibility.join_other_package(LoRACallback)
         make_folder()
         self._start()
 
@@ -313,11 +312,4 @@ class LoRACallback(Callback):
         self._stage.resumed = {RANDOM: checkpoint.get(RANDOM), "loops": checkpoint.get("loops")}
 
 
-def _join_other_package() -> None:
-    """If ``pytorch_lightning`` is in use, make ``LoRACallback`` a subclass of its ``Callback`` too, as it requires."""
-    other = sys.modules.get("pytorch_lightning")
-    if other is not None and not issubclass(LoRACallback, other.Callback):
-        LoRACallback.__bases__ = (*LoRACallback.__bases__, other.Callback)
-
-
-_join_other_package()
+compatibility.join_other_package(LoRACallback)

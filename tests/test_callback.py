@@ -159,11 +159,12 @@ def test_the_other_lightning_package_works_alike(tmp_path: Path) -> None:
     assert isinstance(lora(), pl.Callback) and isinstance(lora(), L.Callback)
     checkpoint = OtherCheckpoint(tmp_path, monitor="val_loss")
     t = pl.Trainer(
-        callbacks=[lora(merge="best"), checkpoint], accelerator="cpu", max_epochs=2, logger=False,  # type: ignore[list-item]
+        callbacks=[lora(merge="best"), ll.LoRAMonitor(), checkpoint], accelerator="cpu", max_epochs=2, logger=False,  # type: ignore[list-item]
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
     )  # fmt: skip
     model = Other()
     t.fit(model, data(), data())
+    assert isinstance(ll.LoRAMonitor(), pl.Callback) and "base/val_loss" in t.callback_metrics
     assert is_plain(model) and sorted(tensors(checkpoint.best_model_path)) == sorted(TRAINED)
     tested = t.test(model, data(), ckpt_path="best", verbose=False)[0]["test_loss"]
     assert tested == pytest.approx(checkpoint.best_model_score.item())  # type: ignore[union-attr]

@@ -66,12 +66,15 @@ def test_flags(tmp_path: Path) -> None:
 def test_yaml_fits_resumes_and_tests(tmp_path: Path) -> None:
     options = {"r": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["head"], "merge": "last"}
     save = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path), "filename": "end"}}
-    callbacks = [{"class_path": "lightning_lora.LoRACallback", "init_args": options}, save]
+    monitor = {"class_path": "lightning_lora.LoRAMonitor", "init_args": {"every_n_steps": 2, "per_layer": True}}
+    callbacks = [{"class_path": "lightning_lora.LoRACallback", "init_args": options}, monitor, save]
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.05}}
     config = {"trainer": {"callbacks": callbacks}, "optimizer": optimizer}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     fit = run(tmp_path, "fit", f"--config={tmp_path / 'config.yaml'}")
-    assert callback_of(fit).config.scaling("q_proj") == 2.0
+    assert (
+        callback_of(fit).config.scaling("q_proj") == 2.0 and "lora/update_norm/q_proj" in fit.trainer.callback_metrics
+    )
     test = run(tmp_path, "test", f"--config={tmp_path / 'config.yaml'}", f"--ckpt_path={tmp_path / 'end.ckpt'}")
     expected = trainer(tmp_path).test(fit.model, data(), verbose=False)[0]["test_loss"]
     assert float(test.trainer.callback_metrics["test_loss"]) == pytest.approx(expected)

@@ -1,5 +1,6 @@
 """What other callbacks and plugins need beside adapters."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -47,6 +48,13 @@ def check_callbacks(callbacks: list[Callback], stage: str, *, is_sharded: bool) 
 
 def _is_ours(callback: Callback) -> bool:
     return any(base.__module__ == "lightning_lora.callback" for base in type(callback).__mro__)
+
+
+def join_other_package(kind: type[Callback]) -> None:
+    """If ``pytorch_lightning`` is in use, make ``kind`` a subclass of its ``Callback`` too, as it requires."""
+    other = sys.modules.get("pytorch_lightning")
+    if other is not None and not issubclass(kind, other.Callback):
+        kind.__bases__ = (*kind.__bases__, other.Callback)
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
