@@ -30,15 +30,6 @@ def update_directions(update: Factors) -> Directions:
     return writing.Q @ u, sizes, reading.Q @ v
 
 
-def core_sizes(update: Factors) -> Tensor:
-    r"""Return the singular values (\*, r) of B A, to about 8 digits, from products of r x r and on the CPU."""
-    a, b = ((factor.mT @ factor).cpu() for factor in (precise(update[0]).mT, precise(update[1])))
-    squares, vectors = torch.linalg.eigh(a)
-    root = vectors * squares.clamp_min(0).sqrt().unsqueeze(-2)
-    sizes: Tensor = torch.linalg.eigvalsh(root.mT @ b @ root).clamp_min(0).sqrt()
-    return sizes
-
-
 def effective_rank(values: Tensor) -> Tensor:
     r"""Return how many singular values (\*, r) count, (\*): :math:`\exp` of their entropy; 0 for an update of zero.
 
