@@ -17,8 +17,8 @@ from torchmetrics import Metric, MetricCollection
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.subspace import effective_rank
 from lightning_lora.metrics import measured
-from lightning_lora.model.disable import disable_adapters
 from lightning_lora.model.state import find_record
+from lightning_lora.model.switch import disable_adapters
 from lightning_lora.tensors.digests import digest
 from lightning_lora.training.compatibility import join_other_package
 
@@ -29,16 +29,16 @@ class LoRAMonitor(Callback):
     Use it beside ``LoRACallback``, in any order. EarlyStopping and ModelCheckpoint can monitor its numbers:
 
     - ``lora/update_norm``: the norm of all updates together, in a fit's first step and every ``every_n_steps``,
-    - ``lora/effective_rank``: how many directions an update has, as a mean over the layers (both without DoRA's scales),
+    - ``lora/effective_rank``: how many directions an update has, as a mean over the layers (DoRA's scales left out),
     - ``base/val_loss`` and so on: what ``validation_step`` logs for each epoch, for the base,
     - ``base/agreement``: the share of predictions that the base has in common with the model, where ``validation_step``
       calls torch's ``cross_entropy``, ``nll_loss`` or ``binary_cross_entropy_with_logits``: the class of the largest
       logit for each target, or the logit's sign.
 
     The first validation runs each batch once more, on the base, and takes twice as long. The next ones log the same
-    numbers again. If batches are not the same, or ``validation_step`` draws torch's random numbers, each validation runs
-    the base, with the model's random numbers. A fit has the same bits as without a monitor: the base runs in a copy of
-    the module with metrics, buffers, lists and dicts of its own, which writes to no logger.
+    numbers again. If batches change, or ``validation_step`` draws random numbers of torch, each validation runs the
+    base, with the model's random numbers. A fit has the same bits as without a monitor: the base runs in a copy of the
+    module with metrics, buffers, lists and dicts of its own, which writes to no logger.
 
     Args:
         every_n_steps: Optimizer steps between two measurements. Loggers get them when the Trainer logs a step.
@@ -209,7 +209,7 @@ def _copy(module: nn.Module, metrics: dict[int, Any]) -> Any:
     """Return a copy with metrics, buffers and collections of its own. It shares parameters and layers."""
     copied: Any = object.__new__(type(module))
     for name, value in vars(module).items():
-        if not callable(getattr(type(module), name, None)):  # a method of the module, which Lightning has replaced
+        if name not in _REPLACED:
             vars(copied)[name] = value if name == "_parameters" else _own(value)
     for name, child in module._modules.items():
         if isinstance(child, Metric | MetricCollection):
@@ -217,6 +217,9 @@ def _copy(module: nn.Module, metrics: dict[int, Any]) -> Any:
         elif child is not None and any(isinstance(each, Metric) for each in child.modules()):
             copied._modules[name] = _copy(child, metrics)
     return copied
+
+
+_REPLACED = ("forward", "training_step", "validation_step", "test_step", "predict_step")  # by Lightning, on the module
 
 
 def _own(value: Any) -> Any:
