@@ -52,7 +52,8 @@ class LoRAMonitor(Callback):
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_lora import LoRACallback
-        >>> trainer = Trainer(callbacks=[LoRACallback(r=8), LoRAMonitor(every_n_steps=100)], accelerator="cpu")
+        >>> callbacks = [LoRACallback(r=8), LoRAMonitor(every_n_steps=100)]
+        >>> trainer = Trainer(callbacks=callbacks, accelerator="cpu")
     """
 
     def __init__(self, every_n_steps: int = 50, *, per_layer: bool = False, base: bool = True) -> None:
