@@ -353,6 +353,7 @@ def _differs(was: object, now: object) -> bool:
 # The base
 
 
+@torch.inference_mode(False)  # where a parameter would become an inference tensor, which never trains again
 def _show_base(model: nn.Module) -> None:
     """Turn the updates off, and let the base's values be in merged weights, and in what was trained beside them."""
     check_as_merged(model)
@@ -382,6 +383,7 @@ def _show_base(model: nn.Module) -> None:
     record.base_is_shown(aside)
 
 
+@torch.inference_mode(False)
 def _show_adapter(model: nn.Module) -> None:
     """Give the active adapter, or the merged weights, their effect back."""
     reshard(model)  # so that the next forward pass gathers what is put back
