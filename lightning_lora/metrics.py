@@ -1,18 +1,18 @@
 """Metrics of adapters, for torchmetrics: what an update is, and what it does to the weight below it.
 
-One rule for all: each adapted matrix is measured as it was at the last ``update``. It has the name of its layer, and of
-its part if there are several, as in ``attention.q``. A merged model counts as before its merge, a quantised weight as
-dequantised, a convolution as the matrix that its adapter has, and DoRA's update is the merged weight minus the base's.
-Of a stack (experts), norms are those of the whole stack, and other numbers are means. Processes have equal adapters, so
-each computes the same number, and nothing is sent. Sharded weights are gathered: call ``update`` in every process.
+One rule for all: each adapted matrix is measured as it was at the last ``update``, under the name of its layer, and of
+its part if there are several. A model stands for its active adapter, ``(model, name)`` for any of them, a merged model
+for what it was before. DoRA's update is the merged weight minus the base's. Of a stack (experts), norms are of all of
+it, and other numbers are means. Processes have equal adapters, so each computes the same and sends nothing; but sharded
+weights are gathered, so every process must call ``update``.
 """
 
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.linalg import qr, vector_norm
 from torchmetrics import Metric
 from torchmetrics.utilities import plot
 
@@ -22,13 +22,13 @@ from lightning_lora.functional.combine import Factors
 from lightning_lora.functional.subspace import precise
 from lightning_lora.functional.update import magnitude_scale, wide
 from lightning_lora.layers import AdaptedMatrix, Adapter, Role, matrix_factors
+from lightning_lora.model.switch import adapters_of
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.offline.layers import layer_on, read_layers
 from lightning_lora.tensors.names import join, own_parameter
 from lightning_lora.tensors.shards import full_tensor
 
-Source = nn.Module | str | Path
-"""A model with adapters, or a file of them."""
+Source = nn.Module | tuple[nn.Module, str] | str | Path  # a model, one of its adapters, or a file
 
 _drawing: Any = plot  # with matplotlib or without
 _POOLED: dict[str, Any] = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}
@@ -40,6 +40,7 @@ class Measured(NamedTuple):
     layer: nn.Module
     adapter: Adapter
     matrix: AdaptedMatrix
+    merged: dict[str, Tensor]  # the base's weights, where those of the layer are merged
 
     def factors(self) -> Factors:
         """Return A and B in float64, with the scaling in B."""
@@ -49,47 +50,41 @@ class Measured(NamedTuple):
     def _parameter(self, name: str) -> Tensor:
         return precise(full_tensor(self.adapter.parameters[name]))
 
+    def update(self) -> Factors | Tensor:
+        """Return the update, as A and B or, for DoRA, as the matrix of any rank."""
+        a, b = self.factors()
+        if not self.adapter.settings.use_dora:
+            return a, b
+        weight, magnitude = precise(self.weight()).to(a.device), self._parameter(self.matrix.parameter(Role.MAGNITUDE))
+        total = weight + b @ a
+        return total * magnitude_scale(magnitude, total).unsqueeze(-1) - weight
+
     def weight(self) -> Tensor:
         """Return the base's weight as a matrix, in float32 or wider."""
-        kind, held = self.adapter.kind, self.adapter.bases.get(self.matrix.weight)
-        weight = full_tensor(own_parameter(self.layer, self.matrix.weight) if held is None else held)
+        name, kind = self.matrix.weight, self.adapter.kind
+        weight = full_tensor(self.merged[name] if name in self.merged else own_parameter(self.layer, name))
         if not weight.numel():
             raise AdapterStateError("A file of adapters has no weights of the base. Pass the model after load_adapter.")
         values: Tensor = kind.lora_as_matrix(kind.lora_values(self.layer, weight)).detach()
         return values.narrow(-2, self.matrix.first, self.matrix.writes).to(wide(values.dtype))
 
-    def _dora(self) -> Tensor:
-        """DoRA's update, which has any rank."""
-        (a, b), weight = self.factors(), precise(self.weight())
-        magnitude, total = self._parameter(self.matrix.parameter(Role.MAGNITUDE)), weight.to(a.device) + b @ a
-        return total * magnitude_scale(magnitude, total).unsqueeze(-1) - weight.to(a.device)
-
-    def update_norm(self) -> Tensor:
-        """Return the norm of the update, from products of r x r."""
-        update = self._dora() if self.adapter.settings.use_dora else subspace.norm(self.factors())
-        norm: Tensor = torch.linalg.vector_norm(update)
-        return norm
-
-    def directions(self) -> subspace.Directions:
-        """Return the singular values and vectors of the update."""
-        is_dense = self.adapter.settings.use_dora
-        return subspace.directions(self._dora()) if is_dense else subspace.update_directions(self.factors())
-
 
 def measured(source: Source) -> dict[str, Measured]:
-    """Return the adapted matrices of a model, merged or not, or of a file, by name."""
-    layers, found = dict[str, Any](), dict[str, Measured]()
-    if isinstance(source, nn.Module):
-        view = view_of(source)
-        layers, adapters = {**view.modules}, {name: layer._lora_adapter() for name, layer in view.layers.items()}
-        adapters |= view.record.merged
-    else:
+    """Return the adapted matrices of a model or a file, by name."""
+    layers, merged, found = dict[str, Any](), dict[str, Adapter](), dict[str, Measured]()
+    if isinstance(source, str | Path):
         stored = read_layers(source)
         layers = {name: layer_on(stored, name, {}) for name in stored.layers}
         adapters = {name: layer._lora_adapter() for name, layer in layers.items()}
+    else:
+        model, adapter_name = source if isinstance(source, tuple) else (source, None)
+        view = view_of(model)
+        layers, merged = {**view.modules}, view.record.merged
+        adapters = adapters_of(model, adapter_name or view.adapter.name)
     for name, adapter in adapters.items():
         for matrix in adapter.matrices:
-            found[join(name, matrix.name)] = Measured(layers[name], adapter, matrix)
+            bases = merged[name].bases if name in merged else {}
+            found[join(name, matrix.name)] = Measured(layers[name], adapter, matrix, bases)
     return found
 
 
@@ -114,8 +109,8 @@ class _OfAdapters(Metric):
         super().__init__(**kwargs)
         self.reduction, self.values = _known("reduction", reduction, "none", *_POOLED), dict[str, Tensor]()
 
-    def update(self, model: nn.Module) -> None:
-        """Measure the adapters of a model."""
+    def update(self, model: Source) -> None:
+        """Measure an adapter."""
         self.values = {name: self._number(name, matrix).float() for name, matrix in measured(model).items()}
 
     def _number(self, name: str, matrix: Measured) -> Tensor:
@@ -164,7 +159,7 @@ class UpdateNorm(_OfAdapters):
         **kwargs: Those of ``torchmetrics.Metric``.
 
     Raises:
-        AdapterStateError: (``update``) the model has no adapters.
+        AdapterStateError: (``update``) the model has no adapters, or none of this name.
 
     Source:
         Hu et al. 2021, section 7.3, table 7 (the two norms).
@@ -179,29 +174,29 @@ class UpdateNorm(_OfAdapters):
     """
 
     def _number(self, name: str, matrix: Measured) -> Tensor:
-        return ratio(matrix.update_norm(), torch.linalg.vector_norm(matrix.weight()))
+        return ratio(vector_norm(subspace.norm(matrix.update())), vector_norm(matrix.weight()))
 
 
 class EffectiveRank(_OfAdapters):
     r"""How many directions of each update count: :math:`\exp` of the entropy of its singular values.
 
-    It is r if all r directions have one size, and near 1 if one outweighs the others. A fresh adapter has 0. Arguments
-    and errors are those of ``UpdateNorm``.
+    It is r if all r directions have one size, and near 1 if one outweighs the others. A fresh adapter has 0. ``update``
+    also takes files of adapters (not of DoRA). Arguments and errors are those of ``UpdateNorm``.
 
     Source:
         Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality", section 2.
     """
 
     def _number(self, name: str, matrix: Measured) -> Tensor:
-        return subspace.effective_rank(matrix.directions()[1]).mean()
+        return subspace.effective_rank(subspace.directions(matrix.update())[1]).mean()
 
 
 class Amplification(_OfAdapters):
     r"""How much each update amplifies its directions: :math:`\lVert \Delta W \rVert_F / \lVert U^T W V \rVert_F`.
 
-    U and V are the top r left and right singular vectors of the update: the norm below is what the base has in these
-    directions. A large factor means that the base hardly uses them. A fresh adapter has 0. After ``update``, ``norms``
-    holds the norms of the update, of :math:`U^T W V` and of W. Errors are those of ``UpdateNorm``.
+    U and V are the top r left and right singular vectors of the update. A large factor means that the base hardly uses
+    these directions. A fresh adapter has 0. ``norms`` has the norms of the update, of :math:`U^T W V` and of W. Errors
+    are those of ``UpdateNorm``.
 
     Args:
         directions: ``"update"``, or for the other columns of table 7 ``"weight"`` (the top r singular vectors of W) or
@@ -218,14 +213,14 @@ class Amplification(_OfAdapters):
 
     def _number(self, name: str, matrix: Measured) -> Tensor:
         weight, r = precise(matrix.weight()), matrix.matrix.rank(matrix.adapter.settings.r)
-        u, sizes, v = matrix.directions()
+        u, sizes, v = subspace.directions(matrix.update())
         if self.of == "weight":
             u, _, v = subspace.directions(weight)
         u, v = (vectors[..., :r].to(weight.device) for vectors in (u, v))
         if self.of == "random":  # the singular vectors of a Gaussian matrix have any direction
             noise = torch.Generator(weight.device).manual_seed(0)
-            u, v = (torch.linalg.qr(each.clone().normal_(generator=noise)).Q for each in (u, v))
-        norms = self.norms[name] = tuple(map(torch.linalg.vector_norm, (sizes, u.mT @ weight @ v, weight)))
+            u, v = (qr(vectors.normal_(generator=noise)).Q for vectors in (u, v))
+        norms = self.norms[name] = tuple(map(vector_norm, (sizes, u.mT @ weight @ v, weight)))
         return ratio(*norms[:2])
 
 
@@ -233,8 +228,8 @@ class SubspaceSimilarity(_OfAdapters):
     r"""How much the top i directions of one adapter are among the top j of another: from 0 to 1, for each matrix.
 
     It is :math:`\phi(i, j) = \lVert U_1^{i\,T} U_2^j \rVert_F^2 / \min(i, j)`, where the columns of :math:`U^i` are the
-    right singular vectors of A with the i largest singular values. ``update(one, other)`` takes models or files of
-    adapters; matrices that only one has are left out. A factor of zeros has no directions: 0.
+    right singular vectors of A with the i largest singular values. ``update(one, other)`` takes models, ``(model,
+    name)`` or files. Matrices that only one has are left out. A factor of zeros has no directions: 0.
 
     Args:
         i: How many directions of the first, or all that it has. None: the grid of all i and j, as in figure 3.
@@ -256,7 +251,7 @@ class SubspaceSimilarity(_OfAdapters):
         self.i, self.j, self.side = i, i if j is None else j, _known("side", side, "A", "B")
 
     def update(self, one: Source, other: Source) -> None:  # type: ignore[override]
-        """Compare the adapters of two models or files."""
+        """Compare two adapters."""
         first, second = measured(one), measured(other)
         if first.keys().isdisjoint(second):
             raise AdapterStateError(
@@ -266,27 +261,27 @@ class SubspaceSimilarity(_OfAdapters):
         self.values = {}
         for name in filter(second.__contains__, first):
             (a, b), (a2, b2) = first[name].factors(), second[name].factors()
-            one_side, other_side = (a, a2) if self.side == "A" else (b.mT, b2.mT)
-            grid = subspace.subspace_similarity(one_side, other_side.to(a.device)).float()
-            grid = grid.flatten(0, -3).mean(0) if grid.dim() > 2 else grid
+            pair = (a, a2.to(a.device)) if self.side == "A" else (b.mT, b2.mT.to(b.device))
+            grids = subspace.subspace_similarity(*pair).float()
+            grid = grids.view(-1, *grids.shape[-2:]).mean(0)
             self.values[name] = grid if self.i is None else grid[: self.i, : self.j][-1, -1]
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Draw the numbers, or a grid for each matrix as in figure 3 (into ``ax``: that of the first)."""
-        val = self.compute() if val is None else val
         if self.i is not None:
             return super().plot(val, ax)
         _drawing._error_on_missing_matplotlib()
+        val = self.compute() if val is None else val
         grids = val if isinstance(val, dict) else {self.reduction: val}
         rows, columns = _drawing._get_col_row_split(len(grids))
-        size, figure, axes = (3.2 * columns + 1, 2.8 * rows), None, np.array([ax])
+        figure, axes, shown, size = None, ax, [ax], (3.2 * columns + 1, 2.8 * rows)
         if ax is None:
             figure, axes = _drawing.plt.subplots(rows, columns, squeeze=False, layout="constrained", figsize=size)
-        shown = _drawing.trim_axs(axes, len(grids))
+            shown = list(_drawing.trim_axs(axes, len(grids)))
         for each, (name, grid) in zip(shown, grids.items(), strict=False):
             ends = (0.5, grid.shape[1] + 0.5, grid.shape[0] + 0.5, 0.5)
             image = each.imshow(grid.cpu().numpy(), vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=ends)
             each.set(xlabel="j", ylabel="i")
             each.set_title(name, fontsize="small")
-        shown[0].figure.colorbar(image, ax=list(shown), aspect=30)
+        shown[0].figure.colorbar(image, ax=shown, aspect=30)
         return figure, axes

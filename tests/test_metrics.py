@@ -17,6 +17,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.utilities import plot as torchmetrics_plot
 
 import lightning_lora as ll
+from lightning_lora import metrics
 from lightning_lora.metrics import Amplification, EffectiveRank, SubspaceSimilarity, UpdateNorm, measured
 from tests.support.layers import LAYERS, Model, config, train
 from tests.support.models import LitTiny, data, lora, randomise, trainer
@@ -26,11 +27,11 @@ mpl.use("agg")
 SVD = torch.linalg.svd
 
 
-def two(r: int = 4, seed: int = 0, width: int = 12, **kwargs: Any) -> Any:
+def two(r: int = 4, seed: int = 0, name: str = "default", **kwargs: Any) -> Any:
     """Two linear layers, the same ones each time, with a trained update."""
     torch.manual_seed(7)
-    model = nn.Sequential(nn.Linear(width, 16), nn.Linear(16, 12)).double()
-    ll.inject_adapters(model, ll.LoRAConfig(r=r, alpha=3, **kwargs))
+    model = nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 12)).double()
+    ll.inject_adapters(model, ll.LoRAConfig(r=r, alpha=3, **kwargs), name=name)
     randomise(model, seed)
     return model
 
@@ -123,13 +124,34 @@ def test_a_quantised_weight_has_the_values_that_the_layer_computes_with() -> Non
 
 
 def test_a_merged_model_counts_as_before_its_merge_and_a_fresh_update_is_zero_in_all() -> None:
-    model, metrics = two(), (UpdateNorm(), EffectiveRank(), Amplification(), SubspaceSimilarity(2, side="B"))
-    expected = [metric(*[model] * (1 + (metric is metrics[3]))) for metric in metrics]
+    def numbers() -> list[Any]:
+        similarity = SubspaceSimilarity(2, side="B")(model, model)
+        return [*(metric(model) for metric in (UpdateNorm(), EffectiveRank(), Amplification())), similarity]
+
+    model = two()
+    expected = numbers()
     ll.merge_adapters(model)
-    assert [metric(*[model] * (1 + (metric is metrics[3]))) for metric in metrics] == expected
-    for layer in ll.unmerge_adapters(model) or model:
+    assert numbers() == expected
+    ll.unmerge_adapters(model)
+    for layer in model:
         nn.init.zeros_(layer.lora_B)
-    assert all(not any(metric(*[model] * (1 + (metric is metrics[3]))).values()) for metric in metrics)
+    assert not any(value for found in numbers() for value in found.values())
+
+
+def test_each_adapter_of_a_model_is_measured_by_its_name_also_above_a_merged_one() -> None:
+    model, alone = two(name="de"), two(seed=1, r=2)
+    expected = [metric(model) for metric in (UpdateNorm(), Amplification())]
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, alpha=3), name="fr")
+    randomise(model, 1)
+    metric = SubspaceSimilarity()
+    for merge in (False, True):
+        if merge:
+            ll.merge_adapters(model)
+        assert [metric((model, "de")) for metric in (UpdateNorm(), Amplification())] == expected
+        assert UpdateNorm()((model, "fr")) == UpdateNorm()(model) == UpdateNorm()(alone)
+        torch.testing.assert_close(metric((model, "de"), (model, "fr")), metric(two(), alone))
+    with pytest.raises(ll.AdapterStateError, match="'it'"):
+        UpdateNorm().update((model, "it"))
 
 
 # Similarity
@@ -146,6 +168,17 @@ def test_similarity_is_that_of_singular_vectors(i: int, j: int, side: str) -> No
         expected = (u[:, :i].mT @ v[:, :j]).square().sum() / min(i, j)
         torch.testing.assert_close(found[name], expected.float())
         assert found[name] == grids[name][i - 1, j - 1] and grids[name].shape == (5, 8)
+
+
+def test_similarity_of_stacks_is_the_mean_over_their_matrices() -> None:
+    one, other = (nn.Sequential(LAYERS["experts"][0]()) for _ in range(2))
+    for model in (one, other):
+        ll.inject_adapters(model, config(model))
+    expected = []
+    for a, b in zip(one[0].lora_A_stack, other[0].lora_A_stack, strict=True):
+        u, v = (SVD(each.detach().double()).Vh[:2] for each in (a, b))
+        expected.append((u @ v.mT).square().sum() / 2)
+    torch.testing.assert_close(SubspaceSimilarity(2)(one, other)["0.stack"], torch.stack(expected).mean().float())
 
 
 def test_similarity_is_read_from_files_as_from_models(tmp_path: Path) -> None:
@@ -184,11 +217,12 @@ def test_one_number_is_pooled() -> None:
         assert UpdateNorm(reduction=reduction)(model) == function(torch.stack(each))  # type: ignore[arg-type]
 
 
-def test_the_last_update_counts_until_a_reset() -> None:
-    metric, model = EffectiveRank(), two()
+def test_the_last_update_counts_until_a_reset_and_forward_measures_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    metric, model, looked = EffectiveRank(), two(), list[Any]()
+    monkeypatch.setattr(metrics, "measured", lambda model: looked.append(model) or measured(model))
     metric.update(two(2))
     metric.update(model)
-    assert metric.compute() == metric(model)
+    assert metric.compute() == metric(model) and len(looked) == 3
     metric.reset()
     with pytest.warns(UserWarning, match="before the ``update``"):
         assert metric.compute() == {}

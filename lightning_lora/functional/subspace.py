@@ -5,9 +5,7 @@ from torch import Tensor
 
 from lightning_lora.functional.combine import Factors
 
-Directions = tuple[Tensor, Tensor, Tensor]
-r"""Left singular vectors (\*, out, r), singular values (\*, r), the largest first, right singular vectors (\*, in, r).
-The vectors are columns. Where a value is zero, there is no direction: they are zeros."""
+Directions = tuple[Tensor, Tensor, Tensor]  # left singular vectors as columns, singular values, right ones as columns
 
 
 def precise(tensor: Tensor) -> Tensor:
@@ -15,19 +13,16 @@ def precise(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
 
 
-def directions(matrix: Tensor) -> Directions:
-    r"""Return the singular values and vectors of a matrix (\*, out, in)."""
-    u, sizes, v = torch.linalg.svd(precise(matrix), full_matrices=False)
-    least = max(matrix.shape[-2:]) * torch.finfo(sizes.dtype).eps * sizes[..., :1]
+def directions(update: Factors | Tensor) -> Directions:
+    r"""Return (\*, out, r), (\*, r), (\*, in, r) of B A or of a whole matrix. Where a value is 0, vectors are zeros."""
+    if not isinstance(update, Tensor):
+        reading, writing = (torch.linalg.qr(precise(factor)) for factor in (update[0].mT, update[1]))
+        u, sizes, v = directions(writing.R @ reading.R.mT)
+        return writing.Q @ u, sizes, reading.Q @ v
+    u, sizes, v = torch.linalg.svd(precise(update), full_matrices=False)
+    least = max(update.shape[-2:]) * torch.finfo(sizes.dtype).eps * sizes[..., :1]
     exist = (sizes > least).unsqueeze(-2)
     return u * exist, sizes, v.mT * exist
-
-
-def update_directions(update: Factors) -> Directions:
-    r"""Return the singular values and vectors of B A, for A: (\*, r, in) and B: (\*, out, r)."""
-    reading, writing = (torch.linalg.qr(precise(factor)) for factor in (update[0].mT, update[1]))
-    u, sizes, v = directions(writing.R @ reading.R.mT)
-    return writing.Q @ u, sizes, reading.Q @ v
 
 
 def effective_rank(values: Tensor) -> Tensor:
@@ -60,9 +55,10 @@ def subspace_similarity(one: Tensor, other: Tensor) -> Tensor:
     return shared / torch.minimum(i.unsqueeze(-1), j)
 
 
-def norm(update: Factors) -> Tensor:
-    r"""Return the Frobenius norm of B A, (\*), from products of r x r."""
-    return _inner(update, update).clamp_min(0).sqrt()
+def norm(update: Factors | Tensor) -> Tensor:
+    r"""Return the Frobenius norm, (\*), of B A, from products of r x r, or of a whole matrix."""
+    square = update.square().sum((-2, -1)) if isinstance(update, Tensor) else _inner(update, update).clamp_min(0)
+    return square.sqrt()
 
 
 def cosine(one: Factors, other: Factors) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_lora import LoRAConfig, MergePrecisionWarning, inject_adapters, merge_adapters, unmerge_adapters
 from lightning_lora.functional import update
 from lightning_lora.functional.combine import Factors, concatenated, dare, factored, ties, truncated
-from lightning_lora.functional.subspace import cosine, effective_rank, norm, subspace_similarity, update_directions
+from lightning_lora.functional.subspace import cosine, directions, effective_rank, norm, subspace_similarity
 from tests.support.models import randomise, same, state
 
 
@@ -130,7 +130,7 @@ def test_dare_keeps_the_expected_sum() -> None:
 def test_directions_are_those_of_the_product(r: int, stack: tuple[int, ...]) -> None:
     a, b = factors(0, r, stack)
     product = (b @ a).double()
-    u, sizes, v = update_directions((a, b))
+    u, sizes, v = directions((a, b))
     torch.testing.assert_close(sizes, torch.linalg.svdvals(product)[..., : min(r, 5)], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(u @ torch.diag_embed(sizes) @ v.mT, product, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(norm((a, b)), torch.linalg.matrix_norm(product), rtol=1e-5, atol=1e-5)
@@ -139,9 +139,9 @@ def test_directions_are_those_of_the_product(r: int, stack: tuple[int, ...]) -> 
 def test_directions_of_size_zero_are_zeros() -> None:
     a, b = factors(0, 3)
     b[:, 2] = b[:, 1]
-    u, _, v = update_directions((a, b))
+    u, _, v = directions((a, b))
     assert u[:, :2].norm(dim=0) == pytest.approx([1, 1]) and not u[:, 2].any() and not v[:, 2].any()
-    u, sizes, v = update_directions((a, 0 * b))
+    u, sizes, v = directions((a, 0 * b))
     assert not u.any() and not sizes.any() and not v.any()
 
 
