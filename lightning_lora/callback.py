@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_lora.argument_names import explains_arguments
 from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import ConfigError, LoRAError
-from lightning_lora.model.inject import check_adapted, inject_adapters
+from lightning_lora.model.inject import check_adapted
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.sending import make_folder
 from lightning_lora.model.state import find_record
@@ -24,7 +24,7 @@ from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
 from lightning_lora.training.advice import advise, advise_rates, log_arguments, shown_rates
 from lightning_lora.training.gradients import Gradients, gradients_pass
-from lightning_lora.training.merging import check_arguments, check_weights, load_best, send_record
+from lightning_lora.training.merging import check_arguments, check_returns_names, check_weights, load_best, send_record
 from lightning_lora.training.optimizers import check_frozen
 from lightning_lora.training.randomness import RANDOM, random_states, restore_random_state
 from lightning_lora.training.rates import follow, scales_of
@@ -92,6 +92,8 @@ class LoRACallback(Callback):
         lr_scale: The adapters' learning rate over that of ``configure_optimizers``, in each step of any scheduler. A
             new head keeps the module's. Begin with 10 if the module was written for full fine-tuning.
             ``{"A": 10, "B": 160}`` is LoRA+, as is PEFT's ``loraplus_lr_ratio=16`` beside ``lr_scale=10``.
+        name: The adapter's name. Others that the module has rest meanwhile, and never change: this one alone is
+            trained, stored and merged. If it is not given, it is that of the module's active adapter.
         pack_base: Has no effect. It is accepted so that older configuration files load.
 
     Raises:
@@ -139,6 +141,7 @@ class LoRACallback(Callback):
         merge: Merge = "last",
         save: Save = "adapters",
         lr_scale: float | dict[str, float] = 1,
+        name: str = "default",
         pack_base: bool = False,
     ) -> None:
         arguments = locals()
@@ -151,6 +154,7 @@ class LoRACallback(Callback):
         self.save: Save = save
         scales_of(lr_scale)
         self.lr_scale = lr_scale
+        self.name = name
         compatibility.join_other_package(LoRACallback)
         make_folder()
         self._start()
@@ -158,8 +162,9 @@ class LoRACallback(Callback):
     def __repr__(self) -> str:
         """Show the arguments that are not at their defaults."""
         defaults = inspect.signature(LoRACallback).parameters
-        values = {**self.config.to_dict(), "merge": self.merge, "save": self.save, "lr_scale": self.lr_scale}
-        changed = [f"{name}={value!r}" for name, value in values.items() if value != defaults[name].default]
+        values = {**vars(self), **self.config.to_dict()}
+        shown = [(name, values[name], p.default) for name, p in defaults.items() if name in values]
+        changed = [f"{name}={value!r}" for name, value, default in shown if value != default]
         return f"{type(self).__name__}({', '.join(changed)})"
 
     def _start(self) -> None:
@@ -175,7 +180,7 @@ class LoRACallback(Callback):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         given, config = frozenset(state["given"]), LoRAConfig.from_dict(state["config"])
-        vars(self).update({"lr_scale": 1, **state, "config": config, "given": given})
+        vars(self).update({"lr_scale": 1, "name": "default", **state, "config": config, "given": given})
         self._start()
 
     # Set-up
@@ -187,7 +192,8 @@ class LoRACallback(Callback):
         that the module's own hooks create later.
         """
         callbacks, is_fit = compatibility.callbacks_of(trainer), stage == "fit"
-        self._stage = Stage(self.config, self.given, self.save, is_fit, callbacks, lr_scale=self.lr_scale)
+        name = self.name if self.name != "default" or "name" in self.given else None
+        self._stage = Stage(self.config, name, self.given, self.save, is_fit, callbacks, lr_scale=self.lr_scale)
         adapts_late = overlay_strategy(trainer.strategy, self._stage).lora_adapts_late
         compatibility.check_callbacks(callbacks, stage, is_sharded=adapts_late)
         if View(pl_module).layers:
@@ -195,9 +201,12 @@ class LoRACallback(Callback):
         if is_fit:
             receive_record(pl_module)
             check_arguments(trainer, self.merge, was_adapted=self._stage.came == "adapted")
+            if self._stage.came == "adapted" and self._stage.wants_another(pl_module):
+                check_returns_names(trainer, self.name)
         else:
             compatibility.drop_averages(callbacks)
-            if is_merged(pl_module) and not compatibility.loads_in_hooks(pl_module):
+            is_same = is_merged(pl_module) and not compatibility.loads_in_hooks(pl_module)
+            if is_same and not self._stage.wants_another(pl_module):
                 return  # it runs as it is
         self._stage.begin(pl_module)
         record = find_record(pl_module)
@@ -206,7 +215,7 @@ class LoRACallback(Callback):
         if adapts_late or not self._stage.adapts(pl_module):
             return  # configure_model would shard them; a plain module gets none for an evaluation
         with suppress(LoRAError):  # setup or configure_model may still create the layers, and the file say more
-            inject_adapters(pl_module, self._stage.config)
+            self._stage.inject(pl_module)
 
     # Fit
 

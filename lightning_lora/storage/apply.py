@@ -19,6 +19,7 @@ from lightning_lora.model.inject import inject_adapters
 from lightning_lora.model.merge import merge, unmerge, unmerged
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.state import find_record, keep_record, receive
+from lightning_lora.model.switch import shown
 from lightning_lora.model.view import View, keep_frozen, restore_originals, root_of, view_of
 from lightning_lora.storage.base import base_value, check_base
 from lightning_lora.storage.names import find_renamings, is_inside, renamed_config
@@ -28,12 +29,23 @@ from lightning_lora.storage.stored_layers import asked_of, bare
 from lightning_lora.tensors.names import join, load_state_dict, own_parameter, owner_of, state_dict
 
 
-def apply(model: nn.Module, read: Callable[[View], StoredAdapters], *, check_base: bool = True) -> None:
-    """Put what ``read`` returns on a model, which is adapted first if it has no adapters. An error changes nothing."""
+def apply(
+    model: nn.Module, read: Callable[[View], StoredAdapters], *, check_base: bool = True, name: str | None = None
+) -> None:
+    """Put what ``read`` returns on a model as the adapter ``name``, or the active one. An error changes nothing.
+
+    A model without adapters is adapted first. Beside the active one, another one is loaded, and rests.
+    """
+    record = find_record(model) or receive(model)
+    if record is not None and name not in (None, record.adapter.name):
+        with unmerged(model), shown(model, name):
+            apply(model, read, check_base=check_base)
+        return
     with _unmerged_and_undone(model) as view:
-        stored, is_new = read(view), find_record(model) is None
+        record = find_record(model)
+        stored, is_new = read(view), record is None or not record.adapter.layers
         if is_new:  # no adapters, or only those of a submodule
-            inject_adapters(model, stored.config)
+            inject_adapters(model, stored.config, name=record.adapter.name if record else name or "default")
         view = view_of(model)
         if not stored.base:
             stored = replace(stored, state=_completed(view, stored.state, is_new=is_new))

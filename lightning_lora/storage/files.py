@@ -81,6 +81,7 @@ def load_adapter(
     model: nn.Module,
     path: str | Path | IO[bytes],
     *,
+    name: str = "default",
     check_base: bool = True,
     alpha: float | None = None,
     target_slices: Slices | None = None,
@@ -99,6 +100,8 @@ def load_adapter(
             file in it, with ``adapter_config.json`` beside it. Or a folder or file that diffusers wrote: a model gets
             the part of the pipeline that it is. Or what loralib's ``lora_state_dict`` returned, saved
             with ``torch.save``.
+        name: The adapter's name. If ``model`` has others, this one is loaded beside them, or into the one of this name,
+            and the active one stays active.
         check_base: Refuse another base than the one that the adapters were trained on. The same weights in another
             precision are accepted. If False, names and shapes of what was trained must fit, and a warning counts the
             frozen tensors that differ.
@@ -137,7 +140,7 @@ def load_adapter(
     file = path if local is None else peft_read.weights_of(local)
     contents = read_contents(file)
     read = _reader(contents, file, Asked(alpha, target_slices))
-    apply(model, read or _reader_of(adapters_in(contents, path)), check_base=check_base)
+    apply(model, read or _reader_of(adapters_in(contents, path)), check_base=check_base, name=name)
 
 
 def _reader(contents: Any, path: Any, asked: Asked) -> Reader | None:

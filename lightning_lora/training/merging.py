@@ -31,6 +31,15 @@ def check_arguments(trainer: Trainer, merge: object, *, was_adapted: bool) -> No
         )
 
 
+def check_returns_names(trainer: Trainer, name: str) -> None:
+    """Refuse to switch in other processes, which send back only a state dict: it has no adapters' names."""
+    if returns_state_only(trainer):
+        raise ConfigError(
+            f"This strategy trains in other processes, so the module would get the values of {name!r} in its active "
+            f"adapter. Before fit, call inject_adapters(model, config, name={name!r}), or set_adapter(model, {name!r})."
+        )
+
+
 def check_weights(trainer: Trainer, pl_module: LightningModule, merge: object, save: str) -> None:
     """Refuse weights that no update can be merged into."""
     view = View(pl_module)

@@ -9,13 +9,16 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.model.adapter_state import AdapterState
 from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge, unmerge
 from lightning_lora.model.merged import check_own, is_as_merged
-from lightning_lora.model.state import find_record, keep_record, receive, records_in
+from lightning_lora.model.state import find_record, keep_record, receive, record_of, records_in
+from lightning_lora.model.switch import change, set_adapter
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.base import note_changed
 from lightning_lora.tensors.names import join
+from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import Seen
 from lightning_lora.training.compatibility import copy_adapted, loads_in_hooks
 from lightning_lora.training.gradients import Dropout
@@ -34,16 +37,20 @@ class Phase(Enum):
 class Stage:
     """One stage: how the module came, how far the stage is, and what gives the module back as it came (``undo``).
 
-    ``seen`` holds the tensors that have a base value, as they came. ``resumed`` holds the random states and loops of a
-    checkpoint. ``averages_gradients`` is False while a sharded module's backward pass only accumulates.
+    ``name`` is the adapter's, or None for the active one; ``before`` the one that was active instead of it, if another
+    was. ``seen`` holds the tensors that have a base value, as they came. ``resumed`` holds the random states and loops
+    of a checkpoint. ``averages_gradients`` is False while a sharded module's backward pass only accumulates.
     """
 
     config: LoRAConfig
+    name: str | None = None
     given: frozenset[str] = frozenset()
     save: str = "adapters"
     is_fit: bool = False
     callbacks: list[Callback] = field(default_factory=list)
     came: Literal["plain", "adapted", "merged"] = "plain"
+    before: str | None = None
+    is_new: bool = False
     seen: dict[str, Seen] = field(default_factory=dict)
     phase: Phase = Phase.SET_UP
     undo: ExitStack = field(default_factory=ExitStack)
@@ -64,6 +71,9 @@ class Stage:
         if unmerge(pl_module):
             self.came = "merged"
             self.undo.callback(merge, pl_module)
+        if self.wants_another(pl_module):
+            self.undo.callback(self._switch_back, pl_module)
+            self._switch(pl_module)
         view = View(pl_module)
         present = {**view.parameters, **view.buffers}
         for prefix, inner in records_in(view.modules).items():
@@ -77,6 +87,29 @@ class Stage:
         if self.came == "plain":
             self.undo.callback(_remove_all, pl_module)
 
+    def wants_another(self, pl_module: LightningModule) -> bool:
+        """Whether another adapter than this stage's is the module's active one."""
+        record = find_record(pl_module)
+        return record is not None and self.name not in (None, record.adapter.name)
+
+    def _switch(self, pl_module: LightningModule) -> None:
+        """Let the active adapter rest, and make this stage's the active one: a fit may begin a new one."""
+        record = record_of(pl_module)
+        assert self.name is not None
+        self.before, self.is_new = record.adapter.name, self.is_fit and self.name not in record.others
+        if self.is_new:
+            change(pl_module, AdapterState(self.config, self.name))
+        else:
+            set_adapter(pl_module, self.name)
+
+    def _switch_back(self, pl_module: LightningModule) -> None:
+        record, before = find_record(pl_module), self.before
+        if record is None or before is None or any(map(is_dtensor, pl_module.parameters())):
+            return  # shards cannot be switched
+        set_adapter(pl_module, before)
+        if self.is_new:
+            record.was_dropped(str(self.name))
+
     def take_config(self, pl_module: LightningModule, stored: LoRAConfig, source: object) -> bool:
         """Take arguments that were not given from a file, or from adapters that the module has."""
         config = self.config.completed(stored, self.given)
@@ -86,10 +119,14 @@ class Stage:
             return False
         rank_zero_info(f"LoRACallback takes {', '.join(taken)} from {source}, instead of the defaults.")
         self.config = config
-        if find_record(pl_module) is None or self.came != "plain":
+        if find_record(pl_module) is None or not (self.came == "plain" or self.is_new):
             return False
         self._take_base(pl_module)
-        remove_adapters(pl_module)
+        if self.is_new:
+            self._switch_back(pl_module)
+            self._switch(pl_module)
+        else:
+            remove_adapters(pl_module)
         return True
 
     def _take_base(self, pl_module: LightningModule) -> None:
@@ -112,17 +149,24 @@ class Stage:
         """Adapt the module after its own hooks have run. The weights that they have loaded become the base."""
         if not self.adapts(pl_module, for_file=for_file):
             return
-        inject_adapters(pl_module, self.config)
+        self.inject(pl_module)
         if self.phase is not Phase.SET_UP:  # the callbacks' averages and the base are those of a checkpoint
             return
         copy_adapted(self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced)
         self._take_base(pl_module)
 
+    def inject(self, pl_module: LightningModule) -> None:
+        """Adapt the module, under the name of this stage's adapter."""
+        record = find_record(pl_module)
+        inject_adapters(pl_module, self.config, name=record.adapter.name if record else self.name or "default")
+
     def end(self, pl_module: LightningModule) -> None:
-        """Merge again, if the stage trained nothing."""
+        """Switch back and merge again, if the stage trained nothing."""
         was, self.phase = self.phase, Phase.OVER
-        if was in (Phase.SET_UP, Phase.LOADED) and self.came == "merged" and find_record(pl_module) is not None:
-            merge(pl_module)
+        if was in (Phase.SET_UP, Phase.LOADED) and find_record(pl_module) is not None:
+            self._switch_back(pl_module)
+            if self.came == "merged":
+                merge(pl_module)
 
     def fail(self, pl_module: LightningModule, *, is_alone: bool) -> None:
         """Give the module back as it came, or keep adapters that may be trained."""

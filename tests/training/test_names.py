@@ -1,0 +1,117 @@
+"""A fit or an evaluation of one adapter, beside others that rest."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import lightning_lora as ll
+from lightning_lora.model.state import find_record
+from tests.support.cases import At, StopError, held, stop
+from tests.support.fits import fit
+from tests.support.models import LitTiny, X, best, data, lora, same, state, trainer
+
+
+def two(tmp_path: Path, merge: Any = False) -> tuple[LitTiny, dict[str, Tensor]]:
+    """A module with a trained "default" and "fr", "default" active, perhaps merged; and their values."""
+    model, _ = fit(tmp_path / "fr", lora(merge=False, name="fr", r=1))
+    fit(tmp_path / "default", lora(merge=merge, name="default"), model=model)
+    return model, values(model)
+
+
+def values(model: LitTiny) -> dict[str, Tensor]:
+    """The output of each adapter, and of the base."""
+    other = copy.deepcopy(model)
+    ll.unmerge_adapters(other)
+    found = {}
+    for name in (None, *ll.adapters(other)):
+        ll.set_adapter(other, name)
+        found[str(name)] = other(X).detach()
+    return found
+
+
+@pytest.mark.parametrize("merge", ["last", "best", False])
+@pytest.mark.parametrize("came", ["last", False])
+def test_a_fit_beside_others_has_the_bits_of_a_fit_alone(tmp_path: Path, merge: Any, came: Any) -> None:
+    alone, _ = fit(tmp_path / "alone", lora(merge=merge, name="de"), best(tmp_path / "alone"))
+    model, before = two(tmp_path, came)
+    fit(tmp_path / "beside", lora(merge=merge, name="de"), best(tmp_path / "beside"), model=model)
+    assert ll.adapters(model) == ("de", "fr", "default")
+    assert same(state(model), state(alone))
+    files = [sorted((tmp_path / run).glob("*.ckpt")) for run in ("alone", "beside")]
+    assert [file.name for file in files[0]] == [file.name for file in files[1]] and files[0]
+    for one, other in zip(*files, strict=True):
+        here, there = (torch.load(file, weights_only=True) for file in (one, other))
+        assert same(held(here), held(there)) and here["lightning_lora"] == there["lightning_lora"]
+    after = values(model)
+    assert same({name: after[name] for name in before}, before)
+    contents = []
+    for saved in (model, alone):
+        ll.save_adapter(saved, tmp_path / "de.safetensors")
+        with safe_open(tmp_path / "de.safetensors", "pt") as file:
+            contents.append((file.metadata(), {name: file.get_tensor(name) for name in file.keys()}))  # noqa: SIM118
+    assert contents[0][0] == contents[1][0] and same(contents[0][1], contents[1][1])
+
+
+@pytest.mark.parametrize("name", ["fr", "de"])
+@pytest.mark.parametrize("came", ["last", False])
+def test_a_failing_set_up_gives_the_module_back_as_it_came(tmp_path: Path, came: Any, name: str) -> None:
+    model, before = two(tmp_path, came)
+    bits, names = state(model), ll.adapters(model)
+    other = lora(name=name, rank_pattern={"q_proj": 99})
+    with pytest.raises(ll.LoRAError):
+        trainer(tmp_path, [other]).fit(model, data())
+    assert same(state(model), bits) and ll.adapters(model) == names and same(values(model), before)
+    record = find_record(model)
+    assert record and record.is_merged is bool(came)
+
+
+def test_an_exception_in_training_keeps_what_was_trained_and_all_others(tmp_path: Path) -> None:
+    model, before = two(tmp_path)
+    with pytest.raises(StopError):
+        fit(tmp_path, lora(name="de"), At(3, stop), model=model)
+    assert ll.adapters(model)[0] == "de"
+    after = values(model)
+    assert not torch.equal(after["de"], before["None"]) and same({name: after[name] for name in before}, before)
+
+
+@pytest.mark.parametrize("came", ["last", False])
+def test_an_evaluation_uses_the_adapter_that_it_names(tmp_path: Path, came: Any) -> None:
+    model, before = two(tmp_path, came)
+    bits = state(model)
+    for name, expected in (("fr", "fr"), (None, "default"), ("default", "default")):
+        given = {} if name is None else {"name": name}
+        t = trainer(tmp_path, [ll.LoRACallback(**given)])
+        torch.testing.assert_close(torch.cat(t.predict(model, data())), before[expected][rows()])  # type: ignore[arg-type]
+        assert same(state(model), bits) and ll.adapters(model) == ("default", "fr")
+    with pytest.raises(ll.AdapterStateError, match="no adapter 'df'"):
+        trainer(tmp_path, [ll.LoRACallback(name="df")]).predict(model, data())
+    assert same(state(model), bits) and same(values(model), before)
+
+
+def rows() -> Tensor:
+    return torch.cat([index for index, _ in data()])
+
+
+def test_a_run_goes_on_from_its_file_beside_others(tmp_path: Path) -> None:
+    whole, _ = fit(tmp_path / "whole", lora(name="de", r=3), max_epochs=2)
+    fit(tmp_path / "half", lora(name="de", r=3, merge=False), max_epochs=1)
+    (file,) = (tmp_path / "half").rglob("*.ckpt")
+    model, before = two(tmp_path)
+    fit(tmp_path / "on", ll.LoRACallback(name="de"), model=model, ckpt_path=file, max_epochs=2)
+    assert same(state(model), state(whole))
+    after = values(model)
+    assert same({name: after[name] for name in before}, before)
+
+
+def test_without_a_name_the_active_adapter_is_trained(tmp_path: Path) -> None:
+    model, before = two(tmp_path)
+    ll.set_adapter(model, "fr")
+    fit(tmp_path, ll.LoRACallback(), model=model)
+    after = values(model)
+    assert ll.adapters(model) == ("fr", "default") and torch.equal(after["default"], before["default"])
+    assert not torch.equal(after["fr"], before["fr"])
