@@ -19,7 +19,7 @@ ELSEWHERE = {
     "layer_replication": "repeat the layers in your model first",
     **dict.fromkeys(("targets", "target_layers"), "it is target_modules here"),
     **dict.fromkeys(("lr", "learning_rate"), "your configure_optimizers sets it; lr_scale multiplies it for adapters"),
-    **dict.fromkeys(("merge", "save", "lr_scale", "loraplus_lr_ratio"), "it is an argument of LoRACallback"),
+    **dict.fromkeys(("merge", "save", "lr_scale", "loraplus_lr_ratio", "name"), "it is an argument of LoRACallback"),
     **dict.fromkeys(("loftq_config", "use_qalora"), "it is not available here"),
     **dict.fromkeys(
         ("layers_to_transform", "layers_pattern"),
