@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora import disable_adapters
+from lightning_lora import disable_adapters, load_adapter, save_adapter, set_adapter
 from lightning_lora.model.state import find_record
 from lightning_lora.model.view import View
 from tests.support.cases import trained
 from tests.support.fits import fit
-from tests.support.models import WIDTH, LitTiny, data, lora, same, state
+from tests.support.models import WIDTH, LitTiny, as_trained, data, lora, same, state
 from tests.support.ranks import has_shards, run_ranks
 from tests.training.test_compiled import counted
 
@@ -138,6 +138,32 @@ def test_it_has_the_bits_of_a_second_model(
 )
 def test_processes_have_the_bits_of_second_models(tmp_path: Path, ddp: Any, how: Any, batches: int) -> None:
     assert_same(*both(tmp_path, partial(Tiny, **how), BOTH, ddp, accumulate_grad_batches=batches))
+
+
+class Beside(Tiny):
+    """Whose reference is another adapter, beside the one that trains."""
+
+    def reference(self, x: Tensor) -> Tensor:
+        if self.second:
+            return super().reference(x)
+        with torch.no_grad(), set_adapter(self, "other"):
+            return self(x)
+
+
+@orders
+def test_another_adapter_has_the_bits_of_a_second_model(tmp_path: Path, comes_first: bool) -> None:
+    file = tmp_path / "a.safetensors"
+    save_adapter(as_trained(LitTiny(), modules_to_save=["head"], dropout=0.1), file)
+
+    def build(second: bool) -> Beside:
+        model = Beside(second, comes_first=comes_first)
+        for each in model.second:
+            load_adapter(each, file)
+        for name in ("own",) if second else ("own", "other"):
+            load_adapter(model, file, name=name)
+        return model
+
+    assert_same(*both(tmp_path, build, {"name": "own"}))
 
 
 if has_shards:
