@@ -7,6 +7,8 @@ it, and other numbers are means. Processes have equal adapters, so each computes
 weights are gathered, so every process must call ``update``.
 """
 
+from itertools import filterfalse
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -82,7 +84,7 @@ def measured(source: Source) -> dict[str, Measured]:
         layers, merged = {**view.modules}, view.record.merged
         adapters = adapters_of(model, adapter_name or view.adapter.name)
     for name, adapter in adapters.items():
-        for matrix in adapter.matrices:
+        for matrix in filterfalse(attrgetter("tokens"), adapter.matrices):  # rows of tokens have no A and B
             bases = merged[name].bases if name in merged else {}
             found[join(name, matrix.name)] = Measured(layers[name], adapter, matrix, bases)
     return found

@@ -154,6 +154,14 @@ def test_each_adapter_of_a_model_is_measured_by_its_name_also_above_a_merged_one
         UpdateNorm().update((model, "it"))
 
 
+def test_trained_rows_of_tokens_are_left_out(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4))
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, trainable_token_indices={"0": [3]}))
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    for source in (model, tmp_path / "a.safetensors"):
+        assert EffectiveRank()(source).keys() == {"1"}
+
+
 # Similarity
 
 
