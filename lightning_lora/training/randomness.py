@@ -1,6 +1,7 @@
-"""A resumed run continues with the same random numbers."""
+"""The random numbers of a run: a resumed one continues with the same, and adapters take none from the data."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +10,18 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 RANDOM = "lightning_lora_random"  # the checkpoint entry with the states of torch's generators
+
+
+@contextmanager
+def own_random_numbers() -> Iterator[None]:
+    """Draw a seed, and all else from it: fits with other adapters, but the same seed, see the same batches."""
+    seed = int(torch.randint(1 << 62, (), device="cpu"))
+    has_cuda = torch.cuda.is_initialized()  # if not, torch would seed it later
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if has_cuda else ()):
+        torch.default_generator.manual_seed(seed)
+        if has_cuda:
+            torch.cuda.manual_seed_all(seed)
+        yield
 
 
 def random_states(trainer: Trainer) -> dict[str, Tensor]:
