@@ -30,6 +30,7 @@ from lightning_lora.storage.formats.peft_write import export_peft
 from lightning_lora.storage.merged_model import save_merged
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.summary import summarize
+from lightning_lora.sweep.callback import LoRASweep
 
 __version__ = "0.2.0.dev0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "LoRAConfig",
     "LoRAError",
     "LoRAMonitor",
+    "LoRASweep",
     "LoRAWarning",
     "MergePrecisionWarning",
     "OptimizerError",

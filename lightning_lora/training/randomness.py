@@ -1,4 +1,4 @@
-"""The random numbers of a run: a resumed one continues with the same, and adapters take none from the data."""
+"""The random numbers of a run: a resumed one goes on with the same, and adapters take none from the data."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,15 +13,13 @@ RANDOM = "lightning_lora_random"  # the checkpoint entry with the states of torc
 
 
 @contextmanager
-def own_random_numbers() -> Iterator[None]:
-    """Draw a seed, and all else from it: fits with other adapters, but the same seed, see the same batches."""
+def reseeded() -> Iterator[None]:
+    """Go on with a seed that is drawn first: however much an injection draws, the run then sees the same batches."""
+    before = torch.get_rng_state()
     seed = int(torch.randint(1 << 62, (), device="cpu"))
-    has_cuda = torch.cuda.is_initialized()  # if not, torch would seed it later
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if has_cuda else ()):
-        torch.default_generator.manual_seed(seed)
-        if has_cuda:
-            torch.cuda.manual_seed_all(seed)
-        yield
+    torch.set_rng_state(before)
+    yield  # after an error, another injection follows
+    torch.manual_seed(seed)
 
 
 def random_states(trainer: Trainer) -> dict[str, Tensor]:

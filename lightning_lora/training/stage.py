@@ -22,7 +22,7 @@ from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import Seen
 from lightning_lora.training.compatibility import copy_adapted, loads_in_hooks
 from lightning_lora.training.gradients import Dropout
-from lightning_lora.training.randomness import own_random_numbers
+from lightning_lora.training.randomness import reseeded
 
 
 class Phase(Enum):
@@ -159,7 +159,7 @@ class Stage:
     def inject(self, pl_module: LightningModule) -> None:
         """Adapt the module, under the name of this stage's adapter."""
         record = find_record(pl_module)
-        with own_random_numbers():
+        with reseeded():
             inject_adapters(pl_module, self.config, name=record.adapter.name if record else self.name or "default")
 
     def end(self, pl_module: LightningModule) -> None:

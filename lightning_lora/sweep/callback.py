@@ -1,0 +1,196 @@
+"""LoRASweep: several adapters in one fit."""
+
+import inspect
+import itertools
+import re
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
+from rich.table import Table
+
+from lightning_lora.argument_names import explains_arguments
+from lightning_lora.callback import LoRACallback
+from lightning_lora.errors import ConfigError, listed
+from lightning_lora.model.state import find_record
+from lightning_lora.sweep.copies import Base, Memo, adopt, copy_trainer
+from lightning_lora.sweep.data import Loaders
+from lightning_lora.sweep.runs import Run, Runs
+from lightning_lora.tables import fitting_console
+from lightning_lora.tensors.inplace import class_names
+from lightning_lora.training.compatibility import check_callbacks
+
+_Class = TypeVar("_Class", bound=type)
+
+_LISTS = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save")  # one value may be a list
+_REFUSED = {"WeightAveraging", "StochasticWeightAveraging", "LearningRateFinder", "BatchSizeFinder", "Timer"}
+
+
+def _takes_lists(cls: _Class) -> _Class:
+    """Show LoRACallback's arguments, and lists of them, to LightningCLI."""
+    init: Any = cls.__init__  # type: ignore[misc]  # of this very class
+    shown = list(inspect.signature(init).parameters.values())[:-1]
+    for each in inspect.signature(LoRACallback).parameters.values():
+        kind: Any = each.annotation
+        shown.append(each.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=kind | list[kind]))
+    init.__signature__ = inspect.Signature(shown)
+    return cls
+
+
+@explains_arguments
+@_takes_lists
+class LoRASweep(LoRACallback):
+    """Train several adapters in one fit, and keep the best.
+
+    Use it in place of LoRACallback, and give some arguments lists of values: each combination is an adapter. Each batch
+    is loaded once and goes through all adapters, which share the base's memory. After each validation, the better ones
+    go on. At the end, the Trainer and the module are as after a fit of the best adapter alone.
+
+    Each adapter trains exactly as alone with the same seed, to the bit. It has its own copies of the module, optimizers
+    and callbacks, logs ``r8-lr_scale10/val_loss``, and writes into a folder of that name in ModelCheckpoint's.
+
+    Args:
+        monitor: The metric that decides, logged in validation.
+        mode: Whether ``"min"`` or ``"max"`` is best.
+        keep: The share of the adapters that goes on after each validation. 1 keeps all to the end.
+        arguments: LoRACallback's, as values or lists of values. For those that are lists, such as ``target_modules``,
+            give a list of lists.
+
+    Raises:
+        ConfigError: an argument has an invalid value, or the Trainer has a part that a sweep does not work with.
+
+    Source:
+        Jamieson and Talwalkar 2016, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", figure 1.
+
+    Example:
+        >>> sweep = LoRASweep(r=[8, 16], alpha=[16, 32], dropout=0.1)
+        >>> list(sweep.runs)
+        ['r8-alpha16', 'r8-alpha32', 'r16-alpha16', 'r16-alpha32']
+    """
+
+    runs: dict[str, dict[str, Any]]  # the arguments of each adapter, by its name
+    results: list[dict[str, Any]]  # after a fit: name, arguments, metrics and validation of the drop, the best first
+
+    def __init__(
+        self, *, monitor: str = "val_loss", mode: Literal["min", "max"] = "min", keep: float = 0.5, **arguments: Any
+    ) -> None:
+        if mode not in ("min", "max") or not 0 < keep <= 1:
+            raise ConfigError(f"mode={mode!r}, keep={keep!r}: expected 'min' or 'max', and a share in (0, 1].")
+        self.monitor, self.mode, self.keep = monitor, mode, keep
+        self.runs, self.results = {}, []
+        self.varied = [name for name, value in arguments.items() if _is_list(name, value)]
+        for values in itertools.product(*map(arguments.__getitem__, self.varied)):
+            chosen = dict(zip(self.varied, values, strict=True))
+            self.runs["-".join(map(_named, chosen, values))] = {**arguments, **chosen}
+            super().__init__(**arguments | chosen)
+        if len(self.runs) < 2:
+            raise ConfigError("LoRASweep got one adapter only. Give a list of values, such as r=[8, 16].")
+
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        """Fit all adapters, before the Trainer's own fit, which gets the best one's arguments."""
+        self.given = frozenset()
+        if stage == "fit":
+            self._check(trainer, pl_module)
+            self._play(trainer, pl_module)
+        super().setup(trainer, pl_module, stage)
+
+    def _check(self, trainer: Any, pl_module: LightningModule) -> None:
+        """Refuse what does not work with a sweep."""
+        check_callbacks(trainer.callbacks, "fit", is_sharded=False)
+        found = [type(each).__name__ for each in trainer.callbacks if class_names(each) & _REFUSED]
+        frames = [each.frame.f_locals for each in inspect.stack(0)]  # the Trainer tells no callback before it loads
+        for name, is_used in (
+            ("a module with adapters, perhaps merged (call remove_adapters(model) first)", find_record(pl_module)),
+            ("a fit without validation", not trainer.enable_validation),
+            (type(trainer.strategy).__name__, "SingleDeviceStrategy" not in class_names(trainer.strategy)),
+            ("ckpt_path", any(each.get("self") is trainer and each.get("ckpt_path") for each in frames)),
+            ("overfit_batches", trainer.overfit_batches > 0),
+            ("a val_check_interval in time", vars(trainer).get("_val_check_time_interval") is not None),
+        ):
+            found += [name] if is_used else []
+        if found:
+            raise ConfigError(f"LoRASweep does not work with {', '.join(found)}. Change that, or use LoRACallback.")
+
+    def _play(self, trainer: Any, pl_module: LightningModule) -> None:
+        runs = [Run(name, {key: each[key] for key in self.varied}) for name, each in self.runs.items()]
+        turns, loop = Runs(runs, self.keep, 1 if self.mode == "min" else -1), trainer.fit_loop
+        train, val = Loaders(loop._data_source, turns), Loaders(loop.epoch_loop.val_loop._data_source, turns)
+        base, memos = Base(pl_module), dict[Run, Memo]()
+        for run in runs:
+            memos[run] = {id(self): _Member(run, self.monitor, base, self.runs[run.name])}
+            copy_trainer(trainer, run, memos[run], {"train_dataloader": train, "val_dataloader": val})
+            if run is not runs[0]:
+                callbacks = run.trainer.callbacks
+                callbacks[:] = [each for each in callbacks if not isinstance(each, ProgressBar | ModelSummary)]
+        ranked = turns.play()
+        self._best = ranked[0], memos[ranked[0]]
+        self.results = [{"name": r.name, **r.chosen, "metrics": r.metrics, "dropped": r.dropped} for r in ranked]
+        vars(self).update({**vars(LoRACallback(**self.runs[ranked[0].name])), "given": frozenset()})
+
+    def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        """Take over the best adapter, and where its fit has ended: the Trainer's own fit has nothing left to do."""
+        adopt(trainer, *self._best)
+        super().on_fit_start(trainer, pl_module)
+        _set_rng_states(self._best[0].random)
+        del self._best
+        self._limits = trainer.limit_train_batches, trainer.limit_val_batches
+        trainer.limit_train_batches = trainer.limit_val_batches = 0
+
+    def on_fit_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        """Show all adapters, and merge the best one's updates."""
+        trainer.limit_train_batches, trainer.limit_val_batches = self._limits
+        fitting_console().print(self.table())
+        super().on_fit_end(trainer, pl_module)
+
+    def table(self) -> Table:
+        """Return a table of the last fit: each adapter's arguments, its metric at each validation, and its end."""
+        table = Table("Adapter", *self.varied, self.monitor, "Dropped after", title="LoRASweep")
+        for each in self.results:
+            metrics = "  ".join(f"{value:.4g}" for value in each["metrics"])
+            table.add_row(each["name"], *map(str, map(each.get, self.varied)), metrics, str(each["dropped"] or ""))
+        return table
+
+
+class _Member(LoRACallback):
+    """The LoRACallback of one run."""
+
+    def __init__(self, run: Run, monitor: str, base: Base, arguments: dict[str, Any]) -> None:
+        super().__init__(**arguments)
+        self.run, self.monitor, self.base, self.random = run, monitor, base, _collect_rng_states()
+
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        """Begin with the random numbers with which a fit of this adapter alone would be here."""
+        _set_rng_states(self.random)
+        super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        """Share the base, write files into a folder of this run's own, and leave merging to the sweep."""
+        super().on_fit_start(trainer, pl_module)
+        self.merge = False
+        self.base.share(pl_module)
+        for each in trainer.callbacks:
+            if vars(each).get("dirpath"):
+                each.dirpath = str(Path(each.dirpath, self.run.name))
+
+    def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        """Note the metric. What the sanity check logs tells early that it is missing."""
+        if self.monitor not in trainer.callback_metrics:
+            raise ConfigError(
+                f"monitor={self.monitor!r} is not logged in validation. Found: {listed(trainer.callback_metrics)}. "
+                f"Log it in validation_step: self.log({self.monitor!r}, ...)."
+            )
+        if not trainer.sanity_checking:
+            self.run.metrics.append(float(trainer.callback_metrics[self.monitor]))
+
+
+def _is_list(name: str, value: object) -> bool:
+    """Whether it is a list of values for this argument."""
+    return isinstance(value, list) and (name not in _LISTS or any(isinstance(each, list) for each in value))
+
+
+def _named(argument: str, value: object) -> str:
+    """An argument and its value as part of a name, also of a folder: ``r8`` or ``init_pissa``."""
+    between = "" if isinstance(value, int | float) and not isinstance(value, bool) else "_"
+    return argument + between + re.sub(r"[^\w.+]+", "_", str(value)).strip("_")
