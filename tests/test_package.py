@@ -16,7 +16,7 @@ def test_public_names_are_those_of_the_contract() -> None:
         "save_adapter", "save_merged", "summarize", "unmerge_adapters", "adapters", "set_adapter",
     }  # fmt: skip
     raised = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
-    assert set(lightning_lora.__all__) == calls | raised | {"LoRACallback", "LoRAConfig", "LoRAMonitor"}
+    assert set(lightning_lora.__all__) == calls | raised | {"LoRACallback", "LoRAConfig", "LoRAMonitor", "LoRASweep"}
     assert list(lightning_lora.__all__) == sorted(lightning_lora.__all__)
     assert all(getattr(lightning_lora, name).__doc__ for name in lightning_lora.__all__)
 

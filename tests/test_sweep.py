@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, Model
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_lora import ConfigError, LoRACallback, LoRASweep, LoRAWarning, TargetError, inject_adapters
@@ -109,13 +109,13 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
         if len(one) != len(other):
             return [where]
         keys: Any = one.keys() if isinstance(one, dict) else range(len(one))
-        found = [differences(one[key], other[key], f"{where}/{key}") for key in keys if "path" not in str(key)]
-        return sum(found, [])
+        inside = [differences(one[key], other[key], f"{where}/{key}") for key in keys if "path" not in str(key)]
+        return [each for found in inside for each in found]
     return [] if one == other else [where]
 
 
 def check_as_alone(folder: Path, alone: Path, count: int) -> None:
-    """All files of a run are those of the fit alone: adapters, optimizers, schedules, loops, random numbers, metrics."""
+    """All files of a run are those of the fit alone: adapters, optimizers, schedules, loops and random numbers."""
     files = sorted(alone.glob("*.ckpt"))
     assert len(files) == count == len(list(folder.glob("*.ckpt")))
     for file in files:
