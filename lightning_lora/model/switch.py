@@ -15,8 +15,8 @@ from lightning_lora.layers import ADAPTERS, Adapter, Step, adapter_for
 from lightning_lora.layers.norms import freeze_norms, set_frozen
 from lightning_lora.model import attach
 from lightning_lora.model.adapter_state import AdapterState, Parts
-from lightning_lora.model.merged import check_as_merged
-from lightning_lora.model.state import Record, find_record, record_of
+from lightning_lora.model.merged import check_as_merged, is_as_merged
+from lightning_lora.model.state import Record, find_record, receive, record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import own_parameter, owner_of, plain_module, set_parameter, submodule
 from lightning_lora.tensors.shards import is_dtensor, reshard
@@ -79,6 +79,8 @@ def adapters(model: nn.Module) -> tuple[str, ...]:
         model: Any module. One without adapters has no names.
     """
     record = find_record(model)
+    if record is None or not is_as_merged(model):
+        record = receive(model) or record  # of a fit in other processes
     return tuple(record.adapters) if record else ()
 
 

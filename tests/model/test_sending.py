@@ -57,6 +57,25 @@ def sent_home() -> tuple[nn.Module, LitTiny]:
     return left(home, modules_to_save=["head"]), home
 
 
+def test_resting_adapters_are_sent_too() -> None:
+    home, config = LitTiny(), ll.LoRAConfig(r=2, modules_to_save=["head"])
+    for name in ("fr", "de"):
+        ll.inject_adapters(home, config, name=name)
+        randomise(home, seed=len(name))
+        torch.nn.init.ones_(home.head.weight)
+    adapted = copy.deepcopy(home)
+    ll.set_adapter(home, "fr")
+    ll.set_adapter(home, "de")
+    ll.merge_adapters(home)
+    send(home)
+    forget_record(home)
+    ll.unmerge_adapters(home)
+    for name in ("de", "fr", "de"):
+        for model in (home, adapted):
+            ll.set_adapter(model, name)
+        assert ll.adapters(home)[0] == name and same(state(home), state(adapted))
+
+
 def test_a_new_base_is_one_once_its_memory_is_removed(sent_home: tuple[nn.Module, LitTiny]) -> None:
     _, home = sent_home
     weights = state(home)

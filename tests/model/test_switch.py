@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.model.state import find_record
-from tests.support.models import state
+from tests.support.models import same, state
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
 HEAD = ll.LoRAConfig(r=2, target_modules=["0", "2"], modules_to_save=["3"])
@@ -85,6 +85,192 @@ def test_a_copy_has_all_adapters_and_switches_by_itself(
         ll.set_adapter(other, name)
         assert torch.equal(other(X), outputs[name])
     assert torch.equal(model(X), outputs[shown])
+
+
+# What a prepared switch must notice, and what it keeps
+
+
+def switched(model: nn.Module, *names: str | None) -> None:
+    for name in names:
+        ll.set_adapter(model, name)
+
+
+def test_an_optimizer_keeps_the_parameters_of_its_own_adapter() -> None:
+    model, outputs = several()
+    ll.set_adapter(model, "de")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for names in (("default", "de"), ("default", None, "fr", "de")):
+        switched(model, *names)
+        optimizer.zero_grad()
+        model(X).square().sum().backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        optimizer.step()
+        assert not torch.equal(model(X), outputs["de"])
+        switched(model, "default")
+        assert torch.equal(model(X), outputs["default"])
+
+
+@pytest.mark.parametrize("while_active", ["de", "default", "fr", None])
+def test_resting_adapters_follow_the_models_dtype(while_active: str | None) -> None:
+    model, outputs = several()
+    switched(model, "default", "de", "default", "de", while_active)
+    model.double()
+    for name in ("de", "default", "fr", "de", "default"):
+        ll.set_adapter(model, name)
+        assert {p.dtype for p in model.parameters()} == {torch.float64}, name
+        torch.testing.assert_close(model(X.double()).float(), outputs[name])
+    model.bfloat16()
+    for name in ("de", "default"):
+        ll.set_adapter(model, name)
+        kinds = {name: p.dtype for name, p in model.named_parameters()}
+        assert kinds.pop("0.lora_A") == kinds.pop("2.lora_B") == torch.float32
+        assert kinds["3.weight"] == kinds["0.weight"] == torch.bfloat16
+
+
+def test_a_replaced_layer_gets_each_adapter() -> None:
+    model, outputs = several()
+    switched(model, "default", "de", "default", "de")
+    new = build()[0]
+    with torch.no_grad():
+        new.weight.mul_(2)
+    model[0] = new
+    with pytest.raises(ll.AdapterStateError, match="no longer have their adapters"):
+        ll.set_adapter(model, "default")
+    ll.inject_adapters(model, HEAD, name="de")
+    ll.set_adapter(model, "default")
+    assert model[0] is new and not torch.equal(model(X), outputs["default"])
+    expected = outputs["default"]
+    with torch.no_grad():
+        new.weight.div_(2)
+    torch.testing.assert_close(model(X), expected)
+
+
+def test_a_layer_that_is_gone_is_named_before_anything_changes() -> None:
+    model, _ = several()
+    before = state(model)
+    model.append(nn.Linear(3, 3))
+    ll.inject_adapters(model, ll.LoRAConfig(r=1, target_modules=["4"]), name="last")
+    ll.set_adapter(model, "fr")
+    del model[4]
+    with pytest.raises(ll.AdapterStateError, match="no longer has '4'"):
+        ll.set_adapter(model, "last")
+    assert same(state(model), before) and ll.adapters(model)[0] == "fr"
+
+
+def test_ties_and_recurrent_weights_are_exchanged_whole() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "rnn": nn.GRU(4, 4), "q": nn.Linear(4, 4)})
+    model["head"] = nn.Linear(4, 5, bias=False)
+    model["head"].weight = model["embed"].weight
+
+    def run() -> Tensor:
+        return model["head"](model["q"](model["rnn"](model["embed"](torch.arange(5)))[0])).detach()
+
+    outputs = {None: run()}
+    for name in ("a", "b"):
+        config = ll.LoRAConfig(r=2, target_modules=["q"], modules_to_save=["embed", "rnn"])
+        ll.inject_adapters(model, config, name=name)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape) * parameter.requires_grad)
+        outputs[name] = run()
+    for name in ("a", "b", None, "a", "b", "a"):
+        ll.set_adapter(model, name)
+        assert torch.equal(run(), outputs[name]) and model["head"].weight is model["embed"].weight
+    ll.inject_adapters(model, ll.LoRAConfig(r=1, target_modules=["q"]), name="c")
+    assert torch.equal(run(), outputs[None]) and model["head"].weight is model["embed"].weight
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model_is_compiled_once_for_each_adapter() -> None:
+    model, outputs = several()
+    compiled: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        compiled.append(1)
+        return graph.forward
+
+    torch._dynamo.reset()
+    run = torch.compile(model, backend=backend)
+    for names, count in ((("default", "de"), 1), (("fr", None), 3), (("de", "fr", None, "default", "fr", "de"), 3)):
+        for name in names:
+            ll.set_adapter(model, name)
+            torch.testing.assert_close(run(X), outputs[name])
+        assert len(compiled) == count
+
+
+# Files
+
+
+def test_a_file_loads_beside_the_active_adapter_and_into_a_resting_one(tmp_path: Path) -> None:
+    model, outputs = several()
+    for name in ("de", "fr"):
+        ll.set_adapter(model, name)
+        ll.save_adapter(model, tmp_path / f"{name}.safetensors")
+    alone = build()
+    ll.load_adapter(alone, tmp_path / "de.safetensors")
+    assert ll.adapters(alone) == ("default",) and torch.equal(alone(X), outputs["de"])
+    ll.load_adapter(alone, tmp_path / "fr.safetensors", name="fr")
+    ll.set_adapter(model, "de")
+    fill(model)
+    ll.set_adapter(model, "default")
+    ll.load_adapter(model, tmp_path / "de.safetensors", name="de")
+    for each, active, names in ((alone, "default", ("default", "fr")), (model, "default", ("default", "de", "fr"))):
+        assert sorted(ll.adapters(each)) == sorted(names) and ll.adapters(each)[0] == active
+    assert torch.equal(alone(X), outputs["de"]) and torch.equal(model(X), outputs["default"])
+    switched(alone, "fr")
+    switched(model, "de")
+    assert torch.equal(alone(X), outputs["fr"]) and torch.equal(model(X), outputs["de"])
+
+
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("name", ["new", "fr"])
+def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path, name: str, merged: bool) -> None:
+    model, outputs = several()
+    ll.set_adapter(model, "de")
+    other = build()
+    ll.inject_adapters(other, HEAD)
+    with torch.no_grad():
+        other[2].bias.add_(1)  # another base
+    ll.save_adapter(other, tmp_path / "other.safetensors")
+    if merged:
+        ll.merge_adapters(model)
+    before, names = state(model), ll.adapters(model)
+    with pytest.raises(ll.LoRAError):
+        ll.load_adapter(model, tmp_path / "other.safetensors", name=name)
+    assert same(state(model), before) and sorted(ll.adapters(model)) == sorted(names)
+    ll.unmerge_adapters(model)
+    for each in ("de", "fr", "default"):
+        ll.set_adapter(model, each)
+        assert torch.equal(model(X), outputs[each])
+
+
+def test_another_base_is_the_base_of_all_adapters() -> None:
+    model, _ = several()
+    alone = {name: copy.deepcopy(model) for name in ("default", "de", "fr")}
+    torch.manual_seed(9)
+    base = {name: torch.randn(value.shape).abs() for name, value in state(build()).items() if value.is_floating_point()}
+    for name, each in alone.items():
+        switched(each, name)
+        for other in alone.keys() - {name}:
+            ll.remove_adapters(each, other)
+    switched(model, "default", "de", "fr")
+    for each in (model, *alone.values()):
+        with pytest.warns(ll.LoRAWarning):
+            each.load_state_dict(base, strict=False)
+    switched(model, None)
+    assert all(torch.equal(state(model)[name], value) for name, value in base.items())
+    for name in ("fr",):
+        switched(model, name)
+        assert torch.equal(model(X), alone[name](X))
+    ll.remove_adapters(model)
+    assert all(torch.equal(state(model)[name], value) for name, value in base.items())
+
+
+def test_modules_inside_with_several_adapters_are_refused() -> None:
+    inner, _ = several()
+    with pytest.raises(ll.AdapterStateError, match="have several adapters"):
+        ll.inject_adapters(nn.Sequential(inner), ll.LoRAConfig(r=1, target_modules=["0.2"]))
 
 
 # Any order of calls, against plain matrices

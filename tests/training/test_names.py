@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 import lightning_lora as ll
 from lightning_lora.model.state import find_record
@@ -115,3 +116,16 @@ def test_without_a_name_the_active_adapter_is_trained(tmp_path: Path) -> None:
     after = values(model)
     assert ll.adapters(model) == ("fr", "default") and torch.equal(after["default"], before["default"])
     assert not torch.equal(after["fr"], before["fr"])
+
+
+def test_a_fit_in_other_processes_keeps_the_others(tmp_path: Path) -> None:
+    alone, _ = fit(tmp_path / "alone", lora(name="de"), strategy="ddp_fork")
+    model, before = two(tmp_path, "last")
+    fit(tmp_path / "forked", lora(name="de"), model=model, strategy="ddp_fork")
+    assert ll.adapters(model) == ("de", "fr", "default") and same(state(model), state(alone))
+    after = values(model)
+    assert same({name: after[name] for name in before}, before)
+    ll.unmerge_adapters(model)
+    with pytest.raises(ProcessRaisedException, match="only a state dict"):
+        fit(tmp_path / "refused", lora(name="fr", merge=False), model=model, strategy="ddp_fork")
+    assert ll.adapters(model)[0] == "de"
