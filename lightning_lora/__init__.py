@@ -22,6 +22,7 @@ from lightning_lora.errors import (
 from lightning_lora.layers import register_adapter
 from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge_adapters, unmerge_adapters
+from lightning_lora.model.rows import adapter_names
 from lightning_lora.model.switch import adapters, disable_adapters, set_adapter
 from lightning_lora.monitor import LoRAMonitor
 from lightning_lora.storage.apply import load_adapter_state_dict
@@ -54,6 +55,7 @@ __all__ = [
     "OptimizerError",
     "StrategyError",
     "TargetError",
+    "adapter_names",
     "adapter_state_dict",
     "adapters",
     "disable_adapters",

@@ -14,6 +14,7 @@ def test_public_names_are_those_of_the_contract() -> None:
         "adapter_state_dict", "disable_adapters", "export_peft", "inject_adapters", "load_adapter",
         "load_adapter_state_dict", "load_from_checkpoint", "merge_adapters", "register_adapter", "remove_adapters",
         "save_adapter", "save_merged", "summarize", "unmerge_adapters", "adapters", "set_adapter",
+        "adapter_names",
     }  # fmt: skip
     raised = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
     assert set(lightning_lora.__all__) == calls | raised | {"LoRACallback", "LoRAConfig", "LoRAMonitor", "LoRASweep"}

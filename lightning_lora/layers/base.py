@@ -303,10 +303,14 @@ def attach(layer: nn.Module, adapter: Adapter) -> None:
     """Attach an adapter to a layer. The layer stays the same object and computes with ``W + ΔW`` from now on."""
     overlay(layer, cast(type[LoRALayer], adapter.kind))
     layer._parameters.update(adapter.parameters)
-    vars(layer).update(
-        lora_settings=adapter.settings,
-        lora_matrices=adapter.matrices,
-        lora_init_digests=adapter.init_digests,
-        lora_enabled=True,
-        lora_step=Step(),
-    )
+    vars(layer).update(attributes_of(adapter), lora_step=Step())
+
+
+def attributes_of(adapter: Adapter) -> dict[str, Any]:
+    """Return the attributes of a layer that this adapter is on, besides its parameters."""
+    return {
+        "lora_settings": adapter.settings,
+        "lora_matrices": adapter.matrices,
+        "lora_init_digests": adapter.init_digests,
+        "lora_enabled": True,
+    }

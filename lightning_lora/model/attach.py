@@ -98,7 +98,7 @@ def _switch_inference_paths(modules: Mapping[str, nn.Module]) -> None:
     """Turn off inference paths that would bypass adapted layers. Turn them on again if no layer is adapted any more."""
     any_adapted = any(isinstance(module, LoRALayer) for module in modules.values())
     for module in modules.values():
-        path = _inference_path(module)
+        path = inference_path(module)
         if path is None:
             continue
         switch, off = path
@@ -111,8 +111,8 @@ def _switch_inference_paths(modules: Mapping[str, nn.Module]) -> None:
             setattr(module, switch, vars(module).pop(_SWITCHED))
 
 
-def _inference_path(module: nn.Module) -> tuple[str, Any] | None:
-    """The attribute that switches a module's inference path, and its value for off."""
+def inference_path(module: nn.Module) -> tuple[str, Any] | None:
+    """Return the attribute that switches a module's inference path, and its value for off."""
     if isinstance(module, nn.TransformerEncoderLayer):  # in eval mode, it reads the weights of its layers itself
         return "activation_relu_or_gelu", 0
     if isinstance(module, nn.TransformerEncoder) and hasattr(module, "use_nested_tensor"):

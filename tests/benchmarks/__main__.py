@@ -17,6 +17,7 @@ from rich.table import Table
 from tests.benchmarks.life import checkpoints, life
 from tests.benchmarks.measure import Bench, Row
 from tests.benchmarks.memory import memory
+from tests.benchmarks.mixed import mixed
 from tests.benchmarks.sharded import sharded
 from tests.benchmarks.steps import calls, inference, layers, whole_models
 
@@ -26,6 +27,7 @@ CASES = {
     "memory": memory,
     "inference": inference,
     "calls": calls,
+    "mixed": mixed,
     "life": life,
     "checkpoints": checkpoints,
     "sharded": sharded,

@@ -1,0 +1,66 @@
+"""Rows of a batch with updates of their own: add these in one product, or take some rows out and put them back."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lightning_lora.errors import ConfigError
+from lightning_lora.functional.combine import Factors
+from lightning_lora.functional.plain import are_plain, as_dtype
+
+
+def stacked(updates: Sequence[Factors]) -> Factors:
+    """Return n updates A: (r, in), B: (out, r) as A: (n, r, in), B: (n, out, r). Smaller ranks get zeros."""
+    reading, writing, r = [], [], max([len(a) for a, _ in updates])
+    for a, b in updates:
+        reading.append(F.pad(a, (0, 0, 0, r - len(a))))
+        writing.append(F.pad(b, (0, r - len(a))))
+    return torch.stack(reading), torch.stack(writing)
+
+
+def add_to_rows(output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    r"""Return the output of a linear layer with an update for each row. An update of zero changes nothing.
+
+    Shape:
+        ``output``: (n, \*, out), ``x``: (n, \*, in), ``lora_A``: (n, r, in), ``lora_B``: (n, out, r), with scaling.
+    """
+    a, b = as_dtype(lora_A, x.dtype), as_dtype(lora_B, x.dtype)
+    hidden = torch.bmm(a, x.reshape(len(x), -1, x.shape[-1]).mT)  # (n, r, tokens): faster than (n, tokens, r)
+    flat = output.reshape(len(x), -1, output.shape[-1])
+    in_place = not torch.is_grad_enabled() and are_plain(flat, hidden, b) and flat.dtype is hidden.dtype is b.dtype
+    add: Callable[..., Tensor] = Tensor.baddbmm_ if in_place else torch.baddbmm
+    return as_dtype(add(flat, hidden.mT, b.mT).view(output.shape), output.dtype)
+
+
+def taken(tree: Any, rows: Tensor, n: int, later: int = 0, whole: Tensor | None = None) -> Any:
+    """Return arguments or outputs with some of n rows: dimension 0 of the first one, ``later`` of all but ``whole``."""
+    leaves, spec = tree_flatten(tree)
+    for i, leaf in enumerate(leaves):
+        if leaf is not whole and _has_rows(leaf, later if i else 0, n):
+            leaves[i] = leaf.index_select(later if i else 0, rows.to(leaf.device))
+    return tree_unflatten(leaves, spec)
+
+
+def put_back(name: str, parts: Sequence[Any], rows: Sequence[Tensor], later: int = 0) -> Any:
+    """Return one output of the layer ``name`` from those of some rows each."""
+    flat, order = list(map(tree_flatten, parts)), torch.cat(list(rows)).argsort()
+    leaves = []
+    for i, group in enumerate(zip(*(each for each, _ in flat), strict=True)):
+        along, first = later if i else 0, group[0]
+        if all(map(_has_rows, group, [along] * len(rows), map(len, rows))):
+            first = torch.cat(group, along).index_select(along, order.to(first.device))
+        elif any(isinstance(leaf, Tensor) or leaf != first for leaf in group):
+            raise ConfigError(
+                f"{name!r} returns a {type(first).__name__} that has no row for each name. adapter_names cannot put "
+                "those of several adapters together. Use set_adapter."
+            )
+        leaves.append(first)
+    return tree_unflatten(leaves, flat[0][1])
+
+
+def _has_rows(leaf: Any, along: int, n: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > along and leaf.shape[along] == n

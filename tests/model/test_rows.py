@@ -1,0 +1,388 @@
+"""One adapter for each row of a batch: as each row alone with that adapter, in one forward pass."""
+
+import copy
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightning_lora import (
+    AdapterStateError,
+    ConfigError,
+    LoRAConfig,
+    adapter_names,
+    disable_adapters,
+    inject_adapters,
+    merge_adapters,
+    set_adapter,
+)
+from lightning_lora.functional.rows import taken
+from lightning_lora.layers import adapter_for
+from tests.support.layers import LAYERS, Experts, config
+from tests.support.models import TinyLM
+
+NAMES = ("de", "fr")
+NOT_FIRST = {"lstm", "rnn", "attention with every option"}  # batch_first=False
+NO_ROWS = {"bag", "bag of weighted sums", "packed lstm", "unbatched convolution", "unbatched transposed convolution"}
+
+
+def with_adapters(model: nn.Module, **each: Any) -> nn.Module:
+    """The model with the adapters "de" and "fr", which is active, as if trained. ``each``: their configurations."""
+    for seed, name in enumerate(NAMES):
+        inject_adapters(model, each.get(name) or LoRAConfig(r=2 + seed, alpha=3, target_modules="all"), name=name)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(torch.randn_like(p), alpha=0.3)
+    return model
+
+
+def mixed(n: int) -> list[list[str | None]]:
+    """Names for n rows, so that each row has each name once, and once all have the same."""
+    turns = ["de", None, "fr"]
+    return [[turns[(i + k) % 3] for i in range(n)] for k in range(3)] + [["de"] * n]
+
+
+def call(model: nn.Module, x: Any) -> Any:
+    return model[0](*x) if type(x) is tuple else model[0](x)
+
+
+def rows_alone(model: nn.Module, x: Any, n: int, later: int) -> dict[tuple[str | None, int], list[Tensor]]:
+    """What each name gives for each row, by set_adapter."""
+    found = {}
+    for name in (*NAMES, None):
+        with set_adapter(model, name), torch.no_grad():
+            output = call(model, x)
+        for row in range(n):
+            found[name, row] = tensors(taken(output, torch.tensor([row]), n, later))
+    return found
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+KINDS = sorted(LAYERS.keys() - NOT_FIRST - NO_ROWS - {"experts"})
+FIT_DORA = [kind for kind in KINDS if getattr(adapter_for(LAYERS[kind][0]()), "lora_fits_dora", False)]
+
+
+@pytest.mark.parametrize(("kind", "use_dora"), [*product(KINDS, [False]), *product(FIT_DORA, [True])])
+def test_each_row_is_as_with_its_adapter_alone(kind: str, use_dora: bool) -> None:
+    build, x = LAYERS[kind]
+    torch.manual_seed(0)
+    model = nn.Sequential(build()).double().eval()
+    later, n = int(isinstance(model[0], nn.RNNBase)), len(tensors(x)[0])
+    with_adapters(model, **{name: config(model, r=2 + i, use_dora=use_dora) for i, name in enumerate(NAMES)})
+    expected = rows_alone(model, x, n, later)
+    for names in mixed(n):
+        with adapter_names(model, names), torch.no_grad():
+            output = call(model, x)
+        for row, name in enumerate(names):
+            found = tensors(taken(output, torch.tensor([row]), n, later))
+            for one, other in zip(found, expected[name, row], strict=True):
+                torch.testing.assert_close(one, other)
+            assert name or all(map(torch.equal, found, expected[None, row]))  # the base's bits
+        assert "forward" not in vars(model[0])
+
+
+@pytest.mark.parametrize("kind", sorted(NO_ROWS))
+def test_what_is_not_rows_is_refused_by_the_name_of_the_layer(kind: str) -> None:
+    build, x = LAYERS[kind]
+    model = with_adapters(nn.Sequential(build()).double())
+    with adapter_names(model, ["de", "fr"]), pytest.raises(ConfigError, match=r"'0' reads .* got 2 names"):
+        call(model, x)
+    call(model, x)
+
+
+@pytest.mark.parametrize("kind", sorted(NOT_FIRST))
+def test_layers_whose_rows_are_second_are_refused(kind: str) -> None:
+    model = with_adapters(nn.Sequential(LAYERS[kind][0]()))
+    with pytest.raises(AdapterStateError, match="'0' of Sequential has batch_first=False"):
+        adapter_names(model, ["de", None]).__enter__()
+
+
+def test_experts_are_refused() -> None:
+    model = nn.Sequential(Experts())
+    with_adapters(model, **{name: config(model) for name in NAMES})
+    with pytest.raises(AdapterStateError, match="'0' of Sequential has experts, parameters or tokens"):
+        adapter_names(model, ["de"]).__enter__()
+
+
+def test_trained_tokens_are_refused() -> None:
+    model = TinyLM()
+    with_adapters(model, fr=LoRAConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed": [1, 2]}))
+    with pytest.raises(AdapterStateError, match="'embed' of TinyLM has experts, parameters or tokens"):
+        adapter_names(model, ["de"]).__enter__()  # "fr" is active: the layer that is tied to its tokens is changed
+    with set_adapter(model, "de"), adapter_names(model, ["de", None]):
+        model(torch.ones(2, 3, dtype=torch.int64))
+
+
+def test_a_shared_module_takes_part_once() -> None:
+    layer = nn.Linear(5, 5)
+    config = LoRAConfig(r=2, target_modules="all", bias="lora_only")
+    model, x = with_adapters(nn.Sequential(layer, nn.Tanh(), layer).double(), de=config), torch.randn(2, 5).double()
+    with set_adapter(model, "de"):
+        expected = model(x)[0]
+    with adapter_names(model, ["de", "fr"]):
+        torch.testing.assert_close(model(x)[0], expected)
+
+
+def test_a_row_is_the_product_of_the_plain_matrices() -> None:
+    model, x = with_adapters(nn.Sequential(nn.Linear(5, 4)).double()), torch.randn(3, 7, 5).double()
+    expected = nn.functional.linear(x, model[0].weight, model[0].bias)
+    for row, name in ((0, "de"), (2, "fr")):
+        with set_adapter(model, name):
+            expected[row] += 3 / model[0].lora_settings.r * x[row] @ model[0].lora_A.T @ model[0].lora_B.T
+    with adapter_names(model, ["de", None, "fr"]):
+        torch.testing.assert_close(model(x), expected)
+
+
+class Net(nn.Module):
+    """Layers that one of two adapters leaves out, a norm with statistics, a parameter of its own, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Parameter(torch.randn(6))
+        self.first, self.second, self.norm = nn.Linear(6, 6), nn.Linear(6, 6), nn.BatchNorm1d(6)
+        self.shifts = nn.ParameterList([torch.randn(6)])
+        self.head = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.norm(self.second(torch.tanh(self.first(x + self.start))))
+        return {"scores": self.head(x + self.shifts[0])}
+
+
+CONFIGS = {
+    "de": LoRAConfig(r=2, target_modules=["first"], modules_to_save=["head", "start", "norm"], bias="lora_only"),
+    "fr": LoRAConfig(r=3, target_modules=["second", "head.0"], modules_to_save=["shifts"], bias="all"),
+}
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    model = with_adapters(Net().double(), **CONFIGS).eval()
+    with set_adapter(model, "de"):
+        model.train()(torch.randn(8, 6).double())  # moves the statistics of its norm
+    return model.eval()
+
+
+def alone(model: nn.Module, x: Tensor, names: list[str | None]) -> Tensor:
+    """Each row of a batch, by set_adapter."""
+    rows = []
+    for i, name in enumerate(names):
+        with set_adapter(model, name):
+            rows.append(model(x)["scores"][i])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("names", [["de", "fr", None, "de"], [None, "fr", "fr", None], ["de"] * 4, [None] * 4])
+@pytest.mark.parametrize("active", NAMES)
+def test_what_was_trained_in_full_follows_its_adapter(net: nn.Module, names: Any, active: str) -> None:
+    x = torch.randn(4, 6).double()
+    expected = alone(net, x, names)
+    set_adapter(net, active)
+    before = {name: (p, p._version) for name, p in net.named_parameters()}
+    with adapter_names(net, names):
+        torch.testing.assert_close(net(x)["scores"], expected)
+        assert {name: (p, p._version) for name, p in net.named_parameters()} == before  # nothing is written
+    torch.testing.assert_close(net(x)["scores"], alone(net, x, [active] * 4))
+    assert not any("forward" in vars(module) for module in net.modules())
+
+
+def test_gradients_are_those_of_the_rows_alone(net: nn.Module) -> None:
+    x, names = torch.randn(3, 6).double(), ["fr", "de", "fr"]
+    found = []
+    for run in (lambda: alone(net, x, names), lambda: net(x)["scores"]):
+        set_adapter(net, "fr")
+        net.zero_grad()
+        with adapter_names(net, names) if found else set_adapter(net, "fr"):
+            run().square().sum().backward()
+        found.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 4
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient)
+
+
+def test_what_is_trained_in_the_block_counts_at_once() -> None:
+    model, x = with_adapters(nn.Sequential(nn.Linear(5, 4)).double()), torch.randn(2, 5).double()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with adapter_names(model, ["fr", None]):
+        for _ in range(3):
+            with torch.no_grad():
+                seen = model(x)
+            loss = model(x).square().sum()
+            torch.testing.assert_close(loss.detach(), seen.square().sum())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert loss < 1e9 and model[0].lora_B.grad is not None
+
+
+def test_dropout_acts_in_training_mode_on_the_rows_of_its_adapter() -> None:
+    dropping = LoRAConfig(r=2, dropout=0.5, target_modules="all")
+    model, x = with_adapters(nn.Sequential(nn.Linear(50, 4)), de=dropping).train(), torch.randn(3, 50)
+    with adapter_names(model, ["de", None, "fr"]):
+        one, other = model(x), model(x)
+        same = (one == other).all(dim=1).tolist()
+        assert same == [False, True, True]
+        assert torch.equal(model.eval()(x), model(x))
+
+
+def test_nothing_is_set_if_a_name_is_unknown() -> None:
+    model = with_adapters(nn.Sequential(nn.Linear(5, 4)))
+    with pytest.raises(AdapterStateError, match=r"no adapter 'dee'.*'de'"):
+        adapter_names(model, ["de", "dee"]).__enter__()
+    assert "forward" not in vars(model[0])
+
+
+def test_a_model_without_adapters_to_choose_from_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(5, 4))
+    with pytest.raises(AdapterStateError, match="no adapters"):
+        adapter_names(model, [None]).__enter__()
+    with_adapters(model)
+    with disable_adapters(model), pytest.raises(AdapterStateError):
+        adapter_names(model, ["de"]).__enter__()
+    merge_adapters(model)
+    with pytest.raises(AdapterStateError, match="is merged"):
+        adapter_names(model, ["de"]).__enter__()
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (2, 3, 5), (6, 5), (5,)])
+def test_another_number_of_rows_is_refused(shape: tuple[int, ...]) -> None:
+    model = with_adapters(nn.Sequential(nn.Linear(5, 4)))
+    with adapter_names(model, ["de", None, "fr"]):
+        with pytest.raises(ConfigError, match=r"'0' reads a Tensor of shape .* got 3 names"):
+            model(torch.ones(shape))
+        assert model(torch.ones(3, 5)).shape == (3, 4)  # and the block goes on
+    assert model(torch.ones(shape)).shape == (*shape[:-1], 4)
+
+
+def test_blocks_nest_and_end_after_errors() -> None:
+    model, x = with_adapters(nn.Sequential(nn.Linear(5, 4))), torch.randn(2, 5)
+    with adapter_names(model, ["de", "fr"]):
+        outer = model(x)
+        with pytest.raises(KeyError), adapter_names(model, ["fr", "de"]):  # noqa: PT012  # the block is what is tested
+            assert not torch.allclose(model(x), outer)
+            raise KeyError
+        assert torch.equal(model(x), outer)
+        with disable_adapters(model):
+            base = model(x)
+        with set_adapter(model, "de"):
+            assert torch.equal(model(x), outer)
+    assert torch.equal(model(x)[1], outer[1])
+    with disable_adapters(model):
+        assert torch.equal(model(x), base)
+
+
+def test_hooks_see_the_whole_batch_and_copies_run_alone() -> None:
+    model, x, seen = with_adapters(nn.Sequential(nn.LSTM(5, 4, batch_first=True))), torch.randn(2, 3, 5), []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output[0].shape))
+    with adapter_names(model, ["de", "fr"]):
+        model(x)
+        alike = copy.deepcopy(model)
+    assert seen == [(2, 3, 4)] and torch.equal(alike(x)[0], model(x)[0])
+
+
+@pytest.mark.parametrize("targets", ["linear1", "self_attn"])
+def test_inference_paths_of_transformers_are_off_in_the_block(targets: str) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    inject_adapters(model, LoRAConfig(r=2, target_modules=["layers.0.linear2"]), name="other")
+    with_adapters(model, de=LoRAConfig(r=2, target_modules=["linear2"]), fr=LoRAConfig(r=2, target_modules=[targets]))
+    set_adapter(model, "other")
+    x, names = torch.randn(3, 4, 8), ["de", "fr", None]
+    pad = torch.tensor([[False] * 4, [False] * 2 + [True] * 2, [False] * 3 + [True]])
+    expected = []
+    for row, name in enumerate(names):
+        with set_adapter(model, name), torch.no_grad():
+            expected.append(model(x, src_key_padding_mask=pad)[row])
+    switches = [each.activation_relu_or_gelu for each in model.layers]
+    with adapter_names(model, names), torch.no_grad():
+        found = model(x, src_key_padding_mask=pad)
+    for row in range(3):
+        keep = ~pad[row]
+        torch.testing.assert_close(found[row][keep], expected[row][: len(keep)][keep])
+    assert [each.activation_relu_or_gelu for each in model.layers] == switches
+
+
+def test_a_seq_first_transformer_is_refused_also_where_linear_layers_read_it() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 1, enable_nested_tensor=False)
+    with_adapters(model, **{name: LoRAConfig(r=2, target_modules=["linear1"]) for name in NAMES})
+    with pytest.raises(AdapterStateError, match=r"'layers.0.self_attn' of TransformerEncoder has batch_first=False"):
+        adapter_names(model, ["de"]).__enter__()
+
+
+def test_compiled_layers_take_part() -> None:
+    model, x = with_adapters(nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))), torch.randn(3, 5)
+    names = ["de", None, "fr"]
+    with adapter_names(model, names):
+        expected = model(x)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    plain = compiled(x)
+    with adapter_names(model, names):
+        torch.testing.assert_close(compiled(x), expected)
+    torch.testing.assert_close(compiled(x), plain)
+
+
+def test_resting_adapters_follow_a_converted_model() -> None:
+    model, names = with_adapters(nn.Sequential(nn.Linear(5, 4))), ["de", None, "fr"]
+    x = torch.randn(3, 5)
+    with adapter_names(model, names):
+        expected = model(x)
+    model.double()
+    with adapter_names(model, names):
+        torch.testing.assert_close(model(x.double()), expected.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_and_autocast_compute_as_one_adapter_does() -> None:
+    model, names, x = with_adapters(nn.Sequential(nn.Linear(5, 4))), ["de", None, "fr"], torch.randn(3, 7, 5)
+    for dtype, autocast in ((torch.float32, True), (torch.bfloat16, False)):
+        model.to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
+            found, expected = [], []
+            for row, name in enumerate(names):
+                with set_adapter(model, name):
+                    expected.append(model(x.to(dtype))[row])
+            with adapter_names(model, names):
+                found = model(x.to(dtype))
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found, torch.stack(expected), rtol=0.02, atol=0.02)
+        assert torch.equal(found[1], expected[1])
+
+
+def test_a_language_model_writes_with_an_adapter_for_each_prompt() -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape, pad_token_id=0, eos_token_id=None, bos_token_id=1))
+    de, fr = LoRAConfig(r=2, target_modules="all"), LoRAConfig(r=3, target_modules=["q_proj"], use_dora=True)
+    with_adapters(model.double().eval(), de=de, fr=fr)
+    prompts, names = torch.randint(1, 50, (4, 5)), ["fr", "de", None, "de"]
+    options = {"max_new_tokens": 8, "do_sample": False}
+    expected = []
+    for row, name in enumerate(names):
+        with set_adapter(model, name):
+            expected.append(model.generate(prompts[row : row + 1], **options)[0])
+    with adapter_names(model, names):
+        assert torch.equal(model.generate(prompts, **options), torch.stack(expected))
+    with adapter_names(model, [name for name in names for _ in range(2)]):  # each beam
+        model.generate(prompts, num_beams=2, **options)
+
+
+def test_4_bit_layers_take_part() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32))
+    model[0].weight = bitsandbytes.nn.Params4bit(torch.randn(64, 64), requires_grad=False)
+    with_adapters(model.to("cpu").eval())
+    x, names = torch.randn(3, 64), ["de", None, "fr"]
+    expected = []
+    for row, name in enumerate(names):
+        with set_adapter(model, name), torch.no_grad():
+            expected.append(model(x)[row])
+    with adapter_names(model, names), torch.no_grad():
+        torch.testing.assert_close(model(x), torch.stack(expected))
