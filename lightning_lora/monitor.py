@@ -28,17 +28,16 @@ class LoRAMonitor(Callback):
 
     Use it beside ``LoRACallback``, in any order. EarlyStopping and ModelCheckpoint can monitor its numbers:
 
-    - ``lora/update_norm``: the norm of all updates together, in a fit's first step and every ``every_n_steps``,
-    - ``lora/effective_rank``: how many directions an update has, as a mean over the layers (DoRA's scales left out),
+    - ``lora/update_norm``: the norm of all updates B A together, in a fit's first step and every ``every_n_steps``,
+    - ``lora/effective_rank``: how many directions an update B A has, as a mean over the layers,
     - ``base/val_loss`` and so on: what ``validation_step`` logs for each epoch, for the base,
-    - ``base/agreement``: the share of predictions that the base has in common with the model, where ``validation_step``
-      calls torch's ``cross_entropy``, ``nll_loss`` or ``binary_cross_entropy_with_logits``: the class of the largest
-      logit for each target, or the logit's sign.
+    - ``base/agreement``: how often it predicts what the model predicts, in torch's ``cross_entropy``, ``nll_loss`` and
+      ``binary_cross_entropy_with_logits``: for each target, the class of the largest logit, or the logit's sign.
 
-    The first validation runs each batch once more, on the base, and takes twice as long. The next ones log the same
-    numbers again. If batches change, or ``validation_step`` draws random numbers of torch, each validation runs the
-    base, with the model's random numbers. A fit has the same bits as without a monitor: the base runs in a copy of the
-    module with metrics, buffers, lists and dicts of its own, which writes to no logger.
+    The first validation also runs the base, which takes as long again. The next ones log the same numbers. If batches
+    change, or ``validation_step`` draws random numbers of torch, each validation runs the base, with the same random
+    numbers. A fit has the same bits as without a monitor: the base runs in a copy of the module with metrics, buffers,
+    lists and dicts of its own, which writes to no logger.
 
     Args:
         every_n_steps: Optimizer steps between two measurements. Loggers get them when the Trainer logs a step.
@@ -50,10 +49,7 @@ class LoRAMonitor(Callback):
         AdapterStateError: the module has no adapters when a fit starts.
 
     Example:
-        >>> from lightning.pytorch import Trainer
-        >>> from lightning_lora import LoRACallback
-        >>> callbacks = [LoRACallback(r=8), LoRAMonitor(every_n_steps=100)]
-        >>> trainer = Trainer(callbacks=callbacks, accelerator="cpu")
+        >>> monitor = LoRAMonitor(every_n_steps=100)  # Trainer(callbacks=[LoRACallback(), monitor])
     """
 
     def __init__(self, every_n_steps: int = 50, *, per_layer: bool = False, base: bool = True) -> None:
@@ -65,18 +61,13 @@ class LoRAMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget what was measured before: the base and the data may be others."""
-        self._due = -1
-        self._known: dict[Any, Any] = {}  # what the batches held when the base was measured
-        self._seen: dict[Any, Any] = {}  # what they hold in this validation
-        self._agreed: dict[Any, Any] = {}
+        # the step, what batches held when the base was measured and what they hold now, and counts of predictions
+        self._due, self._known, self._seen, self._agreed = -1, dict[Any, Any](), dict[Any, Any](), dict[Any, Any]()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there are adapters."""
         if find_record(pl_module) is None:
-            raise AdapterStateError(
-                f"LoRAMonitor found no adapters in {type(pl_module).__name__}. Add LoRACallback(r=8) to the Trainer's "
-                "callbacks, or call inject_adapters(model, config) first."
-            )
+            raise AdapterStateError(f"LoRAMonitor found no adapters in {type(pl_module).__name__}. Add LoRACallback.")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Log the updates."""
@@ -84,12 +75,14 @@ class LoRAMonitor(Callback):
         if due == self._due:
             return
         self._due, norms, ranks = due, dict[str, Tensor](), dict[str, Tensor]()
-        for name, update in measured(pl_module).items():
-            a, b = update.factors()
+        updates = [(name, update.factors()) for name, update in measured(pl_module).items() if not update.matrix.tokens]
+        for name, (a, b) in updates:
             core = (b.mT @ b @ (a @ a.mT)).cpu()  # r x r: its eigenvalues are the update's singular values, squared
             sizes = torch.linalg.eigvals(core.nan_to_num(0, 0, 0)).real.clamp_min(0).sqrt()
             norms[name] = core.diagonal(0, -2, -1).sum().clamp_min(0).sqrt()
             ranks[name] = effective_rank(sizes).mean()
+        if not norms:
+            return
         log = partial(pl_module.log, on_step=True, on_epoch=False, batch_size=1)
         log("lora/update_norm", torch.stack(list(norms.values())).norm())
         log("lora/effective_rank", torch.stack(list(ranks.values())).mean())
@@ -97,14 +90,12 @@ class LoRAMonitor(Callback):
             log(f"lora/update_norm/{name}", norms[name])
             log(f"lora/effective_rank/{name}", ranks[name])
 
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Run the base on the batch, if it must be measured, and watch what the module predicts next."""
         if not self.base or trainer.sanity_checking or find_record(pl_module) is None:
             return
         loop: Any = trainer._active_loop
-        self._place, content = (loop._results.dataloader_idx, batch_idx), list(_content(batch))
+        self._place, content = (loop._results.dataloader_idx, args[1]), list(_content(args[0]))
         if not self._seen:  # all processes decide the same
             is_new = self._known.get(self._place) != content
             self._measures = trainer.strategy.reduce_boolean_decision(is_new, all=False)
@@ -116,15 +107,13 @@ class LoRAMonitor(Callback):
                 self._copy._current_fx_name, self._copy._metric_attributes = "validation_step", None
         self._seen[self._place] = content
         if self._measures:
-            self._run_base(trainer, pl_module, loop, batch)
+            self._run_base(trainer, pl_module, loop, args[0])
         self._predicted = _watch(self._watching)
 
     def _run_base(self, trainer: Trainer, pl_module: LightningModule, loop: Any, batch: Any) -> None:
         """Let the copy take the validation step on the base, in the strategy's way."""
         (index, number), on_cuda = self._place, trainer.strategy.root_device.type == "cuda"
-        if (
-            index != self._logs.dataloader_idx
-        ):  # take a loader's numbers now: its metrics may go on with the next loader
+        if index != self._logs.dataloader_idx:  # the last loader is through, and its metrics may go on with this one
             self._values |= self._logs.metrics(on_step=False)["log"]
         named = loop._build_kwargs(copy.deepcopy(batch), number, index)
         self._logs.batch, self._logs.batch_size, self._logs.dataloader_idx = named["batch"], None, index
@@ -197,20 +186,18 @@ def _watch(back: ExitStack) -> list[Tensor]:
     return found
 
 
-def _noting(
-    loss: Any, binary: bool, found: list[Tensor], input: Tensor, target: Tensor, *args: Any, **named: Any
-) -> Any:
+def _noting(loss: Any, binary: bool, found: list[Tensor], input: Tensor, target: Tensor, *a: Any, **k: Any) -> Any:
     classes = input > 0 if binary else input.argmax(1 if input.dim() > 1 else 0).to(torch.int32)
-    counted = classes if target.is_floating_point() else classes[target != named.get("ignore_index", -100)]
+    counted = classes if target.is_floating_point() else classes[target != k.get("ignore_index", -100)]
     found.append(counted.cpu())
-    return loss(input, target, *args, **named)
+    return loss(input, target, *a, **k)
 
 
 def _copy(module: nn.Module, metrics: dict[int, Any]) -> Any:
     """Return a copy with metrics, buffers and collections of its own. It shares parameters and layers."""
     copied: Any = object.__new__(type(module))
     for name, value in vars(module).items():
-        if name not in _REPLACED:
+        if not (name.endswith(("forward", "_step")) and callable(value) and hasattr(type(module), name)):  # not bound
             vars(copied)[name] = value if name == "_parameters" else _own(value)
     for name, child in module._modules.items():
         if isinstance(child, Metric | MetricCollection):
@@ -218,9 +205,6 @@ def _copy(module: nn.Module, metrics: dict[int, Any]) -> Any:
         elif child is not None and any(isinstance(each, Metric) for each in child.modules()):
             copied._modules[name] = _copy(child, metrics)
     return copied
-
-
-_REPLACED = ("forward", "training_step", "validation_step", "test_step", "predict_step")  # by Lightning, on the module
 
 
 def _own(value: Any) -> Any:

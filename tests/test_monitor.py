@@ -153,6 +153,13 @@ def test_the_numbers_of_updates_are_those_of_plain_matrices(tmp_path: Path) -> N
     assert len(set(each)) == 3 and each[0] == each[1] > 0  # of the steps 1, 3 and 6
 
 
+def test_a_run_that_diverges_goes_on_and_shows_it(tmp_path: Path) -> None:
+    spoils = At(2, lambda _, module: module.q_proj.lora_A.data.fill_(torch.nan))
+    t = trainer(tmp_path, [LoRAMonitor(1), lora(merge=False), spoils])
+    t.fit(LitTiny(), data())
+    assert t.global_step == 8 and t.callback_metrics["lora/update_norm"].isnan()
+
+
 @pytest.mark.parametrize("build", [Lit, Draws, Bound])
 def test_a_run_has_the_same_bits_with_a_monitor(tmp_path: Path, build: Any) -> None:
     ends = []
@@ -293,8 +300,8 @@ def sharded_fit(folder: Path) -> list[dict[str, float]]:
     noted, model, callback = Validated(), sharded.LitNet(), sharded.lora(modules_to_save=["head"])
     t = sharded.trainer_of("sharded", folder, [callback, LoRAMonitor(1), noted])
     t.fit(model, sharded.data(), sharded.data())
-    dense = {name: u.update_norm() for name, u in measured(model).items()}
-    assert noted.each[-1]["lora/update_norm"] == pytest.approx(torch.stack([*dense.values()]).norm().item())
+    norms = [(b @ a).norm() for a, b in (update.factors() for update in measured(model).values())]
+    assert noted.each[-1]["lora/update_norm"] == pytest.approx(torch.stack(norms).norm().item())
     return noted.each
 
 
@@ -327,6 +334,10 @@ def test_what_is_not_there_is_named_or_left_out(tmp_path: Path) -> None:
     assert list(found[0]) == ["val_loss"]
     _, each = fit(tmp_path, LoRAMonitor(base=False))
     assert not of_base(each[0])
+    rows = ll.LoRACallback(target_modules=[], trainable_token_indices={"embed": [1]})
+    t = trainer(tmp_path, [LoRAMonitor(), rows])
+    t.fit(LitTiny(), data(), data())
+    assert "base/val_loss" in t.callback_metrics and "lora/update_norm" not in t.callback_metrics
     with pytest.raises(StopError):
         fit(tmp_path, LoRAMonitor(), model=Stops())
     assert [F.cross_entropy, F.nll_loss, F.binary_cross_entropy_with_logits] == LOSSES
