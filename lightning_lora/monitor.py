@@ -49,7 +49,8 @@ class LoRAMonitor(Callback):
         AdapterStateError: the module has no adapters when a fit starts.
 
     Example:
-        >>> monitor = LoRAMonitor(every_n_steps=100)  # Trainer(callbacks=[LoRACallback(), monitor])
+        >>> from lightning_lora import LoRACallback
+        >>> callbacks = [LoRACallback(r=8), LoRAMonitor(per_layer=True)]
     """
 
     def __init__(self, every_n_steps: int = 50, *, per_layer: bool = False, base: bool = True) -> None:
