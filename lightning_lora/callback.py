@@ -223,6 +223,7 @@ class LoRACallback(Callback):
         """Show the summary and check that merging is possible."""
         reshard(pl_module)
         check_weights(trainer, pl_module, self.merge, self.save)
+        follow(*trainer.optimizers)  # a tuner may have written to them
         if trainer.is_global_zero and compatibility.wants_summary(trainer):
             rates = shown_rates(pl_module, trainer.optimizers)
             table = summarize(pl_module).table(trained_only=True, optimizers=trainer.optimizers, rates=rates)
@@ -244,6 +245,7 @@ class LoRACallback(Callback):
         check_adapted(pl_module)
         if trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
+        follow(*trainer.optimizers)  # a checkpoint may be of another scale
         self._stage.phase = Phase.TRAINING
         view = view_of(pl_module)
         view.follow_base()  # hooks may have loaded the base late
@@ -262,7 +264,7 @@ class LoRACallback(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check that the optimizer trains no frozen weight. In its first step, check that it trains its adapters."""
         check_frozen(pl_module, optimizer)
-        follow(getattr(optimizer, "optimizer", optimizer))  # DeepSpeed's has one inside, which sees one group in a step
+        follow(optimizer)
         if self._gradients is not None:
             self._gradients.check(optimizer)
 

@@ -13,7 +13,7 @@ from lightning_lora.model.state import find_record, keep_record
 from lightning_lora.model.view import View
 from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.optimizers import train_adapters
-from lightning_lora.training.rates import follow, hide_groups
+from lightning_lora.training.rates import hide_groups
 from lightning_lora.training.strategy import LateStrategy, LoRAStrategy
 
 if TYPE_CHECKING:
@@ -207,7 +207,6 @@ class LoRADeepSpeedStrategy(LateStrategy):
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             zero: Any = optimizer
             zero.optimizer.load_state_dict(local_state(self.lora_partitions, state))
-            follow(zero.optimizer)
             for partition, values in zip(self.lora_partitions, state.get(_COPIES, ()), strict=False):
                 partition.local.detach().copy_(partition.local_of(values))
             if _SCALE in state and hasattr(zero, "loss_scaler"):

@@ -98,16 +98,17 @@ def join(optimizer: Optimizer) -> None:
         hook.remove()
 
 
-def follow(optimizer: Optimizer) -> None:
+def follow(*optimizers: Any) -> None:
     """Give the groups behind the rates of those that they follow, scaled. A tensor stays the same one."""
-    place, follows, _ = _BEHIND.get(optimizer, _NOTHING)
-    groups = optimizer.param_groups
-    for own, (number, scale) in zip(groups[place], follows, strict=False):  # DeepSpeed shows one group at a time
-        for key, value in groups[number].items():
-            if key in _SCALED:
-                own[key] = own[key].copy_(value * scale) if isinstance(own.get(key), Tensor) else value * scale
-            elif key in _ALIKE:
-                own[key] = value
+    for each in optimizers:
+        optimizer = each if each in _BEHIND else getattr(each, "optimizer", each)  # DeepSpeed's has it inside
+        (place, follows, _), groups = _BEHIND.get(optimizer, _NOTHING), optimizer.param_groups
+        for own, (number, scale) in zip(groups[place], follows, strict=False):  # in DeepSpeed's steps, it has one group
+            for key, value in groups[number].items():
+                if key in _SCALED:
+                    own[key] = own[key].copy_(value * scale) if isinstance(own.get(key), Tensor) else value * scale
+                elif key in _ALIKE:
+                    own[key] = value
 
 
 def _follow_in_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:

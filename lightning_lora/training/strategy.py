@@ -33,7 +33,7 @@ from lightning_lora.training.compatibility import drop_averages, keeping_adapter
 from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.merging import warn_of_rounding
 from lightning_lora.training.optimizers import train_adapters
-from lightning_lora.training.rates import follow, hide_groups
+from lightning_lora.training.rates import hide_groups
 from lightning_lora.training.stage import Phase, Stage
 
 if TYPE_CHECKING:
@@ -251,8 +251,6 @@ class LoRAStrategy(Strategy, InPlace):
     def lora_load_states(self, checkpoint: Any) -> None:
         """Load the optimizers' states."""
         super().load_optimizer_state_dict(checkpoint)
-        for optimizer in self.optimizers:
-            follow(optimizer)  # at the scale that is given now
 
     # Save
 
