@@ -9,13 +9,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, StochasticWeightAveraging
+from lightning.pytorch.callbacks import LearningRateFinder, LearningRateMonitor, StochasticWeightAveraging
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 from torch.optim.swa_utils import SWALR
 
-from lightning_lora import OptimizerError
+from lightning_lora import OptimizerError, remove_adapters
 from tests.support.fits import Notes, adapted, by_hand, fit, through_and_resumed
 from tests.support.models import ADAPTERS, TRAINED, LitTiny, data, lora, same, state, trainer
 
@@ -126,15 +126,23 @@ def test_each_scheduler_moves_the_adapters_rate_as_the_modules(tmp_path: Path, n
 
 
 class Rates(L.Callback):
-    """Keep the rate of each parameter in each step."""
+    """Keep the rate of each parameter at the start of the fit and after each step."""
 
     def __init__(self) -> None:
+        self.first: dict[str, float] = {}
         self.seen: list[dict[str, float]] = []
 
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.first = self.first or now(trainer)
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        names = {id(p): name for name, p in pl_module.named_parameters()}
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        self.seen.append({names[id(p)]: float(group["lr"]) for group in groups for p in group["params"]})
+        self.seen.append(now(trainer))
+
+
+def now(trainer: L.Trainer) -> dict[str, float]:
+    names = {id(p): name for name, p in trainer.lightning_module.named_parameters()}
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return {names[id(p)]: float(group["lr"]) for group in groups for p in group["params"]}
 
 
 def rates_in(folder: Path, model: Any, *callbacks: L.Callback, **options: Any) -> list[dict[str, float]]:
@@ -327,8 +335,8 @@ def test_a_run_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
 def test_the_scale_that_is_given_counts_and_other_groups_are_refused_by_name(tmp_path: Path) -> None:
     _, t = fit(tmp_path, scaled(), model=Plain, max_epochs=1)
     t.save_checkpoint(file := tmp_path / "a.ckpt")
-    seen = rates_in(tmp_path, Plain, scaled(lr_scale=3), Moves(), ckpt_path=file, max_epochs=2)
-    assert seen == [pytest.approx(rate_of(0.3, 0.3, 0.1))] * 4
+    fit(tmp_path, scaled(lr_scale=3), Moves(), told := Rates(), model=Plain, ckpt_path=file, max_epochs=2)
+    assert [told.first, *told.seen] == [pytest.approx(rate_of(0.3, 0.3, 0.1))] * 5
     for other in (1, {"A": 2, "B": 3}):
         with pytest.raises(OptimizerError, match=r"parameter groups.*the same kind of lr_scale"):
             fit(tmp_path, scaled(lr_scale=other), model=Plain, ckpt_path=file)
@@ -336,13 +344,14 @@ def test_the_scale_that_is_given_counts_and_other_groups_are_refused_by_name(tmp
 
 def test_an_optimizer_handed_out_twice_is_split_anew(tmp_path: Path) -> None:
     model = Scheduled("ExponentialLR", early=True)
-    for scale, groups in ((10, 2), ({"A": 2, "B": 3}, 3), (1, 1), (4, 2)):
+    for scale, groups in ((10, 2), ({"A": 2, "B": 3}, 3), (1, 1), (4, 2), (5, 2)):
         fit(tmp_path, lora(lr_scale=scale), model=model, max_epochs=1)
         made = model.made["optimizer"]
         rates = [group["lr"] / made.param_groups[0]["lr"] for group in made.param_groups]
         assert rates == pytest.approx([1, *(list(scale.values()) if isinstance(scale, dict) else [scale])][:groups])
         assert sum(len(group["params"]) for group in made.param_groups) == len(TRAINED)
         assert len(made._optimizer_step_pre_hooks) == (scale != 1)
+        remove_adapters(model)  # the next ones are others
 
 
 class Searched(Plain):
@@ -409,6 +418,13 @@ def test_the_rates_are_shown_and_a_low_one_is_named(
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Learning rate")]
     assert " ".join(line.split()) == f"Learning rate {row}"
     assert ("LoRACallback(lr_scale=10)" in caplog.text) == is_low
+
+
+def test_what_a_tuner_wrote_is_shown_scaled(tmp_path: Path, capsys: Any) -> None:
+    model, finder = Searched(), LearningRateFinder(num_training_steps=30, early_stop_threshold=None)
+    fit(tmp_path, finder, scaled(), model=model, max_epochs=10, enable_model_summary=True)
+    rate = model.hparams["lr"]
+    assert f"{10 * rate:g} the module's: {rate:g}" in " ".join(capsys.readouterr().out.split()) and rate != 0.05
 
 
 def test_other_optimizers_than_adams_have_other_rates(tmp_path: Path, caplog: Any) -> None:
