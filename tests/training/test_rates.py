@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder, LearningRateMonitor, StochasticWeightAveraging
 from lightning.pytorch.tuner import Tuner
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 from torch.optim.swa_utils import SWALR
@@ -91,17 +92,16 @@ class Scheduled(LitTiny):
         return loss
 
 
-def trained_by_hand(build: Build, scales: dict[str, float]) -> LitTiny:
+def trained_by_hand(build: Build) -> LitTiny:
     """Three epochs of plain torch. A scheduler that knows one group says the module's rate."""
     model, told = adapted(), AdamW([nn.Parameter(torch.zeros(1))], 0.05)
     scheduler = build(told)
-    groups = [{"params": [model.get_parameter(name)]} for name in TRAINED]
-    theirs = AdamW(groups, 0.05)
+    theirs = AdamW([{"params": [model.get_parameter(name)]} for name in TRAINED], 0.05)
 
     def follow() -> None:
         for group, name in zip(theirs.param_groups, TRAINED, strict=True):
             group.update({key: told.param_groups[0][key] for key in ("betas", "weight_decay")})
-            group["lr"] = told.param_groups[0]["lr"] * scales.get(name, 1)
+            group["lr"] = told.param_groups[0]["lr"] * (10 if "lora_" in name else 1)
 
     def step() -> None:
         told.step()
@@ -113,7 +113,6 @@ def trained_by_hand(build: Build, scales: dict[str, float]) -> LitTiny:
     return model
 
 
-TEN = dict.fromkeys(ADAPTERS, 10.0)
 WAYS: dict[str, dict[str, Any]] = {"late": {}, "early": {"early": True}, "by hand": {"by_hand": True}}
 
 
@@ -122,7 +121,7 @@ WAYS: dict[str, dict[str, Any]] = {"late": {}, "early": {"early": True}, "by han
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_each_scheduler_moves_the_adapters_rate_as_the_modules(tmp_path: Path, name: str, way: str) -> None:
     model, _ = fit(tmp_path, scaled(), model=Scheduled(name, **WAYS[way]), max_epochs=3)
-    assert same(state(model), state(trained_by_hand(SCHEDULERS[name], TEN)))
+    assert same(state(model), state(trained_by_hand(SCHEDULERS[name])))
 
 
 class Rates(L.Callback):
@@ -211,6 +210,7 @@ class TwoGroups(LitTiny):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.6"), reason="optimizers take names from there on")
 def test_groups_keep_their_names_and_their_own_schedules_and_the_monitor_shows_the_rates(tmp_path: Path) -> None:
     notes, shown = Notes(), list[Any]()
     notes.log_metrics = lambda metrics, step=None: shown.append(metrics)  # type: ignore[method-assign]
@@ -230,13 +230,11 @@ class Alone(LitTiny):
 
     def __init__(self) -> None:
         super().__init__()
-        self.automatic_optimization, self.schedulers = False, []
+        self.automatic_optimization = False
 
     def configure_optimizers(self) -> Any:
-        made = (
-            SGD([*self.embed.parameters(), *self.q_proj.parameters()], 0.1),
-            SGD([*self.v_proj.parameters(), *self.head.parameters()], 0.2),
-        )
+        second = [*self.v_proj.parameters(), *self.head.parameters()]
+        made = SGD([*self.embed.parameters(), *self.q_proj.parameters()], 0.1), SGD(second, 0.2)
         self.first, self.second = (lr_scheduler.LambdaLR(each, [lambda n: 0.5**n]) for each in made)
         return made
 
@@ -279,16 +277,14 @@ class OfTensors(LitTiny):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.parameters(), torch.tensor(0.05))
-        self.schedule = lr_scheduler.ExponentialLR(optimizer, 0.5)
-        return [optimizer], [{"scheduler": self.schedule, "interval": "step"}]
+        return [optimizer], [{"scheduler": lr_scheduler.ExponentialLR(optimizer, 0.5), "interval": "step"}]
 
     def on_train_start(self) -> None:
         self.tensors = [group["lr"] for group in self.trainer.optimizers[0].param_groups]
 
     def on_train_end(self) -> None:
-        assert all(
-            group["lr"] is t for group, t in zip(self.trainer.optimizers[0].param_groups, self.tensors, strict=True)
-        )
+        rates = [group["lr"] for group in self.trainer.optimizers[0].param_groups]
+        assert list(map(id, rates)) == list(map(id, self.tensors))
 
 
 def test_rates_that_are_tensors(tmp_path: Path) -> None:
@@ -296,14 +292,12 @@ def test_rates_that_are_tensors(tmp_path: Path) -> None:
     assert seen == [pytest.approx(rate_of(r, r, r / 10)) for r in (0.25, 0.125, 0.0625, 0.03125)]
 
 
-KINDS = [
-    kind for kind in map(vars(torch.optim).get, torch.optim.__all__) if inspect.isclass(kind) and kind is not Optimizer
-]
-UNFIT = {"LBFGS", "SparseAdam", "Muon"}  # one rate; sparse gradients; matrices only
+UNFIT = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}  # abstract; one rate; sparse gradients; matrices only
+KINDS = [getattr(torch.optim, name) for name in torch.optim.__all__ if name[0].isupper() and name not in UNFIT]
 
 
 @pytest.mark.parametrize("fast", [{}, {"foreach": True}, {"fused": True}], ids=str)
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.__name__ not in UNFIT])
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_optimizer_of_torch_takes_the_group_that_is_empty_then(tmp_path: Path, kind: Any, fast: Any) -> None:
     if fast.keys() - inspect.signature(kind).parameters.keys():
         pytest.skip("no such option")
