@@ -1,1 +1,1 @@
-"""Several adapters in one fit: ``runs`` in ``copies`` of the Trainer share the base and the ``data``."""
+"""Several adapters in one fit: ``runs`` that take turns, in copies of the Trainer that share data and base."""

@@ -15,9 +15,8 @@ from lightning_lora.argument_names import explains_arguments
 from lightning_lora.callback import LoRACallback
 from lightning_lora.errors import ConfigError, listed
 from lightning_lora.model.state import find_record
-from lightning_lora.sweep.copies import Base, Memo, adopt, copy_trainer
-from lightning_lora.sweep.data import Loaders
 from lightning_lora.sweep.runs import Run, Runs
+from lightning_lora.sweep.sharing import Base, Loaders, Memo, adopt, copy_trainer
 from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.training.compatibility import check_callbacks
@@ -114,7 +113,7 @@ class LoRASweep(LoRACallback):
             raise ConfigError(f"LoRASweep does not work with {', '.join(found)}. Change that, or use LoRACallback.")
 
     def _play(self, trainer: Any, pl_module: LightningModule) -> None:
-        runs = [Run(name, {key: each[key] for key in self.varied}) for name, each in self.runs.items()]
+        runs = list(map(Run, self.runs))
         turns, loop = Runs(runs, self.keep, 1 if self.mode == "min" else -1), trainer.fit_loop
         train, val = Loaders(loop._data_source, turns), Loaders(loop.epoch_loop.val_loop._data_source, turns)
         base, memos = Base(pl_module), dict[Run, Memo]()
@@ -124,9 +123,11 @@ class LoRASweep(LoRACallback):
             if run is not runs[0]:
                 callbacks = run.trainer.callbacks
                 callbacks[:] = [each for each in callbacks if not isinstance(each, ProgressBar | ModelSummary)]
-        ranked = turns.play()
+        ranked, self.results = turns.play(), []
         self._best = ranked[0], memos[ranked[0]]
-        self.results = [{"name": r.name, **r.chosen, "metrics": r.metrics, "dropped": r.dropped} for r in ranked]
+        for each in ranked:
+            chosen = {key: self.runs[each.name][key] for key in self.varied}
+            self.results.append({"name": each.name, **chosen, "metrics": each.metrics, "dropped": each.dropped})
         vars(self).update({**vars(LoRACallback(**self.runs[ranked[0].name])), "given": frozenset()})
 
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
@@ -161,27 +162,24 @@ class _Member(LoRACallback):
         self.run, self.monitor, self.base, self.random = run, monitor, base, _collect_rng_states()
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
-        """Begin with the random numbers with which a fit of this adapter alone would be here."""
-        _set_rng_states(self.random)
+        _set_rng_states(self.random)  # as in a fit of this adapter alone
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        """Share the base, write files into a folder of this run's own, and leave merging to the sweep."""
         super().on_fit_start(trainer, pl_module)
-        self.merge = False
+        self.merge = False  # by the sweep
         self.base.share(pl_module)
         for each in trainer.callbacks:
             if vars(each).get("dirpath"):
                 each.dirpath = str(Path(each.dirpath, self.run.name))
 
     def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
-        """Note the metric. What the sanity check logs tells early that it is missing."""
         if self.monitor not in trainer.callback_metrics:
             raise ConfigError(
                 f"monitor={self.monitor!r} is not logged in validation. Found: {listed(trainer.callback_metrics)}. "
                 f"Log it in validation_step: self.log({self.monitor!r}, ...)."
             )
-        if not trainer.sanity_checking:
+        if not trainer.sanity_checking:  # which tells early if it is missing
             self.run.metrics.append(float(trainer.callback_metrics[self.monitor]))
 
 

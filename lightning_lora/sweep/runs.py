@@ -15,7 +15,6 @@ class Run:
     """The run of one adapter. ``dropped`` is the number of the validation after which it ended."""
 
     name: str
-    chosen: dict[str, Any]
     trainer: Any = None
     metrics: list[float] = field(default_factory=list)
     dropped: int | None = None
@@ -37,16 +36,13 @@ class Runs:
         """Let all fit, and return them, the best one first."""
         runs = [*self.live]
         threads = [Thread(target=self._play, args=(run,), daemon=True) for run in runs]
-        for each in threads:
-            each.start()
+        list(map(Thread.start, threads))
         runs[0].turn.release()
         try:
-            for each in threads:
-                each.join()
+            list(map(Thread.join, threads))
         except BaseException as error:  # Ctrl-C: each run ends at its next turn
             self.error = error
-            for each in threads:
-                each.join()
+            list(map(Thread.join, threads))
         if self.error is not None:
             raise self.error
         return sorted(runs, key=lambda run: (-(run.dropped or math.inf), self._rank(run)))

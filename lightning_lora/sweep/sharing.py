@@ -1,0 +1,225 @@
+"""What each run of a sweep has of its own, and what all share: the data, which is loaded once, and the base."""
+
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy, deepcopy
+from functools import partial
+from itertools import count
+from types import MethodType
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import CombinedLoader
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_lora.callback import LoRACallback
+from lightning_lora.errors import ConfigError, LoRAError, warn
+from lightning_lora.model.view import view_of
+from lightning_lora.storage.apply import load_adapter_state_dict
+from lightning_lora.storage.state import adapter_state_dict
+from lightning_lora.sweep.runs import Run, Runs
+from lightning_lora.tensors.inplace import InPlace, overlay, uncover
+from lightning_lora.tensors.values import replace_values
+from lightning_lora.training.compatibility import loads_in_hooks
+
+Memo = dict[int, Any]  # of deepcopy: copies by the ids of objects
+
+_END = object()  # what follows the last batch
+
+
+def _random() -> bytes:
+    """The states of the generators from which data is drawn."""
+    states = _collect_rng_states(include_cuda=False)
+    return pickle.dumps({**states, "torch": states["torch"].numpy()})
+
+
+class _Made:
+    """What one run has made for all, with the random numbers before and after."""
+
+    def __init__(self, run: Run, make: Callable[[], Any]) -> None:
+        self.run = run
+        self.before, self.value, self.after = _random(), make(), _random()
+
+    def take(self, run: Run) -> Any:
+        """Return it. Random numbers go on as if ``run`` had made it, or a warning says that they cannot."""
+        if run is self.run or self.before == self.after:
+            return self.value
+        if _random() == self.before:
+            states = pickle.loads(self.after)
+            _set_rng_states({**states, "torch": torch.from_numpy(states["torch"])})
+        else:
+            warn(
+                f"A DataLoader draws random numbers, and dropout has left others to {run.name} than to "
+                f"{self.run.name}. {run.name} gets the same data, and does not train exactly as it would alone. Give "
+                "every DataLoader its own: DataLoader(..., generator=torch.Generator().manual_seed(0))."
+            )
+        return self.value
+
+
+class Loaders:
+    """The loaders for training or validation. They are requested once, and each run gets copies."""
+
+    def __init__(self, source: Any, runs: Runs) -> None:
+        self.source, self.runs, self.made = source, runs, list[_Made]()
+        self.passes: dict[int, dict[int, _Pass]] = {}
+
+    def __deepcopy__(self, memo: Any) -> "Loaders":
+        return self
+
+    def request(self, run: Run, asked: Iterator[int]) -> Any:
+        """Return a run's copies of the loaders."""
+        number = next(asked)
+        if number == len(self.made):
+            self.made.append(_Made(run, self.source.dataloader))
+        found = self.made[number].take(run)
+        combined = copy(found) if isinstance(found, CombinedLoader) else CombinedLoader(found, "sequential")
+        combined.flattened = [self._own(run, each) for each in combined.flattened]
+        return combined if isinstance(found, CombinedLoader) else combined.iterables
+
+    def _own(self, run: Run, loader: Any) -> Any:
+        if not isinstance(loader, DataLoader):
+            raise ConfigError(f"{self.source.name} gave {type(loader).__name__}. LoRASweep expects a DataLoader.")
+        own = copy(loader)
+        overlay(own, _SharedLoader)
+        own.lora_shared = run, self.runs, self.passes.setdefault(id(loader), {}), count()
+        return own
+
+
+class _SharedLoader(DataLoader[Any], InPlace):
+    """A run's copy of a DataLoader: its iterators give the batches that another run has loaded."""
+
+    lora_shared: "tuple[Run, Runs, dict[int, _Pass], Iterator[int]]"
+
+    def __iter__(self) -> Any:
+        run, runs, passes, begun = self.lora_shared
+        number = next(begun)
+        if number not in passes:
+            loader: Any = copy(self)
+            uncover(loader)
+            if number:
+                loader = passes[number - 1].loader  # with its own workers
+            passes[number] = _Pass(loader, _Made(run, partial(iter, loader)))
+            passes.pop(number - 2, None)
+        passes[number].opened.take(run)
+        return passes[number].batches(runs, run)
+
+
+class _Pass:
+    """One pass through a loader, and the batch at which all runs are."""
+
+    def __init__(self, loader: Any, opened: _Made) -> None:
+        self.loader, self.opened, self.batch, self.number = loader, opened, opened, -1
+
+    def batches(self, runs: Runs, run: Run) -> Iterator[Any]:
+        """Yield copies of the batches for one run: a training step may change them."""
+        for number in count():
+            runs.pass_on(run)
+            if number == self.number + 1:
+                self.batch, self.number = _Made(run, partial(next, self.opened.value, _END)), number
+            if number != self.number:
+                raise LoRAError(f"{run.name} of LoRASweep skipped batches: all adapters must use the same ones.")
+            batch = self.batch.take(run)
+            if batch is _END:
+                return
+            yield apply_to_collection(batch, Tensor, Tensor.clone)
+
+
+class _NamedLogger(Logger, InPlace):
+    """A run's view of a logger: it logs ``name/metric``. The best run's hyperparameters are logged at the end."""
+
+    lora_name: str
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        named = {key if key == "epoch" else f"{self.lora_name}/{key}": value for key, value in metrics.items()}
+        super().log_metrics(named, step)  # type: ignore[safe-super]  # the logger's own
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def finalize(self, status: str) -> None: ...
+
+
+def copy_trainer(trainer: Any, run: Run, memo: Memo, loaders: Mapping[str, Loaders]) -> None:
+    """Give a run its copy of a Trainer and its module. ``memo`` has what takes the place of other objects."""
+    module, data = trainer.lightning_module, trainer.datamodule
+    shared = [value for value in vars(module).values() if isinstance(value, Dataset | DataLoader)]
+    shared += [each.source.instance for each in loaders.values() if not each.source.is_module()]
+    memo.update(zip(map(id, shared), shared, strict=True))
+    for logger in trainer.loggers:
+        memo[id(logger)] = named = copy(logger)
+        overlay(named, _NamedLogger)
+        vars(named)["lora_name"] = run.name
+    for p in () if loads_in_hooks(module) else module.parameters():  # such hooks would write into the shared memory
+        if type(p) is nn.Parameter:
+            memo[id(p)] = nn.Parameter(p.detach(), p.requires_grad)
+    if data is not None:
+        memo[id(data)] = copy(data)
+    try:
+        run.trainer = deepcopy(trainer, memo)
+        own = run.trainer.lightning_module.__dict__
+        if isinstance(build := own.get("configure_optimizers"), MethodType):  # LightningCLI's, which holds an optimizer
+            own["configure_optimizers"] = MethodType(deepcopy(build.__func__, memo), build.__self__)
+    except (TypeError, RuntimeError) as error:
+        raise ConfigError(f"LoRASweep needs a Trainer and a module that deepcopy can copy: {error}") from error
+    own["prepare_data"] = _nothing
+    if data is not None:
+        own = memo[id(data)].__dict__
+        own.update(prepare_data=_nothing, setup=_nothing, teardown=_nothing)
+    for name, each in loaders.items():
+        own[name] = partial(each.request, run, count())
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """What the sweep's own Trainer does, once for all runs."""
+
+
+class Base:
+    """The frozen weights, which all runs share."""
+
+    def __init__(self, module: LightningModule) -> None:
+        self.values = {name: p.data for name, p in module.named_parameters()}
+
+    def share(self, module: LightningModule) -> None:
+        """Let a run's frozen weights lie in the same memory, if they are alike, and those that it trains in its own."""
+        view = view_of(module)
+        for name, p in view.frozen.items():
+            known = self.values.get(name)
+            if known is None or (known.device, known.dtype) != (p.device, p.dtype) or not torch.equal(known, p.data):
+                self.values[name] = p.data
+            elif known.data_ptr() != p.data_ptr():
+                replace_values(p, known)
+        for p in view.trained.values():
+            replace_values(p, p.data.clone())
+
+
+def adopt(trainer: Any, run: Run, memo: Memo) -> None:
+    """Bring a Trainer and its module to where a run ended, as if it had been their own. ``memo`` is of the copy."""
+    module, theirs = trainer.lightning_module, run.trainer.lightning_module
+    load_adapter_state_dict(module, adapter_state_dict(theirs))
+    back: Memo = {id(run.trainer): trainer}
+    for mine, its in ((module.named_modules, theirs.named_modules), (module.named_parameters, theirs.named_parameters)):
+        own = dict(mine())
+        back |= {id(each): own[name] for name, each in its()}
+    _adopt_attributes(module, theirs, back)
+    for callback in trainer.callbacks:
+        if not isinstance(callback, LoRACallback | ProgressBar | ModelSummary):
+            _adopt_attributes(callback, memo[id(callback)], back)
+    for optimizer, other in zip(trainer.optimizers, run.trainer.optimizers, strict=True):
+        optimizer.load_state_dict(other.state_dict())
+    for config, other in zip(trainer.lr_scheduler_configs, run.trainer.lr_scheduler_configs, strict=True):
+        config.scheduler.load_state_dict(other.scheduler.state_dict())
+    trainer.fit_loop.load_state_dict(run.trainer.fit_loop.state_dict())
+    for kind in ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics"):
+        vars(trainer._logger_connector)[kind] = vars(run.trainer._logger_connector)[kind]
+
+
+def _adopt_attributes(mine: Any, theirs: Any, back: Memo) -> None:
+    """Copy what an object's code has noted, such as lists of results."""
+    for key, value in vars(theirs).items():
+        if not callable(value) and not (isinstance(mine, nn.Module) and key.startswith("_")):
+            vars(mine)[key] = deepcopy(value, back)
