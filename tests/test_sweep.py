@@ -128,20 +128,21 @@ def check_as_alone(folder: Path, alone: Path, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "options"),
+    ("build", "varied", "options"),
     [
-        (Rich, {"accumulate_grad_batches": 2}),
-        (lambda: Rich(manual=True), {}),
-        (Rich, {"val_check_interval": 2, "gradient_clip_val": 0.1}),
+        (Rich, {"r": [1, 2, 4]}, {"accumulate_grad_batches": 2}),
+        (lambda: Rich(manual=True), {"init": ["kaiming", "pissa"]}, {}),
+        (Rich, {"lr_scale": [1, 10]}, {"val_check_interval": 2, "gradient_clip_val": 0.1}),
     ],
     ids=["accumulated", "manual", "validated often"],
 )
-def test_each_adapter_is_that_of_a_fit_alone_to_the_bit(tmp_path: Path, build: Any, options: Any) -> None:
-    arguments = {**HEAD, "dropout": 0.1}
-    fit(tmp_path / "all", LoRASweep(r=[1, 2, 4], keep=1, **arguments), model=build(), **options)
-    for r in (1, 2, 4):
-        fit(tmp_path / f"r{r}", LoRACallback(r=r, **arguments), model=build(), **options)
-        check_as_alone(tmp_path / "all" / f"r{r}", tmp_path / f"r{r}", 6 if "val_check_interval" in options else 3)
+def test_each_adapter_is_that_of_a_fit_alone_to_the_bit(tmp_path: Path, build: Any, varied: Any, options: Any) -> None:
+    sweep = LoRASweep(**varied, keep=1, dropout=0.1, **HEAD)
+    fit(tmp_path / "all", sweep, model=build(), **options)
+    assert len(sweep.runs) == len(*varied.values())
+    for name, arguments in sweep.runs.items():
+        fit(tmp_path / name, LoRACallback(**arguments), model=build(), **options)
+        check_as_alone(tmp_path / "all" / name, tmp_path / name, 6 if "val_check_interval" in options else 3)
 
 
 class Pairs(Rich):

@@ -10,13 +10,14 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from rich.table import Table
+from torch import Tensor
 
 from lightning_lora.argument_names import explains_arguments
 from lightning_lora.callback import LoRACallback
 from lightning_lora.errors import ConfigError, listed
 from lightning_lora.model.state import find_record
 from lightning_lora.sweep.runs import Run, Runs
-from lightning_lora.sweep.sharing import Base, Loaders, Memo, adopt, copy_trainer
+from lightning_lora.sweep.sharing import Loaders, Memo, adopt, copy_trainer, share_base
 from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.training.compatibility import check_callbacks
@@ -43,19 +44,15 @@ def _takes_lists(cls: _Class) -> _Class:
 class LoRASweep(LoRACallback):
     """Train several adapters in one fit, and keep the best.
 
-    Use it in place of LoRACallback, and give some arguments lists of values: each combination is an adapter. Each batch
-    is loaded once and goes through all adapters, which share the base's memory. After each validation, the better ones
-    go on. At the end, the Trainer and the module are as after a fit of the best adapter alone.
-
-    Each adapter trains exactly as alone with the same seed, to the bit. It has its own copies of the module, optimizers
-    and callbacks, logs ``r8-lr_scale10/val_loss``, and writes into a folder of that name in ModelCheckpoint's.
+    Use it in place of LoRACallback. Each batch is loaded once and goes through all adapters, which share the base's
+    memory. After each validation, the better ones go on. Each adapter trains exactly as alone, to the bit, and the
+    Trainer and the module end as after a fit of the best one alone.
 
     Args:
         monitor: The metric that decides, logged in validation.
         mode: Whether ``"min"`` or ``"max"`` is best.
         keep: The share of the adapters that goes on after each validation. 1 keeps all to the end.
-        arguments: LoRACallback's, as values or lists of values. For those that are lists, such as ``target_modules``,
-            give a list of lists.
+        arguments: LoRACallback's, as values or lists of values (of lists, for ``target_modules`` and the like).
 
     Raises:
         ConfigError: an argument has an invalid value, or the Trainer has a part that a sweep does not work with.
@@ -96,27 +93,25 @@ class LoRASweep(LoRACallback):
         super().setup(trainer, pl_module, stage)
 
     def _check(self, trainer: Any, pl_module: LightningModule) -> None:
-        """Refuse what does not work with a sweep."""
         check_callbacks(trainer.callbacks, "fit", is_sharded=False)
-        found = [type(each).__name__ for each in trainer.callbacks if class_names(each) & _REFUSED]
         frames = [each.frame.f_locals for each in inspect.stack(0)]  # the Trainer tells no callback before it loads
-        for name, is_used in (
-            ("a module with adapters, perhaps merged (call remove_adapters(model) first)", find_record(pl_module)),
-            ("a fit without validation", not trainer.enable_validation),
-            (type(trainer.strategy).__name__, "SingleDeviceStrategy" not in class_names(trainer.strategy)),
-            ("ckpt_path", any(each.get("self") is trainer and each.get("ckpt_path") for each in frames)),
-            ("overfit_batches", trainer.overfit_batches > 0),
-            ("a val_check_interval in time", vars(trainer).get("_val_check_time_interval") is not None),
-        ):
-            found += [name] if is_used else []
-        if found:
-            raise ConfigError(f"LoRASweep does not work with {', '.join(found)}. Change that, or use LoRACallback.")
+        refused = {
+            "a module with adapters, perhaps merged (call remove_adapters(model) first)": find_record(pl_module),
+            "a fit without validation": not trainer.enable_validation,
+            type(trainer.strategy).__name__: "SingleDeviceStrategy" not in class_names(trainer.strategy),
+            "ckpt_path": any(each.get("self") is trainer and each.get("ckpt_path") for each in frames),
+            "overfit_batches": trainer.overfit_batches > 0,
+            "a val_check_interval in time": vars(trainer).get("_val_check_time_interval") is not None,
+            **{type(each).__name__: class_names(each) & _REFUSED for each in trainer.callbacks},
+        }
+        if found := ", ".join(filter(refused.get, refused)):
+            raise ConfigError(f"LoRASweep does not work with {found}. Change that, or use LoRACallback.")
 
     def _play(self, trainer: Any, pl_module: LightningModule) -> None:
         runs = list(map(Run, self.runs))
         turns, loop = Runs(runs, self.keep, 1 if self.mode == "min" else -1), trainer.fit_loop
         train, val = Loaders(loop._data_source, turns), Loaders(loop.epoch_loop.val_loop._data_source, turns)
-        base, memos = Base(pl_module), dict[Run, Memo]()
+        base, memos = {name: p.data for name, p in pl_module.named_parameters()}, dict[Run, Memo]()
         for run in runs:
             memos[run] = {id(self): _Member(run, self.monitor, base, self.runs[run.name])}
             copy_trainer(trainer, run, memos[run], {"train_dataloader": train, "val_dataloader": val})
@@ -157,7 +152,7 @@ class LoRASweep(LoRACallback):
 class _Member(LoRACallback):
     """The LoRACallback of one run."""
 
-    def __init__(self, run: Run, monitor: str, base: Base, arguments: dict[str, Any]) -> None:
+    def __init__(self, run: Run, monitor: str, base: dict[str, Tensor], arguments: dict[str, Any]) -> None:
         super().__init__(**arguments)
         self.run, self.monitor, self.base, self.random = run, monitor, base, _collect_rng_states()
 
@@ -168,7 +163,7 @@ class _Member(LoRACallback):
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         self.merge = False  # by the sweep
-        self.base.share(pl_module)
+        share_base(pl_module, self.base)
         for each in trainer.callbacks:
             if vars(each).get("dirpath"):
                 each.dirpath = str(Path(each.dirpath, self.run.name))

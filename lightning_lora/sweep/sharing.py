@@ -69,9 +69,6 @@ class Loaders:
         self.source, self.runs, self.made = source, runs, list[_Made]()
         self.passes: dict[int, dict[int, _Pass]] = {}
 
-    def __deepcopy__(self, memo: Any) -> "Loaders":
-        return self
-
     def request(self, run: Run, asked: Iterator[int]) -> Any:
         """Return a run's copies of the loaders."""
         number = next(asked)
@@ -178,23 +175,17 @@ def _nothing(*_: Any, **__: Any) -> None:
     """What the sweep's own Trainer does, once for all runs."""
 
 
-class Base:
-    """The frozen weights, which all runs share."""
-
-    def __init__(self, module: LightningModule) -> None:
-        self.values = {name: p.data for name, p in module.named_parameters()}
-
-    def share(self, module: LightningModule) -> None:
-        """Let a run's frozen weights lie in the same memory, if they are alike, and those that it trains in its own."""
-        view = view_of(module)
-        for name, p in view.frozen.items():
-            known = self.values.get(name)
-            if known is None or (known.device, known.dtype) != (p.device, p.dtype) or not torch.equal(known, p.data):
-                self.values[name] = p.data
-            elif known.data_ptr() != p.data_ptr():
-                replace_values(p, known)
-        for p in view.trained.values():
-            replace_values(p, p.data.clone())
+def share_base(module: LightningModule, values: dict[str, Tensor]) -> None:
+    """Let a run's frozen weights lie in the same memory as ``values``, if they are alike; what it trains in its own."""
+    view = view_of(module)
+    for name, p in view.frozen.items():
+        known = values.setdefault(name, p.data)
+        if (known.device, known.dtype) != (p.device, p.dtype) or not torch.equal(known, p.data):
+            values[name] = p.data
+        elif known.data_ptr() != p.data_ptr():
+            replace_values(p, known)
+    for p in view.trained.values():
+        replace_values(p, p.data.clone())
 
 
 def adopt(trainer: Any, run: Run, memo: Memo) -> None:
