@@ -61,15 +61,13 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
         raise ConfigError(
             f"inject_adapters got ({type(model).__name__}, {type(config).__name__}). Expected (nn.Module, LoRAConfig)."
         )
-    if not state.find_record(model):
-        return _inject(model, config, name)
-    record = state.record_of(model)  # raises an error if the base is shown
-    if record.is_merged:
-        if record.others:
-            check_switchable(model)
-        return _inject(model, config, name)
-    with shown(model, name, stays=True):
-        return _inject(model, config, name)
+    record = state.find_record(model) and state.record_of(model)  # raises an error if the base is shown
+    if record and not record.is_merged:
+        with shown(model, name, stays=True):
+            return _inject(model, config, name)
+    if record and record.others:
+        check_switchable(View(model))
+    return _inject(model, config, name)
 
 
 def _inject(model: nn.Module, config: LoRAConfig, name: str) -> tuple[str, ...]:

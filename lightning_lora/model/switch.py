@@ -4,12 +4,14 @@ import difflib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import chain
 from operator import attrgetter, getitem, is_, setitem
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import ADAPTERS, Adapter, Step, adapter_for
 from lightning_lora.layers.norms import freeze_norms, set_frozen
@@ -140,23 +142,19 @@ def _switch(model: nn.Module, name: str | None) -> None:
     record = find_record(model)
     if record is None or not record.is_disabled:
         record = record_of(model)
-    if name is None:
-        if not record.is_disabled:
-            _show_base(model)
-        return
-    check_known(record, name, model)
-    if name != record.adapter.name:
-        check_switchable(model)
-        _check_present(View(model), record.others[name])
-    if record.is_disabled:
-        _show_adapter(model)
-    if name != record.adapter.name:
+    if name is not None:
+        check_known(record, name, model)
+    if name not in (None, record.adapter.name):
         change(model, record.others[name])
+    elif record.is_disabled and name is not None:
+        _show_adapter(model)
+    elif not record.is_disabled and name is None:
+        _show_base(model)
 
 
-def check_switchable(model: nn.Module) -> None:
-    """Refuse to exchange adapters that are in merged weights or in shards."""
-    view, title = View(model), type(plain_module(model)).__name__
+def check_switchable(view: View, needed: Iterable[str] = ()) -> None:
+    """Refuse to exchange adapters that are in merged weights or in shards, or of layers that are gone."""
+    title, present = type(view.model).__name__, {**view.modules, **view.parameters, **view.buffers}
     if view.is_merged:
         raise AdapterStateError(
             f"The adapter {view.adapter.name!r} is merged into the weights of {title}. Call unmerge_adapters(model) "
@@ -167,31 +165,30 @@ def check_switchable(model: nn.Module) -> None:
             f"The parameters of {title} are sharded over processes, where only set_adapter(model, None) is possible. "
             "Switch before the model is sharded."
         )
-
-
-def _check_present(view: View, coming: AdapterState) -> None:
-    present = {**view.modules, **view.parameters, **view.buffers}
-    if absent := [name for name in (*coming.resting, *coming.own) if name not in present]:
+    if absent := [name for name in needed if name not in present]:
         raise AdapterStateError(
-            f"{type(view.model).__name__} no longer has {listed(absent)}, for which its adapter {coming.name!r} is. "
-            "Give the model its layers back, or call remove_adapters(model, name)."
+            f"{title} no longer has {listed(absent)}, for which this adapter is. Give the model its layers back, or "
+            "call remove_adapters(model, name)."
         )
 
 
 def change(model: nn.Module, coming: AdapterState) -> None:
     """Take the active adapter off, and put another one on: a resting one, or a new one that has no layers yet."""
-    check_switchable(model)
-    view = view_of(model)
+    view = View(model)
+    check_switchable(view, (*coming.resting, *coming.own))
     attach.check_weights(view)
+    if view.record.is_disabled:
+        _show_adapter(model)
+    view = view_of(model)
+    record, own = view.record, view.kept
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         put = _tensors_to_put(view, coming)
         for name, adapter in coming.resting.items():
-            layer = view.modules[name]
             if adapter.kind in ADAPTERS.values():  # the others are for any layer
-                adapter.kind = adapter_for(layer) or adapter.kind
-            attach.follow_layer(layer, adapter, coming.dtypes[name], undo)
+                adapter.kind = adapter_for(view.modules[name]) or adapter.kind
+            attach.follow_layer(view.modules[name], adapter, coming.dtypes[name], undo)
         undo.pop_all()
-    before, record, own = _Contents(view, coming), view.record, view.kept
+    before = _Contents(view, coming)
     dtypes = {name: weight.dtype for name, weight in _weights(view).items()}
     resting = attach.detach_adapters(view)
     for name, tensor in put.items():
@@ -200,14 +197,13 @@ def change(model: nn.Module, coming: AdapterState) -> None:
         set_parameter(view.model, name, tensor)
     attach.attach_adapters(view.model, coming.resting)
     record.was_switched((resting, own, dtypes), coming)
-    torch.clear_autocast_cache()
     now = View(model)
-    for module in now.saved:
-        for inner in module.modules():
-            set_frozen(inner, False)
+    for inner in chain.from_iterable(map(nn.Module.modules, now.saved)):
+        set_frozen(inner, False)
     freeze_norms(now.modules.values(), now.saved)
     for layer in now.layers.values():
         layer.lora_weights_changed()
+    torch.clear_autocast_cache()
     before.prepare(now, put)
 
 
@@ -218,10 +214,8 @@ def _weights(view: View) -> dict[str, nn.Parameter]:
 
 def _tensors_to_put(view: View, coming: AdapterState) -> dict[str, Tensor]:
     """The adapter's own tensors by name, and the base's where the active one has its own."""
-    put, made = dict[str, Tensor](), dict[int, Tensor]()
-    present = {**view.parameters, **view.buffers}
+    put, made, present = dict(coming.own), dict[int, Tensor](), {**view.parameters, **view.buffers}
     for name, tensor in coming.own.items():
-        put[name] = tensor
         attach.follow(tensor, present[name].device, present[name].dtype)
     for name, tensor in view.kept.items():
         if name not in put:
@@ -241,24 +235,34 @@ def _base_of(known: Tensor | None, tensor: Tensor, original: Tensor) -> Tensor:
     return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
 
 
+def show(model: nn.Module, name: str, config: LoRAConfig | None = None) -> tuple[str, ...]:
+    """Make an adapter active, with ``config`` perhaps a new one without layers. Return the names of before."""
+    before = adapters(model)
+    if config is None or name in before:
+        set_adapter(model, name)
+    else:
+        change(model, AdapterState(config, name))
+    return before
+
+
+def show_again(model: nn.Module, before: tuple[str, ...]) -> None:
+    """Make the adapter active that was so before, and remove a new one."""
+    set_adapter(model, before[0])
+    for name in set(adapters(model)).difference(before):
+        record_of(model).was_dropped(name)
+
+
 @contextmanager
 def shown(model: nn.Module, name: str, *, stays: bool = False) -> Iterator[None]:
-    """Make another adapter active in a ``with`` block, perhaps a new one, which an error drops. It may stay."""
-    record = record_of(model)
-    before, is_new = record.adapter.name, name not in record.adapters
-    if is_new:
-        change(model, AdapterState(record.adapter.config, name))
-    else:
-        set_adapter(model, name)
+    """Make an adapter active inside a ``with`` block, or a new one, which an error drops. It may stay afterwards."""
+    before = show(model, name, record_of(model).adapter.config)
     try:
         yield
     except BaseException:
-        set_adapter(model, before)
-        if is_new:
-            record_of(model).was_dropped(name)
+        show_again(model, before)
         raise
     if not stays:
-        set_adapter(model, before)
+        set_adapter(model, before[0])
 
 
 # A prepared switch
@@ -276,12 +280,9 @@ class _Exchange:
     follow, must have its device and dtype. If not, all exchanges are dropped, and prepared anew.
     """
 
-    def __init__(
-        self, entries: Iterable[_Entry], new: Iterable[_Entry], anchors: Iterable[Tensor], parts: Parts
-    ) -> None:
+    def __init__(self, entries: list[_Entry], new: list[_Entry], anchors: Iterable[Tensor], parts: Parts) -> None:
         self.dicts, self.keys, self.old = map(tuple, zip(*entries, strict=True))
-        self.new = tuple(value for _, _, value in new)
-        self.anchors, self.parts = tuple(anchors), parts
+        self.new, self.anchors, self.parts = tuple(value for _, _, value in new), tuple(anchors), parts
         self.seen = list(map(_about, self.anchors))
 
     def is_current(self) -> bool:
@@ -311,8 +312,7 @@ class _Contents:
 
     def __init__(self, view: View, coming: AdapterState) -> None:
         self.leaving, self.anchors = view.adapter, [*_weights(view).values(), *view.kept.values()]
-        self.parts = coming.resting, coming.own
-        self.classes = {module: type(module) for module in view.modules.values()}
+        self.parts, self.classes = (coming.resting, coming.own), {each: type(each) for each in view.modules.values()}
         self.held = list[tuple[dict[str, Any], dict[str, Any]]]()
         for module in self.classes:
             for held in (vars(module), module._parameters, module._buffers):
@@ -320,19 +320,17 @@ class _Contents:
 
     def prepare(self, now: View, put: Iterable[str]) -> None:
         """Prepare the switch that was made, and the one back, if they change no class and call no ``__setattr__``."""
-        owners = [submodule(now.model, owner_of(name)) for name in put]
+        own_ways = [type(submodule(now.model, owner_of(name))).__setattr__ for name in put]
         is_plain = all(type(module) is kind for module, kind in self.classes.items())
-        if not is_plain or any(type(owner).__setattr__ is not nn.Module.__setattr__ for owner in owners):
+        is_plain &= all(held.keys() == was.keys() for held, was in self.held)
+        if not is_plain or any(way is not nn.Module.__setattr__ for way in own_ways):
             return
-        before, after = list[_Entry](), list[_Entry]()
+        before, after, places = list[_Entry](), list[_Entry](), list[_Entry]()
         for held, was in self.held:
-            if held.keys() != was.keys():
-                return
             for key in was:
                 if _differs(was[key], held[key]):
                     before.append((held, key, was[key]))
                     after.append((held, key, held[key]))
-        places = list[_Entry]()
         for module in now.model.modules():
             for key, child in module._modules.items():
                 places.append((module._modules, key, child))
@@ -344,12 +342,10 @@ class _Contents:
 
 
 def _differs(was: object, now: object) -> bool:
-    """Whether a switch exchanges one value for the other. Equal settings need not be."""
+    """Whether a switch exchanges one value for the other. Equal settings need not be; a dict may change in place."""
     if was is now or isinstance(now, Step):  # which belongs to the layer
         return False
-    if isinstance(now, dict) and now:  # it may change in place
-        return True
-    return isinstance(now, Tensor) or was != now
+    return isinstance(now, Tensor) or (isinstance(now, dict) and bool(now)) or was != now
 
 
 # The base

@@ -9,12 +9,11 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.model.adapter_state import AdapterState
 from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge, unmerge
 from lightning_lora.model.merged import check_own, is_as_merged
-from lightning_lora.model.state import find_record, keep_record, receive, record_of, records_in
-from lightning_lora.model.switch import change, set_adapter
+from lightning_lora.model.state import find_record, keep_record, receive, records_in
+from lightning_lora.model.switch import show, show_again
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.base import note_changed
 from lightning_lora.tensors.names import join
@@ -38,9 +37,9 @@ class Phase(Enum):
 class Stage:
     """One stage: how the module came, how far the stage is, and what gives the module back as it came (``undo``).
 
-    ``name`` is the adapter's, or None for the active one; ``before`` the one that was active instead of it, if another
-    was. ``seen`` holds the tensors that have a base value, as they came. ``resumed`` holds the random states and loops
-    of a checkpoint. ``averages_gradients`` is False while a sharded module's backward pass only accumulates.
+    ``name`` is the adapter's, or None for the active one; ``before`` those that the module had, if another was active.
+    ``seen`` holds the tensors that have a base value, as they came. ``resumed`` holds the random states and loops of a
+    checkpoint. ``averages_gradients`` is False while a sharded module's backward pass only accumulates.
     """
 
     config: LoRAConfig
@@ -50,8 +49,7 @@ class Stage:
     is_fit: bool = False
     callbacks: list[Callback] = field(default_factory=list)
     came: Literal["plain", "adapted", "merged"] = "plain"
-    before: str | None = None
-    is_new: bool = False
+    before: tuple[str, ...] = ()
     seen: dict[str, Seen] = field(default_factory=dict)
     phase: Phase = Phase.SET_UP
     undo: ExitStack = field(default_factory=ExitStack)
@@ -73,8 +71,8 @@ class Stage:
             self.came = "merged"
             self.undo.callback(merge, pl_module)
         if self.wants_another(pl_module):
-            self.undo.callback(self._switch_back, pl_module)
             self._switch(pl_module)
+            self.undo.callback(self._switch_back, pl_module)
         view = View(pl_module)
         present = {**view.parameters, **view.buffers}
         for prefix, inner in records_in(view.modules).items():
@@ -94,22 +92,12 @@ class Stage:
         return record is not None and self.name not in (None, record.adapter.name)
 
     def _switch(self, pl_module: LightningModule) -> None:
-        """Let the active adapter rest, and make this stage's the active one: a fit may begin a new one."""
-        record = record_of(pl_module)
-        assert self.name is not None
-        self.before, self.is_new = record.adapter.name, self.is_fit and self.name not in record.others
-        if self.is_new:
-            change(pl_module, AdapterState(self.config, self.name))
-        else:
-            set_adapter(pl_module, self.name)
+        """Make this stage's adapter the active one: a fit may begin a new one."""
+        self.before = show(pl_module, str(self.name), self.config if self.is_fit else None)
 
     def _switch_back(self, pl_module: LightningModule) -> None:
-        record, before = find_record(pl_module), self.before
-        if record is None or before is None or any(map(is_dtensor, pl_module.parameters())):
-            return  # shards cannot be switched
-        set_adapter(pl_module, before)
-        if self.is_new:
-            record.was_dropped(str(self.name))
+        if self.before and not any(map(is_dtensor, pl_module.parameters())):  # shards cannot be switched
+            show_again(pl_module, self.before)
 
     def take_config(self, pl_module: LightningModule, stored: LoRAConfig, source: object) -> bool:
         """Take arguments that were not given from a file, or from adapters that the module has."""
@@ -120,10 +108,11 @@ class Stage:
             return False
         rank_zero_info(f"LoRACallback takes {', '.join(taken)} from {source}, instead of the defaults.")
         self.config = config
-        if find_record(pl_module) is None or not (self.came == "plain" or self.is_new):
+        is_beside = bool(self.before) and self.name not in self.before  # a new one
+        if find_record(pl_module) is None or not (self.came == "plain" or is_beside):
             return False
         self._take_base(pl_module)
-        if self.is_new:
+        if is_beside:
             self._switch_back(pl_module)
             self._switch(pl_module)
         else:

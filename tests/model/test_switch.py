@@ -5,6 +5,7 @@ import pickle
 import random
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -49,6 +50,16 @@ def test_each_adapter_computes_what_it_computed_before_in_any_order() -> None:
     model, outputs = several()
     assert ll.adapters(model) == ("fr", "default", "de")
     for name in ("de", "default", "de", None, "default", "fr", None, "de", "fr", "default", "de", "default"):
+        ll.set_adapter(model, name)
+        assert torch.equal(model(X), outputs[name]), name
+
+
+def test_layers_with_other_parameters_are_exchanged_whole() -> None:
+    model, outputs = several()
+    for name, options in {"dora": {"use_dora": True}, "wide": {"r": 3}, "olora": {"init": "olora"}}.items():
+        ll.inject_adapters(model, replace(HEAD, **options), name=name)
+        outputs[name] = fill(model)
+    for name in [*outputs, *reversed(outputs), *outputs]:
         ll.set_adapter(model, name)
         assert torch.equal(model(X), outputs[name]), name
 
