@@ -24,7 +24,7 @@ from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
 from lightning_lora.training.advice import advise, advise_rates, log_arguments, shown_rates
 from lightning_lora.training.gradients import Gradients, gradients_pass
-from lightning_lora.training.merging import check_arguments, check_returns_names, check_weights, load_best, send_record
+from lightning_lora.training.merging import check_arguments, check_weights, load_best, send_record
 from lightning_lora.training.optimizers import check_frozen
 from lightning_lora.training.randomness import RANDOM, random_states, restore_random_state
 from lightning_lora.training.rates import follow, scales_of
@@ -200,13 +200,12 @@ class LoRACallback(Callback):
             self._stage.came = "adapted"
         if is_fit:
             receive_record(pl_module)
-            check_arguments(trainer, self.merge, was_adapted=self._stage.came == "adapted")
-            if self._stage.came == "adapted" and self._stage.wants_another(pl_module):
-                check_returns_names(trainer, self.name)
+            was_adapted, switches = self._stage.came == "adapted", self._stage.wants_another(pl_module)
+            check_arguments(trainer, self.merge, was_adapted=was_adapted, switches=switches)
         else:
             compatibility.drop_averages(callbacks)
-            is_same = is_merged(pl_module) and not compatibility.loads_in_hooks(pl_module)
-            if is_same and not self._stage.wants_another(pl_module):
+            is_still = is_merged(pl_module) and not compatibility.loads_in_hooks(pl_module)
+            if is_still and not self._stage.wants_another(pl_module):
                 return  # it runs as it is
         self._stage.begin(pl_module)
         record = find_record(pl_module)

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
@@ -40,9 +39,6 @@ class AdapterState:
     own: dict[str, Tensor] = field(default_factory=dict)
     """While another one is active: the parameters and buffers that the model had in place of :attr:`originals`."""
 
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
-    """While another one is active: the dtype of each layer's weight when this one was taken off."""
-
     def was_trained(self) -> None:
         """A Trainer begins to train it."""
         self.is_trained = True
@@ -68,8 +64,8 @@ class AdapterState:
             self.originals[name] = copy_to_host(value)
 
 
-Parts = tuple[dict[str, Adapter], dict[str, Tensor], dict[str, torch.dtype]]
-"""What an adapter consists of off its model: ``resting``, ``own`` and ``dtypes`` of :class:`AdapterState`."""
+Parts = tuple[dict[str, Adapter], dict[str, Tensor]]
+"""What an adapter consists of off its model: ``resting`` and ``own`` of :class:`AdapterState`."""
 
 
 class Prepared(dict[Any, Any]):

@@ -38,12 +38,12 @@ def detach_adapters(view: View, names: Collection[str] | None = None) -> dict[st
     return adapters
 
 
-def follow_layer(layer: nn.Module, adapter: Adapter, was: torch.dtype, undo: ExitStack) -> None:
+def follow_layer(layer: nn.Module, adapter: Adapter, was: torch.dtype | None, undo: ExitStack) -> None:
     """Move and convert an adapter to its layer's device and dtype: a plain model does not move what is off it."""
     weight = own_parameter(layer, adapter.matrices[0].weight)
-    roles = adapter.roles
+    roles, held = adapter.roles, adapter.kind.lora_dtype(layer, weight)
     for name, factor in adapter.parameters.items():
-        dtype = factor.dtype if weight.dtype == was else roles[name].dtype(weight.dtype, adapter.settings)
+        dtype = factor.dtype if weight.dtype == was else roles[name].dtype(held, adapter.settings)
         undo.callback(replace_values, factor, factor.data)
         follow(factor, weight.device, dtype)
 

@@ -14,7 +14,7 @@ from lightning_lora.errors import AdapterMismatchError, AdapterStateError, Confi
 from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, Settings, new_adapter
 from lightning_lora.model import attach, state
 from lightning_lora.model.sending import delete_sent
-from lightning_lora.model.switch import check_known, check_switchable, set_adapter, shown
+from lightning_lora.model.switch import check_known, check_switchable, set_adapter, show
 from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
 from lightning_lora.targets.select import Choice, select
 from lightning_lora.tensors.inplace import combined
@@ -63,10 +63,12 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
         )
     record = state.find_record(model) and state.record_of(model)  # raises an error if the base is shown
     if record and not record.is_merged:
-        with shown(model, name, stays=True):
-            return _inject(model, config, name)
+        with show(model, name, config) as undo:
+            names = _inject(model, config, name)
+            undo.pop_all()
+            return names
     if record and record.others:
-        check_switchable(View(model))
+        check_switchable(model)
     return _inject(model, config, name)
 
 
@@ -140,8 +142,7 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
             its base until ``set_adapter``.
 
     Raises:
-        AdapterStateError: ``model`` has no adapters, none of this name, or shows its base; or the active one of
-            several is merged.
+        AdapterStateError: ``model`` has no adapters, or none of this name; or the active one of several is merged.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4))
@@ -163,6 +164,8 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
             record.was_dropped(name)
             set_adapter(model, None)
             return
+    if record.is_disabled:
+        set_adapter(model, record.adapter.name)
     record = view_of(model).record
     state.absorb_inner_records(model, record)
     if not record.is_merged:

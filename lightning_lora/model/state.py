@@ -87,11 +87,6 @@ class Record:
         """All adapters by their names, the active one first."""
         return {self.adapter.name: self.adapter, **self.others}
 
-    @property
-    def fingerprints(self) -> list[dict[str, Any]]:
-        """The forms of the base that were seen with the active adapter."""
-        return self.adapter.fingerprints
-
     # Which adapter is shown
 
     def base_is_shown(self, aside: dict[str, tuple[Tensor, bool]] | None) -> None:
@@ -101,7 +96,7 @@ class Record:
     def was_switched(self, parts: Parts, coming: AdapterState) -> None:
         """The active adapter was taken off, as these parts, and another one was put on."""
         leaving, self.adapter = self.adapter, coming
-        leaving.resting, leaving.own, leaving.dtypes = parts
+        leaving.resting, leaving.own = parts
         self.others[leaving.name] = leaving
         self.others.pop(coming.name, None)
         coming.resting, coming.own = {}, {}
@@ -135,13 +130,15 @@ class Record:
 
     def base_was_read(self, form: dict[str, Any]) -> None:
         """The base has this fingerprint before it is trained. If it is another one, it is another base."""
-        if form not in self.fingerprints:
-            self.changed = {} if self.fingerprints else self.changed  # a new adapter's fit begins on what others left
+        if form not in self.adapter.fingerprints:
+            self.changed = (
+                {} if self.adapter.fingerprints else self.changed
+            )  # a new adapter's fit begins on what others left
             self.adapter.fingerprints = [form]
 
     def base_was_converted(self, form: dict[str, Any]) -> None:
         """The same base has this fingerprint in the dtypes of a Trainer's precision."""
-        self.fingerprints.append(form)
+        self.adapter.fingerprints.append(form)
 
     def base_was_rounded(self, name: str, now: int, was: int) -> None:
         """A weight was computed again from a merged one. It stands for the base's, with another digest."""

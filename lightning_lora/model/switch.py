@@ -25,7 +25,7 @@ from lightning_lora.tensors.shards import is_dtensor, reshard
 from lightning_lora.tensors.values import replace_values, same_bits, set_aside, set_requires_grad
 
 
-def set_adapter(model: nn.Module, name: str | None) -> AbstractContextManager[None]:
+def set_adapter(model: nn.Module, name: str | None) -> AbstractContextManager[object]:
     """Switch to another adapter of a model, or to its base.
 
     The layers get the other adapter's parameters, and the model its own trained modules, biases and buffers. These are
@@ -59,26 +59,16 @@ def set_adapter(model: nn.Module, name: str | None) -> AbstractContextManager[No
     before = None if record is None or record.is_disabled else record.adapter.name
     if record is None or not _exchange(record, name):
         _switch(model, name)
-    return _Back(model, before)
-
-
-class _Back(AbstractContextManager[None]):
-    """Shows what a model has shown before, at the end of a ``with`` block."""
-
-    def __init__(self, model: nn.Module, name: str | None) -> None:
-        self.model, self.name = model, name
-
-    def __exit__(self, *_: object) -> None:
-        set_adapter(self.model, self.name)
+    back = ExitStack()
+    back.callback(lambda: find_record(model) and set_adapter(model, before))  # all may be removed in the block
+    return back
 
 
 def adapters(model: nn.Module) -> tuple[str, ...]:
     """Return the names of a model's adapters, the active one first.
 
-    While the model shows its base, the first one is the adapter that is on its layers without effect.
-
     Args:
-        model: Any module. One without adapters has no names.
+        model: Any module. While it shows its base, the first one is on its layers without effect.
     """
     record = find_record(model)
     if record is None or not is_as_merged(model):
@@ -152,8 +142,9 @@ def _switch(model: nn.Module, name: str | None) -> None:
         _show_base(model)
 
 
-def check_switchable(view: View, needed: Iterable[str] = ()) -> None:
+def check_switchable(model: nn.Module, needed: Iterable[str] = ()) -> None:
     """Refuse to exchange adapters that are in merged weights or in shards, or of layers that are gone."""
+    view = View(model)
     title, present = type(view.model).__name__, {**view.modules, **view.parameters, **view.buffers}
     if view.is_merged:
         raise AdapterStateError(
@@ -174,8 +165,8 @@ def check_switchable(view: View, needed: Iterable[str] = ()) -> None:
 
 def change(model: nn.Module, coming: AdapterState) -> None:
     """Take the active adapter off, and put another one on: a resting one, or a new one that has no layers yet."""
+    check_switchable(model, (*coming.resting, *coming.own))
     view = View(model)
-    check_switchable(view, (*coming.resting, *coming.own))
     attach.check_weights(view)
     if view.record.is_disabled:
         _show_adapter(model)
@@ -186,17 +177,16 @@ def change(model: nn.Module, coming: AdapterState) -> None:
         for name, adapter in coming.resting.items():
             if adapter.kind in ADAPTERS.values():  # the others are for any layer
                 adapter.kind = adapter_for(view.modules[name]) or adapter.kind
-            attach.follow_layer(view.modules[name], adapter, coming.dtypes[name], undo)
+            attach.follow_layer(view.modules[name], adapter, None, undo)
         undo.pop_all()
     before = _Contents(view, coming)
-    dtypes = {name: weight.dtype for name, weight in _weights(view).items()}
     resting = attach.detach_adapters(view)
     for name, tensor in put.items():
         if name not in own:
             record.base[name] = {**view.parameters, **view.buffers}[name]
         set_parameter(view.model, name, tensor)
     attach.attach_adapters(view.model, coming.resting)
-    record.was_switched((resting, own, dtypes), coming)
+    record.was_switched((resting, own), coming)
     now = View(model)
     for inner in chain.from_iterable(map(nn.Module.modules, now.saved)):
         set_frozen(inner, False)
@@ -207,9 +197,10 @@ def change(model: nn.Module, coming: AdapterState) -> None:
     before.prepare(now, put)
 
 
-def _weights(view: View) -> dict[str, nn.Parameter]:
-    """The weight of each adapted layer, whose device and dtype its adapter follows."""
-    return {name: own_parameter(layer, layer.lora_matrices[0].weight) for name, layer in view.layers.items()}
+def _anchors(view: View) -> list[Tensor]:
+    """The tensors whose device and dtype an adapter follows: each adapted layer's weight, and its own."""
+    weights = [own_parameter(layer, layer.lora_matrices[0].weight) for layer in view.layers.values()]
+    return [*weights, *view.kept.values()]
 
 
 def _tensors_to_put(view: View, coming: AdapterState) -> dict[str, Tensor]:
@@ -235,34 +226,18 @@ def _base_of(known: Tensor | None, tensor: Tensor, original: Tensor) -> Tensor:
     return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
 
 
-def show(model: nn.Module, name: str, config: LoRAConfig | None = None) -> tuple[str, ...]:
-    """Make an adapter active, with ``config`` perhaps a new one without layers. Return the names of before."""
-    before = adapters(model)
-    if config is None or name in before:
+def show(model: nn.Module, name: str, config: LoRAConfig | None = None) -> ExitStack:
+    """Make an adapter active, with ``config`` perhaps a new one without layers. Return what undoes it."""
+    names, record, undo = adapters(model), find_record(model), ExitStack()
+    if record is not None and record.is_disabled:
+        undo.callback(set_adapter, model, None)
+    if config is None or name in names:
         set_adapter(model, name)
     else:
         change(model, AdapterState(config, name))
-    return before
-
-
-def show_again(model: nn.Module, before: tuple[str, ...]) -> None:
-    """Make the adapter active that was so before, and remove a new one."""
-    set_adapter(model, before[0])
-    for name in set(adapters(model)).difference(before):
-        record_of(model).was_dropped(name)
-
-
-@contextmanager
-def shown(model: nn.Module, name: str, *, stays: bool = False) -> Iterator[None]:
-    """Make an adapter active inside a ``with`` block, or a new one, which an error drops. It may stay afterwards."""
-    before = show(model, name, record_of(model).adapter.config)
-    try:
-        yield
-    except BaseException:
-        show_again(model, before)
-        raise
-    if not stays:
-        set_adapter(model, before[0])
+        undo.callback(lambda: record_of(model).was_dropped(name))
+    undo.callback(set_adapter, model, names[0])
+    return undo
 
 
 # A prepared switch
@@ -276,14 +251,14 @@ class _Exchange:
     """What a switch exchanges: entries of the dicts in which modules hold their attributes, parameters and buffers.
 
     It is of use only while the model is as it was then. So each of ``entries`` must be what it was: those that get the
-    ``new`` values, and after them each module in its parent. And each of ``anchors``, the tensors that adapters
-    follow, must have its device and dtype. If not, all exchanges are dropped, and prepared anew.
+    ``new`` values, and after them each module in its parent. And each of ``anchors`` must have its device and dtype.
+    If not, all exchanges are dropped, and prepared anew.
     """
 
-    def __init__(self, entries: list[_Entry], new: list[_Entry], anchors: Iterable[Tensor], parts: Parts) -> None:
+    def __init__(self, entries: list[_Entry], new: list[_Entry], anchors: list[Tensor], parts: Parts) -> None:
         self.dicts, self.keys, self.old = map(tuple, zip(*entries, strict=True))
-        self.new, self.anchors, self.parts = tuple(value for _, _, value in new), tuple(anchors), parts
-        self.seen = list(map(_about, self.anchors))
+        self.new, self.parts = [value for _, _, value in new], parts
+        self.anchors, self.seen = anchors, list(map(_about, anchors))
 
     def is_current(self) -> bool:
         """Whether the model is as it was."""
@@ -311,7 +286,7 @@ class _Contents:
     """What the modules of a model hold before a switch: the difference to after it is what later ones exchange."""
 
     def __init__(self, view: View, coming: AdapterState) -> None:
-        self.leaving, self.anchors = view.adapter, [*_weights(view).values(), *view.kept.values()]
+        self.leaving, self.anchors = view.adapter, _anchors(view)
         self.parts, self.classes = (coming.resting, coming.own), {each: type(each) for each in view.modules.values()}
         self.held = list[tuple[dict[str, Any], dict[str, Any]]]()
         for module in self.classes:
@@ -334,10 +309,9 @@ class _Contents:
         for module in now.model.modules():
             for key, child in module._modules.items():
                 places.append((module._modules, key, child))
-        leaving, coming, weights = self.leaving, now.adapter, _weights(now)
-        parts = *self.parts, {name: weight.dtype for name, weight in weights.items()}
-        there = _Exchange([*before, *places], after, self.anchors, (leaving.resting, leaving.own, leaving.dtypes))
-        back = _Exchange([*after, *places], before, [*weights.values(), *now.kept.values()], parts)
+        leaving, coming = self.leaving, now.adapter
+        there = _Exchange([*before, *places], after, self.anchors, (leaving.resting, leaving.own))
+        back = _Exchange([*after, *places], before, _anchors(now), self.parts)
         now.record.prepared.update({(leaving.name, coming.name): there, (coming.name, leaving.name): back})
 
 
@@ -367,9 +341,8 @@ def _show_base(model: nn.Module) -> None:
     for name, seen in {**record.merge.weights, **record.merge.others}.items() if record.merge else ():
         if is_dtensor(view.parameters.get(name)):
             seen.digest()  # the values are written into the same memory: later, only their digest tells them apart
-    aside, names = dict[str, tuple[Tensor, bool]](), dict[int, str]()
-    for name, tensor in {**view.buffers, **view.parameters}.items():
-        names[id(tensor)] = name
+    aside = dict[str, tuple[Tensor, bool]]()
+    names = {id(tensor): name for name, tensor in {**view.buffers, **view.parameters}.items()}
     for key, (tensor, base) in values.items():
         if key in names:
             aside[names[key]] = set_aside(tensor) if is_dtensor(tensor) else tensor.data, tensor.requires_grad

@@ -19,7 +19,7 @@ from lightning_lora.model.inject import inject_adapters
 from lightning_lora.model.merge import merge, unmerge, unmerged
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.state import find_record, keep_record, receive
-from lightning_lora.model.switch import shown
+from lightning_lora.model.switch import set_adapter, show
 from lightning_lora.model.view import View, keep_frozen, restore_originals, root_of, view_of
 from lightning_lora.storage.base import base_value, check_base
 from lightning_lora.storage.names import find_renamings, is_inside, renamed_config
@@ -38,8 +38,11 @@ def apply(
     """
     record = find_record(model) or receive(model)
     if record is not None and name not in (None, record.adapter.name):
-        with unmerged(model), shown(model, name):
+        before = record.adapter
+        with unmerged(model), show(model, name, before.config) as undo:
             apply(model, read, check_base=check_base)
+            undo.pop_all()
+            set_adapter(model, before.name)
         return
     with _unmerged_and_undone(model) as view:
         record = find_record(model)

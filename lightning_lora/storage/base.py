@@ -99,15 +99,15 @@ def note_changed(model: nn.Module, *, anew: bool = True) -> list[dict[str, Any]]
     """Note frozen weights that have changed since the run began, which files must hold from now on."""
     view = view_of(model)
     record, now = view.record, fingerprint(view, anew=anew)
-    if now in record.fingerprints:
-        return record.fingerprints
-    known = next(filter(partial(is_same_form, now), record.fingerprints), None)
+    if now in record.adapter.fingerprints:
+        return record.adapter.fingerprints
+    known = next(filter(partial(is_same_form, now), record.adapter.fingerprints), None)
     if known is None:
         return [now]
     for name, was, changed in zip(base_tensors(view), known["digests"], now["digests"], strict=True):
         if was != changed:
             record.base_was_changed(name, changed, was)
-    return record.fingerprints
+    return record.adapter.fingerprints
 
 
 def is_same_form(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -117,7 +117,7 @@ def is_same_form(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def forms_of_base(view: View) -> list[dict[str, Any]]:
     """Return the base's fingerprints in all known forms, as files hold them; of another base than the run's, one."""
-    known, now = view.record.fingerprints, fingerprint(view)
+    known, now = view.record.adapter.fingerprints, fingerprint(view)
     return with_halves(view, known if now in known else [now])
 
 
@@ -248,7 +248,7 @@ def check_base(
     The same weights in another dtype are accepted: if each tensor here, converted to the dtype there, has the bits
     there, or the other way round. Quantised weights, which other weights have no bits in common with, are left out.
     """
-    known, here = view.record.fingerprints, fingerprint(view, anew=anew, renaming=renaming)
+    known, here = view.record.adapter.fingerprints, fingerprint(view, anew=anew, renaming=renaming)
     forms = [{key: form[key] for key in here} for form in stored]
     if here in forms or (here in known and any(form in forms for form in known)):  # as it is, or as it was
         return False

@@ -207,8 +207,8 @@ def log_arguments(trainer: Trainer, pl_module: LightningModule, **others: Any) -
         return
     view = view_of(pl_module)
     values = {**view.config.to_dict(), **others, "alpha": view.config.alpha or view.config.r}
-    if view.record.fingerprints:
-        form = view.record.fingerprints[0]
+    if view.record.adapter.fingerprints:
+        form = view.record.adapter.fingerprints[0]
         text = f"{form['layout']} {form['dtypes']} {form['digests']}"
         values["base"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     named = {f"lora/{name}": _plain(value) for name, value in values.items() if value is not None}

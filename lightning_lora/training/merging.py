@@ -16,27 +16,18 @@ from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.training.compatibility import judge_of
 
 
-def check_arguments(trainer: Trainer, merge: object, *, was_adapted: bool) -> None:
-    """Refuse a merge that this Trainer cannot make."""
+def check_arguments(trainer: Trainer, merge: object, *, was_adapted: bool, switches: bool = False) -> None:
+    """Refuse a merge that this Trainer cannot make, and in other processes to switch adapters on the layers."""
     if merge == "best" and judge_of(trainer) is None:
         raise ConfigError(
             "merge='best' needs a ModelCheckpoint with a monitor, and the Trainer has none. Add "
             "ModelCheckpoint(monitor=...), or set merge='last'."
         )
-    if returns_state_only(trainer) and bool(merge) == was_adapted:
+    if returns_state_only(trainer) and (bool(merge) == was_adapted or (was_adapted and switches)):
         raise ConfigError(
             f"merge={merge!r} would lose the adapters: this strategy trains in other processes, which send back only "
             "the weights of layers that the model has before fit. Use strategy='ddp'. Or pass a model without adapters "
-            "and set merge='last'. Or call inject_adapters before fit and set merge=False."
-        )
-
-
-def check_returns_names(trainer: Trainer, name: str) -> None:
-    """Refuse to switch in other processes, which send back only a state dict: it has no adapters' names."""
-    if returns_state_only(trainer):
-        raise ConfigError(
-            f"This strategy trains in other processes, so the module would get the values of {name!r} in its active "
-            f"adapter. Before fit, call inject_adapters(model, config, name={name!r}), or set_adapter(model, {name!r})."
+            "and set merge='last'. Or call inject_adapters or set_adapter before fit and set merge=False."
         )
 
 

@@ -13,7 +13,7 @@ from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge, unmerge
 from lightning_lora.model.merged import check_own, is_as_merged
 from lightning_lora.model.state import find_record, keep_record, receive, records_in
-from lightning_lora.model.switch import show, show_again
+from lightning_lora.model.switch import adapters, show
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.base import note_changed
 from lightning_lora.tensors.names import join
@@ -37,7 +37,7 @@ class Phase(Enum):
 class Stage:
     """One stage: how the module came, how far the stage is, and what gives the module back as it came (``undo``).
 
-    ``name`` is the adapter's, or None for the active one; ``before`` those that the module had, if another was active.
+    ``name`` is the adapter's, or None for the active one; ``back`` shows what the module did before, if it was another.
     ``seen`` holds the tensors that have a base value, as they came. ``resumed`` holds the random states and loops of a
     checkpoint. ``averages_gradients`` is False while a sharded module's backward pass only accumulates.
     """
@@ -49,7 +49,8 @@ class Stage:
     is_fit: bool = False
     callbacks: list[Callback] = field(default_factory=list)
     came: Literal["plain", "adapted", "merged"] = "plain"
-    before: tuple[str, ...] = ()
+    back: ExitStack = field(default_factory=ExitStack)
+    is_new: bool = False
     seen: dict[str, Seen] = field(default_factory=dict)
     phase: Phase = Phase.SET_UP
     undo: ExitStack = field(default_factory=ExitStack)
@@ -87,17 +88,22 @@ class Stage:
             self.undo.callback(_remove_all, pl_module)
 
     def wants_another(self, pl_module: LightningModule) -> bool:
-        """Whether another adapter than this stage's is the module's active one."""
+        """Whether the module shows another adapter than this stage's, or its base in a fit."""
         record = find_record(pl_module)
-        return record is not None and self.name not in (None, record.adapter.name)
+        if record is None or (self.name is None and not self.is_fit):
+            return False
+        return record.is_disabled or self.name not in (None, record.adapter.name)
 
     def _switch(self, pl_module: LightningModule) -> None:
         """Make this stage's adapter the active one: a fit may begin a new one."""
-        self.before = show(pl_module, str(self.name), self.config if self.is_fit else None)
+        names = adapters(pl_module)
+        name = self.name or names[0]
+        self.is_new = name not in names
+        self.back = show(pl_module, name, self.config if self.is_fit else None)
 
     def _switch_back(self, pl_module: LightningModule) -> None:
-        if self.before and not any(map(is_dtensor, pl_module.parameters())):  # shards cannot be switched
-            show_again(pl_module, self.before)
+        if not any(map(is_dtensor, pl_module.parameters())):  # shards cannot be switched
+            self.back.close()
 
     def take_config(self, pl_module: LightningModule, stored: LoRAConfig, source: object) -> bool:
         """Take arguments that were not given from a file, or from adapters that the module has."""
@@ -108,11 +114,10 @@ class Stage:
             return False
         rank_zero_info(f"LoRACallback takes {', '.join(taken)} from {source}, instead of the defaults.")
         self.config = config
-        is_beside = bool(self.before) and self.name not in self.before  # a new one
-        if find_record(pl_module) is None or not (self.came == "plain" or is_beside):
+        if find_record(pl_module) is None or not (self.came == "plain" or self.is_new):
             return False
         self._take_base(pl_module)
-        if is_beside:
+        if self.is_new:
             self._switch_back(pl_module)
             self._switch(pl_module)
         else:
@@ -132,7 +137,7 @@ class Stage:
         """Whether the module gets or has adapters. An evaluation adds none to a plain module, unless for a file."""
         record = find_record(pl_module)
         if record is not None:
-            return not record.is_merged  # it is only evaluated, or its fit has ended
+            return not (record.is_merged or record.is_disabled)  # it is only evaluated, or its fit has ended
         return self.is_fit or self.came == "adapted" or for_file
 
     def adapt(self, pl_module: LightningModule, *, for_file: bool = False, replaced: bool = False) -> None:

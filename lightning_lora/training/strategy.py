@@ -82,8 +82,11 @@ class LoRAStrategy(Strategy, InPlace):
     def setup(self, trainer: "Trainer") -> None:
         """Adapt the module before it is converted, moved and wrapped."""
         record = find_record(self.lora_module)
-        if record is not None and record.is_merged:  # it is only evaluated
-            is_known = fingerprint(view_of(self.lora_module), anew=False) in record.fingerprints
+        if record is not None and (record.is_merged or record.is_disabled):  # it is only evaluated
+            is_known = (
+                not record.is_disabled
+                and fingerprint(view_of(self.lora_module), anew=False) in record.adapter.fingerprints
+            )
             super().setup(trainer)
             if is_known:
                 self.lora_note_converted_base()
@@ -116,7 +119,7 @@ class LoRAStrategy(Strategy, InPlace):
     def lora_note_converted_base(self) -> None:
         """Take the base's fingerprint in another dtype."""
         view = view_of(self.lora_module)
-        known, dtypes = view.record.fingerprints, base_dtypes(view)
+        known, dtypes = view.record.adapter.fingerprints, base_dtypes(view)
         if known and all(form["dtypes"] != dtypes for form in known):
             view.record.base_was_converted(fingerprint(view))
 

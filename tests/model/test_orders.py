@@ -311,7 +311,7 @@ class Orders(RuleBasedStateMachine):
         ll.remove_adapters(self.model)
 
     @adapted
-    @rule(call=st.sampled_from([*CALLS, lambda m: ll.inject_adapters(m, ll.LoRAConfig(r=1))]))
+    @rule(call=st.sampled_from([*CALLS[:2], *CALLS[3:], lambda m: ll.inject_adapters(m, ll.LoRAConfig(r=1))]))
     def disable(self, call: Callable[[nn.Module], Any]) -> None:
         with ll.disable_adapters(self.model), ll.disable_adapters(self.model):
             found = wide(shown(self.model))

@@ -385,8 +385,8 @@ class Orders:
     def remove(self) -> None:
         name = self.random.choice(list(CONFIGS))
         is_active = name in ll.adapters(self.model)[:1]
-        if name not in self.known or (is_active and (self.merged or (self.shown is None and len(self.names()) == 1))):
-            if name not in self.known or len(self.names()) > 1 or not self.merged:
+        if name not in self.known or (is_active and self.merged):
+            if name not in self.known or len(self.names()) > 1:
                 self.refused(lambda: ll.remove_adapters(self.model, name))
             return
         ll.remove_adapters(self.model, name)

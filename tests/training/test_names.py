@@ -126,6 +126,24 @@ def test_a_fit_in_other_processes_keeps_the_others(tmp_path: Path) -> None:
     after = values(model)
     assert same({name: after[name] for name in before}, before)
     ll.unmerge_adapters(model)
-    with pytest.raises(ProcessRaisedException, match="trains in other processes"):
+    with pytest.raises(ProcessRaisedException, match="would lose the adapters"):
         fit(tmp_path / "refused", lora(name="fr", merge=False), model=model, strategy="ddp_fork")
     assert ll.adapters(model)[0] == "de"
+
+
+@pytest.mark.parametrize("name", [None, "fr"])
+def test_a_module_that_shows_its_base_is_evaluated_as_it_is_and_trained_by_name(tmp_path: Path, name: Any) -> None:
+    model, before = two(tmp_path)
+    ll.set_adapter(model, None)
+    given = {} if name is None else {"name": name}
+    t = trainer(tmp_path, [ll.LoRACallback(**given)])
+    torch.testing.assert_close(torch.cat(t.predict(model, data())), before[str(name)][rows()])  # type: ignore[arg-type]
+    assert torch.equal(model(X), before["None"])
+    with pytest.raises(ll.LoRAError):
+        trainer(tmp_path, [ll.LoRACallback(r=7, **given)]).fit(model, data())
+    assert torch.equal(model(X), before["None"])
+    fit(tmp_path, ll.LoRACallback(merge=False, **given), model=model)
+    trained = name or "default"
+    assert ll.adapters(model)[0] == trained and not torch.equal(model(X), before["None"])
+    after = values(model)
+    assert {name for name in before if not torch.equal(after[name], before[name])} == {trained}
