@@ -20,6 +20,7 @@ from tests.benchmarks.memory import memory
 from tests.benchmarks.mixed import mixed
 from tests.benchmarks.sharded import sharded
 from tests.benchmarks.steps import calls, inference, layers, whole_models
+from tests.benchmarks.switch import switch
 
 CASES = {
     "models": whole_models,
@@ -28,6 +29,7 @@ CASES = {
     "inference": inference,
     "calls": calls,
     "mixed": mixed,
+    "switch": switch,
     "life": life,
     "checkpoints": checkpoints,
     "sharded": sharded,

@@ -21,7 +21,7 @@ from lightning_lora.model.state import find_record
 from lightning_lora.model.view import View
 from tests.support.cases import trained
 from tests.support.fits import fit
-from tests.support.models import WIDTH, LitTiny, as_trained, data, lora, same, state
+from tests.support.models import WIDTH, LitTiny, as_trained, data, lora, same, state, trainer
 from tests.support.ranks import has_shards, run_ranks
 from tests.training.test_compiled import counted
 
@@ -256,6 +256,21 @@ def test_a_compiled_layer_is_compiled_once_for_the_policy_and_once_for_the_refer
     backend, graphs = counted()
     fit(tmp_path, lora(), model=Tiny(False, backend=backend), limit_val_batches=0, max_epochs=3)
     assert len(graphs) == 2
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch, as it compiles any linear layer
+def test_a_step_that_is_compiled_as_a_whole_trains_as_a_plain_one(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    found, (backend, graphs) = [], counted()
+    for epochs, compiled in ((2, False), (2, True), (4, True)):
+        model = Tiny(False, comes_first=False)
+        model.drop.p = 0.0
+        t = trainer(tmp_path, [lora(merge=False)], max_epochs=epochs, enable_checkpointing=False)
+        torch.manual_seed(5)
+        t.fit(torch.compile(model, backend=backend) if compiled else model, data())
+        found.append((trained(model), len(graphs)))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    assert 0 < found[2][1] <= 2 * found[1][1]  # no step of a long fit is compiled again
 
 
 class Looks(Tiny):
