@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_lora.errors import ConfigError
@@ -15,11 +15,8 @@ from lightning_lora.functional.plain import are_plain, as_dtype
 
 def stacked(updates: Sequence[Factors]) -> Factors:
     """Return n updates A: (r, in), B: (out, r) as A: (n, r, in), B: (n, out, r). Smaller ranks get zeros."""
-    reading, writing, r = [], [], max([len(a) for a, _ in updates])
-    for a, b in updates:
-        reading.append(F.pad(a, (0, 0, 0, r - len(a))))
-        writing.append(F.pad(b, (0, r - len(a))))
-    return torch.stack(reading), torch.stack(writing)
+    reading = pad_sequence([a for a, _ in updates], batch_first=True)
+    return reading, pad_sequence([b.mT for _, b in updates], batch_first=True).mT
 
 
 def add_to_rows(output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
@@ -54,10 +51,8 @@ def put_back(name: str, parts: Sequence[Any], rows: Sequence[Tensor], later: int
         if all(map(_has_rows, group, [along] * len(rows), map(len, rows))):
             first = torch.cat(group, along).index_select(along, order.to(first.device))
         elif any(isinstance(leaf, Tensor) or leaf != first for leaf in group):
-            raise ConfigError(
-                f"{name!r} returns a {type(first).__name__} that has no row for each name. adapter_names cannot put "
-                "those of several adapters together. Use set_adapter."
-            )
+            about = f"{name!r} returns a {type(first).__name__} without a row for each name"
+            raise ConfigError(f"{about}, so that those of several adapters cannot be put together. Use set_adapter.")
         leaves.append(first)
     return tree_unflatten(leaves, flat[0][1])
 

@@ -308,9 +308,5 @@ def attach(layer: nn.Module, adapter: Adapter) -> None:
 
 def attributes_of(adapter: Adapter) -> dict[str, Any]:
     """Return the attributes of a layer that this adapter is on, besides its parameters."""
-    return {
-        "lora_settings": adapter.settings,
-        "lora_matrices": adapter.matrices,
-        "lora_init_digests": adapter.init_digests,
-        "lora_enabled": True,
-    }
+    about = {"lora_settings": adapter.settings, "lora_matrices": adapter.matrices, "lora_enabled": True}
+    return {**about, "lora_init_digests": adapter.init_digests}

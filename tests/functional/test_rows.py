@@ -52,7 +52,7 @@ def test_rows_come_back_where_they_were() -> None:
 
 def test_what_has_no_rows_is_not_put_together() -> None:
     rows = [torch.tensor([0]), torch.tensor([1, 2])]
-    with pytest.raises(ConfigError, match="'a' returns a Tensor that has no row"):
+    with pytest.raises(ConfigError, match="'a' returns a Tensor without a row"):
         put_back("a", [torch.tensor(1.0), torch.tensor(1.0)], rows)
     with pytest.raises(ConfigError, match="'a' returns a str"):
         put_back("a", ["a", "b"], rows)
