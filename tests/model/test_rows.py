@@ -221,7 +221,11 @@ def test_what_is_trained_in_the_block_counts_at_once() -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    assert loss < 1e9 and model[0].lora_B.grad is not None
+        with torch.no_grad():
+            row, base = model(x)
+            model[0].lora_B.zero_()
+            assert not torch.equal(model(x)[0], row) and torch.equal(model(x)[1], base)
+            torch.testing.assert_close(model(x), nn.functional.linear(x, model[0].weight, model[0].bias))
 
 
 def test_dropout_acts_in_training_mode_on_the_rows_of_its_adapter() -> None:
@@ -309,6 +313,19 @@ def test_inference_paths_of_transformers_are_off_in_the_block(targets: str) -> N
         keep = ~pad[row]
         torch.testing.assert_close(found[row][keep], expected[row][: len(keep)][keep])
     assert [each.activation_relu_or_gelu for each in model.layers] == switches
+
+
+def test_a_mask_of_positions_is_for_all_rows() -> None:
+    torch.manual_seed(0)
+    model, x = with_adapters(nn.Sequential(nn.MultiheadAttention(8, 2, batch_first=True))), torch.randn(3, 3, 8)
+    rows: list[Tensor] = []
+    mask = torch.ones(3, 3, dtype=torch.bool).triu(1)
+    for name in ("de", "fr", None):
+        with set_adapter(model, name):
+            rows.append(model[0](x, x, x, attn_mask=mask)[0][len(rows)])
+    with adapter_names(model, ["de", "fr", None]):
+        torch.testing.assert_close(model[0](x, x, x, attn_mask=mask)[0], torch.stack(rows))
+        torch.testing.assert_close(model[0](x, x, x, None, True, mask)[0], torch.stack(rows))
 
 
 def test_a_seq_first_transformer_is_refused_also_where_linear_layers_read_it() -> None:
