@@ -71,8 +71,8 @@ class LoRACallback(Callback):
             list, as for ``target_modules``.
         modules_to_save: Names of modules, or of single parameters, to train in full. They take precedence over
             ``target_modules``. List every new layer here: a frozen layer with random weights learns nothing.
-        trainable_token_indices: Rows of the input embedding to train, such as those of new tokens, or a dict of rows by
-            the names of embeddings: ``{"embed_tokens": [50257, 50258]}``.
+        trainable_token_indices: Rows of the input embedding to train, such as those of new tokens. Or a dict of such
+            lists, by the names of embeddings.
         rank_pattern: Layers with another rank than ``r``. The keys are names, last parts of names, or regular
             expressions for the end of a name. A parameter in ``target_parameters`` is meant by its own name, such as
             ``"experts.gate_up_proj"``, or by that of its module.

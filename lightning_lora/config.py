@@ -310,7 +310,7 @@ def _parts(name: str, parts: Any) -> Any:
 
 
 def _tokens(name: str, value: Any) -> Any:
-    """Rows in their order, or those of each embedding by name."""
+    """Rows in their order; or those of each embedding by name."""
     if isinstance(value, Mapping) and "[" not in name:
         _check_keys(name, value, "rows, such as {'embed_tokens': [50257, 50258]}")
         return {str(key): _tokens(f"{name}[{key!r}]", rows) for key, rows in value.items()}
@@ -320,10 +320,7 @@ def _tokens(name: str, value: Any) -> Any:
         else []
     )
     if not rows or rows[0] < 0 or len(set(rows)) < len(rows):
-        raise ConfigError(
-            f"{name}={_brief(value)} is not valid. Expected the numbers of rows, from 0 and each once, such as "
-            "[50257, 50258]."
-        )
+        raise ConfigError(f"{name}={_brief(value)} is not valid. Expected numbers of rows, each once, such as [50257].")
     return tuple(rows)
 
 

@@ -69,10 +69,6 @@ class AdaptedMatrix:
     scaling: float | None = None
     tokens: tuple[int, ...] = ()  # the rows of an embedding that train by themselves, in place of A and B
 
-    def roles(self, settings: Settings) -> tuple[Role, ...]:
-        """Return the roles of its parameters."""
-        return (Role.ROWS,) if self.tokens else settings.roles
-
     @property
     def has_all_rows(self) -> bool:
         """Whether it is not only some rows of the weight."""
@@ -136,7 +132,7 @@ Roles = dict[str, AdapterParameter]  # what the parameters of an adapter are, by
 
 def adapter_parameters(matrices: Iterable[AdaptedMatrix], settings: Settings) -> Roles:
     """Return the parameters of an adapter, by name in the layer. Nothing else builds or reads such names."""
-    pairs = ((role, matrix) for matrix in matrices for role in matrix.roles(settings))
+    pairs = ((role, m) for m in matrices for role in ((Role.ROWS,) if m.tokens else settings.roles))
     return {matrix.parameter(role): AdapterParameter(role, matrix) for role, matrix in pairs}
 
 

@@ -18,8 +18,7 @@ class LoRATokens(LoRAEmbedding):
     r"""An embedding, or an output head, in which single rows of the weight are replaced by trained ones.
 
     Shape:
-        weight: (num_embeddings, embedding_dim); lora_rows: (tokens, embedding_dim), which starts as these rows.
-        Input and output are the layer's own.
+        weight: (num_embeddings, embedding_dim); lora_rows: (tokens, embedding_dim), which start as these rows.
     """
 
     lora_layer_types: ClassVar[LayerTypes] = (nn.Embedding, nn.Linear)
@@ -87,6 +86,5 @@ def _with_rows(layer: Any, tokens: LoRATokens, *args: Any, **kwargs: Any) -> Any
     found = found.where(is_token, len(rows))  # all others find a row of zeros, without a gradient
     numbers = tokens.lora_matrices[0].tokens
     padding = numbers.index(layer.padding_idx) if layer.padding_idx in numbers else len(rows)
-    table = F.pad(rows, (0, 0, 0, 1))
-    new = F.embedding(found, table, padding, scale_grad_by_freq=layer.scale_grad_by_freq)
+    new = F.embedding(found, F.pad(rows, (0, 0, 0, 1)), padding, scale_grad_by_freq=layer.scale_grad_by_freq)
     return new.where(is_token.unsqueeze(-1), output)

@@ -223,7 +223,6 @@ def _about(settings: Settings, matrices: tuple[AdaptedMatrix, ...]) -> dict[str,
     if not settings.inits_from_base:
         del named["init"]  # otherwise it makes no difference later
     own = [
-        (m.name or m.weight, m.first, m.writes, *filter(None, (m.r, m.scaling, m.tokens and (m.reads, m.tokens))))
-        for m in matrices
+        (m.name or m.weight, m.first, m.reads, m.writes, *filter(None, (m.r, m.scaling, m.tokens))) for m in matrices
     ]
     return {**named, "matrices": own}

@@ -41,9 +41,8 @@ def fingerprint(view: View, *, anew: bool = True, renaming: Renaming = SAME_NAME
 
 
 def _layout(view: View, tensors: Mapping[str, Tensor], renaming: Renaming) -> str:
-    lines, rows = list[str](), rows_of(view)
-    for name, tensor in tensors.items():
-        lines.append(f"{renaming.name_there(name)} {tuple(tensor.shape)}{rows.get(name, '')}")
+    rows = rows_of(view)
+    lines = (f"{renaming.name_there(name)} {tuple(t.shape)}{rows.get(name, '')}" for name, t in tensors.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -59,8 +58,9 @@ def base_dtypes(view: View) -> list[str]:
 def base_tensors(view: View) -> dict[str, Tensor]:
     """Return the base's tensors: frozen parameters without updates, and buffers with the values from before training.
 
-    Embeddings with ``max_norm`` are left out: their own forward rescales the rows, always to the same values. So are
-    the scales of four-bit weights: bitsandbytes may round them when it changes the layout for inference and back.
+    Rows that train by themselves are zero here: resizing an embedding draws others each time. Embeddings with
+    ``max_norm`` are left out: their own forward rescales the rows, always to the same values. So are the scales of
+    four-bit weights: bitsandbytes may round them when it changes the layout for inference and back.
     """
     rewritten, left_out = set[int](), set[str]()
     for prefix, module in view.modules.items():
@@ -70,21 +70,15 @@ def base_tensors(view: View) -> dict[str, Tensor]:
             left_out.update(map(partial(join, prefix), quantised_entries(module)))
     left_out |= {name for name, p in view.base.items() if id(p) in rewritten}
     found, rows = {name: value for name, value in view.base_values.items() if name not in left_out}, rows_of(view)
-    blank = {id(found[name]): without_rows(found[name], tokens) for name, tokens in rows.items()}  # tied ones once
+    places = {id(found[name]): torch.tensor(tokens, device=found[name].device) for name, tokens in rows.items()}
+    blank = {id(found[name]): found[name].index_fill(0, places[id(found[name])], 0) for name in rows}  # tied ones once
     return found | {name: blank[id(found[name])] for name in rows}
 
 
 def rows_of(view: View) -> dict[str, tuple[int, ...]]:
     """Return which rows of embeddings train by themselves, by all names of the weights."""
-    rows = dict[int, tuple[int, ...]]()
-    for name, (matrix, *_) in view.matrices.items():
-        rows[id(view.base[join(name, matrix.weight)])] = matrix.tokens
+    rows = {id(view.base[join(name, matrix.weight)]): matrix.tokens for name, (matrix, *_) in view.matrices.items()}
     return {name: rows[id(p)] for name, p in view.base.items() if rows.get(id(p))}
-
-
-def without_rows(weight: Tensor, tokens: Sequence[int]) -> Tensor:
-    """Return a weight with zeros in these rows, which other ones replace: the base may have drawn them, at random."""
-    return weight.index_fill(0, torch.tensor(tokens, device=weight.device), 0)
 
 
 def base_value(view: View, name: str) -> Tensor:

@@ -39,10 +39,7 @@ class StoredLayer:
     options: dict[str, Any]  # what the update depends on beside the weights, such as the groups of a convolution
     is_additive: bool  # whether it adds the update to its output; otherwise it computes on W + ΔW
 
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """The rows of an embedding that train by themselves."""
-        return self.matrices[0].tokens
+    tokens = property(lambda self: self.matrices[0].tokens)  # the rows of an embedding that train by themselves
 
     @property
     def adapter_class(self) -> type[LoRALayer] | None:

@@ -12,7 +12,7 @@ from lightning_lora.layers.kinds import LoRATokens
 from lightning_lora.targets.checks import Choice, check_any, check_choices, check_shapes, check_supported
 from lightning_lora.targets.lookup import AUTOMATIC, Names, is_attention, is_computed, why_not
 from lightning_lora.targets.slices import sliced
-from lightning_lora.targets.tokens import check_free, token_rows
+from lightning_lora.targets.tokens import token_rows
 from lightning_lora.tensors.names import starts_of, submodule
 
 
@@ -26,11 +26,9 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, Choice]:
     holders = {owner: leaves for owner, leaves in _holders(names, config).items() if owner not in untouched}
     read = {submodule(owner, leaf.rpartition(".")[0]) for owner, leaves in holders.items() for leaf in leaves}
     targets = set(_targets(names, config).values()) - untouched - read
-    rows, tied = token_rows(names, config)
-    if config.target_modules in AUTOMATIC:
-        targets -= tied
-    check_free(names, tied, targets | read | _modules_below(names, saved))
-    layers = names.first_names(targets | holders.keys() | rows.keys())
+    meant = set[nn.Module]() if config.target_modules in AUTOMATIC else targets
+    rows, tied = token_rows(names, config, meant | read | _modules_below(names, saved))
+    layers = names.first_names((targets - tied) | holders.keys() | rows.keys())
     check_supported(names, config, layers, targets)
     choices = {}
     for name, layer in layers.items():

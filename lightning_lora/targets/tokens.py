@@ -1,6 +1,6 @@
 """The rows of embeddings that ``trainable_token_indices`` names."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import TargetError, listed
+from lightning_lora.errors import TargetError
 from lightning_lora.layers import AdaptedMatrix, adapter_for
 from lightning_lora.layers.kinds import LoRAEmbedding, LoRALinear, LoRATokens
 from lightning_lora.targets.lookup import Names, why_not
@@ -18,13 +18,12 @@ from lightning_lora.tensors.shards import is_dtensor
 _ARGUMENT = "trainable_token_indices"
 
 
-def token_rows(names: Names, config: LoRAConfig) -> tuple[dict[nn.Module, AdaptedMatrix], set[nn.Module]]:
-    """Return the embeddings whose rows train, with these, and all layers with their weights. Of tied ones, the first.
-
-    A list means the input embedding of the outermost model that has ``get_input_embeddings``, or else ``embed_tokens``.
-    """
+def token_rows(
+    names: Names, config: LoRAConfig, busy: Container[object]
+) -> tuple[dict[nn.Module, AdaptedMatrix], set[nn.Module]]:
+    """Return the embeddings whose rows train, and all layers with their weights. Other arguments name ``busy`` ones."""
     given = config.trainable_token_indices or {}
-    given = given if isinstance(given, Mapping) else {_input_embedding(names): given}
+    given = given if isinstance(given, Mapping) else dict.fromkeys(_input_embeddings(names), given)
     found, rows_of = dict[nn.Module, AdaptedMatrix](), dict[nn.Module, object]()
     for key, rows in given.items():
         for name in [key] if key in names.modules else names.find(_ARGUMENT, (key,)):
@@ -32,7 +31,8 @@ def token_rows(names: Names, config: LoRAConfig) -> tuple[dict[nn.Module, Adapte
             weight = layer._parameters.get("weight")
             owners = [owner_of(other) for other, p in names.parameters.items() if p is weight]
             for owner in (name, *owners):
-                if why := _why_not(names, owner, rows):
+                why = "target_modules, target_parameters or modules_to_save name it too"
+                if names.modules.get(owner) in busy or (why := _why_not(names, owner, rows)):
                     raise TargetError(f"{_ARGUMENT} means {name!r} of {names.title}. {owner!r} does not fit: {why}.")
             if rows_of.get(layer, rows) != rows:
                 raise TargetError(f"{_ARGUMENT} has other rows for {name!r} than for a name of the same weight.")
@@ -42,22 +42,18 @@ def token_rows(names: Names, config: LoRAConfig) -> tuple[dict[nn.Module, Adapte
     return found, set(rows_of)
 
 
-def _input_embedding(names: Names) -> str:
+def _input_embeddings(names: Names) -> list[str]:
+    """What a list means: the input embedding of each outermost model that has one, or else ``embed_tokens``."""
     found: dict[str, str] = {}  # by the model that has it
     for name, module in {"": plain_module(names.model), **names.modules}.items():
         ask = getattr(module, "get_input_embeddings", None)
         if callable(ask) and found.keys().isdisjoint(["", *starts_of(name)]):
             with suppress(NotImplementedError):
                 (found[name],) = names.first_names({plain_module(ask())})
-    if len(found) > 1:
-        raise TargetError(
-            f"{_ARGUMENT} is a list, and {names.title} has several input embeddings. Give a dict, with the rows of "
-            f"each: {listed(found.values())}."
-        )
-    return next(iter(found.values()), "embed_tokens")
+    return list(found.values()) or ["embed_tokens"]
 
 
-def _why_not(names: Names, name: str, rows: Iterable[int]) -> str | None:
+def _why_not(names: Names, name: str, rows: Iterable[int]) -> str:
     layer: Any = names.modules.get(name, names.model)
     if adapter_for(layer) not in (LoRAEmbedding, LoRALinear):
         return f"a {type(layer).__name__} is neither an nn.Embedding nor an nn.Linear"
@@ -66,13 +62,4 @@ def _why_not(names: Names, name: str, rows: Iterable[int]) -> str | None:
     if is_dtensor(layer.weight):
         return "its weight is sharded (FSDP2 or tensor parallelism), where single rows cannot train"
     beyond = [row for row in rows if row >= len(layer.weight)]
-    return f"it has {len(layer.weight)} rows, and no {beyond}. Resize it first" if beyond else None
-
-
-def check_free(names: Names, tied: set[nn.Module], others: set[nn.Module]) -> None:
-    """Refuse layers that have a weight with rows that train, and that other arguments name too."""
-    if both := names.first_names(tied & others):
-        raise TargetError(
-            f"{_ARGUMENT} trains rows of the weight of {listed(both)}, which target_modules, target_parameters or "
-            "modules_to_save name too. Leave it out there, or here."
-        )
+    return f"it has {len(layer.weight)} rows, and no {beyond}. Resize it first" if beyond else ""

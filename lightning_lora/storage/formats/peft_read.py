@@ -319,8 +319,7 @@ class _Layers:
         if not is_valid or not len(indices) == len(rows) == len(matrix.tokens) > 0:
             raise AdapterMismatchError(
                 f"The file holds {len(rows)} rows of {there!r}, and the configuration names {len(indices)} for an "
-                f"embedding of {(matrix.reads, matrix.writes)}. Pass the model and the adapter_config.json of the "
-                "training."
+                f"embedding of {(matrix.reads, matrix.writes)}. Pass the model and the configuration of the training."
             )
         if why := why_not_rows(self.view.modules, self.place.name_here(there)):
             raise AdapterMismatchError(f"The rows of {there!r} cannot be read: {why} Merge it with PEFT.")

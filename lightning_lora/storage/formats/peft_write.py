@@ -92,10 +92,7 @@ def export_peft(
     check_exportable(source.stored, source.modules or {}, source.saved)
     updates = _updates(source)
     if source.stored.config.trainable_token_indices and (uniform or not is_peft or not updates):
-        raise ExportError(
-            "trainable_token_indices has no place in a file without other adapters, for uniform=True, or in diffusers' "
-            "format. Leave uniform and format out, or call save_merged(model, path)."
-        )
+        raise ExportError("Rows that train (trainable_token_indices) fit in PEFT's own format alone, beside adapters.")
     if uniform or not is_peft:  # diffusers before 0.34, and others that read its files, scale all by 1
         scaling = Counter(update.scaling for update in updates).most_common(1)[0][0] if is_peft else 1.0
         updates = _with_scaling(updates, scaling, max(update.rank for update in updates) if uniform else 0)

@@ -47,9 +47,8 @@ class Update:
     @property
     def r(self) -> int:
         """The rank that the layer needs here."""
-        if self.rows is not None:
-            return self.layer.r
-        return max(matrix.rank(a.shape[-2]) for matrix, (a, _) in zip(self.layer.matrices, self.factors, strict=True))
+        ranks = (matrix.rank(a.shape[-2]) for matrix, (a, _) in zip(self.layer.matrices, self.factors, strict=False))
+        return max(ranks, default=self.layer.r)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the adapter's tensors, by name in the model."""

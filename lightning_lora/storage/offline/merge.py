@@ -18,7 +18,7 @@ from lightning_lora.errors import (
     warn,
 )
 from lightning_lora.model.merged import lost_to_rounding
-from lightning_lora.storage.base import BaseTensor, Comparison, compare, without_rows
+from lightning_lora.storage.base import BaseTensor, Comparison, compare
 from lightning_lora.storage.disk import check_output, unread_in, writing, writing_folder
 from lightning_lora.storage.formats.lightning import as_base
 from lightning_lora.storage.names import Renaming, find_renamings, is_inside
@@ -137,8 +137,9 @@ class _Merge:
 
     def _compared(self, name: str) -> Tensor:
         """A tensor of the base, without rows that others replace."""
-        value, layer = self.files.get(name), self.stored.layers.get(self.weights.get(name, ("", ""))[0])
-        return without_rows(value, layer.tokens) if layer is not None and layer.tokens else value
+        tokens = self.stored.layers[self.weights[name][0]].tokens if name in self.weights else ()
+        value: Tensor = self.files.get(name)
+        return value.index_fill(0, torch.tensor(tokens), 0) if tokens else value
 
     def write(self, path: Path, names: Collection[str], metadata: dict[str, str]) -> int:
         """Write these tensors of the merged model into a file. Return their size."""
