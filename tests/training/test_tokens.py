@@ -63,7 +63,7 @@ def data() -> DataLoader[Any]:
     return DataLoader(INDEX, batch_size=4)  # type: ignore[arg-type]  # a tensor is a dataset
 
 
-def lora(name: str, **more: Any) -> ll.LoRACallback:
+def lora(name: str, /, **more: Any) -> ll.LoRACallback:
     arguments = {"r": 2, "target_modules": MODELS[name][2], "trainable_token_indices": TOKENS, "merge": False}
     L.seed_everything(0, verbose=False)
     return ll.LoRACallback(**(arguments | more))
@@ -170,3 +170,17 @@ def test_processes_train_the_same_rows(tmp_path: Path) -> None:
     torch.testing.assert_close(both.state_dict(), alone.state_dict())
     ll.unmerge_adapters(both)
     assert isinstance(both.model.transformer.wte, LoRATokens)
+
+
+def test_adapters_with_other_rows_are_of_the_same_base(tmp_path: Path) -> None:
+    module = Lit(resized("gpt2"))
+    for name, tokens in (("a", [20]), ("b", [21])):
+        callback = lora("gpt2", trainable_token_indices=tokens, name=name)
+        trainer(tmp_path, [callback], max_epochs=1).fit(module, data())
+    for name in ("b", "a"):
+        ll.set_adapter(module, name)
+        assert all("lora_" in entry for entry in ll.adapter_state_dict(module))
+        ll.save_adapter(module, tmp_path / "a.safetensors")
+        other = Lit(resized("gpt2"))
+        ll.load_adapter(other, tmp_path / "a.safetensors")
+        assert torch.equal(other.model(input_ids=INDEX).logits, module.model(input_ids=INDEX).logits)
