@@ -37,12 +37,11 @@ def fingerprint(view: View, *, anew: bool = True, renaming: Renaming = SAME_NAME
     for name, (changed, was) in [*view.record.changed.items(), *view.record.rounded_base.items()]:
         if digests.get(name) == changed:
             digests[name] = was
-    return {"layout": _layout(view, tensors, renaming), "dtypes": _dtypes(tensors), "digests": list(digests.values())}
+    return {"layout": _layout(tensors, renaming), "dtypes": _dtypes(tensors), "digests": list(digests.values())}
 
 
-def _layout(view: View, tensors: Mapping[str, Tensor], renaming: Renaming) -> str:
-    rows = rows_of(view)
-    lines = (f"{renaming.name_there(name)} {tuple(t.shape)}{rows.get(name, '')}" for name, t in tensors.items())
+def _layout(tensors: Mapping[str, Tensor], renaming: Renaming) -> str:
+    lines = (f"{renaming.name_there(name)} {tuple(tensor.shape)}" for name, tensor in tensors.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -77,7 +76,7 @@ def base_tensors(view: View) -> dict[str, Tensor]:
 
 def rows_of(view: View) -> dict[str, tuple[int, ...]]:
     """Return which rows of embeddings train by themselves, by all names of the weights."""
-    rows = {id(view.base[join(name, matrix.weight)]): matrix.tokens for name, (matrix, *_) in view.matrices.items()}
+    rows = {id(view.base.get(join(name, matrix.weight))): matrix.tokens for name, (matrix, *_) in view.matrices.items()}
     return {name: rows[id(p)] for name, p in view.base.items() if rows.get(id(p))}
 
 
@@ -122,7 +121,7 @@ def with_halves(view: View, forms: Iterable[Mapping[str, Any]]) -> list[dict[str
     that are no longer known, and None of quantised values. Only the first call costs a pass over the weights.
     """
     tensors, packed, record, described = base_tensors(view), _quantised_names(view), view.record, []
-    layout, dtypes = _layout(view, tensors, SAME_NAMES), _dtypes(tensors)
+    layout, dtypes = _layout(tensors, SAME_NAMES), _dtypes(tensors)
     floating = {n: t for n, t in tensors.items() if t.is_floating_point() and not t.is_meta and n not in packed}
     for form in map(dict, forms):
         if form["layout"] == layout:
