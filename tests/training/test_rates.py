@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 from torch.optim.swa_utils import SWALR
 
-from lightning_lora import OptimizerError, remove_adapters
+from lightning_lora import LoRACallback, OptimizerError, remove_adapters
 from tests.support.fits import Notes, adapted, by_hand, fit, through_and_resumed
 from tests.support.models import ADAPTERS, TRAINED, LitTiny, data, lora, same, state, trainer
+from tests.training.test_optimizers import Grouped
 
 scaled = partial(lora, merge=False, lr_scale=10)
 A, B, HEAD = ADAPTERS[::2], ADAPTERS[1::2], TRAINED[4:]
@@ -191,6 +192,15 @@ GIVEN: list[tuple[dict[str, Any], dict[str, float]]] = [
 def test_each_parameter_moves_at_its_rate(tmp_path: Path, options: Any, expected: dict[str, float]) -> None:
     seen = rates_in(tmp_path, Plain, lora(merge=False, **options), Moves())
     assert seen == [pytest.approx(expected, rel=1e-12)] * 4
+
+
+def test_lora_plus_is_that_of_peft(tmp_path: Path) -> None:
+    theirs, ours = Grouped("as peft"), LitTiny(lr=0.01)
+    ours.configure_optimizers = lambda: AdamW(ours.parameters(), 0.01, weight_decay=0.0)  # type: ignore[method-assign]
+    given = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": None, "merge": False}
+    for model, scale in ((theirs, {}), (ours, {"loraplus_lr_ratio": 16})):
+        fit(tmp_path, LoRACallback(r=2, **given, **scale), model=model)  # type: ignore[arg-type]
+    assert same(state(ours), state(theirs)) and ours.q_proj.lora_B.any()
 
 
 def by_layer(first: float, second: float) -> dict[str, float]:
