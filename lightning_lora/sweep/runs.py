@@ -50,9 +50,8 @@ class Runs:
     def _play(self, run: Run) -> None:
         run.turn.acquire()
         try:
-            if self.error is None:
-                run.trainer.fit(run.trainer.lightning_module, datamodule=run.trainer.datamodule)
-                run.random = _collect_rng_states()
+            run.trainer.fit(run.trainer.lightning_module, datamodule=run.trainer.datamodule)
+            run.random = _collect_rng_states()
         except BaseException as error:
             rank_zero_info(f"LoRASweep ends because of an error in the run of {run.name}.")
             self.error = self.error or error

@@ -7,19 +7,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from torch import Tensor
+from torch import Tensor, nn
+
+from lightning_lora.model.view import View
 
 RANDOM = "lightning_lora_random"  # the checkpoint entry with the states of torch's generators
 
 
 @contextmanager
-def reseeded() -> Iterator[None]:
-    """Go on with a seed that is drawn first: however much an injection draws, the run then sees the same batches."""
-    before = torch.get_rng_state()
+def reseeded(model: nn.Module) -> Iterator[None]:
+    """Go on with a seed that is drawn first: however much new adapters draw, the run then sees the same batches."""
+    before, adapted = torch.get_rng_state(), View(model).layers.keys()
     seed = int(torch.randint(1 << 62, (), device="cpu"))
     torch.set_rng_state(before)
     yield  # after an error, another injection follows
-    torch.manual_seed(seed)
+    if View(model).layers.keys() != adapted:
+        torch.manual_seed(seed)
 
 
 def random_states(trainer: Trainer) -> dict[str, Tensor]:

@@ -153,7 +153,7 @@ class Stage:
     def inject(self, pl_module: LightningModule) -> None:
         """Adapt the module, under the name of this stage's adapter."""
         record = find_record(pl_module)
-        with reseeded():
+        with reseeded(pl_module):
             inject_adapters(pl_module, self.config, name=record.adapter.name if record else self.name or "default")
 
     def end(self, pl_module: LightningModule) -> None:
