@@ -41,15 +41,10 @@ def _times(bench: Bench, base: nn.Module, x: torch.Tensor, names: list[str]) -> 
         with adapter_names(ours, names):
             ours(x)
 
-    with torch.no_grad(), adapter_names(block := _copied(ours, shared), names):
-        mixed = block(x)
-        torch.testing.assert_close(in_peft(x, adapter_names=names).shape, mixed.shape)
+    block = copy.deepcopy(ours, dict(shared))
+    with torch.no_grad(), adapter_names(block, names):
         runs = {FLOOR: lambda: base(x), ONE: lambda: ours(x), OURS: lambda: block(x), ENTERED: entered}
         return bench.take_turns({**runs, PEFT: lambda: in_peft(x, adapter_names=names)})
-
-
-def _copied(model: nn.Module, shared: dict[int, Any]) -> nn.Module:
-    return copy.deepcopy(model, dict(shared))
 
 
 def _randomise(model: nn.Module) -> None:

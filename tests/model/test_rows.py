@@ -267,6 +267,14 @@ def test_another_number_of_rows_is_refused(shape: tuple[int, ...]) -> None:
     assert model(torch.ones(shape)).shape == (*shape[:-1], 4)
 
 
+def test_features_or_bags_in_one_dimension_are_no_rows() -> None:
+    flat, bags = torch.ones(2), (torch.tensor([0, 1]), torch.tensor([0, 2]))  # the second bag is empty
+    for layer, x in ((nn.Linear(2, 4), flat), (nn.EmbeddingBag(3, 4), bags)):
+        model = with_adapters(nn.Sequential(layer))
+        with adapter_names(model, ["de", "fr"]), pytest.raises(ConfigError, match=r"'0' reads .* of shape \(2,\)"):
+            call(model, x)
+
+
 def test_blocks_nest_and_end_after_errors() -> None:
     model, x = with_adapters(nn.Sequential(nn.Linear(5, 4))), torch.randn(2, 5)
     with adapter_names(model, ["de", "fr"]):
