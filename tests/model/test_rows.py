@@ -21,7 +21,7 @@ from lightning_lora import (
     set_adapter,
 )
 from lightning_lora.functional.rows import taken
-from lightning_lora.layers import adapter_for
+from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for
 from tests.support.layers import LAYERS, Experts, config
 from tests.support.models import TinyLM
 
@@ -111,6 +111,30 @@ def test_experts_are_refused() -> None:
     with_adapters(model, **{name: config(model) for name in NAMES})
     with pytest.raises(AdapterStateError, match="'0' of Sequential has experts, parameters or tokens"):
         adapter_names(model, ["de"]).__enter__()
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.inner = nn.Parameter(torch.randn(5, 5)), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x @ self.weight.T)
+
+
+class LoRABlock(LoRALayer):
+    lora_layer_types = (Block,)
+
+
+def test_layers_inside_a_layer_of_another_adapter_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ADAPTERS, Block, LoRABlock)
+    outer, inner = (LoRAConfig(r=2, target_modules=[name]) for name in ("0", "0.inner"))
+    model, x = with_adapters(nn.Sequential(Block()).double(), de=outer, fr=inner), torch.randn(3, 5).double()
+    expected = rows_alone(model, x, 3, 0)
+    with adapter_names(model, ["de", None, "fr"]):
+        found = model(x)
+    for row, name in enumerate(["de", None, "fr"]):
+        torch.testing.assert_close(found[row : row + 1], expected[name, row][0])
 
 
 def test_trained_tokens_are_refused() -> None:
@@ -356,7 +380,8 @@ def test_compiled_layers_take_part() -> None:
 
 
 def test_resting_adapters_follow_a_converted_model() -> None:
-    model, names = with_adapters(nn.Sequential(nn.Linear(5, 4))), ["de", None, "fr"]
+    model, names = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2)), ["de", None, "fr"]
+    with_adapters(model, de=LoRAConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
     x = torch.randn(3, 5)
     with adapter_names(model, names):
         expected = model(x)
