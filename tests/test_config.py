@@ -115,7 +115,7 @@ def test_hints_leave_signatures_as_they_are_written() -> None:
     for cls in (LoRAConfig, LoRACallback):
         parameters = inspect.signature(cls).parameters
         assert parameters["alpha"].default is None and "kwargs" not in parameters
-        assert not parameters.keys() & ELSEWHERE.keys() - {"merge", "save", "lr_scale", "pack_base"}
+        assert not parameters.keys() & ELSEWHERE.keys() - {"merge", "save", "lr_scale", "name", "pack_base"}
     assert dataclasses.replace(LoRAConfig(r=2), alpha=4) == LoRAConfig(r=2, alpha=4)
 
 

@@ -168,6 +168,17 @@ def test_a_layer_that_is_gone_is_named_before_anything_changes() -> None:
     assert same(state(model), before) and ll.adapters(model)[0] == "fr"
 
 
+def test_norms_that_one_adapter_trains_move_while_it_is_active_alone() -> None:
+    model = build()
+    ll.inject_adapters(model, CONFIGS["it"], name="it")
+    ll.inject_adapters(model, ONE, name="fr")
+    for name, moves in (("it", True), ("fr", False), ("it", True), ("fr", False)):
+        ll.set_adapter(model, name)
+        before = state(model)["1.running_mean"]
+        model.train()(X)
+        assert torch.equal(state(model)["1.running_mean"], before) is not moves, name
+
+
 def test_ties_and_recurrent_weights_are_exchanged_whole() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "rnn": nn.GRU(4, 4), "q": nn.Linear(4, 4)})
@@ -271,9 +282,11 @@ def test_another_base_is_the_base_of_all_adapters() -> None:
             each.load_state_dict(base, strict=False)
     switched(model, None)
     assert all(torch.equal(state(model)[name], value) for name, value in base.items())
-    for name in ("fr",):
+    for name in ("fr", "default", None):
         switched(model, name)
-        assert torch.equal(model(X), alone[name](X))
+        if name == "fr":
+            assert torch.equal(model(X), alone[name](X))
+    assert all(torch.equal(state(model)[name], value) for name, value in base.items())
     ll.remove_adapters(model)
     assert all(torch.equal(state(model)[name], value) for name, value in base.items())
 
