@@ -3,6 +3,7 @@
 import difflib
 import functools
 import inspect
+import math
 from collections.abc import Collection
 from typing import Any, TypeVar
 
@@ -57,6 +58,8 @@ def _with_ratio(scale: Any, ratio: Any, names: Collection[str]) -> dict[str, Any
     """PEFT's ratio of the rates of B and A, as ``lr_scale``."""
     if "lr_scale" not in names:
         return {"loraplus_lr_ratio": ratio}
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < math.inf:
+        raise ConfigError(f"loraplus_lr_ratio={ratio!r} is not valid. Expected a number above zero, such as 16.")
     if isinstance(scale, dict):
         raise ConfigError(
             f"lr_scale={scale!r} has the rates of A and B already. Leave out loraplus_lr_ratio={ratio!r}."
@@ -70,5 +73,5 @@ def _hint(name: str, names: Collection[str]) -> str:
         return hint
     if short in names:
         return f"it is {short} here"
-    near = difflib.get_close_matches(short, names, n=2)
+    near = difflib.get_close_matches(short, [*names, "loraplus_lr_ratio"], n=2)
     return f"nearest names: {', '.join(near)}" if near else "no name is like it; help(LoRACallback) explains all"

@@ -138,6 +138,10 @@ def test_pefts_ratio_is_a_scale_for_b_and_not_shown(cls: Any) -> None:
         ConfigError, match=r"lr_scale=\{'B': 2\} has the rates of A and B already. Leave out loraplus_lr_ratio=16"
     ):
         cls(lr_scale={"B": 2}, loraplus_lr_ratio=16)
+    with pytest.raises(ConfigError, match="loraplus_lr_ratio=0 is not valid"):
+        cls(loraplus_lr_ratio=0)
+    with pytest.raises(ConfigError, match="nearest names: loraplus_lr_ratio"):
+        cls(loraplus_ratio=16)
     assert "loraplus" not in str(inspect.signature(cls))
 
 

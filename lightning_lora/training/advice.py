@@ -61,8 +61,12 @@ def advise_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> Non
 def shown_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> list[str]:
     """Return the adapters' learning rates as text, and those of the module, if they are others."""
     found, others = peak_rates(view_of(model), optimizers)
-    texts = [" to ".join(map("{:g}".format, dict.fromkeys(each[:1] + each[-1:]))) for each in (found, others)]
+    texts = [_few([f"{rate:g}" for rate in rates]) for rates in (found, others)]
     return texts[:1] if found == others or not others else [texts[0], f"the module's: {texts[1]}"]
+
+
+def _few(rates: list[str]) -> str:
+    return " and ".join(rates) if len(rates) < 3 else f"{rates[0]} to {rates[-1]}"
 
 
 def _warn_of_fresh(view: View, fresh: Fresh) -> None:

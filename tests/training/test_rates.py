@@ -404,7 +404,7 @@ SHOWN: list[tuple[dict[str, Any], float, str, bool]] = [
     ({}, 5e-5, "5e-05", True),
     ({"lr_scale": 1}, 5e-5, "5e-05", False),
     ({"lr_scale": 10}, 1e-4, "0.001 the module's: 0.0001", False),
-    ({"lr_scale": {"A": 10, "B": 160}}, 1e-4, "0.001 to 0.016 the module's: 0.0001", False),
+    ({"lr_scale": {"A": 10, "B": 160}}, 1e-4, "0.001 and 0.016 the module's: 0.0001", False),
     ({"lr_scale": 10, "modules_to_save": None}, 1e-4, "0.001 the module's: 0.0001", False),
 ]
 
