@@ -114,9 +114,9 @@ def adapters_of(model: nn.Module, name: str) -> dict[str, Adapter]:
     return record.merged or {layer: each._lora_adapter() for layer, each in View(model).layers.items()}
 
 
-def check_known(record: Record, name: str, model: nn.Module) -> None:
-    """Refuse a name that no adapter has."""
-    if name not in record.adapters:
+def check_known(record: Record, name: str | None, model: nn.Module) -> None:
+    """Refuse a name that no adapter has. None is the base's."""
+    if name is not None and name not in record.adapters:
         near = difflib.get_close_matches(str(name), record.adapters)
         hint = f"Did you mean {listed(near)}?" if near else "load_adapter(model, path, name=...) loads one."
         raise AdapterStateError(
@@ -132,8 +132,7 @@ def _switch(model: nn.Module, name: str | None) -> None:
     record = find_record(model)
     if record is None or not record.is_disabled:
         record = record_of(model)
-    if name is not None:
-        check_known(record, name, model)
+    check_known(record, name, model)
     if name not in (None, record.adapter.name):
         change(model, record.others[name])
     elif record.is_disabled and name is not None:

@@ -109,7 +109,7 @@ def test_layers_whose_rows_are_second_are_refused(kind: str) -> None:
 def test_experts_are_refused() -> None:
     model = nn.Sequential(Experts())
     with_adapters(model, **{name: config(model) for name in NAMES})
-    with pytest.raises(AdapterStateError, match="'0' of Sequential has experts, parameters or tokens"):
+    with pytest.raises(AdapterStateError, match="'0' of Sequential has an adapter of experts"):
         adapter_names(model, ["de"]).__enter__()
 
 
@@ -140,7 +140,7 @@ def test_layers_inside_a_layer_of_another_adapter_take_part(monkeypatch: pytest.
 def test_trained_tokens_are_refused() -> None:
     model = TinyLM()
     with_adapters(model, fr=LoRAConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed": [1, 2]}))
-    with pytest.raises(AdapterStateError, match="'embed' of TinyLM has experts, parameters or tokens"):
+    with pytest.raises(AdapterStateError, match=r"'embed' of TinyLM has an adapter of .* tokens"):
         adapter_names(model, ["de"]).__enter__()  # "fr" is active: the layer that is tied to its tokens is changed
     with set_adapter(model, "de"), adapter_names(model, ["de", None]):
         model(torch.ones(2, 3, dtype=torch.int64))
@@ -262,11 +262,25 @@ def test_dropout_acts_in_training_mode_on_the_rows_of_its_adapter() -> None:
         assert torch.equal(model.eval()(x), model(x))
 
 
-def test_nothing_is_set_if_a_name_is_unknown() -> None:
+@pytest.mark.parametrize("unknown", ["dee", ""])
+def test_names_are_checked_at_the_call(unknown: str) -> None:
     model = with_adapters(nn.Sequential(nn.Linear(5, 4)))
-    with pytest.raises(AdapterStateError, match=r"no adapter 'dee'.*'de'"):
-        adapter_names(model, ["de", "dee"]).__enter__()
-    assert "forward" not in vars(model[0])
+    with pytest.raises(AdapterStateError, match=rf"no adapter '{unknown}'.*'de'"):
+        adapter_names(model, ["de", unknown])
+    with pytest.raises(AdapterStateError, match="no adapters"):
+        adapter_names(nn.Sequential(nn.Linear(5, 4)), [None])
+
+
+def test_only_a_with_block_acts_and_on_the_model_as_it_is_then() -> None:
+    model, x = with_adapters(nn.Sequential(nn.Linear(5, 4))), torch.randn(2, 5)
+    expected = model(x)
+    block = adapter_names(model, ["fr", None])
+    assert "with" in repr(block) and torch.equal(model(x), expected)
+    set_adapter(model, "de")
+    for _ in range(2):
+        with block:
+            torch.testing.assert_close(model(x)[0], expected[0])
+        assert "forward" not in vars(model[0])
 
 
 def test_a_model_without_adapters_to_choose_from_is_refused() -> None:
@@ -281,10 +295,11 @@ def test_a_model_without_adapters_to_choose_from_is_refused() -> None:
         adapter_names(model, ["de"]).__enter__()
 
 
+@pytest.mark.parametrize("names", [["de", None, "fr"], ["de"] * 3, [None] * 3])
 @pytest.mark.parametrize("shape", [(4, 5), (2, 3, 5), (6, 5), (5,)])
-def test_another_number_of_rows_is_refused(shape: tuple[int, ...]) -> None:
+def test_another_number_of_rows_is_refused(shape: tuple[int, ...], names: list[str | None]) -> None:
     model = with_adapters(nn.Sequential(nn.Linear(5, 4)))
-    with adapter_names(model, ["de", None, "fr"]):
+    with adapter_names(model, names):
         with pytest.raises(ConfigError, match=r"'0' reads a Tensor of shape .* got 3 names"):
             model(torch.ones(shape))
         assert model(torch.ones(3, 5)).shape == (3, 4)  # and the block goes on
@@ -314,6 +329,18 @@ def test_blocks_nest_and_end_after_errors() -> None:
     assert torch.equal(model(x)[1], outer[1])
     with disable_adapters(model):
         assert torch.equal(model(x), base)
+
+
+def test_a_block_inside_another_undoes_layers_that_only_the_outer_one_names() -> None:
+    targets = {name: LoRAConfig(r=2, target_modules=[str(i)]) for i, name in enumerate(NAMES)}
+    model, x = with_adapters(nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)), **targets), torch.randn(2, 5)
+    set_adapter(model, "de")
+    expected = model(x)
+    with adapter_names(model, ["fr", None]):
+        outer = model(x)
+        with adapter_names(model, ["de", "de"]):
+            torch.testing.assert_close(model(x), expected)
+        assert torch.equal(model(x), outer)
 
 
 def test_hooks_see_the_whole_batch_and_copies_run_alone() -> None:
