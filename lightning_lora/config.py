@@ -314,13 +314,12 @@ def _tokens(name: str, value: Any) -> Any:
     if isinstance(value, Mapping) and "[" not in name:
         _check_keys(name, value, "rows, such as {'embed_tokens': [50257, 50258]}")
         return {str(key): _tokens(f"{name}[{key!r}]", rows) for key, rows in value.items()}
-    rows = (
-        sorted(value)
-        if isinstance(value, list | tuple | range | Set) and all(type(row) is int for row in value)
-        else []
-    )
+    rows = sorted(value) if isinstance(value, list | tuple | range | Set) and {*map(type, value)} == {int} else []
     if not rows or rows[0] < 0 or len(set(rows)) < len(rows):
-        raise ConfigError(f"{name}={_brief(value)} is not valid. Expected numbers of rows, each once, such as [50257].")
+        raise ConfigError(
+            f"{name}={_brief(value)} is not valid. Expected numbers of rows, each once, such as [50257]. (Of a token: "
+            "tokenizer.convert_tokens_to_ids.)"
+        )
     return tuple(rows)
 
 

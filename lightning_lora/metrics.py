@@ -120,6 +120,8 @@ class _OfAdapters(Metric):
 
     def compute(self) -> dict[str, Tensor] | Tensor:
         """Return the numbers by matrix, or one for all of them. Grids are pooled as far as all matrices go."""
+        if not self.values:
+            raise AdapterStateError("Nothing was measured. Call update(model) first, with a model that has adapters.")
         if self.reduction == "none":
             return dict(self.values)
         values = list(self.values.values())
@@ -250,6 +252,8 @@ class SubspaceSimilarity(_OfAdapters):
 
     def __init__(self, i: int | None = None, j: int | None = None, *, side: str = "A", **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        if min(1 if i is None else i, 1 if j is None else j) < 1:
+            raise ConfigError(f"i={i}, j={j} is not valid. Expected numbers of directions, at least 1.")
         self.i, self.j, self.side = i, i if j is None else j, _known("side", side, "A", "B")
 
     def update(self, one: Source, other: Source) -> None:  # type: ignore[override]

@@ -232,8 +232,12 @@ def test_the_last_update_counts_until_a_reset_and_forward_measures_once(monkeypa
     metric.update(model)
     assert metric.compute() == metric(model) and len(looked) == 3
     metric.reset()
-    with pytest.warns(UserWarning, match="before the ``update``"):
-        assert metric.compute() == {}
+    for ask in (metric.compute, metric.plot, SubspaceSimilarity().plot, UpdateNorm(reduction="mean").plot):
+        with (
+            pytest.warns(UserWarning, match="before the ``update``"),
+            pytest.raises(ll.AdapterStateError, match="Nothing was measured"),
+        ):
+            ask()
 
 
 def test_metrics_stay_apart_in_a_collection() -> None:
@@ -269,6 +273,9 @@ def test_an_unknown_word_is_refused() -> None:
     for kind, name in ((UpdateNorm, "reduction"), (Amplification, "directions"), (SubspaceSimilarity, "side")):
         with pytest.raises(ll.ConfigError, match=f"^{name}='sum'. Expected '"):
             kind(**{name: "sum"})
+    for i, j in ((0, None), (2, 0), (-1, None), (None, -2)):
+        with pytest.raises(ll.ConfigError, match="Expected numbers of directions, at least 1"):
+            SubspaceSimilarity(i, j)
 
 
 def test_a_model_without_adapters_is_refused() -> None:

@@ -50,6 +50,7 @@ def inspect(stored: StoredAdapters) -> dict[str, Any]:
         "base": {"tensors": len(base["digests"]), "dtypes": base["dtypes"]},
         "config": stored.config.to_dict(),
         "layers": [_layer(stored, name) for name, layer in stored.layers.items() if not layer.tokens],
+        "tokens": {name: list(layer.tokens) for name, layer in stored.layers.items() if layer.tokens},
         "beside": {
             name: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
             for name, value in besides(stored).items()
@@ -89,9 +90,10 @@ def _show(found: dict[str, Any]) -> None:
     if found["beside"]:
         beside = ", ".join(f"{name} {value['shape']}" for name, value in found["beside"].items())
         console.print(printable(f"Besides adapters: {beside}"), markup=False)
+    rows = "".join(map(" Rows of {} train: {}.".format, found["tokens"], map(len, found["tokens"].values())))
     base, config = found["base"], {key: value for key, value in found["config"].items() if value not in (None, False)}
-    about = f"Base: {base['tensors']} frozen tensors, {', '.join(base['dtypes'])}. Format {found['format']}."
-    console.print(about, markup=False)
+    about = f"Base: {base['tensors']} frozen tensors, {', '.join(base['dtypes'])}. Format {found['format']}.{rows}"
+    console.print(printable(about), markup=False)
     console.print("Configuration: " + json.dumps(config), soft_wrap=True, markup=False)
 
 

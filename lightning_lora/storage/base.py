@@ -318,8 +318,8 @@ def _difference(
     if found.is_same_form:
         return (
             f"These adapters were trained on another base: {how_many}. Load the pretrained weights that they were "
-            "trained on (for load_from_checkpoint, in the module's __init__). New layers have no pretrained weights: "
-            "train them in full with modules_to_save. A model whose adapters were merged is another base too."
+            "trained on (for load_from_checkpoint, in the module's __init__). New layers, and rows of a head, have "
+            "none: train them (modules_to_save, trainable_token_indices). A merged model is another base too."
         )
     there, now = (" and ".join(dtypes) for dtypes in (form["dtypes"], here["dtypes"]))
     return (

@@ -17,6 +17,7 @@ from lightning_lora.errors import FreshLayerWarning, LoRAWarning, listed, warn
 from lightning_lora.layers import adapter_for
 from lightning_lora.model.fresh import MOST, Fresh, find_fresh, random_weights
 from lightning_lora.model.view import View, view_of
+from lightning_lora.storage.base import rows_of
 from lightning_lora.targets.lookup import AUTOMATIC, COMPUTED, Names, is_computed, why_not
 from lightning_lora.targets.select import automatic_targets
 from lightning_lora.tensors.inplace import class_names
@@ -43,6 +44,7 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
     elif fresh.random:
         _warn_of_fresh(view, fresh)
     _warn_of_left_trainable(view, fresh)
+    _warn_of_heads(view)
     _warn_of_left_alone(view)
     _warn_of_computed(view)
 
@@ -107,6 +109,21 @@ def left_trainable(view: View) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _warn_of_heads(view: View) -> None:
+    """Name linear layers that stay as they are, though single rows train in an embedding with as many."""
+    rows = rows_of(view)
+    trains = list(filter(view.matrices.__contains__, map(owner_of, rows)))
+    busy, sizes = {*rows, *view.adapted_weights}, set(map(len, map(view.base.__getitem__, rows)))
+    for name, weight in view.frozen.items():
+        head = owner_of(name)
+        if name not in busy and isinstance(view.modules[head], nn.Linear) and weight.shape[:-1].numel() in sizes:
+            _warn(
+                f"Single rows of {listed(trains)} train, but not of the output head {head!r}: it is not tied. Rows of "
+                "new tokens stay random there, and files fit no model that is resized again. Name both, with the same "
+                f"rows: trainable_token_indices={{{', '.join(map('{!r}: [...]'.format, (*trains, head)))}}}."
+            )
+
+
 def _warn_of_left_alone(view: View) -> None:
     layers, kinds, share = left_alone(view)
     if share > MOST:
@@ -150,10 +167,8 @@ def _warn_of_computed(view: View) -> None:
         return
     names = Names(view.model)
     meant = automatic_targets(names, str(view.config.target_modules)).values()
-    by_user = {
-        *names.find("exclude_modules", view.config.exclude_modules),
-        *names.find("modules_to_save", view.config.modules_to_save),
-    }
+    by_user = set(names.find("exclude_modules", view.config.exclude_modules))
+    by_user.update(names.find("modules_to_save", view.config.modules_to_save))
     layers = names.first_names({layer for layer in meant if is_computed(layer)})
     if left := [name for name in layers if by_user.isdisjoint(starts_of(name))]:
         _warn(
@@ -180,19 +195,16 @@ def _warn_of_large_hyperparameters(model: LightningModule, view: View) -> None:
 
 def _bytes_in(value: object) -> int:
     """The bytes of the networks and tensors in a hyperparameter."""
-    total, inside, seen = 0, [value], set[int]()
-    while inside:
-        each = inside.pop()
-        if id(each) in seen:
+    inside, found = [value], dict[int, Any]()
+    for each in inside:  # it grows
+        if id(each) in found:
             continue
-        seen.add(id(each))
+        found[id(each)] = each
         if isinstance(each, nn.Module):
             inside += [*each.parameters(), *each.buffers()]
         elif isinstance(each, Mapping | list | tuple):
             inside += each.values() if isinstance(each, Mapping) else each
-        elif isinstance(each, Tensor) and each.layout is torch.strided:
-            total += each.nbytes
-    return total
+    return sum(t.nbytes for t in found.values() if isinstance(t, Tensor) and t.layout is torch.strided)
 
 
 def _to_save(view: View, names: list[str] | tuple[str, ...]) -> str:

@@ -69,6 +69,7 @@ WRONG: dict[str, Any] = {
     "twice": [3, 3],
     "a flag": [True],
     "text": "34",
+    "words": ["<pos>"],
     "bytes": b"ab",
     "one number": 3,
     "no rows": {"embed": []},

@@ -64,7 +64,8 @@ def data() -> DataLoader[Any]:
 
 
 def lora(name: str, /, **more: Any) -> ll.LoRACallback:
-    arguments = {"r": 2, "target_modules": MODELS[name][2], "trainable_token_indices": TOKENS, "merge": False}
+    rows = TOKENS if name == "gpt2" else {"embed_tokens": TOKENS, "lm_head": TOKENS}  # not tied
+    arguments = {"r": 2, "target_modules": MODELS[name][2], "trainable_token_indices": rows, "merge": False}
     L.seed_everything(0, verbose=False)
     return ll.LoRACallback(**(arguments | more))
 
@@ -159,6 +160,32 @@ def test_rows_that_are_replaced_are_no_part_of_the_base_and_all_others_are(tmp_p
     plain.resize_token_embeddings(23, mean_resizing=False)
     with pytest.raises(ll.LoRAError, match="names or shapes differ"):
         ll.load_adapter(Lit(plain), tmp_path / "a.safetensors")
+
+
+def test_a_head_that_is_not_tied_must_be_named_too(tmp_path: Path) -> None:
+    module, file = Lit(resized("llama")), tmp_path / "a.safetensors"
+    with pytest.warns(
+        ll.LoRAWarning, match="of 'model.model.embed_tokens' train, but not of the output head"
+    ) as caught:
+        trainer(tmp_path, [lora("llama", trainable_token_indices=TOKENS)], max_epochs=1).fit(module, data())
+    ll.save_adapter(module, file)
+    with pytest.raises(ll.BaseMismatchError, match=r"1 of .*'model.lm_head.weight'.*rows of a head.*token_indices"):
+        ll.load_adapter(Lit(resized("llama", drawn=7)), file)
+    named = eval(str(caught[0].message).partition("trainable_token_indices=")[2].strip("."), {"__builtins__": {}})
+    assert named == {"model.model.embed_tokens": [...], "model.lm_head": [...]}
+    module = Lit(resized("llama"))
+    lora_of_both = lora("llama", trainable_token_indices=dict.fromkeys(named, TOKENS))
+    trainer(tmp_path, [lora_of_both], max_epochs=1).fit(module, data())  # a warning would be an error
+    ll.save_adapter(module, file)
+    other = Lit(resized("llama", drawn=7))
+    ll.load_adapter(other, file)
+    torch.testing.assert_close(other.model(input_ids=INDEX).logits, module.model(input_ids=INDEX).logits)
+
+
+@pytest.mark.parametrize("more", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head"]}])
+def test_a_head_that_trains_needs_no_rows(tmp_path: Path, more: dict[str, Any]) -> None:
+    callback = lora("llama", trainable_token_indices=TOKENS, **more)
+    trainer(tmp_path, [callback], max_epochs=1).fit(Lit(resized("llama")), data())  # a warning would be an error
 
 
 @pytest.mark.processes

@@ -318,8 +318,8 @@ class _Layers:
         is_valid = all(0 <= index < matrix.reads for index in indices) and rows.shape[1:] == (matrix.writes,)
         if not is_valid or not len(indices) == len(rows) == len(matrix.tokens) > 0:
             raise AdapterMismatchError(
-                f"The file holds {len(rows)} rows of {there!r}, and the configuration names {len(indices)} for an "
-                f"embedding of {(matrix.reads, matrix.writes)}. Pass the model and the configuration of the training."
+                f"The file holds {len(rows)} rows of {there!r} {(matrix.reads, matrix.writes)}, and its configuration "
+                f"names {len(indices)}, up to {max(indices, default=0)}. Resize it first, as for the training."
             )
         if why := why_not_rows(self.view.modules, self.place.name_here(there)):
             raise AdapterMismatchError(f"The rows of {there!r} cannot be read: {why} Merge it with PEFT.")

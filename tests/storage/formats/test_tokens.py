@@ -15,6 +15,7 @@ from torch import nn
 import lightning_lora as ll
 from lightning_lora.cli.compare import compare
 from lightning_lora.cli.inspect import inspect
+from lightning_lora.cli.main import main
 from lightning_lora.storage.formats.peft_config import PEFT_CONFIG
 from lightning_lora.storage.offline.combine import How, combine_files
 from lightning_lora.storage.offline.layers import read_layers
@@ -120,12 +121,14 @@ def test_rows_that_do_not_fit_are_refused(tmp_path: Path, indices: Any) -> None:
     write_peft(tmp_path, make(), target_modules=["q_proj"], trainable_token_indices={"embed": [1, 2]})
     said = json.loads((tmp_path / PEFT_CONFIG).read_text())
     (tmp_path / PEFT_CONFIG).write_text(json.dumps({**said, "trainable_token_indices": indices}))
-    with pytest.raises(ll.AdapterMismatchError, match=r"2 rows of 'embed', and the configuration names"):
+    with pytest.raises(
+        ll.AdapterMismatchError, match=r"2 rows of 'embed' \(20, \d+\), and its configuration names.*Resize it first"
+    ):
         ll.load_adapter(make(), tmp_path)
 
 
 @pytest.mark.parametrize("names", [["embed.weight"], ["embed.weight", "lm_head.weight"]])
-def test_files_are_merged_without_the_model_and_not_added_up(tmp_path: Path, names: list[str]) -> None:
+def test_files_are_merged_without_the_model_and_not_added_up(tmp_path: Path, names: list[str], capsys: Any) -> None:
     model, base, file = TinyLM(), tmp_path / "base.safetensors", tmp_path / "a.safetensors"
     ll.inject_adapters(model, ll.LoRAConfig(r=2, trainable_token_indices={"embed": TOKENS}))
     randomise(model)
@@ -147,6 +150,8 @@ def test_files_are_merged_without_the_model_and_not_added_up(tmp_path: Path, nam
         merge_files(base, file, tmp_path / "other.safetensors")
     stored = read_layers(file)
     assert [layer["name"] for layer in inspect(stored)["layers"]] == ["q_proj", "v_proj"]
+    assert inspect(stored)["tokens"] == {"embed": sorted(TOKENS)}
+    assert main(["inspect", str(file)]) == 0 and "Rows of embed train: 2." in capsys.readouterr().out
     assert [layer["name"] for layer in compare(stored, stored)["layers"]] == ["q_proj", "v_proj"]
     with pytest.raises(ll.AdapterMismatchError, match="trains single rows of 'embed'"):
         combine_files([file, file], tmp_path / "sum.safetensors", How("cat", (1.0, 1.0)))
