@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_lora.argument_names import explains_arguments
 from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import ConfigError, LoRAError
+from lightning_lora.model.adapter_state import check_name
 from lightning_lora.model.inject import check_adapted
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.sending import make_folder
@@ -22,7 +23,7 @@ from lightning_lora.summary import summarize
 from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
-from lightning_lora.training.advice import advise, advise_rates, log_arguments, shown_rates
+from lightning_lora.training.advice import advise, advise_rates, log_arguments, shown_rates, tell_of_new
 from lightning_lora.training.gradients import Gradients, gradients_pass
 from lightning_lora.training.merging import check_arguments, check_weights, load_best, send_record
 from lightning_lora.training.optimizers import check_frozen
@@ -153,6 +154,7 @@ class LoRACallback(Callback):
         self.merge: Merge = merge
         self.save: Save = save
         scales_of(lr_scale)
+        check_name(name)
         self.lr_scale = lr_scale
         self.name = name
         compatibility.join_other_package(LoRACallback)
@@ -233,6 +235,8 @@ class LoRACallback(Callback):
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of what trains too little, and tell the loggers how it trains, once a checkpoint is loaded."""
         advise(pl_module, aloud=trainer.is_global_zero)
+        if self._stage.is_new:
+            tell_of_new(pl_module)
         if "lr_scale" not in self.given and self.lr_scale == 1:
             advise_rates(pl_module, trainer.optimizers)
         if trainer.is_global_zero:

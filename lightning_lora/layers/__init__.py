@@ -1,7 +1,7 @@
 """The layer types that can be adapted, each in its own file. Nothing here depends on models or configurations."""
 
-from lightning_lora.layers.base import HAS_UPDATE, LoRALayer, Step, attach, attributes_of
-from lightning_lora.layers.contract import Adapter
+from lightning_lora.layers.base import HAS_UPDATE, LoRALayer, attach, attributes_of
+from lightning_lora.layers.contract import Adapter, Step
 from lightning_lora.layers.experts import LoRAParameters
 from lightning_lora.layers.init import new_adapter
 from lightning_lora.layers.kinds import ADAPTERS, adapter_for, kind_named, name_of_kind, register_adapter

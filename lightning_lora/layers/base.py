@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import warn
 from lightning_lora.functional.plain import are_plain
 from lightning_lora.functional.update import added, delta_weight, lost_share, magnitude_scale, merged
-from lightning_lora.layers.contract import Adapter, LayerKind
+from lightning_lora.layers.contract import Adapter, LayerKind, Step
 from lightning_lora.layers.functional_call import functional_call
 from lightning_lora.layers.init import initialise
 from lightning_lora.layers.matrices import AdaptedMatrix, Role, Roles, Settings, adapter_parameters, weight_factors
@@ -26,15 +26,6 @@ HAS_UPDATE = "has_lora_update"
 
 
 _OF_ADAPTER = ("lora_settings", "lora_matrices", "lora_init_digests", "lora_enabled", "lora_step")
-
-
-class Step:
-    """Whether a Trainer's training step runs: then dropout acts in any mode. A copy of the layer is in no step."""
-
-    runs = False
-
-    def __reduce__(self) -> tuple[type["Step"], tuple[()]]:
-        return Step, ()
 
 
 class LoRALayer(LayerKind):
@@ -186,7 +177,9 @@ class LoRALayer(LayerKind):
 
     def _lora_adapter(self) -> Adapter:
         kind, parameters = self.overlaid[0], self.lora_parameters()
-        return Adapter(kind, self.lora_settings, self.lora_matrices, parameters, self.lora_init_digests)
+        return Adapter(
+            kind, self.lora_settings, self.lora_matrices, parameters, self.lora_init_digests, step=self.lora_step
+        )
 
     # Initialisation
 
@@ -303,10 +296,10 @@ def attach(layer: nn.Module, adapter: Adapter) -> None:
     """Attach an adapter to a layer. The layer stays the same object and computes with ``W + ΔW`` from now on."""
     overlay(layer, cast(type[LoRALayer], adapter.kind))
     layer._parameters.update(adapter.parameters)
-    vars(layer).update(attributes_of(adapter), lora_step=Step())
+    vars(layer).update(attributes_of(adapter))
 
 
 def attributes_of(adapter: Adapter) -> dict[str, Any]:
     """Return the attributes of a layer that this adapter is on, besides its parameters."""
     about = {"lora_settings": adapter.settings, "lora_matrices": adapter.matrices, "lora_enabled": True}
-    return {**about, "lora_init_digests": adapter.init_digests}
+    return {**about, "lora_init_digests": adapter.init_digests, "lora_step": adapter.step}

@@ -125,6 +125,15 @@ class TransposedKind(LayerKind):
         return matrix.T.reshape(weight.shape)
 
 
+class Step:
+    """Whether a Trainer's training step runs: then dropout acts in any mode. A copy of its adapter is in no step."""
+
+    runs = False
+
+    def __reduce__(self) -> tuple[type["Step"], tuple[()]]:
+        return Step, ()
+
+
 @dataclass
 class Adapter:
     """An adapter that is not attached to a layer. :func:`attach` attaches it."""
@@ -135,6 +144,7 @@ class Adapter:
     parameters: dict[str, nn.Parameter]  # by name in the layer
     init_digests: dict[str, int] = field(default_factory=dict)  # of what it was initialised from, if that is weights
     bases: dict[str, Tensor] = field(default_factory=dict)  # the base's weights, by name, while it is merged
+    step: Step = field(default_factory=Step)
 
     @property
     def roles(self) -> Roles:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import ConfigError
 from lightning_lora.layers import Adapter
 from lightning_lora.tensors.values import Seen, copy_to_host
 
@@ -39,6 +40,9 @@ class AdapterState:
     own: dict[str, Tensor] = field(default_factory=dict)
     """While another one is active: the parameters and buffers that the model had in place of :attr:`originals`."""
 
+    def __post_init__(self) -> None:
+        check_name(self.name)
+
     def was_trained(self) -> None:
         """A Trainer begins to train it."""
         self.is_trained = True
@@ -62,6 +66,12 @@ class AdapterState:
         """These are the base's values, whatever the model holds now."""
         for name, value in values.items():
             self.originals[name] = copy_to_host(value)
+
+
+def check_name(name: object) -> None:
+    """Refuse what is no name of an adapter."""
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"name={name!r} is not valid. Expected a string that is not empty.")
 
 
 Parts = tuple[dict[str, Adapter], dict[str, Tensor]]

@@ -181,12 +181,12 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
 
 
 def _check_same(view: View, choices: Mapping[str, Choice]) -> None:
-    title = type(view.model).__name__
+    title, instead = type(view.model).__name__, _instead(view)
     for name, layer in view.layers.items():
         if name not in choices:
             raise AdapterMismatchError(
-                f"Layer {name!r} of {title} is adapted already, but this configuration does not target it. Call "
-                "remove_adapters(model) first, or target it too."
+                f"Layer {name!r} of {title} is adapted already, but this configuration does not target it. "
+                f"Target it too, or {instead}."
             )
         asked = choices[name]
         found, wanted = _about(layer.lora_settings, layer.lora_matrices), _about(asked.settings, asked.matrices)
@@ -195,12 +195,18 @@ def _check_same(view: View, choices: Mapping[str, Choice]) -> None:
             here, there = (", ".join(f"{key}={each.get(key)}" for key in differ) for each in (found, wanted))
             raise AdapterMismatchError(
                 f"Layer {name!r} of {title} is adapted already (or was, in the fit that it remembers), with {here}; "
-                f"this configuration asks for {there}. Use the same one. Or start again from the base: call "
-                "unmerge_adapters(model) if the updates are merged, then remove_adapters(model)."
+                f"this configuration asks for {there}. Use the same one, or {instead} (after "
+                "unmerge_adapters(model) if the updates are merged)."
             )
     for prefix, record in state.records_in(view.modules).items():
         if not record.is_merged and record.adapter.layers and record.adapter.config != view.config:
             _check_same_trained(view, prefix)
+
+
+def _instead(view: View) -> str:
+    """How to have another configuration than that of the active adapter."""
+    name = f", {view.adapter.name!r}" if view.is_adapted else ""
+    return f"give another name=... for an adapter beside it, or call remove_adapters(model{name}) first"
 
 
 def _check_same_trained(view: View, prefix: str) -> None:
@@ -212,7 +218,7 @@ def _check_same_trained(view: View, prefix: str) -> None:
         raise AdapterMismatchError(
             f"{type(view.model).__name__} is adapted already, and trains {listed(theirs) or 'nothing'} beside its "
             f"adapters; this configuration trains {listed(ours) or 'nothing'}. Use the same modules_to_save and bias, "
-            "or call remove_adapters(model) first."
+            f"or {_instead(view)}."
         )
 
 

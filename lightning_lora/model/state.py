@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
-from lightning_lora.layers import AdaptedMatrix, Adapter, Role, Settings
+from lightning_lora.layers import AdaptedMatrix, Adapter, Role, Settings, Step
 from lightning_lora.model import sending
 from lightning_lora.model.adapter_state import AdapterState, Merge, Parts, Prepared
 from lightning_lora.tensors.digests import digest, digests, digests_as
@@ -301,8 +301,8 @@ def record_of(model: nn.Module) -> Record:
         raise AdapterStateError(f"{title} has no adapters{_instead(model)}")
     if record.is_disabled:
         raise AdapterStateError(
-            f"{title} shows its base now. Do this after the block of disable_adapters, or call "
-            f"set_adapter(model, {record.adapter.name!r}) first."
+            f"{title} shows its base now. Call set_adapter(model, {record.adapter.name!r}) first. (In a block of "
+            "disable_adapters: do this after it.)"
         )
     return record
 
@@ -324,9 +324,8 @@ def _instead(model: nn.Module) -> str:
 
 # To another process
 
-sending.allow(
-    Record, AdapterState, Prepared, Merge, Reading, Seen, Adapter, AdaptedMatrix, Settings, LoRAConfig, Role, frozenset
-)
+sending.allow(Record, AdapterState, Prepared, Merge, Reading, Seen)
+sending.allow(Adapter, AdaptedMatrix, Settings, Step, LoRAConfig, Role, frozenset)
 
 
 def send(model: nn.Module) -> None:

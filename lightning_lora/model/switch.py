@@ -2,8 +2,9 @@
 
 import difflib
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter, getitem, is_, setitem
 from typing import Any
@@ -13,14 +14,14 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
-from lightning_lora.layers import ADAPTERS, Adapter, Step, adapter_for
+from lightning_lora.layers import ADAPTERS, Adapter, adapter_for
 from lightning_lora.layers.norms import freeze_norms, set_frozen
 from lightning_lora.model import attach
 from lightning_lora.model.adapter_state import AdapterState, Parts
 from lightning_lora.model.merged import check_as_merged, is_as_merged
 from lightning_lora.model.state import Record, find_record, receive, record_of
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.names import own_parameter, owner_of, plain_module, set_parameter, submodule
+from lightning_lora.tensors.names import own_parameter, plain_module, set_parameter
 from lightning_lora.tensors.shards import is_dtensor, reshard
 from lightning_lora.tensors.values import replace_values, same_bits, set_aside, set_requires_grad
 
@@ -56,12 +57,36 @@ def set_adapter(model: nn.Module, name: str | None) -> AbstractContextManager[ob
         ('de', 'fr')
     """
     record = find_record(model)
-    before = None if record is None or record.is_disabled else record.adapter.name
+    shown = _Shown(model, name, _shown(record))
     if record is None or not _exchange(record, name):
         _switch(model, name)
-    back = ExitStack()
-    back.callback(lambda: find_record(model) and set_adapter(model, before))  # all may be removed in the block
-    return back
+    return shown
+
+
+def _shown(record: Record | None) -> str | None:
+    return None if record is None or record.is_disabled else record.adapter.name
+
+
+@dataclass(repr=False)
+class _Shown(AbstractContextManager["_Shown"]):
+    """What a model shows since a call. Each ``with`` block shows it, and at its end what was there before the call."""
+
+    model: nn.Module
+    name: str | None
+    before: str | None
+
+    def __enter__(self) -> "_Shown":
+        if _shown(find_record(self.model)) != self.name:  # a second block
+            set_adapter(self.model, self.name)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if find_record(self.model):  # all may be removed in the block
+            set_adapter(self.model, self.before)
+
+    def __repr__(self) -> str:
+        title = type(plain_module(self.model)).__name__
+        return f"<{title} shows {'its base' if self.name is None else f'its adapter {self.name!r}'}>"
 
 
 def adapters(model: nn.Module) -> tuple[str, ...]:
@@ -76,14 +101,16 @@ def adapters(model: nn.Module) -> tuple[str, ...]:
     return tuple(record.adapters) if record else ()
 
 
-@contextmanager
-def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Run the base model inside a ``with`` block.
+def disable_adapters(model: nn.Module) -> AbstractContextManager[object]:
+    """Show the base of a model, as ``set_adapter(model, None)`` does.
 
     The updates are off. Everything else that was trained has the base's own values, and gets no gradient.
 
     Args:
         model: The model that ``inject_adapters`` was called on, adapted or merged.
+
+    Returns:
+        A context manager: at the end of a ``with`` block, the model shows what it did before. Else the base stays.
 
     Raises:
         AdapterStateError: ``model`` has no adapters, or its merged weights were changed.
@@ -101,8 +128,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         >>> torch.equal(model(x), base)
         False
     """
-    with set_adapter(model, None):
-        yield
+    return set_adapter(model, None)
 
 
 def adapters_of(model: nn.Module, name: str) -> dict[str, Adapter]:
@@ -118,9 +144,9 @@ def check_known(record: Record, name: str | None, model: nn.Module) -> None:
     """Refuse a name that no adapter has. None is the base's."""
     if name is not None and name not in record.adapters:
         near = difflib.get_close_matches(str(name), record.adapters)
-        hint = f"Did you mean {listed(near)}?" if near else "load_adapter(model, path, name=...) loads one."
+        hint = f" Did you mean {listed(near)}?" if near else ""
         raise AdapterStateError(
-            f"{type(plain_module(model)).__name__} has no adapter {name!r}. It has {listed(record.adapters)}. {hint}"
+            f"{type(plain_module(model)).__name__} has no adapter {name!r}. It has {listed(record.adapters)}.{hint}"
         )
 
 
@@ -193,7 +219,7 @@ def change(model: nn.Module, coming: AdapterState) -> None:
     for layer in now.layers.values():
         layer.lora_weights_changed()
     torch.clear_autocast_cache()
-    before.prepare(now, put)
+    before.prepare(now)
 
 
 def _anchors(view: View) -> list[Tensor]:
@@ -292,12 +318,11 @@ class _Contents:
             for held in (vars(module), module._parameters, module._buffers):
                 self.held.append((held, dict(held)))
 
-    def prepare(self, now: View, put: Iterable[str]) -> None:
-        """Prepare the switch that was made, and the one back, if they change no class and call no ``__setattr__``."""
-        own_ways = [type(submodule(now.model, owner_of(name))).__setattr__ for name in put]
+    def prepare(self, now: View) -> None:
+        """Prepare the switch that was made, and the one back, if they change no class."""
         is_plain = all(type(module) is kind for module, kind in self.classes.items())
         is_plain &= all(held.keys() == was.keys() for held, was in self.held)
-        if not is_plain or any(way is not nn.Module.__setattr__ for way in own_ways):
+        if not is_plain:
             return
         before, after, places = list[_Entry](), list[_Entry](), list[_Entry]()
         for held, was in self.held:
@@ -316,9 +341,7 @@ class _Contents:
 
 def _differs(was: object, now: object) -> bool:
     """Whether a switch exchanges one value for the other. Equal settings need not be; a dict may change in place."""
-    if was is now or isinstance(now, Step):  # which belongs to the layer
-        return False
-    return isinstance(now, Tensor) or (isinstance(now, dict) and bool(now)) or was != now
+    return was is not now and (isinstance(now, Tensor) or (isinstance(now, dict) and bool(now)) or was != now)
 
 
 # The base

@@ -48,7 +48,8 @@ def apply(
         record = find_record(model)
         stored, is_new = read(view), record is None or not record.adapter.layers
         if is_new:  # no adapters, or only those of a submodule
-            inject_adapters(model, stored.config, name=record.adapter.name if record else name or "default")
+            known = record.adapter.name if record else name
+            inject_adapters(model, stored.config, name="default" if known is None else known)
         view = view_of(model)
         if not stored.base:
             stored = replace(stored, state=_completed(view, stored.state, is_new=is_new))

@@ -1,5 +1,6 @@
 """What is told to users, such as weights that no adapter trains against expectation, and to the loggers."""
 
+import difflib
 import hashlib
 import json
 import warnings
@@ -47,6 +48,16 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
     _warn_of_heads(view)
     _warn_of_left_alone(view)
     _warn_of_computed(view)
+
+
+def tell_of_new(model: LightningModule) -> None:
+    """Tell that a fit begins a new adapter beside others: its name may be mistyped."""
+    record = view_of(model).record
+    if not record.adapter.is_trained:  # loaded from a file
+        near = difflib.get_close_matches(record.adapter.name, record.others, 1)
+        hint = f" (To train {near[0]!r} on, give name={near[0]!r}.)" if near else ""
+        name, others = record.adapter.name, listed(record.others)
+        rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {others}.{hint}")
 
 
 def advise_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> None:

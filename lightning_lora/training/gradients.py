@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_lora.errors import DeadAdapterWarning, listed, warn
-from lightning_lora.layers import LoRALayer
+from lightning_lora.layers import Step
 from lightning_lora.model.state import Record
 from lightning_lora.model.view import View, view_of
 
@@ -152,21 +152,21 @@ class Dropout:
     """Lets dropout act in the training steps of a fit."""
 
     def __init__(self) -> None:
-        self._layers: list[LoRALayer] | None = None
+        self._steps: list[Step] | None = None
 
     def begin_step(self, model: nn.Module) -> None:
         """Let it act in ``model``. It ends with the step, or where ``eval()`` is called."""
-        if self._layers is None:
-            self._layers = [layer for layer in View(model).layers.values() if layer.lora_settings.dropout]
-        for layer in self._layers:
-            layer.lora_step.runs = True
+        if self._steps is None:
+            self._steps = [layer.lora_step for layer in View(model).layers.values() if layer.lora_settings.dropout]
+        for step in self._steps:
+            step.runs = True
 
     def end_step(self) -> None:
         """End a step. Its backward pass, which may compute layers again, is over too."""
-        for layer in self._layers or ():
-            layer.lora_step.runs = False
+        for step in self._steps or ():
+            step.runs = False
 
     def close(self) -> None:
         """End the last step, also one that failed."""
         self.end_step()
-        self._layers = None
+        self._steps = None

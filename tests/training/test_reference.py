@@ -143,6 +143,12 @@ def test_processes_have_the_bits_of_second_models(tmp_path: Path, ddp: Any, how:
 class Beside(Tiny):
     """Whose reference is another adapter, beside the one that trains."""
 
+    drops = True
+
+    def on_train_start(self) -> None:
+        for module in (self, *self.second):
+            module.train(self.drops)
+
     def reference(self, x: Tensor) -> Tensor:
         if self.second:
             return super().reference(x)
@@ -151,12 +157,13 @@ class Beside(Tiny):
 
 
 @orders
-def test_another_adapter_has_the_bits_of_a_second_model(tmp_path: Path, comes_first: bool) -> None:
+@pytest.mark.parametrize("drops", [True, False], ids=["train", "eval"])
+def test_another_adapter_has_the_bits_of_a_second_model(tmp_path: Path, comes_first: bool, drops: bool) -> None:
     file = tmp_path / "a.safetensors"
     save_adapter(as_trained(LitTiny(), modules_to_save=["head"], dropout=0.1), file)
 
     def build(second: bool) -> Beside:
-        model = Beside(second, comes_first=comes_first)
+        model = Beside(second, comes_first=comes_first, drops=drops)
         for each in model.second:
             load_adapter(each, file)
         for name in ("own",) if second else ("own", "other"):
