@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,49 @@ def test_a_with_block_shows_afterwards_what_was_shown_before() -> None:
             raise KeyError
         assert torch.equal(model(X), outputs["de"])
     assert torch.equal(model(X), outputs["fr"])
+
+
+def test_a_call_without_a_block_stays_and_its_result_shows_it_in_any_number_of_blocks() -> None:
+    for merged in (False, True):
+        model, outputs = several()
+        if merged:
+            ll.merge_adapters(model)
+        merges, shown = model(X), ll.disable_adapters(model)
+        assert torch.equal(model(X), outputs[None]) and repr(shown) == "<Sequential shows its base>"
+        for _ in range(2):
+            with shown:
+                assert torch.equal(model(X), outputs[None])
+            assert torch.equal(model(X), merges)
+    ll.unmerge_adapters(model)
+    de = ll.set_adapter(model, "de")
+    assert repr(de) == "<Sequential shows its adapter 'de'>"
+    for name in (None, "fr", "de"):
+        ll.set_adapter(model, name)
+        with de:
+            assert torch.equal(model(X), outputs["de"])
+        assert torch.equal(model(X), outputs["fr"])
+
+
+@pytest.mark.parametrize("name", ["", 3, None])
+def test_a_name_is_a_string_that_is_not_empty(tmp_path: Path, name: Any) -> None:
+    model, plain = several()[0], build()
+    ll.save_adapter(model, file := tmp_path / "a.safetensors")
+    calls: list[Callable[[], object]] = [lambda: ll.LoRACallback(name=name)]
+    for each in (model, plain):
+        calls.append(partial(ll.inject_adapters, each, ONE, name=name))
+        calls += [partial(ll.load_adapter, each, file, name=name)] if name is not None else []
+    for call in calls:
+        with pytest.raises(ll.ConfigError, match=f"name={name!r} is not valid"):
+            call()
+    assert ll.adapters(model) == ("fr", "default", "de") and ll.adapters(plain) == ()
+    assert same(state(plain), state(build()))
+
+
+def test_another_configuration_names_the_adapter_that_is_in_the_way() -> None:
+    model, _ = several()
+    with pytest.raises(ll.AdapterMismatchError, match=r"another name=.*remove_adapters\(model, 'de'\)"):
+        ll.inject_adapters(model, replace(HEAD, r=3), name="de")
+    assert ll.adapters(model)[0] == "fr"
 
 
 def test_a_mistyped_name_is_an_error_with_near_names() -> None:
@@ -154,6 +198,33 @@ def test_a_replaced_layer_gets_each_adapter() -> None:
     with torch.no_grad():
         new.weight.div_(2)
     torch.testing.assert_close(model(X), expected)
+
+
+def test_other_objects_that_hold_an_adapter_are_exchanged_too() -> None:
+    for place in (0, 3):  # adapted, and trained in full
+        model, outputs = several()
+        switched(model, "default", "de", "default", "de")
+        gone, model[place] = model[place], copy.deepcopy(model[place])
+        before = state(gone)
+        for name in ("default", "de", "default", "de"):
+            ll.set_adapter(model, name)
+            assert torch.equal(model(X), outputs[name]) and same(state(gone), before), (place, name)
+
+
+@pytest.mark.parametrize("name", ["0.lora_B", "3.weight", "0.weight"])
+def test_new_parameters_are_those_of_the_adapter_that_has_them(name: str) -> None:
+    model, outputs = several()
+    switched(model, "default", "de", "default", "de")
+    layer, leaf = name.split(".")
+    new = nn.Parameter(2 * getattr(model.get_submodule(layer), leaf).detach(), requires_grad=name != "0.weight")
+    setattr(model.get_submodule(layer), leaf, new)
+    now = model(X).detach()
+    assert not torch.equal(now, outputs["de"])
+    for other in ("default", "fr", "default"):
+        ll.set_adapter(model, other)
+        assert torch.equal(model(X), outputs[other]) is not (name == "0.weight"), other
+        ll.set_adapter(model, "de")
+        assert torch.equal(model(X), now) and model.get_parameter(name) is new, other
 
 
 def test_a_layer_that_is_gone_is_named_before_anything_changes() -> None:

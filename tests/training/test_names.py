@@ -98,12 +98,35 @@ def rows() -> Tensor:
     return torch.cat([index for index, _ in data()])
 
 
-def test_a_run_goes_on_from_its_file_beside_others(tmp_path: Path) -> None:
+def test_a_fit_names_its_adapter_and_says_that_it_is_new(tmp_path: Path, caplog: Any, capsys: Any) -> None:
+    caplog.set_level("INFO")
+    model = LitTiny()
+    for name, headline, line in (
+        ("german", "LoRA 'german' (new): LitTiny trains", ""),
+        ("german", "LoRA 'german' (trained before): LitTiny trains", ""),
+        ("germam", "LoRA 'germam' (new; 'german' rests): LitTiny", "'germam' beside 'german'. (To train 'german' on,"),
+        ("x", "LoRA 'x' (new; 'german', 'germam' rest): LitTiny", "a new adapter 'x' beside 'german', 'germam'.\n"),
+        ("german", "LoRA 'german' (trained before; 'germam', 'x' rest): LitTiny", ""),
+    ):
+        caplog.clear()
+        trainer(tmp_path, [lora(name=name)], enable_model_summary=True).fit(model, data())
+        assert headline in capsys.readouterr().out
+        assert line in caplog.text and ("begins a new" in caplog.text) is bool(line)
+    merged = "LitTiny is a plain model, with 2 adapters merged into it ('german'; 'germam', 'x' rest)"
+    assert merged in str(ll.summarize(model))
+    ll.disable_adapters(model)
+    assert "LitTiny shows its base, without 'german', 'germam', 'x'" in str(ll.summarize(model))
+
+
+def test_a_run_goes_on_from_its_file_beside_others(tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level("INFO")
     whole, _ = fit(tmp_path / "whole", lora(name="de", r=3), max_epochs=2)
     fit(tmp_path / "half", lora(name="de", r=3, merge=False), max_epochs=1)
     (file,) = (tmp_path / "half").rglob("*.ckpt")
     model, before = two(tmp_path)
+    caplog.clear()
     fit(tmp_path / "on", ll.LoRACallback(name="de"), model=model, ckpt_path=file, max_epochs=2)
+    assert "a new adapter" not in caplog.text
     assert same(state(model), state(whole))
     after = values(model)
     assert same({name: after[name] for name in before}, before)

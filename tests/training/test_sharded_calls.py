@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,13 @@ def life(folder: Path, kwargs: dict[str, Any]) -> None:
     assert "is a folder" in message_of(module.trainer.save_checkpoint, folder)
     assert "lightning-lora merge" in message_of(ll.save_merged, module, folder / "m.safetensors")
     assert not (folder / "m.safetensors").exists()
+    fitted_state = whole_state(module)
+    ll.save_adapter(module, folder / "a.safetensors")
+    new = partial(ll.inject_adapters, module, ll.LoRAConfig(r=1), name="new")
+    for call in (new, partial(ll.load_adapter, module, folder / "a.safetensors", name="new")):
+        assert "are sharded over processes, where only set_adapter(model, None)" in message_of(call)
+    assert_same(whole_state(module), fitted_state)
+    assert ll.adapters(module) == ("default",)
     with torch.no_grad():
         adapted = module.model(X)
         with ll.disable_adapters(module):
