@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_lora.argument_names import explains_arguments
 from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import ConfigError, LoRAError
-from lightning_lora.model.adapter_state import check_name
+from lightning_lora.model.adapter_state import AdapterState
 from lightning_lora.model.inject import check_adapted
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.sending import make_folder
@@ -154,7 +154,7 @@ class LoRACallback(Callback):
         self.merge: Merge = merge
         self.save: Save = save
         scales_of(lr_scale)
-        check_name(name)
+        AdapterState(self.config, name)  # checks the name
         self.lr_scale = lr_scale
         self.name = name
         compatibility.join_other_package(LoRACallback)
@@ -235,7 +235,7 @@ class LoRACallback(Callback):
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of what trains too little, and tell the loggers how it trains, once a checkpoint is loaded."""
         advise(pl_module, aloud=trainer.is_global_zero)
-        if self._stage.is_new:
+        if self._stage.is_new and not view_of(pl_module).adapter.is_trained:  # from a file, it is
             tell_of_new(pl_module)
         if "lr_scale" not in self.given and self.lr_scale == 1:
             advise_rates(pl_module, trainer.optimizers)

@@ -44,7 +44,7 @@ class LoRASummary:
 
     Sizes are those of Adam's state and of a checkpoint's weights; ``full_``, of full fine-tuning. A ``plain`` model
     was never adapted, or is merged. ``smaller`` names layers that are too small for the rank asked, with their ranks.
-    ``names`` are those of the model's adapters, the active one first, which ``is_new`` while its update is zero.
+    ``active`` says which adapter is, unless it is "default" alone.
     """
 
     title: str
@@ -58,9 +58,7 @@ class LoRASummary:
     adapters: int
     plain: bool
     smaller: tuple[tuple[str, int], ...] = ()
-    names: tuple[str, ...] = ()
-    is_new: bool = False
-    shows_base: bool = False
+    active: str = ""
 
     @property
     def share(self) -> float:
@@ -71,7 +69,11 @@ class LoRASummary:
         self, *, trained_only: bool = False, optimizers: Sequence[Optimizer] = (), rates: Sequence[str] = ()
     ) -> Group:
         """Return a headline, a table and the costs, for rich. With ``trained_only``, what does not train is one row."""
-        shown: list[RenderableType] = [Text(self._headline(), style="bold"), self._layers(trained_only)]
+        headline = f"LoRA{self.active}: {self.title} trains {self.share:.2%} of its parameters"
+        if self.plain:
+            merged = f", with {self.adapters} adapter{'' if self.adapters == 1 else 's'} merged into it{self.active}"
+            headline = f"{self.title} is a plain model{merged if self.adapters else ''}"
+        shown: list[RenderableType] = [Text(headline, style="bold"), self._layers(trained_only)]
         if self.smaller:
             names = [f"{name} (r={r})" for name, r in self.smaller]
             more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
@@ -81,20 +83,6 @@ class LoRASummary:
             if any(rates):
                 costs.add_row("Learning rate", *rates)
         return Group(*shown)
-
-    def _headline(self) -> str:
-        """What the model is now. An adapter is named unless it is "default" alone."""
-        name, rest = listed(self.names[:1]), listed(self.names[1:])
-        others = f"{rest} rest{'s' * (len(self.names) == 2)}" if rest else ""
-        if self.shows_base:
-            return f"{self.title} shows its base, without {listed(self.names)}"
-        if self.plain:
-            merged = f", with {self.adapters} adapter{'' if self.adapters == 1 else 's'} merged into it"
-            merged += f" ({name}; {others})" if others else ""
-            return f"{self.title} is a plain model{merged if self.adapters else ''}"
-        known = "; ".join(filter(None, ("new" if self.is_new else "trained before", others)))
-        named = "" if self.names in ((), ("default",)) else f" {name} ({known})"
-        return f"LoRA{named}: {self.title} trains {self.share:.2%} of its parameters"
 
     def _layers(self, trained_only: bool) -> Table:
         table = layer_table("Layers", "Type", "r", "Trained", "Frozen")
@@ -202,7 +190,7 @@ def _parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _with_costs(view: View, groups: tuple[LayerGroup, ...], smaller: tuple[tuple[str, int], ...]) -> LoRASummary:
-    model, record = view.model, find_record(view.model)
+    model = view.model
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     added = set(map(id, view.adapters.values()))
@@ -220,10 +208,19 @@ def _with_costs(view: View, groups: tuple[LayerGroup, ...], smaller: tuple[tuple
         adapters=len(view.matrices),
         plain=not view.layers,
         smaller=smaller,
-        names=tuple(record.adapters) if record else (),
-        is_new=record is not None and not record.adapter.is_trained and view.is_fresh(),
-        shows_base=record is not None and record.is_disabled,
+        active=_active(view),
     )
+
+
+def _active(view: View) -> str:
+    """The active adapter's name, and about the others. Empty for "default" alone."""
+    record = find_record(view.model)
+    if record is None or (record.shown == "default" and not record.others):
+        return ""
+    is_new = view.layers and not record.adapter.is_trained and view.is_fresh()
+    rest = f"; {listed(record.others)} rest{'s' * (len(record.others) == 1)}" if record.others else ""
+    base = "; the base is shown" if record.is_disabled else ""
+    return f" {record.adapter.name!r} ({'new' if is_new else 'trained before'}{rest}{base})"
 
 
 def _bytes(values: Iterable[Any]) -> int:

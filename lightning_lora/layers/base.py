@@ -176,10 +176,8 @@ class LoRALayer(LayerKind):
         return adapter
 
     def _lora_adapter(self) -> Adapter:
-        kind, parameters = self.overlaid[0], self.lora_parameters()
-        return Adapter(
-            kind, self.lora_settings, self.lora_matrices, parameters, self.lora_init_digests, step=self.lora_step
-        )
+        about = self.lora_settings, self.lora_matrices, self.lora_parameters(), self.lora_init_digests
+        return Adapter(self.overlaid[0], *about, step=self.lora_step)
 
     # Initialisation
 

@@ -41,7 +41,8 @@ class AdapterState:
     """While another one is active: the parameters and buffers that the model had in place of :attr:`originals`."""
 
     def __post_init__(self) -> None:
-        check_name(self.name)
+        if not isinstance(self.name, str) or not self.name:
+            raise ConfigError(f"name={self.name!r} is not valid. Expected a string that is not empty.")
 
     def was_trained(self) -> None:
         """A Trainer begins to train it."""
@@ -66,12 +67,6 @@ class AdapterState:
         """These are the base's values, whatever the model holds now."""
         for name, value in values.items():
             self.originals[name] = copy_to_host(value)
-
-
-def check_name(name: object) -> None:
-    """Refuse what is no name of an adapter."""
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f"name={name!r} is not valid. Expected a string that is not empty.")
 
 
 Parts = tuple[dict[str, Adapter], dict[str, Tensor]]

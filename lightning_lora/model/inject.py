@@ -154,18 +154,14 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
         )
     """
     record = state.find_record(model) or state.record_of(model)
-    if name is not None:
-        check_known(record, name, model)
-        if name in record.others:
-            record.was_dropped(name)
-            return
-        if record.others:
+    check_known(record, name, model)
+    if name is not None and record.others:
+        if name == record.adapter.name:
             set_adapter(model, next(iter(record.others)))
-            record.was_dropped(name)
             set_adapter(model, None)
-            return
-    if record.is_disabled:
-        set_adapter(model, record.adapter.name)
+        record.was_dropped(name)
+        return
+    set_adapter(model, record.adapter.name)
     record = view_of(model).record
     state.absorb_inner_records(model, record)
     if not record.is_merged:
@@ -181,7 +177,8 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
 
 
 def _check_same(view: View, choices: Mapping[str, Choice]) -> None:
-    title, instead = type(view.model).__name__, _instead(view)
+    title, name = type(view.model).__name__, f", {view.adapter.name!r}" if view.is_adapted else ""
+    instead = f"give another name=... for an adapter beside it, or call remove_adapters(model{name}) first"
     for name, layer in view.layers.items():
         if name not in choices:
             raise AdapterMismatchError(
@@ -203,12 +200,6 @@ def _check_same(view: View, choices: Mapping[str, Choice]) -> None:
             _check_same_trained(view, prefix)
 
 
-def _instead(view: View) -> str:
-    """How to have another configuration than that of the active adapter."""
-    name = f", {view.adapter.name!r}" if view.is_adapted else ""
-    return f"give another name=... for an adapter beside it, or call remove_adapters(model{name}) first"
-
-
 def _check_same_trained(view: View, prefix: str) -> None:
     """Refuse if the module ``prefix`` trains other biases or modules in full than this configuration."""
     inside = f"{prefix}." if prefix else ""
@@ -218,7 +209,7 @@ def _check_same_trained(view: View, prefix: str) -> None:
         raise AdapterMismatchError(
             f"{type(view.model).__name__} is adapted already, and trains {listed(theirs) or 'nothing'} beside its "
             f"adapters; this configuration trains {listed(ours) or 'nothing'}. Use the same modules_to_save and bias, "
-            f"or {_instead(view)}."
+            "give another name=..., or call remove_adapters(model) first."
         )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterStateError, listed, warn
 from lightning_lora.layers import HAS_UPDATE
 from lightning_lora.layers.norms import FrozenNorm
-from lightning_lora.model.state import on_load
+from lightning_lora.model.state import on_load, record_of
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import owner_of, plain_name
 from lightning_lora.tensors.values import same_bits
@@ -17,8 +17,7 @@ from lightning_lora.tensors.values import same_bits
 @on_load
 def before_load(model: nn.Module, state: dict[str, Any], prefix: str, notes: Mapping[str, Any]) -> bool:
     """Check a state dict before torch loads it: the record takes over the values of a new base, or a merged model."""
-    view = View(model)
-    record = view.record
+    record, view = record_of(model), View(model)  # an error while the base is shown
     lead = plain_name(prefix)
     plain = {plain_name(name): value for name, value in state.items()}
     given = {name.removeprefix(lead): value for name, value in plain.items() if name.startswith(lead)}

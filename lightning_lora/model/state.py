@@ -89,6 +89,11 @@ class Record:
 
     # Which adapter is shown
 
+    @property
+    def shown(self) -> str | None:
+        """The name of the adapter that has its effect, or None."""
+        return None if self.is_disabled else self.adapter.name
+
     def base_is_shown(self, aside: dict[str, tuple[Tensor, bool]] | None) -> None:
         """The model shows its base, with these values of the active adapter aside; or, if None, the adapter again."""
         self.is_disabled, self.aside = aside is not None, aside or {}
@@ -131,9 +136,8 @@ class Record:
     def base_was_read(self, form: dict[str, Any]) -> None:
         """The base has this fingerprint before it is trained. If it is another one, it is another base."""
         if form not in self.adapter.fingerprints:
-            self.changed = (
-                {} if self.adapter.fingerprints else self.changed
-            )  # a new adapter's fit begins on what others left
+            if self.adapter.fingerprints:  # a new adapter's fit begins on what others left
+                self.changed = {}
             self.adapter.fingerprints = [form]
 
     def base_was_converted(self, form: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter, getitem, is_, setitem
+from operator import attrgetter, is_, setitem
 from typing import Any
 
 import torch
@@ -57,36 +57,30 @@ def set_adapter(model: nn.Module, name: str | None) -> AbstractContextManager[ob
         ('de', 'fr')
     """
     record = find_record(model)
-    shown = _Shown(model, name, _shown(record))
-    if record is None or not _exchange(record, name):
+    before = record.shown if record else None
+    if record is None or (name != before and not _exchange(record, name)):
         _switch(model, name)
-    return shown
-
-
-def _shown(record: Record | None) -> str | None:
-    return None if record is None or record.is_disabled else record.adapter.name
+    return _Shown(model, name, before)
 
 
 @dataclass(repr=False)
-class _Shown(AbstractContextManager["_Shown"]):
+class _Shown(AbstractContextManager[None]):
     """What a model shows since a call. Each ``with`` block shows it, and at its end what was there before the call."""
 
     model: nn.Module
     name: str | None
     before: str | None
 
-    def __enter__(self) -> "_Shown":
-        if _shown(find_record(self.model)) != self.name:  # a second block
-            set_adapter(self.model, self.name)
-        return self
+    def __enter__(self) -> None:
+        set_adapter(self.model, self.name)
 
     def __exit__(self, *_: object) -> None:
         if find_record(self.model):  # all may be removed in the block
             set_adapter(self.model, self.before)
 
     def __repr__(self) -> str:
-        title = type(plain_module(self.model)).__name__
-        return f"<{title} shows {'its base' if self.name is None else f'its adapter {self.name!r}'}>"
+        shown = "its base" if self.name is None else f"its adapter {self.name!r}"
+        return f"<{type(plain_module(self.model)).__name__} shows {shown}>"
 
 
 def adapters(model: nn.Module) -> tuple[str, ...]:
@@ -102,15 +96,12 @@ def adapters(model: nn.Module) -> tuple[str, ...]:
 
 
 def disable_adapters(model: nn.Module) -> AbstractContextManager[object]:
-    """Show the base of a model, as ``set_adapter(model, None)`` does.
+    """Show the base, as ``set_adapter(model, None)`` does: in a ``with`` block, or from now on.
 
     The updates are off. Everything else that was trained has the base's own values, and gets no gradient.
 
     Args:
         model: The model that ``inject_adapters`` was called on, adapted or merged.
-
-    Returns:
-        A context manager: at the end of a ``with`` block, the model shows what it did before. Else the base stays.
 
     Raises:
         AdapterStateError: ``model`` has no adapters, or its merged weights were changed.
@@ -155,16 +146,14 @@ def check_known(record: Record, name: str | None, model: nn.Module) -> None:
 
 def _switch(model: nn.Module, name: str | None) -> None:
     """Switch, where nothing is prepared."""
-    record = find_record(model)
-    if record is None or not record.is_disabled:
-        record = record_of(model)
+    record = find_record(model) or record_of(model)
     check_known(record, name, model)
-    if name not in (None, record.adapter.name):
-        change(model, record.others[name])
-    elif record.is_disabled and name is not None:
-        _show_adapter(model)
-    elif not record.is_disabled and name is None:
+    if name is None:
         _show_base(model)
+    elif name in record.others:
+        change(model, record.others[name])
+    elif record.is_disabled:
+        _show_adapter(model)
 
 
 def check_switchable(model: nn.Module, needed: Iterable[str] = ()) -> None:
@@ -287,17 +276,14 @@ class _Exchange:
 
     def is_current(self) -> bool:
         """Whether the model is as it was."""
-        try:
-            is_same = all(map(is_, map(getitem, self.dicts, self.keys), self.old))
-        except KeyError:
-            return False
+        is_same = all(map(is_, map(dict.get, self.dicts, self.keys), self.old))
         return is_same and list(map(_about, self.anchors)) == self.seen
 
 
 def _exchange(record: Record, name: str | None) -> bool:
     """Make a prepared switch, if there is one and the model is as it was when it was prepared."""
-    found: _Exchange | None = record.prepared.get((record.adapter.name, name))
-    if found is None or name is None or record.is_disabled or record.is_merged:
+    found: _Exchange | None = record.prepared.get((record.shown, name))
+    if found is None or name is None or record.is_merged:
         return False
     if not found.is_current():
         record.prepared.clear()

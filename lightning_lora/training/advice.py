@@ -52,12 +52,10 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
 
 def tell_of_new(model: LightningModule) -> None:
     """Tell that a fit begins a new adapter beside others: its name may be mistyped."""
-    record = view_of(model).record
-    if not record.adapter.is_trained:  # loaded from a file
-        near = difflib.get_close_matches(record.adapter.name, record.others, 1)
-        hint = f" (To train {near[0]!r} on, give name={near[0]!r}.)" if near else ""
-        name, others = record.adapter.name, listed(record.others)
-        rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {others}.{hint}")
+    (name, *others), near = view_of(model).record.adapters, ""
+    for each in difflib.get_close_matches(name, others, 1):
+        near = f" (To train {each!r} on, give name={each!r}.)"
+    rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {listed(others)}.{near}")
 
 
 def advise_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> None:

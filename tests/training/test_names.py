@@ -112,10 +112,11 @@ def test_a_fit_names_its_adapter_and_says_that_it_is_new(tmp_path: Path, caplog:
         trainer(tmp_path, [lora(name=name)], enable_model_summary=True).fit(model, data())
         assert headline in capsys.readouterr().out
         assert line in caplog.text and ("begins a new" in caplog.text) is bool(line)
-    merged = "LitTiny is a plain model, with 2 adapters merged into it ('german'; 'germam', 'x' rest)"
-    assert merged in str(ll.summarize(model))
+    about = "'german' (trained before; 'germam', 'x' rest"
+    assert f"LitTiny is a plain model, with 2 adapters merged into it {about})" in str(ll.summarize(model))
+    ll.unmerge_adapters(model)
     ll.disable_adapters(model)
-    assert "LitTiny shows its base, without 'german', 'germam', 'x'" in str(ll.summarize(model))
+    assert f"LoRA {about}; the base is shown): LitTiny" in str(ll.summarize(model))
 
 
 def test_a_run_goes_on_from_its_file_beside_others(tmp_path: Path, caplog: Any) -> None:
