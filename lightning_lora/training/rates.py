@@ -1,25 +1,24 @@
-"""Learning rates of adapters that are multiples of the module's (``lr_scale``).
-
-Such adapters are in groups of their own, behind the module's groups, whose numbers stay. Schedulers see only the
-module's groups. The others follow.
-"""
+"""Learning rates of adapters that are multiples of the module's: their groups follow behind, unseen by schedulers."""
 
 import math
 from collections.abc import Iterable
 from copy import deepcopy
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.errors import ConfigError, OptimizerError
 from lightning_lora.layers.matrices import Role
 from lightning_lora.model.view import View
 from lightning_lora.tensors.inplace import InPlace, overlay
 from lightning_lora.tensors.names import own_parameter
+from lightning_lora.tensors.shards import to_local
 
 Params = list[nn.Parameter]
 Scale = float | dict[str, float]
@@ -29,9 +28,18 @@ _FACTORS = {Role.A: "A", Role.B: "B", Role.MAGNITUDE: "A"}
 _SCALED = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 _ALIKE = ("momentum", "betas", "weight_decay")
 
-_BEHIND: "WeakKeyDictionary[Optimizer, tuple[slice, list[tuple[int, float]], Any]]" = WeakKeyDictionary()
-"""Where an optimizer has groups of adapters, which group each follows at which scale, and the hook."""
-_NOTHING: tuple[slice, list[tuple[int, float]], Any] = slice(0, 0), [], None
+
+@dataclass
+class _Behind:
+    place: slice
+    follows: list[tuple[int, float]]  # the group that each follows, and its scale
+    hooks: list[RemovableHandle]
+    hidden: list[dict[str, Any]] = field(default_factory=list)  # the groups, in a scheduler's step
+    before: list[tuple[Tensor, int, Tensor]] | None = field(default_factory=list)  # until a step has changed a value
+
+
+_BEHIND: "WeakKeyDictionary[Optimizer, _Behind]" = WeakKeyDictionary()
+"""What an optimizer has behind the module's groups."""
 
 
 def scales_of(lr_scale: Scale) -> dict[str, float]:
@@ -82,41 +90,71 @@ def split(optimizer: Optimizer, groups: list[Params], scales: Scales) -> list[Pa
             moved.append(adapters)
             follows.append((number, scale))
     if moved:
-        hook = optimizer.register_step_pre_hook(_follow_in_step)
-        _BEHIND[optimizer] = slice(len(kept), len(kept + moved)), follows, hook
+        hooks = [optimizer.register_load_state_dict_pre_hook(_check_stored)]
+        hooks += [optimizer.register_step_pre_hook(_begin_step), optimizer.register_step_post_hook(_end_step)]
+        _BEHIND[optimizer] = _Behind(slice(len(kept), len(kept + moved)), follows, hooks)
         follow(optimizer)
     return kept + moved
 
 
 def join(optimizer: Optimizer) -> None:
     """Undo a split: a module may return the same optimizer in its next fit."""
-    place, follows, hook = _BEHIND.pop(optimizer, _NOTHING)
-    for group, (number, _) in zip(optimizer.param_groups[place], follows, strict=True):
-        optimizer.param_groups[number]["params"].extend(group["params"])
-    del optimizer.param_groups[place]
-    if hook is not None:
-        hook.remove()
+    if behind := _BEHIND.pop(optimizer, None):
+        for group, (number, _) in zip(optimizer.param_groups[behind.place], behind.follows, strict=True):
+            optimizer.param_groups[number]["params"].extend(group["params"])
+        del optimizer.param_groups[behind.place]
+        for hook in behind.hooks:
+            hook.remove()
 
 
 def follow(*optimizers: Any) -> None:
     """Give the groups behind the rates of those that they follow, scaled. A tensor stays the same one."""
     for each in optimizers:
         optimizer = each if each in _BEHIND else getattr(each, "optimizer", each)  # DeepSpeed's has it inside
-        (place, follows, _), groups = _BEHIND.get(optimizer, _NOTHING), optimizer.param_groups
-        for own, (number, scale) in zip(groups[place], follows, strict=False):  # in DeepSpeed's steps, it has one group
-            for key, value in groups[number].items():
-                if key in _SCALED:
-                    own[key] = own[key].copy_(value * scale) if isinstance(own.get(key), Tensor) else value * scale
-                elif key in _ALIKE:
-                    own[key] = value
+        if behind := _BEHIND.get(optimizer):
+            groups = optimizer.param_groups
+            for own, (number, scale) in zip(groups[behind.place], behind.follows, strict=False):  # DeepSpeed steps one
+                for key, value in groups[number].items():
+                    if key in _SCALED:
+                        own[key] = own[key].copy_(value * scale) if isinstance(own.get(key), Tensor) else value * scale
+                    elif key in _ALIKE:
+                        own[key] = value
 
 
-def _follow_in_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
+def _check_stored(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Refuse the states of A for B: the sizes may be the same."""
+    stored, here = (groups[_BEHIND[optimizer].place] for groups in (state["param_groups"], optimizer.param_groups))
+    names = [group.get("name") for group in stored], [group["name"] for group in here]
+    if names[0] != names[1]:
+        raise ValueError(f"its parameter groups of adapters are {names[0]}, and the module's {names[1]}")
+
+
+def _begin_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
     """Follow what other code wrote, such as a warm-up by hand: one rate in all groups is meant as the module's."""
+    behind, groups = _BEHIND[optimizer], optimizer.param_groups
+    groups[behind.place.start : behind.place.start], behind.hidden = behind.hidden, []  # a scheduler may call us
     follow(optimizer)
+    if behind.before is not None and not hasattr(optimizer, "found_inf"):  # by which a GradScaler may skip the step
+        moving = chain.from_iterable(group["params"] for group in groups[behind.place] if group["lr"] > 0)
+        behind.before = [(p, p._version, to_local(p).detach().clone()) for p in moving]
     if closure := kwargs.get("closure"):  # its hooks may write rates too
         return args, {**kwargs, "closure": lambda: (closure(), follow(optimizer))[0]}  # type: ignore[func-returns-value]
     return None
+
+
+def _end_step(optimizer: Optimizer, *_: Any) -> None:
+    """Refuse an optimizer that keeps a list of groups of its own: it never trains those behind."""
+    behind, has_gradient = _BEHIND[optimizer], False
+    for p, version, value in behind.before or ():
+        if p._version != version or not torch.equal(to_local(p), value):  # p.data has no version
+            behind.before = None
+            return
+        has_gradient |= p.grad is not None and bool(0 < to_local(p.grad).norm() < math.inf)
+    if has_gradient:
+        raise OptimizerError(
+            f"{type(optimizer).__name__} did not train the adapters: it does not look at the parameter groups that "
+            "lr_scale adds. Leave lr_scale out, or use another optimizer."
+        )
 
 
 class FollowedScheduler(InPlace):
@@ -125,21 +163,29 @@ class FollowedScheduler(InPlace):
     overlaid_prefix: ClassVar[str] = "_"  # LightningCLI looks up names of schedulers, but no private ones
     optimizer: Optimizer
 
-    def step(self, *args: Any, **kwargs: Any) -> None:
+    def step(self, *args: Any, **kwargs: Any) -> Any:
         """Take the scheduler's own step, and follow it."""
-        (place, _, _), groups = _BEHIND.get(self.optimizer, _NOTHING), self.optimizer.param_groups
-        own, groups[place] = groups[place], []
+        behind, groups = _BEHIND.get(self.optimizer), self.optimizer.param_groups
+        if not behind or behind.hidden:  # by a scheduler that calls this one
+            return super().step(*args, **kwargs)  # type: ignore[misc]
+        behind.hidden, groups[behind.place] = groups[behind.place], []
         try:
-            super().step(*args, **kwargs)  # type: ignore[misc]
+            return super().step(*args, **kwargs)  # type: ignore[misc]
         finally:
-            groups[place.start : place.start] = own
-        follow(self.optimizer)
+            groups[behind.place.start : behind.place.start], behind.hidden = behind.hidden, []
+            follow(self.optimizer)
 
 
 def hide_groups(schedulers: Iterable[object], model: nn.Module) -> None:
     """Let schedulers see only the module's groups: those of the Trainer, and those that the module keeps itself."""
-    for each in (*schedulers, *vars(model).values()):
-        if isinstance(each, LRScheduler) and not isinstance(each, FollowedScheduler) and each.optimizer in _BEHIND:
+    kept: list[Any] = [*schedulers, *vars(model).values()]
+    inside = (
+        each.values() if isinstance(each, dict) else each for each in kept if isinstance(each, dict | list | tuple)
+    )
+    for each in chain(kept, *inside):
+        held = getattr(each, "optimizer", None)
+        steps = hasattr(each, "step") and not hasattr(each, "zero_grad")  # a scheduler of any class, no optimizer
+        if steps and isinstance(held, Optimizer) and held in _BEHIND and not isinstance(each, FollowedScheduler):
             overlay(each, FollowedScheduler)
 
 

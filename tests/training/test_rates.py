@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder, LearningRateMonitor, StochasticWeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 from packaging.version import Version
 from torch import Tensor, nn
@@ -261,6 +262,81 @@ def test_two_optimizers_whose_schedulers_no_one_else_knows(tmp_path: Path) -> No
         assert seen == by_layer(0.1 * 0.5**number, 0.2 * 0.5**number)
 
 
+class Halves:
+    """A scheduler of no class of torch, with one rate for each group."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer, self.rates = optimizer, [group["lr"] for group in optimizer.param_groups]
+
+    def step(self, *_: Any) -> None:
+        for number, group in enumerate(self.optimizer.param_groups):
+            self.rates[number] *= 0.5
+            group["lr"] = self.rates[number]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Lightning asks for it."""
+
+
+class Noam(Halves):
+    """Sets the rates, and calls the optimizer."""
+
+    def step(self, *args: Any) -> None:
+        super().step(*args)
+        self.optimizer.step()
+
+
+def half(optimizer: Optimizer) -> Any:
+    return lr_scheduler.LambdaLR(optimizer, [lambda n: 0.5**n])
+
+
+KEPT: dict[str, tuple[Build, Callable[[Any], Any]]] = {
+    "list": (lambda o: [half(o)], lambda kept: kept[0]),
+    "dict": (lambda o: {"one": half(o)}, lambda kept: kept["one"]),
+    "alone": (Halves, lambda kept: kept),
+    "trainer": (Halves, lambda kept: kept),
+    "noam": (Noam, lambda kept: kept),
+}
+
+
+class Keeps(Plain):
+    """Manual optimization with schedulers of its own; or one of another class for the Trainer."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.automatic_optimization = kind, kind == "trainer"
+
+    def configure_optimizers(self) -> Any:
+        optimizer = SGD(self.parameters(), 0.1)
+        scheduler = KEPT[self.kind][0](optimizer)
+        if self.automatic_optimization:
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+        self.kept = scheduler
+        return optimizer
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss, optimizer = self.loss(batch), self.optimizers()
+        if not self.automatic_optimization:
+            optimizer.zero_grad()  # type: ignore[union-attr]
+            self.manual_backward(loss)
+            if self.kind != "noam":
+                optimizer.step()  # type: ignore[union-attr]
+            KEPT[self.kind][1](self.kept).step()
+        return loss
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_schedulers_of_any_class_see_the_modules_groups_alone(tmp_path: Path, kind: str) -> None:
+    checks = [Moves()] if kind == "noam" else []
+    for number, seen in enumerate(rates_in(tmp_path, Keeps(kind), scaled(), *checks), 1):
+        assert seen == pytest.approx(rate_of(0.5**number, 0.5**number, 0.1 * 0.5**number))
+
+
 def write(trainer: L.Trainer, rate: float) -> None:
     for group in trainer.optimizers[0].param_groups:
         group["lr"] = rate
@@ -327,6 +403,89 @@ def test_lbfgs_is_refused_by_name(tmp_path: Path) -> None:
     assert len(made.param_groups) == 1
 
 
+class Zips(Optimizer):
+    """Plain SGD, whose groups it knows from the start, as torch_optimizer's AdaBound."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+        self.known = self.groups()
+
+    def groups(self) -> list[Any]:
+        return [None] * len(self.param_groups)
+
+    def step(self, closure: Any = None) -> None:
+        closure()
+        for group, _ in zip(self.param_groups, self.known, strict=False):
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data.add_(p.grad, alpha=-group["lr"])
+
+
+class FirstGroup(Zips):
+    """As LBFGS."""
+
+    def step(self, closure: Any = None) -> None:
+        closure()
+        SGD(self.param_groups[0]["params"], 0.1).step()
+
+
+class Wraps(Zips):
+    """Its groups are the inner one's, but its list is not."""
+
+    def __init__(self, parameters: Any) -> None:
+        inner = SGD(parameters, 0.1)
+        super().__init__(inner.param_groups)
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step(closure)
+
+
+class Looks(Zips):
+    """Writes through ``.data``, in all groups."""
+
+    def groups(self) -> list[Any]:
+        return [None] * 9
+
+
+class Warms(LitTiny):
+    """The rate is 0 in the first two steps."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.kind(self.parameters())  # type: ignore[operator]
+        return [optimizer], [
+            {"scheduler": lr_scheduler.LambdaLR(optimizer, lambda n: float(n > 1)), "interval": "step"}
+        ]
+
+
+@pytest.mark.parametrize("kind", [Zips, FirstGroup, Wraps])
+def test_an_optimizer_that_does_not_see_the_adapters_groups_is_refused(tmp_path: Path, kind: Any) -> None:
+    model = Plain()
+    model.configure_optimizers = lambda: kind(model.parameters())  # type: ignore[method-assign]
+    with pytest.raises(OptimizerError, match=rf"{kind.__name__} did not train the adapters.*Leave lr_scale out"):
+        fit(tmp_path, scaled(), model=model)
+    assert model.global_step == 0 and not model.q_proj.lora_B.any()
+
+
+@pytest.mark.parametrize("scale", [10, {"A": 10}], ids=str)
+def test_steps_at_a_rate_of_zero_say_nothing(tmp_path: Path, scale: Any) -> None:
+    model = Warms()
+    model.kind = Looks
+    fit(tmp_path, lora(lr_scale=scale, merge=False), model=model, max_epochs=1)
+    assert model.q_proj.lora_B.any()
+    model = Warms()
+    model.kind = Zips
+    with pytest.raises(OptimizerError, match="Zips did not train the adapters"):
+        fit(tmp_path, lora(lr_scale=scale, merge=False), model=model, max_epochs=2)
+
+
+def test_a_step_that_a_gradient_scaler_skips_says_nothing(tmp_path: Path) -> None:
+    model, scaler = LitTiny(), torch.amp.GradScaler("cpu", init_scale=1e38)
+    model.configure_optimizers = lambda: AdamW(model.parameters(), 0.01, fused=True)  # type: ignore[method-assign]
+    fit(tmp_path, scaled(), model=model, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], max_epochs=1)
+    assert scaler.get_scale() < 1e38
+
+
 # Fits that go on, and other fits
 
 
@@ -344,6 +503,14 @@ def test_the_scale_that_is_given_counts_and_other_groups_are_refused_by_name(tmp
     for other in (1, {"A": 2, "B": 3}):
         with pytest.raises(OptimizerError, match=r"parameter groups.*the same kind of lr_scale"):
             fit(tmp_path, scaled(lr_scale=other), model=Plain, ckpt_path=file)
+
+
+@pytest.mark.parametrize("r", [2, 8])
+def test_the_states_of_a_are_not_taken_for_b(tmp_path: Path, r: int) -> None:
+    _, t = fit(tmp_path, scaled(lr_scale={"A": 10}, r=r), max_epochs=1)
+    t.save_checkpoint(file := tmp_path / "a.ckpt")
+    with pytest.raises(OptimizerError, match=r"pg1-lora_A.*pg1-lora_B.*the same kind of lr_scale"):
+        fit(tmp_path, scaled(lr_scale={"B": 10}, r=r), ckpt_path=file, max_epochs=2)
 
 
 def test_an_optimizer_handed_out_twice_is_split_anew(tmp_path: Path) -> None:
