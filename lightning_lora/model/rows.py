@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.combine import Factors
@@ -45,7 +46,8 @@ def adapter_names(model: nn.Module, names: Sequence[str | None]) -> AbstractCont
     Raises:
         AdapterStateError: a name is unknown; or ``model`` has no adapters, shows its base, is merged or sharded, or has
             a layer without rows of its own: experts, trained tokens, attention with ``batch_first=False``.
-        ConfigError: in forward, a layer reads something else than one row for each name.
+        ConfigError: in forward, a layer reads something else than one row for each name, or a trained norm with running
+            statistics is in train mode.
 
     Example:
         >>> from lightning_lora import LoRAConfig, inject_adapters
@@ -152,6 +154,8 @@ class _Mixed:
             cls: Any = combined(adapter.kind, self.base)
             self.is_sum &= issubclass(cls, LoRALinear) and cls._lora_is_additive and not adapter.settings.use_dora
             self.has_dropout |= adapter.settings.dropout > 0
+        self.has_statistics = isinstance(module, _NormBase) and module.track_running_stats
+        self.has_statistics &= "weight" in values.get(None, ())  # an adapter trains it in full
         self.stacked_from, self.stacked = list[Any](), (torch.empty(0), torch.empty(0))
         self.names = [key if key in adapters or values or module._modules else None for key in block.names]
         self.rows: dict[Name, Tensor] = {}
@@ -162,6 +166,11 @@ class _Mixed:
         """Run the module, in the place of its own forward. A copy of it, or the base alone, runs as always."""
         if module is not self.module or self.record.is_disabled:
             return type(module).forward(module, *args, **kwargs)
+        if self.has_statistics and module.training:
+            raise ConfigError(
+                f"{self.name!r} trains in an adapter, and in train mode it takes statistics over all rows of a batch. "
+                "Call model.eval(), or run the rows of each adapter in a batch of their own, with set_adapter."
+            )
         if self.running:
             return self._run_as(self.running[-1], args, kwargs)
         x = self._input(args, kwargs)

@@ -196,33 +196,58 @@ def net() -> nn.Module:
     return model.eval()
 
 
-def alone(model: nn.Module, x: Tensor, names: list[str | None]) -> Tensor:
+def rows_of(model: nn.Module, x: Tensor, names: list[str | None]) -> Any:
     """Each row of a batch, by set_adapter."""
     rows = []
     for i, name in enumerate(names):
         with set_adapter(model, name):
-            rows.append(model(x)["scores"][i])
+            output = model(x)
+            rows.append((output["scores"] if isinstance(output, dict) else output)[i])
     return torch.stack(rows)
+
+
+@pytest.mark.parametrize("active", NAMES)
+def test_norms_that_one_adapter_trains_need_eval_mode(active: str) -> None:
+    saved = LoRAConfig(r=2, target_modules=["0"], modules_to_save=["1"])
+    norm = nn.BatchNorm1d(4)
+    model = with_adapters(nn.Sequential(nn.Linear(5, 4), norm).double(), de=saved)  # frozen in "fr"
+    set_adapter(model, active)
+    before, x = {name: b.clone() for name, b in norm.named_buffers()}, torch.randn(3, 5).double()
+    with adapter_names(model.train(), ["de", None, "fr"]), pytest.raises(ConfigError, match=r"'1' .* model\.eval\(\)"):
+        model(x)
+    assert all(torch.equal(b, before[name]) for name, b in norm.named_buffers())
+    expected = rows_of(model.eval(), x, ["de", None, "fr"])
+    with adapter_names(model, ["de", None, "fr"]):
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_norms_that_are_frozen_in_all_adapters_take_part_in_train_mode() -> None:
+    targets = LoRAConfig(r=2, target_modules=["0"], bias="all")
+    layers = nn.Linear(5, 4), nn.BatchNorm1d(4)
+    model, x = with_adapters(nn.Sequential(*layers).double(), de=targets).train(), torch.randn(3, 5).double()
+    expected = rows_of(model, x, ["de", None, "fr"])
+    with adapter_names(model, ["de", None, "fr"]):
+        torch.testing.assert_close(model(x), expected)
 
 
 @pytest.mark.parametrize("names", [["de", "fr", None, "de"], [None, "fr", "fr", None], ["de"] * 4, [None] * 4])
 @pytest.mark.parametrize("active", NAMES)
 def test_what_was_trained_in_full_follows_its_adapter(net: nn.Module, names: Any, active: str) -> None:
     x = torch.randn(4, 6).double()
-    expected = alone(net, x, names)
+    expected = rows_of(net, x, names)
     set_adapter(net, active)
     before = {name: (p, p._version) for name, p in net.named_parameters()}
     with adapter_names(net, names):
         torch.testing.assert_close(net(x)["scores"], expected)
         assert {name: (p, p._version) for name, p in net.named_parameters()} == before  # nothing is written
-    torch.testing.assert_close(net(x)["scores"], alone(net, x, [active] * 4))
+    torch.testing.assert_close(net(x)["scores"], rows_of(net, x, [active] * 4))
     assert not any("forward" in vars(module) for module in net.modules())
 
 
 def test_gradients_are_those_of_the_rows_alone(net: nn.Module) -> None:
     x, names = torch.randn(3, 6).double(), ["fr", "de", "fr"]
     found = []
-    for run in (lambda: alone(net, x, names), lambda: net(x)["scores"]):
+    for run in (lambda: rows_of(net, x, names), lambda: net(x)["scores"]):
         set_adapter(net, "fr")
         net.zero_grad()
         with adapter_names(net, names) if found else set_adapter(net, "fr"):
