@@ -1,9 +1,10 @@
 """A callback that logs what adapters have learned, and how their base does on the same data."""
 
 import copy
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import Metric, MetricCollection
 
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.subspace import effective_rank
@@ -36,8 +36,8 @@ class LoRAMonitor(Callback):
 
     The first validation also runs the base, which takes as long again. The next ones log the same numbers. If batches
     change, or ``validation_step`` draws random numbers of torch, each validation runs the base, with the same random
-    numbers. A fit has the same bits as without a monitor: the base runs in a copy of the module with metrics, buffers,
-    lists and dicts of its own, which writes to no logger.
+    numbers. A fit has the same bits as without a monitor: all modules have two sets of attributes, so metrics, buffers
+    and counters go on by themselves for the base, which writes to no logger.
 
     Args:
         every_n_steps: Optimizer steps between two measurements. Loggers get them when the Trainer logs a step.
@@ -101,33 +101,41 @@ class LoRAMonitor(Callback):
             is_new = self._known.get(self._place) != content
             self._measures = trainer.strategy.reduce_boolean_decision(is_new, all=False)
             if self._measures:
-                self._values, self._of_base, self._draws = dict[str, Tensor](), dict[Any, list[Tensor]](), False
+                self._values, self._of_base, self._draws = dict[str, Any](), dict[Any, list[Tensor]](), False
                 self._logs = type(loop._results)(training=False)
                 with disable_adapters(pl_module):
-                    self._copy = _copy(pl_module, {})
-                self._copy._current_fx_name, self._copy._metric_attributes = "validation_step", None
+                    self._sets = _two_sets(pl_module)
         self._seen[self._place] = content
         if self._measures:
             self._run_base(trainer, pl_module, loop, args[0])
         self._predicted = _watch(self._watching)
 
     def _run_base(self, trainer: Trainer, pl_module: LightningModule, loop: Any, batch: Any) -> None:
-        """Let the copy take the validation step on the base, in the strategy's way."""
+        """Take the validation step on the base, in the strategy's way."""
         (index, number), on_cuda = self._place, trainer.strategy.root_device.type == "cuda"
         if index != self._logs.dataloader_idx:  # the last loader is through, and its metrics may go on with this one
-            self._values |= self._logs.metrics(on_step=False)["log"]
+            self._note()
         named = loop._build_kwargs(copy.deepcopy(batch), number, index)
         self._logs.batch, self._logs.batch_size, self._logs.dataloader_idx = named["batch"], None, index
         args = loop._build_step_args_from_hook_kwargs(named, "validation_step")
         with isolate_rng(include_cuda=on_cuda), ExitStack() as back:
             _set(loop, "_results", self._logs, back)
             _set(trainer, "_loggers", [DummyLogger()] * len(trainer.loggers), back)
-            _set(pl_module, "validation_step", self._copy.validation_step, back)
             back.enter_context(disable_adapters(pl_module))
+            _exchange(self._sets, back)
+            _set(pl_module, "_current_fx_name", "validation_step", back)
             sources = (torch.get_rng_state, *([torch.cuda.get_rng_state] if on_cuda else []))
             self._of_base[self._place], before = _watch(back), [state() for state in sources]
             trainer.strategy.validation_step(*args)
             self._draws |= not all(map(torch.equal, before, [state() for state in sources]))
+
+    def _note(self) -> None:
+        """Keep the base's numbers for callbacks. Those that are in ``log`` are for loggers too."""
+        with ExitStack() as back:
+            _exchange(self._sets, back)
+            found = self._logs.metrics(on_step=False)
+        for name, value in found["callback"].items():
+            self._values[name] = value, None if name in found["log"] else False
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Count where the module and its base agree."""
@@ -143,15 +151,15 @@ class LoRAMonitor(Callback):
         if not seen:
             return
         if self._measures:
-            self._values |= self._logs.metrics(on_step=False)["log"]
+            self._note()
             self._known = {} if self._draws else seen
-            del self._copy, self._logs
+            del self._sets, self._logs
         elif trainer.strategy.reduce_boolean_decision(seen != self._known, all=False):
             self._known = {}
             return
         log = partial(pl_module.log, add_dataloader_idx=False, sync_dist=True)
-        for name, value in self._values.items():
-            log(f"base/{name}", value, batch_size=1)
+        for name, (value, logger) in self._values.items():
+            log(f"base/{name}", value, logger=logger, batch_size=1)
         for index, (same, total) in agreed.items():
             name = "base/agreement" if index is None else f"base/agreement/dataloader_idx_{index}"
             log(name, float(same / total), batch_size=int(total))
@@ -194,26 +202,55 @@ def _noting(loss: Any, binary: bool, found: list[Tensor], input: Tensor, target:
     return loss(input, target, *a, **k)
 
 
-def _copy(module: nn.Module, metrics: dict[int, Any]) -> Any:
-    """Return a copy with metrics, buffers and collections of its own. It shares parameters and layers."""
-    copied: Any = object.__new__(type(module))
-    for name, value in vars(module).items():
-        if not (name.endswith(("forward", "_step")) and callable(value) and hasattr(type(module), name)):  # not bound
-            vars(copied)[name] = value if name == "_parameters" else _own(value)
-    for name, child in module._modules.items():
-        if isinstance(child, Metric | MetricCollection):
-            copied._modules[name] = copy.deepcopy(child, metrics)
-        elif child is not None and any(isinstance(each, Metric) for each in child.modules()):
-            copied._modules[name] = _copy(child, metrics)
-    return copied
+# The attributes of the base
+
+_FRAMEWORKS = {"torch", "lightning", "pytorch_lightning", "lightning_lora", "bitsandbytes", "torchao", "deepspeed"}
+_OF_TORCH = vars(nn.Module()).keys()  # parameters, hooks and the like
 
 
-def _own(value: Any) -> Any:
-    """Copy tensors and collections, but not what else these hold."""
-    if isinstance(value, dict):
-        copied = copy.copy(value)
-        copied.update(zip(value, map(_own, value.values()), strict=True))
-        return copied
-    if type(value) in (list, set):
-        return type(value)(map(_own, value))
-    return value.clone() if type(value) is Tensor else value
+@torch.inference_mode(False)  # where copies would be inference tensors, for which a compiled layer is compiled anew
+def _two_sets(root: nn.Module) -> list[list[dict[str, Any]]]:
+    """Return the dicts in which all modules hold attributes, buffers and children, each with the base's copy of it."""
+    stays: Any = cache(_stays)
+    sets, memo = list[list[dict[str, Any]]](), dict[int, Any]()
+    memo.update(zip(map(id, root.modules()), root.modules(), strict=True))
+    for each in gc.get_objects():
+        if stays(type(each)) or (type(each) is Tensor and each.requires_grad):
+            memo[id(each)] = each
+    memo[id(memo)] = []  # where deepcopy keeps what must live as long as the memo
+    for module in root.modules():
+        for held in (vars(module), module._buffers, module._modules):
+            sets.append([held, {name: _copied(value, memo) for name, value in _own(held).items()}])
+    return sets
+
+
+def _exchange(sets: list[list[dict[str, Any]]], back: ExitStack) -> None:
+    """Let modules hold the other set, until ``back`` is closed."""
+    for pair in sets:
+        held, coming = pair
+        pair[1] = _own(held)
+        for name in pair[1]:
+            del held[name]
+        held.update(coming)
+    back.callback(_exchange, sets, ExitStack())
+
+
+def _own(held: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in held.items() if k not in _OF_TORCH and not k.startswith(("lora_", "_lora"))}
+
+
+def _stays(kind: type) -> bool:
+    """Whether objects of a class are never copied: those of torch, Lightning and so on, but tensors and metrics."""
+    origins = {str(each.__module__).partition(".")[0] for each in kind.__mro__}
+    return kind is not Tensor and not origins.isdisjoint(_FRAMEWORKS) and "torchmetrics" not in origins
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """Copy a value, or return it if it cannot be copied."""
+    known = len(memo)
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # such as of a lock or a file
+        while len(memo) > known:  # half of a copy
+            memo.popitem()
+        return value

@@ -1,9 +1,12 @@
 """The monitor measures what adapters have learned and what the base does, and changes nothing."""
 
+import threading
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
@@ -78,6 +81,78 @@ class Bound(Lit):
         self.__dict__["validation_step"] = self.validation_step
 
 
+class Meter:
+    """An object that counts."""
+
+    def __init__(self) -> None:
+        self.sum = self.number = 0.0
+
+    def update(self, value: float) -> None:
+        self.sum, self.number = self.sum + value, self.number + 1
+
+
+class Counting(nn.Module):
+    """A layer whose output depends on how often it ran in evaluation, in each way to keep a state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number, self.seen, self.plain = 0, [0], torch.zeros(())
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("kept", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            self.number, self.plain = self.number + 1, self.plain + 1
+            self.seen[0] += 1
+            self.kept += 1
+        return x * self.scale * (1 + self.number / 10 + self.seen[0] / 20 + self.plain / 30 + self.kept / 40)
+
+
+class Accumulates(LitTiny):
+    """What a validation adds up on the module, on objects of it, in plain collections, and through bound methods."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child, self.meter, self.matrix, self.outputs = Counting(), Meter(), np.zeros((4, 4)), deque[Tensor]()
+        self.accs, self.pair, self.also = {"val": Accuracy(**CLASSIFIES)}, ([0], "name"), [self.meter]  # type: ignore[var-annotated]
+        self.helper, self.update, self.losses = self.inner, self.meter.update, list[Tensor]()
+        self.random, self.held = torch.Generator().manual_seed(3), [[self.meter]]  # type: ignore[var-annotated]
+        self.locked = {"held": self.held, "lock": threading.Lock()}  # which cannot be copied
+        self.again = [self.locked]
+
+    def forward(self, index: Tensor) -> Tensor:
+        return super().forward(index) + self.child(torch.ones(()))
+
+    def inner(self, target: Tensor) -> None:
+        self.total = getattr(self, "total", 0) + len(target)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.losses.append(super().training_step(batch, batch_idx))
+        return self.losses[-1]
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        output = self(batch[0])
+        loss, target = F.cross_entropy(output, batch[1]), batch[1]
+        self.update((output.argmax(1) == target).float().mean().item() + torch.rand((), generator=self.random).item())
+        np.add.at(self.matrix, (target.numpy(), output.argmax(1).numpy()), 1)
+        with self.again[0]["lock"]:
+            self.outputs.append(output)
+        self.losses.append(loss)
+        self.accs["val"].update(output, target)
+        self.pair[0][0] += 1
+        self.helper(target)
+        self.log("val_loss", loss)
+        self.log("hidden", loss + self.total, logger=False)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val_acc", self.meter.sum / self.also[0].number * self.held[0][0].number)
+
+    @property
+    def found(self) -> list[Tensor]:
+        numbers = [self.meter.sum, self.meter.number, self.total, self.pair[0][0], self.child.number, len(self.losses)]
+        return [torch.tensor(numbers), torch.tensor(self.matrix), self.accs["val"].compute(), *self.outputs]
+
+
 class Validated(L.Callback):
     """The numbers of each validation, and those of a logger."""
 
@@ -129,8 +204,9 @@ def fit(folder: Path, *monitor: Any, model: Any = None, val: Any = None, **optio
 def alone(folder: Path, model: Any = None, val: Any = None) -> dict[str, float]:
     """What a plain model's own validation gives."""
     torch.manual_seed(5)
-    found = trainer(folder).validate(model or Lit(), data() if val is None else val, verbose=False)
-    return {name: value for each in found for name, value in each.items()}
+    t = trainer(folder)
+    t.validate(model or Lit(), data() if val is None else val, verbose=False)
+    return {name: value.item() for name, value in t.callback_metrics.items()}
 
 
 def test_the_numbers_of_updates_are_those_of_plain_matrices(tmp_path: Path) -> None:
@@ -161,7 +237,7 @@ def test_a_run_that_diverges_goes_on_and_shows_it(tmp_path: Path, capfd: pytest.
     assert "ERROR" not in capfd.readouterr().out  # LAPACK's
 
 
-@pytest.mark.parametrize("build", [Lit, Draws, Bound])
+@pytest.mark.parametrize("build", [Lit, Draws, Bound, Accumulates])
 def test_a_run_has_the_same_bits_with_a_monitor(tmp_path: Path, build: Any) -> None:
     ends = []
     for monitor in ([], [LoRAMonitor(1)]):
@@ -173,7 +249,9 @@ def test_a_run_has_the_same_bits_with_a_monitor(tmp_path: Path, build: Any) -> N
         assert bool(monitor) == bool(of_base(each[0]))
     (weights, found, *others, random), (weights2, found2, *others2, random2) = ends
     assert same(weights, weights2) and torch.equal(random, random2) and others == others2
-    assert len(found) == len(found2) and all(map(torch.equal, found, found2)) and found[-1] == 56
+    assert (
+        len(found) == len(found2) and all(map(torch.equal, found, found2)) and (build is Accumulates or found[-1] == 56)
+    )
 
 
 def test_the_base_has_the_numbers_of_the_plain_model_alone_measured_once(tmp_path: Path) -> None:
@@ -189,7 +267,8 @@ def test_the_base_has_the_numbers_of_the_plain_model_alone_measured_once(tmp_pat
     t = trainer(tmp_path, [monitor, lora()])
     for _ in range(2):
         found = t.validate(merged, data(), verbose=False)[0]
-        assert {**of_base(found), "agreement": None} == {**of_base(each[0]), "agreement": None}
+        numbers = of_base({name: value.item() for name, value in t.callback_metrics.items()})
+        assert {**numbers, "agreement": None} == {**of_base(each[0]), "agreement": None}
     assert merged.runs == 2 * 8 and found["val_loss_epoch"] != found["base/val_loss_epoch"]
 
 
@@ -199,7 +278,8 @@ def test_batches_that_change_are_measured_each_time(tmp_path: Path) -> None:
     for options in ({"val": shuffled}, {"model": Draws()}):
         model, each = fit(tmp_path, LoRAMonitor(), num_sanity_val_steps=0, **options)
         assert model.runs == 2 * 8 and each[0] != each[1]
-        assert ("val" in options) == (each[0]["base/val_acc"] == each[1]["base/val_acc"])  # other draws, other numbers
+        one, other = (numbers["base/val_loss"] for numbers in each)
+        assert ("val" in options) == (one == pytest.approx(other))  # other draws, other numbers
 
 
 def test_a_later_batch_that_changes_is_not_given_the_earlier_numbers(tmp_path: Path) -> None:
@@ -211,6 +291,38 @@ def test_a_later_batch_that_changes_is_not_given_the_earlier_numbers(tmp_path: P
     logged = [numbers for _, line in kept.all if (numbers := of_base(line))]
     assert len(logged) == 3 and logged[0]["val_loss_epoch"] != logged[1]["val_loss_epoch"]
     assert alone(tmp_path, val=val).items() <= of_base(each[-1]).items()
+
+
+def test_the_base_accumulates_by_itself_and_leaves_nothing(tmp_path: Path) -> None:
+    plain, model, monitor = Accumulates(), as_trained(Accumulates()), LoRAMonitor()
+    t, kept = trainer(tmp_path), trainer(tmp_path, [monitor], logger=Keeps())
+    t.validate(plain, data(), verbose=False)
+    before = {each: (vars(each).copy(), list(each._buffers.items())) for each in model.modules()}
+    kept.validate(model, data(), verbose=False)
+    for name in ("val_loss", "hidden"):
+        assert kept.callback_metrics[f"base/{name}"] == t.callback_metrics[name] != kept.callback_metrics[name]
+    logged = set().union(*(line for _, line in kept.logger.all))  # type: ignore[union-attr]
+    assert "base/val_loss" in logged and not logged & {"base/hidden", "hidden"}
+    assert model.child.number == 4 and model.total == 16 and model.meter.number == 4
+    for module, (attributes, buffers) in before.items():
+        assert vars(module).keys() - attributes.keys() <= {"total", "forward"}
+        assert all(now is was for (_, now), (_, was) in zip(module._buffers.items(), buffers, strict=True))
+
+
+class Breaks(Accumulates):
+    """Its step raises while the base runs."""
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        if not self.trainer.sanity_checking and self.child.number > 2:
+            stop()
+
+
+def test_an_error_of_the_base_leaves_the_model_its_own(tmp_path: Path) -> None:
+    model = Breaks()
+    with pytest.raises(StopError):
+        fit(tmp_path, LoRAMonitor(), model=model)
+    assert model.child.number == model.meter.number == 2  # of the sanity check
 
 
 class Two(LitTiny):
