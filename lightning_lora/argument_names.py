@@ -12,7 +12,7 @@ from lightning_lora.errors import ConfigError
 _Class = TypeVar("_Class", bound=type)
 
 ELSEWHERE = {
-    "rank": "it is r here",
+    **dict.fromkeys(("rank", "ranks"), "it is r here"),
     "scaling": "set alpha: the scaling is alpha / r",
     "init_lora_weights": "it is init here, one of 'kaiming', 'gaussian', 'pissa', 'olora'",
     "ensure_weight_tying": "leave it out: a tied weight in modules_to_save stays tied",
@@ -41,10 +41,10 @@ def explains_arguments(cls: _Class) -> _Class:
 
     @functools.wraps(init)
     def explained(self: Any, *args: Any, **kwargs: Any) -> None:
-        ratio = kwargs.pop("loraplus_lr_ratio", None)  # PEFT's name; shown nowhere
+        ratio = None if "loraplus_lr_ratio" in names else kwargs.pop("loraplus_lr_ratio", None)  # PEFT's name
         if ratio is not None:
             kwargs.update(_with_ratio(kwargs.get("lr_scale", 1), ratio, names))
-        if unknown := [f"{name}: {_hint(name, names)}" for name in kwargs if name not in names]:
+        if unknown := [f"{name}: {_hint(cls, name, names)}" for name in kwargs if name not in names]:
             raise ConfigError(f"{cls.__name__} got unknown arguments. {'; '.join(unknown)}.")
         init(self, *args, **kwargs)
         given = {*names[: len(args)], *kwargs}
@@ -67,11 +67,11 @@ def _with_ratio(scale: Any, ratio: Any, names: Collection[str]) -> dict[str, Any
     return {"lr_scale": {"A": scale, "B": scale * ratio}}
 
 
-def _hint(name: str, names: Collection[str]) -> str:
+def _hint(cls: type, name: str, names: Collection[str]) -> str:
     short = name.removeprefix("lora_")
     if hint := ELSEWHERE.get(name) or ELSEWHERE.get(short):
         return hint
     if short in names:
         return f"it is {short} here"
-    near = difflib.get_close_matches(short, [*names, "loraplus_lr_ratio"], n=2)
-    return f"nearest names: {', '.join(near)}" if near else "no name is like it; help(LoRACallback) explains all"
+    near = difflib.get_close_matches(short, {*names, "loraplus_lr_ratio"}, n=2)
+    return f"nearest names: {', '.join(near)}" if near else f"no name is like it; help({cls.__name__}) explains all"

@@ -2,13 +2,16 @@
 
 import inspect
 import itertools
+import math
 import re
+import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelSummary, ProgressBar
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_module
 from rich.table import Table
 from torch import Tensor
 
@@ -16,15 +19,16 @@ from lightning_lora.argument_names import explains_arguments
 from lightning_lora.callback import LoRACallback
 from lightning_lora.errors import ConfigError, listed
 from lightning_lora.model.state import find_record
-from lightning_lora.sweep.runs import Run, Runs
+from lightning_lora.sweep.runs import NothingTwice, Run, Runs
 from lightning_lora.sweep.sharing import Loaders, Memo, adopt, copy_trainer, share_base
 from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.training.compatibility import check_callbacks
 
 _Class = TypeVar("_Class", bound=type)
+Mode = Literal["min", "max"] | None
 
-_LISTS = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save")  # one value may be a list
+_LISTS = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "trainable_token_indices")
 _REFUSED = {"WeightAveraging", "StochasticWeightAveraging", "LearningRateFinder", "BatchSizeFinder", "Timer"}
 
 
@@ -32,7 +36,8 @@ def _takes_lists(cls: _Class) -> _Class:
     """Show LoRACallback's arguments, and lists of them, to LightningCLI."""
     init: Any = cls.__init__  # type: ignore[misc]  # of this very class
     shown = list(inspect.signature(init).parameters.values())[:-1]
-    for each in inspect.signature(LoRACallback).parameters.values():
+    own = inspect.signature(LoRACallback).parameters
+    for each in (*own.values(), own["lr_scale"].replace(name="loraplus_lr_ratio", default=None)):
         kind: Any = each.annotation
         shown.append(each.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=kind | list[kind]))
     init.__signature__ = inspect.Signature(shown)
@@ -50,7 +55,7 @@ class LoRASweep(LoRACallback):
 
     Args:
         monitor: The metric that decides, logged in validation.
-        mode: Whether ``"min"`` or ``"max"`` is best.
+        mode: Whether ``"min"`` or ``"max"`` is best. It may be left out for a loss.
         keep: The share of the adapters that goes on after each validation. 1 keeps all to the end.
         arguments: LoRACallback's, as values or lists of values (of lists, for ``target_modules`` and the like).
 
@@ -69,27 +74,46 @@ class LoRASweep(LoRACallback):
     runs: dict[str, dict[str, Any]]  # the arguments of each adapter, by its name
     results: list[dict[str, Any]]  # after a fit: name, arguments, metrics and validation of the drop, the best first
 
-    def __init__(
-        self, *, monitor: str = "val_loss", mode: Literal["min", "max"] = "min", keep: float = 0.5, **arguments: Any
-    ) -> None:
+    def __init__(self, *, monitor: str = "val_loss", mode: Mode = None, keep: float = 0.5, **arguments: Any) -> None:
+        mode = mode or ("min" if "loss" in monitor else None)
         if mode not in ("min", "max") or not 0 < keep <= 1:
-            raise ConfigError(f"mode={mode!r}, keep={keep!r}: expected 'min' or 'max', and a share in (0, 1].")
+            raise ConfigError(
+                f"monitor={monitor!r}, mode={mode!r}, keep={keep!r}: expected mode='min' or mode='max', which only a "
+                "loss may leave out, and for keep a share in (0, 1]."
+            )
         self.monitor, self.mode, self.keep = monitor, mode, keep
         self.runs, self.results = {}, []
-        self.varied = [name for name, value in arguments.items() if _is_list(name, value)]
-        for values in itertools.product(*map(arguments.__getitem__, self.varied)):
-            chosen = dict(zip(self.varied, values, strict=True))
-            self.runs["-".join(map(_named, chosen, values))] = {**arguments, **chosen}
+        lists = {name: value for name, value in arguments.items() if _is_list(name, value)}
+        self.varied = [name for name in lists if len(lists[name]) > 1]
+        for values in itertools.product(*lists.values()):
+            chosen = dict(zip(lists, values, strict=True))
+            name = "-".join(map(_named, self.varied, map(chosen.get, self.varied)))
+            self.runs[name] = {**arguments, **chosen}
             super().__init__(**arguments | chosen)
-        if len(self.runs) < 2:
-            raise ConfigError("LoRASweep got one adapter only. Give a list of values, such as r=[8, 16].")
+        if len(self.runs) < max(2, math.prod(map(len, lists.values()))):
+            raise ConfigError(
+                f"LoRASweep got {len(self.runs)} different adapter{'s' * (len(self.runs) > 1)}. Expected several, and none "
+                "twice: lists such as r=[8, 16], and a list of lists for target_modules and its like."
+            )
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         """Fit all adapters, before the Trainer's own fit, which gets the best one's arguments."""
         self.given = frozenset()
         if stage == "fit":
             self._check(trainer, pl_module)
-            self._play(trainer, pl_module)
+            with ExitStack() as until_teardown:
+                rank_zero_module.log.addFilter(said := NothingTwice())
+                until_teardown.callback(rank_zero_module.log.removeFilter, said)
+                until_teardown.callback(setattr, trainer, "callbacks", trainer.callbacks)
+                for each in trainer.callbacks:
+                    if "SaveConfigCallback" in class_names(each):
+                        each.setup(trainer, pl_module, stage)  # LightningCLI's, which cannot be copied
+                trainer.callbacks = _without({"SaveConfigCallback"}, trainer)
+                self._play(trainer, pl_module)
+                trainer.callbacks = _without({"ModelSummary"}, trainer)
+                until_teardown.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", "Checkpoint directory")  # is not empty: the runs' files are in it
+                self._training = until_teardown.pop_all()
         super().setup(trainer, pl_module, stage)
 
     def _check(self, trainer: Any, pl_module: LightningModule) -> None:
@@ -116,8 +140,7 @@ class LoRASweep(LoRACallback):
             memos[run] = {id(self): _Member(run, self.monitor, base, self.runs[run.name])}
             copy_trainer(trainer, run, memos[run], {"train_dataloader": train, "val_dataloader": val})
             if run is not runs[0]:
-                callbacks = run.trainer.callbacks
-                callbacks[:] = [each for each in callbacks if not isinstance(each, ProgressBar | ModelSummary)]
+                run.trainer.callbacks = _without({"ProgressBar", "ModelSummary"}, run.trainer)
         ranked, self.results = turns.play(), []
         self._best = ranked[0], memos[ranked[0]]
         for each in ranked:
@@ -131,12 +154,12 @@ class LoRASweep(LoRACallback):
         super().on_fit_start(trainer, pl_module)
         _set_rng_states(self._best[0].random)
         del self._best
-        self._limits = trainer.limit_train_batches, trainer.limit_val_batches
-        trainer.limit_train_batches = trainer.limit_val_batches = 0
+        for limit in ("limit_train_batches", "limit_val_batches"):
+            self._training.callback(setattr, trainer, limit, getattr(trainer, limit))
+            setattr(trainer, limit, 0)
 
     def on_fit_end(self, trainer: Any, pl_module: LightningModule) -> None:
         """Show all adapters, and merge the best one's updates."""
-        trainer.limit_train_batches, trainer.limit_val_batches = self._limits
         fitting_console().print(self.table())
         super().on_fit_end(trainer, pl_module)
 
@@ -145,7 +168,9 @@ class LoRASweep(LoRACallback):
         table = Table("Adapter", *self.varied, self.monitor, "Dropped after", title="LoRASweep")
         for each in self.results:
             metrics = "  ".join(f"{value:.4g}" for value in each["metrics"])
-            table.add_row(each["name"], *map(str, map(each.get, self.varied)), metrics, str(each["dropped"] or ""))
+            end = f"validation {each['dropped']}" if each["dropped"] else ""
+            values = [str(each[key]).removesuffix(".0") for key in self.varied]
+            table.add_row(each["name"], *values, metrics, end)
         return table
 
 
@@ -178,6 +203,10 @@ class _Member(LoRACallback):
             self.run.metrics.append(float(trainer.callback_metrics[self.monitor]))
 
 
+def _without(kinds: set[str], trainer: Any) -> list[Callback]:
+    return [each for each in trainer.callbacks if not class_names(each) & kinds]
+
+
 def _is_list(name: str, value: object) -> bool:
     """Whether it is a list of values for this argument."""
     return isinstance(value, list) and (name not in _LISTS or any(isinstance(each, list) for each in value))
@@ -186,4 +215,4 @@ def _is_list(name: str, value: object) -> bool:
 def _named(argument: str, value: object) -> str:
     """An argument and its value as part of a name, also of a folder: ``r8`` or ``init_pissa``."""
     between = "" if isinstance(value, int | float) and not isinstance(value, bool) else "_"
-    return argument + between + re.sub(r"[^\w.+]+", "_", str(value)).strip("_")
+    return argument + between + re.sub(r"[^\w.+]+", "_", str(value).removesuffix(".0")).strip("_")

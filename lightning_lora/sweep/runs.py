@@ -31,10 +31,11 @@ class Runs:
     sign: int
     validations: int = 0
     error: BaseException | None = None
+    shown: Run = field(init=False)
 
     def play(self) -> list[Run]:
         """Let all fit, and return them, the best one first."""
-        runs = [*self.live]
+        runs, self.shown = [*self.live], self.live[0]
         threads = [Thread(target=self._play, args=(run,), daemon=True) for run in runs]
         list(map(Thread.start, threads))
         runs[0].turn.release()
@@ -53,7 +54,8 @@ class Runs:
             run.trainer.fit(run.trainer.lightning_module, datamodule=run.trainer.datamodule)
             run.random = _collect_rng_states()
         except BaseException as error:
-            rank_zero_info(f"LoRASweep ends because of an error in the run of {run.name}.")
+            when = "in training" if run.trainer.global_step else "before training"
+            rank_zero_info(f"LoRASweep ends {when}: {run.name} raised {type(error).__name__}.")
             self.error = self.error or error
         if run.dropped is not None:
             run.trainer = None  # with its module
@@ -81,11 +83,35 @@ class Runs:
         """Keep the better ones, after a validation of all."""
         self.validations += 1
         ranked = sorted(self.live, key=self._rank)
-        kept = math.ceil(len(ranked) * self.keep)
+        best, kept = ranked[0], math.ceil(len(ranked) * self.keep)
         for run in ranked[kept:]:
             run.dropped = self.validations
-        rank_zero_info(f"LoRASweep: {ranked[0].name} is the best; {kept} of {len(ranked)} adapters go on.")
+        text = f"{best.name} is the best; {kept} of {len(ranked)} adapters go on."
+        rank_zero_info(f"LoRASweep, validation {self.validations}: {text}")
+        self._show(best)
+
+    def _show(self, best: Run) -> None:
+        """Give the progress bar to the best one."""
+        before, self.shown = self.shown.trainer, best
+        bar, now = before.progress_bar_callback, best.trainer
+        if bar is not None and now is not before:
+            bar.on_train_end(before, before.lightning_module)
+            bar.teardown(before, before.lightning_module, "fit")
+            before.callbacks.remove(bar)
+            now.callbacks.append(bar)
+            bar.setup(now, now.lightning_module, "fit")
+            bar.on_train_start(now, now.lightning_module)
+            bar.on_train_epoch_start(now, now.lightning_module)
 
     def _rank(self, run: Run) -> float:
         value = self.sign * run.metrics[-1] if run.metrics else math.nan
         return math.inf if math.isnan(value) else value
+
+
+class NothingTwice(set[str]):
+    """A filter of Lightning's messages: no run says what another has said, such as why it stopped."""
+
+    def filter(self, record: Any) -> bool:
+        is_new = record.getMessage() not in self
+        self.add(record.getMessage())
+        return is_new
