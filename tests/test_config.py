@@ -91,7 +91,7 @@ HINTS = {
     "target_layers": "it is target_modules here", "target_module": "nearest names: target_modules",
     "module_to_save": "nearest names: modules_to_save", "dora": "nearest names: use_dora",
     "rslora": "nearest names: use_rslora", "learning_rate": "your configure_optimizers sets it",
-    "ranks": "no name is like it",
+    "foo": "no name is like it",
 }  # fmt: skip
 
 

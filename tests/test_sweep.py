@@ -1,5 +1,6 @@
 """LoRASweep: several adapters in one fit, each exactly as in a fit of its own."""
 
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -9,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -271,12 +272,12 @@ def test_adapters_that_draw_other_numbers_need_loaders_with_their_own(tmp_path: 
         generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
         return shuffled(generator=generators[0]), DataLoader(data().dataset, 4, generator=generators[1])
 
-    with pytest.warns(LoRAWarning, match="dropout0.0 gets the same data, and does not train exactly as it would alone"):
+    with pytest.warns(LoRAWarning, match="dropout0 gets the same data, and does not train exactly as it would alone"):
         fit(tmp_path / "warned", LoRASweep(dropout=[0.1, 0.0], keep=1))
     fit(tmp_path / "all", LoRASweep(dropout=[0.1, 0.0], keep=1), loaders=own())
     for p in (0.0, 0.1):
         fit(tmp_path / str(p), LoRACallback(dropout=p), loaders=own())
-        check_as_alone(tmp_path / "all" / f"dropout{p}", tmp_path / str(p), 3)
+        check_as_alone(tmp_path / "all" / f"dropout{p:g}", tmp_path / str(p), 3)
 
 
 def test_an_error_in_one_run_ends_all_before_the_first_batch(tmp_path: Path) -> None:
@@ -302,6 +303,73 @@ def test_an_error_in_training_ends_all_and_is_raised(tmp_path: Path) -> None:
     fit(tmp_path, lora(), model=model)
 
 
+def test_ctrl_c_ends_all(tmp_path: Path) -> None:
+    class Interrupts(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 3 and trainer.callbacks[0].run.name == "r2":  # type: ignore[attr-defined]
+                signal.raise_signal(signal.SIGINT)
+
+    model, running = Rich(), threading.active_count()
+    before = state(model)
+    try:
+        with pytest.raises(SystemExit):
+            fit(tmp_path, LoRASweep(r=[1, 2, 3]), Interrupts(), model=model)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert same(state(model), before) and find_record(model) is None and threading.active_count() == running
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_the_progress_bar_shows_the_best_one(tmp_path: Path, stops: bool) -> None:
+    shown: list[tuple[int, str]] = []
+    hooks: list[str] = []
+
+    class Bar(ProgressBar):
+        def on_train_start(self, *_: Any) -> None:
+            hooks.append("start")
+
+        def on_train_end(self, *_: Any) -> None:
+            hooks.append("end")
+
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            assert self.trainer is trainer
+            shown.append((trainer.current_epoch, trainer.callbacks[0].run.name))  # type: ignore[attr-defined]
+
+    class Stop(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            first = trainer.callbacks[0].run.name == "r1-alpha64"  # type: ignore[attr-defined]
+            trainer.should_stop = stops and first
+
+    sweep = LoRASweep(r=[1, 2], alpha=[64, 1, 4])
+    fit(tmp_path, sweep, Bar(), Stop(), enable_progress_bar=True, max_epochs=4)
+    expected = ["r1-alpha64"]
+    for number in range(3):
+        live = [each for each in sweep.results if len(each["metrics"]) > max(number, stops)]
+        expected.append(min(live, key=lambda each: each["metrics"][number])["name"])
+    assert shown == [(epoch, name) for epoch, name in enumerate(expected) for _ in range(4)]
+    assert len({*expected}) > 1 and hooks[:3] == ["start", "end", *["end"] * stops, "start"][:3]
+
+
+@pytest.mark.filterwarnings("error:.*exists and is not empty")
+def test_nothing_is_said_twice(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Estimates(Rich):
+        def configure_optimizers(self) -> Any:
+            assert self.trainer.estimated_stepping_batches == 12
+            return super().configure_optimizers()
+
+    t = fit(tmp_path, LoRASweep(r=[1, 2], keep=1), model=Estimates(), enable_model_summary=True)
+    for said in ("Loading `train_dataloader`", "`Trainer.fit` stopped", "LoRACallback merged", "validation 2: "):
+        assert caplog.text.count(said) == 1
+    shown = capsys.readouterr().out
+    assert shown.count("LoRA: Estimates trains") == 1 == shown.count("Total estimated model params size")
+    assert any("ModelSummary" in type(each).__name__ for each in t.callbacks) and t.limit_val_batches == 1.0
+    with caplog.at_level("INFO"):
+        fit(tmp_path / "again", lora(), model=Estimates())
+    assert caplog.text.count("`Trainer.fit` stopped") == 2
+
+
 class Built(Rich):
     """Its layers are born in the fit."""
 
@@ -323,17 +391,28 @@ def test_layers_that_are_born_in_the_fit_are_adapted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"r": 8}, "one adapter only"),
-        ({"r": [8, 16], "keep": 0}, "keep=0: expected"),
+        ({"r": 8}, "1 different adapter. Expected several"),
+        ({"r": [8, 16, 16]}, "2 different adapters. Expected several, and none twice"),
+        ({"r": [8, 16], "keep": 0}, "keep=0: val_loss needs"),
         ({"r": [8, 16], "mode": "least"}, "mode='least'"),
+        ({"r": [8, 16], "monitor": "val_acc"}, "mode=None, keep=0.5: val_acc needs 'min' or 'max'"),
         ({"r": [8, 0]}, "r=0"),
-        ({"rank": [8, 16]}, "it is r here"),
-        ({"target_modules": ["q_proj", "v_proj"]}, "one adapter only"),
+        ({"ranks": [8, 16]}, "it is r here"),
+        ({"foo": [8, 16]}, r"help\(LoRASweep\)"),
+        ({"loraplus_lr_ratio": [1, 0]}, "loraplus_lr_ratio=0"),
+        ({"target_modules": ["q_proj", "v_proj"]}, "a list of lists for target_modules"),
     ],
 )
 def test_arguments_are_checked_at_once(arguments: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LoRASweep(**arguments)
+
+
+def test_names_have_what_differs() -> None:
+    sweep = LoRASweep(lr_scale=[1.0, 10.0], loraplus_lr_ratio=[4, 16], modules_to_save=[["head"]], r=[4])
+    scales = {name: LoRACallback(**arguments).lr_scale for name, arguments in sweep.runs.items()}
+    assert scales["lr_scale10-loraplus_lr_ratio16"] == {"A": 10, "B": 160} and len(scales) == 4
+    assert all((each["r"], each["modules_to_save"]) == (4, ["head"]) for each in sweep.runs.values())
 
 
 def adapted() -> LitTiny:
@@ -345,7 +424,7 @@ def adapted() -> LitTiny:
 @pytest.mark.parametrize(
     ("callbacks", "options", "message"),
     [
-        ([lora()], {}, "2 LoRACallbacks"),
+        ([lora()], {}, "2 LoRACallbacks.*LoRASweep takes the place of LoRACallback: leave the other out"),
         ([EMAWeightAveraging()], {}, "EMAWeightAveraging"),
         ([], {"overfit_batches": 1}, "overfit_batches"),
         ([], {"max_time": "00:01:00:00"}, "Timer"),
@@ -354,7 +433,7 @@ def adapted() -> LitTiny:
         ([], {"model": adapted}, "a module with adapters"),
         ([], {"ckpt_path": "some.ckpt"}, "ckpt_path"),
         ([], {"train": [1, 2]}, "gave list|gave int"),
-        ([], {"monitor": "val_los"}, "val_los' is not logged in validation. Found: 'val_loss'"),
+        ([], {"monitor": "val_loss2"}, "val_loss2' is not logged in validation. Found: 'val_loss'"),
     ],
 )
 def test_what_does_not_work_with_it_is_named_before_training(
@@ -393,11 +472,16 @@ def test_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "keep": 1.0,
         "modules_to_save": ["head"],
     }
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path / "LoRASweep_logs")}}
     alone = {"r": 2, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["head"]}
     for name, options in (("LoRASweep", swept), ("LoRACallback", alone)):
         files = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path / name), "filename": "end"}}
-        quiet = {"accelerator": "cpu", "max_epochs": 2, "logger": False, "default_root_dir": str(tmp_path)}
-        quiet |= {"enable_progress_bar": False, "enable_model_summary": False}
+        quiet = {"accelerator": "cpu", "max_epochs": 2, "default_root_dir": str(tmp_path / f"{name}_logs")}
+        quiet |= {
+            "logger": logger if name == "LoRASweep" else False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
         config = {
             "trainer": {"callbacks": [{"class_path": f"lightning_lora.{name}", "init_args": options}, files], **quiet},
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.05}},
@@ -406,7 +490,9 @@ def test_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         }
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
         args = ["fit", f"--config={tmp_path / 'config.yaml'}"]
-        LightningCLI(CLIModule, args=args, save_config_callback=None)
+        LightningCLI(CLIModule, args=args)
+    saved = [str(path.relative_to(tmp_path)) for path in tmp_path.glob("*_logs/**/config.yaml")]
+    assert sorted(saved) == ["LoRACallback_logs/config.yaml", "LoRASweep_logs/lightning_logs/version_0/config.yaml"]
     names = {each.name for each in (tmp_path / "LoRASweep").iterdir()}
     both = "r2-target_modules_q_proj_v_proj"
     assert names == {f"r{r}-target_modules_{targets}" for r in (1, 2) for targets in ("q_proj", "q_proj_v_proj")}

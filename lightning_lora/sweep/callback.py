@@ -5,9 +5,8 @@ import itertools
 import math
 import re
 import warnings
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import Callback, LightningModule
@@ -19,33 +18,31 @@ from lightning_lora.argument_names import explains_arguments
 from lightning_lora.callback import LoRACallback
 from lightning_lora.errors import ConfigError, listed
 from lightning_lora.model.state import find_record
-from lightning_lora.sweep.runs import NothingTwice, Run, Runs
+from lightning_lora.sweep.runs import Run, Runs
 from lightning_lora.sweep.sharing import Loaders, Memo, adopt, copy_trainer, share_base
 from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.training.compatibility import check_callbacks
 
-_Class = TypeVar("_Class", bound=type)
 Mode = Literal["min", "max"] | None
 
 _LISTS = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "trainable_token_indices")
 _REFUSED = {"WeightAveraging", "StochasticWeightAveraging", "LearningRateFinder", "BatchSizeFinder", "Timer"}
 
+_SHOWN = {"ProgressBar", "ModelSummary"}
 
-def _takes_lists(cls: _Class) -> _Class:
-    """Show LoRACallback's arguments, and lists of them, to LightningCLI."""
-    init: Any = cls.__init__  # type: ignore[misc]  # of this very class
+
+def _with_lists(init: Any) -> inspect.Signature:
+    """LoRACallback's arguments, and lists of them, for LightningCLI."""
     shown = list(inspect.signature(init).parameters.values())[:-1]
     own = inspect.signature(LoRACallback).parameters
     for each in (*own.values(), own["lr_scale"].replace(name="loraplus_lr_ratio", default=None)):
         kind: Any = each.annotation
         shown.append(each.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=kind | list[kind]))
-    init.__signature__ = inspect.Signature(shown)
-    return cls
+    return inspect.Signature(shown)
 
 
 @explains_arguments
-@_takes_lists
 class LoRASweep(LoRACallback):
     """Train several adapters in one fit, and keep the best.
 
@@ -77,43 +74,29 @@ class LoRASweep(LoRACallback):
     def __init__(self, *, monitor: str = "val_loss", mode: Mode = None, keep: float = 0.5, **arguments: Any) -> None:
         mode = mode or ("min" if "loss" in monitor else None)
         if mode not in ("min", "max") or not 0 < keep <= 1:
-            raise ConfigError(
-                f"monitor={monitor!r}, mode={mode!r}, keep={keep!r}: expected mode='min' or mode='max', which only a "
-                "loss may leave out, and for keep a share in (0, 1]."
-            )
+            raise ConfigError(f"mode={mode!r}, keep={keep!r}: {monitor} needs 'min' or 'max', keep a share in (0, 1].")
         self.monitor, self.mode, self.keep = monitor, mode, keep
         self.runs, self.results = {}, []
         lists = {name: value for name, value in arguments.items() if _is_list(name, value)}
         self.varied = [name for name in lists if len(lists[name]) > 1]
         for values in itertools.product(*lists.values()):
             chosen = dict(zip(lists, values, strict=True))
-            name = "-".join(map(_named, self.varied, map(chosen.get, self.varied)))
-            self.runs[name] = {**arguments, **chosen}
+            self.runs["-".join(map(_named, self.varied, map(chosen.get, self.varied)))] = arguments | chosen
             super().__init__(**arguments | chosen)
         if len(self.runs) < max(2, math.prod(map(len, lists.values()))):
             raise ConfigError(
-                f"LoRASweep got {len(self.runs)} different adapter{'s' * (len(self.runs) > 1)}. Expected several, and none "
-                "twice: lists such as r=[8, 16], and a list of lists for target_modules and its like."
+                f"LoRASweep got {len(self.runs)} different adapter{'s' * (len(self.runs) > 1)}. Expected several, and "
+                "none twice: lists such as r=[8, 16], and a list of lists for target_modules and its like."
             )
+
+    __init__.__signature__ = _with_lists(__init__)  # type: ignore[attr-defined]
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         """Fit all adapters, before the Trainer's own fit, which gets the best one's arguments."""
-        self.given = frozenset()
         if stage == "fit":
             self._check(trainer, pl_module)
-            with ExitStack() as until_teardown:
-                rank_zero_module.log.addFilter(said := NothingTwice())
-                until_teardown.callback(rank_zero_module.log.removeFilter, said)
-                until_teardown.callback(setattr, trainer, "callbacks", trainer.callbacks)
-                for each in trainer.callbacks:
-                    if "SaveConfigCallback" in class_names(each):
-                        each.setup(trainer, pl_module, stage)  # LightningCLI's, which cannot be copied
-                trainer.callbacks = _without({"SaveConfigCallback"}, trainer)
-                self._play(trainer, pl_module)
-                trainer.callbacks = _without({"ModelSummary"}, trainer)
-                until_teardown.enter_context(warnings.catch_warnings())
-                warnings.filterwarnings("ignore", "Checkpoint directory")  # is not empty: the runs' files are in it
-                self._training = until_teardown.pop_all()
+            self._play(trainer, pl_module)
+        self.given = frozenset()
         super().setup(trainer, pl_module, stage)
 
     def _check(self, trainer: Any, pl_module: LightningModule) -> None:
@@ -132,6 +115,14 @@ class LoRASweep(LoRACallback):
             raise ConfigError(f"LoRASweep does not work with {found}. Change that, or use LoRACallback.")
 
     def _play(self, trainer: Any, pl_module: LightningModule) -> None:
+        log, said, at_end = rank_zero_module.log, dict[str, Any](), self._training.callback
+        log.addFilter(is_new := lambda record: said.setdefault(record.getMessage(), record) is record)
+        at_end(log.removeFilter, is_new)  # no run says what another has said, such as why it stops
+        at_end(setattr, trainer, "callbacks", trainer.callbacks)
+        for each in trainer.callbacks:
+            if "SaveConfigCallback" in class_names(each):
+                each.setup(trainer, pl_module, "fit")  # LightningCLI's, which cannot be copied
+        trainer.callbacks = _without({"SaveConfigCallback"}, trainer)
         runs = list(map(Run, self.runs))
         turns, loop = Runs(runs, self.keep, 1 if self.mode == "min" else -1), trainer.fit_loop
         train, val = Loaders(loop._data_source, turns), Loaders(loop.epoch_loop.val_loop._data_source, turns)
@@ -140,13 +131,16 @@ class LoRASweep(LoRACallback):
             memos[run] = {id(self): _Member(run, self.monitor, base, self.runs[run.name])}
             copy_trainer(trainer, run, memos[run], {"train_dataloader": train, "val_dataloader": val})
             if run is not runs[0]:
-                run.trainer.callbacks = _without({"ProgressBar", "ModelSummary"}, run.trainer)
+                run.trainer.callbacks = _without(_SHOWN, run.trainer)
         ranked, self.results = turns.play(), []
         self._best = ranked[0], memos[ranked[0]]
         for each in ranked:
             chosen = {key: self.runs[each.name][key] for key in self.varied}
             self.results.append({"name": each.name, **chosen, "metrics": each.metrics, "dropped": each.dropped})
-        vars(self).update({**vars(LoRACallback(**self.runs[ranked[0].name])), "given": frozenset()})
+        vars(self).update({**vars(LoRACallback(**self.runs[ranked[0].name])), "_training": self._training})
+        trainer.callbacks = _without(_SHOWN, trainer)
+        self._training.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Checkpoint directory")  # is not empty: the runs' files are in it
 
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
         """Take over the best adapter, and where its fit has ended: the Trainer's own fit has nothing left to do."""
@@ -165,12 +159,11 @@ class LoRASweep(LoRACallback):
 
     def table(self) -> Table:
         """Return a table of the last fit: each adapter's arguments, its metric at each validation, and its end."""
-        table = Table("Adapter", *self.varied, self.monitor, "Dropped after", title="LoRASweep")
+        table = Table("Adapter", *self.varied, self.monitor, "Dropped after validation", title="LoRASweep")
         for each in self.results:
             metrics = "  ".join(f"{value:.4g}" for value in each["metrics"])
-            end = f"validation {each['dropped']}" if each["dropped"] else ""
             values = [str(each[key]).removesuffix(".0") for key in self.varied]
-            table.add_row(each["name"], *values, metrics, end)
+            table.add_row(each["name"], *values, metrics, str(each["dropped"] or ""))
         return table
 
 

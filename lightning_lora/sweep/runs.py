@@ -54,8 +54,8 @@ class Runs:
             run.trainer.fit(run.trainer.lightning_module, datamodule=run.trainer.datamodule)
             run.random = _collect_rng_states()
         except BaseException as error:
-            when = "in training" if run.trainer.global_step else "before training"
-            rank_zero_info(f"LoRASweep ends {when}: {run.name} raised {type(error).__name__}.")
+            when = "in" if run.trainer.global_step else "before"
+            rank_zero_info(f"LoRASweep ends {when} training: {run.name} raised {type(error).__name__}.")
             self.error = self.error or error
         if run.dropped is not None:
             run.trainer = None  # with its module
@@ -86,8 +86,7 @@ class Runs:
         best, kept = ranked[0], math.ceil(len(ranked) * self.keep)
         for run in ranked[kept:]:
             run.dropped = self.validations
-        text = f"{best.name} is the best; {kept} of {len(ranked)} adapters go on."
-        rank_zero_info(f"LoRASweep, validation {self.validations}: {text}")
+        rank_zero_info(f"LoRASweep, validation {self.validations}: {best.name} is best; {kept} of {len(ranked)} go on.")
         self._show(best)
 
     def _show(self, best: Run) -> None:
@@ -106,12 +105,3 @@ class Runs:
     def _rank(self, run: Run) -> float:
         value = self.sign * run.metrics[-1] if run.metrics else math.nan
         return math.inf if math.isnan(value) else value
-
-
-class NothingTwice(set[str]):
-    """A filter of Lightning's messages: no run says what another has said, such as why it stopped."""
-
-    def filter(self, record: Any) -> bool:
-        is_new = record.getMessage() not in self
-        self.add(record.getMessage())
-        return is_new

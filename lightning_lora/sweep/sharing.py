@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -198,7 +197,7 @@ def adopt(trainer: Any, run: Run, memo: Memo) -> None:
         back |= {id(each): own[name] for name, each in its()}
     _adopt_attributes(module, theirs, back)
     for callback in trainer.callbacks:
-        if not isinstance(callback, LoRACallback | ProgressBar | ModelSummary):
+        if not isinstance(callback, LoRACallback):
             _adopt_attributes(callback, memo[id(callback)], back)
     for optimizer, other in zip(trainer.optimizers, run.trainer.optimizers, strict=True):
         optimizer.load_state_dict(other.state_dict())

@@ -20,6 +20,7 @@ from tests.benchmarks.memory import memory
 from tests.benchmarks.mixed import mixed
 from tests.benchmarks.sharded import sharded
 from tests.benchmarks.steps import calls, inference, layers, whole_models
+from tests.benchmarks.sweep import sweep
 from tests.benchmarks.switch import switch
 
 CASES = {
@@ -30,6 +31,7 @@ CASES = {
     "calls": calls,
     "mixed": mixed,
     "switch": switch,
+    "sweep": sweep,
     "life": life,
     "checkpoints": checkpoints,
     "sharded": sharded,
