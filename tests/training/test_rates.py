@@ -295,6 +295,10 @@ def half(optimizer: Optimizer) -> Any:
 KEPT: dict[str, tuple[Build, Callable[[Any], Any]]] = {
     "list": (lambda o: [half(o)], lambda kept: kept[0]),
     "dict": (lambda o: {"one": half(o)}, lambda kept: kept["one"]),
+    "inner": (
+        lambda o: [inner := half(o), lr_scheduler.ChainedScheduler([inner, lr_scheduler.ConstantLR(o, 1.0)])],
+        lambda kept: kept[1],
+    ),
     "alone": (Halves, lambda kept: kept),
     "trainer": (Halves, lambda kept: kept),
     "noam": (Noam, lambda kept: kept),
@@ -479,11 +483,21 @@ def test_steps_at_a_rate_of_zero_say_nothing(tmp_path: Path, scale: Any) -> None
         fit(tmp_path, lora(lr_scale=scale, merge=False), model=model, max_epochs=2)
 
 
+class Overflows(LitTiny):
+    """In float16, with a gradient of infinity in the first step, but not in the adapters."""
+
+    def configure_optimizers(self) -> Any:
+        return AdamW(self.parameters(), 0.01, fused=True)
+
+    def on_after_backward(self) -> None:
+        self.head.bias.grad.fill_(torch.inf)  # type: ignore[union-attr]
+
+
 def test_a_step_that_a_gradient_scaler_skips_says_nothing(tmp_path: Path) -> None:
-    model, scaler = LitTiny(), torch.amp.GradScaler("cpu", init_scale=1e38)
-    model.configure_optimizers = lambda: AdamW(model.parameters(), 0.01, fused=True)  # type: ignore[method-assign]
-    fit(tmp_path, scaled(), model=model, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], max_epochs=1)
-    assert scaler.get_scale() < 1e38
+    scaler = torch.amp.GradScaler("cpu", init_scale=4)
+    plugins = [MixedPrecision("16-mixed", "cpu", scaler)]
+    model, _ = fit(tmp_path, scaled(), model=Overflows, plugins=plugins, max_epochs=1)
+    assert scaler.get_scale() < 4 and not model.q_proj.lora_B.any()
 
 
 # Fits that go on, and other fits
