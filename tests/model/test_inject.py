@@ -232,8 +232,8 @@ CALLS: dict[str, tuple[bool, Callable[[nn.Module, Path], Any]]] = {
     "load merged": (True, lambda model, file: ll.load_adapter(model, file)),
     "inject merged": (True, lambda model, _: ll.inject_adapters(model, CONFIG)),
     "inject more": (False, lambda model, _: ll.inject_adapters(model, MORE)),
-    "disable": (False, lambda model, _: ll.disable_adapters(model).__enter__()),
-    "disable merged": (True, lambda model, _: ll.disable_adapters(model).__enter__()),
+    "disable": (False, lambda model, _: ll.disable_adapters(model)),
+    "disable merged": (True, lambda model, _: ll.disable_adapters(model)),
 }
 
 

@@ -73,7 +73,7 @@ REPLACED: dict[str, Callable[[LitTiny], Any]] = {
 def test_weights_put_into_a_merged_model_are_a_new_base_and_no_way_back(tmp_path: Path, replace: Any) -> None:
     replace(model := as_merged(LitTiny()))
     base, file = state(model), tmp_path / "a.safetensors"
-    enter = (lambda m: ll.disable_adapters(m).__enter__(), lambda m: ll.save_adapter(m, file))
+    enter = (lambda m: ll.disable_adapters(m), lambda m: ll.save_adapter(m, file))
     for call in (ll.unmerge_adapters, ll.adapter_state_dict, *enter):
         with pytest.raises(ll.AdapterStateError, match="changed since its adapters were merged"):
             call(model)

@@ -171,7 +171,7 @@ def test_a_whole_whose_part_was_merged_by_itself_says_so(tmp_path: Path) -> None
         ll.merge_adapters,
         ll.remove_adapters,
         lambda m: ll.save_adapter(m, tmp_path / "a.safetensors"),
-        lambda m: ll.disable_adapters(m).__enter__(),
+        lambda m: ll.disable_adapters(m),
     )
     for call in calls:
         with pytest.raises(ll.AdapterStateError, match=r"'0\.0' of Sequential no longer have their adapters"):
