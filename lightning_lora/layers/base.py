@@ -204,6 +204,12 @@ class LoRALayer(LayerKind):
         noted = [name for name in self.lora_init_digests if name in values]
         return all(self.lora_init_digests[name] == digest(values[name].float()) for name in noted)
 
+    def lora_is_resized(self) -> bool:
+        """Whether a weight has another shape than at the injection. Of a packed one, that is not known."""
+        known = () if self.lora_is_quantised(self) else self.lora_matrices
+        shapes = (self.lora_as_matrix(self._lora_weight(matrix.weight)).shape[-2:] for matrix in known)
+        return any(shape != (m.rows or m.writes, m.reads) for m, shape in zip(known, shapes, strict=True))
+
     def lora_follow_base(self) -> None:
         """Initialise an adapter that depends on the base's weights again, if they have changed before it trained."""
         has_values = not self._lora_weight(self.lora_matrices[0].weight).is_meta

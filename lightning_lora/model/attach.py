@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, listed
-from lightning_lora.layers import Adapter, LoRALayer, adapter_for, attach, repacks, tie_layers, unpack
+from lightning_lora.layers import Adapter, LoRALayer, LoRATokens, adapter_for, attach, repacks, tie_layers, unpack
 from lightning_lora.layers.norms import FrozenNorm, freeze_norms, set_frozen
 from lightning_lora.model.state import forget_record, keep_record, records_in
 from lightning_lora.model.view import View
@@ -82,6 +82,20 @@ def check_weights(view: View) -> None:
             "prune, parametrize, weight_norm or the like), so no update can be merged into it or removed from it. Undo "
             "that first (prune.remove, parametrize.remove_parametrizations), and do it before inject_adapters."
         )
+
+
+def check_as_adapted(view: View) -> None:
+    """Refuse layers that were resized, tied or untied since they were adapted."""
+    owners = {id(layer.weight): layer for layer in view.layers.values() if isinstance(layer, LoRATokens)}
+    for name, module in view.modules.items():
+        owner = owners.get(id(module._parameters.get("weight")), module)
+        is_resized = isinstance(module, LoRALayer) and module.lora_is_resized()
+        if is_resized or owner is not vars(module).get("lora_tied_to", (module,))[0]:
+            was = "resized" if is_resized else "tied to an embedding whose rows train, or untied,"
+            raise AdapterStateError(
+                f"{name!r} of {type(view.model).__name__} was {was} after inject_adapters. Call inject_adapters(model, "
+                "config) again, which follows that; before it for a resized layer that has trained, remove_adapters."
+            )
 
 
 def _has_weights(layer: LoRALayer) -> bool:

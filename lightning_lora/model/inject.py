@@ -26,8 +26,8 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
 
     From now on, only the adapters train, and the modules and biases that ``config`` selects. The layers stay the same
     objects and keep their state dict keys. Each adapted layer gets ``lora_A`` and ``lora_B`` and computes with
-    ``W + s·BA``. You can call it again after layers were added: it adapts the new layers and does not change the
-    others. A merged model counts as a plain model, so it becomes a new base.
+    ``W + s·BA``. You can call it again after layers were added, or resized before they trained: it adapts these and
+    does not change the others. A merged model counts as a plain model, so it becomes a new base.
 
     Args:
         model: Any module. Load its pretrained weights first, or later into the adapted model, before training.
@@ -41,7 +41,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
         TargetError: a pattern matches nothing, or a layer that cannot be adapted.
         ConfigError: a layer is too small for its rank in ``rank_pattern``.
         AdapterMismatchError: ``model`` is already adapted, with another configuration.
-        AdapterStateError: DistributedDataParallel or PEFT has wrapped ``model`` before.
+        AdapterStateError: DistributedDataParallel or PEFT has wrapped ``model`` before, or trained layers were resized.
 
     After an error, the model is unchanged.
 
@@ -79,6 +79,9 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str) -> tuple[str, ...]:
             f"{type(model).__name__} has PEFT's adapters: {listed(others)}. Call PEFT's merge_and_unload() first."
         )
     choices = select(model, config)
+    if resized := [n for n, layer in before.layers.items() if layer.lora_is_resized() and layer.lora_is_fresh()]:
+        attach.detach_adapters(before, resized)
+        before = View(model, config)
     _check_same(before, choices)
     adapters = _new_adapters(choices)
     if adapters:
@@ -100,9 +103,8 @@ def _check_not_parallel(model: nn.Module) -> None:
     wrapped = model._modules.get("_forward_module", model)  # which Fabric's wrapper holds
     if isinstance(wrapped, DistributedDataParallel):
         raise AdapterStateError(
-            "The model is wrapped by DistributedDataParallel already, which averages the gradients of the parameters "
-            "that it was given. New adapters would train apart in each process. Call inject_adapters or load_adapter "
-            "before fabric.setup, or before DistributedDataParallel(model)."
+            "The model is wrapped by DistributedDataParallel already: new adapters would train apart in each process. "
+            "Call inject_adapters or load_adapter before fabric.setup, or before DistributedDataParallel(model)."
         )
 
 
@@ -185,6 +187,8 @@ def _check_same(view: View, choices: Mapping[str, Choice]) -> None:
                 f"Layer {name!r} of {title} is adapted already, but this configuration does not target it. "
                 f"Target it too, or {instead}."
             )
+        if layer.lora_is_resized():
+            attach.check_as_adapted(view)
         asked = choices[name]
         found, wanted = _about(layer.lora_settings, layer.lora_matrices), _about(asked.settings, asked.matrices)
         differ = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
@@ -213,13 +217,11 @@ def _check_same_trained(view: View, prefix: str) -> None:
         )
 
 
-def _about(settings: Settings, matrices: tuple[AdaptedMatrix, ...]) -> dict[str, Any]:
+def _about(settings: Settings, parts: tuple[AdaptedMatrix, ...]) -> dict[str, Any]:
     """An adapter's settings and matrices, by the names of the arguments that set them."""
     names = {"scaling": "alpha / r", "autocast_dtype": "autocast_adapter_dtype"}
     named = {names.get(name, name): value for name, value in asdict(settings).items()}
     if not settings.inits_from_base:
         del named["init"]  # otherwise it makes no difference later
-    own = [
-        (m.name or m.weight, m.first, m.reads, m.writes, *filter(None, (m.r, m.scaling, m.tokens))) for m in matrices
-    ]
+    own = [(m.name or m.weight, m.first, m.reads, m.writes, *filter(None, (m.r, m.scaling, m.tokens))) for m in parts]
     return {**named, "matrices": own}

@@ -212,6 +212,7 @@ def _see(view: View, bases: dict[str, dict[str, Tensor]]) -> tuple[dict[str, See
 
 def check_mergeable(view: View) -> None:
     """Refuse weights that no update can be merged into."""
+    attach.check_as_adapted(view)
     used = {name: [own_parameter(layer, w) for w in layer.lora_weights()] for name, layer in view.layers.items()}
     empty = [name for name, weights in used.items() if any(weight.is_meta for weight in weights)]
     tied = tied_weights(view).items()

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, ConfigError, listed
 from lightning_lora.layers import adapter_parameters
+from lightning_lora.model.attach import check_as_adapted
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.state import HALVES
 from lightning_lora.model.view import View, root_of
@@ -58,6 +59,7 @@ class StoredAdapters:
     @classmethod
     def from_view(cls, view: View, state: dict[str, Any], base: list[dict[str, Any]]) -> "StoredAdapters":
         """Return ``state`` of an adapted model, and what a file says of it."""
+        check_as_adapted(view)
         held = [*view.parameters, *view.buffers]
         modules = [name for name in view.modules if view.config.is_saved(name)]
         outer = [name for name in modules if not any(name.startswith(f"{other}.") for other in modules)]

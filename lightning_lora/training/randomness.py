@@ -17,11 +17,11 @@ RANDOM = "lightning_lora_random"  # the checkpoint entry with the states of torc
 @contextmanager
 def reseeded(model: nn.Module) -> Iterator[None]:
     """Go on with a seed that is drawn first: however much new adapters draw, the run then sees the same batches."""
-    before, adapted = torch.get_rng_state(), View(model).layers.keys()
+    before, adapted = torch.get_rng_state(), View(model).matrices
     seed = int(torch.randint(1 << 62, (), device="cpu"))
     torch.set_rng_state(before)
     yield  # after an error, another injection follows
-    if View(model).layers.keys() != adapted:
+    if View(model).matrices != adapted:
         torch.manual_seed(seed)
 
 

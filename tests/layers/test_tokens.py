@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, disable_adapters, inject_adapters, remove_adapters, set_adapter
+from lightning_lora import (
+    LoRAConfig,
+    disable_adapters,
+    inject_adapters,
+    merge_adapters,
+    remove_adapters,
+    save_adapter,
+    set_adapter,
+    unmerge_adapters,
+)
+from lightning_lora.errors import AdapterStateError
 from lightning_lora.layers import LoRATokens
 from tests.support.models import TinyLM, randomise
 
@@ -121,6 +132,27 @@ def test_all_that_has_the_weight_follows_whatever_its_forward_is() -> None:
     one, three, head = model(INDEX)
     assert torch.equal(one, whole[INDEX]) and torch.equal(three, 3 * whole[INDEX])
     torch.testing.assert_close(head, F.linear(torch.ones(5), whole, model.head.bias))
+
+
+def test_a_head_that_is_tied_or_untied_later_follows_after_the_next_injection(tmp_path: Path) -> None:
+    model, given = TinyLM(tied=False), {"embed": TOKENS}
+    config = LoRAConfig(r=2, target_modules=["q_proj"], trainable_token_indices=given)
+    inject_adapters(model, config)
+    randomise(model)
+    own = nn.Parameter(model.lm_head.weight.detach().clone())
+    for weight in (model.embed.weight, own):
+        model.lm_head.weight = weight
+        for act in (merge_adapters, lambda model: save_adapter(model, tmp_path / "a.safetensors")):
+            with pytest.raises(AdapterStateError, match="'lm_head' of TinyLM was tied to an embedding whose rows"):
+                act(model)
+        inject_adapters(model, config)
+        layer: Any = model.embed
+        whole = layer.lora_effective_weight("weight") if weight is layer.weight else own
+        x, expected = torch.ones(model.lm_head.in_features), model(INDEX)
+        torch.testing.assert_close(model.lm_head(x), F.linear(x, whole))
+        merge_adapters(model)
+        torch.testing.assert_close(model(INDEX), expected)
+        unmerge_adapters(model)
 
 
 def test_rows_of_a_head_train_too() -> None:

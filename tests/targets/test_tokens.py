@@ -1,6 +1,7 @@
 """What ``trainable_token_indices`` means, and what it refuses."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, TargetError, inject_adapters
+from lightning_lora import LoRAConfig, TargetError, inject_adapters, merge_adapters, remove_adapters, save_adapter
 from lightning_lora.argument_names import ELSEWHERE
-from lightning_lora.errors import AdapterMismatchError, ConfigError
+from lightning_lora.errors import AdapterMismatchError, AdapterStateError, ConfigError
 from lightning_lora.model.view import View
-from tests.support.models import Around, TinyLM
+from tests.support.models import Around, TinyLM, randomise
 
 
 class Model(nn.Module):
@@ -122,14 +123,47 @@ def test_what_shares_the_weight_must_fit_too() -> None:
             rows(TinyLM(), {"embed": [1]}, **config)
 
 
-def test_other_rows_or_a_resized_embedding_are_another_adapter() -> None:
+def test_other_rows_are_another_adapter() -> None:
     model: Any = Model()
     rows(model, [1, 2])
     with pytest.raises(AdapterMismatchError, match=r"Layer 'words' .* is adapted already.*\(1, 2\).*\(1, 3\)"):
         rows(model, [1, 3])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"trainable_token_indices": [1, 2]},
+        {"target_modules": "words"},
+        {"target_modules": "words", "use_dora": True},
+    ],
+    ids=str,
+)
+def test_a_resized_embedding_is_adapted_anew_unless_it_has_trained(tmp_path: Path, config: dict[str, Any]) -> None:
+    model, config = Model(), {"target_modules": "inner", "r": 2, **config}  # type: ignore[assignment]
+    inject_adapters(model, LoRAConfig(**config))
+    others = {name: p for name, p in model.named_parameters() if "words" not in name}
     model.words.weight.data = torch.randn(11, 4)  # as transformers does it
-    with pytest.raises(AdapterMismatchError, match=r"0, 10, 4, \(1, 2\)\).*0, 11, 4, \(1, 2\)\)"):
-        rows(model, [1, 2])
+    model.words.num_embeddings = 11
+    inject_adapters(model, LoRAConfig(**config))
+    assert model(torch.tensor([10, 1])).isfinite().all() and all(
+        dict(model.named_parameters())[name] is p for name, p in others.items()
+    )
+    save_adapter(model, tmp_path / "a.safetensors")
+    randomise(model)
+    save_adapter(model, tmp_path / "a.safetensors")
+    model.words.weight.data = torch.randn(12, 4)
+    for act in (
+        lambda: inject_adapters(model, LoRAConfig(**config)),
+        lambda: save_adapter(model, tmp_path / "b.safetensors"),
+        lambda: merge_adapters(model),
+    ):
+        with pytest.raises(AdapterStateError, match="'words' of Model was resized after inject_adapters"):
+            act()
+    remove_adapters(model)
+    inject_adapters(model, LoRAConfig(**config))
+    merge_adapters(model)
+    assert len(model.words.weight) == 12 and not (tmp_path / "b.safetensors").exists()
 
 
 @pytest.fixture
