@@ -169,6 +169,40 @@ def test_data_is_loaded_once_and_as_alone(tmp_path: Path, build: Any, loaders: A
         check_as_alone(tmp_path / "all" / f"r{r}", tmp_path / f"r{r}", 3)
 
 
+class Prepared(Rich):
+    """With data from setup, a callback of its own, and one loader that validates twice."""
+
+    def setup(self, stage: str) -> None:
+        self.parts = torch.utils.data.random_split(data(24).dataset, [16, 8])
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.parts[0], 4, shuffle=True)
+
+    def val_dataloader(self) -> Any:
+        return [DataLoader(self.parts[1], 4)] * 2
+
+    def configure_callbacks(self) -> Any:
+        folder = Path(self.trainer.default_root_dir, "files")
+        return [ModelCheckpoint(folder, "{step}", save_top_k=-1, monitor="val_loss/dataloader_idx_0")]
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("val_loss", self.loss(batch) + 9 * self.current_epoch)
+
+
+def test_data_of_setup_callbacks_of_the_module_and_several_validation_loaders(tmp_path: Path) -> None:
+    models, kept = [Prepared(), Prepared()], []
+    sweep = LoRASweep(r=[1, 2], monitor="val_loss/dataloader_idx_0", merge="best", keep=1)
+    for callback, model in zip((sweep, None), models, strict=True):
+        L.seed_everything(3, verbose=False)
+        mine = callback or LoRACallback(**sweep.runs[sweep.results[0]["name"]])
+        t = trainer(tmp_path / type(mine).__name__, [mine], max_epochs=2, enable_checkpointing=True)
+        t.num_sanity_val_steps = 2
+        t.fit(model)
+        kept.append(Path(t.checkpoint_callback.best_model_path))  # type: ignore[union-attr]
+    assert same(state(models[0]), state(models[1])) and kept[0].name == kept[1].name == "step=4.ckpt"
+    check_as_alone(kept[0].parent, kept[1].parent, 2)
+
+
 @pytest.mark.parametrize("merge", ["last", "best", False])
 def test_the_trainer_and_the_module_end_as_after_a_fit_of_the_best_alone(tmp_path: Path, merge: Any) -> None:
     sweep = LoRASweep(r=[1, 2, 4], alpha=[4, 64], merge=merge, **HEAD)
@@ -303,6 +337,24 @@ def test_an_error_in_training_ends_all_and_is_raised(tmp_path: Path) -> None:
     fit(tmp_path, lora(), model=model)
 
 
+def test_after_an_error_at_its_end_the_next_fit_begins_at_the_start(tmp_path: Path) -> None:
+    class Stops(L.Callback):
+        fails = True
+
+        def on_fit_start(self, trainer: L.Trainer, *_: Any) -> None:
+            if Stops.fails and isinstance(trainer.callbacks[0], LoRASweep):
+                raise StopError
+
+    t, model = trainer(tmp_path, [LoRASweep(r=[1, 2]), Stops()], max_epochs=2), Rich()
+    before = state(model)
+    with pytest.raises(StopError):
+        t.fit(model, data(), data())
+    assert same(state(model), before) and t.limit_train_batches == t.limit_val_batches == 1.0 and t.global_step == 0
+    Stops.fails = False
+    t.fit(model, data(), data())
+    assert t.global_step == 8 and not same(state(model), before)
+
+
 def test_ctrl_c_ends_all(tmp_path: Path) -> None:
     class Interrupts(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -413,6 +465,12 @@ def test_names_have_what_differs() -> None:
     scales = {name: LoRACallback(**arguments).lr_scale for name, arguments in sweep.runs.items()}
     assert scales["lr_scale10-loraplus_lr_ratio16"] == {"A": 10, "B": 160} and len(scales) == 4
     assert all((each["r"], each["modules_to_save"]) == (4, ["head"]) for each in sweep.runs.values())
+
+
+def test_adapters_whose_names_are_alike_are_numbered() -> None:
+    sweep = LoRASweep(target_modules=[["q_proj"], "q_proj|v_proj", ["q_proj", "v_proj"]])
+    names = [f"target_modules_q_proj{end}" for end in ("", "_v_proj", "_v_proj_3")]
+    assert list(sweep.runs) == names and sweep.runs[names[2]]["target_modules"] == ["q_proj", "v_proj"]
 
 
 def adapted() -> LitTiny:

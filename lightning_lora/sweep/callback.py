@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 import warnings
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,7 +82,9 @@ class LoRASweep(LoRACallback):
         self.varied = [name for name in lists if len(lists[name]) > 1]
         for values in itertools.product(*lists.values()):
             chosen = dict(zip(lists, values, strict=True))
-            self.runs["-".join(map(_named, self.varied, map(chosen.get, self.varied)))] = arguments | chosen
+            name = "-".join(map(_named, self.varied, map(chosen.get, self.varied)))
+            if arguments | chosen not in self.runs.values():
+                self.runs[f"{name}_{len(self.runs) + 1}" if name in self.runs else name] = arguments | chosen
             super().__init__(**arguments | chosen)
         if len(self.runs) < max(2, math.prod(map(len, lists.values()))):
             raise ConfigError(
@@ -144,6 +147,7 @@ class LoRASweep(LoRACallback):
 
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
         """Take over the best adapter, and where its fit has ended: the Trainer's own fit has nothing left to do."""
+        self._loops = deepcopy(trainer.fit_loop.state_dict())
         adopt(trainer, *self._best)
         super().on_fit_start(trainer, pl_module)
         _set_rng_states(self._best[0].random)
@@ -156,6 +160,12 @@ class LoRASweep(LoRACallback):
         """Show all adapters, and merge the best one's updates."""
         fitting_console().print(self.table())
         super().on_fit_end(trainer, pl_module)
+
+    def on_exception(self, trainer: Any, pl_module: LightningModule, exception: BaseException) -> None:
+        """Restore the module, and let the next fit begin at the start."""
+        super().on_exception(trainer, pl_module, exception)
+        if loops := vars(self).pop("_loops", None):
+            trainer.fit_loop.load_state_dict(loops)
 
     def table(self) -> Table:
         """Return a table of the last fit: each adapter's arguments, its metric at each validation, and its end."""
@@ -187,6 +197,9 @@ class _Member(LoRACallback):
                 each.dirpath = str(Path(each.dirpath, self.run.name))
 
     def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        several = len(trainer.num_sanity_val_batches) > 1  # Lightning keeps nothing of their sanity check
+        if trainer.sanity_checking and (several or not trainer.callback_metrics):
+            return
         if self.monitor not in trainer.callback_metrics:
             raise ConfigError(
                 f"monitor={self.monitor!r} is not logged in validation. Found: {listed(trainer.callback_metrics)}. "

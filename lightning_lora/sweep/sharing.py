@@ -66,24 +66,25 @@ class Loaders:
 
     def __init__(self, source: Any, runs: Runs) -> None:
         self.source, self.runs, self.made = source, runs, list[_Made]()
-        self.passes: dict[int, dict[int, _Pass]] = {}
+        self.passes: dict[tuple[int, int], dict[int, _Pass]] = {}
 
-    def request(self, run: Run, asked: Iterator[int]) -> Any:
-        """Return a run's copies of the loaders."""
+    def request(self, run: Run, asked: Iterator[int], hook: Callable[[], Any]) -> Any:
+        """Return a run's copies of the loaders. ``hook`` is its module's: setup of the Trainer's has not run."""
         number = next(asked)
         if number == len(self.made):
-            self.made.append(_Made(run, self.source.dataloader))
+            is_own = isinstance(self.source.instance, LightningModule)
+            self.made.append(_Made(run, hook if is_own else self.source.dataloader))
         found = self.made[number].take(run)
         combined = copy(found) if isinstance(found, CombinedLoader) else CombinedLoader(found, "sequential")
-        combined.flattened = [self._own(run, each) for each in combined.flattened]
+        combined.flattened = list(map(partial(self._own, run), combined.flattened, count()))
         return combined if isinstance(found, CombinedLoader) else combined.iterables
 
-    def _own(self, run: Run, loader: Any) -> Any:
+    def _own(self, run: Run, loader: Any, place: int) -> Any:
         if not isinstance(loader, DataLoader):
             raise ConfigError(f"{self.source.name} gave {type(loader).__name__}. LoRASweep expects a DataLoader.")
         own = copy(loader)
         overlay(own, _SharedLoader)
-        own.lora_shared = run, self.runs, self.passes.setdefault(id(loader), {}), count()
+        own.lora_shared = run, self.runs, self.passes.setdefault((id(loader), place), {}), count()
         return own
 
 
@@ -162,12 +163,12 @@ def copy_trainer(trainer: Any, run: Run, memo: Memo, loaders: Mapping[str, Loade
             own["configure_optimizers"] = MethodType(deepcopy(build.__func__, memo), build.__self__)
     except (TypeError, RuntimeError) as error:
         raise ConfigError(f"LoRASweep needs a Trainer and a module that deepcopy can copy: {error}") from error
-    own["prepare_data"] = _nothing
+    own.update(prepare_data=_nothing, configure_callbacks=_nothing)
+    owner: Any = memo[id(data)] if data is not None else run.trainer.lightning_module
     if data is not None:
-        own = memo[id(data)].__dict__
-        own.update(prepare_data=_nothing, setup=_nothing, teardown=_nothing)
+        owner.__dict__.update(prepare_data=_nothing, setup=_nothing, teardown=_nothing)
     for name, each in loaders.items():
-        own[name] = partial(each.request, run, count())
+        owner.__dict__[name] = partial(each.request, run, count(), getattr(owner, name))
 
 
 def _nothing(*_: Any, **__: Any) -> None:
