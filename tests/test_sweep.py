@@ -337,6 +337,63 @@ def test_an_error_in_training_ends_all_and_is_raised(tmp_path: Path) -> None:
     fit(tmp_path, lora(), model=model)
 
 
+class Noting(Rich):
+    """It notes what happens in all places where code may, and begins anew in on_fit_start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._steps, self.part = [0], nn.Identity()
+        self.part.count = 0
+        self.register_buffer("sum", torch.zeros(()), persistent=False)
+        self.hparams.seen = 0
+
+    def on_fit_start(self) -> None:
+        self.losses = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self._steps.append(batch_idx)
+        self.part.count += 1
+        self.sum += loss.detach()
+        self.accuracy(self(batch[0]), batch[1])
+        self.hparams.seen = self.global_step
+        self.last = loss.sin()  # with its graph
+        return loss
+
+    def noted(self) -> list[Any]:
+        metric = {name: getattr(self.accuracy, name) for name in ("tp", "fp", "_update_count")}
+        return [self.losses, self._steps, self.part.count, self.sum, dict(self.hparams), self.last.detach(), metric]
+
+
+def test_what_the_modules_code_has_noted_is_the_bests(tmp_path: Path) -> None:
+    models, sweep = [Noting(), Noting()], LoRASweep(r=[1, 2, 4])
+    fit(tmp_path / "all", sweep, model=models[0])
+    fit(tmp_path / "alone", LoRACallback(**sweep.runs[sweep.results[0]["name"]]), model=models[1])
+    assert models[1].part.count == 12 and differences(models[0].noted(), models[1].noted()) == []
+
+
+@pytest.mark.parametrize(("where", "as_data"), [("training", False), ("validation", False), ("training", True)])
+def test_a_module_that_writes_frozen_weights_is_refused_by_name(tmp_path: Path, where: str, as_data: bool) -> None:
+    class Teacher(Rich):
+        def write(self) -> None:
+            with torch.no_grad():
+                (self.v_proj.weight.data if as_data else self.v_proj.weight).mul_(0.9)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            if where == "training":
+                self.write()
+
+        def on_validation_epoch_end(self) -> None:
+            if where == "validation" and not self.trainer.sanity_checking:
+                self.write()
+
+    sweep, model = LoRASweep(r=[1, 2], exclude_modules=["v_proj"], keep=1), Teacher()
+    with pytest.raises(ConfigError, match=r"code of Teacher writes frozen weights: 'v_proj.weight'"):
+        fit(tmp_path, sweep, model=model)
+    assert find_record(model) is None and not model.losses and not sweep.results
+    assert as_data or len(list(tmp_path.glob("*/*.ckpt"))) == 0
+
+
 def test_after_an_error_at_its_end_the_next_fit_begins_at_the_start(tmp_path: Path) -> None:
     class Stops(L.Callback):
         fails = True

@@ -19,8 +19,9 @@ from lightning_lora.argument_names import explains_arguments
 from lightning_lora.callback import LoRACallback
 from lightning_lora.errors import ConfigError, listed
 from lightning_lora.model.state import find_record
+from lightning_lora.storage.base import note_changed
 from lightning_lora.sweep.runs import Run, Runs
-from lightning_lora.sweep.sharing import Loaders, Memo, adopt, copy_trainer, share_base
+from lightning_lora.sweep.sharing import Loaders, Memo, adopt, adopt_notes, copy_trainer, share_base
 from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.training.compatibility import check_callbacks
@@ -151,15 +152,17 @@ class LoRASweep(LoRACallback):
         adopt(trainer, *self._best)
         super().on_fit_start(trainer, pl_module)
         _set_rng_states(self._best[0].random)
-        del self._best
+        self._training.callback(vars(self).pop, "_best", None)
         for limit in ("limit_train_batches", "limit_val_batches"):
             self._training.callback(setattr, trainer, limit, getattr(trainer, limit))
             setattr(trainer, limit, 0)
 
     def on_fit_end(self, trainer: Any, pl_module: LightningModule) -> None:
         """Show all adapters, and merge the best one's updates."""
+        adopt_notes(trainer, self._best[0])  # now, as on_fit_start of the module may reset them
         fitting_console().print(self.table())
         super().on_fit_end(trainer, pl_module)
+        del self._loops
 
     def on_exception(self, trainer: Any, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the module, and let the next fit begin at the start."""
@@ -196,7 +199,25 @@ class _Member(LoRACallback):
             if vars(each).get("dirpath"):
                 each.dirpath = str(Path(each.dirpath, self.run.name))
 
+    def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:  # a training step has run
+            self._check_base(pl_module)
+
+    def on_fit_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        self._check_base(pl_module, anew=True)
+        super().on_fit_end(trainer, pl_module)
+
+    def _check_base(self, pl_module: LightningModule, *, anew: bool = False) -> None:
+        note_changed(pl_module, anew=anew)
+        if changed := getattr(find_record(pl_module), "changed", None):
+            raise ConfigError(
+                f"The code of {type(pl_module).__name__} writes frozen weights: {listed(changed)}. All adapters of "
+                "LoRASweep share them. Build the module anew, and use LoRACallback, or train them: modules_to_save."
+            )
+
     def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._check_base(pl_module)
         several = len(trainer.num_sanity_val_batches) > 1  # Lightning keeps nothing of their sanity check
         if trainer.sanity_checking and (several or not trainer.callback_metrics):
             return

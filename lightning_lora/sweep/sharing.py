@@ -192,11 +192,7 @@ def adopt(trainer: Any, run: Run, memo: Memo) -> None:
     """Bring a Trainer and its module to where a run ended, as if it had been their own. ``memo`` is of the copy."""
     module, theirs = trainer.lightning_module, run.trainer.lightning_module
     load_adapter_state_dict(module, adapter_state_dict(theirs))
-    back: Memo = {id(run.trainer): trainer}
-    for mine, its in ((module.named_modules, theirs.named_modules), (module.named_parameters, theirs.named_parameters)):
-        own = dict(mine())
-        back |= {id(each): own[name] for name, each in its()}
-    _adopt_attributes(module, theirs, back)
+    back = _ways_back(trainer, run)
     for callback in trainer.callbacks:
         if not isinstance(callback, LoRACallback):
             _adopt_attributes(callback, memo[id(callback)], back)
@@ -209,8 +205,32 @@ def adopt(trainer: Any, run: Run, memo: Memo) -> None:
         vars(trainer._logger_connector)[kind] = vars(run.trainer._logger_connector)[kind]
 
 
+def adopt_notes(trainer: Any, run: Run) -> None:
+    """Copy what the code of a run's modules has noted: attributes, metrics' states, buffers that no file holds."""
+    back, own = _ways_back(trainer, run), dict(trainer.lightning_module.named_modules())
+    for name, its in run.trainer.lightning_module.named_modules():
+        mine = own[name]
+        if mine is trainer.lightning_module or not isinstance(mine, InPlace):
+            _adopt_attributes(mine, its, back)
+        for key in its._non_persistent_buffers_set:
+            mine._buffers[key] = deepcopy(its._buffers[key], back)
+
+
+def _ways_back(trainer: Any, run: Run) -> Memo:
+    """From a run's Trainer, modules and parameters to the user's."""
+    module, theirs, back = trainer.lightning_module, run.trainer.lightning_module, {id(run.trainer): trainer}
+    for mine, its in ((module.named_modules, theirs.named_modules), (module.named_parameters, theirs.named_parameters)):
+        own = dict(mine())
+        back |= {id(each): own[name] for name, each in its()}
+    return back
+
+
 def _adopt_attributes(mine: Any, theirs: Any, back: Memo) -> None:
     """Copy what an object's code has noted, such as lists of results."""
+    left_out = {key for key in vars(LightningModule()) if key.startswith("_") and isinstance(mine, nn.Module)}
     for key, value in vars(theirs).items():
-        if not callable(value) and not (isinstance(mine, nn.Module) and key.startswith("_")):
-            vars(mine)[key] = deepcopy(value, back)
+        if not callable(value) and key not in left_out and not key.startswith(("_lora", "lora_", "_flat_weight")):
+            try:
+                vars(mine)[key] = deepcopy(value, back)
+            except (RuntimeError, TypeError):  # such as a loss with its graph
+                vars(mine)[key] = value
