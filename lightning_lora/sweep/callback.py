@@ -149,7 +149,7 @@ class LoRASweep(LoRACallback):
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
         """Take over the best adapter, and where its fit has ended: the Trainer's own fit has nothing left to do."""
         self._loops = deepcopy(trainer.fit_loop.state_dict())
-        adopt(trainer, *self._best)
+        adopt(trainer, self._best[0])
         super().on_fit_start(trainer, pl_module)
         _set_rng_states(self._best[0].random)
         self._training.callback(vars(self).pop, "_best", None)
@@ -159,7 +159,7 @@ class LoRASweep(LoRACallback):
 
     def on_fit_end(self, trainer: Any, pl_module: LightningModule) -> None:
         """Show all adapters, and merge the best one's updates."""
-        adopt_notes(trainer, self._best[0])  # now, as on_fit_start of the module may reset them
+        adopt_notes(trainer, *self._best)  # now, as on_fit_start of the module may reset them
         fitting_console().print(self.table())
         super().on_fit_end(trainer, pl_module)
         del self._loops
@@ -216,8 +216,6 @@ class _Member(LoRACallback):
             )
 
     def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._check_base(pl_module)
         several = len(trainer.num_sanity_val_batches) > 1  # Lightning keeps nothing of their sanity check
         if trainer.sanity_checking and (several or not trainer.callback_metrics):
             return
@@ -227,6 +225,7 @@ class _Member(LoRACallback):
                 f"Log it in validation_step: self.log({self.monitor!r}, ...)."
             )
         if not trainer.sanity_checking:  # which tells early if it is missing
+            self._check_base(pl_module)
             self.run.metrics.append(float(trainer.callback_metrics[self.monitor]))
 
 

@@ -188,14 +188,9 @@ def share_base(module: LightningModule, values: dict[str, Tensor]) -> None:
         replace_values(p, p.data.clone())
 
 
-def adopt(trainer: Any, run: Run, memo: Memo) -> None:
-    """Bring a Trainer and its module to where a run ended, as if it had been their own. ``memo`` is of the copy."""
-    module, theirs = trainer.lightning_module, run.trainer.lightning_module
-    load_adapter_state_dict(module, adapter_state_dict(theirs))
-    back = _ways_back(trainer, run)
-    for callback in trainer.callbacks:
-        if not isinstance(callback, LoRACallback):
-            _adopt_attributes(callback, memo[id(callback)], back)
+def adopt(trainer: Any, run: Run) -> None:
+    """Bring a Trainer and its module to where a run ended, as if it had been their own."""
+    load_adapter_state_dict(trainer.lightning_module, adapter_state_dict(run.trainer.lightning_module))
     for optimizer, other in zip(trainer.optimizers, run.trainer.optimizers, strict=True):
         optimizer.load_state_dict(other.state_dict())
     for config, other in zip(trainer.lr_scheduler_configs, run.trainer.lr_scheduler_configs, strict=True):
@@ -205,24 +200,20 @@ def adopt(trainer: Any, run: Run, memo: Memo) -> None:
         vars(trainer._logger_connector)[kind] = vars(run.trainer._logger_connector)[kind]
 
 
-def adopt_notes(trainer: Any, run: Run) -> None:
-    """Copy what the code of a run's modules has noted: attributes, metrics' states, buffers that no file holds."""
-    back, own = _ways_back(trainer, run), dict(trainer.lightning_module.named_modules())
-    for name, its in run.trainer.lightning_module.named_modules():
-        mine = own[name]
-        if mine is trainer.lightning_module or not isinstance(mine, InPlace):
-            _adopt_attributes(mine, its, back)
-        for key in its._non_persistent_buffers_set:
-            mine._buffers[key] = deepcopy(its._buffers[key], back)
-
-
-def _ways_back(trainer: Any, run: Run) -> Memo:
-    """From a run's Trainer, modules and parameters to the user's."""
+def adopt_notes(trainer: Any, run: Run, memo: Memo) -> None:
+    """Copy what code has noted in callbacks and modules, and buffers that no file holds. ``memo`` is of the copy."""
     module, theirs, back = trainer.lightning_module, run.trainer.lightning_module, {id(run.trainer): trainer}
     for mine, its in ((module.named_modules, theirs.named_modules), (module.named_parameters, theirs.named_parameters)):
         own = dict(mine())
         back |= {id(each): own[name] for name, each in its()}
-    return back
+    for callback in trainer.callbacks:
+        if not isinstance(callback, LoRACallback):
+            _adopt_attributes(callback, memo[id(callback)], back)
+    for each in theirs.modules():
+        if each is theirs or not isinstance(each, InPlace):
+            _adopt_attributes(back[id(each)], each, back)
+        for key in each._non_persistent_buffers_set:
+            back[id(each)]._buffers[key] = deepcopy(each._buffers[key], back)
 
 
 def _adopt_attributes(mine: Any, theirs: Any, back: Memo) -> None:
