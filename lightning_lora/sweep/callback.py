@@ -204,11 +204,11 @@ class _Member(LoRACallback):
             self._check_base(pl_module)
 
     def on_fit_end(self, trainer: Any, pl_module: LightningModule) -> None:
-        self._check_base(pl_module, anew=True)
-        super().on_fit_end(trainer, pl_module)
+        super().on_fit_end(trainer, pl_module)  # it reads all weights
+        self._check_base(pl_module)
 
-    def _check_base(self, pl_module: LightningModule, *, anew: bool = False) -> None:
-        note_changed(pl_module, anew=anew)
+    def _check_base(self, pl_module: LightningModule) -> None:
+        note_changed(pl_module, anew=False)
         if changed := getattr(find_record(pl_module), "changed", None):
             raise ConfigError(
                 f"The code of {type(pl_module).__name__} writes frozen weights: {listed(changed)}. All adapters of "
