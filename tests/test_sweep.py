@@ -389,7 +389,7 @@ def test_a_module_that_writes_frozen_weights_is_refused_by_name(tmp_path: Path, 
                 self.write()
 
     written: list[int] = []
-    sweep, model = LoRASweep(r=[1, 2], exclude_modules=["v_proj"], keep=1), Teacher()
+    sweep, model = LoRASweep(r=[1, 2], exclude_modules=["v_proj"]), Teacher()
     with pytest.raises(ConfigError, match=r"code of Teacher writes frozen weights: 'v_proj.weight'"):
         fit(tmp_path, sweep, model=model)
     assert find_record(model) is None and not model.losses and not sweep.results
