@@ -81,12 +81,13 @@ def sentiment_job() -> Job:
     from sentiment import EPOCHS, SentimentModule, Snippets
 
     methods = {
-        # A standard error is 1.5 (541 texts, one seed).
+        # A standard error is 1.5 (541 texts, one seed). LoRA's at 4e-3, and with r=16 at 2e-3, had other batches: they
+        # are from before a fit drew the adapters' first values apart from all else.
         "LoRA, all linear, r=16": Method(
-            {1e-3: 86.5, 2e-3: 84.8, 4e-3: 50.1}, lora={"r": 16, "target_modules": "all-linear"}
+            {1e-3: 85.8, 2e-3: 84.8, 4e-3: 50.1}, lora={"r": 16, "target_modules": "all-linear"}
         ),
         "LoRA, q and v, r=8": Method(
-            {1e-3: 84.8, 2e-3: 84.3, 4e-3: 83.0}, lora={"r": 8, "target_modules": ["query", "value"]}
+            {1e-3: 83.9, 2e-3: 84.5, 4e-3: 83.0}, lora={"r": 8, "target_modules": ["query", "value"]}
         ),
         "full": Method({5e-5: 85.8, 1e-4: 86.9}),
         "head only": Method({1e-2: 80.0, 3e-2: 79.1}, head_only=True),
