@@ -154,11 +154,10 @@ class Pairs(Rich):
 @pytest.mark.parametrize(
     ("build", "loaders"),
     [
-        (Rich, lambda: (shuffled(num_workers=1, persistent_workers=True), data())),
         (Pairs, lambda: ({"a": shuffled(), "b": data()}, data())),
         (Rich, InData),
     ],
-    ids=["workers", "several", "data module"],
+    ids=["several", "data module"],
 )
 def test_data_is_loaded_once_and_as_alone(tmp_path: Path, build: Any, loaders: Any) -> None:
     InData.loaded = 0
