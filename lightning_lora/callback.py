@@ -244,7 +244,10 @@ class LoRACallback(Callback):
             log_arguments(trainer, pl_module, **others, trained_share=summarize(pl_module).share)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to watch gradients. After an exception, the adapters stay on the module from now on."""
+        """Begin to watch gradients.
+
+        If the fit fails from here on, the module keeps its adapters, which may be trained.
+        """
         check_adapted(pl_module)
         if trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
@@ -265,7 +268,7 @@ class LoRACallback(Callback):
             self._gradients.end_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Check that the optimizer trains no frozen weight. In its first step, check that it trains its adapters."""
+        """Check what the optimizer trains: adapters, and no frozen weight."""
         check_frozen(pl_module, optimizer)
         follow(optimizer)
         if self._gradients is not None:
@@ -285,7 +288,10 @@ class LoRACallback(Callback):
         self._stage.dropout.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge the updates into the weights. The module is plain then, and keeps a copy of its base and adapters."""
+        """Merge the updates: the module is a plain one again.
+
+        It keeps a copy of its base and its adapters.
+        """
         note_changed(pl_module)
         if not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             return
@@ -301,12 +307,15 @@ class LoRACallback(Callback):
     # Afterwards
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Merge a module again if it came merged and nothing was trained, as in a tuner's trial."""
+        """Merge again what came merged and was not trained."""
         self._stage.end(pl_module)
         self._end_training()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the module as it was before the stage, unless a fit has loaded or trained adapters: they stay."""
+        """Give the module back as it came.
+
+        Adapters that a fit has loaded or trained stay on it.
+        """
         self._end_training()
         strategy = trainer.strategy
         self._stage.fail(pl_module, is_alone=isinstance(strategy, LoRAStrategy) and strategy.lora_adapts_late)
