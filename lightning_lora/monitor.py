@@ -4,7 +4,8 @@ import copy
 import gc
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from functools import cache, partial
+from functools import partial
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -76,8 +77,8 @@ class LoRAMonitor(Callback):
         if due == self._due:
             return
         self._due, norms, ranks = due, dict[str, Tensor](), dict[str, Tensor]()
-        updates = [(name, update.factors()) for name, update in measured(pl_module).items() if not update.matrix.tokens]
-        for name, (a, b) in updates:
+        for name, update in measured(pl_module).items():
+            a, b = update.factors()
             core = (b.mT @ b @ (a @ a.mT)).cpu()  # r x r: its eigenvalues are the update's singular values, squared
             sizes = torch.linalg.eigvals(core.nan_to_num(0, 0, 0)).real.clamp_min(0).sqrt()
             norms[name] = core.diagonal(0, -2, -1).sum().clamp_min(0).sqrt()
@@ -122,7 +123,8 @@ class LoRAMonitor(Callback):
             _set(loop, "_results", self._logs, back)
             _set(trainer, "_loggers", [DummyLogger()] * len(trainer.loggers), back)
             back.enter_context(disable_adapters(pl_module))
-            _exchange(self._sets, back)
+            back.callback(_exchange, self._sets)
+            _exchange(self._sets)
             _set(pl_module, "_current_fx_name", "validation_step", back)
             sources = (torch.get_rng_state, *([torch.cuda.get_rng_state] if on_cuda else []))
             self._of_base[self._place], before = _watch(back), [state() for state in sources]
@@ -131,19 +133,23 @@ class LoRAMonitor(Callback):
 
     def _note(self) -> None:
         """Keep the base's numbers for callbacks. Those that are in ``log`` are for loggers too."""
-        with ExitStack() as back:
-            _exchange(self._sets, back)
+        _exchange(self._sets)
+        try:
             found = self._logs.metrics(on_step=False)
+        finally:
+            _exchange(self._sets)
         for name, value in found["callback"].items():
             self._values[name] = value, None if name in found["log"] else False
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Count where the module and its base agree."""
         self._watching.close()
-        for base, ours in zip(self._of_base.get(self._place, ()), self._predicted, strict=False) if self._seen else ():
+        if not self._seen:
+            return
+        for base, ours in zip(self._of_base.get(self._place, ()), self._predicted, strict=False):
             if base.shape == ours.shape:
-                counts = torch.tensor([int((base == ours).sum()), ours.numel()])
-                self._agreed[self._place[0]] = self._agreed.get(self._place[0], 0) + counts
+                same, total = self._agreed.get(self._place[0], (0, 0))
+                self._agreed[self._place[0]] = same + int((base == ours).sum()), total + ours.numel()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the base's numbers, unless later batches turn out not to be those that they were measured on."""
@@ -162,7 +168,7 @@ class LoRAMonitor(Callback):
             log(f"base/{name}", value, logger=logger, batch_size=1)
         for index, (same, total) in agreed.items():
             name = "base/agreement" if index is None else f"base/agreement/dataloader_idx_{index}"
-            log(name, float(same / total), batch_size=int(total))
+            log(name, same / total, batch_size=total)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop watching."""
@@ -182,9 +188,8 @@ def _content(batch: Any) -> Iterator[Any]:
 
 def _set(owner: Any, name: str, value: Any, back: ExitStack) -> None:
     """Set an attribute until ``back`` is closed."""
-    own = vars(owner)
-    back.callback(own.update, {name: own[name]}) if name in own else back.callback(own.pop, name)
-    own[name] = value
+    back.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
 
 
 def _watch(back: ExitStack) -> list[Tensor]:
@@ -211,38 +216,47 @@ _OF_TORCH = vars(nn.Module()).keys()  # parameters, hooks and the like
 @torch.inference_mode(False)  # where copies would be inference tensors, for which a compiled layer is compiled anew
 def _two_sets(root: nn.Module) -> list[list[dict[str, Any]]]:
     """Return the dicts in which all modules hold attributes, buffers and children, each with the base's copy of it."""
-    stays: Any = cache(_stays)
-    sets, memo = list[list[dict[str, Any]]](), dict[int, Any]()
-    memo.update(zip(map(id, root.modules()), root.modules(), strict=True))
-    for each in gc.get_objects():
-        if stays(type(each)) or (type(each) is Tensor and each.requires_grad):
-            memo[id(each)] = each
-    memo[id(memo)] = []  # where deepcopy keeps what must live as long as the memo
-    for module in root.modules():
+    modules = list(root.modules())
+    sets, memo = list[list[dict[str, Any]]](), _shared(modules)
+    for module in modules:
         for held in (vars(module), module._buffers, module._modules):
             sets.append([held, {name: _copied(value, memo) for name, value in _own(held).items()}])
     return sets
 
 
-def _exchange(sets: list[list[dict[str, Any]]], back: ExitStack) -> None:
-    """Let modules hold the other set, until ``back`` is closed."""
+def _exchange(sets: list[list[dict[str, Any]]]) -> None:
+    """Let modules hold the other set."""
     for pair in sets:
         held, coming = pair
         pair[1] = _own(held)
         for name in pair[1]:
             del held[name]
         held.update(coming)
-    back.callback(_exchange, sets, ExitStack())
 
 
 def _own(held: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in held.items() if k not in _OF_TORCH and not k.startswith(("lora_", "_lora"))}
 
 
-def _stays(kind: type) -> bool:
-    """Whether objects of a class are never copied: those of torch, Lightning and so on, but tensors and metrics."""
+def _shared(modules: list[nn.Module]) -> dict[int, Any]:
+    """What is never copied, as a memo for deepcopy: the modules, and what stays of all that their attributes hold."""
+    inside, looked = list[Any](map(vars, modules)), set[int]()
+    for each in inside:  # it grows
+        if id(each) not in looked and not _stays(each):
+            looked.add(id(each))
+            inside += filter(gc.is_tracked, gc.get_referents(each))  # no numbers or texts
+    return {id(each): each for each in [*modules, *filter(_stays, inside)]}
+
+
+def _stays(value: Any) -> bool:
+    """Whether it is code, or of torch, Lightning and so on. Tensors without a gradient and metrics do not stay."""
+    kind = type(value)
+    if kind is Tensor:
+        return bool(value.requires_grad)
+    if issubclass(kind, type | FunctionType | ModuleType):
+        return True
     origins = {str(each.__module__).partition(".")[0] for each in kind.__mro__}
-    return kind is not Tensor and not origins.isdisjoint(_FRAMEWORKS) and "torchmetrics" not in origins
+    return not origins.isdisjoint(_FRAMEWORKS) and "torchmetrics" not in origins
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
