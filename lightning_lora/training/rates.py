@@ -35,7 +35,8 @@ class _Behind:
     follows: list[tuple[int, float]]  # the group that each follows, and its scale
     hooks: list[RemovableHandle]
     hidden: list[dict[str, Any]] = field(default_factory=list)  # the groups, in a scheduler's step
-    before: list[tuple[Tensor, int, Tensor]] | None = field(default_factory=list)  # until a step has changed a value
+    before: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # adapters and their values, in a step
+    is_seen: bool = False  # whether a step has changed one, or kept a state for it
 
 
 _BEHIND: "WeakKeyDictionary[Optimizer, _Behind]" = WeakKeyDictionary()
@@ -129,14 +130,21 @@ def _check_stored(optimizer: Optimizer, state: dict[str, Any]) -> None:
         raise ValueError(f"its parameter groups of adapters are {names[0]}, and the module's {names[1]}")
 
 
+def _show(optimizer: Optimizer) -> None:
+    """Put back what a scheduler does not see."""
+    behind = _BEHIND[optimizer]
+    optimizer.param_groups[behind.place.start : behind.place.start], behind.hidden = behind.hidden, []
+    follow(optimizer)
+
+
 def _begin_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
     """Follow what other code wrote, such as a warm-up by hand: one rate in all groups is meant as the module's."""
-    behind, groups = _BEHIND[optimizer], optimizer.param_groups
-    groups[behind.place.start : behind.place.start], behind.hidden = behind.hidden, []  # a scheduler may call us
-    follow(optimizer)
-    if behind.before is not None and not hasattr(optimizer, "found_inf"):  # by which a GradScaler may skip the step
-        moving = chain.from_iterable(group["params"] for group in groups[behind.place] if group["lr"] > 0)
-        behind.before = [(p, p._version, to_local(p).detach().clone()) for p in moving]
+    _show(optimizer)  # a scheduler may call us
+    behind = _BEHIND[optimizer]
+    if not behind.is_seen and not hasattr(optimizer, "found_inf"):  # by which a GradScaler may skip the step
+        for group in optimizer.param_groups[behind.place]:
+            if group["lr"] > 0:
+                behind.before += [(p, to_local(p).detach().clone()) for p in group["params"]]
     if closure := kwargs.get("closure"):  # its hooks may write rates too
         return args, {**kwargs, "closure": lambda: (closure(), follow(optimizer))[0]}  # type: ignore[func-returns-value]
     return None
@@ -144,13 +152,12 @@ def _begin_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def _end_step(optimizer: Optimizer, *_: Any) -> None:
     """Refuse an optimizer that keeps a list of groups of its own: it never trains those behind."""
-    behind, has_gradient = _BEHIND[optimizer], False
-    for p, version, value in behind.before or ():
-        if p._version != version or not torch.equal(to_local(p), value):  # p.data has no version
-            behind.before = None
-            return
-        has_gradient |= p.grad is not None and bool(0 < to_local(p.grad).norm() < math.inf)
-    if has_gradient:
+    behind = _BEHIND[optimizer]
+    before, behind.before = behind.before, []
+    for p, value in before:
+        behind.is_seen |= p in optimizer.state or not torch.equal(to_local(p), value)
+    gradients = [to_local(p.grad) for p, _ in before if p.grad is not None]
+    if not behind.is_seen and any(0 < gradient.norm() < math.inf for gradient in gradients):
         raise OptimizerError(
             f"{type(optimizer).__name__} did not train the adapters: it does not look at the parameter groups that "
             "lr_scale adds. Leave lr_scale out, or use another optimizer."
@@ -172,20 +179,18 @@ class FollowedScheduler(InPlace):
         try:
             return super().step(*args, **kwargs)  # type: ignore[misc]
         finally:
-            groups[behind.place.start : behind.place.start], behind.hidden = behind.hidden, []
-            follow(self.optimizer)
+            _show(self.optimizer)
 
 
 def hide_groups(schedulers: Iterable[object], model: nn.Module) -> None:
     """Let schedulers see only the module's groups: those of the Trainer, and those that the module keeps itself."""
     kept: list[Any] = [*schedulers, *vars(model).values()]
-    inside = (
-        each.values() if isinstance(each, dict) else each for each in kept if isinstance(each, dict | list | tuple)
-    )
-    for each in chain(kept, *inside):
-        held = getattr(each, "optimizer", None)
-        steps = hasattr(each, "step") and not hasattr(each, "zero_grad")  # a scheduler of any class, no optimizer
-        if steps and isinstance(held, Optimizer) and held in _BEHIND and not isinstance(each, FollowedScheduler):
+    for each in list(kept):
+        if isinstance(each, dict | list | tuple):
+            kept += each.values() if isinstance(each, dict) else each
+    for each in kept:
+        is_scheduler = hasattr(each, "step") and not hasattr(each, "zero_grad")  # of any class
+        if is_scheduler and getattr(each, "optimizer", None) in _BEHIND and not isinstance(each, FollowedScheduler):
             overlay(each, FollowedScheduler)
 
 

@@ -452,6 +452,19 @@ class Looks(Zips):
         return [None] * 9
 
 
+class Collects(Zips):
+    """Adds up the gradients of two of its own steps."""
+
+    def step(self, closure: Any = None) -> None:
+        closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["sum"], state["step"] = state.get("sum", 0) + p.grad, state.get("step", 0) + 1
+                if state["step"] % 2 == 0:
+                    p.data.add_(state.pop("sum"), alpha=-group["lr"])
+
+
 class Warms(LitTiny):
     """The rate is 0 in the first two steps."""
 
@@ -469,6 +482,13 @@ def test_an_optimizer_that_does_not_see_the_adapters_groups_is_refused(tmp_path:
     with pytest.raises(OptimizerError, match=rf"{kind.__name__} did not train the adapters.*Leave lr_scale out"):
         fit(tmp_path, scaled(), model=model)
     assert model.global_step == 0 and not model.q_proj.lora_B.any()
+
+
+def test_an_optimizer_that_first_collects_gradients_trains(tmp_path: Path) -> None:
+    model = Plain()
+    model.configure_optimizers = lambda: Collects(model.parameters())  # type: ignore[method-assign]
+    fit(tmp_path, scaled(), model=model, max_epochs=1)
+    assert model.q_proj.lora_A.any() and model.q_proj.lora_B.any()
 
 
 @pytest.mark.parametrize("scale", [10, {"A": 10}], ids=str)
