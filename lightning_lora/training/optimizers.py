@@ -1,8 +1,9 @@
 """Make optimizers train the adapters instead of the base."""
 
-from collections.abc import Iterable, Sequence
-from itertools import chain, takewhile
-from typing import Any
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.names import own_parameter, owner_of, parameters_of
+from lightning_lora.tensors.names import own_parameter, owner_of, parameters_of, starts_of
 from lightning_lora.training.rates import Params, Scale, check_splits, join, scales_in, split
 
 _EDITED: "WeakKeyDictionary[Optimizer, tuple[list[Params], list[Params]]]" = WeakKeyDictionary()
@@ -39,12 +40,11 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: 
     scales = scales_in(view, lr_scale)
     for optimizer in optimizers:
         join(optimizer)
-    followers: dict[int, Params] = {}
+    followers = defaultdict[nn.Parameter, Params](list)
     for layer in view.layers.values():
         for name, about in layer.lora_roles().items():
             if about.role.trains:
-                weight = own_parameter(layer, about.matrix.weight)
-                followers.setdefault(id(weight), []).append(own_parameter(layer, name))
+                followers[own_parameter(layer, about.matrix.weight)].append(own_parameter(layer, name))
     built = list(map(_built_groups, optimizers))
     chosen = _held(chain(*built))
     edited = [_edit(groups, followers, chosen) for groups in built]
@@ -62,11 +62,10 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: 
 
 def check_layouts(optimizer: Optimizer, view: View, *, clips: bool) -> None:
     """Refuse an optimizer that torch cannot run on sharded parameters."""
-    names = {id(p): name for name, p in _named_once(view).items()}
-    layouts: dict[Any, list[str]] = {}
+    names, layouts = {p: name for name, p in _named_once(view).items()}, defaultdict[Any, list[str]](list)
     for group in optimizer.param_groups:
         for p in group["params"]:
-            layouts.setdefault(getattr(p, "device_mesh", None), []).append(names.get(id(p), "a parameter"))
+            layouts[getattr(p, "device_mesh", None)].append(names.get(p, "a parameter"))
     title = f"{type(optimizer).__name__} of {type(view.model).__name__}"
     if isinstance(optimizer, torch.optim.LBFGS) and layouts.keys() - {None}:
         raise OptimizerError(
@@ -93,8 +92,8 @@ def check_frozen(model: nn.Module, optimizer: Optimizer) -> None:
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     if sizes == _CHECKED.get(optimizer):
         return
-    frozen = {id(p): name for name, p in view_of(model).frozen.items()}
-    added = [frozen[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in frozen]
+    frozen = {p: name for name, p in view_of(model).frozen.items()}
+    added = [frozen[p] for group in optimizer.param_groups for p in group["params"] if p in frozen]
     if added:
         raise OptimizerError(
             f"{listed(added)} of {type(model).__name__} were added to an optimizer in training, but are frozen. Name "
@@ -107,40 +106,32 @@ def _built_groups(optimizer: Optimizer) -> list[Params]:
     """The groups as they were built, or as they are now if other code edited them since."""
     now = [list(group["params"]) for group in optimizer.param_groups]
     built, left = _EDITED.get(optimizer, (now, now))
-    return built if _ids(left) == _ids(now) else now
+    return built if list(map(set, left)) == list(map(set, now)) else now
 
 
-def _held(groups: Iterable[Params]) -> set[int]:
-    return set(map(id, chain.from_iterable(groups)))
+def _held(groups: Iterable[Params]) -> set[nn.Parameter]:
+    return set(chain.from_iterable(groups))
 
 
-def _ids(groups: list[Params]) -> list[set[int]]:
-    return [set(map(id, group)) for group in groups]
-
-
-def _edit(groups: list[Params], followers: dict[int, Params], chosen: set[int]) -> list[Params]:
+def _edit(groups: list[Params], followers: Mapping[nn.Parameter, Params], chosen: set[nn.Parameter]) -> list[Params]:
     """One optimizer's groups with adapters, if not put elsewhere, where their weights stood: files keep this order."""
-    placed: set[int] = set()
-    edited: list[Params] = []
+    placed, edited = set[nn.Parameter](), list[Params]()
     for group in groups:
-        here = set(map(id, group))
-        follow = {id(adapter) for weight in here for adapter in followers.get(weight, [])}
-        edited.append([])
+        here, follow, found = set(group), _held(followers.get(weight, []) for weight in group), Params()
         for parameter in group:
-            arrives = [each for each in followers.get(id(parameter), []) if id(each) in here or id(each) not in chosen]
-            stays = [parameter] if parameter.requires_grad and id(parameter) not in follow else []
-            for each in [*arrives, *stays]:
-                if id(each) not in placed:
-                    placed.add(id(each))
-                    edited[-1].append(each)
+            found += [each for each in followers.get(parameter, []) if each in here or each not in chosen]
+            if parameter.requires_grad and parameter not in follow:
+                found.append(parameter)
+        edited.append([each for each in dict.fromkeys(found) if each not in placed])
+        placed.update(found)
     return edited
 
 
 def _place_rest(view: View, edited: list[list[Params]]) -> None:
     """Put trained parameters that are in no optimizer into the only group, if there is only one."""
-    placed = _held(chain(*edited))
-    rest = {name: p for name, p in _named_once(view).items() if p.requires_grad and id(p) not in placed}
     groups = list(chain(*edited))
+    placed = _held(groups)
+    rest = {name: p for name, p in _named_once(view).items() if p.requires_grad and p not in placed}
     if rest and len(groups) == 1:
         groups[0].extend(rest.values())
         rank_zero_info(f"No optimizer held {listed(rest)} or their weights: they train in its only parameter group.")
@@ -152,14 +143,15 @@ def _place_rest(view: View, edited: list[list[Params]]) -> None:
         )
 
 
-def _check_emptied(view: View, optimizer: str, held: set[int], followers: dict[int, Params]) -> None:
+def _check_emptied(view: View, optimizer: str, held: set[nn.Parameter], adapted: Collection[nn.Parameter]) -> None:
     """Refuse an optimizer that has lost all its parameters. What the user froze was never trained by it."""
-    lost = [name for name, p in view.base.items() if id(p) in held and view.record.requires_grad.get(name)]
+    lost = [name for name, p in view.base.items() if p in held and view.record.requires_grad.get(name)]
     if not lost:
         return
-    shared = _common_owner(lost)
+    around = set.intersection(*(set(starts_of(owner_of(name))) for name in lost))
+    shared = max(around, key=len, default="")
     networks = [shared] if shared else list(dict.fromkeys(owner_of(name) or name for name in lost))
-    if held & followers.keys():
+    if not held.isdisjoint(adapted):
         raise OptimizerError(
             f"{optimizer} would train nothing: it holds only frozen weights of {listed(networks)}, and their "
             "adapters are in another optimizer. Leave this optimizer out."
@@ -171,24 +163,16 @@ def _check_emptied(view: View, optimizer: str, held: set[int], followers: dict[i
     )
 
 
-def _common_owner(parameters: list[str]) -> str:
-    """The name of the smallest module that has all these parameters; empty for the model itself."""
-    owners = [owner_of(name).split(".") for name in parameters]
-    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*owners, strict=False))
-    return ".".join(parts[0] for parts in shared)
-
-
 def _named_once(view: View) -> dict[str, nn.Parameter]:
     return parameters_of(view.modules, remove_duplicate=True)
 
 
 def _write(view: View, optimizer: Optimizer, groups: list[Params]) -> None:
-    names = {id(parameter): name for name, parameter in _named_once(view).items()}
+    names = {p: name for name, p in _named_once(view).items()}
     for group, parameters in zip(optimizer.param_groups, groups, strict=True):
         group["params"][:] = parameters
         if "param_names" in group:
-            group["param_names"] = [names.get(id(parameter), "") for parameter in parameters]
-    kept = _held(groups)
-    state: dict[Any, Any] = optimizer.state
-    for parameter in [key for key in state if isinstance(key, nn.Parameter) and id(key) not in kept]:
+            group["param_names"] = [names.get(p, "") for p in parameters]
+    kept, state = _held(groups), cast(dict[Any, Any], optimizer.state)
+    for parameter in [key for key in state if isinstance(key, nn.Parameter) and key not in kept]:
         del state[parameter]
