@@ -52,10 +52,9 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
 
 def tell_of_new(model: LightningModule) -> None:
     """Tell that a fit begins a new adapter beside others: its name may be mistyped."""
-    (name, *others), near = view_of(model).record.adapters, ""
-    for each in difflib.get_close_matches(name, others, 1):
-        near = f" (To train {each!r} on, give name={each!r}.)"
-    rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {listed(others)}.{near}")
+    name, *others = view_of(model).record.adapters
+    near = [f" (To train {each!r} on, give name={each!r}.)" for each in difflib.get_close_matches(name, others, 1)]
+    rank_zero_info(f"LoRACallback begins a new adapter {name!r} beside {listed(others)}.{''.join(near)}")
 
 
 def advise_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> None:
@@ -72,12 +71,13 @@ def advise_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> Non
 def shown_rates(model: LightningModule, optimizers: Iterable[Optimizer]) -> list[str]:
     """Return the adapters' learning rates as text, and those of the module, if they are others."""
     found, others = peak_rates(view_of(model), optimizers)
-    texts = [_few([f"{rate:g}" for rate in rates]) for rates in (found, others)]
-    return texts[:1] if found == others or not others else [texts[0], f"the module's: {texts[1]}"]
+    if found == others or not others:
+        return [_few(found)]
+    return [_few(found), f"the module's: {_few(others)}"]
 
 
-def _few(rates: list[str]) -> str:
-    return " and ".join(rates) if len(rates) < 3 else f"{rates[0]} to {rates[-1]}"
+def _few(rates: list[float]) -> str:
+    return " and ".join(f"{rate:g}" for rate in rates) if len(rates) < 3 else f"{rates[0]:g} to {rates[-1]:g}"
 
 
 def _warn_of_fresh(view: View, fresh: Fresh) -> None:
@@ -198,7 +198,7 @@ def _warn_of_large_hyperparameters(model: LightningModule, view: View) -> None:
         _warn(
             f"Hyperparameters of {title} hold weights: {names}. Every checkpoint stores them whole, beside the "
             f"adapters. Leave them out: self.save_hyperparameters(ignore={list(large)}). Then pass them when you load: "
-            f"load_from_checkpoint({title}, path, {', '.join(f'{name}=...' for name in large)})."
+            f"load_from_checkpoint({title}, path, {'=..., '.join(large)}=...)."
         )
 
 

@@ -22,7 +22,7 @@ from lightning_lora.tensors.shards import to_local
 
 Params = list[nn.Parameter]
 Scale = float | dict[str, float]
-Scales = dict[int, tuple[str, float]]
+Scales = dict[nn.Parameter, tuple[str, float]]
 
 _FACTORS = {Role.A: "A", Role.B: "B", Role.MAGNITUDE: "A"}
 _SCALED = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
@@ -55,21 +55,21 @@ def scales_of(lr_scale: Scale) -> dict[str, float]:
 
 
 def scales_in(view: View, lr_scale: Scale) -> Scales:
-    """Return the scale of each adapter with another rate, by its id, and what to call its group."""
+    """Return the scale of each adapter with another rate, and what to call its group."""
     scales, found = scales_of(lr_scale), Scales()
     for layer in view.layers.values():
         for name, about in layer.lora_roles().items():
             factor = _FACTORS.get(about.role)
             if factor and scales[factor] != 1:
                 title = "lora" if scales["A"] == scales["B"] else f"lora_{factor}"
-                found[id(own_parameter(layer, name))] = title, scales[factor]
+                found[own_parameter(layer, name)] = title, scales[factor]
     return found
 
 
 def check_splits(optimizer: Optimizer, groups: list[Params], scales: Scales) -> None:
     """Refuse an optimizer that cannot have several rates."""
     has_one = isinstance(optimizer, LBFGS) or any(group.get("lr") is None for group in optimizer.param_groups)
-    if has_one and not all(scales.keys().isdisjoint(map(id, parameters)) for parameters in groups):
+    if has_one and not scales.keys().isdisjoint(chain.from_iterable(groups)):
         raise OptimizerError(
             f"{type(optimizer).__name__} takes no learning rate for each group of parameters, so lr_scale cannot act. "
             "Leave lr_scale out, or use another optimizer."
@@ -82,7 +82,7 @@ def split(optimizer: Optimizer, groups: list[Params], scales: Scales) -> list[Pa
     for number, parameters in enumerate(groups):
         kinds: dict[Any, Params] = {None: []}
         for p in parameters:
-            kinds.setdefault(scales.get(id(p)), []).append(p)
+            kinds.setdefault(scales.get(p), []).append(p)
         kept.append(kinds.pop(None))
         for (title, scale), adapters in kinds.items():
             group = optimizer.param_groups[number]
@@ -196,9 +196,9 @@ def hide_groups(schedulers: Iterable[object], model: nn.Module) -> None:
 
 def peak_rates(view: View, optimizers: Iterable[Optimizer]) -> tuple[list[float], list[float]]:
     """Return the highest rates of the groups that hold adapters, and of those that hold something else, or nothing."""
-    adapters, found, others = set(map(id, view.adapters.values())), set[float](), set[float]()
+    adapters, found, others = set(view.adapters.values()), set[float](), set[float]()
     for group in chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
-        held = set(map(id, group["params"]))
+        held = set(group["params"])
         rate = max(float(group.get(key) or 0) for key in ("lr", "initial_lr", "max_lr"))
         if held & adapters:
             found.add(rate)
