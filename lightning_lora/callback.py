@@ -24,7 +24,7 @@ from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
 from lightning_lora.training.advice import advise, advise_rates, log_arguments, shown_rates, tell_of_new
-from lightning_lora.training.gradients import Gradients, gradients_pass
+from lightning_lora.training.gradients import gradients_pass
 from lightning_lora.training.merging import check_arguments, check_weights, load_best, send_record
 from lightning_lora.training.optimizers import check_frozen
 from lightning_lora.training.randomness import RANDOM, random_states, restore_random_state
@@ -119,6 +119,7 @@ class LoRACallback(Callback):
     """
 
     given: frozenset[str]  # the names of the arguments that the user gave
+    _gradients: Any = None  # in training
 
     def __init__(
         self,
@@ -151,12 +152,9 @@ class LoRACallback(Callback):
         if save not in get_args(Save):
             raise ConfigError(f"save={save!r} is not valid. Expected 'adapters' or 'model'.")
         self.config = LoRAConfig(**{field.name: arguments[field.name] for field in fields(LoRAConfig)})
-        self.merge: Merge = merge
-        self.save: Save = save
         scales_of(lr_scale)
         AdapterState(self.config, name)  # checks the name
-        self.lr_scale = lr_scale
-        self.name = name
+        self.merge, self.save, self.lr_scale, self.name = merge, save, lr_scale, name
         compatibility.join_other_package(LoRACallback)
         make_folder()
         self._start()
@@ -171,7 +169,6 @@ class LoRACallback(Callback):
 
     def _start(self) -> None:
         self._stage = Stage(self.config, save=self.save, phase=Phase.OVER)
-        self._gradients: Gradients | None = None
         self._training = ExitStack()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -264,15 +261,13 @@ class LoRACallback(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep frozen weights frozen. Under DDP, give unused adapters a zero gradient."""
-        if self._gradients is not None:
-            self._gradients.end_backward()
+        self._gradients.end_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check what the optimizer trains: adapters, and no frozen weight."""
         check_frozen(pl_module, optimizer)
         follow(optimizer)
-        if self._gradients is not None:
-            self._gradients.check(optimizer)
+        self._gradients.check(optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """End dropout until the next training step."""
