@@ -44,9 +44,9 @@ def explains_arguments(cls: _Class) -> _Class:
 
     @functools.wraps(init)
     def explained(self: Any, *args: Any, **kwargs: Any) -> None:
-        ratio = None if "loraplus_lr_ratio" in names else kwargs.pop("loraplus_lr_ratio", None)  # PEFT's name
-        if ratio is not None:
-            kwargs.update(_with_ratio(kwargs.get("lr_scale", 1), ratio, names))
+        takes_ratio = "lr_scale" in names and "loraplus_lr_ratio" not in names
+        if takes_ratio and (ratio := kwargs.pop("loraplus_lr_ratio", None)) is not None:
+            kwargs["lr_scale"] = _with_ratio(kwargs.get("lr_scale", 1), ratio)
         if unknown := [f"{name}: {_hint(cls, name, names)}" for name in kwargs if name not in names]:
             raise ConfigError(f"{cls.__name__} got unknown arguments. {'; '.join(unknown)}.")
         init(self, *args, **kwargs)
@@ -57,17 +57,15 @@ def explains_arguments(cls: _Class) -> _Class:
     return cls
 
 
-def _with_ratio(scale: Any, ratio: Any, names: Collection[str]) -> dict[str, Any]:
+def _with_ratio(scale: Any, ratio: Any) -> dict[str, float]:
     """PEFT's ratio of the rates of B and A, as ``lr_scale``."""
-    if "lr_scale" not in names:
-        return {"loraplus_lr_ratio": ratio}
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < math.inf:
         raise ConfigError(f"loraplus_lr_ratio={ratio!r} is not valid. Expected a number above zero, such as 16.")
     if isinstance(scale, dict):
         raise ConfigError(
             f"lr_scale={scale!r} has the rates of A and B already. Leave out loraplus_lr_ratio={ratio!r}."
         )
-    return {"lr_scale": {"A": scale, "B": scale * ratio}}
+    return {"A": scale, "B": scale * ratio}
 
 
 def _hint(cls: type, name: str, names: Collection[str]) -> str:

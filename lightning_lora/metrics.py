@@ -7,10 +7,8 @@ it, and other numbers are means. Processes have equal adapters, so each computes
 weights are gathered, so every process must call ``update``.
 """
 
-from itertools import filterfalse
-from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,10 +71,10 @@ class Measured(NamedTuple):
 
 def measured(source: Source) -> dict[str, Measured]:
     """Return the adapted matrices of a model or a file, by name."""
-    layers, merged, found = dict[str, Any](), dict[str, Adapter](), dict[str, Measured]()
+    merged, found = dict[str, Any](), dict[str, Measured]()
     if isinstance(source, str | Path):
         stored = read_layers(source)
-        layers = {name: layer_on(stored, name, {}) for name in stored.layers}
+        layers: dict[str, Any] = {name: layer_on(stored, name, {}) for name in stored.layers}
         adapters = {name: layer._lora_adapter() for name, layer in layers.items()}
     else:
         model, adapter_name = source if isinstance(source, tuple) else (source, None)
@@ -84,9 +82,10 @@ def measured(source: Source) -> dict[str, Measured]:
         layers, merged = {**view.modules}, view.record.merged
         adapters = adapters_of(model, adapter_name or view.adapter.name)
     for name, adapter in adapters.items():
-        for matrix in filterfalse(attrgetter("tokens"), adapter.matrices):  # rows of tokens have no A and B
-            bases = merged[name].bases if name in merged else {}
-            found[join(name, matrix.name)] = Measured(layers[name], adapter, matrix, bases)
+        bases = merged[name].bases if name in merged else {}
+        for matrix in adapter.matrices:
+            if not matrix.tokens:  # rows have no A and B
+                found[join(name, matrix.name)] = Measured(layers[name], adapter, matrix, bases)
     return found
 
 
@@ -137,8 +136,7 @@ class _OfAdapters(Metric):
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Draw the numbers, or a list of those of several steps. Return the figure and its axes. Needs matplotlib."""
         val = self.compute() if val is None else val
-        drawn: Any = self._plot(val, ax)
-        figure, axes = drawn
+        figure, axes = cast(Any, self._plot(val, ax))
         _, names = axes.get_legend_handles_labels()
         for number, line in enumerate(axes.lines):  # from dark to light, through the model
             line.set_color(_drawing.plt.cm.viridis(number / len(axes.lines)))
@@ -252,7 +250,7 @@ class SubspaceSimilarity(_OfAdapters):
 
     def __init__(self, i: int | None = None, j: int | None = None, *, side: str = "A", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if min(1 if i is None else i, 1 if j is None else j) < 1:
+        if any(number is not None and number < 1 for number in (i, j)):
             raise ConfigError(f"i={i}, j={j} is not valid. Expected numbers of directions, at least 1.")
         self.i, self.j, self.side = i, i if j is None else j, _known("side", side, "A", "B")
 
@@ -279,9 +277,10 @@ class SubspaceSimilarity(_OfAdapters):
         _drawing._error_on_missing_matplotlib()
         val = self.compute() if val is None else val
         grids = val if isinstance(val, dict) else {self.reduction: val}
-        rows, columns = _drawing._get_col_row_split(len(grids))
-        figure, axes, shown, size = None, ax, [ax], (3.2 * columns + 1, 2.8 * rows)
+        figure, axes, shown = None, ax, [ax]
         if ax is None:
+            rows, columns = _drawing._get_col_row_split(len(grids))
+            size = 3.2 * columns + 1, 2.8 * rows
             figure, axes = _drawing.plt.subplots(rows, columns, squeeze=False, layout="constrained", figsize=size)
             shown = list(_drawing.trim_axs(axes, len(grids)))
         for each, (name, grid) in zip(shown, grids.items(), strict=False):
