@@ -11,18 +11,17 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.optim import Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 
-from lightning_lora.errors import listed
+from lightning_lora.errors import listed, shortened
 from lightning_lora.layers import LoRALayer, LoRAParameters, count
 from lightning_lora.model.state import find_record
 from lightning_lora.model.view import View
 from lightning_lora.storage.state import without_base
 from lightning_lora.tables import fitting_console, grouped, layer_table
 from lightning_lora.tensors.inplace import InPlace
-from lightning_lora.tensors.names import join, state_dict, submodule
+from lightning_lora.tensors.names import join, owner_of, state_dict, submodule
 
 _LIKE_ADAM = (Adam, Adamax, AdamW, NAdam, RAdam)  # they keep two tensors for each trained parameter
 _PLAIN = (nn.Parameter, Tensor)
-_MOST = 8  # layers that a line names
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,8 @@ class LoRASummary:
             headline = f"{self.title} is a plain model{merged if self.adapters else ''}"
         shown: list[RenderableType] = [Text(headline, style="bold"), self._layers(trained_only)]
         if self.smaller:
-            names = [f"{name} (r={r})" for name, r in self.smaller]
-            more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
-            shown.append(Text(f"Layers smaller than r have their largest rank: {', '.join(names[:_MOST])}{more}"))
+            names = shortened([f"{name} (r={r})" for name, r in self.smaller], 8)
+            shown.append(Text(f"Layers smaller than r have their largest rank: {names}"))
         if not self.plain:
             shown.append(costs := self._costs(optimizers))
             if any(rates):
@@ -86,15 +84,15 @@ class LoRASummary:
 
     def _layers(self, trained_only: bool) -> Table:
         table = layer_table("Layers", "Type", "r", "Trained", "Frozen")
-        others, frozen = sum(group.layers for group in self.groups), self.frozen
+        others = frozen = 0
         for group in self.groups:
             if trained_only and not group.trained:
+                others, frozen = others + group.layers, frozen + group.frozen
                 continue
             parts = f" [{','.join(group.parts)}]" if group.parts else ""
             times = f" (×{group.layers})" if group.layers > 1 else ""
             r = "–" if group.r is None else str(group.r)
             table.add_row(Text(group.name + parts + times), group.kind, r, f"{group.trained:,}", f"{group.frozen:,}")
-            others, frozen = others - group.layers, frozen - group.frozen
         if others:
             table.add_row(f"{others} other layer{'s' if others > 1 else ''}", "", "–", "0", f"{frozen:,}")
         table.add_section()
@@ -140,11 +138,11 @@ def summarize(model: nn.Module) -> LoRASummary:
         >>> summary.trained, summary.frozen, [group.name for group in summary.groups]
         (128, 544, ['0', '2'])
     """
-    view, seen = View(model), set[int]()
+    view, seen = View(model), set[nn.Parameter]()
     counts, kinds = dict[str, tuple[int, int]](), dict[str, tuple[Any, ...]]()
     for name, module in view.modules.items():
-        parameters = [p for p in _parameters(module) if id(p) not in seen]
-        seen.update(map(id, parameters))
+        parameters = [p for p in _parameters(module) if p not in seen]
+        seen.update(parameters)
         if parameters:
             trained = sum(count(p) for p in parameters if p.requires_grad)
             counts[name] = trained, sum(map(count, parameters)) - trained
@@ -178,29 +176,26 @@ def _smaller(view: View, name: str) -> tuple[tuple[str, int], ...]:
         r = matrix.rank(layer.lora_settings.r)
         if r < view.config.rank(name, target):
             found[matrix.weight] = r
-    are_all = len(found) == len(layer.lora_weights()) and len({*found.values()}) == 1
-    return (("", next(iter(found.values()))),) if are_all else tuple(found.items())
+    ranks = {*found.values()}
+    return (("", ranks.pop()),) if len(found) == len(layer.lora_weights()) and len(ranks) == 1 else tuple(found.items())
 
 
 def _parameters(module: nn.Module) -> list[nn.Parameter]:
     """A layer's parameters, with those of the layers inside it whose weights its adapter updates."""
     weights = module.lora_weights() if isinstance(module, LoRALayer) else ()
-    holders = dict.fromkeys(submodule(module, weight.rpartition(".")[0]) for weight in weights)
-    return [p for holder in {module: None, **holders} for p in holder.parameters(recurse=False)]
+    holders = dict.fromkeys([module, *(submodule(module, owner_of(weight)) for weight in weights)])
+    return [p for holder in holders for p in holder.parameters(recurse=False)]
 
 
 def _with_costs(view: View, groups: tuple[LayerGroup, ...], smaller: tuple[tuple[str, int], ...]) -> LoRASummary:
-    model = view.model
-    trained = [p for p in model.parameters() if p.requires_grad]
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    added = set(map(id, view.adapters.values()))
-    base = [p for p in model.parameters() if id(p) not in added]
-    state = without_base(view, state_dict(model)) if view.is_adapted else model.state_dict()
+    parameters, added = list(view.model.parameters()), set(view.adapters.values())
+    trained, base = [p for p in parameters if p.requires_grad], [p for p in parameters if p not in added]
+    state = without_base(view, state_dict(view.model)) if view.is_adapted else view.model.state_dict()
     return LoRASummary(
-        title=type(model).__name__,
+        title=type(view.model).__name__,
         groups=groups,
         trained=sum(map(count, trained)),
-        frozen=sum(map(count, frozen)),
+        frozen=sum(map(count, parameters)) - sum(map(count, trained)),
         optimizer_bytes=2 * _bytes(trained),
         full_optimizer_bytes=2 * _full_bytes(base),
         checkpoint_bytes=_bytes(state.values()),
