@@ -55,7 +55,7 @@ class LoRACallback(Callback):
     error.
 
     When a fit begins, the Trainer's loggers get the arguments as hyperparameters (``lora/r``), with the share of
-    parameters that train and a digest of the base.
+    parameters that train and a digest of the base. ``LoRAConfig`` says more of each argument before ``merge``.
 
     Args:
         r: Rank of the update. A layer whose smaller side is less gets its largest rank, with the same scaling.
@@ -64,20 +64,14 @@ class LoRACallback(Callback):
         target_modules: The layers to adapt. ``"all-linear"`` means every linear layer except a language model's output
             head. ``"all"`` means every supported layer. Any other string is a regular expression that must match the
             full dotted name. Or give a list of names, or of the last parts of names.
-        target_slices: Parts of fused layers to adapt: ``{"c_attn": ["q", "v"]}``, also in nn.MultiheadAttention, or a
-            range of output features: ``{"proj": {"a": [0, 64]}}``. See ``LoRAConfig``.
-        target_parameters: Matrices, or stacks of matrices, that are parameters of a module and not layers of their own,
-            such as expert weights.
-        exclude_modules: Modules to leave without adapters, with all their submodules. Give a regular expression or a
-            list, as for ``target_modules``.
-        modules_to_save: Names of modules, or of single parameters, to train in full. They take precedence over
-            ``target_modules``. List every new layer here: a frozen layer with random weights learns nothing.
-        trainable_token_indices: Rows of the input embedding to train, such as those of new tokens. Or a dict of such
-            lists, by the names of embeddings.
-        rank_pattern: Layers with another rank than ``r``. The keys are names, last parts of names, or regular
-            expressions for the end of a name. A parameter in ``target_parameters`` is meant by its own name, such as
-            ``"experts.gate_up_proj"``, or by that of its module.
-        alpha_pattern: Layers with another ``alpha``, with the same kind of keys.
+        target_slices: Parts of fused layers to adapt, such as ``{"c_attn": ["q", "v"]}``.
+        target_parameters: Matrices that are parameters of a module and no layers of their own, such as expert weights.
+        exclude_modules: Modules to leave without adapters. Give a regular expression or a list, as above.
+        modules_to_save: Modules, or single parameters, to train in full. List every new layer here: a frozen layer with
+            random weights learns nothing.
+        trainable_token_indices: Rows of the input embedding to train, such as those of new tokens.
+        rank_pattern: Layers with another rank than ``r``, such as ``{"query": 4}``.
+        alpha_pattern: Layers with another ``alpha``.
         bias: Which biases train too: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
         init: How the adapters are initialised. ``"kaiming"`` (uniform) and ``"gaussian"`` make ``lora_A`` random.
             ``"pissa"`` and ``"olora"`` start both matrices from the strongest part of the weight.

@@ -148,21 +148,19 @@ def left_alone(view: View) -> tuple[list[str], list[str], float]:
 
     It is the layers' names, their classes (the most frequent first), and their share of all weights.
     """
-    found: dict[str, nn.Module] = {}
-    if view.config.target_modules == "all-linear":
-        names = Names(view.model)
-        excluded = set(names.find("exclude_modules", view.config.exclude_modules))
-        for name, layer in names.first_names(set(names.modules.values())).items():
-            kind = adapter_for(layer)
-            if kind is None or kind.lora_is_linear or isinstance(layer, nn.Embedding | nn.EmbeddingBag):
-                continue
-            if excluded.isdisjoint(starts_of(name)) and not why_not(names, name, layer):
-                found[name] = layer
+    if view.config.target_modules != "all-linear":
+        return [], [], 0
+    names, found = Names(view.model), dict[str, nn.Module]()
+    excluded = set(names.find("exclude_modules", view.config.exclude_modules))
+    for name, layer in names.first_names(set(names.modules.values())).items():
+        kind = adapter_for(layer)
+        is_other = kind and not kind.lora_is_linear and not isinstance(layer, nn.Embedding | nn.EmbeddingBag)
+        if is_other and excluded.isdisjoint(starts_of(name)) and not why_not(names, name, layer):
+            found[name] = layer
     weights = [name for name in view.frozen if owner_of(name) in found and name not in view.frozen_by_user]
     layers = list(dict.fromkeys(map(owner_of, weights)))
     kinds = Counter(type(found[name]).__name__ for name in layers)
-    share = _size(view, weights) / max(_size(view, view.base), 1)
-    return layers, list(dict(kinds.most_common())), share
+    return layers, list(dict(kinds.most_common())), _size(view, weights) / max(_size(view, view.base), 1)
 
 
 def _size(view: View, names: Iterable[str]) -> int:
@@ -238,11 +236,9 @@ def log_arguments(trainer: Trainer, pl_module: LightningModule, **others: Any) -
         values["base"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     named = {f"lora/{name}": _plain(value) for name, value in values.items() if value is not None}
     for logger in trainer.loggers:
-        shown = named
-        if "TensorBoardLogger" in class_names(logger):
-            shown = {**_own(trainer, pl_module), **named}  # it shows only what it gets first
+        own = _own(trainer, pl_module) if "TensorBoardLogger" in class_names(logger) else {}  # it shows the first ones
         try:
-            logger.log_hyperparams(shown)
+            logger.log_hyperparams({**own, **named})
         except Exception as error:  # of any library; a record is no reason to end a fit
             warn(
                 f"{type(logger).__name__} did not take {listed(named)} ({type(error).__name__}: {error}). The fit goes "

@@ -14,8 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_lora.errors import OptimizerError, listed
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.names import own_parameter, owner_of, parameters_of, starts_of
-from lightning_lora.training.rates import Params, Scale, check_splits, join, scales_in, split
+from lightning_lora.tensors.names import named_parameters, own_parameter, owner_of, starts_of
+from lightning_lora.training.rates import Params, Scale, check_splits, scales_in, split, unsplit
 
 _EDITED: "WeakKeyDictionary[Optimizer, tuple[list[Params], list[Params]]]" = WeakKeyDictionary()
 """The groups of each optimizer as built, and after editing: LightningCLI returns the same one in every fit."""
@@ -39,7 +39,7 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: 
     view = view_of(model)
     scales = scales_in(view, lr_scale)
     for optimizer in optimizers:
-        join(optimizer)
+        unsplit(optimizer)
     followers = defaultdict[nn.Parameter, Params](list)
     for layer in view.layers.values():
         for name, about in layer.lora_roles().items():
@@ -62,7 +62,7 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: 
 
 def check_layouts(optimizer: Optimizer, view: View, *, clips: bool) -> None:
     """Refuse an optimizer that torch cannot run on sharded parameters."""
-    names, layouts = {p: name for name, p in _named_once(view).items()}, defaultdict[Any, list[str]](list)
+    names, layouts = {p: name for name, p in named_parameters(view.model).items()}, defaultdict[Any, list[str]](list)
     for group in optimizer.param_groups:
         for p in group["params"]:
             layouts[getattr(p, "device_mesh", None)].append(names.get(p, "a parameter"))
@@ -131,7 +131,7 @@ def _place_rest(view: View, edited: list[list[Params]]) -> None:
     """Put trained parameters that are in no optimizer into the only group, if there is only one."""
     groups = list(chain(*edited))
     placed = _held(groups)
-    rest = {name: p for name, p in _named_once(view).items() if p.requires_grad and p not in placed}
+    rest = {name: p for name, p in named_parameters(view.model).items() if p.requires_grad and p not in placed}
     if rest and len(groups) == 1:
         groups[0].extend(rest.values())
         rank_zero_info(f"No optimizer held {listed(rest)} or their weights: they train in its only parameter group.")
@@ -163,12 +163,8 @@ def _check_emptied(view: View, optimizer: str, held: set[nn.Parameter], adapted:
     )
 
 
-def _named_once(view: View) -> dict[str, nn.Parameter]:
-    return parameters_of(view.modules, remove_duplicate=True)
-
-
 def _write(view: View, optimizer: Optimizer, groups: list[Params]) -> None:
-    names = {p: name for name, p in _named_once(view).items()}
+    names = {p: name for name, p in named_parameters(view.model).items()}
     for group, parameters in zip(optimizer.param_groups, groups, strict=True):
         group["params"][:] = parameters
         if "param_names" in group:

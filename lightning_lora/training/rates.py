@@ -98,7 +98,7 @@ def split(optimizer: Optimizer, groups: list[Params], scales: Scales) -> list[Pa
     return kept + moved
 
 
-def join(optimizer: Optimizer) -> None:
+def unsplit(optimizer: Optimizer) -> None:
     """Undo a split: a module may return the same optimizer in its next fit."""
     if behind := _BEHIND.pop(optimizer, None):
         for group, (number, _) in zip(optimizer.param_groups[behind.place], behind.follows, strict=True):
