@@ -103,9 +103,7 @@ class LoRAMonitor(Callback):
             self._measures = trainer.strategy.reduce_boolean_decision(is_new, all=False)
             if self._measures:
                 self._values, self._of_base, self._draws = dict[str, Any](), dict[Any, list[Tensor]](), False
-                self._logs = type(loop._results)(training=False)
-                with disable_adapters(pl_module):
-                    self._sets = _two_sets(pl_module)
+                self._logs, self._sets = type(loop._results)(training=False), list[Any]()
         self._seen[self._place] = content
         if self._measures:
             self._run_base(trainer, pl_module, loop, args[0])
@@ -123,6 +121,7 @@ class LoRAMonitor(Callback):
             _set(loop, "_results", self._logs, back)
             _set(trainer, "_loggers", [DummyLogger()] * len(trainer.loggers), back)
             back.enter_context(disable_adapters(pl_module))
+            self._sets = self._sets or _two_sets(pl_module)
             back.callback(_exchange, self._sets)
             _exchange(self._sets)
             _set(pl_module, "_current_fx_name", "validation_step", back)

@@ -325,6 +325,28 @@ def test_an_error_of_the_base_leaves_the_model_its_own(tmp_path: Path) -> None:
     assert model.child.number == model.meter.number == 2  # of the sanity check
 
 
+class Holds(LitTiny):
+    """Its own objects and collections hold code, and objects of torch."""
+
+    runs: list[list[int]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = {"held": [torch.optim.SGD(self.parameters(), 0.1)], "code": [torch, Meter, alone], "self": [self]}
+        type(self).runs = []
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        held, *others = self.table.values()
+        self.runs.append([id(self.table), id(held), *map(id, held), *(id(each) for other in others for each in other)])
+        super().validation_step(batch, batch_idx)
+
+
+def test_objects_of_torch_and_code_are_not_copied_for_the_base(tmp_path: Path) -> None:
+    trainer(tmp_path, [LoRAMonitor()]).validate(as_trained(Holds()), data(), verbose=False)
+    base, own, *_ = Holds.runs
+    assert [one == other for one, other in zip(base, own, strict=True)] == [False, False, True, True, True, True, True]
+
+
 class Two(LitTiny):
     """Two loaders, whose numbers come from one metric."""
 
