@@ -124,10 +124,10 @@ def follow(*optimizers: Any) -> None:
 
 def _check_stored(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Refuse the states of A for B: the sizes may be the same."""
-    stored, here = (groups[_BEHIND[optimizer].place] for groups in (state["param_groups"], optimizer.param_groups))
-    names = [group.get("name") for group in stored], [group["name"] for group in here]
-    if names[0] != names[1]:
-        raise ValueError(f"its parameter groups of adapters are {names[0]}, and the module's {names[1]}")
+    both = state["param_groups"], optimizer.param_groups
+    stored, here = ([group.get("name") for group in groups[_BEHIND[optimizer].place]] for groups in both)
+    if stored != here:
+        raise ValueError(f"its parameter groups of adapters are {stored}, and the module's {here}")
 
 
 def _show(optimizer: Optimizer) -> None:
