@@ -154,10 +154,11 @@ class Pairs(Rich):
 @pytest.mark.parametrize(
     ("build", "loaders"),
     [
+        (Rich, lambda: (shuffled(num_workers=1, persistent_workers=True), data())),
         (Pairs, lambda: ({"a": shuffled(), "b": data()}, data())),
         (Rich, InData),
     ],
-    ids=["several", "data module"],
+    ids=["workers", "several", "data module"],
 )
 def test_data_is_loaded_once_and_as_alone(tmp_path: Path, build: Any, loaders: Any) -> None:
     InData.loaded = 0
@@ -243,7 +244,7 @@ def test_the_better_half_goes_on_after_each_validation(tmp_path: Path) -> None:
     assert ends[2:4] == sorted(ends[2:4]) and ends[4:] == sorted(ends[4:])
     best, second = sweep.results[:2]
     assert best["metrics"][2] <= second["metrics"][2]
-    assert steps[:16] == list(sweep.runs) * 2  # each batch goes through all
+    assert steps[:32] == [name for name in sweep.runs for _ in range(4)]  # four batches go through all
     assert len(list((tmp_path / sweep.results[-1]["name"]).glob("*.ckpt"))) == 1
 
 

@@ -1,6 +1,7 @@
 """What each run of a sweep has of its own, and what all share: the data, which is loaded once, and the base."""
 
 import pickle
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy, deepcopy
 from functools import partial
@@ -22,8 +23,8 @@ from lightning_lora.errors import ConfigError, LoRAError, warn
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.apply import load_adapter_state_dict
 from lightning_lora.storage.state import adapter_state_dict
-from lightning_lora.sweep.runs import Run, Runs
-from lightning_lora.tensors.inplace import InPlace, overlay, uncover
+from lightning_lora.sweep.runs import TURN, Run, Runs
+from lightning_lora.tensors.inplace import InPlace, overlay
 from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.compatibility import loads_in_hooks
 
@@ -97,31 +98,30 @@ class _SharedLoader(DataLoader[Any], InPlace):
         run, runs, passes, begun = self.lora_shared
         number = next(begun)
         if number not in passes:
-            loader: Any = copy(self)
-            uncover(loader)
-            if number:
-                loader = passes[number - 1].loader  # with its own workers
-            passes[number] = _Pass(loader, _Made(run, partial(iter, loader)))
+            begin = passes[number - 1].begin if number else super().__iter__  # of one copy, with its own workers
+            passes[number] = _Pass(begin, _Made(run, partial(run.ask, begin)))
             passes.pop(number - 2, None)
-        passes[number].opened.take(run)
+        passes[number].begun.take(run)
         return passes[number].batches(runs, run)
 
 
 class _Pass:
-    """One pass through a loader, and the batch at which all runs are."""
+    """One pass through a loader, and its latest batches, which some runs have yet to take."""
 
-    def __init__(self, loader: Any, opened: _Made) -> None:
-        self.loader, self.opened, self.batch, self.number = loader, opened, opened, -1
+    def __init__(self, begin: Callable[[], Any], begun: _Made) -> None:
+        self.begin, self.begun = begin, begun
+        self.made, self.count = deque[_Made](maxlen=TURN), 0
 
     def batches(self, runs: Runs, run: Run) -> Iterator[Any]:
         """Yield copies of the batches for one run: a training step may change them."""
         for number in count():
-            runs.pass_on(run)
-            if number == self.number + 1:
-                self.batch, self.number = _Made(run, partial(next, self.opened.value, _END)), number
-            if number != self.number:
+            runs.pass_on(run, number)
+            if number == self.count:
+                self.made.append(_Made(run, partial(next, self.begun.value, _END)))
+                self.count += 1
+            if self.count - number > TURN:
                 raise LoRAError(f"{run.name} of LoRASweep skipped batches: all adapters must use the same ones.")
-            batch = self.batch.take(run)
+            batch = self.made[number - self.count].take(run)
             if batch is _END:
                 return
             yield apply_to_collection(batch, Tensor, Tensor.clone)
@@ -180,10 +180,12 @@ def share_base(module: LightningModule, values: dict[str, Tensor]) -> None:
     view = view_of(module)
     for name, p in view.frozen.items():
         known = values.setdefault(name, p.data)
-        if (known.device, known.dtype) != (p.device, p.dtype) or not torch.equal(known, p.data):
-            values[name] = p.data
-        elif known.data_ptr() != p.data_ptr():
+        if known.data_ptr() == p.data_ptr():
+            continue
+        if (known.device, known.dtype) == (p.device, p.dtype) and torch.equal(known, p.data):
             replace_values(p, known)
+        else:
+            values[name] = p.data
     for p in view.trained.values():
         replace_values(p, p.data.clone())
 
@@ -208,7 +210,7 @@ def adopt_notes(trainer: Any, run: Run, memo: Memo) -> None:
         back |= {id(each): own[name] for name, each in its()}
     for callback in trainer.callbacks:
         if not isinstance(callback, LoRACallback):
-            _adopt_attributes(callback, memo[id(callback)], back)
+            _adopt_attributes(callback, memo.get(id(callback), callback), back)
     for each in theirs.modules():
         if each is theirs or not isinstance(each, InPlace):
             _adopt_attributes(back[id(each)], each, back)
