@@ -20,7 +20,7 @@ from lightning_lora.callback import LoRACallback
 from lightning_lora.errors import ConfigError, listed
 from lightning_lora.model.state import find_record
 from lightning_lora.storage.base import note_changed
-from lightning_lora.sweep.runs import Run, Runs
+from lightning_lora.sweep.runs import Run, play
 from lightning_lora.sweep.sharing import Loaders, Memo, adopt, adopt_notes, copy_trainer, share_base
 from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.inplace import class_names
@@ -127,16 +127,16 @@ class LoRASweep(LoRACallback):
             if "SaveConfigCallback" in class_names(each):
                 each.setup(trainer, pl_module, "fit")  # LightningCLI's, which cannot be copied
         trainer.callbacks = _without({"SaveConfigCallback"}, trainer)
-        runs = list(map(Run, self.runs))
-        turns, loop = Runs(runs, self.keep, 1 if self.mode == "min" else -1), trainer.fit_loop
-        train, val = Loaders(loop._data_source, turns), Loaders(loop.epoch_loop.val_loop._data_source, turns)
-        base, memos = {name: p.data for name, p in pl_module.named_parameters()}, dict[Run, Memo]()
+        loop, runs, memos = trainer.fit_loop, list(map(Run, self.runs)), dict[Run, Memo]()
+        sources = {"train_dataloader": loop._data_source, "val_dataloader": loop.epoch_loop.val_loop._data_source}
+        loaders = {name: Loaders(source) for name, source in sources.items()}
+        base = {name: p.data for name, p in pl_module.named_parameters()}
         for run in runs:
             memos[run] = {id(self): _Member(run, self.monitor, base, self.runs[run.name])}
-            copy_trainer(trainer, run, memos[run], {"train_dataloader": train, "val_dataloader": val})
+            copy_trainer(trainer, run, memos[run], loaders)
             if run is not runs[0]:
                 run.trainer.callbacks = _without(_SHOWN, run.trainer)
-        ranked, self.results = turns.play(), []
+        ranked, self.results = play(runs, self.keep, 1 if self.mode == "min" else -1), []
         self._best = ranked[0], memos[ranked[0]]
         for each in ranked:
             chosen = {key: self.runs[each.name][key] for key in self.varied}
@@ -225,7 +225,6 @@ class _Member(LoRACallback):
                 f"Log it in validation_step: self.log({self.monitor!r}, ...)."
             )
         if not trainer.sanity_checking:  # which tells early if it is missing
-            self._check_base(pl_module)
             self.run.metrics.append(float(trainer.callback_metrics[self.monitor]))
 
 

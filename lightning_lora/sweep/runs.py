@@ -1,8 +1,8 @@
-"""Runs that take turns: each is a whole fit in a thread of its own, and only one of them goes on at a time."""
+"""Runs that take turns: each is a whole fit in a thread of its own, and only one of them computes at a time."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 from threading import Semaphore, Thread
 from typing import Any
 
@@ -14,31 +14,22 @@ TURN = 4  # batches: a change of threads costs about a twentieth of a small trai
 
 
 class Run(Thread):
-    """The fit of one adapter, with its own random numbers. Either its thread computes, or the one that waits for it."""
+    """The fit of one adapter, with random numbers of its own."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name=name, daemon=True)
         self.trainer: Any = None
-        self.metrics: list[float] = []
-        self.dropped: int | None = None  # the number of the validation after which it was ended
+        self.metrics: list[float] = []  # one of each validation
+        self.judged = 0  # how many of these were compared with the others'
+        self.dropped: int | None = None  # the number of the validation after which it ends
         self.error: BaseException | None = None
         self.random = _collect_rng_states()
-        self.has_ended = False
+        self._has_ended = False
         self._turn, self._back = Semaphore(0), Semaphore(0)
         self._request: Callable[[], Any] | None = None
 
-    def run(self) -> None:
-        """Fit."""
-        try:
-            self.trainer.fit(self.trainer.lightning_module, datamodule=self.trainer.datamodule)
-        except BaseException as error:
-            is_stop = isinstance(error.__context__, KeyboardInterrupt)  # for which Lightning needs the main thread
-            self.error = error.__context__ if is_stop else error
-        self.has_ended = True
-        self._back.release()
-
-    def go_on(self) -> None:
-        """Let it compute until it pauses or ends, and do here what it asks for."""
+    def go_on(self) -> bool:
+        """Let it compute until it pauses, and do what it asks for. Return whether there is more to come."""
         _set_rng_states(self.random)
         self.start() if self.ident is None else self._turn.release()
         self._back.acquire()
@@ -47,92 +38,91 @@ class Run(Thread):
             self._turn.release()
             self._back.acquire()
         self.random = _collect_rng_states()
+        if self.error is not None:
+            raise self.error
+        return not self._has_ended
 
-    def pause(self) -> None:
-        """Wait for the next turn. A run that was dropped ends then."""
+    def stop(self) -> None:
+        """Let it end, wherever it is, and wait for that."""
+        self.dropped = self.judged
+        self._turn.release()
+        if self.ident is not None:
+            self.join()
+
+    # In its thread
+
+    def run(self) -> None:
+        """Fit."""
+        try:
+            self.trainer.fit(self.trainer.lightning_module, datamodule=self.trainer.datamodule)
+        except BaseException as error:
+            is_stop = isinstance(error.__context__, KeyboardInterrupt)  # which Lightning handles in the main thread
+            self.error = error.__context__ if is_stop else error
+            when = "in" if self.trainer.global_step else "before"
+            rank_zero_info(f"LoRASweep ends {when} training: {self.name} raised {type(self.error).__name__}.")
+        if self.dropped is not None:
+            self.trainer = None  # with its module
+        self._has_ended = True
+        self._back.release()
+
+    def reach(self, batch: int) -> None:
+        """Let the others come as far, after some batches and after a validation."""
+        if batch % TURN == 0 or len(self.metrics) > self.judged:
+            self._pause()
+
+    def ask(self, request: Callable[[], Any]) -> Any:
+        """Return what ``request`` returns in the thread that waits: processes are safely started from the main one."""
+        self._request = request
+        self._pause()
+        return self._answer
+
+    def _pause(self) -> None:
         self._back.release()
         self._turn.acquire()
         if self.dropped is not None:
             raise _TunerExitException  # a quiet end for Lightning
 
-    def ask(self, request: Callable[[], Any]) -> Any:
-        """Return what ``request`` returns in the thread that waits, from which processes are best started."""
-        self._request = request
-        self.pause()
-        return self._answer
 
-    def stop(self) -> None:
-        """Let it end, wherever it is, and wait for that."""
-        self.dropped = self.dropped or 0
-        self._turn.release()
-        if self.ident is not None:
-            self.join()
+def play(runs: list[Run], keep: float, sign: int) -> list[Run]:
+    """Let all fit, and return them, the best one first. ``sign`` is 1 if a low metric is good, and -1 if a high one."""
+    live, shown, rank = runs, runs[0], partial(_rank, sign)
+    try:
+        while live:
+            live = [run for run in live if run.go_on()]
+            if live and all(len(run.metrics) > run.judged for run in live):
+                _judge(ranked := sorted(live, key=rank), math.ceil(len(live) * keep))
+                _move_bar(shown.trainer, ranked[0].trainer)
+                shown = ranked[0]
+    finally:
+        for run in live:  # after an error, or Ctrl-C
+            run.stop()
+    return sorted(runs, key=lambda run: (-(run.dropped or math.inf), rank(run)))
 
 
-@dataclass
-class Runs:
-    """Several runs, in turn. ``sign`` is 1 if a low metric is good, and -1 if a high one is."""
+def _judge(ranked: list[Run], kept: int) -> None:
+    """Compare the runs after a validation of all: only the first ones go on."""
+    for place, run in enumerate(ranked):
+        run.judged += 1
+        if place >= kept:
+            run.dropped = run.judged
+    best = ranked[0]
+    rank_zero_info(f"LoRASweep, validation {best.judged}: {best.name} is best; {kept} of {len(ranked)} go on.")
 
-    live: list[Run]
-    keep: float
-    sign: int
-    validations: int = 0
-    shown: Run = field(init=False)
 
-    def play(self) -> list[Run]:
-        """Let all fit, and return them, the best one first."""
-        runs, self.shown = [*self.live], self.live[0]
-        try:
-            while self.live:
-                for run in [*self.live]:
-                    self._advance(run)
-                if self.live and all(len(run.metrics) > self.validations for run in self.live):
-                    self._drop()
-        finally:
-            for run in self.live:  # after an error or Ctrl-C
-                run.stop()
-        return sorted(runs, key=lambda run: (-(run.dropped or math.inf), self._rank(run)))
+def _rank(sign: int, run: Run) -> float:
+    value = sign * run.metrics[-1] if run.metrics else math.nan
+    return math.inf if math.isnan(value) else value
 
-    def _advance(self, run: Run) -> None:
-        run.go_on()
-        if run.error is not None:
-            when = "in" if run.trainer.global_step else "before"
-            rank_zero_info(f"LoRASweep ends {when} training: {run.name} raised {type(run.error).__name__}.")
-            raise run.error
-        if run.has_ended:
-            self.live.remove(run)
-            run.join()
-            if run.dropped is not None:
-                run.trainer = None  # with its module
 
-    def pass_on(self, run: Run, batch: int) -> None:
-        """Let the others come as far as this run."""
-        if batch % TURN == 0 or len(run.metrics) > self.validations:
-            run.pause()
-
-    def _drop(self) -> None:
-        """Keep the better ones, after a validation of all."""
-        self.validations += 1
-        ranked = sorted(self.live, key=self._rank)
-        best, kept = ranked[0], math.ceil(len(ranked) * self.keep)
-        for run in ranked[kept:]:
-            run.dropped = self.validations
-        rank_zero_info(f"LoRASweep, validation {self.validations}: {best.name} is best; {kept} of {len(ranked)} go on.")
-        self._show(best)
-
-    def _show(self, best: Run) -> None:
-        """Give the progress bar to the best one."""
-        before, self.shown = self.shown.trainer, best
-        bar, now = before.progress_bar_callback, best.trainer
-        if bar is not None and now is not before:
-            bar.on_train_end(before, before.lightning_module)
-            bar.teardown(before, before.lightning_module, "fit")
-            before.callbacks.remove(bar)
-            now.callbacks.append(bar)
-            bar.setup(now, now.lightning_module, "fit")
-            bar.on_train_start(now, now.lightning_module)
-            bar.on_train_epoch_start(now, now.lightning_module)
-
-    def _rank(self, run: Run) -> float:
-        value = self.sign * run.metrics[-1] if run.metrics else math.nan
-        return math.inf if math.isnan(value) else value
+def _move_bar(before: Any, now: Any) -> None:
+    """Give the progress bar to another Trainer."""
+    bar = before.progress_bar_callback
+    if bar is None or now is before:
+        return
+    bar.on_train_end(before, before.lightning_module)
+    bar.teardown(before, before.lightning_module, "fit")
+    before.callbacks.remove(bar)
+    now.callbacks.append(bar)
+    bar.setup(now, now.lightning_module, "fit")
+    bar.on_train_start(now, now.lightning_module)
+    bar.on_train_epoch_start(now, now.lightning_module)

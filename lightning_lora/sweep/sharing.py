@@ -23,7 +23,7 @@ from lightning_lora.errors import ConfigError, LoRAError, warn
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.apply import load_adapter_state_dict
 from lightning_lora.storage.state import adapter_state_dict
-from lightning_lora.sweep.runs import TURN, Run, Runs
+from lightning_lora.sweep.runs import TURN, Run
 from lightning_lora.tensors.inplace import InPlace, overlay
 from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.compatibility import loads_in_hooks
@@ -65,8 +65,9 @@ class _Made:
 class Loaders:
     """The loaders for training or validation. They are requested once, and each run gets copies."""
 
-    def __init__(self, source: Any, runs: Runs) -> None:
-        self.source, self.runs, self.made = source, runs, list[_Made]()
+    def __init__(self, source: Any) -> None:
+        self.source = source
+        self.made = list[_Made]()
         self.passes: dict[tuple[int, int], dict[int, _Pass]] = {}
 
     def request(self, run: Run, asked: Iterator[int], hook: Callable[[], Any]) -> Any:
@@ -85,37 +86,37 @@ class Loaders:
             raise ConfigError(f"{self.source.name} gave {type(loader).__name__}. LoRASweep expects a DataLoader.")
         own = copy(loader)
         overlay(own, _SharedLoader)
-        own.lora_shared = run, self.runs, self.passes.setdefault((id(loader), place), {}), count()
+        own.lora_shared = run, self.passes.setdefault((id(loader), place), {}), count()
         return own
 
 
 class _SharedLoader(DataLoader[Any], InPlace):
     """A run's copy of a DataLoader: its iterators give the batches that another run has loaded."""
 
-    lora_shared: "tuple[Run, Runs, dict[int, _Pass], Iterator[int]]"
+    lora_shared: "tuple[Run, dict[int, _Pass], Iterator[int]]"
 
     def __iter__(self) -> Any:
-        run, runs, passes, begun = self.lora_shared
+        run, passes, begun = self.lora_shared
         number = next(begun)
         if number not in passes:
-            begin = passes[number - 1].begin if number else super().__iter__  # of one copy, with its own workers
-            passes[number] = _Pass(begin, _Made(run, partial(run.ask, begin)))
+            passes[number] = _Pass(run, passes[number - 1].begin if number else super().__iter__)
             passes.pop(number - 2, None)
         passes[number].begun.take(run)
-        return passes[number].batches(runs, run)
+        return passes[number].batches(run)
 
 
 class _Pass:
     """One pass through a loader, and its latest batches, which some runs have yet to take."""
 
-    def __init__(self, begin: Callable[[], Any], begun: _Made) -> None:
-        self.begin, self.begun = begin, begun
+    def __init__(self, run: Run, begin: Callable[[], Any]) -> None:
+        self.begin = begin  # of one copy for all passes, as it may keep its workers
+        self.begun = _Made(run, partial(run.ask, begin))
         self.made, self.count = deque[_Made](maxlen=TURN), 0
 
-    def batches(self, runs: Runs, run: Run) -> Iterator[Any]:
+    def batches(self, run: Run) -> Iterator[Any]:
         """Yield copies of the batches for one run: a training step may change them."""
         for number in count():
-            runs.pass_on(run, number)
+            run.reach(number)
             if number == self.count:
                 self.made.append(_Made(run, partial(next, self.begun.value, _END)))
                 self.count += 1
@@ -146,7 +147,7 @@ def copy_trainer(trainer: Any, run: Run, memo: Memo, loaders: Mapping[str, Loade
     module, data = trainer.lightning_module, trainer.datamodule
     shared = [value for value in vars(module).values() if isinstance(value, Dataset | DataLoader)]
     shared += [each.source.instance for each in loaders.values() if not each.source.is_module()]
-    memo.update(zip(map(id, shared), shared, strict=True))
+    memo |= {id(each): each for each in shared}
     for logger in trainer.loggers:
         memo[id(logger)] = named = copy(logger)
         overlay(named, _NamedLogger)
@@ -156,19 +157,18 @@ def copy_trainer(trainer: Any, run: Run, memo: Memo, loaders: Mapping[str, Loade
             memo[id(p)] = nn.Parameter(p.detach(), p.requires_grad)
     if data is not None:
         memo[id(data)] = copy(data)
+        memo[id(data)].__dict__.update(prepare_data=_nothing, setup=_nothing, teardown=_nothing)
     try:
         run.trainer = deepcopy(trainer, memo)
-        own = run.trainer.lightning_module.__dict__
+        own = vars(run.trainer.lightning_module)
         if isinstance(build := own.get("configure_optimizers"), MethodType):  # LightningCLI's, which holds an optimizer
             own["configure_optimizers"] = MethodType(deepcopy(build.__func__, memo), build.__self__)
     except (TypeError, RuntimeError) as error:
         raise ConfigError(f"LoRASweep needs a Trainer and a module that deepcopy can copy: {error}") from error
     own.update(prepare_data=_nothing, configure_callbacks=_nothing)
-    owner: Any = memo[id(data)] if data is not None else run.trainer.lightning_module
-    if data is not None:
-        owner.__dict__.update(prepare_data=_nothing, setup=_nothing, teardown=_nothing)
+    owner = run.trainer.lightning_module if data is None else memo[id(data)]
     for name, each in loaders.items():
-        owner.__dict__[name] = partial(each.request, run, count(), getattr(owner, name))
+        vars(owner)[name] = partial(each.request, run, count(), getattr(owner, name))
 
 
 def _nothing(*_: Any, **__: Any) -> None:
