@@ -9,7 +9,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.fabric.utilities.seed import _set_rng_states
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_module
 from rich.table import Table
@@ -21,7 +21,7 @@ from lightning_lora.errors import ConfigError, listed
 from lightning_lora.model.state import find_record
 from lightning_lora.storage.base import note_changed
 from lightning_lora.sweep.runs import Run, play
-from lightning_lora.sweep.sharing import Loaders, Memo, adopt, adopt_notes, copy_trainer, share_base
+from lightning_lora.sweep.sharing import adopt, adopt_notes, copy_trainer, loaders_of, share_base
 from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.training.compatibility import check_callbacks
@@ -30,7 +30,6 @@ Mode = Literal["min", "max"] | None
 
 _LISTS = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "trainable_token_indices")
 _REFUSED = {"WeightAveraging", "StochasticWeightAveraging", "LearningRateFinder", "BatchSizeFinder", "Timer"}
-
 _SHOWN = {"ProgressBar", "ModelSummary"}
 
 
@@ -127,21 +126,19 @@ class LoRASweep(LoRACallback):
             if "SaveConfigCallback" in class_names(each):
                 each.setup(trainer, pl_module, "fit")  # LightningCLI's, which cannot be copied
         trainer.callbacks = _without({"SaveConfigCallback"}, trainer)
-        loop, runs, memos = trainer.fit_loop, list(map(Run, self.runs)), dict[Run, Memo]()
-        sources = {"train_dataloader": loop._data_source, "val_dataloader": loop.epoch_loop.val_loop._data_source}
-        loaders = {name: Loaders(source) for name, source in sources.items()}
+        runs, loaders = list(map(Run, self.runs)), loaders_of(trainer)
         base = {name: p.data for name, p in pl_module.named_parameters()}
         for run in runs:
-            memos[run] = {id(self): _Member(run, self.monitor, base, self.runs[run.name])}
-            copy_trainer(trainer, run, memos[run], loaders)
+            member = _Member(run, self.monitor, base, self.runs[run.name])
+            copy_trainer(trainer, run, {id(self): member}, loaders)
             if run is not runs[0]:
                 run.trainer.callbacks = _without(_SHOWN, run.trainer)
         ranked, self.results = play(runs, self.keep, 1 if self.mode == "min" else -1), []
-        self._best = ranked[0], memos[ranked[0]]
         for each in ranked:
             chosen = {key: self.runs[each.name][key] for key in self.varied}
             self.results.append({"name": each.name, **chosen, "metrics": each.metrics, "dropped": each.dropped})
-        vars(self).update({**vars(LoRACallback(**self.runs[ranked[0].name])), "_training": self._training})
+        self._best = ranked[0]
+        vars(self).update({**vars(LoRACallback(**self.runs[self._best.name])), "_training": self._training})
         trainer.callbacks = _without(_SHOWN, trainer)
         self._training.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Checkpoint directory")  # is not empty: the runs' files are in it
@@ -149,9 +146,9 @@ class LoRASweep(LoRACallback):
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
         """Take over the best adapter, and where its fit has ended: the Trainer's own fit has nothing left to do."""
         self._loops = deepcopy(trainer.fit_loop.state_dict())
-        adopt(trainer, self._best[0])
+        adopt(trainer, self._best)
         super().on_fit_start(trainer, pl_module)
-        _set_rng_states(self._best[0].random)
+        _set_rng_states(self._best.random)
         self._training.callback(vars(self).pop, "_best", None)
         for limit in ("limit_train_batches", "limit_val_batches"):
             self._training.callback(setattr, trainer, limit, getattr(trainer, limit))
@@ -159,7 +156,7 @@ class LoRASweep(LoRACallback):
 
     def on_fit_end(self, trainer: Any, pl_module: LightningModule) -> None:
         """Show all adapters, and merge the best one's updates."""
-        adopt_notes(trainer, *self._best)  # now, as on_fit_start of the module may reset them
+        adopt_notes(trainer, self._best)  # now, as on_fit_start of the module may reset them
         fitting_console().print(self.table())
         super().on_fit_end(trainer, pl_module)
         del self._loops
@@ -185,10 +182,10 @@ class _Member(LoRACallback):
 
     def __init__(self, run: Run, monitor: str, base: dict[str, Tensor], arguments: dict[str, Any]) -> None:
         super().__init__(**arguments)
-        self.run, self.monitor, self.base, self.random = run, monitor, base, _collect_rng_states()
+        self.run, self.monitor, self.base = run, monitor, base
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
-        _set_rng_states(self.random)  # as in a fit of this adapter alone
+        _set_rng_states(self.run.random)  # as in a fit of this adapter alone
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
@@ -216,16 +213,15 @@ class _Member(LoRACallback):
             )
 
     def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
-        several = len(trainer.num_sanity_val_batches) > 1  # Lightning keeps nothing of their sanity check
-        if trainer.sanity_checking and (several or not trainer.callback_metrics):
-            return
-        if self.monitor not in trainer.callback_metrics:
+        found, is_check = trainer.callback_metrics, trainer.sanity_checking
+        is_kept = len(trainer.num_sanity_val_batches) == 1  # Lightning keeps nothing of a check of several loaders
+        if self.monitor not in found and (not is_check or (is_kept and found)):
             raise ConfigError(
-                f"monitor={self.monitor!r} is not logged in validation. Found: {listed(trainer.callback_metrics)}. "
+                f"monitor={self.monitor!r} is not logged in validation. Found: {listed(found)}. "
                 f"Log it in validation_step: self.log({self.monitor!r}, ...)."
             )
-        if not trainer.sanity_checking:  # which tells early if it is missing
-            self.run.metrics.append(float(trainer.callback_metrics[self.monitor]))
+        if not is_check:
+            self.run.metrics.append(float(found[self.monitor]))
 
 
 def _without(kinds: set[str], trainer: Any) -> list[Callback]:

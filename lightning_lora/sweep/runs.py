@@ -19,6 +19,7 @@ class Run(Thread):
     def __init__(self, name: str) -> None:
         super().__init__(name=name, daemon=True)
         self.trainer: Any = None
+        self.memo: dict[int, Any] = {}  # of the deepcopy: copies by the ids of objects
         self.metrics: list[float] = []  # one of each validation
         self.judged = 0  # how many of these were compared with the others'
         self.dropped: int | None = None  # the number of the validation after which it ends
@@ -61,7 +62,7 @@ class Run(Thread):
             when = "in" if self.trainer.global_step else "before"
             rank_zero_info(f"LoRASweep ends {when} training: {self.name} raised {type(self.error).__name__}.")
         if self.dropped is not None:
-            self.trainer = None  # with its module
+            self.trainer, self.memo = None, {}  # with its module
         self._has_ended = True
         self._back.release()
 

@@ -28,8 +28,6 @@ from lightning_lora.tensors.inplace import InPlace, overlay
 from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.compatibility import loads_in_hooks
 
-Memo = dict[int, Any]  # of deepcopy: copies by the ids of objects
-
 _END = object()  # what follows the last batch
 
 
@@ -142,8 +140,16 @@ class _NamedLogger(Logger, InPlace):
     def finalize(self, status: str) -> None: ...
 
 
-def copy_trainer(trainer: Any, run: Run, memo: Memo, loaders: Mapping[str, Loaders]) -> None:
+def loaders_of(trainer: Any) -> dict[str, Loaders]:
+    """Return a Trainer's loaders, by the names of the hooks that may give them."""
+    loop = trainer.fit_loop
+    sources = {"train_dataloader": loop._data_source, "val_dataloader": loop.epoch_loop.val_loop._data_source}
+    return {name: Loaders(source) for name, source in sources.items()}
+
+
+def copy_trainer(trainer: Any, run: Run, memo: dict[int, Any], loaders: Mapping[str, Loaders]) -> None:
     """Give a run its copy of a Trainer and its module. ``memo`` has what takes the place of other objects."""
+    run.memo = memo
     module, data = trainer.lightning_module, trainer.datamodule
     shared = [value for value in vars(module).values() if isinstance(value, Dataset | DataLoader)]
     shared += [each.source.instance for each in loaders.values() if not each.source.is_module()]
@@ -202,15 +208,15 @@ def adopt(trainer: Any, run: Run) -> None:
         vars(trainer._logger_connector)[kind] = vars(run.trainer._logger_connector)[kind]
 
 
-def adopt_notes(trainer: Any, run: Run, memo: Memo) -> None:
-    """Copy what code has noted in callbacks and modules, and buffers that no file holds. ``memo`` is of the copy."""
+def adopt_notes(trainer: Any, run: Run) -> None:
+    """Copy what code has noted in callbacks and modules, and buffers that no file holds."""
     module, theirs, back = trainer.lightning_module, run.trainer.lightning_module, {id(run.trainer): trainer}
     for mine, its in ((module.named_modules, theirs.named_modules), (module.named_parameters, theirs.named_parameters)):
         own = dict(mine())
         back |= {id(each): own[name] for name, each in its()}
     for callback in trainer.callbacks:
         if not isinstance(callback, LoRACallback):
-            _adopt_attributes(callback, memo.get(id(callback), callback), back)
+            _adopt_attributes(callback, run.memo.get(id(callback), callback), back)
     for each in theirs.modules():
         if each is theirs or not isinstance(each, InPlace):
             _adopt_attributes(back[id(each)], each, back)
@@ -218,12 +224,13 @@ def adopt_notes(trainer: Any, run: Run, memo: Memo) -> None:
             back[id(each)]._buffers[key] = deepcopy(each._buffers[key], back)
 
 
-def _adopt_attributes(mine: Any, theirs: Any, back: Memo) -> None:
+def _adopt_attributes(mine: Any, theirs: Any, back: dict[int, Any]) -> None:
     """Copy what an object's code has noted, such as lists of results."""
     left_out = {key for key in vars(LightningModule()) if key.startswith("_") and isinstance(mine, nn.Module)}
     for key, value in vars(theirs).items():
-        if not callable(value) and key not in left_out and not key.startswith(("_lora", "lora_", "_flat_weight")):
-            try:
-                vars(mine)[key] = deepcopy(value, back)
-            except (RuntimeError, TypeError):  # such as a loss with its graph
-                vars(mine)[key] = value
+        if callable(value) or key in left_out or key.startswith(("_lora", "lora_", "_flat_weight")):
+            continue
+        try:
+            vars(mine)[key] = deepcopy(value, back)
+        except (RuntimeError, TypeError):  # such as a loss with its graph
+            vars(mine)[key] = value
