@@ -121,25 +121,25 @@ class LoRASweep(LoRACallback):
         log, said, at_end = rank_zero_module.log, dict[str, Any](), self._training.callback
         log.addFilter(is_new := lambda record: said.setdefault(record.getMessage(), record) is record)
         at_end(log.removeFilter, is_new)  # no run says what another has said, such as why it stops
-        at_end(setattr, trainer, "callbacks", trainer.callbacks)
+        hidden = {"SaveConfigCallback"}  # LightningCLI's, which cannot be copied
         for each in trainer.callbacks:
-            if "SaveConfigCallback" in class_names(each):
-                each.setup(trainer, pl_module, "fit")  # LightningCLI's, which cannot be copied
-        trainer.callbacks = _without({"SaveConfigCallback"}, trainer)
+            if class_names(each) & hidden:
+                each.setup(trainer, pl_module, "fit")
         runs, loaders = list(map(Run, self.runs)), loaders_of(trainer)
         base = {name: p.data for name, p in pl_module.named_parameters()}
         for run in runs:
-            member = _Member(run, self.monitor, base, self.runs[run.name])
-            copy_trainer(trainer, run, {id(self): member}, loaders)
-            if run is not runs[0]:
-                run.trainer.callbacks = _without(_SHOWN, run.trainer)
+            memo = {id(each): Callback() for each in trainer.callbacks if class_names(each) & hidden}
+            memo[id(self)] = _Member(run, self.monitor, base, self.runs[run.name])
+            copy_trainer(trainer, run, memo, loaders)
+            hidden |= _SHOWN  # of the first run alone
         ranked, self.results = play(runs, self.keep, 1 if self.mode == "min" else -1), []
         for each in ranked:
             chosen = {key: self.runs[each.name][key] for key in self.varied}
             self.results.append({"name": each.name, **chosen, "metrics": each.metrics, "dropped": each.dropped})
         self._best = ranked[0]
         vars(self).update({**vars(LoRACallback(**self.runs[self._best.name])), "_training": self._training})
-        trainer.callbacks = _without(_SHOWN, trainer)
+        at_end(setattr, trainer, "callbacks", trainer.callbacks)
+        trainer.callbacks = [each for each in trainer.callbacks if not class_names(each) & _SHOWN]
         self._training.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Checkpoint directory")  # is not empty: the runs' files are in it
 
@@ -222,10 +222,6 @@ class _Member(LoRACallback):
             )
         if not is_check:
             self.run.metrics.append(float(found[self.monitor]))
-
-
-def _without(kinds: set[str], trainer: Any) -> list[Callback]:
-    return [each for each in trainer.callbacks if not class_names(each) & kinds]
 
 
 def _is_list(name: str, value: object) -> bool:

@@ -91,9 +91,10 @@ def play(runs: list[Run], keep: float, sign: int) -> list[Run]:
         while live:
             live = [run for run in live if run.go_on()]
             if live and all(len(run.metrics) > run.judged for run in live):
-                _judge(ranked := sorted(live, key=rank), math.ceil(len(live) * keep))
-                _move_bar(shown.trainer, ranked[0].trainer)
-                shown = ranked[0]
+                live.sort(key=rank)
+                _judge(live, math.ceil(len(live) * keep))
+                _move_bar(shown.trainer, live[0].trainer)
+                shown = live[0]
     finally:
         for run in live:  # after an error, or Ctrl-C
             run.stop()
@@ -101,11 +102,11 @@ def play(runs: list[Run], keep: float, sign: int) -> list[Run]:
 
 
 def _judge(ranked: list[Run], kept: int) -> None:
-    """Compare the runs after a validation of all: only the first ones go on."""
-    for place, run in enumerate(ranked):
+    """Let only the first ones go on, after a validation of all."""
+    for run in ranked:
         run.judged += 1
-        if place >= kept:
-            run.dropped = run.judged
+    for run in ranked[kept:]:
+        run.dropped = run.judged
     best = ranked[0]
     rank_zero_info(f"LoRASweep, validation {best.judged}: {best.name} is best; {kept} of {len(ranked)} go on.")
 

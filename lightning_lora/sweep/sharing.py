@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_lora.callback import LoRACallback
-from lightning_lora.errors import ConfigError, LoRAError, warn
+from lightning_lora.errors import ConfigError, warn
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.apply import load_adapter_state_dict
 from lightning_lora.storage.state import adapter_state_dict
@@ -118,8 +118,6 @@ class _Pass:
             if number == self.count:
                 self.made.append(_Made(run, partial(next, self.begun.value, _END)))
                 self.count += 1
-            if self.count - number > TURN:
-                raise LoRAError(f"{run.name} of LoRASweep skipped batches: all adapters must use the same ones.")
             batch = self.made[number - self.count].take(run)
             if batch is _END:
                 return
@@ -158,9 +156,9 @@ def copy_trainer(trainer: Any, run: Run, memo: dict[int, Any], loaders: Mapping[
         memo[id(logger)] = named = copy(logger)
         overlay(named, _NamedLogger)
         vars(named)["lora_name"] = run.name
-    for p in () if loads_in_hooks(module) else module.parameters():  # such hooks would write into the shared memory
-        if type(p) is nn.Parameter:
-            memo[id(p)] = nn.Parameter(p.detach(), p.requires_grad)
+    if not loads_in_hooks(module):  # such hooks would write into the shared memory
+        plain = [p for p in module.parameters() if type(p) is nn.Parameter]
+        memo |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in plain}
     if data is not None:
         memo[id(data)] = copy(data)
         memo[id(data)].__dict__.update(prepare_data=_nothing, setup=_nothing, teardown=_nothing)
