@@ -1,8 +1,10 @@
 """LoRASweep: several adapters in one fit, each exactly as in a fit of its own."""
 
+import gc
 import signal
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +86,16 @@ class InData(L.LightningDataModule):
         return [batch[0].flip(0), batch[1].flip(0)]
 
 
+class FromMain(DataLoader[Any]):
+    """Its workers are forked: locks that other threads hold then would stay closed in them."""
+
+    def __iter__(self) -> Any:
+        assert threading.current_thread() is threading.main_thread()
+        return super().__iter__()
+
+
 def shuffled(**options: Any) -> DataLoader[Any]:
-    return DataLoader(data().dataset, 4, shuffle=True, **options)
+    return FromMain(data().dataset, 4, shuffle=True, **options)
 
 
 def fit(
@@ -231,10 +241,17 @@ def test_the_trainer_and_the_module_end_as_after_a_fit_of_the_best_alone(tmp_pat
 
 def test_the_better_half_goes_on_after_each_validation(tmp_path: Path) -> None:
     steps: list[str] = []
+    modules: weakref.WeakSet[L.LightningModule] = weakref.WeakSet()
+    left: dict[int, int] = {}
 
     class Count(L.Callback):
-        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
             steps.append(trainer.callbacks[0].run.name)  # type: ignore[attr-defined]
+            modules.add(pl_module)
+
+        def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            gc.collect()
+            left[trainer.current_epoch] = len(modules)
 
     sweep = LoRASweep(r=[1, 2], alpha=[1, 4, 16, 64])
     fit(tmp_path, sweep, Count(), max_epochs=4)
@@ -244,6 +261,7 @@ def test_the_better_half_goes_on_after_each_validation(tmp_path: Path) -> None:
     assert ends[2:4] == sorted(ends[2:4]) and ends[4:] == sorted(ends[4:])
     best, second = sweep.results[:2]
     assert best["metrics"][2] <= second["metrics"][2]
+    assert [*left.values()] == [8, 4, 2, 1]  # memory is free again
     assert steps[:32] == [name for name in sweep.runs for _ in range(4)]  # four batches go through all
     assert len(list((tmp_path / sweep.results[-1]["name"]).glob("*.ckpt"))) == 1
 
@@ -337,6 +355,13 @@ def test_an_error_in_training_ends_all_and_is_raised(tmp_path: Path) -> None:
     fit(tmp_path, lora(), model=model)
 
 
+class Shared(L.Callback):
+    """One for all runs."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+
 class Noting(Rich):
     """It notes what happens in all places where code may, and begins anew in on_fit_start."""
 
@@ -367,7 +392,7 @@ class Noting(Rich):
 
 def test_what_the_modules_code_has_noted_is_the_bests(tmp_path: Path) -> None:
     models, sweep = [Noting(), Noting()], LoRASweep(r=[1, 2, 4])
-    fit(tmp_path / "all", sweep, model=models[0])
+    fit(tmp_path / "all", sweep, Shared(), model=models[0])
     fit(tmp_path / "alone", LoRACallback(**sweep.runs[sweep.results[0]["name"]]), model=models[1])
     assert models[1].part.count == 12 and differences(models[0].noted(), models[1].noted()) == []
 
@@ -414,14 +439,18 @@ def test_after_an_error_at_its_end_the_next_fit_begins_at_the_start(tmp_path: Pa
     assert t.global_step == 8 and not same(state(model), before)
 
 
-def test_ctrl_c_ends_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_hook", [False, True])
+def test_ctrl_c_ends_all(tmp_path: Path, in_hook: bool) -> None:
     class Interrupts(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
             if trainer.global_step == 3 and trainer.callbacks[0].run.name == "r2":  # type: ignore[attr-defined]
+                if in_hook:
+                    raise KeyboardInterrupt
                 signal.raise_signal(signal.SIGINT)
 
     model, running = Rich(), threading.active_count()
     before = state(model)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(SystemExit):
             fit(tmp_path, LoRASweep(r=[1, 2, 3]), Interrupts(), model=model)

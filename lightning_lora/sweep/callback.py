@@ -21,7 +21,7 @@ from lightning_lora.errors import ConfigError, listed
 from lightning_lora.model.state import find_record
 from lightning_lora.storage.base import note_changed
 from lightning_lora.sweep.runs import Run, play
-from lightning_lora.sweep.sharing import adopt, adopt_notes, copy_trainer, loaders_of, share_base
+from lightning_lora.sweep.sharing import Loaders, adopt, adopt_notes, copy_trainer, share_base
 from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.training.compatibility import check_callbacks
@@ -125,7 +125,8 @@ class LoRASweep(LoRACallback):
         for each in trainer.callbacks:
             if class_names(each) & hidden:
                 each.setup(trainer, pl_module, "fit")
-        runs, loaders = list(map(Run, self.runs)), loaders_of(trainer)
+        loops = trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop
+        runs, loaders = list(map(Run, self.runs)), [Loaders(loop._data_source) for loop in loops]
         base = {name: p.data for name, p in pl_module.named_parameters()}
         for run in runs:
             memo = {id(each): Callback() for each in trainer.callbacks if class_names(each) & hidden}

@@ -50,8 +50,6 @@ class Run(Thread):
         if self.ident is not None:
             self.join()
 
-    # In its thread
-
     def run(self) -> None:
         """Fit."""
         try:
@@ -62,7 +60,8 @@ class Run(Thread):
             when = "in" if self.trainer.global_step else "before"
             rank_zero_info(f"LoRASweep ends {when} training: {self.name} raised {type(self.error).__name__}.")
         if self.dropped is not None:
-            self.trainer, self.memo = None, {}  # with its module
+            self.trainer = None  # with its module
+            self.memo.clear()
         self._has_ended = True
         self._back.release()
 

@@ -138,19 +138,12 @@ class _NamedLogger(Logger, InPlace):
     def finalize(self, status: str) -> None: ...
 
 
-def loaders_of(trainer: Any) -> dict[str, Loaders]:
-    """Return a Trainer's loaders, by the names of the hooks that may give them."""
-    loop = trainer.fit_loop
-    sources = {"train_dataloader": loop._data_source, "val_dataloader": loop.epoch_loop.val_loop._data_source}
-    return {name: Loaders(source) for name, source in sources.items()}
-
-
-def copy_trainer(trainer: Any, run: Run, memo: dict[int, Any], loaders: Mapping[str, Loaders]) -> None:
+def copy_trainer(trainer: Any, run: Run, memo: dict[int, Any], loaders: list[Loaders]) -> None:
     """Give a run its copy of a Trainer and its module. ``memo`` has what takes the place of other objects."""
     run.memo = memo
     module, data = trainer.lightning_module, trainer.datamodule
     shared = [value for value in vars(module).values() if isinstance(value, Dataset | DataLoader)]
-    shared += [each.source.instance for each in loaders.values() if not each.source.is_module()]
+    shared += [each.source.instance for each in loaders if not each.source.is_module()]
     memo |= {id(each): each for each in shared}
     for logger in trainer.loggers:
         memo[id(logger)] = named = copy(logger)
@@ -171,8 +164,9 @@ def copy_trainer(trainer: Any, run: Run, memo: dict[int, Any], loaders: Mapping[
         raise ConfigError(f"LoRASweep needs a Trainer and a module that deepcopy can copy: {error}") from error
     own.update(prepare_data=_nothing, configure_callbacks=_nothing)
     owner = run.trainer.lightning_module if data is None else memo[id(data)]
-    for name, each in loaders.items():
-        vars(owner)[name] = partial(each.request, run, count(), getattr(owner, name))
+    for each in loaders:
+        hook = getattr(owner, each.source.name)
+        vars(owner)[each.source.name] = partial(each.request, run, count(), hook)
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -184,12 +178,10 @@ def share_base(module: LightningModule, values: dict[str, Tensor]) -> None:
     view = view_of(module)
     for name, p in view.frozen.items():
         known = values.setdefault(name, p.data)
-        if known.data_ptr() == p.data_ptr():
-            continue
-        if (known.device, known.dtype) == (p.device, p.dtype) and torch.equal(known, p.data):
-            replace_values(p, known)
-        else:
-            values[name] = p.data
+        is_form = (known.device, known.dtype) == (p.device, p.dtype)
+        is_alike = is_form and (known.data_ptr() == p.data_ptr() or torch.equal(known, p.data))
+        values[name] = known if is_alike else p.data
+        replace_values(p, values[name])
     for p in view.trained.values():
         replace_values(p, p.data.clone())
 
@@ -208,10 +200,10 @@ def adopt(trainer: Any, run: Run) -> None:
 
 def adopt_notes(trainer: Any, run: Run) -> None:
     """Copy what code has noted in callbacks and modules, and buffers that no file holds."""
-    module, theirs, back = trainer.lightning_module, run.trainer.lightning_module, {id(run.trainer): trainer}
-    for mine, its in ((module.named_modules, theirs.named_modules), (module.named_parameters, theirs.named_parameters)):
-        own = dict(mine())
-        back |= {id(each): own[name] for name, each in its()}
+    module, theirs = trainer.lightning_module, run.trainer.lightning_module
+    own = {**dict(module.named_modules()), **dict(module.named_parameters())}
+    back = {id(each): own[name] for name, each in [*theirs.named_modules(), *theirs.named_parameters()]}
+    back[id(run.trainer)] = trainer
     for callback in trainer.callbacks:
         if not isinstance(callback, LoRACallback):
             _adopt_attributes(callback, run.memo.get(id(callback), callback), back)
