@@ -528,6 +528,19 @@ def test_layers_that_are_born_in_the_fit_are_adapted(tmp_path: Path) -> None:
     check_as_alone(tmp_path / "all" / "r2", tmp_path / "r2", 3)
 
 
+def test_adapters_of_a_quantised_base_are_as_alone(tmp_path: Path) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+
+    def build() -> Rich:
+        model = Rich()
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig(), lambda _, name: name == "q_proj")
+        return model
+
+    fit(tmp_path / "all", LoRASweep(r=[1, 2], keep=1, merge=False), model=build())
+    fit(tmp_path / "r2", LoRACallback(r=2, merge=False), model=build())
+    check_as_alone(tmp_path / "all" / "r2", tmp_path / "r2", 3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -25,7 +25,7 @@ from lightning_lora.storage.apply import load_adapter_state_dict
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.sweep.runs import TURN, Run
 from lightning_lora.tensors.inplace import InPlace, overlay
-from lightning_lora.tensors.values import replace_values
+from lightning_lora.tensors.values import replace_values, same_bits
 from lightning_lora.training.compatibility import loads_in_hooks
 
 _END = object()  # what follows the last batch
@@ -178,9 +178,10 @@ def share_base(module: LightningModule, values: dict[str, Tensor]) -> None:
     view = view_of(module)
     for name, p in view.frozen.items():
         known = values.setdefault(name, p.data)
+        is_shared = known.data_ptr() == p.data_ptr() != 0  # a quantised weight shows no address
         is_form = (known.device, known.dtype) == (p.device, p.dtype)
-        is_alike = is_form and (known.data_ptr() == p.data_ptr() or torch.equal(known, p.data))
-        values[name] = known if is_alike else p.data
+        if not is_shared and not (is_form and same_bits(known, p.data)):
+            values[name] = p.data
         replace_values(p, values[name])
     for p in view.trained.values():
         replace_values(p, p.data.clone())
