@@ -2,7 +2,7 @@
 
 import pickle
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from copy import copy, deepcopy
 from functools import partial
 from itertools import count
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import LightningModule
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -64,8 +63,7 @@ class Loaders:
     """The loaders for training or validation. They are requested once, and each run gets copies."""
 
     def __init__(self, source: Any) -> None:
-        self.source = source
-        self.made = list[_Made]()
+        self.source, self.made = source, list[_Made]()
         self.passes: dict[tuple[int, int], dict[int, _Pass]] = {}
 
     def request(self, run: Run, asked: Iterator[int], hook: Callable[[], Any]) -> Any:
@@ -124,20 +122,6 @@ class _Pass:
             yield apply_to_collection(batch, Tensor, Tensor.clone)
 
 
-class _NamedLogger(Logger, InPlace):
-    """A run's view of a logger: it logs ``name/metric``. The best run's hyperparameters are logged at the end."""
-
-    lora_name: str
-
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        named = {key if key == "epoch" else f"{self.lora_name}/{key}": value for key, value in metrics.items()}
-        super().log_metrics(named, step)  # type: ignore[safe-super]  # the logger's own
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def finalize(self, status: str) -> None: ...
-
-
 def copy_trainer(trainer: Any, run: Run, memo: dict[int, Any], loaders: list[Loaders]) -> None:
     """Give a run its copy of a Trainer and its module. ``memo`` has what takes the place of other objects."""
     run.memo = memo
@@ -146,9 +130,9 @@ def copy_trainer(trainer: Any, run: Run, memo: dict[int, Any], loaders: list[Loa
     shared += [each.source.instance for each in loaders if not each.source.is_module()]
     memo |= {id(each): each for each in shared}
     for logger in trainer.loggers:
-        memo[id(logger)] = named = copy(logger)
-        overlay(named, _NamedLogger)
-        vars(named)["lora_name"] = run.name
+        memo[id(logger)] = named = copy(logger)  # the best run's hyperparameters are logged at the end
+        log = partial(_log_named, logger, run.name)
+        vars(named).update(log_metrics=log, log_hyperparams=_nothing, finalize=_nothing)
     if not loads_in_hooks(module):  # such hooks would write into the shared memory
         plain = [p for p in module.parameters() if type(p) is nn.Parameter]
         memo |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in plain}
@@ -165,12 +149,15 @@ def copy_trainer(trainer: Any, run: Run, memo: dict[int, Any], loaders: list[Loa
     own.update(prepare_data=_nothing, configure_callbacks=_nothing)
     owner = run.trainer.lightning_module if data is None else memo[id(data)]
     for each in loaders:
-        hook = getattr(owner, each.source.name)
-        vars(owner)[each.source.name] = partial(each.request, run, count(), hook)
+        vars(owner)[each.source.name] = partial(each.request, run, count(), getattr(owner, each.source.name))
 
 
 def _nothing(*_: Any, **__: Any) -> None:
     """What the sweep's own Trainer does, once for all runs."""
+
+
+def _log_named(logger: Any, name: str, metrics: dict[str, Any], step: int | None = None) -> None:
+    logger.log_metrics({key if key == "epoch" else f"{name}/{key}": value for key, value in metrics.items()}, step)
 
 
 def share_base(module: LightningModule, values: dict[str, Tensor]) -> None:
