@@ -205,10 +205,8 @@ class LoRALayer(LayerKind):
         return all(self.lora_init_digests[name] == digest(values[name].float()) for name in noted)
 
     def lora_is_resized(self) -> bool:
-        """Whether a weight has another shape than at the injection. Of a packed one, that is not known."""
-        known = () if self.lora_is_quantised(self) else self.lora_matrices
-        shapes = (self.lora_as_matrix(self._lora_weight(matrix.weight)).shape[-2:] for matrix in known)
-        return any(shape != (m.rows or m.writes, m.reads) for m, shape in zip(known, shapes, strict=True))
+        """Whether a weight has another shape than at the injection."""
+        return is_resized(self, self._lora_adapter())
 
     def lora_follow_base(self) -> None:
         """Initialise an adapter that depends on the base's weights again, if they have changed before it trained."""
@@ -307,3 +305,12 @@ def attributes_of(adapter: Adapter) -> dict[str, Any]:
     """Return the attributes of a layer that this adapter is on, besides its parameters."""
     about = {"lora_settings": adapter.settings, "lora_matrices": adapter.matrices, "lora_enabled": True}
     return {**about, "lora_init_digests": adapter.init_digests, "lora_step": adapter.step}
+
+
+def is_resized(layer: nn.Module, adapter: Adapter) -> bool:
+    """Whether a weight has another shape than the adapter is for. Of a packed one, that is not known."""
+    for matrix in () if adapter.kind.lora_is_quantised(layer) else adapter.matrices:
+        weight = reduce(getattr, matrix.weight.split("."), layer)
+        if adapter.kind.lora_as_matrix(cast(Tensor, weight)).shape[-2:] != (matrix.rows or matrix.writes, matrix.reads):
+            return True
+    return False

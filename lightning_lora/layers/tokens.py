@@ -76,7 +76,8 @@ def _with_rows(layer: Any, tokens: LoRATokens, *args: Any, **kwargs: Any) -> Any
     if own.forward not in (nn.Embedding.forward, nn.Linear.forward):
         weights = {"weight": tokens.lora_effective_weight("weight")}
         return functional_call(layer, own, weights, (), *args, **kwargs)
-    (x,), output = (*args, *kwargs.values()), own.forward(layer, *args, **kwargs)
+    output = own.forward(layer, *args, **kwargs)
+    (x,) = *args, *kwargs.values()
     places, rows = tokens.lora_rows_for(x.device)
     if isinstance(layer, nn.Linear):
         change = F.linear(x, rows - layer.weight[places])  # zero at first, so that not a bit of the output changes

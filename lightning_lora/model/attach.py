@@ -73,6 +73,13 @@ def move_adapters(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
         attach_adapters(model, {name: adapter})
 
 
+def weights_have_changed(view: View) -> None:
+    """Drop what was computed from the earlier weights of adapted layers."""
+    torch.clear_autocast_cache()  # it may hold copies of them
+    for layer in view.layers.values():
+        layer.lora_weights_changed()
+
+
 def check_weights(view: View) -> None:
     """Refuse adapted weights that are computed now: prune, parametrize, weight_norm and the like replace them."""
     changed = [name for name, layer in view.layers.items() if not is_overlaid(layer) or not _has_weights(layer)]

@@ -106,7 +106,7 @@ def merge(model: nn.Module) -> tuple[dict[str, float], list[str]]:
         undo.callback(lambda: attach.freeze(View(model)))
         for name in view.layers:
             lost[name] = _merge_layer(view, name, tied[name], bases[name], undo)
-        _weights_have_changed(view)
+        attach.weights_have_changed(view)
         now = View(model)
         attach.unfreeze(now)  # tied weights have new parameters
         seen = _see(now, bases)
@@ -240,12 +240,6 @@ def quantised_layers(view: View) -> list[str]:
     return [name for name, layer in view.layers.items() if layer.lora_is_quantised(layer)]
 
 
-def _weights_have_changed(view: View) -> None:
-    torch.clear_autocast_cache()  # it may hold copies of the earlier weights
-    for layer in view.layers.values():
-        layer.lora_weights_changed()
-
-
 # Unmerge
 
 
@@ -271,7 +265,7 @@ def unmerge(model: nn.Module) -> bool:
         record.was_unmerged(plain.parameters)
         attach.attach_adapters(model, adapters)
         view = View(model)
-        _weights_have_changed(view)
+        attach.weights_have_changed(view)
         attach.freeze(view)
         view.follow_base()  # it may have been converted
         undo.pop_all()

@@ -78,7 +78,7 @@ class _Block(ExitStack):
 
     def __enter__(self) -> "_Block":
         check_switchable(self.model)
-        for name in filter(record_of(self.model).others.__contains__, dict.fromkeys(self.names)):
+        for name in record_of(self.model).others.keys() & set(self.names):
             with set_adapter(self.model, name):  # it follows the model to its device and dtype
                 pass
         view, forwards = view_of(self.model), list[tuple[nn.Module, str, Any]]()
@@ -147,7 +147,7 @@ class _Mixed:
         module: Any = view.modules[name]
         self.name, self.module, self.record, self.running = name, module, view.record, block.running
         self.base: Any = module.overlaid[1] if isinstance(module, LoRALayer) else type(module)
-        self.step = vars(module).get("lora_step") or Step()
+        self.step = vars(module).get("lora_step", Step())
         self.adapters, self.values = {key: adapters[key] for key in block.names if key in adapters}, values
         self.is_sum, self.has_dropout = not values, False  # a sum of the base's output and an update for each row
         for adapter in self.adapters.values():

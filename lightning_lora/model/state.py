@@ -17,7 +17,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import AdaptedMatrix, Adapter, Role, Settings, Step
 from lightning_lora.model import sending
-from lightning_lora.model.adapter_state import AdapterState, Merge, Parts, Prepared
+from lightning_lora.model.adapter_state import AdapterState, Merge
 from lightning_lora.tensors.digests import digest, digests, digests_as
 from lightning_lora.tensors.names import join, named_modules, named_parameters, plain_module, submodule
 from lightning_lora.tensors.shards import agreed, is_dtensor, reshard
@@ -47,9 +47,6 @@ class Record:
 
     base: dict[str, Tensor] = field(default_factory=dict)
     """The base's own tensors that have made room for those of an adapter."""
-
-    prepared: Prepared = field(default_factory=Prepared)
-    """Switches by the names of both adapters (:mod:`.switch`). What adds to an adapter's originals clears them."""
 
     requires_grad: dict[str, bool] = field(default_factory=dict)
     """Whether each parameter of the base required a gradient before."""
@@ -98,10 +95,10 @@ class Record:
         """The model shows its base, with these values of the active adapter aside; or, if None, the adapter again."""
         self.is_disabled, self.aside = aside is not None, aside or {}
 
-    def was_switched(self, parts: Parts, coming: AdapterState) -> None:
-        """The active adapter was taken off, as these parts, and another one was put on."""
+    def was_switched(self, resting: dict[str, Adapter], own: dict[str, Tensor], coming: AdapterState) -> None:
+        """The active adapter was taken off, and has these parts. Another one was put on."""
         leaving, self.adapter = self.adapter, coming
-        leaving.resting, leaving.own = parts
+        leaving.resting, leaving.own = resting, own
         self.others[leaving.name] = leaving
         self.others.pop(coming.name, None)
         coming.resting, coming.own = {}, {}
@@ -109,13 +106,11 @@ class Record:
     def was_dropped(self, name: str) -> None:
         """A resting adapter was removed."""
         del self.others[name]
-        self.prepared.clear()
 
     # The base
 
     def base_was_frozen(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """The base is to be frozen, for the first time or with new parameters: remember what trains before."""
-        self.prepared.clear()
         for name, parameter in parameters.items():
             self.requires_grad.setdefault(name, parameter.requires_grad)
 
@@ -124,7 +119,6 @@ class Record:
         for name in names:
             self.changed.pop(name, None)
         self.base = {}
-        self.prepared.clear()
         for adapter in self.adapters.values():
             adapter.random = None
             adapter.set_base_values({name: originals[name] for name in adapter.originals if name in originals})
@@ -155,7 +149,6 @@ class Record:
     def values_were_loaded(self, base: Mapping[str, Tensor]) -> None:
         """The adapter was loaded, with the values of changed weights."""
         self.adapter.is_trained = True
-        self.prepared.clear()  # more of the base may be the adapter's own now
         for name, (_, was) in self.changed.items():
             self.changed[name] = (digest(base[name]), was)
 
@@ -328,7 +321,7 @@ def _instead(model: nn.Module) -> str:
 
 # To another process
 
-sending.allow(Record, AdapterState, Prepared, Merge, Reading, Seen)
+sending.allow(Record, AdapterState, Merge, Reading, Seen)
 sending.allow(Adapter, AdaptedMatrix, Settings, Step, LoRAConfig, Role, frozenset)
 
 
@@ -336,11 +329,11 @@ def send(model: nn.Module) -> None:
     """Send the record of a merged model to another process, which finds it by the merged weights."""
     record, parameters = record_of(model), named_parameters(model, remove_duplicate=False)
     assert record.merge is not None
-    others = {
-        name: replace(other, resting=sending.without_classes(other.resting)) for name, other in record.others.items()
-    }
+    others = {}
+    for name, other in record.others.items():
+        others[name] = replace(other, resting=sending.without_classes(other.resting), contents=None)
     merge = replace(record.merge, adapters=sending.without_classes(record.merged))
-    sent = replace(record, merge=merge, others=others, prepared=Prepared())
+    sent = replace(record, adapter=replace(record.adapter, contents=None), merge=merge, others=others)
     sending.send(sent, {name: digest(parameters[name]) for name in record.merge.weights})
 
 

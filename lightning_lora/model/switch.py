@@ -1,27 +1,24 @@
 """Switch between the adapters on one base, and show the base itself."""
 
 import difflib
-from collections import deque
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter, is_, setitem
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
-from lightning_lora.layers import ADAPTERS, Adapter, adapter_for
+from lightning_lora.layers import ADAPTERS, Adapter, adapter_for, is_resized
 from lightning_lora.layers.norms import freeze_norms, set_frozen
 from lightning_lora.model import attach
-from lightning_lora.model.adapter_state import AdapterState, Parts
+from lightning_lora.model.adapter_state import AdapterState, Contents, form
 from lightning_lora.model.merged import check_as_merged, is_as_merged
 from lightning_lora.model.state import Record, find_record, receive, record_of
 from lightning_lora.model.view import View, view_of
-from lightning_lora.tensors.names import own_parameter, plain_module, set_parameter
+from lightning_lora.tensors.names import plain_module, set_parameter
 from lightning_lora.tensors.shards import is_dtensor, reshard
 from lightning_lora.tensors.values import replace_values, same_bits, set_aside, set_requires_grad
 
@@ -31,7 +28,7 @@ def set_adapter(model: nn.Module, name: str | None) -> AbstractContextManager[ob
 
     The layers get the other adapter's parameters, and the model its own trained modules, biases and buffers. These are
     the same objects as before, so that an optimizer keeps what it trains: no value is written or copied. The first
-    switch between two adapters walks through the model. If both adapt the same layers, later ones take microseconds.
+    switch to an adapter walks through the model. Later ones between adapters of the same layers take microseconds.
 
     Args:
         model: A model with adapters, which are not merged.
@@ -43,7 +40,7 @@ def set_adapter(model: nn.Module, name: str | None) -> AbstractContextManager[ob
 
     Raises:
         AdapterStateError: there is no adapter of this name, or the model is merged, sharded (FSDP2), or has lost
-            layers that the adapter is for. Nothing has changed then.
+            or resized layers that the adapter is for. Nothing has changed then.
 
     Example:
         >>> from lightning_lora import LoRAConfig, inject_adapters
@@ -56,10 +53,15 @@ def set_adapter(model: nn.Module, name: str | None) -> AbstractContextManager[ob
         ...     adapters(model)
         ('de', 'fr')
     """
-    record = find_record(model)
-    before = record.shown if record else None
-    if record is None or (name != before and not _exchange(record, name)):
-        _switch(model, name)
+    record = find_record(model) or record_of(model)
+    check_known(record, name, model)
+    before = record.shown
+    if name is None and before is not None:
+        _show_base(model)
+    elif name in record.others:
+        change(model, record.others[name])
+    elif name != before:
+        _show_adapter(model)
     return _Shown(model, name, before)
 
 
@@ -144,18 +146,6 @@ def check_known(record: Record, name: str | None, model: nn.Module) -> None:
 # Another adapter
 
 
-def _switch(model: nn.Module, name: str | None) -> None:
-    """Switch, where nothing is prepared."""
-    record = find_record(model) or record_of(model)
-    check_known(record, name, model)
-    if name is None:
-        _show_base(model)
-    elif name in record.others:
-        change(model, record.others[name])
-    elif record.is_disabled:
-        _show_adapter(model)
-
-
 def check_switchable(model: nn.Module, needed: Iterable[str] = ()) -> None:
     """Refuse to exchange adapters that are in merged weights or in shards, or of layers that are gone."""
     view = View(model)
@@ -179,9 +169,20 @@ def check_switchable(model: nn.Module, needed: Iterable[str] = ()) -> None:
 
 def change(model: nn.Module, coming: AdapterState) -> None:
     """Take the active adapter off, and put another one on: a resting one, or a new one that has no layers yet."""
+    if _exchange(find_record(model) or record_of(model), coming):
+        return
     check_switchable(model, (*coming.resting, *coming.own))
     view = View(model)
     attach.check_weights(view)
+    for name, adapter in coming.resting.items():
+        layer = view.modules[name]
+        if adapter.kind in ADAPTERS.values():  # the others are for any layer
+            adapter.kind = adapter_for(layer) or adapter.kind
+        if is_resized(layer, adapter):
+            raise AdapterStateError(
+                f"{name!r} of {type(view.model).__name__} was resized since it got the adapter {coming.name!r}. Give "
+                f"it its size back, or call remove_adapters(model, {coming.name!r})."
+            )
     if view.record.is_disabled:
         _show_adapter(model)
     view = view_of(model)
@@ -189,32 +190,35 @@ def change(model: nn.Module, coming: AdapterState) -> None:
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         put = _tensors_to_put(view, coming)
         for name, adapter in coming.resting.items():
-            if adapter.kind in ADAPTERS.values():  # the others are for any layer
-                adapter.kind = adapter_for(view.modules[name]) or adapter.kind
             attach.follow_layer(view.modules[name], adapter, None, undo)
         undo.pop_all()
-    before = _Contents(view, coming)
     resting = attach.detach_adapters(view)
     for name, tensor in put.items():
         if name not in own:
             record.base[name] = {**view.parameters, **view.buffers}[name]
         set_parameter(view.model, name, tensor)
     attach.attach_adapters(view.model, coming.resting)
-    record.was_switched((resting, own), coming)
-    now = View(model)
+    now = View(model, coming.config)
     for inner in chain.from_iterable(map(nn.Module.modules, now.saved)):
         set_frozen(inner, False)
     freeze_norms(now.modules.values(), now.saved)
-    for layer in now.layers.values():
-        layer.lora_weights_changed()
-    torch.clear_autocast_cache()
-    before.prepare(now)
+    attach.weights_have_changed(now)
+    coming.contents = Contents(now.modules, coming)
+    record.was_switched(resting, own, coming)
 
 
-def _anchors(view: View) -> list[Tensor]:
-    """The tensors whose device and dtype an adapter follows: each adapted layer's weight, and its own."""
-    weights = [own_parameter(layer, layer.lora_matrices[0].weight) for layer in view.layers.values()]
-    return [*weights, *view.kept.values()]
+def _exchange(record: Record, coming: AdapterState) -> bool:
+    """Put back what the modules held with an adapter, if the model is as it was then. Return whether it is."""
+    here, there = record.adapter.contents, coming.contents
+    if here is None or not here.is_current(record.adapter):
+        for adapter in record.adapters.values():  # where the others were is not known then
+            adapter.contents = None
+        return False
+    if there is None or not there.fits(here):
+        return False
+    there.put_back()
+    record.was_switched(here.resting, here.own, coming)
+    return True
 
 
 def _tensors_to_put(view: View, coming: AdapterState) -> dict[str, Tensor]:
@@ -234,7 +238,7 @@ def _base_of(known: Tensor | None, tensor: Tensor, original: Tensor) -> Tensor:
     """The base's tensor where an adapter has ``tensor``: the one that was there before, or a new one."""
     if original.is_meta:  # the model was adapted before it had values
         return tensor
-    if known is not None and known is not tensor and _about(known) == _about(tensor) and same_bits(known, original):
+    if known is not None and known is not tensor and form(known) == form(tensor) and same_bits(known, original):
         return known
     value = original.to(tensor, copy=True)
     return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
@@ -252,82 +256,6 @@ def show(model: nn.Module, name: str, config: LoRAConfig | None = None) -> ExitS
         undo.callback(lambda: record_of(model).was_dropped(name))
     undo.callback(set_adapter, model, names[0])
     return undo
-
-
-# A prepared switch
-
-_Entry = tuple[dict[str, Any], str, Any]  # of a dict: this key has this value
-
-_about = attrgetter("dtype", "device")
-
-
-class _Exchange:
-    """What a switch exchanges: entries of the dicts in which modules hold their attributes, parameters and buffers.
-
-    It is of use only while the model is as it was then. So each of ``entries`` must be what it was: those that get the
-    ``new`` values, and after them each module in its parent. And each of ``anchors`` must have its device and dtype.
-    If not, all exchanges are dropped, and prepared anew.
-    """
-
-    def __init__(self, entries: list[_Entry], new: list[_Entry], anchors: list[Tensor], parts: Parts) -> None:
-        self.dicts, self.keys, self.old = map(tuple, zip(*entries, strict=True))
-        self.new, self.parts = [value for _, _, value in new], parts
-        self.anchors, self.seen = anchors, list(map(_about, anchors))
-
-    def is_current(self) -> bool:
-        """Whether the model is as it was."""
-        is_same = all(map(is_, map(dict.get, self.dicts, self.keys), self.old))
-        return is_same and list(map(_about, self.anchors)) == self.seen
-
-
-def _exchange(record: Record, name: str | None) -> bool:
-    """Make a prepared switch, if there is one and the model is as it was when it was prepared."""
-    found: _Exchange | None = record.prepared.get((record.shown, name))
-    if found is None or name is None or record.is_merged:
-        return False
-    if not found.is_current():
-        record.prepared.clear()
-        return False
-    deque(map(setitem, found.dicts, found.keys, found.new), maxlen=0)
-    record.was_switched(found.parts, record.others[name])
-    return True
-
-
-class _Contents:
-    """What the modules of a model hold before a switch: the difference to after it is what later ones exchange."""
-
-    def __init__(self, view: View, coming: AdapterState) -> None:
-        self.leaving, self.anchors = view.adapter, _anchors(view)
-        self.parts, self.classes = (coming.resting, coming.own), {each: type(each) for each in view.modules.values()}
-        self.held = list[tuple[dict[str, Any], dict[str, Any]]]()
-        for module in self.classes:
-            for held in (vars(module), module._parameters, module._buffers):
-                self.held.append((held, dict(held)))
-
-    def prepare(self, now: View) -> None:
-        """Prepare the switch that was made, and the one back, if they change no class."""
-        is_plain = all(type(module) is kind for module, kind in self.classes.items())
-        is_plain &= all(held.keys() == was.keys() for held, was in self.held)
-        if not is_plain:
-            return
-        before, after, places = list[_Entry](), list[_Entry](), list[_Entry]()
-        for held, was in self.held:
-            for key in was:
-                if _differs(was[key], held[key]):
-                    before.append((held, key, was[key]))
-                    after.append((held, key, held[key]))
-        for module in now.model.modules():
-            for key, child in module._modules.items():
-                places.append((module._modules, key, child))
-        leaving, coming = self.leaving, now.adapter
-        there = _Exchange([*before, *places], after, self.anchors, (leaving.resting, leaving.own))
-        back = _Exchange([*after, *places], before, _anchors(now), self.parts)
-        now.record.prepared.update({(leaving.name, coming.name): there, (coming.name, leaving.name): back})
-
-
-def _differs(was: object, now: object) -> bool:
-    """Whether a switch exchanges one value for the other. Equal settings need not be; a dict may change in place."""
-    return was is not now and (isinstance(now, Tensor) or (isinstance(now, dict) and bool(now)) or was != now)
 
 
 # The base
@@ -370,11 +298,8 @@ def _show_adapter(model: nn.Module) -> None:
     present: dict[str, Tensor] = {**view.buffers, **view.parameters}
     for name, (values, trains) in view.record.aside.items():
         if name in present:
-            tensor = present[name]
-            if values.dtype is not tensor.dtype or values.device != tensor.device:  # converted or moved since
-                values = values.to(tensor)
-            replace_values(tensor, values)
-            set_requires_grad(tensor, trains)
+            replace_values(present[name], values.to(present[name]))  # it may have been converted or moved since
+            set_requires_grad(present[name], trains)
     for layer in view.layers.values():
         layer.lora_enabled = True
     torch.clear_autocast_cache()

@@ -76,6 +76,14 @@ def test_resting_adapters_are_sent_too() -> None:
         assert ll.adapters(home)[0] == name and same(state(home), state(adapted))
 
 
+def test_a_block_that_finds_the_record_shows_afterwards_what_was_shown_before(sent_home: Any) -> None:
+    _, home = sent_home
+    merged = state(home)
+    with ll.disable_adapters(home):
+        assert not same(state(home), merged)
+    assert same(state(home), merged)
+
+
 def test_a_new_base_is_one_once_its_memory_is_removed(sent_home: tuple[nn.Module, LitTiny]) -> None:
     _, home = sent_home
     weights = state(home)

@@ -133,7 +133,7 @@ def test_a_copy_has_all_adapters_and_switches_by_itself(
 ) -> None:
     model, outputs = several()
     ll.set_adapter(model, "default")
-    ll.set_adapter(model, "de")  # a switch is prepared, with the objects of this model
+    ll.set_adapter(model, "de")  # the next switch puts back what the modules of this model held
     ll.set_adapter(model, shown)
     other = copied(model)
     for name in ("default", "de", "fr"):
@@ -142,7 +142,7 @@ def test_a_copy_has_all_adapters_and_switches_by_itself(
     assert torch.equal(model(X), outputs[shown])
 
 
-# What a prepared switch must notice, and what it keeps
+# What a switch that was made before must notice, and what it keeps
 
 
 def switched(model: nn.Module, *names: str | None) -> None:
@@ -180,6 +180,16 @@ def test_resting_adapters_follow_the_models_dtype(while_active: str | None) -> N
         kinds = {name: p.dtype for name, p in model.named_parameters()}
         assert kinds.pop("0.lora_A") == kinds.pop("2.lora_B") == torch.float32
         assert kinds["3.weight"] == kinds["0.weight"] == torch.bfloat16
+
+
+def test_resting_adapters_follow_a_model_whose_tensors_stay_the_same_objects() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    for name in ("de", "fr"):
+        ll.inject_adapters(model, ll.LoRAConfig(r=2), name=name)
+    switched(model, "de", "fr", "de")
+    model.double()
+    ll.set_adapter(model, "fr")
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
 
 
 def test_a_replaced_layer_gets_each_adapter() -> None:
@@ -237,6 +247,25 @@ def test_a_layer_that_is_gone_is_named_before_anything_changes() -> None:
     with pytest.raises(ll.AdapterStateError, match="no longer has '4'"):
         ll.set_adapter(model, "last")
     assert same(state(model), before) and ll.adapters(model)[0] == "fr"
+
+
+@pytest.mark.parametrize("active", ["de", "fr"])  # which adapts the layer too, and which does not
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_layer_that_was_resized_is_named_before_anything_changes(active: str, in_place: bool, shown: bool) -> None:
+    model, _ = several()
+    switched(model, "default", "de", "default", active)
+    layer, wide = model[0], torch.randn(8, 4)
+    assert isinstance(layer, nn.Linear)
+    if in_place:
+        layer.weight.data = wide
+    else:
+        layer.weight = nn.Parameter(wide, requires_grad=False)
+    switched(model, active if shown else None)
+    before, about = state(model), repr(model)
+    with pytest.raises(ll.AdapterStateError, match=r"'0' of Sequential was resized.*remove_adapters\(model, 'default'"):
+        ll.set_adapter(model, "default")
+    assert same(state(model), before) and repr(model) == about and ll.adapters(model)[0] == active
 
 
 def test_norms_that_one_adapter_trains_move_while_it_is_active_alone() -> None:
@@ -377,6 +406,32 @@ def test_another_base_is_the_base_of_all_adapters() -> None:
     assert all(torch.equal(state(model)[name], value) for name, value in base.items())
     ll.remove_adapters(model)
     assert all(torch.equal(state(model)[name], value) for name, value in base.items())
+
+
+def test_another_base_is_that_of_an_adapter_that_was_active_before() -> None:
+    model = build()
+    ll.inject_adapters(model, HEAD, name="de")
+    ll.inject_adapters(model, replace(HEAD, modules_to_save=None), name="fr")
+    switched(model, "de", "fr", "de")
+    base = {name: torch.randn(value.shape) for name, value in state(build()).items() if name.endswith("weight")}
+    model.load_state_dict(base, strict=False)
+    for name in ("fr", "de", "fr"):
+        ll.set_adapter(model, name)
+    assert all(torch.equal(state(model)[name], value) for name, value in base.items())
+
+
+def test_a_frozen_weight_that_was_loaded_is_that_of_its_adapter_alone() -> None:
+    model = build()
+    for name in ("de", "fr"):
+        ll.inject_adapters(model, HEAD, name=name)
+    switched(model, "de", "fr", "de")
+    record, values = find_record(model), {"de": torch.ones(4), "fr": state(model)["0.bias"]}
+    assert record is not None
+    record.adapter.set_untrained(["0.bias"])  # it looks untrained, so files hold it
+    ll.load_adapter_state_dict(model, {**ll.adapter_state_dict(model), "0.bias": values["de"]})
+    for name in ("fr", "de", "fr"):
+        ll.set_adapter(model, name)
+        assert torch.equal(state(model)["0.bias"], values[name])
 
 
 def test_modules_inside_with_several_adapters_are_refused() -> None:
