@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -9,6 +10,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.seed import _collect_rng_states
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -36,7 +38,7 @@ class LoRAMonitor(Callback):
       ``binary_cross_entropy_with_logits``: for each target, the class of the largest logit, or the logit's sign.
 
     The first validation also runs the base, which takes as long again. The next ones log the same numbers. If batches
-    change, or ``validation_step`` draws random numbers of torch, each validation runs the base, with the same random
+    change, or ``validation_step`` draws random numbers, each validation runs the base, with the same random
     numbers. A fit has the same bits as without a monitor: all modules have two sets of attributes, so metrics, buffers
     and counters go on by themselves for the base, which writes to no logger.
 
@@ -125,10 +127,9 @@ class LoRAMonitor(Callback):
             back.callback(_exchange, self._sets)
             _exchange(self._sets)
             _set(pl_module, "_current_fx_name", "validation_step", back)
-            sources = (torch.get_rng_state, *([torch.cuda.get_rng_state] if on_cuda else []))
-            self._of_base[self._place], before = _watch(back), [state() for state in sources]
+            self._of_base[self._place], before = _watch(back), _random_state(on_cuda)
             trainer.strategy.validation_step(*args)
-            self._draws |= not all(map(torch.equal, before, [state() for state in sources]))
+            self._draws |= before != _random_state(on_cuda)
 
     def _note(self) -> None:
         """Keep the base's numbers for callbacks. Those that are in ``log`` are for loggers too."""
@@ -185,6 +186,13 @@ def _content(batch: Any) -> Iterator[Any]:
         yield hash(batch) if isinstance(batch, str | bytes | int | float | None) else object()
 
 
+def _random_state(on_cuda: bool) -> list[Any]:
+    """What tells whether random numbers were drawn from a global source."""
+    states = _collect_rng_states(on_cuda)
+    states["numpy"] = pickle.dumps(states.get("numpy"))
+    return list(_content(states))
+
+
 def _set(owner: Any, name: str, value: Any, back: ExitStack) -> None:
     """Set an attribute until ``back`` is closed."""
     back.callback(setattr, owner, name, getattr(owner, name))
@@ -209,17 +217,19 @@ def _noting(loss: Any, binary: bool, found: list[Tensor], input: Tensor, target:
 # The attributes of the base
 
 _FRAMEWORKS = {"torch", "lightning", "pytorch_lightning", "lightning_lora", "bitsandbytes", "torchao", "deepspeed"}
-_OF_TORCH = vars(nn.Module()).keys()  # parameters, hooks and the like
+_OF_TORCH = vars(nn.Module()).keys() - {"training"}  # parameters, hooks and the like
+_HOOKS = [name for name in _OF_TORCH if name.startswith("_forward")]
 
 
 @torch.inference_mode(False)  # where copies would be inference tensors, for which a compiled layer is compiled anew
 def _two_sets(root: nn.Module) -> list[list[dict[str, Any]]]:
-    """Return the dicts in which all modules hold attributes, buffers and children, each with the base's copy of it."""
+    """Return the dicts in which modules hold attributes, buffers, children and hooks, each with the base's copy."""
     modules = list(root.modules())
     sets, memo = list[list[dict[str, Any]]](), _shared(modules)
     for module in modules:
         for held in (vars(module), module._buffers, module._modules):
             sets.append([held, {name: _copied(value, memo) for name, value in _own(held).items()}])
+        sets += [[getattr(module, name), getattr(module, name).copy()] for name in _HOOKS]
     return sets
 
 
@@ -234,7 +244,7 @@ def _exchange(sets: list[list[dict[str, Any]]]) -> None:
 
 
 def _own(held: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in held.items() if k not in _OF_TORCH and not k.startswith(("lora_", "_lora"))}
+    return {k: v for k, v in held.items() if k not in _OF_TORCH and not str(k).startswith(("lora_", "_lora"))}
 
 
 def _shared(modules: list[nn.Module]) -> dict[int, Any]:
@@ -250,12 +260,12 @@ def _shared(modules: list[nn.Module]) -> dict[int, Any]:
 def _stays(value: Any) -> bool:
     """Whether it is code, or of torch, Lightning and so on. Tensors without a gradient and metrics do not stay."""
     kind = type(value)
-    if kind is Tensor:
-        return bool(value.requires_grad)
+    origins = [str(each.__module__).partition(".")[0] for each in kind.__mro__]
+    if kind is Tensor or (issubclass(kind, Tensor) and origins[0] not in _FRAMEWORKS):
+        return bool(value.requires_grad) or isinstance(value, nn.Parameter)
     if issubclass(kind, type | FunctionType | ModuleType):
         return True
-    origins = {str(each.__module__).partition(".")[0] for each in kind.__mro__}
-    return not origins.isdisjoint(_FRAMEWORKS) and "torchmetrics" not in origins
+    return not _FRAMEWORKS.isdisjoint(origins) and "torchmetrics" not in origins
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
@@ -266,4 +276,4 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     except Exception:  # such as of a lock or a file
         while len(memo) > known:  # half of a copy
             memo.popitem()
-        return value
+        return value.clone() if isinstance(value, Tensor) else value  # a subclass of it may be beyond deepcopy

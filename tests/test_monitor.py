@@ -1,5 +1,6 @@
 """The monitor measures what adapters have learned and what the base does, and changes nothing."""
 
+import random
 import threading
 from collections import deque
 from pathlib import Path
@@ -71,6 +72,18 @@ class Draws(Lit):
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         super().validation_step([(batch[0] + torch.randint(0, WORDS, batch[0].shape)) % WORDS, batch[1]], batch_idx)
+
+
+class DrawsOf(Lit):
+    """Its validation takes random numbers of Python or of numpy."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source = source
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        drawn = np.random.random() if self.source == "numpy" else random.random()
+        super().validation_step([(batch[0] + int(WORDS * drawn)) % WORDS, batch[1]], batch_idx)
 
 
 class Bound(Lit):
@@ -272,6 +285,12 @@ def test_the_base_has_the_numbers_of_the_plain_model_alone_measured_once(tmp_pat
     assert merged.runs == 2 * 8 and found["val_loss_epoch"] != found["base/val_loss_epoch"]
 
 
+@pytest.mark.parametrize("source", ["python", "numpy"])
+def test_random_numbers_of_python_and_numpy_are_noticed(tmp_path: Path, source: str) -> None:
+    model, _ = fit(tmp_path, LoRAMonitor(), model=DrawsOf(source), num_sanity_val_steps=0)
+    assert model.runs == 2 * 8
+
+
 @pytest.mark.filterwarnings("ignore:.*has shuffling enabled")
 def test_batches_that_change_are_measured_each_time(tmp_path: Path) -> None:
     shuffled = DataLoader(data().dataset, batch_size=4, shuffle=True)
@@ -345,6 +364,42 @@ def test_objects_of_torch_and_code_are_not_copied_for_the_base(tmp_path: Path) -
     trainer(tmp_path, [LoRAMonitor()]).validate(as_trained(Holds()), data(), verbose=False)
     base, own, *_ = Holds.runs
     assert [one == other for one, other in zip(base, own, strict=True)] == [False, False, True, True, True, True, True]
+
+
+class Sub(Tensor):
+    """A tensor of another class."""
+
+
+class Hooked(LitTiny):
+    """Its step adds and removes hooks, changes a mode, and counts in tensors of another class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.handle, self.seen = nn.Dropout(0.5), None, list[int]()
+        self.total = torch.zeros(()).as_subclass(Sub)
+        self.register_buffer("kept", torch.zeros(()).as_subclass(Sub))
+        self.early: Any = self.q_proj.register_forward_pre_hook(lambda *_: self.seen.append(1), with_kwargs=True)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        if batch_idx == 2:
+            self.early.remove()
+        if self.handle is None:
+            self.handle = self.v_proj.register_forward_hook(lambda *_: self.seen.append(0))
+        super().validation_step(batch, batch_idx)
+        self.total += 1
+        self.kept += 1
+        self.drop.train(not self.drop.training and batch_idx < 3)
+
+
+def test_hooks_modes_and_tensors_of_other_classes_are_the_models_own(tmp_path: Path) -> None:
+    ends = []
+    for monitor in ([], [LoRAMonitor()]):
+        model, modes = as_trained(Hooked()), list[bool]()
+        model.on_validation_batch_end = lambda *_, m=model, all=modes: all.append(m.drop.training)
+        trainer(tmp_path, monitor).validate(model, data(), verbose=False)
+        hooks = len(model.v_proj._forward_hooks), len(model.q_proj._forward_pre_hooks)
+        ends.append((hooks, model.seen, model.total.item(), model.kept.item(), modes))
+    assert ends[0] == ends[1] == ((1, 0), [1, 0, 1, 0, 0, 0], 4, 4, [True, False, True, False])
 
 
 class Two(LitTiny):

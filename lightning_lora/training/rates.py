@@ -37,6 +37,7 @@ class _Behind:
     hidden: list[dict[str, Any]] = field(default_factory=list)  # the groups, in a scheduler's step
     before: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # adapters and their values, in a step
     is_seen: bool = False  # whether a step has changed one, or kept a state for it
+    is_due: bool = False  # whether one has had a gradient, which a step may end without
 
 
 _BEHIND: "WeakKeyDictionary[Optimizer, _Behind]" = WeakKeyDictionary()
@@ -146,18 +147,25 @@ def _begin_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
             if group["lr"] > 0:
                 behind.before += [(p, to_local(p).detach().clone()) for p in group["params"]]
     if closure := kwargs.get("closure"):  # its hooks may write rates too
-        return args, {**kwargs, "closure": lambda: (closure(), follow(optimizer))[0]}  # type: ignore[func-returns-value]
+        return args, {**kwargs, "closure": lambda: (closure(), follow(optimizer), _look(behind))[0]}  # type: ignore[func-returns-value]
+    _look(behind)
     return None
+
+
+def _look(behind: _Behind) -> None:
+    """Note whether an adapter has a gradient to learn from."""
+    gradients = [to_local(p.grad) for p, _ in behind.before if p.grad is not None]
+    behind.is_due |= any(0 < gradient.norm() < math.inf for gradient in gradients)
 
 
 def _end_step(optimizer: Optimizer, *_: Any) -> None:
     """Refuse an optimizer that keeps a list of groups of its own: it never trains those behind."""
     behind = _BEHIND[optimizer]
-    before, behind.before = behind.before, []
-    for p, value in before:
+    _look(behind)
+    for p, value in behind.before:
         behind.is_seen |= p in optimizer.state or not torch.equal(to_local(p), value)
-    gradients = [to_local(p.grad) for p, _ in before if p.grad is not None]
-    if not behind.is_seen and any(0 < gradient.norm() < math.inf for gradient in gradients):
+    behind.before.clear()
+    if behind.is_due and not behind.is_seen:
         raise OptimizerError(
             f"{type(optimizer).__name__} did not train the adapters: it does not look at the parameter groups that "
             "lr_scale adds. Leave lr_scale out, or use another optimizer."

@@ -445,6 +445,15 @@ class Wraps(Zips):
         self.inner.step(closure)
 
 
+class Empties(Zips):
+    """Ends without gradients, as SAM."""
+
+    def step(self, closure: Any = None) -> None:
+        closure()
+        SGD(self.param_groups[0]["params"], 0.1).step()
+        self.zero_grad()
+
+
 class Looks(Zips):
     """Writes through ``.data``, in all groups."""
 
@@ -475,7 +484,7 @@ class Warms(LitTiny):
         ]
 
 
-@pytest.mark.parametrize("kind", [Zips, FirstGroup, Wraps])
+@pytest.mark.parametrize("kind", [Zips, FirstGroup, Wraps, Empties])
 def test_an_optimizer_that_does_not_see_the_adapters_groups_is_refused(tmp_path: Path, kind: Any) -> None:
     model = Plain()
     model.configure_optimizers = lambda: kind(model.parameters())  # type: ignore[method-assign]
@@ -489,6 +498,30 @@ def test_an_optimizer_that_first_collects_gradients_trains(tmp_path: Path) -> No
     model.configure_optimizers = lambda: Collects(model.parameters())  # type: ignore[method-assign]
     fit(tmp_path, scaled(), model=model, max_epochs=1)
     assert model.q_proj.lora_A.any() and model.q_proj.lora_B.any()
+
+
+class ByHand(Plain):
+    """Steps its own optimizer, which the Trainer does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        self.manual_backward(self.loss(batch))
+        optimizer.step(*[lambda: None] * isinstance(optimizer, Zips))
+        optimizer.zero_grad()
+
+
+def test_an_optimizer_that_is_stepped_without_the_trainer_is_refused_too(tmp_path: Path) -> None:
+    model = ByHand()
+    fit(tmp_path, scaled(), model=model, max_epochs=1)
+    assert model.q_proj.lora_B.any()
+    model = ByHand()
+    model.configure_optimizers = lambda: Empties(model.parameters())  # type: ignore[method-assign]
+    with pytest.raises(OptimizerError, match="Empties did not train the adapters"):
+        fit(tmp_path, scaled(), model=model)
 
 
 @pytest.mark.parametrize("scale", [10, {"A": 10}], ids=str)
