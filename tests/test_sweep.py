@@ -161,14 +161,38 @@ class Pairs(Rich):
         return super().training_step(batch["a"], batch_idx)
 
 
+class Held:
+    """A batch that Lightning does not look into."""
+
+    def __init__(self, batch: list[Tensor]) -> None:
+        self.index, self.label = batch
+
+    def to(self, device: Any) -> Any:
+        return self
+
+
+class Odd(Rich):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch["more"][0].index.add_(1).remainder_(20)
+        batch["array"] += 1
+        index = (batch["more"][0].index + torch.as_tensor(batch["array"])) % 20
+        return super().training_step([index, batch["more"][0].label], batch_idx)
+
+
+def odd(items: Any) -> Any:
+    batch = torch.utils.data.default_collate(items)
+    return {"array": batch[0].numpy().copy(), "more": (Held(batch), batch[1].clone())}
+
+
 @pytest.mark.parametrize(
     ("build", "loaders"),
     [
         (Rich, lambda: (shuffled(num_workers=1, persistent_workers=True), data())),
         (Pairs, lambda: ({"a": shuffled(), "b": data()}, data())),
         (Rich, InData),
+        (Odd, lambda: (shuffled(collate_fn=odd), data())),
     ],
-    ids=["workers", "several", "data module"],
+    ids=["workers", "several", "data module", "objects"],
 )
 def test_data_is_loaded_once_and_as_alone(tmp_path: Path, build: Any, loaders: Any) -> None:
     InData.loaded = 0
@@ -176,6 +200,19 @@ def test_data_is_loaded_once_and_as_alone(tmp_path: Path, build: Any, loaders: A
     assert InData.loaded <= 1
     for r in (1, 2):
         fit(tmp_path / f"r{r}", LoRACallback(r=r), model=build(), loaders=loaders())
+        check_as_alone(tmp_path / "all" / f"r{r}", tmp_path / f"r{r}", 3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_that_is_given_again_goes_on(tmp_path: Path, workers: int) -> None:
+    def loaders() -> Any:
+        kept = {"num_workers": 1, "persistent_workers": True} if workers else {}
+        return DataLoader(data(20).dataset, 4, shuffle=True, **kept), data()  # type: ignore[arg-type]
+
+    options = {"reload_dataloaders_every_n_epochs": 1}
+    fit(tmp_path / "all", LoRASweep(r=[1, 2], keep=1), loaders=loaders(), **options)
+    for r in (1, 2):
+        fit(tmp_path / f"r{r}", LoRACallback(r=r), loaders=loaders(), **options)
         check_as_alone(tmp_path / "all" / f"r{r}", tmp_path / f"r{r}", 3)
 
 
@@ -339,6 +376,33 @@ def test_an_error_in_one_run_ends_all_before_the_first_batch(tmp_path: Path) -> 
     with pytest.raises(TargetError, match="q_porj"):
         fit(tmp_path, LoRASweep(target_modules=["all-linear", ["q_proj"], ["q_porj"]]), model=model)
     assert same(state(model), before) and find_record(model) is None and not list(tmp_path.glob("*/*.ckpt"))
+
+
+class Leaves(Rich):
+    last = 2
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx == self.last and len(self.q_proj.lora_A) == 2 else None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("last", [1, 3])
+def test_a_run_that_leaves_an_epoch_early_is_named(tmp_path: Path, last: int) -> None:
+    model = Leaves()
+    model.last = last
+    with pytest.raises(ConfigError, match=r"r2 takes other batches .* LoRASweep must use the same batches"):
+        fit(tmp_path, LoRASweep(r=[1, 2, 3], keep=1), model=model, loaders=(data(20), data(20)))
+
+
+def test_a_run_that_stops_in_an_epoch_validates_a_last_time_as_alone(tmp_path: Path) -> None:
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+            trainer.should_stop = len(module.q_proj.lora_A) == 2 and trainer.global_step >= 7
+
+    loaders = data(20), data(28)
+    fit(tmp_path / "all", LoRASweep(r=[1, 2], keep=1), Stop(), loaders=loaders)
+    for r, count in ((1, 3), (2, 2)):
+        fit(tmp_path / f"r{r}", LoRACallback(r=r), Stop(), loaders=loaders)
+        check_as_alone(tmp_path / "all" / f"r{r}", tmp_path / f"r{r}", count)
 
 
 def test_an_error_in_training_ends_all_and_is_raised(tmp_path: Path) -> None:
@@ -559,6 +623,11 @@ def test_adapters_of_a_quantised_base_are_as_alone(tmp_path: Path) -> None:
 def test_arguments_are_checked_at_once(arguments: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LoRASweep(**arguments)
+
+
+def test_autocast_around_a_fit_is_refused(tmp_path: Path) -> None:
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ConfigError, match="autocast around fit"):
+        fit(tmp_path, LoRASweep(r=[1, 2]))
 
 
 def test_names_have_what_differs() -> None:

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.seed import _set_rng_states
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_module
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, is_autocast_enabled
 
 from lightning_lora.argument_names import explains_arguments
 from lightning_lora.callback import LoRACallback
@@ -110,6 +110,7 @@ class LoRASweep(LoRACallback):
             "a fit without validation": not trainer.enable_validation,
             type(trainer.strategy).__name__: "SingleDeviceStrategy" not in class_names(trainer.strategy),
             "ckpt_path": any(each.get("self") is trainer and each.get("ckpt_path") for each in frames),
+            "torch.autocast around fit (use a precision)": is_autocast_enabled(trainer.strategy.root_device.type),
             "overfit_batches": trainer.overfit_batches > 0,
             "a val_check_interval in time": vars(trainer).get("_val_check_time_interval") is not None,
             **{type(each).__name__: class_names(each) & _REFUSED for each in trainer.callbacks},

@@ -10,6 +10,8 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_lora.errors import ConfigError
+
 TURN = 4  # batches: a change of threads costs about a twentieth of a small training step
 
 
@@ -25,6 +27,7 @@ class Run(Thread):
         self.dropped: int | None = None  # the number of the validation after which it ends
         self.error: BaseException | None = None
         self.random = _collect_rng_states()
+        self.taken, self.place = 0, (0, 0, 0)
         self._has_ended = False
         self._turn, self._back = Semaphore(0), Semaphore(0)
         self._request: Callable[[], Any] | None = None
@@ -65,9 +68,11 @@ class Run(Thread):
         self._has_ended = True
         self._back.release()
 
-    def reach(self, batch: int) -> None:
+    def reach(self, loop: object, batch: int) -> None:
         """Let the others come as far, at the first batch of a pass and after some more."""
+        self.taken += 1
         if batch % TURN == 0:
+            self.place = self.taken, batch, id(loop)
             self._pause()
 
     def ask(self, request: Callable[[], Any]) -> Any:
@@ -89,6 +94,12 @@ def play(runs: list[Run], keep: float, sign: int) -> list[Run]:
     try:
         while live:
             live = [run for run in live if run.go_on()]
+            if len({run.place for run in live}) > 1:
+                first = min(live, key=lambda run: run.place)
+                raise ConfigError(
+                    f"{first.name} takes other batches than the others: its code ends an epoch early. All adapters of "
+                    "LoRASweep must use the same batches. Change that, or use LoRACallback for each."
+                )
             if live and all(len(run.metrics) > run.judged for run in live):
                 live.sort(key=rank)
                 _judge(live, math.ceil(len(live) * keep))

@@ -1,7 +1,7 @@
 """What each run of a sweep has of its own, and what all share: the data, which is loaded once, and the base."""
 
 import pickle
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from copy import copy, deepcopy
 from functools import partial
@@ -64,7 +64,8 @@ class Loaders:
 
     def __init__(self, source: Any) -> None:
         self.source, self.made = source, list[_Made]()
-        self.passes: dict[tuple[int, int], dict[int, _Pass]] = {}
+        self.passes = defaultdict[Any, dict[int, _Pass]](dict)  # by loader and place: a request may give it again
+        self.begun = defaultdict[Any, Iterator[int]](count)  # the same of each run
 
     def request(self, run: Run, asked: Iterator[int], hook: Callable[[], Any]) -> Any:
         """Return a run's copies of the loaders. ``hook`` is its module's: setup of the Trainer's has not run."""
@@ -82,7 +83,7 @@ class Loaders:
             raise ConfigError(f"{self.source.name} gave {type(loader).__name__}. LoRASweep expects a DataLoader.")
         own = copy(loader)
         overlay(own, _SharedLoader)
-        own.lora_shared = run, self.passes.setdefault((id(loader), place), {}), count()
+        own.lora_shared = run, self.passes[id(loader), place], self.begun[run, id(loader), place]
         return own
 
 
@@ -94,6 +95,8 @@ class _SharedLoader(DataLoader[Any], InPlace):
     def __iter__(self) -> Any:
         run, passes, begun = self.lora_shared
         number = next(begun)
+        if run.trainer.should_stop and run.trainer.fit_loop._can_stop_early:  # it validates a last time, perhaps alone
+            return run.ask(super().__iter__)
         if number not in passes:
             passes[number] = _Pass(run, passes[number - 1].begin if number else super().__iter__)
             passes.pop(number - 2, None)
@@ -112,14 +115,21 @@ class _Pass:
     def batches(self, run: Run) -> Iterator[Any]:
         """Yield copies of the batches for one run: a training step may change them."""
         for number in count():
-            run.reach(number)
+            run.reach(self, number)
             if number == self.count:
                 self.made.append(_Made(run, partial(next, self.begun.value, _END)))
                 self.count += 1
             batch = self.made[number - self.count].take(run)
             if batch is _END:
                 return
-            yield apply_to_collection(batch, Tensor, Tensor.clone)
+            yield _copied(batch)
+
+
+def _copied(batch: Any) -> Any:
+    """A copy. A tensor is cloned: deepcopy copies all that a view is a part of."""
+    memo: dict[int, Any] = {}
+    apply_to_collection(batch, Tensor, lambda tensor: memo.setdefault(id(tensor), tensor.clone()))
+    return deepcopy(batch, memo)
 
 
 def copy_trainer(trainer: Any, run: Run, memo: dict[int, Any], loaders: list[Loaders]) -> None:
