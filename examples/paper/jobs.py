@@ -1,0 +1,167 @@
+"""One job: a task, a method, a learning rate and a seed. It is trained by a Trainer, and gives one JSON file."""
+
+import json
+import logging
+import re
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+
+from lightning_lora import LoRACallback, save_adapter
+
+from .methods import METHODS, Method
+
+Result = dict[str, Any]
+FEW = 16  # items of each part with --fast
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train, and how.
+
+    Args:
+        task: ``"reviews"``, ``"definitions"`` or ``"e2e"``.
+        method: Its name in methods.py.
+        lr: The highest learning rate.
+        seed: Of the head, of the adapters and of the order of the data.
+    """
+
+    task: str
+    method: str
+    lr: float
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name of its file."""
+        method = re.sub(r"\W+", "-", self.method.replace("=", ""))
+        return f"{self.task}_{method}_{self.lr:g}_seed{self.seed}"
+
+
+def nll(result: Result) -> float:
+    """Return the mean loss on the validation part: what learning rates are chosen by."""
+    losses = result["validation"]["nll"]
+    return float(sum(losses) / len(losses))
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where things are.
+
+    Args:
+        results: One JSON file for each finished job.
+        adapters: The trained adapters, for the figures.
+        e2e: The E2E data: ``valid.txt`` and ``test.txt``.
+    """
+
+    results: Path
+    adapters: Path
+    e2e: Path
+
+
+class Results:
+    """The finished jobs, in a folder.
+
+    Args:
+        folder: Of the JSON files.
+        fast: Whether jobs take a little of the data.
+    """
+
+    def __init__(self, folder: Path, *, fast: bool = False) -> None:
+        self.folder, self.fast = folder, fast
+        folder.mkdir(parents=True, exist_ok=True)
+        self.found: dict[str, Result] = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of a job at its best learning rate."""
+        return (0, 1) if self.fast else (0, 1, 2)
+
+    def __contains__(self, job: Job) -> bool:
+        return job.name in self.found
+
+    def __getitem__(self, job: Job) -> Result:
+        return self.found[job.name]
+
+    def add(self, name: str, result: Result) -> None:
+        """Write a result, whole or not at all."""
+        path = self.folder / f"{name}.json"
+        path.with_suffix(".part").write_text(json.dumps(result, separators=(",", ":")) + "\n")
+        path.with_suffix(".part").replace(path)
+        self.found[name] = result
+
+
+def run(job: Job, folders: Folders, *, fast: bool) -> Result:
+    """Train, evaluate, and return what was found."""
+    quiet()
+    torch.set_num_threads(1)
+    started, method = time.process_time(), METHODS[job.method]
+    module, data, family = build(job, folders, fast)
+    result: Result = {**asdict(job), "trained": 0}
+    trainer = make_trainer(prepare(module, method, family.WEIGHTS), max_epochs=1)
+    if not method.shots:
+        trainer.fit(module, data.train_dataloader())
+        result["trained"] = sum(p.numel() for group in trainer.optimizers[0].param_groups for p in group["params"])
+    if method.weights:
+        save_adapter(module, folders.adapters / f"{job.name}.safetensors")
+    for part, evaluate, loader in (
+        ("validation", trainer.validate, data.val_dataloader()),
+        ("test", trainer.test, data.test_dataloader()),
+    ):
+        evaluate(module, loader, verbose=False)
+        result[part] = {key: [item[key] for item in module.items] for key in module.items[0]}
+    if job.task == "e2e":
+        result["nist"] = family.nist(result["test"]["text"], data.test)
+    return {
+        **result,
+        "own_task": family.own_task(module, FEW if fast else None),
+        "seconds": round(time.process_time() - started, 1),
+    }
+
+
+def build(job: Job, folders: Folders, fast: bool) -> tuple[Any, Any, Any]:
+    """Return a job's module and data, and the file that they are from."""
+    seed_everything(job.seed, verbose=False)
+    limit = FEW if fast else None
+    if job.task == "e2e":
+        from . import smollm
+
+        return smollm.Writer(job.lr), smollm.Tables(folders.e2e, METHODS[job.method].shots, job.seed, limit), smollm
+    from . import minilm
+
+    return minilm.Classifier(minilm.CLASSES[job.task], job.lr), minilm.texts(job.task, limit), minilm
+
+
+def prepare(module: LightningModule, method: Method, weights: dict[str, str]) -> list[Callback]:
+    """Set what trains, and return the callbacks of a method."""
+    if method.weights is None:
+        for name, p in module.get_submodule("pretrained").named_parameters():
+            p.requires_grad_(method.trains == "all" or (method.trains == "biases" and name.endswith("bias")))
+        return []
+    targets: Any = weights["all"] if method.weights == "all" else [weights[name] for name in method.weights]
+    heads = ["head"] if hasattr(module, "head") else []
+    return [LoRACallback(target_modules=targets, modules_to_save=heads, **method.lora)]
+
+
+def make_trainer(callbacks: list[Callback], **more: Any) -> Trainer:
+    """Return a Trainer that writes nothing."""
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
+    return Trainer(accelerator="cpu", callbacks=callbacks, **off, **more)  # type: ignore[arg-type]
+
+
+def quiet() -> None:
+    """Leave out Lightning's own messages: one bar shows all jobs."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers",
+        ".*in eval mode at the start",
+        ".*no `val_dataloader`",
+        ".*LeafSpec",
+    ):
+        warnings.filterwarnings("ignore", message=message)

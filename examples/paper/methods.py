@@ -1,0 +1,80 @@
+"""What is compared: full fine-tuning, adapters on some weights, biases only, the head only."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train a model.
+
+    Args:
+        rates: The learning rates to try, by factors of two.
+        trains: ``"all"`` weights, ``"biases"`` or ``"nothing"`` of the pretrained model. A new head always trains.
+        weights: The weights that get adapters: some of q, k, v and o, or ``"all"`` linear layers. None: no adapters.
+        lora: More arguments of LoRACallback.
+        shots: Examples in the prompt, in place of training.
+    """
+
+    rates: tuple[float, ...]
+    trains: str = "nothing"
+    weights: str | None = None
+    lora: dict[str, Any] = field(default_factory=dict)
+    shots: int = 0
+
+
+def lora(weights: str, r: int, **more: Any) -> Method:
+    """Return the method that trains adapters of rank ``r``."""
+    return Method((1e-3, 2e-3, 4e-3), weights=weights, lora={"r": r, "alpha": 8, **more})
+
+
+MAIN = {
+    "full": Method((5e-5, 1e-4, 2e-4), trains="all"),
+    "LoRA q v, r=8": lora("qv", 8),
+    "LoRA all, r=8": lora("all", 8),
+    "LoRA all, r=16": lora("all", 16),
+    "BitFit": Method((1e-3, 2e-3, 4e-3), trains="biases"),
+    "probe": Method((5e-3, 1e-2, 2e-2)),
+}
+DEFINITIONS = ("full", "LoRA q v, r=8", "LoRA all, r=8", "probe")
+BEYOND = {
+    "LoRA+ all, r=8": lora("all", 8, lr_scale={"A": 0.125, "B": 2}),
+    "DoRA all, r=8": lora("all", 8, use_dora=True),
+}
+E2E = {
+    "few-shot": Method((0.0,), shots=5),
+    "full on E2E": Method((5e-5, 1e-4, 2e-4), trains="all"),
+    "LoRA q v, r=4": lora("qv", 4),
+    "LoRA all, r=8": lora("all", 8),
+}
+
+# Which weights, for about the same number of parameters; and which rank.
+WHICH = {
+    f"LoRA {' '.join(weights)}, r={8 // len(weights)}": lora(weights, 8 // len(weights))
+    for weights in ("q", "k", "v", "o", "qk", "qv", "qkvo")
+}
+RANKS = {
+    f"LoRA {name}, r={r}": lora(weights, r)
+    for name, weights in (("q v", "qv"), ("all", "all"))
+    for r in (1, 2, 4, 8, 64)
+}
+RATE = 2e-3  # of these two: with alpha = 8, it hardly depends on the rank, as the grid shows
+
+# The three scalings are one at r=8: what differs is how they follow the rank.
+GRID_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+GRID_RANKS = (2, 8, 32)
+SCALINGS: dict[str, dict[str, Any]] = {
+    "alpha = r": {"alpha": None},
+    "alpha = 8": {},
+    "rsLoRA": {"alpha": 8**0.5, "use_rslora": True},
+}
+
+
+def grid_name(r: int, scaling: str) -> str:
+    """Return the name of a method of the grid."""
+    return f"LoRA all, r={r}" if r == 8 or scaling == "alpha = 8" else f"LoRA all, r={r}, {scaling}"
+
+
+GRID = {grid_name(r, name): lora("all", r, **more) for name, more in SCALINGS.items() for r in GRID_RANKS}
+
+METHODS = GRID | MAIN | BEYOND | E2E | WHICH | RANKS

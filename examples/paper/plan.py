@@ -1,0 +1,62 @@
+"""Which jobs each part of the study needs, given those that are finished."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from .jobs import Job, Results, nll
+from .methods import BEYOND, DEFINITIONS, E2E, GRID, GRID_RATES, MAIN, METHODS, RANKS, RATE, WHICH
+
+
+def search(results: Results, task: str, name: str) -> list[Job]:
+    """Return the jobs of one seed that choose a method's learning rate: three, and one more where the edge wins."""
+    jobs = [Job(task, name, lr) for lr in METHODS[name].rates]
+    if results.fast or len(jobs) == 1:
+        return jobs[:1]
+    if all(job in results for job in jobs):
+        best = jobs.index(best_of(results, jobs))
+        if best == 0:
+            jobs.insert(0, replace(jobs[0], lr=jobs[0].lr / 2))
+        elif best == len(jobs) - 1:
+            jobs.append(replace(jobs[-1], lr=jobs[-1].lr * 2))
+    return jobs
+
+
+def best_of(results: Results, jobs: list[Job]) -> Job:
+    """Return the job with the lowest loss on the validation part."""
+    return min(jobs, key=lambda job: nll(results[job]))
+
+
+def seeds(results: Results, task: str, name: str) -> list[Job]:
+    """Return the jobs at the chosen learning rate, one for each seed; none while it is not known."""
+    searched = search(results, task, name)
+    if not all(job in results for job in searched):
+        return []
+    return [replace(best_of(results, searched), seed=seed) for seed in results.seeds]
+
+
+def compared(results: Results, task: str, names: Iterable[str]) -> list[Job]:
+    """Return the jobs of some methods: those that search, then those of all seeds."""
+    return [job for name in names for job in search(results, task, name) + seeds(results, task, name)]
+
+
+def at_one_rate(results: Results, name: str) -> list[Job]:
+    """Return the jobs of a method of tables 5 and 6, one for each seed."""
+    return [Job("reviews", name, RATE, seed) for seed in results.seeds]
+
+
+def in_grid(results: Results, name: str) -> list[Job]:
+    """Return the jobs of one row of the grid."""
+    rates = GRID_RATES[1:3] if results.fast else GRID_RATES
+    return [Job("reviews", name, lr) for lr in rates]
+
+
+# What --only takes, and the jobs of each part. Table 3 needs the E2E data.
+PARTS: dict[str, Callable[[Results], list[Job]]] = {
+    "grid": lambda results: [job for name in GRID for job in in_grid(results, name)],
+    "table2": lambda results: compared(results, "reviews", MAIN),
+    "table3": lambda results: compared(results, "e2e", E2E),
+    "table5": lambda results: [job for name in WHICH for job in at_one_rate(results, name)],
+    "table6": lambda results: [job for name in RANKS for job in at_one_rate(results, name)],
+    "beyond": lambda results: compared(results, "reviews", BEYOND),
+    "definitions": lambda results: compared(results, "definitions", DEFINITIONS),
+}

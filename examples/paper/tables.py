@@ -1,0 +1,159 @@
+"""The tables of docs/paper.md, made from the JSON files alone."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from . import stats
+from .jobs import Job, Results, nll
+from .methods import BEYOND, DEFINITIONS, E2E, GRID_RANKS, MAIN, RANKS, SCALINGS, WHICH, grid_name
+from .plan import PARTS, at_one_rate, in_grid, seeds
+
+FULL = {"reviews": "full", "definitions": "full", "e2e": "full on E2E"}
+
+
+def grid(results: Results) -> str:
+    """Loss on the validation part, by scaling, rank and rate."""
+    rows = []
+    for scaling in SCALINGS:
+        for r in GRID_RANKS:
+            jobs = in_grid(results, grid_name(r, scaling))
+            losses = [nll(results[job]) for job in jobs]
+            best = int(np.argmin(losses))
+            cells = [f"{loss:.3f}" for loss in losses]
+            cells[best] = f"**{cells[best]}**"
+            rows.append([scaling, r, *cells, f"{vertex(losses, jobs, best):.1e}"])
+    return markdown(["scaling", "r", *(f"{job.lr:g}" for job in jobs), "best rate"], rows)
+
+
+def vertex(losses: list[float], jobs: list[Job], best: int) -> float:
+    """Return the rate where a parabola through the best rate and its neighbours is lowest."""
+    if not 0 < best < len(losses) - 1:
+        return jobs[best].lr
+    before, at, after = losses[best - 1 : best + 2]
+    return float(jobs[best].lr * 2 ** ((before - after) / (before - 2 * at + after) / 2))
+
+
+def classified(results: Results, task: str, jobs_of: dict[str, list[Job]]) -> str:
+    """Accuracy and loss on the test part, each seed shown, and differences to full fine-tuning."""
+    full = seeds(results, task, FULL[task])
+    rows = []
+    for name, jobs in jobs_of.items():
+        accuracies = [100 * stats.average(items(results[job], "correct")) for job in jobs]
+        row = [name, f"{jobs[0].lr:g}", f"{np.mean(accuracies):.1f}", " ".join(f"{value:.1f}" for value in accuracies)]
+        for key, digits, factor in (("correct", 1, 100), ("nll", 3, 1)):
+            row.append(difference(results, jobs, full, [key], stats.average, factor, digits))
+        own = np.mean([results[job]["own_task"] for job in jobs])
+        rows.append([*row, f"{results[jobs[0]]['trained']:,}", f"{100 * own:.1f}"])
+    header = ["method", "rate", "accuracy", "seeds", "minus full", "loss minus full", "trained", "own task"]
+    return markdown(header, rows)
+
+
+def written(results: Results) -> str:
+    """BLEU and the other measures on E2E, each seed shown, and differences to full fine-tuning."""
+    full, rows = seeds(results, "e2e", FULL["e2e"]), []
+    for name in E2E:
+        jobs = seeds(results, "e2e", name)
+        scores = [stats.bleu(items(results[job], "bleu")) for job in jobs]
+        wrong = np.mean([stats.share(items(results[job], "wrong_slots", "slots")) for job in jobs])
+        rouge = 100 * np.mean([stats.average(items(results[job], "rouge_l")) for job in jobs])
+        nist = np.mean([results[job]["nist"] for job in jobs])
+        rows.append(
+            [
+                name.removesuffix(" on E2E"),
+                f"{jobs[0].lr:g}" if jobs[0].lr else "–",
+                f"{np.mean(scores):.1f}",
+                " ".join(f"{value:.1f}" for value in scores),
+                difference(results, jobs, full, ["bleu"], stats.bleu, 1, 1),
+                f"{nist:.2f}",
+                f"{rouge:.1f}",
+                f"{wrong:.1f} %",
+                f"{results[jobs[0]]['trained']:,}",
+                f"{np.mean([results[job]['own_task'] for job in jobs]):.2f}",
+            ]
+        )
+    header = ["method", "rate", "BLEU", "seeds", "minus full", "NIST", "ROUGE-L", "slots wrong", "trained", "own task"]
+    return markdown(header, rows)
+
+
+def costs(results: Results, task: str) -> str:
+    """What each method costs."""
+    found, rows = results.found[f"costs-{task}"], []
+    full = found[FULL[task]]["step_seconds"]
+    for name, cost in found.items():
+        sizes = [f"{cost[key] / 1e6:,.1f} MB" for key in ("optimizer_bytes", "checkpoint_bytes", "memory_bytes")]
+        seconds = cost["step_seconds"]
+        rows.append([name.removesuffix(" on E2E"), *sizes, f"{seconds:.2f} s", f"{seconds / full:.2f}"])
+    return markdown(["method", "optimizer", "checkpoint", "memory added", "a step", "over full"], rows)
+
+
+def items(result: dict[str, Any], *keys: str) -> stats.Values:
+    """Return numbers of each test item, of shape (items, numbers)."""
+    return np.column_stack([np.array(result["test"][key], dtype=float) for key in keys])
+
+
+def difference(
+    results: Results,
+    jobs: list[Job],
+    full: list[Job],
+    keys: list[str],
+    statistic: stats.Statistic,
+    factor: float,
+    digits: int,
+) -> str:
+    """Return a difference to full fine-tuning with its interval; in brackets, if it holds zero."""
+    if jobs == full:
+        return ""
+    one, other = (np.stack([items(results[job], *keys) for job in each]) for each in (jobs, full))
+    found, low, high = (factor * value for value in stats.interval(one, other, statistic))
+    text = f"{found:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return f"{text}, not resolved" if low <= 0 <= high else text
+
+
+def markdown(header: list[str], rows: list[list[Any]]) -> str:
+    """Return a table in Markdown. Numbers stand on the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def searched(results: Results, task: str, names: Iterable[str]) -> str:
+    """Compare methods, each at its best learning rate."""
+    return classified(results, task, {name: seeds(results, task, name) for name in names})
+
+
+def unsearched(results: Results, names: Iterable[str]) -> str:
+    """Compare methods at one learning rate."""
+    return classified(results, "reviews", {name: at_one_rate(results, name) for name in names})
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "grid": grid,
+    "table2": lambda results: searched(results, "reviews", MAIN),
+    "table3": written,
+    "table5": lambda results: unsearched(results, WHICH),
+    "table6": lambda results: unsearched(results, RANKS),
+    "beyond": lambda results: searched(results, "reviews", BEYOND),
+    "definitions": lambda results: searched(results, "definitions", DEFINITIONS),
+    "costs-reviews": lambda results: costs(results, "reviews"),
+    "costs-e2e": lambda results: costs(results, "e2e"),
+}
+
+
+def fill(page: str, results: Results) -> str:
+    """Return a page with its tables made anew, as far as their jobs are finished.
+
+    Each table stands between ``<!-- name -->`` and ``<!-- end -->``.
+    """
+
+    def made(match: re.Match[str]) -> str:
+        name = match[1]
+        return f"<!-- {name} -->\n\n{TABLES[name](results)}\n\n<!-- end -->" if finished(name, results) else match[0]
+
+    return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", made, page, flags=re.DOTALL)
+
+
+def finished(table: str, results: Results) -> bool:
+    """Whether the files of a table are all there."""
+    return all(job in results for job in PARTS[table](results)) if table in PARTS else table in results.found
