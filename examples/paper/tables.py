@@ -24,16 +24,8 @@ def grid(results: Results) -> str:
             best = int(np.argmin(losses))
             cells = [f"{loss:.3f}" for loss in losses]
             cells[best] = f"**{cells[best]}**"
-            rows.append([scaling, r, *cells, f"{vertex(losses, jobs, best):.1e}"])
-    return markdown(["scaling", "r", *(f"{job.lr:g}" for job in jobs), "best rate"], rows)
-
-
-def vertex(losses: list[float], jobs: list[Job], best: int) -> float:
-    """Return the rate where a parabola through the best rate and its neighbours is lowest."""
-    if not 0 < best < len(losses) - 1:
-        return jobs[best].lr
-    before, at, after = losses[best - 1 : best + 2]
-    return float(jobs[best].lr * 2 ** ((before - after) / (before - 2 * at + after) / 2))
+            rows.append([scaling, r, *cells])
+    return markdown(["scaling", "r", *(f"{job.lr:g}" for job in jobs)], rows)
 
 
 def classified(results: Results, task: str, jobs_of: dict[str, list[Job]]) -> str:

@@ -29,7 +29,7 @@ _OF_ADAPTER = ("lora_settings", "lora_matrices", "lora_init_digests", "lora_enab
 
 
 class LoRALayer(LayerKind):
-    """Base class of all adapted layers, added to the class of an existing layer. :class:`LayerKind` is what differs."""
+    """Base class of all adapted layers. Their kinds are in ``LayerKind``."""
 
     lora_matrices: tuple[AdaptedMatrix, ...]
     lora_settings: Settings
@@ -40,7 +40,7 @@ class LoRALayer(LayerKind):
     # Forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the layer with its update. A forward of its own runs on ``W + ΔW``, as when that is merged."""
+        """Compute the layer with its update."""
         if not self.lora_enabled:
             return super().forward(*args, **kwargs)
         if self._lora_is_additive:
@@ -48,7 +48,7 @@ class LoRALayer(LayerKind):
         return self.lora_forward_on_sum(*args, **kwargs)
 
     def lora_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the layer's output and add the update. With DoRA, the sum is scaled to its magnitude."""
+        """Compute the layer's output, and add the update."""
         output, dropout = super().forward(*args, **kwargs), self.lora_dropout()
         if dropout:
             if args:
@@ -127,7 +127,7 @@ class LoRALayer(LayerKind):
         return reduce(getattr, name.split("."), self)  # type: ignore[return-value]  # a tensor at the end
 
     def lora_effective_weight(self, name: str, weight: Tensor | None = None, *, dropping: bool = False) -> Tensor:
-        """Return a weight, or given values of it, with its update, in float32 or wider. Dropout acts on A."""
+        """Return a weight with its update, in float32 or wider."""
         weight = self.lora_values(self, self._lora_weight(name) if weight is None else weight)
         dropout = self.lora_dropout() if dropping else 0.0
         with torch.autocast(weight.device.type, enabled=False):
@@ -295,7 +295,7 @@ class LoRALayer(LayerKind):
 
 
 def attach(layer: nn.Module, adapter: Adapter) -> None:
-    """Attach an adapter to a layer. The layer stays the same object and computes with ``W + ΔW`` from now on."""
+    """Let a layer, which stays the same object, compute with an adapter."""
     overlay(layer, cast(type[LoRALayer], adapter.kind))
     layer._parameters.update(adapter.parameters)
     vars(layer).update(attributes_of(adapter))
@@ -308,7 +308,7 @@ def attributes_of(adapter: Adapter) -> dict[str, Any]:
 
 
 def is_resized(layer: nn.Module, adapter: Adapter) -> bool:
-    """Whether a weight has another shape than the adapter is for. Of a packed one, that is not known."""
+    """Whether a weight no longer fits its adapter. Packed weights always do."""
     for matrix in () if adapter.kind.lora_is_quantised(layer) else adapter.matrices:
         weight = reduce(getattr, matrix.weight.split("."), layer)
         if adapter.kind.lora_as_matrix(cast(Tensor, weight)).shape[-2:] != (matrix.rows or matrix.writes, matrix.reads):
