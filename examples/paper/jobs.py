@@ -29,18 +29,26 @@ class Job:
         method: Its name in methods.py.
         lr: The highest learning rate.
         seed: Of the head, of the adapters and of the order of the data.
+        epochs: How often it sees the data.
     """
 
     task: str
     method: str
     lr: float
     seed: int = 0
+    epochs: int = 1
 
     @property
     def name(self) -> str:
         """The name of its file."""
         method = re.sub(r"\W+", "-", self.method.replace("=", ""))
-        return f"{self.task}_{method}_{self.lr:g}_seed{self.seed}"
+        epochs = "" if self.epochs == 1 else f"_{self.epochs}epochs"
+        return f"{self.task}_{method}_{self.lr:g}_seed{self.seed}{epochs}"
+
+    @property
+    def tested(self) -> bool:
+        """Whether the test part is evaluated. Texts take long to write: not where a learning rate is chosen."""
+        return self.task != "e2e" or self.epochs > 1
 
 
 def nll(result: Result) -> float:
@@ -103,25 +111,29 @@ def run(job: Job, folders: Folders, *, fast: bool) -> Result:
     started, method = time.process_time(), METHODS[job.method]
     module, data, family = build(job, folders, fast)
     result: Result = {**asdict(job), "trained": 0}
-    trainer = make_trainer(prepare(module, method, family.WEIGHTS), max_epochs=1)
+    trainer = make_trainer(prepare(module, method, family.WEIGHTS), max_epochs=job.epochs)
     if not method.shots:
         trainer.fit(module, data.train_dataloader())
         result["trained"] = sum(p.numel() for group in trainer.optimizers[0].param_groups for p in group["params"])
     if method.weights:
         save_adapter(module, folders.adapters / f"{job.name}.safetensors")
-    for part, evaluate, loader in (
-        ("validation", trainer.validate, data.val_dataloader()),
-        ("test", trainer.test, data.test_dataloader()),
-    ):
-        evaluate(module, loader, verbose=False)
-        result[part] = {key: [item[key] for item in module.items] for key in module.items[0]}
-    if job.task == "e2e":
-        result["nist"] = family.nist(result["test"]["text"], data.test)
+    trainer.validate(module, data.val_dataloader(), verbose=False)
+    result["validation"] = columns(module.items)
+    if job.tested:
+        trainer.test(module, data.test_dataloader(), verbose=False)
+        result["test"] = columns(module.items)
+        if job.task == "e2e":
+            result["nist"] = family.nist(result["test"]["text"], data.test)
     return {
         **result,
         "own_task": family.own_task(module, FEW if fast else None),
         "seconds": round(time.process_time() - started, 1),
     }
+
+
+def columns(items: list[Result]) -> dict[str, list[Any]]:
+    """Return a list for each key of the items."""
+    return {key: [item[key] for item in items] for key in items[0]}
 
 
 def build(job: Job, folders: Folders, fast: bool) -> tuple[Any, Any, Any]:

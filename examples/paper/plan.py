@@ -27,11 +27,11 @@ def best_of(results: Results, jobs: list[Job]) -> Job:
 
 
 def seeds(results: Results, task: str, name: str) -> list[Job]:
-    """Return the jobs at the chosen learning rate, one for each seed; none while it is not known."""
+    """Return the jobs at the chosen learning rate, longer, one for each seed; none while it is not known."""
     searched = search(results, task, name)
     if not all(job in results for job in searched):
         return []
-    return [replace(best_of(results, searched), seed=seed) for seed in results.seeds]
+    return [replace(best_of(results, searched), seed=seed, epochs=2) for seed in results.seeds]
 
 
 def compared(results: Results, task: str, names: Iterable[str]) -> list[Job]:
@@ -42,6 +42,17 @@ def compared(results: Results, task: str, names: Iterable[str]) -> list[Job]:
 def at_one_rate(results: Results, name: str) -> list[Job]:
     """Return the jobs of a method of tables 5 and 6, one for each seed."""
     return [Job("reviews", name, RATE, seed) for seed in results.seeds]
+
+
+def full_once(results: Results) -> list[Job]:
+    """Return the jobs of full fine-tuning that tables 5 and 6 are compared with: as short as theirs."""
+    return [replace(job, epochs=1) for job in seeds(results, "reviews", "full")]
+
+
+def unsearched(results: Results, names: Iterable[str]) -> list[Job]:
+    """Return the jobs of table 5 or 6."""
+    full = search(results, "reviews", "full") + full_once(results)
+    return full + [job for name in names for job in at_one_rate(results, name)]
 
 
 def in_grid(results: Results, name: str) -> list[Job]:
@@ -55,8 +66,8 @@ PARTS: dict[str, Callable[[Results], list[Job]]] = {
     "grid": lambda results: [job for name in GRID for job in in_grid(results, name)],
     "table2": lambda results: compared(results, "reviews", MAIN),
     "table3": lambda results: compared(results, "e2e", E2E),
-    "table5": lambda results: [job for name in WHICH for job in at_one_rate(results, name)],
-    "table6": lambda results: [job for name in RANKS for job in at_one_rate(results, name)],
+    "table5": lambda results: unsearched(results, WHICH),
+    "table6": lambda results: unsearched(results, RANKS),
     "beyond": lambda results: compared(results, "reviews", BEYOND),
     "definitions": lambda results: compared(results, "definitions", DEFINITIONS),
 }

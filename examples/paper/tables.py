@@ -9,9 +9,7 @@ import numpy as np
 from . import stats
 from .jobs import Job, Results, nll
 from .methods import BEYOND, DEFINITIONS, E2E, GRID_RANKS, MAIN, RANKS, SCALINGS, WHICH, grid_name
-from .plan import PARTS, at_one_rate, in_grid, seeds
-
-FULL = {"reviews": "full", "definitions": "full", "e2e": "full on E2E"}
+from .plan import PARTS, at_one_rate, full_once, in_grid, seeds
 
 
 def grid(results: Results) -> str:
@@ -28,9 +26,8 @@ def grid(results: Results) -> str:
     return markdown(["scaling", "r", *(f"{job.lr:g}" for job in jobs)], rows)
 
 
-def classified(results: Results, task: str, jobs_of: dict[str, list[Job]]) -> str:
+def classified(results: Results, full: list[Job], jobs_of: dict[str, list[Job]]) -> str:
     """Accuracy and loss on the test part, each seed shown, and differences to full fine-tuning."""
-    full = seeds(results, task, FULL[task])
     rows = []
     for name, jobs in jobs_of.items():
         accuracies = [100 * stats.average(items(results[job], "correct")) for job in jobs]
@@ -45,7 +42,7 @@ def classified(results: Results, task: str, jobs_of: dict[str, list[Job]]) -> st
 
 def written(results: Results) -> str:
     """BLEU and the other measures on E2E, each seed shown, and differences to full fine-tuning."""
-    full, rows = seeds(results, "e2e", FULL["e2e"]), []
+    full, rows = seeds(results, "e2e", "full"), []
     for name in E2E:
         jobs = seeds(results, "e2e", name)
         scores = [stats.bleu(items(results[job], "bleu")) for job in jobs]
@@ -54,7 +51,7 @@ def written(results: Results) -> str:
         nist = np.mean([results[job]["nist"] for job in jobs])
         rows.append(
             [
-                name.removesuffix(" on E2E"),
+                name,
                 f"{jobs[0].lr:g}" if jobs[0].lr else "–",
                 f"{np.mean(scores):.1f}",
                 " ".join(f"{value:.1f}" for value in scores),
@@ -73,11 +70,11 @@ def written(results: Results) -> str:
 def costs(results: Results, task: str) -> str:
     """What each method costs."""
     found, rows = results.found[f"costs-{task}"], []
-    full = found[FULL[task]]["step_seconds"]
+    full = found["full"]["step_seconds"]
     for name, cost in found.items():
         sizes = [f"{cost[key] / 1e6:,.1f} MB" for key in ("optimizer_bytes", "checkpoint_bytes", "memory_bytes")]
         seconds = cost["step_seconds"]
-        rows.append([name.removesuffix(" on E2E"), *sizes, f"{seconds:.2f} s", f"{seconds / full:.2f}"])
+        rows.append([name, *sizes, f"{seconds:.2f} s", f"{seconds / full:.2f}"])
     return markdown(["method", "optimizer", "checkpoint", "memory added", "a step", "over full"], rows)
 
 
@@ -112,12 +109,13 @@ def markdown(header: list[str], rows: list[list[Any]]) -> str:
 
 def searched(results: Results, task: str, names: Iterable[str]) -> str:
     """Compare methods, each at its best learning rate."""
-    return classified(results, task, {name: seeds(results, task, name) for name in names})
+    return classified(results, seeds(results, task, "full"), {name: seeds(results, task, name) for name in names})
 
 
 def unsearched(results: Results, names: Iterable[str]) -> str:
-    """Compare methods at one learning rate."""
-    return classified(results, "reviews", {name: at_one_rate(results, name) for name in names})
+    """Compare methods at one learning rate, after one epoch."""
+    full = full_once(results)
+    return classified(results, full, {"full": full, **{name: at_one_rate(results, name) for name in names}})
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
