@@ -37,7 +37,7 @@ class SentimentModule(LightningModule):
         lr: Highest learning rate. It rises during a tenth of the steps, then falls to zero.
     """
 
-    def __init__(self, lr: float = 1e-3) -> None:
+    def __init__(self, lr: float = 2e-3) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.lr = lr

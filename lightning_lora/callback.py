@@ -59,7 +59,8 @@ class LoRACallback(Callback):
 
     Args:
         r: Rank of the update. A layer whose smaller side is less gets its largest rank, with the same scaling.
-        alpha: The update is scaled by ``alpha / r``. ``None`` means ``alpha = r``, a scaling of one.
+        alpha: The update is scaled by ``alpha / r``. If it stays the same, a learning rate suits other ranks too.
+            ``None`` means ``alpha = r``, a scaling of one.
         dropout: Probability of dropping an input of ``lora_A`` in training, in [0, 1).
         target_modules: The layers to adapt. ``"all-linear"`` means every linear layer except a language model's output
             head. ``"all"`` means every supported layer. Any other string is a regular expression that must match the
@@ -119,7 +120,7 @@ class LoRACallback(Callback):
         self,
         r: int = 8,
         *,
-        alpha: float | None = None,
+        alpha: float | None = 8,
         dropout: float = 0.0,
         target_modules: str | list[str] = "all-linear",
         target_slices: dict[str, Any] | None = None,

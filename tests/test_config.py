@@ -46,14 +46,15 @@ def test_bad_arguments_of_the_callback_alone_are_errors_that_name_them() -> None
         LoRACallback(LoRAConfig(r=2))  # type: ignore[arg-type]
 
 
-def test_scaling_is_alpha_over_r_and_one_by_default() -> None:
-    assert LoRAConfig(r=8).scaling("q") == 1.0
+def test_scaling_is_alpha_over_r_and_alpha_does_not_follow_the_rank_by_default() -> None:
+    assert [LoRAConfig(r=r).scaling("q") for r in (2, 8, 32)] == [4.0, 1.0, 0.25]
+    assert [LoRAConfig(r=r, alpha=None).scaling("q") for r in (2, 8, 32)] == [1.0, 1.0, 1.0]
     assert LoRAConfig(r=8, alpha=16).scaling("q") == 2.0
     assert LoRAConfig(r=16, alpha=16, use_rslora=True).scaling("q") == 4.0  # 16 / sqrt(16)
 
 
-def test_patterns_override_by_layer_and_an_alpha_left_out_follows_the_rank() -> None:
-    config = LoRAConfig(r=8, rank_pattern={"q": 2}, alpha_pattern={r"layers\.\d+\.v": 24})
+def test_patterns_override_by_layer_and_an_alpha_of_none_follows_the_rank() -> None:
+    config = LoRAConfig(r=8, alpha=None, rank_pattern={"q": 2}, alpha_pattern={r"layers\.\d+\.v": 24})
     assert (config.rank("layers.0.q"), config.rank("layers.0.v")) == (2, 8)
     assert (config.scaling("layers.0.q"), config.scaling("layers.0.v")) == (1.0, 3.0)
 
@@ -114,7 +115,7 @@ def test_a_callback_shows_the_arguments_that_are_not_at_their_defaults() -> None
 def test_hints_leave_signatures_as_they_are_written() -> None:
     for cls in (LoRAConfig, LoRACallback):
         parameters = inspect.signature(cls).parameters
-        assert parameters["alpha"].default is None and "kwargs" not in parameters
+        assert parameters["alpha"].default == 8 and "kwargs" not in parameters
         assert not parameters.keys() & ELSEWHERE.keys() - {"merge", "save", "lr_scale", "name", "pack_base"}
     assert dataclasses.replace(LoRAConfig(r=2), alpha=4) == LoRAConfig(r=2, alpha=4)
 

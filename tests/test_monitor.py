@@ -225,7 +225,8 @@ def alone(folder: Path, model: Any = None, val: Any = None) -> dict[str, float]:
 def test_the_numbers_of_updates_are_those_of_plain_matrices(tmp_path: Path) -> None:
     kept, model = Keeps(), LitTiny()
     monitor = LoRAMonitor(3, per_layer=True)
-    trainer(tmp_path, [monitor, lora(merge=False)], logger=kept, log_every_n_steps=1, max_steps=6).fit(model, data())
+    callbacks = [monitor, lora(alpha=None, merge=False)]
+    trainer(tmp_path, callbacks, logger=kept, log_every_n_steps=1, max_steps=6).fit(model, data())
     norms, ranks = {}, {}
     for name, layer in View(model).layers.items():
         values = torch.linalg.svdvals(layer.get_parameter("lora_B").double() @ layer.get_parameter("lora_A").double())

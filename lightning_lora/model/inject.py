@@ -55,7 +55,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
         >>> [name for name, p in model.named_parameters() if p.requires_grad]
         ['0.lora_A', '0.lora_B', '2.lora_A', '2.lora_B']
         >>> model[0]
-        LoRALinear(in_features=16, out_features=16, bias=True, r=2, scaling=1)
+        LoRALinear(in_features=16, out_features=16, bias=True, r=2, scaling=4)
     """
     if not isinstance(model, nn.Module) or not isinstance(config, LoRAConfig):
         raise ConfigError(

@@ -27,7 +27,7 @@ def frozen(model: nn.Module, names: list[str], r: int, dropout: float) -> nn.Mod
 
 
 def ours(model: nn.Module, names: list[str], r: int, dropout: float) -> nn.Module:
-    inject_adapters(model, LoRAConfig(r=r, dropout=dropout, target_modules=names))
+    inject_adapters(model, LoRAConfig(r=r, alpha=None, dropout=dropout, target_modules=names))
     return model
 
 

@@ -107,7 +107,7 @@ def test_a_module_and_a_pipe(files: list[str]) -> None:
 
 
 def test_combine_writes_a_file_that_loads(files: list[str], tmp_path: Path, capsys: Any) -> None:
-    paths, config = files[:2], ll.LoRAConfig(r=2, target_modules=["q_proj"])
+    paths, config = files[:2], ll.LoRAConfig(r=2, alpha=2, target_modules=["q_proj"])
     layers: list[Any] = [adapted(seed, config).q_proj for seed in (0, 1)]
     for seed, path in enumerate(paths):
         ll.save_adapter(adapted(seed, config), path)

@@ -92,7 +92,7 @@ def test_a_traced_layer_computes_any_number_of_tokens(tokens: int, differentiate
         traced = torch.jit.trace(model, torch.randn(tokens, 8).double())  # and compared with a trace without gradients
     for rows in (1, 3, 400):
         x = torch.randn(rows, 8, dtype=torch.float64, requires_grad=True)
-        outputs = traced(x), composed(x, *tensors, 1.0)
+        outputs = traced(x), composed(x, *tensors, 4.0)
         torch.testing.assert_close(*outputs)
         found, wanted = (torch.autograd.grad(y.square().sum(), [x, a, b]) for y in outputs)
         torch.testing.assert_close(found, wanted)

@@ -38,7 +38,7 @@ HALVES = [torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", HALVES)
 def test_merge_says_what_share_of_the_update_rounding_took(dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(dtype)
-    inject_adapters(model, LoRAConfig(r=4))
+    inject_adapters(model, LoRAConfig(r=4, alpha=None))
     with torch.no_grad():
         model[0].lora_B.normal_(std=0.1)
         model[1].lora_B.normal_(std=1e-6)
@@ -55,7 +55,7 @@ def test_merge_says_what_share_of_the_update_rounding_took(dtype: torch.dtype) -
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_merge_is_rounded_once_and_unmerge_exact_in_every_dtype(dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Linear(6, 5)).to(dtype)
-    inject_adapters(model, LoRAConfig(r=2))
+    inject_adapters(model, LoRAConfig(r=2, alpha=None))
     randomise(model, scale=1.0)
     before = state(model)
     wide = {k: v.double() for k, v in before.items()}

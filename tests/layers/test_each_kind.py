@@ -22,7 +22,7 @@ def test_slices_of_a_convolution_are_channels_that_it_writes(groups: int) -> Non
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=groups)).double()
     plain = copy.deepcopy(model)
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["0"], target_slices=SLICES))
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, alpha=2, target_modules=["0"], target_slices=SLICES))
     assert torch.equal(model(PLANE), plain(PLANE))
     randomise(model)
     output = model(PLANE)
@@ -115,7 +115,7 @@ def test_slices_of_an_embedding_are_features_that_it_writes() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(6, 4)).double()
     plain = copy.deepcopy(model)
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["0"], target_slices={"0": {"some": [1, 3]}}))
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, alpha=2, target_modules=["0"], target_slices={"0": {"some": [1, 3]}}))
     randomise(model)
     factors = ll.adapter_state_dict(model)
     with torch.no_grad():
@@ -245,7 +245,9 @@ def test_an_update_of_one_projection_alone_is_in_its_own_rows() -> None:
     plain, model = nn.MultiheadAttention(6, 2).double(), nn.ModuleDict()
     model["attention"] = nn.MultiheadAttention(6, 2).double()
     model["attention"].load_state_dict(plain.state_dict())
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["attention"], target_slices={"attention": ["v"]}))
+    ll.inject_adapters(
+        model, ll.LoRAConfig(r=2, alpha=2, target_modules=["attention"], target_slices={"attention": ["v"]})
+    )
     randomise(model)
     factors = ll.adapter_state_dict(model)
     with torch.no_grad():
@@ -256,7 +258,7 @@ def test_an_update_of_one_projection_alone_is_in_its_own_rows() -> None:
 def test_each_projection_starts_from_what_is_strongest_in_its_own_rows() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(6, 2)}).double()
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, init="pissa"))
+    ll.inject_adapters(model, ll.LoRAConfig(r=2, alpha=2, init="pissa"))
     factors, rows = ll.adapter_state_dict(model), model["attention"].in_proj_weight.detach().chunk(3)
     for part, matrix in zip("qkv", rows, strict=True):
         start = factors[f"attention.lora_B_{part}"] @ factors[f"attention.lora_A_{part}"]

@@ -53,7 +53,7 @@ class Reader(nn.Module):
 def test_weight_that_its_holder_reads_is_adapted_there() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(Reader()), torch.randn(2, 5)
-    how = ll.LoRAConfig(r=2, target_parameters=["read.weight"])
+    how = ll.LoRAConfig(r=2, alpha=2, target_parameters=["read.weight"])
     base = state(model)
     assert ll.inject_adapters(model, how) == ("0", "0.called")
     train(model)

@@ -74,7 +74,7 @@ def test_a_direction_that_is_weak_and_not_zero_is_one_to_start_from() -> None:
     u, v = (torch.linalg.qr(torch.randn(size, 3, dtype=torch.float64))[0] for size in (9, 7))
     values = torch.tensor([1, 1e-2, 1e-4], dtype=torch.float64)
     model = linear(((u * values) @ v.T).float())
-    inject_adapters(model, LoRAConfig(r=3, init="pissa"))
+    inject_adapters(model, LoRAConfig(r=3, alpha=3, init="pissa"))
     factors = adapter_state_dict(model)
     for factor, dim in (("0.lora_A", 1), ("0.lora_B", 0)):
         torch.testing.assert_close(factors[factor].norm(dim=dim), values.sqrt().float(), rtol=1e-3, atol=0)
@@ -84,7 +84,7 @@ def test_each_matrix_of_a_stack_starts_from_its_own_strongest_part_however_small
     torch.manual_seed(0)
     stack = torch.randn(3, 6, 5) * torch.tensor([1.0, 1e-9, 1e4]).view(3, 1, 1)
     model = nn.Sequential(Experts(stack))
-    inject_adapters(model, LoRAConfig(r=2, init="pissa", target_modules=[], target_parameters=["stack"]))
+    inject_adapters(model, LoRAConfig(r=2, alpha=2, init="pissa", target_modules=[], target_parameters=["stack"]))
     factors = adapter_state_dict(model)
     starts = factors["0.lora_B_stack"] @ factors["0.lora_A_stack"]
     for matrix, start in zip(stack, starts, strict=True):
@@ -130,7 +130,7 @@ def test_a_base_that_is_loaded_later_is_the_one_it_starts_from_in_every_dtype(ar
 def test_a_weight_that_is_not_finite_yet_is_adapted_and_starts_once_it_is() -> None:
     torch.manual_seed(0)
     model, x = linear(torch.full((7, 6), torch.nan)), torch.randn(3, 6)
-    inject_adapters(model, LoRAConfig(r=2, init="pissa"))
+    inject_adapters(model, LoRAConfig(r=2, alpha=2, init="pissa"))
     weight = torch.randn(7, 6)
     model.load_state_dict({"0.weight": weight})
     factors = adapter_state_dict(model)

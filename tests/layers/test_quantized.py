@@ -90,14 +90,14 @@ def test_adapter_computes_beside_the_quantised_weight(kind: str) -> None:
             plain = copy.copy(layer)
             if isinstance(layer, LoRALayer):
                 plain.__class__ = layer.overlaid[1]
-                update = hidden @ (layer.lora_B @ layer.lora_A).T
+                update = 2 * hidden @ (layer.lora_B @ layer.lora_A).T
                 hidden = plain(hidden) + update
             else:
                 hidden = layer(hidden)
         torch.testing.assert_close(model(BATCH), hidden)
     assert list(ll.adapter_state_dict(model)) == ["0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B", "3.weight", "3.bias"]
     assert ll.summarize(model).frozen == 2 * (WIDTH * WIDTH + WIDTH)  # as many as the bits stand for
-    assert str(model).count("r=4, scaling=1") == 2
+    assert str(model).count("r=4, scaling=2") == 2
     ll.remove_adapters(model)
     assert [type(layer) for layer in model] == classes and same(bits(model), frozen)
 

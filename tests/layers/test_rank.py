@@ -67,7 +67,13 @@ def test_every_kind_of_layer_takes_a_rank_above_its_sides(build: Any, x: Any) ->
 
 @pytest.mark.parametrize(
     ("arguments", "scaling"),
-    [({}, 1), ({"alpha": 6}, 6 / 4), ({"alpha": 6, "use_rslora": True}, 3), ({"use_rslora": True}, 2)],
+    [
+        ({}, 8 / 4),
+        ({"alpha": None}, 1),
+        ({"alpha": 6}, 6 / 4),
+        ({"alpha": 6, "use_rslora": True}, 3),
+        ({"alpha": None, "use_rslora": True}, 2),
+    ],
 )
 def test_the_scaling_is_that_of_the_rank_that_was_asked(arguments: Any, scaling: float) -> None:
     model = trained(**arguments)
@@ -97,11 +103,11 @@ def test_a_layer_of_one_feature_starts_and_trains_by_every_method(init: Any, use
 
 def test_a_larger_rank_that_gives_the_same_adapters_reads_the_same_file(tmp_path: Path) -> None:
     ll.save_adapter(trained(target_modules=["0", "4"]), tmp_path / "small.safetensors")
-    model = trained(target_modules=["0", "4"], r=8)
+    model = trained(target_modules=["0", "4"], r=8, alpha=16)
     ll.load_adapter(model, tmp_path / "small.safetensors")
     assert same(ll.adapter_state_dict(model), ll.adapter_state_dict(trained(target_modules=["0", "4"])))
     ll.save_adapter(trained(alpha=6), tmp_path / "scaled.safetensors")
-    with pytest.raises(ll.AdapterMismatchError, match=r"scaling of 1.5 in 'net.0'; here it has r=1, .* of 1 and"):
+    with pytest.raises(ll.AdapterMismatchError, match=r"scaling of 1.5 in 'net.0'; here it has r=1, .* of 2 and"):
         ll.load_adapter(trained(), tmp_path / "scaled.safetensors")
 
 

@@ -121,7 +121,7 @@ def test_other_code_loads_the_best_file_of_a_run_into_its_module(tmp_path: Path)
         other.load_state_dict(stored)
     scaled = LitTiny()
     trainer(tmp_path, [lora(alpha=16)], max_epochs=1).fit(scaled, data())
-    with pytest.raises(ll.AdapterMismatchError, match="trained with r=2 and a scaling of 1 in"):
+    with pytest.raises(ll.AdapterMismatchError, match="trained with r=2 and a scaling of 4 in"):
         scaled.load_state_dict(stored)
     with torch.no_grad():
         model.embed.weight.mul_(1.5)

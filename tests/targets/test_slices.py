@@ -39,7 +39,7 @@ def changed(output: Tensor, before: Tensor) -> list[int]:
 def test_slices_of_fused_projections_are_adapted_alone(tmp_path: Path) -> None:
     base, model, x = fused(), fused(), torch.randn(3, 8)
     slices = {"c_attn": ["v", "q"], "other": {"first": [1, 3]}}
-    how = ll.LoRAConfig(r=2, target_modules=["c_attn", "other"], target_slices=slices)
+    how = ll.LoRAConfig(r=2, alpha=2, target_modules=["c_attn", "other"], target_slices=slices)
     ll.inject_adapters(model, how)
     assert torch.equal(model(x), base(x))
     assert [n for n in model.state_dict() if "lora_B" in n] == [

@@ -175,7 +175,7 @@ def test_a_run_beside_weight_norm_resumes_merges_and_loads(tmp_path: Path) -> No
 
 ARGUMENTS: dict[str, Any] = {
     "lora/r": 2,
-    "lora/alpha": 2,
+    "lora/alpha": 8,
     "lora/dropout": 0.0,
     "lora/target_modules": "all-linear",
     "lora/modules_to_save": '["head"]',

@@ -138,7 +138,7 @@ def test_a_frozen_weight_that_changed_in_training_is_merged_as_it_was_then(tmp_p
 @pytest.mark.parametrize("narrower", [True, False])
 def test_the_same_base_in_another_precision_is_merged_with_a_warning(tmp_path: Path, narrower: bool) -> None:
     there, here = (torch.float32, torch.bfloat16) if narrower else (torch.bfloat16, torch.float32)
-    save_files(tmp_path, model := TinyLM(tied=False).to(there))
+    save_files(tmp_path, model := TinyLM(tied=False).to(there), alpha=None)
     base = {name: value.to(here) for name, value in load_file(tmp_path / "base.safetensors").items()}
     save_file(base, tmp_path / "base.safetensors")
     with pytest.warns(ll.LoRAWarning, match="the same base, converted"):
