@@ -4,11 +4,14 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from examples.paper import stats
 from examples.paper.__main__ import HERE, PAGE, main
-from examples.paper.jobs import Results
+from examples.paper.jobs import Job, Results
 from examples.paper.methods import MAIN
+from examples.paper.plan import search, seeds
 from examples.paper.tables import TABLES, fill, finished
 
 pytest.importorskip("wn")
@@ -51,3 +54,43 @@ def test_fast_numbers_stay_out_of_the_page(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         main(["--fast"])
     assert "--output" in capsys.readouterr().err
+
+
+def test_the_search_goes_on_where_the_edge_is_best_and_the_seeds_follow(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    name = "LoRA all, r=16"
+
+    def trained(losses: dict[float, float]) -> list[float]:
+        for lr, loss in losses.items():
+            results.add(Job("reviews", name, lr).name, {"validation": {"nll": [loss, loss]}})
+        return [job.lr for job in search(results, "reviews", name)]
+
+    assert trained({1e-3: 0.3, 2e-3: 0.2}) == [1e-3, 2e-3, 4e-3] and not seeds(results, "reviews", name)
+    assert trained({4e-3: 0.1}) == [1e-3, 2e-3, 4e-3, 8e-3] and not seeds(results, "reviews", name)
+    trained({8e-3: 0.4})
+    assert seeds(results, "reviews", name) == [Job("reviews", name, 4e-3, seed, epochs=2) for seed in (0, 1, 2)]
+
+
+def test_an_interval_is_that_of_paired_items() -> None:
+    draw = np.random.default_rng(1)
+    one = draw.normal(size=(3, 1000, 1))
+    closer, other = one + 0.01 + 0.01 * draw.normal(size=one.shape), draw.normal(size=one.shape)
+    found, low, high = stats.interval(closer, one, stats.average)
+    assert 0.008 < low < found < high < 0.012  # the error of unpaired items is 0.03
+    _, low, high = stats.interval(other, one, stats.average)
+    assert low < 0 < high
+
+
+def test_bleu_from_the_counts_of_each_text_is_that_of_the_corpus() -> None:
+    metrics = pytest.importorskip("sacrebleu.metrics")
+    texts = ["The Eagle is a cheap coffee shop .", "Alimentum serves fast food in the city centre , cheaply ."]
+    references = [
+        ["The Eagle is a coffee shop that is cheap .", "The Eagle is a cheap coffee shop near the river ."],
+        ["Alimentum serves fast food in the city centre .", "In the city centre , Alimentum serves fast food ."],
+    ]
+    each = []
+    for text, known in zip(texts, references, strict=True):
+        score = metrics.BLEU(effective_order=True).corpus_score([text], [[reference] for reference in known])
+        each.append([*score.counts, *score.totals, score.sys_len, score.ref_len])
+    whole = metrics.BLEU().corpus_score(texts, [list(column) for column in zip(*references, strict=True)]).score
+    assert stats.bleu(np.array(each)) == pytest.approx(whole)
