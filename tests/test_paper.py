@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from examples.paper import stats
-from examples.paper.__main__ import HERE, PAGE, main
+from examples.paper.__main__ import HERE, PAGES, main
 from examples.paper.jobs import Job, Results
 from examples.paper.methods import MAIN
 from examples.paper.plan import search, seeds
@@ -43,8 +43,9 @@ def test_the_study_runs_from_end_to_end_and_its_tables_have_the_numbers_of_its_f
     assert {path.name for path in (tmp_path / "tables").iterdir()} == {"ranks.png", "seeds.png"}
 
 
-def test_the_page_has_the_numbers_of_the_files_beside_it() -> None:
-    page, results = PAGE.read_text(encoding="utf-8"), Results(HERE / "results")
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_pages_have_the_numbers_of_the_files(path: Path) -> None:
+    page, results = path.read_text(encoding="utf-8"), Results(HERE / "results")
     shown = [name for name in TABLES if f"<!-- {name} -->" in page]
     assert shown and all(finished(name, results) for name in shown)
     assert fill(page, results) == page

@@ -24,7 +24,8 @@ from .subspaces import draw, subspaces
 from .tables import TABLES, fill
 
 HERE = Path(__file__).parent
-PAGE = HERE.parents[1] / "docs" / "paper.md"
+ROOT = HERE.parents[1]
+PAGES = [ROOT / "docs" / "paper.md", ROOT / "README.md"]
 
 
 def study(parts: list[str], results: Results, folders: Folders, workers: int) -> None:
@@ -75,18 +76,19 @@ def main(arguments: list[str] | None = None) -> None:
         parts.remove("table3")
     output = options.output or HERE
     output.mkdir(parents=True, exist_ok=True)
-    page = PAGE
+    pages = PAGES
     if options.output:
-        page = output / "tables.md"
-        page.write_text("\n\n".join(f"<!-- {table} -->\n<!-- end -->" for table in TABLES), encoding="utf-8")
+        pages = [output / "tables.md"]
+        pages[0].write_text("\n\n".join(f"<!-- {table} -->\n<!-- end -->" for table in TABLES), encoding="utf-8")
     folders = Folders(output / "results", output / "adapters", options.e2e)
     folders.adapters.mkdir(exist_ok=True)
     results = Results(folders.results, fast=options.fast)
     study(parts, results, folders, options.workers)
     if "subspaces" in results.found:
-        draw(results.found["subspaces"], page.with_suffix(""))
-    page.write_text(fill(page.read_text(encoding="utf-8"), results), encoding="utf-8")
-    Console().print(f"The tables are in {page}.")
+        draw(results.found["subspaces"], pages[0].with_suffix(""))
+    for page in pages:
+        page.write_text(fill(page.read_text(encoding="utf-8"), results), encoding="utf-8")
+    Console().print(f"The tables are in {pages[0]}.")
 
 
 if __name__ == "__main__":

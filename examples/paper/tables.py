@@ -1,4 +1,4 @@
-"""The tables of docs/paper.md, made from the JSON files alone."""
+"""The tables of docs/paper.md and of the README, made from the JSON files alone."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -72,10 +72,37 @@ def costs(results: Results, task: str) -> str:
     found, rows = results.found[f"costs-{task}"], []
     full = found["full"]["step_seconds"]
     for name, cost in found.items():
-        sizes = [f"{cost[key] / 1e6:,.1f} MB" for key in ("optimizer_bytes", "checkpoint_bytes", "memory_bytes")]
         seconds = cost["step_seconds"]
-        rows.append([name, *sizes, f"{seconds:.2f} s", f"{seconds / full:.2f}"])
-    return markdown(["method", "optimizer", "checkpoint", "memory added", "a step", "over full"], rows)
+        rows.append([name, *sizes(cost), f"{seconds:.2f} s", f"{seconds / full:.2f}"])
+    return markdown(["method", *SIZES.values(), "a step", "over full"], rows)
+
+
+SIZES = {"optimizer_bytes": "optimizer state", "checkpoint_bytes": "checkpoint", "memory_bytes": "memory added"}
+
+
+def sizes(cost: dict[str, float]) -> list[str]:
+    """Return what a method needs, in megabytes."""
+    return [f"{cost[key] / 1e6:,.1f} MB" for key in SIZES]
+
+
+def overview(results: Results) -> str:
+    """How good the main methods are, and what they cost, for the README."""
+    full, cost = seeds(results, "reviews", "full"), results.found["costs-reviews"]
+    rows = []
+    for name, title in OVERVIEW.items():
+        jobs = seeds(results, "reviews", name)
+        accuracy = 100 * np.mean([stats.average(items(results[job], "correct")) for job in jobs])
+        behind = difference(results, jobs, full, ["correct"], stats.average, 100, 1)
+        rows.append([title, f"{accuracy:.1f} %", behind, f"{results[jobs[0]]['trained']:,}", *sizes(cost[name])])
+    return markdown(["", "test accuracy", "minus full fine-tuning", "trained parameters", *SIZES.values()], rows)
+
+
+OVERVIEW = {
+    "full": "full fine-tuning",
+    "LoRA all, r=16": "LoRA, all linear layers, r=16",
+    "LoRA q v, r=8": "LoRA, query and value, r=8",
+    "probe": "new head only",
+}
 
 
 def items(result: dict[str, Any], *keys: str) -> stats.Values:
@@ -92,7 +119,7 @@ def difference(
     factor: float,
     digits: int,
 ) -> str:
-    """Return a difference to full fine-tuning with its interval; in brackets, if it holds zero."""
+    """Return a difference to full fine-tuning with its interval. If that holds zero, it is not resolved."""
     if jobs == full:
         return ""
     one, other = (np.stack([items(results[job], *keys) for job in each]) for each in (jobs, full))
@@ -128,6 +155,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "definitions": lambda results: searched(results, "definitions", DEFINITIONS),
     "costs-reviews": lambda results: costs(results, "reviews"),
     "costs-e2e": lambda results: costs(results, "e2e"),
+    "overview": overview,
 }
 
 
@@ -146,4 +174,6 @@ def fill(page: str, results: Results) -> str:
 
 def finished(table: str, results: Results) -> bool:
     """Whether the files of a table are all there."""
+    if table == "overview":
+        return finished("table2", results) and finished("costs-reviews", results)
     return all(job in results for job in PARTS[table](results)) if table in PARTS else table in results.found

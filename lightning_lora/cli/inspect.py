@@ -91,7 +91,9 @@ def _show(found: dict[str, Any]) -> None:
         beside = ", ".join(f"{name} {value['shape']}" for name, value in found["beside"].items())
         console.print(printable(f"Besides adapters: {beside}"), markup=False)
     rows = "".join(map(" Rows of {} train: {}.".format, found["tokens"], map(len, found["tokens"].values())))
-    base, config = found["base"], {key: value for key, value in found["config"].items() if value not in (None, False)}
+    base = found["base"]
+    given = {key: value for key, value in found["config"].items() if value not in (None, False)}
+    config = {"alpha": None, **given}  # None is not its default
     about = f"Base: {base['tensors']} frozen tensors, {', '.join(base['dtypes'])}. Format {found['format']}.{rows}"
     console.print(printable(about), markup=False)
     console.print("Configuration: " + json.dumps(config), soft_wrap=True, markup=False)
