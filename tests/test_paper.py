@@ -51,6 +51,12 @@ def test_pages_have_the_numbers_of_the_files(path: Path) -> None:
     assert fill(page, results) == page
 
 
+def test_advice_has_the_numbers_of_the_study() -> None:
+    advice = (PAGES[0].parent / "choosing.md").read_text(encoding="utf-8")
+    numbers = set(re.findall(r"\d+\.\d+", advice))
+    assert len(numbers) > 20 and numbers <= set(re.findall(r"\d+\.\d+", PAGES[0].read_text(encoding="utf-8")))
+
+
 def test_fast_numbers_stay_out_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--fast"])

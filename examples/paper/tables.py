@@ -93,8 +93,9 @@ def overview(results: Results) -> str:
         jobs = seeds(results, "reviews", name)
         accuracy = 100 * np.mean([stats.average(items(results[job], "correct")) for job in jobs])
         behind = difference(results, jobs, full, ["correct"], stats.average, 100, 1)
-        rows.append([title, f"{accuracy:.1f} %", behind, f"{results[jobs[0]]['trained']:,}", *sizes(cost[name])])
-    return markdown(["", "test accuracy", "minus full fine-tuning", "trained parameters", *SIZES.values()], rows)
+        _, checkpoint, memory = sizes(cost[name])
+        rows.append([title, f"{accuracy:.1f} %", behind, f"{results[jobs[0]]['trained']:,}", checkpoint, memory])
+    return markdown(["", "test accuracy", "minus full", "trained", "checkpoint", "memory added"], rows)
 
 
 OVERVIEW = {
