@@ -26,17 +26,33 @@ def best_of(results: Results, jobs: list[Job]) -> Job:
     return min(jobs, key=lambda job: nll(results[job]))
 
 
-def seeds(results: Results, task: str, name: str) -> list[Job]:
-    """Return the jobs at the chosen learning rate, longer, one for each seed; none while it is not known."""
+def seeds(results: Results, task: str, name: str, epochs: int = 2) -> list[Job]:
+    """Return the jobs at the chosen learning rate, one for each seed; none while it is not known."""
     searched = search(results, task, name)
     if not all(job in results for job in searched):
         return []
-    return [replace(best_of(results, searched), seed=seed, epochs=2) for seed in results.seeds]
+    return [replace(best_of(results, searched), seed=seed, epochs=epochs) for seed in results.seeds]
 
 
 def compared(results: Results, task: str, names: Iterable[str]) -> list[Job]:
     """Return the jobs of some methods: those that search, then those of all seeds."""
-    return [job for name in names for job in search(results, task, name) + seeds(results, task, name)]
+    jobs = []
+    for name in names:
+        jobs += search(results, task, name)
+        for epochs in epochs_of(task, name):
+            jobs += seeds(results, task, name, epochs)
+    return jobs
+
+
+def epochs_of(task: str, name: str) -> tuple[int, ...]:
+    """Return how long a method trains. Full fine-tuning may overfit in the second epoch: it is tried with one too."""
+    return (1, 2) if name == "full" and task != "e2e" else (2,)
+
+
+def full(results: Results, task: str) -> list[Job]:
+    """Return the jobs of full fine-tuning, as long as is best on the validation part."""
+    found = [seeds(results, task, "full", epochs) for epochs in epochs_of(task, "full")]
+    return min(found, key=lambda jobs: sum(nll(results[job]) for job in jobs))
 
 
 def at_one_rate(results: Results, name: str) -> list[Job]:
@@ -44,15 +60,10 @@ def at_one_rate(results: Results, name: str) -> list[Job]:
     return [Job("reviews", name, RATE, seed) for seed in results.seeds]
 
 
-def full_once(results: Results) -> list[Job]:
-    """Return the jobs of full fine-tuning that tables 5 and 6 are compared with: as short as theirs."""
-    return [replace(job, epochs=1) for job in seeds(results, "reviews", "full")]
-
-
 def unsearched(results: Results, names: Iterable[str]) -> list[Job]:
-    """Return the jobs of table 5 or 6."""
-    full = search(results, "reviews", "full") + full_once(results)
-    return full + [job for name in names for job in at_one_rate(results, name)]
+    """Return the jobs of table 5 or 6, and those of a full fine-tuning that is as short."""
+    jobs = search(results, "reviews", "full") + seeds(results, "reviews", "full", 1)
+    return jobs + [job for name in names for job in at_one_rate(results, name)]
 
 
 def in_grid(results: Results, name: str) -> list[Job]:
@@ -68,6 +79,6 @@ PARTS: dict[str, Callable[[Results], list[Job]]] = {
     "table3": lambda results: compared(results, "e2e", E2E),
     "table5": lambda results: unsearched(results, WHICH),
     "table6": lambda results: unsearched(results, RANKS),
-    "beyond": lambda results: compared(results, "reviews", BEYOND),
+    "beyond": lambda results: compared(results, "reviews", ["full", "LoRA all, r=8", *BEYOND]),
     "definitions": lambda results: compared(results, "definitions", DEFINITIONS),
 }

@@ -9,7 +9,7 @@ import numpy as np
 from . import stats
 from .jobs import Job, Results, nll
 from .methods import BEYOND, DEFINITIONS, E2E, GRID_RANKS, MAIN, RANKS, SCALINGS, WHICH, grid_name
-from .plan import PARTS, at_one_rate, full_once, in_grid, seeds
+from .plan import PARTS, at_one_rate, epochs_of, full, in_grid, seeds
 
 
 def grid(results: Results) -> str:
@@ -26,14 +26,13 @@ def grid(results: Results) -> str:
     return markdown(["scaling", "r", *(f"{job.lr:g}" for job in jobs)], rows)
 
 
-def classified(results: Results, full: list[Job], jobs_of: dict[str, list[Job]]) -> str:
+def classified(results: Results, best: list[Job], jobs_of: dict[str, list[Job]]) -> str:
     """Accuracy and loss on the test part, each seed shown, and differences to full fine-tuning."""
     rows = []
     for name, jobs in jobs_of.items():
         accuracies = [100 * stats.average(items(results[job], "correct")) for job in jobs]
         row = [name, f"{jobs[0].lr:g}", f"{np.mean(accuracies):.1f}", " ".join(f"{value:.1f}" for value in accuracies)]
-        for key, digits, factor in (("correct", 1, 100), ("nll", 3, 1)):
-            row.append(difference(results, jobs, full, [key], stats.average, factor, digits))
+        row += differences(results, jobs, best)
         own = np.mean([results[job]["own_task"] for job in jobs])
         rows.append([*row, f"{results[jobs[0]]['trained']:,}", f"{100 * own:.1f}"])
     header = ["method", "rate", "accuracy", "seeds", "minus full", "loss minus full", "trained", "own task"]
@@ -42,7 +41,7 @@ def classified(results: Results, full: list[Job], jobs_of: dict[str, list[Job]])
 
 def written(results: Results) -> str:
     """BLEU and the other measures on E2E, each seed shown, and differences to full fine-tuning."""
-    full, rows = seeds(results, "e2e", "full"), []
+    best, rows = full(results, "e2e"), []
     for name in E2E:
         jobs = seeds(results, "e2e", name)
         scores = [stats.bleu(items(results[job], "bleu")) for job in jobs]
@@ -55,7 +54,7 @@ def written(results: Results) -> str:
                 f"{jobs[0].lr:g}" if jobs[0].lr else "–",
                 f"{np.mean(scores):.1f}",
                 " ".join(f"{value:.1f}" for value in scores),
-                difference(results, jobs, full, ["bleu"], stats.bleu, 1, 1),
+                difference(results, jobs, best, ["bleu"], stats.bleu, 1, 1),
                 f"{nist:.2f}",
                 f"{rouge:.1f}",
                 f"{wrong:.1f} %",
@@ -70,10 +69,9 @@ def written(results: Results) -> str:
 def costs(results: Results, task: str) -> str:
     """What each method costs."""
     found, rows = results.found[f"costs-{task}"], []
-    full = found["full"]["step_seconds"]
     for name, cost in found.items():
-        seconds = cost["step_seconds"]
-        rows.append([name, *sizes(cost), f"{seconds:.2f} s", f"{seconds / full:.2f}"])
+        seconds, of_full = cost["step_seconds"], found["full"]["step_seconds"]
+        rows.append([name, *sizes(cost), f"{seconds:.2f} s", f"{seconds / of_full:.2f}"])
     return markdown(["method", *SIZES.values(), "a step", "over full"], rows)
 
 
@@ -87,12 +85,12 @@ def sizes(cost: dict[str, float]) -> list[str]:
 
 def overview(results: Results) -> str:
     """How good the main methods are, and what they cost, for the README."""
-    full, cost = seeds(results, "reviews", "full"), results.found["costs-reviews"]
+    best, cost = full(results, "reviews"), results.found["costs-reviews"]
     rows = []
     for name, title in OVERVIEW.items():
-        jobs = seeds(results, "reviews", name)
+        jobs = best if name == "full" else seeds(results, "reviews", name)
         accuracy = 100 * np.mean([stats.average(items(results[job], "correct")) for job in jobs])
-        behind = difference(results, jobs, full, ["correct"], stats.average, 100, 1)
+        behind, _ = differences(results, jobs, best)
         _, checkpoint, memory = sizes(cost[name])
         rows.append([title, f"{accuracy:.1f} %", behind, f"{results[jobs[0]]['trained']:,}", checkpoint, memory])
     return markdown(["", "test accuracy", "minus full", "trained", "checkpoint", "memory added"], rows)
@@ -111,19 +109,25 @@ def items(result: dict[str, Any], *keys: str) -> stats.Values:
     return np.column_stack([np.array(result["test"][key], dtype=float) for key in keys])
 
 
+def differences(results: Results, jobs: list[Job], others: list[Job]) -> list[str]:
+    """Return the differences of accuracy, in points, and of loss."""
+    accuracy = difference(results, jobs, others, ["correct"], stats.average, 100, 1)
+    return [accuracy, difference(results, jobs, others, ["nll"], stats.average, 1, 3)]
+
+
 def difference(
     results: Results,
     jobs: list[Job],
-    full: list[Job],
+    others: list[Job],
     keys: list[str],
     statistic: stats.Statistic,
     factor: float,
     digits: int,
 ) -> str:
-    """Return a difference to full fine-tuning with its interval. If that holds zero, it is not resolved."""
-    if jobs == full:
+    """Return a difference with its interval. If that holds zero, it is not resolved."""
+    if jobs == others:
         return ""
-    one, other = (np.stack([items(results[job], *keys) for job in each]) for each in (jobs, full))
+    one, other = (np.stack([items(results[job], *keys) for job in each]) for each in (jobs, others))
     found, low, high = (factor * value for value in stats.interval(one, other, statistic))
     text = f"{found:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
     return f"{text}, not resolved" if low <= 0 <= high else text
@@ -136,23 +140,46 @@ def markdown(header: list[str], rows: list[list[Any]]) -> str:
 
 
 def searched(results: Results, task: str, names: Iterable[str]) -> str:
-    """Compare methods, each at its best learning rate."""
-    return classified(results, seeds(results, task, "full"), {name: seeds(results, task, name) for name in names})
+    """Compare methods, each at its best learning rate, with full fine-tuning at its best."""
+    rows = {}
+    for name in names:
+        tried = epochs_of(task, name)
+        for epochs in tried:
+            length = "" if len(tried) == 1 else ", one epoch" if epochs == 1 else ", two epochs"
+            rows[name + length] = seeds(results, task, name, epochs)
+    return classified(results, full(results, task), rows)
 
 
 def unsearched(results: Results, names: Iterable[str]) -> str:
     """Compare methods at one learning rate, after one epoch."""
-    full = full_once(results)
-    return classified(results, full, {"full": full, **{name: at_one_rate(results, name) for name in names}})
+    best = seeds(results, "reviews", "full", 1)
+    return classified(results, best, {"full": best, **{name: at_one_rate(results, name) for name in names}})
 
 
+def pairs(results: Results, jobs_of: Callable[[Results, str], list[Job]], compared: list[tuple[str, str]]) -> str:
+    """Compare methods with each other."""
+    rows = []
+    for one, other in compared:
+        rows.append([f"{one}, minus {other}", *differences(results, jobs_of(results, one), jobs_of(results, other))])
+    return markdown(["", "accuracy", "loss"], rows)
+
+
+def of_reviews(results: Results, name: str) -> list[Job]:
+    """Return the jobs of table 2."""
+    return seeds(results, "reviews", name)
+
+
+PAIRS = [("LoRA all, r=8", "LoRA q v, r=8"), ("LoRA all, r=16", "LoRA all, r=8")]
+RANK_PAIRS = [("LoRA q v, r=1", "LoRA q v, r=8"), ("LoRA q v, r=64", "LoRA q v, r=8")]
 TABLES: dict[str, Callable[[Results], str]] = {
     "grid": grid,
     "table2": lambda results: searched(results, "reviews", MAIN),
+    "table2-pairs": lambda results: pairs(results, of_reviews, PAIRS),
     "table3": written,
     "table5": lambda results: unsearched(results, WHICH),
     "table6": lambda results: unsearched(results, RANKS),
-    "beyond": lambda results: searched(results, "reviews", BEYOND),
+    "table6-pairs": lambda results: pairs(results, at_one_rate, RANK_PAIRS),
+    "beyond": lambda results: searched(results, "reviews", ["LoRA all, r=8", *BEYOND]),
     "definitions": lambda results: searched(results, "definitions", DEFINITIONS),
     "costs-reviews": lambda results: costs(results, "reviews"),
     "costs-e2e": lambda results: costs(results, "e2e"),
@@ -177,4 +204,5 @@ def finished(table: str, results: Results) -> bool:
     """Whether the files of a table are all there."""
     if table == "overview":
         return finished("table2", results) and finished("costs-reviews", results)
+    table = table.removesuffix("-pairs")
     return all(job in results for job in PARTS[table](results)) if table in PARTS else table in results.found
