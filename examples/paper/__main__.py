@@ -36,8 +36,8 @@ def study(parts: list[str], results: Results, folders: Folders, workers: int) ->
             trained = [method for method in methods if method != "few-shot"]
             results.add(name, costs(task, trained, folders, fast=results.fast))
     if "table6" in parts and "subspaces" not in results.found:
-        small, (large, other_seed, *_) = (at_one_rate(results, f"LoRA q v, r={r}") for r in (8, 64))
-        results.add("subspaces", subspaces(small[0], large, other_seed, folders.adapters))
+        (small, *_), (other_seed, large, *_) = (at_one_rate(results, f"LoRA q v, r={r}") for r in (8, 64))
+        results.add("subspaces", subspaces(small, large, other_seed, folders.adapters))
 
 
 def run_all(parts: Iterable[str], results: Results, folders: Folders, workers: int) -> None:

@@ -22,7 +22,7 @@ def subspaces(small: Job, large: Job, other_seed: Job, adapters: Path) -> Result
 
     Args:
         small: Trained with a low rank.
-        large: The same with a high rank.
+        large: With a high rank, and with another seed: with the same one, the first rows of A would begin alike.
         other_seed: As ``large``, with another seed.
         adapters: The folder of their adapters.
     """
@@ -74,7 +74,7 @@ def draw(result: Result, folder: Path) -> None:
     from matplotlib import pyplot as plt
 
     folder.mkdir(exist_ok=True)
-    for name in ("ranks", "seeds"):
+    for name, rows, columns in (("ranks", "r=8", "r=64"), ("seeds", "one seed", "another seed")):
         panels = dict(result[name])
         if name == "seeds":
             panels["random"] = result["random"]["query"]
@@ -82,7 +82,7 @@ def draw(result: Result, folder: Path) -> None:
         for axis, (title, grid) in zip(axes, panels.items(), strict=True):
             ends = (0.5, len(grid[0]) + 0.5, len(grid) + 0.5, 0.5)
             image = axis.imshow(grid, vmin=0, vmax=1, extent=ends, aspect="auto", interpolation="nearest")
-            axis.set(title=title, xlabel="j", ylabel="i")
+            axis.set(title=title, xlabel=f"first j directions, {columns}", ylabel=f"first i directions, {rows}")
         figure.colorbar(image, ax=axes)
         figure.savefig(folder / f"{name}.png", dpi=100)
         plt.close(figure)

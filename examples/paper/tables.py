@@ -75,6 +75,17 @@ def costs(results: Results, task: str) -> str:
     return markdown(["method", *SIZES.values(), "a step", "over full"], rows)
 
 
+def amplification(results: Results) -> str:
+    """Norms of the query weights, for table 7: the mean over layers."""
+    rows = []
+    for found in results.found["subspaces"]["amplification"]:
+        update, along_update, whole = found["update"]
+        along = [along_update, found["weight"][1], found["random"][1]]
+        norms = [f"{norm:.1f}" for norm in (whole, update, *along)]
+        rows.append([found["method"], *norms, f"{update / along_update:.1f}"])
+    return markdown(["method", "W", "ΔW", "W along ΔW", "W along itself", "W along random", "ΔW over W along ΔW"], rows)
+
+
 SIZES = {"optimizer_bytes": "optimizer state", "checkpoint_bytes": "checkpoint", "memory_bytes": "memory added"}
 
 
@@ -170,7 +181,7 @@ def of_reviews(results: Results, name: str) -> list[Job]:
 
 
 PAIRS = [("LoRA all, r=8", "LoRA q v, r=8"), ("LoRA all, r=16", "LoRA all, r=8")]
-RANK_PAIRS = [("LoRA q v, r=1", "LoRA q v, r=8"), ("LoRA q v, r=64", "LoRA q v, r=8")]
+RANK_PAIRS = [(f"LoRA q v, r={r}", "LoRA q v, r=8") for r in (1, 2, 64)]
 TABLES: dict[str, Callable[[Results], str]] = {
     "grid": grid,
     "table2": lambda results: searched(results, "reviews", MAIN),
@@ -179,6 +190,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "table5": lambda results: unsearched(results, WHICH),
     "table6": lambda results: unsearched(results, RANKS),
     "table6-pairs": lambda results: pairs(results, at_one_rate, RANK_PAIRS),
+    "table7": amplification,
     "beyond": lambda results: searched(results, "reviews", ["LoRA all, r=8", *BEYOND]),
     "definitions": lambda results: searched(results, "definitions", DEFINITIONS),
     "costs-reviews": lambda results: costs(results, "reviews"),
@@ -204,5 +216,5 @@ def finished(table: str, results: Results) -> bool:
     """Whether the files of a table are all there."""
     if table == "overview":
         return finished("table2", results) and finished("costs-reviews", results)
-    table = table.removesuffix("-pairs")
+    table = "subspaces" if table == "table7" else table.removesuffix("-pairs")
     return all(job in results for job in PARTS[table](results)) if table in PARTS else table in results.found
