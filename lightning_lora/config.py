@@ -126,23 +126,23 @@ class LoRAConfig:
         object.__setattr__(self, field, value)
 
     def rank(self, name: str, parameter: str = "") -> int:
-        """Return the rank of the layer ``name``. A pattern means a ``parameter`` in it by its own name too."""
+        """Return the rank of a layer, or of a parameter in it."""
         return int(_lookup(self.rank_pattern, (parameter, name), self.r))
 
     def scaling(self, name: str, parameter: str = "") -> float:
-        """Return the factor of ``B @ A``: ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``."""
+        """Return the factor of ``B @ A`` in a layer."""
         r = self.rank(name, parameter)
         return self.alpha_of(name, parameter) / (math.sqrt(r) if self.use_rslora else r)
 
     def alpha_of(self, name: str, parameter: str = "", *, r: int | None = None) -> float:
-        """Return ``alpha`` of a layer. With another rank ``r``, it is the one that keeps the scaling."""
+        """Return a layer's ``alpha``. Another ``r`` keeps the scaling."""
         asked = self.rank(name, parameter)
         alpha: float = _lookup(self.alpha_pattern, (parameter, name), asked if self.alpha is None else self.alpha)
         growth = (r or asked) / asked
         return alpha * math.sqrt(growth) if self.use_rslora else alpha * growth
 
     def slices(self, name: str) -> tuple[str, ...] | dict[str, tuple[int, int]] | None:
-        """Return which parts of a layer are adapted: names, or names and rows. ``None`` means the full layer."""
+        """Return the adapted parts of a layer. ``None`` means all."""
         return _lookup(self.target_slices, (name,), None)  # type: ignore[no-any-return]
 
     def is_saved(self, name: str) -> bool:
@@ -184,12 +184,12 @@ class LoRAConfig:
 
 
 def matches(entry: str, name: str) -> bool:
-    """Whether a list entry names a module: by its full name, or by the last parts of it."""
+    """Whether an entry is a module's name, or its last parts."""
     return name == entry or name.endswith("." + entry)
 
 
 def matches_pattern(key: str, name: str) -> bool:
-    """Whether a pattern's key means a layer: as :func:`matches` does, or as an expression for the end of its name."""
+    """Whether a pattern's key, a name or an expression, fits a layer."""
     return matches(key, name) or re.fullmatch(rf"(?:.*\.)?(?:{key})", name) is not None
 
 

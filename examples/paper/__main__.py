@@ -2,7 +2,7 @@
 
 python -m examples.paper --e2e FOLDER     # some hours on two idle cores; what is finished is not run again
 python -m examples.paper --only table2    # one part
-python -m examples.paper --fast           # some minutes, on a little of the data, to see that it runs
+python -m examples.paper --fast --output FOLDER    # some minutes, on a little of the data, to see that it runs
 
 The results are files in examples/paper/results, and the tables and figures of docs/paper.md are made from them.
 """

@@ -108,7 +108,7 @@ def overview(results: Results) -> str:
 
 
 OVERVIEW = {
-    "full": "full fine-tuning",
+    "full": "full fine-tuning, one epoch",
     "LoRA all, r=8": "LoRA, all linear layers, r=8",
     "LoRA q v, r=8": "LoRA, query and value, r=8",
     "probe": "new head only",
