@@ -100,6 +100,7 @@ def overview(results: Results) -> str:
     rows = []
     for name, title in OVERVIEW.items():
         jobs = best if name == "full" else seeds(results, "reviews", name)
+        title += length(jobs) if name == "full" else ""
         accuracy = 100 * np.mean([stats.average(items(results[job], "correct")) for job in jobs])
         behind, _ = differences(results, jobs, best)
         _, checkpoint, memory = sizes(cost[name])
@@ -108,7 +109,7 @@ def overview(results: Results) -> str:
 
 
 OVERVIEW = {
-    "full": "full fine-tuning, one epoch",
+    "full": "full fine-tuning",
     "LoRA all, r=8": "LoRA, all linear layers, r=8",
     "LoRA q v, r=8": "LoRA, query and value, r=8",
     "probe": "new head only",
@@ -154,11 +155,15 @@ def searched(results: Results, task: str, names: Iterable[str]) -> str:
     """Compare methods, each at its best learning rate, with full fine-tuning at its best."""
     rows = {}
     for name in names:
-        tried = epochs_of(task, name)
-        for epochs in tried:
-            length = "" if len(tried) == 1 else ", one epoch" if epochs == 1 else ", two epochs"
-            rows[name + length] = seeds(results, task, name, epochs)
+        tried = [seeds(results, task, name, epochs) for epochs in epochs_of(task, name)]
+        for jobs in tried:
+            rows[name + (length(jobs) if len(tried) > 1 else "")] = jobs
     return classified(results, full(results, task), rows)
+
+
+def length(jobs: list[Job]) -> str:
+    """Say how long these trained."""
+    return {1: ", one epoch", 2: ", two epochs"}[jobs[0].epochs]
 
 
 def unsearched(results: Results, names: Iterable[str]) -> str:
@@ -175,24 +180,30 @@ def pairs(results: Results, jobs_of: Callable[[Results, str], list[Job]], compar
     return markdown(["", "accuracy", "loss"], rows)
 
 
-def of_reviews(results: Results, name: str) -> list[Job]:
-    """Return the jobs of table 2."""
-    return seeds(results, "reviews", name)
+def best_rates(task: str) -> Callable[[Results, str], list[Job]]:
+    """Return the jobs of a method at its best learning rate."""
+    return lambda results, name: seeds(results, task, name)
 
 
-PAIRS = [("LoRA all, r=8", "LoRA q v, r=8"), ("LoRA all, r=16", "LoRA all, r=8")]
+TARGETS = [("LoRA all, r=8", "LoRA q v, r=8")]
+PAIRS = [*TARGETS, ("LoRA all, r=16", "LoRA all, r=8")]
+WHICH_PAIRS = [(name, "LoRA q v, r=4") for name in WHICH if name != "LoRA q v, r=4"]
 RANK_PAIRS = [(f"LoRA q v, r={r}", "LoRA q v, r=8") for r in (1, 2, 64)]
+BEYOND_PAIRS = [(name, "LoRA all, r=8") for name in BEYOND]
 TABLES: dict[str, Callable[[Results], str]] = {
     "grid": grid,
     "table2": lambda results: searched(results, "reviews", MAIN),
-    "table2-pairs": lambda results: pairs(results, of_reviews, PAIRS),
+    "table2-pairs": lambda results: pairs(results, best_rates("reviews"), PAIRS),
     "table3": written,
     "table5": lambda results: unsearched(results, WHICH),
+    "table5-pairs": lambda results: pairs(results, at_one_rate, WHICH_PAIRS),
     "table6": lambda results: unsearched(results, RANKS),
     "table6-pairs": lambda results: pairs(results, at_one_rate, RANK_PAIRS),
     "table7": amplification,
     "beyond": lambda results: searched(results, "reviews", ["LoRA all, r=8", *BEYOND]),
+    "beyond-pairs": lambda results: pairs(results, best_rates("reviews"), BEYOND_PAIRS),
     "definitions": lambda results: searched(results, "definitions", DEFINITIONS),
+    "definitions-pairs": lambda results: pairs(results, best_rates("definitions"), TARGETS),
     "costs-reviews": lambda results: costs(results, "reviews"),
     "costs-e2e": lambda results: costs(results, "e2e"),
     "overview": overview,
