@@ -10,7 +10,7 @@ import pytest
 from examples.paper import stats
 from examples.paper.__main__ import HERE, PAGES, main
 from examples.paper.jobs import Job, Results
-from examples.paper.methods import MAIN
+from examples.paper.methods import MAIN, METHODS
 from examples.paper.plan import search, seeds
 from examples.paper.tables import TABLES, fill, finished
 
@@ -61,6 +61,11 @@ def test_fast_numbers_stay_out_of_the_page(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         main(["--fast"])
     assert "--output" in capsys.readouterr().err
+
+
+def test_each_method_has_files_of_its_own() -> None:
+    names = {Job("reviews", method, 1e-3).name for method in METHODS}
+    assert len(names) == len(METHODS)
 
 
 def test_the_search_goes_on_where_the_edge_is_best_and_the_seeds_follow(tmp_path: Path) -> None:

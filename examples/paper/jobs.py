@@ -41,7 +41,7 @@ class Job:
     @property
     def name(self) -> str:
         """The name of its file."""
-        method = re.sub(r"\W+", "-", self.method.replace("=", ""))
+        method = re.sub(r"\W+", "-", self.method.replace("=", "").replace("+", "plus"))
         epochs = "" if self.epochs == 1 else f"_{self.epochs}epochs"
         return f"{self.task}_{method}_{self.lr:g}_seed{self.seed}{epochs}"
 
