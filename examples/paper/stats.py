@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 Values = np.ndarray  # of shape (seeds, items, numbers of each item)
-Statistic = Callable[[Values], float]  # of shape (items, numbers)
+Statistic = Callable[[np.ndarray], float]  # of the means over items, of shape (numbers,)
 
 RESAMPLES = 2000
 
@@ -22,33 +22,33 @@ def interval(one: Values, other: Values, statistic: Statistic) -> tuple[float, f
     seeds, items = one.shape[:2]
     found = []
     for _ in range(RESAMPLES):
-        chosen = draw.integers(items, size=items)
+        shares = np.bincount(draw.integers(items, size=items), minlength=items) / items
         pairs = draw.integers(seeds, size=seeds)
-        found.append(mean(one[pairs][:, chosen], statistic) - mean(other[pairs][:, chosen], statistic))
+        found.append(over_seeds(shares @ one[pairs], statistic) - over_seeds(shares @ other[pairs], statistic))
     low, high = np.percentile(found, [2.5, 97.5])
-    return mean(one, statistic) - mean(other, statistic), float(low), float(high)
+    return over_seeds(one.mean(1), statistic) - over_seeds(other.mean(1), statistic), float(low), float(high)
 
 
-def mean(values: Values, statistic: Statistic) -> float:
+def over_seeds(means: np.ndarray, statistic: Statistic) -> float:
     """Return the mean of a statistic over seeds."""
-    return float(np.mean([statistic(seed) for seed in values]))
+    return sum(map(statistic, means)) / len(means)
 
 
-def average(items: Values) -> float:
-    """Return the mean over items."""
-    return float(items.mean())
+def average(means: np.ndarray) -> float:
+    """Return the only number."""
+    return float(means.item())
 
 
-def bleu(items: Values) -> float:
+def bleu(means: np.ndarray) -> float:
     """Return corpus BLEU from the counts of each item."""
-    counts, totals, lengths = np.split(items.sum(0), [4, 8])
+    counts, totals, lengths = np.split(means, [4, 8])
     if not counts.all():
         return 0.0
     brevity = min(0.0, 1 - lengths[1] / lengths[0])
     return float(100 * np.exp(np.log(counts / totals).mean() + brevity))
 
 
-def share(items: Values) -> float:
-    """Return the first number over the second, summed over items, in per cent."""
-    first, second = items.sum(0)
+def share(means: np.ndarray) -> float:
+    """Return the first number over the second, in per cent."""
+    first, second = means
     return float(100 * first / second)

@@ -30,7 +30,7 @@ def classified(results: Results, best: list[Job], jobs_of: dict[str, list[Job]])
     """Accuracy and loss on the test part, each seed shown, and differences to full fine-tuning."""
     rows = []
     for name, jobs in jobs_of.items():
-        accuracies = [100 * stats.average(items(results[job], "correct")) for job in jobs]
+        accuracies = [100 * items(results[job], "correct").mean() for job in jobs]
         row = [name, f"{jobs[0].lr:g}", f"{np.mean(accuracies):.1f}", " ".join(f"{value:.1f}" for value in accuracies)]
         row += differences(results, jobs, best)
         own = np.mean([results[job]["own_task"] for job in jobs])
@@ -44,9 +44,9 @@ def written(results: Results) -> str:
     best, rows = full(results, "e2e"), []
     for name in E2E:
         jobs = seeds(results, "e2e", name)
-        scores = [stats.bleu(items(results[job], "bleu")) for job in jobs]
-        wrong = np.mean([stats.share(items(results[job], "wrong_slots", "slots")) for job in jobs])
-        rouge = 100 * np.mean([stats.average(items(results[job], "rouge_l")) for job in jobs])
+        scores = [stats.bleu(items(results[job], "bleu").mean(0)) for job in jobs]
+        wrong = np.mean([stats.share(items(results[job], "wrong_slots", "slots").mean(0)) for job in jobs])
+        rouge = 100 * np.mean([items(results[job], "rouge_l").mean() for job in jobs])
         nist = np.mean([results[job]["nist"] for job in jobs])
         rows.append(
             [
@@ -101,7 +101,7 @@ def overview(results: Results) -> str:
     for name, title in OVERVIEW.items():
         jobs = best if name == "full" else seeds(results, "reviews", name)
         title += length(jobs) if name == "full" else ""
-        accuracy = 100 * np.mean([stats.average(items(results[job], "correct")) for job in jobs])
+        accuracy = 100 * np.mean([items(results[job], "correct").mean() for job in jobs])
         behind, _ = differences(results, jobs, best)
         _, checkpoint, memory = sizes(cost[name])
         rows.append([title, f"{accuracy:.1f} %", behind, f"{results[jobs[0]]['trained']:,}", checkpoint, memory])
@@ -116,7 +116,7 @@ OVERVIEW = {
 }
 
 
-def items(result: dict[str, Any], *keys: str) -> stats.Values:
+def items(result: dict[str, Any], *keys: str) -> np.ndarray:
     """Return numbers of each test item, of shape (items, numbers)."""
     return np.column_stack([np.array(result["test"][key], dtype=float) for key in keys])
 
