@@ -7,9 +7,9 @@ from .jobs import Job, Results, nll
 from .methods import BEYOND, DEFINITIONS, E2E, GRID, GRID_RATES, MAIN, METHODS, RANKS, RATE, WHICH
 
 
-def search(results: Results, task: str, name: str) -> list[Job]:
+def search(results: Results, task: str, name: str, epochs: int = 1) -> list[Job]:
     """Return the jobs of one seed that choose a method's learning rate: three, and one more where the edge wins."""
-    jobs = [Job(task, name, lr) for lr in METHODS[name].rates]
+    jobs = [Job(task, name, lr, epochs=epochs) for lr in METHODS[name].rates]
     if results.fast or len(jobs) == 1:
         return jobs[:1]
     if all(job in results for job in jobs):
@@ -28,7 +28,7 @@ def best_of(results: Results, jobs: list[Job]) -> Job:
 
 def seeds(results: Results, task: str, name: str, epochs: int = 2) -> list[Job]:
     """Return the jobs at the chosen learning rate, one for each seed; none while it is not known."""
-    searched = search(results, task, name)
+    searched = search(results, task, name, search_epochs(task, name, epochs))
     if not all(job in results for job in searched):
         return []
     return [replace(best_of(results, searched), seed=seed, epochs=epochs) for seed in results.seeds]
@@ -38,8 +38,8 @@ def compared(results: Results, task: str, names: Iterable[str]) -> list[Job]:
     """Return the jobs of some methods: those that search, then those of all seeds."""
     jobs = []
     for name in names:
-        jobs += search(results, task, name)
         for epochs in epochs_of(task, name):
+            jobs += search(results, task, name, search_epochs(task, name, epochs))
             jobs += seeds(results, task, name, epochs)
     return jobs
 
@@ -47,6 +47,11 @@ def compared(results: Results, task: str, names: Iterable[str]) -> list[Job]:
 def epochs_of(task: str, name: str) -> tuple[int, ...]:
     """Return how long a method trains. Full fine-tuning may overfit in the second epoch: it is tried with one too."""
     return (1, 2) if name == "full" and task != "e2e" else (2,)
+
+
+def search_epochs(task: str, name: str, epochs: int) -> int:
+    """Return how long a search trains: one epoch, but for what all are compared with, as long as its seeds do."""
+    return epochs if len(epochs_of(task, name)) > 1 else 1
 
 
 def full(results: Results, task: str) -> list[Job]:
