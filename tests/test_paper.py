@@ -83,6 +83,16 @@ def test_the_search_goes_on_where_the_edge_is_best_and_the_seeds_follow(tmp_path
     assert seeds(results, "reviews", name) == [Job("reviews", name, 4e-3, seed, epochs=2) for seed in (0, 1, 2)]
 
 
+def test_full_fine_tuning_is_searched_for_each_length(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    rates = {1: 1e-4, 2: 5e-5}  # the best after one epoch and after two
+    for epochs, best in rates.items():
+        for lr in (2.5e-5, *MAIN["full"].rates):
+            loss = 0.1 if lr == best else 0.2
+            results.add(Job("reviews", "full", lr, epochs=epochs).name, {"validation": {"nll": [loss]}})
+        assert {job.lr for job in seeds(results, "reviews", "full", epochs)} == {best}
+
+
 def test_an_interval_is_that_of_paired_items() -> None:
     draw = np.random.default_rng(1)
     one = draw.normal(size=(3, 1000, 1))
