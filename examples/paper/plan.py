@@ -7,9 +7,12 @@ from .jobs import Job, Results, nll
 from .methods import BEYOND, DEFINITIONS, E2E, GRID, GRID_RATES, MAIN, METHODS, RANKS, RATE, WHICH
 
 
-def search(results: Results, task: str, name: str, epochs: int = 1) -> list[Job]:
-    """Return the jobs of one seed that choose a method's learning rate: three, and one more where the edge wins."""
-    jobs = [Job(task, name, lr, epochs=epochs) for lr in METHODS[name].rates]
+def search(results: Results, task: str, name: str, epochs: int = 2) -> list[Job]:
+    """Return the jobs of one seed that choose a method's learning rate: three, and one more where the edge wins.
+
+    They train as long as all seeds will; on E2E, where a step takes long, half as long.
+    """
+    jobs = [Job(task, name, lr, epochs=1 if task == "e2e" else epochs) for lr in METHODS[name].rates]
     if results.fast or len(jobs) == 1:
         return jobs[:1]
     if all(job in results for job in jobs):
@@ -28,7 +31,7 @@ def best_of(results: Results, jobs: list[Job]) -> Job:
 
 def seeds(results: Results, task: str, name: str, epochs: int = 2) -> list[Job]:
     """Return the jobs at the chosen learning rate, one for each seed; none while it is not known."""
-    searched = search(results, task, name, search_epochs(task, name, epochs))
+    searched = search(results, task, name, epochs)
     if not all(job in results for job in searched):
         return []
     return [replace(best_of(results, searched), seed=seed, epochs=epochs) for seed in results.seeds]
@@ -38,26 +41,8 @@ def compared(results: Results, task: str, names: Iterable[str]) -> list[Job]:
     """Return the jobs of some methods: those that search, then those of all seeds."""
     jobs = []
     for name in names:
-        for epochs in epochs_of(task, name):
-            jobs += search(results, task, name, search_epochs(task, name, epochs))
-            jobs += seeds(results, task, name, epochs)
+        jobs += search(results, task, name) + seeds(results, task, name)
     return jobs
-
-
-def epochs_of(task: str, name: str) -> tuple[int, ...]:
-    """Return how long a method trains. Full fine-tuning may overfit in the second epoch: it is tried with one too."""
-    return (1, 2) if name == "full" and task != "e2e" else (2,)
-
-
-def search_epochs(task: str, name: str, epochs: int) -> int:
-    """Return how long a search trains: one epoch, but for what all are compared with, as long as its seeds do."""
-    return epochs if len(epochs_of(task, name)) > 1 else 1
-
-
-def full(results: Results, task: str) -> list[Job]:
-    """Return the jobs of full fine-tuning, as long as is best on the validation part."""
-    found = [seeds(results, task, "full", epochs) for epochs in epochs_of(task, "full")]
-    return min(found, key=lambda jobs: sum(nll(results[job]) for job in jobs))
 
 
 def at_one_rate(results: Results, name: str) -> list[Job]:
@@ -66,8 +51,9 @@ def at_one_rate(results: Results, name: str) -> list[Job]:
 
 
 def unsearched(results: Results, names: Iterable[str]) -> list[Job]:
-    """Return the jobs of table 5 or 6, and those of a full fine-tuning that is as short."""
-    jobs = search(results, "reviews", "full") + seeds(results, "reviews", "full", 1)
+    """Return the jobs of table 5 or 6, and of a full fine-tuning that is as short."""
+    jobs = search(results, "reviews", "full", 1) + seeds(results, "reviews", "full", 1)
+    jobs += search(results, "reviews", "LoRA q v, r=8", 1)  # which chose RATE
     return jobs + [job for name in names for job in at_one_rate(results, name)]
 
 

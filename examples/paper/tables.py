@@ -9,7 +9,7 @@ import numpy as np
 from . import stats
 from .jobs import Job, Results, nll
 from .methods import BEYOND, DEFINITIONS, E2E, GRID_RANKS, MAIN, RANKS, SCALINGS, WHICH, grid_name
-from .plan import PARTS, at_one_rate, epochs_of, full, in_grid, seeds
+from .plan import PARTS, at_one_rate, in_grid, seeds
 
 
 def grid(results: Results) -> str:
@@ -41,7 +41,7 @@ def classified(results: Results, best: list[Job], jobs_of: dict[str, list[Job]])
 
 def written(results: Results) -> str:
     """BLEU and the other measures on E2E, each seed shown, and differences to full fine-tuning."""
-    best, rows = full(results, "e2e"), []
+    best, rows = seeds(results, "e2e", "full"), []
     for name in E2E:
         jobs = seeds(results, "e2e", name)
         scores = [stats.bleu(items(results[job], "bleu").mean(0)) for job in jobs]
@@ -96,11 +96,10 @@ def sizes(cost: dict[str, float]) -> list[str]:
 
 def overview(results: Results) -> str:
     """How good the main methods are, and what they cost, for the README."""
-    best, cost = full(results, "reviews"), results.found["costs-reviews"]
+    best, cost = seeds(results, "reviews", "full"), results.found["costs-reviews"]
     rows = []
     for name, title in OVERVIEW.items():
-        jobs = best if name == "full" else seeds(results, "reviews", name)
-        title += length(jobs) if name == "full" else ""
+        jobs = seeds(results, "reviews", name)
         accuracy = 100 * np.mean([items(results[job], "correct").mean() for job in jobs])
         behind, _ = differences(results, jobs, best)
         _, checkpoint, memory = sizes(cost[name])
@@ -152,18 +151,8 @@ def markdown(header: list[str], rows: list[list[Any]]) -> str:
 
 
 def searched(results: Results, task: str, names: Iterable[str]) -> str:
-    """Compare methods, each at its best learning rate, with full fine-tuning at its best."""
-    rows = {}
-    for name in names:
-        tried = [seeds(results, task, name, epochs) for epochs in epochs_of(task, name)]
-        for jobs in tried:
-            rows[name + (length(jobs) if len(tried) > 1 else "")] = jobs
-    return classified(results, full(results, task), rows)
-
-
-def length(jobs: list[Job]) -> str:
-    """Say how long these trained."""
-    return {1: ", one epoch", 2: ", two epochs"}[jobs[0].epochs]
+    """Compare methods, each at its best learning rate."""
+    return classified(results, seeds(results, task, "full"), {name: seeds(results, task, name) for name in names})
 
 
 def unsearched(results: Results, names: Iterable[str]) -> str:
