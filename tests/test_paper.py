@@ -15,6 +15,7 @@ from examples.paper.plan import search, seeds
 from examples.paper.tables import TABLES, fill, finished
 
 pytest.importorskip("wn")
+Capture = pytest.CaptureFixture[str]
 
 
 def cells(page: str, table: str) -> dict[str, list[str]]:
@@ -27,11 +28,11 @@ def cells(page: str, table: str) -> dict[str, list[str]]:
 
 def test_the_study_runs_from_end_to_end_and_its_tables_have_the_numbers_of_its_files(tmp_path: Path) -> None:
     main(["--fast", "--output", str(tmp_path)])
-    page = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    page = (tmp_path / "fast-tables.md").read_text(encoding="utf-8")
     left_out = {"table3", "costs-e2e"}  # they need data from elsewhere
     for table in TABLES.keys() - left_out:
         assert len(cells(page, table)) >= 4, table  # a header, a line, and rows
-    files = [json.loads(path.read_text()) for path in (tmp_path / "results").glob("reviews_*.json")]
+    files = [json.loads(path.read_text()) for path in (tmp_path / "fast-results").glob("reviews_*.json")]
     assert len({tuple(each["test"]["nll"]) for each in files}) > 50  # each job is another
     for method in MAIN:
         row = cells(page, "table2")[method]
@@ -40,7 +41,7 @@ def test_the_study_runs_from_end_to_end_and_its_tables_have_the_numbers_of_its_f
         assert row[2] == f"{accuracies[0]:.1f} {accuracies[1]:.1f}"
         assert row[1] == f"{sum(accuracies.values()) / 2:.1f}"
         assert row[5] == f"{found[0]['trained']:,}"
-    assert {path.name for path in (tmp_path / "tables").iterdir()} == {"ranks.png", "seeds.png"}
+    assert {path.name for path in (tmp_path / "fast-tables").iterdir()} == {"ranks.png", "seeds.png"}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
@@ -57,10 +58,19 @@ def test_advice_has_the_numbers_of_the_study() -> None:
     assert len(numbers) > 20 and numbers <= set(re.findall(r"\d+\.\d+", PAGES[0].read_text(encoding="utf-8")))
 
 
-def test_fast_numbers_stay_out_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--fast"], "--output"),
+        (["--only", "table3"], "needs --e2e"),
+        (["--e2e", "nowhere"], "nowhere has no valid.txt"),
+        (["--output", __file__], "is a file"),
+    ],
+)
+def test_mistakes_end_before_anything_is_run(arguments: list[str], named: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit):
-        main(["--fast"])
-    assert "--output" in capsys.readouterr().err
+        main(arguments)
+    assert named in capsys.readouterr().err
 
 
 def test_each_method_has_files_of_its_own() -> None:

