@@ -11,7 +11,7 @@ from examples.paper import stats
 from examples.paper.__main__ import HERE, PAGES, main
 from examples.paper.jobs import Job, Results
 from examples.paper.methods import MAIN, METHODS
-from examples.paper.plan import search, seeds
+from examples.paper.plan import PARTS, search, seeds
 from examples.paper.tables import TABLES, fill, finished
 
 pytest.importorskip("wn")
@@ -50,6 +50,12 @@ def test_pages_have_the_numbers_of_the_files(path: Path) -> None:
     shown = [name for name in TABLES if f"<!-- {name} -->" in page]
     assert shown and all(finished(name, results) for name in shown)
     assert fill(page, results) == page
+
+
+def test_each_file_is_of_the_study() -> None:
+    results = Results(HERE / "results")
+    planned = {job.name for part in PARTS.values() for job in part(results)}
+    assert results.found.keys() - planned == {"costs-reviews", "costs-e2e", "subspaces"}
 
 
 def test_advice_has_the_numbers_of_the_study() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from . import stats
 from .jobs import Job, Results, nll
 from .methods import BEYOND, DEFINITIONS, E2E, GRID_RANKS, MAIN, RANKS, SCALINGS, WHICH, grid_name
-from .plan import PARTS, at_one_rate, in_grid, seeds
+from .plan import PARTS, at_one_rate, in_grid, search, seeds
 
 
 def grid(results: Results) -> str:
@@ -155,6 +155,18 @@ def searched(results: Results, task: str, names: Iterable[str]) -> str:
     return classified(results, seeds(results, task, "full"), {name: seeds(results, task, name) for name in names})
 
 
+def rates(results: Results, task: str, names: Iterable[str]) -> str:
+    """Loss on the validation part at each learning rate that was tried."""
+    rows = []
+    for name in names:
+        jobs = search(results, task, name)
+        losses = {job.lr: nll(results[job]) for job in jobs}
+        best = min(losses, key=losses.__getitem__)
+        tried = [f"**{lr:g}: {loss:.3f}**" if lr == best else f"{lr:g}: {loss:.3f}" for lr, loss in losses.items()]
+        rows.append([name, ", ".join(tried)])
+    return markdown(["", "rate: loss"], rows)
+
+
 def unsearched(results: Results, names: Iterable[str]) -> str:
     """Compare methods at one learning rate, after one epoch."""
     best = seeds(results, "reviews", "full", 1)
@@ -183,6 +195,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "grid": grid,
     "table2": lambda results: searched(results, "reviews", MAIN),
     "table2-pairs": lambda results: pairs(results, best_rates("reviews"), PAIRS),
+    "table2-rates": lambda results: rates(results, "reviews", MAIN),
     "table3": written,
     "table5": lambda results: unsearched(results, WHICH),
     "table5-pairs": lambda results: pairs(results, at_one_rate, WHICH_PAIRS),
@@ -216,5 +229,5 @@ def finished(table: str, results: Results) -> bool:
     """Whether the files of a table are all there."""
     if table == "overview":
         return finished("table2", results) and finished("costs-reviews", results)
-    table = "subspaces" if table == "table7" else table.removesuffix("-pairs")
+    table = "subspaces" if table == "table7" else table.removesuffix("-pairs").removesuffix("-rates")
     return all(job in results for job in PARTS[table](results)) if table in PARTS else table in results.found
