@@ -9,7 +9,7 @@ import numpy as np
 from . import stats
 from .jobs import Job, Results, nll
 from .methods import BEYOND, DEFINITIONS, E2E, GRID_RANKS, MAIN, RANKS, SCALINGS, WHICH, grid_name
-from .plan import PARTS, at_one_rate, in_grid, search, seeds
+from .plan import PARTS, at_one_rate, best_of, in_grid, search, seeds
 
 
 def grid(results: Results) -> str:
@@ -160,10 +160,10 @@ def rates(results: Results, task: str, names: Iterable[str]) -> str:
     rows = []
     for name in names:
         jobs = search(results, task, name)
-        losses = {job.lr: nll(results[job]) for job in jobs}
-        best = min(losses, key=losses.__getitem__)
-        tried = [f"**{lr:g}: {loss:.3f}**" if lr == best else f"{lr:g}: {loss:.3f}" for lr, loss in losses.items()]
-        rows.append([name, ", ".join(tried)])
+        tried = {job: f"{job.lr:g}: {nll(results[job]):.3f}" for job in jobs}
+        best = best_of(results, jobs)
+        tried[best] = f"**{tried[best]}**"
+        rows.append([name, ", ".join(tried.values())])
     return markdown(["", "rate: loss"], rows)
 
 
