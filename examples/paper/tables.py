@@ -9,7 +9,7 @@ import numpy as np
 from . import stats
 from .jobs import Job, Results, nll
 from .methods import BEYOND, DEFINITIONS, E2E, GRID_RANKS, MAIN, RANKS, SCALINGS, WHICH, grid_name
-from .plan import PARTS, at_one_rate, best_of, in_grid, search, seeds
+from .plan import PARTS, at_one_rate, in_grid, search, seeds
 
 
 def grid(results: Results) -> str:
@@ -57,12 +57,14 @@ def written(results: Results) -> str:
                 difference(results, jobs, best, ["bleu"], stats.bleu, 1, 1),
                 f"{nist:.2f}",
                 f"{rouge:.1f}",
-                f"{wrong:.1f} %",
+                f"{wrong:.1f}",
+                difference(results, jobs, best, ["wrong_slots", "slots"], stats.share, 1, 1),
                 f"{results[jobs[0]]['trained']:,}",
                 f"{np.mean([results[job]['own_task'] for job in jobs]):.2f}",
             ]
         )
-    header = ["method", "rate", "BLEU", "seeds", "minus full", "NIST", "ROUGE-L", "slots wrong", "trained", "own task"]
+    measured = ["BLEU", "seeds", "minus full", "NIST", "ROUGE-L", "slots wrong, %", "minus full", "trained", "own task"]
+    header = ["method", "rate", *measured]
     return markdown(header, rows)
 
 
@@ -135,11 +137,12 @@ def difference(
     factor: float,
     digits: int,
 ) -> str:
-    """Return a difference with its interval. If that holds zero, it is not resolved."""
+    """Return a difference with its interval, rounded. If that holds zero, it is not resolved."""
     if jobs == others:
         return ""
     one, other = (np.stack([items(results[job], *keys) for job in each]) for each in (jobs, others))
-    found, low, high = (factor * value for value in stats.interval(one, other, statistic))
+    rounded = [round(factor * value, digits) for value in stats.interval(one, other, statistic)]
+    found, low, high = (value + 0.0 for value in rounded)  # -0.0 becomes 0.0
     text = f"{found:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
     return f"{text}, not resolved" if low <= 0 <= high else text
 
@@ -155,13 +158,13 @@ def searched(results: Results, task: str, names: Iterable[str]) -> str:
     return classified(results, seeds(results, task, "full"), {name: seeds(results, task, name) for name in names})
 
 
-def rates(results: Results, task: str, names: Iterable[str]) -> str:
+def rates(results: Results, task: str, names: Iterable[str], epochs: int = 2) -> str:
     """Loss on the validation part at each learning rate that was tried."""
     rows = []
     for name in names:
-        jobs = search(results, task, name)
+        jobs = search(results, task, name, epochs)
         tried = {job: f"{job.lr:g}: {nll(results[job]):.3f}" for job in jobs}
-        best = best_of(results, jobs)
+        best, *_ = seeds(results, task, name, epochs)
         tried[best] = f"**{tried[best]}**"
         rows.append([name, ", ".join(tried.values())])
     return markdown(["", "rate: loss"], rows)
@@ -189,7 +192,7 @@ def best_rates(task: str) -> Callable[[Results, str], list[Job]]:
 TARGETS = [("LoRA all, r=8", "LoRA q v, r=8")]
 PAIRS = [*TARGETS, ("LoRA all, r=16", "LoRA all, r=8")]
 WHICH_PAIRS = [(name, "LoRA q v, r=4") for name in WHICH if name != "LoRA q v, r=4"]
-RANK_PAIRS = [(f"LoRA q v, r={r}", "LoRA q v, r=8") for r in (1, 2, 64)]
+RANK_PAIRS = [(f"LoRA q v, r={r}", "LoRA q v, r=8") for r in (1, 2, 4, 64)]
 BEYOND_PAIRS = [(name, "LoRA all, r=8") for name in BEYOND]
 TABLES: dict[str, Callable[[Results], str]] = {
     "grid": grid,
@@ -197,15 +200,19 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "table2-pairs": lambda results: pairs(results, best_rates("reviews"), PAIRS),
     "table2-rates": lambda results: rates(results, "reviews", MAIN),
     "table3": written,
+    "table3-rates": lambda results: rates(results, "e2e", [name for name in E2E if name != "few-shot"]),
     "table5": lambda results: unsearched(results, WHICH),
     "table5-pairs": lambda results: pairs(results, at_one_rate, WHICH_PAIRS),
     "table6": lambda results: unsearched(results, RANKS),
     "table6-pairs": lambda results: pairs(results, at_one_rate, RANK_PAIRS),
+    "table6-rates": lambda results: rates(results, "reviews", ["full", "LoRA q v, r=8"], epochs=1),
     "table7": amplification,
     "beyond": lambda results: searched(results, "reviews", ["LoRA all, r=8", *BEYOND]),
     "beyond-pairs": lambda results: pairs(results, best_rates("reviews"), BEYOND_PAIRS),
+    "beyond-rates": lambda results: rates(results, "reviews", BEYOND),
     "definitions": lambda results: searched(results, "definitions", DEFINITIONS),
     "definitions-pairs": lambda results: pairs(results, best_rates("definitions"), TARGETS),
+    "definitions-rates": lambda results: rates(results, "definitions", DEFINITIONS),
     "costs-reviews": lambda results: costs(results, "reviews"),
     "costs-e2e": lambda results: costs(results, "e2e"),
     "overview": overview,
