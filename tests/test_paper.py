@@ -1,7 +1,9 @@
 """The study of the paper's claims: from training to the page, and the page against its files."""
 
 import json
+import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +11,23 @@ import pytest
 
 from examples.paper import stats
 from examples.paper.__main__ import HERE, PAGES, main
-from examples.paper.jobs import Job, Results
+from examples.paper.costs import made, width
+from examples.paper.jobs import FEW, Folders, Job, Results
 from examples.paper.methods import MAIN, METHODS
+from examples.paper.minilm import texts
 from examples.paper.plan import PARTS, finalists, search, seeds
 from examples.paper.tables import TABLES, difference, fill, finished
 
 pytest.importorskip("wn")
 Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def other_tests_are_not_quiet() -> Iterator[None]:
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def cells(page: str, table: str) -> dict[str, list[str]]:
@@ -102,6 +114,12 @@ def test_a_file_that_does_not_hold_its_result_is_named(content: str, tmp_path: P
     (tmp_path / f"{name}.json").write_text(content)
     with pytest.raises(SystemExit, match=rf"{name}.json does not hold"):
         Results(tmp_path)
+
+
+def test_memory_is_measured_on_the_longest_batches(tmp_path: Path) -> None:
+    job = Job("reviews", "probe", 1e-3)
+    _, _, measured = made(job, Folders(tmp_path, tmp_path, tmp_path), fast=True, place=0)
+    assert width(next(iter(measured))) == max(map(width, texts("reviews", FEW).train_dataloader()))
 
 
 def test_each_method_has_files_of_its_own() -> None:

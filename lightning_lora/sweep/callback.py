@@ -129,6 +129,7 @@ class LoRASweep(LoRACallback):
         loops = trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop
         runs, loaders = list(map(Run, self.runs)), [Loaders(loop._data_source) for loop in loops]
         base = {name: p.data for name, p in pl_module.named_parameters()}
+        log.info(f"LoRASweep trains {len(runs)} adapters. The first table shows {runs[0].name}.")
         for run in runs:
             memo = {id(each): Callback() for each in trainer.callbacks if class_names(each) & hidden}
             memo[id(self)] = _Member(run, self.monitor, base, self.runs[run.name])
