@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+torch.cuda._is_in_bad_fork = bool  # False: a fit in a fork of this process has no use for CUDA, if torch comes with it
 torch.set_num_threads(1)  # a process that has started OpenMP's threads cannot be forked; and tiny tensors need none
 
 

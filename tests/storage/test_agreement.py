@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -248,6 +249,8 @@ ODD: dict[str, Callable[[Tensor], Tensor]] = {
     "repeated": lambda value: torch.zeros(1).expand(1 << 34, 8),
     "meta": lambda value: value.to("meta"),
 }
+if Version(torch.__version__) >= Version("2.15"):
+    del ODD["nested"]  # torch.load reads none of them
 
 
 @pytest.mark.processes
