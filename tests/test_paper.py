@@ -73,7 +73,7 @@ def test_each_table_is_on_a_page() -> None:
 def test_each_file_is_of_the_study() -> None:
     results = Results(HERE / "results")
     planned = {job.name for part in PARTS.values() for job in part(results)}
-    assert results.found.keys() - planned == {"costs-reviews", "costs-e2e", "subspaces"}
+    assert results.found.keys() - planned == {"costs-reviews", "costs-e2e", "references", "subspaces"}
 
 
 def test_advice_has_the_numbers_of_the_study() -> None:
@@ -179,3 +179,4 @@ def test_bleu_from_the_counts_of_each_text_is_that_of_the_corpus() -> None:
         each.append([*score.counts, *score.totals, score.sys_len, score.ref_len])
     whole = metrics.BLEU().corpus_score(texts, [list(column) for column in zip(*references, strict=True)]).score
     assert stats.bleu(np.array(each).mean(0)) == pytest.approx(whole)
+    assert stats.bleu(np.array([0.0] * 9 + [8])) == 0  # a text that is empty

@@ -38,6 +38,10 @@ def study(parts: list[str], results: Results, folders: Folders, workers: int) ->
             trained = [method for method in methods if method != "few-shot"]
             Console().print(f"Now measuring what each method of {part} costs: some minutes.")
             results.add(name, costs(task, trained, folders, fast=results.fast))
+    if "table3" in parts and "references" not in results.found:
+        from .smollm import references  # its packages are not needed by other parts
+
+        results.add("references", references(folders.e2e))
     if "table6" in parts and "subspaces" not in results.found:
         (small, *_), (other_seed, large, *_) = (at_one_rate(results, f"LoRA q v, r={r}") for r in (8, 64))
         results.add("subspaces", subspaces(small, large, other_seed, folders.adapters))
@@ -47,8 +51,8 @@ def run_all(parts: Iterable[str], results: Results, folders: Folders, workers: i
     """Run the jobs that are missing, until no part needs more."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     running: dict[Future[Result], Job] = {}
-    quiet = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=signal.signal, initargs=quiet)
+    on_interrupt = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=signal.signal, initargs=on_interrupt)
     with pool, Progress(*columns) as bar:
         shown = bar.add_task("Jobs")
         while True:

@@ -200,6 +200,13 @@ def slot_errors(text: str, table: str) -> tuple[int, int]:
     return wrong + len(invented), len(slots)
 
 
+def references(folder: Path) -> dict[str, int]:
+    """Count the wrong slots in the texts that people wrote for the test: what the count itself gets wrong."""
+    tables = Tables(folder, shots=0, seed=0).test
+    wrong, slots = zip(*(slot_errors(text, table) for table, texts in tables for text in texts), strict=True)
+    return {"wrong_slots": sum(wrong), "slots": sum(slots)}
+
+
 def nist(texts: list[str], tables: list[Table]) -> float:
     """Return corpus NIST of the texts."""
     references = [[reference.lower().split() for reference in found] for _, found in tables]

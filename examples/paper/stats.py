@@ -48,9 +48,9 @@ def average(means: np.ndarray) -> np.ndarray:
 def bleu(means: np.ndarray) -> np.ndarray:
     """Return corpus BLEU from the counts of each item."""
     counts, totals, lengths = np.split(means, [4, 8], axis=-1)
-    with np.errstate(divide="ignore"):  # no match: the logarithm is minus infinity, and BLEU is 0
-        precision = np.exp(np.log(counts / totals).mean(-1))
-    brevity = np.minimum(0, 1 - lengths[..., 1] / lengths[..., 0])
+    with np.errstate(divide="ignore"):  # no match or no text: a logarithm is minus infinity, and BLEU is 0
+        precision = np.exp(np.log(counts / np.where(counts, totals, 1)).mean(-1))
+        brevity = np.minimum(0, 1 - lengths[..., 1] / lengths[..., 0])
     found: np.ndarray = 100 * precision * np.exp(brevity)
     return found
 

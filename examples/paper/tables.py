@@ -9,7 +9,7 @@ import numpy as np
 from . import stats
 from .jobs import Job, Results, nll
 from .methods import BEYOND, DEFINITIONS, E2E, GRID_RANKS, MAIN, RANKS, SCALINGS, WHICH, grid_name
-from .plan import PARTS, at_one_rate, in_grid, search, seeds
+from .plan import PARTS, at_one_rate, finalists, in_grid, search, seeds
 
 
 def grid(results: Results) -> str:
@@ -63,6 +63,9 @@ def written(results: Results) -> str:
                 f"{np.mean([results[job]['own_task'] for job in jobs]):.2f}",
             ]
         )
+    people = results.found["references"]
+    wrong = 100 * people["wrong_slots"] / people["slots"]
+    rows.append(["people", *"–" * 6, f"{wrong:.1f}", *"–" * 3])
     measured = ["BLEU", "seeds", "minus full", "NIST", "ROUGE-L", "slots wrong, %", "minus full", "trained", "own task"]
     header = ["method", "rate", *measured]
     return markdown(header, rows)
@@ -159,12 +162,16 @@ def searched(results: Results, task: str, names: Iterable[str]) -> str:
 
 
 def rates(results: Results, task: str, names: Iterable[str], epochs: int = 2) -> str:
-    """Loss on the validation part at each learning rate that was tried."""
+    """Loss on the validation part at each learning rate that was tried; the mean over seeds where that decided."""
     rows = []
     for name in names:
         jobs = search(results, task, name, epochs)
         tried = {job: f"{job.lr:g}: {nll(results[job]):.3f}" for job in jobs}
         best, *_ = seeds(results, task, name, epochs)
+        if len(last := finalists(results, task, name, epochs)) > 1:
+            for of_seeds in last:
+                mean = np.mean([nll(results[job]) for job in of_seeds])
+                tried[of_seeds[0]] += f" ({mean:.3f})"
         tried[best] = f"**{tried[best]}**"
         rows.append([name, ", ".join(tried.values())])
     return markdown(["", "rate: loss"], rows)
@@ -234,6 +241,8 @@ def fill(page: str, results: Results) -> str:
 
 def finished(table: str, results: Results) -> bool:
     """Whether the files of a table are all there."""
+    if table == "table3" and "references" not in results.found:
+        return False
     if table == "overview":
         return finished("table2", results) and finished("costs-reviews", results)
     table = "subspaces" if table == "table7" else table.removesuffix("-pairs").removesuffix("-rates")

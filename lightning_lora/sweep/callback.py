@@ -147,7 +147,7 @@ class LoRASweep(LoRACallback):
         warnings.filterwarnings("ignore", "Checkpoint directory")  # is not empty: the runs' files are in it
 
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        """Take over the best adapter, and where its fit has ended: the Trainer's own fit has nothing left to do."""
+        """Go on with the best adapter, where its fit ended."""
         self._loops = deepcopy(trainer.fit_loop.state_dict())
         adopt(trainer, self._best)
         super().on_fit_start(trainer, pl_module)
@@ -171,7 +171,7 @@ class LoRASweep(LoRACallback):
             trainer.fit_loop.load_state_dict(loops)
 
     def table(self) -> Table:
-        """Return a table of the last fit: each adapter's arguments, its metric at each validation, and its end."""
+        """Return a table of the adapters of the last fit."""
         table = Table("Adapter", *self.varied, self.monitor, "Dropped after validation", title="LoRASweep")
         for each in self.results:
             metrics = "  ".join(f"{value:.4g}" for value in each["metrics"])
