@@ -1,7 +1,6 @@
 """The plugin: a callback that fine-tunes any LightningModule with LoRA."""
 
 import inspect
-from collections.abc import Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import fields
 from typing import Any, Literal, cast, get_args
@@ -188,7 +187,8 @@ class LoRACallback(Callback):
         """
         callbacks, is_fit = compatibility.callbacks_of(trainer), stage == "fit"
         name = self.name if self.name != "default" or "name" in self.given else None
-        self._stage = Stage(self.config, name, self.given, self.save, is_fit, callbacks, lr_scale=self.lr_scale)
+        filled, scale = self._stage.filled, self.lr_scale
+        self._stage = Stage(self.config, name, self.given, self.save, is_fit, callbacks, lr_scale=scale, filled=filled)
         adapts_late = overlay_strategy(trainer.strategy, self._stage).lora_adapts_late
         compatibility.check_callbacks(callbacks, stage, is_sharded=adapts_late)
         if View(pl_module).layers:
@@ -324,9 +324,9 @@ class LoRACallback(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the stored random states until training starts."""
-        if self._stage.is_fit and isinstance(checkpoint.get(RANDOM), Mapping):
+        if self._stage.is_fit and isinstance(checkpoint.get(RANDOM), dict):
             self._stage.resumed = Resumed(trainer, checkpoint[RANDOM])
-            self._training.callback(self._stage.resumed.close)
+            self._training.callback(vars(trainer.fit_loop).pop, "setup_data", None)
 
 
 compatibility.join_other_package(LoRACallback)

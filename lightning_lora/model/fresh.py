@@ -53,14 +53,14 @@ def find_fresh(view: View) -> Fresh:
 
 
 def random_weights(view: View, found: Fresh | None = None) -> tuple[str, ...]:
-    """Return the frozen weights that look untrained, unless most of the model does. Collective for a sharded model."""
+    """Return frozen weights that look untrained, unless most do, and filled buffers. Collective for a sharded model."""
     if view.adapter.random is None:
         found = found or find_fresh(view)
         modules = () if found.share > MOST else found.random
         inside = [any(name.startswith(f"{module}.") for module in modules) for name in view.frozen]
         inside = agreed(inside, list(view.frozen.values()))
         view.adapter.set_untrained(name for name, is_random in zip(view.frozen, inside, strict=True) if is_random)
-    return view.adapter.random or ()
+    return tuple(dict.fromkeys((*(view.adapter.random or ()), *view.record.filled)))
 
 
 def _layers(view: View) -> Iterator[tuple[str, Weights]]:

@@ -108,7 +108,7 @@ def _own_values(view: View, names: Iterable[str]) -> dict[nn.Module, Values]:
     present, states = {**view.base, **view.buffers}, [view.record.adapters[name] for name in names]
     for name in dict.fromkeys(chain.from_iterable(state.originals for state in states)):
         here, original = present[name], view.adapter.originals.get(name)
-        base = here if original is None or original.is_meta else original.to(here)
+        base = here if original is None or original.is_meta or name in view.record.filled else original.to(here)
         values: dict[Name, Tensor] = {state.name: state.own.get(name, base) for state in states}
         values |= {None: base, view.adapter.name: here}
         if not isinstance(here, nn.Parameter) and all(same_bits(value, base) for value in values.values()):

@@ -57,6 +57,9 @@ class Record:
     rounded_base: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Base weights that were computed again from merged ones: their digests, and of those for which they stand."""
 
+    filled: tuple[str, ...] = ()
+    """Buffers that the module's own hooks filled, perhaps from data. They belong to the run: no base is compared."""
+
     merge: Merge | None = None
 
     is_disabled: bool = False
@@ -151,6 +154,10 @@ class Record:
         self.adapter.is_trained = True
         for name, (_, was) in self.changed.items():
             self.changed[name] = (digest(base[name]), was)
+
+    def buffers_were_filled(self, names: Iterable[str]) -> None:
+        """The module's own hooks have filled these buffers before training."""
+        self.filled = tuple(sorted({*self.filled, *names}))
 
     # Merge
 

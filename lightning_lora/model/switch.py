@@ -269,7 +269,7 @@ def _show_base(model: nn.Module) -> None:
     record, values = view.record, dict[int, tuple[Tensor, Tensor]]()
     for name, tensor in view.kept.items():
         original = view.adapter.originals[name].to(tensor, copy=True)
-        if not original.is_meta:  # the model was adapted before it had values
+        if not original.is_meta and name not in record.filled:  # the model was adapted before it had values
             values[id(tensor)] = tensor, original
     for weight in view.merged:
         _, base = values.get(id(weight.base), (None, weight.base))  # a tied weight's other use may have trained

@@ -202,6 +202,7 @@ def check_fits(view: View, stored: StoredAdapters, *, anew: bool = True, refuse_
         )
     if stored.base:
         view.adapter.set_untrained(tuple(stored.random))
+        view.record.buffers_were_filled(stored.filled)
 
 
 def _check_settings(view: View, config: LoRAConfig) -> None:

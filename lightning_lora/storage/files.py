@@ -24,8 +24,10 @@ from lightning_lora.storage.formats.lightning import VERSION, check_readable
 from lightning_lora.storage.formats.own import (
     adapters_in,
     check_place,
+    leave_adapters,
     read_checkpoint,
     read_contents,
+    show_base,
     write_adapter_file,
 )
 from lightning_lora.storage.formats.reading import Asked, Reader
@@ -240,7 +242,9 @@ def _that_loads_nothing(cls: "type[Module]") -> "tuple[type[Module], list[Any]]"
         return SimpleNamespace(missing_keys=[], unexpected_keys=[])
 
     def on_load_checkpoint(self: "Module", checkpoint: dict[str, Any]) -> None:
+        show_base(self, checkpoint)
         cls.on_load_checkpoint(self, checkpoint)
+        leave_adapters(checkpoint)
         self.load_state_dict = load_state_dict  # type: ignore[assignment,method-assign]
 
     body = {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__, "__qualname__": cls.__qualname__}

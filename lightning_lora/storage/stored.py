@@ -50,7 +50,7 @@ class StoredAdapters:
     layers: dict[str, StoredLayer] = field(default_factory=dict)  # by name; files of other libraries do not say them
     base: list[dict[str, Any]] = field(default_factory=list)  # fingerprints, one a form; empty if the format has none
     changed: Sequence[str] = field(default_factory=list)  # the frozen weights in the state
-    random: Sequence[str] = field(default_factory=list)  # those of them that look untrained
+    random: Sequence[str] = field(default_factory=list)  # those of them that look untrained, and filled buffers
     saved: dict[str, list[str]] = field(default_factory=dict)  # all entries of each module in modules_to_save
     root: str = ""  # the path of the one model inside
     source: str = ""  # for messages: a file, or the class of a model
@@ -94,6 +94,11 @@ class StoredAdapters:
                 "target_modules=r'.*\\.q_proj'."
             )
         return {**about, "checksum": _checksum(self.state, about)}
+
+    @property
+    def filled(self) -> list[str]:
+        """The buffers that hooks of the module filled: they belong to the run, and to no base."""
+        return [name for name in self.random if name in self.state and name not in self.changed]
 
     def adapter_names(self) -> set[str]:
         """Return the names of the adapters' tensors in the state."""

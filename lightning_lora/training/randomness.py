@@ -27,18 +27,15 @@ def reseeded(model: nn.Module) -> Iterator[None]:
 
 def random_states(trainer: Trainer) -> dict[str, Tensor]:
     """Return the states of torch's generators in all processes."""
-    states, device = _states_here(trainer), trainer.strategy.root_device
+    device, states = trainer.strategy.root_device, _states_here(trainer)
     for name, state in states.items():
         states[name] = _of_all_processes(trainer, state.to(device)).reshape(-1, len(state)).cpu()
     return states
 
 
 def _states_here(trainer: Trainer) -> dict[str, Tensor]:
-    device = trainer.strategy.root_device
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
+    device, states = trainer.strategy.root_device, {"cpu": torch.get_rng_state()}
+    return {**states, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
 
 
 def _of_all_processes(trainer: Trainer, state: Tensor) -> Tensor:
@@ -50,47 +47,36 @@ def _of_all_processes(trainer: Trainer, state: Tensor) -> Tensor:
 
 
 class Resumed:
-    """The random numbers of a checkpoint, with which a resumed fit begins its data, once, and then its training.
-
-    Lightning begins the data when the module asks for the number of steps, or before ``on_train_start``. Until training
-    starts, other code may draw or seed.
-    """
+    """The random numbers of a checkpoint, with which a resumed fit begins its data, once, and then its training."""
 
     def __init__(self, trainer: Trainer, stored: Mapping[str, Any]) -> None:
-        self._trainer, self._states = trainer, dict[str, Tensor]()
-        self._begun: dict[str, Tensor] | None = None  # the states after the data have begun
+        self.trainer, self.device, self.states = trainer, trainer.strategy.root_device, dict[str, Tensor]()
+        self.begins, self.begun = False, dict[str, Tensor]()  # the states when the data have begun
         for name, now in _states_here(trainer).items():
             rows = stored.get(name)
             if isinstance(rows, Tensor) and (rows.dtype, rows.shape) == (now.dtype, (trainer.world_size, len(now))):
-                self._states[name] = rows[trainer.global_rank].clone()  # torch crashes on a row that is a view
-        self._loop: Any = trainer.fit_loop
-        self._setup_data, self._loop.setup_data = self._loop.setup_data, self._follow_data
+                self.states[name] = rows[trainer.global_rank].clone()  # torch crashes on a row that is a view
+        self.loop: Any = trainer.fit_loop
+        self.own, vars(self.loop)["setup_data"] = self.loop.setup_data, self._setup_data
 
-    def _follow_data(self) -> None:
-        before = self._begun
-        self._setup_data()
-        if self._begun is not before:
-            self._begun = _states_here(self._trainer)
+    def _setup_data(self) -> None:
+        self.own()
+        if self.begins:
+            self.begins, self.begun = False, _states_here(self.trainer)
 
     def begin_data(self) -> None:
         """Set the generators for a loader that Lightning begins next."""
-        self._begun = dict(self._states)
-        self._restore(self._begun)
+        self.begins = True
+        self._set(self.states)
 
     def begin_training(self) -> None:
-        """Set the generators for the first step. Data that did not begin as in the checkpoint begin again."""
-        if self._begun and not (self._loop.restarting and self._loop._combined_loader_states_to_load):
-            self._restore(self._begun)
-            return
-        self.begin_data()
-        self._loop._load_combined_loader_states()
-        iter(self._loop._data_fetcher)
+        """Set them for the first step: other code may draw or seed before it. Data that began otherwise begin again."""
+        begins_anew = not self.begun or (self.loop.restarting and self.loop._combined_loader_states_to_load)
+        self._set(self.states if begins_anew else self.begun)
+        if begins_anew:
+            self.loop._load_combined_loader_states()
+            iter(self.loop._data_fetcher)
 
-    def _restore(self, states: Mapping[str, Tensor]) -> None:
-        device = self._trainer.strategy.root_device
+    def _set(self, states: dict[str, Tensor]) -> None:
         for name, state in states.items():
-            torch.set_rng_state(state) if name == "cpu" else torch.cuda.set_rng_state(state, device)
-
-    def close(self) -> None:
-        """Follow the data no more."""
-        vars(self._loop).pop("setup_data", None)
+            torch.set_rng_state(state) if name == "cpu" else torch.cuda.set_rng_state(state, self.device)

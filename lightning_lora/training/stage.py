@@ -7,6 +7,7 @@ from typing import Literal
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.inject import inject_adapters, remove_adapters
@@ -16,7 +17,8 @@ from lightning_lora.model.state import find_record, keep_record, receive, record
 from lightning_lora.model.switch import adapters, show
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.base import note_changed
-from lightning_lora.tensors.names import join
+from lightning_lora.tensors.digests import digest
+from lightning_lora.tensors.names import join, owner_of
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import Seen
 from lightning_lora.training.compatibility import copy_adapted, loads_in_hooks
@@ -38,8 +40,9 @@ class Stage:
     """One stage: how the module came, how far the stage is, and what gives the module back as it came (``undo``).
 
     ``name`` is the adapter's, or None for the active one; ``back`` shows what the module did before, if it was another.
-    ``seen`` holds the tensors that have a base value, as they came. ``averages_gradients`` is False while a sharded
-    module's backward pass only accumulates.
+    ``seen`` holds the tensors that have a base value, as they came, and ``buffers`` the digests of buffers.
+    ``filled`` are those that the module's own hooks filled, in this stage or an earlier one. ``averages_gradients`` is
+    False while a sharded module's backward pass only accumulates.
     """
 
     config: LoRAConfig
@@ -54,6 +57,8 @@ class Stage:
     seen: dict[str, Seen] = field(default_factory=dict)
     phase: Phase = Phase.SET_UP
     undo: ExitStack = field(default_factory=ExitStack)
+    filled: set[str] = field(default_factory=set)
+    buffers: dict[str, int] = field(default_factory=dict)
     dropout: Dropout = field(default_factory=Dropout)
     resumed: Resumed | None = None
     averages_gradients: bool = True
@@ -75,6 +80,7 @@ class Stage:
             self._switch(pl_module)
             self.undo.callback(self._switch_back, pl_module)
         view = View(pl_module)
+        self.buffers = _own_buffers(view)
         present = {**view.parameters, **view.buffers}
         for prefix, inner in records_in(view.modules).items():
             for name, original in inner.adapter.originals.items():
@@ -142,9 +148,12 @@ class Stage:
 
     def adapt(self, pl_module: LightningModule, *, for_file: bool = False, replaced: bool = False) -> None:
         """Adapt the module after its own hooks have run. The weights that they have loaded become the base."""
+        now, before, self.buffers = _own_buffers(View(pl_module)), self.buffers, {}  # later changes are others'
+        self.filled |= {name for name in now if now[name] != before.get(name, now[name])}
         if not self.adapts(pl_module, for_file=for_file):
             return
         self.inject(pl_module)
+        view_of(pl_module).record.buffers_were_filled(self.filled)
         if self.phase is not Phase.SET_UP:  # the callbacks' averages and the base are those of a checkpoint
             return
         copy_adapted(self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced)
@@ -175,6 +184,12 @@ class Stage:
                 note_changed(pl_module)
         elif not (is_alone and self.came == "merged"):  # where a merge is collective, the adapters stay on their layers
             self.undo.close()
+
+
+def _own_buffers(view: View) -> dict[str, int]:
+    """The digests of all buffers but the statistics of norms, which are the base's."""
+    norms = {name for name, module in view.modules.items() if isinstance(module, _NormBase)}
+    return {name: digest(each) for name, each in view.buffers.items() if not (each.is_meta or owner_of(name) in norms)}
 
 
 def _remove_all(pl_module: LightningModule) -> None:

@@ -23,7 +23,7 @@ from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage import disk
 from lightning_lora.storage.base import base_dtypes, fingerprint
 from lightning_lora.storage.formats.lightning import as_base, check_readable, check_resumable, has_run
-from lightning_lora.storage.formats.own import leave_adapters, read_adapter_file
+from lightning_lora.storage.formats.own import leave_adapters, read_adapter_file, show_base
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.tensors.inplace import InPlace
@@ -169,6 +169,7 @@ class LoRAStrategy(Strategy, InPlace):
             if stage.is_fitting and stage.phase is not Phase.TRAINING:
                 check_resumable(checkpoint, checkpoint_path)
             checkpoints.complete_averages(module, checkpoint)
+            show_base(module, checkpoint)  # to on_load_checkpoint
             return checkpoint
         what = "a full model and no adapters"
         if not has_run(checkpoint):
@@ -227,6 +228,8 @@ class LoRAStrategy(Strategy, InPlace):
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """Load what training changed. Base keys may be missing. Adapter keys may not, even with ``strict=False``."""
         module, stage = self.lora_module, self.lora_stage
+        if stage.phase is not Phase.OVER and not self.restore_checkpoint_after_setup:
+            self.lora_adapt(for_file=KEY in checkpoint)  # on_load_checkpoint may have replaced layers
         if find_record(module) is None and KEY not in checkpoint:  # as in load_checkpoint
             super().load_model_state_dict(checkpoint, strict=strict)
             return
@@ -286,10 +289,9 @@ class LoRAStrategy(Strategy, InPlace):
 
     def process_dataloader(self, dataloader: object) -> object:
         """Let the training data of a resumed run begin with the random numbers of its file."""
-        processed = super().process_dataloader(dataloader)
         if self.lora_stage.resumed and self.lora_module.trainer.training:
             self.lora_stage.resumed.begin_data()
-        return processed
+        return super().process_dataloader(dataloader)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a training step, in which dropout acts."""

@@ -11,6 +11,7 @@ import fsspec
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
+from torch import nn
 
 from lightning_lora.errors import AdapterFileError, listed
 from lightning_lora.storage.disk import (
@@ -32,6 +33,7 @@ from lightning_lora.storage.formats.others import check_tool
 from lightning_lora.storage.formats.peft_config import DIFFUSERS_WEIGHTS, METADATA, PEFT_CONFIG, is_peft
 from lightning_lora.storage.state import is_note
 from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum
+from lightning_lora.tensors.names import state_dict
 
 ADAPTERS = "adapters"  # the part of this package's entry that holds what training changed, beside a merged model
 
@@ -176,6 +178,13 @@ _IN_PEFT = (
 )
 
 
+def show_base(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Show the base's own tensors too, as a module's hook expects, until :func:`leave_adapters`."""
+    held = checkpoint["state_dict"]
+    checkpoint["state_dict"] = shown = {**state_dict(model), **held}
+    checkpoint[KEY] = {**checkpoint[KEY], "shown": shown.keys() - held}
+
+
 def leave_adapters(checkpoint: object) -> dict[str, Any]:
     """Leave only what training changed. Return what is written for readers without this package: the merged model."""
     if not isinstance(checkpoint, dict):
@@ -184,6 +193,8 @@ def leave_adapters(checkpoint: object) -> dict[str, Any]:
     if isinstance(about, dict) and ADAPTERS in about:
         merged, checkpoint["state_dict"] = checkpoint.get("state_dict"), about.pop(ADAPTERS)
     state = checkpoint.get("state_dict")
+    if isinstance(state, dict) and isinstance(about, dict) and isinstance(shown := about.pop("shown", None), set):
+        state = checkpoint["state_dict"] = {name: value for name, value in state.items() if name not in shown}
     if isinstance(state, dict):
         for name in list(filter(is_note, state)):
             del state[name]

@@ -26,7 +26,7 @@ from lightning_lora.storage.formats import peft_config as peft
 from lightning_lora.storage.formats.diffusers import prefix_for
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.formats.peft_layers import check_exportable, is_bias, peft_layer
-from lightning_lora.storage.names import Renaming, list_or_expression
+from lightning_lora.storage.names import Renaming, is_inside, list_or_expression
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
@@ -157,13 +157,6 @@ def _source(model_or_file: nn.Module | str | Path, root: str | None) -> _Source:
         stored, model = StoredAdapters.from_view(view, state, []), model_or_file
     else:
         stored, model = read_adapter_file(model_or_file), None
-    if stored.random:
-        warn(
-            f"{listed(stored.random)} look untrained and stayed frozen, and PEFT's format has no place for them. Name "
-            "their modules in modules_to_save and train again, or save the whole model: save_merged(model, path)."
-        )
-        state = {name: value for name, value in stored.state.items() if name not in stored.random}
-        stored = replace(stored, state=state)
     if root is not None:
         if root and root not in chain.from_iterable(map(starts_of, stored.layers)):
             raise ConfigError(
@@ -171,7 +164,13 @@ def _source(model_or_file: nn.Module | str | Path, root: str | None) -> _Source:
                 f"{stored.root!r}; the adapted layers are {listed(stored.layers)}."
             )
         stored = replace(stored, root=root)
-    return _Source(stored, model)
+    if left := [name for name in stored.random if name not in stored.filled or is_inside(name, stored.root)]:
+        warn(
+            f"{listed(left)} look untrained and stayed frozen, or setup filled them. PEFT's format has no place for "
+            "them: name layers in modules_to_save and train again, or save the whole model: save_merged(model, path)."
+        )
+    state = {name: value for name, value in stored.state.items() if name not in stored.random}
+    return _Source(replace(stored, state=state), model)
 
 
 # The updates as PEFT has them

@@ -30,9 +30,9 @@ def read_layers(path: str | Path) -> StoredAdapters:
 
 
 def besides(stored: StoredAdapters) -> dict[str, Any]:
-    """Return what a file holds besides adapters: trained modules, biases, buffers."""
-    adapters = stored.adapter_names()
-    return {name: value for name, value in stored.state.items() if name not in adapters}
+    """Return what a file holds besides adapters: trained modules, biases, buffers; not what is the run's alone."""
+    others = stored.adapter_names().union(stored.filled)
+    return {name: value for name, value in stored.state.items() if name not in others}
 
 
 def updates(stored: StoredAdapters, name: str) -> dict[AdaptedMatrix, Factors]:

@@ -77,6 +77,8 @@ class _Merge:
                 if place in files.file_of:
                     self.weights[place] = name, "weight"
         self.beside = {self.name_in_base(name): value for name, value in besides(stored).items()}
+        filled = {self.name_in_base(name): stored.state[name] for name in stored.filled}
+        self.beside |= {name: value for name, value in filled.items() if name in files.file_of}
         self.places, last = dict(files.file_of), list(files.file_of.values())[-1]
         for name in self.beside:
             self.places.setdefault(name, last)
@@ -128,10 +130,10 @@ class _Merge:
 
     def _compare(self, form: dict[str, Any]) -> Comparison:
         """Compare the base with one form of it that the training has seen."""
-        tensors = []
+        tensors, left_out = [], {*self.stored.changed, *self.stored.random}
         for name, halves in form["rounded"].items():
             place = self.name_in_base(name)
-            if halves is not None and name not in self.stored.changed and place in self.files.file_of:
+            if halves is not None and name not in left_out and place in self.files.file_of:
                 tensors.append((name, place))  # None: it was quantised
         return compare(form, (BaseTensor.of_file(name, place, self._compared(place)) for name, place in tensors))
 

@@ -1,0 +1,403 @@
+"""Hooks of modules that fill buffers from data, rebuild layers, or read files."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+import lightning_lora as ll
+from lightning_lora.storage.offline.combine import How, combine_files
+from lightning_lora.storage.offline.merge import merge_files
+from lightning_lora.storage.stored import KEY, StoredAdapters
+from tests.support.cases import files_hold_adapters_alone, held
+from tests.support.fits import fit, through_and_resumed
+from tests.support.models import TRAINED, LitTiny, TinyLM, X, data, is_plain, lora, same, state, trainer
+from tests.support.storage import fitted, goes_on, restores
+from tests.support.versions import exact
+
+# Buffers that setup fills from data
+
+
+class Scaled(LitTiny):
+    """A module whose scale and whose classes' weights are taken from its data, which may be others later."""
+
+    def __init__(self, value: float = 2.0) -> None:
+        super().__init__()
+        self.value = value
+        self.register_buffer("scale", torch.zeros(4))
+        self.weigh = nn.CrossEntropyLoss(weight=torch.ones(4))
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.scale = torch.full((4,), self.value)
+            self.weigh.weight.copy_(torch.arange(1.0, 5.0) * self.value)  # type: ignore[union-attr]
+
+    def forward(self, index: Tensor) -> Tensor:
+        return super().forward(index) * self.scale
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        return self.weigh(self(batch[0]), batch[1])
+
+
+FILLED = ["scale", "weigh.weight"]
+
+
+def other() -> Scaled:
+    return Scaled(3.0)
+
+
+def evaluated(model: Scaled, file: Path) -> Scaled:  # with the adapters of a file that an evaluation has loaded
+    ll.inject_adapters(model, lora().config)
+    for stage in ("validate", "test"):
+        getattr(trainer(file.parent, [ll.LoRACallback()]), stage)(model, data(), ckpt_path=file, verbose=False)
+    return model
+
+
+def loads(model: Scaled, file: Path) -> Scaled:
+    ll.load_adapter(model, file)
+    return model
+
+
+READERS: dict[str, Callable[[Path, Path], Scaled]] = {
+    "test": lambda file, _: evaluated(Scaled(), file),
+    "load_from_checkpoint": lambda file, _: ll.load_from_checkpoint(Scaled, file),
+    "load_adapter": lambda file, _: loads(Scaled(), file),
+    "own file": lambda _, own: loads(Scaled(), own),
+}
+
+
+@pytest.mark.parametrize("merge", ["last", False])
+@pytest.mark.parametrize("save", ["adapters", "model"])
+def test_what_setup_takes_from_data_is_in_every_file_and_restored(tmp_path: Path, save: str, merge: Any) -> None:
+    model = fitted(tmp_path / "a.ckpt", Scaled(), lora(save=save, merge=merge))
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    for read in READERS.values():
+        again = read(tmp_path / "a.ckpt", tmp_path / "a.safetensors")
+        assert [again.get_buffer(name).tolist() for name in FILLED] == [[2.0] * 4, [2.0, 4.0, 6.0, 8.0]]
+        torch.testing.assert_close(again(X), model(X))
+        for file in ("b.ckpt", "b.safetensors"):  # and of every file of what was loaded
+            if file == "b.ckpt":
+                t = trainer(tmp_path, [ll.LoRACallback()], enable_checkpointing=False)
+                t.validate(again, data(), verbose=False)
+                t.save_checkpoint(tmp_path / file)
+            else:
+                ll.save_adapter(again, tmp_path / file)
+            torch.testing.assert_close(loads(other(), tmp_path / file)(X), model(X))
+
+
+@pytest.mark.parametrize("save", ["adapters", "model"])
+@pytest.mark.parametrize("options", [{}, {"strategy": "ddp_fork", "devices": 2}], ids=["one", "two"])
+@pytest.mark.processes
+def test_a_resumed_run_goes_on_with_what_the_first_setup_took(tmp_path: Path, save: str, options: Any) -> None:
+    made = iter([Scaled, other])
+    through, resumed = through_and_resumed(
+        tmp_path, lambda: next(made)(), lambda: lora(save=save), max_epochs=3, **options
+    )
+    assert same(state(resumed), state(through)) and resumed.scale.tolist() == [2.0] * 4
+
+
+def as_earlier_versions_wrote(file: Path) -> Path:
+    """A file in which the buffers are part of the base."""
+    checkpoint = torch.load(file, weights_only=True)
+    kept = {name: value for name, value in held(checkpoint).items() if name not in FILLED}
+    stored = StoredAdapters.from_file(kept, checkpoint[KEY] | {"random": []}, "")
+    torch.save(checkpoint | {"state_dict": kept, KEY: stored.description()}, file)
+    return file
+
+
+def test_a_file_without_them_loads_where_setup_fills_the_same(tmp_path: Path) -> None:
+    model = fitted(file := tmp_path / "a.ckpt", Scaled(), lora(merge=False))
+    as_earlier_versions_wrote(file)
+    again, t = fit(tmp_path, lora(merge=False), model=Scaled(), ckpt_path=file, max_epochs=2)
+    t.save_checkpoint(tmp_path / "b.ckpt")
+    restores(tmp_path / "b.ckpt", again, Scaled())
+    for build, load in (
+        (Scaled, loads),
+        (other, lambda model, file: fit(tmp_path, lora(), model=model, ckpt_path=file)),
+    ):
+        with pytest.raises(
+            ll.BaseMismatchError, match=r"2 of 6 frozen tensors .* 'scale', 'weigh.weight'. .* from data"
+        ):
+            load(build(), file)
+    assert model.scale.tolist() == [2.0] * 4
+
+
+class Loads(LitTiny):  # whose setup loads the base, with a norm, and a table that is always the same
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.register_buffer("table", torch.arange(8.0))
+
+    def setup(self, stage: str) -> None:
+        base = {name: value.clone() for name, value in self.state_dict().items() if "norm" in name or name == "table"}
+        self.load_state_dict({name: value + (name != "table") for name, value in base.items()}, strict=False)
+
+
+def test_what_setup_loads_beside_weights_is_the_base(tmp_path: Path) -> None:
+    fitted(tmp_path / "a.ckpt", Loads(), lora(merge=False))
+    assert files_hold_adapters_alone(tmp_path)
+    with pytest.raises(ll.BaseMismatchError, match=r"'norm.weight', 'norm.bias'"):
+        ll.load_from_checkpoint(Loads, tmp_path / "a.ckpt")
+
+
+class Always(Scaled):  # whose setup fills them in each stage
+    def setup(self, stage: str) -> None:
+        super().setup("fit")
+
+
+def tunes(model: Scaled, folder: Path) -> None:
+    t = trainer(folder, [lora(merge=False)], max_epochs=1, enable_checkpointing=False)
+    Tuner(t).lr_find(model, data(), num_training=3, attr_name="value")
+    model.value = 2.0
+    t.fit(model, data())
+
+
+def validates(model: Scaled, folder: Path) -> None:
+    t = trainer(folder, [lora(merge=False)], max_epochs=1, enable_checkpointing=False)
+    t.validate(model, data(), verbose=False)
+    t.fit(model, data())
+
+
+def fits_another(model: Scaled, folder: Path) -> None:
+    for name in ("a", "b"):
+        fit(folder, lora(merge=False, name=name), model=model, max_epochs=1)
+
+
+@pytest.mark.parametrize("begin", [tunes, validates, fits_another])
+def test_they_are_known_when_a_later_setup_changes_nothing(tmp_path: Path, begin: Any) -> None:
+    begin(model := Always(), tmp_path)
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    assert torch.equal(loads(Scaled(), tmp_path / "a.safetensors")(X), model(X))
+
+
+class FromDataModule(L.LightningDataModule):
+    def setup(self, stage: str) -> None:
+        self.trainer.lightning_module.scale.fill_(2.0)  # type: ignore[union-attr]
+
+    def train_dataloader(self) -> Any:
+        return data()
+
+
+def test_buffers_that_other_code_has_filled_before_are_the_base_and_the_error_says_what_to_do(tmp_path: Path) -> None:
+    model = LitTiny()
+    model.register_buffer("scale", torch.zeros(4))
+    t = trainer(tmp_path, [lora()], max_epochs=1, enable_checkpointing=False)
+    t.fit(model, datamodule=FromDataModule())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    new = LitTiny()
+    new.register_buffer("scale", torch.zeros(4))
+    with pytest.raises(ll.BaseMismatchError, match=r"such as 'scale'.* those that the module's own setup fills"):
+        ll.load_adapter(new, tmp_path / "a.ckpt")
+
+
+def test_the_base_alone_computes_with_them(tmp_path: Path) -> None:
+    model = fitted(tmp_path / "a.ckpt", Scaled(), lora(merge=False))
+    again, base = loads(Scaled(), tmp_path / "a.ckpt"), LitTiny()(X) * 2
+    assert torch.equal(again(X), model(X)) and not torch.equal(model(X), base)
+    for each in (model, again):
+        with ll.disable_adapters(each):
+            assert torch.equal(each(X), base)
+        with ll.adapter_names(each, [None] * 10 + ["default"] * 10):
+            assert torch.equal(each(X)[:10], base[:10])
+        torch.testing.assert_close(each(X), model(X))
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_they_are_merged_combined_and_exported_where_they_have_a_place(tmp_path: Path, inner: bool) -> None:
+    model = fitted(file := tmp_path / "a.ckpt", Scaled(), lora(merge=False, modules_to_save=None))
+    combine_files([file] * 2, tmp_path / "both.safetensors", How("cat", (0.25, 0.75)))
+    torch.testing.assert_close(loads(other(), tmp_path / "both.safetensors")(X), model(X))
+    base = Scaled().state_dict()
+    if inner:
+        base = {f"net.{name}": value for name, value in LitTiny().state_dict().items()}  # has no place for them
+    save_file(base, tmp_path / "base.safetensors")
+    merge_files(tmp_path / "base.safetensors", file, tmp_path / "merged.safetensors")
+    merged = load_file(tmp_path / "merged.safetensors")
+    assert merged.keys() == base.keys()
+    if not inner:
+        new = other()
+        new.load_state_dict(merged)
+        torch.testing.assert_close(new(X), model(X))
+    fitted(tmp_path / "c.ckpt", other(), lora(merge=False, modules_to_save=None))
+    with pytest.raises(ll.BaseMismatchError):
+        combine_files([file, tmp_path / "c.ckpt"], tmp_path / "no.safetensors", How("cat", (0.25, 0.75)))
+
+
+class Around(Scaled):  # whose network is a module inside it
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = TinyLM()
+        del self.embed, self.q_proj, self.v_proj, self.head
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.net(index)[:, :4] * self.scale
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_the_export_names_what_its_reader_would_lack(tmp_path: Path, within: bool) -> None:
+    model = fitted(tmp_path / "a.ckpt", Around(), ll.LoRACallback(r=2, merge=False))
+    if not within:
+        ll.export_peft(model, tmp_path / "peft", root="net")  # a warning is an error
+        return
+    with pytest.warns(ll.LoRAWarning, match="'scale', 'weigh.weight' look untrained .* or setup filled them"):
+        ll.export_peft(model, tmp_path / "peft", root="")
+
+
+# Layers that on_load_checkpoint makes anew
+
+
+class Rebuilds(LitTiny):
+    """A module whose setup makes layers and copies the old ones' state, and is called before a file is loaded."""
+
+    def setup(self, stage: str | None = None) -> None:
+        before = self.state_dict()
+        self.q_proj, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.load_state_dict(before, strict=False)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.setup()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("save", ["adapters", "model"])
+@pytest.mark.parametrize("options", [{}, {"strategy": "ddp_fork", "devices": 2}], ids=["one", "two"])
+def test_a_run_whose_layers_are_made_anew_resumes_to_the_same_bits(tmp_path: Path, save: str, options: Any) -> None:
+    through, resumed = through_and_resumed(tmp_path, Rebuilds, lambda: lora(save=save), max_epochs=3, **options)
+    assert is_plain(through) and same(state(resumed), state(through))
+
+
+@pytest.mark.parametrize("merge", ["last", False])
+@pytest.mark.parametrize("save", ["adapters", "model"])
+def test_layers_that_a_hook_makes_anew_get_the_files_adapters(tmp_path: Path, save: str, merge: Any) -> None:
+    saves = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    model, t = fit(tmp_path, lora(save=save, merge=merge), saves, model=Rebuilds())
+    for epoch in (0, 1):
+        file = tmp_path / f"epoch={epoch}.ckpt"
+        expected = ll.load_from_checkpoint(Rebuilds, file)(X)
+        for each, by in ((model, t), (Rebuilds(), trainer(tmp_path, [ll.LoRACallback()]))):
+            by.test(each, data(), ckpt_path=file, verbose=False)
+            torch.testing.assert_close(each(X), expected)
+    assert is_plain(model) is bool(merge)
+
+
+class Sized(LitTiny):  # whose head has the size of the file's
+    def __init__(self, classes: int = 9) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, classes)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.head = nn.Linear(8, len(checkpoint["state_dict"]["head.weight"]))
+
+
+@pytest.mark.parametrize("save", ["adapters", "model"])
+def test_a_head_may_get_the_size_of_the_files(tmp_path: Path, save: str) -> None:
+    model = fitted(file := tmp_path / "a.ckpt", Sized(4), lora(save=save, merge=False))
+    trainer(tmp_path, [ll.LoRACallback()]).test(again := Sized(), data(), ckpt_path=file, verbose=False)
+    assert torch.equal(again(X), model(X)) and torch.equal(ll.load_from_checkpoint(Sized, file)(X), model(X))
+    goes_on(file, Sized(), lora(save=save))
+
+
+# What on_load_checkpoint reads
+
+
+class Reads(LitTiny):
+    seen: dict[str, Any]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.own = state(self)
+        self.shown = checkpoint["state_dict"]
+
+
+class SeesLater(L.Callback):
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self.names = list(checkpoint["state_dict"])
+
+
+def resumes(folder: Path, file: Path, save: str) -> Reads:
+    model, _ = fit(folder, lora(save=save, merge=False), model=Reads(), ckpt_path=file, max_epochs=1)
+    return model
+
+
+def evaluates(folder: Path, file: Path, save: str) -> Reads:
+    trainer(folder, [lora(save=save)]).validate(model := Reads(), data(), ckpt_path=file, verbose=False)
+    return model
+
+
+def builds(folder: Path, file: Path, save: str) -> Reads:
+    return ll.load_from_checkpoint(Reads, file)
+
+
+@pytest.mark.parametrize(
+    ("save", "read"),
+    [*((save, read) for save in ("adapters", "model") for read in (resumes, builds)), ("adapters", evaluates)],
+)
+def test_a_hook_reads_plain_names_and_nothing_is_copied(tmp_path: Path, save: str, read: Any) -> None:
+    model = fitted(file := tmp_path / "a.ckpt", Reads(), lora(save=save, merge=False))
+    again = read(tmp_path, file, save)
+    assert again.shown.keys() == model.state_dict().keys()
+    for name, value in again.shown.items():
+        assert not value.requires_grad
+        assert torch.equal(value, model.state_dict()[name])
+        assert (value.data_ptr() == again.state_dict()[name].data_ptr()) is (name not in TRAINED), name
+    assert same(state(again), state(model))
+
+
+# Streams
+
+
+class Stream(IterableDataset[Any]):
+    """Items that come once, wherever they are read."""
+
+    def __init__(self) -> None:
+        self.at, self.begun = torch.zeros(1).share_memory_(), torch.zeros(1).share_memory_()
+
+    def __iter__(self) -> Iterator[Any]:
+        self.begun += 1
+        while True:
+            self.at += 1
+            yield self.at[0].long() % 20, self.at[0].long() % 4
+
+
+class Sees(LitTiny):
+    """A module that keeps which items its steps see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items: list[int] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.items += batch[0].tolist()
+        return super().training_step(batch, batch_idx)
+
+
+class Asks(Sees):  # that asks for the number of batches, so that Lightning begins the data early
+    def configure_optimizers(self) -> Any:
+        assert self.trainer.estimated_stepping_batches == 4 * (self.trainer.max_epochs or 0)
+        return super().configure_optimizers()
+
+
+@exact
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("cls", [Sees, Asks])
+def test_a_resumed_fit_begins_a_stream_once(tmp_path: Path, cls: type[Sees], workers: int) -> None:
+    def run(file: Path | None, epochs: int) -> list[int]:
+        options = {"limit_train_batches": 4, "enable_checkpointing": False, "max_epochs": epochs}
+        loader = DataLoader(stream, num_workers=workers, prefetch_factor=2 if workers else None)
+        model, t = fit(tmp_path, lora(), model=cls(), train=loader, ckpt_path=file, **options)
+        t.save_checkpoint(tmp_path / "a.ckpt")
+        return model.items
+
+    stream = Stream()
+    assert run(None, 1) == [1, 2, 3, 4]
+    items = run(tmp_path / "a.ckpt", 2)
+    assert stream.begun == 2
+    if not workers:  # which take some ahead
+        assert items == [5, 6, 7, 8]
