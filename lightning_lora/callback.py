@@ -13,7 +13,7 @@ from lightning_lora.argument_names import explains_arguments
 from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import ConfigError, LoRAError
 from lightning_lora.model.adapter_state import AdapterState
-from lightning_lora.model.inject import check_adapted
+from lightning_lora.model.inject import check_adapted, follow_copied
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.sending import make_folder
 from lightning_lora.model.state import find_record
@@ -24,9 +24,9 @@ from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
 from lightning_lora.training.advice import advise, advise_rates, log_arguments, shown_rates, tell_of_new
-from lightning_lora.training.gradients import gradients_pass
+from lightning_lora.training.gradients import Feeding, gradients_pass
 from lightning_lora.training.merging import check_arguments, check_weights, load_best, send_record
-from lightning_lora.training.optimizers import check_frozen
+from lightning_lora.training.optimizers import check_frozen, leave_unfed
 from lightning_lora.training.randomness import RANDOM, random_states, restore_random_state
 from lightning_lora.training.rates import follow, scales_of
 from lightning_lora.training.stage import Phase, Stage, is_merged, receive_record
@@ -115,6 +115,7 @@ class LoRACallback(Callback):
 
     given: frozenset[str]  # the names of the arguments that the user gave
     _gradients: Any = None  # in training
+    _feeding: Any = None
 
     def __init__(
         self,
@@ -168,7 +169,7 @@ class LoRACallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the arguments alone, as plain types: some modules have their callbacks as hyperparameters in files."""
-        added = ("_stage", "_gradients", "_training", "log", "log_dict")  # the last two by Lightning
+        added = ("_stage", "_gradients", "_feeding", "_training", "log", "log_dict")  # the last two by Lightning
         kept = {name: value for name, value in vars(self).items() if name not in added}
         return {**kept, "config": self.config.to_dict(), "given": sorted(self.given)}
 
@@ -247,9 +248,12 @@ class LoRACallback(Callback):
         self._stage.phase = Phase.TRAINING
         view = view_of(pl_module)
         view.follow_base()  # hooks may have loaded the base late
+        follow_copied(view, view.layers.keys() - view.recorded)  # or copied networks
+        view.adapter.set_layers(view.layers)
         view.adapter.was_trained()
         compatibility.share_base(compatibility.callbacks_of(trainer), pl_module)
         self._gradients = self._training.enter_context(closing(cast(LoRAStrategy, trainer.strategy).lora_gradients()))
+        self._feeding = self._training.enter_context(closing(Feeding(pl_module)))
         self._training.enter_context(gradients_pass(find_record(pl_module)))
         restore_random_state(trainer, self._stage.resumed)  # now, as on_fit_start of other code may draw or seed
         self._stage.resumed = {}
@@ -259,7 +263,8 @@ class LoRACallback(Callback):
         self._gradients.end_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Check what the optimizer trains: adapters, and no frozen weight."""
+        """Check what the optimizer trains: adapters, and no frozen weight, nor a network that stands still."""
+        leave_unfed(trainer, pl_module, self._feeding, self._gradients)
         check_frozen(pl_module, optimizer)
         follow(optimizer)
         self._gradients.check(optimizer)
@@ -274,7 +279,7 @@ class LoRACallback(Callback):
 
     def _end_training(self) -> None:
         self._training.close()
-        self._gradients = None
+        self._gradients = self._feeding = None
         self._stage.dropout.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

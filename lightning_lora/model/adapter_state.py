@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
 from lightning_lora.layers import Adapter, attributes_of
+from lightning_lora.targets.networks import Networks
 from lightning_lora.tensors.values import Seen, copy_to_host
 
 form = attrgetter("shape", "dtype", "device")
@@ -23,6 +24,9 @@ class AdapterState:
     name: str = "default"
     layers: tuple[str, ...] = ()
     """The layers that have it, or had it."""
+
+    networks: Networks = field(default_factory=Networks)
+    """What it was for, as found when it was added."""
 
     originals: dict[str, Tensor] = field(default_factory=dict)
     """The base's values of everything besides the adapter that training may change: modules trained in full, biases,
@@ -57,6 +61,10 @@ class AdapterState:
     def set_layers(self, layers: Iterable[str]) -> None:
         """It is on these layers, and on no others."""
         self.layers = tuple(layers)
+
+    def set_networks(self, networks: Networks) -> None:
+        """The model's networks are these."""
+        self.networks = networks
 
     def set_untrained(self, names: Iterable[str]) -> None:
         """These frozen weights look untrained: files hold them."""

@@ -18,6 +18,7 @@ from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import AdaptedMatrix, Adapter, Role, Settings, Step
 from lightning_lora.model import sending
 from lightning_lora.model.adapter_state import AdapterState, Merge
+from lightning_lora.targets.networks import Networks
 from lightning_lora.tensors.digests import digest, digests, digests_as
 from lightning_lora.tensors.names import join, named_modules, named_parameters, plain_module, submodule
 from lightning_lora.tensors.shards import agreed, is_dtensor, reshard
@@ -321,7 +322,7 @@ def _instead(model: nn.Module) -> str:
 
 # To another process
 
-sending.allow(Record, AdapterState, Merge, Reading, Seen)
+sending.allow(Record, AdapterState, Merge, Networks, Reading, Seen)
 sending.allow(Adapter, AdaptedMatrix, Settings, Step, LoRAConfig, Role, frozenset)
 
 

@@ -17,9 +17,11 @@ from torch.optim import Optimizer
 from lightning_lora.errors import FreshLayerWarning, LoRAWarning, listed, warn
 from lightning_lora.layers import adapter_for
 from lightning_lora.model.fresh import MOST, Fresh, find_fresh, random_weights
+from lightning_lora.model.inject import left_still
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.base import rows_of
 from lightning_lora.targets.lookup import AUTOMATIC, COMPUTED, Names, is_computed, why_not
+from lightning_lora.targets.networks import is_inside
 from lightning_lora.targets.select import automatic_targets
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import owner_of, starts_of
@@ -31,6 +33,8 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
     view = view_of(model)
     if aloud:
         _warn_of_large_hyperparameters(model, view)
+        if still := view.adapter.networks.still:
+            rank_zero_info(left_still(still, type(model).__name__))
     if not view.is_fresh():  # its adapters are trained already
         return
     fresh = find_fresh(view)
@@ -104,7 +108,9 @@ def _warn_of_left_trainable(view: View, fresh: Fresh) -> None:
 
 def left_trainable(view: View) -> list[str]:
     """Return modules that nothing trains, though the user froze most of the model, but not them."""
-    by_user = view.frozen_by_user
+    networks = view.adapter.networks
+    idle = (*networks.still, *networks.copies)
+    by_user = {name for name in view.frozen_by_user if not is_inside(name, idle)}
     if 2 * _size(view, by_user) <= _size(view, view.base):
         return []
     busy = set[str]().union(*map(starts_of, [*view.adapted_weights, *view.trained]))

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.model.inject import inject_adapters, remove_adapters
+from lightning_lora.model.inject import inject, remove_adapters
 from lightning_lora.model.merge import merge, unmerge
 from lightning_lora.model.merged import check_own, is_as_merged
 from lightning_lora.model.state import find_record, keep_record, receive, records_in
@@ -144,17 +144,19 @@ class Stage:
         """Adapt the module after its own hooks have run. The weights that they have loaded become the base."""
         if not self.adapts(pl_module, for_file=for_file):
             return
-        self.inject(pl_module)
+        self.inject(pl_module, finds=not for_file)
         if self.phase is not Phase.SET_UP:  # the callbacks' averages and the base are those of a checkpoint
             return
         copy_adapted(self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced)
         self._take_base(pl_module)
 
-    def inject(self, pl_module: LightningModule) -> None:
+    def inject(self, pl_module: LightningModule, *, finds: bool = True) -> None:
         """Adapt the module, under the name of this stage's adapter."""
-        record = find_record(pl_module)
+        record, config = find_record(pl_module), self.config
+        if record is not None and record.adapter.is_trained:  # in a run, networks may have been left out
+            config = config.excluding(record.adapter.config.exclude_modules)
         with reseeded(pl_module):
-            inject_adapters(pl_module, self.config, name=record.adapter.name if record else self.name or "default")
+            inject(pl_module, config, name=record.adapter.name if record else self.name or "default", finds=finds)
 
     def end(self, pl_module: LightningModule) -> None:
         """Switch back and merge again, if the stage trained nothing."""
