@@ -50,6 +50,9 @@ class LoRACallback(Callback):
     that the module has. So ``LoRACallback()`` is enough to evaluate one. From a command line, which gives all, those
     at their defaults are taken.
 
+    A network that you froze, or gave to no optimizer, stays as it is where others train, unless what trains is only a
+    head over it. A frozen copy of a network that trains follows it. ``target_modules`` adapts whatever it names.
+
     The running statistics of norms are frozen too, unless ``modules_to_save`` names the norms. EMA and SWA average only
     the adapters and other weights that train. ``BaseFinetuning`` and ``ModelPruning`` change the base, so they raise an
     error.
