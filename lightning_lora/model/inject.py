@@ -132,13 +132,12 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
 
 
 def _networks(view: View, kinds: Mapping[str, Any], still: Set[nn.Parameter], *, finds: bool = True) -> Networks:
-    """What layers are for. Who names a layer wants an adapter there, and a trained adapter stays on its layers."""
+    """What layers are for. Who names a layer wants an adapter there, and an adapter that has learned stays."""
     copies = find_copies(view.modules, view.base, kinds.keys(), still)
     if not still or not finds or view.config.target_modules not in AUTOMATIC:
         return Networks(copies=copies)
     layers = {name for name, kind in kinds.items() if not issubclass(kind, LoRAParameters | LoRATokens)}
-    if view.is_adapted and view.adapter.is_trained:
-        layers -= view.recorded
+    layers -= {name for name, layer in view.layers.items() if not layer.lora_is_fresh()}
     names = Names(view.model)
     beside = names.find("exclude_modules", view.config.exclude_modules)
     beside += names.find("modules_to_save", view.config.modules_to_save)

@@ -140,23 +140,23 @@ class Stage:
             return not (record.is_merged or record.is_disabled)  # it is only evaluated, or its fit has ended
         return self.is_fit or self.came == "adapted" or for_file
 
-    def adapt(self, pl_module: LightningModule, *, for_file: bool = False, replaced: bool = False) -> None:
-        """Adapt the module after its own hooks have run. The weights that they have loaded become the base."""
-        if not self.adapts(pl_module, for_file=for_file):
+    def adapt(self, pl_module: LightningModule, *, stored: LoRAConfig | None = None, replaced: bool = False) -> None:
+        """Adapt the module after its own hooks have run, or for a file. The weights that they load become the base."""
+        if not self.adapts(pl_module, for_file=stored is not None):
             return
-        self.inject(pl_module, finds=not for_file)
+        self.inject(pl_module, stored)
         if self.phase is not Phase.SET_UP:  # the callbacks' averages and the base are those of a checkpoint
             return
         copy_adapted(self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced)
         self._take_base(pl_module)
 
-    def inject(self, pl_module: LightningModule, *, finds: bool = True) -> None:
-        """Adapt the module, under the name of this stage's adapter."""
-        record, config = find_record(pl_module), self.config
-        if record is not None and record.adapter.is_trained:  # in a run, networks may have been left out
-            config = config.excluding(record.adapter.config.exclude_modules)
+    def inject(self, pl_module: LightningModule, stored: LoRAConfig | None = None) -> None:
+        """Adapt the module, under the name of this stage's adapter. A file or a run knows what was left out."""
+        record = find_record(pl_module)
+        known = stored or (record.adapter.config if record is not None and record.adapter.is_trained else self.config)
+        config, name = self.config.excluding(known.exclude_modules), record.adapter.name if record else self.name
         with reseeded(pl_module):
-            inject(pl_module, config, name=record.adapter.name if record else self.name or "default", finds=finds)
+            inject(pl_module, config, name=name or "default", finds=stored is None)
 
     def end(self, pl_module: LightningModule) -> None:
         """Switch back and merge again, if the stage trained nothing."""

@@ -184,9 +184,10 @@ class LoRAStrategy(Strategy, InPlace):
         stage, record, replaced = self.lora_stage, find_record(self.lora_module), False
         if record is not None and record.is_merged and not stage.is_fit:  # until now, it was evaluated as it is
             stage.begin(self.lora_module)
-        if KEY in checkpoint and stage.phase is not Phase.TRAINING:  # then, the adapters are trained
-            replaced = stage.take_config(self.lora_module, stored_config(checkpoint[KEY]), path)
-        self.lora_adapt(for_file=KEY in checkpoint, replaced=replaced)
+        stored = stored_config(checkpoint[KEY]) if KEY in checkpoint else None
+        if stored is not None and stage.phase is not Phase.TRAINING:  # then, the adapters are trained
+            replaced = stage.take_config(self.lora_module, stored, path)
+        self.lora_adapt(stored=stored, replaced=replaced)
         return replaced
 
     def _lora_read(self, path: Any, *args: Any, **kwargs: Any) -> Any:
