@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Mapping, Set
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -146,17 +146,16 @@ def _networks(view: View, kinds: Mapping[str, Any], still: Set[nn.Parameter], *,
     )
 
 
-def settle(model: nn.Module, still: Set[nn.Parameter]) -> Networks:
+def settle(model: nn.Module, still: Set[nn.Parameter]) -> None:
     """Find networks that stand still because nothing trains these parameters. Remove their adapters."""
     view = view_of(model)
     kinds = {name: layer.overlaid[0] for name, layer in view.layers.items() if not layer.lora_settings.follows}
     found = _networks(view, kinds, still)
     known = view.adapter.networks
     below = tuple(dict.fromkeys((*known.below, *found.below)))
-    view.adapter.set_networks(Networks(known.still, below, {**known.copies, **found.copies}))
+    view.adapter.set_networks(replace(known, below=below, copies={**known.copies, **found.copies}))
     leave_alone(model, found.still)
     follow_originals(view_of(model), view.adapter.networks.copies)
-    return found
 
 
 def leave_alone(model: nn.Module, networks: Collection[str]) -> None:
@@ -172,9 +171,8 @@ def leave_alone(model: nn.Module, networks: Collection[str]) -> None:
     adapter.config = adapter.config.excluding("|".join(map(re.escape, networks)))
     adapter.set_layers(now.layers)
     known = adapter.networks
-    adapter.set_networks(
-        Networks((*known.still, *networks), tuple(n for n in known.below if n not in networks), known.copies)
-    )
+    below = tuple(name for name in known.below if name not in networks)
+    adapter.set_networks(replace(known, still=(*known.still, *networks), below=below))
     attach.freeze(now)
 
 
@@ -190,10 +188,9 @@ def follow_copied(view: View, idle: Set[str]) -> set[str]:
 def follow_originals(view: View, copies: Mapping[str, str]) -> None:
     """Let the adapters of copies follow those of their originals, with the same values before they train."""
     for name, layer in view.layers.items():
-        if name in copies:
-            layer.lora_follow(view.layers[copies[name]])
-        elif layer.lora_settings.follows and not view.adapter.is_trained:
-            layer.lora_follow(None)
+        original = view.layers.get(copies.get(name, ""))
+        if original is not None or (layer.lora_settings.follows and not view.adapter.is_trained):
+            layer.lora_follow(original)
 
 
 def _check_not_parallel(model: nn.Module) -> None:
