@@ -174,6 +174,7 @@ class LoRALayer(LayerKind):
         self.lora_settings = replace(self.lora_settings, follows=original is not None)
         for p in self.lora_trained() if original is None else self.lora_parameters().values():
             set_requires_grad(p, original is None)
+            p.grad = None
         if original is not None and self.lora_is_fresh() and original.lora_is_fresh():
             for name, p in original.lora_parameters().items():
                 own = own_parameter(self, name)

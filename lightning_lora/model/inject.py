@@ -101,15 +101,15 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
     choices = select(model, config)
     kinds = {name: choice.kind for name, choice in choices.items()}
     found = _networks(before, kinds, {before.base[name] for name in before.frozen_by_user}, finds=finds)
-    config = config.excluding("|".join(map(re.escape, found.still)))
-    choices = {name: choice for name, choice in choices.items() if not is_inside(name, found.still)}
+    config = config.excluding("|".join(map(re.escape, found.left)))
+    choices = {name: choice for name, choice in choices.items() if not is_inside(name, found.left)}
     if not choices:
         raise TargetError(
             f"{left_still(found.still, type(model).__name__)} Nothing else is targeted by "
             f"{config.target_modules!r}: what trains has no layers of that kind."
         )
     loose = [n for n, layer in before.layers.items() if layer.lora_is_resized() and layer.lora_is_fresh()]
-    loose += [n for n in before.layers if n not in choices and (n not in before.recorded or is_inside(n, found.still))]
+    loose += [n for n in before.layers if n not in choices and (n not in before.recorded or is_inside(n, found.left))]
     if loose:
         attach.detach_adapters(before, loose)
         before = View(model, config)
@@ -119,13 +119,13 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
         _check_not_parallel(model)
     with attach.undone_on_error(before):
         record = state.begin_record(model, config, name)
+        record.adapter.set_networks(found)
         attach.attach_adapters(model, adapters)
         view = View(model)
         view.follow_base()
-        follow_originals(view, found.copies)
+        follow_originals(view)
         attach.freeze(view)
         record.adapter.set_layers(view.layers)
-        record.adapter.set_networks(found)
         if adapters or view.is_fresh():  # later, trained values would be taken for the base's
             keep_originals(view)
     return tuple(choices)
@@ -155,40 +155,44 @@ def settle(model: nn.Module, still: Set[nn.Parameter]) -> None:
     below = tuple(dict.fromkeys((*known.below, *found.below)))
     view.adapter.set_networks(replace(known, below=below, copies={**known.copies, **found.copies}))
     leave_alone(model, found.still)
-    follow_originals(view_of(model), view.adapter.networks.copies)
+    follow_originals(view_of(model))
 
 
-def leave_alone(model: nn.Module, networks: Collection[str]) -> None:
+def leave_alone(model: nn.Module, still: Collection[str]) -> None:
     """Remove the adapters of networks for good: the configuration excludes them from now on."""
     view = view_of(model)
-    off = [name for name in view.layers if is_inside(name, networks)]
+    adapter, known = view.adapter, view.adapter.networks
+    below = tuple(name for name in known.below if name not in still)
+    now = replace(known, still=(*known.still, *still), below=below)
+    off = [name for name in view.layers if is_inside(name, now.left)]
     if not off:
         return
     if len(off) == len(view.layers):
-        raise TargetError(f"{left_still(networks, type(model).__name__)} No other layer has an adapter.")
+        raise TargetError(f"{left_still(still, type(model).__name__)} No other layer has an adapter.")
     attach.detach_adapters(view, off)
-    adapter, now = view.adapter, View(model)
-    adapter.config = adapter.config.excluding("|".join(map(re.escape, networks)))
-    adapter.set_layers(now.layers)
-    known = adapter.networks
-    below = tuple(name for name in known.below if name not in networks)
-    adapter.set_networks(replace(known, still=(*known.still, *networks), below=below))
-    attach.freeze(now)
+    view = View(model)
+    adapter.config = adapter.config.excluding("|".join(map(re.escape, now.left)))
+    adapter.set_layers(view.layers)
+    adapter.set_networks(now)
+    attach.freeze(view)
 
 
 def follow_copied(view: View, idle: Set[str]) -> set[str]:
-    """Let those of these layers that copy a network with others follow it. Return them."""
+    """Let those of these layers that copy a network with others follow it. Return the others."""
+    if not idle:
+        return set()
     busy = set[str]().union(*map(starts_of, view.layers.keys() - idle))
     still = {p for name, p in view.base.items() if owner_of(name) not in busy}
-    copies = find_copies(view.modules, view.base, view.layers.keys(), still) if idle else {}
-    follow_originals(view, {**view.adapter.networks.copies, **copies})
-    return set(copies)
+    copies, known = find_copies(view.modules, view.base, view.layers.keys(), still), view.adapter.networks
+    view.adapter.set_networks(replace(known, copies={**known.copies, **copies}))
+    follow_originals(view)
+    return {name for name in idle if not is_inside(name, copies)}
 
 
-def follow_originals(view: View, copies: Mapping[str, str]) -> None:
+def follow_originals(view: View) -> None:
     """Let the adapters of copies follow those of their originals, with the same values before they train."""
     for name, layer in view.layers.items():
-        original = view.layers.get(copies.get(name, ""))
+        original = view.layers.get(view.adapter.networks.original_of(name) or "")
         if original is not None or (layer.lora_settings.follows and not view.adapter.is_trained):
             layer.lora_follow(original)
 

@@ -12,6 +12,7 @@ from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries
 from lightning_lora.model.adapter_state import AdapterState
 from lightning_lora.model.state import Record, find_record, record_of, records_in
+from lightning_lora.targets.networks import is_inside
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import join, named_modules, own_parameter, parameters_of, plain_module, submodule
 from lightning_lora.tensors.shards import is_dtensor, to_local
@@ -136,13 +137,14 @@ class View:
 
     @cached_property
     def trained(self) -> dict[str, nn.Parameter]:
-        """The base's parameters that train: those of modules trained in full, and biases."""
+        """The base's parameters that train: those of modules trained in full, and biases. Those of copies follow."""
         if not self.config.modules_to_save and self.config.bias == "none":
             return {}
         trained = {id(p) for module in self.saved for p in module.parameters()}
         trained |= {id(p) for name, p in self.base.items() if self.config.is_saved(name)}
         trained |= set(map(id, self._biases()))
-        return {name: p for name, p in self.base.items() if id(p) in trained}
+        copies = self.adapter.networks.copies if self.is_adapted else ()
+        return {name: p for name, p in self.base.items() if id(p) in trained and not is_inside(name, copies)}
 
     def _biases(self) -> Iterator[nn.Parameter]:
         """The biases that train. ``"lora_only"`` means those of adapted layers, also inside an attention."""

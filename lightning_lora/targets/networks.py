@@ -27,14 +27,29 @@ Weights = Mapping[str, list[nn.Parameter]]  # the matrices of each module
 
 @dataclass(frozen=True)
 class Networks:
-    """What layers are for whose weights stand still. ``still`` and ``below`` name the largest modules of such layers.
+    """Networks whose weights stand still, by name."""
 
-    ``still``: other networks train beside them. ``below``: only a head trains, or modules that are trained in full.
-    """
+    still: tuple[str, ...] = ()  # others train beside them
+    below: tuple[str, ...] = ()  # only a head trains beside them, or modules that are trained in full
+    copies: Mapping[str, str] = field(default_factory=dict)  # other code moves them after these networks
 
-    still: tuple[str, ...] = ()
-    below: tuple[str, ...] = ()
-    copies: Mapping[str, str] = field(default_factory=dict)  # layers that follow another one, and that one
+    @property
+    def left(self) -> tuple[str, ...]:
+        """Those without adapters: what stands still, in copies too."""
+        same = [
+            copy + name.removeprefix(original)
+            for copy, original in self.copies.items()
+            for name in self.still
+            if is_inside(name, [original])
+        ]
+        return (*self.still, *same)
+
+    def original_of(self, layer: str) -> str | None:
+        """Return the layer that a layer of a copy follows."""
+        for name, original in self.copies.items():
+            if is_inside(layer, [name]):
+                return original + layer.removeprefix(name)
+        return None
 
 
 def is_inside(name: str, modules: Iterable[str]) -> bool:
@@ -69,7 +84,7 @@ def find_networks(
             weights[owner_of(name)].append(p)
     frozen, training = list[str](), list[str]()
     for name, own in weights.items():
-        if name in layers and name not in copies and set(own) <= still:
+        if name in layers and set(own) <= still and not is_inside(name, copies):
             frozen.append(name)
         elif still.isdisjoint(own) and not isinstance(modules[name], nn.Embedding | nn.EmbeddingBag):
             training.append(name)
@@ -112,7 +127,7 @@ def _size(names: Iterable[str], weights: Weights) -> int:
 def find_copies(
     modules: Mapping[str, nn.Module], base: Mapping[str, nn.Parameter], layers: Set[str], still: Set[nn.Parameter]
 ) -> dict[str, str]:
-    """Return layers of networks that stand still and copy one that trains, each with the layer that it follows."""
+    """Return networks that stand still and copy one that trains, and that one. Of several alike, each has its own."""
     if not still:
         return {}
     trains = set[str]().union(*(starts_of(owner_of(name)) for name, p in base.items() if p not in still))
@@ -120,17 +135,16 @@ def find_copies(
     for name, p in base.items():
         for outer in starts_of(owner_of(name)):
             held[outer][name.removeprefix(f"{outer}.")] = p
-    found, seen = dict[str, str](), set[str]()
+    found = dict[str, str]()
     for name in held:
-        if name in trains or is_inside(name, seen) or (owner_of(name) not in trains and not modules[name]._modules):
+        if name in trains or is_inside(name, found) or (owner_of(name) not in trains and not modules[name]._modules):
             continue  # of a network that stands still, single layers say nothing
         inside = [layer.removeprefix(name) for layer in layers if is_inside(layer, [name])]
         originals = [other for other in held if other in trains and {other + layer for layer in inside} <= layers]
-        for original in originals if inside else ():
+        for original in sorted(originals if inside else (), key=list(found.values()).count):
             is_same = _own_class(modules[original]) is _own_class(modules[name])
             if is_same and _are_alike(held[name], held[original]):
-                found |= {name + layer: original + layer for layer in inside}
-                seen.add(name)
+                found[name] = original
                 break
     return found
 

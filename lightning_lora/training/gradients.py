@@ -82,7 +82,7 @@ class Gradients:
         missed = {id(p) for p in held if not (id(p) in self.ever if self.notes else p.grad is not None)}
         view = view_of(self.model)
         dead = {name for name, layer in view.layers.items() if any(id(p) in missed for p in layer.lora_trained())}
-        dead -= follow_copied(view, dead)
+        dead = follow_copied(view, dead)
         if dead:
             warn(
                 f"The adapters of {listed(dead)} received no gradient before the first optimizer step. They do not "

@@ -401,3 +401,33 @@ def test_a_frozen_network_with_other_weights_is_no_copy(tmp_path: Path) -> None:
             return (self.net(x) - self.vgg(x)).square().mean()
 
     assert adapted(fit(tmp_path, Other())) == ["net.0", "net.2", "net.4"]
+
+
+def test_two_critics_and_their_targets_are_two_pairs() -> None:
+    critic = mlp(4, 9, 1)
+    critics = nn.ModuleDict({"one": critic, "two": copy.deepcopy(critic)})
+    targets = nn.ModuleDict({name: copy.deepcopy(net).requires_grad_(False) for name, net in critics.items()})
+    inject_adapters(nn.ModuleDict({"critics": critics, "targets": targets}), LoRAConfig(r=2))
+    for name, target in targets.items():
+        assert torch.equal(target[0].lora_A, critics[name][0].lora_A)
+
+
+def test_a_copy_of_a_network_with_frozen_layers_has_adapters_where_that_has_them() -> None:
+    net = mlp(8, 15, 15, 4)
+    teacher = copy.deepcopy(net).requires_grad_(False)
+    net[0].requires_grad_(False)
+    model = nn.ModuleDict({"net": net, "teacher": teacher})
+    with pytest.warns(LoRAWarning, match="No adapter for 'net.0'"):
+        inject_adapters(model, LoRAConfig(r=2))
+    assert adapted(model) == ["net.2", "net.4", "teacher.2", "teacher.4"]
+
+
+def test_what_trains_in_full_does_not_in_a_copy(tmp_path: Path) -> None:
+    module = Momentum("net")
+    callback = LoRACallback(r=2, merge=False, modules_to_save=["2"], bias="lora_only")
+    trainer(tmp_path, [callback], enable_checkpointing=False).fit(module, DataLoader(TensorDataset(X), batch_size=4))
+    trained = [name for name, p in module.named_parameters() if p.requires_grad]
+    assert trained == ["net.0.bias", "net.0.lora_A", "net.0.lora_B", "net.2.weight", "net.2.bias"]
+    merge_adapters(module)
+    moved = [m[2].weight - Momentum("net").net[2].weight for m in (module.net, module.copy)]
+    assert cosine_similarity(*(each.flatten() for each in moved), dim=0) > 0.9
