@@ -68,7 +68,7 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
             undo.pop_all()
             return names
     if record and record.others:
-        check_switchable(model)
+        check_switchable(View(model))
     return _inject(model, config, name)
 
 

@@ -320,9 +320,9 @@ def send(model: nn.Module) -> None:
     assert record.merge is not None
     others = {}
     for name, other in record.others.items():
-        others[name] = replace(other, resting=sending.without_classes(other.resting), contents=None)
+        others[name] = replace(other, resting=sending.without_classes(other.resting))
     merge = replace(record.merge, adapters=sending.without_classes(record.merged))
-    sent = replace(record, adapter=replace(record.adapter, contents=None), merge=merge, others=others)
+    sent = replace(record, merge=merge, others=others)
     sending.send(sent, {name: digest(parameters[name]) for name in record.merge.weights})
 
 
