@@ -93,7 +93,6 @@ class LoRACallback(Callback):
             ``{"A": 10, "B": 160}`` is LoRA+, as is PEFT's ``loraplus_lr_ratio=16`` beside ``lr_scale=10``.
         name: The adapter's name. Others that the module has rest meanwhile, and never change: this one alone is
             trained, stored and merged. If it is not given, it is that of the module's active adapter.
-        pack_base: Has no effect. It is accepted so that older configuration files load.
 
     Raises:
         ConfigError: an argument has an invalid value.
@@ -143,7 +142,6 @@ class LoRACallback(Callback):
         save: Save = "adapters",
         lr_scale: float | dict[str, float] = 1,
         name: str = "default",
-        pack_base: bool = False,
     ) -> None:
         arguments = locals()
         if merge is not False and merge not in ("last", "best"):

@@ -88,7 +88,7 @@ def inject(model: nn.Module, config: LoRAConfig, *, name: str = "default", finds
             undo.pop_all()
             return names
     if record and record.others:
-        check_switchable(model)
+        check_switchable(View(model))
     return _inject(model, config, name, finds)
 
 
