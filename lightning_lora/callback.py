@@ -280,8 +280,12 @@ class LoRACallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the updates: the module is a plain one again.
 
-        It keeps a copy of its base and its adapters.
+        It keeps a copy of its base and its adapters. A fit that neither loaded nor trained any has nothing to merge.
         """
+        if self._stage.phase is Phase.SET_UP:
+            rank_zero_info(f"This fit trained nothing: {type(pl_module).__name__} stays as it was before.")
+            return
+        self._stage.phase = Phase.OVER  # what was loaded or trained stays
         note_changed(pl_module)
         if not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             return
@@ -297,7 +301,7 @@ class LoRACallback(Callback):
     # Afterwards
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Merge again what came merged and was not trained."""
+        """Give the module back as it came, if nothing was trained."""
         self._stage.end(pl_module)
         self._end_training()
 

@@ -157,9 +157,11 @@ class Stage:
             inject_adapters(pl_module, self.config, name=record.adapter.name if record else self.name or "default")
 
     def end(self, pl_module: LightningModule) -> None:
-        """Switch back and merge again, if the stage trained nothing."""
+        """Switch back and merge again, if the stage trained nothing. A fit that did not even load undoes all."""
         was, self.phase = self.phase, Phase.OVER
-        if was in (Phase.SET_UP, Phase.LOADED) and find_record(pl_module) is not None:
+        if self.is_fit and was is Phase.SET_UP:
+            self.undo.close()
+        elif was in (Phase.SET_UP, Phase.LOADED) and find_record(pl_module) is not None:
             self._switch_back(pl_module)
             if self.came == "merged":
                 merge(pl_module)
