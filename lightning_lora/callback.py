@@ -311,8 +311,13 @@ class LoRACallback(Callback):
         Adapters that a fit has loaded or trained stay on it.
         """
         self._end_training()
-        strategy = trainer.strategy
-        self._stage.fail(pl_module, is_alone=isinstance(strategy, LoRAStrategy) and strategy.lora_adapts_late)
+        is_alone = isinstance(trainer.strategy, LoRAStrategy) and trainer.strategy.lora_adapts_late
+        if self._stage.fail(pl_module, is_alone=is_alone) and isinstance(exception, KeyboardInterrupt):
+            rank_zero_info(
+                f"Interrupted after step {trainer.global_step}: the adapters are on the layers of "
+                f"{type(pl_module).__name__}, as trained so far. fit goes on with them; merge_adapters(model) or "
+                "save_adapter(model, path) keeps them."
+            )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the states of the random number generators."""

@@ -1,6 +1,8 @@
 """How a fit ends that has nothing left to train, never had anything, or is interrupted."""
 
+import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.model.state import find_record
+from tests.support.cases import At, StopError, stop
 from tests.support.models import LitTiny, X, data, is_plain, lora, same, state, trainer
 from tests.training.test_launchers import FORKED
 
@@ -109,3 +112,27 @@ def test_a_fit_of_no_batches_gives_the_module_back_as_it_came(
     if "devices" not in options:  # those of other processes are not caught
         assert "This fit trained nothing: LitTiny stays as it was before." in caplog.text
         assert "merged" not in caplog.text
+
+
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_fit_says_where_the_adapters_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    said = (
+        "Interrupted after step 5: the adapters are on the layers of LitTiny, as trained so far. fit goes on with them"
+    )
+    before = signal.getsignal(signal.SIGINT)  # Lightning ignores it from the first one on
+    for action, expected in ((interrupt, 1), (stop, 0)):  # an error shows itself
+        caplog.clear()
+        model = LitTiny()
+        with suppress(SystemExit, StopError):
+            trainer(tmp_path, [lora(), At(5, action)]).fit(model, data(), data())
+        assert caplog.text.count(said) == expected and not is_plain(model)
+    caplog.clear()
+    plain = LitTiny()
+    plain.configure_optimizers = interrupt  # type: ignore[method-assign]  # before training: it is as it came
+    with suppress(SystemExit):
+        trainer(tmp_path, [lora()]).fit(plain, data(), data())
+    assert is_plain(plain) and "Interrupted" not in caplog.text
+    signal.signal(signal.SIGINT, before)
