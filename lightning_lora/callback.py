@@ -286,8 +286,12 @@ class LoRACallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the updates: the module is a plain one again.
 
-        It keeps a copy of its base and its adapters.
+        It keeps a copy of its base and its adapters. A fit that neither loaded nor trained any has nothing to merge.
         """
+        if self._stage.phase is Phase.SET_UP:
+            rank_zero_info(f"This fit trained nothing: {type(pl_module).__name__} stays as it was before.")
+            return
+        self._stage.phase = Phase.OVER  # what was loaded or trained stays
         note_changed(pl_module)
         if not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             return
@@ -303,7 +307,7 @@ class LoRACallback(Callback):
     # Afterwards
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Merge again what came merged and was not trained."""
+        """Give the module back as it came, if nothing was trained."""
         self._stage.end(pl_module)
         self._end_training()
 
@@ -313,8 +317,13 @@ class LoRACallback(Callback):
         Adapters that a fit has loaded or trained stay on it.
         """
         self._end_training()
-        strategy = trainer.strategy
-        self._stage.fail(pl_module, is_alone=isinstance(strategy, LoRAStrategy) and strategy.lora_adapts_late)
+        is_alone = isinstance(trainer.strategy, LoRAStrategy) and trainer.strategy.lora_adapts_late
+        if self._stage.fail(pl_module, is_alone=is_alone) and isinstance(exception, KeyboardInterrupt):
+            rank_zero_info(
+                f"Interrupted after step {trainer.global_step}: the adapters are on the layers of "
+                f"{type(pl_module).__name__}, as trained so far. fit goes on with them; merge_adapters(model) or "
+                "save_adapter(model, path) keeps them."
+            )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the states of the random number generators."""

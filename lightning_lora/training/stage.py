@@ -159,24 +159,27 @@ class Stage:
             inject(pl_module, config, name=name or "default", finds=stored is None)
 
     def end(self, pl_module: LightningModule) -> None:
-        """Switch back and merge again, if the stage trained nothing."""
+        """Switch back and merge again, if the stage trained nothing. A fit that did not even load undoes all."""
         was, self.phase = self.phase, Phase.OVER
-        if was in (Phase.SET_UP, Phase.LOADED) and find_record(pl_module) is not None:
+        if self.is_fit and was is Phase.SET_UP:
+            self.undo.close()
+        elif was in (Phase.SET_UP, Phase.LOADED) and find_record(pl_module) is not None:
             self._switch_back(pl_module)
             if self.came == "merged":
                 merge(pl_module)
 
-    def fail(self, pl_module: LightningModule, *, is_alone: bool) -> None:
-        """Give the module back as it came, or keep adapters that may be trained."""
+    def fail(self, pl_module: LightningModule, *, is_alone: bool) -> bool:
+        """Give the module back as it came, or keep adapters that may be trained, and return whether they are kept."""
         was, self.phase = self.phase, Phase.OVER
         record = find_record(pl_module)
         if was is Phase.OVER or (record is not None and record.is_merged):
-            return
-        if record is not None and (was is Phase.TRAINING or (self.is_fit and was is Phase.LOADED)):
-            if not is_alone:
-                note_changed(pl_module)
-        elif not (is_alone and self.came == "merged"):  # where a merge is collective, the adapters stay on their layers
+            return False
+        is_kept = record is not None and (was is Phase.TRAINING or (self.is_fit and was is Phase.LOADED))
+        if is_kept and not is_alone:
+            note_changed(pl_module)
+        if not is_kept and not (is_alone and self.came == "merged"):  # where a merge is collective, the adapters stay
             self.undo.close()
+        return is_kept
 
 
 def _remove_all(pl_module: LightningModule) -> None:
