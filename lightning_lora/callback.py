@@ -1,6 +1,7 @@
 """The plugin: a callback that fine-tunes any LightningModule with LoRA."""
 
 import inspect
+from collections.abc import Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import fields
 from typing import Any, Literal, cast, get_args
@@ -27,7 +28,7 @@ from lightning_lora.training.advice import advise, advise_rates, log_arguments, 
 from lightning_lora.training.gradients import Feeding, gradients_pass
 from lightning_lora.training.merging import check_arguments, check_weights, load_best, send_record
 from lightning_lora.training.optimizers import check_frozen, leave_unfed
-from lightning_lora.training.randomness import RANDOM, random_states, restore_random_state
+from lightning_lora.training.randomness import RANDOM, Resumed, random_states
 from lightning_lora.training.rates import follow, scales_of
 from lightning_lora.training.stage import Phase, Stage, is_merged, receive_record
 from lightning_lora.training.strategies import overlay_strategy
@@ -256,8 +257,9 @@ class LoRACallback(Callback):
         self._gradients = self._training.enter_context(closing(cast(LoRAStrategy, trainer.strategy).lora_gradients()))
         self._feeding = self._training.enter_context(closing(Feeding(pl_module)))
         self._training.enter_context(gradients_pass(find_record(pl_module)))
-        restore_random_state(trainer, self._stage.resumed)  # now, as on_fit_start of other code may draw or seed
-        self._stage.resumed = {}
+        if self._stage.resumed:
+            self._stage.resumed.begin_training()
+            self._stage.resumed = None
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep frozen weights frozen. Under DDP, give unused adapters a zero gradient."""
@@ -337,7 +339,9 @@ class LoRACallback(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the stored random states until training starts."""
-        self._stage.resumed = {RANDOM: checkpoint.get(RANDOM), "loops": checkpoint.get("loops")}
+        if self._stage.is_fit and isinstance(checkpoint.get(RANDOM), Mapping):
+            self._stage.resumed = Resumed(trainer, checkpoint[RANDOM])
+            self._training.callback(self._stage.resumed.close)
 
 
 compatibility.join_other_package(LoRACallback)

@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Any, Literal
+from typing import Literal
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -21,7 +21,7 @@ from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import Seen
 from lightning_lora.training.compatibility import copy_adapted, loads_in_hooks
 from lightning_lora.training.gradients import Dropout
-from lightning_lora.training.randomness import reseeded
+from lightning_lora.training.randomness import Resumed, reseeded
 
 
 class Phase(Enum):
@@ -38,8 +38,8 @@ class Stage:
     """One stage: how the module came, how far the stage is, and what gives the module back as it came (``undo``).
 
     ``name`` is the adapter's, or None for the active one; ``back`` shows what the module did before, if it was another.
-    ``seen`` holds the tensors that have a base value, as they came. ``resumed`` holds the random states and loops of a
-    checkpoint. ``averages_gradients`` is False while a sharded module's backward pass only accumulates.
+    ``seen`` holds the tensors that have a base value, as they came. ``averages_gradients`` is False while a sharded
+    module's backward pass only accumulates.
     """
 
     config: LoRAConfig
@@ -55,7 +55,7 @@ class Stage:
     phase: Phase = Phase.SET_UP
     undo: ExitStack = field(default_factory=ExitStack)
     dropout: Dropout = field(default_factory=Dropout)
-    resumed: dict[str, Any] = field(default_factory=dict)
+    resumed: Resumed | None = None
     averages_gradients: bool = True
     lr_scale: float | dict[str, float] = 1
 

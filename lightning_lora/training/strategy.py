@@ -288,6 +288,13 @@ class LoRAStrategy(Strategy, InPlace):
 
     # Training
 
+    def process_dataloader(self, dataloader: object) -> object:
+        """Let the training data of a resumed run begin with the random numbers of its file."""
+        processed = super().process_dataloader(dataloader)
+        if self.lora_stage.resumed and self.lora_module.trainer.training:
+            self.lora_stage.resumed.begin_data()
+        return processed
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a training step, in which dropout acts."""
         self.lora_stage.dropout.begin_step(self.lora_module)
