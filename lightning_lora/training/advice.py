@@ -88,11 +88,16 @@ def _warn_of_fresh(view: View, fresh: Fresh) -> None:
     if fresh.adapted:
         found = f"The only layers of {title} that are adapted look untrained: {listed(fresh.adapted)}."
         remedy += ', and adapt other layers, for example by target_modules="all"'
-    _warn(
-        f"{found} Their values look like those of an initialisation. {remedy}. (If they are random on purpose, ignore "
-        "FreshLayerWarning: the files hold them as they are.)",
-        FreshLayerWarning,
+    found += (
+        f" Their values look like those of an initialisation. {remedy}. (If they are random on purpose, or the loss "
+        "does not depend on them, ignore this: the files hold them as they are.)"
     )
+    excluded = set(Names(view.model).find("exclude_modules", view.config.exclude_modules))
+    layers = {owner_of(name) for name in random_weights(view) if adapter_for(view.modules[owner_of(name)])}
+    if any(excluded.isdisjoint(starts_of(name)) for name in layers):
+        _warn(found, FreshLayerWarning)
+    else:
+        rank_zero_info(found)  # the user knows them, perhaps from DeadAdapterWarning, which says to exclude them
 
 
 def _warn_of_left_trainable(view: View, fresh: Fresh) -> None:

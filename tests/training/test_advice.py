@@ -59,6 +59,32 @@ def test_a_new_head_that_alone_is_adapted_is_named(tmp_path: Path) -> None:
     assert "LitTiny that look untrained: 'head'." in said and "the files hold them as they are" in said
 
 
+class Encodes(LitTiny):
+    """A trained network beside a new one, on which no loss depends, as scvi's for the sizes of libraries."""
+
+    def __init__(self) -> None:
+        super().__init__(width=64)
+        for layer in (self.embed, self.q_proj, self.v_proj, self.head):
+            aged(layer)
+        self.sizes = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 32))
+
+
+def test_layers_that_look_untrained_and_train_nothing_get_one_advice(tmp_path: Path, caplog: Any) -> None:
+    fresh, dead = fit(tmp_path, Encodes(), r=2)
+    assert fresh.startswith("FreshLayerWarning: Layers of Encodes that look untrained: 'sizes'.")
+    assert "or the loss does not depend on them, ignore this" in fresh and dead.startswith("DeadAdapterWarning")
+    assert "'sizes.0', 'sizes.2' look untrained too: if the loss does not depend on them, leave them out" in dead
+    caplog.clear()
+    for excluded in (["sizes"], ["sizes.0", "sizes.2"]):
+        assert fit(tmp_path, Encodes(), r=2, exclude_modules=excluded) == []
+        assert "that look untrained: 'sizes'. Their weights are frozen" in caplog.text  # and nothing is quiet
+        caplog.clear()
+    model = new_head()
+    model.sizes = nn.Linear(64, 64)
+    (said,) = fit(tmp_path, model, **TARGETS, exclude_modules=["sizes"])
+    assert said.startswith("FreshLayerWarning") and "'head'" in said
+
+
 def test_trained_adapters_are_not_asked_again(tmp_path: Path) -> None:
     model = new_head()
     t = trainer(tmp_path, [ll.LoRACallback(**TARGETS)], max_epochs=1)
