@@ -42,6 +42,7 @@ class Gradients:
         self.waiting = wrapped if waits and not (wrapped.find_unused_parameters or wrapped.static_graph) else None
         self.model, view = model, view_of(model)
         self.frozen = list(view.frozen.values())
+        self.random = view.adapter.random or ()
         self.has_begun = False
         self.now: set[int] = set()
         self.ever: set[int] = set()
@@ -81,15 +82,18 @@ class Gradients:
         held = self.copied or [p for group in optimizer.param_groups for p in group["params"]]
         missed = {id(p) for p in held if not (id(p) in self.ever if self.notes else p.grad is not None)}
         view = view_of(self.model)
-        dead = {name for name, layer in view.layers.items() if any(id(p) in missed for p in layer.lora_trained())}
-        dead = follow_copied(view, dead)
+        idle = {name for name, layer in view.layers.items() if any(id(p) in missed for p in layer.lora_trained())}
+        dead = sorted(follow_copied(view, idle), key=list(view.layers).index)
+        fresh = [name for name in dead if any(weight.startswith(f"{name}.") for weight in self.random)]
         if dead:
             warn(
                 f"The adapters of {listed(dead)} received no gradient before the first optimizer step. They do not "
                 "train, unless other batches use these layers (as with experts). Either the loss does not depend on "
                 "them; or other code reads their weights without calling the layers (name these weights in "
                 "target_parameters); or it has frozen them (requires_grad, freeze()). Find out why, or leave them out "
-                "with exclude_modules.",
+                "with exclude_modules."
+                + f" {listed(fresh)} look untrained too: if the loss does not depend on them, leave them out, whatever "
+                "FreshLayerWarning says of them." * bool(fresh),
                 DeadAdapterWarning,
             )
 

@@ -64,7 +64,8 @@ class Resumed:
             if isinstance(rows, Tensor) and (rows.dtype, rows.shape) == (now.dtype, (trainer.world_size, len(now))):
                 self._states[name] = rows[trainer.global_rank].clone()  # torch crashes on a row that is a view
         self._loop: Any = trainer.fit_loop
-        self._setup_data, self._loop.setup_data = self._loop.setup_data, self._follow_data
+        self._setup_data = self._loop.setup_data
+        self._loop.setup_data = self._follow_data  # type: ignore[method-assign]  # until training starts
 
     def _follow_data(self) -> None:
         before = self._begun
