@@ -13,7 +13,7 @@ from lightning_lora.argument_names import explains_arguments
 from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import ConfigError, LoRAError
 from lightning_lora.model.adapter_state import AdapterState
-from lightning_lora.model.inject import check_adapted
+from lightning_lora.model.inject import check_adapted, follow_copied
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.sending import make_folder
 from lightning_lora.model.state import find_record
@@ -24,9 +24,9 @@ from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
 from lightning_lora.training.advice import advise, advise_rates, log_arguments, shown_rates, tell_of_new
-from lightning_lora.training.gradients import gradients_pass
+from lightning_lora.training.gradients import Feeding, gradients_pass
 from lightning_lora.training.merging import check_arguments, check_weights, load_best, send_record
-from lightning_lora.training.optimizers import check_frozen
+from lightning_lora.training.optimizers import check_frozen, leave_unfed
 from lightning_lora.training.randomness import RANDOM, Resumed, random_states
 from lightning_lora.training.rates import follow, scales_of
 from lightning_lora.training.stage import Phase, Stage, is_merged, receive_record
@@ -49,6 +49,9 @@ class LoRACallback(Callback):
     Arguments that are not given are taken from the checkpoint that a Trainer loads (``ckpt_path``), or from adapters
     that the module has. So ``LoRACallback()`` is enough to evaluate one. From a command line, which gives all, those
     at their defaults are taken.
+
+    A network that you froze, or gave to no optimizer, stays as it is where others train, unless what trains is only a
+    head over it. A frozen copy of a network that trains follows it. ``target_modules`` adapts whatever it names.
 
     The running statistics of norms are frozen too, unless ``modules_to_save`` names the norms. EMA and SWA average only
     the adapters and other weights that train. ``BaseFinetuning`` and ``ModelPruning`` change the base, so they raise an
@@ -90,7 +93,6 @@ class LoRACallback(Callback):
             ``{"A": 10, "B": 160}`` is LoRA+, as is PEFT's ``loraplus_lr_ratio=16`` beside ``lr_scale=10``.
         name: The adapter's name. Others that the module has rest meanwhile, and never change: this one alone is
             trained, stored and merged. If it is not given, it is that of the module's active adapter.
-        pack_base: Has no effect. It is accepted so that older configuration files load.
 
     Raises:
         ConfigError: an argument has an invalid value.
@@ -115,6 +117,7 @@ class LoRACallback(Callback):
 
     given: frozenset[str]  # the names of the arguments that the user gave
     _gradients: Any = None  # in training
+    _feeding: Any = None
 
     def __init__(
         self,
@@ -139,7 +142,6 @@ class LoRACallback(Callback):
         save: Save = "adapters",
         lr_scale: float | dict[str, float] = 1,
         name: str = "default",
-        pack_base: bool = False,
     ) -> None:
         arguments = locals()
         if merge is not False and merge not in ("last", "best"):
@@ -168,7 +170,7 @@ class LoRACallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the arguments alone, as plain types: some modules have their callbacks as hyperparameters in files."""
-        added = ("_stage", "_gradients", "_training", "log", "log_dict")  # the last two by Lightning
+        added = ("_stage", "_gradients", "_feeding", "_training", "log", "log_dict")  # the last two by Lightning
         kept = {name: value for name, value in vars(self).items() if name not in added}
         return {**kept, "config": self.config.to_dict(), "given": sorted(self.given)}
 
@@ -248,9 +250,12 @@ class LoRACallback(Callback):
         self._stage.phase = Phase.TRAINING
         view = view_of(pl_module)
         view.follow_base()  # hooks may have loaded the base late
+        follow_copied(view, view.layers.keys() - view.recorded)  # or copied networks
+        view.adapter.set_layers(view.layers)
         view.adapter.was_trained()
         compatibility.share_base(compatibility.callbacks_of(trainer), pl_module)
         self._gradients = self._training.enter_context(closing(cast(LoRAStrategy, trainer.strategy).lora_gradients()))
+        self._feeding = self._training.enter_context(closing(Feeding(pl_module)))
         self._training.enter_context(gradients_pass(find_record(pl_module)))
         if self._stage.resumed:
             self._stage.resumed.begin_training()
@@ -261,7 +266,8 @@ class LoRACallback(Callback):
         self._gradients.end_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Check what the optimizer trains: adapters, and no frozen weight."""
+        """Check what the optimizer trains: adapters, and no frozen weight, nor a network that stands still."""
+        leave_unfed(trainer, pl_module, self._feeding, self._gradients)
         check_frozen(pl_module, optimizer)
         follow(optimizer)
         self._gradients.check(optimizer)
@@ -276,14 +282,18 @@ class LoRACallback(Callback):
 
     def _end_training(self) -> None:
         self._training.close()
-        self._gradients = None
+        self._gradients = self._feeding = None
         self._stage.dropout.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the updates: the module is a plain one again.
 
-        It keeps a copy of its base and its adapters.
+        It keeps a copy of its base and its adapters. A fit that neither loaded nor trained any has nothing to merge.
         """
+        if self._stage.phase is Phase.SET_UP:
+            rank_zero_info(f"This fit trained nothing: {type(pl_module).__name__} stays as it was before.")
+            return
+        self._stage.phase = Phase.OVER  # what was loaded or trained stays
         note_changed(pl_module)
         if not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             return
@@ -299,7 +309,7 @@ class LoRACallback(Callback):
     # Afterwards
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Merge again what came merged and was not trained."""
+        """Give the module back as it came, if nothing was trained."""
         self._stage.end(pl_module)
         self._end_training()
 
@@ -309,8 +319,13 @@ class LoRACallback(Callback):
         Adapters that a fit has loaded or trained stay on it.
         """
         self._end_training()
-        strategy = trainer.strategy
-        self._stage.fail(pl_module, is_alone=isinstance(strategy, LoRAStrategy) and strategy.lora_adapts_late)
+        is_alone = isinstance(trainer.strategy, LoRAStrategy) and trainer.strategy.lora_adapts_late
+        if self._stage.fail(pl_module, is_alone=is_alone) and isinstance(exception, KeyboardInterrupt):
+            rank_zero_info(
+                f"Interrupted after step {trainer.global_step}: the adapters are on the layers of "
+                f"{type(pl_module).__name__}, as trained so far. fit goes on with them; merge_adapters(model) or "
+                "save_adapter(model, path) keeps them."
+            )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the states of the random number generators."""

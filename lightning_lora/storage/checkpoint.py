@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.errors import BaseMismatchError, listed
+from lightning_lora.errors import BaseMismatchError, LoRAError, listed
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.merge import unmerged
 from lightning_lora.model.state import on_load, record_of
@@ -19,9 +19,11 @@ from lightning_lora.storage.formats.lightning import AVERAGE, MOVED
 from lightning_lora.storage.formats.own import ADAPTERS, leave_adapters
 from lightning_lora.storage.merged_model import merged_state, take_updates_out
 from lightning_lora.storage.state import NOTE, without_base, without_notes
-from lightning_lora.storage.stored import KEY, StoredAdapters
+from lightning_lora.storage.stored import KEY, StoredAdapters, checksum
 from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
 from lightning_lora.tensors.shards import full_tensors, is_dtensor
+
+_WHOLE = f"{KEY}_whole"  # in torch's notes on a merged state: its checksum, and the entry of this package
 
 
 def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later: bool = False) -> dict[str, Any]:
@@ -52,8 +54,10 @@ def with_merged_model(
     """Return a checkpoint with the whole merged model, for any code. The adapters are in the entry of this package."""
     state = without_notes(checkpoint["state_dict"])
     merged, lost = merged_state(view_of(model), state)
-    held = _copied({"state_dict": merged}) if written_later else {"state_dict": merged}
-    return {**checkpoint, **held, KEY: {**checkpoint[KEY], ADAPTERS: state}}, lost
+    held: Any = _copied({"state_dict": merged}) if written_later else {"state_dict": merged}
+    about, notes = {**checkpoint[KEY], ADAPTERS: state}, held["state_dict"]._metadata
+    notes[""] = {**notes.get("", {}), _WHOLE: (checksum(merged, {}), about)}  # for the module itself, as above
+    return {**checkpoint, **held, KEY: about}, lost
 
 
 def _copied(entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,14 +132,24 @@ def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole
 
 @on_load
 def _load_described(model: nn.Module, state: dict[str, Any], _: str, notes: Mapping[str, Any]) -> bool:
-    """Load the state in a file that other code gives to an adapted or merged model; torch gets the model's own."""
-    if KEY not in notes:
+    """Load a file's adapters, if other code gives its state to a model with adapters; torch gets the model's own.
+
+    The state of a whole model is loaded as it is if it was changed, or does not fit, or no adapters were trained here.
+    """
+    number, about = notes.get(_WHOLE, (None, notes.get(KEY)))
+    is_whole = number is not None
+    if about is None or (is_whole and not (View(model).adapter.is_trained and checksum(state, {}) == number)):
         return False
-    held = without_notes(state)
-    stored = StoredAdapters.from_file(held, notes[KEY], "")
-    with unmerged(model):
-        check_fits(view_of(model), stored)
-        write_state(model, held)
+    held = without_notes(about.get(ADAPTERS, state))
+    about = {key: value for key, value in about.items() if key != ADAPTERS}
+    try:
+        with unmerged(model):
+            check_fits(view_of(model), StoredAdapters.from_file(held, about, ""))
+            write_state(model, held)
+    except LoRAError:
+        if is_whole:
+            return False
+        raise
     state.clear()
     state.update(model.state_dict())
     return True

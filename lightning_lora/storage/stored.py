@@ -93,7 +93,7 @@ class StoredAdapters:
                 "The configuration is too long to be stored. Name many layers by one expression, such as "
                 "target_modules=r'.*\\.q_proj'."
             )
-        return {**about, "checksum": _checksum(self.state, about)}
+        return {**about, "checksum": checksum(self.state, about)}
 
     @property
     def filled(self) -> list[str]:
@@ -244,8 +244,8 @@ _DESCRIPTION = {
 }
 
 
-def _checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:
-    """One number for the names and contents of all tensors, and for their description."""
+def checksum(state: Mapping[str, Any], about: Mapping[str, Any]) -> int:
+    """Return one number for the names and contents of all tensors, and for their description."""
     said = {name: value for name, value in about.items() if name != "checksum"}
     names = sorted(name for name, value in state.items() if isinstance(value, Tensor) and not value.is_meta)
     kinds = [[name, str(state[name].dtype), list(state[name].shape)] for name in names]
@@ -266,7 +266,7 @@ def check_checksum(state: Mapping[str, Any], description: Mapping[str, Any], pat
         raise AdapterFileError(
             f"{path} holds entries that this package does not write: {listed(odd)}. The file is damaged or was changed."
         )
-    if _checksum(state, description) != description["checksum"]:
+    if checksum(state, description) != description["checksum"]:
         raise AdapterFileError(
             f"The adapters in {path} are not as they were written: the file is damaged or was changed."
         )

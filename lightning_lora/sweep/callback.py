@@ -25,6 +25,7 @@ from lightning_lora.sweep.sharing import Loaders, adopt, adopt_notes, copy_train
 from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.training.compatibility import check_callbacks
+from lightning_lora.training.stage import Phase
 
 Mode = Literal["min", "max"] | None
 
@@ -161,6 +162,8 @@ class LoRASweep(LoRACallback):
         """Show all adapters, and merge the best one's updates."""
         adopt_notes(trainer, self._best)  # now, as on_fit_start of the module may reset them
         fitting_console().print(self.table())
+        if trainer.global_step:  # of the best run
+            self._stage.phase = Phase.LOADED
         super().on_fit_end(trainer, pl_module)
         del self._loops
 
@@ -193,7 +196,7 @@ class _Member(LoRACallback):
 
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self.merge = False  # by the sweep
+        self.merge, self._stage.phase = False, Phase.LOADED  # the sweep reads the adapters, trained or not, and merges
         share_base(pl_module, self.base)
         for each in trainer.callbacks:
             if vars(each).get("dirpath"):

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.model.inject import inject_adapters, remove_adapters
+from lightning_lora.model.inject import inject, remove_adapters
 from lightning_lora.model.merge import merge, unmerge
 from lightning_lora.model.merged import check_own, is_as_merged
 from lightning_lora.model.state import find_record, keep_record, receive, records_in
@@ -146,44 +146,49 @@ class Stage:
             return not (record.is_merged or record.is_disabled)  # it is only evaluated, or its fit has ended
         return self.is_fit or self.came == "adapted" or for_file
 
-    def adapt(self, pl_module: LightningModule, *, for_file: bool = False, replaced: bool = False) -> None:
-        """Adapt the module after its own hooks have run. The weights that they have loaded become the base."""
+    def adapt(self, pl_module: LightningModule, *, stored: LoRAConfig | None = None, replaced: bool = False) -> None:
+        """Adapt the module after its own hooks have run, or for a file. The weights that they load become the base."""
         now, before, self.buffers = _own_buffers(View(pl_module)), self.buffers, {}  # later changes are others'
         self.filled |= {name for name in now if now[name] != before.get(name, now[name])}
-        if not self.adapts(pl_module, for_file=for_file):
+        if not self.adapts(pl_module, for_file=stored is not None):
             return
-        self.inject(pl_module)
+        self.inject(pl_module, stored)
         view_of(pl_module).record.buffers_were_filled(self.filled)
         if self.phase is not Phase.SET_UP:  # the callbacks' averages and the base are those of a checkpoint
             return
         copy_adapted(self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced)
         self._take_base(pl_module)
 
-    def inject(self, pl_module: LightningModule) -> None:
-        """Adapt the module, under the name of this stage's adapter."""
+    def inject(self, pl_module: LightningModule, stored: LoRAConfig | None = None) -> None:
+        """Adapt the module, under the name of this stage's adapter. A file or a run knows what was left out."""
         record = find_record(pl_module)
+        known = stored or (record.adapter.config if record is not None and record.adapter.is_trained else self.config)
+        config, name = self.config.excluding(known.exclude_modules), record.adapter.name if record else self.name
         with reseeded(pl_module):
-            inject_adapters(pl_module, self.config, name=record.adapter.name if record else self.name or "default")
+            inject(pl_module, config, name=name or "default", finds=stored is None)
 
     def end(self, pl_module: LightningModule) -> None:
-        """Switch back and merge again, if the stage trained nothing."""
+        """Switch back and merge again, if the stage trained nothing. A fit that did not even load undoes all."""
         was, self.phase = self.phase, Phase.OVER
-        if was in (Phase.SET_UP, Phase.LOADED) and find_record(pl_module) is not None:
+        if self.is_fit and was is Phase.SET_UP:
+            self.undo.close()
+        elif was in (Phase.SET_UP, Phase.LOADED) and find_record(pl_module) is not None:
             self._switch_back(pl_module)
             if self.came == "merged":
                 merge(pl_module)
 
-    def fail(self, pl_module: LightningModule, *, is_alone: bool) -> None:
-        """Give the module back as it came, or keep adapters that may be trained."""
+    def fail(self, pl_module: LightningModule, *, is_alone: bool) -> bool:
+        """Give the module back as it came, or keep adapters that may be trained, and return whether they are kept."""
         was, self.phase = self.phase, Phase.OVER
         record = find_record(pl_module)
         if was is Phase.OVER or (record is not None and record.is_merged):
-            return
-        if record is not None and (was is Phase.TRAINING or (self.is_fit and was is Phase.LOADED)):
-            if not is_alone:
-                note_changed(pl_module)
-        elif not (is_alone and self.came == "merged"):  # where a merge is collective, the adapters stay on their layers
+            return False
+        is_kept = record is not None and (was is Phase.TRAINING or (self.is_fit and was is Phase.LOADED))
+        if is_kept and not is_alone:
+            note_changed(pl_module)
+        if not is_kept and not (is_alone and self.came == "merged"):  # where a merge is collective, the adapters stay
             self.undo.close()
+        return is_kept
 
 
 def _own_buffers(view: View) -> dict[str, int]:

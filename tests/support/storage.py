@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, load_adapter, save_adapter
-from lightning_lora.storage.stored import KEY, _checksum
+from lightning_lora.storage.stored import KEY, checksum
 from tests.support.faults import unchanged
 from tests.support.models import LitTiny, as_trained, data, lora, same, state, trainer
 
@@ -75,6 +75,6 @@ def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], objec
     change(about, tensors)
     if checked:
         about |= {"entries": len(tensors)}
-        about["checksum"] = _checksum(tensors, about)
+        about["checksum"] = checksum(tensors, about)
     save_file(tensors, path, {"format": "pt", KEY: json.dumps(about)})
     return path

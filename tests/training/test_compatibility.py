@@ -117,7 +117,6 @@ def test_early_stopping_counts_on_when_resumed(tmp_path: Path) -> None:
 OPTIONS: dict[str, dict[str, Any]] = {
     "overfit": {"overfit_batches": 0.5},
     "limits": {"limit_train_batches": 3, "limit_val_batches": 1},
-    "no training": {"limit_train_batches": 0},
     "no validation": {"limit_val_batches": 0},
     "steps": {"max_epochs": -1, "max_steps": 10},
     "often": {"val_check_interval": 2},

@@ -1,6 +1,7 @@
 """With ``save="model"``, any code reads the files, and a run goes on from them."""
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 import lightning_lora as ll
 from lightning_lora.cli.main import main
+from lightning_lora.model.view import View
 from tests.support import fits
 from tests.support.cases import At, StopError, held, stop
 from tests.support.fits import WritesLater, loaded, outcome
@@ -74,6 +76,52 @@ def test_the_best_state_loads_into_a_plain_and_into_the_merged_module(tmp_path: 
         built = LitTiny.load_from_checkpoint(tmp_path / "best.ckpt")
         tested = outcome(trainer(tmp_path, [whole()]), "test", module)
         assert tested == outcome(trainer(tmp_path), "test", built)
+
+
+def first(folder: Path) -> L.Callback:
+    """Write another file than the last one."""
+    return At(4, lambda t, _: t.save_checkpoint(folder / "first.ckpt"))
+
+
+@pytest.mark.parametrize("merge", ["last", False])
+@pytest.mark.parametrize("later", [False, True])
+def test_the_adapters_of_the_best_state_are_in_reach_once_other_code_has_loaded_it(
+    tmp_path: Path, merge: Any, later: bool
+) -> None:
+    model = fit(tmp_path, whole(merge=merge), first(tmp_path), plugins=[WritesLater()] if later else None)
+    best = loaded(tmp_path / "first.ckpt")
+    assert not torch.allclose(best(X), model(X))
+    model.load_state_dict(read(tmp_path / "first.ckpt")["state_dict"])
+    torch.testing.assert_close(model(X), best(X))
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    assert same(ll.adapter_state_dict(loaded(tmp_path / "a.safetensors")), ll.adapter_state_dict(best))
+    ll.export_peft(model, tmp_path / "peft")
+    ll.unmerge_adapters(model)
+    assert same(state(model), state(best))
+
+
+def test_a_whole_state_that_was_changed_or_does_not_fit_is_loaded_as_it_is(tmp_path: Path) -> None:
+    fit(tmp_path, whole(), first(tmp_path))
+    file, other = (read(tmp_path / f"{name}.ckpt")["state_dict"] for name in ("first", "last"))
+    for name, value in file.items():
+        value.add_(other[name]).div_(2)  # as code that averages files does: the notes on them stay
+    for given, arguments in ((file, {}), (other, {"r": 4}), (other, {"modules_to_save": None})):
+        for merge in ("last", False):
+            model = fit(tmp_path / "again", whole(merge=merge, **arguments), max_epochs=1)
+            with nullcontext() if merge else pytest.warns(ll.LoRAWarning, match=r"hold merged updates.*begin anew"):
+                model.load_state_dict(given, strict=bool(merge))
+            assert same(state(model), given) if merge else torch.equal(model(X), plain_of(given)(X))
+            if merge:
+                with pytest.raises(ll.AdapterStateError, match="were changed since"):
+                    ll.unmerge_adapters(model)
+                model.load_state_dict(other)
+                assert same(state(model), other)
+
+
+def plain_of(given: dict[str, Any]) -> LitTiny:
+    model = LitTiny()
+    model.load_state_dict(given)
+    return model
 
 
 @pytest.mark.parametrize("averages", [False, pytest.param(True, marks=needs_averaging)])
@@ -148,17 +196,16 @@ def test_a_file_that_is_written_later_is_of_the_moment_of_its_save(tmp_path: Pat
 def test_an_update_is_never_counted_twice(tmp_path: Path) -> None:
     model = fit(tmp_path, whole())
     file = read(tmp_path / "last.ckpt")
-    again = LitTiny()
-    again.load_state_dict(file["state_dict"])
+    again = plain_of(file["state_dict"])
     ll.unmerge_adapters(model)
-    with pytest.warns(ll.LoRAWarning, match=r"merged updates.*its adapters begin anew.*load_adapter\(model, path\)"):
-        model.load_state_dict(file["state_dict"])
-    assert torch.equal(model(X), again(X))
+    model.load_state_dict(file["state_dict"])
+    torch.testing.assert_close(model(X), again(X))
     with pytest.raises(ll.BaseMismatchError, match="A merged model is another base"):
         ll.load_adapter(again, tmp_path / "last.ckpt")
-    ll.inject_adapters(fresh := LitTiny(), ll.LoRAConfig(r=2))
-    fresh.load_state_dict(file["state_dict"], strict=False)  # a new fine-tune on the merged model
-    assert torch.equal(fresh(X), again(X))
+    for config in (ll.LoRAConfig(r=2), lora().config):  # another fine-tune, or a like one
+        ll.inject_adapters(fresh := LitTiny(), config)
+        fresh.load_state_dict(file["state_dict"], strict=False)  # on the merged model
+        assert torch.equal(fresh(X), again(X)) and View(fresh).is_fresh()
 
 
 def test_an_update_is_not_counted_twice_where_the_notes_are_lost(tmp_path: Path) -> None:
@@ -273,5 +320,5 @@ def test_a_plain_loader_is_told_what_a_file_of_adapters_is(tmp_path: Path) -> No
     assert sorted(held(file)) == sorted(TRAINED)
     with pytest.raises(ll.AdapterStateError, match=r"^This state holds only adapters.*load_adapter\(model, path\)"):
         model.load_state_dict(held(file))
-    with pytest.raises(RuntimeError, match=r"this file holds only adapters: load it with lightning_lora.load_from_"):
+    with pytest.raises(RuntimeError, match=r"this file holds only adapters: build the model"):
         LitTiny().load_state_dict(file["state_dict"])

@@ -1,0 +1,138 @@
+"""How a fit ends that has nothing left to train, never had anything, or is interrupted."""
+
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+import lightning_lora as ll
+from lightning_lora.model.state import find_record
+from tests.support.cases import At, StopError, stop
+from tests.support.models import LitTiny, X, data, is_plain, lora, same, state, trainer
+from tests.training.test_launchers import FORKED
+
+
+def with_a() -> LitTiny:
+    ll.inject_adapters(model := LitTiny(), lora().config, name="a")
+    nn.init.ones_(model.get_parameter("q_proj.lora_B"))
+    return model
+
+
+def changed(change: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[], LitTiny]:
+    """How to make a model with an adapter, changed by one call."""
+
+    def make() -> LitTiny:
+        change(model := with_a(), *args, **kwargs)
+        return model
+
+    return make
+
+
+def with_b(model: LitTiny) -> None:
+    ll.inject_adapters(model, lora(init="gaussian").config, name="b")
+    ll.set_adapter(model, "a")
+
+
+STARTS: dict[str, Callable[[], LitTiny]] = {
+    "plain": LitTiny,
+    "adapted": with_a,
+    "rests": changed(with_b),
+    "base": changed(ll.set_adapter, None),
+    "merged": changed(ll.merge_adapters),
+}
+
+
+def about(model: LitTiny) -> tuple[Any, ...]:
+    """What a model is, and computes."""
+    names, record = ll.adapters(model), find_record(model)
+    shown = record and (record.shown, record.is_merged)
+    return names, shown, is_plain(model), [p.requires_grad for p in model.parameters()]
+
+
+def all_values(model: LitTiny) -> dict[str, Tensor]:
+    """The base's and all adapters' values; the model ends un-merged."""
+    ll.unmerge_adapters(model)
+    values = {}
+    for name in ll.adapters(model):
+        with ll.set_adapter(model, name):
+            values |= {f"{name}: {key}": value for key, value in state(model).items()}
+    return values
+
+
+ONE: list[tuple[str, dict[str, Any]]] = [
+    (start, {**options, **({} if start in ("plain", "base") else {"name": "b"})})
+    for start in STARTS
+    for options in ({}, {"merge": False}, {"merge": "best", "save": "model"}, {"merge": False, "save": "model"})
+]
+SEVERAL = [("plain", {}), ("plain", {"save": "model"}), ("merged", {"name": "b"}), ("adapted", {"merge": False})]
+
+
+@pytest.mark.parametrize(
+    ("start", "arguments", "options"), [(*each, {}) for each in ONE] + [(*each, FORKED) for each in SEVERAL]
+)
+def test_a_finished_run_that_is_run_again_ends_as_it_did(
+    tmp_path: Path, start: str, arguments: Any, options: Any
+) -> None:
+    def run(model: LitTiny, **until: int) -> LitTiny:
+        saves = ModelCheckpoint(tmp_path, monitor="val_loss", save_last=True)
+        path = tmp_path / "last.ckpt"
+        t = trainer(tmp_path, [lora(**arguments), saves], **(options | until))
+        t.fit(model, data(), data(), ckpt_path=path if path.exists() else None)
+        return model
+
+    finished = run(STARTS[start](), max_epochs=2)
+    before, output = about(finished), finished(X)
+    limits: list[dict[str, int]] = [{"max_epochs": 2}, {"max_epochs": 9, "max_steps": 4 if options else 8}]
+    for model in (*(run(STARTS[start](), **limit) for limit in limits), run(finished, max_epochs=2)):
+        assert about(model) == before and torch.equal(model(X), output)
+    assert same(all_values(model), all_values(finished))
+
+
+NONE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    *(("plain", {"merge": merge}, {limit: 0}) for merge in ("last", False) for limit in ("max_epochs", "max_steps")),
+    *((start, arguments, {"limit_train_batches": 0}) for start in STARTS for arguments in ({}, {"name": "b"})),
+    *((start, {"save": "model"}, {"limit_train_batches": 0, **FORKED}) for start in ("plain", "merged")),
+]
+
+
+@pytest.mark.parametrize(("start", "arguments", "options"), NONE)
+def test_a_fit_of_no_batches_gives_the_module_back_as_it_came(
+    tmp_path: Path, start: str, arguments: Any, options: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = STARTS[start]()
+    before, values = about(model), state(model)
+    trainer(tmp_path, [lora(**arguments)], **options).fit(model, data(), data())
+    assert about(model) == before and same(state(model), values)
+    if "devices" not in options:  # those of other processes are not caught
+        assert "This fit trained nothing: LitTiny stays as it was before." in caplog.text
+        assert "merged" not in caplog.text
+
+
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_fit_says_where_the_adapters_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    said = (
+        "Interrupted after step 5: the adapters are on the layers of LitTiny, as trained so far. fit goes on with them"
+    )
+    before = signal.getsignal(signal.SIGINT)  # Lightning ignores it from the first one on
+    for action, expected in ((interrupt, 1), (stop, 0)):  # an error shows itself
+        caplog.clear()
+        model = LitTiny()
+        with suppress(SystemExit, StopError):
+            trainer(tmp_path, [lora(), At(5, action)]).fit(model, data(), data())
+        assert caplog.text.count(said) == expected and not is_plain(model)
+    caplog.clear()
+    plain = LitTiny()
+    plain.configure_optimizers = interrupt  # type: ignore[method-assign]  # before training: it is as it came
+    with suppress(SystemExit):
+        trainer(tmp_path, [lora()]).fit(plain, data(), data())
+    assert is_plain(plain) and "Interrupted" not in caplog.text
+    signal.signal(signal.SIGINT, before)
