@@ -27,6 +27,7 @@ from lightning_lora.storage.state import required, without_base, without_notes
 from lightning_lora.storage.stored import DIVERGED, StoredAdapters
 from lightning_lora.storage.stored_layers import asked_of, bare
 from lightning_lora.tensors.names import join, load_state_dict, own_parameter, owner_of, state_dict
+from lightning_lora.tensors.values import replace_values
 
 
 def apply(
@@ -122,6 +123,11 @@ def _write(view: View, state: Mapping[str, Any]) -> None:
             before[name] = value.clone()
     with ExitStack() as undo:
         undo.callback(load_state_dict, model, before)
+        for name in state.keys() & view.record.filled:  # they may have another shape here, and a dtype that would round
+            buffer, value = view.buffers[name], state[name]
+            dtype = torch.promote_types(buffer.dtype, value.dtype) if buffer.dtype.itemsize > 2 else buffer.dtype
+            undo.callback(replace_values, buffer, buffer.data)
+            replace_values(buffer, value.to(buffer.device, dtype, copy=True))
         restore_originals(view, [name for name in originals if name not in state and name not in view.trained], undo)
         load_state_dict(model, state)
         undo.pop_all()
@@ -193,7 +199,7 @@ def check_fits(view: View, stored: StoredAdapters, *, anew: bool = True, refuse_
         is_converted = check_base(
             view, stored.base, shapes, stored.random, anew=anew, renaming=stored.renaming, refuse=refuse_base
         )
-    _check_tensors(view, entries, state, converting=is_converted)
+    _check_tensors(view, entries, {n: v for n, v in state.items() if n not in stored.filled}, converting=is_converted)
     _check_finite(view, state)
     _check_layers(view, stored)
     if lost := sorted(view.record.changed.keys() - set(stored.changed)):

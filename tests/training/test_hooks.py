@@ -18,6 +18,7 @@ from lightning_lora.storage.offline.combine import How, combine_files
 from lightning_lora.storage.offline.merge import merge_files
 from lightning_lora.storage.stored import KEY, StoredAdapters
 from tests.support.cases import files_hold_adapters_alone, held
+from tests.support.faults import unchanged
 from tests.support.fits import fit, through_and_resumed
 from tests.support.models import TRAINED, LitTiny, TinyLM, X, data, is_plain, lora, same, state, trainer
 from tests.support.storage import fitted, goes_on, restores
@@ -130,6 +131,35 @@ def test_a_file_without_them_loads_where_setup_fills_the_same(tmp_path: Path) ->
     assert model.scale.tolist() == [2.0] * 4
 
 
+class Statistics(LitTiny):  # whose buffer has another shape and dtype until setup has filled it, as in schnetpack
+    def __init__(self, value: float = 2 / 3) -> None:
+        super().__init__()
+        self.value = value
+        self.register_buffer("mean", torch.zeros(1))
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.mean = torch.tensor(self.value, dtype=torch.float64)
+
+    def forward(self, index: Tensor) -> Tensor:
+        return super().forward(index) + self.mean.to(torch.float32)
+
+
+def test_they_have_the_shape_and_the_dtype_that_setup_gave_them(tmp_path: Path) -> None:
+    through, resumed = through_and_resumed(tmp_path, Statistics, lambda: lora(merge=False), max_epochs=2)
+    assert same(state(resumed), state(through))
+    file, again = tmp_path / "through" / "epoch=1.ckpt", Statistics()
+    trainer(tmp_path, [ll.LoRACallback()]).test(again, data(), ckpt_path=file, verbose=False)
+    for each in (again, ll.load_from_checkpoint(Statistics, file)):
+        assert each.mean.shape == () and each.mean.dtype == torch.float64 and torch.equal(each(X), through(X))
+    with pytest.warns(ll.LoRAWarning, match="It is the same base, converted"):
+        ll.load_adapter(half := Statistics().to(torch.bfloat16), file)
+    assert half.mean.dtype == torch.bfloat16 and half.mean == torch.tensor(2 / 3).bfloat16()
+    file.write_bytes(b"PK")
+    with unchanged(new := Statistics()), pytest.raises(ll.AdapterFileError):
+        ll.load_adapter(new, file)
+
+
 class Loads(LitTiny):  # whose setup loads the base, with a norm, and a table that is always the same
     def __init__(self) -> None:
         super().__init__()
@@ -146,6 +176,21 @@ def test_what_setup_loads_beside_weights_is_the_base(tmp_path: Path) -> None:
     assert files_hold_adapters_alone(tmp_path)
     with pytest.raises(ll.BaseMismatchError, match=r"'norm.weight', 'norm.bias'"):
         ll.load_from_checkpoint(Loads, tmp_path / "a.ckpt")
+
+
+class Tabled(LitTiny):  # with a table that a full checkpoint may change
+    def __init__(self, value: float = 0.0) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.full((8,), value))
+
+
+def test_buffers_of_a_full_checkpoint_are_the_base(tmp_path: Path) -> None:
+    fitted(tmp_path / "full.ckpt", Tabled(3.0), plain=True)
+    t = trainer(tmp_path / "new", [lora(merge=False)])
+    t.validate(model := Tabled(), data(), ckpt_path=tmp_path / "full.ckpt", verbose=False)
+    t.fit(model, data())
+    fit(tmp_path / "new", lora(merge=False), model=Tabled(), ckpt_path=tmp_path / "full.ckpt")
+    assert files_hold_adapters_alone(tmp_path / "new")
 
 
 class Always(Scaled):  # whose setup fills them in each stage
@@ -214,7 +259,9 @@ def test_the_base_alone_computes_with_them(tmp_path: Path) -> None:
 def test_they_are_merged_combined_and_exported_where_they_have_a_place(tmp_path: Path, inner: bool) -> None:
     model = fitted(file := tmp_path / "a.ckpt", Scaled(), lora(merge=False, modules_to_save=None))
     combine_files([file] * 2, tmp_path / "both.safetensors", How("cat", (0.25, 0.75)))
-    torch.testing.assert_close(loads(other(), tmp_path / "both.safetensors")(X), model(X))
+    filled = Scaled()
+    filled.setup("fit")  # as the updates alone are combined
+    torch.testing.assert_close(loads(filled, tmp_path / "both.safetensors")(X), model(X))
     base = Scaled().state_dict()
     if inner:
         base = {f"net.{name}": value for name, value in LitTiny().state_dict().items()}  # has no place for them
@@ -226,9 +273,6 @@ def test_they_are_merged_combined_and_exported_where_they_have_a_place(tmp_path:
         new = other()
         new.load_state_dict(merged)
         torch.testing.assert_close(new(X), model(X))
-    fitted(tmp_path / "c.ckpt", other(), lora(merge=False, modules_to_save=None))
-    with pytest.raises(ll.BaseMismatchError):
-        combine_files([file, tmp_path / "c.ckpt"], tmp_path / "no.safetensors", How("cat", (0.25, 0.75)))
 
 
 class Around(Scaled):  # whose network is a module inside it
