@@ -13,7 +13,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRAWarning, MergePrecisionWarning, load_adapter
 from lightning_lora.storage.formats.lightning import check_readable
@@ -154,6 +154,26 @@ def test_a_second_resume_is_exact_as_the_guide_says(tmp_path: Path, cls: type[Li
         assert same(once, expected)
         for second in again:
             assert same(run(tmp_path / file.stem / second.stem, second)[0], expected)
+
+
+class Draws(WarmsUp):  # new data for each epoch
+    def train_dataloader(self) -> Any:
+        index = torch.randint(20, (16,), generator=torch.Generator().manual_seed(self.current_epoch))
+        return DataLoader(TensorDataset(index, index % 4), batch_size=4, shuffle=True)
+
+
+@exact
+@pytest.mark.parametrize("file", [0, 1])
+def test_data_that_are_drawn_for_each_epoch_resume_as_the_guide_says(tmp_path: Path, file: int) -> None:
+    def run(folder: Path, file: Path | None = None) -> dict[str, Any]:
+        saves = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+        torch.manual_seed(5 if file is None else 6)
+        t = trainer(tmp_path, [lora(dropout=0.3), saves], max_epochs=4, reload_dataloaders_every_n_epochs=1)
+        t.fit(model := Draws(), ckpt_path=file)
+        return state(model)
+
+    expected = run(tmp_path / "through")
+    assert same(run(tmp_path / "resumed", tmp_path / "through" / f"epoch={file}.ckpt"), expected)
 
 
 @needs_averaging
