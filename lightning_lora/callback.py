@@ -1,6 +1,7 @@
 """The plugin: a callback that fine-tunes any LightningModule with LoRA."""
 
 import inspect
+from collections.abc import Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import fields
 from typing import Any, Literal, cast, get_args
@@ -13,7 +14,7 @@ from lightning_lora.argument_names import explains_arguments
 from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import ConfigError, LoRAError
 from lightning_lora.model.adapter_state import AdapterState
-from lightning_lora.model.inject import check_adapted
+from lightning_lora.model.inject import check_adapted, follow_copied
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.sending import make_folder
 from lightning_lora.model.state import find_record
@@ -24,10 +25,10 @@ from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
 from lightning_lora.training.advice import advise, advise_rates, log_arguments, shown_rates, tell_of_new
-from lightning_lora.training.gradients import gradients_pass
+from lightning_lora.training.gradients import Feeding, gradients_pass
 from lightning_lora.training.merging import check_arguments, check_weights, load_best, send_record
-from lightning_lora.training.optimizers import check_frozen
-from lightning_lora.training.randomness import RANDOM, random_states, restore_random_state
+from lightning_lora.training.optimizers import check_frozen, leave_unfed
+from lightning_lora.training.randomness import RANDOM, Resumed, random_states
 from lightning_lora.training.rates import follow, scales_of
 from lightning_lora.training.stage import Phase, Stage, is_merged, receive_record
 from lightning_lora.training.strategies import overlay_strategy
@@ -49,6 +50,9 @@ class LoRACallback(Callback):
     Arguments that are not given are taken from the checkpoint that a Trainer loads (``ckpt_path``), or from adapters
     that the module has. So ``LoRACallback()`` is enough to evaluate one. From a command line, which gives all, those
     at their defaults are taken.
+
+    A network that you froze, or gave to no optimizer, stays as it is where others train, unless what trains is only a
+    head over it. A frozen copy of a network that trains follows it. ``target_modules`` adapts whatever it names.
 
     The running statistics of norms are frozen too, unless ``modules_to_save`` names the norms. EMA and SWA average only
     the adapters and other weights that train. ``BaseFinetuning`` and ``ModelPruning`` change the base, so they raise an
@@ -90,7 +94,6 @@ class LoRACallback(Callback):
             ``{"A": 10, "B": 160}`` is LoRA+, as is PEFT's ``loraplus_lr_ratio=16`` beside ``lr_scale=10``.
         name: The adapter's name. Others that the module has rest meanwhile, and never change: this one alone is
             trained, stored and merged. If it is not given, it is that of the module's active adapter.
-        pack_base: Has no effect. It is accepted so that older configuration files load.
 
     Raises:
         ConfigError: an argument has an invalid value.
@@ -115,6 +118,7 @@ class LoRACallback(Callback):
 
     given: frozenset[str]  # the names of the arguments that the user gave
     _gradients: Any = None  # in training
+    _feeding: Any = None
 
     def __init__(
         self,
@@ -139,7 +143,6 @@ class LoRACallback(Callback):
         save: Save = "adapters",
         lr_scale: float | dict[str, float] = 1,
         name: str = "default",
-        pack_base: bool = False,
     ) -> None:
         arguments = locals()
         if merge is not False and merge not in ("last", "best"):
@@ -168,7 +171,7 @@ class LoRACallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the arguments alone, as plain types: some modules have their callbacks as hyperparameters in files."""
-        added = ("_stage", "_gradients", "_training", "log", "log_dict")  # the last two by Lightning
+        added = ("_stage", "_gradients", "_feeding", "_training", "log", "log_dict")  # the last two by Lightning
         kept = {name: value for name, value in vars(self).items() if name not in added}
         return {**kept, "config": self.config.to_dict(), "given": sorted(self.given)}
 
@@ -247,19 +250,24 @@ class LoRACallback(Callback):
         self._stage.phase = Phase.TRAINING
         view = view_of(pl_module)
         view.follow_base()  # hooks may have loaded the base late
+        follow_copied(view, view.layers.keys() - view.recorded)  # or copied networks
+        view.adapter.set_layers(view.layers)
         view.adapter.was_trained()
         compatibility.share_base(compatibility.callbacks_of(trainer), pl_module)
         self._gradients = self._training.enter_context(closing(cast(LoRAStrategy, trainer.strategy).lora_gradients()))
+        self._feeding = self._training.enter_context(closing(Feeding(pl_module)))
         self._training.enter_context(gradients_pass(find_record(pl_module)))
-        restore_random_state(trainer, self._stage.resumed)  # now, as on_fit_start of other code may draw or seed
-        self._stage.resumed = {}
+        if self._stage.resumed:
+            self._stage.resumed.begin_training()
+            self._stage.resumed = None
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep frozen weights frozen. Under DDP, give unused adapters a zero gradient."""
         self._gradients.end_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Check what the optimizer trains: adapters, and no frozen weight."""
+        """Check what the optimizer trains: adapters, and no frozen weight, nor a network that stands still."""
+        leave_unfed(trainer, pl_module, self._feeding, self._gradients)
         check_frozen(pl_module, optimizer)
         follow(optimizer)
         self._gradients.check(optimizer)
@@ -274,7 +282,7 @@ class LoRACallback(Callback):
 
     def _end_training(self) -> None:
         self._training.close()
-        self._gradients = None
+        self._gradients = self._feeding = None
         self._stage.dropout.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -327,7 +335,9 @@ class LoRACallback(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the stored random states until training starts."""
-        self._stage.resumed = {RANDOM: checkpoint.get(RANDOM), "loops": checkpoint.get("loops")}
+        if self._stage.is_fit and isinstance(checkpoint.get(RANDOM), Mapping):
+            self._stage.resumed = Resumed(trainer, checkpoint[RANDOM])
+            self._training.callback(self._stage.resumed.close)
 
 
 compatibility.join_other_package(LoRACallback)

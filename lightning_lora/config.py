@@ -154,7 +154,15 @@ class LoRAConfig:
         default = LoRAConfig()
         names = [field.name for field in dataclasses.fields(self)]
         left = [name for name in names if name not in given and getattr(self, name) == getattr(default, name)]
-        return dataclasses.replace(self, **{name: getattr(stored, name) for name in left})
+        taken = dataclasses.replace(self, **{name: getattr(stored, name) for name in left})
+        return taken.excluding(stored.exclude_modules) if taken.target_modules == stored.target_modules else taken
+
+    def excluding(self, pattern: str | Sequence[str] | None) -> "LoRAConfig":
+        """Leave out what another pattern for ``exclude_modules`` matches, too."""
+        own, other = map(_as_expression, (self.exclude_modules, pattern))
+        if f"|{other}|" in f"||{own}|":
+            return self
+        return dataclasses.replace(self, exclude_modules=other if f"|{own}|" in f"||{other}|" else f"{own}|{other}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the arguments as plain types, which every file can hold.
@@ -181,6 +189,11 @@ class LoRAConfig:
                 "written them: update the package, or remove them."
             )
         return cls(**{name: value for name, value in arguments.items() if name not in _DROPPED})
+
+
+def _as_expression(pattern: str | Sequence[str] | None) -> str:
+    """The same pattern as an expression."""
+    return pattern if isinstance(pattern, str) else "|".join(rf"(.*\.)?{re.escape(name)}" for name in pattern or ())
 
 
 def matches(entry: str, name: str) -> bool:

@@ -67,7 +67,7 @@ class LoRASummary:
     def table(
         self, *, trained_only: bool = False, optimizers: Sequence[Optimizer] = (), rates: Sequence[str] = ()
     ) -> Group:
-        """Return a headline, a table and the costs, for rich. With ``trained_only``, what does not train is one row."""
+        """Return a headline, a table and the costs, for rich. With ``trained_only``, of the 15 rows that train most."""
         headline = f"LoRA{self.active}: {self.title} trains {self.share:.2%} of its parameters"
         if self.plain:
             merged = f", with {self.adapters} adapter{'' if self.adapters == 1 else 's'} merged into it{self.active}"
@@ -84,17 +84,19 @@ class LoRASummary:
 
     def _layers(self, trained_only: bool) -> Table:
         table = layer_table("Layers", "Type", "r", "Trained", "Frozen")
-        others = frozen = 0
+        most = sorted(self.groups, key=lambda group: group.trained, reverse=True)[:15]
+        others = trained = frozen = 0
         for group in self.groups:
-            if trained_only and not group.trained:
-                others, frozen = others + group.layers, frozen + group.frozen
+            if trained_only and not (group.trained and group in most):
+                others, trained, frozen = others + group.layers, trained + group.trained, frozen + group.frozen
                 continue
             parts = f" [{','.join(group.parts)}]" if group.parts else ""
             times = f" (×{group.layers})" if group.layers > 1 else ""
             r = "–" if group.r is None else str(group.r)
             table.add_row(Text(group.name + parts + times), group.kind, r, f"{group.trained:,}", f"{group.frozen:,}")
         if others:
-            table.add_row(f"{others} other layer{'s' if others > 1 else ''}", "", "–", "0", f"{frozen:,}")
+            rest = f"{others} other layer{'s' if others > 1 else ''}{': print(summarize(model))' if trained else ''}"
+            table.add_row(rest, "", "–", f"{trained:,}", f"{frozen:,}")
         table.add_section()
         table.add_row("Total", "", "", f"{self.trained:,}", f"{self.frozen:,}", style="bold")
         return table

@@ -9,7 +9,7 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_lora import LoRACallback, LoRAConfig
+from lightning_lora import LoRACallback
 from tests.support.models import LitTiny, data, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's, about LightningCLI
@@ -90,13 +90,6 @@ def test_a_scale_of_rates_is_a_flag_and_in_yaml(tmp_path: Path, scale: Any) -> N
         assert callback_of(cli).lr_scale == scale
         rates = [group["lr"] / 0.045 for group in cli.trainer.optimizers[0].param_groups]
         assert rates == pytest.approx([1, *(scale.values() if isinstance(scale, dict) else [scale])])
-
-
-def test_a_config_and_a_file_of_earlier_versions_load(tmp_path: Path) -> None:
-    callback = {"class_path": "lightning_lora.LoRACallback", "init_args": {"r": 2, "pack_base": True}}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
-    cli = run(tmp_path, "fit", *OPTIMIZER, f"--config={tmp_path / 'config.yaml'}")
-    assert callback_of(cli).config == LoRAConfig.from_dict({"r": 2, "pack_base": True}) == LoRAConfig(r=2)
 
 
 def test_cli_built_optimizer_trains_in_two_fits(tmp_path: Path) -> None:

@@ -85,6 +85,10 @@ def test_config_survives_plain_types_and_keeps_no_reference_to_its_arguments() -
         LoRAConfig.from_dict({"r": 8, "rank": 8})
 
 
+def test_arguments_of_earlier_versions_in_a_file_have_no_effect() -> None:
+    assert LoRAConfig.from_dict({"r": 2, "pack_base": True}) == LoRAConfig(r=2)
+
+
 HINTS = {
     "lora_alpha": "it is alpha here", "lora_dropout": "it is dropout here", "init_lora_weights": "it is init here",
     "inference_mode": "leave it out", "layers_to_transform": "give target_modules", "rank": "it is r here",
@@ -92,7 +96,7 @@ HINTS = {
     "target_layers": "it is target_modules here", "target_module": "nearest names: target_modules",
     "module_to_save": "nearest names: modules_to_save", "dora": "nearest names: use_dora",
     "rslora": "nearest names: use_rslora", "learning_rate": "your configure_optimizers sets it",
-    "foo": "no name is like it",
+    "pack_base": "leave it out", "foo": "no name is like it",
 }  # fmt: skip
 
 
@@ -116,7 +120,7 @@ def test_hints_leave_signatures_as_they_are_written() -> None:
     for cls in (LoRAConfig, LoRACallback):
         parameters = inspect.signature(cls).parameters
         assert parameters["alpha"].default == 8 and "kwargs" not in parameters
-        assert not parameters.keys() & ELSEWHERE.keys() - {"merge", "save", "lr_scale", "name", "pack_base"}
+        assert not parameters.keys() & ELSEWHERE.keys() - {"merge", "save", "lr_scale", "name"}
     assert dataclasses.replace(LoRAConfig(r=2), alpha=4) == LoRAConfig(r=2, alpha=4)
 
 

@@ -179,7 +179,7 @@ def test_commands_of_the_page_run(here: Path, capsys: pytest.CaptureFixture[str]
         randomise(model, seed)
         save_adapter(model, f"{name}.safetensors")
     lines = [line for line in commands("command-line") if line.startswith("lightning-lora")]
-    assert len(lines) == 7
+    assert len(lines) == 6
     for line in lines:
         assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
     assert {path.stem for path in here.iterdir()} >= {"merged", "both", "small", "peft_folder"}

@@ -133,6 +133,17 @@ def test_rows_fit_and_hold_whole_names_at_any_width(width: int) -> None:
     assert "network.heads.21otherlayer" in names and "1,536" in "".join(lines)
 
 
+def test_a_fit_shows_the_fifteen_rows_that_train_most_and_counts_the_others() -> None:
+    model = nn.ModuleDict({f"layer_{chr(97 + i)}": nn.Linear(8, 4 + i) for i in range(20)} | {"norm": nn.LayerNorm(8)})
+    inject_adapters(model, LoRAConfig(r=2))
+    summary, shown = summarize(model), printed(summarize(model), 120, trained_only=True)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
+    assert [row[0] for row in rows[:15]] == [f"layer_{chr(97 + i)}" for i in range(5, 20)]
+    trained, frozen = sum(2 * (8 + 4 + i) for i in range(5)), sum(9 * (4 + i) for i in range(5)) + 16
+    assert rows[15] == ["6 other layers: print(summarize(model))", "", "–", f"{trained}", f"{frozen}"]
+    assert rows[16][0] == "Total" and all(group.name in str(summary) for group in summary.groups)
+
+
 def test_a_log_file_gets_whole_names_and_a_terminal_its_own_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     long = ("network_inside", "encoder_of_this_network", "a_rather_long_name_of_a_part_of_a_model")

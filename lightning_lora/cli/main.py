@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from lightning_lora.cli import combine, compare, export, inspect, merge
+from lightning_lora.cli import combine, export, inspect, merge
 from lightning_lora.errors import LoRAError, LoRAWarning
 from lightning_lora.tables import printable
 
-_COMMANDS = (inspect, merge, export, compare, combine)  # the docstring of each is its help
+_COMMANDS = (inspect, merge, export, combine)  # the docstring of each is its help
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -57,16 +57,7 @@ def subspace_similarity(one: Tensor, other: Tensor) -> Tensor:
 
 def norm(update: Factors | Tensor) -> Tensor:
     r"""Return the Frobenius norm, (\*), of B A, from products of r x r, or of a whole matrix."""
-    square = update.square().sum((-2, -1)) if isinstance(update, Tensor) else _inner(update, update).clamp_min(0)
-    return square.sqrt()
-
-
-def cosine(one: Factors, other: Factors) -> Tensor:
-    """Return the cosine of the angle between two updates, without their scaling; 0 if one is zero."""
-    product, norms = _inner(one, other), norm(one) * norm(other)
-    return torch.where(norms > 0, product / norms.clamp_min(torch.finfo(norms.dtype).tiny), 0)
-
-
-def _inner(one: Factors, other: Factors) -> Tensor:
-    (a1, b1), (a2, b2) = (tuple(map(precise, update)) for update in (one, other))
-    return ((b2.mT @ b1).mT * (a1 @ a2.mT)).sum((-2, -1))
+    if isinstance(update, Tensor):
+        return update.square().sum((-2, -1)).sqrt()
+    a, b = map(precise, update)
+    return ((b.mT @ b) * (a @ a.mT)).sum((-2, -1)).clamp_min(0).sqrt()

@@ -1,6 +1,7 @@
 """The base class of all adapted layers."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial, reduce
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.inplace import overlay, uncover
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.shards import distributed_as, full_tensor, is_dtensor, to_local, without_dtensor
-from lightning_lora.tensors.values import replace_values
+from lightning_lora.tensors.values import replace_values, set_requires_grad
 
 HAS_UPDATE = "has_lora_update"
 """A note on a layer in a state dict, beside torch's own: an update is merged into its weights."""
@@ -165,7 +166,20 @@ class LoRALayer(LayerKind):
 
     def lora_trained(self) -> list[nn.Parameter]:
         """Return the adapter's trainable parameters."""
-        return [own_parameter(self, name) for name, about in self.lora_roles().items() if about.role.trains]
+        roles = {} if self.lora_settings.follows else self.lora_roles()
+        return [own_parameter(self, name) for name, about in roles.items() if about.role.trains]
+
+    def lora_follow(self, original: "LoRALayer | None") -> None:
+        """Follow another layer, or no other. An update that is zero gets the values of that layer's."""
+        self.lora_settings = replace(self.lora_settings, follows=original is not None)
+        for p in self.lora_trained() if original is None else self.lora_parameters().values():
+            set_requires_grad(p, original is None)
+            p.grad = None
+        if original is not None and self.lora_is_fresh() and original.lora_is_fresh():
+            for name, p in original.lora_parameters().items():
+                own = own_parameter(self, name)
+                replace_values(own, p.data.to(own, copy=True))
+                self.lora_init_digests |= {key: n for key, n in original.lora_init_digests.items() if key == name}
 
     def lora_detach(self) -> Adapter:
         """Remove the adapter from the layer, which has its class and its state dict keys of before again."""

@@ -2,17 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from operator import attrgetter, is_
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import ConfigError
-from lightning_lora.layers import Adapter, attributes_of
+from lightning_lora.layers import Adapter
+from lightning_lora.targets.networks import Networks
 from lightning_lora.tensors.values import Seen, copy_to_host
-
-form = attrgetter("shape", "dtype", "device")
 
 
 @dataclass
@@ -23,6 +21,9 @@ class AdapterState:
     name: str = "default"
     layers: tuple[str, ...] = ()
     """The layers that have it, or had it."""
+
+    networks: Networks = field(default_factory=Networks)
+    """What it was for, as found when it was added."""
 
     originals: dict[str, Tensor] = field(default_factory=dict)
     """The base's values of everything besides the adapter that training may change: modules trained in full, biases,
@@ -46,9 +47,6 @@ class AdapterState:
     own: dict[str, Tensor] = field(default_factory=dict)
     """While another one is active: the parameters and buffers that the model had in place of :attr:`originals`."""
 
-    contents: "Contents | None" = None
-    """What the modules held when it was last put on, with which a later switch is faster."""
-
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ConfigError(f"name={self.name!r} is not valid. Expected a string that is not empty.")
@@ -60,6 +58,10 @@ class AdapterState:
     def set_layers(self, layers: Iterable[str]) -> None:
         """It is on these layers, and on no others."""
         self.layers = tuple(layers)
+
+    def set_networks(self, networks: Networks) -> None:
+        """The model's networks are these."""
+        self.networks = networks
 
     def set_untrained(self, names: Iterable[str]) -> None:
         """These frozen weights look untrained: files hold them."""
@@ -76,40 +78,6 @@ class AdapterState:
     def set_base_values(self, values: Mapping[str, Tensor]) -> None:
         """These are the base's values, whatever the model holds now."""
         self.originals = {**self.originals, **{name: copy_to_host(value) for name, value in values.items()}}
-
-
-class Contents:
-    """What the modules of a model hold while an adapter is on it. To put that back takes no walk through the model."""
-
-    def __init__(self, modules: Mapping[str, nn.Module], adapter: AdapterState) -> None:
-        self.resting, self.own, self.originals = adapter.resting, adapter.own, adapter.originals
-        self.classes = {module: type(module) for module in modules.values()}
-        entries = list[tuple[dict[str, Any], str, Any]]()  # of a dict: this key has this value
-        for name, each in adapter.resting.items():
-            entries += [(vars(modules[name]), key, value) for key, value in attributes_of(each).items()]
-        for module in self.classes:
-            for held in (module._parameters, module._buffers, module._modules):
-                entries += [(held, key, value) for key, value in held.items()]
-        self.dicts, self.keys, self.values = zip(*entries, strict=True)
-        self.tensors = [value for value in self.values if isinstance(value, Tensor)]
-        self.forms = list(map(form, self.tensors))
-
-    def is_current(self, adapter: AdapterState) -> bool:
-        """Whether the modules hold this now, with the same originals, devices and dtypes."""
-        is_same = all(map(is_, map(dict.get, self.dicts, self.keys), self.values))
-        return is_same and adapter.originals is self.originals and self.forms == list(map(form, self.tensors))
-
-    def fits(self, other: "Contents") -> bool:
-        """Whether it differs from what the modules hold with another adapter in values alone."""
-        return (self.classes, self.keys) == (other.classes, other.keys)
-
-    def put_back(self) -> None:
-        """Let the modules hold this again."""
-        for held, key, value in zip(self.dicts, self.keys, self.values, strict=True):
-            held[key] = value
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()  # it is about the objects of one model: a copy has none
 
 
 @dataclass

@@ -149,8 +149,9 @@ def freeze(view: View) -> None:
     for name, parameter in view.base.items():
         set_requires_grad(parameter, name in view.trained and _can_train(parameter))
     for layer in view.layers.values():
-        for parameter in layer.lora_trained():  # other code may have frozen them
-            set_requires_grad(parameter, True)
+        trained = set(layer.lora_trained())
+        for parameter in layer.lora_parameters().values():  # other code may have frozen them, or thawed a copy's
+            set_requires_grad(parameter, parameter in trained)
     freeze_norms(view.modules.values(), view.saved)
 
 

@@ -29,6 +29,11 @@ class Fresh:
     adapted: tuple[str, ...]  # the adapted layers, if all of them look untrained
     share: float  # their share of the weights of all layers that were looked at
 
+    @property
+    def new(self) -> tuple[str, ...]:
+        """The modules that look untrained, unless most of the model does."""
+        return () if self.share > MOST else self.random
+
 
 def find_fresh(view: View) -> Fresh:
     """Find the layers that look untrained. Embeddings, and what the user froze, count only in the share."""
@@ -55,8 +60,7 @@ def find_fresh(view: View) -> Fresh:
 def random_weights(view: View, found: Fresh | None = None) -> tuple[str, ...]:
     """Return the frozen weights that look untrained, unless most of the model does. Collective for a sharded model."""
     if view.adapter.random is None:
-        found = found or find_fresh(view)
-        modules = () if found.share > MOST else found.random
+        modules = (found or find_fresh(view)).new
         inside = [any(name.startswith(f"{module}.") for module in modules) for name in view.frozen]
         inside = agreed(inside, list(view.frozen.values()))
         view.adapter.set_untrained(name for name, is_random in zip(view.frozen, inside, strict=True) if is_random)

@@ -1,8 +1,9 @@
 """Add adapters to a model in place, and remove them."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping, Set
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -10,15 +11,18 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.errors import AdapterMismatchError, AdapterStateError, ConfigError, listed
-from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, Settings, new_adapter
+from lightning_lora.errors import AdapterMismatchError, AdapterStateError, ConfigError, TargetError, listed, warn
+from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, LoRAParameters, LoRATokens, Settings, new_adapter
 from lightning_lora.model import attach, state
+from lightning_lora.model.fresh import find_fresh
 from lightning_lora.model.sending import delete_sent
 from lightning_lora.model.switch import check_known, check_switchable, set_adapter, show
 from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
+from lightning_lora.targets.lookup import AUTOMATIC, Names
+from lightning_lora.targets.networks import Networks, find_copies, find_networks, is_inside
 from lightning_lora.targets.select import Choice, select
 from lightning_lora.tensors.inplace import combined
-from lightning_lora.tensors.names import submodule
+from lightning_lora.tensors.names import owner_of, starts_of, submodule
 
 
 def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "default") -> tuple[str, ...]:
@@ -61,26 +65,53 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
         raise ConfigError(
             f"inject_adapters got ({type(model).__name__}, {type(config).__name__}). Expected (nn.Module, LoRAConfig)."
         )
+    names = inject(model, config, name=name)
+    if still := state.record_of(model).adapter.networks.still:
+        warn(left_still(still, type(model).__name__))
+    return names
+
+
+def left_still(still: Collection[str], title: str) -> str:
+    """Return what is said of networks that get no adapters."""
+    return (
+        f"No adapter for {listed(still)} of {title}: it is frozen, or in no optimizer, and other networks train beside "
+        "it. So it stays as it is. To adapt it too, let it train, or name its layers in target_modules."
+    )
+
+
+def inject(model: nn.Module, config: LoRAConfig, *, name: str = "default", finds: bool = True) -> tuple[str, ...]:
+    """Adapt as :func:`inject_adapters` does. Without ``finds``, ``config`` says which networks stand still."""
     record = state.find_record(model) and state.record_of(model)  # raises an error if the base is shown
     if record and not record.is_merged:
         with show(model, name, config) as undo:
-            names = _inject(model, config, name)
+            names = _inject(model, config, name, finds)
             undo.pop_all()
             return names
     if record and record.others:
-        check_switchable(model)
-    return _inject(model, config, name)
+        check_switchable(View(model))
+    return _inject(model, config, name, finds)
 
 
-def _inject(model: nn.Module, config: LoRAConfig, name: str) -> tuple[str, ...]:
+def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tuple[str, ...]:
     before = View(model, config)
     if others := [name for name, each in before.modules.items() if type(each).__module__.startswith("peft.")]:
         raise AdapterStateError(
             f"{type(model).__name__} has PEFT's adapters: {listed(others)}. Call PEFT's merge_and_unload() first."
         )
     choices = select(model, config)
-    if resized := [n for n, layer in before.layers.items() if layer.lora_is_resized() and layer.lora_is_fresh()]:
-        attach.detach_adapters(before, resized)
+    kinds = {name: choice.kind for name, choice in choices.items()}
+    found = _networks(before, kinds, {before.base[name] for name in before.frozen_by_user}, finds=finds)
+    config = config.excluding("|".join(map(re.escape, found.left)))
+    choices = {name: choice for name, choice in choices.items() if not is_inside(name, found.left)}
+    if not choices:
+        raise TargetError(
+            f"{left_still(found.still, type(model).__name__)} Nothing else is targeted by "
+            f"{config.target_modules!r}: what trains has no layers of that kind."
+        )
+    loose = [n for n, layer in before.layers.items() if layer.lora_is_resized() and layer.lora_is_fresh()]
+    loose += [n for n in before.layers if n not in choices and (n not in before.recorded or is_inside(n, found.left))]
+    if loose:
+        attach.detach_adapters(before, loose)
         before = View(model, config)
     _check_same(before, choices)
     adapters = _new_adapters(choices)
@@ -88,14 +119,82 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str) -> tuple[str, ...]:
         _check_not_parallel(model)
     with attach.undone_on_error(before):
         record = state.begin_record(model, config, name)
+        record.adapter.set_networks(found)
         attach.attach_adapters(model, adapters)
         view = View(model)
         view.follow_base()
+        follow_originals(view)
         attach.freeze(view)
         record.adapter.set_layers(view.layers)
         if adapters or view.is_fresh():  # later, trained values would be taken for the base's
             keep_originals(view)
     return tuple(choices)
+
+
+def _networks(view: View, kinds: Mapping[str, Any], still: Set[nn.Parameter], *, finds: bool = True) -> Networks:
+    """What layers are for. Who names a layer wants an adapter there, and an adapter that has learned stays."""
+    copies = find_copies(view.modules, view.base, kinds.keys(), still)
+    if not still or not finds or view.config.target_modules not in AUTOMATIC:
+        return Networks(copies=copies)
+    layers = {name for name, kind in kinds.items() if not issubclass(kind, LoRAParameters | LoRATokens)}
+    layers -= {name for name, layer in view.layers.items() if not layer.lora_is_fresh()}
+    names = Names(view.model)
+    beside = names.find("exclude_modules", view.config.exclude_modules)
+    beside += names.find("modules_to_save", view.config.modules_to_save)
+    return find_networks(
+        view.modules, view.base, layers, still, beside=beside, copies=copies, untrained=lambda: find_fresh(view).new
+    )
+
+
+def settle(model: nn.Module, still: Set[nn.Parameter]) -> None:
+    """Find networks that stand still because nothing trains these parameters. Remove their adapters."""
+    view = view_of(model)
+    kinds = {name: layer.overlaid[0] for name, layer in view.layers.items() if not layer.lora_settings.follows}
+    found = _networks(view, kinds, still)
+    known = view.adapter.networks
+    below = tuple(dict.fromkeys((*known.below, *found.below)))
+    view.adapter.set_networks(replace(known, below=below, copies={**known.copies, **found.copies}))
+    leave_alone(model, found.still)
+    follow_originals(view_of(model))
+
+
+def leave_alone(model: nn.Module, still: Collection[str]) -> None:
+    """Remove the adapters of networks for good: the configuration excludes them from now on."""
+    view = view_of(model)
+    adapter, known = view.adapter, view.adapter.networks
+    below = tuple(name for name in known.below if name not in still)
+    now = replace(known, still=(*known.still, *still), below=below)
+    off = [name for name in view.layers if is_inside(name, now.left)]
+    if not off:
+        return
+    if len(off) == len(view.layers):
+        raise TargetError(f"{left_still(still, type(model).__name__)} No other layer has an adapter.")
+    attach.detach_adapters(view, off)
+    view = View(model)
+    adapter.config = adapter.config.excluding("|".join(map(re.escape, now.left)))
+    adapter.set_layers(view.layers)
+    adapter.set_networks(now)
+    attach.freeze(view)
+
+
+def follow_copied(view: View, idle: Set[str]) -> set[str]:
+    """Let those of these layers that copy a network with others follow it. Return the others."""
+    if not idle:
+        return set()
+    busy = set[str]().union(*map(starts_of, view.layers.keys() - idle))
+    still = {p for name, p in view.base.items() if owner_of(name) not in busy}
+    copies, known = find_copies(view.modules, view.base, view.layers.keys(), still), view.adapter.networks
+    view.adapter.set_networks(replace(known, copies={**known.copies, **copies}))
+    follow_originals(view)
+    return {name for name in idle if not is_inside(name, copies)}
+
+
+def follow_originals(view: View) -> None:
+    """Let the adapters of copies follow those of their originals, with the same values before they train."""
+    for name, layer in view.layers.items():
+        original = view.layers.get(view.adapter.networks.original_of(name) or "")
+        if original is not None or (layer.lora_settings.follows and not view.adapter.is_trained):
+            layer.lora_follow(original)
 
 
 def _check_not_parallel(model: nn.Module) -> None:
@@ -220,7 +319,7 @@ def _check_same_trained(view: View, prefix: str) -> None:
 def _about(settings: Settings, parts: tuple[AdaptedMatrix, ...]) -> dict[str, Any]:
     """An adapter's settings and matrices, by the names of the arguments that set them."""
     names = {"scaling": "alpha / r", "autocast_dtype": "autocast_adapter_dtype"}
-    named = {names.get(name, name): value for name, value in asdict(settings).items()}
+    named = {names.get(name, name): value for name, value in asdict(settings).items() if name != "follows"}
     if not settings.inits_from_base:
         del named["init"]  # otherwise it makes no difference later
     own = [(m.name or m.weight, m.first, m.reads, m.writes, *filter(None, (m.r, m.scaling, m.tokens))) for m in parts]

@@ -19,7 +19,7 @@ from lightning_lora.layers.matrices import weight_factors
 from lightning_lora.layers.recurrent import LoRARecurrent
 from lightning_lora.model.attach import inference_path
 from lightning_lora.model.state import record_of
-from lightning_lora.model.switch import adapters_of, check_known, check_switchable, set_adapter
+from lightning_lora.model.switch import adapters_of, check_known, check_switchable, follow_model
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.inplace import combined
 from lightning_lora.tensors.names import named_modules, owner_of, starts_of
@@ -77,11 +77,10 @@ class _Block(ExitStack):
         return "<adapter_names: it acts inside a with block>"
 
     def __enter__(self) -> "_Block":
-        check_switchable(self.model)
-        for name in record_of(self.model).others.keys() & set(self.names):
-            with set_adapter(self.model, name):  # it follows the model to its device and dtype
-                pass
         view, forwards = view_of(self.model), list[tuple[nn.Module, str, Any]]()
+        check_switchable(view)
+        for name in view.record.others.keys() & set(self.names):
+            follow_model(view, view.record.others[name])
         used = {name: adapters_of(self.model, name) for name in (view.adapter.name, *self.names) if name}
         values, modules = _own_values(view, used), named_modules(view.model)
         changed = set(chain.from_iterable(used.values()))

@@ -4,7 +4,6 @@ Only this module writes it: the others say what has happened. All keys in it are
 """
 
 import copy
-import gc
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import AdaptedMatrix, Adapter, Role, Settings, Step
 from lightning_lora.model import sending
 from lightning_lora.model.adapter_state import AdapterState, Merge
+from lightning_lora.targets.networks import Networks
 from lightning_lora.tensors.digests import digest, digests, digests_as
 from lightning_lora.tensors.names import join, named_modules, named_parameters, plain_module, submodule
 from lightning_lora.tensors.shards import agreed, is_dtensor, reshard
@@ -295,7 +295,12 @@ def record_of(model: nn.Module) -> Record:
     record = find_record(model) or receive(model)
     title = type(plain_module(model)).__name__
     if record is None:
-        raise AdapterStateError(f"{title} has no adapters{_instead(model)}")
+        if inner := next(iter(_inner_records(model)), None):
+            raise AdapterStateError(f"{title} has no adapters. They are in its {inner!r}: pass that module.")
+        raise AdapterStateError(
+            f"{title} has no adapters. Call inject_adapters, or load_adapter. If it is part of a model that was "
+            "trained, pass that model (after a fit: trainer.lightning_module)."
+        )
     if record.is_disabled:
         raise AdapterStateError(
             f"{title} shows its base now. Call set_adapter(model, {record.adapter.name!r}) first. (In a block of "
@@ -304,24 +309,9 @@ def record_of(model: nn.Module) -> Record:
     return record
 
 
-def _instead(model: nn.Module) -> str:
-    """Where the adapters of a model without a record are: in a module inside it, or kept by a module around it."""
-    inner = next(iter(_inner_records(model)), None)
-    if inner:
-        return f". They are in its {inner!r}: pass that module."
-    for each in gc.get_objects():  # a module does not know what is around it
-        if issubclass(type(each), nn.Module) and (record := vars(each).get(_ATTRIBUTE)) is not None:
-            names = (name for name, module in named_modules(each).items() if module is plain_module(model))
-            name = next(names, None)
-            if name and any(f"{layer}.".startswith(f"{name}.") for layer in record.adapter.layers):
-                around = f"{type(each).__name__}, in which it is {name!r}"
-                return f" of its own. {around}, keeps them: pass that module. (After a fit, trainer.lightning_module.)"
-    return ". Call inject_adapters and train it, or load_adapter."
-
-
 # To another process
 
-sending.allow(Record, AdapterState, Merge, Reading, Seen)
+sending.allow(Record, AdapterState, Merge, Networks, Reading, Seen)
 sending.allow(Adapter, AdaptedMatrix, Settings, Step, LoRAConfig, Role, frozenset)
 
 
@@ -331,9 +321,9 @@ def send(model: nn.Module) -> None:
     assert record.merge is not None
     others = {}
     for name, other in record.others.items():
-        others[name] = replace(other, resting=sending.without_classes(other.resting), contents=None)
+        others[name] = replace(other, resting=sending.without_classes(other.resting))
     merge = replace(record.merge, adapters=sending.without_classes(record.merged))
-    sent = replace(record, adapter=replace(record.adapter, contents=None), merge=merge, others=others)
+    sent = replace(record, merge=merge, others=others)
     sending.send(sent, {name: digest(parameters[name]) for name in record.merge.weights})
 
 

@@ -13,7 +13,8 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries
 from lightning_lora.model.adapter_state import AdapterState
-from lightning_lora.model.state import Record, find_record, record_of
+from lightning_lora.model.state import Record, find_record, record_of, records_in
+from lightning_lora.targets.networks import is_inside
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import join, named_modules, own_parameter, parameters_of, plain_module, submodule
@@ -80,6 +81,12 @@ class View:
         return {name: layer for layer, name in layers.items()}
 
     @cached_property
+    def recorded(self) -> set[str]:
+        """The layers that a record knows of: not those that other code has copied with their adapters since."""
+        records = records_in(self.modules)
+        return {join(prefix, name) for prefix, record in records.items() for name in record.adapter.layers}
+
+    @cached_property
     def matrices(self) -> dict[str, tuple[AdaptedMatrix, ...]]:
         """The adapted matrices of each layer, merged or not."""
         merged = self.record.merged if self.is_merged else {}
@@ -133,13 +140,14 @@ class View:
 
     @cached_property
     def trained(self) -> dict[str, nn.Parameter]:
-        """The base's parameters that train: those of modules trained in full, and biases."""
+        """The base's parameters that train: those of modules trained in full, and biases. Those of copies follow."""
         if not self.config.modules_to_save and self.config.bias == "none":
             return {}
         trained = {id(p) for module in self.saved for p in module.parameters()}
         trained |= {id(p) for name, p in self.base.items() if self.config.is_saved(name)}
         trained |= set(map(id, self._biases()))
-        return {name: p for name, p in self.base.items() if id(p) in trained}
+        copies = self.adapter.networks.copies if self.is_adapted else ()
+        return {name: p for name, p in self.base.items() if id(p) in trained and not is_inside(name, copies)}
 
     def _biases(self) -> Iterator[nn.Parameter]:
         """The biases that train. ``"lora_only"`` means those of adapted layers, also inside an attention."""
@@ -158,10 +166,14 @@ class View:
     @cached_property
     def frozen_by_user(self) -> set[str]:
         """The parameters that the user froze. If all are frozen, that says nothing about a single one: none."""
-        flags = self.record.requires_grad
+        flags = self._record.requires_grad if self._record and not self.is_merged else {}
         base = {name: p for name, p in self.base.items() if type(p) is nn.Parameter or is_dtensor(p)}
         plain = [name for name, p in base.items() if p.is_floating_point()]
-        frozen = {name for name in plain if not flags.get(name, True)}
+        copied = set[str]()  # with adapters, from layers whose base was frozen already
+        for name, layer in self.layers.items():
+            if name not in self.recorded and any(p.requires_grad for p in layer.lora_parameters().values()):
+                copied.update(join(name, weight) for weight in layer.lora_weights())
+        frozen = {n for n in plain if n not in copied and not flags.get(n, base[n].requires_grad)}
         return frozen if len(frozen) < len(plain) else set()
 
     # Values

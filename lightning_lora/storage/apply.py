@@ -15,7 +15,7 @@ from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMi
 from lightning_lora.layers import FROM_BASE, LoRALayer
 from lightning_lora.model.attach import undone_on_error
 from lightning_lora.model.fresh import random_weights
-from lightning_lora.model.inject import inject_adapters
+from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge, unmerge, unmerged
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.state import find_record, keep_record, receive
@@ -49,7 +49,7 @@ def apply(
         stored, is_new = read(view), record is None or not record.adapter.layers
         if is_new:  # no adapters, or only those of a submodule
             known = record.adapter.name if record else name
-            inject_adapters(model, stored.config, name="default" if known is None else known)
+            inject(model, stored.config, name="default" if known is None else known, finds=False)
         view = view_of(model)
         if not stored.base:
             stored = replace(stored, state=_completed(view, stored.state, is_new=is_new))
@@ -174,7 +174,8 @@ def _check_present(view: View, stored: StoredAdapters) -> None:
     if absent:
         raise AdapterMismatchError(
             f"The file does not fit {title}: it holds {listed(absent)}, which {title} does not have. Load it onto the "
-            "model that it was saved from, or one with the same names."
+            "model that it was saved from, or one with the same names. If the module makes them in setup, call "
+            "model.setup('fit') first."
         )
 
 

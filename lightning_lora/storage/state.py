@@ -16,9 +16,9 @@ from lightning_lora.tensors.values import same_bits
 _NOTE_START = "this file holds only adapters"
 
 NOTE = (
-    f"{_NOTE_START}: load it with lightning_lora.load_from_checkpoint(cls, path), or into a model with "
-    "lightning_lora.load_adapter(model, path); or give the Trainer a LoRACallback(); or write files that any code "
-    "loads: LoRACallback(save='model')"
+    f"{_NOTE_START}: build the model as before its training, and call lightning_lora.load_adapter(model, path); or "
+    "lightning_lora.load_from_checkpoint(cls, path), which builds it; or give the Trainer a LoRACallback(); or write "
+    "files that any code loads: LoRACallback(save='model')"
 )
 """An entry of a checkpoint's state, without values. Whoever loads the file as a full one is told this name."""
 

@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 from lightning_lora.config import LoRAConfig, matches_pattern
 from lightning_lora.errors import ConfigError, TargetError, listed, shortened
 from lightning_lora.layers import FROM_BASE, AdaptedMatrix, LoRALayer, LoRAParameters, Settings, adapter_for
-from lightning_lora.targets.lookup import SEE_ALL, Names, supported_types, why_not
+from lightning_lora.targets.lookup import SEE_ALL, Names, own_matrices, supported_types, why_not
 from lightning_lora.tensors.names import join, plain_module
 
 _SHOWN = 5  # the number of layers that an error names
@@ -47,8 +47,9 @@ def check_any(names: Names, config: LoRAConfig, layers: Collection[str], untouch
     """Refuse a selection of no layer."""
     if layers:
         return
-    fit: dict[str, list[str]] = {}
+    fit, held = dict[str, list[str]](), list[str]()
     for name, layer in names.first_names(set(names.modules.values()) - {*untouched}).items():
+        held += own_matrices(name, layer)
         if not why_not(names, name, layer):
             fit.setdefault(type(layer).__name__, []).append(name)
     if config.target_modules == "all-linear" and fit:
@@ -60,6 +61,7 @@ def check_any(names: Names, config: LoRAConfig, layers: Collection[str], untouch
         )
     else:
         hint = f"Expected at least one {supported_types()} layer. Correct target_modules."
+        hint += f" Or adapt matrices of other kinds of layers: target_parameters={names.endings(held)}." if held else ""
     meant = config.to_dict()["target_modules"]
     raise TargetError(
         f"target_modules {meant!r} select no layer of {names.title} beyond those in exclude_modules and "

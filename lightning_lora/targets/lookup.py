@@ -5,10 +5,11 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_lora.errors import TargetError, listed
-from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for
-from lightning_lora.tensors.names import named_modules, own_parameter, parameters_of
+from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for, name_of_kind
+from lightning_lora.tensors.names import join, named_modules, own_parameter, parameters_of
 
 AUTOMATIC = ("all-linear", "all")  # the keywords that ``target_modules`` accepts, besides regular expressions and lists
 
@@ -46,16 +47,10 @@ class Names:
             self.require(argument, {} if found else {pattern: meant})
             return found
         assert isinstance(pattern, tuple)
-        found, missing = [], dict.fromkeys(pattern, meant)
-        entries = set(pattern)
-        for name in known:
-            matching = entries.intersection(_ends_of(name))
-            for entry in matching:
-                missing.pop(entry, None)
-            if matching:
-                found.append(name)
-        self.require(argument, missing)
-        return found
+        matching = {name: {*pattern}.intersection(_ends_of(name)) for name in known}
+        matched = set[str]().union(*matching.values())
+        self.require(argument, {entry: meant for entry in pattern if entry not in matched})
+        return [name for name, entries in matching.items() if entries]
 
     def first_names(self, modules: Collection[nn.Module]) -> dict[str, nn.Module]:
         """Return these modules by the first of their names, in the model's order."""
@@ -64,6 +59,11 @@ class Names:
             if module in modules:
                 first.setdefault(module, name)
         return {name: module for module, name in first.items()}
+
+    def endings(self, parameters: Collection[str]) -> list[str]:
+        """Return a list for ``target_parameters`` that means these: the ends of names, if they mean nothing else."""
+        short = tuple(dict.fromkeys(".".join(name.split(".")[-2:]) for name in parameters))
+        return list(short if {*self.find("target_parameters", short)} == {*parameters} else parameters)
 
     def require(self, argument: str, missing: Mapping[str, Iterable[str]]) -> None:
         """Raise an error if there are entries that match nothing; each comes with the names that it could mean."""
@@ -130,10 +130,10 @@ def why_not(names: Names, name: str, layer: nn.Module) -> str | None:
     if kind is None:
         inside = (f"{name}.{inner}" for inner in named_modules(layer) if inner)
         fit = [inner for inner in inside if not why_not(names, inner, names.modules[inner])]
-        held = [f"{name}.{leaf}" for leaf, p in layer._parameters.items() if p is not None and p.dim() in (2, 3)]
+        held = own_matrices(name, layer)
         layers = f" (layers inside it are: {listed(fit)})" if fit else ""
         parameters = f", but target_parameters can adapt its {listed(held)}" if held else ""
-        return f"a {type(layer).__name__} is not supported{layers}{parameters}"
+        return f"a {class_of(layer)} is not supported{layers}{parameters}"
     outer = name.rpartition(".")[0]
     if is_attention(names.modules.get(outer)):
         return (
@@ -161,12 +161,25 @@ def _why_not_weight(layer: nn.Module, kind: type[LoRALayer]) -> str | None:
 
 
 def is_computed(layer: nn.Module) -> bool:
-    """Whether a weight of a layer is computed from others."""
+    """Whether a weight of a layer is computed from others, or from those that it holds for another layer."""
     kind = adapter_for(layer)
     try:
-        return kind is not None and not kind.lora_matrices_of(layer)
+        return isinstance(layer, ParametrizationList) if kind is None else not kind.lora_matrices_of(layer)
     except AttributeError:  # a weight is not a parameter
         return True
+
+
+def own_matrices(name: str, layer: nn.Module) -> list[str]:
+    """Return the names of what ``target_parameters`` can adapt in a module of no supported kind."""
+    if not name or adapter_for(layer) or is_computed(layer) or type(layer).forward is nn.Module.forward:
+        return []
+    held = {leaf: p for leaf, p in layer._parameters.items() if p is not None and p.is_floating_point()}
+    return [join(name, leaf) for leaf, p in held.items() if p.dim() == 2 or (p.dim() == 3 and len(p) > 1)]
+
+
+def class_of(layer: nn.Module) -> str:
+    """Return the name of a layer's class, with its package if it is not torch's: others have a ``Linear`` too."""
+    return re.sub(r"^torch\.nn\.(\w+\.)*", "", name_of_kind(type(layer)))
 
 
 def supported_types() -> str:

@@ -4,7 +4,6 @@ import difflib
 import hashlib
 import json
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,12 +13,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lora.errors import FreshLayerWarning, LoRAWarning, listed, warn
+from lightning_lora.errors import FreshLayerWarning, LoRAWarning, listed, shortened, warn
 from lightning_lora.layers import adapter_for
 from lightning_lora.model.fresh import MOST, Fresh, find_fresh, random_weights
+from lightning_lora.model.inject import left_still
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.base import rows_of
-from lightning_lora.targets.lookup import AUTOMATIC, COMPUTED, Names, is_computed, why_not
+from lightning_lora.targets.lookup import AUTOMATIC, COMPUTED, Names, class_of, is_computed, own_matrices
+from lightning_lora.targets.networks import is_inside
 from lightning_lora.targets.select import automatic_targets
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import owner_of, starts_of
@@ -31,6 +32,8 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
     view = view_of(model)
     if aloud:
         _warn_of_large_hyperparameters(model, view)
+        if still := view.adapter.networks.still:
+            rank_zero_info(left_still(still, type(model).__name__))
     if not view.is_fresh():  # its adapters are trained already
         return
     fresh = find_fresh(view)
@@ -46,8 +49,11 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
         _warn_of_fresh(view, fresh)
     _warn_of_left_trainable(view, fresh)
     _warn_of_heads(view)
-    _warn_of_left_alone(view)
-    _warn_of_computed(view)
+    left, share = left_alone(view)
+    if left and share > MOST:
+        _warn_of_left_alone(view, left, share)
+    if view.config.target_modules in AUTOMATIC:
+        _warn_of_computed(view, "all" if share > MOST else str(view.config.target_modules))
 
 
 def tell_of_new(model: LightningModule) -> None:
@@ -86,11 +92,16 @@ def _warn_of_fresh(view: View, fresh: Fresh) -> None:
     if fresh.adapted:
         found = f"The only layers of {title} that are adapted look untrained: {listed(fresh.adapted)}."
         remedy += ', and adapt other layers, for example by target_modules="all"'
-    _warn(
-        f"{found} Their values look like those of an initialisation. {remedy}. (If they are random on purpose, ignore "
-        "FreshLayerWarning: the files hold them as they are.)",
-        FreshLayerWarning,
+    found += (
+        f" Their values look like those of an initialisation. {remedy}. (If they are random on purpose, or the loss "
+        "does not depend on them, ignore this: the files hold them as they are.)"
     )
+    excluded = set(Names(view.model).find("exclude_modules", view.config.exclude_modules))
+    layers = {owner_of(name) for name in random_weights(view) if adapter_for(view.modules[owner_of(name)])}
+    if any(excluded.isdisjoint(starts_of(name)) for name in layers):
+        _warn(found, FreshLayerWarning)
+    else:
+        rank_zero_info(found)  # the user knows them, perhaps from DeadAdapterWarning, which says to exclude them
 
 
 def _warn_of_left_trainable(view: View, fresh: Fresh) -> None:
@@ -104,7 +115,9 @@ def _warn_of_left_trainable(view: View, fresh: Fresh) -> None:
 
 def left_trainable(view: View) -> list[str]:
     """Return modules that nothing trains, though the user froze most of the model, but not them."""
-    by_user = view.frozen_by_user
+    networks = view.adapter.networks
+    idle = (*networks.still, *networks.copies)
+    by_user = {name for name in view.frozen_by_user if not is_inside(name, idle)}
     if 2 * _size(view, by_user) <= _size(view, view.base):
         return []
     busy = set[str]().union(*map(starts_of, [*view.adapted_weights, *view.trained]))
@@ -133,34 +146,44 @@ def _warn_of_heads(view: View) -> None:
             )
 
 
-def _warn_of_left_alone(view: View) -> None:
-    layers, kinds, share = left_alone(view)
-    if share > MOST:
-        _warn(
-            f'target_modules="all-linear" leaves {share:.0%} of the weights of {type(view.model).__name__} without '
-            f"adapters. They are in {', '.join(kinds)} layers, which can be adapted too: {listed(layers)}. Use "
-            'target_modules="all", or name the layers to adapt.'
-        )
+def _warn_of_left_alone(view: View, left: dict[str, str], share: float) -> None:
+    holders = {name: view.modules[owner_of(name)] for name in left}
+    own = {each for name, layer in holders.items() for each in own_matrices(owner_of(name), layer)}
+    known = {name for name, layer in holders.items() if adapter_for(layer)}
+    use = ['target_modules="all"'] if known else []
+    if fit := [name for name in left if name in own]:
+        use.append(f"target_parameters={[*(view.config.target_parameters or ()), *Names(view.model).endings(fit)]}")
+    if others := [name for name in left if name not in own | known]:  # no adapter fits them
+        use.append(_to_save(view, others))
+    layers, kinds = dict.fromkeys(owner_of(name) or name for name in left), dict.fromkeys(left.values())
+    _warn(
+        f'target_modules="{view.config.target_modules}" leaves {share:.0%} of the weights of '
+        f"{type(view.model).__name__} without adapters. They are in {shortened(kinds)} layers: {listed(layers)}. Use "
+        f"{' and '.join(use)} to train them too, or name the layers to adapt."
+    )
 
 
-def left_alone(view: View) -> tuple[list[str], list[str], float]:
-    """Return what ``"all"`` would adapt and ``"all-linear"`` does not, but embeddings, and what the user left out.
+def left_alone(view: View) -> tuple[dict[str, str], float]:
+    """Return matrices that ``"all"`` or ``"all-linear"`` leaves alone, with their layers' classes, and their share.
 
-    It is the layers' names, their classes (the most frequent first), and their share of all weights.
+    Embeddings, output heads and what the user left out do not count. Computed weights, and classes with few weights,
+    are in the share only.
     """
-    if view.config.target_modules != "all-linear":
-        return [], [], 0
-    names, found = Names(view.model), dict[str, nn.Module]()
-    excluded = set(names.find("exclude_modules", view.config.exclude_modules))
-    for name, layer in names.first_names(set(names.modules.values())).items():
-        kind = adapter_for(layer)
-        is_other = kind and not kind.lora_is_linear and not isinstance(layer, nn.Embedding | nn.EmbeddingBag)
-        if is_other and excluded.isdisjoint(starts_of(name)) and not why_not(names, name, layer):
-            found[name] = layer
-    weights = [name for name in view.frozen if owner_of(name) in found and name not in view.frozen_by_user]
-    layers = list(dict.fromkeys(map(owner_of, weights)))
-    kinds = Counter(type(found[name]).__name__ for name in layers)
-    return layers, list(dict(kinds.most_common())), _size(view, weights) / max(_size(view, view.base), 1)
+    if view.config.target_modules not in AUTOMATIC:
+        return {}, 0
+    kinds, adapted = dict[str, list[str]](), {id(view.base[name]) for name in view.adapted_weights}
+    aside = view.frozen_by_user.union(Names(view.model).find("exclude_modules", view.config.exclude_modules))
+    meant = [name for name, p in view.base.items() if aside.isdisjoint(starts_of(name)) or id(p) in adapted]
+    for name in meant:
+        layer, p = view.modules[owner_of(name)], view.base[name]
+        is_matrix = p.is_floating_point() and (p.dim() == 2 or (p.dim() > 2 and len(p) > 1))  # others are positions
+        is_usual = isinstance(layer, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm)
+        is_usual |= getattr(adapter_for(layer), "lora_is_linear", False)  # an output head
+        if is_matrix and name in view.frozen and id(p) not in adapted and not is_usual:
+            kinds.setdefault("" if is_computed(layer) else class_of(layer), []).append(name)
+    shares = {kind: _size(view, left) / max(_size(view, meant), 1) for kind, left in kinds.items()}
+    shown = sorted((kind for kind in kinds if kind and shares[kind] > 0.01), key=shares.__getitem__, reverse=True)
+    return {name: kind for kind in shown for name in kinds[kind]}, sum(shares.values())
 
 
 def _size(view: View, names: Iterable[str]) -> int:
@@ -168,14 +191,12 @@ def _size(view: View, names: Iterable[str]) -> int:
     return sum({id(p): p.numel() for p in map(view.base.__getitem__, names)}.values())
 
 
-def _warn_of_computed(view: View) -> None:
-    """Name layers that ``"all"`` and ``"all-linear"`` leave out because their weight is computed."""
-    if view.config.target_modules not in AUTOMATIC:
-        return
+def _warn_of_computed(view: View, word: str) -> None:
+    """Name layers that ``"all"`` or ``"all-linear"`` leaves out because their weight is computed."""
     names = Names(view.model)
-    meant = automatic_targets(names, str(view.config.target_modules)).values()
-    by_user = set(names.find("exclude_modules", view.config.exclude_modules))
-    by_user.update(names.find("modules_to_save", view.config.modules_to_save))
+    meant = automatic_targets(names, word).values()
+    arguments = ("exclude_modules", "modules_to_save")
+    by_user = {name for argument in arguments for name in names.find(argument, getattr(view.config, argument))}
     layers = names.first_names({layer for layer in meant if is_computed(layer)})
     if left := [name for name in layers if by_user.isdisjoint(starts_of(name))]:
         _warn(

@@ -1,7 +1,7 @@
 """Gradients of adapters and of frozen weights, and dropout, in the steps of a run."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock, get_ident
 from typing import Any
@@ -11,29 +11,38 @@ import torch.utils.checkpoint as recompute
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from lightning_lora.errors import DeadAdapterWarning, listed, warn
 from lightning_lora.layers import Step
+from lightning_lora.model.inject import follow_copied
 from lightning_lora.model.state import Record
 from lightning_lora.model.view import View, view_of
+from lightning_lora.targets.networks import is_inside
 
 
 class Gradients:
     """Watches the gradients of one run. With ``notes``, it notes which parameters get one: they may be given one later.
 
-    ``copied`` are the parameters of which the optimizer trains copies. DDP fails if a batch does not use a layer (an
-    expert, an unused pooler). Here, unused parameters get a zero gradient, so ``find_unused_parameters``, which
-    searches the graph in every step, is not needed.
+    ``copied`` are the parameters of which the optimizer trains copies; for those in ``joined``, DDP waits. DDP fails if
+    a batch does not use a layer (an expert, an unused pooler). Here, unused parameters get a zero gradient, so
+    ``find_unused_parameters``, which searches the graph in every step, is not needed.
     """
 
     def __init__(
-        self, model: nn.Module, wrapped: Any, *, notes: bool = False, copied: list[nn.Parameter] | None = None
+        self,
+        model: nn.Module,
+        wrapped: Any,
+        *,
+        notes: bool = False,
+        copied: list[nn.Parameter] | None = None,
+        joined: Sequence[nn.Parameter] = (),
     ) -> None:
         waits = isinstance(wrapped, DistributedDataParallel)
         self.waiting = wrapped if waits and not (wrapped.find_unused_parameters or wrapped.static_graph) else None
-        view = view_of(model)
+        self.model, view = model, view_of(model)
         self.frozen = list(view.frozen.values())
-        self.layers = view.layers
+        self.random = view.adapter.random or ()
         self.has_begun = False
         self.now: set[int] = set()
         self.ever: set[int] = set()
@@ -41,7 +50,7 @@ class Gradients:
         self.copied = copied
         self.notes = notes or self.waiting is not None
         trained = [p for p in model.parameters() if p.requires_grad] if self.notes else []
-        self.trained = {id(p): p for p in trained}
+        self.trained = {id(p): p for p in (*trained, *(joined if self.notes else ()))}
         self.hooks = [p.register_post_accumulate_grad_hook(lambda p: self.now.add(id(p))) for p in trained]
         if waits:
             thin = [p for p in view.adapters.values() if 1 in p.shape and p.requires_grad]
@@ -72,14 +81,19 @@ class Gradients:
         self.optimizers.append(optimizer)
         held = self.copied or [p for group in optimizer.param_groups for p in group["params"]]
         missed = {id(p) for p in held if not (id(p) in self.ever if self.notes else p.grad is not None)}
-        dead = [name for name, layer in self.layers.items() if any(id(p) in missed for p in layer.lora_trained())]
+        view = view_of(self.model)
+        idle = {name for name, layer in view.layers.items() if any(id(p) in missed for p in layer.lora_trained())}
+        dead = sorted(follow_copied(view, idle), key=list(view.layers).index)
+        fresh = [name for name in dead if any(weight.startswith(f"{name}.") for weight in self.random)]
         if dead:
             warn(
                 f"The adapters of {listed(dead)} received no gradient before the first optimizer step. They do not "
                 "train, unless other batches use these layers (as with experts). Either the loss does not depend on "
                 "them; or other code reads their weights without calling the layers (name these weights in "
                 "target_parameters); or it has frozen them (requires_grad, freeze()). Find out why, or leave them out "
-                "with exclude_modules.",
+                "with exclude_modules."
+                + f" {listed(fresh)} look untrained too: if the loss does not depend on them, leave them out, whatever "
+                "FreshLayerWarning says of them." * bool(fresh),
                 DeadAdapterWarning,
             )
 
@@ -89,6 +103,63 @@ class Gradients:
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
+
+
+class Feeding:
+    """Notes which frozen networks feed what trains, by the graphs behind the inputs of the layers that do.
+
+    A backbone feeds its head. A network in the loss, and a teacher, feed nothing that trains.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        view = view_of(model)
+        self.below = {name: set[int]() for name in view.adapter.networks.below}
+        self.found, self.has_run = set[int](), False
+        trains: list[nn.Module] = list(view.saved)
+        for name, layer in view.layers.items():
+            around = [network for network in self.below if is_inside(name, [network])]
+            for network in around:
+                self.below[network].update(map(id, layer.lora_trained()))
+            if not around and layer.lora_trained():
+                trains.append(layer)
+        hooks = trains if self.below else ()
+        self.hooks = [module.register_forward_pre_hook(self._look, with_kwargs=True) for module in hooks]
+
+    def _look(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.is_grad_enabled():
+            self.has_run = True
+            self.found |= _leaves_behind(tree_leaves((args, kwargs)))
+
+    @property
+    def alone(self) -> list[str]:
+        """The networks that feed nothing."""
+        return [name for name, own in self.below.items() if self.found.isdisjoint({*own, _UNKNOWN})]
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks, self.below = [], {}
+
+
+_UNKNOWN = 0  # stands for whatever a reentrant checkpoint has computed: its graph is made in the backward pass
+
+
+def _leaves_behind(values: Iterable[object]) -> set[int]:
+    """The ids of the parameters from which these were computed."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    nodes: list[Any] = [tensor.grad_fn for tensor in tensors]
+    found, seen = set(map(id, tensors)), set[Any]()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [before for before, _ in node.next_functions]
+        found.add(id(getattr(node, "variable", None)))
+        if issubclass(getattr(type(node), "_forward_cls", object), _OWN):
+            found.add(_UNKNOWN)
+    return found
 
 
 def _give_zero_gradients(parameters: list[nn.Parameter]) -> None:

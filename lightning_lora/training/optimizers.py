@@ -7,14 +7,18 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lightning_lora.errors import OptimizerError, listed
+from lightning_lora.errors import OptimizerError, StrategyError, listed
+from lightning_lora.model.inject import leave_alone, left_still, settle
 from lightning_lora.model.view import View, view_of
+from lightning_lora.targets.networks import is_inside
 from lightning_lora.tensors.names import named_parameters, own_parameter, owner_of, starts_of
+from lightning_lora.training.gradients import Feeding, Gradients
 from lightning_lora.training.rates import Params, Scale, check_splits, scales_in, split, unsplit
 
 _EDITED: "WeakKeyDictionary[Optimizer, tuple[list[Params], list[Params]]]" = WeakKeyDictionary()
@@ -36,14 +40,15 @@ register_optimizer_step_post_hook(_count_fused_step)
 
 def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: Scale = 1) -> None:
     """Replace base weights in the groups by adapters, in place: LBFGS and schedulers keep references to these lists."""
-    view = view_of(model)
-    scales = scales_in(view, lr_scale)
     for optimizer in optimizers:
         unsplit(optimizer)
+    settle(model, _unheld(view_of(model), optimizers))
+    view = view_of(model)
+    scales = scales_in(view, lr_scale)
     followers = defaultdict[nn.Parameter, Params](list)
     for layer in view.layers.values():
         for name, about in layer.lora_roles().items():
-            if about.role.trains:
+            if about.role.trains and not layer.lora_settings.follows:
                 followers[own_parameter(layer, about.matrix.weight)].append(own_parameter(layer, name))
     built = list(map(_built_groups, optimizers))
     chosen = _held(chain(*built))
@@ -57,6 +62,48 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: 
     for optimizer, before, after in zip(optimizers, built, edited, strict=True):
         _write(view, optimizer, split(optimizer, after, scales))
         _EDITED[optimizer] = (before, after)
+        _CHECKED.pop(optimizer, None)
+
+
+def _unheld(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
+    """The base's parameters that no optimizer holds, nor their adapters. None, if no adapted weight is held."""
+    held, adapted = _held(chain(*map(_built_groups, optimizers))), set[nn.Parameter]()
+    for layer in view.layers.values():
+        weights = {own_parameter(layer, name) for name in layer.lora_weights()}
+        adapted |= weights
+        if not held.isdisjoint(layer.lora_trained()):
+            held |= weights
+    return set() if held.isdisjoint(adapted) else set(view.base.values()) - held
+
+
+def leave_unfed(trainer: Trainer, model: LightningModule, feeding: Feeding, gradients: Gradients) -> None:
+    """Remove the adapters of frozen networks that feed nothing that trains, before an optimizer changes them."""
+    agree = trainer.strategy.reduce_boolean_decision
+    if not feeding.below or not agree(feeding.has_run):
+        return
+    alone = [name for name in feeding.below if agree(name in feeding.alone)]
+    feeding.close()
+    view, title = view_of(model), type(model).__name__
+    fed = [name for name in view.adapter.networks.below if name not in alone]
+    if fed and any(not is_inside(name, (*fed, *alone)) for name in view.layers):
+        rank_zero_info(
+            f"Without LoRACallback, only a head of {title} would train. With it, adapters train in {listed(fed)} too. "
+            f"To leave that as it is: exclude_modules={fed}."
+        )
+    if not alone:
+        return
+    if gradients.copied is not None:
+        raise StrategyError(
+            f"{left_still(alone, title)} DeepSpeed cannot take parameters out of a fit that has begun. "
+            f"Name it yourself: exclude_modules={alone}."
+        )
+    leave_alone(model, alone)
+    rank_zero_info(left_still(alone, title))
+    present = set(model.parameters())
+    for optimizer in trainer.optimizers:
+        groups = [[p for p in group["params"] if p in present] for group in optimizer.param_groups]
+        _write(view_of(model), optimizer, groups)
+        _EDITED[optimizer] = (_EDITED[optimizer][0], groups)
         _CHECKED.pop(optimizer, None)
 
 
@@ -134,7 +181,10 @@ def _place_rest(view: View, edited: list[list[Params]]) -> None:
     rest = {name: p for name, p in named_parameters(view.model).items() if p.requires_grad and p not in placed}
     if rest and len(groups) == 1:
         groups[0].extend(rest.values())
-        rank_zero_info(f"No optimizer held {listed(rest)} or their weights: they train in its only parameter group.")
+        if told := [name for name in rest if not is_inside(name, view.adapter.networks.below)]:
+            rank_zero_info(
+                f"No optimizer held {listed(told)} or their weights: they train in its only parameter group."
+            )
     elif rest:
         raise OptimizerError(
             f"No optimizer trains {listed(rest)}: none of the {len(groups)} parameter groups from configure_optimizers "

@@ -27,12 +27,17 @@ def reseeded(model: nn.Module) -> Iterator[None]:
 
 def random_states(trainer: Trainer) -> dict[str, Tensor]:
     """Return the states of torch's generators in all processes."""
+    states, device = _states_here(trainer), trainer.strategy.root_device
+    for name, state in states.items():
+        states[name] = _of_all_processes(trainer, state.to(device)).reshape(-1, len(state)).cpu()
+    return states
+
+
+def _states_here(trainer: Trainer) -> dict[str, Tensor]:
     device = trainer.strategy.root_device
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
-    for name, state in states.items():
-        states[name] = _of_all_processes(trainer, state.to(device)).reshape(-1, len(state)).cpu()
     return states
 
 
@@ -44,19 +49,49 @@ def _of_all_processes(trainer: Trainer, state: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def restore_random_state(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
-    """Set this process's generators as a checkpoint says, when a resumed fit begins."""
-    states, device = checkpoint.get(RANDOM), trainer.strategy.root_device
-    if not isinstance(states, Mapping):
-        return
-    for name, rows in states.items():
-        if name not in ("cpu", device.type) or not isinstance(rows, Tensor):
-            continue
-        now = torch.get_rng_state() if name == "cpu" else torch.cuda.get_rng_state(device)
-        if rows.dtype == now.dtype and rows.shape == (trainer.world_size, len(now)):
-            state = rows[trainer.global_rank].clone()  # torch crashes on a row that is a view
+class Resumed:
+    """The random numbers of a checkpoint, with which a resumed fit begins its data, once, and then its training.
+
+    Lightning begins the data when the module asks for the number of steps, or before ``on_train_start``. Until training
+    starts, other code may draw or seed.
+    """
+
+    def __init__(self, trainer: Trainer, stored: Mapping[str, Any]) -> None:
+        self._trainer, self._states = trainer, dict[str, Tensor]()
+        self._begun: dict[str, Tensor] | None = None  # the states after the data have begun
+        for name, now in _states_here(trainer).items():
+            rows = stored.get(name)
+            if isinstance(rows, Tensor) and (rows.dtype, rows.shape) == (now.dtype, (trainer.world_size, len(now))):
+                self._states[name] = rows[trainer.global_rank].clone()  # torch crashes on a row that is a view
+        self._loop: Any = trainer.fit_loop
+        self._setup_data = self._loop.setup_data
+        self._loop.setup_data = self._follow_data  # type: ignore[method-assign]  # until training starts
+
+    def _follow_data(self) -> None:
+        before = self._begun
+        self._setup_data()
+        if self._begun is not before:
+            self._begun = _states_here(self._trainer)
+
+    def begin_data(self) -> None:
+        """Set the generators for a loader that Lightning begins next."""
+        self._begun = dict(self._states)
+        self._restore(self._begun)
+
+    def begin_training(self) -> None:
+        """Set the generators for the first step. Data that did not begin as in the checkpoint begin again."""
+        if self._begun and not (self._loop.restarting and self._loop._combined_loader_states_to_load):
+            self._restore(self._begun)
+            return
+        self.begin_data()
+        self._loop._load_combined_loader_states()
+        iter(self._loop._data_fetcher)
+
+    def _restore(self, states: Mapping[str, Tensor]) -> None:
+        device = self._trainer.strategy.root_device
+        for name, state in states.items():
             torch.set_rng_state(state) if name == "cpu" else torch.cuda.set_rng_state(state, device)
-    loop: Any = trainer.fit_loop  # its loaders start anew: Lightning has started them with other random numbers
-    loop._combined_loader_states_to_load = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
-    loop._load_combined_loader_states()
-    iter(loop._data_fetcher)
+
+    def close(self) -> None:
+        """Follow the data no more."""
+        vars(self._loop).pop("setup_data", None)

@@ -3,13 +3,13 @@
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Any, Literal
+from typing import Literal
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.model.inject import inject_adapters, remove_adapters
+from lightning_lora.model.inject import inject, remove_adapters
 from lightning_lora.model.merge import merge, unmerge
 from lightning_lora.model.merged import check_own, is_as_merged
 from lightning_lora.model.state import find_record, keep_record, receive, records_in
@@ -21,7 +21,7 @@ from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.tensors.values import Seen
 from lightning_lora.training.compatibility import copy_adapted, loads_in_hooks
 from lightning_lora.training.gradients import Dropout
-from lightning_lora.training.randomness import reseeded
+from lightning_lora.training.randomness import Resumed, reseeded
 
 
 class Phase(Enum):
@@ -38,8 +38,8 @@ class Stage:
     """One stage: how the module came, how far the stage is, and what gives the module back as it came (``undo``).
 
     ``name`` is the adapter's, or None for the active one; ``back`` shows what the module did before, if it was another.
-    ``seen`` holds the tensors that have a base value, as they came. ``resumed`` holds the random states and loops of a
-    checkpoint. ``averages_gradients`` is False while a sharded module's backward pass only accumulates.
+    ``seen`` holds the tensors that have a base value, as they came. ``averages_gradients`` is False while a sharded
+    module's backward pass only accumulates.
     """
 
     config: LoRAConfig
@@ -55,7 +55,7 @@ class Stage:
     phase: Phase = Phase.SET_UP
     undo: ExitStack = field(default_factory=ExitStack)
     dropout: Dropout = field(default_factory=Dropout)
-    resumed: dict[str, Any] = field(default_factory=dict)
+    resumed: Resumed | None = None
     averages_gradients: bool = True
     lr_scale: float | dict[str, float] = 1
 
@@ -140,21 +140,23 @@ class Stage:
             return not (record.is_merged or record.is_disabled)  # it is only evaluated, or its fit has ended
         return self.is_fit or self.came == "adapted" or for_file
 
-    def adapt(self, pl_module: LightningModule, *, for_file: bool = False, replaced: bool = False) -> None:
-        """Adapt the module after its own hooks have run. The weights that they have loaded become the base."""
-        if not self.adapts(pl_module, for_file=for_file):
+    def adapt(self, pl_module: LightningModule, *, stored: LoRAConfig | None = None, replaced: bool = False) -> None:
+        """Adapt the module after its own hooks have run, or for a file. The weights that they load become the base."""
+        if not self.adapts(pl_module, for_file=stored is not None):
             return
-        self.inject(pl_module)
+        self.inject(pl_module, stored)
         if self.phase is not Phase.SET_UP:  # the callbacks' averages and the base are those of a checkpoint
             return
         copy_adapted(self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced)
         self._take_base(pl_module)
 
-    def inject(self, pl_module: LightningModule) -> None:
-        """Adapt the module, under the name of this stage's adapter."""
+    def inject(self, pl_module: LightningModule, stored: LoRAConfig | None = None) -> None:
+        """Adapt the module, under the name of this stage's adapter. A file or a run knows what was left out."""
         record = find_record(pl_module)
+        known = stored or (record.adapter.config if record is not None and record.adapter.is_trained else self.config)
+        config, name = self.config.excluding(known.exclude_modules), record.adapter.name if record else self.name
         with reseeded(pl_module):
-            inject_adapters(pl_module, self.config, name=record.adapter.name if record else self.name or "default")
+            inject(pl_module, config, name=name or "default", finds=stored is None)
 
     def end(self, pl_module: LightningModule) -> None:
         """Switch back and merge again, if the stage trained nothing. A fit that did not even load undoes all."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
 
 from lightning_lora.errors import AdapterFileError, ConfigError, OptimizerError, TargetError
 from lightning_lora.model.attach import freeze, unfreeze
@@ -59,6 +60,7 @@ class LoRAStrategy(Strategy, InPlace):
     lora_own: ClassVar[dict[str, Any]]  # the methods of that class that super() calls, by name
     lora_stage: Stage  # the stage that runs, or ran last
     lora_others: dict[str, list[Any]]  # what other code has set on the strategy, by name, the latest last
+    lora_joined: list[nn.Parameter]  # what DDP waits for in each backward pass
     lora_depths: dict[str, int]  # how many of these, or of the class's own, are running
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -125,6 +127,7 @@ class LoRAStrategy(Strategy, InPlace):
 
     def setup_optimizers(self, trainer: "Trainer") -> None:
         """Build the user's optimizers, then let them train the adapters."""
+        self.lora_joined = [p for p in self.lora_module.parameters() if p.requires_grad]
         with self.lora_building_optimizers():
             super().setup_optimizers(trainer)
         train_adapters(self.lora_module, self.optimizers, self.lora_stage.lr_scale)
@@ -181,9 +184,10 @@ class LoRAStrategy(Strategy, InPlace):
         stage, record, replaced = self.lora_stage, find_record(self.lora_module), False
         if record is not None and record.is_merged and not stage.is_fit:  # until now, it was evaluated as it is
             stage.begin(self.lora_module)
-        if KEY in checkpoint and stage.phase is not Phase.TRAINING:  # then, the adapters are trained
-            replaced = stage.take_config(self.lora_module, stored_config(checkpoint[KEY]), path)
-        self.lora_adapt(for_file=KEY in checkpoint, replaced=replaced)
+        stored = stored_config(checkpoint[KEY]) if KEY in checkpoint else None
+        if stored is not None and stage.phase is not Phase.TRAINING:  # then, the adapters are trained
+            replaced = stage.take_config(self.lora_module, stored, path)
+        self.lora_adapt(stored=stored, replaced=replaced)
         return replaced
 
     def _lora_read(self, path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -284,6 +288,13 @@ class LoRAStrategy(Strategy, InPlace):
 
     # Training
 
+    def process_dataloader(self, dataloader: object) -> object:
+        """Let the training data of a resumed run begin with the random numbers of its file."""
+        processed = super().process_dataloader(dataloader)
+        if self.lora_stage.resumed and self.lora_module.trainer.training:
+            self.lora_stage.resumed.begin_data()
+        return processed
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a training step, in which dropout acts."""
         self.lora_stage.dropout.begin_step(self.lora_module)
@@ -301,7 +312,7 @@ class LoRAStrategy(Strategy, InPlace):
 
     def lora_gradients(self) -> Gradients:
         """Return what watches the gradients of a fit."""
-        return Gradients(self.lora_module, self.model)
+        return Gradients(self.lora_module, self.model, joined=self.lora_joined)
 
 
 class LateStrategy(LoRAStrategy):

@@ -30,7 +30,7 @@ def switch(bench: Bench) -> Iterator[Row]:
 
     layers = len(linear_names(base))
     times = bench.take_turns({OURS: there_and_back, PEFT: in_peft}, 3 * bench.rounds)
-    yield row(f"switch two adapters of {layers} layers", times, OURS, PEFT, PEFT, 0.1)
+    yield row(f"switch two adapters of {layers} layers", times, OURS, PEFT, PEFT, 1.2)
     for tokens in (1, 128):
         x = torch.randn(1, tokens, 768, device=bench.device)
 

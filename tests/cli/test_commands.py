@@ -53,26 +53,6 @@ def test_inspect_shows_what_a_file_holds_as_tables_and_as_json(files: list[str],
     assert found["beside"].keys() == {"head.weight", "head.bias"} and found["format"] == 3
 
 
-def test_compare_gives_each_pair(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", *files, files[0], "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert len(found) == 6
-    same = next(pair for pair in found if pair["files"] == [files[0], files[0]])
-    for layer in same["layers"]:
-        assert [layer[key] for key in ("cosine", "similarity_A", "similarity_B")] == pytest.approx([1, 1, 1])
-    assert abs(found[0]["layers"][0]["cosine"]) < 0.9
-    assert main(["compare", *files[:2]]) == 0
-    assert "q_proj" in capsys.readouterr().out
-
-
-def test_compare_needs_layers_in_common(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = tmp_path / "other.safetensors"
-    ll.save_adapter(adapted(0, ll.LoRAConfig(r=2, target_modules=["embed"])), other)
-    assert main(["compare", files[0], str(other)]) == 1
-    assert "no layer in common, such as 'q_proj' and 'embed'" in " ".join(capsys.readouterr().err.split())
-    assert main(["compare", files[0]]) == 1
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_writes_a_model_and_a_line_for_each_warning(files: Any, tmp_path: Path, capsys: Any, dtype: Any) -> None:
     base, out = tmp_path / "base.safetensors", tmp_path / "merged.safetensors"
@@ -155,7 +135,7 @@ def test_what_no_command_can_use_is_refused(files: list[str], tmp_path: Path, ca
     for changed, says in zip(both, ("adapted by your own class LoRAMine", "'q_proj.lora_B' in "), strict=True):
         write_adapter_file(path, changed)
         merge = ["merge", str(tmp_path / "base.safetensors"), path, out]
-        for arguments in (["inspect", path], ["compare", path, path], ["combine", path, path, "--out", out], merge):
+        for arguments in (["inspect", path], ["combine", path, path, "--out", out], merge):
             assert main(arguments) == 1 and says in " ".join(capsys.readouterr().err.split())
     assert not Path(out).exists()
 
@@ -164,7 +144,7 @@ def test_commands_say_what_a_folder_of_peft_needs(tmp_path: Path, capsys: pytest
     folder = str(tmp_path / "peft")
     ll.export_peft(adapted(1), folder)
     for path in (folder, f"{folder}/adapter_model.safetensors"):
-        for arguments in (["inspect", path], ["compare", path, path], ["export", path, f"{folder}/out"]):
+        for arguments in (["inspect", path], ["export", path, f"{folder}/out"]):
             assert main(arguments) == 1
             says = " ".join(capsys.readouterr().err.split())
             assert f"{path} holds adapters of PEFT" in says and "save_adapter(model, 'adapter.safetensors')" in says
@@ -175,20 +155,16 @@ ESCAPES = "\x1b[31mred\x1b]0;title\x07\u202e\nline"
 
 def test_names_in_files_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     odd = type(f"Linear{ESCAPES}[/x]", (nn.Linear,), {})
-    paths = [str(tmp_path / f"{seed}.safetensors") for seed in (1, 2)]
-    for path, targets in zip(paths, ("all-linear", ["plain"]), strict=True):
-        model = nn.ModuleDict({ESCAPES: odd(4, 4), "plain": nn.Linear(4, 4)})
-        saved(Path(path), model, r=2, target_modules=targets, bias="all")
-    shows = (["inspect", paths[0]], ["compare", *paths], ["compare", paths[0], paths[0]], ["inspect", ESCAPES])
-    for arguments in shows:
-        main(arguments)
+    saved(tmp_path / "a.safetensors", nn.ModuleDict({ESCAPES: odd(4, 4), "plain": nn.Linear(4, 4)}), r=2, bias="all")
+    for path in (str(tmp_path / "a.safetensors"), ESCAPES):
+        main(["inspect", path])
         shown = "".join(capsys.readouterr())
         assert all(each.isprintable() for each in shown.replace("\n", ""))
         assert r"\x1b[31mred\x1b]0" in "".join(shown.split()).replace("│", "").replace("┃", "")
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
-@pytest.mark.parametrize("command", ["inspect", "merge", "export", "compare", "combine"])
+@pytest.mark.parametrize("command", ["inspect", "merge", "export", "combine"])
 def test_help_fits_the_terminal_and_keeps_examples(command: str, width: int, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     with pytest.raises(SystemExit) as done:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_lora import LoRAConfig, MergePrecisionWarning, inject_adapters, merge_adapters, unmerge_adapters
 from lightning_lora.functional import update
 from lightning_lora.functional.combine import Factors, concatenated, dare, factored, ties, truncated
-from lightning_lora.functional.subspace import cosine, directions, effective_rank, norm, subspace_similarity
+from lightning_lora.functional.subspace import directions, effective_rank, norm, subspace_similarity
 from tests.support.models import randomise, same, state
 
 
@@ -151,15 +151,6 @@ def test_effective_rank_counts_directions() -> None:
     assert effective_rank(torch.zeros(3)) == 0
     half = effective_rank(torch.tensor([3.0, 1.0]))  # the entropy of 3/4 and 1/4
     assert half == pytest.approx(4 / 3**0.75)
-
-
-@pytest.mark.parametrize("stack", [(), (4,)])
-def test_cosine_is_that_of_the_products(stack: tuple[int, ...]) -> None:
-    one, other = factors(0, 3, stack), factors(1, 2, stack)
-    first, second = one[1] @ one[0], other[1] @ other[0]
-    expected = torch.nn.functional.cosine_similarity(first.flatten(-2), second.flatten(-2), dim=-1)
-    torch.testing.assert_close(cosine(one, other).float(), expected, rtol=1e-4, atol=1e-5)
-    assert not cosine((one[0], 0 * one[1]), one).any()
 
 
 def test_similarity_is_one_inside_and_zero_across() -> None:

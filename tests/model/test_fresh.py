@@ -14,6 +14,7 @@ from lightning_lora import LoRAConfig, inject_adapters
 from lightning_lora.model.fresh import Fresh, block_of, find_fresh, is_normal, is_uniform
 from lightning_lora.model.view import View
 from lightning_lora.training.advice import left_alone, left_trainable
+from tests.support.layers import Linear
 from tests.support.models import TinyLM, aged
 
 transformers = pytest.importorskip("transformers")
@@ -240,13 +241,17 @@ def test_a_model_of_which_nothing_little_or_all_is_frozen_has_nothing_left() -> 
         assert left_trainable(View(model)) == []
 
 
+def left(model: nn.Module, **options: Any) -> tuple[dict[str, str], float]:
+    inject_adapters(model, LoRAConfig(r=2, **options))
+    return left_alone(View(model))
+
+
 def test_convolutions_that_linear_targets_leave_alone_are_counted() -> None:
-    def share(**options: object) -> float:
+    def share(**options: Any) -> float:
         model = nn.Sequential(nn.Conv1d(32, 32, 3), nn.Linear(32, 32), nn.Embedding(500, 32), nn.LSTM(32, 8))
         model[3].requires_grad_(False)
-        inject_adapters(model, LoRAConfig(r=2, **options))  # type: ignore[arg-type]
-        layers, kinds, share = left_alone(View(model))
-        assert layers == (["0"] if share else []) and kinds == (["Conv1d"] if share else [])
+        found, share = left(model, **options)
+        assert found == ({"0.weight": "Conv1d"} if share else {})
         return share
 
     assert 0.1 < share() < 0.2
@@ -254,7 +259,63 @@ def test_convolutions_that_linear_targets_leave_alone_are_counted() -> None:
     assert share(exclude_modules=["0"]) == share(modules_to_save=["0"]) == 0
 
 
+OWN = "tests.support.layers.Linear"
+
+
+class Mixed(nn.Module):
+    """Layers of several kinds, and parameters that are no matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.own, self.small = nn.Linear(8, 8), Linear(32, 32), Linear(2, 2)
+        self.conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 9))
+        self.norm, self.positions = nn.LayerNorm((64, 64)), nn.Parameter(torch.randn(1, 200, 32))
+        self.grid, self.codes = nn.Parameter(torch.randn(4, 4, 4, 8)), nn.Parameter(torch.ones(99, 99).int(), False)
+
+
+def test_matrices_in_layers_of_every_kind_are_counted_and_positions_and_norms_are_not() -> None:
+    total = sum(p.numel() for p in Mixed().parameters())
+    for word in ("all-linear", "all"):
+        found, share = left(Mixed(), target_modules=word)
+        assert found == {"own.weight": OWN, "small.weight": OWN, "grid": f"{__name__}.Mixed"}
+        assert share == (32 * 32 + 2 * 2 + 8 * 8 * 9 + 8 + 4**3 * 8) / total
+    rest = left(Mixed(), target_parameters=["own.weight"])[0]
+    assert rest == {"grid": f"{__name__}.Mixed"}  # classes with few weights are not named
+
+
+def test_what_the_user_froze_or_excluded_is_no_part_of_the_share() -> None:
+    def build() -> nn.Module:
+        return nn.ModuleDict({"net": nn.Sequential(nn.Linear(8, 8), Linear(8, 16)), "teacher": Linear(64, 64)})
+
+    alone = left(build()["net"])[1]
+    frozen = build()
+    frozen["teacher"].requires_grad_(False)
+    assert left(frozen) == left(build(), exclude_modules=["teacher"]) == ({"net.1.weight": OWN}, alone)
+    assert alone == 128 / (64 + 8 + 128 + 16)
+
+
 def test_embeddings_and_heads_of_language_models_are_not_counted() -> None:
-    model = TinyLM()
-    inject_adapters(model, LoRAConfig(r=2))
-    assert left_alone(View(model)) == ([], [], 0)
+    assert left(TinyLM()) == ({}, 0)
+
+
+WIDE = {"num_hidden_layers": 2}
+USUAL: dict[str, Callable[[], nn.Module]] = {
+    "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**WIDE)),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2)),
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**WIDE)),
+    "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(num_layers=2)),
+    "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**WIDE)),
+    "clip": lambda: transformers.CLIPModel(transformers.CLIPConfig(text_config=WIDE, vision_config=WIDE)),
+    "whisper": lambda: transformers.WhisperModel(transformers.WhisperConfig(encoder_layers=2, decoder_layers=2)),
+    "wav2vec2": lambda: transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config()),
+    "mamba": lambda: transformers.MambaForCausalLM(transformers.MambaConfig(**WIDE)),
+    "swin": lambda: models.swin_t(),
+    "convnext": lambda: models.convnext_tiny(),
+}
+
+
+@pytest.mark.parametrize("build", USUAL.values(), ids=USUAL)
+def test_little_of_a_usual_model_is_left_alone(build: Callable[[], nn.Module]) -> None:
+    with torch.device("meta"):
+        model = build()
+    assert left(model)[1] < 0.2

@@ -132,8 +132,7 @@ def test_a_copy_has_all_adapters_and_switches_by_itself(
     copied: Callable[[nn.Module], nn.Module], shown: str | None
 ) -> None:
     model, outputs = several()
-    ll.set_adapter(model, "default")
-    ll.set_adapter(model, "de")  # the next switch puts back what the modules of this model held
+    ll.set_adapter(model, "de")
     ll.set_adapter(model, shown)
     other = copied(model)
     for name in ("default", "de", "fr"):
@@ -142,7 +141,7 @@ def test_a_copy_has_all_adapters_and_switches_by_itself(
     assert torch.equal(model(X), outputs[shown])
 
 
-# What a switch that was made before must notice, and what it keeps
+# What a switch notices, and what it keeps
 
 
 def switched(model: nn.Module, *names: str | None) -> None:

@@ -91,7 +91,7 @@ def test_a_file_that_contradicts_itself_is_refused_by_every_reader(
     path, model = rewrite(written(tmp_path / "a.safetensors", **made), change), square()
     with refused(model, ll.AdapterFileError, "does not agree|did not write|cannot be used"):
         ll.load_adapter(model, path)
-    for command in (["inspect"], ["compare", str(path)], ["combine", "--out", "c.safetensors", str(path)]):
+    for command in (["inspect"], ["combine", "--out", "c.safetensors", str(path)]):
         assert main([*command, str(path)]) == 1
         assert re.search("does not agree|did not write|cannot be used", capsys.readouterr().err)
 
@@ -280,7 +280,7 @@ def test_odd_tensors_of_other_libraries_are_refused(tmp_path: Path, make: Callab
 @pytest.mark.parametrize("value", [3e38, 1e30, 1e11])
 def test_huge_values_end_every_command_in_one_sentence(tmp_path: Path, capsys: Any, value: float) -> None:
     path = rewrite(written(tmp_path / "a.safetensors"), put(lambda a: torch.full_like(a, value)))
-    for command in (["inspect", "--json"], ["compare", str(path)], ["combine", "--out", "c.safetensors", str(path)]):
+    for command in (["inspect", "--json"], ["combine", "--out", "c.safetensors", str(path)]):
         assert main([*command, str(path)]) == 1
         assert "hold NaN or infinite values, or some above 1e+10" in capsys.readouterr().err
 

@@ -61,6 +61,17 @@ class Standardised(nn.Conv2d):
         return super()._conv_forward(input, (weight - weight.mean()) / weight.std(), bias)
 
 
+class Linear(nn.Module):
+    """A linear layer that is none of torch's, as that of PyG."""
+
+    def __init__(self, reads: int, writes: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(writes, reads)), nn.Parameter(torch.zeros(writes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
 class Experts(nn.Module):
     """A stack of matrices, and one matrix beside it, as parameters of the module itself."""
 

@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 
 from lightning_lora import ConfigError, LoRAConfig, TargetError, adapter_state_dict, inject_adapters, remove_adapters
 from tests.support.faults import unchanged
+from tests.support.layers import Linear
 from tests.support.models import LitTiny, is_plain, randomise
 
 
@@ -203,7 +204,7 @@ def net(**modules: nn.Module) -> Callable[[], nn.Module]:
 QUERIES = nn.ModuleList(nn.ModuleDict({"query": nn.Linear(2, 2)}) for _ in range(2))
 BODY, NORMED = net(body=nn.Linear(4, 4)), net(norm=nn.LayerNorm(4), body=nn.Linear(4, 4))
 WORDS = net(norm=nn.LayerNorm(4), words=nn.Embedding(4, 4), more=nn.Embedding(4, 4))
-MIXED = net(mixed=Mixed())
+MIXED, OWN = net(mixed=Mixed()), net(layers=nn.ModuleDict({"lin": Linear(4, 4)}))
 QUERY = net(query_norm=nn.LayerNorm(4), query_proj=nn.Linear(4, 4))
 MISTAKES: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
     (LitTiny, {"target_modules": ["q_porj"]}, r"\['q_porj'\] match no module of LitTiny. Nearest names: 'q_proj'"),
@@ -221,7 +222,11 @@ MISTAKES: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
     (sensor, {"target_modules": ["scale"]}, r"'0\.scale' is a parameter: name it in target_parameters"),
     (sensor, {"target_parameters": ["conv"]}, r"match no parameter.*Name parameters, such as '0\.conv\.weight'"),
     (sensor, {"target_modules": ["conv"], "rank_pattern": {"lstm": 1}}, r"\['lstm'\] match layers.*not adapted"),
-    (sensor, {"target_modules": ["0"]}, r"a Sensor is not supported .*'0.conv', '0.lstm'\), but.* '0\.scale'"),
+    (
+        sensor,
+        {"target_modules": ["0"]},
+        r"a tests\.\S+\.Sensor is not supported .*'0.conv', '0.lstm'\), but.* '0\.scale'",
+    ),
     # each near name once, and only if it can be adapted
     (
         lambda: QUERIES,
@@ -240,8 +245,11 @@ MISTAKES: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
     # words mean something in target_modules alone
     (BODY, {"target_modules": ["all_linear"]}, "Or did you mean the word 'all-linear'"),
     (BODY, {"exclude_modules": ["all_linear"]}, r"^((?!the word).)*$"),
+    # another package's class may have the name of a supported one
+    (OWN, {"target_modules": ["lin"]}, r"a tests\.\S+\.Linear is not supported, but .* its 'layers\.lin\.weight'"),
+    (OWN, {}, r"Or adapt matrices of other kinds of layers: target_parameters=\['lin\.weight'\]\."),
     # only matrices and layers are offered instead of a module
-    (MIXED, {"target_modules": ["mixed"]}, r"it are: 'mixed\.proj'\), but .* its 'mixed\.table', 'mixed\.codes'\)"),
+    (MIXED, {"target_modules": ["mixed"]}, r"it are: 'mixed\.proj'\), but .* its 'mixed\.table'\)"),
 ]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import lightning_lora as ll
 from tests.support import fits
 from tests.support.fits import Notes, adapted, through_and_resumed
+from tests.support.layers import Linear
 from tests.support.models import LitTiny, aged, data, lora, same, state, trainer
 
 TARGETS = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
@@ -56,6 +57,32 @@ def test_a_new_head_that_alone_is_adapted_is_named(tmp_path: Path) -> None:
     assert "modules_to_save=['head'], and adapt other layers" in said
     (said,) = fit(tmp_path, new_head(), r=2)  # with all others, it is adapted
     assert "LitTiny that look untrained: 'head'." in said and "the files hold them as they are" in said
+
+
+class Encodes(LitTiny):
+    """A trained network beside a new one, on which no loss depends, as scvi's for the sizes of libraries."""
+
+    def __init__(self) -> None:
+        super().__init__(width=64)
+        for layer in (self.embed, self.q_proj, self.v_proj, self.head):
+            aged(layer)
+        self.sizes = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 32))
+
+
+def test_layers_that_look_untrained_and_train_nothing_get_one_advice(tmp_path: Path, caplog: Any) -> None:
+    fresh, dead = fit(tmp_path, Encodes(), r=2)
+    assert fresh.startswith("FreshLayerWarning: Layers of Encodes that look untrained: 'sizes'.")
+    assert "or the loss does not depend on them, ignore this" in fresh and dead.startswith("DeadAdapterWarning")
+    assert "'sizes.0', 'sizes.2' look untrained too: if the loss does not depend on them, leave them out" in dead
+    caplog.clear()
+    for excluded in (["sizes"], ["sizes.0", "sizes.2"]):
+        assert fit(tmp_path, Encodes(), r=2, exclude_modules=excluded) == []
+        assert "that look untrained: 'sizes'. Their weights are frozen" in caplog.text  # and nothing is quiet
+        caplog.clear()
+    model = new_head()
+    model.sizes = nn.Linear(64, 64)
+    (said,) = fit(tmp_path, model, **TARGETS, exclude_modules=["sizes"])
+    assert said.startswith("FreshLayerWarning") and "'head'" in said
 
 
 def test_trained_adapters_are_not_asked_again(tmp_path: Path) -> None:
@@ -109,6 +136,64 @@ def test_most_weights_left_alone_by_the_default_targets_are_named(tmp_path: Path
     assert fit(tmp_path, Convolved(), r=2, modules_to_save=["conv"]) == []
 
 
+class Graph(LitTiny):
+    """Most weights are in layers of another package's class, and some names end as one of torch's layers does."""
+
+    def __init__(self, *, alike: bool = False) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.convs = nn.ModuleList(nn.ModuleDict({"lin": Linear(8, 8)}) for _ in range(6))
+            self.last = nn.ModuleDict({"lin": nn.Linear(8, 8)} if alike else {})
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.embed(index)
+        for conv in self.convs:
+            x = x + torch.tanh(conv["lin"](x))
+        return self.head(self.q_proj(x) + self.v_proj(x) + sum(layer(x) for layer in self.last.values()))
+
+
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize("word", ["all-linear", "all"])
+def test_layers_of_no_supported_kind_are_named_with_the_parameters_that_adapt_them(
+    tmp_path: Path, word: str, alike: bool
+) -> None:
+    (said,) = fit(tmp_path, Graph(alike=alike), r=2, target_modules=word, exclude_modules=["embed"])
+    assert re.match(rf'LoRAWarning: target_modules="{word}" leaves \d\d% of the weights of Graph', said)
+    assert (
+        "tests.support.layers.Linear layers: 'convs.0.lin', 'convs.1.lin'" in said
+        and "and 1 more. Use target_p" in said
+    )
+    (listed,) = re.findall(r"target_parameters=(\[.*?\])", said)
+    assert eval(listed) == ([f"convs.{i}.lin.weight" for i in range(6)] if alike else ["lin.weight"])
+    model = Graph(alike=alike)
+    before = state(model)
+    options = {"target_modules": word, "exclude_modules": ["embed"], "target_parameters": eval(listed)}
+    assert fit(tmp_path, model, r=2, **options) == []
+    assert not any(torch.equal(state(model)[name], value) for name, value in before.items() if "lin.weight" in name)
+
+
+class Grid(LitTiny):  # most of it is no matrix, and no layer
+    def __init__(self) -> None:
+        super().__init__()
+        self.grid = nn.Parameter(torch.zeros(8, 8, 8, 8))
+
+    def forward(self, index: Tensor) -> Tensor:
+        return super().forward(index) + self.grid.mean()
+
+
+def test_what_no_adapter_fits_is_named_with_what_trains_it(tmp_path: Path) -> None:
+    (said,) = fit(tmp_path, Grid(), r=2)
+    assert (
+        "in tests.training.test_advice.Grid layers: 'grid'." in said and "Use modules_to_save=['grid'] to train" in said
+    )
+    assert fit(tmp_path, Grid(), r=2, modules_to_save=["grid"]) == []
+
+
+def test_layers_that_the_user_names_are_enough(tmp_path: Path) -> None:
+    assert fit(tmp_path, Graph(), r=2, target_modules=["q_proj"]) == []
+
+
 class HoldsNetwork(LitTiny):  # that keeps the network which it was given as a hyperparameter, as rl4co's do
     def __init__(self, policy: Any, ignored: bool = False) -> None:
         super().__init__()
@@ -155,7 +240,8 @@ def test_layers_whose_weight_is_computed_are_named_once(tmp_path: Path) -> None:
     (said,) = fit(tmp_path, Normed(), r=2, target_modules="all")
     assert said.startswith("LoRAWarning: No adapter for 'v_proj', 'conv' of Normed, because the weight is computed")
     assert "modules_to_save=['v_proj', 'conv']" in said
-    (said,) = fit(tmp_path, Normed(), r=2)
+    assert fit(tmp_path, Normed(), r=2) == [said]  # they are most of its weights
+    (said,) = fit(tmp_path, Normed(), r=2, exclude_modules=["conv"])
     assert said.startswith("LoRAWarning: No adapter for 'v_proj' of Normed")
     assert fit(tmp_path, Normed(), r=2, target_modules="all", modules_to_save=["conv", "v_proj"]) == []
     assert fit(tmp_path, Normed(), r=2, target_modules="all", exclude_modules=["conv", "v_proj"]) == []

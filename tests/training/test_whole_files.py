@@ -320,5 +320,5 @@ def test_a_plain_loader_is_told_what_a_file_of_adapters_is(tmp_path: Path) -> No
     assert sorted(held(file)) == sorted(TRAINED)
     with pytest.raises(ll.AdapterStateError, match=r"^This state holds only adapters.*load_adapter\(model, path\)"):
         model.load_state_dict(held(file))
-    with pytest.raises(RuntimeError, match=r"this file holds only adapters: load it with lightning_lora.load_from_"):
+    with pytest.raises(RuntimeError, match=r"this file holds only adapters: build the model"):
         LitTiny().load_state_dict(file["state_dict"])

@@ -1,0 +1,171 @@
+"""The networks of a module: those that train, those that stand still beside them, and copies that follow another."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from torch import Tensor, nn
+
+from lightning_lora.tensors.inplace import InPlace
+from lightning_lora.tensors.names import owner_of, starts_of
+from lightning_lora.tensors.shards import to_local
+
+HEAD_LAYERS, HEAD_SHARE = 2, 0.25
+"""What trains is a head if it has no more layers, or no larger share of the weights.
+
+The heads of 20 models of torchvision and transformers have one or two layers, or less than a quarter of the weights. So
+do the last blocks of some, but these have names like those of earlier blocks.
+"""
+
+_SAME = 0.9
+"""The cosine between a copy's weights and the original's. An average lags behind; other networks have about 0."""
+
+Weights = Mapping[str, list[nn.Parameter]]  # the matrices of each module
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Networks whose weights stand still, by name."""
+
+    still: tuple[str, ...] = ()  # others train beside them
+    below: tuple[str, ...] = ()  # only a head trains beside them, or modules that are trained in full
+    copies: Mapping[str, str] = field(default_factory=dict)  # other code moves them after these networks
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """Those without adapters: what stands still, in copies too."""
+        same = [
+            copy + name.removeprefix(original)
+            for copy, original in self.copies.items()
+            for name in self.still
+            if is_inside(name, [original])
+        ]
+        return (*self.still, *same)
+
+    def original_of(self, layer: str) -> str | None:
+        """Return the layer that a layer of a copy follows."""
+        for name, original in self.copies.items():
+            if is_inside(layer, [name]):
+                return original + layer.removeprefix(name)
+        return None
+
+
+def is_inside(name: str, modules: Iterable[str]) -> bool:
+    """Whether ``name`` is one of these modules, or in one of them."""
+    return not set(starts_of(name)).isdisjoint(modules)
+
+
+def find_networks(
+    modules: Mapping[str, nn.Module],
+    base: Mapping[str, nn.Parameter],
+    layers: Set[str],
+    still: Set[nn.Parameter],
+    *,
+    beside: Collection[str] = (),
+    copies: Mapping[str, str] = MappingProxyType({}),
+    untrained: Callable[[], Collection[str]] = tuple,
+) -> Networks:
+    """Return what layers are for whose weights stand still.
+
+    Args:
+        modules: All modules by name.
+        base: The base's parameters by name.
+        layers: The layers that are to be adapted.
+        still: The parameters that the user has frozen, or given to no optimizer.
+        beside: The names of what is trained in full, or left out.
+        copies: What :func:`find_copies` returned.
+        untrained: Returns modules that look untrained, as a new head.
+    """
+    weights = defaultdict[str, list[nn.Parameter]](list)
+    for name, p in base.items():
+        if p.dim() > 1 and not is_inside(name, beside):
+            weights[owner_of(name)].append(p)
+    frozen, training = list[str](), list[str]()
+    for name, own in weights.items():
+        if name in layers and set(own) <= still and not is_inside(name, copies):
+            frozen.append(name)
+        elif still.isdisjoint(own) and not isinstance(modules[name], nn.Embedding | nn.EmbeddingBag):
+            training.append(name)
+    if not frozen or not (training or beside):
+        return Networks(copies=copies)
+    found = tuple(_largest(frozen, {*training, *(layers - {*frozen}), *beside}))
+    new = untrained() if training else ()
+    pretrained = [name for name in training if not is_inside(name, new)]
+    if pretrained and not _is_head(pretrained, frozen, weights):
+        return Networks(still=found, copies=copies)
+    return Networks(below=found, copies=copies)
+
+
+def _largest(layers: Iterable[str], others: Iterable[str]) -> dict[str, None]:
+    """The largest modules that hold these layers and none of the others."""
+    busy = set[str]().union(*map(starts_of, others))
+    return dict.fromkeys(next(outer for outer in starts_of(name) if outer not in busy) for name in layers)
+
+
+def _is_head(training: list[str], frozen: list[str], weights: Weights) -> bool:
+    """Whether what trains is small, and no later block of the network that is frozen."""
+    blocks = set(map(_without_numbers, training))
+    earlier = [name for name in frozen if _without_numbers(name) in blocks]
+    if 2 * _size(earlier, weights) >= _size(frozen, weights):
+        return False
+    return len(training) <= HEAD_LAYERS or _size(training, weights) <= HEAD_SHARE * _size(training + frozen, weights)
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def _size(names: Iterable[str], weights: Weights) -> int:
+    return sum(p.numel() for name in names for p in weights[name])
+
+
+# Copies
+
+
+def find_copies(
+    modules: Mapping[str, nn.Module], base: Mapping[str, nn.Parameter], layers: Set[str], still: Set[nn.Parameter]
+) -> dict[str, str]:
+    """Return networks that stand still and copy one that trains, and that one. Of several alike, each has its own."""
+    if not still:
+        return {}
+    trains = set[str]().union(*(starts_of(owner_of(name)) for name, p in base.items() if p not in still))
+    held = defaultdict[str, dict[str, nn.Parameter]](dict)
+    for name, p in base.items():
+        for outer in starts_of(owner_of(name)):
+            held[outer][name.removeprefix(f"{outer}.")] = p
+    found = dict[str, str]()
+    for name in held:
+        if name in trains or is_inside(name, found) or (owner_of(name) not in trains and not modules[name]._modules):
+            continue  # of a network that stands still, single layers say nothing
+        inside = [layer.removeprefix(name) for layer in layers if is_inside(layer, [name])]
+        originals = [other for other in held if other in trains and {other + layer for layer in inside} <= layers]
+        for original in sorted(originals if inside else (), key=list(found.values()).count):
+            is_same = _own_class(modules[original]) is _own_class(modules[name])
+            if is_same and _are_alike(held[name], held[original]):
+                found[name] = original
+                break
+    return found
+
+
+def _own_class(module: nn.Module) -> type:
+    return module.overlaid[1] if isinstance(module, InPlace) else type(module)
+
+
+def _are_alike(one: Mapping[str, nn.Parameter], other: Mapping[str, nn.Parameter]) -> bool:
+    """Whether two networks have the same names and shapes, and nearly the same weights."""
+    if one.keys() != other.keys() or any(p.shape != other[name].shape for name, p in one.items()):
+        return False
+    products = squares = 0.0
+    for name, p in one.items():
+        if p.dim() > 1 and p.is_floating_point() and not (p.is_meta or other[name].is_meta):
+            a, b = map(_some, (p, other[name]))
+            products += float(a @ b)
+            squares += float(a.norm() * b.norm())
+    return products > _SAME * squares
+
+
+def _some(weight: nn.Parameter) -> Tensor:
+    values = to_local(weight.detach()).reshape(-1)
+    return values[:: 1 + len(values) // 10_000].float().cpu()

@@ -1,0 +1,433 @@
+"""A LightningModule is not one network: what stands still stays as it is, and copies follow."""
+
+import copy
+import logging
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_lora import (
+    AdapterMismatchError,
+    LoRACallback,
+    LoRAConfig,
+    LoRAWarning,
+    TargetError,
+    inject_adapters,
+    load_adapter,
+    load_from_checkpoint,
+    merge_adapters,
+    save_adapter,
+    unmerge_adapters,
+)
+from tests.support.models import trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training")
+X = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers with ReLU between them. Single-digit widths make layers too small to look untrained."""
+    layers = [layer for sizes in pairwise(widths) for layer in (nn.Linear(*sizes), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+class Module(L.LightningModule):
+    """A module whose optimizer gets all parameters, or those of ``net``."""
+
+    def __init__(self, optimized: str = "all") -> None:
+        super().__init__()
+        self.optimized = optimized
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.build()
+
+    def build(self) -> None:
+        raise NotImplementedError
+
+    def loss(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.loss(batch[0])
+
+    def configure_optimizers(self) -> Any:
+        held: Any = self if self.optimized == "all" else self.net
+        return torch.optim.Adam(held.parameters(), lr=0.01)
+
+
+class Perceptual(Module):
+    """A frozen network in the loss."""
+
+    def build(self) -> None:
+        self.net, self.vgg = mlp(8, 15, 15, 8), mlp(8, 15, 4).requires_grad_(False)
+
+    def loss(self, x: Tensor) -> Tensor:
+        return (self.vgg(self.net(x)) - self.vgg(x)).square().mean()
+
+
+class SmallBesideLarge(Perceptual):
+    """The network that trains has two layers, as a head may, and the one in the loss most of the weights."""
+
+    def build(self) -> None:
+        self.net, self.vgg = mlp(8, 9, 8), mlp(8, 15, 15, 4).requires_grad_(False)
+
+
+class Distilled(SmallBesideLarge):
+    """A frozen teacher."""
+
+    def loss(self, x: Tensor) -> Tensor:
+        return (self.net(x)[:, :4] - self.vgg(x)).square().mean()
+
+
+class DistilledQuietly(SmallBesideLarge):
+    """A teacher that passes no gradients."""
+
+    def loss(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = self.vgg(x)
+        return (self.net(x)[:, :4] - wanted).square().mean()
+
+
+class NotGiven(Distilled):
+    """A teacher that nobody froze: the optimizer does not get it."""
+
+    def build(self) -> None:
+        super().build()
+        self.vgg.requires_grad_(True)
+        self.optimized = "net"
+
+
+class Blocks(Module):
+    """The first layers are frozen."""
+
+    def build(self) -> None:
+        self.net = mlp(8, 15, 15, 4)
+        self.vgg = self.net[:3].requires_grad_(False)
+
+    def loss(self, x: Tensor) -> Tensor:
+        return self.net(x).square().mean()
+
+
+class Headed(Module):
+    """A frozen backbone under a head that is trained already."""
+
+    def build(self) -> None:
+        self.net = nn.ModuleDict({"backbone": mlp(8, 15, 15, 8).requires_grad_(False), "head": nn.Linear(8, 2)})
+
+    def loss(self, x: Tensor) -> Tensor:
+        features: Tensor = self.net["backbone"](x)
+        return self.net["head"](features).square().mean()
+
+
+class Recomputed(Headed):
+    """Its backbone is behind a reentrant checkpoint, whose graph nobody sees."""
+
+    def loss(self, x: Tensor) -> Tensor:
+        features: Any = checkpoint(self.net["backbone"], x, use_reentrant=True)
+        return self.net["head"](features).square().mean()
+
+
+class AllFrozen(Headed):
+    def build(self) -> None:
+        super().build()
+        self.net.requires_grad_(False)
+
+
+class Momentum(Module):
+    """A network and a copy that follows it, as in BYOL."""
+
+    def build(self) -> None:
+        self.net = mlp(8, 15, 4)
+        self.copy_now()
+
+    def copy_now(self) -> None:
+        self.copy = copy.deepcopy(self.net).requires_grad_(False)
+
+    def loss(self, x: Tensor) -> Tensor:
+        for p, q in zip(self.net.parameters(), self.copy.parameters(), strict=True):
+            q.data = q.data.lerp(p.data, 0.01)
+        return (self.net(x) - self.copy(x.roll(1, 0))).square().mean() + (self.net(x) - 1).square().mean()
+
+
+class Average(Momentum):
+    """A copy that nobody froze, as in timm's ModelEma."""
+
+    def copy_now(self) -> None:
+        self.copy = nn.ModuleDict({"module": copy.deepcopy(self.net)}).eval()
+
+    def loss(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for p, q in zip(self.net.parameters(), self.copy.parameters(), strict=True):
+                q.lerp_(p, 0.01)
+        return (self.net(x) - 1).square().mean()
+
+
+class MadeInSetup(Momentum):
+    def build(self) -> None:
+        self.net = mlp(8, 15, 4)
+
+    def setup(self, stage: str) -> None:
+        self.copy_now()
+
+
+class MadeAtTheStart(MadeInSetup):
+    def setup(self, stage: str) -> None:
+        pass
+
+    def on_fit_start(self) -> None:
+        self.copy_now()
+
+
+def fit(folder: Path, module: Any, *callbacks: Any, ckpt_path: Any = None, epochs: int = 4, **options: Any) -> Any:
+    """Fit a module with adapters, which stay on it."""
+    lora = {name: options.pop(name) for name in ("target_modules", "exclude_modules", "save") if name in options}
+    merge: Any = "last" if "strategy" in options else False
+    callbacks = (LoRACallback(r=2, merge=merge, **lora), *callbacks)
+    t = trainer(folder, callbacks, max_epochs=epochs, enable_checkpointing=len(callbacks) > 1, **options)
+    t.fit(module, DataLoader(TensorDataset(X), batch_size=4), ckpt_path=ckpt_path)
+    return module
+
+
+def adapted(module: nn.Module) -> list[str]:
+    return [name.removesuffix(".lora_A") for name, _ in module.named_parameters() if name.endswith("lora_A")]
+
+
+class Adapted(L.Callback):
+    """Checks in each process which layers have adapters, and that all processes hold the same values."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = list(names)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert adapted(pl_module) == self.names
+        values = torch.cat([p.detach().flatten() for p in pl_module.parameters()])
+        shared = values.clone()
+        dist.broadcast(shared, 0)
+        assert torch.equal(values, shared)
+
+
+# What stands still
+
+either_optimizer = pytest.mark.parametrize("optimized", ["all", "net"])
+STILL = [Perceptual, SmallBesideLarge, Distilled, DistilledQuietly, NotGiven]
+
+
+@either_optimizer
+@pytest.mark.parametrize("kind", STILL)
+@pytest.mark.parametrize("target_modules", ["all-linear", "all"])
+def test_a_network_that_stands_still_beside_one_that_trains_gets_no_adapter(
+    tmp_path: Path, kind: Any, optimized: str, target_modules: str, caplog: Any
+) -> None:
+    with caplog.at_level(logging.INFO):
+        module = fit(tmp_path, kind(optimized), target_modules=target_modules)
+    assert adapted(module) == [f"net.{n}" for n, layer in module.net.named_children() if isinstance(layer, nn.Linear)]
+    told = [record.message for record in caplog.records if "No adapter for 'vgg'" in record.message]
+    assert len(told) == 1 and "name its layers in target_modules" in told[0]
+
+
+@pytest.mark.parametrize("kind", STILL)
+def test_it_gets_none_in_several_processes_either(tmp_path: Path, kind: Any) -> None:
+    names = [f"net.{n}" for n, layer in kind().net.named_children() if isinstance(layer, nn.Linear)]
+    fit(tmp_path, kind(), Adapted(*names), strategy="ddp_fork", devices=2)
+
+
+def test_the_true_loss_is_as_low_as_with_the_network_left_out_by_hand(tmp_path: Path) -> None:
+    losses = []
+    for options in ({}, {"exclude_modules": ["vgg"]}):
+        module, truth = SmallBesideLarge(), SmallBesideLarge().vgg
+        torch.manual_seed(3)
+        fit(tmp_path, module, epochs=20, **options)  # type: ignore[arg-type]
+        losses.append((truth(module.net(X)) - truth(X)).square().mean().item())
+    assert losses[0] == pytest.approx(losses[1], rel=0.3)
+
+
+@either_optimizer
+def test_earlier_layers_that_are_frozen_stay_so(tmp_path: Path, optimized: str) -> None:
+    assert adapted(fit(tmp_path, Blocks(optimized))) == ["net.4"]
+
+
+@either_optimizer
+@pytest.mark.parametrize("kind", [Headed, Recomputed, AllFrozen])
+def test_a_frozen_backbone_is_adapted_under_a_head_alone(
+    tmp_path: Path, kind: Any, optimized: str, caplog: Any
+) -> None:
+    with caplog.at_level(logging.INFO):
+        module = fit(tmp_path, kind(optimized))
+    assert adapted(module) == ["net.backbone.0", "net.backbone.2", "net.backbone.4", "net.head"]
+    assert module.net["backbone"][0].lora_B.any()
+    assert ("exclude_modules=['net.backbone']" in caplog.text) == (kind is not AllFrozen)
+
+
+def test_a_frozen_backbone_is_adapted_under_a_head_that_is_trained_in_full(tmp_path: Path) -> None:
+    module, callback = Headed(), LoRACallback(r=2, merge=False, modules_to_save=["head"])
+    trainer(tmp_path, [callback], enable_checkpointing=False).fit(module, DataLoader(TensorDataset(X)))
+    assert adapted(module) == ["net.backbone.0", "net.backbone.2", "net.backbone.4"]
+
+
+def test_a_frozen_backbone_is_adapted_under_a_large_head_that_looks_untrained() -> None:
+    model = nn.ModuleDict({"backbone": mlp(64, 64, 64, 64, 64, 64, 64, 64), "head": mlp(64, 64, 64, 64)})
+    for layer in model["backbone"]:
+        if isinstance(layer, nn.Linear):
+            layer.weight.data += 0.1 * torch.outer(torch.randn(64), torch.randn(64))
+    model["backbone"].requires_grad_(False)
+    names = inject_adapters(model, LoRAConfig(r=2))
+    assert [name for name in names if name.startswith("backbone")]
+
+
+@pytest.mark.parametrize("target_modules", [["0", "2", "4"], r"(net|vgg)\..*"])
+def test_whoever_names_a_layer_gets_an_adapter_there(tmp_path: Path, target_modules: Any) -> None:
+    assert len(adapted(fit(tmp_path, Perceptual(), target_modules=target_modules))) == 5
+
+
+def test_a_model_that_is_adapted_by_hand_is_told_the_same() -> None:
+    with pytest.warns(LoRAWarning, match="No adapter for 'vgg' of Perceptual"):
+        assert inject_adapters(Perceptual(), LoRAConfig(r=2)) == ("net.0", "net.2", "net.4")
+
+
+def test_targets_that_only_a_network_that_stands_still_has_are_an_error(tmp_path: Path) -> None:
+    class Convolutional(Module):
+        def build(self) -> None:
+            self.net, self.teacher = nn.Sequential(*(nn.Conv1d(9, 9, 1) for _ in range(4))), mlp(8, 9, 4)
+            self.teacher.requires_grad_(False)
+
+    with pytest.raises(TargetError, match=r"No adapter for 'teacher' .* Nothing else is targeted by 'all-linear'"):
+        fit(tmp_path, Convolutional())
+
+
+@pytest.mark.parametrize("kind", [Perceptual, SmallBesideLarge, NotGiven])
+@pytest.mark.parametrize("save", ["adapters", "model"])
+def test_files_resume_and_load_without_it(tmp_path: Path, kind: Any, save: str) -> None:
+    through = fit(tmp_path, kind(), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1), save=save)
+    resumed = fit(tmp_path, kind(), ckpt_path=tmp_path / "epoch=1.ckpt")
+    loaded, thawed = load_from_checkpoint(kind, tmp_path / "epoch=3.ckpt"), kind()
+    thawed.vgg.requires_grad_(True)
+    load_adapter(thawed, tmp_path / "epoch=3.ckpt")
+    for other in (resumed, loaded, thawed):
+        assert all(torch.equal(value, other.state_dict()[name]) for name, value in through.state_dict().items())
+
+
+def test_a_second_fit_leaves_it_alone_too(tmp_path: Path) -> None:
+    module = SmallBesideLarge()
+    for epochs in (1, 2):
+        fit(tmp_path, module, epochs=epochs)
+    assert adapted(module) == ["net.0", "net.2"]
+
+
+# Copies
+
+COPIES = [Momentum, Average, MadeInSetup, MadeAtTheStart]
+
+
+@either_optimizer
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_copy_follows_its_original(tmp_path: Path, kind: Any, optimized: str) -> None:
+    base = kind("net").net.state_dict()
+    module = fit(tmp_path, kind(optimized), epochs=8)
+    followers = list(module.copy.modules())
+    assert not any(p.requires_grad for name, p in module.copy.named_parameters() if "lora" in name)
+    merge_adapters(module)
+    moved = [torch.cat([p.flatten() - base[n].flatten() for n, p in m.named_parameters() if "weight" in n])
+             for m in (module.net, next(m for m in followers if isinstance(m, nn.Sequential)))]  # fmt: skip
+    assert cosine_similarity(*moved, dim=0) > 0.9
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_copy_follows_in_several_processes_too(tmp_path: Path, kind: Any) -> None:
+    inner = "copy.module" if kind is Average else "copy"
+    check = Adapted("net.0", "net.2", f"{inner}.0", f"{inner}.2")
+    fit(tmp_path, kind("net"), check, strategy="ddp_fork", devices=2)
+
+
+@pytest.mark.parametrize("kind", [Momentum, Average, MadeInSetup])
+def test_a_run_with_a_copy_resumes_merges_and_loads_exactly(tmp_path: Path, kind: Any) -> None:
+    through = fit(tmp_path, kind("net"), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1))
+    resumed = fit(tmp_path, kind("net"), ckpt_path=tmp_path / "epoch=1.ckpt")
+    save_adapter(through, tmp_path / "adapter.safetensors")
+    loaded = kind("net")
+    loaded.setup("fit")
+    load_adapter(loaded, tmp_path / "adapter.safetensors")
+    state = {name: value.clone() for name, value in through.state_dict().items()}
+    wanted = through.copy.module(X) if kind is Average else through.copy(X)
+    merge_adapters(through)
+    torch.testing.assert_close(through.copy.module(X) if kind is Average else through.copy(X), wanted)
+    unmerge_adapters(through)
+    for other in (through, resumed, loaded):
+        assert all(torch.equal(value, other.state_dict()[name]) for name, value in state.items())
+
+
+def test_a_file_of_a_copy_that_setup_makes_says_so_to_a_module_without_it(tmp_path: Path) -> None:
+    save_adapter(fit(tmp_path, MadeInSetup("net")), tmp_path / "adapter.safetensors")
+    with pytest.raises(AdapterMismatchError, match=r"call model.setup\('fit'\) first"):
+        load_adapter(MadeInSetup("net"), tmp_path / "adapter.safetensors")
+
+
+@pytest.mark.parametrize("options", [{"exclude_modules": ["copy"]}, {"target_modules": r"net\..*"}])
+def test_a_copy_that_is_left_out_loses_the_adapters_that_it_was_copied_with(tmp_path: Path, options: Any) -> None:
+    class Baseline(MadeInSetup):
+        def loss(self, x: Tensor) -> Tensor:
+            return (self.net(x) - self.copy(x).mean()).square().mean()
+
+    assert adapted(fit(tmp_path, Baseline("net"), **options)) == ["net.0", "net.2"]
+
+
+def test_twins_that_both_train_are_no_copies(tmp_path: Path) -> None:
+    class Twins(Momentum):
+        def copy_now(self) -> None:
+            self.copy = copy.deepcopy(self.net)
+
+        def loss(self, x: Tensor) -> Tensor:
+            return (self.net(x) - 1).square().mean() + (self.copy(x) + 1).square().mean()
+
+    module = fit(tmp_path, Twins())
+    assert module.copy[0].lora_B.requires_grad and not torch.equal(module.copy[0].lora_B, module.net[0].lora_B)
+
+
+def test_a_frozen_network_with_other_weights_is_no_copy(tmp_path: Path) -> None:
+    class Other(Distilled):
+        def build(self) -> None:
+            self.net, self.vgg = mlp(8, 15, 15, 8), mlp(8, 15, 15, 8).requires_grad_(False)
+
+        def loss(self, x: Tensor) -> Tensor:
+            return (self.net(x) - self.vgg(x)).square().mean()
+
+    assert adapted(fit(tmp_path, Other())) == ["net.0", "net.2", "net.4"]
+
+
+def test_two_critics_and_their_targets_are_two_pairs() -> None:
+    critic = mlp(4, 9, 1)
+    critics = nn.ModuleDict({"one": critic, "two": copy.deepcopy(critic)})
+    targets = nn.ModuleDict({name: copy.deepcopy(net).requires_grad_(False) for name, net in critics.items()})
+    inject_adapters(nn.ModuleDict({"critics": critics, "targets": targets}), LoRAConfig(r=2))
+    for name, target in targets.items():
+        assert torch.equal(target[0].lora_A, critics[name][0].lora_A)
+
+
+def test_a_copy_of_a_network_with_frozen_layers_has_adapters_where_that_has_them() -> None:
+    net = mlp(8, 15, 15, 4)
+    teacher = copy.deepcopy(net).requires_grad_(False)
+    net[0].requires_grad_(False)
+    model = nn.ModuleDict({"net": net, "teacher": teacher})
+    with pytest.warns(LoRAWarning, match="No adapter for 'net.0'"):
+        inject_adapters(model, LoRAConfig(r=2))
+    assert adapted(model) == ["net.2", "net.4", "teacher.2", "teacher.4"]
+
+
+def test_what_trains_in_full_does_not_in_a_copy(tmp_path: Path) -> None:
+    module = Momentum("net")
+    callback = LoRACallback(r=2, merge=False, modules_to_save=["2"], bias="lora_only")
+    trainer(tmp_path, [callback], enable_checkpointing=False).fit(module, DataLoader(TensorDataset(X), batch_size=4))
+    trained = [name for name, p in module.named_parameters() if p.requires_grad]
+    assert trained == ["net.0.bias", "net.0.lora_A", "net.0.lora_B", "net.2.weight", "net.2.bias"]
+    merge_adapters(module)
+    moved = [m[2].weight - Momentum("net").net[2].weight for m in (module.net, module.copy)]
+    assert cosine_similarity(*(each.flatten() for each in moved), dim=0) > 0.9
