@@ -11,7 +11,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_lora.errors import OptimizerError, StrategyError, listed
 from lightning_lora.model.inject import leave_alone, left_still, settle
@@ -26,16 +25,6 @@ _EDITED: "WeakKeyDictionary[Optimizer, tuple[list[Params], list[Params]]]" = Wea
 
 _CHECKED: "WeakKeyDictionary[Optimizer, list[int]]" = WeakKeyDictionary()
 """The sizes of each optimizer's groups at the last check that found no frozen weight."""
-
-
-def _count_fused_step(optimizer: Optimizer, *_: Any) -> None:
-    """Count the changes of a fused step, as torch counts those of other optimizers."""
-    for group in optimizer.param_groups:
-        if group.get("fused"):
-            torch.autograd.graph.increment_version(group["params"])
-
-
-register_optimizer_step_post_hook(_count_fused_step)
 
 
 def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: Scale = 1) -> None:
