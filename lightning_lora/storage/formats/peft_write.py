@@ -26,7 +26,7 @@ from lightning_lora.storage.formats import peft_config as peft
 from lightning_lora.storage.formats.diffusers import prefix_for
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.formats.peft_layers import check_exportable, is_bias, peft_layer
-from lightning_lora.storage.names import Renaming, list_or_expression
+from lightning_lora.storage.names import Renaming, is_inside, list_or_expression
 from lightning_lora.storage.state import adapter_state_dict, without_extra
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
