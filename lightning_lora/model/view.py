@@ -14,7 +14,7 @@ from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries
 from lightning_lora.model.adapter_state import AdapterState
 from lightning_lora.model.state import Record, find_record, record_of, records_in
-from lightning_lora.targets.networks import is_inside
+from lightning_lora.targets.networks import is_in_any
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import join, named_modules, own_parameter, parameters_of, plain_module, submodule
@@ -147,7 +147,7 @@ class View:
         trained |= {id(p) for name, p in self.base.items() if self.config.is_saved(name)}
         trained |= set(map(id, self._biases()))
         copies = self.adapter.networks.copies if self.is_adapted else ()
-        return {name: p for name, p in self.base.items() if id(p) in trained and not is_inside(name, copies)}
+        return {name: p for name, p in self.base.items() if id(p) in trained and not is_in_any(name, copies)}
 
     def _biases(self) -> Iterator[nn.Parameter]:
         """The biases that train. ``"lora_only"`` means those of adapted layers, also inside an attention."""

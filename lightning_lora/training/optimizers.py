@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_lora.errors import OptimizerError, StrategyError, listed
 from lightning_lora.model.inject import leave_alone, left_still, settle
 from lightning_lora.model.view import View, view_of
-from lightning_lora.targets.networks import is_inside
+from lightning_lora.targets.networks import is_in_any
 from lightning_lora.tensors.names import named_parameters, own_parameter, owner_of, starts_of
 from lightning_lora.training.gradients import Feeding, Gradients
 from lightning_lora.training.rates import Params, Scale, check_splits, scales_in, split, unsplit
@@ -74,7 +74,7 @@ def leave_unfed(trainer: Trainer, model: LightningModule, feeding: Feeding, grad
     feeding.close()
     view, title = view_of(model), type(model).__name__
     fed = [name for name in view.adapter.networks.below if name not in alone]
-    if fed and any(not is_inside(name, (*fed, *alone)) for name in view.layers):
+    if fed and any(not is_in_any(name, (*fed, *alone)) for name in view.layers):
         rank_zero_info(
             f"Without LoRACallback, only a head of {title} would train. With it, adapters train in {listed(fed)} too. "
             f"To leave that as it is: exclude_modules={fed}."
@@ -170,7 +170,7 @@ def _place_rest(view: View, edited: list[list[Params]]) -> None:
     rest = {name: p for name, p in named_parameters(view.model).items() if p.requires_grad and p not in placed}
     if rest and len(groups) == 1:
         groups[0].extend(rest.values())
-        if told := [name for name in rest if not is_inside(name, view.adapter.networks.below)]:
+        if told := [name for name in rest if not is_in_any(name, view.adapter.networks.below)]:
             rank_zero_info(
                 f"No optimizer held {listed(told)} or their weights: they train in its only parameter group."
             )
