@@ -101,7 +101,7 @@ def find_networks(
 def _largest(layers: Iterable[str], others: Iterable[str]) -> dict[str, None]:
     """The largest modules that hold these layers and none of the others."""
     busy = set[str]().union(*map(starts_of, others))
-    return dict.fromkeys(next(outer for outer in starts_of(name) if outer not in busy) for name in layers)
+    return dict.fromkeys(next((outer for outer in starts_of(name) if outer not in busy), name) for name in layers)
 
 
 def _is_head(training: list[str], frozen: list[str], weights: Weights) -> bool:
