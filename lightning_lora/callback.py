@@ -314,17 +314,13 @@ class LoRACallback(Callback):
         self._end_training()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the module back as it came.
-
-        Adapters that a fit has loaded or trained stay on it.
-        """
+        """Give the module back as it came, or with the adapters that a fit has loaded or trained."""
         self._end_training()
         is_alone = isinstance(trainer.strategy, LoRAStrategy) and trainer.strategy.lora_adapts_late
         if self._stage.fail(pl_module, is_alone=is_alone) and isinstance(exception, KeyboardInterrupt):
             rank_zero_info(
-                f"Interrupted after step {trainer.global_step}: the adapters are on the layers of "
-                f"{type(pl_module).__name__}, as trained so far. fit goes on with them; merge_adapters(model) or "
-                "save_adapter(model, path) keeps them."
+                f"Interrupted after step {trainer.global_step}: {type(pl_module).__name__} has its adapters as trained "
+                "until then. fit goes on with them; merge_adapters(model) or save_adapter(model, path) keeps them."
             )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -240,6 +240,20 @@ def test_merging_and_a_file_keep_what_the_adapters_compute(name: str, config: ll
     torch.testing.assert_close(run(other), adapted)  # processors round other copies of a weight in other ways
 
 
+@pytest.mark.filterwarnings("ignore:.*writes merged weights:lightning_lora.LoRAWarning")
+@pytest.mark.parametrize(
+    "name", [key for key, case in CASES.items() if case.build.__qualname__.startswith("hub")], indirect=True
+)
+def test_save_pretrained_gives_a_model_that_computes_the_same(name: str, config: ll.LoRAConfig, tmp_path: Path) -> None:
+    model, again = Lit(name), Lit(name)
+    ll.inject_adapters(model, config)
+    randomise(model)
+    model.net.save_pretrained(tmp_path)
+    again.net, about = type(model.net).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(about.values())
+    torch.testing.assert_close(run(again), run(model))
+
+
 # Experts, statistics, recurrence, and weights that other code reads
 FORKED = ["bert", "gpt2", "mixtral", "mamba", "torchvision mobilenet", "torchvision swin", "lstm tagger"]
 

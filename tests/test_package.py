@@ -1,6 +1,8 @@
 """The package's names, version and imports are as promised."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,32 @@ def test_version_is_the_projects() -> None:
     assert f"\nversion: {lightning_lora.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     section = "Unreleased" if ".dev" in lightning_lora.__version__ else lightning_lora.__version__
     assert f"## [{section}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+UNCHANGED = """
+import logging, os, random, sys, warnings, lightning.pytorch, torch, torchmetrics
+from torch.nn.modules import module
+from torch.optim import optimizer
+
+def held():
+    hooks = {(each.__name__, name): list(value) for each in (module, optimizer)
+             for name, value in vars(each).items() if name.startswith("_global") and hasattr(value, "items")}
+    assert len(hooks) > 5
+    random_states = random.getstate(), torch.get_rng_state().tolist(), torch.is_grad_enabled(), torch.get_num_threads()
+    patched = {name: dict(vars(each)) for name, each in sys.modules.items() if name in MODULES}
+    return hooks, random_states, patched, dict(os.environ), list(warnings.filters), logging.root.handlers[:]
+
+MODULES = ("torch", "torch.nn", "torch.nn.functional", "torch.optim", "lightning.pytorch", "copyreg", "pickle")
+before = held()
+import lightning_lora
+assert held() == before
+"""
+
+
+@pytest.mark.processes
+def test_nothing_of_the_process_changes_at_import() -> None:
+    done = subprocess.run([sys.executable, "-c", UNCHANGED], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("module", ["peft", "transformers", "jsonargparse"])

@@ -29,6 +29,9 @@ class AdapterState:
     """The base's values of everything besides the adapter that training may change: modules trained in full, biases,
     persistent buffers, and frozen weights for which a file had other values."""
 
+    extra: dict[str, int] = field(default_factory=dict)
+    """The digests of what modules kept besides tensors before it was trained."""
+
     random: tuple[str, ...] | None = None
     """Frozen weights that look untrained, which files hold. None: they have not been looked for."""
 
@@ -64,8 +67,9 @@ class AdapterState:
         """These frozen weights look untrained: files hold them."""
         self.random = tuple(names)
 
-    def keep_originals(self, values: Mapping[str, Tensor]) -> None:
+    def keep_originals(self, values: Mapping[str, Tensor], extra: dict[str, int]) -> None:
         """Copy these values of the base to CPU memory, unless they were copied before, and drop all other copies."""
+        self.extra = self.extra if self.is_trained else extra
         known, self.originals = self.originals, {}
         for name, tensor in values.items():
             is_known = name in known and known[name].shape == tensor.shape

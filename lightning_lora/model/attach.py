@@ -1,8 +1,10 @@
 """Attach adapters to a model and freeze its base; detach them; restore the model if a change fails."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ def attach_adapters(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
     for name, adapter in adapters.items():
         attach(modules[name], adapter)
     tie_layers(modules.values())
-    _switch_inference_paths(modules)
+    _switch_paths(modules)
 
 
 def detach_adapters(view: View, names: Collection[str] | None = None) -> dict[str, Adapter]:
@@ -34,7 +36,7 @@ def detach_adapters(view: View, names: Collection[str] | None = None) -> dict[st
         if names is None or name in names:
             adapters[name] = layer.lora_detach()
     tie_layers(view.modules.values())
-    _switch_inference_paths(view.modules)
+    _switch_paths(view.modules)
     return adapters
 
 
@@ -110,26 +112,42 @@ def _has_weights(layer: LoRALayer) -> bool:
     return present.keys() >= {*layer.lora_weights()}
 
 
-# Inference paths that bypass adapted layers
+# What bypasses adapted layers: inference paths, and save_pretrained of other libraries
 
 _SWITCHED = "_lora_switched"  # the attribute of a module that stores the original value of its switch
+WRITERS: list[Callable[..., Any]] = []  # called in place of save_pretrained, with a model that has adapted layers
 
 
-def _switch_inference_paths(modules: Mapping[str, nn.Module]) -> None:
-    """Turn off inference paths that would bypass adapted layers. Turn them on again if no layer is adapted any more."""
+class _Saves:
+    """``save_pretrained`` of one model, an attribute of it. A copy or a pickle of the model gets its own."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = ref(model)  # no cycle: a model that nothing uses frees its memory at once
+        self.__signature__ = signature(model.save_pretrained)  # pipelines look for options in it
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return WRITERS[0](self.model(), *args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return _Saves, (self.model(),)
+
+
+def _switch_paths(modules: Mapping[str, nn.Module]) -> None:
+    """Turn off what would bypass adapted layers. Turn it on again if no layer is adapted any more."""
     any_adapted = any(isinstance(module, LoRALayer) for module in modules.values())
     for module in modules.values():
-        path = inference_path(module)
-        if path is None:
-            continue
-        switch, off = path
-        inside = any(isinstance(inner, LoRALayer) for inner in module.modules())
-        if inside or (any_adapted and repacks(module)):
+        path, held, saves = inference_path(module), vars(module), hasattr(type(module), "save_pretrained")
+        inside = bool(path or saves) and any(isinstance(inner, LoRALayer) for inner in module.modules())
+        if saves and inside:
+            held.setdefault("save_pretrained", _Saves(module))
+        elif isinstance(held.get("save_pretrained"), _Saves):
+            del held["save_pretrained"]
+        if path and (inside or (any_adapted and repacks(module))):
             unpack(module)
-            vars(module).setdefault(_SWITCHED, getattr(module, switch))  # a second time, it is off already
-            setattr(module, switch, off)
-        elif _SWITCHED in vars(module):
-            setattr(module, switch, vars(module).pop(_SWITCHED))
+            held.setdefault(_SWITCHED, getattr(module, path[0]))  # a second time, it is off already
+            setattr(module, *path)
+        elif path and _SWITCHED in held:
+            setattr(module, path[0], held.pop(_SWITCHED))
 
 
 def inference_path(module: nn.Module) -> tuple[str, Any] | None:

@@ -19,7 +19,7 @@ from lightning_lora.model.sending import delete_sent
 from lightning_lora.model.switch import check_known, check_switchable, set_adapter, show
 from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
 from lightning_lora.targets.lookup import AUTOMATIC, Names
-from lightning_lora.targets.networks import Networks, find_copies, find_networks, is_inside
+from lightning_lora.targets.networks import Networks, find_copies, find_networks, is_in_any
 from lightning_lora.targets.select import Choice, select
 from lightning_lora.tensors.inplace import combined
 from lightning_lora.tensors.names import owner_of, starts_of, submodule
@@ -102,14 +102,14 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
     kinds = {name: choice.kind for name, choice in choices.items()}
     found = _networks(before, kinds, {before.base[name] for name in before.frozen_by_user}, finds=finds)
     config = config.excluding("|".join(map(re.escape, found.left)))
-    choices = {name: choice for name, choice in choices.items() if not is_inside(name, found.left)}
+    choices = {name: choice for name, choice in choices.items() if not is_in_any(name, found.left)}
     if not choices:
         raise TargetError(
             f"{left_still(found.still, type(model).__name__)} Nothing else is targeted by "
             f"{config.target_modules!r}: what trains has no layers of that kind."
         )
     loose = [n for n, layer in before.layers.items() if layer.lora_is_resized() and layer.lora_is_fresh()]
-    loose += [n for n in before.layers if n not in choices and (n not in before.recorded or is_inside(n, found.left))]
+    loose += [n for n in before.layers if n not in choices and (n not in before.recorded or is_in_any(n, found.left))]
     if loose:
         attach.detach_adapters(before, loose)
         before = View(model, config)
@@ -164,7 +164,7 @@ def leave_alone(model: nn.Module, still: Collection[str]) -> None:
     adapter, known = view.adapter, view.adapter.networks
     below = tuple(name for name in known.below if name not in still)
     now = replace(known, still=(*known.still, *still), below=below)
-    off = [name for name in view.layers if is_inside(name, now.left)]
+    off = [name for name in view.layers if is_in_any(name, now.left)]
     if not off:
         return
     if len(off) == len(view.layers):
@@ -186,7 +186,7 @@ def follow_copied(view: View, idle: Set[str]) -> set[str]:
     copies, known = find_copies(view.modules, view.base, view.layers.keys(), still), view.adapter.networks
     view.adapter.set_networks(replace(known, copies={**known.copies, **copies}))
     follow_originals(view)
-    return {name for name in idle if not is_inside(name, copies)}
+    return {name for name in idle if not is_in_any(name, copies)}
 
 
 def follow_originals(view: View) -> None:

@@ -220,9 +220,9 @@ def check_mergeable(view: View) -> None:
     for names, why in (
         (
             quantised_layers(view),
-            "are quantised, and no update can be merged into them. Keep the adapters on their layers; or merge into "
-            "the model in full precision: inject_adapters(full, config), load_adapter_state_dict(full, "
-            "adapter_state_dict(quantised)), merge_adapters(full).",
+            "are quantised, and no update can be merged into them. Keep the adapters on their layers (save_adapter "
+            "saves them alone); or merge into the model in full precision: inject_adapters(full, config), "
+            "load_adapter_state_dict(full, adapter_state_dict(quantised)), merge_adapters(full).",
         ),
         (empty, "have no values yet (they are on the meta device). Load them first."),
         (

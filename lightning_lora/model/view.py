@@ -1,10 +1,12 @@
 """A model's layers, adapters and base, by name."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cached_property
+from io import BytesIO
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
@@ -12,7 +14,8 @@ from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries
 from lightning_lora.model.adapter_state import AdapterState
 from lightning_lora.model.state import Record, find_record, record_of, records_in
-from lightning_lora.targets.networks import is_inside
+from lightning_lora.targets.networks import is_in_any
+from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import join, named_modules, own_parameter, parameters_of, plain_module, submodule
 from lightning_lora.tensors.shards import is_dtensor, to_local
@@ -144,7 +147,7 @@ class View:
         trained |= {id(p) for name, p in self.base.items() if self.config.is_saved(name)}
         trained |= set(map(id, self._biases()))
         copies = self.adapter.networks.copies if self.is_adapted else ()
-        return {name: p for name, p in self.base.items() if id(p) in trained and not is_inside(name, copies)}
+        return {name: p for name, p in self.base.items() if id(p) in trained and not is_in_any(name, copies)}
 
     def _biases(self) -> Iterator[nn.Parameter]:
         """The biases that train. ``"lora_only"`` means those of adapted layers, also inside an attention."""
@@ -190,6 +193,17 @@ class View:
         """The extra state dict entries of quantised layers."""
         entries = {prefix: quantised_entries(module) for prefix, module in self.modules.items()}
         return {join(prefix, name): value for prefix, named in entries.items() for name, value in named.items()}
+
+    @property
+    def extra(self) -> dict[str, int]:
+        """The digests of what modules keep besides tensors (``get_extra_state``), by its names in a state dict."""
+        found = {}
+        for name, module in self.modules.items():
+            if type(module).get_extra_state is not nn.Module.get_extra_state:
+                with suppress(Exception):  # of code for any objects: these are not compared
+                    torch.save(module.get_extra_state(), file := BytesIO())
+                    found[join(name, "_extra_state")] = digest(torch.frombuffer(file.getbuffer(), dtype=torch.uint8))
+        return found
 
     @property
     def kept(self) -> dict[str, Tensor]:
@@ -249,7 +263,7 @@ def keep_originals(view: View) -> None:
     """Copy to CPU memory the values that training may change. Values that were copied before are kept."""
     changing = {**view.trained, **view.buffers}
     changing |= {name: view.base[name] for name in view.adapter.originals if name in view.base}  # replaced by a file's
-    view.adapter.keep_originals(changing)
+    view.adapter.keep_originals(changing, view.extra)
 
 
 def keep_frozen(view: View, names: Iterable[str]) -> None:

@@ -286,9 +286,9 @@ def _selecting(config: LoRAConfig) -> str:
 
 def _check_tensors(view: View, entries: Entries, state: Mapping[str, Any], *, converting: bool = False) -> None:
     """Refuse tensors of another shape or kind. ``converting``: all but adapters are rounded as ``model.to`` would."""
-    known = {**view.base, **entries[1], **entries[0]}
+    known = {**view.base, **view.buffers, **entries[0]}
     for name, value in state.items():
-        if isinstance(known[name], Tensor):
+        if name in known:  # a module's own code judges the others
             _check_tensor(name, value, known[name], converting=converting and name not in view.adapters)
 
 

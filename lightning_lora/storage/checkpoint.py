@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
@@ -23,7 +24,7 @@ from lightning_lora.storage.stored import KEY, StoredAdapters, checksum
 from lightning_lora.tensors.names import load_state_dict, plain_name, state_dict
 from lightning_lora.tensors.shards import full_tensors, is_dtensor
 
-_WHOLE = f"{KEY}_whole"  # in torch's notes on a merged state: its checksum, and the entry of this package
+_WHOLE = f"{KEY}_whole"  # in torch's notes on a merged state: its checksum, and the adapters
 
 
 def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later: bool = False) -> dict[str, Any]:
@@ -55,9 +56,9 @@ def with_merged_model(
     state = without_notes(checkpoint["state_dict"])
     merged, lost = merged_state(view_of(model), state)
     held: Any = _copied({"state_dict": merged}) if written_later else {"state_dict": merged}
-    about, notes = {**checkpoint[KEY], ADAPTERS: state}, held["state_dict"]._metadata
-    notes[""] = {**notes.get("", {}), _WHOLE: (checksum(merged, {}), about)}  # for the module itself, as above
-    return {**checkpoint, **held, KEY: about}, lost
+    notes = held["state_dict"]._metadata  # for the module itself, as above
+    notes[""] = {**notes.get("", {}), _WHOLE: (checksum(merged, {}), checkpoint[KEY], state)}
+    return {**checkpoint, **held, KEY: {**checkpoint[KEY], ADAPTERS: state}}, lost
 
 
 def _copied(entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,27 +133,20 @@ def load_checkpoint_state(model: nn.Module, checkpoint: dict[str, Any], *, whole
 
 @on_load
 def _load_described(model: nn.Module, state: dict[str, Any], _: str, notes: Mapping[str, Any]) -> bool:
-    """Load a file's adapters, if other code gives its state to a model with adapters; torch gets the model's own.
-
-    The state of a whole model is loaded as it is if it was changed, or does not fit, or no adapters were trained here.
-    """
-    number, about = notes.get(_WHOLE, (None, notes.get(KEY)))
+    """Load the adapters of a file that other code gives to an adapted or merged model; torch gets the model's own."""
+    number, about, held = notes.get(_WHOLE, (None, notes.get(KEY), state))
     is_whole = number is not None
     if about is None or (is_whole and not (View(model).adapter.is_trained and checksum(state, {}) == number)):
-        return False
-    held = without_notes(about.get(ADAPTERS, state))
-    about = {key: value for key, value in about.items() if key != ADAPTERS}
-    try:
+        return False  # it is loaded as it is: before training, or as other code has made it
+    held = without_notes(held)
+    with suppress(*[LoRAError] * is_whole):
         with unmerged(model):
             check_fits(view_of(model), StoredAdapters.from_file(held, about, ""))
             write_state(model, held)
-    except LoRAError:
-        if is_whole:
-            return False
-        raise
-    state.clear()
-    state.update(model.state_dict())
-    return True
+        state.clear()
+        state.update(model.state_dict())
+        return True
+    return False
 
 
 def _completed(model: nn.Module, state: Mapping[str, Any], base: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_lora.config import Slices
-from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, listed
+from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, listed, warn
 from lightning_lora.model.inject import remove_adapters
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.view import view_of
@@ -31,7 +31,7 @@ from lightning_lora.storage.formats.own import (
     write_adapter_file,
 )
 from lightning_lora.storage.formats.reading import Asked, Reader
-from lightning_lora.storage.state import adapter_state_dict, check_not_diverged
+from lightning_lora.storage.state import adapter_state_dict, check_not_diverged, without_extra
 from lightning_lora.storage.stored import KEY, StoredAdapters, is_plain
 from lightning_lora.tensors.shards import is_dtensor
 
@@ -57,17 +57,21 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         AdapterStateError: ``model`` has no adapters, or they are on the meta device, or hold NaN or infinite values.
-        AdapterFileError: ``path`` has another ending, an entry of its state is not a tensor, or the file cannot be
-            written (the disk is full, for example).
+        AdapterFileError: ``path`` has another ending, or the file cannot be written (the disk is full, for example).
         FileNotFoundError: the folder does not exist.
+
+    Warns:
+        LoRAWarning: training changed what modules keep besides tensors (``get_extra_state``): no file has a place.
     """
     check_place(path)
-    state = adapter_state_dict(model)
-    if odd := [name for name, value in state.items() if not isinstance(value, Tensor)]:
-        raise AdapterFileError(
-            f"{odd[:3]} are not tensors, which is all that safetensors holds. Save with the Trainer instead."
-        )
     view = view_of(model)
+    held = without_extra(view, adapter_state_dict(model))
+    state = {name: value for name, value in held.items() if isinstance(value, Tensor)}
+    if odd := held.keys() - state.keys():
+        warn(
+            f"{listed(sorted(odd))} of {type(view.model).__name__} changed in training (get_extra_state) and are not "
+            "tensors, which is all that safetensors holds: the file is without them. A Trainer's checkpoint holds them."
+        )
     check_not_diverged(view)
     if any(value.is_meta for value in state.values()):
         raise AdapterStateError("The adapters are on the meta device and have no values. Call model.to_empty first.")

@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterFileError, AdapterStateError, listed
+from lightning_lora.errors import AdapterFileError, AdapterStateError, listed, warn
 from lightning_lora.functional.update import wide
 from lightning_lora.layers import HAS_UPDATE
-from lightning_lora.model.attach import check_weights
+from lightning_lora.model.attach import WRITERS, check_weights
 from lightning_lora.model.merge import check_mergeable, tied_weights
 from lightning_lora.model.merged import check_as_merged, warn_of_merge
 from lightning_lora.model.view import View, root_of, view_of
 from lightning_lora.storage.disk import check_output, writing, writing_folder
 from lightning_lora.storage.state import check_not_diverged
-from lightning_lora.tensors.names import join, own_parameter, plain_module, plain_name, submodule
-from lightning_lora.tensors.shards import is_dtensor
+from lightning_lora.tensors.names import join, own_parameter, plain_module, plain_name, set_parameter, submodule
+from lightning_lora.tensors.shards import is_dtensor, reshard
 from lightning_lora.tensors.values import replace_values
 
 
@@ -76,9 +76,17 @@ def save_merged(model: nn.Module, path: str | Path) -> None:
     (write or _write_folder)(view_of(model), path)
 
 
-def _merged(view: View) -> dict[str, Any]:
-    """The state, after a check for NaN and infinite adapters and merged weights."""
-    state, lost = merged_state(view)
+def _merged(view: View, given: Mapping[str, Any] | None = None, *, is_folder: bool = False) -> dict[str, Any]:
+    """The state, after a check for NaN and infinite adapters and merged weights, and for what would be tied again."""
+    untied = [weight.layer for weight in view.merged if isinstance(weight.base, nn.Parameter)]
+    untied += [name for name, weights in tied_weights(view).items() if weights]
+    config = getattr(submodule(view.model, root_of(view.model)), "config", None)
+    if is_folder and untied and getattr(config, "tie_word_embeddings", False):
+        raise AdapterFileError(
+            f"The weight of {listed(untied)} in {type(view.model).__name__} is tied to another layer's and has its own "
+            "update, and from_pretrained would tie it again. Set config.tie_word_embeddings = False before saving."
+        )
+    state, lost = merged_state(view, given)
     check_not_diverged(view)
     weights = set(view.adapted_weights)
     for name, value in state.items():
@@ -87,7 +95,7 @@ def _merged(view: View) -> dict[str, Any]:
                 f"Merged, {plain_name(name)!r} would hold values that {value.dtype} cannot. Convert the model first: "
                 "model.to(torch.float32)."
             )
-    warn_of_merge(view.model, lost, _untied(view))
+    warn_of_merge(view.model, lost, untied)
     return state
 
 
@@ -150,19 +158,43 @@ def _write_folder(view: View, path: Path) -> None:
             f"save_pretrained writes {root!r} of {title} alone, and {listed(outside)} were trained outside of it. Use "
             "a name that ends in .ckpt or .safetensors."
         )
-    own_weights = _untied(view)
-    if own_weights and getattr(getattr(inner, "config", None), "tie_word_embeddings", False):
-        raise AdapterFileError(
-            f"The weight of {listed(own_weights)} in {title} is tied to another layer's and has an update of its own, "
-            "and from_pretrained would tie it again. Set config.tie_word_embeddings = False on the model before saving."
+    state = _merged(view, is_folder=True)
+    with writing_folder(path) as beside, _answering(view.model, state):
+        save(beside)
+
+
+def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Let the ``save_pretrained`` of an adapted model write what the model computes, whoever calls it."""
+    reshard(model)
+    save, view, given = type(model).save_pretrained, View(model), kwargs.get("state_dict")
+    is_plain = view.adapters.keys().isdisjoint(map(plain_name, given or ())) and given is not None
+    if is_plain or "state_dict" in vars(model):  # the caller's own values, or inside another save
+        return save(model, *args, **kwargs)
+    view.layers = {name: layer for name, layer in view.layers.items() if layer.lora_enabled}  # of a shown base, none
+    state = _merged(view, given, is_folder=True)
+    if view.layers:
+        warn(
+            f"save_pretrained of {type(model).__name__} writes merged weights, which are what the model computes. For "
+            "the adapters alone, call save_adapter(model, path), or export_peft(model, folder)."
         )
-    state = {name.removeprefix(prefix): value for name, value in _merged(view).items() if name.startswith(prefix)}
-    with writing_folder(path) as beside:
-        vars(inner)["state_dict"] = lambda *_, **__: dict(state)  # it asks the model
-        try:
-            save(beside)
-        finally:
-            del vars(inner)["state_dict"]
+    with _answering(model, state):
+        return save(model, *args, **kwargs | ({"state_dict": state} if given else {}))
+
+
+WRITERS.append(_save_pretrained)
+
+
+@contextmanager
+def _answering(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
+    """Let the state dict of a model, and of each module in it, hold these values."""
+    with ExitStack() as undo:
+        for name, module in model.named_modules():
+            start = f"{name}." if name else ""
+            undo.callback(vars(module).pop, "state_dict")
+            vars(module)["state_dict"] = lambda *_, start=start, **__: {
+                key.removeprefix(start): value for key, value in state.items() if key.startswith(start)
+            }
+        yield
 
 
 # The state
@@ -174,20 +206,18 @@ def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[
     if view.is_merged:
         check_as_merged(view.model)
         return _noted(view, model.state_dict()), {}
-    if any(map(is_dtensor, view.parameters.values())):
+    changed = {plain_name(name): value for name, value in (changed or {}).items()}
+    if any(is_dtensor(changed.get(name, p)) for name, p in view.parameters.items()):
         raise AdapterStateError(
             f"{type(model).__name__} is spread over processes, so none of them holds all its weights. Call "
             "save_adapter(model, path) in each process. Then merge the file into the base: lightning-lora merge BASE "
-            "FILE OUT."
+            "FILE OUT. Or gather its state for save_pretrained(folder, state_dict=state)."
         )
     check_weights(view)
     check_mergeable(view)
-    changed = changed or {}
     with _showing(view, changed):
         merged, lost = _merged_weights(view)
-    values = {**changed, **merged}
-    for name in view.adapters:
-        values.pop(name, None)
+    values = {name: value for name, value in {**changed, **merged}.items() if name not in view.adapters}
     added = set(map(id, view.adapters.values()))
     state: Any = model.state_dict(keep_vars=True)
     for name, own in list(state.items()):
@@ -216,13 +246,17 @@ def _noted(view: View, state: Any) -> dict[str, Any]:
 
 @contextmanager
 def _showing(view: View, changed: Mapping[str, Any]) -> Iterator[None]:
-    """Give the adapters other values, and their own ones back."""
+    """Give the adapters and their weights other values, and their own ones back."""
     with ExitStack() as undo, torch.no_grad():
-        for name, p in view.adapters.items():
-            value = changed.get(name, p)
-            if value.data_ptr() != p.data_ptr():
-                undo.callback(replace_values, p, p.data)
-                replace_values(p, value.to(p))
+        for name, layer in view.layers.items():
+            first = join(name, layer.lora_weights()[0])
+            device = changed.get(first, view.parameters[first]).device
+            for held in (*layer.lora_weights(), *layer.lora_roles()):
+                p = own_parameter(layer, held)
+                value = changed.get(join(name, held), p).to(device, p.dtype)
+                if value is not p:
+                    undo.callback(set_parameter, layer, held, p)
+                    set_parameter(layer, held, nn.Parameter(value, requires_grad=False))
         yield
 
 
@@ -240,13 +274,6 @@ def _merged_weights(view: View) -> tuple[dict[str, Tensor], dict[str, float]]:
     return merged, lost
 
 
-def _untied(view: View) -> list[str]:
-    """The layers with tied weights that a merge unties."""
-    if view.is_merged:
-        return [weight.layer for weight in view.merged if isinstance(weight.base, nn.Parameter)]
-    return [name for name, weights in tied_weights(view).items() if weights]
-
-
 # The base again
 
 
@@ -260,7 +287,7 @@ def take_updates_out(view: View, merged: Mapping[str, Any], changed: Mapping[str
         return False
     if not all(name in merged and torch.equal(p.cpu(), merged[name].cpu()) for name, p in view.base.items()):
         return False
-    with _showing(view, changed), torch.no_grad():
+    with _showing(view, {name: changed[name] for name in view.adapters}), torch.no_grad():
         for layer in view.layers.values():
             for name in layer.lora_weights():
                 own = own_parameter(layer, name)

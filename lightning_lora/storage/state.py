@@ -52,6 +52,12 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Any]:
     return {name: full_tensor(value) for name, value in state.items()}
 
 
+def without_extra(view: View, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state without what modules keep besides tensors (``get_extra_state``), if training did not change it."""
+    same = dict(view.adapter.extra.items() & view.extra.items())
+    return {name: value for name, value in state.items() if name not in same}
+
+
 def without_notes(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state without the note, of any version."""
     return {name: value for name, value in state.items() if not is_note(name)}

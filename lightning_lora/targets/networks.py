@@ -40,19 +40,19 @@ class Networks:
             copy + name.removeprefix(original)
             for copy, original in self.copies.items()
             for name in self.still
-            if is_inside(name, [original])
+            if is_in_any(name, [original])
         ]
         return (*self.still, *same)
 
     def original_of(self, layer: str) -> str | None:
         """Return the layer that a layer of a copy follows."""
         for name, original in self.copies.items():
-            if is_inside(layer, [name]):
+            if is_in_any(layer, [name]):
                 return original + layer.removeprefix(name)
         return None
 
 
-def is_inside(name: str, modules: Iterable[str]) -> bool:
+def is_in_any(name: str, modules: Iterable[str]) -> bool:
     """Whether ``name`` is one of these modules, or in one of them."""
     return not set(starts_of(name)).isdisjoint(modules)
 
@@ -80,11 +80,11 @@ def find_networks(
     """
     weights = defaultdict[str, list[nn.Parameter]](list)
     for name, p in base.items():
-        if p.dim() > 1 and not is_inside(name, beside):
+        if p.dim() > 1 and not is_in_any(name, beside):
             weights[owner_of(name)].append(p)
     frozen, training = list[str](), list[str]()
     for name, own in weights.items():
-        if name in layers and set(own) <= still and not is_inside(name, copies):
+        if name in layers and set(own) <= still and not is_in_any(name, copies):
             frozen.append(name)
         elif still.isdisjoint(own) and not isinstance(modules[name], nn.Embedding | nn.EmbeddingBag):
             training.append(name)
@@ -92,7 +92,7 @@ def find_networks(
         return Networks(copies=copies)
     found = tuple(_largest(frozen, {*training, *(layers - {*frozen}), *beside}))
     new = untrained() if training else ()
-    pretrained = [name for name in training if not is_inside(name, new)]
+    pretrained = [name for name in training if not is_in_any(name, new)]
     if pretrained and not _is_head(pretrained, frozen, weights):
         return Networks(still=found, copies=copies)
     return Networks(below=found, copies=copies)
@@ -101,7 +101,7 @@ def find_networks(
 def _largest(layers: Iterable[str], others: Iterable[str]) -> dict[str, None]:
     """The largest modules that hold these layers and none of the others."""
     busy = set[str]().union(*map(starts_of, others))
-    return dict.fromkeys(next(outer for outer in starts_of(name) if outer not in busy) for name in layers)
+    return dict.fromkeys(next((outer for outer in starts_of(name) if outer not in busy), name) for name in layers)
 
 
 def _is_head(training: list[str], frozen: list[str], weights: Weights) -> bool:
@@ -137,9 +137,9 @@ def find_copies(
             held[outer][name.removeprefix(f"{outer}.")] = p
     found = dict[str, str]()
     for name in held:
-        if name in trains or is_inside(name, found) or (owner_of(name) not in trains and not modules[name]._modules):
+        if name in trains or is_in_any(name, found) or (owner_of(name) not in trains and not modules[name]._modules):
             continue  # of a network that stands still, single layers say nothing
-        inside = [layer.removeprefix(name) for layer in layers if is_inside(layer, [name])]
+        inside = [layer.removeprefix(name) for layer in layers if is_in_any(layer, [name])]
         originals = [other for other in held if other in trains and {other + layer for layer in inside} <= layers]
         for original in sorted(originals if inside else (), key=list(found.values()).count):
             is_same = _own_class(modules[original]) is _own_class(modules[name])

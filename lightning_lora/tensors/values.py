@@ -61,8 +61,9 @@ _SAMPLES = 1024
 def look(tensor: Tensor) -> tuple[Any, ...] | None:
     """Return what can be seen of a tensor quickly: address, version, device, dtype, shape and about a thousand values.
 
-    Two looks differ after almost every change. Code that writes through ``.data``, numpy or torch.distributed changes
-    no version: such a change is missed if it also misses every sample. None: the tensor must be read in full.
+    Two looks differ after almost every change. Code that writes through ``.data``, numpy or torch.distributed, and a
+    fused optimizer, change no version: such a change is missed if it also misses every sample. None: the tensor must be
+    read in full.
     """
     if hasattr(tensor, "__tensor_flatten__"):
         inner = [look(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]

@@ -20,7 +20,7 @@ from lightning_lora.model.inject import left_still
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.base import rows_of
 from lightning_lora.targets.lookup import AUTOMATIC, COMPUTED, Names, class_of, is_computed, own_matrices
-from lightning_lora.targets.networks import is_inside
+from lightning_lora.targets.networks import is_in_any
 from lightning_lora.targets.select import automatic_targets
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import owner_of, starts_of
@@ -117,7 +117,7 @@ def left_trainable(view: View) -> list[str]:
     """Return modules that nothing trains, though the user froze most of the model, but not them."""
     networks = view.adapter.networks
     idle = (*networks.still, *networks.copies)
-    by_user = {name for name in view.frozen_by_user if not is_inside(name, idle)}
+    by_user = {name for name in view.frozen_by_user if not is_in_any(name, idle)}
     if 2 * _size(view, by_user) <= _size(view, view.base):
         return []
     busy = set[str]().union(*map(starts_of, [*view.adapted_weights, *view.trained]))

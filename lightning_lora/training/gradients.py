@@ -18,7 +18,7 @@ from lightning_lora.layers import Step
 from lightning_lora.model.inject import follow_copied
 from lightning_lora.model.state import Record
 from lightning_lora.model.view import View, view_of
-from lightning_lora.targets.networks import is_inside
+from lightning_lora.targets.networks import is_in_any
 
 
 class Gradients:
@@ -117,7 +117,7 @@ class Feeding:
         self.found, self.has_run = set[int](), False
         trains: list[nn.Module] = list(view.saved)
         for name, layer in view.layers.items():
-            around = [network for network in self.below if is_inside(name, [network])]
+            around = [network for network in self.below if is_in_any(name, [network])]
             for network in around:
                 self.below[network].update(map(id, layer.lora_trained()))
             if not around and layer.lora_trained():

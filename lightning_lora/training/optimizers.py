@@ -11,12 +11,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_lora.errors import OptimizerError, StrategyError, listed
 from lightning_lora.model.inject import leave_alone, left_still, settle
 from lightning_lora.model.view import View, view_of
-from lightning_lora.targets.networks import is_inside
+from lightning_lora.targets.networks import is_in_any
 from lightning_lora.tensors.names import named_parameters, own_parameter, owner_of, starts_of
 from lightning_lora.training.gradients import Feeding, Gradients
 from lightning_lora.training.rates import Params, Scale, check_splits, scales_in, split, unsplit
@@ -26,16 +25,6 @@ _EDITED: "WeakKeyDictionary[Optimizer, tuple[list[Params], list[Params]]]" = Wea
 
 _CHECKED: "WeakKeyDictionary[Optimizer, list[int]]" = WeakKeyDictionary()
 """The sizes of each optimizer's groups at the last check that found no frozen weight."""
-
-
-def _count_fused_step(optimizer: Optimizer, *_: Any) -> None:
-    """Count the changes of a fused step, as torch counts those of other optimizers."""
-    for group in optimizer.param_groups:
-        if group.get("fused"):
-            torch.autograd.graph.increment_version(group["params"])
-
-
-register_optimizer_step_post_hook(_count_fused_step)
 
 
 def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: Scale = 1) -> None:
@@ -85,7 +74,7 @@ def leave_unfed(trainer: Trainer, model: LightningModule, feeding: Feeding, grad
     feeding.close()
     view, title = view_of(model), type(model).__name__
     fed = [name for name in view.adapter.networks.below if name not in alone]
-    if fed and any(not is_inside(name, (*fed, *alone)) for name in view.layers):
+    if fed and any(not is_in_any(name, (*fed, *alone)) for name in view.layers):
         rank_zero_info(
             f"Without LoRACallback, only a head of {title} would train. With it, adapters train in {listed(fed)} too. "
             f"To leave that as it is: exclude_modules={fed}."
@@ -181,7 +170,7 @@ def _place_rest(view: View, edited: list[list[Params]]) -> None:
     rest = {name: p for name, p in named_parameters(view.model).items() if p.requires_grad and p not in placed}
     if rest and len(groups) == 1:
         groups[0].extend(rest.values())
-        if told := [name for name in rest if not is_inside(name, view.adapter.networks.below)]:
+        if told := [name for name in rest if not is_in_any(name, view.adapter.networks.below)]:
             rank_zero_info(
                 f"No optimizer held {listed(told)} or their weights: they train in its only parameter group."
             )

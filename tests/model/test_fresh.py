@@ -246,6 +246,7 @@ def left(model: nn.Module, **options: Any) -> tuple[dict[str, str], float]:
     return left_alone(View(model))
 
 
+@pytest.mark.filterwarnings("ignore:No adapter for '3':lightning_lora.LoRAWarning")
 def test_convolutions_that_linear_targets_leave_alone_are_counted() -> None:
     def share(**options: Any) -> float:
         model = nn.Sequential(nn.Conv1d(32, 32, 3), nn.Linear(32, 32), nn.Embedding(500, 32), nn.LSTM(32, 8))

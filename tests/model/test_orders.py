@@ -225,8 +225,9 @@ class Orders(RuleBasedStateMachine):
         self.left: list[tuple[nn.Module, Oracle]] = []  # the models that were copied
         dtype = torch.float64 if double else torch.float32
         self.model = Model(dtype, tied=tied)
-        for layer in frozen:
-            self.model.get_submodule(layer).requires_grad_(False)
+        for name, p in self.model.named_parameters():
+            if name.removesuffix(".bias") in frozen:  # whole layers would stand still beside the others
+                p.requires_grad_(False)
         flags = {name: p.requires_grad for name, p in self.model.named_parameters(remove_duplicate=False)}
         self.it = Oracle(dtype, tied, flags, {}, {})
         self.it = self.it.plain(self.draw(seed, self.model.state_dict()))

@@ -365,6 +365,13 @@ def test_a_run_with_a_copy_resumes_merges_and_loads_exactly(tmp_path: Path, kind
         assert all(torch.equal(value, other.state_dict()[name]) for name, value in state.items())
 
 
+def test_a_run_with_a_copy_resumes_exactly_in_several_processes(tmp_path: Path) -> None:
+    options = {"strategy": "ddp_fork", "devices": 2}
+    through = fit(tmp_path, Momentum("net"), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1), **options)
+    resumed = fit(tmp_path, Momentum("net"), ckpt_path=tmp_path / "epoch=1.ckpt", **options)
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in through.state_dict().items())
+
+
 def test_a_file_of_a_copy_that_setup_makes_says_so_to_a_module_without_it(tmp_path: Path) -> None:
     save_adapter(fit(tmp_path, MadeInSetup("net")), tmp_path / "adapter.safetensors")
     with pytest.raises(AdapterMismatchError, match=r"call model.setup\('fit'\) first"):
@@ -401,6 +408,13 @@ def test_a_frozen_network_with_other_weights_is_no_copy(tmp_path: Path) -> None:
             return (self.net(x) - self.vgg(x)).square().mean()
 
     assert adapted(fit(tmp_path, Other())) == ["net.0", "net.2", "net.4"]
+
+
+def test_an_attention_of_which_only_the_output_trains_is_no_network_of_its_own() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "others": mlp(8, 15, 15, 15)})
+    model["attention"].in_proj_weight.requires_grad_(False)
+    with pytest.warns(LoRAWarning, match="No adapter for 'attention'"):
+        assert inject_adapters(model, LoRAConfig(r=2)) == ("others.0", "others.2", "others.4")
 
 
 def test_two_critics_and_their_targets_are_two_pairs() -> None:

@@ -16,6 +16,8 @@ from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import LlamaForCausalLM
 
 import lightning_lora as ll
 from tests.support.cases import StopError, held
@@ -23,7 +25,7 @@ from tests.support.ranks import run_ranks
 from tests.support.sharded import LitNet, data, fully_shard, lora, pretrained, trainer_of, whole_state
 from tests.support.sharded_fits import Saves, State, assert_same, built, message_of, path_of
 from tests.support.versions import needs_averaging
-from tests.training.test_sharded import Blocks, Llama
+from tests.training.test_sharded import UNTRAINED, Blocks, Llama
 
 pytestmark = pytest.mark.processes
 
@@ -105,6 +107,64 @@ def life(folder: Path, kwargs: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kwargs", [{}, {"modules_to_save": ["head"]}, {"init": "pissa"}], ids=str)
 def test_verbs_work_on_shards(tmp_path: Path, kwargs: dict[str, Any]) -> None:
     run_ranks(life, tmp_path, kwargs)
+
+
+class AsOne(Llama):
+    def shard(self) -> None:
+        fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+
+class Asks(L.Callback):
+    """Calls save_pretrained in the first process alone: without a state, and with one that all have gathered."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.said = folder, set[str]()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.save(trainer, pl_module)
+
+    def save(self, trainer: L.Trainer, pl_module: Any) -> None:
+        model = pl_module.model
+        if trainer.is_global_zero:
+            self.said.add(message_of(model.save_pretrained, self.folder / "refused"))
+        whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        before = list(map(id, model.parameters()))
+        if trainer.is_global_zero:
+            with pytest.warns(ll.LoRAWarning, match="writes merged weights"):
+                model.save_pretrained(self.folder / str(trainer.current_epoch), state_dict=whole)
+        assert list(map(id, model.parameters())) == before
+
+
+def saved(folder: Path, build: type[Llama], kwargs: dict[str, Any]) -> tuple[set[str], Tensor]:
+    asks, module = Asks(folder), build()
+    t = trainer_of("sharded", folder, [lora(**kwargs), asks], max_epochs=2)
+    t.fit(module, data(), data())
+    with torch.no_grad():
+        output = module.eval().model(IDS).logits
+        asks.save(t, module)  # the outermost module shows whole weights now
+        torch.testing.assert_close(module.model(IDS).logits, output)
+    return asks.said, output
+
+
+IDS = torch.arange(8)[None]
+
+
+@UNTRAINED
+@pytest.mark.parametrize(
+    ("build", "kwargs"),
+    [(AsOne, {}), (Llama, {"modules_to_save": ["norm"], "use_dora": True, "dropout": 0.0})],
+    ids=str,
+)
+def test_save_pretrained_merges_a_gathered_state_and_gathers_none(
+    tmp_path: Path, build: type[Llama], kwargs: dict[str, Any]
+) -> None:
+    ((said,), output), (_, other) = run_ranks(saved, tmp_path, build, kwargs)
+    assert "LlamaForCausalLM is spread over processes" in said and "state_dict=" in said
+    assert not (tmp_path / "refused").exists()
+    for epoch in ("1", "2"):
+        again = LlamaForCausalLM.from_pretrained(tmp_path / epoch).eval()
+        torch.testing.assert_close(again(IDS).logits, output)
+    torch.testing.assert_close(other, output)
 
 
 # What is refused

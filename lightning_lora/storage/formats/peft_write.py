@@ -27,7 +27,7 @@ from lightning_lora.storage.formats.diffusers import prefix_for
 from lightning_lora.storage.formats.own import read_adapter_file
 from lightning_lora.storage.formats.peft_layers import check_exportable, is_bias, peft_layer
 from lightning_lora.storage.names import Renaming, is_inside, list_or_expression
-from lightning_lora.storage.state import adapter_state_dict
+from lightning_lora.storage.state import adapter_state_dict, without_extra
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.names import join, named_modules, starts_of, submodule
@@ -151,7 +151,8 @@ class _Source:
 
 def _source(model_or_file: nn.Module | str | Path, root: str | None) -> _Source:
     if isinstance(model_or_file, nn.Module):
-        state, view = adapter_state_dict(model_or_file), view_of(model_or_file)
+        view = view_of(model_or_file)
+        state = without_extra(view, adapter_state_dict(model_or_file))
         if any(isinstance(value, Tensor) and value.is_meta for value in state.values()):
             raise AdapterStateError("The adapters are on the meta device, without values. Call model.to_empty first.")
         stored, model = StoredAdapters.from_view(view, state, []), model_or_file

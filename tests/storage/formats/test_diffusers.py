@@ -229,3 +229,16 @@ def test_a_header_that_says_something_else(header: str, tmp_path: Path) -> None:
     save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, {METADATA: header})
     with pytest.raises(ll.AdapterFileError, match=WEIGHTS):
         ll.load_adapter(unet(), tmp_path)
+
+
+def test_a_pipeline_of_adapted_models_is_written_merged(tmp_path: Path) -> None:
+    parts: Any = nn.ModuleDict({"unet": unet(), "text_encoder": text_encoder()})
+    parts = trained(parts, ll.LoRAConfig(r=2, target_modules=["to_q", "conv1", "q_proj"]))
+    whole = pipeline(parts["unet"])
+    whole.text_encoder = parts["text_encoder"]
+    with pytest.warns(ll.LoRAWarning, match="writes merged weights") as said:
+        whole.save_pretrained(tmp_path, variant="own")
+    assert len(said) == 2
+    for name, part in parts.items():
+        again = type(part).from_pretrained(tmp_path / name, variant="own").eval()
+        check_equal(run(again), run(part))

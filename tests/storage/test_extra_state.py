@@ -1,0 +1,136 @@
+"""What modules keep besides tensors (``get_extra_state``) is no part of the adapters, unless training changed it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import lightning_lora as ll
+from tests.support.cases import held
+from tests.support.fits import fit
+from tests.support.models import ADAPTERS, LitTiny, X, lora
+
+
+class Keeps(nn.Module):
+    """A metric, perhaps: it counts, and keeps anything."""
+
+    def __init__(self, kept: Any) -> None:
+        super().__init__()
+        self.kept, self.count = kept, 0
+
+    def get_extra_state(self) -> Any:
+        return self.kept(self.count)
+
+    def set_extra_state(self, state: Any) -> None:
+        self.state = state
+
+
+class Odd:
+    """Cannot be compared, nor pickled."""
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("no comparison")
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> Any:
+        raise RuntimeError("no copy")
+
+
+KINDS: dict[str, Any] = {
+    "dict": lambda count: {"seen": count, "names": ["a", "b"]},
+    "tensors": lambda count: {"sums": [torch.full((2,), count)], "none": None},
+    "tensor": lambda count: torch.arange(count + 1),  # of another size each time
+    "number": lambda count: count,
+    "array": lambda count: {"values": np.full(3, count)},
+}
+
+
+class Counts(LitTiny):
+    def __init__(self, kind: str, by: int) -> None:
+        super().__init__()
+        self.metric, self.by = Keeps(KINDS[kind]), by
+
+    def training_step(self, *args: Any) -> Tensor:
+        self.metric.count += self.by
+        return super().training_step(*args)
+
+
+def extra(model: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in ll.adapter_state_dict(model).items() if name.endswith("_extra_state")}
+
+
+@pytest.mark.parametrize("merge", ["last", False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_module_kept_before_training_is_in_no_file_of_adapters(tmp_path: Path, kind: str, merge: Any) -> None:
+    model, _ = fit(tmp_path, ll.LoRACallback(r=2, merge=merge), model=Counts(kind, 0))
+    ll.save_adapter(model, tmp_path / "a.safetensors")
+    assert "metric._extra_state" not in load_file(tmp_path / "a.safetensors")
+    ll.export_peft(model, tmp_path / "peft")
+    for path in (tmp_path / "a.safetensors", tmp_path / "peft"):
+        ll.load_adapter(again := Counts(kind, 0), path)
+        torch.testing.assert_close(again(X), model(X))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_training_changed_is_in_a_trainers_file_and_named_where_it_has_no_place(tmp_path: Path, kind: str) -> None:
+    model, t = fit(tmp_path, lora(), model=Counts(kind, 1))
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    stored = held(torch.load(tmp_path / "a.ckpt", weights_only=kind != "array"))
+    is_tensor = kind == "tensor"
+    assert repr(stored["metric._extra_state"]) == repr(KINDS[kind](8))
+    if is_tensor:
+        ll.save_adapter(model, tmp_path / "a.safetensors")
+    else:
+        with pytest.warns(ll.LoRAWarning, match=r"'metric._extra_state' of Counts changed .*A Trainer's"):
+            ll.save_adapter(model, tmp_path / "a.safetensors")
+    with pytest.raises(ll.ExportError, match=r"metric\._extra_state"):
+        ll.export_peft(model, tmp_path / "peft")
+    readable = [tmp_path / "a.ckpt"] if kind != "array" else []  # numpy's classes are not plain
+    for path in (*readable, tmp_path / "a.safetensors"):
+        again = Counts(kind, 1)
+        ll.load_adapter(again, path)
+        torch.testing.assert_close(again(X), model(X))
+        has_state = is_tensor or path.suffix == ".ckpt"
+        assert repr(getattr(again.metric, "state", None)) == repr(KINDS[kind](8) if has_state else None)
+    ll.inject_adapters(again := Counts(kind, 1), lora().config)
+    ll.load_adapter_state_dict(again, ll.adapter_state_dict(model))
+    assert repr(again.metric.state) == repr(KINDS[kind](8))
+    torch.testing.assert_close(again(X), model(X))
+
+
+def test_a_run_goes_on_with_a_state_of_another_size(tmp_path: Path) -> None:
+    _, t = fit(tmp_path, lora(), model=Counts("tensor", 1))
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    model, _ = fit(tmp_path, lora(), model=Counts("tensor", 1), ckpt_path=tmp_path / "a.ckpt", max_epochs=3)
+    assert len(model.metric.state) == 9
+
+
+def test_a_layer_that_comes_later_does_not_hide_what_training_changed(tmp_path: Path) -> None:
+    model, _ = fit(tmp_path, lora(merge=False), model=Counts("dict", 1))
+    model.more = nn.Linear(2, 2)
+    ll.inject_adapters(model, lora().config)
+    with pytest.warns(ll.LoRAWarning, match=r"'metric._extra_state' of Counts changed"):
+        ll.save_adapter(model, tmp_path / "a.safetensors")
+
+
+class Fails(Keeps):
+    def get_extra_state(self) -> Any:
+        if not self.count:
+            raise RuntimeError("nothing is kept yet")
+        return {"seen": self.count}
+
+
+def test_what_cannot_be_asked_for_or_compared_stops_nothing(tmp_path: Path) -> None:
+    for metric in (Fails(None), Keeps(lambda _: Odd())):
+        model = LitTiny()
+        model.metric = metric
+        ll.inject_adapters(model, ll.LoRAConfig(r=2))
+        metric.count = 1
+        with pytest.warns(ll.LoRAWarning, match="'metric._extra_state' of LitTiny"):
+            ll.save_adapter(model, tmp_path / "a.safetensors")
+        assert set(ADAPTERS) <= set(load_file(tmp_path / "a.safetensors"))

@@ -1,0 +1,310 @@
+"""save_pretrained, whoever calls it, writes what an adapted model computes."""
+
+import copy
+import gc
+import inspect
+import pickle
+import weakref
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import GPT2LMHeadModel
+
+import lightning_lora as ll
+from tests.storage.test_merged_files import LitGPT2, Own, merged
+from tests.support.cases import StopError
+from tests.support.models import X, as_trained, data, randomise, same, state, trainer
+from tests.support.storage import refused
+
+says = pytest.warns(ll.LoRAWarning, match=r"writes merged weights.* save_adapter\(model, path\), or export_peft")
+quiet = pytest.mark.filterwarnings("ignore:.*writes merged weights:lightning_lora.LoRAWarning")
+
+
+def adapted(model: Any = None, **config: Any) -> Any:
+    return as_trained(
+        LitGPT2() if model is None else model, **{"r": 2, "target_modules": ["c_attn", "c_proj"]} | config
+    )
+
+
+def output(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(X[None, :8]).logits
+
+
+def check(folder: Path, model: Any) -> None:
+    """The folder gives a model that computes the same, with nothing missing and nothing left over."""
+    again, about = GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(about.values())
+    torch.testing.assert_close(output(again), output(model))
+    assert again.config.architectures == ["GPT2LMHeadModel"]
+
+
+def is_left(module: nn.Module) -> bool:
+    return any("save_pretrained" in vars(each) or "state_dict" in vars(each) for each in module.modules())
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "DoRA": {"use_dora": True},
+    "biases": {"bias": "all"},
+    "modules": {"modules_to_save": ["ln_f", "ln_1"]},
+    "rows": {"trainable_token_indices": [2, 5]},
+    "parameters": {"target_modules": [], "target_parameters": ["c_fc.weight", "wpe.weight"]},
+    "convolution": {"target_modules": "all", "exclude_modules": ["wte", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_save_pretrained_writes_what_an_adapted_model_computes(tmp_path: Path, config: dict[str, Any]) -> None:
+    lit = adapted(**config)
+    for p in lit.parameters():
+        if p.requires_grad:
+            p.data.add_(0.1)
+    before, kinds = state(lit), [type(module) for module in lit.modules()]
+    with says as said:
+        lit.model.save_pretrained(tmp_path)
+    assert len(said) == 1 and said[0].filename == __file__
+    check(tmp_path, lit.model)
+    assert same(state(lit), before) and [type(module) for module in lit.modules()] == kinds
+
+
+@pytest.mark.parametrize("is_merged", [False, True])
+def test_a_plain_model_writes_by_itself_again(tmp_path: Path, is_merged: bool) -> None:
+    lit, plain = adapted(), LitGPT2()
+    seen = {name: vars(module).keys() for name, module in plain.named_modules()}
+    assert is_left(lit)
+    if is_merged:
+        ll.merge_adapters(lit)
+    else:
+        ll.remove_adapters(lit)
+    assert not is_left(lit)
+    lit.model.save_pretrained(tmp_path)
+    check(tmp_path, lit.model)
+    if is_merged:
+        ll.unmerge_adapters(lit)
+        assert is_left(lit)
+        ll.remove_adapters(lit)
+    assert {name: vars(module).keys() for name, module in lit.named_modules()} == seen
+
+
+def test_what_the_user_has_set_stays() -> None:
+    lit = LitGPT2()
+    lit.model.save_pretrained = mine = print
+    adapted(lit)
+    ll.remove_adapters(lit)
+    assert lit.model.save_pretrained is mine
+
+
+@quiet
+def test_the_base_is_written_while_it_is_shown(tmp_path: Path) -> None:
+    lit = adapted(modules_to_save=["ln_f"])
+    lit.model.transformer.ln_f.weight.data.add_(1)
+    with ll.disable_adapters(lit):
+        lit.model.save_pretrained(tmp_path / "base")
+        lit.model.save_pretrained(tmp_path / "given", state_dict=lit.model.state_dict())
+    for folder in ("base", "given"):
+        check(tmp_path / folder, LitGPT2().model)
+    lit.model.save_pretrained(tmp_path / "adapted")
+    check(tmp_path / "adapted", lit.model)
+
+
+COPIED: dict[str, Callable[[Any], Any]] = {
+    "copy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "compiled": partial(torch.compile, backend="eager"),
+}
+
+
+@quiet
+@pytest.mark.parametrize("copied", COPIED.values(), ids=COPIED)
+def test_copies_pickles_and_compiled_models_do_so_too(tmp_path: Path, copied: Callable[[Any], Any]) -> None:
+    lit = adapted()
+    lit.model = other = copied(lit.model)
+    randomise(lit, seed=5)
+    with torch.inference_mode(), torch.autocast("cpu"):  # as a callback may in an evaluation
+        other.save_pretrained(tmp_path)
+    check(tmp_path, other)
+    ll.save_merged(lit, tmp_path / "merged")
+    check(tmp_path / "merged", other)
+    ll.remove_adapters(lit)
+    assert not is_left(lit)
+
+
+def test_a_model_that_nothing_uses_frees_its_memory_at_once() -> None:
+    gc.disable()
+    try:
+        model = weakref.ref(as_trained(Hub()))
+        assert model() is None
+    finally:
+        gc.enable()
+
+
+# Who calls it, and how
+
+
+fresh = pytest.mark.filterwarnings("ignore::lightning_lora.FreshLayerWarning")  # it is random on purpose
+
+
+class Saves(LitGPT2):
+    """Writes a folder beside each checkpoint, as lightning-ir does."""
+
+    def __init__(self, folder: Path, ranks: tuple[int, ...] = (0,)) -> None:
+        super().__init__()
+        self.folder, self.ranks = folder, ranks
+        self.train()
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0])[0], batch[0])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.global_rank in self.ranks:
+            self.save_pretrained(self.folder)
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+
+
+@quiet
+@fresh
+@pytest.mark.parametrize("ranks", [(), (0,), pytest.param((0, 1), marks=pytest.mark.processes)], ids=str)
+def test_a_fit_writes_what_it_has_trained_so_far(tmp_path: Path, ranks: tuple[int, ...]) -> None:
+    module = Saves(tmp_path / "folder", ranks or (0,))
+    options: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2} if ranks else {}
+    callback = ll.LoRACallback(r=2, target_modules=["c_attn"], modules_to_save=["ln_f"], merge=False)
+    ll.inject_adapters(module, callback.config)
+    trainer(tmp_path, [callback, ModelCheckpoint(tmp_path, "a")], max_epochs=1, **options).fit(module, data())
+    names = torch.load(tmp_path / "a.ckpt", weights_only=False)["state_dict"].keys()
+    assert not any(name.endswith("c_attn.weight") for name in names)
+    check(tmp_path / "folder", module.model)
+    assert not same(state(GPT2LMHeadModel.from_pretrained(tmp_path / "folder")), state(LitGPT2().model))
+
+
+class Stops(L.Callback):
+    def on_train_batch_end(self, *_: Any) -> None:
+        raise StopError
+
+
+@quiet
+@fresh
+def test_a_fit_that_was_interrupted_leaves_a_model_that_is_written_whole(tmp_path: Path) -> None:
+    module = Saves(tmp_path)
+    callback = ll.LoRACallback(r=2, target_modules=["c_attn"])
+    with pytest.raises(StopError):
+        trainer(tmp_path, [callback, Stops()], enable_checkpointing=False).fit(module, data())
+    module.model.save_pretrained(tmp_path / "folder")
+    check(tmp_path / "folder", module.model)
+
+
+@quiet
+def test_options_of_the_library_act_as_ever(tmp_path: Path) -> None:
+    lit = adapted()
+    lit.model.save_pretrained(tmp_path / "parts", max_shard_size="2KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    check(tmp_path / "parts", lit.model)
+    for name, model in {"other": lit.model, "plain": LitGPT2().model}.items():
+        model.save_pretrained(tmp_path / name, is_main_process=False)
+    written, expected = ({path.name for path in (tmp_path / name).iterdir()} for name in ("other", "plain"))
+    assert written == expected
+    assert inspect.signature(copy.deepcopy(lit.model).save_pretrained) == inspect.signature(
+        LitGPT2().model.save_pretrained
+    )
+
+
+def test_a_given_state_is_merged_if_it_holds_adapters_and_else_written_as_it_is(tmp_path: Path) -> None:
+    lit, other = adapted(), adapted()
+    randomise(other, seed=7)
+    other.model.transformer.ln_f.weight.data.add_(1)
+    before, adapters = state(lit), {name: p for name, p in other.model.named_parameters() if "lora_" in name}
+    with says:
+        lit.model.save_pretrained(tmp_path / "whole", state_dict=other.model.state_dict())
+    with says:
+        lit.model.save_pretrained(tmp_path / "adapters", state_dict=adapters)
+    assert same(state(lit), before)
+    check(tmp_path / "whole", other.model)
+    other.model.transformer.ln_f.weight.data.sub_(1)
+    check(tmp_path / "adapters", other.model)
+    ll.merge_adapters(other)
+    whole = other.model.state_dict()
+    lit.model.save_pretrained(tmp_path / "own", state_dict=whole)
+    check(tmp_path / "own", other.model)
+
+
+def test_a_save_around_another_one_says_it_once(tmp_path: Path) -> None:
+    module = adapted(Saves(tmp_path))
+    with says as said:
+        module.save_pretrained(tmp_path)
+    assert len(said) == 1
+    check(tmp_path, module.model)
+    ll.save_merged(module, tmp_path / "merged")  # which is asked for merged weights
+    check(tmp_path / "merged", module.model)
+
+
+class Hub(nn.Module, PyTorchModelHubMixin):
+    """A model of huggingface_hub's kind, which asks safetensors to write it."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(width, width), nn.MultiheadAttention(width, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[1](*[self.net[0](x)] * 3)[0]
+
+
+@quiet
+def test_a_model_of_the_hub_is_written_and_read(tmp_path: Path) -> None:
+    model, x = as_trained(Hub(width=4), r=2, target_modules="all"), torch.ones(1, 3, 4)
+    model.save_pretrained(tmp_path)
+    again = Hub.from_pretrained(tmp_path, strict=True)
+    torch.testing.assert_close(again(x), model.eval()(x))
+    assert same(dict(sorted(load_file(tmp_path / "model.safetensors").items())), dict(sorted(merged(model).items())))
+
+
+class Inside(Own):
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir()
+        torch.save(self.net.state_dict(prefix="net."), folder / "weights.pt")
+
+
+@quiet
+def test_a_model_that_asks_a_part_of_it_for_its_weights(tmp_path: Path) -> None:
+    model = as_trained(Inside(), r=2)
+    model.save_pretrained(tmp_path / "a")
+    held = torch.load(tmp_path / "a/weights.pt", weights_only=True)
+    assert same({f"net.{name}": value for name, value in held.items()}, merged(model))
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+def test_what_no_folder_can_hold_is_refused_before_anything_is_written(tmp_path: Path, with_state: bool) -> None:
+    lit = adapted(target_modules=["lm_head"])
+    for model in (lit.model, adapted(Saves(tmp_path), target_modules=["lm_head"])):
+        options = {"state_dict": model.state_dict()} if with_state and model is lit.model else {}
+        with refused(model, ll.AdapterFileError, "'.*lm_head' .*tie_word_embeddings = False"):
+            model.save_pretrained(tmp_path / "a", **options)
+    broken = adapted()
+    next(p for p in broken.parameters() if p.requires_grad).data.fill_(torch.nan)
+    with pytest.raises(ll.AdapterStateError, match="NaN"):
+        broken.model.save_pretrained(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_quantised_model_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    lit = LitGPT2()
+    lit.model.transformer.h[0].mlp.more = nn.Linear(32, 32)
+    torchao.quantize_(lit.model.transformer.h[0].mlp.more, torchao.Int8WeightOnlyConfig())
+    adapted(lit, target_modules=["more"])
+    with pytest.raises(ll.AdapterStateError, match=r"are quantised.*save_adapter saves them alone"):
+        lit.model.save_pretrained(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
