@@ -42,7 +42,6 @@ class Plain(Case):
     def data(self) -> Any:
         return DataLoader(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)), batch_size=4, shuffle=True)
 
-    @torch.no_grad()
     def predict(self, model: Any) -> Tensor:
         return model.still(model.net(torch.ones(1, 16)))
 

@@ -21,6 +21,7 @@ ROOT = PAGE.parents[1]
 FRAMEWORKS = {
     "darts": ["darts[torch]"],
     "lightly": ["lightly"],
+    "rl4co": ["rl4co"],
 }
 """What is installed of each. Its name is that of its package, and of its file in ``cases``."""
 

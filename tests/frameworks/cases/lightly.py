@@ -98,13 +98,9 @@ class Copied(Case):
         views = torch.randn(32, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         return DataLoader(views, batch_size=8, shuffle=True)
 
-    @torch.no_grad()
     def predict(self, model: Any) -> Tensor:
         x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-        model.eval()
-        found = torch.cat([model(x), model.forward_momentum(x)], 1)
-        model.train()
-        return found
+        return torch.cat([model(x), model.forward_momentum(x)], 1)
 
 
 class BYOL(Copied):
