@@ -67,8 +67,9 @@ def test_a_wrong_command_says_what_is_expected(arguments: list[str], named: str,
 @pytest.mark.filterwarnings("ignore")
 def test_all_is_right_in_a_plain_module(tmp_path: Path) -> None:
     facts = measure(Plain(), tmp_path)
-    names = ("fit", "resume", "file", "load_adapter", "predictions")
+    names = ("fit", "resume", "load_adapter", "predictions")
     assert {fact for what, fact in facts.items() if what.partition(",")[0] in names} == {"yes"}
+    assert facts["base in the file"] == []
     assert facts["moves"] == {"only with": [], "only without": [], "both": 2}
     assert facts["own"].keys() == {"load_from_checkpoint", "load_state_dict"}
     for found in facts["own"].values():

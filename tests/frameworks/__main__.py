@@ -1,13 +1,14 @@
 """Measure how LoRACallback works in other frameworks, each in a virtual environment of its own.
 
 python -m tests.frameworks darts lightly    # install, measure, write results/*.json, and make the table anew
-python -m tests.frameworks --all            # all of them: about an hour on two cores
+python -m tests.frameworks --all            # all of them: some hours on two cores
 python -m tests.frameworks --table          # make the table in docs/frameworks.md from the files alone
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,8 +21,19 @@ from tests.frameworks.table import PAGE, RESULTS, fill
 ROOT = PAGE.parents[1]
 FRAMEWORKS = {
     "darts": ["darts[torch]"],
-    "lightly": ["lightly"],
+    "pytorch-forecasting": ["pytorch-forecasting"],
+    "chemprop": ["chemprop"],
+    "pytorch-tabular": ["pytorch-tabular", "requests"],  # which it imports, and does not ask for
+    "scvi-tools": ["scvi-tools"],
+    "neuralforecast": ["neuralforecast"],
+    "gluonts": ["gluonts[torch]"],
+    "torchgeo": ["torchgeo", "requests"],  # likewise
     "rl4co": ["rl4co"],
+    "lightly": ["lightly"],
+    "anomalib": ["anomalib"],
+    "pyannote-audio": ["pyannote-audio"],
+    "torch-geometric": ["torch-geometric"],
+    "lightning-ir": ["lightning-ir", "transformers<5"],
 }
 """What is installed of each. Its name is that of its package, and of its file in ``cases``."""
 
@@ -44,15 +56,17 @@ def measured(name: str, folder: Path) -> None:
 
 
 def started(*command: str) -> "subprocess.CompletedProcess[str]":
-    threads = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **threads}, check=False)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryDirectory() as folder:  # some write where they are
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env, check=False)
 
 
 def failed(result: Path, done: "subprocess.CompletedProcess[str]") -> None:
     """Write that a framework could not be installed or run, and why."""
     print(done.stderr)
     lines = [line for line in done.stderr.splitlines() if "rror" in line]
-    result.write_text(json.dumps({"date": date.today().isoformat(), "failed": (lines or ["?"])[-1]}, indent=1) + "\n")
+    why = re.sub(r"/\S*/", "", (lines or ["?"])[-1])  # without the folders of this machine
+    result.write_text(json.dumps({"date": date.today().isoformat(), "failed": why}, indent=1) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -39,6 +39,7 @@ class Case(ABC):
     """
 
     lightning: ClassVar[str] = "lightning.pytorch"  # or pytorch_lightning
+    resumes: ClassVar[bool] = True  # has a way of its own to go on from a file
     prefix: ClassVar[str] = ""  # of the network's names in files of the Trainer
 
     @abstractmethod

@@ -41,7 +41,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         {f"{w.category.__name__}: {w.message}" for w in caught if issubclass(w.category, LoRAWarning)}
     )
     for save in SAVES:
-        if run := runs.get(save):
+        if case.resumes and (run := runs.get(save)):
             facts[f"resume, {save}"] = attempt(lambda run=run, save=save: resume(case, run, save, numbers))
     facts["own"] = {name: {} for name in case.ways()}
     for kind, run in runs.items():
@@ -51,7 +51,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     if run := runs.get("adapters"):
         ends = [state(case, each.model) for each in (run, runs["plain"])]
         facts["moves"] = moves(start, *ends)
-        facts["file"] = attempt(lambda: look(case, run, start))
+        facts["base in the file"] = look(case, run, start)
         facts["bytes"] = {kind: each.file.stat().st_size for kind, each in runs.items() if each.file.exists()}
         facts["load_adapter"] = attempt(lambda: adapt(case, run, folder, numbers))
         facts["predictions"] = attempt(lambda: predict(case, run, numbers))
@@ -131,16 +131,13 @@ def moves(start: State, lora: State, plain: State) -> dict[str, Any]:
     }
 
 
-def look(case: Case, run: Run, start: State) -> str:
-    """Look for matrices of the base in the file."""
+def look(case: Case, run: Run, start: State) -> list[str]:
+    """Name the matrices of the base in the file. Those that changed, or look untrained, belong there."""
     held = torch.load(run.file, weights_only=False, map_location="cpu")["state_dict"]
-    whole = case.lora().config.modules_to_save or ()
-    kept = [
-        name
-        for name in start
-        if start[name].ndim > 1 and case.prefix + name in held and not any(part in name for part in whole)
+    whole = tuple(case.lora().config.modules_to_save or ())
+    return [
+        name for name in start if start[name].ndim > 1 and case.prefix + name in held and not name.startswith(whole)
     ]
-    return f"no: it holds {len(kept)} matrices of the base, such as {kept[0]}" if kept else "yes"
 
 
 def adapt(case: Case, run: Run, folder: Path, numbers: Tensor) -> str:
@@ -165,7 +162,7 @@ def predict(case: Case, run: Run, numbers: Tensor) -> str:
 
 
 def versions(name: str) -> dict[str, str]:
-    installed = {each.metadata["Name"]: each.version for each in distributions()}
+    installed = {each.metadata["Name"].replace("_", "-"): each.version for each in distributions()}
     packages = (name, "torch", "lightning", "pytorch-lightning", "lightning-lora")
     return {"python": platform.python_version(), **{each: installed[each] for each in packages if each in installed}}
 

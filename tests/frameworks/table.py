@@ -46,7 +46,7 @@ def table(found: dict[str, Any], sections: list[str]) -> str:
 
 
 def cells(facts: dict[str, Any]) -> list[str]:
-    shown = [facts["fit, adapters"], moving(facts), facts.get("file"), resuming(facts), facts.get("load_adapter")]
+    shown = [facts["fit, adapters"], moving(facts), holding(facts), resuming(facts), facts.get("load_adapter")]
     own = facts["own"].values()
     works = [[way.get(kind) == way["plain"] == "yes" for way in own] for kind in ("adapters", "model", "plain")]
     default, whole, plain = map(sum, works)
@@ -73,6 +73,13 @@ def moving(facts: dict[str, Any]) -> str | None:
     if "moves" not in facts:
         return None
     return ", ".join([f"**{more} more**"] * bool(more) + [f"{fewer} fewer"] * bool(fewer)) or "the same"
+
+
+def holding(facts: dict[str, Any]) -> str | None:
+    """Say whether the file has matrices of the base beside the adapters."""
+    if "base in the file" not in facts:
+        return None
+    return f"{len(held)} more" if (held := facts["base in the file"]) else "adapters"
 
 
 def unexpected(found: dict[str, Any]) -> Iterator[str]:

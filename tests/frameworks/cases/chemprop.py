@@ -28,6 +28,9 @@ class Molecules(Case):
     def ways(self) -> dict[str, Way]:
         return {**super().ways(), "save_model, load_model": self.saved, "load_model of a Trainer's file": self.loaded}
 
+    def from_checkpoint(self, run: Run) -> MPNN:
+        return MPNN.load_from_checkpoint(run.file)
+
     def saved(self, run: Run) -> MPNN:
         save_model(run.folder / "tuned.pt", run.model)
         return load_model(run.folder / "tuned.pt")

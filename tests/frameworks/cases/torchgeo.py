@@ -1,5 +1,6 @@
 """torchgeo: its tasks are LightningModules of convolutions."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,8 +35,9 @@ class ResNet(Case):
     def predict(self, model: Any) -> Tensor:
         return model(images(1))
 
-    def trainer(self, *args: Any, **options: Any) -> Any:
-        return super().trainer(*args, num_sanity_val_steps=0, limit_val_batches=0, **options)
+    def train(self, model: Any, callbacks: list[Any], folder: Path, **options: Any) -> Any:
+        self.trainer(callbacks, folder).fit(model, self.data(), self.data(), **options)  # the scheduler needs val_loss
+        return model
 
     def ways(self) -> dict[str, Way]:
         return {**super().ways(), "weights=path": self.as_weights, "model.state_dict": self.from_model}
