@@ -15,14 +15,14 @@ from lightning_lora import LoRACallback
 
 @dataclass
 class Run:
-    """A fit that is over: its model, and the folder with a file of the Trainer for each of two epochs."""
+    """A fit that is over: its model, and the folder with a file of the Trainer for each epoch."""
 
     model: Any
     folder: Path
 
     @property
     def file(self) -> Path:
-        return self.folder / "epoch=1.ckpt"
+        return max(self.folder.glob("epoch=*.ckpt"), key=lambda path: path.stat().st_mtime)
 
     @property
     def middle(self) -> Path:

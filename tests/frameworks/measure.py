@@ -52,7 +52,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         ends = [state(case, each.model) for each in (run, runs["plain"])]
         facts["moves"] = moves(start, *ends)
         facts["base in the file"] = look(case, run, start)
-        facts["bytes"] = {kind: each.file.stat().st_size for kind, each in runs.items() if each.file.exists()}
+        facts["bytes"] = {kind: each.file.stat().st_size for kind, each in runs.items()}
         facts["load_adapter"] = attempt(lambda: adapt(case, run, folder, numbers))
         facts["predictions"] = attempt(lambda: predict(case, run, numbers))
     return facts

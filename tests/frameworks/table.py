@@ -29,7 +29,8 @@ def fill(page: str) -> str:
     sections = re.findall(r"^## (.*)$", page, flags=re.MULTILINE)
     made = {"table": table(found, sections), "not as expected": "\n".join(unexpected(found))}
     for name, text in made.items():
-        page = re.sub(f"(<!-- {name} -->).*?(<!-- end -->)", rf"\1\n\n{text}\n\n\2", page, flags=re.DOTALL)
+        before, _, after = page.partition(f"<!-- {name} -->")
+        page = f"{before}<!-- {name} -->\n\n{text}\n\n<!-- end -->{after.partition('<!-- end -->')[2]}"
     return page
 
 
@@ -86,7 +87,8 @@ def unexpected(found: dict[str, Any]) -> Iterator[str]:
     """Yield a line for each fact that is not right, but for the errors that ``save="model"`` is for."""
     for name, result in found.items():
         for model, facts in result.get("models", {}).items():
-            ways = {f"{way}, {kind}": fact for way, kinds in facts["own"].items() for kind, fact in kinds.items()}
+            works = {way: kinds for way, kinds in facts["own"].items() if kinds["plain"] == "yes"}
+            ways = {f"{way}, {kind}": fact for way, kinds in works.items() for kind, fact in kinds.items()}
             own = {way: fact for way, fact in ways.items() if fact.startswith("no:") or not way.endswith("adapters")}
             more = facts.get("moves", {}).get("only with", [])
             others = {"moves": f"no: only with LoRA: {', '.join(more[:3])}"} if more else {}

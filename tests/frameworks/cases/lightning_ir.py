@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_ir import CrossEncoderConfig, CrossEncoderModule, RankNet, TrainBatch
+from lightning_ir import CrossEncoderModule, RankNet, TrainBatch
+from lightning_ir.models import MonoConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertModel, BertTokenizerFast
@@ -17,7 +18,8 @@ QUERIES, DOCS = WORDS[:8], [(" ".join(WORDS[i : i + 3]), " ".join(WORDS[i + 2 : 
 
 def pairs(batch: list[int]) -> TrainBatch:
     targets = torch.tensor([1.0, 0.0]).repeat(len(batch))
-    return TrainBatch([QUERIES[i] for i in batch], [DOCS[i] for i in batch], None, None, targets=targets)
+    names = list(map(str, batch))
+    return TrainBatch([QUERIES[i] for i in batch], [DOCS[i] for i in batch], names, names, targets=targets)
 
 
 def backbone(folder: Path) -> Path:
@@ -36,7 +38,7 @@ class CrossEncoder(Case):
 
     def base(self, folder: Path) -> CrossEncoderModule:
         if not (folder / "base").exists():
-            new = CrossEncoderModule(str(backbone(folder / "new")), CrossEncoderConfig(), loss_functions=[RankNet()])
+            new = CrossEncoderModule(str(backbone(folder / "new")), MonoConfig(), loss_functions=[RankNet()])
             self.train(new, [], folder).save_pretrained(folder / "base")
         return self.read(folder / "base")
 
