@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
@@ -139,14 +138,17 @@ def _load_described(model: nn.Module, state: dict[str, Any], _: str, notes: Mapp
     if about is None or (is_whole and not (View(model).adapter.is_trained and checksum(state, {}) == number)):
         return False  # it is loaded as it is: before training, or as other code has made it
     held = without_notes(held)
-    with suppress(*[LoRAError] * is_whole):
+    try:
         with unmerged(model):
             check_fits(view_of(model), StoredAdapters.from_file(held, about, ""))
             write_state(model, held)
-        state.clear()
-        state.update(model.state_dict())
-        return True
-    return False
+    except LoRAError:
+        if is_whole:  # of another model: it is loaded as a plain one
+            return False
+        raise
+    state.clear()
+    state.update(model.state_dict())
+    return True
 
 
 def _completed(model: nn.Module, state: Mapping[str, Any], base: Mapping[str, Tensor]) -> dict[str, Any]:
