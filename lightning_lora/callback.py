@@ -267,7 +267,8 @@ class LoRACallback(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check what the optimizer trains: adapters, and no frozen weight, nor a network that stands still."""
-        leave_unfed(trainer, pl_module, self._feeding, self._gradients)
+        copied = self._gradients.copied is not None
+        leave_unfed(pl_module, optimizer, trainer.strategy, self._feeding, copied=copied)
         check_frozen(pl_module, optimizer)
         follow(optimizer)
         self._gradients.check(optimizer)

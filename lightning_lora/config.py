@@ -149,6 +149,10 @@ class LoRAConfig:
         """Whether ``modules_to_save`` lists the module or parameter ``name``."""
         return any(matches(entry, name) for entry in self.modules_to_save or ())
 
+    def is_excluded(self, name: str) -> bool:
+        """Whether ``exclude_modules`` matches the module ``name``."""
+        return re.fullmatch(_as_expression(self.exclude_modules), name) is not None
+
     def completed(self, stored: "LoRAConfig", given: Set[str] = frozenset()) -> "LoRAConfig":
         """Take the arguments that are at their defaults, and not in ``given``, from ``stored``."""
         default = LoRAConfig()

@@ -176,10 +176,10 @@ class LoRALayer(LayerKind):
             set_requires_grad(p, original is None)
             p.grad = None
         if original is not None and self.lora_is_fresh() and original.lora_is_fresh():
-            for name, p in original.lora_parameters().items():
-                own = own_parameter(self, name)
-                replace_values(own, p.data.to(own, copy=True))
-                self.lora_init_digests |= {key: n for key, n in original.lora_init_digests.items() if key == name}
+            for name, about in self.lora_roles().items():
+                if about.role not in (Role.MAGNITUDE, Role.ROWS):  # which are those of its own weights
+                    own, value = own_parameter(self, name), own_parameter(original, name)
+                    replace_values(own, value.data.to(own, copy=True))
 
     def lora_detach(self) -> Adapter:
         """Remove the adapter from the layer, which has its class and its state dict keys of before again."""

@@ -1,7 +1,6 @@
 """Add adapters to a model in place, and remove them."""
 
-import re
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
@@ -22,7 +21,7 @@ from lightning_lora.targets.lookup import AUTOMATIC, Names
 from lightning_lora.targets.networks import Networks, find_copies, find_networks, is_in_any
 from lightning_lora.targets.select import Choice, select
 from lightning_lora.tensors.inplace import combined
-from lightning_lora.tensors.names import owner_of, starts_of, submodule
+from lightning_lora.tensors.names import named_modules, owner_of, starts_of, submodule
 
 
 def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "default") -> tuple[str, ...]:
@@ -93,15 +92,17 @@ def inject(model: nn.Module, config: LoRAConfig, *, name: str = "default", finds
 
 
 def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tuple[str, ...]:
+    if not finds and config.exclude_modules and not any(map(config.is_excluded, named_modules(model))):
+        config = replace(config, exclude_modules=None)  # of a file: what stood still in training may not be here
     before = View(model, config)
     if others := [name for name, each in before.modules.items() if type(each).__module__.startswith("peft.")]:
         raise AdapterStateError(
             f"{type(model).__name__} has PEFT's adapters: {listed(others)}. Call PEFT's merge_and_unload() first."
         )
+    _note_flags(before)
     choices = select(model, config)
     kinds = {name: choice.kind for name, choice in choices.items()}
     found = _networks(before, kinds, {before.base[name] for name in before.frozen_by_user}, finds=finds)
-    config = config.excluding("|".join(map(re.escape, found.left)))
     choices = {name: choice for name, choice in choices.items() if not is_in_any(name, found.left)}
     if not choices:
         raise TargetError(
@@ -131,19 +132,48 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
     return tuple(choices)
 
 
+def _note_flags(view: View) -> None:
+    """Note what the user has frozen or thawed since the adapters came, and refuse a frozen network that has its own."""
+    for prefix, record in state.records_in(view.modules).items():
+        inside = {name: layer for name, layer in view.layers.items() if is_in_any(name, [prefix])} if prefix else {}
+        if inside and not record.is_merged and not any(p.requires_grad for p in _factors(inside.values())):
+            raise AdapterStateError(
+                f"{prefix!r} of {type(view.model).__name__} has adapters of its own, and is frozen. Merge them first: "
+                f"merge_adapters(model.get_submodule({prefix!r}))."
+            )
+    if not view.is_adapted or view.is_merged:
+        return
+    view.record.flags_were_set({name: True for name, p in view.frozen.items() if p.requires_grad})
+    note_frozen(view)
+
+
+def note_frozen(view: View) -> None:
+    """Note layers whose new adapters the user has frozen: their weights are meant."""
+    for name, layer in view.layers.items() if not view.adapter.is_trained else ():
+        own = layer.lora_trained() if name in view.recorded else []
+        if own and not any(p.requires_grad for p in own):
+            view.record.flags_were_set({each: False for each in view.base if owner_of(each) == name})
+
+
+def _factors(layers: Iterable[LoRALayer]) -> Iterator[nn.Parameter]:
+    for layer in layers:
+        yield from layer.lora_parameters().values()
+
+
 def _networks(view: View, kinds: Mapping[str, Any], still: Set[nn.Parameter], *, finds: bool = True) -> Networks:
     """What layers are for. Who names a layer wants an adapter there, and an adapter that has learned stays."""
     copies = find_copies(view.modules, view.base, kinds.keys(), still)
     if not still or not finds or view.config.target_modules not in AUTOMATIC:
-        return Networks(copies=copies)
+        return Networks(copies=copies).fitting(kinds.keys())
     layers = {name for name, kind in kinds.items() if not issubclass(kind, LoRAParameters | LoRATokens)}
     layers -= {name for name, layer in view.layers.items() if not layer.lora_is_fresh()}
     names = Names(view.model)
     beside = names.find("exclude_modules", view.config.exclude_modules)
     beside += names.find("modules_to_save", view.config.modules_to_save)
-    return find_networks(
+    found = find_networks(
         view.modules, view.base, layers, still, beside=beside, copies=copies, untrained=lambda: find_fresh(view).new
     )
+    return found.fitting(kinds.keys())
 
 
 def settle(model: nn.Module, still: Set[nn.Parameter]) -> None:
@@ -159,11 +189,11 @@ def settle(model: nn.Module, still: Set[nn.Parameter]) -> None:
 
 
 def leave_alone(model: nn.Module, still: Collection[str]) -> None:
-    """Remove the adapters of networks for good: the configuration excludes them from now on."""
+    """Remove the adapters of networks. Files say that they are left out."""
     view = view_of(model)
     adapter, known = view.adapter, view.adapter.networks
     below = tuple(name for name in known.below if name not in still)
-    now = replace(known, still=(*known.still, *still), below=below)
+    now = replace(known, still=(*known.still, *still), below=below).fitting(view.layers.keys())
     off = [name for name in view.layers if is_in_any(name, now.left)]
     if not off:
         return
@@ -171,7 +201,6 @@ def leave_alone(model: nn.Module, still: Collection[str]) -> None:
         raise TargetError(f"{left_still(still, type(model).__name__)} No other layer has an adapter.")
     attach.detach_adapters(view, off)
     view = View(model)
-    adapter.config = adapter.config.excluding("|".join(map(re.escape, now.left)))
     adapter.set_layers(view.layers)
     adapter.set_networks(now)
     attach.freeze(view)

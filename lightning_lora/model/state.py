@@ -117,6 +117,10 @@ class Record:
         for name, parameter in parameters.items():
             self.requires_grad.setdefault(name, parameter.requires_grad)
 
+    def flags_were_set(self, flags: Mapping[str, bool]) -> None:
+        """The user has frozen or thawed these parameters of the base."""
+        self.requires_grad |= flags
+
     def base_was_loaded(self, names: Iterable[str], originals: Mapping[str, Tensor]) -> None:
         """Other code loads these tensors as the base, some of which the adapters have copied."""
         for name in names:

@@ -1,5 +1,6 @@
 """A model's layers, adapters and base, by name."""
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from functools import cached_property
@@ -14,7 +15,7 @@ from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries
 from lightning_lora.model.adapter_state import AdapterState
 from lightning_lora.model.state import Record, find_record, record_of, records_in
-from lightning_lora.targets.networks import is_in_any
+from lightning_lora.targets.networks import Networks, is_in_any
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import join, named_modules, own_parameter, parameters_of, plain_module, submodule
@@ -57,7 +58,7 @@ class View:
     @property
     def config(self) -> LoRAConfig:
         """The configuration of the adapters."""
-        return self._config or self.adapter.config
+        return self._config or self.adapter.config.excluding("|".join(map(re.escape, self.adapter.networks.left)))
 
     @property
     def is_adapted(self) -> bool:
@@ -140,14 +141,15 @@ class View:
 
     @cached_property
     def trained(self) -> dict[str, nn.Parameter]:
-        """The base's parameters that train: those of modules trained in full, and biases. Those of copies follow."""
+        """The base's parameters that train: modules trained in full, and biases; none that stands still or follows."""
         if not self.config.modules_to_save and self.config.bias == "none":
             return {}
         trained = {id(p) for module in self.saved for p in module.parameters()}
         trained |= {id(p) for name, p in self.base.items() if self.config.is_saved(name)}
         trained |= set(map(id, self._biases()))
-        copies = self.adapter.networks.copies if self.is_adapted else ()
-        return {name: p for name, p in self.base.items() if id(p) in trained and not is_in_any(name, copies)}
+        networks = self.adapter.networks if self.is_adapted else Networks()
+        idle = (*networks.copies, *networks.still)
+        return {name: p for name, p in self.base.items() if id(p) in trained and not is_in_any(name, idle)}
 
     def _biases(self) -> Iterator[nn.Parameter]:
         """The biases that train. ``"lora_only"`` means those of adapted layers, also inside an attention."""

@@ -177,6 +177,7 @@ def _check_present(view: View, stored: StoredAdapters) -> None:
     owners = dict.fromkeys(map(owner_of, stored.state))
     absent = [owner for owner in owners if owner not in view.modules]
     absent += [name for name in stored.state if name not in present and stored.config.is_saved(name)]
+    absent += [name for name in stored.filled if name not in present and owner_of(name) in view.modules]
     if absent:
         raise AdapterMismatchError(
             f"The file does not fit {title}: it holds {listed(absent)}, which {title} does not have. Load it onto the "

@@ -4,6 +4,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -166,7 +167,12 @@ def _write_folder(view: View, path: Path) -> None:
 def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Let the ``save_pretrained`` of an adapted model write what the model computes, whoever calls it."""
     reshard(model)
-    save, view, given = type(model).save_pretrained, View(model), kwargs.get("state_dict")
+    save, view = type(model).save_pretrained, View(model)
+    if args[1:]:  # positions may hold a state
+        call = signature(save).bind(model, *args, **kwargs)
+        named = {name: value for name, value in call.arguments.items() if name not in ("self", "kwargs", "args")}
+        args, kwargs = (named.pop(next(iter(named))),), {**named, **call.arguments.get("kwargs", {})}
+    given = kwargs.get("state_dict")
     is_plain = view.adapters.keys().isdisjoint(map(plain_name, given or ())) and given is not None
     if is_plain or "state_dict" in vars(model):  # the caller's own values, or inside another save
         return save(model, *args, **kwargs)

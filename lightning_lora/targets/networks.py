@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from torch import Tensor, nn
@@ -32,17 +32,18 @@ class Networks:
     still: tuple[str, ...] = ()  # others train beside them
     below: tuple[str, ...] = ()  # only a head trains beside them, or modules that are trained in full
     copies: Mapping[str, str] = field(default_factory=dict)  # other code moves them after these networks
+    bare: tuple[str, ...] = ()  # layers of copies whose originals have no adapter
 
     @property
     def left(self) -> tuple[str, ...]:
-        """Those without adapters: what stands still, in copies too."""
-        same = [
-            copy + name.removeprefix(original)
-            for copy, original in self.copies.items()
-            for name in self.still
-            if is_in_any(name, [original])
-        ]
-        return (*self.still, *same)
+        """Those without adapters."""
+        return (*self.still, *self.bare)
+
+    def fitting(self, layers: Set[str]) -> "Networks":
+        """Return these with the layers of copies that get no adapter, if only these layers get one."""
+        here = {name for name in layers if not is_in_any(name, self.still)}
+        bare = [name for name in sorted(here) if (self.original_of(name) or name) not in here]
+        return replace(self, bare=tuple(bare))
 
     def original_of(self, layer: str) -> str | None:
         """Return the layer that a layer of a copy follows."""
@@ -137,10 +138,11 @@ def find_copies(
             held[outer][name.removeprefix(f"{outer}.")] = p
     found = dict[str, str]()
     for name in held:
-        if name in trains or is_in_any(name, found) or (owner_of(name) not in trains and not modules[name]._modules):
+        is_part = owner_of(name) not in {"", *trains} and not modules[name]._modules
+        if name in trains or is_in_any(name, found) or is_part:
             continue  # of a network that stands still, single layers say nothing
         inside = [layer.removeprefix(name) for layer in layers if is_in_any(layer, [name])]
-        originals = [other for other in held if other in trains and {other + layer for layer in inside} <= layers]
+        originals = [each for each in held if each in trains and any(each + layer in layers for layer in inside)]
         for original in sorted(originals if inside else (), key=list(found.values()).count):
             is_same = _own_class(modules[original]) is _own_class(modules[name])
             if is_same and _are_alike(held[name], held[original]):

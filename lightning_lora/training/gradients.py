@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from threading import Lock, get_ident
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.errors import DeadAdapterWarning, listed, warn
 from lightning_lora.layers import Step
@@ -114,26 +116,34 @@ class Feeding:
     def __init__(self, model: nn.Module) -> None:
         view = view_of(model)
         self.below = {name: set[int]() for name in view.adapter.networks.below}
-        self.found, self.has_run = set[int](), False
-        trains: list[nn.Module] = list(view.saved)
+        self.found, self.have_run = set[int](), set[str]()
+        trains: set[nn.Module] = {inner for module in view.saved for inner in module.modules()}
+        self.hooks = list[RemovableHandle]()
         for name, layer in view.layers.items():
-            around = [network for network in self.below if is_in_any(name, [network])]
-            for network in around:
+            network = next((each for each in self.below if is_in_any(name, [each])), "")
+            if network:
                 self.below[network].update(map(id, layer.lora_trained()))
-            if not around and layer.lora_trained():
-                trains.append(layer)
-        hooks = trains if self.below else ()
-        self.hooks = [module.register_forward_pre_hook(self._look, with_kwargs=True) for module in hooks]
+                self.hooks.append(layer.register_forward_pre_hook(partial(self._note, network)))
+            elif layer.lora_trained():
+                trains.add(layer)
+        for module in trains if self.below else ():
+            self.hooks.append(module.register_forward_pre_hook(self._look, with_kwargs=True))
+
+    def _note(self, network: str, *_: Any) -> None:
+        self.have_run.add(network)
 
     def _look(self, _: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.is_grad_enabled():
-            self.has_run = True
+        if torch.is_grad_enabled() and self.below:
+            self.have_run.add("")
             self.found |= _leaves_behind(tree_leaves((args, kwargs)))
 
-    @property
-    def alone(self) -> list[str]:
-        """The networks that feed nothing."""
-        return [name for name, own in self.below.items() if self.found.isdisjoint({*own, _UNKNOWN})]
+    def can_judge(self, network: str) -> bool:
+        """Whether both the network and what trains have run."""
+        return {"", network} <= self.have_run
+
+    def feeds_nothing(self, network: str) -> bool:
+        """Whether nothing that trains was computed from the network."""
+        return self.found.isdisjoint({*self.below[network], _UNKNOWN})
 
     def close(self) -> None:
         """Remove the hooks."""

@@ -7,7 +7,7 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
@@ -17,7 +17,7 @@ from lightning_lora.model.inject import leave_alone, left_still, settle
 from lightning_lora.model.view import View, view_of
 from lightning_lora.targets.networks import is_in_any
 from lightning_lora.tensors.names import named_parameters, own_parameter, owner_of, starts_of
-from lightning_lora.training.gradients import Feeding, Gradients
+from lightning_lora.training.gradients import Feeding
 from lightning_lora.training.rates import Params, Scale, check_splits, scales_in, split, unsplit
 
 _EDITED: "WeakKeyDictionary[Optimizer, tuple[list[Params], list[Params]]]" = WeakKeyDictionary()
@@ -31,7 +31,8 @@ def train_adapters(model: nn.Module, optimizers: Sequence[Optimizer], lr_scale: 
     """Replace base weights in the groups by adapters, in place: LBFGS and schedulers keep references to these lists."""
     for optimizer in optimizers:
         unsplit(optimizer)
-    settle(model, _unheld(view_of(model), optimizers))
+    view = view_of(model)
+    settle(model, _unheld(view, optimizers) | set(map(view.base.__getitem__, view.frozen_by_user)))
     view = view_of(model)
     scales = scales_in(view, lr_scale)
     followers = defaultdict[nn.Parameter, Params](list)
@@ -65,15 +66,18 @@ def _unheld(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
     return set() if held.isdisjoint(adapted) else set(view.base.values()) - held
 
 
-def leave_unfed(trainer: Trainer, model: LightningModule, feeding: Feeding, gradients: Gradients) -> None:
-    """Remove the adapters of frozen networks that feed nothing that trains, before an optimizer changes them."""
-    agree = trainer.strategy.reduce_boolean_decision
-    if not feeding.below or not agree(feeding.has_run):
-        return
-    alone = [name for name in feeding.below if agree(name in feeding.alone)]
-    feeding.close()
+def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, feeding: Feeding, *, copied: bool) -> None:
+    """Remove the adapters of frozen networks that feed nothing that trains, before an optimizer changes them.
+
+    All processes judge together. With ``copied``, the optimizer trains copies of the parameters.
+    """
+    held = set(map(id, _held(group["params"] for group in optimizer.param_groups)))
+    alone, fed = list[str](), list[str]()
+    for name, own in list(feeding.below.items()):
+        if (copied or not held.isdisjoint(own)) and strategy.reduce_boolean_decision(feeding.can_judge(name)):
+            (alone if strategy.reduce_boolean_decision(feeding.feeds_nothing(name)) else fed).append(name)
+            del feeding.below[name]
     view, title = view_of(model), type(model).__name__
-    fed = [name for name in view.adapter.networks.below if name not in alone]
     if fed and any(not is_in_any(name, (*fed, *alone)) for name in view.layers):
         rank_zero_info(
             f"Without LoRACallback, only a head of {title} would train. With it, adapters train in {listed(fed)} too. "
@@ -81,19 +85,18 @@ def leave_unfed(trainer: Trainer, model: LightningModule, feeding: Feeding, grad
         )
     if not alone:
         return
-    if gradients.copied is not None:
+    if copied:
         raise StrategyError(
             f"{left_still(alone, title)} DeepSpeed cannot take parameters out of a fit that has begun. "
             f"Name it yourself: exclude_modules={alone}."
         )
     leave_alone(model, alone)
     rank_zero_info(left_still(alone, title))
-    present = set(model.parameters())
-    for optimizer in trainer.optimizers:
-        groups = [[p for p in group["params"] if p in present] for group in optimizer.param_groups]
-        _write(view_of(model), optimizer, groups)
-        _EDITED[optimizer] = (_EDITED[optimizer][0], groups)
-        _CHECKED.pop(optimizer, None)
+    kept = set(model.parameters()) - set(view_of(model).frozen.values())
+    groups = [[p for p in group["params"] if p in kept] for group in optimizer.param_groups]
+    _write(view_of(model), optimizer, groups)
+    _EDITED[optimizer] = (_EDITED[optimizer][0], groups)
+    _CHECKED.pop(optimizer, None)
 
 
 def check_layouts(optimizer: Optimizer, view: View, *, clips: bool) -> None:

@@ -40,7 +40,8 @@ class Stage:
     """One stage: how the module came, how far the stage is, and what gives the module back as it came (``undo``).
 
     ``name`` is the adapter's, or None for the active one; ``back`` shows what the module did before, if it was another.
-    ``seen`` holds the tensors that have a base value, as they came, and ``buffers`` the digests of buffers.
+    ``seen`` holds the tensors that have a base value, as they came, ``buffers`` the digests of buffers,
+    and ``came_with`` the names of all modules, until its own hooks have run.
     ``filled`` are those that the module's own hooks filled, in this stage or an earlier one. ``averages_gradients`` is
     False while a sharded module's backward pass only accumulates.
     """
@@ -59,6 +60,7 @@ class Stage:
     undo: ExitStack = field(default_factory=ExitStack)
     filled: set[str] = field(default_factory=set)
     buffers: dict[str, int] = field(default_factory=dict)
+    came_with: set[str] = field(default_factory=set)
     dropout: Dropout = field(default_factory=Dropout)
     resumed: Resumed | None = None
     averages_gradients: bool = True
@@ -80,7 +82,7 @@ class Stage:
             self._switch(pl_module)
             self.undo.callback(self._switch_back, pl_module)
         view = View(pl_module)
-        self.buffers = _own_buffers(view)
+        self.buffers, self.came_with = _own_buffers(view), set(view.modules)
         present = {**view.parameters, **view.buffers}
         for prefix, inner in records_in(view.modules).items():
             for name, original in inner.adapter.originals.items():
@@ -148,8 +150,10 @@ class Stage:
 
     def adapt(self, pl_module: LightningModule, *, stored: LoRAConfig | None = None, replaced: bool = False) -> None:
         """Adapt the module after its own hooks have run, or for a file. The weights that they load become the base."""
-        now, before, self.buffers = _own_buffers(View(pl_module)), self.buffers, {}  # later changes are others'
-        self.filled |= {name for name in now if now[name] != before.get(name, now[name])}
+        for name, now in _own_buffers(View(pl_module)).items() if self.came_with else ():
+            if now != self.buffers.get(name) and owner_of(name) in self.came_with:
+                self.filled.add(name)
+        self.came_with = set()  # later changes are others'
         if not self.adapts(pl_module, for_file=stored is not None):
             return
         self.inject(pl_module, stored)
@@ -160,10 +164,10 @@ class Stage:
         self._take_base(pl_module)
 
     def inject(self, pl_module: LightningModule, stored: LoRAConfig | None = None) -> None:
-        """Adapt the module, under the name of this stage's adapter. A file or a run knows what was left out."""
+        """Adapt the module, under the name of this stage's adapter. A file knows what was left out."""
         record = find_record(pl_module)
-        known = stored or (record.adapter.config if record is not None and record.adapter.is_trained else self.config)
-        config, name = self.config.excluding(known.exclude_modules), record.adapter.name if record else self.name
+        config = self.config.excluding(stored.exclude_modules) if stored else self.config
+        name = record.adapter.name if record else self.name
         with reseeded(pl_module):
             inject(pl_module, config, name=name or "default", finds=stored is None)
 

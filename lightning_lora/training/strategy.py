@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_lora.errors import AdapterFileError, ConfigError, OptimizerError, TargetError
 from lightning_lora.model.attach import freeze, unfreeze
+from lightning_lora.model.inject import note_frozen
 from lightning_lora.model.merge import unmerge
 from lightning_lora.model.merged import is_as_merged
 from lightning_lora.model.state import find_record
@@ -145,6 +146,7 @@ class LoRAStrategy(Strategy, InPlace):
         try:
             yield
         finally:
+            note_frozen(view_of(self.lora_module))
             freeze(view_of(self.lora_module))
 
     # Load

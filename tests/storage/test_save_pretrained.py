@@ -238,6 +238,13 @@ def test_a_given_state_is_merged_if_it_holds_adapters_and_else_written_as_it_is(
     check(tmp_path / "own", other.model)
 
 
+@quiet
+def test_a_state_may_be_given_by_its_position(tmp_path: Path) -> None:
+    lit = adapted()
+    lit.model.save_pretrained(tmp_path, True, lit.model.state_dict())
+    check(tmp_path, lit.model)
+
+
 def test_a_save_around_another_one_says_it_once(tmp_path: Path) -> None:
     module = adapted(Saves(tmp_path))
     with says as said:

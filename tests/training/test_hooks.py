@@ -105,6 +105,29 @@ def test_a_resumed_run_goes_on_with_what_the_first_setup_took(tmp_path: Path, sa
     assert same(state(resumed), state(through)) and resumed.scale.tolist() == [2.0] * 4
 
 
+class Registering(LitTiny):
+    """Its buffer exists only after set-up."""
+
+    def setup(self, stage: str) -> None:
+        self.register_buffer("mean", torch.zeros(4))
+        if stage == "fit":
+            self.mean += 2.0
+
+    def forward(self, index: Tensor) -> Tensor:
+        return super().forward(index) * self.mean
+
+
+@pytest.mark.parametrize("save", ["adapters", "model"])
+def test_a_buffer_that_setup_registers_belongs_to_the_run_too(tmp_path: Path, save: str) -> None:
+    model = fitted(tmp_path / "a.ckpt", Registering(), lora(save=save))
+    again = Registering()
+    ll.inject_adapters(again, lora().config)
+    trainer(tmp_path, [ll.LoRACallback()]).test(again, data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    torch.testing.assert_close(again(X), model(X))
+    with pytest.raises(ll.AdapterMismatchError, match=r"call model.setup\('fit'\) first"):
+        ll.load_adapter(Registering(), tmp_path / "a.ckpt")
+
+
 def as_earlier_versions_wrote(file: Path) -> Path:
     """A file in which the buffers are part of the base."""
     checkpoint = torch.load(file, weights_only=True)

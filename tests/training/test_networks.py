@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import (
     AdapterMismatchError,
+    AdapterStateError,
     LoRACallback,
     LoRAConfig,
     LoRAWarning,
@@ -445,3 +446,104 @@ def test_what_trains_in_full_does_not_in_a_copy(tmp_path: Path) -> None:
     merge_adapters(module)
     moved = [m[2].weight - Momentum("net").net[2].weight for m in (module.net, module.copy)]
     assert cosine_similarity(*(each.flatten() for each in moved), dim=0) > 0.9
+
+
+# As an adversary would
+
+
+class FrozenInSetup(SmallBesideLarge):
+    def build(self) -> None:
+        super().build()
+        self.vgg.requires_grad_(True)
+
+    def setup(self, stage: str) -> None:
+        self.vgg.requires_grad_(False)
+
+
+class FrozenForItsOptimizer(FrozenInSetup):
+    def setup(self, stage: str) -> None:
+        pass
+
+    def configure_optimizers(self) -> Any:
+        self.vgg.requires_grad_(False)
+        return super().configure_optimizers()
+
+
+@pytest.mark.parametrize("kind", [FrozenInSetup, FrozenForItsOptimizer])
+def test_a_network_may_be_frozen_in_any_hook_before_the_fit_begins(tmp_path: Path, kind: Any) -> None:
+    assert adapted(fit(tmp_path, kind())) == ["net.0", "net.2"]
+
+
+def test_a_network_that_is_thawed_is_adapted_by_the_next_fit(tmp_path: Path) -> None:
+    module = fit(tmp_path, Perceptual())
+    module.vgg.requires_grad_(True)
+    assert len(adapted(fit(tmp_path, module, epochs=5))) == 5
+
+
+def test_a_copy_may_be_a_single_layer(tmp_path: Path) -> None:
+    class Single(Momentum):
+        def build(self) -> None:
+            self.net = nn.Linear(8, 8)
+            self.copy_now()
+
+    assert adapted(fit(tmp_path, Single("net"))) == ["net", "copy"]
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["net.2"]}, {"exclude_modules": ["net.2"]}])
+def test_a_copy_has_adapters_exactly_where_its_original_has(options: Any) -> None:
+    module = Momentum("net")
+    inject_adapters(module, LoRAConfig(r=2, **options))
+    assert adapted(module) == ["net.0", "copy.0"]
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("kind", [Perceptual, SmallBesideLarge])
+def test_no_bias_trains_where_nothing_else_does(tmp_path: Path, kind: Any, bias: Any) -> None:
+    module, callback = kind(), LoRACallback(r=2, merge=False, bias=bias)
+    before = {name: p.clone() for name, p in module.vgg.named_parameters()}
+    trainer(tmp_path, [callback], enable_checkpointing=False).fit(module, DataLoader(TensorDataset(X), batch_size=4))
+    assert all(torch.equal(p, before[name]) for name, p in module.vgg.named_parameters())
+
+
+def test_a_backbone_is_judged_when_its_own_optimizer_steps(tmp_path: Path) -> None:
+    class Adversarial(Headed):
+        def build(self) -> None:
+            super().build()
+            self.judge = nn.Linear(2, 1)
+            self.automatic_optimization = False
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            of_net, of_judge = self.optimizers()  # type: ignore[misc]
+            with torch.no_grad():
+                made = self.net["head"](self.net["backbone"](batch[0]))
+            for optimizer, inputs in ((of_judge, made), (of_net, None)):
+                made = self.net["head"](self.net["backbone"](batch[0])) if inputs is None else inputs
+                optimizer.zero_grad()
+                self.manual_backward(self.judge(made).square().mean())
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(net.parameters(), lr=0.1) for net in (self.net, self.judge)]
+
+    names = ["net.backbone.0", "net.backbone.2", "net.backbone.4", "net.head", "judge"]
+    assert adapted(fit(tmp_path, Adversarial())) == names
+
+
+def test_a_frozen_network_with_adapters_of_its_own_is_merged_first() -> None:
+    module = Perceptual()
+    inject_adapters(module.vgg, LoRAConfig(r=2))
+    module.vgg.requires_grad_(False)
+    with pytest.raises(AdapterStateError, match=r"'vgg' of Perceptual has adapters of its own, and is frozen. Merge"):
+        inject_adapters(module, LoRAConfig(r=2))
+    merge_adapters(module.vgg)
+    with pytest.warns(LoRAWarning, match="No adapter for 'vgg'"):
+        assert inject_adapters(module, LoRAConfig(r=2)) == ("net.0", "net.2", "net.4")
+
+
+def test_a_copy_that_lags_behind_keeps_its_own_magnitudes() -> None:
+    module = Momentum("net")
+    for p in module.copy.parameters():
+        p.data += 0.1 * p.abs().mean() * torch.randn(p.shape)
+    before = module.copy(X)
+    inject_adapters(module, LoRAConfig(r=2, use_dora=True))
+    torch.testing.assert_close(module.copy(X), before)
