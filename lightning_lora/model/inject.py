@@ -99,7 +99,7 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
         raise AdapterStateError(
             f"{type(model).__name__} has PEFT's adapters: {listed(others)}. Call PEFT's merge_and_unload() first."
         )
-    _note_flags(before)
+    _note_flags(View(model))
     choices = select(model, config)
     kinds = {name: choice.kind for name, choice in choices.items()}
     found = _networks(before, kinds, {before.base[name] for name in before.frozen_by_user}, finds=finds)
