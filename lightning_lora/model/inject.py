@@ -143,7 +143,8 @@ def _note_flags(view: View) -> None:
             )
     if not view.is_adapted or view.is_merged:
         return
-    view.record.flags_were_set({name: True for name, p in view.frozen.items() if p.requires_grad})
+    known = view.record.requires_grad
+    view.record.flags_were_set({n: True for n, p in view.frozen.items() if p.requires_grad and n in known})
     note_frozen(view)
 
 
