@@ -145,6 +145,10 @@ def _note_flags(view: View) -> None:
         return
     known = view.record.requires_grad
     view.record.flags_were_set({n: True for n, p in view.frozen.items() if p.requires_grad and n in known})
+    for name, layer in view.layers.items():
+        if name not in view.recorded and any(p.requires_grad for p in _factors([layer])):
+            copied = {each: True for each in view.base if is_in_any(each, [name])}  # from a base that was frozen by us
+            view.record.flags_were_set(copied)
     note_frozen(view)
 
 

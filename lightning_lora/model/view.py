@@ -171,11 +171,7 @@ class View:
         flags = self._record.requires_grad if self._record and not self.is_merged else {}
         base = {name: p for name, p in self.base.items() if type(p) is nn.Parameter or is_dtensor(p)}
         plain = [name for name, p in base.items() if p.is_floating_point()]
-        copied = set[str]()  # with adapters, from layers whose base was frozen already
-        for name, layer in self.layers.items():
-            if name not in self.recorded and any(p.requires_grad for p in layer.lora_parameters().values()):
-                copied.update(join(name, weight) for weight in layer.lora_weights())
-        frozen = {n for n in plain if n not in copied and not flags.get(n, base[n].requires_grad)}
+        frozen = {name for name in plain if not flags.get(name, base[name].requires_grad)}
         return frozen if len(frozen) < len(plain) else set()
 
     # Values

@@ -349,6 +349,25 @@ def test_a_copy_follows_in_several_processes_too(tmp_path: Path, kind: Any) -> N
     fit(tmp_path, kind("net"), check, strategy="ddp_fork", devices=2)
 
 
+class Baseline(MadeInSetup):
+    """A copy that nobody froze and that all optimizers hold, as the rollout baseline of rl4co."""
+
+    def copy_now(self) -> None:
+        self.copy = copy.deepcopy(self.net)
+
+    def loss(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            reference = self.copy(x)
+        return (self.net(x) - reference - 1).square().mean()
+
+
+@either_optimizer
+def test_a_run_with_a_copy_that_setup_makes_and_nobody_froze_resumes(tmp_path: Path, optimized: str) -> None:
+    through = fit(tmp_path, Baseline(optimized), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1))
+    resumed = fit(tmp_path, Baseline(optimized), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in through.state_dict().items())
+
+
 @pytest.mark.parametrize("kind", [Momentum, Average, MadeInSetup])
 def test_a_run_with_a_copy_resumes_merges_and_loads_exactly(tmp_path: Path, kind: Any) -> None:
     through = fit(tmp_path, kind("net"), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1))
