@@ -29,6 +29,7 @@ from lightning_lora.storage.disk import (
 )
 from lightning_lora.storage.formats.lightning import VERSION
 from lightning_lora.storage.formats.loralib import is_loralib
+from lightning_lora.storage.formats.others import check_tool
 from lightning_lora.storage.formats.peft_config import DIFFUSERS_WEIGHTS, METADATA, PEFT_CONFIG, is_peft
 from lightning_lora.storage.state import is_note
 from lightning_lora.storage.stored import KEY, StoredAdapters, check_checksum
@@ -64,6 +65,7 @@ def check_place(path: str | Path, inputs: Iterable[Path] = ()) -> None:
 def read_adapter_file(path: str | Path | IO[bytes]) -> StoredAdapters:
     """Return the adapters in a file of this package. No code in the file is run."""
     local = local_path(path)
+    check_tool(path)
     if local is not None and any((local / name).is_file() for name in (PEFT_CONFIG, *DIFFUSERS_WEIGHTS)):
         raise AdapterFileError(f"{path} holds {_IN_PEFT}")
     return adapters_in(read_contents(path), path)
@@ -71,7 +73,10 @@ def read_adapter_file(path: str | Path | IO[bytes]) -> StoredAdapters:
 
 def read_contents(path: str | Path | IO[bytes]) -> Any:
     """Return a file's contents: a checkpoint's, or another library's tensors by name; no objects of classes."""
-    return _read(path, partial(_load_adapters, path))
+    check_tool(path)
+    contents = _read(path, partial(_load_adapters, path))
+    check_tool(path, contents)
+    return contents
 
 
 def read_checkpoint(path: str | Path | IO[bytes], *, weights_only: bool) -> Any:
@@ -162,9 +167,8 @@ def _instead(contents: dict[Any, Any]) -> str:
     of_tensors = "safetensors.torch.load_model(model, path), or model.load_state_dict of the state in torch.load(path)"
     reader = "MyModule.load_from_checkpoint(path)" if VERSION in contents else of_tensors
     return (
-        f"{len(names)} tensors ({listed(names, 2)}) and no adapters of this package. Load a whole model, such as "
-        f"save_merged writes, with {reader}, or give it to a Trainer as ckpt_path, as a base. Adapters of another tool "
-        "can be merged there."
+        f"{len(names)} tensors ({listed(names, 2)}) and no adapters of this package. It looks like a whole model, such "
+        f"as save_merged writes. Load it with {reader}, or give it to a Trainer as ckpt_path, as a base."
     )
 
 

@@ -18,6 +18,7 @@ from lightning_lora.functional.combine import Factors
 from lightning_lora.layers import FROM_BASE, AdaptedMatrix, LoRALayer, LoRAParameters, adapter_for
 from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRAEmbedding, LoRARecurrent, LoRATokens
 from lightning_lora.model.view import View
+from lightning_lora.storage.formats.others import check_tool
 from lightning_lora.storage.formats.peft_config import (
     DIFFUSERS_WEIGHTS,
     METADATA,
@@ -45,6 +46,7 @@ def weights_of(path: Path) -> Path:
         return path
     found = [path / name for name in (*PEFT_WEIGHTS, *DIFFUSERS_WEIGHTS) if (path / name).is_file()]
     if not found:
+        check_tool(path)
         raise AdapterFileError(
             f"{path} is not a file, and as a folder it holds no adapters of PEFT. Expected {PEFT_CONFIG} and "
             f"{PEFT_WEIGHTS[0]}, or {DIFFUSERS_WEIGHTS[0]}. Otherwise pass a .safetensors file or a Trainer's .ckpt "

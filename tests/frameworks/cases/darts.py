@@ -1,0 +1,90 @@
+"""darts: callbacks are an entry of pl_trainer_kwargs."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from darts import TimeSeries
+from darts.models import TiDEModel, TransformerModel
+from torch import Tensor, nn
+
+from tests.frameworks.case import Case, Run, Way
+
+NOISE = np.random.default_rng(0).normal(size=(150, 1))
+SERIES = TimeSeries.from_values((np.sin(np.arange(150)[:, None] / 5) + 0.1 * NOISE).astype(np.float32))
+
+
+class TiDE(Case):
+    lightning = "pytorch_lightning"
+
+    def new(self, *callbacks: Any, folder: Path = Path("none")) -> Any:
+        kwargs = {
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [*callbacks],
+        }
+        saves = {"work_dir": str(folder), "model_name": "model", "save_checkpoints": bool(callbacks)}
+        return self.of(input_chunk_length=24, output_chunk_length=6, n_epochs=2, pl_trainer_kwargs=kwargs, **saves)
+
+    def of(self, **options: Any) -> Any:
+        return TiDEModel(**options, hidden_size=32)
+
+    def base(self, folder: Path) -> Any:
+        path = folder / "base.pt"
+        if not path.exists():
+            self.new().fit(SERIES, epochs=4).save(str(path))
+        return self.weights(self.new(), path)
+
+    def weights(self, model: Any, path: Path) -> Any:
+        model.load_weights(str(path), trusted=True)
+        return model
+
+    def fit(self, callbacks: list[Any], folder: Path) -> Any:
+        return self.weights(self.new(*callbacks, folder=folder), folder.parent / "base.pt").fit(SERIES)
+
+    def resume(self, file: Path, callbacks: list[Any], folder: Path) -> Any:
+        return self.from_checkpoint(Run(None, file.parent), file).fit(SERIES)
+
+    def network(self, model: Any) -> nn.Module:
+        return model.model
+
+    def predict(self, model: Any) -> Tensor:
+        return torch.tensor(model.predict(6, SERIES, verbose=False).values())
+
+    def ways(self) -> dict[str, Way]:
+        return {
+            "save, load": self.saved,
+            "save(clean=True), load": lambda run: self.saved(run, clean=True),
+            "save, load_weights": self.saved_weights,
+            "load_from_checkpoint": self.from_checkpoint,
+            "load_weights_from_checkpoint": self.weights_from_checkpoint,
+        }
+
+    def saved(self, run: Run, **options: Any) -> Any:
+        run.model.save(str(run.folder / "tuned.pt"), **options)
+        return type(run.model).load(str(run.folder / "tuned.pt"), trusted=True)
+
+    def saved_weights(self, run: Run) -> Any:
+        run.model.save(str(run.folder / "tuned.pt"))
+        return self.weights(self.new(), run.folder / "tuned.pt")
+
+    def from_checkpoint(self, run: Run, file: Path | None = None) -> Any:
+        kind, name = type(self.new()), None if file is None else str(file)
+        return kind.load_from_checkpoint("model", str(run.folder), file_name=name, best=False, trusted=True)
+
+    def weights_from_checkpoint(self, run: Run) -> Any:
+        model = self.new()
+        model.load_weights_from_checkpoint("model", str(run.folder), best=False, trusted=True)
+        return model
+
+
+class Transformer(TiDE):
+    def of(self, **options: Any) -> Any:
+        return TransformerModel(
+            **options, d_model=16, nhead=2, num_encoder_layers=1, num_decoder_layers=1, dim_feedforward=32
+        )
+
+
+CASES = {"TiDE": TiDE, "Transformer": Transformer}
