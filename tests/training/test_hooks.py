@@ -18,7 +18,7 @@ from lightning_lora.storage.offline.combine import How, combine_files
 from lightning_lora.storage.offline.merge import merge_files
 from lightning_lora.storage.stored import KEY, StoredAdapters
 from tests.support.cases import files_hold_adapters_alone, held
-from tests.support.faults import unchanged
+from tests.support.faults import edited, unchanged
 from tests.support.fits import fit, through_and_resumed
 from tests.support.models import TRAINED, LitTiny, TinyLM, X, data, is_plain, lora, same, state, trainer
 from tests.support.storage import fitted, goes_on, restores
@@ -282,9 +282,9 @@ def test_the_base_alone_computes_with_them(tmp_path: Path) -> None:
 def test_they_are_merged_combined_and_exported_where_they_have_a_place(tmp_path: Path, inner: bool) -> None:
     model = fitted(file := tmp_path / "a.ckpt", Scaled(), lora(merge=False, modules_to_save=None))
     combine_files([file] * 2, tmp_path / "both.safetensors", How("cat", (0.25, 0.75)))
-    filled = Scaled()
-    filled.setup("fit")  # as the updates alone are combined
-    torch.testing.assert_close(loads(filled, tmp_path / "both.safetensors")(X), model(X))
+    torch.testing.assert_close(loads(other(), tmp_path / "both.safetensors")(X), model(X))
+    combine_files([file, tmp_path / "both.safetensors"], tmp_path / "three.safetensors", How("cat", (0.5, 0.5)))
+    torch.testing.assert_close(loads(other(), tmp_path / "three.safetensors")(X), model(X))
     base = Scaled().state_dict()
     if inner:
         base = {f"net.{name}": value for name, value in LitTiny().state_dict().items()}  # has no place for them
@@ -296,6 +296,14 @@ def test_they_are_merged_combined_and_exported_where_they_have_a_place(tmp_path:
         new = other()
         new.load_state_dict(merged)
         torch.testing.assert_close(new(X), model(X))
+
+    def fill(checkpoint: dict[str, Any]) -> None:  # as a run that was resumed where setup takes other numbers
+        checkpoint["state_dict"]["scale"].fill_(5.0)
+        stored = StoredAdapters.from_file(held(checkpoint), checkpoint[KEY], "")
+        checkpoint.update({"state_dict": stored.state, KEY: stored.description()})
+
+    with pytest.raises(ll.BaseMismatchError, match="different bases"):
+        combine_files([file, edited(file, tmp_path / "b.ckpt", fill)], tmp_path / "c.safetensors", How("cat", (1, 1)))
 
 
 class Around(Scaled):  # whose network is a module inside it

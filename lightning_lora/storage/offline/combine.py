@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, ConfigError, listed
@@ -55,7 +54,7 @@ def combine_files(paths: Sequence[Path], out: Path, how: How) -> int:
     files = list(map(read_layers, paths))
     known = _check_alike(files)
     generator = torch.Generator().manual_seed(how.seed)
-    layers, state = dict[str, StoredLayer](), dict[str, Tensor]()
+    layers, state = dict[str, StoredLayer](), {name: files[0].state[name] for name in files[0].filled}
     with torch.no_grad():
         for name, layer in known.items():
             held = defaultdict[AdaptedMatrix, list[tuple[Factors, float]]](list)
@@ -70,7 +69,7 @@ def combine_files(paths: Sequence[Path], out: Path, how: How) -> int:
                 state |= {join(name, parameter): factor.contiguous() for parameter, factor in factors.items()}
     base = files[0].base
     config = _config(list(layers.values()), base)
-    write_adapter_file(out, StoredAdapters(config, state, layers, base, root=files[0].root))
+    write_adapter_file(out, StoredAdapters(config, state, layers, base, random=files[0].filled, root=files[0].root))
     return len(layers)
 
 
@@ -86,7 +85,8 @@ def _check_alike(files: list[StoredAdapters]) -> dict[str, StoredLayer]:
                 f"{file.source} also holds {listed(beside)}, trained in full: they cannot be combined. Train without "
                 "modules_to_save and bias, or merge one of the files first."
             )
-        if not any(form in file.base for form in first.base) or file.root != first.root:
+        is_same = file.filled == first.filled and all(torch.equal(file.state[n], first.state[n]) for n in file.filled)
+        if not any(form in file.base for form in first.base) or file.root != first.root or not is_same:
             raise BaseMismatchError(f"{first.source} and {file.source} were trained on different bases. Use one base.")
         for name, layer in file.layers.items():
             if layer.tokens:

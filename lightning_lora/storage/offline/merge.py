@@ -77,8 +77,9 @@ class _Merge:
                 if place in files.file_of:
                     self.weights[place] = name, "weight"
         self.beside = {self.name_in_base(name): value for name, value in besides(stored).items()}
-        filled = {self.name_in_base(name): stored.state[name] for name in stored.filled}
-        self.beside |= {name: value for name, value in filled.items() if name in files.file_of}
+        self.beside |= {
+            place: stored.state[n] for n in stored.filled if (place := self.name_in_base(n)) in files.file_of
+        }
         self.places, last = dict(files.file_of), list(files.file_of.values())[-1]
         for name in self.beside:
             self.places.setdefault(name, last)
