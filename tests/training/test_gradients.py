@@ -140,6 +140,7 @@ class Skips(LitTiny):  # that leaves one projection out: for good, or in every o
         super().__init__()
         self.never = never
         self.unused = LitTiny().q_proj
+        nn.init.eye_(self.unused.weight)  # or it would be taken for a copy that follows
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         self.skips = self.never or (batch_idx + self.global_rank) % 2 == 0
