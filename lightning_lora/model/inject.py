@@ -99,7 +99,7 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
         raise AdapterStateError(
             f"{type(model).__name__} has PEFT's adapters: {listed(others)}. Call PEFT's merge_and_unload() first."
         )
-    _note_flags(View(model))
+    _note_flags(before)
     choices = select(model, config)
     kinds = {name: choice.kind for name, choice in choices.items()}
     found = _networks(before, kinds, {before.base[name] for name in before.frozen_by_user}, finds=finds)
@@ -143,6 +143,7 @@ def _note_flags(view: View) -> None:
             )
     if not view.is_adapted or view.is_merged:
         return
+    view = View(view.model)  # of the adapters at hand, whatever the new configuration
     known = view.record.requires_grad
     view.record.flags_were_set({n: True for n, p in view.frozen.items() if p.requires_grad and n in known})
     for name, layer in view.layers.items():
