@@ -266,7 +266,7 @@ class LoRACallback(Callback):
         self._gradients.end_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Check what the optimizer trains: adapters, and no frozen weight, nor a network that stands still."""
+        """Check that the optimizer trains adapters, and nothing frozen."""
         copied = self._gradients.copied is not None
         leave_unfed(pl_module, optimizer, trainer.strategy, self._feeding, copied=copied)
         check_frozen(pl_module, optimizer)
@@ -315,7 +315,7 @@ class LoRACallback(Callback):
         self._end_training()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the module back as it came, or with the adapters that a fit has loaded or trained."""
+        """Give the module back as it came, unless a fit has loaded or trained adapters."""
         self._end_training()
         is_alone = isinstance(trainer.strategy, LoRAStrategy) and trainer.strategy.lora_adapts_late
         if self._stage.fail(pl_module, is_alone=is_alone) and isinstance(exception, KeyboardInterrupt):

@@ -164,9 +164,10 @@ class LoRAConfig:
     def excluding(self, pattern: str | Sequence[str] | None) -> "LoRAConfig":
         """Leave out what another pattern for ``exclude_modules`` matches, too."""
         own, other = map(_as_expression, (self.exclude_modules, pattern))
-        if f"|{other}|" in f"||{own}|":
+        if not other or f"|{other}|" in f"|{own}|":
             return self
-        return dataclasses.replace(self, exclude_modules=other if f"|{own}|" in f"||{other}|" else f"{own}|{other}")
+        joined = other if not own or f"|{own}|" in f"|{other}|" else f"{own}|{other}"
+        return dataclasses.replace(self, exclude_modules=joined)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the arguments as plain types, which every file can hold.

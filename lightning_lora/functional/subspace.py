@@ -9,12 +9,16 @@ Directions = tuple[Tensor, Tensor, Tensor]  # left singular vectors as columns, 
 
 
 def precise(tensor: Tensor) -> Tensor:
-    """Return the values in float64, without a gradient: on the CPU if their device has no such numbers."""
+    """Return the values in float64, without a gradient. MPS has no float64: they are on the CPU then."""
     return tensor.detach().to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
 
 
 def directions(update: Factors | Tensor) -> Directions:
-    r"""Return (\*, out, r), (\*, r), (\*, in, r) of B A or of a whole matrix. Where a value is 0, vectors are zeros."""
+    r"""Return the singular vectors and values of an update.
+
+    Shape:
+        (\*, out, r), (\*, r) and (\*, in, r), of B A or of a whole matrix. Where a value is 0, its vectors are zeros.
+    """
     if not isinstance(update, Tensor):
         reading, writing = (torch.linalg.qr(precise(factor)) for factor in (update[0].mT, update[1]))
         u, sizes, v = directions(writing.R @ reading.R.mT)
@@ -26,7 +30,10 @@ def directions(update: Factors | Tensor) -> Directions:
 
 
 def effective_rank(values: Tensor) -> Tensor:
-    r"""Return how many singular values (\*, r) count, (\*): :math:`\exp` of their entropy; 0 for an update of zero.
+    r"""Return how many singular values count: :math:`\exp` of their entropy, or 0 for an update of zero.
+
+    Shape:
+        From (\*, r) to (\*).
 
     Source:
         Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality", section 2.

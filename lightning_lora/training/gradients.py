@@ -85,7 +85,8 @@ class Gradients:
         missed = {id(p) for p in held if not (id(p) in self.ever if self.notes else p.grad is not None)}
         view = view_of(self.model)
         idle = {name for name, layer in view.layers.items() if any(id(p) in missed for p in layer.lora_trained())}
-        dead = sorted(follow_copied(view, idle), key=list(view.layers).index)
+        left = follow_copied(view, idle)
+        dead = [name for name in view.layers if name in left]
         fresh = [name for name in dead if any(weight.startswith(f"{name}.") for weight in self.random)]
         if dead:
             warn(

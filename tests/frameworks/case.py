@@ -42,9 +42,9 @@ class Case(ABC):
     resumes: ClassVar[bool] = True  # has a way of its own to go on from a file
     prefix: ClassVar[str] = ""  # of the network's names in files of the Trainer
 
-    @abstractmethod
     def new(self) -> Any:
-        """An untrained model."""
+        """An untrained model, of which :meth:`base` makes a base; or a case has its own :meth:`base`."""
+        raise NotImplementedError
 
     @abstractmethod
     def predict(self, model: Any) -> Tensor:

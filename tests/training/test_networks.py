@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+import torchvision
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
@@ -566,3 +567,31 @@ def test_a_copy_that_lags_behind_keeps_its_own_magnitudes() -> None:
     before = module.copy(X)
     inject_adapters(module, LoRAConfig(r=2, use_dora=True))
     torch.testing.assert_close(module.copy(X), before)
+
+
+# The numbers that say what a head is
+
+
+@pytest.mark.filterwarnings("ignore:No adapter for:lightning_lora.LoRAWarning")
+@pytest.mark.parametrize(
+    ("build", "head", "last"),
+    [
+        ("resnet18", "fc", "layer4."),
+        ("efficientnet_b0", "classifier", "features.7."),
+        ("convnext_tiny", "classifier", "features.7."),
+        ("mobilenet_v3_large", "classifier", "features.16."),
+        ("densenet121", "classifier", "features.denseblock4."),
+        ("vit_b_16", "heads", "encoder.layers.encoder_layer_11."),
+        ("swin_t", "head", "features.7."),
+    ],
+)
+def test_a_backbone_of_torchvision_is_adapted_below_its_head_and_not_below_its_last_block(
+    build: str, head: str, last: str
+) -> None:
+    for trains, is_adapted in (((head,), True), ((last, head), False)):
+        with torch.device("meta"):
+            model = getattr(torchvision.models, build)()
+        for name, p in model.named_parameters():
+            p.requires_grad_(name.startswith(trains))
+        names = inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
+        assert any(not name.startswith((last, head)) for name in names) == is_adapted

@@ -23,9 +23,6 @@ class PatchTST(Case):
         small = {"batch_size": 8, "d_model": 16, "dim_feedforward": 32, "nhead": 2, "num_encoder_layers": 1}
         return PatchTSTEstimator(6, 8, **small, num_batches_per_epoch=20, lr=0.005, trainer_kwargs=kwargs)
 
-    def new(self) -> Any:
-        raise NotImplementedError
-
     def base(self, folder: Path) -> Predictor:
         path = folder / "base"
         if not path.exists():

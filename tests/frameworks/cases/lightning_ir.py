@@ -33,9 +33,6 @@ def backbone(folder: Path) -> Path:
 
 
 class CrossEncoder(Case):
-    def new(self) -> Any:
-        raise NotImplementedError
-
     def base(self, folder: Path) -> CrossEncoderModule:
         if not (folder / "base").exists():
             new = CrossEncoderModule(str(backbone(folder / "new")), MonoConfig(), loss_functions=[RankNet()])
