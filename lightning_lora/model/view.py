@@ -171,7 +171,7 @@ class View:
         flags = self._record.requires_grad if self._record and not self.is_merged else {}
         base = {name: p for name, p in self.base.items() if type(p) is nn.Parameter or is_dtensor(p)}
         plain = [name for name, p in base.items() if p.is_floating_point()]
-        frozen = {name for name in plain if not flags.get(name, base[name].requires_grad)}
+        frozen = {name for name in plain if not flags.get(name, self.parameters[name].requires_grad)}
         return frozen if len(frozen) < len(plain) else set()
 
     # Values

@@ -217,7 +217,7 @@ class Orders(RuleBasedStateMachine):
     model: nn.Module
     it: Oracle
 
-    @initialize(seed=SEEDS, double=BOOLS, tied=BOOLS, frozen=st.just(set[str]()), config=VALID)
+    @initialize(seed=SEEDS, double=BOOLS, tied=BOOLS, frozen=st.sets(st.sampled_from(LAYERS)), config=VALID)
     def build(self, seed: int, double: bool, tied: bool, frozen: set[str], config: ll.LoRAConfig) -> None:
         self.folder = TemporaryDirectory()
         self.files: list[tuple[Path, Oracle]] = []

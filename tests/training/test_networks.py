@@ -31,7 +31,7 @@ from lightning_lora import (
     save_adapter,
     unmerge_adapters,
 )
-from tests.support.models import trainer
+from tests.support.models import TinyLM, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training")
 X = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
@@ -567,6 +567,43 @@ def test_a_copy_that_lags_behind_keeps_its_own_magnitudes() -> None:
     before = module.copy(X)
     inject_adapters(module, LoRAConfig(r=2, use_dora=True))
     torch.testing.assert_close(module.copy(X), before)
+
+
+def test_a_merged_model_with_a_tied_weight_is_adapted_anew_as_at_first() -> None:
+    model = TinyLM()
+    names = inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
+    with pytest.warns(LoRAWarning, match="tied"):
+        merge_adapters(model)
+    assert inject_adapters(model, LoRAConfig(r=2, target_modules="all")) == names
+
+
+@pytest.mark.filterwarnings("ignore::lightning_lora.DeadAdapterWarning")  # of the first batch
+def test_a_backbone_is_judged_once_it_has_run(tmp_path: Path) -> None:
+    class TwoTasks(Headed):
+        def build(self) -> None:
+            super().build()
+            self.net["other"] = nn.Linear(8, 2)
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            task = "head" if batch_idx % 2 else "other"
+            features = self.net["backbone"](batch[0]) if batch_idx % 2 else batch[0]
+            return self.net[task](features).square().mean()
+
+    assert "net.backbone.0" in adapted(fit(tmp_path, TwoTasks()))
+
+
+def test_the_best_file_is_merged_without_what_was_left_out(tmp_path: Path) -> None:
+    class Logged(SmallBesideLarge):
+        def loss(self, x: Tensor) -> Tensor:
+            loss = super().loss(x)
+            self.log("loss", loss)
+            return loss
+
+    saves = ModelCheckpoint(tmp_path, monitor="loss")
+    t = trainer(tmp_path, [LoRACallback(r=2, merge="best"), saves])
+    t.fit(module := Logged(), DataLoader(TensorDataset(X), batch_size=4))
+    unmerge_adapters(module)
+    assert adapted(module) == ["net.0", "net.2"]
 
 
 # The numbers that say what a head is
