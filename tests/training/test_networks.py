@@ -606,6 +606,16 @@ def test_the_best_file_is_merged_without_what_was_left_out(tmp_path: Path) -> No
     assert adapted(module) == ["net.0", "net.2"]
 
 
+def test_a_file_that_is_loaded_again_in_a_fit_leaves_out_what_was_left_out(tmp_path: Path) -> None:
+    class GoesBack(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            trainer.save_checkpoint(tmp_path / "now.ckpt")
+            checkpoint = trainer.strategy.load_checkpoint(tmp_path / "now.ckpt")
+            trainer.strategy.load_model_state_dict(checkpoint)
+
+    assert adapted(fit(tmp_path, SmallBesideLarge(), GoesBack())) == ["net.0", "net.2"]
+
+
 # The numbers that say what a head is
 
 
