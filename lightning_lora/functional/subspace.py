@@ -14,11 +14,7 @@ def precise(tensor: Tensor) -> Tensor:
 
 
 def directions(update: Factors | Tensor) -> Directions:
-    r"""Return the singular vectors and values of an update.
-
-    Shape:
-        (\*, out, r), (\*, r) and (\*, in, r), of B A or of a whole matrix. Where a value is 0, its vectors are zeros.
-    """
+    r"""Return an update's singular vectors and values, (\*, out, r), (\*, r), (\*, in, r). Those of a 0 are zeros."""
     if not isinstance(update, Tensor):
         reading, writing = (torch.linalg.qr(precise(factor)) for factor in (update[0].mT, update[1]))
         u, sizes, v = directions(writing.R @ reading.R.mT)
@@ -30,10 +26,7 @@ def directions(update: Factors | Tensor) -> Directions:
 
 
 def effective_rank(values: Tensor) -> Tensor:
-    r"""Return how many singular values count: :math:`\exp` of their entropy, or 0 for an update of zero.
-
-    Shape:
-        From (\*, r) to (\*).
+    r"""Return how many singular values (\*, r) count: :math:`\exp` of their entropy. It is 0 if all are.
 
     Source:
         Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality", section 2.

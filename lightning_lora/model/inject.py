@@ -1,8 +1,9 @@
 """Add adapters to a model in place, and remove them."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -136,7 +137,7 @@ def _note_flags(view: View) -> None:
     """Note what the user has frozen or thawed since the adapters came, and refuse a frozen network that has its own."""
     for prefix, record in state.records_in(view.modules).items():
         inside = {name: layer for name, layer in view.layers.items() if is_in_any(name, [prefix])} if prefix else {}
-        if inside and not record.is_merged and not any(p.requires_grad for p in _factors(inside.values())):
+        if inside and not record.is_merged and not any(chain.from_iterable(map(_flags, inside.values()))):
             raise AdapterStateError(
                 f"{prefix!r} of {type(view.model).__name__} has adapters of its own, and is frozen. Merge them first: "
                 f"merge_adapters(model.get_submodule({prefix!r}))."
@@ -146,10 +147,8 @@ def _note_flags(view: View) -> None:
     view = View(view.model)  # of the adapters at hand, whatever the new configuration
     known = view.record.requires_grad
     view.record.flags_were_set({n: True for n, p in view.frozen.items() if p.requires_grad and n in known})
-    for name, layer in view.layers.items():
-        if name not in view.recorded and any(p.requires_grad for p in _factors([layer])):
-            copied = {each: True for each in view.base if is_in_any(each, [name])}  # from a base that was frozen by us
-            view.record.flags_were_set(copied)
+    copied = [n for n, layer in view.layers.items() if n not in view.recorded and any(_flags(layer))]
+    view.record.flags_were_set({n: True for n in view.base if is_in_any(n, copied)})  # the base was frozen by us
     note_frozen(view)
 
 
@@ -161,9 +160,8 @@ def note_frozen(view: View) -> None:
             view.record.flags_were_set({each: False for each in view.base if owner_of(each) == name})
 
 
-def _factors(layers: Iterable[LoRALayer]) -> Iterator[nn.Parameter]:
-    for layer in layers:
-        yield from layer.lora_parameters().values()
+def _flags(layer: LoRALayer) -> list[bool]:
+    return [p.requires_grad for p in layer.lora_parameters().values()]
 
 
 def _networks(view: View, kinds: Mapping[str, Any], still: Set[nn.Parameter], *, finds: bool = True) -> Networks:

@@ -86,7 +86,7 @@ class Gradients:
         view = view_of(self.model)
         idle = {name for name, layer in view.layers.items() if any(id(p) in missed for p in layer.lora_trained())}
         left = follow_copied(view, idle)
-        dead = [name for name in view.layers if name in left]
+        dead = list(filter(left.__contains__, view.layers))
         fresh = [name for name in dead if any(weight.startswith(f"{name}.") for weight in self.random)]
         if dead:
             warn(
