@@ -30,7 +30,7 @@ class Networks:
     """Networks whose weights stand still, by name."""
 
     still: tuple[str, ...] = ()  # others train beside them
-    below: tuple[str, ...] = ()  # only a head trains beside them, or modules that are trained in full
+    below: tuple[str, ...] = ()  # only a head trains beside them, modules that are trained in full, or no target
     copies: Mapping[str, str] = field(default_factory=dict)  # other code moves them after these networks
     bare: tuple[str, ...] = ()  # layers of copies whose originals have no adapter
 
@@ -94,7 +94,7 @@ def find_networks(
     found = tuple(_largest(frozen, {*training, *(layers - {*frozen}), *beside}))
     new = untrained() if training else ()
     pretrained = [name for name in training if not is_in_any(name, new)]
-    if pretrained and not _is_head(pretrained, frozen, weights):
+    if pretrained and not layers <= {*frozen} and not _is_head(pretrained, frozen, weights):
         return Networks(still=found, copies=copies)
     return Networks(below=found, copies=copies)
 

@@ -21,6 +21,7 @@ from lightning_lora.model.inject import follow_copied
 from lightning_lora.model.state import Record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.targets.networks import is_in_any
+from lightning_lora.tensors.names import owner_of
 
 
 class Gradients:
@@ -127,7 +128,7 @@ class Feeding:
                 self.hooks.append(layer.register_forward_pre_hook(partial(self._note, network)))
             elif layer.lora_trained():
                 trains.add(layer)
-        for module in trains if self.below else ():
+        for module in (trains or _unadapted(view)) if self.below else ():
             self.hooks.append(module.register_forward_pre_hook(self._look, with_kwargs=True))
 
     def _note(self, network: str, *_: Any) -> None:
@@ -151,6 +152,12 @@ class Feeding:
         for hook in self.hooks:
             hook.remove()
         self.hooks, self.below = [], {}
+
+
+def _unadapted(view: View) -> set[nn.Module]:
+    """Modules that would train without adapters, and have none."""
+    names = (owner_of(name) for name in view.base.keys() - view.frozen_by_user)
+    return {view.modules[name] for name in names if name not in view.layers}
 
 
 _UNKNOWN = 0  # stands for whatever a reentrant checkpoint has computed: its graph is made in the backward pass

@@ -31,7 +31,9 @@ FRAMEWORKS = {
     "rl4co": ["rl4co"],
     "lightly": ["lightly"],
     "anomalib": ["anomalib"],
-    "pyannote-audio": ["pyannote-audio"],
+    "pyannote-audio": ["torch==2.9.*", "torchaudio==2.9.*", "pyannote-audio"],  # a later torchaudio is not for CPUs
+    "schnetpack": ["schnetpack>=2.2"],  # for Python 3.12
+    "terratorch": ["terratorch"],
     "torch-geometric": ["torch-geometric"],
     "lightning-ir": ["lightning-ir", "transformers<5"],
 }

@@ -296,14 +296,35 @@ def test_a_model_that_is_adapted_by_hand_is_told_the_same() -> None:
         assert inject_adapters(Perceptual(), LoRAConfig(r=2)) == ("net.0", "net.2", "net.4")
 
 
-def test_targets_that_only_a_network_that_stands_still_has_are_an_error(tmp_path: Path) -> None:
-    class Convolutional(Module):
-        def build(self) -> None:
-            self.net, self.teacher = nn.Sequential(*(nn.Conv1d(9, 9, 1) for _ in range(4))), mlp(8, 9, 4)
-            self.teacher.requires_grad_(False)
+class Convolutional(Module):
+    """A frozen network, the only one with linear layers, and a decoder of its size that is written for it or is not."""
 
-    with pytest.raises(TargetError, match=r"No adapter for 'teacher' .* Nothing else is targeted by 'all-linear'"):
-        fit(tmp_path, Convolutional())
+    def build(self) -> None:
+        self.net, self.frozen = nn.Sequential(*(nn.Conv1d(9, 9, 1) for _ in range(4))), mlp(8, 9, 8)
+        self.frozen.requires_grad_(False)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return self.net(x[:, None].expand(-1, 9, -1)).mean(1)
+
+
+class Decoder(Convolutional):
+    def loss(self, x: Tensor) -> Tensor:
+        return (self.decode(self.frozen(x)) - x).square().mean()
+
+
+class Teacher(Convolutional):
+    def loss(self, x: Tensor) -> Tensor:
+        return (self.decode(x) - self.frozen(x)).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:target_modules=", "ignore:You have frozen most")
+@either_optimizer
+def test_a_frozen_network_that_alone_has_what_is_targeted_is_adapted_if_what_trains_reads_it(
+    tmp_path: Path, optimized: str
+) -> None:
+    assert adapted(fit(tmp_path, Decoder(optimized))) == ["frozen.0", "frozen.2"]
+    with pytest.raises(TargetError, match=r"No adapter for 'frozen' of Teacher.* No other layer has an adapter"):
+        fit(tmp_path, Teacher(optimized))
 
 
 @pytest.mark.parametrize("kind", [Perceptual, SmallBesideLarge, NotGiven])
