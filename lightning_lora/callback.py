@@ -23,7 +23,7 @@ from lightning_lora.summary import summarize
 from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
-from lightning_lora.training.advice import advise, advise_rates, log_arguments, shown_rates, tell_of_new
+from lightning_lora.training.advice import advise, advise_rates, log_arguments, log_values, shown_rates, tell_of_new
 from lightning_lora.training.gradients import Feeding, gradients_pass
 from lightning_lora.training.merging import check_arguments, check_weights, load_best, send_record
 from lightning_lora.training.optimizers import check_frozen, leave_unfed
@@ -268,7 +268,10 @@ class LoRACallback(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check that the optimizer trains adapters, and nothing frozen."""
         copied = self._gradients.copied is not None
-        leave_unfed(pl_module, optimizer, trainer.strategy, self._feeding, copied=copied)
+        if leave_unfed(pl_module, optimizer, trainer.strategy, self._feeding, copied=copied) and trainer.is_global_zero:
+            share = summarize(pl_module).share
+            rank_zero_info(f"Now {share:.2%} of its parameters train, which is less than the first table shows.")
+            log_values(trainer, {"lora/trained_share": share})
         check_frozen(pl_module, optimizer)
         follow(optimizer)
         self._gradients.check(optimizer)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.layers import adapter_for
+from lightning_lora.layers import adapter_for, count
 from lightning_lora.model.view import View
 from lightning_lora.tensors.names import join, own_parameter, owner_of, starts_of
 from lightning_lora.tensors.shards import agreed, is_dtensor, to_local
@@ -127,7 +127,10 @@ def _fans(weight: nn.Parameter) -> tuple[int, int]:
 
 
 def _as_modules(view: View, fresh: Mapping[str, Weights]) -> list[str]:
-    """The names of the largest modules that consist of these layers alone, and of norms as they were made."""
+    """The names of the largest modules that hold these layers, small ones, norms as they were made, and nothing else.
+
+    A small layer, such as a head's last one, may look trained by chance.
+    """
     if not fresh:
         return []
     held: dict[str, list[nn.Parameter]] = {}
@@ -135,7 +138,8 @@ def _as_modules(view: View, fresh: Mapping[str, Weights]) -> list[str]:
         held.setdefault(owner_of(name), []).append(parameter)
     trained = set(map(id, view.trained.values()))
     norms = {name for name, own in held.items() if all(_is_blank(p) and id(p) not in trained for p in own)}
-    known = set[str]().union(*map(starts_of, held.keys() - fresh.keys() - norms))
+    small = {name for name, own in held.items() if adapter_for(view.modules[name]) and max(map(count, own)) < FEWEST}
+    known = set[str]().union(*map(starts_of, held.keys() - fresh.keys() - norms - small))
     found = []
     for name in fresh:
         beside = sorted(norm for norm in norms if owner_of(norm) == owner_of(name))

@@ -5,6 +5,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,8 +33,15 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
     view = view_of(model)
     if aloud:
         _warn_of_large_hyperparameters(model, view)
+        _warn_of_averages(model, view)
         if still := view.adapter.networks.still:
             rank_zero_info(left_still(still, type(model).__name__))
+        if copies := view.adapter.networks.copies:
+            pairs = ", ".join(f"{name!r} of {original!r}" for name, original in copies.items())
+            rank_zero_info(
+                f"Copies in {type(model).__name__}: {pairs}. A copy gets the same adapters, for other code to move. If "
+                "that uses lerp_, frozen weights stay as they are; files hold whole weights that change."
+            )
     if not view.is_fresh():  # its adapters are trained already
         return
     fresh = find_fresh(view)
@@ -221,6 +229,19 @@ def _warn_of_large_hyperparameters(model: LightningModule, view: View) -> None:
         )
 
 
+def _warn_of_averages(model: LightningModule, view: View) -> None:
+    """Name dicts of tensors that are like a network's weights, as a hand-made average is."""
+    held = [(name, value) for name, value in vars(model).items() if isinstance(value, dict) and len(value) > 1]
+    parts = [(name.split("."), tensor) for name, tensor in ({**view.base, **view.buffers}.items() if held else ())]
+    ends = {(".".join(path[i:]), tensor.shape) for path, tensor in parts for i in range(len(path))}
+    for name, value in held:
+        if all((key, getattr(each, "shape", None)) in ends for key, each in value.items()):
+            _warn(
+                f"{type(model).__name__}.{name} is a dict of tensors with the names of weights. No adapter is there: an "
+                "average there stays as the base is. Use a copy of the network instead, or EMAWeightAveraging."
+            )
+
+
 def _bytes_in(value: object) -> int:
     """The bytes of the networks and tensors in a hyperparameter."""
     inside, found = [value], dict[int, Any]()
@@ -256,10 +277,15 @@ def log_arguments(trainer: Trainer, pl_module: LightningModule, **others: Any) -
         text = f"{form['layout']} {form['dtypes']} {form['digests']}"
         values["base"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     named = {f"lora/{name}": _plain(value) for name, value in values.items() if value is not None}
+    log_values(trainer, named, _own(trainer, pl_module))
+
+
+def log_values(trainer: Trainer, named: dict[str, Any], own: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Log hyperparameters. ``own`` are those that Lightning logs: TensorBoard shows the first ones alone."""
     for logger in trainer.loggers:
-        own = _own(trainer, pl_module) if "TensorBoardLogger" in class_names(logger) else {}  # it shows the first ones
+        values = {**(own if "TensorBoardLogger" in class_names(logger) else {}), **named}
         try:
-            logger.log_hyperparams({**own, **named})
+            logger.log_hyperparams(values)
         except Exception as error:  # of any library; a record is no reason to end a fit
             warn(
                 f"{type(logger).__name__} did not take {listed(named)} ({type(error).__name__}: {error}). The fit goes "

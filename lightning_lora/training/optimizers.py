@@ -66,10 +66,11 @@ def _unheld(view: View, optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
     return set() if held.isdisjoint(adapted) else set(view.base.values()) - held
 
 
-def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, feeding: Feeding, *, copied: bool) -> None:
+def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, feeding: Feeding, *, copied: bool) -> bool:
     """Remove the adapters of frozen networks that feed nothing that trains, before an optimizer changes them.
 
-    All processes judge together. With ``copied``, the optimizer trains copies of the parameters.
+    All processes judge together. With ``copied``, the optimizer trains copies of the parameters. Return whether there
+    were such networks.
     """
     held = set(map(id, _held(group["params"] for group in optimizer.param_groups)))
     alone, fed = list[str](), list[str]()
@@ -84,7 +85,7 @@ def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, fee
             f"To leave that as it is: exclude_modules={fed}."
         )
     if not alone:
-        return
+        return False
     if copied:
         raise StrategyError(
             f"{left_still(alone, title)} DeepSpeed cannot take parameters out of a fit that has begun. "
@@ -97,6 +98,7 @@ def leave_unfed(model: LightningModule, optimizer: Optimizer, strategy: Any, fee
     _write(view_of(model), optimizer, groups)
     _EDITED[optimizer] = (_EDITED[optimizer][0], groups)
     _CHECKED.pop(optimizer, None)
+    return True
 
 
 def check_layouts(optimizer: Optimizer, view: View, *, clips: bool) -> None:

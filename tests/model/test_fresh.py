@@ -90,6 +90,11 @@ INITIALISATIONS: dict[str, Callable[[nn.Linear], Any]] = {
 }
 
 
+def test_a_small_last_layer_of_a_new_head_is_part_of_it() -> None:
+    model = nn.ModuleDict({"backbone": resnet(), "head": nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2))})
+    assert set(fresh(model).random) == {"backbone.fc", "head"}
+
+
 @pytest.mark.parametrize("initialise", INITIALISATIONS.values(), ids=INITIALISATIONS)
 def test_ten_steps_of_adam_make_a_new_layer_a_trained_one(initialise: Callable[[nn.Linear], Any]) -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 10))

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +30,7 @@ from lightning_lora import (
     load_from_checkpoint,
     merge_adapters,
     save_adapter,
+    summarize,
     unmerge_adapters,
 )
 from tests.support.models import TinyLM, trainer
@@ -362,6 +364,32 @@ def test_a_copy_follows_its_original(tmp_path: Path, kind: Any, optimized: str) 
     moved = [torch.cat([p.flatten() - base[n].flatten() for n, p in m.named_parameters() if "weight" in n])
              for m in (module.net, next(m for m in followers if isinstance(m, nn.Sequential)))]  # fmt: skip
     assert cosine_similarity(*moved, dim=0) > 0.9
+
+
+def test_a_copy_is_named_when_the_fit_begins(tmp_path: Path, caplog: Any) -> None:
+    with caplog.at_level(logging.INFO):
+        fit(tmp_path, Momentum())
+    assert "Copies in Momentum: 'copy' of 'net'" in caplog.text
+
+
+def test_an_average_in_a_dict_is_named(tmp_path: Path) -> None:
+    class Average(Perceptual):
+        def build(self) -> None:
+            super().build()
+            self.average = {name: p.detach().clone() for name, p in self.net.named_parameters()}
+            self.other = {"0.weight": torch.zeros(2), "1": torch.zeros(2)}
+
+    with pytest.warns(LoRAWarning, match=r"Average\.average is a dict of tensors"):
+        fit(tmp_path, Average())
+
+
+def test_the_share_that_trains_is_told_again_without_what_is_left_out(tmp_path: Path, caplog: Any) -> None:
+    logger = CSVLogger(tmp_path)
+    with caplog.at_level(logging.INFO):
+        module = fit(tmp_path, SmallBesideLarge(), logger=logger)
+    share = summarize(module).share
+    assert f"Now {share:.2%} of its parameters train" in caplog.text
+    assert logger.experiment.hparams["lora/trained_share"] == share
 
 
 @pytest.mark.parametrize("kind", COPIES)

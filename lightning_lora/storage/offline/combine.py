@@ -82,8 +82,8 @@ def _check_alike(files: list[StoredAdapters]) -> dict[str, StoredLayer]:
             raise AdapterMismatchError(f"{file.source} uses DoRA: its updates depend on the base and cannot be added.")
         if beside := besides(file):
             raise AdapterMismatchError(
-                f"{file.source} also holds {listed(beside)}, trained in full: they cannot be combined. Train without "
-                "modules_to_save and bias, or merge one of the files first."
+                f"{file.source} also holds {listed(beside)}, which cannot be combined: they were trained in full, or "
+                "looked untrained. Train without modules_to_save and bias, from one base, or merge one file first."
             )
         is_same = file.filled == first.filled and all(torch.equal(file.state[n], first.state[n]) for n in file.filled)
         if not any(form in file.base for form in first.base) or file.root != first.root or not is_same:
