@@ -31,7 +31,7 @@ from lightning_lora.storage.formats.peft_write import export_peft
 from lightning_lora.storage.merged_model import save_merged
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.summary import summarize
-from lightning_lora.sweep.callback import LoRASweep
+from lightning_lora.sweep import LoRASweep
 
 __version__ = "0.2.0.dev0"
 

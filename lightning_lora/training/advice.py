@@ -237,7 +237,7 @@ def _warn_of_averages(model: LightningModule, view: View) -> None:
     for name, value in held:
         if all((key, getattr(each, "shape", None)) in ends for key, each in value.items()):
             _warn(
-                f"{type(model).__name__}.{name} is a dict of tensors with the names of weights. No adapter is there: an "
+                f"{type(model).__name__}.{name} is a dict of tensors with the names of weights, without adapters: an "
                 "average there stays as the base is. Use a copy of the network instead, or EMAWeightAveraging."
             )
 

@@ -30,8 +30,8 @@ def check_callbacks(callbacks: list[Callback], stage: str, *, is_sharded: bool) 
     ours = sum(map(_is_ours, callbacks))
     if ours > 1:
         raise ConfigError(
-            f"The Trainer has {ours} LoRACallbacks. Expected one. LoRASweep takes the place of LoRACallback: leave the "
-            "other out. For several adapters, fit once for each name, or use LoRASweep."
+            f"The Trainer has {ours} LoRACallbacks. Expected one. For several adapters, fit once for each "
+            "name, or use LoRASweep."
         )
     copies = "copies the module, which FSDP2 does not allow. Remove it, or train with strategy='ddp'."
     refused = {
