@@ -23,12 +23,13 @@ from lightning_lora.layers import register_adapter
 from lightning_lora.model.inject import inject_adapters, remove_adapters
 from lightning_lora.model.merge import merge_adapters, unmerge_adapters
 from lightning_lora.model.rows import adapter_names
-from lightning_lora.model.switch import adapters, disable_adapters, set_adapter
+from lightning_lora.model.switch import adapters, disable_adapters
 from lightning_lora.monitor import LoRAMonitor
 from lightning_lora.storage.apply import load_adapter_state_dict
 from lightning_lora.storage.files import load_adapter, load_from_checkpoint, save_adapter
 from lightning_lora.storage.formats.peft_write import export_peft
 from lightning_lora.storage.merged_model import save_merged
+from lightning_lora.storage.several import combine_adapters, set_adapter
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.summary import summarize
 from lightning_lora.sweep import LoRASweep
@@ -58,6 +59,7 @@ __all__ = [
     "adapter_names",
     "adapter_state_dict",
     "adapters",
+    "combine_adapters",
     "disable_adapters",
     "export_peft",
     "inject_adapters",

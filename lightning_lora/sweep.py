@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,7 +101,7 @@ class LoRASweep:
                 adapter is on the module then.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        runs = [_Run(name, self, self.directory / f"{name}.ckpt") for name in self.runs]
+        runs = list(map(partial(_Run, self), self.runs))
         live, epoch = runs, 0
         while live:
             epoch += 1
@@ -115,7 +116,7 @@ class LoRASweep:
                 run.dropped = epoch
             live = live[:kept]
         runs.sort(key=self._rank)
-        self.results = [run.result() for run in runs]
+        self.results = list(map(_Run.result, runs))
         fitting_console().print(self.table())
         if self._rank(runs[0])[0]:
             raise ConfigError(
@@ -137,7 +138,7 @@ class LoRASweep:
         table = Table("Adapter", *self._varied, self.monitor, "Dropped after epoch", title="LoRASweep")
         for each in self.results:
             metrics = "  ".join(f"{value:.4g}" for value in each["metrics"])
-            values = [str(each[key]).removesuffix(".0") for key in self._varied]
+            values = map(str, map(each.get, self._varied))
             table.add_row(each["name"], *values, metrics, str(each["dropped"] or ""))
         return table
 
@@ -145,16 +146,17 @@ class LoRASweep:
 class _Run:
     """One adapter, through all its fits."""
 
-    def __init__(self, name: str, sweep: LoRASweep, file: Path) -> None:
-        self.name, self.file, self.monitor, self.arguments = name, file, sweep.monitor, sweep.runs[name]
+    def __init__(self, sweep: LoRASweep, name: str) -> None:
+        self.name, self.monitor, self.arguments = name, sweep.monitor, sweep.runs[name]
+        self.file = sweep.directory / f"{name}.ckpt"
         self.varied = sweep._varied
         self.metrics: list[float] = []  # one of each validation
         self.dropped: int | None = None  # the epoch after which it ends
         self.has_begun = self.has_ended = False
 
     def result(self) -> dict[str, Any]:
-        chosen = {key: self.arguments[key] for key in self.varied}
-        return {"name": self.name, **chosen, "metrics": self.metrics, "dropped": self.dropped}
+        varied = zip(self.varied, map(self.arguments.get, self.varied), strict=True)
+        return {"name": self.name, **dict(varied), "metrics": self.metrics, "dropped": self.dropped}
 
     def go_on(self, fit: Fit, *, stops: bool) -> None:
         """Train it up to the end, or stop after the next epoch with a validation. Leave no adapter on the module."""

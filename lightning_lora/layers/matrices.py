@@ -41,7 +41,7 @@ class Settings:
     init: str = "kaiming"
     use_dora: bool = False  # whether to train a magnitude for each row of W + ΔW
     autocast_dtype: bool = True  # whether the adapter stays in float32 if the weight is in half precision
-    follows: bool = False  # whether other code moves it after another layer's, as that of a momentum encoder
+    follows: bool = False  # whether it does not train, but is that of another layer's copy, or of a sum
 
     @cached_property
     def inits_from_base(self) -> bool:

@@ -1,7 +1,7 @@
 """What a model remembers of one adapter, and of a merge. All keys are names as in ``named_parameters``."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -47,6 +47,9 @@ class AdapterState:
     own: dict[str, Tensor] = field(default_factory=dict)
     """While another one is active: the parameters and buffers that the model had in place of :attr:`originals`."""
 
+    is_sum: bool = False
+    """Whether it shows others, added up. It cannot be trained."""
+
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ConfigError(f"name={self.name!r} is not valid. Expected a string that is not empty.")
@@ -54,6 +57,14 @@ class AdapterState:
     def was_trained(self) -> None:
         """A Trainer begins to train it."""
         self.is_trained = True
+
+    def becomes_a_sum(self) -> None:
+        """It rests, and shows others from now on."""
+        self.is_sum = True
+        for adapter in self.resting.values():
+            adapter.settings = replace(adapter.settings, follows=True)
+            for p in adapter.parameters.values():
+                p.requires_grad_(False)
 
     def set_layers(self, layers: Iterable[str]) -> None:
         """It is on these layers, and on no others."""

@@ -25,36 +25,8 @@ from lightning_lora.tensors.values import replace_values, same_bits, set_aside, 
 _form = attrgetter("shape", "dtype", "device")
 
 
-def set_adapter(model: nn.Module, name: str | None) -> AbstractContextManager[object]:
-    """Switch to another adapter of a model, or to its base.
-
-    The layers get the other adapter's parameters, and the model its own trained modules, biases and buffers. These are
-    the same objects as before, so that an optimizer keeps what it trains: no value is written or copied. A switch walks
-    through the model, and takes about as long as peft's.
-
-    Args:
-        model: A model with adapters, which are not merged.
-        name: The adapter's name. ``None`` shows the base, as ``disable_adapters`` does. The active adapter then stays
-            on its layers without effect.
-
-    Returns:
-        A context manager: at the end of a ``with`` block, the model shows what it did before. Else the switch stays.
-
-    Raises:
-        AdapterStateError: there is no adapter of this name, or the model is merged, sharded (FSDP2), or has lost
-            or resized layers that the adapter is for. Nothing has changed then.
-
-    Example:
-        >>> from lightning_lora import LoRAConfig, inject_adapters
-        >>> model = nn.Sequential(nn.Linear(4, 4))
-        >>> names = inject_adapters(model, LoRAConfig(r=2), name="de")
-        >>> names = inject_adapters(model, LoRAConfig(r=2), name="fr")
-        >>> adapters(model)
-        ('fr', 'de')
-        >>> with set_adapter(model, "de"):
-        ...     adapters(model)
-        ('de', 'fr')
-    """
+def set_adapter(model: nn.Module, name: str | None) -> "Shown":
+    """Switch to another adapter of a model, or to its base (None). An error changes nothing."""
     record = find_record(model) or record_of(model)
     check_known(record, name, model)
     before = record.shown
@@ -64,11 +36,11 @@ def set_adapter(model: nn.Module, name: str | None) -> AbstractContextManager[ob
         change(model, record.others[name])
     elif name != before:
         _show_adapter(model)
-    return _Shown(model, name, before)
+    return Shown(model, name, before)
 
 
 @dataclass(repr=False)
-class _Shown(AbstractContextManager[None]):
+class Shown(AbstractContextManager[None]):
     """What a model shows since a call. Each ``with`` block shows it, and at its end what was there before the call."""
 
     model: nn.Module

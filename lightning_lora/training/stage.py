@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import AdapterStateError
 from lightning_lora.model.inject import inject, remove_adapters
 from lightning_lora.model.merge import merge, unmerge
 from lightning_lora.model.merged import check_own, is_as_merged
@@ -75,6 +76,11 @@ class Stage:
         """Unmerge the module: it needs its adapters to train, or to load a checkpoint."""
         receive_record(pl_module)
         record = find_record(pl_module)
+        if self.is_fit and record is not None and record.adapter.is_sum and not self.wants_another(pl_module):
+            raise AdapterStateError(
+                f"{type(pl_module).__name__} shows a sum of adapters, {record.adapter.name!r}, which is not trained. "
+                "Train one of them, LoRACallback(name=...), or make one of the sum with combine_adapters."
+            )
         if unmerge(pl_module):
             self.came = "merged"
             self.undo.callback(merge, pl_module)

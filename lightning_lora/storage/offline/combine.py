@@ -52,30 +52,43 @@ def combine_files(paths: Sequence[Path], out: Path, how: How) -> int:
         found = f"Got {len(paths)} files and {len(how.weights)} weights"
         raise ConfigError(f"{found}. Expected at least two files, and one weight for each.")
     files = list(map(read_layers, paths))
-    known = _check_alike(files)
-    generator = torch.Generator().manual_seed(how.seed)
-    layers, state = dict[str, StoredLayer](), {name: files[0].state[name] for name in files[0].filled}
-    with torch.no_grad():
-        for name, layer in known.items():
-            held = defaultdict[AdaptedMatrix, list[tuple[Factors, float]]](list)
-            for file, weight in zip(files, how.weights, strict=True):
-                for matrix, update in updates(file, name).items() if name in file.layers else ():  # or it is zero
-                    held[matrix].append((update, weight))
-            combined = {matrix: _combined(matrix, each, how, generator) for matrix, each in held.items()}
-            r = max(a.shape[-2] for a, _ in combined.values())
-            layers[name] = replace(layer, r=r)
-            for matrix, update in combined.items():
-                factors = matrix.named(with_rank(update, matrix.rank(r)))
-                state |= {join(name, parameter): factor.contiguous() for parameter, factor in factors.items()}
-    base = files[0].base
-    config = _config(list(layers.values()), base)
-    write_adapter_file(out, StoredAdapters(config, state, layers, base, random=files[0].filled, root=files[0].root))
-    return len(layers)
+    _check_bases(files)
+    stored = combined(files, how)
+    write_adapter_file(out, stored)
+    return len(stored.layers)
 
 
-def _check_alike(files: list[StoredAdapters]) -> dict[str, StoredLayer]:
-    """Refuse files whose updates cannot be added. Return the layers of all, each with a scaling of one."""
+@torch.no_grad()
+def combined(files: Sequence[StoredAdapters], how: How) -> StoredAdapters:
+    """Return the sum of all updates on one base, or what ``how`` makes of it."""
+    first, generator = files[0], torch.Generator().manual_seed(how.seed)
+    layers, state = dict[str, StoredLayer](), {name: first.state[name] for name in first.filled}
+    for name, layer in _check_alike(files).items():
+        held = defaultdict[AdaptedMatrix, list[tuple[Factors, float]]](list)
+        for file, weight in zip(files, how.weights, strict=True):
+            for matrix, update in updates(file, name).items() if name in file.layers else ():  # or it is zero
+                held[matrix].append((update, weight))
+        found = {matrix: _combined(matrix, each, how, generator) for matrix, each in held.items()}
+        r = max(a.shape[-2] for a, _ in found.values())
+        layers[name] = replace(layer, r=r)
+        for matrix, update in found.items():
+            factors = matrix.named(with_rank(update, matrix.rank(r)))
+            state |= {join(name, parameter): factor.contiguous() for parameter, factor in factors.items()}
+    config = _config(list(layers.values()), first.base)
+    return StoredAdapters(config, state, layers, first.base, random=first.filled, root=first.root)
+
+
+def _check_bases(files: Sequence[StoredAdapters]) -> None:
+    """Refuse files of several bases."""
     first = files[0]
+    for file in files:
+        is_same = file.filled == first.filled and all(torch.equal(file.state[n], first.state[n]) for n in file.filled)
+        if not any(form in file.base for form in first.base) or file.root != first.root or not is_same:
+            raise BaseMismatchError(f"{first.source} and {file.source} were trained on different bases. Use one base.")
+
+
+def _check_alike(files: Sequence[StoredAdapters]) -> dict[str, StoredLayer]:
+    """Refuse adapters whose updates cannot be added. Return the layers of all, each with a scaling of one."""
     layers, holder = dict[str, StoredLayer](), dict[str, StoredAdapters]()
     for file in files:
         if file.config.use_dora:
@@ -85,9 +98,6 @@ def _check_alike(files: list[StoredAdapters]) -> dict[str, StoredLayer]:
                 f"{file.source} also holds {listed(beside)}, which cannot be combined: they were trained in full, or "
                 "looked untrained. Train without modules_to_save and bias, from one base, or merge one file first."
             )
-        is_same = file.filled == first.filled and all(torch.equal(file.state[n], first.state[n]) for n in file.filled)
-        if not any(form in file.base for form in first.base) or file.root != first.root or not is_same:
-            raise BaseMismatchError(f"{first.source} and {file.source} were trained on different bases. Use one base.")
         for name, layer in file.layers.items():
             if layer.tokens:
                 raise AdapterMismatchError(f"{file.source} trains single rows of {name!r}, which cannot be added up.")
