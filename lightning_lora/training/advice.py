@@ -231,11 +231,12 @@ def _warn_of_large_hyperparameters(model: LightningModule, view: View) -> None:
 
 def _warn_of_averages(model: LightningModule, view: View) -> None:
     """Name dicts of tensors that are like a network's weights, as a hand-made average is."""
-    held = [(name, value) for name, value in vars(model).items() if isinstance(value, dict) and len(value) > 1]
+    torchs = vars(nn.Module())
+    held = [(name, value) for name, value in vars(model).items() if isinstance(value, dict) and name not in torchs]
     parts = [(name.split("."), tensor) for name, tensor in ({**view.base, **view.buffers}.items() if held else ())]
     ends = {(".".join(path[i:]), tensor.shape) for path, tensor in parts for i in range(len(path))}
     for name, value in held:
-        if all((key, getattr(each, "shape", None)) in ends for key, each in value.items()):
+        if len(value) > 1 and all((key, getattr(each, "shape", None)) in ends for key, each in value.items()):
             _warn(
                 f"{type(model).__name__}.{name} is a dict of tensors with the names of weights, without adapters: an "
                 "average there stays as the base is. Use a copy of the network instead, or EMAWeightAveraging."
