@@ -54,45 +54,7 @@ def truncated(update: Factors, r: int) -> Factors:
     """
     a, b = update
     reading, writing = torch.linalg.qr(a.double().mT), torch.linalg.qr(b.double())
-    small_a, small_b = factored(writing.R @ reading.R.mT, r)
-    return (small_a @ reading.Q.mT).to(a.dtype), (writing.Q @ small_b).to(b.dtype)
-
-
-def factored(delta: Tensor, r: int) -> Factors:
-    r"""Return the best approximation of a matrix (\*, out, in) as A, (\*, r, in), and B, (\*, out, r)."""
-    u, s, v = torch.linalg.svd(delta, full_matrices=False)
+    u, s, v = torch.linalg.svd(writing.R @ reading.R.mT, full_matrices=False)
     root = s[..., :r].sqrt()
-    return root.unsqueeze(-1) * v[..., :r, :], u[..., :r] * root.unsqueeze(-2)
-
-
-def ties(deltas: list[Tensor], weights: list[float], density: float) -> Tensor:
-    """Combine the largest values of each update, a share ``density``: the mean of those with the sign of their sum.
-
-    Source:
-        Yadav et al. 2023, "TIES-Merging: Resolving Interference When Merging Models", section 4.2.
-    """
-    kept = torch.stack([weight * _largest(d, density) for d, weight in zip(deltas, weights, strict=True)])
-    sign = kept.sum(0).sign()
-    agrees = (kept.sign() == sign) & (kept != 0)
-    return (kept * agrees).sum(0) / agrees.sum(0).clamp_min(1)
-
-
-def _largest(delta: Tensor, density: float) -> Tensor:
-    """Set all but a share of the largest values to zero."""
-    count = max(1, round(density * delta.numel()))
-    bound = delta.abs().flatten().kthvalue(delta.numel() - count + 1).values
-    return torch.where(delta.abs() >= bound, delta, 0)
-
-
-def dare(deltas: list[Tensor], weights: list[float], density: float, generator: torch.Generator) -> Tensor:
-    """Add up a random share ``density`` of each update, divided by it, so that the expected sum stays the same.
-
-    Source:
-        Yu et al. 2024, "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",
-        section 3.1.
-    """
-    total = torch.zeros_like(deltas[0])
-    for delta, weight in zip(deltas, weights, strict=True):
-        keep = torch.rand(delta.shape, generator=generator) < density
-        total += weight / density * torch.where(keep, delta, 0)
-    return total
+    small_a, small_b = root.unsqueeze(-1) * v[..., :r, :], u[..., :r] * root.unsqueeze(-2)
+    return (small_a @ reading.Q.mT).to(a.dtype), (writing.Q @ small_b).to(b.dtype)

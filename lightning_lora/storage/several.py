@@ -11,7 +11,7 @@ from lightning_lora.model import switch
 from lightning_lora.model.state import find_record, record_of
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.apply import apply
-from lightning_lora.storage.offline.combine import How, combined
+from lightning_lora.storage.offline.combine import combined
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.names import plain_module
@@ -122,8 +122,7 @@ def _sum(model: nn.Module, weights: Mapping[str, float], r: int | None) -> Store
     """The weighted sum of a model's adapters."""
     if not weights or not all(isinstance(weight, int | float) for weight in weights.values()):
         raise ConfigError(f"Got the weights {dict(weights)}. Expected numbers by the names of adapters.")
-    how = How("cat" if r is None else "svd", tuple(weights.values()), r)
-    return combined([_stored(model, name) for name in weights], how)
+    return combined([_stored(model, name) for name in weights], list(weights.values()), r)
 
 
 def _add(model: nn.Module, stored: StoredAdapters, name: str) -> None:

@@ -419,6 +419,7 @@ def test_a_seq_first_transformer_is_refused_also_where_linear_layers_read_it() -
         adapter_names(model, ["de"]).__enter__()
 
 
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="older compilers take no method for a module's forward")
 def test_compiled_layers_take_part() -> None:
     model, x = with_adapters(nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))), torch.randn(3, 5)
     names = ["de", None, "fr"]

@@ -3,15 +3,15 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterMismatchError, BaseMismatchError, ConfigError, listed
-from lightning_lora.functional.combine import Factors, concatenated, dare, factored, ties, truncated, with_rank
+from lightning_lora.functional.combine import Factors, concatenated, truncated, with_rank
 from lightning_lora.layers import AdaptedMatrix
 from lightning_lora.storage.formats.own import check_place, write_adapter_file
 from lightning_lora.storage.names import by_whole_names
@@ -20,59 +20,37 @@ from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, bare
 from lightning_lora.tensors.names import join
 
-Method = Literal["cat", "svd", "ties", "dare"]
 
-
-@dataclass(frozen=True)
-class How:
-    """How files are combined: the method, the weight of each file, and the numbers of the methods."""
-
-    method: Method  # the exact sum, of rank Σr; its best approximation with rank r; or of a share of the values
-    weights: tuple[float, ...]
-    r: int | None = None  # the rank of the result, but for "cat"; None: the largest rank of the files
-    density: float = 0.2  # the share of the values that "ties" and "dare" keep
-    seed: int = 0  # for "dare", which draws the values
-
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        if self.r is not None and (self.r < 1 or self.method == "cat"):
-            raise ConfigError(
-                f"rank={self.r} is not valid with {self.method!r}. Use it with svd, ties or dare, from 1."
-            )
-        if not all(map(math.isfinite, self.weights)):
-            raise ConfigError(f"weights={list(self.weights)} are not valid. Expected finite numbers.")
-        if not 0 < self.density <= 1:
-            raise ConfigError(f"density={self.density} is not valid. Expected a share above 0, of at most 1.")
-
-
-def combine_files(paths: Sequence[Path], out: Path, how: How) -> int:
-    """Write the sum of all updates, or what ``how`` makes of it. Return the number of layers."""
+def combine_files(paths: Sequence[Path], out: Path, weights: Sequence[float], r: int | None = None) -> int:
+    """Write the weighted sum of all updates, or its best approximation of rank r. Return the number of layers."""
     check_place(out, paths)
-    if len(paths) < 2 or len(how.weights) != len(paths):
-        found = f"Got {len(paths)} files and {len(how.weights)} weights"
+    if len(paths) < 2 or len(weights) != len(paths):
+        found = f"Got {len(paths)} files and {len(weights)} weights"
         raise ConfigError(f"{found}. Expected at least two files, and one weight for each.")
     files = list(map(read_layers, paths))
+    stored = combined(files, weights, r)
     _check_bases(files)
-    stored = combined(files, how)
     write_adapter_file(out, stored)
     return len(stored.layers)
 
 
 @torch.no_grad()
-def combined(files: Sequence[StoredAdapters], how: How) -> StoredAdapters:
-    """Return the sum of all updates on one base, or what ``how`` makes of it."""
-    first, generator = files[0], torch.Generator().manual_seed(how.seed)
+def combined(files: Sequence[StoredAdapters], weights: Sequence[float], r: int | None) -> StoredAdapters:
+    """Return the weighted sum of all updates on one base, exact with the ranks added up, or cut to rank r."""
+    if not all(map(math.isfinite, weights)) or (r is not None and r < 1):
+        raise ConfigError(f"weights={list(weights)}, rank={r}: expected finite numbers, and a rank of at least 1.")
+    first = files[0]
     layers, state = dict[str, StoredLayer](), {name: first.state[name] for name in first.filled}
     for name, layer in _check_alike(files).items():
         held = defaultdict[AdaptedMatrix, list[tuple[Factors, float]]](list)
-        for file, weight in zip(files, how.weights, strict=True):
+        for file, weight in zip(files, weights, strict=True):
             for matrix, update in updates(file, name).items() if name in file.layers else ():  # or it is zero
                 held[matrix].append((update, weight))
-        found = {matrix: _combined(matrix, each, how, generator) for matrix, each in held.items()}
-        r = max(a.shape[-2] for a, _ in found.values())
-        layers[name] = replace(layer, r=r)
+        found = {matrix: _combined(matrix, each, r) for matrix, each in held.items()}
+        most = max(a.shape[-2] for a, _ in found.values())
+        layers[name] = replace(layer, r=most)
         for matrix, update in found.items():
-            factors = matrix.named(with_rank(update, matrix.rank(r)))
+            factors = matrix.named(with_rank(update, matrix.rank(most)))
             state |= {join(name, parameter): factor.contiguous() for parameter, factor in factors.items()}
     config = _config(list(layers.values()), first.base)
     return StoredAdapters(config, state, layers, first.base, random=first.filled, root=first.root)
@@ -112,17 +90,10 @@ def _check_alike(files: Sequence[StoredAdapters]) -> dict[str, StoredLayer]:
     return layers
 
 
-def _combined(
-    matrix: AdaptedMatrix, weighted: list[tuple[Factors, float]], how: How, generator: torch.Generator
-) -> Factors:
-    """Combine the updates of one matrix, each with its weight."""
-    found, weights = map(list, zip(*weighted, strict=True))
-    r = matrix.rank(how.r or max(a.shape[-2] for a, _ in found))
-    if how.method in ("ties", "dare"):
-        given = [b @ a for a, b in found], weights, how.density
-        return factored(ties(*given) if how.method == "ties" else dare(*given, generator), r)
-    update = concatenated(found, weights)
-    most = matrix.largest_rank if how.method == "cat" else r
+def _combined(matrix: AdaptedMatrix, weighted: list[tuple[Factors, float]], r: int | None) -> Factors:
+    """The weighted sum of updates of one matrix."""
+    update = concatenated(*map(list, zip(*weighted, strict=True)))
+    most = matrix.largest_rank if r is None else matrix.rank(r)
     return update if update[0].shape[-2] <= most else truncated(update, most)
 
 

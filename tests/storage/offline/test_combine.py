@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
-from lightning_lora.functional.combine import ties
 from lightning_lora.storage.formats.own import read_adapter_file
-from lightning_lora.storage.offline.combine import How, combine_files
+from lightning_lora.storage.offline.combine import combine_files
 from tests.support.models import randomise, state
 
 
@@ -70,10 +69,10 @@ def saved(folder: Path, configs: list[dict[str, Any]]) -> tuple[list[Path], list
     return paths, deltas
 
 
-def combined(paths: list[Path], how: How) -> dict[str, Tensor]:
+def combined(paths: list[Path], weights: Any, r: int | None = None) -> dict[str, Tensor]:
     """The update that the combined file makes of the base."""
     out = paths[0].with_name("sum.safetensors")
-    combine_files(paths, out, how)
+    combine_files(paths, out, weights, r)
     assert {layer.scaling for layer in read_adapter_file(out).layers.values()} == {1.0}
     model = copy.deepcopy(BASE)
     ll.load_adapter(model, out)
@@ -81,60 +80,48 @@ def combined(paths: list[Path], how: How) -> dict[str, Tensor]:
     return {name: value - BASE.state_dict()[name] for name, value in state(model).items()}
 
 
-@pytest.mark.parametrize("method", ["cat", "svd"])
+@pytest.mark.parametrize("r", [None, 12])
 @pytest.mark.parametrize("configs", CONFIGS.values(), ids=CONFIGS)
-def test_cat_is_the_exact_sum_and_so_is_svd_where_the_rank_suffices(tmp_path: Path, configs: Any, method: Any) -> None:
+def test_it_is_the_exact_sum_also_if_cut_where_the_rank_suffices(tmp_path: Path, configs: Any, r: Any) -> None:
     paths, (one, other) = saved(tmp_path, configs)
-    found = combined(paths, How(method, (0.7, -0.4), r=12 if method == "svd" else None))
+    found = combined(paths, (0.7, -0.4), r)
     for name in found:
         torch.testing.assert_close(found[name], 0.7 * one[name] - 0.4 * other[name], rtol=1e-4, atol=1e-5)
 
 
-def test_svd_is_the_best_of_its_rank_and_ties_and_dare_are_those_of_the_updates(tmp_path: Path) -> None:
+def test_a_cut_is_the_best_of_its_rank(tmp_path: Path) -> None:
     paths, deltas = saved(tmp_path, [LINEAR] * 2)
     one, other = (delta["linear.weight"] for delta in deltas)
     u, s, v = torch.linalg.svd(one + other)
-    for how, expected in (
-        (How("svd", (1.0, 1.0)), (u[:, :2] * s[:2]) @ v[:2]),
-        (How("ties", (1.0, 0.5), r=8, density=0.5), ties([one, other], [1.0, 0.5], 0.5)),
-        (How("dare", (1.0, 0.5), r=8, density=1.0), one + 0.5 * other),
-    ):
-        torch.testing.assert_close(combined(paths, how)["linear.weight"], expected, rtol=1e-3, atol=1e-3)
+    found = combined(paths, (1.0, 1.0), 2)["linear.weight"]
+    torch.testing.assert_close(found, (u[:, :2] * s[:2]) @ v[:2], rtol=1e-3, atol=1e-3)
 
 
 def test_what_cannot_be_added_is_refused(tmp_path: Path) -> None:
-    def refused(configs: list[dict[str, Any]], error: type[Exception], says: str, how: How | None = None) -> None:
+    def refused(configs: list[dict[str, Any]], error: type[Exception], says: str, weights: Any = None) -> None:
         paths, _ = saved(tmp_path, configs)
         with pytest.raises(error, match=says):
-            combine_files(paths, tmp_path / "sum.safetensors", how or How("cat", (1.0,) * len(configs)))
+            combine_files(paths, tmp_path / "sum.safetensors", weights or (1.0,) * len(configs))
         assert not (tmp_path / "sum.safetensors").exists()
 
     refused([LINEAR, {**LINEAR, "use_dora": True}], ll.AdapterMismatchError, "DoRA")
     refused([LINEAR, {**LINEAR, "bias": "all"}], ll.AdapterMismatchError, "trained in full")
     refused([LINEAR, {**LINEAR, "target_slices": {"linear": {"a": (0, 4)}}}], ll.AdapterMismatchError, "in other parts")
     refused([LINEAR], ll.ConfigError, "at least two")
-    refused([LINEAR] * 2, ll.ConfigError, "3 weights", How("cat", (1.0,) * 3))
+    refused([LINEAR] * 2, ll.ConfigError, "3 weights", (1.0,) * 3)
     (one, other), _ = saved(tmp_path, [LINEAR] * 2)
     with pytest.raises(ll.AdapterFileError, match=r"end in \.safetensors"):
-        combine_files([one, other], tmp_path / "sum.ckpt", How("cat", (1.0, 1.0)))
+        combine_files([one, other], tmp_path / "sum.ckpt", (1.0, 1.0))
     model = copy.deepcopy(BASE)
     model.embed.weight.data += 1
     ll.inject_adapters(model, ll.LoRAConfig(r=2, **LINEAR))
     ll.save_adapter(model, other)
     with pytest.raises(ll.BaseMismatchError, match="different bases"):
-        combined([one, other], How("cat", (1.0, 1.0)))
+        combined([one, other], (1.0, 1.0))
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"r": 2},
-        {"method": "svd", "r": 0},
-        {"method": "ties", "density": 0.0},
-        {"density": 1.5},
-        {"weights": (math.nan,)},
-    ],
-)
-def test_wrong_numbers_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ll.ConfigError, match="not valid"):
-        How(**{"method": "cat", "weights": (1.0, 1.0), **wrong})
+@pytest.mark.parametrize("wrong", [{"r": 0}, {"weights": (math.nan, 1.0)}])
+def test_wrong_numbers_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    paths, _ = saved(tmp_path, [LINEAR] * 2)
+    with pytest.raises(ll.ConfigError, match="expected finite numbers, and a rank of at least 1"):
+        combine_files(paths, tmp_path / "sum.safetensors", **{"weights": (1.0, 1.0), **wrong})
