@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_lora as ll
-from lightning_lora.storage.offline.combine import How, combine_files
+from lightning_lora.storage.offline.combine import combine_files
 from lightning_lora.storage.offline.merge import merge_files
 from lightning_lora.storage.stored import KEY, StoredAdapters
 from tests.support.cases import files_hold_adapters_alone, held
@@ -281,9 +281,9 @@ def test_the_base_alone_computes_with_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("inner", [False, True])
 def test_they_are_merged_combined_and_exported_where_they_have_a_place(tmp_path: Path, inner: bool) -> None:
     model = fitted(file := tmp_path / "a.ckpt", Scaled(), lora(merge=False, modules_to_save=None))
-    combine_files([file] * 2, tmp_path / "both.safetensors", How("cat", (0.25, 0.75)))
+    combine_files([file] * 2, tmp_path / "both.safetensors", (0.25, 0.75))
     torch.testing.assert_close(loads(other(), tmp_path / "both.safetensors")(X), model(X))
-    combine_files([file, tmp_path / "both.safetensors"], tmp_path / "three.safetensors", How("cat", (0.5, 0.5)))
+    combine_files([file, tmp_path / "both.safetensors"], tmp_path / "three.safetensors", (0.5, 0.5))
     torch.testing.assert_close(loads(other(), tmp_path / "three.safetensors")(X), model(X))
     base = Scaled().state_dict()
     if inner:
@@ -303,7 +303,7 @@ def test_they_are_merged_combined_and_exported_where_they_have_a_place(tmp_path:
         checkpoint.update({"state_dict": stored.state, KEY: stored.description()})
 
     with pytest.raises(ll.BaseMismatchError, match="different bases"):
-        combine_files([file, edited(file, tmp_path / "b.ckpt", fill)], tmp_path / "c.safetensors", How("cat", (1, 1)))
+        combine_files([file, edited(file, tmp_path / "b.ckpt", fill)], tmp_path / "c.safetensors", (1, 1))
 
 
 class Around(Scaled):  # whose network is a module inside it

@@ -16,7 +16,7 @@ import lightning_lora as ll
 from lightning_lora.cli.inspect import inspect
 from lightning_lora.cli.main import main
 from lightning_lora.storage.formats.peft_config import PEFT_CONFIG
-from lightning_lora.storage.offline.combine import How, combine_files
+from lightning_lora.storage.offline.combine import combine_files
 from lightning_lora.storage.offline.layers import read_layers
 from lightning_lora.storage.offline.merge import merge_files
 from tests.support.models import Around, TinyLM, data, randomise, trainer
@@ -152,7 +152,7 @@ def test_files_are_merged_without_the_model_and_not_added_up(tmp_path: Path, nam
     assert inspect(stored)["tokens"] == {"embed": sorted(TOKENS)}
     assert main(["inspect", str(file)]) == 0 and "Rows of embed train: 2." in capsys.readouterr().out
     with pytest.raises(ll.AdapterMismatchError, match="trains single rows of 'embed'"):
-        combine_files([file, file], tmp_path / "sum.safetensors", How("cat", (1.0, 1.0)))
+        combine_files([file, file], tmp_path / "sum.safetensors", (1.0, 1.0))
 
 
 def test_a_file_says_its_names_in_a_model_around_another(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lightning_lora as ll
-from lightning_lora.storage.offline.combine import How, combine_files
+from lightning_lora.storage.offline.combine import combine_files
 from lightning_lora.storage.offline.merge import merge_files
 from tests.support.faults import contents, fork, forking, in_fork, limit, read_only
 from tests.support.models import as_trained
@@ -49,7 +49,7 @@ def merge(base: str, adapter: str, out: str) -> None:
 
 
 def combine(*names: str) -> None:
-    combine_files(list(map(Path, names[:-1])), Path(names[-1]), How("cat", (1.0, 1.0)))
+    combine_files(list(map(Path, names[:-1])), Path(names[-1]), (1.0, 1.0))
 
 
 OVER: list[tuple[Callable[..., object], list[str]]] = [
