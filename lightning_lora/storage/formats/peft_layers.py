@@ -5,6 +5,7 @@ An adapter that is not in the table is refused, so a new one has to be put into 
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,15 +189,7 @@ def check_exportable(stored: StoredAdapters, modules: Mapping[str, nn.Module], s
 
     ``modules`` are those that the reader has, if they are known. ``saved`` are the entries of modules trained whole.
     """
-    wrong: dict[str, list[str]] = {}
-    for layer in stored.layers.values():
-        magnitude = stored.state.get(join(layer.name, layer.matrices[0].parameter(Role.MAGNITUDE)))
-        why = why_not(layer, magnitude) or _why_not_there(layer, stored)
-        if layer.tokens and modules and not why:
-            why = why_not_rows(modules, Renaming(stored.root, "").name_here(layer.name))
-        if why:
-            wrong.setdefault(why, []).append(layer.name)
-    if wrong:
+    if wrong := refused_layers(stored, modules):
         reasons = [f"{listed(names)}: {why}" for why, names in wrong.items()]
         raise ExportError(
             f"PEFT's format cannot hold all adapters of {stored.source}. {' '.join(reasons)} {_LEAVE_OUT}"
@@ -206,6 +199,41 @@ def check_exportable(stored: StoredAdapters, modules: Mapping[str, nn.Module], s
             raise ExportError(f"modules_to_save names {module!r}, {why}")
     _check_entries(stored, saved)
     stored.check_finite()
+
+
+def refused_layers(stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """Return the layers that PEFT cannot hold, or would compute otherwise, by the reason."""
+    wrong: dict[str, list[str]] = {}
+    for layer in stored.layers.values():
+        magnitude = stored.state.get(join(layer.name, layer.matrices[0].parameter(Role.MAGNITUDE)))
+        why = why_not(layer, magnitude) or _why_not_there(layer, stored) or _why_not_of_type(layer, modules)
+        if layer.tokens and modules and not why:
+            why = why_not_rows(modules, Renaming(stored.root, "").name_here(layer.name))
+        if why:
+            wrong.setdefault(why, []).append(layer.name)
+    return wrong
+
+
+def _why_not_of_type(layer: StoredLayer, modules: Mapping[str, nn.Module]) -> str | None:
+    """Why PEFT, if it is installed to say so, adapts no layer of this name in this type of model of transformers."""
+    kind, leaf = getattr(getattr(modules.get(""), "config", None), "model_type", None), layer.name.rpartition(".")[2]
+    if not modules and ".shared_expert" in layer.name and leaf.endswith("_proj"):
+        return "only the model's type says whether PEFT takes it for experts. Load the file onto it, and export that."
+    if kind is None or not any(name.endswith((".experts", ".conv1d")) for name in modules):
+        return None  # to import PEFT takes seconds
+    try:
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as check
+        from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+    except ImportError:
+        return None
+    if leaf in (matrices := _MOE_TARGET_MODULE_MAPPING.get(_MODEL_TO_CONVERSION_PATTERN.get(kind, ""), ())):
+        names = [name for name in matrices if name != "gate"]
+        return f"PEFT takes them for experts in a model of type {kind!r} (leave out: exclude_modules={names})."
+    with suppress(ValueError):
+        check(LoraConfig(), modules[""], leaf)
+        return None
+    return f"PEFT refuses {leaf!r} in a model of type {kind!r} (leave out: exclude_modules={[leaf]})."
 
 
 def _check_entries(stored: StoredAdapters, saved: Collection[str]) -> None:
