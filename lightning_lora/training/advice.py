@@ -164,7 +164,7 @@ def _tell_of_exports(view: View) -> None:
     inner = submodule(view.model, stored.root)
     if hasattr(getattr(inner, "config", None), "model_type"):
         for why, names in refused_layers(stored, named_modules(inner, remove_duplicate=False)).items():
-            rank_zero_info(f"export_peft refuses {listed(names)} once they are trained: {why} For PEFT, exclude them now.")
+            rank_zero_info(f"export_peft refuses {listed(names)} once trained: {why} For PEFT, exclude them now.")
 
 
 def _warn_of_left_alone(view: View, left: dict[str, str], share: float) -> None:

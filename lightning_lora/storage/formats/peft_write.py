@@ -70,7 +70,7 @@ def export_peft(
     Warns:
         LoRAWarning: an nn.TransformerEncoder, which reads weights past PEFT's layers in eval mode, holds adapted
             layers; or an adapted weight is tied to another, which PEFT's merge would change; or frozen layers look
-            untrained, which PEFT's format cannot hold; or llama.cpp would scale a causal language model otherwise.
+            untrained, which PEFT's format cannot hold; or vLLM or llama.cpp would scale a language model otherwise.
 
     Example:
         >>> import tempfile
@@ -104,9 +104,8 @@ def export_peft(
         metadata={"format": "pt", peft.METADATA: json.dumps({prefix + name: value for name, value in config.items()})},
     )
     _warn_of_merges(source)
-    is_causal = type(source.inner).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-    if is_peft and is_causal and (config["alpha_pattern"] or config["use_rslora"]):
-        warn("llama.cpp reads lora_alpha alone, and would scale this adapter otherwise. For it, pass uniform=True.")
+    if is_peft and type(source.inner).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        _warn_of_scalings(updates, config)
     _write(Path(directory).expanduser(), place, contents, json.dumps(config, indent=2).encode() if is_peft else b"")
 
 
@@ -338,6 +337,14 @@ def _warn_of_merges(source: _Source) -> None:
             f"{listed(held)} are layers of nn.TransformerEncoder. In eval mode they read weights past PEFT's layers: "
             "a PeftModel computes the base there. Call its merge_and_unload(), which is right."
         )
+
+
+def _warn_of_scalings(updates: list[_Update], config: dict[str, Any]) -> None:
+    """Name readers that ignore patterns: vLLM scales all by one number, llama.cpp by lora_alpha over each rank."""
+    scaling = config["lora_alpha"] / config["r"] ** (0.5 if config["use_rslora"] else 1)
+    readers = ["vLLM up to 0.30"] * any(abs(update.scaling - scaling) > 1e-6 * scaling for update in updates)
+    if readers := readers + ["llama.cpp"] * bool(config["alpha_pattern"] or config["use_rslora"]):
+        warn(f"For {' and '.join(readers)}, pass uniform=True: it would scale this adapter otherwise, without a word.")
 
 
 def _write(directory: Path, name: str, weights: bytes, config: bytes) -> None:
