@@ -17,7 +17,7 @@ from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
 from lightning_lora.functional.combine import Factors
 from lightning_lora.layers import FROM_BASE, AdaptedMatrix, LoRALayer, LoRAParameters, adapter_for
 from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRAEmbedding, LoRARecurrent, LoRATokens
-from lightning_lora.model.view import View
+from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.formats.others import check_tool
 from lightning_lora.storage.formats.peft_config import (
     DIFFUSERS_WEIGHTS,
@@ -59,19 +59,26 @@ def reader(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
     """Return how to read these contents of a file, if PEFT wrote it."""
     tensors = dict(contents)
     tensors.pop(METADATA, None)  # diffusers' header, where PEFT's own configuration is beside the file
-    return (lambda view: read(view, tensors, read_config(path), path)) if is_peft(contents) else None
+    return (lambda view: _read(view, tensors, read_config(path), path)) if is_peft(contents) else None
 
 
-def read(view: View, tensors: Mapping[str, Any], peft: PeftConfig, path: Any) -> StoredAdapters:
-    """Return the adapters of a PEFT file for this model."""
+def _read(view: View, tensors: Mapping[str, Any], peft: PeftConfig, path: Any) -> StoredAdapters:
+    updates, rest = updates_of(view, tensors, peft, path, root_of(view.model))
+    return adapters_of(view, updates, rest, peft.config, peft.config.modules_to_save or ())
+
+
+def updates_of(
+    view: View, tensors: Mapping[str, Any], peft: PeftConfig, path: Any, root: str
+) -> tuple[list[Update], dict[str, Tensor]]:
+    """Return the updates in a PEFT file for the model inside, and its other tensors by their names here."""
     adapters, rest = _sorted(tensors, path)
     _check_magnitudes(adapters, path, use_dora=peft.config.use_dora)
-    place = place_of(view, list(map(_plain, adapters)), list(rest))
+    place = place_of(view, list(map(_plain, adapters)), list(rest), root)
     layers = _Layers(view, peft, place)
     rest = {place.name_here(name): value for name, value in rest.items()}
     updates = layers.updates(adapters)
     layers.check_complete(adapters, rest, path)
-    return adapters_of(view, updates, rest, peft.config, peft.config.modules_to_save or ())
+    return updates, rest
 
 
 def _sorted(tensors: Mapping[str, Any], path: object) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:

@@ -65,10 +65,10 @@ class Update:
 # Names
 
 
-def place_of(view: View, layers: Collection[str], entries: Collection[str]) -> Renaming:
+def place_of(view: View, layers: Collection[str], entries: Collection[str], root: str | None = None) -> Renaming:
     """Return how a file's names of layers and other tensors become those of the model: by one prefix."""
     known = {**view.modules, **view.base, **view.buffers}
-    root, title = root_of(view.model), type(view.model).__name__
+    root, title = root_of(view.model) if root is None else root, type(view.model).__name__
     found = find_renamings([*layers, *entries], known, root_here=root)
     if len(found) > 1:
         raise AdapterMismatchError(

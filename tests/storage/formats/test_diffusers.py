@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -45,6 +46,11 @@ def transformer() -> Any:
         sample_size=8, patch_size=2, in_channels=4, num_layers=1, attention_head_dim=4, num_attention_heads=2,
         joint_attention_dim=8, caption_projection_dim=8, pooled_projection_dim=8, out_channels=4, pos_embed_max_size=8,
     ).eval()  # fmt: skip
+
+
+def pixart() -> Any:
+    sizes = {"sample_size": 8, "num_layers": 1, "attention_head_dim": 4, "num_attention_heads": 2}
+    return diffusers.PixArtTransformer2DModel(**sizes, cross_attention_dim=8, caption_channels=8, norm_num_groups=2)
 
 
 @torch.no_grad()
@@ -141,6 +147,7 @@ def test_a_file_says_its_part_by_the_name_in_its_module(tmp_path: Path) -> None:
         (unet, {"modules_to_save": ["conv_out"]}, "would refuse 'conv_out.weight', 'conv_out.bias'"),
         (unet, {"target_modules": ["conv1"], "bias": "lora_only"}, "would refuse '.*conv1.base_layer.bias'"),
         (lambda: TinyLM(tied=False), {"target_modules": ["q_proj"]}, "which one TinyLM is, is not known"),
+        (pixart, {}, "No pipeline of diffusers reads adapters of PixArt.*PeftModel"),
     ],
 )
 def test_what_a_pipeline_cannot_hold(
@@ -221,6 +228,76 @@ def test_each_model_gets_its_part_of_a_file(tmp_path: Path) -> None:
             check_equal(loaded(build(), tmp_path), run(models[build.__name__]))
     with pytest.raises(ll.AdapterMismatchError, match="several parts of a pipeline: 'text_encoder', 'unet'"):
         ll.load_adapter(TinyLM(), tmp_path)
+
+
+class DreamBooth(L.LightningModule):
+    """A UNet and a text encoder that train together, beside other parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+        self.unet, self.text_encoder = unet(), text_encoder()
+        self.head = nn.Linear(2, 2)
+
+
+BOTH: dict[str, Any] = {"r": 2, "alpha": 3, "target_modules": ["to_q", "q_proj"], "rank_pattern": {"q_proj": 1}}
+BOTH["exclude_modules"] = ["vae"]
+
+
+def test_all_parts_of_a_module_are_written_into_one_file_and_read(tmp_path: Path) -> None:
+    module: Any = trained(DreamBooth(), ll.LoRAConfig(**BOTH), scale=0.1)
+    parts = {"unet": module.unet, "text_encoder": module.text_encoder}
+    ll.save_adapter(module, tmp_path / "adapter.safetensors")
+    for i, source in enumerate((module, tmp_path / "adapter.safetensors")):
+        folder = tmp_path / str(i)
+        ll.export_peft(source, folder, format="diffusers")
+        whole = pipeline(unet())
+        whole.load_lora_weights(folder)
+        ll.load_adapter(fresh := DreamBooth(), folder)
+        for name, part in parts.items():
+            plain = run({"unet": unet, "text_encoder": text_encoder}[name]())
+            assert (run(part) - plain).norm() > 1e-3 * plain.norm()
+            check_equal(run(getattr(whole, name)), run(part))
+            check_equal(run(getattr(fresh, name)), run(part))
+    with pytest.raises(ll.ExportError, match=r"'text_encoder\..* outside of 'unet'.*all of them if root is left out"):
+        ll.export_peft(module, tmp_path / "one", root="unet", format="diffusers")
+    with pytest.warns(ll.LoRAWarning, match="held 'text_encoder' too, which is replaced"):
+        ll.export_peft(trained(unet(), ll.LoRAConfig(target_modules=["to_q"])), tmp_path / "0", format="diffusers")
+    for match, config in (
+        (r"'head.weight', 'head.bias' .* outside of 'unet'", {**BOTH, "modules_to_save": ["head"]}),
+        (r"'vae\..* outside of 'unet', 'text_encoder'", {"target_modules": ["to_q", "q_proj"]}),
+    ):
+        module = trained(DreamBooth(), ll.LoRAConfig(**config))
+        with pytest.raises(ll.ExportError, match=match):
+            ll.export_peft(module, tmp_path / "one", format="diffusers")
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_module_reads_what_diffusers_saved_of_its_parts(use_dora: bool, tmp_path: Path) -> None:
+    models: dict[str, Any] = {"unet": unet(), "text_encoder": text_encoder()}
+    given: dict[str, Any] = {}
+    for name, model in models.items():
+        settings = LoraConfig(r=len(name), use_rslora=name == "unet", target_modules=["to_q", "q_proj"])
+        settings.use_dora = use_dora and name == "unet"
+        inject_adapter_in_model(settings, model)
+        model.peft_config = {"default": settings}
+        change(model)
+        given[f"{name}_lora_layers"] = get_peft_model_state_dict(model)
+        given[f"{name}_lora_adapter_metadata"] = settings.to_dict()
+    diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path, **given)
+    module = DreamBooth()
+    if use_dora:
+        with pytest.raises(ll.AdapterFileError, match="parts with other use_dora"):
+            ll.load_adapter(module, tmp_path)
+        return
+    ll.load_adapter(module, tmp_path)
+    for name, model in models.items():
+        check_equal(run(getattr(module, name)), run(model))
+    module = DreamBooth()
+    del module.text_encoder
+    with pytest.warns(ll.LoRAWarning, match="also holds adapters of 'text_encoder'"):
+        ll.load_adapter(module, tmp_path)
+    check_equal(run(module.unet), run(models["unet"]))
 
 
 @pytest.mark.parametrize("header", ["{", "[]", json.dumps({"unet.peft_type": "LOKR"}), json.dumps({"unet.r": "two"})])
