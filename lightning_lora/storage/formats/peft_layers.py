@@ -6,14 +6,15 @@ An adapter that is not in the table is refused, so a new one has to be put into 
 import math
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.errors import ExportError, listed
+from lightning_lora.errors import ExportError, listed, warn
 from lightning_lora.functional.combine import Factors
-from lightning_lora.layers import kinds
+from lightning_lora.layers import FROM_BASE, kinds
 from lightning_lora.layers.matrices import Role
 from lightning_lora.storage.names import Renaming
 from lightning_lora.storage.stored import StoredAdapters
@@ -234,6 +235,22 @@ def _why_not_of_type(layer: StoredLayer, modules: Mapping[str, nn.Module]) -> st
         check(LoraConfig(), modules[""], leaf)
         return None
     return f"PEFT refuses {leaf!r} in a model of type {kind!r} (leave out: exclude_modules={[leaf]})."
+
+
+def without_zeros(stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> StoredAdapters:
+    """Leave out layers that PEFT cannot hold, if their update is zero: no batch has reached them."""
+    config, layers, state = stored.config, dict(stored.layers), dict(stored.state)
+    is_plain = config.init not in FROM_BASE and not config.use_dora  # B alone tells
+    for name in chain.from_iterable(refused_layers(stored, modules).values()) if is_plain else ():
+        held = layers[name].parameters(config).values()
+        bs = [state[own] for own in held if own.rpartition(".")[2].startswith("lora_B")]
+        if bs and not any(b.any() for b in bs):
+            del layers[name]
+            state = {own: value for own, value in state.items() if own not in held}
+    if not layers or len(layers) == len(stored.layers):
+        return stored
+    warn(f"{listed(stored.layers.keys() - layers)} have updates of zero, and PEFT cannot hold them: they are left out.")
+    return replace(stored, layers=layers, state=state)
 
 
 def _check_entries(stored: StoredAdapters, saved: Collection[str]) -> None:

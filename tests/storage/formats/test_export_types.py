@@ -84,3 +84,37 @@ def test_a_file_does_not_say_its_type_and_a_model_of_another_type_is_written(
         ll.export_peft(tmp_path / "adapter.safetensors", tmp_path / "other")
     monkeypatch.setitem(sys.modules, "peft", None)  # it is not installed
     ll.export_peft(trained(tiny(*CASES["mamba"][:2]), ll.LoRAConfig(r=2)), tmp_path / "mamba")
+
+
+def vlm() -> Any:
+    """Gemma 3, whose vision tower has a pooling head with an nn.MultiheadAttention."""
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = hf.Gemma3Config(
+        text_config={**DECODER, "head_dim": 8, "vocab_size": 60},
+        vision_config={**vision, "image_size": 8, "patch_size": 4},
+        mm_tokens_per_image=4,
+        image_token_index=50,
+    )
+    torch.manual_seed(2)
+    return hf.Gemma3ForConditionalGeneration(config).eval()
+
+
+def test_updates_of_zero_that_peft_cannot_hold_are_left_out(tmp_path: Path) -> None:
+    base, name = vlm(), "vision_tower"
+    model = trained(base, ll.LoRAConfig(r=2), scale=0.1)
+    with pytest.raises(ll.ExportError, match=r"head.attention.*adds the update .* twice"):
+        ll.export_peft(model, tmp_path / "peft")
+    with torch.no_grad():
+        for own, p in model.named_parameters():
+            if name in own and "lora_B" in own:
+                p.zero_()  # it was trained on text
+        with pytest.warns(ll.LoRAWarning, match="head.attention' have updates of zero.*left out") as told:
+            ll.export_peft(model, tmp_path / "peft")
+        assert len(told) == 1
+        assert (run(model) - run(base)).norm() > 1e-4 * run(base).norm()
+        check_equal(run(read(base, tmp_path / "peft")), run(model))
+        ll.load_adapter(again := vlm(), tmp_path / "peft")
+        check_equal(run(again), run(model))
+    only = trained(base, ll.LoRAConfig(r=2, target_modules=["head.attention"]), scale=0)
+    with pytest.raises(ll.ExportError, match="twice"):
+        ll.export_peft(only, tmp_path / "other")
