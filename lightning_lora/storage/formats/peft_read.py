@@ -21,6 +21,7 @@ from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.formats.others import check_tool
 from lightning_lora.storage.formats.peft_config import (
     DIFFUSERS_WEIGHTS,
+    MERGE_THERE,
     METADATA,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
@@ -31,7 +32,7 @@ from lightning_lora.storage.formats.peft_config import (
     read_config,
 )
 from lightning_lora.storage.formats.peft_layers import has_layer, peft_layer, why_not, why_not_rows
-from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of, place_of
+from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of, place_of, uses_of
 from lightning_lora.storage.names import Renaming, is_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
@@ -99,8 +100,8 @@ def _sorted(tensors: Mapping[str, Any], path: object) -> tuple[dict[str, dict[st
             rest[_plain(name)] = value
     if unknown:
         raise AdapterFileError(
-            f"{path} holds {listed(unknown)}, which belong to a method of PEFT that this package does not have. Merge "
-            "it with PEFT (merge_and_unload), and use the merged model."
+            f"{path} holds {listed(unknown)}, which belong to a method of PEFT that this package does not have. "
+            f"{MERGE_THERE}"
         )
     return adapters, rest
 
@@ -146,7 +147,8 @@ class _Layers:
             above = self.view.modules.get(self.place.name_here(outer))
             is_inside = inner == "out_proj" and isinstance(above, nn.MultiheadAttention)
             of_layer.setdefault(outer if is_inside else _plain(wrapped), {})[wrapped] = tensors
-        return [self._update(there, wrapped) for there, wrapped in of_layer.items()]
+        found = [self._update(there, wrapped) for there, wrapped in of_layer.items()]
+        return [update for update in found if update.layer.matrices]
 
     def _update(self, there: str, wrapped: Mapping[str, Tensors]) -> Update:
         layer = self._module(there)
@@ -206,6 +208,12 @@ class _Layers:
     def _factors(self, about: StoredLayer, matrix: AdaptedMatrix, factors: Factors, said: str) -> Factors:
         """A and B of one matrix as they are here, after a check of their rank and their shapes."""
         (a, b), stack = factors, math.prod(matrix.stack)
+        shared = uses_of(self.view, join(about.name, matrix.weight))
+        if self.config.init in FROM_BASE and len(shared) > 1:
+            raise AdapterMismatchError(
+                f"{listed(shared)} are one weight, and init_lora_weights is {self.config.init!r}: PEFT takes a start "
+                "off it for each use, and its merge gives another model. Train anew, from another start."
+            )
         rank, asked = (a.shape[0] if a.dim() else 0) // stack, self.config.rank(said)
         most = min(asked, matrix.largest_rank) if self.config.init in FROM_BASE else asked  # their start has no more
         if rank not in (asked, most):
@@ -239,10 +247,12 @@ class _Layers:
             elif name.endswith(".base_layer.out_proj"):
                 matrices.append(out)
                 factors.append(self._factors(about, out, (a, 2 * b), there))
-            else:
+            elif b.any():
                 raise AdapterMismatchError(
                     f"The file updates {name!r}, which its nn.MultiheadAttention never calls. Train {there!r} instead."
                 )
+            else:
+                warn(f"The update of {name!r} is zero, as its nn.MultiheadAttention never calls it: it is left out.")
         return Update(replace(about, scaling=self.config.scaling(there), matrices=tuple(matrices)), tuple(factors))
 
     def _parameters(self, there: str, wrapped: Mapping[str, Tensors]) -> Update:
