@@ -19,7 +19,7 @@ from lightning_lora.layers.matrices import Role
 from lightning_lora.storage.names import Renaming
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import ALSO, StoredLayer
-from lightning_lora.tensors.names import join, owner_of, starts_of
+from lightning_lora.tensors.names import join, named_modules, owner_of, starts_of
 
 Shape = tuple[int, ...]
 Options = Mapping[str, Any]
@@ -253,6 +253,20 @@ def without_zeros(stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> S
     return replace(stored, layers=layers, state=state)
 
 
+def with_tied(stored: StoredAdapters, model: nn.Module | None) -> StoredAdapters:
+    """Save modules whole that have a weight of one that is, such as a tied head: PEFT takes each by itself."""
+    saved, held = dict(stored.saved), set(chain.from_iterable(stored.saved.values()))
+    modules = named_modules(model, remove_duplicate=False) if model else {}
+    parts = {modules[owner_of(name)] for name in held if modules}
+    trained = {id(p) for part in parts for p in part.parameters(recurse=False)}
+    for owner in dict.fromkeys(owner_of(name) for name in stored.state if name not in held):
+        module = modules.get(owner, nn.Module())
+        is_other = module not in parts and owner not in stored.layers
+        if is_other and not trained.isdisjoint(map(id, module.parameters(recurse=False))):
+            saved[owner] = [join(owner, own) for own in module.state_dict()]
+    return replace(stored, saved=saved)
+
+
 def _check_entries(stored: StoredAdapters, saved: Collection[str]) -> None:
     """Refuse what lies outside of the root, and what is neither an adapter, nor a bias, nor in a module of its own."""
     adapters, outside, left = stored.adapter_names(), list[str](), list[str]()
@@ -270,7 +284,7 @@ def _check_entries(stored: StoredAdapters, saved: Collection[str]) -> None:
         raise ExportError(
             f"PEFT's format has no place for {listed(left)}: buffers or frozen weights that changed in training, "
             "single parameters in modules_to_save, a weight tied to one of a module there, or what is no tensor. Name "
-            "whole modules in modules_to_save, or call merge_adapters and save the whole model."
+            "whole modules in modules_to_save, load a file onto its model and export that, or save the whole model."
         )
 
 

@@ -25,7 +25,7 @@ from lightning_lora.storage.disk import check_output, write_errors, writing
 from lightning_lora.storage.formats import peft_config as peft
 from lightning_lora.storage.formats.diffusers import prefix_for, split, warn_of_replaced
 from lightning_lora.storage.formats.own import read_adapter_file
-from lightning_lora.storage.formats.peft_layers import check_exportable, is_bias, peft_layer, without_zeros
+from lightning_lora.storage.formats.peft_layers import check_exportable, is_bias, peft_layer, with_tied, without_zeros
 from lightning_lora.storage.names import Renaming, is_inside, list_or_expression
 from lightning_lora.storage.state import adapter_state_dict, without_extra
 from lightning_lora.storage.stored import StoredAdapters
@@ -104,7 +104,7 @@ def export_peft(
 
 def _part(source: "_Source", *, uniform: bool, is_peft: bool) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
     """What stands before all names, the tensors by their names after it, and the configuration."""
-    source = replace(source, stored=without_zeros(source.stored, source.modules or {}))
+    source = replace(source, stored=with_tied(without_zeros(source.stored, source.modules or {}), source.model))
     check_exportable(source.stored, source.modules or {}, source.saved)
     updates = _updates(source)
     if source.stored.config.trainable_token_indices and (uniform or not is_peft or not updates):

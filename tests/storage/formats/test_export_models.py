@@ -14,6 +14,7 @@ import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 
+import lightning_lora
 from lightning_lora import ExportError, LoRAConfig, export_peft
 from lightning_lora.layers import LoRALayer
 from tests.support.models import Around, LitTiny, data, lora, trainer
@@ -135,6 +136,34 @@ def test_readers_that_would_scale_otherwise_are_named(config: Any, readers: list
             own = about["lora_alpha"] / about["r"] ** (0.5 if about["use_rslora"] else 1)
             assert "vLLM" in readers or own == pytest.approx(scaling), name
             assert "llama.cpp" in readers or about["lora_alpha"] / r == pytest.approx(scaling), name
+
+
+TIED = [
+    ("Qwen2", "ForCausalLM", "q_proj", "embed_tokens"),
+    ("Qwen2", "ForCausalLM", "q_proj", "lm_head"),
+    ("GPT2", "LMHeadModel", "c_attn", "wte"),
+    ("T5", "ForConditionalGeneration", "q", "shared"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*look untrained and stayed frozen:lightning_lora.LoRAWarning")
+@pytest.mark.skipif(is_old, reason="T5 has one layer for all uses there")
+@pytest.mark.parametrize(("kind", "head", "target", "saved"), TIED)
+def test_a_tied_weight_that_trains_whole(kind: str, head: str, target: str, saved: str, tmp_path: Path) -> None:
+    """PEFT has each use by itself, with the same values, and they load onto the one weight here."""
+    base = tiny(kind, head)
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    model = trained(Around(base), LoRAConfig(r=2, target_modules=[target], modules_to_save=[saved]))
+    for uniform in (False, True):
+        export_peft(model, tmp_path, uniform=uniform)
+        for merged in (False, True):
+            with torch.no_grad():
+                check_equal(run(read(base, tmp_path, merged=merged)), run(model.model), 1e-5)
+    lightning_lora.load_adapter(again := deepcopy(base), tmp_path)
+    with torch.no_grad():
+        assert (run(again) - run(base)).norm() > 1e-3 * run(base).norm()
+        check_equal(run(again), run(model.model))
 
 
 def test_a_file_of_a_trainer(tmp_path: Path) -> None:
