@@ -42,18 +42,33 @@ Tensors = Mapping[str, Tensor]  # of one adapter: "A", "B", "magnitude", "tokens
 
 
 def weights_of(path: Path) -> Path:
-    """Return the file with the tensors: ``path`` itself, or in the folder ``path``."""
+    """Return the file with the tensors: ``path`` itself, or in the folder ``path``, or of a repository of the hub."""
+    if _REPOSITORY.fullmatch(path.as_posix()) and not path.exists():
+        path = _cached(path.as_posix())
     if not os.path.isdir(path):  # noqa: PTH112  # Path raises if a name is too long
         return path
     found = [path / name for name in (*PEFT_WEIGHTS, *DIFFUSERS_WEIGHTS) if (path / name).is_file()]
     if not found:
         check_tool(path)
+        files = [repr(each.name) for each in sorted(path.glob("*.safetensors"))] or ["a Trainer's .ckpt file"]
         raise AdapterFileError(
             f"{path} is not a file, and as a folder it holds no adapters of PEFT. Expected {PEFT_CONFIG} and "
-            f"{PEFT_WEIGHTS[0]}, or {DIFFUSERS_WEIGHTS[0]}. Otherwise pass a .safetensors file or a Trainer's .ckpt "
-            "file."
+            f"{PEFT_WEIGHTS[0]}, or {DIFFUSERS_WEIGHTS[0]}. Otherwise pass one file, such as {files[0]}."
         )
     return found[0]
+
+
+def _cached(repository: str) -> Path:
+    """Return the folder of a repository of the Hugging Face hub, if this machine has it."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(repository, local_files_only=True))
+    except (ImportError, OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{repository} is no file or folder here, and no repository in the cache of the Hugging Face hub. If it is "
+            f"one, download it: load_adapter(model, huggingface_hub.snapshot_download({repository!r}))."
+        ) from error
 
 
 def reader(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
@@ -107,6 +122,7 @@ def _sorted(tensors: Mapping[str, Any], path: object) -> tuple[dict[str, dict[st
 
 
 _LEFT = (".original_module.", ".lora_velora_embed.")  # the base's own values of a trained module; training's own
+_REPOSITORY = re.compile(r"[\w.-]+/(?!.*\.(safetensors|ckpt|bin|pt)$)[\w.-]+")  # a name of the hub, but no file's
 _MIXERS = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")  # they read the weight of dt_proj
 _COPY = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")  # bias="all" writes these biases twice
 
