@@ -63,15 +63,13 @@ def split(stored: StoredAdapters, model: nn.Module | None) -> list[StoredAdapter
             f"{listed(outside)} were trained outside of {listed(roots)}. A file of diffusers holds the parts of a "
             "pipeline, all of them if root is left out, under its names for them, such as 'text_encoder_2'."
         )
-    found = list[StoredAdapters]()
-    for root in roots:
-        state, layers, saved = (_inside(held, root) for held in (stored.state, stored.layers, stored.saved))
-        found.append(replace(stored, root=root, state=state, layers=layers, saved=saved))
-    return found
 
+    def part(root: str) -> StoredAdapters:
+        held = {"state": stored.state, "layers": stored.layers, "saved": stored.saved}
+        kept: Any = {key: {name: own[name] for name in own if is_inside(name, root)} for key, own in held.items()}
+        return replace(stored, root=root, **kept)
 
-def _inside(held: Mapping[str, Any], root: str) -> dict[str, Any]:
-    return {name: value for name, value in held.items() if is_inside(name, root)}
+    return list(map(part, roots))
 
 
 def warn_of_replaced(path: Path, tensors: Iterable[str]) -> None:
@@ -86,16 +84,12 @@ def warn_of_replaced(path: Path, tensors: Iterable[str]) -> None:
 def prefix_for(model: nn.Module | None, stored: StoredAdapters, tensors: Iterable[str]) -> str:
     """Return what a pipeline expects before each name of these tensors. Refuse what it would not read."""
     part = part_of(model, stored.root)
-    if part is None and type(model).__module__.startswith("diffusers."):
-        raise ExportError(
-            f"No pipeline of diffusers reads adapters of {type(model).__name__}. Leave format='diffusers' out, and let "
-            "PeftModel.from_pretrained read the folder."
-        )
     if part is None:
         raise ExportError(
-            f"format='diffusers' writes a file for one part of a pipeline, and which one {stored.source} is, is not "
-            "known. Expected a model of diffusers or a text encoder of transformers, or a name of it that says so: "
-            "root='unet', for example. Of a file, load it onto its model, and export the model."
+            f"format='diffusers' is for parts of a pipeline that read adapters, and {stored.source} is none that is "
+            "known. Expected a model of diffusers with load_lora_adapter (PixArt has none), a text encoder of "
+            "transformers, or a name that says so, such as root='unet'. Load a file onto its model, and export the "
+            "model. Without format, PeftModel.from_pretrained reads the folder."
         )
     if left := [name for name in tensors if not peft.peft_key(name)]:
         raise ExportError(
@@ -125,10 +119,8 @@ def _read(view: View, tensors: Mapping[str, Tensor], header: dict[str, Any], pat
     if not parts & {"", peft.PREFIX.rstrip(".")}:
         parts |= starts
     root = root_of(view.model)
-    places: dict[str, str] = dict.fromkeys(parts, root)
-    if len(parts) > 1:
-        own = part_of(submodule(view.model, root), root)
-        places = {own: root} if own else _parts_in(view.modules)
+    own = part_of(submodule(view.model, root), root)
+    places = dict.fromkeys(parts, root) if len(parts) == 1 else {own: root} if own else _parts_in(view.modules)
     if not parts & places.keys():
         raise AdapterMismatchError(
             f"{path} holds adapters of several parts of a pipeline: {listed(sorted(parts))}. Pass one of these models, "

@@ -258,11 +258,10 @@ def with_tied(stored: StoredAdapters, model: nn.Module | None) -> StoredAdapters
     saved, held = dict(stored.saved), set(chain.from_iterable(stored.saved.values()))
     modules = named_modules(model, remove_duplicate=False) if model else {}
     parts = {modules[owner_of(name)] for name in held if modules}
-    trained = {id(p) for part in parts for p in part.parameters(recurse=False)}
+    trained = {p for part in parts for p in part.parameters(recurse=False)}
     for owner in dict.fromkeys(owner_of(name) for name in stored.state if name not in held):
         module = modules.get(owner, nn.Module())
-        is_other = module not in parts and owner not in stored.layers
-        if is_other and not trained.isdisjoint(map(id, module.parameters(recurse=False))):
+        if not (module in parts or owner in stored.layers or trained.isdisjoint(module.parameters(recurse=False))):
             saved[owner] = [join(owner, own) for own in module.state_dict()]
     return replace(stored, saved=saved)
 

@@ -75,12 +75,13 @@ def reader(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
     """Return how to read these contents of a file, if PEFT wrote it."""
     tensors = dict(contents)
     tensors.pop(METADATA, None)  # diffusers' header, where PEFT's own configuration is beside the file
-    return (lambda view: _read(view, tensors, read_config(path), path)) if is_peft(contents) else None
 
+    def read(view: View) -> StoredAdapters:
+        peft = read_config(path)
+        updates = updates_of(view, tensors, peft, path, root_of(view.model))
+        return adapters_of(view, *updates, peft.config, peft.config.modules_to_save or ())
 
-def _read(view: View, tensors: Mapping[str, Any], peft: PeftConfig, path: Any) -> StoredAdapters:
-    updates, rest = updates_of(view, tensors, peft, path, root_of(view.model))
-    return adapters_of(view, updates, rest, peft.config, peft.config.modules_to_save or ())
+    return read if is_peft(contents) else None
 
 
 def updates_of(
@@ -122,7 +123,7 @@ def _sorted(tensors: Mapping[str, Any], path: object) -> tuple[dict[str, dict[st
 
 
 _LEFT = (".original_module.", ".lora_velora_embed.")  # the base's own values of a trained module; training's own
-_REPOSITORY = re.compile(r"[\w.-]+/(?!.*\.(safetensors|ckpt|bin|pt)$)[\w.-]+")  # a name of the hub, but no file's
+_REPOSITORY = re.compile(r"[\w.-]{1,96}/(?!.*\.(safetensors|ckpt|bin|pt)$)[\w.-]{1,96}")  # no name of a file
 _MIXERS = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")  # they read the weight of dt_proj
 _COPY = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")  # bias="all" writes these biases twice
 

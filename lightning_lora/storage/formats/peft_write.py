@@ -108,9 +108,7 @@ def _part(source: "_Source", *, uniform: bool, is_peft: bool) -> tuple[str, dict
     check_exportable(source.stored, source.modules or {}, source.saved)
     updates = _updates(source)
     if source.stored.config.trainable_token_indices and (uniform or not is_peft or not updates):
-        why = "uniform=True is for readers that know no rows: leave it out" if uniform else "PEFT needs updates beside"
-        why = why if is_peft else "Pipelines of diffusers know none"
-        raise ExportError(f"Single rows train (trainable_token_indices). {why}.")
+        raise ExportError("Rows (trainable_token_indices) fit in PEFT's format alone, beside adapters, not uniform.")
     if uniform or not is_peft:  # diffusers before 0.34, and others that read its files, scale all by 1
         scaling = Counter(update.scaling for update in updates).most_common(1)[0][0] if is_peft else 1.0
         updates = _with_scaling(updates, scaling, max(update.rank for update in updates) if uniform else 0)
