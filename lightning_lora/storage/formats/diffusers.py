@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -47,38 +48,45 @@ def _parts_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
     found = dict[str, str]()
     for name, module in modules.items():
         part = part_of(module, name) if name else None
-        if part and not any(is_inside(name, other) for other in found.values()):
+        if part and set(found.values()).isdisjoint(starts_of(name)):
             found[part] = name if name.endswith(part) else found.get(part, name)
     return found
 
 
 def split(stored: StoredAdapters, model: nn.Module | None) -> list[StoredAdapters]:
     """Return the adapters of each part of a pipeline: of the model itself, or of all parts in a module."""
-    roots, starts = [stored.root], dict.fromkeys(chain.from_iterable(map(starts_of, stored.layers)))
+    roots, found = [stored.root], list[StoredAdapters]()
     if part_of(submodule(model, stored.root) if model else None, stored.root) is None:
+        starts = dict.fromkeys(chain.from_iterable(map(starts_of, stored.layers)))
         parts = _parts_in(named_modules(model) if model else starts).values()
-        roots = [part for part in parts if part in starts] or roots
-    if outside := [name for name in stored.state if not any(is_inside(name, root) for root in roots)]:
+        roots = list(filter(starts.__contains__, parts)) or roots
+    outside = set(stored.state)
+    for root in roots:
+        kept = dict[str, Any]()
+        for what in ("state", "layers", "saved"):
+            own = getattr(stored, what)
+            kept[what] = {name: own[name] for name in own if is_inside(name, root)}
+        outside -= kept["state"].keys()
+        found.append(replace(stored, root=root, **kept))
+    if outside:
         raise ExportError(
-            f"{listed(outside)} were trained outside of {listed(roots)}. A file of diffusers holds the parts of a "
+            f"{listed(sorted(outside))} were trained outside of {listed(roots)}. A file of diffusers holds parts of a "
             "pipeline, all of them if root is left out, under its names for them, such as 'text_encoder_2'."
         )
-
-    def part(root: str) -> StoredAdapters:
-        held = {"state": stored.state, "layers": stored.layers, "saved": stored.saved}
-        kept: Any = {key: {name: own[name] for name in own if is_inside(name, root)} for key, own in held.items()}
-        return replace(stored, root=root, **kept)
-
-    return list(map(part, roots))
+    return found
 
 
 def warn_of_replaced(path: Path, tensors: Iterable[str]) -> None:
     """Warn if a file that is to be written anew holds other parts."""
     held = set[str]()
     with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
-        held = {name.partition(".")[0] for name in [*file.keys()]}
-    if held := held - {name.partition(".")[0] for name in tensors}:
+        held = _starts(file.keys())
+    if held := held - _starts(tensors):
         warn(f"{path} held {listed(sorted(held))} too, which is replaced. The module around all parts writes all.")
+
+
+def _starts(names: Iterable[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
 
 
 def prefix_for(model: nn.Module | None, stored: StoredAdapters, tensors: Iterable[str]) -> str:
@@ -114,7 +122,7 @@ def reader(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
 
 def _read(view: View, tensors: Mapping[str, Tensor], header: dict[str, Any], path: Any) -> StoredAdapters:
     """The adapters of the part of a pipeline that the model is, or of all parts that it holds."""
-    starts = {name.partition(".")[0] for name in tensors}
+    starts = _starts(tensors)
     parts = {key.rpartition(".")[0] for key in header} or set(filter(_PARTS.fullmatch, starts)) or {""}
     if not parts & {"", peft.PREFIX.rstrip(".")}:
         parts |= starts
@@ -128,14 +136,14 @@ def _read(view: View, tensors: Mapping[str, Tensor], header: dict[str, Any], pat
         )
     if left := parts - places.keys():
         warn(f"{path} also holds adapters of {listed(sorted(left))}. Only those of the model's own parts are loaded.")
-    updates, rest, configs = list[Update](), dict[str, Tensor](), list[LoRAConfig]()
+    updates, rest, saved, configs = list[Update](), dict[str, Tensor](), list[str](), list[LoRAConfig]()
     for part in sorted(parts & places.keys()):
-        found, config = _part(part, tensors, header, path)
-        more = updates_of(view, found, config, path, places[part])
-        updates, rest, configs = updates + more[0], rest | more[1], [*configs, config.config]
-    if len({(config.use_dora, config.init) for config in configs}) > 1:
+        found, about = _part(part, tensors, header, path)
+        more = updates_of(view, found, about, path, places[part])
+        updates, rest, configs = updates + more[0], rest | more[1], [*configs, about.config]
+        saved += about.config.modules_to_save or ()
+    if len(set(map(attrgetter("use_dora", "init"), configs))) > 1:
         raise AdapterFileError(f"{path} has parts with other use_dora or init_lora_weights. Load each onto its model.")
-    saved = [name for config in configs for name in config.modules_to_save or ()]
     return adapters_of(view, updates, rest, configs[0], saved)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
+from operator import methodcaller
 from typing import Any
 
 from torch import Tensor, nn
@@ -220,7 +221,7 @@ def _why_not_of_type(layer: StoredLayer, modules: Mapping[str, nn.Module]) -> st
     kind, leaf = getattr(getattr(modules.get(""), "config", None), "model_type", None), layer.name.rpartition(".")[2]
     if not modules and ".shared_expert" in layer.name and leaf.endswith("_proj"):
         return "only the model's type says whether PEFT takes it for experts. Load the file onto it, and export that."
-    if kind is None or not any(name.endswith((".experts", ".conv1d")) for name in modules):
+    if kind is None or not any(map(methodcaller("endswith", (".experts", ".conv1d")), modules)):
         return None  # to import PEFT takes seconds
     try:
         from peft import LoraConfig
@@ -229,7 +230,7 @@ def _why_not_of_type(layer: StoredLayer, modules: Mapping[str, nn.Module]) -> st
     except ImportError:
         return None
     if leaf in (matrices := _MOE_TARGET_MODULE_MAPPING.get(_MODEL_TO_CONVERSION_PATTERN.get(kind, ""), ())):
-        names = [name for name in matrices if name != "gate"]
+        names = list(filter("gate".__ne__, matrices))
         return f"PEFT takes them for experts in a model of type {kind!r} (leave out: exclude_modules={names})."
     with suppress(ValueError):
         check(LoraConfig(), modules[""], leaf)
@@ -242,11 +243,11 @@ def without_zeros(stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> S
     config, layers, state = stored.config, dict(stored.layers), dict(stored.state)
     is_plain = config.init not in FROM_BASE and not config.use_dora  # B alone tells
     for name in chain.from_iterable(refused_layers(stored, modules).values()) if is_plain else ():
-        held = layers[name].parameters(config).values()
-        bs = [state[own] for own in held if own.rpartition(".")[2].startswith("lora_B")]
-        if bs and not any(b.any() for b in bs):
+        own = layers[name].parameters(config)
+        if not (layers[name].tokens or any(state[own[b]].any() for b in own if b.startswith("lora_B"))):
             del layers[name]
-            state = {own: value for own, value in state.items() if own not in held}
+            for parameter in own.values():
+                del state[parameter]
     if not layers or len(layers) == len(stored.layers):
         return stored
     warn(f"{listed(stored.layers.keys() - layers)} have updates of zero, and PEFT cannot hold them: they are left out.")
@@ -255,11 +256,13 @@ def without_zeros(stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> S
 
 def with_tied(stored: StoredAdapters, model: nn.Module | None) -> StoredAdapters:
     """Save modules whole that have a weight of one that is, such as a tied head: PEFT takes each by itself."""
-    saved, held = dict(stored.saved), set(chain.from_iterable(stored.saved.values()))
-    modules = named_modules(model, remove_duplicate=False) if model else {}
-    parts = {modules[owner_of(name)] for name in held if modules}
-    trained = {p for part in parts for p in part.parameters(recurse=False)}
-    for owner in dict.fromkeys(owner_of(name) for name in stored.state if name not in held):
+    if model is None or not stored.saved:
+        return stored
+    modules, saved, trained = named_modules(model, remove_duplicate=False), dict(stored.saved), set[nn.Parameter]()
+    parts = set(map(modules.__getitem__, map(owner_of, chain.from_iterable(saved.values()))))
+    for part in parts:
+        trained.update(part.parameters(recurse=False))
+    for owner in dict.fromkeys(map(owner_of, stored.state)):
         module = modules.get(owner, nn.Module())
         if not (module in parts or owner in stored.layers or trained.isdisjoint(module.parameters(recurse=False))):
             saved[owner] = [join(owner, own) for own in module.state_dict()]

@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import starmap
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +52,10 @@ def weights_of(path: Path) -> Path:
     found = [path / name for name in (*PEFT_WEIGHTS, *DIFFUSERS_WEIGHTS) if (path / name).is_file()]
     if not found:
         check_tool(path)
-        files = [repr(each.name) for each in sorted(path.glob("*.safetensors"))] or ["a Trainer's .ckpt file"]
+        file = next(path.glob("*.safetensors"), Path("last.ckpt")).name
         raise AdapterFileError(
             f"{path} is not a file, and as a folder it holds no adapters of PEFT. Expected {PEFT_CONFIG} and "
-            f"{PEFT_WEIGHTS[0]}, or {DIFFUSERS_WEIGHTS[0]}. Otherwise pass one file, such as {files[0]}."
+            f"{PEFT_WEIGHTS[0]}, or {DIFFUSERS_WEIGHTS[0]}. Otherwise pass one file, such as {file!r}."
         )
     return found[0]
 
@@ -164,8 +166,7 @@ class _Layers:
             above = self.view.modules.get(self.place.name_here(outer))
             is_inside = inner == "out_proj" and isinstance(above, nn.MultiheadAttention)
             of_layer.setdefault(outer if is_inside else _plain(wrapped), {})[wrapped] = tensors
-        found = [self._update(there, wrapped) for there, wrapped in of_layer.items()]
-        return [update for update in found if update.layer.matrices]
+        return list(filter(attrgetter("layer.matrices"), starmap(self._update, of_layer.items())))
 
     def _update(self, there: str, wrapped: Mapping[str, Tensors]) -> Update:
         layer = self._module(there)

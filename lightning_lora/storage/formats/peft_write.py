@@ -89,10 +89,9 @@ def export_peft(
     is_peft = format == "peft"
     place = (peft.PEFT_WEIGHTS if is_peft else peft.DIFFUSERS_WEIGHTS)[0]
     check_output(directory, [model_or_file], [place])
-    parts = [source] if is_peft else [replace(source, stored=each) for each in split(source.stored, source.model)]
     tensors, about = dict[str, Tensor](), dict[str, Any]()
-    for part in parts:
-        prefix, own, config = _part(part, uniform=uniform, is_peft=is_peft)
+    for stored in [source.stored] if is_peft else split(source.stored, source.model):
+        prefix, own, config = _part(replace(source, stored=stored), uniform=uniform, is_peft=is_peft)
         tensors |= {prefix + name: value.detach().cpu().clone().contiguous() for name, value in own.items()}
         about |= {prefix + name: value for name, value in config.items()}
     contents = save(tensors, metadata={"format": "pt", peft.METADATA: json.dumps(about)})

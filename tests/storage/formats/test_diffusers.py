@@ -282,7 +282,7 @@ def test_all_parts_of_a_module_are_written_into_one_file_and_read(tmp_path: Path
     with pytest.warns(ll.LoRAWarning, match="held 'text_encoder' too, which is replaced"):
         ll.export_peft(trained(unet(), ll.LoRAConfig(target_modules=["to_q"])), tmp_path / "0", format="diffusers")
     for match, config in (
-        (r"'head.weight', 'head.bias' .* outside of 'unet'", {**BOTH, "modules_to_save": ["head"]}),
+        (r"'head.bias', 'head.weight' .* outside of 'unet'", {**BOTH, "modules_to_save": ["head"]}),
         (r"'vae\..* outside of 'unet', 'text_encoder'", {"target_modules": ["to_q", "q_proj"]}),
     ):
         module = trained(DreamBooth(), ll.LoRAConfig(**config))
