@@ -128,7 +128,9 @@ def _read(view: View, tensors: Mapping[str, Tensor], header: dict[str, Any], pat
         parts |= starts
     root = root_of(view.model)
     own = part_of(submodule(view.model, root), root)
-    places = dict.fromkeys(parts, root) if len(parts) == 1 else {own: root} if own else _parts_in(view.modules)
+    places = {own: root} if own else _parts_in(view.modules)
+    if len(parts) == 1 and not parts & places.keys():
+        places = dict.fromkeys(parts, root)
     if not parts & places.keys():
         raise AdapterMismatchError(
             f"{path} holds adapters of several parts of a pipeline: {listed(sorted(parts))}. Pass one of these models, "

@@ -290,6 +290,16 @@ def test_all_parts_of_a_module_are_written_into_one_file_and_read(tmp_path: Path
             ll.export_peft(module, tmp_path / "one", format="diffusers")
 
 
+def test_a_part_goes_where_its_name_is(tmp_path: Path) -> None:
+    parts: Any = nn.ModuleDict({"unet": unet(), "text_encoder": text_encoder(), "text_encoder_2": text_encoder()})
+    config = ll.LoRAConfig(r=2, target_modules=["q_proj"], exclude_modules=["text_encoder"])
+    model: Any = trained(parts, config)
+    ll.export_peft(model, tmp_path, format="diffusers")
+    ll.load_adapter(parts, tmp_path)
+    check_equal(run(parts["text_encoder_2"]), run(model["text_encoder_2"]))
+    check_equal(run(parts["text_encoder"]), run(text_encoder()))
+
+
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_a_module_reads_what_diffusers_saved_of_its_parts(use_dora: bool, tmp_path: Path) -> None:
     models: dict[str, Any] = {"unet": unet(), "text_encoder": text_encoder()}

@@ -24,6 +24,7 @@ DECODER = {**SMALL, "intermediate_size": 24, "num_attention_heads": 2, "num_key_
 EXPERTS = {**DECODER, "moe_intermediate_size": 8, "num_experts_per_tok": 2}
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
 GROUPS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+HEADS = {"num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 4}
 IDS = torch.arange(12).view(2, 6)
 GATED, EACH = ["gate_proj", "up_proj", "down_proj"], ["experts.gate_up_proj", "experts.down_proj"]
 CASES: dict[str, tuple[str, dict[str, Any], list[str], str]] = {
@@ -31,6 +32,9 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str], str]] = {
     "and another": ("Glm4Moe", {**EXPERTS, **GROUPS}, GATED, "shared_experts"),
     "dense blocks": ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [0]}, GATED, "layers.0.mlp.down_proj.*'qwen3_moe'"),
     "mamba": ("Mamba", {**SMALL, "state_size": 4}, ["out_proj"], "PEFT refuses 'out_proj' .*'mamba'"),
+    "mamba2": ("Mamba2", {**SMALL, "state_size": 4, **HEADS}, ["out_proj"], "PEFT refuses 'out_proj' .*'mamba2'"),
+    "falcon mamba": ("FalconMamba", {**SMALL, "state_size": 4}, ["out_proj"], "PEFT refuses .*'falcon_mamba'"),
+    "another router": ("Phimoe", {**DECODER, "num_local_experts": 2}, ["router"], "PhimoeTopKRouter has a forward"),
     "router": ("Llama4", {**DECODER, "head_dim": 8, "num_local_experts": 2}, ["router"], "Llama4Router has a forward"),
 }
 
