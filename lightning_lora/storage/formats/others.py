@@ -48,6 +48,6 @@ def _names_at(path: Path | None) -> list[str]:
 def _names_in(contents: Any) -> list[str]:
     """The names of the tensors, if neither this package nor PEFT wrote them."""
     if not isinstance(contents, dict) or KEY in contents or is_peft(contents):
-        return [name for name in contents if str(name).startswith("diffusion_model.")] if is_peft(contents) else []
+        return list(filter(re.compile(r"diffusion_model\.").match, map(str, contents if is_peft(contents) else ())))
     state = contents.get("state_dict")
     return [*map(str, contents), *map(str, state if isinstance(state, dict) else ())]

@@ -265,7 +265,7 @@ def with_tied(stored: StoredAdapters, model: nn.Module | None) -> StoredAdapters
     for owner in dict.fromkeys(map(owner_of, stored.state)):
         module = modules.get(owner, nn.Module())
         if not (module in parts or owner in stored.layers or trained.isdisjoint(module.parameters(recurse=False))):
-            saved[owner] = [join(owner, own) for own in module.state_dict()]
+            saved[owner] = list(map(f"{owner}.".__add__, module.state_dict()))
     return replace(stored, saved=saved)
 
 
