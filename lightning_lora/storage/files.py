@@ -104,8 +104,8 @@ def load_adapter(
         path: A file that ``save_adapter`` or a Trainer with ``LoRACallback`` wrote: its path, a URL that fsspec
             can read, or the open file, in binary mode. Or a folder that PEFT wrote, or the ``.safetensors`` or ``.bin``
             file in it, with ``adapter_config.json`` beside it. Or a folder or file that diffusers wrote: a model gets
-            the part of the pipeline that it is. Or what loralib's ``lora_state_dict`` returned, saved
-            with ``torch.save``.
+            the part of the pipeline that it is, a module around several all of them. Or a repository of the Hugging
+            Face hub, if it is in the cache. Or what loralib's ``lora_state_dict`` returned, saved with ``torch.save``.
         name: The adapter's name. If ``model`` has others, this one is loaded beside them, or into the one of this name,
             and the active one stays active.
         check_base: Refuse another base than the one that the adapters were trained on. The same weights in another

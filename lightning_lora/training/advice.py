@@ -18,13 +18,16 @@ from lightning_lora.errors import FreshLayerWarning, LoRAWarning, listed, shorte
 from lightning_lora.layers import adapter_for
 from lightning_lora.model.fresh import MOST, Fresh, find_fresh, random_weights
 from lightning_lora.model.inject import left_still
-from lightning_lora.model.view import View, view_of
+from lightning_lora.model.view import View, root_of, view_of
 from lightning_lora.storage.base import rows_of
+from lightning_lora.storage.formats.peft_layers import refused_layers
+from lightning_lora.storage.stored import StoredAdapters
+from lightning_lora.storage.stored_layers import layers_of
 from lightning_lora.targets.lookup import AUTOMATIC, COMPUTED, Names, class_of, is_computed, own_matrices
 from lightning_lora.targets.networks import is_in_any
 from lightning_lora.targets.select import automatic_targets
 from lightning_lora.tensors.inplace import class_names
-from lightning_lora.tensors.names import owner_of, starts_of
+from lightning_lora.tensors.names import named_modules, owner_of, starts_of, submodule
 from lightning_lora.training.rates import peak_rates
 
 
@@ -57,6 +60,7 @@ def advise(model: LightningModule, *, aloud: bool = True) -> None:
         _warn_of_fresh(view, fresh)
     _warn_of_left_trainable(view, fresh)
     _warn_of_heads(view)
+    _tell_of_exports(view)
     left, share = left_alone(view)
     if left and share > MOST:
         _warn_of_left_alone(view, left, share)
@@ -152,6 +156,15 @@ def _warn_of_heads(view: View) -> None:
                 "new tokens stay random there, and files fit no model that is resized again. Name both, with the same "
                 f"rows: trainable_token_indices={{{', '.join(map('{!r}: [...]'.format, (*trains, head)))}}}."
             )
+
+
+def _tell_of_exports(view: View) -> None:
+    """Name layers of a model of transformers that export_peft refuses after the training."""
+    stored = StoredAdapters(view.config, {}, {each.name: each for each in layers_of(view)}, root=root_of(view.model))
+    inner = submodule(view.model, stored.root)
+    if hasattr(getattr(inner, "config", None), "model_type"):
+        for why, names in refused_layers(stored, named_modules(inner, remove_duplicate=False)).items():
+            rank_zero_info(f"export_peft refuses {listed(names)} once trained: {why} For PEFT, exclude them now.")
 
 
 def _warn_of_left_alone(view: View, left: dict[str, str], share: float) -> None:

@@ -56,7 +56,7 @@ def exports(model: nn.Module, folder: Path, **kwargs: Any) -> Iterator[Path]:
         for what, source in (("model", model), ("file", folder / "adapter.safetensors")):
             directory = folder / f"{what}-{uniform}"
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".* are also .* merge_and_unload|llama.cpp reads")
+                warnings.filterwarnings("ignore", ".* are also .* merge_and_unload|For .*pass uniform=True")
                 export_peft(source, directory, uniform=uniform, **kwargs)
             yield directory
 

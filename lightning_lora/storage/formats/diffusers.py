@@ -2,18 +2,25 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lightning_lora.errors import AdapterMismatchError, ExportError, listed, warn
+from lightning_lora.config import LoRAConfig
+from lightning_lora.errors import AdapterFileError, AdapterMismatchError, ExportError, listed, warn
 from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.formats import peft_config as peft
-from lightning_lora.storage.formats.peft_read import read
-from lightning_lora.storage.formats.reading import Asked, Reader
+from lightning_lora.storage.formats.peft_read import updates_of
+from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of
+from lightning_lora.storage.names import is_inside
 from lightning_lora.storage.stored import StoredAdapters
-from lightning_lora.tensors.names import submodule
+from lightning_lora.tensors.names import named_modules, starts_of, submodule
 
 _PARTS = re.compile(r"(unet|prior|transformer|text_encoder)(_\d+)?")
 
@@ -29,9 +36,57 @@ def part_of(model: nn.Module | None, root: str) -> str | None:
     for base in type(model).__mro__:
         if base.__module__.startswith("diffusers.models.unets"):
             return "unet"
-        if base.__name__ in ("PeftAdapterMixin", "PreTrainedModel"):
-            return "transformer" if base.__name__ == "PeftAdapterMixin" else "text_encoder"
+        if base.__module__.startswith("diffusers.models.transformers") and hasattr(model, "load_lora_adapter"):
+            return "transformer"
+        if base.__name__ == "PreTrainedModel":
+            return "text_encoder"
     return None
+
+
+def _parts_in(modules: Mapping[str, nn.Module | None]) -> dict[str, str]:
+    """The names of the parts of a pipeline among modules, by what it calls them. A name says more than a class."""
+    found = dict[str, str]()
+    for name, module in modules.items():
+        part = part_of(module, name) if name else None
+        if part and set(found.values()).isdisjoint(starts_of(name)):
+            found[part] = name if name.endswith(part) else found.get(part, name)
+    return found
+
+
+def split(stored: StoredAdapters, model: nn.Module | None) -> list[StoredAdapters]:
+    """Return the adapters of each part of a pipeline: of the model itself, or of all parts in a module."""
+    roots, found = [stored.root], list[StoredAdapters]()
+    if part_of(submodule(model, stored.root) if model else None, stored.root) is None:
+        starts = dict.fromkeys(chain.from_iterable(map(starts_of, stored.layers)))
+        parts = _parts_in(named_modules(model) if model else starts).values()
+        roots = list(filter(starts.__contains__, parts)) or roots
+    outside = set(stored.state)
+    for root in roots:
+        kept = dict[str, Any]()
+        for what in ("state", "layers", "saved"):
+            own = getattr(stored, what)
+            kept[what] = {name: own[name] for name in own if is_inside(name, root)}
+        outside -= kept["state"].keys()
+        found.append(replace(stored, root=root, **kept))
+    if outside:
+        raise ExportError(
+            f"{listed(sorted(outside))} were trained outside of {listed(roots)}. A file of diffusers holds parts of a "
+            "pipeline, all of them if root is left out, under its names for them, such as 'text_encoder_2'."
+        )
+    return found
+
+
+def warn_of_replaced(path: Path, tensors: Iterable[str]) -> None:
+    """Warn if a file that is to be written anew holds other parts."""
+    held = set[str]()
+    with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+        held = _starts(file.keys())
+    if held := held - _starts(tensors):
+        warn(f"{path} held {listed(sorted(held))} too, which is replaced. The module around all parts writes all.")
+
+
+def _starts(names: Iterable[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
 
 
 def prefix_for(model: nn.Module | None, stored: StoredAdapters, tensors: Iterable[str]) -> str:
@@ -39,9 +94,10 @@ def prefix_for(model: nn.Module | None, stored: StoredAdapters, tensors: Iterabl
     part = part_of(model, stored.root)
     if part is None:
         raise ExportError(
-            f"format='diffusers' writes a file for one part of a pipeline, and which one {stored.source} is, is not "
-            "known. Expected a model of diffusers or a text encoder of transformers, or a name of it that says so: "
-            "root='unet', for example. Of a file, load it onto its model, and export the model."
+            f"format='diffusers' is for parts of a pipeline that read adapters, and {stored.source} is none that is "
+            "known. Expected a model of diffusers with load_lora_adapter (PixArt has none), a text encoder of "
+            "transformers, or a name that says so, such as root='unet'. Load a file onto its model, and export the "
+            "model. Without format, PeftModel.from_pretrained reads the folder."
         )
     if left := [name for name in tensors if not peft.peft_key(name)]:
         raise ExportError(
@@ -61,25 +117,40 @@ def reader(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
     if is_beside and (not has_header or any(str(name).startswith(peft.PREFIX) for name in tensors)):
         return None
     about = f"{peft.METADATA!r} of {path}"
-    return lambda view: read(view, *_part(view, tensors, peft.json_object(header, about), path), path)
+    return lambda view: _read(view, tensors, peft.json_object(header, about), path)
 
 
-def _part(view: View, tensors: Mapping[str, Tensor], header: dict[str, Any], path: Any) -> tuple[dict[str, Any], Any]:
-    """The tensors of the part of a pipeline that the model is, and their configuration."""
-    starts = {name.partition(".")[0] for name in tensors}
+def _read(view: View, tensors: Mapping[str, Tensor], header: dict[str, Any], path: Any) -> StoredAdapters:
+    """The adapters of the part of a pipeline that the model is, or of all parts that it holds."""
+    starts = _starts(tensors)
     parts = {key.rpartition(".")[0] for key in header} or set(filter(_PARTS.fullmatch, starts)) or {""}
     if not parts & {"", peft.PREFIX.rstrip(".")}:
         parts |= starts
-    (part, *others) = sorted(parts)
-    if others:
-        root = root_of(view.model)
-        part = part_of(submodule(view.model, root), root) or ""
-        if part not in parts:
-            raise AdapterMismatchError(
-                f"{path} holds adapters of several parts of a pipeline: {listed(sorted(parts))}. Pass one of these "
-                "models."
-            )
-        warn(f"{path} also holds adapters of {listed(sorted(parts - {part}))}. Only those of {part!r} are loaded.")
+    root = root_of(view.model)
+    own = part_of(submodule(view.model, root), root)
+    places = {own: root} if own else _parts_in(view.modules)
+    if len(parts) == 1 and not parts & places.keys():
+        places = dict.fromkeys(parts, root)
+    if not parts & places.keys():
+        raise AdapterMismatchError(
+            f"{path} holds adapters of several parts of a pipeline: {listed(sorted(parts))}. Pass one of these models, "
+            "or a module with attributes of these names."
+        )
+    if left := parts - places.keys():
+        warn(f"{path} also holds adapters of {listed(sorted(left))}. Only those of the model's own parts are loaded.")
+    updates, rest, saved, configs = list[Update](), dict[str, Tensor](), list[str](), list[LoRAConfig]()
+    for part in sorted(parts & places.keys()):
+        found, about = _part(part, tensors, header, path)
+        more = updates_of(view, found, about, path, places[part])
+        updates, rest, configs = updates + more[0], rest | more[1], [*configs, about.config]
+        saved += about.config.modules_to_save or ()
+    if len(set(map(attrgetter("use_dora", "init"), configs))) > 1:
+        raise AdapterFileError(f"{path} has parts with other use_dora or init_lora_weights. Load each onto its model.")
+    return adapters_of(view, updates, rest, configs[0], saved)
+
+
+def _part(part: str, tensors: Mapping[str, Tensor], header: dict[str, Any], path: Any) -> tuple[dict[str, Any], Any]:
+    """The tensors of one part of a pipeline, and their configuration."""
     start = f"{part}." if part else ""
     found = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
     config = {key.removeprefix(start): value for key, value in header.items() if key.startswith(start)}

@@ -11,7 +11,7 @@ from lightning_lora.errors import AdapterFileError, AdapterMismatchError, Config
 from lightning_lora.functional.combine import Factors
 from lightning_lora.layers import LoRALayer, adapter_for
 from lightning_lora.layers.kinds import LoRAConv1D, LoRAEmbedding, LoRALinear
-from lightning_lora.model.view import View
+from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of, place_of
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
@@ -55,7 +55,7 @@ def _read(view: View, tensors: Mapping[str, Tensor], path: object, asked: Asked)
     if broken:
         raise AdapterFileError(f"{path} holds only one of lora_A and lora_B of {listed(broken)}: it is damaged.")
     rest = {name: value for name, value in tensors.items() if not name.endswith(_ENDS)}
-    place = place_of(view, list(pairs), list(rest))
+    place = place_of(view, list(pairs), list(rest), root_of(view.model))
     factors = {place.name_here(name): (pair["A"], pair["B"]) for name, pair in pairs.items()}
     unused = [key for key in settings.target_slices or {} if not any(matches_pattern(key, name) for name in factors)]
     if unused:

@@ -100,12 +100,12 @@ def config_of(stored: Mapping[str, Any], source: object) -> PeftConfig:
     """Return what these fields say. Those that are not known are ignored, with a warning."""
     if stored.get("peft_type") != "LORA":
         raise AdapterFileError(
-            f"{source} says peft_type={stored.get('peft_type')!r}. Only 'LORA' can be read. {_MERGE_THERE}"
+            f"{source} says peft_type={stored.get('peft_type')!r}. Only 'LORA' can be read. {MERGE_THERE}"
         )
     if refused := [name for name in _REFUSED if stored.get(name)]:
+        remedy = MERGE_THERE if _NOT_MERGED.isdisjoint(refused) else "PEFT does not merge it right either. Train anew."
         raise AdapterFileError(
-            f"{source} sets {listed(refused)}, which this package does not have: the update is another one. "
-            f"{_MERGE_THERE}"
+            f"{source} sets {listed(refused)}, which this package does not have: the update is another one. {remedy}"
         )
     if unknown := [name for name, value in stored.items() if value and name not in (*_OURS, *_OTHERS)]:
         warn(
@@ -145,7 +145,7 @@ def _means(entries: str | Iterable[str] | None, name: str) -> bool:
     return any(matches(entry, name) for entry in entries or ())
 
 
-_MERGE_THERE = "Merge it with PEFT (merge_and_unload), and use the merged model."
+MERGE_THERE = "Merge it with PEFT (merge_and_unload), if that can, and use the merged model."
 
 _SAME = (
     "r", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
@@ -159,6 +159,9 @@ _REFUSED = (
     "kasa_config", "monteclora_config", "megatron_config",
 )  # fmt: skip
 """Those that make another update."""
+
+_NOT_MERGED = {"alora_invocation_tokens", "use_qalora", "layer_replication", "arrow_config"}
+"""Those of them with which PEFT's merge fails, or gives another model. With ``lora_bias``, it fails without a bias."""
 
 _INITIALISATIONS = ("pissa", "olora", "true", "false", "none", "gaussian", "orthogonal", "eva", "mica", "lora_ga")
 """Those after which the base is known. Only ``pissa`` and ``olora`` are a part of the update."""

@@ -5,19 +5,22 @@ An adapter that is not in the table is refused, so a new one has to be put into 
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import chain
+from operator import methodcaller
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.errors import ExportError, listed
+from lightning_lora.errors import ExportError, listed, warn
 from lightning_lora.functional.combine import Factors
-from lightning_lora.layers import kinds
+from lightning_lora.layers import FROM_BASE, kinds
 from lightning_lora.layers.matrices import Role
 from lightning_lora.storage.names import Renaming
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import ALSO, StoredLayer
-from lightning_lora.tensors.names import join, owner_of, starts_of
+from lightning_lora.tensors.names import join, named_modules, owner_of, starts_of
 
 Shape = tuple[int, ...]
 Options = Mapping[str, Any]
@@ -188,15 +191,7 @@ def check_exportable(stored: StoredAdapters, modules: Mapping[str, nn.Module], s
 
     ``modules`` are those that the reader has, if they are known. ``saved`` are the entries of modules trained whole.
     """
-    wrong: dict[str, list[str]] = {}
-    for layer in stored.layers.values():
-        magnitude = stored.state.get(join(layer.name, layer.matrices[0].parameter(Role.MAGNITUDE)))
-        why = why_not(layer, magnitude) or _why_not_there(layer, stored)
-        if layer.tokens and modules and not why:
-            why = why_not_rows(modules, Renaming(stored.root, "").name_here(layer.name))
-        if why:
-            wrong.setdefault(why, []).append(layer.name)
-    if wrong:
+    if wrong := refused_layers(stored, modules):
         reasons = [f"{listed(names)}: {why}" for why, names in wrong.items()]
         raise ExportError(
             f"PEFT's format cannot hold all adapters of {stored.source}. {' '.join(reasons)} {_LEAVE_OUT}"
@@ -206,6 +201,72 @@ def check_exportable(stored: StoredAdapters, modules: Mapping[str, nn.Module], s
             raise ExportError(f"modules_to_save names {module!r}, {why}")
     _check_entries(stored, saved)
     stored.check_finite()
+
+
+def refused_layers(stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """Return the layers that PEFT cannot hold, or would compute otherwise, by the reason."""
+    wrong: dict[str, list[str]] = {}
+    for layer in stored.layers.values():
+        magnitude = stored.state.get(join(layer.name, layer.matrices[0].parameter(Role.MAGNITUDE)))
+        why = why_not(layer, magnitude) or _why_not_there(layer, stored) or _why_not_of_type(layer, modules)
+        if layer.tokens and modules and not why:
+            why = why_not_rows(modules, Renaming(stored.root, "").name_here(layer.name))
+        if why:
+            wrong.setdefault(why, []).append(layer.name)
+    return wrong
+
+
+def _why_not_of_type(layer: StoredLayer, modules: Mapping[str, nn.Module]) -> str | None:
+    """Why PEFT, if it is installed to say so, adapts no layer of this name in this type of model of transformers."""
+    kind, leaf = getattr(getattr(modules.get(""), "config", None), "model_type", None), layer.name.rpartition(".")[2]
+    if not modules and ".shared_expert" in layer.name and leaf.endswith("_proj"):
+        return "only the model's type says whether PEFT takes it for experts. Load the file onto it, and export that."
+    if kind is None or not any(map(methodcaller("endswith", (".experts", ".conv1d")), modules)):
+        return None  # to import PEFT takes seconds
+    try:
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as check
+        from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+    except ImportError:
+        return None
+    if leaf in (matrices := _MOE_TARGET_MODULE_MAPPING.get(_MODEL_TO_CONVERSION_PATTERN.get(kind, ""), ())):
+        names = list(filter("gate".__ne__, matrices))
+        return f"PEFT takes them for experts in a model of type {kind!r} (leave out: exclude_modules={names})."
+    with suppress(ValueError):
+        check(LoraConfig(), modules[""], leaf)
+        return None
+    return f"PEFT refuses {leaf!r} in a model of type {kind!r} (leave out: exclude_modules={[leaf]})."
+
+
+def without_zeros(stored: StoredAdapters, modules: Mapping[str, nn.Module]) -> StoredAdapters:
+    """Leave out layers that PEFT cannot hold, if their update is zero: no batch has reached them."""
+    config, layers, state = stored.config, dict(stored.layers), dict(stored.state)
+    is_plain = config.init not in FROM_BASE and not config.use_dora  # B alone tells
+    for name in chain.from_iterable(refused_layers(stored, modules).values()) if is_plain else ():
+        own = layers[name].parameters(config)
+        if not (layers[name].tokens or any(state[own[b]].any() for b in own if b.startswith("lora_B"))):
+            del layers[name]
+            for parameter in own.values():
+                del state[parameter]
+    if not layers or len(layers) == len(stored.layers):
+        return stored
+    warn(f"{listed(stored.layers.keys() - layers)} have updates of zero, and PEFT cannot hold them: they are left out.")
+    return replace(stored, layers=layers, state=state)
+
+
+def with_tied(stored: StoredAdapters, model: nn.Module | None) -> StoredAdapters:
+    """Save modules whole that have a weight of one that is, such as a tied head: PEFT takes each by itself."""
+    if model is None or not stored.saved:
+        return stored
+    modules, saved, trained = named_modules(model, remove_duplicate=False), dict(stored.saved), set[nn.Parameter]()
+    parts = set(map(modules.__getitem__, map(owner_of, chain.from_iterable(saved.values()))))
+    for part in parts:
+        trained.update(part.parameters(recurse=False))
+    for owner in dict.fromkeys(map(owner_of, stored.state)):
+        module = modules.get(owner, nn.Module())
+        if not (module in parts or owner in stored.layers or trained.isdisjoint(module.parameters(recurse=False))):
+            saved[owner] = list(map(f"{owner}.".__add__, module.state_dict()))
+    return replace(stored, saved=saved)
 
 
 def _check_entries(stored: StoredAdapters, saved: Collection[str]) -> None:
@@ -225,7 +286,7 @@ def _check_entries(stored: StoredAdapters, saved: Collection[str]) -> None:
         raise ExportError(
             f"PEFT's format has no place for {listed(left)}: buffers or frozen weights that changed in training, "
             "single parameters in modules_to_save, a weight tied to one of a module there, or what is no tensor. Name "
-            "whole modules in modules_to_save, or call merge_adapters and save the whole model."
+            "whole modules in modules_to_save, load a file onto its model and export that, or save the whole model."
         )
 
 

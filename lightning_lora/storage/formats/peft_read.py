@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import starmap
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed
 from lightning_lora.functional.combine import Factors
 from lightning_lora.layers import FROM_BASE, AdaptedMatrix, LoRALayer, LoRAParameters, adapter_for
 from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRAEmbedding, LoRARecurrent, LoRATokens
-from lightning_lora.model.view import View
+from lightning_lora.model.view import View, root_of
 from lightning_lora.storage.formats.others import check_tool
 from lightning_lora.storage.formats.peft_config import (
     DIFFUSERS_WEIGHTS,
+    MERGE_THERE,
     METADATA,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
@@ -31,7 +34,7 @@ from lightning_lora.storage.formats.peft_config import (
     read_config,
 )
 from lightning_lora.storage.formats.peft_layers import has_layer, peft_layer, why_not, why_not_rows
-from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of, place_of
+from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of, place_of, uses_of
 from lightning_lora.storage.names import Renaming, is_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
@@ -41,37 +44,60 @@ Tensors = Mapping[str, Tensor]  # of one adapter: "A", "B", "magnitude", "tokens
 
 
 def weights_of(path: Path) -> Path:
-    """Return the file with the tensors: ``path`` itself, or in the folder ``path``."""
+    """Return the file with the tensors: ``path`` itself, or in the folder ``path``, or of a repository of the hub."""
+    if _REPOSITORY.fullmatch(path.as_posix()) and not path.exists():
+        path = _cached(path.as_posix())
     if not os.path.isdir(path):  # noqa: PTH112  # Path raises if a name is too long
         return path
     found = [path / name for name in (*PEFT_WEIGHTS, *DIFFUSERS_WEIGHTS) if (path / name).is_file()]
     if not found:
         check_tool(path)
+        file = next(path.glob("*.safetensors"), Path("last.ckpt")).name
         raise AdapterFileError(
             f"{path} is not a file, and as a folder it holds no adapters of PEFT. Expected {PEFT_CONFIG} and "
-            f"{PEFT_WEIGHTS[0]}, or {DIFFUSERS_WEIGHTS[0]}. Otherwise pass a .safetensors file or a Trainer's .ckpt "
-            "file."
+            f"{PEFT_WEIGHTS[0]}, or {DIFFUSERS_WEIGHTS[0]}. Otherwise pass one file, such as {file!r}."
         )
     return found[0]
+
+
+def _cached(repository: str) -> Path:
+    """Return the folder of a repository of the Hugging Face hub, if this machine has it."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(repository, local_files_only=True))
+    except (ImportError, OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{repository} is no file or folder here, and no repository in the cache of the Hugging Face hub. If it is "
+            f"one, download it: load_adapter(model, huggingface_hub.snapshot_download({repository!r}))."
+        ) from error
 
 
 def reader(contents: Mapping[str, Any], path: Any, _: Asked) -> Reader | None:
     """Return how to read these contents of a file, if PEFT wrote it."""
     tensors = dict(contents)
     tensors.pop(METADATA, None)  # diffusers' header, where PEFT's own configuration is beside the file
-    return (lambda view: read(view, tensors, read_config(path), path)) if is_peft(contents) else None
+
+    def read(view: View) -> StoredAdapters:
+        peft = read_config(path)
+        updates = updates_of(view, tensors, peft, path, root_of(view.model))
+        return adapters_of(view, *updates, peft.config, peft.config.modules_to_save or ())
+
+    return read if is_peft(contents) else None
 
 
-def read(view: View, tensors: Mapping[str, Any], peft: PeftConfig, path: Any) -> StoredAdapters:
-    """Return the adapters of a PEFT file for this model."""
+def updates_of(
+    view: View, tensors: Mapping[str, Any], peft: PeftConfig, path: Any, root: str
+) -> tuple[list[Update], dict[str, Tensor]]:
+    """Return the updates in a PEFT file for the model inside, and its other tensors by their names here."""
     adapters, rest = _sorted(tensors, path)
     _check_magnitudes(adapters, path, use_dora=peft.config.use_dora)
-    place = place_of(view, list(map(_plain, adapters)), list(rest))
+    place = place_of(view, list(map(_plain, adapters)), list(rest), root)
     layers = _Layers(view, peft, place)
     rest = {place.name_here(name): value for name, value in rest.items()}
     updates = layers.updates(adapters)
     layers.check_complete(adapters, rest, path)
-    return adapters_of(view, updates, rest, peft.config, peft.config.modules_to_save or ())
+    return updates, rest
 
 
 def _sorted(tensors: Mapping[str, Any], path: object) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
@@ -92,13 +118,14 @@ def _sorted(tensors: Mapping[str, Any], path: object) -> tuple[dict[str, dict[st
             rest[_plain(name)] = value
     if unknown:
         raise AdapterFileError(
-            f"{path} holds {listed(unknown)}, which belong to a method of PEFT that this package does not have. Merge "
-            "it with PEFT (merge_and_unload), and use the merged model."
+            f"{path} holds {listed(unknown)}, which belong to a method of PEFT that this package does not have. "
+            f"{MERGE_THERE}"
         )
     return adapters, rest
 
 
 _LEFT = (".original_module.", ".lora_velora_embed.")  # the base's own values of a trained module; training's own
+_REPOSITORY = re.compile(r"[\w.-]{1,96}/(?!.*\.(safetensors|ckpt|bin|pt)$)[\w.-]{1,96}")  # no name of a file
 _MIXERS = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")  # they read the weight of dt_proj
 _COPY = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")  # bias="all" writes these biases twice
 
@@ -139,7 +166,7 @@ class _Layers:
             above = self.view.modules.get(self.place.name_here(outer))
             is_inside = inner == "out_proj" and isinstance(above, nn.MultiheadAttention)
             of_layer.setdefault(outer if is_inside else _plain(wrapped), {})[wrapped] = tensors
-        return [self._update(there, wrapped) for there, wrapped in of_layer.items()]
+        return list(filter(attrgetter("layer.matrices"), starmap(self._update, of_layer.items())))
 
     def _update(self, there: str, wrapped: Mapping[str, Tensors]) -> Update:
         layer = self._module(there)
@@ -199,6 +226,12 @@ class _Layers:
     def _factors(self, about: StoredLayer, matrix: AdaptedMatrix, factors: Factors, said: str) -> Factors:
         """A and B of one matrix as they are here, after a check of their rank and their shapes."""
         (a, b), stack = factors, math.prod(matrix.stack)
+        shared = uses_of(self.view, join(about.name, matrix.weight))
+        if self.config.init in FROM_BASE and len(shared) > 1:
+            raise AdapterMismatchError(
+                f"{listed(shared)} are one weight, and init_lora_weights is {self.config.init!r}: PEFT takes a start "
+                "off it for each use, and its merge gives another model. Train anew, from another start."
+            )
         rank, asked = (a.shape[0] if a.dim() else 0) // stack, self.config.rank(said)
         most = min(asked, matrix.largest_rank) if self.config.init in FROM_BASE else asked  # their start has no more
         if rank not in (asked, most):
@@ -232,10 +265,12 @@ class _Layers:
             elif name.endswith(".base_layer.out_proj"):
                 matrices.append(out)
                 factors.append(self._factors(about, out, (a, 2 * b), there))
-            else:
+            elif b.any():
                 raise AdapterMismatchError(
                     f"The file updates {name!r}, which its nn.MultiheadAttention never calls. Train {there!r} instead."
                 )
+            else:
+                warn(f"The update of {name!r} is zero, as its nn.MultiheadAttention never calls it: it is left out.")
         return Update(replace(about, scaling=self.config.scaling(there), matrices=tuple(matrices)), tuple(factors))
 
     def _parameters(self, there: str, wrapped: Mapping[str, Tensors]) -> Update:

@@ -23,9 +23,9 @@ from lightning_lora.layers.matrices import Role, Settings, weight_factors
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.disk import check_output, write_errors, writing
 from lightning_lora.storage.formats import peft_config as peft
-from lightning_lora.storage.formats.diffusers import prefix_for
+from lightning_lora.storage.formats.diffusers import prefix_for, split, warn_of_replaced
 from lightning_lora.storage.formats.own import read_adapter_file
-from lightning_lora.storage.formats.peft_layers import check_exportable, is_bias, peft_layer
+from lightning_lora.storage.formats.peft_layers import check_exportable, is_bias, peft_layer, with_tied, without_zeros
 from lightning_lora.storage.names import Renaming, is_inside, list_or_expression
 from lightning_lora.storage.state import adapter_state_dict, without_extra
 from lightning_lora.storage.stored import StoredAdapters
@@ -55,9 +55,9 @@ def export_peft(
             ``""`` is the whole module. By default it is the one model inside, if there is one.
         uniform: Write one rank and one alpha for all layers, without rsLoRA, for readers that know no others: vLLM,
             llama.cpp, and PEFT's hotswap (all files). The factors are padded with zeros.
-        format: ``"diffusers"`` writes what ``pipe.load_lora_weights(directory)`` reads. Names begin with the part of
-            the pipeline: the root's name if it is one, such as ``text_encoder_2``; else ``unet``, ``transformer`` or
-            ``text_encoder``, by the class of the model.
+        format: ``"diffusers"`` writes what ``pipe.load_lora_weights(directory)`` reads: all adapted parts of a pipeline
+            in the module. Names begin with the part: its own name if it is one, such as ``text_encoder_2``; else
+            ``unet``, ``transformer`` or ``text_encoder``, by the class of the model.
 
     Raises:
         ExportError: PEFT has no counterpart for a layer, or would compute something else, or something was trained
@@ -70,7 +70,7 @@ def export_peft(
     Warns:
         LoRAWarning: an nn.TransformerEncoder, which reads weights past PEFT's layers in eval mode, holds adapted
             layers; or an adapted weight is tied to another, which PEFT's merge would change; or frozen layers look
-            untrained, which PEFT's format cannot hold; or llama.cpp would scale a causal language model otherwise.
+            untrained, which PEFT's format cannot hold; or vLLM or llama.cpp would scale a language model otherwise.
 
     Example:
         >>> import tempfile
@@ -89,25 +89,34 @@ def export_peft(
     is_peft = format == "peft"
     place = (peft.PEFT_WEIGHTS if is_peft else peft.DIFFUSERS_WEIGHTS)[0]
     check_output(directory, [model_or_file], [place])
+    tensors, about = dict[str, Tensor](), dict[str, Any]()
+    for stored in [source.stored] if is_peft else split(source.stored, source.model):
+        prefix, own, config = _part(replace(source, stored=stored), uniform=uniform, is_peft=is_peft)
+        tensors |= {prefix + name: value.detach().cpu().clone().contiguous() for name, value in own.items()}
+        about |= {prefix + name: value for name, value in config.items()}
+    contents = save(tensors, metadata={"format": "pt", peft.METADATA: json.dumps(about)})
+    directory = Path(directory).expanduser()
+    if not is_peft:
+        warn_of_replaced(directory / place, tensors)
+    _write(directory, place, contents, json.dumps(config, indent=2).encode() if is_peft else b"")
+
+
+def _part(source: "_Source", *, uniform: bool, is_peft: bool) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """What stands before all names, the tensors by their names after it, and the configuration."""
+    source = replace(source, stored=with_tied(without_zeros(source.stored, source.modules or {}), source.model))
     check_exportable(source.stored, source.modules or {}, source.saved)
     updates = _updates(source)
     if source.stored.config.trainable_token_indices and (uniform or not is_peft or not updates):
-        raise ExportError("Rows that train (trainable_token_indices) fit in PEFT's own format alone, beside adapters.")
+        raise ExportError("Rows (trainable_token_indices) fit in PEFT's format alone, beside adapters, not uniform.")
     if uniform or not is_peft:  # diffusers before 0.34, and others that read its files, scale all by 1
         scaling = Counter(update.scaling for update in updates).most_common(1)[0][0] if is_peft else 1.0
         updates = _with_scaling(updates, scaling, max(update.rank for update in updates) if uniform else 0)
     tensors = _tensors(source, updates)
     config = _config(source, updates, use_rslora=source.stored.config.use_rslora and is_peft and not uniform)
-    prefix = peft.PREFIX if is_peft else prefix_for(source.inner, source.stored, tensors)
-    contents = save(
-        {prefix + name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()},
-        metadata={"format": "pt", peft.METADATA: json.dumps({prefix + name: value for name, value in config.items()})},
-    )
     _warn_of_merges(source)
-    is_causal = type(source.inner).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-    if is_peft and is_causal and (config["alpha_pattern"] or config["use_rslora"]):
-        warn("llama.cpp reads lora_alpha alone, and would scale this adapter otherwise. For it, pass uniform=True.")
-    _write(Path(directory).expanduser(), place, contents, json.dumps(config, indent=2).encode() if is_peft else b"")
+    if is_peft and type(source.inner).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        _warn_of_scalings(updates, config)
+    return peft.PREFIX if is_peft else prefix_for(source.inner, source.stored, tensors), tensors, config
 
 
 # What to export
@@ -338,6 +347,14 @@ def _warn_of_merges(source: _Source) -> None:
             f"{listed(held)} are layers of nn.TransformerEncoder. In eval mode they read weights past PEFT's layers: "
             "a PeftModel computes the base there. Call its merge_and_unload(), which is right."
         )
+
+
+def _warn_of_scalings(updates: list[_Update], config: dict[str, Any]) -> None:
+    """Name readers that ignore patterns: vLLM scales all by one number, llama.cpp by lora_alpha over each rank."""
+    scaling = config["lora_alpha"] / config["r"] ** (0.5 if config["use_rslora"] else 1)
+    readers = ["vLLM up to 0.30"] * any(abs(update.scaling - scaling) > 1e-6 * scaling for update in updates)
+    if readers := readers + ["llama.cpp"] * bool(config["alpha_pattern"] or config["use_rslora"]):
+        warn(f"For {' and '.join(readers)}, pass uniform=True: it would scale this adapter otherwise, without a word.")
 
 
 def _write(directory: Path, name: str, weights: bytes, config: bytes) -> None:

@@ -15,7 +15,7 @@ from lightning_lora.config import LoRAConfig, Slices
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
 from lightning_lora.functional.combine import Factors, with_rank
 from lightning_lora.layers.matrices import Role
-from lightning_lora.model.view import View, root_of
+from lightning_lora.model.view import View
 from lightning_lora.storage.base import base_value
 from lightning_lora.storage.names import Renaming, by_whole_names, find_renamings
 from lightning_lora.storage.stored import StoredAdapters
@@ -65,10 +65,10 @@ class Update:
 # Names
 
 
-def place_of(view: View, layers: Collection[str], entries: Collection[str]) -> Renaming:
+def place_of(view: View, layers: Collection[str], entries: Collection[str], root: str) -> Renaming:
     """Return how a file's names of layers and other tensors become those of the model: by one prefix."""
     known = {**view.modules, **view.base, **view.buffers}
-    root, title = root_of(view.model), type(view.model).__name__
+    title = type(view.model).__name__
     found = find_renamings([*layers, *entries], known, root_here=root)
     if len(found) > 1:
         raise AdapterMismatchError(

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -45,6 +46,11 @@ def transformer() -> Any:
         sample_size=8, patch_size=2, in_channels=4, num_layers=1, attention_head_dim=4, num_attention_heads=2,
         joint_attention_dim=8, caption_projection_dim=8, pooled_projection_dim=8, out_channels=4, pos_embed_max_size=8,
     ).eval()  # fmt: skip
+
+
+def pixart() -> Any:
+    sizes = {"sample_size": 8, "num_layers": 1, "attention_head_dim": 4, "num_attention_heads": 2}
+    return diffusers.PixArtTransformer2DModel(**sizes, cross_attention_dim=8, caption_channels=8, norm_num_groups=2)
 
 
 @torch.no_grad()
@@ -131,7 +137,7 @@ def test_a_file_says_its_part_by_the_name_in_its_module(tmp_path: Path) -> None:
     pipeline(base).load_lora_weights(tmp_path / "out")
     check_equal(run(base), run(module["unet"]))
     ll.save_adapter(trained(unet(), ll.LoRAConfig(target_modules=["to_q"])), path)
-    with pytest.raises(ll.ExportError, match=r"not known.*load it onto its model"):
+    with pytest.raises(ll.ExportError, match=r"none that is known.*Load a file onto its model"):
         ll.export_peft(path, tmp_path / "none", format="diffusers")
 
 
@@ -140,7 +146,8 @@ def test_a_file_says_its_part_by_the_name_in_its_module(tmp_path: Path) -> None:
     [
         (unet, {"modules_to_save": ["conv_out"]}, "would refuse 'conv_out.weight', 'conv_out.bias'"),
         (unet, {"target_modules": ["conv1"], "bias": "lora_only"}, "would refuse '.*conv1.base_layer.bias'"),
-        (lambda: TinyLM(tied=False), {"target_modules": ["q_proj"]}, "which one TinyLM is, is not known"),
+        (lambda: TinyLM(tied=False), {"target_modules": ["q_proj"]}, "TinyLM is none that is known"),
+        (pixart, {}, "PixArtTransformer2DModel is none .*PixArt has none.*PeftModel"),
     ],
 )
 def test_what_a_pipeline_cannot_hold(
@@ -204,6 +211,24 @@ def test_a_file_without_a_header_is_read_as_diffusers_reads_it(ends: tuple[str, 
         check_equal(loaded(unet(), tmp_path), run(part))
 
 
+def test_the_way_through_diffusers_that_is_advised_for_files_of_kohya(tmp_path: Path) -> None:
+    model, whole = trained(unet(), ll.LoRAConfig(r=2, alpha=6, target_modules=["to_q", "to_v"])), pipeline(unet())
+    ll.export_peft(model, tmp_path, format="diffusers")
+    tensors, named = load_file(tmp_path / WEIGHTS), dict[str, Tensor]()
+    for name, value in tensors.items():  # it holds the scaling
+        layer, which, _ = name.removeprefix("unet.").rsplit(".", 2)
+        place = f"lora_unet_{layer.replace('.', '_')}"
+        named[f"{place}.lora_{'down' if which == 'lora_A' else 'up'}.weight"] = value * (2 if which == "lora_B" else 1)
+        named[f"{place}.alpha"] = torch.tensor(1.0)  # over a rank of two
+    save_file(named, tmp_path / "kohya.safetensors")
+    with pytest.raises(ll.AdapterFileError, match=r"kohya.*adapter_name='default'.*pipe.unet .*save_lora_adapter"):
+        ll.load_adapter(unet(), tmp_path / "kohya.safetensors")
+    whole.load_lora_weights(tmp_path / "kohya.safetensors", adapter_name="default")
+    check_equal(run(whole.unet), run(model))
+    whole.unet.save_lora_adapter(tmp_path / "way")
+    check_equal(loaded(unet(), tmp_path / "way"), run(model))
+
+
 def test_each_model_gets_its_part_of_a_file(tmp_path: Path) -> None:
     save = diffusers.StableDiffusionPipeline.save_lora_weights
     models: dict[str, Any] = {"unet": unet(), "text_encoder": text_encoder()}
@@ -221,6 +246,86 @@ def test_each_model_gets_its_part_of_a_file(tmp_path: Path) -> None:
             check_equal(loaded(build(), tmp_path), run(models[build.__name__]))
     with pytest.raises(ll.AdapterMismatchError, match="several parts of a pipeline: 'text_encoder', 'unet'"):
         ll.load_adapter(TinyLM(), tmp_path)
+
+
+class DreamBooth(L.LightningModule):
+    """A UNet and a text encoder that train together, beside other parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+        self.unet, self.text_encoder = unet(), text_encoder()
+        self.head = nn.Linear(2, 2)
+
+
+BOTH: dict[str, Any] = {"r": 2, "alpha": 3, "target_modules": ["to_q", "q_proj"], "rank_pattern": {"q_proj": 1}}
+BOTH["exclude_modules"] = ["vae"]
+
+
+def test_all_parts_of_a_module_are_written_into_one_file_and_read(tmp_path: Path) -> None:
+    module: Any = trained(DreamBooth(), ll.LoRAConfig(**BOTH), scale=0.1)
+    parts = {"unet": module.unet, "text_encoder": module.text_encoder}
+    ll.save_adapter(module, tmp_path / "adapter.safetensors")
+    for i, source in enumerate((module, tmp_path / "adapter.safetensors")):
+        folder = tmp_path / str(i)
+        ll.export_peft(source, folder, format="diffusers")
+        whole = pipeline(unet())
+        whole.load_lora_weights(folder)
+        ll.load_adapter(fresh := DreamBooth(), folder)
+        for name, part in parts.items():
+            plain = run({"unet": unet, "text_encoder": text_encoder}[name]())
+            assert (run(part) - plain).norm() > 1e-3 * plain.norm()
+            check_equal(run(getattr(whole, name)), run(part))
+            check_equal(run(getattr(fresh, name)), run(part))
+    with pytest.raises(ll.ExportError, match=r"'text_encoder\..* outside of 'unet'.*all of them if root is left out"):
+        ll.export_peft(module, tmp_path / "one", root="unet", format="diffusers")
+    with pytest.warns(ll.LoRAWarning, match="held 'text_encoder' too, which is replaced"):
+        ll.export_peft(trained(unet(), ll.LoRAConfig(target_modules=["to_q"])), tmp_path / "0", format="diffusers")
+    for match, config in (
+        (r"'head.bias', 'head.weight' .* outside of 'unet'", {**BOTH, "modules_to_save": ["head"]}),
+        (r"'vae\..* outside of 'unet', 'text_encoder'", {"target_modules": ["to_q", "q_proj"]}),
+    ):
+        module = trained(DreamBooth(), ll.LoRAConfig(**config))
+        with pytest.raises(ll.ExportError, match=match):
+            ll.export_peft(module, tmp_path / "one", format="diffusers")
+
+
+def test_a_part_goes_where_its_name_is(tmp_path: Path) -> None:
+    parts: Any = nn.ModuleDict({"unet": unet(), "text_encoder": text_encoder(), "text_encoder_2": text_encoder()})
+    config = ll.LoRAConfig(r=2, target_modules=["q_proj"], exclude_modules=["text_encoder"])
+    model: Any = trained(parts, config)
+    ll.export_peft(model, tmp_path, format="diffusers")
+    ll.load_adapter(parts, tmp_path)
+    check_equal(run(parts["text_encoder_2"]), run(model["text_encoder_2"]))
+    check_equal(run(parts["text_encoder"]), run(text_encoder()))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_module_reads_what_diffusers_saved_of_its_parts(use_dora: bool, tmp_path: Path) -> None:
+    models: dict[str, Any] = {"unet": unet(), "text_encoder": text_encoder()}
+    given: dict[str, Any] = {}
+    for name, model in models.items():
+        settings = LoraConfig(r=len(name), use_rslora=name == "unet", target_modules=["to_q", "q_proj"])
+        settings.use_dora = use_dora and name == "unet"
+        inject_adapter_in_model(settings, model)
+        model.peft_config = {"default": settings}
+        change(model)
+        given[f"{name}_lora_layers"] = get_peft_model_state_dict(model)
+        given[f"{name}_lora_adapter_metadata"] = settings.to_dict()
+    diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path, **given)
+    module = DreamBooth()
+    if use_dora:
+        with pytest.raises(ll.AdapterFileError, match="parts with other use_dora"):
+            ll.load_adapter(module, tmp_path)
+        return
+    ll.load_adapter(module, tmp_path)
+    for name, model in models.items():
+        check_equal(run(getattr(module, name)), run(model))
+    module = DreamBooth()
+    del module.text_encoder
+    with pytest.warns(ll.LoRAWarning, match="also holds adapters of 'text_encoder'"):
+        ll.load_adapter(module, tmp_path)
+    check_equal(run(module.unet), run(models["unet"]))
 
 
 @pytest.mark.parametrize("header", ["{", "[]", json.dumps({"unet.peft_type": "LOKR"}), json.dumps({"unet.r": "two"})])

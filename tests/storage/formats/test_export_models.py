@@ -14,7 +14,9 @@ import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 
+import lightning_lora
 from lightning_lora import ExportError, LoRAConfig, export_peft
+from lightning_lora.layers import LoRALayer
 from tests.support.models import Around, LitTiny, data, lora, trainer
 from tests.support.peft_export import check_equal, check_read, exports, read, trained
 
@@ -106,22 +108,62 @@ def test_models_inside_a_lightning_module(kind: str, head: str, config: dict[str
             check_equal(run(load_adapter(base, directory)), here)
 
 
-SCALED: list[tuple[dict[str, Any], int]] = [
-    ({"rank_pattern": {"v_proj": 1}, "alpha": 2}, 0),
-    ({"alpha_pattern": {"v_proj": 4}}, 1),
-    ({"use_rslora": True}, 1),
+SCALED: list[tuple[dict[str, Any], list[str]]] = [
+    ({"rank_pattern": {"v_proj": 1}, "alpha": 2, "alpha_pattern": {"v_proj": 1}}, ["llama.cpp"]),
+    ({"rank_pattern": {"v_proj": 1}, "alpha": 2}, ["vLLM"]),
+    ({"alpha_pattern": {"v_proj": 4}}, ["vLLM", "llama.cpp"]),
+    ({"use_rslora": True}, ["llama.cpp"]),
+    ({}, []),
 ]
 
 
-@pytest.mark.parametrize(("config", "warned"), SCALED)
-def test_what_llama_cpp_would_scale_otherwise_is_named(config: dict[str, Any], warned: int, tmp_path: Path) -> None:
-    model = trained(tiny("Llama", "ForCausalLM"), LoRAConfig(r=2, target_modules=["q_proj", "v_proj"], **config))
+@pytest.mark.parametrize(("config", "readers"), SCALED)
+def test_readers_that_would_scale_otherwise_are_named(config: Any, readers: list[str], tmp_path: Path) -> None:
+    base = tiny("Llama", "ForCausalLM")
+    model = trained(base, LoRAConfig(r=2, target_modules=["q_proj", "v_proj"], **config))
     with warnings.catch_warnings(record=True) as noticed:
         warnings.simplefilter("always")
         export_peft(model, tmp_path / "uniform", uniform=True)
         assert not noticed
         export_peft(model, tmp_path / "peft")
-    assert ["llama.cpp" in str(each.message) for each in noticed] == [True] * warned
+    (said,) = [str(each.message) for each in noticed] or [""]
+    assert [name for name in ("vLLM", "llama.cpp") if name in said] == readers
+    # what they do: one scaling for all, or lora_alpha over the rank of each A
+    about = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRALayer):
+            r, scaling = layer.lora_A.shape[0], layer.lora_settings.scaling
+            own = about["lora_alpha"] / about["r"] ** (0.5 if about["use_rslora"] else 1)
+            assert "vLLM" in readers or own == pytest.approx(scaling), name
+            assert "llama.cpp" in readers or about["lora_alpha"] / r == pytest.approx(scaling), name
+
+
+TIED = [
+    ("Qwen2", "ForCausalLM", "q_proj", "embed_tokens"),
+    ("Qwen2", "ForCausalLM", "q_proj", "lm_head"),
+    ("GPT2", "LMHeadModel", "c_attn", "wte"),
+    ("T5", "ForConditionalGeneration", "q", "shared"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*look untrained and stayed frozen:lightning_lora.LoRAWarning")
+@pytest.mark.skipif(is_old, reason="T5 has one layer for all uses there")
+@pytest.mark.parametrize(("kind", "head", "target", "saved"), TIED)
+def test_a_tied_weight_that_trains_whole(kind: str, head: str, target: str, saved: str, tmp_path: Path) -> None:
+    """PEFT has each use by itself, with the same values, and they load onto the one weight here."""
+    base = tiny(kind, head)
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    model = trained(Around(base), LoRAConfig(r=2, target_modules=[target], modules_to_save=[saved]))
+    for uniform in (False, True):
+        export_peft(model, tmp_path, uniform=uniform)
+        for merged in (False, True):
+            with torch.no_grad():
+                check_equal(run(read(base, tmp_path, merged=merged)), run(model.model), 1e-5)
+    lightning_lora.load_adapter(again := deepcopy(base), tmp_path)
+    with torch.no_grad():
+        assert (run(again) - run(base)).norm() > 1e-3 * run(base).norm()
+        check_equal(run(again), run(model.model))
 
 
 def test_a_file_of_a_trainer(tmp_path: Path) -> None:

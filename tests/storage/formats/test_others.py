@@ -13,8 +13,19 @@ import lightning_lora as ll
 from lightning_lora.__main__ import main
 
 DEEP, ONE = "decoder.layers.0.self_attention", torch.ones(2, 4)
+MODEL = "base_model.model.q_proj"
 NAMES: dict[str, tuple[list[str], str]] = {
     "kohya": (["lora_te_text_q_proj.lora_down.weight", "lora_te_text_q_proj.alpha"], "kohya's sd-scripts.*diffusers"),
+    "ComfyUI": (["diffusion_model.blocks.0.qkv.lora_down.weight"], "ComfyUI.*load_lora_weights.*save_lora_adapter"),
+    "ComfyUI, PEFT's ends": (["diffusion_model.qkv.lora_A.weight", "diffusion_model.qkv.lora_B.weight"], "ComfyUI"),
+    "LyCORIS": (["lora_unet_to_q.hada_w1_a", "lora_unet_to_q.hada_w1_b", "lora_unet_to_q.alpha"], "LyCORIS"),
+    "LoKr": (["lora_unet_to_q.lokr_w1", "lora_unet_to_q.lokr_w2"], "LyCORIS"),
+    "torchtune": (["layers.0.attn.q_proj.lora_a.weight"], "torchtune.*adapter_config.json"),
+    "PEFT's state": (
+        [f"{MODEL}.lora_A.default.weight", f"{MODEL}.base_layer.weight"],
+        "PEFT, as state.*save_pretrained",
+    ),
+    "PEFT's embedding": ([f"{MODEL}.lora_embedding_A.default"], "PEFT, as state"),
     "mlx-lm": (["model.layers.0.q_proj.lora_a", "model.layers.0.q_proj.lora_b"], "mlx-lm.*mlx_lm.fuse"),
     "NeMo 1": ([f"model.{DEEP}.adapter_layer.lora_kqv_adapter.linear_in.weight"], "NeMo.*Hugging Face"),
     "NeMo 2": ([f"module.{DEEP}.linear_qkv.adapter.linear_out.weight"], "NeMo.*Hugging Face"),
@@ -50,3 +61,27 @@ def test_names_of_files_tell_the_tool(tmp_path: Path, capsys: Any) -> None:
         (tmp_path / name).write_text(text)
         check_named(tmp_path / name.partition("/")[0], match, capsys)
     check_named(tmp_path / "lit" / "lit_model.pth.lora", "litgpt", capsys)
+
+
+def test_a_folder_names_a_file_in_it(tmp_path: Path) -> None:
+    save_file({"lora_te_text_q_proj.lora_down.weight": ONE}, tmp_path / "mine.safetensors")
+    with pytest.raises(ll.AdapterFileError, match=r"no adapters of PEFT.*one file, such as 'mine.safetensors'"):
+        ll.load_adapter(nn.Linear(4, 4), tmp_path)
+
+
+def test_a_repository_is_read_from_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"someone/lora is no file .*snapshot_download\('someone/lora'\)"):
+        ll.load_adapter(nn.Sequential(nn.Linear(4, 4)), "someone/lora")
+    kept = tmp_path / "models--someone--lora"
+    for folder in ("refs", "snapshots"):
+        (kept / folder).mkdir(parents=True)
+    (kept / "refs" / "main").write_text("1" * 40)
+    ll.inject_adapters(model := nn.Sequential(nn.Linear(4, 4)), ll.LoRAConfig(r=2))
+    nn.init.ones_(model[0].lora_B)
+    ll.export_peft(model, kept / "snapshots" / ("1" * 40))
+    ll.load_adapter(other := nn.Sequential(nn.Linear(4, 4)), "someone/lora")
+    assert torch.equal(other[0].lora_A, model[0].lora_A)
+    with pytest.raises(FileNotFoundError, match=r"someone/lora.ckpt'"):  # a file's name is none of the hub
+        ll.load_adapter(nn.Sequential(nn.Linear(4, 4)), "someone/lora.ckpt")

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from peft.tuners import lora
 from torch import nn
 
-from lightning_lora import AdapterMismatchError, LoRAWarning, load_adapter
+from lightning_lora import AdapterFileError, AdapterMismatchError, LoRAWarning, load_adapter
 from tests.support.models import Around
 from tests.support.peft_reading import built, gap, read_by_peft, write_peft
 
@@ -99,3 +100,84 @@ def test_an_update_that_a_mixer_of_mamba_leaves_out_is_never_loaded(tmp_path: Pa
     else:
         load_adapter(model, tmp_path)
         assert gap(model(input_ids=INDEX), expected(input_ids=INDEX)) < 2e-6
+
+
+VISION = {**BERT, "image_size": 8, "patch_size": 4}
+PIXELS = torch.linspace(-1, 1, 3 * 8 * 8).view(1, 3, 8, 8)
+
+
+def siglip() -> nn.Module:
+    return hf.SiglipVisionModel(hf.SiglipVisionConfig(**VISION))
+
+
+@pytest.mark.parametrize("init", [True, "gaussian"])
+def test_a_zero_update_of_a_layer_that_is_never_called_is_left_out(tmp_path: Path, init: Any) -> None:
+    """all-linear names the output projection of SigLIP's pooling head, an nn.MultiheadAttention."""
+
+    def untrained(peft: nn.Module) -> None:
+        for name, p in peft.named_parameters():
+            if "attention.out_proj.lora_B" in name:
+                nn.init.zeros_(p)
+
+    config = {"target_modules": "all-linear", "init_lora_weights": init}
+    expected = write_peft(tmp_path, built(siglip), untrained, **config)
+    model = built(siglip)
+    with pytest.warns(LoRAWarning, match=r"'head.attention.out_proj' is zero.*never calls it: it is left out") as told:
+        load_adapter(model, tmp_path)
+    assert len(told) == 1
+    assert gap(model(PIXELS).pooler_output, built(siglip)(PIXELS).pooler_output) > 1e-4
+    assert gap(model(PIXELS).pooler_output, expected(PIXELS).pooler_output) < 2e-6
+    write_peft(tmp_path, built(siglip), **config)
+    with pytest.raises(AdapterMismatchError, match=r"'head.attention.out_proj', which its nn.MultiheadAttention never"):
+        load_adapter(built(siglip), tmp_path)
+
+
+class Shared(nn.Module):
+    """Two layers with one weight, as in Zamba2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.k.weight = self.q.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q(torch.tanh(self.k(x)))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", True])
+@pytest.mark.parametrize("targets", [["q", "k"], ["q"]])
+def test_a_start_that_peft_takes_off_a_shared_weight_is_refused(tmp_path: Path, init: Any, targets: list[str]) -> None:
+    expected = write_peft(tmp_path, built(Shared), target_modules=targets, init_lora_weights=init)(torch.eye(8))
+    if init is True:
+        load_adapter(model := built(Shared), tmp_path)
+        assert gap(model(torch.eye(8)), expected) < 2e-6
+        return
+    with pytest.raises(AdapterMismatchError, match=f"'q.weight', 'k.weight' are one weight.*'{init}'.*Train anew"):
+        load_adapter(built(Shared), tmp_path)
+
+
+METHODS: dict[str, tuple[type, dict[str, Any]]] = {
+    "layer_replication": (hf.LlamaConfig, {"layer_replication": [[0, 2], [1, 2]]}),
+    "aLoRA": (hf.LlamaConfig, {"alora_invocation_tokens": [3]}),
+    "lora_bias": (hf.LlamaConfig, {"lora_bias": True}),
+    "lora_bias, with biases": (hf.Qwen2Config, {"lora_bias": True}),
+    "kasa": (hf.LlamaConfig, {"kasa_config": lora.KasaConfig()}),
+    "bdlora": (hf.LlamaConfig, {"use_bdlora": lora.BdLoraConfig(target_modules_bd_a=["q_proj"], nblocks=2)}),
+    "monteclora": (hf.LlamaConfig, {"monteclora_config": lora.MontecloraConfig()}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("config", "fields"), METHODS.values(), ids=METHODS)
+def test_a_merge_by_peft_is_advised_where_it_is_right(tmp_path: Path, config: Any, fields: Any) -> None:
+    make = causal(config(**LLAMA))
+    peft = write_peft(tmp_path, built(make), target_modules=["q_proj"], task_type="CAUSAL_LM", **fields)
+    expected = peft(input_ids=INDEX)
+    try:
+        merges = gap(peft.merge_and_unload()(input_ids=INDEX), expected) < 1e-6
+    except (NotImplementedError, RuntimeError):
+        merges = False
+    with pytest.raises(AdapterFileError) as error:
+        load_adapter(built(make), tmp_path)
+    advised = "if that can" if "lora_bias" in fields else "Merge it with PEFT" if merges else "does not merge it right"
+    assert advised in str(error.value) and f"'{next(iter(fields))}'" in str(error.value)

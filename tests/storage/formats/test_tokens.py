@@ -105,12 +105,12 @@ def test_what_peft_computes_otherwise_is_refused_both_ways(tmp_path: Path, make:
         ll.export_peft(model, tmp_path / "here")
 
 
-@pytest.mark.parametrize("options", [{"uniform": True}, {"format": "diffusers"}, {}])
+@pytest.mark.parametrize("options", [{"uniform": True}, {"format": "diffusers", "root": ""}, {}])
 def test_readers_that_know_no_rows_are_not_given_any(tmp_path: Path, options: Any) -> None:
     model = TinyLM(tied=False)
     targets = ["q_proj"] if options else []
     ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=targets, trainable_token_indices={"embed": [1]}))
-    with pytest.raises(ll.ExportError, match="fit in PEFT's own format alone"):
+    with pytest.raises(ll.ExportError, match="fit in PEFT's format alone, beside adapters, not uniform"):
         ll.export_peft(model, tmp_path / "here", **options)
 
 

@@ -1,0 +1,124 @@
+"""Types of models of transformers of which PEFT adapts some layers otherwise, or not: named before and after a fit."""
+
+import logging
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+
+import lightning_lora as ll
+from lightning_lora.training.advice import advise
+from tests.support.models import Around
+from tests.support.peft_export import check_equal, read, trained
+
+if not hasattr(hf, "Glm4MoeConfig") or int(hf.__version__.partition(".")[0]) < 5:
+    pytest.skip("experts are modules there", allow_module_level=True)
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 40, "pad_token_id": 0}
+DECODER = {**SMALL, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+EXPERTS = {**DECODER, "moe_intermediate_size": 8, "num_experts_per_tok": 2}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+GROUPS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+HEADS = {"num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 4}
+IDS = torch.arange(12).view(2, 6)
+GATED, EACH = ["gate_proj", "up_proj", "down_proj"], ["experts.gate_up_proj", "experts.down_proj"]
+CASES: dict[str, tuple[str, dict[str, Any], list[str], str]] = {
+    "shared experts": ("DeepseekV3", {**EXPERTS, **LATENT, **GROUPS}, GATED, "layers.1.mlp.shared_experts.up_proj'.*"),
+    "and another": ("Glm4Moe", {**EXPERTS, **GROUPS}, GATED, "shared_experts"),
+    "dense blocks": ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [0]}, GATED, "layers.0.mlp.down_proj.*'qwen3_moe'"),
+    "mamba": ("Mamba", {**SMALL, "state_size": 4}, ["out_proj"], "PEFT refuses 'out_proj' .*'mamba'"),
+    "mamba2": ("Mamba2", {**SMALL, "state_size": 4, **HEADS}, ["out_proj"], "PEFT refuses 'out_proj' .*'mamba2'"),
+    "falcon mamba": ("FalconMamba", {**SMALL, "state_size": 4}, ["out_proj"], "PEFT refuses .*'falcon_mamba'"),
+    "another router": ("Phimoe", {**DECODER, "num_local_experts": 2}, ["router"], "PhimoeTopKRouter has a forward"),
+    "router": ("Llama4", {**DECODER, "head_dim": 8, "num_local_experts": 2}, ["router"], "Llama4Router has a forward"),
+}
+
+
+def tiny(kind: str, sizes: dict[str, Any]) -> Any:
+    config = getattr(hf, f"{kind}TextConfig" if kind == "Llama4" else f"{kind}Config")(**sizes)
+    torch.manual_seed(1)
+    return getattr(hf, f"{kind}ForCausalLM")(config).eval()
+
+
+def run(model: Any) -> Tensor:
+    logits: Tensor = model(input_ids=IDS).logits
+    return logits
+
+
+@pytest.mark.filterwarnings("ignore:target_modules=|For .* pass uniform=True:lightning_lora.LoRAWarning")
+@pytest.mark.parametrize(("kind", "sizes", "left", "match"), CASES.values(), ids=CASES)
+def test_what_peft_does_not_hold_is_named_and_the_advice_is_right(
+    kind: str, sizes: dict[str, Any], left: list[str], match: str, tmp_path: Path, caplog: Any
+) -> None:
+    caplog.set_level(logging.INFO)
+    base, advised = tiny(kind, sizes), {"exclude_modules": left}
+    for config in ({}, advised, {**advised, "target_parameters": EACH})[: 3 if left == GATED else 2]:
+        caplog.clear()
+        ll.inject_adapters(module := Around(deepcopy(base)), ll.LoRAConfig(r=2, **config))
+        advise(module)
+        assert ("export_peft refuses 'model." in caplog.text) == (not config)
+        model = trained(base, ll.LoRAConfig(r=2, **config), scale=0.1)
+        if not config:
+            with pytest.raises(ll.ExportError, match=match) as error:
+                ll.export_peft(model, tmp_path / "peft")
+            assert f"exclude_modules={left}" in str(error.value) or left == ["router"]
+            continue
+        with torch.no_grad():
+            assert (run(model) - run(base)).norm() > 1e-4 * run(base).norm()
+            ll.export_peft(model, tmp_path / "peft")
+            check_equal(run(read(base, tmp_path / "peft")), run(model))
+
+
+@pytest.mark.filterwarnings("ignore:For .* pass uniform=True:lightning_lora.LoRAWarning")
+def test_a_file_does_not_say_its_type_and_a_model_of_another_type_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny("Qwen2Moe", {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 8})
+    model = trained(base, ll.LoRAConfig(r=2), scale=0.1)
+    ll.export_peft(model, tmp_path / "peft")
+    with torch.no_grad():
+        check_equal(run(read(base, tmp_path / "peft")), run(model))
+    ll.save_adapter(model, tmp_path / "adapter.safetensors")
+    with pytest.raises(ll.ExportError, match=r"'model.layers.0.mlp.shared_expert.gate_proj'.*Load the file onto it"):
+        ll.export_peft(tmp_path / "adapter.safetensors", tmp_path / "other")
+    monkeypatch.setitem(sys.modules, "peft", None)  # it is not installed
+    ll.export_peft(trained(tiny(*CASES["mamba"][:2]), ll.LoRAConfig(r=2)), tmp_path / "mamba")
+
+
+def vlm() -> Any:
+    """Gemma 3, whose vision tower has a pooling head with an nn.MultiheadAttention."""
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = hf.Gemma3Config(
+        text_config={**DECODER, "head_dim": 8, "vocab_size": 60},
+        vision_config={**vision, "image_size": 8, "patch_size": 4},
+        mm_tokens_per_image=4,
+        image_token_index=50,
+    )
+    torch.manual_seed(2)
+    return hf.Gemma3ForConditionalGeneration(config).eval()
+
+
+def test_updates_of_zero_that_peft_cannot_hold_are_left_out(tmp_path: Path) -> None:
+    base, name = vlm(), "vision_tower"
+    model = trained(base, ll.LoRAConfig(r=2), scale=0.1)
+    with pytest.raises(ll.ExportError, match=r"head.attention.*adds the update .* twice"):
+        ll.export_peft(model, tmp_path / "peft")
+    with torch.no_grad():
+        for own, p in model.named_parameters():
+            if name in own and "lora_B" in own:
+                p.zero_()  # it was trained on text
+        with pytest.warns(ll.LoRAWarning, match="head.attention' have updates of zero.*left out") as told:
+            ll.export_peft(model, tmp_path / "peft")
+        assert len(told) == 1
+        assert (run(model) - run(base)).norm() > 1e-4 * run(base).norm()
+        check_equal(run(read(base, tmp_path / "peft")), run(model))
+        ll.load_adapter(again := vlm(), tmp_path / "peft")
+        check_equal(run(again), run(model))
+    only = trained(base, ll.LoRAConfig(r=2, target_modules=["head.attention"]), scale=0)
+    with pytest.raises(ll.ExportError, match="twice"):
+        ll.export_peft(only, tmp_path / "other")
