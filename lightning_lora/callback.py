@@ -58,30 +58,11 @@ class LoRACallback(Callback):
     error.
 
     When a fit begins, the Trainer's loggers get the arguments as hyperparameters (``lora/r``), with the share of
-    parameters that train and a digest of the base. ``LoRAConfig`` says more of each argument before ``merge``.
+    parameters that train and a digest of the base.
+
+    The arguments before ``merge`` are those of ``LoRAConfig``, and are explained there.
 
     Args:
-        r: Rank of the update. A layer whose smaller side is less gets its largest rank, with the same scaling.
-        alpha: The update is scaled by ``alpha / r``. If it stays the same, a learning rate suits other ranks too.
-            ``None`` means ``alpha = r``, a scaling of one.
-        dropout: Probability of dropping an input of ``lora_A`` in training, in [0, 1).
-        target_modules: The layers to adapt. ``"all-linear"`` means every linear layer except a language model's output
-            head. ``"all"`` means every supported layer. Any other string is a regular expression that must match the
-            full dotted name. Or give a list of names, or of the last parts of names.
-        target_slices: Parts of fused layers to adapt, such as ``{"c_attn": ["q", "v"]}``.
-        target_parameters: Matrices that are parameters of a module and no layers of their own, such as expert weights.
-        exclude_modules: Modules to leave without adapters. Give a regular expression or a list, as above.
-        modules_to_save: Modules, or single parameters, to train in full. List every new layer here: a frozen layer with
-            random weights learns nothing.
-        trainable_token_indices: Rows of the input embedding to train, such as those of new tokens.
-        rank_pattern: Layers with another rank than ``r``, such as ``{"query": 4}``.
-        alpha_pattern: Layers with another ``alpha``.
-        bias: Which biases train too: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
-        init: How the adapters are initialised. ``"kaiming"`` (uniform) and ``"gaussian"`` make ``lora_A`` random.
-            ``"pissa"`` and ``"olora"`` start both matrices from the strongest part of the weight.
-        use_rslora: Scale by ``alpha / sqrt(r)`` instead.
-        use_dora: Train a magnitude for each output feature too, separate from the direction (DoRA).
-        autocast_adapter_dtype: Keep adapters in float32 if the base is in half precision.
         merge: What to do with the adapters at the end of ``fit``. ``"last"`` merges them as they are. ``"best"`` merges
             those of ModelCheckpoint's best file. ``False`` leaves them on the model. A ``fast_dev_run`` merges nothing,
             but refuses what a fit would refuse.
@@ -345,3 +326,7 @@ class LoRACallback(Callback):
 
 
 compatibility.join_other_package(LoRACallback)
+
+
+_SHARED = (LoRAConfig.__doc__ or "").partition("    Args:\n")[2].partition("\n    Raises:")[0]
+LoRACallback.__doc__ = (LoRACallback.__doc__ or "").replace("    Args:\n", f"    Args:\n{_SHARED}", 1)
