@@ -70,4 +70,4 @@ def test_nothing_of_the_process_changes_at_import() -> None:
 def test_import_needs_no_optional_package(module: str) -> None:
     package = ROOT / "lightning_lora"
     sources = "\n".join(path.read_text() for path in package.rglob("*.py"))
-    assert not re.search(rf"^\s*(from|import) {module}\b", sources, re.MULTILINE)
+    assert not re.search(rf"^(from|import) {module}\b", sources, re.MULTILINE)  # inside of functions, it may be asked

@@ -72,8 +72,10 @@ class Resumed:
     def begin_training(self) -> None:
         """Set them for the first step: other code may draw or seed before it. Data that began otherwise begin again."""
         begins_anew = not self.begun or (self.loop.restarting and self.loop._combined_loader_states_to_load)
-        self._set(self.states if begins_anew else self.begun)
-        if begins_anew:
+        later = self.trainer.current_epoch > 0 and not self.loop.epoch_loop.restarting  # by Lightning before 2.6
+        later = later and not hasattr(type(self.loop), "is_resuming")
+        self._set(self.states if begins_anew or later else self.begun)
+        if begins_anew and not later:
             self.loop._load_combined_loader_states()
             iter(self.loop._data_fetcher)
 
