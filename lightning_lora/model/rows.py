@@ -37,7 +37,8 @@ def adapter_names(model: nn.Module, names: Sequence[str | None]) -> AbstractCont
     to it. Without ``with``, the names are checked, and nothing else happens.
 
     The block holds for all threads. Of nested ones, the inner one counts, and ``disable_adapters`` shows the base. Do
-    not move the model inside it, or switch its adapter. If activations are checkpointed, call ``backward`` inside it.
+    not move the model inside it. To add, load, remove or merge adapters there is an error. If activations are
+    checkpointed, call ``backward`` inside it.
 
     Args:
         model: The model that ``inject_adapters`` was called on.
@@ -173,8 +174,8 @@ class _Mixed:
         if self.running:
             return self._run_as(self.running[-1], args, kwargs)
         x = self._input(args, kwargs)
-        if len(self.rows) == 1:
-            return self._run_as(self.names[0], args, kwargs)
+        if len(self.rows) < 2:  # none at all, in an empty batch
+            return self._run_as(next(iter(self.rows), None), args, kwargs)
         if self.is_sum and not (self.has_dropout and (module.training or self.step.runs)):
             return add_to_rows(self.base.forward(module, *args, **kwargs), x, *self._factors())
         later = int(isinstance(module, nn.RNNBase))  # the rows of states are their second dimension

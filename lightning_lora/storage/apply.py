@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
 from lightning_lora.layers import FROM_BASE, LoRALayer
-from lightning_lora.model.attach import undone_on_error
+from lightning_lora.model.attach import check_no_rows, undone_on_error
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge, unmerge, unmerged
@@ -37,6 +37,7 @@ def apply(
 
     A model without adapters is adapted first. Beside the active one, another one is loaded, and rests.
     """
+    check_no_rows(View(model), "load_adapter")
     record = find_record(model) or receive(model)
     if record is not None and name not in (None, record.adapter.name):
         before = record.adapter
