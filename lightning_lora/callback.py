@@ -248,6 +248,7 @@ class LoRACallback(Callback):
             self._report(trainer, pl_module)
         follow(*trainer.optimizers)  # a checkpoint may be of another scale
         self._stage.phase = Phase.TRAINING
+        self._stage.undo.pop_all()  # what it needs may be large
         view = view_of(pl_module)
         view.follow_base()  # hooks may have loaded the base late
         follow_copied(view, view.layers.keys() - view.recorded)  # or copied networks

@@ -2,8 +2,9 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -80,15 +81,18 @@ def unmerge_adapters(model: nn.Module) -> None:
 
 
 @contextmanager
-def unmerged(model: nn.Module) -> Iterator[None]:
+def unmerged(model: nn.Module, *, changes: bool = True) -> Iterator[None]:
     """Unmerge a model inside a ``with`` block. At the end it is merged again, if it was merged before."""
     check_as_merged(model)
-    was_merged = unmerge(model)
+    again = unmerge(model)
     try:
         yield
+    except BaseException:
+        changes = False
+        raise
     finally:
-        if was_merged:
-            merge(model)
+        if again:
+            merge(model) if changes else again()
 
 
 # Merge
@@ -244,11 +248,14 @@ def quantised_layers(view: View) -> list[str]:
 # Unmerge
 
 
-def unmerge(model: nn.Module) -> bool:
-    """Undo a merge, and return whether there was one. Weights that were replaced since are a new base: that warns."""
+def unmerge(model: nn.Module) -> Callable[[], object] | None:
+    """Undo a merge, and return what merges again to the same bits, if nothing has changed. None: there was no merge.
+
+    Weights that were replaced since are a new base: that warns.
+    """
     record = find_record(model)
     if record is None or record.merge is None:
-        return False
+        return None
     record_of(model)  # refuses a model whose adapters are disabled
     if not is_as_merged(model):
         forget_record(model)
@@ -256,8 +263,15 @@ def unmerge(model: nn.Module) -> bool:
             f"The weights of {type(model).__name__} were replaced after its adapters were merged into them: they are "
             "taken as a new base, and the adapters of the earlier fine-tune are dropped."
         )
-        return False
+        return None
     adapters, weights, plain = record.merged, record.merge.weights, View(model)
+    before = list[tuple[Tensor, Tensor]]()  # of layers that were converted since: their tensors, as they were merged
+    for name, adapter in adapters.items():
+        for weight, base in adapter.bases.items():
+            shown, was = plain.parameters[key := join(name, weight)], weights[key].dtype
+            if shown.dtype != was:
+                before.append((base if isinstance(base, nn.Parameter) else shown, base.data.to(was)))
+                before += [(p, p.data) for p in adapter.parameters.values()]
     with attach.undone_on_error(plain), torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for name, adapter in adapters.items():
             layer = submodule(model, name)
@@ -272,7 +286,18 @@ def unmerge(model: nn.Module) -> bool:
         undo.pop_all()
     for adapter in adapters.values():
         adapter.bases = {}
-    return True
+    return partial(_merge_as_before, model, before)
+
+
+def _merge_as_before(model: nn.Module, before: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Merge in the dtypes of an earlier merge, and convert what it has merged as it was converted then."""
+    dtypes = {name: p.dtype for name, p in View(model).parameters.items()}
+    for tensor, values in before:
+        replace_values(tensor, values.to(tensor.device))
+    merge(model)
+    for name, p in View(model).parameters.items():
+        if p.dtype != dtypes[name]:
+            replace_values(p, p.data.to(dtypes[name]))
 
 
 def _show_base(record: Record, name: str, layer: nn.Module, adapter: Adapter, undo: ExitStack) -> None:

@@ -16,7 +16,7 @@ from lightning_lora.layers import FROM_BASE, LoRALayer
 from lightning_lora.model.attach import check_no_rows, undone_on_error
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.inject import inject
-from lightning_lora.model.merge import merge, unmerge, unmerged
+from lightning_lora.model.merge import unmerge, unmerged
 from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.state import find_record, keep_record, receive
 from lightning_lora.model.switch import set_adapter, show
@@ -41,7 +41,7 @@ def apply(
     record = find_record(model) or receive(model)
     if record is not None and name not in (None, record.adapter.name):
         before = record.adapter
-        with unmerged(model), show(model, name, before.config) as undo:
+        with unmerged(model, changes=False), show(model, name, before.config) as undo:
             apply(model, read, check_base=check_base)
             undo.pop_all()
             set_adapter(model, before.name)
@@ -62,14 +62,14 @@ def apply(
 @contextmanager
 def _unmerged_and_undone(model: nn.Module) -> Iterator[View]:
     """Unmerge a model for a change. Undo all of it after an error."""
-    record, was_merged = find_record(model) or receive(model), False
+    record, again = find_record(model) or receive(model), None
     try:
-        was_merged = unmerge(model)
+        again = unmerge(model)
         with undone_on_error(view := View(model)):
             yield view
     except BaseException:
-        if was_merged:
-            merge(model)
+        if again:
+            again()
         elif record is not None and record.is_merged:  # its weights were replaced: it is as it was
             keep_record(model, record)
         raise

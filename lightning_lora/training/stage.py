@@ -75,9 +75,9 @@ class Stage:
         """Unmerge the module: it needs its adapters to train, or to load a checkpoint."""
         receive_record(pl_module)
         record = find_record(pl_module)
-        if unmerge(pl_module):
+        if again := unmerge(pl_module):
             self.came = "merged"
-            self.undo.callback(merge, pl_module)
+            self.undo.callback(again)
         if self.wants_another(pl_module):
             self._switch(pl_module)
             self.undo.callback(self._switch_back, pl_module)
@@ -174,9 +174,10 @@ class Stage:
     def end(self, pl_module: LightningModule) -> None:
         """Switch back and merge again, if the stage trained nothing. A fit that did not even load undoes all."""
         was, self.phase = self.phase, Phase.OVER
-        if self.is_fit and was is Phase.SET_UP:
+        is_there = find_record(pl_module) is not None
+        if was is Phase.SET_UP and (self.is_fit or (self.came == "merged" and is_there)):
             self.undo.close()
-        elif was in (Phase.SET_UP, Phase.LOADED) and find_record(pl_module) is not None:
+        elif was in (Phase.SET_UP, Phase.LOADED) and is_there:
             self._switch_back(pl_module)
             if self.came == "merged":
                 merge(pl_module)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,21 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from tests.support.fits import fit
-from tests.support.models import LitTiny, TinyLM, as_merged, as_trained, data, is_plain, lora, same, state, unties
+from tests.support.models import (
+    WIDTH,
+    WORDS,
+    LitTiny,
+    TinyLM,
+    as_merged,
+    as_trained,
+    data,
+    is_plain,
+    lora,
+    same,
+    state,
+    trainer,
+    unties,
+)
 
 CHANGED = "changed since its adapters were merged"
 
@@ -53,6 +68,48 @@ def test_adapters_of_a_merged_converted_model_load_onto_the_converted_base(tmp_p
     assert same(state(base), state(model))
     with pytest.warns(ll.LoRAWarning, match="the same base, converted"):
         ll.load_adapter(LitTiny(), tmp_path / "a.safetensors")
+
+
+class Tied(LitTiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(WIDTH, WORDS, bias=False)
+        self.out.weight = self.embed.weight
+
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+CONVERTED = [*product(["q_proj,v_proj", "embed,out"], DTYPES, DTYPES), ("out", torch.float32, torch.float64)]
+
+
+@pytest.mark.filterwarnings("ignore::lightning_lora.LoRAWarning")
+@pytest.mark.parametrize(("targets", "loaded", "now"), CONVERTED, ids=str)
+def test_what_changes_nothing_in_a_merged_converted_model_leaves_all_bits(
+    tmp_path: Path, targets: str, loaded: torch.dtype, now: torch.dtype
+) -> None:
+    model = as_merged(Tied().to(loaded), target_modules=targets.split(","), autocast_adapter_dtype=False).to(now)
+    before = state(model)
+    ll.unmerge_adapters(alike := copy.deepcopy(model))
+    base = state(alike)
+    ll.save_adapter(alike, file := tmp_path / "a.safetensors")
+    ll.save_adapter(as_trained(Tied(), r=3, target_modules=["head"]), wider := tmp_path / "wider.safetensors")
+    (tmp_path / "a.ckpt").write_bytes(b"PK")
+    ll.load_adapter(model, file, name="other")
+    assert same(state(model), before)
+    calls: list[Callable[[], object]] = [
+        lambda: ll.load_adapter(model, wider),
+        lambda: ll.load_adapter_state_dict(model, {"q_proj.lora_A": torch.ones(1)}),
+        lambda: trainer(tmp_path, [ll.LoRACallback(r=3)]).fit(model, data()),
+        lambda: trainer(tmp_path, [ll.LoRACallback()]).test(model, data(), ckpt_path=tmp_path / "a.ckpt"),
+        lambda: trainer(tmp_path, [ll.LoRACallback(name="fr")]).fit(model, data(), ckpt_path=tmp_path / "a.ckpt"),
+    ]
+    for call in calls:
+        with pytest.raises((ll.LoRAError, OSError)):
+            call()
+        assert same(state(model), before)
+    trainer(tmp_path, [ll.LoRACallback(name="other")]).validate(model, data(), verbose=False)
+    assert same(state(model), before) and ll.adapters(model)[0] == "default"
+    ll.unmerge_adapters(model)
+    assert same(state(model), base)
 
 
 def test_loading_into_a_merged_model_that_changed_is_refused_and_keeps_its_adapters(tmp_path: Path) -> None:
