@@ -299,6 +299,7 @@ class LoRACallback(Callback):
             rank_zero_info(f"This fit trained nothing: {type(pl_module).__name__} stays as it was before.")
             return
         self._stage.phase = Phase.OVER  # what was loaded or trained stays
+        pl_module.zero_grad()  # of the last step: they would take memory, and count in a step by hand
         note_changed(pl_module)
         if not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             return
