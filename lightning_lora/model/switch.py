@@ -141,9 +141,9 @@ def adapters_of(model: nn.Module, name: str) -> dict[str, Adapter]:
 
 def check_known(record: Record, name: str | None, model: nn.Module) -> None:
     """Refuse a name that no adapter has. None is the base's."""
-    if name is not None and name not in record.adapters:
+    if name is not None and name not in list(record.adapters):  # it may be of any type
         near = difflib.get_close_matches(str(name), record.adapters)
-        hint = f" Did you mean {listed(near)}?" if near else ""
+        hint = f" Did you mean {listed(near)}?" if near else " The base is None." * (name == "__base__")
         raise AdapterStateError(
             f"{type(plain_module(model)).__name__} has no adapter {name!r}. It has {listed(record.adapters)}.{hint}"
         )

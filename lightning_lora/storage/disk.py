@@ -39,12 +39,15 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
         with write_errors(path):
             yield path
         return
-    target = local.resolve()  # the target of a link, so that the link stays
-    if target.exists() and not target.is_file():
-        raise AdapterFileError(f"{path} already exists and is not a file. Choose another name.")
+    with write_errors(path):  # such as too long a name
+        target = local.resolve()  # the target of a link, so that the link stays
+        if target.exists() and not target.is_file():
+            raise AdapterFileError(f"{path} already exists and is not a file. Choose another name.")
     with _part_of(target) as part, write_errors(path):
         yield part
         if not part.exists():  # Lightning gives no error when it has no permission to write
+            if os.access(target.parent, os.W_OK):
+                raise OSError("what was called to write it wrote nothing")
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target.parent))
         part.replace(target)
 

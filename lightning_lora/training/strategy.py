@@ -26,6 +26,7 @@ from lightning_lora.storage import disk
 from lightning_lora.storage.base import base_dtypes, fingerprint
 from lightning_lora.storage.formats.lightning import as_base, check_readable, check_resumable, has_run
 from lightning_lora.storage.formats.own import leave_adapters, read_adapter_file, show_base
+from lightning_lora.storage.schema import check_named
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.tensors.inplace import InPlace
@@ -35,6 +36,7 @@ from lightning_lora.training.compatibility import drop_averages, keeping_adapter
 from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.merging import warn_of_rounding
 from lightning_lora.training.optimizers import train_adapters
+from lightning_lora.training.randomness import RANDOM, check_states
 from lightning_lora.training.rates import hide_groups
 from lightning_lora.training.stage import Phase, Stage
 
@@ -157,6 +159,9 @@ class LoRAStrategy(Strategy, InPlace):
         checkpoint: dict[str, Any] = self._lora_read(checkpoint_path, *args, **kwargs)
         merged = leave_adapters(checkpoint)
         check_readable(checkpoint, checkpoint_path)
+        check_named(merged, checkpoint_path)
+        with disk.reading(checkpoint_path):
+            check_states(checkpoint.get(RANDOM))
         if merged and not stage.is_fitting and find_record(module) is None:
             checkpoint["state_dict"], merged = merged, {}  # the evaluation of a plain module
             del checkpoint[KEY]

@@ -155,6 +155,20 @@ def test_a_name_is_a_string_that_is_not_empty(tmp_path: Path, name: Any) -> None
     assert same(state(plain), state(build()))
 
 
+@pytest.mark.parametrize("name", [3, 1.5, b"de", ["de"], {"de": 1}, object()], ids=str)
+def test_what_is_no_name_is_no_adapter(name: Any) -> None:
+    model, outputs = several()
+    for call in (ll.set_adapter, ll.remove_adapters, lambda model, name: ll.adapter_names(model, [name])):
+        with pytest.raises(ll.LoRAError, match="has no adapter"):
+            call(model, name)
+    for names in (3, "de", None, object()):
+        with pytest.raises(ll.ConfigError, match="Expected a list"):
+            ll.adapter_names(model, names)
+    with pytest.raises(ll.AdapterStateError, match=r"no adapter '__base__'.*The base is None"):
+        ll.adapter_names(model, ["__base__"])
+    assert torch.equal(model(X), outputs["fr"])
+
+
 def test_another_configuration_names_the_adapter_that_is_in_the_way() -> None:
     model, _ = several()
     with pytest.raises(ll.AdapterMismatchError, match=r"another name=.*remove_adapters\(model, 'de'\)"):

@@ -346,8 +346,9 @@ def _write(directory: Path, name: str, weights: bytes, config: bytes) -> None:
     At no moment are there weights with the configuration of others, which PEFT would read. Meanwhile, ours is in the
     header of its weights, and that of others is beside theirs under another name.
     """
-    is_new, is_away = not directory.exists(), False
+    is_away = False
     with write_errors(directory):
+        is_new = not directory.exists()
         directory.mkdir(exist_ok=True)
     place = (directory / peft.PEFT_CONFIG).resolve()
     before = place.with_name(peft.OLD_CONFIG)
