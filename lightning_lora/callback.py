@@ -247,6 +247,8 @@ class LoRACallback(Callback):
         if trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
         follow(*trainer.optimizers)  # a checkpoint may be of another scale
+        if self._stage.take_base(pl_module):  # hooks may have loaded it late
+            cast(LoRAStrategy, trainer.strategy).lora_note_base(anew=False)
         self._stage.phase = Phase.TRAINING
         self._stage.undo.pop_all()  # what it needs may be large
         view = view_of(pl_module)
