@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, ExportError, listed, warn
@@ -21,7 +20,7 @@ from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRALinear
 from lightning_lora.layers.matrices import Role, Settings, weight_factors
 from lightning_lora.model.view import view_of
-from lightning_lora.storage.disk import check_output, write_errors, writing
+from lightning_lora.storage.disk import check_output, save, write_errors, writing
 from lightning_lora.storage.formats import peft_config as peft
 from lightning_lora.storage.formats.diffusers import prefix_for
 from lightning_lora.storage.formats.own import read_adapter_file
@@ -101,7 +100,7 @@ def export_peft(
     prefix = peft.PREFIX if is_peft else prefix_for(source.inner, source.stored, tensors)
     contents = save(
         {prefix + name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()},
-        metadata={"format": "pt", peft.METADATA: json.dumps({prefix + name: value for name, value in config.items()})},
+        {"format": "pt", peft.METADATA: json.dumps({prefix + name: value for name, value in config.items()})},
     )
     _warn_of_merges(source)
     is_causal = type(source.inner).__name__.endswith(("ForCausalLM", "LMHeadModel"))
