@@ -62,8 +62,10 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
         LoRALinear(in_features=16, out_features=16, bias=True, r=2, scaling=4)
     """
     if not isinstance(model, nn.Module) or not isinstance(config, LoRAConfig):
+        is_pefts = type(config).__module__.startswith("peft.")
         raise ConfigError(
             f"inject_adapters got ({type(model).__name__}, {type(config).__name__}). Expected (nn.Module, LoRAConfig)."
+            + " LoraConfig is PEFT's: write lightning_lora.LoRAConfig(r=..., alpha=..., dropout=...)." * is_pefts
         )
     attach.check_no_rows(View(model), "inject_adapters")
     names = inject(model, config, name=name)

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from lightning_lora.errors import AdapterFileError, ConfigError, OptimizerError, TargetError
+from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, OptimizerError, TargetError
 from lightning_lora.model.attach import freeze, unfreeze
 from lightning_lora.model.inject import note_frozen
 from lightning_lora.model.merge import unmerge
@@ -49,6 +49,9 @@ else:
         """Stands for the class of either Lightning package: Python changes a class only to one with such a base."""
 
 
+NO_FIT = "No stage of this Trainer runs, and the hooks of LoRACallback act in one alone. Call trainer.fit(model)."
+
+
 class LoRAStrategy(Strategy, InPlace):
     """Methods that are added to the class of a Trainer's strategy. They stay after a stage: files are written then too.
 
@@ -79,7 +82,8 @@ class LoRAStrategy(Strategy, InPlace):
     def lora_module(self) -> LightningModule:
         """The LightningModule of the run."""
         module = self.lightning_module
-        assert module is not None
+        if module is None:
+            raise AdapterStateError(NO_FIT)
         return module
 
     # Set up

@@ -57,6 +57,8 @@ def test_a_model_with_pefts_adapters_is_refused(is_wrapped: bool) -> None:
 def test_injecting_something_else_is_an_error() -> None:
     with pytest.raises(ll.ConfigError, match="LoRAConfig"):
         ll.inject_adapters(nn.Linear(2, 2), {"r": 8})  # type: ignore[arg-type]
+    with pytest.raises(ll.ConfigError, match=r"LoraConfig is PEFT's: write lightning_lora\.LoRAConfig\(r="):
+        ll.inject_adapters(nn.Linear(2, 2), peft.LoraConfig(r=8))  # type: ignore[arg-type]
 
 
 def test_adapting_again_asks_for_the_same_kind_of_start() -> None:
