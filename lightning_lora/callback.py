@@ -172,7 +172,7 @@ class LoRACallback(Callback):
         """Keep the arguments alone, as plain types: some modules have their callbacks as hyperparameters in files."""
         added = ("_stage", "_gradients", "_feeding", "_training", "log", "log_dict")  # the last two by Lightning
         kept = {name: value for name, value in vars(self).items() if name not in added}
-        return {**kept, "config": self.config.to_dict(), "given": sorted(self.given)}
+        return {**kept, "config": self.config.to_stored(), "given": sorted(self.given)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         given, config = frozenset(state["given"]), LoRAConfig.from_dict(state["config"])

@@ -280,9 +280,8 @@ def check_names(
 
 def _selecting(config: LoRAConfig) -> str:
     """The arguments that decide what trains, without those at their defaults."""
-    default, fixed = LoRAConfig().to_dict(), ("r", "alpha", "dropout", "rank_pattern", "alpha_pattern", "use_rslora")
-    shown = {name: value for name, value in config.to_dict().items() if value != default.get(name)}
-    shown = {"target_modules": config.to_dict()["target_modules"], **shown}
+    fixed = ("r", "alpha", "dropout", "rank_pattern", "alpha_pattern", "use_rslora")
+    shown = {"target_modules": config.to_dict()["target_modules"], **config.to_stored()}
     return ", ".join(f"{name}={value!r}" for name, value in shown.items() if name not in fixed)
 
 
