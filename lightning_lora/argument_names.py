@@ -3,7 +3,6 @@
 import difflib
 import functools
 import inspect
-import math
 from collections.abc import Collection
 from typing import Any, TypeVar
 
@@ -20,7 +19,8 @@ ELSEWHERE = {
     "layer_replication": "repeat the layers in your model first",
     **dict.fromkeys(("targets", "target_layers"), "it is target_modules here"),
     **dict.fromkeys(("lr", "learning_rate"), "your configure_optimizers sets it; lr_scale multiplies it for adapters"),
-    **dict.fromkeys(("merge", "save", "lr_scale", "loraplus_lr_ratio", "name"), "it is an argument of LoRACallback"),
+    **dict.fromkeys(("merge", "save", "lr_scale", "name"), "it is an argument of LoRACallback"),
+    "loraplus_lr_ratio": "LoRACallback(lr_scale={'A': 1, 'B': 16}) stands for loraplus_lr_ratio=16",
     **dict.fromkeys(("loftq_config", "use_qalora"), "it is not available here"),
     **dict.fromkeys(
         ("layers_to_transform", "layers_pattern"),
@@ -44,9 +44,6 @@ def explains_arguments(cls: _Class) -> _Class:
 
     @functools.wraps(init)
     def explained(self: Any, *args: Any, **kwargs: Any) -> None:
-        takes_ratio = "lr_scale" in names and "loraplus_lr_ratio" not in names
-        if takes_ratio and (ratio := kwargs.pop("loraplus_lr_ratio", None)) is not None:
-            kwargs["lr_scale"] = _with_ratio(kwargs.get("lr_scale", 1), ratio)
         if unknown := [f"{name}: {_hint(cls, name, names)}" for name in kwargs if name not in names]:
             raise ConfigError(f"{cls.__name__} got unknown arguments. {'; '.join(unknown)}.")
         init(self, *args, **kwargs)
@@ -57,22 +54,11 @@ def explains_arguments(cls: _Class) -> _Class:
     return cls
 
 
-def _with_ratio(scale: Any, ratio: Any) -> dict[str, float]:
-    """PEFT's ratio of the rates of B and A, as ``lr_scale``."""
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < math.inf:
-        raise ConfigError(f"loraplus_lr_ratio={ratio!r} is not valid. Expected a number above zero, such as 16.")
-    if isinstance(scale, dict):
-        raise ConfigError(
-            f"lr_scale={scale!r} has the rates of A and B already. Leave out loraplus_lr_ratio={ratio!r}."
-        )
-    return {"A": scale, "B": scale * ratio}
-
-
 def _hint(cls: type, name: str, names: Collection[str]) -> str:
     short = name.removeprefix("lora_")
     if hint := ELSEWHERE.get(name) or ELSEWHERE.get(short):
         return hint
     if short in names:
         return f"it is {short} here"
-    near = difflib.get_close_matches(short, {*names, "loraplus_lr_ratio"}, n=2)
+    near = difflib.get_close_matches(short, names, n=2)
     return f"nearest names: {', '.join(near)}" if near else f"no name is like it; help({cls.__name__}) explains all"

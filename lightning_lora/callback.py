@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.argument_names import explains_arguments
 from lightning_lora.config import Bias, Init, LoRAConfig
-from lightning_lora.errors import ConfigError, LoRAError
+from lightning_lora.errors import AdapterStateError, ConfigError, LoRAError
 from lightning_lora.model.adapter_state import AdapterState
 from lightning_lora.model.inject import check_adapted, follow_copied
 from lightning_lora.model.merge import merge_adapters
@@ -24,14 +24,14 @@ from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
 from lightning_lora.training.advice import advise, advise_rates, log_arguments, log_values, shown_rates, tell_of_new
-from lightning_lora.training.gradients import Feeding, gradients_pass
+from lightning_lora.training.gradients import Feeding, Gradients, gradients_pass
 from lightning_lora.training.merging import check_arguments, check_weights, load_best, send_record
 from lightning_lora.training.optimizers import check_frozen, leave_unfed
 from lightning_lora.training.randomness import RANDOM, Resumed, random_states
 from lightning_lora.training.rates import follow, scales_of
 from lightning_lora.training.stage import Phase, Stage, is_merged, receive_record
 from lightning_lora.training.strategies import overlay_strategy
-from lightning_lora.training.strategy import LoRAStrategy
+from lightning_lora.training.strategy import NO_FIT, LoRAStrategy
 
 Merge = Literal["last", "best"] | Literal[False]  # as one, jsonargparse would expect "a bool"
 Save = Literal["adapters", "model"]
@@ -71,7 +71,7 @@ class LoRACallback(Callback):
             (Lightning's ``load_from_checkpoint``, ``load_state_dict``). A run resumes exactly from both.
         lr_scale: The adapters' learning rate over that of ``configure_optimizers``, in each step of any scheduler. A
             new head keeps the module's. Begin with 10 if the module was written for full fine-tuning.
-            ``{"A": 10, "B": 160}`` is LoRA+, as is PEFT's ``loraplus_lr_ratio=16`` beside ``lr_scale=10``.
+            ``{"A": 10, "B": 160}`` is LoRA+, with a ratio of 16.
         name: The adapter's name. Others that the module has rest meanwhile, and never change: this one alone is
             trained, stored and merged. If it is not given, it is that of the module's active adapter.
 
@@ -97,7 +97,7 @@ class LoRACallback(Callback):
     """
 
     given: frozenset[str]  # the names of the arguments that the user gave
-    _gradients: Any = None  # in training
+    _gradients: Gradients | None = None  # in training
     _feeding: Any = None
 
     def __init__(
@@ -153,7 +153,7 @@ class LoRACallback(Callback):
         """Keep the arguments alone, as plain types: some modules have their callbacks as hyperparameters in files."""
         added = ("_stage", "_gradients", "_feeding", "_training", "log", "log_dict")  # the last two by Lightning
         kept = {name: value for name, value in vars(self).items() if name not in added}
-        return {**kept, "config": self.config.to_dict(), "given": sorted(self.given)}
+        return {**kept, "config": self.config.to_stored(), "given": sorted(self.given)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         given, config = frozenset(state["given"]), LoRAConfig.from_dict(state["config"])
@@ -228,6 +228,8 @@ class LoRACallback(Callback):
         if trainer.strategy.restore_checkpoint_after_setup:
             self._report(trainer, pl_module)
         follow(*trainer.optimizers)  # a checkpoint may be of another scale
+        if self._stage.take_base(pl_module):  # hooks may have loaded it late
+            cast(LoRAStrategy, trainer.strategy).lora_note_base(anew=False)
         self._stage.phase = Phase.TRAINING
         view = view_of(pl_module)
         view.follow_base()  # hooks may have loaded the base late
@@ -242,20 +244,25 @@ class LoRACallback(Callback):
             self._stage.resumed.begin_training()
             self._stage.resumed = None
 
+    def _watched(self) -> Gradients:
+        if self._gradients is None:
+            raise AdapterStateError(NO_FIT)
+        return self._gradients
+
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep frozen weights frozen. Under DDP, give unused adapters a zero gradient."""
-        self._gradients.end_backward()
+        self._watched().end_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check that the optimizer trains adapters, and nothing frozen."""
-        copied = self._gradients.copied is not None
+        copied = self._watched().copied is not None
         if leave_unfed(pl_module, optimizer, trainer.strategy, self._feeding, copied=copied) and trainer.is_global_zero:
             share = summarize(pl_module).share
             rank_zero_info(f"Now {share:.2%} of its parameters train, which is less than the first table shows.")
             log_values(trainer, {"lora/trained_share": share})
         check_frozen(pl_module, optimizer)
         follow(optimizer)
-        self._gradients.check(optimizer)
+        self._watched().check(optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """End dropout until the next training step."""
@@ -279,6 +286,7 @@ class LoRACallback(Callback):
             rank_zero_info(f"This fit trained nothing: {type(pl_module).__name__} stays as it was before.")
             return
         self._stage.phase = Phase.OVER  # what was loaded or trained stays
+        pl_module.zero_grad()  # of the last step: they would take memory, and count in a step by hand
         note_changed(pl_module)
         if not self.merge or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside of the class
             return

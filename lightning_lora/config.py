@@ -179,6 +179,14 @@ class LoRAConfig:
         """
         return {field.name: _as_plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
+    def to_stored(self) -> dict[str, Any]:
+        """Return what files hold: the arguments that are not at their defaults.
+
+        So a version that lacks a new argument reads the files that do without it. No default may change in one format.
+        """
+        default = LoRAConfig().to_dict()
+        return {name: value for name, value in self.to_dict().items() if value != default[name]}
+
     @classmethod
     def from_dict(cls, arguments: Mapping[str, Any]) -> "LoRAConfig":
         """Build a configuration from what ``to_dict`` returned.

@@ -20,9 +20,7 @@ from lightning_lora.model.state import find_record
 from lightning_lora.tables import fitting_console
 from lightning_lora.training.merging import returns_state_only
 
-Fit = Callable[[Any, str | None], object]
-
-_LISTS = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "trainable_token_indices")
+_LISTS = {"target_modules", "target_parameters", "exclude_modules", "modules_to_save", "trainable_token_indices"}
 
 
 class LoRASweep:
@@ -69,7 +67,10 @@ class LoRASweep:
             raise ConfigError(f"mode={mode!r}, keep={keep!r}: {monitor} needs 'min' or 'max', keep a share in (0, 1].")
         self.monitor, self.mode, self.keep, self.directory = monitor, mode, keep, Path(directory)
         self.runs, self.results, self._arguments = {}, [], arguments
-        lists = {name: value for name, value in arguments.items() if _is_list(name, value)}
+        lists = {name: value for name, value in arguments.items() if isinstance(value, list)}
+        for name in lists.keys() & _LISTS:  # one value of these is a list itself
+            if not any(isinstance(each, list) for each in lists[name]):
+                del lists[name]
         self._varied = [name for name in lists if len(lists[name]) > 1]
         for values in itertools.product(*lists.values()):
             chosen = dict(zip(lists, values, strict=True))
@@ -87,7 +88,7 @@ class LoRASweep:
         """Show the arguments of the adapters."""
         return f"LoRASweep({', '.join(f'{name}={value!r}' for name, value in self._arguments.items())})"
 
-    def run(self, fit: Fit) -> list[dict[str, Any]]:
+    def run(self, fit: Callable[[Any, str | None], object]) -> list[dict[str, Any]]:
         """Train all adapters, merge the best one, show a table, and return ``results``.
 
         Args:
@@ -110,8 +111,7 @@ class LoRASweep:
             live = sorted((run for run in live if not run.has_ended), key=self._rank)
             kept = math.ceil(len(live) * self.keep)
             if live:
-                first = live[0].name
-                rank_zero_info(f"LoRASweep, epoch {epoch}: {first} is best; {kept} of {len(live)} go on.")
+                rank_zero_info(f"LoRASweep, epoch {epoch}: {live[0].name} is best; {kept} of {len(live)} go on.")
             for run in live[kept:]:
                 run.dropped = epoch
             live = live[:kept]
@@ -158,7 +158,7 @@ class _Run:
         varied = zip(self.varied, map(self.arguments.get, self.varied), strict=True)
         return {"name": self.name, **dict(varied), "metrics": self.metrics, "dropped": self.dropped}
 
-    def go_on(self, fit: Fit, *, stops: bool) -> None:
+    def go_on(self, fit: Callable[[Any, str | None], object], *, stops: bool) -> None:
         """Train it up to the end, or stop after the next epoch with a validation. Leave no adapter on the module."""
         callback, known = _Callback(self, stops=stops), len(self.metrics)
         with isolate_rng():  # each begins with the same random numbers, or with those in its file
@@ -218,11 +218,6 @@ class _Callback(LoRACallback):
         self.progress.has_ended = is_last or trainer.should_stop or not self.stops
         trainer.fit_loop.max_epochs = self.most
         trainer.save_checkpoint(self.progress.file)
-
-
-def _is_list(name: str, value: object) -> bool:
-    """Whether it is a list of values for this argument."""
-    return isinstance(value, list) and (name not in _LISTS or any(isinstance(each, list) for each in value))
 
 
 def _named(argument: str, value: object) -> str:

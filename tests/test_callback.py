@@ -203,3 +203,17 @@ def test_callbacks_that_change_the_base_are_refused(tmp_path: Path, name: str, f
         trainer(tmp_path, beside(OPPOSED[name](), first)).fit(model, data(), data())
     assert is_plain(model) and same(state(model), before) and not [key for key in vars(model) if "lora" in key]
     assert first or all(p.requires_grad for p in model.parameters())  # listed first, it has frozen its part already
+
+
+def test_hooks_called_outside_of_a_fit_say_so(tmp_path: Path) -> None:
+    model, t = LitTiny(), trainer(tmp_path, [lora()])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for prepare in (lambda: None, lambda: lora().setup(t, model, "fit")):
+        prepare()
+        for name, rest in {"on_after_backward": (), "on_before_optimizer_step": (optimizer,)}.items():
+            with pytest.raises(ll.AdapterStateError, match="No stage of this Trainer runs"):
+                getattr(lora(), name)(t, model, *rest)
+    callback = lora()
+    callback.setup(t, model, "fit")
+    with pytest.raises(ll.AdapterStateError, match="No stage of this Trainer runs"):
+        callback.on_train_start(t, model)

@@ -270,7 +270,7 @@ def test_an_error_in_a_fit_ends_all_and_leaves_the_base(tmp_path: Path, error: A
         ({"r": [8, 16], "monitor": "val_acc"}, "mode=None, keep=0.5: val_acc needs 'min' or 'max'"),
         ({"r": [8, 0]}, "r=0"),
         ({"ranks": [8, 16]}, "it is r here"),
-        ({"loraplus_lr_ratio": [1, 0]}, "loraplus_lr_ratio=0"),
+        ({"loraplus_lr_ratio": [1, 16]}, "lr_scale={'A': 1, 'B': 16}"),
         ({"target_modules": ["q_proj", "v_proj"]}, "a list of lists for target_modules"),
     ],
 )
@@ -280,9 +280,9 @@ def test_arguments_are_checked_at_once(arguments: Any, message: str) -> None:
 
 
 def test_names_have_what_differs() -> None:
-    sweep = LoRASweep(lr_scale=[1.0, 10.0], loraplus_lr_ratio=[4, 16], modules_to_save=[["head"]], r=[4])
+    sweep = LoRASweep(lr_scale=[1.0, {"A": 10, "B": 160}], dropout=[0.0, 0.1], modules_to_save=[["head"]], r=[4])
     scales = {name: LoRACallback(**arguments).lr_scale for name, arguments in sweep.runs.items()}
-    assert scales["lr_scale10-loraplus_lr_ratio16"] == {"A": 10, "B": 160} and len(scales) == 4
+    assert scales["lr_scale_A_10_B_160-dropout0.1"] == {"A": 10, "B": 160} and len(scales) == 4
     assert all((each["r"], each["modules_to_save"]) == (4, ["head"]) for each in sweep.runs.values())
 
 

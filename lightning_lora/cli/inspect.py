@@ -83,7 +83,10 @@ def _show(found: dict[str, Any]) -> None:
     settings = ("class", "r", "scaling", "shapes")
     for group, names in grouped({name: str([layer[key] for key in settings]) for name, layer in layers.items()}):
         first, times = layers[names[0]], f" (×{len(names)})" if len(names) > 1 else ""
-        numbers = [_range([layers[name][key] for name in names]) for key in ("norm", "effective_rank")]
+        numbers = list[str]()
+        for key in ("norm", "effective_rank"):
+            values = sorted(layers[name][key] for name in names)
+            numbers.append("–".join(dict.fromkeys(map("{:.3g}".format, (values[0], values[-1])))))
         label, kind = Text(printable(group + times)), Text(printable(first["class"].rpartition(".")[2]))
         table.add_row(label, kind, str(first["r"]), f"{first['scaling']:g}", *numbers)
     console.print(table)
@@ -97,8 +100,3 @@ def _show(found: dict[str, Any]) -> None:
     about = f"Base: {base['tensors']} frozen tensors, {', '.join(base['dtypes'])}. Format {found['format']}.{rows}"
     console.print(printable(about), markup=False)
     console.print("Configuration: " + json.dumps(config), soft_wrap=True, markup=False)
-
-
-def _range(values: list[float]) -> str:
-    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
-    return low if low == high else f"{low}–{high}"

@@ -84,13 +84,28 @@ def weights_have_changed(view: View) -> None:
 
 def check_weights(view: View) -> None:
     """Refuse adapted weights that are computed now: prune, parametrize, weight_norm and the like replace them."""
-    changed = [name for name, layer in view.layers.items() if not is_overlaid(layer) or not _has_weights(layer)]
+    changed = list[str]()
+    for name, layer in view.layers.items():
+        present = dict(layer.named_parameters(remove_duplicate=False))
+        if not is_overlaid(layer) or not present.keys() >= {*layer.lora_weights()}:
+            changed.append(name)
     if changed:
         raise AdapterStateError(
             f"Since it was adapted, the weight of {listed(changed)} of {type(view.model).__name__} is computed (by "
             "prune, parametrize, weight_norm or the like), so no update can be merged into it or removed from it. Undo "
             "that first (prune.remove, parametrize.remove_parametrizations), and do it before inject_adapters."
         )
+
+
+def check_no_rows(view: View, call: str) -> None:
+    """Refuse a change of layers that an open block of ``adapter_names`` runs as it found them."""
+    for module in view.modules.values():
+        runs = getattr(vars(module).get("forward"), "__func__", None)
+        if getattr(getattr(runs, "__self__", None), "module", None) is module:  # a copy of one has that of the other
+            raise AdapterStateError(
+                f"{call} is not possible in a block of adapter_names: each row of {type(view.model).__name__} has its "
+                "own adapter there. Do it before the block, or after it."
+            )
 
 
 def check_as_adapted(view: View) -> None:
@@ -105,11 +120,6 @@ def check_as_adapted(view: View) -> None:
                 f"{name!r} of {type(view.model).__name__} was {was} after inject_adapters. Call inject_adapters(model, "
                 "config) again, which follows that; before it for a resized layer that has trained, remove_adapters."
             )
-
-
-def _has_weights(layer: LoRALayer) -> bool:
-    present = dict(layer.named_parameters(remove_duplicate=False))
-    return present.keys() >= {*layer.lora_weights()}
 
 
 # What bypasses adapted layers: inference paths, and save_pretrained of other libraries

@@ -62,9 +62,12 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
         LoRALinear(in_features=16, out_features=16, bias=True, r=2, scaling=4)
     """
     if not isinstance(model, nn.Module) or not isinstance(config, LoRAConfig):
+        is_pefts = type(config).__module__.startswith("peft.")
         raise ConfigError(
             f"inject_adapters got ({type(model).__name__}, {type(config).__name__}). Expected (nn.Module, LoRAConfig)."
+            + " LoraConfig is PEFT's: write lightning_lora.LoRAConfig(r=..., alpha=..., dropout=...)." * is_pefts
         )
+    attach.check_no_rows(View(model), "inject_adapters")
     names = inject(model, config, name=name)
     if still := state.record_of(model).adapter.networks.still:
         warn(left_still(still, type(model).__name__))
@@ -289,10 +292,12 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
     """
     record = state.find_record(model) or state.record_of(model)
     check_known(record, name, model)
+    attach.check_no_rows(View(model), "remove_adapters")
     if name is not None and record.others:
         if name == record.adapter.name:
-            set_adapter(model, next(iter(record.others)))
-            set_adapter(model, None)
+            with show(model, next(iter(record.others))) as undo:
+                set_adapter(model, None)
+                undo.pop_all()
         record.was_dropped(name)
         return
     set_adapter(model, record.adapter.name)

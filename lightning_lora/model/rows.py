@@ -37,7 +37,8 @@ def adapter_names(model: nn.Module, names: Sequence[str | None]) -> AbstractCont
     to it. Without ``with``, the names are checked, and nothing else happens.
 
     The block holds for all threads. Of nested ones, the inner one counts, and ``disable_adapters`` shows the base. Do
-    not move the model inside it, or switch its adapter. If activations are checkpointed, call ``backward`` inside it.
+    not move the model inside it. To add, load, remove or merge adapters there is an error. If activations are
+    checkpointed, call ``backward`` inside it.
 
     Args:
         model: The model that ``inject_adapters`` was called on.
@@ -46,8 +47,8 @@ def adapter_names(model: nn.Module, names: Sequence[str | None]) -> AbstractCont
     Raises:
         AdapterStateError: a name is unknown; or ``model`` has no adapters, shows its base, is merged or sharded, or has
             a layer without rows of its own: experts, trained tokens, attention with ``batch_first=False``.
-        ConfigError: in forward, a layer reads something else than one row for each name, or a trained norm with running
-            statistics is in train mode.
+        ConfigError: ``names`` is no list; or, in forward, a layer reads something else than one row for each name, or a
+            trained norm with running statistics is in train mode.
 
     Example:
         >>> from lightning_lora import LoRAConfig, inject_adapters
@@ -61,9 +62,12 @@ def adapter_names(model: nn.Module, names: Sequence[str | None]) -> AbstractCont
         tensor([ True,  True, False])
     """
     record = record_of(model)
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise ConfigError(f"adapter_names got {names!r}. Expected a list: for each row a name, or None for the base.")
+    names = tuple(names)
     for name in names:
         check_known(record, name, model)
-    return _Block(model, tuple(names))
+    return _Block(model, names)
 
 
 class _Block(ExitStack):
@@ -173,8 +177,8 @@ class _Mixed:
         if self.running:
             return self._run_as(self.running[-1], args, kwargs)
         x = self._input(args, kwargs)
-        if len(self.rows) == 1:
-            return self._run_as(self.names[0], args, kwargs)
+        if len(self.rows) < 2:  # none at all, in an empty batch
+            return self._run_as(next(iter(self.rows), None), args, kwargs)
         if self.is_sum and not (self.has_dropout and (module.training or self.step.runs)):
             return add_to_rows(self.base.forward(module, *args, **kwargs), x, *self._factors())
         later = int(isinstance(module, nn.RNNBase))  # the rows of states are their second dimension

@@ -29,14 +29,14 @@ def set_adapter(model: nn.Module, name: str | None) -> "Shown":
     """Switch to another adapter of a model, or to its base (None). An error changes nothing."""
     record = find_record(model) or record_of(model)
     check_known(record, name, model)
-    before = record.shown
+    before, active = record.shown, record.adapter.name
     if name is None and before is not None:
         _show_base(model)
     elif name in record.others:
         change(model, record.others[name])
     elif name != before:
         _show_adapter(model)
-    return Shown(model, name, before)
+    return Shown(model, name, before, active)
 
 
 @dataclass(repr=False)
@@ -46,12 +46,16 @@ class Shown(AbstractContextManager[None]):
     model: nn.Module
     name: str | None
     before: str | None
+    active: str
 
     def __enter__(self) -> None:
         set_adapter(self.model, self.name)
 
     def __exit__(self, *_: object) -> None:
-        if find_record(self.model):  # all may be removed in the block
+        record = find_record(self.model)  # all may be removed in the block
+        if record and self.before is None and self.active in record.others:
+            set_adapter(self.model, self.active)
+        if record:
             set_adapter(self.model, self.before)
 
     def __repr__(self) -> str:
@@ -109,9 +113,9 @@ def adapters_of(model: nn.Module, name: str) -> dict[str, Adapter]:
 
 def check_known(record: Record, name: str | None, model: nn.Module) -> None:
     """Refuse a name that no adapter has. None is the base's."""
-    if name is not None and name not in record.adapters:
+    if name is not None and name not in list(record.adapters):  # it may be of any type
         near = difflib.get_close_matches(str(name), record.adapters)
-        hint = f" Did you mean {listed(near)}?" if near else ""
+        hint = f" Did you mean {listed(near)}?" if near else " The base is None." * (name == "__base__")
         raise AdapterStateError(
             f"{type(plain_module(model)).__name__} has no adapter {name!r}. It has {listed(record.adapters)}.{hint}"
         )
@@ -169,10 +173,11 @@ def change(model: nn.Module, coming: AdapterState) -> None:
     """Take the active adapter off, and put another one on: a resting one, or a new one that has no layers yet."""
     view = View(model)
     follow_model(view, coming)
+    put = _tensors_to_put(view, coming)  # what needs memory comes first
     if view.record.is_disabled:
         _show_adapter(model)
     view = view_of(model)
-    record, own, put = view.record, view.kept, _tensors_to_put(view, coming)
+    record, own = view.record, view.kept
     resting = attach.detach_adapters(view)
     for name, tensor in put.items():
         if name not in own:
@@ -260,10 +265,11 @@ def _show_adapter(model: nn.Module) -> None:
     reshard(model)  # so that the next forward pass gathers what is put back
     view = View(model)
     present: dict[str, Tensor] = {**view.buffers, **view.parameters}
-    for name, (values, trains) in view.record.aside.items():
-        if name in present:
-            replace_values(present[name], values.to(present[name]))  # it may have been converted or moved since
-            set_requires_grad(present[name], trains)
+    aside = {name: each for name, each in view.record.aside.items() if name in present}
+    moved = [values.to(present[name]) for name, (values, _) in aside.items()]  # it may have been converted since
+    for (name, (_, trains)), values in zip(aside.items(), moved, strict=True):
+        replace_values(present[name], values)
+        set_requires_grad(present[name], trains)
     for layer in view.layers.values():
         layer.lora_enabled = True
     torch.clear_autocast_cache()

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
 from lightning_lora.layers import FROM_BASE, LoRALayer
-from lightning_lora.model.attach import undone_on_error
+from lightning_lora.model.attach import check_no_rows, undone_on_error
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge, unmerge, unmerged
@@ -37,6 +37,7 @@ def apply(
 
     A model without adapters is adapted first. Beside the active one, another one is loaded, and rests.
     """
+    check_no_rows(View(model), "load_adapter")
     record = find_record(model) or receive(model)
     if record is not None and name not in (None, record.adapter.name):
         before = record.adapter
@@ -279,9 +280,8 @@ def check_names(
 
 def _selecting(config: LoRAConfig) -> str:
     """The arguments that decide what trains, without those at their defaults."""
-    default, fixed = LoRAConfig().to_dict(), ("r", "alpha", "dropout", "rank_pattern", "alpha_pattern", "use_rslora")
-    shown = {name: value for name, value in config.to_dict().items() if value != default.get(name)}
-    shown = {"target_modules": config.to_dict()["target_modules"], **shown}
+    fixed = ("r", "alpha", "dropout", "rank_pattern", "alpha_pattern", "use_rslora")
+    shown = {"target_modules": config.to_dict()["target_modules"], **config.to_stored()}
     return ", ".join(f"{name}={value!r}" for name, value in shown.items() if name not in fixed)
 
 

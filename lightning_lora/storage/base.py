@@ -318,9 +318,9 @@ def _difference(
     if found.is_same_form:
         return (
             f"These adapters were trained on another base: {how_many}. Load the pretrained weights that they were "
-            "trained on (for load_from_checkpoint, in the module's __init__). New layers, and rows of a head, have "
-            "none: train them (modules_to_save, trainable_token_indices). A merged model is another base too. Of "
-            "buffers with values from data, files hold those that the module's own setup fills."
+            "trained on (in the module's __init__; for a Trainer, setup is early enough). New layers, and rows of a "
+            "head, have none: train them (modules_to_save, trainable_token_indices). A merged model is another base "
+            "too. Of buffers with values from data, files hold those that the module's own setup fills."
         )
     there, now = (" and ".join(dtypes) for dtypes in (form["dtypes"], here["dtypes"]))
     return (

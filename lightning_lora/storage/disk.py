@@ -3,6 +3,7 @@
 import errno
 import glob
 import itertools
+import json
 import os
 import pickle
 import pickletools
@@ -25,6 +26,7 @@ import fsspec
 import torch
 from fsspec.core import url_to_fs
 from safetensors import SafetensorError
+from safetensors.torch import save as save_in_any_order
 from torch import Tensor
 
 from lightning_lora.errors import AdapterFileError, LoRAError
@@ -39,12 +41,15 @@ def writing(path: Any, *, beside: bool = True) -> Iterator[Any]:
         with write_errors(path):
             yield path
         return
-    target = local.resolve()  # the target of a link, so that the link stays
-    if target.exists() and not target.is_file():
-        raise AdapterFileError(f"{path} already exists and is not a file. Choose another name.")
+    with write_errors(path):  # such as too long a name
+        target = local.resolve()  # the target of a link, so that the link stays
+        if target.exists() and not target.is_file():
+            raise AdapterFileError(f"{path} already exists and is not a file. Choose another name.")
     with _part_of(target) as part, write_errors(path):
         yield part
         if not part.exists():  # Lightning gives no error when it has no permission to write
+            if os.access(target.parent, os.W_OK):
+                raise OSError("what was called to write it wrote nothing")
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target.parent))
         part.replace(target)
 
@@ -58,6 +63,15 @@ def writing_folder(path: Path) -> Iterator[Path]:
     with _part_of(target) as part, write_errors(path):
         yield part
         part.replace(target)
+
+
+def save(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """Return a safetensors file: the same bytes in each process, where the library writes its metadata in any order."""
+    contents = save_in_any_order(tensors, metadata)
+    start = 8 + int.from_bytes(contents[:8], "little")
+    header = json.dumps({**json.loads(contents[8:start]), "__metadata__": metadata}).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + contents[start:]
 
 
 @contextmanager

@@ -2,8 +2,11 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import filterfalse
 from typing import Any
+
+from lightning_lora.errors import AdapterFileError
 
 
 def fits(value: object, schema: Any) -> bool:
@@ -29,6 +32,12 @@ def _fields_fit(value: dict[Any, Any], schema: dict[Any, Any]) -> bool:
     known = {name.removesuffix("?"): each for name, each in schema.items()}
     required = {name for name in schema if not name.endswith("?")}
     return required <= value.keys() <= known.keys() and all(fits(each, known[name]) for name, each in value.items())
+
+
+def check_named(names: Iterable[object], path: object) -> None:
+    """Refuse names of tensors that are no text."""
+    for odd in filterfalse(_is_text, names):
+        raise AdapterFileError(f"{path} holds {odd!r} as a name. Expected strings: it is damaged or was changed.")
 
 
 # Expressions

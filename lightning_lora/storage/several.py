@@ -42,7 +42,7 @@ def set_adapter(
         AdapterStateError: there is no adapter of this name, or the model is merged, sharded (FSDP2), or has lost
             or resized layers that the adapter is for. Nothing has changed then.
         AdapterMismatchError: the updates of these adapters cannot be added up.
-        ConfigError: a weight is no finite number, or an adapter is named twice.
+        ConfigError: a weight is no finite number.
 
     Example:
         >>> from lightning_lora import LoRAConfig, adapters, inject_adapters
@@ -56,21 +56,21 @@ def set_adapter(
         ...     adapters(model)
         ('0.5 de + 1 fr', 'fr', 'de')
     """
-    if name is None or isinstance(name, str):
+    if isinstance(name, str) or not isinstance(name, Iterable):
         return switch.set_adapter(model, name)
-    weights = name if isinstance(name, Mapping) else _equal(list(name))
+    weights = name if isinstance(name, Mapping) else dict.fromkeys(name, 1.0)
     record = find_record(model) or record_of(model)
-    before, stored = record.shown, _sum(model, weights, None)
+    before, active, stored = record.shown, record.adapter.name, _sum(model, weights, None)
     title = " + ".join(map("{1:g} {0}".format, weights, weights.values()))
-    if title == record.adapter.name:
+    if title == active:
         switch.set_adapter(model, next(iter(weights)))
     for each, other in list(record.others.items()):
-        if other.is_sum and (each != before or each == title):  # what was shown may come back after a block
+        if other.is_sum and (each != active or each == title):  # what was shown may come back after a block
             record.was_dropped(each)
     _add(model, stored, title)
     record.others[title].becomes_a_sum()
     shown = switch.set_adapter(model, title)
-    shown.before = before
+    shown.before, shown.active = before, active
     return shown
 
 
@@ -109,13 +109,6 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], *, name: st
             f"remove_adapters(model, {name!r}) first."
         )
     _add(model, _sum(model, weights, r), name)
-
-
-def _equal(names: list[str]) -> dict[str, float]:
-    """A weight of one for each name."""
-    if len({*names}) < len(names):
-        raise ConfigError(f"set_adapter got {names}. Expected each name once, or weights: {{'a': 0.7, 'b': 1.0}}.")
-    return dict.fromkeys(names, 1.0)
 
 
 def _sum(model: nn.Module, weights: Mapping[str, float], r: int | None) -> StoredAdapters:

@@ -86,7 +86,7 @@ class StoredAdapters:
     def description(self) -> dict[str, Any]:
         """Return all but the state in plain types, with a checksum of both."""
         about = {name: getattr(self, name) for name in _PLAIN}
-        about |= {"format": FORMAT, "config": self.config.to_dict(), "entries": len(self.state)}
+        about |= {"format": FORMAT, "config": self.config.to_stored(), "entries": len(self.state)}
         about["layers"] = [layer.to_dict() for layer in self.layers.values()]
         if not _is_bounded(about):
             raise ConfigError(

@@ -5,6 +5,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -300,11 +301,25 @@ def log_values(trainer: Trainer, named: dict[str, Any], own: Mapping[str, Any] =
         values = {**(own if "TensorBoardLogger" in class_names(logger) else {}), **named}
         try:
             logger.log_hyperparams(values)
+            _keep_out_of_yaml(logger, named)
         except Exception as error:  # of any library; a record is no reason to end a fit
             warn(
                 f"{type(logger).__name__} did not take {listed(named)} ({type(error).__name__}: {error}). The fit goes "
                 "on without them there."
             )
+
+
+def _keep_out_of_yaml(logger: Any, named: dict[str, Any]) -> None:
+    """Take values out of ``hparams.yaml``, from which Lightning would pass them to a module, and give CSV a file."""
+    kinds = class_names(logger)
+    is_csv = "CSVLogger" in kinds
+    held = logger.experiment.hparams if is_csv else logger.hparams if "TensorBoardLogger" in kinds else {}
+    for name in filter(held.__contains__, named):
+        del held[name]
+    if is_csv:
+        path = Path(logger.log_dir) / "lora.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**known, **named}, indent=2))
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from threading import Lock, get_ident
 from typing import Any
 
@@ -125,14 +124,13 @@ class Feeding:
             network = next((each for each in self.below if is_in_any(name, [each])), "")
             if network:
                 self.below[network].update(map(id, layer.lora_trained()))
-                self.hooks.append(layer.register_forward_pre_hook(partial(self._note, network)))
+                self.hooks.append(layer.register_forward_pre_hook(lambda *_, n=network: self.have_run.add(n)))
             elif layer.lora_trained():
                 trains.add(layer)
-        for module in (trains or _unadapted(view)) if self.below else ():
+        owners = set(map(owner_of, view.base.keys() - view.frozen_by_user)) - view.layers.keys()
+        trains = trains or set(map(view.modules.__getitem__, owners))  # or what would train without adapters
+        for module in trains if self.below else ():
             self.hooks.append(module.register_forward_pre_hook(self._look, with_kwargs=True))
-
-    def _note(self, network: str, *_: Any) -> None:
-        self.have_run.add(network)
 
     def _look(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.is_grad_enabled() and self.below:
@@ -152,12 +150,6 @@ class Feeding:
         for hook in self.hooks:
             hook.remove()
         self.hooks, self.below = [], {}
-
-
-def _unadapted(view: View) -> set[nn.Module]:
-    """Modules that would train without adapters, and have none."""
-    names = (owner_of(name) for name in view.base.keys() - view.frozen_by_user)
-    return {view.modules[name] for name in names if name not in view.layers}
 
 
 _UNKNOWN = 0  # stands for whatever a reentrant checkpoint has computed: its graph is made in the backward pass

@@ -179,6 +179,11 @@ def _place_rest(view: View, edited: list[list[Params]]) -> None:
             rank_zero_info(
                 f"No optimizer held {listed(told)} or their weights: they train in its only parameter group."
             )
+    elif rest and not groups:
+        raise OptimizerError(
+            f"configure_optimizers of {type(view.model).__name__} returns no optimizer, so nothing would train. Return "
+            "one of self.parameters(), also for manual optimisation."
+        )
     elif rest:
         raise OptimizerError(
             f"No optimizer trains {listed(rest)}: none of the {len(groups)} parameter groups from configure_optimizers "

@@ -46,6 +46,15 @@ def _of_all_processes(trainer: Trainer, state: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def check_states(trainer: Trainer, stored: object) -> None:
+    """Raise torch's error for states that its generator refuses. Those of another number of processes are left out."""
+    states = stored.get("cpu") if isinstance(stored, Mapping) else None
+    shape = (trainer.world_size, *torch.get_rng_state().shape)
+    if isinstance(states, Tensor) and (states.dtype, states.shape) == (torch.uint8, shape):
+        for state in states:
+            torch.Generator().set_state(state.clone())
+
+
 class Resumed:
     """The random numbers of a checkpoint, with which a resumed fit begins its data, once, and then its training."""
 

@@ -50,7 +50,7 @@ def scales_of(lr_scale: Scale) -> dict[str, float]:
     numbers = [isinstance(each, int | float) and each is not True and 0 < each < math.inf for each in scales.values()]
     if scales.keys() - {"A", "B"} or not all(numbers):
         raise ConfigError(
-            f"lr_scale={lr_scale!r} is not valid. Expected a number above zero, or one each, as {{'A': 10, 'B': 160}}."
+            f"lr_scale={lr_scale!r} is not valid. Expected a number above zero, or two: {{'A': 10, 'B': 160}}."
         )
     return {"A": 1, "B": 1, **scales}
 

@@ -130,7 +130,7 @@ class Stage:
         self.config = config
         if find_record(pl_module) is None or not (self.came == "plain" or self.is_new):
             return False
-        self._take_base(pl_module)
+        self.take_base(pl_module)
         if self.is_new:
             self._switch_back(pl_module)
             self._switch(pl_module)
@@ -138,14 +138,15 @@ class Stage:
             remove_adapters(pl_module)
         return True
 
-    def _take_base(self, pl_module: LightningModule) -> None:
+    def take_base(self, pl_module: LightningModule) -> bool:
         """What the module's hooks have changed in this stage is the base, unless something was trained or loaded."""
         view = view_of(pl_module)
         if self.phase is not Phase.SET_UP or view.adapter.is_trained or not view.is_fresh():
-            return
+            return False
         for name, tensor in view.kept.items():
             if name not in self.seen or not self.seen[name].is_still(tensor):
                 view.adapter.set_base_values({name: tensor})
+        return True
 
     def adapts(self, pl_module: LightningModule, *, for_file: bool = False) -> bool:
         """Whether the module gets or has adapters. An evaluation adds none to a plain module, unless for a file."""
@@ -167,7 +168,7 @@ class Stage:
         if self.phase is not Phase.SET_UP:  # the callbacks' averages and the base are those of a checkpoint
             return
         copy_adapted(self.callbacks, pl_module, anew=loads_in_hooks(pl_module) or replaced)
-        self._take_base(pl_module)
+        self.take_base(pl_module)
 
     def inject(self, pl_module: LightningModule, stored: LoRAConfig | None = None) -> None:
         """Adapt the module, under the name of this stage's adapter. A file knows what was left out."""

@@ -102,9 +102,11 @@ def _mixin_for(strategy: "Strategy") -> type[LoRAStrategy]:
             raise StrategyError(f"{called} without ZeRO shards nothing. Use strategy='ddp', or ZeRO stage 1 or 2.")
         called += f" with ZeRO stage {stage}"
     if strategy.restore_checkpoint_after_setup:
+        is_known = {"FSDPStrategy", "DeepSpeedStrategy"} & {*names}
+        why = "shards the model in a way that" if is_known else "restores checkpoints after its set-up, which"
         raise StrategyError(
-            f"{called} shards the model in a way that LoRACallback does not support. Use ModelParallelStrategy, and "
-            "shard the model in configure_model:\n" + CONFIGURE_MODEL
+            f"{called} {why} LoRACallback does not support. Use ModelParallelStrategy, and shard the model in "
+            "configure_model:\n" + CONFIGURE_MODEL
         )
     return LoRAStrategy
 

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from lightning_lora.errors import AdapterFileError, ConfigError, OptimizerError, TargetError
+from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, OptimizerError, TargetError
 from lightning_lora.model.attach import freeze, unfreeze
 from lightning_lora.model.inject import note_frozen
 from lightning_lora.model.merge import unmerge
@@ -26,6 +26,7 @@ from lightning_lora.storage import disk
 from lightning_lora.storage.base import base_dtypes, fingerprint
 from lightning_lora.storage.formats.lightning import as_base, check_readable, check_resumable, has_run
 from lightning_lora.storage.formats.own import leave_adapters, read_adapter_file, show_base
+from lightning_lora.storage.schema import check_named
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import KEY, stored_config
 from lightning_lora.tensors.inplace import InPlace
@@ -35,6 +36,7 @@ from lightning_lora.training.compatibility import drop_averages, keeping_adapter
 from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.merging import warn_of_rounding
 from lightning_lora.training.optimizers import train_adapters
+from lightning_lora.training.randomness import RANDOM, check_states
 from lightning_lora.training.rates import hide_groups
 from lightning_lora.training.stage import Phase, Stage
 
@@ -45,6 +47,9 @@ else:
 
     class Strategy(ABC):  # noqa: B024  # nothing is abstract
         """Stands for the class of either Lightning package: Python changes a class only to one with such a base."""
+
+
+NO_FIT = "No stage of this Trainer runs, and the hooks of LoRACallback act in one alone. Call trainer.fit(model)."
 
 
 class LoRAStrategy(Strategy, InPlace):
@@ -77,7 +82,8 @@ class LoRAStrategy(Strategy, InPlace):
     def lora_module(self) -> LightningModule:
         """The LightningModule of the run."""
         module = self.lightning_module
-        assert module is not None
+        if module is None:
+            raise AdapterStateError(NO_FIT)
         return module
 
     # Set up
@@ -157,6 +163,9 @@ class LoRAStrategy(Strategy, InPlace):
         checkpoint: dict[str, Any] = self._lora_read(checkpoint_path, *args, **kwargs)
         merged = leave_adapters(checkpoint)
         check_readable(checkpoint, checkpoint_path)
+        check_named(merged, checkpoint_path)
+        with disk.reading(checkpoint_path):
+            check_states(module.trainer, checkpoint.get(RANDOM))
         if merged and not stage.is_fitting and find_record(module) is None:
             checkpoint["state_dict"], merged = merged, {}  # the evaluation of a plain module
             del checkpoint[KEY]

@@ -12,10 +12,9 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 import lightning_lora as ll
-from tests.support.faults import unchanged
+from tests.support.faults import FailsAt, unchanged
 from tests.support.models import LitTiny, TinyLM, as_merged, flags, randomise, same, state, unfreezable
 from tests.support.storage import trained
 
@@ -58,6 +57,8 @@ def test_a_model_with_pefts_adapters_is_refused(is_wrapped: bool) -> None:
 def test_injecting_something_else_is_an_error() -> None:
     with pytest.raises(ll.ConfigError, match="LoRAConfig"):
         ll.inject_adapters(nn.Linear(2, 2), {"r": 8})  # type: ignore[arg-type]
+    with pytest.raises(ll.ConfigError, match=r"LoraConfig is PEFT's: write lightning_lora\.LoRAConfig\(r="):
+        ll.inject_adapters(nn.Linear(2, 2), peft.LoraConfig(r=8))  # type: ignore[arg-type]
 
 
 def test_adapting_again_asks_for_the_same_kind_of_start() -> None:
@@ -179,23 +180,6 @@ class Model(nn.Module):
 CONFIG = ll.LoRAConfig(r=2, target_modules=["rnn", "proj", "head"], modules_to_save=["extra"], bias="lora_only")
 MORE = replace(CONFIG, target_modules=["embed", "rnn", "proj", "head"])
 INDEX = torch.arange(7).view(1, 7)
-
-
-class FailsAt(TorchFunctionMode):
-    """Let one call of torch fail, or be interrupted: its place in the order of calls."""
-
-    def __init__(self, place: int) -> None:
-        super().__init__()
-        self.left = place
-        self.error = MemoryError("no memory is left") if place % 2 else KeyboardInterrupt()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name not in ("requires_grad_", "is_inference") and not name.startswith("_"):  # these compute nothing
-            self.left -= 1
-            if self.left == 0:
-                raise self.error
-        return func(*args, **(kwargs or {}))
 
 
 def build(*, merged: bool) -> Model:

@@ -12,7 +12,18 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from tests.support.fits import fit
-from tests.support.models import LitTiny, TinyLM, as_merged, as_trained, data, is_plain, lora, same, state, unties
+from tests.support.models import (
+    LitTiny,
+    TinyLM,
+    as_merged,
+    as_trained,
+    data,
+    is_plain,
+    lora,
+    same,
+    state,
+    unties,
+)
 
 CHANGED = "changed since its adapters were merged"
 

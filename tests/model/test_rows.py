@@ -1,7 +1,9 @@
 """One adapter for each row of a batch: as each row alone with that adapter, in one forward pass."""
 
 import copy
+from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +17,13 @@ from lightning_lora import (
     ConfigError,
     LoRAConfig,
     adapter_names,
+    adapters,
     disable_adapters,
     inject_adapters,
+    load_adapter,
     merge_adapters,
+    remove_adapters,
+    save_adapter,
     set_adapter,
 )
 from lightning_lora.functional.rows import taken
@@ -354,6 +360,42 @@ def test_blocks_nest_and_end_after_errors() -> None:
     assert torch.allclose(model(x)[1], outer[1])  # some processors add in another order beside another row
     with disable_adapters(model):
         assert torch.equal(model(x), base)
+
+
+def test_what_would_change_the_layers_is_refused_by_name_in_a_block(tmp_path: Path) -> None:
+    model, x = with_adapters(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 4)).double()), torch.randn(3, 5).double()
+    save_adapter(model, tmp_path / "a.safetensors")
+    calls: dict[str, Callable[[], object]] = {
+        "inject_adapters": lambda: inject_adapters(model, LoRAConfig(r=1, target_modules=["1"]), name="new"),
+        "load_adapter": lambda: load_adapter(model, tmp_path / "a.safetensors", name="file"),
+        "merge_adapters": lambda: merge_adapters(model),
+        "remove_adapters": lambda: remove_adapters(model, "fr"),
+    }
+    with adapter_names(model, ["de", None, "fr"]):
+        expected = model(x)
+        for name, call in calls.items():
+            with pytest.raises(AdapterStateError, match=rf"{name} is not possible in a block of adapter_names"):
+                call()
+            assert torch.equal(model(x), expected)
+        set_adapter(model, "de")  # an adapter is another object than its layer: each row has its own
+        assert torch.equal(model(x), expected) and adapters(model) == ("de", "fr")
+        with pytest.raises(AdapterStateError, match="remove_adapters"):
+            remove_adapters(model)
+        merge_adapters(copy.deepcopy(model))  # no block is open for a copy
+    for name in ("inject_adapters", "load_adapter", "merge_adapters"):
+        calls[name]()
+
+
+def test_an_empty_batch_has_an_empty_output() -> None:
+    dropping = LoRAConfig(r=2, target_modules="all", dropout=0.5, modules_to_save=["2"])
+    layers = nn.Linear(5, 4), nn.Conv1d(4, 3, 1), nn.Linear(3, 2)
+    model = with_adapters(nn.Sequential(*layers), de=dropping)
+    with adapter_names(model, []):
+        assert model[0](torch.ones(0, 5)).shape == (0, 4)
+        assert model[1](torch.ones(0, 4, 7)).shape == (0, 3, 7)
+        assert model[2](torch.ones(0, 3)).shape == (0, 2)
+        with pytest.raises(ConfigError, match="got 0 names"):
+            model[0](torch.ones(1, 5))
 
 
 def test_a_block_inside_another_undoes_layers_that_only_the_outer_one_names() -> None:

@@ -1,6 +1,7 @@
 """Several adapters on one base: switching gives exactly what each computes alone, and never touches the base."""
 
 import copy
+import itertools
 import pickle
 import random
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.model.state import find_record
+from tests.support.faults import FailsAt
 from tests.support.models import same, state
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
@@ -76,6 +78,47 @@ def test_a_with_block_shows_afterwards_what_was_shown_before() -> None:
     assert torch.equal(model(X), outputs["fr"])
 
 
+def test_after_a_block_over_the_base_the_same_adapter_is_the_active_one() -> None:
+    model, outputs = several()
+    ll.set_adapter(model, None)
+    for name in ("de", "fr", None):
+        with ll.set_adapter(model, name):
+            assert torch.equal(model(X), outputs[name])
+        assert ll.adapters(model)[0] == "fr" and torch.equal(model(X), outputs[None])
+    with ll.set_adapter(model, "de"):
+        ll.remove_adapters(model, "fr")
+    assert ll.adapters(model)[0] == "de" and torch.equal(model(X), outputs[None])
+
+
+@pytest.mark.parametrize("shown", ["de", None])
+@pytest.mark.parametrize("call", [ll.set_adapter, ll.remove_adapters])
+@pytest.mark.parametrize("name", ["de", "default", "fr"])
+def test_a_switch_that_fails_anywhere_leaves_the_model_as_it_was(
+    call: Callable[..., object], name: str, shown: str | None
+) -> None:
+    whole, outputs = several()[0], dict[str | None, Tensor]()
+    switched(whole, "default", "fr", "de", shown)
+    whole.double()  # what was there before has another form
+    for each in (*ll.adapters(whole), shown):
+        ll.set_adapter(alike := copy.deepcopy(whole), each)
+        outputs[each] = alike(X.double())
+    for place in itertools.count(1):
+        model = copy.deepcopy(whole)
+        before, names = state(model), ll.adapters(model)
+        try:
+            with FailsAt(place) as mode:
+                call(model, name)
+        except (MemoryError, KeyboardInterrupt):
+            assert same(state(model), before) and sorted(ll.adapters(model)) == sorted(names)
+            assert torch.equal(model(X.double()), outputs[shown])
+            for each in (*names, shown):
+                ll.set_adapter(model, each)
+                assert torch.equal(model(X.double()), outputs[each])
+            continue
+        assert mode.left > 0
+        break
+
+
 def test_a_call_without_a_block_stays_and_its_result_shows_it_in_any_number_of_blocks() -> None:
     for merged in (False, True):
         model, outputs = several()
@@ -110,6 +153,20 @@ def test_a_name_is_a_string_that_is_not_empty(tmp_path: Path, name: Any) -> None
             call()
     assert ll.adapters(model) == ("fr", "default", "de") and ll.adapters(plain) == ()
     assert same(state(plain), state(build()))
+
+
+@pytest.mark.parametrize("name", [3, 1.5, object()], ids=str)
+def test_what_is_no_name_is_no_adapter(name: Any) -> None:
+    model, outputs = several()
+    for call in (ll.set_adapter, ll.remove_adapters, lambda model, name: ll.adapter_names(model, [name])):
+        with pytest.raises(ll.LoRAError, match="has no adapter"):
+            call(model, name)
+    for names in (3, "de", None, object()):
+        with pytest.raises(ll.ConfigError, match="Expected a list"):
+            ll.adapter_names(model, names)
+    with pytest.raises(ll.AdapterStateError, match=r"no adapter '__base__'.*The base is None"):
+        ll.adapter_names(model, ["__base__"])
+    assert torch.equal(model(X), outputs["fr"])
 
 
 def test_another_configuration_names_the_adapter_that_is_in_the_way() -> None:

@@ -19,7 +19,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_lora import AdapterFileError, AdapterMismatchError, BaseMismatchError, LoRAError, load_adapter
+from lightning_lora import (
+    AdapterFileError,
+    AdapterMismatchError,
+    BaseMismatchError,
+    LoRAConfig,
+    LoRAError,
+    load_adapter,
+)
 from lightning_lora.cli.main import main
 from lightning_lora.model.view import View
 from lightning_lora.storage.base import forms_of_base
@@ -27,6 +34,7 @@ from lightning_lora.storage.stored import FORMAT, StoredAdapters
 from tests.support import faults
 from tests.support.cases import held
 from tests.support.models import LitTiny, same, state
+from tests.support.storage import restores, rewrite, saved
 
 pytestmark = faults.forks
 
@@ -267,3 +275,32 @@ def test_million_keys_are_refused_in_bounded_time_and_memory(tmp_path: Path, goo
     faults.edited(good / "good.ckpt", tmp_path / "a.ckpt", lambda whole: whole["state_dict"].update(more))
     for name, way in (("a.safetensors", "load_adapter"), ("a.ckpt", "load_adapter"), ("a.ckpt", "test")):
         faults.frugal(partial(faults.refused, tmp_path / name, way, builds=[LitTiny]), most=1 << 30)
+
+
+# Versions
+
+
+FIRST = {
+    "r": 8, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear", "target_slices": None,
+    "target_parameters": None, "exclude_modules": None, "modules_to_save": None, "trainable_token_indices": None,
+    "rank_pattern": None, "alpha_pattern": None, "bias": "none", "init": "kaiming", "use_rslora": False,
+    "use_dora": False, "autocast_adapter_dtype": True,
+}  # fmt: skip
+
+
+def test_files_leave_out_defaults_which_no_version_of_the_format_may_change() -> None:
+    known = LoRAConfig().to_dict()
+    assert FORMAT == 3 and {name: known[name] for name in FIRST} == FIRST
+    assert LoRAConfig().to_stored() == {} and LoRAConfig.from_dict({}) == LoRAConfig()
+
+
+def test_a_file_of_another_version_is_read_if_it_names_no_argument_that_is_unknown(tmp_path: Path) -> None:
+    model = saved(path := tmp_path / "a.safetensors", LitTiny(), r=2, alpha=4)
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["lightning_lora"])["config"] == {"r": 2, "alpha": 4}
+    restores(path, model)
+    rewrite(path, lambda about, _: about["config"].update({**FIRST, "r": 2, "alpha": 4}))  # an earlier version's
+    restores(path, model)
+    rewrite(path, lambda about, _: about["config"].update(use_new=False))
+    with pytest.raises(AdapterFileError, match=r"unknown arguments \['use_new'\]. A newer version"):
+        load_adapter(LitTiny(), path)

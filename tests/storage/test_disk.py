@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_lora import AdapterFileError, LoRAError, load_adapter, save_adapter
+from lightning_lora import AdapterFileError, LoRAError, export_peft, load_adapter, save_adapter
 from lightning_lora.storage.disk import writing
 from tests.support.faults import FORK, adapted, contents, fork, forks, in_fork, kinds, limit, read_only, unchanged
 from tests.support.models import LitTiny, data, exact, lora, same, state, trainer
@@ -205,6 +205,22 @@ def test_disk_that_is_full_behind_the_temporary_folder_costs_no_file(tmp_path: P
         old = new
     restores(path, old)
     assert list(contents(tmp_path)) == [name_for(save)]
+
+
+@saver
+def test_a_name_that_is_too_long_is_an_error(tmp_path: Path, save: Any) -> None:
+    model = adapted()
+    with unchanged(model), pytest.raises(AdapterFileError, match=r"could not be written \(OSError: .*too long"):
+        save(model, tmp_path / ("a" * 10_000 + name_for(save)))
+    with pytest.raises(AdapterFileError, match="too long"):
+        export_peft(model, tmp_path / ("a" * 10_000))
+    assert contents(tmp_path) == {}
+
+
+def test_a_writer_that_writes_nothing_is_not_said_to_lack_the_right_to(tmp_path: Path) -> None:
+    says = r"could not be written \(OSError: what was called .* wrote nothing"
+    with pytest.raises(AdapterFileError, match=says), writing(tmp_path / "a.ckpt"):
+        pass
 
 
 @exact

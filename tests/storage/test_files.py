@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,34 @@ def test_file_restores_the_trained_model_on_a_plain_base(file: Path) -> None:
     model = restores(file, trained())
     ll.load_adapter(model, file)
     assert torch.equal(model(X), trained()(X))
+
+
+WRITES = """
+import sys, torch, lightning_lora as ll
+from tests.support.storage import trained
+ll.save_adapter(trained(), sys.argv[1])
+"""
+
+
+@pytest.mark.processes
+def test_each_process_writes_the_same_bytes(file: Path, tmp_path: Path) -> None:
+    for seed in "12":
+        command = [sys.executable, "-W", "ignore", "-c", WRITES, str(tmp_path / f"{seed}.safetensors")]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.curdir})
+        assert (tmp_path / f"{seed}.safetensors").read_bytes() == file.read_bytes()
+
+
+def test_each_file_of_the_same_adapter_has_the_same_bytes(tmp_path: Path) -> None:
+    model, found = trained(), set[bytes]()
+    for i in range(12):
+        ll.save_adapter(model, tmp_path / "ä.safetensors")
+        ll.export_peft(model, tmp_path / str(i))
+        found |= {path.read_bytes() for path in (tmp_path / "ä.safetensors", tmp_path / str(i) / WEIGHTS)}
+    assert len(found) == 2
+    restores(tmp_path / "ä.safetensors", model)
+
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 def test_file_is_adapter_sized_and_plain(file: Path) -> None:

@@ -10,7 +10,9 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_lora import AdapterFileError, LoRAError, OptimizerError
-from tests.support.faults import edited, unchanged
+from lightning_lora.storage.offline.merge import merge_files
+from lightning_lora.training.randomness import RANDOM
+from tests.support.faults import adapted, edited, unchanged
 from tests.support.models import LitTiny, best, data, lora, trainer
 from tests.support.storage import fitted, goes_on
 
@@ -91,11 +93,37 @@ BROKEN: dict[str, Callable[[dict[str, Any]], object]] = {
 }  # fmt: skip
 
 
+def of_generators(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, Any]], object]:
+    return lambda checkpoint: checkpoint[RANDOM].update(cpu=change(checkpoint[RANDOM]["cpu"]))
+
+
+BROKEN |= {
+    "no generator's state": of_generators(torch.zeros_like),
+    "a sparse state": of_generators(torch.Tensor.to_sparse),
+    "a name": lambda checkpoint: checkpoint["state_dict"].update({b"q": torch.ones(1)}),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN)
 def test_a_run_that_cannot_go_on_is_refused(written: Path, tmp_path: Path, change: Any) -> None:
     path = edited(written, tmp_path / "a.ckpt", change)
     with unchanged(model := Scheduled()), pytest.raises(LoRAError):
         trainer(tmp_path, callbacks(), max_epochs=2).fit(model, data(), data(), ckpt_path=path)
+
+
+@pytest.mark.parametrize("key", [b"q", 3, None], ids=str)
+@pytest.mark.parametrize("kind", ["full", "whole"])
+def test_names_that_are_no_strings_are_refused_in_every_file(tmp_path: Path, kind: str, key: Any) -> None:
+    path = tmp_path / f"{kind}.ckpt"
+    fitted(path, LitTiny(), lora(save="model"), plain=kind == "full")
+    fitted(tmp_path / "a.ckpt")
+    edited(path, path, lambda checkpoint: checkpoint["state_dict"].update({key: torch.ones(1)}))
+    for build in (LitTiny, adapted):
+        for stage in ("fit", "test"):
+            with unchanged(model := build()), pytest.raises(AdapterFileError, match="as a name"):
+                getattr(trainer(tmp_path, [lora()]), stage)(model, data(), ckpt_path=path)
+    with pytest.raises(AdapterFileError, match="as a name"):
+        merge_files(path, tmp_path / "a.ckpt", tmp_path / "merged.ckpt")
 
 
 @pytest.mark.parametrize("version", ["x", None, 3, "", "0.9"])

@@ -191,7 +191,6 @@ def named(**options: Any) -> dict[str, LoRAConfig]:
 @pytest.mark.parametrize(
     ("names", "others", "error", "message"),
     [
-        (["style", "style"], {}, ConfigError, "each name once"),
         ([], {}, ConfigError, "Expected numbers by the names of adapters"),
         ({}, {}, ConfigError, "Expected numbers by the names of adapters"),
         ({"style": float("nan")}, {}, ConfigError, "finite"),

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_lora import LoRAError, inject_adapters, load_adapter, load_from_checkpoint
 from tests.support.models import LitTiny, data, lora, randomise, same, state, trainer
@@ -121,6 +122,23 @@ def contents(folder: Path) -> dict[str, bytes]:
 def kinds(model: nn.Module) -> list[Any]:
     parts = [(name, type(module), module.training) for name, module in model.named_modules()]
     return [*parts, *((name, type(p), p.requires_grad) for name, p in model.named_parameters())]
+
+
+class FailsAt(TorchFunctionMode):
+    """Let one call of torch fail, or be interrupted: its place in the order of calls."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.left = place
+        self.error = MemoryError("no memory is left") if place % 2 else KeyboardInterrupt()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name not in ("requires_grad_", "is_inference") and not name.startswith("_"):  # these compute nothing
+            self.left -= 1
+            if self.left == 0:
+                raise self.error
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

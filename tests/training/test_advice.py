@@ -1,10 +1,11 @@
 """When a fit begins, what trains too little is named, and loggers show how the adapters are trained."""
 
+import json
 import re
 import warnings
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import pytest
@@ -291,9 +292,42 @@ def test_loggers_get_the_arguments_the_share_and_the_base_beside_the_users_own(t
     base = found.pop("lora/base")
     assert found == ARGUMENTS and len(base) == 16 and int(base, 16)
     assert [each for each in notes.seen if "lora/r" not in each] == [{"width": 8, "lr": 0.03}]
-    (file,) = tmp_path.rglob("hparams.yaml")
-    held = yaml.safe_load(file.read_text())
-    assert held["lr"] == 0.03 and {key: held[key] for key in ARGUMENTS} == ARGUMENTS
+    (file,) = tmp_path.rglob("lora.json")
+    assert json.loads(file.read_text()) == {**ARGUMENTS, "lora/base": base}
+
+
+class TakesAny(LitTiny):
+    def __init__(self, lr: float = 0.05, **others: Any) -> None:
+        super().__init__(lr=lr)
+        self.others = others
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+def test_a_module_that_takes_any_argument_gets_only_its_own_from_hparams_yaml(tmp_path: Path, kind: Any) -> None:
+    if kind is TensorBoardLogger:
+        pytest.importorskip("tensorboard")
+    found = []
+    for callbacks in ([], [lora()]):
+        t = trainer(tmp_path, callbacks, logger=(logger := kind(tmp_path)), log_every_n_steps=1, max_epochs=1)
+        t.fit(TakesAny(lr=0.03), data())
+        if not callbacks:
+            t.save_checkpoint(tmp_path / "a.ckpt")
+        names = Path(logger.log_dir) / "hparams.yaml"
+        found.append(TakesAny.load_from_checkpoint(tmp_path / "a.ckpt", hparams_file=names))
+    assert yaml.safe_load(names.read_text())["lr"] == found[1].hparams["lr"] == 0.03
+    assert found[1].others == found[0].others
+
+
+def test_tensorboards_yaml_is_without_them(tmp_path: Path) -> None:
+    class Board(Notes):
+        hparams: ClassVar[dict[str, Any]] = {}
+
+        def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+            self.hparams.update(params)
+
+    Board.__name__ = "TensorBoardLogger"  # where tensorboard is not installed
+    fits.fit(tmp_path, lora(), model=LitTiny(lr=0.03), logger=(board := Board()), log_every_n_steps=1)
+    assert board.hparams == {"width": 8, "lr": 0.03}
 
 
 def test_patterns_and_lists_are_text(tmp_path: Path) -> None:

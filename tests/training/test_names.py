@@ -35,6 +35,17 @@ def values(model: LitTiny) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.parametrize("merge", ["last", False])
+def test_no_gradient_is_left_when_a_fit_has_ended(tmp_path: Path, merge: Any) -> None:
+    model = LitTiny()
+    for name in ("de", "fr"):
+        trainer(tmp_path, [lora(merge=merge, name=name)], max_steps=1).fit(model, data())  # without a validation
+        ll.unmerge_adapters(model)
+    for name in ll.adapters(model):
+        ll.set_adapter(model, name)
+        assert all(p.grad is None for p in model.parameters()), name
+
+
 @pytest.mark.parametrize("merge", ["last", "best", False])
 @pytest.mark.parametrize("came", ["last", False])
 def test_a_fit_beside_others_has_the_bits_of_a_fit_alone(tmp_path: Path, merge: Any, came: Any) -> None:

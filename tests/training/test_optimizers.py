@@ -392,3 +392,14 @@ def test_a_part_follows_what_is_not_itself_rounded(dtype: torch.dtype) -> None:
     Partition([parameter], part, [(0, 0, 3)]).follow()
     kept = dtype is torch.bfloat16
     assert part.tolist() == torch.tensor([1.001, 2.001, 3.0] if kept else [1.0, 2.0, 3.0]).tolist()
+
+
+class ReturnsNone(LitTiny):
+    def configure_optimizers(self) -> Any:
+        return None
+
+
+@pytest.mark.filterwarnings("ignore:.*returned `None`")
+def test_no_optimizer_at_all_is_an_error_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(OptimizerError, match="configure_optimizers of ReturnsNone returns no optimizer"):
+        trainer(tmp_path, [lora()]).fit(ReturnsNone(), data())

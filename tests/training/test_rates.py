@@ -182,8 +182,6 @@ GIVEN: list[tuple[dict[str, Any], dict[str, float]]] = [
     ({"lr_scale": 0.5}, rate_of(0.05, 0.05, 0.1)),
     ({"lr_scale": {"A": 2, "B": 8}}, rate_of(0.2, 0.8, 0.1)),
     ({"lr_scale": {"B": 4}}, rate_of(0.1, 0.4, 0.1)),
-    ({"loraplus_lr_ratio": 4}, rate_of(0.1, 0.4, 0.1)),
-    ({"lr_scale": 2, "loraplus_lr_ratio": 4}, rate_of(0.2, 0.8, 0.1)),
     ({"lr_scale": {"A": 2, "B": 2.0}, "bias": "lora_only"}, {**rate_of(0.2, 0.2, 0.1), "q_proj.bias": 0.1}),
     ({"lr_scale": {"A": 2}, "use_dora": True}, {**rate_of(0.2, 0.1, 0.1), **MAGNITUDES}),
 ]
@@ -199,7 +197,7 @@ def test_lora_plus_is_that_of_peft(tmp_path: Path) -> None:
     theirs, ours = Grouped("as peft"), LitTiny(lr=0.01)
     ours.configure_optimizers = lambda: AdamW(ours.parameters(), 0.01, weight_decay=0.0)  # type: ignore[method-assign]
     given = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": None, "merge": False}
-    for model, scale in ((theirs, {}), (ours, {"loraplus_lr_ratio": 16})):
+    for model, scale in ((theirs, {}), (ours, {"lr_scale": {"B": 16}})):
         fit(tmp_path, LoRACallback(r=2, **given, **scale), model=model)  # type: ignore[arg-type]
     assert same(state(ours), state(theirs)) and ours.q_proj.lora_B.any()
 

@@ -17,7 +17,7 @@ from lightning_lora.model.state import find_record
 from tests.support.cases import StopError, base_is_whole, files_hold_adapters_alone, same_parts, trained
 from tests.support.fits import adam, by_hand, fit, loaded, outcome, trainable
 from tests.support.late import BornInConfigureModel, BornInSetup, BuiltAnew
-from tests.support.models import LitTiny, best, data, is_plain, lora, same, state, trainer
+from tests.support.models import CLASSES, WIDTH, LitTiny, best, data, is_plain, lora, same, state, trainer
 
 
 @pytest.mark.parametrize("merge", ["last", "best", False])
@@ -343,6 +343,74 @@ def test_what_hooks_load_in_a_stage_is_the_base(tmp_path: Path, stage: str, begi
         ll.remove_adapters(model)
     assert (begin, stage) == ("plain", "fit") or (model.head.weight == 0.5).all()
     assert (model.scale == 1).all()
+
+
+class LoadsLate(LitTiny):  # in on_fit_start, all but its head by one of these ways
+    way = "load"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.mul_(0.5)
+
+    def forward(self, index: Tensor) -> Tensor:
+        return super().forward(index) + self.norm(self.embed(index))[:, :CLASSES]
+
+    def on_fit_start(self) -> None:
+        late = late_base().state_dict()
+        if self.way == "load":
+            self.load_state_dict(late, strict=False)
+        for name, value in {**dict(self.named_parameters()), **dict(self.named_buffers())}.items():
+            if name in late and self.way == "data":
+                value.data.copy_(late[name])
+
+
+def late_base() -> LitTiny:
+    """What it is then."""
+    model = LoadsLate()
+    with torch.no_grad():
+        for value in (*model.parameters(), model.norm.running_mean):
+            value.add_(0.25)
+    return model
+
+
+@pytest.mark.parametrize("way", ["load", "data"])
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_the_base_is_what_is_there_when_training_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, init: Any, precision: Any
+) -> None:
+    monkeypatch.setattr(LoadsLate, "way", way)
+    model, t = fit(tmp_path, lora(init=init), model=LoadsLate(), precision=precision, max_epochs=1)
+    t.save_checkpoint(file := tmp_path / "a.ckpt")
+    assert "embed.weight" not in torch.load(file, weights_only=True)["state_dict"]
+    ll.load_adapter(other := late_base().to(model.dtype), file)
+    ll.merge_adapters(other)
+    assert same(state(other), state(model))
+    with pytest.raises(ll.BaseMismatchError, match="setup is early enough"):
+        ll.load_adapter(LoadsLate().to(model.dtype), file)
+    ll.remove_adapters(other)
+    ll.unmerge_adapters(model)
+    ll.remove_adapters(model)
+    assert same(state(model), state(late_base().to(model.dtype)))
+
+
+class First(L.Callback):  # keeps the adapter of the first step
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == 0:
+            self.held = state(pl_module.q_proj)
+
+
+@pytest.mark.parametrize("way", ["load", "data"])
+def test_adapters_start_from_the_base_that_comes_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(LoadsLate, "way", way)
+    fit(tmp_path, lora(init="pissa"), first := First(), model=LoadsLate(), max_epochs=1)
+    ll.inject_adapters(expected := late_base(), lora(init="pissa").config)
+    assert same(first.held, state(expected.q_proj))
 
 
 # An evaluation with nothing to load adds nothing

@@ -306,6 +306,10 @@ def test_zero_1_and_2_are_accepted(kind: type[DeepSpeedStrategy], zero: dict[str
     assert isinstance(strategy, LoRADeepSpeedStrategy)
 
 
+class RestoresLate(SingleDeviceStrategy):
+    restore_checkpoint_after_setup = True  # type: ignore[assignment]
+
+
 WITHOUT_ZERO = r"DeepSpeedStrategy without ZeRO .* strategy='ddp', or ZeRO stage 1 or 2"
 ZERO_3 = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
 REFUSED: list[tuple[Callable[[], Any], str]] = [
@@ -314,6 +318,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: DeepSpeedStrategy({}), WITHOUT_ZERO),
     (lambda: DeepSpeedStrategy({"zero_optimization": {}}), WITHOUT_ZERO),
     (lambda: DeepSpeedStrategy({"zero_optimization": {"stage": 0}}), WITHOUT_ZERO),
+    (RestoresLate, "^RestoresLate restores checkpoints after its set-up, which LoRACallback does not support"),
     (FSDPStrategy, r"^FSDPStrategy shards .* ModelParallelStrategy.*fully_shard\("),
 ]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_lora.errors import AdapterFileError, listed
-from lightning_lora.storage.schema import fits
+from lightning_lora.storage.schema import check_named, fits
 from lightning_lora.storage.stored import DIVERGED, KEY, check_checksum, stored_config
 
 # Lightning's entries
@@ -69,6 +69,7 @@ def check_readable(checkpoint: object, path: object) -> None:
             "With a file of adapters, build the model and call load_adapter(model, path)."
         )
     checkpoint = held
+    check_named(held["state_dict"], path)
     damaged = f"{path} is damaged or was changed: "
     try:
         Version(checkpoint[VERSION])

@@ -51,9 +51,11 @@ def _read(view: View, tensors: Mapping[str, Tensor], path: object, asked: Asked)
     for name, value in tensors.items():
         if name.endswith(_ENDS):
             pairs.setdefault(name[:-7], {})[name[-1]] = value
-    broken = [name for name, pair in pairs.items() if len(pair) != 2]
+    broken = [name for name, pair in pairs.items() if len(pair) != 2 or not all(map(Tensor.numel, pair.values()))]
     if broken:
-        raise AdapterFileError(f"{path} holds only one of lora_A and lora_B of {listed(broken)}: it is damaged.")
+        raise AdapterFileError(
+            f"{path} holds only one of lora_A and lora_B of {listed(broken)}, or none of its values: it is damaged."
+        )
     rest = {name: value for name, value in tensors.items() if not name.endswith(_ENDS)}
     place = place_of(view, list(pairs), list(rest), root_of(view.model))
     factors = {place.name_here(name): (pair["A"], pair["B"]) for name, pair in pairs.items()}

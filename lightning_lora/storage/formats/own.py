@@ -10,7 +10,6 @@ from typing import IO, Any
 import fsspec
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import nn
 
 from lightning_lora.errors import AdapterFileError, listed
@@ -24,6 +23,7 @@ from lightning_lora.storage.disk import (
     local_path,
     on_this_machine,
     reading,
+    save,
     unread_in,
     writing,
 )
@@ -42,7 +42,7 @@ def write_adapter_file(path: str | Path, stored: StoredAdapters) -> None:
     """Write adapters as one ``.safetensors`` file."""
     try:
         tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in stored.state.items()}
-        contents = save(tensors, metadata={"format": "pt", KEY: json.dumps(stored.description())})
+        contents = save(tensors, {"format": "pt", KEY: json.dumps(stored.description())})
     except Exception as error:
         kinds = listed(f"{name} ({value.dtype}, {value.layout})" for name, value in stored.state.items())
         raise AdapterFileError(

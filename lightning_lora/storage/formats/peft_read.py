@@ -103,8 +103,8 @@ def updates_of(
 def _sorted(tensors: Mapping[str, Any], path: object) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """The tensors of each adapter, by the name of what PEFT wraps, and the others, by their names in the base."""
     adapters, rest, unknown = dict[str, dict[str, Tensor]](), dict[str, Tensor](), list[str]()
-    if odd := [key for key, value in tensors.items() if not isinstance(value, Tensor)]:
-        raise AdapterFileError(f"{path} holds {listed(odd)}, which is not a tensor: it is damaged or was changed.")
+    if odd := [key for key, value in tensors.items() if not (isinstance(value, Tensor) and isinstance(key, str))]:
+        raise AdapterFileError(f"{path} holds {listed(odd)}, which is no tensor with a name: it was changed.")
     for key, value in tensors.items():
         name, copied = key.removeprefix(PREFIX), _COPY.sub("", key)
         if parts := peft_key(name):

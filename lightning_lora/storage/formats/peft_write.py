@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigError, ExportError, listed, warn
@@ -21,7 +20,7 @@ from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRALinear
 from lightning_lora.layers.matrices import Role, Settings, weight_factors
 from lightning_lora.model.view import view_of
-from lightning_lora.storage.disk import check_output, write_errors, writing
+from lightning_lora.storage.disk import check_output, save, write_errors, writing
 from lightning_lora.storage.formats import peft_config as peft
 from lightning_lora.storage.formats.diffusers import prefix_for, split, warn_of_replaced
 from lightning_lora.storage.formats.own import read_adapter_file
@@ -94,7 +93,7 @@ def export_peft(
         prefix, own, config = _part(replace(source, stored=stored), uniform=uniform, is_peft=is_peft)
         tensors |= {prefix + name: value.detach().cpu().clone().contiguous() for name, value in own.items()}
         about |= {prefix + name: value for name, value in config.items()}
-    contents = save(tensors, metadata={"format": "pt", peft.METADATA: json.dumps(about)})
+    contents = save(tensors, {"format": "pt", peft.METADATA: json.dumps(about)})
     directory = Path(directory).expanduser()
     if not is_peft:
         warn_of_replaced(directory / place, tensors)
@@ -295,7 +294,8 @@ def _config(source: _Source, updates: list[_Update], *, use_rslora: bool) -> dic
     parameters = [update.target for update in updates if update.is_parameter]
     kinds = {update.layer.adapter_class for update in updates}
     r, rank_pattern = peft.most_common({update.target: update.rank for update in updates})
-    alpha, alpha_pattern = peft.most_common({update.target: _short(update.alpha) for update in updates})
+    alphas = {each.target: int(each.alpha) if each.alpha == int(each.alpha) else each.alpha for each in updates}
+    alpha, alpha_pattern = peft.most_common(alphas)
     own, inner = source.stored.config, source.inner
     tokens = {source.name_there(each.name): list(each.tokens) for each in source.stored.layers.values() if each.tokens}
     base = getattr(getattr(inner, "config", None), "_name_or_path", "") or None
@@ -319,10 +319,6 @@ def _config(source: _Source, updates: list[_Update], *, use_rslora: bool) -> dic
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
     }
-
-
-def _short(alpha: float) -> float:
-    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 # The files
@@ -363,8 +359,9 @@ def _write(directory: Path, name: str, weights: bytes, config: bytes) -> None:
     At no moment are there weights with the configuration of others, which PEFT would read. Meanwhile, ours is in the
     header of its weights, and that of others is beside theirs under another name.
     """
-    is_new, is_away = not directory.exists(), False
+    is_away = False
     with write_errors(directory):
+        is_new = not directory.exists()
         directory.mkdir(exist_ok=True)
     place = (directory / peft.PEFT_CONFIG).resolve()
     before = place.with_name(peft.OLD_CONFIG)

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_lora.errors import AdapterFileError
 from lightning_lora.storage.disk import check_whole, load_plain, reading
 from lightning_lora.storage.formats.peft_config import json_object
+from lightning_lora.storage.schema import check_named
 from lightning_lora.storage.stored import has_own_memory
 
 _ONE = "model.safetensors"  # the only file of weights in a folder that is not divided
@@ -44,6 +45,7 @@ class TensorFiles:
             state = self.checkpoint.get("state_dict", self.checkpoint)
             self.entries = state if isinstance(state, dict) else {}
             self.file_of = {name: path for name, value in self.entries.items() if isinstance(value, Tensor)}
+            check_named(self.file_of, path)
             for name in self.file_of:
                 if not has_own_memory(self.entries[name]) and self.entries[name].nbytes > path.stat().st_size:
                     raise AdapterFileError(f"{name!r} in {path} is larger than the file itself. Pass another base.")

@@ -128,6 +128,7 @@ def test_alpha_of_our_own_files_is_in_them(tmp_path: Path) -> None:
 
 
 SAID: dict[str, Any] = {"alpha": 6, "target_slices": SLICES}
+NO_VALUES = ll.AdapterFileError, "of 'embed', or none of its values"
 CASES: dict[str, tuple[dict[str, Tensor], dict[str, Any], type[Exception], str]] = {
     "no alpha": ({}, {"alpha": None}, ll.ConfigError, r"is in no file: pass the one of the training.*inject_adapters"),
     "alpha": ({}, {"alpha": 0}, ll.ConfigError, "alpha=0"),
@@ -136,6 +137,7 @@ CASES: dict[str, tuple[dict[str, Tensor], dict[str, Any], type[Exception], str]]
     "no such slices": ({}, {"target_slices": {"c_attn": ["a"]}}, ll.TargetError, "'a'"),
     "no such layer": ({}, {"target_slices": {**SLICES, "c_proj": ["q"]}}, ll.TargetError, "c_proj"),
     "half": ({"head.lora_A": torch.ones(2, 36)}, {}, ll.AdapterFileError, "only one of lora_A and lora_B of 'head'"),
+    "rank 0": ({f"embed.lora_{x}": torch.ones(n) for x, n in (("A", (0, 12)), ("B", (8, 0)))}, {}, *NO_VALUES),
     "no layer": ({f"w.lora_{x}": torch.ones(2, 2) for x in "AB"}, {}, ll.AdapterMismatchError, "it has no 'w'"),
     "another kind": ({"linear.lora_A": torch.ones(2, 8, 1)}, {}, ll.AdapterMismatchError, "MergedLinear and Embedding"),
     "another shape": ({"linear.lora_A": torch.ones(2, 7)}, {}, ll.AdapterMismatchError, "reads 8 features"),

@@ -88,6 +88,16 @@ def test_a_configuration_that_is_none(tmp_path: Path, text: str) -> None:
     check_refused(tmp_path, built(Mixed), ll.AdapterFileError, r"adapter_config\.json")
 
 
+@pytest.mark.parametrize("key", [b"q", 3, None], ids=str)
+def test_a_name_that_is_no_string(tmp_path: Path, key: Any) -> None:
+    written(tmp_path)
+    torch.save(
+        {**load_file(tmp_path / "adapter_model.safetensors"), key: torch.ones(1)}, tmp_path / "adapter_model.bin"
+    )
+    (tmp_path / "adapter_model.safetensors").unlink()
+    check_refused(tmp_path, built(Mixed), ll.AdapterFileError, "no tensor with a name")
+
+
 def test_files_that_are_missing(tmp_path: Path) -> None:
     written(tmp_path)
     (tmp_path / "adapter_config.json").rename(tmp_path / "other.json")
