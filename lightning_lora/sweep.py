@@ -18,6 +18,8 @@ from lightning_lora.errors import ConfigError, listed
 from lightning_lora.model.inject import remove_adapters
 from lightning_lora.model.state import find_record
 from lightning_lora.tables import fitting_console
+from lightning_lora.tensors.inplace import class_names
+from lightning_lora.training.compatibility import callbacks_of
 from lightning_lora.training.merging import returns_state_only
 
 _LISTS = {"target_modules", "target_parameters", "exclude_modules", "modules_to_save", "trainable_token_indices"}
@@ -123,9 +125,10 @@ class LoRASweep:
                 f"{self.monitor} is NaN for all adapters: none is best, and none is merged. Their files are in "
                 f"{self.directory}. Try a lower learning rate."
             )
-        best = LoRACallback(**self.runs[runs[0].name])
-        vars(best)["run"] = runs[0].name
-        fit(best, str(runs[0].file))
+        last = _Callback(runs[0], stops=False, merges=True)
+        fit(last, str(runs[0].file))
+        if last.module is None:
+            raise ConfigError("LoRASweep expects that fit fits in each call: the last one merges the best adapter.")
         return self.results
 
     def _rank(self, run: "_Run") -> tuple[bool, float, float]:
@@ -153,6 +156,7 @@ class _Run:
         self.metrics: list[float] = []  # one of each validation
         self.dropped: int | None = None  # the epoch after which it ends
         self.has_begun = self.has_ended = False
+        self.epochs = 0
 
     def result(self) -> dict[str, Any]:
         varied = zip(self.varied, map(self.arguments.get, self.varied), strict=True)
@@ -167,7 +171,7 @@ class _Run:
             finally:
                 if callback.module is not None and find_record(callback.module):
                     remove_adapters(callback.module)
-        if len(self.metrics) == known:
+        if not self.metrics or (len(self.metrics) == known and not self.has_ended):
             raise ConfigError(
                 "LoRASweep expects that fit makes a Trainer with the callback that it gets, and that it validates. No "
                 "validation has run."
@@ -176,19 +180,36 @@ class _Run:
 
 
 class _Callback(LoRACallback):
-    """LoRACallback for one fit of a run: it writes the run's file at the end."""
+    """LoRACallback for one fit of a run: it writes the run's file at the end, or merges what is in it."""
 
-    def __init__(self, run: _Run, *, stops: bool) -> None:
-        super().__init__(**{**run.arguments, "merge": False})
+    def __init__(self, run: _Run, *, stops: bool, merges: bool = False) -> None:
+        super().__init__(**run.arguments if merges else {**run.arguments, "merge": False})
         self.run, self.progress, self.stops, self.known = run.name, run, stops, len(run.metrics)
         self.module: LightningModule | None = None
         self.most: int | None = None  # epochs
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if returns_state_only(trainer):
-            raise ConfigError("LoRASweep does not work with strategies that fork or spawn their processes. Use 'ddp'.")
-        super().setup(trainer, pl_module, stage)
+        kinds = set[str]().union(*map(class_names, callbacks_of(trainer)))
+        refused = {
+            "strategies that fork or spawn their processes (use 'ddp')": returns_state_only(trainer),
+            "a module that has adapters, perhaps merged (call remove_adapters(model) first)": find_record(pl_module),
+            "callbacks that average weights": kinds & {"WeightAveraging", "StochasticWeightAveraging"},
+            "max_steps (use max_epochs)": trainer.max_steps != -1,
+            "reload_dataloaders_every_n_epochs": trainer.reload_dataloaders_every_n_epochs,  # type: ignore[attr-defined]
+        }
+        if found := ", ".join(filter(refused.get, refused)):
+            raise ConfigError(f"LoRASweep does not work with {found}.")
         self.module, self.most = pl_module, trainer.fit_loop.max_epochs
+        super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        if self.merge or self.progress.has_ended:  # it ended, perhaps before the last epoch
+            trainer.fit_loop.max_epochs = self.progress.epochs
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_end(trainer, pl_module)
+        trainer.fit_loop.max_epochs = self.most
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.progress.has_begun and not trainer.global_step:
@@ -214,8 +235,8 @@ class _Callback(LoRACallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        is_last = trainer.current_epoch == self.most or trainer.global_step == trainer.max_steps
-        self.progress.has_ended = is_last or trainer.should_stop or not self.stops
+        self.progress.epochs = trainer.current_epoch
+        self.progress.has_ended = trainer.current_epoch == self.most or trainer.should_stop or not self.stops
         trainer.fit_loop.max_epochs = self.most
         trainer.save_checkpoint(self.progress.file)
 

@@ -7,12 +7,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_lora import ConfigError, LoRACallback, LoRASweep, TargetError
+from lightning_lora import ConfigError, LoRACallback, LoRASweep, TargetError, adapters, inject_adapters
 from lightning_lora.model.state import find_record
 from tests.support.cases import StopError
 from tests.support.models import LitTiny, data, is_plain, same, state, trainer
@@ -183,6 +183,37 @@ def test_a_run_that_stops_by_itself_ends_and_the_others_go_on(tmp_path: Path, fi
     assert all(each["dropped"] is None for each in sweep.results)
 
 
+def test_the_best_may_have_stopped_by_itself(tmp_path: Path) -> None:
+    class Stop(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+            trainer.should_stop = trainer.current_epoch == 1
+
+    fit, made = fitting(tmp_path, Rich, Stop)
+    sweep = LoRASweep(r=[1, 2], keep=1, directory=tmp_path / "sweep")
+    L.seed_everything(3, verbose=False)
+    best = sweep.run(fit)[0]
+    swept = state(made[-1].lightning_module)
+    assert len(best["metrics"]) == 2 and made[-1].max_epochs == 3
+    L.seed_everything(3, verbose=False)
+    fit(LoRACallback(**sweep.runs[best["name"]]))
+    assert same(state(made[-1].lightning_module), swept)
+
+
+def test_a_module_with_adapters_keeps_them_and_is_refused(tmp_path: Path) -> None:
+    model = LitTiny()
+    inject_adapters(model, LoRACallback(r=2).config, name="de")
+    fit, _ = fitting(tmp_path, lambda: model)
+    with pytest.raises(ConfigError, match="a module that has adapters"):
+        LoRASweep(r=[1, 2], directory=tmp_path).run(fit)
+    assert adapters(model) == ("de",)
+
+
+def test_a_fit_that_is_left_out_at_the_end_is_noticed(tmp_path: Path) -> None:
+    fit, made = fitting(tmp_path, LitTiny)
+    with pytest.raises(ConfigError, match="the last one merges the best adapter"):
+        LoRASweep(r=[1, 2], keep=1, directory=tmp_path).run(lambda *given: len(made) == 2 or fit(*given))
+
+
 class Diverges(LitTiny):
     """Adapters of some ranks have no loss."""
 
@@ -229,6 +260,13 @@ def forgets_the_callback(folder: Path) -> Any:
         (forgets_the_path, {}, r"passes its second argument on: Trainer.fit\(ckpt_path=...\)"),
         (forgets_the_callback, {}, "makes a Trainer with the callback that it gets"),
         (lambda folder: fitting(folder, LitTiny, limit_val_batches=0)[0], {}, "No validation has run"),
+        (lambda folder: fitting(folder, max_steps=9)[0], {}, "does not work with max_steps"),
+        (
+            lambda folder: fitting(folder, LitTiny, lambda: StochasticWeightAveraging(0.1))[0],
+            {},
+            "that average weights",
+        ),
+        (lambda folder: fitting(folder, reload_dataloaders_every_n_epochs=1)[0], {}, "with reload_dataloaders"),
         (lambda folder: fitting(folder)[0], {"monitor": "val_los_"}, "'val_los_' is not logged .* Found: .*'val_loss'"),
     ],
 )

@@ -47,8 +47,8 @@ class AdapterState:
     own: dict[str, Tensor] = field(default_factory=dict)
     """While another one is active: the parameters and buffers that the model had in place of :attr:`originals`."""
 
-    is_sum: bool = False
-    """Whether it shows others, added up. It cannot be trained."""
+    sum_of: dict[str, float] | None = None
+    """The adapters that it shows, added up with these weights. It cannot be trained."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -58,9 +58,9 @@ class AdapterState:
         """A Trainer begins to train it."""
         self.is_trained = True
 
-    def becomes_a_sum(self) -> None:
+    def becomes_a_sum(self, weights: Mapping[str, float]) -> None:
         """It rests, and shows others from now on."""
-        self.is_sum = True
+        self.sum_of = dict(weights)
         for adapter in self.resting.values():
             adapter.settings = replace(adapter.settings, follows=True)
             for p in adapter.parameters.values():

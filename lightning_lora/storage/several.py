@@ -1,13 +1,16 @@
 """Weighted sums of a model's adapters, as adapters of their own."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, ConfigError
+from lightning_lora.functional.update import wide
 from lightning_lora.model import switch
+from lightning_lora.model.adapter_state import AdapterState
 from lightning_lora.model.state import find_record, record_of
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.apply import apply
@@ -56,22 +59,32 @@ def set_adapter(
         ...     adapters(model)
         ('0.5 de + 1 fr', 'fr', 'de')
     """
+    record = find_record(model) or record_of(model)
+    known = record.adapters.get(name) if isinstance(name, str) else None
+    if known and known.sum_of:
+        name = known.sum_of
     if isinstance(name, str) or not isinstance(name, Iterable):
         return switch.set_adapter(model, name)
-    weights = name if isinstance(name, Mapping) else dict.fromkeys(name, 1.0)
-    record = find_record(model) or record_of(model)
+    weights = name if isinstance(name, Mapping) else Counter(name)
     before, active, stored = record.shown, record.adapter.name, _sum(model, weights, None)
-    title = " + ".join(map("{1:g} {0}".format, weights, weights.values()))
+    title = " + ".join(f"{float(weight)!r} {each}".replace(".0 ", " ") for each, weight in weights.items())
+    if title in record.adapters and not record.adapters[title].sum_of:
+        raise AdapterStateError(
+            f"{title!r}, as the sum would be called, is an adapter already. Give that one another name."
+        )
     if title == active:
         switch.set_adapter(model, next(iter(weights)))
-    for each, other in list(record.others.items()):
-        if other.is_sum and (each != active or each == title):  # what was shown may come back after a block
-            record.was_dropped(each)
+    sums = [each for each, other in record.others.items() if other.sum_of]
+    for each in sums[:-_KEPT] if title not in sums else [title]:  # some are shown again after a block
+        record.was_dropped(each)
     _add(model, stored, title)
-    record.others[title].becomes_a_sum()
+    record.others[title].becomes_a_sum(weights)
     shown = switch.set_adapter(model, title)
     shown.before, shown.active = before, active
     return shown
+
+
+_KEPT = 8  # sums that rest
 
 
 def combine_adapters(model: nn.Module, weights: Mapping[str, float], *, name: str, r: int | None = None) -> None:
@@ -103,6 +116,7 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], *, name: st
         ('fr', 'de', 'both')
     """
     record = find_record(model) or record_of(model)
+    AdapterState(record.adapter.config, name)  # checks the name
     if name in record.adapters:
         raise AdapterStateError(
             f"{type(plain_module(model)).__name__} has an adapter {name!r} already. Give another name, or call "
@@ -113,8 +127,9 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], *, name: st
 
 def _sum(model: nn.Module, weights: Mapping[str, float], r: int | None) -> StoredAdapters:
     """The weighted sum of a model's adapters."""
-    if not weights or not all(isinstance(weight, int | float) for weight in weights.values()):
-        raise ConfigError(f"Got the weights {dict(weights)}. Expected numbers by the names of adapters.")
+    is_right = isinstance(weights, Mapping) and all(isinstance(name, str) for name in weights)
+    if not weights or not is_right or not all(isinstance(weight, int | float) for weight in weights.values()):
+        raise ConfigError(f"Got the weights {weights}. Expected numbers by the names of adapters.")
     return combined([_stored(model, name) for name in weights], list(weights.values()), r)
 
 
@@ -130,5 +145,10 @@ def _stored(model: nn.Module, name: str) -> StoredAdapters:
     with switch.show(model, name):
         view = view_of(model)
         stored = StoredAdapters.from_view(view, adapter_state_dict(model), [])
-    state = {key: value.detach().cpu() for key, value in stored.state.items() if key not in stored.random}
+    state = dict(stored.state)
+    for key, value in stored.state.items():
+        if key in stored.random:
+            del state[key]
+        elif isinstance(value, Tensor):
+            state[key] = value.detach().cpu().to(wide(value.dtype) if value.is_floating_point() else value.dtype)
     return replace(stored, state=state, random=[], source=f"the adapter {name!r} of {stored.source}")

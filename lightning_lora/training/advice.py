@@ -300,8 +300,7 @@ def log_values(trainer: Trainer, named: dict[str, Any], own: Mapping[str, Any] =
     for logger in trainer.loggers:
         values = {**(own if "TensorBoardLogger" in class_names(logger) else {}), **named}
         try:
-            logger.log_hyperparams(values)
-            _keep_out_of_yaml(logger, named)
+            _log(logger, values, named)
         except Exception as error:  # of any library; a record is no reason to end a fit
             warn(
                 f"{type(logger).__name__} did not take {listed(named)} ({type(error).__name__}: {error}). The fit goes "
@@ -309,17 +308,19 @@ def log_values(trainer: Trainer, named: dict[str, Any], own: Mapping[str, Any] =
             )
 
 
-def _keep_out_of_yaml(logger: Any, named: dict[str, Any]) -> None:
-    """Take values out of ``hparams.yaml``, from which Lightning would pass them to a module, and give CSV a file."""
+def _log(logger: Any, values: dict[str, Any], named: dict[str, Any]) -> None:
+    """Log values, but not into ``hparams.yaml``, from which Lightning would pass them to a module."""
     kinds = class_names(logger)
-    is_csv = "CSVLogger" in kinds
-    held = logger.experiment.hparams if is_csv else logger.hparams if "TensorBoardLogger" in kinds else {}
-    for name in filter(held.__contains__, named):
-        del held[name]
-    if is_csv:
+    if "CSVLogger" in kinds:
         path = Path(logger.log_dir) / "lora.json"
         known = json.loads(path.read_text()) if path.exists() else {}
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**known, **named}, indent=2))
+        return
+    logger.log_hyperparams(values)
+    if "TensorBoardLogger" in kinds:
+        for name in named:
+            logger.hparams.pop(name, None)
 
 
 def _plain(value: Any) -> Any:

@@ -76,9 +76,10 @@ class Stage:
         """Unmerge the module: it needs its adapters to train, or to load a checkpoint."""
         receive_record(pl_module)
         record = find_record(pl_module)
-        if self.is_fit and record is not None and record.adapter.is_sum and not self.wants_another(pl_module):
+        own = record.adapters.get(self.name or record.adapter.name) if record and self.is_fit else None
+        if own and own.sum_of:
             raise AdapterStateError(
-                f"{type(pl_module).__name__} shows a sum of adapters, {record.adapter.name!r}, which is not trained. "
+                f"{type(pl_module).__name__} shows a sum of adapters, {own.name!r}, which is not trained. "
                 "Train one of them, LoRACallback(name=...), or make one of the sum with combine_adapters."
             )
         if unmerge(pl_module):
