@@ -4,7 +4,6 @@ import copy
 import pickle
 from collections import Counter
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,11 +12,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins import LayerSync, Precision
+from lightning.pytorch.plugins import LayerSync
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from torch import nn
 
-from lightning_lora import AdapterStateError, LoRAConfig, StrategyError, inject_adapters, load_adapter, remove_adapters
+from lightning_lora import AdapterStateError, LoRAConfig, StrategyError, remove_adapters
 from lightning_lora.storage.stored import KEY
 from lightning_lora.training.deepspeed import LoRADeepSpeedStrategy
 from lightning_lora.training.stage import Stage
@@ -28,15 +27,10 @@ from tests.support.late import BornInConfigureModel, BornInSetup, Normed
 from tests.support.models import TRAINED, LitTiny, X, best, data, is_plain, lora, same, state, trainer
 
 SAVING: dict[str, dict[str, Any]] = {
-    "best": {"monitor": "val_loss"},
     "two best": {"monitor": "val_loss", "mode": "max", "save_top_k": 2},
-    "last": {"save_last": True},
     "link": {"save_last": "link", "save_top_k": -1},
-    "last alone": {"save_top_k": 0, "save_last": True},
     "none": {"save_top_k": 0},
-    "epochs": {"save_top_k": -1, "every_n_epochs": 2},
     "steps": {"save_top_k": -1, "every_n_train_steps": 3},
-    "time": {"save_top_k": -1, "train_time_interval": timedelta(microseconds=1)},
     "train epoch": {"save_top_k": -1, "save_on_train_epoch_end": True},
     "weights": {"save_top_k": -1, "save_last": True, "save_weights_only": True},
 }
@@ -114,8 +108,7 @@ class ReadsAtEnd(L.Callback):  # reads a file through the strategy when the fit 
         assert same(state(pl_module), before)
 
 
-@pytest.mark.parametrize("merge", ["last", False])
-@pytest.mark.parametrize("stage", [None, "validate", "test", "predict"])
+@pytest.mark.parametrize(("stage", "merge"), [(None, False), ("validate", "last"), ("predict", False)])
 def test_a_file_read_outside_a_stage_changes_nothing_until_it_is_loaded(tmp_path: Path, stage: Any, merge: Any) -> None:
     worst = best(tmp_path, mode="max")
     model, t = fit(tmp_path, lora(merge=merge), worst, ReadsAtEnd(), max_epochs=3)
@@ -148,12 +141,7 @@ def failed(t: L.Trainer, model: LitTiny) -> None:
     del model.configure_optimizers
 
 
-def attached(t: L.Trainer, model: LitTiny) -> None:
-    t.strategy.connect(model)
-
-
-@pytest.mark.parametrize("weights_only", [False, True])
-@pytest.mark.parametrize("begin", [removed, failed, attached])
+@pytest.mark.parametrize(("begin", "weights_only"), [(removed, False), (failed, True)])
 def test_a_file_of_a_module_without_adapters_is_lightnings_own(tmp_path: Path, begin: Any, weights_only: bool) -> None:
     t, model = trainer(tmp_path, [lora()], enable_checkpointing=False), LitTiny()
     begin(t, model)
@@ -225,37 +213,12 @@ def test_a_method_that_replaces_ours_after_a_fit_is_below_ours_in_the_next_stage
     assert len(seen) == 2 and set(tensors(tmp_path / "a.ckpt")) == set(TRAINED)
 
 
-def test_a_method_that_is_put_back_after_a_fit_does_not_take_ours_away(tmp_path: Path) -> None:
-    t = trainer(tmp_path, [lora(save="model")], enable_checkpointing=False, max_epochs=1)
-    found = {name: getattr(t.strategy, name) for name in METHODS}
-    count(t.strategy)  # as a profiler does
-    t.fit(model := LitTiny(), data())
-    for name, method in found.items():
-        setattr(t.strategy, name, method)
-    t.fit_loop.max_epochs = 2
-    t.fit(model, data())
-    t.save_checkpoint(tmp_path / "a.ckpt")
-    assert same(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"], state(model))
-    load_adapter(LitTiny(), tmp_path / "a.ckpt")
-
-
 def test_a_method_that_is_patched_in_a_fit_is_the_strategys_after_it(tmp_path: Path) -> None:
     t = trainer(tmp_path, [lora()], enable_checkpointing=False, max_epochs=1)
     with patch.object(t.strategy, "setup", wraps=t.strategy.setup) as patched:
         t.fit(model := LitTiny(), data())
     outcome(t, "test", model)
     assert patched.call_count == 1 and base_is_whole(model)
-
-
-class Rebuilt(SingleDeviceStrategy):  # a strategy that is copied in its own way
-    def __reduce__(self) -> Any:
-        return Rebuilt, ("cpu",)
-
-
-def test_a_strategy_may_be_copied_in_its_own_way(tmp_path: Path) -> None:
-    t = trainer(tmp_path, [lora()], strategy=Rebuilt("cpu"), enable_checkpointing=False, max_epochs=1)
-    t.fit(LitTiny(), data())
-    assert type(copy.deepcopy(t.strategy)) is Rebuilt and type(t.strategy).__name__ == "Rebuilt"
 
 
 def test_a_pickled_strategy_is_as_it_was_and_gets_the_methods_around_those_of_others_again(tmp_path: Path) -> None:
@@ -299,10 +262,9 @@ class Renamed(DeepSpeedStrategy):
     """As in Ray, and in users' code."""
 
 
-@pytest.mark.parametrize("kind", [DeepSpeedStrategy, Renamed])
-@pytest.mark.parametrize("zero", [{"stage": 1}, {"stage": 2}, {"stage": 2, "offload_optimizer": {"device": "cpu"}}])
-def test_zero_1_and_2_are_accepted(kind: type[DeepSpeedStrategy], zero: dict[str, Any]) -> None:
-    strategy = overlay_strategy(kind({"zero_optimization": zero}), Stage(LoRAConfig()))
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_1_and_2_are_accepted(stage: int) -> None:
+    strategy = overlay_strategy(Renamed({"zero_optimization": {"stage": stage}}), Stage(LoRAConfig()))
     assert isinstance(strategy, LoRADeepSpeedStrategy)
 
 
@@ -311,8 +273,6 @@ ZERO_3 = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
 REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: Renamed(ZERO_3), r"^Renamed with ZeRO stage 3 shards .* ModelParallelStrategy.*fully_sh"),
     (lambda: DeepSpeedStrategy(None), WITHOUT_ZERO),
-    (lambda: DeepSpeedStrategy({}), WITHOUT_ZERO),
-    (lambda: DeepSpeedStrategy({"zero_optimization": {}}), WITHOUT_ZERO),
     (lambda: DeepSpeedStrategy({"zero_optimization": {"stage": 0}}), WITHOUT_ZERO),
     (FSDPStrategy, r"^FSDPStrategy shards .* ModelParallelStrategy.*fully_shard\("),
 ]
@@ -338,28 +298,6 @@ def test_nothing_changes_before_a_strategy_is_refused(tmp_path: Path) -> None:
 
 class Replaced(nn.BatchNorm1d):
     """What takes a norm's place; torch's own SyncBatchNorm runs on a GPU alone."""
-
-
-class Replaces(Precision):
-    """A plugin that puts new norms in place of those that are there, as others do with linear layers."""
-
-    def convert_module(self, module: Any) -> Any:
-        new = Replaced(8)
-        new.load_state_dict(module.norm.state_dict())
-        module.norm = new
-        return module
-
-
-@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
-def test_a_norm_that_a_precision_replaced_is_of_the_frozen_base(tmp_path: Path, stage: str) -> None:
-    inject_adapters(model := Normed(), lora().config)
-    before = state(model.norm)
-    t = trainer(tmp_path, [lora(merge=False)], plugins=[Replaces()], enable_checkpointing=False)
-    getattr(t, stage)(model, data())
-    assert isinstance(model.norm, Replaced)
-    model.train()(torch.arange(4))
-    assert same(state(model.norm), before)
-    assert not model.norm.weight.requires_grad and model.get_parameter("q_proj.lora_A").requires_grad
 
 
 class Synchronises(LayerSync):
