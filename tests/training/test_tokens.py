@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 import lightning_lora as ll
 from lightning_lora.layers import LoRATokens
 from lightning_lora.storage.state import NOTE
-from lightning_lora.training.randomness import reseeded
 from tests.support.models import exact, is_plain, same, state, trainer
 
 TOKENS = [20, 21]
@@ -99,8 +98,8 @@ def test_a_fit_trains_what_peft_trains(tmp_path: Path, name: str) -> None:
 
 
 @exact
-@pytest.mark.parametrize("name", MODELS)
-def test_a_run_resumes_to_the_bit_and_its_files_hold_only_the_rows(tmp_path: Path, name: str) -> None:
+def test_a_run_resumes_to_the_bit_and_its_files_hold_only_the_rows(tmp_path: Path) -> None:
+    name = "gpt2"
     straight, first = Lit(resized(name)), Lit(resized(name))
     before = state(straight)
     trainer(tmp_path, [lora(name)], max_epochs=2).fit(straight, data())
@@ -190,37 +189,22 @@ def test_a_head_that_trains_needs_no_rows(tmp_path: Path, more: dict[str, Any]) 
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("more", [{}, {"target_modules": ["wte", "c_attn"], "trainable_token_indices": None}])
-def test_setup_may_resize_what_is_adapted_already(tmp_path: Path, more: dict[str, Any]) -> None:
+def test_setup_may_resize_what_is_adapted_already(tmp_path: Path) -> None:
     class Resizes(Lit):
         def setup(self, stage: str) -> None:
             self.model.resize_token_embeddings(24, mean_resizing=False)
             self.model.to(torch.float32)
 
     module = Resizes(resized("gpt2"))
-    run = trainer(tmp_path, [lora("gpt2", **more)], max_epochs=1)
+    run = trainer(tmp_path, [lora("gpt2")], max_epochs=1)
     run.fit(module, data())
     assert len(module.model.transformer.wte.weight) == 24 and module.model.transformer.wte.lora_is_fresh() is False
     other, file = Resizes(resized("gpt2")), run.checkpoint_callback.best_model_path  # type: ignore[union-attr]
-    run = trainer(tmp_path, [lora("gpt2", **more)], max_epochs=2)
+    run = trainer(tmp_path, [lora("gpt2")], max_epochs=2)
     run.fit(other, data(), ckpt_path=file)
     plain = other.model(input_ids=INDEX).logits
     ll.merge_adapters(other)
     torch.testing.assert_close(other.model(input_ids=INDEX).logits, plain)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_what_is_drawn_after_a_second_adaptation_does_not_depend_on_r() -> None:
-    drawn = []
-    for r in (2, 4):
-        model, config = resized("gpt2"), ll.LoRAConfig(r=r, target_modules=["wte"])
-        torch.manual_seed(0)
-        for size in (22, 24):
-            model.resize_token_embeddings(size, mean_resizing=False)
-            with reseeded(model):
-                ll.inject_adapters(model, config)
-        drawn.append(torch.rand(3))
-    assert torch.equal(*drawn)
 
 
 @pytest.mark.processes
