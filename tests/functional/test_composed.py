@@ -10,7 +10,6 @@ import torch.distributed.fsdp
 import torch.distributed.tensor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_lora import LoRAConfig, inject_adapters
 from lightning_lora.functional import linear
@@ -147,17 +146,6 @@ def test_adapters_are_split_as_tensor_parallelism_splits_their_weights(
     inject_adapters(nn.Sequential(layer), LoRAConfig(r=2, target_modules=["0"], target_slices=slices))
     for factor, split in ((layer.lora_A_some, a_split), (layer.lora_B_some, b_split)):
         assert factor.placements[0].is_shard(dim) is split
-
-
-@pytest.mark.parametrize("tokens", [4, 400])
-def test_operations_are_counted_in_full(tokens: int) -> None:
-    x, weight, bias, a, b = inputs(tokens, 8, out=8)
-    flops = []
-    for f in (adapted_linear, composed):
-        with FlopCounterMode(display=False) as counter:
-            f(x, weight, bias, a, b, 1.0).sum().backward()
-        flops.append(counter.get_total_flops())
-    assert flops[0] == flops[1]
 
 
 @pytest.mark.parametrize("tokens", [4, 400])
