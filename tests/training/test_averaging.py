@@ -182,6 +182,23 @@ def test_layers_that_are_made_anew_are_adapted_beside_an_average(
     assert len(factors) == (2 if "bias" not in options else 3) and all(p.any() for p in factors)
 
 
+@overrides_hook
+@needs_averaging
+def test_an_average_without_updates_is_the_module_as_it_began(tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+
+    class RandomHead(LitTiny):
+        def configure_model(self) -> None:
+            self.head = nn.Linear(8, 4)
+
+        def on_train_start(self) -> None:
+            seen.append(self.head.weight.detach().clone())
+
+    average = bundled.EMAWeightAveraging(update_starting_at_step=1000)
+    model, _ = fits.fit(tmp_path, lora(), average, model=RandomHead())
+    assert torch.equal(model.head.weight, seen[0])
+
+
 class Drifts(LitTiny):  # its own code changes a frozen weight in each step
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         with torch.no_grad():
