@@ -221,6 +221,17 @@ def test_a_method_that_is_patched_in_a_fit_is_the_strategys_after_it(tmp_path: P
     assert patched.call_count == 1 and base_is_whole(model)
 
 
+class Rebuilt(SingleDeviceStrategy):  # a strategy that is copied in its own way
+    def __reduce__(self) -> Any:
+        return Rebuilt, ("cpu",)
+
+
+def test_a_strategy_may_be_copied_in_its_own_way(tmp_path: Path) -> None:
+    t = trainer(tmp_path, [lora()], strategy=Rebuilt("cpu"), enable_checkpointing=False, max_epochs=1)
+    t.fit(LitTiny(), data())
+    assert type(copy.deepcopy(t.strategy)) is Rebuilt and type(t.strategy).__name__ == "Rebuilt"
+
+
 def test_a_pickled_strategy_is_as_it_was_and_gets_the_methods_around_those_of_others_again(tmp_path: Path) -> None:
     t, kind = trainer(tmp_path, [lora()], enable_checkpointing=False, max_epochs=1), SingleDeviceStrategy
     count(t.strategy)
