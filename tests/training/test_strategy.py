@@ -12,11 +12,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins import LayerSync
+from lightning.pytorch.plugins import LayerSync, Precision
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from torch import nn
 
-from lightning_lora import AdapterStateError, LoRAConfig, StrategyError, remove_adapters
+from lightning_lora import AdapterStateError, LoRAConfig, StrategyError, inject_adapters, load_adapter, remove_adapters
 from lightning_lora.storage.stored import KEY
 from lightning_lora.training.deepspeed import LoRADeepSpeedStrategy
 from lightning_lora.training.stage import Stage
@@ -213,6 +213,20 @@ def test_a_method_that_replaces_ours_after_a_fit_is_below_ours_in_the_next_stage
     assert len(seen) == 2 and set(tensors(tmp_path / "a.ckpt")) == set(TRAINED)
 
 
+def test_a_method_that_is_put_back_after_a_fit_does_not_take_ours_away(tmp_path: Path) -> None:
+    t = trainer(tmp_path, [lora(save="model")], enable_checkpointing=False, max_epochs=1)
+    found = {name: getattr(t.strategy, name) for name in METHODS}
+    count(t.strategy)  # as a profiler does
+    t.fit(model := LitTiny(), data())
+    for name, method in found.items():
+        setattr(t.strategy, name, method)
+    t.fit_loop.max_epochs = 2
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    assert same(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"], state(model))
+    load_adapter(LitTiny(), tmp_path / "a.ckpt")
+
+
 def test_a_method_that_is_patched_in_a_fit_is_the_strategys_after_it(tmp_path: Path) -> None:
     t = trainer(tmp_path, [lora()], enable_checkpointing=False, max_epochs=1)
     with patch.object(t.strategy, "setup", wraps=t.strategy.setup) as patched:
@@ -309,6 +323,28 @@ def test_nothing_changes_before_a_strategy_is_refused(tmp_path: Path) -> None:
 
 class Replaced(nn.BatchNorm1d):
     """What takes a norm's place; torch's own SyncBatchNorm runs on a GPU alone."""
+
+
+class Replaces(Precision):
+    """A plugin that puts new norms in place of those that are there, as others do with linear layers."""
+
+    def convert_module(self, module: Any) -> Any:
+        new = Replaced(8)
+        new.load_state_dict(module.norm.state_dict())
+        module.norm = new
+        return module
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_a_norm_that_a_precision_replaced_is_of_the_frozen_base(tmp_path: Path, stage: str) -> None:
+    inject_adapters(model := Normed(), lora().config)
+    before = state(model.norm)
+    t = trainer(tmp_path, [lora(merge=False)], plugins=[Replaces()], enable_checkpointing=False)
+    getattr(t, stage)(model, data())
+    assert isinstance(model.norm, Replaced)
+    model.train()(torch.arange(4))
+    assert same(state(model.norm), before)
+    assert not model.norm.weight.requires_grad and model.get_parameter("q_proj.lora_A").requires_grad
 
 
 class Synchronises(LayerSync):
