@@ -54,6 +54,28 @@ def test_other_threads_and_replicas_compute_a_layer_with_its_own_forward_rightly
         assert torch.equal(replica(x), expected)
 
 
+def test_layer_that_keeps_its_own_methods_or_counts_is_run_with_its_update() -> None:
+    class Bound(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.run, self.calls = self.own, 0
+
+        def own(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return nn.functional.linear(x, self.weight, self.bias)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.run(input)
+
+    model, x = nn.Sequential(Bound()), torch.randn(2, 4)
+    inject_adapters(model, LoRAConfig(r=2))
+    randomise(model)
+    output = model(x)
+    assert model[0].calls == 1 and model[0].run.__self__ is model[0]
+    merge_adapters(model)
+    torch.testing.assert_close(model(x), output)
+
+
 CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "linear": (lambda: nn.Linear(5, 4), {"input": FLOATS}),
     "conv1d": (lambda: Conv1D(4, 5), {"x": FLOATS}),
