@@ -33,7 +33,7 @@ from lightning_lora import (
     summarize,
     unmerge_adapters,
 )
-from tests.support.models import trainer
+from tests.support.models import TinyLM, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training")
 X = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
@@ -482,6 +482,16 @@ def test_two_critics_and_their_targets_are_two_pairs() -> None:
         assert torch.equal(target[0].lora_A, critics[name][0].lora_A)
 
 
+def test_a_copy_of_a_network_with_frozen_layers_has_adapters_where_that_has_them() -> None:
+    net = mlp(8, 15, 15, 4)
+    teacher = copy.deepcopy(net).requires_grad_(False)
+    net[0].requires_grad_(False)
+    model = nn.ModuleDict({"net": net, "teacher": teacher})
+    with pytest.warns(LoRAWarning, match="No adapter for 'net.0'"):
+        inject_adapters(model, LoRAConfig(r=2))
+    assert adapted(model) == ["net.2", "net.4", "teacher.2", "teacher.4"]
+
+
 def test_what_trains_in_full_does_not_in_a_copy(tmp_path: Path) -> None:
     module = Momentum("net")
     callback = LoRACallback(r=2, merge=False, modules_to_save=["2"], bias="lora_only")
@@ -589,6 +599,24 @@ def test_a_backbone_is_judged_once_it_has_run(tmp_path: Path) -> None:
             return self.net[task](features).square().mean()
 
     assert "net.backbone.0" in adapted(fit(tmp_path, TwoTasks()))
+
+
+def test_a_merged_model_with_a_tied_weight_is_adapted_anew_as_at_first() -> None:
+    model = TinyLM()
+    names = inject_adapters(model, LoRAConfig(r=2, target_modules="all"))
+    with pytest.warns(LoRAWarning, match="tied"):
+        merge_adapters(model)
+    assert inject_adapters(model, LoRAConfig(r=2, target_modules="all")) == names
+
+
+def test_a_file_that_is_loaded_again_in_a_fit_leaves_out_what_was_left_out(tmp_path: Path) -> None:
+    class GoesBack(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            trainer.save_checkpoint(tmp_path / "now.ckpt")
+            checkpoint = trainer.strategy.load_checkpoint(tmp_path / "now.ckpt")
+            trainer.strategy.load_model_state_dict(checkpoint)
+
+    assert adapted(fit(tmp_path, SmallBesideLarge(), GoesBack())) == ["net.0", "net.2"]
 
 
 def test_the_best_file_is_merged_without_what_was_left_out(tmp_path: Path) -> None:
