@@ -30,6 +30,13 @@ class Table(nn.Module):
         return x @ self.table
 
 
+def test_only_unsupported_layers_is_an_error_that_lists_the_supported() -> None:
+    model = nn.Sequential(nn.LayerNorm(4), nn.ReLU())
+    for targets in ("all-linear", "all", ["0"], "0|1"):
+        with pytest.raises(TargetError, match=r"Linear, Linear4bit, .*Conv1D, Embedding"):
+            adapted(model, target_modules=targets)
+
+
 class Net(nn.Module):
     """A small U-Net: convolutions alone."""
 
