@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 import lightning_lora as ll
 from lightning_lora.layers import LoRATokens
 from lightning_lora.storage.state import NOTE
+from lightning_lora.training.randomness import reseeded
 from tests.support.models import exact, is_plain, same, state, trainer
 
 TOKENS = [20, 21]
@@ -205,6 +206,20 @@ def test_setup_may_resize_what_is_adapted_already(tmp_path: Path) -> None:
     plain = other.model(input_ids=INDEX).logits
     ll.merge_adapters(other)
     torch.testing.assert_close(other.model(input_ids=INDEX).logits, plain)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_drawn_after_a_second_adaptation_does_not_depend_on_r() -> None:
+    drawn = []
+    for r in (2, 4):
+        model, config = resized("gpt2"), ll.LoRAConfig(r=r, target_modules=["wte"])
+        torch.manual_seed(0)
+        for size in (22, 24):
+            model.resize_token_embeddings(size, mean_resizing=False)
+            with reseeded(model):
+                ll.inject_adapters(model, config)
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
 
 
 @pytest.mark.processes
