@@ -173,6 +173,17 @@ def test_similarity_is_that_of_singular_vectors(i: int, j: int, side: str) -> No
         assert found[name] == grids[name][i - 1, j - 1] and grids[name].shape == (5, 8)
 
 
+def test_similarity_of_stacks_is_the_mean_over_their_matrices() -> None:
+    one, other = (nn.Sequential(LAYERS["experts"][0]()) for _ in range(2))
+    for model in (one, other):
+        ll.inject_adapters(model, config(model))
+    expected = []
+    for a, b in zip(one[0].lora_A_stack, other[0].lora_A_stack, strict=True):
+        u, v = (SVD(each.detach().double()).Vh[:2] for each in (a, b))
+        expected.append((u @ v.mT).square().sum() / 2)
+    torch.testing.assert_close(SubspaceSimilarity(2)(one, other)["0.stack"], torch.stack(expected).mean().float())
+
+
 def test_similarity_is_read_from_files_as_from_models(tmp_path: Path) -> None:
     one, other = two(2), two(4, seed=1)
     ll.save_adapter(one, tmp_path / "one.safetensors")
