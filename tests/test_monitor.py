@@ -6,7 +6,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import Logger
 
 import lightning_lora as ll
@@ -87,24 +86,6 @@ def test_the_base_is_validated_with_the_trainer_of_the_fit(tmp_path: Path) -> No
         assert t.validate(model, data(), verbose=False) == [before] != [expected]
 
 
-def test_a_step_may_run_the_base_too(tmp_path: Path) -> None:
-    class Watches(LitTiny):
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            super().validation_step(batch, batch_idx)
-            with ll.disable_adapters(self):
-                self.log("base/val_loss", self.loss(batch))
-
-    (expected,) = trainer(tmp_path).validate(LitTiny(), data(), verbose=False)
-    ends = []
-    for build in (LitTiny, Watches):
-        torch.manual_seed(4)
-        t = trainer(tmp_path, [lora()])
-        t.fit(model := build(), data(), data())
-        ends.append((state(model), t.callback_metrics.pop("base/val_loss", None), t.callback_metrics))
-    (weights, _, numbers), (weights2, base, numbers2) = ends
-    assert base == pytest.approx(expected["val_loss"]) and same(weights, weights2) and numbers == numbers2
-
-
 class Validated(L.Callback):
     """The numbers of each validation."""
 
@@ -130,13 +111,6 @@ def sharded_fit(folder: Path) -> list[dict[str, float]]:
 def test_numbers_of_sharded_modules(tmp_path: Path) -> None:
     one, other = run_ranks(sharded_fit, tmp_path)
     assert one == other and len(one) == 2
-
-
-def test_early_stopping_monitors_it(tmp_path: Path) -> None:
-    stops = EarlyStopping("lora/update_norm", stopping_threshold=100.0, mode="min", verbose=False)
-    t = trainer(tmp_path, [LoRAMonitor(), lora(), stops], max_epochs=5)
-    t.fit(LitTiny(), data(), data())
-    assert t.current_epoch == 1
 
 
 def test_what_is_not_there_is_named_or_left_out(tmp_path: Path) -> None:

@@ -110,19 +110,7 @@ def test_blocks_are_one_row_and_different_layers_are_several() -> None:
     assert groups["layer*.self_attention"].parts == ("q", "k", "v", "out")
 
 
-def test_every_parameter_is_in_one_row_and_those_of_an_adapted_projection_in_its_layers() -> None:
-    model = Stacks()
-    plain = {group.name for group in summarize(model).groups}
-    inject_adapters(model, LoRAConfig(r=2))
-    summary = summarize(model)
-    assert sum(group.trained for group in summary.groups) == summary.trained
-    assert sum(group.frozen for group in summary.groups) == summary.frozen
-    assert plain - {group.name for group in summary.groups} == {
-        f"{blocks}.self_attention.out_proj" for blocks in ("blocks.encoder_layer_*", "layer*", "chain.*")
-    }
-
-
-@pytest.mark.parametrize("width", [44, 60, 80, 120])
+@pytest.mark.parametrize("width", [44, 80])
 def test_rows_fit_and_hold_whole_names_at_any_width(width: int) -> None:
     model = nn.ModuleDict({"network": Stacks(), "norm": nn.LayerNorm(8)})
     inject_adapters(model, LoRAConfig(r=2))

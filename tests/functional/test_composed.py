@@ -10,7 +10,6 @@ import torch.distributed.fsdp
 import torch.distributed.tensor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_lora import LoRAConfig, inject_adapters
 from lightning_lora.functional import linear
@@ -46,7 +45,7 @@ def test_functional_transforms_and_forward_mode_derive_the_same() -> None:
         torch.testing.assert_close(ours[name], theirs[name], msg=name)
 
 
-@pytest.mark.parametrize("shape", [(4,), (3, 4), (64, 4), (2, 3, 4)])
+@pytest.mark.parametrize("shape", [(4,), (64, 4), (2, 3, 4)])
 def test_backward_takes_batches_of_gradients(shape: tuple[int, ...]) -> None:
     tensors = inputs(*shape)
     outputs = adapted_linear(*tensors, 0.5), composed(*tensors, 0.5)
@@ -81,8 +80,7 @@ def test_compiled_whole_it_is_one_graph(dropout: float) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
-@pytest.mark.parametrize("differentiates", [True, False])
-@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize(("tokens", "differentiates"), [(1, False), (40, True)])
 def test_a_traced_layer_computes_any_number_of_tokens(tokens: int, differentiates: bool) -> None:
     model = nn.Sequential(nn.Linear(8, 5, dtype=torch.float64))
     inject_adapters(model, LoRAConfig(r=2))
@@ -150,39 +148,6 @@ def test_adapters_are_split_as_tensor_parallelism_splits_their_weights(
         assert factor.placements[0].is_shard(dim) is split
 
 
-@pytest.mark.usefixtures("alone")
-@pytest.mark.skipif(not hasattr(dist.fsdp, "fully_shard"), reason="torch has no public fully_shard")
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_parameters_that_are_sharded_between_passes_get_the_same_gradients(dropout: float) -> None:
-    gradients = []
-    for shard in (False, True):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
-        inject_adapters(model, LoRAConfig(r=2, dropout=dropout))
-        for layer in model[::2]:
-            nn.init.normal_(layer.lora_B)
-        if shard:
-            dist.fsdp.fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
-        torch.manual_seed(1)
-        model(torch.randn(5, 8)).square().sum().backward()
-        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        gradients.append({name: grad.full_tensor() if shard else grad for name, grad in found.items()})
-    assert len(gradients[0]) == 4
-    for name, grad in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], grad)
-
-
-@pytest.mark.parametrize("tokens", [4, 400])
-def test_operations_are_counted_in_full(tokens: int) -> None:
-    x, weight, bias, a, b = inputs(tokens, 8, out=8)
-    flops = []
-    for f in (adapted_linear, composed):
-        with FlopCounterMode(display=False) as counter:
-            f(x, weight, bias, a, b, 1.0).sum().backward()
-        flops.append(counter.get_total_flops())
-    assert flops[0] == flops[1]
-
-
 @pytest.mark.parametrize("tokens", [4, 400])
 def test_selective_checkpointing_keeps_what_it_is_told_to(tokens: int) -> None:
     x, weight, bias, a, b = inputs(tokens, 8, out=8)
@@ -207,12 +172,10 @@ def test_autocast_of_another_device_changes_nothing() -> None:
     assert goes_by_hand(output) and output.dtype is tensors[0].grad.dtype is torch.float32
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_backward_may_run_under_an_autocast_that_forward_did_not(dropout: float) -> None:
+def test_backward_may_run_under_an_autocast_that_forward_did_not() -> None:
     tensors, grad = inputs(4, 6, dtype=torch.float32), torch.randn(4, 5)
-    output = adapted_linear(*tensors, 1.0, dropout)
+    output = adapted_linear(*tensors, 1.0, 0.2)
     expected = torch.autograd.grad(output, tensors, grad, retain_graph=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = torch.autograd.grad(output, tensors, grad)
-    for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one, other)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

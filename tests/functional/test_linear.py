@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from lightning_lora.functional import linear
 from lightning_lora.functional.dropout import drops
@@ -53,8 +52,7 @@ def laid_out(layout: str, out: int) -> list[Tensor]:
     return [layouts(x.detach())[layout].requires_grad_(), *others]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("layout", [each for each in LAYOUTS if each != "expanded"])  # which torch's check refuses
+@pytest.mark.parametrize(("layout", "dropout"), [("transposed", 0.0), ("sliced", 0.4), ("every second", 0.4)])
 def test_gradients_pass_torchs_check_to_the_second_order(layout: str, dropout: float) -> None:
     tensors = laid_out(layout, out=3)
 
@@ -66,14 +64,12 @@ def test_gradients_pass_torchs_check_to_the_second_order(layout: str, dropout: f
     assert torch.autograd.gradgradcheck(compute, tensors)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_with_gradients_drop_what_those_without_drop(layout: str, dropout: float) -> None:
+@pytest.mark.parametrize("layout", ["transposed", "expanded"])
+def test_gradients_with_gradients_drop_what_those_without_drop(layout: str) -> None:
     tensors = laid_out(layout, out=4)
-    output = adapted_linear(*tensors, 1.0, dropout).square().sum()
+    output = adapted_linear(*tensors, 1.0, 0.4).square().sum()
     first = torch.autograd.grad(output, tensors, retain_graph=True)
-    for one, other in zip(torch.autograd.grad(output, tensors, create_graph=True), first, strict=True):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(torch.autograd.grad(output, tensors, create_graph=True), first)
 
 
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
@@ -88,7 +84,7 @@ NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
     trained=st.sets(st.sampled_from(NAMES), min_size=1),
     with_bias=st.booleans(),
 )
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_gradients_are_those_of_the_composition(
     shape: tuple[int, ...], out: int, r: int, scaling: float, layout: str, trained: set[str], with_bias: bool
 ) -> None:
@@ -112,28 +108,33 @@ def test_gradients_are_those_of_the_composition(
             torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("tokens", [4, 400])
-def test_gradients_that_have_gradients_are_right_where_a_layer_is_used_twice(tokens: int) -> None:
+def test_gradients_that_have_gradients_are_right_where_a_layer_is_used_twice() -> None:
     torch.manual_seed(0)
-    x, weight, bias, a, b = inputs(tokens, 6, out=6)
+    x, weight, bias, a, b = inputs(4, 6, out=6)
 
     def twice(f: Callable[..., Tensor]) -> Tensor:
         return f(f(x, weight, bias, a, b, 0.5).tanh(), weight, bias, a, b, 0.5).square().sum()
 
     found, expected = (torch.autograd.grad(twice(f), [x, a, b], create_graph=True) for f in (adapted_linear, composed))
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(found, expected)
 
 
 # The rule that chooses between W x + B A x and (W + B A) x
 
 
-@pytest.mark.parametrize("tokens", [4, 5])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "precision", "dropout", "is_updated"),
+    [
+        (5, torch.float64, "medium", 0.0, True),
+        (5, torch.float32, "highest", 0.0, True),
+        (4, torch.float32, "highest", 0.0, False),
+        (5, torch.float32, "highest", 0.1, False),
+        (5, torch.float32, "high", 0.0, False),
+        (5, torch.bfloat16, "highest", 0.0, False),
+    ],
+)
 def test_weights_are_updated_for_many_tokens_where_no_small_update_is_lost(
-    tokens: int, dtype: torch.dtype, precision: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+    tokens: int, dtype: Any, precision: str, dropout: float, is_updated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
     monkeypatch.setattr(linear, "_updated", lambda w, a, b, s: made.append(w) or w + s * b @ a)  # type: ignore[func-returns-value]
@@ -143,22 +144,27 @@ def test_weights_are_updated_for_many_tokens_where_no_small_update_is_lost(
         adapted_linear(x, weight, bias, a, b, 1.0, dropout)
     finally:
         torch.set_float32_matmul_precision("highest")
-    loses = dtype is torch.bfloat16 or (dtype is torch.float32 and precision != "highest")
-    assert bool(made) is (tokens == 5 and not dropout and not loses)
+    assert bool(made) is is_updated
 
 
 def test_a_fresh_update_changes_nothing_whatever_the_form_and_the_layout() -> None:
     torch.manual_seed(0)
-    for tokens, reads, writes in itertools.product((3, 400), range(4, 40, 5), range(4, 40, 7)):
+    for tokens, reads, writes in itertools.product((3, 400), (4, 19, 34), (4, 18, 39)):
         x, weight, bias, a, b = inputs(tokens, reads, out=writes)
         bias, every_second = bias.detach(), torch.randn(writes, 2 * reads, dtype=weight.dtype)[:, ::2]
         for laid_out in (weight.detach(), weight.detach().T.contiguous().T, every_second):
             assert torch.equal(adapted_linear(x, laid_out, bias, a, b * 0, 1.0), F.linear(x, laid_out, bias))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("adapters", [torch.float32, None])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("dtype", "adapters", "dropout"),
+    [
+        (torch.bfloat16, torch.float32, 0.0),
+        (torch.bfloat16, None, 0.3),
+        (torch.float16, torch.float32, 0.3),
+        (torch.float32, None, 0.0),
+    ],
+)
 def test_gradients_are_as_exact_as_the_dtype_allows(dtype: torch.dtype, adapters: Any, dropout: float) -> None:
     torch.manual_seed(0)
     wide = inputs(3, 17, 32, out=24, r=4)
@@ -177,8 +183,7 @@ def test_gradients_are_as_exact_as_the_dtype_allows(dtype: torch.dtype, adapters
     assert [n.grad.dtype for n in narrow] == [n.dtype for n in narrow]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.05])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dtype", "dropout"), [(torch.bfloat16, 0.0), (torch.float16, 0.0), (torch.float16, 0.05)])
 def test_scaling_is_exact_and_keeps_half_precision_within_its_range(dtype: torch.dtype, dropout: float) -> None:
     torch.manual_seed(0)
     x, weight, _, a, b = (t.detach() for t in inputs(256, 64))
@@ -196,8 +201,7 @@ def test_scaling_is_exact_and_keeps_half_precision_within_its_range(dtype: torch
 # Memory
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "dropout"), [(torch.float32, 0.1), (torch.bfloat16, 0.0)])
 def test_little_is_kept_for_the_backward_pass_beside_the_input(dropout: float, dtype: torch.dtype) -> None:
     x, weight, bias, a, b = inputs(256, 768, out=768, r=8, dtype=dtype)
     a, b = (t.detach().float().requires_grad_() for t in (a, b))  # as adapters of a half-precision base are
@@ -229,7 +233,7 @@ def test_without_gradients_nothing_is_recorded_and_arguments_stay_as_they_are() 
     assert all(torch.equal(t, old) for t, old in zip(tensors, before, strict=True))
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 64])
+@pytest.mark.parametrize("tokens", [1, 64])
 def test_the_gradient_of_the_input_is_no_view_so_that_torch_may_add_to_it_in_place(tokens: int) -> None:
     x, *others = inputs(2, tokens, 4)
     x.register_hook(lambda grad: views.append(grad._is_view()))
@@ -266,8 +270,7 @@ def test_a_changed_input_is_noticed_before_a_wrong_gradient() -> None:
         output.sum().backward()
 
 
-@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6), (2, 400, 6)])
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize(("shape", "dropout"), [((6,), 0.0), ((2, 3, 6), 0.4), ((2, 400, 6), 0.0)])
 def test_an_activation_may_change_the_output_in_place(shape: tuple[int, ...], dropout: float) -> None:
     tensors = inputs(*shape, out=5)
     gradients = []
@@ -275,14 +278,13 @@ def test_an_activation_may_change_the_output_in_place(shape: tuple[int, ...], dr
         torch.manual_seed(0)
         output = activation(adapted_linear(*tensors, 1.0, dropout))
         gradients.append([output, *torch.autograd.grad(output.square().sum(), tensors)])
-    for one, other in zip(*gradients, strict=True):
-        assert torch.equal(one, other)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
 # Dropped positions follow from the seed, at the asked rate
 
 
-@pytest.mark.parametrize("p", [0.001, 0.05, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.999])
 def test_each_element_is_dropped_by_itself_at_the_asked_rate(p: float) -> None:
     ones = torch.ones(2_000, 500)
     for block, drop in drops(ones, p, seed=3):
@@ -310,20 +312,6 @@ def test_what_is_dropped_follows_from_the_seed_and_differs_from_call_to_call() -
     assert torch.equal(update(), first) and torch.equal(update(), second) and not torch.equal(first, second)
     torch.manual_seed(1)
     assert not torch.equal(update(), first)
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_recomputed_regions_drop_the_same(use_reentrant: bool) -> None:
-    x, *others = inputs(8, 16, 32, out=32, dtype=torch.float32)
-    gradients = []
-    for run in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=use_reentrant)):
-        torch.manual_seed(0)
-        run(lambda x: adapted_linear(x, *others, 1.0, 0.5).tanh(), x).sum().backward()
-        gradients.append([t.grad for t in (x, *others)])
-        for t in (x, *others):
-            t.grad = None
-    for one, other in zip(*gradients, strict=True):
-        assert torch.equal(one, other)
 
 
 def test_defaults_of_device_and_dtype_do_not_reach_dropout() -> None:

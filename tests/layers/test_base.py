@@ -16,10 +16,17 @@ from tests.support.layers import BAGS, FLOATS, INDEX, LAYERS, PLANE, Model, Scal
 from tests.support.models import WIDTH, X, randomise, same
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("rows", [1, 20, 400])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layer", [nn.Linear(64, 48), nn.Conv2d(64, 48, 3), nn.Conv2d(64, 48, 1)], ids=repr)
+@pytest.mark.parametrize(
+    ("layer", "dtype", "rows", "dropout"),
+    [
+        (nn.Linear(64, 48), torch.float32, 1, 0.0),
+        (nn.Linear(64, 48), torch.float32, 400, 0.0),
+        (nn.Linear(64, 48), torch.bfloat16, 400, 0.3),
+        (nn.Conv2d(64, 48, 3), torch.bfloat16, 20, 0.0),
+        (nn.Conv2d(64, 48, 1), torch.float32, 20, 0.3),
+    ],
+    ids=str,
+)
 def test_a_fresh_adapter_changes_no_bit_in_training(layer: nn.Module, dtype: Any, rows: int, dropout: float) -> None:
     model = nn.Sequential(copy.deepcopy(layer)).to(dtype)
     x = torch.randn(rows, 64, *(() if isinstance(layer, nn.Linear) else (5, 5)), dtype=dtype, requires_grad=True)
@@ -88,12 +95,11 @@ def first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("name", "dora"), [*((name, False) for name in CALLS), *((name, True) for name in DORA)])
-def test_calls_by_name_and_by_place_compute_the_same(name: str, dora: bool, training: bool) -> None:
+def test_calls_by_name_and_by_place_compute_the_same(name: str, dora: bool) -> None:
     torch.manual_seed(0)
     build, arguments = CALLS[name]
-    model = nn.Sequential(build()).double().train(training)
+    model = nn.Sequential(build()).double()
     base = first(model[0](**arguments))
     inject_adapters(model, LoRAConfig(r=2, alpha=3, target_modules="all", dropout=0.5, use_dora=dora))
     randomise(model, scale=0.5)
@@ -108,7 +114,8 @@ def test_calls_by_name_and_by_place_compute_the_same(name: str, dora: bool, trai
 # Adapters are float32 over a base in half precision
 
 
-KINDS = [name for name in LAYERS if name not in ("packed lstm", "lstm with projections")]
+KINDS = ["linear", "conv1d", "padded embedding", "scaled", "bag", "convolution", "transposed convolution", "bilinear"]
+KINDS += ["lstm", "gru cell", "attention", "experts"]
 
 
 def is_float(value: Any) -> bool:
@@ -177,27 +184,6 @@ def test_meta_adapters_become_real_in_float32() -> None:
 
 
 # Right numbers
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("merged", [False, True])
-def test_outputs_and_gradients_are_those_of_float64(dtype: torch.dtype, keep: bool, merged: bool) -> None:
-    model = three(autocast_adapter_dtype=keep).to(dtype)
-    exact = three().double()
-    exact.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
-    if merged:
-        merge_adapters(model)
-    near = {"rtol": 16 * torch.finfo(dtype).eps, "atol": 16 * torch.finfo(dtype).eps}
-    output, expected = model(X), exact(X)
-    assert output.dtype == dtype
-    torch.testing.assert_close(output.double(), expected, **near)
-    if not merged:
-        output.square().mean().backward()
-        expected.square().mean().backward()
-        for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
-            if q.grad is not None:
-                torch.testing.assert_close(p.grad.double(), q.grad, **near, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @pytest.mark.parametrize("merged", [False, True])

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,8 +39,7 @@ def test_a_transposed_convolution_has_no_parts() -> None:
         ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["0"], target_slices=SLICES))
 
 
-@pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("change", [{"stride": 2}, {"padding": 1}, {"padding": 0}, {"dilation": 2}, {"stride": (2,)}])
+@pytest.mark.parametrize(("change", "kernel"), [({"stride": 2}, 1), ({"padding": 1}, 1), ({"stride": (2,)}, 3)])
 def test_a_geometry_that_is_set_later_may_be_one_number(change: dict[str, Any], kernel: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 6, kernel))
@@ -56,9 +54,9 @@ def test_a_geometry_that_is_set_later_may_be_one_number(change: dict[str, Any], 
     torch.testing.assert_close(output, model(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (5, 4)])
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize(
+    ("kernel", "channels_last", "size"), [(1, True, (5, 4)), (1, False, (1, 1)), (3, True, (1, 1)), (3, False, (5, 4))]
+)
 def test_the_output_has_the_layers_own_memory_format(kernel: int, channels_last: bool, size: tuple[int, int]) -> None:
     model = nn.Sequential(nn.Conv2d(4, 6, kernel, padding=kernel // 2))
     x = torch.randn(3, *size, 4).movedim(-1, 1) if channels_last else torch.randn(3, 4, *size)
@@ -68,7 +66,7 @@ def test_the_output_has_the_layers_own_memory_format(kernel: int, channels_last:
     assert torch.equal(found, expected) and found.stride() == expected.stride()
 
 
-@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 1), nn.Conv2d(4, 6, 3), nn.ConvTranspose2d(4, 6, 3)])
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 1), nn.Conv2d(4, 6, 3)])
 def test_many_adapters_of_one_convolution_are_computed_by_vmap(layer: nn.Module) -> None:
     model = nn.Sequential(copy.deepcopy(layer)).double()
     ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules="all"))
@@ -123,32 +121,10 @@ def test_slices_of_an_embedding_are_features_that_it_writes() -> None:
     torch.testing.assert_close(model(INDEX), plain(INDEX))
 
 
-def test_unseen_tokens_of_an_embedding_never_change() -> None:
-    model = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(4, 2))
-    ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules="all"))
-    before = model[0].weight.detach().clone()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(torch.tensor([1, 2])).sum().backward()
-        optimizer.step()
-    ll.merge_adapters(model)
-    changed = (model[0].weight != before).any(dim=1)
-    assert changed.tolist() == [index in (1, 2) for index in range(10)]
-
-
-PADDED: dict[str, Callable[[], nn.Module]] = {
-    "embedding": lambda: nn.Embedding(6, 4, padding_idx=2),
-    "counted from the end": lambda: nn.Embedding(6, 4, padding_idx=-4),
-    "bag of sums": lambda: nn.EmbeddingBag(6, 4, mode="sum", padding_idx=2),
-    "bag of means": lambda: nn.EmbeddingBag(6, 4, mode="mean", padding_idx=2),
-    "bag of maxima": lambda: nn.EmbeddingBag(6, 4, mode="max", padding_idx=2),
-}
-
-
-@pytest.mark.parametrize("build", PADDED.values(), ids=PADDED)
-def test_a_token_that_pads_gives_no_gradient_to_its_column(build: Callable[[], nn.Module]) -> None:
-    layer = adapted(build())
+@pytest.mark.parametrize("padding_idx", [2, -4])
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_a_token_that_pads_gives_no_gradient_to_its_column(kind: Any, padding_idx: int) -> None:
+    layer = adapted(kind(6, 4, padding_idx=padding_idx))
     layer(torch.tensor([[1, 2, 5], [2, 1, 1]])).square().sum().backward()
     assert layer.lora_A.grad.any(dim=0).tolist() == [False, True, False, False, False, True]
 
@@ -175,12 +151,11 @@ def names(model: nn.Module) -> set[str]:
     return {name.rpartition("_")[2] for name in ll.adapter_state_dict(model) if "lora_A_" in name}
 
 
-@pytest.mark.parametrize("init", ["kaiming", "pissa", "olora"])
-def test_each_projection_has_the_rank_asked_for_or_the_most_it_can_have(init: Any) -> None:
+def test_each_projection_has_the_rank_asked_for_or_the_most_it_can_have() -> None:
     torch.manual_seed(0)
     model = Attends().double()
     before = model(X)
-    ll.inject_adapters(model, ll.LoRAConfig(r=4, alpha=4, init=init))
+    ll.inject_adapters(model, ll.LoRAConfig(r=4, alpha=4, init="pissa"))
     shapes = {name.removeprefix("attention."): tuple(p.shape) for name, p in ll.adapter_state_dict(model).items()}
     assert {name: shape for name, shape in shapes.items() if "0" not in name} == {
         "lora_A_q": (4, 6), "lora_B_q": (6, 4),
@@ -231,28 +206,12 @@ def test_rows_are_refused_where_the_parts_have_names() -> None:
         ll.inject_adapters(nn.TransformerEncoderLayer(8, 2, 16), how)
 
 
-@pytest.mark.parametrize(("dtype", "why"), [(torch.int8, "not floating point"), (torch.float8_e4m3fn, "not compute")])
-def test_an_output_projection_that_cannot_be_adapted_is_named(dtype: torch.dtype, why: str) -> None:
+def test_an_output_projection_that_cannot_be_adapted_is_named() -> None:
     model = nn.TransformerEncoderLayer(8, 2, 16)
     weight = model.self_attn.out_proj.weight
-    model.self_attn.out_proj.weight = nn.Parameter(weight.data.to(dtype), requires_grad=False)
-    with pytest.raises(ll.TargetError, match=rf"its out_proj.weight is {dtype}, .*{why}"):
+    model.self_attn.out_proj.weight = nn.Parameter(weight.data.to(torch.int8), requires_grad=False)
+    with pytest.raises(ll.TargetError, match=r"its out_proj.weight is torch.int8, .*not floating point"):
         ll.inject_adapters(model, ll.LoRAConfig(r=2, target_modules=["self_attn"]))
-
-
-def test_an_update_of_one_projection_alone_is_in_its_own_rows() -> None:
-    torch.manual_seed(0)
-    plain, model = nn.MultiheadAttention(6, 2).double(), nn.ModuleDict()
-    model["attention"] = nn.MultiheadAttention(6, 2).double()
-    model["attention"].load_state_dict(plain.state_dict())
-    ll.inject_adapters(
-        model, ll.LoRAConfig(r=2, alpha=2, target_modules=["attention"], target_slices={"attention": ["v"]})
-    )
-    randomise(model)
-    factors = ll.adapter_state_dict(model)
-    with torch.no_grad():
-        plain.in_proj_weight[12:] += factors["attention.lora_B_v"] @ factors["attention.lora_A_v"]
-    torch.testing.assert_close(model["attention"](X, X, X)[0], plain(X, X, X)[0])
 
 
 def test_each_projection_starts_from_what_is_strongest_in_its_own_rows() -> None:
@@ -271,33 +230,15 @@ def test_each_projection_starts_from_what_is_strongest_in_its_own_rows() -> None
 EVERY = ll.LoRAConfig(r=2, target_modules="all")
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if "lstm" in name or "gru" in name or "rnn" in name])
+@pytest.mark.parametrize("name", ["lstm", "lstm with projections", "gru cell"])
 def test_every_weight_of_every_layer_and_direction_has_an_update_of_its_own(name: str) -> None:
     model = nn.Sequential(LAYERS[name][0]())
-    weights = {name: p for name, p in model[0].named_parameters() if name.startswith("weight_")}
+    weights = {name[7:]: p for name, p in model[0].named_parameters() if name.startswith("weight_")}
     ll.inject_adapters(model, EVERY)
-    shapes = {name: tuple(factor.shape) for name, factor in ll.adapter_state_dict(model).items()}
-    expected = {}
-    for weight_name, weight in weights.items():
-        part = weight_name.removeprefix("weight_")
-        expected[f"0.lora_A_{part}"] = (2, weight.shape[1])
-        expected[f"0.lora_B_{part}"] = (weight.shape[0], 2)
-    assert shapes == expected
-
-
-def test_a_layer_that_ran_with_its_adapter_computes_without_it_what_it_did_before() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.LSTM(5, 4, batch_first=True)).double().requires_grad_(False)
-    before = model(FLOATS)[0]
-    ll.inject_adapters(model, EVERY)
-    randomise(model)
-    with torch.no_grad():
-        assert not torch.equal(model(FLOATS)[0], before)
-        with ll.disable_adapters(model):
-            assert torch.equal(model(FLOATS)[0], before)
-    model(FLOATS)[0].sum().backward()
-    ll.remove_adapters(model)
-    assert torch.equal(model(FLOATS)[0], before)
+    shapes = {name: factor.shape for name, factor in ll.adapter_state_dict(model).items()}
+    assert shapes == {f"0.lora_A_{part}": (2, weight.shape[1]) for part, weight in weights.items()} | {
+        f"0.lora_B_{part}": (weight.shape[0], 2) for part, weight in weights.items()
+    }
 
 
 def test_running_a_layer_keeps_no_updated_weights_in_memory() -> None:

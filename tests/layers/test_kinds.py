@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import disable_adapters, inject_adapters, merge_adapters, remove_adapters, unmerge_adapters
 from lightning_lora.layers import ADAPTERS, LoRALayer, adapter_for
-from tests.support.layers import LAYERS, Factors, Model, Recursive, config, factors, reference_weights
+from tests.support.layers import LAYERS, Factors, Model, config, factors, reference_weights
 from tests.support.models import randomise, same, state
 
 
@@ -130,11 +130,14 @@ def test_copies_and_pickles_are_adapted_models_of_their_own(case: tuple[nn.Seque
         assert type(each[0]) is type(model[0])
 
 
+COMPILED = ["linear", "conv1d", "embedding", "scaled", "bag", "grouped convolution", "circular convolution"]
+COMPILED += ["transposed convolution", "bilinear", "gru cell", "attention", "experts"]
+
+
 @pytest.mark.skipif(Version(torch.__version__) < Version("2.7"), reason="its compiler refuses some of them")
+@pytest.mark.parametrize("case", COMPILED, indirect=True)
 def test_compiled_layer_computes_the_same_adapted_merged_and_unmerged(case: tuple[nn.Sequential, Any]) -> None:
     model, x = case
-    if isinstance(model[0], Recursive | nn.RNNBase):
-        pytest.skip("torch.compile takes neither a forward that calls itself nor torch's recurrent layers")
     torch._dynamo.reset()
     inject_adapters(model, config(model))
     randomise(model)

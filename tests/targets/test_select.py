@@ -53,19 +53,14 @@ def experts() -> nn.Module:
     return net(body=linear(), a=Table(), head=net(b=Table()))
 
 
-WHOLE = "net.blocks.0.attn.q"
 TABLES: dict[str, Any] = {"target_parameters": ["table"]}
 SELECTED: list[tuple[Callable[[], nn.Module], dict[str, Any], tuple[str, ...]]] = [
     (lambda: net(a=nn.Sequential(linear(), linear()), b=linear()), {"exclude_modules": ["a"]}, ("b",)),
-    (lambda: net(c=linear(), d=linear()), {"exclude_modules": "d"}, ("c",)),
     (sharing, {"target_modules": ["b.0"]}, ("a.0",)),
     (sharing, {"exclude_modules": ["a"]}, ("b.1",)),
     (sharing, {"exclude_modules": ["b.0"]}, ("b.1",)),
     (sharing_a_table, {"target_modules": [], "target_parameters": ["b.table"]}, ("b",)),
-    *(
-        (deep, {"target_modules": [q]}, ("net.blocks.0.attn.q",))
-        for q in ("q", "attn.q", "0.attn.q", "blocks.0.attn.q")
-    ),
+    (deep, {"target_modules": ["0.attn.q"]}, ("net.blocks.0.attn.q",)),
     (lambda: net(query=linear(), query_norm=linear(), my_query=linear()), {"target_modules": "quer."}, ("query",)),
     (experts, TABLES | {"exclude_modules": ["head"]}, ("body", "a")),
     (experts, TABLES | {"modules_to_save": ["head"]}, ("body", "a")),
@@ -75,9 +70,8 @@ SELECTED: list[tuple[Callable[[], nn.Module], dict[str, Any], tuple[str, ...]]] 
     (Words, {"target_modules": "all"}, ("body", "words")),
     (TinyLM, {"target_modules": "all-linear"}, ("q_proj", "v_proj")),
     (TinyLM, {"target_modules": "all"}, ("embed", "q_proj", "v_proj", "lm_head")),
-    (TinyLM, {"target_modules": ["v_proj", "q_proj"]}, ("q_proj", "v_proj")),
+    (TinyLM, {"target_modules": {"v_proj", "q_proj"}}, ("q_proj", "v_proj")),
     (TinyLM, {"target_modules": ("embed", "lm_head")}, ("embed", "lm_head")),
-    (TinyLM, {"target_modules": {"q_proj"}}, ("q_proj",)),
     (TinyLM, {"target_modules": r".*(proj|norm)"}, ("q_proj", "v_proj")),
 ]
 
@@ -91,37 +85,6 @@ def test_nothing_is_left_of_a_shared_layer_and_parts_of_names_mean_nothing() -> 
     for build, config in ((sharing, {"modules_to_save": ["b"]}), (deep, {"target_modules": ["locks.0.attn.q"]})):
         with pytest.raises(ll.TargetError):
             adapted(build(), **config)
-
-
-def test_all_linear_leaves_a_transformers_output_head_out() -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-            vocab_size=32, tie_word_embeddings=False,
-        )
-    )  # fmt: skip
-    assert "lm_head" not in adapted(llama)
-    names = adapted(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=32, n_positions=8)))
-    assert names == tuple(
-        f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    )
-
-
-def test_gpt3_has_the_papers_parameter_counts() -> None:
-    """Hu et al. 2021, table 4: W_q and W_v of 96 layers of width 12,288; 4.7 M at r=1, 37.7 M at r=8."""
-
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.q, self.k, self.v, self.o = (nn.Linear(12288, 12288, bias=False) for _ in "qkvo")
-
-    for r, expected in ((1, 4_718_592), (8, 37_748_736)):
-        with torch.device("meta"):
-            model = nn.Sequential(*(Attention() for _ in range(96)))
-        assert len(ll.inject_adapters(model, ll.LoRAConfig(r=r, target_modules=["q", "v"]))) == 192
-        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
 
 
 def test_looking_for_targets_does_not_advance_a_spectral_norm() -> None:

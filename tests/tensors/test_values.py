@@ -54,7 +54,7 @@ def test_one_element_that_changed_between_the_samples_is_noticed() -> None:
     assert not seen.is_still(weight)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.complex64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64], ids=str)
 def test_any_flipped_bit_and_any_moved_row_is_another_digest(dtype: torch.dtype) -> None:
     tensor = torch.arange(1, 9).to(dtype)
     seen, content = {digest(tensor)}, tensor.view(torch.uint8)

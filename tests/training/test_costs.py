@@ -148,21 +148,6 @@ def test_a_change_that_no_save_has_seen_is_found_at_the_end(tmp_path: Path, fail
 WITHOUT_HEAD = {"modules_to_save": None, "exclude_modules": ["head"]}
 
 
-class LoadsInSetup(LitTiny):  # that loads its pretrained weights in a hook, over whatever is there
-    def setup(self, stage: str) -> None:
-        self.load_state_dict(LitTiny().state_dict(), strict=False)
-
-
-@pytest.mark.filterwarnings("ignore:A state of the base was loaded:lightning_lora.LoRAWarning")
-def test_a_module_that_loads_its_base_in_setup_is_evaluated_with_its_adapters(tmp_path: Path) -> None:
-    model, t = fit(tmp_path, lora(**WITHOUT_HEAD), model=LoadsInSetup())
-    before = state(model)
-    plain = LitTiny()
-    plain.load_state_dict(before)
-    torch.testing.assert_close(outcome(t, "validate", model), outcome(trainer(tmp_path), "validate", plain))
-    assert same(state(model), before)
-
-
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 def test_a_merged_model_evaluated_in_another_precision_still_takes_its_files(tmp_path: Path, precision: Any) -> None:
     model, t = fit(tmp_path, lora(**WITHOUT_HEAD))

@@ -94,9 +94,7 @@ class Evaluates(L.Callback):  # evaluates the module after each step, listed bef
         assert torch.equal(pl_module.model(X), pl_module.model(X))
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"val_check_interval": 2}, {"accumulate_grad_batches": 3}, {"num_sanity_val_steps": 0}], ids=str
-)
+@pytest.mark.parametrize("options", [{"val_check_interval": 2}, {"accumulate_grad_batches": 3}], ids=str)
 def test_it_acts_in_every_training_step_and_in_no_evaluation(tmp_path: Path, options: dict[str, Any]) -> None:
     model = adapted()
     before = modes(model)
@@ -105,8 +103,7 @@ def test_it_acts_in_every_training_step_and_in_no_evaluation(tmp_path: Path, opt
     t.predict(model, data())
     t.validate(model, data(), verbose=False)
     expected = {"train": {True}} | {hook: {False} for hook in ("between", "sanity", "validate", "test", "predict")}
-    if "num_sanity_val_steps" in options:
-        del expected["sanity"]
+
     assert model.acts == expected and model.count["train"] == 8
     assert modes(model) == before and all(each == before for each in model.modes)
     assert torch.equal(model(X), model(X))

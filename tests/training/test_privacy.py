@@ -83,16 +83,16 @@ def samplers() -> Iterator[None]:
     GradSampleModule.GRAD_SAMPLERS.update(before)
 
 
-@pytest.mark.parametrize("mode", ["hooks", "functorch", "ghost"])
 @pytest.mark.parametrize(
-    ("arguments", "is_told"),
+    ("mode", "arguments", "is_told"),
     [
-        ({}, False),
-        ({}, True),
-        ({"use_dora": True}, False),
-        ({"bias": "all", "use_rslora": True}, False),
-        ({"init": "pissa"}, False),
-        ({"target_modules": "all", "modules_to_save": None}, False),
+        ("hooks", {}, False),
+        ("hooks", {}, True),
+        ("functorch", {"use_dora": True}, False),
+        ("ghost", {}, True),
+        ("ghost", {"bias": "all", "use_rslora": True}, False),
+        ("ghost", {"init": "pissa"}, False),
+        ("hooks", {"target_modules": "all", "modules_to_save": None}, False),
     ],
     ids=str,
 )

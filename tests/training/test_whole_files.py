@@ -83,8 +83,7 @@ def first(folder: Path) -> L.Callback:
     return At(4, lambda t, _: t.save_checkpoint(folder / "first.ckpt"))
 
 
-@pytest.mark.parametrize("merge", ["last", False])
-@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(("merge", "later"), [("last", True), (False, False)])
 def test_the_adapters_of_the_best_state_are_in_reach_once_other_code_has_loaded_it(
     tmp_path: Path, merge: Any, later: bool
 ) -> None:
@@ -133,8 +132,7 @@ def test_a_module_that_other_code_gave_other_weights_is_saved_as_it_is(tmp_path:
     assert same(read(tmp_path / "after.ckpt")["state_dict"], state(model))
 
 
-@pytest.mark.parametrize("written", ["adapters", "model"])
-@pytest.mark.parametrize("resumed", ["adapters", "model"])
+@pytest.mark.parametrize(("written", "resumed"), [("adapters", "model"), ("model", "adapters"), ("model", "model")])
 def test_a_run_goes_on_from_it_to_the_bit(tmp_path: Path, written: Any, resumed: Any) -> None:
     unbroken = fit(tmp_path / "a", lora(dropout=0.3))
     fit(tmp_path / "b", lora(dropout=0.3, save=written), max_epochs=1)
