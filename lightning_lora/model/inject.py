@@ -67,7 +67,6 @@ def inject_adapters(model: nn.Module, config: LoRAConfig, *, name: str = "defaul
             f"inject_adapters got ({type(model).__name__}, {type(config).__name__}). Expected (nn.Module, LoRAConfig)."
             + " LoraConfig is PEFT's: write lightning_lora.LoRAConfig(r=..., alpha=..., dropout=...)." * is_pefts
         )
-    attach.check_no_rows(View(model), "inject_adapters")
     names = inject(model, config, name=name)
     if still := state.record_of(model).adapter.networks.still:
         warn(left_still(still, type(model).__name__))
@@ -99,6 +98,7 @@ def _inject(model: nn.Module, config: LoRAConfig, name: str, finds: bool) -> tup
     if not finds and config.exclude_modules and not any(map(config.is_excluded, named_modules(model))):
         config = replace(config, exclude_modules=None)  # of a file: what stood still in training may not be here
     before = View(model, config)
+    attach.check_no_rows(before, "inject_adapters")
     if others := [name for name, each in before.modules.items() if type(each).__module__.startswith("peft.")]:
         raise AdapterStateError(
             f"{type(model).__name__} has PEFT's adapters: {listed(others)}. Call PEFT's merge_and_unload() first."

@@ -57,7 +57,7 @@ def set_adapter(
         ('de', 'fr')
         >>> with set_adapter(model, {"de": 0.5, "fr": 1}):
         ...     adapters(model)
-        ('0.5 de + 1 fr', 'fr', 'de')
+        ('0.5 de + 1 fr', 'de', 'fr')
     """
     record = find_record(model) or record_of(model)
     known = record.adapters.get(name) if isinstance(name, str) else None

@@ -263,7 +263,7 @@ def test_a_filter_over_a_frozen_base_keeps_the_groups_apart(tmp_path: Path) -> N
 def test_adapters_in_no_optimizer_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(OptimizerError, match=r"'q_proj.lora_A'.*2 parameter groups"):
         fit_with(tmp_path, lambda m: lambda: adam([{"params": m.head.weight}, {"params": m.head.bias}]))
-    with pytest.warns(UserWarning, match="no optimizer"), pytest.raises(OptimizerError, match="'q_proj"):
+    with pytest.warns(UserWarning, match="no optimizer"), pytest.raises(OptimizerError, match="no optimizer"):
         fit_with(tmp_path, lambda m: lambda: None)
 
 
