@@ -46,11 +46,11 @@ def _of_all_processes(trainer: Trainer, state: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def check_states(stored: object) -> None:
-    """Raise torch's error for states that its generator refuses. Those of another form are left out."""
+def check_states(processes: int, stored: object) -> None:
+    """Raise torch's error for states that its generator refuses. Those of another number of processes are left out."""
     states = stored.get("cpu") if isinstance(stored, Mapping) else None
-    form = torch.uint8, torch.get_rng_state().shape
-    if isinstance(states, Tensor) and (states.dtype, states.shape[1:]) == form:
+    shape = (processes, *torch.get_rng_state().shape)
+    if isinstance(states, Tensor) and (states.dtype, states.shape) == (torch.uint8, shape):
         for state in states:
             torch.Generator().set_state(state.clone())
 

@@ -165,7 +165,7 @@ class LoRAStrategy(Strategy, InPlace):
         check_readable(checkpoint, checkpoint_path)
         check_named(merged, checkpoint_path)
         with disk.reading(checkpoint_path):
-            check_states(checkpoint.get(RANDOM))
+            check_states(getattr(self, "world_size", 1), checkpoint.get(RANDOM))
         if merged and not stage.is_fitting and find_record(module) is None:
             checkpoint["state_dict"], merged = merged, {}  # the evaluation of a plain module
             del checkpoint[KEY]
