@@ -307,7 +307,7 @@ class LoRACallback(Callback):
         self._end_training()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the module back as it came, unless a fit has loaded or trained adapters."""
+        """Undo the set-up, unless adapters were loaded or trained."""
         self._end_training()
         is_alone = isinstance(trainer.strategy, LoRAStrategy) and trainer.strategy.lora_adapts_late
         if self._stage.fail(pl_module, is_alone=is_alone) and isinstance(exception, KeyboardInterrupt):

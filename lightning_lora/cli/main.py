@@ -18,7 +18,7 @@ _COMMANDS = (inspect, merge, export, combine)  # the docstring of each is its he
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command, and return 0, or 1 after an error. A wrong command line exits with 2."""
+    """Run one command. Return 0, or 1 after an error."""
     about = "Work with files of LoRA adapters, without the model."
     parser = argparse.ArgumentParser(prog="lightning-lora", description=about)
     parser.add_argument("--version", action="version", version=f"%(prog)s {sys.modules['lightning_lora'].__version__}")
