@@ -12,11 +12,10 @@ from torch.optim import Optimizer
 from lightning_lora.argument_names import explains_arguments
 from lightning_lora.config import Bias, Init, LoRAConfig
 from lightning_lora.errors import AdapterStateError, ConfigError, LoRAError
-from lightning_lora.model.adapter_state import AdapterState
 from lightning_lora.model.inject import check_adapted, follow_copied
 from lightning_lora.model.merge import merge_adapters
+from lightning_lora.model.record import AdapterState, find_record
 from lightning_lora.model.sending import make_folder
-from lightning_lora.model.state import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.base import note_changed
 from lightning_lora.summary import summarize

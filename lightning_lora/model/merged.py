@@ -8,8 +8,7 @@ from torch import nn
 
 from lightning_lora.errors import AdapterStateError, MergePrecisionWarning, listed, warn
 from lightning_lora.layers import LoRALayer, attach
-from lightning_lora.model.adapter_state import Merge
-from lightning_lora.model.state import find_record, receive, record_of
+from lightning_lora.model.record import Merge, find_record, receive, record_of
 from lightning_lora.model.view import View
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join
@@ -42,7 +41,7 @@ def check_own(view: View) -> None:
     taken = [name for name in view.record.merged if isinstance(view.modules.get(name), LoRALayer)]
     if taken:
         raise AdapterStateError(
-            f"{listed(taken)} of {type(view.model).__name__} have the adapters of another model that shares them, and "
+            f"{listed(taken)} of {view.title} have the adapters of another model that shares them, and "
             "cannot get their own back. Call remove_adapters on that model first, or give each model layers of its own."
         )
 
@@ -106,7 +105,7 @@ def warn_of_divergence(view: View) -> None:
     """Warn of adapters that hold NaN or infinite values."""
     if broken := view.diverged():
         warn(
-            f"{listed(broken)} of {type(view.model).__name__} hold NaN or infinite values: the training has diverged. "
+            f"{listed(broken)} of {view.title} hold NaN or infinite values: the training has diverged. "
             "The merged weights hold them too. Call unmerge_adapters(model) for the base, and train again with a lower "
             "learning rate."
         )

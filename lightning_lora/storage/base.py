@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lora.errors import BaseMismatchError, listed, warn
 from lightning_lora.layers import is_quantised, quantised_entries, repacks
-from lightning_lora.model.state import HALVES
+from lightning_lora.model.record import HALVES
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.names import SAME_NAMES, Renaming
 from lightning_lora.tensors.digests import digest, digests_as
@@ -246,7 +246,7 @@ def check_base(
     if here in forms or (here in known and any(form in forms for form in known)):  # as it is, or as it was
         return False
     compared = [_compare(view, form, here, random, renaming) for form in stored]
-    title, now = type(view.model).__name__, " and ".join(here["dtypes"])
+    title, now = view.title, " and ".join(here["dtypes"])
     for form, found in zip(stored, compared, strict=True):
         if found is not None and found.is_same:
             if not found.converted and not found.quantised:
@@ -301,7 +301,7 @@ def _difference(
     shapes: Mapping[str, Sequence[int]],
 ) -> str:
     """What is different. The first sentence says how much, the others what to do."""
-    title, packed = type(view.model).__name__, _quantised_names(view) or None in form.get("rounded", {}).values()
+    title, packed = view.title, _quantised_names(view) or None in form.get("rounded", {}).values()
     if found is None or (form["layout"] != here["layout"] and not packed):
         return (
             f"These adapters were trained on another architecture: their base has {len(form['digests'])} frozen "

@@ -69,7 +69,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     state = {name: value for name, value in held.items() if isinstance(value, Tensor)}
     if odd := held.keys() - state.keys():
         warn(
-            f"{listed(sorted(odd))} of {type(view.model).__name__} changed in training (get_extra_state) and are not "
+            f"{listed(sorted(odd))} of {view.title} changed in training (get_extra_state) and are not "
             "tensors, which is all that safetensors holds: the file is without them. A Trainer's checkpoint holds them."
         )
     check_not_diverged(view)

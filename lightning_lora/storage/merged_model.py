@@ -84,7 +84,7 @@ def _merged(view: View, given: Mapping[str, Any] | None = None, *, is_folder: bo
     config = getattr(submodule(view.model, root_of(view.model)), "config", None)
     if is_folder and untied and getattr(config, "tie_word_embeddings", False):
         raise AdapterFileError(
-            f"The weight of {listed(untied)} in {type(view.model).__name__} is tied to another layer's and has its own "
+            f"The weight of {listed(untied)} in {view.title} is tied to another layer's and has its own "
             "update, and from_pretrained would tie it again. Set config.tie_word_embeddings = False before saving."
         )
     state, lost = merged_state(view, given)
@@ -146,7 +146,7 @@ def _write_safetensors(view: View, path: Path) -> None:
 
 def _write_folder(view: View, path: Path) -> None:
     root = root_of(view.model)
-    inner, title = submodule(view.model, root), type(view.model).__name__
+    inner, title = submodule(view.model, root), view.title
     save = getattr(inner, "save_pretrained", None)
     if save is None:
         raise AdapterFileError(

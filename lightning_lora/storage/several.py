@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.update import wide
 from lightning_lora.model import switch
-from lightning_lora.model.adapter_state import AdapterState
-from lightning_lora.model.state import find_record, record_of
+from lightning_lora.model.record import AdapterState, find_record, record_of
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.apply import apply
 from lightning_lora.storage.offline.combine import combined

@@ -98,7 +98,7 @@ def check_not_diverged(view: View) -> None:
     """Refuse to write adapters with NaN or infinite values, which nothing would load."""
     if broken := view.diverged():
         raise AdapterStateError(
-            f"{listed(broken)} of {type(view.model).__name__} hold NaN or infinite values: the training has diverged. "
+            f"{listed(broken)} of {view.title} hold NaN or infinite values: the training has diverged. "
             "Train again with a lower learning rate, or use an earlier checkpoint."
         )
 

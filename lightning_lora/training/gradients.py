@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_lora.errors import DeadAdapterWarning, listed, warn
 from lightning_lora.layers import Step
 from lightning_lora.model.inject import follow_copied
-from lightning_lora.model.state import Record
+from lightning_lora.model.record import Record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.targets.networks import is_in_any
 from lightning_lora.tensors.names import owner_of

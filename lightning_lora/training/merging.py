@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError, MergePrecisionWarning, listed, warn
 from lightning_lora.model.merge import check_mergeable, quantised_layers, tied_weights
 from lightning_lora.model.merged import lost_to_rounding
-from lightning_lora.model.state import send
+from lightning_lora.model.record import send
 from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_checkpoint_state
 from lightning_lora.tensors.names import state_dict

@@ -14,7 +14,7 @@ from lightning_lora.errors import AdapterStateError
 from lightning_lora.model.inject import inject, remove_adapters
 from lightning_lora.model.merge import merge, unmerge
 from lightning_lora.model.merged import check_own, is_as_merged
-from lightning_lora.model.state import find_record, keep_record, receive, records_in
+from lightning_lora.model.record import find_record, keep_record, receive, records_in
 from lightning_lora.model.switch import adapters, show
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.base import note_changed

@@ -19,7 +19,7 @@ from lightning_lora.model.attach import freeze, unfreeze
 from lightning_lora.model.inject import note_frozen
 from lightning_lora.model.merge import unmerge
 from lightning_lora.model.merged import is_as_merged
-from lightning_lora.model.state import find_record
+from lightning_lora.model.record import find_record
 from lightning_lora.model.view import view_of
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage import disk

@@ -19,8 +19,8 @@ import lightning_lora as ll
 from lightning_lora.errors import LoRAWarning
 from lightning_lora.layers import ADAPTERS, LoRALayer, register_adapter
 from lightning_lora.model import sending
+from lightning_lora.model.record import forget_record, receive, send
 from lightning_lora.model.sending import make_folder
-from lightning_lora.model.state import forget_record, receive, send
 from tests.support.cases import Three
 from tests.support.faults import fork
 from tests.support.layers import Experts

@@ -315,7 +315,7 @@ class _Layers:
             elif wrapped.isdisjoint(around) and self._is_meant(there, module):
                 (lacking if owner_of(name) in held else left).append(name)
         says = (
-            f"{PEFT_CONFIG} also names {listed(lacking or left)} in {type(self.view.model).__name__}, and {path} holds "
+            f"{PEFT_CONFIG} also names {listed(lacking or left)} in {self.view.title}, and {path} holds "
             "no tensors for them: it is not whole, or of another model. "
         )
         if lacking:

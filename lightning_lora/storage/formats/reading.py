@@ -68,7 +68,7 @@ class Update:
 def place_of(view: View, layers: Collection[str], entries: Collection[str], root: str) -> Renaming:
     """Return how a file's names of layers and other tensors become those of the model: by one prefix."""
     known = {**view.modules, **view.base, **view.buffers}
-    title = type(view.model).__name__
+    title = view.title
     found = find_renamings([*layers, *entries], known, root_here=root)
     if len(found) > 1:
         raise AdapterMismatchError(
@@ -166,7 +166,7 @@ def _check_same_weight(view: View, name: str, value: Tensor) -> None:
     if not is_the_base(view, name, value):
         raise BaseMismatchError(
             f"The file holds a copy of {name!r}, the base of its update, {tuple(value.shape)}. It differs from that of "
-            f"{type(view.model).__name__}, {tuple(view.base[name].shape)}. Load the weights that the adapters were "
+            f"{view.title}, {tuple(view.base[name].shape)}. Load the weights that the adapters were "
             "trained on. If tokens were added in training, resize the model's embeddings first."
         )
 
@@ -185,5 +185,5 @@ def _check_ties(view: View, rest: Mapping[str, Tensor]) -> None:
         if not alike and not is_the_base(view, name, value):
             raise AdapterMismatchError(
                 f"The file holds new values for {name!r}, which is tied to {listed(set(others) - {name})} in "
-                f"{type(view.model).__name__}: they would change too. Untie them first, with a copy of the parameter."
+                f"{view.title}: they would change too. Untie them first, with a copy of the parameter."
             )
