@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lora.errors import DeadAdapterWarning, listed, warn
+from lightning_lora.errors import DeadAdapterWarning, TargetError, listed, warn
 from lightning_lora.layers import Step
 from lightning_lora.model.inject import follow_copied
 from lightning_lora.model.record import Record
@@ -106,6 +106,17 @@ class Gradients:
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
+
+
+def check_loss(model: nn.Module, loss: object) -> None:
+    """Refuse a loss that depends on nothing that trains."""
+    if isinstance(loss, Tensor) and not loss.requires_grad:
+        view = view_of(model)
+        raise TargetError(
+            f"The loss of {view.title} depends on no adapter: {listed(view.layers)} have them, and are not called, or "
+            "run without gradients (torch.no_grad, detach). Adapt layers that the loss depends on (target_modules, for "
+            "example 'all'), or train modules in full (modules_to_save)."
+        )
 
 
 class Feeding:

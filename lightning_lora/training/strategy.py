@@ -33,7 +33,7 @@ from lightning_lora.tensors.inplace import InPlace
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad
 from lightning_lora.training.compatibility import drop_averages, keeping_adapters, states_are_read
-from lightning_lora.training.gradients import Gradients
+from lightning_lora.training.gradients import Gradients, check_loss
 from lightning_lora.training.merging import warn_of_rounding
 from lightning_lora.training.optimizers import train_adapters
 from lightning_lora.training.randomness import RANDOM, check_states
@@ -317,9 +317,10 @@ class LoRAStrategy(Strategy, InPlace):
             self.lora_stage.dropout.end_step()
         return output
 
-    def backward(self, *args: Any, **kwargs: Any) -> Any:
+    def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a backward pass. What comes until the next step is evaluation, such as a callback's."""
-        loss = super().backward(*args, **kwargs)
+        check_loss(self.lora_module, closure_loss)
+        loss = super().backward(closure_loss, *args, **kwargs)
         if self.lora_module.automatic_optimization:
             self.lora_stage.dropout.end_step()
         return loss
