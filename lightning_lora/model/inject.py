@@ -15,7 +15,6 @@ from lightning_lora.errors import AdapterMismatchError, AdapterStateError, Confi
 from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, LoRAParameters, LoRATokens, Settings, new_adapter
 from lightning_lora.model import attach, state
 from lightning_lora.model.fresh import find_fresh
-from lightning_lora.model.sending import delete_sent
 from lightning_lora.model.switch import check_known, check_switchable, set_adapter, show
 from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
 from lightning_lora.targets.lookup import AUTOMATIC, Names
@@ -312,7 +311,6 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
             undo.pop_all()
         attach.detach_adapters(view)
     state.forget_record(model)
-    delete_sent(model)
 
 
 def _check_same(view: View, choices: Mapping[str, Choice]) -> None:

@@ -14,12 +14,10 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
-from lightning_lora.layers import AdaptedMatrix, Adapter, Role, Settings, Step
-from lightning_lora.model import sending
+from lightning_lora.layers import Adapter
 from lightning_lora.model.adapter_state import AdapterState, Merge
-from lightning_lora.targets.networks import Networks
 from lightning_lora.tensors.digests import digest, digests, digests_as
-from lightning_lora.tensors.names import join, named_modules, named_parameters, plain_module, submodule
+from lightning_lora.tensors.names import join, named_modules, plain_module, submodule
 from lightning_lora.tensors.shards import agreed, is_dtensor, reshard
 from lightning_lora.tensors.values import Seen
 
@@ -303,7 +301,7 @@ def _inner_records(model: nn.Module) -> dict[str, Record]:
 def record_of(model: nn.Module) -> Record:
     """Return the record of ``model``, or raise an error if it has no adapters, or shows its base."""
     reshard(model)  # FSDP2 may show full weights after an evaluation, and the caller wants the model's own
-    record = find_record(model) or receive(model)
+    record = find_record(model)
     title = type(plain_module(model)).__name__
     if record is None:
         if inner := next(iter(_inner_records(model)), None):
@@ -317,36 +315,4 @@ def record_of(model: nn.Module) -> Record:
             f"{title} shows its base now. Call set_adapter(model, {record.adapter.name!r}) first. (In a block of "
             "disable_adapters: do this after it.)"
         )
-    return record
-
-
-# To another process
-
-sending.allow(Record, AdapterState, Merge, Networks, Reading, Seen)
-sending.allow(Adapter, AdaptedMatrix, Settings, Step, LoRAConfig, Role, frozenset)
-
-
-def send(model: nn.Module) -> None:
-    """Send the record of a merged model to another process, which finds it by the merged weights."""
-    record, parameters = record_of(model), named_parameters(model, remove_duplicate=False)
-    assert record.merge is not None
-    others = {}
-    for name, other in record.others.items():
-        others[name] = replace(other, resting=sending.without_classes(other.resting))
-    merge = replace(record.merge, adapters=sending.without_classes(record.merged))
-    sent = replace(record, merge=merge, others=others)
-    sending.send(sent, {name: digest(parameters[name]) for name in record.merge.weights})
-
-
-def receive(model: nn.Module) -> Record | None:
-    """Set the record that a fit in another process has sent for exactly this model's weights, if there is one."""
-    record: Record | None = sending.receive(model, _with_classes)
-    if record is not None:
-        keep_record(model, record)
-    return record
-
-
-def _with_classes(record: Record) -> Record:
-    for adapters in (record.merged, *(other.resting for other in record.others.values())):
-        sending.with_classes(adapters)
     return record

@@ -18,7 +18,7 @@ from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge, unmerge, unmerged
 from lightning_lora.model.merged import check_as_merged
-from lightning_lora.model.state import find_record, keep_record, receive
+from lightning_lora.model.state import find_record, keep_record
 from lightning_lora.model.switch import set_adapter, show
 from lightning_lora.model.view import View, keep_frozen, restore_originals, root_of, view_of
 from lightning_lora.storage.base import base_value, check_base
@@ -38,7 +38,7 @@ def apply(
     A model without adapters is adapted first. Beside the active one, another one is loaded, and rests.
     """
     check_no_rows(View(model), "load_adapter")
-    record = find_record(model) or receive(model)
+    record = find_record(model)
     if record is not None and name not in (None, record.adapter.name):
         before = record.adapter
         with unmerged(model), show(model, name, before.config) as undo:
@@ -62,7 +62,7 @@ def apply(
 @contextmanager
 def _unmerged_and_undone(model: nn.Module) -> Iterator[View]:
     """Unmerge a model for a change. Undo all of it after an error."""
-    record, was_merged = find_record(model) or receive(model), False
+    record, was_merged = find_record(model), False
     try:
         was_merged = unmerge(model)
         with undone_on_error(view := View(model)):
