@@ -17,6 +17,7 @@ from lightning_lora.model import attach, state
 from lightning_lora.model.fresh import find_fresh
 from lightning_lora.model.switch import check_known, check_switchable, set_adapter, show
 from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
+from lightning_lora.private import FABRIC_WRAPPED
 from lightning_lora.targets.lookup import AUTOMATIC, Names
 from lightning_lora.targets.networks import Networks, find_copies, find_networks, is_in_any
 from lightning_lora.targets.select import Choice, select
@@ -234,7 +235,7 @@ def follow_originals(view: View) -> None:
 
 def _check_not_parallel(model: nn.Module) -> None:
     """Refuse new adapters in a model whose gradients DistributedDataParallel averages: it would not know them."""
-    wrapped = model._modules.get("_forward_module", model)  # which Fabric's wrapper holds
+    wrapped = model._modules.get(FABRIC_WRAPPED, model)  # which Fabric's wrapper holds
     if isinstance(wrapped, DistributedDataParallel):
         raise AdapterStateError(
             "The model is wrapped by DistributedDataParallel already: new adapters would train apart in each process. "

@@ -16,6 +16,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import Adapter
 from lightning_lora.model.adapter_state import AdapterState, Merge
+from lightning_lora.private import load_hooks
 from lightning_lora.tensors.digests import digest, digests, digests_as
 from lightning_lora.tensors.names import join, named_modules, plain_module, submodule
 from lightning_lora.tensors.shards import agreed, is_dtensor, reshard
@@ -251,7 +252,7 @@ def keep_record(model: nn.Module, record: Record) -> None:
     """Set the record of ``model``."""
     model = plain_module(model)
     forget_record(model)
-    model._register_load_state_dict_pre_hook(_before_load, with_module=True)
+    model.register_load_state_dict_pre_hook(_before_load)
     vars(model)[_ATTRIBUTE] = record
 
 
@@ -259,7 +260,7 @@ def forget_record(model: nn.Module) -> None:
     """Delete the record of ``model``, if it has one."""
     model = plain_module(model)
     vars(model).pop(_ATTRIBUTE, None)
-    hooks = model._load_state_dict_pre_hooks  # found without handles: a copy has the hooks, but no handles
+    hooks = load_hooks(model)  # found without handles: a copy has the hooks, but no handles
     for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _before_load]:
         del hooks[key]
 

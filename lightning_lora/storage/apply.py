@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
@@ -21,6 +20,7 @@ from lightning_lora.model.merged import check_as_merged
 from lightning_lora.model.state import find_record, keep_record
 from lightning_lora.model.switch import set_adapter, show
 from lightning_lora.model.view import View, keep_frozen, restore_originals, root_of, view_of
+from lightning_lora.private import NormBase
 from lightning_lora.storage.base import base_value, check_base
 from lightning_lora.storage.names import find_renamings, is_inside, renamed_config
 from lightning_lora.storage.state import required, without_base, without_notes
@@ -319,7 +319,7 @@ def _check_finite(view: View, state: Mapping[str, Any]) -> None:
     """Refuse NaN and infinite values, which a diverged run leaves."""
     checked = [*view.adapters, *view.trained]
     for name, module in view.modules.items():
-        if isinstance(module, _NormBase):
+        if isinstance(module, NormBase):
             statistics = (join(name, "running_mean"), join(name, "running_var"))
             checked += [name for name in statistics if name in state]
     if broken := [name for name in checked if not _is_sound(state[name], view.adapter.originals.get(name))]:

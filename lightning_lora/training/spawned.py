@@ -4,7 +4,6 @@ Lightning sends back a state dict, and what its launcher adds: here, the path of
 """
 
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,21 +18,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_lora.errors import AdapterStateError, warn
 from lightning_lora.layers import Adapter, kind_named, name_of_kind
 from lightning_lora.model.state import Record, find_record, forget_record, keep_record
+from lightning_lora.private import multiprocessing_launchers, start_method
 
 _KEY = "lightning_lora"  # our entry in the results
 
 
 def returns_state_only(trainer: Trainer) -> bool:
     """Whether the strategy's processes send back only a state dict."""
-    return getattr(trainer.strategy, "_start_method", "popen") != "popen"
+    return start_method(trainer.strategy) != "popen"
 
 
 def extend_launchers() -> None:
     """Let Lightning's launchers carry records, in the processes that they start and in this one."""
-    for package in ("lightning.pytorch", "pytorch_lightning"):
-        module: Any = sys.modules.get(f"{package}.strategies.launchers.multiprocessing")
-        if module is not None:
-            _extend(module._MultiProcessingLauncher)
+    for launcher in multiprocessing_launchers():
+        _extend(launcher)
 
 
 def _extend(launcher: Any) -> None:

@@ -7,7 +7,6 @@ from typing import Literal
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError
@@ -17,6 +16,7 @@ from lightning_lora.model.merged import check_own
 from lightning_lora.model.state import find_record, keep_record, records_in
 from lightning_lora.model.switch import adapters, show
 from lightning_lora.model.view import View, view_of
+from lightning_lora.private import NormBase
 from lightning_lora.storage.base import note_changed
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join, owner_of
@@ -204,7 +204,7 @@ class Stage:
 
 def _own_buffers(view: View) -> dict[str, int]:
     """The digests of all buffers but the statistics of norms, which are the base's."""
-    norms = {name for name, module in view.modules.items() if isinstance(module, _NormBase)}
+    norms = {name for name, module in view.modules.items() if isinstance(module, NormBase)}
     return {name: digest(each) for name, each in view.buffers.items() if not (each.is_meta or owner_of(name) in norms)}
 
 

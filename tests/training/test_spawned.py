@@ -33,11 +33,11 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 def sent(home: nn.Module) -> dict[str, str]:
-    return spawned._sent(SimpleNamespace(lightning_module=home, state=SimpleNamespace(fn="fit")))  # type: ignore[arg-type]
+    return spawned._sent(SimpleNamespace(lightning_module=home, state=SimpleNamespace(fn="fit")))
 
 
 def receive(home: nn.Module, entry: dict[str, str]) -> None:
-    spawned._receive(home, *entry.values())  # type: ignore[arg-type]
+    spawned._receive(home, *entry.values())
 
 
 def merged(model: nn.Module, **config: Any) -> nn.Module:
