@@ -15,7 +15,6 @@ from lightning_lora.errors import AdapterStateError, ConfigError, LoRAError
 from lightning_lora.model.inject import check_adapted, follow_copied
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.record import AdapterState, find_record
-from lightning_lora.model.sending import make_folder
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage.base import note_changed
 from lightning_lora.summary import summarize
@@ -24,11 +23,12 @@ from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
 from lightning_lora.training.advice import advise, advise_rates, log_arguments, log_values, shown_rates, tell_of_new
 from lightning_lora.training.gradients import Feeding, Gradients, gradients_pass
-from lightning_lora.training.merging import check_arguments, check_weights, load_best, send_record
+from lightning_lora.training.merging import check_arguments, check_weights, load_best
 from lightning_lora.training.optimizers import check_frozen, leave_unfed
 from lightning_lora.training.randomness import RANDOM, Resumed, random_states
 from lightning_lora.training.rates import follow, scales_of
-from lightning_lora.training.stage import Phase, Stage, is_merged, receive_record
+from lightning_lora.training.spawned import extend_launchers
+from lightning_lora.training.stage import Phase, Stage, is_merged
 from lightning_lora.training.strategies import overlay_strategy
 from lightning_lora.training.strategy import NO_FIT, LoRAStrategy
 
@@ -133,7 +133,6 @@ class LoRACallback(Callback):
         AdapterState(self.config, name)  # checks the name
         self.merge, self.save, self.lr_scale, self.name = merge, save, lr_scale, name
         compatibility.join_other_package(LoRACallback)
-        make_folder()
         self._start()
 
     def __repr__(self) -> str:
@@ -145,6 +144,7 @@ class LoRACallback(Callback):
         return f"{type(self).__name__}({', '.join(changed)})"
 
     def _start(self) -> None:
+        extend_launchers()
         self._stage = Stage(self.config, save=self.save, phase=Phase.OVER)
         self._training = ExitStack()
 
@@ -176,7 +176,6 @@ class LoRACallback(Callback):
         if View(pl_module).layers:
             self._stage.came = "adapted"
         if is_fit:
-            receive_record(pl_module)
             was_adapted, switches = self._stage.came == "adapted", self._stage.wants_another(pl_module)
             check_arguments(trainer, self.merge, was_adapted=was_adapted, switches=switches)
         else:
@@ -295,7 +294,6 @@ class LoRACallback(Callback):
         count = len(View(pl_module).layers)
         layers = "1 layer" if count == 1 else f"{count} layers"
         merge_adapters(pl_module)
-        send_record(trainer, pl_module)
         rank_zero_info(f"LoRACallback merged {which} into {layers}: {type(pl_module).__name__} is a plain model again.")
 
     # Afterwards
@@ -317,7 +315,6 @@ class LoRACallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the states of the random number generators."""
-        receive_record(pl_module)
         if find_record(pl_module) is None:  # the file is Lightning's own
             return
         checkpoint[RANDOM] = random_states(trainer)

@@ -2,7 +2,14 @@
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+
+from lightning_lora.private import (
+    count_modes,
+    is_any_autocast_enabled,
+    is_forward_differentiating,
+    is_tracing,
+    is_transforming,
+)
 
 # These checks run in every call. After a product of large matrices the caches are cold, so every torch function that is
 # not called saves some microseconds.
@@ -19,17 +26,17 @@ def are_plain(x: Tensor, *others: Tensor | None) -> bool:
         and x.is_floating_point()
         and not x.is_nested
         and x.layout is torch.strided
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()  # modes that count, trace or store operations
-        and forward_ad._current_level < 0
-        and not torch._C._is_tracing()
+        and not is_transforming()
+        and not count_modes()  # modes that count, trace or store operations
+        and not is_forward_differentiating()
+        and not is_tracing()
         and not (x.is_cuda and torch.cuda.is_current_stream_capturing())  # a replay would use the same seed again
     )
 
 
 def is_autocast_enabled(tensor: Tensor) -> bool:
     """Whether autocast is enabled for a tensor's device."""
-    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(tensor.device.type)
+    return is_any_autocast_enabled() and torch.is_autocast_enabled(tensor.device.type)
 
 
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:

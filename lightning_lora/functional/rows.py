@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_lora.errors import ConfigError
 from lightning_lora.functional.combine import Factors
 from lightning_lora.functional.plain import are_plain, as_dtype
+from lightning_lora.private import tree_flatten, tree_unflatten
 
 
 def stacked(updates: Sequence[Factors]) -> Factors:

@@ -27,7 +27,7 @@ class LoRAAttention(LoRALayer):
     def lora_matrices_of(cls, layer: Any) -> tuple[AdaptedMatrix, ...]:
         """Return the four projections: q, k, v, out."""
         width = layer.embed_dim
-        if layer._qkv_same_embed_dim:
+        if layer.kdim == layer.vdim == width:
             rows = len(own_parameter(layer, "in_proj_weight"))
             qkv = [AdaptedMatrix("in_proj_weight", width, width, i * width, rows, name) for i, name in enumerate("qkv")]
         else:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.contract import TransposedKind
+from lightning_lora.private import CONVOLVES, convolve
 
 
 class LoRAConvNd(LoRALayer):
@@ -23,7 +24,7 @@ class LoRAConvNd(LoRALayer):
     """
 
     lora_layer_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    lora_methods = ("forward", "_conv_forward")
+    lora_methods = ("forward", CONVOLVES)
     lora_fits_dora = True
     lora_output_is_new = True
     lora_options = ("groups", "dilation", "padding_mode")
@@ -41,11 +42,11 @@ class LoRAConvNd(LoRALayer):
         kernel = own.weight.shape[1:]
         dims = len(kernel) - 1
         if self.groups > 1:
-            return own._conv_forward(input, (b @ a).view(own.weight.shape), None)  # type: ignore[no-any-return]
+            return convolve(own, input, (b @ a).view(own.weight.shape))
         pads = not isinstance(own.padding, str) and any(_each(own.padding))
         if kernel.numel() == kernel[0] and set(_each(own.stride)) == {1} and not pads:
             return _pointwise(_pointwise(input, a, dims), b, dims)
-        return _pointwise(own._conv_forward(input, a.view(-1, *kernel), None), b, dims)
+        return _pointwise(convolve(own, input, a.view(-1, *kernel)), b, dims)
 
 
 class LoRAConvTransposeNd(TransposedKind, LoRALayer):

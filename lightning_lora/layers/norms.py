@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from lightning_lora.private import NormBase
 from lightning_lora.tensors.inplace import InPlace, overlay, uncover
 
 
@@ -27,7 +27,7 @@ def freeze_norms(modules: Iterable[nn.Module], trained: Iterable[nn.Module]) -> 
     """Freeze the running statistics of norms, but not inside modules that are trained in full."""
     moving = {id(inner) for module in trained for inner in module.modules()}
     for module in modules:
-        if isinstance(module, _NormBase) and module.track_running_stats and id(module) not in moving:
+        if isinstance(module, NormBase) and module.track_running_stats and id(module) not in moving:
             set_frozen(module, True)
 
 

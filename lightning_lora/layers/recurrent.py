@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.matrices import AdaptedMatrix
+from lightning_lora.private import RECURRENT_LISTS, recurrent_weights
 from lightning_lora.tensors.names import own_parameter
 
 
@@ -28,14 +29,14 @@ class LoRARecurrent(LoRALayer):
     @classmethod
     def lora_matrices_of(cls, layer: Any) -> tuple[AdaptedMatrix, ...]:
         """Return all weight matrices. They have the names of the parameters, without ``weight_``."""
-        names = getattr(layer, "_flat_weights_names", ("weight_ih", "weight_hh"))
+        names = recurrent_weights(layer) or ("weight_ih", "weight_hh")
         weights = {name: own_parameter(layer, name) for name in names if name.startswith("weight_")}
         return tuple(
             AdaptedMatrix(name, reads=p.shape[1], writes=p.shape[0], name=name.removeprefix("weight_"))
             for name, p in weights.items()
         )
 
-    lora_from_weights = ("_flat_weights", "_flat_weight_refs")  # forward sets them again if weights have changed
+    lora_from_weights = RECURRENT_LISTS  # forward sets them again if weights have changed
 
     def lora_weights_changed(self) -> None:
         """Put the weights into cuDNN's memory layout."""

@@ -16,9 +16,9 @@ from lightning_lora.layers import AdaptedMatrix, Adapter, LoRALayer, LoRAParamet
 from lightning_lora.model import attach
 from lightning_lora.model import record as records
 from lightning_lora.model.fresh import find_fresh
-from lightning_lora.model.sending import delete_sent
 from lightning_lora.model.switch import check_known, check_switchable, set_adapter, show
 from lightning_lora.model.view import View, keep_originals, restore_originals, view_of
+from lightning_lora.private import FABRIC_WRAPPED
 from lightning_lora.targets.lookup import AUTOMATIC, Names
 from lightning_lora.targets.networks import Networks, find_copies, find_networks, is_in_any
 from lightning_lora.targets.select import Choice, select
@@ -234,7 +234,7 @@ def follow_originals(view: View) -> None:
 
 def _check_not_parallel(model: nn.Module) -> None:
     """Refuse new adapters in a model whose gradients DistributedDataParallel averages: it would not know them."""
-    wrapped = model._modules.get("_forward_module", model)  # which Fabric's wrapper holds
+    wrapped = model._modules.get(FABRIC_WRAPPED, model)  # which Fabric's wrapper holds
     if isinstance(wrapped, DistributedDataParallel):
         raise AdapterStateError(
             "The model is wrapped by DistributedDataParallel already: new adapters would train apart in each process. "
@@ -311,7 +311,6 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
             undo.pop_all()
         attach.detach_adapters(view)
     records.forget_record(model)
-    delete_sent(model)
 
 
 def _check_same(view: View, choices: Mapping[str, Choice]) -> None:

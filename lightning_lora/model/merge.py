@@ -13,7 +13,6 @@ from lightning_lora.layers import Adapter, LoRATokens
 from lightning_lora.model import attach
 from lightning_lora.model.merged import check_as_merged, is_as_merged, warn_of_divergence, warn_of_merge
 from lightning_lora.model.record import Merge, Record, find_record, forget_record, record_of
-from lightning_lora.model.sending import delete_sent
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import join, own_parameter, set_parameter
 from lightning_lora.tensors.shards import is_dtensor
@@ -135,7 +134,6 @@ def _merge_for_good(view: View) -> tuple[dict[str, float], list[str]]:
         attach.unfreeze(view)
         attach.detach_adapters(view)  # there are none any more: inference paths are switched on again
     forget_record(view.model)
-    delete_sent(view.model)
     return {name: lost[name] for name in tied}, list(filter(tied.get, tied))
 
 

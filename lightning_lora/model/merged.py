@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_lora.errors import AdapterStateError, MergePrecisionWarning, listed, warn
 from lightning_lora.layers import LoRALayer, attach
-from lightning_lora.model.record import Merge, find_record, receive, record_of
+from lightning_lora.model.record import Merge, find_record, record_of
 from lightning_lora.model.view import View
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join
@@ -19,7 +19,7 @@ from lightning_lora.tensors.values import replace_values
 def check_as_merged(model: nn.Module) -> None:
     """Raise an error if a merged model's weights have changed, or if the model has no adapters."""
     record_of(model)
-    if not is_as_merged(model) and not (receive(model) and is_as_merged(model)):  # of a later fit in other processes
+    if not is_as_merged(model):
         raise AdapterStateError(
             f"The weights of {type(model).__name__} were changed since its adapters were merged into them (replaced, "
             "trained, or converted in a way that cannot be repeated), so that neither its base nor its adapters can be "

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, ConfigError, listed
-from lightning_lora.layers import AdaptedMatrix, Adapter, Role, Settings, Step
-from lightning_lora.model import sending
+from lightning_lora.layers import Adapter
+from lightning_lora.private import load_hooks
 from lightning_lora.targets.networks import Networks
 from lightning_lora.tensors.digests import digest, digests, digests_as
-from lightning_lora.tensors.names import join, named_modules, named_parameters, plain_module, submodule
+from lightning_lora.tensors.names import join, named_modules, plain_module, submodule
 from lightning_lora.tensors.shards import agreed, is_dtensor, reshard
 from lightning_lora.tensors.values import Seen, copy_to_host
 
@@ -340,7 +340,7 @@ def keep_record(model: nn.Module, record: Record) -> None:
     """Set the record of ``model``."""
     model = plain_module(model)
     forget_record(model)
-    model._register_load_state_dict_pre_hook(_before_load, with_module=True)
+    model.register_load_state_dict_pre_hook(_before_load)
     vars(model)[_ATTRIBUTE] = record
 
 
@@ -348,7 +348,7 @@ def forget_record(model: nn.Module) -> None:
     """Delete the record of ``model``, if it has one."""
     model = plain_module(model)
     vars(model).pop(_ATTRIBUTE, None)
-    hooks = model._load_state_dict_pre_hooks  # found without handles: a copy has the hooks, but no handles
+    hooks = load_hooks(model)  # found without handles: a copy has the hooks, but no handles
     for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _before_load]:
         del hooks[key]
 
@@ -390,7 +390,7 @@ def _inner_records(model: nn.Module) -> dict[str, Record]:
 def record_of(model: nn.Module) -> Record:
     """Return the record of ``model``, or raise an error if it has no adapters, or shows its base."""
     reshard(model)  # FSDP2 may show full weights after an evaluation, and the caller wants the model's own
-    record = find_record(model) or receive(model)
+    record = find_record(model)
     title = type(plain_module(model)).__name__
     if record is None:
         if inner := next(iter(_inner_records(model)), None):
@@ -404,36 +404,4 @@ def record_of(model: nn.Module) -> Record:
             f"{title} shows its base now. Call set_adapter(model, {record.adapter.name!r}) first. (In a block of "
             "disable_adapters: do this after it.)"
         )
-    return record
-
-
-# To another process
-
-sending.allow(Record, AdapterState, Merge, Networks, Reading, Seen)
-sending.allow(Adapter, AdaptedMatrix, Settings, Step, LoRAConfig, Role, frozenset)
-
-
-def send(model: nn.Module) -> None:
-    """Send the record of a merged model to another process, which finds it by the merged weights."""
-    record, parameters = record_of(model), named_parameters(model, remove_duplicate=False)
-    assert record.merge is not None
-    others = {}
-    for name, other in record.others.items():
-        others[name] = replace(other, resting=sending.without_classes(other.resting))
-    merge = replace(record.merge, adapters=sending.without_classes(record.merged))
-    sent = replace(record, merge=merge, others=others)
-    sending.send(sent, {name: digest(parameters[name]) for name in record.merge.weights})
-
-
-def receive(model: nn.Module) -> Record | None:
-    """Set the record that a fit in another process has sent for exactly this model's weights, if there is one."""
-    record: Record | None = sending.receive(model, _with_classes)
-    if record is not None:
-        keep_record(model, record)
-    return record
-
-
-def _with_classes(record: Record) -> Record:
-    for adapters in (record.merged, *(other.resting for other in record.others.values())):
-        sending.with_classes(adapters)
     return record

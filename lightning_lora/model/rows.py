@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.errors import AdapterStateError, ConfigError
 from lightning_lora.functional.combine import Factors
@@ -21,6 +20,7 @@ from lightning_lora.model.attach import inference_path
 from lightning_lora.model.record import record_of
 from lightning_lora.model.switch import adapters_of, check_known, check_switchable, follow_model
 from lightning_lora.model.view import View, view_of
+from lightning_lora.private import NormBase, version_of
 from lightning_lora.tensors.inplace import combined
 from lightning_lora.tensors.names import named_modules, owner_of, starts_of
 from lightning_lora.tensors.values import same_bits
@@ -157,7 +157,7 @@ class _Mixed:
             cls: Any = combined(adapter.kind, self.base)
             self.is_sum &= issubclass(cls, LoRALinear) and cls._lora_is_additive and not adapter.settings.use_dora
             self.has_dropout |= adapter.settings.dropout > 0
-        self.has_statistics = isinstance(module, _NormBase) and module.track_running_stats
+        self.has_statistics = isinstance(module, NormBase) and module.track_running_stats
         self.has_statistics &= "weight" in values.get(None, ())  # an adapter trains it in full
         self.stacked_from, self.stacked = list[Any](), (torch.empty(0), torch.empty(0))
         self.names = [key if key in adapters or values or module._modules else None for key in block.names]
@@ -219,7 +219,7 @@ class _Mixed:
         tensors = [p for adapter in self.adapters.values() for p in adapter.parameters.values()]
         again = torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(p.requires_grad for p in tensors))
         mode = torch.is_inference_mode_enabled
-        now = [] if again else [(mode(), p.data_ptr(), p.is_inference() or p._version) for p in tensors]
+        now = [] if again else [(mode(), p.data_ptr(), p.is_inference() or version_of(p)) for p in tensors]
         if again or self.stacked_from != now:
             updates: dict[Name, Factors] = {}
             for key, adapter in self.adapters.items():

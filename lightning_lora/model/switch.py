@@ -14,8 +14,8 @@ from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import ADAPTERS, Adapter, adapter_for, is_resized
 from lightning_lora.layers.norms import freeze_norms, set_frozen
 from lightning_lora.model import attach
-from lightning_lora.model.merged import check_as_merged, is_as_merged
-from lightning_lora.model.record import AdapterState, Record, find_record, receive, record_of
+from lightning_lora.model.merged import check_as_merged
+from lightning_lora.model.record import AdapterState, Record, find_record, record_of
 from lightning_lora.model.view import View, view_of
 from lightning_lora.tensors.names import plain_module, set_parameter
 from lightning_lora.tensors.shards import is_dtensor, reshard
@@ -70,8 +70,6 @@ def adapters(model: nn.Module) -> tuple[str, ...]:
         model: Any module. While it shows its base, the first one is on its layers without effect.
     """
     record = find_record(model)
-    if record is None or not is_as_merged(model):
-        record = receive(model) or record  # of a fit in other processes
     return tuple(record.adapters) if record else ()
 
 

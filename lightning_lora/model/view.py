@@ -14,6 +14,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import AdaptedMatrix, LoRALayer, quantised_entries
 from lightning_lora.model.record import AdapterState, Record, find_record, record_of, records_in
+from lightning_lora.private import EXTRA_STATE, is_persistent
 from lightning_lora.targets.networks import Networks, is_in_any
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.inplace import class_names
@@ -193,7 +194,7 @@ class View:
         found = {}
         for prefix, module in self.modules.items():
             for name, buffer in module._buffers.items():
-                if buffer is not None and name not in module._non_persistent_buffers_set:
+                if buffer is not None and is_persistent(module, name):
                     found[join(prefix, name)] = buffer
         return found
 
@@ -211,7 +212,7 @@ class View:
             if type(module).get_extra_state is not nn.Module.get_extra_state:
                 with suppress(Exception):  # of code for any objects: these are not compared
                     torch.save(module.get_extra_state(), file := BytesIO())
-                    found[join(name, "_extra_state")] = digest(torch.frombuffer(file.getbuffer(), dtype=torch.uint8))
+                    found[join(name, EXTRA_STATE)] = digest(torch.frombuffer(file.getbuffer(), dtype=torch.uint8))
         return found
 
     @property

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
@@ -18,9 +17,10 @@ from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge, unmerge, unmerged
 from lightning_lora.model.merged import check_as_merged
-from lightning_lora.model.record import find_record, keep_record, receive
+from lightning_lora.model.record import find_record, keep_record
 from lightning_lora.model.switch import set_adapter, show
 from lightning_lora.model.view import View, keep_frozen, restore_originals, root_of, view_of
+from lightning_lora.private import NormBase
 from lightning_lora.storage.base import base_value, check_base
 from lightning_lora.storage.names import find_renamings, is_inside, renamed_config
 from lightning_lora.storage.state import required, without_base, without_notes
@@ -38,7 +38,7 @@ def apply(
     A model without adapters is adapted first. Beside the active one, another one is loaded, and rests.
     """
     check_no_rows(View(model), "load_adapter")
-    record = find_record(model) or receive(model)
+    record = find_record(model)
     if record is not None and name not in (None, record.adapter.name):
         before = record.adapter
         with unmerged(model), show(model, name, before.config) as undo:
@@ -61,7 +61,7 @@ def apply(
 @contextmanager
 def _unmerged_and_undone(model: nn.Module) -> Iterator[View]:
     """Unmerge a model for a change. Undo all of it after an error."""
-    record, was_merged = find_record(model) or receive(model), False
+    record, was_merged = find_record(model), False
     try:
         was_merged = unmerge(model)
         with undone_on_error(view := View(model)):
@@ -317,7 +317,7 @@ def _check_finite(view: View, state: Mapping[str, Any]) -> None:
     """Refuse NaN and infinite values, which a diverged run leaves."""
     checked = [*view.adapters, *view.trained]
     for name, module in view.modules.items():
-        if isinstance(module, _NormBase):
+        if isinstance(module, NormBase):
             statistics = (join(name, "running_mean"), join(name, "running_var"))
             checked += [name for name in statistics if name in state]
     if broken := [name for name in checked if not _is_sound(state[name], view.adapter.originals.get(name))]:

@@ -16,6 +16,7 @@ from lightning_lora.errors import AdapterFileError, AdapterStateError, ConfigErr
 from lightning_lora.model.inject import remove_adapters
 from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.view import view_of
+from lightning_lora.private import CLI_CLASS
 from lightning_lora.storage.apply import apply, with_names_of
 from lightning_lora.storage.base import forms_of_base
 from lightning_lora.storage.disk import check_path, local_path
@@ -224,7 +225,7 @@ def load_from_checkpoint(
 
 def _build(cls: "type[Module]", checkpoint: dict[str, Any], options: dict[str, Any]) -> "tuple[Module, Any]":
     """Build a module as Lightning does, but without its strict loading. Return it and its state, after its own hook."""
-    if "_class_path" in checkpoint.get("hyper_parameters", {}):  # of LightningCLI, which builds another class
+    if CLI_CLASS in checkpoint.get("hyper_parameters", {}):  # of LightningCLI, which builds another class
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="(Found keys|The state dict)")
             shell = _as_file({**checkpoint, "state_dict": {}})

@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_lora.private import CHECKPOINTED, COMPILED, FABRIC_OWN, FABRIC_WRAPPED
 from lightning_lora.tensors.shards import distributed_as, is_dtensor
 
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+_WRAPPED = (COMPILED, CHECKPOINTED)
 
-_OF_FABRIC = {"_forward_module", "_original_module"}
+_OF_FABRIC = {FABRIC_WRAPPED, FABRIC_OWN}
 """The modules in Fabric's wrapper: the model as the strategy wraps it, and the model itself."""
 
 
@@ -35,7 +36,7 @@ def plain_module(module: nn.Module) -> nn.Module:
         if inner is not None:
             return plain_module(inner)
     if children.keys() >= _OF_FABRIC:
-        inner = children["_original_module"]
+        inner = children[FABRIC_OWN]
         return module if inner is None else plain_module(inner)
     return module
 

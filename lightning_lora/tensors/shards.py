@@ -8,7 +8,8 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+
+from lightning_lora.private import local_offsets, local_part, tree_map
 
 
 def is_dtensor(tensor: object) -> TypeGuard[Any]:
@@ -19,7 +20,7 @@ def is_dtensor(tensor: object) -> TypeGuard[Any]:
 
 def to_local(tensor: Tensor) -> Tensor:
     """Return the local shard of a DTensor, which shares its memory. Other tensors are returned unchanged."""
-    return tensor._local_tensor.detach() if is_dtensor(tensor) else tensor
+    return local_part(tensor).detach() if is_dtensor(tensor) else tensor
 
 
 def without_dtensor(tensor: Tensor) -> Tensor:
@@ -131,9 +132,7 @@ def reshard(model: nn.Module) -> None:
 
 def local_runs(tensor: Any) -> tuple[Tensor, int]:
     """Return where runs of the local shard of a DTensor begin in the full tensor, and how many elements each has."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    shape, offsets = local_offsets(tensor)
     last = max((dim for dim, length in enumerate(shape) if length != tensor.shape[dim]), default=0)
     starts, stride = torch.zeros(1, dtype=torch.int64, device=to_local(tensor).device), 1
     for dim in reversed(range(len(shape))):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.private import version_of
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.shards import is_dtensor, to_local
 
@@ -67,11 +68,11 @@ def look(tensor: Tensor) -> tuple[Any, ...] | None:
     """
     if hasattr(tensor, "__tensor_flatten__"):
         inner = [look(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
-        return None if None in inner else (None, tensor._version, *inner)
+        return None if None in inner else (None, version_of(tensor), *inner)
     if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_inference():
         return None
     seen = (str(tensor.device), tensor.dtype, tuple(tensor.shape), digest(_samples(tensor)))
-    return tensor.data_ptr(), tensor._version, *seen
+    return tensor.data_ptr(), version_of(tensor), *seen
 
 
 def _samples(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.errors import StrategyError
 from lightning_lora.model.record import find_record, keep_record
 from lightning_lora.model.view import View
+from lightning_lora.private import own_place
 from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.optimizers import train_adapters
 from lightning_lora.training.rates import hide_groups
@@ -243,13 +244,5 @@ def _partitions_of(optimizer: Any, idle: set[int]) -> list[Partition]:
     for parameters, group in zip(held, optimizer.param_groups, strict=True):
         used = [p for p in parameters if id(p) not in idle]
         (part,) = group["params"]
-        found.append(Partition(used, part, list(map(_place, used))))
+        found.append(Partition(used, part, list(map(own_place, used))))
     return found
-
-
-def _place(parameter: nn.Parameter) -> tuple[int, int, int]:
-    """What a parameter and this process's part of its group share."""
-    shared: Any = parameter._hp_mapping  # type: ignore[attr-defined]
-    if shared is None:
-        return 0, 0, 0
-    return shared.lp_fragment_address.start, shared.hp_fragment_address.start, shared.hp_fragment_address.numel

@@ -11,7 +11,6 @@ import torch.utils.checkpoint as recompute
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.errors import DeadAdapterWarning, TargetError, listed, warn
@@ -19,6 +18,7 @@ from lightning_lora.layers import Step
 from lightning_lora.model.inject import follow_copied
 from lightning_lora.model.record import Record
 from lightning_lora.model.view import View, view_of
+from lightning_lora.private import function_of, tree_leaves
 from lightning_lora.targets.networks import is_in_any
 from lightning_lora.tensors.names import owner_of
 
@@ -178,7 +178,7 @@ def _leaves_behind(values: Iterable[object]) -> set[int]:
         seen.add(node)
         nodes += [before for before, _ in node.next_functions]
         found.add(id(getattr(node, "variable", None)))
-        if issubclass(getattr(type(node), "_forward_cls", object), _OWN):
+        if issubclass(function_of(node), _OWN):
             found.add(_UNKNOWN)
     return found
 

@@ -8,12 +8,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_lora.errors import BestCheckpointWarning, ConfigError, LoRAError, MergePrecisionWarning, listed, warn
 from lightning_lora.model.merge import check_mergeable, quantised_layers, tied_weights
 from lightning_lora.model.merged import lost_to_rounding
-from lightning_lora.model.record import send
 from lightning_lora.model.view import View
 from lightning_lora.storage.checkpoint import load_checkpoint_state
 from lightning_lora.tensors.names import state_dict
 from lightning_lora.tensors.shards import is_dtensor
 from lightning_lora.training.compatibility import judge_of
+from lightning_lora.training.spawned import returns_state_only
 
 
 def check_arguments(trainer: Trainer, merge: object, *, was_adapted: bool, switches: bool = False) -> None:
@@ -98,14 +98,3 @@ def load_best(trainer: Trainer, pl_module: LightningModule, read: Callable[[str]
         )
         return ""
     return f"the best adapters ({path})"
-
-
-def returns_state_only(trainer: Trainer) -> bool:
-    """Whether the strategy's processes send back only a state dict."""
-    return getattr(trainer.strategy, "_start_method", "popen") != "popen"
-
-
-def send_record(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Leave the module's record for the main process, if only a state dict is sent back to it."""
-    if returns_state_only(trainer) and trainer.is_global_zero:
-        send(pl_module)

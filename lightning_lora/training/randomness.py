@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lightning_lora.model.view import View
+from lightning_lora.private import begin_loaders_again, loader_states_wait
 
 RANDOM = "lightning_lora_random"  # the checkpoint entry with the states of torch's generators
 
@@ -80,13 +81,12 @@ class Resumed:
 
     def begin_training(self) -> None:
         """Set them for the first step: other code may draw or seed before it. Data that began otherwise begin again."""
-        begins_anew = not self.begun or (self.loop.restarting and self.loop._combined_loader_states_to_load)
+        begins_anew = not self.begun or (self.loop.restarting and loader_states_wait(self.loop))
         later = self.trainer.current_epoch > 0 and not self.loop.epoch_loop.restarting  # by Lightning before 2.6
         later = later and not hasattr(type(self.loop), "is_resuming")
         self._set(self.states if begins_anew or later else self.begun)
         if begins_anew and not later:
-            self.loop._load_combined_loader_states()
-            iter(self.loop._data_fetcher)
+            begin_loaders_again(self.loop)
 
     def _set(self, states: dict[str, Tensor]) -> None:
         for name, state in states.items():

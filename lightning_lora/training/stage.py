@@ -7,16 +7,16 @@ from typing import Literal
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError
 from lightning_lora.model.inject import inject, remove_adapters
 from lightning_lora.model.merge import merge, unmerge
-from lightning_lora.model.merged import check_own, is_as_merged
-from lightning_lora.model.record import find_record, keep_record, receive, records_in
+from lightning_lora.model.merged import check_own
+from lightning_lora.model.record import find_record, keep_record, records_in
 from lightning_lora.model.switch import adapters, show
 from lightning_lora.model.view import View, view_of
+from lightning_lora.private import NormBase
 from lightning_lora.storage.base import note_changed
 from lightning_lora.tensors.digests import digest
 from lightning_lora.tensors.names import join, owner_of
@@ -74,7 +74,6 @@ class Stage:
 
     def begin(self, pl_module: LightningModule) -> None:
         """Unmerge the module: it needs its adapters to train, or to load a checkpoint."""
-        receive_record(pl_module)
         record = find_record(pl_module)
         own = record.adapters.get(self.name or record.adapter.name) if record and self.is_fit else None
         if own and own.sum_of:
@@ -205,7 +204,7 @@ class Stage:
 
 def _own_buffers(view: View) -> dict[str, int]:
     """The digests of all buffers but the statistics of norms, which are the base's."""
-    norms = {name for name, module in view.modules.items() if isinstance(module, _NormBase)}
+    norms = {name for name, module in view.modules.items() if isinstance(module, NormBase)}
     return {name: digest(each) for name, each in view.buffers.items() if not (each.is_meta or owner_of(name) in norms)}
 
 
@@ -216,19 +215,8 @@ def _remove_all(pl_module: LightningModule) -> None:
         remove_adapters(pl_module)
 
 
-def receive_record(pl_module: LightningModule) -> None:
-    """Take over the record of a fit in another process, if the module has the weights of that fit."""
-    known = find_record(pl_module) is not None and is_as_merged(pl_module)
-    if not known and receive(pl_module):
-        rank_zero_info(
-            f"{type(pl_module).__name__} has the weights that a fit in other processes merged: it gets its base and "
-            "its adapters back. (To use these weights as a new base, call remove_adapters on it first.)"
-        )
-
-
 def is_merged(pl_module: LightningModule) -> bool:
-    """Whether the module is merged, perhaps by a fit in other processes."""
-    receive_record(pl_module)
+    """Whether the module is merged."""
     view = View(pl_module)
     if view.is_merged:
         check_own(view)

@@ -5,9 +5,9 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lightning_lora.errors import AdapterFileError, listed
+from lightning_lora.private import tree_leaves
 from lightning_lora.storage.schema import check_named, fits
 from lightning_lora.storage.stored import DIVERGED, KEY, check_checksum, stored_config
 

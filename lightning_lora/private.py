@@ -1,0 +1,187 @@
+"""Every private name of torch, Lightning and DeepSpeed that this package reads.
+
+A release may rename any of them. ``tests/test_private.py`` asks for each, and says what breaks without it.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _NormBase as NormBase
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+__all__ = ["NormBase", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"]  # norms with running statistics
+
+COMPILED = "_orig_mod"
+"""The submodule inside ``torch.compile``'s wrapper: without it, files of compiled modules have other names."""
+
+CHECKPOINTED = "_checkpoint_wrapped_module"
+"""The submodule inside ``checkpoint_wrapper``'s, likewise."""
+
+FABRIC_WRAPPED, FABRIC_OWN = "_forward_module", "_original_module"
+"""In Fabric's wrapper, the module as its strategy wraps it, and itself: without them, it has no adapters."""
+
+EXTRA_STATE = "_extra_state"
+"""The end of the names of ``get_extra_state`` in a state dict: without it, files would not match them."""
+
+CLI_CLASS = "_class_path"
+"""LightningCLI's entry in hyperparameters: without it, ``load_from_checkpoint`` builds the wrong class."""
+
+CONVOLVES = "_conv_forward"
+"""The method with which convolutions run: one that overrides it would not be noticed."""
+
+RECURRENT_LISTS = ("_flat_weights", "_flat_weight_refs")
+"""The lists that recurrent layers make of their weights: without them, a merge would leave the old weights in them."""
+
+# Functions of torch that cost nothing: they run in each forward pass
+
+is_tracing: Callable[[], bool] = torch._C._is_tracing
+"""Whether ``torch.jit.trace`` runs: it would not see the gradients that are computed explicitly."""
+
+is_transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
+"""Whether ``torch.func`` transforms a function: likewise."""
+
+count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+"""How many modes watch single operations: likewise."""
+
+is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+"""Whether autocast is on for any device: without it, each layer asks for its own, which takes longer."""
+
+
+def is_forward_differentiating() -> bool:
+    """Whether forward-mode differentiation runs: explicit gradients would leave out its tangents."""
+    return forward_ad._current_level >= 0
+
+
+# Tensors
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was written in place: without it, changes of the base could be missed."""
+    return tensor._version
+
+
+def local_offsets(tensor: Any) -> tuple[Any, Any]:
+    """Return the shape of a DTensor's local shard and where it begins: without it, there are no digests of shards."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+
+
+def local_part(tensor: Any) -> Tensor:
+    """Return the local shard of a DTensor: the public ``to_local`` takes part in gradients, and may wait."""
+    local: Tensor = tensor._local_tensor
+    return local
+
+
+def untyped_storage(storage: Any) -> Any:
+    """Return the bytes of a storage as ``torch.load`` builds it: the public method warns."""
+    return storage._untyped_storage
+
+
+def function_of(node: object) -> type:
+    """Return the ``autograd.Function`` of a node in a graph, or ``object``: layers that were recomputed look unused."""
+    found: type = getattr(type(node), "_forward_cls", object)
+    return found
+
+
+# Modules
+
+
+def load_hooks(module: nn.Module) -> dict[int, Any]:
+    """Return the hooks that run before a module loads: those of a copy have no handles, and would stay."""
+    return module._load_state_dict_pre_hooks
+
+
+def is_persistent(module: nn.Module, buffer: str) -> bool:
+    """Whether a module's state dict holds a buffer: without it, files would hold what no model reads."""
+    return buffer not in module._non_persistent_buffers_set
+
+
+def state_notes(state: object) -> dict[str, Any]:
+    """Return torch's notes in a state dict: without them, a merged file would be taken for a base."""
+    notes: dict[str, Any] = getattr(state, "_metadata", {})
+    return notes
+
+
+def set_state_notes(state: Any, notes: dict[str, Any]) -> None:
+    """Set torch's notes in a state dict."""
+    state._metadata = notes
+
+
+def convolve(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve with another weight, and a layer's padding: without it, we would need each of torch's paddings."""
+    output: Tensor = layer._conv_forward(x, weight, None)
+    return output
+
+
+def recurrent_weights(layer: nn.Module) -> list[str] | None:
+    """Return the names of a recurrent layer's weights, even those that are computed from others. A cell has none."""
+    return getattr(layer, "_flat_weights_names", None)
+
+
+# Lightning
+
+
+def multiprocessing_launchers() -> Iterator[Any]:
+    """The classes that start processes: without them, records do not come back from forked and spawned ones."""
+    for package in ("lightning.pytorch", "pytorch_lightning"):
+        module: Any = sys.modules.get(f"{package}.strategies.launchers.multiprocessing")
+        if module is not None:
+            yield module._MultiProcessingLauncher
+
+
+def start_method(strategy: object) -> str:
+    """Return how a strategy starts processes: those that it forks or spawns send back a state dict alone."""
+    method: str = getattr(strategy, "_start_method", "popen")
+    return method
+
+
+def hparams_name(module: object) -> str | None:
+    """Return the name of the argument that holds a module's hyperparameters, for its checkpoints."""
+    return getattr(module, "_hparams_name", None)
+
+
+def logs_hparams(source: Any) -> bool:
+    """Whether Lightning logs the hyperparameters of a module or data module: loggers refuse two values of one name."""
+    return bool(source._log_hyperparams)
+
+
+def average_of(callback: object) -> Any:
+    """Return the average that SWA or EMA keeps, or None: it would not know the adapters."""
+    return vars(callback).get("_average_model")
+
+
+def set_average(callback: object, average: nn.Module | None) -> None:
+    """Set the average that SWA or EMA keeps."""
+    vars(callback)["_average_model"] = average
+
+
+def change_averaging(callback: Any, change: Callable[[Any], Any]) -> None:
+    """Change how SWA averages: its arithmetic would change the frozen base."""
+    callback._avg_fn = change(callback._avg_fn)
+
+
+def loader_states_wait(fit_loop: Any) -> bool:
+    """Whether a resumed run has states for its loaders: those that began without them begin again."""
+    return bool(fit_loop._combined_loader_states_to_load)
+
+
+def begin_loaders_again(fit_loop: Any) -> None:
+    """Begin the loaders of a fit again, with their states: another order of batches is another run."""
+    fit_loop._load_combined_loader_states()
+    iter(fit_loop._data_fetcher)
+
+
+# DeepSpeed
+
+
+def own_place(parameter: Any) -> tuple[int, int, int]:
+    """Return what a parameter shares with this process's part of its group: files would lack states without it."""
+    shared = parameter._hp_mapping
+    if shared is None:
+        return 0, 0, 0
+    return shared.lp_fragment_address.start, shared.hp_fragment_address.start, shared.hp_fragment_address.numel

@@ -1,0 +1,255 @@
+"""Private names of torch, Lightning and DeepSpeed that the package reads are there, and are read in one place."""
+
+import ast
+import inspect
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_lora import private
+from tests.support.models import LitTiny, data, trainer
+
+ROOM = Path(private.__file__)
+
+
+# Each is there
+
+
+class Doubles(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(_: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+class Keeps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(1))
+        self.register_buffer("left", torch.zeros(1), persistent=False)
+
+    def get_extra_state(self) -> int:
+        return 1
+
+
+class Named(L.LightningModule):
+    def __init__(self, options: dict[str, int]) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+
+
+def children(wrapped: nn.Module) -> set[str]:
+    return set(wrapped._modules)
+
+
+def sharded() -> bool:
+    from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        tensor = distribute_tensor(torch.arange(4.0), DeviceMesh("cpu", [0]), [Shard(0)])
+        shape, offsets = private.local_offsets(tensor)
+        return type(private.local_part(tensor)) is Tensor and (tuple(shape), tuple(offsets)) == ((4,), (0,))
+    finally:
+        dist.destroy_process_group()
+
+
+def forward_mode() -> bool:
+    with forward_ad.dual_level():
+        return private.is_forward_differentiating()
+
+
+def modes() -> bool:
+    with FlopCounterMode(display=False):
+        return private.count_modes() == 1
+
+
+def autocast() -> bool:
+    with torch.autocast("cpu", torch.bfloat16):
+        return private.is_any_autocast_enabled()
+
+
+def versions() -> bool:
+    tensor = torch.zeros(2)
+    return private.version_of(tensor) < private.version_of(tensor.add_(1))
+
+
+def notes() -> bool:
+    state: Any = nn.Linear(2, 2).state_dict()
+    known = set(private.state_notes(state))
+    private.set_state_notes(state, {"a": 1})
+    return known == {""} and private.state_notes(state) == {"a": 1} and private.state_notes({}) == {}
+
+
+def hooks() -> bool:
+    module = nn.Linear(2, 2)
+    module.register_load_state_dict_pre_hook(lambda *_: None)
+    return len(private.load_hooks(module)) == 1
+
+
+def convolution() -> bool:
+    layer, x = nn.Conv1d(2, 2, 1, bias=False), torch.ones(1, 2, 4)
+    return torch.equal(private.convolve(layer, x, layer.weight), layer(x)) and hasattr(layer, private.CONVOLVES)
+
+
+def recurrent() -> bool:
+    layer = nn.GRU(2, 2, bias=False)
+    names = private.recurrent_weights(layer) == ["weight_ih_l0", "weight_hh_l0"]
+    return names and all(hasattr(layer, name) for name in private.RECURRENT_LISTS)
+
+
+def averages() -> bool:
+    has_both = True
+    for callback in (StochasticWeightAveraging(0.1), getattr(L.pytorch.callbacks, "WeightAveraging", Keeps)()):
+        if not isinstance(callback, Keeps):
+            has_both &= "_average_model" in vars(callback) and private.average_of(callback) is None
+            private.set_average(callback, average := nn.Linear(2, 2))
+            has_both &= private.average_of(callback) is average
+    private.change_averaging(callback := StochasticWeightAveraging(0.1), lambda own: [own])
+    return has_both and callable(StochasticWeightAveraging(0.1)._avg_fn) and isinstance(callback._avg_fn, list)
+
+
+class BeginsAgain(L.Callback):
+    was: Any = None
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.was = private.loader_states_wait(trainer.fit_loop)
+        private.begin_loaders_again(trainer.fit_loop)
+
+
+def loaders() -> bool:
+    t = trainer(Path(), [callback := BeginsAgain()], max_epochs=1, logger=False, enable_checkpointing=False)
+    t.fit(LitTiny(), data())
+    return callback.was is False and t.global_step == len(data())
+
+
+def launchers() -> bool:
+    found = list(private.multiprocessing_launchers())
+    return len(found) > 0 and all(hasattr(each, "update_main_process_results") for each in found)
+
+
+def deepspeed() -> bool:
+    return "_hp_mapping" in inspect.getsource(pytest.importorskip("deepspeed.utils.tensor_fragment"))
+
+
+CHECKS: dict[str, Callable[[], Any]] = {
+    "NormBase": lambda: (
+        issubclass(nn.BatchNorm1d, private.NormBase) and issubclass(nn.InstanceNorm1d, private.NormBase)
+    ),
+    "tree_map tree_leaves": lambda: private.tree_leaves(private.tree_map(str, [1, {"a": 2}])) == ["1", "2"],
+    "tree_flatten tree_unflatten": lambda: (
+        private.tree_unflatten(*private.tree_flatten([1, {"a": 2}])) == [1, {"a": 2}]
+    ),
+    "COMPILED": lambda: private.COMPILED in children(torch.compile(Keeps())),
+    "CHECKPOINTED": lambda: private.CHECKPOINTED in children(checkpoint_wrapper(Keeps())),
+    "FABRIC_WRAPPED FABRIC_OWN": lambda: (
+        children(L.Fabric(accelerator="cpu").setup(nn.Linear(2, 2))) >= {private.FABRIC_WRAPPED, private.FABRIC_OWN}
+    ),
+    "EXTRA_STATE": lambda: private.EXTRA_STATE in Keeps().state_dict(),
+    "CLI_CLASS": lambda: private.CLI_CLASS in inspect.getsource(import_module("lightning.pytorch.core.saving")),
+    "is_tracing": lambda: torch.jit.trace(lambda x: x * int(private.is_tracing()), torch.ones(1))(torch.ones(1)).all(),
+    "is_transforming": lambda: torch.func.vmap(lambda x: x * private.is_transforming())(torch.ones(1)).all(),
+    "count_modes": modes,
+    "is_any_autocast_enabled": autocast,
+    "is_forward_differentiating": forward_mode,
+    "version_of": versions,
+    "local_offsets local_part": sharded,
+    "untyped_storage": lambda: private.untyped_storage(torch.storage.TypedStorage(2, dtype=torch.int8)).nbytes() == 2,
+    "function_of": lambda: private.function_of(Doubles.apply(torch.ones(1, requires_grad=True)).grad_fn) is Doubles,
+    "load_hooks": hooks,
+    "is_persistent": lambda: private.is_persistent(Keeps(), "kept") and not private.is_persistent(Keeps(), "left"),
+    "state_notes set_state_notes": notes,
+    "CONVOLVES convolve": convolution,
+    "RECURRENT_LISTS recurrent_weights": recurrent,
+    "multiprocessing_launchers": launchers,
+    "start_method": lambda: private.start_method(DDPStrategy(start_method="fork")) == "fork",
+    "hparams_name": lambda: private.hparams_name(Named({"a": 1})) == "kwargs",
+    "logs_hparams": lambda: not private.logs_hparams(Named({"a": 1})) and private.logs_hparams(LitTiny()),
+    "average_of set_average change_averaging": averages,
+    "loader_states_wait begin_loaders_again": loaders,
+    "own_place": deepspeed,
+}
+
+
+@pytest.mark.parametrize("names", CHECKS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::UserWarning")
+def test_each_private_name_is_there_and_means_what_it_did(names: str) -> None:
+    assert CHECKS[names](), names
+
+
+def test_each_has_such_a_test() -> None:
+    tree, defined = ast.parse(ROOM.read_text()), set(private.__all__)
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            defined.add(node.name)
+        for target in getattr(node, "targets", [getattr(node, "target", None)]):
+            defined |= {each.id for each in ast.walk(target) if isinstance(each, ast.Name)} if target else set()
+    assert defined - {"__all__"} == {name for names in CHECKS for name in names.split()}
+
+
+# They are read in one place
+
+
+OF_MODULES = {"_parameters", "_modules", "_buffers"}  # of nn.Module, which every release has
+OTHERS = {  # of other packages, each in the one place that deals with it
+    "metrics.py": {"_plot", "_error_on_missing_matplotlib", "_get_col_row_split"},  # torchmetrics
+    "storage/formats/peft_write.py": {"_name_or_path"},  # transformers
+    "storage/formats/peft_layers.py": {
+        "_check_lora_target_modules_mamba", "_MODEL_TO_CONVERSION_PATTERN", "_MOE_TARGET_MODULE_MAPPING", "_proj"
+    },
+}  # fmt: skip
+OURS = {"_lora", "_lora_switched", "_whole"}  # entries that this package writes
+
+
+def is_private(name: str) -> bool:
+    return name.isidentifier() and name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def defined_in(tree: ast.Module) -> Iterator[str]:
+    """The names that a file gives to something of its own; one that it overrides is torch's or Lightning's to call."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            yield node.attr
+
+
+def read_in(tree: ast.Module) -> Iterator[str]:
+    """The names of attributes, and of what is imported from elsewhere, and texts that may be such names."""
+    in_texts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.ImportFrom):
+            yield from (each.name for each in node.names)
+            yield from (node.module or "").split(".")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in in_texts:
+            yield node.value
+
+
+def test_no_other_file_reads_a_private_name() -> None:
+    files = {path: ast.parse(path.read_text()) for path in ROOM.parent.rglob("*.py") if path != ROOM}
+    ours = OURS | OF_MODULES | {name for tree in files.values() for name in defined_in(tree)}
+    found = {}
+    for path, tree in files.items():
+        place = path.relative_to(ROOM.parent).as_posix()
+        if names := set(filter(is_private, read_in(tree))) - ours:
+            found[place] = names
+    assert found == OTHERS
