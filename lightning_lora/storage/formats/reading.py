@@ -1,8 +1,4 @@
-"""What the readers of other libraries' files share: from updates of layers to adapters of this package.
-
-A reader of a format is a function ``reader(contents, path, asked)``. It returns None if these contents of a file are of
-another format, else a function from a view of the model to :class:`StoredAdapters`.
-"""
+"""What the readers of other libraries' files share: from updates of layers to adapters of this package."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -26,6 +22,7 @@ from lightning_lora.tensors.values import same_bits
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # only what is inside of them trains
 
 Reader = Callable[[View], StoredAdapters]
+"""Reads the tensors of a file for a model."""
 
 
 class Asked(NamedTuple):
