@@ -64,13 +64,6 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
-def local_offsets(tensor: Any) -> tuple[Any, Any]:
-    """Return the shape of a DTensor's local shard and where it begins: without it, there are no digests of shards."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-
-
 def local_part(tensor: Any) -> Tensor:
     """Return the local shard of a DTensor: the public ``to_local`` takes part in gradients, and may wait."""
     local: Tensor = tensor._local_tensor

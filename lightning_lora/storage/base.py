@@ -128,7 +128,6 @@ def with_halves(view: View, forms: Iterable[Mapping[str, Any]]) -> list[dict[str
             known = dict(zip(tensors, form["digests"], strict=True))
             halves = {name: None if name in packed else record.half_digests.get(known[name], []) for name in tensors}
             if form["dtypes"] == dtypes:
-                record.prepare_halves({known[n]: t for n, t in floating.items() if not _is_lost(view, n, known[n])})
                 halves |= {name: _halves_of(view, name, tensor, known[name]) for name, tensor in floating.items()}
             form["rounded"] = halves
         described.append(form)
