@@ -73,15 +73,15 @@ def unmerge_adapters(model: nn.Module) -> None:
     Raises:
         AdapterStateError: ``model`` has no adapters, or its merged weights have changed.
     """
-    check_as_merged(model)
-    unmerge(model)
+    record_of(model)
+    _unmerge(View(model))
 
 
 @contextmanager
 def unmerged(model: nn.Module) -> Iterator[None]:
     """Unmerge a model inside a ``with`` block. At the end it is merged again, if it was merged before."""
-    check_as_merged(model)
-    was_merged = unmerge(model)
+    was_merged = record_of(model).is_merged
+    _unmerge(View(model))
     try:
         yield
     finally:
@@ -247,14 +247,25 @@ def unmerge(model: nn.Module) -> bool:
     if record is None or record.merge is None:
         return False
     record_of(model)  # refuses a model whose adapters are disabled
-    if not is_as_merged(model):
+    view = View(model)
+    if not is_as_merged(view):
         forget_record(model)
         warn(
-            f"The weights of {type(model).__name__} were replaced after its adapters were merged into them: they are "
-            "taken as a new base, and the adapters of the earlier fine-tune are dropped."
+            f"The weights of {view.title} were replaced after its adapters were merged into them: they are taken as a "
+            "new base, and the adapters of the earlier fine-tune are dropped."
         )
         return False
-    adapters, weights, view = record.merged, record.merge.weights, View(model)
+    _unmerge(view)
+    return True
+
+
+def _unmerge(view: View) -> None:
+    """Undo a merge, if there was one."""
+    check_as_merged(view)
+    record = view.record
+    if record.merge is None:
+        return
+    adapters, weights = record.merged, record.merge.weights
     with attach.undone_on_error(view), torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for name, adapter in adapters.items():
             layer = view.modules[name]
@@ -268,7 +279,6 @@ def unmerge(model: nn.Module) -> bool:
         undo.pop_all()
     for adapter in adapters.values():
         adapter.bases = {}
-    return True
 
 
 def _show_base(record: Record, name: str, layer: nn.Module, adapter: Adapter, undo: ExitStack) -> None:

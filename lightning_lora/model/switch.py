@@ -30,8 +30,9 @@ def set_adapter(model: nn.Module, name: str | None) -> "Shown":
     check_known(record, name, model)
     before, active = record.shown, record.adapter.name
     if name is None and before is not None:
-        check_as_merged(model)
-        _show_base(view_of(model))
+        view = view_of(model)
+        check_as_merged(view)
+        _show_base(view)
     elif name in record.others:
         change(View(model), record.others[name])
     elif name != before:

@@ -99,8 +99,8 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
             was written.
         AdapterStateError: ``model`` has no adapters.
     """
-    check_as_merged(model)
     view = view_of(model)
+    check_as_merged(view)
     entries = entries_of(view, random_weights(view))
     state = without_notes(state)
     check_names(view, entries, state)

@@ -34,7 +34,7 @@ from lightning_lora.storage.formats.own import (
 from lightning_lora.storage.formats.reading import Asked, Reader
 from lightning_lora.storage.formats.registry import WRITTEN, find_format, weights_of
 from lightning_lora.storage.formats.writing import source_of
-from lightning_lora.storage.state import adapter_state_dict, check_not_diverged, without_extra
+from lightning_lora.storage.state import adapter_state, check_not_diverged, without_extra
 from lightning_lora.storage.stored import StoredAdapters, is_plain
 from lightning_lora.tensors.shards import is_dtensor
 
@@ -146,7 +146,7 @@ def export_peft(
 
 def _state_of(view: View) -> dict[str, Any]:
     """All that training changed, if it has values."""
-    state = without_extra(view, adapter_state_dict(view.model))
+    state = without_extra(view, adapter_state(view))
     if any(isinstance(value, Tensor) and value.is_meta for value in state.values()):
         raise AdapterStateError("The adapters are on the meta device and have no values. Call model.to_empty first.")
     return state

@@ -211,7 +211,7 @@ def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[
     """Return the state dict that a model has after ``merge_adapters``, with merged weights in the host's memory."""
     model = plain_module(view.model)
     if view.is_merged:
-        check_as_merged(view.model)
+        check_as_merged(view)
         return _noted(view, model.state_dict()), {}
     changed = {plain_name(name): value for name, value in (changed or {}).items()}
     if any(is_dtensor(changed.get(name, p)) for name, p in view.parameters.items()):

@@ -14,7 +14,7 @@ from lightning_lora.model.record import AdapterState, find_record, record_of
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.apply import apply
 from lightning_lora.storage.offline.combine import combined
-from lightning_lora.storage.state import adapter_state_dict
+from lightning_lora.storage.state import adapter_state
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.names import plain_module
 
@@ -143,7 +143,7 @@ def _stored(model: nn.Module, name: str) -> StoredAdapters:
     """What a file of one adapter would hold, without the base's own values."""
     with switch.show(model, name):
         view = view_of(model)
-        stored = StoredAdapters.from_view(view, adapter_state_dict(model), [])
+        stored = StoredAdapters.from_view(view, adapter_state(view), [])
     state = dict(stored.state)
     for key, value in stored.state.items():
         if key in stored.random:

@@ -20,7 +20,7 @@ from lightning_lora.model.inject import note_frozen
 from lightning_lora.model.merge import unmerge
 from lightning_lora.model.merged import is_as_merged
 from lightning_lora.model.record import find_record
-from lightning_lora.model.view import view_of
+from lightning_lora.model.view import View, view_of
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage import disk
 from lightning_lora.storage.base import base_dtypes, fingerprint
@@ -296,7 +296,7 @@ class LoRAStrategy(Strategy, InPlace):
     def _lora_saves(self) -> bool:
         """Whether there is anything of this package to write."""
         module = self.lora_module
-        if self.lora_stage.save == "model" and not is_as_merged(module):  # other code loaded a file into it
+        if self.lora_stage.save == "model" and not is_as_merged(View(module)):  # other code loaded a file into it
             unmerge(module)  # drops the record, and says so
             drop_averages(self.lora_stage.callbacks)  # of the adapted module
         return find_record(module) is not None
