@@ -38,8 +38,8 @@ RECURRENT_LISTS = ("_flat_weights", "_flat_weight_refs")
 
 # Functions of torch that cost nothing: they run in each forward pass
 
-is_tracing: Callable[[], bool] = torch._C._is_tracing
-"""Whether ``torch.jit.trace`` runs: it would not see the gradients that are computed explicitly."""
+tracing: Callable[[], object] = torch._C._get_tracing_state
+"""What ``torch.jit.trace`` is tracing, or None: it would not see the gradients that are computed explicitly."""
 
 is_transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 """Whether ``torch.func`` transforms a function: likewise."""

@@ -162,7 +162,9 @@ CHECKS: dict[str, Callable[[], Any]] = {
     ),
     "EXTRA_STATE": lambda: private.EXTRA_STATE in Keeps().state_dict(),
     "CLI_CLASS": lambda: private.CLI_CLASS in inspect.getsource(import_module("lightning.pytorch.core.saving")),
-    "is_tracing": lambda: torch.jit.trace(lambda x: x * int(private.is_tracing()), torch.ones(1))(torch.ones(1)).all(),
+    "tracing": lambda: torch.jit.trace(lambda x: x * int(private.tracing() is not None), torch.ones(1))(
+        torch.ones(1)
+    ).all(),
     "is_transforming": lambda: torch.func.vmap(lambda x: x * private.is_transforming())(torch.ones(1)).all(),
     "count_modes": modes,
     "is_any_autocast_enabled": autocast,
