@@ -6,14 +6,14 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn, get_swa_multi_avg_fn
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, StrategyError
 from lightning_lora.layers.norms import FrozenNorm
 from lightning_lora.model.attach import move_adapters
 from lightning_lora.model.view import View, view_of
@@ -24,6 +24,28 @@ from lightning_lora.tensors.values import replace_values
 
 if TYPE_CHECKING:
     from lightning.pytorch.plugins import Precision
+
+
+CONFIGURE_MODEL = """
+    def configure_model(self):
+        if self.model is None:
+            self.model = ...  # build it here
+            mesh = self.device_mesh["data_parallel"]
+            for block in self.model.layers:  # the blocks of a transformer
+                fully_shard(block, mesh=mesh)  # from torch.distributed.fsdp
+            fully_shard(self.model, mesh=mesh)
+
+    Trainer(strategy=ModelParallelStrategy(data_parallel_size=8, tensor_parallel_size=1), ...)
+"""
+"""What a user of another sharding strategy needs to write."""
+
+
+def refuse_strategy(called: str, why: str = "shards the model in a way that") -> NoReturn:
+    """Refuse a strategy, and say how to shard a model instead."""
+    raise StrategyError(
+        f"{called} {why} LoRACallback does not support. Use ModelParallelStrategy, and shard the model in "
+        "configure_model:\n" + CONFIGURE_MODEL
+    )
 
 
 def check_callbacks(callbacks: list[Callback], stage: str, *, is_sharded: bool) -> None:
