@@ -36,6 +36,27 @@ CONVOLVES = "_conv_forward"
 RECURRENT_LISTS = ("_flat_weights", "_flat_weight_refs")
 """The lists that recurrent layers make of their weights: without them, a merge would leave the old weights in them."""
 
+RECURRENT_NAMES = "_flat_weights_names"
+"""The names of a recurrent layer's weights, even of those that are computed. A cell has no such list."""
+
+STATE_NOTES = "_metadata"
+"""Torch's notes on a state dict: without them, a merged file would be taken for a base."""
+
+LOAD_HOOKS = "_load_state_dict_pre_hooks"
+"""The hooks that run before a module loads: those of a copy have no handles, and would stay."""
+
+START_METHOD = "_start_method"
+"""How a strategy starts processes: those that it forks or spawns send back a state dict alone."""
+
+HPARAMS_NAME = "_hparams_name"
+"""The argument that holds a module's hyperparameters: without it, Lightning could not build the module of a file."""
+
+LOGS_HPARAMS = "_log_hyperparams"
+"""Whether Lightning logs hyperparameters: TensorBoard would show ours alone."""
+
+AVERAGE, AVERAGES_WITH = "_average_model", "_avg_fn"
+"""The average that SWA or EMA keeps, and how SWA computes it: they would not know the adapters, nor a frozen base."""
+
 # Functions of torch that cost nothing: they run in each forward pass
 
 tracing: Callable[[], object] = torch._C._get_tracing_state
@@ -91,36 +112,15 @@ def function_of(node: object) -> type:
 # Modules
 
 
-def load_hooks(module: nn.Module) -> dict[int, Any]:
-    """Return the hooks that run before a module loads: those of a copy have no handles, and would stay."""
-    return module._load_state_dict_pre_hooks
-
-
 def is_persistent(module: nn.Module, buffer: str) -> bool:
     """Whether a module's state dict holds a buffer: without it, files would hold what no model reads."""
     return buffer not in module._non_persistent_buffers_set
-
-
-def state_notes(state: object) -> dict[str, Any]:
-    """Return torch's notes in a state dict: without them, a merged file would be taken for a base."""
-    notes: dict[str, Any] = getattr(state, "_metadata", {})
-    return notes
-
-
-def set_state_notes(state: Any, notes: dict[str, Any]) -> None:
-    """Set torch's notes in a state dict."""
-    state._metadata = notes
 
 
 def convolve(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
     """Convolve with another weight, and a layer's padding: without it, we would need each of torch's paddings."""
     output: Tensor = layer._conv_forward(x, weight, None)
     return output
-
-
-def recurrent_weights(layer: nn.Module) -> list[str] | None:
-    """Return the names of a recurrent layer's weights, even those that are computed from others. A cell has none."""
-    return getattr(layer, "_flat_weights_names", None)
 
 
 # Lightning
@@ -132,37 +132,6 @@ def multiprocessing_launchers() -> Iterator[Any]:
         module: Any = sys.modules.get(f"{package}.strategies.launchers.multiprocessing")
         if module is not None:
             yield module._MultiProcessingLauncher
-
-
-def start_method(strategy: object) -> str:
-    """Return how a strategy starts processes: those that it forks or spawns send back a state dict alone."""
-    method: str = getattr(strategy, "_start_method", "popen")
-    return method
-
-
-def hparams_name(module: object) -> str | None:
-    """Return the name of the argument that holds a module's hyperparameters, for its checkpoints."""
-    return getattr(module, "_hparams_name", None)
-
-
-def logs_hparams(source: Any) -> bool:
-    """Whether Lightning logs the hyperparameters of a module or data module: loggers refuse two values of one name."""
-    return bool(source._log_hyperparams)
-
-
-def average_of(callback: object) -> Any:
-    """Return the average that SWA or EMA keeps, or None: it would not know the adapters."""
-    return vars(callback).get("_average_model")
-
-
-def set_average(callback: object, average: nn.Module | None) -> None:
-    """Set the average that SWA or EMA keeps."""
-    vars(callback)["_average_model"] = average
-
-
-def change_averaging(callback: Any, change: Callable[[Any], Any]) -> None:
-    """Change how SWA averages: its arithmetic would change the frozen base."""
-    callback._avg_fn = change(callback._avg_fn)
 
 
 def loader_states_wait(fit_loop: Any) -> bool:

@@ -16,7 +16,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, listed
 from lightning_lora.layers import Adapter
 from lightning_lora.model.adapter_state import AdapterState, Merge
-from lightning_lora.private import load_hooks
+from lightning_lora.private import LOAD_HOOKS
 from lightning_lora.tensors.digests import digest, digests, digests_as
 from lightning_lora.tensors.names import join, named_modules, plain_module, submodule
 from lightning_lora.tensors.shards import agreed, is_dtensor, reshard
@@ -260,7 +260,7 @@ def forget_record(model: nn.Module) -> None:
     """Delete the record of ``model``, if it has one."""
     model = plain_module(model)
     vars(model).pop(_ATTRIBUTE, None)
-    hooks = load_hooks(model)  # found without handles: a copy has the hooks, but no handles
+    hooks = getattr(model, LOAD_HOOKS)  # found without handles: a copy has the hooks, but no handles
     for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _before_load]:
         del hooks[key]
 

@@ -17,7 +17,7 @@ from lightning_lora.errors import ConfigError, StrategyError
 from lightning_lora.layers.norms import FrozenNorm
 from lightning_lora.model.attach import move_adapters
 from lightning_lora.model.view import View, view_of
-from lightning_lora.private import average_of, change_averaging, set_average
+from lightning_lora.private import AVERAGE, AVERAGES_WITH
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import named_parameters
 from lightning_lora.tensors.values import replace_values
@@ -115,11 +115,11 @@ def copy_adapted(callbacks: list[Callback], pl_module: LightningModule, *, anew:
             _keep_frozen_norms(callback)
         if not anew and named_parameters(copy).keys() == named_parameters(pl_module).keys():
             continue
-        average = average_of(callback)
+        average = vars(callback).get(AVERAGE)
         if isinstance(average, AveragedModel):
             average.module = deepcopy(pl_module).to(average.n_averaged.device)
         else:
-            set_average(callback, deepcopy(pl_module))
+            vars(callback)[AVERAGE] = deepcopy(pl_module)
 
 
 def share_base(callbacks: list[Callback], pl_module: LightningModule) -> None:
@@ -129,9 +129,9 @@ def share_base(callbacks: list[Callback], pl_module: LightningModule) -> None:
         for name, theirs in View(copy).base.items():
             if name in frozen and theirs.device == frozen[name].device:  # an average may be on another device
                 replace_values(theirs, frozen[name].data)
-        average: Any = average_of(callback)
+        average: Any = vars(callback).get(AVERAGE)
         if not isinstance(average, AveragedModel):
-            change_averaging(callback, _only_changed)
+            setattr(callback, AVERAGES_WITH, _only_changed(getattr(callback, AVERAGES_WITH)))
         elif average.avg_fn or (not average.multi_avg_fn and next(copy.parameters()).device.type == "cpu"):
             average.avg_fn = _only_changed(average.avg_fn or get_swa_avg_fn())  # on CPU, the other takes only float32
         else:
@@ -141,14 +141,14 @@ def share_base(callbacks: list[Callback], pl_module: LightningModule) -> None:
 def drop_averages(callbacks: list[Callback]) -> None:
     """Drop the average of a finished fit, which its callback would put into a module that is only tested."""
     for callback, copy in _averages(callbacks):
-        if copy is not average_of(callback):  # EMA; SWA does nothing outside of fit
-            set_average(callback, None)
+        if copy is not vars(callback).get(AVERAGE):  # EMA; SWA does nothing outside of fit
+            vars(callback)[AVERAGE] = None
 
 
 def _averages(callbacks: list[Callback]) -> Iterator[tuple[Callback, nn.Module]]:
     """The callbacks that keep an average, and their copies of the module."""
     for callback in callbacks:
-        average = average_of(callback)
+        average = vars(callback).get(AVERAGE)
         if isinstance(average, nn.Module):
             yield callback, average.module if isinstance(average, AveragedModel) else average
 

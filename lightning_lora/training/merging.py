@@ -26,7 +26,7 @@ from lightning_lora.model.merge import check_mergeable, quantised_layers, tied_w
 from lightning_lora.model.merged import lost_to_rounding
 from lightning_lora.model.state import Record, find_record, forget_record, keep_record
 from lightning_lora.model.view import View
-from lightning_lora.private import multiprocessing_launchers, start_method
+from lightning_lora.private import START_METHOD, multiprocessing_launchers
 from lightning_lora.storage.checkpoint import load_checkpoint_state
 from lightning_lora.tensors.names import state_dict
 from lightning_lora.tensors.shards import is_dtensor
@@ -119,7 +119,7 @@ def load_best(trainer: Trainer, pl_module: LightningModule, read: Callable[[str]
 
 def returns_state_only(trainer: Trainer) -> bool:
     """Whether the strategy's processes send back only a state dict."""
-    return start_method(trainer.strategy) != "popen"
+    return getattr(trainer.strategy, START_METHOD, "popen") != "popen"
 
 
 # To the main process of spawned or forked ones: Lightning sends it a state dict, and what its launcher adds. Here, that
