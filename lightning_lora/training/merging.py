@@ -160,14 +160,12 @@ def _sent(trainer: Trainer) -> dict[str, str]:
     record = find_record(trainer.lightning_module)
     if trainer.state.fn != "fit" or record is None or not record.is_merged:
         return {}
+    folder = ""
     try:
         folder = tempfile.mkdtemp(prefix="lightning_lora_")  # which no other user may read or write
-        try:
-            torch.save(_with_kinds(record, name_of_kind), Path(folder) / "record.pt")
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        torch.save(_with_kinds(record, name_of_kind), Path(folder) / "record.pt")
     except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)
         _warn_of_loss(error)
         return {}
     return {_KEY: folder}
