@@ -23,11 +23,10 @@ from lightning_lora.tensors.shards import reshard
 from lightning_lora.training import compatibility
 from lightning_lora.training.advice import advise, advise_rates, log_arguments, log_values, shown_rates, tell_of_new
 from lightning_lora.training.gradients import Feeding, Gradients, gradients_pass
-from lightning_lora.training.merging import check_arguments, check_weights, load_best
+from lightning_lora.training.merging import check_arguments, check_weights, extend_launchers, load_best
 from lightning_lora.training.optimizers import check_frozen, leave_unfed
 from lightning_lora.training.randomness import RANDOM, Resumed, random_states
 from lightning_lora.training.rates import follow, scales_of
-from lightning_lora.training.spawned import extend_launchers
 from lightning_lora.training.stage import Phase, Stage, is_merged
 from lightning_lora.training.strategies import overlay_strategy
 from lightning_lora.training.strategy import NO_FIT, LoRAStrategy

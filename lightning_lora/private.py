@@ -1,6 +1,6 @@
 """Every private name of torch, Lightning and DeepSpeed that this package reads.
 
-A release may rename any of them. ``tests/test_private.py`` asks for each, and says what breaks without it.
+A release may rename any of them: ``tests/test_private.py`` asks for each. Beside it stands what breaks without it.
 """
 
 import sys
@@ -15,40 +15,29 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 __all__ = ["NormBase", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"]  # norms with running statistics
 
-COMPILED = "_orig_mod"
-"""The submodule inside ``torch.compile``'s wrapper: without it, files of compiled modules have other names."""
+# Names of attributes and entries, and what would go wrong without them
 
-CHECKPOINTED = "_checkpoint_wrapped_module"
-"""The submodule inside ``checkpoint_wrapper``'s, likewise."""
+COMPILED = "_orig_mod"  # the module inside torch.compile's wrapper: its files would have other names
+CHECKPOINTED = "_checkpoint_wrapped_module"  # that inside checkpoint_wrapper's, likewise
+FABRIC_WRAPPED, FABRIC_OWN = "_forward_module", "_original_module"  # in Fabric's: it would seem to have no adapters
+EXTRA_STATE = "_extra_state"  # the end of the names of get_extra_state: a state dict would not match them
+STATE_NOTES = "_metadata"  # torch's notes on a state dict: a merged file would be taken for a base
+LOAD_HOOKS = "_load_state_dict_pre_hooks"  # those of a copied module have no handles: they would stay
+CONVOLVES = "_conv_forward"  # what a convolution runs: a class that overrides it would not be noticed
+RECURRENT_NAMES = "_flat_weights_names"  # a recurrent layer's weights, even computed ones: it would get no adapters
+RECURRENT_LISTS = ("_flat_weights", "_flat_weight_refs")  # of these weights: a merge would leave the old ones there
+START_METHOD = "_start_method"  # of a strategy's processes: adapters that do not come back would not be refused
+HPARAMS_NAME = "_hparams_name"  # the argument with the hyperparameters: Lightning could not build a file's module
+LOGS_HPARAMS = "_log_hyperparams"  # whether Lightning logs them: TensorBoard would show ours alone
+CLI_CLASS = "_class_path"  # LightningCLI's entry in them: load_from_checkpoint would build the wrong class
+AVERAGE, AVERAGES_WITH = "_average_model", "_avg_fn"  # of SWA and EMA: they would not know adapters and frozen weights
 
-FABRIC_WRAPPED, FABRIC_OWN = "_forward_module", "_original_module"
-"""In Fabric's wrapper, the module as its strategy wraps it, and itself: without them, it has no adapters."""
+# Functions of torch, without a call around them: they run in each forward pass
 
-EXTRA_STATE = "_extra_state"
-"""The end of the names of ``get_extra_state`` in a state dict: without it, files would not match them."""
-
-CLI_CLASS = "_class_path"
-"""LightningCLI's entry in hyperparameters: without it, ``load_from_checkpoint`` builds the wrong class."""
-
-CONVOLVES = "_conv_forward"
-"""The method with which convolutions run: one that overrides it would not be noticed."""
-
-RECURRENT_LISTS = ("_flat_weights", "_flat_weight_refs")
-"""The lists that recurrent layers make of their weights: without them, a merge would leave the old weights in them."""
-
-# Functions of torch that cost nothing: they run in each forward pass
-
-is_tracing: Callable[[], bool] = torch._C._is_tracing
-"""Whether ``torch.jit.trace`` runs: it would not see the gradients that are computed explicitly."""
-
-is_transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
-"""Whether ``torch.func`` transforms a function: likewise."""
-
-count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-"""How many modes watch single operations: likewise."""
-
-is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
-"""Whether autocast is on for any device: without it, each layer asks for its own, which takes longer."""
+tracing: Callable[[], object] = torch._C._get_tracing_state  # torch.jit.trace would not see explicit gradients,
+is_transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active  # nor would torch.func,
+count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # nor would modes that watch single operations
+is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled  # asking for one device takes longer
 
 
 def is_forward_differentiating() -> bool:
@@ -84,36 +73,15 @@ def function_of(node: object) -> type:
 # Modules
 
 
-def load_hooks(module: nn.Module) -> dict[int, Any]:
-    """Return the hooks that run before a module loads: those of a copy have no handles, and would stay."""
-    return module._load_state_dict_pre_hooks
-
-
 def is_persistent(module: nn.Module, buffer: str) -> bool:
     """Whether a module's state dict holds a buffer: without it, files would hold what no model reads."""
     return buffer not in module._non_persistent_buffers_set
-
-
-def state_notes(state: object) -> dict[str, Any]:
-    """Return torch's notes in a state dict: without them, a merged file would be taken for a base."""
-    notes: dict[str, Any] = getattr(state, "_metadata", {})
-    return notes
-
-
-def set_state_notes(state: Any, notes: dict[str, Any]) -> None:
-    """Set torch's notes in a state dict."""
-    state._metadata = notes
 
 
 def convolve(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
     """Convolve with another weight, and a layer's padding: without it, we would need each of torch's paddings."""
     output: Tensor = layer._conv_forward(x, weight, None)
     return output
-
-
-def recurrent_weights(layer: nn.Module) -> list[str] | None:
-    """Return the names of a recurrent layer's weights, even those that are computed from others. A cell has none."""
-    return getattr(layer, "_flat_weights_names", None)
 
 
 # Lightning
@@ -125,37 +93,6 @@ def multiprocessing_launchers() -> Iterator[Any]:
         module: Any = sys.modules.get(f"{package}.strategies.launchers.multiprocessing")
         if module is not None:
             yield module._MultiProcessingLauncher
-
-
-def start_method(strategy: object) -> str:
-    """Return how a strategy starts processes: those that it forks or spawns send back a state dict alone."""
-    method: str = getattr(strategy, "_start_method", "popen")
-    return method
-
-
-def hparams_name(module: object) -> str | None:
-    """Return the name of the argument that holds a module's hyperparameters, for its checkpoints."""
-    return getattr(module, "_hparams_name", None)
-
-
-def logs_hparams(source: Any) -> bool:
-    """Whether Lightning logs the hyperparameters of a module or data module: loggers refuse two values of one name."""
-    return bool(source._log_hyperparams)
-
-
-def average_of(callback: object) -> Any:
-    """Return the average that SWA or EMA keeps, or None: it would not know the adapters."""
-    return vars(callback).get("_average_model")
-
-
-def set_average(callback: object, average: nn.Module | None) -> None:
-    """Set the average that SWA or EMA keeps."""
-    vars(callback)["_average_model"] = average
-
-
-def change_averaging(callback: Any, change: Callable[[Any], Any]) -> None:
-    """Change how SWA averages: its arithmetic would change the frozen base."""
-    callback._avg_fn = change(callback._avg_fn)
 
 
 def loader_states_wait(fit_loop: Any) -> bool:

@@ -20,7 +20,7 @@ from lightning_lora.model.record import find_record
 from lightning_lora.tables import fitting_console
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.training.compatibility import callbacks_of
-from lightning_lora.training.spawned import returns_state_only
+from lightning_lora.training.merging import returns_state_only
 
 _LISTS = {"target_modules", "target_parameters", "exclude_modules", "modules_to_save", "trainable_token_indices"}
 

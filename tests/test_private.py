@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import lightning.pytorch.callbacks as bundled
 import pytest
 import torch
 import torch.distributed as dist
@@ -90,15 +91,13 @@ def versions() -> bool:
 
 def notes() -> bool:
     state: Any = nn.Linear(2, 2).state_dict()
-    known = set(private.state_notes(state))
-    private.set_state_notes(state, {"a": 1})
-    return known == {""} and private.state_notes(state) == {"a": 1} and private.state_notes({}) == {}
+    return set(getattr(state, private.STATE_NOTES)) == {""}
 
 
 def hooks() -> bool:
     module = nn.Linear(2, 2)
     module.register_load_state_dict_pre_hook(lambda *_: None)
-    return len(private.load_hooks(module)) == 1
+    return len(getattr(module, private.LOAD_HOOKS)) == 1
 
 
 def convolution() -> bool:
@@ -108,19 +107,15 @@ def convolution() -> bool:
 
 def recurrent() -> bool:
     layer = nn.GRU(2, 2, bias=False)
-    names = private.recurrent_weights(layer) == ["weight_ih_l0", "weight_hh_l0"]
+    names = getattr(layer, private.RECURRENT_NAMES) == ["weight_ih_l0", "weight_hh_l0"]
     return names and all(hasattr(layer, name) for name in private.RECURRENT_LISTS)
 
 
 def averages() -> bool:
-    has_both = True
-    for callback in (StochasticWeightAveraging(0.1), getattr(L.pytorch.callbacks, "WeightAveraging", Keeps)()):
-        if not isinstance(callback, Keeps):
-            has_both &= "_average_model" in vars(callback) and private.average_of(callback) is None
-            private.set_average(callback, average := nn.Linear(2, 2))
-            has_both &= private.average_of(callback) is average
-    private.change_averaging(callback := StochasticWeightAveraging(0.1), lambda own: [own])
-    return has_both and callable(StochasticWeightAveraging(0.1)._avg_fn) and isinstance(callback._avg_fn, list)
+    kinds = [StochasticWeightAveraging(0.1)]
+    if hasattr(bundled, "WeightAveraging"):
+        kinds.append(bundled.WeightAveraging())
+    return all(private.AVERAGE in vars(each) for each in kinds) and callable(getattr(kinds[0], private.AVERAGES_WITH))
 
 
 class BeginsAgain(L.Callback):
@@ -161,7 +156,9 @@ CHECKS: dict[str, Callable[[], Any]] = {
     ),
     "EXTRA_STATE": lambda: private.EXTRA_STATE in Keeps().state_dict(),
     "CLI_CLASS": lambda: private.CLI_CLASS in inspect.getsource(import_module("lightning.pytorch.core.saving")),
-    "is_tracing": lambda: torch.jit.trace(lambda x: x * int(private.is_tracing()), torch.ones(1))(torch.ones(1)).all(),
+    "tracing": lambda: torch.jit.trace(lambda x: x * int(private.tracing() is not None), torch.ones(1))(
+        torch.ones(1)
+    ).all(),
     "is_transforming": lambda: torch.func.vmap(lambda x: x * private.is_transforming())(torch.ones(1)).all(),
     "count_modes": modes,
     "is_any_autocast_enabled": autocast,
@@ -170,16 +167,16 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "local_part": sharded,
     "untyped_storage": lambda: private.untyped_storage(torch.storage.TypedStorage(2, dtype=torch.int8)).nbytes() == 2,
     "function_of": lambda: private.function_of(Doubles.apply(torch.ones(1, requires_grad=True)).grad_fn) is Doubles,
-    "load_hooks": hooks,
+    "LOAD_HOOKS": hooks,
     "is_persistent": lambda: private.is_persistent(Keeps(), "kept") and not private.is_persistent(Keeps(), "left"),
-    "state_notes set_state_notes": notes,
+    "STATE_NOTES": notes,
     "CONVOLVES convolve": convolution,
-    "RECURRENT_LISTS recurrent_weights": recurrent,
+    "RECURRENT_LISTS RECURRENT_NAMES": recurrent,
     "multiprocessing_launchers": launchers,
-    "start_method": lambda: private.start_method(DDPStrategy(start_method="fork")) == "fork",
-    "hparams_name": lambda: private.hparams_name(Named({"a": 1})) == "kwargs",
-    "logs_hparams": lambda: not private.logs_hparams(Named({"a": 1})) and private.logs_hparams(LitTiny()),
-    "average_of set_average change_averaging": averages,
+    "START_METHOD": lambda: getattr(DDPStrategy(start_method="fork"), private.START_METHOD) == "fork",
+    "HPARAMS_NAME": lambda: getattr(Named({"a": 1}), private.HPARAMS_NAME) == "kwargs",
+    "LOGS_HPARAMS": lambda: [getattr(each, private.LOGS_HPARAMS) for each in (Named({}), LitTiny())] == [False, True],
+    "AVERAGE AVERAGES_WITH": averages,
     "loader_states_wait begin_loaders_again": loaders,
     "own_place": deepspeed,
 }

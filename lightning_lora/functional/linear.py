@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_lora.functional.dropout import drops, new_seed
 from lightning_lora.functional.plain import are_plain, as_dtype, is_autocast_enabled
-from lightning_lora.private import is_tracing
+from lightning_lora.private import tracing
 
 
 def low_rank_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -49,7 +49,7 @@ def adapted_linear(
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1, equation 3.
     """
     differentiates = torch.is_grad_enabled()
-    if not (dropout or differentiates or is_tracing()) and x.numel() <= lora_A.numel():
+    if not (dropout or differentiates or tracing()) and x.numel() <= lora_A.numel():
         return _added(F.linear(x, weight, bias), x, lora_A, lora_B, scaling)
     if not are_plain(x, weight, bias, lora_A, lora_B):
         return _composed(x, F.dropout(x, dropout), weight, bias, lora_A, lora_B, scaling)

@@ -7,8 +7,8 @@ from lightning_lora.private import (
     count_modes,
     is_any_autocast_enabled,
     is_forward_differentiating,
-    is_tracing,
     is_transforming,
+    tracing,
 )
 
 # These checks run in every call. After a product of large matrices the caches are cold, so every torch function that is
@@ -29,7 +29,7 @@ def are_plain(x: Tensor, *others: Tensor | None) -> bool:
         and not is_transforming()
         and not count_modes()  # modes that count, trace or store operations
         and not is_forward_differentiating()
-        and not is_tracing()
+        and not tracing()
         and not (x.is_cuda and torch.cuda.is_current_stream_capturing())  # a replay would use the same seed again
     )
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.matrices import AdaptedMatrix
-from lightning_lora.private import RECURRENT_LISTS, recurrent_weights
+from lightning_lora.private import RECURRENT_LISTS, RECURRENT_NAMES
 from lightning_lora.tensors.names import own_parameter
 
 
@@ -29,7 +29,7 @@ class LoRARecurrent(LoRALayer):
     @classmethod
     def lora_matrices_of(cls, layer: Any) -> tuple[AdaptedMatrix, ...]:
         """Return all weight matrices. They have the names of the parameters, without ``weight_``."""
-        names = recurrent_weights(layer) or ("weight_ih", "weight_hh")
+        names = getattr(layer, RECURRENT_NAMES, ("weight_ih", "weight_hh"))
         weights = {name: own_parameter(layer, name) for name in names if name.startswith("weight_")}
         return tuple(
             AdaptedMatrix(name, reads=p.shape[1], writes=p.shape[0], name=name.removeprefix("weight_"))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.errors import AdapterStateError, ConfigError, listed
 from lightning_lora.layers import Adapter
-from lightning_lora.private import load_hooks
+from lightning_lora.private import LOAD_HOOKS
 from lightning_lora.targets.networks import Networks
 from lightning_lora.tensors.digests import digest, digests_as
 from lightning_lora.tensors.names import join, named_modules, plain_module, submodule
@@ -342,7 +342,7 @@ def forget_record(model: nn.Module) -> None:
     """Delete the record of ``model``, if it has one."""
     model = plain_module(model)
     vars(model).pop(_ATTRIBUTE, None)
-    hooks = load_hooks(model)  # found without handles: a copy has the hooks, but no handles
+    hooks = getattr(model, LOAD_HOOKS)  # found without handles: a copy has the hooks, but no handles
     for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _before_load]:
         del hooks[key]
 

@@ -13,7 +13,7 @@ from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.merge import unmerged
 from lightning_lora.model.record import on_load, record_of
 from lightning_lora.model.view import View, view_of
-from lightning_lora.private import set_state_notes, state_notes
+from lightning_lora.private import STATE_NOTES
 from lightning_lora.storage.apply import check_fits, write_state
 from lightning_lora.storage.base import base_tensors, fingerprint, is_same_form, note_changed, with_halves
 from lightning_lora.storage.formats.lightning import AVERAGE, MOVED
@@ -45,7 +45,7 @@ def adapter_only(model: nn.Module, checkpoint: dict[str, Any], *, written_later:
         held = _copied(held)
     about = StoredAdapters.from_view(view, held["state_dict"], with_halves(view, forms)).description()
     state: Any = OrderedDict({NOTE: torch.empty(0), **held["state_dict"]})
-    set_state_notes(state, {"": {KEY: about}})  # for the module itself, if other code loads it
+    setattr(state, STATE_NOTES, {"": {KEY: about}})  # for the module itself, if other code loads it
     return {**held, "state_dict": state, KEY: about}
 
 
@@ -56,7 +56,7 @@ def with_merged_model(
     state = without_notes(checkpoint["state_dict"])
     merged, lost = merged_state(view_of(model), state)
     held: Any = _copied({"state_dict": merged}) if written_later else {"state_dict": merged}
-    notes = state_notes(held["state_dict"])  # for the module itself, as above
+    notes = getattr(held["state_dict"], STATE_NOTES)  # for the module itself, as above
     notes[""] = {**notes.get("", {}), _WHOLE: (checksum(merged, {}), checkpoint[KEY], state)}
     return {**checkpoint, **held, KEY: {**checkpoint[KEY], ADAPTERS: state}}, lost
 

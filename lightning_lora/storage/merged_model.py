@@ -20,7 +20,7 @@ from lightning_lora.model.attach import WRITERS, check_weights
 from lightning_lora.model.merge import check_mergeable, tied_weights
 from lightning_lora.model.merged import check_as_merged, warn_of_merge
 from lightning_lora.model.view import View, root_of, view_of
-from lightning_lora.private import hparams_name, set_state_notes, state_notes
+from lightning_lora.private import HPARAMS_NAME, STATE_NOTES
 from lightning_lora.storage.disk import check_output, writing, writing_folder
 from lightning_lora.storage.state import check_not_diverged
 from lightning_lora.tensors.names import join, own_parameter, plain_module, plain_name, set_parameter, submodule
@@ -120,7 +120,7 @@ def _write_checkpoint(view: View, path: Path) -> None:
         "state_dict": _merged(view),
         model.CHECKPOINT_HYPER_PARAMS_KEY: dict(model.hparams) if is_plain else model.hparams,
         model.CHECKPOINT_HYPER_PARAMS_TYPE: None if is_plain else type(model.hparams),
-        model.CHECKPOINT_HYPER_PARAMS_NAME: hparams_name(model),
+        model.CHECKPOINT_HYPER_PARAMS_NAME: getattr(model, HPARAMS_NAME, None),
     }
     model.on_save_checkpoint(checkpoint)
     with writing(path) as beside:
@@ -244,11 +244,11 @@ def merged_state(view: View, changed: Mapping[str, Any] | None = None) -> tuple[
 def _noted(view: View, state: Any) -> dict[str, Any]:
     """Add a note on each merged layer, and on the model, to torch's own notes in a state dict."""
     noted: Any = OrderedDict(state)
-    merged, notes = {"", *view.matrices}, dict(state_notes(state))
-    for name, note in state_notes(state).items():
+    merged, notes = {"", *view.matrices}, dict(getattr(state, STATE_NOTES, {}))
+    for name, note in list(notes.items()):
         if plain_name(name) in merged:
             notes[name] = {**note, HAS_UPDATE: True}
-    set_state_notes(noted, notes)
+    setattr(noted, STATE_NOTES, notes)
     return noted  # type: ignore[no-any-return]  # a dict
 
 

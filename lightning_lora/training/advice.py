@@ -20,7 +20,7 @@ from lightning_lora.layers import adapter_for
 from lightning_lora.model.fresh import MOST, Fresh, find_fresh, random_weights
 from lightning_lora.model.inject import left_still
 from lightning_lora.model.view import View, root_of, view_of
-from lightning_lora.private import CLI_CLASS, logs_hparams
+from lightning_lora.private import CLI_CLASS, LOGS_HPARAMS
 from lightning_lora.storage.base import rows_of
 from lightning_lora.storage.formats.peft_layers import refused_layers
 from lightning_lora.storage.stored import StoredAdapters
@@ -332,5 +332,5 @@ def _plain(value: Any) -> Any:
 def _own(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """The hyperparameters that Lightning logs by itself."""
     sources: list[Any] = [pl_module, trainer.datamodule]  # type: ignore[attr-defined]  # set outside the class
-    saved = [source.hparams_initial for source in sources if source is not None and logs_hparams(source)]
+    saved = [source.hparams_initial for source in sources if source is not None and getattr(source, LOGS_HPARAMS)]
     return {name: value for each in saved for name, value in each.items() if name != CLI_CLASS}

@@ -6,24 +6,46 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn, get_swa_multi_avg_fn
 
-from lightning_lora.errors import ConfigError
+from lightning_lora.errors import ConfigError, StrategyError
 from lightning_lora.layers.norms import FrozenNorm
 from lightning_lora.model.attach import move_adapters
 from lightning_lora.model.view import View, view_of
-from lightning_lora.private import average_of, change_averaging, set_average
+from lightning_lora.private import AVERAGE, AVERAGES_WITH
 from lightning_lora.tensors.inplace import class_names
 from lightning_lora.tensors.names import named_parameters
 from lightning_lora.tensors.values import replace_values
 
 if TYPE_CHECKING:
     from lightning.pytorch.plugins import Precision
+
+
+CONFIGURE_MODEL = """
+    def configure_model(self):
+        if self.model is None:
+            self.model = ...  # build it here
+            mesh = self.device_mesh["data_parallel"]
+            for block in self.model.layers:  # the blocks of a transformer
+                fully_shard(block, mesh=mesh)  # from torch.distributed.fsdp
+            fully_shard(self.model, mesh=mesh)
+
+    Trainer(strategy=ModelParallelStrategy(data_parallel_size=8, tensor_parallel_size=1), ...)
+"""
+"""What a user of another sharding strategy needs to write."""
+
+
+def refuse_strategy(called: str, why: str = "shards the model in a way that") -> NoReturn:
+    """Refuse a strategy, and say how to shard a model instead."""
+    raise StrategyError(
+        f"{called} {why} LoRACallback does not support. Use ModelParallelStrategy, and shard the model in "
+        "configure_model:\n" + CONFIGURE_MODEL
+    )
 
 
 def check_callbacks(callbacks: list[Callback], stage: str, *, is_sharded: bool) -> None:
@@ -93,11 +115,11 @@ def copy_adapted(callbacks: list[Callback], pl_module: LightningModule, *, anew:
             _keep_frozen_norms(callback)
         if not anew and named_parameters(copy).keys() == named_parameters(pl_module).keys():
             continue
-        average = average_of(callback)
+        average = vars(callback).get(AVERAGE)
         if isinstance(average, AveragedModel):
             average.module = deepcopy(pl_module).to(average.n_averaged.device)
         else:
-            set_average(callback, deepcopy(pl_module))
+            vars(callback)[AVERAGE] = deepcopy(pl_module)
 
 
 def share_base(callbacks: list[Callback], pl_module: LightningModule) -> None:
@@ -107,9 +129,9 @@ def share_base(callbacks: list[Callback], pl_module: LightningModule) -> None:
         for name, theirs in View(copy).base.items():
             if name in frozen and theirs.device == frozen[name].device:  # an average may be on another device
                 replace_values(theirs, frozen[name].data)
-        average: Any = average_of(callback)
+        average: Any = vars(callback).get(AVERAGE)
         if not isinstance(average, AveragedModel):
-            change_averaging(callback, _only_changed)
+            setattr(callback, AVERAGES_WITH, _only_changed(getattr(callback, AVERAGES_WITH)))
         elif average.avg_fn or (not average.multi_avg_fn and next(copy.parameters()).device.type == "cpu"):
             average.avg_fn = _only_changed(average.avg_fn or get_swa_avg_fn())  # on CPU, the other takes only float32
         else:
@@ -119,14 +141,14 @@ def share_base(callbacks: list[Callback], pl_module: LightningModule) -> None:
 def drop_averages(callbacks: list[Callback]) -> None:
     """Drop the average of a finished fit, which its callback would put into a module that is only tested."""
     for callback, copy in _averages(callbacks):
-        if copy is not average_of(callback):  # EMA; SWA does nothing outside of fit
-            set_average(callback, None)
+        if copy is not vars(callback).get(AVERAGE):  # EMA; SWA does nothing outside of fit
+            vars(callback)[AVERAGE] = None
 
 
 def _averages(callbacks: list[Callback]) -> Iterator[tuple[Callback, nn.Module]]:
     """The callbacks that keep an average, and their copies of the module."""
     for callback in callbacks:
-        average = average_of(callback)
+        average = vars(callback).get(AVERAGE)
         if isinstance(average, nn.Module):
             yield callback, average.module if isinstance(average, AveragedModel) else average
 

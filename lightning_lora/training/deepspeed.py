@@ -12,10 +12,11 @@ from lightning_lora.errors import StrategyError
 from lightning_lora.model.record import find_record, keep_record
 from lightning_lora.model.view import View
 from lightning_lora.private import own_place
+from lightning_lora.training.compatibility import refuse_strategy
 from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.optimizers import train_adapters
 from lightning_lora.training.rates import hide_groups
-from lightning_lora.training.strategy import LateStrategy, LoRAStrategy
+from lightning_lora.training.strategy import LateStrategy, LoRAStrategy, for_strategy
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -114,11 +115,22 @@ def local_state(partitions: Sequence[Partition], state: State) -> State:
     return {"state": {number: found for number, found in held.items() if found}, "param_groups": groups}
 
 
+@for_strategy("DeepSpeedStrategy")
 class LoRADeepSpeedStrategy(LateStrategy):
     """The methods for DeepSpeedStrategy."""
 
     lora_skipped = ("load_checkpoint", "load_model_state_dict", "save_checkpoint")
     lora_partitions: Sequence[Partition] = ()  # what this process trains of each group
+
+    @classmethod
+    def lora_check(cls, strategy: Any) -> None:
+        """Accept ZeRO stage 1 or 2."""
+        config: Any = strategy.config or {}  # read from its arguments or from a file
+        stage, called = int((config.get("zero_optimization") or {}).get("stage", 0)), type(strategy).__name__
+        if stage == 0:
+            raise StrategyError(f"{called} without ZeRO shards nothing. Use strategy='ddp', or ZeRO stage 1 or 2.")
+        if stage not in (1, 2):
+            refuse_strategy(f"{called} with ZeRO stage {stage}")
 
     # Set up
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch import Tensor, nn
 
 from lightning_lora.errors import StrategyError, listed, warn
@@ -20,17 +21,26 @@ from lightning_lora.tensors.values import replace_values
 from lightning_lora.training.gradients import Gradients
 from lightning_lora.training.optimizers import check_layouts
 from lightning_lora.training.stage import Stage
-from lightning_lora.training.strategy import LateStrategy
+from lightning_lora.training.strategy import LateStrategy, for_strategy
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
+@for_strategy("ModelParallelStrategy")
 class LoRAShardedStrategy(LateStrategy):
     """The methods for ModelParallelStrategy."""
 
     lora_adapts_late = True
     lora_skipped = ("load_checkpoint", "save_checkpoint", "optimizer_state", "load_optimizer_state_dict")
+
+    @classmethod
+    def lora_check(cls, strategy: object) -> None:
+        """Refuse versions of torch whose FSDP2 lacks what adapters need."""
+        if Version(torch.__version__) < Version("2.7"):
+            raise StrategyError(
+                f"{type(strategy).__name__} with LoRACallback needs torch 2.7. Found {torch.__version__}."
+            )
 
     # Set up
 

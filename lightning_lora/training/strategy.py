@@ -4,10 +4,10 @@ These are before a checkpoint is loaded, after the optimizers are built, and whe
 """
 
 from abc import ABC
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -29,10 +29,10 @@ from lightning_lora.storage.formats.own import leave_adapters, read_adapter_file
 from lightning_lora.storage.schema import check_named
 from lightning_lora.storage.state import adapter_state_dict
 from lightning_lora.storage.stored import KEY, stored_config
-from lightning_lora.tensors.inplace import InPlace
+from lightning_lora.tensors.inplace import InPlace, class_names
 from lightning_lora.tensors.names import own_parameter
 from lightning_lora.tensors.values import set_requires_grad
-from lightning_lora.training.compatibility import drop_averages, keeping_adapters, states_are_read
+from lightning_lora.training.compatibility import drop_averages, keeping_adapters, refuse_strategy, states_are_read
 from lightning_lora.training.gradients import Gradients, check_loss
 from lightning_lora.training.merging import warn_of_rounding
 from lightning_lora.training.optimizers import train_adapters
@@ -63,11 +63,10 @@ class LoRAStrategy(Strategy, InPlace):
     lora_adapts_late: ClassVar[bool] = False  # whether configure_model, which shards the module, comes first
     lora_skipped: ClassVar[tuple[str, ...]] = ()  # for these, super() calls the base class of all strategies
     lora_kind: ClassVar["type[Strategy]"]  # the strategy's class, as it was
-    lora_own: ClassVar[dict[str, Any]]  # the methods of that class that super() calls, by name
     lora_stage: Stage  # the stage that runs, or ran last
     lora_others: dict[str, list[Any]]  # what other code has set on the strategy, by name, the latest last
     lora_joined: list[nn.Parameter]  # what DDP waits for in each backward pass
-    lora_depths: dict[str, int]  # how many of these, or of the class's own, are running
+    lora_depths: dict[str, int]  # how many of those of one name are running
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy the strategy as it was: the copy's next set-up adds the methods again."""
@@ -77,6 +76,14 @@ class LoRAStrategy(Strategy, InPlace):
         kept = {name: value for name, value in reduced[2].items() if not name.startswith("lora_")}
         others = {name: others[-1] for name, others in self.lora_others.items() if name in kept}
         return object.__new__, (self.lora_kind,), {**kept, **others}
+
+    @classmethod
+    def lora_check(cls, strategy: "Strategy") -> None:
+        """Refuse a strategy that these methods do not fit."""
+        if "FSDPStrategy" in class_names(strategy):
+            refuse_strategy(type(strategy).__name__)
+        if strategy.restore_checkpoint_after_setup:
+            refuse_strategy(type(strategy).__name__, "restores checkpoints after its set-up, which")
 
     @property
     def lora_module(self) -> LightningModule:
@@ -358,3 +365,27 @@ class LateStrategy(LoRAStrategy):
                 "another name."
             )
         super().save_checkpoint(checkpoint, filepath, storage_options)
+
+
+# Which methods a strategy gets
+
+_Methods = TypeVar("_Methods", bound=type[LoRAStrategy])
+
+_KINDS: dict[str, type[LoRAStrategy]] = {}
+
+
+def for_strategy(name: str) -> Callable[[_Methods], _Methods]:
+    """Give the methods of a class to strategies of the class with this name. There are two Lightning packages."""
+
+    def register(methods: _Methods) -> _Methods:
+        _KINDS[name] = methods
+        return methods
+
+    return register
+
+
+def methods_for(strategy: "Strategy") -> type[LoRAStrategy]:
+    """Return the methods for a strategy, or refuse it."""
+    methods = next(map(_KINDS.__getitem__, class_names(strategy) & _KINDS.keys()), LoRAStrategy)
+    methods.lora_check(strategy)
+    return methods

@@ -17,7 +17,7 @@ import lightning_lora as ll
 from lightning_lora.errors import LoRAWarning
 from lightning_lora.layers import ADAPTERS, LoRALayer, register_adapter
 from lightning_lora.model.record import find_record, forget_record
-from lightning_lora.training import spawned
+from lightning_lora.training import merging
 from tests.support.cases import Three
 from tests.support.layers import Experts
 from tests.support.models import LitTiny, data, is_plain, lora, randomise, same, state, trainer
@@ -33,11 +33,11 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 def sent(home: nn.Module) -> dict[str, str]:
-    return spawned._sent(SimpleNamespace(lightning_module=home, state=SimpleNamespace(fn="fit")))
+    return merging._sent(SimpleNamespace(lightning_module=home, state=SimpleNamespace(fn="fit")))
 
 
 def receive(home: nn.Module, entry: dict[str, str]) -> None:
-    spawned._receive(home, *entry.values())
+    merging._receive(home, *entry.values())
 
 
 def merged(model: nn.Module, **config: Any) -> nn.Module:
@@ -174,4 +174,4 @@ def test_launchers_of_both_packages_are_extended_once() -> None:
         lora(), lora()
         launcher = module._MultiProcessingLauncher
         for method in (launcher.get_extra_results, launcher.update_main_process_results):
-            assert method.__module__ == spawned.__name__ and method.__wrapped__.__module__ == module.__name__
+            assert method.__module__ == merging.__name__ and method.__wrapped__.__module__ == module.__name__
