@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lightning_lora.functional.linear import adapted_linear, low_rank_update
+from lightning_lora.functional.adapted_linear import adapted_linear, low_rank_update
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.contract import LayerTypes, TransposedKind
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lora.functional.combine import Factors, difference, in_rows
+from lightning_lora.functional.factors import Factors, difference, in_rows
 from lightning_lora.functional.update import wide
 from lightning_lora.layers.inits import INITIALISATIONS, Initialisation
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterStateError, ConfigError
-from lightning_lora.functional.combine import Factors
-from lightning_lora.functional.rows import add_to_rows, put_back, stacked, taken
+from lightning_lora.functional.batch_rows import add_to_rows, put_back, stacked, taken
+from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import Adapter, LoRALayer, LoRALinear, LoRAParameters, Step, attributes_of
 from lightning_lora.layers.functional_call import functional_call
 from lightning_lora.layers.matrices import weight_factors

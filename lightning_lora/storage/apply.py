@@ -21,8 +21,8 @@ from lightning_lora.model.record import find_record, keep_record
 from lightning_lora.model.switch import set_adapter, show
 from lightning_lora.model.view import View, keep_frozen, restore_originals, root_of, view_of
 from lightning_lora.private import NormBase
-from lightning_lora.storage.base import base_value, check_base
-from lightning_lora.storage.names import find_renamings, is_inside, renamed_config
+from lightning_lora.storage.fingerprint import base_value, check_base
+from lightning_lora.storage.renaming import find_renamings, is_inside, renamed_config
 from lightning_lora.storage.state import required, without_base, without_notes
 from lightning_lora.storage.stored import DIVERGED, StoredAdapters
 from lightning_lora.storage.stored_layers import asked_of, bare

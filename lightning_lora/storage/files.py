@@ -18,8 +18,8 @@ from lightning_lora.model.merge import merge_adapters
 from lightning_lora.model.view import View, view_of
 from lightning_lora.private import CLI_CLASS
 from lightning_lora.storage.apply import apply, with_names_of
-from lightning_lora.storage.base import forms_of_base
 from lightning_lora.storage.disk import check_output, check_path, local_path
+from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.storage.formats.lightning import check_readable
 from lightning_lora.storage.formats.own import (
     adapters_in,

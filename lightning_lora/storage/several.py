@@ -13,7 +13,7 @@ from lightning_lora.model import switch
 from lightning_lora.model.record import AdapterState, find_record, record_of
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.apply import apply
-from lightning_lora.storage.offline.combine import combined
+from lightning_lora.storage.offline.combine_files import combined
 from lightning_lora.storage.state import adapter_state
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.names import plain_module

@@ -17,7 +17,7 @@ from lightning_lora.model.attach import check_as_adapted
 from lightning_lora.model.fresh import random_weights
 from lightning_lora.model.record import HALVES
 from lightning_lora.model.view import View, root_of
-from lightning_lora.storage.names import Renaming, by_whole_names
+from lightning_lora.storage.renaming import Renaming, by_whole_names
 from lightning_lora.storage.schema import fits, slow_expressions
 from lightning_lora.storage.stored_layers import StoredLayer, asked_of, layers_of
 from lightning_lora.tensors.digests import digest

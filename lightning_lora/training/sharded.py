@@ -13,7 +13,7 @@ from lightning_lora.errors import StrategyError, listed, warn
 from lightning_lora.model.attach import attach_adapters, detach_adapters
 from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
-from lightning_lora.storage.base import note_changed
+from lightning_lora.storage.fingerprint import note_changed
 from lightning_lora.storage.stored import KEY
 from lightning_lora.tensors import shards
 from lightning_lora.tensors.names import load_state_dict, named_parameters, set_parameter

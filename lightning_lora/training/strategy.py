@@ -23,7 +23,7 @@ from lightning_lora.model.record import find_record
 from lightning_lora.model.view import View, view_of
 from lightning_lora.storage import checkpoint as checkpoints
 from lightning_lora.storage import disk
-from lightning_lora.storage.base import base_dtypes, fingerprint
+from lightning_lora.storage.fingerprint import base_dtypes, fingerprint
 from lightning_lora.storage.formats.lightning import as_base, check_readable, check_resumable, has_run
 from lightning_lora.storage.formats.own import leave_adapters, read_adapter_file, show_base
 from lightning_lora.storage.schema import check_named

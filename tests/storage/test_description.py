@@ -29,7 +29,7 @@ from lightning_lora import (
 )
 from lightning_lora.cli.main import main
 from lightning_lora.model.view import View
-from lightning_lora.storage.base import forms_of_base
+from lightning_lora.storage.fingerprint import forms_of_base
 from lightning_lora.storage.stored import FORMAT, StoredAdapters
 from tests.support import faults
 from tests.support.cases import held

@@ -20,7 +20,7 @@ from lightning_lora.storage.formats.peft_read import updates_of
 from lightning_lora.storage.formats.peft_write import exported
 from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of
 from lightning_lora.storage.formats.writing import Source, write_files
-from lightning_lora.storage.names import is_inside
+from lightning_lora.storage.renaming import is_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.tensors.names import named_modules, starts_of, submodule
 

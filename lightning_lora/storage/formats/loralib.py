@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_lora.config import LoRAConfig, matches_pattern
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, ConfigError, TargetError, listed
-from lightning_lora.functional.combine import Factors
+from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import LoRALayer, adapter_for
 from lightning_lora.layers.kinds import LoRAConv1D, LoRAEmbedding, LoRALinear
 from lightning_lora.model.view import View, root_of

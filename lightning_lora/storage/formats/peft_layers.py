@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.errors import ExportError, listed, warn
-from lightning_lora.functional.combine import Factors
+from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import INITIALISATIONS, kinds
 from lightning_lora.layers.matrices import Role
-from lightning_lora.storage.names import Renaming
+from lightning_lora.storage.renaming import Renaming
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import ALSO, StoredLayer
 from lightning_lora.tensors.names import join, named_modules, owner_of, starts_of

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig, matches
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, listed, warn
-from lightning_lora.functional.combine import Factors
+from lightning_lora.functional.factors import Factors
 from lightning_lora.layers import INITIALISATIONS, AdaptedMatrix, LoRALayer, LoRAParameters, adapter_for
 from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRAEmbedding, LoRARecurrent, LoRATokens
 from lightning_lora.model.view import View, root_of
@@ -30,7 +30,7 @@ from lightning_lora.storage.formats.peft_config import (
 )
 from lightning_lora.storage.formats.peft_layers import has_layer, peft_layer, why_not, why_not_rows
 from lightning_lora.storage.formats.reading import Asked, Reader, Update, adapters_of, place_of, uses_of
-from lightning_lora.storage.names import Renaming, is_inside
+from lightning_lora.storage.renaming import Renaming, is_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer, described
 from lightning_lora.tensors.names import join, owner_of, starts_of

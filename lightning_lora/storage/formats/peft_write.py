@@ -16,7 +16,7 @@ from lightning_lora.layers.kinds import LoRAAttention, LoRAConv1D, LoRALinear
 from lightning_lora.storage.formats import peft_config as peft
 from lightning_lora.storage.formats.peft_layers import check_exportable, is_bias, peft_layer, with_tied, without_zeros
 from lightning_lora.storage.formats.writing import Source, Update, updates_of, with_scaling, write_files
-from lightning_lora.storage.names import list_or_expression
+from lightning_lora.storage.renaming import list_or_expression
 from lightning_lora.tensors.names import join, starts_of
 
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig, Slices
 from lightning_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, listed, warn
-from lightning_lora.functional.combine import Factors, with_rank
+from lightning_lora.functional.factors import Factors, with_rank
 from lightning_lora.layers.matrices import Role
 from lightning_lora.model.view import View
-from lightning_lora.storage.base import base_value
-from lightning_lora.storage.names import Renaming, by_whole_names, find_renamings
+from lightning_lora.storage.fingerprint import base_value
+from lightning_lora.storage.renaming import Renaming, by_whole_names, find_renamings
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.names import join, owner_of, starts_of

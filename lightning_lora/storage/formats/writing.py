@@ -10,14 +10,14 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lightning_lora.errors import AdapterFileError, ConfigError, ExportError, listed, warn
-from lightning_lora.functional.combine import Factors, with_rank
+from lightning_lora.functional.factors import Factors, with_rank
 from lightning_lora.functional.update import wide
 from lightning_lora.layers import LoRAParameters
 from lightning_lora.layers.matrices import Role, Settings, weight_factors
 from lightning_lora.model.view import view_of
 from lightning_lora.storage.disk import save, write_errors, writing
 from lightning_lora.storage.formats.peft_config import OLD_CONFIG, PEFT_CONFIG
-from lightning_lora.storage.names import Renaming, is_inside
+from lightning_lora.storage.renaming import Renaming, is_inside
 from lightning_lora.storage.stored import StoredAdapters
 from lightning_lora.storage.stored_layers import StoredLayer
 from lightning_lora.tensors.names import join, named_modules, starts_of, submodule

@@ -16,7 +16,7 @@ from lightning_lora.errors import BaseMismatchError, listed, warn
 from lightning_lora.layers import is_quantised, quantised_entries, repacks
 from lightning_lora.model.record import HALVES
 from lightning_lora.model.view import View, view_of
-from lightning_lora.storage.names import SAME_NAMES, Renaming
+from lightning_lora.storage.renaming import SAME_NAMES, Renaming
 from lightning_lora.tensors.digests import digest, digests_as
 from lightning_lora.tensors.names import join
 
