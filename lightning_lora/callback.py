@@ -232,7 +232,7 @@ class LoRACallback(Callback):
         view.follow_base()  # hooks may have loaded the base late
         follow_copied(view, view.layers.keys() - view.recorded)  # or copied networks
         view.adapter.set_layers(view.layers)
-        view.adapter.was_trained()
+        view.adapter.is_trained = True
         compatibility.share_base(compatibility.callbacks_of(trainer), pl_module)
         self._gradients = self._training.enter_context(closing(cast(LoRAStrategy, trainer.strategy).lora_gradients()))
         self._feeding = self._training.enter_context(closing(Feeding(pl_module)))

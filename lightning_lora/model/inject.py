@@ -297,7 +297,7 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
             with show(model, next(iter(record.others))) as undo:
                 set_adapter(model, None)
                 undo.pop_all()
-        record.was_dropped(name)
+        del record.others[name]
         return
     set_adapter(model, record.adapter.name)
     record = view_of(model).record

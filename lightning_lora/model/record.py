@@ -1,6 +1,6 @@
 """What an adapted model remembers: its record, an attribute of the model, which so survives copy and pickle.
 
-Only this module writes it: the others say what has happened. All keys in it are names as in ``named_parameters``.
+All keys in it are names as in ``named_parameters``.
 """
 
 import copy
@@ -74,10 +74,6 @@ class AdapterState:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ConfigError(f"name={self.name!r} is not valid. Expected a string that is not empty.")
-
-    def was_trained(self) -> None:
-        """A Trainer begins to train it."""
-        self.is_trained = True
 
     def becomes_a_sum(self, weights: Mapping[str, float]) -> None:
         """It rests, and shows others from now on."""
@@ -193,10 +189,6 @@ class Record:
         self.others.pop(coming.name, None)
         coming.resting, coming.own = {}, {}
 
-    def was_dropped(self, name: str) -> None:
-        """A resting adapter was removed."""
-        del self.others[name]
-
     # The base
 
     def base_was_frozen(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -227,10 +219,6 @@ class Record:
             if self.adapter.fingerprints:  # a new adapter's fit begins on what others left
                 self.changed = {}
             self.adapter.fingerprints = [form]
-
-    def base_was_converted(self, form: dict[str, Any]) -> None:
-        """The same base has this fingerprint in the dtypes of a Trainer's precision."""
-        self.adapter.fingerprints.append(form)
 
     def base_was_rounded(self, name: str, now: int, was: int) -> None:
         """A weight was computed again from a merged one. It stands for the base's, with another digest."""

@@ -220,7 +220,7 @@ def show(model: nn.Module, name: str, config: LoRAConfig | None = None) -> ExitS
         set_adapter(model, name)
     else:
         change(View(model), AdapterState(config, name))
-        undo.callback(lambda: record_of(model).was_dropped(name))
+        undo.callback(lambda: record_of(model).others.pop(name))
     undo.callback(set_adapter, model, names[0])
     return undo
 

@@ -75,7 +75,7 @@ def set_adapter(
         switch.set_adapter(model, next(iter(weights)))
     sums = [each for each, other in record.others.items() if other.sum_of]
     for each in sums[:-_KEPT] if title not in sums else [title]:  # some are shown again after a block
-        record.was_dropped(each)
+        del record.others[each]
     _add(model, stored, title)
     record.others[title].becomes_a_sum(weights)
     shown = switch.set_adapter(model, title)

@@ -137,7 +137,7 @@ class LoRAStrategy(Strategy, InPlace):
         view = view_of(self.lora_module)
         known, dtypes = view.record.adapter.fingerprints, base_dtypes(view)
         if known and all(form["dtypes"] != dtypes for form in known):
-            view.record.base_was_converted(fingerprint(view))
+            known.append(fingerprint(view))
 
     def setup_optimizers(self, trainer: "Trainer") -> None:
         """Build the user's optimizers, then let them train the adapters."""
