@@ -150,19 +150,45 @@ def test_an_interval_is_that_of_paired_items() -> None:
     draw = np.random.default_rng(1)
     one = draw.normal(size=(3, 1000, 1))
     closer, other = one + 0.01 + 0.01 * draw.normal(size=one.shape), draw.normal(size=one.shape)
-    found, low, high = stats.interval(closer, one, stats.average)
+    found, low, high, _ = stats.interval(closer, one, stats.average)
     assert 0.008 < low < found < high < 0.012  # the error of unpaired items is 0.03
-    _, low, high = stats.interval(other, one, stats.average)
+    _, low, high, _ = stats.interval(other, one, stats.average)
     assert low < 0 < high
 
 
-def test_an_interval_that_ends_at_zero_as_shown_is_not_resolved(tmp_path: Path) -> None:
+def test_rounding_decides_no_verdict(tmp_path: Path) -> None:
     results, jobs = Results(tmp_path), [Job("reviews", "full", lr) for lr in (1e-4, 2e-4)]
     for job, loss in zip(jobs, (0.5, 0.5004), strict=True):
         results.add(job.name, {"test": {"nll": [loss] * 9}})
     one, other = jobs
+    assert difference(results, [other], [one], ["nll"], stats.average, 1, 3) == "+0.0004 [+0.0004, +0.0004]"
+    results.found[other.name]["test"]["nll"] = [0.5] * 9
     assert difference(results, [other], [one], ["nll"], stats.average, 1, 3) == "+0.000 [+0.000, +0.000], not resolved"
-    assert difference(results, [other], [one], ["nll"], stats.average, 1, 4) == "+0.0004 [+0.0004, +0.0004]"
+
+
+def test_intervals_of_three_seeds_hold_the_truth_nearly_as_often_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two methods that are as good: each text has the chance that it has in the study, and each seed moves all."""
+    monkeypatch.setattr(stats, "RESAMPLES", 500)
+    stats.drawn.cache_clear()
+    results, draw, held = Results(HERE / "results"), np.random.default_rng(0), 0
+    jobs = [job for name in ("full", "LoRA all, r=8") for job in seeds(results, "reviews", name)]
+    chances = np.mean([results[job]["test"]["correct"] for job in jobs], axis=0).clip(0.02, 0.98)
+    logits = np.log(chances / (1 - chances))
+
+    def method() -> np.ndarray:
+        moved = logits + draw.normal(scale=0.2, size=(3, 1))  # about the deviation of the seeds there
+        return (draw.random(moved.shape) < 1 / (1 + np.exp(-moved)))[..., None].astype(float)
+
+    for _ in range(300):
+        found = stats.interval(method(), method(), stats.average)
+        held += found.low <= 0 <= found.high
+    stats.drawn.cache_clear()
+    assert 0.90 < held / 300 < 0.97
+
+
+def test_many_differences_together_need_smaller_ones() -> None:
+    assert stats.survivors([0.04, 0.001, 0.02]) == [True, True, True]  # 0.05 over 3, over 2, over 1
+    assert stats.survivors([0.04, 0.001, 0.03]) == [False, True, False]
 
 
 def test_bleu_from_the_counts_of_each_text_is_that_of_the_corpus() -> None:

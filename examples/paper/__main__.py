@@ -44,6 +44,10 @@ def study(parts: list[str], results: Results, folders: Folders, workers: int) ->
         results.add("references", references(folders.e2e))
     if "table6" in parts and "subspaces" not in results.found:
         (small, *_), (other_seed, large, *_) = (at_one_rate(results, f"LoRA q v, r={r}") for r in (8, 64))
+        for job in (small, large, other_seed):
+            if not (folders.adapters / f"{job.name}.safetensors").exists():  # they do not come with the project
+                Console().print(f"Training the adapters of {job.name} again: some minutes.")
+                run(job, folders, fast=results.fast)
         results.add("subspaces", subspaces(small, large, other_seed, folders.adapters))
 
 

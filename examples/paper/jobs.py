@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning_lora import LoRACallback, save_adapter
 
 from .methods import METHODS, Method
+from .stats import Difference
 
 Result = dict[str, Any]
 FEW = 16  # items of each part with --fast
@@ -79,6 +80,7 @@ class Results:
         self.folder, self.fast = folder, fast
         folder.mkdir(parents=True, exist_ok=True)
         self.found: dict[str, Result] = {path.stem: read(path) for path in folder.glob("*.json")}
+        self.compared: dict[tuple[str, str, str], Difference] = {}  # by two jobs and what tables compare of them
 
     @property
     def seeds(self) -> tuple[int, ...]:

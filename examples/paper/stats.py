@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,8 +12,22 @@ Statistic = Callable[[np.ndarray], np.ndarray]  # of means over items: its last 
 RESAMPLES = 10_000
 
 
-def interval(one: Values, other: Values, statistic: Statistic) -> tuple[float, float, float]:
-    """Return the difference of two methods, and the ends of its 95 % interval.
+class Difference(NamedTuple):
+    """A difference of two methods, the ends of its 95 % interval, and twice the share of resamples across zero."""
+
+    found: float
+    low: float
+    high: float
+    p: float
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return not self.low <= 0 <= self.high
+
+
+def interval(one: Values, other: Values, statistic: Statistic) -> Difference:
+    """Return the difference of two methods.
 
     Items are drawn with replacement, the same ones for both methods, and so are seeds.
 
@@ -20,8 +35,24 @@ def interval(one: Values, other: Values, statistic: Statistic) -> tuple[float, f
         Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation", section 4.
     """
     found = statistic(one.mean(1)).mean() - statistic(other.mean(1)).mean()
-    low, high = np.percentile(resampled(one, statistic) - resampled(other, statistic), [2.5, 97.5])
-    return float(found), float(low), float(high)
+    drawn_ones = resampled(one, statistic) - resampled(other, statistic)
+    low, high = np.percentile(drawn_ones, [2.5, 97.5])
+    across = min((drawn_ones <= 0).mean(), (drawn_ones >= 0).mean())
+    return Difference(float(found), float(low), float(high), max(2 * float(across), 2 / RESAMPLES))
+
+
+def survivors(p: list[float], level: float = 0.05) -> list[bool]:
+    """Return which of several comparisons are still resolved together.
+
+    Source:
+        Holm 1979, "A Simple Sequentially Rejective Multiple Test Procedure".
+    """
+    found = [False] * len(p)
+    for rank, place in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        if p[place] > level / (len(p) - rank):
+            break
+        found[place] = True
+    return found
 
 
 def resampled(values: Values, statistic: Statistic) -> np.ndarray:

@@ -120,15 +120,16 @@ OVERVIEW = {
 }
 
 
-def items(result: dict[str, Any], *keys: str) -> np.ndarray:
-    """Return numbers of each test item, of shape (items, numbers)."""
-    return np.column_stack([np.array(result["test"][key], dtype=float) for key in keys])
+def items(result: dict[str, Any], *keys: str, sets: Iterable[str] = ()) -> np.ndarray:
+    """Return numbers of each item of the test part, or of these parts, of shape (items, numbers)."""
+    each = [np.column_stack([np.array(result[part][key], dtype=float) for key in keys]) for part in sets or ["test"]]
+    return np.concatenate(each)
 
 
-def differences(results: Results, jobs: list[Job], others: list[Job]) -> list[str]:
-    """Return the differences of accuracy, in points, and of loss."""
-    accuracy = difference(results, jobs, others, ["correct"], stats.average, 100, 1)
-    return [accuracy, difference(results, jobs, others, ["nll"], stats.average, 1, 3)]
+def differences(results: Results, jobs: list[Job], others: list[Job], *sets: str) -> list[str]:
+    """Return the differences of accuracy, in points, and of loss, on the test part or on these parts together."""
+    accuracy = difference(results, jobs, others, ["correct"], stats.average, 100, 1, *sets)
+    return [accuracy, difference(results, jobs, others, ["nll"], stats.average, 1, 3, *sets)]
 
 
 def difference(
@@ -139,15 +140,25 @@ def difference(
     statistic: stats.Statistic,
     factor: float,
     digits: int,
+    *sets: str,
 ) -> str:
-    """Return a difference with its interval, rounded. If that holds zero, it is not resolved."""
+    """Return a difference with its interval. If that holds zero, it is not resolved; rounding decides nothing."""
     if jobs == others:
         return ""
-    one, other = (np.stack([items(results[job], *keys) for job in each]) for each in (jobs, others))
-    rounded = [round(factor * value, digits) for value in stats.interval(one, other, statistic)]
-    found, low, high = (value + 0.0 for value in rounded)  # -0.0 becomes 0.0
-    text = f"{found:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return f"{text}, not resolved" if low <= 0 <= high else text
+    one, other = (np.stack([items(results[job], *keys, sets=sets) for job in each]) for each in (jobs, others))
+    exact = stats.interval(one, other, statistic)
+    if not sets:
+        results.compared[jobs[0].name, others[0].name, keys[0]] = exact
+    found, low, high = (signed(factor * value, digits) for value in exact[:3])
+    text = f"{found} [{low}, {high}]"
+    return text if exact.is_resolved else f"{text}, not resolved"
+
+
+def signed(value: float, digits: int) -> str:
+    """Return a number with its sign, and with one more digit if it would be rounded to zero."""
+    if value and not round(value, digits):
+        digits += 1
+    return f"{round(value, digits) + 0.0:+.{digits}f}"  # -0.0 becomes 0.0
 
 
 def markdown(header: list[str], rows: list[list[Any]]) -> str:
@@ -196,6 +207,26 @@ def best_rates(task: str) -> Callable[[Results, str], list[Job]]:
     return lambda results, name: seeds(results, task, name)
 
 
+def together(results: Results) -> str:
+    """Compare all linear layers with full fine-tuning on twice as many texts, and at the best number of epochs."""
+    full, rows = seeds(results, "reviews", "full"), []
+    for name in ("LoRA all, r=8", "LoRA all, r=16"):
+        jobs = seeds(results, "reviews", name)
+        rows.append([f"{name}, validation and test", *differences(results, jobs, full, "validation", "test")])
+        once = seeds(results, "reviews", "full", 1)
+        rows.append([f"{name}, minus full after one epoch", *differences(results, jobs, once)])
+    return markdown(["", "accuracy", "loss"], rows)
+
+
+def verdicts(results: Results) -> str:
+    """How many differences are resolved, one by one and all together."""
+    for table in COMPARING:
+        TABLES[table](results)
+    found = list(results.compared.values())
+    resolved, together = [each.is_resolved for each in found], stats.survivors([each.p for each in found])
+    return markdown(["differences", "resolved", "all together"], [[len(found), sum(resolved), sum(together)]])
+
+
 TARGETS = [("LoRA all, r=8", "LoRA q v, r=8")]
 PAIRS = [*TARGETS, ("LoRA all, r=16", "LoRA all, r=8")]
 WHICH_PAIRS = [(name, "LoRA q v, r=4") for name in WHICH if name != "LoRA q v, r=4"]
@@ -223,7 +254,14 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "costs-reviews": lambda results: costs(results, "reviews"),
     "costs-e2e": lambda results: costs(results, "e2e"),
     "overview": overview,
+    "table2-together": together,
+    "verdicts": verdicts,
 }
+COMPARING = (
+    *("table2", "table2-pairs", "table2-together", "table3", "table5", "table5-pairs", "table6", "table6-pairs"),
+    *("beyond", "beyond-pairs", "definitions", "definitions-pairs"),
+)
+"""Those with differences."""
 
 
 def fill(page: str, results: Results) -> str:
@@ -245,5 +283,9 @@ def finished(table: str, results: Results) -> bool:
         return False
     if table == "overview":
         return finished("table2", results) and finished("costs-reviews", results)
+    if table == "table2-together":
+        return finished("table2", results) and finished("table6", results)
+    if table == "verdicts":
+        return all(finished(each, results) for each in COMPARING)
     table = "subspaces" if table == "table7" else table.removesuffix("-pairs").removesuffix("-rates")
     return all(job in results for job in PARTS[table](results)) if table in PARTS else table in results.found
