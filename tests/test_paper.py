@@ -19,6 +19,7 @@ from examples.paper.plan import PARTS, finalists, search, seeds
 from examples.paper.tables import TABLES, difference, fill, finished
 
 pytest.importorskip("wn")
+FOUND = Results(HERE / "results")
 Capture = pytest.CaptureFixture[str]
 
 
@@ -57,7 +58,7 @@ def test_the_study_runs_from_end_to_end_and_its_tables_have_the_numbers_of_its_f
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_pages_have_the_numbers_of_the_files(path: Path) -> None:
-    page, results = path.read_text(encoding="utf-8"), Results(HERE / "results")
+    page, results = path.read_text(encoding="utf-8"), FOUND
     shown = [name for name in TABLES if f"<!-- {name} -->" in page]
     assert shown and all(finished(name, results) for name in shown)
     assert fill(page, results) == page
@@ -162,7 +163,7 @@ def test_rounding_decides_no_verdict(tmp_path: Path) -> None:
         results.add(job.name, {"test": {"nll": [loss] * 9}})
     one, other = jobs
     assert difference(results, [other], [one], ["nll"], stats.average, 1, 3) == "+0.0004 [+0.0004, +0.0004]"
-    results.found[other.name]["test"]["nll"] = [0.5] * 9
+    results.found[other.name]["test"]["nll"], results.compared = [0.5] * 9, {}
     assert difference(results, [other], [one], ["nll"], stats.average, 1, 3) == "+0.000 [+0.000, +0.000], not resolved"
 
 

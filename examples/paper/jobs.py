@@ -80,7 +80,7 @@ class Results:
         self.folder, self.fast = folder, fast
         folder.mkdir(parents=True, exist_ok=True)
         self.found: dict[str, Result] = {path.stem: read(path) for path in folder.glob("*.json")}
-        self.compared: dict[tuple[str, str, str], Difference] = {}  # by two jobs and what tables compare of them
+        self.compared: dict[tuple[str, ...], Difference] = {}  # by two jobs and what tables compare of them
 
     @property
     def seeds(self) -> tuple[int, ...]:

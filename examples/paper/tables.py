@@ -145,10 +145,11 @@ def difference(
     """Return a difference with its interval. If that holds zero, it is not resolved; rounding decides nothing."""
     if jobs == others:
         return ""
-    one, other = (np.stack([items(results[job], *keys, sets=sets) for job in each]) for each in (jobs, others))
-    exact = stats.interval(one, other, statistic)
-    if not sets:
-        results.compared[jobs[0].name, others[0].name, keys[0]] = exact
+    known = (jobs[0].name, others[0].name, keys[0], *sets)
+    if known not in results.compared:
+        one, other = (np.stack([items(results[job], *keys, sets=sets) for job in each]) for each in (jobs, others))
+        results.compared[known] = stats.interval(one, other, statistic)
+    exact = results.compared[known]
     found, low, high = (signed(factor * value, digits) for value in exact[:3])
     text = f"{found} [{low}, {high}]"
     return text if exact.is_resolved else f"{text}, not resolved"
@@ -222,7 +223,7 @@ def verdicts(results: Results) -> str:
     """How many differences are resolved, one by one and all together."""
     for table in COMPARING:
         TABLES[table](results)
-    found = list(results.compared.values())
+    found = [each for key, each in results.compared.items() if len(key) == 3]  # of the test part
     resolved, together = [each.is_resolved for each in found], stats.survivors([each.p for each in found])
     return markdown(["differences", "resolved", "all together"], [[len(found), sum(resolved), sum(together)]])
 
