@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Callable
-from functools import wraps
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -126,50 +126,34 @@ _KEY = "lightning_lora"  # our entry in the results
 
 
 def extend_launchers() -> None:
-    """Let Lightning's launchers carry records, in the processes that they start and in this one."""
+    """Let Lightning's launchers carry records. No callback's hook runs in the main process, which gets them."""
     for launcher in multiprocessing_launchers():
-        _extend(launcher)
+        if not isinstance(vars(launcher)["get_extra_results"], partialmethod):
+            launcher.get_extra_results = partialmethod(_send, launcher.get_extra_results)
+            launcher.update_main_process_results = partialmethod(_receive, launcher.update_main_process_results)
 
 
-def _extend(launcher: Any) -> None:
-    """Add to both ends of a launcher's results, once. No callback's hook runs in the main process."""
-    collect, restore = launcher.get_extra_results, launcher.update_main_process_results
-    if collect.__module__ == __name__:
-        return
-
-    @wraps(collect, assigned=("__doc__", "__name__"))
-    def get_extra_results(self: Any, trainer: Trainer) -> dict[str, Any]:
-        return {**collect(self, trainer), **_sent(trainer)}
-
-    @wraps(restore, assigned=("__doc__", "__name__"))
-    def update_main_process_results(self: Any, trainer: Trainer, extra: dict[str, Any]) -> None:
-        folder = extra.pop(_KEY, None)
-        restore(self, trainer, extra)
-        if folder is not None:
-            _receive(trainer.lightning_module, folder)
-
-    launcher.get_extra_results = get_extra_results
-    launcher.update_main_process_results = update_main_process_results
-
-
-def _sent(trainer: Trainer) -> dict[str, str]:
-    """Write the record of a merged module for the main process, and return the path: a pipe takes no large results."""
-    record = find_record(trainer.lightning_module)
+def _send(launcher: Any, own: Callable[..., dict[str, Any]], trainer: Trainer) -> dict[str, Any]:
+    """Write the record of a merged module, and add the path to a launcher's results: a pipe takes no large ones."""
+    results, folder, record = own(launcher, trainer), "", find_record(trainer.lightning_module)
     if trainer.state.fn != "fit" or record is None or not record.is_merged:
-        return {}
-    folder = ""
+        return results
     try:
         folder = tempfile.mkdtemp(prefix="lightning_lora_")  # which no other user may read or write
         torch.save(record, Path(folder) / "record.pt")
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
         _warn_of_loss(error)
-        return {}
-    return {_KEY: folder}
+        return results
+    return {**results, _KEY: folder}
 
 
-def _receive(pl_module: LightningModule, folder: str) -> None:
-    """Give a module the record of its merged weights."""
+def _receive(launcher: Any, own: Callable[..., None], trainer: Trainer, results: dict[str, Any]) -> None:
+    """Give the module the record of its merged weights."""
+    own(launcher, trainer, results)
+    if _KEY not in results:
+        return
+    pl_module, folder = trainer.lightning_module, results[_KEY]
     try:
         record = torch.load(Path(folder) / "record.pt", map_location="cpu", weights_only=False)
     except Exception as error:

@@ -32,12 +32,16 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     assert not list((tmp_path / "temporary").rglob("lightning_lora*"))
 
 
+def in_fit(home: nn.Module) -> Any:
+    return SimpleNamespace(lightning_module=home, state=SimpleNamespace(fn="fit"))
+
+
 def sent(home: nn.Module) -> dict[str, str]:
-    return merging._sent(SimpleNamespace(lightning_module=home, state=SimpleNamespace(fn="fit")))
+    return merging._send(None, lambda *_: {}, in_fit(home))
 
 
-def receive(home: nn.Module, entry: dict[str, str]) -> None:
-    merging._receive(home, *entry.values())
+def receive(home: nn.Module, results: dict[str, str]) -> None:
+    merging._receive(None, lambda *_: None, in_fit(home), results)
 
 
 def merged(model: nn.Module, **config: Any) -> nn.Module:
@@ -190,6 +194,6 @@ def test_launchers_of_both_packages_are_extended_once() -> None:
     for package in ("lightning.pytorch", "pytorch_lightning"):
         module: Any = pytest.importorskip(f"{package}.strategies.launchers.multiprocessing")
         lora(), lora()
-        launcher = module._MultiProcessingLauncher
-        for method in (launcher.get_extra_results, launcher.update_main_process_results):
-            assert method.__module__ == merging.__name__ and method.__wrapped__.__module__ == module.__name__
+        for name in ("get_extra_results", "update_main_process_results"):
+            (own,) = vars(module._MultiProcessingLauncher)[name].args
+            assert own.__module__ == module.__name__
