@@ -156,7 +156,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
         children(L.Fabric(accelerator="cpu").setup(nn.Linear(2, 2))) >= {private.FABRIC_WRAPPED, private.FABRIC_OWN}
     ),
     "EXTRA_STATE": lambda: private.EXTRA_STATE in Keeps().state_dict(),
-    "CLI_CLASS": lambda: private.CLI_CLASS in inspect.getsource(import_module("lightning.pytorch.core.saving")),
+    "CLI_CLASS": lambda: private.CLI_CLASS in inspect.getsource(import_module("lightning.pytorch.cli")),
     "tracing": lambda: torch.jit.trace(lambda x: x * int(private.tracing() is not None), torch.ones(1))(
         torch.ones(1)
     ).all(),
