@@ -60,12 +60,6 @@ def local_offsets(tensor: Any) -> tuple[Any, Any]:
     return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
 
 
-def local_part(tensor: Any) -> Tensor:
-    """Return the local shard of a DTensor: the public ``to_local`` takes part in gradients, and may wait."""
-    local: Tensor = tensor._local_tensor
-    return local
-
-
 def untyped_storage(storage: Any) -> Any:
     """Return the bytes of a storage as ``torch.load`` builds it: the public method warns."""
     return storage._untyped_storage
